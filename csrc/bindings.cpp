@@ -1,0 +1,50 @@
+// The Python edge: pointers and sizes in, counts out, the GIL released. The callers check devices, dtypes and contiguity.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/mapped.h"
+
+namespace py = pybind11;
+
+namespace {
+template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+DeltaOptions delta_options(const std::vector<int>& cuts, const std::vector<double>& thresholds) {
+  if (cuts.size() > OPD_MAX_CUTS || thresholds.size() != OPD_THRESHOLDS) throw std::invalid_argument("at most 4 cuts, exactly 5 thresholds");
+  DeltaOptions options;
+  options.n_cuts = (int)cuts.size();
+  for (int i = 0; i < OPD_MAX_CUTS; i++) options.cuts[i] = i < options.n_cuts ? cuts[i] : 0x7FFF;
+  for (int i = 0; i < OPD_THRESHOLDS; i++) options.thresholds[i] = thresholds[i];
+  return options;
+}
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled CPU kernels of opdkernels.";
+  m.attr("sum_limbs") = OPD_SUM_LIMBS;
+#ifdef __VERSION__
+  m.attr("compiler") = __VERSION__;
+#else
+  m.attr("compiler") = "unknown";
+#endif
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+  m.def("available_isas", &available_isas);
+  m.def("current_isa", &current_isa);
+  m.def("use_isa", &use_isa);
+  m.def("delta", [](uintptr_t source, int source_dtype, uintptr_t trained, int trained_dtype, int64_t n, const std::vector<int>& cuts,
+                    const std::vector<double>& thresholds, int threads, uintptr_t tables, uintptr_t counts, uintptr_t sums,
+                    uintptr_t maximum, uintptr_t mask) {
+    DeltaOptions options = delta_options(cuts, thresholds);
+    py::gil_scoped_release release;
+    delta(pointer<void>(source), source_dtype, pointer<void>(trained), trained_dtype, n, options, threads, pointer<int64_t>(tables),
+          pointer<int64_t>(counts), pointer<int64_t>(sums), pointer<double>(maximum), pointer<unsigned char>(mask));
+  });
+  m.def("guard_mapping", &guard_mapping);
+  m.def("mapping_faults", &mapping_faults);
+  m.def("unguard_mapping", &unguard_mapping);
+}

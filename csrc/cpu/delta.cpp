@@ -1,0 +1,154 @@
+// `delta` over threads: each counts its range into its own tables, then these are folded into the caller's int64 tables.
+#include <cstring>
+#include <memory>
+#include <mutex>
+
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace {
+constexpr int64_t FOLD_AFTER = int64_t(1) << 30;  // coordinates a thread counts before its 32-bit counters are folded
+enum Count { NUMEL, NONFINITE, BIT_EQUAL, ETA, LT, LE = LT + OPD_THRESHOLDS, ULP = LE + OPD_THRESHOLDS };
+enum Table { SOURCE, DELTA, TRAINED, MOVED, STORED, CHANGED };
+
+// Adds `from` to `to` and clears it; most 64-byte lines are never touched.
+template <class Add>
+void drain(opd_u32* from, int bins, Add add) {
+  for (int i = 0; i < bins; i += 16) {
+    opd_u64 any[8];
+    std::memcpy(any, from + i, 64);
+    if (!(any[0] | any[1] | any[2] | any[3] | any[4] | any[5] | any[6] | any[7])) continue;
+    for (int j = i; j < i + 16; j++)
+      if (from[j]) add(j, from[j]);
+    std::memset(from + i, 0, 64);
+  }
+}
+
+// sum of count * value^2 and count * value over a magnitude table, as exact sums. A bfloat16 is an integer m times a power of two.
+void add_table(const int64_t* table, opd_i64* squares, opd_i64* values, int sign) {
+  for (int exponent = 0; exponent < 255; exponent++) {
+    const int64_t* bins = table + exponent * 128;
+    int64_t square = 0, value = 0;
+    for (int mantissa = 0; mantissa < 128; mantissa++) {
+      int64_t m = exponent ? 128 + mantissa : mantissa;
+      square += bins[mantissa] * (m * m);
+      value += bins[mantissa] * m;
+    }
+    if (!value) continue;
+    int power = (exponent ? exponent : 1) - 134;  // value = m * 2^power
+    if (squares) sum_add(squares, sign * square, 1074 + 2 * power);
+    if (values) sum_add(values, sign * value, 1074 + power);
+  }
+}
+
+double magnitude_value(int pattern) { return bf16_to_float((opd_u16)pattern); }
+
+struct Call {  // the counts of one call, before they join the caller's
+  std::vector<int64_t> tables;
+  int64_t counts[ULP + OPD_ULP_BINS];
+};
+
+void fold(DeltaWork& work, Call& call, int n_cuts, bool bf16_pair) {
+  auto table = [&](int t) { return call.tables.data() + int64_t(t) * OPD_BINS; };
+  drain(work.source, 65536, [&](int i, opd_u32 count) { table(SOURCE)[i & 0x7FFF] += count; });
+  drain(work.delta, OPD_BINS, [&](int i, opd_u32 count) { table(DELTA)[i] += count; });
+  drain(work.trained, OPD_BINS, [&](int i, opd_u32 count) { table(TRAINED)[i] += count; });
+  work.trained[OPD_BINS] = 0;
+  drain(work.moved, OPD_BINS, [&](int i, opd_u32 count) { table(MOVED)[i] += count; });
+  drain(work.stored, OPD_BINS, [&](int i, opd_u32 count) { table(STORED)[i] += (int32_t)count; });
+  std::memset(work.changed, 0, sizeof(opd_u32) * OPD_BINS);
+  for (int c = 1; c <= n_cuts + 1; c++)
+    drain(work.changed + c * OPD_BINS, OPD_BINS, [&](int i, opd_u32 count) {
+      if (bf16_pair) table(MOVED)[i] += count;  // of two bfloat16 numbers, what differs in one view differs in the other
+      for (int k = 0; k < c - 1; k++) table(CHANGED + k)[i] += count;
+    });
+  for (auto& copy : work.ulp)
+    for (int i = 0; i < OPD_ULP_BINS; i++) { call.counts[ULP + i] += copy[i]; copy[i] = 0; }
+  for (int k = 0; k < OPD_THRESHOLDS; k++) {
+    call.counts[LT + k] += work.lt[k];
+    call.counts[LE + k] += work.le[k];
+    work.lt[k] = work.le[k] = 0;
+  }
+  call.counts[NONFINITE] += work.nonfinite;
+  call.counts[BIT_EQUAL] += work.bit_equal;
+  call.counts[ETA] += work.eta_unchanged;
+  work.nonfinite = work.bit_equal = work.eta_unchanged = 0;
+}
+
+// The tables counted only what differs; here the rest is added, and for bfloat16 pairs the stored view, which the tables hold.
+void complete(Call& call, bool bf16_pair, const DeltaOptions& options, opd_i64 (*sums)[OPD_SUM_LIMBS]) {
+  auto table = [&](int t) { return call.tables.data() + int64_t(t) * OPD_BINS; };
+  int64_t finite = call.counts[NUMEL] - call.counts[NONFINITE], differing = 0;
+  for (int i = 0; i < OPD_BINS; i++) differing += table(DELTA)[i];
+  table(DELTA)[0] += finite - differing;
+  int64_t listed = 0;
+  for (int i = 0; i < OPD_ULP_BINS; i++) listed += call.counts[ULP + i];
+  call.counts[ULP + OPD_ULP_BINS / 2] += finite - listed;
+  if (!bf16_pair) return;
+  for (int i = 0; i < OPD_BINS; i++) {
+    table(STORED)[i] += table(DELTA)[i];
+    if (!table(DELTA)[i]) continue;
+    double value = magnitude_value(i);
+    for (int k = 0; k < OPD_THRESHOLDS; k++) {
+      call.counts[LT + k] += value < options.thresholds[k] ? table(DELTA)[i] : 0;
+      call.counts[LE + k] += value <= options.thresholds[k] ? table(DELTA)[i] : 0;
+    }
+  }
+  call.counts[ETA] = table(DELTA)[0];  // bfloat16 neighbours lie 2^-8 apart, four times the 1e-3 of eta
+  add_table(table(SOURCE), sums[0], nullptr, 1);
+  add_table(table(SOURCE), sums[1], nullptr, 1);
+  add_table(table(MOVED), sums[1], nullptr, -1);
+  add_table(table(TRAINED), sums[1], nullptr, 1);
+  add_table(table(DELTA), sums[2], sums[3], 1);
+}
+
+void carry(opd_i64* limbs) {
+  for (int i = 0; i + 1 < OPD_SUM_LIMBS; i++) {
+    limbs[i + 1] += limbs[i] >> 32;
+    limbs[i] &= 0xFFFFFFFF;
+  }
+}
+
+std::mutex lock;                                    // one call at a time owns the tables of the threads
+std::vector<std::unique_ptr<DeltaWork>> workers;
+Call call;
+}  // namespace
+
+void delta(const void* source, int source_dtype, const void* trained, int trained_dtype, int64_t n, const DeltaOptions& options,
+           int threads, int64_t* tables, int64_t* counts, int64_t* sums, double* maximum, unsigned char* mask) {
+  std::lock_guard<std::mutex> hold(lock);
+  threads = threads < 1 ? 1 : threads;
+  while ((int)workers.size() < threads) workers.emplace_back(new DeltaWork());
+  const bool bf16_pair = source_dtype == BF16 && trained_dtype == BF16;
+  const int n_tables = CHANGED + options.n_cuts;
+  auto total = (opd_i64(*)[OPD_SUM_LIMBS])sums;
+  for (int64_t from = 0; from < n; from += FOLD_AFTER * threads) {
+    int64_t part = n - from < FOLD_AFTER * threads ? n - from : FOLD_AFTER * threads;
+    call.tables.assign((size_t)n_tables * OPD_BINS, 0);
+    std::memset(call.counts, 0, sizeof call.counts);
+    call.counts[NUMEL] = part;
+    const char* w = (const char*)source + from * element_bytes(source_dtype);
+    const char* v = (const char*)trained + from * element_bytes(trained_dtype);
+    parallel_ranges(part, threads, 8, [&](int t, int64_t start, int64_t stop) {
+      kernels().delta(w + start * element_bytes(source_dtype), source_dtype, v + start * element_bytes(trained_dtype), trained_dtype,
+                      stop - start, &options, workers[t].get(), mask ? mask + ((from + start) >> 3) : nullptr);
+    });
+    double largest = 0;
+    for (int t = 0; t < threads; t++) {
+      DeltaWork& work = *workers[t];
+      fold(work, call, options.n_cuts, bf16_pair);
+      for (int s = 0; s < 4; s++) {
+        for (int i = 0; i < OPD_SUM_LIMBS; i++) total[s][i] += work.sums[s][i];
+        carry(total[s]);
+      }
+      std::memset(work.sums, 0, sizeof work.sums);
+      largest = work.max_delta > largest ? work.max_delta : largest;
+      work.max_delta = 0;
+    }
+    complete(call, bf16_pair, options, total);
+    for (int s = 0; s < 4; s++) carry(total[s]);
+    for (size_t i = 0; i < call.tables.size(); i++) tables[i] += call.tables[i];
+    for (int i = 0; i < ULP + OPD_ULP_BINS; i++) counts[i] += call.counts[i];
+    *maximum = largest > *maximum ? largest : *maximum;
+  }
+}

@@ -1,0 +1,373 @@
+// CPU loops of `delta`. Included once per instruction set, inside that set's namespace.
+//
+// A bfloat16 magnitude has 2^15 values, so integer tables hold every coordinate-wise figure. The increments are scalar
+// (about one a cycle) and are the limit, not memory: so |w| is counted for every coordinate, everything else only for
+// those whose bits differ, which a vector comparison picks out (`collect`).
+#define OPD_BLOCK 2048
+
+struct Changed {                 // coordinates whose bits differ, waiting to be counted
+  opd_u16 w[2 * OPD_BLOCK + 64], v[2 * OPD_BLOCK + 64];
+  int n;
+};
+
+struct Inexact {                 // bfloat16 pairs: differences that bfloat16 rounds
+  float d[2 * OPD_BLOCK + 64];
+};
+
+static int largest_magnitude(const opd_u16* w, const opd_u16* v, int n) {
+  opd_u16 most = 0;
+  OPD_SIMD(reduction(max : most))
+  for (int i = 0; i < n; i++) {
+    opd_u16 a = w[i] & 0x7FFF, b = v[i] & 0x7FFF;
+    opd_u16 m = a > b ? a : b;
+    most = m > most ? m : most;
+  }
+  return most;
+}
+
+// Meanwhile the next block is fetched from memory: the increments leave the memory ports idle.
+static void count_source(const opd_u16* w, int n, opd_u32* table, const opd_u16* next_w, const opd_u16* next_v) {
+  int i = 0;
+  for (; i + 32 <= n; i += 32) {
+    __builtin_prefetch(next_w + i);
+    __builtin_prefetch(next_v + i);
+    for (int j = i; j < i + 32; j += 4) {
+      opd_u64 four;
+      __builtin_memcpy(&four, w + j, 8);
+      table[four & 0xFFFF]++;
+      table[(four >> 16) & 0xFFFF]++;
+      table[(four >> 32) & 0xFFFF]++;
+      table[four >> 48]++;
+    }
+  }
+  for (; i < n; i++) table[w[i]]++;
+}
+
+// Appends the coordinates whose bits differ; writes up to 64 entries beyond the last.
+#if defined(OPD_AVX512)
+static int collect(const opd_u16* w, const opd_u16* v, int n, opd_u16* out_w, opd_u16* out_v) {
+  int k = 0, i = 0;
+  for (; i + 32 <= n; i += 32) {
+    __m512i a = _mm512_loadu_si512(w + i), b = _mm512_loadu_si512(v + i);
+    __mmask32 differ = _mm512_cmpneq_epi16_mask(a, b);
+    // Compress in registers: with a memory operand the instruction is microcoded on Zen 4.
+    _mm512_storeu_si512(out_w + k, _mm512_maskz_compress_epi16(differ, a));
+    _mm512_storeu_si512(out_v + k, _mm512_maskz_compress_epi16(differ, b));
+    k += __builtin_popcount(differ);
+  }
+  for (; i < n; i++) { out_w[k] = w[i]; out_v[k] = v[i]; k += w[i] != v[i]; }
+  return k;
+}
+#elif defined(OPD_AVX2)
+// Byte shuffles that move the chosen 16-bit lanes of eight to the front, one for each of the 256 choices.
+struct CompressTable {
+  unsigned char shuffle[256][16];
+  CompressTable() {
+    for (int mask = 0; mask < 256; mask++) {
+      int k = 0;
+      for (int lane = 0; lane < 8; lane++)
+        if (mask >> lane & 1) { shuffle[mask][2 * k] = (unsigned char)(2 * lane); shuffle[mask][2 * k + 1] = (unsigned char)(2 * lane + 1); k++; }
+      for (; k < 8; k++) shuffle[mask][2 * k] = shuffle[mask][2 * k + 1] = 0x80;
+    }
+  }
+};
+static const CompressTable compress_table;
+
+static int collect(const opd_u16* w, const opd_u16* v, int n, opd_u16* out_w, opd_u16* out_v) {
+  int k = 0, i = 0;
+  for (; i + 16 <= n; i += 16) {
+    __m256i a = _mm256_loadu_si256((const __m256i*)(w + i)), b = _mm256_loadu_si256((const __m256i*)(v + i));
+    __m256i equal = _mm256_cmpeq_epi16(a, b);
+    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(equal), _mm256_extracti128_si256(equal, 1));
+    unsigned differ = ~(unsigned)_mm_movemask_epi8(bytes) & 0xFFFFu;
+    if (!differ) continue;
+    unsigned low = differ & 0xFF, high = differ >> 8;
+    __m128i pick = _mm_loadu_si128((const __m128i*)compress_table.shuffle[low]);
+    _mm_storeu_si128((__m128i*)(out_w + k), _mm_shuffle_epi8(_mm256_castsi256_si128(a), pick));
+    _mm_storeu_si128((__m128i*)(out_v + k), _mm_shuffle_epi8(_mm256_castsi256_si128(b), pick));
+    k += __builtin_popcount(low);
+    pick = _mm_loadu_si128((const __m128i*)compress_table.shuffle[high]);
+    _mm_storeu_si128((__m128i*)(out_w + k), _mm_shuffle_epi8(_mm256_extracti128_si256(a, 1), pick));
+    _mm_storeu_si128((__m128i*)(out_v + k), _mm_shuffle_epi8(_mm256_extracti128_si256(b, 1), pick));
+    k += __builtin_popcount(high);
+  }
+  for (; i < n; i++) { out_w[k] = w[i]; out_v[k] = v[i]; k += w[i] != v[i]; }
+  return k;
+}
+#else
+static int collect(const opd_u16* w, const opd_u16* v, int n, opd_u16* out_w, opd_u16* out_v) {
+  int k = 0;
+  for (int i = 0; i < n; i++) { out_w[k] = w[i]; out_v[k] = v[i]; k += w[i] != v[i]; }
+  return k;
+}
+#endif
+
+// Picks out the differences that are not their bfloat16 rounding; 3 % of a typical update.
+static int collect_inexact(const float* difference, const opd_u16* delta, int n, float* out) {
+  int k = 0, i = 0;
+#if defined(OPD_AVX512)
+  const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+  for (; i + 16 <= n; i += 16) {
+    __m512i d = _mm512_loadu_si512(difference + i);
+    __m512i rounded = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(delta + i))), 16);
+    __mmask16 inexact = _mm512_cmpneq_epi32_mask(_mm512_and_si512(d, magnitude), rounded);
+    _mm512_storeu_si512(out + k, _mm512_maskz_compress_epi32(inexact, d));
+    k += __builtin_popcount(inexact);
+  }
+#endif
+  for (; i < n; i++)
+    if ((float_bits(difference[i]) & 0x7FFFFFFFu) != (opd_u32)delta[i] << 16) out[k++] = difference[i];
+  return k;
+}
+
+// bfloat16 pairs: what the stored view sees beyond the visible one, from the differences that rounding changed.
+static void count_inexact(const Inexact& inexact, int n, const DeltaOptions& options, DeltaWork& work) {
+  double exact[OPD_EXACT_BLOCK], rounded[OPD_EXACT_BLOCK];
+  for (int start = 0; start < n; start += OPD_EXACT_BLOCK) {
+    int m = n - start < OPD_EXACT_BLOCK ? n - start : OPD_EXACT_BLOCK;
+    const float* d = inexact.d + start;
+    for (int i = 0; i < m; i++) {
+      opd_u32 magnitude = float_to_bf16(d[i]) & 0x7FFFu, top = float_bits(d[i]) >> 16 & 0x7FFFu;
+      work.stored[magnitude]--;
+      work.stored[top]++;
+      exact[i] = __builtin_fabsf(d[i]);
+      rounded[i] = bf16_to_float((opd_u16)magnitude);
+    }
+    for (int k = 0; k < OPD_THRESHOLDS; k++) {
+      double threshold = options.thresholds[k];
+      int lt = 0, le = 0;
+      for (int i = 0; i < m; i++) {
+        lt += (exact[i] < threshold) - (rounded[i] < threshold);
+        le += (exact[i] <= threshold) - (rounded[i] <= threshold);
+      }
+      work.lt[k] += lt;
+      work.le[k] += le;
+    }
+    double squares[OPD_EXACT_BLOCK];
+    for (int i = 0; i < m; i++) squares[i] = exact[i] * exact[i];
+    exact_sum(squares, m, work.sums[2], 1);
+    for (int i = 0; i < m; i++) squares[i] = rounded[i] * rounded[i];
+    exact_sum(squares, m, work.sums[2], -1);
+    exact_sum(exact, m, work.sums[3], 1);
+    exact_sum(rounded, m, work.sums[3], -1);
+  }
+}
+
+// Counts coordinates whose bits differ. With `stored` the pair is bfloat16 and differences are passed on to the stored view.
+static void count_changed(const Changed& changed, const DeltaOptions& options, DeltaWork& work, bool stored) {
+  const int n = changed.n;
+  opd_u16 delta[2 * OPD_BLOCK], trained[2 * OPD_BLOCK];
+  opd_u32 joint[2 * OPD_BLOCK];
+  float difference[2 * OPD_BLOCK];
+  unsigned char ulp[2 * OPD_BLOCK];
+  float largest = 0;
+  const opd_u32 cuts[4] = {options.cuts[0], options.cuts[1], options.cuts[2], options.cuts[3]};
+  OPD_SIMD(reduction(max : largest))
+  for (int i = 0; i < n; i++) {
+    opd_u16 w = changed.w[i], v = changed.v[i];
+    opd_u32 magnitude = visible_delta(w, v);
+    difference[i] = bf16_to_float(v) - bf16_to_float(w);
+    float size = bits_float(float_bits(difference[i]) & 0x7FFFFFFFu);
+    largest = size > largest ? size : largest;
+    delta[i] = (opd_u16)magnitude;
+    joint[i] = change_class(magnitude, cuts) * OPD_BINS + (w & 0x7FFFu);
+    trained[i] = magnitude ? v & 0x7FFFu : OPD_BINS;
+    ulp[i] = (unsigned char)ulp_bin(w, v);
+  }
+  for (int i = 0; i < n; i++) {
+    work.delta[delta[i]]++;
+    work.changed[joint[i]]++;
+    work.trained[trained[i]]++;
+    work.ulp[i & 3][ulp[i]]++;
+  }
+  if (!stored) return;
+  if (largest > work.max_delta) work.max_delta = largest;
+  static thread_local Inexact inexact;
+  int k = collect_inexact(difference, delta, n, inexact.d);
+  if (k) count_inexact(inexact, k, options, work);
+}
+
+struct Block {                   // one block of finite coordinates, as bfloat16 patterns
+  opd_u16 w[OPD_BLOCK], v[OPD_BLOCK];
+};
+
+// Keeps the finite coordinates of a block and counts the others. Returns how many are left.
+template <class T>
+static int drop_nonfinite(Block& block, T* x, T* y, const bool* equal, int n, DeltaWork& work) {
+  int k = 0;
+  for (int i = 0; i < n; i++) {
+    if (coordinate_finite(block.w[i], block.v[i])) {
+      block.w[k] = block.w[i]; block.v[k] = block.v[i]; x[k] = x[i]; y[k] = y[i];
+      k++;
+    } else {
+      work.nonfinite++;
+    }
+    work.bit_equal += equal[i];
+  }
+  return k;
+}
+
+static void delta_bf16(const opd_u16* source, const opd_u16* trained, opd_i64 n, const DeltaOptions& options, DeltaWork& work) {
+  static thread_local Changed changed;
+  static thread_local Block kept;
+  changed.n = 0;
+  for (opd_i64 start = 0; start < n; start += OPD_BLOCK) {
+    int m = n - start < OPD_BLOCK ? (int)(n - start) : OPD_BLOCK;
+    const opd_u16 *w = source + start, *v = trained + start, *next_w = w + OPD_BLOCK, *next_v = v + OPD_BLOCK;
+    if (largest_magnitude(w, v, m) >= 0x7F00) {     // Inf, NaN, or large enough for the difference to overflow
+      int k = 0;
+      for (int i = 0; i < m; i++) {
+        if (coordinate_finite(w[i], v[i])) { kept.w[k] = w[i]; kept.v[k] = v[i]; k++; }
+        else { work.nonfinite++; work.bit_equal += w[i] == v[i]; }
+      }
+      w = kept.w; v = kept.v; m = k;
+    }
+    count_source(w, m, work.source, next_w, next_v);
+    int k = collect(w, v, m, changed.w + changed.n, changed.v + changed.n);
+    work.bit_equal += m - k;
+    changed.n += k;
+    if (changed.n >= OPD_BLOCK) { count_changed(changed, options, work, true); changed.n = 0; }
+  }
+  count_changed(changed, options, work, true);
+}
+
+OPD_FN float absolute(float x) { return __builtin_fabsf(x); }
+OPD_FN double absolute(double x) { return __builtin_fabs(x); }
+
+// The stored view of a block of finite coordinates that are not both bfloat16; T is float, or double where either side is.
+template <class T>
+static void count_stored(const Block& block, const T* x, const T* y, int n, const DeltaOptions& options, DeltaWork& work) {
+  static thread_local double size[OPD_BLOCK], values[OPD_BLOCK];
+  static thread_local opd_u16 top[OPD_BLOCK];
+  double largest = work.max_delta;
+  int eta = 0;
+  OPD_SIMD(reduction(max : largest) reduction(+ : eta))
+  for (int i = 0; i < n; i++) {
+    T d = absolute(y[i] - x[i]);                    // by its bits: -0 has to become +0
+    T a = absolute(x[i]), b = absolute(y[i]);
+    eta += d <= (T)1e-3 * (a > b ? a : b);
+    size[i] = d;
+    top[i] = (opd_u16)(float_bits((float)d) >> 16);
+    largest = size[i] > largest ? size[i] : largest;
+  }
+  work.max_delta = largest;
+  work.eta_unchanged += eta;
+  for (int k = 0; k < OPD_THRESHOLDS; k++) {
+    double threshold = options.thresholds[k];
+    int lt = 0, le = 0;
+    OPD_SIMD(reduction(+ : lt, le))
+    for (int i = 0; i < n; i++) { lt += size[i] < threshold; le += size[i] <= threshold; }
+    work.lt[k] += lt;
+    work.le[k] += le;
+  }
+  for (int i = 0; i < n; i++) {
+    work.stored[top[i]]++;
+    work.moved[block.w[i] & 0x7FFF] += size[i] != 0;
+  }
+  for (int start = 0; start < n; start += OPD_EXACT_BLOCK) {
+    int m = n - start < OPD_EXACT_BLOCK ? n - start : OPD_EXACT_BLOCK;
+    const T *p = x + start, *q = y + start;
+    OPD_SIMD()
+    for (int i = 0; i < m; i++) values[i] = (double)p[i] * (double)p[i];
+    exact_sum(values, m, work.sums[0], 1);
+    OPD_SIMD()
+    for (int i = 0; i < m; i++) values[i] = (double)q[i] * (double)q[i];
+    exact_sum(values, m, work.sums[1], 1);
+    OPD_SIMD()
+    for (int i = 0; i < m; i++) values[i] = size[start + i] * size[start + i];
+    exact_sum(values, m, work.sums[2], 1);
+    exact_sum(size + start, m, work.sums[3], 1);
+  }
+}
+
+// Loads as T, with the bfloat16 pattern (a double goes through float, as in torch).
+template <class T> OPD_FN T load_bf16(opd_u16 x) { return (T)bf16_to_float(x); }
+template <class T> OPD_FN T load_fp16(opd_u16 x) { return (T)fp16_to_float(x); }
+template <class T> OPD_FN T load_fp32(float x) { return (T)x; }
+template <class T> OPD_FN T load_fp64(double x) { return (T)x; }
+
+template <class T>
+static void load_block(const void* data, int dtype, opd_i64 start, int n, T* x, opd_u16* pattern) {
+  if (dtype == BF16) {
+    const opd_u16* p = (const opd_u16*)data + start;
+    OPD_SIMD() for (int i = 0; i < n; i++) { x[i] = load_bf16<T>(p[i]); pattern[i] = p[i]; }
+    return;
+  }
+  if (dtype == FP16) {
+    const opd_u16* p = (const opd_u16*)data + start;
+    OPD_SIMD() for (int i = 0; i < n; i++) x[i] = load_fp16<T>(p[i]);
+  } else if (dtype == FP32) {
+    const float* p = (const float*)data + start;
+    OPD_SIMD() for (int i = 0; i < n; i++) x[i] = load_fp32<T>(p[i]);
+  } else {
+    const double* p = (const double*)data + start;
+    OPD_SIMD() for (int i = 0; i < n; i++) x[i] = load_fp64<T>(p[i]);
+  }
+  OPD_SIMD() for (int i = 0; i < n; i++) pattern[i] = float_to_bf16((float)x[i]);
+}
+
+OPD_FN opd_u64 bits_of(float x) { return float_bits(x); }
+OPD_FN opd_u64 bits_of(double x) { return double_bits(x); }
+
+template <class T>
+static void delta_wide(const void* source, int source_dtype, const void* trained, int trained_dtype, opd_i64 n,
+                       const DeltaOptions& options, DeltaWork& work) {
+  static thread_local Changed changed;
+  static thread_local Block block;
+  static thread_local T x[OPD_BLOCK], y[OPD_BLOCK];
+  static thread_local bool equal[OPD_BLOCK];
+  changed.n = 0;
+  for (opd_i64 start = 0; start < n; start += OPD_BLOCK) {
+    int m = n - start < OPD_BLOCK ? (int)(n - start) : OPD_BLOCK;
+    load_block(source, source_dtype, start, m, x, block.w);
+    load_block(trained, trained_dtype, start, m, y, block.v);
+    int same = 0;
+    const bool one_dtype = source_dtype == trained_dtype;   // of two dtypes, a NaN equals nothing: widening keeps no payload
+    OPD_SIMD(reduction(+ : same))
+    for (int i = 0; i < m; i++) { equal[i] = (bits_of(x[i]) == bits_of(y[i])) & (one_dtype | (x[i] == x[i])); same += equal[i]; }
+    if (largest_magnitude(block.w, block.v, m) >= 0x7F00) m = drop_nonfinite(block, x, y, equal, m, work);
+    else work.bit_equal += same;
+    count_source(block.w, m, work.source, block.w, block.v);
+    changed.n += collect(block.w, block.v, m, changed.w + changed.n, changed.v + changed.n);
+    if (changed.n >= OPD_BLOCK) { count_changed(changed, options, work, false); changed.n = 0; }
+    count_stored(block, x, y, m, options, work);
+  }
+  count_changed(changed, options, work, false);
+}
+
+// One bit a coordinate: does the visible delta exceed the first cut?
+static void change_bits(const void* source, int source_dtype, const void* trained, int trained_dtype, opd_i64 n,
+                        const DeltaOptions& options, unsigned char* mask) {
+  static thread_local opd_u16 w[OPD_BLOCK], v[OPD_BLOCK];
+  static thread_local float x[OPD_BLOCK];
+  static thread_local unsigned char bit[OPD_BLOCK];
+  const opd_u32 cut = options.cuts[0];
+  for (opd_i64 start = 0; start < n; start += OPD_BLOCK) {
+    int m = n - start < OPD_BLOCK ? (int)(n - start) : OPD_BLOCK;
+    load_block(source, source_dtype, start, m, x, w);
+    load_block(trained, trained_dtype, start, m, x, v);
+    OPD_SIMD()
+    for (int i = 0; i < m; i++) {
+      opd_u32 magnitude = visible_delta(w[i], v[i]);
+      opd_u32 finite = (opd_u32)((w[i] & 0x7FFFu) < 0x7F80u) & (opd_u32)((v[i] & 0x7FFFu) < 0x7F80u) & (opd_u32)(magnitude < 0x7F80u);
+      bit[i] = (unsigned char)((opd_u32)(magnitude > cut) & finite);
+    }
+    for (int i = m; i & 7; i++) bit[i] = 0;
+    for (int i = 0; i < m; i += 8) {
+      opd_u64 eight;
+      __builtin_memcpy(&eight, bit + i, 8);
+      mask[(start + i) >> 3] = (unsigned char)((eight * 0x0102040810204080ULL) >> 56);  // gathers the eight low bits
+    }
+  }
+}
+
+static void delta(const void* source, int source_dtype, const void* trained, int trained_dtype, opd_i64 n,
+                  const DeltaOptions* options, DeltaWork* work, unsigned char* mask) {
+  if (mask) change_bits(source, source_dtype, trained, trained_dtype, n, *options, mask);
+  if (source_dtype == BF16 && trained_dtype == BF16)
+    delta_bf16((const opd_u16*)source, (const opd_u16*)trained, n, *options, *work);
+  else if (source_dtype == FP64 || trained_dtype == FP64)
+    delta_wide<double>(source, source_dtype, trained, trained_dtype, n, *options, *work);
+  else
+    delta_wide<float>(source, source_dtype, trained, trained_dtype, n, *options, *work);
+}

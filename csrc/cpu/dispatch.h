@@ -1,0 +1,18 @@
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+// Instruction sets this processor and this build offer, least first; the one in use is the last unless OPDKERNELS_ISA or use_isa says otherwise.
+std::vector<std::string> available_isas();
+std::string current_isa();
+void use_isa(const std::string& name);  // throws std::invalid_argument
+const Kernels& kernels();
+int element_bytes(int dtype);
+
+// Adds a pair's counts to the output. tables: int64 [5 + n_cuts][32768] source, delta, trained, moved, stored, changed by cut.
+// counts: numel, nonfinite, bit_equal, eta_unchanged, lt[5], le[5], ulp[35]. sums: int64 [4][OPD_SUM_LIMBS].
+void delta(const void* source, int source_dtype, const void* trained, int trained_dtype, int64_t n, const DeltaOptions& options,
+           int threads, int64_t* tables, int64_t* counts, int64_t* sums, double* maximum, unsigned char* mask);

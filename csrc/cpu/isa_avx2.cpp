@@ -1,0 +1,2 @@
+#define OPD_ISA avx2
+#include "isa.inl"

@@ -1,0 +1,2 @@
+#define OPD_ISA avx512
+#include "isa.inl"

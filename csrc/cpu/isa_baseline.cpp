@@ -1,0 +1,2 @@
+#define OPD_ISA baseline
+#include "isa.inl"

@@ -1,0 +1,27 @@
+// Ranges of coordinates for threads. OpenMP shares torch's pool and its setting; without it, or for little work, serial.
+#pragma once
+#include <cstdint>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+constexpr int64_t SERIAL_BELOW = 1 << 16;
+
+// Calls body(thread, start, stop) on contiguous ranges whose starts are multiples of `grain`.
+template <class Body>
+void parallel_ranges(int64_t n, int threads, int64_t grain, Body body) {
+  if (n < SERIAL_BELOW) threads = 1;
+  int64_t share = (n + threads - 1) / threads;
+  share = (share + grain - 1) / grain * grain;
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int t = 0; t < threads; t++) {
+      int64_t start = t * share, stop = start + share < n ? start + share : n;
+      if (start < stop) body(t, start, stop);
+    }
+    return;
+  }
+#endif
+  if (n > 0) body(0, int64_t(0), n);
+}

@@ -1,0 +1,71 @@
+"""The compiled CPU kernels: raw pointers in, counts out. The operators check their arguments before they come here."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+
+try:
+    from opdkernels import _C
+except ImportError as error:  # no compiler at install, or a build for another Python
+    _C, WHY_NOT = None, str(error)
+else:
+    WHY_NOT = ""
+
+DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+
+
+def wanted() -> bool:
+    """Whether OPDKERNELS_BACKEND lets the compiled kernels serve."""
+    return os.environ.get("OPDKERNELS_BACKEND", "cpu") != "reference"
+
+
+def serves(name: str) -> bool:
+    """Whether the operator has a compiled kernel here; says so once where it could have had one."""
+    if _C is None and wanted():
+        warnings.warn(
+            f"opdkernels runs on its plain PyTorch reference, tens of times slower: no compiled kernels ({WHY_NOT}). "
+            "Install g++ and reinstall opdkernels; `opdkernels doctor` explains.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        warnings.filterwarnings("ignore", message="opdkernels runs on its plain PyTorch reference")
+    return _C is not None and wanted() and name in KERNELS
+
+
+def kernel(name: str) -> Callable:
+    return KERNELS[name]
+
+
+def delta_(
+    source: torch.Tensor,
+    trained: torch.Tensor,
+    cuts: Sequence[int],
+    thresholds: Sequence[float],
+    tables: torch.Tensor,
+    counts: torch.Tensor,
+    sums: torch.Tensor,
+    maximum: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> None:
+    _C.delta(
+        source.data_ptr(),
+        DTYPE_CODES[source.dtype],
+        trained.data_ptr(),
+        DTYPE_CODES[trained.dtype],
+        source.numel(),
+        list(cuts),
+        list(thresholds),
+        torch.get_num_threads(),
+        tables.data_ptr(),
+        counts.data_ptr(),
+        sums.data_ptr(),
+        maximum.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+    )
+
+
+KERNELS: dict[str, Callable] = {"delta_": delta_}

@@ -1,0 +1,234 @@
+"""`delta`: the kernel equals the reference equals an oracle in NumPy, whatever the size, dtype, instruction set and split."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opdkernels.ops import delta as ops
+from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS, Tally, delta, exact_float
+from tests.conftest import ISAS, make_pair
+
+SIZES = (0, 1, 31, 1023, 1025, 2049, 70_001)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+ARRAYS = ("tables", "counts", "sums", "maximum")
+
+
+def by_reference(source, trained, cuts=DEFAULT_CUTS, mask=None) -> Tally:
+    tally = Tally.empty(cuts)
+    ops.reference(source, trained, cuts, THRESHOLDS, *(torch.from_numpy(getattr(tally, a)) for a in ARRAYS), mask)
+    return tally
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """bf16 patterns, to nearest even, by comparing with both neighbours instead of adding a bias."""
+    x32 = x.astype(np.float32)
+    below = x32.view(np.uint32) >> 16 << 16
+    with np.errstate(over="ignore", invalid="ignore"):
+        above = below + np.uint32(0x10000)
+        low, high = below.view(np.float32).astype(np.float64), above.view(np.float32).astype(np.float64)
+        top = (below & 0x7FFFFFFF) == 0x7F7F0000
+        high = np.where(top, np.copysign(2.0**128, low), high)
+        to_low, to_high = np.abs(x32.astype(np.float64) - low), np.abs(high - x32.astype(np.float64))
+    up = (to_high < to_low) | ((to_high == to_low) & (below >> 16 & 1 == 1))
+    special = (below & 0x7F800000) == 0x7F800000
+    return np.where(np.isnan(x32), 0x7FC0, np.where(special | ~up, below, above) >> 16).astype(np.int64)
+
+
+def value(patterns: np.ndarray) -> np.ndarray:
+    return (patterns.astype(np.uint32) << 16).view(np.float32)
+
+
+class Oracle:
+    """The figures that a tally must hold, computed coordinate by coordinate in NumPy."""
+
+    def __init__(self, source: torch.Tensor, trained: torch.Tensor):
+        fp64 = torch.float64 in (source.dtype, trained.dtype)
+        x, y = (t.double().numpy() if fp64 else t.float().numpy() for t in (source, trained))
+        w, v = rounded(x), rounded(y)
+        with np.errstate(over="ignore", invalid="ignore"):
+            d = rounded(value(v) - value(w)) & 0x7FFF
+            finite = np.isfinite(value(w)) & np.isfinite(value(v)) & (d < 0x7F80)
+            stored = np.abs(y - x)[finite]
+        self.nonfinite = int((~finite).sum())
+        self.visible, self.w, self.v = d[finite], w[finite] & 0x7FFF, v[finite] & 0x7FFF
+        self.stored, self.x, self.y = stored, x[finite], y[finite]
+        self.steps = [self.step(a, b) for a, b in zip(value(w[finite]), value(v[finite]), strict=True)]
+        self.changed = np.zeros(len(d), bool)
+        self.changed[finite] = self.visible > 0
+
+    @staticmethod
+    def step(a: float, b: float) -> int:
+        """bf16 neighbours between a and b, through their integer order."""
+        key = lambda f: int(np.abs(np.float32(f)).view(np.uint32) >> 16) * (1 if f >= 0 else -1)  # noqa: E731
+        return key(b) - key(a)
+
+
+def assert_matches(tally: Tally, oracle: Oracle, n: int) -> None:
+    table = lambda patterns: np.bincount(patterns, minlength=ops.BINS)  # noqa: E731
+    assert (tally.numel, tally.nonfinite) == (n, oracle.nonfinite)
+    np.testing.assert_array_equal(tally.source, table(oracle.w))
+    np.testing.assert_array_equal(tally.delta, table(oracle.visible))
+    np.testing.assert_array_equal(tally.trained, table(oracle.v[oracle.visible > 0]))
+    np.testing.assert_array_equal(tally.moved, table(oracle.w[oracle.stored != 0]))
+    np.testing.assert_array_equal(tally.delta_stored, table(oracle.stored.astype(np.float32).view(np.uint32).astype(np.int64) >> 16))
+    for k, cut in enumerate(tally.cuts):
+        np.testing.assert_array_equal(tally.changed[k], table(oracle.w[oracle.visible > cut]))
+    ends = np.clip(oracle.steps, -17, 17).astype(int) + 17 if n else np.zeros(0, int)
+    np.testing.assert_array_equal(tally.ulp, np.bincount(ends, minlength=35))
+    for k, threshold in enumerate(THRESHOLDS):
+        assert tally.lt[k] == (oracle.stored.astype(np.float64) < threshold).sum()
+        assert tally.le[k] == (oracle.stored.astype(np.float64) <= threshold).sum()
+    limit = oracle.stored.dtype.type(1e-3) * np.maximum(np.abs(oracle.x), np.abs(oracle.y))
+    assert tally.eta_unchanged == (oracle.stored <= limit).sum()
+    assert tally.max_delta == (oracle.stored.max() if len(oracle.stored) else 0)
+    for total, values in (
+        (tally.sum_source_sq, oracle.x.astype(np.float64) ** 2),
+        (tally.sum_trained_sq, oracle.y.astype(np.float64) ** 2),
+        (tally.sum_delta_sq, oracle.stored.astype(np.float64) ** 2),
+        (tally.sum_delta_abs, oracle.stored.astype(np.float64)),
+    ):
+        assert exact_float(total) == math.fsum(values)  # fsum rounds the exact sum once
+
+
+@pytest.mark.parametrize(("source_dtype", "trained_dtype"), list(itertools.product(DTYPES, DTYPES)))
+def test_reference_equals_oracle(source_dtype, trained_dtype):
+    for n in SIZES[:-1]:
+        pair = make_pair(n, source_dtype, trained_dtype)
+        assert_matches(by_reference(*pair), Oracle(*pair), n)
+
+
+@pytest.mark.parametrize(("source_dtype", "trained_dtype"), list(itertools.product(DTYPES, DTYPES)))
+def test_kernel_equals_reference(isa, threads, source_dtype, trained_dtype):
+    for n in SIZES:
+        source, trained = make_pair(n, source_dtype, trained_dtype, seed=n)
+        masks = [torch.full(((n + 7) // 8,), 255, dtype=torch.uint8) for _ in range(2)]
+        assert delta(source, trained, mask=masks[0]) == by_reference(source, trained, mask=masks[1])
+        assert torch.equal(*masks)
+
+
+def test_bit_equal_compares_patterns():
+    nan = float("nan")
+    source = torch.tensor([nan, 0.0, 1.0, float("inf"), 2.0], dtype=torch.bfloat16)
+    trained = torch.tensor([nan, -0.0, 1.0, float("inf"), 3.0], dtype=torch.bfloat16)
+    tally = delta(source, trained)
+    assert (tally.bit_equal, tally.nonfinite, tally.delta[0]) == (3, 2, 2)
+
+
+def test_all_bf16_patterns_against_shuffles(isa):
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    for seed in range(3):
+        trained = every[torch.randperm(65536, generator=torch.Generator().manual_seed(seed))]
+        assert delta(every, trained) == by_reference(every, trained)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_misaligned_views_and_what_lies_beside_them(isa, dtype):
+    source, trained = make_pair(5000, dtype)
+    for offset in range(5):
+        n, bits = 4800, torch.full((1000,), 42, dtype=torch.uint8)
+        w, v = source[offset : offset + n], trained[offset + 3 : offset + 3 + n]
+        window = bits[offset : offset + n // 8]
+        assert delta(w, v, mask=window) == by_reference(w, v)
+        assert (bits[:offset] == 42).all()
+        assert (bits[offset + n // 8 :] == 42).all()
+
+
+def test_mask_is_the_visible_change():
+    source, trained = make_pair(4001)
+    mask = torch.empty(501, dtype=torch.uint8)
+    delta(source, trained, mask=mask)
+    bits = np.unpackbits(mask.numpy(), bitorder="little")
+    np.testing.assert_array_equal(bits[:4001].astype(bool), Oracle(source, trained).changed)
+    assert not bits[4001:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(0, 3000), max_size=4), seed=st.integers(0, 99))
+def test_every_split_merges_to_the_same_tally(dtype, cuts, seed):
+    source, trained = make_pair(3000, dtype, seed=seed)
+    whole = delta(source, trained)
+    edges = [0, *sorted(cuts), 3000]
+    parts = [delta(source[a:b], trained[a:b]) for a, b in itertools.pairwise(edges)]
+    np.random.default_rng(seed).shuffle(parts)
+    merged = Tally.empty()
+    for part in parts:
+        merged = merged.merge(part)
+    assert merged == whole
+    nested = parts[0]
+    for part in parts[1:]:
+        nested = part.merge(nested)
+    assert nested == whole
+    into = Tally.empty()
+    for a, b in itertools.pairwise(edges):
+        delta(source[a:b], trained[a:b], into=into)
+    assert into == whole
+
+
+def test_cuts_follow_their_order(isa):
+    source, trained = make_pair(3000)
+    for cuts in ((0,), (5,), (0, 0x3728), (0, 1, 2, 0x7F7F)):
+        tally = delta(source, trained, cuts=cuts)
+        assert tally == by_reference(source, trained, cuts=cuts)
+        assert (np.diff(tally.changed.sum(1)) <= 0).all()
+
+
+def test_strided_and_high_dimensional_inputs():
+    source, trained = make_pair(6000, hostile=False)
+    assert delta(source.view(2, 30, 100).mT, trained.view(2, 30, 100).mT) == delta(source, trained)
+    assert delta(source[::3], trained[::3]) == by_reference(source[::3], trained[::3])
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    a = torch.zeros(4)
+    with pytest.raises(TypeError, match="trained is torch.int64"):
+        delta(a, torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"shapes differ: source \(4,\), trained \(5,\)"):
+        delta(a, torch.zeros(5))
+    with pytest.raises(ValueError, match="source is on cpu, trained on meta"):
+        delta(a, torch.zeros(4, device="meta"))
+    for cuts in ((), (1, 0), (0, 0), (0, 1, 2, 3, 4), (0x7F80,), (-1,)):
+        with pytest.raises(ValueError, match="cuts must be"):
+            delta(a, a, cuts=cuts)
+    with pytest.raises(ValueError, match="mask must be"):
+        delta(a, a, mask=torch.zeros(4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="do not merge"):
+        delta(a, a).merge(delta(a, a, cuts=(0,)))
+
+
+def test_operator_is_registered_as_torch_expects():
+    source, trained = make_pair(100)
+    tally = Tally.empty()
+    arguments = (source, trained, list(DEFAULT_CUTS), list(THRESHOLDS), *(torch.from_numpy(getattr(tally, a)) for a in ARRAYS), None)
+    torch.library.opcheck(torch.ops.opdkernels.delta_.default, arguments)
+
+    def count(w, v, tables, counts, sums, maximum):
+        torch.ops.opdkernels.delta_(w, v, list(DEFAULT_CUTS), list(THRESHOLDS), tables, counts, sums, maximum, None)
+        return tables.sum()
+
+    outputs = [torch.from_numpy(getattr(Tally.empty(), a)) for a in ARRAYS]
+    compiled = torch.compile(count, fullgraph=True, backend="aot_eager")
+    assert compiled(source, trained, *outputs) == by_reference(source, trained).tables.sum()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ISAS, reason="no compiled kernels")
+def test_more_than_two_billion_coordinates():
+    """Beyond 2^31: the first and last coordinates differ, the middle is untouched zero pages of a sparse mapping."""
+    import mmap
+
+    n = 2**31 + 11
+    with mmap.mmap(-1, 2 * n) as zeros, mmap.mmap(-1, 2 * n) as edges:
+        source, trained = (torch.frombuffer(m, dtype=torch.bfloat16) for m in (zeros, edges))
+        trained[0] = trained[2**31] = trained[n - 1] = 1.0
+        tally = delta(source, trained)
+        assert (tally.numel, tally.bit_equal, tally.delta[0x3F80], tally.source[0]) == (n, n - 3, 3, n)
+        assert exact_float(tally.sum_delta_sq) == 3.0
+        del source, trained
