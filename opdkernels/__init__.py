@@ -1,0 +1,37 @@
+"""Measure what post-training changed in a model's weights, and train only that, at the speed of memory.
+
+Importing this loads nothing: torch comes with the first function used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from opdkernels.errors import InputError, UsageError
+from opdkernels.version import __version__
+
+if TYPE_CHECKING:
+    from opdkernels.analysis.overlap import Overlaps, overlap
+    from opdkernels.analysis.result import Analysis, load
+    from opdkernels.api import analyze
+
+WHERE = {
+    "analyze": "opdkernels.api",
+    "overlap": "opdkernels.analysis.overlap",
+    "Overlaps": "opdkernels.analysis.overlap",
+    "Analysis": "opdkernels.analysis.result",
+    "load": "opdkernels.analysis.result",
+}
+__all__ = ["Analysis", "InputError", "Overlaps", "UsageError", "__version__", "analyze", "load", "overlap"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in WHERE:
+        from importlib import import_module
+
+        return getattr(import_module(WHERE[name]), name)
+    raise AttributeError(f"module 'opdkernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -24,10 +24,27 @@ void drain(opd_u32* from, int bins, Add add) {
   }
 }
 
+struct Call {  // the counts of one call, before they join the caller's
+  std::vector<int64_t> tables = std::vector<int64_t>((CHANGED + OPD_MAX_CUTS) * OPD_BINS);
+  int64_t counts[ULP + OPD_ULP_BINS];
+  int first = OPD_BINS, last = 0;  // bins in use, but for bin 0, which always is: a tensor's magnitudes fill few of the 2^15
+
+  int64_t* table(int t) { return tables.data() + (size_t)t * OPD_BINS; }
+  int64_t& bin(int t, int i) {
+    first = i && i < first ? i : first;
+    last = i > last ? i : last;
+    return table(t)[i];
+  }
+  template <class Body> void each_bin(Body body) {
+    body(0);
+    for (int i = first; i <= last; i++) body(i);
+  }
+};
+
 // sum of count * value^2 and count * value over a magnitude table, as exact sums. A bfloat16 is an integer m times a power of two.
-void add_table(const int64_t* table, opd_i64* squares, opd_i64* values, int sign) {
-  for (int exponent = 0; exponent < 255; exponent++) {
-    const int64_t* bins = table + exponent * 128;
+void add_table(Call& call, int t, opd_i64* squares, opd_i64* values, int sign) {
+  for (int exponent = call.first / 128; exponent <= call.last / 128; exponent++) {
+    const int64_t* bins = call.table(t) + exponent * 128;
     int64_t square = 0, value = 0;
     for (int mantissa = 0; mantissa < 128; mantissa++) {
       int64_t m = exponent ? 128 + mantissa : mantissa;
@@ -41,26 +58,18 @@ void add_table(const int64_t* table, opd_i64* squares, opd_i64* values, int sign
   }
 }
 
-double magnitude_value(int pattern) { return bf16_to_float((opd_u16)pattern); }
-
-struct Call {  // the counts of one call, before they join the caller's
-  std::vector<int64_t> tables;
-  int64_t counts[ULP + OPD_ULP_BINS];
-};
-
 void fold(DeltaWork& work, Call& call, int n_cuts, bool bf16_pair) {
-  auto table = [&](int t) { return call.tables.data() + int64_t(t) * OPD_BINS; };
-  drain(work.source, 65536, [&](int i, opd_u32 count) { table(SOURCE)[i & 0x7FFF] += count; });
-  drain(work.delta, OPD_BINS, [&](int i, opd_u32 count) { table(DELTA)[i] += count; });
-  drain(work.trained, OPD_BINS, [&](int i, opd_u32 count) { table(TRAINED)[i] += count; });
+  drain(work.source, 65536, [&](int i, opd_u32 count) { call.bin(SOURCE, i & 0x7FFF) += count; });
+  drain(work.delta, OPD_BINS, [&](int i, opd_u32 count) { call.bin(DELTA, i) += count; });
+  drain(work.trained, OPD_BINS, [&](int i, opd_u32 count) { call.bin(TRAINED, i) += count; });
   work.trained[OPD_BINS] = 0;
-  drain(work.moved, OPD_BINS, [&](int i, opd_u32 count) { table(MOVED)[i] += count; });
-  drain(work.stored, OPD_BINS, [&](int i, opd_u32 count) { table(STORED)[i] += (int32_t)count; });
+  drain(work.moved, OPD_BINS, [&](int i, opd_u32 count) { call.bin(MOVED, i) += count; });
+  drain(work.stored, OPD_BINS, [&](int i, opd_u32 count) { call.bin(STORED, i) += (int32_t)count; });
   std::memset(work.changed, 0, sizeof(opd_u32) * OPD_BINS);
   for (int c = 1; c <= n_cuts + 1; c++)
     drain(work.changed + c * OPD_BINS, OPD_BINS, [&](int i, opd_u32 count) {
-      if (bf16_pair) table(MOVED)[i] += count;  // of two bfloat16 numbers, what differs in one view differs in the other
-      for (int k = 0; k < c - 1; k++) table(CHANGED + k)[i] += count;
+      if (bf16_pair) call.bin(MOVED, i) += count;  // of two bfloat16 numbers, what differs in one view differs in the other
+      for (int k = 0; k < c - 1; k++) call.bin(CHANGED + k, i) += count;
     });
   for (auto& copy : work.ulp)
     for (int i = 0; i < OPD_ULP_BINS; i++) { call.counts[ULP + i] += copy[i]; copy[i] = 0; }
@@ -77,29 +86,28 @@ void fold(DeltaWork& work, Call& call, int n_cuts, bool bf16_pair) {
 
 // The tables counted only what differs; here the rest is added, and for bfloat16 pairs the stored view, which the tables hold.
 void complete(Call& call, bool bf16_pair, const DeltaOptions& options, opd_i64 (*sums)[OPD_SUM_LIMBS]) {
-  auto table = [&](int t) { return call.tables.data() + int64_t(t) * OPD_BINS; };
-  int64_t finite = call.counts[NUMEL] - call.counts[NONFINITE], differing = 0;
-  for (int i = 0; i < OPD_BINS; i++) differing += table(DELTA)[i];
-  table(DELTA)[0] += finite - differing;
-  int64_t listed = 0;
+  int64_t finite = call.counts[NUMEL] - call.counts[NONFINITE], differing = 0, listed = 0;
+  call.each_bin([&](int i) { differing += call.table(DELTA)[i]; });
+  call.table(DELTA)[0] += finite - differing;
   for (int i = 0; i < OPD_ULP_BINS; i++) listed += call.counts[ULP + i];
   call.counts[ULP + OPD_ULP_BINS / 2] += finite - listed;
   if (!bf16_pair) return;
-  for (int i = 0; i < OPD_BINS; i++) {
-    table(STORED)[i] += table(DELTA)[i];
-    if (!table(DELTA)[i]) continue;
-    double value = magnitude_value(i);
+  call.each_bin([&](int i) {
+    int64_t count = call.table(DELTA)[i];
+    call.table(STORED)[i] += count;
+    if (!count) return;
+    double value = bf16_to_float((opd_u16)i);
     for (int k = 0; k < OPD_THRESHOLDS; k++) {
-      call.counts[LT + k] += value < options.thresholds[k] ? table(DELTA)[i] : 0;
-      call.counts[LE + k] += value <= options.thresholds[k] ? table(DELTA)[i] : 0;
+      call.counts[LT + k] += value < options.thresholds[k] ? count : 0;
+      call.counts[LE + k] += value <= options.thresholds[k] ? count : 0;
     }
-  }
-  call.counts[ETA] = table(DELTA)[0];  // bfloat16 neighbours lie 2^-8 apart, four times the 1e-3 of eta
-  add_table(table(SOURCE), sums[0], nullptr, 1);
-  add_table(table(SOURCE), sums[1], nullptr, 1);
-  add_table(table(MOVED), sums[1], nullptr, -1);
-  add_table(table(TRAINED), sums[1], nullptr, 1);
-  add_table(table(DELTA), sums[2], sums[3], 1);
+  });
+  call.counts[ETA] = call.table(DELTA)[0];  // bfloat16 neighbours lie 2^-8 apart, four times the 1e-3 of eta
+  add_table(call, SOURCE, sums[0], nullptr, 1);
+  add_table(call, SOURCE, sums[1], nullptr, 1);
+  add_table(call, MOVED, sums[1], nullptr, -1);
+  add_table(call, TRAINED, sums[1], nullptr, 1);
+  add_table(call, DELTA, sums[2], sums[3], 1);
 }
 
 void carry(opd_i64* limbs) {
@@ -124,7 +132,6 @@ void delta(const void* source, int source_dtype, const void* trained, int traine
   auto total = (opd_i64(*)[OPD_SUM_LIMBS])sums;
   for (int64_t from = 0; from < n; from += FOLD_AFTER * threads) {
     int64_t part = n - from < FOLD_AFTER * threads ? n - from : FOLD_AFTER * threads;
-    call.tables.assign((size_t)n_tables * OPD_BINS, 0);
     std::memset(call.counts, 0, sizeof call.counts);
     call.counts[NUMEL] = part;
     const char* w = (const char*)source + from * element_bytes(source_dtype);
@@ -147,7 +154,9 @@ void delta(const void* source, int source_dtype, const void* trained, int traine
     }
     complete(call, bf16_pair, options, total);
     for (int s = 0; s < 4; s++) carry(total[s]);
-    for (size_t i = 0; i < call.tables.size(); i++) tables[i] += call.tables[i];
+    for (int t = 0; t < n_tables; t++)
+      call.each_bin([&](int i) { tables[(int64_t)t * OPD_BINS + i] += call.table(t)[i]; call.table(t)[i] = 0; });
+    call.first = OPD_BINS, call.last = 0;
     for (int i = 0; i < ULP + OPD_ULP_BINS; i++) counts[i] += call.counts[i];
     *maximum = largest > *maximum ? largest : *maximum;
   }

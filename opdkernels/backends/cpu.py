@@ -68,4 +68,48 @@ def delta_(
     )
 
 
-KERNELS: dict[str, Callable] = {"delta_": delta_}
+def overlap_(
+    source: torch.Tensor,
+    trained: Sequence[torch.Tensor],
+    cut: int,
+    source_table: torch.Tensor,
+    changed: torch.Tensor,
+    both: torch.Tensor,
+    runs: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    _C.overlap(
+        source.data_ptr(),
+        DTYPE_CODES[source.dtype],
+        [tensor.data_ptr() for tensor in trained],
+        [DTYPE_CODES[tensor.dtype] for tensor in trained],
+        source.numel(),
+        cut,
+        torch.get_num_threads(),
+        source_table.data_ptr(),
+        changed.data_ptr(),
+        both.data_ptr(),
+        runs.data_ptr(),
+        counts.data_ptr(),
+    )
+
+
+def quantile(
+    values: torch.Tensor, k: Sequence[int], largest: bool, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    cuts, counts = torch.empty(len(k), dtype=torch.float64), torch.empty(len(k), 5, dtype=torch.int64)
+    _C.quantile(
+        values.data_ptr(),
+        DTYPE_CODES[values.dtype],
+        values.numel(),
+        list(k),
+        largest,
+        0 if mask is None else mask.data_ptr(),
+        torch.get_num_threads(),
+        cuts.data_ptr(),
+        counts.data_ptr(),
+    )
+    return cuts, counts
+
+
+KERNELS: dict[str, Callable] = {"delta_": delta_, "overlap_": overlap_, "quantile": quantile}

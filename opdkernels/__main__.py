@@ -1,0 +1,3 @@
+from opdkernels.cli import main
+
+main()

@@ -1,0 +1,97 @@
+"""The result of `analyze`: tables, summary and tallies, in memory or from the folder of a run."""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from opdkernels.analysis.records import Record, Records
+from opdkernels.errors import InputError, printable
+from opdkernels.ops.delta import Tally
+
+
+@dataclass
+class Analysis:
+    """What changed between two checkpoints.
+
+    `tensors`: one row a tensor and view; `groups`: one a group and view; `summary`: the whole model; `run`: when, where,
+    with what. Columns and keys: docs/outputs.md.
+    """
+
+    tensors: pa.Table
+    groups: pa.Table
+    summary: dict[str, Any]
+    run: dict[str, Any]
+    records: list[Record]
+    path: Path | None = None
+
+    @property
+    def exit_status(self) -> int:
+        """0, or 3 where tensors were excluded, failed or hold non-finite coordinates."""
+        return 3 if self.summary["excluded"] or self.summary["failed"] or self.summary["nonfinite"] else 0
+
+    def tally(self, name: str) -> Tally:
+        """The tally of one tensor, by its name in the source. Raises KeyError where there is none."""
+        for record in self.records:
+            if record.name == name and record.tally is not None:
+                return record.tally.dense()
+        raise KeyError(f"no tally of {printable(name)}")
+
+    def _repr_html_(self) -> str:
+        views = self.summary["views"]
+        labels = {
+            "frac_zero": "unchanged",
+            "frac_le_1e-5": "|Δ| ≤ 1e-5",
+            "relative_norm": "relative norm",
+            "near_zero_coverage_10pct": "near-zero coverage at 10 %",
+            "changed_over_null": "changed over null",
+            "near_zero_coverage_10pct_over_null": "near-zero coverage over null",
+        }
+
+        def cell(value: float | None) -> str:
+            return "–" if value is None else f"{value:.5g}"
+
+        rows = "".join(
+            f"<tr><td>{html.escape(label)}</td>" + "".join(f"<td>{cell(views[v].get(key))}</td>" for v in views) + "</tr>"
+            for key, label in labels.items()
+        )
+        head = "".join(f"<th>{html.escape(v)}</th>" for v in views)
+        title = f"{self.summary['matched']['tensors']} tensors, {self.summary['matched']['parameters']:,} parameters"
+        return f"<table><caption>{html.escape(title)}</caption><tr><th></th>{head}</tr>{rows}</table>"
+
+
+def load(path: str | Path) -> Analysis:
+    """The finished run in a folder. Raises InputError where there is none."""
+    folder = Path(path)
+    run = read_run(folder)
+    if run is None:
+        raise InputError(f"{printable(str(folder))} holds no run (no run.json); give the folder that analyze wrote with -o")
+    if run["command"] != "analyze" or run["status"] != "complete":
+        raise InputError(f"{printable(str(folder))} holds a {run['command']} run that is {run['status']}; run that command again to finish it")
+    records = Records(folder / "tallies")
+    return Analysis(
+        pq.read_table(folder / "tensors.parquet"),
+        pq.read_table(folder / "groups.parquet"),
+        json.loads((folder / "summary.json").read_text()),
+        run,
+        [records.done[i] for i in sorted(records.done)],
+        folder,
+    )
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """run.json of a folder, or None."""
+    path = folder / "run.json"
+    if not path.exists():
+        return None
+    try:
+        run = json.loads(path.read_text())
+        return {**run, "command": run["command"], "status": run["status"], "identity": run["identity"]}
+    except (ValueError, KeyError, TypeError, OSError):
+        raise InputError(f"{printable(str(path))} cannot be read; delete the folder, or start again with --overwrite") from None

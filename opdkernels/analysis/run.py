@@ -1,0 +1,306 @@
+"""`analyze`: which tensors are read, in what slices, what is kept of them, and what is written when all are done."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from opdkernels.analysis import authors, null, tables
+from opdkernels.analysis.coordinates import RATIOS, VIEWS, SparseTally, figures, ratio_label, share, to_bf16_pattern
+from opdkernels.analysis.records import SCHEMA_VERSION, Record, Records, write_json
+from opdkernels.analysis.result import Analysis, read_run
+from opdkernels.checkpoint.names import place
+from opdkernels.checkpoint.pair import ITEM_BYTES, Pair, open_pair
+from opdkernels.checkpoint.source import Source
+from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.ops.delta import DEFAULT_CUTS, STORED, ULP_REACH, Tally, delta
+from opdkernels.options import AnalyzeOptions
+from opdkernels.progress import Progress
+from opdkernels.version import __version__
+
+OWN_FILES = ("run.json", "summary.json", "tensors.parquet", "groups.parquet", "tensors.csv", "groups.csv", "report.html", "overlap.parquet", "overlap.csv")
+LARGEST_SLICE = 1 << 26  # coordinates: a tenth of a second, so that progress moves
+CURVE = [float(f"{10 ** (k / 10):.4g}") for k in range(-90, -9)]  # 1e-9 .. 1e-1
+
+
+def analyze(
+    source: str | os.PathLike[str],
+    trained: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
+    chosen: AnalyzeOptions,
+    progress: Progress,
+) -> Analysis:
+    """`opdkernels.analyze` without the page."""
+    if out is None and (chosen.csv or chosen.authors_csv):
+        raise UsageError("csv and authors_csv write files; give an output folder")
+    folder = None if out is None else Path(out)
+    with contextlib.closing(
+        open_pair(source, trained, io=chosen.io, revision=chosen.revision, allow_missing=chosen.allow_missing)
+    ) as pair, threads(chosen.threads):
+        run = describe("analyze", chosen.model_dump(mode="json"), {"source": pair.source, "trained": pair.trained})
+        records = start(folder, run, chosen.overwrite)
+        try:
+            count_all(pair, records, chosen.memory, progress)
+            pair.check()
+        except InputError:
+            finish(folder, run, "failed")
+            raise
+        finally:
+            records.flush()
+        result = assemble(pair, [records.done[i] for i in range(len(pair.matches))], run)
+        result.path = folder
+        if folder is not None:
+            write(folder, result, chosen)
+            if chosen.authors_csv:
+                authors.write(folder, pair, result)
+        finish(folder, run, "complete")
+    return result
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def describe(command: str, options: dict[str, Any], sources: dict[str, Source]) -> dict[str, Any]:
+    """What run.json says at the start. `identity` covers what decides the records: the inputs and the version."""
+    inputs = {
+        role: {"path": source.path, "kind": source.kind, "files": [vars(fact) for fact in source.files]}
+        for role, source in sources.items()
+    }
+    facts = [command, __version__, SCHEMA_VERSION, {r: [i["kind"], i["files"]] for r, i in inputs.items()}]
+    if command == "overlap":
+        facts.append([options["atol"], options["strata"]])
+    return {
+        "status": "running",
+        "command": command,
+        "identity": hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest(),
+        "options": options,
+        "inputs": inputs,
+        "versions": {"opdkernels": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        "machine": {"processor": processor(), "threads": torch.get_num_threads(), "instruction_set": instruction_set()},
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def instruction_set() -> str:
+    from opdkernels.backends import cpu
+
+    return cpu._C.current_isa() if cpu.serves("delta_") else "reference"
+
+
+def start(folder: Path | None, run: dict[str, Any], overwrite: bool) -> Records:
+    """Opens the output folder: new, or that of the same run, which then goes on."""
+    if folder is None:
+        return Records(None)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{printable(str(folder))} is a file; give a folder to -o")
+    if overwrite:
+        clear(folder)
+    before = read_run(folder)
+    if before is not None and before["identity"] != run["identity"]:
+        raise InputError(
+            f"{printable(str(folder))} holds another run ({before['command']}, {before['status']}, of other inputs or another version); "
+            "choose another folder, or pass --overwrite"
+        )
+    try:
+        records = Records(folder / "tallies")
+        write_json(folder / "run.json", run)
+    except OSError as error:
+        raise InputError(f"cannot write to {printable(str(folder))}: {error.strerror}; choose another folder") from None
+    run["resumed_tensors"] = len(records.done)
+    run["began"] = time.monotonic()
+    return records
+
+
+def clear(folder: Path) -> None:
+    for name in (*OWN_FILES, *authors.FILES):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "tallies", ignore_errors=True)
+
+
+def finish(folder: Path | None, run: dict[str, Any], status: str) -> None:
+    run["status"] = status
+    run["seconds"] = round(time.monotonic() - run.pop("began", time.monotonic()), 3)
+    if folder is not None:
+        write_json(folder / "run.json", run)
+
+
+def slices(numel: int, bytes_each: int, memory: int) -> Iterator[tuple[int, int]]:
+    """Slices of a tensor that keep both sides' buffers in half the memory."""
+    step = max(1 << 16, min(LARGEST_SLICE, memory // 2 // bytes_each))
+    for begin in range(0, numel, step):
+        yield begin, min(numel, begin + step)
+
+
+def count_all(pair: Pair, records: Records, memory: int, progress: Progress) -> None:
+    """Tallies every match that has no record yet; a tensor that fails is recorded and the rest goes on."""
+    tally, done, total = Tally.empty(DEFAULT_CUTS), 0, pair.nbytes
+    for index, match in enumerate(pair.matches):
+        size = match.numel * (each := ITEM_BYTES[match.source.dtype] + ITEM_BYTES[match.trained.dtype])
+        known = records.done.get(index)
+        if known is None or known.failure:
+            tally.clear()
+            failure = ""
+            try:
+                for begin, end in slices(match.numel, each, memory):
+                    delta(*pair.read(match, begin, end), into=tally)
+                    progress(done + end * each, total, match.name)
+            except (MemoryError, RuntimeError) as error:
+                failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            counted = None if failure else SparseTally.of(tally)
+            records.add(
+                Record(index, match.name, match.trained_name, match.shape, match.source.dtype, match.trained.dtype, match.how, counted, failure)
+            )
+        done += size
+        progress(done, total, match.name)
+
+
+def assemble(pair: Pair, records: list[Record], run: dict[str, Any]) -> Analysis:
+    """Every figure, from the records alone."""
+    counted = [r for r in records if r.tally is not None]
+    nulls = fit_nulls(counted)
+    rows = []
+    for record, fitted in zip(counted, nulls, strict=True):
+        where = place(record.name)
+        about = {
+            "name": record.name, "trained_name": record.trained_name, "shape": json.dumps(list(record.shape)),
+            "dtype_source": record.dtype_source, "dtype_trained": record.dtype_trained, "layer": where.layer,
+            "module": where.module, "block": where.block, "tower": where.tower,
+        }  # fmt: skip
+        for view in VIEWS:
+            row = {**about, **figures(record.tally, view)}
+            rows.append({**row, **(null_columns(row, fitted) if view == "visible" else {})})
+    groups = tables.group_rows(rows)
+    summary = summarise(pair, records, rows, groups, nulls)
+    return Analysis(tables.to_arrow(rows), tables.to_arrow(groups), summary, run, records)
+
+
+def fit_nulls(records: list[Record]) -> list[dict[str, null.Null]]:
+    def used(tally: SparseTally, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return tally.patterns[table > 0], table[table > 0]
+
+    tallies = [r.tally for r in records if r.tally is not None]
+    remainders = ["grid" if r.dtype_source == "bf16" else "uniform" for r in records]
+    return null.fit_many([used(t, t.source) for t in tallies], [used(t, t.delta) for t in tallies], RATIOS, remainders)
+
+
+def null_columns(row: dict[str, Any], fitted: dict[str, null.Null]) -> dict[str, Any]:
+    """What rounding alone would show, beside what was observed: `_null` is the nearest kind, the others by their names."""
+    chosen = fitted["chosen"]
+    columns: dict[str, Any] = {
+        "null_kind": chosen.kind if row["changed"] else None,
+        "null_size": chosen.size if row["changed"] else None,
+        "null_distance": chosen.distance if row["changed"] else None,
+        "changed_null": chosen.changed,
+        "changed_over_null": share(row["changed"], chosen.changed),
+    }
+    for kind in null.KINDS:
+        columns[f"changed_null_{kind}"] = fitted[kind].changed if kind in fitted else None
+    for ratio in RATIOS:
+        label = f"near_zero_coverage_{ratio_label(ratio)}"
+        columns[f"{label}_null"] = share(chosen.near_zero[ratio], chosen.changed)
+        columns[f"{label}_over_null"] = tables.ratio(row[label], columns[f"{label}_null"])
+        for kind in null.KINDS:
+            one = fitted.get(kind)
+            columns[f"{label}_null_{kind}"] = share(one.near_zero[ratio], one.changed) if one else None
+    return columns
+
+
+def curve(records: list[Record], nulls: list[dict[str, null.Null]]) -> dict[str, list[float | None]]:
+    """Share of coordinates with |delta| <= epsilon: visible, stored (bounds) and expected of the null."""
+    visible, stored, expected = np.zeros(1 << 15), np.zeros(1 << 15), np.zeros(1 << 15)
+    for record, fitted in zip(records, nulls, strict=True):
+        tally = record.tally
+        assert tally is not None
+        visible[tally.patterns] += tally.delta
+        stored[tally.patterns] += tally.tables[STORED]
+        chosen = fitted["chosen"]
+        expected[chosen.first : chosen.first + len(chosen.values)] += chosen.values
+        expected[0] += chosen.unchanged
+    n = visible.sum()
+    # In 32-bit steps: |delta| <= eps covers every truncated bin below that of eps, and some of that bin itself.
+    at = np.array([to_bf16_pattern(e) for e in CURVE])
+    floor = np.array([int(np.float32(e).view(np.uint32)) >> 16 for e in CURVE])
+
+    def upto(table: np.ndarray, patterns: np.ndarray) -> list[float | None]:
+        return [None if not n else float(x) for x in np.cumsum(table)[patterns] / max(n, 1)]
+
+    return {
+        "eps": list(CURVE),
+        "visible": upto(visible, at),
+        "stored_lower": upto(stored, np.maximum(floor - 1, 0)),
+        "stored_upper": upto(stored, floor),
+        "null": upto(expected, at),
+    }
+
+
+def summarise(pair: Pair, records: list[Record], rows: list[dict], groups: list[dict], nulls: list[dict]) -> dict[str, Any]:
+    counted = [r for r in records if r.tally is not None]
+    views = {view: {k: v for k, v in g.items() if k not in ("by", "view", "tower", "block", "module", "layer")}
+             for view in VIEWS for g in groups if g["by"] == "model" and g["view"] == view}  # fmt: skip
+    ulp = sum((r.tally.ulp for r in counted if r.tally), np.zeros(2 * ULP_REACH + 3, np.int64))
+    return {
+        "schema_version": tables.TABLE_VERSION,
+        "source": pair.source.path,
+        "trained": pair.trained.path,
+        "matched": {
+            "tensors": len(records),
+            "parameters": sum(r.tally.numel for r in counted if r.tally),
+            "how": dict(Counter(r.how for r in records)),
+            "dtypes": dict(Counter(f"{r.dtype_source} → {r.dtype_trained}" for r in records)),
+        },
+        "identical": all(r.tally is not None and r.tally.bit_equal == r.tally.numel for r in records),
+        "views": views,
+        "null_kinds": dict(Counter(n["chosen"].kind for r, n in zip(counted, nulls, strict=True) if r.tally and r.tally.changed("visible").any())),
+        "curve": curve(counted, nulls),
+        "ulp": {
+            "distance": [f"< -{ULP_REACH}", *(str(d) for d in range(-ULP_REACH, ULP_REACH + 1)), f"> {ULP_REACH}"],
+            "count": ulp.tolist(),
+        },
+        "excluded": [vars(u) | {"shape": list(u.shape)} for u in pair.unmatched if u.kind in EXCLUDED],
+        "unmatched": [vars(u) | {"shape": list(u.shape)} for u in pair.unmatched if u.kind not in EXCLUDED],
+        "tied": pair.tied,
+        "notes": pair.notes,
+        "failed": [{"name": r.name, "reason": r.failure} for r in records if r.failure],
+        "nonfinite": [{"name": r.name, "coordinates": r.tally.nonfinite} for r in counted if r.tally and r.tally.nonfinite],
+    }
+
+
+EXCLUDED = ("shape", "shard")  # in both checkpoints, and yet not compared: the run ends with status 3
+
+
+def write(folder: Path, result: Analysis, options: AnalyzeOptions) -> None:
+    tables.write_parquet(folder / "tensors.parquet", result.tensors)
+    tables.write_parquet(folder / "groups.parquet", result.groups)
+    write_json(folder / "summary.json", result.summary)
+    if options.csv:
+        for name in ("tensors", "groups"):
+            table = getattr(result, name)
+            tables.write_csv(folder / f"{name}.csv", table.to_pylist(), table.column_names)

@@ -1,0 +1,159 @@
+"""Tables of a run: rows of tensors, groups of them, and how they are written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from opdkernels.analysis.coordinates import RATIOS, TOP_SHARES, VIEWS, ratio_label
+from opdkernels.analysis.records import write_atomically
+
+TABLE_VERSION = 1
+GROUPINGS: dict[str, tuple[str, ...]] = {
+    "model": (),
+    "tower": ("tower",),
+    "block": ("block",),
+    "module": ("module",),
+    "layer": ("layer",),
+    "layer_module": ("layer", "module"),
+}
+Row = dict[str, Any]
+
+
+def to_arrow(rows: Sequence[Row]) -> pa.Table:
+    """Columns in the order of their first appearance; a column of nothing but None is float."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    arrays = []
+    for name in names:
+        array = pa.array([row.get(name) for row in rows])
+        arrays.append(array.cast(pa.float64()) if pa.types.is_null(array.type) else array)
+    return pa.table(dict(zip(names, arrays, strict=True)), metadata={"opdkernels_table": str(TABLE_VERSION)})
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_atomically(path, sink.getvalue())
+
+
+def plain_cell(value: Any) -> Any:
+    """A cell that no spreadsheet runs as a formula: text that starts like one gets an apostrophe in front."""
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return "'" + value
+    return value
+
+
+def write_csv(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow(["" if (v := row.get(c)) is None else plain_cell(v) for c in columns])
+    write_atomically(path, text.getvalue().encode("utf-8", "surrogatepass"))
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+class Members:
+    """The rows of one view as columns, and sums of them by group. Sums run in the order of the rows: the same on any machine."""
+
+    def __init__(self, columns: dict[str, np.ndarray], keys: Sequence[tuple]):
+        self.columns = columns
+        number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        self.groups, self.group = list(number), np.array([number[key] for key in keys], np.int64)
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        return np.bincount(self.group, weights=values, minlength=len(self.groups))
+
+    def mean(self, name: str, weight: np.ndarray) -> np.ndarray:
+        """Weighted mean by group over the rows that have the figure; NaN where none has weight."""
+        values = self.columns[name]
+        used = ~np.isnan(values) & (weight > 0)
+        total = self.sum(np.where(used, weight, 0))
+        with np.errstate(invalid="ignore"):
+            return self.sum(np.where(used, values * weight, 0)) / np.where(total > 0, total, np.nan)
+
+    def median(self, name: str) -> np.ndarray:
+        values = self.columns[name]
+        found = np.full(len(self.groups), np.nan)
+        for g in range(len(self.groups)):
+            own = values[(self.group == g) & ~np.isnan(values)]
+            if len(own):
+                found[g] = np.median(own)
+        return found
+
+
+def group_columns(members: Members, nulls: bool) -> dict[str, np.ndarray]:
+    """Figures of each group in one view: sums, coordinate-weighted fractions, energy-weighted top energy, near-zero
+    coverage over all changed coordinates, and the share of energy over the share of parameters."""
+    column, total = members.columns, members.sum
+    numel, nonfinite, changed, energy = (column[c] for c in ("numel", "nonfinite", "changed", "delta_energy"))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = {
+            "tensors": total(np.ones(len(numel))),
+            "numel": total(numel),
+            "nonfinite": total(nonfinite),
+            "bit_equal": total(column["bit_equal"]),
+            "bit_equal_tensors": total(column["bit_equal"] == numel),
+            "changed": total(changed),
+            "delta_energy": total(energy),
+            "source_energy": total(column["source_energy"]),
+            "energy_share": total(energy) / energy.sum(),
+            "parameter_share": total(numel) / numel.sum(),
+            "energy_over_parameters": total(energy) / energy.sum() / (total(numel) / numel.sum()),
+            "relative_norm": np.sqrt(total(energy) / total(column["source_energy"])),
+        }
+        for name in column:
+            if name.startswith("frac_") or name == "unchanged_eta":
+                found[name] = members.mean(name, numel - nonfinite)
+        for p in TOP_SHARES:
+            found[f"top_energy_{ratio_label(p)}"] = members.mean(f"top_energy_{ratio_label(p)}", energy)
+        for r in RATIOS:
+            label = f"near_zero_coverage_{ratio_label(r)}"
+            for suffix in ("", "_lower", "_upper"):
+                found[label + suffix] = members.mean(label + suffix, changed)
+            if nulls:
+                found[f"{label}_null"] = members.mean(f"{label}_null", column["changed_null"])
+                found[f"{label}_over_null"] = found[label] / found[f"{label}_null"]
+            found[f"{label}_median"] = members.median(label)
+        if nulls:
+            found["changed_null"] = total(column["changed_null"])
+            found["changed_over_null"] = found["changed"] / found["changed_null"]
+    return found
+
+
+INTEGER_COLUMNS = ("tensors", "numel", "nonfinite", "bit_equal", "bit_equal_tensors", "changed")
+
+
+def group_rows(tensors: Sequence[Row]) -> list[Row]:
+    """Groups by model, tower, block, module, layer and layer × module, in both views; within a grouping in order of energy."""
+    found: list[Row] = []
+    for view in VIEWS:
+        rows = [r for r in tensors if r["view"] == view]
+        if not rows:
+            continue
+        figures = [name for name, value in rows[0].items() if not isinstance(value, str) and name not in ("layer", "null_kind")]
+        table = {name: np.array([np.nan if (v := row[name]) is None else v for row in rows], float) for name in figures}
+        for grouping, keys in GROUPINGS.items():
+            members = Members(table, [tuple(r[k] for k in keys) for r in rows])
+            columns = group_columns(members, nulls=view == "visible")
+            groups = []
+            for g, key in enumerate(members.groups):
+                row: Row = {"by": grouping, "view": view, **dict.fromkeys(("tower", "block", "module", "layer"))}
+                row |= dict(zip(keys, key, strict=True))
+                for name, values in columns.items():
+                    value = float(values[g])
+                    row[name] = int(value) if name in INTEGER_COLUMNS else value if math.isfinite(value) else None
+                groups.append(row)
+            found += sorted(groups, key=lambda row: -row["delta_energy"])
+    return found

@@ -1,0 +1,38 @@
+"""The public functions that write a run and its page."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from opdkernels import report
+from opdkernels.analysis import run
+from opdkernels.analysis.result import Analysis
+from opdkernels.options import AnalyzeOptions, checked
+from opdkernels.progress import Progress
+
+
+def analyze(
+    source: str | os.PathLike[str],
+    trained: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Analysis:
+    """Analyse what training changed between two checkpoints, coordinate by coordinate.
+
+    source, trained: folders, files or hub ids. out: the folder of the run, where tables, summary and report go and from
+    which a killed run goes on; without it nothing is written. progress: called with bytes done, bytes in all and the
+    tensor at hand. options: the fields of `opdkernels.options.AnalyzeOptions` (memory="4GB", threads=None, io="auto",
+    revision=None, allow_missing=False, csv=False, authors_csv=False, report=True, overwrite=False).
+
+    Raises InputError for input that cannot be read, UsageError for options that make no sense. Source of the figures:
+    arXiv 2606.13657; docs/outputs.md defines each.
+    """
+    chosen = checked(AnalyzeOptions, options)
+    assert isinstance(chosen, AnalyzeOptions)
+    result = run.analyze(source, trained, out, chosen, progress or (lambda done, total, name: None))
+    if result.path is not None and chosen.report:
+        report.write(result.path, result)
+    return result

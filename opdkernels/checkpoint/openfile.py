@@ -1,0 +1,232 @@
+"""One open file: its identity, its bytes by positioned reads or a guarded mapping, and the notice when it changes."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import importlib
+import mmap
+import os
+import stat
+import weakref
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from opdkernels.errors import InputError, UsageError, printable
+
+if TYPE_CHECKING:
+    import torch
+
+# A page fault on these costs a round trip to a server, one page after the other: mapped reads are 30 to 50 times slower.
+NETWORK_FILE_SYSTEMS = frozenset(
+    {"9p", "afs", "beegfs", "ceph", "cifs", "fhgfs", "gfs", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs"}
+    | {"nfs4", "ocfs2", "panfs", "pvfs2", "smb3", "smbfs", "wekafs"}
+)
+
+MOUNT_TABLE = "/proc/self/mountinfo"
+
+TORCH_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "fp64": "float64",
+    "bool": "bool",
+    "c64": "complex64",
+    "c128": "complex128",
+    "i8": "int8",
+    "i16": "int16",
+    "i32": "int32",
+    "i64": "int64",
+    "u8": "uint8",
+    "u16": "uint16",
+    "u32": "uint32",
+    "u64": "uint64",
+}
+
+
+def guard() -> ModuleType | None:
+    """The compiled module if it can guard mappings, so that a file cut off while mapped does not kill the process."""
+    try:
+        module = importlib.import_module("opdkernels._C")
+    except ImportError:
+        return None
+    return module if hasattr(module, "guard_mapping") else None
+
+
+def on_network(path: str) -> bool:
+    """Whether `path` lies on a network or user-space file system, as the mount table says; False where there is none."""
+    try:
+        device = os.stat(path).st_dev
+        with open(MOUNT_TABLE, encoding="utf-8", errors="surrogateescape") as table:
+            for line in table:
+                mount, _, filesystem = line.partition(" - ")
+                if mount.split()[2] == f"{os.major(device)}:{os.minor(device)}":
+                    kind = filesystem.split()[0]
+                    return kind in NETWORK_FILE_SYSTEMS or kind.split(".")[0] == "fuse"
+    except (OSError, IndexError):
+        return False
+    return False
+
+
+def choose_io(io: str, path: str) -> str:
+    """'mmap' or 'read' for `io`; raises UsageError where a mapping is asked for and cannot be guarded."""
+    if io == "mmap" and guard() is None:
+        raise UsageError(
+            "io='mmap' needs the compiled module opdkernels._C, which is not built: without it a file that is cut off"
+            " while it is mapped kills the process; use io='read', or install a C++ compiler and reinstall opdkernels"
+        )
+    if io == "auto":
+        return "read" if guard() is None or on_network(path) else "mmap"
+    return io
+
+
+class Buffer:
+    """Memory that positioned reads go to; it grows to the largest read and is used again for the next one."""
+
+    def __init__(self) -> None:
+        self._memory: torch.Tensor | None = None
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """The first `nbytes` of the buffer as uint8, 64-byte aligned; whatever was read before is overwritten."""
+        import torch
+
+        if self._memory is None or self._memory.numel() < nbytes:
+            self._memory = None  # let go first: never hold the old and the new one together
+            self._memory = torch.empty(nbytes, dtype=torch.uint8)
+        return self._memory[:nbytes]
+
+    def clear(self) -> None:
+        self._memory = None
+
+
+class OpenFile:
+    """A regular file held open; `path` is what messages call it."""
+
+    def __init__(self, path: str, io: str) -> None:
+        self.path = path
+        self.name = os.path.basename(path)
+        self._block: Any = None
+        self._faults: Callable[[], int] | None = None
+        try:
+            # A named pipe would block in open() until someone writes to it.
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise InputError(f"{self} is not a regular file; give the path of a checkpoint file")
+            self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise InputError(f"{self} cannot be opened: {_why(error)}") from error
+        self._opened = os.fstat(self.fd)
+        self.size = self._opened.st_size
+        self.mtime_ns = self._opened.st_mtime_ns
+        if io == "mmap" and self.size:
+            self._map()
+
+    def __str__(self) -> str:
+        return printable(self.path)
+
+    def _map(self) -> None:
+        import ctypes
+
+        import numpy
+
+        module = guard()
+        assert module is not None, "choose_io allows a mapping only where it can be guarded"
+        try:
+            # Shared and read-only: a private writable mapping would count against the memory limit of the machine.
+            mapping = mmap.mmap(self.fd, self.size, access=mmap.ACCESS_READ)
+        except (OSError, ValueError, OverflowError) as error:
+            self.close()
+            raise InputError(f"{self} cannot be mapped: {printable(str(error))}; use --io read") from error
+        address = numpy.frombuffer(mapping, dtype=numpy.uint8).ctypes.data
+        # torch warns of read-only buffers; an array over the address is taken as it is, and keeps the mapping alive.
+        block: Any = (ctypes.c_uint8 * self.size).from_address(address)
+        block.mapping = mapping
+        handle = module.guard_mapping(address, self.size)
+        # Views may outlive close(): the range stays guarded until the last of them is gone.
+        weakref.finalize(block, module.unguard_mapping, handle)
+        self._block, self._address = block, address
+        self._faults = functools.partial(module.mapping_faults, handle)
+
+    def bytes_at(self, offset: int, nbytes: int) -> bytes:
+        """`nbytes` at `offset` by a positioned read, for headers."""
+        content = bytearray(nbytes)
+        self._read_into(memoryview(content), offset)
+        return bytes(content)
+
+    def _read_into(self, target: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(target):
+            try:
+                count = os.preadv(self.fd, [target[done:]], offset + done)
+            except OSError as error:
+                raise InputError(f"{self} cannot be read at byte {offset + done}: {_why(error)}") from error
+            if count == 0:
+                raise InputError(
+                    f"{self} was cut off: {offset + len(target)} bytes expected, it has {offset + done};"
+                    " copy or download it again"
+                )
+            done += count
+
+    def elements(self, offset: int, count: int, dtype: torch.dtype, buffer: Buffer) -> torch.Tensor:
+        """`count` elements of `dtype` at byte `offset`: a view of the mapping, or a copy in `buffer`."""
+        import torch
+
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
+        nbytes = count * dtype.itemsize
+        if self._block is not None:
+            if (self._address + offset) % dtype.itemsize == 0:
+                return torch.frombuffer(self._block, dtype=dtype, count=count, offset=offset)
+            # Kernels may take elements to be aligned, as torch's are; a file need not be.
+            memory = buffer.take(nbytes)
+            memory.copy_(torch.frombuffer(self._block, dtype=torch.uint8, count=nbytes, offset=offset))
+        else:
+            memory = buffer.take(nbytes)
+            self._read_into(memory.numpy().data, offset)
+        return memory.view(dtype)
+
+    def check(self) -> None:
+        """Raises InputError if the file at `path` is not the one, or not in the state, that was opened."""
+        try:
+            now = os.stat(self.path)
+            here = os.fstat(self.fd)
+        except OSError as error:
+            raise InputError(
+                f"{self} went away while it was open ({_why(error)}); put it back and start again"
+            ) from error
+        if here.st_size < self.size or (self._faults is not None and self._faults()):
+            raise InputError(
+                f"{self} was cut off while it was open: {self.size} bytes expected, it has {here.st_size};"
+                " copy or download it again"
+            )
+        if _identity(now) != _identity(self._opened) or _identity(here) != _identity(self._opened):
+            raise InputError(
+                f"{self} changed while it was open ({self.size} bytes when opened, {now.st_size} now);"
+                " start again once nothing writes to it"
+            )
+
+    def close(self) -> None:
+        """Closes the file; views of the mapping that are still held stay readable."""
+        self._block = self._faults = None
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
+
+
+def _why(error: OSError) -> str:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many open files; raise the limit with `ulimit -n 4096`"
+    reason = error.strerror or str(error)
+    remedy = {errno.EACCES: "; make it readable", errno.ENOENT: "; check the path, or download it"}
+    return printable(reason) + remedy.get(error.errno or 0, "; check the disk, or copy or download it again")
+
+
+def torch_dtype(name: str) -> torch.dtype | None:
+    """The torch dtype of a dtype name, or None where this torch has none."""
+    import torch
+
+    return getattr(torch, TORCH_DTYPES.get(name, ""), None)

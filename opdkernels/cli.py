@@ -1,0 +1,152 @@
+"""The commands. No logic: options come in, a function of the package is called, its result is printed."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any, Optional
+
+import typer
+
+from opdkernels.errors import InputError, UsageError, printable
+
+EXIT_STATUS = "Exit status: 0 done, 2 usage, 3 done but some tensors were excluded, failed or hold NaN or Inf, 4 bad input."
+
+app = typer.Typer(
+    name="opdkernels",
+    help="Measure what post-training changed in a model's weights, at the speed of memory.\n\n"
+    "Checkpoints are folders, files (safetensors or PyTorch) or hub ids (org/name@revision).\n\n" + EXIT_STATUS,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Checkpoint before training.", show_default=False)]
+Trained = Annotated[str, typer.Argument(metavar="TRAINED", help="Checkpoint after training.", show_default=False)]
+Out = Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="Folder of the run; a killed run goes on from it.", show_default=False)]
+Memory = Annotated[str, typer.Option(help="Most memory to use, such as 2GB; mapped files do not count.")]
+Threads = Annotated[Optional[int], typer.Option(help="Threads of the kernels; torch's own number if not given.", show_default=False)]  # noqa: UP045
+Io = Annotated[str, typer.Option(help="auto, mmap or read: mapped files, positioned reads, or the better of the two for the disk.")]
+Revision = Annotated[Optional[str], typer.Option(help="Revision of hub ids.", show_default=False)]  # noqa: UP045
+AllowMissing = Annotated[bool, typer.Option("--allow-missing", help="Go on without shards that the index lists and the folder lacks.")]
+Csv = Annotated[bool, typer.Option("--csv", help="Also write the tables as CSV.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run in the output folder.")]
+NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write report.html.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def inspect(
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.", show_default=False)],
+    b: Annotated[Optional[str], typer.Argument(metavar="B", help="Another, to match with it.", show_default=False)] = None,  # noqa: UP045
+    io: Io = "auto",
+    memory: Memory = "4GB",
+    revision: Revision = None,
+    allow_missing: AllowMissing = False,
+    json: Json = False,
+) -> None:
+    """Read headers only: formats, dtypes, parameters, what matches, and what analyze would take.
+
+    Example: opdkernels inspect Qwen2.5-0.5B my-run/step-200
+    """
+    from opdkernels.analysis.inspect import inspect, lines
+
+    found = inspect(a, b, io=io, memory=memory, revision=revision, allow_missing=allow_missing)
+    show(found, lines(found), json)
+    raise typer.Exit(3 if found.get("excluded") else 0)
+
+
+@app.command()
+def analyze(
+    source: Source,
+    trained: Trained,
+    out: Out,
+    memory: Memory = "4GB",
+    threads: Threads = None,
+    io: Io = "auto",
+    revision: Revision = None,
+    allow_missing: AllowMissing = False,
+    csv: Csv = False,
+    authors_csv: Annotated[
+        bool, typer.Option("--authors-csv", help="Also write the files of the paper's analysis script (tensor_metrics.csv and others).")
+    ] = False,
+    no_report: NoReport = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Analyse what training changed, coordinate by coordinate: sparsity, norms, near-zero coverage, and what rounding alone would show.
+
+    Writes tensors.parquet, groups.parquet, summary.json, tallies/ and report.html to OUT. The same command again goes on
+    where a killed run stopped.
+
+    Example: opdkernels analyze Qwen2.5-0.5B my-run/step-200 -o out
+    """
+    from opdkernels.analysis.text import lines
+    from opdkernels.api import analyze
+    from opdkernels.progress import reporting
+
+    options = {"memory": memory, "threads": threads, "io": io, "revision": revision, "allow_missing": allow_missing, "csv": csv,
+               "authors_csv": authors_csv, "report": not no_report, "overwrite": overwrite}  # fmt: skip
+    with reporting(quiet) as progress:
+        result = analyze(source, trained, out, progress=progress, **options)
+    if not quiet:
+        show(result.summary, lines(result), json)
+    raise typer.Exit(result.exit_status)
+
+
+@app.command()
+def report(out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of a finished run.", show_default=False)]) -> None:
+    """Write report.html again from the tables of a finished run.
+
+    Example: opdkernels report out
+    """
+    from opdkernels import report as page
+    from opdkernels.analysis.result import load
+
+    result = load(out)
+    assert result.path is not None
+    typer.echo(page.write(result.path, result))
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Say which kernels run here and why: compiler, instruction sets, threads, torch, triton, CUDA.
+
+    Example: opdkernels doctor
+    """
+    from opdkernels.doctor import examine, lines
+
+    found = examine()
+    show(found, lines(found), json)
+
+
+def show(content: dict[str, Any], text: list[str], as_json: bool) -> None:
+    if as_json:
+        from json import dumps
+
+        typer.echo(dumps(content, indent=1))
+    else:
+        for line in text:
+            typer.echo(line)
+
+
+def main() -> None:
+    """Runs a command; bad input and bad usage get one line on the error stream and their exit status."""
+    try:
+        app()
+    except InputError as error:
+        fail(str(error), 4)
+    except UsageError as error:
+        fail(str(error), 2)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command again goes on from here", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def fail(message: str, status: int) -> None:
+    print(f"opdkernels: {printable(message)}", file=sys.stderr)
+    sys.exit(status)

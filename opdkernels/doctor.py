@@ -1,0 +1,72 @@
+"""`opdkernels doctor`: which backend serves on this machine, and why the others do not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from opdkernels.backends import cpu
+from opdkernels.version import __version__
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def examine() -> dict[str, Any]:
+    """Facts of the machine and the build, as plain data."""
+    module = cpu._C
+    forced = os.environ.get("OPDKERNELS_BACKEND")
+    if module is None:
+        why = f"not built: {cpu.WHY_NOT}; install g++ and reinstall opdkernels"
+    elif not cpu.wanted():
+        why = f"built, but OPDKERNELS_BACKEND={forced} asks for the reference"
+    else:
+        why = "built and used"
+    return {
+        "opdkernels": __version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_kernels": why,
+        "cpu_operators": sorted(cpu.KERNELS) if module is not None and cpu.wanted() else [],
+        "built_with": f"GCC {module.compiler}" if module is not None else None,
+        "openmp": module.openmp if module is not None else None,
+        "instruction_sets": module.available_isas() if module is not None else [],
+        "instruction_set_used": module.current_isa() if module is not None else None,
+        "compiler_here": shutil.which("g++") or shutil.which("c++"),
+        "triton": installed("triton"),
+        "cuda_built_into_torch": torch.version.cuda,
+        "cuda_devices": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "cuda_kernels": "none in this version: tensors on a GPU are served by the plain PyTorch reference",
+        "huggingface_hub": installed("huggingface_hub"),
+        "safetensors": installed("safetensors"),
+        "pandas": importlib.util.find_spec("pandas") is not None,
+    }
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The same for people."""
+    sets = ", ".join(found["instruction_sets"]) or "none"
+    return [
+        f"opdkernels {found['opdkernels']}, Python {found['python']}, torch {found['torch']}, {found['machine']}, {found['threads']} threads",
+        f"CPU kernels      {found['cpu_kernels']}",
+        f"  operators      {', '.join(found['cpu_operators']) or 'all by the reference'}",
+        f"  built with     {found['built_with'] or '-'}, OpenMP {'on' if found['openmp'] else 'off: one thread'}",
+        f"  instructions   {found['instruction_set_used'] or '-'} used; this machine and build offer {sets} (OPDKERNELS_ISA chooses)",
+        f"  compiler here  {found['compiler_here'] or 'none: a reinstall from source would run on the reference'}",
+        f"CUDA             {found['cuda_devices']} devices; torch is built {'for CUDA ' + found['cuda_built_into_torch'] if found['cuda_built_into_torch'] else 'without CUDA'}",
+        f"  kernels        {found['cuda_kernels']}",
+        f"  triton         {found['triton'] or 'not installed'}",
+        f"Hub ids          {'huggingface_hub ' + found['huggingface_hub'] if found['huggingface_hub'] else 'not read: pip install opdkernels[hub]'}",
+    ]

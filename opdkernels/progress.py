@@ -1,0 +1,72 @@
+"""Progress in bytes and GB/s: a live bar on a terminal, a plain line now and then elsewhere; on the error stream."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from opdkernels.errors import printable
+
+PLAIN_EVERY_S = 5.0
+Progress = Callable[[int, int, str], None]
+
+
+def amount(size: float) -> str:
+    """Bytes for people: 988 MB.
+
+    >>> amount(988_000_000)
+    '988 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(size) < 999.5 or unit == "TB":
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def reporting(quiet: bool = False) -> Iterator[Progress]:
+    """A function (bytes done, bytes in all, what is at hand) that shows how far the work is."""
+    if quiet:
+        yield lambda done, total, name: None
+    elif sys.stderr.isatty():
+        with live() as show:
+            yield show
+    else:
+        yield plain()
+
+
+@contextlib.contextmanager
+def live() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("{task.fields[name]}", markup=False, justify="left"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=None, name="")
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, name=printable(name)[-40:])
+
+
+def plain() -> Progress:
+    began = last = time.monotonic()
+
+    def show(done: int, total: int, name: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PLAIN_EVERY_S:
+            last = now
+            speed = amount(done / (now - began))
+            print(f"{amount(done)} of {amount(total)}, {speed}/s, at {printable(name)}", file=sys.stderr, flush=True)
+
+    return show

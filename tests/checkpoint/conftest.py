@@ -1,0 +1,104 @@
+"""Checkpoints made byte by byte, and a stand-in for the compiled guard of mappings."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opdkernels.checkpoint.source import FileFact, TensorInfo
+
+
+def encode(header: dict[str, Any] | bytes | str, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file from a header as it stands, so that hostile ones can be made."""
+    if isinstance(header, dict):
+        header = json.dumps(header)
+    text = header.encode() if isinstance(header, str) else header
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+@pytest.fixture
+def write_raw(tmp_path: Path) -> Callable[..., Path]:
+    def write(header: dict[str, Any] | bytes | str, data: bytes = b"", length: int | None = None) -> Path:
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(encode(header, data, length))
+        return path
+
+    return write
+
+
+class FakeGuard(types.ModuleType):
+    """Counts faults as it is told to; `live` are the handles that are guarded."""
+
+    def __init__(self) -> None:
+        super().__init__("opdkernels._C")
+        self.live: dict[int, tuple[int, int]] = {}
+        self.faults = 0
+        self._next = 0
+
+    def guard_mapping(self, address: int, nbytes: int) -> int:
+        self._next += 1
+        self.live[self._next] = (address, nbytes)
+        return self._next
+
+    def mapping_faults(self, handle: int) -> int:
+        assert handle in self.live
+        return self.faults
+
+    def unguard_mapping(self, handle: int) -> None:
+        del self.live[handle]
+
+
+@pytest.fixture
+def fake_guard(monkeypatch: pytest.MonkeyPatch) -> FakeGuard:
+    module = FakeGuard()
+    monkeypatch.setitem(sys.modules, "opdkernels._C", module)
+    return module
+
+
+@pytest.fixture
+def no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opdkernels._C", None)
+
+
+class FakeSource:
+    """Headers without files, for matching."""
+
+    kind = "fake"
+
+    def __init__(
+        self,
+        tensors: dict[str, tuple[int, ...]],
+        *,
+        dtypes: dict[str, str] | None = None,
+        config: dict[str, Any] | None = None,
+        aliases: dict[str, str] | None = None,
+        missing: dict[str, str] | None = None,
+        path: str = "fake",
+    ) -> None:
+        self.path, self.config = path, config or {}
+        self.aliases, self.missing = aliases or {}, missing or {}
+        self.files: list[FileFact] = []
+        self.tensors = {}
+        for name, shape in tensors.items():
+            dtype = (dtypes or {}).get(name, "bf16")
+            numel = math.prod(shape)
+            self.tensors[name] = TensorInfo(name, dtype, tuple(shape), numel, "model.safetensors", 2 * numel)
+
+    def read(self, name: str, start: int, stop: int) -> Any:
+        raise AssertionError("matching reads headers only")
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def fake_source() -> type[FakeSource]:
+    return FakeSource

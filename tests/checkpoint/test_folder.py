@@ -1,0 +1,177 @@
+"""What a path holds is decided by content, and every format that is not read is refused by its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from opdkernels.checkpoint.source import open_source
+from opdkernels.errors import InputError, UsageError
+
+pytestmark = pytest.mark.usefixtures("no_guard")
+
+W = {"w": torch.ones(2)}
+
+
+def refused(path: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        open_source(path)
+    message = str(caught.value)
+    assert message.isprintable(), message
+    assert ";" in message, message
+    return message
+
+
+def save(folder: Path, *names: str) -> None:
+    for name in names:
+        if name.endswith(".safetensors"):
+            safetensors.torch.save_file(W, folder / name)
+        else:
+            torch.save(W, folder / name)
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["model.safetensors"], "model.safetensors"),
+        (["model.safetensors", "pytorch_model.bin", "consolidated.safetensors"], "model.safetensors"),
+        (["weights.safetensors"], "weights.safetensors"),
+        (["pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"],
+         "pytorch_model.bin"),
+        (["final.pt", "optimizer.pt"], "final.pt"),
+    ],
+)  # fmt: skip
+def test_the_model_of_a_folder_is_found(tmp_path: Path, names: list[str], chosen: str) -> None:
+    save(tmp_path, *names)
+    opened = open_source(tmp_path)
+    assert [fact.name for fact in opened.files] == [chosen]
+    assert opened.path == str(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["a.safetensors", "b.safetensors"], ["a.pt", "b.pt"], ["a.bin", "b.pth"]])
+def test_two_models_in_a_folder_are_ambiguous(tmp_path: Path, names: list[str]) -> None:
+    save(tmp_path, *names)
+    message = refused(tmp_path)
+    assert all(name in message for name in names)
+    assert "give the path" in message
+
+
+def test_a_file_is_known_by_content_and_not_by_its_name(tmp_path: Path) -> None:
+    torch.save(W, tmp_path / "odd.safetensors")
+    assert open_source(tmp_path / "odd.safetensors").kind == "torch"
+    safetensors.torch.save_file(W, tmp_path / "odd.weights")
+    assert open_source(tmp_path / "odd.weights").kind == "safetensors"
+
+
+def test_config_comes_from_beside_the_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, "model.safetensors")
+    assert open_source(tmp_path).config == {}
+    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    assert open_source(tmp_path).config == open_source(tmp_path / "model.safetensors").config != {}
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json is not JSON" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], "a LoRA adapter"),
+        (["adapter_model.bin"], "a LoRA adapter"),
+        (["model_world_size_2_rank_0.pt", "model_world_size_2_rank_1.pt"], "FSDP shards (world size 2)"),
+        (["model_world_size_2_rank_0.pt", "model_world_size_4_rank_0.pt"], "FSDP shards (world size 2, 4)"),
+        (["optim_world_size_2_rank_0.pt"], "an optimizer's state"),
+        ([".metadata", "__0_0.distcp"], "a torch.distributed.checkpoint"),
+        (["adapter_config.json", "model.safetensors"], "give the path of model.safetensors"),
+        (["model_world_size_1_rank_0.pt", "model.safetensors"], "give the path of model.safetensors"),
+        (["model-00001-of-00002.safetensors"], "model.safetensors.index.json"),
+        (["pytorch_model-00001-of-00002.bin"], "pytorch_model.bin.index.json"),
+        (["optimizer.pt"], "and no model"),
+        (["model.gguf"], "a format that is not read"),
+        (["README.md"], "holds no checkpoint"),
+        ([], "holds no checkpoint"),
+    ],
+)
+def test_folders_of_other_formats_are_refused_by_name(tmp_path: Path, names: list[str], says: str) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    assert says in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("model_world_size_2_rank_0.pt", b"PK\x03\x04", "FSDP shards"),
+        ("__0_0.distcp", b"PK\x03\x04", "torch.distributed.checkpoint"),
+        ("optimizer.pt", b"PK\x03\x04", "not a model"),
+        ("model.gguf", b"GGUF\x03\x00\x00\x00", "a GGUF file"),
+        ("model.h5", b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        ("notes.txt", b"hello", "is not a checkpoint"),
+        ("empty.safetensors", b"", "is empty"),
+    ],
+)
+def test_files_of_other_formats_are_refused_by_name(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    message = refused(tmp_path / name)
+    assert says in message
+    assert name in message
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"l.q_proj.lora_A.weight": W["w"]}, "LoRA adapter"),
+        ({"l.q_proj.lora_B.default.weight": W["w"]}, "LoRA adapter"),
+        ({"l.q_proj.weight.exp_avg_sq": W["w"]}, "an optimizer's state"),
+        ({"l.weight": W["w"], "l.weight_scale_inv": torch.ones(1)}, "fp8 or quantised"),
+        ({"l.qweight": torch.ones(2, dtype=torch.int32), "l.qzeros": torch.ones(2, dtype=torch.int32)}, "quantised"),
+        ({"l.weight": torch.ones(2).to(torch.float8_e4m3fn)}, "(f8_e4m3)"),
+        ({"l.weight": torch.ones(2).to(torch.float8_e5m2)}, "(f8_e5m2)"),
+        ({"e.up_blocks": torch.ones(2, dtype=torch.uint8), "e.up_scales": torch.ones(1, dtype=torch.uint8)},
+         "quantised"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_tensors_that_mean_nothing_alone_are_refused_by_name(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], says: str, name: str
+) -> None:
+    if name.endswith(".bin"):
+        torch.save(tensors, tmp_path / name)
+    else:
+        safetensors.torch.save_file(tensors, tmp_path / name)
+    message = refused(tmp_path)
+    assert says in message
+    assert name in message
+    assert "tensor " in message
+
+
+def test_scales_that_are_no_quantisation_are_read(tmp_path: Path) -> None:
+    tensors = {"l.k_scale": W["w"], "norm.scale": torch.ones(3), "conv_blocks": torch.ones(1)}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    assert set(open_source(tmp_path).tensors) == set(tensors)
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/model", "hf://org/name", "https://example.org/x\x1b[31m"])
+def test_addresses_are_refused(path: str) -> None:
+    assert "addresses are not read" in refused(path)
+
+
+@pytest.mark.parametrize("path", ["no/such/deep/path", "/no/such", "nothing", "bad\0path", "x\x1b]0;title\x07"])
+def test_a_path_that_does_not_exist_is_refused(path: str) -> None:
+    assert "does not exist; give" in refused(path)
+
+
+def test_a_missing_path_under_an_existing_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert "runs/step20 does not exist; give" in refused("runs/step20")
+
+
+def test_a_local_path_has_no_revision(tmp_path: Path) -> None:
+    save(tmp_path, "model.safetensors")
+    with pytest.raises(UsageError, match="no revision"):
+        open_source(tmp_path, revision="main")

@@ -1,0 +1,77 @@
+"""The house stands as docs/architecture says: imports run down only, and every kernel family has its place in every column."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "opdkernels"
+
+# Top to bottom; a file imports from its own floor and from those below.
+FLOORS = [
+    {"__main__"},
+    {"cli"},
+    {"api", "doctor"},
+    {"report", "distill"},
+    {"analysis", "optim"},
+    {"masks", "patch", "spectral"},
+    {"ops"},
+    {"backends", "checkpoint"},
+    {"options", "progress"},
+    {"errors", "version", "_C"},
+]
+FAMILIES = ("delta", "overlap", "quantile")
+COLUMNS = ("opdkernels/ops/{}.py", "csrc/{}.h", "csrc/cpu/{}.inl", "tests/ops/test_{}.py", "benchmarks/bench_{}.py")
+LATER = ("opdkernels/backends/triton", "csrc/cuda")  # columns that do not exist yet: no GPU kernels in this version
+
+
+def floor_of(module: str) -> int:
+    return next(i for i, names in enumerate(FLOORS) if module in names)
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module == "opdkernels":
+                found |= {f"opdkernels.{a.name}" for a in node.names}
+    return {name.split(".")[1] for name in found if name.startswith("opdkernels.")}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_down_only(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own == "__init__":
+        return  # the package's names, loaded late
+    for imported in imports_of(path):
+        if imported not in {n for names in FLOORS for n in names}:
+            continue  # a name of the package itself, such as InputError
+        assert floor_of(imported) >= floor_of(own), f"{path.name} imports {imported}, from a floor above"
+
+
+@pytest.mark.parametrize(("family", "column"), itertools.product(FAMILIES, COLUMNS))
+def test_every_family_has_its_file_in_every_column(family, column):
+    assert (ROOT / column.format(family)).is_file()
+
+
+def test_every_file_of_the_grid_is_a_family():
+    for folder, suffix in (("opdkernels/ops", ".py"), ("csrc/cpu", ".inl")):
+        names = {p.stem for p in (ROOT / folder).glob(f"*{suffix}")} - {"__init__", "isa", "exact_sum"}
+        assert names == set(FAMILIES)
+
+
+def test_columns_that_come_later_are_absent_not_half_there():
+    assert not any((ROOT / folder).exists() for folder in LATER)
+
+
+def test_no_kernel_source_includes_torch():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file():
+            assert "torch/" not in path.read_text()
