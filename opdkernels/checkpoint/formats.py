@@ -86,17 +86,19 @@ def refuse_tensors(tensors: dict[str, TensorInfo], path: str) -> None:
     for name, info in tensors.items():
         # Adapters may be named inside the token list, as lora_A.default.weight; scales are always last.
         tokens = name.lower().split(".")
-        shown = f"{printable(path)}: tensor {printable(name)} in {printable(info.file)}"
         if LORA_TOKENS.intersection(tokens):
-            raise InputError(
-                f"{shown} belongs to a LoRA adapter, which is not read yet; merge it with peft's merge_and_unload()"
-                " and save that"
-            )
-        if OPTIMIZER_TOKENS.intersection(tokens):
-            raise InputError(f"{shown} belongs to an optimizer's state, not a model; give the model's file")
-        blocks = name.endswith("_scales") and name.removesuffix("_scales") in mxfp4
-        if tokens[-1] in QUANTISED_TOKENS or info.dtype.startswith(("f8_", "f6_", "f4")) or blocks:
-            raise InputError(
-                f"{shown} ({printable(info.dtype)}) is that of an fp8 or quantised model, which is not read yet;"
+            what = "belongs to a LoRA adapter, which is not read yet; merge it with peft's merge_and_unload() and save that"
+        elif OPTIMIZER_TOKENS.intersection(tokens):
+            what = "belongs to an optimizer's state, not a model; give the model's file"
+        elif (
+            tokens[-1] in QUANTISED_TOKENS
+            or info.dtype.startswith(("f8_", "f6_", "f4"))
+            or (name.endswith("_scales") and name.removesuffix("_scales") in mxfp4)
+        ):
+            what = (
+                f"({printable(info.dtype)}) is that of an fp8 or quantised model, which is not read yet;"
                 " dequantise it to bf16 first: its codes mean nothing without their scales"
             )
+        else:
+            continue
+        raise InputError(f"{printable(path)}: tensor {printable(name)} in {printable(info.file)} {what}")
