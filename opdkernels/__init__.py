@@ -11,13 +11,13 @@ from opdkernels.errors import InputError, UsageError
 from opdkernels.version import __version__
 
 if TYPE_CHECKING:
-    from opdkernels.analysis.overlap import Overlaps, overlap
+    from opdkernels.analysis.overlap import Overlaps
     from opdkernels.analysis.result import Analysis, load
-    from opdkernels.api import analyze
+    from opdkernels.api import analyze, overlap
 
 WHERE = {
     "analyze": "opdkernels.api",
-    "overlap": "opdkernels.analysis.overlap",
+    "overlap": "opdkernels.api",
     "Overlaps": "opdkernels.analysis.overlap",
     "Analysis": "opdkernels.analysis.result",
     "load": "opdkernels.analysis.result",

@@ -7,8 +7,9 @@ from typing import Any
 
 from opdkernels import report
 from opdkernels.analysis import run
+from opdkernels.analysis.overlap import Overlaps, run_overlap
 from opdkernels.analysis.result import Analysis
-from opdkernels.options import AnalyzeOptions, checked
+from opdkernels.options import AnalyzeOptions, OverlapOptions, checked
 from opdkernels.progress import Progress
 
 
@@ -36,3 +37,24 @@ def analyze(
     if result.path is not None and chosen.report:
         report.write(result.path, result)
     return result
+
+
+def overlap(
+    base: str | os.PathLike[str],
+    *runs: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Overlaps:
+    """Compare which coordinates 2 to 16 runs of one source changed, with chance alone beside it.
+
+    base: the source; runs: checkpoints trained from it; each a folder, a file or a hub id. out: the folder to write to;
+    without it nothing is written. options: the fields of `opdkernels.options.OverlapOptions` (atol=1e-5, strata=(),
+    memory="4GB", threads=None, io="auto", revision=None, allow_missing=False, csv=False, report=True, overwrite=False).
+
+    Raises InputError for input that cannot be read, UsageError for options that make no sense. Source of coverage and
+    uniform chance: arXiv 2606.13657; docs/outputs.md defines each column.
+    """
+    chosen = checked(OverlapOptions, options)
+    assert isinstance(chosen, OverlapOptions)
+    return run_overlap(base, runs, out, chosen, progress or (lambda done, total, name: None))

@@ -97,6 +97,41 @@ def analyze(
 
 
 @app.command()
+def overlap(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Checkpoint that the runs were trained from.", show_default=False)],
+    runs: Annotated[list[str], typer.Argument(metavar="A B [C ...]", help="Two or more runs.", show_default=False)],
+    out: Out,
+    atol: Annotated[float, typer.Option(help="A coordinate changed where visible |delta| exceeds this (rounded to bf16).")] = 1e-5,
+    strata: Annotated[str, typer.Option(help="row, column or row,column: also condition chance on |W| within them.")] = "",
+    memory: Memory = "4GB",
+    threads: Threads = None,
+    io: Io = "auto",
+    revision: Revision = None,
+    allow_missing: AllowMissing = False,
+    csv: Csv = False,
+    no_report: NoReport = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Compare which coordinates several runs of one source changed: coverage, Jaccard, and chance, uniform and within |W|.
+
+    Example: opdkernels overlap Qwen2.5-0.5B opd-run rl-run -o out --strata row,column
+    """
+    from opdkernels.analysis.overlap import lines
+    from opdkernels.api import overlap
+    from opdkernels.progress import reporting
+
+    options = {"atol": atol, "strata": tuple(filter(None, strata.split(","))), "memory": memory, "threads": threads, "io": io,
+               "revision": revision, "allow_missing": allow_missing, "csv": csv, "report": not no_report, "overwrite": overwrite}  # fmt: skip
+    with reporting(quiet) as progress:
+        result = overlap(base, *runs, out=out, progress=progress, **options)
+    if not quiet:
+        show(result.summary, lines(result), json)
+    raise typer.Exit(result.exit_status)
+
+
+@app.command()
 def report(out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of a finished run.", show_default=False)]) -> None:
     """Write report.html again from the tables of a finished run.
 

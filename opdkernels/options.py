@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -39,6 +39,12 @@ class Options(BaseModel):
     )
     revision: str | None = Field(None, description="Revision of hub ids.")
     allow_missing: bool = Field(False, description="Go on without shards that the index lists and the folder lacks.")
+
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        """The options of `open_source`."""
+        return {"io": self.io, "revision": self.revision, "allow_missing": self.allow_missing}
 
 
 class AnalyzeOptions(Options):

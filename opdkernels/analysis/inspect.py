@@ -35,13 +35,12 @@ def inspect(a: str, b: str | None = None, *, memory: str | int = "4GB", **option
     and time of `analyze`. Reads headers only. Raises InputError as `analyze` would."""
     chosen = checked(AnalyzeOptions, {"memory": memory, **options})
     assert isinstance(chosen, AnalyzeOptions)
-    opening = {"io": chosen.io, "revision": chosen.revision, "allow_missing": chosen.allow_missing}
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(contextlib.closing(open_source(a, **opening)))
+        first = stack.enter_context(contextlib.closing(open_source(a, **chosen.opening)))
         found: dict[str, Any] = {"a": holdings(first)}
         if b is None:
             return found
-        second = stack.enter_context(contextlib.closing(open_source(b, **opening)))
+        second = stack.enter_context(contextlib.closing(open_source(b, **chosen.opening)))
         found["b"] = holdings(second)
         pair = match(first, second)
         coordinates = sum(m.numel for m in pair.matches)

@@ -1,10 +1,9 @@
-"""What rounding alone would show of a dense update that is independent of W (metrics.md 6, on the figures of arXiv 2606.13657).
+"""What rounding alone would show: a dense update, independent of W, stored in bf16 (metrics.md 6; arXiv 2606.13657).
 
 Everything follows from two integer tables of the tally. With u the bf16 spacing at |w| and x = |update|:
 
-    grid      W is stored in bf16, w + x and w - x are rounded: |visible delta| = k u for x in ((k - 1/2) u, (k + 1/2)
-    u),
-              P(visible) = P(x > u/2). Below a power of two the spacing is u/2: half of its coordinates see u/4.
+    grid      W is stored in bf16, w + x and w - x are rounded: |visible delta| = k u for x between (k - 1/2) u and
+              (k + 1/2) u, P(visible) = P(x > u/2). Below a power of two the spacing is u/2: half of it sees u/4.
     uniform   W is stored wider, and so is W'. The remainder of W is uniform within the rounding interval:
               P(|visible delta| > k u) = mean of P(x > y), y in (k u, (k + 1) u), so P(visible) ~ E[x] / u for small x.
 
@@ -85,7 +84,7 @@ def fit_many(
     ratios: Sequence[float] = RATIOS,
     remainder: str | Sequence[str] = "grid",
 ) -> list[dict[str, Null]]:
-    """For each tensor its nulls `sign`, `normal`, `empirical` of the observed visible energy, and `chosen`, the nearest.
+    """For each tensor its nulls `sign`, `normal`, `empirical` of the observed visible energy; `chosen` is nearest.
 
     `source` and `delta`: for each tensor the table of |W| and of |visible delta|, int64 [32768] by bf16 magnitude
     pattern (an array [T, 32768] serves), or a pair (patterns ascending, counts). `remainder`: "grid" where W is
@@ -317,7 +316,7 @@ def _normal_square(uniform: bool) -> tuple[np.ndarray, np.ndarray]:
     if uniform:  # sum over k of (2k + 1) times the integral of P(x > y) over (k, k + 1), summed by parts
         tail = size * math.sqrt(2 / math.pi) * np.exp(-((k / size) ** 2) / 2) - k * (1 - _erf(k / size / math.sqrt(2)))
         return log_size, np.log2(tail[:, 0] + 2 * tail[:, 1:].sum(1))
-    erfc = np.frompyfunc(math.erfc, 1, 1)((k + 0.5) / size / math.sqrt(2)).astype(float)
+    erfc = np.asarray(np.frompyfunc(math.erfc, 1, 1)((k + 0.5) / size / math.sqrt(2)), float)
     return log_size, np.log2(((2 * k + 1) * erfc).sum(1))
 
 
@@ -353,7 +352,7 @@ def _solve(
 
 
 def _solve_by_spacing(tables: _Tables, *squares: Callable[[np.ndarray, bool], np.ndarray]) -> np.ndarray:
-    """Size [T] for a kind whose E[k^2] is a function of its size in spacings, 0 where nothing moved; a second one refines."""
+    """Size [T] for a kind whose E[k^2] depends on its size in spacings, 0 where nothing moved; a second refines."""
     used = np.flatnonzero(tables.spacing.any(0))
     if not len(used):
         return np.zeros(len(tables.numel))
@@ -623,7 +622,7 @@ def _empirical(tables: _Tables) -> _Expected:
         return (counts * average).sum((1, 2)) + square * factor**2 + linear * factor
 
     factor = _solve(tables.energy, energy, np.full(count, 1 / 8), np.full(count, 8.0))
-    known = known & (~moved | (abs(np.log2(factor)) < 2.99))
+    known = known & (~moved | (np.abs(np.log2(factor)) < 2.99))
     probability = mass.sum((1, 2))
     rms = np.sqrt(np.einsum("trb,r,b->t", mass, np.exp2(2.0 * (row - 127)), mean_square)) * factor
     size = np.where(moved, rms, 0.0)

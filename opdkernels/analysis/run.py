@@ -48,7 +48,7 @@ def analyze(
         raise UsageError("csv and authors_csv write files; give an output folder")
     folder = None if out is None else Path(out)
     with contextlib.closing(
-        open_pair(source, trained, io=chosen.io, revision=chosen.revision, allow_missing=chosen.allow_missing)
+        open_pair(source, trained, **chosen.opening)
     ) as pair, threads(chosen.threads):
         run = describe("analyze", chosen.model_dump(mode="json"), {"source": pair.source, "trained": pair.trained})
         records = start(folder, run, chosen.overwrite)
@@ -82,11 +82,11 @@ def threads(count: int | None) -> Iterator[None]:
 
 def describe(command: str, options: dict[str, Any], sources: dict[str, Source]) -> dict[str, Any]:
     """What run.json says at the start. `identity` covers what decides the records: the inputs and the version."""
-    inputs = {
+    inputs: dict[str, dict[str, Any]] = {
         role: {"path": source.path, "kind": source.kind, "files": [vars(fact) for fact in source.files]}
         for role, source in sources.items()
     }
-    facts = [command, __version__, SCHEMA_VERSION, {r: [i["kind"], i["files"]] for r, i in inputs.items()}]
+    facts = [command, __version__, SCHEMA_VERSION, {r: [os.path.realpath(i["path"]), i["files"]] for r, i in inputs.items()}]
     if command == "overlap":
         facts.append([options["atol"], options["strata"]])
     return {
@@ -188,6 +188,7 @@ def assemble(pair: Pair, records: list[Record], run: dict[str, Any]) -> Analysis
     nulls = fit_nulls(counted)
     rows = []
     for record, fitted in zip(counted, nulls, strict=True):
+        assert record.tally is not None
         where = place(record.name)
         about = {
             "name": record.name, "trained_name": record.trained_name, "shape": json.dumps(list(record.shape)),
@@ -206,7 +207,7 @@ def fit_nulls(records: list[Record]) -> list[dict[str, null.Null]]:
     def used(tally: SparseTally, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return tally.patterns[table > 0], table[table > 0]
 
-    tallies = [r.tally for r in records if r.tally is not None]
+    tallies = [r.tally for r in records if r.tally is not None]  # all of them: the caller passes counted records
     remainders = ["grid" if r.dtype_source == "bf16" else "uniform" for r in records]
     return null.fit_many([used(t, t.source) for t in tallies], [used(t, t.delta) for t in tallies], RATIOS, remainders)
 

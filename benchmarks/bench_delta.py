@@ -1,0 +1,156 @@
+"""`delta`, and `analyze` around it: pairs a second, share of the read bandwidth, against eager PyTorch and the authors' script."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.harness import anonymous_bytes, paired
+from opdkernels import analyze
+from opdkernels.backends.cpu import _C
+from opdkernels.ops.delta import BINS, THRESHOLDS, delta, magnitudes, pattern
+
+EAGER_COORDINATES = 4_358_144  # one 896 x 4864 matrix: eager PyTorch gains nothing from more
+
+
+def bincounts(source: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The best eager formulation: three tables, from which everything visible follows."""
+    visible = pattern(trained - source) & 0x7FFF
+    magnitude = pattern(source) & 0x7FFF
+    return (
+        torch.bincount(magnitude, minlength=BINS),
+        torch.bincount(visible, minlength=BINS),
+        torch.bincount(magnitude[visible > 0], minlength=BINS),
+    )
+
+
+def counts(source: torch.Tensor, trained: torch.Tensor) -> list[float]:
+    """The straightforward eager formulation: sums and a count a threshold."""
+    w, v = source.float(), trained.float()
+    d = (v - w).abs()
+    found = [w.square().sum().item(), v.square().sum().item(), d.square().sum().item(), d.sum().item(), d.max().item()]
+    found.append((d == 0).sum().item())
+    for threshold in THRESHOLDS:
+        found += [(d < threshold).sum().item(), (d <= threshold).sum().item()]
+    return found
+
+
+@pytest.mark.parametrize("isa", _C.available_isas())
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tally_of_a_bf16_pair(benchmark, row, embedding, bandwidth, isa, threads):
+    source, trained, _ = embedding
+    before, cores = _C.current_isa(), torch.get_num_threads()
+    _C.use_isa(isa)
+    torch.set_num_threads(threads)
+    tally = benchmark.pedantic(lambda: delta(source, trained), rounds=7, warmup_rounds=1)
+    _C.use_isa(before)
+    torch.set_num_threads(cores)
+    assert tally.numel == source.numel()
+    assert tally.bit_equal == int((source == trained).sum())
+    rate = source.numel() / benchmark.stats.stats.median
+    row(pairs_per_s=rate, bytes_per_s=4 * rate, share_of_read=4 * rate / bandwidth[threads], unchanged=tally.bit_equal / tally.numel)
+
+
+def test_tally_against_eager(benchmark, row, embedding, one_thread):
+    source, trained = (t[:EAGER_COORDINATES] for t in embedding[:2])
+    seconds = paired(
+        {"tally": lambda: delta(source, trained), "bincounts": lambda: bincounts(source, trained), "counts": lambda: counts(source, trained)}
+    )
+    tally = benchmark.pedantic(lambda: delta(source, trained), rounds=3)
+    for found, table in zip(bincounts(source, trained), (tally.source, tally.delta, tally.changed[0]), strict=True):
+        np.testing.assert_array_equal(found.numpy(), table)
+    assert counts(source, trained)[5] == tally.bit_equal
+    row(
+        tally_s=seconds["tally"],
+        over_bincounts=seconds["bincounts"] / seconds["tally"],
+        over_counts=seconds["counts"] / seconds["tally"],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_tally_of_wider_pairs(benchmark, row, embedding, one_thread, dtype):
+    n = 8_000_000
+    generator = torch.Generator().manual_seed(0)
+    source = (embedding[0][:n].double() + 1e-6 * torch.randn(n, generator=generator)).to(dtype)
+    trained = (source.double() + 1e-5 * torch.randn(n, generator=generator)).to(dtype)
+    tally = benchmark.pedantic(lambda: delta(source, trained), rounds=5, warmup_rounds=1)
+    assert tally.source @ magnitudes[: len(tally.source)].clip(max=1e30) > 0
+    rate = n / benchmark.stats.stats.median
+    row(pairs_per_s=rate, bytes_per_s=2 * source.element_size() * rate)
+
+
+def test_analyze_the_whole_pair(benchmark, row, folder, tmp_path, one_thread):
+    def once():
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        return analyze(folder / "source", folder / "run_a", tmp_path / "out", report=False)
+
+    result = benchmark.pedantic(once, rounds=5, warmup_rounds=1)
+    assert result.summary["matched"]["tensors"] == 290
+    row(coordinates=result.summary["matched"]["parameters"])
+
+
+def test_analyze_against_the_authors_elementwise_stage(benchmark, row, folder, authors, one_thread):
+    ran = subprocess.run([*authors, "elementwise", str(folder / "source"), str(folder / "run_a"), "1"], capture_output=True, text=True, check=True)
+    theirs = json.loads(ran.stdout.splitlines()[-1])
+    result = benchmark.pedantic(lambda: analyze(folder / "source", folder / "run_a"), rounds=3, warmup_rounds=1)
+    assert theirs["found"] == result.summary["views"]["visible"]["numel"] - result.summary["views"]["visible"]["changed"]
+    row(authors_s=theirs["seconds"], over_authors=theirs["seconds"] / benchmark.stats.stats.median)
+
+
+def run_watched(command: list[str]) -> tuple[float, int]:
+    """Seconds and peak anonymous bytes of a process."""
+    began, peak = time.perf_counter(), 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        peak = max(peak, anonymous_bytes(process.pid))
+        time.sleep(0.005)
+    assert process.returncode == 0
+    return time.perf_counter() - began, peak
+
+
+def test_anonymous_memory_of_analyze(benchmark, row, folder, tmp_path):
+    command = [sys.executable, "-m", "opdkernels", "analyze", str(folder / "source"), str(folder / "run_a"), "-q", "-o"]
+    _, peak = benchmark.pedantic(lambda: run_watched([*command, str(tmp_path / "out")]), rounds=1)
+    row(anonymous_bytes=peak)
+    assert peak < 500e6
+
+
+def forget(path) -> None:
+    """Drops a file from the page cache."""
+    import os
+
+    file = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
+
+
+def test_cold_files_against_cat(benchmark, row, folder, tmp_path):
+    files = [str(f) for run in ("source", "run_a") for f in sorted((folder / run).glob("*.safetensors"))]
+    times: dict[str, list[float]] = {"cat": [], "analyze": []}
+
+    def analyze_cold():
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        began = time.perf_counter()
+        analyze(folder / "source", folder / "run_a", tmp_path / "out", report=False)
+        times["analyze"].append(time.perf_counter() - began)
+
+    def cat_cold():
+        began = time.perf_counter()
+        subprocess.run(f"cat {' '.join(files)} > /dev/null", shell=True, check=True)
+        times["cat"].append(time.perf_counter() - began)
+
+    for contender in (cat_cold, analyze_cold) * 3:
+        for file in files:
+            forget(file)
+        contender()
+    benchmark.pedantic(analyze_cold, rounds=1)
+    cat, ours = (sorted(times[name][:3])[1] for name in ("cat", "analyze"))
+    assert cat > 0
+    row(cat_s=cat, analyze_s=ours, over_cat=ours / cat)

@@ -1,0 +1,68 @@
+"""The benchmark's data and options. `make bench` runs everything here; rows go to benchmarks/results and the README."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import data, harness
+from opdkernels.checkpoint.source import open_source
+
+
+def pytest_addoption(parser):
+    parser.addoption("--bench-data", default="bench-data", help="Folder of the checkpoints; made if it is not there (3 GB).")
+    parser.addoption("--authors", help="A checkout of SydCS/OPD-Param-Analysis to measure against.")
+    parser.addoption("--authors-python", help="A Python that has what it needs (torch, pandas, tqdm, safetensors).")
+
+
+@pytest.fixture(scope="session")
+def folder(request) -> Path:
+    path = Path(request.config.getoption("--bench-data"))
+    data.write(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def embedding(folder) -> list[torch.Tensor]:
+    """136 M coordinates of source, run A and run B, in memory."""
+    found = []
+    for run in ("source", "run_a", "run_b"):
+        source = open_source(folder / run)
+        info = source.tensors["model.embed_tokens.weight"]
+        found.append(source.read(info.name, 0, info.numel).clone())
+        source.close()
+    return found
+
+
+@pytest.fixture(scope="session")
+def bandwidth() -> dict[int, float]:
+    return {threads: harness.read_bandwidth(threads) for threads in (1, 2)}
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def authors(request) -> list[str]:
+    """Command prefix that runs a stage of the authors' scripts."""
+    checkout, python = (request.config.getoption(o) for o in ("--authors", "--authors-python"))
+    if not checkout or not python:
+        pytest.skip("give --authors CHECKOUT and --authors-python PYTHON to measure against the authors' scripts")
+    return [python, str(Path(__file__).parent / "authors_stage.py"), checkout]
+
+
+@pytest.fixture
+def row(benchmark):
+    """Adds figures to the benchmark's record, which benchmarks/table.py prints."""
+
+    def add(**figures):
+        benchmark.extra_info.update(figures)
+
+    return add

@@ -1,0 +1,73 @@
+"""Runs every benchmark, writes benchmarks/results/<machine>.json and prints its table. Arguments go on to pytest.
+
+    python benchmarks/run.py --authors CHECKOUT --authors-python PYTHON
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import harness
+
+RESULTS = Path(__file__).parent / "results"
+UNITS = {"pairs_per_s": ("G pairs/s", 1e9), "coordinates_per_s": ("G coordinates/s", 1e9), "values_per_s": ("G values/s", 1e9),
+         "bytes_per_s": ("GB/s", 1e9), "anonymous_bytes": ("MB anonymous", 1e6)}  # fmt: skip
+
+
+def figure(name: str, value: float) -> str:
+    if name in UNITS:
+        unit, scale = UNITS[name]
+        return f"{value / scale:.3g} {unit}"
+    if name == "share_of_read":
+        return f"{100 * value:.0f} % of read bandwidth"
+    if name.startswith("over_"):
+        return f"{value:.3g} × {name.removeprefix('over_').replace('_', ' ')}"
+    if name.endswith("_s"):
+        return f"{name.removesuffix('_s')} {value:.3g} s"
+    return f"{name} {value:.4g}"
+
+
+def table(results: dict) -> str:
+    """Markdown, one row a benchmark."""
+    rows = [f"{results['machine']}", "", "| benchmark | median | figures |", "|---|---:|---|"]
+    for one in results["benchmarks"]:
+        figures = ", ".join(figure(k, v) for k, v in one["figures"].items())
+        rows.append(f"| {one['name']} | {1000 * one['median_s']:.4g} ms | {figures} |")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "raw.json"
+        status = pytest.main(
+            ["benchmarks", "-o", "python_files=bench_*.py", "-p", "no:randomly", f"--benchmark-json={raw}", "--benchmark-disable-gc", *sys.argv[1:]]
+        )
+        if not raw.exists() or not raw.stat().st_size:
+            return int(status)
+        found = json.loads(raw.read_text())["benchmarks"]
+    results = {
+        "machine": harness.machine_line(),
+        "read_bandwidth_bytes_per_s": {str(t): harness.read_bandwidth(t) for t in (1, os.cpu_count() or 1)},
+        "benchmarks": [
+            {"name": re.sub(r"^test_", "", b["name"]).replace("_", " "), "median_s": b["stats"]["median"], "rounds": b["stats"]["rounds"], "figures": b["extra_info"]}
+            for b in found
+        ],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", f"{harness.processor()}-{platform.machine()}".lower()).strip("-")
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""`overlap`: which coordinates several runs of one source changed together, and what chance alone would share."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from opdkernels.analysis import tables
+from opdkernels.analysis.coordinates import to_bf16_pattern
+from opdkernels.analysis.records import write_json
+from opdkernels.analysis.result import read_run
+from opdkernels.analysis.run import clear, describe, finish, slices, threads
+from opdkernels.checkpoint.names import place
+from opdkernels.checkpoint.pair import ITEM_BYTES, Match, Pair, match
+from opdkernels.checkpoint.source import open_source
+from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.ops.overlap import (
+    MAX_RUNS,
+    Overlap,
+    expected_uniform,
+    overlap,
+    share,
+    strata_chance,
+    z_score,
+)
+from opdkernels.options import OverlapOptions
+from opdkernels.progress import Progress
+
+
+@dataclass
+class Counted:
+    """One tensor of all runs: its counts, and chance within finer strata by name (expected, variance; [R, R])."""
+
+    match: Match
+    found: Overlap
+    strata: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+
+@dataclass
+class Overlaps:
+    """How runs of one source overlap. `tensors`: one row a tensor and pair of runs; `summary`: the whole model, pair by
+    pair, and how many coordinates changed in exactly j runs."""
+
+    tensors: pa.Table
+    summary: dict[str, Any]
+    run: dict[str, Any]
+    path: Path | None = None
+
+    @property
+    def exit_status(self) -> int:
+        """0, or 3 where tensors were excluded or hold non-finite coordinates."""
+        return 3 if self.summary["excluded"] or self.summary["nonfinite"] else 0
+
+
+def run_overlap(
+    base: str | os.PathLike[str],
+    runs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str] | None,
+    chosen: OverlapOptions,
+    progress: Progress,
+) -> Overlaps:
+    """`opdkernels.overlap` without the page."""
+    if not 2 <= len(runs) <= MAX_RUNS:
+        raise UsageError(f"overlap compares 2 to {MAX_RUNS} runs of one source, not {len(runs)}")
+    folder = None if out is None else Path(out)
+    with contextlib.ExitStack() as stack:
+        sources = [stack.enter_context(contextlib.closing(open_source(path, **chosen.opening))) for path in (base, *runs)]
+        stack.enter_context(threads(chosen.threads))
+        pairs = [match(sources[0], source) for source in sources[1:]]
+        about = describe("overlap", chosen.model_dump(mode="json"), dict(zip(("source", *names(len(runs))), sources, strict=True)))
+        prepare(folder, about, chosen.overwrite)
+        about["began"] = time.monotonic()
+        together, excluded = in_all(pairs)
+        try:
+            counted = count(pairs, together, chosen, progress)
+            for source in sources:
+                source.check()
+        except InputError:
+            finish(folder, about, "failed")
+            raise
+        rows = [row for one in counted for row in tensor_rows(one)]
+        summary = summarise([s.path for s in sources], counted, rows, excluded, chosen)
+        result = Overlaps(tables.to_arrow(rows), summary, about, folder)
+        if folder is not None:
+            tables.write_parquet(folder / "overlap.parquet", result.tensors)
+            write_json(folder / "summary.json", summary)
+            if chosen.csv:
+                tables.write_csv(folder / "overlap.csv", rows, result.tensors.column_names)
+        finish(folder, about, "complete")
+    return result
+
+
+def names(count: int) -> list[str]:
+    """Runs are called A, B, C … in the order given."""
+    return [chr(ord("A") + i) for i in range(count)]
+
+
+def prepare(folder: Path | None, about: dict[str, Any], overwrite: bool) -> None:
+    if folder is None:
+        return
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{printable(str(folder))} is a file; give a folder to -o")
+    if overwrite:
+        clear(folder)
+    before = read_run(folder)
+    if before is not None and before["identity"] != about["identity"]:
+        raise InputError(f"{printable(str(folder))} holds another run ({before['command']}); choose another folder, or pass --overwrite")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "run.json", about)
+    except OSError as error:
+        raise InputError(f"cannot write to {printable(str(folder))}: {error.strerror}; choose another folder") from None
+
+
+def in_all(pairs: list[Pair]) -> tuple[list[list[Match]], list[dict[str, str]]]:
+    """Matches of the source that every run has, a list of one match a run; and what some run lacks."""
+
+    def key(m: Match) -> tuple[str, int, int]:
+        return m.source.name, m.source_start, m.numel
+
+    by_key = [{key(m): m for m in pair.matches} for pair in pairs]
+    together, excluded = [], []
+    for first in pairs[0].matches:
+        found = [matches.get(key(first)) for matches in by_key]
+        if all(found):
+            together.append([m for m in found if m])
+        else:
+            lacking = [name for name, m in zip(names(len(pairs)), found, strict=True) if m is None]
+            excluded.append({"name": first.name, "reason": f"not in run {', '.join(lacking)} in the same shape"})
+    for name, pair in zip(names(len(pairs)), pairs, strict=True):
+        excluded += [
+            {"name": u.name, "reason": f"run {name}: {u.reason}"} for u in pair.unmatched if u.kind in ("shape", "shard")
+        ]
+    if not together:
+        raise InputError("no tensor of the source is in every run in the same shape; check that the runs come from this source")
+    return together, excluded
+
+
+def count(pairs: list[Pair], together: list[list[Match]], chosen: OverlapOptions, progress: Progress) -> list[Counted]:
+    cut = to_bf16_pattern(chosen.atol)
+    source = pairs[0].source
+    each = [ITEM_BYTES[ms[0].source.dtype] + sum(ITEM_BYTES[m.trained.dtype] for m in ms) for ms in together]
+    total, done = sum(ms[0].numel * e for ms, e in zip(together, each, strict=True)), 0
+    counted = []
+    for matches, bytes_each in zip(together, each, strict=True):
+        first = matches[0]
+        found = Overlap.empty(len(pairs), cut)
+
+        def read(begin: int, end: int, matches: list[Match] = matches) -> list[Any]:
+            tensors = [source.read(matches[0].source.name, matches[0].source_start + begin, matches[0].source_start + end)]
+            for pair, m in zip(pairs, matches, strict=True):
+                tensors.append(pair.trained.read(m.trained.name, m.trained_start + begin, m.trained_start + end))
+            return tensors
+
+        for begin, end in slices(first.numel, bytes_each, chosen.memory):
+            w, *trained = read(begin, end)
+            overlap(w, trained, cut=cut, into=found)
+            progress(done + end * bytes_each, total, first.name)
+        one = Counted(first, found)
+        if chosen.strata and len(first.shape) == 2 and first.numel:
+            w, *trained = (t.reshape(first.shape) for t in read(0, first.numel))
+            for strata in chosen.strata:
+                one.strata[strata] = strata_chance(w, trained, strata, cut=cut)
+        done += first.numel * bytes_each
+        counted.append(one)
+    return counted
+
+
+def figures(both: float, a: float, b: float, n: float) -> dict[str, Any]:
+    """Shares of one pair of runs; None where they have no whole."""
+    either = a + b - both
+    return {
+        "coverage_a": tables.ratio(both, a),
+        "coverage_b": tables.ratio(both, b),
+        "jaccard": tables.ratio(both, either),
+        "both_zero": tables.ratio(n - either, n),
+        "only_a": tables.ratio(a - both, n),
+        "only_b": tables.ratio(b - both, n),
+    }
+
+
+def chance(name: str, both: float, expected: float, variance: float) -> dict[str, float | None]:
+    return {
+        f"expected_{name}": expected,
+        f"over_{name}": tables.ratio(both, expected),
+        f"z_{name}": z_score(both, expected, variance) if variance > 0 else None,
+    }
+
+
+def tensor_rows(one: Counted) -> list[dict[str, Any]]:
+    found, where = one.found, place(one.match.name)
+    rows = []
+    runs = names(found.n_runs)
+    for a, b in itertools.combinations(range(found.n_runs), 2):
+        both = found.n_both(a, b)
+        row = {
+            "name": one.match.name, "shape": json.dumps(list(one.match.shape)), "layer": where.layer, "module": where.module,
+            "block": where.block, "run_a": runs[a], "run_b": runs[b], "numel": found.numel, "nonfinite": found.nonfinite,
+            "changed_a": found.n_changed(a), "changed_b": found.n_changed(b), "changed_both": both,
+            **figures(both, found.n_changed(a), found.n_changed(b), found.finite),
+            "expected_uniform": found.expected_uniform(a, b),
+            "over_uniform": tables.ratio(both, found.expected_uniform(a, b)),
+            **chance("magnitude", both, found.expected_magnitude(a, b), found.variance_magnitude(a, b)),
+            "variance_magnitude": found.variance_magnitude(a, b),
+        }  # fmt: skip
+        for strata, (expected, variance) in one.strata.items():
+            row |= chance(strata, both, float(expected[a, b]), float(variance[a, b]))
+            row[f"variance_{strata}"] = float(variance[a, b])
+        rows.append(row)
+    return rows
+
+
+def summarise(paths: list[str], counted: list[Counted], rows: list[dict[str, Any]], excluded: list[dict[str, str]], chosen: OverlapOptions) -> dict[str, Any]:
+    n_runs = counted[0].found.n_runs
+    exactly = sum((c.found.runs for c in counted), np.zeros(n_runs + 1, np.int64))
+    finite = int(exactly.sum())
+    return {
+        "schema_version": tables.TABLE_VERSION,
+        "source": paths[0],
+        "runs": dict(zip(names(n_runs), paths[1:], strict=True)),
+        "atol": chosen.atol,
+        "tensors": len(counted),
+        "coordinates": finite,
+        "changed_in_exactly": {str(j): int(c) for j, c in enumerate(exactly)},
+        "pairs": whole_model(rows, finite),
+        "by_module": grouped(rows, "module"),
+        "by_layer": grouped(rows, "layer"),
+        "excluded": excluded,
+        "nonfinite": [{"name": c.match.name, "coordinates": c.found.nonfinite} for c in counted if c.found.nonfinite],
+    }
+
+
+def pooled(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows of one pair of runs together: counts, expectations and variances add up."""
+    totals = {c: sum(r[c] for r in rows) for c in ("numel", "nonfinite", "changed_a", "changed_b", "changed_both")}
+    finite, both = totals["numel"] - totals["nonfinite"], totals["changed_both"]
+    found = {**totals, **figures(both, totals["changed_a"], totals["changed_b"], finite)}
+    expected = sum(r["expected_uniform"] for r in rows)
+    found |= {"expected_uniform": expected, "over_uniform": tables.ratio(both, expected)}
+    for name in ("magnitude", "row", "column"):
+        known = [r for r in rows if f"variance_{name}" in r]
+        if known:
+            part = sum(r["changed_both"] for r in known)
+            found |= chance(name, part, sum(r[f"expected_{name}"] for r in known), sum(r[f"variance_{name}"] for r in known))
+    return found
+
+
+def whole_model(rows: list[dict[str, Any]], finite: int) -> list[dict[str, Any]]:
+    """Pair by pair. `expected_uniform` is stratified by tensor; `expected_uniform_global` is the authors', by the density
+    of the whole model."""
+    found = []
+    for pair in dict.fromkeys((r["run_a"], r["run_b"]) for r in rows):
+        total = pooled([r for r in rows if (r["run_a"], r["run_b"]) == pair])
+        everywhere = float(expected_uniform(total["changed_a"], total["changed_b"], finite))
+        found.append(
+            {"run_a": pair[0], "run_b": pair[1], **total, "expected_uniform_global": everywhere,
+             "over_uniform_global": tables.ratio(total["changed_both"], everywhere)}
+        )  # fmt: skip
+    return found
+
+
+def grouped(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["run_a"], row["run_b"], row[key]), []).append(row)
+    return [{"run_a": a, "run_b": b, key: value, **pooled(members)} for (a, b, value), members in groups.items()]
+
+
+def lines(result: Overlaps) -> list[str]:
+    """A finished overlap in a few lines, for the terminal."""
+    summary = result.summary
+    text = [f"run {name}: {printable(path)}" for name, path in summary["runs"].items()]
+    text.append(f"{summary['tensors']} tensors, {summary['coordinates']:,} coordinates; changed: visible |delta| > {summary['atol']:g}")
+    text.append(f"{'runs':6}{'changed':>18}{'coverage':>20}{'Jaccard':>9}{'over uniform':>14}{'over |W|':>10}{'z':>10}")
+    for p in summary["pairs"]:
+        densities = f"{percent(share(p['changed_a'], summary['coordinates']))} {percent(share(p['changed_b'], summary['coordinates']))}"
+        coverage = f"{percent(p['coverage_a'])} {percent(p['coverage_b'])}"
+        text.append(
+            f"{p['run_a']} {p['run_b']:4}{densities:>18}{coverage:>20}{number(p['jaccard']):>9}{number(p['over_uniform_global']):>14}"
+            f"{number(p['over_magnitude']):>10}{number(p['z_magnitude']):>10}"
+        )
+        for strata in ("row", "column"):
+            if f"over_{strata}" in p:
+                text.append(f"  within {strata}s and |W|: {number(p[f'over_{strata}'])} times chance, z {number(p[f'z_{strata}'])}")
+    text += [f"excluded: {printable(e['name'])}: {printable(e['reason'])}" for e in summary["excluded"][:10]]
+    text += [f"NaN or Inf: {printable(e['name'])}: {e['coordinates']} coordinates left out" for e in summary["nonfinite"][:10]]
+    if result.path is not None:
+        text.append(f"{result.run['seconds']:.2f} s; written to {printable(str(result.path))}")
+    return text
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.3g} %"
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

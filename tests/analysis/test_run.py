@@ -1,0 +1,282 @@
+"""`analyze` as a user meets it: what is written, what survives a kill, what is said of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from opdkernels import InputError, UsageError, analyze, load
+from opdkernels.analysis import records
+from opdkernels.ops.delta import delta, exact_float
+from tests.analysis.conftest import save, trained, weights
+
+DETERMINISTIC = ("tensors.parquet", "groups.parquet", "summary.json")
+
+
+def contents(folder) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in DETERMINISTIC]
+
+
+def test_rows_hold_both_views_of_every_tensor_in_file_order(pair, tmp_path):
+    result = analyze(*pair, tmp_path / "out", csv=True)
+    rows = result.tensors.to_pylist()
+    assert [r["view"] for r in rows] == ["stored", "visible"] * 14
+    assert {r["name"] for r in rows} == set(weights())
+    read = pq.read_table(tmp_path / "out" / "tensors.parquet")
+    assert read.equals(result.tensors)
+    assert (tmp_path / "out" / "tensors.csv").read_text().count("\n") == len(rows) + 1
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "complete"
+    again = load(tmp_path / "out")
+    assert again.summary == result.summary
+    assert again.tally("lm_head.weight") == result.tally("lm_head.weight")
+
+
+def test_group_figures_are_those_of_their_tensors_together(pair):
+    result = analyze(*pair)
+    source, after = weights(), trained(weights())
+    for group in result.groups.to_pylist():
+        if group["by"] != "module" or group["view"] != "stored":
+            continue
+        names = [n for n in source if group["module"] in n and not (n.endswith("bias") and group["module"] != "bias")]
+        tally = delta(torch.cat([source[n].flatten() for n in names]), torch.cat([after[n].flatten() for n in names]))
+        assert group["numel"] == tally.numel
+        assert group["delta_energy"] == pytest.approx(exact_float(tally.sum_delta_sq), rel=1e-12)
+        assert group["frac_zero"] == pytest.approx(tally.delta[0] / tally.numel, rel=1e-12)
+        assert group["parameter_share"] == pytest.approx(tally.numel / sum(w.numel() for w in source.values()))
+    model = result.summary["views"]["stored"]
+    assert model["energy_share"] == model["energy_over_parameters"] == 1.0
+    shares = [g["energy_share"] for g in result.groups.to_pylist() if g["by"] == "module" and g["view"] == "visible"]
+    assert sum(shares) == pytest.approx(1)
+
+
+def test_curve_agrees_with_the_rows_and_its_bounds_enclose_the_truth(tmp_path):
+    source = weights(torch.float32)
+    after = trained(source)
+    result = analyze(save(tmp_path / "a", source), save(tmp_path / "b", after))
+    curve = result.summary["curve"]
+    size = torch.cat([(after[n] - w).abs().flatten() for n, w in source.items()]).double()
+    for eps, lower, upper in zip(curve["eps"], curve["stored_lower"], curve["stored_upper"], strict=True):
+        assert lower <= float((size <= eps).double().mean()) + 1e-12
+        assert float((size <= eps).double().mean()) <= upper + 1e-12
+    at = min(range(len(curve["eps"])), key=lambda i: abs(curve["eps"][i] - 1e-5))
+    assert curve["visible"][at] == pytest.approx(result.summary["views"]["visible"]["frac_le_1e-5"], abs=1e-12)
+    assert all(a <= b for a, b in zip(curve["null"], curve["null"][1:], strict=False))
+
+
+def test_results_do_not_depend_on_threads_slices_or_the_way_of_reading(pair, tmp_path):
+    analyze(*pair, tmp_path / "a", threads=1)
+    analyze(*pair, tmp_path / "b", threads=2, memory="64MB")
+    analyze(*pair, tmp_path / "c", io="read")
+    analyze(*pair, tmp_path / "d", io="mmap")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c") == contents(tmp_path / "d")
+
+
+def test_a_finished_run_is_not_read_again(pair, tmp_path):
+    analyze(*pair, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    seen = []
+    analyze(*pair, tmp_path / "out", progress=lambda done, total, name: seen.append(name))
+    assert len(seen) == 14  # one a tensor passed over, none a slice read
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_killed_at_any_tensor_goes_on_to_the_same_bits(pair, tmp_path, seed):
+    """SIGKILL after some tensors, wherever that falls: in a count, in a write, between the two."""
+    program = (
+        "import sys, time\n"
+        "from opdkernels.analysis import records\n"
+        "records.FLUSH_EVERY_S = 0\n"
+        "from opdkernels import analyze\n"
+        "def show(done, total, name):\n"
+        "    print(name, flush=True)\n"
+        f"analyze({pair[0]!r}, {pair[1]!r}, {str(tmp_path / 'out')!r}, progress=show)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    for _ in range(random.Random(seed).randint(2, 24)):
+        process.stdout.readline()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"
+    result = analyze(*pair, tmp_path / "out")
+    assert result.run["resumed_tensors"] > 0
+    analyze(*pair, tmp_path / "unbroken")
+    assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_an_interrupted_run_keeps_what_it_had(pair, tmp_path):
+    def interrupt(done, total, name):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        analyze(*pair, tmp_path / "out", progress=interrupt)
+    result = analyze(*pair, tmp_path / "out")
+    assert 0 < result.run["resumed_tensors"] < 14
+
+
+def test_another_runs_folder_is_refused_and_left_alone(pair, tmp_path):
+    analyze(*pair, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(InputError, match=r"holds another run .* choose another folder, or pass --overwrite"):
+        analyze(pair[0], pair[0], tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    assert analyze(pair[0], pair[0], tmp_path / "out", overwrite=True).summary["identical"]
+    assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
+
+
+def test_inputs_that_changed_are_another_run(pair, tmp_path):
+    analyze(*pair, tmp_path / "out")
+    save(tmp_path / "trained", trained(weights(), seed=7))
+    with pytest.raises(InputError, match="another run"):
+        analyze(*pair, tmp_path / "out")
+
+
+def test_a_file_that_changes_meanwhile_fails_the_run(pair, tmp_path):
+    changed = []
+
+    def touch(done, total, name):
+        if not changed:
+            changed.append(time.time())
+            os.utime(tmp_path / "trained" / "model.safetensors", (0, 0))
+
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        analyze(*pair, tmp_path / "out", progress=touch)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("io", ["mmap", "read"])
+def test_a_file_cut_off_while_open_is_bad_input_not_a_crash(tmp_path, io):
+    source = {"w": torch.zeros(1 << 20, dtype=torch.bfloat16), "z": torch.zeros(1 << 20, dtype=torch.bfloat16)}
+    paths = [save(tmp_path / "a", source), save(tmp_path / "b", source)]
+
+    def cut(done, total, name):
+        os.truncate(tmp_path / "b" / "model.safetensors", 5000)
+
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        analyze(*paths, tmp_path / "out", io=io, progress=cut)
+
+
+def test_identical_checkpoints_are_said_to_be(pair):
+    result = analyze(pair[0], pair[0])
+    assert result.summary["identical"]
+    assert result.exit_status == 0
+    assert result.summary["views"]["stored"]["relative_norm"] == 0
+    assert result.summary["views"]["visible"]["changed_over_null"] is None
+
+
+def test_non_finite_coordinates_are_counted_listed_and_left_out(tmp_path):
+    source = weights()
+    after = trained(source)
+    after["lm_head.weight"][0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    result = analyze(save(tmp_path / "a", source), save(tmp_path / "b", after))
+    assert result.exit_status == 3
+    assert result.summary["nonfinite"] == [{"name": "lm_head.weight", "coordinates": 3}]
+    json.dumps(result.summary, allow_nan=False)
+
+
+def test_a_tensor_that_fails_is_recorded_and_the_rest_goes_on(pair, tmp_path, monkeypatch):
+    from opdkernels.analysis import run
+
+    def failing(source, trained, **options):
+        if source.numel() == 96 * 32:
+            raise MemoryError("no room")
+        return delta(source, trained, **options)
+
+    monkeypatch.setattr(run, "delta", failing)
+    result = analyze(*pair, tmp_path / "out")
+    assert result.exit_status == 3
+    assert len(result.summary["failed"]) == 4
+    assert result.summary["failed"][0]["reason"] == "MemoryError: no room"
+    monkeypatch.undo()
+    mended = analyze(*pair, tmp_path / "out")
+    assert mended.exit_status == 0
+    analyze(*pair, tmp_path / "unbroken")
+    assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
+
+
+def test_shapes_that_differ_end_with_status_3_and_are_named(tmp_path):
+    source = weights()
+    after = trained(source)
+    after["model.layers.0.mlp.gate_proj.weight"] = after["model.layers.0.mlp.gate_proj.weight"].T
+    result = analyze(save(tmp_path / "a", source), save(tmp_path / "b", after))
+    assert result.exit_status == 3
+    assert any("transpose" in e["reason"] for e in result.summary["excluded"])
+
+
+@pytest.mark.parametrize("options", [{"memory": "3"}, {"memory": "lots"}, {"threads": 0}, {"io": "fast"}, {"colour": 1}])
+def test_options_that_make_no_sense_are_named(pair, options):
+    with pytest.raises(UsageError, match=next(iter(options))):
+        analyze(*pair, **options)
+
+
+def test_records_that_cannot_be_read_are_bad_input(pair, tmp_path):
+    analyze(*pair, tmp_path / "out")
+    next((tmp_path / "out" / "tallies").glob("*.arrow")).write_bytes(b"not arrow")
+    with pytest.raises(InputError, match=r"\.arrow cannot be read"):
+        load(tmp_path / "out")
+    (tmp_path / "out" / "run.json").write_text("{")
+    with pytest.raises(InputError, match=r"run\.json cannot be read"):
+        load(tmp_path / "out")
+    with pytest.raises(InputError, match="holds no run"):
+        load(tmp_path)
+
+
+def test_output_that_cannot_be_written_is_bad_input(pair, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        analyze(*pair, tmp_path / "file")
+    with pytest.raises(InputError, match="cannot write"):
+        analyze(*pair, tmp_path / "file" / "below")
+
+
+def test_names_are_data_in_csv_and_on_the_terminal(tmp_path):
+    names = ["=cmd|'/c calc'!A0", "../../escape", "<script>alert(1)</script>", "a\x1b[31mred\nline", ""]
+    source = {n: torch.ones(4) for n in names}
+    result = analyze(save(tmp_path / "a", source), save(tmp_path / "b", {n: 2 * w for n, w in source.items()}), tmp_path / "out", csv=True)
+    assert {r["name"] for r in result.tensors.to_pylist()} == set(names)
+    text = (tmp_path / "out" / "tensors.csv").read_text()
+    assert "\n=cmd" not in text
+    assert "'=cmd" in text
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "out"}
+    assert "<script>" not in result._repr_html_()
+
+
+def test_atomic_writes_leave_the_old_content_when_they_fail(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    records.write_json(path, {"a": 1})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        records.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_repository_of_tallies_answers_thresholds_chosen_later(pair, tmp_path):
+    analyze(*pair, tmp_path / "out")
+    shutil.rmtree(pair[0])
+    tally = load(tmp_path / "out").tally("lm_head.weight")
+    source, after = weights()["lm_head.weight"], trained(weights())["lm_head.weight"]
+    from opdkernels.ops.delta import magnitudes
+
+    for threshold in (2e-6, 3.7e-5):
+        visible = (after - source).abs()
+        assert tally.delta[magnitudes <= float(torch.tensor(threshold).bfloat16())].sum() == int((visible <= threshold).sum())
