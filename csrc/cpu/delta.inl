@@ -15,11 +15,11 @@ struct Inexact {                 // bfloat16 pairs: differences that bfloat16 ro
 };
 
 static int largest_magnitude(const opd_u16* w, const opd_u16* v, int n) {
-  opd_u16 most = 0;
+  short most = 0;                // signed: magnitudes fit, and SSE2 has no unsigned 16-bit maximum
   OPD_SIMD(reduction(max : most))
   for (int i = 0; i < n; i++) {
-    opd_u16 a = w[i] & 0x7FFF, b = v[i] & 0x7FFF;
-    opd_u16 m = a > b ? a : b;
+    short a = (short)(w[i] & 0x7FFF), b = (short)(v[i] & 0x7FFF);
+    short m = a > b ? a : b;
     most = m > most ? m : most;
   }
   return most;
@@ -96,8 +96,20 @@ static int collect(const opd_u16* w, const opd_u16* v, int n, opd_u16* out_w, op
 }
 #else
 static int collect(const opd_u16* w, const opd_u16* v, int n, opd_u16* out_w, opd_u16* out_v) {
-  int k = 0;
-  for (int i = 0; i < n; i++) { out_w[k] = w[i]; out_v[k] = v[i]; k += w[i] != v[i]; }
+  int k = 0, i = 0;
+  for (; i + 4 <= n; i += 4) {
+    opd_u64 a, b;
+    __builtin_memcpy(&a, w + i, 8);
+    __builtin_memcpy(&b, v + i, 8);
+    for (opd_u64 differ = a ^ b; differ;) {          // the lowest lane that differs, until none does
+      int lane = __builtin_ctzll(differ) >> 4;
+      out_w[k] = w[i + lane];
+      out_v[k] = v[i + lane];
+      k++;
+      differ &= ~(0xFFFFULL << (16 * lane));
+    }
+  }
+  for (; i < n; i++) { out_w[k] = w[i]; out_v[k] = v[i]; k += w[i] != v[i]; }
   return k;
 }
 #endif

@@ -280,3 +280,19 @@ def test_a_repository_of_tallies_answers_thresholds_chosen_later(pair, tmp_path)
     for threshold in (2e-6, 3.7e-5):
         visible = (after - source).abs()
         assert tally.delta[magnitudes <= float(torch.tensor(threshold).bfloat16())].sum() == int((visible <= threshold).sum())
+
+
+def test_summary_has_its_published_form(pair, tmp_path):
+    from pathlib import Path
+
+    from opdkernels.analysis import summary
+
+    source = weights()
+    after = trained(source)
+    after["lm_head.weight"][0, 0] = float("nan")
+    after["extra"] = torch.ones(2)
+    after["model.layers.0.mlp.gate_proj.weight"] = after["model.layers.0.mlp.gate_proj.weight"].T
+    result = analyze(save(tmp_path / "a", source), save(tmp_path / "b", after))
+    parsed = summary.Summary.model_validate_json(json.dumps(result.summary), strict=False)
+    assert parsed.model_dump() == result.summary
+    assert Path(summary.__file__).with_name("summary.schema.json").read_text() == summary.schema()

@@ -1,0 +1,136 @@
+"""The commands as a user meets them: output, exit statuses, messages, help."""
+
+from __future__ import annotations
+
+import inspect as inspecting
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from opdkernels import cli
+from opdkernels.options import AnalyzeOptions, OverlapOptions
+from tests.analysis.conftest import pair, save, trained, weights  # noqa: F401
+
+
+def run(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "opdkernels", *map(str, arguments)], capture_output=True, text=True, check=False, **options)
+
+
+def test_analyze_prints_both_views_and_writes_the_run(pair, tmp_path):  # noqa: F811
+    done = run("analyze", *pair, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "stored" in done.stdout
+    assert "visible" in done.stdout
+    assert {"run.json", "summary.json", "tensors.parquet", "groups.parquet", "report.html", "tallies"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    again = run("report", tmp_path / "out")
+    assert again.returncode == 0
+    assert again.stdout.strip() == str(tmp_path / "out" / "report.html")
+
+
+def test_json_is_the_summary_alone(pair, tmp_path):  # noqa: F811
+    done = run("analyze", *pair, "-o", tmp_path / "out", "--json")
+    assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "summary.json").read_text())
+
+
+def test_identical_checkpoints(pair, tmp_path):  # noqa: F811
+    done = run("analyze", pair[0], pair[0], "-o", tmp_path / "out")
+    assert done.returncode == 0
+    assert "identical: every coordinate has the same bits" in done.stdout
+
+
+def test_overlap_prints_a_row_a_pair(pair, tmp_path):  # noqa: F811
+    third = save(tmp_path / "third", trained(weights(), seed=9))
+    done = run("overlap", *pair, third, "-o", tmp_path / "out", "--strata", "row,column", "--atol", "0")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [(p["run_a"], p["run_b"]) for p in summary["pairs"]] == [("A", "B")]
+    assert "within rows and |W|" in done.stdout
+
+
+def test_inspect_reads_headers_and_plans(pair):  # noqa: F811
+    done = run("inspect", *pair, "--json")
+    found = json.loads(done.stdout)
+    assert found["matched"] == 14
+    assert found["plan"]["bytes"] == 2 * sum(w.nbytes for w in weights().values())
+    assert run("inspect", pair[0]).returncode == 0
+
+
+def test_doctor_names_the_kernels_that_serve():
+    done = run("doctor")
+    assert done.returncode == 0
+    assert "CPU kernels" in done.stdout
+    assert json.loads(run("doctor", "--json").stdout)["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["analyze", "nowhere", "nowhere", "-o", "out"], 4, "nowhere does not exist"),
+        (["inspect", "nowhere"], 4, "nowhere does not exist"),
+        (["report", "nowhere"], 4, "holds no run"),
+        (["overlap", "nowhere", "a", "b", "-o", "out"], 4, "nowhere does not exist"),
+        (["overlap", "nowhere", "a", "-o", "out"], 2, "2 to 16 runs"),
+        (["analyze", "a", "b", "-o", "out", "--memory", "1"], 2, "64MB is the least"),
+        (["analyze", "a", "b", "-o", "out", "--threads", "0"], 2, "threads"),
+        (["overlap", "a", "b", "c", "-o", "out", "--strata", "diagonal"], 2, "strata"),
+        (["analyze", "a", "b"], 2, "--out"),
+        (["colour"], 2, "colour"),
+    ],
+)
+def test_bad_calls_get_one_line_and_their_status(tmp_path, arguments, status, message):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == status
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    if status == 4:
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_excluded_tensors_end_with_status_3(tmp_path):
+    source = weights()
+    after = trained(source)
+    after["lm_head.weight"] = after["lm_head.weight"].T.contiguous()[:, :5]
+    done = run("analyze", save(tmp_path / "a", source), save(tmp_path / "b", after), "-o", tmp_path / "out")
+    assert done.returncode == 3
+    assert "excluded: lm_head.weight" in done.stdout
+
+
+def test_hostile_names_do_not_reach_the_terminal(tmp_path):
+    name = "w\x1b[2Jx\u202e"
+    a, b = save(tmp_path / "a", {name: torch.ones(3)}), save(tmp_path / "b", {name: torch.tensor([1.0, float("nan"), 1])})
+    done = run("analyze", a, b, "-o", tmp_path / "out")
+    assert done.returncode == 3
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "\u202e" not in done.stdout
+    assert "w\\x1b[2Jx\\u202e: 1 coordinates left out" in done.stdout
+
+
+def test_help_comes_at_once_and_without_torch():
+    began = time.perf_counter()
+    done = run("--help")
+    assert done.returncode == 0
+    assert "Exit status: 0 done, 2 usage, 3" in " ".join(done.stdout.split())
+    assert time.perf_counter() - began < 5  # a hang, not a speed
+    program = "import sys; from opdkernels import cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["inspect", "analyze", "overlap", "report", "doctor"])
+def test_every_command_teaches_by_example(command):
+    text = CliRunner().invoke(cli.app, [command, "--help"]).output
+    assert f"Example: opdkernels {command}" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(("function", "model"), [(cli.analyze, AnalyzeOptions), (cli.overlap, OverlapOptions)])
+def test_options_of_a_command_are_those_of_its_model(function, model):
+    parameters = set(inspecting.signature(function).parameters) - {"source", "trained", "base", "runs", "out", "quiet", "json"}
+    assert {p.replace("no_report", "report") for p in parameters} == set(model.model_fields)
+    defaults = {name: p.default for name, p in inspecting.signature(function).parameters.items() if name in model.model_fields}
+    built = model(**{k: v for k, v in defaults.items() if k != "strata"})
+    assert built == model()
