@@ -12,11 +12,11 @@ from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {
-    "isa_avx2": "-mavx2 -mfma -mf16c -mbmi2 -mpopcnt".split(),
-    "isa_avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vbmi2 -mfma -mf16c -mbmi2 -mpopcnt".split(),
+    "isa_avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt"],
+    "isa_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vbmi2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt"],
 }
 # No contraction: reference and every instruction set agree bit for bit.
-FLAGS = "-O3 -Wall -Wextra -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp-simd -fvisibility=hidden -g0".split()
+FLAGS = ["-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden", "-g0"]
 SOURCES = ["csrc/bindings.cpp"] + sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp") if X86 or p.stem not in ISA_FLAGS)
 
 

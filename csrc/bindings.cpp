@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "cpu/dispatch.h"
 #include "cpu/mapped.h"
 
@@ -43,6 +45,28 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     delta(pointer<void>(source), source_dtype, pointer<void>(trained), trained_dtype, n, options, threads, pointer<int64_t>(tables),
           pointer<int64_t>(counts), pointer<int64_t>(sums), pointer<double>(maximum), pointer<unsigned char>(mask));
+  });
+  m.def("overlap", [](uintptr_t source, int source_dtype, const std::vector<uintptr_t>& trained, const std::vector<int>& trained_dtypes,
+                      int64_t n, int cut, int threads, uintptr_t source_table, uintptr_t changed, uintptr_t both, uintptr_t exactly,
+                      uintptr_t counts) {
+    if (trained.empty() || trained.size() > OPD_MAX_RUNS || trained.size() != trained_dtypes.size()) throw std::invalid_argument("1 to 16 runs, each with its dtype");
+    std::vector<const void*> runs;
+    for (uintptr_t address : trained) runs.push_back(pointer<void>(address));
+    py::gil_scoped_release release;
+    overlap(pointer<void>(source), source_dtype, runs, trained_dtypes, n, cut, threads, pointer<int64_t>(source_table),
+            pointer<int64_t>(changed), pointer<int64_t>(both), pointer<int64_t>(exactly), pointer<int64_t>(counts));
+  });
+  m.def("quantile", [](uintptr_t values, int dtype, int64_t n, const std::vector<int64_t>& k, bool largest, uintptr_t mask, int threads,
+                       uintptr_t cuts, uintptr_t counts) {
+    py::gil_scoped_release release;
+    std::vector<QuantileResult> results(k.size());
+    quantile(pointer<void>(values), dtype, n, k, largest, pointer<unsigned char>(mask), threads, results.data());
+    for (size_t j = 0; j < k.size(); j++) {
+      const QuantileResult& r = results[j];
+      pointer<double>(cuts)[j] = r.cut;
+      const int64_t row[5] = {r.above, r.tied, r.above_masked, r.tied_masked, r.nan};
+      std::copy(row, row + 5, pointer<int64_t>(counts) + 5 * j);
+    }
   });
   m.def("guard_mapping", &guard_mapping);
   m.def("mapping_faults", &mapping_faults);

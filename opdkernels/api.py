@@ -57,4 +57,7 @@ def overlap(
     """
     chosen = checked(OverlapOptions, options)
     assert isinstance(chosen, OverlapOptions)
-    return run_overlap(base, runs, out, chosen, progress or (lambda done, total, name: None))
+    result = run_overlap(base, runs, out, chosen, progress or (lambda done, total, name: None))
+    if result.path is not None and chosen.report:
+        report.write_overlap(result.path, result)
+    return result

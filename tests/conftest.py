@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded; on a busy machine waiting threads must not spin
+
 import numpy as np
 import pytest
 import torch

@@ -4,25 +4,13 @@
 #include <mutex>
 
 #include "dispatch.h"
+#include "fold.h"
 #include "parallel.h"
 
 namespace {
 constexpr int64_t FOLD_AFTER = int64_t(1) << 30;  // coordinates a thread counts before its 32-bit counters are folded
 enum Count { NUMEL, NONFINITE, BIT_EQUAL, ETA, LT, LE = LT + OPD_THRESHOLDS, ULP = LE + OPD_THRESHOLDS };
 enum Table { SOURCE, DELTA, TRAINED, MOVED, STORED, CHANGED };
-
-// Adds `from` to `to` and clears it; most 64-byte lines are never touched.
-template <class Add>
-void drain(opd_u32* from, int bins, Add add) {
-  for (int i = 0; i < bins; i += 16) {
-    opd_u64 any[8];
-    std::memcpy(any, from + i, 64);
-    if (!(any[0] | any[1] | any[2] | any[3] | any[4] | any[5] | any[6] | any[7])) continue;
-    for (int j = i; j < i + 16; j++)
-      if (from[j]) add(j, from[j]);
-    std::memset(from + i, 0, 64);
-  }
-}
 
 struct Call {  // the counts of one call, before they join the caller's
   std::vector<int64_t> tables = std::vector<int64_t>((CHANGED + OPD_MAX_CUTS) * OPD_BINS);

@@ -16,3 +16,16 @@ int element_bytes(int dtype);
 // counts: numel, nonfinite, bit_equal, eta_unchanged, lt[5], le[5], ulp[35]. sums: int64 [4][OPD_SUM_LIMBS].
 void delta(const void* source, int source_dtype, const void* trained, int trained_dtype, int64_t n, const DeltaOptions& options,
            int threads, int64_t* tables, int64_t* counts, int64_t* sums, double* maximum, unsigned char* mask);
+
+// Adds a source's and its runs' counts to the output, int64: source [32768], changed [runs][32768], both [runs][runs],
+// exactly [runs + 1] (coordinates changed in exactly j runs), counts [2] numel and nonfinite.
+void overlap(const void* source, int source_dtype, const std::vector<const void*>& trained, const std::vector<int>& trained_dtypes,
+             int64_t n, int cut, int threads, int64_t* source_table, int64_t* changed, int64_t* both, int64_t* exactly, int64_t* counts);
+
+struct QuantileResult {
+  double cut;                                         // NaN where every value is
+  int64_t above, tied, above_masked, tied_masked, nan;
+};
+// The k-th largest or smallest magnitude for each k, and what lies beyond and at it. results: one for each k.
+void quantile(const void* values, int dtype, int64_t n, const std::vector<int64_t>& k, bool largest, const unsigned char* mask, int threads,
+              QuantileResult* results);

@@ -17,7 +17,9 @@
 namespace OPD_ISA {
 #include "exact_sum.inl"
 #include "delta.inl"
-static const Kernels table = {delta};
+#include "overlap.inl"
+#include "quantile.inl"
+static const Kernels table = {delta, overlap, quantile_scan, quantile_narrow, quantile_table};
 }  // namespace OPD_ISA
 
 const Kernels* OPD_JOIN(kernels_, OPD_ISA)() { return &OPD_ISA::table; }

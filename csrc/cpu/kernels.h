@@ -1,6 +1,8 @@
 // The table of CPU kernels: one instance per instruction set, chosen at run time.
 #pragma once
 #include "../delta.h"
+#include "../overlap.h"
+#include "../quantile.h"
 
 // What one thread counts. 32-bit counters stay in cache; a thread sees fewer than 2^31 coordinates before a fold.
 struct DeltaWork {
@@ -23,12 +25,45 @@ struct DeltaOptions {
   double thresholds[OPD_THRESHOLDS];
 };
 
+#define OPD_GROUP_BINS (16 * OPD_BINS)                // a set of four runs above |w|
+
+// What one thread counts. 32-bit counters as above.
+struct OverlapWork {
+  opd_u32 two[65536];                                 // two runs and |w| < 2: two change bits above 14 bits of |w|
+  opd_u32 sets[65536];                                // more than four runs: by the set of runs that changed
+  opd_u32* groups;                                    // [runs / 4, rounded up][16][OPD_BINS]
+  opd_i64 nonfinite;
+  bool groups_used;
+};
+
+#define OPD_QUANTILE_BITS 11
+#define OPD_QUANTILE_BINS (1 << OPD_QUANTILE_BITS)
+#define OPD_QUANTILE_GRAIN 1024
+
+struct QuantileBracket {
+  opd_u64 low, high;                                  // keys; low is even and high odd
+  void* keys;                                         // receives the keys in [low, high], where these are more than one value
+  opd_i64 capacity;                                   // of keys; 64 bytes beyond it are written too
+  opd_i64 above, above_masked, inside, inside_masked; // above counts NaN as well; inside_masked only where low and high are one value
+  int overflow;                                       // keys were left out: there was no room
+};
+
 enum Dtype { BF16 = 0, FP16 = 1, FP32 = 2, FP64 = 3 };
 
 struct Kernels {
   // Counts coordinates [0, n) of a pair; mask, if given, receives one bit a coordinate, set where the visible delta exceeds cuts[0].
   void (*delta)(const void* source, int source_dtype, const void* trained, int trained_dtype, opd_i64 n,
                 const DeltaOptions* options, DeltaWork* work, unsigned char* mask);
+  // Counts coordinates [0, n) of a source and its runs.
+  void (*overlap)(const void* source, int source_dtype, const void* const* trained, const int* trained_dtypes, int runs, opd_i64 n,
+                  opd_u32 cut, OverlapWork* work);
+  // One pass over fp32 or fp64: fills the brackets; nan[2] receives the NaN, and those of them in the mask.
+  void (*quantile_scan)(const void* values, int dtype, const unsigned char* mask, opd_i64 n, int smallest, QuantileBracket* brackets,
+                        int n_brackets, opd_i64* nan);
+  // Adds the keys in [low, high] to bins of width 2^shift, the others to bins[OPD_QUANTILE_BINS].
+  void (*quantile_narrow)(const void* values, int dtype, opd_i64 n, int smallest, opd_u64 low, opd_u64 high, int shift, opd_i64* bins);
+  // Two-byte dtypes: counts by magnitude pattern, doubled, plus the mask bit. table: [65536].
+  void (*quantile_table)(const opd_u16* values, const unsigned char* mask, opd_i64 n, opd_i64* table);
 };
 
 const Kernels* kernels_baseline();

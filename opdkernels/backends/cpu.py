@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
+_C: Any = None
+WHY_NOT = ""
 try:
-    from opdkernels import _C
+    from opdkernels import _C  # type: ignore[no-redef, attr-defined]
 except ImportError as error:  # no compiler at install, or a build for another Python
-    _C, WHY_NOT = None, str(error)
-else:
-    WHY_NOT = ""
+    WHY_NOT = str(error)
 
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 

@@ -188,7 +188,7 @@ def test_strided_and_high_dimensional_inputs():
 
 def test_arguments_that_do_not_fit_are_refused():
     a = torch.zeros(4)
-    with pytest.raises(TypeError, match="trained is torch.int64"):
+    with pytest.raises(TypeError, match=r"trained is torch\.int64"):
         delta(a, torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"shapes differ: source \(4,\), trained \(5,\)"):
         delta(a, torch.zeros(5))
