@@ -17,7 +17,7 @@ ISA_FLAGS = {
 }
 # No contraction: reference and every instruction set agree bit for bit.
 FLAGS = ["-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden", "-g0"]
-SOURCES = ["csrc/bindings.cpp"] + sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp") if X86 or p.stem not in ISA_FLAGS)
+SOURCES = ["csrc/bindings.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp") if X86 or p.stem not in ISA_FLAGS)]
 
 
 class Build(build_ext):

@@ -622,7 +622,7 @@ def _empirical(tables: _Tables) -> _Expected:
         return (counts * average).sum((1, 2)) + square * factor**2 + linear * factor
 
     factor = _solve(tables.energy, energy, np.full(count, 1 / 8), np.full(count, 8.0))
-    known = known & (~moved | (np.abs(np.log2(factor)) < 2.99))
+    known = np.asarray(known & (~moved | (np.abs(np.log2(factor)) < 2.99)))
     probability = mass.sum((1, 2))
     rms = np.sqrt(np.einsum("trb,r,b->t", mass, np.exp2(2.0 * (row - 127)), mean_square)) * factor
     size = np.where(moved, rms, 0.0)

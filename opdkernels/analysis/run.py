@@ -117,6 +117,7 @@ def instruction_set() -> str:
 
 def start(folder: Path | None, run: dict[str, Any], overwrite: bool) -> Records:
     """Opens the output folder: new, or that of the same run, which then goes on."""
+    run["began"], run["resumed_tensors"] = time.monotonic(), 0
     if folder is None:
         return Records(None)
     if folder.exists() and not folder.is_dir():
@@ -131,11 +132,10 @@ def start(folder: Path | None, run: dict[str, Any], overwrite: bool) -> Records:
         )
     try:
         records = Records(folder / "tallies")
-        write_json(folder / "run.json", run)
+        write_json(folder / "run.json", {k: v for k, v in run.items() if k != "began"})
     except OSError as error:
         raise InputError(f"cannot write to {printable(str(folder))}: {error.strerror}; choose another folder") from None
     run["resumed_tensors"] = len(records.done)
-    run["began"] = time.monotonic()
     return records
 
 
@@ -147,7 +147,7 @@ def clear(folder: Path) -> None:
 
 def finish(folder: Path | None, run: dict[str, Any], status: str) -> None:
     run["status"] = status
-    run["seconds"] = round(time.monotonic() - run.pop("began", time.monotonic()), 3)
+    run["seconds"] = round(time.monotonic() - run.pop("began"), 3)
     if folder is not None:
         write_json(folder / "run.json", run)
 

@@ -73,10 +73,10 @@ def _format(path: str) -> str:
     if not start:
         raise InputError(f"{printable(path)} is empty; copy or download it again")
     length = int.from_bytes(start[:8], "little")
+    if len(start) > 8 and start[8:9] == b"{" and length <= MAX_HEADER_BYTES:
+        return "safetensors"  # first: a header of 640 bytes begins as a pickle does
     if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
         return "torch"
-    if len(start) > 8 and start[8:9] == b"{" and length <= MAX_HEADER_BYTES:
-        return "safetensors"
     for magic, name in formats.MAGIC.items():
         if start.startswith(magic):
             raise InputError(f"{printable(path)} is {name}, which is not read; convert it to safetensors")

@@ -283,3 +283,14 @@ def test_a_damaged_file_is_read_as_the_library_reads_it_or_refused(content: byte
             assert (found is None) == (torch_dtype(info.dtype) is None)
             assert found is None or bits(found) == bits(expected[name])
         opened.close()
+
+
+@pytest.mark.parametrize("header", [640, 896, 1152, 1408])
+def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path, header):
+    """640 is 80 02 in little-endian bytes, as a pickle of protocol 2 begins."""
+    entry = '{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(header.to_bytes(8, "little") + entry.ljust(header).encode() + bytes(8))
+    source = open_source(path)
+    assert source.read("w", 0, 2).tolist() == [0.0, 0.0]
+    source.close()

@@ -1,0 +1,341 @@
+"""Charts as inline SVG. Colours are classes of the style sheet, so that one drawing serves light, dark and print."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from opdkernels.report.format import MISSING, count, percent, significant, times
+
+SEQUENTIAL_STEPS = 9
+DIVERGING_STEPS = 11
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Size and margins of a drawing, and every how many-th decade has a label. Text is 13 pixels high in both."""
+
+    kind: str
+    width: int
+    height: int
+    left: int
+    right: int
+    stride: int
+    top: int = 14
+    bottom: int = 56
+
+    @property
+    def inner(self) -> tuple[int, int]:
+        return self.width - self.left - self.right, self.height - self.top - self.bottom
+
+    @property
+    def floor(self) -> int:
+        return self.height - self.bottom
+
+
+FRAMES = (Frame("wide", 860, 400, 58, 20, 1), Frame("slim", 330, 300, 48, 20, 2))  # desk and phone
+
+
+def _join(parts: Sequence[Markup]) -> Markup:
+    return Markup("").join(parts)
+
+
+def _n(value: float) -> str:
+    return f"{value:.1f}".rstrip("0").rstrip(".")
+
+
+def _svg(width: float, height: float, label: str, content: Sequence[Markup], kind: str = "map") -> Markup:
+    """A drawing of its own size, or with the class `chart` one that takes the width there is."""
+    scaled = kind.startswith("chart")
+    return Markup(
+        '<svg viewBox="0 0 {w} {h}"{size} role="img" aria-label="{label}" class="{kind}">{content}</svg>'
+    ).format(
+        w=_n(width),
+        h=_n(height),
+        size=Markup("") if scaled else Markup(' width="{}" height="{}"').format(_n(width), _n(height)),
+        label=label,
+        kind=kind,
+        content=_join(content),
+    )
+
+
+def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
+    return Markup('<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(kind, _n(x1), _n(y1), _n(x2), _n(y2))
+
+
+def _text(kind: str, x: float, y: float, text: str) -> Markup:
+    return Markup('<text class="{}" x="{}" y="{}">{}</text>').format(kind, _n(x), _n(y), text)
+
+
+def _path(kind: str, points: Sequence[tuple[float, float]], close: bool = False) -> Markup:
+    d = "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in points) + ("Z" if close else "")
+    return Markup('<path class="{}" d="{}"/>').format(kind, d)
+
+
+def sparsity_curve(curve: dict[str, list[float | None]], frame: Frame = FRAMES[0]) -> Markup | None:
+    """Share of coordinates with |Δ| ≤ ε against ε: visible, the stored band, the null. None without coordinates."""
+    series = {
+        key: [min(1.0, v) for v in curve[key] if v is not None]
+        for key in ("visible", "stored_lower", "stored_upper", "null")
+    }
+    eps = [e for e in curve["eps"] if e]
+    if not all(len(values) == len(eps) for values in series.values()) or not eps:
+        return None
+    least = min(min(values) for values in series.values())
+    bottom = 0.0 if least < 0.3 or least == 1 else math.floor(least * 10 - 1e-9) / 10
+    low, high = math.log10(eps[0]), math.log10(eps[-1])
+
+    def x(e: float) -> float:
+        return frame.left + (math.log10(e) - low) / (high - low) * frame.inner[0]
+
+    def y(share: float) -> float:
+        return frame.top + (1 - share) / (1 - bottom) * frame.inner[1]
+
+    parts: list[Markup] = []
+    step = 0.2 if bottom == 0 else 0.1 if bottom < 0.85 else 0.05
+    for k in range(round((1 - bottom) / step) + 1):
+        share = bottom + k * step
+        parts += [
+            _line("grid", frame.left, y(share), frame.width - frame.right, y(share)),
+            _text("tick end", frame.left - 8, y(share) + 4, f"{100 * share:.0f} %"),
+        ]
+    for exponent in range(round(low), round(high) + 1, frame.stride):
+        parts += [
+            _line("tickmark", x(10.0**exponent), frame.floor, x(10.0**exponent), frame.floor + 5),
+            _text("tick middle", x(10.0**exponent), frame.floor + 22, f"1e{exponent}"),
+        ]
+    parts += [_line("marker", x(1e-5), frame.top, x(1e-5), frame.floor)]
+    at = {key: [(x(e), y(v)) for e, v in zip(eps, values, strict=True)] for key, values in series.items()}
+    parts += [
+        _path("stored-band", at["stored_lower"] + at["stored_upper"][::-1], close=True),
+        _path("stored-line", at["stored_lower"]),
+        _path("null-line", at["null"]),
+        _path("visible-line", at["visible"]),
+    ]
+    marked = min(range(len(eps)), key=lambda i: abs(math.log10(eps[i]) + 5))
+    parts.append(
+        Markup('<circle class="visible-dot" cx="{}" cy="{}" r="5"/>').format(_n(x(1e-5)), _n(at["visible"][marked][1]))
+    )
+    width = frame.inner[0] / (len(eps) - 1)
+    for i, e in enumerate(eps):
+        told = f"ε = {significant(e, 3)}: visible {percent(series['visible'][i])}, stored {band(series['stored_lower'][i], series['stored_upper'][i])}, rounding alone {percent(series['null'][i])}"
+        parts.append(
+            Markup('<g class="probe"><title>{}</title><rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
+                told, _n(x(e) - width / 2), frame.top, _n(width), frame.inner[1]
+            )
+        )
+    parts.append(
+        _text(
+            "axis middle",
+            (frame.left + frame.width - frame.right) / 2,
+            frame.height - 8,
+            "ε, in the units of the weights",
+        )
+    )
+    label = f"Share of coordinates with |Δ| at most ε. At 1e-5: visible {percent(series['visible'][marked])}, rounding alone {percent(series['null'][marked])}."
+    return _svg(frame.width, frame.height, label, parts, f"chart {frame.kind}")
+
+
+def band(lower: float | None, upper: float | None) -> str:
+    """An interval as text; one number where both ends read the same."""
+    low, high = percent(lower), percent(upper)
+    return low if low == high else f"{low} to {high}"
+
+
+STEP_LABELS = {"wide": ("0", "4", "8", "12", "16"), "slim": ("0", "8", "16")}
+
+
+def ulp_histogram(distance: Sequence[str], counts: Sequence[int], frame: Frame = FRAMES[0]) -> Markup | None:
+    """Coordinates by signed bf16 distance, counts on a logarithmic axis. None without coordinates."""
+    most = max(counts, default=0)
+    if not most:
+        return None
+    decades = max(1, math.ceil(math.log10(most * 1.02)))
+    width = frame.inner[0] / len(counts)
+
+    def y(n: float) -> float:  # a count of 1 stands half a decade above the floor
+        return frame.floor - (math.log10(n) + 0.5) / (decades + 0.5) * frame.inner[1]
+
+    parts: list[Markup] = []
+    stride = 1 if decades <= 6 else 2
+    for exponent in range(0, decades + 1, stride):
+        parts += [
+            _line("grid", frame.left, y(10**exponent), frame.width - frame.right, y(10**exponent)),
+            _text("tick end", frame.left - 8, y(10**exponent) + 4, "1" if not exponent else f"1e{exponent}"),
+        ]
+    parts.append(_line("baseline", frame.left, frame.floor, frame.width - frame.right, frame.floor))
+    whole = sum(counts)
+    for i, (name, n) in enumerate(zip(distance, counts, strict=True)):
+        x = frame.left + i * width
+        told = f"{name.replace('-', '−')} {'step' if name in ('1', '-1') else 'steps'}: {count(n)} coordinates, {percent(n / whole)}"
+        bar = Markup("")
+        if n:
+            bar = Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}"/>').format(
+                "bar zero" if name == "0" else "bar",
+                _n(x + width * 0.12),
+                _n(y(n)),
+                _n(width * 0.76),
+                _n(frame.floor - y(n)),
+            )
+        parts.append(
+            Markup('<g class="probe"><title>{}</title>{}<rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
+                told, bar, _n(x), frame.top, _n(width), frame.inner[1]
+            )
+        )
+        if name.removeprefix("-") in STEP_LABELS[frame.kind]:
+            parts.append(_text("tick middle", x + width / 2, frame.floor + 22, name.replace("-", "−")))
+    parts.append(
+        _text(
+            "axis middle",
+            (frame.left + frame.width - frame.right) / 2,
+            frame.height - 8,
+            "bf16 steps, source to trained",
+        )
+    )
+    return _svg(
+        frame.width,
+        frame.height,
+        f"Histogram of bf16 steps on a logarithmic scale; the tallest bar holds {count(most)} coordinates.",
+        parts,
+        f"chart {frame.kind}",
+    )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values to colour classes. `stops` are the legend's ends and middle, as text."""
+
+    classes: Callable[[float], str]
+    text: Callable[[float | None], str]
+    short: Callable[[float], str]
+    steps: Sequence[str]
+    stops: Sequence[str]
+
+
+def share_scale(values: Sequence[float]) -> Scale:
+    """Nine steps of one hue over the range of the values."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    reach = high - low
+
+    def step(value: float) -> str:
+        return f"q{min(SEQUENTIAL_STEPS - 1, int((value - low) / reach * SEQUENTIAL_STEPS)) if reach > 1e-12 else SEQUENTIAL_STEPS // 2}"
+
+    one = reach <= 1e-12
+    return Scale(
+        step,
+        percent,
+        lambda v: f"{100 * v:.0f}" if 0.005 <= v <= 0.995 or v in (0, 1) else f"{100 * v:.1f}",
+        [f"q{SEQUENTIAL_STEPS // 2}"] if one else [f"q{k}" for k in range(SEQUENTIAL_STEPS)],
+        [percent(low)] if one else [percent(low), percent((low + high) / 2), percent(high)],
+    )
+
+
+def ratio_scale(values: Sequence[float], least_reach: float = 1.25, most_reach: float = 16.0) -> Scale:
+    """Eleven steps around 1, logarithmic and symmetric; the middle one is neutral. Values beyond the reach share its end."""
+    most = max([v for v in values if v > 0] + [1 / v for v in values if v > 0] + [least_reach])
+    reach = math.log(min(most_reach, most) * (1 + 1e-9))
+
+    def step(value: float) -> str:
+        position = -1.0 if value <= 0 else max(-1.0, min(1.0, math.log(value) / reach))
+        return f"d{min(DIVERGING_STEPS - 1, int((position + 1) / 2 * DIVERGING_STEPS))}"
+
+    end = math.exp(reach)
+    beyond = any(v <= 0 or v < 1 / end for v in values), any(v > end for v in values)
+    return Scale(
+        step,
+        times,
+        _short_ratio,
+        [f"d{k}" for k in range(DIVERGING_STEPS)],
+        [f"{'≤' if beyond[0] else ''}{1 / end:.3g}×", "1×", f"{'≥' if beyond[1] else ''}{end:.3g}×"],
+    )
+
+
+def _short_ratio(value: float) -> str:
+    return "<.01" if 0 < value < 0.005 else f"{value:.2f}" if value < 9.95 else f"{value:.0f}"
+
+
+ROW, HEAD, GAP = 26, 24, 2
+
+
+def heat_map(
+    cells: dict[tuple[str, int], float | None], modules: Sequence[str], layers: Sequence[int], scale: Scale, what: str
+) -> tuple[Markup, Markup]:
+    """Row names and cells, as two drawings of one height: the first stays in sight while the second scrolls."""
+    width = max(16, min(72, 880 // max(1, len(layers))))
+    every = next(k for k in (1, 2, 5, 10, 20, 50, 100) if k * width >= 26)
+    height = HEAD + ROW * len(modules)
+    longest = max(map(len, modules), default=0)
+    names = [_text("row end", 8 * longest + 8, HEAD + ROW * i + 17, module) for i, module in enumerate(modules)]
+    parts: list[Markup] = [
+        _text("tick middle", (i + 0.5) * width, 15, MISSING if layer < 0 else str(layer))
+        for i, layer in enumerate(layers)
+        if layer < 0 or layer % every == 0 or len(layers) == 1
+    ]
+    for j, module in enumerate(modules):
+        for i, layer in enumerate(layers):
+            if (module, layer) not in cells:
+                continue
+            value = cells[module, layer]
+            place = f"layer {layer}" if layer >= 0 else "no layer"
+            inner = Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="2"/>').format(
+                i * width, HEAD + ROW * j, width - GAP, ROW - GAP
+            )
+            if value is not None and width >= 34:
+                inner += Markup('<text x="{}" y="{}">{}</text>').format(
+                    _n((i + 0.5) * width - 1), HEAD + ROW * j + 16, scale.short(value)
+                )
+            parts.append(
+                Markup('<g class="{}"><title>{}</title>{}</g>').format(
+                    scale.classes(value) if value is not None else "none",
+                    f"{place}, {module}: {scale.text(value)}",
+                    inner,
+                )
+            )
+    return (
+        _svg(8 * longest + 14, height, "modules", names),
+        _svg(width * len(layers), height, f"{what} by layer (columns) and module (rows)", parts),
+    )
+
+
+def legend(scale: Scale) -> Markup:
+    """A strip of the scale's colours with its ends and middle."""
+    width, step = 220, 220 / len(scale.steps)
+    parts = [
+        Markup('<g class="{}"><rect x="{}" y="0" width="{}" height="12"/></g>').format(
+            kind, _n(k * step), _n(step + 0.3)
+        )
+        for k, kind in enumerate(scale.steps)
+    ]
+    places = (
+        [("start", 0.0), ("middle", width / 2), ("end", float(width))]
+        if len(scale.stops) == 3
+        else [("middle", width / 2)]
+    )
+    parts += [_text(f"tick {anchor}", x, 28, stop) for (anchor, x), stop in zip(places, scale.stops, strict=True)]
+    return _svg(width, 34, "colours from " + " to ".join(scale.stops), parts)
+
+
+def gauge(value: float, tolerance: float, what: str) -> Markup:
+    """Where a ratio lies around 1 on a logarithmic axis; the shaded band is 1 within the tolerance."""
+    width, middle, reach = 300, 22, math.log(4)
+
+    def x(ratio: float) -> float:
+        return 12 + (max(-1.0, min(1.0, math.log(max(ratio, 1e-9)) / reach)) + 1) / 2 * (width - 24)
+
+    left, right = x(1 / (1 + tolerance)), x(1 + tolerance)
+    parts = [
+        _line("rail", x(0.25), middle, x(4), middle),
+        Markup('<rect class="fit" x="{}" y="{}" width="{}" height="18" rx="3"/>').format(
+            _n(left), middle - 9, _n(right - left)
+        ),
+    ]
+    for ratio, text in ((0.25, "¼×"), (0.5, "½×"), (1, "1×"), (2, "2×"), (4, "4×")):
+        parts += [
+            _line("tickmark", x(ratio), middle - 4, x(ratio), middle + 4),
+            _text("tick middle", x(ratio), middle + 26, text),
+        ]
+    parts.append(Markup('<circle class="visible-dot" cx="{}" cy="{}" r="7"/>').format(_n(x(value)), middle))
+    return _svg(width, 54, f"{what}: {times(value)} of what rounding alone would show", parts)

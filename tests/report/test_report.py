@@ -1,0 +1,475 @@
+"""The page of a run: inert, self-contained, complete in every special case, and right in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from opdkernels import report
+from opdkernels.analysis import run
+from opdkernels.analysis.result import Analysis, load
+from opdkernels.errors import printable
+from opdkernels.options import AnalyzeOptions
+from opdkernels.report import format
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "a\x1b[31m\N{RIGHT-TO-LEFT OVERRIDE}evil",
+    "{{ 7 * 7 }}{% raw %}",
+    "</style></script><b>bold",
+    "<!-- <script>",
+    "http://example.invalid/x.js",
+    "../../../etc/passwd",
+    "]]>&lt;&#x3c;",
+    "x" * 450,
+]
+SECTIONS = ["answer", "sparsity", "near-zero", "where", "steps", "groups", "all", "left-out", "run", "glossary"]
+VOID = {"meta", "link", "br", "img", "input", "hr", "wbr", "rect", "line", "path", "circle"}
+EXPECTED_TAGS = set(
+    re.findall(
+        r"\w+",
+        """html head meta link title style body a header p dl div dt dd main section h1 h2 h3 table caption thead tbody tr th
+    td sup b svg g rect line path circle text nav ul li figure figcaption span details summary button form label input
+    select option output small wbr code footer script""",
+    )
+)
+
+
+def update(source: dict[str, torch.Tensor], size: float, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {k: (v.float() + size * torch.randn(v.shape, generator=generator)).to(v.dtype) for k, v in source.items()}
+
+
+def model(layers: int, dtype: torch.dtype = torch.bfloat16, hidden: int = 32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(layers)
+    shapes = {"model.embed_tokens.weight": (90, hidden), "model.norm.weight": (hidden,)}
+    for i in range(layers):
+        shapes |= {f"model.layers.{i}.self_attn.{p}_proj.weight": (hidden, hidden) for p in "qkvo"}
+        shapes |= {f"model.layers.{i}.mlp.{p}_proj.weight": (hidden, hidden) for p in ("gate", "up", "down")}
+    return {name: (0.03 * torch.randn(shape, generator=generator)).to(dtype) for name, shape in shapes.items()}
+
+
+def pairs() -> dict[str, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    layered, one, single = model(3), model(1), model(2, torch.float32)
+    coarse = {k: v.bfloat16().float() for k, v in single.items()}
+    flat = {f"net{i}.weight": torch.randn(9, 7, generator=torch.Generator().manual_seed(i)) for i in range(60)}
+    broken_trained = update(layered, 5e-5, 1)
+    broken_trained["model.layers.0.mlp.up_proj.weight"][0, :3] = float("nan")
+    broken_trained["model.norm.weight"][0] = float("inf")
+    empty, scalar = torch.zeros(0, 7), torch.tensor(1.0)
+    hostile = {name: torch.randn(8, 8, generator=torch.Generator().manual_seed(9)) for name in HOSTILE}
+    nan = {"w": torch.full((4, 4), float("nan"))}
+    return {
+        "layers": (layered, update(layered, 5e-5, 2)),
+        "one layer": (one, update(one, 5e-5, 3)),
+        "fp32": (single, update(single, 3e-5, 4)),
+        "no layers": (flat, {k: v + 1e-3 * (i % 2) for i, (k, v) in enumerate(flat.items())}),
+        "identical": (layered, layered),
+        "invisible": (coarse, {k: v * (1 + 2**-20) for k, v in coarse.items()}),
+        "non-finite": (
+            {**layered, "empty": empty, "scalar": scalar},
+            {**broken_trained, "empty": empty, "scalar": scalar + 1},
+        ),
+        "all NaN": (nan, nan),
+        "empty": ({"w": empty}, {"w": empty}),
+        "hostile": (
+            {**hostile, "only<b>here": torch.zeros(3), "turned<i>": torch.zeros(3, 4)},
+            {**update(hostile, 1e-2, 5), "turned<i>": torch.zeros(4, 3)},
+        ),
+    }
+
+
+CASES = list(pairs())
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Analysis]:
+    found = {}
+    for case, sides in pairs().items():
+        folder = tmp_path_factory.mktemp("pair")
+        for side, tensors in zip(("source", "trained"), sides, strict=True):
+            save_file(tensors, folder / f"{side}.safetensors")
+        found[case] = run.analyze(
+            folder / "source.safetensors",
+            folder / "trained.safetensors",
+            folder / "out",
+            AnalyzeOptions(),
+            lambda *_: None,
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def pages(results: dict[str, Analysis]) -> dict[str, str]:
+    return {case: report.render(result) for case, result in results.items()}
+
+
+class Element(dict):
+    def __missing__(self, key):
+        assert key == "text"
+        return "".join(self["parts"])
+
+
+class Page(HTMLParser):
+    """Elements in order, with attributes and text; raises where tags do not nest."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open: list[Element] = []
+        self.elements: list[Element] = []
+        self.comments: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, [e["tag"] for e in self.open]
+
+    def handle_starttag(self, tag, attrs):
+        assert len(dict(attrs)) == len(attrs), f"<{tag}> names an attribute twice"
+        element = Element(tag=tag, attrs=dict(attrs), parts=[], parents=[e["attrs"].get("id") for e in self.open])
+        self.elements.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append(Element(tag=tag, attrs=dict(attrs), parts=[], parents=[]))
+
+    def handle_endtag(self, tag):
+        assert tag not in VOID or self.open[-1]["tag"] != tag
+        assert self.open.pop()["tag"] == tag
+
+    def handle_data(self, data):
+        for element in self.open:
+            element["parts"].append(data)
+
+    def handle_comment(self, data):
+        self.comments.append(data)
+
+    def all(self, tag: str, **attrs: str) -> list[dict]:
+        return [e for e in self.elements if e["tag"] == tag and all(e["attrs"].get(k) == v for k, v in attrs.items())]
+
+    def section(self, id: str) -> str:
+        return next(e["text"] for e in self.all("section", id=id))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_case_has_every_section_and_nests(pages, case):
+    page = Page(pages[case])
+    assert [e["attrs"]["id"] for e in page.all("section")] == SECTIONS
+    ids = [e["attrs"]["id"] for e in page.elements if "id" in e["attrs"]]
+    assert len(ids) == len(set(ids))
+    for link in page.all("a"):
+        assert link["attrs"]["href"].removeprefix("#") in ids
+    assert len(page.all("h1")) == 1
+    levels = [int(e["tag"][1]) for e in page.elements if re.fullmatch(r"h\d", e["tag"])]
+    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
+    assert not re.search(r"\b(None|nan|inf)\b", "".join(e["text"] for e in page.all("td")))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_page_needs_and_runs_nothing_but_itself(pages, case):
+    text = pages[case]
+    page = Page(text)
+    assert {e["tag"] for e in page.elements} <= EXPECTED_TAGS
+    assert not page.comments
+    for element in page.elements:
+        for name, value in element["attrs"].items():
+            assert not name.startswith("on")
+            assert name not in ("src", "style", "srcset", "action", "formaction", "xlink:href")
+            if name == "href":
+                assert value.startswith("#") or value == "data:,"
+    (script,), (style,) = page.all("script"), page.all("style")
+    assert "url(" not in style["text"]
+    assert "@import" not in style["text"]
+    policy = page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["attrs"]["content"]
+    for element in (script, style):
+        digest = base64.b64encode(hashlib.sha256(element["text"].encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+
+
+def test_hostile_names_are_shown_as_text(pages):
+    page = Page(pages["hostile"])
+    names = {e["text"] for e in page.all("th", scope="row")}
+    for name in HOSTILE:
+        assert format.name(name) in names
+    assert "only<b>here" in page.section("left-out")
+    assert "turned<i>" in page.section("left-out")
+    shown = "".join(e["text"] for e in page.all("html"))
+    assert "\x1b" not in shown
+    assert "\N{RIGHT-TO-LEFT OVERRIDE}" not in shown
+
+
+@pytest.mark.parametrize(
+    ("case", "headline"),
+    [
+        ("identical", "Identical"),
+        ("empty", "Nothing to compare"),
+        ("invisible", "100"),
+        ("layers", "% of the coordinates changed"),
+        ("fp32", "visibly in bf16"),
+    ],
+)
+def test_the_headline_says_what_the_case_is(pages, case, headline):
+    assert headline in Page(pages[case]).all("h1")[0]["text"]
+
+
+def test_an_invisible_change_is_called_so(pages):
+    assert "No change is visible in bf16" in Page(pages["invisible"]).section("answer")
+
+
+def test_left_out_names_tensors_and_reasons(results, pages):
+    page = Page(pages["non-finite"])
+    for entry in results["non-finite"].summary["nonfinite"]:
+        assert entry["name"] in page.section("left-out")
+    assert "NaN or Inf 2" in page.section("answer").replace(format.THIN, " ")
+    assert "Nothing: every tensor" in Page(pages["layers"]).section("left-out")
+
+
+def rows_of(page: Page, table: str) -> tuple[list[str], list[list[dict]]]:
+    cells = [e for e in page.elements if e["tag"] in ("td", "th") and table in e["parents"]]
+    heads = [e["text"] for e in cells if "aria-sort" in e["attrs"]]
+    body = [e for e in cells if e["attrs"].get("scope") == "row" or (e["tag"] == "td" and "colspan" not in e["attrs"])]
+    return heads, [body[i : i + len(heads)] for i in range(0, len(body), len(heads))]
+
+
+def close(cell: dict, value: float | None) -> bool:
+    shown = cell["attrs"]["data-v"]
+    return shown == "" if value is None else float(shown) == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["layers", "fp32", "no layers", "non-finite", "identical"])
+def test_tensor_rows_are_those_of_the_table(results, pages, case):
+    heads, rows = rows_of(Page(pages[case]), "tensors")
+    table = {(r["name"], r["view"]): r for r in results[case].tensors.to_pylist()}
+    assert len(rows) == len(table) // 2
+    for row in rows:
+        at = dict(zip(heads, row, strict=True))
+        unchanged = [cell for head, cell in zip(heads, row, strict=True) if head == "unchanged"]
+        stored, visible = table[row[0]["text"], "stored"], table[row[0]["text"], "visible"]
+        for cell, value in zip(unchanged, (stored["frac_zero"], visible["frac_zero"]), strict=True):
+            assert close(cell, value)
+            assert cell["text"] == format.percent(value)
+        for head, key in (
+            ("changed / null", "changed_over_null"),
+            ("near-zero / null", "near_zero_coverage_10pct_over_null"),
+            ("|Δ| ≤ 1e-5", "frac_le_1e-5"),
+        ):
+            assert close(at[head], visible[key])
+
+
+def test_group_rows_and_answer_are_those_of_the_tables(results, pages):
+    page, result = Page(pages["layers"]), results["layers"]
+    for by in ("block", "module", "layer"):
+        heads, rows = rows_of(page, f"by-{by}")
+        groups = {str(r[by]): r for r in result.groups.to_pylist() if r["by"] == by and r["view"] == "visible"}
+        assert len(rows) == len(groups)
+        for row in rows:
+            name = row[0]["attrs"].get("data-v", row[0]["text"])
+            assert close(row[heads.index("changed / null")], groups[name]["changed_over_null"])
+            assert close(row[heads.index("parameters")], groups[name]["numel"])
+    answer = page.section("answer")
+    for view in ("stored", "visible"):
+        figures = result.summary["views"][view]
+        assert format.percent(1 - figures["frac_zero"]) in answer
+        assert format.percent(figures["relative_norm"]) in answer
+    visible = result.summary["views"]["visible"]
+    assert format.times(visible["changed_over_null"]) in answer
+    assert format.times(visible["near_zero_coverage_10pct_over_null"]) in answer
+
+
+def test_heat_maps_hold_every_cell_of_the_groups(results, pages):
+    titles = [e["text"] for e in Page(pages["layers"]).all("title")]
+    for row in results["layers"].groups.to_pylist():
+        if row["by"] == "layer_module" and row["view"] == "visible" and row["layer"] >= 0:
+            place = f"layer {row['layer']}, {row['module']}: "
+            assert place + format.percent(row["frac_zero"]) in titles
+            assert place + format.times(row["energy_over_parameters"]) in titles
+            assert place + format.times(row["near_zero_coverage_10pct_over_null"]) in titles
+
+
+def test_models_without_layers_have_no_map_and_say_so(pages):
+    assert "No change in numbered layers" in Page(pages["no layers"]).section("where")
+
+
+def test_the_same_run_gives_the_same_bytes_also_from_its_folder(results, pages):
+    result = results["layers"]
+    assert report.render(result) == pages["layers"]
+    assert report.render(load(result.path)) == pages["layers"]
+
+
+def test_write_replaces_the_page_whole(results, pages, tmp_path):
+    (tmp_path / "report.html").write_text("old")
+    path = report.write(tmp_path, results["layers"])
+    assert path == tmp_path / "report.html"
+    assert path.read_text(encoding="utf-8") == pages["layers"]
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def large(result: Analysis, count: int) -> Analysis:
+    """The result with its tensors repeated under long names."""
+    copies = -(-count // (len(result.tensors) // 2))
+    tables = []
+    for i in range(copies):
+        names = [f"model.language_model.tower.{i}.{n}" for n in result.tensors["name"].to_pylist()]
+        tables.append(result.tensors.set_column(0, "name", pa.array(names)))
+    return Analysis(pa.concat_tables(tables), result.groups, result.summary, result.run, [])
+
+
+def test_two_thousand_tensors_fit_and_more_are_cut(results):
+    text = report.render(large(results["layers"], 2000))
+    assert len(text.encode()) < 3_000_000
+    _, rows = rows_of(Page(text), "tensors")
+    assert len(rows) == 2000
+    energies = results["layers"].tensors.to_pylist()
+    first = max((r for r in energies if r["view"] == "stored"), key=lambda r: r["delta_energy"])
+    assert rows[0][0]["text"].endswith(first["name"])
+    text = report.render(large(results["layers"], 2400))
+    assert len(rows_of(Page(text), "tensors")[1]) == 2000
+    assert "more in the parquet table" in text
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-12, 3.3e-7, 0.00999, 0.01, 0.5, 0.99, 0.999999, 1 - 1e-12, 1.0, 1.5, 12.0])
+def test_a_percentage_reads_as_all_or_nothing_only_when_it_is(value):
+    shown = format.percent(value).replace(format.THIN, "").rstrip("%")
+    number = float(shown.lstrip(">"))
+    assert (number == 0) == (value == 0)
+    assert (number == 100) == (value == 1)
+    assert number == pytest.approx(100 * value, rel=5e-3)
+
+
+def test_missing_figures_are_a_dash():
+    for show in (format.percent, format.times, format.measure, format.count, format.duration):
+        assert show(None) == format.MISSING
+    assert format.percent(float("nan")) == format.MISSING
+
+
+def test_names_are_short_and_printable():
+    assert len(format.name("n" * 10_000)) <= format.LONGEST_NAME + 4
+    assert format.name("a\x00b") == printable("a\x00b")
+
+
+def test_the_script_parses(tmp_path):
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no node on PATH")
+    subprocess.run([node, "--check", Path(report.__file__).with_name("page.js")], check=True, timeout=60)
+
+
+CHROMIUM = next(
+    filter(
+        None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"))
+    ),
+    None,
+)
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
+
+
+def show(page: Path, profile: Path, width: int, dark: bool) -> tuple[str, str]:
+    """The document after its scripts ran, and the browser's log."""
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run --hide-scrollbars"
+        " --disable-background-networking --disable-component-update --disable-sync --enable-logging=stderr"
+    )
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            *flags.split(),
+            f"--user-data-dir={profile}",
+            f"--window-size={width + 100},900",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout, done.stderr
+
+
+PROBE = """<script>
+const found = {width: innerWidth, scroll: document.documentElement.scrollWidth, dark: matchMedia("(prefers-color-scheme: dark)").matches,
+  paper: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color};
+const table = document.getElementById("tensors"), heads = [...table.querySelectorAll("th[aria-sort]")];
+const index = heads.findIndex((h) => h.textContent === "parameters");
+const column = () => [...table.tBodies[0].rows].map((r) => Number(r.cells[index].dataset.v));
+heads[index].querySelector("button").click(); found.down = column(); found.sort = heads[index].getAttribute("aria-sort");
+heads[index].querySelector("button").click(); found.up = column();
+heads[0].querySelector("button").click(); found.names = [...table.tBodies[0].rows].map((r) => r.cells[0].textContent);
+const search = document.querySelector(".filter input"); search.value = "layers.1. up"; search.dispatchEvent(new Event("input"));
+found.kept = [...table.tBodies[0].rows].filter((r) => !r.hidden).map((r) => r.cells[0].textContent);
+const shown = () => [...document.querySelectorAll("#where .view")].filter((v) => v.getClientRects().length).map((v) => v.className);
+found.before = shown(); const stored = document.querySelector('.switch button[value="stored"]'); if (stored) stored.click(); found.after = shown();
+const cell = document.querySelector("#where g title"); if (cell) { cell.parentNode.querySelector("rect").dispatchEvent(new Event("click", {bubbles: true})); found.told = document.querySelector("#where .told").textContent; found.title = cell.textContent; }
+found.panels = [...document.querySelectorAll(".panel")].filter((p) => p.getClientRects().length).length;
+const pre = document.createElement("pre"); pre.id = "probe"; pre.textContent = JSON.stringify(found); document.body.append(pre);
+</script></body>"""
+
+
+def probe(text: str, folder: Path, width: int, dark: bool = False) -> dict:
+    page = folder / "page.html"
+    # In a frame: a window of its own is never as narrow as a phone. The probe is a script, so the policy has to go.
+    inner = re.sub(r"<meta http-equiv[^>]*>", "", text).replace("</body>", PROBE)
+    page.write_text(FRAME.format(width=width, page=html.escape(inner)), encoding="utf-8")
+    dom, log = show(page, folder / "profile", width, dark)
+    assert "CONSOLE" not in log, log
+    return json.loads(html.unescape(re.findall(r'<pre id="probe">(.*?)</pre>', dom, re.DOTALL)[0]))
+
+
+FRAME = """<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>frame</title>
+<iframe width="{width}" height="800" frameborder="0" srcdoc="{page}"></iframe>
+<script>onload = () => document.body.append(frames[0].document.getElementById("probe"))</script>"""
+
+
+def brightness(colour: str) -> float:
+    return float(np.mean([int(n) for n in re.findall(r"\d+", colour)[:3]]))
+
+
+@browser
+@pytest.mark.parametrize(
+    ("case", "width", "dark"),
+    [("layers", 360, True), ("layers", 1280, False), ("hostile", 360, False), ("identical", 360, False)],
+)
+def test_in_a_browser_nothing_overflows_and_the_controls_work(pages, tmp_path, case, width, dark):
+    found = probe(pages[case], tmp_path, width, dark)
+    assert found["width"] == width
+    assert found["scroll"] <= width
+    assert found["dark"] == dark
+    assert (brightness(found["paper"]) < brightness(found["ink"])) == dark
+    assert found["sort"] == "descending"
+    assert found["down"] == sorted(found["down"], reverse=True)
+    assert found["up"] == sorted(found["up"])
+    assert found["panels"] == 1
+    if case == "layers":
+        assert found["kept"] == ["model.layers.1.mlp.up_proj.weight"]
+        assert found["names"][0] == "model.embed_tokens.weight"
+        assert all("view-visible" in v for v in found["before"])
+        assert all("view-stored" in v for v in found["after"])
+        assert len(found["after"]) == len(found["before"]) == 2
+        assert found["told"] == found["title"]
+
+
+@browser
+@pytest.mark.parametrize("case", ["layers", "hostile"])
+def test_in_a_browser_the_page_as_written_logs_nothing(pages, tmp_path, case):
+    page = tmp_path / "report.html"
+    page.write_text(pages[case], encoding="utf-8")
+    dom, log = show(page, tmp_path / "profile", 1280, False)
+    assert "CONSOLE" not in log, log
+    assert 'class="filter" data-table="tensors"' in dom  # no longer hidden: the script ran under the page's own policy
