@@ -627,7 +627,7 @@ def _empirical(tables: _Tables) -> _Expected:
     rms = np.sqrt(np.einsum("trb,r,b->t", mass, np.exp2(2.0 * (row - 127)), mean_square)) * factor
     size = np.where(moved, rms, 0.0)
 
-    present = mass.any(2)
+    present = np.asarray(mass.any(2))
     shift = _row(factor) - 127
     bottom, top = (
         row[np.argmax(present, axis=1)] + shift,
