@@ -15,7 +15,7 @@ import torch
 from benchmarks.harness import anonymous_bytes, paired
 from opdkernels import analyze
 from opdkernels.backends.cpu import _C
-from opdkernels.ops.delta import BINS, THRESHOLDS, delta, magnitudes, pattern
+from opdkernels.ops.delta import BINS, THRESHOLDS, delta, exact_float, pattern
 
 EAGER_COORDINATES = 4_358_144  # one 896 x 4864 matrix: eager PyTorch gains nothing from more
 
@@ -81,7 +81,8 @@ def test_tally_of_wider_pairs(benchmark, row, embedding, one_thread, dtype):
     source = (embedding[0][:n].double() + 1e-6 * torch.randn(n, generator=generator)).to(dtype)
     trained = (source.double() + 1e-5 * torch.randn(n, generator=generator)).to(dtype)
     tally = benchmark.pedantic(lambda: delta(source, trained), rounds=5, warmup_rounds=1)
-    assert tally.source @ magnitudes[: len(tally.source)].clip(max=1e30) > 0
+    assert tally.delta[0] == int((source.bfloat16() == trained.bfloat16()).sum())
+    assert exact_float(tally.sum_delta_abs) == pytest.approx(float((trained.double() - source.double()).abs().sum()), rel=1e-6)
     rate = n / benchmark.stats.stats.median
     row(pairs_per_s=rate, bytes_per_s=2 * source.element_size() * rate)
 

@@ -7,6 +7,7 @@ cannot give is None. Fractions are of the finite coordinates; norms and maxima a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -115,6 +116,11 @@ def share(count: float, of: float) -> float | None:
     return float(count) / float(of) if of else None
 
 
+THRESHOLD_LABELS = [threshold_label(t) for t in THRESHOLDS]
+VISIBLE_EDGES = np.array([to_bf16_pattern(t) + side for side in (0, 1) for t in THRESHOLDS])  # below them: <, then <=
+RELATIVE_LABELS = [f"frac_lt_rel_{threshold_label(tau)}" for tau in RELATIVE]
+
+
 def sparsity(tally: SparseTally, view: str) -> dict[str, float | None]:
     """Shares of coordinates below thresholds: `frac_zero` delta = 0; `frac_lt_1e-5` |delta| < 1e-5, `frac_le_1e-5` <=;
     `frac_lt_rel_1e-3` |delta| < 1e-3 rms(W); `unchanged_eta` |w - w'| <= 1e-3 max(|w|, |w'|) (Zhu et al., arXiv 2511.08567).
@@ -124,29 +130,22 @@ def sparsity(tally: SparseTally, view: str) -> dict[str, float | None]:
     """
     n = tally.finite
     row: dict[str, float | None] = {"frac_zero": share(n - int(tally.changed(view).sum()), n)}
-    below = np.concatenate(([0], np.cumsum(tally.delta)))
-
-    def visible_below(pattern: int) -> int:
-        return int(below[np.searchsorted(tally.patterns, pattern)])
-
-    for k, threshold in enumerate(THRESHOLDS):
-        label = threshold_label(threshold)
+    rms = math.sqrt(tally.energies[view][0] / n) if n else 0.0
+    limits = [tau * max(rms, EPSILON) for tau in RELATIVE]
+    if view == "visible":
+        below = np.concatenate(([0], np.cumsum(tally.delta)))
+        edges = np.concatenate((VISIBLE_EDGES, [to_bf16_pattern(limit) for limit in limits]))
+        counts = below[np.searchsorted(tally.patterns, edges)].tolist()
+    else:
+        counts = tally.counts[4:14].tolist()
+    for k, label in enumerate(THRESHOLD_LABELS):
+        row[f"frac_lt_{label}"], row[f"frac_le_{label}"] = share(counts[k], n), share(counts[k + len(THRESHOLDS)], n)
+    for k, label in enumerate(RELATIVE_LABELS):
         if view == "visible":
-            pattern = to_bf16_pattern(threshold)
-            lt, le = visible_below(pattern), visible_below(pattern + 1)
-        else:
-            lt, le = int(tally.counts[4 + k]), int(tally.counts[9 + k])
-        row[f"frac_lt_{label}"], row[f"frac_le_{label}"] = share(lt, n), share(le, n)
-    source_energy = tally.energies[view][0]
-    rms = math.sqrt(source_energy / n) if n else 0.0
-    for tau in RELATIVE:
-        label = f"frac_lt_rel_{threshold_label(tau)}"
-        limit = tau * max(rms, EPSILON)
-        if view == "visible":
-            row[label] = share(visible_below(to_bf16_pattern(limit)), n)
+            row[label] = share(counts[2 * len(THRESHOLDS) + k], n)
             row[f"{label}_lower"] = row[f"{label}_upper"] = None
         else:
-            lower, upper = stored_below(tally, limit)
+            lower, upper = stored_below(tally, limits[k])
             row[label], row[f"{label}_lower"], row[f"{label}_upper"] = share((lower + upper) / 2, n), share(lower, n), share(upper, n)
     row["unchanged_eta"] = share(int(tally.counts[3]), n) if view == "stored" else row["frac_zero"]
     return row
@@ -217,6 +216,9 @@ def top_energy(tally: SparseTally, view: str) -> dict[str, float | None]:
     return row
 
 
+RATIO_LABELS = [ratio_label(r) for r in RATIOS]
+
+
 @dataclass(frozen=True)
 class NearZero:
     """How the ceil(r n) smallest |W| share the changed coordinates; ties at the cut in expectation and as bounds."""
@@ -229,18 +231,25 @@ class NearZero:
 
 def near_zero(tally: SparseTally, changed: np.ndarray, ratio: float) -> NearZero:
     """Changed coordinates among the ceil(ratio n) smallest |W| of the tensor; `changed` is a |W| table."""
-    n = tally.finite
-    k = min(n, max(1, math.ceil(ratio * n)))
-    below = np.cumsum(tally.source)
-    cut = int(np.searchsorted(below, k))
-    before = int(below[cut - 1]) if cut else 0
-    inside, tied, tied_changed, need = int(changed[:cut].sum()), int(tally.source[cut]), int(changed[cut]), k - before
-    return NearZero(
-        k,
-        inside + tied_changed * (need / tied),
-        inside + max(0, need - (tied - tied_changed)),
-        inside + min(need, tied_changed),
-    )
+    return near_zeros(tally, changed, (ratio,))[0]
+
+
+def near_zeros(tally: SparseTally, changed: np.ndarray, ratios: Sequence[float]) -> list[NearZero]:
+    n, found = tally.finite, []
+    sizes = [min(n, max(1, math.ceil(ratio * n))) for ratio in ratios]
+    below, changed_below = np.cumsum(tally.source), np.cumsum(changed)
+    for size, cut in zip(sizes, np.searchsorted(below, sizes).tolist(), strict=True):
+        before, inside = (int(below[cut - 1]), int(changed_below[cut - 1])) if cut else (0, 0)
+        tied, tied_changed, need = int(tally.source[cut]), int(changed[cut]), size - before
+        found.append(
+            NearZero(
+                size,
+                inside + tied_changed * (need / tied),
+                inside + max(0, need - (tied - tied_changed)),
+                inside + min(need, tied_changed),
+            )
+        )
+    return found
 
 
 def near_zero_coverage(tally: SparseTally, view: str) -> dict[str, float | None]:
@@ -251,17 +260,13 @@ def near_zero_coverage(tally: SparseTally, view: str) -> dict[str, float | None]
     row: dict[str, float | None] = {}
     changed = tally.changed(view)
     total = int(changed.sum())
-    for ratio in RATIOS:
-        label = f"near_zero_coverage_{ratio_label(ratio)}"
-        if not tally.finite:
-            row.update({label: None, f"{label}_lower": None, f"{label}_upper": None, f"{label}_enrichment": None})
-            row[f"near_zero_mask_changed_{ratio_label(ratio)}"] = None
-            continue
-        found = near_zero(tally, changed, ratio)
-        row[label] = share(found.expected, total)
-        row[f"{label}_lower"], row[f"{label}_upper"] = share(found.lower, total), share(found.upper, total)
-        row[f"{label}_enrichment"] = share(found.expected * tally.finite, total * found.size)
-        row[f"near_zero_mask_changed_{ratio_label(ratio)}"] = share(found.expected, found.size)
+    found = near_zeros(tally, changed, RATIOS) if tally.finite else [NearZero(0, 0, 0, 0)] * len(RATIOS)
+    for label, one in zip(RATIO_LABELS, found, strict=True):
+        row[f"near_zero_coverage_{label}"] = share(one.expected, total)
+        row[f"near_zero_coverage_{label}_lower"] = share(one.lower, total)
+        row[f"near_zero_coverage_{label}_upper"] = share(one.upper, total)
+        row[f"near_zero_coverage_{label}_enrichment"] = share(one.expected * tally.finite, total * one.size)
+        row[f"near_zero_mask_changed_{label}"] = share(one.expected, one.size)
     return row
 
 

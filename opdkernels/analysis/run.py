@@ -204,12 +204,25 @@ def assemble(pair: Pair, records: list[Record], run: dict[str, Any]) -> Analysis
 
 
 def fit_nulls(records: list[Record]) -> list[dict[str, null.Null]]:
+    """Of each counted record its nulls; of a tensor that did not visibly change the one that expects nothing."""
+
     def used(tally: SparseTally, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return tally.patterns[table > 0], table[table > 0]
 
-    tallies = [r.tally for r in records if r.tally is not None]  # all of them: the caller passes counted records
-    remainders = ["grid" if r.dtype_source == "bf16" else "uniform" for r in records]
-    return null.fit_many([used(t, t.source) for t in tallies], [used(t, t.delta) for t in tallies], RATIOS, remainders)
+    nothing = dict.fromkeys(RATIOS, 0.0)
+    fitted: list[dict[str, null.Null]] = [
+        {"chosen": null.Null("sign", 0.0, 0.0, 0.0, nothing, float(r.tally.finite) if r.tally else 0.0, 0, np.zeros(0))} for r in records
+    ]
+    moved = [(i, r.tally) for i, r in enumerate(records) if r.tally is not None and r.tally.changed("visible").any()]
+    nulls = null.fit_many(
+        [used(t, t.source) for _, t in moved],
+        [used(t, t.delta) for _, t in moved],
+        RATIOS,
+        ["grid" if records[i].dtype_source == "bf16" else "uniform" for i, _ in moved],
+    )
+    for (i, _), found in zip(moved, nulls, strict=True):
+        fitted[i] = found
+    return fitted
 
 
 def null_columns(row: dict[str, Any], fitted: dict[str, null.Null]) -> dict[str, Any]:

@@ -85,12 +85,13 @@ class Members:
 
     def median(self, name: str) -> np.ndarray:
         values = self.columns[name]
-        found = np.full(len(self.groups), np.nan)
-        for g in range(len(self.groups)):
-            own = values[(self.group == g) & ~np.isnan(values)]
-            if len(own):
-                found[g] = np.median(own)
-        return found
+        known = ~np.isnan(values)
+        order = np.lexsort((values[known], self.group[known]))
+        ranked = np.append(values[known][order], np.nan)
+        sizes = np.bincount(self.group[known], minlength=len(self.groups))
+        starts = np.cumsum(sizes) - sizes
+        low, high = starts + np.maximum(sizes - 1, 0) // 2, starts + sizes // 2
+        return np.where(sizes > 0, (ranked[low] + ranked[np.minimum(high, len(ranked) - 1)]) / 2, np.nan)
 
 
 def group_columns(members: Members, nulls: bool) -> dict[str, np.ndarray]:
