@@ -64,11 +64,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def to_table(records: list[Record]) -> pa.Table:
     def lists(arrays: list[np.ndarray], of: pa.DataType) -> pa.Array:
         offsets = np.concatenate(([0], np.cumsum([a.size for a in arrays]))).astype(np.int64)
-        values = np.concatenate([a.ravel() for a in arrays]) if arrays else np.zeros(0)
+        values = np.concatenate([a.ravel() for a in arrays]).astype(of.to_pandas_dtype()) if arrays else np.zeros(0)
         return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values, of))
 
     tallies = [r.tally for r in records]
     none = np.zeros(0, np.int64)
+    # Half the bytes to compress, where every count fits.
+    small = all(t is None or not t.tables.size or t.tables.max() < 1 << 32 for t in tallies)
     columns: dict[str, Any] = {
         "index": pa.array([r.index for r in records], pa.int64()),
         "name": pa.array([r.name for r in records], pa.string()),
@@ -81,7 +83,7 @@ def to_table(records: list[Record]) -> pa.Table:
         "max_delta": pa.array([t.max_delta if t else None for t in tallies], pa.float64()),
         "cuts": lists([np.array(t.cuts, np.int64) if t else none for t in tallies], pa.int64()),
         "patterns": lists([t.patterns if t else none for t in tallies], pa.uint16()),
-        "tables": lists([t.tables if t else none for t in tallies], pa.int64()),
+        "tables": lists([t.tables if t else none for t in tallies], pa.uint32() if small else pa.int64()),
         "counts": lists([t.counts if t else none for t in tallies], pa.int64()),
         "sums": lists([t.sums if t else none for t in tallies], pa.int64()),
     }
@@ -101,7 +103,7 @@ def from_table(table: pa.Table) -> Iterator[Record]:
         tally = None
         if not plain["failure"][i]:
             cuts, patterns = tuple(at("cuts", i).tolist()), at("patterns", i).astype(np.int64)
-            tables = at("tables", i).reshape(5 + len(cuts), len(patterns))
+            tables = at("tables", i).astype(np.int64).reshape(5 + len(cuts), len(patterns))
             tally = SparseTally(cuts, patterns, tables, at("counts", i), at("sums", i).reshape(4, -1), plain["max_delta"][i])
         yield Record(
             plain["index"][i], plain["name"][i], plain["trained_name"][i], tuple(at("shape", i).tolist()),

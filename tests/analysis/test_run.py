@@ -296,3 +296,14 @@ def test_summary_has_its_published_form(pair, tmp_path):
     parsed = summary.Summary.model_validate_json(json.dumps(result.summary), strict=False)
     assert parsed.model_dump() == result.summary
     assert Path(summary.__file__).with_name("summary.schema.json").read_text() == summary.schema()
+
+
+def test_records_keep_counts_of_any_size():
+    from opdkernels.analysis.coordinates import SparseTally
+
+    tally = delta(torch.ones(4), torch.tensor([1.0, 1, 1, 2]))
+    for factor in (1, 1 << 40):
+        tally.tables *= factor
+        record = records.Record(0, "w", "w", (4,), "fp32", "fp32", "exact", SparseTally.of(tally))
+        (back,) = records.from_table(records.to_table([record]))
+        assert back.tally.dense() == tally
