@@ -64,7 +64,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def to_table(records: list[Record]) -> pa.Table:
     def lists(arrays: list[np.ndarray], of: pa.DataType) -> pa.Array:
         offsets = np.concatenate(([0], np.cumsum([a.size for a in arrays]))).astype(np.int64)
-        values = np.concatenate([a.ravel() for a in arrays]).astype(of.to_pandas_dtype()) if arrays else np.zeros(0)
+        values = np.concatenate([a.ravel() for a in arrays]) if arrays else np.zeros(0)
         return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values, of))
 
     tallies = [r.tally for r in records]
