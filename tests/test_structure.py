@@ -75,3 +75,12 @@ def test_no_kernel_source_includes_torch():
     for path in (ROOT / "csrc").rglob("*"):
         if path.is_file():
             assert "torch/" not in path.read_text()
+
+
+def test_readme_quotes_the_committed_measurements():
+    import json
+
+    from benchmarks.run import table
+
+    (results,) = (ROOT / "benchmarks" / "results").glob("*.json")
+    assert table(json.loads(results.read_text())) in (ROOT / "README.md").read_text()
