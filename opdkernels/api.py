@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from opdkernels import report
+from opdkernels.analysis import overlap as overlaps
 from opdkernels.analysis import run
 from opdkernels.analysis.overlap import Overlaps, run_overlap
-from opdkernels.analysis.result import Analysis
+from opdkernels.analysis.result import Analysis, finished, load
 from opdkernels.options import AnalyzeOptions, OverlapOptions, checked
 from opdkernels.progress import Progress
 
@@ -61,3 +63,12 @@ def overlap(
     if result.path is not None and chosen.report:
         report.write_overlap(result.path, result)
     return result
+
+
+def write_report(out: str | os.PathLike[str]) -> Path:
+    """Write report.html again from the tables of a finished run, of either command. Raises InputError where there is none."""
+    folder = Path(out)
+    run = finished(folder)
+    if run["command"] == "overlap":
+        return report.write_overlap(folder, overlaps.load(folder, run))
+    return report.write(folder, load(folder))

@@ -137,12 +137,9 @@ def report(out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of a f
 
     Example: opdkernels report out
     """
-    from opdkernels import report as page
-    from opdkernels.analysis.result import load
+    from opdkernels.api import write_report
 
-    result = load(out)
-    assert result.path is not None
-    typer.echo(page.write(result.path, result))
+    typer.echo(write_report(out))
 
 
 @app.command()

@@ -50,6 +50,9 @@ def test_overlap_prints_a_row_a_pair(pair, tmp_path):  # noqa: F811
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [(p["run_a"], p["run_b"]) for p in summary["pairs"]] == [("A", "B")]
     assert "within rows and |W|" in done.stdout
+    page = (tmp_path / "out" / "report.html").read_bytes()
+    assert run("report", tmp_path / "out").returncode == 0
+    assert (tmp_path / "out" / "report.html").read_bytes() == page
 
 
 def test_inspect_reads_headers_and_plans(pair):  # noqa: F811

@@ -56,7 +56,7 @@ def test_imports_run_down_only(path):
         assert floor_of(imported) >= floor_of(own), f"{path.name} imports {imported}, from a floor above"
 
 
-@pytest.mark.parametrize(("family", "column"), itertools.product(FAMILIES, COLUMNS))
+@pytest.mark.parametrize(("family", "column"), list(itertools.product(FAMILIES, COLUMNS)))
 def test_every_family_has_its_file_in_every_column(family, column):
     assert (ROOT / column.format(family)).is_file()
 

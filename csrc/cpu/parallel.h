@@ -5,6 +5,20 @@
 #include <omp.h>
 #endif
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+// Subnormals count here, whatever torch.set_flush_denormal asked of this thread.
+class KeepSubnormals {
+  unsigned before = _mm_getcsr();
+
+ public:
+  KeepSubnormals() { _mm_setcsr(before & ~0x8040u); }  // flush to zero, denormals are zero: off
+  ~KeepSubnormals() { _mm_setcsr(before); }
+};
+#else
+struct KeepSubnormals { KeepSubnormals() {} };
+#endif
+
 constexpr int64_t SERIAL_BELOW = 1 << 16;
 
 // Calls body(thread, start, stop) on contiguous ranges whose starts are multiples of `grain`.
@@ -18,10 +32,14 @@ void parallel_ranges(int64_t n, int threads, int64_t grain, Body body) {
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int t = 0; t < threads; t++) {
       int64_t start = t * share, stop = start + share < n ? start + share : n;
-      if (start < stop) body(t, start, stop);
+      if (start >= stop) continue;
+      KeepSubnormals keep;
+      body(t, start, stop);
     }
     return;
   }
 #endif
-  if (n > 0) body(0, int64_t(0), n);
+  if (n <= 0) return;
+  KeepSubnormals keep;
+  body(0, int64_t(0), n);
 }

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from opdkernels.analysis import tables
 from opdkernels.analysis.coordinates import to_bf16_pattern
@@ -60,6 +61,11 @@ class Overlaps:
     def exit_status(self) -> int:
         """0, or 3 where tensors were excluded or hold non-finite coordinates."""
         return 3 if self.summary["excluded"] or self.summary["nonfinite"] else 0
+
+
+def load(folder: Path, run: dict[str, Any]) -> Overlaps:
+    """The finished overlap in a folder, whose run.json is `run`."""
+    return Overlaps(pq.read_table(folder / "overlap.parquet"), json.loads((folder / "summary.json").read_text()), run, folder)
 
 
 def run_overlap(

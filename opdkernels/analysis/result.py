@@ -67,13 +67,11 @@ class Analysis:
 
 
 def load(path: str | Path) -> Analysis:
-    """The finished run in a folder. Raises InputError where there is none."""
+    """The finished `analyze` run in a folder. Raises InputError where there is none."""
     folder = Path(path)
-    run = read_run(folder)
-    if run is None:
-        raise InputError(f"{printable(str(folder))} holds no run (no run.json); give the folder that analyze wrote with -o")
-    if run["command"] != "analyze" or run["status"] != "complete":
-        raise InputError(f"{printable(str(folder))} holds a {run['command']} run that is {run['status']}; run that command again to finish it")
+    run = finished(folder)
+    if run["command"] != "analyze":
+        raise InputError(f"{printable(str(folder))} holds an {run['command']} run; give the folder of an analyze run")
     records = Records(folder / "tallies")
     return Analysis(
         pq.read_table(folder / "tensors.parquet"),
@@ -83,6 +81,16 @@ def load(path: str | Path) -> Analysis:
         [records.done[i] for i in sorted(records.done)],
         folder,
     )
+
+
+def finished(folder: Path) -> dict[str, Any]:
+    """run.json of a finished run. Raises InputError where there is none."""
+    run = read_run(folder)
+    if run is None:
+        raise InputError(f"{printable(str(folder))} holds no run (no run.json); give the folder that a command wrote with -o")
+    if run["status"] != "complete":
+        raise InputError(f"{printable(str(folder))} holds a run that is {run['status']}; run {run['command']} again to finish it")
+    return run
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:

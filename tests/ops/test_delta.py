@@ -180,6 +180,18 @@ def test_cuts_follow_their_order(isa):
         assert (np.diff(tally.changed.sum(1)) <= 0).all()
 
 
+def test_subnormals_count_whatever_torch_flushes(isa, threads):
+    source, trained = make_pair(100_000)
+    expected = by_reference(source, trained)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        found = delta(source, trained)
+    finally:
+        torch.set_flush_denormal(False)
+    assert found == expected
+
+
 def test_strided_and_high_dimensional_inputs():
     source, trained = make_pair(6000, hostile=False)
     assert delta(source.view(2, 30, 100).mT, trained.view(2, 30, 100).mT) == delta(source, trained)
