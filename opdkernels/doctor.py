@@ -27,7 +27,7 @@ def examine() -> dict[str, Any]:
     module = cpu._C
     forced = os.environ.get("OPDKERNELS_BACKEND")
     if module is None:
-        why = f"not built: {cpu.WHY_NOT}; install g++ and reinstall opdkernels"
+        why = f"not used: {cpu.WHY_NOT}; install g++ and reinstall opdkernels"
     elif not cpu.wanted():
         why = f"built, but OPDKERNELS_BACKEND={forced} asks for the reference"
     else:

@@ -14,7 +14,7 @@ WHY_NOT = ""
 try:
     from opdkernels import _C  # type: ignore[no-redef, attr-defined]
 except ImportError as error:  # no compiler at install, or a build for another Python
-    WHY_NOT = str(error)
+    WHY_NOT = "none was built at install" if "cannot import name" in str(error) else str(error)
 
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 

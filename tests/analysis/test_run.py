@@ -81,6 +81,14 @@ def test_results_do_not_depend_on_threads_slices_or_the_way_of_reading(pair, tmp
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c") == contents(tmp_path / "d")
 
 
+def test_the_reference_gives_the_same_bits(pair, tmp_path):
+    analyze(*pair, tmp_path / "kernels")
+    program = f"import opdkernels; opdkernels.analyze({pair[0]!r}, {pair[1]!r}, {str(tmp_path / 'reference')!r})"
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, "OPDKERNELS_BACKEND": "reference"}, check=True)
+    assert json.loads((tmp_path / "reference" / "run.json").read_text())["machine"]["instruction_set"] == "reference"
+    assert contents(tmp_path / "kernels") == contents(tmp_path / "reference")
+
+
 def test_a_finished_run_is_not_read_again(pair, tmp_path):
     analyze(*pair, tmp_path / "out")
     before = contents(tmp_path / "out")
