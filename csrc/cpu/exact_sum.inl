@@ -11,8 +11,9 @@ static void exact_sum(double* values, int n, opd_i64* limbs, int sign) {
   for (int i = 0; i < n; i++) largest = values[i] > largest ? values[i] : largest;
   while (largest > 0) {
     // Lowest level whose 2^40 units exceed the largest value: exponent e of largest, unit 2^(32 level - 1074).
-    int exponent = (int)(double_bits(largest) >> 52);            // biased; 0 for subnormals, which level 0 holds
-    int above = exponent - 1023 + 1 + 1074 - 40;                 // bits of `largest` above 2^40 units of level 0
+    opd_u64 bits = double_bits(largest);
+    int exponent = (int)(bits >> 52);                            // biased; the bits of a subnormal are its units of level 0
+    int above = (exponent ? exponent + 52 : 64 - __builtin_clzll(bits)) - 40;  // bits of `largest` above 2^40 units of level 0
     int level = above <= 0 ? 0 : (above + 31) / 32;
     // 1.5 * 2^52 units: its last place is one unit.
     double cutter = bits_double((opd_u64)(32 * level - 1074 + 52 + 1023) << 52) * 1.5;

@@ -192,6 +192,16 @@ def test_subnormals_count_whatever_torch_flushes(isa, threads):
     assert found == expected
 
 
+@pytest.mark.parametrize("size", [5e-324, 1e-310, 1e-308, 1e-300, 1e-290, 1e-155, 1e-150, 1e-100])
+def test_sums_of_the_smallest_doubles_are_exact_and_end(isa, size):
+    rng = np.random.default_rng(0)
+    source = torch.from_numpy(size * rng.normal(size=3000))
+    trained = torch.from_numpy(size * rng.normal(size=3000) * 1e-3)
+    assert delta(source, trained) == by_reference(source, trained)
+    assert delta(torch.zeros(3, dtype=torch.float64), torch.full((3,), size, dtype=torch.float64)).max_delta == size
+    assert_matches(delta(source, trained), Oracle(source, trained), 3000)
+
+
 def test_strided_and_high_dimensional_inputs():
     source, trained = make_pair(6000, hostile=False)
     assert delta(source.view(2, 30, 100).mT, trained.view(2, 30, 100).mT) == delta(source, trained)
