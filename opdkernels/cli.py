@@ -172,11 +172,14 @@ def main() -> None:
         fail(str(error), 4)
     except UsageError as error:
         fail(str(error), 2)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command again goes on from here", 130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:  # a full disk, a folder where a file should go
+        where = f" at {error.filename}" if error.filename else ""
+        fail(f"{error.strerror or error}{where}; make room or choose another folder, and run the same command again", 4)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command again goes on from here", 130)
 
 
 def fail(message: str, status: int) -> None:

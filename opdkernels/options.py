@@ -22,6 +22,8 @@ def parse_bytes(text: str | int) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(text).upper())
     if not found:
         raise ValueError(f"{text!r} is not a size; write it like 2GB or 512MiB")
+    if len(found[1]) > 18:
+        raise ValueError(f"{text!r} is too large; write it like 2GB or 512MiB")
     size = int(float(found[1]) * UNITS[found[2]])
     if size < LEAST_MEMORY:
         raise ValueError(f"{text} is too little; 64MB is the least")

@@ -137,3 +137,11 @@ def test_options_of_a_command_are_those_of_its_model(function, model):
     defaults = {name: p.default for name, p in inspecting.signature(function).parameters.items() if name in model.model_fields}
     built = model(**{k: v for k, v in defaults.items() if k != "strata"})
     assert built == model()
+
+
+def test_a_folder_where_a_file_should_go_is_one_line(pair, tmp_path):  # noqa: F811
+    (tmp_path / "out" / "report.html").mkdir(parents=True)
+    done = run("analyze", *pair, "-o", tmp_path / "out")
+    assert done.returncode == 4
+    assert "Traceback" not in done.stderr
+    assert "run the same command again" in done.stderr
