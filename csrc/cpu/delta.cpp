@@ -51,7 +51,7 @@ void fold(DeltaWork& work, Call& call, int n_cuts, bool bf16_pair) {
   drain(work.delta, OPD_BINS, [&](int i, opd_u32 count) { call.bin(DELTA, i) += count; });
   drain(work.trained, OPD_BINS, [&](int i, opd_u32 count) { call.bin(TRAINED, i) += count; });
   work.trained[OPD_BINS] = 0;
-  drain(work.moved, OPD_BINS, [&](int i, opd_u32 count) { call.bin(MOVED, i) += count; });
+  if (!bf16_pair) drain(work.moved, OPD_BINS, [&](int i, opd_u32 count) { call.bin(MOVED, i) += count; });
   drain(work.stored, OPD_BINS, [&](int i, opd_u32 count) { call.bin(STORED, i) += (int32_t)count; });
   std::memset(work.changed, 0, sizeof(opd_u32) * OPD_BINS);
   for (int c = 1; c <= n_cuts + 1; c++)
@@ -113,7 +113,7 @@ Call call;
 void delta(const void* source, int source_dtype, const void* trained, int trained_dtype, int64_t n, const DeltaOptions& options,
            int threads, int64_t* tables, int64_t* counts, int64_t* sums, double* maximum, unsigned char* mask) {
   std::lock_guard<std::mutex> hold(lock);
-  threads = threads < 1 ? 1 : threads;
+  threads = threads_for(n, threads);
   while ((int)workers.size() < threads) workers.emplace_back(new DeltaWork());
   const bool bf16_pair = source_dtype == BF16 && trained_dtype == BF16;
   const int n_tables = CHANGED + options.n_cuts;
@@ -142,8 +142,13 @@ void delta(const void* source, int source_dtype, const void* trained, int traine
     }
     complete(call, bf16_pair, options, total);
     for (int s = 0; s < 4; s++) carry(total[s]);
-    for (int t = 0; t < n_tables; t++)
-      call.each_bin([&](int i) { tables[(int64_t)t * OPD_BINS + i] += call.table(t)[i]; call.table(t)[i] = 0; });
+    for (int t = 0; t < n_tables; t++) {
+      int64_t *to = tables + (int64_t)t * OPD_BINS, *from = call.table(t);
+      to[0] += from[0];
+      for (int i = call.first; i <= call.last; i++) to[i] += from[i];
+      from[0] = 0;
+      if (call.first <= call.last) std::memset(from + call.first, 0, sizeof(int64_t) * (call.last - call.first + 1));
+    }
     call.first = OPD_BINS, call.last = 0;
     for (int i = 0; i < ULP + OPD_ULP_BINS; i++) counts[i] += call.counts[i];
     *maximum = largest > *maximum ? largest : *maximum;

@@ -25,6 +25,11 @@ static int largest_magnitude(const opd_u16* w, const opd_u16* v, int n) {
   return most;
 }
 
+static int larger(int most, const short* lanes, int n) {
+  for (int i = 0; i < n; i++) most = lanes[i] > most ? lanes[i] : most;
+  return most;
+}
+
 // Meanwhile the next block is fetched from memory: the increments leave the memory ports idle.
 static void count_source(const opd_u16* w, int n, opd_u32* table, const opd_u16* next_w, const opd_u16* next_v) {
   int i = 0;
@@ -43,18 +48,25 @@ static void count_source(const opd_u16* w, int n, opd_u32* table, const opd_u16*
   for (; i < n; i++) table[w[i]]++;
 }
 
-// Appends the coordinates whose bits differ; writes up to 64 entries beyond the last.
+// Appends the coordinates whose bits differ; writes up to 64 entries beyond the last. `largest` receives the largest
+// magnitude on either side: with 0x7F00 there may be Inf, NaN, or a difference that overflows.
 #if defined(OPD_AVX512)
-static int collect(const opd_u16* w, const opd_u16* v, int n, opd_u16* out_w, opd_u16* out_v) {
+static int collect(const opd_u16* w, const opd_u16* v, int n, opd_u16* out_w, opd_u16* out_v, int* largest) {
   int k = 0, i = 0;
+  const __m512i magnitude = _mm512_set1_epi16(0x7FFF);
+  __m512i most = _mm512_setzero_si512();
   for (; i + 32 <= n; i += 32) {
     __m512i a = _mm512_loadu_si512(w + i), b = _mm512_loadu_si512(v + i);
     __mmask32 differ = _mm512_cmpneq_epi16_mask(a, b);
+    most = _mm512_max_epi16(most, _mm512_max_epi16(_mm512_and_si512(a, magnitude), _mm512_and_si512(b, magnitude)));
     // Compress in registers: with a memory operand the instruction is microcoded on Zen 4.
     _mm512_storeu_si512(out_w + k, _mm512_maskz_compress_epi16(differ, a));
     _mm512_storeu_si512(out_v + k, _mm512_maskz_compress_epi16(differ, b));
     k += __builtin_popcount(differ);
   }
+  short lanes[32];
+  _mm512_storeu_si512(lanes, most);
+  *largest = larger(largest_magnitude(w + i, v + i, n - i), lanes, 32);
   for (; i < n; i++) { out_w[k] = w[i]; out_v[k] = v[i]; k += w[i] != v[i]; }
   return k;
 }
@@ -73,11 +85,14 @@ struct CompressTable {
 };
 static const CompressTable compress_table;
 
-static int collect(const opd_u16* w, const opd_u16* v, int n, opd_u16* out_w, opd_u16* out_v) {
+static int collect(const opd_u16* w, const opd_u16* v, int n, opd_u16* out_w, opd_u16* out_v, int* largest) {
   int k = 0, i = 0;
+  const __m256i magnitude = _mm256_set1_epi16(0x7FFF);
+  __m256i most = _mm256_setzero_si256();
   for (; i + 16 <= n; i += 16) {
     __m256i a = _mm256_loadu_si256((const __m256i*)(w + i)), b = _mm256_loadu_si256((const __m256i*)(v + i));
     __m256i equal = _mm256_cmpeq_epi16(a, b);
+    most = _mm256_max_epi16(most, _mm256_max_epi16(_mm256_and_si256(a, magnitude), _mm256_and_si256(b, magnitude)));
     __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(equal), _mm256_extracti128_si256(equal, 1));
     unsigned differ = ~(unsigned)_mm_movemask_epi8(bytes) & 0xFFFFu;
     if (!differ) continue;
@@ -91,12 +106,16 @@ static int collect(const opd_u16* w, const opd_u16* v, int n, opd_u16* out_w, op
     _mm_storeu_si128((__m128i*)(out_v + k), _mm_shuffle_epi8(_mm256_extracti128_si256(b, 1), pick));
     k += __builtin_popcount(high);
   }
+  short lanes[16];
+  _mm256_storeu_si256((__m256i*)lanes, most);
+  *largest = larger(largest_magnitude(w + i, v + i, n - i), lanes, 16);
   for (; i < n; i++) { out_w[k] = w[i]; out_v[k] = v[i]; k += w[i] != v[i]; }
   return k;
 }
 #else
-static int collect(const opd_u16* w, const opd_u16* v, int n, opd_u16* out_w, opd_u16* out_v) {
+static int collect(const opd_u16* w, const opd_u16* v, int n, opd_u16* out_w, opd_u16* out_v, int* largest) {
   int k = 0, i = 0;
+  *largest = largest_magnitude(w, v, n);
   for (; i + 4 <= n; i += 4) {
     opd_u64 a, b;
     __builtin_memcpy(&a, w + i, 8);
@@ -226,16 +245,17 @@ static void delta_bf16(const opd_u16* source, const opd_u16* trained, opd_i64 n,
   for (opd_i64 start = 0; start < n; start += OPD_BLOCK) {
     int m = n - start < OPD_BLOCK ? (int)(n - start) : OPD_BLOCK;
     const opd_u16 *w = source + start, *v = trained + start, *next_w = w + OPD_BLOCK, *next_v = v + OPD_BLOCK;
-    if (largest_magnitude(w, v, m) >= 0x7F00) {     // Inf, NaN, or large enough for the difference to overflow
-      int k = 0;
+    int largest, k = collect(w, v, m, changed.w + changed.n, changed.v + changed.n, &largest);
+    if (largest >= 0x7F00) {
+      int left = 0;
       for (int i = 0; i < m; i++) {
-        if (coordinate_finite(w[i], v[i])) { kept.w[k] = w[i]; kept.v[k] = v[i]; k++; }
+        if (coordinate_finite(w[i], v[i])) { kept.w[left] = w[i]; kept.v[left] = v[i]; left++; }
         else { work.nonfinite++; work.bit_equal += w[i] == v[i]; }
       }
-      w = kept.w; v = kept.v; m = k;
+      w = kept.w; v = kept.v; m = left;
+      k = collect(w, v, m, changed.w + changed.n, changed.v + changed.n, &largest);
     }
     count_source(w, m, work.source, next_w, next_v);
-    int k = collect(w, v, m, changed.w + changed.n, changed.v + changed.n);
     work.bit_equal += m - k;
     changed.n += k;
     if (changed.n >= OPD_BLOCK) { count_changed(changed, options, work, true); changed.n = 0; }
@@ -340,7 +360,8 @@ static void delta_wide(const void* source, int source_dtype, const void* trained
     if (largest_magnitude(block.w, block.v, m) >= 0x7F00) m = drop_nonfinite(block, x, y, equal, m, work);
     else work.bit_equal += same;
     count_source(block.w, m, work.source, block.w, block.v);
-    changed.n += collect(block.w, block.v, m, changed.w + changed.n, changed.v + changed.n);
+    int largest;
+    changed.n += collect(block.w, block.v, m, changed.w + changed.n, changed.v + changed.n, &largest);
     if (changed.n >= OPD_BLOCK) { count_changed(changed, options, work, false); changed.n = 0; }
     count_stored(block, x, y, m, options, work);
   }

@@ -4,15 +4,16 @@
 
 #include "../numeric.h"
 
-// Calls add(i, count) for each counter of `from` that is not zero and clears it; most 64-byte lines are never touched.
+// Calls add(i, count) for each counter of `from` that is not zero and clears it; most of a table is never touched. `bins` is a
+// multiple of 64.
 template <class Add>
 void drain(opd_u32* from, int bins, Add add) {
-  for (int i = 0; i < bins; i += 16) {
-    opd_u64 any[8];
-    std::memcpy(any, from + i, 64);
-    if (!(any[0] | any[1] | any[2] | any[3] | any[4] | any[5] | any[6] | any[7])) continue;
-    for (int j = i; j < i + 16; j++)
+  for (int i = 0; i < bins; i += 64) {
+    opd_u32 any = 0;
+    for (int j = i; j < i + 64; j++) any |= from[j];
+    if (!any) continue;
+    for (int j = i; j < i + 64; j++)
       if (from[j]) add(j, from[j]);
-    std::memset(from + i, 0, 64);
+    std::memset(from + i, 0, 256);
   }
 }

@@ -67,7 +67,7 @@ void overlap(const void* source, int source_dtype, const std::vector<const void*
              int64_t n, int cut, int threads, int64_t* source_table, int64_t* changed, int64_t* both, int64_t* exactly, int64_t* counts) {
   std::lock_guard<std::mutex> hold(lock);
   const int runs = (int)trained.size();
-  threads = threads < 1 ? 1 : threads;
+  threads = threads_for(n, threads);
   while ((int)workers.size() < threads) workers.emplace_back(new Worker());
   for (int t = 0; t < threads; t++) workers[t]->make_room(runs);
   for (int64_t from = 0; from < n; from += FOLD_AFTER * threads) {

@@ -109,20 +109,35 @@ static const opd_u16* patterns(const void* data, int dtype, opd_i64 start, int n
   return scratch;
 }
 
+static const opd_u16* fill(const opd_u16* from, int n, opd_u16* to) {
+  __builtin_memcpy(to, from, sizeof(opd_u16) * n);
+  __builtin_memset(to + n, 0, sizeof(opd_u16) * (OPD_OVERLAP_BLOCK - n));
+  return to;
+}
+
 static void overlap(const void* source, int source_dtype, const void* const* trained, const int* trained_dtypes, int runs, opd_i64 n,
                     opd_u32 cut, OverlapWork* work) {
   static thread_local opd_u16 scratch[OPD_MAX_RUNS + 1][OPD_OVERLAP_BLOCK], index[2][OPD_OVERLAP_BLOCK];
+  static thread_local opd_u16 padded[3][OPD_OVERLAP_BLOCK];
   const opd_u32 limit = change_limit(cut);
   opd_u16 *ready = nullptr, *next = index[0];
   for (opd_i64 start = 0; start < n; start += OPD_OVERLAP_BLOCK) {
     const int m = n - start < OPD_OVERLAP_BLOCK ? (int)(n - start) : OPD_OVERLAP_BLOCK;
     const opd_u16 *w = patterns(source, source_dtype, start, m, scratch[OPD_MAX_RUNS]), *v[OPD_MAX_RUNS];
     for (int r = 0; r < runs; r++) v[r] = patterns(trained[r], trained_dtypes[r], start, m, scratch[r]);
-    if (runs == 2 && m == OPD_OVERLAP_BLOCK) {
-      const opd_u32 unfit = index_two(w, v[0], v[1], limit, next, ready, work->two);
+    if (runs == 2) {
+      const opd_u16 *block_w = w, *block_v[2] = {v[0], v[1]};
+      if (m < OPD_OVERLAP_BLOCK) {                   // filled up with zeros that no run changed, taken back below
+        block_w = fill(w, m, padded[0]);
+        for (int r = 0; r < 2; r++) block_v[r] = fill(v[r], m, padded[r + 1]);
+      }
+      const opd_u32 unfit = index_two(block_w, block_v[0], block_v[1], limit, next, ready, work->two);
       ready = unfit ? nullptr : next;
       next = index[next == index[0]];
-      if (!unfit) continue;
+      if (!unfit) {
+        work->two[0] -= OPD_OVERLAP_BLOCK - m;
+        continue;
+      }
     }
     count_runs(w, v, runs, m, limit, *work);
   }

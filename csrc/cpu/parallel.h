@@ -21,10 +21,13 @@ struct KeepSubnormals { KeepSubnormals() {} };
 
 constexpr int64_t SERIAL_BELOW = 1 << 16;
 
+// How many threads work of this size gets.
+inline int threads_for(int64_t n, int threads) { return n < SERIAL_BELOW || threads < 1 ? 1 : threads; }
+
 // Calls body(thread, start, stop) on contiguous ranges whose starts are multiples of `grain`.
 template <class Body>
 void parallel_ranges(int64_t n, int threads, int64_t grain, Body body) {
-  if (n < SERIAL_BELOW) threads = 1;
+  threads = threads_for(n, threads);
   int64_t share = (n + threads - 1) / threads;
   share = (share + grain - 1) / grain * grain;
 #ifdef _OPENMP

@@ -65,7 +65,7 @@ class SparseTally:
 
     @classmethod
     def of(cls, tally: Tally) -> SparseTally:
-        used = np.flatnonzero(tally.tables[: MOVED + 1].any(0) | tally.tables[STORED].astype(bool))
+        used = np.flatnonzero(tally.tables[[SOURCE, DELTA, TRAINED, STORED]].any(0))  # moved and changed are parts of source
         return cls(
             tally.cuts, used, tally.tables[:, used], tally.counts.copy(), tally.sums.copy(), tally.max_delta
         )
