@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from opdkernels.analysis.run import processor
+from opdkernels.analysis.folder import processor
 
 
 def paired(contenders: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:

@@ -9,8 +9,9 @@ from typing import Any
 from opdkernels import report
 from opdkernels.analysis import overlap as overlaps
 from opdkernels.analysis import run
+from opdkernels.analysis.folder import finished
 from opdkernels.analysis.overlap import Overlaps, run_overlap
-from opdkernels.analysis.result import Analysis, finished, load
+from opdkernels.analysis.result import Analysis, load
 from opdkernels.options import AnalyzeOptions, OverlapOptions, checked
 from opdkernels.progress import Progress
 

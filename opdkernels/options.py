@@ -80,7 +80,7 @@ def checked(model: type[Options], values: dict) -> Options:
         return model(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "options"
+        name = str(first["loc"][0]) if first["loc"] else "options"
         if first["type"] == "extra_forbidden":
             raise UsageError(f"there is no option {name!r}; the options are {', '.join(model.model_fields)}") from None
         message = first["msg"].removeprefix("Value error, ")

@@ -23,7 +23,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,11 +41,13 @@ from opdkernels.analysis.coordinates import (
     top_energy,
 )
 from opdkernels.analysis.records import Record, write_json
-from opdkernels.analysis.result import Analysis
 from opdkernels.analysis.tables import Row, write_csv
 from opdkernels.checkpoint.pair import Pair
 from opdkernels.checkpoint.source import DTYPES
 from opdkernels.ops.delta import CHANGED, DEFAULT_CUTS, THRESHOLDS
+
+if TYPE_CHECKING:
+    from opdkernels.analysis.result import Analysis
 
 SUMMARIES = {
     "layer_summary": ("layer_id",), "module_summary": ("module_type",), "block_summary": ("block_type",),

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +17,9 @@ import pyarrow.parquet as pq
 
 from opdkernels.analysis import tables
 from opdkernels.analysis.coordinates import to_bf16_pattern
+from opdkernels.analysis.folder import describe, opened, readable
 from opdkernels.analysis.records import write_json
-from opdkernels.analysis.result import read_run
-from opdkernels.analysis.run import clear, describe, finish, slices, threads
+from opdkernels.analysis.run import slices, threads
 from opdkernels.checkpoint.names import place
 from opdkernels.checkpoint.pair import ITEM_BYTES, Match, Pair, match
 from opdkernels.checkpoint.source import open_source
@@ -65,7 +64,8 @@ class Overlaps:
 
 def load(folder: Path, run: dict[str, Any]) -> Overlaps:
     """The finished overlap in a folder, whose run.json is `run`."""
-    return Overlaps(pq.read_table(folder / "overlap.parquet"), json.loads((folder / "summary.json").read_text()), run, folder)
+    with readable(folder):
+        return Overlaps(pq.read_table(folder / "overlap.parquet"), json.loads((folder / "summary.json").read_text()), run, folder)
 
 
 def run_overlap(
@@ -78,54 +78,30 @@ def run_overlap(
     """`opdkernels.overlap` without the page."""
     if not 2 <= len(runs) <= MAX_RUNS:
         raise UsageError(f"overlap compares 2 to {MAX_RUNS} runs of one source, not {len(runs)}")
-    folder = None if out is None else Path(out)
     with contextlib.ExitStack() as stack:
         sources = [stack.enter_context(contextlib.closing(open_source(path, **chosen.opening))) for path in (base, *runs)]
         stack.enter_context(threads(chosen.threads))
         pairs = [match(sources[0], source) for source in sources[1:]]
         about = describe("overlap", chosen.model_dump(mode="json"), dict(zip(("source", *names(len(runs))), sources, strict=True)))
-        prepare(folder, about, chosen.overwrite)
-        about["began"] = time.monotonic()
-        together, excluded = in_all(pairs)
-        try:
+        with opened(out, about, chosen.overwrite) as folder:
+            together, excluded = in_all(pairs)
             counted = count(pairs, together, chosen, progress)
             for source in sources:
                 source.check()
-        except InputError:
-            finish(folder, about, "failed")
-            raise
-        rows = [row for one in counted for row in tensor_rows(one)]
-        summary = summarise([s.path for s in sources], counted, rows, excluded, chosen)
-        result = Overlaps(tables.to_arrow(rows), summary, about, folder)
-        if folder is not None:
-            tables.write_parquet(folder / "overlap.parquet", result.tensors)
-            write_json(folder / "summary.json", summary)
-            if chosen.csv:
-                tables.write_csv(folder / "overlap.csv", rows, result.tensors.column_names)
-        finish(folder, about, "complete")
+            rows = [row for one in counted for row in tensor_rows(one)]
+            summary = summarise([s.path for s in sources], counted, rows, excluded, chosen)
+            result = Overlaps(tables.to_arrow(rows), summary, about, folder)
+            if folder is not None:
+                tables.write_parquet(folder / "overlap.parquet", result.tensors)
+                write_json(folder / "summary.json", summary)
+                if chosen.csv:
+                    tables.write_csv(folder / "overlap.csv", rows, result.tensors.column_names)
     return result
 
 
 def names(count: int) -> list[str]:
     """Runs are called A, B, C … in the order given."""
     return [chr(ord("A") + i) for i in range(count)]
-
-
-def prepare(folder: Path | None, about: dict[str, Any], overwrite: bool) -> None:
-    if folder is None:
-        return
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{printable(str(folder))} is a file; give a folder to -o")
-    if overwrite:
-        clear(folder)
-    before = read_run(folder)
-    if before is not None and before["identity"] != about["identity"]:
-        raise InputError(f"{printable(str(folder))} holds another run ({before['command']}); choose another folder, or pass --overwrite")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "run.json", about)
-    except OSError as error:
-        raise InputError(f"cannot write to {printable(str(folder))}: {error.strerror}; choose another folder") from None
 
 
 def in_all(pairs: list[Pair]) -> tuple[list[list[Match]], list[dict[str, str]]]:

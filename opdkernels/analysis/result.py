@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from opdkernels.analysis.folder import finished, readable
 from opdkernels.analysis.records import Record, Records
 from opdkernels.errors import InputError, printable
 from opdkernels.ops.delta import Tally
@@ -73,33 +74,12 @@ def load(path: str | Path) -> Analysis:
     if run["command"] != "analyze":
         raise InputError(f"{printable(str(folder))} holds an {run['command']} run; give the folder of an analyze run")
     records = Records(folder / "tallies")
-    return Analysis(
-        pq.read_table(folder / "tensors.parquet"),
-        pq.read_table(folder / "groups.parquet"),
-        json.loads((folder / "summary.json").read_text()),
-        run,
-        [records.done[i] for i in sorted(records.done)],
-        folder,
-    )
-
-
-def finished(folder: Path) -> dict[str, Any]:
-    """run.json of a finished run. Raises InputError where there is none."""
-    run = read_run(folder)
-    if run is None:
-        raise InputError(f"{printable(str(folder))} holds no run (no run.json); give the folder that a command wrote with -o")
-    if run["status"] != "complete":
-        raise InputError(f"{printable(str(folder))} holds a run that is {run['status']}; run {run['command']} again to finish it")
-    return run
-
-
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """run.json of a folder, or None."""
-    path = folder / "run.json"
-    if not path.exists():
-        return None
-    try:
-        run = json.loads(path.read_text())
-        return {**run, "command": run["command"], "status": run["status"], "identity": run["identity"]}
-    except (ValueError, KeyError, TypeError, OSError):
-        raise InputError(f"{printable(str(path))} cannot be read; delete the folder, or start again with --overwrite") from None
+    with readable(folder):
+        return Analysis(
+            pq.read_table(folder / "tensors.parquet"),
+            pq.read_table(folder / "groups.parquet"),
+            json.loads((folder / "summary.json").read_text()),
+            run,
+            [records.done[i] for i in sorted(records.done)],
+            folder,
+        )

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import hashlib
 import json
 import os
-import platform
-import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,18 +15,16 @@ import torch
 
 from opdkernels.analysis import authors, null, tables
 from opdkernels.analysis.coordinates import RATIOS, VIEWS, SparseTally, figures, ratio_label, share, to_bf16_pattern
-from opdkernels.analysis.records import SCHEMA_VERSION, Record, Records, write_json
-from opdkernels.analysis.result import Analysis, read_run
+from opdkernels.analysis.folder import describe, opened
+from opdkernels.analysis.records import Record, Records, write_json
+from opdkernels.analysis.result import Analysis
 from opdkernels.checkpoint.names import place
 from opdkernels.checkpoint.pair import ITEM_BYTES, Pair, open_pair
-from opdkernels.checkpoint.source import Source
-from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.errors import UsageError
 from opdkernels.ops.delta import DEFAULT_CUTS, STORED, ULP_REACH, Tally, delta
 from opdkernels.options import AnalyzeOptions
 from opdkernels.progress import Progress
-from opdkernels.version import __version__
 
-OWN_FILES = ("run.json", "summary.json", "tensors.parquet", "groups.parquet", "tensors.csv", "groups.csv", "report.html", "overlap.parquet", "overlap.csv")
 LARGEST_SLICE = 1 << 26  # coordinates: a tenth of a second, so that progress moves
 CURVE = [float(f"{10 ** (k / 10):.4g}") for k in range(-90, -9)]  # 1e-9 .. 1e-1
 
@@ -46,27 +39,22 @@ def analyze(
     """`opdkernels.analyze` without the page."""
     if out is None and (chosen.csv or chosen.authors_csv):
         raise UsageError("csv and authors_csv write files; give an output folder")
-    folder = None if out is None else Path(out)
-    with contextlib.closing(
-        open_pair(source, trained, **chosen.opening)
-    ) as pair, threads(chosen.threads):
-        run = describe("analyze", chosen.model_dump(mode="json"), {"source": pair.source, "trained": pair.trained})
-        records = start(folder, run, chosen.overwrite)
-        try:
-            count_all(pair, records, chosen.memory, progress)
-            pair.check()
-        except InputError:
-            finish(folder, run, "failed")
-            raise
-        finally:
-            records.flush()
-        result = assemble(pair, [records.done[i] for i in range(len(pair.matches))], run)
-        result.path = folder
-        if folder is not None:
-            write(folder, result, chosen)
-            if chosen.authors_csv:
-                authors.write(folder, pair, result)
-        finish(folder, run, "complete")
+    with contextlib.closing(open_pair(source, trained, **chosen.opening)) as pair, threads(chosen.threads):
+        about = describe("analyze", chosen.model_dump(mode="json"), {"source": pair.source, "trained": pair.trained})
+        with opened(out, about, chosen.overwrite) as folder:
+            records = Records(folder / "tallies" if folder is not None else None)
+            about["resumed_tensors"] = len(records.done)
+            try:
+                count_all(pair, records, chosen.memory, progress)
+                pair.check()
+            finally:
+                records.flush()
+            result = assemble(pair, [records.done[i] for i in range(len(pair.matches))], about)
+            result.path = folder
+            if folder is not None:
+                write(folder, result, chosen)
+                if chosen.authors_csv:
+                    authors.write(folder, pair, result)
     return result
 
 
@@ -78,78 +66,6 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def describe(command: str, options: dict[str, Any], sources: dict[str, Source]) -> dict[str, Any]:
-    """What run.json says at the start. `identity` covers what decides the records: the inputs and the version."""
-    inputs: dict[str, dict[str, Any]] = {
-        role: {"path": source.path, "kind": source.kind, "files": [vars(fact) for fact in source.files]}
-        for role, source in sources.items()
-    }
-    facts = [command, __version__, SCHEMA_VERSION, {r: [os.path.realpath(i["path"]), i["files"]] for r, i in inputs.items()}]
-    if command == "overlap":
-        facts.append([options["atol"], options["strata"]])
-    return {
-        "status": "running",
-        "command": command,
-        "identity": hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest(),
-        "options": options,
-        "inputs": inputs,
-        "versions": {"opdkernels": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
-        "machine": {"processor": processor(), "threads": torch.get_num_threads(), "instruction_set": instruction_set()},
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def instruction_set() -> str:
-    from opdkernels.backends import cpu
-
-    return cpu._C.current_isa() if cpu.serves("delta_") else "reference"
-
-
-def start(folder: Path | None, run: dict[str, Any], overwrite: bool) -> Records:
-    """Opens the output folder: new, or that of the same run, which then goes on."""
-    run["began"], run["resumed_tensors"] = time.monotonic(), 0
-    if folder is None:
-        return Records(None)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{printable(str(folder))} is a file; give a folder to -o")
-    if overwrite:
-        clear(folder)
-    before = read_run(folder)
-    if before is not None and before["identity"] != run["identity"]:
-        raise InputError(
-            f"{printable(str(folder))} holds another run ({before['command']}, {before['status']}, of other inputs or another version); "
-            "choose another folder, or pass --overwrite"
-        )
-    try:
-        records = Records(folder / "tallies")
-        write_json(folder / "run.json", {k: v for k, v in run.items() if k != "began"})
-    except OSError as error:
-        raise InputError(f"cannot write to {printable(str(folder))}: {error.strerror}; choose another folder") from None
-    run["resumed_tensors"] = len(records.done)
-    return records
-
-
-def clear(folder: Path) -> None:
-    for name in (*OWN_FILES, *authors.FILES):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "tallies", ignore_errors=True)
-
-
-def finish(folder: Path | None, run: dict[str, Any], status: str) -> None:
-    run["status"] = status
-    run["seconds"] = round(time.monotonic() - run.pop("began"), 3)
-    if folder is not None:
-        write_json(folder / "run.json", run)
 
 
 def slices(numel: int, bytes_each: int, memory: int) -> Iterator[tuple[int, int]]:
