@@ -412,7 +412,7 @@ const column = () => [...table.tBodies[0].rows].map((r) => Number(r.cells[index]
 heads[index].querySelector("button").click(); found.down = column(); found.sort = heads[index].getAttribute("aria-sort");
 heads[index].querySelector("button").click(); found.up = column();
 heads[0].querySelector("button").click(); found.names = [...table.tBodies[0].rows].map((r) => r.cells[0].textContent);
-const search = document.querySelector(".filter input"); search.value = "layers.1. up"; search.dispatchEvent(new Event("input"));
+const search = document.querySelector(".filter input"); if (search) { search.value = "layers.1. up"; search.dispatchEvent(new Event("input")); }
 found.kept = [...table.tBodies[0].rows].filter((r) => !r.hidden).map((r) => r.cells[0].textContent);
 const shown = () => [...document.querySelectorAll("#where .view")].filter((v) => v.getClientRects().length).map((v) => v.className);
 found.before = shown(); const stored = document.querySelector('.switch button[value="stored"]'); if (stored) stored.click(); found.after = shown();

@@ -1,0 +1,76 @@
+"""The page of an overlap: inert, complete in every case, and right in a real browser."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from opdkernels import overlap, report
+from tests.report.test_report import EXPECTED_TAGS, HOSTILE, Page, brightness, browser, model, probe, update
+
+SECTIONS = ["answer", "pairs-of-runs", "where", "groups", "all", "left-out", "run", "glossary"]
+CASES = ["layers", "no layers", "hostile", "identical"]
+
+
+def checkpoints(case: str) -> list[dict[str, torch.Tensor]]:
+    if case == "hostile":
+        source = {name: torch.randn(8, 4).bfloat16() for name in HOSTILE}
+    elif case == "no layers":
+        source = {"members.a.weight": 0.03 * torch.randn(40, 30), "members.a.bias": torch.zeros(40)}
+    else:
+        source = model(3)
+    return [source, *(source if case == "identical" else update(source, 4e-5, seed) for seed in (1, 2, 3))]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[str, str]:
+    found = {}
+    for case in CASES:
+        folder, paths = tmp_path_factory.mktemp("overlap"), []
+        for i, tensors in enumerate(checkpoints(case)):
+            (folder / str(i)).mkdir()
+            save_file(tensors, folder / str(i) / "model.safetensors")
+            paths.append(folder / str(i))
+        result = overlap(*paths, strata=("row", "column"))
+        found[case] = report.render_overlap(result)
+        assert report.render_overlap(result) == found[case]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_case_has_every_section_and_nests(pages, case):
+    page = Page(pages[case])
+    assert [e["attrs"]["id"] for e in page.all("section")] == SECTIONS
+    assert {e["tag"] for e in page.elements} <= EXPECTED_TAGS
+    assert len(page.all("table", id="pairs")) == 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_page_needs_and_runs_nothing_but_itself(pages, case):
+    page = Page(pages[case])
+    assert len(page.all("script")) == 1
+    for element in page.elements:
+        for name, value in element["attrs"].items():
+            assert not name.startswith("on")
+            if name in ("src", "href"):
+                assert value.startswith(("#", "data:"))
+
+
+def test_the_first_pair_is_told_in_words(pages):
+    answer = Page(pages["layers"]).section("answer")
+    assert re.search(r"of what run A changed, run B changed too", answer)
+    assert "most of the overlap is that of magnitudes" in answer
+    assert "A run changed nothing" in Page(pages["identical"]).section("answer")
+
+
+@browser
+@pytest.mark.parametrize(("case", "width", "dark"), [("layers", 360, True), ("layers", 1280, False), ("hostile", 360, False)])
+def test_in_a_browser_nothing_overflows_and_tables_sort(pages, tmp_path, case, width, dark):
+    found = probe(pages[case], tmp_path, width, dark)
+    assert found["scroll"] <= width
+    assert (brightness(found["paper"]) < brightness(found["ink"])) == dark
+    assert found["down"] == sorted(found["down"], reverse=True)
+    assert found["up"] == sorted(found["up"])
