@@ -25,11 +25,6 @@ static int largest_magnitude(const opd_u16* w, const opd_u16* v, int n) {
   return most;
 }
 
-static int larger(int most, const short* lanes, int n) {
-  for (int i = 0; i < n; i++) most = lanes[i] > most ? lanes[i] : most;
-  return most;
-}
-
 // Meanwhile the next block is fetched from memory: the increments leave the memory ports idle.
 static void count_source(const opd_u16* w, int n, opd_u32* table, const opd_u16* next_w, const opd_u16* next_v) {
   int i = 0;
@@ -47,6 +42,13 @@ static void count_source(const opd_u16* w, int n, opd_u32* table, const opd_u16*
   }
   for (; i < n; i++) table[w[i]]++;
 }
+
+#if defined(OPD_AVX512) || defined(OPD_AVX2)
+static int larger(int most, const short* lanes, int n) {
+  for (int i = 0; i < n; i++) most = lanes[i] > most ? lanes[i] : most;
+  return most;
+}
+#endif
 
 // Appends the coordinates whose bits differ; writes up to 64 entries beyond the last. `largest` receives the largest
 // magnitude on either side: with 0x7F00 there may be Inf, NaN, or a difference that overflows.
