@@ -26,10 +26,11 @@ def test_overlap_of_two_bf16_runs(benchmark, row, embedding, bandwidth, threads)
     row(coordinates_per_s=rate, bytes_per_s=6 * rate, share_of_read=6 * rate / bandwidth[threads])
 
 
-def test_loop_against_the_authors(benchmark, row, folder, authors):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_overlap_loop_against_the_authors(benchmark, row, folder, authors, threads):
     """Their loop over all tensors, files in memory, against ours: reading and counting, without what either writes."""
     paths = [folder / name for name in ("source", "run_a", "run_b")]
-    ran = subprocess.run([*authors, "overlap", *map(str, paths), "2"], capture_output=True, text=True, check=True)
+    ran = subprocess.run([*authors, "overlap", *map(str, paths), str(threads)], capture_output=True, text=True, check=True)
     theirs = json.loads(ran.stdout.splitlines()[-1])
     with contextlib.ExitStack() as stack:
         base, *runs = (stack.enter_context(contextlib.closing(open_source(path))) for path in paths)
@@ -42,7 +43,7 @@ def test_loop_against_the_authors(benchmark, row, folder, authors):
             return found
 
         before = torch.get_num_threads()
-        torch.set_num_threads(2)
+        torch.set_num_threads(threads)
         found = benchmark.pedantic(loop, rounds=5, warmup_rounds=1)
         torch.set_num_threads(before)
     assert theirs["found"] == found.n_both(0, 1)
