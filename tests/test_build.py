@@ -15,7 +15,7 @@ from tests.conftest import ISAS
 ROOT = Path(__file__).parent.parent
 ARM = shutil.which("aarch64-linux-gnu-g++")
 EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
-FLAGS = "-std=c++17 -O3 -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp-simd".split()
+FLAGS = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
 
 # Counts a pair of 3,000 coordinates and prints the tally; compiled for this machine and for arm64.
 PROGRAM = r"""
@@ -75,7 +75,7 @@ def isa_flags() -> dict[str, list[str]]:
 def test_arm64_counts_the_same(tmp_path):
     (tmp_path / "arm").mkdir()
     arm = compile_program(ARM, tmp_path / "arm", x86=False)
-    if EMULATOR is None or "avx512" not in ISAS and "avx2" not in ISAS:
+    if EMULATOR is None or ("avx512" not in ISAS and "avx2" not in ISAS):
         return  # it compiles without a warning; nothing here runs it
     (tmp_path / "here").mkdir()
     here = compile_program(shutil.which("g++"), tmp_path / "here", x86=True)

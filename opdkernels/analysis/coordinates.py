@@ -65,7 +65,8 @@ class SparseTally:
 
     @classmethod
     def of(cls, tally: Tally) -> SparseTally:
-        used = np.flatnonzero(tally.tables[[SOURCE, DELTA, TRAINED, STORED]].any(0))  # moved and changed are parts of source
+        tables = tally.tables  # moved and changed are parts of source
+        used = np.flatnonzero(tables[SOURCE] | tables[DELTA] | tables[TRAINED] | tables[STORED])
         return cls(
             tally.cuts, used, tally.tables[:, used], tally.counts.copy(), tally.sums.copy(), tally.max_delta
         )

@@ -31,10 +31,10 @@ Row = dict[str, Any]
 def to_arrow(rows: Sequence[Row]) -> pa.Table:
     """Columns in the order of their first appearance; a column of nothing but None is float."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    arrays = []
-    for name in names:
-        array = pa.array([row.get(name) for row in rows])
-        arrays.append(array.cast(pa.float64()) if pa.types.is_null(array.type) else array)
+    # One conversion for all columns: each call of pa.array looks for pandas anew.
+    structs = pa.array(rows, pa.struct([])) if not rows else pa.array(rows)
+    arrays = [structs.field(name) for name in names]
+    arrays = [a.cast(pa.float64()) if pa.types.is_null(a.type) else a for a in arrays]
     return pa.table(dict(zip(names, arrays, strict=True)), metadata={"opdkernels_table": str(TABLE_VERSION)})
 
 
