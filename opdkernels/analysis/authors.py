@@ -32,13 +32,13 @@ from opdkernels.analysis.coordinates import (
     RATIOS,
     RELATIVE,
     TOP_SHARES,
+    Batch,
     SparseTally,
+    figures_of,
     near_zero,
-    norms,
     ratio_label,
     threshold_label,
     to_bf16_pattern,
-    top_energy,
 )
 from opdkernels.analysis.records import Record, write_json
 from opdkernels.analysis.tables import Row, write_csv
@@ -226,7 +226,8 @@ def failure(name: str, stage: str, error: str) -> Row:
 def tensor_row(name: str, shape: tuple[int, ...], tally: SparseTally) -> Row:
     n = max(tally.numel, 1)
     source, trained, delta, absolute = tally.energies["visible"]
-    largest = norms(tally, "visible")["max_abs"] or 0.0
+    figures = figures_of(tally, "visible")
+    largest = figures["max_abs"] or 0.0
     if tally.nonfinite:
         source = trained = delta = absolute = largest = math.nan
     source_norm, delta_norm, source_rms = math.sqrt(source), math.sqrt(delta), math.sqrt(source / n)
@@ -243,8 +244,10 @@ def tensor_row(name: str, shape: tuple[int, ...], tally: SparseTally) -> Row:
         row[lt], row[close] = below(tally, pattern) / n, below(tally, pattern + 1) / n
     for tau, lt in zip(RELATIVE, BELOW_RMS, strict=True):
         row[lt] = math.nan if tally.nonfinite else below(tally, to_bf16_pattern(tau * max(source_rms, EPSILON))) / n
-    top = top_energy(tally, "visible") if delta > 0 else {}  # of NaN and of nothing: NaN
-    return row | {name: top.get(f"top_energy_{ratio_label(p)}", math.nan) for p, name in zip(TOP_SHARES, TOP, strict=True)}
+    for p, top in zip(TOP_SHARES, TOP, strict=True):
+        share = figures[f"top_energy_{ratio_label(p)}"]
+        row[top] = math.nan if share is None or tally.nonfinite else share
+    return row
 
 
 def below(tally: SparseTally, pattern: int) -> int:
@@ -260,9 +263,8 @@ def mask_row(name: str, shape: tuple[int, ...], tally: SparseTally, atol: float)
         "name": name, "shape": str(list(shape)), **place(name), "mask_overlap_mode": "exact", "update_mask_atol": atol,
         "numel": n, "update_count": updates, "update_density": updates / max(n, 1),
     }  # fmt: skip
-    for r, low in LOW.items():
-        mask = near_zero(tally, changed, r) if n else None
-        size, both = (mask.size, mask.expected) if mask else (0, 0.0)
+    mask = near_zero(Batch([tally]), changed, list(LOW))
+    for low, size, both in zip(LOW.values(), mask.size[0].tolist(), mask.expected[0].tolist(), strict=True):
         density, overlap = size / max(n, 1), both / updates if updates else math.nan
         row[f"{low}_density"] = density
         row[f"{low}_update_overlap_ratio"] = overlap

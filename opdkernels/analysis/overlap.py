@@ -90,7 +90,7 @@ def run_overlap(
                 source.check()
             rows = [row for one in counted for row in tensor_rows(one)]
             summary = summarise([s.path for s in sources], counted, rows, excluded, chosen)
-            result = Overlaps(tables.to_arrow(rows), summary, about, folder)
+            result = Overlaps(tables.rows_to_arrow(rows), summary, about, folder)
             if folder is not None:
                 tables.write_parquet(folder / "overlap.parquet", result.tensors)
                 write_json(folder / "summary.json", summary)

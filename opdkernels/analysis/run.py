@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from opdkernels.analysis import authors, null, tables
-from opdkernels.analysis.coordinates import RATIOS, VIEWS, SparseTally, figures, ratio_label, share, to_bf16_pattern
+from opdkernels.analysis.coordinates import RATIOS, VIEWS, Columns, SparseTally, figures, ratio_label, to_bf16_pattern
 from opdkernels.analysis.folder import describe, opened
 from opdkernels.analysis.records import Record, Records, write_json
 from opdkernels.analysis.result import Analysis
@@ -101,22 +102,23 @@ def count_all(pair: Pair, records: Records, memory: int, progress: Progress) -> 
 def assemble(pair: Pair, records: list[Record], run: dict[str, Any]) -> Analysis:
     """Every figure, from the records alone."""
     counted = [r for r in records if r.tally is not None]
+    tallies = [r.tally for r in records if r.tally is not None]
     nulls = fit_nulls(counted)
-    rows = []
-    for record, fitted in zip(counted, nulls, strict=True):
-        assert record.tally is not None
-        where = place(record.name)
-        about = {
-            "name": record.name, "trained_name": record.trained_name, "shape": json.dumps(list(record.shape)),
-            "dtype_source": record.dtype_source, "dtype_trained": record.dtype_trained, "layer": where.layer,
-            "module": where.module, "block": where.block, "tower": where.tower,
-        }  # fmt: skip
-        for view in VIEWS:
-            row = {**about, **figures(record.tally, view)}
-            rows.append({**row, **(null_columns(row, fitted) if view == "visible" else {})})
-    groups = tables.group_rows(rows)
-    summary = summarise(pair, records, rows, groups, nulls)
-    return Analysis(tables.to_arrow(rows), tables.to_arrow(groups), summary, run, records)
+    views = {view: figures(tallies, view) for view in VIEWS}
+    if counted:
+        views["visible"] |= null_columns(views["visible"], nulls)
+    places = [place(r.name) for r in counted]
+    about: dict[str, list] = {
+        "name": [r.name for r in counted],
+        "trained_name": [r.trained_name for r in counted],
+        "shape": [json.dumps(list(r.shape)) for r in counted],
+        "dtype_source": [r.dtype_source for r in counted],
+        "dtype_trained": [r.dtype_trained for r in counted],
+        **{key: [getattr(where, key) for where in places] for key in ("layer", "module", "block", "tower")},
+    }
+    groups = tables.group_rows(about, views)
+    summary = summarise(pair, records, groups, nulls)
+    return Analysis(tables.interleave(about, views), tables.rows_to_arrow(groups), summary, run, records)
 
 
 def fit_nulls(records: list[Record]) -> list[dict[str, null.Null]]:
@@ -141,26 +143,38 @@ def fit_nulls(records: list[Record]) -> list[dict[str, null.Null]]:
     return fitted
 
 
-def null_columns(row: dict[str, Any], fitted: dict[str, null.Null]) -> dict[str, Any]:
+def null_columns(columns: Columns, fitted: list[dict[str, null.Null]]) -> dict[str, Any]:
     """What rounding alone would show, beside what was observed: `_null` is the nearest kind, the others by their names."""
-    chosen = fitted["chosen"]
-    columns: dict[str, Any] = {
-        "null_kind": chosen.kind if row["changed"] else None,
-        "null_size": chosen.size if row["changed"] else None,
-        "null_distance": chosen.distance if row["changed"] else None,
-        "changed_null": chosen.changed,
-        "changed_over_null": share(row["changed"], chosen.changed),
+    chosen = [one["chosen"] for one in fitted]
+    moved = columns["changed"] > 0
+
+    def of(kind: str, figure: Callable[[null.Null], float]) -> np.ndarray:
+        return np.array([figure(one[kind]) if kind in one else np.nan for one in fitted])
+
+    found: dict[str, Any] = {
+        "null_kind": [one.kind if m else None for one, m in zip(chosen, moved, strict=True)],
+        "null_size": np.where(moved, of("chosen", lambda one: one.size), np.nan),
+        "null_distance": np.where(moved, of("chosen", lambda one: one.distance), np.nan),
     }
-    for kind in null.KINDS:
-        columns[f"changed_null_{kind}"] = fitted[kind].changed if kind in fitted else None
-    for ratio in RATIOS:
-        label = f"near_zero_coverage_{ratio_label(ratio)}"
-        columns[f"{label}_null"] = share(chosen.near_zero[ratio], chosen.changed)
-        columns[f"{label}_over_null"] = tables.ratio(row[label], columns[f"{label}_null"])
-        for kind in null.KINDS:
-            one = fitted.get(kind)
-            columns[f"{label}_null_{kind}"] = share(one.near_zero[ratio], one.changed) if one else None
-    return columns
+    with np.errstate(divide="ignore", invalid="ignore"):
+        changed = {kind: of(kind, lambda one: one.changed) for kind in ("chosen", *null.KINDS)}
+        found |= {"changed_null": changed["chosen"], "changed_over_null": columns["changed"] / nonzero(changed["chosen"])}
+        found |= {f"changed_null_{kind}": changed[kind] for kind in null.KINDS}
+        for ratio in RATIOS:
+            label = f"near_zero_coverage_{ratio_label(ratio)}"
+            coverage = {kind: of(kind, partial(covered, ratio)) / nonzero(changed[kind]) for kind in changed}
+            found |= {f"{label}_null": coverage["chosen"], f"{label}_over_null": columns[label] / nonzero(coverage["chosen"])}
+            found |= {f"{label}_null_{kind}": coverage[kind] for kind in null.KINDS}
+    return found
+
+
+def covered(ratio: float, one: null.Null) -> float:
+    return one.near_zero[ratio]
+
+
+def nonzero(values: np.ndarray) -> np.ndarray:
+    """NaN instead of 0: nothing is compared with nothing."""
+    return np.where(values == 0, np.nan, values)
 
 
 def curve(records: list[Record], nulls: list[dict[str, null.Null]]) -> dict[str, list[float | None]]:
@@ -191,7 +205,7 @@ def curve(records: list[Record], nulls: list[dict[str, null.Null]]) -> dict[str,
     }
 
 
-def summarise(pair: Pair, records: list[Record], rows: list[dict], groups: list[dict], nulls: list[dict]) -> dict[str, Any]:
+def summarise(pair: Pair, records: list[Record], groups: list[dict], nulls: list[dict]) -> dict[str, Any]:
     counted = [r for r in records if r.tally is not None]
     views = {view: {k: v for k, v in g.items() if k not in ("by", "view", "tower", "block", "module", "layer")}
              for view in VIEWS for g in groups if g["by"] == "model" and g["view"] == view}  # fmt: skip

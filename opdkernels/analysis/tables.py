@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opdkernels.analysis.coordinates import RATIOS, TOP_SHARES, VIEWS, ratio_label
+from opdkernels.analysis.coordinates import RATIOS, TOP_SHARES, ratio_label
 from opdkernels.analysis.records import write_atomically
 
 TABLE_VERSION = 1
@@ -28,11 +28,34 @@ GROUPINGS: dict[str, tuple[str, ...]] = {
 Row = dict[str, Any]
 
 
-def to_arrow(rows: Sequence[Row]) -> pa.Table:
+def interleave(about: dict[str, list], views: dict[str, dict[str, Any]]) -> pa.Table:
+    """One row a tensor and view, from what both views share and the columns of each; a figure of one view is null in the other."""
+    columns = {name: twice(values, values) for name, values in about.items()}
+    count = len(about["name"])
+    columns["view"] = pa.array([view for _ in range(count) for view in views])
+    first, second = views.values()
+    for name in dict.fromkeys([*first, *second]):
+        none = [None] * count if isinstance(first.get(name, second.get(name)), list) else np.full(count, np.nan)
+        columns[name] = twice(first.get(name, none), second.get(name, none))
+    return pa.table(columns, metadata={"opdkernels_table": str(TABLE_VERSION)})
+
+
+def twice(one: list | np.ndarray, other: list | np.ndarray) -> pa.Array:
+    """Two columns, entry by entry in turn; NaN becomes null."""
+    if isinstance(one, list):
+        return pa.array([value for pair in zip(one, other, strict=True) for value in pair])
+    values = np.stack([one, other], 1).ravel()
+    if values.dtype != float:
+        return pa.array(values)
+    known = np.packbits(~np.isnan(values), bitorder="little")
+    return pa.Array.from_buffers(pa.float64(), len(values), [pa.py_buffer(known), pa.py_buffer(values)])
+
+
+def rows_to_arrow(rows: Sequence[Row]) -> pa.Table:
     """Columns in the order of their first appearance; a column of nothing but None is float."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     # One conversion for all columns: each call of pa.array looks for pandas anew.
-    structs = pa.array(rows, pa.struct([])) if not rows else pa.array(rows)
+    structs = pa.array(rows) if rows else pa.array([], pa.struct([]))
     arrays = [structs.field(name) for name in names]
     arrays = [a.cast(pa.float64()) if pa.types.is_null(a.type) else a for a in arrays]
     return pa.table(dict(zip(names, arrays, strict=True)), metadata={"opdkernels_table": str(TABLE_VERSION)})
@@ -136,25 +159,22 @@ def group_columns(members: Members, nulls: bool) -> dict[str, np.ndarray]:
 INTEGER_COLUMNS = ("tensors", "numel", "nonfinite", "bit_equal", "bit_equal_tensors", "changed")
 
 
-def group_rows(tensors: Sequence[Row]) -> list[Row]:
+def group_rows(about: dict[str, list], views: dict[str, dict[str, Any]]) -> list[Row]:
     """Groups by model, tower, block, module, layer and layer × module, in both views; within a grouping in order of energy."""
     found: list[Row] = []
-    for view in VIEWS:
-        rows = [r for r in tensors if r["view"] == view]
-        if not rows:
-            continue
-        figures = [name for name, value in rows[0].items() if not isinstance(value, str) and name not in ("layer", "null_kind")]
-        table = {name: np.array([np.nan if (v := row[name]) is None else v for row in rows], float) for name in figures}
+    if not about["name"]:
+        return found
+    for view, figures in views.items():
+        table = {name: values.astype(float) for name, values in figures.items() if isinstance(values, np.ndarray)}
         for grouping, keys in GROUPINGS.items():
-            members = Members(table, [tuple(r[k] for k in keys) for r in rows])
-            columns = group_columns(members, nulls=view == "visible")
+            members = Members(table, list(zip(*(about[k] for k in keys), strict=True)) if keys else [()] * len(about["name"]))
+            columns = {name: values.tolist() for name, values in group_columns(members, nulls=view == "visible").items()}
             groups = []
             for g, key in enumerate(members.groups):
                 row: Row = {"by": grouping, "view": view, **dict.fromkeys(("tower", "block", "module", "layer"))}
                 row |= dict(zip(keys, key, strict=True))
                 for name, values in columns.items():
-                    value = float(values[g])
-                    row[name] = int(value) if name in INTEGER_COLUMNS else value if math.isfinite(value) else None
+                    row[name] = int(values[g]) if name in INTEGER_COLUMNS else values[g] if math.isfinite(values[g]) else None
                 groups.append(row)
             found += sorted(groups, key=lambda row: -row["delta_energy"])
     return found

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from opdkernels.analysis.coordinates import (
     RATIOS,
     TOP_SHARES,
+    Batch,
     SparseTally,
     figures,
+    figures_of,
     near_zero,
     ratio_label,
     to_bf16_pattern,
@@ -46,7 +48,7 @@ def coordinates(source, trained, view):
 @pytest.mark.parametrize("hostile", [True, False])
 def test_figures_equal_those_of_the_coordinates(view, dtype, hostile):
     source, trained = make_pair(20_001, dtype, hostile=hostile)
-    row = figures(sparse(source, trained), view)
+    row = figures_of(sparse(source, trained), view)
     w, v, d = coordinates(source, trained, view)
     n, size = len(w), np.abs(d)
     assert row["frac_zero"] == (d == 0).sum() / n
@@ -75,7 +77,7 @@ def test_figures_equal_those_of_the_coordinates(view, dtype, hostile):
 @pytest.mark.parametrize("view", ["stored", "visible"])
 def test_relative_thresholds_lie_within_their_bounds(view):
     source, trained = make_pair(20_001, torch.float32, hostile=False)
-    row = figures(sparse(source, trained), view)
+    row = figures_of(sparse(source, trained), view)
     w, _, d = coordinates(source, trained, view)
     rms = math.sqrt(math.fsum(w * w) / len(w))
     for tau, label in ((1e-4, "1e-4"), (1e-3, "1e-3"), (1e-2, "1e-2")):
@@ -94,25 +96,45 @@ def test_near_zero_mask_of_any_tie_break_lies_within_the_bounds(seed, n, levels)
     trained = torch.where(torch.from_numpy(rng.random(n) < 0.4), source + 1, source)
     tally = sparse(source, trained)
     changed = (source != trained).numpy()
-    for ratio in RATIOS:
+    batch = Batch([tally])
+    mask = near_zero(batch, batch.changed("visible"))
+    for r, ratio in enumerate(RATIOS):
         k = min(n, math.ceil(ratio * n))
-        found = near_zero(tally, tally.changed("visible"), ratio)
-        assert found.size == k
+        size, expected, lower, upper = (x[0, r] for x in (mask.size, mask.expected, mask.lower, mask.upper))
+        assert size == k
         hits = []
         for _ in range(30):
             order = np.lexsort((rng.random(n), source.abs().float().numpy()))
             hits.append(changed[order[:k]].sum())
-        assert found.lower <= min(hits)
-        assert max(hits) <= found.upper
-        assert found.lower <= found.expected <= found.upper
+        assert lower <= min(hits)
+        assert max(hits) <= upper
+        assert lower <= expected <= upper
 
 
 def test_expected_near_zero_count_is_the_mean_over_tie_breaks():
     source = torch.tensor([0.0, 1, 1, 1, 1, 2, 2, 3, 4, 5], dtype=torch.bfloat16)
     trained = source + torch.tensor([0, 1, 0, 0, 1, 0, 1, 0, 0, 0], dtype=torch.bfloat16)
     tally = sparse(source, trained)
-    found = near_zero(tally, tally.changed("stored"), 0.2)  # 0 and one of four ones, two of which changed
-    assert (found.size, found.expected, found.lower, found.upper) == (2, 0.5, 0, 1)
+    batch = Batch([tally])
+    found = near_zero(batch, batch.changed("stored"), [0.2])  # 0 and one of four ones, two of which changed
+    assert (found.size[0, 0], found.expected[0, 0], found.lower[0, 0], found.upper[0, 0]) == (2, 0.5, 0, 1)
+
+
+@pytest.mark.parametrize("view", ["stored", "visible"])
+def test_figures_of_many_tensors_are_those_of_each(view):
+    """Empty, unmoved, all non-finite and ordinary tensors side by side, more than one batch of them."""
+    kinds = [
+        sparse(*make_pair(n, dtype, seed=n, hostile=hostile))
+        for n, dtype, hostile in ((500, torch.float32, True), (0, torch.float32, False), (64, torch.bfloat16, False), (1, torch.float64, False))
+    ]
+    kinds += [sparse(torch.ones(9), torch.ones(9)), sparse(torch.full((3,), float("nan")), torch.ones(3))]
+    tallies = [kinds[i % len(kinds)] for i in range(150)]
+    columns = figures(tallies, view)
+    for i, tally in enumerate(tallies):
+        alone = figures_of(tally, view)
+        for name, column in columns.items():
+            value = None if column.dtype == float and math.isnan(column[i]) else column[i]
+            assert value == alone[name], (i, name)
 
 
 def test_thresholds_round_as_torch_rounds_them():
@@ -123,9 +145,9 @@ def test_thresholds_round_as_torch_rounds_them():
 @pytest.mark.parametrize("view", ["stored", "visible"])
 def test_an_unmoved_and_an_empty_tensor_have_no_invented_figures(view):
     same = torch.ones(10)
-    row = figures(sparse(same, same), view)
+    row = figures_of(sparse(same, same), view)
     assert (row["frac_zero"], row["relative_norm"], row["top_energy_1pct"], row["near_zero_coverage_10pct"]) == (1.0, 0.0, None, None)
-    row = figures(sparse(torch.empty(0), torch.empty(0)), view)
+    row = figures_of(sparse(torch.empty(0), torch.empty(0)), view)
     assert (row["frac_zero"], row["relative_norm"], row["max_abs"], row["near_zero_coverage_10pct"]) == (None, None, None, None)
     assert all(v is None or not (isinstance(v, float) and math.isnan(v)) for v in row.values())
 
