@@ -13,17 +13,23 @@ OPD_FN opd_u32 visible_delta(opd_u16 w, opd_u16 v) {
 }
 
 // The class of a coordinate: 0 unchanged, else 1 + how many cuts the visible delta exceeds.
-OPD_FN opd_u32 change_class(opd_u32 magnitude, const opd_u32* cuts) {
-  return (opd_u32)(magnitude > 0) + (opd_u32)(magnitude > cuts[0]) + (magnitude > cuts[1]) + (magnitude > cuts[2]) + (magnitude > cuts[3]);
+OPD_FN opd_u16 change_class(opd_u16 magnitude, const opd_u16* cuts) {
+  return (opd_u16)((opd_u16)(magnitude > 0) + (opd_u16)(magnitude > cuts[0]) + (opd_u16)(magnitude > cuts[1]) +
+                   (opd_u16)(magnitude > cuts[2]) + (opd_u16)(magnitude > cuts[3]));
 }
 
-// Patterns in the order of the values they stand for; +0 and -0 are both 0.
-OPD_FN int ordered(opd_u16 b) { int magnitude = b & 0x7FFF; return b & 0x8000 ? -magnitude : magnitude; }
+// Patterns in the order of the values they stand for, +0 and -0 both in the middle; sixteen bits hold them.
+OPD_FN opd_u16 ordered(opd_u16 b) {
+  opd_u16 magnitude = (opd_u16)(b & 0x7FFF);
+  return (opd_u16)(b & 0x8000 ? 0x8000 - magnitude : 0x8000 + magnitude);
+}
 
-OPD_FN int ulp_bin(opd_u16 w, opd_u16 v) {
-  int distance = ordered(v) - ordered(w) + OPD_ULP_BINS / 2;
-  distance = distance < 0 ? 0 : distance;
-  return distance >= OPD_ULP_BINS ? OPD_ULP_BINS - 1 : distance;
+// The signed distance in steps of bfloat16, clipped to the outer bins.
+OPD_FN opd_u16 ulp_bin(opd_u16 w, opd_u16 v) {
+  const opd_u16 reach = OPD_ULP_BINS / 2;
+  opd_u16 from = ordered(w), to = ordered(v), larger = to > from ? to : from;
+  opd_u16 up = (opd_u16)(larger - from), down = (opd_u16)(larger - to);
+  return (opd_u16)(reach + (up < reach ? up : reach) - (down < reach ? down : reach));
 }
 
 // A coordinate counts only when w, w' and their visible difference are finite.

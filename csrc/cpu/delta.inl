@@ -189,24 +189,29 @@ static void count_inexact(const Inexact& inexact, int n, const DeltaOptions& opt
 // Counts coordinates whose bits differ. With `stored` the pair is bfloat16 and differences are passed on to the stored view.
 static void count_changed(const Changed& changed, const DeltaOptions& options, DeltaWork& work, bool stored) {
   const int n = changed.n;
-  opd_u16 delta[2 * OPD_BLOCK], trained[2 * OPD_BLOCK];
+  opd_u16 delta[2 * OPD_BLOCK], trained[2 * OPD_BLOCK], group[2 * OPD_BLOCK];
   opd_u32 joint[2 * OPD_BLOCK];
   float difference[2 * OPD_BLOCK];
   unsigned char ulp[2 * OPD_BLOCK];
   float largest = 0;
-  const opd_u32 cuts[4] = {options.cuts[0], options.cuts[1], options.cuts[2], options.cuts[3]};
   OPD_SIMD(reduction(max : largest))
   for (int i = 0; i < n; i++) {
     opd_u16 w = changed.w[i], v = changed.v[i];
-    opd_u32 magnitude = visible_delta(w, v);
+    delta[i] = (opd_u16)visible_delta(w, v);
     difference[i] = bf16_to_float(v) - bf16_to_float(w);
     float size = bits_float(float_bits(difference[i]) & 0x7FFFFFFFu);
     largest = size > largest ? size : largest;
-    delta[i] = (opd_u16)magnitude;
-    joint[i] = change_class(magnitude, cuts) * OPD_BINS + (w & 0x7FFFu);
-    trained[i] = magnitude ? v & 0x7FFFu : OPD_BINS;
-    ulp[i] = (unsigned char)ulp_bin(w, v);
   }
+  // Sixteen-bit lanes from here: twice as many at once.
+  const opd_u16 cuts[4] = {(opd_u16)options.cuts[0], (opd_u16)options.cuts[1], (opd_u16)options.cuts[2], (opd_u16)options.cuts[3]};
+  OPD_SIMD()
+  for (int i = 0; i < n; i++) group[i] = change_class(delta[i], cuts);
+  OPD_SIMD()
+  for (int i = 0; i < n; i++) trained[i] = (opd_u16)(delta[i] ? changed.v[i] & 0x7FFF : OPD_BINS);
+  OPD_SIMD()
+  for (int i = 0; i < n; i++) ulp[i] = (unsigned char)ulp_bin(changed.w[i], changed.v[i]);
+  OPD_SIMD()
+  for (int i = 0; i < n; i++) joint[i] = (opd_u32)group[i] * OPD_BINS + (changed.w[i] & 0x7FFFu);
   for (int i = 0; i < n; i++) {
     work.delta[delta[i]]++;
     work.changed[joint[i]]++;
