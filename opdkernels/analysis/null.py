@@ -520,8 +520,9 @@ def _sign_on_grid(tables: _Tables) -> _Expected:
         moved = _round_to_bf16(np.abs(np.copysign(_round_to_bf16(np.abs(target)), target) - weight))
         pattern = (moved.astype(np.float32).view(np.uint32) >> 16).astype(np.int64)
         visible += (pattern > 0) / 2
-        offset = np.where(pattern > 0, pattern - first[tables.tensor], -1)
-        shown = (offset >= 0) & (offset < width)
+        # A step that ends at the largest finite value may be shorter than the window: counted at its foot.
+        offset = np.maximum(pattern - first[tables.tensor], 0)
+        shown = (pattern > 0) & (offset < width)
         values += _sum_by(tables.tensor[shown] * width + offset[shown], tables.count[shown] / 2, count * width)
     return _Expected(size, visible, first, values.reshape(count, width), np.ones(count, bool))
 
