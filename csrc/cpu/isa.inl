@@ -19,7 +19,9 @@ namespace OPD_ISA {
 #include "delta.inl"
 #include "overlap.inl"
 #include "quantile.inl"
-static const Kernels table = {delta, overlap, quantile_scan, quantile_narrow, quantile_table};
+#include "gram.inl"
+static const Kernels table = {delta, overlap, quantile_scan, quantile_narrow, quantile_table,
+                              gram_pack, gram_columns, 3 * OPD_GRAM_BYTES};
 }  // namespace OPD_ISA
 
 const Kernels* OPD_JOIN(kernels_, OPD_ISA)() { return &OPD_ISA::table; }

@@ -1,6 +1,7 @@
 // The table of CPU kernels: one instance per instruction set, chosen at run time.
 #pragma once
 #include "../delta.h"
+#include "../gram.h"
 #include "../overlap.h"
 #include "../quantile.h"
 
@@ -48,6 +49,13 @@ struct QuantileBracket {
   int overflow;                                       // keys were left out: there was no room
 };
 
+// A matrix pair: strides in elements.
+struct GramInput {
+  const void *source, *trained;
+  int source_dtype, trained_dtype;
+  opd_i64 source_row, source_column, trained_row, trained_column;
+};
+
 enum Dtype { BF16 = 0, FP16 = 1, FP32 = 2, FP64 = 3 };
 
 struct Kernels {
@@ -64,6 +72,12 @@ struct Kernels {
   void (*quantile_narrow)(const void* values, int dtype, opd_i64 n, int smallest, opd_u64 low, opd_u64 high, int shift, opd_i64* bins);
   // Two-byte dtypes: counts by magnitude pattern, doubled, plus the mask bit. table: [65536].
   void (*quantile_table)(const opd_u16* values, const unsigned char* mask, opd_i64 n, opd_i64* table);
+  // Packs up to OPD_GRAM_ROWS rows of one panel of columns of w and of its change, fp64 where wide, else fp32.
+  void (*gram_pack)(const GramInput* input, int wide, int visible, int rows, opd_i64 n, int panel, void* w, void* d);
+  // Adds one panel of columns of x^T y of packed rows, or of its upper triangle, to into [n][n]; `block` rows are summed before
+  // they are in fp64.
+  void (*gram_columns)(int wide, const void* x, const void* y, int upper, int rows, int block, opd_i64 n, int panel, double* into);
+  int gram_panel_bytes;                               // of one row of a panel
 };
 
 const Kernels* kernels_baseline();

@@ -113,4 +113,20 @@ def quantile(
     return cuts, counts
 
 
-KERNELS: dict[str, Callable] = {"delta_": delta_, "overlap_": overlap_, "quantile": quantile}
+def gram_(source: torch.Tensor, trained: torch.Tensor, visible: bool, block: int, into: torch.Tensor) -> None:
+    _C.gram(
+        source.data_ptr(),
+        DTYPE_CODES[source.dtype],
+        *source.stride(),
+        trained.data_ptr(),
+        DTYPE_CODES[trained.dtype],
+        *trained.stride(),
+        *source.shape,
+        visible,
+        block,
+        torch.get_num_threads(),
+        into.data_ptr(),
+    )
+
+
+KERNELS: dict[str, Callable] = {"delta_": delta_, "overlap_": overlap_, "quantile": quantile, "gram_": gram_}

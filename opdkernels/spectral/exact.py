@@ -1,0 +1,155 @@
+r"""Every spectral figure of a pair of matrices from its three Gram matrices, without an SVD.
+
+Let W = U S V^T be long, [m, n] with m >= n (of a wide matrix: its transpose). With A = W^T W, B = W^T delta and
+C = delta^T delta:
+
+    sigma(W)^2 = eig A,   sigma(delta)^2 = eig C,   sigma(W')^2 = eig (A + B + B^T + C) = eig A'
+    U_k^T delta     = S_k^-1 V_k^T B            (no long vector is ever formed)
+    U_k^T U'_k      = S_k^-1 V_k^T (A + B) V'_k S'_k^-1
+
+In fp64 the squares resolve singular values down to about 1e-8 of the largest; the top fifth, whose inverse is taken, is
+far above that in a matrix of full rank. Where it is not (`GRAM_LIMIT`), the pair is given to an SVD instead.
+
+Source: arXiv 2606.13657 (the figures); Golub and Van Loan, 8.6; Bjorck and Golub 1973 (angles between subspaces).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+RATIOS = (0.01, 0.05, 0.1, 0.2)
+BLOCK = 64  # rows of W^T delta summed in fp32, where a matrix is at least twice as long as it is short
+GRAM_LIMIT = 1e-6  # least sigma_k / sigma_1 of the top fifth at which its vectors come from the Gram matrix
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Of a pair of matrices, r = min(m, n), with k of RATIOS `ranks` each; fp64 on the CPU.
+
+    `source`, `trained`, `delta` [r]: singular values, descending. `projection`, `projection_left`, `projection_right`
+    [k]: shares of the energy of delta in the top left and right singular vectors of W. `rotation_left`,
+    `rotation_right` [k]: mean sine of the angles between the top subspaces of W and W'. `basis` [short side, largest
+    k]: the top singular vectors of W on its shorter side. `method`: "gram" or "svd".
+    """
+
+    source: torch.Tensor
+    trained: torch.Tensor
+    delta: torch.Tensor
+    ranks: tuple[int, ...]
+    projection: torch.Tensor
+    projection_left: torch.Tensor
+    projection_right: torch.Tensor
+    rotation_left: torch.Tensor
+    rotation_right: torch.Tensor
+    basis: torch.Tensor
+    method: str
+
+
+def top_ranks(short: int, ratios: Sequence[float] = RATIOS) -> tuple[int, ...]:
+    """How many singular vectors are the top share, as the paper counts: max(1, int(ratio * min(m, n))).
+
+    >>> top_ranks(896)
+    (8, 44, 89, 179)
+    """
+    return tuple(max(1, int(ratio * short)) for ratio in ratios)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Singular values of a matrix [r], descending, and its top vectors on the shorter side [r, k]."""
+
+    sigma: torch.Tensor
+    vectors: torch.Tensor
+
+
+def roots(eigenvalues: torch.Tensor) -> torch.Tensor:
+    """Singular values, descending, from the ascending eigenvalues of a Gram matrix."""
+    return eigenvalues.flip(-1).clamp(min=0).sqrt()
+
+
+def factorise(gram: torch.Tensor, keep: int) -> Factor:
+    """All singular values and the `keep` top vectors from one Gram matrix [r, r]."""
+    values, vectors = torch.linalg.eigh(gram)
+    return Factor(roots(values), vectors[:, -keep:].flip(-1).contiguous())
+
+
+def singular_values(gram: torch.Tensor) -> torch.Tensor:
+    """Singular values [r], descending, from one Gram matrix [r, r]."""
+    return roots(torch.linalg.eigvalsh(gram))
+
+
+def leading(values: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
+    """Sums of the first k values, for each k."""
+    return values.cumsum(0)[torch.tensor(ranks) - 1]
+
+
+def mean_sines(cosines: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
+    """Mean sine of the principal angles of the first k of two bases, from their inner products [K, K].
+
+    sin^2 are the eigenvalues of 1 - M M^T, right to 1e-15; sines below 3e-8 are noise.
+    """
+    means = []
+    for k in ranks:
+        inner = cosines[:k, :k]
+        rest = torch.eye(k, dtype=inner.dtype, device=inner.device) - inner @ inner.T
+        means.append(torch.linalg.eigvalsh(rest).clamp(0, 1).sqrt().mean())
+    return torch.stack(means)
+
+
+def from_grams(grams: torch.Tensor, *, tall: bool, source: Factor | None = None, ratios: Sequence[float] = RATIOS) -> Spectra | None:
+    """The spectra of a pair from W^T W, W^T delta, delta^T delta over its shorter side, symmetric [3, r, r] fp64.
+
+    tall: whether the shorter side is the right one. source: the factor of W where it is known already. None where the
+    top fifth of W is too near to singular for the Gram matrix, or delta is zero: then ask `from_matrices`.
+    """
+    a, b, c = grams
+    short = len(a)
+    ranks = top_ranks(short, ratios)
+    source = source or factorise(a, ranks[-1])
+    trained = factorise(a + b + b.T + c, ranks[-1])
+    if min(float(f.sigma[ranks[-1] - 1]) for f in (source, trained)) <= GRAM_LIMIT * float(source.sigma[0]):
+        return None
+    v, v_trained = source.vectors, trained.vectors
+    inverse, inverse_trained = 1 / source.sigma[: ranks[-1], None], 1 / trained.sigma[: ranks[-1]]
+    long_energy = inverse * (v.T @ b)  # U_k^T delta
+    both = long_energy @ v
+    energy = c.diagonal().sum()
+    on_long = leading(long_energy.square().sum(1), ranks) / energy
+    on_short = leading((v * (c @ v)).sum(0), ranks) / energy
+    both_energy = both.square().cumsum(0).cumsum(1)
+    projection = torch.stack([both_energy[k - 1, k - 1] for k in ranks]) / energy
+    rotation_short = mean_sines(v.T @ v_trained, ranks)
+    rotation_long = mean_sines(inverse * (v.T @ ((a + b) @ v_trained)) * inverse_trained, ranks)
+    left, right = (on_long, on_short) if tall else (on_short, on_long)
+    rotations = (rotation_long, rotation_short) if tall else (rotation_short, rotation_long)
+    return Spectra(
+        source.sigma, trained.sigma, singular_values(c), ranks, projection, left, right, *rotations, v, "gram"
+    )
+
+
+def from_matrices(w: torch.Tensor, d: torch.Tensor, *, ratios: Sequence[float] = RATIOS) -> Spectra:
+    """The same from W and delta [m, n] themselves, by fp64 SVD: the definition, for matrices that are near to singular."""
+    w, d = w.double(), d.double()
+    u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
+    u_trained, sigma_trained, vh_trained = torch.linalg.svd(w + d, full_matrices=False)
+    ranks = top_ranks(min(w.shape), ratios)
+    k = ranks[-1]
+    u, v, u_trained, v_trained = u[:, :k], vh[:k].T, u_trained[:, :k], vh_trained[:k].T
+    energy = d.square().sum()
+    both = (u.T @ d @ v).square().cumsum(0).cumsum(1)
+    return Spectra(
+        sigma,
+        sigma_trained,
+        torch.linalg.svdvals(d),
+        ranks,
+        torch.stack([both[j - 1, j - 1] for j in ranks]) / energy,
+        leading((u.T @ d).square().sum(1), ranks) / energy,
+        leading((d @ v).square().sum(0), ranks) / energy,
+        mean_sines(u.T @ u_trained, ranks),
+        mean_sines(v.T @ v_trained, ranks),
+        (v if w.shape[0] >= w.shape[1] else u).contiguous(),
+        "svd",
+    )

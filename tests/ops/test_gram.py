@@ -1,0 +1,148 @@
+"""`gram`: the three Gram matrices, by the kernel of each instruction set and by the reference, against exact arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from opdkernels.ops import gram as ops
+from opdkernels.ops.gram import gram, symmetric
+from tests.conftest import ISAS, make_pair
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+SHAPES = ((1, 1), (3, 7), (1, 31), (700, 1), (1025, 25), (130, 97), (513, 48), (257, 240))
+
+
+def make_matrices(shape, source_dtype=torch.bfloat16, trained_dtype=None, seed=0):
+    pair = make_pair(shape[0] * shape[1], source_dtype, trained_dtype, seed=seed, hostile=False)
+    return tuple(t.reshape(shape) for t in pair)
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).view(np.float32)
+
+
+def oracle(source, trained, visible=False) -> tuple[np.ndarray, np.ndarray]:
+    """In long double, and the same of absolute values, by which rounding is judged."""
+    wide = np.float64 if torch.float64 in (source.dtype, trained.dtype) and not visible else np.float32
+    w, v = source.double().numpy().astype(wide), trained.double().numpy().astype(wide)
+    if visible:
+        w, v = bf16(w), bf16(v)
+    d = bf16(v - w) if visible else v - w
+    w, d = w.astype(np.longdouble), d.astype(np.longdouble)
+    return np.stack([w.T @ w, w.T @ d, d.T @ d]), np.stack([abs(x).T @ abs(y) for x, y in ((w, w), (w, d), (d, d))])
+
+
+def assert_close(found, source, trained, *, visible=False, block=0):
+    exact, size = oracle(source, trained, visible)
+    relative = np.full(3, 2.0**-52 * (len(source) + 2))
+    if block:
+        relative[1] += 2.0**-23 * (min(block, len(source)) + 1)
+    difference = abs(found.numpy() - exact)
+    for k, limit in enumerate(relative):
+        compared = np.triu(difference[k]) if k != 1 else difference[k]
+        assert (compared <= limit * size[k]).all(), f"matrix {k}"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("visible", [False, True])
+@pytest.mark.parametrize("block", [0, 1, 64, 256])
+def test_kernel_and_reference_are_right_to_their_rounding(isa, shape, visible, block):
+    source, trained = make_matrices(shape)
+    assert_close(gram(source, trained, visible=visible, block=block), source, trained, visible=visible, block=block)
+    into = torch.zeros(3, shape[1], shape[1], dtype=torch.float64)
+    ops.reference(source, trained, visible, block, into)
+    assert_close(into, source, trained, visible=visible, block=block)
+
+
+@pytest.mark.parametrize(("a", "b"), list(itertools.product(DTYPES, DTYPES)), ids=str)
+@pytest.mark.parametrize("visible", [False, True])
+def test_every_pair_of_dtypes(isa, a, b, visible):
+    source, trained = make_matrices((300, 37), a, b)
+    assert_close(gram(source, trained, visible=visible), source, trained, visible=visible)
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled kernels")
+@pytest.mark.parametrize("block", [0, 64])
+def test_threads_strides_and_instruction_sets_change_no_bit_of_bf16(block):
+    """Products of bf16 are exact, and every kernel sums in one order. Of delta only where it fits bf16: the visible view."""
+    from opdkernels import _C
+
+    source, trained = make_matrices((1500, 130))
+    before, threads = _C.current_isa(), torch.get_num_threads()
+    found = []
+    for name, count in itertools.product(_C.available_isas(), (1, 2, 3)):
+        _C.use_isa(name)
+        torch.set_num_threads(count)
+        found.append(gram(source, trained, visible=True, block=block))
+        found.append(gram(source.T.contiguous().T, trained.T.contiguous().T, visible=True, block=block))
+        found.append(gram(torch.cat([source, source], 1)[:, :130], trained, visible=True, block=block))
+    _C.use_isa(before)
+    torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert torch.equal(symmetric(found[0].clone()), symmetric(other))
+
+
+def test_row_blocks_add_up(isa):
+    source, trained = make_matrices((1024, 60))
+    whole = gram(source, trained)
+    parts = gram(source[:512], trained[:512])
+    assert gram(source[512:], trained[512:], into=parts) is parts
+    assert torch.equal(symmetric(whole), symmetric(parts))
+
+
+def test_symmetric_fills_the_lower_triangles():
+    source, trained = make_matrices((50, 30), torch.float64)
+    a, b, c = symmetric(gram(source, trained))
+    d = trained - source
+    for found, exact in ((a, source.T @ source), (b, source.T @ d), (c, d.T @ d)):
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-25)
+    assert torch.equal(a, a.T)
+    assert torch.equal(c, c.T)
+
+
+def test_nothing_beyond_the_result_is_written(isa):
+    source, trained = make_matrices((70, 23))
+    room = torch.full((3 * 23 * 23 + 2,), 7.0, dtype=torch.float64)
+    into = room[1:-1].view(3, 23, 23).zero_()
+    gram(source, trained, block=64, into=into)
+    assert room[0] == room[-1] == 7
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)], ids=str)
+def test_of_nothing_is_zero(isa, shape):
+    empty = torch.empty(shape, dtype=torch.bfloat16)
+    assert torch.equal(gram(empty, empty), torch.zeros(3, shape[1], shape[1], dtype=torch.float64))
+
+
+def test_extremes_keep_their_scale(isa):
+    """fp64 holds the squares of every fp32 value, subnormal ones too."""
+    for scale in (1e-40, 1e-30, 1e30):
+        source = torch.full((4, 2), scale)
+        assert gram(source, 2 * source)[2][0, 0].item() == pytest.approx(4 * float(source[0, 0]) ** 2, rel=1e-12)
+
+
+def test_bad_input_is_refused_by_name():
+    good = torch.zeros(4, 3)
+    for call, error, message in (
+        (lambda: gram(good.int(), good), TypeError, "source is torch.int32"),
+        (lambda: gram(good, good[:3]), ValueError, "one shape"),
+        (lambda: gram(good[0], good[0]), ValueError, "matrices"),
+        (lambda: gram(good, good, block=257), ValueError, "block must lie in"),
+        (lambda: gram(good, good, block=-1), ValueError, "block must lie in"),
+        (lambda: gram(good.double(), good, block=64), ValueError, "block=0"),
+        (lambda: gram(good, good, into=torch.zeros(3, 3, 4)), ValueError, "into must be"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize("block", [0, 64])
+def test_operator_is_registered_as_torch_wants_it(block):
+    source, trained = make_matrices((40, 9))
+    into = torch.zeros(3, 9, 9, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.opdkernels.gram_, (source, trained, False, block, into))
