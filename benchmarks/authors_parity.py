@@ -48,7 +48,7 @@ def rows(path: Path) -> dict[tuple, dict]:
 
 
 def exact(column: str) -> bool:
-    return column.startswith("frac_") or column.endswith(("_count", "numel", "ndim", "has_nan_or_inf")) or column.startswith("rank_tol")
+    return column.startswith(("frac_", "rank_tol")) or column.endswith(("_count", "numel", "ndim", "has_nan_or_inf"))
 
 
 def difference(ours: object, theirs: object) -> float:
@@ -77,7 +77,7 @@ def compare(name: str, ours: Path, theirs: Path) -> int:
             if column in missing:
                 continue
             worst = max((difference(mine[key][column], yours[key][column]) for key in shared), default=0.0)
-            masks = file.startswith("mask") and "overlap" in column or "covered" in column or "enrichment" in column
+            masks = (file.startswith("mask") and "overlap" in column) or "covered" in column or "enrichment" in column
             bad = worst > (0 if exact(column) else LIMIT) and not masks
             wrong += bad
             if worst > 0:

@@ -2,6 +2,7 @@
 
     python benchmarks/authors_stage.py CHECKOUT elementwise SOURCE TRAINED THREADS
     python benchmarks/authors_stage.py CHECKOUT overlap SOURCE RUN_A RUN_B THREADS
+    python benchmarks/authors_stage.py CHECKOUT everything:PART SOURCE TRAINED THREADS   (tensors whose names hold PART)
 """
 
 from __future__ import annotations
@@ -12,6 +13,17 @@ import time
 from pathlib import Path
 
 import torch
+
+
+def everything(script, name: str, source: torch.Tensor, trained: torch.Tensor) -> float:
+    """What their main() makes of one tensor; the spectral norm of delta to compare."""
+    script.compute_tensor_metrics(name, source, trained, torch.bfloat16)
+    source, trained, delta = script.cast_for_delta(source, trained, torch.bfloat16, torch.device("cpu"))
+    wide, change = source.float(), delta.float()
+    row = script.compute_svd_metrics(name, change, torch.device("cpu"), 4096, 64, None)
+    script.compute_base_geometry_metrics(name, wide, wide + change, torch.device("cpu"), 4096)
+    script.compute_coordinate_mask_overlap_metrics_for_thresholds(name, wide, change, torch.device("cpu"), 4096)
+    return row["spectral_norm"] if row else 0.0
 
 
 def main() -> None:
@@ -32,6 +44,9 @@ def main() -> None:
             if stage == "elementwise":
                 row = script.compute_tensor_metrics(name, *tensors, torch.bfloat16)
                 found += round(row["frac_delta_eq_0"] * row["numel"])
+            elif stage.startswith("everything:"):
+                if stage.split(":")[1] in name:
+                    found += everything(script, name, *tensors)
             else:
                 base, a, b = tensors
                 mask_a, mask_b = (a - base).abs() > 1e-5, (b - base).abs() > 1e-5

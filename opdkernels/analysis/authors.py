@@ -6,9 +6,8 @@ and blocks, which it finds as substrings (`qkv_proj` is filed under `v_proj`). W
 
 - Sums are exact and rounded once, theirs are summed in fp32: energies and norms agree to about 1e-6, fractions wholly.
 - Near-zero masks: where equal |W| straddle the cut, their top-k takes arbitrary ones; here stands the expected value.
-- Columns and files of singular vectors (`principal_*`, `nonprincipal_or_low_*`, svd and base geometry) need geometry,
-  which tallies do not hold: they are left out, not left empty. Near-zero masks need none, so that `mask_overlap_mode`
-  is always `exact`, also for the large matrices that their script skips.
+- Spectra are exact for every matrix (authors_spectra.py); with `--spectra off` what needs them is left out, not left
+  empty. `mask_overlap_mode` is always `exact`, also for the large matrices that their script skips.
 - Tensors with non-finite coordinates: those are left out of tallies, and their sums then have no counterpart. Norms,
   energies and what depends on them are NaN (an empty cell); shares below fixed thresholds are theirs still. Such a
   matrix has no near-zero rows and stands in `failed_tensors.csv`, as it does when their singular values fail on it.
@@ -27,6 +26,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from opdkernels.analysis.authors_spectra import (
+    BASE_COLUMNS,
+    PRINCIPAL_COLUMNS,
+    SVD_COLUMNS,
+    base_row,
+    principal_columns,
+    svd_row,
+)
 from opdkernels.analysis.coordinates import (
     EPSILON,
     RATIOS,
@@ -41,6 +48,7 @@ from opdkernels.analysis.coordinates import (
     to_bf16_pattern,
 )
 from opdkernels.analysis.records import Record, write_json
+from opdkernels.analysis.spectra import SpectrumRecord
 from opdkernels.analysis.tables import Row, write_csv
 from opdkernels.checkpoint.pair import Pair
 from opdkernels.checkpoint.source import DTYPES
@@ -54,7 +62,7 @@ SUMMARIES = {
     "layer_module_summary": ("layer_id", "module_type"),
 }  # fmt: skip
 FILES: tuple[str, ...] = (
-    "tensor_metrics.csv", "mask_overlap_metrics.csv", *(f"{name}.csv" for name in SUMMARIES), "top_delta_tensors.csv",
+    "tensor_metrics.csv", "svd_metrics.csv", "base_geometry_metrics.csv", "mask_overlap_metrics.csv", *(f"{name}.csv" for name in SUMMARIES), "top_delta_tensors.csv",
     "mismatch_report.json", "failed_tensors.csv", "authors_summary.json",
 )  # fmt: skip
 LARGEST_SHOWN = 100  # rows of top_delta_tensors.csv
@@ -110,16 +118,19 @@ ALIASES = (("model.language_model.", "model."), ("language_model.", "model."), (
 def write(folder: Path, pair: Pair, result: Analysis) -> None:
     """Writes FILES into `folder`, from the tallies of a finished run."""
     found, report = match_names(pair.source.tensors, pair.trained.tensors)
-    tensors, masks, failed = tabulate(pair, result.records, found, report)
+    spectra = {r.index: r for r in result.spectrum_records if r.view == "visible" and r.part < 0}
+    tensors, svds, bases, masks, failed = tabulate(pair, result.records, found, report, spectra)
     groups = {name: group(tensors, keys) for name, keys in SUMMARIES.items()}
     largest = by_energy_share(tensors)
     tables: dict[str, tuple[list[Row], tuple[str, ...]]] = {
         "tensor_metrics": (tensors, TENSOR_COLUMNS),
-        "mask_overlap_metrics": (masks, MASK_COLUMNS),
+        "mask_overlap_metrics": (masks, MASK_COLUMNS + (PRINCIPAL_COLUMNS if spectra else ())),
         **{name: (groups[name], (*keys, *GROUP_COLUMNS)) for name, keys in SUMMARIES.items()},
         "top_delta_tensors": (largest, (*TENSOR_COLUMNS, "delta_energy_share")),
         "failed_tensors": (failed, FAILED_COLUMNS),
     }
+    if result.spectra is not None:
+        tables |= {"svd_metrics": (svds, ("name", "shape", *PLACE, *SVD_COLUMNS)), "base_geometry_metrics": (bases, ("name", "shape", *PLACE, *BASE_COLUMNS))}
     for name, (rows, columns) in tables.items():
         write_csv(folder / f"{name}.csv", map(blank, rows), columns)
     write_json(folder / "mismatch_report.json", report)
@@ -186,15 +197,20 @@ def place(name: str) -> dict[str, Any]:
 
 
 def tabulate(
-    pair: Pair, records: Sequence[Record], found: Sequence[tuple[str, str]], report: dict[str, Any]
-) -> tuple[list[Row], list[Row], list[Row]]:
-    """Rows of tensors, of near-zero masks and of failures; completes `report`."""
+    pair: Pair, records: Sequence[Record], found: Sequence[tuple[str, str]], report: dict[str, Any], spectra: dict[int, SpectrumRecord]
+) -> tuple[list[Row], list[Row], list[Row], list[Row], list[Row]]:
+    """Rows of tensors, of delta's spectra, of base geometry, of masks and of failures; completes `report`.
+
+    spectra: those of the visible view, by the index of the match.
+    """
 
     def key(name: str, trained_name: str) -> tuple[str, str]:  # one for all names of a storage, which is counted once
         return pair.source.aliases.get(name, name), pair.trained.aliases.get(trained_name, trained_name)
 
     whole = {key(r.name, r.trained_name): r for r in records if r.how in ("exact", "prefix")}
     tensors: list[Row] = []
+    svds: list[Row] = []
+    bases: list[Row] = []
     masks: list[Row] = []
     failed: list[Row] = []
     for name, trained_name in found:
@@ -213,10 +229,18 @@ def tabulate(
             tally = record.tally
             tensors.append(tensor_row(name, source.shape, tally))
             if len(source.shape) == 2 and not tally.nonfinite:
-                masks += [mask_row(name, source.shape, tally, atol) for atol in UPDATE_ATOLS]
+                rows = [mask_row(name, source.shape, tally, atol) for atol in UPDATE_ATOLS]
+                spectrum = spectra.get(record.index)
+                if spectrum is not None and spectrum.masks.size:
+                    rows = [row | principal_columns(spectrum, subset) for subset, row in enumerate(rows, 1)]
+                masks += rows
+                if spectrum is not None:
+                    first = {"name": name, "shape": str(list(source.shape)), **place(name)}
+                    bases.append(first | base_row(spectrum))
+                    svds += [first | svd_row(spectrum)] if spectrum.method else []
             elif len(source.shape) == 2:
                 failed.append(failure(name, "mask_overlap", f"ValueError: {tally.nonfinite} coordinates are not finite"))
-    return tensors, masks, failed
+    return tensors, svds, bases, masks, failed
 
 
 def failure(name: str, stage: str, error: str) -> Row:

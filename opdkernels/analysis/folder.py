@@ -31,6 +31,7 @@ except ImportError:  # not on Windows, where two writers are not noticed
 
 # run.json goes last: until then an interrupted --overwrite is known for what it is.
 OWN_FILES = ("summary.json", "tensors.parquet", "groups.parquet", "tensors.csv", "groups.csv", "report.html", "overlap.parquet", "overlap.csv",
+             "spectra.parquet", "geometry.parquet", "spectra.csv", "geometry.csv", "spectra",
              *authors.FILES, "tallies", "run.json")  # fmt: skip
 
 

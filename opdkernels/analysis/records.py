@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +37,10 @@ class Record:
     how: str
     tally: SparseTally | None
     failure: str = ""
+
+    @property
+    def key(self) -> int:
+        return self.index
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -111,13 +115,21 @@ def from_table(table: pa.Table) -> Iterator[Record]:
         )  # fmt: skip
 
 
-class Records:
-    """The records of a run; with a folder, appended there. `done` maps a tensor's index to its record."""
+class Keyed(Protocol):
+    @property
+    def key(self) -> Any: ...
 
-    def __init__(self, folder: Path | None):
-        self.folder = folder
-        self.done: dict[int, Record] = {}
-        self.pending: list[Record] = []
+
+R = TypeVar("R", bound=Keyed)
+
+
+class Records(Generic[R]):
+    """The records of a run; with a folder, appended there. `done` maps a record's key to it."""
+
+    def __init__(self, folder: Path | None, write: Callable[[list[R]], pa.Table], read: Callable[[pa.Table], Iterator[R]]):
+        self.folder, self.write, self.read = folder, write, read
+        self.done: dict[Any, R] = {}
+        self.pending: list[R] = []
         self.fragments = 0
         self.flushed = time.monotonic()
         if folder is not None:
@@ -130,14 +142,14 @@ class Records:
     def load(self, path: Path) -> None:
         try:
             with pa.memory_map(str(path)) as file:
-                for record in from_table(pa.ipc.open_file(file).read_all()):
-                    self.done[record.index] = record
+                for record in self.read(pa.ipc.open_file(file).read_all()):
+                    self.done[record.key] = record
         except (pa.ArrowInvalid, ValueError, KeyError, OSError) as error:
             raise InputError(f"{printable(str(path))} cannot be read ({printable(str(error))}); delete it, or start again with --overwrite") from None
         self.fragments = max(self.fragments, int(path.stem))
 
-    def add(self, record: Record) -> None:
-        self.done[record.index] = record
+    def add(self, record: R) -> None:
+        self.done[record.key] = record
         self.pending.append(record)
         if time.monotonic() - self.flushed > FLUSH_EVERY_S:
             self.flush()
@@ -146,9 +158,14 @@ class Records:
         if self.pending and self.folder is not None:
             self.fragments += 1
             sink = pa.BufferOutputStream()
-            table = to_table(self.pending)
+            table = self.write(self.pending)
             with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
                 writer.write_table(table)
             write_atomically(self.folder / f"{self.fragments:06d}.arrow", sink.getvalue())
         self.pending.clear()
         self.flushed = time.monotonic()
+
+
+def tallies(folder: Path | None) -> Records[Record]:
+    """The tallies of a run, kept in `folder`."""
+    return Records(folder, to_table, from_table)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import html
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from opdkernels.analysis import geometry as geometry_of
+from opdkernels.analysis import tables
 from opdkernels.analysis.folder import finished, readable
-from opdkernels.analysis.records import Record, Records
+from opdkernels.analysis.records import Record, tallies
+from opdkernels.analysis.spectra import FINAL, SpectrumRecord
+from opdkernels.analysis.spectra import spectra as spectrum_records
 from opdkernels.errors import InputError, printable
 from opdkernels.ops.delta import Tally
 
@@ -22,7 +26,7 @@ class Analysis:
     """What changed between two checkpoints.
 
     `tensors`: one row a tensor and view; `groups`: one a group and view; `summary`: the whole model; `run`: when, where,
-    with what. Columns and keys: docs/outputs.md.
+    with what; `spectra` and `geometry`: one a matrix and view, None where they are off. Columns and keys: docs/outputs.md.
     """
 
     tensors: pa.Table
@@ -31,11 +35,27 @@ class Analysis:
     run: dict[str, Any]
     records: list[Record]
     path: Path | None = None
+    spectra: pa.Table | None = None
+    geometry: pa.Table | None = None
+    spectrum_records: list[SpectrumRecord] = field(default_factory=list)
 
     @property
     def exit_status(self) -> int:
         """0, or 3 where tensors were excluded, failed or hold non-finite coordinates."""
-        return 3 if self.summary["excluded"] or self.summary["failed"] or self.summary["nonfinite"] else 0
+        summary = self.summary
+        return 3 if summary["excluded"] or summary["failed"] or summary["nonfinite"] or self.uncomputed else 0
+
+    @property
+    def uncomputed(self) -> list[SpectrumRecord]:
+        """Matrices whose spectra could not be had, for want of memory or after an error."""
+        return [r for r in self.spectrum_records if r.reason and not r.reason.startswith(FINAL)]
+
+    def add_spectra(self, records: list[SpectrumRecord]) -> None:
+        """Completes tables and summary with the spectra of the matrices."""
+        self.spectrum_records = sorted(records, key=lambda r: r.key)
+        spectra, geometry = geometry_of.tables(self.spectrum_records, {r.index: r.name for r in self.records})
+        self.spectra, self.geometry = tables.rows_to_arrow(spectra), tables.rows_to_arrow(geometry)
+        self.summary["spectra"] = geometry_of.summarise(spectra, geometry)
 
     def tally(self, name: str) -> Tally:
         """The tally of one tensor, by its name in the source. Raises KeyError where there is none."""
@@ -73,8 +93,9 @@ def load(path: str | Path) -> Analysis:
     run = finished(folder)
     if run["command"] != "analyze":
         raise InputError(f"{printable(str(folder))} holds an {run['command']} run; give the folder of an analyze run")
-    records = Records(folder / "tallies")
+    records, spectra = tallies(folder / "tallies"), spectrum_records(folder / "spectra")
     with readable(folder):
+        of_matrices = (pq.read_table(path) if (path := folder / f"{name}.parquet").exists() else None for name in ("spectra", "geometry"))
         return Analysis(
             pq.read_table(folder / "tensors.parquet"),
             pq.read_table(folder / "groups.parquet"),
@@ -82,4 +103,7 @@ def load(path: str | Path) -> Analysis:
             run,
             [records.done[i] for i in sorted(records.done)],
             folder,
+            next(of_matrices),
+            next(of_matrices),
+            [spectra.done[key] for key in sorted(spectra.done)],
         )

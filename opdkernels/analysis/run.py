@@ -17,8 +17,10 @@ import torch
 from opdkernels.analysis import authors, null, tables
 from opdkernels.analysis.coordinates import RATIOS, VIEWS, Columns, SparseTally, figures, ratio_label, to_bf16_pattern
 from opdkernels.analysis.folder import describe, opened
-from opdkernels.analysis.records import Record, Records, write_json
+from opdkernels.analysis.records import Record, Records, tallies, write_json
 from opdkernels.analysis.result import Analysis
+from opdkernels.analysis.spectra import compute_all
+from opdkernels.analysis.spectra import spectra as spectra_records
 from opdkernels.checkpoint.names import place
 from opdkernels.checkpoint.pair import ITEM_BYTES, Pair, open_pair
 from opdkernels.errors import UsageError
@@ -43,14 +45,20 @@ def analyze(
     with contextlib.closing(open_pair(source, trained, **chosen.opening)) as pair, threads(chosen.threads):
         about = describe("analyze", chosen.model_dump(mode="json"), {"source": pair.source, "trained": pair.trained})
         with opened(out, about, chosen.overwrite) as folder:
-            records = Records(folder / "tallies" if folder is not None else None)
+            records = tallies(folder / "tallies" if folder is not None else None)
+            spectra = spectra_records(folder / "spectra" if folder is not None else None)
             about["resumed_tensors"] = len(records.done)
             try:
                 count_all(pair, records, chosen.memory, progress)
+                if chosen.spectra != "off":
+                    compute_all(pair, records, spectra, chosen.memory, both=chosen.authors_csv, progress=progress)
                 pair.check()
             finally:
                 records.flush()
+                spectra.flush()
             result = assemble(pair, [records.done[i] for i in range(len(pair.matches))], about)
+            if chosen.spectra != "off":
+                result.add_spectra(list(spectra.done.values()))
             result.path = folder
             if folder is not None:
                 write(folder, result, chosen)
@@ -76,7 +84,7 @@ def slices(numel: int, bytes_each: int, memory: int) -> Iterator[tuple[int, int]
         yield begin, min(numel, begin + step)
 
 
-def count_all(pair: Pair, records: Records, memory: int, progress: Progress) -> None:
+def count_all(pair: Pair, records: Records[Record], memory: int, progress: Progress) -> None:
     """Tallies every match that has no record yet; a tensor that fails is recorded and the rest goes on."""
     tally, done, total = Tally.empty(DEFAULT_CUTS), 0, pair.nbytes
     for index, match in enumerate(pair.matches):
@@ -244,7 +252,13 @@ def write(folder: Path, result: Analysis, options: AnalyzeOptions) -> None:
     tables.write_parquet(folder / "tensors.parquet", result.tensors)
     tables.write_parquet(folder / "groups.parquet", result.groups)
     write_json(folder / "summary.json", result.summary)
+    for name in ("spectra", "geometry"):
+        if (table := getattr(result, name)) is not None:
+            tables.write_parquet(folder / f"{name}.parquet", table)
+        else:  # of an earlier run with other options
+            (folder / f"{name}.parquet").unlink(missing_ok=True)
     if options.csv:
-        for name in ("tensors", "groups"):
-            table = getattr(result, name)
+        for name in ("tensors", "groups", "spectra", "geometry"):
+            if (table := getattr(result, name)) is None:
+                continue
             tables.write_csv(folder / f"{name}.csv", table.to_pylist(), table.column_names)

@@ -55,6 +55,20 @@ class NonFinite(Part):
     coordinates: int
 
 
+class Centre(Part):
+    mean: float
+    median: float
+    weighted: float = Field(description="Mean weighted by m n.")
+
+
+class Spectra(Part):
+    """Matrices, stored view. Columns: docs/outputs.md."""
+
+    matrices: int
+    without: dict[str, int] = Field(description="Why matrices have no spectra, and how many.")
+    figures: dict[str, Centre]
+
+
 class Summary(Part):
     """The whole model, as `analyze` writes it to summary.json."""
 
@@ -73,6 +87,7 @@ class Summary(Part):
     notes: list[str]
     failed: list[Failed]
     nonfinite: list[NonFinite]
+    spectra: Spectra | None = None
 
 
 def schema() -> str:

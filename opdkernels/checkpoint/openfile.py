@@ -8,6 +8,7 @@ import importlib
 import mmap
 import os
 import stat
+import threading
 import weakref
 from collections.abc import Callable
 from types import ModuleType
@@ -81,8 +82,8 @@ def choose_io(io: str, path: str) -> str:
     return io
 
 
-class Buffer:
-    """Memory that positioned reads go to; it grows to the largest read and is used again for the next one."""
+class Buffer(threading.local):
+    """Memory that positioned reads of one thread go to; it grows to the largest read and is used again for the next one."""
 
     def __init__(self) -> None:
         self._memory: torch.Tensor | None = None

@@ -72,7 +72,7 @@ class Pair:
         return sum(m.numel * (ITEM_BYTES[m.source.dtype] + ITEM_BYTES[m.trained.dtype]) for m in self.matches)
 
     def read(self, match: Match, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Elements [start, stop) of a match on both sides, 1-D, in the stored dtypes; valid until the next read."""
+        """Elements [start, stop) of a match on both sides, 1-D, in the stored dtypes; valid until the next read of this thread."""
         source = self.source.read(match.source.name, match.source_start + start, match.source_start + stop)
         trained = self.trained.read(match.trained.name, match.trained_start + start, match.trained_start + stop)
         return source, trained

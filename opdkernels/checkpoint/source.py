@@ -59,7 +59,7 @@ class Source(Protocol):
     missing: dict[str, str]
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Flat elements [start, stop) of a tensor, 1-D, in the stored dtype; valid until the next read."""
+        """Flat elements [start, stop) of a tensor, 1-D, in the stored dtype; valid until the next read of this thread."""
         ...
 
     def check(self) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from opdkernels.ops import localise, register
+from opdkernels.ops import register
 from opdkernels.ops.delta import DTYPES
 
 SCHEMA = "gram_(Tensor source, Tensor trained, bool visible, int block, Tensor(a!) into) -> ()"

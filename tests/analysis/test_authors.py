@@ -153,6 +153,26 @@ def test_columns_are_the_documented_ones(pair, tmp_path):
     assert header("mask_overlap_metrics.csv") == [
         "name", "shape", *where, "mask_overlap_mode", "update_mask_atol", "numel", "update_count", "update_density",
         *(f"low_magnitude_{label}_{figure}" for label in RATIOS for figure in figures),
+        *(
+            name
+            for label in RATIOS
+            for name in (
+                f"principal_rank_{label}",
+                *(f"{mask}_{label}_{f}" for mask in ("principal", "principal_not_low", "nonprincipal_or_low") for f in figures),
+                f"principal_low_intersection_density_{label}",
+            )
+        ),
+    ]  # fmt: skip
+    projections = [f"{side}principal_projection_energy_ratio" for side in ("", "left_", "right_")]
+    assert header("base_geometry_metrics.csv") == [
+        "name", "shape", *where, "base_geometry_mode",
+        *(f"{name}_{label}" for label in RATIOS for name in (*projections, "top_subspace_rotation")),
+        "spectral_drift_l2_ratio", "spectral_drift_to_delta_fro_ratio", "skipped_reason",
+    ]  # fmt: skip
+    assert header("svd_metrics.csv") == [
+        "name", "shape", *where, "matrix_m", "matrix_n", "min_dim", "spectral_norm", "spectral_fro_ratio", "stable_rank",
+        "effective_rank_entropy", *(f"rank{pct}_tol_1e_{t}" for t in (6, 5, 4) for pct in ("", "_pct")),
+        *(f"top{k}_energy_ratio" for k in (1, 2, 4, 8, 16, 32, 64)), *(f"top{p}pct_energy_ratio" for p in (1, 5, 10)), "svd_mode",
     ]  # fmt: skip
     for name, keys in (("layer", where[:1]), ("module", where[1:2]), ("block", where[2:]), ("layer_module", where[:2])):
         assert header(f"{name}_summary.csv") == [
