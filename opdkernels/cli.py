@@ -67,7 +67,7 @@ def analyze(
     io: Io = "auto",
     revision: Revision = None,
     allow_missing: AllowMissing = False,
-    spectra: Annotated[str, typer.Option(help="exact or off: spectra of every matrix, and where its update lies in the geometry of the source.")] = "exact",
+    spectra: Annotated[str, typer.Option(help="exact: spectra of every matrix, and where its update lies in the geometry of the source; topk: the top of the update's spectrum alone, with bounds; off.")] = "exact",
     csv: Csv = False,
     authors_csv: Annotated[
         bool, typer.Option("--authors-csv", help="Also write the files of the paper's analysis script (tensor_metrics.csv and others).")

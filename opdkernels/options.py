@@ -52,8 +52,10 @@ class Options(BaseModel):
 class AnalyzeOptions(Options):
     memory: Bytes = Field(4 * 10**9, description="Most memory to use, such as 2GB; mapped files do not count.")
     threads: int | None = Field(None, ge=1, le=4096, description="Threads of the kernels; torch's own number if not given.")
-    spectra: Literal["exact", "off"] = Field(
-        "exact", description="Spectra of every matrix and its place in the geometry of the source: exact, or off."
+    spectra: Literal["exact", "topk", "off"] = Field(
+        "exact",
+        description="Spectra of every matrix and its place in the geometry of the source: exact; topk, the top of the update's "
+        "spectrum alone, with bounds and in less memory; or off.",
     )
     csv: bool = Field(False, description="Also write the tables as CSV.")
     authors_csv: bool = Field(

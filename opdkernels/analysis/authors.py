@@ -237,7 +237,7 @@ def tabulate(
                 if spectrum is not None:
                     first = {"name": name, "shape": str(list(source.shape)), **place(name)}
                     bases.append(first | base_row(spectrum))
-                    svds += [first | svd_row(spectrum)] if spectrum.method else []
+                    svds += [first | svd_row(spectrum)] if spectrum.method and spectrum.method != "topk" else []
             elif len(source.shape) == 2:
                 failed.append(failure(name, "mask_overlap", f"ValueError: {tally.nonfinite} coordinates are not finite"))
     return tensors, svds, bases, masks, failed

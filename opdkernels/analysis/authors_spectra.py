@@ -59,8 +59,8 @@ def svd_row(record: SpectrumRecord) -> Row:
 
 
 def base_row(record: SpectrumRecord) -> Row:
-    if not record.method:
-        reason = "zero_delta" if record.reason == "delta is zero" else record.reason
+    if not record.subspace.size:
+        reason = "zero_delta" if record.reason == "delta is zero" else record.reason or "topk"
         return {"base_geometry_mode": "exact" if reason == "zero_delta" else "skipped", "skipped_reason": reason}
     row: Row = {"base_geometry_mode": "exact"}
     subspace = dict(zip(SUBSPACE, record.subspace, strict=True))

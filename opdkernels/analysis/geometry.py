@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from opdkernels.analysis.coordinates import ratio_label, threshold_label
-from opdkernels.analysis.spectra import SUBSPACE, SpectrumRecord
+from opdkernels.analysis.spectra import NOTHING, SUBSPACE, SpectrumRecord
 from opdkernels.checkpoint.names import place
 from opdkernels.spectral.exact import RATIOS, top_ranks
 from opdkernels.spectral.principal import COUNTS
@@ -29,16 +29,15 @@ def spectrum(sigma: np.ndarray) -> Row:
     sum s^2 / s_1^2; `energy_k` share of the k largest in the energy, `energy_pct_p` of the max(1, int(p r)) largest;
     `effective_rank` exp of the entropy of s / sum s (Roy and Vetterli 2007); `rank_t` how many exceed t s_1, and
     `rank_share_t` that over r = min(m, n). All None for a matrix of zeros."""
-    squares = sigma**2
-    energy, r = float(squares.sum()), len(sigma)
+    energy, r = float((sigma**2).sum()), len(sigma)
     names = [f"energy_{k}" for k in TOP] + [f"energy_pct_{100 * p:g}" for p in TOP_SHARES]
     if not energy:
         ranks = [f"rank{share}_{threshold_label(t)}" for t in RANK_TOLERANCES for share in ("", "_share")]
         return dict.fromkeys(["spectral_norm", "delta_energy", "stable_rank", *names, "effective_rank", *ranks])
-    captured = np.cumsum(squares)
+    captured = np.cumsum(sigma**2)
     counts = [min(k, r) for k in TOP] + [max(1, int(p * r)) for p in TOP_SHARES]
     share = sigma[sigma > 0] / sigma.sum()
-    found: Row = {"spectral_norm": float(sigma[0]), "delta_energy": energy, "stable_rank": energy / float(squares[0])}
+    found: Row = {"spectral_norm": float(sigma[0]), "delta_energy": energy, "stable_rank": energy / float(sigma[0]) ** 2}
     found |= {name: float(captured[k - 1]) / energy for name, k in zip(names, counts, strict=True)}
     found["effective_rank"] = math.exp(-float((share * np.log(share)).sum()))
     for tolerance in RANK_TOLERANCES:
@@ -70,9 +69,27 @@ def random_spectrum(m: int, n: int) -> tuple[float, dict[int, float]]:
 
 def spectrum_row(record: SpectrumRecord) -> Row:
     """A row of spectra.parquet: figures of delta's spectrum, and beside two of them what a random update shows."""
-    found = spectrum(record.delta)
+    found = spectrum(NOTHING if record.method == "topk" else record.delta) | bounded(record)
     stable_rank, energy = random_spectrum(record.m, record.n) if record.method else (None, {})
     return found | {"stable_rank_null": stable_rank, "energy_16_null": energy.get(16)}
+
+
+def bounded(record: SpectrumRecord) -> Row:
+    """Of method "topk": figures of the top of the spectrum, with `lower_` and `upper_` that hold for certain; else the
+    bounds are None, and the figures exact."""
+    names = ["spectral_norm", "stable_rank", *(f"energy_{k}" for k in TOP)]
+    found: Row = dict.fromkeys(f"{side}_{name}" for name in names for side in ("lower", "upper"))
+    if record.method != "topk":
+        return found
+    energy, (lower, upper) = record.energy, record.bounds
+    found |= {"delta_energy": energy, "spectral_norm": float(record.delta[0]), "stable_rank": energy / float(record.delta[0]) ** 2}
+    found |= {"lower_spectral_norm": float(lower[0]), "upper_spectral_norm": float(upper[0])}
+    found |= {"lower_stable_rank": energy / float(upper[0]) ** 2, "upper_stable_rank": energy / float(lower[0]) ** 2 if lower[0] else None}
+    for k in (k for k in TOP if k <= len(lower)):
+        shares = [float((values[:k] ** 2).sum()) / energy for values in (record.delta, lower, upper)]
+        found[f"energy_{k}"], found[f"lower_energy_{k}"] = min(shares[0], 1.0), shares[1]
+        found[f"upper_energy_{k}"] = min(shares[0] + record.remainder, shares[2], 1.0)
+    return found
 
 
 def geometry_row(record: SpectrumRecord) -> Row:

@@ -51,7 +51,7 @@ def analyze(
             try:
                 count_all(pair, records, chosen.memory, progress)
                 if chosen.spectra != "off":
-                    compute_all(pair, records, spectra, chosen.memory, both=chosen.authors_csv, progress=progress)
+                    compute_all(pair, records, spectra, chosen.memory, kind=chosen.spectra, both=chosen.authors_csv, progress=progress)
                 pair.check()
             finally:
                 records.flush()

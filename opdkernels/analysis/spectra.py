@@ -20,7 +20,7 @@ import torch
 
 from opdkernels.analysis.records import Record, Records
 from opdkernels.checkpoint.pair import ITEM_BYTES, Match, Pair
-from opdkernels.ops.gram import gram, symmetric
+from opdkernels.ops.gram import change, gram, symmetric
 from opdkernels.progress import Progress, amount
 from opdkernels.spectral import principal
 from opdkernels.spectral.exact import (
@@ -34,10 +34,12 @@ from opdkernels.spectral.exact import (
     from_matrices,
     top_ranks,
 )
+from opdkernels.spectral.randomized import randomized_svd
 
 SCHEMA_VERSION = 1
+TOPK = 64  # singular values of `topk`: the largest k of the figures
 SUBSPACE = ("projection", "projection_left", "projection_right", "rotation_left", "rotation_right")
-ARRAYS = ("source", "trained", "delta", "subspace", "masks", "mask_sizes")
+ARRAYS = ("source", "trained", "delta", "bounds", "subspace", "masks", "mask_sizes")
 NOTHING = np.zeros(0)
 
 
@@ -67,15 +69,22 @@ class Matrix:
 
     @property
     def memory(self) -> int:
-        """Bytes: Gram matrices and eigenvectors, scores, projections and masks."""
+        """Bytes: Gram matrices and eigenvectors, scores and masks."""
         return 88 * self.short**2 + 6 * self.m * self.n + (1 << 24)
+
+    @property
+    def topk_memory(self) -> int:
+        """Bytes: delta in fp32 twice, and the blocks of the search."""
+        return 8 * self.m * self.n + 64 * TOPK * (self.m + self.n) + (1 << 24)
 
 
 @dataclass(frozen=True)
 class SpectrumRecord:
     """Spectra of one matrix in one view, or the reason why there are none.
 
-    `source`, `trained`, `delta`: singular values. `subspace` [5, ratios] as SUBSPACE names them. `masks` int64
+    `source`, `trained`, `delta`: singular values; of method "topk" only the top of `delta`, with guaranteed `bounds`
+    [2, top] and the share of the energy, `remainder`, that may be missing from their squares. `energy`: that of delta.
+    `method`: "gram", fp64 Gram matrices; "gram_mixed", W^T delta of them in fp32 blocks; "svd"; "topk"; "" for none. `subspace` [5, ratios] as SUBSPACE names them. `masks` int64
     [ratios, subsets, counts] as in spectral.principal, `mask_sizes` [ratios, 3] their size and what they take of ties.
     """
 
@@ -87,9 +96,12 @@ class SpectrumRecord:
     method: str = ""
     reason: str = ""
     seconds: float = 0.0
+    energy: float = 0.0
+    remainder: float = 0.0
     source: np.ndarray = field(default_factory=lambda: NOTHING)
     trained: np.ndarray = field(default_factory=lambda: NOTHING)
     delta: np.ndarray = field(default_factory=lambda: NOTHING)
+    bounds: np.ndarray = field(default_factory=lambda: NOTHING)
     subspace: np.ndarray = field(default_factory=lambda: NOTHING)
     masks: np.ndarray = field(default_factory=lambda: NOTHING.astype(np.int64))
     mask_sizes: np.ndarray = field(default_factory=lambda: NOTHING.astype(np.int64))
@@ -101,7 +113,7 @@ class SpectrumRecord:
 
 def to_table(records: list[SpectrumRecord]) -> pa.Table:
     columns: dict[str, pa.Array] = {
-        name: pa.array([getattr(r, name) for r in records]) for name in ("index", "part", "view", "m", "n", "method", "reason", "seconds")
+        name: pa.array([getattr(r, name) for r in records]) for name in ("index", "part", "view", "m", "n", "method", "reason", "seconds", "energy", "remainder")
     }
     for name in ARRAYS:
         arrays = [getattr(r, name).ravel() for r in records]
@@ -115,7 +127,7 @@ def from_table(table: pa.Table) -> Iterator[SpectrumRecord]:
         raise ValueError("written by another version of opdkernels")
     lists = {name: table[name].combine_chunks() for name in ARRAYS}
     plain = table.drop_columns(list(ARRAYS)).to_pylist()
-    shapes = {"subspace": (len(SUBSPACE), -1), "masks": (len(RATIOS), len(principal.SUBSETS), -1), "mask_sizes": (len(RATIOS), -1)}
+    shapes = {"bounds": (2, -1), "subspace": (len(SUBSPACE), -1), "masks": (len(RATIOS), len(principal.SUBSETS), -1), "mask_sizes": (len(RATIOS), -1)}
     for i, row in enumerate(plain):
         arrays = {name: lists[name][i].values.to_numpy(zero_copy_only=False) for name in ARRAYS}
         yield SpectrumRecord(**row, **{name: a.reshape(shapes[name]) if name in shapes and a.size else a for name, a in arrays.items()})
@@ -163,12 +175,14 @@ class Memory:
             self.changed.notify_all()
 
 
-def compute_all(pair: Pair, counted: Records[Record], spectra: Records[SpectrumRecord], limit: int, *, both: bool, progress: Progress) -> None:
-    """Spectra of every matrix that has no record yet; one that fails is recorded and the rest goes on."""
+def compute_all(
+    pair: Pair, counted: Records[Record], spectra: Records[SpectrumRecord], limit: int, *, kind: str, both: bool, progress: Progress
+) -> None:
+    """Spectra of every matrix that has no record yet; one that fails is recorded and the rest goes on. kind: exact, topk."""
     waiting = []
     everything = list(matrices(pair))
     for matrix in everything:
-        missing = [view for view in views_of(matrix.match, both) if known_failure(spectra.done.get((matrix.index, matrix.part, view)))]
+        missing = [view for view in views_of(matrix.match, both) if not satisfies(spectra.done.get((matrix.index, matrix.part, view)), kind)]
         if missing:
             waiting.append((matrix, tuple(missing)))
     total_cost = sum(m.cost for m in everything) or 1.0
@@ -178,7 +192,7 @@ def compute_all(pair: Pair, counted: Records[Record], spectra: Records[SpectrumR
     workers = torch.get_num_threads()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         tasks = {
-            pool.submit(examine, pair, matrix, views, counted.done[matrix.index], limit, memory, both): matrix
+            pool.submit(examine, pair, matrix, views, counted.done[matrix.index], limit, memory, kind, both): matrix
             for matrix, views in sorted(waiting, key=lambda task: -task[0].cost)
         }
         try:
@@ -192,16 +206,18 @@ def compute_all(pair: Pair, counted: Records[Record], spectra: Records[SpectrumR
             raise
 
 
-def known_failure(record: SpectrumRecord | None) -> bool:
-    """Whether there is nothing yet, or what a later run may do better."""
-    return record is None or (not record.method and not record.reason.startswith(FINAL))
+def satisfies(record: SpectrumRecord | None, kind: str) -> bool:
+    """Whether a record is what this run would make; a failure may end better this time."""
+    if record is None:
+        return False
+    return (record.method == "topk") == (kind == "topk") if record.method else record.reason.startswith(FINAL)
 
 
 FINAL = ("delta is zero", "non-finite")
 
 
 def examine(
-    pair: Pair, matrix: Matrix, views: Iterable[str], counted: Record, limit: int, memory: Memory, whole: bool
+    pair: Pair, matrix: Matrix, views: Iterable[str], counted: Record, limit: int, memory: Memory, kind: str, whole: bool
 ) -> list[SpectrumRecord]:
     """The records of one matrix. whole: principal masks also where delta is zero."""
 
@@ -212,21 +228,23 @@ def examine(
         return without(counted.failure or "not counted")
     if counted.tally.nonfinite:
         return without(f"non-finite: {counted.tally.nonfinite} coordinates of the tensor")
-    if matrix.memory > limit:
-        return without(f"needs {amount(matrix.memory)} of memory, {amount(limit)} are allowed; pass --memory {matrix.memory // 10**6 + 1}MB")
-    memory.take(matrix.memory)
+    needed = matrix.topk_memory if kind == "topk" else matrix.memory
+    if needed > limit:
+        least = f"pass --memory {needed // 10**6 + 1}MB" + (" or --spectra topk" if matrix.topk_memory < needed else "")
+        return without(f"memory: {matrix.m} x {matrix.n} needs {amount(needed)}, {amount(limit)} are allowed; {least}")
+    memory.take(needed)
     try:
         w, v = (side.view(matrix.m, matrix.n) for side in pair.read(matrix.match, matrix.start, matrix.start + matrix.m * matrix.n))
         found = []
         for view in views:
             began = time.perf_counter()
-            record = spectrum(matrix, w, v, view, whole)
+            record = top_spectrum(matrix, w, v, view) if kind == "topk" else spectrum(matrix, w, v, view, whole)
             found.append(replace(record, seconds=time.perf_counter() - began))
         return found
     except (MemoryError, RuntimeError) as error:
         return without(f"{type(error).__name__}: {error}".splitlines()[0])
     finally:
-        memory.give_back(matrix.memory)
+        memory.give_back(needed)
 
 
 def spectrum(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, view: str, whole: bool) -> SpectrumRecord:
@@ -257,6 +275,20 @@ def spectrum(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, view: str, whole:
     return filled(empty, found, masks, method)
 
 
+def top_spectrum(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, view: str) -> SpectrumRecord:
+    """The record of one view with the top of delta's spectrum alone, by block Krylov."""
+    empty = SpectrumRecord(matrix.index, matrix.part, view, matrix.m, matrix.n, reason="delta is zero")
+    delta = change(w, v, view == "visible")[1]
+    found = randomized_svd(delta, min(TOPK, matrix.short), names=[f"{matrix.match.name} {matrix.part}"])
+    assert not isinstance(found, list)
+    if not found.frobenius:
+        return empty
+    return replace(
+        empty, method="topk", reason="", energy=found.frobenius**2, remainder=found.remainder, delta=found.sigma.numpy(),
+        bounds=torch.stack([found.lower, found.upper]).numpy(),
+    )  # fmt: skip
+
+
 def filled(empty: SpectrumRecord, found: Spectra | None, masks: list[principal.Overlaps], method: str) -> SpectrumRecord:
     content: dict[str, Any] = {
         "masks": np.stack([one.counts for one in masks]),
@@ -265,5 +297,5 @@ def filled(empty: SpectrumRecord, found: Spectra | None, masks: list[principal.O
     if found is not None:
         content |= {name: getattr(found, name).numpy() for name in ("source", "trained", "delta")}
         content["subspace"] = np.stack([getattr(found, name).numpy() for name in SUBSPACE])
-        return replace(empty, method=method, reason="", **content)
+        return replace(empty, method=method, reason="", energy=float(found.delta.square().sum()), **content)
     return replace(empty, **content)

@@ -1,0 +1,212 @@
+"""Spectra and geometry as `analyze` gives them: right, the same whatever the threads or a kill, and honest where there are none."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow as pa
+import pytest
+import torch
+
+from opdkernels import analyze
+from opdkernels.analysis.geometry import random_spectrum
+from tests.analysis.conftest import save, trained, weights
+
+RATIOS = {"1pct": 0.01, "5pct": 0.05, "10pct": 0.1, "20pct": 0.2}
+
+
+def rows(table, **where):
+    return [row for row in table.to_pylist() if all(row[k] == v for k, v in where.items())]
+
+
+def without_time(table: pa.Table) -> pa.Table:
+    return table.drop_columns(["seconds"])
+
+
+def oracle(w: torch.Tensor, v: torch.Tensor) -> dict[str, float]:
+    """Figures of docs/outputs.md from fp64 SVDs."""
+    w, v = w.double(), v.double()
+    d = v - w
+    s = torch.linalg.svdvals(d)
+    u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
+    u2, sigma2, vh2 = torch.linalg.svd(v, full_matrices=False)
+    r, (m, n) = len(s), w.shape
+    p = s / s.sum()
+    found = {
+        "spectral_norm": s[0], "stable_rank": s.square().sum() / s[0] ** 2, "energy_16": s[:16].square().sum() / s.square().sum(),
+        "energy_pct_10": s[: max(1, int(0.1 * r))].square().sum() / s.square().sum(),
+        "effective_rank": (-(p * p.log()).sum()).exp(), "rank_1e-4": (s > 1e-4 * s[0]).sum(),
+        "drift": (sigma2 - sigma).norm() / sigma.norm(), "drift_over_delta": (sigma2 - sigma).norm() / d.norm(),
+    }  # fmt: skip
+    changed = d != 0
+    for label, ratio in RATIOS.items():
+        k = max(1, int(ratio * r))
+        a, b = u[:, :k], vh[:k].T
+        found[f"projection_{label}"] = ((a.T @ d @ b).norm() / d.norm()) ** 2
+        found[f"projection_left_{label}"] = ((a.T @ d).norm() / d.norm()) ** 2
+        found[f"projection_right_{label}"] = ((d @ b).norm() / d.norm()) ** 2
+        for side, x, y in (("left", a, u2[:, :k]), ("right", b, vh2[:k].T)):
+            found[f"rotation_{side}_{label}"] = torch.linalg.svdvals(y - x @ (x.T @ y)).mean()
+        score = ((a * sigma[:k]) @ b.T).abs().flatten()
+        mask = torch.zeros(m * n, dtype=torch.bool)
+        mask[score.topk(math.ceil(ratio * m * n)).indices] = True
+        found[f"principal_coverage_{label}"] = (mask & changed.flatten()).sum().double() / changed.sum()
+        found[f"principal_mask_changed_{label}"] = (mask & changed.flatten()).sum().double() / mask.sum()
+    return {name: float(value) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_figures_are_those_of_fp64_svd(dtype, tmp_path):
+    source = weights(dtype)
+    after = trained(source, size=1e-4)
+    result = analyze(save(tmp_path / "a", source), save(tmp_path / "b", after))
+    matrices = [name for name, w in source.items() if w.ndim == 2]
+    spectra, geometry = (rows(t, view="stored") for t in (result.spectra, result.geometry))
+    assert [row["name"] for row in spectra] == [row["name"] for row in geometry]
+    assert sorted(row["name"] for row in spectra) == sorted(matrices)
+    for a, b in zip(spectra, geometry, strict=True):
+        row, exact = a | b, oracle(source[a["name"]], after[a["name"]])
+        assert row["method"] in ("gram", "gram_mixed")
+        for name, value in exact.items():
+            limit = {"rel": 1e-5} if name.startswith(("drift", "proj")) else {"abs": 1e-5, "rel": 0} if name.startswith("rot") else {"rel": 1e-8}
+            assert row[name] == pytest.approx(value, **limit), name
+
+
+def test_both_views_of_wider_dtypes_and_one_of_bf16(tmp_path):
+    for dtype, views in ((torch.bfloat16, {"stored"}), (torch.float32, {"stored", "visible"})):
+        source = weights(dtype)
+        result = analyze(save(tmp_path / f"a{dtype}", source), save(tmp_path / f"b{dtype}", trained(source)))
+        assert set(result.spectra["view"].to_pylist()) == views
+
+
+def test_threads_change_no_bit(pair):
+    one, two = (analyze(*pair, threads=n) for n in (1, 2))
+    assert without_time(one.spectra) == without_time(two.spectra)
+    assert without_time(one.geometry) == without_time(two.geometry)
+
+
+def test_a_run_killed_among_its_spectra_goes_on_to_the_same_bits(pair, tmp_path):
+    out = tmp_path / "out"
+    script = (
+        "import sys, time; from opdkernels.analysis import records, spectra; from opdkernels import analyze\n"
+        "records.FLUSH_EVERY_S = 0; made = spectra.spectrum\n"
+        "def slow(*a): time.sleep(0.1); return made(*a)\n"
+        "spectra.spectrum = slow; analyze(*sys.argv[1:], threads=1)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, *pair, str(out)])
+    deadline = time.monotonic() + 60
+    while len(list((out / "spectra").glob("*.arrow"))) < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    resumed, whole = analyze(*pair, out), analyze(*pair)
+    assert without_time(resumed.spectra) == without_time(whole.spectra)
+    assert without_time(resumed.geometry) == without_time(whole.geometry)
+    assert resumed.summary["spectra"] == whole.summary["spectra"]
+
+
+def test_what_is_not_computed_says_why(tmp_path):
+    source = weights()
+    after = trained(source)
+    after["model.layers.0.mlp.gate_proj.weight"] = source["model.layers.0.mlp.gate_proj.weight"]
+    after["model.layers.1.self_attn.q_proj.weight"][0, 0] = float("nan")
+    result = analyze(save(tmp_path / "a", source), save(tmp_path / "b", after), tmp_path / "out")
+    reasons = {row["name"]: row["reason"] for row in rows(result.spectra) if row["reason"]}
+    assert reasons == {
+        "model.layers.0.mlp.gate_proj.weight": "delta is zero",
+        "model.layers.1.self_attn.q_proj.weight": "non-finite: 1 coordinates of the tensor",
+    }
+    for row in (*rows(result.spectra, reason="delta is zero"), *rows(result.geometry, reason="delta is zero")):
+        assert row.get("stable_rank") is None
+        assert row.get("projection_10pct") is None
+        assert row.get("drift") is None
+    assert result.exit_status == 3  # of the NaN
+    assert result.summary["spectra"]["without"] == {"delta is zero": 1, "non-finite": 1}
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["spectra"] == result.summary["spectra"]
+
+
+def test_too_little_memory_names_the_matrix_and_the_least_that_would_do(tmp_path):
+    source = {"a.q_proj.weight": 0.02 * torch.randn(1100, 900), "b.q_proj.weight": 0.02 * torch.randn(30, 20)}
+    paths = [save(tmp_path / side, t) for side, t in (("a", source), ("b", {n: w + 1e-4 for n, w in source.items()}))]
+    result = analyze(*paths, memory="64MB")
+    large, small = rows(result.spectra, view="stored")
+    assert "memory: 1100 x 900 needs" in large["reason"]
+    assert "--spectra topk" in large["reason"]
+    assert small["method"] == "gram"
+    assert result.exit_status == 3
+    least = large["reason"].split("--memory ")[1].split(" ")[0]
+    assert analyze(*paths, memory=least, spectra="exact").exit_status == 0
+    assert analyze(*paths, memory="64MB", spectra="topk").exit_status == 0
+
+
+def test_topk_bounds_hold_and_exact_replaces_it(pair, tmp_path):
+    exact = {row["name"]: row for row in rows(analyze(*pair).spectra)}
+    found = analyze(*pair, tmp_path / "out", spectra="topk")
+    for row in rows(found.spectra):
+        assert row["method"] == "topk"
+        for name in ("spectral_norm", "stable_rank", "energy_1", "energy_16"):
+            assert row[f"lower_{name}"] <= exact[row["name"]][name] * (1 + 1e-9)
+            assert row[f"upper_{name}"] >= exact[row["name"]][name] * (1 - 1e-9)
+            assert row[name] == pytest.approx(exact[row["name"]][name], rel=1e-3)
+        assert row["effective_rank"] is None
+    assert {row["projection_10pct"] for row in rows(found.geometry)} == {None}
+    again = analyze(*pair, tmp_path / "out")
+    assert {row["method"] for row in rows(again.spectra)} <= {"gram", "gram_mixed"}
+
+
+def test_off_leaves_no_spectra(pair, tmp_path):
+    analyze(*pair, tmp_path / "out")
+    result = analyze(*pair, tmp_path / "out", spectra="off")
+    assert result.spectra is result.geometry is None
+    assert not (tmp_path / "out" / "spectra.parquet").exists()
+    assert "spectra" not in result.summary
+
+
+def test_experts_are_matrices_of_their_own_and_convolutions_are_flattened(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    source = {"layers.0.mlp.experts.down_proj": torch.randn(3, 20, 12, generator=generator), "patch.conv.weight": torch.randn(8, 3, 4, 4, generator=generator)}
+    after = {name: w + 1e-3 * torch.randn(w.shape, generator=generator) for name, w in source.items()}
+    found = rows(analyze(save(tmp_path / "a", source), save(tmp_path / "b", after)).spectra, view="stored")
+    assert [(row["name"], row["part"], row["m"], row["n"]) for row in found] == [
+        *(("layers.0.mlp.experts.down_proj", part, 20, 12) for part in range(3)),
+        ("patch.conv.weight", None, 8, 48),
+    ]
+    for part in range(3):
+        exact = oracle(*(t["layers.0.mlp.experts.down_proj"][part] for t in (source, after)))
+        assert found[part]["stable_rank"] == pytest.approx(exact["stable_rank"], rel=1e-6)
+    exact = oracle(*(t["patch.conv.weight"].flatten(1) for t in (source, after)))
+    assert found[3]["effective_rank"] == pytest.approx(exact["effective_rank"], rel=1e-6)
+
+
+@pytest.mark.parametrize("io", ["read", "mmap"])
+def test_reading_by_threads_mixes_nothing_up(pair, io):
+    assert without_time(analyze(*pair, io=io, threads=2).spectra) == without_time(analyze(*pair, io=io, threads=1).spectra)
+
+
+def test_the_spectral_null_is_that_of_random_matrices():
+    for m, n in ((300, 300), (200, 800)):
+        stable_rank, energy = random_spectrum(m, n)
+        s = torch.linalg.svdvals(torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+        assert stable_rank == pytest.approx(float(s.square().sum() / s[0] ** 2), rel=0.03)
+        assert energy[16] == pytest.approx(float(s[:16].square().sum() / s.square().sum()), rel=0.03)
+
+
+def test_a_random_update_has_the_figures_of_its_null_and_a_low_rank_one_has_not(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    source = {name: 0.02 * torch.randn(400, 200, generator=generator) for name in ("a.q_proj.weight", "b.q_proj.weight")}
+    noise = 1e-4 * torch.randn(400, 200, generator=generator) * (torch.rand(400, 200, generator=generator) < 0.2)
+    low_rank = 1e-4 * torch.randn(400, 2, generator=generator) @ torch.randn(2, 200, generator=generator)
+    after = {"a.q_proj.weight": source["a.q_proj.weight"] + noise, "b.q_proj.weight": source["b.q_proj.weight"] + low_rank}
+    random, planted = rows(analyze(save(tmp_path / "a", source), save(tmp_path / "b", after)).spectra, view="stored")
+    assert random["energy_16"] / random["energy_16_null"] == pytest.approx(1, abs=0.05)
+    assert random["stable_rank"] / random["stable_rank_null"] == pytest.approx(1, abs=0.05)
+    assert planted["energy_16"] / planted["energy_16_null"] > 4
+    assert planted["stable_rank"] < 3
