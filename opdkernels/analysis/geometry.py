@@ -47,6 +47,24 @@ def spectrum(sigma: np.ndarray) -> Row:
 
 
 @cache
+def marchenko_pastur(y: float) -> tuple[np.ndarray, np.ndarray]:
+    """Of y = short / long: angles t, 0 .. pi, of the eigenvalues 1 + y + 2 sqrt(y) cos t, and the share of them above each."""
+    t = np.linspace(0, math.pi, 20_001)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        density = np.nan_to_num(2 * np.sin(t) ** 2 / (math.pi * (1 + y + 2 * math.sqrt(y) * np.cos(t))), posinf=0)
+    above = np.concatenate(([0], np.cumsum((density[1:] + density[:-1]) / 2 * (t[1] - t[0]))))
+    return t, above / above[-1]
+
+
+def random_decay(m: int, n: int, shares: np.ndarray) -> np.ndarray:
+    """s_i / s_1 of a matrix of independent entries at i = share * min(m, n), in the limit of large matrices."""
+    y = min(m, n) / max(m, n)
+    t, above = marchenko_pastur(y)
+    root = math.sqrt(y)
+    return np.sqrt(np.maximum(1 + y + 2 * root * np.cos(np.interp(shares, above, t)), 0)) / (1 + root)
+
+
+@cache
 def random_spectrum(m: int, n: int) -> tuple[float, dict[int, float]]:
     """Stable rank and top-k energy of a matrix of independent entries of one size, whichever of them are zero: what an
     update without direction shows (Marchenko and Pastur 1967). In the limit of large matrices.
@@ -56,14 +74,9 @@ def random_spectrum(m: int, n: int) -> tuple[float, dict[int, float]]:
     (438, 0.0341)
     """
     short, long = sorted((m, n))
-    y = short / long
-    # Eigenvalues 1 + y + 2 sqrt(y) cos t: the energy above t is (t - sin t cos t) / pi, their number an integral.
-    t = np.linspace(0, math.pi, 20_001)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        density = np.nan_to_num(2 * np.sin(t) ** 2 / (math.pi * (1 + y + 2 * math.sqrt(y) * np.cos(t))), posinf=0)
-    number = np.concatenate(([0], np.cumsum((density[1:] + density[:-1]) / 2 * (t[1] - t[0]))))
-    energy = (t - np.sin(t) * np.cos(t)) / math.pi
-    shares = {k: float(np.interp(min(k / short, 1) * number[-1], number, energy)) for k in TOP}
+    t, above = marchenko_pastur(short / long)
+    energy = (t - np.sin(t) * np.cos(t)) / math.pi  # of the eigenvalues above t
+    shares = {k: float(np.interp(min(k / short, 1), above, energy)) for k in TOP}
     return m * n / (math.sqrt(m) + math.sqrt(n)) ** 2, shares
 
 

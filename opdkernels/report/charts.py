@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -143,6 +143,44 @@ def band(lower: float | None, upper: float | None) -> str:
     """An interval as text; one number where both ends read the same."""
     low, high = percent(lower), percent(upper)
     return low if low == high else f"{low} to {high}"
+
+
+def spectrum_curve(
+    xs: Sequence[float], ticks: Sequence[tuple[float, str]], series: Mapping[str, Sequence[float]], axis: str, label: str, told: Sequence[str], frame: Frame
+) -> Markup:
+    """A share against x: the mean over matrices ("mean"), their middle four fifths ("low", "high"), and the null ("null").
+
+    xs: ascending, at least two; ticks: some places on the axis and their text; told: what a pointer at each x is told.
+    """
+    top = max(max(values) for values in series.values())
+    top = 1.0 if top > 0.5 else math.ceil(top * 10 + 1e-9) / 10
+
+    def x(value: float) -> float:
+        return frame.left + (value - xs[0]) / (xs[-1] - xs[0]) * frame.inner[0]
+
+    def y(share: float) -> float:
+        return frame.top + (1 - share / top) * frame.inner[1]
+
+    parts: list[Markup] = []
+    for k in range(6):
+        share = top * k / 5
+        parts += [
+            _line("grid", frame.left, y(share), frame.width - frame.right, y(share)),
+            _text("tick end", frame.left - 8, y(share) + 4, f"{100 * share:.0f} %"),
+        ]
+    for value, text in ticks:
+        parts += [_line("tickmark", x(value), frame.floor, x(value), frame.floor + 5), _text("tick middle", x(value), frame.floor + 22, text)]
+    at = {key: [(x(a), y(min(b, top))) for a, b in zip(xs, values, strict=True)] for key, values in series.items()}
+    parts += [_path("visible-band", at["low"] + at["high"][::-1], close=True), _path("null-line", at["null"]), _path("visible-line", at["mean"])]
+    width = frame.inner[0] / (len(xs) - 1)
+    for value, text in zip(xs, told, strict=True):
+        parts.append(
+            Markup('<g class="probe"><title>{}</title><rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
+                text, _n(x(value) - width / 2), frame.top, _n(width), frame.inner[1]
+            )
+        )
+    parts.append(_text("axis middle", (frame.left + frame.width - frame.right) / 2, frame.height - 8, axis))
+    return _svg(frame.width, frame.height, label, parts, f"chart {frame.kind}")
 
 
 STEP_LABELS = {"wide": ("0", "4", "8", "12", "16"), "slim": ("0", "8", "16")}

@@ -14,7 +14,9 @@ from opdkernels.report import charts, format
 from opdkernels.report.answer import COVERAGE, WITHIN, answer, fit
 from opdkernels.report.facts import MOST_LISTED as MOST_LISTED
 from opdkernels.report.facts import facts, files, left_out
+from opdkernels.report.geometry import geometry
 from opdkernels.report.glossary import FIGURES, glossary
+from opdkernels.report.order import MODULE_ORDER
 from opdkernels.report.rows import group_tables, tensor_tables
 
 MOST_LAYERS = 200
@@ -24,11 +26,6 @@ PUBLISHED = {
     "relative_norm": ("0.036 to 0.142 %", "11.9 %"),
     COVERAGE: ("25 to 49 %", "10.1 %"),
 }
-# In the order of a layer's forward pass.
-MODULE_ORDER = {name: i for i, name in enumerate((
-    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj", "w1", "w3", "w2",
-    "fc1", "fc2", "router", "experts", "bias", "norm", "embed_tokens", "lm_head", "other",
-))}  # fmt: skip
 
 
 def content(result: Analysis) -> dict[str, Any]:
@@ -64,6 +61,7 @@ def content(result: Analysis) -> dict[str, Any]:
             if (d := charts.ulp_histogram(summary["ulp"]["distance"], summary["ulp"]["count"], frame))
         ],
         "ulp_rows": list(zip(summary["ulp"]["distance"], summary["ulp"]["count"], strict=True)),
+        "geometry": geometry(result),
         "groups": tables[:-1],
         "tensors": tables[-1],
         "blocks": sorted(set(result.tensors["block"].to_pylist())) if len(result.tensors) else [],

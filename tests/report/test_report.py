@@ -39,7 +39,7 @@ HOSTILE = [
     "]]>&lt;&#x3c;",
     "x" * 450,
 ]
-SECTIONS = ["answer", "sparsity", "near-zero", "where", "steps", "groups", "all", "left-out", "run", "glossary"]
+SECTIONS = ["answer", "sparsity", "near-zero", "where", "geometry", "steps", "groups", "all", "left-out", "run", "glossary"]
 VOID = {"meta", "link", "br", "img", "input", "hr", "wbr", "rect", "line", "path", "circle"}
 EXPECTED_TAGS = set(
     re.findall(
@@ -167,9 +167,11 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_case_has_every_section_and_nests(pages, case):
+def test_every_case_has_every_section_and_nests(pages, results, case):
     page = Page(pages[case])
-    assert [e["attrs"]["id"] for e in page.all("section")] == SECTIONS
+    known = any(record.method for record in results[case].spectrum_records)
+    expected = [name for name in SECTIONS if known or name != "geometry"]
+    assert [e["attrs"]["id"] for e in page.all("section")] == expected
     ids = [e["attrs"]["id"] for e in page.elements if "id" in e["attrs"]]
     assert len(ids) == len(set(ids))
     for link in page.all("a"):
@@ -473,3 +475,32 @@ def test_in_a_browser_the_page_as_written_logs_nothing(pages, tmp_path, case):
     dom, log = show(page, tmp_path / "profile", 1280, False)
     assert "CONSOLE" not in log, log
     assert 'class="filter" data-table="tensors"' in dom  # no longer hidden: the script ran under the page's own policy
+
+
+def page_with(tmp_path, spectra: str) -> str:
+    for side, tensors in zip(("source", "trained"), pairs()["layers"], strict=True):
+        save_file(tensors, tmp_path / f"{side}.safetensors")
+    return report.render(
+        run.analyze(tmp_path / "source.safetensors", tmp_path / "trained.safetensors", None, AnalyzeOptions(spectra=spectra), lambda *_: None)
+    )
+
+
+def test_geometry_stands_on_the_first_screen_and_in_its_section(pages):
+    first, rest = pages["layers"].split("<nav", 1)
+    assert "median stable rank of" in first
+    assert "between their top tenths" in first
+    assert "Stable rank over that of a random update" in Page(pages["layers"]).section("geometry")
+    assert rest.count("#geometry") == 1
+
+
+def test_without_spectra_the_page_has_no_geometry(tmp_path):
+    page = page_with(tmp_path, "off")
+    assert "#geometry" not in page
+    assert 'id="geometry"' not in page
+
+
+def test_of_the_top_alone_the_page_shows_the_top_alone(tmp_path):
+    page = page_with(tmp_path, "topk")
+    assert "Energy of the largest directions" in page
+    assert "Decay of the singular values" not in page
+    assert "between their top tenths" not in page
