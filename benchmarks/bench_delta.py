@@ -91,7 +91,7 @@ def test_tally_of_wider_pairs(benchmark, row, embedding, one_thread, dtype):
 def test_analyze_the_whole_pair(benchmark, row, folder, tmp_path, one_thread):
     def once():
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        return analyze(folder / "source", folder / "run_a", tmp_path / "out", report=False)
+        return analyze(folder / "source", folder / "run_a", tmp_path / "out", report=False, spectra="off")
 
     result = benchmark.pedantic(once, rounds=5, warmup_rounds=1)
     assert result.summary["matched"]["tensors"] == 290
@@ -101,7 +101,7 @@ def test_analyze_the_whole_pair(benchmark, row, folder, tmp_path, one_thread):
 def test_analyze_against_the_authors_elementwise_stage(benchmark, row, folder, authors, one_thread):
     ran = subprocess.run([*authors, "elementwise", str(folder / "source"), str(folder / "run_a"), "1"], capture_output=True, text=True, check=True)
     theirs = json.loads(ran.stdout.splitlines()[-1])
-    result = benchmark.pedantic(lambda: analyze(folder / "source", folder / "run_a"), rounds=3, warmup_rounds=1)
+    result = benchmark.pedantic(lambda: analyze(folder / "source", folder / "run_a", spectra="off"), rounds=3, warmup_rounds=1)
     assert theirs["found"] == result.summary["views"]["visible"]["numel"] - result.summary["views"]["visible"]["changed"]
     row(authors_s=theirs["seconds"], over_authors=theirs["seconds"] / benchmark.stats.stats.median)
 
@@ -118,7 +118,7 @@ def run_watched(command: list[str]) -> tuple[float, int]:
 
 
 def test_anonymous_memory_of_analyze(benchmark, row, folder, tmp_path):
-    command = [sys.executable, "-m", "opdkernels", "analyze", str(folder / "source"), str(folder / "run_a"), "-q", "-o"]
+    command = [sys.executable, "-m", "opdkernels", "analyze", str(folder / "source"), str(folder / "run_a"), "--spectra", "off", "-q", "-o"]
     _, peak = benchmark.pedantic(lambda: run_watched([*command, str(tmp_path / "out")]), rounds=1)
     row(anonymous_bytes=peak)
     assert peak < 500e6
@@ -140,7 +140,7 @@ def test_cold_files_against_cat(benchmark, row, folder, tmp_path):
     def analyze_cold():
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         began = time.perf_counter()
-        analyze(folder / "source", folder / "run_a", tmp_path / "out", report=False)
+        analyze(folder / "source", folder / "run_a", tmp_path / "out", report=False, spectra="off")
         times["analyze"].append(time.perf_counter() - began)
 
     def cat_cold():

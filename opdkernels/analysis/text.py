@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from opdkernels.analysis.result import Analysis
 from opdkernels.errors import printable
 from opdkernels.progress import amount
@@ -17,9 +19,25 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
+def spectral(spectra: dict[str, Any] | None) -> list[str]:
+    """Medians over matrices, and what chance would show."""
+    if not spectra or not spectra["figures"]:
+        return []
+    figures = {name: centre["median"] for name, centre in spectra["figures"].items()}
+    rows = [
+        ("stable rank, and of a random update", "stable_rank", number, figures["stable_rank_null"]),
+        ("energy of the 16 top directions", "energy_16", percent, figures["energy_16_null"]),
+        ("energy within the top tenths of W", "projection_10pct", percent, 0.01),
+        ("principal coverage at 10 %", "principal_coverage_10pct", percent, 0.1),
+    ]
+    text = [f"{'median over ' + str(spectra['matrices']) + ' matrices':34}{'stored':>12}{'by chance':>12}"]
+    return text + [f"{label:34}{show(figures[key]):>12}{show(chance):>12}" for label, key, show, chance in rows if key in figures]
+
+
 def lines(result: Analysis) -> list[str]:
     """Both views side by side, what rounding alone would show, and what was left out."""
     summary, views = result.summary, result.summary["views"]
+    names = {record.index: record.name for record in result.records}
     matched = summary["matched"]
     text = [f"{matched['tensors']} tensors, {matched['parameters']:,} parameters"]
     if views:
@@ -40,10 +58,12 @@ def lines(result: Analysis) -> list[str]:
             kinds = ", ".join(f"{kind} in {count}" for kind, count in summary["null_kinds"].items())
             text.append(f"{'changed, over rounding alone':34}{'':>12}{number(visible['changed_over_null']):>12}   (nearest null: {kinds} tensors)")
             text.append(f"{'near-zero coverage, the same':34}{'':>12}{number(visible['near_zero_coverage_10pct_over_null']):>12}")
+    text += spectral(summary.get("spectra"))
     for title, items in (
         ("excluded", [f"{u['name']} ({u['side']}): {u['reason']}" for u in summary["excluded"]]),
         ("not in both", [f"{u['name']} ({u['side']}): {u['reason']}" for u in summary["unmatched"]]),
         ("failed", [f"{f['name']}: {f['reason']}" for f in summary["failed"]]),
+        ("without spectra", [f"{names[r.index]}: {r.reason}" for r in result.uncomputed]),
         ("NaN or Inf", [f"{f['name']}: {f['coordinates']} coordinates left out" for f in summary["nonfinite"]]),
         ("note", summary["notes"]),
     ):
