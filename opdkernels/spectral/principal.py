@@ -18,13 +18,16 @@ import numpy as np
 import torch
 
 from opdkernels.ops.gram import change
-from opdkernels.ops.quantile import Quantile, quantile, quantiles
+from opdkernels.ops.quantile import quantile, quantiles
 from opdkernels.spectral.exact import RATIOS
+from opdkernels.spectral.randomized import unit
 
 CUTS = (0.0, 1e-5)  # a coordinate changed where |delta| exceeds the cut, compared in the dtype of delta
 SUBSETS = ("all", *(f"changed_{cut:g}" for cut in CUTS))
 COUNTS = ("total", "principal", "principal_tied", "low", "low_tied", "both", "principal_and_low_tied", "principal_tied_and_low", "both_tied")
 BLOCK = 1 << 20  # coordinates at a time
+CANDIDATES = 1 << 14  # scores made again at a time
+ROUNDINGS = 8  # standard deviations of accumulated rounding that an fp32 score may be off
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,16 @@ def popcount(bits: np.ndarray) -> int:
 BYTE_COUNTS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 
 
-def packed(numel: int, flags: Iterator[torch.Tensor]) -> np.ndarray:
-    """Bits of blocks of flags, each but the last a multiple of eight."""
-    found, at = np.zeros((numel + 7) // 8, np.uint8), 0
-    for block in flags:
-        bits = np.packbits(block.flatten().numpy(), bitorder="little")
-        found[at : at + len(bits)] = bits
-        at += len(bits)
+def packed(numel: int, flags: Iterator[Sequence[torch.Tensor]]) -> list[np.ndarray]:
+    """Bits of several flags, from their blocks, each but the last a multiple of eight long."""
+    found: list[np.ndarray] = []
+    first = 0
+    for blocks in flags:
+        found = found or [np.zeros((numel + 7) // 8, np.uint8) for _ in blocks]
+        for bits, block in zip(found, blocks, strict=True):
+            part = np.packbits(block.flatten().numpy(), bitorder="little")
+            bits[first : first + len(part)] = part
+        first += len(part)
     return found
 
 
@@ -68,50 +74,81 @@ def overlaps(
     """Principal and near-zero masks of W at each ratio, and their counts among all and among the changed coordinates.
 
     source, trained: [long, short] views of the stored matrices, long >= short. basis: fp64 [short, K], the top singular
-    vectors of W on its shorter side; the first ranks[i] of them serve ratios[i]. Takes 5 bytes a coordinate beside them.
+    vectors of W on its shorter side; the first ranks[i] of them serve ratios[i]. Takes 7 bytes a coordinate beside them.
     """
     long, short = source.shape
     numel, rows = long * short, max(8, BLOCK // max(short, 1) // 8 * 8)
 
     weights = source.bfloat16() if visible else source
     where = [slice(first, min(first + rows, long)) for first in range(0, long, rows)]
-    changed = [packed(numel, (change(source[b], trained[b], visible)[1].abs() > cut for b in where)) for cut in CUTS]
+    deltas = (change(source[block], trained[block], visible)[1].abs() for block in where)
+    changed = packed(numel, ([d > cut for cut in CUTS] for d in deltas))
     sizes = [max(1, math.ceil(r * numel)) for r in ratios]
     low = quantiles(weights.T if weights.T.is_contiguous() else weights, sizes, largest=False)
-    score = torch.empty(long, short)
-    found = []
-    for size, rank, cut in zip(sizes, ranks, low, strict=True):
-        top = basis[:, :rank]
-        for block in where:
-            score[block] = (weights[block].double() @ top @ top.T).abs_()
-        below = packed(numel, (weights[block].abs() < cut.cut for block in where))
-        tied = packed(numel, (weights[block].abs() == cut.cut for block in where))
-        found.append(count(score.view(-1), quantile(score, size), below, tied, changed, size, cut))
+    magnitudes = (weights[block].abs() for block in where)
+    near = packed(numel, ([flag for q in low for flag in (w < q.cut, w == q.cut)] for w in magnitudes))
+    projected = torch.cat([weights[block].double() @ basis for block in where])
+    score, found = torch.empty(long, short), []
+    for i, (size, rank, cut) in enumerate(zip(sizes, ranks, low, strict=True)):
+        best = select(projected[:, :rank], basis[:, :rank], score, where, size)
+        found.append(Overlaps(count(best, near[2 * i], near[2 * i + 1], changed, numel), size, best.taken, cut.taken))
     return found
 
 
-def count(
-    score: torch.Tensor, best: Quantile, below: np.ndarray, tied: np.ndarray, changed: Sequence[np.ndarray], size: int, cut: Quantile
-) -> Overlaps:
-    """The counts of one ratio. Scores at the cut are few, and are looked at one by one."""
-    parts = score.split(BLOCK)
-    above = packed(len(score), (part > best.cut for part in parts))
-    index = np.concatenate([np.flatnonzero((part == best.cut).numpy()) + BLOCK * i for i, part in enumerate(parts)])
+@dataclass(frozen=True)
+class Selected:
+    """The largest scores: bits of those that are `sure`, places of the rest that are `above` the cut and of those `tied` at
+    it, of which `taken` belong to the mask."""
+
+    sure: np.ndarray
+    above: np.ndarray
+    tied: np.ndarray
+    taken: int
+
+
+def select(projected: torch.Tensor, basis: torch.Tensor, score: torch.Tensor, where: Sequence[slice], size: int) -> Selected:
+    """The `size` largest |P V^T| of P [long, k], V [short, k], right to fp64: made in fp32, and in fp64 again near the cut."""
+    narrow = basis.float()
+    length = 0.0
+    for block in where:
+        length = max(length, float(projected[block].square().sum(1).max()))
+        torch.mm(projected[block].float(), narrow.T, out=score[block]).abs_()
+    # Rounding of k products and their sum: k at worst, but sqrt(k) times a few (Higham and Mary 2019).
+    error = unit(narrow) * (2 + ROUNDINGS * math.sqrt(basis.shape[1])) * math.sqrt(length * float(basis.square().sum(1).max()))
+    cut = quantile(score, size).cut
+    parts = score.view(-1).split(BLOCK)
+    sure = packed(score.numel(), ([part > cut + 2 * error] for part in parts))[0]
+    close = (np.flatnonzero(((part - cut).abs_() <= 2 * error).numpy()) + BLOCK * i for i, part in enumerate(parts))
+    index = np.concatenate(list(close))
+    exact = np.empty(len(index))
+    for first in range(0, len(index), CANDIDATES):
+        row, column = (torch.from_numpy(i) for i in np.divmod(index[first : first + CANDIDATES], score.shape[1]))
+        exact[first : first + CANDIDATES] = (projected[row] * basis[column]).sum(1).abs().numpy()
+    rest = size - popcount(sure)
+    edge = np.partition(exact, len(exact) - rest)[len(exact) - rest]
+    above = index[exact > edge]
+    return Selected(sure, above, index[exact == edge], rest - len(above))
+
+
+def count(best: Selected, below: np.ndarray, tied: np.ndarray, changed: Sequence[np.ndarray], numel: int) -> np.ndarray:
+    """int64 [subsets, COUNTS]. Places near the cut are few, and are looked at one by one."""
     rows = []
     for subset in (None, *changed):
 
-        def among(*masks: np.ndarray, subset: np.ndarray | None = subset) -> int:
-            every = [*masks] if subset is None else [*masks, subset]
-            bits = every[0]
-            for mask in every[1:]:
-                bits = bits & mask
+        def among(bits: np.ndarray, mask: np.ndarray | None = None, subset: np.ndarray | None = subset) -> int:
+            for one in (mask, subset):
+                bits = bits if one is None else bits & one
             return popcount(bits)
 
-        inside = np.ones(len(index), np.uint8) if subset is None else at(subset, index)
-        rows.append(
-            [
-                len(score) if subset is None else popcount(subset), among(above), int(inside.sum()), among(below), among(tied), among(above, below), among(above, tied),
-                int((inside & at(below, index)).sum()), int((inside & at(tied, index)).sum()),
-            ]
-        )  # fmt: skip
-    return Overlaps(np.array(rows, np.int64), size, best.taken, cut.taken)
+        def places(index: np.ndarray, mask: np.ndarray | None = None, subset: np.ndarray | None = subset) -> int:
+            inside = np.ones(len(index), np.uint8)
+            for one in (mask, subset):
+                inside = inside if one is None else inside & at(one, index)
+            return int(inside.sum())
+
+        masks = (None, below, tied)
+        principal, both, both_tied = (among(best.sure, mask) + places(best.above, mask) for mask in masks)
+        principal_tied, tied_below, tied_tied = (places(best.tied, mask) for mask in masks)
+        total = numel if subset is None else popcount(subset)
+        rows.append([total, principal, principal_tied, among(below), among(tied), both, both_tied, tied_below, tied_tied])
+    return np.array(rows, np.int64)

@@ -1,0 +1,106 @@
+"""Principal and near-zero masks: counts within the bounds of every way to break ties, and exact where there are none."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from opdkernels.spectral import principal
+from opdkernels.spectral.exact import RATIOS, top_ranks
+from opdkernels.spectral.principal import COUNTS, CUTS, overlaps
+
+
+def matrices(shape, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    source = (0.03 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+    trained = (source.double() + 5e-5 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+    return source, trained
+
+
+def basis_of(source: torch.Tensor, visible: bool) -> torch.Tensor:
+    w = source.float().bfloat16().double() if visible else source.double()
+    return torch.linalg.svd(w, full_matrices=False)[2][: top_ranks(source.shape[1])[-1]].T.contiguous()
+
+
+def view_of(source, trained, visible):
+    if visible:
+        w, v = source.float().bfloat16(), trained.float().bfloat16()
+        return w.double().numpy(), (v.float() - w.float()).bfloat16().double().numpy()
+    wide = torch.float64 if source.dtype == torch.float64 else torch.float32
+    return source.double().numpy(), (trained.to(wide) - source.to(wide)).double().numpy()
+
+
+@pytest.mark.parametrize("shape", [(130, 40), (40, 40), (999, 31), (9, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("visible", [False, True])
+def test_counts_are_those_of_sorting(shape, dtype, visible):
+    source, trained = matrices(shape, dtype)
+    basis, ranks = basis_of(source, visible), top_ranks(shape[1])
+    found = overlaps(source, trained, basis, ranks, visible=visible)
+    w, d = (x.ravel() for x in view_of(source, trained, visible))
+    for one, ratio, rank in zip(found, RATIOS, ranks, strict=True):
+        v = basis[:, :rank].numpy()
+        score = np.abs(w.reshape(shape) @ v @ v.T).ravel()
+        size = max(1, math.ceil(ratio * w.size))
+        cut, low_cut = np.sort(score)[-size], np.sort(np.abs(w))[size - 1]
+        near = np.isclose(score, cut, rtol=1e-12, atol=0)  # fp64 rounding decides among these
+        low, low_tied = np.abs(w) < low_cut, np.abs(w) == low_cut
+        assert one.size == size
+        for subset, counts in zip((np.ones(w.size, bool), *(np.abs(d) > c for c in CUTS)), one.counts, strict=True):
+            count = dict(zip(COUNTS, counts.tolist(), strict=True))
+            assert count["total"] == subset.sum()
+            assert (count["low"], count["low_tied"]) == ((low & subset).sum(), (low_tied & subset).sum())
+            least, most = (score > cut) & ~near & subset, (score >= cut) | near
+            assert least.sum() <= count["principal"] <= (most & subset).sum()
+            assert count["principal"] + count["principal_tied"] <= (most & subset).sum()
+            assert (least & low).sum() <= count["both"] <= (most & low & subset).sum()
+            assert (least & low_tied).sum() <= count["principal_and_low_tied"] <= (most & low_tied & subset).sum()
+        assert one.counts[0, COUNTS.index("principal")] + one.taken == size
+        assert one.counts[0, COUNTS.index("low")] + one.low_taken == size
+
+
+def test_the_transpose_of_a_wide_matrix_counts_like_its_copy():
+    source, trained = matrices((30, 200), torch.bfloat16)
+    basis = basis_of(source.T, False)
+    views, copies = (overlaps(a, b, basis, top_ranks(30), visible=False) for a, b in ((source.T, trained.T), (source.T.contiguous(), trained.T.contiguous())))
+    for one, other in zip(views, copies, strict=True):
+        np.testing.assert_array_equal(one.counts, other.counts)
+
+
+def test_rows_that_are_equal_tie_at_the_cut():
+    """Every row the same: scores come in groups, and the cut falls into one."""
+    row = torch.linspace(1, 2, 10)
+    source = row.repeat(50, 1)
+    found = overlaps(source, source + 1, basis_of(source, False), top_ranks(10), visible=False)[1]
+    count = dict(zip(COUNTS, found.counts[0].tolist(), strict=True))
+    assert (count["principal"], count["principal_tied"], found.taken, found.size) == (0, 50, 25, 25)
+
+
+def test_a_matrix_of_zeros_ties_everywhere():
+    zeros = torch.zeros(40, 8)
+    found = overlaps(zeros, zeros + 1, torch.eye(8, dtype=torch.float64)[:, :1], top_ranks(8), visible=False)[0]
+    assert found.counts[0].tolist() == [320, 0, 320, 0, 320, 0, 0, 0, 320]
+    assert found.taken == found.low_taken == 4
+
+
+def test_scores_near_the_cut_are_right_to_fp64(monkeypatch):
+    """With all scores taken as near, nothing else is counted."""
+    source, trained = matrices((300, 50), torch.float32)
+    basis = basis_of(source, False)
+    before = overlaps(source, trained, basis, top_ranks(50), visible=False)
+    monkeypatch.setattr(principal, "ROUNDINGS", 1e9)
+    monkeypatch.setattr(principal, "CANDIDATES", 1000)
+    for one, other in zip(before, overlaps(source, trained, basis, top_ranks(50), visible=False), strict=True):
+        np.testing.assert_array_equal(one.counts, other.counts)
+        assert one.taken == other.taken
+
+
+def test_bits_are_counted_without_numpy_2(monkeypatch):
+    bits = np.frombuffer(np.random.default_rng(0).bytes(1000), np.uint8)
+    expected = int(np.unpackbits(bits).sum())
+    assert principal.popcount(bits) == expected
+    monkeypatch.delattr(np, "bitwise_count", raising=False)
+    assert principal.popcount(bits) == expected
