@@ -60,6 +60,11 @@ def test_inspect_reads_headers_and_plans(pair):  # noqa: F811
     found = json.loads(done.stdout)
     assert found["matched"] == 14
     assert found["plan"]["bytes"] == 2 * sum(w.nbytes for w in weights().values())
+    spectra = found["plan"]["spectra"]
+    assert spectra["matrices"] == sum(w.ndim == 2 for w in weights().values())
+    assert spectra["flops"] > 0
+    assert spectra["beyond_memory"] == 0
+    assert "--spectra off" in run("inspect", *pair).stdout
     assert run("inspect", pair[0]).returncode == 0
 
 

@@ -6,14 +6,28 @@ import contextlib
 from collections import Counter
 from typing import Any
 
-from opdkernels.checkpoint.pair import ITEM_BYTES, match
+from opdkernels.analysis.matrices import matrices, views_of
+from opdkernels.checkpoint.pair import ITEM_BYTES, Pair, match
 from opdkernels.checkpoint.source import Source, open_source
 from opdkernels.errors import printable
 from opdkernels.options import AnalyzeOptions, checked
 from opdkernels.progress import amount
 
 FIXED_MEMORY_BYTES = 40 * 10**6  # tables of the kernels and of the records in flight
+ASSUMED_FLOPS_S = 40e9  # fp64 matrix products of one core with AVX2
 ASSUMED_PAIRS_S = 0.5e9  # coordinates a second and core, a cautious figure for any instruction set with vectors
+
+
+def duration(seconds: float) -> str:
+    """Time for people.
+
+    >>> duration(7000)
+    '1.9 h'
+    """
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def holdings(source: Source) -> dict[str, Any]:
@@ -57,9 +71,24 @@ def inspect(a: str, b: str | None = None, *, memory: str | int = "4GB", **option
                 "bytes": pair.nbytes,
                 "memory_bytes": FIXED_MEMORY_BYTES + min(largest, chosen.memory // 2),
                 "seconds_one_core": round(coordinates / ASSUMED_PAIRS_S, 2),
+                "spectra": plan_spectra(pair, chosen),
             },
         }
         return found
+
+
+def plan_spectra(pair: Pair, chosen: AnalyzeOptions) -> dict[str, Any]:
+    """What exact spectra take: floating-point operations, time on one core, memory of the largest matrix, and how many
+    matrices need more memory than is allowed."""
+    wanted = [(matrix, len(views_of(matrix.match, chosen.authors_csv))) for matrix in matrices(pair)]
+    flops = sum(matrix.cost * views for matrix, views in wanted)
+    return {
+        "matrices": len(wanted),
+        "flops": flops,
+        "seconds_one_core": round(flops / ASSUMED_FLOPS_S, 1),
+        "memory_bytes": max((matrix.memory for matrix, _ in wanted), default=0),
+        "beyond_memory": sum(matrix.memory > chosen.memory for matrix, _ in wanted),
+    }
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -82,4 +111,12 @@ def lines(found: dict[str, Any]) -> list[str]:
             f"analyze would read {amount(plan['bytes'])}, hold up to {amount(plan['memory_bytes'])} beyond torch itself, "
             f"and take about {plan['seconds_one_core']:g} s on one core once the files are in memory"
         )
+        spectra = plan["spectra"]
+        if spectra["matrices"]:
+            text.append(
+                f"spectra of {spectra['matrices']} matrices: about {duration(spectra['seconds_one_core'])} more on one core "
+                f"({spectra['flops']:.2g} operations), {amount(spectra['memory_bytes'])} for the largest; --spectra off leaves them out"
+            )
+        if spectra["beyond_memory"]:
+            text.append(f"{spectra['beyond_memory']} matrices need more than the memory allowed; raise --memory, or take --spectra topk")
     return text

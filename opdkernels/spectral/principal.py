@@ -87,7 +87,9 @@ def overlaps(
     low = quantiles(weights.T if weights.T.is_contiguous() else weights, sizes, largest=False)
     magnitudes = (weights[block].abs() for block in where)
     near = packed(numel, ([flag for q in low for flag in (w < q.cut, w == q.cut)] for w in magnitudes))
-    projected = torch.cat([weights[block].double() @ basis for block in where])
+    projected = torch.empty(long, basis.shape[1], dtype=torch.float64)
+    for block in where:
+        torch.mm(weights[block].double(), basis, out=projected[block])
     score, found = torch.empty(long, short), []
     for i, (size, rank, cut) in enumerate(zip(sizes, ranks, low, strict=True)):
         best = select(projected[:, :rank], basis[:, :rank], score, where, size)
