@@ -85,15 +85,15 @@ def overlaps(
     changed = packed(numel, ([d > cut for cut in CUTS] for d in deltas))
     sizes = [max(1, math.ceil(r * numel)) for r in ratios]
     low = quantiles(weights.T if weights.T.is_contiguous() else weights, sizes, largest=False)
-    magnitudes = (weights[block].abs() for block in where)
-    near = packed(numel, ([flag for q in low for flag in (w < q.cut, w == q.cut)] for w in magnitudes))
     projected = torch.empty(long, basis.shape[1], dtype=torch.float64)
     for block in where:
         torch.mm(weights[block].double(), basis, out=projected[block])
     score, found = torch.empty(long, short), []
-    for i, (size, rank, cut) in enumerate(zip(sizes, ranks, low, strict=True)):
+    for size, rank, cut in zip(sizes, ranks, low, strict=True):
         best = select(projected[:, :rank], basis[:, :rank], score, where, size)
-        found.append(Overlaps(count(best, near[2 * i], near[2 * i + 1], changed, numel), size, best.taken, cut.taken))
+        magnitudes = (weights[block].abs() for block in where)
+        below, tied = packed(numel, ([w < cut.cut, w == cut.cut] for w in magnitudes))
+        found.append(Overlaps(count(best, below, tied, changed, numel), size, best.taken, cut.taken))
     return found
 
 
