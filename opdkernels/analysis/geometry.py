@@ -98,7 +98,7 @@ def bounded(record: SpectrumRecord) -> Row:
     found |= {"delta_energy": energy, "spectral_norm": float(record.delta[0]), "stable_rank": energy / float(record.delta[0]) ** 2}
     found |= {"lower_spectral_norm": float(lower[0]), "upper_spectral_norm": float(upper[0])}
     found |= {"lower_stable_rank": energy / float(upper[0]) ** 2, "upper_stable_rank": energy / float(lower[0]) ** 2 if lower[0] else None}
-    for k in (k for k in TOP if k <= len(lower)):
+    for k in (k for k in TOP if min(k, record.m, record.n) <= len(lower)):
         shares = [float((values[:k] ** 2).sum()) / energy for values in (record.delta, lower, upper)]
         found[f"energy_{k}"], found[f"lower_energy_{k}"] = min(shares[0], 1.0), shares[1]
         found[f"upper_energy_{k}"] = min(shares[0] + record.remainder, shares[2], 1.0)
@@ -199,6 +199,7 @@ def tables(records: Iterable[SpectrumRecord], names: dict[int, str]) -> tuple[li
 SUMMARISED = (
     *("stable_rank", "stable_rank_null", "energy_16", "energy_16_null", "effective_rank", "rank_share_1e-5", "spectral_norm"),
     *(f"{name}_{ratio_label(r)}" for name in (*SUBSPACE, "principal_coverage") for r in RATIOS),
+    *(f"projection_{ratio_label(r)}_chance" for r in RATIOS),
     *("drift", "drift_over_delta"),
 )
 
@@ -214,7 +215,7 @@ def summarise(spectra: list[Row], geometry: list[Row]) -> dict[str, Any]:
             reason = row["reason"].split(":")[0]
             found["without"][reason] = found["without"].get(reason, 0) + 1
     for name in SUMMARISED:
-        values = [(row[name], row["m"] * row["n"]) for row in rows if row[name] is not None]
+        values = [(row[name], row["m"] * row["n"]) for row in rows if row["method"] and row[name] is not None]
         if values:
             value, size = np.array(values, float).T
             found["figures"][name] = {

@@ -159,7 +159,8 @@ def satisfies(record: SpectrumRecord | None, kind: str) -> bool:
     return (record.method == "topk") == (kind == "topk") if record.method else record.reason.startswith(FINAL)
 
 
-FINAL = ("delta is zero", "non-finite")
+UNDERFLOW = "delta is below 1e-154: fp64 does not hold its squares"
+FINAL = ("delta is zero", "delta is below", "non-finite")
 
 
 def examine(
@@ -174,6 +175,8 @@ def examine(
         return without(counted.failure or "not counted")
     if counted.tally.nonfinite:
         return without(f"non-finite: {counted.tally.nonfinite} coordinates of the tensor")
+    if not whole and not counted.tally.changed("stored").any():
+        return without("delta is zero")  # no need to read it
     needed = matrix.topk_memory if kind == "topk" else matrix.memory
     if needed > limit:
         least = f"pass --memory {needed // 10**6 + 1}MB" + (" or --spectra topk" if matrix.topk_memory < needed else "")
@@ -204,6 +207,8 @@ def spectrum(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, view: str, whole:
     grams = symmetric(gram(long_w, long_v, visible=visible, block=block))
     empty = SpectrumRecord(matrix.index, matrix.part, view, matrix.m, matrix.n, reason="delta is zero")
     moved = bool(grams[2].diagonal().sum())
+    if not moved and change(w, v, visible)[1].any():
+        return replace(empty, reason=UNDERFLOW)
     if not moved and not whole:
         return empty
     ranks = top_ranks(matrix.short)
@@ -227,8 +232,8 @@ def top_spectrum(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, view: str) ->
     delta = change(w, v, view == "visible")[1]
     found = randomized_svd(delta, min(TOPK, matrix.short), names=[f"{matrix.match.name} {matrix.part}"])
     assert not isinstance(found, list)
-    if not found.frobenius:
-        return empty
+    if not found.frobenius**2:
+        return empty if not found.frobenius else replace(empty, reason=UNDERFLOW)
     return replace(
         empty, method="topk", reason="", energy=found.frobenius**2, remainder=found.remainder, delta=found.sigma.numpy(),
         bounds=torch.stack([found.lower, found.upper]).numpy(),

@@ -210,3 +210,33 @@ def test_a_random_update_has_the_figures_of_its_null_and_a_low_rank_one_has_not(
     assert random["stable_rank"] / random["stable_rank_null"] == pytest.approx(1, abs=0.05)
     assert planted["energy_16"] / planted["energy_16_null"] > 4
     assert planted["stable_rank"] < 3
+
+
+def test_odd_pairs_end_as_they_should(tmp_path):
+    """No matrix at all, nothing changed, one column, rank two, the ends of the range: a page and a summary each."""
+    from opdkernels.analysis.text import lines
+    from opdkernels.report import render
+
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    same = normal(6, 5)
+    cases = {
+        "no matrix": ((normal(5), normal(5)), 0, set()),
+        "identical": ((same, same), 0, {"delta is zero"}),
+        "no rows": ((torch.zeros(0, 5), torch.zeros(0, 5)), 0, set()),
+        "zero source": ((torch.zeros(30, 20), normal(30, 20)), 0, {None}),
+        "rank two": ((normal(60, 2) @ normal(2, 40), normal(60, 40)), 0, {None}),
+        "one row": ((normal(1, 50), normal(1, 50)), 0, {None}),
+        "huge": ((normal(30, 20) * 1e30, normal(30, 20) * 1e30), 0, {None}),
+        "tiny": ((normal(30, 20) * 1e-38, normal(30, 20) * 1e-38), 0, {None}),
+        "beyond squares": ((normal(9, 8).double() * 1e-200, normal(9, 8).double() * 1e-200), 0, {"delta is below 1e-154: fp64 does not hold its squares"}),
+        "infinite": ((torch.full((4, 4), math.inf), normal(4, 4)), 3, {"non-finite: 16 coordinates of the tensor"}),
+    }
+    for name, ((source, after), status, reasons) in cases.items():
+        for spectra in ("exact", "topk"):
+            paths = [save(tmp_path / name / side, {"w.weight": t.clone()}) for side, t in (("a", source), ("b", after))]
+            result = analyze(*paths, spectra=spectra, authors_csv=False)
+            found = {row["reason"] for row in rows(result.spectra) if row["view"] == "stored"}
+            assert (name, result.exit_status, found) == (name, status, reasons)
+            assert lines(result)
+            assert "<h1" in render(result)
