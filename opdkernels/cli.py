@@ -80,8 +80,8 @@ def analyze(
     """Analyse what training changed: sparsity, norms, near-zero coverage, what rounding alone would show; spectra, subspaces.
 
     Writes tensors.parquet, groups.parquet, spectra.parquet, geometry.parquet, summary.json and report.html to OUT. The same
-    command again goes on where a killed run stopped. Coordinates take a second or two a billion; spectra some 40 s on one
-    core for a layer of 150 million, so that --spectra off is for a first look.
+    command again goes on where a killed run stopped. Coordinates take a second or two a billion; spectra take minutes and more:
+    `inspect` says how long, and --spectra off leaves them out.
 
     Example: opdkernels analyze Qwen2.5-0.5B my-run/step-200 -o out
     """
