@@ -217,9 +217,7 @@ def spectrum(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, view: str, whole:
         block, grams = 0, symmetric(gram(long_w, long_v, visible=visible))
     found = from_grams(grams, tall=tall, source=source) if moved else None
     if moved and found is None:
-        wide_w, wide_v = (side.float().bfloat16() if visible else side for side in (w, v))
-        delta = wide_v.double() - wide_w.double()
-        found = from_matrices(wide_w, delta.bfloat16() if visible else delta)
+        found = from_matrices(*change(w, v, visible))
     basis = found.basis if found is not None else source.vectors
     masks = principal.overlaps(long_w, long_v, basis, ranks, visible=visible)
     method = "svd" if found is not None and found.method == "svd" else "gram_mixed" if block else "gram"
