@@ -69,10 +69,11 @@ PYBIND11_MODULE(_C, m) {
     }
   });
   m.def("gram", [](uintptr_t source, int source_dtype, int64_t source_row, int64_t source_column, uintptr_t trained, int trained_dtype,
-                   int64_t trained_row, int64_t trained_column, int64_t rows, int64_t n, bool visible, int block, int threads, uintptr_t into) {
+                   int64_t trained_row, int64_t trained_column, int64_t rows, int64_t n, int parts, bool visible, int block, int threads,
+                   uintptr_t into) {
     const GramInput input{pointer<void>(source), pointer<void>(trained), source_dtype, trained_dtype, source_row, source_column, trained_row, trained_column};
     py::gil_scoped_release release;
-    gram(input, rows, n, visible, block, threads, pointer<double>(into));
+    gram(input, rows, n, parts, visible, block, threads, pointer<double>(into));
   });
   m.def("guard_mapping", &guard_mapping);
   m.def("mapping_faults", &mapping_faults);

@@ -22,9 +22,10 @@ void delta(const void* source, int source_dtype, const void* trained, int traine
 void overlap(const void* source, int source_dtype, const std::vector<const void*>& trained, const std::vector<int>& trained_dtypes,
              int64_t n, int cut, int threads, int64_t* source_table, int64_t* changed, int64_t* both, int64_t* exactly, int64_t* counts);
 
-// Adds W^T W, W^T delta and delta^T delta of row blocks [rows, n] to into [3][n][n], the upper triangles of the first and last;
+// Adds W^T W, W^T delta and delta^T delta of row blocks [rows, n], those whose bit 1, 2, 4 `parts` has, to into [parts][n][n], of
+// the symmetric ones the upper triangles;
 // `block` rows of W^T delta are summed in fp32 before they are in fp64, 0: all in fp64.
-void gram(const GramInput& input, int64_t rows, int64_t n, bool visible, int block, int threads, double* into);
+void gram(const GramInput& input, int64_t rows, int64_t n, int parts, bool visible, int block, int threads, double* into);
 
 struct QuantileResult {
   double cut;                                         // NaN where every value is

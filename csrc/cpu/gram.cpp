@@ -31,27 +31,29 @@ void each_panel(int panels, int threads, Body body) {
 }
 }  // namespace
 
-void gram(const GramInput& input, int64_t rows, int64_t n, bool visible, int block, int threads, double* into) {
+void gram(const GramInput& input, int64_t rows, int64_t n, int parts, bool visible, int block, int threads, double* into) {
   if (!rows || !n) return;
   const Kernels& kernel = kernels();
-  const int width = kernel.gram_panel_bytes / 8, panels = (int)((n + width - 1) / width), narrow = block ? (panels + 1) / 2 : 0;
+  const int width = kernel.gram_panel_bytes / 8, panels = (int)((n + width - 1) / width), narrow = block && parts & 2 ? (panels + 1) / 2 : 0;
   threads = threads_for(rows * n, threads);
   const size_t panel = (size_t)OPD_GRAM_ROWS * kernel.gram_panel_bytes;
-  Aligned w(panels * panel), d(panels * panel), narrow_w(narrow * panel), narrow_d(narrow * panel);
+  const bool wide = parts & 5 || !block;  // anything in fp64
+  double *source = into, *cross = source + (parts & 1 ? n * n : 0), *change = cross + (parts & 2 ? n * n : 0);
+  Aligned w(wide * panels * panel), d(wide * panels * panel), narrow_w(narrow * panel), narrow_d(narrow * panel);
   for (int64_t first = 0; first < rows; first += OPD_GRAM_ROWS) {
     const int count = (int)(rows - first < OPD_GRAM_ROWS ? rows - first : OPD_GRAM_ROWS);
     GramInput at = input;
     at.source = (const char*)input.source + first * input.source_row * element_bytes(input.source_dtype);
     at.trained = (const char*)input.trained + first * input.trained_row * element_bytes(input.trained_dtype);
     each_panel(panels, threads, [&](int p) {
-      kernel.gram_pack(&at, true, visible, count, n, p, w.data, d.data);
+      if (wide) kernel.gram_pack(&at, true, visible, count, n, p, w.data, d.data);
       if (p < narrow) kernel.gram_pack(&at, false, visible, count, n, p, narrow_w.data, narrow_d.data);
     });
     each_panel(panels, threads, [&](int p) {
-      kernel.gram_columns(true, w.data, w.data, true, count, OPD_GRAM_BLOCK, n, p, into);
-      kernel.gram_columns(true, d.data, d.data, true, count, OPD_GRAM_BLOCK, n, p, into + 2 * n * n);
-      if (!block) kernel.gram_columns(true, w.data, d.data, false, count, OPD_GRAM_BLOCK, n, p, into + n * n);
-      if (p < narrow) kernel.gram_columns(false, narrow_w.data, narrow_d.data, false, count, block, n, p, into + n * n);
+      if (parts & 1) kernel.gram_columns(true, w.data, w.data, true, count, OPD_GRAM_BLOCK, n, p, source);
+      if (parts & 2 && !block) kernel.gram_columns(true, w.data, d.data, false, count, OPD_GRAM_BLOCK, n, p, cross);
+      if (p < narrow) kernel.gram_columns(false, narrow_w.data, narrow_d.data, false, count, block, n, p, cross);
+      if (parts & 4) kernel.gram_columns(true, d.data, d.data, true, count, OPD_GRAM_BLOCK, n, p, change);
     });
   }
 }

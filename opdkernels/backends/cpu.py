@@ -113,7 +113,7 @@ def quantile(
     return cuts, counts
 
 
-def gram_(source: torch.Tensor, trained: torch.Tensor, visible: bool, block: int, into: torch.Tensor) -> None:
+def gram_(source: torch.Tensor, trained: torch.Tensor, parts: int, visible: bool, block: int, into: torch.Tensor) -> None:
     _C.gram(
         source.data_ptr(),
         DTYPE_CODES[source.dtype],
@@ -122,6 +122,7 @@ def gram_(source: torch.Tensor, trained: torch.Tensor, visible: bool, block: int
         DTYPE_CODES[trained.dtype],
         *trained.stride(),
         *source.shape,
+        parts,
         visible,
         block,
         torch.get_num_threads(),

@@ -1,4 +1,4 @@
-r"""`gram`: the three Gram matrices of a pair, from row blocks, in fp64.
+r"""`gram`: the Gram matrices of a pair, or of one matrix, from row blocks, in fp64.
 
 For row blocks of W (source) and W' (trained), [rows, n]:
 
@@ -17,17 +17,20 @@ Source: Golub and Van Loan, Matrix Computations, 8.6 (normal equations and their
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from opdkernels.ops import register
 from opdkernels.ops.delta import DTYPES
 
-SCHEMA = "gram_(Tensor source, Tensor trained, bool visible, int block, Tensor(a!) into) -> ()"
+SCHEMA = "gram_(Tensor source, Tensor trained, int parts, bool visible, int block, Tensor(a!) into) -> ()"
+PARTS = ("source", "cross", "change")  # W^T W, W^T delta, delta^T delta; `parts` holds a bit for each
 MAX_BLOCK = 256
 PANEL = 224  # columns at a time: what is below the diagonal of a symmetric matrix is never computed
 
 
-def fake(source, trained, visible, block, into) -> None:
+def fake(source, trained, parts, visible, block, into) -> None:
     torch._check(source.shape == trained.shape, lambda: f"shapes differ: {source.shape} and {trained.shape}")
 
 
@@ -41,16 +44,18 @@ def change(source: torch.Tensor, trained: torch.Tensor, visible: bool) -> tuple[
     return w, trained.to(wide) - w
 
 
-def reference(source, trained, visible, block, into) -> None:
-    """The definition, in plain PyTorch. Adds to `into`, fp64 [3, n, n], the upper triangles of the first and last."""
+def reference(source, trained, parts, visible, block, into) -> None:
+    """The definition, in plain PyTorch. Adds to `into`, fp64 [parts, n, n], of the symmetric ones the upper triangles."""
     w, d = change(source, trained, visible)
-    upper(into[0], w.double())
-    upper(into[2], d.double())
-    if not block:
-        into[1] += w.T.double() @ d.double()
-    else:
-        for x, y in zip(w.float().split(block), d.float().split(block), strict=True):
-            into[1] += x.T @ y
+    matrices = iter(into)
+    if parts & 1:
+        upper(next(matrices), w.double())
+    if parts & 2:
+        cross = next(matrices)
+        for x, y in zip(w.split(block), d.split(block), strict=True) if block else [(w.double(), d.double())]:
+            cross += x.T @ y
+    if parts & 4:
+        upper(next(matrices), d.double())
 
 
 def upper(into: torch.Tensor, x: torch.Tensor) -> None:
@@ -63,20 +68,31 @@ register(SCHEMA, reference, fake)
 
 
 def gram(
-    source: torch.Tensor, trained: torch.Tensor, *, visible: bool = False, block: int = 0, into: torch.Tensor | None = None
+    source: torch.Tensor,
+    trained: torch.Tensor | None = None,
+    *,
+    of: Sequence[str] | None = None,
+    visible: bool = False,
+    block: int = 0,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """fp64 [3, n, n]: W^T W, W^T delta and delta^T delta of row blocks, added to `into` where it is given.
+    """fp64 [of, n, n]: W^T W ("source"), W^T delta ("cross") and delta^T delta ("change") of row blocks, in this order.
 
-    source, trained: [rows, n], bf16, fp16, fp32 or fp64, any strides. visible: the visible view. block: rows of
-    W^T delta summed in fp32 before fp64, 0 for fp64 throughout, at most 256; an fp64 input allows 0 only. into: a result to go on with; only
-    its upper triangles are read and written, except that of W^T delta, which is whole. `symmetric` completes it.
+    source, trained: [rows, n], bf16, fp16, fp32 or fp64, any strides. of: which of them; by default all, or "source" of a
+    matrix without `trained`. visible: the visible view. block: rows of W^T delta summed in fp32 before fp64, 0 for fp64
+    throughout, at most 256; an fp64 input allows 0 only. into: a result to go on with, added to; only its upper triangles
+    are read and written, except that of W^T delta, which is whole. `symmetric` completes it.
 
-    Raises TypeError for other dtypes, ValueError for shapes, devices or a block that do not fit. NaN and Inf spread.
+    Raises TypeError for other dtypes, ValueError for shapes, devices, parts or a block that do not fit. NaN and Inf spread.
 
     >>> w = torch.tensor([[1.0, 2], [3, 4]])
-    >>> symmetric(gram(w, w + torch.eye(2)))[2].tolist()
-    [[1.0, 0.0], [0.0, 1.0]]
+    >>> symmetric(gram(w, w + torch.eye(2), of=["change"])).tolist()
+    [[[1.0, 0.0], [0.0, 1.0]]]
     """
+    of = list(of) if of is not None else list(PARTS if trained is not None else PARTS[:1])
+    if not of or of != [part for part in PARTS if part in of] or (trained is None and of != ["source"]):
+        raise ValueError(f"of must name parts among {', '.join(PARTS)}, in this order, and without trained only source; not {of}")
+    trained = source if trained is None else trained
     source, trained = (t.to_local().detach() if hasattr(t, "to_local") else t.detach() for t in (source, trained))
     for side, tensor in (("source", source), ("trained", trained)):
         if tensor.dtype not in DTYPES:
@@ -89,18 +105,19 @@ def gram(
         raise ValueError(f"block must lie in 0 .. {MAX_BLOCK}, not {block}")
     if block and not visible and torch.float64 in (source.dtype, trained.dtype):
         raise ValueError("fp64 tensors are summed in fp64; pass block=0")
-    n = source.shape[1]
+    shape = (len(of), source.shape[1], source.shape[1])
     if into is None:
-        into = torch.zeros(3, n, n, dtype=torch.float64, device=source.device)
-    elif into.shape != (3, n, n) or into.dtype != torch.float64 or not into.is_contiguous() or into.device != source.device:
-        raise ValueError(f"into must be a contiguous float64 tensor [3, {n}, {n}] on {source.device}")
-    torch.ops.opdkernels.gram_(source, trained, visible, block, into)
+        into = torch.zeros(shape, dtype=torch.float64, device=source.device)
+    elif into.shape != shape or into.dtype != torch.float64 or not into.is_contiguous() or into.device != source.device:
+        raise ValueError(f"into must be a contiguous float64 tensor {list(shape)} on {source.device}")
+    torch.ops.opdkernels.gram_(source, trained, sum(1 << PARTS.index(part) for part in of), visible, block, into)
     return into
 
 
-def symmetric(grams: torch.Tensor) -> torch.Tensor:
-    """The result of `gram` with the lower triangles of the first and last filled in, in place."""
-    for k in (0, 2):
-        upper = grams[k].triu(1)
-        grams[k].triu_().add_(upper.T)
+def symmetric(grams: torch.Tensor, of: Sequence[str] = PARTS) -> torch.Tensor:
+    """The result of `gram` with the lower triangles of "source" and "change" filled in, in place."""
+    for matrix, part in zip(grams, of, strict=False):
+        if part != "cross":
+            upper = matrix.triu(1)
+            matrix.triu_().add_(upper.T)
     return grams

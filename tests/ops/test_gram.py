@@ -55,7 +55,7 @@ def test_kernel_and_reference_are_right_to_their_rounding(isa, shape, visible, b
     source, trained = make_matrices(shape)
     assert_close(gram(source, trained, visible=visible, block=block), source, trained, visible=visible, block=block)
     into = torch.zeros(3, shape[1], shape[1], dtype=torch.float64)
-    ops.reference(source, trained, visible, block, into)
+    ops.reference(source, trained, 7, visible, block, into)
     assert_close(into, source, trained, visible=visible, block=block)
 
 
@@ -93,6 +93,26 @@ def test_row_blocks_add_up(isa):
     parts = gram(source[:512], trained[:512])
     assert gram(source[512:], trained[512:], into=parts) is parts
     assert torch.equal(symmetric(whole), symmetric(parts))
+
+
+@pytest.mark.parametrize("block", [0, 64])
+@pytest.mark.parametrize("of", [parts for count in (1, 2) for parts in itertools.combinations(ops.PARTS, count)], ids="+".join)
+def test_parts_are_those_of_the_whole(isa, of, block):
+    source, trained = make_matrices((700, 60))
+    whole = dict(zip(ops.PARTS, symmetric(gram(source, trained, visible=True, block=block)), strict=True))
+    found = symmetric(gram(source, trained, of=of, visible=True, block=block), of)
+    assert len(found) == len(of)
+    for part, one in zip(of, found, strict=True):
+        assert torch.equal(one, whole[part])
+    by_definition = torch.zeros_like(found)
+    ops.reference(source, trained, sum(1 << ops.PARTS.index(part) for part in of), True, block, by_definition)
+    torch.testing.assert_close(symmetric(by_definition, of), found, rtol=1e-5, atol=1e-9)
+
+
+def test_of_one_matrix_it_is_its_own(isa):
+    source, _ = make_matrices((300, 37))
+    (found,) = symmetric(gram(source))
+    torch.testing.assert_close(found, source.double().T @ source.double(), rtol=1e-13, atol=0)
 
 
 def test_symmetric_fills_the_lower_triangles():
@@ -135,6 +155,9 @@ def test_bad_input_is_refused_by_name():
         (lambda: gram(good, good, block=257), ValueError, "block must lie in"),
         (lambda: gram(good, good, block=-1), ValueError, "block must lie in"),
         (lambda: gram(good.double(), good, block=64), ValueError, "block=0"),
+        (lambda: gram(good, of=["change"]), ValueError, "of must name parts"),
+        (lambda: gram(good, good, of=["change", "source"]), ValueError, "in this order"),
+        (lambda: gram(good, good, of=[]), ValueError, "of must name parts"),
         (lambda: gram(good, good, into=torch.zeros(3, 3, 4)), ValueError, "into must be"),
     ):
         with pytest.raises(error, match=message):
@@ -145,4 +168,4 @@ def test_bad_input_is_refused_by_name():
 def test_operator_is_registered_as_torch_wants_it(block):
     source, trained = make_matrices((40, 9))
     into = torch.zeros(3, 9, 9, dtype=torch.float64)
-    torch.library.opcheck(torch.ops.opdkernels.gram_, (source, trained, False, block, into))
+    torch.library.opcheck(torch.ops.opdkernels.gram_, (source, trained, 7, False, block, into))
