@@ -37,7 +37,7 @@ class Matrix:
     @property
     def memory(self) -> int:
         """Bytes: Gram matrices and eigenvectors, scores and masks."""
-        return 88 * self.short**2 + 7 * self.m * self.n + (1 << 24)
+        return 88 * self.short**2 + 5 * self.m * self.n + (1 << 24)
 
     @property
     def topk_memory(self) -> int:

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from opdkernels.analysis import authors, null, tables
+from opdkernels.analysis.compute import Job, Rules, compute_all
 from opdkernels.analysis.coordinates import RATIOS, VIEWS, Columns, SparseTally, figures, ratio_label, to_bf16_pattern
 from opdkernels.analysis.folder import describe, opened
 from opdkernels.analysis.records import Record, Records, tallies, write_json
 from opdkernels.analysis.result import Analysis
-from opdkernels.analysis.spectra import compute_all
 from opdkernels.analysis.spectra import spectra as spectra_records
 from opdkernels.checkpoint.names import place
 from opdkernels.checkpoint.pair import ITEM_BYTES, Pair, open_pair
@@ -51,7 +51,7 @@ def analyze(
             try:
                 count_all(pair, records, chosen.memory, progress)
                 if chosen.spectra != "off":
-                    compute_all(pair, records, spectra, chosen.memory, kind=chosen.spectra, both=chosen.authors_csv, progress=progress)
+                    compute_all([Job(pair, records, spectra)], Rules(chosen.spectra, chosen.memory, chosen.authors_csv), progress)
                 pair.check()
             finally:
                 records.flush()

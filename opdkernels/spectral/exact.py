@@ -33,8 +33,7 @@ class Spectra:
 
     `source`, `trained`, `delta` [r]: singular values, descending. `projection`, `projection_left`, `projection_right`
     [k]: shares of the energy of delta in the top left and right singular vectors of W. `rotation_left`,
-    `rotation_right` [k]: mean sine of the angles between the top subspaces of W and W'. `basis` [short side, largest
-    k]: the top singular vectors of W on its shorter side. `method`: "gram" or "svd".
+    `rotation_right` [k]: mean sine of the angles between the top subspaces of W and W'. `method`: "gram" or "svd".
     """
 
     source: torch.Tensor
@@ -46,7 +45,6 @@ class Spectra:
     projection_right: torch.Tensor
     rotation_left: torch.Tensor
     rotation_right: torch.Tensor
-    basis: torch.Tensor
     method: str
 
 
@@ -78,6 +76,12 @@ def factorise(gram: torch.Tensor, keep: int) -> Factor:
     return Factor(roots(values), vectors[:, -keep:].flip(-1).contiguous())
 
 
+def factorise_matrix(matrix: torch.Tensor, keep: int) -> Factor:
+    """The same from the matrix [m, n] itself, by fp64 SVD."""
+    u, sigma, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return Factor(sigma, (vh[:keep].T if matrix.shape[0] >= matrix.shape[1] else u[:, :keep]).contiguous())
+
+
 def singular_values(gram: torch.Tensor) -> torch.Tensor:
     """Singular values [r], descending, from one Gram matrix [r, r]."""
     return roots(torch.linalg.eigvalsh(gram))
@@ -101,11 +105,18 @@ def mean_sines(cosines: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
     return torch.stack(means)
 
 
-def from_grams(grams: torch.Tensor, *, tall: bool, source: Factor | None = None, ratios: Sequence[float] = RATIOS) -> Spectra | None:
-    """The spectra of a pair from W^T W, W^T delta, delta^T delta over its shorter side, symmetric [3, r, r] fp64.
+def from_grams(
+    grams: Sequence[torch.Tensor],
+    *,
+    tall: bool,
+    source: Factor | None = None,
+    delta: Factor | None = None,
+    ratios: Sequence[float] = RATIOS,
+) -> Spectra | None:
+    """The spectra of a pair from W^T W, W^T delta, delta^T delta over its shorter side, whole and symmetric, [r, r] fp64.
 
-    tall: whether the shorter side is the right one. source: the factor of W where it is known already. None where the
-    top fifth of W is too near to singular for the Gram matrix, or delta is zero: then ask `from_matrices`.
+    tall: whether the shorter side is the right one. source, delta: the factors of W and delta where they are known
+    already. None where the top fifth of W or W' is too near to singular for the Gram matrix: then ask `from_matrices`.
     """
     a, b, c = grams
     short = len(a)
@@ -128,7 +139,7 @@ def from_grams(grams: torch.Tensor, *, tall: bool, source: Factor | None = None,
     left, right = (on_long, on_short) if tall else (on_short, on_long)
     rotations = (rotation_long, rotation_short) if tall else (rotation_short, rotation_long)
     return Spectra(
-        source.sigma, trained.sigma, singular_values(c), ranks, projection, left, right, *rotations, v, "gram"
+        source.sigma, trained.sigma, delta.sigma if delta else singular_values(c), ranks, projection, left, right, *rotations, "gram"
     )
 
 
@@ -152,6 +163,5 @@ def from_matrices(w: torch.Tensor, d: torch.Tensor, *, ratios: Sequence[float] =
         leading((d @ v).square().sum(0), ranks) / energy,
         mean_sines(u.T @ u_trained, ranks),
         mean_sines(v.T @ v_trained, ranks),
-        (v if w.shape[0] >= w.shape[1] else u).contiguous(),
         "svd",
     )

@@ -11,7 +11,7 @@ Source: arXiv 2606.13657.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,25 @@ COUNTS = ("total", "principal", "principal_tied", "low", "low_tied", "both", "pr
 BLOCK = 1 << 20  # coordinates at a time
 CANDIDATES = 1 << 14  # scores made again at a time
 ROUNDINGS = 8  # standard deviations of accumulated rounding that an fp32 score may be off
+TINY = 1e-37  # a cut of zero has an open bracket too
+SAMPLE_ROWS = 256  # whose scores tell where the cut lies
+DEVIATIONS = 5  # of the sample, either side of the cut
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks of one ratio, of `size` coordinates each. Principal: bits of those `sure` to be in it, places of the others
+    `above` the cut and of those `tied` at it, of which `taken` belong to it. Near zero: bits of those `low` and
+    `low_tied`, of which `low_taken` belong to it."""
+
+    size: int
+    sure: np.ndarray
+    above: np.ndarray
+    tied: np.ndarray
+    taken: int
+    low: np.ndarray
+    low_tied: np.ndarray
+    low_taken: int
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,7 @@ class Overlaps:
 
 
 def popcount(bits: np.ndarray) -> int:
+    bits = bits.view(np.uint64) if len(bits) % 8 == 0 and hasattr(np, "bitwise_count") else bits
     if hasattr(np, "bitwise_count"):
         return int(np.bitwise_count(bits).sum(dtype=np.int64))
     return int(BYTE_COUNTS[bits].sum(dtype=np.int64))  # NumPy 1
@@ -50,17 +70,26 @@ def popcount(bits: np.ndarray) -> int:
 BYTE_COUNTS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 
 
-def packed(numel: int, flags: Iterator[Sequence[torch.Tensor]]) -> list[np.ndarray]:
+def packed(numel: int, flags: Iterator[Sequence[np.ndarray]]) -> list[np.ndarray]:
     """Bits of several flags, from their blocks, each but the last a multiple of eight long."""
     found: list[np.ndarray] = []
     first = 0
     for blocks in flags:
         found = found or [np.zeros((numel + 7) // 8, np.uint8) for _ in blocks]
         for bits, block in zip(found, blocks, strict=True):
-            part = np.packbits(block.flatten().numpy(), bitorder="little")
+            part = np.packbits(block, bitorder="little")
             bits[first : first + len(part)] = part
         first += len(part)
     return found
+
+
+def places(flags: np.ndarray) -> np.ndarray:
+    """np.flatnonzero of few flags, eight at a time."""
+    if len(flags) % 8:
+        return np.flatnonzero(flags)
+    words = np.flatnonzero(flags.view(np.uint64))
+    word, bit = np.nonzero(flags.reshape(-1, 8)[words])
+    return words[word] * 8 + bit
 
 
 def at(bits: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -68,89 +97,134 @@ def at(bits: np.ndarray, index: np.ndarray) -> np.ndarray:
     return bits[index >> 3] >> (index & 7).astype(np.uint8) & 1
 
 
-def overlaps(
-    source: torch.Tensor, trained: torch.Tensor, basis: torch.Tensor, ranks: Sequence[int], *, visible: bool, ratios: Sequence[float] = RATIOS
-) -> list[Overlaps]:
-    """Principal and near-zero masks of W at each ratio, and their counts among all and among the changed coordinates.
+def row_blocks(long: int, short: int) -> list[slice]:
+    """Rows of about BLOCK coordinates, multiples of eight."""
+    rows = max(8, BLOCK // max(short, 1) // 8 * 8)
+    return [slice(first, min(first + rows, long)) for first in range(0, long, rows)]
 
-    source, trained: [long, short] views of the stored matrices, long >= short. basis: fp64 [short, K], the top singular
-    vectors of W on its shorter side; the first ranks[i] of them serve ratios[i]. Takes 7 bytes a coordinate beside them.
+
+def masks(
+    source: torch.Tensor, basis: torch.Tensor, ranks: Sequence[int], *, visible: bool, ratios: Sequence[float] = RATIOS
+) -> list[Masks]:
+    """Principal and near-zero masks of W at each ratio.
+
+    source: [long, short] view of the stored matrix, long >= short. basis: fp64 [short, K], the top singular vectors of W
+    on its shorter side; the first ranks[i] of them serve ratios[i].
     """
     long, short = source.shape
-    numel, rows = long * short, max(8, BLOCK // max(short, 1) // 8 * 8)
-
     weights = source.bfloat16() if visible else source
-    where = [slice(first, min(first + rows, long)) for first in range(0, long, rows)]
-    deltas = (change(source[block], trained[block], visible)[1].abs() for block in where)
-    changed = packed(numel, ([d > cut for cut in CUTS] for d in deltas))
-    sizes = [max(1, math.ceil(r * numel)) for r in ratios]
-    low = quantiles(weights.T if weights.T.is_contiguous() else weights, sizes, largest=False)
+    where = row_blocks(long, short)
+    sizes = [max(1, math.ceil(r * source.numel())) for r in ratios]
+    cuts = quantiles(weights.T if weights.T.is_contiguous() else weights, sizes, largest=False)
     projected = torch.empty(long, basis.shape[1], dtype=torch.float64)
     for block in where:
         torch.mm(weights[block].double(), basis, out=projected[block])
-    score, found = torch.empty(long, short), []
-    for size, rank, cut in zip(sizes, ranks, low, strict=True):
-        best = select(projected[:, :rank], basis[:, :rank], score, where, size)
-        magnitudes = (weights[block].abs() for block in where)
-        below, tied = packed(numel, ([w < cut.cut, w == cut.cut] for w in magnitudes))
-        found.append(Overlaps(count(best, below, tied, changed, numel), size, best.taken, cut.taken))
-    return found
+    magnitudes = (wide(weights[block]).abs_().numpy().ravel() for block in where)  # NumPy compares six times as fast
+    low = packed(source.numel(), ([flags for c in cuts for flags in (w < c.cut, w == c.cut)] for w in magnitudes))
+    return [
+        Masks(size, *select(projected[:, :rank], basis[:, :rank], where, size), low[2 * i], low[2 * i + 1], cuts[i].taken)
+        for i, (size, rank) in enumerate(zip(sizes, ranks, strict=True))
+    ]
 
 
-@dataclass(frozen=True)
-class Selected:
-    """The largest scores: bits of those that are `sure`, places of the rest that are `above` the cut and of those `tied` at
-    it, of which `taken` belong to the mask."""
-
-    sure: np.ndarray
-    above: np.ndarray
-    tied: np.ndarray
-    taken: int
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """A copy in fp32, or fp64 where they are."""
+    return values.to(torch.float64 if values.dtype == torch.float64 else torch.float32, copy=True)
 
 
-def select(projected: torch.Tensor, basis: torch.Tensor, score: torch.Tensor, where: Sequence[slice], size: int) -> Selected:
-    """The `size` largest |P V^T| of P [long, k], V [short, k], right to fp64: made in fp32, and in fp64 again near the cut."""
+def select(
+    projected: torch.Tensor, basis: torch.Tensor, where: Sequence[slice], size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """The `size` largest |P V^T| of P [long, k], V [short, k], right to fp64: sure, above, tied and taken of `Masks`.
+
+    Scores are made block by block in fp32. Those beyond a bracket of the cut, known from a sample of rows, are only
+    flagged; those within are kept; and those near the cut are made again in fp64.
+    """
     narrow = basis.float()
-    length = 0.0
-    for block in where:
-        length = max(length, float(projected[block].square().sum(1).max()))
-        torch.mm(projected[block].float(), narrow.T, out=score[block]).abs_()
+    numel, short = len(projected) * len(basis), len(basis)
+    length = max(float(projected[block].square().sum(1).max()) for block in where)
     # Rounding of k products and their sum: k at worst, but sqrt(k) times a few (Higham and Mary 2019).
     error = unit(narrow) * (2 + ROUNDINGS * math.sqrt(basis.shape[1])) * math.sqrt(length * float(basis.square().sum(1).max()))
-    cut = quantile(score, size).cut
-    parts = score.view(-1).split(BLOCK)
-    sure = packed(score.numel(), ([part > cut + 2 * error] for part in parts))[0]
-    close = (np.flatnonzero(((part - cut).abs_() <= 2 * error).numpy()) + BLOCK * i for i, part in enumerate(parts))
-    index = np.concatenate(list(close))
+
+    def scores(rows: slice) -> np.ndarray:
+        return (projected[rows].float() @ narrow.T).abs_().numpy()
+
+    sample = slice(None, None, max(1, len(projected) // SAMPLE_ROWS))
+    for ends in (lambda: bracket(scores(sample), size / numel), lambda: around(scores, where, short, size, 4 * error)):
+        least, most = ends()
+        beyond, kept, index_of = [], [], []
+        for rows in where:
+            score = scores(rows).ravel()
+            high = score > most
+            beyond.append(np.packbits(high, bitorder="little"))
+            inside = places((score >= least) ^ high)
+            kept.append(score[inside])
+            index_of.append(inside + rows.start * short)
+        sure, score, index = np.concatenate(beyond), np.concatenate(kept), np.concatenate(index_of)
+        rest = size - popcount(sure)
+        if not 0 < rest <= len(index):
+            continue  # the cut is not in the bracket
+        cut = float(np.partition(score, len(score) - rest)[len(score) - rest])
+        if least < cut - 2 * error and cut + 2 * error < most:
+            break
+    high = index[score > cut + 2 * error]
+    np.bitwise_or.at(sure, high >> 3, (1 << (high & 7)).astype(np.uint8))
+    index = index[np.abs(score - cut) <= 2 * error]
     exact = np.empty(len(index))
     for first in range(0, len(index), CANDIDATES):
-        row, column = (torch.from_numpy(i) for i in np.divmod(index[first : first + CANDIDATES], score.shape[1]))
+        row, column = (torch.from_numpy(i) for i in np.divmod(index[first : first + CANDIDATES], short))
         exact[first : first + CANDIDATES] = (projected[row] * basis[column]).sum(1).abs().numpy()
     rest = size - popcount(sure)
     edge = np.partition(exact, len(exact) - rest)[len(exact) - rest]
     above = index[exact > edge]
-    return Selected(sure, above, index[exact == edge], rest - len(above))
+    return sure, above, index[exact == edge], rest - len(above)
 
 
-def count(best: Selected, below: np.ndarray, tied: np.ndarray, changed: Sequence[np.ndarray], numel: int) -> np.ndarray:
+def bracket(sample: np.ndarray, share: float) -> tuple[float, float]:
+    """Between which scores the cut of the `share` largest lies, most likely, from whole rows of them."""
+    numel, values = sample.size, torch.from_numpy(sample)
+    middle = quantile(values, min(numel, int(share * numel) + 1)).cut
+    each = (sample > middle).mean(1)
+    spread = DEVIATIONS * float(each.std(ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else 1.0
+    most, least = int((share - spread) * numel) - 1, int((share + spread) * numel) + 2
+    return quantile(values, least).cut if least < numel else -1.0, quantile(values, most).cut if most > 0 else math.inf
+
+
+def around(scores: Callable[[slice], np.ndarray], where: Sequence[slice], short: int, size: int, margin: float) -> tuple[float, float]:
+    """The same from all scores, 4 bytes each, for rows too unlike for a sample."""
+    every = np.empty((where[-1].stop, short), np.float32)
+    for rows in where:
+        every[rows] = scores(rows)
+    cut = quantile(torch.from_numpy(every), size).cut
+    return cut - margin - TINY, cut + margin + TINY
+
+
+def overlaps(masks: Sequence[Masks], source: torch.Tensor, trained: torch.Tensor, *, visible: bool) -> list[Overlaps]:
+    """What the masks of W share with all and with the changed coordinates. source, trained: [long, short] views."""
+    deltas = (change(source[block], trained[block], visible)[1].abs_().numpy().ravel() for block in row_blocks(*source.shape))
+    changed = packed(source.numel(), ([d > cut for cut in CUTS] for d in deltas))
+    return [Overlaps(count(one, changed, source.numel()), one.size, one.taken, one.low_taken) for one in masks]
+
+
+def count(mask: Masks, changed: Sequence[np.ndarray], numel: int) -> np.ndarray:
     """int64 [subsets, COUNTS]. Places near the cut are few, and are looked at one by one."""
     rows = []
     for subset in (None, *changed):
 
-        def among(bits: np.ndarray, mask: np.ndarray | None = None, subset: np.ndarray | None = subset) -> int:
-            for one in (mask, subset):
+        def among(bits: np.ndarray, other: np.ndarray | None = None, subset: np.ndarray | None = subset) -> int:
+            for one in (other, subset):
                 bits = bits if one is None else bits & one
             return popcount(bits)
 
-        def places(index: np.ndarray, mask: np.ndarray | None = None, subset: np.ndarray | None = subset) -> int:
-            inside = np.ones(len(index), np.uint8)
-            for one in (mask, subset):
-                inside = inside if one is None else inside & at(one, index)
-            return int(inside.sum())
+        def inside(index: np.ndarray, other: np.ndarray | None = None, subset: np.ndarray | None = subset) -> int:
+            held = np.ones(len(index), np.uint8)
+            for one in (other, subset):
+                held = held if one is None else held & at(one, index)
+            return int(held.sum())
 
-        masks = (None, below, tied)
-        principal, both, both_tied = (among(best.sure, mask) + places(best.above, mask) for mask in masks)
-        principal_tied, tied_below, tied_tied = (places(best.tied, mask) for mask in masks)
+        of_low = (None, mask.low, mask.low_tied)
+        principal, both, both_tied = (among(mask.sure, bits) + inside(mask.above, bits) for bits in of_low)
+        principal_tied, tied_low, tied_tied = (inside(mask.tied, bits) for bits in of_low)
         total = numel if subset is None else popcount(subset)
-        rows.append([total, principal, principal_tied, among(below), among(tied), both, both_tied, tied_below, tied_tied])
+        rows.append([total, principal, principal_tied, among(mask.low), among(mask.low_tied), both, both_tied, tied_low, tied_tied])
     return np.array(rows, np.int64)

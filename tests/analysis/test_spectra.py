@@ -94,10 +94,10 @@ def test_threads_change_no_bit(pair):
 def test_a_run_killed_among_its_spectra_goes_on_to_the_same_bits(pair, tmp_path):
     out = tmp_path / "out"
     script = (
-        "import sys, time; from opdkernels.analysis import records, spectra; from opdkernels import analyze\n"
-        "records.FLUSH_EVERY_S = 0; made = spectra.spectrum\n"
+        "import sys, time; from opdkernels.analysis import records, compute; from opdkernels import analyze\n"
+        "records.FLUSH_EVERY_S = 0; made = compute.spectrum\n"
         "def slow(*a): time.sleep(0.1); return made(*a)\n"
-        "spectra.spectrum = slow; analyze(*sys.argv[1:], threads=1)"
+        "compute.spectrum = slow; analyze(*sys.argv[1:], threads=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", script, *pair, str(out)])
     deadline = time.monotonic() + 60

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opdkernels.ops.gram import gram, symmetric
-from opdkernels.spectral.exact import BLOCK, RATIOS, factorise, from_grams, from_matrices, singular_values, top_ranks
+from opdkernels.spectral.exact import BLOCK, RATIOS, factorise, factorise_matrix, from_grams, from_matrices, singular_values, top_ranks
 
 SHAPE = (320, 120)
 
@@ -84,7 +84,9 @@ def test_the_definition_agrees_with_the_oracle():
         found = from_matrices(a, b)
         ours = torch.stack([found.projection, found.projection_left, found.projection_right, found.rotation_left, found.rotation_right])
         torch.testing.assert_close(ours, subspace_oracle(a, b), rtol=1e-6, atol=1e-9)
-        assert found.basis.shape == (min(a.shape), found.ranks[-1])
+        factor = factorise_matrix(a, found.ranks[-1])
+        torch.testing.assert_close(factor.sigma, found.source)
+        assert factor.vectors.shape == (min(a.shape), found.ranks[-1])
 
 
 def test_a_known_source_is_not_factorised_again():

@@ -10,7 +10,11 @@ import torch
 
 from opdkernels.spectral import principal
 from opdkernels.spectral.exact import RATIOS, top_ranks
-from opdkernels.spectral.principal import COUNTS, CUTS, overlaps
+from opdkernels.spectral.principal import COUNTS, CUTS
+
+
+def overlaps(source, trained, basis, ranks, *, visible):
+    return principal.overlaps(principal.masks(source, basis, ranks, visible=visible), source, trained, visible=visible)
 
 
 def matrices(shape, dtype, seed=0):
@@ -93,6 +97,22 @@ def test_scores_near_the_cut_are_right_to_fp64(monkeypatch):
     before = overlaps(source, trained, basis, top_ranks(50), visible=False)
     monkeypatch.setattr(principal, "ROUNDINGS", 1e9)
     monkeypatch.setattr(principal, "CANDIDATES", 1000)
+    for one, other in zip(before, overlaps(source, trained, basis, top_ranks(50), visible=False), strict=True):
+        np.testing.assert_array_equal(one.counts, other.counts)
+        assert one.taken == other.taken
+
+
+@pytest.mark.parametrize("bracket", [None, (0.0, 1e-9), (1.0, 2.0), (math.nan, math.nan)], ids=str)
+def test_blocks_and_samples_change_no_count(monkeypatch, bracket):
+    """Nor does a sample that tells where the cut lies wrongly."""
+    source, trained = matrices((700, 50), torch.bfloat16)
+    source[100:] *= 20  # the sample's rows differ
+    basis = basis_of(source, False)
+    before = overlaps(source, trained, basis, top_ranks(50), visible=False)
+    monkeypatch.setattr(principal, "BLOCK", 3000)
+    monkeypatch.setattr(principal, "SAMPLE_ROWS", 7)
+    if bracket:
+        monkeypatch.setattr(principal, "bracket", lambda sample, share: bracket)
     for one, other in zip(before, overlaps(source, trained, basis, top_ranks(50), visible=False), strict=True):
         np.testing.assert_array_equal(one.counts, other.counts)
         assert one.taken == other.taken

@@ -1,0 +1,331 @@
+"""Spectra of every matrix, of one run or of several from one source: in what order and memory they are made.
+
+One matrix is one thread's work, with a BLAS of one thread inside: that is fastest, and no figure depends on how many
+matrices are at work. The largest go first, and no more at a time than the memory allows. What depends on W alone is made
+once for all runs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from opdkernels.analysis.factors import Factors
+from opdkernels.analysis.matrices import TOPK, Matrix, matrices, views_of
+from opdkernels.analysis.records import Record, Records
+from opdkernels.analysis.similarity import DEFICIENT, TOP, Similarity, Vectors, to_the_last
+from opdkernels.analysis.spectra import FINAL, SUBSPACE, UNDERFLOW, SpectrumRecord
+from opdkernels.checkpoint.pair import ITEM_BYTES, Pair
+from opdkernels.ops.gram import change, gram, symmetric
+from opdkernels.progress import Progress, amount
+from opdkernels.spectral import principal
+from opdkernels.spectral.exact import (
+    BLOCK,
+    GRAM_LIMIT,
+    LONG,
+    NEAR_SINGULAR,
+    Factor,
+    Spectra,
+    factorise,
+    factorise_matrix,
+    from_grams,
+    from_matrices,
+    top_ranks,
+)
+from opdkernels.spectral.randomized import randomized_svd
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: its checkpoint beside the source, what was counted of it, and the spectra known so far."""
+
+    pair: Pair
+    counted: Records[Record]
+    spectra: Records[SpectrumRecord]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """kind: "exact" or "topk". limit: bytes for all matrices at work. both: both views of bf16 too, and principal masks also
+    where delta is zero. similar: the top directions of each update are made too. factors: where factorisations of W are kept."""
+
+    kind: str
+    limit: int
+    both: bool = False
+    similar: bool = False
+    factors: Factors | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """One matrix of one run, and the views of it that have no record yet."""
+
+    job: Job
+    matrix: Matrix
+    views: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One matrix of the source in every run that has it; `similar`: how like the last its updates are is wanted too."""
+
+    works: list[Work]
+    similar: bool
+
+    @property
+    def matrix(self) -> Matrix:
+        return self.works[-1].matrix
+
+    @property
+    def cost(self) -> float:
+        return sum(work.matrix.cost for work in self.works if work.views or self.similar)
+
+
+class Memory:
+    """Bytes that tasks take and give back; `take` waits until there are enough."""
+
+    def __init__(self, limit: int):
+        self.free = limit
+        self.changed = threading.Condition()
+
+    def take(self, size: int) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.free >= size)
+            self.free -= size
+
+    def give_back(self, size: int) -> None:
+        with self.changed:
+            self.free += size
+            self.changed.notify_all()
+
+
+def compute_all(
+    jobs: Sequence[Job], rules: Rules, progress: Progress, similarities: Records[Similarity] | None = None, run: str = ""
+) -> None:
+    """Spectra of every matrix that has no record yet; one that fails is recorded and the rest goes on.
+
+    similarities: where those of the jobs' updates to the last job's go, for matrices that all jobs have; `run` names the jobs.
+    """
+    tasks = plan(jobs, rules, similarities, run)
+    every = [matrix for job in jobs for matrix in matrices(job.pair)]
+    total_cost = sum(m.cost for m in every) or 1.0
+    total_bytes = sum(m.m * m.n * (ITEM_BYTES[m.match.source.dtype] + ITEM_BYTES[m.match.trained.dtype]) for m in every)
+    done = total_cost - sum(task.cost for task in tasks)
+    memory = Memory(rules.limit)
+    workers = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting = {pool.submit(examine, task, rules, memory): task for task in sorted(tasks, key=lambda task: -task.cost)}
+        try:
+            for ended in as_completed(waiting):
+                task = waiting[ended]
+                found, tops = ended.result()
+                for work, record in found:
+                    work.job.spectra.add(record)
+                if similarities is not None and task.similar:
+                    matrix = task.matrix
+                    similarities.add(Similarity(matrix.index, matrix.part, matrix.m, matrix.n, run, *to_the_last(tops)))
+                done += task.cost
+                progress(int(total_bytes * done / total_cost), total_bytes, task.matrix.match.name)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def plan(jobs: Sequence[Job], rules: Rules, similarities: Records[Similarity] | None, run: str) -> list[Task]:
+    """What is left to do, matrix by matrix of the source."""
+    by_place: dict[tuple, list[Work]] = {}
+    for job in jobs:
+        for matrix in matrices(job.pair):
+            views = views_of(matrix.match, rules.both)
+            missing = (view for view in views if not satisfies(job.spectra.done.get((matrix.index, matrix.part, view)), rules.kind))
+            place = (matrix.match.source.name, matrix.match.source_start + matrix.start, matrix.m, matrix.n)
+            by_place.setdefault(place, []).append(Work(job, matrix, tuple(missing)))
+    tasks = []
+    for works in by_place.values():
+        last = works[-1].matrix
+        known = similarities.done.get((last.index, last.part)) if similarities is not None else None
+        similar = similarities is not None and len(works) == len(jobs) and (known is None or known.run != run)
+        if similar or any(work.views for work in works):
+            tasks.append(Task(works, similar))
+    return tasks
+
+
+def satisfies(record: SpectrumRecord | None, kind: str) -> bool:
+    """Whether a record is what this run would make; a failure may end better this time."""
+    if record is None:
+        return False
+    return (record.method == "topk") == (kind == "topk") if record.method else record.reason.startswith(FINAL)
+
+
+Found = list[tuple[Work, SpectrumRecord]]
+
+
+def examine(task: Task, rules: Rules, memory: Memory) -> tuple[Found, list[Vectors | None]]:
+    """The records that were missing, and the top directions of each run's update where they are wanted."""
+    found: Found = []
+    tops: list[Vectors | None] = []
+    needed = task.matrix.topk_memory if rules.kind == "topk" else task.matrix.memory
+    fits = needed <= rules.limit
+    sides: dict[bool, Side] = {}
+    if fits:
+        memory.take(needed)
+    try:
+        for work in task.works:
+            reason = hopeless(work, rules) or ("" if fits else too_large(work.matrix, rules, needed))
+            try:
+                records, top = ([], None) if reason else examine_one(work, rules, sides, task.similar)
+            except (MemoryError, RuntimeError) as error:
+                records, top, reason = [], None, f"{type(error).__name__}: {error}".splitlines()[0]
+            found += [(work, record) for record in records]
+            if reason:
+                matrix = work.matrix
+                found += [(work, SpectrumRecord(matrix.index, matrix.part, view, matrix.m, matrix.n, reason=reason)) for view in work.views]
+            tops.append(top)
+    finally:
+        if fits:
+            memory.give_back(needed)
+    return found, tops
+
+
+def hopeless(work: Work, rules: Rules) -> str:
+    """Why a matrix has no spectra, as far as its tally tells: no need to read it."""
+    counted = work.job.counted.done[work.matrix.index]
+    if counted.tally is None:
+        return counted.failure or "not counted"
+    if counted.tally.nonfinite:
+        return f"non-finite: {counted.tally.nonfinite} coordinates of the tensor"
+    if not rules.both and not counted.tally.changed("stored").any():
+        return "delta is zero"
+    return ""
+
+
+def too_large(matrix: Matrix, rules: Rules, needed: int) -> str:
+    least = f"pass --memory {needed // 10**6 + 1}MB" + (" or --spectra topk" if matrix.topk_memory < needed else "")
+    return f"memory: {matrix.m} x {matrix.n} needs {amount(needed)}, {amount(rules.limit)} are allowed; {least}"
+
+
+@dataclass
+class Side:
+    """What all runs share of one W in one view, each made when it is first needed."""
+
+    gram: torch.Tensor | None = None
+    factor: Factor | None = None
+    masks: list[principal.Masks] | None = None
+
+
+def examine_one(work: Work, rules: Rules, sides: dict[bool, Side], similar: bool) -> tuple[list[SpectrumRecord], Vectors | None]:
+    matrix = work.matrix
+    w, v = (side.view(matrix.m, matrix.n) for side in work.job.pair.read(matrix.match, matrix.start, matrix.start + matrix.m * matrix.n))
+    records, top = [], None
+    for view in work.views:
+        began = time.perf_counter()
+        if rules.kind == "topk":
+            record, found = top_spectrum(matrix, w, v, view)
+        else:
+            side = sides.setdefault(view == "visible" and matrix.match.source.dtype != "bf16", Side())
+            record, found = spectrum(matrix, w, v, view, side, rules)
+        records.append(replace(record, seconds=time.perf_counter() - began))
+        top = found if view == "stored" else top
+    if similar and "stored" not in work.views:
+        top = top_directions(matrix, w, v, rules)
+    return records, top
+
+
+def top_directions(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, rules: Rules) -> Vectors | None:
+    """The top directions of an update whose spectrum is known already."""
+    if rules.kind == "topk":
+        return top_spectrum(matrix, w, v, "stored")[1]
+    long_w, long_v = (w, v) if matrix.m >= matrix.n else (w.T, v.T)
+    (c,) = symmetric(gram(long_w, long_v, of=("change",)), ("change",))
+    return directions(matrix, w, v, factorise(c, min(TOP, matrix.short)))
+
+
+def directions(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, top: Factor) -> Vectors | None:
+    """Left and right top singular vectors of the stored delta from those of its shorter side; None where it has fewer than TOP."""
+    k = top.vectors.shape[1]
+    if matrix.short < TOP or float(top.sigma[k - 1]) <= DEFICIENT * float(top.sigma[0]):
+        return None
+    tall = matrix.m >= matrix.n
+    long_w, long_v = (w, v) if tall else (w.T, v.T)
+    blocks = principal.row_blocks(*long_w.shape)
+    long = torch.cat([change(long_w[rows], long_v[rows], False)[1].double() @ top.vectors for rows in blocks]) / top.sigma[:k]
+    return (long, top.vectors) if tall else (top.vectors, long)
+
+
+def spectrum(
+    matrix: Matrix, w: torch.Tensor, v: torch.Tensor, view: str, side: Side, rules: Rules
+) -> tuple[SpectrumRecord, Vectors | None]:
+    """The record of one view, and the top directions of delta. W^T delta is summed in fp64 where W is near to singular."""
+    visible = view == "visible"
+    tall = matrix.m >= matrix.n
+    long_w, long_v = (w, v) if tall else (w.T, v.T)
+    empty = SpectrumRecord(matrix.index, matrix.part, view, matrix.m, matrix.n, reason="delta is zero")
+    parts = ("source", "change") if side.gram is None else ("change",)
+    *own, c = symmetric(gram(long_w, long_v, of=parts, visible=visible), parts)
+    side.gram = own[0] if own else side.gram
+    assert side.gram is not None
+    moved = bool(c.diagonal().sum())
+    if not moved and change(w, v, visible)[1].any():
+        return replace(empty, reason=UNDERFLOW), None
+    if not moved and not rules.both:
+        return empty, None
+    ranks = top_ranks(matrix.short)
+    side.factor = side.factor or factor_of(w, visible, side.gram, ranks[-1], rules)
+    found, block, top = None, 0, None
+    if moved:
+        singular = float(side.factor.sigma[-1]) <= NEAR_SINGULAR * float(side.factor.sigma[0])
+        wide = not visible and torch.float64 in (w.dtype, v.dtype)
+        block = BLOCK if max(w.shape) >= LONG * matrix.short and not singular and not wide else 0
+        (b,) = gram(long_w, long_v, of=("cross",), visible=visible, block=block)
+        delta = factorise(c, min(TOP, matrix.short)) if rules.similar and not visible else None
+        found = from_grams((side.gram, b, c), tall=tall, source=side.factor, delta=delta) or from_matrices(*change(w, v, visible))
+        top = directions(matrix, w, v, delta) if delta else None
+    side.masks = side.masks or principal.masks(long_w, side.factor.vectors, ranks, visible=visible)
+    overlaps = principal.overlaps(side.masks, long_w, long_v, visible=visible)
+    method = "svd" if found is not None and found.method == "svd" else "gram_mixed" if block else "gram"
+    return filled(empty, found, overlaps, method), top
+
+
+def factor_of(w: torch.Tensor, visible: bool, gram: torch.Tensor, keep: int, rules: Rules) -> Factor:
+    """The factor of W from its Gram matrix, or from W itself where its top fifth is too near to singular."""
+
+    def make() -> Factor:
+        found = factorise(gram, keep)
+        deficient = float(found.sigma[keep - 1]) <= GRAM_LIMIT * float(found.sigma[0])
+        return factorise_matrix(change(w, w, visible)[0], keep) if deficient else found
+
+    return make() if rules.factors is None else rules.factors.of(w, visible, keep, make)
+
+
+def top_spectrum(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, view: str) -> tuple[SpectrumRecord, Vectors | None]:
+    """The record of one view with the top of delta's spectrum alone, by block Krylov, and its top directions."""
+    empty = SpectrumRecord(matrix.index, matrix.part, view, matrix.m, matrix.n, reason="delta is zero")
+    delta = change(w, v, view == "visible")[1]
+    found = randomized_svd(delta, min(TOPK, matrix.short), names=[f"{matrix.match.name} {matrix.part}"])
+    assert not isinstance(found, list)
+    if not found.frobenius**2:
+        return empty if not found.frobenius else replace(empty, reason=UNDERFLOW), None
+    record = replace(
+        empty, method="topk", reason="", energy=found.frobenius**2, remainder=found.remainder, delta=found.sigma.numpy(),
+        bounds=torch.stack([found.lower, found.upper]).numpy(),
+    )  # fmt: skip
+    deficient = matrix.short < TOP or float(found.sigma[TOP - 1]) <= DEFICIENT * float(found.sigma[0])
+    return record, None if deficient else (found.u[:, :TOP].double(), found.v[:, :TOP].double())
+
+
+def filled(empty: SpectrumRecord, found: Spectra | None, overlaps: list[principal.Overlaps], method: str) -> SpectrumRecord:
+    content: dict[str, Any] = {
+        "masks": torch.stack([torch.from_numpy(one.counts) for one in overlaps]).numpy(),
+        "mask_sizes": torch.tensor([[one.size, one.taken, one.low_taken] for one in overlaps]).numpy(),
+    }
+    if found is not None:
+        content |= {name: getattr(found, name).numpy() for name in ("source", "trained", "delta")}
+        content["subspace"] = torch.stack([getattr(found, name) for name in SUBSPACE]).numpy()
+        return replace(empty, method=method, reason="", energy=float(found.delta.square().sum()), **content)
+    return replace(empty, **content)
