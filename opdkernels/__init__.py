@@ -13,16 +13,19 @@ from opdkernels.version import __version__
 if TYPE_CHECKING:
     from opdkernels.analysis.overlap import Overlaps
     from opdkernels.analysis.result import Analysis, load
-    from opdkernels.api import analyze, overlap
+    from opdkernels.analysis.trend import Trend
+    from opdkernels.api import analyze, overlap, trend
 
 WHERE = {
     "analyze": "opdkernels.api",
     "overlap": "opdkernels.api",
+    "trend": "opdkernels.api",
     "Overlaps": "opdkernels.analysis.overlap",
+    "Trend": "opdkernels.analysis.trend",
     "Analysis": "opdkernels.analysis.result",
     "load": "opdkernels.analysis.result",
 }
-__all__ = ["Analysis", "InputError", "Overlaps", "UsageError", "__version__", "analyze", "load", "overlap"]
+__all__ = ["Analysis", "InputError", "Overlaps", "Trend", "UsageError", "__version__", "analyze", "load", "overlap", "trend"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,10 +9,12 @@ from typing import Any
 from opdkernels import report
 from opdkernels.analysis import overlap as overlaps
 from opdkernels.analysis import run
+from opdkernels.analysis import trend as trends
 from opdkernels.analysis.folder import finished
 from opdkernels.analysis.overlap import Overlaps, run_overlap
 from opdkernels.analysis.result import Analysis, load
-from opdkernels.options import AnalyzeOptions, OverlapOptions, checked
+from opdkernels.analysis.trend import Trend
+from opdkernels.options import AnalyzeOptions, OverlapOptions, TrendOptions, checked
 from opdkernels.progress import Progress
 
 
@@ -66,10 +68,40 @@ def overlap(
     return result
 
 
+def trend(
+    base: str | os.PathLike[str],
+    *checkpoints: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Trend:
+    """Follow a run over two or more of its checkpoints: every figure of `analyze` at each, and how far each is the last.
+
+    base: the source; checkpoints: in the order of the steps in their names (checkpoint-200, step_0040), or as given where
+    a name has none. out: the folder to write to, each checkpoint's own analysis in steps/ below it; the same call with more
+    checkpoints goes on, and what depends on the source alone is kept in source/ (about a quarter of its size, and free to
+    delete). options: the fields of `opdkernels.options.TrendOptions` (spectra="exact", atol=1e-5, memory="4GB",
+    threads=None, io="auto", revision=None, allow_missing=False, csv=False, report=True, overwrite=False).
+
+    Raises InputError for input that cannot be read, UsageError for options that make no sense. docs/outputs.md defines
+    each column.
+    """
+    chosen = checked(TrendOptions, options)
+    assert isinstance(chosen, TrendOptions)
+    result = trends.run_trend(base, checkpoints, out, chosen, progress or (lambda done, total, name: None))
+    if result.path is not None and chosen.report:
+        for folder in result.folders:
+            report.write(folder, load(folder))
+        report.write_trend(result.path, result)
+    return result
+
+
 def write_report(out: str | os.PathLike[str]) -> Path:
-    """Write report.html again from the tables of a finished run, of either command. Raises InputError where there is none."""
+    """Write report.html again from the tables of a finished run, of any command. Raises InputError where there is none."""
     folder = Path(out)
     run = finished(folder)
     if run["command"] == "overlap":
         return report.write_overlap(folder, overlaps.load(folder, run))
+    if run["command"] == "trend":
+        return report.write_trend(folder, trends.load(folder, run))
     return report.write(folder, load(folder))

@@ -134,6 +134,45 @@ def overlap(
 
 
 @app.command()
+def trend(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Checkpoint that the run was trained from.", show_default=False)],
+    checkpoints: Annotated[list[str], typer.Argument(metavar="STEP [STEP ...]", help="Two or more checkpoints of the run.", show_default=False)],
+    out: Out,
+    spectra: Annotated[str, typer.Option(help="exact, topk or off, as of analyze, for every checkpoint.")] = "exact",
+    atol: Annotated[float, typer.Option(help="The changed set: coordinates whose visible |delta| exceeds this (rounded to bf16).")] = 1e-5,
+    memory: Memory = "4GB",
+    threads: Threads = None,
+    io: Io = "auto",
+    revision: Revision = None,
+    allow_missing: AllowMissing = False,
+    csv: Csv = False,
+    no_report: NoReport = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Follow a run over its checkpoints: sparsity, norm, stable rank, and when the final directions and coordinates are found.
+
+    Checkpoints are taken in the order of the steps that their names end with (checkpoint-200, step_0040), or as given where
+    one has none. Each gets all that analyze gives, in OUT/steps; trend.parquet and report.html follow them. The same command
+    with more checkpoints goes on. Factorisations of BASE are kept in OUT/source for that; the folder may be deleted.
+
+    Example: opdkernels trend Qwen2.5-0.5B my-run/checkpoint-* -o out
+    """
+    from opdkernels.analysis.trend import lines
+    from opdkernels.api import trend
+    from opdkernels.progress import reporting
+
+    options = {"spectra": spectra, "atol": atol, "memory": memory, "threads": threads, "io": io, "revision": revision,
+               "allow_missing": allow_missing, "csv": csv, "report": not no_report, "overwrite": overwrite}  # fmt: skip
+    with reporting(quiet) as progress:
+        result = trend(base, *checkpoints, out=out, progress=progress, **options)
+    if not quiet:
+        show(result.summary, lines(result), json)
+    raise typer.Exit(result.exit_status)
+
+
+@app.command()
 def report(out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of a finished run.", show_default=False)]) -> None:
     """Write report.html again from the tables of a finished run.
 

@@ -77,6 +77,16 @@ class OverlapOptions(Options):
     overwrite: bool = Field(False, description="Replace another run in the output folder.")
 
 
+class TrendOptions(Options):
+    memory: Bytes = Field(4 * 10**9, description="Most memory to use, such as 2GB; mapped files do not count.")
+    threads: int | None = Field(None, ge=1, le=4096, description="Threads of the kernels; torch's own number if not given.")
+    spectra: Literal["exact", "topk", "off"] = Field("exact", description="As of analyze, for every checkpoint.")
+    atol: float = Field(1e-5, ge=0, le=1e30, description="The changed set: coordinates whose visible |delta| exceeds this (rounded to bf16).")
+    csv: bool = Field(False, description="Also write the tables as CSV.")
+    report: bool = Field(True, description="Write report.html, and one for every checkpoint.")
+    overwrite: bool = Field(False, description="Replace another run in the output folder.")
+
+
 def checked(model: type[Options], values: dict) -> Options:
     """The options, or a UsageError of one line that names the option, its value and what is allowed."""
     from pydantic import ValidationError
@@ -90,5 +100,3 @@ def checked(model: type[Options], values: dict) -> Options:
             raise UsageError(f"there is no option {name!r}; the options are {', '.join(model.model_fields)}") from None
         message = first["msg"].removeprefix("Value error, ")
         raise UsageError(f"option {name} is {first['input']!r}: {message}") from None
-
-

@@ -32,16 +32,19 @@ except ImportError:  # not on Windows, where two writers are not noticed
 # run.json goes last: until then an interrupted --overwrite is known for what it is.
 OWN_FILES = ("summary.json", "tensors.parquet", "groups.parquet", "tensors.csv", "groups.csv", "report.html", "overlap.parquet", "overlap.csv",
              "spectra.parquet", "geometry.parquet", "spectra.csv", "geometry.csv", "spectra",
+             "trend.parquet", "trend.csv", "steps", "similarity", "source",
              *authors.FILES, "tallies", "run.json")  # fmt: skip
 
 
 def describe(command: str, options: dict[str, Any], sources: dict[str, Source]) -> dict[str, Any]:
-    """What run.json says at the start. `identity` covers what decides the result: the inputs and the version."""
+    """What run.json says at the start. `identity` covers what decides the result: the inputs and the version; of a trend
+    the source alone, as checkpoints may be added, and each is a run of its own."""
     inputs: dict[str, dict[str, Any]] = {
         role: {"path": source.path, "kind": source.kind, "files": [vars(fact) for fact in source.files]}
         for role, source in sources.items()
     }
-    facts = [command, __version__, SCHEMA_VERSION, {r: [os.path.realpath(i["path"]), i["files"]] for r, i in inputs.items()}]
+    deciding = {"source": inputs["source"]} if command == "trend" else inputs
+    facts = [command, __version__, SCHEMA_VERSION, {r: [os.path.realpath(i["path"]), i["files"]] for r, i in deciding.items()}]
     if command == "overlap":
         facts.append([options["atol"], options["strata"]])
     return {

@@ -84,7 +84,7 @@ def run_overlap(
         pairs = [match(sources[0], source) for source in sources[1:]]
         about = describe("overlap", chosen.model_dump(mode="json"), dict(zip(("source", *names(len(runs))), sources, strict=True)))
         with opened(out, about, chosen.overwrite) as folder:
-            together, excluded = in_all(pairs)
+            together, excluded = in_all(pairs, [f"run {name}" for name in names(len(runs))])
             counted = count(pairs, together, chosen, progress)
             for source in sources:
                 source.check()
@@ -104,7 +104,7 @@ def names(count: int) -> list[str]:
     return [chr(ord("A") + i) for i in range(count)]
 
 
-def in_all(pairs: list[Pair]) -> tuple[list[list[Match]], list[dict[str, str]]]:
+def in_all(pairs: Sequence[Pair], names: Sequence[str]) -> tuple[list[list[Match]], list[dict[str, str]]]:
     """Matches of the source that every run has, a list of one match a run; and what some run lacks."""
 
     def key(m: Match) -> tuple[str, int, int]:
@@ -117,11 +117,11 @@ def in_all(pairs: list[Pair]) -> tuple[list[list[Match]], list[dict[str, str]]]:
         if all(found):
             together.append([m for m in found if m])
         else:
-            lacking = [name for name, m in zip(names(len(pairs)), found, strict=True) if m is None]
-            excluded.append({"name": first.name, "reason": f"not in run {', '.join(lacking)} in the same shape"})
-    for name, pair in zip(names(len(pairs)), pairs, strict=True):
+            lacking = [name for name, m in zip(names, found, strict=True) if m is None]
+            excluded.append({"name": first.name, "reason": f"not in {', '.join(lacking)} in the same shape"})
+    for name, pair in zip(names, pairs, strict=True):
         excluded += [
-            {"name": u.name, "reason": f"run {name}: {u.reason}"} for u in pair.unmatched if u.kind in ("shape", "shard")
+            {"name": u.name, "reason": f"{name}: {u.reason}"} for u in pair.unmatched if u.kind in ("shape", "shard")
         ]
     if not together:
         raise InputError("no tensor of the source is in every run in the same shape; check that the runs come from this source")

@@ -56,14 +56,19 @@ def analyze(
             finally:
                 records.flush()
                 spectra.flush()
-            result = assemble(pair, [records.done[i] for i in range(len(pair.matches))], about)
-            if chosen.spectra != "off":
-                result.add_spectra(list(spectra.done.values()))
-            result.path = folder
-            if folder is not None:
-                write(folder, result, chosen)
-                if chosen.authors_csv:
-                    authors.write(folder, pair, result)
+            return conclude(Job(pair, records, spectra), about, folder, chosen)
+
+
+def conclude(job: Job, about: dict[str, Any], folder: Path | None, chosen: AnalyzeOptions) -> Analysis:
+    """Every figure of a pair whose records are complete, and its files."""
+    result = assemble(job.pair, [job.counted.done[i] for i in range(len(job.pair.matches))], about)
+    if chosen.spectra != "off":
+        result.add_spectra(list(job.spectra.done.values()))
+    result.path = folder
+    if folder is not None:
+        write(folder, result, chosen)
+        if chosen.authors_csv:
+            authors.write(folder, job.pair, result)
     return result
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from opdkernels.analysis.overlap import Overlaps
 from opdkernels.analysis.records import write_atomically
 from opdkernels.analysis.result import Analysis
+from opdkernels.analysis.trend import Trend
 from opdkernels.report import format
 from opdkernels.version import __version__
 
@@ -48,6 +49,20 @@ def render_overlap(result: Overlaps) -> str:
     from opdkernels.report.overlap import content
 
     return render_page("overlap.html", content(result))
+
+
+def write_trend(folder: Path, result: Trend) -> Path:
+    """Writes report.html to the folder of a `trend` run and returns its path."""
+    path = folder / "report.html"
+    write_atomically(path, render_trend(result).encode())
+    return path
+
+
+def render_trend(result: Trend) -> str:
+    """The page of a `trend` run as HTML; the same bytes for the same result."""
+    from opdkernels.report.trend import content
+
+    return render_page("trend.html", content(result))
 
 
 def render_page(template: str, variables: dict[str, Any]) -> str:

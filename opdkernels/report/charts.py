@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -181,6 +182,70 @@ def spectrum_curve(
         )
     parts.append(_text("axis middle", (frame.left + frame.width - frame.right) / 2, frame.height - 8, axis))
     return _svg(frame.width, frame.height, label, parts, f"chart {frame.kind}")
+
+
+Line = tuple[str, str, Sequence[float | None]]  # its class (visible, stored, null), its name, a value a step or None
+
+
+def step_curve(steps: Sequence[int], lines: Sequence[Line], text: Callable[[float | None], str], what: str, frame: Frame) -> Markup:
+    """Figures along a run of two steps or more. text: how a value reads; percents have percents on the axis."""
+    known = [v for _, _, values in lines for v in values if v is not None]
+    ticks = axis_ticks(min(known), max(known))
+    low, high = ticks[0], ticks[-1]
+    scale, unit = (100, " %") if text is percent else (1, "")
+    named = [f"{scale * value:.3g}{unit}" for value in ticks]
+    frame = replace(frame, left=max(frame.left, 16 + 7 * max(map(len, named))))
+
+    def x(step: float) -> float:
+        return frame.left + (step - steps[0]) / (steps[-1] - steps[0]) * frame.inner[0]
+
+    def y(value: float) -> float:
+        return frame.top + (high - value) / (high - low) * frame.inner[1]
+
+    parts: list[Markup] = []
+    for value, name in zip(ticks, named, strict=True):
+        parts += [_line("grid", frame.left, y(value), frame.width - frame.right, y(value)), _text("tick end", frame.left - 8, y(value) + 4, name)]
+    for step in apart([*steps], x, 52):
+        parts += [_line("tickmark", x(step), frame.floor, x(step), frame.floor + 5), _text("tick middle", x(step), frame.floor + 22, str(step))]
+    for kind, _, values in lines:
+        points = [(x(step), y(v)) for step, v in zip(steps, values, strict=True) if v is not None]
+        if len(points) > 1:
+            parts.append(_path(f"{kind}-line", points))
+        parts += [Markup('<circle class="{}-dot" cx="{}" cy="{}" r="4"/>').format(kind, _n(a), _n(b)) for a, b in points if kind != "null"]
+    edges = [x(steps[0]), *((x(a) + x(b)) / 2 for a, b in pairwise(steps)), x(steps[-1])]
+    for i, step in enumerate(steps):
+        told = f"step {step}: " + ", ".join(f"{name} {text(values[i])}" for _, name, values in lines)
+        parts.append(
+            Markup('<g class="probe"><title>{}</title><rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
+                told, _n(edges[i]), frame.top, _n(edges[i + 1] - edges[i]), frame.inner[1]
+            )
+        )
+    parts.append(_text("axis middle", (frame.left + frame.width - frame.right) / 2, frame.height - 8, "step"))
+    ends = ", ".join(f"{name} from {text(values[0])} to {text(values[-1])}" for _, name, values in lines)
+    return _svg(frame.width, frame.height, f"{what} {ends}", parts, f"chart {frame.kind}")
+
+
+def apart(steps: list[int], x: Callable[[float], float], room: float) -> list[int]:
+    """Those of the steps whose labels do not touch, the last of them for certain."""
+    kept = [steps[-1]]
+    for step in reversed(steps[:-1]):
+        if x(kept[-1]) - x(step) >= room:
+            kept.append(step)
+    return kept
+
+
+def axis_ticks(least: float, most: float) -> list[float]:
+    """Three to six round values that cover least .. most, from zero unless the values lie close together.
+
+    >>> axis_ticks(0.7, 0.73), axis_ticks(3, 146)
+    ([0.7, 0.71, 0.72, 0.73], [0.0, 50.0, 100.0, 150.0])
+    """
+    low = 0.0 if 0 <= least < 0.6 * most else least
+    span = (most - low) or abs(most) or 1.0
+    scale = 10.0 ** math.floor(math.log10(span))
+    step = next(m * scale for m in (0.2, 0.25, 0.5, 1, 2) if span / (m * scale) <= 5)
+    first, last = math.floor(low / step + 1e-9), math.ceil(most / step - 1e-9)
+    return [float(f"{k * step:.10g}") for k in range(first, max(last, first + 1) + 1)]
 
 
 STEP_LABELS = {"wide": ("0", "4", "8", "12", "16"), "slim": ("0", "8", "16")}

@@ -125,6 +125,24 @@ FIGURES: dict[str, Figure] = {
     "over_row": Figure("within rows", "changed by both over chance within |W| classes of each row", OWN),
     "z_row": Figure("z, rows", "standard deviations above chance within rows and |W|", OWN),
     "over_column": Figure("within columns", "changed by both over chance within |W| classes of each column", OWN),
+    "step": Figure("step", "number of the checkpoint: from its name, or its place in the order given", OWN),
+    "cosine_final": Figure("cosine", "of the checkpoint's update with that of the last one, stored view", OWN),
+    "similarity": Figure(
+        "Sim₁₆",
+        "‖V(t)ᵀV(T)‖² / 16 of the 16 top singular vectors of the update at a step and at the end, mean of left and right and over matrices",
+        OWN,
+    ),
+    "coverage_final": Figure("final set so far", "share of the coordinates changed at the end that are changed at this step, visible |Δ| > atol", OWN),
+    "coverage_step": Figure("kept to the end", "share of the coordinates changed at this step that are changed at the end", OWN),
+    "shared_over_magnitude": Figure(
+        "over |W|", "changed now and at the end, over what independent changes within each |W| of each tensor would share", OWN
+    ),
+    "frac_changed_since_previous": Figure("since previous", "share of the coordinates visibly other than at the checkpoint before", OWN),
+    "relative_norm_since_previous": Figure("moved since previous", "‖W_t − W_{t−1}‖ / ‖W‖, stored view", OWN),
+    "stable_rank": Figure("stable rank", "‖Δ‖² / σ₁², mean over matrices", PAPER),
+    "principal_coverage_10pct": Figure(
+        "principal coverage", "share of the changed coordinates in the tenth that the top singular vectors of W make large, mean over matrices", PAPER
+    ),
     "z_column": Figure("z, columns", "standard deviations above chance within columns and |W|", OWN),
 }
 

@@ -15,13 +15,16 @@ SECTIONS = ["answer", "pairs-of-runs", "where", "groups", "all", "left-out", "ru
 CASES = ["layers", "no layers", "hostile", "identical"]
 
 
-def checkpoints(case: str) -> list[dict[str, torch.Tensor]]:
+def sources(case: str) -> dict[str, torch.Tensor]:
     if case == "hostile":
-        source = {name: torch.randn(8, 4).bfloat16() for name in HOSTILE}
-    elif case == "no layers":
-        source = {"members.a.weight": 0.03 * torch.randn(40, 30), "members.a.bias": torch.zeros(40)}
-    else:
-        source = model(3)
+        return {name: torch.randn(8, 4).bfloat16() for name in HOSTILE}
+    if case == "no layers":
+        return {"members.a.weight": 0.03 * torch.randn(40, 30), "members.a.bias": torch.zeros(40)}
+    return model(3)
+
+
+def checkpoints(case: str) -> list[dict[str, torch.Tensor]]:
+    source = sources(case)
     return [source, *(source if case == "identical" else update(source, 4e-5, seed) for seed in (1, 2, 3))]
 
 

@@ -408,7 +408,8 @@ def show(page: Path, profile: Path, width: int, dark: bool) -> tuple[str, str]:
 PROBE = """<script>
 const found = {width: innerWidth, scroll: document.documentElement.scrollWidth, dark: matchMedia("(prefers-color-scheme: dark)").matches,
   paper: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color};
-const table = document.getElementById("tensors"), heads = [...table.querySelectorAll("th[aria-sort]")];
+const table = document.getElementById("tensors"), heads = table ? [...table.querySelectorAll("th[aria-sort]")] : [];
+if (table) {
 const index = heads.findIndex((h) => h.textContent === "parameters");
 const column = () => [...table.tBodies[0].rows].map((r) => Number(r.cells[index].dataset.v));
 heads[index].querySelector("button").click(); found.down = column(); found.sort = heads[index].getAttribute("aria-sort");
@@ -416,6 +417,7 @@ heads[index].querySelector("button").click(); found.up = column();
 heads[0].querySelector("button").click(); found.names = [...table.tBodies[0].rows].map((r) => r.cells[0].textContent);
 const search = document.querySelector(".filter input"); if (search) { search.value = "layers.1. up"; search.dispatchEvent(new Event("input")); }
 found.kept = [...table.tBodies[0].rows].filter((r) => !r.hidden).map((r) => r.cells[0].textContent);
+}
 const shown = () => [...document.querySelectorAll("#where .view")].filter((v) => v.getClientRects().length).map((v) => v.className);
 found.before = shown(); const stored = document.querySelector('.switch button[value="stored"]'); if (stored) stored.click(); found.after = shown();
 const cell = document.querySelector("#where g title"); if (cell) { cell.parentNode.querySelector("rect").dispatchEvent(new Event("click", {bubbles: true})); found.told = document.querySelector("#where .told").textContent; found.title = cell.textContent; }

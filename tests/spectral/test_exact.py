@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from opdkernels.ops.gram import gram, symmetric
-from opdkernels.spectral.exact import BLOCK, RATIOS, factorise, factorise_matrix, from_grams, from_matrices, singular_values, top_ranks
+from opdkernels.spectral.exact import (
+    BLOCK,
+    RATIOS,
+    factorise,
+    factorise_matrix,
+    from_grams,
+    from_matrices,
+    singular_values,
+    top_ranks,
+)
 
 SHAPE = (320, 120)
 

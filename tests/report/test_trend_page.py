@@ -1,0 +1,76 @@
+"""The page of a trend: inert, complete in every case, and right in a real browser."""
+
+from __future__ import annotations
+
+import pytest
+from safetensors.torch import save_file
+
+from opdkernels import report, trend
+from opdkernels.report.charts import axis_ticks
+from tests.report.test_overlap_page import CASES, sources
+from tests.report.test_report import EXPECTED_TAGS, Page, brightness, browser, probe, update
+
+SECTIONS = ["answer", "along", "steps", "groups", "left-out", "run", "glossary"]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[str, str]:
+    found = {}
+    for case in CASES:
+        folder, paths = tmp_path_factory.mktemp("trend"), []
+        source = sources(case)
+        for i, tensors in enumerate([source, *(source if case == "identical" else update(source, 4e-5, seed) for seed in (11, 12, 13))]):
+            path = folder / f"checkpoint-{100 * i}"
+            path.mkdir()
+            save_file(tensors, path / "model.safetensors")
+            paths.append(path)
+        result = trend(*paths)
+        found[case] = report.render_trend(result)
+        assert report.render_trend(result) == found[case]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_case_has_every_section_and_nests(pages, case):
+    page = Page(pages[case])
+    assert [e["attrs"]["id"] for e in page.all("section")] == SECTIONS
+    assert {e["tag"] for e in page.elements} <= EXPECTED_TAGS
+    assert len(page.all("table", id="checkpoints")) == 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_page_needs_and_runs_nothing_but_itself(pages, case):
+    page = Page(pages[case])
+    assert len(page.all("script")) == 1
+    for element in page.elements:
+        for name, value in element["attrs"].items():
+            assert not name.startswith("on")
+            if name in ("src", "href"):
+                assert value.startswith(("#", "data:"))
+
+
+def test_the_run_is_told_in_words(pages):
+    answer = Page(pages["layers"]).section("answer")
+    assert "At step 100 of 300" in answer
+    assert "most of it follows from the sizes of the weights" in answer  # independent updates share nothing more
+    assert "Nothing changed visibly by the end" in Page(pages["identical"]).section("answer")
+
+
+@pytest.mark.parametrize(("case", "figures"), [("layers", 6), ("identical", 3)])
+def test_there_is_a_drawing_for_every_question_that_has_an_answer(pages, case, figures):
+    assert len(Page(pages[case]).all("figure")) == figures
+
+
+def test_an_axis_covers_its_values_with_round_numbers():
+    for least, most in ((0.0, 0.0), (0.0, 1.0), (0.7, 0.7), (-0.2, 0.9), (1e-7, 3e-5), (145, 146), (0, 1e-300)):
+        ticks = axis_ticks(least, most)
+        assert ticks[0] <= least <= most <= ticks[-1]
+        assert 2 <= len(ticks) <= 7
+
+
+@browser
+@pytest.mark.parametrize(("case", "width", "dark"), [("layers", 360, True), ("layers", 1280, False), ("hostile", 360, False)])
+def test_in_a_browser_nothing_overflows(pages, tmp_path, case, width, dark):
+    found = probe(pages[case], tmp_path, width, dark)
+    assert found["scroll"] <= width
+    assert (brightness(found["paper"]) < brightness(found["ink"])) == dark
