@@ -47,9 +47,12 @@ static inline void gram_sum(const T* x, const T* y, int rows, double* tile) {
       for (int v = 0; v < 3; v++) sum[i][v] = multiply_add(left, right[v], sum[i][v]);
     }
   }
-  for (int i = 0; i < OPD_GRAM_TILE; i++)
-    for (int v = 0; v < 3; v++)
-      for (int l = 0; l < lanes; l++) tile[i * width + v * lanes + l] += (double)sum[i][v][l];
+  for (int i = 0; i < OPD_GRAM_TILE; i++) {
+    alignas(OPD_GRAM_BYTES) T row[width];  // through memory: vectors of T and of double differ in length
+    for (int v = 0; v < 3; v++) *(V*)(row + v * lanes) = sum[i][v];
+    OPD_SIMD()
+    for (int l = 0; l < width; l++) tile[i * width + l] += (double)row[l];
+  }
 }
 
 // Adds panel i by panel j, `rows` deep, to the result [n][n]; `block` rows are summed in T before they are in fp64. Within a
@@ -95,31 +98,43 @@ OPD_FN double gram_load(const void* p, int dtype, opd_i64 at) {
 }
 
 template <class T, int SOURCE, int TRAINED>
+OPD_FN void gram_value(const GramInput* in, int visible, opd_i64 source, opd_i64 trained, T* w, T* d) {
+  const double s = gram_load(in->source, SOURCE, source), t = gram_load(in->trained, TRAINED, trained);
+  if (visible) {
+    const GramValue value = gram_visible((float)s, (float)t);
+    *w = value.w, *d = value.d;
+  } else if (SOURCE == FP64 || TRAINED == FP64) {
+    const GramWide value = gram_stored(s, t);
+    *w = (T)value.w, *d = (T)value.d;
+  } else {
+    const GramValue value = gram_stored((float)s, (float)t);
+    *w = value.w, *d = value.d;
+  }
+}
+
+template <class T, int SOURCE, int TRAINED>
 static void gram_pack_as(const GramInput* in, int visible, int rows, opd_i64 n, int panel, T* w, T* d) {
   constexpr int width = gram_width<T>;
-  const bool along = in->source_column == 1;  // columns lie side by side; else rows do
-  for (int a = 0; a < (along ? rows : width); a++)
-    for (int b = 0; b < (along ? width : rows); b++) {
-      const int k = along ? a : b, c = along ? b : a;
-      const opd_i64 column = (opd_i64)panel * width + c;
-      T x = 0, y = 0;
-      if (column < n) {
-        const double s = gram_load(in->source, SOURCE, k * in->source_row + column * in->source_column);
-        const double t = gram_load(in->trained, TRAINED, k * in->trained_row + column * in->trained_column);
-        if (visible) {
-          const GramValue value = gram_visible((float)s, (float)t);
-          x = value.w, y = value.d;
-        } else if (SOURCE == FP64 || TRAINED == FP64) {
-          const GramWide value = gram_stored(s, t);
-          x = (T)value.w, y = (T)value.d;
-        } else {
-          const GramValue value = gram_stored((float)s, (float)t);
-          x = value.w, y = value.d;
-        }
+  const opd_i64 left = (opd_i64)panel * width;
+  const int columns = n - left < width ? (int)(n - left) : width;
+  if (columns < width) __builtin_memset(w, 0, sizeof(T) * rows * width), __builtin_memset(d, 0, sizeof(T) * rows * width);
+  if (in->source_column == 1 && in->trained_column == 1) {
+    for (int k = 0; k < rows; k++) {
+      const opd_i64 source = k * in->source_row + left, trained = k * in->trained_row + left;
+      if (columns == width) {  // a constant count: vectors
+        OPD_SIMD()
+        for (int c = 0; c < width; c++) gram_value<T, SOURCE, TRAINED>(in, visible, source + c, trained + c, w + k * width + c, d + k * width + c);
+      } else {
+        for (int c = 0; c < columns; c++) gram_value<T, SOURCE, TRAINED>(in, visible, source + c, trained + c, w + k * width + c, d + k * width + c);
       }
-      w[k * width + c] = x;
-      d[k * width + c] = y;
     }
+    return;
+  }
+  for (int c = 0; c < columns; c++) {
+    const opd_i64 source = (left + c) * in->source_column, trained = (left + c) * in->trained_column;
+    for (int k = 0; k < rows; k++)
+      gram_value<T, SOURCE, TRAINED>(in, visible, source + k * in->source_row, trained + k * in->trained_row, w + k * width + c, d + k * width + c);
+  }
 }
 
 template <class T>
