@@ -28,6 +28,7 @@ from opdkernels.spectral import principal
 from opdkernels.spectral.exact import (
     BLOCK,
     GRAM_LIMIT,
+    LARGE,
     LONG,
     NEAR_SINGULAR,
     Factor,
@@ -281,7 +282,7 @@ def spectrum(
     if moved:
         singular = float(side.factor.sigma[-1]) <= NEAR_SINGULAR * float(side.factor.sigma[0])
         wide = not visible and torch.float64 in (w.dtype, v.dtype)
-        block = BLOCK if max(w.shape) >= LONG * matrix.short and not singular and not wide else 0
+        block = BLOCK if matrix.m * matrix.n >= LARGE and max(w.shape) >= LONG * matrix.short and not singular and not wide else 0
         (b,) = gram(long_w, long_v, of=("cross",), visible=visible, block=block)
         delta = factorise(c, min(TOP, matrix.short)) if rules.similar and not visible else None
         found = from_grams((side.gram, b, c), tall=tall, source=side.factor, delta=delta) or from_matrices(*change(w, v, visible))

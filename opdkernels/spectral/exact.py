@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 
 RATIOS = (0.01, 0.05, 0.1, 0.2)
-BLOCK = 64  # rows of W^T delta summed in fp32, where a matrix is `LONG` times as long as it is short
+BLOCK = 64  # rows of W^T delta summed in fp32, where a matrix is `LONG` times as long as it is short and has `LARGE` coordinates
 LONG = 2
+LARGE = 1 << 18  # rounding of few blocks does not average out, and fp64 costs little
 NEAR_SINGULAR = 1e-3  # sigma_min / sigma_1 of W below which the drift needs W^T delta in fp64
 GRAM_LIMIT = 1e-6  # least sigma_k / sigma_1 of the top fifth at which its vectors come from the Gram matrix
 
