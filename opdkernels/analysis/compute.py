@@ -7,9 +7,10 @@ once for all runs.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,7 @@ from opdkernels.spectral.exact import (
     NEAR_SINGULAR,
     Factor,
     Spectra,
+    compressed,
     factorise,
     factorise_matrix,
     from_grams,
@@ -277,7 +279,7 @@ def spectrum(
     if not moved and not rules.both:
         return empty, None
     ranks = top_ranks(matrix.short)
-    side.factor = side.factor or factor_of(w, visible, side.gram, ranks[-1], rules)
+    side.factor = side.factor or factor_of(matrix, w, visible, side.gram, rules)
     found, block, top = None, 0, None
     if moved:
         singular = float(side.factor.sigma[-1]) <= NEAR_SINGULAR * float(side.factor.sigma[0])
@@ -285,7 +287,7 @@ def spectrum(
         block = BLOCK if matrix.m * matrix.n >= LARGE and max(w.shape) >= LONG * matrix.short and not singular and not wide else 0
         (b,) = gram(long_w, long_v, of=("cross",), visible=visible, block=block)
         delta = factorise(c, min(TOP, matrix.short)) if rules.similar and not visible else None
-        found = from_grams((side.gram, b, c), tall=tall, source=side.factor, delta=delta) or from_matrices(*change(w, v, visible))
+        found = from_grams((side.gram, b, c), tall=tall, source=side.factor, delta=delta) or by_svd(matrix, w, v, visible, rules)
         top = directions(matrix, w, v, delta) if delta else None
     side.masks = side.masks or principal.masks(long_w, side.factor.vectors, ranks, visible=visible)
     overlaps = principal.overlaps(side.masks, long_w, long_v, visible=visible)
@@ -293,15 +295,50 @@ def spectrum(
     return filled(empty, found, overlaps, method), top
 
 
-def factor_of(w: torch.Tensor, visible: bool, gram: torch.Tensor, keep: int, rules: Rules) -> Factor:
+def factor_of(matrix: Matrix, w: torch.Tensor, visible: bool, gram: torch.Tensor, rules: Rules) -> Factor:
     """The factor of W from its Gram matrix, or from W itself where its top fifth is too near to singular."""
+    keep = top_ranks(matrix.short)[-1]
 
     def make() -> Factor:
         found = factorise(gram, keep)
-        deficient = float(found.sigma[keep - 1]) <= GRAM_LIMIT * float(found.sigma[0])
-        return factorise_matrix(change(w, w, visible)[0], keep) if deficient else found
+        if float(found.sigma[keep - 1]) > GRAM_LIMIT * float(found.sigma[0]):
+            return found
+        with alone(matrix, rules):
+            return factorise_matrix(small(matrix, w, w, visible)[0], keep)
 
     return make() if rules.factors is None else rules.factors.of(w, visible, keep, make)
+
+
+def by_svd(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, visible: bool, rules: Rules) -> Spectra:
+    with alone(matrix, rules):
+        return from_matrices(*small(matrix, w, v, visible))
+
+
+def small(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, visible: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """W and delta in fp64, or, of a long matrix, what an orthonormal factor leaves of them."""
+    m, n = matrix.m, matrix.n
+    if max(m, n) < 3 * matrix.short:
+        return change(w, v, visible)
+    long_w, long_v = (w, v) if m >= n else (w.T, v.T)
+    step = max(2 * matrix.short, principal.BLOCK // matrix.short)
+    blocks = (change(long_w[i : i + step], long_v[i : i + step], visible) for i in range(0, max(m, n), step))
+    found = compressed(blocks)
+    return found if m >= n else (found[0].T, found[1].T)
+
+
+one_at_a_time = threading.Lock()
+
+
+@contextlib.contextmanager
+def alone(matrix: Matrix, rules: Rules) -> Iterator[None]:
+    """Of the SVDs that matrices near to singular need, one runs at a time, beyond the memory that was taken for Gram matrices."""
+    if matrix.svd_memory > rules.limit:
+        raise MemoryError(
+            f"{matrix.m} x {matrix.n} is near to singular: its SVD needs {amount(matrix.svd_memory)}, {amount(rules.limit)} are "
+            f"allowed; pass --memory {matrix.svd_memory // 10**6 + 1}MB"
+        )
+    with one_at_a_time:
+        yield
 
 
 def top_spectrum(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, view: str) -> tuple[SpectrumRecord, Vectors | None]:

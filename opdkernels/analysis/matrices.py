@@ -37,6 +37,11 @@ class Matrix:
         return memory(self.m, self.n)
 
     @property
+    def svd_memory(self) -> int:
+        """Bytes: the QR and SVD in fp64 that a matrix near to singular takes."""
+        return 200 * self.short**2 + (1 << 24)
+
+    @property
     def topk_memory(self) -> int:
         """Bytes: delta in fp32 twice, and the blocks of the search."""
         return 8 * self.m * self.n + 64 * TOPK * (self.m + self.n) + (1 << 24)

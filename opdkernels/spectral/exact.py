@@ -15,7 +15,7 @@ Source: arXiv 2606.13657 (the figures); Golub and Van Loan, 8.6; Bjorck and Golu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -142,6 +142,18 @@ def from_grams(
     return Spectra(
         source.sigma, trained.sigma, delta.sigma if delta else singular_values(c), ranks, projection, left, right, *rotations, "gram"
     )
+
+
+def compressed(blocks: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """R_w, R_d [<= 2 n, n] fp64 of long matrices W, D [m, n] given in row blocks: W = Q R_w, D = Q R_d with one orthonormal Q, so
+    that they have every figure of W and D. By QR block after block, in memory that does not grow with m."""
+    r = None
+    for w, d in blocks:
+        both = torch.cat([w, d], 1).double()
+        r = torch.linalg.qr(both if r is None else torch.cat([r, both]), mode="r").R
+    assert r is not None
+    half = r.shape[1] // 2
+    return r[:, :half], r[:, half:]
 
 
 def from_matrices(w: torch.Tensor, d: torch.Tensor, *, ratios: Sequence[float] = RATIOS) -> Spectra:

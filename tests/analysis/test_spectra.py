@@ -17,6 +17,7 @@ import torch
 from opdkernels import analyze
 from opdkernels.analysis import compute
 from opdkernels.analysis.geometry import random_spectrum
+from opdkernels.analysis.matrices import Matrix
 from tests.analysis.conftest import save, trained, weights
 
 RATIOS = {"1pct": 0.01, "5pct": 0.05, "10pct": 0.1, "20pct": 0.2}
@@ -149,6 +150,27 @@ def test_too_little_memory_names_the_matrix_and_the_least_that_would_do(tmp_path
     least = large["reason"].split("--memory ")[1].split(" ")[0]
     assert analyze(*paths, memory=least, spectra="exact").exit_status == 0
     assert analyze(*paths, memory="64MB", spectra="topk").exit_status == 0
+
+
+def test_a_matrix_near_to_singular_has_its_figures_from_an_svd(tmp_path, monkeypatch):
+    """Of rank 5, with twenty-four top vectors asked for; long, wide and square."""
+    generator = torch.Generator().manual_seed(0)
+    source = {
+        f"layers.0.{name}.weight": 0.1 * torch.randn(m, 5, generator=generator) @ torch.randn(5, n, generator=generator)
+        for name, (m, n) in {"up_proj": (600, 120), "down_proj": (120, 600), "q_proj": (120, 120)}.items()
+    }
+    after = {name: w + 1e-3 * torch.randn(w.shape, generator=generator) for name, w in source.items()}
+    paths = save(tmp_path / "a", source), save(tmp_path / "b", after)
+    result = analyze(*paths)
+    for a, b in zip(rows(result.spectra, view="stored"), rows(result.geometry, view="stored"), strict=True):
+        row, exact = a | b, oracle(source[a["name"]], after[a["name"]])
+        assert row["method"] == "svd"
+        for name in ("stable_rank", "effective_rank", "drift", "projection_1pct", "projection_left_1pct", "rotation_right_1pct", "principal_coverage_1pct"):
+            assert row[name] == pytest.approx(exact[name], rel=1e-6), name
+    monkeypatch.setattr(Matrix, "svd_memory", 10**9)
+    refused = analyze(*paths, memory="500MB")
+    assert refused.exit_status == 3
+    assert all("near to singular" in row["reason"] and "--memory 1001MB" in row["reason"] for row in rows(refused.spectra))
 
 
 def test_topk_bounds_hold_and_exact_replaces_it(pair, tmp_path):

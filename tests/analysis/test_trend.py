@@ -115,7 +115,7 @@ def test_one_more_checkpoint_goes_on_and_factors_nothing_twice(run, tmp_path, mo
     base, checkpoints = run
     made = []
     real = compute.factor_of
-    monkeypatch.setattr(compute, "factor_of", lambda w, *rest: made.append(w.shape) or real(w, *rest))
+    monkeypatch.setattr(compute, "factor_of", lambda matrix, *rest: made.append(matrix.match.name) or real(matrix, *rest))
     trend(base, *checkpoints[:2], out=tmp_path / "out")
     factored = len(made)
     assert factored == sum(w.ndim == 2 for w in weights().values())  # once for both checkpoints

@@ -9,6 +9,7 @@ from opdkernels.ops.gram import gram, symmetric
 from opdkernels.spectral.exact import (
     BLOCK,
     RATIOS,
+    compressed,
     factorise,
     factorise_matrix,
     from_grams,
@@ -96,6 +97,13 @@ def test_the_definition_agrees_with_the_oracle():
         factor = factorise_matrix(a, found.ranks[-1])
         torch.testing.assert_close(factor.sigma, found.source)
         assert factor.vectors.shape == (min(a.shape), found.ranks[-1])
+
+
+def test_a_long_pair_has_the_figures_of_what_its_orthonormal_factor_leaves():
+    w, d = random((700, 40)), 1e-3 * random((700, 40), 1)
+    long, short = (from_matrices(*pair) for pair in ((w, d), compressed(zip(w.split(90), d.split(90), strict=True))))
+    for name in ("source", "trained", "delta", "projection", "projection_left", "projection_right", "rotation_left", "rotation_right"):
+        torch.testing.assert_close(getattr(short, name), getattr(long, name), rtol=1e-9, atol=1e-12)
 
 
 def test_a_known_source_is_not_factorised_again():
