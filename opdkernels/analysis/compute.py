@@ -126,13 +126,11 @@ def compute_all(
         waiting = {pool.submit(examine, task, rules, memory): task for task in sorted(tasks, key=lambda task: -task.cost)}
         try:
             for ended in as_completed(waiting):
-                task = waiting[ended]
-                found, tops = ended.result()
+                task, (found, alike) = waiting[ended], ended.result()
                 for work, record in found:
                     work.job.spectra.add(record)
-                if similarities is not None and task.similar:
-                    matrix = task.matrix
-                    similarities.add(Similarity(matrix.index, matrix.part, matrix.m, matrix.n, run, *to_the_last(tops)))
+                if similarities is not None and alike is not None:
+                    similarities.add(replace(alike, run=run))
                 done += task.cost
                 progress(int(total_bytes * done / total_cost), total_bytes, task.matrix.match.name)
         except BaseException:
@@ -169,8 +167,8 @@ def satisfies(record: SpectrumRecord | None, kind: str) -> bool:
 Found = list[tuple[Work, SpectrumRecord]]
 
 
-def examine(task: Task, rules: Rules, memory: Memory) -> tuple[Found, list[Vectors | None]]:
-    """The records that were missing, and the top directions of each run's update where they are wanted."""
+def examine(task: Task, rules: Rules, memory: Memory) -> tuple[Found, Similarity | None]:
+    """The records that were missing, and how like the last run's update the others' are, where that is wanted."""
     found: Found = []
     tops: list[Vectors | None] = []
     needed = task.matrix.topk_memory if rules.kind == "topk" else task.matrix.memory
@@ -193,7 +191,8 @@ def examine(task: Task, rules: Rules, memory: Memory) -> tuple[Found, list[Vecto
     finally:
         if fits:
             memory.give_back(needed)
-    return found, tops
+    matrix = task.matrix
+    return found, Similarity(matrix.index, matrix.part, matrix.m, matrix.n, "", *to_the_last(tops)) if task.similar else None
 
 
 def hopeless(work: Work, rules: Rules) -> str:
