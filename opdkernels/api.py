@@ -31,7 +31,7 @@ def analyze(
     source, trained: folders, files or hub ids. out: the folder of the run, where tables, summary and report go and from
     which a killed run goes on; without it nothing is written. progress: called with bytes done, bytes in all and the
     tensor at hand. options: the fields of `opdkernels.options.AnalyzeOptions` (memory="4GB", threads=None, io="auto",
-    revision=None, allow_missing=False, csv=False, authors_csv=False, report=True, overwrite=False).
+    revision=None, allow_missing=False, spectra="exact", csv=False, authors_csv=False, report=True, overwrite=False).
 
     Raises InputError for input that cannot be read, UsageError for options that make no sense. Source of the figures:
     arXiv 2606.13657; docs/outputs.md defines each.
@@ -77,10 +77,10 @@ def trend(
 ) -> Trend:
     """Follow a run over two or more of its checkpoints: every figure of `analyze` at each, and how far each is the last.
 
-    base: the source; checkpoints: in the order of the steps in their names (checkpoint-200, step_0040), or as given where
-    a name has none. out: the folder to write to, each checkpoint's own analysis in steps/ below it; the same call with more
-    checkpoints goes on, and what depends on the source alone is kept in source/ (about a quarter of its size, and free to
-    delete). options: the fields of `opdkernels.options.TrendOptions` (spectra="exact", atol=1e-5, memory="4GB",
+    base: the source; checkpoints: taken in the order of the steps in their names (checkpoint-200, step_0040), those without
+    last. out: the folder to write to, each checkpoint's own analysis in steps/ below it; the same call with more
+    checkpoints goes on, and what depends on the source alone is kept in factors/ (a fifth to four fifths of the source's
+    size, the more the squarer its matrices; free to delete between runs). options: the fields of `opdkernels.options.TrendOptions` (spectra="exact", atol=1e-5, memory="4GB",
     threads=None, io="auto", revision=None, allow_missing=False, csv=False, report=True, overwrite=False).
 
     Raises InputError for input that cannot be read, UsageError for options that make no sense. docs/outputs.md defines

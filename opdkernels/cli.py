@@ -153,9 +153,9 @@ def trend(
 ) -> None:
     """Follow a run over its checkpoints: sparsity, norm, stable rank, and when the final directions and coordinates are found.
 
-    Checkpoints are taken in the order of the steps that their names end with (checkpoint-200, step_0040), or as given where
-    one has none. Each gets all that analyze gives, in OUT/steps; trend.parquet and report.html follow them. The same command
-    with more checkpoints goes on. Factorisations of BASE are kept in OUT/source for that; the folder may be deleted.
+    Checkpoints are taken in the order of the steps that their names end with (checkpoint-200, step_0040), those without one
+    last. Each gets all that analyze gives, in OUT/steps; trend.parquet and report.html follow them. The same command with
+    more checkpoints goes on. Factorisations of BASE are kept in OUT/factors for that; the folder may be deleted.
 
     Example: opdkernels trend Qwen2.5-0.5B my-run/checkpoint-* -o out
     """

@@ -8,6 +8,7 @@ once for all runs.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -45,11 +46,25 @@ from opdkernels.spectral.randomized import randomized_svd
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What spectra need to know of a tensor's tally: why there is none, non-finite coordinates, whether any moved."""
+
+    failure: str
+    nonfinite: int
+    moved: bool
+
+    @classmethod
+    def of(cls, record: Record) -> Facts:
+        tally = record.tally
+        return cls("", tally.nonfinite, bool(tally.changed("stored").any())) if tally is not None else cls(record.failure or "not counted", 0, False)
+
+
+@dataclass(frozen=True)
 class Job:
-    """A run: its checkpoint beside the source, what was counted of it, and the spectra known so far."""
+    """A run: its checkpoint beside the source, what was counted of each match, and the spectra known so far."""
 
     pair: Pair
-    counted: Records[Record]
+    facts: dict[int, Facts]
     spectra: Records[SpectrumRecord]
 
 
@@ -125,8 +140,8 @@ def compute_all(
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting = {pool.submit(examine, task, rules, memory): task for task in sorted(tasks, key=lambda task: -task.cost)}
         try:
-            for ended in as_completed(waiting):
-                task, (found, alike) = waiting[ended], ended.result()
+            for ended in as_completed(list(waiting)):
+                task, (found, alike) = waiting.pop(ended), ended.result()
                 for work, record in found:
                     work.job.spectra.add(record)
                 if similarities is not None and alike is not None:
@@ -190,21 +205,29 @@ def examine(task: Task, rules: Rules, memory: Memory) -> tuple[Found, Similarity
             tops.append(top)
     finally:
         if fits:
+            trim()
             memory.give_back(needed)
     matrix = task.matrix
     return found, Similarity(matrix.index, matrix.part, matrix.m, matrix.n, "", *to_the_last(tops)) if task.similar else None
 
 
+trim_heap: Any = None
+with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+    trim_heap = ctypes.CDLL(None).malloc_trim
+
+
+def trim() -> None:
+    """Gives freed memory back to the system: between matrices of many sizes glibc would keep gigabytes in pieces."""
+    if trim_heap is not None:
+        trim_heap(0)
+
+
 def hopeless(work: Work, rules: Rules) -> str:
     """Why a matrix has no spectra, as far as its tally tells: no need to read it."""
-    counted = work.job.counted.done[work.matrix.index]
-    if counted.tally is None:
-        return counted.failure or "not counted"
-    if counted.tally.nonfinite:
-        return f"non-finite: {counted.tally.nonfinite} coordinates of the tensor"
-    if not rules.both and not counted.tally.changed("stored").any():
-        return "delta is zero"
-    return ""
+    facts = work.job.facts[work.matrix.index]
+    if facts.nonfinite:
+        return f"non-finite: {facts.nonfinite} coordinates of the tensor"
+    return facts.failure or ("" if rules.both or facts.moved else "delta is zero")
 
 
 def too_large(matrix: Matrix, rules: Rules, needed: int) -> str:

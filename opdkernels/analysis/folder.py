@@ -29,11 +29,11 @@ try:
 except ImportError:  # not on Windows, where two writers are not noticed
     fcntl = None  # type: ignore[assignment]
 
+OWN_FOLDERS = ("tallies", "spectra", "steps", "similarity", "factors")
 # run.json goes last: until then an interrupted --overwrite is known for what it is.
 OWN_FILES = ("summary.json", "tensors.parquet", "groups.parquet", "tensors.csv", "groups.csv", "report.html", "overlap.parquet", "overlap.csv",
-             "spectra.parquet", "geometry.parquet", "spectra.csv", "geometry.csv", "spectra",
-             "trend.parquet", "trend.csv", "steps", "similarity", "source",
-             *authors.FILES, "tallies", "run.json")  # fmt: skip
+             "spectra.parquet", "geometry.parquet", "spectra.csv", "geometry.csv", "trend.parquet", "trend.csv",
+             *authors.FILES, *OWN_FOLDERS, "run.json")  # fmt: skip
 
 
 def describe(command: str, options: dict[str, Any], sources: dict[str, Source]) -> dict[str, Any]:
@@ -117,6 +117,7 @@ def opened(out: str | os.PathLike[str] | None, run: dict[str, Any], overwrite: b
 def claim(folder: Path, run: dict[str, Any], overwrite: bool) -> None:
     named = printable(str(folder))
     try:
+        keep_apart(folder, run)
         if overwrite:
             clear(folder)
         before = read_run(folder)
@@ -130,8 +131,23 @@ def claim(folder: Path, run: dict[str, Any], overwrite: bool) -> None:
         raise InputError(f"cannot write to {named}: {error.strerror}; choose another folder") from None
 
 
+def keep_apart(folder: Path, run: dict[str, Any]) -> None:
+    """Raises InputError where the run would write into, or clear away, a folder that no run made."""
+    named = printable(str(folder))
+    written = [os.path.realpath(folder / name) for name in OWN_FOLDERS]
+    for role, given in run["inputs"].items():
+        path = os.path.realpath(given["path"])
+        for own in written:
+            if os.path.exists(path) and (path == own or path.startswith(own + os.sep)):
+                raise InputError(f"{role} {printable(given['path'])} lies in {printable(own)}, which the run writes to; choose another folder than {named}")
+    if not (folder / "run.json").exists():
+        for name in OWN_FOLDERS:
+            if (folder / name).exists() or (folder / name).is_symlink():
+                raise InputError(f"{named} has a {name} that is not of a run, as there is no run.json; choose another folder")
+
+
 def clear(folder: Path) -> None:
-    """Removes what runs write; whatever else lies in the folder stays."""
+    """Removes what runs write, from the folder of one; whatever else lies there stays."""
     for name in OWN_FILES:
         path = folder / name
         if path.is_dir() and not path.is_symlink():

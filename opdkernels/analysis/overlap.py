@@ -104,56 +104,65 @@ def names(count: int) -> list[str]:
     return [chr(ord("A") + i) for i in range(count)]
 
 
+def place_of(match: Match) -> tuple[str, int, int]:
+    """Which elements of the source a match compares."""
+    return match.source.name, match.source_start, match.numel
+
+
 def in_all(pairs: Sequence[Pair], names: Sequence[str]) -> tuple[list[list[Match]], list[dict[str, str]]]:
     """Matches of the source that every run has, a list of one match a run; and what some run lacks."""
-
-    def key(m: Match) -> tuple[str, int, int]:
-        return m.source.name, m.source_start, m.numel
-
-    by_key = [{key(m): m for m in pair.matches} for pair in pairs]
+    by_place = [{place_of(m): m for m in pair.matches} for pair in pairs]
+    held = [{m.source.name for m in pair.matches} for pair in pairs]
+    order = {name: i for i, name in enumerate(pairs[0].source.tensors)}
+    first = {place_of(m): m for pair in reversed(pairs) for m in pair.matches}
     together, excluded = [], []
-    for first in pairs[0].matches:
-        found = [matches.get(key(first)) for matches in by_key]
-        if all(found):
-            together.append([m for m in found if m])
-        else:
-            lacking = [name for name, m in zip(names, found, strict=True) if m is None]
-            excluded.append({"name": first.name, "reason": f"not in {', '.join(lacking)} in the same shape"})
+    for where, one in sorted(first.items(), key=lambda item: (order[item[0][0]], item[0][1:])):
+        found = [matches[where] for matches in by_place if where in matches]
+        if len(found) == len(pairs):
+            together.append(found)
+            continue
+        lacking = [i for i, matches in enumerate(by_place) if where not in matches]
+        cut = all(one.source.name in held[i] for i in lacking)
+        absent = ", ".join(names[i] for i in lacking)
+        excluded.append({"name": one.name, "reason": f"stored in other parts in {absent}" if cut else f"not in {absent} in the same shape"})
     for name, pair in zip(names, pairs, strict=True):
-        excluded += [
-            {"name": u.name, "reason": f"{name}: {u.reason}"} for u in pair.unmatched if u.kind in ("shape", "shard")
-        ]
+        excluded += [{"name": u.name, "reason": f"{name}: {u.reason}"} for u in pair.unmatched if u.kind in ("shape", "shard")]
     if not together:
         raise InputError("no tensor of the source is in every run in the same shape; check that the runs come from this source")
     return together, excluded
 
 
+def bytes_each(matches: Sequence[Match]) -> int:
+    """Of one coordinate in the source and every run."""
+    return ITEM_BYTES[matches[0].source.dtype] + sum(ITEM_BYTES[m.trained.dtype] for m in matches)
+
+
+def read_all(pairs: Sequence[Pair], matches: Sequence[Match], begin: int, end: int) -> list[Any]:
+    """Elements [begin, end) of a tensor of the source, and of it in every run."""
+    first = matches[0]
+    tensors = [pairs[0].source.read(first.source.name, first.source_start + begin, first.source_start + end)]
+    for pair, m in zip(pairs, matches, strict=True):
+        tensors.append(pair.trained.read(m.trained.name, m.trained_start + begin, m.trained_start + end))
+    return tensors
+
+
 def count(pairs: list[Pair], together: list[list[Match]], chosen: OverlapOptions, progress: Progress) -> list[Counted]:
     cut = to_bf16_pattern(chosen.atol)
-    source = pairs[0].source
-    each = [ITEM_BYTES[ms[0].source.dtype] + sum(ITEM_BYTES[m.trained.dtype] for m in ms) for ms in together]
-    total, done = sum(ms[0].numel * e for ms, e in zip(together, each, strict=True)), 0
+    total, done = sum(ms[0].numel * bytes_each(ms) for ms in together), 0
     counted = []
-    for matches, bytes_each in zip(together, each, strict=True):
-        first = matches[0]
+    for matches in together:
+        first, each = matches[0], bytes_each(matches)
         found = Overlap.empty(len(pairs), cut)
-
-        def read(begin: int, end: int, matches: list[Match] = matches) -> list[Any]:
-            tensors = [source.read(matches[0].source.name, matches[0].source_start + begin, matches[0].source_start + end)]
-            for pair, m in zip(pairs, matches, strict=True):
-                tensors.append(pair.trained.read(m.trained.name, m.trained_start + begin, m.trained_start + end))
-            return tensors
-
-        for begin, end in slices(first.numel, bytes_each, chosen.memory):
-            w, *trained = read(begin, end)
+        for begin, end in slices(first.numel, each, chosen.memory):
+            w, *trained = read_all(pairs, matches, begin, end)
             overlap(w, trained, cut=cut, into=found)
-            progress(done + end * bytes_each, total, first.name)
+            progress(done + end * each, total, first.name)
         one = Counted(first, found)
         if chosen.strata and len(first.shape) == 2 and first.numel:
-            w, *trained = (t.reshape(first.shape) for t in read(0, first.numel))
+            w, *trained = (t.reshape(first.shape) for t in read_all(pairs, matches, 0, first.numel))
             for strata in chosen.strata:
                 one.strata[strata] = strata_chance(w, trained, strata, cut=cut)
-        done += first.numel * bytes_each
+        done += first.numel * each
         counted.append(one)
     return counted
 

@@ -6,8 +6,10 @@ second's work, numbered in order: names of tensors are data and never become nam
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from opdkernels.analysis.coordinates import SparseTally
 from opdkernels.errors import InputError, printable
 
 FLUSH_EVERY_S = 1.0
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Record:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """The file is there whole or not at all, even after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -59,6 +61,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -124,7 +130,8 @@ R = TypeVar("R", bound=Keyed)
 
 
 class Records(Generic[R]):
-    """The records of a run; with a folder, appended there. `done` maps a record's key to it."""
+    """The records of a run; with a folder, appended there. `done` maps a record's key to it. A fragment's name is its number
+    and the digest of its bytes: damage does not become a figure."""
 
     def __init__(self, folder: Path | None, write: Callable[[list[R]], pa.Table], read: Callable[[pa.Table], Iterator[R]]):
         self.folder, self.write, self.read = folder, write, read
@@ -141,12 +148,15 @@ class Records(Generic[R]):
 
     def load(self, path: Path) -> None:
         try:
-            with pa.memory_map(str(path)) as file:
-                for record in self.read(pa.ipc.open_file(file).read_all()):
-                    self.done[record.key] = record
+            content = path.read_bytes()
+            number, found, _ = path.name.split(".")
+            if found != digest(content):
+                raise ValueError("its bytes are not those that were written")
+            for record in self.read(pa.ipc.open_file(pa.py_buffer(content)).read_all()):
+                self.done[record.key] = record
         except (pa.ArrowInvalid, ValueError, KeyError, OSError) as error:
             raise InputError(f"{printable(str(path))} cannot be read ({printable(str(error))}); delete it, or start again with --overwrite") from None
-        self.fragments = max(self.fragments, int(path.stem))
+        self.fragments = max(self.fragments, int(number))
 
     def add(self, record: R) -> None:
         self.done[record.key] = record
@@ -161,7 +171,8 @@ class Records(Generic[R]):
             table = self.write(self.pending)
             with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
                 writer.write_table(table)
-            write_atomically(self.folder / f"{self.fragments:06d}.arrow", sink.getvalue())
+            content = sink.getvalue()
+            write_atomically(self.folder / f"{self.fragments:06d}.{digest(content)}.arrow", content)
         self.pending.clear()
         self.flushed = time.monotonic()
 

@@ -92,7 +92,7 @@ def load(path: str | Path) -> Analysis:
     folder = Path(path)
     run = finished(folder)
     if run["command"] != "analyze":
-        raise InputError(f"{printable(str(folder))} holds an {run['command']} run; give the folder of an analyze run")
+        raise InputError(f"{printable(str(folder))} holds a run of {run['command']}; give the folder of an analyze run")
     records, spectra = tallies(folder / "tallies"), spectrum_records(folder / "spectra")
     with readable(folder):
         of_matrices = (pq.read_table(path) if (path := folder / f"{name}.parquet").exists() else None for name in ("spectra", "geometry"))

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from opdkernels.analysis import authors, null, tables
-from opdkernels.analysis.compute import Job, Rules, compute_all
+from opdkernels.analysis.compute import Facts, Job, Rules, compute_all
 from opdkernels.analysis.coordinates import RATIOS, VIEWS, Columns, SparseTally, figures, ratio_label, to_bf16_pattern
 from opdkernels.analysis.folder import describe, opened
 from opdkernels.analysis.records import Record, Records, tallies, write_json
 from opdkernels.analysis.result import Analysis
+from opdkernels.analysis.spectra import SpectrumRecord
 from opdkernels.analysis.spectra import spectra as spectra_records
 from opdkernels.checkpoint.names import place
 from opdkernels.checkpoint.pair import ITEM_BYTES, Pair, open_pair
@@ -51,24 +52,30 @@ def analyze(
             try:
                 count_all(pair, records, chosen.memory, progress)
                 if chosen.spectra != "off":
-                    compute_all([Job(pair, records, spectra)], Rules(chosen.spectra, chosen.memory, chosen.authors_csv), progress)
+                    compute_all([Job(pair, facts(records), spectra)], Rules(chosen.spectra, chosen.memory, chosen.authors_csv), progress)
                 pair.check()
             finally:
                 records.flush()
                 spectra.flush()
-            return conclude(Job(pair, records, spectra), about, folder, chosen)
+            return conclude(pair, records, spectra, about, folder, chosen)
 
 
-def conclude(job: Job, about: dict[str, Any], folder: Path | None, chosen: AnalyzeOptions) -> Analysis:
+def facts(records: Records[Record]) -> dict[int, Facts]:
+    return {index: Facts.of(record) for index, record in records.done.items()}
+
+
+def conclude(
+    pair: Pair, records: Records[Record], spectra: Records[SpectrumRecord], about: dict[str, Any], folder: Path | None, chosen: AnalyzeOptions
+) -> Analysis:
     """Every figure of a pair whose records are complete, and its files."""
-    result = assemble(job.pair, [job.counted.done[i] for i in range(len(job.pair.matches))], about)
+    result = assemble(pair, [records.done[i] for i in range(len(pair.matches))], about)
     if chosen.spectra != "off":
-        result.add_spectra(list(job.spectra.done.values()))
+        result.add_spectra(list(spectra.done.values()))
     result.path = folder
     if folder is not None:
         write(folder, result, chosen)
         if chosen.authors_csv:
-            authors.write(folder, job.pair, result)
+            authors.write(folder, pair, result)
     return result
 
 
@@ -262,8 +269,11 @@ def write(folder: Path, result: Analysis, options: AnalyzeOptions) -> None:
             tables.write_parquet(folder / f"{name}.parquet", table)
         else:  # of an earlier run with other options
             (folder / f"{name}.parquet").unlink(missing_ok=True)
-    if options.csv:
-        for name in ("tensors", "groups", "spectra", "geometry"):
-            if (table := getattr(result, name)) is None:
-                continue
+    for name in ("tensors", "groups", "spectra", "geometry"):
+        table = getattr(result, name)
+        if options.csv and table is not None:
             tables.write_csv(folder / f"{name}.csv", table.to_pylist(), table.column_names)
+        else:
+            (folder / f"{name}.csv").unlink(missing_ok=True)
+    if not options.report:
+        (folder / "report.html").unlink(missing_ok=True)

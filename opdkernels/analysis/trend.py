@@ -25,18 +25,18 @@ import torch
 
 from opdkernels.analysis import tables, text
 from opdkernels.analysis.compute import Job, Rules, compute_all
-from opdkernels.analysis.coordinates import VIEWS, SparseTally, to_bf16_pattern
+from opdkernels.analysis.coordinates import VIEWS, to_bf16_pattern
 from opdkernels.analysis.factors import Factors
-from opdkernels.analysis.folder import describe, opened, readable
-from opdkernels.analysis.overlap import in_all
-from opdkernels.analysis.records import tallies, write_json
+from opdkernels.analysis.folder import describe, opened, read_run, readable
+from opdkernels.analysis.overlap import bytes_each, in_all, place_of, read_all
+from opdkernels.analysis.records import Record, Records, tallies, write_json
 from opdkernels.analysis.result import Analysis
-from opdkernels.analysis.run import conclude, count_all, slices, threads
+from opdkernels.analysis.run import conclude, count_all, facts, slices, threads
 from opdkernels.analysis.similarity import TOP, Similarity, similarities
 from opdkernels.analysis.spectra import spectra
 from opdkernels.analysis.tables import Row
 from opdkernels.checkpoint.names import Place, place
-from opdkernels.checkpoint.pair import ITEM_BYTES, Match, Pair, match
+from opdkernels.checkpoint.pair import Match, Pair, match
 from opdkernels.checkpoint.source import open_source
 from opdkernels.errors import UsageError, printable
 from opdkernels.ops.delta import DEFAULT_CUTS, Tally, delta, exact_float, from_limbs
@@ -48,7 +48,7 @@ MEANS = ("stable_rank", "stable_rank_null", "energy_16", "energy_16_null", "effe
          "rotation_left_10pct", "rotation_right_10pct", "drift", "principal_coverage_10pct")  # fmt: skip
 CHANCE = (f"similarity_left_{TOP}_chance", f"similarity_right_{TOP}_chance")
 SIMILARITY = (f"similarity_left_{TOP}", f"similarity_right_{TOP}")
-STEP = re.compile(r"(?:step|steps|checkpoint|ckpt|iter|iteration|epoch)[-_]?0*(\d+)(?!.*\d)", re.IGNORECASE)
+STEP = re.compile(r"(?:step|steps|checkpoint|ckpt|iter|iteration|epoch)[-_]?0*(\d{1,15})(?!\d)(?!.*\d)", re.IGNORECASE)
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Trend:
     @property
     def folders(self) -> list[Path]:
         """The folders of the checkpoints' analyses, for `opdkernels.load`."""
-        return [] if self.path is None else [step_folder(self.path, step["step"]) for step in self.summary["steps"]]
+        return [] if self.path is None else [self.path / "steps" / step["folder"] for step in self.summary["steps"]]
 
     @property
     def exit_status(self) -> int:
@@ -90,13 +90,17 @@ def step_of(path: str) -> int | None:
     return None
 
 
-def in_order(paths: Sequence[str]) -> list[tuple[int, str]]:
-    """Checkpoints with their numbers: those in their names, ascending, where every name has one of its own; else 1, 2, 3, …"""
-    steps = [step_of(path) for path in paths]
-    known = [step for step in steps if step is not None]
-    if len(set(known)) == len(paths):
-        return sorted(zip(known, paths, strict=True))
-    return list(enumerate(paths, 1))
+def in_order(paths: Sequence[str]) -> tuple[list[tuple[int, str]], list[str]]:
+    """Checkpoints with their numbers, ascending, and what a reader should know of them: the steps in their names; those without
+    one come last, in the order given; where two have the same, all are numbered in the order given."""
+    steps = [(step_of(path), path) for path in paths]
+    known = sorted((step, path) for step, path in steps if step is not None)
+    if len({step for step, _ in known}) < len(known):
+        return list(enumerate(paths, 1)), ["two checkpoints name the same step: all are numbered in the order given"]
+    if not known:
+        return list(enumerate(paths, 1)), ["no checkpoint names its step: they are numbered in the order given"]
+    unnamed = list(enumerate((path for step, path in steps if step is None), known[-1][0] + 1))
+    return known + unnamed, [f"{printable(path)} names no step: it is taken as step {step}" for step, path in unnamed]
 
 
 def run_trend(
@@ -111,7 +115,7 @@ def run_trend(
         raise UsageError("trend follows two or more checkpoints of a run; analyze looks at one")
     if out is None and chosen.csv:
         raise UsageError("csv writes files; give an output folder")
-    numbered = in_order([os.fspath(path) for path in checkpoints])
+    numbered, notes = in_order([os.fspath(path) for path in checkpoints])
     with contextlib.ExitStack() as stack:
         source, *trained = (
             stack.enter_context(contextlib.closing(open_source(path, **chosen.opening))) for path in (base, *(path for _, path in numbered))
@@ -122,39 +126,79 @@ def run_trend(
         about = describe("trend", chosen.model_dump(mode="json"), {"source": source, **dict(zip(map(str, numbers), trained, strict=True))})
         folder = stack.enter_context(opened(out, about, chosen.overwrite))
         runs = [stack.enter_context(step_run(folder, number, pair, chosen)) for number, pair in zip(numbers, pairs, strict=True)]
+        count_each(runs, chosen, progress)
         alike = compute(folder, runs, chosen, progress)
         together, excluded = in_all(pairs, [f"step {number}" for number in numbers])
-        paths = count_along([run.job for run in runs], together, chosen, progress)
+        paths = count_along(runs, together, chosen, progress)
         for one in (source, *trained):
             one.check()
+        names = {i: m.name for i, m in enumerate(pairs[-1].matches)}
+        similar = [(names[one.index], one) for one in alike]
         rows, steps = [], []
         for i, (run, (number, path)) in enumerate(zip(runs, numbered, strict=True)):
-            analysis = conclude(run.job, run.about, run.folder, run.options)
-            own = step_rows(i, number, analysis, paths, alike)
+            analysis = run.conclude()
+            own = step_rows(i, number, analysis, paths, similar)
             rows += own
-            steps.append({"step": number, "path": path, "exit_status": analysis.exit_status, "views": whole_model(own)})
-        summary = {"schema_version": tables.TABLE_VERSION, "source": source.path, "atol": chosen.atol, "steps": steps, "excluded": excluded}
+            where = run.folder.name if run.folder is not None else None
+            steps.append({"step": number, "path": path, "folder": where, "exit_status": analysis.exit_status, "views": whole_model(own)})
+        summary = {"schema_version": tables.TABLE_VERSION, "source": source.path, "atol": chosen.atol, "steps": steps, "excluded": excluded, "notes": notes}
         result = Trend(tables.rows_to_arrow(rows), summary, about, folder)
         if folder is not None:
-            tables.write_parquet(folder / "trend.parquet", result.table)
-            write_json(folder / "summary.json", summary)
-            if chosen.csv:
-                tables.write_csv(folder / "trend.csv", rows, result.table.column_names)
+            write(folder, result, rows, chosen)
     return result
 
 
-def step_folder(folder: Path, number: int) -> Path:
-    return folder / "steps" / f"{number:06d}"
+def write(folder: Path, result: Trend, rows: Sequence[Row], chosen: TrendOptions) -> None:
+    tables.write_parquet(folder / "trend.parquet", result.table)
+    write_json(folder / "summary.json", result.summary)
+    if chosen.csv:
+        tables.write_csv(folder / "trend.csv", rows, result.table.column_names)
+    else:
+        (folder / "trend.csv").unlink(missing_ok=True)
+    if not chosen.report:
+        (folder / "report.html").unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a tensor's tally says beside its figures: finite coordinates, those that visibly changed, and, exact, in units of
+    2^-1074, the sums of W^2 and delta^2. None of a tensor that failed or holds NaN or Inf."""
+
+    finite: int
+    changed: int
+    source_sq: int
+    delta_sq: int
+
+    @classmethod
+    def of(cls, record: Record) -> Counted | None:
+        tally = record.tally
+        if tally is None or tally.nonfinite:
+            return None
+        return cls(tally.finite, int(tally.changed("visible").sum()), from_limbs(tally.sums[0]), from_limbs(tally.sums[2]))
 
 
 @dataclass
 class StepRun:
-    """One checkpoint's analysis under way."""
+    """One checkpoint's analysis under way. Its tallies are kept on disk, where there is a folder, and read again at the end."""
 
     job: Job
+    records: Records[Record]
     about: dict[str, Any]
     folder: Path | None
     options: AnalyzeOptions
+    counted: dict[tuple[str, int, int], Counted | None]
+
+    def count(self, memory: int, progress: Progress) -> None:
+        count_all(self.job.pair, self.records, memory, progress)
+        self.job.facts.update(facts(self.records))
+        self.counted = {place_of(m): Counted.of(self.records.done[i]) for i, m in enumerate(self.job.pair.matches)}
+        self.records.flush()
+        if self.folder is not None:
+            self.records.done.clear()
+
+    def conclude(self) -> Analysis:
+        records = tallies(self.folder / "tallies") if self.folder is not None else self.records
+        return conclude(self.job.pair, records, self.job.spectra, self.about, self.folder, self.options)
 
 
 @contextlib.contextmanager
@@ -162,29 +206,44 @@ def step_run(folder: Path | None, number: int, pair: Pair, chosen: TrendOptions)
     """The analysis of one checkpoint, in a folder of its own that `analyze` could have made."""
     options = AnalyzeOptions(**{name: getattr(chosen, name) for name in AnalyzeOptions.model_fields if name in TrendOptions.model_fields})
     about = describe("analyze", options.model_dump(mode="json"), {"source": pair.source, "trained": pair.trained})
-    with opened(step_folder(folder, number) if folder is not None else None, about, False) as own:
+    with opened(step_folder(folder, number, about["identity"]) if folder is not None else None, about, False) as own:
         records = tallies(own / "tallies" if own is not None else None)
         about["resumed_tensors"] = len(records.done)
-        job = Job(pair, records, spectra(own / "spectra" if own is not None else None))
+        job = Job(pair, {}, spectra(own / "spectra" if own is not None else None))
         try:
-            yield StepRun(job, about, own, options)
+            yield StepRun(job, records, about, own, options, {})
         finally:
-            job.counted.flush()
+            records.flush()
             job.spectra.flush()
 
 
+def step_folder(folder: Path, number: int, identity: str) -> Path:
+    """Where the analysis is or goes: found by its identity, named after the step."""
+    steps = folder / "steps"
+    for path in sorted(steps.glob("*/run.json")):
+        before = read_run(path.parent)
+        if before is not None and before["identity"] == identity:
+            return path.parent
+    name = f"{number:06d}"
+    return steps / (f"{name}-{identity[:8]}" if (steps / name).exists() else name)
+
+
+def count_each(runs: Sequence[StepRun], chosen: TrendOptions, progress: Progress) -> None:
+    total, done = sum(run.job.pair.nbytes for run in runs), 0
+    for run in runs:
+        run.count(chosen.memory, lambda at, _, name, done=done: progress(done + at, total, name))  # type: ignore[misc]
+        done += run.job.pair.nbytes
+
+
 def compute(folder: Path | None, runs: Sequence[StepRun], chosen: TrendOptions, progress: Progress) -> list[Similarity]:
-    """The records of every checkpoint, and how like the last update's top directions those of the others are."""
-    jobs = [run.job for run in runs]
-    for job in jobs:
-        count_all(job.pair, job.counted, chosen.memory, progress)
+    """The spectra of every checkpoint, and how like the last update's top directions those of the others are."""
     if chosen.spectra == "off":
         return []
     alike = similarities(folder / "similarity" if folder is not None else None)
     identity = hashlib.blake2b(" ".join([chosen.spectra, *(run.about["identity"] for run in runs)]).encode(), digest_size=16).hexdigest()
-    factors = Factors(folder / "source") if folder is not None and chosen.spectra == "exact" else None
+    factors = Factors(folder / "factors") if folder is not None and chosen.spectra == "exact" else None
     try:
-        compute_all(jobs, Rules(chosen.spectra, chosen.memory, similar=True, factors=factors), progress, alike, identity)
+        compute_all([run.job for run in runs], Rules(chosen.spectra, chosen.memory, similar=True, factors=factors), progress, alike, identity)
     finally:
         alike.flush()
     return [alike.done[key] for key in sorted(alike.done) if alike.done[key].run == identity]
@@ -236,57 +295,45 @@ class Counter:
         for one, after, tally in zip(trained, trained[1:], self.since, strict=False):
             delta(one, after, into=tally)
 
-    def along(self, match: Match, counted: Sequence[SparseTally]) -> Along:
-        """Of the whole tensor, whose tallies against the source are `counted`."""
+    def along(self, match: Match, counted: Sequence[Counted]) -> Along:
+        """Of the whole tensor, of which `counted` is known against the source."""
         steps = len(counted)
         changed, shared, expected = np.zeros(steps, np.int64), np.zeros(steps, np.int64), np.zeros(steps)
         for group, found in zip(self.groups, self.overlaps, strict=True):
             last = len(group) - 1
             for i, step in enumerate(group):
                 changed[step], shared[step] = found.n_changed(i), found.n_both(i, last)
-                expected[step] = found.expected_magnitude(i, last) if i != last else found.n_changed(last)
-        energies = [from_limbs(tally.sums[2]) for tally in counted]  # exact, and so are their differences
+                expected[step] = found.expected_magnitude(i, last) if i != last else 0  # of the last with itself: no chance
+        energies = [one.delta_sq for one in counted]
         to_last = [*(tally.sum_delta_sq for tally in self.to_last), 0]
         since = [*(self.since or []), self.to_last[-1]]
         return Along(
-            match, counted[0].finite, exact_float(from_limbs(counted[0].sums[0])), changed, shared, expected,
-            np.array([int(counted[0].changed("visible").sum()), *(int(tally.changed[0].sum()) for tally in since)]),
+            match, counted[0].finite, exact_float(counted[0].source_sq), changed, shared, expected,
+            np.array([counted[0].changed, *(int(tally.changed[0].sum()) for tally in since)]),
             np.array([exact_float(energy) for energy in energies]),
             np.array([exact_float(energy + energies[-1] - apart) / 2 for energy, apart in zip(energies, to_last, strict=True)]),
             np.array([exact_float(energies[0]), *(exact_float(tally.sum_delta_sq) for tally in since)]),
         )  # fmt: skip
 
 
-def count_along(jobs: Sequence[Job], together: list[list[Match]], chosen: TrendOptions, progress: Progress) -> list[Along]:
+def count_along(runs: Sequence[StepRun], together: list[list[Match]], chosen: TrendOptions, progress: Progress) -> list[Along]:
     """What takes several checkpoints at once. Tensors that failed, or hold NaN or Inf anywhere, are left out."""
-    records = [{place_of(m): job.counted.done[i] for i, m in enumerate(job.pair.matches)} for job in jobs]
-    each = [ITEM_BYTES[ms[0].source.dtype] + sum(ITEM_BYTES[m.trained.dtype] for m in ms) for ms in together]
-    total, done, found = sum(ms[0].numel * e for ms, e in zip(together, each, strict=True)), 0, []
-    counter = Counter(len(jobs), to_bf16_pattern(chosen.atol))
-    for matches, bytes_each in zip(together, each, strict=True):
-        first = matches[0]
-        counted = [by_place[place_of(first)].tally for by_place in records]
-        whole = [tally for tally in counted if tally is not None and not tally.nonfinite]
-        if len(whole) == len(jobs):
+    pairs = [run.job.pair for run in runs]
+    total, done, found = sum(ms[0].numel * bytes_each(ms) for ms in together), 0, []
+    counter = Counter(len(runs), to_bf16_pattern(chosen.atol))
+    for matches in together:
+        first, each = matches[0], bytes_each(matches)
+        whole = [one for run in runs if (one := run.counted[place_of(first)]) is not None]
+        if len(whole) == len(runs):
             counter.clear()
-            for begin, end in slices(first.numel, bytes_each, chosen.memory):
-                counter.add(*read_all(jobs, matches, begin, end))
-                progress(done + end * bytes_each, total, first.name)
+            for begin, end in slices(first.numel, each, chosen.memory):
+                w, *trained = read_all(pairs, matches, begin, end)
+                counter.add(w, trained)
+                progress(done + end * each, total, first.name)
             found.append(counter.along(first, whole))
-        done += first.numel * bytes_each
+        done += first.numel * each
         progress(done, total, first.name)
     return found
-
-
-def read_all(jobs: Sequence[Job], matches: Sequence[Match], begin: int, end: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    first = matches[0]
-    w = jobs[0].pair.source.read(first.source.name, first.source_start + begin, first.source_start + end)
-    trained = zip(jobs, matches, strict=True)
-    return w, [job.pair.trained.read(m.trained.name, m.trained_start + begin, m.trained_start + end) for job, m in trained]
-
-
-def place_of(match: Match) -> tuple[str, int, int]:
-    return match.source.name, match.source_start, match.numel
 
 
 def along_figures(members: Sequence[Along], step: int, view: str) -> Row:
@@ -297,15 +344,15 @@ def along_figures(members: Sequence[Along], step: int, view: str) -> Row:
     `frac_changed_since_previous`. stored: `cosine_final` of the update with the last one, `relative_norm_since_previous` of
     what changed since the checkpoint before, over ||W||.
     """
-    total = {name: sum(getattr(one, name)[step] for one in members) for name in ("changed", "shared", "expected", "moved", "energy", "dot", "step_energy")}
+    total = {name: float(sum(getattr(one, name)[step] for one in members)) for name in ("changed", "shared", "expected", "moved", "energy", "dot", "step_energy")}
     if view == "visible":
         return {
-            "coverage_final": tables.ratio(total["shared"], sum(one.changed[-1] for one in members)),
+            "coverage_final": tables.ratio(total["shared"], float(sum(one.changed[-1] for one in members))),
             "coverage_step": tables.ratio(total["shared"], total["changed"]),
-            "shared_over_magnitude": tables.ratio(total["shared"], total["expected"]),
+            "shared_over_magnitude": tables.ratio(total["shared"], total["expected"]),  # None of the last with itself
             "frac_changed_since_previous": tables.ratio(total["moved"], sum(one.finite for one in members)),
         }
-    size = math.sqrt(total["energy"] * sum(one.energy[-1] for one in members))
+    size = math.sqrt(total["energy"] * float(sum(one.energy[-1] for one in members)))
     weight = sum(one.source_energy for one in members)
     return {
         "cosine_final": max(-1.0, min(1.0, total["dot"] / size)) if size else None,
@@ -313,7 +360,7 @@ def along_figures(members: Sequence[Along], step: int, view: str) -> Row:
     }
 
 
-def step_rows(step: int, number: int, analysis: Analysis, paths: Sequence[Along], alike: Sequence[Similarity]) -> list[Row]:
+def step_rows(step: int, number: int, analysis: Analysis, paths: Sequence[Along], alike: Sequence[tuple[str, Similarity]]) -> list[Row]:
     """The rows of one checkpoint: its groups, with what takes several checkpoints, and the means of what its matrices show."""
     along: dict[tuple, list[Along]] = {}
     for one in paths:
@@ -344,11 +391,10 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def matrix_rows(step: int, analysis: Analysis, alike: Sequence[Similarity]) -> Iterator[Row]:
+def matrix_rows(step: int, analysis: Analysis, alike: Sequence[tuple[str, Similarity]]) -> Iterator[Row]:
     """What the matrices of one checkpoint show in the stored view, and Sim_K with its chance, K over the side."""
-    names = {record.index: record.name for record in analysis.records}
-    for one in alike:
-        yield {"name": names[one.index], **dict.fromkeys(MEANS), **dict(zip(SIMILARITY, (one.left[step], one.right[step]), strict=True)),
+    for name, one in alike:
+        yield {"name": name, **dict.fromkeys(MEANS), **dict(zip(SIMILARITY, (float(one.left[step]), float(one.right[step])), strict=True)),
                **dict(zip(CHANCE, (TOP / one.m, TOP / one.n), strict=True))}  # fmt: skip
     if analysis.spectra is None or analysis.geometry is None:
         return
@@ -377,6 +423,7 @@ def lines(result: Trend) -> list[str]:
         )
     found.append("unchanged: stored and visible view; cosine, Sim_16 (mean of left and right) and coverage (of the final changed set): with the last checkpoint;")
     found.append("since: share of the coordinates that visibly changed since the checkpoint before")
+    found += [f"note: {note}" for note in summary["notes"]]
     found += [f"excluded: {printable(e['name'])}: {printable(e['reason'])}" for e in summary["excluded"][:10]]
     found += [f"step {s['step']}: tensors were excluded, failed or hold NaN or Inf; see its own report" for s in summary["steps"] if s["exit_status"]]
     if result.path is not None:

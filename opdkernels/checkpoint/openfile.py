@@ -137,7 +137,8 @@ class OpenFile:
             mapping = mmap.mmap(self.fd, self.size, access=mmap.ACCESS_READ)
         except (OSError, ValueError, OverflowError) as error:
             self.close()
-            raise InputError(f"{self} cannot be mapped: {printable(str(error))}; use --io read") from error
+            reason = TOO_MANY_FILES if exhausted() else f"{printable(str(error))}; use --io read"
+            raise InputError(f"{self} cannot be mapped: {reason}") from error
         address = numpy.frombuffer(mapping, dtype=numpy.uint8).ctypes.data
         # torch warns of read-only buffers; an array over the address is taken as it is, and keeps the mapping alive.
         block: Any = (ctypes.c_uint8 * self.size).from_address(address)
@@ -218,9 +219,21 @@ def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
 
 
+TOO_MANY_FILES = "too many open files; raise the limit with `ulimit -n 4096`"
+
+
+def exhausted() -> bool:
+    """Whether no file can be opened for want of descriptors; libraries report that in odd ways."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return False
+
+
 def _why(error: OSError) -> str:
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return "too many open files; raise the limit with `ulimit -n 4096`"
+        return TOO_MANY_FILES
     reason = error.strerror or str(error)
     remedy = {errno.EACCES: "; make it readable", errno.ENOENT: "; check the path, or download it"}
     return printable(reason) + remedy.get(error.errno or 0, "; check the disk, or copy or download it again")

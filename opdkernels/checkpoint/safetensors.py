@@ -11,7 +11,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from opdkernels.checkpoint.openfile import Buffer, OpenFile, torch_dtype
+from opdkernels.checkpoint.openfile import TOO_MANY_FILES, Buffer, OpenFile, exhausted, torch_dtype
 from opdkernels.checkpoint.source import MAX_HEADER_BYTES, MAX_TENSORS, FileFact, TensorInfo
 from opdkernels.errors import InputError, printable
 
@@ -174,6 +174,8 @@ def _diagnose(file: OpenFile, header: bytes, error: BaseException) -> InputError
             f"{file}: its header accounts for {end} bytes, it has {file.size} ({_first_line(error)});"
             " copy or download it again"
         )
+    if exhausted():
+        return InputError(f"{file} cannot be opened: {TOO_MANY_FILES}")
     return InputError(f"{file}: its header is invalid ({_first_line(error)}); save or download the file again")
 
 

@@ -14,6 +14,7 @@ from opdkernels.report.order import MODULE_ORDER
 from opdkernels.report.overlap import facts
 from opdkernels.report.tables import Cell, Column, build
 
+CROWDED = 0.5  # share of changed coordinates from which any two sets share most
 SETTLED = 0.9  # coverage of the final set from which it is called found
 
 FIGURES = [
@@ -110,8 +111,10 @@ def drawings(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def headline(steps: Sequence[dict[str, Any]]) -> str:
     first, last = steps[0]["visible"].get("coverage_final"), steps[-1]["step"]
-    if first is None:
+    if steps[-1]["visible"].get("frac_zero") == 1:
         return "Nothing changed visibly by the end"
+    if first is None:
+        return "The checkpoints cannot be compared with the last"
     return f"At step {steps[0]['step']} of {last}, {format.percent(first)} of the coordinates that the run changes were changed"
 
 
@@ -130,7 +133,7 @@ def reading(steps: Sequence[dict[str, Any]]) -> list[str]:
         kept = covered["visible"]["coverage_step"]
         found.append(f"{format.percent(SETTLED)} of the final set is changed by step {covered['step']}; of what is changed there, {format.percent(kept)} stays changed.")
     over = first["visible"].get("shared_over_magnitude")
-    if over is not None:
+    if over is not None and max(1 - z for z in zero if z is not None) < CROWDED:
         found.append(
             f"What step {first['step']} and the end share is {format.times(over)} what independent changes of the same weights' sizes would: "
             + ("the set is chosen early." if over > 1.5 else "most of it follows from the sizes of the weights.")
@@ -146,6 +149,7 @@ def left_out(summary: dict[str, Any]) -> list[dict[str, Any]]:
         ("Excluded", "Not in every checkpoint in the same shape; the run ends with status 3.", [(format.name(e["name"]), "", format.printable(e["reason"])) for e in summary["excluded"]]),
         ("Checkpoints with gaps", "Tensors were excluded, failed or hold NaN or Inf; their own reports name them.",
          [(format.name(s["path"]), f"step {s['step']}", "") for s in summary["steps"] if s["exit_status"]]),
+        ("Notes", "", [("", "", note) for note in summary["notes"]]),
     ]  # fmt: skip
     return [
         {"heading": h, "note": n, "total": len(r), "rows": r[:MOST_LISTED], "more": len(r) - len(r[:MOST_LISTED])}

@@ -7,7 +7,7 @@ C = delta^T delta:
     U_k^T delta     = S_k^-1 V_k^T B            (no long vector is ever formed)
     U_k^T U'_k      = S_k^-1 V_k^T (A + B) V'_k S'_k^-1
 
-In fp64 the squares resolve singular values down to about 1e-8 of the largest; the top fifth, whose inverse is taken, is
+In fp64 the squares resolve singular values down to about 1e-8 sqrt(n) of the largest; the top fifth, whose inverse is taken, is
 far above that in a matrix of full rank. Where it is not (`GRAM_LIMIT`), the pair is given to an SVD instead.
 
 Source: arXiv 2606.13657 (the figures); Golub and Van Loan, 8.6; Bjorck and Golub 1973 (angles between subspaces).
@@ -15,6 +15,7 @@ Source: arXiv 2606.13657 (the figures); Golub and Van Loan, 8.6; Bjorck and Golu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -69,6 +70,12 @@ class Factor:
 def roots(eigenvalues: torch.Tensor) -> torch.Tensor:
     """Singular values, descending, from the ascending eigenvalues of a Gram matrix."""
     return eigenvalues.flip(-1).clamp(min=0).sqrt()
+
+
+def resolved(sigma: torch.Tensor) -> torch.Tensor:
+    """Singular values with those that the rounding of their squares makes up set to zero: they would add up in an entropy."""
+    floor = math.sqrt(len(sigma) * torch.finfo(sigma.dtype).eps) * sigma[:1]
+    return torch.where(sigma > floor, sigma, 0)
 
 
 def factorise(gram: torch.Tensor, keep: int) -> Factor:
@@ -140,7 +147,7 @@ def from_grams(
     left, right = (on_long, on_short) if tall else (on_short, on_long)
     rotations = (rotation_long, rotation_short) if tall else (rotation_short, rotation_long)
     return Spectra(
-        source.sigma, trained.sigma, delta.sigma if delta else singular_values(c), ranks, projection, left, right, *rotations, "gram"
+        source.sigma, trained.sigma, resolved(delta.sigma if delta else singular_values(c)), ranks, projection, left, right, *rotations, "gram"
     )
 
 

@@ -28,7 +28,7 @@ COUNTS = ("total", "principal", "principal_tied", "low", "low_tied", "both", "pr
 BLOCK = 1 << 20  # coordinates at a time
 CANDIDATES = 1 << 14  # scores made again at a time
 ROUNDINGS = 8  # standard deviations of accumulated rounding that an fp32 score may be off
-TINY = 1e-37  # a cut of zero has an open bracket too
+TINY, MARGIN = 1e-37, 1e-6  # a cut of zero has an open bracket too; more than sums in fp32 round
 SAMPLE_ROWS = 256  # whose scores tell where the cut lies
 DEVIATIONS = 5  # of the sample, either side of the cut
 
@@ -142,34 +142,36 @@ def select(
     """
     narrow = basis.float()
     numel, short = len(projected) * len(basis), len(basis)
-    length = max(float(projected[block].square().sum(1).max()) for block in where)
     # Rounding of k products and their sum: k at worst, but sqrt(k) times a few (Higham and Mary 2019).
-    error = unit(narrow) * (2 + ROUNDINGS * math.sqrt(basis.shape[1])) * math.sqrt(length * float(basis.square().sum(1).max()))
+    roundings = unit(narrow) * (2 + ROUNDINGS * math.sqrt(basis.shape[1])) * float(basis.square().sum(1).max()) ** 0.5
+    error = (roundings * projected.square().sum(1).sqrt()).float().numpy()[:, None]  # of a row
 
     def scores(rows: slice) -> np.ndarray:
         return (projected[rows].float() @ narrow.T).abs_().numpy()
 
     sample = slice(None, None, max(1, len(projected) // SAMPLE_ROWS))
-    for ends in (lambda: bracket(scores(sample), size / numel), lambda: around(scores, where, short, size, 4 * error)):
+    for ends in (lambda: bracket(scores(sample), size / numel), lambda: around(scores, error, where, short, size)):
         least, most = ends()
         beyond, kept, index_of = [], [], []
         for rows in where:
-            score = scores(rows).ravel()
-            high = score > most
+            score = scores(rows)
+            high = (score > most + error[rows]).ravel()
             beyond.append(np.packbits(high, bitorder="little"))
-            inside = places((score >= least) ^ high)
-            kept.append(score[inside])
+            inside = places((score >= least - error[rows]).ravel() ^ high)
+            kept.append(score.ravel()[inside])
             index_of.append(inside + rows.start * short)
         sure, score, index = np.concatenate(beyond), np.concatenate(kept), np.concatenate(index_of)
         rest = size - popcount(sure)
         if not 0 < rest <= len(index):
             continue  # the cut is not in the bracket
-        cut = float(np.partition(score, len(score) - rest)[len(score) - rest])
-        if least < cut - 2 * error and cut + 2 * error < most:
+        off = error[index // short, 0]
+        low, high = (float(np.partition(ends, len(ends) - rest)[len(ends) - rest]) for ends in (score - off, score + off))
+        if least <= low and high <= most:
             break
-    high = index[score > cut + 2 * error]
-    np.bitwise_or.at(sure, high >> 3, (1 << (high & 7)).astype(np.uint8))
-    index = index[np.abs(score - cut) <= 2 * error]
+    # The cut in exact scores lies in low .. high: what is surely beyond or below is so whatever was rounded.
+    certain = index[score - off > high]
+    np.bitwise_or.at(sure, certain >> 3, (1 << (certain & 7)).astype(np.uint8))
+    index = index[(score - off <= high) & (score + off >= low)]
     exact = np.empty(len(index))
     for first in range(0, len(index), CANDIDATES):
         row, column = (torch.from_numpy(i) for i in np.divmod(index[first : first + CANDIDATES], short))
@@ -190,13 +192,14 @@ def bracket(sample: np.ndarray, share: float) -> tuple[float, float]:
     return quantile(values, least).cut if least < numel else -1.0, quantile(values, most).cut if most > 0 else math.inf
 
 
-def around(scores: Callable[[slice], np.ndarray], where: Sequence[slice], short: int, size: int, margin: float) -> tuple[float, float]:
-    """The same from all scores, 4 bytes each, for rows too unlike for a sample."""
-    every = np.empty((where[-1].stop, short), np.float32)
-    for rows in where:
-        every[rows] = scores(rows)
-    cut = quantile(torch.from_numpy(every), size).cut
-    return cut - margin - TINY, cut + margin + TINY
+def around(scores: Callable[[slice], np.ndarray], error: np.ndarray, where: Sequence[slice], short: int, size: int) -> tuple[float, float]:
+    """The same for certain, from all scores, 4 bytes each, for rows too unlike for a sample."""
+    every, ends = np.empty((where[-1].stop, short), np.float32), []
+    for sign in (-1, 1):
+        for rows in where:
+            every[rows] = np.maximum(scores(rows) + sign * error[rows], 0)
+        ends.append(quantile(torch.from_numpy(every), size).cut)
+    return ends[0] * (1 - MARGIN) - TINY, ends[1] * (1 + MARGIN) + TINY
 
 
 def overlaps(masks: Sequence[Masks], source: torch.Tensor, trained: torch.Tensor, *, visible: bool) -> list[Overlaps]:

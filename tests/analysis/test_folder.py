@@ -72,7 +72,7 @@ def test_commands_do_not_take_each_others_folders(pair, tmp_path):
         overlap(*pair, third, out=tmp_path / "a")
     with pytest.raises(InputError, match="another run"):
         analyze(*pair, tmp_path / "b")
-    with pytest.raises(InputError, match="holds an overlap run"):
+    with pytest.raises(InputError, match="holds a run of overlap"):
         load(tmp_path / "b")
     page = (tmp_path / "b" / "report.html").read_bytes()
     assert write_report(tmp_path / "b").read_bytes() == page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,10 +120,10 @@ def test_one_more_checkpoint_goes_on_and_factors_nothing_twice(run, tmp_path, mo
     trend(base, *checkpoints[:2], out=tmp_path / "out")
     factored = len(made)
     assert factored == sum(w.ndim == 2 for w in weights().values())  # once for both checkpoints
-    kept = sorted((tmp_path / "out" / "source").iterdir())
+    kept = sorted((tmp_path / "out" / "factors").iterdir())
     before = {path: path.stat().st_mtime_ns for path in kept}
     grown = trend(base, *checkpoints, out=tmp_path / "out")
-    assert {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "out" / "source").iterdir())} == before
+    assert {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "out" / "factors").iterdir())} == before
     whole = trend(base, *checkpoints)
     assert grown.table == whole.table
 
@@ -130,7 +131,7 @@ def test_one_more_checkpoint_goes_on_and_factors_nothing_twice(run, tmp_path, mo
 def test_a_damaged_or_deleted_factor_is_made_again(run, tmp_path):
     base, checkpoints = run
     trend(base, *checkpoints[:2], out=tmp_path / "out")
-    one, other, *_ = sorted((tmp_path / "out" / "source").iterdir())
+    one, other, *_ = sorted((tmp_path / "out" / "factors").iterdir())
     one.write_bytes(one.read_bytes()[:100])
     other.unlink()
     assert trend(base, *checkpoints, out=tmp_path / "out").table == trend(base, *checkpoints).table
@@ -166,11 +167,18 @@ def test_more_checkpoints_than_the_kernel_takes_at_once(tmp_path):
 
 
 def test_order_is_that_of_the_steps_in_the_names():
-    assert trends.in_order(["r/checkpoint-1000", "r/checkpoint-200"]) == [(200, "r/checkpoint-200"), (1000, "r/checkpoint-1000")]
-    assert trends.in_order(["global_step_20/actor", "global_step_5/actor"]) == [(5, "global_step_5/actor"), (20, "global_step_20/actor")]
-    assert trends.in_order(["step_20", "final"]) == [(1, "step_20"), (2, "final")]
-    assert trends.in_order(["a/step_20", "b/step_20"]) == [(1, "a/step_20"), (2, "b/step_20")]
-    assert trends.in_order(["org/epoch2@abc123", "org/epoch1@abc123"]) == [(1, "org/epoch2@abc123"), (2, "org/epoch1@abc123")]
+    def order(*paths):
+        return trends.in_order(paths)[0]
+
+    assert order("r/checkpoint-1000", "r/checkpoint-200") == [(200, "r/checkpoint-200"), (1000, "r/checkpoint-1000")]
+    assert order("global_step_20/actor", "global_step_5/actor") == [(5, "global_step_5/actor"), (20, "global_step_20/actor")]
+    assert order("checkpoint-1000", "checkpoint-200", "final") == [(200, "checkpoint-200"), (1000, "checkpoint-1000"), (1001, "final")]
+    assert order("a/step_20", "b/step_20") == [(1, "a/step_20"), (2, "b/step_20")]
+    assert order("last", "first") == [(1, "last"), (2, "first")]
+    assert order("step_" + 20 * "9", "step_1")[0] == (1, "step_1")
+    for paths, note in ((("step_1", "final"), "final names no step: it is taken as step 2"), (("a", "b"), "in the order given"), (("a/step_1", "b/step_1"), "same step")):
+        assert note in trends.in_order(paths)[1][0]
+    assert not trends.in_order(("step_1", "step_2"))[1]
 
 
 def test_a_checkpoint_that_changed_nothing_has_null_figures(tmp_path):
@@ -201,6 +209,34 @@ def test_gaps_are_told_and_the_rest_goes_on(tmp_path):
         assert row_of(result, step, "stored", by="model")["similarity_left_16"] > 0
 
 
+@pytest.mark.parametrize("lacking", [0, 1, 2])
+def test_similarities_are_of_the_tensors_they_name(tmp_path, lacking):
+    """A checkpoint that lacks a tensor has other places for the rest."""
+    source, checkpoints = run_of()
+    base, paths = save(tmp_path / "base", source), [save(tmp_path / f"step_{t}", c) for t, c in enumerate(checkpoints, 1)]
+    whole = trend(base, *paths)
+    del checkpoints[lacking]["model.embed_tokens.weight"]
+    save(tmp_path / f"step_{lacking + 1}", checkpoints[lacking])
+    gappy = trend(base, *paths)
+    assert gappy.exit_status == 3
+    assert f"step {lacking + 1}" in gappy.summary["excluded"][0]["reason"]
+    for module in ("q_proj", "gate_proj", "lm_head"):
+        for name in ("similarity_left_16", "similarity_right_16"):
+            ours, theirs = (row_of(one, 1, "stored", by="module", module=module)[name] for one in (gappy, whole))
+            assert ours == pytest.approx(theirs, rel=1e-9)
+    if lacking:
+        assert row_of(gappy, 1, "stored", by="module", module="embed_tokens")["similarity_left_16"] is None
+
+
+def test_equal_matrices_are_factored_by_threads_at_once(tmp_path):
+    """Their factors go to one file."""
+    source = {f"layers.{i}.mlp.up_proj.weight": weights()["lm_head.weight"] for i in range(8)}
+    checkpoints = [{n: (w.float() + 1e-3 * torch.randn(w.shape, generator=torch.Generator().manual_seed(t))).bfloat16() for n, w in source.items()} for t in (1, 2)]
+    paths = [save(tmp_path / name, c) for name, c in (("base", source), ("step_1", checkpoints[0]), ("step_2", checkpoints[1]))]
+    for i in range(4):
+        assert trend(*paths, out=tmp_path / f"out{i}", threads=2).exit_status == 0
+
+
 def test_bad_input_is_one_line(run, tmp_path):
     base, checkpoints = run
     with pytest.raises(UsageError, match="two or more checkpoints"):
@@ -214,13 +250,62 @@ def test_bad_input_is_one_line(run, tmp_path):
         trend(base, *checkpoints, out=tmp_path / "other")
 
 
-def test_a_checkpoint_that_changed_on_disk_is_told_from_its_analysis(run, tmp_path):
+def test_a_checkpoint_that_changed_on_disk_is_analysed_anew(run, tmp_path):
     base, checkpoints = run
-    trend(base, *checkpoints, out=tmp_path / "out")
+    before = trend(base, *checkpoints, out=tmp_path / "out")
     save(tmp_path / "step_0020", run_of(seed=5)[1][0])
-    with pytest.raises(InputError, match="000020 holds another run"):
-        trend(base, *checkpoints, out=tmp_path / "out")
-    assert trend(base, *checkpoints, out=tmp_path / "out", overwrite=True).exit_status == 0
+    after = trend(base, *checkpoints, out=tmp_path / "out")
+    assert after.table == trend(base, *checkpoints).table
+    names = [[folder.name for folder in one.folders] for one in (before, after)]
+    assert names[0][::2] == names[1][::2]
+    assert names[1][1].startswith("000020-")
+
+
+def test_inputs_and_folders_that_are_not_of_a_run_are_left_alone(run, tmp_path, monkeypatch):
+    base, checkpoints = run
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "steps"
+    mine.mkdir()
+    inside = save(mine / "step_0010", run_of()[1][0])
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"lies in .*steps"):
+            trend(base, inside, checkpoints[1], out=".", overwrite=overwrite)
+        with pytest.raises(InputError, match="has a steps that is not of a run"):
+            trend(base, *checkpoints, out=".", overwrite=overwrite)
+        with pytest.raises(InputError, match="not of a run"):
+            analyze(base, checkpoints[0], ".", overwrite=overwrite)
+    assert (mine / "step_0010" / "model.safetensors").exists()
+
+
+def test_damage_is_told_or_mended_and_never_a_figure(run, tmp_path):
+    base, checkpoints = run
+    out = tmp_path / "out"
+    whole = trend(base, *checkpoints, out=out).table
+
+    def flip(path):
+        content = bytearray(path.read_bytes())
+        content[-40] ^= 0x40
+        path.write_bytes(content)
+
+    for path in (out / "factors").iterdir():
+        flip(path)
+    shutil.rmtree(out / "steps")
+    assert trend(base, *checkpoints, out=out).table == whole
+    for folder in ("similarity", "steps/000010/tallies", "steps/000010/spectra"):
+        (path,) = (out / folder).glob("*.arrow")
+        kept = path.read_bytes()
+        flip(path)
+        with pytest.raises(InputError, match="not those that were written"):
+            trend(base, *checkpoints, out=out)
+        path.write_bytes(kept)
+
+
+def test_what_this_run_does_not_write_does_not_stay(run, tmp_path):
+    base, checkpoints = run
+    trend(base, *checkpoints, out=tmp_path / "out", csv=True)
+    trend(base, *checkpoints, out=tmp_path / "out", report=False)
+    left = {path.name for path in (tmp_path / "out").rglob("*") if path.suffix in (".csv", ".html")}
+    assert not left
 
 
 def test_the_command_writes_what_it_says(run, tmp_path):

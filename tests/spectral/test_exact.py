@@ -106,6 +106,19 @@ def test_a_long_pair_has_the_figures_of_what_its_orthonormal_factor_leaves():
         torch.testing.assert_close(getattr(short, name), getattr(long, name), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 20])
+def test_directions_that_an_update_lacks_add_nothing_to_its_entropy(rows):
+    """Of an embedding only the rows of the tokens in use change."""
+    w = random((2000, 100)).bfloat16()
+    trained = w.clone()
+    trained[::97][:rows] += 0.1 * random((rows, 100), 1).bfloat16()
+    found = from_grams(symmetric(gram(w, trained)), tall=True).delta
+    exact = torch.linalg.svdvals(trained.double() - w.double())
+    share, exact_share = found[found > 0] / found.sum(), exact[:rows] / exact[:rows].sum()
+    assert len(share) == rows
+    assert relative(share.log().mul(share).sum().exp(), exact_share.log().mul(exact_share).sum().exp()) < 1e-8
+
+
 def test_a_known_source_is_not_factorised_again():
     w = random(SHAPE)
     grams = symmetric(gram(w, w + 1e-3 * random(SHAPE, 1)))

@@ -66,6 +66,25 @@ def test_counts_are_those_of_sorting(shape, dtype, visible):
         assert one.counts[0, COUNTS.index("low")] + one.low_taken == size
 
 
+def test_rows_of_very_unequal_size_are_looked_at_again_only_near_the_cut(monkeypatch):
+    """Each row has an error of its own: that of the largest would make candidates of half the coordinates."""
+    source, _ = matrices((4000, 60), torch.float64)
+    source *= torch.exp(3 * torch.randn(4000, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
+    basis, rank = basis_of(source, False), top_ranks(60)[-1]
+    looked_at = []
+    monkeypatch.setattr(principal.np, "divmod", lambda index, short: looked_at.append(len(index)) or (index // short, index % short))
+    sure, above, tied, taken = principal.select(source @ basis, basis, principal.row_blocks(4000, 60), 48_000)
+    score = (source @ basis @ basis.T).abs().flatten().numpy()
+    expected = np.zeros(score.size, bool)
+    expected[np.argsort(-score)[:48_000]] = True
+    found = np.unpackbits(sure, bitorder="little")[: score.size].astype(bool)
+    found[above] = True
+    found[tied[:taken]] = True
+    assert (found == expected).all()
+    assert sum(looked_at) < 2000
+    assert rank == 12
+
+
 def test_the_transpose_of_a_wide_matrix_counts_like_its_copy():
     source, trained = matrices((30, 200), torch.bfloat16)
     basis = basis_of(source.T, False)
