@@ -21,7 +21,7 @@ FLOORS = [
     {"masks", "patch", "spectral"},
     {"ops"},
     {"backends", "checkpoint"},
-    {"options", "progress"},
+    {"options", "progress", "bits"},
     {"errors", "version", "_C"},
 ]
 FAMILIES = ("delta", "overlap", "quantile", "gram")

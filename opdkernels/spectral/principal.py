@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from opdkernels.bits import popcount
 from opdkernels.ops.gram import change
 from opdkernels.ops.quantile import quantile, quantiles
 from opdkernels.spectral.exact import RATIOS
@@ -58,16 +59,6 @@ class Overlaps:
     size: int
     taken: int
     low_taken: int
-
-
-def popcount(bits: np.ndarray) -> int:
-    bits = bits.view(np.uint64) if len(bits) % 8 == 0 and hasattr(np, "bitwise_count") else bits
-    if hasattr(np, "bitwise_count"):
-        return int(np.bitwise_count(bits).sum(dtype=np.int64))
-    return int(BYTE_COUNTS[bits].sum(dtype=np.int64))  # NumPy 1
-
-
-BYTE_COUNTS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 
 
 def packed(numel: int, flags: Iterator[Sequence[np.ndarray]]) -> list[np.ndarray]:

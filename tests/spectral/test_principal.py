@@ -135,11 +135,3 @@ def test_blocks_and_samples_change_no_count(monkeypatch, bracket):
     for one, other in zip(before, overlaps(source, trained, basis, top_ranks(50), visible=False), strict=True):
         np.testing.assert_array_equal(one.counts, other.counts)
         assert one.taken == other.taken
-
-
-def test_bits_are_counted_without_numpy_2(monkeypatch):
-    bits = np.frombuffer(np.random.default_rng(0).bytes(1000), np.uint8)
-    expected = int(np.unpackbits(bits).sum())
-    assert principal.popcount(bits) == expected
-    monkeypatch.delattr(np, "bitwise_count", raising=False)
-    assert principal.popcount(bits) == expected

@@ -1,0 +1,100 @@
+"""A mask is the same however it is made and held, and refuses what is none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opdkernels.masks import Mask
+from opdkernels.masks.mask import BLOCK
+
+SIZES = (0, 1, 7, 8, 31, 1023, 2048, 2049, 70_001)
+
+
+def flags_of(numel, density, seed=0):
+    return torch.rand(numel, generator=torch.Generator().manual_seed(seed)) < density
+
+
+@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.2, 1.0])
+def test_every_way_to_make_a_mask_gives_the_same(numel, density):
+    flags = flags_of(numel, density)
+    places = torch.nonzero(flags).view(-1)
+    bits = torch.from_numpy(np.packbits(flags.numpy(), bitorder="little"))
+    masks = [Mask.from_bool(flags), Mask.from_indices(places, (numel,)), Mask.from_indices(places.int(), (numel,)), Mask.from_bits(bits, (numel,))]
+    for mask in masks:
+        assert mask == masks[0]
+        assert mask.digest == masks[0].digest
+        assert mask.held_as == masks[0].held_as
+        assert torch.equal(mask.to_bool(), flags)
+        assert torch.equal(mask.indices.long(), places)
+        assert (mask.nnz, mask.numel) == (len(places), numel)
+        assert mask.density == (len(places) / numel if numel else 0)
+        blocks = [int(flags[i : i + BLOCK].sum()) for i in range(0, numel, BLOCK)]
+        assert mask.offsets.tolist() == np.concatenate(([0], np.cumsum(blocks))).tolist()
+
+
+def test_it_is_held_the_smaller_way():
+    sparse, dense = Mask.from_bool(flags_of(10_000, 0.02)), Mask.from_bool(flags_of(10_000, 0.2))
+    assert (sparse.held_as, dense.held_as) == ("indices", "bits")
+    assert sparse.nbytes == 4 * sparse.nnz
+    assert dense.nbytes == 1250
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 300), st.floats(0, 1), st.integers(0, 10**6), st.data())
+def test_shards_are_ranges_of_the_whole(numel, density, seed, data):
+    flags = flags_of(numel, density, seed)
+    start = data.draw(st.integers(0, numel))
+    stop = data.draw(st.integers(start, numel))
+    shard = Mask.from_bool(flags).flat(start, stop)
+    assert torch.equal(shard.to_bool(), flags[start:stop])
+    assert shard.nnz == int(flags[start:stop].sum())
+    assert shard == Mask.from_bool(flags[start:stop])
+
+
+@pytest.mark.parametrize("numel", [1, 9, 1000])
+@pytest.mark.parametrize("densities", [(0.3, 0.6), (0.01, 0.5), (0.0, 1.0), (0.01, 0.02)])
+def test_operations_are_those_of_sets(numel, densities):
+    a, b = (flags_of(numel, d, i).view(-1, 1) for i, d in enumerate(densities))
+    one, other = Mask.from_bool(a), Mask.from_bool(b)
+    for found, expected in ((one & other, a & b), (one | other, a | b), (one ^ other, a ^ b), (one - other, a & ~b), (~one, ~a)):
+        assert torch.equal(found.to_bool(), expected)
+        assert found.shape == (numel, 1)
+
+
+def test_digests_tell_shapes_and_coordinates_apart():
+    flags = flags_of(60, 0.5)
+    other = flags.clone()
+    other[3] = ~other[3]
+    masks = [Mask.from_bool(flags), Mask.from_bool(flags.view(6, 10)), Mask.from_bool(other)]
+    assert len({mask.digest for mask in masks}) == 3
+    assert masks[0] != masks[1]
+    assert masks[0] != masks[2]
+
+
+def test_what_is_no_mask_is_refused_by_name():
+    for make, error, message in (
+        (lambda: Mask.from_indices(torch.tensor([3, 1]), (5,)), ValueError, "index 1 comes after 3"),
+        (lambda: Mask.from_indices(torch.tensor([1, 1]), (5,)), ValueError, "index 1 comes twice"),
+        (lambda: Mask.from_indices(torch.tensor([0, 5]), (5,)), ValueError, "index 5 lies outside a tensor of 5"),
+        (lambda: Mask.from_indices(torch.tensor([-1]), (5,)), ValueError, "index -1 lies outside"),
+        (lambda: Mask.from_indices(torch.tensor([0.0]), (5,)), TypeError, "give int32 or int64"),
+        (lambda: Mask.from_indices(torch.tensor([[0]]), (5,)), TypeError, "one dimension"),
+        (lambda: Mask.from_bool(torch.ones(4)), TypeError, "give a bool tensor"),
+        (lambda: Mask.from_bits(torch.zeros(2, dtype=torch.uint8), (5,)), ValueError, r"uint8 \[1\]"),
+        (lambda: Mask.from_bits(torch.tensor([32], dtype=torch.uint8), (5,)), ValueError, "beyond the last of 5"),
+        (lambda: Mask.from_bool(flags_of(5, 0.5)) & Mask.from_bool(flags_of(6, 0.5)), ValueError, "do not combine"),
+        (lambda: Mask.from_bool(flags_of(5, 0.5)).flat(2, 6), ValueError, "does not lie"),
+    ):
+        with pytest.raises(error, match=message):
+            make()
+
+
+def test_places_beyond_two_to_the_31_are_64_bits():
+    mask = Mask.from_indices(torch.tensor([5, 2**31, 2**31 + 7]), (2**31 + 9,))
+    assert mask.indices.dtype == torch.int64
+    assert mask.flat(2**31 - 1, 2**31 + 8).indices.tolist() == [1, 8]
