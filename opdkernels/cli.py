@@ -172,6 +172,152 @@ def trend(
     raise typer.Exit(result.exit_status)
 
 
+mask_app = typer.Typer(
+    help="Make, show and combine masks: which coordinates of a model are active. Files are safetensors.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(mask_app, name="mask")
+MaskOut = Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="Where the masks go, as safetensors.", show_default=False)]
+MaskFile = Annotated[str, typer.Argument(metavar="FILE", help="Masks, from one of these commands.", show_default=False)]
+Base = Annotated[str, typer.Argument(metavar="BASE", help="Checkpoint to be trained.", show_default=False)]
+Share = Annotated[float, typer.Option(help="Share of the coordinates, above 0 and at most 1.")]
+Per = Annotated[str, typer.Option(help="tensor, module or model: of what it is the share.")]
+Seed = Annotated[int, typer.Option(help="Another seed, another choice.")]
+
+
+@mask_app.command("changed")
+def mask_changed(
+    base: Source,
+    tuned: Trained,
+    out: MaskOut,
+    atol: Annotated[float, typer.Option(help="Active where |delta| exceeds this.")] = 0.0,
+    view: Annotated[str, typer.Option(help="visible, both rounded to bf16, or stored.")] = "visible",
+) -> None:
+    """Active where a run changed the weights.
+
+    Example: opdkernels mask changed Qwen2.5-0.5B my-run/step-200 -o changed.safetensors
+    """
+    from opdkernels import masks
+
+    save_masks(masks.changed(base, tuned, atol=atol, view=view), out)
+
+
+@mask_app.command("near-zero")
+def mask_near_zero(base: Base, out: MaskOut, share: Share = 0.1, per: Per = "tensor") -> None:
+    """Active are the smallest |W|.
+
+    Example: opdkernels mask near-zero Qwen2.5-0.5B --share 0.2 -o small.safetensors
+    """
+    from opdkernels import masks
+
+    save_masks(masks.near_zero(base, share, per=per), out)
+
+
+@mask_app.command("principal")
+def mask_principal(base: Base, out: MaskOut, share: Share = 0.1) -> None:
+    """Active is where the top singular vectors of each matrix put its weight.
+
+    Example: opdkernels mask principal Qwen2.5-0.5B -o principal.safetensors
+    """
+    from opdkernels import masks
+
+    save_masks(masks.principal(base, share), out)
+
+
+@mask_app.command("safe")
+def mask_safe(base: Base, out: MaskOut, share: Share = 0.1) -> None:
+    """Active is what is not principal or near zero.
+
+    Example: opdkernels mask safe Qwen2.5-0.5B -o safe.safetensors
+    """
+    from opdkernels import masks
+
+    save_masks(masks.safe(base, share), out)
+
+
+@mask_app.command("random")
+def mask_random(base: Base, out: MaskOut, share: Share = 0.1, per: Per = "tensor", seed: Seed = 0) -> None:
+    """Active is a share chosen at random.
+
+    Example: opdkernels mask random Qwen2.5-0.5B --share 0.175 -o random.safetensors
+    """
+    from opdkernels import masks
+
+    save_masks(masks.random(base, share, per=per, seed=seed), out)
+
+
+@mask_app.command("random-like")
+def mask_random_like(masks_file: MaskFile, base: Base, out: MaskOut, seed: Seed = 0) -> None:
+    """As many of each tensor as in FILE, at random among those of the same |W|: what magnitudes alone explain.
+
+    Example: opdkernels mask random-like changed.safetensors Qwen2.5-0.5B -o control.safetensors
+    """
+    from opdkernels import masks
+
+    save_masks(masks.random_like(masks.MaskSet.load(masks_file), base, seed=seed), out)
+
+
+@mask_app.command("combine")
+def mask_combine(
+    a: MaskFile,
+    how: Annotated[str, typer.Argument(metavar="and|or|xor|minus", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="FILE", help="Other masks of the same tensors.", show_default=False)],
+    out: MaskOut,
+) -> None:
+    """Both, either, one of, or the first without the second.
+
+    Example: opdkernels mask combine changed.safetensors minus principal.safetensors -o rest.safetensors
+    """
+    from operator import and_, or_, sub, xor
+
+    from opdkernels.masks import MaskSet
+
+    ways = {"and": and_, "or": or_, "xor": xor, "minus": sub}
+    if how not in ways:
+        raise UsageError(f"there is no way {how!r} to combine masks; it is one of {', '.join(ways)}")
+    try:
+        found = ways[how](MaskSet.load(a), MaskSet.load(b))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    save_masks(found, out)
+
+
+@mask_app.command("show")
+def mask_show(masks_file: MaskFile, json: Json = False) -> None:
+    """Density by block, module and layer, and the densest and sparsest tensors.
+
+    Example: opdkernels mask show changed.safetensors
+    """
+    from opdkernels.masks import MaskSet
+    from opdkernels.masks.show import lines
+    from opdkernels.masks.show import show as facts
+
+    found = facts(MaskSet.load(masks_file))
+    show(found, lines(found), json)
+
+
+@mask_app.command("overlap")
+def mask_overlap(
+    a: MaskFile, b: Annotated[str, typer.Argument(metavar="FILE", help="Other masks of the same tensors.", show_default=False)], json: Json = False
+) -> None:
+    """How much two masks share, beside chance.
+
+    Example: opdkernels mask overlap changed.safetensors near-zero.safetensors
+    """
+    from opdkernels.masks import MaskSet
+    from opdkernels.masks.show import overlap, overlap_lines
+
+    try:
+        found = overlap(MaskSet.load(a), MaskSet.load(b))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    show(found, overlap_lines(found), json)
+
+
+def save_masks(masks: Any, out: str) -> None:
+    masks.save(out)
+    typer.echo(f"{masks.nnz:,} of {masks.numel:,} coordinates of {len(masks)} tensors ({100 * masks.density:.4g} %) are active; written to {printable(out)}")
+
+
 @app.command()
 def report(out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of a finished run.", show_default=False)]) -> None:
     """Write report.html again from the tables of a finished run.

@@ -1,0 +1,71 @@
+"""`opdkernels mask` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from opdkernels import masks
+from opdkernels.masks import MaskSet
+from opdkernels.masks.show import overlap, show
+
+
+def run(*arguments, status=0):
+    done = subprocess.run([sys.executable, "-m", "opdkernels", "mask", *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def test_commands_write_what_the_functions_make(pair, tmp_path):
+    a, b, c, d = (tmp_path / f"{name}.safetensors" for name in "abcd")
+    assert "are active; written to" in run("changed", *pair, "-o", a).stdout
+    assert MaskSet.load(a) == masks.changed(*pair)
+    run("near-zero", pair[0], "--share", 0.2, "--per", "model", "-o", b)
+    assert MaskSet.load(b) == masks.near_zero(pair[0], 0.2, per="model")
+    run("combine", a, "minus", b, "-o", c)
+    assert MaskSet.load(c) == MaskSet.load(a) - MaskSet.load(b)
+    run("random-like", a, pair[0], "--seed", 3, "-o", d)
+    assert MaskSet.load(d) == masks.random_like(MaskSet.load(a), pair[0], seed=3)
+    found = json.loads(run("show", a, "--json").stdout)
+    assert found == json.loads(json.dumps(show(MaskSet.load(a))))
+    assert "q_proj" in run("show", a).stdout
+    assert json.loads(run("overlap", a, b, "--json").stdout)["active_both"] == (MaskSet.load(a) & MaskSet.load(b)).nnz
+
+
+@pytest.mark.parametrize(("kind", "make"), [("principal", masks.principal), ("safe", masks.safe), ("random", masks.random)])
+def test_other_kinds(pair, tmp_path, kind, make):
+    run(kind, pair[0], "--share", 0.1, "-o", tmp_path / "m")
+    assert MaskSet.load(tmp_path / "m") == make(pair[0], 0.1)
+
+
+def test_groups_add_up(pair):
+    found = show(masks.changed(*pair))
+    for group in ("block", "module", "layer", "tensor"):
+        assert sum(row["active"] for row in found[f"by_{group}"]) == found["active"]
+
+
+def test_overlap_with_itself_and_with_nothing(pair):
+    own = masks.near_zero(pair[0], 0.25)
+    found = overlap(own, own)
+    assert (found["coverage_a"], found["coverage_b"], found["jaccard"]) == (1, 1, 1)
+    assert found["over_uniform"] == pytest.approx(4, rel=0.02)
+    nothing = overlap(own, own - own)
+    assert (nothing["active_both"], nothing["coverage_b"], nothing["over_uniform"]) == (0, None, None)
+
+
+def test_bad_input_is_one_line(pair, tmp_path):
+    a = tmp_path / "a"
+    run("near-zero", pair[0], "-o", a)
+    for arguments, status, message in (
+        (("show", pair[0]), 4, "cannot be read as masks"),
+        (("show", tmp_path / "x"), 4, "does not exist"),
+        (("near-zero", pair[0], "--share", 2, "-o", a), 2, "share of active coordinates"),
+        (("combine", a, "nand", a, "-o", a), 2, "no way 'nand'"),
+        (("near-zero", pair[0], "-o", tmp_path / "no" / "a"), 4, "cannot write"),
+    ):
+        error = run(*arguments, status=status).stderr
+        assert message in error
+        assert len(error.splitlines()) == 1
