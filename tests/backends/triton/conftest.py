@@ -1,0 +1,17 @@
+"""Triton reads TRITON_INTERPRET when a kernel is decorated, so kernels are run and compiled in processes of their own.
+
+The tests of a family run in the interpreter: `test_interpreter.py` starts a pytest for them. The others need the compiler.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FAMILIES = ["test_delta.py"]
+collect_ignore = ["test_interpreter.py", "test_compiled.py"] if INTERPRETED else FAMILIES
+

@@ -1,0 +1,69 @@
+"""Every kernel compiled as its launcher starts it, for GPUs that are not here: registers, spills, loads, rounding, addresses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opdkernels.backends.triton import delta
+from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS
+from tests.backends.triton.aot import (
+    POINTERS,
+    TARGETS,
+    assert_64_bit_offsets,
+    assert_each_byte_is_read_once,
+    assert_fits,
+    assert_rounds_as_the_reference,
+    compiled,
+    launches,
+)
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+N = 1 << 24
+
+
+def on_cuda(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def call_delta(source: torch.dtype, trained: torch.dtype, n: int = N) -> None:
+    mask = on_cuda((n + 7) // 8, dtype=torch.uint8)
+    outputs = (on_cuda(8, 32768), on_cuda(49), on_cuda(4, 44), on_cuda(1, dtype=FP64), mask)
+    delta.delta_(on_cuda(n, dtype=source), on_cuda(n, dtype=trained), DEFAULT_CUTS, THRESHOLDS, *outputs)
+
+
+DELTA = [
+    *((target, BF16, BF16, 160) for target in TARGETS),
+    *((target, FP32, FP32, 160) for target in ("sm_90", "gfx942")),
+    ("sm_90", FP64, FP64, 160),
+    ("sm_90", BF16, FP32, 224),
+]
+
+
+@pytest.mark.parametrize(("target", "source", "trained", "registers"), DELTA, ids=str)
+def test_delta(monkeypatch, target, source, trained, registers):
+    count, fold, carry = launches(monkeypatch, lambda: call_delta(source, trained))
+    code = compiled(count, target)
+    assert_fits(code, registers)
+    assert_each_byte_is_read_once(code, count, count.constants["TILE"] * (source.itemsize + trained.itemsize))
+    assert_rounds_as_the_reference(code)
+    assert_64_bit_offsets(code, POINTERS[source][1:].replace("fp", "f"))
+    if source == trained == BF16:
+        assert_fits(compiled(fold, target), 128)
+        assert_fits(compiled(carry, target), 96)
+
+
+def test_delta_launches_what_fits(monkeypatch):
+    launched = launches(monkeypatch, lambda: call_delta(BF16, BF16, 2**31 + 11))
+    assert [one.name for one in launched] == ["count", "fold", "count", "fold", "count", "fold", "carry"]
+    sizes = [one.arguments[9] for one in launched if one.name == "count"]
+    assert (sum(sizes), max(sizes) < 2**31) == (2**31 + 11, True)
+    assert launches(monkeypatch, lambda: call_delta(BF16, BF16, 0)) == []
+
+
+@pytest.mark.parametrize("call", [lambda: call_delta(BF16, FP32)], ids=["delta"])
+def test_no_number_is_compiled_in(monkeypatch, call):
+    """Another size, cut or threshold starts the same machine code."""
+    for one in launches(monkeypatch, call):
+        numbers = [name for name, a in zip(one.kernel.arg_names, one.arguments, strict=False) if isinstance(a, (int, float))]
+        assert set(numbers) <= set(one.kernel.do_not_specialize)
