@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkernels.backends.triton import delta
+from opdkernels.backends.triton import delta, quantile
 from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS
 from tests.backends.triton.aot import (
     POINTERS,
@@ -61,7 +61,24 @@ def test_delta_launches_what_fits(monkeypatch):
     assert launches(monkeypatch, lambda: call_delta(BF16, BF16, 0)) == []
 
 
-@pytest.mark.parametrize("call", [lambda: call_delta(BF16, FP32)], ids=["delta"])
+def call_quantile(dtype: torch.dtype, ranks: int = 3) -> None:
+    quantile.quantile(on_cuda(N, dtype=dtype), [N // 10] * ranks, True, on_cuda(N // 8, dtype=torch.uint8))
+
+
+QUANTILE = [*((target, BF16) for target in TARGETS), *(("sm_90", dtype) for dtype in (FP16, FP32, FP64)), ("gfx942", FP32)]
+
+
+@pytest.mark.parametrize(("target", "dtype"), QUANTILE, ids=str)
+def test_quantile(monkeypatch, target, dtype):
+    passes = launches(monkeypatch, lambda: call_quantile(dtype))
+    assert len(passes) == dtype.itemsize // 2
+    code = compiled(passes[-1], target)
+    assert_fits(code, 128)
+    assert_each_byte_is_read_once(code, passes[-1], quantile.TILE * dtype.itemsize)
+    assert_64_bit_offsets(code, POINTERS[dtype][1:].replace("fp", "f"))
+
+
+@pytest.mark.parametrize("call", [lambda: call_delta(BF16, FP32), lambda: call_quantile(FP32)], ids=["delta", "quantile"])
 def test_no_number_is_compiled_in(monkeypatch, call):
     """Another size, cut or threshold starts the same machine code."""
     for one in launches(monkeypatch, call):
