@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkernels.backends.triton import delta, quantile
+from opdkernels.backends.triton import delta, overlap, quantile
 from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS
 from tests.backends.triton.aot import (
     POINTERS,
@@ -78,7 +78,32 @@ def test_quantile(monkeypatch, target, dtype):
     assert_64_bit_offsets(code, POINTERS[dtype][1:].replace("fp", "f"))
 
 
-@pytest.mark.parametrize("call", [lambda: call_delta(BF16, FP32), lambda: call_quantile(FP32)], ids=["delta", "quantile"])
+def call_overlap(dtypes: tuple[torch.dtype, ...]) -> None:
+    runs = len(dtypes) - 1
+    outputs = (on_cuda(32768), on_cuda(runs, 32768), on_cuda(runs, runs), on_cuda(runs + 1), on_cuda(2))
+    overlap.overlap_(on_cuda(N, dtype=dtypes[0]), [on_cuda(N, dtype=dtype) for dtype in dtypes[1:]], 0x3728, *outputs)
+
+
+OVERLAP = [
+    *((target, (BF16,) * 3, 128) for target in TARGETS),
+    ("sm_90", (BF16,) * 5, 128),
+    ("sm_90", (BF16,) * 17, 255),
+    ("sm_90", (FP64,) * 17, 255),
+    ("sm_90", (FP32, BF16, FP64), 128),
+    ("gfx942", (FP32,) * 9, 255),
+]
+
+
+@pytest.mark.parametrize(("target", "dtypes", "registers"), OVERLAP, ids=lambda x: str(x)[:30])
+def test_overlap(monkeypatch, target, dtypes, registers):
+    (count,) = launches(monkeypatch, lambda: call_overlap(dtypes))
+    code = compiled(count, target)
+    assert_fits(code, registers)
+    assert_each_byte_is_read_once(code, count, count.constants["TILE"] * sum(dtype.itemsize for dtype in dtypes))
+    assert_64_bit_offsets(code, POINTERS[dtypes[0]][1:].replace("fp", "f"))
+
+
+@pytest.mark.parametrize("call", [lambda: call_delta(BF16, FP32), lambda: call_quantile(FP32), lambda: call_overlap((BF16,) * 6)], ids=["delta", "quantile", "overlap"])
 def test_no_number_is_compiled_in(monkeypatch, call):
     """Another size, cut or threshold starts the same machine code."""
     for one in launches(monkeypatch, call):
