@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
-from opdkernels.backends.triton import delta, overlap, quantile
+from opdkernels.backends.triton import delta, gram, overlap, quantile
 from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS
 from tests.backends.triton.aot import (
     POINTERS,
     TARGETS,
+    Compiled,
     assert_64_bit_offsets,
     assert_each_byte_is_read_once,
     assert_fits,
@@ -103,7 +106,68 @@ def test_overlap(monkeypatch, target, dtypes, registers):
     assert_64_bit_offsets(code, POINTERS[dtypes[0]][1:].replace("fp", "f"))
 
 
-@pytest.mark.parametrize("call", [lambda: call_delta(BF16, FP32), lambda: call_quantile(FP32), lambda: call_overlap((BF16,) * 6)], ids=["delta", "quantile", "overlap"])
+def call_gram(source: torch.dtype, trained: torch.dtype, *, visible=False, block=64, parts=7, across=False) -> None:
+    shape = (1024, 5120) if across else (5120, 1024)
+    pair = [on_cuda(*shape, dtype=dtype) for dtype in (source, trained)]
+    w, v = (t.T for t in pair) if across else pair
+    gram.gram_(w, v, parts, visible, block, on_cuda(parts.bit_count(), 1024, 1024, dtype=FP64))
+
+
+GRAM = [
+    *((target, BF16, BF16, True) for target in TARGETS),
+    ("sm_90", BF16, BF16, False),
+    ("sm_90", FP32, FP32, False),
+]
+
+
+FP64_UNITS = {"sm_80": "mma.sync.aligned.m8n8k4.row.col.f64", "sm_90": "mma.sync.aligned.m16n8k16.row.col.f64", "gfx942": "v_mfma_f64"}
+BF16_UNITS = {
+    "sm_80": "mma.sync.aligned.m16n8k16.row.col.f32.bf16",
+    "sm_90": r"wgmma.mma_async.sync.aligned.m64n\d+k16.f32.bf16",
+    "sm_100": "tcgen05.mma.cta_group::1.kind::f16",
+    "gfx942": r"v_mfma_f32_\w+_bf16",
+}
+
+
+def assert_multiplies(code: Compiled, unit: str) -> None:
+    """By the target's matrix unit, from 16-byte loads or copies to shared memory."""
+    text = code.asm.get("ptx") or code.asm["amdgcn"]
+    assert_fits(code, 128)
+    assert re.search(unit, text)
+    assert code.wide_loads or re.search(r"cp\.async\.cg\.shared\.global \[.*\], \[.*\], 0x10", text)
+
+
+@pytest.mark.parametrize(("target", "source", "trained", "visible"), GRAM, ids=str)
+def test_gram_in_blocks(monkeypatch, target, source, trained, visible):
+    launched = launches(monkeypatch, lambda: call_gram(source, trained, visible=visible))
+    assert [one.name for one in launched] == ["pack", "multiply", "multiply_blocks", "multiply"]
+    pack, _, blocks = (compiled(one, target) for one in launched[:3])
+    assert_fits(pack, 128)
+    assert pack.wide_loads
+    assert_rounds_as_the_reference(pack)
+    assert_64_bit_offsets(pack, POINTERS[source][1:].replace("fp", "f"))
+    assert_multiplies(blocks, BF16_UNITS[target])
+    assert_64_bit_offsets(blocks, "bf16")
+
+
+@pytest.mark.parametrize(("target", "across"), [("sm_80", False), ("sm_90", True), ("sm_100", True), ("gfx942", False)])
+def test_gram_in_fp64(monkeypatch, target, across):
+    pack, multiply, _, _ = (compiled(one, target) for one in launches(monkeypatch, lambda: call_gram(FP64, BF16, block=0, across=across)))
+    assert_fits(pack, 128)
+    assert pack.wide_loads
+    assert_multiplies(multiply, FP64_UNITS.get(target, r"fma\.rn\.f64"))
+    assert_64_bit_offsets(multiply, "f64")
+
+
+CALLS = {
+    "delta": lambda: call_delta(BF16, FP32),
+    "quantile": lambda: call_quantile(FP32),
+    "overlap": lambda: call_overlap((BF16,) * 6),
+    "gram": lambda: call_gram(BF16, FP32),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_no_number_is_compiled_in(monkeypatch, call):
     """Another size, cut or threshold starts the same machine code."""
     for one in launches(monkeypatch, call):
