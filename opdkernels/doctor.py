@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from opdkernels.backends import cpu
+from opdkernels.backends import cpu, select, triton
 from opdkernels.version import __version__
 
 
@@ -20,6 +20,13 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def cuda_kernels() -> str:
+    if select.forced() == select.REFERENCE:
+        return "not used: OPDKERNELS_BACKEND=reference asks for the reference"
+    why = triton.why_not()
+    return f"the plain PyTorch reference serves: {why}" if why else "Triton serves tensors on a GPU"
 
 
 def examine() -> dict[str, Any]:
@@ -48,7 +55,8 @@ def examine() -> dict[str, Any]:
         "triton": installed("triton"),
         "cuda_built_into_torch": torch.version.cuda,
         "cuda_devices": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        "cuda_kernels": "none in this version: tensors on a GPU are served by the plain PyTorch reference",
+        "cuda_kernels": cuda_kernels(),
+        "cuda_operators": {name: select.chosen(name, "cuda") for name in sorted(triton.FAMILIES)},
         "huggingface_hub": installed("huggingface_hub"),
         "safetensors": installed("safetensors"),
         "pandas": importlib.util.find_spec("pandas") is not None,
@@ -67,6 +75,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"  compiler here  {found['compiler_here'] or 'none: a reinstall from source would run on the reference'}",
         f"CUDA             {found['cuda_devices']} devices; torch is built {'for CUDA ' + found['cuda_built_into_torch'] if found['cuda_built_into_torch'] else 'without CUDA'}",
         f"  kernels        {found['cuda_kernels']}",
+        f"  operators      {', '.join(f'{name} by {backend}' for name, backend in found['cuda_operators'].items())}",
         f"  triton         {found['triton'] or 'not installed'}",
         f"Hub ids          {'huggingface_hub ' + found['huggingface_hub'] if found['huggingface_hub'] else 'not read: pip install opdkernels[hub]'}",
     ]

@@ -25,7 +25,10 @@ FLOORS = [
     {"errors", "version", "_C"},
 ]
 FAMILIES = ("delta", "overlap", "quantile", "gram")
-COLUMNS = ("opdkernels/ops/{}.py", "csrc/{}.h", "csrc/cpu/{}.inl", "tests/ops/test_{}.py", "benchmarks/bench_{}.py")
+COLUMNS = (
+    "opdkernels/ops/{}.py", "csrc/{}.h", "csrc/cpu/{}.inl", "opdkernels/backends/triton/{}.py",
+    "tests/ops/test_{}.py", "tests/backends/triton/test_{}.py", "benchmarks/bench_{}.py",
+)  # fmt: skip
 LATER = ("csrc/cuda",)  # a column that does not exist yet
 
 
@@ -62,8 +65,8 @@ def test_every_family_has_its_file_in_every_column(family, column):
 
 
 def test_every_file_of_the_grid_is_a_family():
-    for folder, suffix in (("opdkernels/ops", ".py"), ("csrc/cpu", ".inl")):
-        names = {p.stem for p in (ROOT / folder).glob(f"*{suffix}")} - {"__init__", "isa", "exact_sum"}
+    for folder, suffix in (("opdkernels/ops", ".py"), ("csrc/cpu", ".inl"), ("opdkernels/backends/triton", ".py")):
+        names = {p.stem for p in (ROOT / folder).glob(f"*{suffix}")} - {"__init__", "isa", "exact_sum", "launch", "numeric"}
         assert names == set(FAMILIES)
 
 

@@ -6,19 +6,19 @@ from collections.abc import Callable
 
 import torch
 
-from opdkernels.backends import cpu
+from opdkernels.backends import select
 
 LIBRARY = torch.library.Library("opdkernels", "DEF")
 
 
 def register(schema: str, reference: Callable, fake: Callable) -> None:
-    """Declare an operator: the reference serves every device that has no kernel of its own; the CPU has one when it is built."""
+    """Declare an operator: the reference serves every device that has no kernel of its own."""
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.split("(", 1)[0]
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"opdkernels::{name}", fake, lib=LIBRARY)
-    if cpu.serves(name):
-        LIBRARY.impl(name, cpu.kernel(name), "CPU")
+    for key, kernel in select.kernels(name).items():
+        LIBRARY.impl(name, kernel, key)
 
 
 def localise(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,85 @@
+"""Which backend serves: the measured order, what the environment names, what is not installed; and the dispatcher follows."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+import torch
+
+from opdkernels import doctor
+from opdkernels.backends import cpu, select, triton
+from opdkernels.errors import UsageError
+from opdkernels.ops import gram, overlap, quantile  # noqa: F401  (declare their operators)
+from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS, Tally
+from tests.conftest import ISAS, make_pair
+
+ARRAYS = ("tables", "counts", "sums", "maximum")
+OPERATORS = tuple(triton.FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def no_backend_named(monkeypatch):
+    monkeypatch.delenv("OPDKERNELS_BACKEND", raising=False)
+
+
+def with_triton(monkeypatch, version: str | None) -> None:
+    def installed(package):
+        if version is None:
+            raise PackageNotFoundError(package)
+        return version
+
+    monkeypatch.setattr(triton, "version", installed)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_triton_serves_on_cuda(monkeypatch, operator):
+    for version, backend in (("3.6.0", "triton"), ("3.10.0+git1", "triton"), ("3.5.1", "reference"), (None, "reference")):
+        with_triton(monkeypatch, version)
+        assert select.chosen(operator, "cuda") == backend
+        assert ("CUDA" in select.kernels(operator)) == (backend == "triton")
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled kernels")
+def test_the_cpu_has_its_own_whatever_is_named_for_gpus(monkeypatch):
+    for name in (None, "cpu", "triton"):
+        if name:
+            monkeypatch.setenv("OPDKERNELS_BACKEND", name)
+        assert all(select.chosen(operator, "cpu") == "cpu" for operator in OPERATORS)
+    assert set(OPERATORS) == set(cpu.KERNELS)
+
+
+def test_the_reference_serves_everywhere_when_it_is_named(monkeypatch):
+    monkeypatch.setenv("OPDKERNELS_BACKEND", "reference")
+    assert all(select.kernels(operator) == {} for operator in OPERATORS)
+    assert "OPDKERNELS_BACKEND=reference" in doctor.examine()["cuda_kernels"]
+
+
+def test_an_unknown_name_is_refused(monkeypatch):
+    monkeypatch.setenv("OPDKERNELS_BACKEND", "cudnn")
+    with pytest.raises(UsageError, match="OPDKERNELS_BACKEND is cudnn; choose one of cpu, triton, reference"):
+        select.chosen("delta_", "cuda")
+
+
+def test_doctor_says_who_serves_and_why(monkeypatch):
+    with_triton(monkeypatch, "3.7.1")
+    assert doctor.examine()["cuda_operators"] == dict.fromkeys(sorted(OPERATORS), "triton")
+    with_triton(monkeypatch, None)
+    found = doctor.examine()
+    assert found["cuda_operators"] == dict.fromkeys(sorted(OPERATORS), "reference")
+    assert "pip install 'triton>=3.6'" in "\n".join(doctor.lines(found))
+
+
+def test_the_dispatcher_hands_cuda_tensors_to_triton(monkeypatch):
+    pytest.importorskip("triton")
+    launch = importlib.import_module("opdkernels.backends.triton.launch")
+    started = []
+    monkeypatch.setattr(launch, "run", lambda kernel, grid, *arguments, **options: started.append(kernel.__name__))
+    source, trained = make_pair(100)
+    outputs = [torch.from_numpy(getattr(Tally.empty(), a)) for a in ARRAYS]
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    torch.ops.opdkernels.delta_.default.redispatch(key, source, trained, list(DEFAULT_CUTS), list(THRESHOLDS), *outputs, None)
+    assert started == ["count", "fold", "carry"]
+    for operator in OPERATORS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"opdkernels::{operator}", "CUDA")
