@@ -3,7 +3,7 @@
 `pack` reads W and W' as they lie, whatever their dtypes and strides, and writes what the products need, padded with zeros to
 whole tiles, so that the products read 16 bytes wide: W and delta in fp64, and in bf16 pieces for the fp32 blocks.
 
-`multiply` sums fp64 products down the rows (DMMA on A100 and H100, v_mfma_f64 on MI300; FMA where there is no unit for them).
+`multiply` sums fp64 products down the rows, by matrix units where Triton knows them (DMMA, v_mfma_f64), else by FMA.
 
 `multiply_blocks` makes W^T delta in fp32 blocks of rows. An fp32 number is the sum of three bf16 pieces of eight bits, cut off
 one after the other; of bf16 data and of the visible view one piece is all. Products of pieces are exact in fp32, and those

@@ -25,7 +25,7 @@ from opdkernels.backends.triton.numeric import from_pattern, magnitude_bits, pat
 
 TILE, WARPS = 1024, 4  # eight bf16 a thread: 16 bytes of every tensor
 REGISTERS = 128  # a thread, for up to four runs: four programs a multiprocessor
-TILE_BYTES = 40 * TILE  # of all tensors together: more would not stay in registers
+WIDEST = 40  # bytes of a coordinate in all tensors; of more, half a tile fits the registers
 MAX_COPIES, COORDINATES_A_COPY = 8, 1 << 22
 BINS = tl.constexpr(1 << 15)
 GROUP, GROUP_SETS = tl.constexpr(4), tl.constexpr(16)
@@ -128,7 +128,7 @@ def overlap_(
     device, n_runs = source.device, len(trained)
     groups = triton.cdiv(n_runs, GROUP.value)
     source, trained = source.view(-1), [tensor.view(-1) for tensor in trained]
-    tile = TILE if TILE * sum(tensor.itemsize for tensor in (source, *trained)) <= TILE_BYTES else TILE // 2
+    tile = TILE if sum(tensor.itemsize for tensor in (source, *trained)) <= WIDEST else TILE // 2
     for start, size in launch.slices(source.numel()):
         copies = max(1, min(MAX_COPIES, size // COORDINATES_A_COPY))
         joint = torch.zeros(copies, groups, GROUP_SETS.value, BINS.value, dtype=torch.int32, device=device)

@@ -118,7 +118,8 @@ GRAM = [
 ]
 
 
-FP64_UNITS = {"sm_80": "mma.sync.aligned.m8n8k4.row.col.f64", "sm_90": "mma.sync.aligned.m16n8k16.row.col.f64", "gfx942": "v_mfma_f64"}
+DMMA = r"mma\.sync\.aligned\.m\d+n8k\d+\.row\.col\.f64"
+FP64_UNITS = {"sm_80": DMMA, "sm_90": DMMA, "sm_100": rf"{DMMA}|fma\.rn\.f64", "gfx942": "v_mfma_f64"}  # Blackwell: from Triton 3.9
 BF16_UNITS = {
     "sm_80": "mma.sync.aligned.m16n8k16.row.col.f32.bf16",
     "sm_90": r"wgmma.mma_async.sync.aligned.m64n\d+k16.f32.bf16",
@@ -153,7 +154,7 @@ def test_gram_in_fp64(monkeypatch, target, across):
     pack, multiply, _, _ = (compiled(one, target) for one in launches(monkeypatch, lambda: call_gram(FP64, BF16, block=0, across=across)))
     assert_fits(pack, 128)
     assert pack.wide_loads
-    assert_multiplies(multiply, FP64_UNITS.get(target, r"fma\.rn\.f64"))
+    assert_multiplies(multiply, FP64_UNITS[target])
     assert_64_bit_offsets(multiply, "f64")
 
 

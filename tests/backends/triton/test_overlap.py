@@ -20,7 +20,6 @@ BF16 = torch.bfloat16
 def few_tiles(monkeypatch):
     """The interpreter takes its time a program and a tile, not an element."""
     monkeypatch.setattr(kernels, "TILE", 16384)
-    monkeypatch.setattr(kernels, "TILE_BYTES", 40 * 16384)
 
 
 def by_kernel(source, runs, cut=DEFAULT_CUT) -> Overlap:
