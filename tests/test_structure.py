@@ -24,11 +24,15 @@ FLOORS = [
     {"options", "progress", "bits"},
     {"errors", "version", "_C"},
 ]
-FAMILIES = ("delta", "overlap", "quantile", "gram")
+FAMILIES = ("delta", "overlap", "quantile", "gram", "step")
 COLUMNS = (
     "opdkernels/ops/{}.py", "csrc/{}.h", "csrc/cpu/{}.inl", "opdkernels/backends/triton/{}.py",
     "tests/ops/test_{}.py", "tests/backends/triton/test_{}.py", "benchmarks/bench_{}.py",
 )  # fmt: skip
+GAPS = {  # what a family has no file for, and why
+    ("step", "opdkernels/backends/triton/{}.py"): "tensors on a GPU are stepped by the plain PyTorch reference in this version",
+    ("step", "tests/backends/triton/test_{}.py"): "as there is no kernel",
+}
 LATER = ("csrc/cuda",)  # a column that does not exist yet
 
 
@@ -60,14 +64,14 @@ def test_imports_run_down_only(path):
 
 
 @pytest.mark.parametrize(("family", "column"), list(itertools.product(FAMILIES, COLUMNS)))
-def test_every_family_has_its_file_in_every_column(family, column):
-    assert (ROOT / column.format(family)).is_file()
+def test_every_family_has_its_file_in_every_column_or_a_named_gap(family, column):
+    assert (ROOT / column.format(family)).is_file() != ((family, column) in GAPS)
 
 
 def test_every_file_of_the_grid_is_a_family():
     for folder, suffix in (("opdkernels/ops", ".py"), ("csrc/cpu", ".inl"), ("opdkernels/backends/triton", ".py")):
         names = {p.stem for p in (ROOT / folder).glob(f"*{suffix}")} - {"__init__", "isa", "exact_sum", "launch", "numeric"}
-        assert names == set(FAMILIES)
+        assert names == {family for family in FAMILIES if (family, f"{folder}/{{}}{suffix}") not in GAPS}
 
 
 def test_columns_that_come_later_are_absent_not_half_there():

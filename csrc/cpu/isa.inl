@@ -20,8 +20,9 @@ namespace OPD_ISA {
 #include "overlap.inl"
 #include "quantile.inl"
 #include "gram.inl"
+#include "step.inl"
 static const Kernels table = {delta, overlap, quantile_scan, quantile_narrow, quantile_table,
-                              gram_pack, gram_columns, 3 * OPD_GRAM_BYTES};
+                              gram_pack, gram_columns, 3 * OPD_GRAM_BYTES, step_block};
 }  // namespace OPD_ISA
 
 const Kernels* OPD_JOIN(kernels_, OPD_ISA)() { return &OPD_ISA::table; }

@@ -4,6 +4,7 @@
 #include "../gram.h"
 #include "../overlap.h"
 #include "../quantile.h"
+#include "../step.h"
 
 // What one thread counts. 32-bit counters stay in cache; a thread sees fewer than 2^31 coordinates before a fold.
 struct DeltaWork {
@@ -56,6 +57,23 @@ struct GramInput {
   opd_i64 source_row, source_column, trained_row, trained_column;
 };
 
+#define OPD_STEP_BLOCK 2048                           // coordinates, or places, that are worked on at a time
+
+// One tensor of a masked step. Active coordinates are bits, with the counts before each block, or places.
+struct StepTensor {
+  void* param;
+  const void* grad;
+  const unsigned char* bits;
+  const opd_i64* offsets;
+  const void* places;
+  float *exp_avg, *exp_avg_sq, *most;
+  void* extra;
+  const float *grad_scale, *clip;                     // one number each, or null
+  opd_i64 n, active, start, seed;
+  AdamWScalars scalars;
+  int param_dtype, grad_dtype, wide_places, compact, maximize, precision, ordinal, step;
+};
+
 enum Dtype { BF16 = 0, FP16 = 1, FP32 = 2, FP64 = 3 };
 
 struct Kernels {
@@ -78,6 +96,8 @@ struct Kernels {
   // they are in fp64.
   void (*gram_columns)(int wide, const void* x, const void* y, int upper, int rows, int block, opd_i64 n, int panel, double* into);
   int gram_panel_bytes;                               // of one row of a panel
+  // Steps the active coordinates of one block.
+  void (*step_block)(const StepTensor* tensor, opd_i64 block);
 };
 
 const Kernels* kernels_baseline();

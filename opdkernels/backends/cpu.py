@@ -130,4 +130,44 @@ def gram_(source: torch.Tensor, trained: torch.Tensor, parts: int, visible: bool
     )
 
 
-KERNELS: dict[str, Callable] = {"delta_": delta_, "overlap_": overlap_, "quantile": quantile, "gram_": gram_}
+def address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def masked_adamw_(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor],
+    offsets: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    max_exp_avg_sqs: Sequence[torch.Tensor],
+    extras: Sequence[torch.Tensor],
+    scalars: torch.Tensor,
+    starts: Sequence[int],
+    grad_scale: torch.Tensor | None,
+    clip: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
+    maximize: bool,
+    precision: int,
+    seed: int,
+) -> None:
+    if found_inf is not None and bool(found_inf):
+        return
+    rows = []
+    for i, (param, grad, mask, offset, m, v) in enumerate(zip(params, grads, masks, offsets, exp_avgs, exp_avg_sqs, strict=True)):
+        at, bits = mask.data_ptr(), mask.dtype == torch.uint8
+        most, extra = (address(one[i] if one else None) for one in (max_exp_avg_sqs, extras))
+        compact = grad.numel() == m.numel() != param.numel()
+        rows.append((
+            param.data_ptr(), grad.data_ptr(), at if bits else 0, offset.data_ptr(), 0 if bits else at, m.data_ptr(), v.data_ptr(), most, extra,
+            param.numel(), m.numel(), starts[i], DTYPE_CODES[param.dtype], DTYPE_CODES[grad.dtype], mask.dtype == torch.int64, compact,
+        ))  # fmt: skip
+    table = torch.tensor(rows, dtype=torch.int64)
+    scalars = scalars.contiguous()
+    _C.masked_adamw(
+        table.data_ptr(), len(rows), scalars.data_ptr(), address(grad_scale), address(clip), maximize, precision, seed, torch.get_num_threads()
+    )
+
+
+KERNELS: dict[str, Callable] = {"delta_": delta_, "overlap_": overlap_, "quantile": quantile, "gram_": gram_, "masked_adamw_": masked_adamw_}

@@ -1,0 +1,304 @@
+"""`step`: torch's AdamW on the active coordinates bit for bit, and nothing at all on the others, by every kernel and the reference."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from opdkernels.masks import Mask
+from opdkernels.ops import step as ops
+from opdkernels.ops.step import PRECISIONS, adamw_scalars, masked_adamw
+from tests.conftest import ISAS
+
+SIZES = (1, 31, 1023, 2048, 2049, 70_001)
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+class RightSqrt(TorchDispatchMode):
+    """torch's square root on the CPU may be off by one unit in the last place; this one is rounded right."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.sqrt.default and args[0].dtype == torch.float32:
+            return args[0].double().sqrt().float()
+        return func(*args, **(kwargs or {}))
+
+
+class State:
+    """Parameters, masks and compact state, as an optimizer would hold them."""
+
+    def __init__(self, sizes, density=0.2, dtype=torch.float32, precision="nearest", amsgrad=False, places=False, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.params = [(0.02 * torch.randn(n, generator=self.generator)).to(dtype) for n in sizes]
+        self.masks = [Mask.from_bool(torch.rand(n, generator=self.generator) < density) for n in sizes]
+        self.precision, self.steps = precision, 0
+        self.held = [(m.indices if places else m.bits) for m in self.masks]
+        self.offsets = [torch.zeros(0, dtype=torch.int64) if places else m.offsets for m in self.masks]
+        self.m, self.v = ([torch.zeros(m.nnz) for m in self.masks] for _ in range(2))
+        self.most = [torch.zeros(m.nnz) for m in self.masks] if amsgrad else []
+        kind = ops.EXTRA_DTYPES.get(precision) if dtype == torch.bfloat16 else None
+        self.extras = [torch.zeros(m.nnz, dtype=kind) for m in self.masks] if kind else []
+
+    def grads(self, dtype=torch.float32):
+        return [(1e-3 * torch.randn(len(p), generator=self.generator)).to(dtype) for p in self.params]
+
+    def step(self, grads, lr=1e-3, wd=0.01, **options):
+        self.steps += 1
+        scalars = adamw_scalars([self.steps] * len(self.params), lr, BETAS, EPS, wd)
+        masked_adamw(self.params, grads, self.held, self.offsets, self.m, self.v, scalars, max_exp_avg_sqs=self.most, extras=self.extras,
+                     precision=self.precision, **options)  # fmt: skip
+
+    def copies(self):
+        return [t.clone() for t in (*self.params, *self.m, *self.v, *self.most, *self.extras)]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view({4: torch.int32, 2: torch.int16}[tensor.itemsize])
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True))
+
+
+@contextlib.contextmanager
+def by_reference():
+    real = torch.ops.opdkernels.masked_adamw_
+    try:
+        torch.ops.opdkernels.masked_adamw_ = ops.reference
+        yield
+    finally:
+        torch.ops.opdkernels.masked_adamw_ = real
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.4, 0.9)])
+@pytest.mark.parametrize("places", [False, True])
+def test_active_coordinates_are_torchs_adamw_bit_for_bit(isa, amsgrad, maximize, betas, places, monkeypatch):
+    monkeypatch.setattr("tests.ops.test_step.BETAS", betas)
+    state = State(SIZES, amsgrad=amsgrad, places=places)
+    dense = [torch.nn.Parameter(p.clone()) for p in state.params]
+    before = [p.clone() for p in state.params]
+    optimizer = torch.optim.AdamW(dense, lr=1e-3, betas=betas, eps=EPS, weight_decay=0.01, amsgrad=amsgrad, maximize=maximize, foreach=False)
+    for _ in range(5):
+        grads = state.grads()
+        state.step(grads, maximize=maximize)
+        for p, g in zip(dense, grads, strict=True):
+            p.grad = g.clone()
+        with RightSqrt():
+            optimizer.step()
+    for p, d, old, mask in zip(state.params, dense, before, state.masks, strict=True):
+        active = mask.to_bool()
+        assert torch.equal(bits(p)[active], bits(d.detach())[active])
+        assert torch.equal(bits(p)[~active], bits(old)[~active])
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled kernels")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("places", [False, True])
+@pytest.mark.parametrize("compact", [False, True])
+def test_kernels_are_the_reference_bit_for_bit(isa, precision, dtypes, places, compact):
+    ours, theirs = (State(SIZES, dtype=dtypes[0], precision=precision, amsgrad=True, places=places) for _ in range(2))
+    scale, clip = torch.tensor(3.0), torch.tensor(0.7)
+    for _ in range(3):
+        grads = ours.grads(dtypes[1])
+        theirs.grads()
+        if compact:
+            grads = [g[m.to_bool()].float() for g, m in zip(grads, ours.masks, strict=True)]
+        options = {"grad_scale": scale, "clip": clip, "seed": 7 << 40 | 3, "starts": [2**33 + 5 * i for i in range(len(SIZES))]}
+        ours.step(grads, **options)
+        with by_reference():
+            theirs.step(grads, **options)
+        assert same(ours.copies(), theirs.copies())
+
+
+@pytest.mark.parametrize("hostile", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_what_is_frozen_is_neither_read_nor_written(isa, hostile, dtype):
+    state = State(SIZES, dtype=dtype, precision="exact" if dtype == torch.bfloat16 else "nearest")
+    clean = State(SIZES, dtype=dtype, precision=state.precision)
+    grads = state.grads(dtype)
+    poisoned = [torch.where(m.to_bool(), g, hostile) for g, m in zip(grads, state.masks, strict=True)]
+    for p, m in zip(state.params, state.masks, strict=True):
+        p[~m.to_bool()] = hostile
+    before = [bits(p).clone() for p in state.params]
+    state.step(poisoned)
+    clean.step(grads)
+    assert same((*state.m, *state.v), (*clean.m, *clean.v))
+    for p, c, old, m in zip(state.params, clean.params, before, state.masks, strict=True):
+        active = m.to_bool()
+        assert torch.equal(bits(p)[active], bits(c)[active])
+        assert torch.equal(bits(p)[~active], old[~active])
+
+
+def test_a_nan_gradient_reaches_its_own_coordinate_alone(isa):
+    state, clean = State((5000,)), State((5000,))
+    (grad,) = state.grads()
+    at = int(state.masks[0].indices[7])
+    broken = grad.clone()
+    broken[at] = float("nan")
+    state.step([broken])
+    clean.step([grad])
+    differs = torch.nonzero(bits(state.params[0]) != bits(clean.params[0])).view(-1)
+    assert differs.tolist() == [at]
+    assert state.params[0][at].isnan()
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_all_and_nothing(isa, density):
+    state = State(SIZES, density=density)
+    before = [p.clone() for p in state.params]
+    state.step(state.grads())
+    assert same(state.params, before) == (density == 0)
+
+
+def test_an_exact_remainder_makes_the_weight_a_master(isa):
+    """bf16 weight and remainder are the fp32 master that torch's AdamW would keep, at a rate that plain rounding loses."""
+    state = State(SIZES, dtype=torch.bfloat16, precision="exact")
+    masters = [torch.nn.Parameter(p.float()) for p in state.params]
+    optimizer = torch.optim.AdamW(masters, lr=1e-6, betas=BETAS, eps=EPS, weight_decay=0.01, foreach=False)
+    for _ in range(20):
+        grads = state.grads(torch.bfloat16)
+        state.step(grads, lr=1e-6)
+        for p, g in zip(masters, grads, strict=True):
+            p.grad = g.float()
+        with RightSqrt():
+            optimizer.step()
+    for p, master, extra, mask in zip(state.params, masters, state.extras, state.masks, strict=True):
+        active, low = mask.to_bool(), extra.int() & 0xFFFF
+        high = ((bits(p)[active].int() & 0xFFFF) - (low >> 15)) & 0xFFFF
+        assert torch.equal((high << 16 | low).view(torch.float32), master.detach()[active])
+        nearest = master.detach()[active].bfloat16()
+        tie = low == 0x8000
+        assert torch.equal(p[active][~tie], nearest[~tie])
+
+
+def test_every_pattern_goes_through_the_remainder_and_back():
+    """Of weight and remainder in the reference: every upper half with some lower ones, NaN aside."""
+    lows = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    masters = (torch.arange(1 << 16).unsqueeze(1) << 16 | lows).view(-1)
+    masters = torch.where(masters >= 1 << 31, masters - (1 << 32), masters).int().view(torch.float32)
+    masters = masters[~masters.isnan()]
+    extra = torch.empty(len(masters), dtype=torch.int16)
+    weight = ops.narrowed(masters, torch.bfloat16, extra, PRECISIONS.index("exact"), ())
+    back = ops.widened(weight, extra, PRECISIONS.index("exact"))
+    assert torch.equal(bits(back), bits(masters))
+
+
+@pytest.mark.parametrize("precision", ["nearest", "exact", "kahan", "stochastic"])
+def test_how_much_of_small_updates_is_kept(precision):
+    """At a rate of 1e-6 rounding loses nearly the whole run, the others do not."""
+    state = State((20_000,), density=1.0, dtype=torch.bfloat16, precision=precision)
+    full = State((20_000,), density=1.0, dtype=torch.float32)
+    full.params = [p.float() for p in state.params]
+    start = full.params[0].clone()
+    drift = 1e-3 * torch.randn(20_000, generator=torch.Generator().manual_seed(1))
+    for i in range(100):
+        grads = [drift + g for g in full.grads()]
+        state.step(grads, lr=1e-6, seed=i)
+        full.step(grads, lr=1e-6)
+    wanted = full.params[0] - start
+    got = ops.widened(state.params[0], state.extras[0] if state.extras else None, PRECISIONS.index(precision)) - start
+    error = float((got - wanted).norm() / wanted.norm())
+    low, high = {"nearest": (0.8, 1.2), "exact": (0, 1e-6), "kahan": (0, 0.1), "stochastic": (0.3, 1.5)}[precision]
+    assert low <= error <= high
+    if precision == "stochastic":
+        assert float((got * wanted).sum() / wanted.square().sum()) == pytest.approx(1, abs=0.05)  # on average all of it
+
+
+def test_stochastic_rounding_does_not_show_how_tensors_are_cut(isa):
+    whole = State((70_001,), dtype=torch.bfloat16, precision="stochastic")
+    (grad,) = whole.grads(torch.bfloat16)
+    for cut in (1, 1000, 4096):
+        parts = [State((70_001,), dtype=torch.bfloat16, precision="stochastic") for _ in range(2)]
+        for part, (a, b) in zip(parts, ((0, cut), (cut, 70_001)), strict=True):
+            mask = part.masks[0].flat(a, b)
+            mask = Mask.from_bool(mask.to_bool())
+            part.params, part.held, part.offsets = [part.params[0][a:b].clone()], [mask.bits], [mask.offsets]
+            part.m, part.v = [torch.zeros(mask.nnz)], [torch.zeros(mask.nnz)]
+            part.step([grad[a:b].clone()], seed=5, starts=[a])
+        fresh = State((70_001,), dtype=torch.bfloat16, precision="stochastic")
+        fresh.step([grad], seed=5)
+        assert torch.equal(bits(torch.cat([part.params[0] for part in parts])), bits(fresh.params[0]))
+
+
+def test_philox_is_that_of_its_paper():
+    """Known answers of Random123: counter and key all zeros, and all ones."""
+    assert int(ops.philox(0, 0, 0, torch.tensor([0]))[0]) == 0x6627E8D5
+    ones = (1 << 32) - 1
+    assert int(ops.philox((1 << 64) - 1, ones, ones, torch.tensor([-1]))[0]) == 0x408F276D
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_found_inf_leaves_everything_as_it_was(isa, found):
+    state = State(SIZES)
+    before = state.copies()
+    state.step(state.grads(), found_inf=torch.tensor(found))
+    assert same(state.copies(), before) == (found == 1)
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled kernels")
+def test_threads_change_no_bit():
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        state = State((300_000, 5, 70_001), dtype=torch.bfloat16, precision="exact")
+        for _ in range(2):
+            state.step(state.grads(torch.bfloat16))
+        results.append(state.copies())
+    torch.set_num_threads(threads)
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
+
+
+def test_fused_multiply_add_is_rounded_once():
+    """Against exact rational arithmetic."""
+    from fractions import Fraction
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3000, generator=generator) for _ in range(2))
+    c = -(a * b) * (1 + torch.randint(-3, 4, (3000,), generator=generator) * 2.0**-24)
+    found = ops.fma(a, b, c)
+    for x, y, z, r in zip(a.tolist(), b.tolist(), c.tolist(), found.tolist(), strict=True):
+        exact = Fraction(x) * Fraction(y) + Fraction(z)
+        down, up = (float(np.nextafter(np.float32(r), np.float32(side * np.inf))) for side in (-1, 1))
+        assert abs(exact - Fraction(r)) <= min(abs(exact - Fraction(down)), abs(exact - Fraction(up)))
+
+
+def test_bad_input_is_refused_by_name():
+    state = State((100,))
+    (grad,) = state.grads()
+    fits = {"params": state.params, "grads": [grad], "masks": state.held, "offsets": state.offsets, "exp_avgs": state.m, "exp_avg_sqs": state.v}
+    scalars = adamw_scalars([1], 1e-3, BETAS, EPS, 0.0)
+    for changes, options, error, message in (
+        ({"params": [state.params[0].double()]}, {}, TypeError, "param 0 is torch.float64"),
+        ({"grads": [grad.half()]}, {}, TypeError, "its gradient torch.float16"),
+        ({"grads": [grad[:50].clone()]}, {}, ValueError, "of one shape"),
+        ({"grads": [grad.repeat(2)[::2]]}, {}, ValueError, "contiguous"),
+        ({"exp_avgs": [state.m[0][1:].clone()]}, {}, ValueError, "of param 0"),
+        ({"exp_avg_sqs": [state.v[0].double()]}, {}, ValueError, "a moment of param 0"),
+        ({"masks": [state.held[0][1:].clone()]}, {}, ValueError, "mask of param 0"),
+        ({"offsets": [state.offsets[0] + 1]}, {}, ValueError, "the offsets of param 0 end at"),
+        ({"grads": []}, {}, ValueError, "as many gradients"),
+        ({}, {"precision": "double"}, ValueError, "precision must be one of"),
+        ({"params": [state.params[0].bfloat16()]}, {"precision": "exact"}, ValueError, "precision exact needs"),
+    ):
+        with pytest.raises(error, match=message):
+            masked_adamw(*({**fits, **changes}.values()), scalars, **options)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), list(itertools.product(ops.DTYPES, PRECISIONS)), ids=str)
+def test_operator_is_registered_as_torch_wants_it(dtype, precision):
+    state = State((40, 9), dtype=dtype, precision=precision)
+    scalars = adamw_scalars([1, 1], 1e-3, BETAS, EPS, 0.0)
+    torch.library.opcheck(
+        torch.ops.opdkernels.masked_adamw_,
+        (state.params, state.grads(dtype), state.held, state.offsets, state.m, state.v, state.most, state.extras, scalars, [0, 0], None, None, None,
+         False, PRECISIONS.index(precision), 0),
+    )  # fmt: skip
