@@ -159,7 +159,7 @@ def plan(jobs: Sequence[Job], rules: Rules, similarities: Records[Similarity] | 
     for job in jobs:
         for matrix in matrices(job.pair):
             views = views_of(matrix.match, rules.both)
-            missing = (view for view in views if not satisfies(job.spectra.done.get((matrix.index, matrix.part, view)), rules.kind))
+            missing = (view for view in views if not satisfies(job.spectra.done.get((matrix.index, matrix.part, view)), rules))
             place = (matrix.match.source.name, matrix.match.source_start + matrix.start, matrix.m, matrix.n)
             by_place.setdefault(place, []).append(Work(job, matrix, tuple(missing)))
     tasks = []
@@ -172,11 +172,14 @@ def plan(jobs: Sequence[Job], rules: Rules, similarities: Records[Similarity] | 
     return tasks
 
 
-def satisfies(record: SpectrumRecord | None, kind: str) -> bool:
+def satisfies(record: SpectrumRecord | None, rules: Rules) -> bool:
     """Whether a record is what this run would make; a failure may end better this time."""
     if record is None:
         return False
-    return (record.method == "topk") == (kind == "topk") if record.method else record.reason.startswith(FINAL)
+    if record.method:
+        return (record.method == "topk") == (rules.kind == "topk")
+    lacks_masks = rules.both and rules.kind == "exact" and record.reason == "delta is zero" and not record.masks.size
+    return record.reason.startswith(FINAL) and not lacks_masks
 
 
 Found = list[tuple[Work, SpectrumRecord]]

@@ -188,6 +188,17 @@ def test_topk_bounds_hold_and_exact_replaces_it(pair, tmp_path):
     assert {row["method"] for row in rows(again.spectra)} <= {"gram", "gram_mixed"}
 
 
+def test_a_run_that_goes_on_for_the_authors_gets_the_masks_of_still_matrices(tmp_path):
+    source = weights()
+    after = trained(source)
+    after["lm_head.weight"] = source["lm_head.weight"]
+    paths = save(tmp_path / "a", source), save(tmp_path / "b", after)
+    analyze(*paths, tmp_path / "grown")
+    grown, whole = analyze(*paths, tmp_path / "grown", authors_csv=True), analyze(*paths, tmp_path / "whole", authors_csv=True)
+    assert without_time(grown.geometry) == without_time(whole.geometry)
+    assert (tmp_path / "grown" / "mask_overlap_metrics.csv").read_text() == (tmp_path / "whole" / "mask_overlap_metrics.csv").read_text()
+
+
 def test_off_leaves_no_spectra(pair, tmp_path):
     analyze(*pair, tmp_path / "out")
     result = analyze(*pair, tmp_path / "out", spectra="off")
