@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from opdkernels.analysis.folder import processor
+from opdkernels.backends import cpu
 
 
 def paired(contenders: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
@@ -38,7 +39,11 @@ def read_bandwidth(threads: int) -> float:
 
 
 def machine_line() -> str:
-    return f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    return f"{processor()}, {os.cpu_count()} cores, {instruction_set()}, torch {torch.__version__}"
+
+
+def instruction_set() -> str:
+    return cpu._C.current_isa() if cpu._C is not None else "reference"
 
 
 def anonymous_bytes(pid: int) -> int:

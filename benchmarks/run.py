@@ -1,4 +1,4 @@
-"""Runs every benchmark, writes benchmarks/results/<machine>.json and prints its table. Arguments go on to pytest.
+"""Runs every benchmark, writes benchmarks/results/<machine>.json, puts its table into the README and prints it. Arguments go on to pytest.
 
     python benchmarks/run.py --authors CHECKOUT --authors-python PYTHON
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import sys
 import tempfile
@@ -47,11 +46,12 @@ def table(results: dict) -> str:
     return "\n".join(rows)
 
 
-def show(results: dict) -> None:
-    """Puts the table into the README, between its marks."""
+def show() -> None:
+    """Puts the table of every machine measured into the README, between its marks."""
     before, rest = README.read_text().split("<!-- benchmarks -->")
     after = rest.split("<!-- /benchmarks -->")[1]
-    README.write_text(f"{before}<!-- benchmarks -->\n{table(results)}\n<!-- /benchmarks -->{after}")
+    tables = "\n\n".join(table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json")))
+    README.write_text(f"{before}<!-- benchmarks -->\n{tables}\n<!-- /benchmarks -->{after}")
 
 
 def main() -> int:
@@ -72,9 +72,9 @@ def main() -> int:
         ],
     }
     RESULTS.mkdir(exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", f"{harness.processor()}-{platform.machine()}".lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", f"{harness.processor()}-{harness.instruction_set()}".lower()).strip("-")
     (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    show(results)
+    show()
     print(table(results))
     return int(status)
 

@@ -89,5 +89,7 @@ def test_readme_quotes_the_committed_measurements():
 
     from benchmarks.run import table
 
-    (results,) = (ROOT / "benchmarks" / "results").glob("*.json")
-    assert table(json.loads(results.read_text())) in (ROOT / "README.md").read_text()
+    measured = list((ROOT / "benchmarks" / "results").glob("*.json"))
+    assert measured
+    for results in measured:
+        assert table(json.loads(results.read_text())) in (ROOT / "README.md").read_text()
