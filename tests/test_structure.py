@@ -24,7 +24,7 @@ FLOORS = [
     {"options", "progress"},
     {"errors", "version", "_C"},
 ]
-FAMILIES = ("delta", "overlap", "quantile", "gram")
+FAMILIES = ("delta", "overlap", "quantile", "gram", "patch")
 COLUMNS = ("opdkernels/ops/{}.py", "csrc/{}.h", "csrc/cpu/{}.inl", "tests/ops/test_{}.py", "benchmarks/bench_{}.py")
 LATER = ("opdkernels/backends/triton", "csrc/cuda")  # columns that do not exist yet: no GPU kernels in this version
 
