@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ from opdkernels.checkpoint.sharded import FileSource
 from opdkernels.checkpoint.source import TensorInfo, open_source
 from opdkernels.checkpoint.torchfile import torch_dtype_name
 from opdkernels.errors import InputError, printable
-from opdkernels.ops.patch import Changes, bits, digest, scatter
+from opdkernels.ops.patch import BITS, BLOCK, Changes, bits, digest, scatter
 from opdkernels.patch import output, segments
 from opdkernels.patch.create import small_file
 from opdkernels.patch.manifest import Patch, Tensor, TensorDigest, digest_bytes, summary
 from opdkernels.progress import Progress
 
 Read = Callable[[str, int, int], torch.Tensor]
-Submit = Callable[..., Future[Any]]
 
 
 def apply(
@@ -49,13 +49,14 @@ def apply(
         assert isinstance(before, FileSource)
         if not os.fspath(out):
             raise InputError("the output folder has no name; give one to -o")
-        submit = stack.enter_context(output.coders())
-        work = Application(opened, before.tensors, before.read_bits, printable(before.path), submit, progress)
+        workers = stack.enter_context(contextlib.closing(output.Workers()))
+        work = Application(opened, before.tensors, before.read_bits, printable(before.path), workers, progress)
         work.verify()
         before.check()
         with output.new_folder(Path(out)) as temporary:
+            rooms = output.Ring(workers.depth, lambda width: torch.empty(segments.size_of(width), dtype=BITS[width]))
             for name in opened.files:
-                work.write(name, temporary, os.fspath(out))
+                work.write(name, temporary, os.fspath(out), rooms)
             left_out = write_beside(opened, before, temporary)
             before.check()
         return summary(opened) | {"left_out": left_out}
@@ -69,21 +70,25 @@ def apply_to(state_dict: Mapping[str, torch.Tensor], patch: str | os.PathLike[st
 
     Raises InputError where the patch is damaged, or a tensor is missing, of another shape or dtype, or not the source's.
     """
-    with contextlib.closing(Patch(patch)) as opened, torch.no_grad(), output.coders() as submit:
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(contextlib.closing(Patch(patch)))
+        workers = stack.enter_context(contextlib.closing(output.Workers()))
+        stack.enter_context(torch.no_grad())
         live = {name: tensor for name, tensor in state_dict.items() if isinstance(tensor, torch.Tensor)}
         held = Held(live)
-        work = Application(opened, {name: described(name, tensor) for name, tensor in live.items()}, held.read, "the state dict", submit, None)
-        targets = changed_in_place(opened, live, work.source)
+        infos = {name: described(name, tensor) for name, tensor in live.items()}
+        work = Application(opened, infos, held.read, "the state dict", workers, None)
+        targets = changed_in_place(opened, live, infos)
         work.verify()
-        rooms = output.Rooms()
-        for info in targets:  # first into memory that is thrown away: what is overwritten cannot be had back
-            for _ in work.made(info, lambda start, stop, width=info.item_bytes: rooms.next(width)[: stop - start]):  # type: ignore[misc]
+        # First into memory that is thrown away: what is overwritten cannot be had back.
+        rooms = output.Ring(workers.depth, lambda width: torch.empty(segments.size_of(width), dtype=BITS[width]))
+        for _ in work.made(targets, lambda info, start, stop: rooms.next(info.item_bytes)[: stop - start]):
+            pass
+        for target in targets:
+            new = held.in_place(target.name)
+            for _ in work.made([target], lambda info, start, stop, new=new: new[start:stop]):  # type: ignore[misc]
                 pass
-        for info in targets:
-            new = held.in_place(info.name)
-            for _ in work.made(info, lambda start, stop, new=new: new[start:stop]):  # type: ignore[misc]
-                pass
-            held.put(info.name, new)
+            held.put(target.name, new)
         return [info.name for info in targets]
 
 
@@ -92,14 +97,16 @@ class Held:
 
     def __init__(self, live: Mapping[str, torch.Tensor]) -> None:
         self.live = live
+        self._lock = threading.Lock()
         self._copy: tuple[str, torch.Tensor] | None = None
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         if self._is_plain(name):
             return bits(self.live[name])[start:stop]
-        if self._copy is None or self._copy[0] != name:
-            self._copy = name, bits(self.live[name].detach().cpu())
-        return self._copy[1][start:stop]
+        with self._lock:
+            if self._copy is None or self._copy[0] != name:
+                self._copy = name, bits(self.live[name].detach().cpu())
+            return self._copy[1][start:stop]
 
     def in_place(self, name: str) -> torch.Tensor:
         """Memory for the new bits of a tensor: its own where it can be."""
@@ -148,16 +155,26 @@ def changed_in_place(patch: Patch, live: Mapping[str, torch.Tensor], infos: Mapp
     return sorted(found, key=lambda info: tensors[info.name].source == info.name)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Items [start, stop) of a trained tensor, and where the patch holds their changes (none: they are whole)."""
+
+    info: TensorInfo
+    start: int
+    stop: int
+    segment: segments.Segment | None
+
+
 class Application:
     """A patch on a source of any kind: `read` gives the bits of its tensors."""
 
     def __init__(
-        self, patch: Patch, source: Mapping[str, TensorInfo], read: Read, shown: str, submit: Submit, progress: Progress | None
+        self, patch: Patch, source: Mapping[str, TensorInfo], read: Read, shown: str, workers: output.Workers, progress: Progress | None
     ) -> None:
-        self.patch, self.source, self.read, self.shown, self.submit = patch, source, read, shown, submit
+        self.patch, self.source, self.read, self.shown, self.workers = patch, source, read, shown, workers
         self.progress = progress or (lambda done, total, name: None)
-        infos = [info for file in patch.files.values() for info in file]
-        self.done, self.total = 0, 2 * sum(info.nbytes for info in infos)
+        self.infos = [info for file in patch.files.values() for info in file]
+        self.done, self.total = 0, 2 * sum(info.nbytes for info in self.infos)
 
     def _tensor(self, info: TensorInfo) -> Tensor:
         return self.patch.manifest.tensors[info.name]
@@ -170,82 +187,105 @@ class Application:
 
     def verify(self) -> None:
         """Raises InputError unless the source is the patch's and everything in the patch is whole and valid."""
-        infos = [info for file in self.patch.files.values() for info in file]
-        for info in infos:  # from the headers alone: another model is told at once
-            tensor = self._tensor(info)
-            held = self.source.get(tensor.source) if tensor.source is not None else info
+        for info in self.infos:  # from the headers alone: another model is told at once
+            name = self._tensor(info).source
+            held = self.source.get(name) if name is not None else info
             if held is None:
                 raise self.other(info.name, "lacks a tensor that the patch changes")
             if (held.dtype, held.shape, held.nbytes) != (info.dtype, info.shape, info.nbytes):
-                raise self.other(info.name, f"has a tensor of {stored_dtype(held.dtype)} {list(held.shape)} where the patch changes {stored_dtype(info.dtype)} {list(info.shape)}")
+                raise self.other(
+                    info.name,
+                    f"has a tensor of {stored_dtype(held.dtype)} {list(held.shape)} where the patch changes {stored_dtype(info.dtype)} {list(info.shape)}",
+                )
+        hashes = {info.name: TensorDigest(info) for info in self.infos}
+        for info, last, digests in self.workers.ahead(self._examined, self._segments(self.infos), is_small):
+            hashes[info.name].add(digests)
+            self._show(info, digests)
+            if last:
+                self._compare(info, hashes[info.name].hexdigest())
+
+    def _compare(self, info: TensorInfo, found: str) -> None:
+        tensor = self._tensor(info)
+        if tensor.source is None and found != tensor.digest:
+            raise self.patch.bad(f"holds a tensor {printable(info.name)} of another digest than was written with it")
+        if tensor.source is not None and found != tensor.source_digest:
+            raise self.other(tensor.source, f"has a tensor of digest {found} where the patch was made from {tensor.source_digest}")
+
+    def _segments(self, infos: Iterable[TensorInfo]) -> Iterator[Piece]:
+        """What the tensors are made of, in order."""
         for info in infos:
             tensor = self._tensor(info)
             if tensor.source is None:
-                if self._digest(info, lambda start, stop, key=tensor.data: self.patch.read(key, start, stop)) != tensor.digest:  # type: ignore[misc]
-                    raise self.patch.bad(f"holds a tensor {printable(info.name)} of another digest than was written with it")
+                for start, stop in segments.ranges(info.items, info.item_bytes):
+                    yield Piece(info, start, stop, None)
                 continue
-            found = self._digest(self.source[tensor.source], lambda start, stop, name=tensor.source: self.read(name, start, stop))  # type: ignore[misc]
-            if found != tensor.source_digest:
-                raise self.other(tensor.source, f"has a tensor of digest {found} where the patch was made from {tensor.source_digest}")
-            for _ in self.changes(info):
-                pass
+            size = self.patch.entry(tensor.data).nbytes
+            with self._damage(info):
+                for segment in segments.find(lambda start, stop, key=tensor.data: self.patch.read(key, start, stop), size, info.items, info.item_bytes):  # type: ignore[misc]
+                    yield Piece(info, segment.first, segment.last, segment)
 
-    def _digest(self, info: TensorInfo, read: Callable[[int, int], torch.Tensor]) -> str:
-        hashed = TensorDigest(info)
-        for start, stop in segments.ranges(info.items):
-            part = read(start, stop)
-            hashed.add(digest(part))
-            self._show(part.nbytes, info)
-        return hashed.hexdigest()
-
-    def changes(self, info: TensorInfo) -> Iterator[tuple[segments.Segment, Changes]]:
-        """The changes of a tensor, segment by segment, decoded ahead. Raises InputError where they are damaged."""
-        key = self._tensor(info).data
-
-        def one(segment: segments.Segment) -> tuple[segments.Segment, Changes]:
-            stored = self.patch.keep(key, segment.start, segment.stop)
-            return segment, segments.decode(stored, segment, info.item_bytes, self.patch.difference)
-
-        size = self.patch.entry(key).nbytes
+    @contextlib.contextmanager
+    def _damage(self, info: TensorInfo) -> Iterator[None]:
         try:
-            yield from output.ahead(self.submit, one, segments.find(lambda start, stop: self.patch.read(key, start, stop), size, info.items))
+            yield
         except segments.Damaged as error:
             raise self.patch.bad(f"holds changes of {printable(info.name)} that are not those written: its data {error}") from None
 
-    def made(self, info: TensorInfo, room: Callable[[int, int], torch.Tensor]) -> Iterator[torch.Tensor]:
-        """The trained tensor's bits, segment by segment, in the room asked for. Raises InputError at the end if they are not its own."""
-        tensor = self._tensor(info)
-        hashed = TensorDigest(info)
-        if tensor.source is None:
-            for start, stop in segments.ranges(info.items):
-                part = room(start, stop).copy_(self.patch.read(tensor.data, start, stop))
-                hashed.add(digest(part))
-                yield part
-        else:
-            for segment, changes in self.changes(info):
-                source = self.read(tensor.source, segment.first, segment.last)
-                part, digests = scatter(source, changes, difference=self.patch.difference, out=room(segment.first, segment.last))
-                hashed.add(digests)
-                yield part
-        if hashed.hexdigest() != tensor.digest:
-            raise self.patch.bad(f"makes a tensor {printable(info.name)} of another digest than was written with it")
+    def _changes(self, piece: Piece) -> Changes:
+        assert piece.segment is not None
+        with self._damage(piece.info):
+            stored = self.patch.keep(self._tensor(piece.info).data, piece.segment.start, piece.segment.stop)
+            return segments.decode(stored, piece.segment, piece.info.item_bytes, self.patch.difference)
 
-    def write(self, name: str, folder: Path, shown: str) -> None:
+    def _examined(self, piece: Piece) -> tuple[TensorInfo, bool, torch.Tensor]:
+        """The tensor, whether this was the last of it, and the digests of the source's bits, or of those stored whole."""
+        tensor = self._tensor(piece.info)
+        last = piece.stop == piece.info.items
+        if tensor.source is None:
+            return piece.info, last, digest(self.patch.read(tensor.data, piece.start, piece.stop))
+        self._changes(piece)
+        return piece.info, last, digest(self.read(tensor.source, piece.start, piece.stop))
+
+    def made(self, infos: Sequence[TensorInfo], room: Callable[[TensorInfo, int, int], torch.Tensor]) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
+        """The trained tensors' bits, segment by segment, each in the room asked for. Raises InputError where they are not their own."""
+
+        def one(job: tuple[Piece, torch.Tensor]) -> tuple[Piece, torch.Tensor, torch.Tensor]:
+            piece, target = job
+            tensor = self._tensor(piece.info)
+            if tensor.source is None:
+                target.copy_(self.patch.read(tensor.data, piece.start, piece.stop))
+                return piece, target, digest(target)
+            changes = self._changes(piece)
+            return piece, *scatter(self.read(tensor.source, piece.start, piece.stop), changes, difference=self.patch.difference, out=target)
+
+        hashes = {info.name: TensorDigest(info) for info in infos}
+        jobs = ((piece, room(piece.info, piece.start, piece.stop)) for piece in self._segments(infos))
+        for piece, part, digests in self.workers.ahead(one, jobs, lambda job: is_small(job[0])):
+            hashes[piece.info.name].add(digests)
+            self._show(piece.info, digests)
+            yield piece.info, part
+        for info in infos:
+            if hashes[info.name].hexdigest() != self._tensor(info).digest:
+                raise self.patch.bad(f"makes a tensor {printable(info.name)} of another digest than was written with it")
+
+    def write(self, name: str, folder: Path, shown: str, rooms: output.Ring[torch.Tensor]) -> None:
         """One file of the trained checkpoint."""
-        header, infos, rooms = self.patch.headers[name], self.patch.files[name], output.Rooms()
+        header, infos = self.patch.headers[name], self.patch.files[name]
         size = len(header) + sum(info.nbytes for info in infos)
-        with contextlib.closing(output.Writer(folder / name, os.path.join(shown, name), size)) as writer:
-            writer(lambda: [header])
-            for info in infos:
-                for part in self.made(info, lambda start, stop, width=info.item_bytes: rooms.next(width)[: stop - start]):  # type: ignore[misc]
-                    writer(lambda part=part: [part.numpy().data])  # type: ignore[misc]
-                    self._show(part.nbytes, info)
+        with contextlib.closing(output.Writer(folder / name, os.path.join(shown, name), self.workers.depth, size)) as writer:
+            writer([header])
+            for _, part in self.made(infos, lambda info, start, stop: rooms.next(info.item_bytes)[: stop - start]):
+                writer([part.view(torch.uint8).numpy().data], small=part.numel() < output.SMALL)
             writer.finish()
         SafetensorsFile(str(folder / name), "read").close()  # whoever reads it next has the same library
 
-    def _show(self, nbytes: int, info: TensorInfo) -> None:
-        self.done += nbytes
+    def _show(self, info: TensorInfo, digests: torch.Tensor) -> None:
+        self.done += min(len(digests) * BLOCK * info.item_bytes, info.nbytes)
         self.progress(min(self.done, self.total), self.total, info.name)
+
+
+def is_small(piece: Piece) -> bool:
+    return piece.stop - piece.start < output.SMALL
 
 
 def write_beside(patch: Patch, source: FileSource, folder: Path) -> list[str]:

@@ -6,11 +6,12 @@ import contextlib
 import json
 import os
 import stat
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from opdkernels.checkpoint.safetensors import stored_dtype
 from opdkernels.checkpoint.sharded import FileSource
@@ -74,36 +75,52 @@ def create(
         if not os.fspath(out):
             raise InputError("the patch has no name; give one to -o")
         temporary = stack.enter_context(output.new_file(Path(out), overwrite))
-        work = stack.enter_context(contextlib.closing(Creation(before, after, temporary, os.fspath(out), zstd, progress)))
-        with output.coders() as submit:
-            work.run(submit)
+        workers = stack.enter_context(contextlib.closing(output.Workers()))
+        work = Creation(before, after, workers, zstd, progress)
+        with contextlib.closing(output.Writer(temporary, os.fspath(out), workers.depth)) as writer:
+            work.write(writer)
         before.check()
         after.check()
     with contextlib.closing(Patch(out)) as patch:
         return summary(patch)
 
 
+@dataclass
+class Stored:
+    """A planned tensor while it is stored: what its digests have seen, and the bytes of its entry."""
+
+    plan: Planned
+    before: TensorDigest
+    after: TensorDigest
+    changed: int = 0
+    nbytes: int = 0
+
+    @classmethod
+    def empty(cls, one: Planned) -> Stored:
+        return cls(one, TensorDigest(one.source or one.info), TensorDigest(one.info))
+
+    def described(self, plan: Planned) -> Tensor:
+        """What the manifest says of it, under the name of `plan`."""
+        return tensor_of(plan, self.before.hexdigest(), self.after.hexdigest(), self.changed)
+
+
+def tensor_of(plan: Planned, before: str, after: str, changed: int) -> Tensor:
+    name, found = (None, None) if plan.source is None else (plan.source.name, before)
+    return Tensor(source=name, source_digest=found, digest=after, data=plan.data, changed=changed)
+
+
 class Creation:
-    """A patch while it is written: entries follow each other behind room for the header, which comes last."""
+    """A patch to be written: entries follow each other behind room for the header, which comes last."""
 
     def __init__(
-        self, source: FileSource, trained: FileSource, path: Path, shown: str, zstd: bool, progress: Progress | None
+        self, source: FileSource, trained: FileSource, workers: output.Workers, zstd: bool, progress: Progress | None
     ) -> None:
-        self.source, self.trained, self.zstd = source, trained, zstd
+        self.source, self.trained, self.workers, self.zstd = source, trained, workers, zstd
         self.progress = progress or (lambda done, total, name: None)
         self.plan = planned(source, trained)
         self.headers = headers_of(trained, [one.info for one in self.plan])
         self.beside, self.stored_beside = beside_of(source, trained, list(self.headers))
-        self.tensors: dict[str, Tensor] = {}
-        self.sizes: dict[str, int] = {}
-        self.rooms: dict[int, list[Room]] = {}
-        self.done, self.total = 0, sum(one.info.nbytes * (2 if one.source else 1) for one in self.plan)
         self.reserved = self._reserve()
-        self.writer = output.Writer(path, shown)
-        self.turn = 0
-
-    def close(self) -> None:
-        self.writer.close()
 
     def _reserve(self) -> int:
         """Bytes of a header whose numbers and digests are as long as they can get."""
@@ -116,15 +133,11 @@ class Creation:
             entries[key] = entry("U8", [LARGEST], LARGEST, LARGEST)
         if len(entries) > MAX_TENSORS:
             raise InputError(f"a patch of {len(self.plan)} tensors would hold more than the limit of {MAX_TENSORS} entries; split the checkpoint")
-        blank = {one.info.name: self._tensor(one, NO_DIGEST, NO_DIGEST, LARGEST) for one in self.plan}
+        blank = {one.info.name: tensor_of(one, NO_DIGEST, NO_DIGEST, LARGEST) for one in self.plan}
         size = len(patch_header(entries, self._manifest(blank)))
         if size > MAX_HEADER_BYTES:
             raise InputError(f"the header of the patch would take {size} bytes, more than the {MAX_HEADER_BYTES} that safetensors allows; split the checkpoint")
         return size
-
-    def _tensor(self, one: Planned, before: str, after: str, changed: int) -> Tensor:
-        name, found = (None, None) if one.source is None else (one.source.name, before)
-        return Tensor(source=name, source_digest=found, digest=after, data=one.data, changed=changed)
 
     def _manifest(self, tensors: dict[str, Tensor]) -> Manifest:
         return Manifest(
@@ -136,77 +149,54 @@ class Creation:
             tensors=tensors,
         )
 
-    def run(self, submit: Callable[..., Future[Any]]) -> None:
-        """Writes everything; `submit` runs the coding of segments beside the reading."""
-        self.writer(lambda: [bytes(self.reserved)])
-        for name, header in self.headers.items():
-            self._append(f"header:{name}", header)
-        for name, content in self.stored_beside.items():
-            self._append(f"beside:{name}", content)
-        first: dict[str, Tensor] = {}
-        for one in self.plan:
-            if one.data in first:  # one storage under two names
-                self.tensors[one.info.name] = first[one.data]
-                continue
-            tensor = self._whole(one) if one.source is None else self._changes(one, one.source, submit)
-            self.tensors[one.info.name] = first[one.data] = tensor
-        self.writer.finish()
-        self.writer.rewrite(patch_header(self._entries(), self._manifest(self.tensors), self.reserved))
+    def write(self, writer: output.Writer) -> None:
+        """Writes everything: segments as they come, the header when all is known."""
+        small = {f"header:{name}": header for name, header in self.headers.items()}
+        small |= {f"beside:{name}": content for name, content in self.stored_beside.items()}
+        writer([bytes(self.reserved), *small.values()])
+        kept: dict[str, Stored] = {}
+        for plan in self.plan:
+            kept.setdefault(plan.data, Stored.empty(plan))  # one storage under two names is stored once
+        done, total = 0, sum(one.plan.info.nbytes * (2 if one.plan.source else 1) for one in kept.values())
+        rooms = output.Ring(self.workers.depth, lambda width: Room.of(segments.size_of(width), width))
+        jobs = (
+            (one, start, stop, rooms.next(one.plan.info.item_bytes))
+            for one in kept.values()
+            for start, stop in segments.ranges(one.plan.info.items, one.plan.info.item_bytes)
+        )
+        for one, digests, changed, parts, nbytes in self.workers.ahead(self._segment, jobs, lambda job: job[2] - job[1] < output.SMALL):
+            one.before.add(digests[0])
+            one.after.add(digests[1])
+            one.changed += changed
+            one.nbytes += sum(map(len, parts))
+            writer(parts, small=nbytes < output.SMALL)
+            done += nbytes
+            self.progress(done, total, one.plan.info.name)
+        tensors = {plan.info.name: kept[plan.data].described(plan) for plan in self.plan}
+        writer.rewrite(patch_header(self._entries(small, kept), self._manifest(tensors), self.reserved))
 
-    def _entries(self) -> dict[str, dict[str, Any]]:
+    def _segment(self, job: tuple[Stored, int, int, Room]) -> tuple[Stored, Sequence[torch.Tensor], int, list[memoryview], int]:
+        """One segment: the tensor, the digests of both sides, how many changed, the bytes to write, and how many were read."""
+        one, start, stop, room = job
+        trained = self.trained.read_bits(one.plan.info.name, start, stop)
+        if one.plan.source is None:
+            # Copied: what was read may be a buffer that the next reading overwrites.
+            kept = room.values[: stop - start].copy_(trained)
+            digests = digest(kept)
+            return one, (digests, digests), stop - start, [memoryview(kept.view(torch.uint8).numpy().data)], kept.nbytes
+        source = self.source.read_bits(one.plan.source.name, start, stop)
+        changes, both = gather(source, trained, difference=self.zstd, room=room)
+        return one, both.unbind(), changes.changed, segments.encode(changes, self.zstd), source.nbytes + trained.nbytes
+
+    def _entries(self, small: dict[str, bytes], kept: dict[str, Stored]) -> dict[str, dict[str, Any]]:
         """What the header says of what was written."""
-        whole = {one.data: one.info for one in self.plan if one.source is None}
         found, at = {}, 0
-        for key, size in self.sizes.items():
-            dtype, shape = (stored_dtype(whole[key].dtype), list(whole[key].shape)) if key in whole else ("U8", [size])
+        for key, size in [*((key, len(content)) for key, content in small.items()), *((key, one.nbytes) for key, one in kept.items())]:
+            whole = kept[key].plan.info if key in kept and kept[key].plan.source is None else None
+            dtype, shape = (stored_dtype(whole.dtype), list(whole.shape)) if whole else ("U8", [size])
             found[key] = entry(dtype, shape, at, at + size)
             at += size
         return found
-
-    def _append(self, key: str, content: bytes) -> None:
-        self.sizes[key] = len(content)
-        self.writer(lambda: [content])
-
-    def _whole(self, one: Planned) -> Tensor:
-        hashed = TensorDigest(one.info)
-        for start, stop in segments.ranges(one.info.items):
-            part = self.trained.read_bits(one.info.name, start, stop)
-            hashed.add(digest(part))
-            self.writer(lambda part=part: [part.numpy().data])  # type: ignore[misc]
-            self.writer.finish()  # what was read may be a buffer that the next reading overwrites
-            self._show(part.nbytes, one)
-        self.sizes[one.data] = one.info.nbytes
-        return self._tensor(one, NO_DIGEST, hashed.hexdigest(), one.info.items)
-
-    def _changes(self, one: Planned, source: TensorInfo, submit: Callable[..., Future[Any]]) -> Tensor:
-        before, after, changed = TensorDigest(source), TensorDigest(one.info), 0
-        self.sizes[one.data] = 0
-        for start, stop in segments.ranges(one.info.items):
-            w = self.source.read_bits(source.name, start, stop)
-            v = self.trained.read_bits(one.info.name, start, stop)
-            changes, digests = gather(w, v, difference=self.zstd, room=self._room(one.info.item_bytes))
-            before.add(digests[0])
-            after.add(digests[1])
-            changed += changes.changed
-            coded = submit(segments.encode, changes, self.zstd)
-            self.writer(lambda coded=coded: self._sized(one.data, coded.result()))  # type: ignore[misc]
-            self._show(w.nbytes + v.nbytes, one)
-        return self._tensor(one, before.hexdigest(), after.hexdigest(), changed)
-
-    def _sized(self, key: str, parts: list[memoryview]) -> list[memoryview]:
-        """The parts, their length added to the entry's: known only once they are coded."""
-        self.sizes[key] += sum(map(len, parts))
-        return parts
-
-    def _room(self, width: int) -> Room:
-        """Memory that no segment in flight uses."""
-        rooms = self.rooms.setdefault(width, [segments.room(width) for _ in range(output.DEPTH)])
-        self.turn += 1
-        return rooms[self.turn % output.DEPTH]
-
-    def _show(self, nbytes: int, one: Planned) -> None:
-        self.done += nbytes
-        self.progress(self.done, self.total, one.info.name)
 
 
 def entry(dtype: str, shape: list[int], start: int, stop: int) -> dict[str, Any]:

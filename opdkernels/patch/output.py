@@ -10,15 +10,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from opdkernels.errors import InputError, printable
-from opdkernels.ops.patch import BITS
-from opdkernels.patch.segments import SEGMENT
 
-DEPTH = 3  # segments in flight: one being made, one waiting, one being written
+SMALL = 1 << 16  # items of a segment that is done with sooner than handed over
+MOST_WORKERS = 8  # memory has no more bandwidth for more, and each holds a segment or two
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -27,11 +26,11 @@ R = TypeVar("R")
 class Writer:
     """A new file, written by one thread in the order of the calls; `size` reserves its room on the disk.
 
-    An error of the disk is raised, with the name `shown`, by a later call or at the end.
+    At most `depth` calls wait. An error of the disk is raised, with the name `shown`, by a later call or at the end.
     """
 
-    def __init__(self, path: Path, shown: str, size: int = 0) -> None:
-        self.shown = shown
+    def __init__(self, path: Path, shown: str, depth: int, size: int = 0) -> None:
+        self.shown, self.depth = shown, depth
         self._file = io.FileIO(path, "x")
         self._pending: deque[Future[None]] = deque()
         self._thread = ThreadPoolExecutor(1)
@@ -39,14 +38,17 @@ class Writer:
             with self._named():
                 os.posix_fallocate(self._file.fileno(), 0, size)
 
-    def __call__(self, parts: Callable[[], Iterable[Any]]) -> None:
-        """Writes what `parts` returns, when its turn comes; at most DEPTH - 1 calls wait, so that memory can be used again."""
-        while len(self._pending) >= DEPTH - 1:
+    def __call__(self, parts: Iterable[Any], small: bool = False) -> None:
+        """Writes the parts when their turn comes."""
+        while self._pending and (len(self._pending) >= self.depth or self._pending[0].done()):
             self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._write, parts))
+        if small and not self._pending:
+            self._write(parts)
+        else:
+            self._pending.append(self._thread.submit(self._write, parts))
 
-    def _write(self, parts: Callable[[], Iterable[Any]]) -> None:
-        for part in parts():
+    def _write(self, parts: Iterable[Any]) -> None:
+        for part in parts:
             view = memoryview(part).cast("B")
             while view:
                 with self._named():
@@ -68,48 +70,52 @@ class Writer:
         """Writes over the first bytes of the file."""
         self.finish()
         self._file.seek(0)
-        self._write(lambda: [content])
+        self._write([content])
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
         self._file.close()
 
 
-class Rooms:
-    """Memory for segments in turn: when one comes round again, a Writer is done with it."""
+class Workers:
+    """Threads that make segments ahead of their use, each with kernels of one thread; segments of a checkpoint are many."""
 
     def __init__(self) -> None:
-        self._rooms: dict[int, list[torch.Tensor]] = {}
-        self._turn = 0
+        self._threads = torch.get_num_threads()
+        count = min(self._threads, MOST_WORKERS)
+        self.depth = count + 1
+        self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
-    def next(self, width: int) -> torch.Tensor:
-        """Room for a segment of items of `width` bytes."""
-        rooms = self._rooms.setdefault(width, [torch.empty(SEGMENT, dtype=BITS[width]) for _ in range(DEPTH)])
-        self._turn += 1
-        return rooms[self._turn % DEPTH]
-
-
-@contextlib.contextmanager
-def coders() -> Iterator[Callable[[Callable[[], T]], Future[T]]]:
-    """Runs functions side by side, each with kernels of one thread."""
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield pool.submit
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # the pool's setting is also that of threads to come
-
-
-def ahead(submit: Callable[[Callable[[], R]], Future[R]], function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`function` of each item, in order, worked on while the one before is used."""
-    pending: deque[Future[R]] = deque()
-    for item in items:
-        pending.append(submit(lambda item=item: function(item)))  # type: ignore[misc]
-        if len(pending) >= DEPTH:
+    def ahead(self, function: Callable[[T], R], items: Iterable[T], small: Callable[[T], bool]) -> Iterator[R]:
+        """`function` of each item, in order, worked on while those before are used; of small ones when it is asked for."""
+        pending: deque[Future[R]] = deque()
+        for item in items:
+            if small(item) and not pending:
+                yield function(item)
+                continue
+            pending.append(self._pool.submit(function, item))
+            while pending and (len(pending) >= self.depth or pending[0].done()):
+                yield pending.popleft().result()
+        while pending:
             yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)  # the pool's setting is also that of threads to come
+
+
+class Ring(Generic[T]):
+    """Memory in turn, by width of item: when one comes round again, `Workers` and a `Writer` of their depth are done with it."""
+
+    def __init__(self, depth: int, make: Callable[[int], T]) -> None:
+        self._count, self._make = 2 * depth + 1, make
+        self._rooms: dict[int, deque[T]] = {}
+
+    def next(self, width: int) -> T:
+        rooms = self._rooms.setdefault(width, deque())
+        room = self._make(width) if len(rooms) < self._count else rooms.popleft()
+        rooms.append(room)
+        return room
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""How the changes of a tensor are stored: segment after segment of at most 4,194,304 items, each with its length and digest.
+"""How the changes of a tensor are stored: segment after segment of 8 MiB of items, each with its length and digest.
 
 A segment is 32 bytes of header (the length of its content, the length of what is stored of it, a digest of that) and
 what is stored: the content, or where this is shorter a zstd frame of it. The content is counts, positions and values as
@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from opdkernels.ops.patch import BITS, BLOCK, Changes, Room, blocks_of, check, digest, position_bytes
+from opdkernels.ops.patch import BITS, BLOCK, Changes, blocks_of, check, digest, position_bytes
 
-SEGMENT = 1 << 22
+SEGMENT_BYTES = 1 << 23
 HEADER = struct.Struct("<QQ16s")
 SHIFTS = {torch.int8: 7, torch.int16: 15, torch.int32: 31, torch.int64: 63}
 
@@ -27,15 +27,15 @@ class Damaged(ValueError):
     """What is stored is not what `create` stores; the message says of what, in half a line."""
 
 
-def ranges(items: int) -> Iterator[tuple[int, int]]:
+def size_of(width: int) -> int:
+    """Items of `width` bytes in a segment; whole blocks."""
+    return SEGMENT_BYTES // width
+
+
+def ranges(items: int, width: int) -> Iterator[tuple[int, int]]:
     """The items of each segment of a tensor."""
-    for start in range(0, items, SEGMENT):
-        yield start, min(start + SEGMENT, items)
-
-
-def room(width: int) -> Room:
-    """Memory for the changes of one segment."""
-    return Room.of(SEGMENT, width)
+    for start in range(0, items, size_of(width)):
+        yield start, min(start + size_of(width), items)
 
 
 def digest_of(*parts: torch.Tensor) -> bytes:
@@ -81,7 +81,7 @@ def encode(changes: Changes, zstd: bool) -> list[memoryview]:
 
 @dataclass(frozen=True)
 class Segment:
-    """Where a segment's stored bytes are, [start, stop) of the tensor's entry, and what its header says of them."""
+    """Items [first, last) of a tensor, the stored bytes [start, stop) of its entry, and what its header says of them."""
 
     first: int
     last: int
@@ -89,19 +89,20 @@ class Segment:
     stop: int
     length: int
     digest: bytes
+    where: str
 
 
-def find(read: Callable[[int, int], torch.Tensor], size: int, items: int) -> Iterator[Segment]:
+def find(read: Callable[[int, int], torch.Tensor], size: int, items: int, width: int) -> Iterator[Segment]:
     """The segments of an entry of `size` bytes that holds the changes of `items` items. Raises Damaged where they do not fill it."""
     at = 0
-    for first, last in ranges(items):
+    for index, (first, last) in enumerate(ranges(items, width)):
         if at + HEADER.size > size:
-            raise Damaged(f"ends at byte {size}, before segment {first // SEGMENT}")
+            raise Damaged(f"ends at byte {size}, before segment {index}")
         length, stored, expected = HEADER.unpack(read(at, at + HEADER.size).numpy().tobytes())
         at += HEADER.size
         if stored > length or stored > size - at:
-            raise Damaged(f"claims {stored} bytes for segment {first // SEGMENT}, more than there are")
-        yield Segment(first, last, at, at + stored, length, expected)
+            raise Damaged(f"claims {stored} bytes for segment {index}, more than there are")
+        yield Segment(first, last, at, at + stored, length, expected, f"in segment {index}")
         at += stored
     if at != size:
         raise Damaged(f"has {size - at} bytes beyond its segments")
@@ -109,7 +110,7 @@ def find(read: Callable[[int, int], torch.Tensor], size: int, items: int) -> Ite
 
 def decode(stored: torch.Tensor, segment: Segment, width: int, difference: bool) -> Changes:
     """The changes of a segment. Raises Damaged unless they are whole and valid."""
-    where = f"in segment {segment.first // SEGMENT}"
+    where = segment.where
     content = stored if len(stored) == segment.length else _decompressed(stored, segment, width)
     numel = segment.last - segment.first
     blocks = blocks_of(numel)
@@ -144,9 +145,9 @@ def _decompressed(stored: torch.Tensor, segment: Segment, width: int) -> torch.T
     numel = segment.last - segment.first
     most = 4 * blocks_of(numel) + (numel + 7) // 8 + numel * width + 24
     if segment.length > most:
-        raise Damaged(f"claims {segment.length} bytes in segment {segment.first // SEGMENT}, more than {most}")
+        raise Damaged(f"claims {segment.length} bytes {segment.where}, more than {most}")
     try:
         content = pa.Codec("zstd").decompress(stored.numpy().data, segment.length)
     except (pa.ArrowException, OSError, ValueError):
-        raise Damaged(f"has a zstd frame in segment {segment.first // SEGMENT} that cannot be read") from None
+        raise Damaged(f"has a zstd frame {segment.where} that cannot be read") from None
     return torch.from_numpy(np.frombuffer(content, np.uint8).copy())
