@@ -115,7 +115,9 @@ class Held:
     def put(self, name: str, new: torch.Tensor) -> None:
         tensor = self.live[name]
         self._copy = None
-        if not self._is_plain(name):
+        if self._is_plain(name):
+            torch.autograd.graph.increment_version(tensor)  # written through integer views, which autograd does not follow
+        else:
             tensor.detach().copy_(new.view(tensor.dtype).view(tensor.shape))
 
     def _is_plain(self, name: str) -> bool:

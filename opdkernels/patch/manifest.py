@@ -207,7 +207,10 @@ class Patch:
         return found
 
     def _complete(self) -> None:
-        """Every tensor of the files is in the manifest, once, and its data in the patch."""
+        """Every tensor of the files is in the manifest, once, its data in the patch, and nothing else is."""
+        stored = {f"beside:{name}": beside.digest for name, beside in self.manifest.beside.items() if beside.stored}
+        for key, expected in stored.items():
+            self.small(key, expected)
         infos = [info for file in self.files.values() for info in file]
         tensors = self.manifest.tensors
         if sorted(info.name for info in infos) != sorted(tensors):
@@ -219,6 +222,9 @@ class Patch:
             changes = None not in (tensor.source, tensor.source_digest) and data.dtype == "u8" and tensor.data.startswith("changes:")
             if not whole and not changes:
                 raise self.bad(f"holds tensor {printable(info.name)} neither whole nor as changes")
+        listed = {*stored, *(f"header:{name}" for name in self.headers), *(tensor.data for tensor in tensors.values())}
+        if self._file.tensors.keys() != listed:
+            raise self.bad("holds what its manifest does not list")
         trained = digest_all({name: tensor.digest for name, tensor in tensors.items()})
         if (digest_all(source_digests(tensors.values())), trained) != (self.manifest.source_digest, self.manifest.digest):
             raise self.bad("has digests of the whole that are not those of its tensors")

@@ -399,6 +399,12 @@ def test_the_kernel_and_the_reference_hold_one_secret():
     assert bytes(int(byte, 16) for byte in re.findall(r"\b0x([0-9a-f]{2})\b", text)) == ops.SECRET
 
 
+def test_examples_of_the_docstrings():
+    import doctest
+
+    assert doctest.testmod(ops).failed == 0
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels")
 def test_more_than_two_billion_coordinates():
