@@ -1,11 +1,18 @@
-"""`patch`: gather and scatter of 17 % changed coordinates, share of the read bandwidth, against eager PyTorch."""
+"""`patch` at 17 % changed coordinates: gather and scatter against eager PyTorch, create and apply against copying, sizes against zstd."""
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.harness import paired
+from opdkernels import patch
 from opdkernels.backends.cpu import _C
 from opdkernels.ops.patch import Room, bits, gather, scatter
 
@@ -14,11 +21,28 @@ DENSITY = 0.17
 
 @pytest.fixture(scope="session")
 def pair(embedding) -> tuple[torch.Tensor, torch.Tensor]:
-    """The embedding before and after training, some changes taken back so that 17 % are left."""
-    source, trained, _ = embedding
+    """The embedding before and after training."""
+    return embedding[0], thinned(*embedding[:2])
+
+
+def thinned(source: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+    """The trained tensor, changes taken back so that 17 % of the coordinates are left changed."""
     changed = bits(source) != bits(trained)
-    keep = torch.rand(source.numel(), generator=torch.Generator().manual_seed(0)) < DENSITY * source.numel() / int(changed.sum())
-    return source, torch.where(keep, trained, source)
+    share = DENSITY * source.numel() / max(int(changed.sum()), 1)
+    keep = torch.rand(source.shape, generator=torch.Generator().manual_seed(0)) < share
+    return torch.where(keep, trained, source)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(folder, tmp_path_factory) -> tuple[Path, Path]:
+    """The source, and a run of which 17 % of the coordinates changed; 1 GB each."""
+    out = tmp_path_factory.mktemp("thinned")
+    for file in sorted((folder / "source").glob("*.safetensors")):
+        source, trained = load_file(file), load_file(folder / "run_a" / file.name)
+        save_file({name: thinned(source[name], trained[name]) for name in source}, out / file.name, metadata={"format": "pt"})
+    for name in ("config.json", "model.safetensors.index.json"):
+        shutil.copy(folder / "run_a" / name, out / name)
+    return folder / "source", out
 
 
 def eager_gather(source: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,4 +107,51 @@ def test_gather_and_scatter_against_eager(benchmark, row, pair, one_thread):
         over_eager_gather=seconds["eager gather"] / seconds["gather"],
         over_eager_scatter=seconds["eager scatter"] / seconds["scatter"],
         stored_over_eager=(changes.positions.nbytes + changes.values.nbytes) / (indices.nbytes + values.nbytes),
+    )
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def zstd_bytes(folder: Path) -> int:
+    """The weights, compressed as they are, 8 MiB at a time."""
+    codec, size = pa.Codec("zstd"), 0
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 23):
+                size += len(codec.compress(piece, asbytes=True))
+    return size
+
+
+@pytest.mark.parametrize("zstd", [False, True], ids=["plain", "zstd"])
+def test_create_and_apply_a_checkpoint(benchmark, row, checkpoints, bandwidth, tmp_path, zstd):
+    """The whole call, files in memory. Bytes: both sides or source and patch read, patch or trained side written, each once."""
+    source, trained = checkpoints
+    path, out, copy = tmp_path / "p", tmp_path / "out", tmp_path / "copy"
+
+    def create():
+        return patch.create(source, trained, path, zstd=zstd, overwrite=True)
+
+    def apply():
+        shutil.rmtree(out, ignore_errors=True)
+        return patch.apply(source, path, out)
+
+    def copied():
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(trained, copy)
+
+    seconds = paired({"create": create, "apply": apply, "copy": copied}, rounds=5)
+    found = benchmark.pedantic(apply, rounds=1)
+    assert hashes(out) == hashes(trained)
+    moved = 2 * found["bytes_trained"] + found["bytes"]
+    row(
+        create_s=seconds["create"],
+        apply_s=seconds["apply"],
+        create_share_of_read=moved / seconds["create"] / bandwidth[2],
+        apply_share_of_read=moved / seconds["apply"] / bandwidth[2],
+        copy_s=seconds["copy"],
+        density=found["density"],
+        patch_over_trained=found["share"],
+        zstd_of_trained_over_trained=zstd_bytes(trained) / found["bytes_trained"],
     )
