@@ -34,7 +34,7 @@ class TensorInfo:
     def item_bytes(self) -> int:
         """Bytes of what `read_bits` takes for one item: an element; half of one of 16 bytes; a byte, where several share one."""
         size, rest = divmod(self.nbytes, self.numel or 1)
-        return 1 if rest or not size else min(size, 8)
+        return 1 if rest else {2: 2, 4: 4, 8: 8, 16: 8}.get(size, 1)
 
     @property
     def items(self) -> int:

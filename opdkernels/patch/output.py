@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import shutil
@@ -34,9 +35,11 @@ class Writer:
         self._file = io.FileIO(path, "x")
         self._pending: deque[Future[None]] = deque()
         self._thread = ThreadPoolExecutor(1)
-        if size and hasattr(os, "posix_fallocate"):
-            with self._named():
-                os.posix_fallocate(self._file.fileno(), 0, size)
+        try:
+            self._reserve(size)
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(self, parts: Iterable[Any], small: bool = False) -> None:
         """Writes the parts when their turn comes."""
@@ -53,6 +56,17 @@ class Writer:
             while view:
                 with self._named():
                     view = view[self._file.write(view) or 0 :]
+
+    def _reserve(self, size: int) -> None:
+        """Room that is not there is known now, and room that is there is written to faster."""
+        if not size or not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            with self._named():
+                os.posix_fallocate(self._file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # a file system that cannot
+                raise
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
