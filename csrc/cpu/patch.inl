@@ -108,7 +108,7 @@ struct BlockHash {
     alignas(64) unsigned char padded[OPD_HASH_UNIT];
     if (unit_bytes < OPD_HASH_UNIT) {
       __builtin_memset(padded, 0, OPD_HASH_UNIT);
-      __builtin_memcpy(padded, unit, (size_t)unit_bytes);
+      __builtin_memcpy(padded, unit, (opd_u64)unit_bytes);
       unit = padded;
     }
     hash_unit(hash, (const unsigned char*)unit, done >= bytes);
@@ -168,7 +168,7 @@ OPD_FN int compress_chosen(const T* w, const T* v, opd_u64 chosen, T difference,
 // Puts the chosen of n coordinates back; the others are the source's. Returns how many values that took.
 template <class T>
 OPD_FN int expand_chosen(const T* w, opd_u64 chosen, const T* values, T difference, int n, T* out) {
-  if (out != w) __builtin_memcpy(out, w, (size_t)n * sizeof(T));
+  if (out != w) __builtin_memcpy(out, w, (opd_u64)n * sizeof(T));
   int k = 0;
   for (; chosen; chosen &= chosen - 1) {
     int i = __builtin_ctzll(chosen);
@@ -267,7 +267,7 @@ static void offsets_of(const opd_u64* mask, int n, unsigned char* offsets) {
 // n, or a mask with as many bits, all below n.
 static bool mask_of(const unsigned char* positions, int count, int n, opd_u64* mask) {
   const int bytes = patch_position_bytes(count, n), words = (n + 63) / 64;
-  __builtin_memset(mask, 0, 8 * (size_t)words);
+  __builtin_memset(mask, 0, 8 * (opd_u64)words);
   if (bytes < patch_mask_bytes(n)) {
     int before = -1;
     for (int i = 0; i < count; i++) {
@@ -279,7 +279,7 @@ static bool mask_of(const unsigned char* positions, int count, int n, opd_u64* m
     }
     return true;
   }
-  __builtin_memcpy(mask, positions, (size_t)bytes);
+  __builtin_memcpy(mask, positions, (opd_u64)bytes);
   int found = 0;
   for (int i = 0; i < words; i++) found += __builtin_popcountll(mask[i]);
   return found == count && (n % 64 == 0 || mask[words - 1] >> n % 64 == 0);
@@ -314,7 +314,7 @@ static int gather_block(const T* w, const T* v, int n, T difference, unsigned ch
   hash_v.end(digest_v);
   const int bytes = patch_position_bytes(count, n);
   if (bytes < patch_mask_bytes(n)) offsets_of(mask, n, positions);
-  else __builtin_memcpy(positions, mask, (size_t)bytes);
+  else __builtin_memcpy(positions, mask, (opd_u64)bytes);
   return count;
 }
 
