@@ -28,8 +28,10 @@ def figure(name: str, value: float) -> str:
     if name in UNITS:
         unit, scale = UNITS[name]
         return f"{value / scale:.3g} {unit}"
-    if name == "share_of_read":
-        return f"{100 * value:.0f} % of read bandwidth"
+    if name.endswith("share_of_read"):
+        return f"{name.removesuffix('share_of_read').replace('_', ' ')}{100 * value:.0f} % of read bandwidth"
+    if name.endswith("_bytes_per_s"):
+        return f"{name.removesuffix('_bytes_per_s').replace('_', ' ')} {value / 1e9:.3g} GB/s"
     if name.startswith("over_"):
         return f"{value:.3g} × {name.removeprefix('over_').replace('_', ' ')}"
     if name.endswith("_s"):

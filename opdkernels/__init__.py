@@ -11,6 +11,7 @@ from opdkernels.errors import InputError, UsageError
 from opdkernels.version import __version__
 
 if TYPE_CHECKING:
+    from opdkernels import patch
     from opdkernels.analysis.overlap import Overlaps
     from opdkernels.analysis.result import Analysis, load
     from opdkernels.analysis.trend import Trend
@@ -25,13 +26,15 @@ WHERE = {
     "Analysis": "opdkernels.analysis.result",
     "load": "opdkernels.analysis.result",
 }
-__all__ = ["Analysis", "InputError", "Overlaps", "Trend", "UsageError", "__version__", "analyze", "load", "overlap", "trend"]
+__all__ = ["Analysis", "InputError", "Overlaps", "Trend", "UsageError", "__version__", "analyze", "load", "overlap", "patch", "trend"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in WHERE:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name == "patch":
+        return import_module("opdkernels.patch")
+    if name in WHERE:
         return getattr(import_module(WHERE[name]), name)
     raise AttributeError(f"module 'opdkernels' has no attribute {name!r}")
 

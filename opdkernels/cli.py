@@ -318,6 +318,76 @@ def save_masks(masks: Any, out: str) -> None:
     typer.echo(f"{masks.nnz:,} of {masks.numel:,} coordinates of {len(masks)} tensors ({100 * masks.density:.4g} %) are active; written to {printable(out)}")
 
 
+patches = typer.Typer(
+    help="What training changed as one file, and the trained checkpoint back from it, bit for bit.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(patches, name="patch")
+PatchFile = Annotated[str, typer.Argument(metavar="PATCH", help="File that patch create wrote.", show_default=False)]
+
+
+@patches.command("create")
+def patch_create(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Checkpoint before training.", show_default=False)],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Checkpoint after training.", show_default=False)],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="File to write.", show_default=False)],
+    zstd: Annotated[bool, typer.Option("--zstd", help="Store differences, compressed: less than half the size, several times slower.")] = False,
+    io: Io = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Write what changed from BASE to TUNED: positions and values of the coordinates whose bits differ, and digests of both.
+
+    Tensors with another shape or dtype, or without a match, are stored whole. Configuration and tokenizer come along.
+
+    Example: opdkernels patch create Qwen2.5-0.5B my-run/step-200 -o step-200.patch
+    """
+    from opdkernels.patch import create, lines
+    from opdkernels.progress import reporting
+
+    with reporting(quiet) as progress:
+        found = create(base, tuned, out, zstd=zstd, io=io, overwrite=overwrite, progress=progress)
+    if not quiet:
+        show(found, lines(found), json)
+
+
+@patches.command("apply")
+def patch_apply(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Checkpoint that the patch was made from.", show_default=False)],
+    patch: PatchFile,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write, new or empty.", show_default=False)],
+    io: Io = "auto",
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Write the trained checkpoint again from BASE and PATCH: the same safetensors files, byte for byte.
+
+    BASE and PATCH are verified by their digests before anything is written.
+
+    Example: opdkernels patch apply Qwen2.5-0.5B step-200.patch -o step-200
+    """
+    from opdkernels.patch import apply, lines
+    from opdkernels.progress import reporting
+
+    with reporting(quiet) as progress:
+        found = apply(base, patch, out, io=io, progress=progress)
+    if not quiet:
+        show(found, lines(found), json)
+    raise typer.Exit(3 if found["left_out"] else 0)
+
+
+@patches.command("info")
+def patch_info(patch: PatchFile, json: Json = False) -> None:
+    """Say what a patch holds: digests of both checkpoints, changed coordinates, sizes, files.
+
+    Example: opdkernels patch info step-200.patch
+    """
+    from opdkernels.patch import info, lines
+
+    found = info(patch)
+    show(found, lines(found), json)
+
+
 @app.command()
 def report(out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of a finished run.", show_default=False)]) -> None:
     """Write report.html again from the tables of a finished run.

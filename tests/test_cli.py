@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +84,11 @@ def test_doctor_names_the_kernels_that_serve():
         (["report", "nowhere"], 4, "holds no run"),
         (["overlap", "nowhere", "a", "b", "-o", "out"], 4, "nowhere does not exist"),
         (["overlap", "nowhere", "a", "-o", "out"], 2, "2 to 16 runs"),
+        (["patch", "create", "nowhere", "nowhere", "-o", "out"], 4, "nowhere does not exist"),
+        (["patch", "apply", "nowhere", "nowhere", "-o", "out"], 4, "nowhere does not exist; give a file that patch create wrote"),
+        (["patch", "info", "nowhere"], 4, "nowhere does not exist"),
+        (["patch", "create", "a", "b"], 2, "--out"),
+        (["patch", "mend"], 2, "mend"),
         (["analyze", "a", "b", "-o", "out", "--memory", "1"], 2, "64MB is the least"),
         (["analyze", "a", "b", "-o", "out", "--threads", "0"], 2, "threads"),
         (["overlap", "a", "b", "c", "-o", "out", "--strata", "diagonal"], 2, "strata"),
@@ -129,9 +135,37 @@ def test_help_comes_at_once_and_without_torch():
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["inspect", "analyze", "overlap", "report", "doctor"])
+def test_a_patch_goes_and_comes_back(pair, tmp_path):  # noqa: F811
+    done = run("patch", "create", *pair, "-o", tmp_path / "p", "--zstd")
+    assert done.returncode == 0, done.stderr
+    assert "changed" in done.stdout
+    found = json.loads(run("patch", "info", tmp_path / "p", "--json").stdout)
+    assert (found["tensors"], found["files"], found["tensors_whole"]) == (14, ["model.safetensors"], [])
+    assert found["source_digest"] in done.stdout
+    done = run("patch", "apply", pair[0], tmp_path / "p", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    written = [(Path(folder) / "model.safetensors").read_bytes() for folder in (pair[1], tmp_path / "out")]
+    assert written[0] == written[1]
+    done = run("patch", "apply", pair[1], tmp_path / "p", "-o", tmp_path / "other")
+    assert done.returncode == 4
+    assert "is a patch for another source" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "other").exists()
+
+
+def test_files_that_the_base_lacks_end_with_status_3(pair, tmp_path):  # noqa: F811
+    for folder in pair:
+        (Path(folder) / "config.json").write_text("{}")
+    assert run("patch", "create", *pair, "-o", tmp_path / "p", "-q").stdout == ""
+    (Path(pair[0]) / "config.json").unlink()
+    done = run("patch", "apply", pair[0], tmp_path / "p", "-o", tmp_path / "out")
+    assert done.returncode == 3
+    assert "left out: config.json" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["inspect", "analyze", "overlap", "report", "doctor", "patch create", "patch apply", "patch info"])
 def test_every_command_teaches_by_example(command):
-    text = CliRunner().invoke(cli.app, [command, "--help"]).output
+    text = CliRunner().invoke(cli.app, [*command.split(), "--help"]).output
     assert f"Example: opdkernels {command}" in " ".join(text.split())
 
 

@@ -24,14 +24,15 @@ FLOORS = [
     {"options", "progress", "bits"},
     {"errors", "version", "_C"},
 ]
-FAMILIES = ("delta", "overlap", "quantile", "gram", "step")
+FAMILIES = ("delta", "overlap", "quantile", "gram", "patch", "step")
 COLUMNS = (
     "opdkernels/ops/{}.py", "csrc/{}.h", "csrc/cpu/{}.inl", "opdkernels/backends/triton/{}.py",
     "tests/ops/test_{}.py", "tests/backends/triton/test_{}.py", "benchmarks/bench_{}.py",
 )  # fmt: skip
 GAPS = {  # what a family has no file for, and why
-    ("step", "opdkernels/backends/triton/{}.py"): "tensors on a GPU are stepped by the plain PyTorch reference in this version",
-    ("step", "tests/backends/triton/test_{}.py"): "as there is no kernel",
+    (family, column): "tensors on a GPU are served by the plain PyTorch reference in this version"
+    for family in ("patch", "step")
+    for column in ("opdkernels/backends/triton/{}.py", "tests/backends/triton/test_{}.py")
 }
 LATER = ("csrc/cuda",)  # a column that does not exist yet
 

@@ -6,6 +6,8 @@
 #elif defined(__AVX2__)
 #define OPD_AVX2 1
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 #include "kernels.h"
 
@@ -20,9 +22,11 @@ namespace OPD_ISA {
 #include "overlap.inl"
 #include "quantile.inl"
 #include "gram.inl"
+#include "patch.inl"
 #include "step.inl"
 static const Kernels table = {delta, overlap, quantile_scan, quantile_narrow, quantile_table,
-                              gram_pack, gram_columns, 3 * OPD_GRAM_BYTES, step_block};
+                              gram_pack, gram_columns, 3 * OPD_GRAM_BYTES, step_block,
+                              patch_gather, patch_scatter, patch_check, patch_digest};
 }  // namespace OPD_ISA
 
 const Kernels* OPD_JOIN(kernels_, OPD_ISA)() { return &OPD_ISA::table; }

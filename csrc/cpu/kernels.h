@@ -3,6 +3,7 @@
 #include "../delta.h"
 #include "../gram.h"
 #include "../overlap.h"
+#include "../patch.h"
 #include "../quantile.h"
 #include "../step.h"
 
@@ -98,6 +99,17 @@ struct Kernels {
   int gram_panel_bytes;                               // of one row of a panel
   // Steps the active coordinates of one block.
   void (*step_block)(const StepTensor* tensor, opd_i64 block);
+  // One block of n coordinates of `bytes` bytes: receives its positions, what is stored of the changed and the digests of both
+  // sides; values must have room for all n. Returns how many changed.
+  int (*patch_gather)(const void* source, const void* trained, int bytes, int n, int difference, unsigned char* positions, void* values,
+                      opd_u64* source_digest, opd_u64* trained_digest);
+  // The block put together again, and its digest; `readable` values can be read. Returns 0 where the positions are not valid.
+  int (*patch_scatter)(const void* source, int bytes, int n, int difference, int count, const unsigned char* positions,
+                       const void* values, opd_i64 readable, void* out, opd_u64* digest);
+  // Whether the positions of a block are valid.
+  int (*patch_check)(const unsigned char* positions, int count, int n);
+  // The digest of a block of so many bytes.
+  void (*patch_digest)(const void* data, int bytes, opd_u64* digest);
 };
 
 const Kernels* kernels_baseline();

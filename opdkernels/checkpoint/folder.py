@@ -15,7 +15,7 @@ from opdkernels.errors import InputError, printable
 PART_OF_MANY = re.compile(r".*-\d+-of-\d+\.(safetensors|bin|pt|pth)")
 
 
-def open_local(where: str, given: str, io: str, allow_missing: bool) -> FileSource:
+def open_local(where: str, given: str, io: str, allow_missing: bool, any_tensors: bool = False) -> FileSource:
     """Opens the checkpoint in the folder or file `where`; `given` is what the user called it."""
     if os.path.isdir(where):
         names = _names(where)
@@ -29,7 +29,14 @@ def open_local(where: str, given: str, io: str, allow_missing: bool) -> FileSour
         formats.refuse_file(file, os.path.basename(file))
     config_path = os.path.join(os.path.dirname(file), "config.json")
     config = read_json(config_path) if os.path.exists(config_path) else {}
-    return _open(file, given, io, allow_missing, config)
+    source = _open(file, given, io, allow_missing, config)
+    try:
+        if not any_tensors:
+            formats.refuse_tensors(source.tensors, given)
+    except BaseException:
+        source.close()
+        raise
+    return source
 
 
 def _open(file: str, given: str, io: str, allow_missing: bool, config: dict) -> FileSource:
@@ -42,7 +49,7 @@ def _open(file: str, given: str, io: str, allow_missing: bool, config: dict) -> 
     kind = "torch" if isinstance(shards[0], TorchFile) else "safetensors sharded" if sharded else "safetensors"
     try:
         source = FileSource(given, kind, shards, config, missing)
-        formats.refuse_tensors(source.tensors, given)
+        source.folder, source.index = os.path.dirname(file) or ".", os.path.basename(file) if sharded else None
         if not source.tensors:
             raise InputError(f"{printable(file)} holds no tensors; give a model's checkpoint")
     except BaseException:

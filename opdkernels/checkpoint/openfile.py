@@ -239,6 +239,13 @@ def _why(error: OSError) -> str:
     return printable(reason) + remedy.get(error.errno or 0, "; check the disk, or copy or download it again")
 
 
+def bits_dtype(item_bytes: int) -> torch.dtype:
+    """The torch dtype that takes items of 1, 2, 4 or 8 bytes as integers."""
+    import torch
+
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[item_bytes]
+
+
 def torch_dtype(name: str) -> torch.dtype | None:
     """The torch dtype of a dtype name, or None where this torch has none."""
     import torch

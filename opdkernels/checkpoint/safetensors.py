@@ -11,7 +11,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from opdkernels.checkpoint.openfile import TOO_MANY_FILES, Buffer, OpenFile, exhausted, torch_dtype
+from opdkernels.checkpoint.openfile import TOO_MANY_FILES, Buffer, OpenFile, bits_dtype, exhausted, torch_dtype
 from opdkernels.checkpoint.source import MAX_HEADER_BYTES, MAX_TENSORS, FileFact, TensorInfo
 from opdkernels.errors import InputError, printable
 
@@ -19,7 +19,22 @@ if TYPE_CHECKING:
     import torch
 
 DTYPE_NAMES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp64"}
+STORED_NAMES = {ours: theirs for theirs, ours in DTYPE_NAMES.items()}
 DTYPE_BITS = {"fp16": 16, "bf16": 16, "fp32": 32, "fp64": 64}
+
+
+def dtype_name(stored: str) -> str:
+    """What this package calls a dtype of a safetensors header: the inverse of `stored_dtype`."""
+    return DTYPE_NAMES.get(stored, stored.lower())
+
+
+def stored_dtype(name: str) -> str:
+    """What a safetensors header calls a dtype.
+
+    >>> stored_dtype("fp16"), stored_dtype("f8_e4m3")
+    ('F16', 'F8_E4M3')
+    """
+    return STORED_NAMES.get(name, name.upper())
 
 
 class DuplicateKey(ValueError):
@@ -45,7 +60,7 @@ class SafetensorsFile:
         self._file = OpenFile(path, io)
         try:
             header = _header_bytes(self._file)
-            entries = _parse(self._file, header)
+            entries, self.metadata = _parse(self._file, header)
             self._offsets: dict[str, int] = {}
             self.tensors: dict[str, TensorInfo] = {}
             for name, entry in entries:
@@ -60,7 +75,7 @@ class SafetensorsFile:
     def _add(self, name: str, entry: dict[str, Any], data_start: int) -> None:
         begin, end = entry["data_offsets"]
         shape = tuple(entry["shape"])
-        dtype = DTYPE_NAMES.get(entry["dtype"], entry["dtype"].lower())
+        dtype = dtype_name(entry["dtype"])
         # math.prod on Python integers is exact; a product in 64 bits could wrap around to the right answer.
         numel = math.prod(shape)
         bits = DTYPE_BITS.get(dtype)
@@ -82,6 +97,16 @@ class SafetensorsFile:
                 " convert it to bf16"
             )
         return self._file.elements(self._offsets[name] + start * dtype.itemsize, stop - start, dtype, buffer)
+
+    def read_bits(self, name: str, start: int, stop: int, buffer: Buffer) -> torch.Tensor:
+        """Items [start, stop) of a tensor of any dtype, as integers: a view of the mapping, or `buffer`."""
+        size = self.tensors[name].item_bytes
+        return self._file.elements(self._offsets[name] + start * size, stop - start, bits_dtype(size), buffer)
+
+    def header(self) -> bytes:
+        """What stands before the tensors: the header's length in 8 bytes, and the header."""
+        content = _header_bytes(self._file)
+        return len(content).to_bytes(8, "little") + content
 
     def check(self) -> None:
         self._file.check()
@@ -110,7 +135,7 @@ def _header_bytes(file: OpenFile) -> bytes:
     return file.bytes_at(8, length)
 
 
-def _parse(file: OpenFile, header: bytes) -> list[tuple[str, dict[str, Any]]]:
+def _parse(file: OpenFile, header: bytes) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, str]]:
     # Counted before it is parsed: 400,000 empty tensors cost the library seconds and hundreds of megabytes.
     count = header.count(b'"data_offsets"')
     if count > MAX_TENSORS:
@@ -135,10 +160,10 @@ def _parse(file: OpenFile, header: bytes) -> list[tuple[str, dict[str, Any]]]:
         raise InputError(
             f"{file}: its header is not JSON ({printable(str(error))}); save or download it again"
         ) from error
-    table.pop("__metadata__", None)
+    metadata = table.pop("__metadata__", None) or {}
     if len(table) > MAX_TENSORS:
         raise _too_many(file, len(table))
-    return sorted(table.items(), key=lambda item: item[1]["data_offsets"])
+    return sorted(table.items(), key=lambda item: item[1]["data_offsets"]), metadata
 
 
 def _validate(path: str) -> None:

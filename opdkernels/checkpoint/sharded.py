@@ -24,6 +24,8 @@ class Shard(Protocol):
     fact: FileFact
 
     def read(self, name: str, start: int, stop: int, buffer: Buffer) -> torch.Tensor: ...
+    def read_bits(self, name: str, start: int, stop: int, buffer: Buffer) -> torch.Tensor: ...
+    def header(self) -> bytes | None: ...
     def check(self) -> None: ...
     def close(self) -> None: ...
 
@@ -35,6 +37,8 @@ class FileSource:
         self, path: str, kind: str, shards: list[Shard], config: dict[str, Any], missing: dict[str, str] | None = None
     ) -> None:
         self.path, self.kind, self.config = path, kind, config
+        self.folder = "."
+        self.index: str | None = None
         self.tensors: dict[str, TensorInfo] = {}
         self.aliases: dict[str, str] = {}
         self._shards = shards
@@ -64,6 +68,17 @@ class FileSource:
         if not 0 <= start <= stop <= numel:
             raise ValueError(f"elements {start} to {stop} of {printable(name)}, which has {numel}")
         return self._shard_of[name].read(name, start, stop, self._buffer)
+
+    def read_bits(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Items [start, stop) of a tensor of any dtype, 1-D, as integers of the same bits; valid until the next read."""
+        items = self.tensors[name].items
+        if not 0 <= start <= stop <= items:
+            raise ValueError(f"items {start} to {stop} of {printable(name)}, which has {items}")
+        return self._shard_of[name].read_bits(name, start, stop, self._buffer)
+
+    def headers(self) -> dict[str, bytes | None]:
+        """What stands before the tensors in each file, by name and in order; None where that is no safetensors header."""
+        return {shard.fact.name: shard.header() for shard in self._shards}
 
     def check(self) -> None:
         """Raises InputError if a file was changed, replaced or cut off since it was opened."""

@@ -30,6 +30,16 @@ class TensorInfo:
     file: str
     nbytes: int
 
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of what `read_bits` takes for one item: an element; half of one of 16 bytes; a byte, where several share one."""
+        size, rest = divmod(self.nbytes, self.numel or 1)
+        return 1 if rest else {2: 2, 4: 4, 8: 8, 16: 8}.get(size, 1)
+
+    @property
+    def items(self) -> int:
+        return self.nbytes // self.item_bytes
+
 
 @dataclass(frozen=True)
 class FileFact:
@@ -48,9 +58,12 @@ class Source(Protocol):
     """An open checkpoint. `tensors` is in file order, so that reading it in that order is sequential.
 
     `aliases` names the tensors that share all their bytes with an earlier one, `missing` those whose shard is absent.
+    `folder` is where the files lie, `index` the name of the one that lists them, if one does.
     """
 
     path: str
+    folder: str
+    index: str | None
     kind: str
     tensors: dict[str, TensorInfo]
     config: dict
@@ -60,6 +73,10 @@ class Source(Protocol):
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Flat elements [start, stop) of a tensor, 1-D, in the stored dtype; valid until the next read of this thread."""
+        ...
+
+    def read_bits(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Items [start, stop) of a tensor of any dtype, 1-D, as integers of the same bits; valid as those of `read`."""
         ...
 
     def check(self) -> None:
@@ -72,12 +89,18 @@ class Source(Protocol):
 
 
 def open_source(
-    path: str | os.PathLike[str], *, io: str = "auto", revision: str | None = None, allow_missing: bool = False
+    path: str | os.PathLike[str],
+    *,
+    io: str = "auto",
+    revision: str | None = None,
+    allow_missing: bool = False,
+    any_tensors: bool = False,
 ) -> Source:
     """Opens the checkpoint at a folder, a file, an index file or a hub id; reads headers only.
 
     `io` is "mmap", "read" or "auto": mapped on local file systems where a mapping can be guarded, else positioned reads.
-    `allow_missing` turns an absent shard from an error into entries of `Source.missing`.
+    `allow_missing` turns an absent shard from an error into entries of `Source.missing`. `any_tensors` also opens what
+    holds quantised or adapter tensors, for `read_bits`: their values mean nothing by themselves, their bits do.
     Raises InputError, before any tensor is read, for everything that cannot be read in full.
     """
     from opdkernels.checkpoint import folder, hub
@@ -105,4 +128,4 @@ def open_source(
         )
     if revision is not None and where == given:
         raise UsageError(f"{printable(given)} is a local path and has no revision; leave --revision out")
-    return folder.open_local(where, given, choose_io(io, where), allow_missing)
+    return folder.open_local(where, given, choose_io(io, where), allow_missing, any_tensors)

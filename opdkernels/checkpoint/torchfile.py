@@ -14,7 +14,7 @@ import struct
 import zipfile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from opdkernels.checkpoint.openfile import TORCH_DTYPES, Buffer, OpenFile, torch_dtype
+from opdkernels.checkpoint.openfile import TORCH_DTYPES, Buffer, OpenFile, bits_dtype, torch_dtype
 from opdkernels.checkpoint.source import MAX_HEADER_BYTES, MAX_TENSORS, FileFact, TensorInfo
 from opdkernels.checkpoint.statedict import find_state_dict
 from opdkernels.errors import InputError, printable
@@ -90,7 +90,7 @@ class TorchFile:
     def _describe(self, name: str, tensor: torch.Tensor) -> None:
         shape = tuple(int(n) for n in tensor.shape)
         numel = math.prod(shape)
-        dtype = _dtype_name(tensor.dtype)
+        dtype = torch_dtype_name(tensor.dtype)
         self.tensors[name] = TensorInfo(name, dtype, shape, numel, self._file.name, numel * tensor.dtype.itemsize)
         if len(self.tensors) > MAX_TENSORS:
             raise InputError(f"{self._file} holds more than the limit of {MAX_TENSORS} tensors; split it")
@@ -116,6 +116,21 @@ class TorchFile:
         # A transposed or cut-out view: its elements are spread over all that it spans, which is taken in once.
         span = self._file.elements(begin, _span(info.shape, location.stride), dtype, buffer)
         return _rows(torch.as_strided(span, info.shape, location.stride), start, stop)
+
+    def read_bits(self, name: str, start: int, stop: int, buffer: Buffer) -> torch.Tensor:
+        """Items [start, stop) of a tensor, as integers: a view of the mapping, or `buffer`, or rows put together."""
+        info = self.tensors[name]
+        size = info.item_bytes
+        each = max(info.items // max(info.numel, 1), 1)  # items an element
+        location = self._locations.get(name)
+        if location is not None and location.contiguous:
+            begin = location.storage + (location.offset * each + start) * size
+            return self._file.elements(begin, stop - start, bits_dtype(size), buffer)
+        first = start // each
+        return self.read(name, first, -(-stop // each), buffer).view(bits_dtype(size))[start - first * each : stop - first * each]
+
+    def header(self) -> None:
+        """None: what this format says of its tensors is a pickle."""
 
     def check(self) -> None:
         self._file.check()
@@ -240,7 +255,8 @@ def _rows(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     return part if part.stride(0) == 1 else part.clone(memory_format=torch.contiguous_format)
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def torch_dtype_name(dtype: torch.dtype) -> str:
+    """What this package calls a torch dtype."""
     text = str(dtype).removeprefix("torch.")
     return next((name for name, torch_name in TORCH_DTYPES.items() if torch_name == text), _float8(text))
 

@@ -47,7 +47,7 @@ def test_the_cpu_has_its_own_whatever_is_named_for_gpus(monkeypatch):
         if name:
             monkeypatch.setenv("OPDKERNELS_BACKEND", name)
         assert all(select.chosen(operator, "cpu") == "cpu" for operator in OPERATORS)
-    assert set(OPERATORS) == set(cpu.KERNELS)
+    assert set(OPERATORS) <= set(cpu.KERNELS)
 
 
 def test_the_reference_serves_everywhere_when_it_is_named(monkeypatch):

@@ -294,3 +294,20 @@ def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path, header):
     source = open_source(path)
     assert source.read("w", 0, 2).tolist() == [0.0, 0.0]
     source.close()
+
+
+def test_bits_of_any_dtype_and_the_header_as_it_stands(write_raw: Callable[..., Path]) -> None:
+    """Eight-bit floats, half of a complex number of 16 bytes, and what begins at an odd byte, are integers of their width."""
+    data = bytes(range(1, 28))
+    path = write_raw({"f": entry("F8_E4M3", [3], 0, 3), "w": entry("BF16", [4], 3, 11), "c": entry("C64", [2], 11, 27)}, data)
+    source = open_source(path, any_tensors=True)
+    assert source.read_bits("f", 1, 3).tolist() == [2, 3]
+    assert bits(source.read_bits("w", 1, 4)) == data[5:11]
+    assert source.read_bits("w", 0, 4).dtype == torch.int16
+    assert bits(source.read_bits("c", 0, 2)) == data[11:]
+    with pytest.raises(ValueError, match="items 0 to 5 of w, which has 4"):
+        source.read_bits("w", 0, 5)
+    assert source.headers() == {"model.safetensors": path.read_bytes()[: -len(data)]}
+    assert (source.folder, source.index) == (str(path.parent), None)
+    source.close()
+    assert "f8_e4m3" in refused(path)

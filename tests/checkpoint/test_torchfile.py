@@ -228,3 +228,25 @@ def test_a_mapped_archive_is_viewed_in_place(path: Path, fake_guard: object) -> 
     assert torch.equal(view, values[7:90])
     assert torch.equal(opened.read("t", 3, 77), values.reshape(20, 15).t().reshape(-1)[3:77])
     opened.close()
+
+
+@pytest.mark.parametrize("options", [{}, LEGACY], ids=["zip", "legacy"])
+def test_bits_of_any_dtype_and_stride(tmp_path: Path, options: dict[str, Any]) -> None:
+    """A complex number of 16 bytes is two items; rows of a transposed matrix are put together."""
+    tensors = {
+        "c": torch.arange(12.0).to(torch.complex128).mul(1 + 2j),
+        "t": torch.arange(12.0).view(3, 4).T,
+        "s": torch.arange(6.0).to(torch.complex128).view(2, 3).T,
+        "b": torch.tensor([True, False, True]),
+    }
+    torch.save(tensors, tmp_path / "pytorch_model.bin", **options)
+    source = open_source(tmp_path)
+    for name, tensor in tensors.items():
+        info = source.tensors[name]
+        assert info.items * info.item_bytes == tensor.numel() * tensor.element_size()
+        for start in (0, 1, info.items // 2):
+            for stop in (start, info.items - 1, info.items):
+                if stop >= start:
+                    assert bits(source.read_bits(name, start, stop)) == bits(tensor)[start * info.item_bytes : stop * info.item_bytes]
+    assert source.headers() == {"pytorch_model.bin": None}
+    source.close()

@@ -1,0 +1,157 @@
+"""`patch` at 17 % changed coordinates: gather and scatter against eager PyTorch, create and apply against copying, sizes against zstd."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.harness import paired
+from opdkernels import patch
+from opdkernels.backends.cpu import _C
+from opdkernels.ops.patch import Room, bits, gather, scatter
+
+DENSITY = 0.17
+
+
+@pytest.fixture(scope="session")
+def pair(embedding) -> tuple[torch.Tensor, torch.Tensor]:
+    """The embedding before and after training."""
+    return embedding[0], thinned(*embedding[:2])
+
+
+def thinned(source: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+    """The trained tensor, changes taken back so that 17 % of the coordinates are left changed."""
+    changed = bits(source) != bits(trained)
+    share = DENSITY * source.numel() / max(int(changed.sum()), 1)
+    keep = torch.rand(source.shape, generator=torch.Generator().manual_seed(0)) < share
+    return torch.where(keep, trained, source)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(folder, tmp_path_factory) -> tuple[Path, Path]:
+    """The source, and a run of which 17 % of the coordinates changed; 1 GB each."""
+    out = tmp_path_factory.mktemp("thinned")
+    for file in sorted((folder / "source").glob("*.safetensors")):
+        source, trained = load_file(file), load_file(folder / "run_a" / file.name)
+        save_file({name: thinned(source[name], trained[name]) for name in source}, out / file.name, metadata={"format": "pt"})
+    for name in ("config.json", "model.safetensors.index.json"):
+        shutil.copy(folder / "run_a" / name, out / name)
+    return folder / "source", out
+
+
+def eager_gather(source: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices as int32 and values: what one would write in PyTorch."""
+    changed = (bits(source) != bits(trained)).nonzero().flatten()
+    return changed.int(), trained[changed]
+
+
+def eager_scatter(source: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return source.clone().index_copy_(0, indices.long(), values)
+
+
+@pytest.mark.parametrize("isa", _C.available_isas())
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gather_and_scatter_of_a_bf16_pair(benchmark, row, pair, bandwidth, isa, threads):
+    """Bytes: both sides read and the changes written; the source and the changes read and the trained side written."""
+    source, trained = pair
+    before, cores = _C.current_isa(), torch.get_num_threads()
+    _C.use_isa(isa)
+    torch.set_num_threads(threads)
+    room, out = Room.of(source.numel(), 2), torch.empty_like(source)
+    changes, digests = gather(source, trained, room=room)
+    seconds = paired({"gather": lambda: gather(source, trained, room=room), "scatter": lambda: scatter(source, changes, out=out)})
+    _, after = benchmark.pedantic(lambda: scatter(source, changes, out=out), rounds=3)
+    _C.use_isa(before)
+    torch.set_num_threads(cores)
+    assert torch.equal(bits(out), bits(trained))
+    assert torch.equal(after, digests[1])
+    stored = changes.positions.nbytes + changes.values.nbytes
+    moved = 2 * source.nbytes + stored
+    row(
+        gather_s=seconds["gather"],
+        scatter_s=seconds["scatter"],
+        changed=changes.changed / source.numel(),
+        stored_over_trained=stored / trained.nbytes,
+        gather_bytes_per_s=moved / seconds["gather"],
+        gather_share_of_read=moved / seconds["gather"] / bandwidth[threads],
+        scatter_bytes_per_s=moved / seconds["scatter"],
+        scatter_share_of_read=moved / seconds["scatter"] / bandwidth[threads],
+    )
+
+
+def test_gather_and_scatter_against_eager(benchmark, row, pair, one_thread):
+    source, trained = (side[:4_358_144] for side in pair)
+    room, out = Room.of(source.numel(), 2), torch.empty_like(source)
+    changes, _ = gather(source, trained, room=room)
+    indices, values = eager_gather(source, trained)
+    seconds = paired(
+        {
+            "gather": lambda: gather(source, trained, room=room),
+            "eager gather": lambda: eager_gather(source, trained),
+            "scatter": lambda: scatter(source, changes, out=out),
+            "eager scatter": lambda: eager_scatter(source, indices, values),
+        }
+    )
+    benchmark.pedantic(lambda: gather(source, trained, room=room), rounds=3)
+    assert torch.equal(bits(values), changes.values)
+    assert torch.equal(bits(eager_scatter(source, indices, values)), bits(out))
+    row(
+        gather_s=seconds["gather"],
+        scatter_s=seconds["scatter"],
+        over_eager_gather=seconds["eager gather"] / seconds["gather"],
+        over_eager_scatter=seconds["eager scatter"] / seconds["scatter"],
+        stored_over_eager=(changes.positions.nbytes + changes.values.nbytes) / (indices.nbytes + values.nbytes),
+    )
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def zstd_bytes(folder: Path) -> int:
+    """The weights, compressed as they are, 8 MiB at a time."""
+    codec, size = pa.Codec("zstd"), 0
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 23):
+                size += len(codec.compress(piece, asbytes=True))
+    return size
+
+
+@pytest.mark.parametrize("zstd", [False, True], ids=["plain", "zstd"])
+def test_create_and_apply_a_checkpoint(benchmark, row, checkpoints, bandwidth, tmp_path, zstd):
+    """The whole call, files in memory. Bytes: both sides or source and patch read, patch or trained side written, each once."""
+    source, trained = checkpoints
+    path, out, copy = tmp_path / "p", tmp_path / "out", tmp_path / "copy"
+
+    def create():
+        return patch.create(source, trained, path, zstd=zstd, overwrite=True)
+
+    def apply():
+        shutil.rmtree(out, ignore_errors=True)
+        return patch.apply(source, path, out)
+
+    def copied():
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(trained, copy)
+
+    seconds = paired({"create": create, "apply": apply, "copy": copied}, rounds=5)
+    found = benchmark.pedantic(apply, rounds=1)
+    assert hashes(out) == hashes(trained)
+    moved = 2 * found["bytes_trained"] + found["bytes"]
+    row(
+        create_s=seconds["create"],
+        apply_s=seconds["apply"],
+        create_share_of_read=moved / seconds["create"] / bandwidth[2],
+        apply_share_of_read=moved / seconds["apply"] / bandwidth[2],
+        copy_s=seconds["copy"],
+        density=found["density"],
+        patch_over_trained=found["share"],
+        zstd_of_trained_over_trained=zstd_bytes(trained) / found["bytes_trained"],
+    )

@@ -1,0 +1,18 @@
+"""Sparse patches: what training changed between two checkpoints, as one file; docs/patch.md describes the format.
+
+>>> import tempfile, torch, opdkernels
+>>> from safetensors.torch import save_file
+>>> folder = tempfile.mkdtemp()
+>>> save_file({"w": torch.zeros(1000)}, f"{folder}/base.safetensors")
+>>> save_file({"w": torch.arange(1000.0) // 999}, f"{folder}/tuned.safetensors")
+>>> opdkernels.patch.create(f"{folder}/base.safetensors", f"{folder}/tuned.safetensors", f"{folder}/p.patch")["changed"]
+1
+>>> opdkernels.patch.apply(f"{folder}/base.safetensors", f"{folder}/p.patch", f"{folder}/again")["files"]
+['tuned.safetensors']
+"""
+
+from opdkernels.patch.apply import apply, apply_to
+from opdkernels.patch.create import create
+from opdkernels.patch.manifest import info, lines
+
+__all__ = ["apply", "apply_to", "create", "info", "lines"]

@@ -1,0 +1,163 @@
+"""Files written behind the work, and under temporary names until they are whole."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from opdkernels.errors import InputError, printable
+
+SMALL = 1 << 16  # items of a segment that is done with sooner than handed over
+MOST_WORKERS = 8  # memory has no more bandwidth for more, and each holds a segment or two
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Writer:
+    """A new file, written by one thread in the order of the calls; `size` reserves its room on the disk.
+
+    At most `depth` calls wait. An error of the disk is raised, with the name `shown`, by a later call or at the end.
+    """
+
+    def __init__(self, path: Path, shown: str, depth: int, size: int = 0) -> None:
+        self.shown, self.depth = shown, depth
+        self._file = io.FileIO(path, "x")
+        self._pending: deque[Future[None]] = deque()
+        self._thread = ThreadPoolExecutor(1)
+        try:
+            self._reserve(size)
+        except BaseException:
+            self.close()
+            raise
+
+    def __call__(self, parts: Iterable[Any], small: bool = False) -> None:
+        """Writes the parts when their turn comes."""
+        while self._pending and (len(self._pending) >= self.depth or self._pending[0].done()):
+            self._pending.popleft().result()
+        if small and not self._pending:
+            self._write(parts)
+        else:
+            self._pending.append(self._thread.submit(self._write, parts))
+
+    def _write(self, parts: Iterable[Any]) -> None:
+        for part in parts:
+            view = memoryview(part).cast("B")
+            while view:
+                with self._named():
+                    view = view[self._file.write(view) or 0 :]
+
+    def _reserve(self, size: int) -> None:
+        """Room that is not there is known now, and room that is there is written to faster."""
+        if not size or not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            with self._named():
+                os.posix_fallocate(self._file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # a file system that cannot
+                raise
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.shown) from None
+
+    def finish(self) -> None:
+        """Waits until everything is written."""
+        while self._pending:
+            self._pending.popleft().result()
+
+    def rewrite(self, content: bytes) -> None:
+        """Writes over the first bytes of the file."""
+        self.finish()
+        self._file.seek(0)
+        self._write([content])
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self._file.close()
+
+
+class Workers:
+    """Threads that make segments ahead of their use, each with kernels of one thread; segments of a checkpoint are many."""
+
+    def __init__(self) -> None:
+        self._threads = torch.get_num_threads()
+        count = min(self._threads, MOST_WORKERS)
+        self.depth = count + 1
+        self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+
+    def ahead(self, function: Callable[[T], R], items: Iterable[T], small: Callable[[T], bool]) -> Iterator[R]:
+        """`function` of each item, in order, worked on while those before are used; of small ones when it is asked for."""
+        pending: deque[Future[R]] = deque()
+        for item in items:
+            if small(item) and not pending:
+                yield function(item)
+                continue
+            pending.append(self._pool.submit(function, item))
+            while pending and (len(pending) >= self.depth or pending[0].done()):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)  # the pool's setting is also that of threads to come
+
+
+class Ring(Generic[T]):
+    """Memory in turn, by width of item: when one comes round again, `Workers` and a `Writer` of their depth are done with it."""
+
+    def __init__(self, depth: int, make: Callable[[int], T]) -> None:
+        self._count, self._make = 2 * depth + 1, make
+        self._rooms: dict[int, deque[T]] = {}
+
+    def next(self, width: int) -> T:
+        rooms = self._rooms.setdefault(width, deque())
+        room = self._make(width) if len(rooms) < self._count else rooms.popleft()
+        rooms.append(room)
+        return room
+
+
+@contextlib.contextmanager
+def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary path beside `path`, which takes its name if all goes well and is gone if not."""
+    if os.path.lexists(path) and not (overwrite and path.is_file()):
+        raise InputError(f"{printable(str(path))} exists; choose another name" + (", or pass --overwrite" if not path.is_dir() else ""))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, which takes its name if all goes well and is gone if not."""
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{printable(str(path))} exists and is not an empty folder; choose another one")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,177 @@
+"""What `create` writes is what docs/patch.md says: read by another reader, in NumPy, with the safetensors library alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors import safe_open
+
+from opdkernels import InputError
+from opdkernels.checkpoint.safetensors import SafetensorsFile
+from opdkernels.ops.patch import SECRET
+from opdkernels.patch import create
+from opdkernels.patch.create import weights_name
+from tests.ops.test_patch import MASK, Xxh3
+from tests.patch.conftest import digest, hashes, save, some
+
+WIDTHS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "C64": 8}
+
+
+class Reader:
+    """Makes the files of a patch, from its documentation."""
+
+    def __init__(self, patch: str | Path, source: str | Path):
+        self.patch = safe_open(patch, framework="pt")
+        self.metadata = self.patch.metadata()
+        self.manifest = json.loads(self.metadata["manifest"])
+        self.source, self.hasher = Path(source), Xxh3(SECRET)
+        assert digest(self.metadata["manifest"].encode()) == self.metadata["manifest_digest"]
+
+    def entry(self, key: str) -> bytes:
+        return self.patch.get_tensor(key).flatten().view(torch.uint8).numpy().tobytes()
+
+    def block_digests(self, data: bytes, width: int) -> bytes:
+        found = b""
+        for at in range(0, len(data), 65536 * width):
+            part = data[at : at + 65536 * width]
+            found += struct.pack("<QQ", *(word & MASK for word in self.hasher(part + bytes(-len(part) % 1024))))
+        return found
+
+    def tensor_digest(self, data: bytes, dtype: str, shape: list[int]) -> str:
+        return digest(f"{dtype} {'x'.join(map(str, shape))}\n".encode() + self.block_digests(data, WIDTHS[dtype]))
+
+    def changed(self, key: str, old: bytes, width: int) -> bytes:
+        content, at, new = self.entry(key), 0, b""
+        for start in range(0, len(old), 1 << 23):
+            items = np.frombuffer(old[start : start + (1 << 23)], f"<u{width}").copy()
+            length, stored = struct.unpack_from("<QQ", content, at)
+            part = content[at + 32 : at + 32 + stored]
+            if stored < length:
+                expected = self.block_digests(part, 1)
+                part = pa.Codec("zstd").decompress(part, length, asbytes=True)
+            counts, positions, values = self.split(part, items, width)
+            if stored == length:
+                expected = b"".join(self.block_digests(piece, 1) for piece in (counts, positions, values))
+            assert hashlib.blake2b(expected, digest_size=16).digest() == content[at + 16 : at + 32]
+            where = self.where(counts, positions, len(items))
+            items[where] = self.values(values, items[where], width)
+            new += items.tobytes()
+            at += 32 + stored
+        assert at == len(content)
+        return new
+
+    def split(self, part: bytes, items: np.ndarray, width: int) -> list[bytes]:
+        n_blocks = -(-len(items) // 65536)
+        counts = np.frombuffer(part, "<u4", n_blocks)
+        sizes = [min(65536, len(items) - 65536 * block) for block in range(n_blocks)]
+        lengths = [4 * n_blocks, sum(min(2 * int(c), -(-n // 8)) for c, n in zip(counts, sizes, strict=True)), int(counts.sum()) * width]
+        found = []
+        for length in lengths:
+            padded = length + -length % 8
+            assert not any(part[length:padded])
+            found.append(part[:padded])
+            part = part[padded:]
+        assert part == b""
+        return found
+
+    def where(self, counts: bytes, positions: bytes, n_items: int) -> np.ndarray:
+        found, at = [np.zeros(0, np.int64)], 0
+        for block, first in enumerate(range(0, n_items, 65536)):
+            count, n = struct.unpack_from("<I", counts, 4 * block)[0], min(65536, n_items - first)
+            if 2 * count < -(-n // 8):
+                found.append(first + np.frombuffer(positions, "<u2", count, at).astype(np.int64))
+                at += 2 * count
+            else:
+                mask = np.frombuffer(positions, np.uint8, -(-n // 8), at)
+                found.append(first + np.flatnonzero(np.unpackbits(mask, bitorder="little")))
+                at += len(mask)
+        return np.concatenate(found)
+
+    def values(self, values: bytes, old: np.ndarray, width: int) -> np.ndarray:
+        size = len(old) * width
+        if self.manifest["values"] == "new":
+            return np.frombuffer(values[:size], old.dtype)
+        zigzag = np.frombuffer(values[:size], np.uint8).reshape(width, -1).T.copy().view(old.dtype).ravel()
+        return old + ((zigzag >> 1) ^ (0 - (zigzag & 1)).astype(old.dtype))
+
+    def file(self, name: str) -> bytes:
+        header = self.entry(f"header:{name}")
+        assert digest(header) == self.manifest["headers"][name]
+        table = json.loads(header[8:])
+        table.pop("__metadata__", None)
+        content = header
+        for tensor, described in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
+            what = self.manifest["tensors"][tensor]
+            data = self.entry(what["data"]) if what["source"] is None else None
+            if data is None:
+                old = self.old(what["source"])
+                assert self.tensor_digest(old, described["dtype"], described["shape"]) == what["source_digest"]
+                data = self.changed(what["data"], old, WIDTHS[described["dtype"]])
+            assert self.tensor_digest(data, described["dtype"], described["shape"]) == what["digest"]
+            content += data
+        return content
+
+    def old(self, name: str) -> bytes:
+        content = (self.source / "model.safetensors").read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        begin, end = json.loads(content[8 : 8 + length])[name]["data_offsets"]
+        return content[8 + length + begin : 8 + length + end]
+
+
+def test_another_reader_makes_the_same_file(pair, tmp_path, zstd):
+    create(*pair, tmp_path / "p", zstd=zstd)
+    reader = Reader(tmp_path / "p", pair[0])
+    made = reader.file("model.safetensors")
+    assert hashlib.sha256(made).hexdigest() == hashes(pair[1])["model.safetensors"]
+    manifest = reader.manifest
+    digests = {name: tensor["digest"] for name, tensor in manifest["tensors"].items()}
+    assert digest(json.dumps(sorted(digests.items()), separators=(",", ":")).encode()) == reader.metadata["trained_digest"] == manifest["digest"]
+    sources = {t["source"]: t["source_digest"] for t in manifest["tensors"].values() if t["source"] is not None}
+    assert digest(json.dumps(sorted(sources.items()), separators=(",", ":")).encode()) == reader.metadata["source_digest"]
+    assert (reader.metadata["format"], reader.metadata["version"]) == ("opdkernels.patch", "1")
+
+
+def test_a_patch_depends_on_its_inputs_alone(pair, tmp_path, zstd):
+    create(*pair, tmp_path / "p", zstd=zstd)
+    create(*pair, tmp_path / "elsewhere" / "q", zstd=zstd)
+    assert (tmp_path / "p").read_bytes() == (tmp_path / "elsewhere" / "q").read_bytes()
+
+
+def test_data_are_aligned_for_those_who_map_them(pair, tmp_path):
+    create(*pair, tmp_path / "p")
+    opened = SafetensorsFile(str(tmp_path / "p"), "read")
+    assert all(info.nbytes % 8 == 0 for name, info in opened.tensors.items() if name.startswith("changes:"))
+    opened.close()
+
+
+def test_sources_of_other_tensors_make_whole_ones(tmp_path):
+    a = save(tmp_path / "a", {"x": some((9,), torch.float32, 0)})
+    b = save(tmp_path / "b", {"y": some((9,), torch.float32, 0)})
+    assert create(a, b, tmp_path / "p")["tensors_whole"] == ["y"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pytorch_model.bin", "model.safetensors"),
+        ("pytorch_model-00002-of-00003.bin", "model-00002-of-00003.safetensors"),
+        ("weights.pt", "weights.safetensors"),
+    ],
+)
+def test_names_of_written_files(name, expected):
+    assert weights_name(name) == expected
+
+
+def test_complex128_has_no_place_in_safetensors(tmp_path):
+    (tmp_path / "b").mkdir()
+    torch.save({"x": torch.zeros(3, dtype=torch.complex128)}, tmp_path / "b" / "pytorch_model.bin")
+    with pytest.raises(InputError, match="tensor x is complex128, which safetensors does not hold"):
+        create(tmp_path / "b", tmp_path / "b", tmp_path / "p")
+    assert not (tmp_path / "p").exists()

@@ -1,0 +1,240 @@
+"""Patches that are damaged, cut off or made to deceive get one line, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from opdkernels import InputError
+from opdkernels.patch import apply, apply_to, create, info
+from opdkernels.patch.apply import Application
+from opdkernels.patch.manifest import Patch
+from tests.patch.conftest import changed, digest, join, rewrite, save, some, split
+
+
+@pytest.fixture
+def small(tmp_path, zstd) -> tuple[str, Path]:
+    """A source of three tensors and a patch for it, one of them stored whole."""
+    source = {"w": some((70_001,), torch.bfloat16, 0), "b": some((7,), torch.float32, 1)}
+    trained = {name: changed(tensor, 0.2, 2) for name, tensor in source.items()} | {"n": some((3,), torch.uint8, 3)}
+    a = save(tmp_path / "a", source)
+    create(a, save(tmp_path / "b", trained, config__json=b"{}"), tmp_path / "p", zstd=zstd)
+    return a, tmp_path / "p"
+
+
+def refused(source: str, patch: Path, match: str | None = None) -> str:
+    """The one line with which the patch is refused on disk and alive; nothing was written."""
+    folder = patch.parent
+    there = sorted(folder.iterdir())
+    with pytest.raises(InputError, match=match) as error:
+        apply(source, patch, folder / "out")
+    assert "\n" not in str(error.value)
+    assert sorted(folder.iterdir()) == there
+    model = {"w": some((70_001,), torch.bfloat16, 0), "b": some((7,), torch.float32, 1), "n": torch.zeros(3, dtype=torch.uint8)}
+    untouched = {name: tensor.clone() for name, tensor in model.items()}
+    with pytest.raises(InputError):
+        apply_to(model, patch)
+    assert all(torch.equal(model[name].view(torch.uint8), untouched[name].view(torch.uint8)) for name in model)
+    return str(error.value)
+
+
+def test_every_cut_is_refused(small):
+    source, patch = small
+    content = patch.read_bytes()
+    for size in {0, 7, 8, 100, len(content) // 2, len(content) - 1}:
+        patch.write_bytes(content[:size])
+        refused(source, patch)
+    patch.write_bytes(content + b"\0")
+    refused(source, patch)
+
+
+def test_every_flipped_bit_is_refused(small):
+    """Of the data each 97th byte; of the header, where padding is free, all that is read."""
+    source, patch = small
+    content = patch.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    for at in [*range(start, len(content), 97 if len(content) < 60_000 else 997), *range(start, start + 80)]:
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << at % 8
+        patch.write_bytes(damaged)
+        with pytest.raises(InputError) as error, Opened(source, patch):
+            pass
+        assert "\n" not in str(error.value)
+    header = content[8:start].rstrip()
+    for at in range(8, 8 + len(header), 13):
+        damaged = bytearray(content)
+        damaged[at] ^= 2
+        patch.write_bytes(damaged)
+        refused(source, patch)
+
+
+class Opened:
+    """Everything that is verified before a byte is written, without the writing."""
+
+    def __init__(self, source: str, patch: Path) -> None:
+        self.source, self.patch = source, patch
+
+    def __enter__(self) -> None:
+        apply(self.source, self.patch, self.patch.parent / "out")
+
+    def __exit__(self, *_) -> None:
+        assert not (self.patch.parent / "out").exists()
+
+
+def test_other_files_are_no_patches(small, tmp_path):
+    source, _ = small
+    refused(source, Path(source) / "model.safetensors", "is a safetensors file but no patch; give a file that patch create wrote")
+    with pytest.raises(InputError, match="does not exist; give a file that patch create wrote"):
+        info(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="does not exist"):
+        info(tmp_path)
+
+
+def test_a_later_version_says_so(small):
+    source, patch = small
+    header, data = split(patch)
+    header["__metadata__"]["version"] = "2"
+    join(patch, header, data)
+    refused(source, patch, "is a patch of version 2, and this program reads version 1; update opdkernels")
+
+
+NAMES = ["../model.safetensors", "/tmp/model.safetensors", "..\\model.safetensors", "a/b.safetensors", ".model.safetensors", "c:model.safetensors",
+         "model\n.safetensors", "model\0.safetensors", "é" * 150 + ".safetensors", "model.bin", "run.py"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_names_that_leave_the_folder_or_are_no_weights_are_refused(small, name):
+    source, patch = small
+    header, data = split(patch)
+    header[f"header:{name}"] = header.pop("header:model.safetensors")
+    join(patch, header, data)
+    rewrite(patch, lambda manifest: manifest.update(headers={name: manifest["headers"]["model.safetensors"]}))
+    text = refused(source, patch, "is not a plain file name|whose name does not end with .safetensors")
+    assert text.isprintable()
+
+
+@pytest.mark.parametrize("name", ["../x.json", "x.py", "x.safetensors", "MODEL.safetensors", ".hidden.json", "model.bin"])
+def test_files_beside_the_weights_are_held_to_their_kind(small, name):
+    source, patch = small
+    rewrite(patch, lambda manifest: manifest["beside"].update({name: {"stored": False, "digest": "0" * 32}}))
+    refused(source, patch, "is not a plain file name|is none of .json")
+
+
+def test_two_files_of_one_name_are_refused(small):
+    source, patch = small
+    rewrite(patch, lambda manifest: manifest["beside"].update({"CONFIG.json": {"stored": False, "digest": "0" * 32}}))
+    refused(source, patch, "makes two files of one name")
+
+
+def deceive(manifest, tensor, **values):
+    manifest["tensors"][tensor].update(values)
+
+
+DECEPTIONS = {
+    "no source digest": (lambda m: deceive(m, "w", source_digest=None), "neither whole nor as changes"),
+    "no source": (lambda m: deceive(m, "w", source=None, source_digest=None), "neither whole nor as changes"),
+    "another's data": (lambda m: deceive(m, "b", data="changes:w"), "holds what its manifest does not list"),
+    "another's data beside its own": (lambda m: m["tensors"].update(b={**m["tensors"]["b"], "data": "changes:w"}, w={**m["tensors"]["w"], "data": "changes:b"}), "are not those written"),
+    "no such data": (lambda m: deceive(m, "b", data="changes:x"), "lacks changes:x"),
+    "whole of another shape": (lambda m: deceive(m, "b", source=None, source_digest=None, data="whole:n"), "neither whole nor as changes"),
+    "another source": (lambda m: deceive(m, "b", source="w"), "has a tensor of BF16"),
+    "no such source": (lambda m: deceive(m, "b", source="q"), "lacks a tensor"),
+    "another digest": (lambda m: deceive(m, "w", digest="0" * 32), "makes a tensor w of another digest"),
+    "whole of another digest": (lambda m: deceive(m, "n", digest="0" * 32), "holds a tensor n of another digest"),
+    "another source digest": (lambda m: deceive(m, "w", source_digest="0" * 32), "is a patch for another source"),
+    "a tensor more": (lambda m: m["tensors"].update(x=m["tensors"]["w"]), "makes other tensors than its manifest lists"),
+    "a tensor fewer": (lambda m: m["tensors"].pop("n"), "makes other tensors than its manifest lists"),
+    "a file more": (lambda m: m["headers"].update({"x.safetensors": "0" * 32}), "lacks header:x.safetensors"),
+    "no file": (lambda m: m["headers"].clear(), "or none"),
+    "no such values": (lambda m: m.update(values="xor"), "no valid values in its manifest"),
+    "a digest that is none": (lambda m: deceive(m, "w", digest="g" * 32), r"no valid tensors\.w\.digest"),
+    "a digest and a line": (lambda m: deceive(m, "w", digest="0" * 32 + "\n"), r"no valid tensors\.w\.digest"),
+    "a negative count": (lambda m: deceive(m, "w", changed=-1), r"no valid tensors\.w\.changed"),
+    "something else": (lambda m: m.update(run="rm"), "no valid run in its manifest"),
+}
+
+
+@pytest.mark.parametrize("name", DECEPTIONS)
+def test_manifests_that_lie_are_refused(small, name):
+    change, message = DECEPTIONS[name]
+    source, patch = small
+    rewrite(patch, change)
+    refused(source, patch, message)
+
+
+def replace_header(patch: Path, change) -> None:
+    """Another header for the file that the patch makes, with its digest right."""
+    header, data = split(patch)
+    at = header["header:model.safetensors"]["data_offsets"]
+    table = json.loads(data[at[0] + 8 : at[1]])
+    text = json.dumps(change(table)).encode()
+    if len(text) > at[1] - at[0] - 8:
+        pytest.fail("does not fit")
+    content = (at[1] - at[0] - 8).to_bytes(8, "little") + text.ljust(at[1] - at[0] - 8)
+    join(patch, header, data[: at[0]] + content + data[at[1] :])
+    rewrite(patch, lambda manifest: manifest["headers"].update({"model.safetensors": digest(content)}))
+
+
+def shape_of(table, tensor, **values):
+    table.pop("__metadata__", None)
+    table[tensor] |= values
+    return table
+
+
+HEADERS = {
+    "no object": lambda table: 3,
+    "an entry that is none": lambda table: {"w": 1},
+    "a gap": lambda table: shape_of(table, "w", data_offsets=[2, 140_004]),
+    "backwards": lambda table: shape_of(table, "n", data_offsets=[9, 2]),
+    "negative": lambda table: shape_of(table, "n", shape=[-3]),
+    "a shape of words": lambda table: shape_of(table, "n", shape=["3"]),
+    "truth for a number": lambda table: shape_of(table, "n", shape=[True]),
+    "another shape": lambda table: shape_of(table, "w", shape=[70_002]),
+    "another dtype": lambda table: shape_of(table, "w", dtype="F16"),
+    "no dtype": lambda table: shape_of(table, "w", dtype=None),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_of_files_that_lie_are_refused(small, name):
+    source, patch = small
+    replace_header(patch, HEADERS[name])
+    refused(source, patch)
+
+
+def test_hostile_names_are_escaped(tmp_path):
+    name = "w\x1b[2Jx\u202e"
+    a = save(tmp_path / "a", {name: torch.ones(3)})
+    create(a, save(tmp_path / "b", {name: torch.zeros(3)}), tmp_path / "p")
+    rewrite(tmp_path / "p", lambda manifest: deceive(manifest, name, source_digest="0" * 32))
+    with pytest.raises(InputError) as error:
+        apply(a, tmp_path / "p", tmp_path / "out")
+    assert str(error.value).isprintable()
+
+
+def test_a_patch_that_changes_while_it_is_read_is_noticed(small, monkeypatch):
+    """Between verifying and writing; what is written is held against its digest all the same."""
+    source, path = small
+    content = path.read_bytes()
+    verify = Application.verify
+
+    def verify_then_damage(self):
+        verify(self)
+        with open(path, "r+b") as file:
+            file.seek(len(content) - 9)
+            file.write(b"\xff" * 9)
+
+    monkeypatch.setattr(Application, "verify", verify_then_damage)
+    there = sorted(path.parent.iterdir())
+    with pytest.raises(InputError, match="damaged"):
+        apply(source, path, path.parent / "out")
+    assert sorted(path.parent.iterdir()) == there
+
+
+def test_an_open_patch_lists_what_it_makes(small):
+    patch = Patch(small[1])
+    assert [tensor.name for tensor in patch.files["model.safetensors"]] == ["b", "w", "n"]
+    patch.close()
