@@ -1,6 +1,8 @@
-"""Runs every benchmark, writes benchmarks/results/<machine>.json, puts its table into the README and prints it. Arguments go on to pytest.
+"""Runs the benchmarks, writes benchmarks/results/<machine>.json, puts its table into the README and prints it. Arguments go on to
+pytest; where they choose some of the benchmarks, the figures of the others stay as this machine gave them before.
 
     python benchmarks/run.py --authors CHECKOUT --authors-python PYTHON
+    python benchmarks/run.py benchmarks/bench_step.py
 """
 
 from __future__ import annotations
@@ -56,15 +58,24 @@ def show() -> None:
     README.write_text(f"{before}<!-- benchmarks -->\n{tables}\n<!-- /benchmarks -->{after}")
 
 
+def merged(before: list[dict], now: list[dict]) -> list[dict]:
+    """Every benchmark once, its latest figures, where it first stood."""
+    latest = {one["name"]: one for one in (*before, *now)}
+    return list(latest.values())
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
         status = pytest.main(
-            ["benchmarks", "-o", "python_files=bench_*.py", "-p", "no:randomly", f"--benchmark-json={raw}", "--benchmark-disable-gc", *sys.argv[1:]]
+            [*([] if any(a.startswith("benchmarks/") for a in sys.argv[1:]) else ["benchmarks"]), "-o", "python_files=bench_*.py", "-p", "no:randomly",
+             f"--benchmark-json={raw}", "--benchmark-disable-gc", *sys.argv[1:]]
         )
         if not raw.exists() or not raw.stat().st_size:
             return int(status)
         found = json.loads(raw.read_text())["benchmarks"]
+    name = re.sub(r"[^a-z0-9]+", "-", f"{harness.processor()}-{harness.instruction_set()}".lower()).strip("-")
+    path = RESULTS / f"{name}.json"
     results = {
         "machine": harness.machine_line(),
         "read_bandwidth_bytes_per_s": {str(t): harness.read_bandwidth(t) for t in (1, os.cpu_count() or 1)},
@@ -73,9 +84,10 @@ def main() -> int:
             for b in found
         ],
     }
+    if path.exists():
+        results["benchmarks"] = merged(json.loads(path.read_text())["benchmarks"], results["benchmarks"])
     RESULTS.mkdir(exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", f"{harness.processor()}-{harness.instruction_set()}".lower()).strip("-")
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=1) + "\n")
     show()
     print(table(results))
     return int(status)
