@@ -11,8 +11,12 @@
 #define OPD_SQRT(x) __builtin_sqrtf(x)
 #endif
 
-// Scalars of a tensor, each computed in double and rounded once. The order is that of opdkernels/ops/step.py.
+// Scalars, each computed in double and rounded once: rows of OPD_STEP_SCALARS in the order of opdkernels/ops/step.py.
+#define OPD_STEP_SCALARS 8
 struct AdamWScalars { float decay, weight, beta2, square, bias, eps, size; };
+struct SgdScalars { float decay, momentum, damp, first, size; };
+OPD_FN AdamWScalars step_adamw_scalars(const float* row) { return {row[0], row[1], row[2], row[3], row[4], row[5], row[6]}; }
+OPD_FN SgdScalars step_sgd_scalars(const float* row) { return {row[0], row[1], row[2], row[3], row[6]}; }
 
 enum StepPrecision { STEP_NEAREST = 0, STEP_EXACT = 1, STEP_KAHAN = 2, STEP_STOCHASTIC = 3 };
 
@@ -31,6 +35,16 @@ OPD_FN float step_adamw(float p, float g, float* m, float* v, float* most, AdamW
     *most = second;
   }
   return p + s.size * *m / (OPD_SQRT(second) / s.bias + s.eps);
+}
+
+// `pull` is what weight decay draws to zero: the weight, or its distance from where it began. The buffer is null without momentum.
+OPD_FN float step_sgd(float p, float g, float pull, float* buffer, int nesterov, SgdScalars s) {
+  if (s.decay != 0.0f) g = OPD_FMA(s.decay, pull, g);
+  if (buffer) {
+    *buffer = s.first != 0.0f ? g : OPD_FMA(s.damp, g, *buffer * s.momentum);
+    g = nesterov ? OPD_FMA(s.momentum, *buffer, g) : *buffer;
+  }
+  return OPD_FMA(s.size, g, p);
 }
 
 // A bf16 weight and the 16 bits that it lacks of an fp32 master. The weight is the master rounded to nearest, ties away from

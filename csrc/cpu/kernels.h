@@ -67,12 +67,14 @@ struct StepTensor {
   const unsigned char* bits;
   const opd_i64* offsets;
   const void* places;
-  float *exp_avg, *exp_avg_sq, *most;
+  float *exp_avg, *exp_avg_sq, *most;                 // the last is null without amsgrad; of SGD the first is its buffer or null
   void* extra;
+  const void* init;                                   // in the param's dtype, of the active coordinates, or null
+  const unsigned char* cohort;                        // of each active coordinate its row of the scalars, or null: the first
+  const float* scalars;
   const float *grad_scale, *clip;                     // one number each, or null
   opd_i64 n, active, start, seed;
-  AdamWScalars scalars;
-  int param_dtype, grad_dtype, wide_places, compact, maximize, precision, ordinal, step;
+  int param_dtype, grad_dtype, wide_places, compact, maximize, precision, ordinal, sgd, nesterov;
 };
 
 enum Dtype { BF16 = 0, FP16 = 1, FP32 = 2, FP64 = 3 };

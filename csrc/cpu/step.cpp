@@ -2,7 +2,7 @@
 #include "dispatch.h"
 #include "parallel.h"
 
-void masked_adamw(const std::vector<StepTensor>& tensors, int threads) {
+void masked_step(const std::vector<StepTensor>& tensors, int threads) {
   const Kernels& kernel = kernels();
   std::vector<int64_t> first(tensors.size() + 1, 0);
   int64_t active = 0;

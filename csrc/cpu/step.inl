@@ -1,13 +1,31 @@
-// Masked steps over a block of coordinates or of places: active values are gathered into arrays that lie in the first cache,
-// stepped with vectors, and scattered back. Moments are compact, so they are read and written in whole vectors.
+// Masked steps over a block of coordinates or of places: active values are taken into arrays that lie in the first cache,
+// stepped with vectors, and put back. Moments are compact, so they are read and written in whole vectors.
+
+#define OPD_STEP_ROOM (OPD_STEP_BLOCK + 32)           // a whole vector is written where its first values count
 
 struct StepChunk {
-  unsigned short offset[OPD_STEP_BLOCK];              // of each active coordinate from the first of the block
-  float p[OPD_STEP_BLOCK], g[OPD_STEP_BLOCK];
+  unsigned short offset[OPD_STEP_ROOM];               // of each active coordinate from the first of the block
+  opd_u16 half[OPD_STEP_ROOM];                        // bf16 as it is stored
+  float p[OPD_STEP_ROOM], g[OPD_STEP_ROOM];
 };
 
-// Places of the set bits of one block, from its first coordinate.
-static inline int step_places(const unsigned char* bits, int coordinates, unsigned short* offset) {
+// Active coordinates of one block as its bits; offsets only where a loop needs them.
+struct StepBits {
+  const unsigned char* bits;
+  const unsigned short* offset;
+  int coordinates, count;
+  inline opd_i64 place(int k) const { return offset[k]; }
+};
+
+template <class Place>
+struct StepPlaces {
+  const Place* places;
+  int count;
+  inline opd_i64 place(int k) const { return places[k]; }
+};
+
+// Offsets of the set bits of one block. Returns how many.
+static inline int step_offsets(const unsigned char* bits, int coordinates, unsigned short* offset) {
   int count = 0;
   for (int first = 0; first < coordinates; first += 64) {
     opd_u64 word = 0;
@@ -18,56 +36,128 @@ static inline int step_places(const unsigned char* bits, int coordinates, unsign
   return count;
 }
 
-template <class Place>
-static inline void step_load(const void* data, int dtype, opd_i64 base, const Place* place, int count, float* into) {
-  if (dtype == FP32) {
-    const float* from = (const float*)data + base;
-    for (int k = 0; k < count; k++) into[k] = from[place[k]];
-  } else {
-    const opd_u16* from = (const opd_u16*)data + base;
-    for (int k = 0; k < count; k++) into[k] = bf16_to_float(from[place[k]]);
+template <class Place, class Value>
+static inline void step_take(const StepPlaces<Place>& at, const Value* from, Value* out) {
+  for (int k = 0; k < at.count; k++) out[k] = from[at.places[k]];
+}
+template <class Place, class Value>
+static inline void step_put(const StepPlaces<Place>& at, const Value* values, Value* to) {
+  for (int k = 0; k < at.count; k++) to[at.places[k]] = values[k];
+}
+
+#if defined(OPD_AVX512)
+template <class Mask>
+static inline Mask step_mask(const StepBits& at, int first) {
+  Mask mask = 0;
+  const int left = (at.coordinates - first + 7) / 8;
+  if (left >= (int)sizeof(Mask)) __builtin_memcpy(&mask, at.bits + first / 8, sizeof(Mask));
+  else __builtin_memcpy(&mask, at.bits + first / 8, left);
+  return mask;
+}
+OPD_FN void step_take_vector(opd_u16 mask, const float* from, float* out) {
+  _mm512_storeu_ps(out, _mm512_maskz_compress_ps(mask, _mm512_maskz_loadu_ps(mask, from)));
+}
+OPD_FN void step_take_vector(opd_u32 mask, const opd_u16* from, opd_u16* out) {
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(mask, _mm512_maskz_loadu_epi16(mask, from)));
+}
+OPD_FN void step_put_vector(opd_u16 mask, const float* values, float* to) {
+  _mm512_mask_storeu_ps(to, mask, _mm512_maskz_expand_ps(mask, _mm512_loadu_ps(values)));
+}
+OPD_FN void step_put_vector(opd_u32 mask, const opd_u16* values, opd_u16* to) {
+  _mm512_mask_storeu_epi16(to, mask, _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values)));
+}
+template <class Value> struct StepMask;
+template <> struct StepMask<float> { typedef opd_u16 type; };
+template <> struct StepMask<opd_u16> { typedef opd_u32 type; };
+
+template <class Value>
+static inline void step_take(const StepBits& at, const Value* from, Value* out) {
+  typedef typename StepMask<Value>::type Mask;
+  for (int first = 0; first < at.coordinates; first += 8 * (int)sizeof(Mask)) {
+    const Mask mask = step_mask<Mask>(at, first);
+    step_take_vector(mask, from + first, out);
+    out += __builtin_popcount(mask);
   }
 }
+template <class Value>
+static inline void step_put(const StepBits& at, const Value* values, Value* to) {
+  typedef typename StepMask<Value>::type Mask;
+  for (int first = 0; first < at.coordinates; first += 8 * (int)sizeof(Mask)) {
+    const Mask mask = step_mask<Mask>(at, first);
+    step_put_vector(mask, values, to + first);
+    values += __builtin_popcount(mask);
+  }
+}
+#else
+template <class Value>
+static inline void step_take(const StepBits& at, const Value* from, Value* out) {
+  step_take(StepPlaces<unsigned short>{at.offset, at.count}, from, out);
+}
+template <class Value>
+static inline void step_put(const StepBits& at, const Value* values, Value* to) {
+  step_put(StepPlaces<unsigned short>{at.offset, at.count}, values, to);
+}
+#endif
 
 // Weights with what they lack, `extra`, in fp32.
-template <class Place>
-static inline void step_load_weights(const StepTensor* t, opd_i64 base, opd_i64 active, const Place* place, int count, float* p) {
-  const opd_u16* from = (const opd_u16*)t->param + base;
+template <class At>
+static inline void step_load_weights(const StepTensor* t, opd_i64 base, opd_i64 active, const At& at, StepChunk* c) {
+  if (t->param_dtype == FP32) return step_take(at, (const float*)t->param + base, c->p);
+  step_take(at, (const opd_u16*)t->param + base, c->half);
   const opd_u16* extra = (const opd_u16*)t->extra + active;
-  if (t->param_dtype == FP32 || t->precision == STEP_NEAREST || t->precision == STEP_STOCHASTIC) step_load(t->param, t->param_dtype, base, place, count, p);
-  else if (t->precision == STEP_EXACT)
-    for (int k = 0; k < count; k++) p[k] = step_master(from[place[k]], extra[k]);
-  else
-    for (int k = 0; k < count; k++) p[k] = bf16_to_float(from[place[k]]) + bf16_to_float(extra[k]);
-}
-
-template <class Place>
-static inline void step_store_weights(const StepTensor* t, opd_i64 base, opd_i64 active, const Place* place, int count, const float* p) {
-  opd_u16* to = (opd_u16*)t->param + base;
-  opd_u16* extra = (opd_u16*)t->extra + active;
-  if (t->param_dtype == FP32) {
-    float* wide = (float*)t->param + base;
-    for (int k = 0; k < count; k++) wide[place[k]] = p[k];
-  } else if (t->precision == STEP_NEAREST) {
-    for (int k = 0; k < count; k++) to[place[k]] = float_to_bf16(p[k]);
-  } else if (t->precision == STEP_EXACT) {
-    for (int k = 0; k < count; k++) to[place[k]] = step_weight(p[k], extra + k);
+  float* p = c->p;
+  const opd_u16* half = c->half;
+  if (t->precision == STEP_EXACT) {
+    OPD_SIMD()
+    for (int k = 0; k < at.count; k++) p[k] = step_master(half[k], extra[k]);
   } else if (t->precision == STEP_KAHAN) {
-    for (int k = 0; k < count; k++) {
-      const opd_u16 weight = float_to_bf16(p[k]);
-      to[place[k]] = weight;
-      extra[k] = float_to_bf16(p[k] - bf16_to_float(weight));
-    }
+    OPD_SIMD()
+    for (int k = 0; k < at.count; k++) p[k] = bf16_to_float(half[k]) + bf16_to_float(extra[k]);
   } else {
-    const opd_u32 step = (opd_u32)t->step, tensor = (opd_u32)t->ordinal;
-    for (int k = 0; k < count; k++) {
-      const opd_u64 at = (opd_u64)(t->start + base + place[k]);
-      to[place[k]] = step_stochastic(p[k], step_philox((opd_u32)at, (opd_u32)(at >> 32), tensor, step, (opd_u32)t->seed, (opd_u32)(t->seed >> 32)));
-    }
+    OPD_SIMD()
+    for (int k = 0; k < at.count; k++) p[k] = bf16_to_float(half[k]);
   }
 }
 
-static inline void step_scale(const StepTensor* t, int count, float* g) {
+template <class At>
+static inline void step_store_weights(const StepTensor* t, opd_i64 base, opd_i64 active, const At& at, StepChunk* c) {
+  if (t->param_dtype == FP32) return step_put(at, (const float*)c->p, (float*)t->param + base);
+  opd_u16* extra = (opd_u16*)t->extra + active;
+  opd_u16* half = c->half;
+  const float* p = c->p;
+  if (t->precision == STEP_EXACT) {
+    OPD_SIMD()
+    for (int k = 0; k < at.count; k++) half[k] = step_weight(p[k], extra + k);
+  } else if (t->precision == STEP_KAHAN) {
+    OPD_SIMD()
+    for (int k = 0; k < at.count; k++) {
+      half[k] = float_to_bf16(p[k]);
+      extra[k] = float_to_bf16(p[k] - bf16_to_float(half[k]));
+    }
+  } else if (t->precision == STEP_NEAREST) {
+    OPD_SIMD()
+    for (int k = 0; k < at.count; k++) half[k] = float_to_bf16(p[k]);
+  } else {
+    const opd_u32 step = (opd_u32)t->scalars[OPD_STEP_SCALARS - 1], tensor = (opd_u32)t->ordinal;
+    for (int k = 0; k < at.count; k++) {
+      const opd_u64 place = (opd_u64)(t->start + base + at.place(k));
+      half[k] = step_stochastic(p[k], step_philox((opd_u32)place, (opd_u32)(place >> 32), tensor, step, (opd_u32)t->seed, (opd_u32)(t->seed >> 32)));
+    }
+  }
+  step_put(at, (const opd_u16*)half, (opd_u16*)t->param + base);
+}
+
+template <class At>
+static inline void step_load_grads(const StepTensor* t, opd_i64 base, opd_i64 active, const At& at, StepChunk* c) {
+  float* g = c->g;
+  const int count = at.count;
+  if (t->compact) __builtin_memcpy(g, (const float*)t->grad + active, sizeof(float) * count);
+  else if (t->grad_dtype == FP32) step_take(at, (const float*)t->grad + base, g);
+  else {
+    step_take(at, (const opd_u16*)t->grad + base, c->half);
+    OPD_SIMD()
+    for (int k = 0; k < count; k++) g[k] = bf16_to_float(c->half[k]);
+  }
   if (t->grad_scale) {
     const float scale = *t->grad_scale;
     OPD_SIMD()
@@ -84,16 +174,28 @@ static inline void step_scale(const StepTensor* t, int count, float* g) {
   }
 }
 
-// `count` active coordinates at `place` from coordinate `base`; the first of them is number `active` of the tensor's.
-template <class Place>
-static inline void step_active(const StepTensor* t, opd_i64 base, opd_i64 active, const Place* place, int count, float* p, float* g) {
-  step_load_weights(t, base, active, place, count, p);
-  if (t->compact) __builtin_memcpy(g, (const float*)t->grad + active, sizeof(float) * count);
-  else step_load(t->grad, t->grad_dtype, base, place, count, g);
-  step_scale(t, count, g);
+OPD_FN float step_init(const StepTensor* t, opd_i64 k) {
+  return t->param_dtype == FP32 ? ((const float*)t->init)[k] : bf16_to_float(((const opd_u16*)t->init)[k]);
+}
+
+static inline void step_adamw_loop(const StepTensor* t, opd_i64 active, int count, float* p, const float* g) {
+  AdamWScalars s = step_adamw_scalars(t->scalars);
   float *m = t->exp_avg + active, *v = t->exp_avg_sq + active;
-  const AdamWScalars s = t->scalars;
-  if (t->most) {
+  if (t->init) {
+    for (int k = 0; k < count; k++) {
+      const float w0 = step_init(t, active + k);
+      p[k] = OPD_FMA(s.decay, p[k] - w0, w0);
+    }
+    s.decay = 1.0f;
+  }
+  if (t->cohort) {
+    for (int k = 0; k < count; k++) {
+      const float* row = t->scalars + OPD_STEP_SCALARS * t->cohort[active + k];
+      AdamWScalars own = step_adamw_scalars(row);
+      own.decay = s.decay;
+      p[k] = step_adamw(p[k], g[k], m + k, v + k, t->most ? t->most + active + k : 0, own);
+    }
+  } else if (t->most) {
     float* most = t->most + active;
     OPD_SIMD()
     for (int k = 0; k < count; k++) p[k] = step_adamw(p[k], g[k], m + k, v + k, most + k, s);
@@ -101,7 +203,35 @@ static inline void step_active(const StepTensor* t, opd_i64 base, opd_i64 active
     OPD_SIMD()
     for (int k = 0; k < count; k++) p[k] = step_adamw(p[k], g[k], m + k, v + k, 0, s);
   }
-  step_store_weights(t, base, active, place, count, p);
+}
+
+static inline void step_sgd_loop(const StepTensor* t, opd_i64 active, int count, float* p, const float* g) {
+  const SgdScalars s = step_sgd_scalars(t->scalars);
+  float* buffer = t->exp_avg ? t->exp_avg + active : 0;
+  if (t->cohort || t->init) {
+    for (int k = 0; k < count; k++) {
+      const SgdScalars own = t->cohort ? step_sgd_scalars(t->scalars + OPD_STEP_SCALARS * t->cohort[active + k]) : s;
+      const float pull = t->init ? p[k] - step_init(t, active + k) : p[k];
+      p[k] = step_sgd(p[k], g[k], pull, buffer ? buffer + k : 0, t->nesterov, own);
+    }
+  } else if (buffer) {
+    const int nesterov = t->nesterov;
+    OPD_SIMD()
+    for (int k = 0; k < count; k++) p[k] = step_sgd(p[k], g[k], p[k], buffer + k, nesterov, s);
+  } else {
+    OPD_SIMD()
+    for (int k = 0; k < count; k++) p[k] = step_sgd(p[k], g[k], p[k], 0, 0, s);
+  }
+}
+
+// The active coordinates `at`, from coordinate `base`; the first of them is number `active` of the tensor's.
+template <class At>
+static inline void step_active(const StepTensor* t, opd_i64 base, opd_i64 active, const At& at, StepChunk* c) {
+  step_load_grads(t, base, active, at, c);
+  step_load_weights(t, base, active, at, c);
+  if (t->sgd) step_sgd_loop(t, active, at.count, c->p, c->g);
+  else step_adamw_loop(t, active, at.count, c->p, c->g);
+  step_store_weights(t, base, active, at, c);
 }
 
 static void step_block(const StepTensor* t, opd_i64 block) {
@@ -109,12 +239,19 @@ static void step_block(const StepTensor* t, opd_i64 block) {
   if (t->bits) {
     const opd_i64 base = block * OPD_STEP_BLOCK;
     const int coordinates = t->n - base < OPD_STEP_BLOCK ? (int)(t->n - base) : OPD_STEP_BLOCK;
-    const int count = step_places(t->bits + base / 8, coordinates, chunk.offset);
-    if (count) step_active(t, base, t->offsets[block], chunk.offset, count, chunk.p, chunk.g);
+    const StepBits at = {t->bits + base / 8, chunk.offset, coordinates, (int)(t->offsets[block + 1] - t->offsets[block])};
+    if (!at.count) return;
+#if defined(OPD_AVX512)
+    const bool needs_offsets = t->param_dtype == BF16 && t->precision == STEP_STOCHASTIC;
+#else
+    const bool needs_offsets = true;
+#endif
+    if (needs_offsets) step_offsets(at.bits, coordinates, chunk.offset);
+    step_active(t, base, t->offsets[block], at, &chunk);
     return;
   }
   const opd_i64 first = block * OPD_STEP_BLOCK;
   const int count = t->active - first < OPD_STEP_BLOCK ? (int)(t->active - first) : OPD_STEP_BLOCK;
-  if (t->wide_places) step_active(t, 0, first, (const opd_i64*)t->places + first, count, chunk.p, chunk.g);
-  else step_active(t, 0, first, (const int*)t->places + first, count, chunk.p, chunk.g);
+  if (t->wide_places) step_active(t, 0, first, StepPlaces<opd_i64>{(const opd_i64*)t->places + first, count}, &chunk);
+  else step_active(t, 0, first, StepPlaces<int>{(const int*)t->places + first, count}, &chunk);
 }

@@ -131,43 +131,72 @@ def gram_(source: torch.Tensor, trained: torch.Tensor, parts: int, visible: bool
 
 
 def address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    return tensor.data_ptr() if tensor is not None and tensor.numel() else 0
 
 
 def masked_adamw_(
+    params, grads, masks, offsets, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, extras, inits, cohorts, scalars, rows, starts, ordinals,
+    grad_scale, clip, found_inf, maximize, precision, seed,
+) -> None:  # fmt: skip
+    table = step_table(params, grads, masks, offsets, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, extras, inits, cohorts, rows, starts, ordinals)
+    masked_step(table, scalars, grad_scale, clip, found_inf, maximize, False, False, precision, seed)
+
+
+def masked_sgd_(
+    params, grads, masks, offsets, momentum_buffers, extras, inits, cohorts, scalars, rows, starts, ordinals,
+    grad_scale, clip, found_inf, maximize, nesterov, precision, seed,
+) -> None:  # fmt: skip
+    table = step_table(params, grads, masks, offsets, momentum_buffers, (), (), extras, inits, cohorts, rows, starts, ordinals)
+    masked_step(table, scalars, grad_scale, clip, found_inf, maximize, True, nesterov, precision, seed)
+
+
+def step_table(
     params: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor],
     masks: Sequence[torch.Tensor],
     offsets: Sequence[torch.Tensor],
-    exp_avgs: Sequence[torch.Tensor],
-    exp_avg_sqs: Sequence[torch.Tensor],
-    max_exp_avg_sqs: Sequence[torch.Tensor],
+    first: Sequence[torch.Tensor],
+    second: Sequence[torch.Tensor],
+    most: Sequence[torch.Tensor],
     extras: Sequence[torch.Tensor],
-    scalars: torch.Tensor,
+    inits: Sequence[torch.Tensor],
+    cohorts: Sequence[torch.Tensor],
+    rows: Sequence[int],
     starts: Sequence[int],
+    ordinals: Sequence[int],
+) -> torch.Tensor:
+    """int64 [tensors, 20]: what csrc/bindings.cpp reads of each tensor."""
+    table = []
+    for i, (param, grad, mask, offset) in enumerate(zip(params, grads, masks, offsets, strict=True)):
+        at, bits = mask.data_ptr(), mask.dtype == torch.uint8
+        active = int(offset[-1]) if bits else mask.numel()
+        compact = grad.numel() == active != param.numel()
+        table.append((
+            param.data_ptr(), grad.data_ptr(), at if bits else 0, offset.data_ptr(), 0 if bits else at,
+            *(address(one[i] if one else None) for one in (first, second, most, extras, inits, cohorts)),
+            param.numel(), active, starts[i], DTYPE_CODES[param.dtype], DTYPE_CODES[grad.dtype], mask.dtype == torch.int64, compact, rows[i], ordinals[i],
+        ))  # fmt: skip
+    return torch.tensor(table, dtype=torch.int64)
+
+
+def masked_step(
+    table: torch.Tensor,
+    scalars: torch.Tensor,
     grad_scale: torch.Tensor | None,
     clip: torch.Tensor | None,
     found_inf: torch.Tensor | None,
     maximize: bool,
+    sgd: bool,
+    nesterov: bool,
     precision: int,
     seed: int,
 ) -> None:
     if found_inf is not None and bool(found_inf):
         return
-    rows = []
-    for i, (param, grad, mask, offset, m, v) in enumerate(zip(params, grads, masks, offsets, exp_avgs, exp_avg_sqs, strict=True)):
-        at, bits = mask.data_ptr(), mask.dtype == torch.uint8
-        most, extra = (address(one[i] if one else None) for one in (max_exp_avg_sqs, extras))
-        compact = grad.numel() == m.numel() != param.numel()
-        rows.append((
-            param.data_ptr(), grad.data_ptr(), at if bits else 0, offset.data_ptr(), 0 if bits else at, m.data_ptr(), v.data_ptr(), most, extra,
-            param.numel(), m.numel(), starts[i], DTYPE_CODES[param.dtype], DTYPE_CODES[grad.dtype], mask.dtype == torch.int64, compact,
-        ))  # fmt: skip
-    table = torch.tensor(rows, dtype=torch.int64)
     scalars = scalars.contiguous()
-    _C.masked_adamw(
-        table.data_ptr(), len(rows), scalars.data_ptr(), address(grad_scale), address(clip), maximize, precision, seed, torch.get_num_threads()
-    )
+    _C.masked_step(
+        table.data_ptr(), len(table), scalars.data_ptr(), address(grad_scale), address(clip), maximize, sgd, nesterov, precision, seed, torch.get_num_threads()
+    )  # fmt: skip
 
 
 def patch_gather_(
@@ -236,6 +265,7 @@ KERNELS: dict[str, Callable] = {
     "quantile": quantile,
     "gram_": gram_,
     "masked_adamw_": masked_adamw_,
+    "masked_sgd_": masked_sgd_,
     "patch_gather_": patch_gather_,
     "patch_scatter_": patch_scatter_,
     "patch_check": patch_check,

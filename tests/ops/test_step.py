@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opdkernels.masks import Mask
 from opdkernels.ops import step as ops
-from opdkernels.ops.step import PRECISIONS, adamw_scalars, masked_adamw
+from opdkernels.ops.step import PRECISIONS, adamw_scalars, masked_adamw, masked_sgd, sgd_scalars
 from tests.conftest import ISAS
 
 SIZES = (1, 31, 1023, 2048, 2049, 70_001)
@@ -66,12 +66,12 @@ def same(a, b) -> bool:
 
 @contextlib.contextmanager
 def by_reference():
-    real = torch.ops.opdkernels.masked_adamw_
+    real = torch.ops.opdkernels.masked_adamw_, torch.ops.opdkernels.masked_sgd_
     try:
-        torch.ops.opdkernels.masked_adamw_ = ops.reference
+        torch.ops.opdkernels.masked_adamw_, torch.ops.opdkernels.masked_sgd_ = ops.reference_adamw, ops.reference_sgd
         yield
     finally:
-        torch.ops.opdkernels.masked_adamw_ = real
+        torch.ops.opdkernels.masked_adamw_, torch.ops.opdkernels.masked_sgd_ = real
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
@@ -115,6 +115,85 @@ def test_kernels_are_the_reference_bit_for_bit(isa, precision, dtypes, places, c
         with by_reference():
             theirs.step(grads, **options)
         assert same(ours.copies(), theirs.copies())
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+@pytest.mark.parametrize(("momentum", "dampening", "nesterov"), [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.1, False), (0.9, 0.0, True)])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_active_coordinates_are_torchs_sgd_bit_for_bit(isa, weight_decay, momentum, dampening, nesterov, maximize):
+    state = State(SIZES)
+    dense = [torch.nn.Parameter(p.clone()) for p in state.params]
+    before = [p.clone() for p in state.params]
+    optimizer = torch.optim.SGD(dense, 0.1, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=False)
+    for step in range(1, 6):
+        grads = state.grads()
+        scalars = sgd_scalars([step] * len(SIZES), 0.1, momentum, dampening, weight_decay)
+        masked_sgd(state.params, grads, state.held, state.offsets, scalars, momentum_buffers=state.m if momentum else (), nesterov=nesterov,
+                   maximize=maximize)  # fmt: skip
+        for p, g in zip(dense, grads, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+    for p, d, old, mask in zip(state.params, dense, before, state.masks, strict=True):
+        active = mask.to_bool()
+        assert torch.equal(bits(p)[active], bits(d.detach())[active])
+        assert torch.equal(bits(p)[~active], bits(old)[~active])
+
+
+def with_cohorts(state) -> dict:
+    """Three cohorts in every tensor, and where each weight began."""
+    state.cohorts = [torch.randint(0, 3, (m.nnz,), generator=state.generator).to(torch.uint8) for m in state.masks]
+    state.inits = [torch.randn(m.nnz, generator=state.generator).to(p.dtype) for m, p in zip(state.masks, state.params, strict=True)]
+    return {"cohorts": state.cohorts, "inits": state.inits, "rows": [3 * i for i in range(len(SIZES))], "ordinals": [5 * i for i in range(len(SIZES))]}
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled kernels")
+@pytest.mark.parametrize("family", ["adamw", "sgd"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("places", [False, True])
+def test_cohorts_and_starts_are_the_references_bit_for_bit(isa, family, precision, dtype, places):
+    ours, theirs = (State(SIZES, dtype=dtype, precision=precision, places=places) for _ in range(2))
+    for state in (ours, theirs):
+        state.options = {**with_cohorts(state), "extras": state.extras, "precision": precision, "seed": 9}
+    for step in range(1, 4):
+        steps = [step + 2 * c for _ in SIZES for c in range(3)]
+        for state, how in ((ours, contextlib.nullcontext()), (theirs, by_reference())):
+            common = (state.params, state.grads(dtype), state.held, state.offsets)
+            with how:
+                if family == "adamw":
+                    masked_adamw(*common, state.m, state.v, adamw_scalars(steps, 1e-3, BETAS, EPS, 0.1), **state.options)
+                else:
+                    masked_sgd(*common, sgd_scalars(steps, 1e-2, 0.9, 0.1, 0.1), momentum_buffers=state.m, nesterov=True, **state.options)
+        assert same(ours.copies(), theirs.copies())
+
+
+def test_each_cohort_is_an_optimizer_of_its_own_age():
+    """A coordinate of cohort c moves as if its tensor had its step count alone."""
+    state = State((5000,), density=0.5)
+    options = with_cohorts(state)
+    alone = [State((5000,), density=0.5) for _ in range(3)]
+    for step in range(1, 4):
+        (grad,) = state.grads()
+        ages = [step, step + 10, step + 100]
+        masked_adamw(state.params, [grad], state.held, state.offsets, state.m, state.v, adamw_scalars(ages, 1e-3, BETAS, EPS, 0.1), cohorts=options["cohorts"])
+        for one, age in zip(alone, ages, strict=True):
+            masked_adamw(one.params, [grad], one.held, one.offsets, one.m, one.v, adamw_scalars([age], 1e-3, BETAS, EPS, 0.1))
+    places = state.masks[0].indices.long()
+    for c, one in enumerate(alone):
+        mine = options["cohorts"][0] == c
+        assert torch.equal(bits(state.params[0])[places[mine]], bits(one.params[0])[places[mine]])
+
+
+def test_decay_draws_to_where_the_weights_began():
+    """With no gradient only decay moves a weight, each step by its share of the distance: against fp64."""
+    state = State((5000,))
+    w0 = [torch.randn(state.masks[0].nnz)]
+    started = state.params[0][state.masks[0].to_bool()].double()
+    for step in range(1, 11):
+        masked_adamw(state.params, [torch.zeros(5000)], state.held, state.offsets, state.m, state.v,
+                     adamw_scalars([step], 0.1, BETAS, EPS, 0.5), inits=w0)  # fmt: skip
+    wanted = w0[0].double() + (started - w0[0].double()) * 0.95**10
+    torch.testing.assert_close(state.params[0][state.masks[0].to_bool()].double(), wanted, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("hostile", [float("nan"), float("inf"), -float("inf")])
@@ -281,10 +360,13 @@ def test_bad_input_is_refused_by_name():
         ({"grads": [grad.half()]}, {}, TypeError, "its gradient torch.float16"),
         ({"grads": [grad[:50].clone()]}, {}, ValueError, "of one shape"),
         ({"grads": [grad.repeat(2)[::2]]}, {}, ValueError, "contiguous"),
-        ({"exp_avgs": [state.m[0][1:].clone()]}, {}, ValueError, "of param 0"),
+        ({"exp_avgs": [state.m[0][1:].clone()]}, {}, ValueError, "a moment of param 0"),
         ({"exp_avg_sqs": [state.v[0].double()]}, {}, ValueError, "a moment of param 0"),
         ({"masks": [state.held[0][1:].clone()]}, {}, ValueError, "mask of param 0"),
-        ({"offsets": [state.offsets[0] + 1]}, {}, ValueError, "the offsets of param 0 end at"),
+        ({"offsets": [state.offsets[0] + 1]}, {}, ValueError, "a moment of param 0"),
+        ({}, {"rows": [1]}, ValueError, "a row for each"),
+        ({}, {"inits": [state.m[0].bfloat16()]}, ValueError, "the start of param 0"),
+        ({}, {"cohorts": [torch.ones_like(state.m[0], dtype=torch.uint8)]}, ValueError, "a cohort 1 and 1 rows"),
         ({"grads": []}, {}, ValueError, "as many gradients"),
         ({}, {"precision": "double"}, ValueError, "precision must be one of"),
         ({"params": [state.params[0].bfloat16()]}, {"precision": "exact"}, ValueError, "precision exact needs"),
@@ -298,7 +380,12 @@ def test_operator_is_registered_as_torch_wants_it(dtype, precision):
     state = State((40, 9), dtype=dtype, precision=precision)
     scalars = adamw_scalars([1, 1], 1e-3, BETAS, EPS, 0.0)
     torch.library.opcheck(
+        torch.ops.opdkernels.masked_sgd_,
+        (state.params, state.grads(dtype), state.held, state.offsets, state.m, state.extras, [], [], scalars, [0, 1], [0, 0], [0, 1],
+         None, None, None, False, True, PRECISIONS.index(precision), 0),
+    )  # fmt: skip
+    torch.library.opcheck(
         torch.ops.opdkernels.masked_adamw_,
-        (state.params, state.grads(dtype), state.held, state.offsets, state.m, state.v, state.most, state.extras, scalars, [0, 0], None, None, None,
-         False, PRECISIONS.index(precision), 0),
+        (state.params, state.grads(dtype), state.held, state.offsets, state.m, state.v, state.most, state.extras, [], [], scalars, [0, 1], [0, 0], [0, 1],
+         None, None, None, False, PRECISIONS.index(precision), 0),
     )  # fmt: skip
