@@ -151,6 +151,7 @@ def places_of(mask: torch.Tensor, numel: int) -> torch.Tensor:
     bits = (mask.unsqueeze(1) >> torch.arange(8, device=mask.device)) & 1
     return torch.nonzero(bits.view(-1)[:numel]).view(-1)
 
+
 def is_compact(grads: int, numel: int, active: int) -> bool:
     """Whether so many gradients are those of the active coordinates alone."""
     return grads == active != numel
@@ -161,8 +162,8 @@ def widened(stored: torch.Tensor, extra: torch.Tensor | None, precision: int) ->
     if stored.dtype == torch.float32 or PRECISIONS[precision] not in EXTRA_DTYPES:
         return stored.float()
     if PRECISIONS[precision] == "kahan":
-        return stored.float() + extra.float()
-    low = extra.int() & 0xFFFF
+        return stored.float() + extra.float()  # type: ignore[union-attr]
+    low = extra.int() & 0xFFFF  # type: ignore[union-attr]
     high = ((stored.view(torch.int16).int() & 0xFFFF) - (low >> 15)) & 0xFFFF
     return (high << 16 | low).view(torch.float32)
 
