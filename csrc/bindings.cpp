@@ -76,7 +76,7 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     gram(input, rows, n, parts, visible, block, threads, pointer<double>(into));
   });
-  m.def("masked_step", [](uintptr_t table, int64_t count, uintptr_t scalars, uintptr_t grad_scale, uintptr_t clip, bool maximize, bool sgd,
+  m.def("masked_step", [](uintptr_t table, int64_t count, uintptr_t scalars, uintptr_t grad_scale, uintptr_t clip, bool maximize, int kind,
                           bool nesterov, int precision, int64_t seed, int threads) {
     std::vector<StepTensor> tensors(count);
     for (int64_t i = 0; i < count; i++) {
@@ -90,7 +90,7 @@ PYBIND11_MODULE(_C, m) {
       t.param_dtype = (int)row[14], t.grad_dtype = (int)row[15], t.wide_places = (int)row[16], t.compact = (int)row[17];
       t.scalars = pointer<float>(scalars) + OPD_STEP_SCALARS * row[18], t.ordinal = (int)row[19];
       t.grad_scale = pointer<float>(grad_scale), t.clip = pointer<float>(clip);
-      t.maximize = maximize, t.precision = precision, t.sgd = sgd, t.nesterov = nesterov;
+      t.maximize = maximize, t.precision = precision, t.kind = kind, t.nesterov = nesterov;
     }
     py::gil_scoped_release release;
     masked_step(tensors, threads);

@@ -60,7 +60,9 @@ struct GramInput {
 
 #define OPD_STEP_BLOCK 2048                           // coordinates, or places, that are worked on at a time
 
-// One tensor of a masked step. Active coordinates are bits, with the counts before each block, or places.
+enum StepKind { STEP_ADAMW = 0, STEP_SGD = 1, STEP_TAKE = 2, STEP_ADD = 3, STEP_PUT = 4 };
+
+// One tensor of a masked step, or of a gather of its grad into exp_avg, or of a scatter of exp_avg into its param. Active coordinates are bits, with the counts before each block, or places.
 struct StepTensor {
   void* param;
   const void* grad;
@@ -74,7 +76,7 @@ struct StepTensor {
   const float* scalars;
   const float *grad_scale, *clip;                     // one number each, or null
   opd_i64 n, active, start, seed;
-  int param_dtype, grad_dtype, wide_places, compact, maximize, precision, ordinal, sgd, nesterov;
+  int param_dtype, grad_dtype, wide_places, compact, maximize, precision, ordinal, kind, nesterov;
 };
 
 enum Dtype { BF16 = 0, FP16 = 1, FP32 = 2, FP64 = 3 };

@@ -229,10 +229,23 @@ static inline void step_sgd_loop(const StepTensor* t, opd_i64 active, int count,
 // The active coordinates `at`, from coordinate `base`; the first of them is number `active` of the tensor's.
 template <class At>
 static inline void step_active(const StepTensor* t, opd_i64 base, opd_i64 active, const At& at, StepChunk* c) {
-  step_load_grads(t, base, active, at, c);
-  step_load_weights(t, base, active, at, c);
-  if (t->sgd) step_sgd_loop(t, active, at.count, c->p, c->g);
-  else step_adamw_loop(t, active, at.count, c->p, c->g);
+  float* compact = t->exp_avg ? t->exp_avg + active : 0;
+  switch (t->kind) {
+    case STEP_TAKE:
+    case STEP_ADD:
+      step_load_grads(t, base, active, at, c);
+      OPD_SIMD()
+      for (int k = 0; k < at.count; k++) compact[k] = t->kind == STEP_ADD ? compact[k] + c->g[k] : c->g[k];
+      return;
+    case STEP_PUT:
+      __builtin_memcpy(c->p, compact, sizeof(float) * at.count);
+      break;
+    default:
+      step_load_grads(t, base, active, at, c);
+      step_load_weights(t, base, active, at, c);
+      if (t->kind == STEP_SGD) step_sgd_loop(t, active, at.count, c->p, c->g);
+      else step_adamw_loop(t, active, at.count, c->p, c->g);
+  }
   step_store_weights(t, base, active, at, c);
 }
 

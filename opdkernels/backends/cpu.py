@@ -134,12 +134,15 @@ def address(tensor: torch.Tensor | None) -> int:
     return tensor.data_ptr() if tensor is not None and tensor.numel() else 0
 
 
+ADAMW, SGD, TAKE, ADD, PUT = range(5)  # StepKind in csrc/cpu/kernels.h
+
+
 def masked_adamw_(
     params, grads, masks, offsets, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, extras, inits, cohorts, scalars, rows, starts, ordinals,
     grad_scale, clip, found_inf, maximize, precision, seed,
 ) -> None:  # fmt: skip
     table = step_table(params, grads, masks, offsets, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, extras, inits, cohorts, rows, starts, ordinals)
-    masked_step(table, scalars, grad_scale, clip, found_inf, maximize, False, False, precision, seed)
+    masked_step(table, scalars, grad_scale, clip, found_inf, maximize, ADAMW, False, precision, seed)
 
 
 def masked_sgd_(
@@ -147,7 +150,17 @@ def masked_sgd_(
     grad_scale, clip, found_inf, maximize, nesterov, precision, seed,
 ) -> None:  # fmt: skip
     table = step_table(params, grads, masks, offsets, momentum_buffers, (), (), extras, inits, cohorts, rows, starts, ordinals)
-    masked_step(table, scalars, grad_scale, clip, found_inf, maximize, True, nesterov, precision, seed)
+    masked_step(table, scalars, grad_scale, clip, found_inf, maximize, SGD, nesterov, precision, seed)
+
+
+def masked_take_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, into: torch.Tensor, add: bool) -> None:
+    table = step_table([values], [values], [mask], [offsets], [into], (), (), (), (), (), [0], [0], [0])
+    masked_step(table, into, None, None, None, False, ADD if add else TAKE, False, 0, 0)
+
+
+def masked_put_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, compact: torch.Tensor) -> None:
+    table = step_table([values], [values], [mask], [offsets], [compact], (), (), (), (), (), [0], [0], [0])
+    masked_step(table, compact, None, None, None, False, PUT, False, 0, 0)
 
 
 def step_table(
@@ -186,7 +199,7 @@ def masked_step(
     clip: torch.Tensor | None,
     found_inf: torch.Tensor | None,
     maximize: bool,
-    sgd: bool,
+    kind: int,
     nesterov: bool,
     precision: int,
     seed: int,
@@ -195,7 +208,7 @@ def masked_step(
         return
     scalars = scalars.contiguous()
     _C.masked_step(
-        table.data_ptr(), len(table), scalars.data_ptr(), address(grad_scale), address(clip), maximize, sgd, nesterov, precision, seed, torch.get_num_threads()
+        table.data_ptr(), len(table), scalars.data_ptr(), address(grad_scale), address(clip), maximize, kind, nesterov, precision, seed, torch.get_num_threads()
     )  # fmt: skip
 
 
@@ -266,6 +279,8 @@ KERNELS: dict[str, Callable] = {
     "gram_": gram_,
     "masked_adamw_": masked_adamw_,
     "masked_sgd_": masked_sgd_,
+    "masked_take_": masked_take_,
+    "masked_put_": masked_put_,
     "patch_gather_": patch_gather_,
     "patch_scatter_": patch_scatter_,
     "patch_check": patch_check,

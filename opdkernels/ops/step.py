@@ -43,6 +43,8 @@ SGD = (
     "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor[] masks, Tensor[] offsets, Tensor(b!)[] momentum_buffers, Tensor(c!)[] extras, "
     f"{COMMON}, bool nesterov, int precision, int seed) -> ()"
 )
+TAKE = "masked_take_(Tensor values, Tensor mask, Tensor offsets, Tensor(a!) into, bool add) -> ()"
+PUT = "masked_put_(Tensor(a!) values, Tensor mask, Tensor offsets, Tensor compact) -> ()"
 PRECISIONS = ("nearest", "exact", "kahan", "stochastic")
 DTYPES = (torch.float32, torch.bfloat16)
 EXTRA_DTYPES = {"exact": torch.int16, "kahan": torch.bfloat16}
@@ -63,6 +65,14 @@ def fake_sgd(
     params, grads, masks, offsets, momentum_buffers, extras, inits, cohorts, scalars, rows, starts, ordinals,
     grad_scale, clip, found_inf, maximize, nesterov, precision, seed,
 ) -> None:  # fmt: skip
+    pass
+
+
+def fake_take(values, mask, offsets, into, add) -> None:
+    pass
+
+
+def fake_put(values, mask, offsets, compact) -> None:
     pass
 
 
@@ -88,6 +98,15 @@ def reference_sgd(
         return sgd(p, g, w0, momentum_buffers[i] if momentum_buffers else None, columns, nesterov)
 
     each_active(update, params, grads, masks, extras, inits, cohorts, scalars, rows, starts, ordinals, grad_scale, clip, found_inf, maximize, precision, seed)
+
+
+def reference_take(values, mask, offsets, into, add) -> None:
+    taken = values.view(-1)[places_of(mask, values.numel())].float()
+    into.copy_(into + taken if add else taken)
+
+
+def reference_put(values, mask, offsets, compact) -> None:
+    values.view(-1)[places_of(mask, values.numel())] = compact.to(values.dtype)
 
 
 def each_active(
@@ -212,6 +231,8 @@ def wide_product(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tens
 
 register(ADAMW, reference_adamw, fake_adamw)
 register(SGD, reference_sgd, fake_sgd)
+register(TAKE, reference_take, fake_take)
+register(PUT, reference_put, fake_put)
 
 
 def adamw_scalars(steps: Sequence[float], lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> torch.Tensor:
@@ -307,6 +328,27 @@ def masked_sgd(
         list(params), list(grads), list(masks), list(offsets), list(momentum_buffers), list(extras), list(inits), list(cohorts), scalars, *common,
         grad_scale, clip, found_inf, maximize, nesterov, PRECISIONS.index(precision), seed,
     )  # fmt: skip
+
+
+def masked_take(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, into: torch.Tensor, *, add: bool = False) -> torch.Tensor:
+    """`into`, fp32 [active], with the active of `values`, fp32 or bf16 and contiguous, or, where `add`, with those added to it.
+    mask and offsets as `masked_adamw` takes them.
+
+    Raises TypeError for other dtypes, ValueError for what does not fit.
+    """
+    check(0, values, values, mask, offsets, [into], None, None, None, 0, "nearest")
+    torch.ops.opdkernels.masked_take_(values, mask, offsets, into, add)
+    return into
+
+
+def masked_put(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, compact: torch.Tensor) -> None:
+    """Sets the active of `values`, fp32 or bf16 and contiguous, in place, to `compact`, fp32 [active], rounded to nearest. mask and
+    offsets as `masked_adamw` takes them.
+
+    Raises TypeError for other dtypes, ValueError for what does not fit.
+    """
+    check(0, values, values, mask, offsets, [compact], None, None, None, 0, "nearest")
+    torch.ops.opdkernels.masked_put_(values, mask, offsets, compact)
 
 
 def checked(

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opdkernels.masks import Mask
 from opdkernels.ops import step as ops
-from opdkernels.ops.step import PRECISIONS, adamw_scalars, masked_adamw, masked_sgd, sgd_scalars
+from opdkernels.ops.step import PRECISIONS, adamw_scalars, masked_adamw, masked_put, masked_sgd, masked_take, sgd_scalars
 from tests.conftest import ISAS
 
 SIZES = (1, 31, 1023, 2048, 2049, 70_001)
@@ -334,6 +334,23 @@ def test_threads_change_no_bit():
     torch.set_num_threads(threads)
     assert same(results[0], results[1])
     assert same(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("places", [False, True])
+def test_active_values_are_taken_added_and_put_back(isa, dtype, places):
+    state = State(SIZES, dtype=dtype, places=places)
+    for p, mask, held, offsets in zip(state.params, state.masks, state.held, state.offsets, strict=True):
+        active, before = mask.to_bool(), p.clone()
+        taken = masked_take(p, held, offsets, torch.full((mask.nnz,), float("nan")))
+        assert torch.equal(taken, p[active].float())
+        assert torch.equal(masked_take(p, held, offsets, taken.clone(), add=True), 2 * taken)
+        values = torch.randn(mask.nnz)
+        masked_put(p, held, offsets, values)
+        assert torch.equal(p[active], values.to(dtype))
+        assert torch.equal(bits(p)[~active], bits(before)[~active])
+        with pytest.raises(ValueError, match="a moment of param 0"):
+            masked_take(p, held, offsets, torch.zeros(mask.nnz + 1))
 
 
 def test_fused_multiply_add_is_rounded_once():
