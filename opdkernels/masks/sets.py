@@ -25,6 +25,8 @@ class MaskSet(Mapping[str, Mask]):
     Sets of the same names and shapes combine by `&`, `|`, `^`, `-` and `~`, mask by mask.
     """
 
+    in_model_order = False  # of `optim.in_model_order`: whether the order is that of a model's parameters, else a checkpoint's
+
     def __init__(self, masks: Mapping[str, Mask]):
         self._masks: dict[str, Mask | None] = dict(masks)
         self._file: Any = None
@@ -80,6 +82,8 @@ class MaskSet(Mapping[str, Mask]):
             tensors[f"{i}.{mask.held_as}"] = mask.bits if mask.held_as == "bits" else mask.indices
             facts.append({"name": name, "shape": list(mask.shape), "numel": mask.numel, "nnz": mask.nnz, "digest": mask.digest})
         metadata = {"format": FORMAT, "version": VERSION, "digest": self.digest, "masks": json.dumps(facts)}
+        if self.in_model_order:
+            metadata["order"] = "model"
         target = Path(path)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
@@ -105,6 +109,7 @@ class MaskSet(Mapping[str, Mask]):
             found = cls({})
             found._file, found._facts = (file, named), {fact["name"]: {**fact, "place": i} for i, fact in enumerate(facts)}
             found._masks = dict.fromkeys(found._facts)
+            found.in_model_order = metadata.get("order") == "model"
             if len(found) != len(facts) or found.digest != metadata["digest"]:
                 raise ValueError("digest")
         except FileNotFoundError:

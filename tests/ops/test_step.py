@@ -12,7 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opdkernels.masks import Mask
 from opdkernels.ops import step as ops
-from opdkernels.ops.step import PRECISIONS, adamw_scalars, masked_adamw, masked_put, masked_sgd, masked_take, sgd_scalars
+from opdkernels.ops.step import (
+    PRECISIONS,
+    adamw_scalars,
+    masked_adamw,
+    masked_put,
+    masked_sgd,
+    masked_take,
+    sgd_scalars,
+)
 from tests.conftest import ISAS
 
 SIZES = (1, 31, 1023, 2048, 2049, 70_001)

@@ -1,0 +1,576 @@
+"""MaskedAdamW and MaskedSGD: `torch.optim.Optimizer`s that step the active coordinates of a mask and keep state for these alone.
+
+State of a parameter, all of it [active] unless said: `step`, the count of the oldest coordinates (fp32, one number);
+`exp_avg`, `exp_avg_sq`, `max_exp_avg_sq` or `momentum_buffer`, fp32; of bf16 parameters `remainder` (int16) or `compensation`
+(bf16); `init`, where a weight began, of the parameter's dtype; after `remap`, `cohort` (uint8) and `cohort_steps`, a count a
+cohort; `mask`, the mask's digest (int64, one number). It is made at the first step, from the parameter that is live then.
+
+Of DTensors `state_dict` gives all that is [active] as DTensors of the parameter's shape, zero where nothing is active, so that
+torch.distributed.checkpoint saves and loads it at any world size; both forms load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from opdkernels.errors import InputError, printable
+from opdkernels.ops.step import (
+    COHORTS,
+    EXTRA_DTYPES,
+    PRECISIONS,
+    adamw_scalars,
+    masked_put,
+    masked_take,
+    places_of,
+    sgd_scalars,
+)
+from opdkernels.optim.bind import Binder, Binding, Masks, Shard, is_dtensor, local_part
+
+EXTRAS = {"exact": "remainder", "kahan": "compensation"}
+DECAYS = ("zero", "toward_init")
+Place = tuple[int, int]  # group, parameter
+
+
+class MaskedOptimizer(torch.optim.Optimizer):
+    """What the two share; not an optimizer of its own."""
+
+    moments: tuple[str, ...] = ()
+    dense_options: dict[str, Any] = {}  # noqa: RUF012  what torch's own groups have beside ours
+
+    def __init__(self, params: Any, masks: Masks, unmasked: str, defaults: dict[str, Any]):
+        refuse_options(defaults)
+        self._binder = Binder(masks, unmasked)
+        self._bound: list[list[Binding]] = []
+        self._compact: dict[Place, torch.Tensor] = {}
+        self._gathers = False  # compact_gradients leaves no gradient on the parameters
+        self._clip: torch.Tensor | None = None
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            refuse_options(group)
+            self._bound.append(self._binder.bind(group["params"], group.get("param_names")))
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler may leave unscaling to `step`. Read by it first of all, so that it hears here what it cannot do."""
+        if self._gathers:
+            raise RuntimeError("a GradScaler finds no gradients where compact_gradients gathers them; train in bfloat16 without one, or use mask_gradients")
+        return bool(self.defaults["fused"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        ours = {key: self.__dict__[key] for key in ("_binder", "_bound")}
+        return {**super().__getstate__(), **ours, "_compact": {}, "_gathers": False, "_clip": None}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of the parameters that have a gradient; of the others nothing moves. Returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            self._done()
+            return loss
+        for index, group in enumerate(self.param_groups):
+            self._step_group(index, group, getattr(self, "grad_scale", None))
+        self._done()
+        return loss
+
+    def _done(self) -> None:
+        self._clip = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients, gathered ones too."""
+        super().zero_grad(set_to_none)
+        self._compact.clear()
+
+    def _live(self) -> Iterable[tuple[Place, torch.Tensor, Binding]]:
+        for index, group in enumerate(self.param_groups):
+            for j, (param, binding) in enumerate(zip(group["params"], self._bound[index], strict=True)):
+                yield (index, j), param, binding
+
+    def _step_group(self, index: int, group: dict[str, Any], grad_scale: torch.Tensor | None) -> None:
+        calls: dict[torch.device, Call] = {}
+        for j, (param, binding) in enumerate(zip(group["params"], self._bound[index], strict=True)):
+            grad = self._gradient((index, j), param)
+            if grad is None:
+                continue
+            shard, (local, _) = binding.shard(param), local_part(param)
+            state = self.state[param]
+            if not state:
+                self._begin(state, local, shard, binding, group)
+            steps = state.get("cohort_steps")
+            state["step"] += 1
+            if steps is not None:
+                steps += 1
+            if not shard.active:
+                continue
+            if group["precision"] == "stochastic" and shard.start is None and local.dtype == torch.bfloat16:
+                raise ValueError(f'{named(binding)} is not sharded along its first dimension; precision "stochastic" needs it, choose "exact"')
+            weights = local if local.is_contiguous() else local.contiguous()
+            calls.setdefault(local.device, Call()).add(local, weights, grad, shard, binding, state)
+        for device, call in calls.items():
+            clip = None if self._clip is None else self._clip.to(device)
+            self._launch(call, group, call.scalars(lambda steps: self._scalars(steps, group)).to(device), grad_scale, clip)
+            for local, weights in zip(call.locals, call.params, strict=True):
+                if weights is not local:
+                    local.copy_(weights)
+
+    def _gradient(self, place: Place, param: torch.Tensor) -> torch.Tensor | None:
+        """The local gradient, dense or of the active coordinates, contiguous."""
+        compact = self._compact.get(place)
+        if compact is not None:
+            return compact
+        grad = param.grad
+        if grad is None:
+            return None
+        if grad.is_sparse or grad.is_complex():
+            raise RuntimeError(f"{named(self._bound[place[0]][place[1]])} has a {'sparse' if grad.is_sparse else 'complex'} gradient; give a dense, real one")
+        local, _ = local_part(grad)
+        local = local.detach().contiguous()
+        return local if local.dtype in (torch.float32, torch.bfloat16) else local.float()
+
+    def _begin(self, state: dict[str, Any], local: torch.Tensor, shard: Shard, binding: Binding, group: dict[str, Any]) -> None:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["mask"] = torch.tensor(binding.digest)
+        for name in self._moments_of(group):
+            state[name] = torch.zeros(shard.active, device=local.device)
+        extra = EXTRAS.get(group["precision"]) if local.dtype == torch.bfloat16 else None
+        if extra:
+            state[extra] = torch.zeros(shard.active, dtype=EXTRA_DTYPES[group["precision"]], device=local.device)
+        if group["decay"] == "toward_init":
+            state["init"] = active_of(local, shard).to(local.dtype)
+
+    def _moments_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def _scalars(self, steps: list[float], group: dict[str, Any]) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _launch(self, call: Call, group: dict[str, Any], scalars: torch.Tensor, grad_scale: torch.Tensor | None, clip: torch.Tensor | None) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Has the next step scale gradients so that the norm of the active ones is at most `max_norm`. Returns that norm, fp32.
+
+        Frozen coordinates do not count: the whole gradient's norm, which trainers clip by, is some 1 / sqrt(density) larger. The
+        gradients themselves stay as they are. Of DTensors, every rank of their mesh must call this.
+        """
+        if norm_type != 2.0:
+            raise ValueError(f"the norm must be of type 2, not {norm_type}")
+        total = torch.zeros((), dtype=torch.float64)
+        sharded: dict[Any, torch.Tensor] = {}
+        for place, param, binding in self._live():
+            grad = self._gradient(place, param)
+            meshes = tuple((param.device_mesh, i) for i, p in enumerate(param.placements) if not p.is_replicate()) if is_dtensor(param) else ()  # type: ignore[attr-defined]
+            shard = binding.shard(param)
+            square = torch.zeros((), dtype=torch.float64)
+            if grad is not None and shard.active:
+                values = grad if place in self._compact else active_of(grad, shard)
+                square = values.double().square().sum().cpu()
+            if meshes:
+                sharded[meshes] = sharded.get(meshes, torch.zeros((), dtype=torch.float64)) + square
+            else:
+                total += square
+        for meshes, square in sharded.items():
+            for mesh, dim in meshes:
+                square = square.to(mesh.device_type)
+                torch.distributed.all_reduce(square, group=mesh.get_group(dim))
+            total += square.cpu()
+        norm = total.sqrt()
+        self._clip = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
+        return norm.float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; of DTensors, compact state is spread out to DTensors of the parameter's shape."""
+        found = super().state_dict()
+        spread: dict[Any, dict[str, Any]] = {}
+        keys = [key for group in found["param_groups"] for key in group["params"]]
+        for key, (_, param, binding) in zip(keys, self._live(), strict=True):
+            if key in found["state"] and is_dtensor(param):
+                spread[key] = {name: self._spread(name, value, param, binding) for name, value in found["state"][key].items()}
+        return {**found, "state": {**found["state"], **spread}}
+
+    def _spread(self, name: str, value: Any, param: torch.Tensor, binding: Binding) -> Any:
+        """State of the active coordinates as a tensor or DTensor of the parameter's shape; other state as it is."""
+        if name in ("step", "mask", "cohort_steps"):
+            return value
+        (local, _), shard = local_part(param), binding.shard(param)
+        dense = torch.zeros(local.shape, dtype=value.dtype, device=value.device)
+        dense.view(-1)[places_of(shard.mask, dense.numel())] = value
+        if not is_dtensor(param):
+            return dense
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(dense, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride())  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes on a state of `state_dict`, compact or of the parameters' shapes, on the parameters' devices, no dtype changed.
+
+        Raises InputError, with nothing changed, where the state is of another mask or does not fit.
+        """
+        for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):  # type: ignore[attr-defined]
+            state_dict = hook(self, state_dict) or state_dict
+        groups, given = state_dict["param_groups"], state_dict["state"]
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != [len(group["params"]) for group in self.param_groups]:
+            raise InputError(f"the optimizer state has groups of {sizes} parameters, this optimizer of {[len(g['params']) for g in self.param_groups]}")
+        keys = [key for group in groups for key in group["params"]]
+        loaded = {}
+        for key, (place, param, binding) in zip(keys, self._live(), strict=True):
+            if given.get(key):
+                loaded[param] = self._fitted(given[key], param, binding, groups[place[0]])
+        for ours, theirs in zip(self.param_groups, groups, strict=True):
+            kept = {"params": ours["params"], **({"param_names": ours["param_names"]} if "param_names" in ours else {})}
+            ours.update({key: value for key, value in theirs.items() if key not in ("params", "param_names")})
+            ours.update(kept)
+        self.state.clear()
+        self.state.update(loaded)
+        for post in list(self._optimizer_load_state_dict_post_hooks.values()):  # type: ignore[attr-defined]
+            post(self)
+
+    def _fitted(self, given: dict[str, Any], param: torch.Tensor, binding: Binding, group: dict[str, Any]) -> dict[str, Any]:
+        shard, (local, _) = binding.shard(param), local_part(param)
+        if "mask" not in given:
+            raise refused(binding, "has no mask: it is a dense optimizer's, which load_dense_state_dict takes")
+        if int(given["mask"]) != binding.digest:
+            raise refused(binding, "belongs to another mask")
+        state: dict[str, Any] = {}
+        for name, value in given.items():
+            value = torch.as_tensor(value)
+            if name in ("step", "mask", "cohort_steps"):
+                state[name] = local_part(value)[0].clone().cpu()
+                continue
+            own, _ = local_part(value)
+            if value.shape == param.shape and value.shape != (shard.active,):
+                if own.shape != local.shape:
+                    raise refused(binding, f"is sharded otherwise than its parameter ({list(own.shape)} for {list(local.shape)})")
+                own = own.reshape(-1)[places_of(shard.mask, local.numel()).to(own.device)]
+            if own.shape != (shard.active,):
+                raise refused(binding, f"has {list(own.shape)} values in {printable(name)} for {shard.active} active coordinates")
+            state[name] = own.to(local.device, copy=True)
+        wanted = {*self._moments_of(group), "step", "mask"}
+        if wanted - set(state):
+            raise refused(binding, f"lacks {', '.join(sorted(wanted - set(state)))}")
+        return state
+
+    @torch.no_grad()
+    def dense_state_dict(self) -> dict[str, Any]:
+        """The state as torch's own AdamW or SGD holds it: moments of the parameters' shapes, zero where nothing is active.
+
+        Raises ValueError after a `remap`, where coordinates have counts of their own.
+        """
+        found = super().state_dict()
+        keys = [key for group in found["param_groups"] for key in group["params"]]
+        state = {}
+        for key, (_, param, binding) in zip(keys, self._live(), strict=True):
+            if key not in found["state"]:
+                continue
+            own = found["state"][key]
+            if "cohort" in own:
+                raise ValueError(f"coordinates of {named(binding)} have been in the mask for different times; a dense state has one step count")
+            own = {name: value for name, value in own.items() if name in ("step", *self.moments)}
+            state[key] = {name: self._spread(name, value, param, binding).clone() for name, value in own.items()}
+        ours = ("precision", "decay", "seed")
+        groups = [{**{key: value for key, value in group.items() if key not in ours}, **self.dense_options} for group in found["param_groups"]]
+        return {"state": state, "param_groups": groups}
+
+    @torch.no_grad()
+    def load_dense_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes on the state of torch's own AdamW or SGD, of which only what is active is kept. A bf16 weight begins with no
+        remainder. Raises InputError where it does not fit."""
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        state = {}
+        if len(keys) != sum(len(group["params"]) for group in self.param_groups):
+            raise InputError(f"the dense state is of {len(keys)} parameters, this optimizer of {sum(len(g['params']) for g in self.param_groups)}")
+        for key, ((index, _), param, binding) in zip(keys, self._live(), strict=True):
+            if not state_dict["state"].get(key):
+                continue
+            shard, (local, _) = binding.shard(param), local_part(param)
+            fresh: dict[str, Any] = {}
+            self._begin(fresh, local, shard, binding, self.param_groups[index])
+            dense = {name: value for name, value in state_dict["state"][key].items() if name in ("step", *self._moments_of(self.param_groups[index]))}
+            state[key] = {**fresh, **dense}
+        ours = super().state_dict()["param_groups"]
+        groups = [{**one, **{key: value for key, value in given.items() if key in one}} for one, given in zip(ours, state_dict["param_groups"], strict=True)]
+        self.load_state_dict({"state": state, "param_groups": groups})
+
+    @torch.no_grad()
+    def remap(self, masks: Masks, *, dropped: str = "keep") -> None:
+        """Changes the masks: coordinates that stay active keep their moments and age, new ones begin at zero with an age of their
+        own, and those that leave keep their value or, where `dropped` is "restore" and decay is "toward_init", go back to where
+        they began.
+
+        Masks bind as at construction. Raises ValueError, with nothing changed, where they do not fit.
+        """
+        if dropped not in ("keep", "restore"):
+            raise ValueError(f"dropped must be keep or restore, not {dropped}")
+        if self._compact:
+            raise RuntimeError("gradients have been gathered for the masks that are; step or zero_grad() first")
+        binder = Binder(masks, self._binder.unmasked)
+        bound = [binder.bind(group["params"], group.get("param_names")) for group in self.param_groups]
+        moved: dict[torch.Tensor, dict[str, Any]] = {}
+        for (index, j), param, old in self._live():
+            new, state = bound[index][j], self.state.get(param)
+            if not state:
+                continue
+            if dropped == "restore" and "init" not in state:
+                raise ValueError(f'{named(old)} has no start to go back to; construct with decay="toward_init"')
+            moved[param] = self._remapped(state, param, old, new, self.param_groups[index], dropped == "restore")
+        self._binder, self._bound = binder, bound
+        self.state.update(moved)
+
+    def _remapped(self, state: dict[str, Any], param: torch.Tensor, old: Binding, new: Binding, group: dict[str, Any], restore: bool) -> dict[str, Any]:
+        local, before, after = local_part(param)[0], old.shard(param), new.shard(param)
+        was, now = (places_of(shard.mask, local.numel()).to(local.device) for shard in (before, after))
+        at = torch.searchsorted(was, now).clamp(max=max(len(was) - 1, 0))
+        stays = was[at] == now if len(was) else torch.zeros(len(now), dtype=torch.bool, device=local.device)
+        if restore:
+            gone = ~torch.isin(was, now)
+            flat = local.view(-1) if local.is_contiguous() else local.reshape(-1)
+            flat[was[gone]] = state["init"][gone]
+            if not local.is_contiguous():
+                local.copy_(flat.view(local.shape))
+        fresh: dict[str, Any] = {}
+        self._begin(fresh, local, after, new, group)
+        for name, value in fresh.items():
+            if name not in ("step", "mask") and len(was):
+                value[stays] = state[name][at[stays]]
+        steps = state.get("cohort_steps", state["step"].view(1))
+        cohort = state.get("cohort", torch.zeros(len(was), dtype=torch.uint8, device=local.device))
+        of_each = torch.zeros(len(now), dtype=torch.int64, device=local.device)
+        if len(was):
+            of_each[stays] = cohort[at[stays]].long() + 1
+        ages = torch.cat([torch.zeros(1), steps])[of_each.cpu()]  # new ones have none
+        counts, cohort = torch.unique(ages, return_inverse=True)
+        if len(counts) > COHORTS:
+            raise ValueError(f"the masks of {named(old)} have changed too often: {len(counts)} step counts, and {COHORTS} can be kept; make the optimizer again")
+        fresh["step"] = counts[-1].clone() if len(counts) else state["step"].clone()
+        if len(counts) > 1:
+            fresh["cohort"], fresh["cohort_steps"] = cohort.to(torch.uint8).to(local.device), counts
+        return fresh
+
+
+class Call:
+    """The arguments of one launch: the tensors of a group on one device."""
+
+    def __init__(self) -> None:
+        self.locals: list[torch.Tensor] = []
+        self.params: list[torch.Tensor] = []
+        self.grads: list[torch.Tensor] = []
+        self.shards: list[Shard] = []
+        self.ordinals: list[int] = []
+        self.states: list[dict[str, Any]] = []
+        self.rows: list[int] = []
+        self.steps: list[float] = []
+
+    def add(self, local: torch.Tensor, weights: torch.Tensor, grad: torch.Tensor, shard: Shard, binding: Binding, state: dict[str, Any]) -> None:
+        self.locals.append(local)
+        self.params.append(weights.detach())
+        self.grads.append(grad)
+        self.shards.append(shard)
+        self.ordinals.append(binding.ordinal)
+        self.states.append(state)
+        self.rows.append(len(self.steps))
+        self.steps += state["cohort_steps"].tolist() if "cohort_steps" in state else [float(state["step"])]
+
+    def scalars(self, of: Callable[[list[float]], torch.Tensor]) -> torch.Tensor:
+        """A row for each step count; equal counts are worked out once."""
+        distinct = sorted(set(self.steps))
+        return of(distinct)[torch.tensor([distinct.index(step) for step in self.steps])]
+
+    def state(self, name: str) -> list[torch.Tensor]:
+        """One of the state's tensors of every parameter, empty where it has none; no list where none has one."""
+        if not any(name in state for state in self.states):
+            return []
+        empty = torch.empty(0, dtype=torch.uint8)
+        return [state.get(name, empty) for state in self.states]
+
+    def common(self, group: dict[str, Any]) -> dict[str, Any]:
+        extra = EXTRAS.get(group["precision"])
+        return {
+            "extras": self.state(extra) if extra else [],
+            "inits": self.state("init"),
+            "cohorts": self.state("cohort"),
+            "rows": self.rows,
+            "starts": [shard.start or 0 for shard in self.shards],
+            "ordinals": self.ordinals,
+        }
+
+
+class MaskedAdamW(MaskedOptimizer):
+    """AdamW on the active coordinates of `masks`; every other one keeps its bits, whatever its gradient or weight decay.
+
+    params: as `torch.optim.AdamW` takes them, fp32 or bf16, best named (`model.named_parameters()`). masks: a MaskSet, the path of one, a
+    mapping of names to Masks or bool tensors, or a list in parameter order. unmasked: what becomes of a parameter without a mask:
+    "refuse" (the default), "freeze" or "train" it whole. precision, of bf16 parameters: "exact" keeps 16 bits a coordinate, so
+    that weight and remainder are an fp32 master; "kahan", "stochastic" (by `seed`) and "nearest" as `opdkernels.ops.step` says.
+    decay: weight decay draws to "zero", or "toward_init", to where the weights were at their first step.
+
+    lr, betas, eps, weight_decay, amsgrad and maximize as torch has them: fp32 parameters move bit for bit as
+    `torch.optim.AdamW(foreach=False)` moves them, but for its square root, which on the CPU may be off by one unit. `fused=True`
+    takes a GradScaler's scale in the step itself; `foreach` changes nothing. State takes 8 bytes an active coordinate (12 with
+    amsgrad, 2 more for bf16 by "exact" or "kahan") and a bit a coordinate for the mask, or 4 bytes an active one below 1 in 32.
+
+    Raises ValueError or TypeError for parameters without a mask or with another shape's.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(4))
+    >>> optimizer = MaskedAdamW([weight], masks=[torch.tensor([True, False, False, True])], lr=0.5)
+    >>> weight.grad = torch.ones(4)
+    >>> optimizer.step()
+    >>> weight.data
+    tensor([-0.5000,  0.0000,  0.0000, -0.5000])
+    """
+
+    moments = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    dense_options = {"decoupled_weight_decay": True}  # noqa: RUF012
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        masks: Masks,
+        unmasked: str = "refuse",
+        precision: str = "exact",
+        decay: str = "zero",
+        seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ):
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "precision": precision, "decay": decay, "seed": seed,
+            "maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": differentiable, "fused": fused,
+        }  # fmt: skip
+        super().__init__(params, masks, unmasked, defaults)
+
+    def _moments_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.moments if group["amsgrad"] else self.moments[:2]
+
+    def _scalars(self, steps: list[float], group: dict[str, Any]) -> torch.Tensor:
+        b1, b2 = group["betas"]
+        return adamw_scalars(steps, float(group["lr"]), (float(b1), float(b2)), group["eps"], group["weight_decay"])
+
+    def _launch(self, call: Call, group: dict[str, Any], scalars: torch.Tensor, grad_scale: torch.Tensor | None, clip: torch.Tensor | None) -> None:
+        masks, offsets, options = [s.mask for s in call.shards], [s.offsets for s in call.shards], call.common(group)
+        torch.ops.opdkernels.masked_adamw_(
+            call.params, call.grads, masks, offsets, call.state("exp_avg"), call.state("exp_avg_sq"), call.state("max_exp_avg_sq"),
+            *(options[name] for name in ("extras", "inits", "cohorts")), scalars, *(options[name] for name in ("rows", "starts", "ordinals")),
+            grad_scale, clip, None, group["maximize"], PRECISIONS.index(group["precision"]), group["seed"],
+        )  # fmt: skip
+
+
+class MaskedSGD(MaskedOptimizer):
+    """SGD on the active coordinates of `masks`; every other one keeps its bits.
+
+    lr, momentum, dampening, weight_decay, nesterov and maximize as `torch.optim.SGD` has them, whose step fp32 parameters take bit
+    for bit; masks and all else as `MaskedAdamW` has them. State takes 4 bytes an active coordinate with momentum, none without.
+
+    Raises ValueError or TypeError as `MaskedAdamW`, and ValueError for nesterov without momentum or with dampening.
+    """
+
+    moments = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        masks: Masks,
+        unmasked: str = "refuse",
+        precision: str = "exact",
+        decay: str = "zero",
+        seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ):
+        defaults = {
+            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov, "precision": precision,
+            "decay": decay, "seed": seed, "maximize": maximize, "foreach": foreach, "differentiable": differentiable, "fused": fused,
+        }  # fmt: skip
+        super().__init__(params, masks, unmasked, defaults)
+
+    def _moments_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.moments if group["momentum"] else ()
+
+    def _scalars(self, steps: list[float], group: dict[str, Any]) -> torch.Tensor:
+        return sgd_scalars(steps, float(group["lr"]), group["momentum"], group["dampening"], group["weight_decay"])
+
+    def _launch(self, call: Call, group: dict[str, Any], scalars: torch.Tensor, grad_scale: torch.Tensor | None, clip: torch.Tensor | None) -> None:
+        masks, offsets, options = [s.mask for s in call.shards], [s.offsets for s in call.shards], call.common(group)
+        torch.ops.opdkernels.masked_sgd_(
+            call.params, call.grads, masks, offsets, call.state("momentum_buffer") if group["momentum"] else [],
+            *(options[name] for name in ("extras", "inits", "cohorts")), scalars, *(options[name] for name in ("rows", "starts", "ordinals")),
+            grad_scale, clip, None, group["maximize"], group["nesterov"], PRECISIONS.index(group["precision"]), group["seed"],
+        )  # fmt: skip
+
+
+def active_of(tensor: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """fp32 [active]: a local tensor's active values."""
+    return masked_take(tensor.detach().contiguous(), shard.mask, shard.offsets, torch.empty(shard.active, device=tensor.device))
+
+
+def put_active(tensor: torch.Tensor, shard: Shard, values: torch.Tensor) -> None:
+    """Sets a local tensor's active values, in place."""
+    whole = tensor.detach() if tensor.is_contiguous() else tensor.detach().contiguous()
+    masked_put(whole, shard.mask, shard.offsets, values)
+    if not tensor.is_contiguous():
+        tensor.detach().copy_(whole)
+
+
+def named(binding: Binding) -> str:
+    return printable(binding.name) or f"parameter {binding.ordinal}"
+
+
+def refused(binding: Binding, why: str) -> InputError:
+    return InputError(f"the optimizer state of {named(binding)} {why}; load the state that was saved with these masks, or start without one")
+
+
+def refuse_options(options: dict[str, Any]) -> None:
+    """Raises ValueError for a hyperparameter out of its range, TypeError for a flag that masked optimizers do not have."""
+    lr, betas = options["lr"], options.get("betas", (0.0, 0.0))
+    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be one number, not {list(lr.shape)}")
+    ranges = {
+        "lr": float(lr) >= 0,
+        "eps": options.get("eps", 0.0) >= 0,
+        "weight_decay": options["weight_decay"] >= 0,
+        "momentum": options.get("momentum", 0.0) >= 0,
+        "betas": len(betas) == 2 and all(0 <= float(b) < 1 for b in betas),
+        "precision": options["precision"] in PRECISIONS,
+        "decay": options["decay"] in DECAYS,
+        "nesterov": not options.get("nesterov") or (options["momentum"] > 0 and options["dampening"] == 0),
+    }
+    for name, fits in ranges.items():
+        if not fits:
+            choices = {"precision": PRECISIONS, "decay": DECAYS}.get(name)
+            remedy = f"choose one of {', '.join(choices)}" if choices else {"nesterov": "it needs momentum and no dampening"}.get(name, "it is out of range")
+            raise ValueError(f"{name} is {options[name]}; {remedy}")
+    for flag in ("capturable", "differentiable"):
+        if options.get(flag):
+            raise TypeError(f"{flag}=True is not offered by masked optimizers; leave it out")
