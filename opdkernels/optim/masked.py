@@ -1,12 +1,12 @@
 """MaskedAdamW and MaskedSGD: `torch.optim.Optimizer`s that step the active coordinates of a mask and keep state for these alone.
 
-State of a parameter, all of it [active] unless said: `step`, the count of the oldest coordinates (fp32, one number);
+State of a parameter, all of it [active] unless said: `step`, how many were taken (fp32, one number);
 `exp_avg`, `exp_avg_sq`, `max_exp_avg_sq` or `momentum_buffer`, fp32; of bf16 parameters `remainder` (int16) or `compensation`
-(bf16); `init`, where a weight began, of the parameter's dtype; after `remap`, `cohort` (uint8) and `cohort_steps`, a count a
-cohort; `mask`, the mask's digest (int64, one number). It is made at the first step, from the parameter that is live then.
+(bf16); `init`, where a weight began, of the parameter's dtype; after `remap`, `cohort` (uint8) and `cohort_steps`, how many steps each
+cohort took; `mask`, the mask's digest (int64, one number). It is made at the first step, from the parameter that is live then.
 
-Of DTensors `state_dict` gives all that is [active] as DTensors of the parameter's shape, zero where nothing is active, so that
-torch.distributed.checkpoint saves and loads it at any world size; both forms load.
+Of DTensors `state_dict` gives all that is [active] as DTensors of the parameter's shape, zero where nothing is active, and
+cohorts as the `steps` of each coordinate, so that torch.distributed.checkpoint saves and loads it at any world size. Both forms load.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import torch
 from opdkernels.errors import InputError, printable
 from opdkernels.ops.step import (
     COHORTS,
+    DTYPES,
     EXTRA_DTYPES,
     PRECISIONS,
+    STEP,
     adamw_scalars,
     masked_put,
     masked_take,
@@ -81,8 +83,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if found_inf is not None and bool(found_inf):
             self._done()
             return loss
-        for index, group in enumerate(self.param_groups):
-            self._step_group(index, group, getattr(self, "grad_scale", None))
+        ready = [self._ready(index, group) for index, group in enumerate(self.param_groups)]  # what is refused is so before anything moves
+        for group, given in zip(self.param_groups, ready, strict=True):
+            self._step_group(group, given, getattr(self, "grad_scale", None))
         self._done()
         return loss
 
@@ -99,26 +102,31 @@ class MaskedOptimizer(torch.optim.Optimizer):
             for j, (param, binding) in enumerate(zip(group["params"], self._bound[index], strict=True)):
                 yield (index, j), param, binding
 
-    def _step_group(self, index: int, group: dict[str, Any], grad_scale: torch.Tensor | None) -> None:
-        calls: dict[torch.device, Call] = {}
+    def _ready(self, index: int, group: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor, Shard, Binding]]:
+        """Parameters of a group with their local gradients, shards of their masks, and bindings."""
+        found = []
         for j, (param, binding) in enumerate(zip(group["params"], self._bound[index], strict=True)):
             grad = self._gradient((index, j), param)
             if grad is None:
                 continue
-            shard, (local, _) = binding.shard(param), local_part(param)
-            state = self.state[param]
+            shard = binding.shard(param)
+            if group["precision"] == "stochastic" and shard.start is None and param.dtype == torch.bfloat16:
+                raise ValueError(f'{named(binding)} is not sharded along its first dimension; precision "stochastic" needs it, choose "exact"')
+            found.append((param, grad, shard, binding))
+        return found
+
+    def _step_group(self, group: dict[str, Any], ready: list[tuple[torch.Tensor, torch.Tensor, Shard, Binding]], grad_scale: torch.Tensor | None) -> None:
+        calls: dict[torch.device, Call] = {}
+        for param, grad, shard, binding in ready:
+            state, (local, _) = self.state[param], local_part(param)
             if not state:
                 self._begin(state, local, shard, binding, group)
-            steps = state.get("cohort_steps")
             state["step"] += 1
-            if steps is not None:
-                steps += 1
-            if not shard.active:
-                continue
-            if group["precision"] == "stochastic" and shard.start is None and local.dtype == torch.bfloat16:
-                raise ValueError(f'{named(binding)} is not sharded along its first dimension; precision "stochastic" needs it, choose "exact"')
-            weights = local if local.is_contiguous() else local.contiguous()
-            calls.setdefault(local.device, Call()).add(local, weights, grad, shard, binding, state)
+            if "cohort_steps" in state:
+                state["cohort_steps"] += 1
+            if shard.active:
+                weights = local if local.is_contiguous() else local.contiguous()
+                calls.setdefault(local.device, Call()).add(local, weights, grad, shard, binding, state)
         for device, call in calls.items():
             clip = None if self._clip is None else self._clip.to(device)
             self._launch(call, group, call.scalars(lambda steps: self._scalars(steps, group)).to(device), grad_scale, clip)
@@ -138,7 +146,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{named(self._bound[place[0]][place[1]])} has a {'sparse' if grad.is_sparse else 'complex'} gradient; give a dense, real one")
         local, _ = local_part(grad)
         local = local.detach().contiguous()
-        return local if local.dtype in (torch.float32, torch.bfloat16) else local.float()
+        return local if local.dtype in DTYPES else local.float()
 
     def _begin(self, state: dict[str, Any], local: torch.Tensor, shard: Shard, binding: Binding, group: dict[str, Any]) -> None:
         state["step"] = torch.zeros((), dtype=torch.float32)
@@ -199,7 +207,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
         keys = [key for group in found["param_groups"] for key in group["params"]]
         for key, (_, param, binding) in zip(keys, self._live(), strict=True):
             if key in found["state"] and is_dtensor(param):
-                spread[key] = {name: self._spread(name, value, param, binding) for name, value in found["state"][key].items()}
+                own = dict(found["state"][key])
+                ages, cohort = own.pop("cohort_steps", own["step"].view(1)), own.pop("cohort", None)
+                active = binding.shard(param).active
+                own["steps"] = ages[cohort.long().cpu()].to(cohort.device) if cohort is not None else ages.to(local_part(param)[0].device).expand(active)
+                spread[key] = {name: self._spread(name, value, param, binding) for name, value in own.items()}
         return {**found, "state": {**found["state"], **spread}}
 
     def _spread(self, name: str, value: Any, param: torch.Tensor, binding: Binding) -> Any:
@@ -261,6 +273,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if own.shape != (shard.active,):
                 raise refused(binding, f"has {list(own.shape)} values in {printable(name)} for {shard.active} active coordinates")
             state[name] = own.to(local.device, copy=True)
+        if "steps" in state:
+            state |= cohorts_of(state.pop("steps"), state["step"])
         wanted = {*self._moments_of(group), "step", "mask"}
         if wanted - set(state):
             raise refused(binding, f"lacks {', '.join(sorted(wanted - set(state)))}")
@@ -354,13 +368,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if len(was):
             of_each[stays] = cohort[at[stays]].long() + 1
         ages = torch.cat([torch.zeros(1), steps])[of_each.cpu()]  # new ones have none
-        counts, cohort = torch.unique(ages, return_inverse=True)
-        if len(counts) > COHORTS:
-            raise ValueError(f"the masks of {named(old)} have changed too often: {len(counts)} step counts, and {COHORTS} can be kept; make the optimizer again")
-        fresh["step"] = counts[-1].clone() if len(counts) else state["step"].clone()
-        if len(counts) > 1:
-            fresh["cohort"], fresh["cohort_steps"] = cohort.to(torch.uint8).to(local.device), counts
-        return fresh
+        found = cohorts_of(ages.to(local.device), state["step"])
+        if len(found.get("cohort_steps", ())) > COHORTS:
+            raise ValueError(f"the masks of {named(old)} have changed too often: more than {COHORTS} step counts; make the optimizer again")
+        return {**fresh, "step": state["step"].clone(), **found}
 
 
 class Call:
@@ -375,6 +386,7 @@ class Call:
         self.states: list[dict[str, Any]] = []
         self.rows: list[int] = []
         self.steps: list[float] = []
+        self.taken: list[float] = []
 
     def add(self, local: torch.Tensor, weights: torch.Tensor, grad: torch.Tensor, shard: Shard, binding: Binding, state: dict[str, Any]) -> None:
         self.locals.append(local)
@@ -384,12 +396,16 @@ class Call:
         self.ordinals.append(binding.ordinal)
         self.states.append(state)
         self.rows.append(len(self.steps))
-        self.steps += state["cohort_steps"].tolist() if "cohort_steps" in state else [float(state["step"])]
+        steps = state["cohort_steps"].tolist() if "cohort_steps" in state else [float(state["step"])]
+        self.steps += steps
+        self.taken += len(steps) * [float(state["step"])]
 
     def scalars(self, of: Callable[[list[float]], torch.Tensor]) -> torch.Tensor:
-        """A row for each step count; equal counts are worked out once."""
+        """A row for each step count, worked out once where counts are equal. Random numbers go by what the parameter took."""
         distinct = sorted(set(self.steps))
-        return of(distinct)[torch.tensor([distinct.index(step) for step in self.steps])]
+        rows = of(distinct)[torch.tensor([distinct.index(step) for step in self.steps])]
+        rows[:, STEP] = torch.tensor(self.taken)
+        return rows
 
     def state(self, name: str) -> list[torch.Tensor]:
         """One of the state's tensors of every parameter, empty where it has none; no list where none has one."""
@@ -541,6 +557,14 @@ def put_active(tensor: torch.Tensor, shard: Shard, values: torch.Tensor) -> None
     masked_put(whole, shard.mask, shard.offsets, values)
     if not tensor.is_contiguous():
         tensor.detach().copy_(whole)
+
+
+def cohorts_of(steps: torch.Tensor, taken: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Cohorts of coordinates that took so many steps each, fp32 [active]; none where all took what the parameter did."""
+    if bool((steps == taken.to(steps.device)).all()):
+        return {}
+    counts, cohort = torch.unique(steps, return_inverse=True)
+    return {"cohort": cohort.to(torch.uint8), "cohort_steps": counts.cpu()}
 
 
 def named(binding: Binding) -> str:

@@ -1,0 +1,59 @@
+"""FSDP2 on the CPU, several gloo processes: the same weights as one process, and state that loads at another world size."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.optim import sharded
+
+ROOT = Path(__file__).parent.parent.parent
+CASES = [("float32", "exact"), ("bfloat16", "exact"), ("bfloat16", "stochastic")]
+
+
+def run(job: str, ranks: int, folder: Path, dtype: str, precision: str) -> dict:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "tests.optim.sharded"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, job, str(folder), dtype, precision], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank0]"))[-4000:] or done.stderr[-4000:]
+    return torch.load(folder / f"{job}-{ranks}.pt")
+
+
+def alone(steps: int, dtype: str, precision: str) -> tuple[list[torch.Tensor], list[torch.Tensor], dict]:
+    """Weights of one process, before and after, and the masks."""
+    kind = getattr(torch, dtype)
+    model = sharded.model_of(kind)
+    masks = sharded.masks_for(model)
+    before = sharded.whole(model)
+    sharded.train(model, sharded.optimizer_of(model, masks, precision), range(steps), kind)
+    return before, sharded.whole(model), masks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "precision"), CASES)
+def test_two_ranks_train_as_one(dtype, precision, tmp_path):
+    """Point 9: uneven and empty shards; what is frozen keeps its bits; random numbers do not show the sharding."""
+    found = run("train", 2, tmp_path, dtype, precision)
+    before, wanted, masks = alone(6, dtype, precision)
+    for got, gathered, old, one, mask in zip(found["weights"], found["gathered"], before, wanted, masks.values(), strict=True):
+        assert torch.equal(got[~mask], old[~mask])
+        assert torch.equal(got, gathered)
+        # A mean over ranks of equal gradients is exact; only the clip's norm is summed in another order.
+        torch.testing.assert_close(got, one, rtol=1e-6 if dtype == "float32" else 2**-7, atol=1e-7)
+    assert 0 < found["active"] < sum(int(mask.sum()) for mask in masks.values())  # this rank's alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "precision"), CASES[1:2])
+def test_saved_at_two_ranks_loads_at_one_and_three(dtype, precision, tmp_path):
+    """Points 9 and 13: by torch.distributed.checkpoint, with coordinates of two ages; the run goes on as if unbroken."""
+    unbroken = run("save", 2, tmp_path, dtype, precision)["weights"]
+    for ranks in (1, 3):
+        again = run("load", ranks, tmp_path, dtype, precision)["weights"]
+        for got, wanted in zip(again, unbroken, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-6 if dtype == "float32" else 2**-7, atol=1e-7)
