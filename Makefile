@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
 
-.PHONY: demo test test-fast lint bench clean
+.PHONY: demo test test-fast lint bench trainers clean
 
 demo: $(READY)
 	$(BIN)/python examples/ani_demo.py demo
@@ -20,6 +20,14 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The optimizers in the trainers that people use, in an environment of their own.
+trainers:
+	$(PYTHON) -m venv .venv-trainers
+	.venv-trainers/bin/python -m pip install -q -c constraints-trainers.txt torch setuptools wheel pybind11
+	.venv-trainers/bin/python -m pip install -q -c constraints-trainers.txt --no-build-isolation -e '.[trainers,dev]'
+	.venv-trainers/bin/python -m pip install -q -c constraints-trainers.txt --no-deps verl
+	.venv-trainers/bin/python -m pytest tests/optim/test_trainers.py
+
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
@@ -30,4 +38,4 @@ $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist demo opdkernels/*.so *.egg-info
+	rm -rf $(VENV) .venv-trainers build dist demo opdkernels/*.so *.egg-info
