@@ -1,13 +1,17 @@
-"""`step`: one masked AdamW step of 105 M parameters at 20 % density, against eager PyTorch and torch's dense fused step."""
+"""`step`: one step of MaskedAdamW over 105 M parameters at 20 % density, against eager PyTorch and torch's dense fused step."""
 
 from __future__ import annotations
+
+import gc
+import os
 
 import pytest
 import torch
 
-from benchmarks.harness import paired
-from opdkernels.masks import Mask
+from benchmarks.harness import anonymous_bytes, paired, update_bandwidth
+from opdkernels.masks import Mask, MaskSet
 from opdkernels.ops.step import adamw_scalars, masked_adamw
+from opdkernels.optim import MaskedAdamW
 
 SHAPE, TENSORS, DENSITY = (4864, 896), 24, 0.2
 HYPER = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
@@ -30,29 +34,51 @@ def test_masked_adamw_against_eager_and_fused(benchmark, row, dtype):
     source = [(0.02 * torch.randn(SHAPE, generator=generator)).to(dtype) for _ in range(TENSORS)]
     grads = [(1e-3 * torch.randn(SHAPE, generator=generator)).to(dtype) for _ in range(TENSORS)]
     bools = [torch.rand(SHAPE, generator=generator) < DENSITY for _ in range(TENSORS)]
-    masks = [Mask.from_bool(b) for b in bools]
-    params = [p.clone() for p in source]
-    bits, offsets = [m.bits for m in masks], [m.offsets for m in masks]
-    m, v = ([torch.zeros(mask.nnz) for mask in masks] for _ in range(2))
-    exact = dtype == torch.bfloat16
-    extras = [torch.zeros(mask.nnz, dtype=torch.int16) for mask in masks] if exact else []
-    held = sum(t.nbytes for t in (*bits, *offsets, *m, *v, *extras))
-    scalars = adamw_scalars([1] * TENSORS, **HYPER)
+    ours, eager_params, fused_params = ([torch.nn.Parameter(p.clone()) for p in source] for _ in range(3))
+    for params in (ours, fused_params):
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
 
-    def ours():
-        masked_adamw(params, grads, bits, offsets, m, v, scalars, extras=extras, precision="exact" if exact else "nearest")
+    gc.collect()
+    before = anonymous_bytes(os.getpid())
+    masked = MaskedAdamW([(f"{i}", p) for i, p in enumerate(ours)], masks=MaskSet({f"{i}": Mask.from_bool(b) for i, b in enumerate(bools)}), **HYPER)
+    masked.step()
+    gc.collect()
+    held = anonymous_bytes(os.getpid()) - before
 
-    eager_params, fused_params = ([torch.nn.Parameter(p.clone()) for p in source] for _ in range(2))
     eager = torch.optim.AdamW(eager_params, **HYPER, foreach=True)
     fused = torch.optim.AdamW(fused_params, **HYPER, fused=True)
-    for p, g in zip(fused_params, grads, strict=True):
-        p.grad = g
-    seconds = paired({"ours": ours, "eager": lambda: eager_step(eager_params, grads, bools, eager), "fused": fused.step}, rounds=5)
-    benchmark.pedantic(ours, rounds=5)
-    for p, old, active in zip(params, source, bools, strict=True):
+    seconds = paired({"ours": masked.step, "eager": lambda: eager_step(eager_params, grads, bools, eager), "fused": fused.step}, rounds=7)
+    benchmark.pedantic(masked.step, rounds=5)
+    for p, old, active in zip(ours, source, bools, strict=True):
         assert torch.equal(p[~active], old[~active])
+        assert not torch.equal(p[active], old[active])
     numel, item = sum(p.numel() for p in source), source[0].itemsize
-    active = sum(mask.nnz for mask in masks)
-    moved = numel * (3 * item) + held + active * 8 + sum(t.nbytes for t in extras)  # p twice, g once by lines, moments and extras twice
+    active = sum(int(b.sum()) for b in bools)
+    extra = 2 if dtype == torch.bfloat16 else 0
+    # Weights there and back and gradients once, by whole lines; moments and remainders there and back; the mask.
+    moved = numel * 3 * item + active * 2 * (8 + extra) + numel / 8
     row(step_s=seconds["ours"], over_eager=seconds["eager"] / seconds["ours"], over_fused=seconds["fused"] / seconds["ours"],
-        state_bytes_a_parameter=held / numel, bytes_per_s=moved / seconds["ours"])  # fmt: skip
+        state_bytes_a_parameter=held / numel, bytes_per_s=moved / seconds["ours"],
+        share_of_update=moved / seconds["ours"] / update_bandwidth(torch.get_num_threads()))  # fmt: skip
+
+
+def test_bits_against_places(benchmark, row):
+    """A step of 67 M fp32 parameters by bits and by places, at densities around that where both take as many bytes."""
+    generator = torch.Generator().manual_seed(0)
+    param, grad = (torch.randn(1 << 26, generator=generator) for _ in range(2))
+    scalars = adamw_scalars([1], **HYPER)
+    chance = torch.rand(1 << 26, generator=generator)
+    none = torch.zeros(0, dtype=torch.int64)
+    figures = {}
+    for percent in (0.1, 0.5, 1, 2, 3, 5, 10, 20):
+        mask = Mask.from_bool(chance < percent / 100)
+        m, v = torch.zeros(mask.nnz), torch.zeros(mask.nnz)
+
+        def step(held, offsets, m=m, v=v):
+            masked_adamw([param], [grad], [held], [offsets], [m], [v], scalars)
+
+        seconds = paired({"bits": lambda mask=mask, step=step: step(mask.bits, mask.offsets), "places": lambda mask=mask, step=step: step(mask.indices, none)}, rounds=5)  # fmt: skip
+        figures[f"places over bits at {percent} %"] = seconds["places"] / seconds["bits"]
+    benchmark.pedantic(lambda: step(mask.bits, mask.offsets), rounds=3)
+    row(**figures)

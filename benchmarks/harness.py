@@ -38,6 +38,16 @@ def read_bandwidth(threads: int) -> float:
     return data.nbytes / seconds
 
 
+def update_bandwidth(threads: int) -> float:
+    """Bytes a second, read and written, of adding to one large array in place: this machine's limit for a step."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    data = torch.ones(1 << 28)
+    seconds = paired({"add": lambda: data.add_(1)}, rounds=5)["add"]
+    torch.set_num_threads(before)
+    return 2 * data.nbytes / seconds
+
+
 def machine_line() -> str:
     return f"{processor()}, {os.cpu_count()} cores, {instruction_set()}, torch {torch.__version__}"
 

@@ -30,8 +30,9 @@ def figure(name: str, value: float) -> str:
     if name in UNITS:
         unit, scale = UNITS[name]
         return f"{value / scale:.3g} {unit}"
-    if name.endswith("share_of_read"):
-        return f"{name.removesuffix('share_of_read').replace('_', ' ')}{100 * value:.0f} % of read bandwidth"
+    if "share_of_" in name:
+        what, limit = name.split("share_of_")
+        return f"{what.replace('_', ' ')}{100 * value:.0f} % of {limit} bandwidth"
     if name.endswith("_bytes_per_s"):
         return f"{name.removesuffix('_bytes_per_s').replace('_', ' ')} {value / 1e9:.3g} GB/s"
     if name.startswith("over_"):

@@ -11,6 +11,7 @@ cohorts as the `steps` of each coordinate, so that torch.distributed.checkpoint 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -116,7 +117,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return found
 
     def _step_group(self, group: dict[str, Any], ready: list[tuple[torch.Tensor, torch.Tensor, Shard, Binding]], grad_scale: torch.Tensor | None) -> None:
-        calls: dict[torch.device, Call] = {}
+        calls: defaultdict[torch.device, Call] = defaultdict(Call)
         for param, grad, shard, binding in ready:
             state, (local, _) = self.state[param], local_part(param)
             if not state:
@@ -126,7 +127,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 state["cohort_steps"] += 1
             if shard.active:
                 weights = local if local.is_contiguous() else local.contiguous()
-                calls.setdefault(local.device, Call()).add(local, weights, grad, shard, binding, state)
+                calls[local.device].add(local, weights, grad, shard, binding, state)
         for device, call in calls.items():
             clip = None if self._clip is None else self._clip.to(device)
             self._launch(call, group, call.scalars(lambda steps: self._scalars(steps, group)).to(device), grad_scale, clip)
