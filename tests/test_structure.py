@@ -31,7 +31,7 @@ COLUMNS = (
 )  # fmt: skip
 GAPS = {  # what a family has no file for, and why
     (family, column): "tensors on a GPU are served by the plain PyTorch reference in this version"
-    for family in ("patch", "step")
+    for family in ("step",)
     for column in ("opdkernels/backends/triton/{}.py", "tests/backends/triton/test_{}.py")
 }
 LATER = ("csrc/cuda",)  # a column that does not exist yet

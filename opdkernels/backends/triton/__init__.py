@@ -8,7 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 LEAST = (3, 6)
-FAMILIES = {"delta_": "delta", "overlap_": "overlap", "quantile": "quantile", "gram_": "gram"}
+FAMILIES = {
+    "delta_": "delta", "overlap_": "overlap", "quantile": "quantile", "gram_": "gram",
+    "patch_gather_": "patch", "patch_scatter_": "patch", "patch_check": "patch", "patch_digest": "patch",
+}  # fmt: skip
 
 
 def why_not() -> str:

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from opdkernels.backends.triton import delta, gram, overlap, quantile
+from opdkernels.backends.triton import delta, gram, overlap, patch, quantile
 from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS
 from tests.backends.triton.aot import (
     POINTERS,
@@ -158,7 +158,38 @@ def test_gram_in_fp64(monkeypatch, target, across):
     assert_64_bit_offsets(multiply, "f64")
 
 
+def call_patch(dtype: torch.dtype, n: int = N) -> None:
+    blocks = patch.blocks_of(n)
+    w, v, values = (on_cuda(n, dtype=dtype) for _ in range(3))
+    counts, positions = on_cuda(blocks, dtype=torch.int32), on_cuda(n // 8, dtype=torch.uint8)
+    patch.patch_gather_(w, v, True, counts, positions, values, on_cuda(2, blocks, 2))
+    patch.patch_scatter_(w, counts, positions, values, True, v, on_cuda(blocks, 2))
+    patch.patch_digest(w)
+    patch.patch_check(counts, positions, n, n)
+
+
+PATCH = [
+    *((target, torch.int16) for target in TARGETS),
+    *(("sm_90", dtype) for dtype in (torch.uint8, torch.int64)),
+    ("gfx942", torch.uint8),
+]
+
+
+@pytest.mark.parametrize(("target", "dtype"), PATCH, ids=str)
+def test_patch(monkeypatch, target, dtype):
+    launched = launches(monkeypatch, lambda: call_patch(dtype))
+    assert [one.name for one in launched] == ["compare", "compress", "finish", "decode", "restore", "finish", "digest", "finish", "decode"]
+    for one, sides in ((launched[i], sides) for i, sides in ((0, 2), (1, 2), (2, 0), (3, 0), (4, 1), (6, 1))):
+        code = compiled(one, target)
+        assert_fits(code, 176 if (one.name, dtype) == ("compress", torch.uint8) else 128)
+        if sides:
+            assert_each_byte_is_read_once(code, one, sides * patch.TILE_BYTES)
+        if one.name in ("compare", "digest") and dtype == torch.int16:  # no other tensor has this element
+            assert_64_bit_offsets(code, "i16")
+
+
 CALLS = {
+    "patch": lambda: call_patch(torch.int16),
     "delta": lambda: call_delta(BF16, FP32),
     "quantile": lambda: call_quantile(FP32),
     "overlap": lambda: call_overlap((BF16,) * 6),
