@@ -82,4 +82,5 @@ def test_the_dispatcher_hands_cuda_tensors_to_triton(monkeypatch):
     torch.ops.opdkernels.delta_.default.redispatch(key, source, trained, list(DEFAULT_CUTS), list(THRESHOLDS), *outputs, None)
     assert started == ["count", "fold", "carry"]
     for operator in OPERATORS:
+        importlib.import_module(f"opdkernels.ops.{triton.FAMILIES[operator]}")
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"opdkernels::{operator}", "CUDA")

@@ -11,6 +11,7 @@ LEAST = (3, 6)
 FAMILIES = {
     "delta_": "delta", "overlap_": "overlap", "quantile": "quantile", "gram_": "gram",
     "patch_gather_": "patch", "patch_scatter_": "patch", "patch_check": "patch", "patch_digest": "patch",
+    "masked_adamw_": "step", "masked_sgd_": "step",
 }  # fmt: skip
 
 

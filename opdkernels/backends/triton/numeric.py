@@ -68,6 +68,14 @@ def magnitude_bits(x):
 
 
 @triton.jit
+def bits_set(byte):
+    """How many bits a byte has, int32."""
+    pairs = byte - ((byte >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return (fours + (fours >> 4)) & 0xF
+
+
+@triton.jit
 def power_of_two(exponent):
     """2^exponent in fp64, of normal numbers."""
     return ((exponent + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from opdkernels.backends.triton import launch
+from opdkernels.backends.triton.numeric import bits_set
 from opdkernels.backends.triton.quantile import bits_of_mask
 
 TILE_BYTES = 1 << 12  # of either side of a tile
@@ -219,13 +220,6 @@ def finish(sums, table, digests, rows, n_blocks, n_units, UNITS: tl.constexpr, R
     high = merged(state, load_words(table, HIGH * 8 + word), (size * PRIME64_2) ^ ONES)
     tl.store(digests + 2 * row, low, inside)
     tl.store(digests + 2 * row + 1, high, inside)
-
-
-@triton.jit
-def bits_set(byte):
-    pairs = byte - ((byte >> 1) & 0x55)
-    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    return (fours + (fours >> 4)) & 0xF
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from opdkernels.backends.triton import delta, gram, overlap, patch, quantile
+from opdkernels.backends.triton import delta, gram, overlap, patch, quantile, step
 from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS
 from tests.backends.triton.aot import (
     POINTERS,
@@ -188,7 +188,69 @@ def test_patch(monkeypatch, target, dtype):
             assert_64_bit_offsets(code, "i16")
 
 
+@pytest.fixture(autouse=True)
+def addresses(monkeypatch):
+    """Tensors that have no data have no address either."""
+    monkeypatch.setattr(step, "address", lambda tensor: 16)
+
+
+def call_step(
+    param: torch.dtype = BF16, masks: torch.dtype = torch.uint8, *, sgd=False, precision=1, everything=True, tensors=1, n: int = N
+) -> None:
+    """AdamW with amsgrad, or SGD with momentum, cohorts and starts; or without what may be left out."""
+    active, bits = n // 5, masks == torch.uint8
+    many = lambda size, dtype=FP32, there=True: [on_cuda(size, dtype=dtype) for _ in range(tensors if there else 0)]  # noqa: E731
+    shared = (
+        many(active, torch.int16), many(active, param, everything), many(active, torch.uint8, everything), on_cuda(3, 8, dtype=FP32),
+        *[list(range(tensors))] * 3, *([on_cuda(1, dtype=FP32)] * 3 if everything else [None] * 3), False,
+    )  # fmt: skip
+    common = (many(n, param), many(n, param), many(n // 8 if bits else active, masks), many(n // 2048 + 1 if bits else 0, torch.int64), many(active))
+    if sgd:
+        step.masked_sgd_(*common, *shared, True, precision, 7)
+    else:
+        step.masked_adamw_(*common, many(active), many(active, there=everything), *shared, precision, 7)
+
+
+STEP = [  # and how many products of a coordinate are fused with a sum
+    *((target, {}, 3) for target in TARGETS),
+    ("sm_90", {"everything": False}, 2),
+    ("sm_90", {"precision": 3}, 3),
+    ("sm_90", {"param": FP32, "masks": torch.int64}, 3),
+    *((target, {"sgd": True, "precision": 2}, 4) for target in ("sm_90", "gfx942")),
+]
+
+
+def assert_fuses(code: Compiled, products: int) -> None:
+    """So many of a thread's products are fused with a sum, quotients and roots are rounded right, subnormals are kept."""
+    llir = code.asm["llir"]
+    assert not re.search(r"llvm\.fmuladd|\b(?:fast|contract|reassoc|afn|arcp)\b|!fpmath", llir)
+    fused = re.findall(r"call (?:<(\d) x )?float>? @llvm\.fma\.", llir)
+    assert sum(int(lanes or 1) for lanes in fused) == products
+    if "ptx" in code.asm:
+        arithmetic = re.findall(r"\b((?:add|sub|mul|div|sqrt|fma)\.[\w.]*f32(?:x2)?)\b", code.asm["ptx"])
+        assert arithmetic
+        assert all(".rn" in one and ".ftz" not in one for one in arithmetic)
+    else:
+        assert "amdhsa_float_denorm_mode_32 3" in code.sass
+        assert "v_div_fixup_f32" in code.sass or not re.search(r"\bfdiv\b", llir)
+
+
+@pytest.mark.parametrize(("target", "options", "fused"), STEP, ids=str)
+def test_step(monkeypatch, target, options, fused):
+    (one,) = launches(monkeypatch, lambda: call_step(**options))
+    code = compiled(one, target)
+    assert_fits(code, 128)
+    assert_fuses(code, fused * step.TILE // (32 * one.warps))
+
+
+def test_step_launches_once_whatever_the_number_of_tensors(monkeypatch):
+    (one,) = launches(monkeypatch, lambda: call_step(tensors=5))
+    tensors, tiles = one.arguments[0], one.arguments[5]
+    assert (tuple(tensors.shape), tiles) == ((5, step.COLUMNS.value), 5 * N // step.TILE)
+
+
 CALLS = {
+    "step": lambda: call_step(),
     "patch": lambda: call_patch(torch.int16),
     "delta": lambda: call_delta(BF16, FP32),
     "quantile": lambda: call_quantile(FP32),

@@ -1,0 +1,238 @@
+"""`step` in Triton's interpreter: weights, moments and what weights lack as the reference leaves them, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from opdkernels.backends.triton import launch
+from opdkernels.backends.triton import step as kernels
+from opdkernels.masks import Mask
+from opdkernels.ops import step as ops
+from opdkernels.ops.step import PRECISIONS, adamw_scalars, masked_adamw, masked_sgd, sgd_scalars
+from tests.ops.test_step import State, bits, same
+
+BF16, FP32 = torch.bfloat16, torch.float32
+SIZES = (1, 31, 2049, 5000, 2048)
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch):
+    """The interpreter rounds a fused product and sum twice."""
+
+    def fma(self, *factors):
+        shape = np.broadcast_shapes(*(np.shape(x.data) for x in factors))
+        a, b, c = (torch.from_numpy(np.array(np.broadcast_to(x.data, shape))) for x in factors)
+        return interpreter.TensorHandle(ops.fma(a, b, c).numpy(), tl.float32)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
+
+
+@pytest.fixture(autouse=True)
+def few_tiles(monkeypatch):
+    """The interpreter takes its time a program and a tile, not an element."""
+    monkeypatch.setattr(kernels, "TILE", 2048)
+
+
+KERNELS = {"masked_adamw_": kernels.masked_adamw_, "masked_sgd_": kernels.masked_sgd_}
+REFERENCES = {"masked_adamw_": ops.reference_adamw, "masked_sgd_": ops.reference_sgd}
+
+
+def assert_as_the_reference(monkeypatch, make, step, moves=True) -> None:
+    """Steps two states that are made alike, one by the kernels and one by the reference."""
+    ours, theirs = make(), make()
+    for state, serving in ((ours, KERNELS), (theirs, REFERENCES)):
+        with monkeypatch.context() as patched:
+            for name, kernel in serving.items():
+                patched.setattr(torch.ops.opdkernels, name, kernel, raising=False)
+            step(state)
+    assert same(ours.copies(), theirs.copies())
+    assert same(ours.copies(), make().copies()) != moves
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtypes", list(itertools.product((FP32, BF16), repeat=2)), ids=str)
+@pytest.mark.parametrize("places", [False, True])
+def test_adamw(monkeypatch, precision, dtypes, places):
+    def step(state):
+        for compact in (False, True):
+            grads = state.grads(dtypes[1])
+            if compact:
+                grads = [g[m.to_bool()].float() for g, m in zip(grads, state.masks, strict=True)]
+            state.step(grads, grad_scale=torch.tensor(3.0), clip=torch.tensor(0.7), seed=7 << 40 | 3, starts=[2**33 + 5 * i for i in range(len(SIZES))])
+
+    assert_as_the_reference(monkeypatch, lambda: State(SIZES, dtype=dtypes[0], precision=precision, amsgrad=True, places=places), step)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.4, 0.9), (0.5, 0.5)])
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_adamw_options(monkeypatch, betas, amsgrad, maximize):
+    monkeypatch.setattr("tests.ops.test_step.BETAS", betas)
+
+    def step(state):
+        for _ in range(3):
+            state.step(state.grads(), maximize=maximize)
+
+    assert_as_the_reference(monkeypatch, lambda: State((3000,), amsgrad=amsgrad), step)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+@pytest.mark.parametrize(("momentum", "dampening", "nesterov"), [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.1, False), (0.9, 0.0, True)])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_sgd(monkeypatch, weight_decay, momentum, dampening, nesterov, maximize):
+    def step(state):
+        for t in range(1, 4):
+            scalars = sgd_scalars([t] * len(SIZES), 0.1, momentum, dampening, weight_decay)
+            masked_sgd(state.params, state.grads(BF16), state.held, state.offsets, scalars, momentum_buffers=state.m if momentum else (),
+                       nesterov=nesterov, maximize=maximize, extras=state.extras, precision="exact")  # fmt: skip
+
+    assert_as_the_reference(monkeypatch, lambda: State(SIZES, dtype=BF16, precision="exact"), step)
+
+
+@pytest.mark.parametrize("family", ["adamw", "sgd"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("places", [False, True])
+def test_cohorts_and_starts(monkeypatch, family, precision, dtype, places):
+    def make():
+        state = State(SIZES, dtype=dtype, precision=precision, places=places)
+        cohorts = [torch.randint(0, 3, (m.nnz,), generator=state.generator).to(torch.uint8) for m in state.masks]
+        inits = [torch.randn(m.nnz, generator=state.generator).to(dtype) for m in state.masks]
+        state.options = {"cohorts": cohorts, "inits": inits, "rows": [3 * i for i in range(len(SIZES))], "ordinals": [5 * i for i in range(len(SIZES))]}
+        return state
+
+    def step(state):
+        for t in (1, 2):
+            steps = [t + 2 * c for _ in SIZES for c in range(3)]
+            common = (state.params, state.grads(dtype), state.held, state.offsets)
+            options = {**state.options, "extras": state.extras, "precision": precision, "seed": -9}
+            if family == "adamw":
+                masked_adamw(*common, state.m, state.v, adamw_scalars(steps, 1e-3, (0.9, 0.999), 1e-8, 0.1), **options)
+            else:
+                masked_sgd(*common, sgd_scalars(steps, 1e-2, 0.9, 0.1, 0.1), momentum_buffers=state.m, nesterov=True, **options)
+
+    assert_as_the_reference(monkeypatch, make, step)
+
+
+class Mixed(State):
+    """Tensors of several kinds, some without an active coordinate or any coordinate at all, in no order."""
+
+    def __init__(self):
+        super().__init__((0, 3000, 700, 5000, 9, 4097, 64), density=0.3, dtype=BF16, precision="exact")
+        self.masks[4] = Mask.from_bool(torch.zeros(9, dtype=torch.bool))
+        for i in (1, 5):
+            self.params[i] = self.params[i].float()
+        for i, mask in enumerate(self.masks):
+            self.held[i], self.offsets[i] = (mask.bits, mask.offsets) if i % 3 else (mask.indices.to((torch.int32, torch.int64)[i % 2]), mask.offsets[:0])
+            self.m[i], self.v[i], self.extras[i] = torch.zeros(mask.nnz), torch.zeros(mask.nnz), torch.zeros(mask.nnz, dtype=torch.int16)
+        self.inits = [torch.randn(m.nnz).to(p.dtype) if i == 3 else p[:0] for i, (m, p) in enumerate(zip(self.masks, self.params, strict=True))]
+        self.cohorts = [torch.arange(m.nnz).remainder(2).to(torch.uint8) if i == 6 else torch.zeros(0, dtype=torch.uint8) for i, m in enumerate(self.masks)]
+
+
+def test_a_launch_for_each_kind_of_tensors(monkeypatch):
+    torch.manual_seed(0)
+    started, run = [], launch.run
+    monkeypatch.setattr(launch, "run", lambda *arguments, **options: started.append(options) or run(*arguments, **options))
+    monkeypatch.setattr(launch, "PROGRAMS_PER_PROCESSOR", 2)
+    states = []
+
+    def make():
+        torch.manual_seed(1)
+        states.append(Mixed())
+        return states[-1]
+
+    def step(state):
+        grads = state.grads(BF16)
+        scalars = adamw_scalars([3, 4], 1e-3, (0.9, 0.999), 1e-8, 0.1)
+        masked_adamw(state.params, grads, state.held, state.offsets, state.m, state.v, scalars, extras=state.extras, inits=state.inits,
+                     cohorts=state.cohorts, rows=[0] * len(grads), precision="exact")  # fmt: skip
+
+    assert_as_the_reference(monkeypatch, make, step)
+    assert len(started) == 4  # bf16 with bits; fp32 with bits; int64 places and starts; int32 places and cohorts
+
+
+@pytest.mark.parametrize("tile", [512, 1024])
+def test_many_tiles_a_block_and_many_programs(monkeypatch, tile):
+    monkeypatch.setattr(kernels, "TILE", tile)
+    monkeypatch.setattr(launch, "PROGRAMS_PER_PROCESSOR", 3)
+    for places in (False, True):
+        assert_as_the_reference(monkeypatch, lambda places=places: State((5000, 1, 2048, 513), places=places), lambda state: state.step(state.grads()))
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+@pytest.mark.parametrize("places", [False, True])
+def test_all_and_nothing(monkeypatch, density, places):
+    assert_as_the_reference(monkeypatch, lambda: State(SIZES, density=density, places=places), lambda state: state.step(state.grads()), moves=density > 0)
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0, float("inf"), float("nan")])
+def test_found_inf_leaves_everything_as_it_was(monkeypatch, found):
+    assert_as_the_reference(
+        monkeypatch, lambda: State(SIZES), lambda state: state.step(state.grads(), found_inf=torch.tensor(found)), moves=found == 0
+    )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+def test_extremes_round_as_the_reference(monkeypatch, precision, dtype):
+    """Subnormal, huge, infinite and no number; payloads of what is no number may differ."""
+    values = torch.tensor([0.0, -0.0, 1e-45, 1e-40, 3e-39, 1.2e-38, 1e-30, 1.0, 1e19, 3e38, -3.39e38, float("inf"), -float("inf"), float("nan")])
+    found = {}
+    for name, serving in (("ours", KERNELS), ("theirs", REFERENCES)):
+        with monkeypatch.context() as patched:
+            for operator, kernel in serving.items():
+                patched.setattr(torch.ops.opdkernels, operator, kernel, raising=False)
+            state = State((len(values) ** 2,), density=1.0, dtype=dtype, precision=precision, amsgrad=True)
+            state.params = [values.repeat_interleave(len(values)).to(dtype)]
+            for _ in range(2):
+                state.step([values.repeat(len(values))], seed=3)
+        found[name] = [*state.params, *state.m, *state.v, *state.most, *state.extras]
+    for a, b in zip(found["ours"], found["theirs"], strict=True):
+        number = torch.ones(len(a), dtype=torch.bool) if a.dtype == torch.int16 else ~a.isnan()
+        assert torch.equal(number, torch.ones(len(b), dtype=torch.bool) if b.dtype == torch.int16 else ~b.isnan())
+        assert torch.equal(bits(a)[number], bits(b)[number])
+
+
+@pytest.mark.parametrize("places", [False, True])
+def test_what_is_frozen_or_beyond_misaligned_views_is_not_written(monkeypatch, places):
+    def make():
+        state = State((5003,), dtype=BF16, precision="kahan", amsgrad=True, places=places)
+        state.rooms = [torch.full((n + 11,), 7.0, dtype=dtype) for n, dtype in ((5003, BF16), *[(state.masks[0].nnz, FP32)] * 3, (state.masks[0].nnz, BF16))]
+        held = [state.params, state.m, state.v, state.most, state.extras]
+        for start, room, one in zip((1, 3, 5, 2, 7), state.rooms, held, strict=True):
+            view = room[start : start + len(one[0])]
+            one[0] = view.copy_(one[0])
+        frozen = ~state.masks[0].to_bool()
+        state.params[0][frozen] = float("nan")
+        state.copies = lambda: [room.clone() for room in state.rooms]
+        return state
+
+    def step(state):
+        (grad,) = state.grads(BF16)
+        poisoned = torch.where(state.masks[0].to_bool(), grad, float("nan"))
+        state.step([torch.cat([poisoned[:3], poisoned])[3:]])
+
+    assert_as_the_reference(monkeypatch, make, step)
+
+
+def test_places_beyond_two_billion(monkeypatch):
+    """Of a tensor whose pages are never touched but for a few."""
+    n = 2**31 + 4099
+    places = torch.tensor([5, 2**31 - 1, 2**31, 2**31 + 1, n - 1])
+    expected = torch.tensor([1.0, 2, 3, 4, 5])
+    m, v, gradients = torch.zeros(5), torch.zeros(5), torch.tensor([1.0, -2, 3, -4, 5])
+    param = torch.empty(n, dtype=BF16)
+    param[places] = expected.to(BF16)
+    scalars = adamw_scalars([1], 0.1, (0.9, 0.99), 1e-8, 0.1)
+    none = torch.zeros(0, dtype=torch.int64)
+    common = ([], [], [], scalars, [0], [0], [0], None, None, None, False, 0, 0)
+    kernels.masked_adamw_([param], [gradients], [places], [none], [m], [v], [], *common)
+    small = expected.to(BF16)
+    ops.reference_adamw([small], [gradients], [torch.arange(5)], [none], [torch.zeros(5)], [torch.zeros(5)], [], *common)
+    assert torch.equal(param[places], small)
