@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from opdkernels.backends.triton import launch
-from opdkernels.backends.triton.numeric import bits_of, bits_set, from_pattern, to_pattern
+from opdkernels.backends.triton.numeric import bits_of, bits_set, from_pattern, to_pattern, widen
 
 TILE, WARPS, REGISTERS = 512, 4, 128  # four coordinates a thread, four programs a multiprocessor
 BLOCK = tl.constexpr(2048)  # coordinates between the counts that go with a bitmask
@@ -188,6 +188,28 @@ def count_before(bits, base, TILE: tl.constexpr):
     return tl.sum(bits_set(tl.load(bits + block // 8 + byte, byte < (base - block) // 8, 0).to(tl.int32)))
 
 
+@triton.jit
+def some_active(mask, offsets, base):
+    """Whether anything of a tile's block is active; places are."""
+    if mask.dtype.element_ty == tl.uint8:
+        return tl.load(offsets + base // BLOCK + 1) > tl.load(offsets + base // BLOCK)
+    else:
+        return True
+
+
+@triton.jit
+def active_of(mask, offsets, base, size, TILE: tl.constexpr):
+    """Of a tile's lanes: where coordinates begin, and each lane's; where their moments begin, and each lane's; which lanes count."""
+    lane = tl.arange(0, TILE)
+    inside = lane < size - base
+    if mask.dtype.element_ty == tl.uint8:
+        bit = (tl.load(mask + base // 8 + lane // 8, inside, 0).to(tl.int32) >> (lane & 7)) & 1
+        slots = tl.load(offsets + base // BLOCK) + count_before(mask, base, TILE)
+        return base, lane, slots, tl.cumsum(bit) - bit, bit > 0
+    else:
+        return base * 0, tl.load(mask + base + lane, inside, 0).to(tl.int64), base, lane, inside
+
+
 @triton.jit(do_not_specialize=["tiles", "seed"])
 def step(
     tensors, table, grad_scale, clip, found_inf, tiles, seed, TILE: tl.constexpr, MASKS: tl.constexpr,
@@ -199,34 +221,54 @@ def step(
     seed = seed.to(tl.int64)
     if found_inf is not None:
         tiles = tl.where(tl.load(found_inf) == 0, tiles, 0)
-    lane = tl.arange(0, TILE)
     tensor = tensors
     for tile in range(program, tiles, programs):
         while tile >= tl.load(tensor + END):
             tensor += COLUMNS
         base = (tile - tl.load(tensor + BEGIN)) * TILE
-        inside = lane < tl.load(tensor + SIZE) - base
-        mask = data_of(tensor, MASK, MASKS)
-        if MASKS == tl.uint8:
-            counts = data_of(tensor, OFFSETS, tl.int64) + base // BLOCK
-            before, after = tl.load(counts), tl.load(counts + 1)
-            if after > before:
-                bit = (tl.load(mask + base // 8 + lane // 8, inside, 0).to(tl.int32) >> (lane & 7)) & 1
-                slots = before + count_before(mask, base, TILE)
-                step_active(
-                    tensor, table, grad_scale, clip, base, lane, slots, tl.cumsum(bit) - bit, bit > 0, seed,
-                    PARAM_BF16, GRAD_BF16, COMPACT, INITS, COHORTS, AMSGRAD, SGD, WITH_BUFFER, NESTEROV, MAXIMIZE, PRECISION,
-                )  # fmt: skip
-        else:
-            place = tl.load(mask + base + lane, inside, 0).to(tl.int64)
+        mask, offsets = data_of(tensor, MASK, MASKS), data_of(tensor, OFFSETS, tl.int64)
+        if some_active(mask, offsets, base):
+            first, at, slots, slot, active = active_of(mask, offsets, base, tl.load(tensor + SIZE), TILE)
             step_active(
-                tensor, table, grad_scale, clip, base * 0, place, base, lane, inside, seed,
+                tensor, table, grad_scale, clip, first, at, slots, slot, active, seed,
                 PARAM_BF16, GRAD_BF16, COMPACT, INITS, COHORTS, AMSGRAD, SGD, WITH_BUFFER, NESTEROV, MAXIMIZE, PRECISION,
             )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["size"])
+def take(values, mask, offsets, into, size, ADD: tl.constexpr, TILE: tl.constexpr):
+    """The active of `values`, added to or in place of what `into` holds. Programs take tiles in turn."""
+    size, step = size.to(tl.int64), tl.num_programs(0).to(tl.int64) * TILE
+    for base in range(tl.program_id(0).to(tl.int64) * TILE, size, step):
+        if some_active(mask, offsets, base):
+            first, at, slots, slot, active = active_of(mask, offsets, base, size, TILE)
+            taken = widen(tl.load(values + first + at, active, 0.0), tl.float32)
+            if ADD:
+                taken = tl.load(into + slots + slot, active, 0.0) + taken
+            tl.store(into + slots + slot, taken, active)
+
+
+@triton.jit(do_not_specialize=["size"])
+def put(values, mask, offsets, compact, size, TILE: tl.constexpr):
+    """The active of `values` set to `compact`, rounded to nearest. Programs take tiles in turn."""
+    size, step = size.to(tl.int64), tl.num_programs(0).to(tl.int64) * TILE
+    for base in range(tl.program_id(0).to(tl.int64) * TILE, size, step):
+        if some_active(mask, offsets, base):
+            first, at, slots, slot, active = active_of(mask, offsets, base, size, TILE)
+            new = tl.load(compact + slots + slot, active, 0.0)
+            if values.dtype.element_ty == tl.bfloat16:
+                tl.store(values + first + at, to_pattern(new).to(tl.uint16).to(tl.bfloat16, bitcast=True), active)
+            else:
+                tl.store(values + first + at, new, active)
+
+
 def address(tensor: torch.Tensor) -> int:
     return tensor.data_ptr()
+
+
+def size_of(values: torch.Tensor, mask: torch.Tensor) -> int:
+    """How many coordinates a mask has bits for, or how many places it holds."""
+    return values.numel() if mask.dtype == torch.uint8 else mask.numel()
 
 
 def at(tensors: Sequence[torch.Tensor], i: int) -> torch.Tensor | None:
@@ -241,7 +283,7 @@ def launch_kinds(
     """Starts a launch for each kind of tensors; `moments` are up to three lists, in the order of the table."""
     kinds: dict[tuple, list[list[int]]] = {}
     for i, (param, grad, mask) in enumerate(zip(params, grads, masks, strict=True)):
-        size = param.numel() if mask.dtype == torch.uint8 else mask.numel()
+        size = size_of(param, mask)
         if not size:
             continue
         held = [at(one, i) for one in (*moments, *[()] * (3 - len(moments)), extras, inits, cohorts)]
@@ -284,3 +326,17 @@ def masked_sgd_(
         params, grads, masks, offsets, [momentum_buffers] if momentum_buffers else [], extras, inits, cohorts, scalars, rows, starts, ordinals,
         grad_scale, clip, found_inf, maximize, precision, seed, is_sgd=True, nesterov=nesterov,
     )  # fmt: skip
+
+
+def masked_take_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, into: torch.Tensor, add: bool) -> None:
+    """The operator, for contiguous tensors of one device."""
+    size = size_of(values, mask)
+    if size:
+        launch.run(take, (launch.programs(values.device, triton.cdiv(size, TILE)),), values, mask, offsets, into, size, warps=WARPS, ADD=add, TILE=TILE)
+
+
+def masked_put_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, compact: torch.Tensor) -> None:
+    """The operator, for contiguous tensors of one device."""
+    size = size_of(values, mask)
+    if size:
+        launch.run(put, (launch.programs(values.device, triton.cdiv(size, TILE)),), values, mask, offsets, compact, size, warps=WARPS, TILE=TILE)

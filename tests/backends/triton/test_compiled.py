@@ -249,7 +249,26 @@ def test_step_launches_once_whatever_the_number_of_tensors(monkeypatch):
     assert (tuple(tensors.shape), tiles) == ((5, step.COLUMNS.value), 5 * N // step.TILE)
 
 
+def call_take_and_put(dtype: torch.dtype, masks: torch.dtype = torch.uint8, n: int = N) -> None:
+    bits = masks == torch.uint8
+    held = on_cuda(n, dtype=dtype), on_cuda(n // 8 if bits else n // 5, dtype=masks), on_cuda(n // 2048 + 1 if bits else 0)
+    for add in (False, True):
+        step.masked_take_(*held, on_cuda(n // 5, dtype=FP32), add)
+    step.masked_put_(*held, on_cuda(n // 5, dtype=FP32))
+
+
+@pytest.mark.parametrize(("target", "dtype", "masks"), [("sm_80", BF16, torch.uint8), ("sm_90", FP32, torch.int32), ("gfx942", BF16, torch.uint8)], ids=str)
+def test_take_and_put(monkeypatch, target, dtype, masks):
+    launched = launches(monkeypatch, lambda: call_take_and_put(dtype, masks))
+    assert [one.name for one in launched] == ["take", "take", "put"]
+    for one in launched[1:]:
+        code = compiled(one, target)
+        assert_fits(code, 64)
+        assert_rounds_as_the_reference(code)
+
+
 CALLS = {
+    "take and put": lambda: call_take_and_put(BF16),
     "step": lambda: call_step(),
     "patch": lambda: call_patch(torch.int16),
     "delta": lambda: call_delta(BF16, FP32),

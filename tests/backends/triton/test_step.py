@@ -221,6 +221,29 @@ def test_what_is_frozen_or_beyond_misaligned_views_is_not_written(monkeypatch, p
     assert_as_the_reference(monkeypatch, make, step)
 
 
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("places", [False, True])
+@pytest.mark.parametrize("tile", [512, 2048])
+def test_taken_and_put(monkeypatch, dtype, places, tile):
+    """Between sentinels and at any alignment; two times two bits of a bf16 are lost in rounding, and ties go to even."""
+    monkeypatch.setattr(kernels, "TILE", tile)
+    for n in (0, 1, 31, 2049, 5000):
+        state = State((n,), dtype=dtype, places=places)
+        held, offsets, active = state.held[0], state.offsets[0], state.masks[0].nnz
+        results = []
+        for take, put in ((kernels.masked_take_, kernels.masked_put_), (ops.reference_take, ops.reference_put)):
+            values, compact = torch.full((n + 9,), 7.0, dtype=dtype), torch.full((active + 9,), 7.0)
+            values[3 : 3 + n] = state.params[0]
+            into = compact[1 : 1 + active]
+            take(values[3 : 3 + n], held, offsets, into, False)
+            take(values[3 : 3 + n], held, offsets, into, True)
+            results += [values.clone(), compact.clone()]
+            into += torch.arange(active) * 2.0**-10
+            put(values[3 : 3 + n], held, offsets, into)
+            results += [values, compact]
+        assert same(results[:4], results[4:])
+
+
 def test_places_beyond_two_billion(monkeypatch):
     """Of a tensor whose pages are never touched but for a few."""
     n = 2**31 + 4099
@@ -233,6 +256,9 @@ def test_places_beyond_two_billion(monkeypatch):
     none = torch.zeros(0, dtype=torch.int64)
     common = ([], [], [], scalars, [0], [0], [0], None, None, None, False, 0, 0)
     kernels.masked_adamw_([param], [gradients], [places], [none], [m], [v], [], *common)
+    taken = torch.empty(5)
+    kernels.masked_take_(param, places, none, taken, False)
     small = expected.to(BF16)
     ops.reference_adamw([small], [gradients], [torch.arange(5)], [none], [torch.zeros(5)], [torch.zeros(5)], [], *common)
     assert torch.equal(param[places], small)
+    assert torch.equal(taken, small.float())
