@@ -171,7 +171,6 @@ def call_patch(dtype: torch.dtype, n: int = N) -> None:
 PATCH = [
     *((target, torch.int16) for target in TARGETS),
     *(("sm_90", dtype) for dtype in (torch.uint8, torch.int64)),
-    ("gfx942", torch.uint8),
 ]
 
 
@@ -180,6 +179,8 @@ def test_patch(monkeypatch, target, dtype):
     launched = launches(monkeypatch, lambda: call_patch(dtype))
     assert [one.name for one in launched] == ["compare", "compress", "finish", "decode", "restore", "finish", "digest", "finish", "decode"]
     for one, sides in ((launched[i], sides) for i, sides in ((0, 2), (1, 2), (2, 0), (3, 0), (4, 1), (6, 1))):
+        if dtype != torch.int16 and one.name == "finish":
+            continue  # the same whatever the width
         code = compiled(one, target)
         assert_fits(code, 176 if (one.name, dtype) == ("compress", torch.uint8) else 128)
         if sides:

@@ -18,7 +18,7 @@ from opdkernels.ops.step import PRECISIONS, adamw_scalars, masked_adamw, masked_
 from tests.ops.test_step import State, bits, same
 
 BF16, FP32 = torch.bfloat16, torch.float32
-SIZES = (1, 31, 2049, 5000, 2048)
+SIZES = (31, 2049, 2048)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def test_adamw_options(monkeypatch, betas, amsgrad, maximize):
 @pytest.mark.parametrize("maximize", [False, True])
 def test_sgd(monkeypatch, weight_decay, momentum, dampening, nesterov, maximize):
     def step(state):
-        for t in range(1, 4):
+        for t in (1, 2):
             scalars = sgd_scalars([t] * len(SIZES), 0.1, momentum, dampening, weight_decay)
             masked_sgd(state.params, state.grads(BF16), state.held, state.offsets, scalars, momentum_buffers=state.m if momentum else (),
                        nesterov=nesterov, maximize=maximize, extras=state.extras, precision="exact")  # fmt: skip
