@@ -48,8 +48,10 @@ OPD_FN float step_sgd(float p, float g, float pull, float* buffer, int nesterov,
 }
 
 // A bf16 weight and the 16 bits that it lacks of an fp32 master. The weight is the master rounded to nearest, ties away from
-// zero, so that the bits alone tell which way it was rounded.
+// zero, so that the bits alone tell which way it was rounded. A zero that would have been rounded up from below is not of a
+// step's making: someone else set the weight, and the remainder is none of its.
 OPD_FN float step_master(opd_u16 weight, opd_u16 remainder) {
+  if (!(weight & 0x7FFFu) && (remainder >> 15)) remainder = 0;
   return bits_float(((opd_u32)(opd_u16)(weight - (remainder >> 15)) << 16) | remainder);
 }
 OPD_FN opd_u16 step_weight(float master, opd_u16* remainder) {

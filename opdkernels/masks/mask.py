@@ -41,7 +41,7 @@ class Mask:
             raise ValueError(f"bits must be uint8 [{(numel + 7) // 8}] for shape {list(shape)}, not {bits.dtype} {list(bits.shape)}")
         if numel % 8 and int(bits[-1]) >> numel % 8:
             raise ValueError(f"bits beyond the last of {numel} coordinates are set")
-        return cls(shape, bits.cpu().contiguous(), None).compact()
+        return cls(shape, bits.cpu().clone(memory_format=torch.contiguous_format), None).compact()
 
     @classmethod
     def from_bool(cls, active: torch.Tensor) -> Mask:
@@ -67,7 +67,7 @@ class Mask:
                 at = int(wrong[0])
                 what = "twice" if indices[at] == indices[at + 1] else f"after {int(indices[at])}"
                 raise ValueError(f"index {int(indices[at + 1])} comes {what}; give sorted indices, each once")
-        return cls(shape, None, indices.to(index_dtype(numel)).contiguous()).compact()
+        return cls(shape, None, indices.to(index_dtype(numel), copy=True).contiguous()).compact()
 
     def compact(self) -> Mask:
         """The same mask held the smaller way."""
@@ -77,6 +77,10 @@ class Mask:
     @cached_property
     def bits(self) -> torch.Tensor:
         """uint8 [ceil(numel / 8)]."""
+        return self._packed()
+
+    def _packed(self) -> torch.Tensor:
+        """`bits`, which are not kept where they are not what is held."""
         if self._bits is not None:
             return self._bits
         assert self._indices is not None
@@ -129,7 +133,7 @@ class Mask:
     def digest(self) -> str:
         """64 bits of the shape and the active coordinates, in hexadecimal; the same whichever way they are held."""
         found = hashlib.blake2b(f"{list(self.shape)}".encode(), digest_size=8)
-        found.update(self.bits.numpy().data)
+        found.update(self._packed().numpy().data)
         return found.hexdigest()
 
     def to_bool(self) -> torch.Tensor:

@@ -38,6 +38,9 @@ class MaskSet(Mapping[str, Mask]):
             found = self._masks[name] = self._read(name)
         return found
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_masks": dict(self.items()), "_file": None, "_facts": {}, "in_model_order": self.in_model_order}
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._masks)
 

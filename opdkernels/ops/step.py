@@ -27,8 +27,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
+from opdkernels.bits import bit_counts
 from opdkernels.ops import register
 
 COMMON = (
@@ -182,8 +184,9 @@ def widened(stored: torch.Tensor, extra: torch.Tensor | None, precision: int) ->
         return stored.float()
     if PRECISIONS[precision] == "kahan":
         return stored.float() + extra.float()  # type: ignore[union-attr]
-    low = extra.int() & 0xFFFF  # type: ignore[union-attr]
-    high = ((stored.view(torch.int16).int() & 0xFFFF) - (low >> 15)) & 0xFFFF
+    low, upper = extra.int() & 0xFFFF, stored.view(torch.int16).int() & 0xFFFF  # type: ignore[union-attr]
+    low = torch.where((upper & 0x7FFF == 0) & (low >= 0x8000), 0, low)  # a weight that someone else set to zero
+    high = (upper - (low >> 15)) & 0xFFFF
     return (high << 16 | low).view(torch.float32)
 
 
@@ -379,7 +382,7 @@ def check(i, param, grad, mask, offset, moments, extra, init, cohort, rows, prec
     blocks = -(-n // BLOCK) + 1 if bits else 0
     fits = [("mask", mask, (torch.uint8, torch.int32, torch.int64), (n + 7) // 8 if bits else mask.numel()), ("offsets", offset, (torch.int64,), blocks)]
     refuse_others(i, fits)
-    active = int(offset[-1]) if bits else mask.numel()
+    active = active_in(i, mask, offset, n)
     fits = [("a moment", moment, (torch.float32,), active) for moment in moments]
     wanted = EXTRA_DTYPES.get(precision) if param.dtype == torch.bfloat16 else None
     if wanted is not None and extra is None:
@@ -397,6 +400,22 @@ def check(i, param, grad, mask, offset, moments, extra, init, cohort, rows, prec
         raise ValueError(f"param {i} and its gradient must be contiguous and of one shape, not {list(param.shape)} and {list(grad.shape)}")
     if grad.shape != param.shape and grad.dtype != torch.float32:
         raise ValueError(f"the gathered gradient of param {i} must be float32, not {grad.dtype}")
+
+
+def active_in(i: int, mask: torch.Tensor, offset: torch.Tensor, n: int) -> int:
+    """Active coordinates of a mask, all of it looked at: a kernel would follow a wrong place anywhere."""
+    if mask.dtype != torch.uint8:
+        if mask.numel() and (int(mask[0]) < 0 or int(mask[-1]) >= n or bool((mask[1:] <= mask[:-1]).any())):
+            raise ValueError(f"the places of param {i} must ascend within its {n} coordinates")
+        return mask.numel()
+    if n % 8 and int(mask[-1]) >> n % 8:
+        raise ValueError(f"the mask of param {i} has bits beyond the last of its {n} coordinates")
+    padded = np.zeros((offset.numel() - 1) * BLOCK // 8, np.uint8)
+    padded[: mask.numel()] = mask.cpu().numpy()
+    counts = bit_counts(padded.reshape(-1, BLOCK // 8)).sum(1, dtype=np.int64)
+    if not np.array_equal(offset.cpu().numpy(), np.concatenate(([0], np.cumsum(counts)))):
+        raise ValueError(f"the offsets of param {i} are not the counts of its mask")
+    return int(offset[-1])
 
 
 def refuse_others(i, fits) -> None:

@@ -10,8 +10,6 @@ import torch
 from opdkernels.optim.bind import Masks
 from opdkernels.optim.masked import MaskedAdamW, MaskedOptimizer
 
-NO_DECAY = ("bias", "norm", "layernorm", "rmsnorm", "ln_")  # of names, as Hugging Face's Trainer leaves them out
-
 
 def optimizer_cls_and_kwargs(
     model: torch.nn.Module, masks: Masks, args: Any = None, *, cls: type[MaskedOptimizer] = MaskedAdamW, **options: Any
@@ -30,7 +28,7 @@ def optimizer_cls_and_kwargs(
 
 
 class NamedGroups:
-    """Groups of a model's trainable parameters, named, with and without weight decay: of those it has when they are asked for, since
+    """Groups of a model's trainable parameters, named, with weight decay but for vectors (biases, norms): of those it has when they are asked for, since
     FSDP puts others in their place."""
 
     def __init__(self, model: torch.nn.Module):
@@ -41,7 +39,7 @@ class NamedGroups:
         plain: list[tuple[str, torch.nn.Parameter]] = []
         for name, param in self.model.named_parameters():
             if param.requires_grad:
-                (plain if param.ndim < 2 or any(part in name.lower() for part in NO_DECAY) else decayed).append((name, param))
+                (plain if param.ndim < 2 else decayed).append((name, param))
         if decayed:
             yield {"params": decayed}
         if plain:

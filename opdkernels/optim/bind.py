@@ -18,7 +18,7 @@ from opdkernels.masks.sets import MaskSet
 from opdkernels.ops.step import DTYPES
 
 Masks = MaskSet | str | os.PathLike[str] | Mapping[str, Mask | torch.Tensor] | Sequence[Mask | torch.Tensor]
-WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # that trainers put into names
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts that trainers put into names
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Binding:
             if at is not None:
                 rows = self.mask.numel // self.mask.shape[0] if self.mask.shape and self.mask.shape[0] else 0
                 if tuple(local.shape[1:]) == self.mask.shape[1:]:  # a range of places
-                    start = at[0] * rows
+                    start = at[0] * rows if at else 0
                     part = self.mask.flat(start, start + local.numel())
                 else:
                     part = Mask.from_bool(self.mask.to_bool()[tuple(slice(a, a + n) for a, n in zip(at, local.shape, strict=True))])
@@ -87,11 +87,27 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
 
 
+def local_gradient(param: torch.Tensor, grad: torch.Tensor, named: str) -> torch.Tensor:
+    """What of a gradient belongs to what of its parameter lives here: contiguous, fp32 or bf16."""
+    if grad.is_sparse or grad.is_complex():
+        raise RuntimeError(f"{named} has a {'sparse' if grad.is_sparse else 'complex'} gradient; give a dense, real one")
+    if grad.shape != param.shape:
+        raise ValueError(f"{named} is {list(param.shape)}, its gradient {list(grad.shape)}; zero_grad() after a parameter has changed")
+    local = as_sharded(param, grad)
+    local = local_part(local)[0].detach().contiguous()
+    return local if local.dtype in DTYPES else local.float()
+
+
+def as_sharded(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """A DTensor's gradient, placed as the DTensor is: that of a replicated weight may still be a sum to be taken."""
+    if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        return grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    return grad
+
+
 def plain_name(name: str) -> str:
     """A parameter's name without what trainers wrap it in."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 class Binder:
@@ -102,44 +118,55 @@ class Binder:
             raise ValueError(f"unmasked must be refuse, freeze or train, not {unmasked}")
         if isinstance(masks, (str, os.PathLike)):
             masks = MaskSet.load(masks)
-        self.by_name = masks if isinstance(masks, Mapping) else None
-        self.in_order = None if isinstance(masks, Mapping) else list(masks)
+        self.by_name: Mapping[str, Mask] | None = None
+        self.in_order: list[Mask] | None = None
+        if isinstance(masks, MaskSet):
+            self.by_name = masks
+        elif isinstance(masks, Mapping):
+            self.by_name = {name: as_mask(mask, f"the mask of {printable(name)}") for name, mask in masks.items()}
+        elif isinstance(masks, Sequence):
+            self.in_order = [as_mask(mask, f"mask {i}") for i, mask in enumerate(masks)]
+        else:
+            raise TypeError(f"masks are {type(masks).__name__}; give a MaskSet, its path, a mapping of names to masks or bool tensors, or a list of them")
         self.unmasked = unmasked
-        self.count = 0
+        self.count = self.found = self.numbered = 0
 
     def bind(self, params: Iterable[torch.Tensor], names: Sequence[str] | None) -> list[Binding]:
         """Bindings of a group's parameters. Raises TypeError or ValueError with the parameter that has none or another's."""
-        return [self._bind(param, names[i] if names else None) for i, param in enumerate(params)]
+        before = self.count, self.found, self.numbered
+        try:
+            return [self._bind(param, names[i] if names else None) for i, param in enumerate(params)]
+        except Exception:
+            self.count, self.found, self.numbered = before
+            raise
+
+    def check(self) -> None:
+        """Raises ValueError where the masks are clearly not of the parameters that were bound."""
+        if self.by_name and not self.found:
+            raise ValueError(f"none of the {len(self.by_name)} masks, {printable(next(iter(self.by_name)))} and so on, is of a parameter here; name them alike")
+        if self.by_name is not None and self.numbered and self.numbered != len(self.by_name):
+            raise ValueError(f"{self.numbered} parameters without names and {len(self.by_name)} masks in a model's order; give all of model.parameters(), or names")
 
     def _bind(self, param: torch.Tensor, name: str | None) -> Binding:
         ordinal, self.count = self.count, self.count + 1
-        named = printable(plain_name(name)) if name else f"parameter {ordinal}"
-        if param.dtype not in DTYPES:
-            raise TypeError(f"{named} is {param.dtype}; masked optimizers step float32 and bfloat16")
-        found = self._named(plain_name(name), named) if name and self.by_name is not None else self._numbered(ordinal, named)
+        named = printable(name) if name else f"parameter {ordinal}"
+        if self.by_name is not None and name:
+            found = self.by_name[name] if name in self.by_name else self.by_name.get(plain_name(name))
+        else:
+            found = self._numbered(ordinal, named)
+        self.found += found is not None
         if found is None:
             if self.unmasked == "refuse":
                 raise ValueError(f'{named} has no mask; give one, leave the parameter out, or pass unmasked="freeze" or "train"')
-            every = torch.full((-(-param.numel() // 8),), 0xFF, dtype=torch.uint8)
-            if param.numel() % 8:
-                every[-1] = (1 << param.numel() % 8) - 1
-            mask = Mask.from_bits(every if self.unmasked == "train" else torch.zeros_like(every), param.shape)
-        else:
-            mask = found if isinstance(found, Mask) else Mask.from_bool(found)
-        if mask.shape != tuple(param.shape):
-            raise ValueError(f"{named} is {list(param.shape)}, its mask {list(mask.shape)}: these are another model's masks")
-        return Binding(mask, plain_name(name) if name else "", ordinal)
+            none = Mask.from_indices(torch.zeros(0, dtype=torch.int64), param.shape)
+            found = ~none if self.unmasked == "train" else none
+        if found.shape != tuple(param.shape):
+            raise ValueError(f"{named} is {list(param.shape)}, its mask {list(found.shape)}: these are another model's masks")
+        if found.nnz and param.dtype not in DTYPES:
+            raise TypeError(f"{named} is {param.dtype}; masked optimizers step float32 and bfloat16")
+        return Binding(found, name or "", ordinal)
 
-    def _named(self, name: str, named: str) -> Mask | torch.Tensor | None:
-        assert self.by_name is not None
-        if name in self.by_name:
-            return self.by_name[name]
-        ends = [one for one in self.by_name if one.endswith(f".{name}") or name.endswith(f".{one}")]  # a part of the model, or around it
-        if len(ends) > 1:
-            raise ValueError(f"{named} could be {printable(ends[0])} or {printable(ends[1])}; name parameters as the masks do")
-        return self.by_name[ends[0]] if ends else None
-
-    def _numbered(self, ordinal: int, named: str) -> Mask | torch.Tensor | None:
+    def _numbered(self, ordinal: int, named: str) -> Mask | None:
         if self.by_name is None:
             assert self.in_order is not None
             return self.in_order[ordinal] if ordinal < len(self.in_order) else None
@@ -148,15 +175,24 @@ class Binder:
                 f"{named} has no name, and masks in a checkpoint's order would go to the wrong ones; give model.named_parameters(), "
                 "or masks of opdkernels.optim.in_model_order(masks, model)"
             )
+        self.numbered += 1
         names = list(self.by_name)
         return self.by_name[names[ordinal]] if ordinal < len(names) else None
+
+
+def as_mask(given: object, named: str) -> Mask:
+    if isinstance(given, Mask):
+        return given
+    if not isinstance(given, torch.Tensor) or given.dtype != torch.bool:
+        raise TypeError(f"{named} is {getattr(given, 'dtype', type(given).__name__)}; give a Mask or a bool tensor")
+    return Mask.from_bool(given)
 
 
 def in_model_order(masks: Masks, model: torch.nn.Module) -> MaskSet:
     """The masks of a model's parameters in the order of `model.parameters()`, for trainers that hand over parameters without names.
 
-    A set of these, or the file that its `save` writes, may be given for unnamed parameters. Raises ValueError for a parameter
-    without a mask.
+    A set of these, or the file that its `save` writes, may be given for unnamed parameters: all of them, in that order, in one
+    group. Raises ValueError for a parameter without a mask.
     """
     binder = Binder(masks, "refuse")
     named = list(model.named_parameters())

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from opdkernels.ops.step import DTYPES, masked_take
-from opdkernels.optim.bind import Binding, local_part
+from opdkernels.optim.bind import as_sharded, local_gradient, local_part
 from opdkernels.optim.masked import MaskedOptimizer, Place, active_of, named, put_active
 
 
 class Hooks:
-    """What was registered; `remove` takes it off again."""
+    """What was registered; `remove` takes it off again, and forgets what was gathered."""
 
-    def __init__(self, handles: list[RemovableHandle], gathering: MaskedOptimizer | None = None):
+    def __init__(self, handles: list[RemovableHandle], gathering: weakref.ref[MaskedOptimizer] | None = None):
         self.handles, self.gathering = handles, gathering
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-        if self.gathering is not None:
-            self.gathering._gathers = False
+        optimizer = self.gathering() if self.gathering else None
+        if optimizer is not None:
+            optimizer._gathers -= 1
+            optimizer._compact.clear()
+        self.gathering = None
 
 
 def compact_gradients(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hooks:
@@ -35,24 +38,24 @@ def compact_gradients(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hoo
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise RuntimeError("DistributedDataParallel reduces gradients after the hook that gathers them; use FSDP2 (fully_shard), or leave gradients dense")
-    def gather(place: Place, binding: Binding, param: torch.Tensor) -> None:
-        grad = param.grad
-        if grad is None:
+    owner = weakref.ref(optimizer)  # a hook's closure keeps what it holds as long as the model lives
+
+    def gather(place: Place, param: torch.Tensor) -> None:
+        stepping = owner()
+        if param.grad is None or stepping is None:
             return
-        if grad.is_sparse:
-            raise RuntimeError(f"{named(binding)} has a sparse gradient; give a dense one")
-        shard, local = binding.shard(param), local_part(grad)[0].detach().contiguous()
-        local = local if local.dtype in DTYPES else local.float()
-        gathered = optimizer._compact.get(place)
+        binding = stepping._bound[place[0]][place[1]]
+        local, shard = local_gradient(param, param.grad, named(binding)), binding.shard(param)
+        gathered = stepping._compact.get(place)
         if gathered is None:
-            optimizer._compact[place] = active_of(local, shard)
+            stepping._compact[place] = active_of(local, shard)
         else:
-            masked_take(local, shard.mask, shard.offsets, gathered, add=True)
+            torch.ops.opdkernels.masked_take_(local, shard.mask, shard.offsets, gathered, True)
         param.grad = None
 
-    handles = hook_each(model, optimizer, gather)
-    optimizer._gathers = True
-    return Hooks(handles, optimizer)
+    hooks = Hooks(hook_each(model, optimizer, gather), owner)
+    optimizer._gathers += 1
+    return hooks
 
 
 def mask_gradients(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hooks:
@@ -63,21 +66,27 @@ def mask_gradients(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hooks:
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise RuntimeError("DistributedDataParallel reduces gradients after the hook that masks them; use FSDP2 (fully_shard), or optimizer.clip_grad_norm_")
-    def mask(place: Place, binding: Binding, param: torch.Tensor) -> None:
-        if param.grad is None:
+    owner = weakref.ref(optimizer)
+
+    def mask(place: Place, param: torch.Tensor) -> None:
+        masking = owner()
+        if param.grad is None or masking is None:
             return
-        shard, local = binding.shard(param), local_part(param.grad)[0].detach()
-        active = active_of(local, shard)
+        binding = masking._bound[place[0]][place[1]]
+        param.grad = as_sharded(param, param.grad)
+        active, shard = local_gradient(param, param.grad, named(binding)), binding.shard(param)
+        local = local_part(param.grad)[0].detach()
+        active = active_of(active, shard)
         local.zero_()
         put_active(local, shard, active)
 
     return Hooks(hook_each(model, optimizer, mask))
 
 
-def hook_each(model: torch.nn.Module, optimizer: MaskedOptimizer, hook: Callable[[Place, Binding, torch.Tensor], None]) -> list[RemovableHandle]:
-    """Has `hook(place, binding, parameter)` called when a parameter of both has its gradient. Nothing here keeps a parameter alive."""
-    ours = {param: (place, binding) for place, param, binding in optimizer._live()}
+def hook_each(model: torch.nn.Module, optimizer: MaskedOptimizer, hook: Callable[[Place, torch.Tensor], None]) -> list[RemovableHandle]:
+    """Has `hook(place, parameter)` called when a parameter of both has its gradient."""
+    ours = {param: place for place, param, _ in optimizer._live()}
     params = [param for param in model.parameters() if param in ours and param.requires_grad]
     if not params:
         raise ValueError("the optimizer has no parameter of this model that needs a gradient; give the model that it was made for, wrapped as it is trained")
-    return [param.register_post_accumulate_grad_hook(partial(hook, *ours[param])) for param in params]
+    return [param.register_post_accumulate_grad_hook(partial(hook, ours[param])) for param in params]

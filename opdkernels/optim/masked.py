@@ -11,8 +11,11 @@ cohorts as the `steps` of each coordinate, so that torch.distributed.checkpoint 
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,17 +23,15 @@ import torch
 from opdkernels.errors import InputError, printable
 from opdkernels.ops.step import (
     COHORTS,
-    DTYPES,
     EXTRA_DTYPES,
+    FIRST,
     PRECISIONS,
     STEP,
     adamw_scalars,
-    masked_put,
-    masked_take,
     places_of,
     sgd_scalars,
 )
-from opdkernels.optim.bind import Binder, Binding, Masks, Shard, is_dtensor, local_part
+from opdkernels.optim.bind import Binder, Binding, Masks, Shard, is_dtensor, local_gradient, local_part
 
 EXTRAS = {"exact": "remainder", "kahan": "compensation"}
 DECAYS = ("zero", "toward_init")
@@ -48,9 +49,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._binder = Binder(masks, unmasked)
         self._bound: list[list[Binding]] = []
         self._compact: dict[Place, torch.Tensor] = {}
-        self._gathers = False  # compact_gradients leaves no gradient on the parameters
+        self._gathers = 0  # how often compact_gradients is at work, which leaves no gradient on the parameters
         self._clip: torch.Tensor | None = None
         super().__init__(params, defaults)
+        self._binder.check()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -58,20 +60,18 @@ class MaskedOptimizer(torch.optim.Optimizer):
         try:
             refuse_options(group)
             self._bound.append(self._binder.bind(group["params"], group.get("param_names")))
-        except (TypeError, ValueError):
+        except Exception:
             self.param_groups.pop()
             raise
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler may leave unscaling to `step`. Read by it first of all, so that it hears here what it cannot do."""
-        if self._gathers:
-            raise RuntimeError("a GradScaler finds no gradients where compact_gradients gathers them; train in bfloat16 without one, or use mask_gradients")
-        return bool(self.defaults["fused"])
+        """Whether a GradScaler leaves unscaling to `step`: where asked for, and, to be refused there, where it would find no gradient."""
+        return bool(self.defaults["fused"] or self._gathers)
 
     def __getstate__(self) -> dict[str, Any]:
         ours = {key: self.__dict__[key] for key in ("_binder", "_bound")}
-        return {**super().__getstate__(), **ours, "_compact": {}, "_gathers": False, "_clip": None}
+        return {**super().__getstate__(), **ours, "_compact": {}, "_gathers": 0, "_clip": None}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -80,85 +80,105 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
-            self._done()
-            return loss
-        ready = [self._ready(index, group) for index, group in enumerate(self.param_groups)]  # what is refused is so before anything moves
-        for group, given in zip(self.param_groups, ready, strict=True):
-            self._step_group(group, given, getattr(self, "grad_scale", None))
-        self._done()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if self._gathers and found_inf is not None:
+            raise RuntimeError("a GradScaler cannot see gradients that compact_gradients gathers; train in bfloat16 without one, or use mask_gradients")
+        try:
+            if found_inf is None or not bool(found_inf):
+                ready = [self._ready(index, group) for index, group in enumerate(self.param_groups)]  # refused before anything moves
+                for group, given in zip(self.param_groups, ready, strict=True):
+                    self._step_group(group, given, grad_scale)
+        finally:
+            self._clip = None
+            self._compact.clear()
         return loss
 
-    def _done(self) -> None:
-        self._clip = None
-
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients, gathered ones too."""
+        """Forgets the gradients, gathered ones too, and what the next step was to clip by."""
         super().zero_grad(set_to_none)
         self._compact.clear()
+        self._clip = None
 
     def _live(self) -> Iterable[tuple[Place, torch.Tensor, Binding]]:
         for index, group in enumerate(self.param_groups):
             for j, (param, binding) in enumerate(zip(group["params"], self._bound[index], strict=True)):
                 yield (index, j), param, binding
 
-    def _ready(self, index: int, group: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor, Shard, Binding]]:
-        """Parameters of a group with their local gradients, shards of their masks, and bindings."""
+    def _ready(self, index: int, group: dict[str, Any]) -> list[Ready]:
+        """What a group's step takes, looked at before anything moves."""
+        refuse_options(group)
         found = []
         for j, (param, binding) in enumerate(zip(group["params"], self._bound[index], strict=True)):
             grad = self._gradient((index, j), param)
             if grad is None:
                 continue
-            shard = binding.shard(param)
+            shard, local = binding.shard(param), local_part(param)[0]
+            if not shard.active and not self.state.get(param):
+                found.append(Ready(param, local, grad, shard, binding))
+                continue
             if group["precision"] == "stochastic" and shard.start is None and param.dtype == torch.bfloat16:
                 raise ValueError(f'{named(binding)} is not sharded along its first dimension; precision "stochastic" needs it, choose "exact"')
-            found.append((param, grad, shard, binding))
+            if self.state.get(param):
+                self._refuse_state(self.state[param], local, shard, binding, group)
+            found.append(Ready(param, local, grad, shard, binding))
         return found
 
-    def _step_group(self, group: dict[str, Any], ready: list[tuple[torch.Tensor, torch.Tensor, Shard, Binding]], grad_scale: torch.Tensor | None) -> None:
+    def _step_group(self, group: dict[str, Any], ready: list[Ready], grad_scale: torch.Tensor | None) -> None:
         calls: defaultdict[torch.device, Call] = defaultdict(Call)
-        for param, grad, shard, binding in ready:
-            state, (local, _) = self.state[param], local_part(param)
-            if not state:
-                self._begin(state, local, shard, binding, group)
+        for one in ready:
+            state = self.state[one.param]
+            fresh = self._begin(state, one.local, one.shard, one.binding, group)
             state["step"] += 1
             if "cohort_steps" in state:
                 state["cohort_steps"] += 1
-            if shard.active:
-                weights = local if local.is_contiguous() else local.contiguous()
-                calls[local.device].add(local, weights, grad, shard, binding, state)
+            if one.shard.active:
+                calls[one.local.device].add(one, state, fresh)
         for device, call in calls.items():
-            clip = None if self._clip is None else self._clip.to(device)
-            self._launch(call, group, call.scalars(lambda steps: self._scalars(steps, group)).to(device), grad_scale, clip)
+            scale, clip = (None if one is None else one.to(device, torch.float32) for one in (grad_scale, self._clip))
+            self._launch(call, group, call.scalars(lambda steps: self._scalars(steps, group)).to(device), scale, clip)
             for local, weights in zip(call.locals, call.params, strict=True):
-                if weights is not local:
+                if weights.data_ptr() != local.data_ptr():
                     local.copy_(weights)
 
     def _gradient(self, place: Place, param: torch.Tensor) -> torch.Tensor | None:
         """The local gradient, dense or of the active coordinates, contiguous."""
-        compact = self._compact.get(place)
+        compact, binding = self._compact.get(place), self._bound[place[0]][place[1]]
         if compact is not None:
             return compact
-        grad = param.grad
-        if grad is None:
-            return None
-        if grad.is_sparse or grad.is_complex():
-            raise RuntimeError(f"{named(self._bound[place[0]][place[1]])} has a {'sparse' if grad.is_sparse else 'complex'} gradient; give a dense, real one")
-        local, _ = local_part(grad)
-        local = local.detach().contiguous()
-        return local if local.dtype in DTYPES else local.float()
+        return None if param.grad is None else local_gradient(param, param.grad, named(binding))
 
-    def _begin(self, state: dict[str, Any], local: torch.Tensor, shard: Shard, binding: Binding, group: dict[str, Any]) -> None:
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        state["mask"] = torch.tensor(binding.digest)
-        for name in self._moments_of(group):
-            state[name] = torch.zeros(shard.active, device=local.device)
-        extra = EXTRAS.get(group["precision"]) if local.dtype == torch.bfloat16 else None
-        if extra:
-            state[extra] = torch.zeros(shard.active, dtype=EXTRA_DTYPES[group["precision"]], device=local.device)
+    def _begin(self, state: dict[str, Any], local: torch.Tensor, shard: Shard, binding: Binding, group: dict[str, Any]) -> bool:
+        """Makes what of the state is not there yet. Returns whether moments were: SGD's first step takes the gradient for its buffer."""
+        fresh = any(name not in state for name in self._moments_of(group))
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+            state["mask"] = torch.tensor(binding.digest, dtype=torch.int64, device="cpu")
+            if group["decay"] == "toward_init":
+                state["init"] = active_of(local, shard).to(local.dtype)
+        for name, dtype in self._kept(group, local.dtype).items():
+            if name not in state and name != "init":
+                state[name] = torch.zeros(shard.active, dtype=dtype, device=local.device)
+        return fresh
+
+    def _kept(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """The dtypes of what a parameter's state holds of each active coordinate."""
+        found = dict.fromkeys(self._moments_of(group), torch.float32)
+        if dtype == torch.bfloat16 and group["precision"] in EXTRAS:
+            found[EXTRAS[group["precision"]]] = EXTRA_DTYPES[group["precision"]]
         if group["decay"] == "toward_init":
-            state["init"] = active_of(local, shard).to(local.dtype)
+            found["init"] = dtype
+        return found
+
+    def _refuse_state(self, state: dict[str, Any], local: torch.Tensor, shard: Shard, binding: Binding, group: dict[str, Any]) -> None:
+        """Kernels take pointers: raises InputError for a state that is not what they will read."""
+        wanted = self._kept(group, local.dtype)
+        if "init" in wanted and "init" not in state:
+            raise refused(binding, 'lacks where the weights began, which decay="toward_init" needs from the first step on')
+        wanted |= {"cohort": torch.uint8} if "cohort" in state else {}
+        for name, dtype in wanted.items():
+            held = state.get(name)
+            if held is not None and (held.dtype != dtype or held.shape != (shard.active,) or held.device != local.device or not held.is_contiguous()):
+                raise refused(binding, f"has {name} of {held.dtype} {list(held.shape)} on {held.device}, not {dtype} [{shard.active}] on {local.device}")
 
     def _moments_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         raise NotImplementedError
@@ -174,10 +194,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Has the next step scale gradients so that the norm of the active ones is at most `max_norm`. Returns that norm, fp32.
 
         Frozen coordinates do not count: the whole gradient's norm, which trainers clip by, is some 1 / sqrt(density) larger. The
-        gradients themselves stay as they are. Of DTensors, every rank of their mesh must call this.
+        gradients themselves stay as they are. With a GradScaler, call `scaler.unscale_` first. Of DTensors, every rank of their mesh
+        must call this. Raises ValueError for another norm, and for a max_norm that is no number from 0 on.
         """
         if norm_type != 2.0:
             raise ValueError(f"the norm must be of type 2, not {norm_type}")
+        if not is_number(max_norm) or not max_norm >= 0:
+            raise ValueError(f"max_norm is {max_norm!r}; give a number from 0 on")
         total = torch.zeros((), dtype=torch.float64)
         sharded: dict[Any, torch.Tensor] = {}
         for place, param, binding in self._live():
@@ -217,7 +240,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def _spread(self, name: str, value: Any, param: torch.Tensor, binding: Binding) -> Any:
         """State of the active coordinates as a tensor or DTensor of the parameter's shape; other state as it is."""
-        if name in ("step", "mask", "cohort_steps"):
+        if name in ("step", "mask"):
             return value
         (local, _), shard = local_part(param), binding.shard(param)
         dense = torch.zeros(local.shape, dtype=value.dtype, device=value.device)
@@ -236,49 +259,65 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """
         for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):  # type: ignore[attr-defined]
             state_dict = hook(self, state_dict) or state_dict
-        groups, given = state_dict["param_groups"], state_dict["state"]
-        sizes = [len(group["params"]) for group in groups]
+        try:
+            groups, given = copy.deepcopy(state_dict["param_groups"]), state_dict["state"]
+            sizes = [len(group["params"]) for group in groups]
+            keys = [key for group in groups for key in group["params"]]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"this is no optimizer state ({printable(repr(error))}); give what state_dict() returned") from None
         if sizes != [len(group["params"]) for group in self.param_groups]:
             raise InputError(f"the optimizer state has groups of {sizes} parameters, this optimizer of {[len(g['params']) for g in self.param_groups]}")
-        keys = [key for group in groups for key in group["params"]]
+        new_groups = []
+        for ours, theirs in zip(self.param_groups, groups, strict=True):
+            lacking = [name for name in self.defaults if name not in theirs]
+            if lacking:
+                raise InputError(f"the optimizer state has no {lacking[0]}: it is another optimizer's; give one of {type(self).__name__}, or a dense one to load_dense_state_dict")
+            group = {**ours, **{key: value for key, value in theirs.items() if key not in ("params", "param_names")}}
+            try:
+                refuse_options(group)
+            except (TypeError, ValueError) as error:
+                raise InputError(f"the optimizer state cannot be taken on: {error}") from None
+            new_groups.append(group)
         loaded = {}
         for key, (place, param, binding) in zip(keys, self._live(), strict=True):
             if given.get(key):
-                loaded[param] = self._fitted(given[key], param, binding, groups[place[0]])
-        for ours, theirs in zip(self.param_groups, groups, strict=True):
-            kept = {"params": ours["params"], **({"param_names": ours["param_names"]} if "param_names" in ours else {})}
-            ours.update({key: value for key, value in theirs.items() if key not in ("params", "param_names")})
-            ours.update(kept)
+                loaded[param] = self._fitted(given[key], param, binding, new_groups[place[0]])
+        for ours, group in zip(self.param_groups, new_groups, strict=True):
+            ours.update(group)
         self.state.clear()
         self.state.update(loaded)
+        self._clip = None
         for post in list(self._optimizer_load_state_dict_post_hooks.values()):  # type: ignore[attr-defined]
             post(self)
 
     def _fitted(self, given: dict[str, Any], param: torch.Tensor, binding: Binding, group: dict[str, Any]) -> dict[str, Any]:
-        shard, (local, _) = binding.shard(param), local_part(param)
+        shard, local = binding.shard(param), local_part(param)[0]
         if "mask" not in given:
             raise refused(binding, "has no mask: it is a dense optimizer's, which load_dense_state_dict takes")
         if int(given["mask"]) != binding.digest:
             raise refused(binding, "belongs to another mask")
+        if "step" not in given:
+            raise refused(binding, "has no step count")
         state: dict[str, Any] = {}
         for name, value in given.items():
             value = torch.as_tensor(value)
+            own = local_part(value)[0]
             if name in ("step", "mask", "cohort_steps"):
-                state[name] = local_part(value)[0].clone().cpu()
+                state[name] = own.to("cpu", torch.int64 if name == "mask" else torch.float32, copy=True)
                 continue
-            own, _ = local_part(value)
             if value.shape == param.shape and value.shape != (shard.active,):
                 if own.shape != local.shape:
                     raise refused(binding, f"is sharded otherwise than its parameter ({list(own.shape)} for {list(local.shape)})")
                 own = own.reshape(-1)[places_of(shard.mask, local.numel()).to(own.device)]
             if own.shape != (shard.active,):
                 raise refused(binding, f"has {list(own.shape)} values in {printable(name)} for {shard.active} active coordinates")
-            state[name] = own.to(local.device, copy=True)
+            wide = name in self.moments and own.is_floating_point()  # trainers may have cast them
+            state[name] = own.to(local.device, torch.float32 if wide else own.dtype, copy=True).contiguous()
         if "steps" in state:
-            state |= cohorts_of(state.pop("steps"), state["step"])
-        wanted = {*self._moments_of(group), "step", "mask"}
-        if wanted - set(state):
-            raise refused(binding, f"lacks {', '.join(sorted(wanted - set(state)))}")
+            state |= cohorts_of(state.pop("steps"), state["step"], binding)
+        if len(state.get("cohort", ())) and int(state["cohort"].max()) >= len(state.get("cohort_steps", ())):
+            raise refused(binding, "has cohorts without a step count")
+        self._refuse_state(state, local, shard, binding, group)
         return state
 
     @torch.no_grad()
@@ -307,19 +346,28 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Takes on the state of torch's own AdamW or SGD, of which only what is active is kept. A bf16 weight begins with no
         remainder. Raises InputError where it does not fit."""
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        state = {}
-        if len(keys) != sum(len(group["params"]) for group in self.param_groups):
-            raise InputError(f"the dense state is of {len(keys)} parameters, this optimizer of {sum(len(g['params']) for g in self.param_groups)}")
-        for key, ((index, _), param, binding) in zip(keys, self._live(), strict=True):
-            if not state_dict["state"].get(key):
-                continue
-            shard, (local, _) = binding.shard(param), local_part(param)
-            fresh: dict[str, Any] = {}
-            self._begin(fresh, local, shard, binding, self.param_groups[index])
-            dense = {name: value for name, value in state_dict["state"][key].items() if name in ("step", *self._moments_of(self.param_groups[index]))}
-            state[key] = {**fresh, **dense}
+        sizes = [[len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], self.param_groups)]
+        if sizes[0] != sizes[1]:
+            raise InputError(f"the dense state has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}")
+        taken = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "amsgrad", "maximize")
         ours = super().state_dict()["param_groups"]
-        groups = [{**one, **{key: value for key, value in given.items() if key in one}} for one, given in zip(ours, state_dict["param_groups"], strict=True)]
+        groups = [
+            {**one, **{key: value for key, value in given.items() if key in taken and key in one}}
+            for one, given in zip(ours, state_dict["param_groups"], strict=True)
+        ]
+        state = {}
+        for key, ((index, _), param, binding) in zip(keys, self._live(), strict=True):
+            dense = {name: value for name, value in (state_dict["state"].get(key) or {}).items() if value is not None}
+            if not dense:
+                continue
+            group = groups[index]
+            moments = {name: dense[name] for name in self._moments_of(group) if name in dense}
+            if not moments and self._moments_of(group):
+                raise refused(binding, f"has no {self._moments_of(group)[0]}: it is another optimizer's")
+            fresh: dict[str, Any] = {"step": torch.as_tensor(dense.get("step", 1.0)), "mask": torch.tensor(binding.digest), **moments}
+            if group["decay"] == "toward_init":
+                fresh["init"] = active_of(local_part(param)[0], binding.shard(param)).to(param.dtype)
+            state[key] = fresh
         self.load_state_dict({"state": state, "param_groups": groups})
 
     @torch.no_grad()
@@ -336,6 +384,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("gradients have been gathered for the masks that are; step or zero_grad() first")
         binder = Binder(masks, self._binder.unmasked)
         bound = [binder.bind(group["params"], group.get("param_names")) for group in self.param_groups]
+        binder.check()
         moved: dict[torch.Tensor, dict[str, Any]] = {}
         for (index, j), param, old in self._live():
             new, state = bound[index][j], self.state.get(param)
@@ -343,36 +392,43 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 continue
             if dropped == "restore" and "init" not in state:
                 raise ValueError(f'{named(old)} has no start to go back to; construct with decay="toward_init"')
-            moved[param] = self._remapped(state, param, old, new, self.param_groups[index], dropped == "restore")
+            self._refuse_state(state, local_part(param)[0], old.shard(param), old, self.param_groups[index])
+            moved[param] = self._remapped(state, param, old, new, self.param_groups[index])
+        if dropped == "restore":
+            for (index, j), param, old in self._live():
+                if param in moved:
+                    restore(param, self.state[param]["init"], old.shard(param), bound[index][j].shard(param))
         self._binder, self._bound = binder, bound
         self.state.update(moved)
 
-    def _remapped(self, state: dict[str, Any], param: torch.Tensor, old: Binding, new: Binding, group: dict[str, Any], restore: bool) -> dict[str, Any]:
+    def _remapped(self, state: dict[str, Any], param: torch.Tensor, old: Binding, new: Binding, group: dict[str, Any]) -> dict[str, Any]:
         local, before, after = local_part(param)[0], old.shard(param), new.shard(param)
-        was, now = (places_of(shard.mask, local.numel()).to(local.device) for shard in (before, after))
+        was, now = (places_of(shard.mask, local.numel()) for shard in (before, after))
         at = torch.searchsorted(was, now).clamp(max=max(len(was) - 1, 0))
         stays = was[at] == now if len(was) else torch.zeros(len(now), dtype=torch.bool, device=local.device)
-        if restore:
-            gone = ~torch.isin(was, now)
-            flat = local.view(-1) if local.is_contiguous() else local.reshape(-1)
-            flat[was[gone]] = state["init"][gone]
-            if not local.is_contiguous():
-                local.copy_(flat.view(local.shape))
         fresh: dict[str, Any] = {}
         self._begin(fresh, local, after, new, group)
         for name, value in fresh.items():
-            if name not in ("step", "mask") and len(was):
+            if name in state and name not in ("step", "mask") and len(was):
                 value[stays] = state[name][at[stays]]
         steps = state.get("cohort_steps", state["step"].view(1))
         cohort = state.get("cohort", torch.zeros(len(was), dtype=torch.uint8, device=local.device))
         of_each = torch.zeros(len(now), dtype=torch.int64, device=local.device)
         if len(was):
             of_each[stays] = cohort[at[stays]].long() + 1
-        ages = torch.cat([torch.zeros(1), steps])[of_each.cpu()]  # new ones have none
-        found = cohorts_of(ages.to(local.device), state["step"])
-        if len(found.get("cohort_steps", ())) > COHORTS:
-            raise ValueError(f"the masks of {named(old)} have changed too often: more than {COHORTS} step counts; make the optimizer again")
-        return {**fresh, "step": state["step"].clone(), **found}
+        ages = torch.cat([torch.zeros(1), steps]).to(local.device)[of_each]  # new ones have none
+        return {**fresh, "step": state["step"].clone(), **cohorts_of(ages, state["step"], old)}
+
+
+@dataclass
+class Ready:
+    """What one parameter's step takes: the parameter, what of it lives here, its gradient and its mask."""
+
+    param: torch.Tensor
+    local: torch.Tensor
+    grad: torch.Tensor
+    shard: Shard
+    binding: Binding
 
 
 class Call:
@@ -388,18 +444,21 @@ class Call:
         self.rows: list[int] = []
         self.steps: list[float] = []
         self.taken: list[float] = []
+        self.fresh: list[bool] = []
 
-    def add(self, local: torch.Tensor, weights: torch.Tensor, grad: torch.Tensor, shard: Shard, binding: Binding, state: dict[str, Any]) -> None:
+    def add(self, one: Ready, state: dict[str, Any], fresh: bool) -> None:
+        local = one.local.detach()
         self.locals.append(local)
-        self.params.append(weights.detach())
-        self.grads.append(grad)
-        self.shards.append(shard)
-        self.ordinals.append(binding.ordinal)
+        self.params.append(local if local.is_contiguous() else local.contiguous())
+        self.grads.append(one.grad)
+        self.shards.append(one.shard)
+        self.ordinals.append(one.binding.ordinal)
         self.states.append(state)
         self.rows.append(len(self.steps))
         steps = state["cohort_steps"].tolist() if "cohort_steps" in state else [float(state["step"])]
         self.steps += steps
         self.taken += len(steps) * [float(state["step"])]
+        self.fresh += len(steps) * [fresh]
 
     def scalars(self, of: Callable[[list[float]], torch.Tensor]) -> torch.Tensor:
         """A row for each step count, worked out once where counts are equal. Random numbers go by what the parameter took."""
@@ -408,7 +467,7 @@ class Call:
         rows[:, STEP] = torch.tensor(self.taken)
         return rows
 
-    def state(self, name: str) -> list[torch.Tensor]:
+    def of_each(self, name: str) -> list[torch.Tensor]:
         """One of the state's tensors of every parameter, empty where it has none; no list where none has one."""
         if not any(name in state for state in self.states):
             return []
@@ -418,9 +477,9 @@ class Call:
     def common(self, group: dict[str, Any]) -> dict[str, Any]:
         extra = EXTRAS.get(group["precision"])
         return {
-            "extras": self.state(extra) if extra else [],
-            "inits": self.state("init"),
-            "cohorts": self.state("cohort"),
+            "extras": self.of_each(extra) if extra else [],
+            "inits": self.of_each("init"),
+            "cohorts": self.of_each("cohort"),
             "rows": self.rows,
             "starts": [shard.start or 0 for shard in self.shards],
             "ordinals": self.ordinals,
@@ -434,7 +493,7 @@ class MaskedAdamW(MaskedOptimizer):
     mapping of names to Masks or bool tensors, or a list in parameter order. unmasked: what becomes of a parameter without a mask:
     "refuse" (the default), "freeze" or "train" it whole. precision, of bf16 parameters: "exact" keeps 16 bits a coordinate, so
     that weight and remainder are an fp32 master; "kahan", "stochastic" (by `seed`) and "nearest" as `opdkernels.ops.step` says.
-    decay: weight decay draws to "zero", or "toward_init", to where the weights were at their first step.
+    decay: weight decay draws to "zero", or "toward_init", to where a weight was when it last became active.
 
     lr, betas, eps, weight_decay, amsgrad and maximize as torch has them: fp32 parameters move bit for bit as
     `torch.optim.AdamW(foreach=False)` moves them, but for its square root, which on the CPU may be off by one unit. `fused=True`
@@ -490,7 +549,7 @@ class MaskedAdamW(MaskedOptimizer):
     def _launch(self, call: Call, group: dict[str, Any], scalars: torch.Tensor, grad_scale: torch.Tensor | None, clip: torch.Tensor | None) -> None:
         masks, offsets, options = [s.mask for s in call.shards], [s.offsets for s in call.shards], call.common(group)
         torch.ops.opdkernels.masked_adamw_(
-            call.params, call.grads, masks, offsets, call.state("exp_avg"), call.state("exp_avg_sq"), call.state("max_exp_avg_sq"),
+            call.params, call.grads, masks, offsets, call.of_each("exp_avg"), call.of_each("exp_avg_sq"), call.of_each("max_exp_avg_sq"),
             *(options[name] for name in ("extras", "inits", "cohorts")), scalars, *(options[name] for name in ("rows", "starts", "ordinals")),
             grad_scale, clip, None, group["maximize"], PRECISIONS.index(group["precision"]), group["seed"],
         )  # fmt: skip
@@ -539,9 +598,10 @@ class MaskedSGD(MaskedOptimizer):
         return sgd_scalars(steps, float(group["lr"]), group["momentum"], group["dampening"], group["weight_decay"])
 
     def _launch(self, call: Call, group: dict[str, Any], scalars: torch.Tensor, grad_scale: torch.Tensor | None, clip: torch.Tensor | None) -> None:
+        scalars[torch.tensor(call.fresh, device=scalars.device), FIRST] = 1.0  # a buffer that was made now, whatever the count
         masks, offsets, options = [s.mask for s in call.shards], [s.offsets for s in call.shards], call.common(group)
         torch.ops.opdkernels.masked_sgd_(
-            call.params, call.grads, masks, offsets, call.state("momentum_buffer") if group["momentum"] else [],
+            call.params, call.grads, masks, offsets, call.of_each("momentum_buffer") if group["momentum"] else [],
             *(options[name] for name in ("extras", "inits", "cohorts")), scalars, *(options[name] for name in ("rows", "starts", "ordinals")),
             grad_scale, clip, None, group["maximize"], group["nesterov"], PRECISIONS.index(group["precision"]), group["seed"],
         )  # fmt: skip
@@ -549,22 +609,35 @@ class MaskedSGD(MaskedOptimizer):
 
 def active_of(tensor: torch.Tensor, shard: Shard) -> torch.Tensor:
     """fp32 [active]: a local tensor's active values."""
-    return masked_take(tensor.detach().contiguous(), shard.mask, shard.offsets, torch.empty(shard.active, device=tensor.device))
+    into = torch.empty(shard.active, dtype=torch.float32, device=tensor.device)
+    torch.ops.opdkernels.masked_take_(tensor.detach().contiguous(), shard.mask, shard.offsets, into, False)
+    return into
 
 
 def put_active(tensor: torch.Tensor, shard: Shard, values: torch.Tensor) -> None:
     """Sets a local tensor's active values, in place."""
-    whole = tensor.detach() if tensor.is_contiguous() else tensor.detach().contiguous()
-    masked_put(whole, shard.mask, shard.offsets, values)
-    if not tensor.is_contiguous():
-        tensor.detach().copy_(whole)
+    tensor = tensor.detach()
+    whole = tensor.contiguous()
+    torch.ops.opdkernels.masked_put_(whole, shard.mask, shard.offsets, values)
+    if whole.data_ptr() != tensor.data_ptr():
+        tensor.copy_(whole)
 
 
-def cohorts_of(steps: torch.Tensor, taken: torch.Tensor) -> dict[str, torch.Tensor]:
+def restore(param: torch.Tensor, init: torch.Tensor, before: Shard, after: Shard) -> None:
+    """Puts what is active before and no longer after back to where it began."""
+    local = local_part(param)[0]
+    was, now = (places_of(shard.mask, local.numel()) for shard in (before, after))
+    values = torch.where(torch.isin(was, now), active_of(local, before), init.float())
+    put_active(local, before, values)
+
+
+def cohorts_of(steps: torch.Tensor, taken: torch.Tensor, binding: Binding) -> dict[str, torch.Tensor]:
     """Cohorts of coordinates that took so many steps each, fp32 [active]; none where all took what the parameter did."""
     if bool((steps == taken.to(steps.device)).all()):
         return {}
     counts, cohort = torch.unique(steps, return_inverse=True)
+    if len(counts) > COHORTS:
+        raise ValueError(f"the masks of {named(binding)} have changed too often: {len(counts)} step counts, of {COHORTS} at most; make the optimizer again")
     return {"cohort": cohort.to(torch.uint8), "cohort_steps": counts.cpu()}
 
 
@@ -576,26 +649,30 @@ def refused(binding: Binding, why: str) -> InputError:
     return InputError(f"the optimizer state of {named(binding)} {why}; load the state that was saved with these masks, or start without one")
 
 
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
 def refuse_options(options: dict[str, Any]) -> None:
-    """Raises ValueError for a hyperparameter out of its range, TypeError for a flag that masked optimizers do not have."""
-    lr, betas = options["lr"], options.get("betas", (0.0, 0.0))
-    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be one number, not {list(lr.shape)}")
-    ranges = {
-        "lr": float(lr) >= 0,
-        "eps": options.get("eps", 0.0) >= 0,
-        "weight_decay": options["weight_decay"] >= 0,
-        "momentum": options.get("momentum", 0.0) >= 0,
-        "betas": len(betas) == 2 and all(0 <= float(b) < 1 for b in betas),
-        "precision": options["precision"] in PRECISIONS,
-        "decay": options["decay"] in DECAYS,
-        "nesterov": not options.get("nesterov") or (options["momentum"] > 0 and options["dampening"] == 0),
-    }
-    for name, fits in ranges.items():
-        if not fits:
-            choices = {"precision": PRECISIONS, "decay": DECAYS}.get(name)
-            remedy = f"choose one of {', '.join(choices)}" if choices else {"nesterov": "it needs momentum and no dampening"}.get(name, "it is out of range")
-            raise ValueError(f"{name} is {options[name]}; {remedy}")
+    """Raises ValueError for a hyperparameter that is no number or out of its range, TypeError for a flag that masked optimizers do
+    not have."""
+    for name in ("lr", "eps", "weight_decay", "momentum", "dampening"):
+        value = options.get(name, 0.0)
+        if name == "lr" and isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = float(value)
+        if not is_number(value) or not 0 <= value < math.inf:
+            hint = "; write 1.0e-6, with a point, in YAML" if isinstance(value, str) else ""
+            raise ValueError(f"{name} is {options[name]!r}; give a finite number from 0 on{hint}")
+    betas = options.get("betas", (0.0, 0.0))
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all((is_number(b) or isinstance(b, torch.Tensor)) and 0 <= float(b) < 1 for b in betas):
+        raise ValueError(f"betas is {betas!r}; give two numbers in [0, 1)")
+    for name, choices in (("precision", PRECISIONS), ("decay", DECAYS)):
+        if options[name] not in choices:
+            raise ValueError(f"{name} is {options[name]!r}; choose one of {', '.join(choices)}")
+    if isinstance(options["seed"], bool) or not isinstance(options["seed"], int) or not -(1 << 63) <= options["seed"] < 1 << 63:
+        raise ValueError(f"seed is {options['seed']!r}; give an integer of 64 bits")
+    if options.get("nesterov") and not (options["momentum"] > 0 and options["dampening"] == 0):
+        raise ValueError("nesterov needs momentum and no dampening")
     for flag in ("capturable", "differentiable"):
         if options.get(flag):
             raise TypeError(f"{flag}=True is not offered by masked optimizers; leave it out")

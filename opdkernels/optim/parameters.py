@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
 from opdkernels.errors import printable
-from opdkernels.ops.step import masked_put, masked_take
-from opdkernels.optim.bind import Binder, Binding, Masks, is_dtensor, plain_name
+from opdkernels.optim.bind import Binder, Binding, Masks, is_dtensor, local_gradient, plain_name
 from opdkernels.optim.masked import active_of, put_active
 
 
@@ -19,7 +20,8 @@ class MaskedParameters(torch.nn.Module):
 
     Backward's gradient of a weight is gathered into its compact Parameter and freed; after each step of an optimizer that
     `follow`s, or by `write`, the compact values go back into the weights, a bf16 weight rounded to nearest from what is its fp32
-    master. Frozen coordinates are never written. Weights without a mask, and with an empty one, are frozen.
+    master. Frozen coordinates are never written. Weights without a mask, and with an empty one, are frozen. A state dict that is
+    loaded into this shows in the weights after `write`, one loaded into the model here after `read`.
 
     Raises ValueError where no parameter of the model has a mask, and for DTensors: there MaskedAdamW itself serves.
 
@@ -35,43 +37,33 @@ class MaskedParameters(torch.nn.Module):
         self.values = torch.nn.ParameterList()
         self.names: list[str] = []
         self._handles: list[RemovableHandle] = []
+        me = weakref.ref(self)  # a hook's closure keeps what it holds as long as the model lives
         for name, weight in model.named_parameters():
             (binding,) = binder.bind([weight], [name])
-            if not binding.mask.nnz:
+            if not binding.mask.nnz or not weight.requires_grad:
                 weight.requires_grad_(False)
                 continue
             if is_dtensor(weight):
                 raise ValueError(f"{printable(name)} is a DTensor; give MaskedAdamW the sharded parameters")
-            value = torch.nn.Parameter(active_of(weight, binding.shard(weight)))
             number = len(self.values)
-            self.values.append(value)
+            self.values.append(torch.nn.Parameter(active_of(weight, binding.shard(weight))))
             self.names.append(plain_name(name))
             self._weights.append((weight, binding))
-            self._handles.append(weight.register_post_accumulate_grad_hook(lambda param, number=number: self._gather(number, param)))
+            self._handles.append(weight.register_post_accumulate_grad_hook(partial(gather, me, number)))
         if not self.values:
             raise ValueError("no parameter of the model has a mask with an active coordinate; give masks by the model's names")
-
-    def _gather(self, number: int, weight: torch.Tensor) -> None:
-        if weight.grad is None:
-            return
-        value, shard = self.values[number], self._weights[number][1].shard(weight)
-        grad = weight.grad.detach().contiguous()
-        grad = grad if grad.dtype in (torch.float32, torch.bfloat16) else grad.float()
-        if value.grad is None:
-            value.grad = active_of(grad, shard)
-        else:
-            masked_take(grad, shard.mask, shard.offsets, value.grad, add=True)
-        weight.grad = None
 
     @torch.no_grad()
     def write(self) -> None:
         """Puts the compact values into the weights."""
         for (weight, binding), value in zip(self._weights, self.values, strict=True):
-            shard = binding.shard(weight)
-            if weight.is_contiguous():
-                masked_put(weight.detach(), shard.mask, shard.offsets, value.detach().float().contiguous())
-            else:
-                put_active(weight, shard, value.detach().float().contiguous())
+            put_active(weight, binding.shard(weight), value.detach().float().contiguous())
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Takes the compact values from the weights, after something else has set these."""
+        for (weight, binding), value in zip(self._weights, self.values, strict=True):
+            value.copy_(active_of(weight, binding.shard(weight)))
 
     def follow(self, optimizer: Any) -> Any:
         """Has every step of the optimizer end with `write`. Returns the optimizer."""
@@ -82,3 +74,20 @@ class MaskedParameters(torch.nn.Module):
         """Takes the hooks off the weights and the optimizer."""
         for handle in self._handles:
             handle.remove()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("MaskedParameters are bound to their model; save their state_dict() and make them again from the copied or loaded model")
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return self.__reduce__()
+
+
+def gather(owner: weakref.ref[MaskedParameters], number: int, weight: torch.Tensor) -> None:
+    """Hands a weight's active gradients to its compact Parameter by a backward of its own, so that its hooks see them."""
+    compact = owner()
+    if weight.grad is None or compact is None:
+        return
+    value, (_, binding) = compact.values[number], compact._weights[number]
+    active = active_of(local_gradient(weight, weight.grad, printable(binding.name)), binding.shard(weight))
+    weight.grad = None
+    torch.autograd.backward([value], [active.to(value.dtype)])

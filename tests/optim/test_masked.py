@@ -484,8 +484,15 @@ def test_bad_input_is_refused_by_name():
     for given, options, error, message in (
         (lacking, {}, ValueError, r"norm\.weight has no mask"),
         ({**masks, "one": torch.ones(2, dtype=torch.bool)}, {}, ValueError, r"one is \[1\], its mask \[2\]"),
-        ({**masks, "one": torch.ones(1)}, {}, TypeError, "give a bool tensor"),
+        ({**masks, "one": torch.ones(1)}, {}, TypeError, "give a Mask or a bool tensor"),
         (masks, {"lr": -1.0}, ValueError, r"lr is -1\.0"),
+        (masks, {"lr": "1e-6"}, ValueError, r"lr is '1e-6'.*in YAML"),
+        (masks, {"eps": "1e-8"}, ValueError, "eps is '1e-8'"),
+        (masks, {"betas": 0.9}, ValueError, "betas is 0.9"),
+        (masks, {"lr": float("nan")}, ValueError, "lr is nan"),
+        (masks, {"seed": 2**70}, ValueError, "seed"),
+        (None, {}, TypeError, "masks are NoneType"),
+        ({"other": torch.ones(3, dtype=torch.bool)}, {"unmasked": "freeze"}, ValueError, "none of the 1 masks"),
         (masks, {"betas": (1.0, 0.9)}, ValueError, "betas"),
         (masks, {"precision": "double"}, ValueError, "choose one of nearest"),
         (masks, {"decay": "up"}, ValueError, "choose one of zero"),
@@ -515,7 +522,7 @@ def test_groups_may_be_added_and_unmasked_parameters_trained_or_frozen():
     first, second, third = (torch.nn.Parameter(torch.ones(8)) for _ in range(3))
     optimizer = MaskedAdamW([("a", first)], masks={"a": torch.arange(8) < 4}, unmasked="train", lr=0.1)
     optimizer.add_param_group({"params": [("b", second)], "lr": 0.2})
-    frozen = MaskedAdamW([("c", third)], masks={"a": torch.arange(8) < 4}, unmasked="freeze")
+    frozen = MaskedAdamW([("a", torch.nn.Parameter(torch.ones(8))), ("c", third)], masks={"a": torch.arange(8) < 4}, unmasked="freeze")
     for p in (first, second, third):
         p.grad = torch.ones(8)
     optimizer.step()

@@ -56,7 +56,9 @@ def load_wide(tensor, COLUMN: tl.constexpr, base, at, active, BF16: tl.constexpr
 def widen_weights(stored, extra, PRECISION: tl.constexpr):
     """fp32 of bf16 weights, and of what they lack: patterns."""
     if PRECISION == EXACT:
-        return from_pattern((stored.to(tl.int32) - (extra.to(tl.int32) >> 15)) & 0xFFFF).to(tl.int32, bitcast=True) | extra.to(tl.int32)
+        upper, low = stored.to(tl.int32), extra.to(tl.int32)
+        low = tl.where(((upper & 0x7FFF) == 0) & (low >= 0x8000), 0, low)  # a weight that someone else set to zero
+        return from_pattern((upper - (low >> 15)) & 0xFFFF).to(tl.int32, bitcast=True) | low
     elif PRECISION == KAHAN:
         return bits_of(from_pattern(stored) + from_pattern(extra))
     else:

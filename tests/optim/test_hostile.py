@@ -1,0 +1,314 @@
+"""What has gone wrong around masked optimizers, or could: states, gradients and weights that are not what a kernel would read."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+
+from opdkernels.errors import InputError
+from opdkernels.masks import Mask, MaskSet
+from opdkernels.optim import MaskedAdamW, MaskedParameters, MaskedSGD, compact_gradients, in_model_order, mask_gradients
+
+P = torch.nn.Parameter
+
+
+def all_of(n: int) -> torch.Tensor:
+    return torch.ones(n, dtype=torch.bool)
+
+
+def stepped(param, *, optimizer=MaskedAdamW, mask=None, steps=1, **options):
+    made = optimizer([param], masks=[all_of(param.numel()).view(param.shape) if mask is None else mask], **options)
+    for _ in range(steps):
+        param.grad = torch.ones_like(param)
+        made.step()
+    return made
+
+
+def test_moments_are_fp32_whatever_torch_would_make_them():
+    dense = P(torch.randn(4096).bfloat16())
+    theirs = torch.optim.AdamW([dense])
+    dense.grad = torch.ones_like(dense)
+    theirs.step()
+    weight = P(dense.detach().clone())
+    ours = MaskedAdamW([weight], masks=[all_of(4096)])
+    ours.load_dense_state_dict(theirs.state_dict())
+    assert ours.state[weight]["exp_avg"].dtype == torch.float32
+    weight.grad = torch.ones_like(weight)
+    ours.step()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        other = stepped(P(torch.zeros(4096, dtype=torch.float32)), decay="toward_init")
+        assert {t.dtype for t in other.state_dict()["state"][0].values()} <= {torch.float32, torch.int64}
+        assert other.clip_grad_norm_(1.0).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_state_of_another_dtype_gets_what_it_lacks_or_is_refused():
+    wide = stepped(P(torch.zeros(64)))
+    weight = P(torch.zeros(64).bfloat16())
+    narrow = MaskedAdamW([weight], masks=[all_of(64)])
+    narrow.load_state_dict(wide.state_dict())
+    weight.grad = torch.ones_like(weight)
+    narrow.step()
+    assert narrow.state[weight]["remainder"].dtype == torch.int16
+    cast = copy.deepcopy(wide.state_dict())
+    cast["state"][0]["exp_avg"] = cast["state"][0]["exp_avg"].bfloat16()
+    wide.load_state_dict(cast)
+    assert wide.state[wide.param_groups[0]["params"][0]]["exp_avg"].dtype == torch.float32
+    drawn = stepped(P(torch.ones(64)), decay="toward_init")
+    other = MaskedAdamW([P(torch.ones(64).bfloat16())], masks=[all_of(64)], decay="toward_init")
+    with pytest.raises(InputError, match=r"has init of torch\.float32"):
+        other.load_state_dict(drawn.state_dict())
+    broken = copy.deepcopy(wide.state_dict())
+    broken["state"][0] |= {"cohort": torch.full((64,), 200, dtype=torch.uint8), "cohort_steps": torch.ones(1)}
+    with pytest.raises(InputError, match="cohorts without a step count"):
+        wide.load_state_dict(broken)
+
+
+def test_states_that_are_none_are_refused_in_words():
+    optimizer = stepped(P(torch.zeros(8)))
+    for given, message in (
+        ({}, "no optimizer state"),
+        ({"state": {}, "param_groups": [{"params": [0, 1]}]}, r"groups of \[2\]"),
+        (stepped(P(torch.zeros(8)), optimizer=MaskedSGD, momentum=0.9).state_dict(), "another optimizer's"),
+    ):
+        with pytest.raises(InputError, match=message):
+            optimizer.load_state_dict(given)
+    odd = copy.deepcopy(optimizer.state_dict())
+    odd["param_groups"][0]["precision"] = "double"
+    with pytest.raises(InputError, match="precision is 'double'"):
+        optimizer.load_state_dict(odd)
+    dense = P(torch.zeros(8))
+    sgd = torch.optim.SGD([dense], momentum=0.9)
+    dense.grad = torch.ones(8)
+    sgd.step()
+    with pytest.raises(InputError, match="another optimizer's"):
+        optimizer.load_dense_state_dict(sgd.state_dict())
+
+
+def test_a_loaded_rate_is_a_copy():
+    state = stepped(P(torch.zeros(8)), lr=torch.tensor(0.5)).state_dict()
+    first, second = (MaskedAdamW([P(torch.zeros(8))], masks=[all_of(8)]) for _ in range(2))
+    first.load_state_dict(state)
+    second.load_state_dict(state)
+    first.param_groups[0]["lr"].fill_(0.1)
+    assert float(second.param_groups[0]["lr"]) == 0.5
+
+
+def test_hooks_follow_the_mask():
+    for hook in (compact_gradients, mask_gradients):
+        layer, plain = (torch.nn.Linear(64, 64, bias=False) for _ in range(2))
+        plain.load_state_dict(layer.state_dict())
+        first = torch.zeros(64, 64, dtype=torch.bool)
+        first[0, 0] = True
+        optimizers = [MaskedSGD(one.named_parameters(), masks={"weight": first}, lr=1.0) for one in (layer, plain)]
+        hook(layer, optimizers[0])
+        for one, optimizer in zip((layer, plain), optimizers, strict=True):
+            optimizer.remap({"weight": ~first})
+            one(torch.ones(1, 64)).sum().backward()
+            optimizer.step()
+        assert torch.equal(layer.weight, plain.weight)
+
+
+def test_a_step_takes_what_was_gathered_and_forgets_it():
+    """Hugging Face's Trainer calls model.zero_grad, never the optimizer's."""
+    layer = torch.nn.Linear(4, 1, bias=False)
+    optimizer = MaskedSGD(layer.named_parameters(), masks={"weight": all_of(4).view(1, 4)}, lr=1.0)
+    hooks = compact_gradients(layer, optimizer)
+    start = layer.weight.detach().clone()
+    for _ in range(3):
+        layer(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        layer.zero_grad()
+    assert torch.allclose(layer.weight, start - 3)
+    layer(torch.ones(1, 4)).sum().backward()
+    hooks.remove()
+    layer.weight.grad = torch.full((1, 4), 100.0)
+    optimizer.step()
+    assert torch.allclose(layer.weight, start - 103)
+
+
+def test_a_gradient_of_another_shape_is_refused_before_anything_moves():
+    first, second = P(torch.zeros(8)), P(torch.zeros(8))
+    optimizer = MaskedSGD([first, second], masks=[all_of(8), all_of(8)], lr=1.0)
+    first.grad, second.grad = torch.ones(8), torch.ones(8)
+    optimizer.state[second] = {}
+    second.data = torch.zeros(16)
+    optimizer._bound[0][1].mask = Mask.from_bool(all_of(16))
+    with pytest.raises(ValueError, match=r"is \[16\], its gradient \[8\]"):
+        optimizer.step()
+    assert torch.equal(first, torch.zeros(8))
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_weights_that_are_set_to_zero_from_outside_stay_numbers(zero):
+    weight = P((torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 0.01).bfloat16())
+    optimizer = stepped(weight, steps=3)
+    with torch.no_grad():
+        weight.fill_(zero)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.isfinite(weight).all()
+    assert float(weight.detach().abs().max()) < 0.01
+
+
+def test_momentum_goes_on_from_a_dense_optimizer_and_may_begin_late():
+    """As torch.optim.SGD has it, which keeps no step count."""
+    for late in (False, True):
+        weight, dense = P(torch.zeros(4)), P(torch.zeros(4))
+        theirs = torch.optim.SGD([dense], lr=0.1, momentum=0.0 if late else 0.9)
+        ours = MaskedSGD([weight], masks=[all_of(4)], lr=0.1, momentum=0.0 if late else 0.9)
+        for step in range(4):
+            if step == 2:
+                if late:
+                    ours.param_groups[0]["momentum"] = theirs.param_groups[0]["momentum"] = 0.9
+                else:
+                    weight = P(dense.detach().clone())
+                    ours = MaskedSGD([weight], masks=[all_of(4)])
+                    ours.load_dense_state_dict(theirs.state_dict())
+            weight.grad, dense.grad = torch.full((4,), 1.0 + step), torch.full((4,), 1.0 + step)
+            ours.step()
+            theirs.step()
+        assert torch.equal(weight, dense)
+
+
+def test_a_clip_is_for_the_step_it_was_asked_for():
+    weight = P(torch.zeros(4))
+    optimizer = MaskedSGD([weight], masks=[all_of(4)], lr=1.0)
+    weight.grad = torch.full((4,), torch.nan)
+    optimizer.clip_grad_norm_(1.0)
+    optimizer.zero_grad()
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    assert torch.equal(weight, -torch.ones(4))
+    for wrong in (-1.0, float("nan"), "1"):
+        with pytest.raises(ValueError, match="max_norm is"):
+            optimizer.clip_grad_norm_(wrong)
+
+
+def test_only_whole_parts_of_names_are_dropped():
+    a, b, c = P(torch.zeros(4)), P(torch.zeros(4)), P(torch.zeros(4))
+    optimizer = MaskedAdamW([("emb_module.w", a), ("emb_w", b), ("submodule.w", c)],
+                            masks={"emb_w": all_of(4), "emb_module.w": ~all_of(4), "submodule.w": all_of(4)})  # fmt: skip
+    assert [binding.mask.nnz for binding in optimizer._bound[0]] == [0, 4, 4]
+    with pytest.raises(ValueError, match=r"norm\.weight has no mask"):
+        MaskedAdamW([("layers.0.norm.weight", a), ("norm.weight", b)], masks={"layers.0.norm.weight": all_of(4)})
+
+
+def test_unnamed_parameters_must_be_all_of_the_model():
+    model = torch.nn.Sequential(*(torch.nn.Linear(3, 3, bias=False) for _ in range(3)))
+    masks = in_model_order({name: torch.rand(3, 3) < 0.5 for name, _ in model.named_parameters()}, model)
+    with pytest.raises(ValueError, match="2 parameters without names and 3 masks"):
+        MaskedAdamW(list(model.parameters())[1:], masks=masks)
+
+
+def test_what_was_deleted_is_freed():
+    for make in (compact_gradients, mask_gradients):
+        model = torch.nn.Linear(8, 8)
+        optimizer = MaskedAdamW(model.named_parameters(), masks={name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters()})
+        hooks = make(model, optimizer)
+        gone = weakref.ref(model), weakref.ref(optimizer)
+        del model, optimizer, hooks
+        gc.collect()
+        assert [one() for one in gone] == [None, None]
+    model = torch.nn.Linear(8, 8)
+    compact = MaskedParameters(model, {"weight": torch.rand(8, 8) < 0.5})
+    gone = weakref.ref(model), weakref.ref(compact)
+    del model, compact
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+
+
+def test_an_optimizer_with_masks_from_a_file_is_copied_and_pickled(tmp_path):
+    mask = Mask.from_bool(torch.arange(64) % 3 == 0)
+    MaskSet({"w": mask}).save(tmp_path / "m.safetensors")
+    weight = P(torch.zeros(64))
+    optimizer = MaskedAdamW([("w", weight)], masks=tmp_path / "m.safetensors")
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert other._bound[0][0].mask == mask
+
+
+def test_masks_take_what_their_docstring_says():
+    """No bool tensor is kept, and places keep no bits beside them."""
+    flags = torch.rand(1 << 16) < 0.01
+    optimizer = stepped(P(torch.zeros(1 << 16)), mask=flags)
+    mask = optimizer._bound[0][0].mask
+    held = [value for value in vars(mask).values() if isinstance(value, torch.Tensor)]
+    assert sum(t.nbytes for t in {t.data_ptr(): t for t in held}.values()) == 4 * int(flags.sum())
+    assert all(isinstance(one, Mask) for one in optimizer._binder.in_order)
+    bits = torch.full((8,), 0xFF, dtype=torch.uint8)
+    kept = Mask.from_bits(bits, (64,))
+    bits.zero_()
+    assert kept.nnz == int(kept.to_bool().sum()) == 64
+
+
+def test_a_refused_remap_changes_nothing():
+    a, b = P(torch.zeros(8)), P(torch.zeros(8))
+    optimizer = MaskedAdamW([{"params": [a], "decay": "toward_init"}, {"params": [b]}], masks=[all_of(8), all_of(8)])
+    a.grad, b.grad = torch.ones(8), torch.ones(8)
+    optimizer.step()
+    before = a.detach().clone()
+    with pytest.raises(ValueError, match="no start to go back to"):
+        optimizer.remap([~all_of(8), ~all_of(8)], dropped="restore")
+    assert torch.equal(a, before)
+    assert optimizer._bound[0][0].mask.nnz == 8
+
+
+def test_options_that_change_on_the_way_are_followed_or_refused():
+    weight = P(torch.zeros(8))
+    optimizer = stepped(weight)
+    optimizer.param_groups[0]["amsgrad"] = True
+    weight.grad = torch.ones(8)
+    optimizer.step()
+    assert "max_exp_avg_sq" in optimizer.state[weight]
+    optimizer.param_groups[0]["decay"] = "toward_init"
+    with pytest.raises(InputError, match="lacks where the weights began"):
+        optimizer.step()
+    optimizer.param_groups[0].update(decay="zero", lr="oops")
+    count = float(optimizer.state[weight]["step"])
+    with pytest.raises(ValueError, match="lr is 'oops'"):
+        optimizer.step()
+    assert float(optimizer.state[weight]["step"]) == count
+
+
+def test_a_refused_group_leaves_the_optimizer_as_it_was():
+    first, bad, good = P(torch.zeros(4)), P(torch.zeros(5)), P(torch.zeros(6))
+    optimizer = MaskedAdamW([first], masks=[all_of(4), all_of(6)])
+    with pytest.raises(ValueError, match=r"is \[5\], its mask \[6\]"):
+        optimizer.add_param_group({"params": [bad]})
+    optimizer.add_param_group({"params": [good]})
+    assert [len(optimizer.param_groups), len(optimizer._bound)] == [2, 2]
+
+
+def test_compact_parameters_have_hooks_that_fire():
+    """Trainers that reduce gradients do so in hooks on the parameters that they were given."""
+    model = torch.nn.Linear(8, 8)
+    compact = MaskedParameters(model, {"weight": torch.rand(8, 8) < 0.5})
+    seen = []
+    compact.values[0].register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    for _ in range(2):
+        model(torch.ones(1, 8)).sum().backward()
+    assert len(seen) == 2
+    assert torch.equal(seen[1], 2 * seen[0])
+    with pytest.raises(TypeError, match="bound to their model"):
+        copy.deepcopy(compact)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    compact.read()
+    assert torch.equal(compact.values[0], torch.full_like(compact.values[0], 3.0))
+
+
+def test_sparse_gradients_are_refused_alike():
+    for serve in (compact_gradients, mask_gradients):
+        table = torch.nn.Embedding(8, 4, sparse=True)
+        optimizer = MaskedAdamW(table.named_parameters(), masks={"weight": all_of(32).view(8, 4)})
+        serve(table, optimizer)
+        with pytest.raises(RuntimeError, match="weight has a sparse gradient"):
+            table(torch.tensor([1])).sum().backward()
