@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from opdkernels.backends import gpu
 from opdkernels.backends.triton import launch
 from opdkernels.backends.triton.numeric import (
     LIMB_LANES,
@@ -44,8 +45,6 @@ from opdkernels.backends.triton.numeric import (
 WARPS, REGISTERS = 4, 160  # registers a thread: three programs a multiprocessor
 EXPONENTS = 2  # that a program of `fold` takes: 128 programs
 MAX_COPIES, COORDINATES_A_COPY = 8, 1 << 22  # zeroing and folding a copy costs as much as counting some millions
-MAX_CUTS, MAX_THRESHOLDS = 4, 5
-NEVER = 0x7FFF  # no finite magnitude exceeds this pattern
 
 BINS, INFINITE = tl.constexpr(1 << 15), tl.constexpr(0x7F80)
 MANTISSAS = tl.constexpr(128)  # bins of one exponent, of one scale
@@ -58,7 +57,7 @@ LOW, LOW_SQUARE, LOWS = tl.constexpr(0), tl.constexpr(1), 2
 # Flags of a coordinate, counted together.
 FLAG_NONFINITE, FLAG_EQUAL, FLAG_ETA, FLAG_ZERO, FLAGS = (tl.constexpr(x) for x in (1, 2, 4, 8, 16))
 
-# Rules: four cuts, ten limits in order, the count that each limit belongs to.
+# Rules (`gpu.rules_of`): another cut or threshold compiles nothing.
 CUT, LIMIT, SLOT, LIMITS, LIMIT_LANES = (tl.constexpr(x) for x in (0, 4, 14, 10, 16))
 
 # The tally, as opdkernels/ops/delta.py lays it out.
@@ -311,30 +310,6 @@ def fold(work, low_sums, tables, sums, copies, cuts, BF16: tl.constexpr, EXPONEN
         add_units(sums + 3 * LIMBS, tl.sum(low, 1), e + 1074 - 150)
 
 
-def limits(threshold: float, kind: type[np.floating]) -> tuple[int, int]:
-    """The patterns from which a magnitude is not below a threshold, and from which it is beyond it.
-
-    >>> [hex(limit) for limit in limits(0.5, np.float32)]
-    ['0x3f000000', '0x3f000001']
-    """
-    if not threshold > 0:
-        return 0, int(threshold == 0)
-    with np.errstate(over="ignore"):
-        nearest = kind(threshold)
-    pattern = int(nearest.view(np.int64 if kind is np.float64 else np.int32))
-    return pattern + int(float(nearest) < threshold), pattern + int(float(nearest) <= threshold)
-
-
-def rules_of(cuts: Sequence[int], thresholds: Sequence[float], kind: type[np.floating]) -> list[int]:
-    """What a kernel compares with, as data: another cut or threshold compiles nothing."""
-    bounds = [(0, C_LT.value)] * 2 * (MAX_THRESHOLDS - len(thresholds))  # nothing is below zero
-    for k, threshold in enumerate(thresholds):
-        below, beyond = limits(threshold, kind)
-        bounds += [(below, C_LT.value + k), (beyond, C_LE.value + k)]
-    bounds.sort()
-    return [*cuts, *[NEVER] * (MAX_CUTS - len(cuts)), *(limit for limit, _ in bounds), *(slot for _, slot in bounds)]
-
-
 def shape_of(source: torch.dtype, trained: torch.dtype) -> tuple[int, int | None]:
     """Coordinates of a tile, so many that either side is loaded 16 bytes wide, and the bound of registers a thread."""
     if min(source.itemsize, trained.itemsize) > 2:
@@ -359,16 +334,16 @@ def delta_(
     bf16 = source.dtype == trained.dtype == torch.bfloat16
     tile, registers = shape_of(source.dtype, trained.dtype)
     rules = torch.tensor(
-        rules_of(cuts, thresholds, np.float64 if wide else np.float32), dtype=torch.int64 if wide else torch.int32, device=device
+        gpu.rules_of(cuts, thresholds, np.float64 if wide else np.float32), dtype=torch.int64 if wide else torch.int32, device=device
     )
     source, trained = source.view(-1), trained.view(-1)
-    for start, size in launch.slices(n):
+    for start, size in gpu.slices(n):
         copies = max(1, min(MAX_COPIES, size // COORDINATES_A_COPY))
         work = torch.zeros(copies, WORK, BINS.value, dtype=torch.int32, device=device)
         low_sums = torch.zeros(copies, LOWS, BINS.value, dtype=torch.int64, device=device) if bf16 else None
         launch.run(
             count, (launch.programs(device, triton.cdiv(size, tile)),),
-            source.narrow(0, start, size), trained.narrow(0, start, size), launch.mask_from(mask, start), work, low_sums, rules,
+            source.narrow(0, start, size), trained.narrow(0, start, size), gpu.mask_from(mask, start), work, low_sums, rules,
             counts, sums, maximum.view(torch.int64), size, copies,
             warps=WARPS, registers=registers, WIDE=tl.float64 if wide else tl.float32, BF16=bf16, TILE=tile,
         )  # fmt: skip

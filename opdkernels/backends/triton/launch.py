@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-SLICE = 1 << 30  # elements a launch: 32-bit counters of one cannot overflow
 PROGRAMS_PER_PROCESSOR = 4  # two to four programs of eight warps run at once
 PROCESSORS_INTERPRETED = 1  # without a GPU the programs run one after another
 
@@ -22,16 +20,6 @@ def processors(device: torch.device) -> int:
 def programs(device: torch.device, tiles: int) -> int:
     """Programs that share the tiles: no more than there are, and no more than the device runs at once."""
     return max(1, min(tiles, processors(device) * PROGRAMS_PER_PROCESSOR))
-
-
-def slices(n: int) -> Iterator[tuple[int, int]]:
-    """Start and size of the ranges of n elements that are launched one by one."""
-    return ((start, min(SLICE, n - start)) for start in range(0, n, SLICE))
-
-
-def mask_from(mask: torch.Tensor | None, start: int) -> torch.Tensor | None:
-    """The bits of a slice, where there is a mask: eight to a byte."""
-    return None if mask is None else mask.narrow(0, start // 8, mask.numel() - start // 8)
 
 
 def options(warps: int, registers: int | None, *, amd: bool) -> dict[str, Any]:

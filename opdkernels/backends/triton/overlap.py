@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from opdkernels.backends import gpu
 from opdkernels.backends.triton import launch
 from opdkernels.backends.triton.numeric import from_pattern, magnitude_bits, pattern_of
 
@@ -28,7 +29,7 @@ REGISTERS = 128  # a thread, for up to four runs: four programs a multiprocessor
 WIDEST = 40  # bytes of a coordinate in all tensors; of more, half a tile fits the registers
 MAX_COPIES, COORDINATES_A_COPY = 8, 1 << 22
 BINS = tl.constexpr(1 << 15)
-GROUP, GROUP_SETS = tl.constexpr(4), tl.constexpr(16)
+GROUP, GROUP_SETS = tl.constexpr(gpu.GROUP), tl.constexpr(gpu.GROUP_SETS)
 NONFINITE_FROM = tl.constexpr(0x7F7F8000)  # the midpoint above the largest finite bf16: from there differences round to Inf
 
 
@@ -88,32 +89,6 @@ def count(source, trained, joint, sets, counts, n, copies, limit, TILE: tl.const
     tl.atomic_add(counts + 1, tl.sum(lost).to(tl.int64), sem="relaxed")
 
 
-def change_limit(cut: int) -> int:
-    """The least difference, as fp32 bits, whose rounding exceeds a cut: midpoints go to the even neighbour.
-
-    >>> hex(change_limit(0)), hex(change_limit(1))
-    ('0x8001', '0x18000')
-    """
-    return (cut << 16) + 0x8001 - (cut & 1)
-
-
-def members(runs: int, device: torch.device) -> torch.Tensor:
-    """Which runs each of the 2^runs sets holds, fp64 [2^runs, runs]: counts below 2^53 add up exactly in it."""
-    places = torch.arange(runs, device=device)
-    return ((torch.arange(1 << runs, device=device).unsqueeze(1) >> places) & 1).double()
-
-
-def fold(joint: torch.Tensor, n_sets: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
-    """Adds joint counts int64 [groups, 16, 32768] and counts of sets int64 [2^runs] to the operator's outputs."""
-    source_table, changed, both, runs = outputs
-    source_table += joint.select(0, 0).sum(0)
-    of_group = members(GROUP.value, joint.device)
-    changed += torch.matmul(of_group.T, joint.double()).long().flatten(0, 1).narrow(0, 0, len(changed))
-    of_set = members(len(changed), joint.device)
-    both += torch.matmul(of_set.T, of_set * n_sets.double().unsqueeze(1)).long()
-    runs.index_add_(0, of_set.sum(1).long(), n_sets)
-
-
 def overlap_(
     source: torch.Tensor,
     trained: Sequence[torch.Tensor],
@@ -129,19 +104,13 @@ def overlap_(
     groups = triton.cdiv(n_runs, GROUP.value)
     source, trained = source.view(-1), [tensor.view(-1) for tensor in trained]
     tile = TILE if sum(tensor.itemsize for tensor in (source, *trained)) <= WIDEST else TILE // 2
-    for start, size in launch.slices(source.numel()):
+    for start, size in gpu.slices(source.numel()):
         copies = max(1, min(MAX_COPIES, size // COORDINATES_A_COPY))
         joint = torch.zeros(copies, groups, GROUP_SETS.value, BINS.value, dtype=torch.int32, device=device)
         sets = torch.zeros(copies, 1 << n_runs, dtype=torch.int32, device=device) if groups > 1 else None
         launch.run(
             count, (launch.programs(device, triton.cdiv(size, tile)),),
             source.narrow(0, start, size), tuple(tensor.narrow(0, start, size) for tensor in trained), joint, sets,
-            counts, size, copies, change_limit(cut), warps=WARPS, registers=REGISTERS if sets is None else None, TILE=tile,
+            counts, size, copies, gpu.change_limit(cut), warps=WARPS, registers=REGISTERS if sets is None else None, TILE=tile,
         )  # fmt: skip
-        total = joint.sum(0)
-        if sets is None:
-            n_sets = total.sum((0, 2)).narrow(0, 0, 1 << n_runs)
-        else:
-            n_sets = sets.sum(0)
-            n_sets.narrow(0, 0, 1).add_(total.select(0, 0).sum() - n_sets.sum())  # those that no run changed
-        fold(total, n_sets, (source_table, changed, both, runs))
+        gpu.fold_overlap(joint.sum(0), None if sets is None else sets.sum(0), (source_table, changed, both, runs))

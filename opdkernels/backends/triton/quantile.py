@@ -20,14 +20,13 @@ import torch
 import triton
 import triton.language as tl
 
+from opdkernels.backends import gpu
 from opdkernels.backends.triton import launch
 from opdkernels.backends.triton.numeric import magnitude_bits
 
 TILE = 2048
-DIGIT_BITS, DIGITS = 16, 1 << 16
-TABLE = tl.constexpr(DIGITS)
+TABLE = tl.constexpr(gpu.DIGITS)
 MAX_COPIES, VALUES_A_COPY = 8, 1 << 22
-INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F80, torch.float64: 0x7FF0}  # its first digit
 
 
 @triton.jit
@@ -105,61 +104,20 @@ def count_digits(values, mask, prefixes, tables, n, shift, ranks, copies, TILE: 
 def digit_table(values: torch.Tensor, mask: torch.Tensor | None, prefixes: torch.Tensor, shift: int) -> torch.Tensor:
     """Counts of the digit at `shift`, int64 [ranks, 2, 2^16]."""
     ranks, device = len(prefixes), values.device
-    total = torch.zeros(ranks, 2, DIGITS, dtype=torch.int64, device=device)
-    for start, size in launch.slices(values.numel()):
+    total = torch.zeros(ranks, 2, gpu.DIGITS, dtype=torch.int64, device=device)
+    for start, size in gpu.slices(values.numel()):
         copies = max(1, min(MAX_COPIES // ranks, size // VALUES_A_COPY))
-        tables = torch.zeros(copies, ranks, 2, DIGITS, dtype=torch.int32, device=device)
+        tables = torch.zeros(copies, ranks, 2, gpu.DIGITS, dtype=torch.int32, device=device)
         launch.run(
             count_digits, (launch.programs(device, triton.cdiv(size, TILE)),),
-            values.narrow(0, start, size), launch.mask_from(mask, start), prefixes, tables, size, shift, ranks, copies, TILE=TILE,
+            values.narrow(0, start, size), gpu.mask_from(mask, start), prefixes, tables, size, shift, ranks, copies, TILE=TILE,
         )  # fmt: skip
         total += tables.sum(0)
     return total
-
-
-def from_key(keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The magnitudes of keys, fp64."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    return keys.to(integers).view(dtype).double()
-
-
-def next_digit(
-    table: torch.Tensor, rank: torch.Tensor, largest: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The digit at which counts from the wanted end reach each rank [K], and how many lie before and at it [K, 2].
-
-    table: [K, 2, 2^16], outside and inside the mask.
-    """
-    ordered = table.flip(2) if largest else table
-    reached = ordered.cumsum(2)
-    place = torch.searchsorted(reached.sum(1), rank.unsqueeze(1)).clamp(max=DIGITS - 1)
-    here = place.unsqueeze(1).expand(-1, 2, -1)
-    at = ordered.gather(2, here).squeeze(2)
-    digit = (DIGITS - 1 - place if largest else place).squeeze(1)
-    return digit, reached.gather(2, here).squeeze(2) - at, at
 
 
 def quantile(
     values: torch.Tensor, k: Sequence[int], largest: bool, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The operator, for contiguous tensors of one device."""
-    device, dtype, values = values.device, values.dtype, values.view(-1)
-    if not k:
-        return torch.empty(0, dtype=torch.float64, device=device), torch.empty(0, 5, dtype=torch.int64, device=device)
-    first = 8 * dtype.itemsize - DIGIT_BITS
-    keys = torch.zeros(1, dtype=torch.int64, device=device)
-    before = torch.zeros(len(k), 2, dtype=torch.int64, device=device)
-    for shift in range(first, -1, -DIGIT_BITS):
-        table = digit_table(values, mask, keys, shift)
-        if shift == first:  # one table for all ranks
-            beyond = INFINITY[dtype] + 1
-            not_numbers = table.narrow(2, beyond, DIGITS - beyond)
-            n_nan = not_numbers.sum()
-            not_numbers.zero_()
-            rank = torch.tensor(k, dtype=torch.int64, device=device).clamp(max=table.sum())  # more than there are: all of them
-            table = table.expand(len(k), -1, -1)
-        digit, passed, at = next_digit(table, rank, largest)
-        keys, before, rank = keys << DIGIT_BITS | digit, before + passed, rank - passed.sum(1)
-    tied = at.sum(1)
-    counts = torch.stack([before.sum(1), tied, before.select(1, 1), at.select(1, 1), n_nan.expand(len(k))], 1)
-    return torch.where(tied > 0, from_key(keys, dtype), float("nan")), counts
+    return gpu.cut_by_digits(digit_table, values, k, largest, mask)

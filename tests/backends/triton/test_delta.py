@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
+from opdkernels.backends import gpu
 from opdkernels.backends.triton import delta as kernels
-from opdkernels.backends.triton import launch
 from opdkernels.ops import delta as ops
 from opdkernels.ops.delta import DEFAULT_CUTS, DTYPES, THRESHOLDS, Tally
 from tests.conftest import make_pair
@@ -58,7 +58,7 @@ def test_all_bf16_patterns_against_a_shuffle():
 def test_copies_and_slices_change_no_bit(dtype, monkeypatch):
     monkeypatch.setattr(kernels, "shape_of", lambda *dtypes: (512, None))
     monkeypatch.setattr(kernels, "COORDINATES_A_COPY", 1024)
-    monkeypatch.setattr(launch, "SLICE", 2048)
+    monkeypatch.setattr(gpu, "SLICE", 2048)
     assert_equal(*make_pair(4501, dtype))
 
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from opdkernels.backends.triton import launch
+from opdkernels.backends import gpu
 from opdkernels.backends.triton import overlap as kernels
 from opdkernels.ops.delta import DTYPES
 from opdkernels.ops.overlap import DEFAULT_CUT, Overlap
@@ -53,7 +53,7 @@ def test_every_cut_of_few_bits_rounds_as_the_definition():
 def test_copies_and_slices_change_no_count(monkeypatch):
     monkeypatch.setattr(kernels, "TILE", 512)
     monkeypatch.setattr(kernels, "COORDINATES_A_COPY", 512)
-    monkeypatch.setattr(launch, "SLICE", 2048)
+    monkeypatch.setattr(gpu, "SLICE", 2048)
     for n_runs in (2, 5):
         tensors = make_runs(5001, (BF16,) * (n_runs + 1))
         assert by_kernel(*tensors) == by_reference(*tensors)

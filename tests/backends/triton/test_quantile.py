@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from opdkernels.backends.triton import launch
+from opdkernels.backends import gpu
 from opdkernels.backends.triton import quantile as kernels
 from opdkernels.ops import quantile as ops
 from opdkernels.ops.delta import DTYPES
@@ -62,7 +62,7 @@ def test_misaligned_views(dtype):
 def test_copies_and_slices_change_no_count(monkeypatch):
     monkeypatch.setattr(kernels, "TILE", 512)
     monkeypatch.setattr(kernels, "VALUES_A_COPY", 512)
-    monkeypatch.setattr(launch, "SLICE", 2048)
+    monkeypatch.setattr(gpu, "SLICE", 2048)
     values = make_pair(5001, torch.float32)[0]
     values[::3] = 0
     assert_equal(values, [40, 2000, 4900], make_mask(5001))
