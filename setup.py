@@ -1,8 +1,13 @@
 """Builds opdkernels._C, the CPU kernels: no torch headers, so one build serves every torch. Each instruction set is one
-translation unit with its own flags, chosen at run time. Without a compiler the package installs and runs on the reference."""
+translation unit with its own flags, chosen at run time. Without a compiler the package installs and runs on the reference.
+
+Where nvcc is, builds opdkernels/_cuda.so too, the CUDA kernels: machine code for the GPUs below and PTX for later ones. It needs
+no GPU, neither here nor to be loaded; without it NVRTC or Triton serves GPUs, so that it never fails an install."""
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,9 +23,38 @@ ISA_FLAGS = {
 # No contraction: reference and every instruction set agree bit for bit.
 FLAGS = ["-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden", "-g0"]
 SOURCES = ["csrc/bindings.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp") if X86 or p.stem not in ISA_FLAGS)]
+CUDA_ARCHITECTURES = ("80", "90", "100")
+NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC", "-Xcompiler", "-O2", "--threads", "0"]
+CUDA_SOURCES = sorted(str(p) for p in Path("csrc/cuda").iterdir() if p.suffix in (".cu", ".cpp"))
+CUDA_DEPENDS = [*CUDA_SOURCES, *(str(p) for folder in ("csrc", "csrc/cuda") for p in Path(folder).glob("*.h"))]
+
+
+def build_cuda(nvcc, library):
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    targets = [f"arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES if f"compute_{a}" in known]
+    targets.append(f"arch=compute_{CUDA_ARCHITECTURES[0]},code=compute_{CUDA_ARCHITECTURES[0]}")
+    subprocess.run([nvcc, *NVCC_FLAGS, *(f"-gencode={t}" for t in targets), *CUDA_SOURCES, "-o", str(library)], check=True)
 
 
 class Build(build_ext):
+    def run(self):
+        super().run()
+        package = Path(self.get_ext_fullpath("opdkernels._C")).parent
+        if not self.inplace:  # what NVRTC compiles, where there was no nvcc
+            for path in map(Path, CUDA_DEPENDS):
+                (package / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, package / path)
+        home = os.environ.get("CUDA_HOME")
+        nvcc = (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which("nvcc")
+        library = package / "_cuda.so"
+        newest = max(os.path.getmtime(path) for path in CUDA_DEPENDS)
+        if nvcc is None or (library.is_file() and library.stat().st_mtime > newest):
+            return
+        try:
+            build_cuda(nvcc, library)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"opdkernels: no CUDA kernels, NVRTC or Triton will serve ({error})", file=sys.stderr)
+
     def build_extensions(self):
         openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
         compile_one = self.compiler._compile
@@ -40,8 +74,9 @@ class Build(build_ext):
             print(f"opdkernels: no compiled kernels, the reference will serve ({error})", file=sys.stderr)
 
 
-depends = [str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inl")]
-setup(
-    ext_modules=[Pybind11Extension("opdkernels._C", SOURCES, depends=depends, cxx_std=17, optional=not os.environ.get("OPDKERNELS_REQUIRE_C"))],
-    cmdclass={"build_ext": Build},
-)
+if __name__ == "__main__":
+    depends = [str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inl")]
+    setup(
+        ext_modules=[Pybind11Extension("opdkernels._C", SOURCES, depends=depends, cxx_std=17, optional=not os.environ.get("OPDKERNELS_REQUIRE_C"))],
+        cmdclass={"build_ext": Build},
+    )

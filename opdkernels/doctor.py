@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from opdkernels.backends import cpu, select, triton
+from opdkernels.backends import cpu, cuda, select, triton
 from opdkernels.version import __version__
 
 
@@ -23,10 +23,18 @@ def installed(package: str) -> str | None:
 
 
 def cuda_kernels() -> str:
+    """Who serves tensors on a GPU, and why those before it in the order do not."""
     if select.forced() == select.REFERENCE:
         return "not used: OPDKERNELS_BACKEND=reference asks for the reference"
-    why = triton.why_not()
-    return f"the plain PyTorch reference serves: {why}" if why else "Triton serves tensors on a GPU"
+    passed_over = [f"not {name}: {why}" for name, why in (("CUDA C++", cuda.why_not()), ("Triton", triton.why_not())) if why]
+    if select.forced() == "triton" and not triton.why_not():
+        return "Triton serves tensors on a GPU: OPDKERNELS_BACKEND=triton"
+    if not cuda.why_not():
+        origin = "built at install" if cuda.source_at_hand() == "built" else "compiled by NVRTC at the first call"
+        who = f"CUDA C++, {origin}, serves tensors on a GPU, Triton what it lacks"
+    else:
+        who = "the plain PyTorch reference serves" if triton.why_not() else "Triton serves tensors on a GPU"
+    return "; ".join([who, *passed_over])
 
 
 def examine() -> dict[str, Any]:
@@ -52,11 +60,14 @@ def examine() -> dict[str, Any]:
         "instruction_sets": module.available_isas() if module is not None else [],
         "instruction_set_used": module.current_isa() if module is not None else None,
         "compiler_here": shutil.which("g++") or shutil.which("c++"),
+        "cuda_library": cuda.cuda_of_library(),
+        "cupy": cuda.cuda_of_cupy(),
+        "nvcc_here": shutil.which("nvcc"),
         "triton": installed("triton"),
         "cuda_built_into_torch": torch.version.cuda,
         "cuda_devices": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "cuda_kernels": cuda_kernels(),
-        "cuda_operators": {name: select.chosen(name, "cuda") for name in sorted(triton.FAMILIES)},
+        "cuda_operators": {name: select.chosen(name, "cuda") for name in sorted({*triton.FAMILIES, *cuda.KERNELS})},
         "huggingface_hub": installed("huggingface_hub"),
         "safetensors": installed("safetensors"),
         "pandas": importlib.util.find_spec("pandas") is not None,
@@ -66,6 +77,8 @@ def examine() -> dict[str, Any]:
 def lines(found: dict[str, Any]) -> list[str]:
     """The same for people."""
     sets = ", ".join(found["instruction_sets"]) or "none"
+    library = f"for CUDA {found['cuda_library']}" if found["cuda_library"] else "no"
+    cupy = f"CuPy for CUDA {found['cupy']}" if found["cupy"] else "no CuPy"
     return [
         f"opdkernels {found['opdkernels']}, Python {found['python']}, torch {found['torch']}, {found['machine']}, {found['threads']} threads",
         f"CPU kernels      {found['cpu_kernels']}",
@@ -76,6 +89,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"CUDA             {found['cuda_devices']} devices; torch is built {'for CUDA ' + found['cuda_built_into_torch'] if found['cuda_built_into_torch'] else 'without CUDA'}",
         f"  kernels        {found['cuda_kernels']}",
         f"  operators      {', '.join(f'{name} by {backend}' for name, backend in found['cuda_operators'].items())}",
+        f"  built          {library}; {cupy}; nvcc {found['nvcc_here'] or 'is not here'}",
         f"  triton         {found['triton'] or 'not installed'}",
         f"Hub ids          {'huggingface_hub ' + found['huggingface_hub'] if found['huggingface_hub'] else 'not read: pip install opdkernels[hub]'}",
     ]

@@ -1,4 +1,4 @@
-"""Which backend serves an operator on a device: the first that can, in the order measured; OPDKERNELS_BACKEND may name one.
+"""Which backend serves an operator on a device: the first that can, in this order; OPDKERNELS_BACKEND may name one.
 
 Where none can, the plain PyTorch reference serves. A backend is a module of this folder that says which operators it `serves`,
 and gives its `kernel` of each.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from opdkernels.backends import cpu, triton
+from opdkernels.backends import cpu, cuda, triton
 from opdkernels.errors import UsageError
 
-BACKENDS = {"cpu": cpu, "triton": triton}
-ORDER = {"cpu": ("cpu",), "cuda": ("triton",)}  # AMD's devices are "cuda" to torch too
+BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton}
+ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # AMD's devices are "cuda" to torch too; not yet measured on a GPU
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 REFERENCE = "reference"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from opdkernels import doctor
-from opdkernels.backends import cpu, select, triton
+from opdkernels.backends import cpu, cuda, select, triton
 from opdkernels.errors import UsageError
 from opdkernels.ops import gram, overlap, quantile  # noqa: F401  (declare their operators)
 from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS, Tally
@@ -33,12 +33,43 @@ def with_triton(monkeypatch, version: str | None) -> None:
     monkeypatch.setattr(triton, "version", installed)
 
 
+def with_cuda(monkeypatch, *, torch_for: str | None = "13.0", library: int | None = None, cupy: int | None = None) -> None:
+    monkeypatch.setattr(torch.version, "cuda", torch_for)
+    monkeypatch.setattr(cuda, "cuda_of_library", lambda: library)
+    monkeypatch.setattr(cuda, "cuda_of_cupy", lambda: cupy)
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_triton_serves_on_cuda(monkeypatch, operator):
     for version, backend in (("3.6.0", "triton"), ("3.10.0+git1", "triton"), ("3.5.1", "reference"), (None, "reference")):
         with_triton(monkeypatch, version)
         assert select.chosen(operator, "cuda") == backend
         assert ("CUDA" in select.kernels(operator)) == (backend == "triton")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_cuda_kernels_serve_before_triton(monkeypatch, operator):
+    with_triton(monkeypatch, "3.7.1")
+    first = "cuda" if operator in cuda.KERNELS else "triton"
+    for has, backend in (({"library": 13}, first), ({"cupy": 13}, first), ({"library": 12, "cupy": 12}, "triton"), ({"torch_for": None}, "triton"), ({}, "triton")):
+        with_cuda(monkeypatch, **has)
+        assert select.chosen(operator, "cuda") == backend
+    with_cuda(monkeypatch, library=13)
+    monkeypatch.setenv("OPDKERNELS_BACKEND", "triton")
+    assert select.chosen(operator, "cuda") == "triton"
+
+
+def test_doctor_says_why_cuda_kernels_do_not_serve(monkeypatch):
+    with_triton(monkeypatch, "3.7.1")
+    with_cuda(monkeypatch, library=12, cupy=12)
+    said = "\n".join(doctor.lines(doctor.examine()))
+    assert "Triton serves" in said
+    assert "torch is built for CUDA 13, the kernels built at install are for CUDA 12 and CuPy is for CUDA 12: pip install cupy-cuda13x" in said
+    for has, origin in (({"library": 13}, "built at install"), ({"cupy": 13}, "compiled by NVRTC at the first call")):
+        with_cuda(monkeypatch, **has)
+        assert f"CUDA C++, {origin}, serves tensors on a GPU" in doctor.examine()["cuda_kernels"]
+    monkeypatch.setenv("OPDKERNELS_BACKEND", "triton")
+    assert "OPDKERNELS_BACKEND=triton" in doctor.examine()["cuda_kernels"]
 
 
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels")
@@ -58,7 +89,7 @@ def test_the_reference_serves_everywhere_when_it_is_named(monkeypatch):
 
 def test_an_unknown_name_is_refused(monkeypatch):
     monkeypatch.setenv("OPDKERNELS_BACKEND", "cudnn")
-    with pytest.raises(UsageError, match="OPDKERNELS_BACKEND is cudnn; choose one of cpu, triton, reference"):
+    with pytest.raises(UsageError, match="OPDKERNELS_BACKEND is cudnn; choose one of cpu, cuda, triton, reference"):
         select.chosen("delta_", "cuda")
 
 

@@ -1,0 +1,127 @@
+// What the grids share: loads, sums over a warp, exact sums by atomics, and how kernels are started.
+// Compiled by nvcc and NVRTC, and by g++ behind a header that stands in for the device. Includes only numeric.h.
+#pragma once
+#include "../numeric.h"
+
+#define OPD_WARP 32
+#define OPD_ALL_LANES 0xFFFFFFFFu
+#define OPD_SMALL_BYTES 8192  // shared memory before the tables, for everything else of a block
+#define OPD_SHARED_BINS 16384 // of a table in shared memory, 64 KiB: magnitudes below 2, as nearly all weights are
+
+typedef unsigned char opd_u8;
+
+enum Dtype { BF16 = 0, FP16 = 1, FP32 = 2, FP64 = 3 };
+
+#if defined(__CUDACC__)
+#define OPD_DYNAMIC_SHARED(name) extern __shared__ __align__(16) opd_u8 name[]
+#endif
+
+// Every argument of a kernel is eight bytes, a pointer or an opd_i64, so that one launcher serves C, ctypes and CuPy.
+#if defined(__CUDACC_RTC__)
+#define OPD_LAUNCHER(kernel)  // CuPy starts a kernel by its name
+#elif defined(__CUDACC__)
+template <class... P>
+int opd_start(void (*kernel)(P...), const opd_i64* arguments, int count, opd_i64 blocks, int threads, int shared_bytes, int device,
+              void* stream) {
+  static_assert(((sizeof(P) == 8) && ...), "an argument of a kernel is a pointer or an opd_i64");
+  if (count != (int)sizeof...(P)) return cudaErrorInvalidValue;
+  void* slots[sizeof...(P)];
+  for (int i = 0; i < count; i++) slots[i] = (void*)(arguments + i);
+  cudaError_t status = cudaSetDevice(device);
+  if (status == cudaSuccess) status = cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (status == cudaSuccess)
+    status = cudaLaunchKernel((const void*)kernel, dim3((unsigned)blocks), dim3((unsigned)threads), slots, (size_t)shared_bytes, (cudaStream_t)stream);
+  if (status != cudaSuccess) cudaGetLastError();  // cleared: the next launch reports its own
+  return status;
+}
+#define OPD_LAUNCHER(kernel)                                                                                                       \
+  extern "C" int kernel##_launch(const opd_i64* arguments, int count, opd_i64 blocks, int threads, int shared_bytes, int device, \
+                                 void* stream) {                                                                                 \
+    return opd_start(kernel, arguments, count, blocks, threads, shared_bytes, device, stream);                                   \
+  }
+#endif
+
+// Up to sixteen bytes of neighbouring values, as they lie in memory.
+struct Vector { opd_u32 word[4]; };
+
+// Values [i, i + V) of `bytes` bytes each, zeros from n on. One load of V * bytes bytes, which is 4, 8 or 16, where all of it is
+// there and its address allows it. Streamed: the caches are for tables.
+template <int V>
+__device__ __forceinline__ Vector load(const void* data, int bytes, opd_i64 i, opd_i64 n) {
+  Vector x = {{0, 0, 0, 0}};
+  const char* at = (const char*)data + i * bytes;
+  const opd_u64 width = (opd_u64)(V * bytes);
+  if (i + V <= n && ((opd_u64)at & (width - 1)) == 0) {
+    if (width == 16) {
+      uint4 four = __ldcs((const uint4*)at);
+      x.word[0] = four.x; x.word[1] = four.y; x.word[2] = four.z; x.word[3] = four.w;
+    } else if (width == 8) {
+      uint2 two = __ldcs((const uint2*)at);
+      x.word[0] = two.x; x.word[1] = two.y;
+    } else {
+      x.word[0] = __ldcs((const opd_u32*)at);
+    }
+    return x;
+  }
+#pragma unroll
+  for (int j = 0; j < V; j++) {
+    if (i + j >= n) continue;
+    if (bytes == 2) {
+      x.word[j >> 1 & 3] |= (opd_u32)__ldcs((const opd_u16*)at + j) << 16 * (j & 1);
+    } else if (bytes == 4) {
+      x.word[j & 3] = __ldcs((const opd_u32*)at + j);
+    } else {
+      opd_u64 wide = __ldcs((const opd_u64*)at + j);
+      x.word[2 * j & 3] = (opd_u32)wide;
+      x.word[(2 * j + 1) & 3] = (opd_u32)(wide >> 32);
+    }
+  }
+  return x;
+}
+
+OPD_FN int element_bytes(int dtype) { return dtype == FP64 ? 8 : dtype == FP32 ? 4 : 2; }
+OPD_FN opd_u16 half_of(const Vector& x, int j) { return (opd_u16)(x.word[j >> 1 & 3] >> 16 * (j & 1)); }
+OPD_FN float single_of(const Vector& x, int j) { return bits_float(x.word[j & 3]); }
+OPD_FN double double_of(const Vector& x, int j) { return bits_double((opd_u64)x.word[(2 * j + 1) & 3] << 32 | x.word[2 * j & 3]); }
+
+// The bfloat16 pattern of value j; a double goes through float, as in torch.
+OPD_FN opd_u16 pattern_of(const Vector& x, int dtype, int j) {
+  if (dtype == BF16) return half_of(x, j);
+  return float_to_bf16(dtype == FP16 ? fp16_to_float(half_of(x, j)) : dtype == FP32 ? single_of(x, j) : (float)double_of(x, j));
+}
+
+// Sum and maximum over a warp, in every lane; all lanes take part.
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int lane = OPD_WARP / 2; lane; lane /= 2) x += __shfl_xor_sync(OPD_ALL_LANES, x, lane);
+  return x;
+}
+template <class T>
+__device__ __forceinline__ T warp_max(T x) {
+#pragma unroll
+  for (int lane = OPD_WARP / 2; lane; lane /= 2) {
+    T other = __shfl_xor_sync(OPD_ALL_LANES, x, lane);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+// A byte of the change bits of eight coordinates, of which each of 8 / V lanes in a row has V: in the first of these lanes.
+template <int V>
+__device__ __forceinline__ opd_u32 byte_of_lanes(opd_u32 bits) {
+#pragma unroll
+  for (int have = V; have < 8; have *= 2) bits |= __shfl_down_sync(OPD_ALL_LANES, bits, have / V) << have;
+  return bits;
+}
+
+__device__ __forceinline__ void add_count(opd_i64* to, opd_i64 count) {
+  if (count) atomicAdd((opd_u64*)to, (opd_u64)count);
+}
+
+// sum_add of numeric.h, by atomics: threads in any order leave the same limbs.
+__device__ __forceinline__ void sum_add_shared(opd_i64* limbs, opd_i64 integer, int shift) {
+  opd_i64 parts[3] = {0, 0, 0};
+  sum_add(parts, integer, shift & 31);
+  for (int k = 0; k < 3; k++) add_count(limbs + (shift >> 5) + k, parts[k]);
+}

@@ -1,0 +1,5 @@
+// What the library of CUDA kernels says of itself and of its errors.
+#include <cuda_runtime.h>
+
+extern "C" int opd_cuda_major() { return CUDART_VERSION / 1000; }
+extern "C" const char* opd_cuda_error(int status) { return cudaGetErrorString((cudaError_t)status); }

@@ -1,0 +1,60 @@
+"""Kernels that run without a GPU: a .cu file compiled by g++ behind `host_shim.h`."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from opdkernels.backends import cuda
+
+ROOT = Path(__file__).parents[3]
+SHIM = Path(__file__).with_name("host_shim.h")
+COMPILER = shutil.which("g++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no g++")
+FLAGS = [
+    "-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE",
+    "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered", "-Wno-unused-function",
+]  # fmt: skip
+UNDEFINED = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]  # misaligned wide loads too
+ADDRESSES = ["-fsanitize=address"]
+ASAN = os.environ.get("OPDKERNELS_TEST_ASAN") == "1"  # set by test_sanitized.py
+ORDERS = (0, 1, 2, 3)  # warp by warp, ascending and descending; step by step, shuffled, in two ways
+
+
+@functools.cache
+def folder() -> Path:
+    made = Path(tempfile.mkdtemp(prefix="opdkernels-cuda-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
+
+
+@functools.cache
+def compiled(family: str, spoilt: str | None = None) -> cuda.Built:
+    """A family's kernels, once a session; or of a spoilt source, quickly compiled."""
+    text = spoilt or source_of(family)
+    path = folder() / f"{family}-{abs(hash(text)):x}"
+    path.with_suffix(".cpp").write_text(text)
+    sanitizers = ADDRESSES if ASAN else UNDEFINED
+    command = [COMPILER, *FLAGS, *([] if spoilt else sanitizers), "-include", str(SHIM), str(path.with_suffix(".cpp")), "-o", str(path.with_suffix(".so"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return cuda.Built(path.with_suffix(".so"))
+
+
+def source_of(family: str) -> str:
+    """The source as NVRTC takes it: one text."""
+    return cuda.flattened(ROOT / "csrc" / "cuda" / f"{family}.cu")
+
+
+def run_on(monkeypatch, kernels: cuda.Built, *, order: int = 0, processors: int = 2, shared_bytes: int = 227 << 10) -> None:
+    """Lets the backend's launchers start these kernels on tensors of the CPU, as on a device of this size."""
+    kernels.library.shim_order(order)
+    monkeypatch.setattr(cuda, "kernels", lambda: kernels)
+    monkeypatch.setattr(cuda, "room", lambda device: (processors, shared_bytes))

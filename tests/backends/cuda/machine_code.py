@@ -1,0 +1,116 @@
+"""Machine code for GPUs that are not here: the library that the install builds, and what NVRTC makes of the same sources."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from opdkernels.backends import cuda
+from tests.backends.cuda.host import ROOT, folder
+
+TARGETS = ("sm_80", "sm_90", "sm_100")
+NVCC = shutil.which("nvcc")
+FMA = r"\b[FDH]FMA\b"  # HFMA2 only moves constants here
+
+
+def tools() -> Path | None:
+    """NVIDIA's disassembler and its companion: the toolkit may lack them, Triton's wheel brings them."""
+    found = importlib.util.find_spec("triton")
+    folders = [Path(found.origin).parent / "backends" / "nvidia" / "bin"] if found and found.origin else []
+    on_path = shutil.which("nvdisasm")
+    folders += [Path(on_path).parent] if on_path else []
+    return next((f for f in folders if (f / "nvdisasm").is_file() and (f / "cuobjdump").is_file()), None)
+
+
+def nvrtc() -> ctypes.CDLL | None:
+    """NVRTC of a wheel, which needs its built-in functions beside it, or of the system."""
+    for place in sys.path:
+        for library in Path(place or ".").glob("nvidia/**/libnvrtc.so.*"):
+            if "alt" in library.name:
+                continue
+            for builtins in library.parent.glob("libnvrtc-builtins.so.*"):
+                ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
+            return ctypes.CDLL(str(library))
+    try:
+        return ctypes.CDLL("libnvrtc.so")
+    except OSError:
+        return None
+
+
+@functools.cache
+def library() -> Path:
+    """The library of the install, or another like it where the sources have changed since."""
+    sources = [p for f in ("csrc", "csrc/cuda") for p in (ROOT / f).iterdir() if p.is_file()]
+    if cuda.LIBRARY.is_file() and cuda.LIBRARY.stat().st_mtime >= max(p.stat().st_mtime for p in sources):
+        return cuda.LIBRARY
+    path = folder() / "_cuda.so"
+    build = "import sys; sys.path.insert(0, '.'); import setup; setup.build_cuda(sys.argv[1], sys.argv[2])"
+    subprocess.run([sys.executable, "-c", build, str(NVCC), str(path)], cwd=ROOT, check=True)
+    return path
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel for one GPU."""
+
+    registers: int
+    stack_bytes: int
+    sass: str
+
+    def count(self, pattern: str) -> int:
+        return len(re.findall(pattern, self.sass))
+
+
+def run_tool(name: str, *arguments: str | Path, cwd: Path | None = None) -> str:
+    place = tools()
+    assert place
+    return subprocess.run([str(place / name), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=True).stdout
+
+
+def kernels_of(cubin: Path) -> dict[str, Code]:
+    usage = run_tool("cuobjdump", "-res-usage", cubin)
+    found = dict(re.findall(r"Function (\w+):\s+(REG:.*)", usage))
+    parts = re.split(r"^\.text\.(\w+):$", run_tool("nvdisasm", cubin), flags=re.MULTILINE)
+    sass = dict(zip(parts[1::2], parts[2::2], strict=True))
+    number = lambda line, field: int(re.search(rf"{field}:(\d+)", line).group(1))  # noqa: E731
+    return {name: Code(number(line, "REG"), number(line, "STACK") + number(line, "LOCAL"), sass[name]) for name, line in found.items()}
+
+
+@functools.cache
+def built(target: str) -> dict[str, Code]:
+    """Every kernel of the library for one GPU."""
+    place = folder() / "elf"
+    if not place.exists():
+        place.mkdir()
+        run_tool("cuobjdump", "-xelf", "all", library(), cwd=place)
+    found: dict[str, Code] = {}
+    for cubin in place.glob(f"*.{target}.cubin"):
+        found |= kernels_of(cubin)
+    return found
+
+
+@functools.cache
+def by_nvrtc(family: str, target: str) -> dict[str, Code]:
+    library = nvrtc()
+    assert library
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    library.nvrtcCreateProgram(ctypes.byref(program), cuda.source_of(family).encode(), b"kernel.cu", 0, None, None)
+    options = [f"--gpu-architecture={target}".encode(), *(option.encode() for option in cuda.OPTIONS)]
+    status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, log)
+    assert status == 0, log.value.decode()
+    library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetCUBIN(program, cubin)
+    path = folder() / f"{family}-{target}.cubin"
+    path.write_bytes(cubin.raw)
+    return kernels_of(path)

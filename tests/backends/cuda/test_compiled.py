@@ -1,0 +1,74 @@
+"""Every CUDA kernel as nvcc and NVRTC compile it for GPUs that are not here: registers, spills, loads, rounding, addresses."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from opdkernels.backends import cuda
+from tests.backends.cuda import machine_code
+from tests.backends.cuda.machine_code import NVCC, TARGETS, Code
+
+pytestmark = [
+    pytest.mark.skipif(machine_code.tools() is None, reason="no nvdisasm and cuobjdump (Triton's wheel brings them)"),
+]
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+needs_nvrtc = pytest.mark.skipif(machine_code.nvrtc() is None, reason="no NVRTC (pip install nvidia-cuda-nvrtc)")
+
+# Registers a thread, so that a block's threads fit the 65,536 of a multiprocessor; 16-byte loads: every tensor's vector is loaded
+# at two places, before the loop and in it.
+KERNELS = {
+    "delta_count_bf16": (64, 4),
+    "delta_count_float": (128, 4),
+    "delta_count_double": (128, 4),
+    "delta_fold": (64, 0),
+    "delta_carry": (64, 0),
+}
+FAMILIES = sorted({name.split("_")[0] for name in KERNELS})
+WIDE_LOAD = r"\bLDG\.E\.(?:\w+\.)*128\b"
+GLOBAL_ACCESS = r"\b(?:LDG|STG|RED|REDG|ATOMG)\b\S*"
+FLUSHED = r"\b(?:FADD|FMUL|FSETP|FMNMX|F2F)\S*\.FTZ\b"  # not F2I, by which integers are divided
+
+
+def assert_kernel_holds(code: Code, registers: int, wide_loads: int) -> None:
+    assert code.stack_bytes == 0
+    assert code.count(r"\b(?:STL|LDL)\b") == 0, "spills"
+    assert code.registers <= registers
+    assert code.count(WIDE_LOAD) == wide_loads
+    assert code.count(machine_code.FMA) == 0, "a product is fused with a sum"
+    assert code.count(FLUSHED) == 0, "subnormals are lost"
+    for access in re.findall(GLOBAL_ACCESS, code.sass):
+        assert ".E" in access, f"an address of 32 bits: {access}"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nvcc(kernel, target):
+    assert_kernel_holds(machine_code.built(target)[kernel], *KERNELS[kernel])
+
+
+@needs_nvcc
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_is_looked_at(target):
+    assert set(machine_code.built(target)) == set(KERNELS)
+
+
+@needs_nvcc
+def test_the_library_has_code_for_later_gpus_and_says_what_is_wrong_without_one():
+    assert "sm_80.ptx" in machine_code.run_tool("cuobjdump", "-lptx", machine_code.library())
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"delta_carry did not start on cpu: .*(driver|device).*; update NVIDIA's driver, or set OPDKERNELS_BACKEND=triton"):
+            cuda.Built(machine_code.library()).launch("delta_carry", [0], 1, 32, 0, torch.device("cpu"))
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nvrtc(family, target):
+    found = machine_code.by_nvrtc(family, target)
+    assert set(found) == {name for name in KERNELS if name.startswith(family)}
+    for name, code in found.items():
+        assert_kernel_holds(code, *KERNELS[name])
