@@ -33,8 +33,6 @@ CUDA = ("csrc/cuda/{}.cu", "tests/backends/cuda/test_{}.py")
 GAPS = {  # what a family has no file for, and why
     (family, column): why
     for family, why in {
-        "overlap": "Triton serves tensors on a GPU in this version",
-        "quantile": "Triton serves tensors on a GPU in this version",
         "gram": "Triton serves tensors on a GPU in this version",
         "patch": "Triton serves tensors on a GPU in this version",
         "step": "Triton serves tensors on a GPU in this version",

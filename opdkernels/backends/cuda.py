@@ -29,10 +29,12 @@ OPTIONS = ("-std=c++17", "--fmad=false")  # products and sums are never fused, e
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 BINS = 1 << 15
 SMALL_BYTES, TABLE_BYTES = 8192, 4 << 14  # of shared memory: before the tables, and a table (csrc/cuda/grid.h)
-BLOCKS_PER_PROCESSOR = 2  # where their shared memory leaves room for one only, the next begins where one ends
 
-WORK_ROWS, LOW_ROWS, NEAR_ROWS = 10, 2, 3  # of `delta`: work tables, sums of low halves, the busiest tables
+WORK_ROWS, LOW_ROWS = 10, 2  # of `delta`: work tables, sums of low halves
 MANTISSAS = 128
+DELTA_ROWS, MASK_ROWS, SET_ROWS = 3, 2, 3  # tables that are worth shared memory, where it is there
+THREADS = 1024  # a block of `quantile` and `overlap`
+EIGHT = 8  # coordinates that a thread of `overlap` takes at a time
 
 
 def flattened(source: Path, seen: set[Path] | None = None) -> str:
@@ -104,6 +106,7 @@ def source_of(family: str) -> str:
     return flattened(folder / "cuda" / f"{family}.cu")
 
 
+@functools.cache
 def cuda_of_library() -> int | None:
     """CUDA's major version of the library that the install built, if it did and it loads."""
     try:
@@ -171,9 +174,9 @@ def near_rows(device: torch.device, wanted: int) -> int:
     return max(0, min(wanted, (room(device)[1] - SMALL_BYTES) // TABLE_BYTES))
 
 
-def blocks_for(device: torch.device, tiles: int) -> int:
-    """Blocks that share the tiles: no more than there are, and few, since each flushes its tables."""
-    return max(1, min(tiles, room(device)[0] * BLOCKS_PER_PROCESSOR))
+def blocks_for(device: torch.device, elements: int, threads: int, each: int) -> int:
+    """Blocks that share the tiles in turn: one a multiprocessor, whose shared memory and registers it fills."""
+    return min(-(-elements // (threads * each)), room(device)[0])
 
 
 def run(
@@ -209,14 +212,14 @@ def delta_(
     name, threads, each = delta_shape(source.dtype, trained.dtype)
     kind = np.float64 if name == "delta_count_double" else np.float32
     rules = torch.tensor(gpu.rules_of(cuts, thresholds, kind), dtype=torch.int64, device=device)
-    rows = near_rows(device, NEAR_ROWS)
+    rows = near_rows(device, DELTA_ROWS)
     codes = DTYPE_CODES[source.dtype], DTYPE_CODES[trained.dtype]
     source, trained = source.view(-1), trained.view(-1)
     for start, size in gpu.slices(n):
         work = torch.zeros(WORK_ROWS, BINS, dtype=torch.int32, device=device)
         low_sums = torch.zeros(LOW_ROWS, BINS, dtype=torch.int64, device=device)
         run(
-            name, blocks_for(device, -(-size // (threads * each))), threads, SMALL_BYTES + rows * TABLE_BYTES, device,
+            name, blocks_for(device, size, threads, each), threads, SMALL_BYTES + rows * TABLE_BYTES, device,
             source.narrow(0, start, size), codes[0], trained.narrow(0, start, size), codes[1], gpu.mask_from(mask, start),
             work, low_sums, rules, tables, counts, sums, maximum, size, rows,
         )  # fmt: skip
@@ -225,4 +228,53 @@ def delta_(
         run("delta_carry", 1, 32, 0, device, sums)
 
 
-KERNELS: dict[str, Callable] = {"delta_": delta_}
+def digit_table(values: torch.Tensor, mask: torch.Tensor | None, prefixes: torch.Tensor, shift: int) -> torch.Tensor:
+    """Counts of the digit at `shift`, int64 [prefixes, 2, 2^16], outside and inside the mask."""
+    ranks, device, each = len(prefixes), values.device, 16 // values.itemsize
+    first = shift == 8 * values.itemsize - gpu.DIGIT_BITS
+    rows = near_rows(device, MASK_ROWS if mask is not None else 1) if first else 0
+    total = torch.zeros(ranks, 2, gpu.DIGITS, dtype=torch.int64, device=device)
+    for start, size in gpu.slices(values.numel()):
+        table = torch.zeros(ranks, 2, gpu.DIGITS, dtype=torch.int32, device=device)
+        run(
+            f"quantile_count_{values.itemsize}", blocks_for(device, size, THREADS, each), THREADS, SMALL_BYTES + rows * TABLE_BYTES, device,
+            values.narrow(0, start, size), gpu.mask_from(mask, start), prefixes, table, size, shift, ranks, rows,
+        )  # fmt: skip
+        total += table
+    return total
+
+
+def quantile(
+    values: torch.Tensor, k: Sequence[int], largest: bool, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return gpu.cut_by_digits(digit_table, values, k, largest, mask)
+
+
+def overlap_(
+    source: torch.Tensor,
+    trained: Sequence[torch.Tensor],
+    cut: int,
+    source_table: torch.Tensor,
+    changed: torch.Tensor,
+    both: torch.Tensor,
+    runs: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    device, n_runs = source.device, len(trained)
+    groups = -(-n_runs // gpu.GROUP)
+    rows = near_rows(device, SET_ROWS)
+    dtypes = torch.tensor([DTYPE_CODES[tensor.dtype] for tensor in trained], dtype=torch.int64, device=device)
+    source = source.view(-1)
+    for start, size in gpu.slices(source.numel()):
+        joint = torch.zeros(groups, gpu.GROUP_SETS, BINS, dtype=torch.int32, device=device)
+        sets = torch.zeros(1 << n_runs, dtype=torch.int32, device=device) if groups > 1 else None
+        addresses = [tensor.data_ptr() + start * tensor.itemsize for tensor in trained]
+        run(
+            "overlap_count", blocks_for(device, size, THREADS, EIGHT), THREADS, SMALL_BYTES + rows * TABLE_BYTES, device,
+            source.narrow(0, start, size), DTYPE_CODES[source.dtype], torch.tensor(addresses, dtype=torch.int64, device=device), dtypes,
+            joint, sets, counts, size, n_runs, gpu.change_limit(cut), rows,
+        )  # fmt: skip
+        gpu.fold_overlap(joint.long(), None if sets is None else sets.long(), (source_table, changed, both, runs))
+
+
+KERNELS: dict[str, Callable] = {"delta_": delta_, "quantile": quantile, "overlap_": overlap_}

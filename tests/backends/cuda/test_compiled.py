@@ -17,7 +17,7 @@ pytestmark = [
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 needs_nvrtc = pytest.mark.skipif(machine_code.nvrtc() is None, reason="no NVRTC (pip install nvidia-cuda-nvrtc)")
 
-# Registers a thread, so that a block's threads fit the 65,536 of a multiprocessor; 16-byte loads: every tensor's vector is loaded
+# Registers a thread, so that a block's threads fit the 65,536 of a multiprocessor, and 16-byte loads: a vector of each tensor,
 # at two places, before the loop and in it.
 KERNELS = {
     "delta_count_bf16": (64, 4),
@@ -25,6 +25,10 @@ KERNELS = {
     "delta_count_double": (128, 4),
     "delta_fold": (64, 0),
     "delta_carry": (64, 0),
+    "quantile_count_2": (64, 2),
+    "quantile_count_4": (64, 2),
+    "quantile_count_8": (64, 2),
+    "overlap_count": (64, 14),  # source and run; bf16 or fp16, fp32 and fp64, of which eight are 1, 2 and 4 loads
 }
 FAMILIES = sorted({name.split("_")[0] for name in KERNELS})
 WIDE_LOAD = r"\bLDG\.E\.(?:\w+\.)*128\b"
