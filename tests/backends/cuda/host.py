@@ -19,12 +19,15 @@ SHIM = Path(__file__).with_name("host_shim.h")
 COMPILER = shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no g++")
 FLAGS = [
-    "-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE",
+    "-std=c++17", "-g1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE",
     "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered", "-Wno-unused-function",
 ]  # fmt: skip
-UNDEFINED = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]  # misaligned wide loads too
-ADDRESSES = ["-fsanitize=address"]
-ASAN = os.environ.get("OPDKERNELS_TEST_ASAN") == "1"  # set by test_sanitized.py
+BUILDS = {  # misaligned wide loads are undefined behaviour too
+    "undefined": ["-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all"],
+    "address": ["-O0", "-fsanitize=address"],
+    "quick": ["-O0", "-fsanitize=undefined"],  # goes on after it has complained
+}
+SANITIZER = os.environ.get("OPDKERNELS_TEST_SANITIZER", "undefined")  # "address" needs its library loaded first: test_sanitized.py
 ORDERS = (0, 1, 2, 3)  # warp by warp, ascending and descending; step by step, shuffled, in two ways
 
 
@@ -36,13 +39,13 @@ def folder() -> Path:
 
 
 @functools.cache
-def compiled(family: str, spoilt: str | None = None) -> cuda.Built:
-    """A family's kernels, once a session; or of a spoilt source, quickly compiled."""
+def compiled(family: str, spoilt: str | None = None, build: str | None = None) -> cuda.Built:
+    """A family's kernels, once a session; or those of a spoilt source."""
     text = spoilt or source_of(family)
+    flags = BUILDS[build or ("quick" if spoilt else SANITIZER)]
     path = folder() / f"{family}-{abs(hash(text)):x}"
     path.with_suffix(".cpp").write_text(text)
-    sanitizers = ADDRESSES if ASAN else UNDEFINED
-    command = [COMPILER, *FLAGS, *([] if spoilt else sanitizers), "-include", str(SHIM), str(path.with_suffix(".cpp")), "-o", str(path.with_suffix(".so"))]
+    command = [COMPILER, *FLAGS, *flags, "-include", str(SHIM), str(path.with_suffix(".cpp")), "-o", str(path.with_suffix(".so"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return cuda.Built(path.with_suffix(".so"))

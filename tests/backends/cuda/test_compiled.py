@@ -17,8 +17,8 @@ pytestmark = [
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 needs_nvrtc = pytest.mark.skipif(machine_code.nvrtc() is None, reason="no NVRTC (pip install nvidia-cuda-nvrtc)")
 
-# Registers a thread, so that a block's threads fit the 65,536 of a multiprocessor, and 16-byte loads: a vector of each tensor,
-# at two places, before the loop and in it.
+# Registers a thread, so that a block's threads fit the 65,536 of a multiprocessor, and the least of 16-byte loads: a
+# vector of each tensor at two places, before the loop and in it.
 KERNELS = {
     "delta_count_bf16": (64, 4),
     "delta_count_float": (128, 4),
@@ -40,7 +40,7 @@ def assert_kernel_holds(code: Code, registers: int, wide_loads: int) -> None:
     assert code.stack_bytes == 0
     assert code.count(r"\b(?:STL|LDL)\b") == 0, "spills"
     assert code.registers <= registers
-    assert code.count(WIDE_LOAD) == wide_loads
+    assert code.count(WIDE_LOAD) >= wide_loads
     assert code.count(machine_code.FMA) == 0, "a product is fused with a sum"
     assert code.count(FLUSHED) == 0, "subnormals are lost"
     for access in re.findall(GLOBAL_ACCESS, code.sass):

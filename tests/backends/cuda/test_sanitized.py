@@ -1,0 +1,57 @@
+"""Kernels on fibers under sanitizers: undefined behaviour in every test of theirs, addresses in a process that loads its library first."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opdkernels.backends import cuda
+from tests.backends.cuda.host import COMPILER, ROOT, SANITIZER, compiled, run_on, source_of
+from tests.conftest import make_pair
+
+pytestmark = pytest.mark.skipif(COMPILER is None or SANITIZER == "address", reason="no g++")
+FAMILIES = [str(path) for path in Path(__file__).parent.glob("test_*.py") if (ROOT / "csrc" / "cuda" / f"{path.stem.removeprefix('test_')}.cu").is_file()]
+
+SPOIL = """
+import sys
+import pytest
+from opdkernels.backends import cuda
+from tests.backends.cuda.host import compiled, source_of
+from tests.conftest import make_pair
+
+assert pytest.main(["-k", "misaligned or little_shared_memory", *sys.argv[1:]]) == 0
+print("sound", flush=True)
+kernels = compiled("quantile", source_of("quantile").replace("i + V <= n && ", ""), "address")
+cuda.kernels, cuda.room, cuda.THREADS = (lambda: kernels), (lambda device: (2, 1 << 17)), 64
+cuda.quantile(make_pair(3001)[0], [5], True, None)
+"""
+
+
+def test_kernels_stay_within_tensors_tables_and_shared_memory():
+    """Their tests pass; then a wide load without a masked tail is caught."""
+    library = subprocess.run([str(COMPILER), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    environment = {
+        **os.environ,
+        "OPDKERNELS_TEST_SANITIZER": "address",
+        "LD_PRELOAD": library,
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
+    done = subprocess.run([sys.executable, "-c", SPOIL, *FAMILIES], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    said = done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout, said
+    assert "sound" in done.stdout, said
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
+
+
+def test_a_wide_load_at_any_address_is_caught(monkeypatch, capfd):
+    aligned = " && ((opd_u64)at & (width - 1)) == 0"
+    assert aligned in source_of("quantile")
+    run_on(monkeypatch, compiled("quantile", source_of("quantile").replace(aligned, "")))
+    monkeypatch.setattr(cuda, "THREADS", 64)
+    cuda.quantile(make_pair(3000)[0][1:], [5], True, None)
+    assert "misaligned address" in capfd.readouterr().err
