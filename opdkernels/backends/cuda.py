@@ -179,13 +179,19 @@ def blocks_for(device: torch.device, elements: int, threads: int, each: int) -> 
     return min(-(-elements // (threads * each)), room(device)[0])
 
 
+def address(argument: torch.Tensor | int | None) -> int:
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr()
+    return 0 if argument is None else int(argument)
+
+
 def run(
-    name: str, blocks: int, threads: int, shared_bytes: int, device: torch.device, *arguments: torch.Tensor | int | None
+    name: str, blocks: int, threads: int, shared_bytes: int, device: torch.device, *arguments: torch.Tensor | list[torch.Tensor] | int | None
 ) -> None:
-    """Start a kernel on the device and its current stream; tensors go as the addresses of their data."""
-    addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else int(a) for a in arguments]
+    """Start a kernel on the device and its current stream. Tensors go as addresses, a list of them as a table on the device."""
+    tables = [torch.tensor([t.data_ptr() for t in a], dtype=torch.int64, device=device) if isinstance(a, list) else a for a in arguments]
     with torch.cuda.device(-1 if device.index is None else device.index):
-        kernels().launch(name, addresses, blocks, threads, shared_bytes, device)
+        kernels().launch(name, [address(a) for a in tables], blocks, threads, shared_bytes, device)
 
 
 def delta_shape(source: torch.dtype, trained: torch.dtype) -> tuple[str, int, int]:
@@ -264,14 +270,13 @@ def overlap_(
     groups = -(-n_runs // gpu.GROUP)
     rows = near_rows(device, SET_ROWS)
     dtypes = torch.tensor([DTYPE_CODES[tensor.dtype] for tensor in trained], dtype=torch.int64, device=device)
-    source = source.view(-1)
+    source, trained = source.view(-1), [tensor.view(-1) for tensor in trained]
     for start, size in gpu.slices(source.numel()):
         joint = torch.zeros(groups, gpu.GROUP_SETS, BINS, dtype=torch.int32, device=device)
         sets = torch.zeros(1 << n_runs, dtype=torch.int32, device=device) if groups > 1 else None
-        addresses = [tensor.data_ptr() + start * tensor.itemsize for tensor in trained]
         run(
             "overlap_count", blocks_for(device, size, THREADS, EIGHT), THREADS, SMALL_BYTES + rows * TABLE_BYTES, device,
-            source.narrow(0, start, size), DTYPE_CODES[source.dtype], torch.tensor(addresses, dtype=torch.int64, device=device), dtypes,
+            source.narrow(0, start, size), DTYPE_CODES[source.dtype], [tensor.narrow(0, start, size) for tensor in trained], dtypes,
             joint, sets, counts, size, n_runs, gpu.change_limit(cut), rows,
         )  # fmt: skip
         gpu.fold_overlap(joint.long(), None if sets is None else sets.long(), (source_table, changed, both, runs))

@@ -1,0 +1,70 @@
+"""What the launchers start, recorded on tensors on "cuda" that have shapes, dtypes and strides only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from opdkernels.backends import cuda
+from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+BEYOND = 2**31 + 11
+HOPPER, AMPERE, ADA = 227 << 10, 163 << 10, 99 << 10  # shared memory of a block, bytes
+
+
+def on_cuda(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def launches(monkeypatch, call: Callable[[], Any], shared_bytes: int = HOPPER) -> list[tuple]:
+    started: list[tuple] = []
+    monkeypatch.setattr(cuda, "run", lambda *launch: started.append(launch))
+    monkeypatch.setattr(cuda, "room", lambda device: (132, shared_bytes))
+    with FakeTensorMode():
+        call()
+    return started
+
+
+def call_delta(source: torch.dtype, trained: torch.dtype, n: int) -> None:
+    outputs = (on_cuda(8, 32768), on_cuda(49), on_cuda(4, 44), on_cuda(1, dtype=FP64), on_cuda((n + 7) // 8, dtype=torch.uint8))
+    cuda.delta_(on_cuda(n, dtype=source), on_cuda(n, dtype=trained), DEFAULT_CUTS, THRESHOLDS, *outputs)
+
+
+def call_quantile(dtype: torch.dtype, n: int) -> None:
+    cuda.quantile(on_cuda(n, dtype=dtype), [n // 10, n // 2], True, on_cuda((n + 7) // 8, dtype=torch.uint8))
+
+
+def call_overlap(runs: int, n: int) -> None:
+    outputs = (on_cuda(32768), on_cuda(runs, 32768), on_cuda(runs, runs), on_cuda(runs + 1), on_cuda(2))
+    cuda.overlap_(on_cuda(n, dtype=BF16), [on_cuda(n, dtype=FP32)] * runs, 0x3728, *outputs)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(BF16, "delta_count_bf16"), (FP32, "delta_count_float"), (FP64, "delta_count_double")], ids=str)
+def test_more_than_2_to_the_31_coordinates_go_in_slices(monkeypatch, dtype, name):
+    started = launches(monkeypatch, lambda: call_delta(dtype, dtype, BEYOND))
+    assert [launch[0] for launch in started] == [*[name, "delta_fold"] * 3, "delta_carry"]
+    sizes = [n for (kernel, *_, n, _) in started if kernel == name]
+    assert (sum(sizes), max(sizes)) == (BEYOND, 2**30)
+    assert launches(monkeypatch, lambda: call_delta(dtype, dtype, 0)) == []
+
+
+def test_quantile_takes_a_pass_a_digit_and_overlap_one_of_all(monkeypatch):
+    for dtype, passes in ((BF16, 1), (FP32, 2), (FP64, 4)):
+        started = launches(monkeypatch, lambda dtype=dtype: call_quantile(dtype, 1 << 20))
+        assert [launch[0] for launch in started] == [f"quantile_count_{dtype.itemsize}"] * passes
+    for runs in (2, 16):
+        ((name, *_, trained, _, _, sets, _, size, _, _, _),) = launches(monkeypatch, lambda runs=runs: call_overlap(runs, 1 << 20))
+        assert (name, len(trained), sets is None, size) == ("overlap_count", runs, runs == 2, 1 << 20)
+
+
+@pytest.mark.parametrize(("shared_bytes", "tables"), [(HOPPER, 3), (AMPERE, 2), (ADA, 1), (48 << 10, 0)])
+def test_a_block_takes_the_shared_memory_that_there_is(monkeypatch, shared_bytes, tables):
+    for call in (lambda: call_delta(BF16, BF16, 1 << 24), lambda: call_overlap(2, 1 << 24)):
+        _, blocks, threads, asked, *_, rows = launches(monkeypatch, call, shared_bytes)[0]
+        assert (blocks, threads, rows) == (132, 1024, tables)
+        assert asked == cuda.SMALL_BYTES + tables * cuda.TABLE_BYTES <= shared_bytes
