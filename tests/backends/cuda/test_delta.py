@@ -158,7 +158,6 @@ def test_a_missing_barrier_is_caught(monkeypatch, which):
     [
         (SHUFFLE, "threadIdx.x & 1", "lanes of a warp meet at different places|a lane of the mask"),
         (SHUFFLE, "threadIdx.x < 40", "a lane of the mask"),
-        (BARRIER, "threadIdx.x != 7", "barrier|a lane of the mask"),
         (BARRIER, "threadIdx.x >= 32", "barrier"),
     ],
 )

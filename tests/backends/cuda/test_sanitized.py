@@ -23,7 +23,7 @@ from opdkernels.backends import cuda
 from tests.backends.cuda.host import compiled, source_of
 from tests.conftest import make_pair
 
-assert pytest.main(["-k", "misaligned or little_shared_memory", *sys.argv[1:]]) == 0
+assert pytest.main(["-k", "misaligned or (little_shared_memory and 163)", *sys.argv[1:]]) == 0
 print("sound", flush=True)
 kernels = compiled("quantile", source_of("quantile").replace("i + V <= n && ", ""), "address")
 cuda.kernels, cuda.room, cuda.THREADS = (lambda: kernels), (lambda device: (2, 1 << 17)), 64
