@@ -93,3 +93,18 @@ def test_an_instruction_set_that_is_not_there_is_refused():
         env={**os.environ, "OPDKERNELS_ISA": "avx9"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "instruction set avx9 is not available here; choose one of baseline" in done.stderr
+
+
+def test_an_nvcc_that_fails_fails_no_install(tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho no license >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    build = "import pathlib, sys; sys.path.insert(0, '.'); import setup; setup.build_cuda_where_nvcc_is(pathlib.Path(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path / "_cuda.so")],
+        cwd=ROOT, env={**os.environ, "CUDA_HOME": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "opdkernels: no CUDA kernels, NVRTC or Triton will serve" in done.stderr
+    assert not (tmp_path / "_cuda.so").exists()

@@ -47,7 +47,7 @@ def nvrtc() -> ctypes.CDLL | None:
 @functools.cache
 def library() -> Path:
     """The library of the install, or another like it where the sources have changed since."""
-    sources = [p for f in ("csrc", "csrc/cuda") for p in (ROOT / f).iterdir() if p.is_file()]
+    sources = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").iterdir()]
     if cuda.LIBRARY.is_file() and cuda.LIBRARY.stat().st_mtime >= max(p.stat().st_mtime for p in sources):
         return cuda.LIBRARY
     path = folder() / "_cuda.so"

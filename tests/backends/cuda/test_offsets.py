@@ -1,0 +1,97 @@
+"""Elements beyond 2^31 and bytes beyond 2^32 are where they should be: the last two blocks of a grid that covers so many.
+
+The memory before them is reserved and never touched.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+import torch
+
+from opdkernels.backends import cuda, gpu
+from opdkernels.ops import delta as delta_ops
+from opdkernels.ops import quantile as quantile_ops
+from opdkernels.ops.delta import NUMEL
+from tests.backends.cuda.host import compiled, needs_compiler, run_on, source_of
+from tests.backends.cuda.test_delta import tally_of
+from tests.backends.cuda.test_overlap import by_kernel
+from tests.conftest import make_pair
+from tests.ops.test_overlap import by_reference, make_runs
+
+pytestmark = needs_compiler
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+NORESERVE = 0x4000  # Linux's; mmap.MAP_NORESERVE from Python 3.13
+N, THREADS = 2**31 + 1000, 64
+
+
+@pytest.fixture(autouse=True)
+def one_launch(monkeypatch):
+    """A block a tile, and no slices."""
+    shape = cuda.delta_shape
+    monkeypatch.setattr(cuda, "THREADS", THREADS)
+    monkeypatch.setattr(cuda, "delta_shape", lambda *dtypes: (shape(*dtypes)[0], THREADS, shape(*dtypes)[2]))
+    monkeypatch.setattr(gpu, "SLICE", 1 << 40)
+
+
+def reserved(n: int, dtype: torch.dtype, end: torch.Tensor) -> torch.Tensor:
+    """A tensor [n] of which only the end takes memory."""
+    room = mmap.mmap(-1, n * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+    tensor = torch.frombuffer(room, dtype=dtype)
+    tensor[n - len(end) :] = end
+    return tensor
+
+
+def last_two_tiles(each: int) -> int:
+    tile = THREADS * each
+    return N - (-(-N // tile) - 2) * tile
+
+
+def use(monkeypatch, family: str, spoilt: str | None = None) -> None:
+    run_on(monkeypatch, compiled(family, spoilt), processors=1 << 40)
+
+
+@pytest.mark.parametrize(("dtype", "each"), [(BF16, 8), (FP32, 4), (FP64, 2)], ids=str)
+def test_delta(monkeypatch, dtype, each):
+    use(monkeypatch, "delta")
+    size = last_two_tiles(each)
+    source, trained = make_pair(size, dtype)
+    expected_bits = torch.empty((size + 7) // 8, dtype=torch.uint8)
+    expected = tally_of(source, trained, mask=expected_bits, by=delta_ops.reference)
+    bits = reserved((N + 7) // 8, torch.uint8, torch.zeros(1, dtype=torch.uint8))
+    assert tally_of(reserved(N, dtype, source), reserved(N, dtype, trained), mask=bits) == expected
+    assert torch.equal(bits[-len(expected_bits) :], expected_bits)
+
+
+def quantiles_of_the_end(dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """By the kernel from all of a tensor, and by the reference from its end."""
+    end = make_pair(last_two_tiles(16 // dtype.itemsize), dtype)[0]
+    bits = torch.full(((len(end) + 7) // 8,), 0b01101001, dtype=torch.uint8)
+    found = cuda.quantile(reserved(N, dtype, end), [3, 50], True, reserved((N + 7) // 8, torch.uint8, bits))
+    return list(found), list(quantile_ops.reference(end, [3, 50], True, bits))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+def test_quantile(monkeypatch, dtype):
+    use(monkeypatch, "quantile")
+    found, expected = quantiles_of_the_end(dtype)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_an_offset_of_32_bits_is_caught(monkeypatch):
+    offset = "(const char*)data + i * bytes"
+    assert offset in source_of("quantile")
+    use(monkeypatch, "quantile", source_of("quantile").replace(offset, "(const char*)data + (opd_u32)(i * bytes)"))
+    found, expected = quantiles_of_the_end(BF16)
+    assert not torch.equal(found[1], expected[1])
+
+
+def test_overlap(monkeypatch):
+    use(monkeypatch, "overlap")
+    dtypes = (BF16, FP32, FP64)
+    source, runs = make_runs(last_two_tiles(8), dtypes)
+    found = by_kernel(reserved(N, BF16, source), [reserved(N, run.dtype, run) for run in runs])
+    expected = by_reference(source, runs)
+    expected.counts[NUMEL] = 0  # which the first block adds
+    assert found == expected
