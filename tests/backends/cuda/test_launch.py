@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,3 +69,21 @@ def test_a_block_takes_the_shared_memory_that_there_is(monkeypatch, shared_bytes
         _, blocks, threads, asked, *_, rows = launches(monkeypatch, call, shared_bytes)[0]
         assert (blocks, threads, rows) == (132, 1024, tables)
         assert asked == cuda.SMALL_BYTES + tables * cuda.TABLE_BYTES <= shared_bytes
+
+
+def test_a_kernel_starts_on_the_current_stream_of_its_device(monkeypatch):
+    started = []
+    kernels = cuda.Built.__new__(cuda.Built)  # without a library
+    kernels.library = SimpleNamespace(delta_carry_launch=lambda *launch: started.append(launch) or 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1 << 40 | device.index))
+    kernels.launch("delta_carry", [1 << 45, -1], 2**31, 32, 70_000, torch.device("cuda", 3))
+    ((arguments, count, blocks, *shape, device, stream),) = started
+    assert (list(arguments), count) == ([1 << 45, -1], 2)
+    assert (blocks.value, shape, device, stream.value) == (2**31, [32, 70_000], 3, 1 << 40 | 3)
+
+
+def test_an_error_names_the_kernel_the_device_and_the_remedy():
+    kernels = cuda.Built.__new__(cuda.Built)
+    kernels.library = SimpleNamespace(delta_carry_launch=lambda *launch: 35, opd_cuda_error=lambda status: b"driver too old" * (status == 35))
+    with pytest.raises(RuntimeError, match="delta_carry did not start on cpu: driver too old; update NVIDIA's driver, or set OPDKERNELS_BACKEND=triton"):
+        kernels.launch("delta_carry", [0], 1, 32, 0, torch.device("cpu"))
