@@ -28,7 +28,7 @@ OPTIONS = ("-std=c++17", "--fmad=false")  # products and sums are never fused, e
 
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 BINS = 1 << 15
-SMALL_BYTES, TABLE_BYTES = 8192, 4 << 14  # of shared memory: before the tables, and a table (csrc/cuda/grid.h)
+SMALL_BYTES, TABLE_BYTES = 35 << 10, 4 << 14  # of shared memory: before the tables, and a table (csrc/cuda/grid.h)
 
 WORK_ROWS, LOW_ROWS = 10, 2  # of `delta`: work tables, sums of low halves
 MANTISSAS = 128
@@ -197,7 +197,7 @@ def run(
 def delta_shape(source: torch.dtype, trained: torch.dtype) -> tuple[str, int, int]:
     """The kernel of a pair, its threads a block, and the coordinates a thread takes at a time."""
     if source == trained == torch.bfloat16:
-        return "delta_count_bf16", 1024, 8
+        return "delta_count_bf16", 768, 8
     if torch.float64 in (source, trained):
         return "delta_count_double", 512, 2
     return "delta_count_float", 512, 4

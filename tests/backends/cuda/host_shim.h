@@ -235,6 +235,16 @@ T shuffle_down(uint32_t mask, T value, unsigned by, int line) {
   const int turn = exchange(mask, value, line);
   return lane() + by < 32 ? take<T>(lane() + by, turn) : value;
 }
+template <class T>
+T shuffle_up(uint32_t mask, T value, unsigned by, int line) {
+  const int turn = exchange(mask, value, line);
+  return lane() >= by ? take<T>(lane() - by, turn) : value;
+}
+template <class T>
+T shuffle(uint32_t mask, T value, int from, int line) {
+  const int turn = exchange(mask, value, line);
+  return take<T>((unsigned)from % 32, turn);
+}
 inline bool any(uint32_t mask, bool holds, int line) {
   const int turn = exchange(mask, holds, line);
   bool found = false;
@@ -274,6 +284,10 @@ int start(void (*kernel)(P...), const long long* arguments, long long blocks, in
 #define __syncthreads() shim::barrier(__LINE__)
 #define __shfl_xor_sync(mask, value, with) shim::shuffle_xor(mask, value, with, __LINE__)
 #define __shfl_down_sync(mask, value, by) shim::shuffle_down(mask, value, by, __LINE__)
+#define __shfl_up_sync(mask, value, by) shim::shuffle_up(mask, value, by, __LINE__)
+#define __shfl_sync(mask, value, from) shim::shuffle(mask, value, from, __LINE__)
+#define __syncwarp() ((void)shim::exchange(0xFFFFFFFFu, 0, __LINE__))
+#define __popc(x) __builtin_popcount(x)
 #define __any_sync(mask, holds) shim::any(mask, holds, __LINE__)
 
 template <class T> T __ldcs(const T* from) { return *from; }

@@ -20,7 +20,7 @@ needs_nvrtc = pytest.mark.skipif(machine_code.nvrtc() is None, reason="no NVRTC 
 # Registers a thread, so that a block's threads fit the 65,536 of a multiprocessor, and the least of 16-byte loads: a
 # vector of each tensor at two places, before the loop and in it.
 KERNELS = {
-    "delta_count_bf16": (64, 4),
+    "delta_count_bf16": (80, 4),
     "delta_count_float": (128, 4),
     "delta_count_double": (128, 4),
     "delta_fold": (64, 0),

@@ -65,9 +65,9 @@ def test_quantile_takes_a_pass_a_digit_and_overlap_one_of_all(monkeypatch):
 
 @pytest.mark.parametrize(("shared_bytes", "tables"), [(HOPPER, 3), (AMPERE, 2), (ADA, 1), (48 << 10, 0)])
 def test_a_block_takes_the_shared_memory_that_there_is(monkeypatch, shared_bytes, tables):
-    for call in (lambda: call_delta(BF16, BF16, 1 << 24), lambda: call_overlap(2, 1 << 24)):
-        _, blocks, threads, asked, *_, rows = launches(monkeypatch, call, shared_bytes)[0]
-        assert (blocks, threads, rows) == (132, 1024, tables)
+    for call in (lambda: call_delta(BF16, BF16, 1 << 24), lambda: call_delta(FP32, FP32, 1 << 24), lambda: call_overlap(2, 1 << 24)):
+        _, blocks, _, asked, *_, rows = launches(monkeypatch, call, shared_bytes)[0]
+        assert (blocks, rows) == (132, tables)
         assert asked == cuda.SMALL_BYTES + tables * cuda.TABLE_BYTES <= shared_bytes
 
 
