@@ -94,7 +94,7 @@ __device__ __forceinline__ void add_double(opd_i64* limbs, double value) {
   opd_u64 bits = double_bits(value);
   int exponent = (int)(bits >> 52 & 0x7FF);
   opd_i64 integer = (opd_i64)((bits & 0xFFFFFFFFFFFFFull) | (exponent ? 1ull << 52 : 0));
-  sum_add_shared(limbs, bits >> 63 ? -integer : integer, exponent ? exponent - 1 : 0);
+  sum_add_atomic(limbs, bits >> 63 ? -integer : integer, exponent ? exponent - 1 : 0);
 }
 
 __device__ __forceinline__ void window_add(Window& window, double value, opd_i64* limbs) {
@@ -112,7 +112,7 @@ __device__ __forceinline__ void window_flush(Window& window, opd_i64* limbs) {
 #pragma unroll
   for (int k = 0; k < OPD_WINDOW; k++) {
     opd_i64 total = warp_sum(window.part[k]);
-    if (total && threadIdx.x % OPD_WARP == 0) sum_add_shared(limbs, total, 32 * (window.level - k));
+    if (total && threadIdx.x % OPD_WARP == 0) sum_add_atomic(limbs, total, 32 * (window.level - k));
     window.part[k] = 0;
   }
 }
@@ -288,6 +288,7 @@ __device__ __forceinline__ void count_pair(const void* source, const void* train
   if (lane < queued) count_changed(counter, (opd_u16)queue[lane], (opd_u16)(queue[lane] >> 16));
   finish<float, 1>(counter, rules, tables, counts, maximum);
 }
+
 template <class T, int V>
 __device__ __forceinline__ void count(const void* source, int source_dtype, const void* trained, int trained_dtype, opd_u8* mask, opd_u32* work,
                                       opd_i64* low_sums, const opd_i64* rules, opd_i64* tables, opd_i64* counts, opd_i64* sums,
@@ -415,13 +416,13 @@ delta_fold(const opd_u32* work, const opd_i64* low_sums, opd_i64* tables, opd_i6
   const opd_i64 of_tops = warp_sum(stored * t * t), of_cross = warp_sum(low * t), of_lows = warp_sum(low_square);
   const opd_i64 tops = warp_sum(stored * t), lows = warp_sum(low);
   if (threadIdx.x % OPD_WARP) return;
-  sum_add_shared(sums, of_source, square);
-  sum_add_shared(sums + OPD_SUM_LIMBS, of_trained, square);
-  sum_add_shared(sums + 2 * OPD_SUM_LIMBS, of_tops, square_low + 32);
-  sum_add_shared(sums + 2 * OPD_SUM_LIMBS, of_cross, square_low + 17);
-  sum_add_shared(sums + 2 * OPD_SUM_LIMBS, of_lows, square_low);
-  sum_add_shared(sums + 3 * OPD_SUM_LIMBS, tops, 1074 + e - 134);
-  sum_add_shared(sums + 3 * OPD_SUM_LIMBS, lows, 1074 + e - 150);
+  sum_add_atomic(sums, of_source, square);
+  sum_add_atomic(sums + OPD_SUM_LIMBS, of_trained, square);
+  sum_add_atomic(sums + 2 * OPD_SUM_LIMBS, of_tops, square_low + 32);
+  sum_add_atomic(sums + 2 * OPD_SUM_LIMBS, of_cross, square_low + 17);
+  sum_add_atomic(sums + 2 * OPD_SUM_LIMBS, of_lows, square_low);
+  sum_add_atomic(sums + 3 * OPD_SUM_LIMBS, tops, 1074 + e - 134);
+  sum_add_atomic(sums + 3 * OPD_SUM_LIMBS, lows, 1074 + e - 150);
 }
 OPD_LAUNCHER(delta_fold)
 

@@ -30,7 +30,8 @@ int opd_start(void (*kernel)(P...), const opd_i64* arguments, int count, opd_i64
   cudaError_t status = cudaSetDevice(device);
   if (status == cudaSuccess) status = cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status == cudaSuccess)
-    status = cudaLaunchKernel((const void*)kernel, dim3((unsigned)blocks), dim3((unsigned)threads), slots, (size_t)shared_bytes, (cudaStream_t)stream);
+    status = cudaLaunchKernel((const void*)kernel, dim3((unsigned)blocks), dim3((unsigned)threads), slots, (size_t)shared_bytes,
+                              (cudaStream_t)stream);
   if (status != cudaSuccess) cudaGetLastError();  // cleared: the next launch reports its own
   return status;
 }
@@ -120,7 +121,7 @@ __device__ __forceinline__ void add_count(opd_i64* to, opd_i64 count) {
 }
 
 // sum_add of numeric.h, by atomics: threads in any order leave the same limbs.
-__device__ __forceinline__ void sum_add_shared(opd_i64* limbs, opd_i64 integer, int shift) {
+__device__ __forceinline__ void sum_add_atomic(opd_i64* limbs, opd_i64 integer, int shift) {
   opd_i64 parts[3] = {0, 0, 0};
   sum_add(parts, integer, shift & 31);
   for (int k = 0; k < 3; k++) add_count(limbs + (shift >> 5) + k, parts[k]);

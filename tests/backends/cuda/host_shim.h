@@ -109,7 +109,8 @@ inline void resume() {
 #endif
 
 inline bool refuse(unsigned thread, const char* what) {
-  std::snprintf(device.message, sizeof device.message, "block %u, thread %u, line %d: %s", device.block.x, thread, device.fibers[thread].line, what);
+  const int line = device.fibers[thread].line;
+  std::snprintf(device.message, sizeof device.message, "block %u, thread %u, line %d: %s", device.block.x, thread, line, what);
   return false;
 }
 
@@ -126,7 +127,8 @@ inline bool release_warp(unsigned first, bool& moved) {
       if (!(fiber.mask >> l & 1)) continue;
       if (other.state == DONE) return refuse(t, "a lane of the mask has ended");
       if (other.state == AT_BARRIER) return refuse(t, "a lane of the mask waits at a barrier");
-      if (other.state == AT_WARP && (other.line != fiber.line || other.mask != fiber.mask)) return refuse(t, "lanes of a warp meet at different places");
+      if (other.state == AT_WARP && (other.line != fiber.line || other.mask != fiber.mask))
+        return refuse(t, "lanes of a warp meet at different places");
       all &= other.state == AT_WARP;
     }
     if (!all) continue;

@@ -14,7 +14,7 @@ from tests.backends.cuda.host import COMPILER, ROOT, SANITIZER, compiled, run_on
 from tests.conftest import make_pair
 
 pytestmark = pytest.mark.skipif(COMPILER is None or SANITIZER == "address", reason="no g++")
-FAMILIES = [str(path) for path in Path(__file__).parent.glob("test_*.py") if (ROOT / "csrc" / "cuda" / f"{path.stem.removeprefix('test_')}.cu").is_file()]
+FAMILIES = [str(Path(__file__).with_name(f"test_{path.stem}.py")) for path in (ROOT / "csrc" / "cuda").glob("*.cu")]
 
 SPOIL = """
 import sys
