@@ -8,13 +8,10 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <numeric>
-#include <random>
 #include <utility>
 #include <vector>
 
@@ -156,7 +153,14 @@ inline bool release_block(bool& moved) {
   return moved = true;
 }
 
-inline bool run_block(std::mt19937& random) {
+inline void shuffle_turns(std::vector<unsigned>& turns, uint64_t& random) {
+  for (size_t i = turns.size() - 1; i > 0; i--) {
+    random = random * 6364136223846793005ull + 1442695040888963407ull;
+    std::swap(turns[i], turns[(random >> 33) % (i + 1)]);
+  }
+}
+
+inline bool run_block(uint64_t& random) {
   auto& fibers = device.fibers;
   const unsigned n = (unsigned)fibers.size();
   for (unsigned t = 0; t < n; t++) {
@@ -169,11 +173,10 @@ inline bool run_block(std::mt19937& random) {
     makecontext(&fiber.context, entry, 0);
   }
   std::vector<unsigned> turns(n);
-  std::iota(turns.begin(), turns.end(), 0u);
-  if (device.order == 1) std::reverse(turns.begin(), turns.end());
+  for (unsigned t = 0; t < n; t++) turns[t] = device.order == 1 ? n - 1 - t : t;
   const unsigned together = device.order > 1 ? n : 32;  // a warp goes as far as it can, or all threads step by step
   for (unsigned done = 0; done < n;) {
-    if (device.order > 1) std::shuffle(turns.begin(), turns.end(), random);
+    if (device.order > 1) shuffle_turns(turns, random);
     bool any_moved = false;
     for (unsigned from = 0; from < n; from += together)
       for (bool moved = true; moved;) {
@@ -264,7 +267,7 @@ int start(void (*kernel)(P...), const long long* arguments, long long blocks, in
   device.threads.x = (unsigned)threads;
   device.fibers.resize((size_t)threads);
   if (device.stacks.size() < (size_t)threads * STACK_BYTES) device.stacks.resize((size_t)threads * STACK_BYTES);
-  std::mt19937 random((unsigned)device.order);
+  uint64_t random = (uint64_t)device.order;
   bool ok = threads % 32 == 0;
   const long long first = blocks > MANY_BLOCKS ? blocks - 2 : 0;
   for (long long b = first; b < blocks && ok; b++) {

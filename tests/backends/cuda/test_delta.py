@@ -141,7 +141,7 @@ SHUFFLE = """const int before = __shfl_up_sync(OPD_ALL_LANES, place, d);
       place += lane >= d ? before : 0;"""
 
 
-@pytest.mark.parametrize(("text", "which", "of"), [(BARRIER, 0, 3), (BARRIER, 1, 3), (BARRIER, 2, 3), (MEETING, 0, 2)])
+@pytest.mark.parametrize(("text", "which", "of"), [(BARRIER, 0, 3), (BARRIER, 1, 3), (BARRIER, 2, 3), (MEETING, 0, 2)], ids=["0", "1", "2", "warp"])
 def test_a_missing_barrier_is_caught(monkeypatch, text, which, of):
     """Without it some order of threads gives another tally. (The second meeting of a warp only orders memory.)"""
     parts = bf16_only().split(text)
@@ -163,6 +163,7 @@ def test_a_missing_barrier_is_caught(monkeypatch, text, which, of):
         (SHUFFLE, "place += __shfl_up_sync(OPD_ALL_LANES << d, place, d);", "not in the mask"),
         (BARRIER, "if (threadIdx.x >= 32) __syncthreads();", "barrier"),
     ],
+    ids=["shuffle", "mask", "barrier"],
 )
 def test_divergent_threads_are_refused(monkeypatch, text, spoilt, said):
     assert text in bf16_only()
