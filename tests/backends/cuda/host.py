@@ -41,7 +41,7 @@ def folder() -> Path:
 
 @functools.cache
 def compiled(family: str, spoilt: str | None = None, build: str | None = None) -> cuda.Built:
-    """A family's kernels, once a session; or those of a spoilt source."""
+    """A family's kernels, compiled once; or those of a spoilt source."""
     text = spoilt or source_of(family)
     flags = BUILDS[build or ("quick" if spoilt else SANITIZER)]
     path = folder() / f"{family}-{abs(hash(text)):x}"

@@ -47,7 +47,8 @@ def nvrtc() -> ctypes.CDLL | None:
 @functools.cache
 def library() -> Path:
     """The library of the install, or another like it where the sources have changed since."""
-    sources = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").iterdir()]
+    kernels = list((ROOT / "csrc/cuda").glob("*.cu"))
+    sources = [*(ROOT / "csrc/cuda").iterdir(), ROOT / "csrc/numeric.h", *(ROOT / f"csrc/{path.stem}.h" for path in kernels)]
     if cuda.LIBRARY.is_file() and cuda.LIBRARY.stat().st_mtime >= max(p.stat().st_mtime for p in sources):
         return cuda.LIBRARY
     path = folder() / "_cuda.so"
