@@ -48,3 +48,8 @@ def make_pair(n: int, source_dtype=torch.bfloat16, trained_dtype=None, *, seed=0
             rng.shuffle(side[: n // 3])
     as_tensor = lambda x, dtype: torch.from_numpy(x.copy()).to(dtype)  # noqa: E731
     return as_tensor(source, source_dtype), as_tensor(trained, trained_dtype or source_dtype)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not torch.cuda.is_available():
+        terminalreporter.write_line("not proved here, for want of a GPU: speed, races between threads, the order of atomics, launches through a driver (docs/gpu.md)")
