@@ -90,7 +90,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     self._step_group(group, given, grad_scale)
         finally:
             self._clip = None
-            self._compact.clear()
+        self._compact.clear()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -113,10 +113,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if grad is None:
                 continue
             shard, local = binding.shard(param), local_part(param)[0]
-            if not shard.active and not self.state.get(param):
-                found.append(Ready(param, local, grad, shard, binding))
-                continue
-            if group["precision"] == "stochastic" and shard.start is None and param.dtype == torch.bfloat16:
+            if shard.active and group["precision"] == "stochastic" and shard.start is None and param.dtype == torch.bfloat16:
                 raise ValueError(f'{named(binding)} is not sharded along its first dimension; precision "stochastic" needs it, choose "exact"')
             if self.state.get(param):
                 self._refuse_state(self.state[param], local, shard, binding, group)
