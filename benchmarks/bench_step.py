@@ -47,6 +47,9 @@ def test_masked_adamw_against_eager_and_fused(benchmark, row, dtype):
         for p, g in zip(params, grads, strict=True):
             p.grad = g
 
+    warm = torch.nn.Parameter(torch.ones(8))
+    warm.grad = torch.ones(8)
+    MaskedAdamW([warm], masks=[torch.ones(8, dtype=torch.bool)]).step()  # torch loads what its optimizers need at the first step
     before = live_bytes()
     masked = MaskedAdamW([(f"{i}", p) for i, p in enumerate(ours)], masks=MaskSet({f"{i}": Mask.from_bool(b) for i, b in enumerate(bools)}), **HYPER)
     masked.step()
