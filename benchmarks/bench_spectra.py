@@ -21,6 +21,7 @@ from opdkernels.checkpoint.source import open_source
 from opdkernels.ops.gram import gram, symmetric
 from opdkernels.spectral import randomized_svd
 from opdkernels.spectral.exact import singular_values
+from tests.analysis.test_spectra import oracle
 
 
 @pytest.mark.parametrize("part", ["layers.3.mlp.down_proj", "layers.3.self_attn.q_proj", "layers.3."])
@@ -56,6 +57,31 @@ H100_FLOPS, H100_BYTES = 67e12, 3.35e12  # fp64 matrix products and memory, NVID
 
 def layer_shapes(hidden: int, wide: int, narrow: int) -> list[tuple[int, int]]:
     return [(hidden, hidden), (narrow, hidden), (narrow, hidden), (hidden, hidden), (wide, hidden), (wide, hidden), (hidden, wide)]
+
+
+ACCURACY = {"spectral": 1e-8, "projection": 1e-6, "drift": 1e-5, "rotation": 1e-4, "rank_1e-4": 0, "principal": 1e-5}  # rotation is absolute
+
+
+def test_accuracy_against_svd_in_fp64(benchmark, row, folder, tmp_path):
+    """The worst of each kind of figure over three matrices of a layer, tall, wide and square."""
+    names = [f"model.layers.3.{part}_proj.weight" for part in ("mlp.down", "self_attn.k", "self_attn.q")]
+    pair = []
+    for run in ("source", "run_a"):
+        source = open_source(folder / run)
+        pair.append({name: source.read(name, 0, source.tensors[name].numel).clone().view(source.tensors[name].shape) for name in names})
+        (tmp_path / run).mkdir()
+        save_file(pair[-1], tmp_path / run / "model.safetensors")
+    result = benchmark.pedantic(lambda: analyze(tmp_path / "source", tmp_path / "run_a"), rounds=3)
+    worst = dict.fromkeys(ACCURACY, 0.0)
+    for spectrum, place in zip(result.spectra.to_pylist(), result.geometry.to_pylist(), strict=True):
+        found, exact = spectrum | place, oracle(*(side[spectrum["name"]] for side in pair))
+        for name, value in exact.items():
+            kind = next((kind for kind in ACCURACY if name.startswith(kind)), "spectral")
+            error = abs(found[name] - value) / (1 if kind == "rotation" else abs(value) or 1)
+            worst[kind] = max(worst[kind], error)
+    for kind, limit in ACCURACY.items():
+        assert worst[kind] <= limit, kind
+    row(**{f"{kind} error": error for kind, error in worst.items()})
 
 
 @pytest.mark.parametrize(("hidden", "wide", "narrow"), [(896, 4864, 128), (1536, 8960, 256)], ids=["0.5B", "1.5B"])
