@@ -12,8 +12,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from opdkernels.optim import MaskedAdamW, compact_gradients
+from opdkernels.optim import MaskedAdamW, MaskedSGD, compact_gradients
 
 
 def model_of(dtype: torch.dtype) -> torch.nn.Sequential:
@@ -57,6 +58,17 @@ def sharded_model(dtype: torch.dtype) -> torch.nn.Sequential:
     return model
 
 
+def replicated_with_partial_gradient() -> list[torch.Tensor]:
+    """Each rank's copy of a weight after a step of SGD at a rate of 1: its gradient is rank + 1 here, still to be summed."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = torch.nn.Parameter(DTensor.from_local(torch.zeros(4), mesh, [Replicate()]))
+    weight.grad = DTensor.from_local(torch.full((4,), dist.get_rank() + 1.0), mesh, [Partial()])
+    MaskedSGD([weight], masks=[torch.ones(4, dtype=torch.bool)], lr=1.0).step()
+    copies = [torch.empty(4) for _ in range(dist.get_world_size())]
+    dist.all_gather(copies, weight.to_local().detach())
+    return copies
+
+
 def main(job: str, folder: Path, dtype_name: str, precision: str) -> None:
     dist.init_process_group("gloo")
     dtype = getattr(torch, dtype_name)
@@ -70,7 +82,7 @@ def main(job: str, folder: Path, dtype_name: str, precision: str) -> None:
         compact_gradients(other, gathering)
         train(other, gathering, range(6), dtype)
         active = sum(state["exp_avg"].numel() for state in optimizer.state.values())
-        result = {"weights": whole(model), "gathered": whole(other), "active": active}
+        result = {"weights": whole(model), "gathered": whole(other), "active": active, "summed": replicated_with_partial_gradient()}
     elif job == "save":
         train(model, optimizer, range(3), dtype)
         optimizer.remap(masks_for(model_of(dtype), seed=2))

@@ -45,6 +45,7 @@ def test_two_ranks_train_as_one(dtype, precision, tmp_path):
         assert torch.equal(got, gathered)
         # A mean over ranks of equal gradients is exact; only the clip's norm is summed in another order.
         torch.testing.assert_close(got, one, rtol=1e-6 if dtype == "float32" else 2**-7, atol=1e-7)
+    assert all(torch.equal(copy, torch.full((4,), -3.0)) for copy in found["summed"])
     assert 0 < found["active"] < sum(int(mask.sum()) for mask in masks.values())  # this rank's alone
 
 
