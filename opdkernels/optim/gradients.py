@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from opdkernels.optim.active import active_of, put_active
 from opdkernels.optim.bind import as_sharded, local_gradient, local_part
-from opdkernels.optim.masked import MaskedOptimizer, Place, active_of, named, put_active
+from opdkernels.optim.masked import MaskedOptimizer, Place, named
 
 
 class Hooks:

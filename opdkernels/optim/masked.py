@@ -12,10 +12,9 @@ cohorts as the `steps` of each coordinate, so that torch.distributed.checkpoint 
 from __future__ import annotations
 
 import copy
-import math
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,15 +25,15 @@ from opdkernels.ops.step import (
     EXTRA_DTYPES,
     FIRST,
     PRECISIONS,
-    STEP,
     adamw_scalars,
     places_of,
     sgd_scalars,
 )
+from opdkernels.optim.active import active_of, restore
 from opdkernels.optim.bind import Binder, Binding, Masks, Shard, is_dtensor, local_gradient, local_part
+from opdkernels.optim.call import EXTRAS, Call, Ready
+from opdkernels.optim.options import is_number, refuse_options
 
-EXTRAS = {"exact": "remainder", "kahan": "compensation"}
-DECAYS = ("zero", "toward_init")
 Place = tuple[int, int]  # group, parameter
 
 
@@ -177,14 +176,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if held is not None and (held.dtype != dtype or held.shape != (shard.active,) or held.device != local.device or not held.is_contiguous()):
                 raise refused(binding, f"has {name} of {held.dtype} {list(held.shape)} on {held.device}, not {dtype} [{shard.active}] on {local.device}")
 
+    @abstractmethod
     def _moments_of(self, group: dict[str, Any]) -> tuple[str, ...]:
-        raise NotImplementedError
+        """Names of the moments that a group keeps."""
 
+    @abstractmethod
     def _scalars(self, steps: list[float], group: dict[str, Any]) -> torch.Tensor:
-        raise NotImplementedError
+        """fp32 [steps, 8]: what the operator multiplies with at each step count."""
 
+    @abstractmethod
     def _launch(self, call: Call, group: dict[str, Any], scalars: torch.Tensor, grad_scale: torch.Tensor | None, clip: torch.Tensor | None) -> None:
-        raise NotImplementedError
+        """Steps what was collected."""
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
@@ -417,72 +419,6 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return {**fresh, "step": state["step"].clone(), **cohorts_of(ages, state["step"], old)}
 
 
-@dataclass
-class Ready:
-    """What one parameter's step takes: the parameter, what of it lives here, its gradient and its mask."""
-
-    param: torch.Tensor
-    local: torch.Tensor
-    grad: torch.Tensor
-    shard: Shard
-    binding: Binding
-
-
-class Call:
-    """The arguments of one launch: the tensors of a group on one device."""
-
-    def __init__(self) -> None:
-        self.locals: list[torch.Tensor] = []
-        self.params: list[torch.Tensor] = []
-        self.grads: list[torch.Tensor] = []
-        self.shards: list[Shard] = []
-        self.ordinals: list[int] = []
-        self.states: list[dict[str, Any]] = []
-        self.rows: list[int] = []
-        self.steps: list[float] = []
-        self.taken: list[float] = []
-        self.fresh: list[bool] = []
-
-    def add(self, one: Ready, state: dict[str, Any], fresh: bool) -> None:
-        local = one.local.detach()
-        self.locals.append(local)
-        self.params.append(local if local.is_contiguous() else local.contiguous())
-        self.grads.append(one.grad)
-        self.shards.append(one.shard)
-        self.ordinals.append(one.binding.ordinal)
-        self.states.append(state)
-        self.rows.append(len(self.steps))
-        steps = state["cohort_steps"].tolist() if "cohort_steps" in state else [float(state["step"])]
-        self.steps += steps
-        self.taken += len(steps) * [float(state["step"])]
-        self.fresh += len(steps) * [fresh]
-
-    def scalars(self, of: Callable[[list[float]], torch.Tensor]) -> torch.Tensor:
-        """A row for each step count, worked out once where counts are equal. Random numbers go by what the parameter took."""
-        distinct = sorted(set(self.steps))
-        rows = of(distinct)[torch.tensor([distinct.index(step) for step in self.steps])]
-        rows[:, STEP] = torch.tensor(self.taken)
-        return rows
-
-    def of_each(self, name: str) -> list[torch.Tensor]:
-        """One of the state's tensors of every parameter, empty where it has none; no list where none has one."""
-        if not any(name in state for state in self.states):
-            return []
-        empty = torch.empty(0, dtype=torch.uint8)
-        return [state.get(name, empty) for state in self.states]
-
-    def common(self, group: dict[str, Any]) -> dict[str, Any]:
-        extra = EXTRAS.get(group["precision"])
-        return {
-            "extras": self.of_each(extra) if extra else [],
-            "inits": self.of_each("init"),
-            "cohorts": self.of_each("cohort"),
-            "rows": self.rows,
-            "starts": [shard.start or 0 for shard in self.shards],
-            "ordinals": self.ordinals,
-        }
-
-
 class MaskedAdamW(MaskedOptimizer):
     """AdamW on the active coordinates of `masks`; every other one keeps its bits, whatever its gradient or weight decay.
 
@@ -604,30 +540,6 @@ class MaskedSGD(MaskedOptimizer):
         )  # fmt: skip
 
 
-def active_of(tensor: torch.Tensor, shard: Shard) -> torch.Tensor:
-    """fp32 [active]: a local tensor's active values."""
-    into = torch.empty(shard.active, dtype=torch.float32, device=tensor.device)
-    torch.ops.opdkernels.masked_take_(tensor.detach().contiguous(), shard.mask, shard.offsets, into, False)
-    return into
-
-
-def put_active(tensor: torch.Tensor, shard: Shard, values: torch.Tensor) -> None:
-    """Sets a local tensor's active values, in place."""
-    tensor = tensor.detach()
-    whole = tensor.contiguous()
-    torch.ops.opdkernels.masked_put_(whole, shard.mask, shard.offsets, values)
-    if whole.data_ptr() != tensor.data_ptr():
-        tensor.copy_(whole)
-
-
-def restore(param: torch.Tensor, init: torch.Tensor, before: Shard, after: Shard) -> None:
-    """Puts what is active before and no longer after back to where it began."""
-    local = local_part(param)[0]
-    was, now = (places_of(shard.mask, local.numel()) for shard in (before, after))
-    values = torch.where(torch.isin(was, now), active_of(local, before), init.float())
-    put_active(local, before, values)
-
-
 def cohorts_of(steps: torch.Tensor, taken: torch.Tensor, binding: Binding) -> dict[str, torch.Tensor]:
     """Cohorts of coordinates that took so many steps each, fp32 [active]; none where all took what the parameter did."""
     if bool((steps == taken.to(steps.device)).all()):
@@ -644,32 +556,3 @@ def named(binding: Binding) -> str:
 
 def refused(binding: Binding, why: str) -> InputError:
     return InputError(f"the optimizer state of {named(binding)} {why}; load the state that was saved with these masks, or start without one")
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-
-
-def refuse_options(options: dict[str, Any]) -> None:
-    """Raises ValueError for a hyperparameter that is no number or out of its range, TypeError for a flag that masked optimizers do
-    not have."""
-    for name in ("lr", "eps", "weight_decay", "momentum", "dampening"):
-        value = options.get(name, 0.0)
-        if name == "lr" and isinstance(value, torch.Tensor) and value.numel() == 1:
-            value = float(value)
-        if not is_number(value) or not 0 <= value < math.inf:
-            hint = "; write 1.0e-6, with a point, in YAML" if isinstance(value, str) else ""
-            raise ValueError(f"{name} is {options[name]!r}; give a finite number from 0 on{hint}")
-    betas = options.get("betas", (0.0, 0.0))
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all((is_number(b) or isinstance(b, torch.Tensor)) and 0 <= float(b) < 1 for b in betas):
-        raise ValueError(f"betas is {betas!r}; give two numbers in [0, 1)")
-    for name, choices in (("precision", PRECISIONS), ("decay", DECAYS)):
-        if options[name] not in choices:
-            raise ValueError(f"{name} is {options[name]!r}; choose one of {', '.join(choices)}")
-    if isinstance(options["seed"], bool) or not isinstance(options["seed"], int) or not -(1 << 63) <= options["seed"] < 1 << 63:
-        raise ValueError(f"seed is {options['seed']!r}; give an integer of 64 bits")
-    if options.get("nesterov") and not (options["momentum"] > 0 and options["dampening"] == 0):
-        raise ValueError("nesterov needs momentum and no dampening")
-    for flag in ("capturable", "differentiable"):
-        if options.get(flag):
-            raise TypeError(f"{flag}=True is not offered by masked optimizers; leave it out")

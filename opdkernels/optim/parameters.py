@@ -11,8 +11,8 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from opdkernels.errors import printable
+from opdkernels.optim.active import active_of, put_active
 from opdkernels.optim.bind import Binder, Binding, Masks, is_dtensor, local_gradient, plain_name
-from opdkernels.optim.masked import active_of, put_active
 
 
 class MaskedParameters(torch.nn.Module):
