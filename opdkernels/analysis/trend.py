@@ -421,7 +421,7 @@ def lines(result: Trend) -> list[str]:
             f"{number(stored.get('stable_rank')):>13}{number(stored.get('cosine_final')):>9}{number(mean([stored.get(name) for name in SIMILARITY])):>8}"
             f"{percent(visible.get('coverage_final')):>10}{percent(visible.get('frac_changed_since_previous')):>9}  {printable(step['path'])}"
         )
-    found.append("unchanged: stored and visible view; cosine, Sim_16 (mean of left and right) and coverage (of the final changed set): with the last checkpoint;")
+    found.append(f"unchanged: stored and visible view; cosine, Sim_16 (mean of left and right) and coverage (of what the last changed by more than {summary['atol']:g}): with the last checkpoint;")
     found.append("since: share of the coordinates that visibly changed since the checkpoint before")
     found += [f"note: {note}" for note in summary["notes"]]
     found += [f"excluded: {printable(e['name'])}: {printable(e['reason'])}" for e in summary["excluded"][:10]]

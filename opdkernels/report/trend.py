@@ -43,7 +43,7 @@ def content(result: Trend) -> dict[str, Any]:
     return {
         "title": "How a run changed its weights",
         "sides": [("source", format.name(summary["source"])), *((f"step {s['step']}", format.name(s["path"])) for s in (summary["steps"][0], summary["steps"][-1]))],
-        "headline": headline(steps),
+        "headline": headline(steps, summary["atol"]),
         "reading": reading(steps),
         "charts": drawings(steps),
         "table": build("checkpoints", "Checkpoints, whole model", [Column("step"), *FIGURES], steps),
@@ -109,13 +109,13 @@ def drawings(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def headline(steps: Sequence[dict[str, Any]]) -> str:
+def headline(steps: Sequence[dict[str, Any]], atol: float) -> str:
     first, last = steps[0]["visible"].get("coverage_final"), steps[-1]["step"]
     if steps[-1]["visible"].get("frac_zero") == 1:
         return "Nothing changed visibly by the end"
     if first is None:
         return "The checkpoints cannot be compared with the last"
-    return f"At step {steps[0]['step']} of {last}, {format.percent(first)} of the coordinates that the run changes were changed"
+    return f"At step {steps[0]['step']} of {last}, {format.percent(first)} of the coordinates that the run changes by more than {atol:g} were changed"
 
 
 def reading(steps: Sequence[dict[str, Any]]) -> list[str]:
