@@ -34,7 +34,7 @@ bench: $(READY)
 $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel pybind11
-	OPDKERNELS_REQUIRE_C=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[hub,triton,dev]'
+	OPDKERNELS_REQUIRE_C=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[hub,triton,distill,dev]'
 	touch $(READY)
 
 clean:

@@ -37,7 +37,6 @@ def analyze(
     arXiv 2606.13657; docs/outputs.md defines each.
     """
     chosen = checked(AnalyzeOptions, options)
-    assert isinstance(chosen, AnalyzeOptions)
     result = run.analyze(source, trained, out, chosen, progress or (lambda done, total, name: None))
     if result.path is not None and chosen.report:
         report.write(result.path, result)
@@ -61,7 +60,6 @@ def overlap(
     uniform chance: arXiv 2606.13657; docs/outputs.md defines each column.
     """
     chosen = checked(OverlapOptions, options)
-    assert isinstance(chosen, OverlapOptions)
     result = run_overlap(base, runs, out, chosen, progress or (lambda done, total, name: None))
     if result.path is not None and chosen.report:
         report.write_overlap(result.path, result)
@@ -87,7 +85,6 @@ def trend(
     each column.
     """
     chosen = checked(TrendOptions, options)
-    assert isinstance(chosen, TrendOptions)
     result = trends.run_trend(base, checkpoints, out, chosen, progress or (lambda done, total, name: None))
     if result.path is not None and chosen.report:
         for folder in result.folders:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect as inspection
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, Optional
 
 import typer
+from pydantic import BaseModel
 
+from opdkernels.distill.options import DistillOptions
 from opdkernels.errors import InputError, UsageError, printable
 
 EXIT_STATUS = "Exit status: 0 done, 2 usage, 3 done but some tensors were excluded, failed or hold NaN or Inf, 4 bad input."
@@ -34,6 +38,29 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another ru
 NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write report.html.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def with_options(command: Callable[..., None], model: type[BaseModel]) -> Callable[..., None]:
+    """A command whose keywords are the fields of a model, each an option that says what the field does and what it is by default."""
+    signature = inspection.signature(command, eval_str=True)
+    own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    fields = []
+    for name, field in model.model_fields.items():
+        if name in signature.parameters:
+            continue
+        flag = field.annotation is bool
+        unless = "" if field.is_required() or field.default in ("", None) else f" [default: {shown(field.default)}]"
+        names = [f"--{name.replace('_', '-')}{f'/--no-{name}'.replace('_', '-') if flag else ''}"]
+        option = typer.Option(*names, help=f"{field.description}{unless}", metavar=None if flag else "VALUE", show_default=False)
+        kind = Optional[bool] if flag else Optional[str]  # noqa: UP045
+        fields.append(inspection.Parameter(name, inspection.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]))
+    command.__signature__ = signature.replace(parameters=[*own, *fields])  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in (*own, *fields)}
+    return command
+
+
+def shown(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else f"{default:g}" if isinstance(default, float) else str(default)
 
 
 @app.command()
@@ -386,6 +413,34 @@ def patch_info(patch: PatchFile, json: Json = False) -> None:
 
     found = info(patch)
     show(found, lines(found), json)
+
+
+def distill(
+    config: Annotated[Optional[str], typer.Argument(metavar="[CONFIG.toml]", help="Options as TOML; those on the command line go before it.", show_default=False)] = None,  # noqa: UP045
+    *,
+    out: Out,
+    quiet: Quiet = False,
+    json: Json = False,
+    **given: str | None,
+) -> None:
+    """Train a student on its own samples from a teacher's view of every token, and follow what that does to the weights.
+
+    OUT gets checkpoint-N folders (transformers' format, checkpoint-0 the start), log.jsonl with a line a step, track.jsonl with a
+    line a mark, and masks of what had changed at each mark. A run that was killed goes on with the same command.
+
+    Example: opdkernels distill --student Qwen2.5-0.5B --teacher Qwen2.5-1.5B --prompts prompts.jsonl --steps 200 -o run
+    """
+    from opdkernels.distill.loop import distill, lines, summary
+    from opdkernels.distill.options import options_from
+
+    options = options_from(config, {name: value for name, value in given.items() if value is not None})
+    result = distill(options, out, quiet=quiet)
+    if not quiet:
+        show(summary(result), lines(result), json)
+    raise typer.Exit(result.exit_status)
+
+
+app.command("distill")(with_options(distill, DistillOptions))
 
 
 @app.command()

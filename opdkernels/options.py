@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -41,7 +42,6 @@ class Options(BaseModel):
     )
     revision: str | None = Field(None, description="Revision of hub ids.")
     allow_missing: bool = Field(False, description="Go on without shards that the index lists and the folder lacks.")
-
 
     @property
     def opening(self) -> dict[str, Any]:
@@ -87,7 +87,10 @@ class TrendOptions(Options):
     overwrite: bool = Field(False, description="Replace another run in the output folder.")
 
 
-def checked(model: type[Options], values: dict) -> Options:
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+def checked(model: type[Checked], values: dict) -> Checked:
     """The options, or a UsageError of one line that names the option, its value and what is allowed."""
     from pydantic import ValidationError
 
@@ -97,6 +100,8 @@ def checked(model: type[Options], values: dict) -> Options:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "options"
         if first["type"] == "extra_forbidden":
-            raise UsageError(f"there is no option {name!r}; the options are {', '.join(model.model_fields)}") from None
+            near = difflib.get_close_matches(name, model.model_fields, 1)
+            hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(model.model_fields)}"
+            raise UsageError(f"there is no option {name!r}; {hint}") from None
         message = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"option {name} is {first['input']!r}: {message}") from None
+        raise UsageError(f"option {name} is {first['input']!r}: {message}" if first["loc"] else message) from None

@@ -1,0 +1,116 @@
+"""A run's log: one JSON line a step, TensorBoard's files where asked for, and a line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opdkernels.distill.track import read_rows, write_rows
+from opdkernels.errors import UsageError
+
+LINE_EVERY_S = 2.0
+SHOWN = (("loss", "loss {:.4f}"), ("reverse_kl", "KL {:.4f}"), ("agreement", "agreement {:.2f}"), ("reward", "reward {:.2f}"), ("accuracy", "accuracy {:.3f}"))
+
+
+class Log:
+    """Writes rows of figures; rows after `step`, of a run that was killed there, are let go."""
+
+    def __init__(self, folder: Path, step: int, total: int, tensorboard: bool, quiet: bool):
+        self.path, self.total, self.quiet = folder / "log.jsonl", total, quiet
+        write_rows(self.path, [row for row in read_rows(self.path) if row["step"] <= step])
+        self.shown, self.began, self.first = 0.0, time.monotonic(), step
+        self.board = board(folder, step) if tensorboard else None
+
+    def row(self, row: dict[str, Any]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            for name, value in flat(row):
+                self.board.add_scalar(name, value, row["step"])
+            self.board.flush()
+        self.show(row)
+
+    def accuracies(self) -> list[tuple[int, float]]:
+        """Steps and accuracies of the evaluations so far."""
+        return [(row["step"], row["accuracy"]) for row in read_rows(self.path) if "accuracy" in row]
+
+    def show(self, row: dict[str, Any]) -> None:
+        now, live = time.monotonic(), sys.stderr.isatty()
+        last = row["step"] == self.total or "accuracy" in row
+        if self.quiet or not (live or last or now - self.shown >= LINE_EVERY_S):
+            return
+        self.shown = now
+        done = row["step"] - self.first
+        left = (now - self.began) / done * (self.total - row["step"]) if done else 0
+        facts = [text.format(row[name]) for name, text in SHOWN if row.get(name) is not None]
+        line = f"step {row['step']} of {self.total}: {', '.join(facts)}, {left:.0f} s left"
+        print(f"\r\x1b[K{line}" if live else line, end="\n" if last or not live else "", file=sys.stderr, flush=True)
+
+
+def board(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("tensorboard is asked for and not installed; pip install tensorboard, or leave it out") from None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+
+def flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and name != "step":
+            yield f"{prefix}{name}", value
+
+
+class Clock:
+    """Seconds and peak memory of a step's phases."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.clear()
+
+    def clear(self) -> None:
+        self.began = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self.peak: dict[str, int] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start_peak(self.device)
+        began = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        self.peak[name] = max(self.peak.get(name, 0), peak_bytes(self.device))
+
+    def row(self) -> dict[str, Any]:
+        """Seconds by phase and in all, and, where it is known, the peak of memory by phase, in bytes: the device's, or the process's."""
+        known = {name: size for name, size in self.peak.items() if size}
+        return {"seconds": {**self.seconds, "all": time.perf_counter() - self.began}, **({"peak_bytes": known} if known else {})}
+
+
+def start_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM begins anew
+
+
+def peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return 0
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,308 @@
+"""On-policy distillation (arXiv 2306.13649, 2606.13657): prompts, completions of the student, the teacher's view of the same tokens,
+a divergence, a step; and, on the way, what that does to the weights.
+
+    for each step:  entries -> rollout -> [taught -> objective -> backward] for each micro-batch -> step -> log, mark, save
+
+All that is drawn at a step follows from the seed and the step's number, so that a run which was killed ends with the weights of one
+that was not, bit for bit on one process. Every token counts alike: losses are sums over a micro-batch's tokens divided by the
+tokens of the whole step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opdkernels.distill.log import Clock, Log
+from opdkernels.distill.models import Text, end_tokens, load_model, load_text, transformers
+from opdkernels.distill.objective import Objective, advantages, objective
+from opdkernels.distill.optimizers import optimizer_of, rate, with_lora
+from opdkernels.distill.options import DistillOptions
+from opdkernels.distill.ranks import device_of
+from opdkernels.distill.rollout import Prompts, Rollout, encode, recorded, sample
+from opdkernels.distill.saving import load_state, newest, open_folder, save
+from opdkernels.distill.tasks import Entry, Task, open_task
+from opdkernels.distill.teachers import Teacher, shared_ids, teachers_of
+from opdkernels.distill.track import Tracker, moments_of, read_rows
+from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.optim import compact_gradients
+from opdkernels.optim.masked import MaskedOptimizer
+
+MOST_SKIPPED = 3  # steps in a row without a finite loss, after which a run stops
+
+
+@dataclass
+class Outcome:
+    """Where a run stands: `step` of `steps`; `stopped` by a signal; rows of its log's last evaluation and of its marks."""
+
+    folder: Path
+    step: int
+    steps: int
+    stopped: int
+    accuracy: list[tuple[int, float]]
+    marks: list[dict[str, Any]]
+
+    @property
+    def exit_status(self) -> int:
+        """0, or 128 and the number of the signal that stopped it."""
+        return 128 + self.stopped if self.stopped else 0
+
+
+@dataclass
+class Run:
+    """What the steps share."""
+
+    options: DistillOptions
+    task: Task
+    text: Text
+    model: Any
+    optimizer: MaskedOptimizer
+    teachers: dict[str, Teacher]
+    ends: list[int]
+    vocab: int
+    device: torch.device
+    clock: Clock
+
+
+def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool = True) -> Outcome:
+    """Trains a student from a teacher, in a folder from which a killed run goes on; the start is its `checkpoint-0`.
+
+    Raises InputError for models, prompts, masks and rewards that cannot be used, UsageError for options that make no sense.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    transformers().utils.logging.disable_progress_bar()
+    folder = open_folder(out, options)
+    device = device_of(options.device)
+    task = open_task(options.prompts, options.held_out, options.seed, options.reward)
+    found = newest(folder)
+    model: Any = load_model(os.fspath(found[1]) if found and not options.lora_rank else options.student, options.dtype, device)
+    text = load_text(options.student)
+    if options.lora_rank:
+        torch.manual_seed(options.seed)
+        model = with_lora(options, model)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = optimizer_of(options, model)
+    compact_gradients(model, optimizer)
+    teachers = teachers_of(options, model, optimizer, text, device)
+    run = Run(options, task, text, model, optimizer, teachers, end_tokens(model, text, options.stop), shared_ids(model, teachers), device, Clock(device))
+    step = resume(run, found[1]) if found else 0
+    log = Log(folder, step, options.steps, options.tensorboard, quiet)
+    tracker = None
+    if options.track_every and step < options.steps:
+        tracker = Tracker(folder, model, step, lambda: load_model(os.fspath(folder / "checkpoint-0"), options.dtype, device))
+    if not found:
+        save(folder, 0, model, text, None)
+        if options.eval_size:
+            log.row({"step": 0, **evaluate(run)})
+    skipped = 0
+    with stopping() as stop:
+        while step < options.steps and not stop:
+            row = train(run, step, tracker is not None and (step + 1) % options.track_every == 0)
+            step += 1
+            skipped = skipped + 1 if row["skipped"] else 0
+            if skipped == MOST_SKIPPED:
+                raise InputError(f"{MOST_SKIPPED} steps in a row had no finite loss ({row['skipped']}); look at the teacher, or take a smaller lr")
+            last, moments = step == options.steps, row.pop("moments")
+            if tracker and (moments is not None or last):
+                with run.clock.phase("track"):
+                    mark = tracker.mark(step, model, moments or {})
+                row["changed"] = 1 - mark["views"]["visible"]["frac_zero"]
+                row["changed_since_mark"] = 1 - mark["since_last"]["visible"]["frac_zero"]
+            if options.eval_size and (last or (options.eval_every and step % options.eval_every == 0)):
+                with run.clock.phase("evaluate"):
+                    row |= evaluate(run)
+            if last or stop or (options.save_every and step % options.save_every == 0):
+                with run.clock.phase("save"):
+                    save(folder, step, model, text, state_of(run, step))
+                    if tracker:
+                        tracker.saved()
+            log.row({"step": step, **row, **run.clock.row()})
+    marks = tracker.finish() if tracker and step == options.steps else read_rows(folder / "track.jsonl")
+    return Outcome(folder, step, options.steps, stop[0] if stop else 0, log.accuracies(), marks)
+
+
+def train(run: Run, step: int, look: bool) -> dict[str, Any]:
+    """One step. Returns its figures; with `look` also what the optimizer's moments say, as `moments`."""
+    options, clock = run.options, run.clock
+    clock.clear()
+    set_seed(options.seed, step)
+    entries = [run.task.entry(step * options.batch_size + i) for i in range(options.batch_size)]
+    with clock.phase("generate"):
+        rollout, facts = completions(run, entries, step)
+    tokens = int(rollout.sizes.sum())
+    row = {"skipped": "", "moments": None, "tokens": tokens, "on_policy": rollout.own, **facts, **lengths(rollout)}
+    advantage = None
+    if options.reward_weight:
+        rewards = scores_of(run, rollout)
+        row["reward"], advantage = float(rewards.mean()), advantages(rewards, options.samples).to(run.device)
+    if not tokens:
+        return row | {"skipped": "every completion is empty"}
+    sums: defaultdict[str, float] = defaultdict(float)
+    for teacher, rows in parts(run, rollout):
+        part = rollout.rows(rows)
+        taught = None
+        if teacher is not None and options.kl_weight:
+            with clock.phase("score"):
+                taught = teacher.score(part)
+        with clock.phase("train"):
+            found = objective(run.model, part, taught, None if advantage is None else advantage[rows], tokens, run.vocab, options)
+            found.loss.backward()
+        for name, value in figures(found, part).items():
+            sums[name] += value
+    row |= {name: value if name == "loss" else value / tokens for name, value in sums.items()}
+    with clock.phase("step"):
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate(options, step)
+        norm = run.optimizer.clip_grad_norm_(options.clip or float("inf"))
+        row |= {"grad_norm": float(norm), "lr": rate(options, step)}
+        if look:
+            row["moments"] = moments_of(run.optimizer)
+        if not (torch.isfinite(norm) and sums["loss"] - sums["loss"] == 0):
+            row["skipped"] = f"loss {sums['loss']}, norm of the gradient {float(norm)}"
+            run.optimizer.zero_grad()
+            return row
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        for teacher in set(run.teachers.values()):
+            teacher.after_step()
+    return row
+
+
+def completions(run: Run, entries: list[Entry], step: int) -> tuple[Rollout, dict[str, Any]]:
+    """The step's completions: the student's own, or, by the coin that the share on-policy weighs, recorded or the teacher's ones."""
+    options = run.options
+    own = random.Random(f"{options.seed}/{step}/coin").random() < options.on_policy
+    entries = [entry for entry in entries for _ in range(options.samples)]
+    prompts = encode(run.text, entries, options.max_prompt)
+    facts = {"prompts_cut": prompts.cut}
+    if own:
+        return sampled(run, run.model, prompts, options.sampling_temperature, own), facts
+    if all(entry.completion is not None for entry in entries):
+        return recorded(run.text, prompts, most=options.max_new_tokens, ends=run.ends, device=run.device), facts
+    teacher = run.teachers.get("")
+    if teacher is None or not hasattr(teacher, "model"):
+        raise InputError("a step that is not on-policy needs `completion` in every prompt, or one teacher that is a model of its own")
+    return sampled(run, teacher.model, prompts, options.sampling_temperature, own), facts
+
+
+def sampled(run: Run, model: Any, prompts: Prompts, temperature: float, own: bool) -> Rollout:
+    return sample(model, run.text, prompts, most=run.options.max_new_tokens, ends=run.ends, vocab=run.vocab, temperature=temperature, own=own)
+
+
+def parts(run: Run, rollout: Rollout) -> Iterator[tuple[Teacher | None, list[int]]]:
+    """Rows to score at once, each part with the teacher that its prompts' tag names."""
+    by_teacher: defaultdict[str, list[int]] = defaultdict(list)
+    for i, entry in enumerate(rollout.entries):
+        tag = entry.tag if entry.tag in run.teachers else ""
+        if run.teachers and tag not in run.teachers:
+            raise InputError(f"a prompt has the tag {printable(entry.tag)!r} and no teacher has it; the teachers are {', '.join(map(printable, run.teachers))}")
+        by_teacher[tag].append(i)
+    for tag, rows in by_teacher.items():
+        size = run.options.micro_batch or len(rows)
+        for first in range(0, len(rows), size):
+            yield run.teachers.get(tag), rows[first : first + size]
+
+
+def figures(found: Objective, part: Rollout) -> dict[str, float]:
+    """The loss of a part, and sums over its tokens of what is logged."""
+    sums = {"loss": float(found.loss.detach())}
+    if found.scores is not None:
+        for name, values in found.scores._asdict().items():
+            if name != "loss" and values is not None:
+                sums[name] = float(values.double().sum())
+    if found.log_prob is not None:
+        sums["log_prob"] = float(found.log_prob.double().sum())
+    return sums
+
+
+def lengths(rollout: Rollout) -> dict[str, float]:
+    sizes = rollout.sizes.double()
+    return {"length": float(sizes.mean()), "length_max": int(sizes.max()), "ended": float(rollout.ended.double().mean())}
+
+
+def scores_of(run: Run, rollout: Rollout) -> torch.Tensor:
+    """Rewards [rows]."""
+    texts = [run.text.decode(row) for row in rollout.completions()]
+    return torch.tensor([run.task.score(entry, text) for entry, text in zip(rollout.entries, texts, strict=True)])
+
+
+def evaluate(run: Run) -> dict[str, Any]:
+    """Mean reward of greedy completions of the held-out prompts."""
+    entries = run.task.held_out(run.options.eval_size)
+    if not entries:
+        raise UsageError("eval_size is not 0 and there are no held-out prompts; name a file of them as held_out, or set eval_size=0")
+    size, total = run.options.micro_batch or run.options.batch_size, 0.0
+    for first in range(0, len(entries), size):
+        prompts = encode(run.text, entries[first : first + size], run.options.max_prompt)
+        total += float(scores_of(run, sampled(run, run.model, prompts, 0.0, True)).sum())
+    return {"accuracy": total / len(entries), "evaluated": len(entries)}
+
+
+def set_seed(seed: int, step: int) -> None:
+    """Everything that torch draws at a step follows from these two."""
+    torch.manual_seed(random.Random(f"{seed}/{step}").getrandbits(63))
+
+
+def state_of(run: Run, step: int) -> dict[str, Any]:
+    """What, beside the weights, a run goes on from."""
+    trained = {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad} if run.options.lora_rank else {}
+    return {"step": step, "optimizer": run.optimizer.state_dict(), "trained": trained, "teachers": {tag: t.state_dict() for tag, t in run.teachers.items()}}
+
+
+def resume(run: Run, path: Path) -> int:
+    """Takes on a checkpoint's state, its weights being loaded. Returns its step."""
+    state = load_state(path)
+    run.optimizer.load_state_dict(state["optimizer"])
+    params = dict(run.model.named_parameters())
+    with torch.no_grad():
+        for name, value in state["trained"].items():
+            params[name].copy_(value)
+    for tag, teacher in run.teachers.items():
+        teacher.load_state_dict(state["teachers"][tag])
+    return int(state["step"])
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT put their number into: a step that is under way ends, then the run saves and stops."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """The outcome as data."""
+    return {"folder": os.fspath(outcome.folder), "step": outcome.step, "steps": outcome.steps, "stopped": outcome.stopped, "accuracy": outcome.accuracy, "marks": outcome.marks}
+
+
+def lines(outcome: Outcome) -> list[str]:
+    """The outcome for people."""
+    where = printable(os.fspath(outcome.folder))
+    text = [f"step {outcome.step} of {outcome.steps}{': stopped by a signal; the same command goes on' if outcome.stopped else ''}; {where}"]
+    if outcome.accuracy:
+        text.append("accuracy on held-out prompts: " + ", ".join(f"{value:.3f} at step {step}" for step, value in outcome.accuracy))
+    for mark in outcome.marks[-1:]:
+        visible, stored = (mark["views"][view] for view in ("visible", "stored"))
+        text.append(f"changed: {100 * (1 - visible['frac_zero']):.2f} % of the weights visibly to bf16, {100 * (1 - stored['frac_zero']):.2f} % as stored, {100 * mark['changed_ever']:.2f} % at any mark")
+    if outcome.step == outcome.steps:
+        text.append(f"next: opdkernels trend {where}/checkpoint-0 {where}/checkpoint-* -o {where}/trend")
+    return text

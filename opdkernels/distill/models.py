@@ -1,0 +1,130 @@
+"""Models of transformers as this package uses them: hidden states before the head, and the head as `linear_divergence` takes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.ops.divergence import Head
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def transformers() -> Any:
+    try:
+        import transformers  # type: ignore[import-not-found]
+    except ImportError:
+        raise UsageError("distillation runs on transformers, which is not installed; pip install 'opdkernels[distill]'") from None
+    return transformers
+
+
+@dataclass
+class Text:
+    """A tokenizer, and the processor of images where the model sees them."""
+
+    tokenizer: Any
+    processor: Any
+    pad: int
+
+    def encode(self, prompt: Any, images: tuple[str, ...] = ()) -> tuple[list[int], dict[str, torch.Tensor]]:
+        """Token ids of a prompt, and what else the model takes with it, such as pixel_values."""
+        if images:
+            return self.encode_images(prompt, images)
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt)["input_ids"], {}
+        try:
+            ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+        except ValueError as error:
+            raise InputError(f"prompts are messages, and the tokenizer has no chat template ({printable(str(error))[:120]}); give text") from None
+        return ids, {}
+
+    def encode_images(self, prompt: Any, images: tuple[str, ...]) -> tuple[list[int], dict[str, torch.Tensor]]:
+        if self.processor is None:
+            raise InputError("a prompt has images, and the student takes none; give an image-text model")
+        text = prompt if isinstance(prompt, str) else self.processor.apply_chat_template(prompt, add_generation_prompt=True)
+        try:
+            from PIL import Image  # type: ignore[import-not-found]
+
+            opened = [Image.open(image).convert("RGB") for image in images]
+        except OSError as error:
+            raise InputError(f"an image of a prompt cannot be read ({printable(str(error))})") from None
+        found = dict(self.processor(text=[text], images=opened, return_tensors="pt"))
+        found.pop("attention_mask", None)
+        return found.pop("input_ids")[0].tolist(), found
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def load_model(place: str, dtype: str, device: torch.device) -> torch.nn.Module:
+    """A causal or image-text model, without dropout. Raises InputError where it cannot be read."""
+    hf = transformers()
+    try:
+        config = hf.AutoConfig.from_pretrained(place)
+        images = type(config) in hf.AutoModelForImageTextToText._model_mapping
+        kind = hf.AutoModelForImageTextToText if images else hf.AutoModelForCausalLM
+        model = kind.from_pretrained(place, dtype=DTYPES[dtype])
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{printable(place)} cannot be loaded as a model ({printable(str(error).splitlines()[0])[:300]})") from None
+    return model.to(device).eval()
+
+
+def load_text(place: str) -> Text:
+    """The tokenizer of a model's folder, and its processor. Without a pad token, padding takes an end token's id; it is masked."""
+    hf = transformers()
+    try:
+        tokenizer = hf.AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{printable(place)} has no tokenizer that can be loaded ({printable(str(error).splitlines()[0])[:300]})") from None
+    try:
+        processor = hf.AutoProcessor.from_pretrained(place)
+    except (OSError, ValueError, KeyError, ImportError):
+        processor = None
+    if not hasattr(processor, "image_processor"):
+        processor = None
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Text(tokenizer, processor, pad if pad is not None else 0)
+
+
+def refuse_other_tokens(student: Any, teacher: Any, named: str) -> None:
+    """Raises InputError where two tokenizers give a text other ids: distributions over them cannot be compared."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    token = next((token for token in sorted(ours) if theirs.get(token) != ours[token]), None) or next(token for token in sorted(theirs) if token not in ours)
+    raise InputError(f"{named} has another tokenizer: {printable(repr(token))} is {ours.get(token, 'not there')} of the student's and {theirs.get(token, 'not there')} of the teacher's; choose models of one family")
+
+
+def end_tokens(model: torch.nn.Module, text: Text, stop: str) -> list[int]:
+    """Ids that end a completion: the model's own, the tokenizer's, and that of `stop`."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    found = set(own if isinstance(own, (list, tuple)) else [own]) | {text.tokenizer.eos_token_id}
+    if stop:
+        ids = text.tokenizer(stop, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise UsageError(f"stop is {stop!r}, which is {len(ids)} tokens of the student; choose a text of one token")
+        found.add(ids[0])
+    return sorted(i for i in found if i is not None)
+
+
+def hidden_states(model: Any, ids: torch.Tensor, attention: torch.Tensor, extras: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[batch, length, width]: what the head takes, of right-padded ids [batch, length]."""
+    body = unwrapped(model).base_model
+    return body(input_ids=ids, attention_mask=attention.long(), use_cache=False, **extras).last_hidden_state
+
+
+def unwrapped(model: Any) -> Any:
+    """The model of transformers within peft's wrapper, its factors in place."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_of(model: torch.nn.Module, vocab: int | None = None) -> Head:
+    """The head of a model: how logits come from hidden states; of ids from `vocab` on, which others lack, none."""
+    own = unwrapped(model)
+    linear, config = own.get_output_embeddings(), own.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    weight = linear.weight if not hasattr(linear, "base_layer") else linear.base_layer.weight
+    return Head(weight, getattr(linear, "bias", None), scale=scale, softcap=getattr(config, "final_logit_softcapping", None) or 0.0, vocab=vocab)

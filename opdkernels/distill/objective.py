@@ -1,0 +1,82 @@
+"""What a step minimises: a divergence from the teacher, the policy gradient of a reward, the likelihood of recorded answers, each
+with its weight, over the tokens of completions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from opdkernels.distill.models import head_of, hidden_states
+from opdkernels.distill.options import DistillOptions
+from opdkernels.distill.rollout import Rollout
+from opdkernels.ops.divergence import Head, Scores, linear_divergence
+
+ROWS = 256  # tokens whose logits are alive at once
+
+
+class Objective(NamedTuple):
+    """`loss`: a number with a gradient; `scores`: per token, where there is a teacher; `log_prob`: the student's of each token,
+    where a reward or a likelihood needs it, detached."""
+
+    loss: torch.Tensor
+    scores: Scores | None
+    log_prob: torch.Tensor | None
+
+
+def objective(
+    model: torch.nn.Module,
+    rollout: Rollout,
+    taught: tuple[torch.Tensor, Head] | None,
+    advantage: torch.Tensor | None,
+    tokens: int,
+    vocab: int,
+    options: DistillOptions,
+) -> Objective:
+    """The loss of some rows, a sum over their tokens divided by `tokens`, those of the whole step.
+
+    taught: the teacher's hidden states and head; advantage [rows]: of each completion; vocab: how many ids all models have.
+    """
+    targets = rollout.targets
+    hidden = hidden_states(model, *rollout.inputs())[:, :-1][targets]
+    head, ids = head_of(model, vocab), rollout.tokens
+    loss, scores, log_prob = hidden.sum().float() * 0, None, None  # connected, whatever there is
+    if taught is not None and options.kl_weight:
+        divergence, scores = linear_divergence(
+            hidden, head, *taught, options.spec, tokens=ids, normalizer=tokens, scores=True
+        )
+        loss = loss + options.kl_weight * divergence
+    weight = options.reward_weight if advantage is not None else 0 if rollout.own else options.sft_weight
+    if weight:
+        of_tokens = log_probs(hidden, head, ids)
+        log_prob = of_tokens.detach()
+        gain = of_tokens if advantage is None else of_tokens * advantage.repeat_interleave(rollout.sizes)
+        loss = loss - weight * gain.sum() / tokens
+    return Objective(loss, scores, log_prob)
+
+
+def log_probs(hidden: torch.Tensor, head: Head, ids: torch.Tensor) -> torch.Tensor:
+    """fp32 [n]: log-probabilities of ids [n] given hidden states [n, width], some rows at a time, forward and backward."""
+    parts = [checkpoint(part_log_probs, *part, head, use_reentrant=False) for part in zip(hidden.split(ROWS), ids.split(ROWS), strict=True)]
+    return torch.cat(parts) if parts else hidden.sum(1).float()
+
+
+def part_log_probs(hidden: torch.Tensor, ids: torch.Tensor, head: Head) -> torch.Tensor:
+    logits = hidden.float() @ head.weight[: head.vocab].float().T
+    if head.bias is not None:
+        logits = logits + head.bias[: head.vocab].float()
+    logits = logits * head.scale
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits.log_softmax(1).gather(1, ids.unsqueeze(1)).squeeze(1)
+
+
+def advantages(rewards: torch.Tensor, samples: int) -> torch.Tensor:
+    """GRPO's: rewards [prompts * samples] less the mean of their prompt's, over its deviation; 0 where all are alike.
+
+    >>> advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2)
+    tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
+    """
+    groups = rewards.view(-1, samples)
+    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)).view(-1)

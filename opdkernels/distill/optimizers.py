@@ -1,0 +1,41 @@
+"""The optimizer of a run: masked in every case, with every coordinate active where there are no masks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from opdkernels.distill.options import DistillOptions
+from opdkernels.errors import InputError, printable
+from opdkernels.masks import MaskSet
+from opdkernels.optim import MaskedAdamW, MaskedSGD
+from opdkernels.optim.masked import MaskedOptimizer
+
+
+def optimizer_of(options: DistillOptions, model: torch.nn.Module) -> MaskedOptimizer:
+    """MaskedAdamW or MaskedSGD of the parameters that are trained. Raises InputError for masks of another model."""
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    masks = MaskSet.load(Path(options.masks)) if options.masks else {}
+    unmasked = "freeze" if options.masks else "train"
+    try:
+        if options.optimizer == "sgd":
+            return MaskedSGD(named, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, masks=masks, unmasked=unmasked,
+                             precision=options.precision, seed=options.seed)  # fmt: skip
+        return MaskedAdamW(named, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay, masks=masks, unmasked=unmasked,
+                           precision=options.precision, seed=options.seed)  # fmt: skip
+    except ValueError as error:
+        raise InputError(f"the masks do not fit the student ({printable(str(error))}); make them from this model") from None
+
+
+def with_lora(options: DistillOptions, model: torch.nn.Module) -> torch.nn.Module:
+    """The model with LoRA factors on every linear layer but the head, these alone trained."""
+    from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found]
+
+    config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank, target_modules="all-linear", lora_dropout=0.0)
+    return get_peft_model(model, config).eval()
+
+
+def rate(options: DistillOptions, step: int) -> float:
+    """Learning rate of step 0, 1, …: rises over the warm-up, then stays."""
+    return options.lr * min(1.0, (step + 1) / (options.warmup + 1))

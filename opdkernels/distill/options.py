@@ -1,0 +1,137 @@
+"""What a run of distillation is: one model of options, read from a TOML file, a command line or Python."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.options import checked
+
+if TYPE_CHECKING:
+    from opdkernels.ops.divergence import Divergence
+
+SELF = "self"
+
+
+class DistillOptions(BaseModel):
+    """Every option of `opdkernels distill`; names and meanings are those of its `--help`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # models
+    student: str = Field(description="Folder or hub id of the model to train: a causal or an image-text model of transformers.")
+    teacher: str = Field("", description="Folder or hub id of the teacher; several by a prompt's tag as math=A,code=B; self: the student's own weights, with what a prompt's `privileged` adds to it; empty where kl_weight is 0.")  # fmt: skip
+    ema: float = Field(1.0, ge=0, le=1, description="Of teacher=self: how much of its weights each step keeps; 1: those that the student began with.")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="How weights are stored.")
+    device: str = Field("auto", description="cpu, cuda, cuda:1; auto: a GPU if there is one.")
+    lora_rank: int = Field(0, ge=0, description="Train LoRA factors of this rank (peft) in place of the weights; 0: the weights.")
+    gradient_checkpointing: bool = Field(False, description="Compute activations again in backward: less memory, a third more time.")
+
+    # data
+    prompts: str = Field(description="JSON lines with `prompt` (text or messages) and, where wanted, `answer`, `tag`, `privileged`, `images`, `completion`; or a task: addition, sums, reasoning_gym:NAME.")  # fmt: skip
+    held_out: str = Field("", description="Prompts to evaluate on, as JSON lines; a task has its own.")
+    reward: str = Field("exact", description="What scores a completion: exact (its first line is the answer), or package.module:function of (prompt, answer, completion).")
+    batch_size: int = Field(16, ge=1, description="Prompts a step, over all processes.")
+    samples: int = Field(1, ge=1, description="Completions a prompt; a group of GRPO's where reward_weight is not 0.")
+    micro_batch: int = Field(0, ge=0, description="Completions scored at once; 0: all of a step.")
+    max_prompt: int = Field(512, ge=1, description="Longest prompt, in tokens; longer ones lose their beginning, before anything is sampled.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest completion, in tokens.")
+    stop: str = Field("", description="Text, of one token, that ends a completion beside the model's own end tokens.")
+    on_policy: float = Field(1.0, ge=0, le=1, description="Share of the steps on the student's own samples; the others take `completion` of the prompts, or the teacher's samples.")
+    sampling_temperature: float = Field(1.0, gt=0, description="Temperature of sampling.")
+
+    # objective
+    divergence: str = Field("reverse_kl", description="forward_kl, reverse_kl, jsd, total_variation, topk_forward_kl, topk_reverse_kl, sampled_reverse_kl (policy gradient) or sampled_reverse_kl_k2.")
+    beta: float = Field(0.5, ge=0, le=1, description="Of jsd: the teacher's share of the mixture; 0 is forward KL, 1 reverse KL.")
+    k: int = Field(0, ge=0, description="Of the top-k divergences: how many ids; the rest is one tail bucket.")
+    temperature: float = Field(1.0, gt=0, description="Temperature of both distributions in the divergence.")
+    kl_weight: float = Field(1.0, ge=0, description="Weight of the divergence.")
+    reward_weight: float = Field(0.0, ge=0, description="Weight of the task's reward, as the policy gradient of GRPO: with kl_weight 0, RLVR.")
+    sft_weight: float = Field(0.0, ge=0, description="Weight of the log-likelihood of completions that are not the student's own: with kl_weight 0 and on_policy 0, offline distillation.")
+
+    # optimizer
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="MaskedAdamW or MaskedSGD; without masks every coordinate is active.")
+    masks: str = Field("", description="File of masks (opdkernels mask): only what is active there is trained; empty: everything.")
+    lr: float = Field(1e-6, gt=0, description="Learning rate, after warm-up.")
+    warmup: int = Field(0, ge=0, description="Steps over which the rate rises from 0.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Of adamw.")
+    eps: float = Field(1e-8, gt=0, description="Of adamw.")
+    momentum: float = Field(0.0, ge=0, lt=1, description="Of sgd.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled with adamw; towards zero.")
+    precision: Literal["exact", "kahan", "stochastic", "nearest"] = Field("exact", description="How steps of bf16 weights are kept: exact has 16 more bits an active coordinate, an fp32 master in all but name.")
+    clip: float = Field(1.0, ge=0, description="Largest norm of the active gradient; 0: any.")
+
+    # run
+    steps: int = Field(100, ge=1, description="Steps in all.")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="Of prompts, coins and samples.")
+    save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: at the end alone.")
+    track_every: int = Field(10, ge=0, description="Steps between looks at what changed in the weights; 0: never.")
+    eval_every: int = Field(0, ge=0, description="Steps between greedy evaluations on held-out prompts; 0: before and after alone.")
+    eval_size: int = Field(0, ge=0, description="Held-out prompts to evaluate on; 0: no evaluation.")
+    tensorboard: bool = Field(False, description="Also write TensorBoard's event files, where it is installed.")
+    threads: int | None = Field(None, ge=1, le=4096, description="Threads; torch's own number if not given.")
+    overwrite: bool = Field(False, description="Replace another run in the output folder.")
+
+    @model_validator(mode="after")
+    def fit_together(self) -> DistillOptions:
+        self.spec  # noqa: B018  refuses what is ill-posed
+        if not (self.kl_weight or self.reward_weight or self.sft_weight):
+            raise ValueError("all three weights are 0: nothing is trained; set kl_weight, reward_weight or sft_weight")
+        if self.kl_weight and not self.teacher:
+            raise ValueError("kl_weight is not 0 and there is no teacher; name one, or set kl_weight=0")
+        if self.reward_weight and self.samples < 2:
+            raise ValueError(f"reward_weight compares completions of one prompt and samples is {self.samples}; take 2 or more")
+        if self.reward_weight and self.on_policy < 1:
+            raise ValueError("reward_weight needs the student's own samples; set on_policy=1")
+        if self.masks and self.lora_rank:
+            raise ValueError("masks and lora_rank are two ways to train a part; choose one")
+        return self
+
+    @property
+    def spec(self) -> Divergence:
+        """The divergence that the options name."""
+        from opdkernels.ops.divergence import Divergence
+
+        return Divergence(self.divergence, beta=self.beta, k=self.k, temperature=self.temperature)
+
+    @property
+    def teachers(self) -> dict[str, str]:
+        """Teachers' places by tag; one alone has the empty tag."""
+        if "=" not in self.teacher:
+            return {"": self.teacher} if self.teacher else {}
+        pairs = [part.partition("=") for part in self.teacher.split(",")]
+        return {tag.strip(): place.strip() for tag, _, place in pairs}
+
+
+def options_from(path: str | os.PathLike[str] | None, given: dict[str, Any]) -> DistillOptions:
+    """Options of a TOML file, and over them those that are `given`.
+
+    Raises InputError for a file that cannot be read, UsageError for a field that does not exist or a value that makes no sense.
+    """
+    found: dict[str, Any] = {}
+    if path is not None:
+        found = read_toml(path)
+    values = {**found, **given}
+    if isinstance(values.get("betas"), str):
+        values["betas"] = tuple(values["betas"].split(","))
+    missing = [name for name, field in DistillOptions.model_fields.items() if field.is_required() and name not in values]
+    if missing:
+        raise UsageError(f"there is no {missing[0]}; give it in the configuration or as --{missing[0].replace('_', '-')}")
+    return checked(DistillOptions, values)
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        import tomli as tomllib  # type: ignore[no-redef]
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise InputError(f"{printable(os.fspath(path))} does not exist; give a TOML file of options") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{printable(os.fspath(path))} is not TOML ({printable(str(error))})") from None

@@ -1,0 +1,110 @@
+"""Checkpoints of a run: weights and tokenizer as transformers reads them, and the state that a killed run goes on from.
+
+A checkpoint is a folder `checkpoint-N` after N steps; it is written beside and renamed, so that there is a whole one or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opdkernels.analysis.records import write_json
+from opdkernels.distill.models import Text
+from opdkernels.distill.options import DistillOptions
+from opdkernels.distill.track import effective
+from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.version import __version__
+
+STATE = "training.pt"
+FREE = {"steps", "save_every", "eval_every", "tensorboard", "threads", "overwrite"}  # may change when a run goes on
+
+
+def identity(options: DistillOptions) -> str:
+    """What two runs must share for one to go on from the other."""
+    kept = {name: value for name, value in options.model_dump(mode="json").items() if name not in FREE}
+    return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def open_folder(out: str | os.PathLike[str], options: DistillOptions) -> Path:
+    """The folder of a run, new or to go on in. Raises UsageError where another run is in it."""
+    folder = Path(out)
+    about = folder / "run.json"
+    if about.exists():
+        before = json.loads(about.read_text())
+        if before.get("command") == "distill" and before.get("identity") == identity(options):
+            return folder
+        if not options.overwrite:
+            raise UsageError(f"{printable(os.fspath(out))} holds another run; choose another folder, or --overwrite it")
+        shutil.rmtree(folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{printable(os.fspath(out))} is not empty and holds no run of distill; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(about, {"command": "distill", "version": __version__, "identity": identity(options), "options": options.model_dump(mode="json")})
+    return folder
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of the checkpoints, in order."""
+    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def newest(folder: Path) -> tuple[int, Path] | None:
+    """The last checkpoint that a run can go on from."""
+    whole = [(step, path) for step, path in checkpoints(folder) if (path / STATE).exists()]
+    return whole[-1] if whole else None
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A folder to write in that takes its place when all is written, and is gone where that fails."""
+    part = path.with_name(f".{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        shutil.rmtree(path, ignore_errors=True)
+        part.rename(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def save(folder: Path, step: int, model: Any, text: Text, state: dict[str, Any] | None) -> Path:
+    """Writes a checkpoint; states of earlier ones, which no run needs now, are let go. With LoRA the factors are beside the merged
+    weights. Returns its folder."""
+    place = folder / f"checkpoint-{step}"
+    with written(place) as part:
+        if hasattr(model, "get_base_model"):
+            save_merged(model, part)
+        else:
+            model.save_pretrained(part)
+        (text.processor or text.tokenizer).save_pretrained(part)
+        if state is not None:
+            torch.save(state, part / STATE)
+    for other, path in checkpoints(folder):
+        if other != step and state is not None:
+            (path / STATE).unlink(missing_ok=True)
+    return place
+
+
+def save_merged(model: Any, part: Path) -> None:
+    """A peft model's factors in `adapter`, and the plain model with them multiplied out."""
+    model.save_pretrained(part / "adapter")
+    model.get_base_model().save_pretrained(part, state_dict=dict(effective(model)))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path / STATE, weights_only=True)
+    except Exception as error:
+        raise InputError(f"{printable(os.fspath(path / STATE))} cannot be read ({printable(str(error).splitlines()[0])[:200]}); delete {printable(path.name)}, and run the same command again") from None

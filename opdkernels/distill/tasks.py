@@ -1,0 +1,238 @@
+"""Where prompts come from, what scores a completion: JSON lines, two tasks of sums, and reasoning_gym's.
+
+A task is a sequence without end: entry i is the same on every machine, so that a run goes on from a step's number alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opdkernels.errors import InputError, UsageError, printable
+
+Score = Callable[[Any, str | None, str], float]
+SHOTS = "12+13+20=45\n41+29+11=81\n"
+PAIRS, TRAINED_PAIRS = 10_000, 8_000  # of two-digit numbers, 00 to 99
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One prompt. `prompt`: text, or messages as chat templates take them; `privileged`: what a teacher that is the student itself
+    sees before it; `completion`: a recorded answer, for steps that are not on-policy."""
+
+    prompt: Any
+    answer: str | None = None
+    tag: str = ""
+    privileged: str | None = None
+    images: tuple[str, ...] = ()
+    completion: str | None = None
+
+
+class Task(ABC):
+    """Prompts to train on and to evaluate on."""
+
+    def __init__(self, reward: str = "exact"):
+        self.reward, self._score = reward, scorer(reward)
+
+    @abstractmethod
+    def entry(self, i: int) -> Entry:
+        """Training prompt i, from 0 on, without end."""
+
+    @abstractmethod
+    def held_out(self, n: int) -> list[Entry]:
+        """The first n prompts that training does not see, or as many as there are."""
+
+    def score(self, entry: Entry, completion: str) -> float:
+        """What a completion is worth, 0 to 1 of the tasks here. Raises InputError where the reward itself fails."""
+        try:
+            value = float(self._score(entry.prompt, entry.answer, completion))
+        except Exception as error:
+            raise InputError(f"the reward {self.reward} failed on {printable(str(entry.prompt))[:80]} ({type(error).__name__}: {printable(str(error))[:200]}); mend it, and run the same command again") from None
+        if not math.isfinite(value):
+            raise InputError(f"the reward {self.reward} gave {value} on {printable(str(entry.prompt))[:80]}; it must be a finite number")
+        return value
+
+
+class Lines(Task):
+    """JSON lines, in an order that each pass over them draws anew."""
+
+    def __init__(self, path: str, held_out: str, seed: int, reward: str):
+        super().__init__(reward)
+        self.entries, self.seed = read_lines(path), seed
+        self.others = read_lines(held_out) if held_out else []
+
+    def entry(self, i: int) -> Entry:
+        epoch, place = divmod(i, len(self.entries))
+        return self.entries[permuted(place, len(self.entries), f"{self.seed}/{epoch}")]
+
+    def held_out(self, n: int) -> list[Entry]:
+        return self.others[:n]
+
+
+class Addition(Task):
+    """Two numbers of two digits, "07+45=", whose sum has three, "052": 8,000 pairs to train on, 2,000 held out."""
+
+    def __init__(self, seed: int, reward: str):
+        super().__init__(reward)
+        self.seed = seed
+
+    @staticmethod
+    def of(pair: int) -> Entry:
+        a, b = divmod(pair, 100)
+        return Entry(f"{a:02}+{b:02}=", f"{a + b:03}")
+
+    def entry(self, i: int) -> Entry:
+        epoch, place = divmod(i, TRAINED_PAIRS)
+        return self.of(permuted(permuted(place, TRAINED_PAIRS, f"{self.seed}/{epoch}"), PAIRS, "pairs"))
+
+    def held_out(self, n: int) -> list[Entry]:
+        return [self.of(permuted(place, PAIRS, "pairs")) for place in range(TRAINED_PAIRS, min(PAIRS, TRAINED_PAIRS + n))]
+
+
+class Sums(Task):
+    """Three numbers from 10 to 99 after two worked lines; a ninth of all triples is held out."""
+
+    def __init__(self, seed: int, reward: str):
+        super().__init__(reward)
+        self.seed = seed
+
+    @staticmethod
+    def draw(key: str, held_out: bool) -> Entry:
+        drawn = random.Random(key)
+        while True:
+            a, b, c = (drawn.randrange(10, 100) for _ in range(3))
+            if ((a + 7 * b + 31 * c) % 9 == 0) == held_out:
+                return Entry(f"{SHOTS}{a}+{b}+{c}=", str(a + b + c))
+
+    def entry(self, i: int) -> Entry:
+        return self.draw(f"{self.seed}/{i}", False)
+
+    def held_out(self, n: int) -> list[Entry]:
+        return [self.draw(f"held out/{i}", True) for i in range(n)]
+
+
+class ReasoningGym(Task):
+    """A task of reasoning_gym, drawn and scored by it; held-out entries are of another seed."""
+
+    def __init__(self, name: str, seed: int):
+        super().__init__()
+        try:
+            from reasoning_gym import create_dataset  # type: ignore[import-not-found]
+        except ImportError:
+            raise UsageError(f"reasoning_gym:{printable(name)} needs reasoning-gym; pip install reasoning-gym") from None
+        try:
+            self.data = create_dataset(name, size=1 << 20, seed=2 * seed)
+            self.others = create_dataset(name, size=1 << 20, seed=2 * seed + 1)
+        except ValueError as error:
+            raise UsageError(f"reasoning_gym has no task {printable(name)} ({printable(str(error))[:200]})") from None
+        self.reward, self._score = f"reasoning_gym:{name}", lambda prompt, answer, text: self.data.score_answer(text.strip(), json.loads(answer or "{}"))
+
+    @staticmethod
+    def of(found: dict[str, Any]) -> Entry:
+        return Entry([{"role": "user", "content": found["question"]}], json.dumps(found, default=str))
+
+    def entry(self, i: int) -> Entry:
+        return self.of(self.data[i % len(self.data)])
+
+    def held_out(self, n: int) -> list[Entry]:
+        return [self.of(self.others[i]) for i in range(n)]
+
+
+def open_task(prompts: str, held_out: str = "", seed: int = 0, reward: str = "exact") -> Task:
+    """The task that `prompts` names. Raises InputError for a file that cannot be read, UsageError for a task that does not exist."""
+    if prompts in ("addition", "sums"):
+        return (Addition if prompts == "addition" else Sums)(seed, reward)
+    kind, _, name = prompts.partition(":")
+    if kind == "reasoning_gym":
+        return ReasoningGym(name, seed)
+    return Lines(prompts, held_out, seed, reward)
+
+
+def read_lines(path: str) -> list[Entry]:
+    named = printable(path)
+    try:
+        text = Path(path).read_text()
+    except FileNotFoundError:
+        raise InputError(f"{named} does not exist; give JSON lines, or a task: addition, sums, reasoning_gym:NAME") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{named} cannot be read as JSON lines ({printable(str(error))})") from None
+    found = [parse(line, f"{named} line {number}", Path(path).parent) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not found:
+        raise InputError(f"{named} holds no prompt")
+    return found
+
+
+def parse(line: str, place: str, folder: Path) -> Entry:
+    try:
+        given = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{place} is not JSON ({error.msg})") from None
+    prompt = given.get("prompt") if isinstance(given, dict) else None
+    if not (isinstance(prompt, str) and prompt) and not (isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt)):
+        raise InputError(f"{place} has no prompt; it takes a text, or messages with role and content")
+    texts = {name: given.get(name) for name in ("answer", "tag", "privileged", "completion")}
+    for name, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{place} has {name} of {type(value).__name__}; it takes text")
+    images = given.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise InputError(f"{place} has images that are no list of files")
+    places = tuple(os.fspath(folder / image) for image in images)
+    return Entry(prompt, texts["answer"], texts["tag"] or "", texts["privileged"], places, texts["completion"])
+
+
+def permuted(place: int, n: int, key: str) -> int:
+    """Where a permutation of n, drawn by a key, puts a place: a Feistel network over the next square, walked until it is inside.
+
+    >>> sorted(permuted(i, 10, "a") for i in range(10)) == list(range(10))
+    True
+    """
+    half = max(1, math.ceil(math.sqrt(n)))
+    keys = [random.Random(f"{key}/{turn}").getrandbits(64) for turn in range(4)]
+    while True:
+        left, right = divmod(place, half)
+        for turn in keys:
+            left, right = right, (left + mix(right ^ turn)) % half
+        place = left * half + right
+        if place < n:
+            return place
+
+
+def mix(x: int) -> int:
+    """The finaliser of SplitMix64."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & (1 << 64) - 1
+    return x ^ x >> 31
+
+
+def scorer(name: str) -> Score:
+    """The function that a reward's name stands for. Raises UsageError where there is none."""
+    if name == "exact":
+        return exact
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"there is no reward {printable(name)} ({printable(str(error))}); it is exact or package.module:function") from None
+    if not callable(found):
+        raise UsageError(f"the reward {printable(name)} is not a function")
+    return found
+
+
+def exact(prompt: Any, answer: str | None, completion: str) -> float:
+    """1 where the completion's first line is the answer.
+
+    >>> exact("1+1=", "2", " 2\\n3+4=7"), exact("1+1=", "2", "23")
+    (1.0, 0.0)
+    """
+    if answer is None:
+        raise ValueError("the prompt has no answer")
+    return float(completion.strip().partition("\n")[0].strip() == answer)

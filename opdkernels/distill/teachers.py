@@ -1,0 +1,137 @@
+"""Teachers: what says, at each token of a completion, what should have come: hidden states, and the head that reads them.
+
+A model of its own, one of several by a prompt's tag, or the student itself: the weights that it began with, or an average over its
+steps, swapped in for as long as it scores; that takes no second model, and a copy of the active coordinates alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from opdkernels.distill.models import Text, head_of, hidden_states, load_model, load_text, refuse_other_tokens
+from opdkernels.distill.options import SELF, DistillOptions
+from opdkernels.distill.rollout import Rollout, beside, encode
+from opdkernels.errors import printable
+from opdkernels.ops.divergence import Head
+from opdkernels.optim.active import active_of, put_active
+from opdkernels.optim.masked import MaskedOptimizer
+
+
+class Teacher(Protocol):
+    """What the loop asks of a teacher."""
+
+    model: torch.nn.Module
+
+    def score(self, rollout: Rollout) -> tuple[torch.Tensor, Head]:
+        """Hidden states [n, width] at the n tokens of the completions, and the head, neither with a gradient."""
+
+    def after_step(self) -> None:
+        """Called when the student has taken a step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on needs."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@torch.no_grad()
+def scored(model: torch.nn.Module, rollout: Rollout) -> torch.Tensor:
+    """Hidden states [n, width] at the tokens of the completions."""
+    return hidden_states(model, *rollout.inputs())[:, :-1][rollout.targets]
+
+
+class ModelTeacher:
+    """A model of its own."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model.requires_grad_(False)
+
+    def score(self, rollout: Rollout) -> tuple[torch.Tensor, Head]:
+        return scored(self.model, rollout), head_of(self.model)
+
+    def after_step(self) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class OwnWeights:
+    """The student itself with other active values: those it began with (ema 1), or their average over its steps.
+
+    Values are kept as fp32 where they are averaged, else as the weights are, [active] of each parameter that is trained. With
+    `privileged` in a prompt it reads that first; the completion's tokens are the same.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: MaskedOptimizer, ema: float, text: Text, max_prompt: int):
+        self.model, self.optimizer, self.ema, self.text, self.max_prompt = model, optimizer, ema, text, max_prompt
+        self.values = [self._kept(active_of(param, binding.shard(param)), param) for _, param, binding in optimizer._live()]
+
+    def _kept(self, values: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+        return values if self.ema < 1 else values.to(param.dtype)
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The student with the teacher's weights, for a while."""
+        parts = [(param, binding.shard(param)) for _, param, binding in self.optimizer._live()]
+        with torch.no_grad():
+            own = [active_of(param, shard).to(param.dtype) for param, shard in parts]
+            for (param, shard), values in zip(parts, self.values, strict=True):
+                put_active(param, shard, values.float())
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (param, shard), values in zip(parts, own, strict=True):
+                    put_active(param, shard, values.float())
+
+    def score(self, rollout: Rollout) -> tuple[torch.Tensor, Head]:
+        if any(entry.privileged is not None for entry in rollout.entries):
+            prompts = encode(self.text, rollout.entries, 2 * self.max_prompt, privileged=True)
+            rollout = beside(prompts, rollout.completions(), rollout.ended.tolist(), rollout.own, self.text.pad, rollout.ids.device)
+        with self.swapped():
+            hidden, head = scored(self.model, rollout), head_of(self.model)
+            bias = None if head.bias is None else head.bias.detach().clone()
+            head = Head(head.weight.detach().clone(), bias, scale=head.scale, softcap=head.softcap)  # the student's are put back
+        return hidden, head
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self.ema == 1:
+            return
+        for values, (_, param, binding) in zip(self.values, self.optimizer._live(), strict=True):
+            values.lerp_(active_of(param, binding.shard(param)), 1 - self.ema)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for values, saved in zip(self.values, state["values"], strict=True):
+            values.copy_(saved)
+
+
+def teachers_of(options: DistillOptions, model: torch.nn.Module, optimizer: MaskedOptimizer, text: Text, device: torch.device) -> dict[str, Teacher]:
+    """Teachers by tag. Raises InputError for a tokenizer that is not the student's."""
+    loaded: dict[str, Teacher] = {}
+    for place in options.teachers.values():
+        if place in loaded:
+            continue
+        if place == SELF:
+            loaded[place] = OwnWeights(model, optimizer, options.ema, text, options.max_prompt)
+        else:
+            refuse_other_tokens(text.tokenizer, load_text(place).tokenizer, f"the teacher {printable(place)}")
+            loaded[place] = ModelTeacher(load_model(place, options.dtype, device))
+    return {tag: loaded[place] for tag, place in options.teachers.items()}
+
+
+def shared_ids(student: torch.nn.Module, teachers: dict[str, Teacher]) -> int:
+    """How many ids every head has: families of one tokenizer pad their heads to other sizes."""
+    models = [student, *(teacher.model for teacher in teachers.values())]
+    return min(len(head_of(model).weight) for model in models)

@@ -1,0 +1,207 @@
+"""What training does to the weights while it does it: at marks, the tally against the start and since the last mark, the changed
+set, the set of all that ever changed, and what the optimizer's moments say.
+
+The start and the last mark are copies in mapped files beside the run, as large as the weights; what changed is a file of masks a
+mark, so that `opdkernels mask` and MaskedAdamW take it. Figures are those of `opdkernels trend`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from opdkernels.analysis.coordinates import VIEWS, SparseTally, figures_of
+from opdkernels.bits import popcount
+from opdkernels.checkpoint.names import place
+from opdkernels.masks import MaskSet
+from opdkernels.masks.mask import Mask
+from opdkernels.ops.delta import Tally, delta
+from opdkernels.optim.active import active_of
+from opdkernels.optim.masked import MaskedOptimizer
+
+ALIGNED = 64
+
+
+def effective(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that a model computes with, by the names of the plain model: LoRA's factors multiplied out, one at a time."""
+    if not hasattr(model, "get_base_model"):
+        yield from ((name, param.detach()) for name, param in model.named_parameters())
+        return
+    for name, param in model.get_base_model().named_parameters():
+        if ".base_layer." in name:
+            module = model.get_base_model().get_submodule(name.rpartition(".base_layer.")[0])
+            change = module.get_delta_weight("default").detach() if name.endswith("weight") else 0
+            yield name.replace(".base_layer", ""), (param.detach().float() + change).to(param.dtype)
+        elif "lora_" not in name:
+            yield name, param.detach()
+
+
+class Copies:
+    """Copies of a model's weights in one mapped file."""
+
+    def __init__(self, path: Path, model: torch.nn.Module):
+        """Those in the file, or, where there is none, of the weights as they are now."""
+        self.path, self.held = path, {}
+        layout, size = {}, 0
+        for name, weight in effective(model):
+            layout[name] = (size, weight.dtype, weight.shape)
+            size += -(-weight.numel() * weight.element_size() // ALIGNED) * ALIGNED
+        fresh = not path.exists()
+        if fresh:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            part.unlink(missing_ok=True)
+            if size:
+                np.memmap(part, np.uint8, "w+", shape=(size,)).flush()
+            part.rename(path)
+        whole = np.memmap(path, np.uint8, "r+", shape=(size,))
+        for name, (start, dtype, shape) in layout.items():
+            stop = start + math.prod(shape) * dtype.itemsize
+            self.held[name] = torch.from_numpy(whole[start:stop]).view(dtype).view(shape)
+        if fresh:
+            self.take(model)
+
+    def take(self, model: torch.nn.Module) -> None:
+        """Copies the weights as they are now."""
+        for name, weight in effective(model):
+            self.held[name].copy_(weight)
+
+
+class Tracker:
+    """Follows a model from its start; `mark` is a look at it."""
+
+    def __init__(self, folder: Path, model: torch.nn.Module, step: int, start: Callable[[], torch.nn.Module]):
+        """`step`: how many the model has taken; `start()`: the model that the run began with, should its copy be gone."""
+        self.folder, self.path = folder, folder / "track.jsonl"
+        (folder / "masks").mkdir(parents=True, exist_ok=True)
+        rows = [row for row in read_rows(self.path) if row["step"] <= step]
+        write_rows(self.path, rows)
+        for path in self.masks():
+            if step_of_mask(path) > step:
+                path.unlink()
+        marks = [row["step"] for row in rows]
+        first = folder / "weights" / "start.bin"
+        self.start = Copies(first, model if first.exists() or not step else start())
+        self.last = Copies(self._place(marks[-1]), model) if marks else self.start
+        self.ever = self._union()
+
+    def _place(self, step: int) -> Path:
+        return self.folder / "weights" / f"mark-{step:06}.bin"
+
+    def masks(self) -> list[Path]:
+        """The files of what had changed at each mark, in order."""
+        return sorted((self.folder / "masks").glob("step-*.safetensors"))
+
+    def _union(self) -> dict[str, np.ndarray]:
+        ever: dict[str, np.ndarray] = {}
+        for path in self.masks():
+            for name, mask in MaskSet.load(path).items():
+                bits = mask.bits.numpy()
+                ever[name] = ever[name] | bits if name in ever else bits.copy()
+        return ever
+
+    def mark(self, step: int, model: torch.nn.Module, moments: dict[str, float | None]) -> dict[str, Any]:
+        """Looks at the weights after `step` steps. Returns the mark's row, which is also written."""
+        since_last, modules = Tally.empty(), defaultdict[str, Tally](Tally.empty)
+        masks: dict[str, Mask] = {}
+        ever = total = 0
+        for name, weight in effective(model):
+            here = weight.cpu()
+            bits = torch.zeros((weight.numel() + 7) // 8, dtype=torch.uint8)
+            delta(self.start.held[name], here, into=modules[place(name).module or "other"], mask=bits)
+            delta(self.last.held[name], here, into=since_last)
+            masks[name] = Mask.from_bits(bits, weight.shape)
+            self.ever[name] = self.ever[name] | bits.numpy() if name in self.ever else bits.numpy().copy()
+            total += weight.numel()
+            ever += popcount(self.ever[name])
+        MaskSet(masks).save(self.folder / "masks" / f"step-{step:06}.safetensors")
+        row = {
+            "step": step,
+            "views": in_views(reduce(Tally.merge, modules.values())),
+            "since_last": in_views(since_last),
+            "modules": {name: in_views(tally) for name, tally in sorted(modules.items())},
+            "changed_ever": ever / total if total else 0.0,
+            **moments,
+        }
+        self.last = Copies(self._place(step), model)
+        self.last.take(model)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+    def saved(self) -> None:
+        """Called after a checkpoint: marks that no run can go on from are let go."""
+        for path in (self.folder / "weights").glob("mark-*.bin"):
+            if path != self.last.path:
+                path.unlink()
+
+    def finish(self) -> list[dict[str, Any]]:
+        """The rows of all marks, with how each one's changed set covers the last one's, and is covered by it."""
+        rows, files = read_rows(self.path), self.masks()
+        if files:
+            final = MaskSet.load(files[-1])
+            for row, path in zip(rows, files, strict=True):
+                mark = MaskSet.load(path)
+                both = (mark & final).nnz
+                row["coverage_of_final"] = both / final.nnz if final.nnz else None
+                row["stays_changed"] = both / mark.nnz if mark.nnz else None
+        write_rows(self.path, rows)
+        for path in (self.folder / "weights").glob("*.bin"):
+            path.unlink()
+        return rows
+
+
+def in_views(tally: Tally) -> dict[str, Any]:
+    """Every figure of a tally, as stored and as a bf16 deployment sees it."""
+    sparse = SparseTally.of(tally)
+    return {view: figures_of(sparse, view) for view in VIEWS}
+
+
+def moments_of(optimizer: MaskedOptimizer) -> dict[str, float | None]:
+    """Before a step: the coefficient of variation of sqrt(v) over the active coordinates, and the cosine of the gradient with the
+    momentum."""
+    n, first, second = 0, 0.0, 0.0
+    dot, momentum, gradient = 0.0, 0.0, 0.0
+    for at, param, binding in optimizer._live():
+        state = optimizer.state.get(param, {})
+        if "exp_avg_sq" in state:
+            root = state["exp_avg_sq"].double().sqrt()
+            n, first, second = n + root.numel(), first + float(root.sum()), second + float(root.square().sum())
+        held, grad = state.get("exp_avg", state.get("momentum_buffer")), optimizer._gradient(at, param)
+        if held is not None and grad is not None:
+            values = grad if at in optimizer._compact else active_of(grad, binding.shard(param))
+            dot, momentum, gradient = dot + float(held.double() @ values.double()), momentum + float(held.double().square().sum()), gradient + float(values.double().square().sum())
+    spread = math.sqrt(max(second / n - (first / n) ** 2, 0)) / (first / n) if n and first else None
+    return {"sqrt_v_cv": spread, "gradient_momentum_cosine": dot / math.sqrt(momentum * gradient) if momentum and gradient else None}
+
+
+def step_of_mask(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines; a last line that was cut short is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replaces a file of JSON lines at once."""
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part.replace(path)

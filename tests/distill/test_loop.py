@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opdkernels.distill import loop
+from opdkernels.distill.loop import distill
+from opdkernels.distill.track import read_rows
+from opdkernels.errors import InputError, UsageError
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def log(folder: Path) -> list[dict]:
+    """The rows of a log without what a clock said."""
+    return [{name: value for name, value in row.items() if name not in ("seconds", "peak_bytes")} for row in read_rows(folder / "log.jsonl")]
+
+
+def test_the_student_comes_nearer_to_the_teacher(options, tmp_path):
+    distill(options(steps=60, batch_size=32, lr=5e-3, track_every=0), tmp_path)
+    rows = log(tmp_path)
+    assert sum(row["reverse_kl"] for row in rows[-5:]) < 0.5 * sum(row["reverse_kl"] for row in rows[:5])
+    assert all(row["loss"] == pytest.approx(row["reverse_kl"], rel=1e-5) for row in rows)
+
+
+@pytest.mark.parametrize("more", [{}, {"optimizer": "sgd", "momentum": 0.9, "lr": 0.1}, {"teacher": "self", "ema": 0.5, "prompts": "hints"}, {"lora_rank": 2}, {"on_policy": 0.5}, {"precision": "stochastic"}])
+def test_a_run_that_was_cut_ends_bit_for_bit_as_one_that_was_not(options, tmp_path, more):
+    chosen = {"steps": 6, "save_every": 2, "eval_size": 4, "track_every": 2, "batch_size": 4, **more}
+    if "prompts" in more:
+        lines = [json.dumps({"prompt": f"{a}+1=", "answer": str(a + 1), "privileged": f"{a}+1={a + 1}\n"}) for a in range(9)]
+        (tmp_path / "hints").write_text("\n".join(lines))
+        chosen |= {"prompts": str(tmp_path / "hints"), "held_out": str(tmp_path / "hints")}
+    distill(options(**chosen), tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        train = loop.train
+        patch.setattr(loop, "train", lambda run, step, look: train(run, step, look) if step < 5 else sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            distill(options(**chosen), tmp_path / "cut")
+    assert distill(options(**chosen), tmp_path / "cut").step == 6
+    for step in (0, 2, 4, 6):
+        assert digest(tmp_path / "cut" / f"checkpoint-{step}") == digest(tmp_path / "whole" / f"checkpoint-{step}")
+    assert digest(tmp_path / "whole" / "checkpoint-6") != digest(tmp_path / "whole" / "checkpoint-0")
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+    assert read_rows(tmp_path / "cut" / "track.jsonl") == read_rows(tmp_path / "whole" / "track.jsonl")
+
+
+def test_micro_batches_change_the_order_of_sums_alone(options, tmp_path):
+    found = []
+    for size in (0, 3):
+        distill(options(steps=1, dtype="float32", optimizer="sgd", lr=1.0, micro_batch=size, clip=0), tmp_path / str(size))
+        found.append((load_file(tmp_path / str(size) / "checkpoint-1" / "model.safetensors"), log(tmp_path / str(size))))
+    for name, value in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name], value, rtol=1e-4, atol=1e-6)
+    assert found[0][1][0]["reverse_kl"] == pytest.approx(found[1][1][0]["reverse_kl"], rel=1e-6)
+
+
+def test_frozen_coordinates_keep_their_bits(options, places, tmp_path):
+    from opdkernels import masks
+
+    chosen = masks.random(places / "student", 0.1, seed=1)
+    chosen.save(tmp_path / "m.safetensors")
+    distill(options(masks=str(tmp_path / "m.safetensors"), lr=0.1), tmp_path / "run")
+    before, after = (load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors") for step in (0, 3))
+    for name, mask in chosen.items():
+        moved = before[name] != after[name]
+        assert moved.any()
+        assert not (moved & ~mask.to_bool()).any()
+
+
+def test_a_reward_teaches_without_a_teacher(options, tmp_path):
+    result = distill(options(teacher="", kl_weight=0, reward_weight=1, samples=4, batch_size=16, steps=25, lr=3e-3, reward=f"{__name__}:begins_with_one"), tmp_path)
+    rows = log(tmp_path)
+    assert result.step == 25
+    assert sum(row["reward"] for row in rows[-5:]) > 2 * sum(row["reward"] for row in rows[:5])
+
+
+def begins_with_one(prompt, answer, completion):
+    return float(completion.startswith("1"))
+
+
+def test_recorded_completions_are_learnt(options, tmp_path):
+    lines = [json.dumps({"prompt": f"{a}+1=", "answer": str(a + 1), "completion": str(a + 1)}) for a in range(1, 9)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    chosen = options(prompts=str(tmp_path / "p.jsonl"), held_out=str(tmp_path / "p.jsonl"), teacher="", kl_weight=0, sft_weight=1, on_policy=0, steps=80, lr=1e-2, eval_size=8)
+    assert distill(chosen, tmp_path / "run").accuracy[-1] == (80, 1.0)
+
+
+def test_the_teachers_samples_are_learnt(options, tmp_path):
+    distill(options(kl_weight=0, sft_weight=1, on_policy=0, steps=30, batch_size=32, lr=3e-3), tmp_path)
+    rows = log(tmp_path)
+    assert not any(row["on_policy"] for row in rows)
+    assert sum(row["log_prob"] for row in rows[-5:]) > sum(row["log_prob"] for row in rows[:5]) + 0.5
+
+
+def test_teachers_are_chosen_by_the_prompts_tags(options, places, tmp_path):
+    lines = [json.dumps({"prompt": "1+1=", "tag": tag}) for tag in ("a", "b")]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    teachers = f"a={places / 'teacher'},b={places / 'other'}"
+    distill(options(prompts=str(tmp_path / "p.jsonl"), teacher=teachers), tmp_path / "run")
+    with pytest.raises(InputError, match="tag 'b' and no teacher has it"):
+        distill(options(prompts=str(tmp_path / "p.jsonl"), teacher=f"a={places / 'teacher'}"), tmp_path / "one")
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(options, tmp_path):
+    command = [sys.executable, "-m", "opdkernels", "distill", "-o", str(tmp_path / "cut")]
+    chosen = options(steps=4000)
+    for name, value in chosen.model_dump().items():
+        if value not in ("", None) and value != type(chosen).model_fields[name].default:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "cut" / "log.jsonl").exists() or not log(tmp_path / "cut"):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    stopped = log(tmp_path / "cut")[-1]["step"]
+    assert (tmp_path / "cut" / f"checkpoint-{stopped}" / "training.pt").exists()
+    assert distill(options(steps=stopped + 2), tmp_path / "cut").step == stopped + 2
+    distill(options(steps=stopped + 2), tmp_path / "whole")
+    assert digest(tmp_path / "cut" / f"checkpoint-{stopped + 2}") == digest(tmp_path / "whole" / f"checkpoint-{stopped + 2}")
+
+
+def test_a_teacher_of_nan_ends_the_run_and_spoils_nothing(options, places, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    teacher = AutoModelForCausalLM.from_pretrained(places / "teacher", dtype=torch.bfloat16)
+    teacher.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    teacher.save_pretrained(tmp_path / "nan")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "nan" / file).write_bytes((places / "teacher" / file).read_bytes())
+    with pytest.raises(InputError, match=r"3 steps in a row had no finite loss.*look at the teacher"):
+        distill(options(teacher=str(tmp_path / "nan"), steps=9, save_every=1), tmp_path / "run")
+    rows = log(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all("loss nan" in row["skipped"] for row in rows)
+    assert digest(tmp_path / "run" / "checkpoint-2") == digest(tmp_path / "run" / "checkpoint-0")
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_are(options, tmp_path, monkeypatch):
+    distill(options(steps=2, save_every=1), tmp_path)
+    before = digest(tmp_path / "checkpoint-2")
+
+    def full(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device", os.fspath(path))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        distill(options(steps=3, save_every=1), tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-0", "checkpoint-1", "checkpoint-2"]
+    monkeypatch.undo()
+    assert distill(options(steps=3, save_every=1), tmp_path).step == 3
+    assert digest(tmp_path / "checkpoint-2") == before
+
+
+def test_a_reward_that_raises_is_named(options, tmp_path):
+    with pytest.raises(InputError, match=r"the reward .*:fails failed on 12\+.*KeyError: 'x'.*run the same command again"):
+        distill(options(teacher="", kl_weight=0, reward_weight=1, samples=2, prompts=sums(tmp_path), reward=f"{__name__}:fails"), tmp_path / "run")
+
+
+def sums(folder: Path) -> str:
+    (folder / "p.jsonl").write_text(json.dumps({"prompt": "12+13=", "answer": "25"}))
+    return str(folder / "p.jsonl")
+
+
+def fails(prompt, answer, completion):
+    return {}["x"]
+
+
+def test_another_vocabulary_is_refused(options, places, tmp_path):
+    from tests.distill.conftest import model, tokenizer
+
+    characters = "9876543210+=\n"
+    model(5, characters=characters).save_pretrained(tmp_path / "t")
+    tokenizer(characters).save_pretrained(tmp_path / "t")
+    with pytest.raises(InputError, match=r"has another tokenizer: '0' is 2 of the student's and 11 of the teacher's"):
+        distill(options(teacher=str(tmp_path / "t")), tmp_path / "run")
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_heads_of_one_tokenizer_padded_to_other_sizes_share_their_ids(options, tmp_path, side):
+    from tests.distill.conftest import CHARACTERS, model, tokenizer
+
+    padded = model(5, characters=CHARACTERS + "abc")
+    padded.lm_head.weight.data[15:] += 1  # likely, were they not left out
+    padded.save_pretrained(tmp_path / "padded")
+    tokenizer().save_pretrained(tmp_path / "padded")
+    distill(options(**{side: str(tmp_path / "padded")}), tmp_path / "run")
+    assert all(math.isfinite(row["loss"]) and row["tokens"] for row in log(tmp_path / "run"))
+
+
+def test_no_pad_token_is_needed(options, places, tmp_path):
+    from tests.distill.conftest import model, tokenizer
+
+    model(0, initializer_range=0.2).bfloat16().save_pretrained(tmp_path / "s")
+    tokenizer(pad_token=None).save_pretrained(tmp_path / "s")
+    assert distill(options(student=str(tmp_path / "s"), prompts=mixed(tmp_path)), tmp_path / "run").step == 3
+
+
+def mixed(folder: Path) -> str:
+    (folder / "m.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in ("1+1=", "12+13=", "2=")))
+    return str(folder / "m.jsonl")
+
+
+def test_prompts_are_cut_before_anything_is_sampled(options, tmp_path):
+    distill(options(prompts=mixed(tmp_path), max_prompt=3, batch_size=3, steps=1), tmp_path / "run")
+    assert log(tmp_path / "run")[0]["prompts_cut"] == 2
+
+
+def test_another_run_in_the_folder_is_refused(options, tmp_path):
+    distill(options(steps=1), tmp_path)
+    with pytest.raises(UsageError, match="holds another run"):
+        distill(options(steps=1, seed=1), tmp_path)
+    assert distill(options(steps=1, seed=1, overwrite=True), tmp_path).step == 1
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "thesis.tex").write_text("x")
+    with pytest.raises(UsageError, match="is not empty"):
+        distill(options(steps=1), tmp_path / "else")
+
+
+def test_a_damaged_state_is_named(options, tmp_path):
+    distill(options(steps=1), tmp_path)
+    (tmp_path / "checkpoint-1" / "training.pt").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"training\.pt cannot be read .*delete checkpoint-1"):
+        distill(options(steps=2), tmp_path)
