@@ -435,7 +435,7 @@ def distill(
 
     options = options_from(config, {name: value for name, value in given.items() if value is not None})
     result = distill(options, out, quiet=quiet)
-    if not quiet:
+    if not quiet and result.first:
         show(summary(result), lines(result), json)
     raise typer.Exit(result.exit_status)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from opdkernels.distill.ranks import Ranks
 from opdkernels.distill.track import read_rows, write_rows
 from opdkernels.errors import UsageError
 
@@ -22,13 +23,17 @@ SHOWN = (("loss", "loss {:.4f}"), ("reverse_kl", "KL {:.4f}"), ("agreement", "ag
 class Log:
     """Writes rows of figures; rows after `step`, of a run that was killed there, are let go."""
 
-    def __init__(self, folder: Path, step: int, total: int, tensorboard: bool, quiet: bool):
+    def __init__(self, folder: Path, step: int, total: int, tensorboard: bool, quiet: bool, ranks: Ranks):
         self.path, self.total, self.quiet = folder / "log.jsonl", total, quiet
-        write_rows(self.path, [row for row in read_rows(self.path) if row["step"] <= step])
+        self.first_rank = ranks.first
+        if ranks.first:
+            write_rows(self.path, [row for row in read_rows(self.path) if row["step"] <= step])
         self.shown, self.began, self.first = 0.0, time.monotonic(), step
-        self.board = board(folder, step) if tensorboard else None
+        self.board = board(folder, step) if tensorboard and ranks.first else None
 
     def row(self, row: dict[str, Any]) -> None:
+        if not self.first_rank:
+            return
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         if self.board is not None:

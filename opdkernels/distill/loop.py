@@ -11,6 +11,7 @@ tokens of the whole step.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import signal
@@ -28,11 +29,11 @@ from opdkernels.distill.models import Text, end_tokens, load_model, load_text, t
 from opdkernels.distill.objective import Objective, advantages, objective
 from opdkernels.distill.optimizers import optimizer_of, rate, with_lora
 from opdkernels.distill.options import DistillOptions
-from opdkernels.distill.ranks import device_of
+from opdkernels.distill.ranks import Ranks, bind, device_of
 from opdkernels.distill.rollout import Prompts, Rollout, encode, recorded, sample
 from opdkernels.distill.saving import load_state, newest, open_folder, save
 from opdkernels.distill.tasks import Entry, Task, open_task
-from opdkernels.distill.teachers import Teacher, shared_ids, teachers_of
+from opdkernels.distill.teachers import Teacher, scored, shared_ids, teachers_of
 from opdkernels.distill.track import Tracker, moments_of, read_rows
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.optim import compact_gradients
@@ -43,7 +44,8 @@ MOST_SKIPPED = 3  # steps in a row without a finite loss, after which a run stop
 
 @dataclass
 class Outcome:
-    """Where a run stands: `step` of `steps`; `stopped` by a signal; rows of its log's last evaluation and of its marks."""
+    """Where a run stands: `step` of `steps`; the signal that `stopped` it, or 0; steps and accuracies of its evaluations; rows of its
+    marks; whether this is the `first` process."""
 
     folder: Path
     step: int
@@ -51,6 +53,7 @@ class Outcome:
     stopped: int
     accuracy: list[tuple[int, float]]
     marks: list[dict[str, Any]]
+    first: bool = True
 
     @property
     def exit_status(self) -> int:
@@ -71,6 +74,7 @@ class Run:
     ends: list[int]
     vocab: int
     device: torch.device
+    ranks: Ranks
     clock: Clock
 
 
@@ -82,33 +86,38 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
     if options.threads:
         torch.set_num_threads(options.threads)
     transformers().utils.logging.disable_progress_bar()
-    folder = open_folder(out, options)
     device = device_of(options.device)
+    ranks = Ranks.join(device)
+    refuse_processes(options, ranks)
     task = open_task(options.prompts, options.held_out, options.seed, options.reward)
+    if options.eval_size and not task.held_out(1):
+        raise UsageError("eval_size is not 0 and there are no held-out prompts; name a file of them as held_out, or set eval_size=0")
+    folder = open_folder(out, options, ranks)
     found = newest(folder)
-    model: Any = load_model(os.fspath(found[1]) if found and not options.lora_rank else options.student, options.dtype, device)
+    model = load_model(os.fspath(found[1]) if found and not options.lora_rank else options.student, options.dtype, device)
     text = load_text(options.student)
     if options.lora_rank:
         torch.manual_seed(options.seed)
         model = with_lora(options, model)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    bind(model, ranks, {"objective": objective, "scored": scored})
     optimizer = optimizer_of(options, model)
     compact_gradients(model, optimizer)
     teachers = teachers_of(options, model, optimizer, text, device)
-    run = Run(options, task, text, model, optimizer, teachers, end_tokens(model, text, options.stop), shared_ids(model, teachers), device, Clock(device))
+    run = Run(options, task, text, model, optimizer, teachers, end_tokens(model, text, options.stop), shared_ids(model, teachers), device, ranks, Clock(device))
     step = resume(run, found[1]) if found else 0
-    log = Log(folder, step, options.steps, options.tensorboard, quiet)
+    log = Log(folder, step, options.steps, options.tensorboard, quiet, ranks)
     tracker = None
     if options.track_every and step < options.steps:
-        tracker = Tracker(folder, model, step, lambda: load_model(os.fspath(folder / "checkpoint-0"), options.dtype, device))
+        tracker = Tracker(folder, model, step, lambda: bind(load_model(os.fspath(folder / "checkpoint-0"), options.dtype, device), ranks, {}), ranks)
     if not found:
-        save(folder, 0, model, text, None)
+        save(folder, 0, model, text, None, ranks)
         if options.eval_size:
             log.row({"step": 0, **evaluate(run)})
     skipped = 0
     with stopping() as stop:
-        while step < options.steps and not stop:
+        while step < options.steps and not ranks.total({"stop": len(stop)}, device)["stop"]:
             row = train(run, step, tracker is not None and (step + 1) % options.track_every == 0)
             step += 1
             skipped = skipped + 1 if row["skipped"] else 0
@@ -123,30 +132,31 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
             if options.eval_size and (last or (options.eval_every and step % options.eval_every == 0)):
                 with run.clock.phase("evaluate"):
                     row |= evaluate(run)
-            if last or stop or (options.save_every and step % options.save_every == 0):
+            if last or ranks.total({"stop": len(stop)}, device)["stop"] or (options.save_every and step % options.save_every == 0):
                 with run.clock.phase("save"):
-                    save(folder, step, model, text, state_of(run, step))
+                    save(folder, step, model, text, state_of(run, step), ranks)
                     if tracker:
                         tracker.saved()
             log.row({"step": step, **row, **run.clock.row()})
     marks = tracker.finish() if tracker and step == options.steps else read_rows(folder / "track.jsonl")
-    return Outcome(folder, step, options.steps, stop[0] if stop else 0, log.accuracies(), marks)
+    return Outcome(folder, step, options.steps, stop[0] if stop else 0, log.accuracies(), marks, ranks.first)
 
 
 def train(run: Run, step: int, look: bool) -> dict[str, Any]:
     """One step. Returns its figures; with `look` also what the optimizer's moments say, as `moments`."""
     options, clock = run.options, run.clock
     clock.clear()
-    set_seed(options.seed, step)
-    entries = [run.task.entry(step * options.batch_size + i) for i in range(options.batch_size)]
+    set_seed(options.seed, step, run.ranks)
+    entries = [run.task.entry(step * options.batch_size + i) for i in range(run.ranks.rank, options.batch_size, run.ranks.size)]
     with clock.phase("generate"):
         rollout, facts = completions(run, entries, step)
-    tokens = int(rollout.sizes.sum())
-    row = {"skipped": "", "moments": None, "tokens": tokens, "on_policy": rollout.own, **facts, **lengths(rollout)}
-    advantage = None
+    rewards, advantage = None, None
     if options.reward_weight:
         rewards = scores_of(run, rollout)
-        row["reward"], advantage = float(rewards.mean()), advantages(rewards, options.samples).to(run.device)
+        advantage = advantages(rewards, options.samples).to(run.device)
+    found = run.ranks.total(facts | counts(rollout, rewards), run.device)
+    row = {"skipped": "", "moments": None, "on_policy": rollout.own, **means(found)}
+    tokens = row["tokens"]
     if not tokens:
         return row | {"skipped": "every completion is empty"}
     sums: defaultdict[str, float] = defaultdict(float)
@@ -157,20 +167,21 @@ def train(run: Run, step: int, look: bool) -> dict[str, Any]:
             with clock.phase("score"):
                 taught = teacher.score(part)
         with clock.phase("train"):
-            found = objective(run.model, part, taught, None if advantage is None else advantage[rows], tokens, run.vocab, options)
-            found.loss.backward()
-        for name, value in figures(found, part).items():
+            share = tokens / run.ranks.size  # FSDP takes the mean over processes
+            loss = run.model.objective(part, taught, None if advantage is None else advantage[rows], share, run.vocab, options)
+            loss.loss.backward()
+        for name, value in figures(loss, share).items():
             sums[name] += value
-    row |= {name: value if name == "loss" else value / tokens for name, value in sums.items()}
+    row |= {name: value / tokens for name, value in run.ranks.total(sums, run.device).items()}
     with clock.phase("step"):
         for group in run.optimizer.param_groups:
             group["lr"] = rate(options, step)
         norm = run.optimizer.clip_grad_norm_(options.clip or float("inf"))
         row |= {"grad_norm": float(norm), "lr": rate(options, step)}
         if look:
-            row["moments"] = moments_of(run.optimizer)
-        if not (torch.isfinite(norm) and sums["loss"] - sums["loss"] == 0):
-            row["skipped"] = f"loss {sums['loss']}, norm of the gradient {float(norm)}"
+            row["moments"] = moments_of(run.optimizer, run.ranks)
+        if not (torch.isfinite(norm) and math.isfinite(row["loss"])):
+            row["skipped"] = f"loss {row['loss']}, norm of the gradient {float(norm)}"
             run.optimizer.zero_grad()
             return row
         run.optimizer.step()
@@ -180,13 +191,13 @@ def train(run: Run, step: int, look: bool) -> dict[str, Any]:
     return row
 
 
-def completions(run: Run, entries: list[Entry], step: int) -> tuple[Rollout, dict[str, Any]]:
+def completions(run: Run, entries: list[Entry], step: int) -> tuple[Rollout, dict[str, float]]:
     """The step's completions: the student's own, or, by the coin that the share on-policy weighs, recorded or the teacher's ones."""
     options = run.options
     own = random.Random(f"{options.seed}/{step}/coin").random() < options.on_policy
     entries = [entry for entry in entries for _ in range(options.samples)]
     prompts = encode(run.text, entries, options.max_prompt)
-    facts = {"prompts_cut": prompts.cut}
+    facts: dict[str, float] = {"prompts_cut": prompts.cut}
     if own:
         return sampled(run, run.model, prompts, options.sampling_temperature, own), facts
     if all(entry.completion is not None for entry in entries):
@@ -198,7 +209,8 @@ def completions(run: Run, entries: list[Entry], step: int) -> tuple[Rollout, dic
 
 
 def sampled(run: Run, model: Any, prompts: Prompts, temperature: float, own: bool) -> Rollout:
-    return sample(model, run.text, prompts, most=run.options.max_new_tokens, ends=run.ends, vocab=run.vocab, temperature=temperature, own=own)
+    return sample(model, run.text, prompts, most=run.options.max_new_tokens, ends=run.ends, vocab=run.vocab, temperature=temperature, own=own,
+                  together_with=run.ranks.size if own else 1)  # fmt: skip
 
 
 def parts(run: Run, rollout: Rollout) -> Iterator[tuple[Teacher | None, list[int]]]:
@@ -215,9 +227,9 @@ def parts(run: Run, rollout: Rollout) -> Iterator[tuple[Teacher | None, list[int
             yield run.teachers.get(tag), rows[first : first + size]
 
 
-def figures(found: Objective, part: Rollout) -> dict[str, float]:
-    """The loss of a part, and sums over its tokens of what is logged."""
-    sums = {"loss": float(found.loss.detach())}
+def figures(found: Objective, tokens: float) -> dict[str, float]:
+    """Sums over a part's tokens of the loss and of what is logged."""
+    sums = {"loss": float(found.loss.detach()) * tokens}
     if found.scores is not None:
         for name, values in found.scores._asdict().items():
             if name != "loss" and values is not None:
@@ -227,9 +239,16 @@ def figures(found: Objective, part: Rollout) -> dict[str, float]:
     return sums
 
 
-def lengths(rollout: Rollout) -> dict[str, float]:
-    sizes = rollout.sizes.double()
-    return {"length": float(sizes.mean()), "length_max": int(sizes.max()), "ended": float(rollout.ended.double().mean())}
+def counts(rollout: Rollout, rewards: torch.Tensor | None) -> dict[str, float]:
+    """What of a step's completions adds up over processes."""
+    found: dict[str, float] = {"rows": len(rollout.entries), "tokens": int(rollout.sizes.sum()), "ended": int(rollout.ended.sum())}
+    return found if rewards is None else {**found, "reward": float(rewards.double().sum())}
+
+
+def means(found: dict[str, float]) -> dict[str, Any]:
+    """`counts` as they are logged: tokens in all, the rest a completion."""
+    row = {"tokens": int(found["tokens"]), "prompts_cut": int(found["prompts_cut"]), "length": found["tokens"] / found["rows"]}
+    return row | {name: found[name] / found["rows"] for name in ("ended", "reward") if name in found}
 
 
 def scores_of(run: Run, rollout: Rollout) -> torch.Tensor:
@@ -241,29 +260,43 @@ def scores_of(run: Run, rollout: Rollout) -> torch.Tensor:
 def evaluate(run: Run) -> dict[str, Any]:
     """Mean reward of greedy completions of the held-out prompts."""
     entries = run.task.held_out(run.options.eval_size)
-    if not entries:
-        raise UsageError("eval_size is not 0 and there are no held-out prompts; name a file of them as held_out, or set eval_size=0")
-    size, total = run.options.micro_batch or run.options.batch_size, 0.0
-    for first in range(0, len(entries), size):
-        prompts = encode(run.text, entries[first : first + size], run.options.max_prompt)
-        total += float(scores_of(run, sampled(run, run.model, prompts, 0.0, True)).sum())
-    return {"accuracy": total / len(entries), "evaluated": len(entries)}
+    ours = entries[run.ranks.rank :: run.ranks.size]
+    filled = ours + entries[:1] * (-(-len(entries) // run.ranks.size) - len(ours))  # every process samples as often
+    size, scores = run.options.micro_batch or run.options.batch_size, []
+    for first in range(0, len(filled), size):
+        prompts = encode(run.text, filled[first : first + size], run.options.max_prompt)
+        scores += scores_of(run, sampled(run, run.model, prompts, 0.0, True)).tolist()
+    found = run.ranks.total({"score": sum(scores[: len(ours)])}, run.device)
+    return {"accuracy": found["score"] / len(entries), "evaluated": len(entries)}
 
 
-def set_seed(seed: int, step: int) -> None:
-    """Everything that torch draws at a step follows from these two."""
-    torch.manual_seed(random.Random(f"{seed}/{step}").getrandbits(63))
+def set_seed(seed: int, step: int, ranks: Ranks) -> None:
+    """Everything that torch draws at a step follows from these."""
+    torch.manual_seed(random.Random(f"{seed}/{step}/{ranks.rank}").getrandbits(63))
+
+
+def refuse_processes(options: DistillOptions, ranks: Ranks) -> None:
+    """Raises UsageError for what several processes cannot do together."""
+    if ranks.size == 1:
+        return
+    if options.batch_size % ranks.size:
+        raise UsageError(f"batch_size is {options.batch_size} over {ranks.size} processes; take a multiple")
+    if len(options.teachers) > 1:
+        raise UsageError("several teachers are chosen row by row, which several processes cannot do in step; run one process, or one teacher")
+    if options.lora_rank:
+        raise UsageError("lora_rank is for one process; the factors are small enough for it, or train a mask on several")
 
 
 def state_of(run: Run, step: int) -> dict[str, Any]:
     """What, beside the weights, a run goes on from."""
     trained = {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad} if run.options.lora_rank else {}
-    return {"step": step, "optimizer": run.optimizer.state_dict(), "trained": trained, "teachers": {tag: t.state_dict() for tag, t in run.teachers.items()}}
+    optimizer = torch.optim.Optimizer.state_dict(run.optimizer)  # what lives here, compact
+    return {"step": step, "processes": run.ranks.size, "optimizer": optimizer, "trained": trained, "teachers": {tag: t.state_dict() for tag, t in run.teachers.items()}}
 
 
 def resume(run: Run, path: Path) -> int:
     """Takes on a checkpoint's state, its weights being loaded. Returns its step."""
-    state = load_state(path)
+    state = load_state(path, run.ranks)
     run.optimizer.load_state_dict(state["optimizer"])
     params = dict(run.model.named_parameters())
     with torch.no_grad():

@@ -59,7 +59,7 @@ class Text:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def load_model(place: str, dtype: str, device: torch.device) -> torch.nn.Module:
+def load_model(place: str, dtype: str, device: torch.device) -> Any:
     """A causal or image-text model, without dropout. Raises InputError where it cannot be read."""
     hf = transformers()
     try:

@@ -30,7 +30,7 @@ def objective(
     rollout: Rollout,
     taught: tuple[torch.Tensor, Head] | None,
     advantage: torch.Tensor | None,
-    tokens: int,
+    tokens: float,
     vocab: int,
     options: DistillOptions,
 ) -> Objective:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -36,9 +38,19 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is true of one of them."""
-        return bool(self.sum(torch.tensor(int(flag)))) if self.size > 1 else flag
+    def total(self, values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+        """Sums over all processes, by name; every process has the same names."""
+        if self.size == 1:
+            return dict(values)
+        return dict(zip(values, self.sum(torch.tensor(list(values.values()), dtype=torch.float64, device=device)).tolist(), strict=True))
+
+    def all(self, held: Any) -> list[Any]:
+        """What each process holds, in order."""
+        if self.size == 1:
+            return [held]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, held)
+        return found
 
     def wait(self) -> None:
         if self.size > 1:
@@ -55,15 +67,31 @@ def device_of(wanted: str) -> torch.device:
     return device
 
 
-def shard(model: Any) -> None:
-    """Shards a model of transformers over the processes: its layers one by one, the rest together."""
+def bind(model: Any, ranks: Ranks, functions: dict[str, Callable[..., Any]]) -> Any:
+    """Gives a model of transformers methods that compute with its weights; of several processes, shards it over them: its layers
+    one by one, the rest together, gathered for these methods and for `generate`. Returns the model."""
+    for name, function in functions.items():
+        setattr(model, name, MethodType(function, model))
+    if ranks.size == 1:
+        return model
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    for module in model.modules():
+    mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.size,))
+    for module in list(model.modules()):
         if isinstance(module, torch.nn.ModuleList) and len(module) and type(module[0]).__name__.endswith(("Layer", "Block")):
             for layer in module:
-                fully_shard(layer)
-    fully_shard(model)
-    for method in ("generate", "objective", "hidden"):
-        if hasattr(model, method):
-            register_fsdp_forward_method(model, method)
+                fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for name in ("generate", *functions):
+        register_fsdp_forward_method(model, name)
+    return model
+
+
+def full_state(model: Any, ranks: Ranks) -> dict[str, Any] | None:
+    """Of several processes, the whole state dict on the first; None where the model has it all itself."""
+    if ranks.size == 1:
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

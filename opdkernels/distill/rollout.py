@@ -122,9 +122,9 @@ def beside(prompts: Prompts, completions: Sequence[Sequence[int]], ended: Sequen
 
 
 @torch.no_grad()
-def sample(model: Any, text: Text, prompts: Prompts, *, most: int, ends: Sequence[int], vocab: int, temperature: float, own: bool) -> Rollout:
+def sample(model: Any, text: Text, prompts: Prompts, *, most: int, ends: Sequence[int], vocab: int, temperature: float, own: bool, together_with: int = 1) -> Rollout:
     """Completions from a model by transformers' `generate`, of ids below `vocab`; temperature 0 is greedy. A completion holds its end
-    token."""
+    token. Of several processes that share a model all go on until each has ended."""
     device = next(model.parameters()).device
     longest = max(map(len, prompts.ids))
     ids = torch.tensor([[text.pad] * (longest - len(row)) + list(row) for row in prompts.ids], device=device)
@@ -135,7 +135,7 @@ def sample(model: Any, text: Text, prompts: Prompts, *, most: int, ends: Sequenc
 
     absent = list(range(vocab, unwrapped(model).get_output_embeddings().weight.shape[0])) or None
     config = GenerationConfig(suppress_tokens=absent, max_new_tokens=most, eos_token_id=list(ends) or None, pad_token_id=text.pad, use_cache=True, **sampling)
-    found = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, **extras)
+    found = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, synced_gpus=together_with > 1, **extras)
     cut = [until_end(row, ends) for row in found[:, longest:].tolist()]
     return beside(prompts, [row for row, _ in cut], [ended for _, ended in cut], own, text.pad, device)
 

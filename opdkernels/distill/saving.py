@@ -20,6 +20,7 @@ import torch
 from opdkernels.analysis.records import write_json
 from opdkernels.distill.models import Text
 from opdkernels.distill.options import DistillOptions
+from opdkernels.distill.ranks import Ranks, full_state
 from opdkernels.distill.track import effective
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.version import __version__
@@ -34,22 +35,30 @@ def identity(options: DistillOptions) -> str:
     return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def open_folder(out: str | os.PathLike[str], options: DistillOptions) -> Path:
+def open_folder(out: str | os.PathLike[str], options: DistillOptions, ranks: Ranks) -> Path:
     """The folder of a run, new or to go on in. Raises UsageError where another run is in it."""
     folder = Path(out)
+    if not ranks.first:
+        ranks.wait()
+        return folder
+    make_folder(folder, options)
+    ranks.wait()
+    return folder
+
+
+def make_folder(folder: Path, options: DistillOptions) -> None:
     about = folder / "run.json"
     if about.exists():
         before = json.loads(about.read_text())
         if before.get("command") == "distill" and before.get("identity") == identity(options):
-            return folder
+            return
         if not options.overwrite:
-            raise UsageError(f"{printable(os.fspath(out))} holds another run; choose another folder, or --overwrite it")
+            raise UsageError(f"{printable(os.fspath(folder))} holds another run; choose another folder, or --overwrite it")
         shutil.rmtree(folder)
     elif folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{printable(os.fspath(out))} is not empty and holds no run of distill; choose another folder")
+        raise UsageError(f"{printable(os.fspath(folder))} is not empty and holds no run of distill; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(about, {"command": "distill", "version": __version__, "identity": identity(options), "options": options.model_dump(mode="json")})
-    return folder
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -67,7 +76,7 @@ def newest(folder: Path) -> tuple[int, Path] | None:
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
     """A folder to write in that takes its place when all is written, and is gone where that fails."""
-    part = path.with_name(f".{path.name}.part")
+    part = partial(path)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
@@ -79,22 +88,38 @@ def written(path: Path) -> Iterator[Path]:
         raise
 
 
-def save(folder: Path, step: int, model: Any, text: Text, state: dict[str, Any] | None) -> Path:
+def save(folder: Path, step: int, model: Any, text: Text, state: dict[str, Any] | None, ranks: Ranks) -> None:
     """Writes a checkpoint; states of earlier ones, which no run needs now, are let go. With LoRA the factors are beside the merged
-    weights. Returns its folder."""
-    place = folder / f"checkpoint-{step}"
+    weights. Every process must call this; each keeps its own part of the state."""
+    place, whole = folder / f"checkpoint-{step}", full_state(model, ranks)
+    if not ranks.first:
+        ranks.wait()
+        if state is not None:
+            torch.save(state, partial(place) / state_name(ranks))
+        ranks.wait()
+        return
     with written(place) as part:
+        ranks.wait()
         if hasattr(model, "get_base_model"):
             save_merged(model, part)
         else:
-            model.save_pretrained(part)
+            model.save_pretrained(part, state_dict=whole)
         (text.processor or text.tokenizer).save_pretrained(part)
         if state is not None:
-            torch.save(state, part / STATE)
+            torch.save(state, part / state_name(ranks))
+        ranks.wait()
     for other, path in checkpoints(folder):
         if other != step and state is not None:
-            (path / STATE).unlink(missing_ok=True)
-    return place
+            for old in path.glob("training*.pt"):
+                old.unlink()
+
+
+def partial(place: Path) -> Path:
+    return place.with_name(f".{place.name}.part")
+
+
+def state_name(ranks: Ranks) -> str:
+    return STATE if ranks.first else f"training-{ranks.rank}.pt"
 
 
 def save_merged(model: Any, part: Path) -> None:
@@ -103,8 +128,14 @@ def save_merged(model: Any, part: Path) -> None:
     model.get_base_model().save_pretrained(part, state_dict=dict(effective(model)))
 
 
-def load_state(path: Path) -> dict[str, Any]:
+def load_state(path: Path, ranks: Ranks) -> dict[str, Any]:
+    """This process's part of a checkpoint's state."""
     try:
-        return torch.load(path / STATE, weights_only=True)
+        state = torch.load(path / state_name(ranks), weights_only=True)
+        if state["processes"] != ranks.size:
+            raise UsageError(f"the run was of {state['processes']} processes and is now of {ranks.size}; go on with as many as before")
+        return state
+    except UsageError:
+        raise
     except Exception as error:
         raise InputError(f"{printable(os.fspath(path / STATE))} cannot be read ({printable(str(error).splitlines()[0])[:200]}); delete {printable(path.name)}, and run the same command again") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from opdkernels.distill.rollout import Rollout, beside, encode
 from opdkernels.errors import printable
 from opdkernels.ops.divergence import Head
 from opdkernels.optim.active import active_of, put_active
+from opdkernels.optim.bind import Shard, local_part
 from opdkernels.optim.masked import MaskedOptimizer
 
 
@@ -39,9 +41,10 @@ class Teacher(Protocol):
 
 
 @torch.no_grad()
-def scored(model: torch.nn.Module, rollout: Rollout) -> torch.Tensor:
-    """Hidden states [n, width] at the tokens of the completions."""
-    return hidden_states(model, *rollout.inputs())[:, :-1][rollout.targets]
+def scored(model: Any, rollout: Rollout) -> tuple[torch.Tensor, Head]:
+    """Hidden states [n, width] at the tokens of the completions, and a copy of the head that is there now."""
+    hidden, head = hidden_states(model, *rollout.inputs())[:, :-1][rollout.targets], head_of(model)
+    return hidden, replace(head, weight=head.weight.detach().clone(), bias=None if head.bias is None else head.bias.detach().clone())
 
 
 class ModelTeacher:
@@ -51,7 +54,8 @@ class ModelTeacher:
         self.model = model.requires_grad_(False)
 
     def score(self, rollout: Rollout) -> tuple[torch.Tensor, Head]:
-        return scored(self.model, rollout), head_of(self.model)
+        with torch.no_grad():
+            return hidden_states(self.model, *rollout.inputs())[:, :-1][rollout.targets], head_of(self.model)
 
     def after_step(self) -> None:
         pass
@@ -70,9 +74,13 @@ class OwnWeights:
     `privileged` in a prompt it reads that first; the completion's tokens are the same.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: MaskedOptimizer, ema: float, text: Text, max_prompt: int):
+    def __init__(self, model: Any, optimizer: MaskedOptimizer, ema: float, text: Text, max_prompt: int):
         self.model, self.optimizer, self.ema, self.text, self.max_prompt = model, optimizer, ema, text, max_prompt
-        self.values = [self._kept(active_of(param, binding.shard(param)), param) for _, param, binding in optimizer._live()]
+        self.values = [self._kept(active_of(local, shard), local) for local, shard in self._parts()]
+
+    def _parts(self) -> list[tuple[torch.Tensor, Shard]]:
+        """What of each trained parameter lives here."""
+        return [(local_part(param)[0], binding.shard(param)) for _, param, binding in self.optimizer._live()]
 
     def _kept(self, values: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
         return values if self.ema < 1 else values.to(param.dtype)
@@ -80,7 +88,7 @@ class OwnWeights:
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
         """The student with the teacher's weights, for a while."""
-        parts = [(param, binding.shard(param)) for _, param, binding in self.optimizer._live()]
+        parts = self._parts()
         with torch.no_grad():
             own = [active_of(param, shard).to(param.dtype) for param, shard in parts]
             for (param, shard), values in zip(parts, self.values, strict=True):
@@ -97,17 +105,15 @@ class OwnWeights:
             prompts = encode(self.text, rollout.entries, 2 * self.max_prompt, privileged=True)
             rollout = beside(prompts, rollout.completions(), rollout.ended.tolist(), rollout.own, self.text.pad, rollout.ids.device)
         with self.swapped():
-            hidden, head = scored(self.model, rollout), head_of(self.model)
-            bias = None if head.bias is None else head.bias.detach().clone()
-            head = Head(head.weight.detach().clone(), bias, scale=head.scale, softcap=head.softcap)  # the student's are put back
+            hidden, head = self.model.scored(rollout)
         return hidden, head
 
     @torch.no_grad()
     def after_step(self) -> None:
         if self.ema == 1:
             return
-        for values, (_, param, binding) in zip(self.values, self.optimizer._live(), strict=True):
-            values.lerp_(active_of(param, binding.shard(param)), 1 - self.ema)
+        for values, (local, shard) in zip(self.values, self._parts(), strict=True):
+            values.lerp_(active_of(local, shard), 1 - self.ema)
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": self.values}

@@ -21,10 +21,12 @@ import torch
 from opdkernels.analysis.coordinates import VIEWS, SparseTally, figures_of
 from opdkernels.bits import popcount
 from opdkernels.checkpoint.names import place
+from opdkernels.distill.ranks import Ranks
 from opdkernels.masks import MaskSet
 from opdkernels.masks.mask import Mask
 from opdkernels.ops.delta import Tally, delta
 from opdkernels.optim.active import active_of
+from opdkernels.optim.bind import is_dtensor, local_part
 from opdkernels.optim.masked import MaskedOptimizer
 
 ALIGNED = 64
@@ -44,14 +46,30 @@ def effective(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, param.detach()
 
 
+def here(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What of `effective` weights lives on this process, on the CPU."""
+    return ((name, local_part(weight)[0].cpu()) for name, weight in effective(model))
+
+
+def whole_mask(bits: torch.Tensor, weight: torch.Tensor) -> Mask:
+    """The mask of a weight from bits of what of it lives here; of a sharded one every process must call this."""
+    if not is_dtensor(weight):
+        return Mask.from_bits(bits, weight.shape)
+    from torch.distributed.tensor import DTensor
+
+    local = Mask.from_bits(bits, local_part(weight)[0].shape).to_bool().to(weight.device)
+    spread = DTensor.from_local(local, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride())  # type: ignore[attr-defined]
+    return Mask.from_bool(spread.full_tensor())
+
+
 class Copies:
     """Copies of a model's weights in one mapped file."""
 
-    def __init__(self, path: Path, model: torch.nn.Module):
+    def __init__(self, path: Path, model: Any):
         """Those in the file, or, where there is none, of the weights as they are now."""
         self.path, self.held = path, {}
         layout, size = {}, 0
-        for name, weight in effective(model):
+        for name, weight in here(model):
             layout[name] = (size, weight.dtype, weight.shape)
             size += -(-weight.numel() * weight.element_size() // ALIGNED) * ALIGNED
         fresh = not path.exists()
@@ -71,30 +89,32 @@ class Copies:
 
     def take(self, model: torch.nn.Module) -> None:
         """Copies the weights as they are now."""
-        for name, weight in effective(model):
+        for name, weight in here(model):
             self.held[name].copy_(weight)
 
 
 class Tracker:
     """Follows a model from its start; `mark` is a look at it."""
 
-    def __init__(self, folder: Path, model: torch.nn.Module, step: int, start: Callable[[], torch.nn.Module]):
+    def __init__(self, folder: Path, model: torch.nn.Module, step: int, start: Callable[[], Any], ranks: Ranks):
         """`step`: how many the model has taken; `start()`: the model that the run began with, should its copy be gone."""
-        self.folder, self.path = folder, folder / "track.jsonl"
-        (folder / "masks").mkdir(parents=True, exist_ok=True)
+        self.folder, self.path, self.ranks = folder, folder / "track.jsonl", ranks
         rows = [row for row in read_rows(self.path) if row["step"] <= step]
-        write_rows(self.path, rows)
-        for path in self.masks():
-            if step_of_mask(path) > step:
-                path.unlink()
+        if ranks.first:
+            (folder / "masks").mkdir(parents=True, exist_ok=True)
+            write_rows(self.path, rows)
+            for path in self.masks():
+                if step_of_mask(path) > step:
+                    path.unlink()
+        ranks.wait()
         marks = [row["step"] for row in rows]
-        first = folder / "weights" / "start.bin"
+        first = self._weights("start")
         self.start = Copies(first, model if first.exists() or not step else start())
-        self.last = Copies(self._place(marks[-1]), model) if marks else self.start
+        self.last = Copies(self._weights(f"mark-{marks[-1]:06}"), model) if marks else self.start
         self.ever = self._union()
 
-    def _place(self, step: int) -> Path:
-        return self.folder / "weights" / f"mark-{step:06}.bin"
+    def _weights(self, name: str) -> Path:
+        return self.folder / "weights" / f"{name}-{self.ranks.rank}.bin"
 
     def masks(self) -> list[Path]:
         """The files of what had changed at each mark, in order."""
@@ -108,38 +128,42 @@ class Tracker:
                 ever[name] = ever[name] | bits if name in ever else bits.copy()
         return ever
 
-    def mark(self, step: int, model: torch.nn.Module, moments: dict[str, float | None]) -> dict[str, Any]:
+    def mark(self, step: int, model: Any, moments: dict[str, float | None]) -> dict[str, Any]:
         """Looks at the weights after `step` steps. Returns the mark's row, which is also written."""
         since_last, modules = Tally.empty(), defaultdict[str, Tally](Tally.empty)
         masks: dict[str, Mask] = {}
         ever = total = 0
         for name, weight in effective(model):
-            here = weight.cpu()
-            bits = torch.zeros((weight.numel() + 7) // 8, dtype=torch.uint8)
-            delta(self.start.held[name], here, into=modules[place(name).module or "other"], mask=bits)
-            delta(self.last.held[name], here, into=since_last)
-            masks[name] = Mask.from_bits(bits, weight.shape)
-            self.ever[name] = self.ever[name] | bits.numpy() if name in self.ever else bits.numpy().copy()
-            total += weight.numel()
+            local = local_part(weight)[0].cpu()
+            bits = torch.zeros((local.numel() + 7) // 8, dtype=torch.uint8)
+            delta(self.start.held[name], local, into=modules[place(name).module or "other"], mask=bits)
+            delta(self.last.held[name], local, into=since_last)
+            masks[name] = whole_mask(bits, weight)
+            own = masks[name].bits.numpy()
+            self.ever[name] = self.ever[name] | own if name in self.ever else own.copy()
+            total += masks[name].numel
             ever += popcount(self.ever[name])
-        MaskSet(masks).save(self.folder / "masks" / f"step-{step:06}.safetensors")
+        if self.ranks.first:
+            MaskSet(masks).save(self.folder / "masks" / f"step-{step:06}.safetensors")
+        merged = {name: reduce(Tally.merge, self.ranks.all(tally)) for name, tally in sorted(modules.items())}
         row = {
             "step": step,
-            "views": in_views(reduce(Tally.merge, modules.values())),
-            "since_last": in_views(since_last),
-            "modules": {name: in_views(tally) for name, tally in sorted(modules.items())},
+            "views": in_views(reduce(Tally.merge, merged.values())),
+            "since_last": in_views(reduce(Tally.merge, self.ranks.all(since_last))),
+            "modules": {name: in_views(tally) for name, tally in merged.items()},
             "changed_ever": ever / total if total else 0.0,
             **moments,
         }
-        self.last = Copies(self._place(step), model)
+        self.last = Copies(self._weights(f"mark-{step:06}"), model)
         self.last.take(model)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.ranks.first:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
         return row
 
     def saved(self) -> None:
         """Called after a checkpoint: marks that no run can go on from are let go."""
-        for path in (self.folder / "weights").glob("mark-*.bin"):
+        for path in (self.folder / "weights").glob(f"mark-*-{self.ranks.rank}.bin"):
             if path != self.last.path:
                 path.unlink()
 
@@ -153,8 +177,10 @@ class Tracker:
                 both = (mark & final).nnz
                 row["coverage_of_final"] = both / final.nnz if final.nnz else None
                 row["stays_changed"] = both / mark.nnz if mark.nnz else None
-        write_rows(self.path, rows)
-        for path in (self.folder / "weights").glob("*.bin"):
+        self.ranks.wait()
+        if self.ranks.first:
+            write_rows(self.path, rows)
+        for path in (self.folder / "weights").glob(f"*-{self.ranks.rank}.bin"):
             path.unlink()
         return rows
 
@@ -165,22 +191,29 @@ def in_views(tally: Tally) -> dict[str, Any]:
     return {view: figures_of(sparse, view) for view in VIEWS}
 
 
-def moments_of(optimizer: MaskedOptimizer) -> dict[str, float | None]:
+def moments_of(optimizer: MaskedOptimizer, ranks: Ranks) -> dict[str, float | None]:
     """Before a step: the coefficient of variation of sqrt(v) over the active coordinates, and the cosine of the gradient with the
-    momentum."""
-    n, first, second = 0, 0.0, 0.0
-    dot, momentum, gradient = 0.0, 0.0, 0.0
+    momentum; of SGD the latter alone."""
+    sums = dict.fromkeys(("n", "root", "square", "dot", "momentum", "gradient"), 0.0)
     for at, param, binding in optimizer._live():
         state = optimizer.state.get(param, {})
         if "exp_avg_sq" in state:
             root = state["exp_avg_sq"].double().sqrt()
-            n, first, second = n + root.numel(), first + float(root.sum()), second + float(root.square().sum())
+            add(sums, n=root.numel(), root=root.sum(), square=root.square().sum())
         held, grad = state.get("exp_avg", state.get("momentum_buffer")), optimizer._gradient(at, param)
         if held is not None and grad is not None:
-            values = grad if at in optimizer._compact else active_of(grad, binding.shard(param))
-            dot, momentum, gradient = dot + float(held.double() @ values.double()), momentum + float(held.double().square().sum()), gradient + float(values.double().square().sum())
-    spread = math.sqrt(max(second / n - (first / n) ** 2, 0)) / (first / n) if n and first else None
-    return {"sqrt_v_cv": spread, "gradient_momentum_cosine": dot / math.sqrt(momentum * gradient) if momentum and gradient else None}
+            values = (grad if at in optimizer._compact else active_of(grad, binding.shard(param))).double()
+            add(sums, dot=held.double() @ values, momentum=held.double().square().sum(), gradient=values.square().sum())
+    found = ranks.total(sums, param.device)
+    mean = found["root"] / found["n"] if found["n"] else 0
+    spread = math.sqrt(max(found["square"] / found["n"] - mean**2, 0)) / mean if mean else None
+    sizes = math.sqrt(found["momentum"] * found["gradient"])
+    return {"sqrt_v_cv": spread, "gradient_momentum_cosine": found["dot"] / sizes if sizes else None}
+
+
+def add(sums: dict[str, float], **more: Any) -> None:
+    for name, value in more.items():
+        sums[name] += float(value)
 
 
 def step_of_mask(path: Path) -> int:

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opdkernels.distill.loop import distill
+from opdkernels.distill.track import read_rows
+from opdkernels.masks import MaskSet
+from tests.distill.test_loop import digest, log
+
+
+def run(chosen, out, processes):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "opdkernels", "distill", "-o", str(out)]
+    for name, value in chosen.model_dump().items():
+        if value not in ("", None) and value != type(chosen).model_fields[name].default:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[:3000]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(options, tmp_path):
+    """Recorded completions, so that what is learnt does not depend on who samples what: all but the order of sums is alike."""
+    chosen = {"prompts": recorded(tmp_path), "on_policy": 0, "dtype": "float32", "steps": 3, "lr": 1e-3, "optimizer": "sgd", "track_every": 1, "held_out": recorded(tmp_path), "eval_size": 3, "clip": 0.05}
+    run(options(**chosen), tmp_path / "two", 2)
+    distill(options(**chosen), tmp_path / "one")
+    one, two = (load_file(tmp_path / name / "checkpoint-3" / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-7)
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert a.keys() == b.keys()
+        assert b["step"] == a["step"]
+        assert b.get("loss", 0) == pytest.approx(a.get("loss", 0), rel=1e-5)
+        assert b.get("grad_norm", 0) == pytest.approx(a.get("grad_norm", 0), rel=1e-4)
+    marks = [read_rows(tmp_path / name / "track.jsonl")[-1] for name in ("one", "two")]
+    assert marks[0]["views"]["stored"]["numel"] == marks[1]["views"]["stored"]["numel"]
+    assert marks[1]["views"]["stored"]["rms_delta"] == pytest.approx(marks[0]["views"]["stored"]["rms_delta"], rel=1e-4)
+    files = [MaskSet.load(tmp_path / name / "masks" / "step-000003.safetensors") for name in ("one", "two")]
+    assert (files[0] ^ files[1]).nnz < 0.01 * files[0].numel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"teacher": "self", "ema": 0.9}])
+def test_two_processes_go_on_from_where_they_were(options, places, tmp_path, more):
+    chosen = {"steps": 4, "save_every": 2, "track_every": 2, **more}
+    run(options(**{**chosen, "steps": 2}), tmp_path / "cut", 2)
+    run(options(**chosen), tmp_path / "cut", 2)
+    run(options(**chosen), tmp_path / "whole", 2)
+    assert digest(tmp_path / "cut" / "checkpoint-4") == digest(tmp_path / "whole" / "checkpoint-4")
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+
+
+def recorded(folder):
+    import json
+
+    lines = [json.dumps({"prompt": f"{a}+1=", "answer": str(a + 1), "completion": str(a + 1)}) for a in range(1, 9)]
+    (folder / "p.jsonl").write_text("\n".join(lines))
+    return str(folder / "p.jsonl")
