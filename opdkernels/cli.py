@@ -443,6 +443,38 @@ def distill(
 app.command("distill")(with_options(distill, DistillOptions))
 
 
+def experiment(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="masks, sgd, on-policy or precision.", show_default=False)],
+    config: Annotated[Optional[str], typer.Argument(metavar="[CONFIG.toml]", help="Options of distill as TOML; without any, the addition task with the models that ship.", show_default=False)] = None,  # noqa: UP045
+    *,
+    out: Out,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 1,
+    density: Annotated[float, typer.Option(min=0, max=1, help="Share of the coordinates in each mask; 0: all that a run changed visibly to bf16.")] = 0.0,
+    arms: Annotated[str, typer.Option(help="Some of the arms, with commas between; all if empty.")] = "",
+    quiet: Quiet = False,
+    json: Json = False,
+    **given: str | None,
+) -> None:
+    """Run an experiment on what on-policy distillation does to weights: its arms, seed by seed, and one table with intervals.
+
+    masks: the set that a full run changed, against random, |W|-matched, near-zero, early and RLVR's sets. sgd: rates of AdamW and
+    SGD. on-policy: shares of the student's own samples. precision: bf16 exact, bf16 rounded, fp32. OUT gets every arm's run, of
+    which finished ones are not made again, results.json and table.md.
+
+    Example: opdkernels experiment masks -o masks --seeds 3 --density 0.2
+    """
+    from opdkernels.distill.experiments import markdown, run_experiment
+    from opdkernels.distill.options import options_from, shipped
+
+    options = options_from(config, {**({} if config else shipped()), **{name: value for name, value in given.items() if value is not None}})
+    result = run_experiment(name, options, out, seeds=seeds, density=density, arms=[arm.strip() for arm in arms.split(",") if arm.strip()], quiet=quiet)
+    if not quiet:
+        show(result, markdown(result).splitlines(), json)
+
+
+app.command("experiment")(with_options(experiment, DistillOptions))
+
+
 @app.command()
 def report(out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of a finished run.", show_default=False)]) -> None:
     """Write report.html again from the tables of a finished run.

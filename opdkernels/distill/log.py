@@ -24,18 +24,22 @@ class Log:
     """Writes rows of figures; rows after `step`, of a run that was killed there, are let go."""
 
     def __init__(self, folder: Path, step: int, total: int, tensorboard: bool, quiet: bool, ranks: Ranks):
-        self.path, self.total, self.quiet = folder / "log.jsonl", total, quiet
+        self.path, self.scores, self.total, self.quiet = folder / "log.jsonl", folder / "scores.jsonl", total, quiet
         self.first_rank = ranks.first
         if ranks.first:
-            write_rows(self.path, [row for row in read_rows(self.path) if row["step"] <= step])
+            for path in (self.path, self.scores):
+                write_rows(path, [row for row in read_rows(path) if row["step"] <= step])
         self.shown, self.began, self.first = 0.0, time.monotonic(), step
         self.board = board(folder, step) if tensorboard and ranks.first else None
 
     def row(self, row: dict[str, Any]) -> None:
         if not self.first_rank:
             return
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        scores = row.pop("scores", None)
+        for path, content in ((self.path, row), (self.scores, {"step": row["step"], "scores": scores})):
+            if content.get("scores", ()) is not None:
+                with open(path, "a") as file:
+                    file.write(json.dumps(content) + "\n")
         if self.board is not None:
             for name, value in flat(row):
                 self.board.add_scalar(name, value, row["step"])

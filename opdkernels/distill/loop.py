@@ -258,7 +258,7 @@ def scores_of(run: Run, rollout: Rollout) -> torch.Tensor:
 
 
 def evaluate(run: Run) -> dict[str, Any]:
-    """Mean reward of greedy completions of the held-out prompts."""
+    """Rewards of greedy completions of the held-out prompts, in order, and their mean."""
     entries = run.task.held_out(run.options.eval_size)
     ours = entries[run.ranks.rank :: run.ranks.size]
     filled = ours + entries[:1] * (-(-len(entries) // run.ranks.size) - len(ours))  # every process samples as often
@@ -266,8 +266,9 @@ def evaluate(run: Run) -> dict[str, Any]:
     for first in range(0, len(filled), size):
         prompts = encode(run.text, filled[first : first + size], run.options.max_prompt)
         scores += scores_of(run, sampled(run, run.model, prompts, 0.0, True)).tolist()
-    found = run.ranks.total({"score": sum(scores[: len(ours)])}, run.device)
-    return {"accuracy": found["score"] / len(entries), "evaluated": len(entries)}
+    every = run.ranks.all(scores)
+    ordered = [every[i % run.ranks.size][i // run.ranks.size] for i in range(len(entries))]
+    return {"accuracy": sum(ordered) / len(entries), "scores": ordered}
 
 
 def set_seed(seed: int, step: int, ranks: Ranks) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -121,6 +122,14 @@ def options_from(path: str | os.PathLike[str] | None, given: dict[str, Any]) -> 
     if missing:
         raise UsageError(f"there is no {missing[0]}; give it in the configuration or as --{missing[0].replace('_', '-')}")
     return checked(DistillOptions, values)
+
+
+def shipped() -> dict[str, Any]:
+    """Options of the addition task with the student (0.4 M parameters) and the teacher (3.2 M) that come with this package: some ten
+    seconds a run on two cores."""
+    folder = Path(__file__).parent / "addition"
+    return {"student": os.fspath(folder / "student"), "teacher": os.fspath(folder / "teacher"), "prompts": "addition", "batch_size": 128, "max_new_tokens": 4,
+            "steps": 60, "lr": 3e-4, "warmup": 10, "save_every": 10, "eval_size": 1000}  # fmt: skip
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:

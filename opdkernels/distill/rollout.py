@@ -48,7 +48,7 @@ class Rollout:
     @property
     def targets(self) -> torch.Tensor:
         """bool [rows, length - 1]: the positions whose next token is of the completion."""
-        place = torch.arange(1, self.ids.shape[1], device=self.ids.device)
+        place = torch.arange(self.ids.shape[1], device=self.ids.device)[1:]
         return (place >= self.prompt.unsqueeze(1)) & (place < self.length.unsqueeze(1))
 
     @property
@@ -115,7 +115,7 @@ def beside(prompts: Prompts, completions: Sequence[Sequence[int]], ended: Sequen
     """Prompts and completions as right-padded rows."""
     rows = [[*p, *c] for p, c in zip(prompts.ids, completions, strict=True)]
     longest = max(map(len, rows), default=0)
-    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], dtype=torch.long, device=device)
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], dtype=torch.long, device=device).view(len(rows), longest)
     prompt, length = (torch.tensor([len(one) for one in many], dtype=torch.long, device=device) for many in (prompts.ids, rows))
     extras = [{name: value.to(device) for name, value in row.items()} for row in prompts.extras]
     return Rollout(prompts.entries, ids, prompt, length, torch.tensor(list(ended), dtype=torch.bool, device=device), extras, own)
@@ -133,11 +133,17 @@ def sample(model: Any, text: Text, prompts: Prompts, *, most: int, ends: Sequenc
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     from transformers import GenerationConfig  # type: ignore[import-not-found]
 
-    absent = list(range(vocab, unwrapped(model).get_output_embeddings().weight.shape[0])) or None
-    config = GenerationConfig(suppress_tokens=absent, max_new_tokens=most, eos_token_id=list(ends) or None, pad_token_id=text.pad, use_cache=True, **sampling)
+    config = GenerationConfig(suppress_tokens=never_sampled(model, vocab) or None, max_new_tokens=most, eos_token_id=list(ends) or None, pad_token_id=text.pad, use_cache=True, **sampling)
     found = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, synced_gpus=together_with > 1, **extras)
     cut = [until_end(row, ends) for row in found[:, longest:].tolist()]
     return beside(prompts, [row for row, _ in cut], [ended for _, ended in cut], own, text.pad, device)
+
+
+def never_sampled(model: Any, vocab: int) -> list[int]:
+    """Ids that another model lacks, and those that stand for an image or a video, which a completion has none of."""
+    own = unwrapped(model)
+    places = (getattr(own.config, f"{kind}_token_id", None) for kind in ("image", "video"))
+    return [*range(vocab, own.get_output_embeddings().weight.shape[0]), *(place for place in places if place is not None and place < vocab)]
 
 
 def recorded(text: Text, prompts: Prompts, *, most: int, ends: Sequence[int], device: torch.device) -> Rollout:

@@ -198,12 +198,13 @@ def moments_of(optimizer: MaskedOptimizer, ranks: Ranks) -> dict[str, float | No
     for at, param, binding in optimizer._live():
         state = optimizer.state.get(param, {})
         if "exp_avg_sq" in state:
-            root = state["exp_avg_sq"].double().sqrt()
-            add(sums, n=root.numel(), root=root.sum(), square=root.square().sum())
+            squares = state["exp_avg_sq"]
+            add(sums, n=squares.numel(), root=squares.sqrt().sum(dtype=torch.float64), square=squares.sum(dtype=torch.float64))
         held, grad = state.get("exp_avg", state.get("momentum_buffer")), optimizer._gradient(at, param)
         if held is not None and grad is not None:
-            values = (grad if at in optimizer._compact else active_of(grad, binding.shard(param))).double()
-            add(sums, dot=held.double() @ values, momentum=held.double().square().sum(), gradient=values.square().sum())
+            values = grad if at in optimizer._compact else active_of(grad, binding.shard(param))
+            momentum, gradient = (torch.linalg.vector_norm(one, dtype=torch.float64).square() for one in (held, values))
+            add(sums, dot=(held * values).sum(dtype=torch.float64), momentum=momentum, gradient=gradient)
     found = ranks.total(sums, param.device)
     mean = found["root"] / found["n"] if found["n"] else 0
     spread = math.sqrt(max(found["square"] / found["n"] - mean**2, 0)) / mean if mean else None

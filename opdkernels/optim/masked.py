@@ -209,7 +209,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             square = torch.zeros((), dtype=torch.float64)
             if grad is not None and shard.active:
                 values = grad if place in self._compact else active_of(grad, shard)
-                square = values.double().square().sum().cpu()
+                square = torch.linalg.vector_norm(values, dtype=torch.float64).square().cpu()
             if meshes:
                 sharded[meshes] = sharded.get(meshes, torch.zeros((), dtype=torch.float64)) + square
             else:

@@ -1,0 +1,100 @@
+"""An image-text model of two small layers, image tokens included."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opdkernels.distill import loop
+from opdkernels.distill.loop import distill
+from tests.distill.conftest import CHARACTERS, tokenizer
+from tests.distill.test_loop import log
+
+pytest.importorskip("PIL")
+SPECIAL = ("<image>", "<vision_start>", "<vision_end>", "<video>")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of a student and a teacher of Qwen2.5-VL's architecture, and of prompts with images of two sizes."""
+    from PIL import Image
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("images")
+    text = tokenizer()
+    text.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
+    ids = dict(zip(SPECIAL, text.convert_tokens_to_ids(list(SPECIAL)), strict=True))
+    for seed, name in enumerate(("student", "teacher")):
+        torch.manual_seed(seed)
+        config = Qwen2_5_VLConfig(
+            text_config={"vocab_size": len(CHARACTERS) + 6, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+                         "max_position_embeddings": 128, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}, "initializer_range": 0.2,
+                         "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "tie_word_embeddings": False},
+            vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32, "patch_size": 14, "spatial_merge_size": 2,
+                           "temporal_patch_size": 2, "window_size": 56, "fullatt_block_indexes": [1]},
+            image_token_id=ids["<image>"], video_token_id=ids["<video>"], vision_start_token_id=ids["<vision_start>"], vision_end_token_id=ids["<vision_end>"], tie_word_embeddings=False,
+        )  # fmt: skip
+        Qwen2_5_VLForConditionalGeneration(config).bfloat16().save_pretrained(folder / name)
+        text.save_pretrained(folder / name)
+    rows = []
+    for i, size in enumerate(((28, 28), (56, 56), (56, 28))):
+        Image.new("RGB", size, (40 * i, 20, 200)).save(folder / f"{i}.png")
+        rows.append({"prompt": f"<vision_start><image><vision_end>{i}+1=", "answer": str(i + 1), "images": [f"{i}.png"]})
+    (folder / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+class Processor:
+    """What Qwen2_5_VLProcessor does with images, without its videos, which need torchvision."""
+
+    def __init__(self, tokenizer):
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        self.tokenizer, self.image_processor = tokenizer, Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 4)
+
+    def __call__(self, text, images, return_tensors):
+        found = self.image_processor(images=images, return_tensors=return_tensors)
+        text = text[0]
+        for grid in found["image_grid_thw"]:
+            text = text.replace("<image>", "<>" * (int(grid.prod()) // 4), 1)
+        ids = self.tokenizer([text.replace("<>", "<image>")], return_tensors=return_tensors)["input_ids"]
+        kinds = (ids == self.tokenizer.convert_tokens_to_ids("<image>")).long()
+        return {"input_ids": ids, "attention_mask": ids > 0, "mm_token_type_ids": kinds, **found}
+
+    def save_pretrained(self, folder):
+        self.tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(autouse=True)
+def processors(monkeypatch):
+    plain = loop.load_text
+
+    def with_images(place):
+        text = plain(place)
+        text.processor = Processor(text.tokenizer)
+        return text
+
+    monkeypatch.setattr(loop, "load_text", with_images)
+
+
+def test_an_image_text_model_learns_through_its_images(options, folders, tmp_path):
+    chosen = options(student=str(folders / "student"), teacher=str(folders / "teacher"), prompts=str(folders / "p.jsonl"), held_out=str(folders / "p.jsonl"), batch_size=3, steps=3, lr=1e-2,
+                     micro_batch=2, eval_size=3)  # fmt: skip
+    distill(chosen, tmp_path)
+    before, after = (load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in (0, 3))
+    vision = [name for name in before if "visual" in name and name.endswith("weight")]
+    assert vision
+    assert any(not torch.equal(before[name], after[name]) for name in vision)
+    rows = [row for row in log(tmp_path) if row["step"]]
+    assert all(row["tokens"] and row["reverse_kl"] > 0 for row in rows)
+
+
+def test_a_missing_image_is_named(options, folders, tmp_path):
+    from opdkernels.errors import InputError
+
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "<image>1=", "images": ["gone.png"]}))
+    with pytest.raises(InputError, match=r"an image of a prompt cannot be read .*gone\.png"):
+        distill(options(student=str(folders / "student"), teacher=str(folders / "teacher"), prompts=str(tmp_path / "p.jsonl")), tmp_path / "run")

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opdkernels.distill import objective as module
+from opdkernels.distill.models import Text, head_of
+from opdkernels.distill.objective import advantages, log_probs, objective
+from opdkernels.distill.rollout import beside, encode
+from opdkernels.distill.tasks import Entry
+from tests.distill.conftest import model, tokenizer
+
+TEXT = Text(tokenizer(), None, 0)
+
+
+def rollout(own=True):
+    return beside(encode(TEXT, [Entry("1+1="), Entry("12+13=")], 32), [[4, 1], [5, 6, 7]], [True, False], own, 0, torch.device("cpu"))
+
+
+def expected_log_probs(student, part):
+    logits = student(part.ids, attention_mask=part.attention.long()).logits[:, :-1][part.targets]
+    return logits.double().log_softmax(1).gather(1, part.tokens[:, None]).squeeze(1)
+
+
+def gradients(student, loss):
+    student.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 256])
+def test_log_probabilities_and_gradients_are_those_of_whole_logits(monkeypatch, rows):
+    monkeypatch.setattr(module, "ROWS", rows)
+    torch.manual_seed(0)
+    hidden, weight, ids = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True), torch.randint(0, 11, (5,))
+    found = log_probs(hidden, module.Head(weight), ids)
+    expected = (hidden @ weight.T).log_softmax(1).gather(1, ids[:, None]).squeeze(1)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found.sum(), (hidden, weight)), torch.autograd.grad(expected.sum(), (hidden, weight)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_recorded_tokens_are_made_likelier(options):
+    student, part = model(0, initializer_range=0.2).eval(), rollout(own=False)
+    chosen = options(kl_weight=0, sft_weight=2, teacher="", on_policy=0)
+    found = objective(student, part, None, None, 5, 15, chosen)
+    expected = -2 * expected_log_probs(student, part).sum() / 5
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    same(gradients(student, found.loss), gradients(student, expected))
+    own = objective(student, rollout(own=True), None, None, 5, 15, chosen)
+    assert own.loss.item() == 0  # the student's own samples are not taught to it
+
+
+def test_a_reward_is_the_policy_gradient(options):
+    student, part = model(0, initializer_range=0.2).eval(), rollout()
+    chosen = options(kl_weight=0, reward_weight=0.5, samples=2, teacher="")
+    found = objective(student, part, None, torch.tensor([1.0, -2.0]), 5, 15, chosen)
+    expected = -0.5 * (expected_log_probs(student, part) * torch.tensor([1.0, 1, -2, -2, -2])).sum() / 5
+    same(gradients(student, found.loss), gradients(student, expected))
+
+
+def test_a_divergence_is_that_of_whole_logits(options):
+    from opdkernels.distill.teachers import ModelTeacher
+
+    student, teacher, part = model(0, initializer_range=0.2).eval(), model(1, 48, initializer_range=0.2).eval(), rollout()
+    found = objective(student, part, ModelTeacher(teacher).score(part), None, 5, 15, options(kl_weight=3))
+    p, q = ((one(part.ids, attention_mask=part.attention.long()).logits[:, :-1][part.targets]).double().log_softmax(1) for one in (teacher, student))
+    expected = 3 * (q.exp() * (q - p.detach())).sum() / 5
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    same(gradients(student, found.loss), gradients(student, expected))
+    assert found.scores.reverse_kl.sum().item() * 3 / 5 == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_nothing_to_learn_is_a_connected_zero(options):
+    student = model(0).eval()
+    empty = beside(encode(TEXT, [Entry("1+1=")], 32), [[]], [False], True, 0, torch.device("cpu"))
+    found = objective(student, empty, (torch.zeros(0, 32), head_of(student)), None, 1, 15, options())
+    found.loss.backward()
+    assert found.loss.item() == 0
+    assert all(not p.grad.any() for p in student.parameters() if p.grad is not None)
+
+
+def test_advantages_of_equal_rewards_are_zero():
+    assert not advantages(torch.full((6,), 0.3), 3).any()
+    found = advantages(torch.tensor([0.0, 1.0, 5.0, 5.0]), 2)
+    assert found[:2].sum().abs() < 1e-6
+    assert found[1] > 0 > found[0]

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+
+from opdkernels.distill.options import DistillOptions, options_from
+from opdkernels.errors import InputError, UsageError
+
+LEAST = {"student": "s", "teacher": "t", "prompts": "addition"}
+
+
+def test_a_file_is_read_and_the_command_line_goes_before_it(tmp_path):
+    (tmp_path / "c.toml").write_text('student = "s"\nteacher = "t"\nprompts = "sums"\nlr = 1e-5\nbetas = [0.9, 0.95]\n')
+    chosen = options_from(tmp_path / "c.toml", {"lr": "2e-6", "steps": "7"})
+    assert (chosen.lr, chosen.steps, chosen.betas, chosen.prompts) == (2e-6, 7, (0.9, 0.95), "sums")
+
+
+def test_betas_of_a_command_line_have_a_comma():
+    assert options_from(None, {**LEAST, "betas": "0.8,0.9"}).betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"learning_rate": "1"}, "no option 'learning_rate'"),
+        ({"batchsize": 3}, "did you mean batch_size?"),
+        ({"lr": "fast"}, "option lr is 'fast'"),
+        ({"lr": 0}, "option lr is 0"),
+        ({"divergence": "k1"}, "no expected gradient"),
+        ({"divergence": "k3"}, "forward KL"),
+        ({"divergence": "topk_reverse_kl"}, "k"),
+        ({"kl_weight": 0}, "nothing is trained"),
+        ({"teacher": ""}, "there is no teacher"),
+        ({"reward_weight": 1}, "take 2 or more"),
+        ({"reward_weight": 1, "samples": 2, "on_policy": 0.5}, "set on_policy=1"),
+        ({"masks": "m", "lora_rank": 4}, "choose one"),
+        ({"optimizer": "adam"}, "option optimizer is 'adam'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(given, says):
+    with pytest.raises(UsageError) as caught:
+        options_from(None, {**LEAST, **given})
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(UsageError, match="there is no prompts; give it in the configuration or as --prompts"):
+        options_from(None, {"student": "s"})
+
+
+def test_files_that_are_not_toml_are_named(tmp_path):
+    (tmp_path / "c.toml").write_text("student: s")
+    with pytest.raises(InputError, match=r"c\.toml is not TOML"):
+        options_from(tmp_path / "c.toml", {})
+    with pytest.raises(InputError, match=r"d\.toml does not exist"):
+        options_from(tmp_path / "d.toml", {})
+
+
+def test_every_field_is_explained_by_help():
+    from typer.testing import CliRunner
+
+    from opdkernels.cli import app
+
+    for command in ("distill", "experiment"):
+        text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+        for name, field in DistillOptions.model_fields.items():
+            assert f"--{name.replace('_', '-')}" in text
+            assert field.description
+
+
+def test_teachers_are_chosen_by_tag():
+    chosen = options_from(None, {**LEAST, "teacher": "math = a/b, code=c"})
+    assert chosen.teachers == {"math": "a/b", "code": "c"}
+    assert options_from(None, LEAST).teachers == {"": "t"}

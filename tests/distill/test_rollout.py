@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opdkernels.distill.models import Text, hidden_states
+from opdkernels.distill.rollout import Prompts, beside, encode, recorded, sample, until_end
+from opdkernels.distill.tasks import Entry
+from tests.distill.conftest import model, tokenizer
+
+TEXT = Text(tokenizer(), None, 0)
+CPU = torch.device("cpu")
+
+
+def prompts(*texts):
+    return encode(TEXT, [Entry(text) for text in texts], 100)
+
+
+def test_targets_are_the_tokens_of_completions():
+    rollout = beside(prompts("1+1=", "12+13="), [[4, 1], [5, 6, 7]], [True, False], True, 0, CPU)
+    assert rollout.tokens.tolist() == [4, 1, 5, 6, 7]
+    assert rollout.attention.sum(1).tolist() == [6, 9]
+    assert rollout.completions() == [[4, 1], [5, 6, 7]]
+    part = rollout.rows([0])
+    assert part.ids.shape == (1, 6)
+    assert part.tokens.tolist() == [4, 1]
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+def test_empty_completions_have_no_target(lengths):
+    rollout = beside(prompts(*["1="] * len(lengths)), [[] for _ in lengths], [False] * len(lengths), True, 0, CPU)
+    assert rollout.tokens.tolist() == []
+    assert rollout.sizes.tolist() == lengths
+
+
+def test_rows_beside_each_other_see_only_themselves():
+    own, rollout = model(0).eval(), beside(prompts("1+1=", "12+13=25+1="), [[4, 1], [5, 6, 7]], [True, False], True, 0, CPU)
+    together = hidden_states(own, *rollout.inputs())[:, :-1][rollout.targets]
+    alone = torch.cat([hidden_states(own, *part.inputs())[:, :-1][part.targets] for part in (rollout.rows([0]), rollout.rows([1]))])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_greedy_samples_are_those_of_each_prompt_alone():
+    own, texts = model(3, initializer_range=0.3).eval(), ("1+1=", "12+13=", "7=")
+    limits = {"most": 6, "ends": [1], "vocab": 15, "temperature": 0.0, "own": True}
+    together = sample(own, TEXT, prompts(*texts), **limits)
+    for i, text in enumerate(texts):
+        assert sample(own, TEXT, prompts(text), **limits).completions()[0] == together.completions()[i]
+
+
+def test_sampled_tokens_have_the_models_probabilities():
+    own = model(3, initializer_range=0.3).eval()
+    rollout = sample(own, TEXT, prompts(*["1+1="] * 4000), most=1, ends=[], vocab=15, temperature=1.0, own=True)
+    ids = torch.tensor([prompts("1+1=").ids[0]])
+    expected = own(ids).logits[0, -1].double().softmax(0).detach()
+    seen = torch.bincount(rollout.tokens, minlength=15) / 4000
+    assert (seen - expected).abs().max() < 5 * (0.25 / 4000) ** 0.5
+
+
+def test_ids_that_others_lack_are_never_sampled():
+    rollout = sample(model(3), TEXT, prompts(*["1+1="] * 64), most=4, ends=[], vocab=5, temperature=1.0, own=True)
+    assert int(rollout.tokens.max()) < 5
+
+
+@pytest.mark.parametrize(("row", "ends", "kept"), [([], [1], ([], False)), ([1, 1], [1], ([1], True)), ([4, 5], [1], ([4, 5], False)), ([4, 9, 5], [1, 9], ([4, 9], True))])
+def test_completions_end_with_their_first_end_token(row, ends, kept):
+    assert until_end(row, ends) == kept
+
+
+def test_recorded_completions_are_ended():
+    given = encode(TEXT, [Entry("1=", completion="12"), Entry("1=", completion="")], 100)
+    rollout = recorded(TEXT, given, most=9, ends=[1], device=CPU)
+    assert rollout.completions() == [[3, 4, 1], [1]]
+    assert rollout.ended.tolist() == [True, True]
+    assert recorded(TEXT, given, most=2, ends=[1], device=CPU).ended.tolist() == [False, True]
+
+
+def test_the_end_of_a_long_prompt_is_kept():
+    found = encode(TEXT, [Entry("123+456="), Entry("1=")], 3)
+    assert found.cut == 1
+    assert TEXT.decode(found.ids[0]) == "56="
+
+
+def test_images_are_not_taken_by_a_model_of_text():
+    from opdkernels.errors import InputError
+
+    with pytest.raises(InputError, match="give an image-text model"):
+        encode(TEXT, [Entry("1=", images=("x.png",))], 9)
+
+
+def test_per_token_inputs_are_padded_on_the_side_of_the_ids():
+    from opdkernels.distill.rollout import together
+
+    rows = [{"mm_token_type_ids": torch.ones(1, 2, dtype=torch.long), "pixel_values": torch.ones(3, 4)}, {"mm_token_type_ids": torch.ones(1, 3, dtype=torch.long), "pixel_values": torch.ones(1, 4)}]
+    found = together(rows, 4, left=True)
+    assert found["mm_token_type_ids"].tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
+    assert found["pixel_values"].shape == (4, 4)
+    assert together(rows, 4, left=False)["mm_token_type_ids"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
+    assert together([{}, {}], 4, left=True) == {}
+
+
+def test_prompts_hold_what_was_given():
+    assert isinstance(prompts("1="), Prompts)
