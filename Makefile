@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 .PHONY: demo test test-fast lint bench trainers clean
 
 demo: $(READY)
-	$(BIN)/python examples/ani_demo.py demo
+	$(BIN)/python examples/distill_demo.py demo
 
 test: $(READY)
 	$(BIN)/python -m pytest

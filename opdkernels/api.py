@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opdkernels import report
 from opdkernels.analysis import overlap as overlaps
@@ -16,6 +17,11 @@ from opdkernels.analysis.result import Analysis, load
 from opdkernels.analysis.trend import Trend
 from opdkernels.options import AnalyzeOptions, OverlapOptions, TrendOptions, checked
 from opdkernels.progress import Progress
+
+if TYPE_CHECKING:
+    from opdkernels.distill.options import DistillOptions
+
+SMALL = 100 * 10**6  # bytes of a checkpoint whose spectra take seconds
 
 
 def analyze(
@@ -90,6 +96,27 @@ def trend(
         for folder in result.folders:
             report.write(folder, load(folder))
         report.write_trend(result.path, result)
+    return result
+
+
+def experiment(
+    name: str, options: DistillOptions, out: str | os.PathLike[str], *, seeds: int = 1, density: float = 0.0, arms: Sequence[str] = (), quiet: bool = True
+) -> dict[str, Any]:
+    """Run an experiment on what on-policy distillation does to weights, analyse the pair that it makes, and write its page.
+
+    name: masks, sgd, on-policy or precision; options: of the runs; out: the folder, where finished runs are not made again;
+    density: how large masks are, 0 for all that a run changed visibly. Returns what results.json holds.
+
+    Raises InputError for input that cannot be read, UsageError for options that make no sense.
+    """
+    from opdkernels.distill.experiments import pair_of, run_experiment
+
+    folder = Path(out)
+    result = run_experiment(name, options, folder, seeds=seeds, density=density, arms=arms, quiet=quiet)
+    start, end = pair_of(folder, result)
+    spectra = "exact" if sum(path.stat().st_size for path in end.glob("*.safetensors")) < SMALL else "off"
+    analyze(start, end, folder / "analysis", spectra=spectra, overwrite=True)
+    report.write_experiment(folder, {**result, "analysis": True})
     return result
 
 

@@ -459,17 +459,18 @@ def experiment(
 
     masks: the set that a full run changed, against random, |W|-matched, near-zero, early and RLVR's sets. sgd: rates of AdamW and
     SGD. on-policy: shares of the student's own samples. precision: bf16 exact, bf16 rounded, fp32. OUT gets every arm's run, of
-    which finished ones are not made again, results.json and table.md.
+    which finished ones are not made again, results.json, table.md, report.html, and the analysis of what one run changed.
 
     Example: opdkernels experiment masks -o masks --seeds 3 --density 0.2
     """
-    from opdkernels.distill.experiments import markdown, run_experiment
+    from opdkernels.api import experiment
+    from opdkernels.distill.experiments import markdown
     from opdkernels.distill.options import options_from, shipped
 
     options = options_from(config, {**({} if config else shipped()), **{name: value for name, value in given.items() if value is not None}})
-    result = run_experiment(name, options, out, seeds=seeds, density=density, arms=[arm.strip() for arm in arms.split(",") if arm.strip()], quiet=quiet)
+    result = experiment(name, options, out, seeds=seeds, density=density, arms=[arm.strip() for arm in arms.split(",") if arm.strip()], quiet=quiet)
     if not quiet:
-        show(result, markdown(result).splitlines(), json)
+        show(result, [*markdown(result).splitlines(), f"report: {printable(out)}/report.html"], json)
 
 
 app.command("experiment")(with_options(experiment, DistillOptions))

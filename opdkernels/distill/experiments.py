@@ -98,7 +98,7 @@ RLVR = {"kl_weight": 0.0, "reward_weight": 1.0, "teacher": "", "samples": 4}
 EXPERIMENTS = {
     "masks": Experiment(
         "Does training only what a full run changed keep its gain, and is it the set that matters or its size and its |W|?",
-        [Arm("full"), Arm("found", mask=found), Arm("random", mask=random), Arm("random, same |W|", mask=random_like), Arm("near zero", mask=near_zero),
+        [Arm("full"), Arm("found", mask=found), Arm("random", mask=random), Arm("random matched on |W|", mask=random_like), Arm("near zero", mask=near_zero),
          Arm("early", mask=early), Arm("rlvr", RLVR), Arm("found by rlvr", mask=found, of="rlvr")],
     ),
     "sgd": Experiment(
@@ -155,10 +155,31 @@ def run_experiment(
             scores[arm.name].append(rows[-1]["scores"])
             ends[arm.name].append(end_of(place, given))
     result = {"experiment": name, "about": experiment.about, "seeds": seeds, "prompts": len(scores[START][0]), "steps": options.steps,
-              "density": density, "rows": table_rows(scores, ends, experiment.against)}  # fmt: skip
+              "density": density, "against": experiment.against, "student": options.student, "teacher": options.teacher, "task": options.prompts,
+              "options": changed_options(options), "rows": table_rows(scores, ends, experiment.against),
+              "along": along(folder / "seed-0" / slug(experiment.against))}  # fmt: skip
     write_json(folder / "results.json", result)
     (folder / "table.md").write_text(markdown(result))
     return result
+
+
+def changed_options(options: DistillOptions) -> dict[str, Any]:
+    """What a run has other than by default, its models and prompts apart."""
+    fields = DistillOptions.model_fields
+    return {name: value for name, value in options.model_dump().items() if value != fields[name].default and not fields[name].is_required() and name != "teacher"}
+
+
+def along(place: Path) -> list[dict[str, Any]]:
+    """What had changed at each mark of a run."""
+    rows = read_rows(place / "track.jsonl")
+    kept = ("coverage_of_final", "stays_changed", "changed_ever", "sqrt_v_cv", "gradient_momentum_cosine")
+    return [{"step": row["step"], **{f"changed_{view}": 1 - row["views"][view]["frac_zero"] for view in ("visible", "stored")}, **{key: row.get(key) for key in kept}} for row in rows]
+
+
+def pair_of(folder: Path, result: Mapping[str, Any]) -> tuple[Path, Path]:
+    """The first and the last checkpoint of the arm that all are measured against, of seed 0."""
+    place = folder / "seed-0" / slug(result["against"])
+    return start_of(place), checkpoints(place)[-1][1]
 
 
 def own_options(arm: Arm, options: DistillOptions) -> dict[str, Any]:

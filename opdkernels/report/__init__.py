@@ -65,6 +65,15 @@ def render_trend(result: Trend) -> str:
     return render_page("trend.html", content(result))
 
 
+def write_experiment(folder: Path, result: dict[str, Any]) -> Path:
+    """Writes report.html to the folder of an experiment and returns its path."""
+    from opdkernels.report.experiment import content
+
+    path = folder / "report.html"
+    write_atomically(path, render_page("experiment.html", content(result)).encode())
+    return path
+
+
 def render_page(template: str, variables: dict[str, Any]) -> str:
     """A page from a template that extends base.html."""
     style, script = _asset("style.css"), _asset("page.js")

@@ -18,6 +18,12 @@ class Figure:
 
 
 FIGURES: dict[str, Figure] = {
+    "arm": Figure("arm", "the run with some options, or trained on some mask; start: before any step", OWN),
+    "score": Figure("score", "mean reward of greedy completions of held-out prompts, the same for all arms; 95 % interval by resampling seeds, and prompts within them", OWN),
+    "gain_kept": Figure("gain kept", "an arm's gain in score over the start, over that of the arm it is measured against; 95 % interval by the same resampling, none where that gain may be nothing", OWN),
+    "trained": Figure("trained", "share of the coordinates that the optimizer may move", OWN),
+    "changed_stored": Figure("changed, stored", "share of the coordinates with Δ ≠ 0 as stored", OWN),
+    "changed_visible": Figure("changed, visible", "share of the coordinates whose value in bf16 changed", PAPER),
     "stored": Figure(
         "stored view", "both checkpoints as stored, Δ = W′ − W in fp32 (fp64 for fp64): what training did", OWN
     ),

@@ -1,0 +1,102 @@
+"""What the page of an experiment holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from opdkernels.report import charts, format
+from opdkernels.report.glossary import glossary
+from opdkernels.report.tables import Cell, Column, build
+
+COLUMNS = [
+    Column("score", "percent"), Column("gain_kept", "percent"), Column("trained", "percent"), Column("changed_visible", "percent"), Column("changed_stored", "percent"),
+    Column("relative_norm", "percent"), Column("near_zero_coverage_10pct", "percent"),
+]  # fmt: skip
+
+
+def content(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The template's variables."""
+    rows = result["rows"]
+    along = result["along"]
+    return {
+        "title": f"Experiment {result['experiment']}",
+        "sides": [("student", format.name(result["student"])), ("teacher", format.name(result["teacher"] or "none")), ("task", format.name(result["task"]))],
+        "headline": headline(result),
+        "about": result["about"],
+        "reading": reading(result),
+        "scores": [charts.interval_chart([(row["arm"], row["score"], row["score_low"], row["score_high"]) for row in rows], format.percent, "Scores:", "score", frame) for frame in charts.FRAMES],
+        "kept": kept(rows),
+        "table": build("arms", "Arms", [Column("arm"), *COLUMNS], [{"": told(row)} for row in rows]),
+        "curves": curves(along),
+        "against": result["against"],
+        "analysis": result.get("analysis"),
+        "run": {"command": f"experiment {result['experiment']}"},
+        "facts": [("seeds", str(result["seeds"])), ("held-out prompts", format.count(result["prompts"])), ("steps", format.count(result["steps"])),
+                  ("density", format.percent(result["density"]) if result["density"] else "what shows in bf16"), *((name, format.name(str(value))) for name, value in result["options"].items())],
+        "glossary": glossary(["stored", "visible", *(column.key for column in COLUMNS)]),
+    }  # fmt: skip
+
+
+def told(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as the table takes it: values with their intervals."""
+    found = dict(row)
+    for name in ("score", "gain_kept"):
+        if row.get(name) is not None:
+            found[name] = Cell(interval(row, name), format.exact(row[name]))
+    return {column.key: found.get(column.key) for column in COLUMNS} | {"arm": row["arm"]}
+
+
+def interval(row: Mapping[str, Any], name: str) -> str:
+    """A value with its interval, in words."""
+    value, low, high = (format.percent(row[key]) for key in (name, f"{name}_low", f"{name}_high"))
+    return f"{value} ({low} to {high})"
+
+
+def kept(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    known = [(row["arm"], row["gain_kept"], row["gain_kept_low"], row["gain_kept_high"]) for row in rows if row.get("gain_kept") is not None]
+    return [charts.interval_chart(known, format.percent, "Share of the gain kept:", "share of the gain kept", frame) for frame in charts.FRAMES] if known else []
+
+
+def curves(along: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What changed along one run, mark by mark."""
+    if len(along) < 2:
+        return []
+    steps = [row["step"] for row in along]
+    found = []
+    for heading, note, lines in (
+        ("What has changed.", "Share of the coordinates other than at the start.", [("visible", "in bf16", "changed_visible"), ("stored", "as stored", "changed_stored")]),
+        ("The final set.", "How much of what is changed in bf16 at the end was changed at a step, and how much of what was changed then stays so.",
+         [("visible", "of the final set", "coverage_of_final"), ("stored", "stays changed", "stays_changed")]),
+    ):  # fmt: skip
+        drawn = [(kind, name, [row[key] for row in along]) for kind, name, key in lines if any(row[key] is not None for row in along)]
+        found.append({"heading": heading, "note": note, "keys": [(kind, name) for kind, name, _ in drawn], "drawings": [charts.step_curve(steps, drawn, format.percent, heading, frame) for frame in charts.FRAMES]})
+    return [one for one in found if one["keys"]]
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    rows = {row["arm"]: row for row in result["rows"]}
+    against = rows[result["against"]]
+    gain = f"{format.percent(rows['start']['score'])} to {format.percent(against['score'])}"
+    if result["experiment"] == "masks" and rows.get("found", {}).get("gain_kept") is not None:
+        found = rows["found"]
+        return f"Training {format.percent(found['trained'])} of the weights, those that the full run changed most, keeps {format.percent(found['gain_kept'])} of its gain ({gain})"
+    return f"{result['against']}: from {gain} on held-out prompts"
+
+
+def reading(result: Mapping[str, Any]) -> list[str]:
+    """What the intervals say of each arm beside the one that all are measured against."""
+    rows = {row["arm"]: row for row in result["rows"]}
+    if rows[result["against"]].get("gain_kept") is None:
+        return [f"The gain of {result['against']} may be nothing at this number of seeds and prompts, so that no share of it is given."]
+    found = []
+    for arm, row in rows.items():
+        if arm in ("start", result["against"]) or row.get("gain_kept") is None:
+            continue
+        verdict = "less than all" if row["gain_kept_high"] < 1 else "more than all" if row["gain_kept_low"] > 1 else "not told apart from all"
+        found.append(f"{arm}: keeps {interval(row, 'gain_kept')} of the gain, {verdict} of it.")
+    ours, like = rows.get("found", {}), rows.get("random matched on |W|", {})
+    if ours.get("gain_kept") is not None and like.get("gain_kept") is not None:
+        apart = ours["gain_kept_low"] > like["gain_kept_high"] or ours["gain_kept_high"] < like["gain_kept_low"]
+        found.append("The found set and a random one of the same |W| " + ("differ: which coordinates are trained matters." if apart else "are not told apart by these intervals: size and |W| may be all that matters."))
+    return found
