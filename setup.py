@@ -11,8 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -78,9 +77,19 @@ class Build(build_ext):
             print(f"opdkernels: no compiled kernels, the reference will serve ({error})", file=sys.stderr)
 
 
-if __name__ == "__main__":
+def module():
+    """opdkernels._C, with the headers of pybind11, or of torch's copy of them on a machine that can fetch nothing."""
     depends = [str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inl")]
-    setup(
-        ext_modules=[Pybind11Extension("opdkernels._C", SOURCES, depends=depends, cxx_std=17, optional=not os.environ.get("OPDKERNELS_REQUIRE_C"))],
-        cmdclass={"build_ext": Build},
-    )
+    options = {"depends": depends, "optional": not os.environ.get("OPDKERNELS_REQUIRE_C")}
+    try:
+        from pybind11.setup_helpers import Pybind11Extension
+    except ImportError:
+        import torch.utils.cpp_extension
+
+        headers = next(folder for folder in torch.utils.cpp_extension.include_paths() if (Path(folder) / "pybind11").is_dir())
+        return Extension("opdkernels._C", SOURCES, include_dirs=[headers], extra_compile_args=["-std=c++17"], language="c++", **options)
+    return Pybind11Extension("opdkernels._C", SOURCES, cxx_std=17, **options)
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[module()], cmdclass={"build_ext": Build})
