@@ -74,7 +74,7 @@ def merge(state: list[int], key: int, start: int) -> int:
 
 def xxh3(data: torch.Tensor) -> torch.Tensor:
     """int64 [n, 2], the low and the high word: XXH3-128 of the n rows of uint8 [n, a positive multiple of 1,024]."""
-    words = data.contiguous().view(torch.int64).view(len(data), -1, 16, 8)
+    words = data.clone(memory_format=torch.contiguous_format).view(torch.int64).view(len(data), -1, 16, 8)  # a view may begin at any byte
     keys = torch.stack([signed(SECRET[8 * s : 8 * s + 64]) for s in range(16)]).to(data.device)
     last = keys.clone()
     last[15] = signed(SECRET[-71:-7])
