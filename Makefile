@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test test-fast lint bench trainers clean
+.PHONY: demo test test-fast lint bench gpu trainers clean
 
 demo: $(READY)
 	$(BIN)/python examples/distill_demo.py demo
@@ -30,6 +30,10 @@ trainers:
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+# On a machine with a GPU, with the torch, Triton and CuPy that it has: nothing is installed or fetched. GPU=--tests or --bench: a half.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(GPU)
 
 $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)

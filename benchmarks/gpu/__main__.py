@@ -1,0 +1,146 @@
+"""What only a GPU can prove, by one command that needs torch, Triton and CuPy alone:
+
+    python3 -m benchmarks.gpu            # builds, checks, measures; prints a table, writes one JSON; under eight minutes
+    python3 -m benchmarks.gpu --tests    # the checks alone
+    python3 -m benchmarks.gpu --bench    # the measurements alone
+
+Exit status: 0 all that was reached holds, 1 something failed, 4 there is no GPU. What was not reached in time is printed as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import build, record
+
+DEADLINE_S = 450.0
+UNIT_LIMIT_S = 120.0  # without a line: it hangs
+GROUPS = {"tests": "check,sanitizer", "bench": "time"}
+LOSSES = 12  # workers that may be lost
+
+
+def say(text: str) -> None:
+    print(f"[{time.monotonic() - BEGAN:6.1f} s] {text}", flush=True)
+
+
+BEGAN = time.monotonic()
+
+
+def follow(process: subprocess.Popen, seconds: Callable[[], float], take: Callable[[dict], None]) -> str:
+    """Hands on each line of JSON that a process prints; kills it where none comes for so long. Why it ended, if it did not finish."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        assert process.stdout
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=max(seconds(), 0.01))
+        except queue.Empty:
+            process.kill()
+            process.wait()
+            return "hangs" if seconds() >= UNIT_LIMIT_S else "late"
+        if line is None:
+            status = process.wait()
+            return "" if status == 0 else f"the process ended with status {status}"
+        if line.startswith("{"):
+            take(json.loads(line))
+
+
+class Results:
+    """What the workers have found so far: facts of the machine, the plan, a result for each unit that was reached."""
+
+    def __init__(self) -> None:
+        self.about: dict[str, Any] = {}
+        self.plan: list[dict[str, Any]] = []
+        self.done: list[dict[str, Any]] = []
+
+    def take(self, line: dict[str, Any]) -> None:
+        if "plan" in line:
+            self.plan = line.pop("plan")
+            self.about = line
+            return
+        self.done.append(line)
+        what = f"{line['name']} of {line['subject']} by {line['backend']}".replace("_", " ")
+        say(f"{what}: {line['status']}{', ' + line['detail'] if line['detail'] else ''} ({line['seconds']:.1f} s)")
+
+    def lose(self, why: str) -> None:
+        self.take({**self.plan[len(self.done)], "status": "failed", "rows": [], "detail": why, "seconds": 0.0})
+
+    def finish(self) -> dict[str, Any]:
+        late = [{**unit, "status": "not reached", "rows": [], "detail": "", "seconds": 0.0} for unit in self.plan[len(self.done) :]]
+        return {**self.about, "units": [*self.done, *late]}
+
+
+def supervise(command: list[str], deadline: float, results: Results) -> str:
+    """Workers, one after the other where one is lost, until all is done or the time is over. Why nothing could begin, if so."""
+    for _ in range(LOSSES):
+        process = subprocess.Popen([*command, "--first", str(len(results.done))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=build.ROOT)
+        said: list[str] = []
+        threading.Thread(target=lambda process=process, said=said: said.extend(process.stderr), daemon=True).start()
+        reached = len(results.done)
+        why = follow(process, lambda: min(UNIT_LIMIT_S, deadline - time.monotonic()), results.take)
+        if not results.plan:
+            return (said[-1].strip() if said else why) or "nothing was planned"
+        if not why or time.monotonic() >= deadline or len(results.done) >= len(results.plan):
+            break
+        known = len(results.done) > reached and results.done[-1]["status"] == "failed" and "CUDA" in results.done[-1]["detail"]
+        if not known:
+            results.lose(why)
+    return ""
+
+
+def options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tests", action="store_true", help="only the checks")
+    parser.add_argument("--bench", action="store_true", help="only the measurements")
+    parser.add_argument("--deadline", type=float, default=DEADLINE_S, metavar="S", help="seconds in all (%(default).0f)")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to try the command itself")
+    parser.add_argument("--out", type=Path, default=record.RESULTS, help="the folder of the JSON")
+    parser.add_argument("--small", action="store_true", help="small inputs: to try the command itself")
+    parser.add_argument("--only", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--no-build", action="store_true", help="with what is built already")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    chosen = options(arguments)
+    deadline = BEGAN + chosen.deadline if arguments is None else time.monotonic() + chosen.deadline
+    if not chosen.no_build:
+        build.build(say, deadline - time.monotonic())
+    groups = [GROUPS[name] for name in GROUPS if getattr(chosen, name)] or list(GROUPS.values())
+    command = [sys.executable, "-m", "benchmarks.gpu.worker", "--device", chosen.device, "--groups", ",".join(groups)]
+    command += [*(["--small"] if chosen.small else []), *(["--only", chosen.only] if chosen.only else [])]
+    results = Results()
+    why = supervise(command, deadline, results)
+    if why:
+        print(f"nothing was checked on {chosen.device}: {why}; see `nvidia-smi`, and `python3 -m opdkernels doctor`", file=sys.stderr)
+        return 4
+    found = results.finish()
+    path = record.write(chosen.out, found)
+    print(f"\n{record.table(found)}\n")
+    for reason in found["missing"]:
+        print(f"not here: {reason}")
+    failed = [unit for unit in found["units"] if unit["status"] == "failed"]
+    for unit in failed:
+        print(f"failed: {unit['name']} of {unit['subject']} by {unit['backend']}: {unit['detail']}")
+    counts = {status: sum(unit["status"] == status for unit in found["units"]) for status in record.MARKS}
+    print(f"{', '.join(f'{count} {status}' for status, count in counts.items() if count)}; written to {path}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Who can serve operators on a device here: each backend, each of its origins, and what the package itself would choose."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.gpu.families import REFERENCES, Family, Kernel
+from opdkernels.backends import cpu, cuda, triton
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`kernel` gives what serves an operator; `serves` says whether there is one."""
+
+    name: str
+    kernel: Kernel
+    serves: Callable[[str], bool]
+
+    def serves_all(self, family: Family) -> bool:
+        return all(self.serves(operator) for operator in family.operators)
+
+
+def started_by(kernels: Any) -> Kernel:
+    """CUDA C++ from one origin: the library of the install, or NVRTC."""
+
+    def kernel(operator: str) -> Callable:
+        def call(*arguments: Any) -> Any:
+            with patch.object(cuda, "kernels", lambda: kernels):
+                return cuda.kernel(operator)(*arguments)
+
+        return call
+
+    return kernel
+
+
+def dispatched(operator: str) -> Callable:
+    """As the public functions call it: through torch's dispatcher."""
+    return getattr(torch.ops.opdkernels, operator)
+
+
+REFERENCE = Backend("reference", REFERENCES.__getitem__, REFERENCES.__contains__)
+CPU = Backend("CPU", cpu.kernel, cpu.KERNELS.__contains__) if cpu._C is not None else REFERENCE
+PACKAGE = Backend("package", dispatched, REFERENCES.__contains__)
+TRITON = Backend("Triton", triton.kernel, triton.FAMILIES.__contains__)
+
+
+def found(device: torch.device) -> tuple[list[Backend], list[str]]:
+    """The backends of a device, in the order of the tables, and why others are missing."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda":
+        others = [TRITON] if interpreted else []
+        return [CPU, *others, *([REFERENCE] if CPU is not REFERENCE else []), PACKAGE], []
+    backends, missing = [], []
+    major = int((torch.version.cuda or "0").split(".")[0])
+    origins: Iterable[tuple[str, int | None, Callable[[], Any]]] = (
+        ("CUDA library", cuda.cuda_of_library(), lambda: cuda.Built(cuda.LIBRARY)),
+        ("NVRTC", cuda.cuda_of_cupy(), cuda.Compiled),
+    )
+    for name, found_major, make in origins:
+        if major and found_major == major:
+            try:
+                backends.append(Backend(name, started_by(make()), cuda.KERNELS.__contains__))
+            except Exception as error:
+                missing.append(f"{name}: {error}")
+        else:
+            missing.append(f"{name}: {'not here' if found_major is None else f'for CUDA {found_major}'}, torch is for CUDA {major or 'no version'}")
+    if triton.why_not():
+        missing.append(triton.why_not())
+    else:
+        backends.append(TRITON)
+    return [*backends, REFERENCE, PACKAGE], missing

@@ -1,0 +1,148 @@
+"""What must hold of every kernel on every device: each check is a function of a family, a backend and a device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from benchmarks.gpu.backends import CPU, Backend
+from benchmarks.gpu.families import Case, Family, Place
+
+SIZES = (0, 1, 31, 1023, 1025, 70_001, 1_000_003)
+RUNS = 20
+SLEEP_CYCLES = 1 << 30  # over half a second
+BEYOND, TILE = 2**31, 1 << 20  # elements beyond which 32 bits do not reach; what is repeated up to there
+
+
+class Unproved(Exception):
+    """A check that says nothing here, and why."""
+
+
+@functools.lru_cache(maxsize=64)
+def cases(family: Family, n: int) -> tuple[Case, ...]:
+    return tuple(family.cases(n))
+
+
+@functools.lru_cache(maxsize=1024)
+def expected(case: Case) -> list[torch.Tensor]:
+    place = Place("cpu")
+    return case.call(CPU.kernel, place, *place.put(case.inputs))
+
+
+def run(case: Case, backend: Backend, device: torch.device, off: int = 0) -> None:
+    """Runs a case and compares what it leaves, and what lies beside that."""
+    place = Place(device, off)
+    inputs = place.put(case.inputs)
+    found = case.call(backend.kernel, place, *inputs)
+    try:
+        case.compare(found, expected(case), case.inputs)
+        place.check()
+    except AssertionError as error:
+        raise AssertionError(f"{case.label}: {error}") from None
+
+
+def equals_the_cpu(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+    for n in sizes:
+        for case in cases(family, n):
+            run(case, backend, device)
+
+
+def takes_misaligned_views(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+    for n in sizes[:-1]:
+        for case in cases(family, n):
+            run(case, backend, device, off=1)
+    for case in cases(family, sizes[-1])[:1]:
+        run(case, backend, device, off=3)
+
+
+def repeats_itself(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+    """The same bits in every of many runs: no order of threads or blocks shows. `gram` too, whose sums have an order."""
+    case = cases(family, sizes[-1])[0]
+    once: list[torch.Tensor] | None = None
+    for i in range(RUNS):
+        place = Place(device)
+        found = [one.cpu() for one in case.call(backend.kernel, place, *place.put(case.inputs))]
+        once = once or found
+        for a, b in zip(found, once, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), f"run {i} differs from the first: {case.label}"
+
+
+def works_on_the_current_stream(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+    """The default stream sleeps: what was started there has not run when another stream is done. And inputs that come late on
+    that other stream are waited for."""
+    case = cases(family, sizes[-1])[0]
+    place = Place(device)
+    good = place.put(case.inputs)
+    if device.type != "cuda":
+        return case.compare(case.call(backend.kernel, place, *good), expected(case), case.inputs)
+    stream = torch.cuda.Stream(device)
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(stream):
+        run(case, backend, device)  # what is compiled, loaded or allocated once would wait for every stream
+        stream.synchronize()
+    torch.cuda._sleep(SLEEP_CYCLES)
+    asleep = torch.cuda.Event()
+    asleep.record()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(SLEEP_CYCLES >> 5)
+        late = Place(device)
+        found = case.call(backend.kernel, late, *late.put(good))
+        found = [one.cpu() for one in found]
+    early = asleep.query()
+    torch.cuda.synchronize(device)
+    case.compare(found, expected(case), case.inputs)
+    if early:
+        raise Unproved("the default stream was done first: memory was allocated, or the operator waited for all streams")
+    return None
+
+
+def reaches_beyond_32_bits(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+    tile = TILE if sizes[-1] >= 1_000_000 else 1 << 16
+    times = BEYOND // tile + 1
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free, needed = torch.cuda.mem_get_info(device)[0], tile * times * family.bytes_a_coordinate + (4 << 30)
+        if backend.name == "reference":
+            raise Unproved("the reference takes int64 copies of everything: too much memory")
+        if free < needed:
+            raise Unproved(f"{free / 1e9:.0f} GB of {needed / 1e9:.0f} GB are free")
+    else:
+        times = 3
+    family.repeated(backend.kernel, CPU.kernel, device, tile, times)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def has_the_shapes_of_its_fake(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+    """torch's opcheck of every operator: schema, mutations, and the fake kernel that torch.compile sees."""
+    tests = ("test_schema", "test_faketensor")
+
+    def kernel(operator: str) -> Callable:
+        def call(*arguments):
+            torch.library.opcheck(getattr(torch.ops.opdkernels, operator).default, arguments, test_utils=tests)
+            return backend.kernel(operator)(*arguments)
+
+        return call
+
+    for case in cases(family, min(1025, sizes[-1]))[:2]:
+        run(case, Backend(backend.name, kernel, backend.serves), device)
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        equals_the_cpu, takes_misaligned_views, repeats_itself, works_on_the_current_stream, has_the_shapes_of_its_fake, reaches_beyond_32_bits,
+    )
+}  # fmt: skip
+
+
+def units(families: list[Family], backends: list[Backend]) -> Iterator[tuple[str, Family, Backend]]:
+    """What there is to check, the most telling first."""
+    for check in CHECKS:
+        for family in families:
+            for backend in backends:
+                if backend.serves_all(family) and (check != has_the_shapes_of_its_fake.__name__ or backend.name == "package"):
+                    yield check, family, backend
+

@@ -1,0 +1,372 @@
+"""What each kernel family is given and leaves: calls of its operators, whatever backend and device they are for.
+
+Needs torch and NumPy alone, as the kernels do: a machine with a GPU may have nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from opdkernels.ops import delta, gram, overlap, patch, quantile, step
+from opdkernels.ops.delta import BINS, COUNTS, DEFAULT_CUTS, SUM_LIMBS, THRESHOLDS, from_limbs, to_limbs
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+INT64, BYTES = torch.int64, torch.uint8
+SENTINEL = 85
+GUARD = 16  # elements between a tensor and the ends of its memory
+
+REFERENCES: dict[str, Callable] = {
+    "delta_": delta.reference, "overlap_": overlap.reference, "quantile": quantile.reference, "gram_": gram.reference,
+    "patch_gather_": patch.reference_gather, "patch_scatter_": patch.reference_scatter, "patch_check": patch.reference_check,
+    "patch_digest": patch.reference_digest, "masked_adamw_": step.reference_adamw, "masked_sgd_": step.reference_sgd,
+    "masked_take_": step.reference_take, "masked_put_": step.reference_put,
+}  # fmt: skip
+Kernel = Callable[[str], Callable]  # what serves an operator
+
+
+class Place:
+    """Where the tensors of a call lie: on a device, each `off` elements beyond alignment and between sentinels."""
+
+    def __init__(self, device: torch.device | str, off: int = 0):
+        self.device, self.off = torch.device(device), off
+        self.rooms: list[tuple[torch.Tensor, int, int]] = []
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        start, size = GUARD + self.off, math.prod(shape)
+        memory = torch.full(((size + start + GUARD) * dtype.itemsize,), SENTINEL, dtype=BYTES, device=self.device)
+        self.rooms.append((memory, start * dtype.itemsize, (start + size) * dtype.itemsize))
+        return memory.view(dtype).narrow(0, start, size).view(tuple(shape))
+
+    def zeros(self, *shape: int, dtype: torch.dtype = INT64) -> torch.Tensor:
+        return self.room(shape, dtype).zero_()
+
+    def put(self, tree: Any) -> Any:
+        """Copies of all tensors of nested lists, with their strides where they are the transposes of contiguous ones."""
+        if isinstance(tree, torch.Tensor):
+            if tree.ndim == 2 and not tree.is_contiguous():
+                return self.put(tree.T).T
+            return self.room(tree.shape, tree.dtype).copy_(tree)
+        return [self.put(one) for one in tree] if isinstance(tree, (list, tuple)) else tree
+
+    def check(self) -> None:
+        for memory, start, stop in self.rooms:
+            assert bool((memory[:start] == SENTINEL).all() & (memory[stop:] == SENTINEL).all()), "memory beside a tensor was written"
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Inputs on the CPU, and the call of the operators that leaves tensors to compare, by default bit for bit."""
+
+    label: str
+    inputs: list[Any]
+    call: Callable[..., list[torch.Tensor]]
+    compare: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], list[Any]], None]
+
+
+def assert_same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], inputs: list[Any]) -> None:
+    """Equal bits; of what is no number, its payload may differ."""
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        a = a.cpu()
+        assert a.dtype == b.dtype, f"output {i} is {a.dtype}, not {b.dtype}"
+        assert a.shape == b.shape, f"output {i} is {list(a.shape)}, not {list(b.shape)}"
+        if a.is_floating_point():
+            number = ~b.isnan()
+            assert torch.equal(~a.isnan(), number), f"output {i} is no number where it should be one"
+            integers = {2: torch.int16, 4: torch.int32, 8: INT64}[a.itemsize]
+            a, b = a[number].view(integers), b[number].view(integers)
+        wrong = a != b
+        assert not wrong.any(), f"output {i}: {int(wrong.sum())} of {wrong.numel()} differ, the first at {int(wrong.flatten().nonzero()[0])}"
+
+
+def pair(n: int, source: torch.dtype = BF16, trained: torch.dtype | None = None, *, seed: int = 0, hostile: bool = True) -> list[torch.Tensor]:
+    """A weight and its update, half of it unchanged; `hostile` sprinkles NaN, Inf, signed zeros, subnormals and extremes."""
+    generator = torch.Generator().manual_seed(seed)
+    random = lambda: torch.randn(n, generator=generator, dtype=FP64)  # noqa: E731
+    w = 0.02 * random() * random().exp()
+    v = w + 1e-5 * random() * (2 * random()).exp()
+    v[::2] = w[::2]
+    if hostile:
+        nan, inf = float("nan"), float("inf")
+        for side, shift in ((w, 0), (v, 3)):
+            for i, value in enumerate((nan, inf, -inf, 0.0, -0.0, 3.3e38, -3.3e38, 1e-40, -1e-45, 1.0, 2.0**-7, 65504.0)):
+                side[i * 5 + shift :: 83 + 2 * i] = value
+    return [w.to(source), v.to(trained or source)]
+
+
+def bits_of(flags: torch.Tensor) -> torch.Tensor:
+    """uint8 [ceil(n / 8)]: flags as bits, little-endian."""
+    padded = flags.new_zeros((len(flags) + 7) // 8 * 8)
+    padded[: len(flags)] = flags
+    return (padded.view(-1, 8).int() << torch.arange(8)).sum(1).to(BYTES)
+
+
+# delta
+
+PAIRS = ((BF16, BF16), (FP32, FP32), (FP64, FP64), (FP16, FP16), (BF16, FP32))
+
+
+def run_delta(kernel: Kernel, place: Place, w: torch.Tensor, v: torch.Tensor, with_mask: bool = True) -> list[torch.Tensor]:
+    shapes = (5 + len(DEFAULT_CUTS), BINS), (COUNTS,), (4, SUM_LIMBS)
+    outputs = [*(place.zeros(*shape) for shape in shapes), place.zeros(1, dtype=FP64)]
+    mask = place.zeros((w.numel() + 7) // 8, dtype=BYTES) if with_mask else None
+    kernel("delta_")(w, v, list(DEFAULT_CUTS), list(THRESHOLDS), *outputs, mask)
+    return outputs if mask is None else [*outputs, mask]
+
+
+def delta_cases(n: int) -> Iterator[Case]:
+    for source, trained in PAIRS:
+        yield Case(f"{source} {trained}", pair(n, source, trained, seed=n), run_delta, assert_same)
+
+
+def repeated_delta(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
+    sides = pair(tile + 3)  # of no round size
+    tables, counts, sums, maximum = run_delta(expected, Place("cpu"), *sides, with_mask=False)
+    sums = torch.tensor([to_limbs(times * from_limbs(row.tolist())) for row in sums])
+    found = run_delta(kernel, Place(device), *(side.to(device).repeat(times) for side in sides), with_mask=False)
+    assert_same(found, [times * tables, times * counts, sums, maximum], [])
+
+
+# overlap
+
+
+def run_overlap(kernel: Kernel, place: Place, w: torch.Tensor, *runs: torch.Tensor) -> list[torch.Tensor]:
+    shapes = (BINS,), (len(runs), BINS), (len(runs), len(runs)), (len(runs) + 1,), (2,)
+    outputs = [place.zeros(*shape) for shape in shapes]
+    kernel("overlap_")(w, list(runs), overlap.DEFAULT_CUT, *outputs)
+    return outputs
+
+
+def several(n: int, dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
+    """A source and a run for each other dtype."""
+    source = pair(n, dtypes[0], seed=n)[0]
+    runs = [pair(n, dtype, seed=n + i)[1].double() - pair(n, dtype, seed=n + i)[0].double() for i, dtype in enumerate(dtypes[1:])]
+    return [source, *((source.double() + run).to(dtype) for run, dtype in zip(runs, dtypes[1:], strict=True))]
+
+
+def overlap_cases(n: int) -> Iterator[Case]:
+    for dtypes in ((BF16, BF16, BF16), (FP32, FP32, BF16), (BF16, FP64, FP16, BF16, FP32, BF16)):
+        yield Case(f"{len(dtypes) - 1} runs of {dtypes[0]}", several(n, dtypes), run_overlap, assert_same)
+
+
+def repeated_overlap(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
+    sides = several(tile + 3, (BF16, BF16, BF16))
+    once = run_overlap(expected, Place("cpu"), *sides)
+    found = run_overlap(kernel, Place(device), *(side.to(device).repeat(times) for side in sides))
+    assert_same(found, [times * one for one in once], [])
+
+
+# quantile
+
+
+def run_quantile(kernel: Kernel, place: Place, values: torch.Tensor, mask: torch.Tensor | None, ranks: list[int], largest: bool) -> list[torch.Tensor]:
+    return list(kernel("quantile")(values, ranks, largest, mask))
+
+
+def quantile_cases(n: int) -> Iterator[Case]:
+    ranks = sorted({rank for rank in (1, n // 100, n // 10, n // 2, n) if 1 <= rank <= n})
+    mask = torch.randint(0, 256, ((n + 7) // 8,), dtype=BYTES, generator=torch.Generator().manual_seed(n))
+    for dtype, largest in itertools.product((BF16, FP16, FP32, FP64), (True, False)):
+        inputs = [pair(n, dtype, seed=n)[1], mask if largest else None, ranks, largest]
+        yield Case(f"{dtype} {'largest' if largest else 'smallest'}", inputs, run_quantile, assert_same)
+
+
+def repeated_quantile(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
+    values, ranks = pair(tile + 3)[1], [tile // 10, tile // 2]
+    cuts, counts = run_quantile(expected, Place("cpu"), values, None, ranks, True)
+    found = run_quantile(kernel, Place(device), values.to(device).repeat(times), None, [times * rank for rank in ranks], True)
+    assert_same(found, [cuts, times * counts], [])
+
+
+# gram
+
+COLUMNS = 37
+
+
+def run_gram(kernel: Kernel, place: Place, w: torch.Tensor, v: torch.Tensor, visible: bool, block: int) -> list[torch.Tensor]:
+    into = place.zeros(3, w.shape[1], w.shape[1], dtype=FP64)
+    kernel("gram_")(w, v, 7, visible, block, into)
+    return [into]
+
+
+def assert_close(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], inputs: list[Any]) -> None:
+    """Right to the rounding of sums in their order: of the sum of the products' sizes, in fp64, or fp32 within a block. Below the
+    diagonal of a symmetric matrix nothing is written."""
+    w, v, visible, block = inputs
+    sizes = [side.double().abs() for side in gram.change(w, v, visible)]
+    unit, rows = 2.0**-52, len(w) + 2
+    for k, (x, y) in enumerate(((0, 0), (0, 1), (1, 1))):
+        limit = (2 * unit * rows + (2.0**-22 * (min(block, len(w)) + 1) if block and k == 1 else 0)) * (sizes[x].T @ sizes[y])
+        difference = (found[0][k].cpu() - expected[0][k]).abs()
+        assert bool(((difference if k == 1 else difference.triu()) <= limit).all()), f"matrix {k} is off beyond its rounding"
+
+
+def assert_spreads(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], inputs: list[Any]) -> None:
+    """What is not finite is so in the same places."""
+    for k, (a, b) in enumerate(zip(found[0].cpu(), expected[0], strict=True)):
+        a, b = (a, b) if k == 1 else (a.triu(), b.triu())
+        assert torch.equal(a.isfinite(), b.isfinite()), f"matrix {k} is finite elsewhere"
+
+
+def gram_cases(n: int) -> Iterator[Case]:
+    side = math.isqrt(n)
+    for dtype, shape in itertools.product((BF16, FP32), ((n // COLUMNS, min(n, COLUMNS)), (side, min(side, 512)))):
+        w, v = (one[: math.prod(shape)].view(shape) for one in pair(n, dtype, seed=n, hostile=False))
+        for visible, block in ((False, 0), (False, 64), (True, 64)):
+            yield Case(f"{dtype} {list(shape)} visible {visible} block {block}", [w, v, visible, block], run_gram, assert_close)
+        yield Case(f"{dtype} {list(shape)} across", [w.T.contiguous().T, v.T.contiguous().T, False, 0], run_gram, assert_close)
+    w, v = (one[: n // COLUMNS * COLUMNS].view(-1, COLUMNS) for one in pair(n, FP32, seed=n))
+    yield Case("not finite", [w, v, False, 0], run_gram, assert_spreads)
+
+
+def repeated_gram(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
+    sides = [side.view(-1, 64) for side in pair(tile // 64 * 64, hostile=False)]
+    (once,) = run_gram(expected, Place("cpu"), *sides, False, 0)
+    (found,) = run_gram(kernel, Place(device), *(side.to(device).repeat(times, 1) for side in sides), False, 0)
+    for k, (a, b) in enumerate(zip(found.cpu(), times * once, strict=True)):
+        a, b = (a, b) if k == 1 else (a.triu(), b.triu())
+        assert (a - b).norm() <= 1e-9 * b.norm(), f"matrix {k} is off"
+
+
+# patch
+
+
+def run_patch(kernel: Kernel, place: Place, w: torch.Tensor, v: torch.Tensor, difference: bool) -> list[torch.Tensor]:
+    """Gathers, checks, scatters; digests of both sides, of what came back, and of the source once more."""
+    n, blocks = w.numel(), patch.blocks_of(w.numel())
+    counts, positions = place.zeros(blocks, dtype=torch.int32), place.zeros((n + 7) // 8, dtype=BYTES)
+    values, digests = place.zeros(n, dtype=w.dtype), place.zeros(2, blocks, 2)
+    kernel("patch_gather_")(w, v, difference, counts, positions, values, digests)
+    listed = counts.tolist()
+    positions = positions[: sum(patch.position_bytes(count, min(patch.BLOCK, n - block * patch.BLOCK)) for block, count in enumerate(listed))]
+    values = values[: sum(listed)]
+    fits = kernel("patch_check")(counts, positions, n, values.numel())
+    out, after = place.zeros(n, dtype=w.dtype), place.zeros(blocks, 2)
+    status = kernel("patch_scatter_")(w, counts, positions, values, difference, out, after)
+    return [counts, positions, values, digests, fits, status, out, after, kernel("patch_digest")(w)]
+
+
+def changed_bits(n: int, dtype: torch.dtype, density: float) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    limit = 1 << min(8 * dtype.itemsize, 62)
+    w = torch.randint(0, limit, (n,), generator=generator).to(dtype)
+    flips = torch.randint(1, limit, (n,), generator=generator).to(dtype)
+    return [w, torch.where(torch.rand(n, generator=generator) < density, w ^ flips, w)]
+
+
+def patch_cases(n: int) -> Iterator[Case]:
+    for dtype, density in itertools.product(patch.BITS.values(), (0.01, 0.17)):
+        yield Case(f"{dtype} {density}", [*changed_bits(n, dtype, density), density < 0.1], run_patch, assert_same)
+
+
+def repeated_patch(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
+    sides = changed_bits(tile // patch.BLOCK * patch.BLOCK, torch.int16, 0.17)
+    once = run_patch(expected, Place("cpu"), *sides, False)
+    found = run_patch(kernel, Place(device), *(side.to(device).repeat(times) for side in sides), False)
+    for i, (many, one) in enumerate(zip(found, once, strict=True)):
+        parts = many.unflatten(1 if i == 3 else 0, (times, -1)) if i not in (4, 5) else many
+        assert bool((parts == one.to(device).unsqueeze(1 if i == 3 else 0)).all()), f"output {i} is not that of a part"
+
+
+# step
+
+EXTREMES = (0.0, -0.0, 1e-45, 1e-40, 3e-39, 1.2e-38, 1e-30, 1.0, 1e19, 3e38, -3.39e38, float("inf"), -float("inf"), float("nan"))
+
+
+def held_as(flags: torch.Tensor, places: torch.Tensor | None) -> list[torch.Tensor]:
+    """A mask and what goes with it: bits and the counts before each block, or places of a dtype."""
+    if places is not None:
+        return [flags.nonzero().flatten().to(places.dtype), torch.zeros(0, dtype=INT64)]
+    padded = flags.new_zeros((len(flags) + step.BLOCK - 1) // step.BLOCK * step.BLOCK)
+    padded[: len(flags)] = flags
+    return [bits_of(flags), torch.cat([torch.zeros(1, dtype=INT64), padded.view(-1, step.BLOCK).sum(1).cumsum(0)])]
+
+
+def run_step(kernel: Kernel, place: Place, state: list[list[torch.Tensor]], scalars: list[torch.Tensor], precision: str, options: dict[str, Any]) -> list[torch.Tensor]:
+    """Two steps of AdamW, or SGD; then what is active is taken, added and put back."""
+    params, grads, masks, offsets, first, second, most, extras = state
+    many = range(len(params))
+    for t in (1, 2):
+        mine = scalars[t - 1]
+        factors = [place.put(torch.tensor([factor])) for factor in (3.0, 0.7)] + [None]
+        common = (mine, list(many), [7 * i for i in many], list(many), *factors)
+        moments = (first, second, most) if second else (first,)
+        last = (False, step.PRECISIONS.index(precision), 11) if second else (False, True, step.PRECISIONS.index(precision), 11)
+        kernel("masked_adamw_" if second else "masked_sgd_")(params, grads, masks, offsets, *moments, extras, [], [], *common, *last)
+    for param, mask, offset, into in zip(params, masks, offsets, first, strict=True):
+        kernel("masked_take_")(param, mask, offset, into, options["add"])
+        kernel("masked_put_")(param, mask, offset, into)
+    return [one for held in (params, first, second, most, extras) for one in held]
+
+
+def state_of(sizes: Sequence[int], dtype: torch.dtype, grad: torch.dtype, precision: str, places: torch.Tensor | None, adamw: bool, density: float = 0.2) -> list[list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(sum(sizes))
+    params, grads = ([(scale * torch.randn(n, generator=generator)).to(kind) for n in sizes] for scale, kind in ((0.02, dtype), (1e-3, grad)))
+    for one, every in itertools.product((*params, *grads), range(len(EXTREMES))):
+        one[every::199 + every] = EXTREMES[every]
+    masks, offsets = zip(*(held_as(torch.rand(n, generator=generator) < density, places) for n in sizes), strict=True)
+    active = [int(offset[-1]) if len(offset) else len(mask) for mask, offset in zip(masks, offsets, strict=True)]
+    zeros = lambda kind=FP32: [torch.zeros(k, dtype=kind) for k in active]  # noqa: E731
+    extra = step.EXTRA_DTYPES.get(precision) if dtype == BF16 else None
+    return [params, grads, list(masks), list(offsets), zeros(), *([zeros(), zeros()] if adamw else [[], []]), zeros(extra) if extra else []]
+
+
+def rows_of_scalars(count: int, adamw: bool) -> list[torch.Tensor]:
+    return [
+        step.adamw_scalars([t] * count, 1e-3, (0.9, 0.999), 1e-8, 0.01) if adamw else step.sgd_scalars([t] * count, 1e-2, 0.9, 0.1, 0.01)
+        for t in (1, 2)
+    ]  # fmt: skip
+
+
+def step_cases(n: int) -> Iterator[Case]:
+    sizes = (n, 31, 0, 2048)
+    for adamw, dtype, precision in itertools.product((True, False), (FP32, BF16), step.PRECISIONS):
+        if dtype == FP32 and precision != "nearest":
+            continue
+        for places in (None, torch.zeros(0, dtype=torch.int32)):
+            state = state_of(sizes, dtype, BF16 if precision in ("nearest", "kahan") else FP32, precision, places, adamw)
+            label = f"{'AdamW' if adamw else 'SGD'} {dtype} {precision} by {'bits' if places is None else 'places'}"
+            yield Case(label, [state, rows_of_scalars(len(sizes), adamw), precision, {"add": adamw}], run_step, assert_same)
+
+
+def repeated_step(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
+    n = tile // step.BLOCK * step.BLOCK
+    state = state_of((n,), BF16, BF16, "nearest", None, True, density=0.05)
+    inputs = [rows_of_scalars(1, True), "nearest", {"add": False}]
+    big = [[one.to(device).repeat(times) for one in held] for held in state]
+    (once,) = state[3]
+    big[3] = [torch.cat([torch.zeros(1, dtype=INT64), (once[1:] + once[-1] * torch.arange(times).unsqueeze(1)).flatten()]).to(device)]
+    found = run_step(kernel, Place(device), big, *inputs)
+    for i, (many, one) in enumerate(zip(found, run_step(expected, Place("cpu"), state, *inputs), strict=True)):
+        parts, one = (side.view(torch.int16 if side.itemsize == 2 else torch.int32) for side in (many.view(times, -1), one.to(device)))
+        assert bool((parts == parts[:1]).all()), f"output {i} is not the same in every part"
+        assert_same([many[: len(one)]], [one.cpu().view(many.dtype)], [])
+
+
+@dataclass(frozen=True)
+class Family:
+    """operators: those that its calls need. bytes_a_coordinate: of memory that `repeated` takes."""
+
+    name: str
+    operators: tuple[str, ...]
+    cases: Callable[[int], Iterator[Case]]
+    repeated: Callable[[Kernel, Kernel, torch.device, int, int], None]
+    bytes_a_coordinate: int
+
+
+FAMILIES = {
+    one.name: one
+    for one in (
+        Family("delta", ("delta_",), delta_cases, repeated_delta, 6),
+        Family("overlap", ("overlap_",), overlap_cases, repeated_overlap, 8),
+        Family("quantile", ("quantile",), quantile_cases, repeated_quantile, 4),
+        Family("gram", ("gram_",), gram_cases, repeated_gram, 6),
+        Family("patch", ("patch_gather_", "patch_scatter_", "patch_check", "patch_digest"), patch_cases, repeated_patch, 14),
+        Family("step", ("masked_adamw_", "masked_sgd_", "masked_take_", "masked_put_"), step_cases, repeated_step, 8),
+    )
+}

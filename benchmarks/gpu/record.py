@@ -1,0 +1,80 @@
+"""The results as one JSON a machine, and as the table that is printed and that the README quotes."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- gpu -->", "<!-- /gpu -->"
+UNMEASURED = "Not yet measured on a GPU: `make gpu` does, and writes the table that belongs here."
+MARKS = {"passed": "yes", "failed": "**failed**", "unproved": "not shown", "not reached": "not reached"}
+
+
+def slug(name: str) -> str:
+    return "gpu-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def write(folder: Path, results: dict[str, Any]) -> Path:
+    """The JSON of a machine; of units that this run left out, what an earlier one found stays."""
+    path = folder / f"{slug(results['machine']['name'])}.json"
+    if path.exists():
+        ran = {group for unit in results["units"] for group in [unit["group"]]}
+        results = {**results, "units": [unit for unit in json.loads(path.read_text())["units"] if unit["group"] not in ran] + results["units"]}
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    return path
+
+
+def checks_table(units: list[dict[str, Any]]) -> list[str]:
+    """One row a family and backend, one column a check."""
+    mine = [unit for unit in units if unit["group"] == "check"]
+    names = list(dict.fromkeys(unit["name"] for unit in mine))
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for unit in mine:
+        rows.setdefault((unit["subject"], unit["backend"]), {})[unit["name"]] = MARKS[unit["status"]]
+    lines = [f"| family | backend | {' | '.join(name.replace('_', ' ') for name in names)} |", f"|---|---|{'---|' * len(names)}"]
+    lines += [f"| {family} | {backend} | {' | '.join(found.get(name, '') for name in names)} |" for (family, backend), found in rows.items()]
+    return lines if mine else []
+
+
+def timings_table(units: list[dict[str, Any]]) -> list[str]:
+    """One row a subject and contender, beside eager PyTorch of the same subject."""
+    rows = [row for unit in units for row in unit.get("rows", []) if "subject" in row]
+    eager = {row["subject"]: row["median_s"] for row in rows if row["contender"] == "eager PyTorch"}
+    lines = ["| what | by | median | rate | share of the limit | times eager |", "|---|---|---:|---:|---:|---:|"]
+    order = list(dict.fromkeys(row["subject"] for row in rows))
+    for row in sorted(rows, key=lambda row: order.index(row["subject"])):
+        rate = f"{row['bytes_per_s'] / 1e9:.4g} GB/s" if "bytes_per_s" in row else f"{row['flops_per_s'] / 1e12:.3g} TFLOP/s"
+        times = f"{eager[row['subject']] / row['median_s']:.3g}" if row["subject"] in eager else ""
+        lines.append(f"| {row['subject']} | {row['contender']} | {1000 * row['median_s']:.4g} ms | {rate} | {100 * row['share_of_limit']:.0f} % | {times} |")
+    late = [f"{unit['subject']} ({unit['name']})" for unit in units if unit["group"] == "time" and unit["status"] == "not reached"]
+    return (lines if rows else []) + ([f"\nNot reached in time: {', '.join(late)}."] if late else [])
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: the machine, its limits, the checks and the timings."""
+    units, machine = results["units"], results["machine"]
+    limits = {row["limit"]: row["per_s"] for unit in units for row in unit.get("rows", []) if "limit" in row}
+    about = f"{machine['name']}, torch {machine['torch']}, CUDA {machine['cuda'] or 'none'}"
+    if limits:
+        about += f"; limits: {limits['copy'] / 1e9:.4g} GB/s by a copy, {limits['fp64 product'] / 1e12:.3g} TFLOP/s by an fp64 product"
+    parts = [checks_table(units), timings_table(units)]
+    return "\n".join([about, *(line for part in parts if part for line in ("", *part))])
+
+
+def show() -> str:
+    """The README with the tables of every GPU measured between its marks."""
+    before, rest = README.read_text().split(BEGIN)
+    found = [table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    return f"{before}{BEGIN}\n" + ("\n\n".join(found) or UNMEASURED) + f"\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    README.write_text(show())
+    sys.exit(0)

@@ -1,0 +1,285 @@
+"""How fast each family is on a device: bytes a second beside a copy of the device's memory, and times eager and compiled PyTorch.
+
+A contender is timed by events of the device, in rounds after a warm-up; the median counts. Every backend's result is compared with
+the first one's, so that a fast wrong kernel has no figure.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import families
+from benchmarks.gpu.backends import Backend
+from benchmarks.gpu.families import BF16, BINS, FP32, FP64, Kernel, Place
+from opdkernels.ops import gram, patch, step
+from opdkernels.ops.delta import THRESHOLDS, pattern
+
+ROUNDS = 7
+LARGEST = 1 << 28  # coordinates
+GRAM_ROWS, GRAM_COLUMNS = 4864, 896
+ACTIVE, CHANGED = 0.2, 0.17
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A call with its inputs on a device, the same in eager PyTorch, and its `work`: bytes that it must move, or operations.
+    `start_again` takes back what calls did to the inputs."""
+
+    call: Callable[[Kernel], list[torch.Tensor]]
+    eager: Callable[[], Any]
+    work: float
+    start_again: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is timed, of so many coordinates on a device; `unit` is that of its work. `fuses`: a compiler may join its passes."""
+
+    name: str
+    family: str
+    make: Callable[[int, torch.device], Timed]
+    unit: str = "bytes_per_s"
+    fuses: bool = False
+
+
+def seconds(call: Callable[[], Any], device: torch.device, rounds: int = ROUNDS) -> float:
+    """Median of the rounds after one warm-up."""
+    call()
+    found = []
+    for _ in range(rounds):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize(device)
+            found.append(begin.elapsed_time(end) / 1000)
+        else:
+            began = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - began)
+    return statistics.median(found)
+
+
+def copy_bandwidth(device: torch.device, n: int) -> float:
+    """Bytes a second, read and written, of copying n * 4 bytes within the device: its limit for a pass."""
+    source = torch.ones(n, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source), device)
+
+
+def product_flops(device: torch.device, n: int) -> float:
+    """Operations a second of torch's fp64 product of n x n matrices."""
+    a = torch.ones(n, n, dtype=FP64, device=device)
+    return 2 * n**3 / seconds(lambda: a @ a, device)
+
+
+def drawn(n: int, device: torch.device, dtype: torch.dtype = BF16, runs: int = 1) -> list[torch.Tensor]:
+    """A weight and updates of it, four coordinates of five unchanged in bf16; made on the device."""
+    generator = torch.Generator(device).manual_seed(0)
+    random = lambda: torch.randn(n, generator=generator, device=device)  # noqa: E731
+    source = (0.02 * random()).to(dtype)
+    return [source, *((source.float() + 1e-5 * random()).to(dtype) for _ in range(runs))]
+
+
+def chosen(n: int, device: torch.device, share: float) -> torch.Tensor:
+    """Flags of so many of the coordinates."""
+    return torch.rand(n, generator=torch.Generator(device).manual_seed(1), device=device) < share
+
+
+# eager PyTorch: what one would write
+
+
+def eager_counts(w: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+    """Sums and a count a threshold: no table at all."""
+    w, v = w.float(), v.float()
+    d = (v - w).abs()
+    found = [w.square().sum(), v.square().sum(), d.square().sum(), d.sum(), d.max(), (d == 0).sum()]
+    for threshold in THRESHOLDS:
+        found += [(d < threshold).sum(), (d <= threshold).sum()]
+    return found
+
+
+def eager_tables(w: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+    """Three tables, from which everything visible follows."""
+    visible, magnitude = pattern(v - w) & 0x7FFF, pattern(w) & 0x7FFF
+    return [torch.bincount(one, minlength=BINS) for one in (magnitude, visible, magnitude[visible > 0])]
+
+
+def eager_overlap(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
+    x, y = ((run - w).abs() > 1e-5 for run in (a, b))
+    magnitude = pattern(w) & 0x7FFF
+    return [(x & y).sum(), x.sum(), y.sum(), *(torch.bincount(one, minlength=BINS) for one in (magnitude, magnitude[x], magnitude[y]))]
+
+
+def eager_gather(w: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    changed = (w != v).nonzero().flatten()
+    return changed.int(), v[changed]
+
+
+def eager_step(param: torch.Tensor, grad: torch.Tensor, active: torch.Tensor, m: torch.Tensor, v: torch.Tensor) -> None:
+    """Dense AdamW, and what is frozen put back."""
+    g = grad.float()
+    m.lerp_(g, 0.1)
+    v.mul_(0.999).addcmul_(g, g, value=0.001)
+    new = param.float() * (1 - 1e-7) - 1e-5 * m / (v.sqrt() + 1e-8)
+    param.copy_(torch.where(active, new.to(param.dtype), param))
+
+
+# subjects
+
+
+def delta_of(dtype: torch.dtype, eager: Callable[..., Any]) -> Callable:
+    def make(n: int, device: torch.device) -> Timed:
+        w, v = drawn(n, device, dtype)
+        return Timed(lambda kernel: families.run_delta(kernel, Place(device), w, v, with_mask=False), lambda: eager(w, v), w.nbytes + v.nbytes)
+
+    return make
+
+
+def make_overlap(n: int, device: torch.device) -> Timed:
+    sides = drawn(n, device, runs=2)
+    return Timed(lambda kernel: families.run_overlap(kernel, Place(device), *sides), lambda: eager_overlap(*sides), sum(side.nbytes for side in sides))
+
+
+def quantile_of(dtype: torch.dtype) -> Callable:
+    def make(n: int, device: torch.device) -> Timed:
+        values = drawn(n, device, dtype)[0]
+        mask = chosen(n, device, 0.5).view(-1, 8)[:, 0].mul(255).to(torch.uint8)
+        ranks = [n // 20, n // 10, n // 5]
+        call = lambda kernel: families.run_quantile(kernel, Place(device), values, mask, ranks, True)  # noqa: E731
+        return Timed(call, lambda: values.abs().sort(), values.nbytes + mask.nbytes)
+
+    return make
+
+
+def make_gram(n: int, device: torch.device) -> Timed:
+    w, v = (side.view(-1, min(GRAM_COLUMNS, n)) for side in drawn(min(n, GRAM_ROWS * GRAM_COLUMNS) // GRAM_COLUMNS * GRAM_COLUMNS or n, device))
+
+    def eager():
+        a, b = gram.change(w, v, False)
+        a, b = a.double(), b.double()
+        return a.T @ a, a.T @ b, b.T @ b
+
+    return Timed(lambda kernel: families.run_gram(kernel, Place(device), w, v, False, 0), eager, 4 * w.numel() * w.shape[1])  # two halves and a whole
+
+
+def changed_pair(n: int, device: torch.device) -> list[torch.Tensor]:
+    w, v = (patch.bits(side) for side in drawn(n, device))
+    return [w, torch.where(chosen(n, device, CHANGED), v ^ 1, w)]
+
+
+def make_gather(n: int, device: torch.device) -> Timed:
+    w, v = changed_pair(n, device)
+    room, digests = patch.Room.of(n, 2, device), torch.zeros(2, patch.blocks_of(n), 2, dtype=torch.int64, device=device)
+
+    def call(kernel: Kernel):
+        kernel("patch_gather_")(w, v, False, room.counts, room.positions, room.values, digests)
+        return [room.counts.clone(), digests.clone()]
+
+    return Timed(call, lambda: eager_gather(w, v), 2 * w.nbytes + n / 8 + 2 * CHANGED * n)
+
+
+def make_scatter(n: int, device: torch.device) -> Timed:
+    w, v = changed_pair(n, device)
+    changes, _ = patch.gather(w, v)
+    out, digests = torch.empty_like(w), torch.zeros(patch.blocks_of(n), 2, dtype=torch.int64, device=device)
+    places, values = (w != v).nonzero().flatten(), changes.values
+
+    def call(kernel: Kernel):
+        kernel("patch_scatter_")(w, changes.counts, changes.positions, values, False, out, digests)
+        return [out, digests.clone()]
+
+    return Timed(call, lambda: w.clone().index_copy_(0, places, values), 2 * w.nbytes + n / 8 + values.nbytes)
+
+
+def step_of(dtype: torch.dtype, precision: str) -> Callable:
+    def make(n: int, device: torch.device) -> Timed:
+        param, grad = drawn(n, device, dtype)
+        before, active = param.clone(), chosen(n, device, ACTIVE)
+        mask, offsets = (one.to(device) for one in families.held_as(active.cpu(), None))
+        count = int(offsets[-1])
+        m, v = torch.zeros(count, device=device), torch.zeros(count, device=device)
+        kind = step.EXTRA_DTYPES.get(precision) if dtype == BF16 else None
+        extras = [torch.zeros(count, dtype=kind, device=device)] if kind else []
+        scalars = step.adamw_scalars([1], 1e-5, (0.9, 0.999), 1e-8, 0.01).to(device)
+        common = ([], [], scalars, [0], [0], [0], None, None, None, False, step.PRECISIONS.index(precision), 0)
+
+        def call(kernel: Kernel):
+            kernel("masked_adamw_")([param], [grad], [mask], [offsets], [m], [v], [], extras, *common)
+            return [param, m, v]
+
+        def start_again():
+            for one, to in ((param, before), (m, 0), (v, 0), *((extra, 0) for extra in extras)):
+                one.copy_(to) if isinstance(to, torch.Tensor) else one.zero_()
+
+        dense = [torch.zeros(n, device=device) for _ in range(2)]
+        # Weights there and back and gradients once, by whole lines; moments and what weights lack there and back; the mask.
+        moved = 3 * param.nbytes + count * 2 * (8 + (2 if kind else 0)) + n / 8
+        return Timed(call, lambda: eager_step(param, grad, active, *dense), moved, start_again)
+
+    return make
+
+
+SUBJECTS = (
+    Subject("delta of a bf16 pair", "delta", delta_of(BF16, eager_counts), fuses=True),
+    Subject("overlap of two bf16 runs", "overlap", make_overlap, fuses=True),
+    Subject("quantile of bf16 and a mask", "quantile", quantile_of(BF16)),
+    Subject("gather of a bf16 pair", "patch", make_gather),
+    Subject("scatter of a bf16 pair", "patch", make_scatter),
+    Subject("AdamW step of bf16, exact", "step", step_of(BF16, "exact"), fuses=True),
+    Subject("AdamW step of fp32", "step", step_of(FP32, "nearest"), fuses=True),
+    Subject("gram of a bf16 pair", "gram", make_gram, "flops_per_s"),
+    Subject("delta of an fp32 pair", "delta", delta_of(FP32, eager_counts)),
+    Subject("quantile of fp32 and a mask", "quantile", quantile_of(FP32)),
+    Subject("delta against three tables", "delta", delta_of(BF16, eager_tables)),
+)
+
+
+def coordinates(device: torch.device) -> int:
+    """As many as leave eager PyTorch its copies."""
+    if device.type != "cuda":
+        return 1 << 16
+    free = torch.cuda.mem_get_info(device)[0]
+    return min(LARGEST, 1 << (free // 160).bit_length() - 1)
+
+
+def time_subject(subject: Subject, backends: list[Backend], device: torch.device, limits: dict[str, float], n: int | None = None) -> Iterator[dict[str, Any]]:
+    """A row for each backend and for eager PyTorch."""
+    timed = subject.make(n or coordinates(device), device)
+    first: list[torch.Tensor] | None = None
+    for backend in backends:
+        if backend.name == "package" or not backend.serves_all(families.FAMILIES[subject.family]):
+            continue
+        timed.start_again()
+        found = [one.clone() for one in timed.call(backend.kernel)]
+        first = first or found
+        if subject.family != "gram":
+            same = [torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, first, strict=True)]
+            assert all(same), f"{backend.name} gives another result for {subject.name}"
+        rounds = ROUNDS if backend.name != "reference" else 1
+        yield row(subject, backend.name, seconds(lambda backend=backend: timed.call(backend.kernel), device, rounds), timed, limits)
+    yield row(subject, "eager PyTorch", seconds(timed.eager, device), timed, limits)
+
+
+def time_compiled(subject: Subject, device: torch.device, limits: dict[str, float], compiled: Callable, n: int | None = None) -> Iterator[dict[str, Any]]:
+    """The row of the eager formulation, compiled."""
+    timed = subject.make(n or coordinates(device), device)
+    yield row(subject, "torch.compile", seconds(compiled(timed.eager), device), timed, limits)
+
+
+def row(subject: Subject, contender: str, took: float, timed: Timed, limits: dict[str, float]) -> dict[str, Any]:
+    rate = timed.work / took
+    limit = limits["copy" if subject.unit == "bytes_per_s" else "fp64 product"]
+    return {"subject": subject.name, "contender": contender, "median_s": took, subject.unit: rate, "share_of_limit": rate / limit}
+
+
+def measured_limits(device: torch.device, n: int | None = None) -> dict[str, float]:
+    """What the device itself reaches: bytes a second of a copy, operations a second of an fp64 product."""
+    return {"copy": copy_bandwidth(device, n or coordinates(device)), "fp64 product": product_flops(device, 4096 if device.type == "cuda" else 128)}

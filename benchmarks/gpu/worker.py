@@ -1,0 +1,164 @@
+"""Runs units one after another and prints a line of JSON for each: started by `python -m benchmarks.gpu`, which outlives it.
+
+A kernel that reads where it must not leaves the process without its GPU, or without itself. So the units are numbered, and another
+worker goes on after the one that was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import checks, timings
+from benchmarks.gpu.backends import CPU, found
+from benchmarks.gpu.families import FAMILIES
+from opdkernels.backends import select
+
+SMALL = (0, 31, 1025, 5001)
+SANITIZED = ("memcheck", "racecheck")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the run: its group is "check", "sanitizer" or "time". `run` gives rows, and raises what is wrong."""
+
+    group: str
+    name: str
+    subject: str
+    backend: str
+    run: Callable[[], list[dict[str, Any]]]
+
+    @property
+    def title(self) -> dict[str, str]:
+        return {"group": self.group, "name": self.name, "subject": self.subject, "backend": self.backend}
+
+
+def sanitizer() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
+
+
+def sanitized(tool: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The checks of equality on small inputs under NVIDIA's compute-sanitizer, in a process of their own."""
+    program = sanitizer()
+    if program is None:
+        raise checks.Unproved("compute-sanitizer is not here")
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu.worker", "--device", arguments.device]
+    command += ["--small", "--only", "equals_the_cpu", "--without", "reference,package"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=arguments.limit)
+    said = [line for line in done.stdout.splitlines() if line.startswith("=========")]
+    assert done.returncode != 9, "; ".join(line.removeprefix("=========").strip() for line in said[:6])
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    failed = [one for one in results if one.get("status") == "failed"]
+    assert done.returncode == 0, done.stderr[-500:] or "the process was lost"
+    assert not failed, f"{failed[0]['subject']} {failed[0]['backend']}: {failed[0]['detail']}"
+    return []
+
+
+def plan(arguments: argparse.Namespace, device: torch.device) -> list[Unit]:
+    backends = [one for one in found(device)[0] if one.name not in arguments.without.split(",")]
+    families = list(FAMILIES.values())
+    sizes = SMALL if arguments.small else checks.SIZES
+    n = 1 << 12 if arguments.small else None
+    limits: dict[str, float] = {}
+    listed = []
+
+    def check(name, family, backend):
+        return lambda: checks.CHECKS[name](family, backend, device, sizes) or []
+
+    def measure():
+        limits.update(timings.measured_limits(device, n))
+        return [{"limit": name, "per_s": value} for name, value in limits.items()]
+
+    def limit() -> dict[str, float]:
+        return limits or (measure() and limits)  # another worker measured them
+
+    def timed(subject):
+        return lambda: list(timings.time_subject(subject, backends, device, limit(), n))
+
+    def compiled(subject):
+        return lambda: list(timings.time_compiled(subject, device, limit(), torch.compile, n))
+
+    for name, family, backend in checks.units(families, backends):
+        listed.append(Unit("check", name, family.name, backend.name, check(name, family, backend)))
+    listed.append(Unit("time", "limits", "the device", "PyTorch", measure))
+    listed += [Unit("time", "backends", subject.name, "every backend", timed(subject)) for subject in timings.SUBJECTS]
+    listed += [Unit("sanitizer", tool, "every family", "every backend", lambda tool=tool: sanitized(tool, arguments)) for tool in SANITIZED]
+    listed += [Unit("time", "torch.compile", subject.name, "torch.compile", compiled(subject)) for subject in timings.SUBJECTS if subject.fuses]
+    return [unit for unit in listed if (not arguments.only or unit.name in arguments.only.split(",")) and unit.group in arguments.groups.split(",")]
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        about = {"name": properties.name, "capability": f"{properties.major}.{properties.minor}", "memory_bytes": properties.total_memory}
+    else:
+        about = {"name": platform.machine()}
+    backends, missing = found(device)
+    served = {operator: select.chosen(operator, device.type) for family in FAMILIES.values() for operator in family.operators}
+    return {
+        "machine": about | {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
+        "backends": [one.name for one in backends], "missing": missing, "served_by": served, "compared_with": CPU.name,
+    }  # fmt: skip
+
+
+def lost(error: BaseException) -> bool:
+    """Whether the process has no GPU to go on with."""
+    return "CUDA error" in str(error) or "CUDA_ERROR" in str(error) or type(error).__name__ == "AcceleratorError"
+
+
+def run(unit: Unit) -> Iterator[dict[str, Any]]:
+    """The unit's line. Ends the process where the GPU is lost."""
+    began = time.monotonic()
+    result: dict[str, Any] = {"status": "passed", "rows": [], "detail": ""}
+    ends = False
+    try:
+        result["rows"] = unit.run()
+    except (checks.Unproved, subprocess.TimeoutExpired) as error:
+        result |= {"status": "unproved", "detail": str(error).splitlines()[0]}
+    except Exception as error:  # whatever it is, the rest goes on
+        result |= {"status": "failed", "detail": f"{type(error).__name__}: {error}"[:600]}
+        ends = lost(error)
+    yield {**unit.title, **result, "seconds": round(time.monotonic() - began, 2)}
+    if ends:
+        sys.exit(3)
+
+
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--groups", default="check,sanitizer,time")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--without", default="")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--first", type=int, default=0, help="The unit to begin with.")
+    parser.add_argument("--limit", type=float, default=60.0, help="Most seconds of a process under the sanitizer.")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    arguments = options()
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        torch.cuda.init()  # raises where there is no GPU, or its driver is older than torch's CUDA
+        device = torch.device("cuda", torch.cuda.current_device())
+    units = plan(arguments, device)
+    print(json.dumps({"plan": [unit.title for unit in units], **machine(device)}), flush=True)
+    for unit in units[arguments.first :]:
+        for line in run(unit):
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""The command for machines with a GPU: its checks hold on the CPU and on fibers, catch what is wrong, and need little; and, where
+there is a GPU, they hold on it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import backends, build, checks, record, timings
+from benchmarks.gpu.backends import CPU, REFERENCE, Backend, started_by
+from benchmarks.gpu.checks import CHECKS, Unproved
+from benchmarks.gpu.families import FAMILIES, Place, run_delta
+from tests.backends.cuda.host import compiled, needs_compiler, run_on
+from tests.test_structure import FAMILIES as WORDS
+
+ROOT = Path(__file__).parent.parent
+HERE = torch.device("cpu")
+SIZES = (0, 1, 31, 1025)
+BACKENDS = {one.name: one for one in backends.found(HERE)[0]}
+UNITS = [(check, family.name, backend.name) for check, family, backend in checks.units(list(FAMILIES.values()), list(BACKENDS.values()))]
+BLOCKED = ("pyarrow", "pydantic", "typer", "rich", "jinja2", "safetensors", "pytest", "pandas", "huggingface_hub", "pybind11", "hypothesis")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: `make gpu` on a machine that has one")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_the_gpu(check, family):
+    device = torch.device("cuda", torch.cuda.current_device())
+    for name, one, backend in checks.units([FAMILIES[family]], backends.found(device)[0]):
+        if name == check:
+            try:
+                CHECKS[check](one, backend, device)
+            except Unproved as why:
+                print(f"{backend.name}: {why}")
+
+
+@pytest.mark.parametrize(("check", "family", "backend"), UNITS)
+def test_on_the_cpu(check, family, backend):
+    CHECKS[check](FAMILIES[family], BACKENDS[backend], HERE, SIZES)
+
+
+@needs_compiler
+@pytest.mark.parametrize("family", [name for name in FAMILIES if (ROOT / f"csrc/cuda/{name}.cu").is_file()])
+def test_cuda_kernels_on_fibers(monkeypatch, family):
+    """The checks start CUDA C++ as they will on a GPU, from the origin that they name."""
+    from opdkernels.backends import cuda
+
+    kernels = compiled(family)
+    run_on(monkeypatch, kernels)
+    backend = Backend("fibers", started_by(kernels), cuda.KERNELS.__contains__)
+    monkeypatch.setattr(cuda, "kernels", lambda: pytest.fail("another origin was started"))
+    assert backend.serves_all(FAMILIES[family])
+    checks.equals_the_cpu(FAMILIES[family], backend, HERE, (0, 31, 300))
+    checks.takes_misaligned_views(FAMILIES[family], backend, HERE, (31, 300))
+
+
+def test_every_family_has_its_checks():
+    assert set(FAMILIES) == set(WORDS)
+    assert {operator for family in FAMILIES.values() for operator in family.operators} == set(backends.REFERENCES)
+
+
+def spoilt(name: str, spoil) -> Backend:
+    """A backend that is right but for what `spoil` does after the operator `name`."""
+
+    def kernel(operator):
+        def call(*arguments):
+            result = CPU.kernel(operator)(*arguments)
+            if operator == name:
+                spoil(arguments, result)
+            return result
+
+        return call
+
+    return Backend("spoilt", kernel, CPU.serves)
+
+
+@pytest.mark.parametrize(
+    ("family", "operator", "spoil"),
+    [
+        ("delta", "delta_", lambda a, r: a[4][0, 5].add_(1)),
+        ("delta", "delta_", lambda a, r: a[8] is not None and a[8][-1:].bitwise_xor_(1)),
+        ("overlap", "overlap_", lambda a, r: a[5][0, 1].add_(1)),
+        ("quantile", "quantile", lambda a, r: r[1][-1:].add_(1)),
+        ("gram", "gram_", lambda a, r: a[5][1, -1:].mul_(1.001)),
+        ("gram", "gram_", lambda a, r: a[5][0, :1].fill_(float("inf"))),
+        ("patch", "patch_gather_", lambda a, r: a[6][0, -1:].add_(1)),
+        ("patch", "patch_scatter_", lambda a, r: a[5][-1:].add_(1)),
+        ("patch", "patch_check", lambda a, r: r.add_(1)),
+        ("step", "masked_adamw_", lambda a, r: a[5][0][-1:].neg_()),
+        ("step", "masked_put_", lambda a, r: a[0][-1:].add_(1)),
+        ("step", "masked_take_", lambda a, r: a[3][-1:].add_(1)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_another_result_is_caught(family, operator, spoil):
+    with pytest.raises(AssertionError, match=r"differ|off|no number|finite"):
+        checks.equals_the_cpu(FAMILIES[family], spoilt(operator, spoil), HERE, (1025,))
+
+
+def test_what_is_written_beside_a_tensor_is_caught():
+    def beyond(arguments, result):
+        mask = arguments[8]
+        torch.as_strided(mask, (1,), (1,), mask.storage_offset() + mask.numel()).fill_(7)
+
+    with pytest.raises(AssertionError, match="beside"):
+        checks.takes_misaligned_views(FAMILIES["delta"], spoilt("delta_", beyond), HERE, (31, 300))
+
+
+def test_a_result_that_varies_is_caught():
+    calls = []
+
+    def every_seventh(arguments, result):
+        calls.append(1)
+        arguments[4][0, 0] += len(calls) % 7 == 0
+
+    with pytest.raises(AssertionError, match="run 6 differs"):
+        checks.repeats_itself(FAMILIES["delta"], spoilt("delta_", every_seventh), HERE, SIZES)
+
+
+def test_a_part_that_is_not_reached_is_caught():
+    def last_part(arguments, result):
+        arguments[0][0][-5:] = 7
+
+    with pytest.raises(AssertionError, match="not the same in every part"):
+        checks.reaches_beyond_32_bits(FAMILIES["step"], spoilt("masked_adamw_", last_part), HERE, SIZES)
+
+
+def test_misaligned_places_are_misaligned():
+    place = Place(HERE, 1)
+    (w,) = place.put([torch.arange(9, dtype=torch.bfloat16)])
+    assert w.data_ptr() % 16 == 2
+    assert w.tolist() == list(range(9))
+    assert place.put(torch.arange(6.0).view(2, 3).T).stride() == (1, 3)
+
+
+@pytest.mark.parametrize("subject", timings.SUBJECTS, ids=lambda subject: subject.name)
+def test_every_contender_is_timed_and_compared(subject):
+    limits = {"copy": 1e9, "fp64 product": 1e9}
+    rows = [*timings.time_subject(subject, list(BACKENDS.values()), HERE, limits, 4096)]
+    rows += timings.time_compiled(subject, HERE, limits, functools.partial(torch.compile, backend="eager"), 4096) if subject.fuses else []
+    assert [row["contender"] for row in rows] == [*(name for name in BACKENDS if name != "package"), "eager PyTorch", *["torch.compile"] * subject.fuses]
+    for row in rows:
+        rate = row[subject.unit]
+        assert rate == pytest.approx(row["share_of_limit"] * 1e9)
+        assert rate * row["median_s"] == pytest.approx(rows[0][subject.unit] * rows[0]["median_s"])
+
+
+def test_a_wrong_result_has_no_figure():
+    wrong = spoilt("delta_", lambda arguments, result: arguments[4][0, 5].add_(1))
+    with pytest.raises(AssertionError, match="spoilt gives another result for delta of a bf16 pair"):
+        list(timings.time_subject(timings.SUBJECTS[0], [CPU, wrong], HERE, {"copy": 1.0}, 4096))
+
+
+def test_eager_tables_are_those_of_the_kernel():
+    w, v = timings.drawn(5000, HERE)
+    tables = run_delta(REFERENCE.kernel, Place(HERE), w, v)[0]
+    for found, row in zip(timings.eager_tables(w, v), (0, 1, 5), strict=True):
+        assert torch.equal(found, tables[row])
+
+
+def test_the_command_checks_measures_and_writes_one_file(tmp_path, capfd):
+    """As on a GPU, and as two halves: what one leaves out stays as the other found it."""
+    common = ["--device", "cpu", "--small", "--no-build", "--out", str(tmp_path)]
+    assert command.main([*common, "--tests", "--only", "works_on_the_current_stream,memcheck"]) == 0
+    assert command.main([*common, "--bench", "--only", "limits,backends"]) == 0
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    assert {unit["group"] for unit in found["units"]} == {"check", "sanitizer", "time"}
+    printed = capfd.readouterr().out
+    for line in ("| delta | CPU | yes |", "| delta of a bf16 pair | eager PyTorch |"):
+        assert line in record.table(found)
+        assert line in printed
+
+
+def test_without_a_gpu_it_is_one_line_and_status_4(tmp_path):
+    arguments = [sys.executable, "-m", "benchmarks.gpu", "--no-build", "--out", str(tmp_path)]
+    if not torch.cuda.is_available():
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 4
+        assert done.stderr.count("\n") == 1
+        assert "nothing was checked on cuda:" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+WORKER = """
+import json, os, sys, time
+first = int(sys.argv[sys.argv.index("--first") + 1])
+unit = lambda i: {"group": "check", "name": "equals_the_cpu", "subject": f"family {i}", "backend": "a kernel"}
+print(json.dumps({"plan": [unit(i) for i in range(5)], "machine": {}}), flush=True)
+for i in range(first, 5):
+    if i == 1: os._exit(7)
+    if i == HANGS: time.sleep(600)
+    failed = i == 3
+    print(json.dumps({**unit(i), "status": "failed" if failed else "passed", "rows": [], "detail": "CUDA error: lost" * failed, "seconds": 0}), flush=True)
+    if failed: sys.exit(3)
+"""
+
+
+def supervised(hangs: int, seconds: float) -> list[str]:
+    results = command.Results()
+    assert command.supervise([sys.executable, "-c", WORKER.replace("HANGS", str(hangs))], time.monotonic() + seconds, results) == ""
+    return [unit["status"] for unit in results.finish()["units"]]
+
+
+def test_a_worker_that_is_lost_or_hangs_costs_one_unit(monkeypatch):
+    assert supervised(-1, 60) == ["passed", "failed", "passed", "failed", "passed"]
+    monkeypatch.setattr(command, "UNIT_LIMIT_S", 2.0)
+    assert supervised(2, 60) == ["passed", "failed", "failed", "failed", "passed"]
+
+
+def test_what_the_time_does_not_reach_is_said():
+    assert supervised(2, 4)[2:] == ["not reached"] * 3
+
+
+def test_a_sanitizer_runs_the_checks_of_equality(tmp_path, monkeypatch):
+    """With a stand-in for the tool: its complaint fails the unit, and so does a check that fails under it."""
+    from benchmarks.gpu import worker
+
+    tool = tmp_path / "compute-sanitizer"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    arguments = worker.options(["--device", "cpu"])
+    for script, wrong in (("exit 9", "Invalid __global__ read"), ("exit 0", None), ("exit 1", "lost")):
+        tool.write_text(f"#!/bin/sh\necho '========= Invalid __global__ read'\n{script}\n")
+        tool.chmod(0o755)
+        if wrong:
+            with pytest.raises(AssertionError, match=wrong):
+                worker.sanitized("memcheck", arguments)
+        else:
+            assert worker.sanitized("memcheck", arguments) == []
+
+
+def test_it_needs_torch_and_numpy_alone():
+    """A machine with a GPU may have nothing else: neither the packages that the analysis needs, nor pytest, nor pybind11."""
+    program = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({BLOCKED!r}))\n"
+        "from benchmarks.gpu import __main__, worker, record\n"
+        "import importlib, pathlib\n"
+        "for path in [*pathlib.Path('opdkernels/ops').glob('[a-z]*.py'), *pathlib.Path('opdkernels/backends').glob('[a-z]*.py')]:\n"
+        "    importlib.import_module('.'.join(path.with_suffix('').parts))\n"
+        "from opdkernels import doctor\n"
+        "print(len(doctor.lines(doctor.examine())), len(worker.plan(worker.options(['--device', 'cpu', '--small']), worker.torch.device('cpu'))))\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[1]) > 50
+
+
+def test_setup_takes_torchs_headers_where_pybind11_is_not_installed():
+    program = (
+        "import sys\n"
+        "sys.modules['pybind11'] = sys.modules['pybind11.setup_helpers'] = None\n"
+        "sys.path.insert(0, '.')\n"
+        "import setup\n"
+        "(folder,) = setup.module().include_dirs\n"
+        "print(folder)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (Path(done.stdout.strip()) / "pybind11" / "pybind11.h").is_file()
+
+
+def test_a_build_that_fails_is_said_and_goes_on(monkeypatch):
+    said = []
+    monkeypatch.setattr(build.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, "", "opdkernels: no compiled kernels (no space)\n"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    build.build(said.append, 5)
+    assert any("no nvcc: NVRTC or Triton serves" in line for line in said)
+    assert any("no compiled kernels (no space)" in line for line in said)
+    assert "exit status 1" in said[-1]
+
+
+def test_readme_quotes_every_gpu_measured_or_says_that_none_is():
+    assert record.show() == record.README.read_text()
