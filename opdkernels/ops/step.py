@@ -378,10 +378,12 @@ def checked(
 def check(i, param, grad, mask, offset, moments, extra, init, cohort, rows, precision) -> None:
     if param.dtype not in DTYPES or grad.dtype not in DTYPES:
         raise TypeError(f"param {i} is {param.dtype}, its gradient {grad.dtype}; step takes float32 and bfloat16")
+    if grad.device != param.device:
+        raise ValueError(elsewhere(i, param, "its gradient", grad))
     n, bits = param.numel(), mask.dtype == torch.uint8
     blocks = -(-n // BLOCK) + 1 if bits else 0
     fits = [("mask", mask, (torch.uint8, torch.int32, torch.int64), (n + 7) // 8 if bits else mask.numel()), ("offsets", offset, (torch.int64,), blocks)]
-    refuse_others(i, fits)
+    refuse_others(i, param, fits)
     active = active_in(i, mask, offset, n)
     fits = [("a moment", moment, (torch.float32,), active) for moment in moments]
     wanted = EXTRA_DTYPES.get(precision) if param.dtype == torch.bfloat16 else None
@@ -393,7 +395,7 @@ def check(i, param, grad, mask, offset, moments, extra, init, cohort, rows, prec
         fits.append(("the start", init, (param.dtype,), active))
     if cohort is not None and cohort.numel():
         fits.append(("the cohorts", cohort, (torch.uint8,), active))
-    refuse_others(i, fits)
+    refuse_others(i, param, fits)
     if cohort is not None and cohort.numel() and int(cohort.max()) >= rows:
         raise ValueError(f"param {i} has a cohort {int(cohort.max())} and {rows} rows of scalars")
     if not param.is_contiguous() or not grad.is_contiguous() or grad.shape not in (param.shape, (active,)):
@@ -418,7 +420,13 @@ def active_in(i: int, mask: torch.Tensor, offset: torch.Tensor, n: int) -> int:
     return int(offset[-1])
 
 
-def refuse_others(i, fits) -> None:
+def elsewhere(i, param, what, tensor) -> str:
+    return f"param {i} is on {param.device}, {what} on {tensor.device}; move one of them"
+
+
+def refuse_others(i, param, fits) -> None:
     for what, tensor, dtypes, size in fits:
+        if tensor.device != param.device:
+            raise ValueError(elsewhere(i, param, what, tensor))
         if tensor.dtype not in dtypes or tensor.shape != (size,) or not tensor.is_contiguous():
             raise ValueError(f"{what} of param {i} must be contiguous {dtypes[0]} [{size}], not {tensor.dtype} {list(tensor.shape)}")
