@@ -37,9 +37,10 @@ def analyze(
     source, trained: folders, files or hub ids. out: the folder of the run, where tables, summary and report go and from
     which a killed run goes on; without it nothing is written. progress: called with bytes done, bytes in all and the
     tensor at hand. options: the fields of `opdkernels.options.AnalyzeOptions` (memory="4GB", threads=None, io="auto",
-    revision=None, allow_missing=False, spectra="exact", csv=False, authors_csv=False, report=True, overwrite=False).
+    revision=None, allow_missing=False, device="cpu", spectra="exact", csv=False, authors_csv=False, report=True,
+    overwrite=False); device="cuda" counts on a GPU, to the same bits.
 
-    Raises InputError for input that cannot be read, UsageError for options that make no sense. Source of the figures:
+    Raises InputError for input that cannot be read and a GPU that is not there, UsageError for options that make no sense. Source of the figures:
     arXiv 2606.13657; docs/outputs.md defines each.
     """
     chosen = checked(AnalyzeOptions, options)

@@ -94,6 +94,7 @@ def analyze(
     io: Io = "auto",
     revision: Revision = None,
     allow_missing: AllowMissing = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1: where coordinates are counted, to the same bits, and Gram matrices and their eigenvalues made. cuda alone is the GPU of LOCAL_RANK, else the first.")] = "cpu",
     spectra: Annotated[str, typer.Option(help="exact: spectra of every matrix, and where its update lies in the geometry of the source; topk: the top of the update's spectrum alone, with bounds; off.")] = "exact",
     csv: Csv = False,
     authors_csv: Annotated[
@@ -110,6 +111,8 @@ def analyze(
     command again goes on where a killed run stopped. Coordinates take a second or two a billion; spectra take minutes and more:
     `inspect` says how long, and --spectra off leaves them out.
 
+    With --device cuda files stream through pinned memory to the GPU: read, copied and counted side by side.
+
     Example: opdkernels analyze Qwen2.5-0.5B my-run/step-200 -o out
     """
     from opdkernels.analysis.text import lines
@@ -117,7 +120,7 @@ def analyze(
     from opdkernels.progress import reporting
 
     options = {"memory": memory, "threads": threads, "io": io, "revision": revision, "allow_missing": allow_missing,
-               "spectra": spectra, "csv": csv, "authors_csv": authors_csv, "report": not no_report, "overwrite": overwrite}  # fmt: skip
+               "device": device, "spectra": spectra, "csv": csv, "authors_csv": authors_csv, "report": not no_report, "overwrite": overwrite}  # fmt: skip
     with reporting(quiet) as progress:
         result = analyze(source, trained, out, progress=progress, **options)
     if not quiet:

@@ -34,6 +34,16 @@ def parse_bytes(text: str | int) -> int:
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 
+def device_name(text: str) -> str:
+    """cpu, cuda or cuda:N."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", str(text)):
+        raise ValueError("give cpu, cuda or cuda:1")
+    return str(text)
+
+
+DeviceName = Annotated[str, BeforeValidator(device_name)]
+
+
 class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -52,6 +62,7 @@ class Options(BaseModel):
 class AnalyzeOptions(Options):
     memory: Bytes = Field(4 * 10**9, description="Most memory to use, such as 2GB; mapped files do not count.")
     threads: int | None = Field(None, ge=1, le=4096, description="Threads of the kernels; torch's own number if not given.")
+    device: DeviceName = Field("cpu", description="cpu, cuda or cuda:N: where coordinates are counted and Gram matrices made.")
     spectra: Literal["exact", "topk", "off"] = Field(
         "exact",
         description="Spectra of every matrix and its place in the geometry of the source: exact; topk, the top of the update's "

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import torch
 
 from benchmarks.gpu.backends import CPU, Backend
-from benchmarks.gpu.families import Case, Family, Place
+from benchmarks.gpu.families import Case, Family, Place, pair
+from opdkernels.checkpoint import feed
+from opdkernels.ops import delta, gram
+from opdkernels.spectral.exact import from_grams
 
 SIZES = (0, 1, 31, 1023, 1025, 70_001, 1_000_003)
 RUNS = 20
@@ -130,12 +134,45 @@ def has_the_shapes_of_its_fake(family: Family, backend: Backend, device: torch.d
         run(case, Backend(backend.name, kernel, backend.serves), device)
 
 
+def is_fed_by_the_host(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+    """Slices that are read, copied and counted side by side, as `analyze` does: every tensor's tally is that of the CPU."""
+    sides = [pair(n, dtype, seed=n) for n in sizes for dtype in (torch.bfloat16, torch.float32)]
+    info = {torch.bfloat16: SimpleNamespace(dtype="bf16"), torch.float32: SimpleNamespace(dtype="fp32")}
+    matches = [(i, SimpleNamespace(numel=w.numel(), source=info[w.dtype], trained=info[v.dtype])) for i, (w, v) in enumerate(sides)]
+    source = SimpleNamespace(read=lambda match, begin, end: next(tuple(one[begin:end] for one in sides[i]) for i, each in matches if each is match))
+    tallies = [delta.Tally.empty() for _ in sides]
+    for one, ready in feed.staged(source, feed.cut(matches, 1), feed.least(matches), device):  # type: ignore[arg-type]
+        delta.delta(*ready(), into=tallies[one.index])
+    for (w, v), tally in zip(sides, tallies, strict=True):
+        assert tally == delta.delta(w, v), f"another tally of {w.numel()} coordinates of {w.dtype}"
+
+
+def gives_spectra(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+    """Gram matrices and their eigenproblems on the device: every figure that of the CPU, as near as the figures are asked to be."""
+    w, v = (side.view(-1, 128) for side in pair(1 << 16, hostile=False))
+    found, wanted = (from_grams(gram.symmetric(gram.gram(w.to(to), v.to(to))).unbind(), tall=True) for to in (device, torch.device("cpu")))
+    assert found is not None
+    assert wanted is not None
+    for name, off in (("source", 1e-8), ("trained", 1e-8), ("delta", 1e-8), ("projection", 1e-6), ("projection_left", 1e-6), ("rotation_left", 1e-4)):
+        a, b = getattr(found, name).cpu(), getattr(wanted, name)
+        assert float((a - b).abs().max()) <= off * max(1.0, float(b.abs().max())), f"{name} is off"
+
+
 CHECKS = {
     check.__name__: check
     for check in (
-        equals_the_cpu, takes_misaligned_views, repeats_itself, works_on_the_current_stream, has_the_shapes_of_its_fake, reaches_beyond_32_bits,
+        equals_the_cpu, takes_misaligned_views, repeats_itself, works_on_the_current_stream, has_the_shapes_of_its_fake, is_fed_by_the_host,
+        gives_spectra, reaches_beyond_32_bits,
     )
 }  # fmt: skip
+OF_THE_PACKAGE = {has_the_shapes_of_its_fake.__name__: None, is_fed_by_the_host.__name__: "delta", gives_spectra.__name__: "gram"}
+"""Checks of what the package does with whoever serves, and of which family."""
+
+
+def concerns(check: str, family: Family, backend: Backend) -> bool:
+    if not backend.serves_all(family):
+        return False
+    return check not in OF_THE_PACKAGE or (backend.name == "package" and OF_THE_PACKAGE[check] in (None, family.name))
 
 
 def units(families: list[Family], backends: list[Backend]) -> Iterator[tuple[str, Family, Backend]]:
@@ -143,6 +180,6 @@ def units(families: list[Family], backends: list[Backend]) -> Iterator[tuple[str
     for check in CHECKS:
         for family in families:
             for backend in backends:
-                if backend.serves_all(family) and (check != has_the_shapes_of_its_fake.__name__ or backend.name == "package"):
+                if concerns(check, family, backend):
                     yield check, family, backend
 

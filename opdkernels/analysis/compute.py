@@ -44,6 +44,8 @@ from opdkernels.spectral.exact import (
 )
 from opdkernels.spectral.randomized import randomized_svd
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -71,13 +73,15 @@ class Job:
 @dataclass(frozen=True)
 class Rules:
     """kind: "exact" or "topk". limit: bytes for all matrices at work. both: both views of bf16 too, and principal masks also
-    where delta is zero. similar: the top directions of each update are made too. factors: where factorisations of W are kept."""
+    where delta is zero. similar: the top directions of each update are made too. factors: where factorisations of W are kept.
+    device: where Gram matrices and their eigenproblems are made; masks are made on the CPU."""
 
     kind: str
     limit: int
     both: bool = False
     similar: bool = False
     factors: Factors | None = None
+    device: torch.device = CPU
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,7 @@ def examine_one(work: Work, rules: Rules, sides: dict[bool, Side], similar: bool
     for view in work.views:
         began = time.perf_counter()
         if rules.kind == "topk":
-            record, found = top_spectrum(matrix, w, v, view)
+            record, found = top_spectrum(matrix, w, v, view, rules.device)
         else:
             side = sides.setdefault(view == "visible" and matrix.match.source.dtype != "bf16", Side())
             record, found = spectrum(matrix, w, v, view, side, rules)
@@ -289,35 +293,57 @@ def directions(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, top: Factor) ->
 def spectrum(
     matrix: Matrix, w: torch.Tensor, v: torch.Tensor, view: str, side: Side, rules: Rules
 ) -> tuple[SpectrumRecord, Vectors | None]:
-    """The record of one view, and the top directions of delta. W^T delta is summed in fp64 where W is near to singular."""
+    """The record of one view, and the top directions of delta."""
     visible = view == "visible"
-    tall = matrix.m >= matrix.n
-    long_w, long_v = (w, v) if tall else (w.T, v.T)
+    long_w, long_v = (w, v) if matrix.m >= matrix.n else (w.T, v.T)
     empty = SpectrumRecord(matrix.index, matrix.part, view, matrix.m, matrix.n, reason="delta is zero")
-    parts = ("source", "change") if side.gram is None else ("change",)
-    *own, c = symmetric(gram(long_w, long_v, of=parts, visible=visible), parts)
-    side.gram = own[0] if own else side.gram
-    assert side.gram is not None
-    moved = bool(c.diagonal().sum())
-    if not moved and change(w, v, visible)[1].any():
-        return replace(empty, reason=UNDERFLOW), None
-    if not moved and not rules.both:
-        return empty, None
-    ranks = top_ranks(matrix.short)
-    side.factor = side.factor or factor_of(matrix, w, visible, side.gram, rules)
-    found, block, top = None, 0, None
-    if moved:
-        singular = float(side.factor.sigma[-1]) <= NEAR_SINGULAR * float(side.factor.sigma[0])
-        wide = not visible and torch.float64 in (w.dtype, v.dtype)
-        block = BLOCK if matrix.m * matrix.n >= LARGE and max(w.shape) >= LONG * matrix.short and not singular and not wide else 0
-        (b,) = gram(long_w, long_v, of=("cross",), visible=visible, block=block)
-        delta = factorise(c, min(TOP, matrix.short)) if rules.similar and not visible else None
-        found = from_grams((side.gram, b, c), tall=tall, source=side.factor, delta=delta) or by_svd(matrix, w, v, visible, rules)
-        top = directions(matrix, w, v, delta) if delta else None
-    side.masks = side.masks or principal.masks(long_w, side.factor.vectors, ranks, visible=visible)
+    with turn_on(rules.device):
+        found, block, delta, reason = by_grams(matrix, w, v, visible, side, rules)
+    if reason:
+        return replace(empty, reason=reason), None
+    assert side.factor is not None
+    top = directions(matrix, w, v, delta) if delta else None
+    side.masks = side.masks or principal.masks(long_w, side.factor.vectors, top_ranks(matrix.short), visible=visible)
     overlaps = principal.overlaps(side.masks, long_w, long_v, visible=visible)
     method = "svd" if found is not None and found.method == "svd" else "gram_mixed" if block else "gram"
     return filled(empty, found, overlaps, method), top
+
+
+device_turn = threading.Lock()
+
+
+def turn_on(device: torch.device) -> contextlib.AbstractContextManager:
+    """On a GPU one matrix at a time, whose products and eigenproblems fill it; threads go on with the masks of others."""
+    return contextlib.nullcontext() if device.type == "cpu" else device_turn
+
+
+def by_grams(
+    matrix: Matrix, w: torch.Tensor, v: torch.Tensor, visible: bool, side: Side, rules: Rules
+) -> tuple[Spectra | None, int, Factor | None, str]:
+    """From Gram matrices, made on the device: spectra, unless delta is zero; the rows of W^T delta summed in fp32, 0 where W is near
+    to singular; delta's top where it is wanted; why there are none. What is left is on the CPU."""
+    tall = matrix.m >= matrix.n
+    long_w, long_v = (one.to(rules.device) for one in ((w, v) if tall else (w.T, v.T)))
+    parts = ("source", "change") if side.gram is None else ("change",)
+    *own, c = symmetric(gram(long_w, long_v, of=parts, visible=visible), parts)
+    side.gram = own[0].to(CPU) if own else side.gram
+    assert side.gram is not None
+    moved = bool(c.diagonal().sum())
+    if not moved and change(w, v, visible)[1].any():
+        return None, 0, None, UNDERFLOW
+    if not moved and not rules.both:
+        return None, 0, None, "delta is zero"
+    a = own[0] if own else side.gram.to(rules.device)
+    side.factor = side.factor or factor_of(matrix, w, visible, a, rules)
+    if not moved:
+        return None, 0, None, ""
+    singular = float(side.factor.sigma[-1]) <= NEAR_SINGULAR * float(side.factor.sigma[0])
+    wide = not visible and torch.float64 in (w.dtype, v.dtype)
+    block = BLOCK if matrix.m * matrix.n >= LARGE and max(w.shape) >= LONG * matrix.short and not singular and not wide else 0
+    (b,) = gram(long_w, long_v, of=("cross",), visible=visible, block=block)
+    delta = factorise(c, min(TOP, matrix.short)) if rules.similar and not visible else None
+    found = from_grams((a, b, c), tall=tall, source=side.factor.to(rules.device), delta=delta) or by_svd(matrix, w, v, visible, rules)
+    return found.to(CPU), block, delta.to(CPU) if delta else None, ""
 
 
 def factor_of(matrix: Matrix, w: torch.Tensor, visible: bool, gram: torch.Tensor, rules: Rules) -> Factor:
@@ -325,7 +351,7 @@ def factor_of(matrix: Matrix, w: torch.Tensor, visible: bool, gram: torch.Tensor
     keep = top_ranks(matrix.short)[-1]
 
     def make() -> Factor:
-        found = factorise(gram, keep)
+        found = factorise(gram, keep).to(CPU)
         if float(found.sigma[keep - 1]) > GRAM_LIMIT * float(found.sigma[0]):
             return found
         with alone(matrix, rules):
@@ -366,12 +392,14 @@ def alone(matrix: Matrix, rules: Rules) -> Iterator[None]:
         yield
 
 
-def top_spectrum(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, view: str) -> tuple[SpectrumRecord, Vectors | None]:
+def top_spectrum(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, view: str, device: torch.device = CPU) -> tuple[SpectrumRecord, Vectors | None]:
     """The record of one view with the top of delta's spectrum alone, by block Krylov, and its top directions."""
     empty = SpectrumRecord(matrix.index, matrix.part, view, matrix.m, matrix.n, reason="delta is zero")
     delta = change(w, v, view == "visible")[1]
-    found = randomized_svd(delta, min(TOPK, matrix.short), names=[f"{matrix.match.name} {matrix.part}"])
-    assert not isinstance(found, list)
+    with turn_on(device):
+        found = randomized_svd(delta.to(device), min(TOPK, matrix.short), names=[f"{matrix.match.name} {matrix.part}"])
+        assert not isinstance(found, list)
+        found = found.to(CPU)
     if not found.frobenius**2:
         return empty if not found.frobenius else replace(empty, reason=UNDERFLOW), None
     record = replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -22,14 +23,16 @@ from opdkernels.analysis.records import Record, Records, tallies, write_json
 from opdkernels.analysis.result import Analysis
 from opdkernels.analysis.spectra import SpectrumRecord
 from opdkernels.analysis.spectra import spectra as spectra_records
+from opdkernels.backends.devices import device_of
+from opdkernels.checkpoint import feed
 from opdkernels.checkpoint.names import place
-from opdkernels.checkpoint.pair import ITEM_BYTES, Pair, open_pair
-from opdkernels.errors import UsageError
+from opdkernels.checkpoint.pair import Pair, open_pair
+from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.ops.delta import DEFAULT_CUTS, STORED, ULP_REACH, Tally, delta
 from opdkernels.options import AnalyzeOptions
 from opdkernels.progress import Progress
 
-LARGEST_SLICE = 1 << 26  # coordinates: a tenth of a second, so that progress moves
+CPU = torch.device("cpu")
 CURVE = [float(f"{10 ** (k / 10):.4g}") for k in range(-90, -9)]  # 1e-9 .. 1e-1
 
 
@@ -43,6 +46,7 @@ def analyze(
     """`opdkernels.analyze` without the page."""
     if out is None and (chosen.csv or chosen.authors_csv):
         raise UsageError("csv and authors_csv write files; give an output folder")
+    device = ready(chosen.device)
     with contextlib.closing(open_pair(source, trained, **chosen.opening)) as pair, threads(chosen.threads):
         about = describe("analyze", chosen.model_dump(mode="json"), {"source": pair.source, "trained": pair.trained})
         with opened(out, about, chosen.overwrite) as folder:
@@ -50,14 +54,27 @@ def analyze(
             spectra = spectra_records(folder / "spectra" if folder is not None else None)
             about["resumed_tensors"] = len(records.done)
             try:
-                count_all(pair, records, chosen.memory, progress)
+                count_all(pair, records, chosen.memory, progress, device)
                 if chosen.spectra != "off":
-                    compute_all([Job(pair, facts(records), spectra)], Rules(chosen.spectra, chosen.memory, chosen.authors_csv), progress)
+                    rules = Rules(chosen.spectra, chosen.memory, chosen.authors_csv, device=device)
+                    compute_all([Job(pair, facts(records), spectra)], rules, progress)
                 pair.check()
             finally:
                 records.flush()
                 spectra.flush()
             return conclude(pair, records, spectra, about, folder, chosen)
+
+
+def ready(name: str) -> torch.device:
+    """The device of a name, once it has counted: a driver that is too old for the kernels is bad input, not the failure of every
+    tensor."""
+    device = device_of(name)
+    try:
+        delta(*(torch.zeros(1, dtype=torch.bfloat16, device=device) for _ in range(2)))
+    except (RuntimeError, ImportError, OSError) as error:
+        reason = printable(str(error).splitlines()[0])
+        raise InputError(f"--device {name}: {reason}; `opdkernels doctor` says which kernels serve, or leave --device out") from error
+    return device
 
 
 def facts(records: Records[Record]) -> dict[int, Facts]:
@@ -91,32 +108,48 @@ def threads(count: int | None) -> Iterator[None]:
 
 def slices(numel: int, bytes_each: int, memory: int) -> Iterator[tuple[int, int]]:
     """Slices of a tensor that keep both sides' buffers in half the memory."""
-    step = max(1 << 16, min(LARGEST_SLICE, memory // 2 // bytes_each))
+    step = max(1 << 16, min(feed.LARGEST_SLICE, memory // 2 // bytes_each))
     for begin in range(0, numel, step):
         yield begin, min(numel, begin + step)
 
 
-def count_all(pair: Pair, records: Records[Record], memory: int, progress: Progress) -> None:
-    """Tallies every match that has no record yet; a tensor that fails is recorded and the rest goes on."""
+def count_all(pair: Pair, records: Records[Record], memory: int, progress: Progress, device: torch.device = CPU) -> None:
+    """Tallies every match that has no record yet; a tensor that fails is recorded and the rest goes on. Out of a device's memory,
+    it goes on from that tensor in smaller slices, and only then does the tensor fail."""
     tally, done, total = Tally.empty(DEFAULT_CUTS), 0, pair.nbytes
+    wanted = []
     for index, match in enumerate(pair.matches):
-        size = match.numel * (each := ITEM_BYTES[match.source.dtype] + ITEM_BYTES[match.trained.dtype])
         known = records.done.get(index)
         if known is None or known.failure:
-            tally.clear()
-            failure = ""
-            try:
-                for begin, end in slices(match.numel, each, memory):
-                    delta(*pair.read(match, begin, end), into=tally)
-                    progress(done + end * each, total, match.name)
-            except (MemoryError, RuntimeError) as error:
-                failure = f"{type(error).__name__}: {error}".splitlines()[0]
-            counted = None if failure else SparseTally.of(tally)
-            records.add(
-                Record(index, match.name, match.trained_name, match.shape, match.source.dtype, match.trained.dtype, match.how, counted, failure)
-            )
-        done += size
-        progress(done, total, match.name)
+            wanted.append((index, match))
+        else:
+            done += match.numel * feed.pair_bytes(match)
+            progress(done, total, match.name)
+    limit = feed.slice_limit(memory, device)
+    while wanted:
+        with contextlib.closing(feed.feed(pair, tuple(wanted), limit, device)) as flow:  # type: ignore[type-var]
+            for index, parts in itertools.groupby(flow, key=lambda part: part[0].index):
+                match = wanted[0][1]
+                tally.clear()
+                failure = ""
+                try:
+                    for one, sides in parts:
+                        delta(*sides(), into=tally)
+                        progress(done + one.end * feed.pair_bytes(match), total, match.name)
+                except (MemoryError, RuntimeError) as error:
+                    if isinstance(error, torch.OutOfMemoryError) and limit > feed.LEAST_SLOT:
+                        break
+                    failure = f"{type(error).__name__}: {error}".splitlines()[0]
+                counted = None if failure else SparseTally.of(tally)
+                records.add(
+                    Record(index, match.name, match.trained_name, match.shape, match.source.dtype, match.trained.dtype, match.how, counted, failure)
+                )
+                done += match.numel * feed.pair_bytes(match)
+                progress(done, total, match.name)
+                wanted.pop(0)
+        if wanted:
+            limit = max(limit // 4, feed.LEAST_SLOT)
+            torch.cuda.empty_cache()
 
 
 def assemble(pair: Pair, records: list[Record], run: dict[str, Any]) -> Analysis:

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ GRAM_LIMIT = 1e-6  # least sigma_k / sigma_1 of the top fifth at which its vecto
 
 @dataclass(frozen=True)
 class Spectra:
-    """Of a pair of matrices, r = min(m, n), with k of RATIOS `ranks` each; fp64 on the CPU.
+    """Of a pair of matrices, r = min(m, n), with k of RATIOS `ranks` each; fp64.
 
     `source`, `trained`, `delta` [r]: singular values, descending. `projection`, `projection_left`, `projection_right`
     [k]: shares of the energy of delta in the top left and right singular vectors of W. `rotation_left`,
@@ -49,6 +50,11 @@ class Spectra:
     rotation_right: torch.Tensor
     method: str
 
+    def to(self, device: torch.device) -> Spectra:
+        """The same on another device."""
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **moved)
+
 
 def top_ranks(short: int, ratios: Sequence[float] = RATIOS) -> tuple[int, ...]:
     """How many singular vectors are the top share, as the paper counts: max(1, int(ratio * min(m, n))).
@@ -65,6 +71,10 @@ class Factor:
 
     sigma: torch.Tensor
     vectors: torch.Tensor
+
+    def to(self, device: torch.device) -> Factor:
+        """The same on another device."""
+        return Factor(self.sigma.to(device), self.vectors.to(device))
 
 
 def roots(eigenvalues: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from operator import index as integer
+from typing import Any
 
 import torch
 
@@ -68,6 +69,11 @@ class RandomizedSVD:
         shares = [float((x[:k] / self.frobenius).square().sum()) for x in (self.lower, self.sigma, self.upper)]
         low, found, high = shares
         return low, min(found + self.remainder, high, 1.0)
+
+    def to(self, device: torch.device) -> RandomizedSVD:
+        """The same on another device."""
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **moved)
 
 
 def unit(like: torch.Tensor) -> float:

@@ -1,0 +1,220 @@
+"""`analyze --device`: what a GPU would be given, on the CPU; what is said where there is none."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from opdkernels import InputError, UsageError, analyze
+from opdkernels.analysis import compute, run
+from opdkernels.backends import devices
+from opdkernels.checkpoint import feed
+from opdkernels.ops.delta import delta
+from tests.analysis.conftest import pair, save, trained, weights  # noqa: F401
+from tests.analysis.test_run import contents
+from tests.test_cli import run as command
+
+HERE = torch.device("cpu")
+
+
+@pytest.fixture
+def staging(monkeypatch):
+    """The CPU is fed as a GPU would be."""
+    used = []
+
+    def staged(source, slices):
+        slices = list(slices)
+        used.append(len(slices))
+        return feed.staged(source, slices, 1 << 21, HERE)
+
+    monkeypatch.setattr(feed, "read", staged)
+    monkeypatch.setattr(feed, "slice_limit", lambda memory, device: 1 << 21)
+    return used
+
+
+@pytest.fixture
+def large(tmp_path):
+    """Tensors of several slices beside small ones."""
+    generator = torch.Generator().manual_seed(0)
+    source = {f"layers.{i}.w": torch.randn(n, generator=generator).bfloat16() for i, n in enumerate((300, 700_000, 5, 0, 1_300_001))}
+    return save(tmp_path / "a", source), save(tmp_path / "b", trained(source, size=1e-3))
+
+
+@pytest.mark.parametrize("io", ["mmap", "read"])
+def test_staged_slices_give_the_same_bits(large, tmp_path, staging, monkeypatch, io):
+    analyze(*large, tmp_path / "staged", spectra="off", io=io)
+    assert staging == [8]
+    monkeypatch.undo()
+    analyze(*large, tmp_path / "plain", spectra="off", io=io)
+    assert contents(tmp_path / "staged") == contents(tmp_path / "plain")
+
+
+def test_a_file_cut_off_midway_is_bad_input(large, tmp_path, staging):
+    def cut(done, total, name):
+        os.truncate(tmp_path / "b" / "model.safetensors", 5000)
+
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        analyze(*large, tmp_path / "out", io="read", spectra="off", progress=cut)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
+
+
+def test_an_interrupt_keeps_what_was_counted(large, tmp_path, staging, monkeypatch):
+    def interrupt(done, total, name):
+        if name == "layers.4.w":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        analyze(*large, tmp_path / "out", spectra="off", progress=interrupt)
+    result = analyze(*large, tmp_path / "out", spectra="off")
+    assert result.run["resumed_tensors"] == 4
+    monkeypatch.undo()
+    analyze(*large, tmp_path / "plain", spectra="off")
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+
+
+def out_of_memory(beyond: int, fails: str = "", error=torch.OutOfMemoryError):
+    """A device that has no room for more than so many elements at a time."""
+    sizes = []
+
+    def counted(source, trained, **options):
+        sizes.append(source.numel())
+        if source.numel() > beyond:
+            raise error("CUDA out of memory. Tried to allocate 1.00 GiB\nmore")
+        return delta(source, trained, **options)
+
+    counted.sizes = sizes
+    return counted
+
+
+def test_out_of_memory_slices_get_smaller_and_the_bits_stay(large, tmp_path, staging, monkeypatch):
+    counted = out_of_memory(300_000)
+    monkeypatch.setattr(run, "delta", counted)
+    result = analyze(*large, tmp_path / "out", spectra="off")
+    assert result.exit_status == 0
+    assert max(counted.sizes) > 300_000
+    assert max(counted.sizes[-4:]) <= 300_000
+    monkeypatch.undo()
+    analyze(*large, tmp_path / "plain", spectra="off")
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+def test_a_tensor_that_fails_whatever_the_slices_fails_alone(large, tmp_path, staging, monkeypatch, error):
+    monkeypatch.setattr(run, "delta", out_of_memory(1000, error=error))
+    result = analyze(*large, tmp_path / "out", spectra="off")
+    assert result.exit_status == 3
+    assert {one["name"] for one in result.summary["failed"]} == {"layers.1.w", "layers.4.w"}
+    assert all(one["reason"].endswith("CUDA out of memory. Tried to allocate 1.00 GiB") for one in result.summary["failed"])
+    assert result.tally("layers.0.w").numel == 300
+
+
+def test_gram_matrices_are_made_where_the_rules_say_and_masks_on_the_cpu(pair, monkeypatch):  # noqa: F811
+    """Every move between the host and the device, with "meta" standing in for a GPU where nothing can be computed."""
+    asked = []
+    device = torch.device("meta")
+
+    def refuse(source, trained=None, **options):
+        asked.append(source.device.type)
+        raise RuntimeError("no kernel here")
+
+    monkeypatch.setattr(run, "ready", lambda name: HERE)
+    monkeypatch.setattr(run, "Rules", lambda *arguments, **options: compute.Rules(*arguments, **{**options, "device": device}))
+    monkeypatch.setattr(compute, "gram", refuse)
+    result = analyze(*pair)
+    assert set(asked) == {"meta"}
+    assert {record.reason for record in result.spectrum_records} == {"RuntimeError: no kernel here"}
+
+
+def test_one_matrix_at_a_time_is_on_a_gpu():
+    assert compute.turn_on(torch.device("cuda", 0)) is compute.turn_on(torch.device("cuda", 0)) is compute.device_turn
+    with compute.turn_on(HERE), compute.turn_on(HERE):
+        pass
+
+
+def with_gpus(monkeypatch, count: int, error: str = "", built: str | None = "13.0") -> None:
+    def init():
+        if error:
+            raise RuntimeError(error)
+
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "init", init)
+
+
+def test_the_gpu_is_that_of_the_rank_or_the_one_named(monkeypatch):
+    with_gpus(monkeypatch, 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert devices.device_of("cuda") == torch.device("cuda", 0)
+    assert devices.device_of("cuda:3") == torch.device("cuda", 3)
+    for rank, index in (("2", 2), ("5", 1), ("x", 0)):  # a launcher may show each rank one GPU alone
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert devices.device_of("cuda") == torch.device("cuda", index)
+    assert devices.device_of("cpu") == HERE
+
+
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver."
+
+
+@pytest.mark.parametrize(
+    ("count", "error", "built", "name", "said"),
+    [
+        (0, "", None, "cuda", r"torch .* is built without CUDA; install a build of torch for this machine's GPU, or leave --device out"),
+        (0, "Found no NVIDIA driver on your system. Please check.", "13.0", "cuda", "Found no NVIDIA driver on your system; see what nvidia-smi says, or leave --device out"),
+        (0, TOO_OLD, "13.0", "cuda", r"too old \(found version 11040\); see what nvidia-smi says"),
+        (0, "", "13.0", "cuda", "no GPU is visible; see what nvidia-smi says"),
+        (2, "", "13.0", "cuda:2", "this machine shows 2 GPUs; give cuda:1 or less, or leave --device out"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_bad_input(monkeypatch, count, error, built, name, said):
+    with_gpus(monkeypatch, count, error, built)
+    with pytest.raises(InputError, match=rf"^--device {name}: .*{said}") as found:
+        devices.device_of(name)
+    assert "\n" not in str(found.value)
+
+
+def test_kernels_that_the_driver_is_too_old_for_are_bad_input_before_any_tensor(pair, tmp_path, monkeypatch):  # noqa: F811
+    def too_old(*sides):
+        raise RuntimeError("delta_count_bf16 did not start on cuda:0: CUDA driver version is insufficient; update NVIDIA's driver\ndetails")
+
+    monkeypatch.setattr(run, "delta", too_old)
+    with pytest.raises(InputError, match=r"^--device cpu: delta_count_bf16 did not start .* update NVIDIA's driver; `opdkernels doctor`") as found:
+        analyze(*pair, tmp_path / "out")
+    assert "\n" not in str(found.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:", "cuda:-1", "cuda:99999", "meta", "cuda:0\n"])
+def test_a_device_that_makes_no_sense_is_a_usage_error(pair, name):  # noqa: F811
+    with pytest.raises(UsageError, match=r"option device is .*: give cpu, cuda or cuda:1"):
+        analyze(*pair, device=name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_command_says_it_in_one_line(pair, tmp_path):  # noqa: F811
+    done = command("analyze", *pair, "-o", tmp_path / "out", "--device", "cuda")
+    assert done.returncode == 4
+    assert done.stderr.count("\n") == 1
+    assert "--device cuda: " in done.stderr
+    assert "or leave --device out" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_counts_the_same_bits(large, tmp_path):
+    analyze(*large, tmp_path / "gpu", spectra="off", device="cuda")
+    analyze(*large, tmp_path / "cpu", spectra="off")
+    assert contents(tmp_path / "gpu") == contents(tmp_path / "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("spectra", ["exact", "topk"])
+def test_a_gpu_gives_the_same_spectra_to_their_rounding(pair, spectra):  # noqa: F811
+    there, here = (analyze(*pair, spectra=spectra, device=device) for device in ("cuda", "cpu"))
+    for a, b in zip(there.spectra.to_pylist(), here.spectra.to_pylist(), strict=True):
+        assert a["stable_rank"] == pytest.approx(b["stable_rank"], rel=1e-6)
