@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.backends import shown
+
 try:
     from opdkernels import _C
 except ImportError:
@@ -51,5 +53,7 @@ def make_pair(n: int, source_dtype=torch.bfloat16, trained_dtype=None, *, seed=0
 
 
 def pytest_terminal_summary(terminalreporter):
+    for line in shown.lines(report.nodeid for report in terminalreporter.getreports("passed")):
+        terminalreporter.write_line(line)
     if not torch.cuda.is_available():
         terminalreporter.write_line("not proved here, for want of a GPU: speed, races between threads, the order of atomics, launches through a driver (docs/gpu.md)")

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opdkernels.backends import cuda
+from tests.backends import shown
 from tests.backends.cuda.host import ROOT, folder
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 NVCC = shutil.which("nvcc")
+WIDE_LOAD = r"\bLDG\.E\.(?:\w+\.)*128\b"
+SPILL = r"\b(?:STL|LDL)\b"
 FMA = r"\b[FDH]FMA\b"  # HFMA2 only moves constants here
 
 
@@ -94,7 +97,14 @@ def built(target: str) -> dict[str, Code]:
     found: dict[str, Code] = {}
     for cubin in place.glob(f"*.{target}.cubin"):
         found |= kernels_of(cubin)
+    show("nvcc", target, found)
     return found
+
+
+def show(compiler: str, target: str, kernels: dict[str, Code]) -> None:
+    for name, code in kernels.items():
+        spills = code.count(SPILL)
+        shown.CODE.append(shown.Code(name.split("_")[0], compiler, target, code.registers, spills, code.count(WIDE_LOAD)))
 
 
 @functools.cache
@@ -114,4 +124,6 @@ def by_nvrtc(family: str, target: str) -> dict[str, Code]:
     library.nvrtcGetCUBIN(program, cubin)
     path = folder() / f"{family}-{target}.cubin"
     path.write_bytes(cubin.raw)
-    return kernels_of(path)
+    found = kernels_of(path)
+    show("NVRTC", target, found)
+    return found

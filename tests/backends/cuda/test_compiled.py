@@ -31,16 +31,15 @@ KERNELS = {
     "overlap_count": (64, 14),  # source and run; bf16 or fp16, fp32 and fp64, of which eight are 1, 2 and 4 loads
 }
 FAMILIES = sorted({name.split("_")[0] for name in KERNELS})
-WIDE_LOAD = r"\bLDG\.E\.(?:\w+\.)*128\b"
 GLOBAL_ACCESS = r"\b(?:LDG|STG|RED|REDG|ATOMG)\b\S*"
 FLUSHED = r"\b(?:FADD|FMUL|FSETP|FMNMX|F2F)\S*\.FTZ\b"  # not F2I, by which integers are divided
 
 
 def assert_kernel_holds(code: Code, registers: int, wide_loads: int) -> None:
     assert code.stack_bytes == 0
-    assert code.count(r"\b(?:STL|LDL)\b") == 0, "spills"
+    assert code.count(machine_code.SPILL) == 0, "spills"
     assert code.registers <= registers
-    assert code.count(WIDE_LOAD) >= wide_loads
+    assert code.count(machine_code.WIDE_LOAD) >= wide_loads
     assert code.count(machine_code.FMA) == 0, "a product is fused with a sum"
     assert code.count(FLUSHED) == 0, "subnormals are lost"
     for access in re.findall(GLOBAL_ACCESS, code.sass):

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from opdkernels.backends.triton import launch
+from tests.backends import shown
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -91,6 +92,13 @@ def run_tool(name: str, *arguments: str) -> str:
 
 
 def compiled(one: Launch, target: str) -> Compiled:
+    code = machine_code(one, target)
+    family = one.kernel.fn.__module__.rsplit(".", 1)[-1].replace("numeric", "delta")  # whose sums it carries
+    shown.CODE.append(shown.Code(family, "Triton", target, code.registers, code.spills, code.wide_loads))
+    return code
+
+
+def machine_code(one: Launch, target: str) -> Compiled:
     names = one.kernel.arg_names
     signature = {name: signature_of(argument) for name, argument in zip(names, one.arguments, strict=False)}
     constants = {**{n: None for n, s in signature.items() if s == "constexpr"}, **one.constants}
