@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from opdkernels.backends import cpu, cuda, select, triton
+from opdkernels.backends import cpu, cuda, devices, select, triton
+from opdkernels.errors import printable
 from opdkernels.version import __version__
 
 
@@ -35,6 +36,12 @@ def cuda_kernels() -> str:
     else:
         who = "the plain PyTorch reference serves" if triton.why_not() else "Triton serves tensors on a GPU"
     return "; ".join([who, *passed_over])
+
+
+def gpus() -> list[str]:
+    """Name and compute capability of each GPU that torch can use."""
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return [f"{one.name} ({one.major}.{one.minor})" for one in found]
 
 
 def examine() -> dict[str, Any]:
@@ -65,7 +72,8 @@ def examine() -> dict[str, Any]:
         "nvcc_here": shutil.which("nvcc"),
         "triton": installed("triton"),
         "cuda_built_into_torch": torch.version.cuda,
-        "cuda_devices": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "cuda_devices": gpus(),
+        "cuda_devices_why_none": "" if torch.cuda.is_available() or not torch.version.cuda else devices.why_none(),
         "cuda_kernels": cuda_kernels(),
         "cuda_operators": {name: select.chosen(name, "cuda") for name in sorted({*triton.FAMILIES, *cuda.KERNELS})},
         "huggingface_hub": installed("huggingface_hub"),
@@ -78,6 +86,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     """The same for people."""
     sets = ", ".join(found["instruction_sets"]) or "none"
     library = f"for CUDA {found['cuda_library']}" if found["cuda_library"] else "no"
+    gpu = printable(", ".join(found["cuda_devices"])) or f"no devices{': ' + found['cuda_devices_why_none'] if found['cuda_devices_why_none'] else ''}"
     cupy = f"CuPy for CUDA {found['cupy']}" if found["cupy"] else "no CuPy"
     return [
         f"opdkernels {found['opdkernels']}, Python {found['python']}, torch {found['torch']}, {found['machine']}, {found['threads']} threads",
@@ -86,7 +95,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"  built with     {found['built_with'] or '-'}, OpenMP {'on' if found['openmp'] else 'off: one thread'}",
         f"  instructions   {found['instruction_set_used'] or '-'} used; this machine and build offer {sets} (OPDKERNELS_ISA chooses)",
         f"  compiler here  {found['compiler_here'] or 'none: a reinstall from source would run on the reference'}",
-        f"CUDA             {found['cuda_devices']} devices; torch is built {'for CUDA ' + found['cuda_built_into_torch'] if found['cuda_built_into_torch'] else 'without CUDA'}",
+        f"CUDA             {gpu}; torch is built {'for CUDA ' + found['cuda_built_into_torch'] if found['cuda_built_into_torch'] else 'without CUDA'}",
         f"  kernels        {found['cuda_kernels']}",
         f"  operators      {', '.join(f'{name} by {backend}' for name, backend in found['cuda_operators'].items())}",
         f"  built          {library}; {cupy}; nvcc {found['nvcc_here'] or 'is not here'}",

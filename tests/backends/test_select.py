@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +71,27 @@ def test_doctor_says_why_cuda_kernels_do_not_serve(monkeypatch):
         assert f"CUDA C++, {origin}, serves tensors on a GPU" in doctor.examine()["cuda_kernels"]
     monkeypatch.setenv("OPDKERNELS_BACKEND", "triton")
     assert "OPDKERNELS_BACKEND=triton" in doctor.examine()["cuda_kernels"]
+
+
+def test_doctor_names_the_gpus_or_why_there_is_none(monkeypatch):
+    """With a CuPy for another CUDA than torch's, Triton serves, and the remedy stands beside it."""
+    with_triton(monkeypatch, "3.7.1")
+    with_cuda(monkeypatch, cupy=12)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name=f"GPU\x1b{i}", major=9, minor=i))
+    said = "\n".join(doctor.lines(doctor.examine()))
+    assert "GPU\\x1b0 (9.0), GPU\\x1b1 (9.1); torch is built for CUDA 13.0" in said
+    assert "Triton serves tensors on a GPU; not CUDA C++: torch is built for CUDA 13" in said
+    assert "CuPy is for CUDA 12: pip install cupy-cuda13x" in said
+    assert set(doctor.examine()["cuda_operators"].values()) == {"triton"}
+
+    def none():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update it.\nMore.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", none)
+    assert "no devices: The NVIDIA driver on your system is too old (found version 11040); torch" in "\n".join(doctor.lines(doctor.examine()))
 
 
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels")
