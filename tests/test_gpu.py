@@ -3,6 +3,7 @@ there is a GPU, they hold on it."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import subprocess
@@ -18,6 +19,7 @@ from benchmarks.gpu import backends, build, checks, record, timings
 from benchmarks.gpu.backends import CPU, REFERENCE, Backend, started_by
 from benchmarks.gpu.checks import CHECKS, Unproved
 from benchmarks.gpu.families import FAMILIES, Place, run_delta
+from benchmarks.gpu.worker import lost as worker_lost
 from tests.backends.cuda.host import compiled, needs_compiler, run_on
 from tests.test_structure import FAMILIES as WORDS
 
@@ -141,12 +143,116 @@ def test_misaligned_places_are_misaligned():
     assert place.put(torch.arange(6.0).view(2, 3).T).stride() == (1, 3)
 
 
+class Stands:
+    """For a stream or an event of a GPU: whatever is asked of it is done at once."""
+
+    def __init__(self, *arguments, **options):
+        pass
+
+    def record(self, *arguments):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def query(self):
+        return False
+
+    def elapsed_time(self, other):
+        return 2.0
+
+
+@pytest.fixture
+def gpu_of_the_cpu(monkeypatch):
+    """What is said to a GPU is said, and the CPU does it."""
+    monkeypatch.setattr(checks, "on_gpu", lambda device: True)
+    monkeypatch.setattr(timings, "on_gpu", lambda device: True)
+    for name, stand in (("Stream", Stands), ("Event", Stands), ("stream", contextlib.nullcontext), ("mem_get_info", lambda device: (1 << 33, 1 << 34))):
+        monkeypatch.setattr(torch.cuda, name, stand)
+    for name in ("_sleep", "synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
+
+
+@pytest.mark.usefixtures("gpu_of_the_cpu")
+def test_what_is_said_to_a_gpu(monkeypatch):
+    family = FAMILIES["delta"]
+    checks.works_on_the_current_stream(family, CPU, HERE, SIZES)
+    monkeypatch.setattr(checks, "BEYOND", 1 << 18)
+    checks.reaches_beyond_32_bits(family, CPU, HERE, SIZES)
+    with pytest.raises(Unproved, match="reference"):
+        checks.reaches_beyond_32_bits(family, REFERENCE, HERE, SIZES)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 34))
+    with pytest.raises(Unproved, match="1 GB of 4 GB are free"):
+        checks.reaches_beyond_32_bits(family, CPU, HERE, SIZES)
+    assert timings.seconds(lambda: None, HERE) == 0.002
+    assert timings.coordinates(HERE) == 1 << 22
+    monkeypatch.setattr(Stands, "query", lambda event: True)
+    with pytest.raises(Unproved, match="the default stream was done first"):
+        checks.works_on_the_current_stream(family, CPU, HERE, SIZES)
+
+
+@pytest.mark.usefixtures("gpu_of_the_cpu")
+def test_inputs_that_are_not_waited_for_are_caught():
+    """A kernel that ran on another stream has counted what was there before."""
+
+    def too_early(arguments, result):
+        arguments[4].zero_()
+
+    with pytest.raises(AssertionError, match="differ"):
+        checks.works_on_the_current_stream(FAMILIES["delta"], spoilt("delta_", too_early), HERE, SIZES)
+
+
+def test_the_backends_of_a_gpu_are_those_that_are_there(monkeypatch):
+    from opdkernels.backends import cuda, triton
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda, "Built", lambda path: "built")
+    monkeypatch.setattr(cuda, "Compiled", lambda: "compiled")
+    monkeypatch.setattr(triton, "why_not", lambda: "")
+    for library, cupy, names in ((13, 13, ["CUDA library", "NVRTC", "Triton"]), (12, None, ["Triton"]), (None, 13, ["NVRTC", "Triton"])):
+        monkeypatch.setattr(cuda, "cuda_of_library", lambda library=library: library)
+        monkeypatch.setattr(cuda, "cuda_of_cupy", lambda cupy=cupy: cupy)
+        here, missing = backends.found(gpu)
+        assert [one.name for one in here] == [*names, "reference", "package"]
+        assert len(missing) == 3 - len(names)
+    assert missing == ["CUDA library: not here, torch is for CUDA 13"]
+
+    def broken():
+        raise OSError("no libnvrtc")
+
+    monkeypatch.setattr(cuda, "Compiled", broken)
+    monkeypatch.setattr(triton, "why_not", lambda: "Triton is not installed")
+    assert backends.found(gpu)[1] == ["CUDA library: not here, torch is for CUDA 13", "NVRTC: no libnvrtc", "Triton is not installed"]
+
+
+def test_a_unit_says_what_became_of_it(monkeypatch):
+    from benchmarks.gpu import worker
+
+    def raises(error):
+        raise error
+
+    for error, status in ((None, "passed"), (AssertionError("off"), "failed"), (Unproved("no"), "unproved"), (torch.OutOfMemoryError("full"), "unproved")):
+        unit = worker.Unit("check", "a", "b", "c", lambda error=error: raises(error) if error else [])
+        (line,) = worker.run(unit, HERE)
+        assert (line["status"], line["name"]) == (status, "a")
+        assert str(error or "") in line["detail"]
+    monkeypatch.setattr(worker, "lost", lambda device: True)
+    lines = worker.run(unit, HERE)
+    assert next(lines)["status"] == "unproved"
+    with pytest.raises(SystemExit) as left:
+        next(lines)
+    assert left.value.code == worker.LOST == command.LOST
+    assert not worker_lost(HERE)
+    assert worker_lost(torch.device("cuda", 99))
+
+
 @pytest.mark.parametrize("subject", timings.SUBJECTS, ids=lambda subject: subject.name)
 def test_every_contender_is_timed_and_compared(subject):
     limits = {"copy": 1e9, "fp64 product": 1e9}
     rows = [*timings.time_subject(subject, list(BACKENDS.values()), HERE, limits, 4096)]
     rows += timings.time_compiled(subject, HERE, limits, functools.partial(torch.compile, backend="eager"), 4096) if subject.fuses else []
-    assert [row["contender"] for row in rows] == [*(name for name in BACKENDS if name != "package"), "eager PyTorch", *["torch.compile"] * subject.fuses]
+    assert [row["contender"] for row in rows] == [*(name for name in BACKENDS if name not in ("package", "reference")), "eager PyTorch", *["torch.compile"] * subject.fuses]
     for row in rows:
         rate = row[subject.unit]
         assert rate == pytest.approx(row["share_of_limit"] * 1e9)
@@ -199,7 +305,7 @@ for i in range(first, 5):
     if i == 1: os._exit(7)
     if i == HANGS: time.sleep(600)
     failed = i == 3
-    print(json.dumps({**unit(i), "status": "failed" if failed else "passed", "rows": [], "detail": "CUDA error: lost" * failed, "seconds": 0}), flush=True)
+    print(json.dumps({**unit(i), "status": "failed" if failed else "passed", "rows": [], "detail": "lost" * failed, "seconds": 0}), flush=True)
     if failed: sys.exit(3)
 """
 

@@ -25,7 +25,8 @@ from benchmarks.gpu import build, record
 DEADLINE_S = 450.0
 UNIT_LIMIT_S = 120.0  # without a line: it hangs
 GROUPS = {"tests": "check,sanitizer", "bench": "time"}
-LOSSES = 12  # workers that may be lost
+LOSSES = 24  # workers that may be lost
+LOST = 3  # as of benchmarks/gpu/worker.py, which needs torch
 
 
 def say(text: str) -> None:
@@ -33,6 +34,10 @@ def say(text: str) -> None:
 
 
 BEGAN = time.monotonic()
+
+
+def ended(status: int) -> str:
+    return f"the process ended with status {status}"
 
 
 def follow(process: subprocess.Popen, seconds: Callable[[], float], take: Callable[[dict], None]) -> str:
@@ -55,7 +60,7 @@ def follow(process: subprocess.Popen, seconds: Callable[[], float], take: Callab
             return "hangs" if seconds() >= UNIT_LIMIT_S else "late"
         if line is None:
             status = process.wait()
-            return "" if status == 0 else f"the process ended with status {status}"
+            return "" if status == 0 else ended(status)
         if line.startswith("{"):
             take(json.loads(line))
 
@@ -91,14 +96,12 @@ def supervise(command: list[str], deadline: float, results: Results) -> str:
         process = subprocess.Popen([*command, "--first", str(len(results.done))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=build.ROOT)
         said: list[str] = []
         threading.Thread(target=lambda process=process, said=said: said.extend(process.stderr), daemon=True).start()
-        reached = len(results.done)
         why = follow(process, lambda: min(UNIT_LIMIT_S, deadline - time.monotonic()), results.take)
         if not results.plan:
             return (said[-1].strip() if said else why) or "nothing was planned"
         if not why or time.monotonic() >= deadline or len(results.done) >= len(results.plan):
             break
-        known = len(results.done) > reached and results.done[-1]["status"] == "failed" and "CUDA" in results.done[-1]["detail"]
-        if not known:
+        if why != ended(LOST):  # that one has told of its unit
             results.lose(why)
     return ""
 

@@ -24,6 +24,10 @@ class Unproved(Exception):
     """A check that says nothing here, and why."""
 
 
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 @functools.lru_cache(maxsize=64)
 def cases(family: Family, n: int) -> tuple[Case, ...]:
     return tuple(family.cases(n))
@@ -79,7 +83,7 @@ def works_on_the_current_stream(family: Family, backend: Backend, device: torch.
     case = cases(family, sizes[-1])[0]
     place = Place(device)
     good = place.put(case.inputs)
-    if device.type != "cuda":
+    if not on_gpu(device):
         return case.compare(case.call(backend.kernel, place, *good), expected(case), case.inputs)
     stream = torch.cuda.Stream(device)
     torch.cuda.synchronize(device)
@@ -105,7 +109,7 @@ def works_on_the_current_stream(family: Family, backend: Backend, device: torch.
 def reaches_beyond_32_bits(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
     tile = TILE if sizes[-1] >= 1_000_000 else 1 << 16
     times = BEYOND // tile + 1
-    if device.type == "cuda":
+    if on_gpu(device):
         torch.cuda.empty_cache()
         free, needed = torch.cuda.mem_get_info(device)[0], tile * times * family.bytes_a_coordinate + (4 << 30)
         if backend.name == "reference":
@@ -115,7 +119,7 @@ def reaches_beyond_32_bits(family: Family, backend: Backend, device: torch.devic
     else:
         times = 3
     family.repeated(backend.kernel, CPU.kernel, device, tile, times)
-    if device.type == "cuda":
+    if on_gpu(device):
         torch.cuda.empty_cache()
 
 

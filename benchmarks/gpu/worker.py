@@ -27,6 +27,7 @@ from opdkernels.backends import select
 
 SMALL = (0, 31, 1025, 5001)
 SANITIZED = ("memcheck", "racecheck")
+LOST = 3  # exit status of a worker whose last unit cost it the GPU
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def sanitized(tool: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     program = sanitizer()
     if program is None:
         raise checks.Unproved("compute-sanitizer is not here")
-    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu.worker", "--device", arguments.device]
+    command = [program, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no", sys.executable, "-m", "benchmarks.gpu.worker", "--device", arguments.device]
     command += ["--small", "--only", "equals_the_cpu", "--without", "reference,package"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=arguments.limit)
     said = [line for line in done.stdout.splitlines() if line.startswith("=========")]
@@ -113,26 +114,29 @@ def machine(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def lost(error: BaseException) -> bool:
-    """Whether the process has no GPU to go on with."""
-    return "CUDA error" in str(error) or "CUDA_ERROR" in str(error) or type(error).__name__ == "AcceleratorError"
+def lost(device: torch.device) -> bool:
+    """Whether a kernel has left the process without its GPU."""
+    try:
+        torch.ones(1, device=device).item()
+        torch.cuda.empty_cache()
+    except Exception:
+        return True
+    return False
 
 
-def run(unit: Unit) -> Iterator[dict[str, Any]]:
+def run(unit: Unit, device: torch.device) -> Iterator[dict[str, Any]]:
     """The unit's line. Ends the process where the GPU is lost."""
     began = time.monotonic()
     result: dict[str, Any] = {"status": "passed", "rows": [], "detail": ""}
-    ends = False
     try:
         result["rows"] = unit.run()
-    except (checks.Unproved, subprocess.TimeoutExpired) as error:
+    except (checks.Unproved, subprocess.TimeoutExpired, torch.OutOfMemoryError) as error:
         result |= {"status": "unproved", "detail": str(error).splitlines()[0]}
     except Exception as error:  # whatever it is, the rest goes on
         result |= {"status": "failed", "detail": f"{type(error).__name__}: {error}"[:600]}
-        ends = lost(error)
     yield {**unit.title, **result, "seconds": round(time.monotonic() - began, 2)}
-    if ends:
-        sys.exit(3)
+    if result["status"] != "passed" and lost(device):
+        sys.exit(LOST)
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -156,7 +160,7 @@ def main() -> None:
     units = plan(arguments, device)
     print(json.dumps({"plan": [unit.title for unit in units], **machine(device)}), flush=True)
     for unit in units[arguments.first :]:
-        for line in run(unit):
+        for line in run(unit, device):
             print(json.dumps(line), flush=True)
 
 

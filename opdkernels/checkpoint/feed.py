@@ -73,30 +73,40 @@ def ahead(items: Iterable[Item], load: Callable[[Item, int], Ready]) -> Iterator
 
 
 class Slot:
-    """Memory for one slice of both sides, on the host and on the device, and when each may be used again."""
+    """Memory for one slice of both sides, on the host and on a device, and when each may be used again."""
 
     def __init__(self, nbytes: int, device: torch.device):
-        on_gpu = device.type == "cuda"
-        self.host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_gpu)
-        self.near = torch.empty(nbytes, dtype=torch.uint8, device=device) if on_gpu else self.host
-        self.copied: Any = torch.cuda.Event() if on_gpu else None
-        self.counted: Any = torch.cuda.Event() if on_gpu else None
+        self.device, self.on_gpu = device, device.type == "cuda"
+        self.host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.on_gpu)
+        self.near = torch.empty(nbytes, dtype=torch.uint8, device=device) if self.on_gpu else self.host
+        self.copied: Any = torch.cuda.Event() if self.on_gpu else None
+        self.counted: Any = torch.cuda.Event() if self.on_gpu else None
 
     def fill(self, sides: Sides, stream: Any) -> Sides:
         """The sides on the device, once the stream has copied them."""
-        if self.copied is not None:
+        if self.on_gpu:
             self.copied.synchronize()  # what was here before has left
         found, start = [], 0
         for side in sides:
             self.host[start : start + side.nbytes].view(side.dtype).copy_(side)
             found.append(self.near[start : start + side.nbytes].view(side.dtype))
             start += -(-side.nbytes // ALIGNED) * ALIGNED
-        if self.copied is not None:
+        if self.on_gpu:
             stream.wait_event(self.counted)
             with torch.cuda.stream(stream):
                 self.near[:start].copy_(self.host[:start], non_blocking=True)
                 self.copied.record(stream)
         return found[0], found[1]
+
+    def take(self) -> None:
+        """What the current stream does next waits for the copy."""
+        if self.on_gpu:
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
+
+    def let_go(self) -> None:
+        """The next copy waits for what the current stream has been given."""
+        if self.on_gpu:
+            self.counted.record(torch.cuda.current_stream(self.device))
 
 
 def staged(pair: Pair, slices: Iterable[Slice], nbytes: int, device: torch.device) -> Iterator[tuple[Slice, Callable[[], Sides]]]:
@@ -105,11 +115,12 @@ def staged(pair: Pair, slices: Iterable[Slice], nbytes: int, device: torch.devic
     stream: Any = torch.cuda.Stream(device) if on_gpu else None
     slots: dict[int, Slot] = {}
 
-    def load(one: Slice, slot: int) -> tuple[Slot, Sides]:
+    def load(one: Slice, number: int) -> tuple[Slot, Sides]:
         with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
-            if slot not in slots:
-                slots[slot] = Slot(nbytes + 2 * ALIGNED, device)
-            return slots[slot], slots[slot].fill(pair.read(one.match, one.begin, one.end), stream)
+            if number not in slots:
+                slots[number] = Slot(nbytes + 2 * ALIGNED, device)
+            slot = slots[number]
+            return slot, slot.fill(pair.read(one.match, one.begin, one.end), stream)
 
     with contextlib.closing(ahead(slices, load)) as flow:  # type: ignore[type-var]
         for one, loaded in flow:
@@ -118,14 +129,12 @@ def staged(pair: Pair, slices: Iterable[Slice], nbytes: int, device: torch.devic
             def sides(loaded: Callable[[], tuple[Slot, Sides]] = loaded, taken: list[Slot] = taken) -> Sides:
                 slot, found = loaded()
                 taken.append(slot)
-                if on_gpu:
-                    torch.cuda.current_stream(device).wait_event(slot.copied)
+                slot.take()
                 return found
 
             yield one, sides
             for slot in taken:
-                if slot.counted is not None:
-                    slot.counted.record(torch.cuda.current_stream(device))
+                slot.let_go()
 
 
 def feed(pair: Pair, matches: Sequence[tuple[int, Match]], limit: int, device: torch.device) -> Iterator[tuple[Slice, Callable[[], Sides]]]:

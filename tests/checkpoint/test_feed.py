@@ -132,10 +132,33 @@ def test_a_slot_is_written_only_once_what_it_held_has_left_and_was_counted(monke
     """The order of waits and records of a GPU's slot: the one thing that its memory depends on."""
     log: list[tuple] = []
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Recorded(log, f"current of {device}"))
     slot = feed.Slot(1 << 10, HERE)
-    slot.near, slot.copied, slot.counted = torch.zeros(1 << 10, dtype=torch.uint8), Recorded(log, "copied"), Recorded(log, "counted")
+    slot.on_gpu, slot.near = True, torch.zeros(1 << 10, dtype=torch.uint8)
+    slot.copied, slot.counted = Recorded(log, "copied"), Recorded(log, "counted")
     sides = torch.arange(5.0), torch.arange(3.0).bfloat16()
     found = slot.fill(sides, Recorded(log, "stream"))
-    assert log == [("copied", "synchronize"), ("stream", "wait_event", "counted"), ("copied", "record", "stream")]
+    slot.take()
+    slot.let_go()
+    assert log == [
+        ("copied", "synchronize"),
+        ("stream", "wait_event", "counted"),
+        ("copied", "record", "stream"),
+        ("current of cpu", "wait_event", "copied"),
+        ("counted", "record", "current of cpu"),
+    ]
     assert all(torch.equal(a, b) for a, b in zip(found, sides, strict=True))
     assert found[1].data_ptr() - slot.near.data_ptr() == feed.ALIGNED
+
+
+def test_a_slice_is_let_go_only_when_the_next_is_asked_for(monkeypatch, tmp_path):
+    log: list[str] = []
+    monkeypatch.setattr(feed.Slot, "take", lambda slot: log.append("take"))
+    monkeypatch.setattr(feed.Slot, "let_go", lambda slot: log.append("let go"))
+    paths = [save(tmp_path / name, {"w": torch.ones(200_000)}) for name in "ab"]
+    with contextlib.closing(open_pair(*paths)) as opened:
+        matches = list(enumerate(opened.matches))
+        for _, ready in feed.staged(opened, feed.cut(matches, 1), feed.least(matches), HERE):
+            ready()
+            log.append("count")
+    assert log == ["take", "count", "let go"] * 4
