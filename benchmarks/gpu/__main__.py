@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -93,7 +94,10 @@ class Results:
 def supervise(command: list[str], deadline: float, results: Results) -> str:
     """Workers, one after the other where one is lost, until all is done or the time is over. Why nothing could begin, if so."""
     for _ in range(LOSSES):
-        process = subprocess.Popen([*command, "--first", str(len(results.done))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=build.ROOT)
+        process = subprocess.Popen(
+            [*command, "--first", str(len(results.done))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=build.ROOT,
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},  # what is compared with is made on the CPU, of which others may be busy
+        )  # fmt: skip
         said: list[str] = []
         threading.Thread(target=lambda process=process, said=said: said.extend(process.stderr), daemon=True).start()
         why = follow(process, lambda: min(UNIT_LIMIT_S, deadline - time.monotonic()), results.take)
