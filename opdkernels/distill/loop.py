@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 
+from opdkernels.backends.devices import device_of
 from opdkernels.distill.log import Clock, Log
 from opdkernels.distill.models import Text, end_tokens, load_model, load_text, transformers
 from opdkernels.distill.objective import Objective, advantages, objective
 from opdkernels.distill.optimizers import optimizer_of, rate, with_lora
 from opdkernels.distill.options import DistillOptions
-from opdkernels.distill.ranks import Ranks, bind, device_of
+from opdkernels.distill.ranks import Ranks, bind
 from opdkernels.distill.rollout import Prompts, Rollout, encode, recorded, sample
 from opdkernels.distill.saving import load_state, newest, open_folder, save
 from opdkernels.distill.tasks import Entry, Task, open_task
@@ -86,7 +87,7 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
     if options.threads:
         torch.set_num_threads(options.threads)
     transformers().utils.logging.disable_progress_bar()
-    device = device_of(options.device)
+    device = device_of(options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     ranks = Ranks.join(device)
     refuse_processes(options, ranks)
     task = open_task(options.prompts, options.held_out, options.seed, options.reward)

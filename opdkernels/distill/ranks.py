@@ -57,16 +57,6 @@ class Ranks:
             dist.barrier()
 
 
-def device_of(wanted: str) -> torch.device:
-    """The device that an option names; of several processes each has its own GPU."""
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(wanted)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return device
-
-
 def bind(model: Any, ranks: Ranks, functions: dict[str, Callable[..., Any]]) -> Any:
     """Gives a model of transformers methods that compute with its weights; of several processes, shards it over them: its layers
     one by one, the rest together, gathered for these methods and for `generate`. Returns the model."""
