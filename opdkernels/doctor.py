@@ -31,7 +31,7 @@ def cuda_kernels() -> str:
     if select.forced() == "triton" and not triton.why_not():
         return "Triton serves tensors on a GPU: OPDKERNELS_BACKEND=triton"
     if not cuda.why_not():
-        origin = "built at install" if cuda.source_at_hand() == "built" else "compiled by NVRTC at the first call"
+        origin = "built at install" if cuda.launch.source_at_hand() == "built" else "compiled by NVRTC at the first call"
         who = f"CUDA C++, {origin}, serves tensors on a GPU, Triton what it lacks"
     else:
         who = "the plain PyTorch reference serves" if triton.why_not() else "Triton serves tensors on a GPU"
@@ -67,15 +67,15 @@ def examine() -> dict[str, Any]:
         "instruction_sets": module.available_isas() if module is not None else [],
         "instruction_set_used": module.current_isa() if module is not None else None,
         "compiler_here": shutil.which("g++") or shutil.which("c++"),
-        "cuda_library": cuda.cuda_of_library(),
-        "cupy": cuda.cuda_of_cupy(),
+        "cuda_library": cuda.launch.cuda_of_library(),
+        "cupy": cuda.launch.cuda_of_cupy(),
         "nvcc_here": shutil.which("nvcc"),
         "triton": installed("triton"),
         "cuda_built_into_torch": torch.version.cuda,
         "cuda_devices": gpus(),
         "cuda_devices_why_none": "" if torch.cuda.is_available() or not torch.version.cuda else devices.why_none(),
         "cuda_kernels": cuda_kernels(),
-        "cuda_operators": {name: select.chosen(name, "cuda") for name in sorted({*triton.FAMILIES, *cuda.KERNELS})},
+        "cuda_operators": {name: select.chosen(name, "cuda") for name in sorted({*triton.FAMILIES, *cuda.FAMILIES})},
         "huggingface_hub": installed("huggingface_hub"),
         "safetensors": installed("safetensors"),
         "pandas": importlib.util.find_spec("pandas") is not None,

@@ -36,8 +36,8 @@ def with_triton(monkeypatch, version: str | None) -> None:
 
 def with_cuda(monkeypatch, *, torch_for: str | None = "13.0", library: int | None = None, cupy: int | None = None) -> None:
     monkeypatch.setattr(torch.version, "cuda", torch_for)
-    monkeypatch.setattr(cuda, "cuda_of_library", lambda: library)
-    monkeypatch.setattr(cuda, "cuda_of_cupy", lambda: cupy)
+    monkeypatch.setattr(cuda.launch, "cuda_of_library", lambda: library)
+    monkeypatch.setattr(cuda.launch, "cuda_of_cupy", lambda: cupy)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -51,7 +51,7 @@ def test_triton_serves_on_cuda(monkeypatch, operator):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_cuda_kernels_serve_before_triton(monkeypatch, operator):
     with_triton(monkeypatch, "3.7.1")
-    first = "cuda" if operator in cuda.KERNELS else "triton"
+    first = "cuda" if operator in cuda.FAMILIES else "triton"
     for has, backend in (({"library": 13}, first), ({"cupy": 13}, first), ({"library": 12, "cupy": 12}, "triton"), ({"torch_for": None}, "triton"), ({}, "triton")):
         with_cuda(monkeypatch, **has)
         assert select.chosen(operator, "cuda") == backend

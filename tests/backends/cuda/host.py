@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from opdkernels.backends import cuda
+from opdkernels.backends.cuda import launch
+from opdkernels.backends.cuda.sources import flattened
 
 ROOT = Path(__file__).parents[3]
 SHIM = Path(__file__).with_name("host_shim.h")
@@ -40,7 +41,7 @@ def folder() -> Path:
 
 
 @functools.cache
-def compiled(family: str, spoilt: str | None = None, build: str | None = None) -> cuda.Built:
+def compiled(family: str, spoilt: str | None = None, build: str | None = None) -> launch.Built:
     """A family's kernels, compiled once; or those of a spoilt source."""
     text = spoilt or source_of(family)
     flags = BUILDS[build or ("quick" if spoilt else SANITIZER)]
@@ -50,16 +51,16 @@ def compiled(family: str, spoilt: str | None = None, build: str | None = None) -
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # the sanitizer watches kernels, not the compiler
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return cuda.Built(path.with_suffix(".so"))
+    return launch.Built(path.with_suffix(".so"))
 
 
 def source_of(family: str) -> str:
     """The source as NVRTC takes it: one text."""
-    return cuda.flattened(ROOT / "csrc" / "cuda" / f"{family}.cu")
+    return flattened(ROOT / "csrc" / "cuda" / f"{family}.cu")
 
 
-def run_on(monkeypatch, kernels: cuda.Built, *, order: int = 0, processors: int = 2, shared_bytes: int = 227 << 10) -> None:
+def run_on(monkeypatch, kernels: launch.Built, *, order: int = 0, processors: int = 2, shared_bytes: int = 227 << 10) -> None:
     """Lets the backend's launchers start these kernels on tensors of the CPU, as on a device of this size."""
     kernels.library.shim_order(order)
-    monkeypatch.setattr(cuda, "kernels", lambda: kernels)
-    monkeypatch.setattr(cuda, "room", lambda device: (processors, shared_bytes))
+    monkeypatch.setattr(launch, "kernels", lambda: kernels)
+    monkeypatch.setattr(launch, "room", lambda device: (processors, shared_bytes))

@@ -12,7 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from opdkernels.backends import cuda
+from opdkernels.backends.cuda import launch
+from opdkernels.backends.cuda.sources import source_of
 from tests.backends import shown
 from tests.backends.cuda.host import ROOT, folder
 
@@ -52,8 +53,8 @@ def library() -> Path:
     """The library of the install, or another like it where the sources have changed since."""
     kernels = list((ROOT / "csrc/cuda").glob("*.cu"))
     sources = [*(ROOT / "csrc/cuda").iterdir(), ROOT / "csrc/numeric.h", *(ROOT / f"csrc/{path.stem}.h" for path in kernels)]
-    if cuda.LIBRARY.is_file() and cuda.LIBRARY.stat().st_mtime >= max(p.stat().st_mtime for p in sources):
-        return cuda.LIBRARY
+    if launch.LIBRARY.is_file() and launch.LIBRARY.stat().st_mtime >= max(p.stat().st_mtime for p in sources):
+        return launch.LIBRARY
     path = folder() / "_cuda.so"
     build = "import sys; sys.path.insert(0, '.'); import setup; setup.build_cuda(sys.argv[1], sys.argv[2])"
     subprocess.run([sys.executable, "-c", build, str(NVCC), str(path)], cwd=ROOT, check=True)
@@ -112,8 +113,8 @@ def by_nvrtc(family: str, target: str) -> dict[str, Code]:
     library = nvrtc()
     assert library
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    library.nvrtcCreateProgram(ctypes.byref(program), cuda.source_of(family).encode(), b"kernel.cu", 0, None, None)
-    options = [f"--gpu-architecture={target}".encode(), *(option.encode() for option in cuda.OPTIONS)]
+    library.nvrtcCreateProgram(ctypes.byref(program), source_of(family).encode(), b"kernel.cu", 0, None, None)
+    options = [f"--gpu-architecture={target}".encode(), *(option.encode() for option in launch.OPTIONS)]
     status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value)

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from opdkernels.backends import cuda
+from opdkernels.backends.cuda import launch
 from tests.backends.cuda import machine_code
 from tests.backends.cuda.machine_code import NVCC, TARGETS, Code
 
@@ -64,7 +64,7 @@ def test_the_library_has_code_for_later_gpus_and_says_what_is_wrong_without_one(
     assert "sm_80.ptx" in machine_code.run_tool("cuobjdump", "-lptx", machine_code.library())
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r"delta_carry did not start on cpu: .*(driver|device).*; update NVIDIA's driver, or set OPDKERNELS_BACKEND=triton"):
-            cuda.Built(machine_code.library()).launch("delta_carry", [0], 1, 32, 0, torch.device("cpu"))
+            launch.Built(machine_code.library()).launch("delta_carry", [0], 1, 32, 0, torch.device("cpu"))
 
 
 @needs_nvrtc

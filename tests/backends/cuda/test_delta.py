@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from opdkernels.backends import cuda, gpu
+from opdkernels.backends import gpu
+from opdkernels.backends.cuda import delta
 from opdkernels.ops import delta as ops
 from opdkernels.ops.delta import DEFAULT_CUTS, DTYPES, THRESHOLDS, Tally
 from tests.backends.cuda.host import ORDERS, compiled, needs_compiler, run_on, source_of
@@ -23,11 +24,11 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 def fibers(monkeypatch):
     """Blocks of two warps: a fiber costs more than a coordinate."""
     run_on(monkeypatch, compiled("delta"))
-    shape = cuda.delta_shape
-    monkeypatch.setattr(cuda, "delta_shape", lambda *dtypes: (shape(*dtypes)[0], 64, shape(*dtypes)[2]))
+    shape = delta.shape_of
+    monkeypatch.setattr(delta, "shape_of", lambda *dtypes: (shape(*dtypes)[0], 64, shape(*dtypes)[2]))
 
 
-def tally_of(source, trained, *, cuts=DEFAULT_CUTS, thresholds=THRESHOLDS, mask=None, into=None, by=cuda.delta_) -> Tally:
+def tally_of(source, trained, *, cuts=DEFAULT_CUTS, thresholds=THRESHOLDS, mask=None, into=None, by=delta.delta_) -> Tally:
     tally = into or Tally.empty(cuts)
     by(source, trained, cuts, thresholds, *(torch.from_numpy(getattr(tally, a)) for a in ARRAYS), mask)
     return tally

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from opdkernels.backends import cuda
+from opdkernels.backends.cuda import delta, launch, overlap, quantile
 from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -24,8 +24,8 @@ def on_cuda(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
 
 def launches(monkeypatch, call: Callable[[], Any], shared_bytes: int = HOPPER) -> list[tuple]:
     started: list[tuple] = []
-    monkeypatch.setattr(cuda, "run", lambda *launch: started.append(launch))
-    monkeypatch.setattr(cuda, "room", lambda device: (132, shared_bytes))
+    monkeypatch.setattr(launch, "run", lambda *one: started.append(one))
+    monkeypatch.setattr(launch, "room", lambda device: (132, shared_bytes))
     with FakeTensorMode():
         call()
     return started
@@ -33,22 +33,22 @@ def launches(monkeypatch, call: Callable[[], Any], shared_bytes: int = HOPPER) -
 
 def call_delta(source: torch.dtype, trained: torch.dtype, n: int) -> None:
     outputs = (on_cuda(8, 32768), on_cuda(49), on_cuda(4, 44), on_cuda(1, dtype=FP64), on_cuda((n + 7) // 8, dtype=torch.uint8))
-    cuda.delta_(on_cuda(n, dtype=source), on_cuda(n, dtype=trained), DEFAULT_CUTS, THRESHOLDS, *outputs)
+    delta.delta_(on_cuda(n, dtype=source), on_cuda(n, dtype=trained), DEFAULT_CUTS, THRESHOLDS, *outputs)
 
 
 def call_quantile(dtype: torch.dtype, n: int) -> None:
-    cuda.quantile(on_cuda(n, dtype=dtype), [n // 10, n // 2], True, on_cuda((n + 7) // 8, dtype=torch.uint8))
+    quantile.quantile(on_cuda(n, dtype=dtype), [n // 10, n // 2], True, on_cuda((n + 7) // 8, dtype=torch.uint8))
 
 
 def call_overlap(runs: int, n: int) -> None:
     outputs = (on_cuda(32768), on_cuda(runs, 32768), on_cuda(runs, runs), on_cuda(runs + 1), on_cuda(2))
-    cuda.overlap_(on_cuda(n, dtype=BF16), [on_cuda(n, dtype=FP32)] * runs, 0x3728, *outputs)
+    overlap.overlap_(on_cuda(n, dtype=BF16), [on_cuda(n, dtype=FP32)] * runs, 0x3728, *outputs)
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(BF16, "delta_count_bf16"), (FP32, "delta_count_float"), (FP64, "delta_count_double")], ids=str)
 def test_more_than_2_to_the_31_coordinates_go_in_slices(monkeypatch, dtype, name):
     started = launches(monkeypatch, lambda: call_delta(dtype, dtype, BEYOND))
-    assert [launch[0] for launch in started] == [*[name, "delta_fold"] * 3, "delta_carry"]
+    assert [one[0] for one in started] == [*[name, "delta_fold"] * 3, "delta_carry"]
     sizes = [n for (kernel, *_, n, _) in started if kernel == name]
     assert (sum(sizes), max(sizes)) == (BEYOND, 2**30)
     assert launches(monkeypatch, lambda: call_delta(dtype, dtype, 0)) == []
@@ -57,7 +57,7 @@ def test_more_than_2_to_the_31_coordinates_go_in_slices(monkeypatch, dtype, name
 def test_quantile_takes_a_pass_a_digit_and_overlap_one_of_all(monkeypatch):
     for dtype, passes in ((BF16, 1), (FP32, 2), (FP64, 4)):
         started = launches(monkeypatch, lambda dtype=dtype: call_quantile(dtype, 1 << 20))
-        assert [launch[0] for launch in started] == [f"quantile_count_{dtype.itemsize}"] * passes
+        assert [one[0] for one in started] == [f"quantile_count_{dtype.itemsize}"] * passes
     for runs in (2, 16):
         ((name, *_, trained, _, _, sets, _, size, _, _, _),) = launches(monkeypatch, lambda runs=runs: call_overlap(runs, 1 << 20))
         assert (name, len(trained), sets is None, size) == ("overlap_count", runs, runs == 2, 1 << 20)
@@ -68,13 +68,13 @@ def test_a_block_takes_the_shared_memory_that_there_is(monkeypatch, shared_bytes
     for call in (lambda: call_delta(BF16, BF16, 1 << 24), lambda: call_delta(FP32, FP32, 1 << 24), lambda: call_overlap(2, 1 << 24)):
         _, blocks, _, asked, *_, rows = launches(monkeypatch, call, shared_bytes)[0]
         assert (blocks, rows) == (132, tables)
-        assert asked == cuda.SMALL_BYTES + tables * cuda.TABLE_BYTES <= shared_bytes
+        assert asked == launch.SMALL_BYTES + tables * launch.TABLE_BYTES <= shared_bytes
 
 
 def test_a_kernel_starts_on_the_current_stream_of_its_device(monkeypatch):
     started = []
-    kernels = cuda.Built.__new__(cuda.Built)  # without a library
-    kernels.library = SimpleNamespace(delta_carry_launch=lambda *launch: started.append(launch) or 0)
+    kernels = launch.Built.__new__(launch.Built)  # without a library
+    kernels.library = SimpleNamespace(delta_carry_launch=lambda *one: started.append(one) or 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1 << 40 | device.index))
     kernels.launch("delta_carry", [1 << 45, -1], 2**31, 32, 70_000, torch.device("cuda", 3))
     ((arguments, count, blocks, *shape, device, stream),) = started
@@ -83,7 +83,7 @@ def test_a_kernel_starts_on_the_current_stream_of_its_device(monkeypatch):
 
 
 def test_an_error_names_the_kernel_the_device_and_the_remedy():
-    kernels = cuda.Built.__new__(cuda.Built)
+    kernels = launch.Built.__new__(launch.Built)
     kernels.library = SimpleNamespace(delta_carry_launch=lambda *launch: 35, opd_cuda_error=lambda status: b"driver too old" * (status == 35))
     with pytest.raises(RuntimeError, match="delta_carry did not start on cpu: driver too old; update NVIDIA's driver, or set OPDKERNELS_BACKEND=triton"):
         kernels.launch("delta_carry", [0], 1, 32, 0, torch.device("cpu"))

@@ -10,7 +10,8 @@ import mmap
 import pytest
 import torch
 
-from opdkernels.backends import cuda, gpu
+from opdkernels.backends import gpu
+from opdkernels.backends.cuda import delta, overlap, quantile
 from opdkernels.ops import delta as delta_ops
 from opdkernels.ops import quantile as quantile_ops
 from opdkernels.ops.delta import NUMEL
@@ -29,9 +30,10 @@ N, THREADS = 2**31 + 1000, 64
 @pytest.fixture(autouse=True)
 def one_launch(monkeypatch):
     """A block a tile, and no slices."""
-    shape = cuda.delta_shape
-    monkeypatch.setattr(cuda, "THREADS", THREADS)
-    monkeypatch.setattr(cuda, "delta_shape", lambda *dtypes: (shape(*dtypes)[0], THREADS, shape(*dtypes)[2]))
+    shape = delta.shape_of
+    for family in (quantile, overlap):
+        monkeypatch.setattr(family, "THREADS", THREADS)
+    monkeypatch.setattr(delta, "shape_of", lambda *dtypes: (shape(*dtypes)[0], THREADS, shape(*dtypes)[2]))
     monkeypatch.setattr(gpu, "SLICE", 1 << 40)
 
 
@@ -68,7 +70,7 @@ def quantiles_of_the_end(dtype: torch.dtype) -> tuple[list[torch.Tensor], list[t
     """By the kernel from all of a tensor, and by the reference from its end."""
     end = make_pair(last_two_tiles(16 // dtype.itemsize), dtype)[0]
     bits = torch.full(((len(end) + 7) // 8,), 0b01101001, dtype=torch.uint8)
-    found = cuda.quantile(reserved(N, dtype, end), [3, 50], True, reserved((N + 7) // 8, torch.uint8, bits))
+    found = quantile.quantile(reserved(N, dtype, end), [3, 50], True, reserved((N + 7) // 8, torch.uint8, bits))
     return list(found), list(quantile_ops.reference(end, [3, 50], True, bits))
 
 

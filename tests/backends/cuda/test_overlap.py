@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from opdkernels.backends import cuda, gpu
+from opdkernels.backends import gpu
+from opdkernels.backends.cuda import overlap
 from opdkernels.ops.delta import DTYPES
 from opdkernels.ops.overlap import DEFAULT_CUT, Overlap
 from tests.backends.cuda.host import ORDERS, compiled, needs_compiler, run_on, source_of
@@ -21,12 +22,12 @@ BF16, FP32 = torch.bfloat16, torch.float32
 def fibers(monkeypatch):
     """Blocks of two warps: a fiber costs more than a coordinate."""
     run_on(monkeypatch, compiled("overlap"))
-    monkeypatch.setattr(cuda, "THREADS", 64)
+    monkeypatch.setattr(overlap, "THREADS", 64)
 
 
 def by_kernel(source, runs, cut=DEFAULT_CUT) -> Overlap:
     found = Overlap.empty(len(runs), cut)
-    cuda.overlap_(source, runs, cut, *(torch.from_numpy(array) for array in found.arrays))
+    overlap.overlap_(source, runs, cut, *(torch.from_numpy(array) for array in found.arrays))
     return found
 
 
@@ -52,7 +53,7 @@ def test_no_order_of_threads_shows(monkeypatch, n_runs, order):
 
 
 def test_a_million_coordinates_in_blocks_as_large_as_on_a_device(monkeypatch):
-    monkeypatch.setattr(cuda, "THREADS", 1024)
+    monkeypatch.setattr(overlap, "THREADS", 1024)
     tensors = make_runs(1_000_003)
     assert by_kernel(*tensors) == by_reference(*tensors)
 
@@ -91,7 +92,7 @@ def test_misaligned_views(dtype):
 def test_it_adds_to_what_is_there():
     source, runs = make_runs(2000)
     found = by_kernel(source[:700], [run[:700] for run in runs])
-    cuda.overlap_(source[700:], [run[700:] for run in runs], DEFAULT_CUT, *(torch.from_numpy(array) for array in found.arrays))
+    overlap.overlap_(source[700:], [run[700:] for run in runs], DEFAULT_CUT, *(torch.from_numpy(array) for array in found.arrays))
     assert found == by_reference(source, runs)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from opdkernels.backends import cuda, gpu
+from opdkernels.backends import gpu
+from opdkernels.backends.cuda import quantile
 from opdkernels.ops import quantile as ops
 from opdkernels.ops.delta import DTYPES
 from tests.backends.cuda.host import ORDERS, compiled, needs_compiler, run_on, source_of
@@ -24,12 +25,12 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 def fibers(monkeypatch):
     """Blocks of two warps: a fiber costs more than a value."""
     run_on(monkeypatch, compiled("quantile"))
-    monkeypatch.setattr(cuda, "THREADS", 64)
+    monkeypatch.setattr(quantile, "THREADS", 64)
 
 
 def assert_equal(values, k, mask=None):
     for largest in (True, False):
-        cuts, counts = cuda.quantile(values, k, largest, mask)
+        cuts, counts = quantile.quantile(values, k, largest, mask)
         expected_cuts, expected = ops.reference(values, k, largest, mask)
         assert torch.equal(counts, expected)
         assert torch.equal(cuts.view(torch.int64), expected_cuts.view(torch.int64))
@@ -51,7 +52,7 @@ def test_no_order_of_threads_shows(monkeypatch, dtype, order):
 
 
 def test_a_million_values_in_blocks_as_large_as_on_a_device(monkeypatch):
-    monkeypatch.setattr(cuda, "THREADS", 1024)
+    monkeypatch.setattr(quantile, "THREADS", 1024)
     assert_equal(make_pair(1_000_003, FP32)[0], [1000, 100_000], make_mask(1_000_003))
 
 
@@ -110,7 +111,7 @@ def test_a_missing_barrier_is_caught(monkeypatch, which):
     found = []
     for order in ORDERS:
         run_on(monkeypatch, kernels, order=order)
-        found.append(cuda.quantile(values, [700], True, None)[1])
+        found.append(quantile.quantile(values, [700], True, None)[1])
     assert any(not torch.equal(counts, expected) for counts in found)
 
 
@@ -120,4 +121,4 @@ def test_a_divergent_shuffle_is_refused(monkeypatch):
     spoilt = source_of("quantile").replace(line, "opd_u32 total = zeros[inside]; if (threadIdx.x & 1) total = warp_sum(total);")
     run_on(monkeypatch, compiled("quantile", spoilt))
     with pytest.raises(RuntimeError, match=r"quantile_count_2 did not start on cpu: .*(different places|a lane of the mask)"):
-        cuda.quantile(make_pair(3000)[0], [700], True, None)
+        quantile.quantile(make_pair(3000)[0], [700], True, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opdkernels.backends import cuda
+from opdkernels.backends.cuda import quantile
 from tests.backends.cuda.host import COMPILER, ROOT, SANITIZER, compiled, run_on, source_of
 from tests.conftest import make_pair
 
@@ -19,15 +19,15 @@ FAMILIES = [str(Path(__file__).with_name(f"test_{path.stem}.py")) for path in (R
 SPOIL = """
 import sys
 import pytest
-from opdkernels.backends import cuda
+from opdkernels.backends.cuda import launch, quantile
 from tests.backends.cuda.host import compiled, source_of
 from tests.conftest import make_pair
 
 assert pytest.main(["-k", "misaligned or (little_shared_memory and 163)", *sys.argv[1:]]) == 0
 print("sound", flush=True)
 kernels = compiled("quantile", source_of("quantile").replace("i + V <= n && ", ""), "address")
-cuda.kernels, cuda.room, cuda.THREADS = (lambda: kernels), (lambda device: (2, 1 << 17)), 64
-cuda.quantile(make_pair(3001)[0], [5], True, None)
+launch.kernels, launch.room, quantile.THREADS = (lambda: kernels), (lambda device: (2, 1 << 17)), 64
+quantile.quantile(make_pair(3001)[0], [5], True, None)
 """
 
 
@@ -52,6 +52,6 @@ def test_a_wide_load_at_any_address_is_caught(monkeypatch, capfd):
     aligned = " && ((opd_u64)at & (width - 1)) == 0"
     assert aligned in source_of("quantile")
     run_on(monkeypatch, compiled("quantile", source_of("quantile").replace(aligned, "")))
-    monkeypatch.setattr(cuda, "THREADS", 64)
-    cuda.quantile(make_pair(3000)[0][1:], [5], True, None)
+    monkeypatch.setattr(quantile, "THREADS", 64)
+    quantile.quantile(make_pair(3000)[0][1:], [5], True, None)
     assert "misaligned address" in capfd.readouterr().err

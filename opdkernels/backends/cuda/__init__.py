@@ -1,0 +1,42 @@
+"""CUDA C++ kernels (csrc/cuda), for NVIDIA GPUs: one file a family. The operators check their arguments before they come here.
+
+Kernels come from a library that the install builds where nvcc is: machine code for sm_80, sm_90 and sm_100 and PTX for what
+comes after. Without it NVRTC compiles them at the first call, through CuPy, which keeps the result on disk by source and
+architecture. Where neither is at hand this backend serves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+
+from opdkernels.backends.cuda import launch
+
+FAMILIES = {
+    "delta_": "delta", "overlap_": "overlap", "quantile": "quantile",
+}  # fmt: skip
+
+
+def why_not() -> str:
+    """Why CUDA C++ kernels cannot serve here, and the remedy; empty where they can."""
+    if torch.version.hip is not None:
+        return "torch is built for AMD's GPUs, which Triton serves"
+    if torch.version.cuda is None:
+        return "torch is built without CUDA: install a CUDA build of torch"
+    if launch.source_at_hand():
+        return ""
+    major = torch.version.cuda.split(".")[0]
+    library, cupy = launch.cuda_of_library(), launch.cuda_of_cupy()
+    built = f"the kernels built at install are for CUDA {library}" if library else "no kernels were built at install, where nvcc was missing"
+    other = f"CuPy is for CUDA {cupy}" if cupy else "CuPy is not installed"
+    return f"torch is built for CUDA {major}, {built} and {other}: pip install cupy-cuda{major}x, or reinstall with CUDA {major}'s nvcc"
+
+
+def serves(operator: str) -> bool:
+    return operator in FAMILIES and not why_not()
+
+
+def kernel(operator: str) -> Callable:
+    return getattr(import_module(f"{__name__}.{FAMILIES[operator]}"), operator)
