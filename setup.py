@@ -25,7 +25,7 @@ SOURCES = ["csrc/bindings.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*
 CUDA_ARCHITECTURES = ("80", "90", "100")
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC", "-Xcompiler", "-O2", "--threads", "0"]
 CUDA_SOURCES = sorted(str(p) for p in Path("csrc/cuda").iterdir() if p.suffix in (".cu", ".cpp"))
-CUDA_DEPENDS = [*CUDA_SOURCES, "csrc/cuda/grid.h", "csrc/numeric.h", *(f"csrc/{Path(p).stem}.h" for p in CUDA_SOURCES if p.endswith(".cu"))]
+CUDA_DEPENDS = [*CUDA_SOURCES, *sorted(str(p) for p in Path("csrc/cuda").glob("*.h")), "csrc/numeric.h", *(f"csrc/{Path(p).stem}.h" for p in CUDA_SOURCES if p.endswith(".cu"))]
 
 
 def build_cuda(nvcc, library):

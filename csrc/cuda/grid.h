@@ -14,6 +14,7 @@ enum Dtype { BF16 = 0, FP16 = 1, FP32 = 2, FP64 = 3 };
 
 #if defined(__CUDACC__)
 #define OPD_DYNAMIC_SHARED(name) extern __shared__ __align__(16) opd_u8 name[]
+#define OPD_CONSTANT __constant__ const
 #endif
 
 // Every argument of a kernel is eight bytes, a pointer or an opd_i64, so that one launcher serves C, ctypes and CuPy.
@@ -45,7 +46,7 @@ int opd_start(void (*kernel)(P...), const opd_i64* arguments, int count, opd_i64
 // Up to sixteen bytes of neighbouring values, as they lie in memory.
 struct Vector { opd_u32 word[4]; };
 
-// Values [i, i + V) of `bytes` bytes each, zeros from n on. One load of V * bytes bytes, which is 4, 8 or 16, where all of it is
+// Values [i, i + V) of `bytes` bytes each, one if V is 16, zeros from n on. One load of V * bytes bytes, which is 4, 8 or 16, where all of it is
 // there and its address allows it. Streamed: the caches are for tables.
 template <int V>
 __device__ __forceinline__ Vector load(const void* data, int bytes, opd_i64 i, opd_i64 n) {
@@ -67,7 +68,9 @@ __device__ __forceinline__ Vector load(const void* data, int bytes, opd_i64 i, o
 #pragma unroll
   for (int j = 0; j < V; j++) {
     if (i + j >= n) continue;
-    if (bytes == 2) {
+    if (V == 16) {
+      x.word[j >> 2 & 3] |= (opd_u32)__ldcs((const opd_u8*)at + j) << 8 * (j & 3);
+    } else if (bytes == 2) {
       x.word[j >> 1 & 3] |= (opd_u32)__ldcs((const opd_u16*)at + j) << 16 * (j & 1);
     } else if (bytes == 4) {
       x.word[j & 3] = __ldcs((const opd_u32*)at + j);

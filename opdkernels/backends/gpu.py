@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ def slices(n: int) -> Iterator[tuple[int, int]]:
     return ((start, min(SLICE, n - start)) for start in range(0, n, SLICE))
 
 
-def on_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+def on_device(numbers: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     """int64 on a device, on its current stream; the host does not wait for what is there."""
     return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
 
@@ -155,3 +156,40 @@ def fold_overlap(joint: torch.Tensor, sets: torch.Tensor | None, outputs: Sequen
         sets.narrow(0, 0, 1).add_(joint.select(0, 0).sum() - sets.sum())  # those that no run changed
     both += torch.matmul(of_set.T, of_set * sets.double().unsqueeze(1)).long()
     runs.index_add_(0, of_set.sum(1).long(), sets)
+
+
+class StepKind(NamedTuple):
+    """What tensors of one kind have in common: how their masks, parameters and gradients are held, and what goes with them."""
+
+    masks: torch.dtype  # uint8 of bits, else of places
+    param_bf16: bool
+    grad_bf16: bool
+    compact: bool
+    inits: bool
+    cohorts: bool
+
+
+def at(tensors: Sequence[torch.Tensor], i: int) -> torch.Tensor | None:
+    """The i-th of a list that may be empty, unless it has no elements."""
+    return tensors[i] if tensors and tensors[i].numel() else None
+
+
+def step_size(values: torch.Tensor, mask: torch.Tensor) -> int:
+    """How many coordinates a mask has bits for, or how many places it holds."""
+    return values.numel() if mask.dtype == torch.uint8 else mask.numel()
+
+
+def step_rows(
+    params, grads, masks, offsets, moments, extras, inits, cohorts, rows, starts, ordinals
+) -> Iterator[tuple[StepKind, list[int]]]:
+    """The kind of each tensor that has coordinates or places, and the first fourteen columns of its row in a table: addresses of the
+    parameter, gradient, mask, offsets, three moments, extra, init and cohort, then row, start, ordinal and size."""
+    for i, (param, grad, mask) in enumerate(zip(params, grads, masks, strict=True)):
+        size = step_size(param, mask)
+        if not size:
+            continue
+        held = [at(one, i) for one in (*moments, *[()] * (3 - len(moments)), extras, inits, cohorts)]
+        *_, init, cohort = held
+        bf16, grad_bf16 = (one.dtype == torch.bfloat16 for one in (param, grad))
+        kind = StepKind(mask.dtype, bf16, grad_bf16, grad.numel() != param.numel(), init is not None, cohort is not None)
+        yield kind, [*(address(tensor) for tensor in (param, grad, mask, offsets[i], *held)), rows[i], starts[i], ordinals[i], size]

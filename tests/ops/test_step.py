@@ -82,6 +82,102 @@ def by_reference():
         torch.ops.opdkernels.masked_adamw_, torch.ops.opdkernels.masked_sgd_ = real
 
 
+REFERENCES = {"masked_adamw_": ops.reference_adamw, "masked_sgd_": ops.reference_sgd}
+
+
+def step_alike(kernels: dict, monkeypatch, make, step, moves=True) -> None:
+    """Steps two states that are made alike, one by these kernels and one by the reference: nothing differs."""
+    ours, theirs = make(), make()
+    for state, serving in ((ours, kernels), (theirs, REFERENCES)):
+        with monkeypatch.context() as patched:
+            for name, kernel in serving.items():
+                patched.setattr(torch.ops.opdkernels, name, kernel, raising=False)
+            step(state)
+    assert same(ours.copies(), theirs.copies())
+    assert same(ours.copies(), make().copies()) != moves
+
+
+def assert_extremes_alike(kernels: dict, monkeypatch, precision, dtype) -> None:
+    """Subnormal, huge, infinite and no number; payloads of what is no number may differ."""
+    values = torch.tensor([0.0, -0.0, 1e-45, 1e-40, 3e-39, 1.2e-38, 1e-30, 1.0, 1e19, 3e38, -3.39e38, float("inf"), -float("inf"), float("nan")])
+    found = []
+    for serving in (kernels, REFERENCES):
+        with monkeypatch.context() as patched:
+            for operator, kernel in serving.items():
+                patched.setattr(torch.ops.opdkernels, operator, kernel, raising=False)
+            state = State((len(values) ** 2,), density=1.0, dtype=dtype, precision=precision, amsgrad=True)
+            state.params = [values.repeat_interleave(len(values)).to(dtype)]
+            for _ in range(2):
+                state.step([values.repeat(len(values))], seed=3)
+        found.append([*state.params, *state.m, *state.v, *state.most, *state.extras])
+    for a, b in zip(*found, strict=True):
+        number = torch.ones(len(a), dtype=torch.bool) if a.dtype == torch.int16 else ~a.isnan()
+        assert torch.equal(number, torch.ones(len(b), dtype=torch.bool) if b.dtype == torch.int16 else ~b.isnan())
+        assert torch.equal(bits(a)[number], bits(b)[number])
+
+
+def assert_taken_and_put_alike(take, put, sizes, dtype, places) -> None:
+    """Between sentinels and at any alignment; two times two bits of a bf16 are lost in rounding, and ties go to even."""
+    for n in sizes:
+        state = State((n,), dtype=dtype, places=places)
+        held, offsets, active = state.held[0], state.offsets[0], state.masks[0].nnz
+        results = []
+        for taking, putting in ((take, put), (ops.reference_take, ops.reference_put)):
+            values, compact = torch.full((n + 9,), 7.0, dtype=dtype), torch.full((active + 9,), 7.0)
+            values[3 : 3 + n] = state.params[0]
+            into = compact[1 : 1 + active]
+            taking(values[3 : 3 + n], held, offsets, into, False)
+            taking(values[3 : 3 + n], held, offsets, into, True)
+            results += [values.clone(), compact.clone()]
+            into += torch.arange(active) * 2.0**-10
+            putting(values[3 : 3 + n], held, offsets, into)
+            results += [values, compact]
+        assert same(results[:4], results[4:])
+
+
+class Mixed(State):
+    """Tensors of several kinds, some without an active coordinate or any coordinate at all, in no order."""
+
+    def __init__(self):
+        super().__init__((0, 3000, 700, 5000, 9, 4097, 64), density=0.3, dtype=torch.bfloat16, precision="exact")
+        self.masks[4] = Mask.from_bool(torch.zeros(9, dtype=torch.bool))
+        for i in (1, 5):
+            self.params[i] = self.params[i].float()
+        for i, mask in enumerate(self.masks):
+            self.held[i], self.offsets[i] = (mask.bits, mask.offsets) if i % 3 else (mask.indices.to((torch.int32, torch.int64)[i % 2]), mask.offsets[:0])
+            self.m[i], self.v[i], self.extras[i] = torch.zeros(mask.nnz), torch.zeros(mask.nnz), torch.zeros(mask.nnz, dtype=torch.int16)
+        draw = lambda n: torch.randn(n, generator=self.generator)  # noqa: E731
+        self.inits = [draw(m.nnz).to(p.dtype) if i == 3 else p[:0] for i, (m, p) in enumerate(zip(self.masks, self.params, strict=True))]
+        self.cohorts = [torch.arange(m.nnz).remainder(2).to(torch.uint8) if i == 6 else torch.zeros(0, dtype=torch.uint8) for i, m in enumerate(self.masks)]
+
+    def step_all(self):
+        scalars = adamw_scalars([3, 4], 1e-3, BETAS, EPS, 0.1)
+        masked_adamw(self.params, self.grads(torch.bfloat16), self.held, self.offsets, self.m, self.v, scalars, extras=self.extras, inits=self.inits,
+                     cohorts=self.cohorts, rows=[0] * len(self.params), precision="exact")  # fmt: skip
+
+
+class Windows(State):
+    """A tensor and its state between sentinels, at addresses of no alignment, and what is frozen no number."""
+
+    def __init__(self, places):
+        super().__init__((5003,), dtype=torch.bfloat16, precision="kahan", amsgrad=True, places=places)
+        active = self.masks[0].nnz
+        self.rooms = [torch.full((n + 11,), 7.0, dtype=dtype) for n, dtype in ((5003, torch.bfloat16), *[(active, torch.float32)] * 3, (active, torch.bfloat16))]
+        for start, room, one in zip((1, 3, 5, 2, 7), self.rooms, (self.params, self.m, self.v, self.most, self.extras), strict=True):
+            view = room[start : start + len(one[0])]
+            one[0] = view.copy_(one[0])
+        self.held[0] = torch.cat([self.held[0][:3], self.held[0]])[3:]
+        self.params[0][~self.masks[0].to_bool()] = float("nan")
+
+    def step_poisoned(self):
+        (grad,) = self.grads(torch.bfloat16)
+        poisoned = torch.where(self.masks[0].to_bool(), grad, float("nan"))
+        self.step([torch.cat([poisoned[:3], poisoned])[3:]])
+
+    def copies(self):
+        return [room.clone() for room in self.rooms]
+
+
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.4, 0.9)])

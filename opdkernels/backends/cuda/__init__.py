@@ -16,6 +16,7 @@ from opdkernels.backends.cuda import launch
 
 FAMILIES = {
     "delta_": "delta", "overlap_": "overlap", "quantile": "quantile",
+    "masked_adamw_": "step", "masked_sgd_": "step", "masked_take_": "step", "masked_put_": "step",
 }  # fmt: skip
 
 

@@ -22,6 +22,8 @@ OPTIONS = ("-std=c++17", "--fmad=false")  # products and sums are never fused, e
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 BINS = 1 << 15
 SMALL_BYTES, TABLE_BYTES = 35 << 10, 4 << 14  # of shared memory: before the tables, and a table (csrc/cuda/grid.h)
+WARP = 32
+QUEUE, QUEUE_BLOCKS = 2048, 4  # coordinates that a warp queues at a time, blocks a multiprocessor (csrc/cuda/active.h)
 
 
 class Built:
@@ -118,9 +120,19 @@ def near_rows(device: torch.device, wanted: int) -> int:
     return max(0, min(wanted, (room(device)[1] - SMALL_BYTES) // TABLE_BYTES))
 
 
-def blocks_for(device: torch.device, elements: int, threads: int, each: int) -> int:
-    """Blocks that share the tiles in turn: one a multiprocessor, whose shared memory and registers it fills."""
-    return min(-(-elements // (threads * each)), room(device)[0])
+def blocks_for(device: torch.device, elements: int, threads: int, each: int, a_processor: int = 1) -> int:
+    """Blocks that share the tiles in turn: as many a multiprocessor as its shared memory and registers hold."""
+    return min(-(-elements // (threads * each)), room(device)[0] * a_processor)
+
+
+def blocks_of_queues(device: torch.device, tiles: int, threads: int) -> int:
+    """Blocks whose warps take tiles of QUEUE coordinates in turn."""
+    return blocks_for(device, tiles, threads // WARP, 1, QUEUE_BLOCKS)
+
+
+def queue_bytes(threads: int) -> int:
+    """Shared memory for the places that each warp of a block queues, two bytes each."""
+    return threads // WARP * QUEUE * 2
 
 
 def run(

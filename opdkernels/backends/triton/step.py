@@ -13,12 +13,11 @@ The arithmetic of a coordinate is that of csrc/step.h.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 
+from opdkernels.backends import gpu
 from opdkernels.backends.triton import launch
 from opdkernels.backends.triton.numeric import bits_of, bits_set, from_pattern, to_pattern, widen
 
@@ -264,44 +263,22 @@ def put(values, mask, offsets, compact, size, TILE: tl.constexpr):
                 tl.store(values + first + at, new, active)
 
 
-def address(tensor: torch.Tensor) -> int:
-    return tensor.data_ptr()
-
-
-def size_of(values: torch.Tensor, mask: torch.Tensor) -> int:
-    """How many coordinates a mask has bits for, or how many places it holds."""
-    return values.numel() if mask.dtype == torch.uint8 else mask.numel()
-
-
-def at(tensors: Sequence[torch.Tensor], i: int) -> torch.Tensor | None:
-    """The i-th of a list that may be empty, unless it has no elements."""
-    return tensors[i] if tensors and tensors[i].numel() else None
-
-
 def launch_kinds(
     params, grads, masks, offsets, moments, extras, inits, cohorts, scalars, rows, starts, ordinals,
     grad_scale, clip, found_inf, maximize, precision, seed, *, is_sgd, nesterov,
 ) -> None:  # fmt: skip
     """Starts a launch for each kind of tensors; `moments` are up to three lists, in the order of the table."""
-    kinds: dict[tuple, list[list[int]]] = {}
-    for i, (param, grad, mask) in enumerate(zip(params, grads, masks, strict=True)):
-        size = size_of(param, mask)
-        if not size:
-            continue
-        held = [at(one, i) for one in (*moments, *[()] * (3 - len(moments)), extras, inits, cohorts)]
-        *_, init, cohort = held
-        compact = grad.numel() != param.numel()
-        kind = (mask.dtype, param.dtype == torch.bfloat16, grad.dtype == torch.bfloat16, compact, init is not None, cohort is not None)
+    kinds: dict[gpu.StepKind, list[list[int]]] = {}
+    for kind, row in gpu.step_rows(params, grads, masks, offsets, moments, extras, inits, cohorts, rows, starts, ordinals):
         before = kinds.setdefault(kind, [])
         begin = before[-1][END.value] if before else 0
-        addresses = [0 if tensor is None else address(tensor) for tensor in (param, grad, mask, offsets[i], *held)]
-        before.append([*addresses, rows[i], starts[i], ordinals[i], size, begin, begin + triton.cdiv(size, TILE)])
-    for (mask_dtype, param_bf16, grad_bf16, compact, with_inits, with_cohorts), table in kinds.items():
+        before.append([*row, begin, begin + triton.cdiv(row[SIZE.value], TILE)])
+    for kind, table in kinds.items():
         device, tiles = params[0].device, table[-1][END.value]
-        tensors = torch.tensor(table, dtype=torch.int64).to(device, non_blocking=True)
         launch.run(
-            step, (launch.programs(device, tiles),), tensors, scalars.to(device, non_blocking=True).contiguous(), grad_scale, clip, found_inf, tiles, seed,
-            MASKS=ELEMENTS[mask_dtype], PARAM_BF16=param_bf16, GRAD_BF16=grad_bf16, COMPACT=compact, INITS=with_inits, COHORTS=with_cohorts,
+            step, (launch.programs(device, tiles),), gpu.on_device(table, device), scalars.to(device, non_blocking=True).contiguous(),
+            grad_scale, clip, found_inf, tiles, seed,
+            MASKS=ELEMENTS[kind.masks], PARAM_BF16=kind.param_bf16, GRAD_BF16=kind.grad_bf16, COMPACT=kind.compact, INITS=kind.inits, COHORTS=kind.cohorts,
             AMSGRAD=len(moments) == 3, SGD=is_sgd, WITH_BUFFER=len(moments) == 1, NESTEROV=nesterov, MAXIMIZE=maximize, PRECISION=precision,
             warps=WARPS, registers=REGISTERS, TILE=TILE,
         )  # fmt: skip
@@ -332,13 +309,13 @@ def masked_sgd_(
 
 def masked_take_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, into: torch.Tensor, add: bool) -> None:
     """The operator, for contiguous tensors of one device."""
-    size = size_of(values, mask)
+    size = gpu.step_size(values, mask)
     if size:
         launch.run(take, (launch.programs(values.device, triton.cdiv(size, TILE)),), values, mask, offsets, into, size, warps=WARPS, ADD=add, TILE=TILE)
 
 
 def masked_put_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, compact: torch.Tensor) -> None:
     """The operator, for contiguous tensors of one device."""
-    size = size_of(values, mask)
+    size = gpu.step_size(values, mask)
     if size:
         launch.run(put, (launch.programs(values.device, triton.cdiv(size, TILE)),), values, mask, offsets, compact, size, warps=WARPS, TILE=TILE)

@@ -22,6 +22,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define OPD_CONSTANT static const
 #define __launch_bounds__(...)
 
 struct alignas(16) uint4 { unsigned x, y, z, w; };
@@ -31,7 +32,7 @@ struct Index { unsigned x; };
 namespace shim {
 enum State { READY, AT_BARRIER, AT_WARP, DONE };
 constexpr size_t STACK_BYTES = 96 << 10;
-constexpr long long MANY_BLOCKS = 1 << 20;  // of a grid with more, the last two run: what tells whether offsets hold
+constexpr long long MANY_BLOCKS = 1 << 14;  // of a grid with more, the last two run: what tells whether offsets hold
 
 struct Fiber {
   State state;
@@ -250,10 +251,11 @@ T shuffle(uint32_t mask, T value, int from, int line) {
   const int turn = exchange(mask, value, line);
   return take<T>((unsigned)from % 32, turn);
 }
-inline bool any(uint32_t mask, bool holds, int line) {
+
+inline unsigned ballot(uint32_t mask, bool holds, int line) {
   const int turn = exchange(mask, holds, line);
-  bool found = false;
-  for (unsigned l = 0; l < 32; l++) found |= (mask >> l & 1) && take<bool>(l, turn);
+  unsigned found = 0;
+  for (unsigned l = 0; l < 32; l++) found |= (unsigned)((mask >> l & 1) && take<bool>(l, turn)) << l;
   return found;
 }
 
@@ -293,10 +295,13 @@ int start(void (*kernel)(P...), const long long* arguments, long long blocks, in
 #define __shfl_sync(mask, value, from) shim::shuffle(mask, value, from, __LINE__)
 #define __syncwarp() ((void)shim::exchange(0xFFFFFFFFu, 0, __LINE__))
 #define __popc(x) __builtin_popcount(x)
-#define __any_sync(mask, holds) shim::any(mask, holds, __LINE__)
+#define __any_sync(mask, holds) (shim::ballot(mask, holds, __LINE__) != 0)
+#define __ballot_sync(mask, holds) shim::ballot(mask, holds, __LINE__)
 
 template <class T> T __ldcs(const T* from) { return *from; }
 template <class T> T atomicAdd(T* to, T value) { T before = *to; *to = before + value; return before; }
+template <class T> T atomicOr(T* to, T value) { T before = *to; *to = before | value; return before; }
+template <class T> T atomicMin(T* to, T value) { T before = *to; *to = value < before ? value : before; return before; }
 template <class T> T atomicMax(T* to, T value) { T before = *to; *to = value > before ? value : before; return before; }
 
 #define OPD_LAUNCHER(kernel)                                                                                                        \

@@ -22,6 +22,7 @@ NVCC = shutil.which("nvcc")
 WIDE_LOAD = r"\bLDG\.E\.(?:\w+\.)*128\b"
 SPILL = r"\b(?:STL|LDL)\b"
 FMA = r"\b[FDH]FMA\b"  # HFMA2 only moves constants here
+UNROUNDED = r"\b(?:add|sub|mul)\.f(?:32|64)\b|\.ftz\b|\.approx\b"  # what an assembler may fuse, what loses subnormals, what is not rounded right
 
 
 def tools() -> Path | None:
@@ -106,6 +107,14 @@ def show(compiler: str, target: str, kernels: dict[str, Code]) -> None:
     for name, code in kernels.items():
         spills = code.count(SPILL)
         shown.CODE.append(shown.Code(name.split("_")[0], compiler, target, code.registers, spills, code.count(WIDE_LOAD)))
+
+
+@functools.cache
+def ptx() -> dict[str, str]:
+    """What every kernel of the library is before an assembler makes machine code of it."""
+    text = run_tool("cuobjdump", "-ptx", library())
+    parts = re.split(r"^\s*(?:\.visible )?\.entry (\w+)\(", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 @functools.cache

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from opdkernels.backends.cuda import delta, launch, overlap, quantile
+from opdkernels.backends import gpu
+from opdkernels.backends.cuda import delta, launch, overlap, quantile, step
 from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS
+from opdkernels.ops.step import BLOCK, adamw_scalars
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 BEYOND = 2**31 + 11
@@ -45,6 +47,15 @@ def call_overlap(runs: int, n: int) -> None:
     overlap.overlap_(on_cuda(n, dtype=BF16), [on_cuda(n, dtype=FP32)] * runs, 0x3728, *outputs)
 
 
+def call_adamw(sizes: list[int], active: int) -> None:
+    params, grads = ([on_cuda(n, dtype=BF16) for n in sizes] for _ in range(2))
+    masks, offsets = [on_cuda((n + 7) // 8, dtype=torch.uint8) for n in sizes], [on_cuda(-(-n // BLOCK) + 1) for n in sizes]
+    m, v = ([on_cuda(active, dtype=FP32) for _ in sizes] for _ in range(2))
+    order = list(range(len(sizes)))
+    step.masked_adamw_(params, grads, masks, offsets, m, v, [], [on_cuda(active, dtype=torch.int16) for _ in sizes], [], [],
+                       adamw_scalars([1.0] * len(sizes), 1e-3, (0.9, 0.99), 1e-8, 0.1), order, order, order, None, None, on_cuda(1, dtype=FP32), False, 1, 5)  # fmt: skip
+
+
 @pytest.mark.parametrize(("dtype", "name"), [(BF16, "delta_count_bf16"), (FP32, "delta_count_float"), (FP64, "delta_count_double")], ids=str)
 def test_more_than_2_to_the_31_coordinates_go_in_slices(monkeypatch, dtype, name):
     started = launches(monkeypatch, lambda: call_delta(dtype, dtype, BEYOND))
@@ -61,6 +72,17 @@ def test_quantile_takes_a_pass_a_digit_and_overlap_one_of_all(monkeypatch):
     for runs in (2, 16):
         ((name, *_, trained, _, _, sets, _, size, _, _, _),) = launches(monkeypatch, lambda runs=runs: call_overlap(runs, 1 << 20))
         assert (name, len(trained), sets is None, size) == ("overlap_count", runs, runs == 2, 1 << 20)
+
+
+def test_a_step_of_many_tensors_is_one_launch_that_fills_the_device(monkeypatch):
+    monkeypatch.setattr(gpu, "address", lambda tensor: 16)
+    for sizes, blocks in (([BEYOND, 5, 0, 4096], 4 * 132), ([1], 1), ([BLOCK] * 9, 2)):
+        ((name, grid, threads, shared_bytes, device, table, ends, count, scalars, *_),) = launches(monkeypatch, lambda sizes=sizes: call_adamw(sizes, 7))
+        some = sum(n > 0 for n in sizes)
+        assert (name, grid, threads, shared_bytes) == ("step_adamw", blocks, 256, 8 * 4096)
+        assert (len(table), len(ends), count) == (17 * some, some, some)
+        assert {one.device.type for one in (table, scalars)} == {device.type} == {"cuda"}
+    assert launches(monkeypatch, lambda: call_adamw([0], 0)) == []
 
 
 @pytest.mark.parametrize(("shared_bytes", "tables"), [(HOPPER, 3), (AMPERE, 2), (ADA, 1), (48 << 10, 0)])

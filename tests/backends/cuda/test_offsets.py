@@ -11,15 +11,17 @@ import pytest
 import torch
 
 from opdkernels.backends import gpu
-from opdkernels.backends.cuda import delta, overlap, quantile
+from opdkernels.backends.cuda import delta, overlap, quantile, step
 from opdkernels.ops import delta as delta_ops
 from opdkernels.ops import quantile as quantile_ops
+from opdkernels.ops import step as step_ops
 from opdkernels.ops.delta import NUMEL
 from tests.backends.cuda.host import compiled, needs_compiler, run_on, source_of
 from tests.backends.cuda.test_delta import tally_of
 from tests.backends.cuda.test_overlap import by_kernel
 from tests.conftest import make_pair
 from tests.ops.test_overlap import by_reference, make_runs
+from tests.ops.test_step import State, bits
 
 pytestmark = needs_compiler
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -31,7 +33,7 @@ N, THREADS = 2**31 + 1000, 64
 def one_launch(monkeypatch):
     """A block a tile, and no slices."""
     shape = delta.shape_of
-    for family in (quantile, overlap):
+    for family in (quantile, overlap, step):
         monkeypatch.setattr(family, "THREADS", THREADS)
     monkeypatch.setattr(delta, "shape_of", lambda *dtypes: (shape(*dtypes)[0], THREADS, shape(*dtypes)[2]))
     monkeypatch.setattr(gpu, "SLICE", 1 << 40)
@@ -97,3 +99,49 @@ def test_overlap(monkeypatch):
     expected = by_reference(source, runs)
     expected.counts[NUMEL] = 0  # which the first block adds
     assert found == expected
+
+
+def stepped_at_the_end() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Weights and moments by the kernel, of a tensor of which only the last two tiles have active coordinates, more than 2^32 of
+    whose moments come before; and by the reference from its end, rounded by where a coordinate is."""
+    tiles, before = -(-N // step_ops.BLOCK), 2**32 + 7
+    size = N - (tiles - 2) * step_ops.BLOCK
+    small, (grad,) = State((size,), dtype=BF16, precision="stochastic"), State((size,)).grads(BF16)
+    mask, (offsets,), active = small.held[0], small.offsets, small.masks[0].nnz
+    param, m, v = reserved(N, BF16, small.params[0]), reserved(before + active, FP32, small.m[0]), reserved(before + active, FP32, small.v[0])
+    scalars = step_ops.adamw_scalars([3], 1e-3, (0.9, 0.99), 1e-8, 0.1)
+    common = (scalars, [0], None, None, None, False, step_ops.PRECISIONS.index("stochastic"), 5)
+    by = lambda run, params, grads, masks, offsets, m, v, start: run(  # noqa: E731
+        params, grads, masks, offsets, m, v, [], [], [], [], common[0], common[1], [start], [9], *common[2:]
+    )
+    by(step.masked_adamw_, [param], [reserved(N, BF16, grad)], [reserved((N + 7) // 8, torch.uint8, mask)],
+       [reserved(tiles + 1, torch.int64, offsets + before)], [m], [v], 0)  # fmt: skip
+    by(step_ops.reference_adamw, small.params, [grad], [mask], [offsets], small.m, small.v, N - size)
+    return [param[-size:], m[-active:], v[-active:]], [small.params[0], small.m[0], small.v[0]]
+
+
+def test_step(monkeypatch):
+    use(monkeypatch, "step")
+    found, expected = stepped_at_the_end()
+    assert expected[1].any()
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_moment_at_32_bits_is_caught(monkeypatch):
+    slot = "const opd_i64 slot = slots + k;"
+    assert slot in source_of("step")
+    use(monkeypatch, "step", source_of("step").replace(slot, "const opd_i64 slot = (opd_u32)(slots + k);"))
+    found, expected = stepped_at_the_end()
+    assert not torch.equal(found[1], expected[1])
+
+
+def test_places_of_step(monkeypatch):
+    use(monkeypatch, "step")
+    places = torch.tensor([5, 2**31 - 1, 2**31, N - 1])
+    values, taken = reserved(N, BF16, torch.zeros(2000, dtype=BF16)), torch.empty(4)
+    values[places] = torch.tensor([1.0, 2, 3, 4], dtype=BF16)
+    none = torch.zeros(0, dtype=torch.int64)
+    step.masked_take_(values, places, none, taken, False)
+    assert taken.tolist() == [1, 2, 3, 4]
+    step.masked_put_(values, places, none, taken + 4)
+    assert values[places].tolist() == [5, 6, 7, 8]

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from opdkernels.backends import gpu
 from opdkernels.backends.triton import delta, gram, overlap, patch, quantile, step
 from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS
 from tests.backends.triton.aot import (
@@ -192,7 +193,7 @@ def test_patch(monkeypatch, target, dtype):
 @pytest.fixture(autouse=True)
 def addresses(monkeypatch):
     """Tensors that have no data have no address either."""
-    monkeypatch.setattr(step, "address", lambda tensor: 16)
+    monkeypatch.setattr(gpu, "address", lambda tensor: 16)
 
 
 def call_step(

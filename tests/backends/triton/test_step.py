@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
@@ -12,10 +13,9 @@ from triton.runtime import interpreter
 
 from opdkernels.backends.triton import launch
 from opdkernels.backends.triton import step as kernels
-from opdkernels.masks import Mask
 from opdkernels.ops import step as ops
 from opdkernels.ops.step import PRECISIONS, adamw_scalars, masked_adamw, masked_sgd, sgd_scalars
-from tests.ops.test_step import State, bits, same
+from tests.ops.test_step import Mixed, State, Windows, assert_extremes_alike, assert_taken_and_put_alike, step_alike
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SIZES = (31, 2049, 2048)
@@ -40,19 +40,7 @@ def few_tiles(monkeypatch):
 
 
 KERNELS = {"masked_adamw_": kernels.masked_adamw_, "masked_sgd_": kernels.masked_sgd_}
-REFERENCES = {"masked_adamw_": ops.reference_adamw, "masked_sgd_": ops.reference_sgd}
-
-
-def assert_as_the_reference(monkeypatch, make, step, moves=True) -> None:
-    """Steps two states that are made alike, one by the kernels and one by the reference."""
-    ours, theirs = make(), make()
-    for state, serving in ((ours, KERNELS), (theirs, REFERENCES)):
-        with monkeypatch.context() as patched:
-            for name, kernel in serving.items():
-                patched.setattr(torch.ops.opdkernels, name, kernel, raising=False)
-            step(state)
-    assert same(ours.copies(), theirs.copies())
-    assert same(ours.copies(), make().copies()) != moves
+assert_as_the_reference = functools.partial(step_alike, KERNELS)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -120,40 +108,11 @@ def test_cohorts_and_starts(monkeypatch, family, precision, dtype, places):
     assert_as_the_reference(monkeypatch, make, step)
 
 
-class Mixed(State):
-    """Tensors of several kinds, some without an active coordinate or any coordinate at all, in no order."""
-
-    def __init__(self):
-        super().__init__((0, 3000, 700, 5000, 9, 4097, 64), density=0.3, dtype=BF16, precision="exact")
-        self.masks[4] = Mask.from_bool(torch.zeros(9, dtype=torch.bool))
-        for i in (1, 5):
-            self.params[i] = self.params[i].float()
-        for i, mask in enumerate(self.masks):
-            self.held[i], self.offsets[i] = (mask.bits, mask.offsets) if i % 3 else (mask.indices.to((torch.int32, torch.int64)[i % 2]), mask.offsets[:0])
-            self.m[i], self.v[i], self.extras[i] = torch.zeros(mask.nnz), torch.zeros(mask.nnz), torch.zeros(mask.nnz, dtype=torch.int16)
-        self.inits = [torch.randn(m.nnz).to(p.dtype) if i == 3 else p[:0] for i, (m, p) in enumerate(zip(self.masks, self.params, strict=True))]
-        self.cohorts = [torch.arange(m.nnz).remainder(2).to(torch.uint8) if i == 6 else torch.zeros(0, dtype=torch.uint8) for i, m in enumerate(self.masks)]
-
-
 def test_a_launch_for_each_kind_of_tensors(monkeypatch):
-    torch.manual_seed(0)
     started, run = [], launch.run
     monkeypatch.setattr(launch, "run", lambda *arguments, **options: started.append(options) or run(*arguments, **options))
     monkeypatch.setattr(launch, "PROGRAMS_PER_PROCESSOR", 2)
-    states = []
-
-    def make():
-        torch.manual_seed(1)
-        states.append(Mixed())
-        return states[-1]
-
-    def step(state):
-        grads = state.grads(BF16)
-        scalars = adamw_scalars([3, 4], 1e-3, (0.9, 0.999), 1e-8, 0.1)
-        masked_adamw(state.params, grads, state.held, state.offsets, state.m, state.v, scalars, extras=state.extras, inits=state.inits,
-                     cohorts=state.cohorts, rows=[0] * len(grads), precision="exact")  # fmt: skip
-
-    assert_as_the_reference(monkeypatch, make, step)
+    assert_as_the_reference(monkeypatch, Mixed, Mixed.step_all)
     assert len(started) == 4  # bf16 with bits; fp32 with bits; int64 places and starts; int32 places and cohorts
 
 
@@ -181,44 +140,12 @@ def test_found_inf_leaves_everything_as_it_was(monkeypatch, found):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
 def test_extremes_round_as_the_reference(monkeypatch, precision, dtype):
-    """Subnormal, huge, infinite and no number; payloads of what is no number may differ."""
-    values = torch.tensor([0.0, -0.0, 1e-45, 1e-40, 3e-39, 1.2e-38, 1e-30, 1.0, 1e19, 3e38, -3.39e38, float("inf"), -float("inf"), float("nan")])
-    found = {}
-    for name, serving in (("ours", KERNELS), ("theirs", REFERENCES)):
-        with monkeypatch.context() as patched:
-            for operator, kernel in serving.items():
-                patched.setattr(torch.ops.opdkernels, operator, kernel, raising=False)
-            state = State((len(values) ** 2,), density=1.0, dtype=dtype, precision=precision, amsgrad=True)
-            state.params = [values.repeat_interleave(len(values)).to(dtype)]
-            for _ in range(2):
-                state.step([values.repeat(len(values))], seed=3)
-        found[name] = [*state.params, *state.m, *state.v, *state.most, *state.extras]
-    for a, b in zip(found["ours"], found["theirs"], strict=True):
-        number = torch.ones(len(a), dtype=torch.bool) if a.dtype == torch.int16 else ~a.isnan()
-        assert torch.equal(number, torch.ones(len(b), dtype=torch.bool) if b.dtype == torch.int16 else ~b.isnan())
-        assert torch.equal(bits(a)[number], bits(b)[number])
+    assert_extremes_alike(KERNELS, monkeypatch, precision, dtype)
 
 
 @pytest.mark.parametrize("places", [False, True])
 def test_what_is_frozen_or_beyond_misaligned_views_is_not_written(monkeypatch, places):
-    def make():
-        state = State((5003,), dtype=BF16, precision="kahan", amsgrad=True, places=places)
-        state.rooms = [torch.full((n + 11,), 7.0, dtype=dtype) for n, dtype in ((5003, BF16), *[(state.masks[0].nnz, FP32)] * 3, (state.masks[0].nnz, BF16))]
-        held = [state.params, state.m, state.v, state.most, state.extras]
-        for start, room, one in zip((1, 3, 5, 2, 7), state.rooms, held, strict=True):
-            view = room[start : start + len(one[0])]
-            one[0] = view.copy_(one[0])
-        frozen = ~state.masks[0].to_bool()
-        state.params[0][frozen] = float("nan")
-        state.copies = lambda: [room.clone() for room in state.rooms]
-        return state
-
-    def step(state):
-        (grad,) = state.grads(BF16)
-        poisoned = torch.where(state.masks[0].to_bool(), grad, float("nan"))
-        state.step([torch.cat([poisoned[:3], poisoned])[3:]])
-
-    assert_as_the_reference(monkeypatch, make, step)
+    assert_as_the_reference(monkeypatch, lambda: Windows(places), Windows.step_poisoned)
 
 
 @pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
@@ -227,21 +154,7 @@ def test_what_is_frozen_or_beyond_misaligned_views_is_not_written(monkeypatch, p
 def test_taken_and_put(monkeypatch, dtype, places, tile):
     """Between sentinels and at any alignment; two times two bits of a bf16 are lost in rounding, and ties go to even."""
     monkeypatch.setattr(kernels, "TILE", tile)
-    for n in (0, 1, 31, 2049, 5000):
-        state = State((n,), dtype=dtype, places=places)
-        held, offsets, active = state.held[0], state.offsets[0], state.masks[0].nnz
-        results = []
-        for take, put in ((kernels.masked_take_, kernels.masked_put_), (ops.reference_take, ops.reference_put)):
-            values, compact = torch.full((n + 9,), 7.0, dtype=dtype), torch.full((active + 9,), 7.0)
-            values[3 : 3 + n] = state.params[0]
-            into = compact[1 : 1 + active]
-            take(values[3 : 3 + n], held, offsets, into, False)
-            take(values[3 : 3 + n], held, offsets, into, True)
-            results += [values.clone(), compact.clone()]
-            into += torch.arange(active) * 2.0**-10
-            put(values[3 : 3 + n], held, offsets, into)
-            results += [values, compact]
-        assert same(results[:4], results[4:])
+    assert_taken_and_put_alike(kernels.masked_take_, kernels.masked_put_, (0, 1, 31, 2049, 5000), dtype, places)
 
 
 def test_places_beyond_two_billion(monkeypatch):

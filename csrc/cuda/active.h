@@ -1,0 +1,50 @@
+// The active coordinates of a bitmask, a warp a block of 2,048, whose first value is number offsets[block] of what is compact.
+//
+// A warp reads the bits of its block, writes where they are set into a queue in shared memory, and takes 32 of the queue at a
+// time. So no lane idles at any density, compact arrays are read and written a whole line at a time, and of dense ones only the
+// 32-byte sectors that hold an active coordinate. A lane a coordinate would load as much and, at a density of 20 %, issue five
+// times the instructions: more than an H100 has time for while memory delivers the bytes. Wider loads of dense arrays would save
+// instructions only where nearly everything is active.
+#pragma once
+#include "grid.h"
+
+#define OPD_MASK_BLOCK 2048
+#define OPD_MASK_WORDS (OPD_MASK_BLOCK / OPD_WARP)
+#define OPD_QUEUE_BYTES (2 * OPD_MASK_BLOCK)  // of a warp
+#define OPD_QUEUE_THREADS 256
+#define OPD_QUEUE_BLOCKS 4  // a multiprocessor: half of its threads, 128 KB of queues
+
+// Bits [32 i, 32 i + 32) of a mask of n coordinates at any address, zeros from n on.
+__device__ __forceinline__ opd_u32 mask_word(const opd_u8* mask, opd_i64 i, opd_i64 n) {
+  const opd_u8* at = mask + 4 * i;
+  const opd_i64 left = n - 32 * i;
+  if (left >= 32 && ((opd_u64)at & 3) == 0) return *(const opd_u32*)at;
+  opd_u32 word = 0;
+  for (int byte = 0; byte < 4; byte++)
+    if (8 * byte < left) word |= (opd_u32)at[byte] << 8 * byte;
+  return left >= 32 ? word : left > 0 ? word & ((1u << left) - 1) : 0;
+}
+
+__device__ __forceinline__ opd_u16* warp_queue(opd_u8* shared) {
+  return (opd_u16*)(shared + threadIdx.x / OPD_WARP * OPD_QUEUE_BYTES);
+}
+
+// Queues the places of a block's set bits, in order; how many. All lanes take part. A word at a time, a bit a lane: no two lanes
+// meet in a bank, and it takes as long at any density.
+__device__ __forceinline__ int queue_active(const opd_u8* mask, opd_i64 block, opd_i64 n, opd_u16* queue) {
+  const int lane = threadIdx.x % OPD_WARP;
+  const opd_u32 below = (1u << lane) - 1;
+  int queued = 0;
+#pragma unroll
+  for (int half = 0; half < OPD_MASK_WORDS; half += OPD_WARP) {
+    const opd_u32 mine = mask_word(mask, block * OPD_MASK_WORDS + half + lane, n);
+#pragma unroll 4
+    for (int w = 0; w < OPD_WARP; w++) {
+      const opd_u32 word = __shfl_sync(OPD_ALL_LANES, mine, w);
+      if (word >> lane & 1) queue[queued + __popc(word & below)] = (opd_u16)(32 * (half + w) + lane);
+      queued += __popc(word);
+    }
+  }
+  __syncwarp();
+  return queued;
+}
