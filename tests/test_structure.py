@@ -34,7 +34,6 @@ GAPS = {  # what a family has no file for, and why
     (family, column): why
     for family, why in {
         "gram": "Triton serves: its products run on matrix units, which plain CUDA C++ does not reach",
-        "patch": "Triton serves tensors on a GPU in this version",
     }.items()
     for column in CUDA
 }

@@ -16,6 +16,7 @@ from opdkernels.backends.cuda import launch
 
 FAMILIES = {
     "delta_": "delta", "overlap_": "overlap", "quantile": "quantile",
+    "patch_gather_": "patch", "patch_scatter_": "patch", "patch_check": "patch", "patch_digest": "patch",
     "masked_adamw_": "step", "masked_sgd_": "step", "masked_take_": "step", "masked_put_": "step",
 }  # fmt: skip
 

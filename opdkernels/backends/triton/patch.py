@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from opdkernels.backends import gpu
 from opdkernels.backends.triton import launch
 from opdkernels.backends.triton.numeric import bits_set
 from opdkernels.backends.triton.quantile import bits_of_mask
@@ -28,10 +29,10 @@ TILE_BYTES = 1 << 12  # of either side of a tile
 CHUNK = 1024  # offsets that are checked at a time
 ROWS, STEPS = 4, 8  # blocks that a program of `finish` takes, eight words of each a lane; units that are loaded ahead
 
-BLOCK = tl.constexpr(1 << 16)
+BLOCK = tl.constexpr(gpu.PATCH_BLOCK)
 UNIT = tl.constexpr(1024)
 UNIT_WORDS, STRIPES = tl.constexpr(128), tl.constexpr(16)
-VALID = tl.constexpr(1 << 62)  # the first bad block where there is none
+VALID = tl.constexpr(gpu.VALID)
 
 SECRET = bytes.fromhex(
     "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221b8084674f743248ee03590e6813a264c"
@@ -327,36 +328,17 @@ def units_of(values: torch.Tensor) -> int:
     return triton.cdiv(values.numel() * values.itemsize, UNIT.value)
 
 
-def blocks_of(numel: int) -> int:
-    return triton.cdiv(numel, BLOCK.value)
-
-
 def key_table(device: torch.device) -> torch.Tensor:
-    """Words of the digest, int64 [21, 8]; not waited for."""
+    """Words of the digest, int64 [21, 8]."""
     words = [int.from_bytes(SECRET[at + 8 * i :][:8], "little", signed=True) for at in KEY_OFFSETS for i in range(8)]
     start = [word - (1 << 64) if word >> 63 else word for word in START]
-    return torch.tensor(words + start, dtype=torch.int64).to(device, non_blocking=True)
-
-
-def starts_of(lengths: torch.Tensor) -> torch.Tensor:
-    """Where each begins and the last ends, int64 [one more]."""
-    starts = torch.zeros(len(lengths) + 1, dtype=torch.int64, device=lengths.device)
-    torch.cumsum(lengths, 0, out=starts.narrow(0, 1, len(lengths)))
-    return starts
-
-
-def block_sizes(numel: int, device: torch.device) -> torch.Tensor:
-    return (numel - torch.arange(blocks_of(numel), device=device) * BLOCK.value).clamp(max=BLOCK.value)
-
-
-def position_bytes(counts: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    return torch.minimum(2 * counts.long(), (sizes + 7) // 8)
+    return gpu.on_device(words + start, device)
 
 
 def finish_digests(sums: torch.Tensor, table: torch.Tensor, values: torch.Tensor, digests: torch.Tensor) -> None:
     rows = digests.numel() // 2
     launch.run(
-        finish, (triton.cdiv(rows, ROWS),), sums, table, digests, rows, blocks_of(values.numel()), units_of(values),
+        finish, (triton.cdiv(rows, ROWS),), sums, table, digests, rows, gpu.blocks_of(values.numel()), units_of(values),
         warps=1, UNITS=BLOCK.value * values.itemsize // UNIT.value, ROWS=ROWS, STEPS=STEPS,
     )  # fmt: skip
 
@@ -374,16 +356,16 @@ def patch_gather_(
     n, units, tile, device = source.numel(), units_of(source), tile_of(source), source.device
     if not n:
         return
-    blocks, table = blocks_of(n), key_table(device)
+    blocks, table = gpu.blocks_of(n), key_table(device)
     mask = torch.empty(blocks * BLOCK.value // 8, dtype=torch.uint8, device=device)
     tile_counts = torch.zeros(blocks, BLOCK.value // tile, dtype=torch.int32, device=device)
     sums = torch.empty(2, units, 8, dtype=torch.int64, device=device)
     grid = (launch.programs(device, triton.cdiv(n, tile)),)
     launch.run(compare, grid, source, trained, table, mask, tile_counts, sums, n, units, TILE=tile)
     torch.sum(tile_counts, 1, dtype=torch.int32, out=counts)
-    starts = starts_of(position_bytes(counts, block_sizes(n, device)))
+    starts = gpu.starts_of(gpu.position_bytes(counts, n))
     launch.run(
-        compress, grid, source, trained, mask, starts_of(tile_counts.flatten()), counts, starts, positions, values, n,
+        compress, grid, source, trained, mask, gpu.starts_of(tile_counts.flatten()), counts, starts, positions, values, n,
         DIFFERENCE=difference, TILE=tile,
     )  # fmt: skip
     finish_digests(sums, table, source, digests)
@@ -393,31 +375,23 @@ def decoded(
     counts: torch.Tensor, positions: torch.Tensor, numel: int, stored: int, tile: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The first bad block, or their number where lengths do not fit, or VALID, int64 [1]; change bits; their number a tile."""
-    blocks, device = blocks_of(numel), counts.device
-    sizes = block_sizes(numel, device)
-    lengths = position_bytes(counts, sizes)
-    impossible = torch.where((counts < 0) | (counts > sizes), torch.arange(blocks, device=device), VALID.value)
-    unfit = (lengths.sum() != positions.numel()) | (counts.sum() != stored)
-    fits = torch.cat([impossible, torch.where(unfit, blocks, VALID.value).view(1)]).amin(0, keepdim=True)
+    blocks, device = gpu.blocks_of(numel), counts.device
+    fits = gpu.first_unfit(counts, positions, numel, stored)
     bad = fits.clone()
     words = torch.zeros(blocks * BLOCK.value // 32, dtype=torch.int32, device=device)
     mask = words.view(torch.uint8)
     tile_counts = torch.zeros(blocks * (BLOCK.value // tile), dtype=torch.int32, device=device)
     if blocks:
         launch.run(
-            decode, (blocks,), counts, starts_of(lengths), positions, fits, mask, words, tile_counts, bad, numel,
+            decode, (blocks,), counts, gpu.starts_of(gpu.position_bytes(counts, numel)), positions, fits, mask, words, tile_counts, bad, numel,
             warps=4, TILE=tile, CHUNK=CHUNK,
         )  # fmt: skip
     return bad, mask, tile_counts
 
 
-def status_of(bad: torch.Tensor) -> torch.Tensor:
-    return torch.where(bad == VALID.value, -1, bad)
-
-
 def patch_check(counts: torch.Tensor, positions: torch.Tensor, numel: int, stored: int) -> torch.Tensor:
     """The operator, for contiguous tensors of one device."""
-    return status_of(decoded(counts, positions, numel, stored, TILE_BYTES)[0])
+    return gpu.status_of(decoded(counts, positions, numel, stored, TILE_BYTES)[0])
 
 
 def patch_scatter_(
@@ -436,16 +410,16 @@ def patch_scatter_(
         table, sums = key_table(device), torch.empty(units, 8, dtype=torch.int64, device=device)
         launch.run(
             restore, (launch.programs(device, triton.cdiv(n, tile)),),
-            source, mask, starts_of(tile_counts), values, bad, out, table, sums, n, units, DIFFERENCE=difference, TILE=tile,
+            source, mask, gpu.starts_of(tile_counts), values, bad, out, table, sums, n, units, DIFFERENCE=difference, TILE=tile,
         )  # fmt: skip
         finish_digests(sums, table, source, digests)
-    return status_of(bad)
+    return gpu.status_of(bad)
 
 
 def patch_digest(values: torch.Tensor) -> torch.Tensor:
     """The operator, for contiguous integers of one device."""
     n, units, tile, device = values.numel(), units_of(values), tile_of(values), values.device
-    digests = torch.empty(blocks_of(n), 2, dtype=torch.int64, device=device)
+    digests = torch.empty(gpu.blocks_of(n), 2, dtype=torch.int64, device=device)
     if n:
         table, sums = key_table(device), torch.empty(units, 8, dtype=torch.int64, device=device)
         launch.run(digest, (launch.programs(device, triton.cdiv(n, tile)),), values, table, sums, n, units, TILE=tile)

@@ -36,6 +36,11 @@ KERNELS = {
     "step_sgd": (64, 0),
     "step_take": (64, 0),
     "step_put": (64, 0),
+    **{f"patch_compare_{width}": (64, 4) for width in (1, 2, 4, 8)},
+    **{f"patch_compress_{width}": (64, 0) for width in (1, 2, 4, 8)},
+    **{f"patch_restore_{width}": (64, 2) for width in (1, 2, 4, 8)},
+    "patch_decode": (64, 0),
+    "patch_digest": (64, 2),
 }
 FUSING = ("step_adamw", "step_sgd")  # where the reference does; their quotients and roots are made of fused steps too
 FAMILIES = sorted({name.split("_")[0] for name in KERNELS})
@@ -61,6 +66,13 @@ def assert_kernel_holds(name: str, code: Code) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nvcc(kernel, target):
     assert_kernel_holds(kernel, machine_code.built(target)[kernel])
+
+
+@needs_nvcc
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_what_is_restored_is_stored_sixteen_bytes_at_a_time(width, target):
+    assert machine_code.built(target)[f"patch_restore_{width}"].count(r"\bSTG\.E\.(?:\w+\.)*128\b") >= 1
 
 
 @needs_nvcc

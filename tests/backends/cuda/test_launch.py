@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opdkernels.backends import gpu
-from opdkernels.backends.cuda import delta, launch, overlap, quantile, step
+from opdkernels.backends.cuda import delta, launch, overlap, patch, quantile, step
 from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS
 from opdkernels.ops.step import BLOCK, adamw_scalars
 
@@ -45,6 +45,16 @@ def call_quantile(dtype: torch.dtype, n: int) -> None:
 def call_overlap(runs: int, n: int) -> None:
     outputs = (on_cuda(32768), on_cuda(runs, 32768), on_cuda(runs, runs), on_cuda(runs + 1), on_cuda(2))
     overlap.overlap_(on_cuda(n, dtype=BF16), [on_cuda(n, dtype=FP32)] * runs, 0x3728, *outputs)
+
+
+def call_patch(dtype: torch.dtype, n: int) -> None:
+    w, v, values = (on_cuda(n, dtype=dtype) for _ in range(3))
+    blocks = gpu.blocks_of(n)
+    counts, positions = on_cuda(blocks, dtype=torch.int32), on_cuda((n + 7) // 8, dtype=torch.uint8)
+    patch.patch_gather_(w, v, True, counts, positions, values, on_cuda(2, blocks, 2))
+    patch.patch_scatter_(w, counts, positions, values, True, v, on_cuda(blocks, 2))
+    patch.patch_digest(w)
+    patch.patch_check(counts, positions, n, n)
 
 
 def call_adamw(sizes: list[int], active: int) -> None:
@@ -83,6 +93,19 @@ def test_a_step_of_many_tensors_is_one_launch_that_fills_the_device(monkeypatch)
         assert (len(table), len(ends), count) == (17 * some, some, some)
         assert {one.device.type for one in (table, scalars)} == {device.type} == {"cuda"}
     assert launches(monkeypatch, lambda: call_adamw([0], 0)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_patch_reads_a_pair_twice_and_goes_back_in_one_pass(monkeypatch, dtype):
+    width, blocks = dtype.itemsize, -(-BEYOND // 2**16)
+    started = launches(monkeypatch, lambda: call_patch(dtype, BEYOND))
+    names = [f"patch_compare_{width}", f"patch_compress_{width}", "patch_decode", f"patch_restore_{width}", "patch_digest", "patch_decode"]
+    assert [one[0] for one in started] == names
+    assert [one[1] for one in started] == [blocks, 4 * 132, *[blocks] * 4]
+    sums, change_bits = 4096 * width, 8200  # of a unit 64 bytes, in shared memory
+    assert [one[3] for one in started] == [2 * sums, 8 * 4096, change_bits, sums, sums, change_bits]
+    assert max(one[3] for one in started) <= ADA
+    assert launches(monkeypatch, lambda: call_patch(dtype, 0)) == []
 
 
 @pytest.mark.parametrize(("shared_bytes", "tables"), [(HOPPER, 3), (AMPERE, 2), (ADA, 1), (48 << 10, 0)])

@@ -11,16 +11,19 @@ import pytest
 import torch
 
 from opdkernels.backends import gpu
-from opdkernels.backends.cuda import delta, overlap, quantile, step
+from opdkernels.backends.cuda import delta, overlap, patch, quantile, step
 from opdkernels.ops import delta as delta_ops
 from opdkernels.ops import quantile as quantile_ops
 from opdkernels.ops import step as step_ops
 from opdkernels.ops.delta import NUMEL
+from opdkernels.ops.patch import BLOCK
 from tests.backends.cuda.host import compiled, needs_compiler, run_on, source_of
 from tests.backends.cuda.test_delta import tally_of
 from tests.backends.cuda.test_overlap import by_kernel
 from tests.conftest import make_pair
 from tests.ops.test_overlap import by_reference, make_runs
+from tests.ops.test_patch import by_reference as gathered_by_reference
+from tests.ops.test_patch import make_bits
 from tests.ops.test_step import State, bits
 
 pytestmark = needs_compiler
@@ -145,3 +148,52 @@ def test_places_of_step(monkeypatch):
     assert taken.tolist() == [1, 2, 3, 4]
     step.masked_put_(values, places, none, taken + 4)
     assert values[places].tolist() == [5, 6, 7, 8]
+
+
+SHIFT = 2**32 + 8  # of positions and values, whose bytes before are reserved too
+
+
+def pair_of_two_blocks() -> tuple[torch.Tensor, torch.Tensor]:
+    """Whose last two launched tiles of `compress` have all that changed."""
+    w, v = make_bits(BLOCK + N % BLOCK, torch.int16, 0.02)
+    v[: BLOCK - 4096] = w[: BLOCK - 4096]
+    return w, v
+
+
+def gathered_at_the_end(monkeypatch) -> tuple:
+    """Positions, values, counts and digests of the last two blocks, stored behind 2^32 others; and what they are."""
+    starts_of = gpu.starts_of
+    monkeypatch.setattr(gpu, "starts_of", lambda lengths: starts_of(lengths) + SHIFT)
+    monkeypatch.setattr(patch, "THREADS", THREADS)
+    monkeypatch.setattr(patch, "QUEUE_THREADS", THREADS)
+    w, v = pair_of_two_blocks()
+    blocks, room = gpu.blocks_of(N), 10_000
+    source, trained = reserved(N, torch.int16, w), reserved(N, torch.int16, v)
+    positions, values = (reserved(SHIFT + room, dtype, torch.zeros(room, dtype=dtype)) for dtype in (torch.uint8, torch.int16))
+    counts, digests = torch.zeros(blocks, dtype=torch.int32), torch.zeros(2, blocks, 2, dtype=torch.int64)
+    patch.patch_gather_(source, trained, False, counts, positions, values, digests)
+    expected, expected_digests = gathered_by_reference(w, v, False)
+    used, changed = len(expected.positions), expected.changed
+    found = positions[SHIFT : SHIFT + used], values[SHIFT : SHIFT + changed], counts[-2:], digests[:, -2:]
+    return found, (expected.positions, expected.values, expected.counts, expected_digests), (source, counts, positions, values, v)
+
+
+def test_patch(monkeypatch):
+    use(monkeypatch, "patch")
+    found, expected, (source, counts, positions, values, v) = gathered_at_the_end(monkeypatch)
+    assert all(map(torch.equal, found, expected))
+    monkeypatch.setattr(gpu, "first_unfit", lambda *lengths: torch.tensor([gpu.VALID]))
+    out, digests = reserved(N, torch.int16, torch.zeros_like(v)), torch.zeros(len(counts), 2, dtype=torch.int64)
+    assert int(patch.patch_scatter_(source, counts, positions, values, False, out, digests)) == -1
+    assert torch.equal(out[-len(v) :], v)
+    assert torch.equal(digests[-2:], expected[3][1])
+    assert torch.equal(patch.patch_digest(out)[-2:], expected[3][1])
+
+
+def test_a_position_at_32_bits_is_caught(monkeypatch):
+    start = "opd_u8* to = positions + starts[block];"
+    assert start in source_of("patch")
+    use(monkeypatch, "patch", source_of("patch").replace(start, "opd_u8* to = positions + (opd_u32)starts[block];"))
+    found, expected, _ = gathered_at_the_end(monkeypatch)
+    assert torch.equal(found[1], expected[1])
+    assert not torch.equal(found[0], expected[0])

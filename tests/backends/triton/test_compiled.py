@@ -160,7 +160,7 @@ def test_gram_in_fp64(monkeypatch, target, across):
 
 
 def call_patch(dtype: torch.dtype, n: int = N) -> None:
-    blocks = patch.blocks_of(n)
+    blocks = gpu.blocks_of(n)
     w, v, values = (on_cuda(n, dtype=dtype) for _ in range(3))
     counts, positions = on_cuda(blocks, dtype=torch.int32), on_cuda(n // 8, dtype=torch.uint8)
     patch.patch_gather_(w, v, True, counts, positions, values, on_cuda(2, blocks, 2))
