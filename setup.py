@@ -4,6 +4,7 @@ translation unit with its own flags, chosen at run time. Without a compiler the 
 Where nvcc is, builds opdkernels/_cuda.so too, the CUDA kernels: machine code for the GPUs below and PTX for later ones. It needs
 no GPU, neither here nor to be loaded; without it NVRTC or Triton serves GPUs, so that it never fails an install."""
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -28,19 +29,27 @@ CUDA_SOURCES = sorted(str(p) for p in Path("csrc/cuda").iterdir() if p.suffix in
 CUDA_DEPENDS = [*CUDA_SOURCES, *sorted(str(p) for p in Path("csrc/cuda").glob("*.h")), "csrc/numeric.h", *(f"csrc/{Path(p).stem}.h" for p in CUDA_SOURCES if p.endswith(".cu"))]
 
 
+def load_sources():
+    """opdkernels/backends/cuda/sources.py without the package, which needs torch."""
+    spec = importlib.util.spec_from_file_location("sources", "opdkernels/backends/cuda/sources.py")
+    sources = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sources)
+    return sources
+
+
 def build_cuda(nvcc, library):
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     targets = [f"arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES if f"compute_{a}" in known]
     targets.append(f"arch=compute_{CUDA_ARCHITECTURES[0]},code=compute_{CUDA_ARCHITECTURES[0]}")
-    subprocess.run([nvcc, *NVCC_FLAGS, *(f"-gencode={t}" for t in targets), *CUDA_SOURCES, "-o", str(library)], check=True)
+    named = f'-DOPD_SOURCES="{load_sources().digest()}"'
+    subprocess.run([nvcc, *NVCC_FLAGS, named, *(f"-gencode={t}" for t in targets), *CUDA_SOURCES, "-o", str(library)], check=True)
 
 
 def build_cuda_where_nvcc_is(library):
     """Never fails: others serve GPUs without it."""
     home = os.environ.get("CUDA_HOME")
     nvcc = (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which("nvcc")
-    newest = max(os.path.getmtime(path) for path in CUDA_DEPENDS)
-    if nvcc is None or (library.is_file() and library.stat().st_mtime > newest):
+    if nvcc is None or load_sources().made(library):
         return
     try:
         build_cuda(nvcc, library)

@@ -68,6 +68,7 @@ def examine() -> dict[str, Any]:
         "instruction_set_used": module.current_isa() if module is not None else None,
         "compiler_here": shutil.which("g++") or shutil.which("c++"),
         "cuda_library": cuda.launch.cuda_of_library(),
+        "cuda_library_is_stale": cuda.launch.library_is_stale(),
         "cupy": cuda.launch.cuda_of_cupy(),
         "nvcc_here": shutil.which("nvcc"),
         "triton": installed("triton"),
@@ -87,6 +88,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     sets = ", ".join(found["instruction_sets"]) or "none"
     library = f"for CUDA {found['cuda_library']}" if found["cuda_library"] else "no"
     gpu = printable(", ".join(found["cuda_devices"])) or f"no devices{': ' + found['cuda_devices_why_none'] if found['cuda_devices_why_none'] else ''}"
+    if found["cuda_library_is_stale"]:
+        library += ", passed over: library built from other sources; rebuild (reinstall opdkernels)"
     cupy = f"CuPy for CUDA {found['cupy']}" if found["cupy"] else "no CuPy"
     return [
         f"opdkernels {found['opdkernels']}, Python {found['python']}, torch {found['torch']}, {found['machine']}, {found['threads']} threads",

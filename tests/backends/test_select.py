@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 
 from opdkernels import doctor
 from opdkernels.backends import cpu, cuda, select, triton
+from opdkernels.backends.cuda import sources
 from opdkernels.errors import UsageError
 from opdkernels.ops import gram, overlap, quantile  # noqa: F401  (declare their operators)
 from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS, Tally
@@ -34,10 +36,11 @@ def with_triton(monkeypatch, version: str | None) -> None:
     monkeypatch.setattr(triton, "version", installed)
 
 
-def with_cuda(monkeypatch, *, torch_for: str | None = "13.0", library: int | None = None, cupy: int | None = None) -> None:
+def with_cuda(monkeypatch, *, torch_for: str | None = "13.0", library: int | None = None, cupy: int | None = None, stale: bool = False) -> None:
     monkeypatch.setattr(torch.version, "cuda", torch_for)
     monkeypatch.setattr(cuda.launch, "cuda_of_library", lambda: library)
     monkeypatch.setattr(cuda.launch, "cuda_of_cupy", lambda: cupy)
+    monkeypatch.setattr(cuda.launch, "library_is_stale", lambda: stale)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -92,6 +95,39 @@ def test_doctor_names_the_gpus_or_why_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", none)
     assert "no devices: The NVIDIA driver on your system is too old (found version 11040); torch" in "\n".join(doctor.lines(doctor.examine()))
+
+
+def test_a_library_of_other_sources_is_passed_over(monkeypatch):
+    with_triton(monkeypatch, "3.7.1")
+    with_cuda(monkeypatch, library=13, stale=True)
+    assert select.chosen("delta_", "cuda") == "triton"
+    found = doctor.examine()
+    assert "torch is built for CUDA 13, the library was built from other sources and CuPy is not installed" in found["cuda_kernels"]
+    assert "library built from other sources; rebuild" in "\n".join(doctor.lines(found))
+    with_cuda(monkeypatch, library=13, cupy=13, stale=True)
+    assert cuda.launch.source_at_hand() == "nvrtc"
+    assert "library built from other sources; rebuild" in "\n".join(doctor.lines(doctor.examine()))
+
+
+def test_a_library_holds_the_digest_of_every_source_it_is_built_from(monkeypatch, tmp_path):
+    root = sources.folder().parent
+    copied = tmp_path / "csrc"
+    shutil.copytree(root, copied)
+    monkeypatch.setattr(sources, "FOLDERS", (copied / "cuda",))
+    digest = sources.digest.__wrapped__
+    before = digest()
+    library = tmp_path / "library"
+    library.write_bytes(b"\0" + sources.digest().encode() + b"\0")
+    assert sources.made(library)
+    assert before == sources.digest()
+    for name in ("cuda/delta.cu", "cuda/grid.h", "cuda/runtime.cpp", "delta.h", "numeric.h"):
+        text = (copied / name).read_text()
+        (copied / name).write_text(text + "// another\n")
+        assert digest() != before
+        (copied / name).write_text(text)
+    library.write_bytes(library.read_bytes().swapcase())
+    assert not sources.made(library)
+    assert not sources.made(tmp_path / "none")
 
 
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels")

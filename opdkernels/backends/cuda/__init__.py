@@ -32,6 +32,8 @@ def why_not() -> str:
     major = torch.version.cuda.split(".")[0]
     library, cupy = launch.cuda_of_library(), launch.cuda_of_cupy()
     built = f"the kernels built at install are for CUDA {library}" if library else "no kernels were built at install, where nvcc was missing"
+    if launch.library_is_stale():
+        built = "the library was built from other sources"
     other = f"CuPy is for CUDA {cupy}" if cupy else "CuPy is not installed"
     return f"torch is built for CUDA {major}, {built} and {other}: pip install cupy-cuda{major}x, or reinstall with CUDA {major}'s nvcc"
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from opdkernels.backends import gpu
-from opdkernels.backends.cuda.sources import source_of
+from opdkernels.backends.cuda.sources import made, source_of
 
 LIBRARY = Path(__file__).parents[2] / "_cuda.so"
 OPTIONS = ("-std=c++17", "--fmad=false")  # products and sums are never fused, each rounds as on the CPU
@@ -84,6 +84,12 @@ def cuda_of_library() -> int | None:
         return None
 
 
+@functools.cache
+def library_is_stale() -> bool:
+    """Whether the library was built from other sources than those here: its kernels may take other arguments."""
+    return LIBRARY.is_file() and not made(LIBRARY)
+
+
 def cuda_of_cupy() -> int | None:
     """CUDA's major version of the CuPy installed, the latest where there are several."""
     for major in (13, 12):
@@ -100,7 +106,8 @@ def source_at_hand() -> str | None:
     wanted = int((torch.version.cuda or "0").split(".")[0])
     if torch.version.hip is not None or not wanted:
         return None
-    return "built" if cuda_of_library() == wanted else "nvrtc" if cuda_of_cupy() == wanted else None
+    built = cuda_of_library() == wanted and not library_is_stale()
+    return "built" if built else "nvrtc" if cuda_of_cupy() == wanted else None
 
 
 @functools.cache

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2]
-FOLDERS = (PACKAGE / "csrc", PACKAGE.parent / "csrc")  # installed, in a checkout
+FOLDERS = (PACKAGE / "csrc" / "cuda", PACKAGE.parent / "csrc" / "cuda")  # installed, in a checkout
 
 
 def flattened(source: Path, seen: set[Path] | None = None) -> str:
@@ -24,7 +25,22 @@ def flattened(source: Path, seen: set[Path] | None = None) -> str:
     return re.sub(r'^#include "(.+)"$', included, source.read_text().replace("#pragma once\n", ""), flags=re.MULTILINE)
 
 
+def folder() -> Path:
+    return next((one for one in FOLDERS if one.is_dir()), FOLDERS[-1])
+
+
 @functools.cache
 def source_of(family: str) -> str:
-    folder = next(folder for folder in FOLDERS if (folder / "cuda" / f"{family}.cu").is_file())
-    return flattened(folder / "cuda" / f"{family}.cu")
+    return flattened(folder() / f"{family}.cu")
+
+
+@functools.cache
+def digest() -> str:
+    """SHA-256 of all that a library is built from."""
+    built = sorted(path for path in folder().glob("*") if path.suffix in (".cu", ".cpp"))
+    return hashlib.sha256("".join(path.name + flattened(path) for path in built).encode()).hexdigest()
+
+
+def made(library: Path) -> bool:
+    """Whether a library was built from these sources: it holds their digest (csrc/cuda/runtime.cpp)."""
+    return library.is_file() and digest().encode() in library.read_bytes()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opdkernels.backends.cuda import launch
-from opdkernels.backends.cuda.sources import source_of
+from opdkernels.backends.cuda.sources import made, source_of
 from tests.backends import shown
 from tests.backends.cuda.host import ROOT, folder
 
@@ -52,9 +52,7 @@ def nvrtc() -> ctypes.CDLL | None:
 @functools.cache
 def library() -> Path:
     """The library of the install, or another like it where the sources have changed since."""
-    kernels = list((ROOT / "csrc/cuda").glob("*.cu"))
-    sources = [*(ROOT / "csrc/cuda").iterdir(), ROOT / "csrc/numeric.h", *(ROOT / f"csrc/{path.stem}.h" for path in kernels)]
-    if launch.LIBRARY.is_file() and launch.LIBRARY.stat().st_mtime >= max(p.stat().st_mtime for p in sources):
+    if made(launch.LIBRARY):
         return launch.LIBRARY
     path = folder() / "_cuda.so"
     build = "import sys; sys.path.insert(0, '.'); import setup; setup.build_cuda(sys.argv[1], sys.argv[2])"
