@@ -162,6 +162,19 @@ def test_extremes_round_as_the_reference(monkeypatch, precision, dtype):
     assert_extremes_alike(KERNELS, monkeypatch, precision, dtype)
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_a_second_moment_below_zero_has_no_root(monkeypatch, amsgrad):
+    """No step leaves one, but a state that was loaded may hold it: it must not be taken for zero."""
+
+    state = State((2049,), density=0.5, amsgrad=amsgrad)
+    state.v[0].fill_(-1.0)
+    state.most = [v.clone() for v in state.v] if amsgrad else []
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.ops.opdkernels, "masked_adamw_", step.masked_adamw_, raising=False)
+        state.step(state.grads())
+    assert torch.equal(state.params[0].isnan(), state.masks[0].to_bool())
+
+
 @pytest.mark.parametrize("places", [False, True])
 def test_what_is_frozen_or_beyond_misaligned_views_is_not_written(monkeypatch, places):
     assert_as_the_reference(monkeypatch, lambda: Windows(places), Windows.step_poisoned)
