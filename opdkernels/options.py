@@ -41,7 +41,12 @@ def device_name(text: str) -> str:
     return str(text)
 
 
+def device_or_auto(text: str) -> str:
+    return text if text == "auto" else device_name(text)
+
+
 DeviceName = Annotated[str, BeforeValidator(device_name)]
+DeviceOrAuto = Annotated[str, BeforeValidator(device_or_auto)]
 
 
 class Options(BaseModel):

@@ -54,11 +54,12 @@ def test_on_the_cpu(check, family, backend):
 def test_cuda_kernels_on_fibers(monkeypatch, family):
     """The checks start CUDA C++ as they will on a GPU, from the origin that they name."""
     from opdkernels.backends import cuda
+    from opdkernels.backends.cuda import launch
 
     kernels = compiled(family)
     run_on(monkeypatch, kernels)
-    backend = Backend("fibers", started_by(kernels), cuda.KERNELS.__contains__)
-    monkeypatch.setattr(cuda, "kernels", lambda: pytest.fail("another origin was started"))
+    backend = Backend("fibers", started_by(kernels), cuda.FAMILIES.__contains__)
+    monkeypatch.setattr(launch, "kernels", lambda: pytest.fail("another origin was started"))
     assert backend.serves_all(FAMILIES[family])
     checks.equals_the_cpu(FAMILIES[family], backend, HERE, (0, 31, 300))
     checks.takes_misaligned_views(FAMILIES[family], backend, HERE, (31, 300))
@@ -203,16 +204,18 @@ def test_inputs_that_are_not_waited_for_are_caught():
 
 
 def test_the_backends_of_a_gpu_are_those_that_are_there(monkeypatch):
-    from opdkernels.backends import cuda, triton
+    from opdkernels.backends import triton
+    from opdkernels.backends.cuda import launch
 
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(cuda, "Built", lambda path: "built")
-    monkeypatch.setattr(cuda, "Compiled", lambda: "compiled")
+    monkeypatch.setattr(launch, "Built", lambda path: "built")
+    monkeypatch.setattr(launch, "Compiled", lambda: "compiled")
+    monkeypatch.setattr(launch, "library_is_stale", lambda: False)
     monkeypatch.setattr(triton, "why_not", lambda: "")
     for library, cupy, names in ((13, 13, ["CUDA library", "NVRTC", "Triton"]), (12, None, ["Triton"]), (None, 13, ["NVRTC", "Triton"])):
-        monkeypatch.setattr(cuda, "cuda_of_library", lambda library=library: library)
-        monkeypatch.setattr(cuda, "cuda_of_cupy", lambda cupy=cupy: cupy)
+        monkeypatch.setattr(launch, "cuda_of_library", lambda library=library: library)
+        monkeypatch.setattr(launch, "cuda_of_cupy", lambda cupy=cupy: cupy)
         here, missing = backends.found(gpu)
         assert [one.name for one in here] == [*names, "reference", "package"]
         assert len(missing) == 3 - len(names)
@@ -221,7 +224,7 @@ def test_the_backends_of_a_gpu_are_those_that_are_there(monkeypatch):
     def broken():
         raise OSError("no libnvrtc")
 
-    monkeypatch.setattr(cuda, "Compiled", broken)
+    monkeypatch.setattr(launch, "Compiled", broken)
     monkeypatch.setattr(triton, "why_not", lambda: "Triton is not installed")
     assert backends.found(gpu)[1] == ["CUDA library: not here, torch is for CUDA 13", "NVRTC: no libnvrtc", "Triton is not installed"]
 

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.gpu.families import REFERENCES, Family, Kernel
 from opdkernels.backends import cpu, cuda, triton
+from opdkernels.backends.cuda import launch
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def started_by(kernels: Any) -> Kernel:
 
     def kernel(operator: str) -> Callable:
         def call(*arguments: Any) -> Any:
-            with patch.object(cuda, "kernels", lambda: kernels):
+            with patch.object(launch, "kernels", lambda: kernels):
                 return cuda.kernel(operator)(*arguments)
 
         return call
@@ -59,13 +60,13 @@ def found(device: torch.device) -> tuple[list[Backend], list[str]]:
     backends, missing = [], []
     major = int((torch.version.cuda or "0").split(".")[0])
     origins: Iterable[tuple[str, int | None, Callable[[], Any]]] = (
-        ("CUDA library", cuda.cuda_of_library(), lambda: cuda.Built(cuda.LIBRARY)),
-        ("NVRTC", cuda.cuda_of_cupy(), cuda.Compiled),
+        ("CUDA library", None if launch.library_is_stale() else launch.cuda_of_library(), lambda: launch.Built(launch.LIBRARY)),
+        ("NVRTC", launch.cuda_of_cupy(), launch.Compiled),
     )
     for name, found_major, make in origins:
         if major and found_major == major:
             try:
-                backends.append(Backend(name, started_by(make()), cuda.KERNELS.__contains__))
+                backends.append(Backend(name, started_by(make()), cuda.FAMILIES.__contains__))
             except Exception as error:
                 missing.append(f"{name}: {error}")
         else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from opdkernels.errors import InputError, UsageError, printable
-from opdkernels.options import DeviceName, checked
+from opdkernels.options import DeviceOrAuto, checked
 
 if TYPE_CHECKING:
     from opdkernels.ops.divergence import Divergence
@@ -27,7 +27,7 @@ class DistillOptions(BaseModel):
     teacher: str = Field("", description="Folder or hub id of the teacher; several by a prompt's tag as math=A,code=B; self: the student's own weights, with what a prompt's `privileged` adds to it; empty where kl_weight is 0.")  # fmt: skip
     ema: float = Field(1.0, ge=0, le=1, description="Of teacher=self: how much of its weights each step keeps; 1: those that the student began with.")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="How weights are stored.")
-    device: Literal["auto"] | DeviceName = Field("auto", description="cpu, cuda, cuda:1; auto: a GPU if there is one.")
+    device: DeviceOrAuto = Field("auto", description="cpu, cuda, cuda:1; auto: a GPU if there is one.")
     lora_rank: int = Field(0, ge=0, description="Train LoRA factors of this rank (peft) in place of the weights; 0: the weights.")
     gradient_checkpointing: bool = Field(False, description="Compute activations again in backward: less memory, a third more time.")
 
