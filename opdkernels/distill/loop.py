@@ -28,7 +28,7 @@ from opdkernels.backends.devices import device_of
 from opdkernels.distill.log import Clock, Log
 from opdkernels.distill.models import Text, end_tokens, load_model, load_text, transformers
 from opdkernels.distill.objective import Objective, advantages, objective
-from opdkernels.distill.optimizers import optimizer_of, rate, with_lora
+from opdkernels.distill.optimizers import WholeNorm, optimizer_of, rate, with_lora
 from opdkernels.distill.options import DistillOptions
 from opdkernels.distill.ranks import Ranks, bind
 from opdkernels.distill.rollout import Prompts, Rollout, encode, recorded, sample
@@ -77,6 +77,7 @@ class Run:
     device: torch.device
     ranks: Ranks
     clock: Clock
+    whole: WholeNorm | None
 
 
 def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool = True) -> Outcome:
@@ -104,9 +105,10 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
         model.gradient_checkpointing_enable({"use_reentrant": False})
     bind(model, ranks, {"objective": objective, "scored": scored})
     optimizer = optimizer_of(options, model)
+    whole = WholeNorm(model) if options.masks else None
     compact_gradients(model, optimizer)
     teachers = teachers_of(options, model, optimizer, text, device)
-    run = Run(options, task, text, model, optimizer, teachers, end_tokens(model, text, options.stop), shared_ids(model, teachers), device, ranks, Clock(device))
+    run = Run(options, task, text, model, optimizer, teachers, end_tokens(model, text, options.stop), shared_ids(model, teachers), device, ranks, Clock(device), whole)
     step = resume(run, found[1]) if found else 0
     log = Log(folder, step, options.steps, options.tensorboard, quiet, ranks)
     tracker = None
@@ -161,7 +163,8 @@ def train(run: Run, step: int, look: bool) -> dict[str, Any]:
     if not tokens:
         return row | {"skipped": "every completion is empty"}
     sums: defaultdict[str, float] = defaultdict(float)
-    for teacher, rows in parts(run, rollout):
+    scored_at_once = list(parts(run, rollout))
+    for teacher, rows in scored_at_once:
         part = rollout.rows(rows)
         taught = None
         if teacher is not None and options.kl_weight:
@@ -179,6 +182,9 @@ def train(run: Run, step: int, look: bool) -> dict[str, Any]:
             group["lr"] = rate(options, step)
         norm = run.optimizer.clip_grad_norm_(options.clip or float("inf"))
         row |= {"grad_norm": float(norm), "lr": rate(options, step)}
+        if run.whole is not None:
+            norm_of_all = run.whole.take(run.ranks, run.device)
+            row |= {"grad_norm_full": norm_of_all} if len(scored_at_once) == 1 else {}
         if look:
             row["moments"] = moments_of(run.optimizer, run.ranks)
         if not (torch.isfinite(norm) and math.isfinite(row["loss"])):

@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 
 from opdkernels.distill.options import DistillOptions
+from opdkernels.distill.ranks import Ranks
 from opdkernels.errors import InputError, printable
 from opdkernels.masks import MaskSet
 from opdkernels.optim import MaskedAdamW, MaskedSGD
+from opdkernels.optim.bind import local_part
 from opdkernels.optim.masked import MaskedOptimizer
 
 
@@ -26,6 +28,27 @@ def optimizer_of(options: DistillOptions, model: torch.nn.Module) -> MaskedOptim
                            precision=options.precision, seed=options.seed)  # fmt: skip
     except ValueError as error:
         raise InputError(f"the masks do not fit the student ({printable(str(error))}); make them from this model") from None
+
+
+class WholeNorm:
+    """The norm of the whole gradient, frozen coordinates included, taken before gradients are gathered: what other trainers clip by.
+
+    Of one backward; gradients of several that add up are gone by the time they could be added.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.square = 0.0
+        for param in model.parameters():
+            if param.requires_grad:
+                param.register_post_accumulate_grad_hook(self._add)
+
+    def _add(self, param: torch.Tensor) -> None:
+        self.square += float(torch.linalg.vector_norm(local_part(param.grad)[0].detach(), dtype=torch.float64).square())  # type: ignore[arg-type]
+
+    def take(self, ranks: Ranks, device: torch.device) -> float:
+        """The norm since the last call, over all processes."""
+        found, self.square = ranks.total({"square": self.square}, device)["square"], 0.0
+        return found**0.5
 
 
 def with_lora(options: DistillOptions, model: torch.nn.Module) -> torch.nn.Module:

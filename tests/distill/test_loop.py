@@ -73,6 +73,7 @@ def test_frozen_coordinates_keep_their_bits(options, places, tmp_path):
     chosen = masks.random(places / "student", 0.1, seed=1)
     chosen.save(tmp_path / "m.safetensors")
     distill(options(masks=str(tmp_path / "m.safetensors"), lr=0.1), tmp_path / "run")
+    assert all(row["grad_norm_full"] > 2 * row["grad_norm"] for row in log(tmp_path / "run"))
     before, after = (load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors") for step in (0, 3))
     for name, mask in chosen.items():
         moved = before[name] != after[name]
