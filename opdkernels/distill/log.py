@@ -21,14 +21,14 @@ SHOWN = (("loss", "loss {:.4f}"), ("reverse_kl", "KL {:.4f}"), ("agreement", "ag
 
 
 class Log:
-    """Writes rows of figures; rows after `step`, of a run that was killed there, are let go."""
+    """Writes rows of figures; rows after `step`, of a run that was killed there, are let go, and from 0 on all."""
 
     def __init__(self, folder: Path, step: int, total: int, tensorboard: bool, quiet: bool, ranks: Ranks):
         self.path, self.scores, self.total, self.quiet = folder / "log.jsonl", folder / "scores.jsonl", total, quiet
         self.first_rank = ranks.first
         if ranks.first:
             for path in (self.path, self.scores):
-                write_rows(path, [row for row in read_rows(path) if row["step"] <= step])
+                write_rows(path, [row for row in read_rows(path) if step and row["step"] <= step])
         self.shown, self.began, self.first = 0.0, time.monotonic(), step
         self.board = board(folder, step) if tensorboard and ranks.first else None
 

@@ -232,6 +232,19 @@ def test_another_run_in_the_folder_is_refused(options, tmp_path):
         distill(options(steps=1), tmp_path / "else")
 
 
+def test_a_run_that_was_cut_before_its_first_checkpoint_begins_anew(options, tmp_path, monkeypatch):
+    chosen = options(steps=2, eval_size=4)
+    train = loop.train
+    monkeypatch.setattr(loop, "train", lambda run, step, look: train(run, step, look) if step < 1 else sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        distill(chosen, tmp_path / "cut")
+    monkeypatch.undo()
+    distill(chosen, tmp_path / "cut")
+    distill(chosen, tmp_path / "whole")
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+    assert read_rows(tmp_path / "cut" / "scores.jsonl") == read_rows(tmp_path / "whole" / "scores.jsonl")
+
+
 def test_a_damaged_state_is_named(options, tmp_path):
     distill(options(steps=1), tmp_path)
     (tmp_path / "checkpoint-1" / "training.pt").write_bytes(b"PK")
