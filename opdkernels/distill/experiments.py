@@ -125,7 +125,7 @@ def run_experiment(
     """Runs an experiment's arms, `arms` alone where given, with seeds 0, 1, …, in OUT/seed-S/ARM; runs that are finished are not made
     again. Writes results.json and table.md. density: how large the masks are; 0: all that shows in bf16.
 
-    Raises UsageError for an experiment or an arm that does not exist.
+    Raises UsageError for an experiment or an arm that does not exist, KeyboardInterrupt where a signal stopped a run, which is saved.
     """
     if name not in EXPERIMENTS:
         raise UsageError(f"there is no experiment {printable(name)}; there are {', '.join(EXPERIMENTS)}")
@@ -148,7 +148,8 @@ def run_experiment(
                 given["masks"] = os.fspath(file)
             if not quiet:
                 print(f"{name}, seed {seed}: {arm.name}", flush=True)
-            distill(DistillOptions(**given), place, quiet=quiet)
+            if distill(DistillOptions(**given), place, quiet=quiet).stopped:
+                raise KeyboardInterrupt
             rows = read_rows(place / "scores.jsonl")
             if arm is chosen[0]:
                 scores[START].append(rows[0]["scores"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -87,3 +88,22 @@ def test_what_cannot_be_run_is_refused(options, tmp_path):
         run_experiment("magic", options(), tmp_path)
     with pytest.raises(UsageError, match="set eval_size"):
         run_experiment("masks", options(), tmp_path)
+
+
+def test_a_signal_stops_the_experiment_and_not_an_arm_alone(options, tmp_path, monkeypatch):
+    from opdkernels.distill import loop
+
+    train = loop.train
+
+    def signalled(run, step, look):
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return train(run, step, look)
+
+    monkeypatch.setattr(loop, "train", signalled)
+    chosen = options(eval_size=4, steps=3)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment("masks", chosen, tmp_path, density=0.2, arms=["found"])
+    assert not (tmp_path / "seed-0" / "found.masks.safetensors").exists()
+    monkeypatch.undo()
+    assert [row["arm"] for row in run_experiment("masks", chosen, tmp_path, density=0.2, arms=["found"])["rows"]] == ["start", "full", "found"]
