@@ -31,13 +31,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opdkernels.errors import UsageError
 from opdkernels.ops import tiles
 from opdkernels.ops.tiles import (
     AT_IDS,
-    FLOOR,
     FORWARD,
     JSD,
     MEAN_FORWARD,
@@ -48,9 +46,10 @@ from opdkernels.ops.tiles import (
     TEACHER_LOG,
     TEACHER_MEAN,
     VARIATION,
+    floored,
     over_mixture,
     wide_of,
-)  # fmt: skip
+)
 
 KINDS = (
     "forward_kl", "reverse_kl", "jsd", "total_variation",
@@ -160,7 +159,7 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: Divergence 
         raise ValueError(f"logits are {list(student_logits.shape)} and {list(teacher_logits.shape)}; cut both to one vocabulary")
     check_tokens(spec, tokens, student_logits.shape[:-1])
     wide = wide_of(student_logits)
-    lq, lp = (torch.log_softmax((x.to(wide) / spec.temperature).clamp(min=FLOOR), -1) for x in (student_logits, teacher_logits.detach()))
+    lq, lp = (torch.log_softmax(floored(x.to(wide) / spec.temperature), -1) for x in (student_logits, teacher_logits.detach()))
     if spec.code == AT_IDS:
         if spec.sampled and tokens is not None:
             ids = tokens.unsqueeze(-1)
@@ -174,8 +173,8 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: Divergence 
         return (q * (lq - lp)).sum(-1)
     if spec.code == VARIATION:
         return (p - q).abs().sum(-1) / 2
-    lqm = over_mixture(lp - lq, spec.beta)
-    return (spec.beta * p * (lp - lq + lqm) + (1 - spec.beta) * q * lqm).sum(-1)
+    over_p, over_q = over_mixture(lp - lq, spec.beta)
+    return (spec.beta * p * over_p + (1 - spec.beta) * q * over_q).sum(-1)
 
 
 def at_ids(spec: Divergence, lq: Tensor, lp: Tensor) -> Tensor:
@@ -224,8 +223,9 @@ class Linear(torch.autograd.Function):
         return loss.clone(), lq, lp, scores, likeliest
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, loss_grad, lq_grad, *_):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("linear_divergence has no second derivative; drop create_graph=True, or use divergence, from logits")
         *sides, scalars, ids = ctx.saved_tensors
         vocab, numbers, kind = ctx.plan
         student, teacher = sides[: ctx.sizes[0]], sides[ctx.sizes[0] :]
@@ -357,6 +357,10 @@ def check(student_hidden, student_head, teacher_hidden, teacher_head, valid, wei
     for name, tensor in (("valid", valid), ("weights", weights)):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} is {list(tensor.shape)}; it must be {list(shape)}")
+    tensors = {"student_head": student_head.weight, "teacher_hidden": teacher_hidden, "teacher_head": teacher_head.weight, "valid": valid, "weights": weights}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != student_hidden.device:
+            raise ValueError(f"student_hidden is on {student_hidden.device}, {name} on {tensor.device}; move one of them")
     if valid is not None and valid.dtype != torch.bool:
         raise TypeError(f"valid is {valid.dtype}; pass bool")
     if reduction not in ("mean", "sum", "none"):

@@ -35,10 +35,12 @@ def wide_of(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def over_mixture(d: Tensor, beta: float) -> Tensor:
-    """log(q / m) of d = log(p / q): no exponential grows, so neither m nor a gradient is lost where p and q underflow."""
-    below, above = d.clamp(max=0), d.clamp(min=0)
-    return torch.where(d <= 0, -torch.log1p(beta * torch.expm1(below)), -above - torch.log1p((1 - beta) * torch.expm1(-above)))
+def over_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log(p / m) and log(q / m) of d = log(p / q): no exponential grows, so neither m nor a gradient is lost where p and q underflow."""
+    below = d.clamp(max=0)
+    above = d - below
+    common = torch.where(d <= 0, torch.log1p(beta * torch.expm1(below)), torch.log1p((1 - beta) * torch.expm1(-above)))
+    return below - common, -above - common
 
 
 def fake_scan(student, teacher, ids, vocab, numbers, tops):
@@ -96,6 +98,11 @@ def logits(hidden: Tensor, head: Sequence[Tensor], scale: float, softcap: float,
     if temperature != 1:
         out /= temperature
     return out.clamp_(min=FLOOR)
+
+
+def floored(x: Tensor) -> Tensor:
+    """The same, differentiable: by nothing that is at the floor. NaN stays."""
+    return x.masked_fill(x <= FLOOR, FLOOR)
 
 
 def tile_logits(sides, heads, rows: slice, numbers, work: Workspace) -> list[Tensor]:
@@ -172,6 +179,16 @@ def likeliest_of(partial: Tensor, best: Tensor) -> Tensor:
     return best.gather(0, tile).squeeze(0)
 
 
+def mixed(d: Tensor, beta: float, work: Workspace) -> Tensor:
+    """log(m / max(p, q)) of d = log(p / q): `common` of `over_mixture`, without its temporaries."""
+    found = torch.abs(d, out=work("mixed", d.shape)).neg_().expm1_()
+    if beta != 0.5:
+        found *= torch.gt(d, 0, out=work("share", d.shape)).mul_(1 - 2 * beta).add_(beta)
+    else:
+        found *= beta
+    return found.log1p_()
+
+
 def log_probabilities(both: Sequence[Tensor], scalars: Tensor, rows: slice) -> list[Tensor]:
     """In place, of the logits of one tile."""
     return [x.sub_(scalars[2 * k, rows, None]).sub_(scalars[2 * k + 1, rows, None]) for k, x in enumerate(both)]
@@ -187,9 +204,11 @@ def divergence_means(student, teacher, moments, vocab, numbers, kind):
             lq, lp = log_probabilities(tile_logits((student, teacher), heads, rows, numbers, work), moments, rows)
             q, p = torch.exp(lq, out=work("q", lq.shape)), torch.exp(lp, out=work("p", lq.shape))
             if kind == JSD:
-                lqm = over_mixture(lp.sub_(lq), beta)
-                teachers, mean = lp.add_(lqm).mul_(p).sum(1), lqm.mul_(q).sum(1)
-                total[0, rows] += beta * teachers + (1 - beta) * mean
+                d = lp.sub_(lq)
+                common = mixed(d, beta, work)
+                over_p = torch.clamp(d, max=0, out=lq).sub_(common).mul_(p).sum(1)
+                mean = d.clamp_(min=0).add_(common).mul_(q).sum(1).neg_()
+                total[0, rows] += beta * over_p + (1 - beta) * mean
             else:
                 difference = torch.sub(q, p, out=p)
                 mean = torch.sign(difference, out=lp).mul_(q).sum(1)
@@ -222,7 +241,7 @@ def divergence_backward(student, teacher, scalars, ids, at, vocab, numbers, kind
                 bias_grad[here] += g.sum(0)
         if whole is not None:
             weight_grad[here] = whole
-    return hidden_grad.to(hidden.dtype), weight_grad, bias_grad.to(bias[0].dtype) if bias else bias_grad
+    return hidden_grad.to(hidden.dtype), weight_grad, bias_grad.to(bias[0].dtype if bias else hidden.dtype)
 
 
 def tile_gradient(sides, heads, here, rows, scalars, ids, at, numbers, kind, work) -> Tensor:
@@ -239,15 +258,15 @@ def tile_gradient(sides, heads, here, rows, scalars, ids, at, numbers, kind, wor
 
 def slope(z: Tensor, scale: float, softcap: float, temperature: float, work: Workspace) -> Tensor | float:
     """Derivative of logits over temperature by hidden @ weight.T + bias; 0 at the floor."""
-    floored = z.numel() > 0 and bool(z.amin() <= FLOOR)
-    if not softcap and not floored:
+    low = z.numel() > 0 and bool(z.amin() <= FLOOR)
+    if not softcap and not low:
         return scale / temperature
     chain = work("chain", z.shape)
     if softcap:
         torch.mul(z, temperature / softcap, out=chain).square_().neg_().add_(1).mul_(scale / temperature)
     else:
         chain.fill_(scale / temperature)
-    return chain.masked_fill_(z <= FLOOR, 0) if floored else chain
+    return chain.masked_fill_(z <= FLOOR, 0) if low else chain
 
 
 def logit_gradient(kind: int, lq: Tensor, lp: Tensor | None = None, *, center: Tensor, beta: float, work: Workspace) -> Tensor:
@@ -261,15 +280,17 @@ def logit_gradient(kind: int, lq: Tensor, lp: Tensor | None = None, *, center: T
         return lq.sub_(lp).sub_(center).mul_(q)
     if kind == VARIATION:
         return torch.sub(q, lp.exp_(), out=lp).sign_().sub_(center).mul_(q).mul_(0.5)
-    return over_mixture(lp.sub_(lq), beta).sub_(center).mul_(q).mul_(1 - beta)
+    d = lp.sub_(lq)
+    common = mixed(d, beta, work)
+    return d.clamp_(min=0).add_(common).add_(center).mul_(q).mul_(beta - 1)
 
 
 def divergence_top(side, vocab, k, numbers):
     """The ids of a side's k largest logits, [N, k]."""
     n, work = len(side[0]), Workspace(side[0])
     values = side[0].new_empty((n, 0), dtype=wide_of(side[0]))
-    ids = values.new_empty((n, 0), dtype=torch.int64)
-    for here, heads in tiles((side,), vocab):
+    ids = values.new_empty((n, 0 if n else k), dtype=torch.int64)
+    for here, heads in tiles((side,), vocab if n else 0):
         found = []
         for rows in row_slices(n):
             (x,) = tile_logits((side,), heads, rows, numbers, work)

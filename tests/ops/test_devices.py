@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkernels.ops import delta, gram, overlap, patch, quantile, step
+from opdkernels.ops import delta, divergence, gram, overlap, patch, quantile, step
 
 HERE, THERE = torch.zeros(2, 2), torch.zeros(2, 2, device="meta")
 PLACES, NONE = torch.arange(2), torch.zeros(0, dtype=torch.int64)
@@ -16,6 +16,7 @@ CALLS = {
     "gather": lambda: patch.gather(HERE, THERE),
     "quantile": lambda: quantile.quantile(HERE, 1, mask=torch.zeros(1, dtype=torch.uint8, device="meta")),
     "take": lambda: step.masked_take(HERE.view(-1), PLACES, NONE, torch.zeros(2, device="meta")),
+    "divergence": lambda: divergence.linear_divergence(HERE, divergence.Head(HERE), HERE, divergence.Head(THERE)),
     "put": lambda: step.masked_put(HERE.view(-1), PLACES.to("meta"), NONE, torch.zeros(2)),
 }
 
