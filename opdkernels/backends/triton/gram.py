@@ -21,19 +21,13 @@ import triton
 import triton.language as tl
 
 from opdkernels.backends.triton import launch
-from opdkernels.backends.triton.numeric import bits_of, from_pattern, pattern_of, widen
+from opdkernels.backends.triton.numeric import bits_of, from_pattern, multiple, pattern_of, widen
 
 SIDE = 64  # of a tile of the result
 DEPTH, DEPTH_BLOCKS = 16, 32  # rows that one product takes, in fp64 and in bf16
 PACK_LINES, PACK_LENGTH = 32, 64
 ROWS = 1 << 13  # packed at a time
 SHARES = 256  # programs that a result of few tiles is shared among
-
-
-@triton.jit
-def multiple(x, UNIT: tl.constexpr):
-    """A number that is a multiple of UNIT, in a form from which the compiler sees it: then it loads 16 bytes at once."""
-    return x.to(tl.int64) // UNIT * UNIT
 
 
 @triton.jit

@@ -14,6 +14,12 @@ LIMB_LANES = tl.constexpr(64)
 
 
 @triton.jit
+def multiple(x, UNIT: tl.constexpr):
+    """A number that is a multiple of UNIT, in a form from which the compiler sees it: then it loads 16 bytes at once."""
+    return x.to(tl.int64) // UNIT * UNIT
+
+
+@triton.jit
 def from_pattern(pattern):
     """fp32 of bf16 patterns."""
     return (pattern.to(tl.uint32) << 16).to(tl.float32, bitcast=True)

@@ -66,6 +66,8 @@ def signature_of(argument: Any) -> Any:
         return POINTERS[argument.dtype]
     if isinstance(argument, (tuple, list)):
         return tuple(signature_of(a) for a in argument)
+    if isinstance(argument, float):
+        return "fp32"
     return "constexpr" if argument is None else "i64" if argument >= 2**31 else "i32"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opdkernels.backends import gpu
-from opdkernels.backends.triton import delta, gram, overlap, patch, quantile, step
+from opdkernels.backends.triton import delta, divergence, gram, overlap, patch, quantile, step
 from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS
 from tests.backends.triton.aot import (
     POINTERS,
@@ -129,10 +129,10 @@ BF16_UNITS = {
 }
 
 
-def assert_multiplies(code: Compiled, unit: str) -> None:
+def assert_multiplies(code: Compiled, unit: str, registers: int = 128) -> None:
     """By the target's matrix unit, from 16-byte loads or copies to shared memory."""
     text = code.asm.get("ptx") or code.asm["amdgcn"]
-    assert_fits(code, 128)
+    assert_fits(code, registers)
     assert re.search(unit, text)
     assert code.wide_loads or re.search(r"cp\.async\.cg\.shared\.global \[.*\], \[.*\], 0x10", text)
 
@@ -268,7 +268,54 @@ def test_take_and_put(monkeypatch, target, dtype, masks):
         assert_rounds_as_the_reference(code)
 
 
+def call_divergence(dtype: torch.dtype, *, kind=1, count=0, softcap=0.0, bias=False, tops=False, width=896, n=4096, vocab=151936) -> None:
+    """A student and a wider teacher, forward and backward."""
+    side = lambda w: [on_cuda(n, w, dtype=dtype), on_cuda(vocab, w, dtype=dtype), *([on_cuda(vocab, dtype=dtype)] if bias else [])]  # noqa: E731
+    sides, ids, numbers = (side(width), side(2 * width)), on_cuda(n, count), [1.0, softcap, 1.0, softcap, 1.0, 0.5]
+    moments, at, _ = divergence.divergence_scan(*sides, ids, vocab, numbers, tops)
+    if kind in (2, 3):
+        divergence.divergence_means(*sides, moments, vocab, numbers, kind)
+    divergence.divergence_backward(*sides, on_cuda(6, n, dtype=FP32), ids, at.select(0, 0), vocab, numbers, kind, [True, True, False])
+
+
+EVERYTHING = {"kind": 2, "count": 20, "softcap": 30.0, "bias": True, "tops": True}
+DIVERGENCE = [
+    *((target, BF16, {}) for target in TARGETS),
+    *((target, BF16, EVERYTHING) for target in TARGETS if target != "sm_80"),
+    ("sm_80", FP32, {"kind": 0}),
+    ("sm_90", torch.float16, {"kind": 3}),
+    ("sm_90", BF16, {"kind": 4, "count": 1, "width": 450}),
+]
+
+
+@pytest.mark.parametrize(("target", "dtype", "options"), DIVERGENCE, ids=lambda x: str(x)[:30])
+def test_divergence(monkeypatch, target, dtype, options):
+    """No spills at whatever a processor has; products by matrix units from wide copies, where the width allows them."""
+    seen, even = {}, options.get("width", 896) % 16 == 0
+    for one in launches(monkeypatch, lambda: call_divergence(dtype, **options)):
+        seen.setdefault((one.name, one.constants.get("ACROSS")), one)
+    assert {name for name, _ in seen} >= {"scan", "merge", "gradient", "multiply"}
+    for (name, _), one in seen.items():
+        code = compiled(one, target)
+        most = 96 if name in ("merge", "at_ids") else 512 if target == "gfx942" else 255
+        if name in ("merge", "at_ids") or not even or dtype != BF16:
+            assert_fits(code, most)
+        else:
+            assert_multiplies(code, BF16_UNITS[target], most)
+        if name != "merge":
+            assert_64_bit_offsets(code, {BF16: "bf16", FP32: "f32", torch.float16: "f16"}[dtype])
+
+
+def test_divergence_keeps_its_workspace_bounded(monkeypatch):
+    for n in (10, 4096, 1 << 17):
+        launched = launches(monkeypatch, lambda n=n: call_divergence(BF16, n=n))
+        (pitch,) = {one.arguments[13] for one in launched if one.name == "gradient"}
+        assert pitch <= divergence.CHUNK
+        assert n * pitch * 2 <= max(divergence.WORKSPACE_BYTES, n * divergence.SIDE * 2)
+
+
 CALLS = {
+    "divergence": lambda: call_divergence(BF16, **EVERYTHING),
     "take and put": lambda: call_take_and_put(BF16),
     "step": lambda: call_step(),
     "patch": lambda: call_patch(torch.int16),

@@ -1,0 +1,123 @@
+"""`divergence` in Triton's interpreter: losses and gradients at most twice as far from fp64 as through full logits in fp32."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from opdkernels.backends.triton import divergence as kernels
+from opdkernels.ops import divergence as ops
+from opdkernels.ops.divergence import KINDS, Divergence, Head, linear_divergence
+from tests.ops.test_divergence import BF16, FP16, FP32, NAMES, SPECS, assert_twice_plain, leaves_of, make_case
+
+
+@pytest.fixture(autouse=True)
+def through_triton(monkeypatch):
+    monkeypatch.setattr(ops, "operator", lambda name, student: getattr(kernels, name))
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """The interpreter takes its time a program and a step, not an element."""
+    for name, size in (("COLUMNS", 256), ("DEPTH_SLOW", 64), ("SIDE", 256), ("SIDE_SLOW", 256), ("CHUNK", 256)):
+        monkeypatch.setattr(kernels, name, size)
+
+
+@pytest.fixture(autouse=True)
+def multiply_bf16(monkeypatch):
+    """The interpreter holds bf16 as integers and multiplies those."""
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot(self, a, b, *rest):
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=NAMES)
+def test_every_kind(spec):
+    """With cap, scale, bias, temperature and unlike widths that are not whole tiles."""
+    assert_twice_plain(make_case(n=9, vocab=300, width=20, dtype=FP32), spec)
+
+
+HALVES = [*((kind, BF16, 64) for kind in ("forward_kl", "reverse_kl", "jsd", "sampled_reverse_kl", "topk_reverse_kl")),
+          ("reverse_kl", BF16, 40), ("reverse_kl", FP16, 64), ("forward_kl", FP16, 40)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "dtype", "width"), HALVES, ids=str)
+def test_half_precision(kind, dtype, width):
+    """The gradient of the logits is rounded to bf16 where everything is: still within twice."""
+    spec = Divergence(kind, k=4 if kind.startswith("topk") else 0)
+    assert_twice_plain(make_case(n=40, vocab=520, width=width, teacher_width=width, dtype=dtype, spread=4, shaped=False, bias=dtype == FP16), spec)
+
+
+@pytest.mark.parametrize(("n", "vocab"), [(1, 1), (7, 31), (130, 65), (2, 1025), (0, 31)])
+def test_sizes(n, vocab):
+    for spec in (Divergence("total_variation"), Divergence("topk_forward_kl", k=5)):
+        assert_twice_plain(make_case(n=n, vocab=vocab, width=16, dtype=FP32), spec)
+
+
+@pytest.mark.parametrize("processors", [1, 3, 100])
+def test_shares_of_the_vocabulary_are_merged(monkeypatch, processors):
+    monkeypatch.setattr(kernels.launch, "processors", lambda device: processors)
+    monkeypatch.setattr(kernels, "COLUMNS", 64)
+    assert_twice_plain(make_case(n=5, vocab=700, width=16, dtype=FP32), Divergence("jsd"))
+
+
+def test_scores_are_the_references(monkeypatch):
+    hidden, head, teacher, teacher_head, tokens = make_case(n=20, vocab=300, width=16, dtype=FP32)
+    score = lambda spec: linear_divergence(hidden, head, teacher, teacher_head, spec, tokens=tokens, scores=True)[1]  # noqa: E731
+    specs = Divergence("reverse_kl", k=6), Divergence("topk_reverse_kl", k=3)
+    found = [score(spec) for spec in specs]
+    monkeypatch.setattr(ops, "operator", lambda name, student: getattr(torch.ops.opdkernels, name))
+    for ours, spec in zip(found, specs, strict=True):
+        for name, a, b in zip(ours._fields, ours, score(spec), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS[:4])
+def test_what_underflows_or_is_masked_is_the_references(monkeypatch, kind):
+    rows = [[-math.inf, 0, 1, 2], [1e4, -9e3, 0, 0], [200, 0, 0, -150], [3, 2, 1, 0], [-9e3, 1e4, 5, 5]]
+    hidden, masked = torch.tensor([[max(x, -2e4) for x in row] for row in rows]), torch.tensor([0.0, 0, 0, -math.inf])
+    found = {}
+    for name in ("triton", "reference"):
+        leaves = leaves_of(hidden.detach().clone(), Head(torch.eye(4), torch.zeros(4)))
+        loss = linear_divergence(leaves[0], Head(*leaves[1:]), hidden.flip(0).detach(), Head(torch.eye(4), masked), Divergence(kind), reduction="none")
+        found[name] = [loss, *torch.autograd.grad(loss.sum(), leaves)]
+        monkeypatch.setattr(ops, "operator", lambda name, student: getattr(torch.ops.opdkernels, name))
+    for a, b in zip(*found.values(), strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_nan_of_one_token_is_seen_there_and_nowhere_else():
+    hidden, head, teacher, teacher_head, _ = make_case(n=5, width=16, dtype=FP32)
+    teacher[2] = math.nan
+    for kind in KINDS[:4]:
+        loss = linear_divergence(hidden, head, teacher, teacher_head, Divergence(kind), reduction="none")
+        assert loss.isnan().tolist() == [False, False, True, False, False]
+
+
+def test_tokens_beyond_the_vocabulary_are_passed_over_and_seen():
+    hidden, head, teacher, teacher_head, tokens = make_case(vocab=30, width=16, dtype=FP32)
+    tokens[1], tokens[2] = 30, -1
+    loss = linear_divergence(hidden, head, teacher, teacher_head, Divergence("sampled_reverse_kl"), tokens=tokens, reduction="none")
+    assert loss.isnan().nonzero().flatten().tolist() == [1, 2]
+
+
+def test_only_what_is_wanted_is_multiplied(monkeypatch):
+    hidden, head, teacher, teacher_head, _ = make_case(vocab=300, width=16, dtype=FP32)
+    run, started = kernels.launch.run, []
+    monkeypatch.setattr(kernels.launch, "run", lambda kernel, *a, **o: (started.append((kernel.__name__, o.get("ACROSS"))), run(kernel, *a, **o))[1])
+    linear_divergence(hidden.requires_grad_(), head, teacher, teacher_head).backward()
+    assert {what for what in started if what[0] in ("gradient", "multiply")} == {("gradient", None), ("multiply", False)}
