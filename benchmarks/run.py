@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 UNITS = {"pairs_per_s": ("G pairs/s", 1e9), "coordinates_per_s": ("G coordinates/s", 1e9), "values_per_s": ("G values/s", 1e9),
          "bytes_per_s": ("GB/s", 1e9), "flops_per_s": ("GFLOP/s", 1e9), "anonymous_bytes": ("MB anonymous", 1e6),
-         "authors_bytes": ("MB the authors'", 1e6), "checkpoint_bytes": ("GB in two checkpoints", 1e9), "largest_bytes": ("GB for the largest matrix", 1e9)}  # fmt: skip
+         "authors_bytes": ("MB the authors'", 1e6), "extra_bytes": ("MB extra", 1e6), "full_logits_bytes": ("MB with full logits", 1e6), "checkpoint_bytes": ("GB in two checkpoints", 1e9), "largest_bytes": ("GB for the largest matrix", 1e9)}  # fmt: skip
 
 
 def figure(name: str, value: float) -> str:
@@ -35,6 +35,8 @@ def figure(name: str, value: float) -> str:
         return f"{what.replace('_', ' ')}{100 * value:.0f} % of {limit} bandwidth"
     if name.endswith("_bytes_per_s"):
         return f"{name.removesuffix('_bytes_per_s').replace('_', ' ')} {value / 1e9:.3g} GB/s"
+    if name.startswith("error_of_"):
+        return f"error of {name.removeprefix('error_of_').replace('_', ' ')} {100 * value:.3g} %"
     if name.startswith("over_"):
         return f"{value:.3g} × {name.removeprefix('over_').replace('_', ' ')}"
     if name.endswith("_s"):

@@ -24,11 +24,12 @@ FLOORS = [
     {"options", "progress", "bits"},
     {"errors", "version", "_C"},
 ]
-FAMILIES = ("delta", "overlap", "quantile", "gram", "patch", "step")
+FAMILIES = ("delta", "overlap", "quantile", "gram", "patch", "step", "divergence")
 COLUMNS = (
     "opdkernels/ops/{}.py", "csrc/{}.h", "csrc/cpu/{}.inl", "opdkernels/backends/triton/{}.py",
     "csrc/cuda/{}.cu", "opdkernels/backends/cuda/{}.py", "tests/ops/test_{}.py", "tests/backends/triton/test_{}.py", "tests/backends/cuda/test_{}.py", "benchmarks/bench_{}.py",
 )  # fmt: skip
+CPU = ("csrc/{}.h", "csrc/cpu/{}.inl")
 CUDA = ("csrc/cuda/{}.cu", "opdkernels/backends/cuda/{}.py", "tests/backends/cuda/test_{}.py")
 GAPS = {  # what a family has no file for, and why
     (family, column): why
@@ -36,6 +37,9 @@ GAPS = {  # what a family has no file for, and why
         "gram": "Triton serves: its products run on matrix units, which plain CUDA C++ does not reach",
     }.items()
     for column in CUDA
+} | {
+    ("divergence", column): "products of matrices: on the CPU torch's own, tile by tile, on a GPU Triton's"
+    for column in (*CPU, *CUDA)
 }
 
 
@@ -73,7 +77,7 @@ def test_every_family_has_its_file_in_every_column_or_a_named_gap(family, column
 
 def test_every_file_of_the_grid_is_a_family():
     for folder, suffix in (("opdkernels/ops", ".py"), ("csrc/cpu", ".inl"), ("opdkernels/backends/triton", ".py"), ("opdkernels/backends/cuda", ".py"), ("csrc/cuda", ".cu")):
-        names = {p.stem for p in (ROOT / folder).glob(f"*{suffix}")} - {"__init__", "isa", "exact_sum", "launch", "numeric", "sources"}
+        names = {p.stem for p in (ROOT / folder).glob(f"*{suffix}")} - {"__init__", "isa", "exact_sum", "launch", "numeric", "sources", "tiles"}
         assert names == {family for family in FAMILIES if (family, f"{folder}/{{}}{suffix}") not in GAPS}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from opdkernels.ops import delta, gram, overlap, patch, quantile, step
+from opdkernels.ops import delta, gram, overlap, patch, quantile, step, tiles
 from opdkernels.ops.delta import BINS, COUNTS, DEFAULT_CUTS, SUM_LIMBS, THRESHOLDS, from_limbs, to_limbs
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -25,7 +25,8 @@ REFERENCES: dict[str, Callable] = {
     "delta_": delta.reference, "overlap_": overlap.reference, "quantile": quantile.reference, "gram_": gram.reference,
     "patch_gather_": patch.reference_gather, "patch_scatter_": patch.reference_scatter, "patch_check": patch.reference_check,
     "patch_digest": patch.reference_digest, "masked_adamw_": step.reference_adamw, "masked_sgd_": step.reference_sgd,
-    "masked_take_": step.reference_take, "masked_put_": step.reference_put,
+    "masked_take_": step.reference_take, "masked_put_": step.reference_put, "divergence_scan": tiles.divergence_scan,
+    "divergence_means": tiles.divergence_means, "divergence_backward": tiles.divergence_backward, "divergence_top": tiles.divergence_top,
 }  # fmt: skip
 Kernel = Callable[[str], Callable]  # what serves an operator
 
@@ -348,6 +349,68 @@ def repeated_step(kernel: Kernel, expected: Kernel, device: torch.device, tile: 
         assert_same([many[: len(one)]], [one.cpu().view(many.dtype)], [])
 
 
+# divergence
+
+KIND_CODES = {"forward_kl": tiles.FORWARD, "reverse_kl": tiles.REVERSE, "jsd": tiles.JSD, "total_variation": tiles.VARIATION, "at ids": tiles.AT_IDS}
+WIDTHS = 64, 128
+
+
+def run_divergence(kernel: Kernel, place: Place, student: list[torch.Tensor], teacher: list[torch.Tensor], ids: torch.Tensor, kind: str, softcap: float) -> list[torch.Tensor]:
+    """Forward and backward: moments, both sides' logits at ids, and gradients of the student's hidden states, weight and bias."""
+    vocab, code, numbers = len(student[1]), KIND_CODES[kind], [0.8, softcap, 1.1, softcap, 1.3, 0.3]
+    moments, at, _ = kernel("divergence_scan")(student, teacher, ids, vocab, numbers, True)
+    center = moments[5] - moments[1] + moments[3]
+    if kind in ("jsd", "total_variation"):
+        center = kernel("divergence_means")(student, teacher, moments, vocab, numbers, code)[1]
+    scalars = torch.stack([*moments[:4], center, torch.ones_like(center)])
+    top = kernel("divergence_top")(teacher, vocab, min(3, vocab), numbers)
+    grads = kernel("divergence_backward")(student, teacher, scalars, ids, torch.ones_like(at[0]), vocab, numbers, code, [True, True, True])
+    return [moments, at, top, *grads]
+
+
+def assert_near(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], inputs: list[Any]) -> None:
+    """Sums to their rounding in fp32; gradients too, or to that of bf16 where everything is; the likeliest ids but for near ties."""
+    half = inputs[0][0].dtype != FP32
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        a, b = a.cpu().double(), b.double()
+        assert a.isfinite().all(), f"output {i} is not finite"
+        if i == 2:
+            assert (a.sort(1).values != b.sort(1).values).sum() <= a.numel() // 100, "the likeliest ids differ"
+        elif i < 2:
+            assert ((a - b).abs() <= 1e-4 * (1 + b.abs())).all(), f"output {i} is off"
+        else:
+            assert (a - b).norm() <= (2.0**-7 if half else 1e-4) * b.norm() + 1e-5, f"gradient {i - 3} is off"
+
+
+def sides_of(tokens: int, vocab: int, dtype: torch.dtype) -> list[list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(vocab)
+    random = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    return [[random(tokens, w).to(dtype), (3 * random(vocab, w) / w**0.5).to(dtype), random(vocab).to(dtype)] for w in WIDTHS]
+
+
+def divergence_cases(n: int) -> Iterator[Case]:
+    vocab = max(1, min(n, 1025))
+    tokens = n // vocab
+    ids = torch.randint(vocab, (tokens, 2), generator=torch.Generator().manual_seed(n))
+    for dtype, kind, softcap in ((BF16, "reverse_kl", 0.0), (BF16, "at ids", 20.0), (FP16, "jsd", 20.0), (FP32, "forward_kl", 0.0), (FP32, "total_variation", 0.0)):
+        yield Case(f"{dtype} {kind}", [*sides_of(tokens, vocab, dtype), ids, kind, softcap], run_divergence, assert_near)
+
+
+def repeated_divergence(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
+    """Of a vocabulary that holds every id so many times, hidden states have the same gradient, and each copy its share of the head's."""
+    student, teacher = sides_of(32, tile // WIDTHS[1], BF16)
+    ids, options = torch.zeros(32, 0, dtype=INT64), ("forward_kl", 0.0)
+    once = run_divergence(expected, Place("cpu"), student, teacher, ids, *options)
+    big = [[one.to(device) if i == 0 else one.to(device).repeat(times, *[1] * (one.ndim - 1)) for i, one in enumerate(side)] for side in (student, teacher)]
+    found = run_divergence(kernel, Place(device), *big, ids.to(device), *options)
+    grown = once[0].clone()
+    grown[[tiles.STUDENT_LOG, tiles.TEACHER_LOG]] += math.log(times)
+    assert bool(((found[0].cpu() - grown).abs() <= 1e-3 * (1 + grown.abs())).all()), "moments are off"
+    for i, share in ((3, 1), (4, times)):
+        for part in found[i].chunk(share):
+            assert (part.cpu().double() * share - once[i].double()).norm() <= 2.0**-6 * once[i].double().norm(), f"gradient {i - 3} is off"
+
+
 @dataclass(frozen=True)
 class Family:
     """operators: those that its calls need. bytes_a_coordinate: of memory that `repeated` takes."""
@@ -367,6 +430,7 @@ FAMILIES = {
         Family("quantile", ("quantile",), quantile_cases, repeated_quantile, 4),
         Family("gram", ("gram_",), gram_cases, repeated_gram, 6),
         Family("patch", ("patch_gather_", "patch_scatter_", "patch_check", "patch_digest"), patch_cases, repeated_patch, 14),
+        Family("divergence", ("divergence_scan", "divergence_means", "divergence_backward", "divergence_top"), divergence_cases, repeated_divergence, 8),
         Family("step", ("masked_adamw_", "masked_sgd_", "masked_take_", "masked_put_"), step_cases, repeated_step, 8),
     )
 }
