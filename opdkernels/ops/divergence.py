@@ -152,7 +152,7 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: Divergence 
     Raises ValueError where shapes differ or a sampled kind lacks tokens.
 
     >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, math.log(3)]])
-    >>> divergence(student, teacher, Divergence("total_variation")).item()
+    >>> round(divergence(student, teacher, Divergence("total_variation")).item(), 6)
     0.25
     """
     if student_logits.shape != teacher_logits.shape:
@@ -277,7 +277,7 @@ def linear_divergence(
 
     >>> head = Head(torch.eye(3))
     >>> round(linear_divergence(torch.zeros(2, 3), head, torch.eye(3)[:2], head).item(), 4)
-    0.2181
+    0.1195
     """
     shape = student_hidden.shape[:-1]
     vocab = common_vocabulary(student_head, teacher_head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 import math
 import warnings
@@ -537,3 +538,7 @@ def test_it_compiles_whole(kind):
     torch.testing.assert_close(compiled_scores, scores)
     for a, b in zip(*(torch.autograd.grad(x, leaves) for x in (whole, eager)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_examples_are_right():
+    assert doctest.testmod(ops).failed == 0
