@@ -69,6 +69,8 @@ def early(folder: Path, density: float, seed: int) -> MaskSet:
     """What had changed at the run's first mark; given a density, at its first checkpoint after the start."""
     if not density:
         return MaskSet.load(sorted((folder / "masks").glob("step-*.safetensors"))[0])
+    if len(checkpoints(folder)) < 3:
+        raise UsageError("the early mask is of the first checkpoint of several; set save_every")
     return largest_change(start_of(folder), checkpoints(folder)[1][1], density)
 
 
@@ -89,8 +91,11 @@ def near_zero(folder: Path, density: float, seed: int) -> MaskSet:
 
 def largest_change(start: Path, end: Path, density: float) -> MaskSet:
     """The share of a model's coordinates with the largest |delta| between two checkpoints."""
-    with safe_open(start / "model.safetensors", "pt") as before, safe_open(end / "model.safetensors", "pt") as after:
-        change = {name: (after.get_tensor(name).float() - before.get_tensor(name).float()).abs() for name in before.keys()}  # noqa: SIM118
+    change = {}
+    for file in sorted(start.glob("*.safetensors")):  # both were saved alike
+        with safe_open(file, "pt") as before, safe_open(end / file.name, "pt") as after:
+            for name in before.keys():  # noqa: SIM118
+                change[name] = (after.get_tensor(name).float() - before.get_tensor(name).float()).abs()
     return masks.largest(change, density, per="model")
 
 
@@ -131,14 +136,14 @@ def run_experiment(
         raise UsageError(f"there is no experiment {printable(name)}; there are {', '.join(EXPERIMENTS)}")
     experiment = EXPERIMENTS[name]
     chosen = needed(experiment, arms)
-    if not options.eval_size:
-        raise UsageError("an experiment scores its arms on held-out prompts; set eval_size")
+    if not options.eval_size or not options.track_every:
+        raise UsageError("an experiment scores its arms on held-out prompts and says what changed; set eval_size and track_every")
     folder = Path(out)
     scores: dict[str, list[list[float]]] = {START: [], **{arm.name: [] for arm in chosen}}
     ends: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in chosen}
     for seed in range(seeds):
         for arm in chosen:
-            place = folder / f"seed-{seed}" / slug(arm.name)
+            place = folder / f"seed-{seed}" / folder_of(arm, density)
             given = {**options.model_dump(), "seed": seed, **own_options(arm, options)}
             if arm.mask is not None:
                 file = place.with_name(f"{place.name}.masks.safetensors")
@@ -200,6 +205,11 @@ def needed(experiment: Experiment, names: Sequence[str]) -> list[Arm]:
             raise UsageError(f"there is no arm {printable(name)}; there are {', '.join(by_name)}")
     wanted |= {by_name[name].of for name in wanted if by_name[name].mask} | {experiment.against}
     return [arm for arm in experiment.arms if arm.name in wanted]
+
+
+def folder_of(arm: Arm, density: float) -> str:
+    """The name of an arm's folder; masks of another size are other runs."""
+    return slug(arm.name) + (f"-{density:g}" if arm.mask and density else "")
 
 
 def slug(name: str) -> str:

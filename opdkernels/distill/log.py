@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ class Log:
         for path, content in ((self.path, row), (self.scores, {"step": row["step"], "scores": scores})):
             if content.get("scores", ()) is not None:
                 with open(path, "a") as file:
-                    file.write(json.dumps(content) + "\n")
+                    file.write(json.dumps(finite(content), allow_nan=False) + "\n")
         if self.board is not None:
             for name, value in flat(row):
                 self.board.add_scalar(name, value, row["step"])
@@ -69,6 +70,13 @@ def board(folder: Path, step: int) -> Any:
     except ImportError:
         raise UsageError("tensorboard is asked for and not installed; pip install tensorboard, or leave it out") from None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+
+def finite(value: Any) -> Any:
+    """A row as JSON takes it: None for what is no number."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -11,6 +11,7 @@ tokens of the whole step.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import random
@@ -26,7 +27,7 @@ import torch
 
 from opdkernels.backends.devices import device_of
 from opdkernels.distill.log import Clock, Log
-from opdkernels.distill.models import Text, end_tokens, load_model, load_text, transformers
+from opdkernels.distill.models import Text, end_tokens, load_model, load_text, positions, transformers
 from opdkernels.distill.objective import Objective, advantages, objective
 from opdkernels.distill.optimizers import WholeNorm, optimizer_of, rate, with_lora
 from opdkernels.distill.options import DistillOptions
@@ -34,7 +35,7 @@ from opdkernels.distill.ranks import Ranks, bind
 from opdkernels.distill.rollout import Prompts, Rollout, encode, recorded, sample
 from opdkernels.distill.saving import load_state, newest, open_folder, save
 from opdkernels.distill.tasks import Entry, Task, open_task
-from opdkernels.distill.teachers import Teacher, scored, shared_ids, teachers_of
+from opdkernels.distill.teachers import ModelTeacher, Teacher, scored, shared_ids, teachers_of
 from opdkernels.distill.track import Tracker, moments_of, read_rows
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.optim import compact_gradients
@@ -74,6 +75,7 @@ class Run:
     teachers: dict[str, Teacher]
     ends: list[int]
     vocab: int
+    longest_prompt: int
     device: torch.device
     ranks: Ranks
     clock: Clock
@@ -108,19 +110,21 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
     whole = WholeNorm(model) if options.masks else None
     compact_gradients(model, optimizer)
     teachers = teachers_of(options, model, optimizer, text, device)
-    run = Run(options, task, text, model, optimizer, teachers, end_tokens(model, text, options.stop), shared_ids(model, teachers), device, ranks, Clock(device), whole)
+    run = Run(options, task, text, model, optimizer, teachers, end_tokens(model, text, options.stop), shared_ids(model, teachers), longest_prompt(options, model, teachers), device, ranks, Clock(device), whole)
     step = resume(run, found[1]) if found else 0
     log = Log(folder, step, options.steps, options.tensorboard, quiet, ranks)
     tracker = None
-    if options.track_every and step < options.steps:
-        tracker = Tracker(folder, model, step, lambda: bind(load_model(os.fspath(folder / "checkpoint-0"), options.dtype, device), ranks, {}), ranks)
+    if options.track_every and (step < options.steps or any((folder / "weights").glob("*.bin"))):
+        place = device if ranks.size > 1 else torch.device("cpu")
+        tracker = Tracker(folder, model, step, lambda: bind(load_model(os.fspath(folder / "checkpoint-0"), options.dtype, place), ranks, {}), ranks)
     if not found:
         save(folder, 0, model, text, None, ranks)
         if options.eval_size:
             log.row({"step": 0, **evaluate(run)})
     skipped = 0
     with stopping() as stop:
-        while step < options.steps and not ranks.total({"stop": len(stop)}, device)["stop"]:
+        stopped = False
+        while step < options.steps and not stopped:
             row = train(run, step, tracker is not None and (step + 1) % options.track_every == 0)
             step += 1
             skipped = skipped + 1 if row["skipped"] else 0
@@ -135,12 +139,14 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
             if options.eval_size and (last or (options.eval_every and step % options.eval_every == 0)):
                 with run.clock.phase("evaluate"):
                     row |= evaluate(run)
-            if last or ranks.total({"stop": len(stop)}, device)["stop"] or (options.save_every and step % options.save_every == 0):
-                with run.clock.phase("save"):
-                    save(folder, step, model, text, state_of(run, step), ranks)
-                    if tracker:
-                        tracker.saved()
-            log.row({"step": step, **row, **run.clock.row()})
+            log.row({"step": step, **row, **run.clock.row()})  # first: a run that goes on from before the checkpoint lets it go
+            stopped = bool(ranks.total({"stop": len(stop)}, device)["stop"])
+            if last or stopped or (options.save_every and step % options.save_every == 0):
+                save(folder, step, model, text, state_of(run, step), ranks)
+                if tracker:
+                    tracker.saved()
+    del run
+    gc.collect()  # the model and what was bound to it hold each other
     marks = tracker.finish() if tracker and step == options.steps else read_rows(folder / "track.jsonl")
     return Outcome(folder, step, options.steps, stop[0] if stop else 0, log.accuracies(), marks, ranks.first)
 
@@ -202,15 +208,14 @@ def completions(run: Run, entries: list[Entry], step: int) -> tuple[Rollout, dic
     """The step's completions: the student's own, or, by the coin that the share on-policy weighs, recorded or the teacher's ones."""
     options = run.options
     own = random.Random(f"{options.seed}/{step}/coin").random() < options.on_policy
-    entries = [entry for entry in entries for _ in range(options.samples)]
-    prompts = encode(run.text, entries, options.max_prompt)
+    prompts = encode(run.text, entries, run.longest_prompt).repeated(options.samples)
     facts: dict[str, float] = {"prompts_cut": prompts.cut}
     if own:
         return sampled(run, run.model, prompts, options.sampling_temperature, own), facts
-    if all(entry.completion is not None for entry in entries):
+    if all(entry.completion is not None for entry in prompts.entries):
         return recorded(run.text, prompts, most=options.max_new_tokens, ends=run.ends, device=run.device), facts
-    teacher = run.teachers.get("")
-    if teacher is None or not hasattr(teacher, "model"):
+    teacher = next(iter(run.teachers.values())) if len(run.teachers) == 1 else None
+    if not isinstance(teacher, ModelTeacher):
         raise InputError("a step that is not on-policy needs `completion` in every prompt, or one teacher that is a model of its own")
     return sampled(run, teacher.model, prompts, options.sampling_temperature, own), facts
 
@@ -271,7 +276,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     filled = ours + entries[:1] * (-(-len(entries) // run.ranks.size) - len(ours))  # every process samples as often
     size, scores = run.options.micro_batch or run.options.batch_size, []
     for first in range(0, len(filled), size):
-        prompts = encode(run.text, filled[first : first + size], run.options.max_prompt)
+        prompts = encode(run.text, filled[first : first + size], run.longest_prompt)
         scores += scores_of(run, sampled(run, run.model, prompts, 0.0, True)).tolist()
     every = run.ranks.all(scores)
     ordered = [every[i % run.ranks.size][i // run.ranks.size] for i in range(len(entries))]
@@ -281,6 +286,14 @@ def evaluate(run: Run) -> dict[str, Any]:
 def set_seed(seed: int, step: int, ranks: Ranks) -> None:
     """Everything that torch draws at a step follows from these."""
     torch.manual_seed(random.Random(f"{seed}/{step}/{ranks.rank}").getrandbits(63))
+
+
+def longest_prompt(options: DistillOptions, model: Any, teachers: dict[str, Teacher]) -> int:
+    """How long a prompt may be, in tokens, that a completion finds places after it in every model."""
+    places = min(positions(one) for one in (model, *(teacher.model for teacher in teachers.values())))
+    if options.max_new_tokens >= places:
+        raise UsageError(f"max_new_tokens is {options.max_new_tokens} and the models have {places} positions in all; take fewer")
+    return min(options.max_prompt, places - options.max_new_tokens)
 
 
 def refuse_processes(options: DistillOptions, ranks: Ranks) -> None:
@@ -345,5 +358,5 @@ def lines(outcome: Outcome) -> list[str]:
         visible, stored = (mark["views"][view] for view in ("visible", "stored"))
         text.append(f"changed: {100 * (1 - visible['frac_zero']):.2f} % of the weights visibly to bf16, {100 * (1 - stored['frac_zero']):.2f} % as stored, {100 * mark['changed_ever']:.2f} % at any mark")
     if outcome.step == outcome.steps:
-        text.append(f"next: opdkernels trend {where}/checkpoint-0 {where}/checkpoint-* -o {where}/trend")
+        text.append(f"next: opdkernels trend {where}/checkpoint-0 {where}/checkpoint-[1-9]* -o {where}/trend")
     return text

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
 import torch
+from safetensors import SafetensorError
 
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.ops.divergence import Head
@@ -37,8 +39,8 @@ class Text:
             return self.tokenizer(prompt)["input_ids"], {}
         try:
             ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-        except ValueError as error:
-            raise InputError(f"prompts are messages, and the tokenizer has no chat template ({printable(str(error))[:120]}); give text") from None
+        except (ValueError, jinja2.TemplateError) as error:
+            raise InputError(f"the student's chat template does not take a prompt ({printable(str(error))[:160]}); give text, or other messages") from None
         return ids, {}
 
     def encode_images(self, prompt: Any, images: tuple[str, ...]) -> tuple[list[int], dict[str, torch.Tensor]]:
@@ -47,11 +49,16 @@ class Text:
         text = prompt if isinstance(prompt, str) else self.processor.apply_chat_template(prompt, add_generation_prompt=True)
         try:
             from PIL import Image  # type: ignore[import-not-found]
-
+        except ImportError:
+            raise UsageError("prompts with images need pillow, which is not installed; pip install pillow") from None
+        try:
             opened = [Image.open(image).convert("RGB") for image in images]
         except OSError as error:
             raise InputError(f"an image of a prompt cannot be read ({printable(str(error))})") from None
-        found = dict(self.processor(text=[text], images=opened, return_tensors="pt"))
+        try:
+            found = dict(self.processor(text=[text], images=opened, return_tensors="pt", **({} if isinstance(prompt, str) else {"add_special_tokens": False})))
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise InputError(f"a prompt and its {len(images)} image(s) do not fit together ({printable(str(error))[:160]})") from None
         found.pop("attention_mask", None)
         return found.pop("input_ids")[0].tolist(), found
 
@@ -66,10 +73,32 @@ def load_model(place: str, dtype: str, device: torch.device) -> Any:
         config = hf.AutoConfig.from_pretrained(place)
         images = type(config) in hf.AutoModelForImageTextToText._model_mapping
         kind = hf.AutoModelForImageTextToText if images else hf.AutoModelForCausalLM
-        model = kind.from_pretrained(place, dtype=DTYPES[dtype])
-    except (OSError, ValueError, KeyError) as error:
+        model, found = kind.from_pretrained(place, dtype=DTYPES[dtype], output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{printable(place)} cannot be loaded as a model ({printable(str(error).splitlines()[0])[:300]})") from None
-    return model.to(device).eval()
+    if found["missing_keys"]:
+        raise InputError(f"{printable(place)} lacks {printable(sorted(found['missing_keys'])[0])} and so on; its model would begin with random weights there")
+    model = model.to(device).eval()
+    refuse_other_head(model, place)
+    return model
+
+
+@torch.no_grad()
+def refuse_other_head(model: Any, place: str) -> None:
+    """Raises InputError where a model makes logits otherwise than `head_of` says."""
+    ids = torch.arange(4, device=next(model.parameters()).device).unsqueeze(0)
+    head, hidden = head_of(model), hidden_states(model, ids, torch.ones_like(ids), {})[0].float()
+    logits = head.scale * (hidden @ head.weight.float().T + (0 if head.bias is None else head.bias.float()))
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    own = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
+    if not (logits - own).abs().max() <= 0.02 * own.abs().max() and torch.isfinite(own).all():
+        raise InputError(f"{printable(place)} makes its logits in a way that is not known here ({type(model).__name__}); choose another model")
+
+
+def positions(model: Any) -> int:
+    """How many positions a model has, prompt and completion together."""
+    return getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
 def load_text(place: str) -> Text:

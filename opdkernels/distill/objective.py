@@ -3,7 +3,9 @@ with its weight, over the tokens of completions."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -39,7 +41,8 @@ def objective(
     taught: the teacher's hidden states and head; advantage [rows]: of each completion; vocab: how many ids all models have.
     """
     targets = rollout.targets
-    hidden = hidden_states(model, *rollout.inputs())[:, :-1][targets]
+    with recomputing(model, options.gradient_checkpointing):
+        hidden = hidden_states(model, *rollout.inputs())[:, :-1][targets]
     head, ids = head_of(model, vocab), rollout.tokens
     loss, scores, log_prob = hidden.sum().float() * 0, None, None  # connected, whatever there is
     if taught is not None and options.kl_weight:
@@ -54,6 +57,22 @@ def objective(
         gain = of_tokens if advantage is None else of_tokens * advantage.repeat_interleave(rollout.sizes)
         loss = loss - weight * gain.sum() / tokens
     return Objective(loss, scores, log_prob)
+
+
+@contextlib.contextmanager
+def recomputing(model: Any, wanted: bool) -> Iterator[None]:
+    """Has a model's layers drop their activations, for a while: transformers does so of layers that are in training, which with dropout
+    and without a cache none is otherwise."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # type: ignore[import-not-found]
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 def log_probs(hidden: torch.Tensor, head: Head, ids: torch.Tensor) -> torch.Tensor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from opdkernels.distill.options import DistillOptions
 from opdkernels.distill.ranks import Ranks
-from opdkernels.errors import InputError, printable
+from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.masks import MaskSet
 from opdkernels.optim import MaskedAdamW, MaskedSGD
-from opdkernels.optim.bind import local_part
+from opdkernels.optim.bind import local_part, plain_name
 from opdkernels.optim.masked import MaskedOptimizer
 
 
@@ -20,6 +21,10 @@ def optimizer_of(options: DistillOptions, model: torch.nn.Module) -> MaskedOptim
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     masks = MaskSet.load(Path(options.masks)) if options.masks else {}
     unmasked = "freeze" if options.masks else "train"
+    names = {plain_name(name) for name, _ in named}
+    other = next((name for name, (active, _) in masks.counts().items() if active and name not in names), None) if isinstance(masks, MaskSet) else None
+    if other is not None:
+        raise InputError(f"there is a mask of {printable(other)} and no such parameter is trained; take masks by the student's own names, such as a run's masks/")
     try:
         if options.optimizer == "sgd":
             return MaskedSGD(named, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, masks=masks, unmasked=unmasked,
@@ -27,7 +32,9 @@ def optimizer_of(options: DistillOptions, model: torch.nn.Module) -> MaskedOptim
         return MaskedAdamW(named, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay, masks=masks, unmasked=unmasked,
                            precision=options.precision, seed=options.seed)  # fmt: skip
     except ValueError as error:
-        raise InputError(f"the masks do not fit the student ({printable(str(error))}); make them from this model") from None
+        if options.masks and "mask" in str(error):
+            raise InputError(f"the masks do not fit the student ({printable(str(error))}); make them from this model") from None
+        raise UsageError(str(error)) from None
 
 
 class WholeNorm:
@@ -37,23 +44,26 @@ class WholeNorm:
     """
 
     def __init__(self, model: torch.nn.Module):
-        self.square = 0.0
+        self.square: Any = 0.0
         for param in model.parameters():
             if param.requires_grad:
                 param.register_post_accumulate_grad_hook(self._add)
 
     def _add(self, param: torch.Tensor) -> None:
-        self.square += float(torch.linalg.vector_norm(local_part(param.grad)[0].detach(), dtype=torch.float64).square())  # type: ignore[arg-type]
+        self.square = self.square + torch.linalg.vector_norm(local_part(param.grad)[0].detach(), dtype=torch.float64).square()  # type: ignore[arg-type]
 
     def take(self, ranks: Ranks, device: torch.device) -> float:
         """The norm since the last call, over all processes."""
-        found, self.square = ranks.total({"square": self.square}, device)["square"], 0.0
+        found, self.square = ranks.total({"square": float(self.square)}, device)["square"], 0.0
         return found**0.5
 
 
 def with_lora(options: DistillOptions, model: torch.nn.Module) -> torch.nn.Module:
     """The model with LoRA factors on every linear layer but the head, these alone trained."""
-    from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found]
+    try:
+        from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found]
+    except ImportError:
+        raise UsageError("lora_rank needs peft, which is not installed; pip install 'opdkernels[distill]'") from None
 
     config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank, target_modules="all-linear", lora_dropout=0.0)
     return get_peft_model(model, config).eval()

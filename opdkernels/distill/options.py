@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,6 +88,12 @@ class DistillOptions(BaseModel):
             raise ValueError(f"reward_weight compares completions of one prompt and samples is {self.samples}; take 2 or more")
         if self.reward_weight and self.on_policy < 1:
             raise ValueError("reward_weight needs the student's own samples; set on_policy=1")
+        if self.sft_weight and self.on_policy == 1:
+            raise ValueError("sft_weight teaches completions that are not the student's, and on_policy is 1: there are none; set on_policy below 1")
+        if self.spec.sampled and self.kl_weight and (self.on_policy < 1 or self.sampling_temperature != self.temperature):
+            raise ValueError(f"{self.divergence} holds for tokens of the student's own distribution alone; set on_policy=1 and sampling_temperature to temperature")
+        if self.reward_weight and self.sampling_temperature != 1:
+            raise ValueError("reward_weight is the policy gradient of samples at temperature 1; set sampling_temperature=1")
         if self.masks and self.lora_rank:
             raise ValueError("masks and lora_rank are two ways to train a part; choose one")
         return self
@@ -101,7 +108,7 @@ class DistillOptions(BaseModel):
     @property
     def teachers(self) -> dict[str, str]:
         """Teachers' places by tag; one alone has the empty tag."""
-        if "=" not in self.teacher:
+        if not re.fullmatch(r"[\w.\- ]+=[^,]+(,[\w.\- ]+=[^,]+)*", self.teacher):
             return {"": self.teacher} if self.teacher else {}
         pairs = [part.partition("=") for part in self.teacher.split(",")]
         return {tag.strip(): place.strip() for tag, _, place in pairs}

@@ -72,7 +72,7 @@ def bind(model: Any, ranks: Ranks, functions: dict[str, Callable[..., Any]]) -> 
         if isinstance(module, torch.nn.ModuleList) and len(module) and type(module[0]).__name__.endswith(("Layer", "Block")):
             for layer in module:
                 fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else a teacher that swaps weights would score with those gathered before
     for name in ("generate", *functions):
         register_fsdp_forward_method(model, name)
     return model

@@ -10,7 +10,9 @@ import torch
 
 from opdkernels.distill.models import Text, unwrapped
 from opdkernels.distill.tasks import Entry
+from opdkernels.errors import InputError, printable
 
+PER_TOKEN = ("mm_token_type_ids", "token_type_ids")
 Extras = list[dict[str, torch.Tensor]]  # what a model takes beside ids, row by row
 
 
@@ -22,6 +24,11 @@ class Prompts:
     ids: list[list[int]]
     extras: Extras
     cut: int  # how many lost their beginning
+
+    def repeated(self, times: int) -> Prompts:
+        """Each prompt several times, side by side."""
+        again = lambda rows: [row for row in rows for _ in range(times)]  # noqa: E731
+        return Prompts(again(self.entries), again(self.ids), again(self.extras), self.cut)
 
 
 @dataclass
@@ -81,9 +88,10 @@ def together(extras: Extras, length: int, left: bool) -> dict[str, torch.Tensor]
     if not any(extras):
         return {}
     found: dict[str, list[torch.Tensor]] = {}
+    none = {name: value[:, :0] for row in extras for name, value in row.items() if name in PER_TOKEN}  # of rows without an image
     for row in extras:
-        for name, value in row.items():
-            if name.endswith("_ids"):
+        for name, value in (none | row).items():
+            if name in PER_TOKEN:
                 space = (length - value.shape[1], 0) if left else (0, length - value.shape[1])
                 value = torch.nn.functional.pad(value, space)
             found.setdefault(name, []).append(value)
@@ -95,6 +103,8 @@ def encode(text: Text, entries: Sequence[Entry], most: int, privileged: bool = F
     rows, extras, cut = [], [], 0
     for entry in entries:
         ids, extra = text.encode(with_privilege(entry) if privileged else entry.prompt, entry.images)
+        if not ids:
+            raise InputError(f"the prompt {printable(str(entry.prompt))[:80]!r} has no token; give another")
         if len(ids) > most and not extra:
             ids, cut = ids[-most:], cut + 1
         rows.append(ids)
@@ -133,8 +143,12 @@ def sample(model: Any, text: Text, prompts: Prompts, *, most: int, ends: Sequenc
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     from transformers import GenerationConfig  # type: ignore[import-not-found]
 
-    config = GenerationConfig(suppress_tokens=never_sampled(model, vocab) or None, max_new_tokens=most, eos_token_id=list(ends) or None, pad_token_id=text.pad, use_cache=True, **sampling)
-    found = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, synced_gpus=together_with > 1, **extras)
+    own_model, config = unwrapped(model), GenerationConfig(suppress_tokens=never_sampled(model, vocab) or None, max_new_tokens=most, eos_token_id=list(ends) or None, pad_token_id=text.pad, use_cache=True, **sampling)
+    kept, own_model.generation_config = own_model.generation_config, GenerationConfig()  # whose penalties would fill what is not set here
+    try:
+        found = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, synced_gpus=together_with > 1, **extras)
+    finally:
+        own_model.generation_config = kept
     cut = [until_end(row, ends) for row in found[:, longest:].tolist()]
     return beside(prompts, [row for row, _ in cut], [ended for _, ended in cut], own, text.pad, device)
 
@@ -149,7 +163,9 @@ def never_sampled(model: Any, vocab: int) -> list[int]:
 def recorded(text: Text, prompts: Prompts, *, most: int, ends: Sequence[int], device: torch.device) -> Rollout:
     """The completions that the prompts came with, ended where they are whole."""
     rows = [text.tokenizer(entry.completion, add_special_tokens=False)["input_ids"] for entry in prompts.entries]
-    rows = [row + [ends[0]] * bool(ends and (not row or row[-1] not in ends)) for row in rows]
+    own = text.tokenizer.eos_token_id
+    end = [own if own in ends else ends[0]] if ends else []
+    rows = [row + end * (not row or row[-1] not in ends) for row in rows]
     cut = [until_end(row[:most], ends) for row in rows]
     return beside(prompts, [row for row, _ in cut], [ended for _, ended in cut], False, text.pad, device)
 

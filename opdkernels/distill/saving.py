@@ -32,6 +32,9 @@ FREE = {"steps", "save_every", "eval_every", "tensorboard", "threads", "overwrit
 def identity(options: DistillOptions) -> str:
     """What two runs must share for one to go on from the other."""
     kept = {name: value for name, value in options.model_dump(mode="json").items() if name not in FREE}
+    for name in ("prompts", "held_out", "masks"):
+        if kept[name] and Path(kept[name]).is_file():
+            kept[name] = hashlib.blake2b(Path(kept[name]).read_bytes(), digest_size=16).hexdigest()
     return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -49,7 +52,10 @@ def open_folder(out: str | os.PathLike[str], options: DistillOptions, ranks: Ran
 def make_folder(folder: Path, options: DistillOptions) -> None:
     about = folder / "run.json"
     if about.exists():
-        before = json.loads(about.read_text())
+        try:
+            before = json.loads(about.read_text())
+        except ValueError:
+            before = {}
         if before.get("command") == "distill" and before.get("identity") == identity(options):
             return
         if not options.overwrite:

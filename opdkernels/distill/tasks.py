@@ -148,9 +148,13 @@ class ReasoningGym(Task):
 
 def open_task(prompts: str, held_out: str = "", seed: int = 0, reward: str = "exact") -> Task:
     """The task that `prompts` names. Raises InputError for a file that cannot be read, UsageError for a task that does not exist."""
+    kind, _, name = prompts.partition(":")
+    if held_out and (prompts in ("addition", "sums") or kind == "reasoning_gym"):
+        raise UsageError(f"the task {prompts} has held-out prompts of its own; leave held_out out")
+    if reward != "exact" and kind == "reasoning_gym":
+        raise UsageError(f"the task {prompts} scores by itself; leave reward out")
     if prompts in ("addition", "sums"):
         return (Addition if prompts == "addition" else Sums)(seed, reward)
-    kind, _, name = prompts.partition(":")
     if kind == "reasoning_gym":
         return ReasoningGym(name, seed)
     return Lines(prompts, held_out, seed, reward)
@@ -159,12 +163,12 @@ def open_task(prompts: str, held_out: str = "", seed: int = 0, reward: str = "ex
 def read_lines(path: str) -> list[Entry]:
     named = printable(path)
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{named} does not exist; give JSON lines, or a task: addition, sums, reasoning_gym:NAME") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{named} cannot be read as JSON lines ({printable(str(error))})") from None
-    found = [parse(line, f"{named} line {number}", Path(path).parent) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    found = [parse(line, f"{named} line {number}", Path(path).parent) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not found:
         raise InputError(f"{named} holds no prompt")
     return found

@@ -22,6 +22,8 @@ from opdkernels.optim.active import active_of, put_active
 from opdkernels.optim.bind import Shard, local_part
 from opdkernels.optim.masked import MaskedOptimizer
 
+UNCUT = 1 << 60  # tokens of a prompt with what is privileged
+
 
 class Teacher(Protocol):
     """What the loop asks of a teacher."""
@@ -74,8 +76,8 @@ class OwnWeights:
     `privileged` in a prompt it reads that first; the completion's tokens are the same.
     """
 
-    def __init__(self, model: Any, optimizer: MaskedOptimizer, ema: float, text: Text, max_prompt: int):
-        self.model, self.optimizer, self.ema, self.text, self.max_prompt = model, optimizer, ema, text, max_prompt
+    def __init__(self, model: Any, optimizer: MaskedOptimizer, ema: float, text: Text):
+        self.model, self.optimizer, self.ema, self.text = model, optimizer, ema, text
         self.values = [self._kept(active_of(local, shard), local) for local, shard in self._parts()]
 
     def _parts(self) -> list[tuple[torch.Tensor, Shard]]:
@@ -102,7 +104,7 @@ class OwnWeights:
 
     def score(self, rollout: Rollout) -> tuple[torch.Tensor, Head]:
         if any(entry.privileged is not None for entry in rollout.entries):
-            prompts = encode(self.text, rollout.entries, 2 * self.max_prompt, privileged=True)
+            prompts = encode(self.text, rollout.entries, UNCUT, privileged=True)
             rollout = beside(prompts, rollout.completions(), rollout.ended.tolist(), rollout.own, self.text.pad, rollout.ids.device)
         with self.swapped():
             hidden, head = self.model.scored(rollout)
@@ -130,7 +132,7 @@ def teachers_of(options: DistillOptions, model: torch.nn.Module, optimizer: Mask
         if place in loaded:
             continue
         if place == SELF:
-            loaded[place] = OwnWeights(model, optimizer, options.ema, text, options.max_prompt)
+            loaded[place] = OwnWeights(model, optimizer, options.ema, text)
         else:
             refuse_other_tokens(text.tokenizer, load_text(place).tokenizer, f"the teacher {printable(place)}")
             loaded[place] = ModelTeacher(load_model(place, options.dtype, device))

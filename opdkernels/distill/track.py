@@ -72,25 +72,23 @@ class Copies:
         for name, weight in here(model):
             layout[name] = (size, weight.dtype, weight.shape)
             size += -(-weight.numel() * weight.element_size() // ALIGNED) * ALIGNED
-        fresh = not path.exists()
-        if fresh:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.unlink(missing_ok=True)
-            if size:
-                np.memmap(part, np.uint8, "w+", shape=(size,)).flush()
-            part.rename(path)
-        whole = np.memmap(path, np.uint8, "r+", shape=(size,))
-        for name, (start, dtype, shape) in layout.items():
-            stop = start + math.prod(shape) * dtype.itemsize
-            self.held[name] = torch.from_numpy(whole[start:stop]).view(dtype).view(shape)
-        if fresh:
-            self.take(model)
-
-    def take(self, model: torch.nn.Module) -> None:
-        """Copies the weights as they are now."""
+        if path.exists():
+            self.held = self._views(path, "r", layout, size)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.unlink(missing_ok=True)
+        copies = self._views(part, "w+", layout, size)
         for name, weight in here(model):
-            self.held[name].copy_(weight)
+            copies[name].copy_(weight)
+        part.rename(path)
+        self.held = copies
+
+    @staticmethod
+    def _views(path: Path, mode: Any, layout: dict[str, tuple[int, torch.dtype, torch.Size]], size: int) -> dict[str, torch.Tensor]:
+        whole = np.memmap(path, np.uint8, "c" if mode == "r" else mode, shape=(size,))  # torch wants memory it could write to
+        stop = lambda start, dtype, shape: start + math.prod(shape) * dtype.itemsize  # noqa: E731
+        return {name: torch.from_numpy(whole[place[0] : stop(*place)]).view(place[1]).view(place[2]) for name, place in layout.items()}
 
 
 class Tracker:
@@ -112,6 +110,7 @@ class Tracker:
         self.start = Copies(first, model if first.exists() or not step else start())
         self.last = Copies(self._weights(f"mark-{marks[-1]:06}"), model) if marks else self.start
         self.ever = self._union()
+        self.resumable = self.last.path  # what the last checkpoint goes on from
 
     def _weights(self, name: str) -> Path:
         return self.folder / "weights" / f"{name}-{self.ranks.rank}.bin"
@@ -154,8 +153,11 @@ class Tracker:
             "changed_ever": ever / total if total else 0.0,
             **moments,
         }
-        self.last = Copies(self._weights(f"mark-{step:06}"), model)
-        self.last.take(model)
+        before, path = self.last.path, self._weights(f"mark-{step:06}")
+        path.unlink(missing_ok=True)
+        self.last = Copies(path, model)
+        if before not in (self.start.path, self.resumable):
+            before.unlink(missing_ok=True)
         if self.ranks.first:
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -166,6 +168,7 @@ class Tracker:
         for path in (self.folder / "weights").glob(f"mark-*-{self.ranks.rank}.bin"):
             if path != self.last.path:
                 path.unlink()
+        self.resumable = self.last.path
 
     def finish(self) -> list[dict[str, Any]]:
         """The rows of all marks, with how each one's changed set covers the last one's, and is covered by it."""

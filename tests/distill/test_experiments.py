@@ -20,14 +20,14 @@ def test_a_table_has_every_arm_seed_and_mask(options, tmp_path):
     for name in list(rows)[2:]:
         assert rows[name]["trained"] == pytest.approx(0.2, abs=0.01)
         assert rows[name]["changed_stored"] <= rows[name]["trained"]
-    made = {name: MaskSet.load(tmp_path / "seed-1" / f"{slug(name)}.masks.safetensors") for name in ("found", "random", "random matched on |W|")}
+    made = {name: MaskSet.load(tmp_path / "seed-1" / f"{slug(name)}-0.2.masks.safetensors") for name in ("found", "random", "random matched on |W|")}
     for name in ("random", "random matched on |W|"):
         assert (made[name] & made["found"]).nnz < 0.6 * made["found"].nnz
     assert json.loads((tmp_path / "results.json").read_text()) == result
     assert (tmp_path / "table.md").read_text() == markdown(result)
-    before = (tmp_path / "seed-0" / "found" / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns
+    before = (tmp_path / "seed-0" / "found-0.2" / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns
     assert run_experiment("masks", chosen, tmp_path, seeds=2, density=0.2, arms=["found"])["rows"][2] == rows["found"]
-    assert (tmp_path / "seed-0" / "found" / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns == before
+    assert (tmp_path / "seed-0" / "found-0.2" / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("name", ["sgd", "on-policy", "precision"])
@@ -86,7 +86,7 @@ def test_an_arm_brings_those_that_it_is_made_from():
 def test_what_cannot_be_run_is_refused(options, tmp_path):
     with pytest.raises(UsageError, match="there is no experiment magic; there are masks"):
         run_experiment("magic", options(), tmp_path)
-    with pytest.raises(UsageError, match="set eval_size"):
+    with pytest.raises(UsageError, match="set eval_size and track_every"):
         run_experiment("masks", options(), tmp_path)
 
 
@@ -104,6 +104,6 @@ def test_a_signal_stops_the_experiment_and_not_an_arm_alone(options, tmp_path, m
     chosen = options(eval_size=4, steps=3)
     with pytest.raises(KeyboardInterrupt):
         run_experiment("masks", chosen, tmp_path, density=0.2, arms=["found"])
-    assert not (tmp_path / "seed-0" / "found.masks.safetensors").exists()
+    assert not (tmp_path / "seed-0" / "found-0.2.masks.safetensors").exists()
     monkeypatch.undo()
     assert [row["arm"] for row in run_experiment("masks", chosen, tmp_path, density=0.2, arms=["found"])["rows"]] == ["start", "full", "found"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -146,7 +147,7 @@ def test_a_teacher_of_nan_ends_the_run_and_spoils_nothing(options, places, tmp_p
         distill(options(teacher=str(tmp_path / "nan"), steps=9, save_every=1), tmp_path / "run")
     rows = log(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2]
-    assert all("loss nan" in row["skipped"] for row in rows)
+    assert all("loss nan" in row["skipped"] and row["loss"] is None for row in rows)
     assert digest(tmp_path / "run" / "checkpoint-2") == digest(tmp_path / "run" / "checkpoint-0")
 
 
@@ -243,6 +244,80 @@ def test_a_run_that_was_cut_before_its_first_checkpoint_begins_anew(options, tmp
     distill(chosen, tmp_path / "whole")
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
     assert read_rows(tmp_path / "cut" / "scores.jsonl") == read_rows(tmp_path / "whole" / "scores.jsonl")
+
+
+def test_a_run_that_was_cut_before_its_last_word_says_it_again(options, tmp_path, monkeypatch):
+    from opdkernels.distill.track import Tracker
+
+    chosen = options(steps=2, eval_size=4, save_every=1, track_every=1)
+    distill(chosen, tmp_path / "whole")
+    monkeypatch.setattr(Tracker, "finish", lambda self: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        distill(chosen, tmp_path / "cut")
+    monkeypatch.undo()
+    assert distill(chosen, tmp_path / "cut").accuracy == distill(chosen, tmp_path / "whole").accuracy
+    assert read_rows(tmp_path / "cut" / "track.jsonl") == read_rows(tmp_path / "whole" / "track.jsonl")
+    assert not list((tmp_path / "cut" / "weights").iterdir())
+
+
+def test_a_log_is_written_before_the_checkpoint_that_ends_it(options, tmp_path, monkeypatch):
+    save = loop.save
+    monkeypatch.setattr(loop, "save", lambda folder, step, *rest: save(folder, step, *rest) if step < 2 else sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        distill(options(steps=2, eval_size=4, save_every=1), tmp_path / "cut")
+    monkeypatch.undo()
+    assert distill(options(steps=2, eval_size=4, save_every=1), tmp_path / "cut").accuracy == distill(options(steps=2, eval_size=4, save_every=1), tmp_path / "whole").accuracy
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+
+
+def test_other_prompts_in_the_same_file_are_another_run(options, tmp_path):
+    chosen = options(prompts=mixed(tmp_path), steps=1)
+    distill(chosen, tmp_path / "run")
+    (tmp_path / "m.jsonl").write_text(json.dumps({"prompt": "9="}))
+    with pytest.raises(UsageError, match="holds another run"):
+        distill(chosen, tmp_path / "run")
+
+
+def test_weights_that_a_file_lacks_are_named(options, places, tmp_path):
+    from safetensors.torch import save_file
+
+    for file in (places / "student").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        distill(options(student=str(tmp_path)), tmp_path / "run")
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:999])
+    with pytest.raises(InputError, match="cannot be loaded as a model"):
+        distill(options(student=str(tmp_path)), tmp_path / "run")
+
+
+def test_a_head_that_is_not_known_is_refused(options, places, tmp_path, monkeypatch):
+    from opdkernels.distill import models
+
+    known = models.head_of
+    monkeypatch.setattr(models, "head_of", lambda model, vocab=None: dataclasses.replace(known(model, vocab), scale=2.0))
+    with pytest.raises(InputError, match="makes its logits in a way that is not known"):
+        distill(options(), tmp_path)
+
+
+def test_positions_bound_what_is_sampled(options, tmp_path):
+    with pytest.raises(UsageError, match="have 64 positions"):
+        distill(options(max_new_tokens=64), tmp_path)
+
+
+def test_masks_by_other_names_are_refused(options, tmp_path):
+    from opdkernels.masks.sets import from_bools
+
+    from_bools({"lm_head.weight": torch.ones(15, 32, dtype=torch.bool), "model.other.weight": torch.ones(3, dtype=torch.bool)}).save(tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match=r"mask of model\.other\.weight and no such parameter"):
+        distill(options(masks=str(tmp_path / "m.safetensors")), tmp_path / "run")
+
+
+def test_the_student_itself_is_no_source_of_the_teachers_samples(options, tmp_path):
+    with pytest.raises(InputError, match="one teacher that is a model of its own"):
+        distill(options(teacher="self", on_policy=0), tmp_path)
 
 
 def test_a_damaged_state_is_named(options, tmp_path):

@@ -77,6 +77,19 @@ def test_a_divergence_is_that_of_whole_logits(options):
     assert found.scores.reverse_kl.sum().item() * 3 / 5 == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_recomputed_activations_give_the_same_gradients(options):
+    student, part = model(0, initializer_range=0.2).eval(), rollout(own=False)
+    forwards, found = [], []
+    student.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
+    for more in ({}, {"gradient_checkpointing": True}):
+        if more:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        loss = objective(student, part, None, None, 5, 15, options(kl_weight=0, sft_weight=1, teacher="", on_policy=0, **more)).loss
+        found.append(gradients(student, loss))
+    assert len(forwards) == 3
+    same(*found)
+
+
 def test_nothing_to_learn_is_a_connected_zero(options):
     student = model(0).eval()
     empty = beside(encode(TEXT, [Entry("1+1=")], 32), [[]], [False], True, 0, torch.device("cpu"))

@@ -33,6 +33,11 @@ def test_betas_of_a_command_line_have_a_comma():
         ({"reward_weight": 1}, "take 2 or more"),
         ({"reward_weight": 1, "samples": 2, "on_policy": 0.5}, "set on_policy=1"),
         ({"masks": "m", "lora_rank": 4}, "choose one"),
+        ({"sft_weight": 1}, "set on_policy below 1"),
+        ({"divergence": "sampled_reverse_kl", "on_policy": 0.5}, "own distribution alone"),
+        ({"divergence": "sampled_reverse_kl", "sampling_temperature": 0.5}, "own distribution alone"),
+        ({"reward_weight": 1, "samples": 2, "sampling_temperature": 0.5}, "set sampling_temperature=1"),
+        ({"device": "gpu"}, "give cpu, cuda or cuda:1"),
         ({"optimizer": "adam"}, "option optimizer is 'adam'"),
     ],
 )
@@ -72,3 +77,4 @@ def test_teachers_are_chosen_by_tag():
     chosen = options_from(None, {**LEAST, "teacher": "math = a/b, code=c"})
     assert chosen.teachers == {"math": "a/b", "code": "c"}
     assert options_from(None, LEAST).teachers == {"": "t"}
+    assert options_from(None, {**LEAST, "teacher": "m/lr=1/x"}).teachers == {"": "m/lr=1/x"}

@@ -6,6 +6,7 @@ import torch
 from opdkernels.distill.models import Text, hidden_states
 from opdkernels.distill.rollout import Prompts, beside, encode, recorded, sample, until_end
 from opdkernels.distill.tasks import Entry
+from opdkernels.errors import InputError
 from tests.distill.conftest import model, tokenizer
 
 TEXT = Text(tokenizer(), None, 0)
@@ -57,6 +58,26 @@ def test_sampled_tokens_have_the_models_probabilities():
     assert (seen - expected).abs().max() < 5 * (0.25 / 4000) ** 0.5
 
 
+def test_penalties_that_a_model_ships_are_left_out():
+    own = model(3, initializer_range=0.3).eval()
+    own.generation_config.update(repetition_penalty=1.5, min_p=0.2, no_repeat_ngram_size=2)
+    limits = {"most": 1, "ends": [], "vocab": 15, "own": True}
+    rollout = sample(own, TEXT, prompts(*["1+1="] * 4000), temperature=1.0, **limits)
+    expected = own(torch.tensor([prompts("1+1=").ids[0]])).logits[0, -1].double().softmax(0).detach()
+    assert (torch.bincount(rollout.tokens, minlength=15) / 4000 - expected).abs().max() < 5 * (0.25 / 4000) ** 0.5
+    assert own.generation_config.repetition_penalty == 1.5
+
+
+def test_a_prompt_without_tokens_is_refused():
+    with pytest.raises(InputError, match="has no token"):
+        prompts("1=", "")
+
+
+def test_recorded_completions_end_as_the_tokenizer_ends_them():
+    given = encode(TEXT, [Entry("1=", completion="12")], 100)
+    assert recorded(TEXT, given, most=9, ends=[0, 1, 14], device=CPU).completions() == [[3, 4, 1]]
+
+
 def test_ids_that_others_lack_are_never_sampled():
     rollout = sample(model(3), TEXT, prompts(*["1+1="] * 64), most=4, ends=[], vocab=5, temperature=1.0, own=True)
     assert int(rollout.tokens.max()) < 5
@@ -82,8 +103,6 @@ def test_the_end_of_a_long_prompt_is_kept():
 
 
 def test_images_are_not_taken_by_a_model_of_text():
-    from opdkernels.errors import InputError
-
     with pytest.raises(InputError, match="give an image-text model"):
         encode(TEXT, [Entry("1=", images=("x.png",))], 9)
 
@@ -97,6 +116,7 @@ def test_per_token_inputs_are_padded_on_the_side_of_the_ids():
     assert found["pixel_values"].shape == (4, 4)
     assert together(rows, 4, left=False)["mm_token_type_ids"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
     assert together([{}, {}], 4, left=True) == {}
+    assert together([{}, rows[0]], 4, left=True)["mm_token_type_ids"].tolist() == [[0, 0, 0, 0], [0, 0, 1, 1]]
 
 
 def test_prompts_hold_what_was_given():

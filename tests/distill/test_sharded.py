@@ -23,15 +23,16 @@ def run(chosen, out, processes):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(options, tmp_path):
+@pytest.mark.parametrize("more", [{}, {"teacher": "self", "ema": 0.5, "lr": 0.5, "clip": 0, "sft_weight": 1.0}])
+def test_two_processes_train_as_one_does(options, tmp_path, more):
     """Recorded completions, so that what is learnt does not depend on who samples what: all but the order of sums is alike."""
-    chosen = {"prompts": recorded(tmp_path), "on_policy": 0, "dtype": "float32", "steps": 3, "lr": 1e-3, "optimizer": "sgd", "track_every": 1, "held_out": recorded(tmp_path), "eval_size": 3, "clip": 0.05}
+    chosen = {"prompts": recorded(tmp_path), "on_policy": 0, "dtype": "float32", "steps": 3, "lr": 1e-3, "optimizer": "sgd", "track_every": 1, "held_out": recorded(tmp_path), "eval_size": 3, "clip": 0.05, **more}
     run(options(**chosen), tmp_path / "two", 2)
     distill(options(**chosen), tmp_path / "one")
     one, two = (load_file(tmp_path / name / "checkpoint-3" / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert a.keys() == b.keys()
         assert b["step"] == a["step"]
@@ -41,7 +42,7 @@ def test_two_processes_train_as_one_does(options, tmp_path):
     assert marks[0]["views"]["stored"]["numel"] == marks[1]["views"]["stored"]["numel"]
     assert marks[1]["views"]["stored"]["rms_delta"] == pytest.approx(marks[0]["views"]["stored"]["rms_delta"], rel=1e-4)
     files = [MaskSet.load(tmp_path / name / "masks" / "step-000003.safetensors") for name in ("one", "two")]
-    assert (files[0] ^ files[1]).nnz < 0.01 * files[0].numel
+    assert (files[0] ^ files[1]).nnz < 0.02 * files[0].numel
 
 
 @pytest.mark.slow

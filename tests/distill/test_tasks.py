@@ -70,6 +70,18 @@ def test_rewards_that_do_not_exist_are_refused(name):
         scorer(name)
 
 
+def test_what_a_task_would_ignore_is_refused():
+    with pytest.raises(UsageError, match="leave held_out out"):
+        open_task("addition", held_out="x.jsonl")
+    with pytest.raises(UsageError, match="leave reward out"):
+        open_task("reasoning_gym:chain_sum", reward="math:exp")
+
+
+def test_a_line_may_hold_any_separator_but_its_end(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b"}\n', encoding="utf-8")
+    assert open_task(str(tmp_path / "p.jsonl")).entry(0).prompt == "a\u2028b"
+
+
 def test_a_reward_that_is_no_number_is_refused(tmp_path):
     task = open_task("addition", reward="math:exp")
     with pytest.raises(InputError, match="the reward math:exp failed"):

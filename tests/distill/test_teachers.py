@@ -19,7 +19,7 @@ def setup(ema: float, dtype=torch.bfloat16, density: float = 0.3):
     own.scored = lambda rollout: scored(own, rollout)
     masks = {name: torch.rand(p.shape) < density for name, p in own.named_parameters()}
     optimizer = MaskedAdamW(own.named_parameters(), masks=masks, lr=0.05)
-    return own, optimizer, OwnWeights(own, optimizer, ema, TEXT, 32)
+    return own, optimizer, OwnWeights(own, optimizer, ema, TEXT)
 
 
 def step(own, optimizer, teacher):
@@ -83,7 +83,7 @@ def test_state_is_all_that_a_teacher_needs_to_go_on():
     own, optimizer, teacher = setup(0.5)
     for _ in range(3):
         step(own, optimizer, teacher)
-    other = OwnWeights(own, optimizer, 0.5, TEXT, 32)
+    other = OwnWeights(own, optimizer, 0.5, TEXT)
     other.load_state_dict(teacher.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(other.values, teacher.values, strict=True))
 

@@ -60,6 +60,36 @@ def test_marks_after_the_step_that_a_run_goes_on_from_are_let_go(tmp_path):
     assert again.mark(2, own, {}) == second
 
 
+def test_a_copy_that_was_cut_short_is_made_again(tmp_path, monkeypatch):
+    from opdkernels.distill import track
+
+    own, calls = model(0, initializer_range=0.2).bfloat16(), []
+
+    def cut(model):
+        for one in track.effective(model):
+            calls.append(one)
+            if len(calls) == 40:  # of 27 weights: once to lay out, then half-way
+                raise KeyboardInterrupt
+            yield one
+
+    monkeypatch.setattr(track, "here", cut)
+    with pytest.raises(KeyboardInterrupt):
+        Tracker(tmp_path, own, 0, lambda: None, ALONE)
+    monkeypatch.undo()
+    assert Tracker(tmp_path, own, 0, lambda: None, ALONE).mark(1, own, {})["views"]["stored"]["frac_zero"] == 1
+
+
+def test_marks_keep_two_copies_beside_the_start(tmp_path):
+    own = model(0, initializer_range=0.2).bfloat16()
+    tracker = Tracker(tmp_path, own, 0, lambda: None, ALONE)
+    for step in range(1, 6):
+        moved(own, 0.1, step)
+        tracker.mark(step, own, {})
+        if step == 2:
+            tracker.saved()
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["mark-000002-0.bin", "mark-000005-0.bin", "start-0.bin"]
+
+
 def test_the_start_is_made_again_where_its_copy_is_gone(tmp_path):
     own = model(0, initializer_range=0.2).bfloat16()
     start = model(0, initializer_range=0.2).bfloat16()
