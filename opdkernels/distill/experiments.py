@@ -6,7 +6,6 @@ of held-out prompts, the same for all arms; intervals are of 95 %, by resampling
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -278,8 +277,3 @@ def with_interval(row: Mapping[str, Any], name: str, text: str) -> str:
     if row.get(name) is None:
         return ""
     return f"{text.format(row[name])} ({text.format(row[f'{name}_low'])} to {text.format(row[f'{name}_high'])})"
-
-
-def load(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The result of a finished experiment."""
-    return json.loads((Path(folder) / "results.json").read_text())

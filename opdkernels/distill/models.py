@@ -88,12 +88,19 @@ def refuse_other_head(model: Any, place: str) -> None:
     """Raises InputError where a model makes logits otherwise than `head_of` says."""
     ids = torch.arange(4, device=next(model.parameters()).device).unsqueeze(0)
     head, hidden = head_of(model), hidden_states(model, ids, torch.ones_like(ids), {})[0].float()
-    logits = head.scale * (hidden @ head.weight.float().T + (0 if head.bias is None else head.bias.float()))
-    if head.softcap:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
+    logits = logits_of(hidden, head)
     own = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
     if not (logits - own).abs().max() <= 0.02 * own.abs().max() and torch.isfinite(own).all():
         raise InputError(f"{printable(place)} makes its logits in a way that is not known here ({type(model).__name__}); choose another model")
+
+
+def logits_of(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    """fp32 [n, vocabulary]: a head's logits of hidden states [n, width]."""
+    logits = hidden.float() @ head.weight[: head.vocab].float().T
+    if head.bias is not None:
+        logits = logits + head.bias[: head.vocab].float()
+    logits = logits * head.scale
+    return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
 
 
 def positions(model: Any) -> int:

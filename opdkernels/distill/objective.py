@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from opdkernels.distill.models import head_of, hidden_states
+from opdkernels.distill.models import head_of, hidden_states, logits_of
 from opdkernels.distill.options import DistillOptions
 from opdkernels.distill.rollout import Rollout
 from opdkernels.ops.divergence import Head, Scores, linear_divergence
@@ -82,13 +82,7 @@ def log_probs(hidden: torch.Tensor, head: Head, ids: torch.Tensor) -> torch.Tens
 
 
 def part_log_probs(hidden: torch.Tensor, ids: torch.Tensor, head: Head) -> torch.Tensor:
-    logits = hidden.float() @ head.weight[: head.vocab].float().T
-    if head.bias is not None:
-        logits = logits + head.bias[: head.vocab].float()
-    logits = logits * head.scale
-    if head.softcap:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return logits.log_softmax(1).gather(1, ids.unsqueeze(1)).squeeze(1)
+    return logits_of(hidden, head).log_softmax(1).gather(1, ids.unsqueeze(1)).squeeze(1)
 
 
 def advantages(rewards: torch.Tensor, samples: int) -> torch.Tensor:

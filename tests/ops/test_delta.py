@@ -254,3 +254,8 @@ def test_more_than_two_billion_coordinates():
         assert (tally.numel, tally.bit_equal, tally.delta[0x3F80], tally.source[0]) == (n, n - 3, 3, n)
         assert exact_float(tally.sum_delta_sq) == 3.0
         del source, trained
+
+
+def test_a_million_coordinates(isa, threads):
+    source, trained = make_pair(1_000_003)
+    assert delta(source, trained) == by_reference(source, trained)

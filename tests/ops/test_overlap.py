@@ -310,3 +310,8 @@ def test_more_than_two_billion_coordinates():
         found = overlap(source, [run, run])
         assert (found.numel, found.n_both(0, 1), found.source[0], found.runs.tolist()) == (n, 3, n, [n - 3, 0, 3])
         del source, run
+
+
+def test_a_million_coordinates(isa, threads):
+    source, runs = make_runs(1_000_003)
+    assert overlap(source, runs) == by_reference(source, runs)

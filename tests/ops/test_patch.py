@@ -538,3 +538,12 @@ def test_more_than_two_billion_coordinates():
         assert torch.equal(after, digests[1])
         assert source[[0, 1, 2**31, n - 1]].tolist() == [1, 0, 1, 1]
         del source, run, room, changes
+
+
+def test_a_million_coordinates(isa, threads):
+    w, v = make_bits(1_000_003, torch.int16, 0.17)
+    expected, digests = by_reference(w, v, False)
+    changes, found = gather(w, v)
+    assert plain(changes) == plain(expected)
+    assert torch.equal(found, digests)
+    assert torch.equal(bits(scatter(w, changes)[0]), bits(v))

@@ -228,3 +228,11 @@ def test_operator_is_registered_as_torch_expects():
     compiled = torch.compile(cut, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(values, mask), cut(values, mask), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_a_million_values(isa, threads, largest):
+    values, mask = make_pair(1_000_003, torch.float32)[0], make_mask(1_000_003)
+    (cuts, counts), (expected_cuts, expected) = (by(values, [1000, 100_000], largest, mask) for by in (torch.ops.opdkernels.quantile, ops.reference))
+    assert torch.equal(counts, expected)
+    assert torch.equal(cuts.view(torch.int64), expected_cuts.view(torch.int64))

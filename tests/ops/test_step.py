@@ -512,3 +512,9 @@ def test_operator_is_registered_as_torch_wants_it(dtype, precision):
         (state.params, state.grads(dtype), state.held, state.offsets, state.m, state.v, state.most, state.extras, [], [], scalars, [0, 1], [0, 0], [0, 1],
          None, None, None, False, PRECISIONS.index(precision), 0),
     )  # fmt: skip
+
+
+def test_a_million_coordinates(isa, threads, monkeypatch):
+    make = lambda: State((1_000_003, 70_001), dtype=torch.bfloat16, precision="exact")  # noqa: E731
+    kernels = {name: getattr(torch.ops.opdkernels, name) for name in ("masked_adamw_", "masked_sgd_")}
+    step_alike(kernels, monkeypatch, make, lambda state: state.step(state.grads(torch.bfloat16)))

@@ -104,3 +104,8 @@ def test_zeros_that_stay_are_counted_apart(n_zero):
     source, trained = make_pair(1800, hostile=False)
     source[:n_zero] = trained[:n_zero] = 0
     assert_equal(source, trained)
+
+
+def test_a_million_coordinates(monkeypatch):
+    monkeypatch.setattr(kernels, "shape_of", lambda *dtypes: (1 << 16, None))
+    assert_equal(*make_pair(1_000_003))

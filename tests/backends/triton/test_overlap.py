@@ -71,3 +71,9 @@ def test_it_adds_to_what_is_there():
     found = by_kernel(source[:700], [run[:700] for run in runs])
     kernels.overlap_(source[700:], [run[700:] for run in runs], DEFAULT_CUT, *(torch.from_numpy(array) for array in found.arrays))
     assert found == by_reference(source, runs)
+
+
+def test_a_million_coordinates(monkeypatch):
+    monkeypatch.setattr(kernels, "TILE", 1 << 17)
+    tensors = make_runs(1_000_003)
+    assert by_kernel(*tensors) == by_reference(*tensors)

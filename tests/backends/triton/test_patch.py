@@ -100,3 +100,7 @@ def test_the_first_bad_block_is_named():
 def test_the_kernels_and_the_reference_hold_one_secret():
     assert kernels.SECRET == ops.SECRET
     assert kernels.START == ops.START
+
+
+def test_a_million_coordinates():
+    by.assert_there_and_back(*make_bits(1_000_003, torch.int16, 0.17), False)

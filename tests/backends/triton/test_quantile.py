@@ -73,3 +73,8 @@ def test_every_pattern_of_sixteen_bits():
     every = torch.from_numpy(np.arange(65536, dtype=np.uint16).view(np.int16))
     for dtype in (torch.bfloat16, torch.float16):
         assert_equal(every.view(dtype), [1, 300, 40_000, 63_000])
+
+
+def test_a_million_values(monkeypatch):
+    monkeypatch.setattr(kernels, "TILE", 1 << 17)
+    assert_equal(make_pair(1_000_003, torch.float32)[0], [1000, 100_000], make_mask(1_000_003))

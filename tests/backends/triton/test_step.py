@@ -175,3 +175,9 @@ def test_places_beyond_two_billion(monkeypatch):
     ops.reference_adamw([small], [gradients], [torch.arange(5)], [none], [torch.zeros(5)], [torch.zeros(5)], [], *common)
     assert torch.equal(param[places], small)
     assert torch.equal(taken, small.float())
+
+
+def test_a_million_coordinates(monkeypatch):
+    monkeypatch.setattr(kernels, "TILE", 1 << 17)
+    make = lambda: State((1_000_003, 70_001), dtype=BF16, precision="exact")  # noqa: E731
+    assert_as_the_reference(monkeypatch, make, lambda state: state.step(state.grads(BF16)))
