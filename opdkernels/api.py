@@ -101,12 +101,13 @@ def trend(
 
 
 def experiment(
-    name: str, options: DistillOptions, out: str | os.PathLike[str], *, seeds: int = 1, density: float = 0.0, arms: Sequence[str] = (), quiet: bool = True
+    name: str, options: DistillOptions, out: str | os.PathLike[str], *, seeds: int = 1, density: float | None = None, arms: Sequence[str] = (), quiet: bool = True
 ) -> dict[str, Any]:
     """Run an experiment on what on-policy distillation does to weights, analyse the pair that it makes, and write its page.
 
-    name: masks, sgd, on-policy or precision; options: of the runs; out: the folder, where finished runs are not made again;
-    density: how large masks are, 0 for all that a run changed visibly. Returns what results.json holds.
+    name: masks, sgd, on-policy, precision, trajectory, subspace or interventions; options: of the runs; out: the folder, where
+    finished runs are not made again; density: how large masks are, 0 for all that a run changed visibly, None for the
+    experiment's own. Returns what results.json holds.
 
     Raises InputError for input that cannot be read, UsageError for options that make no sense.
     """

@@ -418,6 +418,36 @@ def patch_info(patch: PatchFile, json: Json = False) -> None:
     show(found, lines(found), json)
 
 
+@app.command("intervene")
+def intervene_command(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Checkpoint before training.", show_default=False)],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Checkpoint after training, of the same model.", show_default=False)],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write, new or empty.", show_default=False)],
+    masks: Annotated[Optional[str], typer.Option(metavar="FILE", help="Masks (opdkernels mask): the part is what is active.", show_default=False)] = None,  # noqa: UP045
+    where: Annotated[str, typer.Option(metavar="TERMS", help="Only in some tensors: attention, mlp, embedding, lm_head, norm, q_proj, layers=0-7, ..., with commas between.", show_default=False)] = "",
+    revert: Annotated[bool, typer.Option("--revert", help="All of the change but the part.")] = False,
+    io: Io = "auto",
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Write BASE with a part of the change to TUNED alone, or TUNED without it, to score: which part carries the gain?
+
+    Every coordinate has its bits from one side; files are those of TUNED. `opdkernels experiment interventions` does so for many
+    parts, and scores them.
+
+    Example: opdkernels intervene Qwen2.5-0.5B my-run/step-200 --where mlp,layers=0-7 --revert -o without
+    """
+    from opdkernels.masks import MaskSet
+    from opdkernels.patch import intervene
+    from opdkernels.progress import reporting
+
+    with reporting(quiet) as progress:
+        found = intervene(base, tuned, out, masks=MaskSet.load(masks) if masks else None, where=where, revert=revert, io=io, progress=progress)
+    if not quiet:
+        share = 100 * found["kept"] / found["changed"] if found["changed"] else 0.0
+        show(found, [f"{printable(out)}: {found['kept']:,} of the {found['changed']:,} changed coordinates are TUNED's ({share:.3g} %)"], json)
+
+
 def distill(
     config: Annotated[Optional[str], typer.Argument(metavar="[CONFIG.toml]", help="Options as TOML; those on the command line go before it.", show_default=False)] = None,  # noqa: UP045
     *,
@@ -447,12 +477,12 @@ app.command("distill")(with_options(distill, DistillOptions))
 
 
 def experiment(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="masks, sgd, on-policy or precision.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="masks, sgd, on-policy, precision, trajectory, subspace or interventions.", show_default=False)],
     config: Annotated[Optional[str], typer.Argument(metavar="[CONFIG.toml]", help="Options of distill as TOML; without any, the addition task with the models that ship.", show_default=False)] = None,  # noqa: UP045
     *,
     out: Out,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 1,
-    density: Annotated[float, typer.Option(min=0, max=1, help="Share of the coordinates in each mask; 0: all that a run changed visibly to bf16.")] = 0.0,
+    density: Annotated[Optional[float], typer.Option(min=0, max=1, help="Share of the coordinates in each mask; 0: all that a run changed visibly to bf16. [default: 0; 0.2 of trajectory and interventions]", show_default=False)] = None,  # noqa: UP045
     arms: Annotated[str, typer.Option(help="Some of the arms, with commas between; all if empty.")] = "",
     quiet: Quiet = False,
     json: Json = False,
@@ -461,8 +491,10 @@ def experiment(
     """Run an experiment on what on-policy distillation does to weights: its arms, seed by seed, and one table with intervals.
 
     masks: the set that a full run changed, against random, |W|-matched, near-zero, early and RLVR's sets. sgd: rates of AdamW and
-    SGD. on-policy: shares of the student's own samples. precision: bf16 exact, bf16 rounded, fp32. OUT gets every arm's run, of
-    which finished ones are not made again, results.json, table.md, report.html, and the analysis of what one run changed.
+    SGD. on-policy: shares of the student's own samples. precision: bf16 exact, bf16 rounded, fp32. trajectory: masks of a tenth,
+    a fifth and half of the steps. subspace: LoRA and the early subspace, against masks of their size. interventions: parts of a
+    run's change alone, or taken back. OUT gets every arm's run, of which finished ones are not made again, results.json,
+    table.md, report.html, and the analysis of what one run changed.
 
     Example: opdkernels experiment masks -o masks --seeds 3 --density 0.2
     """

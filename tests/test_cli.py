@@ -89,6 +89,8 @@ def test_doctor_names_the_kernels_that_serve():
         (["patch", "info", "nowhere"], 4, "nowhere does not exist"),
         (["patch", "create", "a", "b"], 2, "--out"),
         (["patch", "mend"], 2, "mend"),
+        (["intervene", "nowhere", "nowhere", "--where", "mlp", "-o", "out"], 4, "nowhere does not exist"),
+        (["intervene", "nowhere", "nowhere", "-o", "out"], 2, "give masks, or where, or both"),
         (["analyze", "a", "b", "-o", "out", "--memory", "1"], 2, "64MB is the least"),
         (["analyze", "a", "b", "-o", "out", "--threads", "0"], 2, "threads"),
         (["overlap", "a", "b", "c", "-o", "out", "--strata", "diagonal"], 2, "strata"),
@@ -153,6 +155,13 @@ def test_a_patch_goes_and_comes_back(pair, tmp_path):  # noqa: F811
     assert not (tmp_path / "other").exists()
 
 
+def test_a_part_of_a_change_is_written(pair, tmp_path):  # noqa: F811
+    found = json.loads(run("intervene", *pair, "--where", "mlp", "-o", tmp_path / "out", "--json").stdout)
+    assert 0 < found["kept"] < found["changed"]
+    other = run("intervene", *pair, "--where", "mlp", "--revert", "-o", tmp_path / "rest").stdout
+    assert f"{found['changed'] - found['kept']:,} of the {found['changed']:,} changed coordinates are TUNED's" in other
+
+
 def test_files_that_the_base_lacks_end_with_status_3(pair, tmp_path):  # noqa: F811
     for folder in pair:
         (Path(folder) / "config.json").write_text("{}")
@@ -163,7 +172,7 @@ def test_files_that_the_base_lacks_end_with_status_3(pair, tmp_path):  # noqa: F
     assert "left out: config.json" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["inspect", "analyze", "overlap", "report", "doctor", "patch create", "patch apply", "patch info"])
+@pytest.mark.parametrize("command", ["inspect", "analyze", "overlap", "report", "doctor", "trend", "distill", "experiment", "intervene", "patch create", "patch apply", "patch info"])
 def test_every_command_teaches_by_example(command):
     text = CliRunner().invoke(cli.app, [*command.split(), "--help"]).output
     assert f"Example: opdkernels {command}" in " ".join(text.split())

@@ -1,133 +1,40 @@
 """Experiments on what on-policy distillation does to weights (arXiv 2606.13657): each runs its arms, seed by seed, and makes a table.
 
-An arm is the run that is asked for with other options, or with a mask that another arm's run gave. Scores are of greedy completions
-of held-out prompts, the same for all arms; intervals are of 95 %, by resampling seeds, and prompts within them, all arms alike.
+Scores are of greedy completions of held-out prompts, the same for all arms; intervals are of 95 %, by resampling seeds, and prompts
+within them, all arms alike.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
-from opdkernels import masks
 from opdkernels.analysis.records import write_json
-from opdkernels.distill.loop import distill
+from opdkernels.distill.arms import EXPERIMENTS, Arm, Experiment, MaskOf, checkpoint_at, end_checkpoint, found, start_of
+from opdkernels.distill.loop import distill, score
 from opdkernels.distill.options import DistillOptions
-from opdkernels.distill.saving import checkpoints
 from opdkernels.distill.track import read_rows
 from opdkernels.errors import UsageError, printable
 from opdkernels.masks import MaskSet
+from opdkernels.patch import intervene
 
 RESAMPLES = 10_000
 START = "start"
-MaskOf = Callable[[Path, float, int], MaskSet]  # an arm's folder, the density, the seed
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One row of an experiment's table. `options` go over the run's; `mask` makes the active set from the finished run of `of`."""
-
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    mask: MaskOf | None = None
-    of: str = "full"
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """Arms, what they are measured against, and what the table is to show."""
-
-    about: str
-    arms: Sequence[Arm]
-    against: str = "full"
-
-
-def last_mask(folder: Path) -> MaskSet:
-    """What a finished run had changed visibly at its end."""
-    return MaskSet.load(sorted((folder / "masks").glob("step-*.safetensors"))[-1])
-
-
-def start_of(folder: Path) -> Path:
-    return folder / "checkpoint-0"
-
-
-def found(folder: Path, density: float, seed: int) -> MaskSet:
-    """What a run changed: all that shows in bf16, or, given a density, that share of the model with the largest |delta|."""
-    if not density:
-        return last_mask(folder)
-    return largest_change(start_of(folder), checkpoints(folder)[-1][1], density)
-
-
-def early(folder: Path, density: float, seed: int) -> MaskSet:
-    """What had changed at the run's first mark; given a density, at its first checkpoint after the start."""
-    if not density:
-        return MaskSet.load(sorted((folder / "masks").glob("step-*.safetensors"))[0])
-    if len(checkpoints(folder)) < 3:
-        raise UsageError("the early mask is of the first checkpoint of several; set save_every")
-    return largest_change(start_of(folder), checkpoints(folder)[1][1], density)
-
-
-def random(folder: Path, density: float, seed: int) -> MaskSet:
-    """As many coordinates, anywhere."""
-    return masks.random(start_of(folder), found(folder, density, seed).density, per="model", seed=seed)
-
-
-def random_like(folder: Path, density: float, seed: int) -> MaskSet:
-    """As many of each |W| in each tensor."""
-    return masks.random_like(found(folder, density, seed), start_of(folder), seed=seed)
-
-
-def near_zero(folder: Path, density: float, seed: int) -> MaskSet:
-    """As many, those nearest to zero in each tensor."""
-    return masks.near_zero(start_of(folder), found(folder, density, seed).density)
-
-
-def largest_change(start: Path, end: Path, density: float) -> MaskSet:
-    """The share of a model's coordinates with the largest |delta| between two checkpoints."""
-    change = {}
-    for file in sorted(start.glob("*.safetensors")):  # both were saved alike
-        with safe_open(file, "pt") as before, safe_open(end / file.name, "pt") as after:
-            for name in before.keys():  # noqa: SIM118
-                change[name] = (after.get_tensor(name).float() - before.get_tensor(name).float()).abs()
-    return masks.largest(change, density, per="model")
-
-
-RLVR = {"kl_weight": 0.0, "reward_weight": 1.0, "teacher": "", "samples": 4}
-EXPERIMENTS = {
-    "masks": Experiment(
-        "Does training only what a full run changed keep its gain, and is it the set that matters or its size and its |W|?",
-        [Arm("full"), Arm("found", mask=found), Arm("random", mask=random), Arm("random matched on |W|", mask=random_like), Arm("near zero", mask=near_zero),
-         Arm("early", mask=early), Arm("rlvr", RLVR), Arm("found by rlvr", mask=found, of="rlvr")],
-    ),
-    "sgd": Experiment(
-        "Is AdamW needed, or does SGD with a rate of its own do as well?",
-        [*(Arm(f"adamw, lr x {k}", {"lr": k}) for k in (0.3, 1.0, 3.0)), *(Arm(f"sgd, lr {lr}", {"optimizer": "sgd", "lr": lr}) for lr in (1e-2, 1e-1, 1.0, 3.0))],
-        against="adamw, lr x 1.0",
-    ),
-    "on-policy": Experiment(
-        "Does the share of the student's own samples make the update sparse?",
-        [Arm(f"on_policy {share}", {"on_policy": share}) for share in (0.0, 0.25, 0.5, 1.0)],
-        against="on_policy 1.0",
-    ),
-    "precision": Experiment(
-        "How much of the sparsity is rounding? bf16 with an exact remainder, bf16 rounded at each step, fp32.",
-        [Arm("bf16, exact"), Arm("bf16, nearest", {"precision": "nearest"}), Arm("fp32", {"dtype": "float32"})],
-        against="bf16, exact",
-    ),
-}  # fmt: skip
+Scored = tuple[list[float], dict[str, Any]]  # of each held-out prompt, and what changed
 
 
 def run_experiment(
-    name: str, options: DistillOptions, out: str | os.PathLike[str], *, seeds: int = 1, density: float = 0.0, arms: Sequence[str] = (), quiet: bool = True
+    name: str, options: DistillOptions, out: str | os.PathLike[str], *, seeds: int = 1, density: float | None = None, arms: Sequence[str] = (), quiet: bool = True
 ) -> dict[str, Any]:
-    """Runs an experiment's arms, `arms` alone where given, with seeds 0, 1, …, in OUT/seed-S/ARM; runs that are finished are not made
-    again. Writes results.json and table.md. density: how large the masks are; 0: all that shows in bf16.
+    """Runs an experiment's arms, `arms` alone where given, with seeds 0, 1, …, in OUT/seed-S/ARM; what is finished is not made
+    again. Writes results.json and table.md. density: how large the masks are; 0: all that shows in bf16; None: the experiment's own.
 
     Raises UsageError for an experiment or an arm that does not exist, KeyboardInterrupt where a signal stopped a run, which is saved.
     """
@@ -137,35 +44,96 @@ def run_experiment(
     chosen = needed(experiment, arms)
     if not options.eval_size or not options.track_every:
         raise UsageError("an experiment scores its arms on held-out prompts and says what changed; set eval_size and track_every")
-    folder = Path(out)
-    scores: dict[str, list[list[float]]] = {START: [], **{arm.name: [] for arm in chosen}}
-    ends: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in chosen}
+    folder, size = Path(out), experiment.density if density is None else density
+    sources = {arm.of for arm in chosen if arm.of in arm.needs}
+    scores: dict[str, list[list[float]]] = {START: []}
+    ends: dict[str, list[dict[str, Any]]] = {}
     for seed in range(seeds):
+        made = Seed(folder / f"seed-{seed}", seed, size, options, quiet, {})
         for arm in chosen:
-            place = folder / f"seed-{seed}" / folder_of(arm, density)
-            given = {**options.model_dump(), "seed": seed, **own_options(arm, options)}
-            if arm.mask is not None:
-                file = place.with_name(f"{place.name}.masks.safetensors")
-                if not file.exists():
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    arm.mask(folder / f"seed-{seed}" / slug(arm.of), density, seed).save(file)
-                given["masks"] = os.fspath(file)
             if not quiet:
                 print(f"{name}, seed {seed}: {arm.name}", flush=True)
-            if distill(DistillOptions(**given), place, quiet=quiet).stopped:
-                raise KeyboardInterrupt
-            rows = read_rows(place / "scores.jsonl")
-            if arm is chosen[0]:
-                scores[START].append(rows[0]["scores"])
-            scores[arm.name].append(rows[-1]["scores"])
-            ends[arm.name].append(end_of(place, given))
+            scored = made.part(arm) if arm.part else made.run(arm, experiment.saves if arm.name in sources else 1)
+            if scored is not None:
+                scores.setdefault(arm.name, []).append(scored[0])
+                ends.setdefault(arm.name, []).append(scored[1])
+        scores[START].append(read_rows(made.folder_of(chosen[0]) / "scores.jsonl")[0]["scores"])
     result = {"experiment": name, "about": experiment.about, "seeds": seeds, "prompts": len(scores[START][0]), "steps": options.steps,
-              "density": density, "against": experiment.against, "student": options.student, "teacher": options.teacher, "task": options.prompts,
+              "density": size, "against": experiment.against, "student": options.student, "teacher": options.teacher, "task": options.prompts,
               "options": changed_options(options), "rows": table_rows(scores, ends, experiment.against),
               "along": along(folder / "seed-0" / slug(experiment.against))}  # fmt: skip
     write_json(folder / "results.json", result)
     (folder / "table.md").write_text(markdown(result))
     return result
+
+
+@dataclass
+class Seed:
+    """The arms of one seed; `trained`: the share of the coordinates that each, by name, trains."""
+
+    folder: Path
+    seed: int
+    density: float
+    options: DistillOptions
+    quiet: bool
+    trained: dict[str, float]
+
+    def folder_of(self, arm: Arm) -> Path:
+        """An arm's run; masks of another size are other runs."""
+        return self.folder / (slug(arm.name) + (f"-{self.density:g}" if arm.mask and self.density and not arm.size_of else ""))
+
+    def run(self, arm: Arm, saves: int) -> Scored:
+        """The arm's run, with at least so many checkpoints."""
+        place = self.folder_of(arm)
+        given = {**self.options.model_dump(), "seed": self.seed, **own_options(arm, self.options)}
+        if saves > 1:
+            given["save_every"] = min(given["save_every"] or given["steps"], max(1, given["steps"] // saves))
+        if arm.mask is not None:
+            source, density = self.folder / slug(arm.of), self.trained[arm.size_of] if arm.size_of else self.density
+            given["masks"] = os.fspath(self.mask_file(arm.mask, source, density))
+        if arm.subspace:
+            given["subspace"] = os.fspath(checkpoint_at(self.folder / slug(arm.of), arm.subspace))
+        if distill(DistillOptions(**given), place, quiet=self.quiet).stopped:
+            raise KeyboardInterrupt
+        end = end_of(place)
+        self.trained[arm.name] = end["trained"]
+        if arm.mask is not None:
+            mask, last = MaskSet.load(given["masks"]), MaskSet.load(self.mask_file(found, source, density))
+            end["in_found"] = (mask & last).nnz / max(last.nnz, 1)
+        return read_rows(place / "scores.jsonl")[-1]["scores"], end
+
+    def mask_file(self, mask: MaskOf, source: Path, density: float) -> Path:
+        """The file of a mask that is made from a finished run, kept with it."""
+        folder = made_of(source)
+        folder.mkdir(exist_ok=True)
+        file = folder / f"{slug(mask.__name__)}{f'-{density:g}' * (density > 0)}.masks.safetensors"
+        if not file.exists():
+            mask(source, density, self.seed).save(file)
+        return file
+
+    def part(self, arm: Arm) -> Scored | None:
+        """The score of a checkpoint with a part of a finished run's change; None where the model has no such part."""
+        assert arm.part is not None
+        source, part = self.folder / slug(arm.of), arm.part
+        where = part.chosen(start_of(source))
+        if where is None:
+            return None
+        file = made_of(source) / f"{slug(arm.name)}{f'-{self.density:g}' * (part.mask is not None)}.json"
+        if not file.exists():
+            mask = MaskSet.load(self.mask_file(part.mask, source, self.density)) if part.mask else None
+            place = file.with_suffix("")
+            shutil.rmtree(place, ignore_errors=True)
+            file.parent.mkdir(exist_ok=True)
+            done = intervene(start_of(source), end_checkpoint(source)[1], place, masks=mask, where=where, revert=part.revert)
+            write_json(file, {"of_change": done["kept"] / max(done["changed"], 1), "scores": score(self.options, place)})
+            shutil.rmtree(place)
+        row = json.loads(file.read_text())
+        return row["scores"], {"of_change": row["of_change"]}
+
+
+def made_of(source: Path) -> Path:
+    """Where what is made from a finished run is kept: gone with the run, and made again when it goes on."""
+    return source / f"made-of-{end_checkpoint(source)[0]}"
 
 
 def changed_options(options: DistillOptions) -> dict[str, Any]:
@@ -184,7 +152,7 @@ def along(place: Path) -> list[dict[str, Any]]:
 def pair_of(folder: Path, result: Mapping[str, Any]) -> tuple[Path, Path]:
     """The first and the last checkpoint of the arm that all are measured against, of seed 0."""
     place = folder / "seed-0" / slug(result["against"])
-    return start_of(place), checkpoints(place)[-1][1]
+    return start_of(place), end_checkpoint(place)[1]
 
 
 def own_options(arm: Arm, options: DistillOptions) -> dict[str, Any]:
@@ -202,25 +170,21 @@ def needed(experiment: Experiment, names: Sequence[str]) -> list[Arm]:
     for name in sorted(wanted):
         if name not in by_name:
             raise UsageError(f"there is no arm {printable(name)}; there are {', '.join(by_name)}")
-    wanted |= {by_name[name].of for name in wanted if by_name[name].mask} | {experiment.against}
+    for name in list(wanted):
+        wanted |= by_name[name].needs
+    wanted.add(experiment.against)
     return [arm for arm in experiment.arms if arm.name in wanted]
-
-
-def folder_of(arm: Arm, density: float) -> str:
-    """The name of an arm's folder; masks of another size are other runs."""
-    return slug(arm.name) + (f"-{density:g}" if arm.mask and density else "")
 
 
 def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name).strip("-")
 
 
-def end_of(place: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+def end_of(place: Path) -> dict[str, Any]:
     """What changed in the weights by the end of a run, and how much of them was trained."""
-    views = read_rows(place / "track.jsonl")[-1]["views"]
-    trained = MaskSet.load(options["masks"]).density if options["masks"] else 1.0
-    visible, stored = views["visible"], views["stored"]
-    return {"trained": trained, "changed_visible": 1 - visible["frac_zero"], "changed_stored": 1 - stored["frac_zero"], "frac_le_1e-5": visible["frac_le_1e-5"],
+    row = read_rows(place / "track.jsonl")[-1]
+    visible, stored = row["views"]["visible"], row["views"]["stored"]
+    return {"trained": row["trained"], "changed_visible": 1 - visible["frac_zero"], "changed_stored": 1 - stored["frac_zero"], "frac_le_1e-5": visible["frac_le_1e-5"],
             "relative_norm": stored["relative_norm"], "near_zero_coverage_10pct": visible["near_zero_coverage_10pct"]}  # fmt: skip
 
 
@@ -259,17 +223,18 @@ def spread(name: str, value: float, draws: np.ndarray) -> dict[str, Any]:
     return {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
-COLUMNS = (("trained", "trained", "{:.1%}"), ("changed_visible", "changed, visible", "{:.1%}"), ("changed_stored", "changed, stored", "{:.1%}"),
+COLUMNS = (("of_change", "of the change", "{:.1%}"), ("trained", "trained", "{:.1%}"), ("in_found", "of the found set", "{:.1%}"), ("changed_visible", "changed, visible", "{:.1%}"), ("changed_stored", "changed, stored", "{:.1%}"),
            ("relative_norm", "relative norm", "{:.2e}"), ("near_zero_coverage_10pct", "near-zero coverage, 10 %", "{:.1%}"))  # fmt: skip
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table of an experiment, as text."""
+    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in result["rows"])]
     lines = [result["about"], "", f"{result['seeds']} seed(s), {result['prompts']:,} held-out prompts, {result['steps']} steps; 95 % intervals", "",
-             "| arm | score | gain kept | " + " | ".join(title for _, title, _ in COLUMNS) + " |", "|---" * (3 + len(COLUMNS)) + "|"]  # fmt: skip
+             "| arm | score | gain kept | " + " | ".join(title for _, title, _ in columns) + " |", "|---" * (3 + len(columns)) + "|"]  # fmt: skip
     for row in result["rows"]:
         cells = [row["arm"], with_interval(row, "score", "{:.3f}"), with_interval(row, "gain_kept", "{:.0%}")]
-        lines.append(f"| {' | '.join(cells + [text.format(row[key]) if row.get(key) is not None else '' for key, _, text in COLUMNS])} |")
+        lines.append(f"| {' | '.join(cells + [text.format(row[key]) if row.get(key) is not None else '' for key, _, text in columns])} |")
     return "\n".join(lines) + "\n"
 
 

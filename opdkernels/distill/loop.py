@@ -18,7 +18,7 @@ import random
 import signal
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,25 @@ import torch
 
 from opdkernels.backends.devices import device_of
 from opdkernels.distill.log import Clock, Log
-from opdkernels.distill.models import Text, end_tokens, load_model, load_text, positions, transformers
+from opdkernels.distill.models import (
+    Text,
+    end_tokens,
+    load_config,
+    load_model,
+    load_text,
+    positions,
+    shared_ids,
+    transformers,
+)
 from opdkernels.distill.objective import Objective, advantages, objective
 from opdkernels.distill.optimizers import WholeNorm, optimizer_of, rate, with_lora
-from opdkernels.distill.options import DistillOptions
+from opdkernels.distill.options import SELF, DistillOptions
 from opdkernels.distill.ranks import Ranks, bind
 from opdkernels.distill.rollout import Prompts, Rollout, encode, recorded, sample
 from opdkernels.distill.saving import load_state, newest, open_folder, save
 from opdkernels.distill.tasks import Entry, Task, open_task
-from opdkernels.distill.teachers import ModelTeacher, Teacher, scored, shared_ids, teachers_of
-from opdkernels.distill.track import Tracker, moments_of, read_rows
+from opdkernels.distill.teachers import ModelTeacher, Teacher, scored, teachers_of
+from opdkernels.distill.track import Tracker, moments_of, read_rows, trained_by
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.optim import compact_gradients
 from opdkernels.optim.masked import MaskedOptimizer
@@ -64,20 +73,26 @@ class Outcome:
 
 
 @dataclass
-class Run:
-    """What the steps share."""
+class Player:
+    """A model that completes a task's prompts."""
 
     options: DistillOptions
     task: Task
     text: Text
     model: Any
-    optimizer: MaskedOptimizer
-    teachers: dict[str, Teacher]
     ends: list[int]
     vocab: int
     longest_prompt: int
-    device: torch.device
     ranks: Ranks
+
+
+@dataclass
+class Run(Player):
+    """What the steps share."""
+
+    optimizer: MaskedOptimizer
+    teachers: dict[str, Teacher]
+    device: torch.device
     clock: Clock
     whole: WholeNorm | None
 
@@ -93,9 +108,7 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
     device = device_of(options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     ranks = Ranks.join(device)
     refuse_processes(options, ranks)
-    task = open_task(options.prompts, options.held_out, options.seed, options.reward)
-    if options.eval_size and not task.held_out(1):
-        raise UsageError("eval_size is not 0 and there are no held-out prompts; name a file of them as held_out, or set eval_size=0")
+    task = task_of(options)
     folder = open_folder(out, options, ranks)
     found = newest(folder)
     model = load_model(os.fspath(found[1]) if found and not options.lora_rank else options.student, options.dtype, device)
@@ -110,13 +123,14 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
     whole = WholeNorm(model) if options.masks else None
     compact_gradients(model, optimizer)
     teachers = teachers_of(options, model, optimizer, text, device)
-    run = Run(options, task, text, model, optimizer, teachers, end_tokens(model, text, options.stop), shared_ids(model, teachers), longest_prompt(options, model, teachers), device, ranks, Clock(device), whole)
+    scorers = [teacher.model for teacher in teachers.values()]
+    run = Run(**player(options, task, text, model, scorers, ranks), optimizer=optimizer, teachers=teachers, device=device, clock=Clock(device), whole=whole)
     step = resume(run, found[1]) if found else 0
     log = Log(folder, step, options.steps, options.tensorboard, quiet, ranks)
     tracker = None
     if options.track_every and (step < options.steps or any((folder / "weights").glob("*.bin"))):
         place = device if ranks.size > 1 else torch.device("cpu")
-        tracker = Tracker(folder, model, step, lambda: bind(load_model(os.fspath(folder / "checkpoint-0"), options.dtype, place), ranks, {}), ranks)
+        tracker = Tracker(folder, model, step, lambda: bind(load_model(os.fspath(folder / "checkpoint-0"), options.dtype, place), ranks, {}), trained_by(optimizer, ranks, device), ranks)
     if not found:
         save(folder, 0, model, text, None, ranks)
         if options.eval_size:
@@ -149,6 +163,31 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
     gc.collect()  # the model and what was bound to it hold each other
     marks = tracker.finish() if tracker and step == options.steps else read_rows(folder / "track.jsonl")
     return Outcome(folder, step, options.steps, stop[0] if stop else 0, log.accuracies(), marks, ranks.first)
+
+
+def task_of(options: DistillOptions) -> Task:
+    task = open_task(options.prompts, options.held_out, options.seed, options.reward)
+    if options.eval_size and not task.held_out(1):
+        raise UsageError("eval_size is not 0 and there are no held-out prompts; name a file of them as held_out, or set eval_size=0")
+    return task
+
+
+def player(options: DistillOptions, task: Task, text: Text, model: Any, teachers: Sequence[Any], ranks: Ranks) -> dict[str, Any]:
+    """The fields of a Player, whose completions can be scored by models `teachers`, or by their configurations."""
+    return {"options": options, "task": task, "text": text, "model": model, "ends": end_tokens(model, text, options.stop),
+            "vocab": shared_ids(model, teachers), "longest_prompt": longest_prompt(options, [model, *teachers]), "ranks": ranks}  # fmt: skip
+
+
+def score(options: DistillOptions, place: str | os.PathLike[str]) -> list[float]:
+    """The reward of each held-out prompt, for a checkpoint's greedy completions: as a run with these options evaluates it.
+
+    Raises InputError for a model, prompts and rewards that cannot be used.
+    """
+    transformers().utils.logging.disable_progress_bar()
+    device = device_of(options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    model, text = load_model(os.fspath(place), options.dtype, device), load_text(os.fspath(place))
+    teachers = [load_config(one) for one in options.teachers.values() if one != SELF]
+    return evaluate(Player(**player(options, task_of(options), text, model, teachers, Ranks())))["scores"]
 
 
 def train(run: Run, step: int, look: bool) -> dict[str, Any]:
@@ -220,7 +259,7 @@ def completions(run: Run, entries: list[Entry], step: int) -> tuple[Rollout, dic
     return sampled(run, teacher.model, prompts, options.sampling_temperature, own), facts
 
 
-def sampled(run: Run, model: Any, prompts: Prompts, temperature: float, own: bool) -> Rollout:
+def sampled(run: Player, model: Any, prompts: Prompts, temperature: float, own: bool) -> Rollout:
     return sample(model, run.text, prompts, most=run.options.max_new_tokens, ends=run.ends, vocab=run.vocab, temperature=temperature, own=own,
                   together_with=run.ranks.size if own else 1)  # fmt: skip
 
@@ -263,13 +302,13 @@ def means(found: dict[str, float]) -> dict[str, Any]:
     return row | {name: found[name] / found["rows"] for name in ("ended", "reward") if name in found}
 
 
-def scores_of(run: Run, rollout: Rollout) -> torch.Tensor:
+def scores_of(run: Player, rollout: Rollout) -> torch.Tensor:
     """Rewards [rows]."""
     texts = [run.text.decode(row) for row in rollout.completions()]
     return torch.tensor([run.task.score(entry, text) for entry, text in zip(rollout.entries, texts, strict=True)])
 
 
-def evaluate(run: Run) -> dict[str, Any]:
+def evaluate(run: Player) -> dict[str, Any]:
     """Rewards of greedy completions of the held-out prompts, in order, and their mean."""
     entries = run.task.held_out(run.options.eval_size)
     ours = entries[run.ranks.rank :: run.ranks.size]
@@ -288,9 +327,9 @@ def set_seed(seed: int, step: int, ranks: Ranks) -> None:
     torch.manual_seed(random.Random(f"{seed}/{step}/{ranks.rank}").getrandbits(63))
 
 
-def longest_prompt(options: DistillOptions, model: Any, teachers: dict[str, Teacher]) -> int:
+def longest_prompt(options: DistillOptions, models: Sequence[Any]) -> int:
     """How long a prompt may be, in tokens, that a completion finds places after it in every model."""
-    places = min(positions(one) for one in (model, *(teacher.model for teacher in teachers.values())))
+    places = min(map(positions, models))
     if options.max_new_tokens >= places:
         raise UsageError(f"max_new_tokens is {options.max_new_tokens} and the models have {places} positions in all; take fewer")
     return min(options.max_prompt, places - options.max_new_tokens)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import torch
@@ -12,6 +14,10 @@ from safetensors import SafetensorError
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.ops.divergence import Head
 
+if TYPE_CHECKING:
+    from opdkernels.distill.rollout import Rollout
+
+LEAST_SHARED = 16  # tokens that are worth a pass of their own
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -104,8 +110,26 @@ def logits_of(hidden: torch.Tensor, head: Head) -> torch.Tensor:
 
 
 def positions(model: Any) -> int:
-    """How many positions a model has, prompt and completion together."""
-    return getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    """How many positions a model, or that of a configuration, has, prompt and completion together."""
+    return getattr(text_config(model), "max_position_embeddings", None) or 1 << 30
+
+
+def shared_ids(student: Any, teachers: Iterable[Any]) -> int:
+    """How many ids all models, or those of configurations, have: families of one tokenizer pad their heads to other sizes."""
+    return min(len(head_of(one).weight) if isinstance(one, torch.nn.Module) else text_config(one).vocab_size for one in (student, *teachers))
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of a model's language part; model: it, or its configuration."""
+    return getattr(unwrapped(model), "config", model).get_text_config()
+
+
+def load_config(place: str) -> Any:
+    """A model's configuration. Raises InputError where it cannot be read."""
+    try:
+        return transformers().AutoConfig.from_pretrained(place)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{printable(place)} cannot be loaded as a model ({printable(str(error).splitlines()[0])[:300]})") from None
 
 
 def load_text(place: str) -> Text:
@@ -152,6 +176,40 @@ def hidden_states(model: Any, ids: torch.Tensor, attention: torch.Tensor, extras
     return body(input_ids=ids, attention_mask=attention.long(), use_cache=False, **extras).last_hidden_state
 
 
+def states_at_completions(model: Any, rollout: Rollout) -> torch.Tensor:
+    """[n, width]: what the head takes at the n positions whose next token is of a completion. What all prompts begin with, such as
+    instructions and examples, runs once, in one row, and has its gradient from every row."""
+    ids, attention, extras = rollout.inputs()
+    shared = rollout.shared
+    cache = plain_cache(model) if shared >= LEAST_SHARED else None
+    if cache is None:
+        return hidden_states(model, ids, attention, extras)[:, :-1][rollout.targets]
+    body = unwrapped(model).base_model
+    given = {name_of_cache(body): cache, "use_cache": True}
+    body(input_ids=ids[:1, :shared], **given)
+    cache.batch_repeat_interleave(len(ids))
+    hidden = body(input_ids=ids[:, shared:], attention_mask=attention.long(), **given).last_hidden_state
+    return hidden[:, :-1][rollout.targets[:, shared:]]
+
+
+def plain_cache(model: Any) -> Any:
+    """An empty cache of keys and values, which a gradient goes through; None of a model that would not keep all of it: with a
+    sliding window, states, activations computed again, or layers that several processes gather in step."""
+    from torch.distributed.fsdp import FSDPModule
+    from transformers.cache_utils import DynamicCache, DynamicLayer  # type: ignore[import-not-found]
+
+    own = unwrapped(model)
+    cache = DynamicCache(config=text_config(own))
+    whole = all(type(layer) is DynamicLayer for layer in cache.layers)
+    recomputes = any(getattr(module, "gradient_checkpointing", False) for module in own.modules())
+    return cache if whole and not recomputes and not isinstance(model, FSDPModule) else None
+
+
+def name_of_cache(body: torch.nn.Module) -> str:
+    """What a model of transformers calls its cache: `past_key_values` in older ones."""
+    return "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
+
+
 def unwrapped(model: Any) -> Any:
     """The model of transformers within peft's wrapper, its factors in place."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -160,7 +218,7 @@ def unwrapped(model: Any) -> Any:
 def head_of(model: torch.nn.Module, vocab: int | None = None) -> Head:
     """The head of a model: how logits come from hidden states; of ids from `vocab` on, which others lack, none."""
     own = unwrapped(model)
-    linear, config = own.get_output_embeddings(), own.config.get_text_config()
+    linear, config = own.get_output_embeddings(), text_config(own)
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     weight = linear.weight if not hasattr(linear, "base_layer") else linear.base_layer.weight
     return Head(weight, getattr(linear, "bias", None), scale=scale, softcap=getattr(config, "final_logit_softcapping", None) or 0.0, vocab=vocab)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from opdkernels.distill.models import head_of, hidden_states, logits_of
+from opdkernels.distill.models import head_of, logits_of, states_at_completions
 from opdkernels.distill.options import DistillOptions
 from opdkernels.distill.rollout import Rollout
 from opdkernels.ops.divergence import Head, Scores, linear_divergence
@@ -40,9 +40,8 @@ def objective(
 
     taught: the teacher's hidden states and head; advantage [rows]: of each completion; vocab: how many ids all models have.
     """
-    targets = rollout.targets
     with recomputing(model, options.gradient_checkpointing):
-        hidden = hidden_states(model, *rollout.inputs())[:, :-1][targets]
+        hidden = states_at_completions(model, rollout)
     head, ids = head_of(model, vocab), rollout.tokens
     loss, scores, log_prob = hidden.sum().float() * 0, None, None  # connected, whatever there is
     if taught is not None and options.kl_weight:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from opdkernels.checkpoint.source import Source, open_source
 from opdkernels.distill.options import DistillOptions
 from opdkernels.distill.ranks import Ranks
 from opdkernels.errors import InputError, UsageError, printable
@@ -14,6 +16,7 @@ from opdkernels.masks import MaskSet
 from opdkernels.optim import MaskedAdamW, MaskedSGD
 from opdkernels.optim.bind import local_part, plain_name
 from opdkernels.optim.masked import MaskedOptimizer
+from opdkernels.spectral.randomized import RandomizedSVD, randomized_svd
 
 
 def optimizer_of(options: DistillOptions, model: torch.nn.Module) -> MaskedOptimizer:
@@ -59,14 +62,37 @@ class WholeNorm:
 
 
 def with_lora(options: DistillOptions, model: torch.nn.Module) -> torch.nn.Module:
-    """The model with LoRA factors on every linear layer but the head, these alone trained."""
+    """The model with LoRA factors on every linear layer but the head, these alone trained; with `subspace`, of fixed inputs."""
     try:
         from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found]
     except ImportError:
         raise UsageError("lora_rank needs peft, which is not installed; pip install 'opdkernels[distill]'") from None
 
     config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank, target_modules="all-linear", lora_dropout=0.0)
-    return get_peft_model(model, config).eval()
+    wrapped = get_peft_model(model, config).eval()
+    if options.subspace:
+        with contextlib.closing(open_source(options.subspace)) as later:
+            for name, module in wrapped.get_base_model().named_modules():
+                if hasattr(module, "lora_A"):
+                    take_inputs(module, f"{name}.weight", later, options.lora_rank)
+    return wrapped
+
+
+@torch.no_grad()
+def take_inputs(module: Any, name: str, later: Source, rank: int) -> None:
+    """Fixes the inputs of a LoRA layer to the top right singular vectors of what its weight had changed in a checkpoint; zeros
+    where nothing had. Raises InputError for a checkpoint of another model."""
+    weight, factor = module.base_layer.weight, module.lora_A["default"].weight
+    info = later.tensors.get(name)
+    if info is None or info.shape != tuple(weight.shape):
+        raise InputError(f"{printable(later.path)} has no {printable(name)} of shape {list(weight.shape)}, as the student has; give a later checkpoint of this student")
+    change = later.read(name, 0, info.numel).view(info.shape).float() - weight.float().cpu()
+    factor.zero_().requires_grad_(False)
+    if change.any():
+        kept = min(rank, *change.shape)
+        found = randomized_svd(change, kept, names=name)
+        assert isinstance(found, RandomizedSVD)
+        factor[:kept] = found.v.T.to(factor)
 
 
 def rate(options: DistillOptions, step: int) -> float:

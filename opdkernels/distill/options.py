@@ -30,6 +30,7 @@ class DistillOptions(BaseModel):
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="How weights are stored.")
     device: DeviceOrAuto = Field("auto", description="cpu, cuda, cuda:1; auto: a GPU if there is one.")
     lora_rank: int = Field(0, ge=0, description="Train LoRA factors of this rank (peft) in place of the weights; 0: the weights.")
+    subspace: str = Field("", description="Of lora_rank: a later checkpoint of this student; LoRA's inputs are the top right singular vectors of what had changed in each matrix there, and stay (the early subspace of arXiv 2606.07082); the outputs alone are trained.")  # fmt: skip
     gradient_checkpointing: bool = Field(False, description="Compute activations again in backward: less memory, a third more time.")
 
     # data
@@ -96,6 +97,8 @@ class DistillOptions(BaseModel):
             raise ValueError("reward_weight is the policy gradient of samples at temperature 1; set sampling_temperature=1")
         if self.masks and self.lora_rank:
             raise ValueError("masks and lora_rank are two ways to train a part; choose one")
+        if self.subspace and not self.lora_rank:
+            raise ValueError("subspace is of LoRA's inputs, and lora_rank is 0; give the rank")
         return self
 
     @property

@@ -64,6 +64,15 @@ class Rollout:
         return self.ids[:, 1:][self.targets]
 
     @property
+    def shared(self) -> int:
+        """How many tokens all rows begin with that come before the last of their prompts; 0 of one row, and beside images."""
+        if len(self.ids) < 2 or any(self.extras):
+            return 0
+        most = int(self.prompt.min()) - 1
+        alike = (self.ids[:, :most] == self.ids[:1, :most]).all(0)
+        return int(alike.int().cumprod(0).sum())
+
+    @property
     def sizes(self) -> torch.Tensor:
         """int64 [rows]: tokens of each completion."""
         return self.length - self.prompt

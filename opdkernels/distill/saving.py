@@ -30,10 +30,10 @@ FREE = {"steps", "save_every", "eval_every", "tensorboard", "threads", "overwrit
 
 
 def identity(options: DistillOptions) -> str:
-    """What two runs must share for one to go on from the other."""
-    kept = {name: value for name, value in options.model_dump(mode="json").items() if name not in FREE}
+    """What two runs must share for one to go on from the other; options that are as by default count alike, known or not yet."""
+    kept = {name: value for name, value in options.model_dump(mode="json", exclude_defaults=True).items() if name not in FREE}
     for name in ("prompts", "held_out", "masks"):
-        if kept[name] and Path(kept[name]).is_file():
+        if kept.get(name) and Path(kept[name]).is_file():
             kept[name] = hashlib.blake2b(Path(kept[name]).read_bytes(), digest_size=16).hexdigest()
     return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).hexdigest()
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from opdkernels.distill.models import Text, head_of, hidden_states, load_model, load_text, refuse_other_tokens
+from opdkernels.distill.models import Text, head_of, load_model, load_text, refuse_other_tokens, states_at_completions
 from opdkernels.distill.options import SELF, DistillOptions
 from opdkernels.distill.rollout import Rollout, beside, encode
 from opdkernels.errors import printable
@@ -45,7 +45,7 @@ class Teacher(Protocol):
 @torch.no_grad()
 def scored(model: Any, rollout: Rollout) -> tuple[torch.Tensor, Head]:
     """Hidden states [n, width] at the tokens of the completions, and a copy of the head that is there now."""
-    hidden, head = hidden_states(model, *rollout.inputs())[:, :-1][rollout.targets], head_of(model)
+    hidden, head = states_at_completions(model, rollout), head_of(model)
     return hidden, replace(head, weight=head.weight.detach().clone(), bias=None if head.bias is None else head.bias.detach().clone())
 
 
@@ -57,7 +57,7 @@ class ModelTeacher:
 
     def score(self, rollout: Rollout) -> tuple[torch.Tensor, Head]:
         with torch.no_grad():
-            return hidden_states(self.model, *rollout.inputs())[:, :-1][rollout.targets], head_of(self.model)
+            return states_at_completions(self.model, rollout), head_of(self.model)
 
     def after_step(self) -> None:
         pass
@@ -137,9 +137,3 @@ def teachers_of(options: DistillOptions, model: torch.nn.Module, optimizer: Mask
             refuse_other_tokens(text.tokenizer, load_text(place).tokenizer, f"the teacher {printable(place)}")
             loaded[place] = ModelTeacher(load_model(place, options.dtype, device))
     return {tag: loaded[place] for tag, place in options.teachers.items()}
-
-
-def shared_ids(student: torch.nn.Module, teachers: dict[str, Teacher]) -> int:
-    """How many ids every head has: families of one tokenizer pad their heads to other sizes."""
-    models = [student, *(teacher.model for teacher in teachers.values())]
-    return min(len(head_of(model).weight) for model in models)

@@ -94,8 +94,10 @@ class Copies:
 class Tracker:
     """Follows a model from its start; `mark` is a look at it."""
 
-    def __init__(self, folder: Path, model: torch.nn.Module, step: int, start: Callable[[], Any], ranks: Ranks):
-        """`step`: how many the model has taken; `start()`: the model that the run began with, should its copy be gone."""
+    def __init__(self, folder: Path, model: torch.nn.Module, step: int, start: Callable[[], Any], trained: int, ranks: Ranks):
+        """`step`: how many the model has taken; `start()`: the model that the run began with, should its copy be gone; `trained`:
+        how many numbers are."""
+        self.trained = trained
         self.folder, self.path, self.ranks = folder, folder / "track.jsonl", ranks
         rows = [row for row in read_rows(self.path) if row["step"] <= step]
         if ranks.first:
@@ -151,6 +153,7 @@ class Tracker:
             "since_last": in_views(reduce(Tally.merge, self.ranks.all(since_last))),
             "modules": {name: in_views(tally) for name, tally in merged.items()},
             "changed_ever": ever / total if total else 0.0,
+            "trained": self.trained / total if total else 0.0,
             **moments,
         }
         before, path = self.last.path, self._weights(f"mark-{step:06}")
@@ -192,6 +195,11 @@ def in_views(tally: Tally) -> dict[str, Any]:
     """Every figure of a tally, as stored and as a bf16 deployment sees it."""
     sparse = SparseTally.of(tally)
     return {view: figures_of(sparse, view) for view in VIEWS}
+
+
+def trained_by(optimizer: MaskedOptimizer, ranks: Ranks, device: torch.device) -> int:
+    """How many numbers an optimizer may move, over all processes."""
+    return int(ranks.total({"active": sum(binding.shard(param).active for _, param, binding in optimizer._live())}, device)["active"])
 
 
 def moments_of(optimizer: MaskedOptimizer, ranks: Ranks) -> dict[str, float | None]:

@@ -10,15 +10,15 @@ from opdkernels.report.glossary import glossary
 from opdkernels.report.tables import Cell, Column, build
 
 COLUMNS = [
-    Column("score", "percent"), Column("gain_kept", "percent"), Column("trained", "percent"), Column("changed_visible", "percent"), Column("changed_stored", "percent"),
+    Column("score", "percent"), Column("gain_kept", "percent"), Column("of_change", "percent"), Column("trained", "percent"), Column("in_found", "percent"), Column("changed_visible", "percent"), Column("changed_stored", "percent"),
     Column("relative_norm", "percent"), Column("near_zero_coverage_10pct", "percent"),
 ]  # fmt: skip
 
 
 def content(result: Mapping[str, Any]) -> dict[str, Any]:
     """The template's variables."""
-    rows = result["rows"]
-    along = result["along"]
+    rows, along = result["rows"], result["along"]
+    columns = [column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)]
     return {
         "title": f"Experiment {result['experiment']}",
         "sides": [("student", format.name(result["student"])), ("teacher", format.name(result["teacher"] or "none")), ("task", format.name(result["task"]))],
@@ -27,14 +27,14 @@ def content(result: Mapping[str, Any]) -> dict[str, Any]:
         "reading": reading(result),
         "scores": [charts.interval_chart([(row["arm"], row["score"], row["score_low"], row["score_high"]) for row in rows], format.percent, "Scores:", "score", frame) for frame in charts.FRAMES],
         "kept": kept(rows),
-        "table": build("arms", "Arms", [Column("arm"), *COLUMNS], [{"": told(row)} for row in rows]),
+        "table": build("arms", "Arms", [Column("arm"), *columns], [{"": told(row)} for row in rows]),
         "curves": curves(along),
         "against": result["against"],
         "analysis": result.get("analysis"),
         "run": {"command": f"experiment {result['experiment']}"},
         "facts": [("seeds", str(result["seeds"])), ("held-out prompts", format.count(result["prompts"])), ("steps", format.count(result["steps"])),
                   ("density", format.percent(result["density"]) if result["density"] else "what shows in bf16"), *((name, format.name(str(value))) for name, value in result["options"].items())],
-        "glossary": glossary(["stored", "visible", *(column.key for column in COLUMNS)]),
+        "glossary": glossary(["stored", "visible", *(column.key for column in columns)]),
     }  # fmt: skip
 
 

@@ -21,7 +21,9 @@ FIGURES: dict[str, Figure] = {
     "arm": Figure("arm", "the run with some options, or trained on some mask; start: before any step", OWN),
     "score": Figure("score", "mean reward of greedy completions of held-out prompts, the same for all arms; 95 % interval by resampling seeds, and prompts within them", OWN),
     "gain_kept": Figure("gain kept", "an arm's gain in score over the start, over that of the arm it is measured against; 95 % interval by the same resampling, none where that gain may be nothing", OWN),
-    "trained": Figure("trained", "share of the coordinates that the optimizer may move", OWN),
+    "of_change": Figure("of the change", "share of the coordinates that the full run changed which are as that run left them; the others are as at the start", OWN),
+    "in_found": Figure("of the found set", "share of the full run's set that an arm's mask holds; by chance, its own density", OWN),
+    "trained": Figure("trained", "numbers that the optimizer may move, as a share of the coordinates", OWN),
     "changed_stored": Figure("changed, stored", "share of the coordinates with Δ ≠ 0 as stored", OWN),
     "changed_visible": Figure("changed, visible", "share of the coordinates whose value in bf16 changed", PAPER),
     "stored": Figure(

@@ -6,8 +6,8 @@ import signal
 import numpy as np
 import pytest
 
-from opdkernels.distill import experiments
-from opdkernels.distill.experiments import EXPERIMENTS, markdown, needed, run_experiment, slug, table_rows
+from opdkernels.distill import arms, experiments
+from opdkernels.distill.experiments import EXPERIMENTS, markdown, needed, run_experiment, table_rows
 from opdkernels.errors import UsageError
 from opdkernels.masks import MaskSet
 
@@ -20,7 +20,7 @@ def test_a_table_has_every_arm_seed_and_mask(options, tmp_path):
     for name in list(rows)[2:]:
         assert rows[name]["trained"] == pytest.approx(0.2, abs=0.01)
         assert rows[name]["changed_stored"] <= rows[name]["trained"]
-    made = {name: MaskSet.load(tmp_path / "seed-1" / f"{slug(name)}-0.2.masks.safetensors") for name in ("found", "random", "random matched on |W|")}
+    made = {name: MaskSet.load(tmp_path / "seed-1" / "full" / "made-of-2" / f"{file}-0.2.masks.safetensors") for name, file in (("found", "found"), ("random", "random"), ("random matched on |W|", "random-like"))}
     for name in ("random", "random matched on |W|"):
         assert (made[name] & made["found"]).nnz < 0.6 * made["found"].nnz
     assert json.loads((tmp_path / "results.json").read_text()) == result
@@ -30,10 +30,58 @@ def test_a_table_has_every_arm_seed_and_mask(options, tmp_path):
     assert (tmp_path / "seed-0" / "found-0.2" / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("name", ["sgd", "on-policy", "precision"])
+@pytest.mark.parametrize("name", ["sgd", "on-policy", "precision", "subspace"])
 def test_other_experiments_run(options, tmp_path, name):
     result = run_experiment(name, options(eval_size=4, steps=1), tmp_path, seeds=1)
     assert [row["arm"] for row in result["rows"]] == ["start", *(arm.name for arm in EXPERIMENTS[name].arms)]
+
+
+def test_masks_of_a_trajectory_hold_more_and_more_of_the_final_set(options, tmp_path):
+    result = run_experiment("trajectory", options(eval_size=4, steps=10, lr=3e-3), tmp_path)
+    rows = {row["arm"]: row for row in result["rows"]}
+    steps = [path.name for path in sorted((tmp_path / "seed-0" / "full").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))]
+    assert steps == [f"checkpoint-{i}" for i in range(11)]
+    held = [rows[f"mask at {share} of the steps"]["in_found"] for share in ("10%", "20%", "50%")]
+    assert held[0] < held[1] < held[2] < rows["found"]["in_found"] == 1
+    assert "of the found set" in (tmp_path / "table.md").read_text()
+
+
+def test_masks_of_the_size_of_lora(options, tmp_path):
+    arm = "early mask, lr x 1.0"
+    rows = {row["arm"]: row for row in run_experiment("subspace", options(eval_size=4, steps=5), tmp_path, arms=[arm, "early subspace of rank 16, lr x 3.0"])["rows"]}
+    assert list(rows) == ["start", "full", "lora of rank 8, lr x 3.0", "early subspace of rank 16, lr x 3.0", arm]
+    linear = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)] * 2
+    total = 2 * 15 * 32 + sum(m * n for m, n in linear) + 5 * 32 + 2 * (32 + 16 + 16)
+    assert rows["lora of rank 8, lr x 3.0"]["trained"] == pytest.approx(sum(8 * (m + n) for m, n in linear) / total)
+    assert rows["early subspace of rank 16, lr x 3.0"]["trained"] == pytest.approx(sum(16 * m for m, _ in linear) / total)
+    assert rows[arm]["trained"] == pytest.approx(rows["lora of rank 8, lr x 3.0"]["trained"], abs=1 / total)
+
+
+def test_parts_of_a_change_are_scored_as_the_run_scores_itself(options, tmp_path, monkeypatch):
+    chosen = options(eval_size=8, steps=3, lr=1e-2)
+    every = arms.Part(where="attention,mlp,embedding,lm_head,norm")
+    arm = arms.Arm("all of it", part=every)
+    lacking = arms.Arm("routers", part=arms.Part(where="router"))
+    parts = EXPERIMENTS["interventions"]
+    monkeypatch.setitem(experiments.EXPERIMENTS, "interventions", arms.Experiment(parts.about, [*parts.arms, arm, lacking], density=parts.density))
+    rows = {row["arm"]: row for row in run_experiment("interventions", chosen, tmp_path)["rows"]}
+    assert rows["all of it"]["score"] == rows["full"]["score"]
+    assert rows["all of it"]["of_change"] == 1
+    assert rows["largest alone"]["of_change"] + rows["all but the largest"]["of_change"] == pytest.approx(1)
+    assert rows["mlp alone"]["of_change"] + rows["without mlp"]["of_change"] == pytest.approx(1)
+    assert "without the middle third of layers" not in rows  # of two layers
+    assert "routers" not in rows
+    assert not [path for path in (tmp_path / "seed-0" / "full" / "made-of-3").iterdir() if path.is_dir()]
+
+
+def test_what_is_made_from_a_run_is_made_again_when_it_goes_on(options, tmp_path):
+    first = run_experiment("masks", options(eval_size=4, steps=2), tmp_path / "a", density=0.2, arms=["found"])
+    with pytest.raises(UsageError, match="holds another run"):
+        run_experiment("masks", options(eval_size=4, steps=4), tmp_path / "a", density=0.2, arms=["found"])
+    run_experiment("masks", options(eval_size=4, steps=4, overwrite=True), tmp_path / "a", density=0.2, arms=["found"])
+    masks = [MaskSet.load(tmp_path / "a" / "seed-0" / "full" / f"made-of-{step}" / "found-0.2.masks.safetensors") for step in (2, 4)]
+    assert masks[0] != masks[1]
+    assert first["steps"] == 2
 
 
 def test_the_largest_changes_are_found(tmp_path):
@@ -45,7 +93,7 @@ def test_the_largest_changes_are_found(tmp_path):
     for name, weight in (("a", start), ("b", start + change)):
         (tmp_path / name).mkdir()
         save_file({"w": weight}, tmp_path / name / "model.safetensors")
-    found = experiments.largest_change(tmp_path / "a", tmp_path / "b", 0.1)["w"].to_bool()
+    found = arms.largest_change(tmp_path / "a", tmp_path / "b", 0.1)["w"].to_bool()
     size = ((start + change) - start).abs()
     assert found.sum() == 20
     assert size[found].min() >= size[~found].max()
@@ -104,6 +152,6 @@ def test_a_signal_stops_the_experiment_and_not_an_arm_alone(options, tmp_path, m
     chosen = options(eval_size=4, steps=3)
     with pytest.raises(KeyboardInterrupt):
         run_experiment("masks", chosen, tmp_path, density=0.2, arms=["found"])
-    assert not (tmp_path / "seed-0" / "found-0.2.masks.safetensors").exists()
+    assert not list((tmp_path / "seed-0").rglob("*.masks.safetensors"))
     monkeypatch.undo()
     assert [row["arm"] for row in run_experiment("masks", chosen, tmp_path, density=0.2, arms=["found"])["rows"]] == ["start", "full", "found"]

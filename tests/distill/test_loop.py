@@ -325,3 +325,25 @@ def test_a_damaged_state_is_named(options, tmp_path):
     (tmp_path / "checkpoint-1" / "training.pt").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"training\.pt cannot be read .*delete checkpoint-1"):
         distill(options(steps=2), tmp_path)
+
+
+def test_a_subspace_is_what_an_update_stays_in(options, tmp_path):
+    first = tmp_path / "first"
+    distill(options(steps=2, lr=1e-2), first)
+    chosen = options(lora_rank=4, subspace=str(first / "checkpoint-2"), lr=1e-2, steps=3, save_every=1)
+    distill(chosen, tmp_path / "run")
+    start, early, end = (load_file(folder / "model.safetensors") for folder in (first / "checkpoint-0", first / "checkpoint-2", tmp_path / "run" / "checkpoint-3"))
+    moved = 0
+    for name in (name for name in start if "proj.weight" in name):
+        v = torch.linalg.svd(early[name].float() - start[name].float()).Vh[:4]
+        change = end[name].float() - start[name].float()
+        moved += int(change.count_nonzero())
+        outside = change - change @ v.T @ v
+        assert outside.norm() <= 2**-8 * end[name].float().norm() < 0.5 * change.norm()  # the merged weights are rounded to bf16
+    assert moved
+    for name in (name for name in start if "proj.weight" not in name):
+        assert torch.equal(start[name], end[name])
+    with pytest.raises(InputError, match="give a later checkpoint of this student"):
+        distill(options(lora_rank=4, subspace=options().teacher), tmp_path / "other")
+    with pytest.raises(UsageError, match="lora_rank is 0"):
+        options(subspace="x")

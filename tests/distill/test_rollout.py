@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkernels.distill.models import Text, hidden_states
+from opdkernels.distill import models
+from opdkernels.distill.models import Text, hidden_states, plain_cache, states_at_completions, unwrapped
 from opdkernels.distill.rollout import Prompts, beside, encode, recorded, sample, until_end
 from opdkernels.distill.tasks import Entry
 from opdkernels.errors import InputError
@@ -39,6 +40,53 @@ def test_rows_beside_each_other_see_only_themselves():
     together = hidden_states(own, *rollout.inputs())[:, :-1][rollout.targets]
     alone = torch.cat([hidden_states(own, *part.inputs())[:, :-1][part.targets] for part in (rollout.rows([0]), rollout.rows([1]))])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+PREFIX = "12+13=25\n41+29=70\n"
+
+
+def with_examples(*, prefix=PREFIX):
+    texts = [prefix + "1+1=", prefix + "12+13=", prefix + "1+10="]
+    return beside(prompts(*texts), [[4, 1], [5, 6, 7], [5]], [True, False, False], True, 0, CPU)
+
+
+@pytest.mark.parametrize(
+    ("texts", "shared"),
+    [(["12=3", "12=4"], 3), (["12=3", "12=3"], 3), (["12", "12=4"], 1), (["2=3", "12=4"], 0), (["12=3"], 0), ([], 0), (["1", "1"], 0)],
+)
+def test_what_prompts_begin_with_alike(texts, shared):
+    assert beside(prompts(*texts), [[4, 5]] * len(texts), [False] * len(texts), True, 0, CPU).shared == shared
+
+
+def lora(own):
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(own, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    return wrapped.eval()
+
+
+@pytest.mark.parametrize("wrap", [lambda own: own, lora])
+def test_a_shared_beginning_runs_once_and_changes_nothing(wrap, monkeypatch):
+    own, rollout = wrap(model(0).eval()), with_examples()
+    found, lengths = {}, []
+    unwrapped(own).base_model.register_forward_hook(lambda module, args, given, out: lengths.append(tuple(given["input_ids"].shape)), with_kwargs=True)
+    for least in (16, 1000):
+        monkeypatch.setattr(models, "LEAST_SHARED", least)
+        hidden = states_at_completions(own, rollout)
+        trained = [p for p in own.parameters() if p.requires_grad]
+        found[least] = [hidden, *torch.autograd.grad((hidden * torch.arange(hidden.numel()).view_as(hidden).sin()).sum(), trained, allow_unused=True, materialize_grads=True)]
+    assert lengths == [(1, 19), (3, 8), (3, 27)]
+    for a, b in zip(*found.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_shared_beginning_is_not_split_off_where_the_model_would_not_keep_it():
+    sliding = model(0, use_sliding_window=True, sliding_window=4, max_window_layers=0).eval()
+    assert plain_cache(sliding) is None
+    assert plain_cache(model(0).eval()) is not None
+    recomputing = model(0)
+    recomputing.gradient_checkpointing_enable()
+    assert plain_cache(recomputing) is None
 
 
 def test_greedy_samples_are_those_of_each_prompt_alone():

@@ -22,7 +22,7 @@ def moved(own, share, seed):
 def test_figures_are_those_of_plain_tensors(tmp_path):
     own = model(0, initializer_range=0.2).bfloat16()
     copies = [torch.cat([p.detach().flatten().clone() for p in own.parameters()])]
-    tracker = Tracker(tmp_path, own, 0, lambda: None, ALONE)
+    tracker = Tracker(tmp_path, own, 0, lambda: None, 10, ALONE)
     for step in (1, 2, 3):
         moved(own, 0.1, step)
         row = tracker.mark(step, own, {})
@@ -32,6 +32,7 @@ def test_figures_are_those_of_plain_tensors(tmp_path):
         assert row["since_last"]["visible"]["frac_zero"] == pytest.approx((copies[-1] == copies[-2]).double().mean().item(), rel=1e-12)
         assert row["changed_ever"] == pytest.approx(torch.stack(changed).any(0).double().mean().item(), rel=1e-12)
         assert sum(one["visible"]["numel"] for one in row["modules"].values()) == len(copies[0])
+        assert row["trained"] == pytest.approx(10 / len(copies[0]), rel=1e-12)
     rows = tracker.finish()
     for row, here in zip(rows, changed, strict=True):
         both = (here & changed[-1]).sum().item()
@@ -44,7 +45,7 @@ def test_figures_are_those_of_plain_tensors(tmp_path):
 
 def test_marks_after_the_step_that_a_run_goes_on_from_are_let_go(tmp_path):
     own = model(0, initializer_range=0.2).bfloat16()
-    tracker = Tracker(tmp_path, own, 0, lambda: None, ALONE)
+    tracker = Tracker(tmp_path, own, 0, lambda: None, 10, ALONE)
     moved(own, 0.1, 1)
     first = tracker.mark(1, own, {})
     tracker.saved()
@@ -54,7 +55,7 @@ def test_marks_after_the_step_that_a_run_goes_on_from_are_let_go(tmp_path):
     with torch.no_grad():
         for name, p in own.named_parameters():
             p.copy_(saved[name])
-    again = Tracker(tmp_path, own, 1, lambda: None, ALONE)
+    again = Tracker(tmp_path, own, 1, lambda: None, 10, ALONE)
     assert read_rows(tmp_path / "track.jsonl") == [first]
     moved(own, 0.1, 2)
     assert again.mark(2, own, {}) == second
@@ -74,14 +75,14 @@ def test_a_copy_that_was_cut_short_is_made_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(track, "here", cut)
     with pytest.raises(KeyboardInterrupt):
-        Tracker(tmp_path, own, 0, lambda: None, ALONE)
+        Tracker(tmp_path, own, 0, lambda: None, 10, ALONE)
     monkeypatch.undo()
-    assert Tracker(tmp_path, own, 0, lambda: None, ALONE).mark(1, own, {})["views"]["stored"]["frac_zero"] == 1
+    assert Tracker(tmp_path, own, 0, lambda: None, 10, ALONE).mark(1, own, {})["views"]["stored"]["frac_zero"] == 1
 
 
 def test_marks_keep_two_copies_beside_the_start(tmp_path):
     own = model(0, initializer_range=0.2).bfloat16()
-    tracker = Tracker(tmp_path, own, 0, lambda: None, ALONE)
+    tracker = Tracker(tmp_path, own, 0, lambda: None, 10, ALONE)
     for step in range(1, 6):
         moved(own, 0.1, step)
         tracker.mark(step, own, {})
@@ -94,7 +95,7 @@ def test_the_start_is_made_again_where_its_copy_is_gone(tmp_path):
     own = model(0, initializer_range=0.2).bfloat16()
     start = model(0, initializer_range=0.2).bfloat16()
     moved(own, 0.1, 1)
-    row = Tracker(tmp_path, own, 1, lambda: start, ALONE).mark(2, own, {})
+    row = Tracker(tmp_path, own, 1, lambda: start, 10, ALONE).mark(2, own, {})
     assert 0.05 < 1 - row["views"]["visible"]["frac_zero"] < 0.15
 
 
@@ -131,7 +132,7 @@ def test_moments_are_those_of_plain_tensors():
 
 def test_a_model_that_does_not_move_has_no_change(tmp_path):
     own = model(0)
-    tracker = Tracker(tmp_path, own, 0, lambda: None, ALONE)
+    tracker = Tracker(tmp_path, own, 0, lambda: None, 10, ALONE)
     row = tracker.mark(1, own, {})
     assert row["views"]["stored"]["frac_zero"] == 1
     assert row["changed_ever"] == 0
