@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 UNITS = {"pairs_per_s": ("G pairs/s", 1e9), "coordinates_per_s": ("G coordinates/s", 1e9), "values_per_s": ("G values/s", 1e9),
          "bytes_per_s": ("GB/s", 1e9), "flops_per_s": ("GFLOP/s", 1e9), "anonymous_bytes": ("MB anonymous", 1e6),
-         "authors_bytes": ("MB the authors'", 1e6), "extra_bytes": ("MB extra", 1e6), "full_logits_bytes": ("MB with full logits", 1e6), "checkpoint_bytes": ("GB in two checkpoints", 1e9), "largest_bytes": ("GB for the largest matrix", 1e9)}  # fmt: skip
+         "authors_bytes": ("MB the authors'", 1e6), "extra_bytes": ("MB extra", 1e6), "peak_bytes": ("MB at most", 1e6), "trl_bytes": ("MB TRL's", 1e6), "full_logits_bytes": ("MB with full logits", 1e6), "checkpoint_bytes": ("GB in two checkpoints", 1e9), "largest_bytes": ("GB for the largest matrix", 1e9)}  # fmt: skip
 
 
 def figure(name: str, value: float) -> str:

@@ -30,6 +30,7 @@ from opdkernels.optim.bind import is_dtensor, local_part
 from opdkernels.optim.masked import MaskedOptimizer
 
 ALIGNED = 64
+SLICE = 1 << 18  # numbers that stay near a core while several sums are taken of them
 
 
 def effective(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -208,14 +209,14 @@ def moments_of(optimizer: MaskedOptimizer, ranks: Ranks) -> dict[str, float | No
     sums = dict.fromkeys(("n", "root", "square", "dot", "momentum", "gradient"), 0.0)
     for at, param, binding in optimizer._live():
         state = optimizer.state.get(param, {})
-        if "exp_avg_sq" in state:
-            squares = state["exp_avg_sq"]
+        for squares in state.get("exp_avg_sq", param.new_empty(0)).split(SLICE):
             add(sums, n=squares.numel(), root=squares.sqrt().sum(dtype=torch.float64), square=squares.sum(dtype=torch.float64))
         held, grad = state.get("exp_avg", state.get("momentum_buffer")), optimizer._gradient(at, param)
         if held is not None and grad is not None:
             values = grad if at in optimizer._compact else active_of(grad, binding.shard(param))
-            momentum, gradient = (torch.linalg.vector_norm(one, dtype=torch.float64).square() for one in (held, values))
-            add(sums, dot=(held * values).sum(dtype=torch.float64), momentum=momentum, gradient=gradient)
+            for momentum, gradient in zip(held.split(SLICE), values.split(SLICE), strict=True):
+                a, b = momentum.double(), gradient.double()
+                add(sums, dot=a @ b, momentum=a @ a, gradient=b @ b)
     found = ranks.total(sums, param.device)
     mean = found["root"] / found["n"] if found["n"] else 0
     spread = math.sqrt(max(found["square"] / found["n"] - mean**2, 0)) / mean if mean else None
