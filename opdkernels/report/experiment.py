@@ -75,13 +75,45 @@ def curves(along: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def headline(result: Mapping[str, Any]) -> str:
+    """What an experiment found, in one sentence; of its arms alone that were run."""
     rows = {row["arm"]: row for row in result["rows"]}
-    against = rows[result["against"]]
-    gain = f"{format.percent(rows['start']['score'])} to {format.percent(against['score'])}"
-    if result["experiment"] == "masks" and rows.get("found", {}).get("gain_kept") is not None:
-        found = rows["found"]
-        return f"Training {format.percent(found['trained'])} of the weights, those that the full run changed most, keeps {format.percent(found['gain_kept'])} of its gain ({gain})"
-    return f"{result['against']}: from {gain} on held-out prompts"
+    told = {"masks": told_masks, "trajectory": told_trajectory, "interventions": told_interventions, "on-policy": told_changes, "precision": told_changes}
+    sentence = told[result["experiment"]](rows) if result["experiment"] in told else told_best(rows)
+    gain = f"{format.percent(rows['start']['score'])} to {format.percent(rows[result['against']]['score'])}"
+    return f"{sentence} ({result['against']}: {gain})" if sentence else f"{result['against']}: from {gain} on held-out prompts"
+
+
+def told_masks(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    found = rows.get("found", {})
+    if found.get("gain_kept") is None:
+        return ""
+    return f"Training {format.percent(found['trained'])} of the weights, those that the full run changed most, keeps {format.percent(found['gain_kept'])} of its gain"
+
+
+def told_trajectory(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    first = next((row for row in rows.values() if row["arm"].startswith("mask at")), None)
+    return f"The {first['arm']} holds {format.percent(first['in_found'])} of the final one; by chance it would hold {format.percent(first['trained'])}" if first else ""
+
+
+def told_interventions(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    alone, rest = rows.get("largest alone", {}), rows.get("all but the largest", {})
+    if alone.get("gain_kept") is None or rest.get("gain_kept") is None:
+        return ""
+    return f"The largest {format.percent(alone['of_change'])} of the changes alone keep {format.percent(alone['gain_kept'])} of the gain, all others {format.percent(rest['gain_kept'])}"
+
+
+def told_changes(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    return "Changed as stored: " + ", ".join(f"{format.percent(row['changed_stored'])} with {arm}" for arm, row in rows.items() if "changed_stored" in row)
+
+
+def told_best(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The best rate of each way that was swept over rates."""
+    best: dict[str, Mapping[str, Any]] = {}
+    for arm, row in rows.items():
+        way, _, rate = arm.partition(", lr ")
+        if rate and (way not in best or row["score"] > best[way]["score"]):
+            best[way] = row
+    return "At the best of its rates: " + ", ".join(f"{way} {format.percent(row['score'])}" for way, row in best.items()) if best else ""
 
 
 def reading(result: Mapping[str, Any]) -> list[str]:

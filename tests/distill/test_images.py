@@ -13,7 +13,6 @@ from opdkernels.distill.loop import distill
 from tests.distill.conftest import CHARACTERS, tokenizer
 from tests.distill.test_loop import log
 
-pytest.importorskip("PIL")
 SPECIAL = ("<image>", "<vision_start>", "<vision_end>", "<video>")
 
 
