@@ -155,7 +155,10 @@ def largest_change(start: Path, end: Path, density: float) -> MaskSet:
     return masks.largest(change, density, per="model")
 
 
-RLVR = {"kl_weight": 0.0, "reward_weight": 1.0, "teacher": "", "samples": 4}
+RLVR = {"kl_weight": 0.0, "reward_weight": 1.0, "teacher": "", "ema": 1.0, "samples": 4}
+ADAMW = {"optimizer": "adamw", "momentum": 0.0}
+SGD = {"optimizer": "sgd", "betas": (0.9, 0.999), "eps": 1e-8}
+BF16 = {"dtype": "bfloat16", "precision": "exact"}
 FULL = Arm("full")
 MATCHED = "random matched on |W|"
 EXPERIMENTS = {
@@ -167,7 +170,7 @@ EXPERIMENTS = {
     ),
     "sgd": Experiment(
         "Is AdamW needed, or does SGD with a rate of its own do as well?",
-        [*(Arm(f"adamw, lr x {k}", {"lr": k}) for k in (0.3, 1.0, 3.0)), *(Arm(f"sgd, lr {lr}", {"optimizer": "sgd", "lr": lr}) for lr in (1e-2, 1e-1, 1.0, 3.0))],
+        [*(Arm(f"adamw, lr x {k}", {**ADAMW, "lr": k}) for k in (0.3, 1.0, 3.0)), *(Arm(f"sgd, lr {lr}", {**SGD, "lr": lr}) for lr in (1e-2, 1e-1, 1.0, 3.0))],
         against="adamw, lr x 1.0",
     ),
     "on-policy": Experiment(
@@ -177,7 +180,7 @@ EXPERIMENTS = {
     ),
     "precision": Experiment(
         "How much of the sparsity is rounding? bf16 with an exact remainder, bf16 rounded at each step, fp32.",
-        [Arm("bf16, exact"), Arm("bf16, nearest", {"precision": "nearest"}), Arm("fp32", {"dtype": "float32"})],
+        [Arm("bf16, exact", BF16), Arm("bf16, nearest", {**BF16, "precision": "nearest"}), Arm("fp32", {"dtype": "float32", "precision": "exact"})],
         against="bf16, exact",
     ),
     "trajectory": Experiment(

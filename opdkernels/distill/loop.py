@@ -167,8 +167,11 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
 
 def task_of(options: DistillOptions) -> Task:
     task = open_task(options.prompts, options.held_out, options.seed, options.reward)
-    if options.eval_size and not task.held_out(1):
+    found = len(task.held_out(options.eval_size))
+    if options.eval_size and not found:
         raise UsageError("eval_size is not 0 and there are no held-out prompts; name a file of them as held_out, or set eval_size=0")
+    if found < options.eval_size:
+        raise UsageError(f"eval_size is {options.eval_size} and there are {found} held-out prompts; set eval_size={found}")
     return task
 
 

@@ -97,9 +97,25 @@ class DistillOptions(BaseModel):
             raise ValueError("reward_weight is the policy gradient of samples at temperature 1; set sampling_temperature=1")
         if self.masks and self.lora_rank:
             raise ValueError("masks and lora_rank are two ways to train a part; choose one")
-        if self.subspace and not self.lora_rank:
-            raise ValueError("subspace is of LoRA's inputs, and lora_rank is 0; give the rank")
+        for name, used, why in self.uses:
+            if not used and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} would change nothing: it is {why}; leave it out")
         return self
+
+    @property
+    def uses(self) -> tuple[tuple[str, bool, str], ...]:
+        """Options that count only beside others: whether they do here, and of what they are."""
+        adamw, scores = self.optimizer == "adamw", bool(self.kl_weight) or self.on_policy < 1
+        return (
+            ("teacher", scores, "what scores with kl_weight, or samples with on_policy below 1"),
+            ("ema", SELF in self.teachers.values(), "of teacher=self"),
+            ("subspace", self.lora_rank > 0, "of lora_rank"),
+            ("beta", self.divergence == "jsd", "of the divergence jsd"),
+            ("betas", adamw, "of the optimizer adamw"),
+            ("eps", adamw, "of the optimizer adamw"),
+            ("momentum", not adamw, "of the optimizer sgd"),
+            ("precision", self.dtype == "bfloat16", "of weights in bfloat16"),
+        )
 
     @property
     def spec(self) -> Divergence:
