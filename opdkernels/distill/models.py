@@ -181,15 +181,25 @@ def states_at_completions(model: Any, rollout: Rollout) -> torch.Tensor:
     instructions and examples, runs once, in one row, and has its gradient from every row."""
     ids, attention, extras = rollout.inputs()
     shared = rollout.shared
-    cache = plain_cache(model) if shared >= LEAST_SHARED else None
-    if cache is None:
+    begun = begin(model, ids[:1, :shared], len(ids))
+    if not begun:
         return hidden_states(model, ids, attention, extras)[:, :-1][rollout.targets]
     body = unwrapped(model).base_model
-    given = {name_of_cache(body): cache, "use_cache": True}
-    body(input_ids=ids[:1, :shared], **given)
-    cache.batch_repeat_interleave(len(ids))
-    hidden = body(input_ids=ids[:, shared:], attention_mask=attention.long(), **given).last_hidden_state
+    hidden = body(input_ids=ids[:, shared:], attention_mask=attention.long(), use_cache=True, **begun).last_hidden_state
     return hidden[:, :-1][rollout.targets[:, shared:]]
+
+
+def begin(model: Any, beginning: torch.Tensor, rows: int) -> dict[str, Any]:
+    """The argument with which `rows` rows go on after a beginning [1, length] that they share; none where it is short, or the model
+    would not keep all of it."""
+    cache = plain_cache(model) if beginning.shape[1] >= LEAST_SHARED else None
+    if cache is None:
+        return {}
+    body = unwrapped(model).base_model
+    given = {name_of_cache(body): cache}
+    body(input_ids=beginning, use_cache=True, **given)
+    cache.batch_repeat_interleave(rows)
+    return given
 
 
 def plain_cache(model: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from opdkernels.distill.models import Text, unwrapped
+from opdkernels.distill.models import Text, begin, unwrapped
 from opdkernels.distill.tasks import Entry
 from opdkernels.errors import InputError, printable
 
@@ -66,11 +66,7 @@ class Rollout:
     @property
     def shared(self) -> int:
         """How many tokens all rows begin with that come before the last of their prompts; 0 of one row, and beside images."""
-        if len(self.ids) < 2 or any(self.extras):
-            return 0
-        most = int(self.prompt.min()) - 1
-        alike = (self.ids[:, :most] == self.ids[:1, :most]).all(0)
-        return int(alike.int().cumprod(0).sum())
+        return 0 if any(self.extras) or not len(self.ids) else alike(self.ids[:, : int(self.prompt.min()) - 1])
 
     @property
     def sizes(self) -> torch.Tensor:
@@ -90,6 +86,11 @@ class Rollout:
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """What `hidden_states` takes."""
         return self.ids, self.attention, together(self.extras, self.ids.shape[1], left=False)
+
+
+def alike(ids: torch.Tensor) -> int:
+    """With how many equal ids rows [rows, length] begin; 0 of one row."""
+    return int((ids == ids[:1]).all(0).int().cumprod(0).sum()) if len(ids) > 1 else 0
 
 
 def together(extras: Extras, length: int, left: bool) -> dict[str, torch.Tensor]:
@@ -152,6 +153,8 @@ def sample(model: Any, text: Text, prompts: Prompts, *, most: int, ends: Sequenc
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     from transformers import GenerationConfig  # type: ignore[import-not-found]
 
+    unpadded = len(set(map(len, prompts.ids))) == 1 and not extras and together_with == 1
+    extras |= begin(model, ids[:1, : alike(ids[:, :-1])], len(ids)) if unpadded else {}
     own_model, config = unwrapped(model), GenerationConfig(suppress_tokens=never_sampled(model, vocab) or None, max_new_tokens=most, eos_token_id=list(ends) or None, pad_token_id=text.pad, use_cache=True, **sampling)
     kept, own_model.generation_config = own_model.generation_config, GenerationConfig()  # whose penalties would fill what is not set here
     try:

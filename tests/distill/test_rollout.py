@@ -80,6 +80,20 @@ def test_a_shared_beginning_runs_once_and_changes_nothing(wrap, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_samples_go_on_from_a_shared_beginning(temperature, monkeypatch):
+    own, lengths, found = model(3, initializer_range=0.3).eval(), [], []
+    own.base_model.register_forward_hook(lambda module, args, given, out: lengths.append(tuple(given["input_ids"].shape)), with_kwargs=True)
+    for least, texts in ((16, ("12", "34", "56")), (1000, ("12", "34", "56")), (16, ("1", "34", "56"))):
+        monkeypatch.setattr(models, "LEAST_SHARED", least)
+        torch.manual_seed(0)
+        found.append(sample(own, TEXT, prompts(*(PREFIX + text + "+1=" for text in texts)), most=3, ends=[], vocab=15, temperature=temperature, own=True))
+    assert found[0].completions() == found[1].completions()
+    assert lengths[:2] == [(1, 18), (3, 5)]
+    assert (3, 23) in lengths  # whole, and where rows are padded too
+    assert lengths.count((1, 18)) == 1
+
+
 def test_a_shared_beginning_is_not_split_off_where_the_model_would_not_keep_it():
     sliding = model(0, use_sliding_window=True, sliding_window=4, max_window_layers=0).eval()
     assert plain_cache(sliding) is None
