@@ -8,14 +8,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from opdkernels.distill.models import head_of, logits_of, states_at_completions
+from opdkernels.distill.models import head_of, states_at_completions
 from opdkernels.distill.options import DistillOptions
 from opdkernels.distill.rollout import Rollout
-from opdkernels.ops.divergence import Head, Scores, linear_divergence
-
-ROWS = 256  # tokens whose logits are alive at once
+from opdkernels.ops.divergence import Head, Scores, linear_divergence, linear_log_prob
 
 
 class Objective(NamedTuple):
@@ -51,7 +48,7 @@ def objective(
         loss = loss + options.kl_weight * divergence
     weight = options.reward_weight if advantage is not None else 0 if rollout.own else options.sft_weight
     if weight:
-        of_tokens = log_probs(hidden, head, ids)
+        of_tokens = linear_log_prob(hidden, head, ids)
         log_prob = of_tokens.detach()
         gain = of_tokens if advantage is None else of_tokens * advantage.repeat_interleave(rollout.sizes)
         loss = loss - weight * gain.sum() / tokens
@@ -72,16 +69,6 @@ def recomputing(model: Any, wanted: bool) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
-
-
-def log_probs(hidden: torch.Tensor, head: Head, ids: torch.Tensor) -> torch.Tensor:
-    """fp32 [n]: log-probabilities of ids [n] given hidden states [n, width], some rows at a time, forward and backward."""
-    parts = [checkpoint(part_log_probs, *part, head, use_reentrant=False) for part in zip(hidden.split(ROWS), ids.split(ROWS), strict=True)]
-    return torch.cat(parts) if parts else hidden.sum(1).float()
-
-
-def part_log_probs(hidden: torch.Tensor, ids: torch.Tensor, head: Head) -> torch.Tensor:
-    return logits_of(hidden, head).log_softmax(1).gather(1, ids.unsqueeze(1)).squeeze(1)
 
 
 def advantages(rewards: torch.Tensor, samples: int) -> torch.Tensor:

@@ -300,6 +300,27 @@ def linear_divergence(
     return (total, found) if found is not None else total
 
 
+def linear_log_prob(hidden: Tensor, head: Head, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities of tokens from hidden states, in memory that does not grow with the vocabulary; differentiable once.
+
+    hidden: [..., width], bf16, fp16, fp32 or fp64, any strides; tokens: int64 of the leading shape. Returns nats of the leading shape,
+    fp32 (fp64 of fp64); NaN where a token is none of the vocabulary.
+
+    Raises ValueError and TypeError for what does not fit, naming it.
+
+    >>> round(linear_log_prob(torch.zeros(1, 3), Head(torch.eye(3)), torch.tensor([2])).item(), 4)
+    -1.0986
+    """
+    shape, vocab = hidden.shape[:-1], common_vocabulary(head, head)
+    nothing, rows = hidden.new_zeros(*shape, 1), hidden.new_zeros(vocab, 1)  # what stands where a teacher's would
+    check(hidden, head, nothing, Head(rows), None, None, "none")
+    check_tokens(DEFAULT, tokens, shape)
+    numbers = [float(head.scale), float(head.softcap), 1.0, 0.0, temperature, 0.0]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    found = Linear.apply(flat, whole(head.weight), whole(head.bias), nothing.view(-1, 1), rows, None, tokens.reshape(-1, 1), vocab, numbers, AT_IDS, False)
+    return found[1].view(shape)
+
+
 def of_tokens(hidden, student_head, teacher, teacher_head, vocab, spec, tokens, scores) -> tuple[Tensor, Scores | None]:
     """Loss of every token, and its scores."""
     weight, bias = whole(student_head.weight), whole(student_head.bias)

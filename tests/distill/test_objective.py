@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkernels.distill import objective as module
 from opdkernels.distill.models import Text, head_of
-from opdkernels.distill.objective import advantages, log_probs, objective
+from opdkernels.distill.objective import advantages, objective
 from opdkernels.distill.rollout import beside, encode
 from opdkernels.distill.tasks import Entry
 from tests.distill.conftest import model, tokenizer
@@ -32,18 +31,6 @@ def same(a, b):
     assert a.keys() == b.keys()
     for name, value in a.items():
         torch.testing.assert_close(value, b[name], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 256])
-def test_log_probabilities_and_gradients_are_those_of_whole_logits(monkeypatch, rows):
-    monkeypatch.setattr(module, "ROWS", rows)
-    torch.manual_seed(0)
-    hidden, weight, ids = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True), torch.randint(0, 11, (5,))
-    found = log_probs(hidden, module.Head(weight), ids)
-    expected = (hidden @ weight.T).log_softmax(1).gather(1, ids[:, None]).squeeze(1)
-    torch.testing.assert_close(found, expected)
-    for a, b in zip(torch.autograd.grad(found.sum(), (hidden, weight)), torch.autograd.grad(expected.sum(), (hidden, weight)), strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_recorded_tokens_are_made_likelier(options):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from opdkernels.errors import UsageError
 from opdkernels.ops import divergence as ops
 from opdkernels.ops import tiles
-from opdkernels.ops.divergence import KINDS, Divergence, Head, divergence, linear_divergence
+from opdkernels.ops.divergence import KINDS, Divergence, Head, divergence, linear_divergence, linear_log_prob
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 SPECS = [
@@ -163,6 +163,46 @@ def test_gradients_from_hidden_states_are_the_losses_own(kind):
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 def test_at_most_twice_the_error_of_full_logits(spec, dtype):
     assert_twice_plain(make_case(n=40, vocab=1025, width=64, dtype=dtype, spread=4, shaped=False, bias=dtype != BF16), spec)
+
+
+def assert_log_prob(case, temperature=1.0):
+    """Log-probabilities of tokens, and their gradients, are at most twice as far from fp64 as those through full logits in fp32."""
+    hidden, head, _, _, tokens = case
+    weights = torch.linspace(-1, 2, len(tokens), dtype=FP64)
+
+    def through_logits(dtype):
+        leaves = [t.detach().to(FP64 if dtype == FP64 else t.dtype).requires_grad_() for t in (hidden, head.weight, head.bias) if t is not None]
+        mine = Head(leaves[1], leaves[2] if len(leaves) > 2 else None, head.scale, head.softcap)
+        found = (logits_in(dtype, leaves[0], mine) / temperature)[:, : head.vocab].log_softmax(1).gather(1, tokens[:, None]).squeeze(1)
+        return found, *torch.autograd.grad((found * weights).sum(), leaves)
+
+    leaves = leaves_of(hidden, head)
+    found = linear_log_prob(hidden, head, tokens, temperature=temperature)
+    grads = torch.autograd.grad((found * weights).sum(), leaves)
+    for ours, full, best in zip((found, *grads), through_logits(FP32 if hidden.dtype != FP64 else FP64), through_logits(FP64), strict=True):
+        assert ours.dtype == full.dtype
+        assert error(ours, best) <= 2 * error(full, best) + 1e-6 * max(1, float(best.norm()))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_of_tokens(dtype, temperature):
+    assert_log_prob(make_case(n=8, vocab=37, bias=True, dtype=dtype), temperature)
+    hidden, head, teacher, teacher_head, tokens = make_case(n=8, vocab=37, dtype=dtype)
+    assert_log_prob((hidden, Head(head.weight, vocab=30), teacher, teacher_head, tokens % 30), temperature)
+
+
+def test_log_probabilities_of_no_token_and_of_any_shape():
+    hidden, head, _, _, tokens = make_case(n=6, vocab=9, dtype=FP32)
+    flat = linear_log_prob(hidden, head, tokens)
+    torch.testing.assert_close(linear_log_prob(hidden.view(2, 3, -1), head, tokens.view(2, 3)), flat.view(2, 3))
+    assert linear_log_prob(hidden[:0], head, tokens[:0]).shape == (0,)
+    assert linear_log_prob(hidden[:1], head, torch.tensor([9])).isnan().all()
+    with pytest.raises(ValueError, match="tokens are"):
+        linear_log_prob(hidden, head, tokens[:2])
+    with pytest.raises(ValueError, match="their last sizes must be equal"):
+        linear_log_prob(hidden[:, :2], head, tokens)
 
 
 @pytest.mark.parametrize(("n", "vocab"), [(1, 1), (7, 31), (513, 33), (1025, 8), (2, 4097), (0, 31)])

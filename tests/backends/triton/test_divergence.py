@@ -13,7 +13,17 @@ from triton.runtime import interpreter
 from opdkernels.backends.triton import divergence as kernels
 from opdkernels.ops import divergence as ops
 from opdkernels.ops.divergence import KINDS, Divergence, Head, linear_divergence
-from tests.ops.test_divergence import BF16, FP16, FP32, NAMES, SPECS, assert_twice_plain, leaves_of, make_case
+from tests.ops.test_divergence import (
+    BF16,
+    FP16,
+    FP32,
+    NAMES,
+    SPECS,
+    assert_log_prob,
+    assert_twice_plain,
+    leaves_of,
+    make_case,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +75,11 @@ def test_half_precision(kind, dtype, width):
 def test_sizes(n, vocab):
     for spec in (Divergence("total_variation"), Divergence("topk_forward_kl", k=5)):
         assert_twice_plain(make_case(n=n, vocab=vocab, width=16, dtype=FP32), spec)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_log_probabilities_of_tokens(dtype):
+    assert_log_prob(make_case(n=9, vocab=300, width=40, dtype=dtype))
 
 
 @pytest.mark.parametrize("processors", [1, 3, 100])
