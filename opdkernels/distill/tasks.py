@@ -5,6 +5,7 @@ A task is a sequence without end: entry i is the same on every machine, so that 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import math
@@ -200,14 +201,19 @@ def permuted(place: int, n: int, key: str) -> int:
     True
     """
     half = max(1, math.ceil(math.sqrt(n)))
-    keys = [random.Random(f"{key}/{turn}").getrandbits(64) for turn in range(4)]
     while True:
         left, right = divmod(place, half)
-        for turn in keys:
+        for turn in turns(key):
             left, right = right, (left + mix(right ^ turn)) % half
         place = left * half + right
         if place < n:
             return place
+
+
+@functools.lru_cache(maxsize=64)
+def turns(key: str) -> tuple[int, ...]:
+    """The numbers that a key puts into each turn of `permuted`."""
+    return tuple(random.Random(f"{key}/{turn}").getrandbits(64) for turn in range(4))
 
 
 def mix(x: int) -> int:
