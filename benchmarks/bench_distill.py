@@ -60,5 +60,6 @@ def test_loop_against_trl(benchmark, row, request, tmp_path, kind, steps, batch,
     benchmark.pedantic(both, rounds=1)
     median = {which: {name: statistics.median(one[name] for one in results) for name in results[0]} for which, results in found.items()}
     ours, theirs = median["loop"], median["trl"]
+    assert abs(ours["kl"] - theirs["kl"]) <= 0.1 * theirs["kl"]  # of other samples, after the same training
     row(step_s=ours["seconds"], trl_step_s=theirs["seconds"], over_trl=theirs["seconds"] / ours["seconds"], peak_bytes=ours["peak_bytes"], trl_bytes=theirs["peak_bytes"],
         overhead_percent=100 * ours["overhead"])  # fmt: skip

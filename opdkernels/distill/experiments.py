@@ -17,12 +17,24 @@ from typing import Any
 import numpy as np
 
 from opdkernels.analysis.records import write_json
-from opdkernels.distill.arms import EXPERIMENTS, Arm, Experiment, MaskOf, checkpoint_at, end_checkpoint, found, start_of
+from opdkernels.distill.arms import (
+    EXPERIMENTS,
+    PIECES,
+    Arm,
+    Experiment,
+    Made,
+    MaskOf,
+    changed,
+    checkpoint_at,
+    end_checkpoint,
+    start_of,
+)
 from opdkernels.distill.loop import distill, score
 from opdkernels.distill.options import DistillOptions
 from opdkernels.distill.track import read_rows
 from opdkernels.errors import UsageError, printable
 from opdkernels.masks import MaskSet
+from opdkernels.options import checked
 from opdkernels.patch import intervene
 
 RESAMPLES = 10_000
@@ -45,15 +57,20 @@ def run_experiment(
     if not options.eval_size or not options.track_every:
         raise UsageError("an experiment scores its arms on held-out prompts and says what changed; set eval_size and track_every")
     folder, size = Path(out), experiment.density if density is None else density
-    sources = {arm.of for arm in chosen if arm.of in arm.needs}
+    early = next((arm.name for arm in chosen if arm.at < 1), "")
+    if early and options.steps % PIECES:
+        raise UsageError(f"{early} looks at a share of {options.steps} steps; take a multiple of {PIECES}")
+    for arm in chosen:
+        if arm.part is None:
+            options_of(arm, options, masks=START if arm.mask else options.masks, subspace=START if arm.subspace else options.subspace)
     scores: dict[str, list[list[float]]] = {START: []}
     ends: dict[str, list[dict[str, Any]]] = {}
     for seed in range(seeds):
-        made = Seed(folder / f"seed-{seed}", seed, size, options, quiet, {})
+        made = Seed(experiment, folder / f"seed-{seed}", seed, size, options, quiet, {})
         for arm in chosen:
             if not quiet:
                 print(f"{name}, seed {seed}: {arm.name}", flush=True)
-            scored = made.part(arm) if arm.part else made.run(arm, experiment.saves if arm.name in sources else 1)
+            scored = made.part(arm) if arm.part else made.run(arm)
             if scored is not None:
                 scores.setdefault(arm.name, []).append(scored[0])
                 ends.setdefault(arm.name, []).append(scored[1])
@@ -69,8 +86,9 @@ def run_experiment(
 
 @dataclass
 class Seed:
-    """The arms of one seed; `trained`: the share of the coordinates that each, by name, trains."""
+    """The arms of one seed; `trained`: how many numbers each, by name, trains, as a share of the coordinates."""
 
+    experiment: Experiment
     folder: Path
     seed: int
     density: float
@@ -82,33 +100,33 @@ class Seed:
         """An arm's run; masks of another size are other runs."""
         return self.folder / (slug(arm.name) + (f"-{self.density:g}" if arm.mask and self.density and not arm.size_of else ""))
 
-    def run(self, arm: Arm, saves: int) -> Scored:
-        """The arm's run, with at least so many checkpoints."""
-        place = self.folder_of(arm)
-        given = {**self.options.model_dump(), "seed": self.seed, **own_options(arm, self.options)}
-        if saves > 1:
-            given["save_every"] = min(given["save_every"] or given["steps"], max(1, given["steps"] // saves))
+    def run(self, arm: Arm) -> Scored:
+        """The arm's run."""
+        place, source = self.folder_of(arm), self.folder / slug(arm.of)
+        given: dict[str, Any] = {"seed": self.seed}
+        if every := self.experiment.every(arm, self.options.steps):
+            given |= {"save_every": every, "track_every": every}
+        density = self.trained[arm.size_of] if arm.size_of else self.density
         if arm.mask is not None:
-            source, density = self.folder / slug(arm.of), self.trained[arm.size_of] if arm.size_of else self.density
-            given["masks"] = os.fspath(self.mask_file(arm.mask, source, density))
+            given["masks"] = os.fspath(self.mask_file(arm.mask, source, arm.at, density))
         if arm.subspace:
-            given["subspace"] = os.fspath(checkpoint_at(self.folder / slug(arm.of), arm.subspace))
-        if distill(DistillOptions(**given), place, quiet=self.quiet).stopped:
+            given["subspace"] = os.fspath(checkpoint_at(source, arm.at))
+        if distill(options_of(arm, self.options, **given), place, quiet=self.quiet).stopped:
             raise KeyboardInterrupt
         end = end_of(place)
         self.trained[arm.name] = end["trained"]
         if arm.mask is not None:
-            mask, last = MaskSet.load(given["masks"]), MaskSet.load(self.mask_file(found, source, density))
-            end["in_found"] = (mask & last).nnz / max(last.nnz, 1)
+            last = MaskSet.load(self.mask_file(changed, self.folder / slug(self.experiment.against), 1.0, density))
+            end["in_found"] = (MaskSet.load(given["masks"]) & last).nnz / max(last.nnz, 1)
         return read_rows(place / "scores.jsonl")[-1]["scores"], end
 
-    def mask_file(self, mask: MaskOf, source: Path, density: float) -> Path:
+    def mask_file(self, mask: MaskOf, source: Path, at: float, density: float) -> Path:
         """The file of a mask that is made from a finished run, kept with it."""
         folder = made_of(source)
         folder.mkdir(exist_ok=True)
-        file = folder / f"{slug(mask.__name__)}{f'-{density:g}' * (density > 0)}.masks.safetensors"
+        file = folder / f"{slug(mask.__name__)}{f'-at-{at:g}' * (at < 1)}{f'-{density:g}' * (density > 0)}.masks.safetensors"
         if not file.exists():
-            mask(source, density, self.seed).save(file)
+            mask(Made(source, at, density, self.seed)).save(file)
         return file
 
     def part(self, arm: Arm) -> Scored | None:
@@ -119,16 +137,26 @@ class Seed:
         if where is None:
             return None
         file = made_of(source) / f"{slug(arm.name)}{f'-{self.density:g}' * (part.mask is not None)}.json"
+        scratch = made_of(source) / "scratch"  # of this part, or of one that was killed
+        shutil.rmtree(scratch, ignore_errors=True)
         if not file.exists():
-            mask = MaskSet.load(self.mask_file(part.mask, source, self.density)) if part.mask else None
-            place = file.with_suffix("")
-            shutil.rmtree(place, ignore_errors=True)
-            file.parent.mkdir(exist_ok=True)
-            done = intervene(start_of(source), end_checkpoint(source)[1], place, masks=mask, where=where, revert=part.revert)
-            write_json(file, {"of_change": done["kept"] / max(done["changed"], 1), "scores": score(self.options, place)})
-            shutil.rmtree(place)
+            mask = MaskSet.load(self.mask_file(part.mask, source, 1.0, self.density)) if part.mask else None
+            done = intervene(start_of(source), end_checkpoint(source)[1], scratch / "part", masks=mask, where=where, revert=part.revert)
+            write_json(file, {"of_change": done["kept"] / max(done["changed"], 1), "scores": score(self.options, scratch / "part")})
+            shutil.rmtree(scratch)
         row = json.loads(file.read_text())
         return row["scores"], {"of_change": row["of_change"]}
+
+
+def options_of(arm: Arm, options: DistillOptions, **given: Any) -> DistillOptions:
+    """An arm's options; a rate below those of SGD is a multiple of the run's. Raises UsageError where they do not fit together."""
+    own = dict(arm.options)
+    if "lr" in own and own.get("optimizer") != "sgd":
+        own["lr"] *= options.lr
+    try:
+        return checked(DistillOptions, {**options.model_dump(), **own, **given})
+    except UsageError as error:
+        raise UsageError(f"of the arm {arm.name}: {error}") from None
 
 
 def made_of(source: Path) -> Path:
@@ -153,14 +181,6 @@ def pair_of(folder: Path, result: Mapping[str, Any]) -> tuple[Path, Path]:
     """The first and the last checkpoint of the arm that all are measured against, of seed 0."""
     place = folder / "seed-0" / slug(result["against"])
     return start_of(place), end_checkpoint(place)[1]
-
-
-def own_options(arm: Arm, options: DistillOptions) -> dict[str, Any]:
-    """An arm's options; a rate below those of SGD is a multiple of the run's."""
-    own = dict(arm.options)
-    if "lr" in own and own.get("optimizer") != "sgd":
-        own["lr"] *= options.lr
-    return own
 
 
 def needed(experiment: Experiment, names: Sequence[str]) -> list[Arm]:
@@ -201,8 +221,14 @@ def table_rows(scores: Mapping[str, list[list[float]]], ends: Mapping[str, list[
         row = {"arm": name, **spread("score", held[name].mean(), means[name])}
         if known:
             row |= spread("gain_kept", (held[name].mean() - held[START].mean()) / base, (means[name] - means[START]) / np.where(gain > 0, gain, np.nan))
-        rows.append(row | {key: float(np.mean([end[key] for end in arm_ends])) for key in arm_ends[0]})
+        rows.append(row | {key: mean_of([end[key] for end in arm_ends]) for key in arm_ends[0]})
     return rows
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """The mean of those that there are."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def resampled(held: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

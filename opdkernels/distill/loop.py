@@ -111,6 +111,8 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
     task = task_of(options)
     folder = open_folder(out, options, ranks)
     found = newest(folder)
+    if found and found[0] > options.steps:
+        raise UsageError(f"{printable(os.fspath(folder))} has taken {found[0]} steps and steps is {options.steps}; give as many, or overwrite it")
     model = load_model(os.fspath(found[1]) if found and not options.lora_rank else options.student, options.dtype, device)
     text = load_text(options.student)
     if options.lora_rank:
@@ -186,6 +188,8 @@ def score(options: DistillOptions, place: str | os.PathLike[str]) -> list[float]
 
     Raises InputError for a model, prompts and rewards that cannot be used.
     """
+    if options.threads:
+        torch.set_num_threads(options.threads)
     transformers().utils.logging.disable_progress_bar()
     device = device_of(options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     model, text = load_model(os.fspath(place), options.dtype, device), load_text(os.fspath(place))

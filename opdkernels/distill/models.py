@@ -198,26 +198,33 @@ def begin(model: Any, beginning: torch.Tensor, rows: int) -> dict[str, Any]:
     body = unwrapped(model).base_model
     given = {name_of_cache(body): cache}
     body(input_ids=beginning, use_cache=True, **given)
+    if cache.get_seq_length() != beginning.shape[1]:  # it holds what it knows elsewhere
+        return {}
     cache.batch_repeat_interleave(rows)
     return given
 
 
 def plain_cache(model: Any) -> Any:
-    """An empty cache of keys and values, which a gradient goes through; None of a model that would not keep all of it: with a
-    sliding window, states, activations computed again, or layers that several processes gather in step."""
+    """An empty cache of keys and values, which a gradient goes through; None of a model that takes none, or would not keep all of it,
+    as it is for every length: with images, a sliding window, states, rotations that depend on the length, activations computed again,
+    or layers that several processes gather in step."""
     from torch.distributed.fsdp import FSDPModule
     from transformers.cache_utils import DynamicCache, DynamicLayer  # type: ignore[import-not-found]
 
     own = unwrapped(model)
-    cache = DynamicCache(config=text_config(own))
-    whole = all(type(layer) is DynamicLayer for layer in cache.layers)
+    config = text_config(own)
+    rotations = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or "")
     recomputes = any(getattr(module, "gradient_checkpointing", False) for module in own.modules())
-    return cache if whole and not recomputes and not isinstance(model, FSDPModule) else None
+    if config is not own.config or "dynamic" in rotations or "longrope" in rotations or recomputes or isinstance(model, FSDPModule) or not name_of_cache(own.base_model):
+        return None
+    cache = DynamicCache(config=config)
+    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
 
 
 def name_of_cache(body: torch.nn.Module) -> str:
-    """What a model of transformers calls its cache: `past_key_values` in older ones."""
-    return "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
+    """What a model of transformers calls its cache, `past_key_values` in older ones; nothing where it takes none."""
+    taken = inspect.signature(body.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in taken), "")
 
 
 def unwrapped(model: Any) -> Any:

@@ -87,6 +87,8 @@ def take_inputs(module: Any, name: str, later: Source, rank: int) -> None:
     if info is None or info.shape != tuple(weight.shape):
         raise InputError(f"{printable(later.path)} has no {printable(name)} of shape {list(weight.shape)}, as the student has; give a later checkpoint of this student")
     change = later.read(name, 0, info.numel).view(info.shape).float() - weight.float().cpu()
+    if module.fan_in_fan_out:
+        change = change.T.contiguous()
     factor.zero_().requires_grad_(False)
     if change.any():
         kept = min(rank, *change.shape)

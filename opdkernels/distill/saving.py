@@ -34,8 +34,18 @@ def identity(options: DistillOptions) -> str:
     kept = {name: value for name, value in options.model_dump(mode="json", exclude_defaults=True).items() if name not in FREE}
     for name in ("prompts", "held_out", "masks"):
         if kept.get(name) and Path(kept[name]).is_file():
-            kept[name] = hashlib.blake2b(Path(kept[name]).read_bytes(), digest_size=16).hexdigest()
+            kept[name] = content_of(Path(kept[name]))
+    if kept.get("subspace") and Path(kept["subspace"]).is_dir():
+        kept["subspace"] = [content_of(path) for path in sorted(Path(kept["subspace"]).glob("*.safetensors"))]
     return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def content_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        found = hashlib.blake2b(digest_size=16)
+        while block := file.read(1 << 22):
+            found.update(block)
+    return found.hexdigest()
 
 
 def open_folder(out: str | os.PathLike[str], options: DistillOptions, ranks: Ranks) -> Path:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from opdkernels.checkpoint.names import place
-from opdkernels.checkpoint.pair import open_pair
+from opdkernels.checkpoint.pair import Match, open_pair
 from opdkernels.checkpoint.source import DTYPES, open_source
 from opdkernels.errors import UsageError, printable
 from opdkernels.masks.mask import Mask
@@ -107,6 +107,24 @@ def changed(base: str | os.PathLike[str], tuned: str | os.PathLike[str], *, atol
             masks[match.name] = Mask.from_bits(torch.from_numpy(bits), match.shape)
         pair.check()
     return MaskSet(masks)
+
+
+def most_changed(base: str | os.PathLike[str], tuned: str | os.PathLike[str], share: float, *, per: str = "tensor") -> MaskSet:
+    """The share of the largest |delta| between two checkpoints as stored, of each tensor, module type or of the model; read in
+    pieces, three times over. Raises InputError for what cannot be read."""
+    check(share, per)
+    with contextlib.closing(open_pair(base, tuned)) as pair:
+
+        def reader(match: Match) -> Callable[[int, int], torch.Tensor]:
+            def read(first: int, stop: int) -> torch.Tensor:
+                w, v = pair.read(match, first, stop)
+                return (v.float() - w.float()).abs()
+
+            return read
+
+        found = extremes({match.name: Weight(match.shape, reader(match)) for match in pair.matches}, share, per, largest=True)
+        pair.check()
+    return found
 
 
 def near_zero(base: Given, share: float, *, per: str = "tensor") -> MaskSet:

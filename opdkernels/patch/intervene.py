@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from opdkernels.checkpoint.names import place
+from opdkernels.checkpoint.names import canonical, place
 from opdkernels.checkpoint.safetensors import SafetensorsFile
 from opdkernels.checkpoint.sharded import FileSource
 from opdkernels.checkpoint.source import TensorInfo, open_source
@@ -41,13 +41,15 @@ def intervene(
     source, trained: folders, files or hub ids of one model. The part is what both choose: `masks`, active coordinates by tensor
     (none of tensors it does not name); `where`, terms with commas between: blocks (attention, mlp, embedding, lm_head, norm),
     modules (q_proj, down_proj, bias), layers (layer=3, layers=0-7); terms of one kind add up, of two kinds both must hold. Each
-    coordinate has its bits from one side or the other; no arithmetic is done. Tensors that source lacks are trained's.
+    coordinate has its bits from one side or the other; no arithmetic is done. Tensors are matched by name, prefixes of wrappers
+    apart; those that source lacks stay as trained has them.
 
-    Returns `kept` and `changed`, coordinates whose bits are trained's and differ, and those that differ in all, and `files`.
-    Raises InputError for input that cannot be read or does not fit, UsageError where nothing is chosen; OSError for a full disk,
-    after which nothing is left.
+    Returns `kept` and `changed`, coordinates whose bits are trained's and differ, and those that differ in all, `files`, and
+    `unmatched`, the tensors that source lacks. Raises InputError for input that cannot be read or does not fit, or where the part
+    has a tensor that source lacks; UsageError where nothing is chosen; OSError for a full disk, after which nothing is left.
     """
-    if masks is None and not where:
+    terms = [term for term in map(str.strip, where.split(",")) if term]
+    if masks is None and not terms:
         raise UsageError("an intervention needs a part of the change; give masks, or where, or both")
     if not os.fspath(out):
         raise InputError("the output folder has no name; give one to -o")
@@ -57,8 +59,9 @@ def intervene(
         assert isinstance(before, FileSource)
         assert isinstance(after, FileSource)
         infos = in_order(after)
-        refuse_others(before, after, infos, masks)
-        names = chosen_names([info.name for info in infos], where)
+        twins = twins_of(before, after, infos)
+        names = chosen_names([info.name for info in infos], terms)
+        refuse_others(after, infos, twins, names, masks)
         headers = headers_of(after, infos)
         done, total = 0, sum(info.nbytes for info in infos)
         kept = changed = 0
@@ -71,7 +74,7 @@ def intervene(
                         part = of_tensor(info, masks, names, revert)
                         for start, stop in segments.ranges(info.items, info.item_bytes):
                             ours = after.read_bits(info.name, start, stop)
-                            theirs = before.read_bits(info.name, start, stop) if info.name in before.tensors else ours
+                            theirs = before.read_bits(twins[info.name], start, stop) if info.name in twins else ours
                             taken = torch.where(part(start, stop), ours, theirs)
                             changed += int((ours != theirs).sum())
                             kept += int((taken != theirs).sum())
@@ -83,7 +86,7 @@ def intervene(
             write_beside(after, temporary)
             before.check()
             after.check()
-    return {"path": os.fspath(out), "kept": kept, "changed": changed, "files": list(headers)}
+    return {"path": os.fspath(out), "kept": kept, "changed": changed, "files": list(headers), "unmatched": [info.name for info in infos if info.name not in twins]}
 
 
 def target_of(info: TensorInfo, trained: FileSource) -> str:
@@ -91,37 +94,52 @@ def target_of(info: TensorInfo, trained: FileSource) -> str:
     return info.file if trained.headers()[info.file] is not None else weights_name(info.file)
 
 
-def refuse_others(before: FileSource, after: FileSource, infos: list[TensorInfo], masks: MaskSet | None) -> None:
-    """Raises InputError where two checkpoints are not of one model, or masks of another."""
-    shared = [info for info in infos if info.name in before.tensors]
-    if not shared:
+def twins_of(before: FileSource, after: FileSource, infos: list[TensorInfo]) -> dict[str, str]:
+    """The source's name of each trained tensor that it has too. Raises InputError where the two are not of one model."""
+    by_canonical: dict[str, list[str]] = {}
+    for name in before.tensors:
+        by_canonical.setdefault(canonical(name), []).append(name)
+    found = {}
+    for info in infos:
+        others = [info.name] if info.name in before.tensors else by_canonical.get(canonical(info.name), [])
+        if len(others) == 1:
+            found[info.name] = others[0]
+    if not found:
         raise InputError(f"{printable(before.path)} and {printable(after.path)} have no tensor of one name; give two checkpoints of one model")
-    for info in shared:
-        twin = before.tensors[info.name]
-        if (twin.dtype, twin.shape) != (info.dtype, info.shape):
+    for info in infos:
+        twin = before.tensors.get(found.get(info.name, ""))
+        if twin is not None and (twin.dtype, twin.shape) != (info.dtype, info.shape):
             raise InputError(
                 f"{printable(info.name)} is {twin.dtype} {list(twin.shape)} in {printable(before.path)} and {info.dtype} {list(info.shape)} in {printable(after.path)};"
                 " save both alike"
             )
+    return found
+
+
+def refuse_others(after: FileSource, infos: list[TensorInfo], twins: Mapping[str, str], names: set[str], masks: MaskSet | None) -> None:
+    """Raises InputError for masks of another model, and for a part with a tensor that the source lacks."""
     held = {info.name: info for info in infos}
     for name, shape in (masks.shapes if masks is not None else {}).items():
         if name not in held:
             raise InputError(f"there is a mask of {printable(name)}, which {printable(after.path)} does not hold; make the masks from this model")
         if held[name].shape != shape or held[name].items != held[name].numel:
             raise InputError(f"the mask of {printable(name)} is of shape {list(shape)} and the tensor of {list(held[name].shape)}; make the masks from this model")
+    for name in names:
+        if name not in twins and (masks is None or name in masks):
+            raise InputError(f"the source lacks {printable(name)}, which is in the part; choose another, or a source that has it")
 
 
-def chosen_names(names: list[str], where: str) -> set[str]:
-    """The tensors that `where` chooses; all if it is empty.
+def chosen_names(names: list[str], terms: Sequence[str]) -> set[str]:
+    """The tensors that terms choose; all if there are none.
 
     >>> names = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
-    >>> sorted(chosen_names(names, "mlp,layers=1-5"))
+    >>> sorted(chosen_names(names, ["mlp", "layers=1-5"]))
     ['model.layers.1.mlp.up_proj.weight']
     """
     places = {name: place(name) for name in names}
     blocks, modules = {one.block for one in places.values()}, {one.module for one in places.values()}
     kinds: dict[str, set[str]] = {}
-    for term in filter(None, (term.strip() for term in where.split(","))):
+    for term in terms:
         if layers := LAYERS.fullmatch(term):
             first, last = int(layers[1]), int(layers[2] or layers[1])
             found = {name for name, one in places.items() if first <= one.layer <= last}
@@ -141,7 +159,7 @@ def chosen_names(names: list[str], where: str) -> set[str]:
     for found in kinds.values():
         chosen &= found
     if not chosen:
-        raise UsageError(f"no tensor is all of {printable(where)!r}; name other layers or modules")
+        raise UsageError(f"no tensor is all of {printable(', '.join(terms))!r}; name other layers or modules")
     return chosen
 
 

@@ -110,7 +110,7 @@ def told_best(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The best rate of each way that was swept over rates."""
     best: dict[str, Mapping[str, Any]] = {}
     for arm, row in rows.items():
-        way, _, rate = arm.partition(", lr ")
+        way, _, rate = arm.partition(" lr ")
         if rate and (way not in best or row["score"] > best[way]["score"]):
             best[way] = row
     return "At the best of its rates: " + ", ".join(f"{way} {format.percent(row['score'])}" for way, row in best.items()) if best else ""

@@ -2,42 +2,65 @@ from __future__ import annotations
 
 import json
 import signal
+import zlib
 
 import numpy as np
 import pytest
 
 from opdkernels.distill import arms, experiments
 from opdkernels.distill.experiments import EXPERIMENTS, markdown, needed, run_experiment, table_rows
+from opdkernels.distill.track import read_rows
 from opdkernels.errors import UsageError
 from opdkernels.masks import MaskSet
 
 
+def varied(prompt, answer, completion):
+    """A reward that hardly two models have alike."""
+    return zlib.crc32(completion.encode()) % 101 / 100
+
+
+VARIED = f"{__name__}:varied"
+
+
+def scores_of(folder, step):
+    return next(row["scores"] for row in read_rows(folder / "scores.jsonl") if row["step"] == step)
+
+
 def test_a_table_has_every_arm_seed_and_mask(options, tmp_path):
-    chosen = options(eval_size=6, steps=2, save_every=1, lr=1e-2)
+    chosen = options(eval_size=6, steps=10, lr=1e-2, reward=VARIED)
     result = run_experiment("masks", chosen, tmp_path, seeds=2, density=0.2, arms=["found", "random", "random matched on |W|", "near zero", "early"])
     rows = {row["arm"]: row for row in result["rows"]}
     assert list(rows) == ["start", "full", "found", "random", "random matched on |W|", "near zero", "early"]
     for name in list(rows)[2:]:
         assert rows[name]["trained"] == pytest.approx(0.2, abs=0.01)
         assert rows[name]["changed_stored"] <= rows[name]["trained"]
-    made = {name: MaskSet.load(tmp_path / "seed-1" / "full" / "made-of-2" / f"{file}-0.2.masks.safetensors") for name, file in (("found", "found"), ("random", "random"), ("random matched on |W|", "random-like"))}
+        assert rows[name]["score"] != rows["start"]["score"]
+    made = {name: MaskSet.load(tmp_path / "seed-1" / "full" / "made-of-10" / f"{file}-0.2.masks.safetensors") for name, file in FILES.items()}
     for name in ("random", "random matched on |W|"):
         assert (made[name] & made["found"]).nnz < 0.6 * made["found"].nnz
+    assert made["early"] != made["found"]
+    assert rows["early"]["in_found"] < rows["found"]["in_found"] == 1
     assert json.loads((tmp_path / "results.json").read_text()) == result
     assert (tmp_path / "table.md").read_text() == markdown(result)
-    before = (tmp_path / "seed-0" / "found-0.2" / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns
+    before = (tmp_path / "seed-0" / "found-0.2" / "checkpoint-10" / "model.safetensors").stat().st_mtime_ns
     assert run_experiment("masks", chosen, tmp_path, seeds=2, density=0.2, arms=["found"])["rows"][2] == rows["found"]
-    assert (tmp_path / "seed-0" / "found-0.2" / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns == before
+    assert (tmp_path / "seed-0" / "found-0.2" / "checkpoint-10" / "model.safetensors").stat().st_mtime_ns == before
+
+
+FILES = {"found": "changed", "random": "random", "random matched on |W|": "random-like", "early": "changed-at-0.1"}
 
 
 @pytest.mark.parametrize("name", ["sgd", "on-policy", "precision", "subspace"])
 def test_other_experiments_run(options, tmp_path, name):
-    result = run_experiment(name, options(eval_size=4, steps=1), tmp_path, seeds=1)
+    result = run_experiment(name, options(eval_size=4, steps=10), tmp_path, seeds=1)
     assert [row["arm"] for row in result["rows"]] == ["start", *(arm.name for arm in EXPERIMENTS[name].arms)]
 
 
-def test_masks_of_a_trajectory_hold_more_and_more_of_the_final_set(options, tmp_path):
-    result = run_experiment("trajectory", options(eval_size=4, steps=10, lr=3e-3), tmp_path)
+@pytest.mark.parametrize("density", [0.2, 0.0])
+def test_masks_of_a_trajectory_hold_more_and_more_of_the_final_set(options, tmp_path, density):
+    chosen = options(eval_size=4, steps=10, lr=1e-4, track_every=10)
+    run_experiment("trajectory", chosen, tmp_path, density=density, arms=["full"])  # its marks do not depend on what else is asked for
+    result = run_experiment("trajectory", chosen, tmp_path, density=density)
     rows = {row["arm"]: row for row in result["rows"]}
     steps = [path.name for path in sorted((tmp_path / "seed-0" / "full").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))]
     assert steps == [f"checkpoint-{i}" for i in range(11)]
@@ -46,26 +69,63 @@ def test_masks_of_a_trajectory_hold_more_and_more_of_the_final_set(options, tmp_
     assert "of the found set" in (tmp_path / "table.md").read_text()
 
 
+def test_a_set_by_another_runs_mask_is_measured_against_the_full_runs(options, tmp_path):
+    rows = {row["arm"]: row for row in run_experiment("masks", options(eval_size=4, steps=2, reward=VARIED), tmp_path, density=0.2, arms=["found by rlvr"])["rows"]}
+    assert rows["found by rlvr"]["in_found"] < 0.9
+
+
+def test_an_arm_that_changes_nothing_keeps_the_table(options, tmp_path):
+    rows = {row["arm"]: row for row in run_experiment("masks", options(eval_size=4, steps=2), tmp_path, density=0.2, arms=["rlvr"])["rows"]}
+    assert rows["rlvr"]["changed_stored"] == 0  # no completion is right, so that nothing is learnt
+    assert rows["rlvr"]["near_zero_coverage_10pct"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "arm", "message"),
+    [
+        ({"on_policy": 0.5}, "masks", "rlvr", "of the arm rlvr: .*set on_policy=1"),
+        ({"lora_rank": 4}, "masks", "found", "of the arm found: .*choose one"),
+        ({"steps": 12}, "trajectory", "mask at 20% of the steps", "mask at 20% of the steps looks at a share of 12 steps; take a multiple of 10"),
+    ],
+)
+def test_arms_that_make_no_sense_are_refused_before_any_runs(options, tmp_path, given, name, arm, message):
+    with pytest.raises(UsageError, match=message):
+        run_experiment(name, options(eval_size=4, **given), tmp_path, arms=[arm])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_the_marks_that_masks_are_made_from_is_named(options, tmp_path):
+    chosen = options(eval_size=4, steps=12, track_every=5)
+    run_experiment("masks", chosen, tmp_path, arms=["full"])
+    folder = tmp_path / "seed-0" / "full"
+    for density in (0.0, 0.2):
+        with pytest.raises(UsageError, match="run the experiment in another folder, or --overwrite"):
+            arms.changed(arms.Made(folder, 0.5, density, 0))
+
+
 def test_masks_of_the_size_of_lora(options, tmp_path):
-    arm = "early mask, lr x 1.0"
-    rows = {row["arm"]: row for row in run_experiment("subspace", options(eval_size=4, steps=5), tmp_path, arms=[arm, "early subspace of rank 16, lr x 3.0"])["rows"]}
-    assert list(rows) == ["start", "full", "lora of rank 8, lr x 3.0", "early subspace of rank 16, lr x 3.0", arm]
+    arm = "early mask lr x 1.0"
+    rows = {row["arm"]: row for row in run_experiment("subspace", options(eval_size=4, steps=10), tmp_path, arms=[arm, "early subspace of rank 16 lr x 3.0"])["rows"]}
+    assert list(rows) == ["start", "full", "lora of rank 8 lr x 3.0", "early subspace of rank 16 lr x 3.0", arm]
     linear = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)] * 2
     total = 2 * 15 * 32 + sum(m * n for m, n in linear) + 5 * 32 + 2 * (32 + 16 + 16)
-    assert rows["lora of rank 8, lr x 3.0"]["trained"] == pytest.approx(sum(8 * (m + n) for m, n in linear) / total)
-    assert rows["early subspace of rank 16, lr x 3.0"]["trained"] == pytest.approx(sum(16 * m for m, _ in linear) / total)
-    assert rows[arm]["trained"] == pytest.approx(rows["lora of rank 8, lr x 3.0"]["trained"], abs=1 / total)
+    assert rows["lora of rank 8 lr x 3.0"]["trained"] == pytest.approx(sum(8 * (m + n) for m, n in linear) / total)
+    assert rows["early subspace of rank 16 lr x 3.0"]["trained"] == pytest.approx(sum(16 * m for m, _ in linear) / total)
+    assert rows[arm]["trained"] == pytest.approx(rows["lora of rank 8 lr x 3.0"]["trained"], abs=1 / total)
 
 
 def test_parts_of_a_change_are_scored_as_the_run_scores_itself(options, tmp_path, monkeypatch):
-    chosen = options(eval_size=8, steps=3, lr=1e-2)
+    chosen = options(eval_size=8, steps=3, lr=1e-2, reward=VARIED)
     every = arms.Part(where="attention,mlp,embedding,lm_head,norm")
     arm = arms.Arm("all of it", part=every)
     lacking = arms.Arm("routers", part=arms.Part(where="router"))
     parts = EXPERIMENTS["interventions"]
     monkeypatch.setitem(experiments.EXPERIMENTS, "interventions", arms.Experiment(parts.about, [*parts.arms, arm, lacking], density=parts.density))
     rows = {row["arm"]: row for row in run_experiment("interventions", chosen, tmp_path)["rows"]}
-    assert rows["all of it"]["score"] == rows["full"]["score"]
+    assert rows["all of it"]["score"] == rows["full"]["score"] != rows["start"]["score"]
+    full = tmp_path / "seed-0" / "full"
+    assert json.loads((full / "made-of-3" / "all-of-it.json").read_text())["scores"] == scores_of(full, 3)
+    assert rows["without mlp"]["score"] not in (rows["full"]["score"], rows["start"]["score"])
     assert rows["all of it"]["of_change"] == 1
     assert rows["largest alone"]["of_change"] + rows["all but the largest"]["of_change"] == pytest.approx(1)
     assert rows["mlp alone"]["of_change"] + rows["without mlp"]["of_change"] == pytest.approx(1)
@@ -78,25 +138,12 @@ def test_what_is_made_from_a_run_is_made_again_when_it_goes_on(options, tmp_path
     first = run_experiment("masks", options(eval_size=4, steps=2), tmp_path / "a", density=0.2, arms=["found"])
     with pytest.raises(UsageError, match="holds another run"):
         run_experiment("masks", options(eval_size=4, steps=4), tmp_path / "a", density=0.2, arms=["found"])
+    with pytest.raises(UsageError, match="has taken 4 steps and steps is 2"):
+        run_experiment("masks", options(eval_size=4, steps=2), tmp_path / "a", density=0.2, arms=["found"])
     run_experiment("masks", options(eval_size=4, steps=4, overwrite=True), tmp_path / "a", density=0.2, arms=["found"])
-    masks = [MaskSet.load(tmp_path / "a" / "seed-0" / "full" / f"made-of-{step}" / "found-0.2.masks.safetensors") for step in (2, 4)]
+    masks = [MaskSet.load(tmp_path / "a" / "seed-0" / "full" / f"made-of-{step}" / "changed-0.2.masks.safetensors") for step in (2, 4)]
     assert masks[0] != masks[1]
     assert first["steps"] == 2
-
-
-def test_the_largest_changes_are_found(tmp_path):
-    import torch
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    start, change = torch.randn(40, 5), torch.randn(40, 5)
-    for name, weight in (("a", start), ("b", start + change)):
-        (tmp_path / name).mkdir()
-        save_file({"w": weight}, tmp_path / name / "model.safetensors")
-    found = arms.largest_change(tmp_path / "a", tmp_path / "b", 0.1)["w"].to_bool()
-    size = ((start + change) - start).abs()
-    assert found.sum() == 20
-    assert size[found].min() >= size[~found].max()
 
 
 def test_intervals_hold_as_often_as_they_say():

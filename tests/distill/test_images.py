@@ -97,3 +97,10 @@ def test_a_missing_image_is_named(options, folders, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "<image>1=", "images": ["gone.png"]}))
     with pytest.raises(InputError, match=r"an image of a prompt cannot be read .*gone\.png"):
         distill(options(student=str(folders / "student"), teacher=str(folders / "teacher"), prompts=str(tmp_path / "p.jsonl")), tmp_path / "run")
+
+
+def test_prompts_of_text_alone_that_begin_alike_train_an_image_text_model(options, folders, tmp_path):
+    rows = [{"prompt": f"12+13=25+41+29=70+{i}+1=", "answer": "1"} for i in range(6)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    distill(options(student=str(folders / "student"), teacher=str(folders / "teacher"), prompts=str(tmp_path / "p.jsonl"), batch_size=6, micro_batch=2, steps=2), tmp_path / "run")
+    assert all(row["tokens"] for row in log(tmp_path / "run") if row["step"])

@@ -222,6 +222,12 @@ def test_prompts_are_cut_before_anything_is_sampled(options, tmp_path):
     assert log(tmp_path / "run")[0]["prompts_cut"] == 2
 
 
+def test_fewer_steps_than_were_taken_are_refused(options, tmp_path):
+    distill(options(steps=2), tmp_path / "run")
+    with pytest.raises(UsageError, match="has taken 2 steps and steps is 1; give as many, or overwrite it"):
+        distill(options(steps=1), tmp_path / "run")
+
+
 def test_another_run_in_the_folder_is_refused(options, tmp_path):
     distill(options(steps=1), tmp_path)
     with pytest.raises(UsageError, match="holds another run"):
@@ -343,5 +349,28 @@ def test_a_subspace_is_what_an_update_stays_in(options, tmp_path):
     assert moved
     for name in (name for name in start if "proj.weight" not in name):
         assert torch.equal(start[name], end[name])
+    same = tmp_path / "moved"
+    first.rename(same)
+    distill(options(lora_rank=4, subspace=str(same / "checkpoint-2"), lr=1e-2, steps=3, save_every=1), tmp_path / "run")  # by content
     with pytest.raises(InputError, match="give a later checkpoint of this student"):
         distill(options(lora_rank=4, subspace=options().teacher), tmp_path / "other")
+
+
+def test_a_subspace_of_layers_that_keep_their_weights_transposed(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from opdkernels.distill.optimizers import with_lora
+    from opdkernels.distill.options import options_from
+
+    torch.manual_seed(0)
+    own = GPT2LMHeadModel(GPT2Config(vocab_size=15, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+    own.save_pretrained(tmp_path / "later")
+    start = {name: p.detach().clone() for name, p in own.named_parameters()}
+    with torch.no_grad():
+        own.transformer.h[0].attn.c_attn.weight += torch.randn(32, 1) @ torch.randn(1, 96)  # [in, out]
+    chosen = options_from(None, {"student": "s", "teacher": "t", "prompts": "addition", "lora_rank": 2, "subspace": str(tmp_path / "later")})
+    layer = with_lora(chosen, own).get_base_model().transformer.h[0].attn.c_attn
+    change = start["transformer.h.0.attn.c_attn.weight"] - layer.base_layer.weight
+    kept = layer.lora_A["default"].weight[:1].T  # [in, 1]
+    torch.testing.assert_close(kept @ (kept.T @ change), change, rtol=1e-3, atol=1e-4)
+    assert not own.transformer.h[0].mlp.c_proj.lora_A["default"].weight.any()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from opdkernels.distill import models
-from opdkernels.distill.models import Text, hidden_states, plain_cache, states_at_completions, unwrapped
+from opdkernels.distill.models import Text, begin, hidden_states, plain_cache, states_at_completions, unwrapped
 from opdkernels.distill.rollout import Prompts, beside, encode, recorded, sample, until_end
 from opdkernels.distill.tasks import Entry
 from opdkernels.errors import InputError
@@ -98,9 +98,19 @@ def test_a_shared_beginning_is_not_split_off_where_the_model_would_not_keep_it()
     sliding = model(0, use_sliding_window=True, sliding_window=4, max_window_layers=0).eval()
     assert plain_cache(sliding) is None
     assert plain_cache(model(0).eval()) is not None
+    scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert plain_cache(model(0, rope_parameters=scaled).eval()) is None
     recomputing = model(0)
     recomputing.gradient_checkpointing_enable()
     assert plain_cache(recomputing) is None
+
+
+def test_a_model_that_keeps_its_past_elsewhere_runs_whole():
+    from transformers import RwkvConfig, RwkvModel
+
+    torch.manual_seed(0)
+    own = RwkvModel(RwkvConfig(vocab_size=15, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, intermediate_size=64, context_length=64)).eval()
+    assert begin(own, torch.ones(1, 20, dtype=torch.long), 3) == {}
 
 
 def test_greedy_samples_are_those_of_each_prompt_alone():

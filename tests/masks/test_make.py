@@ -10,7 +10,18 @@ import torch
 
 from opdkernels.checkpoint.names import place
 from opdkernels.errors import UsageError
-from opdkernels.masks import MaskSet, changed, largest, make, near_zero, principal, random, random_like, safe
+from opdkernels.masks import (
+    MaskSet,
+    changed,
+    largest,
+    make,
+    most_changed,
+    near_zero,
+    principal,
+    random,
+    random_like,
+    safe,
+)
 from tests.analysis.conftest import save, trained, weights
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -39,6 +50,16 @@ def test_extremes_are_those_of_sorting(dtype, per, share, monkeypatch):
             values = np.concatenate([source[n].float().abs().flatten().numpy() for n in names])
             expected = top(values, math.ceil(share * values.size), big)
             assert np.array_equal(np.concatenate([found[n].to_bool().flatten().numpy() for n in names]), expected)
+
+
+@pytest.mark.parametrize("per", make.PER)
+def test_the_most_changed_are_the_largest_differences(per, tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "STEP", 1000)
+    source = weights()
+    after = trained(source)
+    found = most_changed(save(tmp_path / "a", source), save(tmp_path / "b", after), 0.15, per=per)
+    expected = largest({name: (after[name].float() - source[name].float()).abs() for name in found}, 0.15, per=per)
+    assert {name: mask.digest for name, mask in found.items()} == {name: mask.digest for name, mask in expected.items()}
 
 
 def test_a_checkpoint_gives_the_masks_of_its_tensors(tmp_path):

@@ -63,14 +63,14 @@ def test_files_are_those_of_the_trained_checkpoint(pair, tmp_path):
         ("attention", [1, 3, 5]),
         ("up_proj", [2, 4, 6]),
         ("layer=1", [3, 4]),
-        ("layers=1-2, mlp", [4, 6]),
+        ("layers=1-2,mlp", [4, 6]),
         ("layer=0,layer=2,attention,mlp", [1, 2, 5, 6]),
         ("embedding,norm", [0, 7]),
         ("", range(8)),
     ],
 )
 def test_tensors_are_chosen_by_layer_and_module(where, found):
-    assert chosen_names(list(NAMES), where) == {NAMES[i] for i in found}
+    assert chosen_names(list(NAMES), where.split(",") if where else []) == {NAMES[i] for i in found}
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,12 @@ def test_tensors_are_chosen_by_layer_and_module(where, found):
         ("lm_head", "nothing is 'lm_head' here; there are attention, embed_tokens, embedding, mlp, norm, q_proj, up_proj, layers=0-2"),
         ("layers=7", "nothing is 'layers=7' here; .* layers=0-2"),
         ("layers=2-1", "nothing is 'layers=2-1' here"),
-        ("norm,layer=1", "no tensor is all of 'norm,layer=1'"),
+        ("norm,layer=1", "no tensor is all of 'norm, layer=1'"),
     ],
 )
 def test_a_part_that_is_not_there_is_named(where, message):
     with pytest.raises(UsageError, match=message):
-        chosen_names(list(NAMES), where)
+        chosen_names(list(NAMES), where.split(","))
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_left(pair, tmp_path):
@@ -96,8 +96,9 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(pair, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             intervene(source, trained, out, masks=MaskSet({name: Mask.from_bool(torch.ones(shape, dtype=torch.bool)) for name, shape in masks.items()}))
-    with pytest.raises(UsageError, match="give masks, or where"):
-        intervene(source, trained, out)
+    for nothing in ("", " , "):
+        with pytest.raises(UsageError, match="give masks, or where"):
+            intervene(source, trained, out, where=nothing)
     other = save(tmp_path / "other", {"x": torch.zeros(3)})
     with pytest.raises(InputError, match="have no tensor of one name"):
         intervene(other, trained, out, where="mlp")
@@ -112,11 +113,23 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(pair, tmp_path):
 def test_tensors_that_the_source_lacks_stay(tmp_path):
     source = save(tmp_path / "source", {"a.mlp.up_proj.weight": some((5, 3), torch.float32, 0)})
     trained = save(tmp_path / "trained", {"a.mlp.up_proj.weight": some((5, 3), torch.float32, 1), "b.q_proj.weight": some((2, 2), torch.int64, 2), "c": some((), torch.bfloat16, 3), "d": some((0,), torch.bfloat16, 3)})
-    intervene(source, trained, tmp_path / "out", where="mlp", revert=True)
+    assert intervene(source, trained, tmp_path / "out", where=" mlp ,", revert=True)["unmatched"] == ["b.q_proj.weight", "c", "d"]
+    with pytest.raises(InputError, match=r"the source lacks b\.q_proj\.weight, which is in the part"):
+        intervene(source, trained, tmp_path / "other", where="q_proj")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(bits(found["a.mlp.up_proj.weight"]), bits(load_file(f"{source}/model.safetensors")["a.mlp.up_proj.weight"]))
     for name in ("b.q_proj.weight", "c", "d"):
         assert torch.equal(bits(found[name]), bits(load_file(f"{trained}/model.safetensors")[name]))
+
+
+def test_prefixes_of_wrappers_do_not_part_twins(tmp_path):
+    source = save(tmp_path / "source", {"language_model.layers.0.mlp.up_proj.weight": some((5, 3), torch.bfloat16, 0), "lm_head.weight": some((2,), torch.bfloat16, 1)})
+    trained = save(tmp_path / "trained", {"model.language_model.layers.0.mlp.up_proj.weight": some((5, 3), torch.bfloat16, 2), "lm_head.weight": some((2,), torch.bfloat16, 3)})
+    found = intervene(source, trained, tmp_path / "out", where="mlp", revert=True)
+    assert found["unmatched"] == []
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(bits(made["model.language_model.layers.0.mlp.up_proj.weight"]), bits(some((5, 3), torch.bfloat16, 0)))
+    assert torch.equal(bits(made["lm_head.weight"]), bits(some((2,), torch.bfloat16, 3)))
 
 
 def test_files_of_pytorch_become_safetensors(tmp_path):

@@ -29,10 +29,10 @@ FULL = row("full", 0.7, 1.0, trained=1.0, changed_visible=0.3, changed_stored=0.
         ("interventions", [FULL, row("largest alone", 0.6, 0.8, of_change=0.2), row("all but the largest", 0.3, 0.2, of_change=0.8)], "full",
          "The largest 20.00 % of the changes alone keep 80.00 % of the gain, all others 20.00 %"),
         ("interventions", [FULL, row("mlp alone", 0.6, 0.8, of_change=0.2)], "full", "full: from"),
-        ("precision", [row("bf16, exact", 0.7, 1.0, changed_stored=0.3), row("fp32", 0.7, 1.0, changed_stored=1.0)], "bf16, exact", "Changed as stored: 30.00 % with bf16, exact, 100 % with fp32"),
-        ("sgd", [row("adamw, lr x 1.0", 0.7, 1.0), row("adamw, lr x 3.0", 0.6), row("sgd, lr 0.1", 0.4), row("sgd, lr 1.0", 0.5)], "adamw, lr x 1.0",
+        ("precision", [row("bf16 exact", 0.7, 1.0, changed_stored=0.3), row("fp32", 0.7, 1.0, changed_stored=1.0)], "bf16 exact", "Changed as stored: 30.00 % with bf16 exact, 100 % with fp32"),
+        ("sgd", [row("adamw lr x 1.0", 0.7, 1.0), row("adamw lr x 3.0", 0.6), row("sgd lr 0.1", 0.4), row("sgd lr 1.0", 0.5)], "adamw lr x 1.0",
          "At the best of its rates: adamw 70.00 %, sgd 50.00 %"),
-        ("subspace", [FULL, row("lora of rank 8, lr x 3.0", 0.5, 0.6)], "full", "At the best of its rates: lora of rank 8 50.00 %"),
+        ("subspace", [FULL, row("lora of rank 8 lr x 3.0", 0.5, 0.6)], "full", "At the best of its rates: lora of rank 8 50.00 %"),
     ],
 )  # fmt: skip
 def test_the_headline_says_what_was_found(experiment, rows, against, expected):
