@@ -54,6 +54,8 @@ def run_experiment(
         raise UsageError(f"there is no experiment {printable(name)}; there are {', '.join(EXPERIMENTS)}")
     experiment = EXPERIMENTS[name]
     chosen = needed(experiment, arms)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("an experiment runs in one process; leave torchrun out, or run its arms with distill")
     if not options.eval_size or not options.track_every:
         raise UsageError("an experiment scores its arms on held-out prompts and says what changed; set eval_size and track_every")
     folder, size = Path(out), experiment.density if density is None else density

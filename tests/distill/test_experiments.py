@@ -178,11 +178,14 @@ def test_an_arm_brings_those_that_it_is_made_from():
         needed(EXPERIMENTS["masks"], ["magic"])
 
 
-def test_what_cannot_be_run_is_refused(options, tmp_path):
+def test_what_cannot_be_run_is_refused(options, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="there is no experiment magic; there are masks"):
         run_experiment("magic", options(), tmp_path)
     with pytest.raises(UsageError, match="set eval_size and track_every"):
         run_experiment("masks", options(), tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="leave torchrun out"):
+        run_experiment("masks", options(eval_size=4), tmp_path)
 
 
 def test_a_signal_stops_the_experiment_and_not_an_arm_alone(options, tmp_path, monkeypatch):
