@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from opdkernels.analysis.folder import finished
 from opdkernels.analysis.overlap import Overlaps, run_overlap
 from opdkernels.analysis.result import Analysis, load
 from opdkernels.analysis.trend import Trend
+from opdkernels.errors import InputError, printable
 from opdkernels.options import AnalyzeOptions, OverlapOptions, TrendOptions, checked
 from opdkernels.progress import Progress
 
@@ -122,9 +124,22 @@ def experiment(
     return result
 
 
+def read_results(folder: Path) -> dict[str, Any]:
+    """What an experiment found. Raises InputError where its file cannot be read."""
+    try:
+        found = json.loads((folder / "results.json").read_text())
+        if "experiment" in found and "rows" in found:
+            return found
+    except (OSError, ValueError, TypeError):
+        pass
+    raise InputError(f"{printable(str(folder))}/results.json is not what an experiment writes; run the experiment again")
+
+
 def write_report(out: str | os.PathLike[str]) -> Path:
     """Write report.html again from the tables of a finished run, of any command. Raises InputError where there is none."""
     folder = Path(out)
+    if (folder / "results.json").is_file():
+        return report.write_experiment(folder, {**read_results(folder), "analysis": (folder / "analysis" / "report.html").exists()})
     run = finished(folder)
     if run["command"] == "overlap":
         return report.write_overlap(folder, overlaps.load(folder, run))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from opdkernels.api import write_report
+from opdkernels.errors import InputError
 from opdkernels.report.experiment import content, headline
 
 
@@ -43,6 +47,16 @@ def test_the_table_has_the_columns_that_some_arm_has():
     found = content(result("interventions", [FULL, row("mlp alone", 0.6, 0.8, of_change=0.2)]))
     keys = [column.key for column in found["table"].columns]
     assert keys == ["arm", "score", "gain_kept", "of_change", "trained", "changed_visible", "changed_stored"]
+
+
+def test_a_page_is_written_again(tmp_path):
+    found = result("masks", [FULL, row("found", 0.6, 0.8, trained=0.2)])
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    assert "keeps 80.00" in write_report(tmp_path).read_text()
+    for bad in ("{}", "[]", "{"):
+        (tmp_path / "results.json").write_text(bad)
+        with pytest.raises(InputError, match="run the experiment again"):
+            write_report(tmp_path)
 
 
 def test_a_gain_that_may_be_none_is_said():
