@@ -179,7 +179,7 @@ EXPERIMENTS = {
     ),
     "sgd": Experiment(
         "Is AdamW needed, or does SGD with a rate of its own do as well?",
-        [*(Arm(f"adamw lr x {k}", {**ADAMW, "lr": k}) for k in (0.3, 1.0, 3.0)), *(Arm(f"sgd lr {lr}", {**SGD, "lr": lr}) for lr in (1e-2, 1e-1, 1.0, 3.0))],
+        [*(Arm(f"adamw lr x {k}", {**ADAMW, "lr": k}) for k in (0.3, 1.0, 3.0, 10.0)), *(Arm(f"sgd lr {lr}", {**SGD, "lr": lr}) for lr in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1))],
         against="adamw lr x 1.0",
     ),
     "on-policy": Experiment(

@@ -209,7 +209,7 @@ def moments_of(optimizer: MaskedOptimizer, ranks: Ranks) -> dict[str, float | No
     sums = dict.fromkeys(("n", "root", "square", "dot", "momentum", "gradient"), 0.0)
     for at, param, binding in optimizer._live():
         state = optimizer.state.get(param, {})
-        for squares in state.get("exp_avg_sq", param.new_empty(0)).split(SLICE):
+        for squares in state.get("exp_avg_sq", torch.empty(0)).split(SLICE):
             add(sums, n=squares.numel(), root=squares.sqrt().sum(dtype=torch.float64), square=squares.sum(dtype=torch.float64))
         held, grad = state.get("exp_avg", state.get("momentum_buffer")), optimizer._gradient(at, param)
         if held is not None and grad is not None:
