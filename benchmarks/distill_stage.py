@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -17,11 +18,6 @@ from pathlib import Path
 import torch
 
 RATE = 1e-5
-
-
-def high_water_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def loop(student: str, teacher: str, prompts: str, steps: int, batch: int, new_tokens: int, dtype: str, threads: int, out: str) -> dict[str, float]:
@@ -70,7 +66,7 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as out:
         found = {"loop": loop, "trl": trl}[which](student, teacher, prompts, int(steps), int(batch), int(new_tokens), dtype, int(threads), out)
-    print(json.dumps({**found, "peak_bytes": high_water_bytes()}))
+    print(json.dumps({**found, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
 
 main()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from opdkernels import masks
 from opdkernels.checkpoint.names import place
+from opdkernels.checkpoint.source import open_source
 from opdkernels.distill.saving import checkpoints
 from opdkernels.errors import UsageError, printable
 from opdkernels.masks import MaskSet
@@ -50,7 +50,8 @@ class Part:
 
     def chosen(self, start: Path) -> str | None:
         """`where` of a model; None if it has no such part."""
-        names = names_of(start)
+        with contextlib.closing(open_source(start)) as source:
+            names = list(source.tensors)
         where = self.where
         if self.third is not None:
             layers = 1 + max(place(name).layer for name in names)
@@ -105,15 +106,6 @@ class Experiment:
         return steps // PIECES if early and steps % PIECES == 0 else 0
 
 
-def names_of(folder: Path) -> list[str]:
-    """The tensors of a checkpoint, in files' order."""
-    found: list[str] = []
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            found += opened.keys()
-    return found
-
-
 def start_of(folder: Path) -> Path:
     return folder / "checkpoint-0"
 
@@ -125,9 +117,9 @@ def end_checkpoint(folder: Path) -> tuple[int, Path]:
 
 def changed(made: Made) -> MaskSet:
     """What a run had changed: all that shows in bf16, or, given a density, that share of the model with the largest |delta|."""
-    step = round(made.at * end_checkpoint(made.folder)[0])
     if made.density:
         return masks.most_changed(made.start, checkpoint_at(made.folder, made.at), made.density, per="model")
+    step = round(made.at * end_checkpoint(made.folder)[0])
     file = made.folder / "masks" / f"step-{step:06}.safetensors"
     if not file.exists():
         raise UsageError(f"{printable(os.fspath(made.folder))} has no mark at step {step}; run the experiment in another folder, or --overwrite this one")

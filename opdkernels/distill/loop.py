@@ -102,10 +102,7 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
 
     Raises InputError for models, prompts, masks and rewards that cannot be used, UsageError for options that make no sense.
     """
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    transformers().utils.logging.disable_progress_bar()
-    device = device_of(options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = prepared(options)
     ranks = Ranks.join(device)
     refuse_processes(options, ranks)
     task = task_of(options)
@@ -167,6 +164,14 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
     return Outcome(folder, step, options.steps, stop[0] if stop else 0, log.accuracies(), marks, ranks.first)
 
 
+def prepared(options: DistillOptions) -> torch.device:
+    """Sets threads and keeps transformers' bars away. Returns the device."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    transformers().utils.logging.disable_progress_bar()
+    return device_of(options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def task_of(options: DistillOptions) -> Task:
     task = open_task(options.prompts, options.held_out, options.seed, options.reward)
     found = len(task.held_out(options.eval_size))
@@ -188,10 +193,7 @@ def score(options: DistillOptions, place: str | os.PathLike[str]) -> list[float]
 
     Raises InputError for a model, prompts and rewards that cannot be used.
     """
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    transformers().utils.logging.disable_progress_bar()
-    device = device_of(options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = prepared(options)
     model, text = load_model(os.fspath(place), options.dtype, device), load_text(os.fspath(place))
     teachers = [load_config(one) for one in options.teachers.values() if one != SELF]
     return evaluate(Player(**player(options, task_of(options), text, model, teachers, Ranks())))["scores"]

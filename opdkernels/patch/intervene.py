@@ -63,11 +63,13 @@ def intervene(
         names = chosen_names([info.name for info in infos], terms)
         refuse_others(after, infos, twins, names, masks)
         headers = headers_of(after, infos)
+        files = {name: name if header is not None else weights_name(name) for name, header in after.headers().items()}
+        show: Progress = progress or (lambda done, total, name: None)
         done, total = 0, sum(info.nbytes for info in infos)
         kept = changed = 0
         with output.new_folder(Path(out)) as temporary:
             for file, header in headers.items():
-                own = [info for info in infos if target_of(info, after) == file]
+                own = [info for info in infos if files[info.file] == file]
                 with contextlib.closing(output.Writer(temporary / file, os.path.join(os.fspath(out), file), 2, len(header) + sum(info.nbytes for info in own))) as writer:
                     writer([header])
                     for info in own:
@@ -80,18 +82,13 @@ def intervene(
                             kept += int((taken != theirs).sum())
                             writer([taken.view(torch.uint8).numpy().data])
                             done += taken.nbytes
-                            (progress or (lambda done, total, name: None))(done, total, info.name)
+                            show(done, total, info.name)
                     writer.finish()
                 SafetensorsFile(str(temporary / file), "read").close()  # whoever reads it next has the same library
             write_beside(after, temporary)
             before.check()
             after.check()
     return {"path": os.fspath(out), "kept": kept, "changed": changed, "files": list(headers), "unmatched": [info.name for info in infos if info.name not in twins]}
-
-
-def target_of(info: TensorInfo, trained: FileSource) -> str:
-    """The file that a tensor is written to."""
-    return info.file if trained.headers()[info.file] is not None else weights_name(info.file)
 
 
 def twins_of(before: FileSource, after: FileSource, infos: list[TensorInfo]) -> dict[str, str]:
@@ -124,7 +121,7 @@ def refuse_others(after: FileSource, infos: list[TensorInfo], twins: Mapping[str
             raise InputError(f"there is a mask of {printable(name)}, which {printable(after.path)} does not hold; make the masks from this model")
         if held[name].shape != shape or held[name].items != held[name].numel:
             raise InputError(f"the mask of {printable(name)} is of shape {list(shape)} and the tensor of {list(held[name].shape)}; make the masks from this model")
-    for name in names:
+    for name in sorted(names):
         if name not in twins and (masks is None or name in masks):
             raise InputError(f"the source lacks {printable(name)}, which is in the part; choose another, or a source that has it")
 

@@ -49,6 +49,7 @@ def test_a_reward_is_the_policy_gradient(options):
     chosen = options(kl_weight=0, reward_weight=0.5, samples=2, teacher="")
     found = objective(student, part, None, torch.tensor([1.0, -2.0]), 5, 15, chosen)
     expected = -0.5 * (expected_log_probs(student, part) * torch.tensor([1.0, 1, -2, -2, -2])).sum() / 5
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     same(gradients(student, found.loss), gradients(student, expected))
 
 
