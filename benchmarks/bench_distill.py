@@ -40,7 +40,7 @@ def models(folder: Path) -> tuple[Path, Path]:
     return folder / "student", folder / "teacher"
 
 
-@pytest.mark.parametrize(("kind", "steps", "batch", "new_tokens"), [("characters", 40, 128, 4), ("vocabulary", 10, 32, 32)])
+@pytest.mark.parametrize(("kind", "steps", "batch", "new_tokens"), [("characters", 40, 128, 4), ("vocabulary", 5, 16, 16)])
 def test_loop_against_trl(benchmark, row, request, tmp_path, kind, steps, batch, new_tokens):
     python = request.config.getoption("--trl-python")
     if not python:
