@@ -256,7 +256,7 @@ def test_a_unit_says_what_became_of_it(monkeypatch):
 
 @pytest.mark.parametrize("subject", timings.SUBJECTS, ids=lambda subject: subject.name)
 def test_every_contender_is_timed_and_compared(subject):
-    limits = {"copy": 1e9, "fp64 product": 1e9}
+    limits = dict.fromkeys(("copy", "fp64 product", "bf16 product"), 1e9)
     rows = [*timings.time_subject(subject, list(BACKENDS.values()), HERE, limits, 4096)]
     rows += timings.time_compiled(subject, HERE, limits, functools.partial(torch.compile, backend="eager"), 4096) if subject.fuses else []
     assert [row["contender"] for row in rows] == [*(name for name in BACKENDS if name not in ("package", "reference")), "eager PyTorch", *["torch.compile"] * subject.fuses]
@@ -277,6 +277,14 @@ def test_eager_tables_are_those_of_the_kernel():
     tables = run_delta(REFERENCE.kernel, Place(HERE), w, v)[0]
     for found, row in zip(timings.eager_tables(w, v), (0, 1, 5), strict=True):
         assert torch.equal(found, tables[row])
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+def test_eager_gradients_are_those_of_the_kernel(kind):
+    timed = timings.divergence_of(kind)(4096, HERE)
+    for found, expected in zip(timed.call(CPU.kernel), timed.eager(), strict=True):
+        assert found.dtype == expected.dtype
+        assert (found.float() - expected.float()).norm() <= 0.05 * expected.float().norm()  # whose logits are rounded
 
 
 def test_the_command_checks_measures_and_writes_one_file(tmp_path, capfd):

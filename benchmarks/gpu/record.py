@@ -47,12 +47,13 @@ def timings_table(units: list[dict[str, Any]]) -> list[str]:
     """One row a subject and contender, beside eager PyTorch of the same subject."""
     rows = [row for unit in units for row in unit.get("rows", []) if "subject" in row]
     eager = {row["subject"]: row["median_s"] for row in rows if row["contender"] == "eager PyTorch"}
-    lines = ["| what | by | median | rate | share of the limit | times eager |", "|---|---|---:|---:|---:|---:|"]
+    lines = ["| what | by | median | rate | share of the limit | times eager | extra memory |", "|---|---|---:|---:|---:|---:|---:|"]
     order = list(dict.fromkeys(row["subject"] for row in rows))
     for row in sorted(rows, key=lambda row: order.index(row["subject"])):
         rate = f"{row['bytes_per_s'] / 1e9:.4g} GB/s" if "bytes_per_s" in row else f"{row['flops_per_s'] / 1e12:.3g} TFLOP/s"
         times = f"{eager[row['subject']] / row['median_s']:.3g}" if row["subject"] in eager else ""
-        lines.append(f"| {row['subject']} | {row['contender']} | {1000 * row['median_s']:.4g} ms | {rate} | {100 * row['share_of_limit']:.0f} % | {times} |")
+        memory = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:,.0f} MB"
+        lines.append(f"| {row['subject']} | {row['contender']} | {1000 * row['median_s']:.4g} ms | {rate} | {100 * row['share_of_limit']:.0f} % | {times} | {memory} |")
     late = [f"{unit['subject']} ({unit['name']})" for unit in units if unit["group"] == "time" and unit["status"] == "not reached"]
     return (lines if rows else []) + ([f"\nNot reached in time: {', '.join(late)}."] if late else [])
 
@@ -63,7 +64,7 @@ def table(results: dict[str, Any]) -> str:
     limits = {row["limit"]: row["per_s"] for unit in units for row in unit.get("rows", []) if "limit" in row}
     about = f"{machine['name']}, torch {machine['torch']}, CUDA {machine['cuda'] or 'none'}"
     if limits:
-        about += f"; limits: {limits['copy'] / 1e9:.4g} GB/s by a copy, {limits['fp64 product'] / 1e12:.3g} TFLOP/s by an fp64 product"
+        about += f"; limits: {limits['copy'] / 1e9:.4g} GB/s by a copy, {' and '.join(f'{limits[one] / 1e12:.3g} TFLOP/s by a product in {one.split()[0]}' for one in limits if one != 'copy')}"
     parts = [checks_table(units), timings_table(units)]
     return "\n".join([about, *(line for part in parts if part for line in ("", *part))])
 

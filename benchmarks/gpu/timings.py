@@ -18,12 +18,15 @@ from benchmarks.gpu import families
 from benchmarks.gpu.backends import Backend
 from benchmarks.gpu.checks import on_gpu
 from benchmarks.gpu.families import BF16, BINS, FP32, FP64, Kernel, Place
-from opdkernels.ops import gram, patch, step
+from opdkernels.ops import gram, patch, step, tiles
 from opdkernels.ops.delta import THRESHOLDS, pattern
+from opdkernels.ops.divergence import Divergence, divergence
 
 ROUNDS = 7
 LARGEST = 1 << 28  # coordinates
 GRAM_ROWS, GRAM_COLUMNS = 4864, 896
+TOKENS, VOCABULARY, WIDTHS = 4096, 151_936, (896, 1536)  # Qwen2.5: 0.5B from 1.5B
+SUMMED = ("gram", "divergence")  # families whose sums have an order that backends choose
 ACTIVE, CHANGED = 0.2, 0.17
 
 
@@ -40,13 +43,19 @@ class Timed:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed, of so many coordinates on a device; `unit` is that of its work. `fuses`: a compiler may join its passes."""
+    """What is timed, of so many coordinates on a device; `limit`: of the device's, which bounds it. `fuses`: a compiler may join its
+    passes."""
 
     name: str
     family: str
     make: Callable[[int, torch.device], Timed]
-    unit: str = "bytes_per_s"
+    limit: str = "copy"
     fuses: bool = False
+
+    @property
+    def unit(self) -> str:
+        """Of its work, a second."""
+        return "bytes_per_s" if self.limit == "copy" else "flops_per_s"
 
 
 def seconds(call: Callable[[], Any], device: torch.device, rounds: int = ROUNDS) -> float:
@@ -75,9 +84,19 @@ def copy_bandwidth(device: torch.device, n: int) -> float:
     return 2 * source.nbytes / seconds(lambda: target.copy_(source), device)
 
 
-def product_flops(device: torch.device, n: int) -> float:
-    """Operations a second of torch's fp64 product of n x n matrices."""
-    a = torch.ones(n, n, dtype=FP64, device=device)
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Most memory of the device that a call holds beyond what is there, its results among it; None of a CPU."""
+    if not on_gpu(device):
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def product_flops(device: torch.device, n: int, dtype: torch.dtype) -> float:
+    """Operations a second of torch's product of n x n matrices."""
+    a = torch.randn(n, n, device=device).to(dtype)
     return 2 * n**3 / seconds(lambda: a @ a, device)
 
 
@@ -131,6 +150,13 @@ def eager_step(param: torch.Tensor, grad: torch.Tensor, active: torch.Tensor, m:
     v.mul_(0.999).addcmul_(g, g, value=0.001)
     new = param.float() * (1 - 1e-7) - 1e-5 * m / (v.sqrt() + 1e-8)
     param.copy_(torch.where(active, new.to(param.dtype), param))
+
+
+def eager_divergence(hidden: torch.Tensor, weight: torch.Tensor, teacher_hidden: torch.Tensor, teacher_weight: torch.Tensor, spec: Divergence) -> tuple[torch.Tensor, ...]:
+    """All logits, rounded to the dtype of the products as trainers do, then the definition in fp32; gradients of hidden states and head."""
+    hidden, weight = (one.detach().requires_grad_() for one in (hidden, weight))
+    loss = divergence(hidden @ weight.T, teacher_hidden @ teacher_weight.T, spec).sum()
+    return torch.autograd.grad(loss, (hidden, weight))
 
 
 # subjects
@@ -228,6 +254,28 @@ def step_of(dtype: torch.dtype, precision: str) -> Callable:
     return make
 
 
+def divergence_of(kind: str) -> Callable:
+    def make(n: int, device: torch.device) -> Timed:
+        tokens, vocabulary = min(TOKENS, n // 64), min(VOCABULARY, n // 64)
+        generator = torch.Generator(device).manual_seed(0)
+        random = lambda *shape: torch.randn(shape, generator=generator, device=device)  # noqa: E731
+        student, teacher = ([random(tokens, width).to(BF16), (random(vocabulary, width) / width**0.5).to(BF16)] for width in WIDTHS)
+        ids, numbers, code = torch.zeros(tokens, 0, dtype=torch.int64, device=device), [1.0, 0.0, 1.0, 0.0, 1.0, 0.5], families.KIND_CODES[kind]
+
+        def call(kernel: Kernel):
+            moments, at, _ = kernel("divergence_scan")(student, teacher, ids, vocabulary, numbers, False)
+            center = moments[tiles.MEAN_REVERSE] - moments[tiles.STUDENT_LOG] + moments[tiles.TEACHER_LOG]
+            if kind == "jsd":
+                center = kernel("divergence_means")(student, teacher, moments, vocabulary, numbers, code)[1]
+            scalars = torch.stack([*moments[:4], center, torch.ones_like(center)])
+            return list(kernel("divergence_backward")(student, teacher, scalars, ids, at[0], vocabulary, numbers, code, [True, True, False]))[:2]
+
+        least = 2 * tokens * vocabulary * (sum(WIDTHS) + 2 * WIDTHS[0])  # of both sides' logits and of the student's two gradients, each once
+        return Timed(call, lambda: eager_divergence(*student, *teacher, Divergence(kind)), least)
+
+    return make
+
+
 SUBJECTS = (
     Subject("delta of a bf16 pair", "delta", delta_of(BF16, eager_counts), fuses=True),
     Subject("overlap of two bf16 runs", "overlap", make_overlap, fuses=True),
@@ -236,7 +284,9 @@ SUBJECTS = (
     Subject("scatter of a bf16 pair", "patch", make_scatter),
     Subject("AdamW step of bf16, exact", "step", step_of(BF16, "exact"), fuses=True),
     Subject("AdamW step of fp32", "step", step_of(FP32, "nearest"), fuses=True),
-    Subject("gram of a bf16 pair", "gram", make_gram, "flops_per_s"),
+    Subject("gram of a bf16 pair", "gram", make_gram, "fp64 product"),
+    Subject("reverse KL and its gradients", "divergence", divergence_of("reverse_kl"), "bf16 product", fuses=True),
+    Subject("JSD and its gradients", "divergence", divergence_of("jsd"), "bf16 product"),
     Subject("delta of an fp32 pair", "delta", delta_of(FP32, eager_counts)),
     Subject("quantile of fp32 and a mask", "quantile", quantile_of(FP32)),
     Subject("delta against three tables", "delta", delta_of(BF16, eager_tables)),
@@ -261,25 +311,33 @@ def time_subject(subject: Subject, backends: list[Backend], device: torch.device
         timed.start_again()
         found = [one.clone() for one in timed.call(backend.kernel)]
         first = first or found
-        if subject.family != "gram":
+        if subject.family not in SUMMED:
             same = [torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, first, strict=True)]
             assert all(same), f"{backend.name} gives another result for {subject.name}"
-        yield row(subject, backend.name, seconds(lambda backend=backend: timed.call(backend.kernel), device), timed, limits)
-    yield row(subject, "eager PyTorch", seconds(timed.eager, device), timed, limits)
+        yield row(subject, backend.name, lambda backend=backend: timed.call(backend.kernel), device, timed, limits)
+    yield row(subject, "eager PyTorch", timed.eager, device, timed, limits)
 
 
 def time_compiled(subject: Subject, device: torch.device, limits: dict[str, float], compiled: Callable, n: int | None = None) -> Iterator[dict[str, Any]]:
     """The row of the eager formulation, compiled."""
     timed = subject.make(n or coordinates(device), device)
-    yield row(subject, "torch.compile", seconds(compiled(timed.eager), device), timed, limits)
+    yield row(subject, "torch.compile", compiled(timed.eager), device, timed, limits)
 
 
-def row(subject: Subject, contender: str, took: float, timed: Timed, limits: dict[str, float]) -> dict[str, Any]:
+def row(subject: Subject, contender: str, call: Callable[[], Any], device: torch.device, timed: Timed, limits: dict[str, float]) -> dict[str, Any]:
+    took = seconds(call, device)
     rate = timed.work / took
-    limit = limits["copy" if subject.unit == "bytes_per_s" else "fp64 product"]
-    return {"subject": subject.name, "contender": contender, "median_s": took, subject.unit: rate, "share_of_limit": rate / limit}
+    return {
+        "subject": subject.name, "contender": contender, "median_s": took, subject.unit: rate, "share_of_limit": rate / limits[subject.limit],
+        "extra_bytes": peak_bytes(call, device),
+    }  # fmt: skip
 
 
 def measured_limits(device: torch.device, n: int | None = None) -> dict[str, float]:
-    """What the device itself reaches: bytes a second of a copy, operations a second of an fp64 product."""
-    return {"copy": copy_bandwidth(device, n or coordinates(device)), "fp64 product": product_flops(device, 4096 if on_gpu(device) else 128)}
+    """What the device itself reaches: bytes a second of a copy, operations a second of products in fp64 and bf16."""
+    side = 4096 if on_gpu(device) else 128
+    return {
+        "copy": copy_bandwidth(device, n or coordinates(device)),
+        "fp64 product": product_flops(device, side, FP64),
+        "bf16 product": product_flops(device, 2 * side, BF16),
+    }

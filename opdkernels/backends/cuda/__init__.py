@@ -1,7 +1,7 @@
 """CUDA C++ kernels (csrc/cuda), for NVIDIA GPUs: one file a family. The operators check their arguments before they come here.
 
 Kernels come from a library that the install builds where nvcc is: machine code for sm_80, sm_90 and sm_100 and PTX for what
-comes after. Without it NVRTC compiles them at the first call, through CuPy, which keeps the result on disk by source and
+comes after. Without it NVRTC compiles them at the first call, through CuPy; the result is kept in the user's cache by source and
 architecture. Where neither is at hand this backend serves nothing.
 """
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
+import hashlib
 import importlib
+import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,18 +58,31 @@ class Built:
 
 
 class Compiled:
-    """Kernels that NVRTC compiles for the device at hand."""
+    """Kernels that NVRTC compiles for the device at hand, through CuPy; kept on disk by source, options, device and compiler."""
 
     def __init__(self) -> None:
         self.cupy: Any = importlib.import_module("cupy")
         self.functions: dict[tuple[str, int], Any] = {}
 
     def function(self, name: str, device: int) -> Any:
-        """Called within the device's guard: CuPy compiles for the current one."""
+        """Called within the device's guard: CuPy compiles for the current one, and loads into it."""
         if (name, device) not in self.functions:
-            source = source_of(name.split("_", 1)[0])
-            self.functions[name, device] = self.cupy.RawModule(code=source, options=OPTIONS, backend="nvrtc").get_function(name)
+            code = self.machine_code(name.split("_", 1)[0], self.cupy.cuda.Device(device).compute_capability)
+            self.functions[name, device] = self.cupy.RawModule(path=str(code)).get_function(name)
         return self.functions[name, device]
+
+    def machine_code(self, family: str, capability: str) -> Path:
+        """A family's kernels for a device, compiled or as an earlier process left them. RawModule's own compilation would flush
+        subnormals to zero, whatever the options."""
+        source, version = source_of(family), self.cupy.cuda.nvrtc.getVersion()
+        key = hashlib.blake2b("\0".join(map(str, (source, OPTIONS, capability, version))).encode(), digest_size=16).hexdigest()
+        path = cache_folder() / f"{family}-{key}.cubin"
+        if not path.exists():
+            code, _ = importlib.import_module("cupy.cuda.compiler").compile_using_nvrtc(source, OPTIONS, filename=f"{family}.cu")
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+                file.write(code.encode() if isinstance(code, str) else code)
+            Path(file.name).replace(path)
+        return path
 
     def launch(self, name: str, arguments: Sequence[int], blocks: int, threads: int, shared_bytes: int, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -73,6 +91,21 @@ class Compiled:
             function = self.function(name, index)
             function.max_dynamic_shared_size_bytes = shared_bytes
             function((blocks,), (threads,), tuple(np.int64(a) for a in arguments), shared_mem=shared_bytes)
+
+
+@functools.cache
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: the user's cache, or this process's own folder where there is none to write to."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opdkernels"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # no home
+        pass
+    folder = tempfile.mkdtemp(prefix="opdkernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 @functools.cache

@@ -105,9 +105,8 @@ def halves(tile):
 
 
 @triton.jit
-def packed(even, odd):
-    """Bits of eight coordinates in a byte, the first lowest."""
-    pairs = even.to(tl.int32) | (odd.to(tl.int32) << 1)
+def packed(pairs):
+    """Bits of eight coordinates in a byte, the first lowest, of two bits of neighbours each."""
     places = 2 * tl.arange(0, 4)[None, :]
     return tl.sum(tl.reshape(pairs, [pairs.shape[0] // 4, 4]) << places, 1).to(tl.uint8)
 
@@ -179,20 +178,19 @@ def count_tile(
     even_a, odd_a = halves(a)
     even_b, odd_b = halves(b)
     even_inside, odd_inside = halves(inside)
-    even = tl.zeros([TILE // 2], tl.int1)
-    odd = even
-    for part in range(2):  # a loop, not two calls, which the compiler would interleave
-        even = odd
-        odd, flags, ranks, ulps, largest, limbs = count_half(
+    pairs = tl.zeros([TILE // 2], tl.int32)
+    for part in range(2):  # a loop, not two calls, which the compiler would interleave; what it carries must not change names
+        changed, flags, ranks, ulps, largest, limbs = count_half(
             tl.where(part == 0, even_a, odd_a), tl.where(part == 0, even_b, odd_b), tl.where(part == 0, even_inside, odd_inside),
             work, low_sums, rules, flags, ranks, ulps, largest, limbs, WIDE, BF16,
         )  # fmt: skip
+        pairs |= changed.to(tl.int32) << part
     if mask is not None:
         byte = base // 8 + tl.arange(0, TILE // 8)
         if TAIL:
-            tl.store(mask + byte, packed(even, odd), byte * 8 < n)
+            tl.store(mask + byte, packed(pairs), byte * 8 < n)
         else:
-            tl.store(mask + byte, packed(even, odd))
+            tl.store(mask + byte, packed(pairs))
     return flags, ranks, ulps, largest, limbs
 
 

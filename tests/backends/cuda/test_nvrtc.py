@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,9 +17,9 @@ from opdkernels.backends.cuda.sources import source_of
 
 
 @pytest.fixture
-def started(monkeypatch):
+def started(monkeypatch, tmp_path):
     """What a CuPy that only writes down was asked for."""
-    log = SimpleNamespace(modules=[], launches=[])
+    log = SimpleNamespace(compiled=[], launches=[])
 
     class Function:
         max_dynamic_shared_size_bytes = 0
@@ -30,28 +31,56 @@ def started(monkeypatch):
             assert shared_mem <= self.max_dynamic_shared_size_bytes
             log.launches.append((self.name, grid, block, arguments, shared_mem))
 
-    def module(**options):
-        log.modules.append(options)
+    def compile_using_nvrtc(source, options, filename):
+        log.compiled.append(options)
+        return source.encode(), {}
+
+    def module(path):
+        assert "delta_carry" in Path(path).read_text()
         return SimpleNamespace(get_function=Function)
 
-    here = SimpleNamespace(Device=lambda index: contextlib.nullcontext(), ExternalStream=lambda stream, index: contextlib.nullcontext())
-    monkeypatch.setattr(launch.importlib, "import_module", lambda name: SimpleNamespace(RawModule=module, cuda=here))
+    class Device(contextlib.nullcontext):
+        compute_capability = "90"
+
+    nvrtc = SimpleNamespace(getVersion=lambda: (13, 0))
+    here = SimpleNamespace(Device=Device, ExternalStream=lambda stream, index: contextlib.nullcontext(), nvrtc=nvrtc)
+    modules = {"cupy": SimpleNamespace(RawModule=module, cuda=here), "cupy.cuda.compiler": SimpleNamespace(compile_using_nvrtc=compile_using_nvrtc)}
+    monkeypatch.setattr(launch.importlib, "import_module", modules.__getitem__)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    return log
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    launch.cache_folder.cache_clear()
+    yield log
+    launch.cache_folder.cache_clear()
 
 
 def test_a_kernel_is_compiled_once_and_started_with_eight_byte_arguments(started):
+    """By NVRTC itself: CuPy's own compilation of a module adds an option that flushes subnormals to zero."""
     kernels = launch.Compiled()
     for n in (5, 6):
         kernels.launch("delta_carry", [n, 0], 3, 64, 70_000, torch.device("cuda", 0))
-    ((module,), launches) = started.modules, started.launches
-    assert module["options"] == launch.OPTIONS
+    launches = started.launches
+    assert started.compiled == [launch.OPTIONS]
     assert "--fmad=false" in launch.OPTIONS
     assert [launch[:3] for launch in launches] == [("delta_carry", (3,), (64,))] * 2
     assert [type(a) for a in launches[0][3]] == [np.int64] * 2
     assert launches[1][3] == (6, 0)
     assert launches[1][4] == 70_000
+
+
+def test_another_process_finds_what_one_compiled(started):
+    for _ in range(2):
+        launch.Compiled().launch("delta_carry", [1, 0], 1, 32, 0, torch.device("cuda", 0))
+    assert len(started.compiled) == 1
+    assert len(started.launches) == 2
+
+
+def test_without_a_cache_to_write_to_a_process_has_its_own(started, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    launch.Compiled().launch("delta_carry", [1, 0], 1, 32, 0, torch.device("cuda", 0))
+    assert launch.cache_folder().name.startswith("opdkernels-")
+    assert len(started.launches) == 1
 
 
 @pytest.mark.parametrize("family", sorted(set(cuda.FAMILIES.values())))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 
 import pytest
@@ -63,6 +65,19 @@ def test_delta_launches_what_fits(monkeypatch):
     sizes = [one.arguments[9] for one in launched if one.name == "count"]
     assert (sum(sizes), max(sizes) < 2**31) == (2**31 + 11, True)
     assert launches(monkeypatch, lambda: call_delta(BF16, BF16, 0)) == []
+
+
+@pytest.mark.parametrize("module", [delta, divergence, gram, overlap, patch, quantile, step], ids=lambda module: module.__name__.rsplit(".", 1)[-1])
+def test_no_loop_hands_a_name_on_to_another(module):
+    """Where `a = b` comes before b's new value and both begin alike, Triton's compiler, which tries the loop's body once, finds a
+    unchanged and does not carry it: its interpreter does."""
+    loops = (node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, (ast.For, ast.While)))
+    for loop in loops:
+        inside = [node for node in ast.walk(loop) if isinstance(node, ast.Assign)]
+        names = lambda node: {one.id for target in node.targets for one in ast.walk(target) if isinstance(one, ast.Name)}  # noqa: E731
+        for assigned in inside:
+            if isinstance(assigned.value, ast.Name) and any(assigned.value.id in names(other) for other in inside if other.lineno > assigned.lineno):
+                pytest.fail(f"line {assigned.lineno}: {ast.unparse(assigned)}")
 
 
 def call_quantile(dtype: torch.dtype, ranks: int = 3) -> None:
