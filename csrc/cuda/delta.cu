@@ -1,9 +1,9 @@
 // `delta` on a CUDA device: both tensors are read once, sixteen bytes at a time, and leave everything that the tally holds.
 //
-// Tables. What a coordinate adds to a table is one integer atomic. Magnitudes below 2, which nearly all are, count in tables of
-// 2^14 bins in shared memory, of as many rows as the device has room for (three with 227 KB, one with 99), the busiest first;
-// the rest goes to the work tables of 2^15 bins in memory, which stay in the L2 cache. Zeros are counted in registers: one bin
-// may hold half a tensor. A block flushes its tables once.
+// Tables. What a coordinate adds to a table is one integer atomic. Magnitudes from 2^-31 and below 2, which nearly all are, count in
+// shared memory, in as many rows as the device has room for (all ten with 227 KB, four with 99), the busiest first; the rest goes to
+// the work tables of 2^15 bins in memory, which stay in the L2 cache. Zeros are counted in registers: one bin may hold half a
+// tensor. A block flushes its tables once.
 // Small histograms (ULP distances, thresholds, totals) have a column a lane: no two lanes of a warp meet in a bank.
 //
 // Of a bf16 pair most coordinates keep their bits, but hardly any warp has none that changed: if each lane counted its own, a
@@ -19,7 +19,7 @@
 #define OPD_LIMITS (2 * OPD_THRESHOLDS)
 #define OPD_MANTISSAS 128     // bins of one exponent, of one scale: a block of `delta_fold`
 #define OPD_WINDOW 4          // limbs that a thread holds of an exact sum
-#define OPD_PAIR_THREADS 768  // a block of `delta_count_bf16`: with their queues, three tables fit 227 KB
+#define OPD_PAIR_THREADS 768  // a block of `delta_count_bf16`: with their queues, all tables fit 227 KB
 #define OPD_QUEUE (OPD_WARP - 1 + OPD_WARP * 8)  // what was left, and all of a step
 #define OPD_FLUSH_STEPS 1024  // after which a warp lets go of its windows: one outlier must not hold them high
 
@@ -28,8 +28,8 @@ enum Table { SOURCE, DELTA, TRAINED, MOVED, STORED, CHANGED };
 enum Count { NUMEL, NONFINITE, BIT_EQUAL, ETA, LT, LE = LT + OPD_THRESHOLDS, ULP = LE + OPD_THRESHOLDS };
 
 // Rows of the work tables, the busiest first. Where a bf16 pair moved is where it visibly changed: it has no row MOVED.
-enum Work { WORK_SOURCE, WORK_STORED, WORK_THIRD, WORK_FOURTH, WORK_TRAINED, WORK_VISIBLE, WORK_ROWS = WORK_VISIBLE + OPD_MAX_CUTS + 1 };
-template <int PAIR> struct Rows { static const int delta = PAIR ? WORK_THIRD : WORK_FOURTH, moved = PAIR ? WORK_FOURTH : WORK_THIRD; };
+enum Work { WORK_SOURCE, WORK_STORED, WORK_TRAINED, WORK_FOURTH, WORK_FIFTH, WORK_VISIBLE, WORK_ROWS = WORK_VISIBLE + OPD_MAX_CUTS + 1 };
+template <int PAIR> struct Rows { static const int delta = PAIR ? WORK_FOURTH : WORK_FIFTH, moved = PAIR ? WORK_FIFTH : WORK_FOURTH; };
 
 enum Rules { RULE_CUT, RULE_LIMIT = OPD_MAX_CUTS, RULE_SLOT = RULE_LIMIT + OPD_LIMITS };
 
@@ -48,8 +48,7 @@ struct Tables {
   opd_u32 *near_by, *work;  // rows in shared memory, all rows in memory
   int near_rows;
   __device__ __forceinline__ void add(int row, opd_u32 bin, opd_u32 count = 1) const {
-    if (row < near_rows && bin < OPD_SHARED_BINS) atomicAdd(near_by + row * OPD_SHARED_BINS + bin, count);
-    else atomicAdd(work + row * OPD_BINS + bin, count);
+    add_to_table(near_by, near_rows, row, work + row * OPD_BINS, bin, count);
   }
 };
 
@@ -165,7 +164,7 @@ __device__ __forceinline__ Counter<T> begin(opd_u8* shared, opd_u32* work, opd_i
   const Tables tables = {(opd_u32*)(shared + OPD_SMALL_BYTES), work, near_rows};
   for (int i = threadIdx.x; i < OPD_LIMITS; i += blockDim.x) block.limits[i] = (opd_u64)rules[RULE_LIMIT + i];
   for (int i = threadIdx.x; i < SMALL * OPD_WARP; i += blockDim.x) block.lanes[i] = 0;
-  for (int i = threadIdx.x; i < near_rows * OPD_SHARED_BINS; i += blockDim.x) tables.near_by[i] = 0;
+  for (int i = threadIdx.x; i < near_rows * OPD_NEAR_BINS; i += blockDim.x) tables.near_by[i] = 0;
   __syncthreads();
   return {block, tables, low_sums, {(opd_u16)rules[0], (opd_u16)rules[1], (opd_u16)rules[2], (opd_u16)rules[3]}, {}, 0};
 }
@@ -187,11 +186,7 @@ __device__ __forceinline__ void finish(Counter<T>& counter, const opd_i64* rules
     opd_u32 total = warp_sum(block.lanes[row * OPD_WARP + lane]);
     if (lane == 0) block.totals[row] = total;
   }
-  for (int row = 0; row < counter.tables.near_rows; row++)
-    for (int bin = threadIdx.x; bin < OPD_SHARED_BINS; bin += blockDim.x) {
-      opd_u32 some = counter.tables.near_by[row * OPD_SHARED_BINS + bin];
-      if (some) atomicAdd(counter.tables.work + row * OPD_BINS + bin, some);
-    }
+  flush_tables(counter.tables.near_by, counter.tables.near_rows, counter.tables.work, OPD_BINS);
   __syncthreads();
 
   const opd_u32* total = block.totals;

@@ -5,8 +5,9 @@
 
 #define OPD_WARP 32
 #define OPD_ALL_LANES 0xFFFFFFFFu
-#define OPD_SMALL_BYTES 35840 // shared memory before the tables, for everything else: what three leave of 227 KiB, two of 163, one of 99
-#define OPD_SHARED_BINS 16384 // of a table in shared memory, 64 KiB: magnitudes below 2, as nearly all weights are
+#define OPD_SMALL_BYTES 35840 // shared memory before the tables, for everything else
+#define OPD_NEAR_FIRST 12288  // of a table of bfloat16 magnitudes, what lies in shared memory, 16 KiB: from 2^-31 and below 2, as nearly
+#define OPD_NEAR_BINS 4096    // all weights and their changes are
 
 typedef unsigned char opd_u8;
 
@@ -92,6 +93,23 @@ OPD_FN double double_of(const Vector& x, int j) { return bits_double((opd_u64)x.
 OPD_FN opd_u16 pattern_of(const Vector& x, int dtype, int j) {
   if (dtype == BF16) return half_of(x, j);
   return float_to_bf16(dtype == FP16 ? fp16_to_float(half_of(x, j)) : dtype == FP32 ? single_of(x, j) : (float)double_of(x, j));
+}
+
+// Adds to one bin of a table of bfloat16 magnitudes: of the near rows in shared memory, else of the table itself. What weights have in
+// common is a few hundred bins, a dozen lines of the L2 cache, whose atomic units take one increment after another.
+__device__ __forceinline__ void add_to_table(opd_u32* near_by, int near_rows, int row, opd_u32* table, opd_u32 bin, opd_u32 count = 1) {
+  const opd_u32 place = bin - OPD_NEAR_FIRST;
+  if (row < near_rows && place < OPD_NEAR_BINS) atomicAdd(near_by + row * OPD_NEAR_BINS + place, count);
+  else atomicAdd(table + bin, count);
+}
+
+// Adds the near rows to their tables, of `bins` each; all threads of a block together.
+__device__ __forceinline__ void flush_tables(const opd_u32* near_by, int near_rows, opd_u32* tables, int bins) {
+  for (int row = 0; row < near_rows; row++)
+    for (int place = threadIdx.x; place < OPD_NEAR_BINS; place += blockDim.x) {
+      const opd_u32 some = near_by[row * OPD_NEAR_BINS + place];
+      if (some) atomicAdd(tables + row * bins + OPD_NEAR_FIRST + place, some);
+    }
 }
 
 // Sum and maximum over a warp, in every lane; all lanes take part.

@@ -4,8 +4,8 @@
 // each run of the group that changed it. The first group counts every coordinate, the others those that they changed. Of at
 // most four runs the joint counts are sums of the same table; of more, a table of 2^runs sets holds them.
 //
-// Of the first group, the sets that leave the most unchanged count in shared memory, as many as fit, for |w| below 2; the rest
-// goes to the tables in memory. Zeros that no run changed are counted in registers.
+// Of the first group, the sets that leave the most unchanged count in shared memory, as many as fit (twelve with 227 KB), for |w| from
+// 2^-31 and below 2; the rest goes to the tables in memory. Zeros that no run changed are counted in registers.
 #include "../overlap.h"
 #include "grid.h"
 
@@ -46,7 +46,7 @@ overlap_count(const void* source, opd_i64 source_dtype, const opd_i64* trained, 
               opd_i64* counts, opd_i64 n, opd_i64 runs, opd_i64 limit, opd_i64 near_rows) {
   OPD_DYNAMIC_SHARED(shared);
   opd_u32* near_by = (opd_u32*)(shared + OPD_SMALL_BYTES);
-  for (int i = threadIdx.x; i < (int)near_rows * OPD_SHARED_BINS; i += blockDim.x) near_by[i] = 0;
+  for (int i = threadIdx.x; i < (int)near_rows * OPD_NEAR_BINS; i += blockDim.x) near_by[i] = 0;
   __syncthreads();
 
   opd_u32 zeros = 0, lost = 0;
@@ -74,8 +74,7 @@ overlap_count(const void* source, opd_i64 source_dtype, const opd_i64* trained, 
       }
       const opd_u32 magnitude = w[j] & 0x7FFFu, set = changed[j] & (OPD_GROUP_SETS - 1);
       if (!set && !magnitude) zeros++;
-      else if (set < (opd_u32)near_rows && magnitude < OPD_SHARED_BINS) atomicAdd(near_by + set * OPD_SHARED_BINS + magnitude, 1u);
-      else atomicAdd(joint + set * OPD_BINS + magnitude, 1u);
+      else add_to_table(near_by, (int)near_rows, (int)set, joint + set * OPD_BINS, magnitude);
       if (!sets || !changed[j]) continue;
       atomicAdd(sets + changed[j], 1u);
       for (int group = 1; group * OPD_GROUP < (int)runs; group++) {
@@ -92,10 +91,6 @@ overlap_count(const void* source, opd_i64 source_dtype, const opd_i64* trained, 
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) add_count(counts + NUMEL, n);
   __syncthreads();
-  for (int set = 0; set < (int)near_rows; set++)
-    for (int bin = threadIdx.x; bin < OPD_SHARED_BINS; bin += blockDim.x) {
-      const opd_u32 some = near_by[set * OPD_SHARED_BINS + bin];
-      if (some) atomicAdd(joint + set * OPD_BINS + bin, some);
-    }
+  flush_tables(near_by, (int)near_rows, joint, OPD_BINS);
 }
 OPD_LAUNCHER(overlap_count)

@@ -9,6 +9,7 @@
 #include "grid.h"
 
 #define OPD_DIGITS 65536
+#define OPD_SHARED_DIGITS 16384  // of a table in shared memory, 64 KiB: the first digit of what is below 2, whatever the dtype
 
 template <int BYTES> struct Magnitude {};
 template <> struct Magnitude<2> {
@@ -38,7 +39,7 @@ __device__ __forceinline__ void count(const void* values, const opd_u8* mask, co
   const int V = 16 / BYTES;
   OPD_DYNAMIC_SHARED(shared);
   opd_u32* near_by = (opd_u32*)(shared + OPD_SMALL_BYTES);
-  for (int i = threadIdx.x; i < near_rows * OPD_SHARED_BINS; i += blockDim.x) near_by[i] = 0;
+  for (int i = threadIdx.x; i < near_rows * OPD_SHARED_DIGITS; i += blockDim.x) near_by[i] = 0;
   __syncthreads();
 
   opd_u32 zeros[2] = {0, 0};
@@ -58,8 +59,8 @@ __device__ __forceinline__ void count(const void* values, const opd_u8* mask, co
       if (key == 0) {
         zeros[0] += 1 - inside;
         zeros[1] += inside;
-      } else if ((int)inside < near_rows && digit < OPD_SHARED_BINS) {
-        atomicAdd(near_by + inside * OPD_SHARED_BINS + digit, 1u);
+      } else if ((int)inside < near_rows && digit < OPD_SHARED_DIGITS) {
+        atomicAdd(near_by + inside * OPD_SHARED_DIGITS + digit, 1u);
       } else {
         const opd_i64 upper = (opd_i64)(key >> shift >> 16);
         for (int rank = 0; rank < ranks; rank++)
@@ -77,8 +78,8 @@ __device__ __forceinline__ void count(const void* values, const opd_u8* mask, co
   }
   __syncthreads();
   for (int row = 0; row < near_rows; row++)
-    for (int digit = threadIdx.x; digit < OPD_SHARED_BINS; digit += blockDim.x) {
-      const opd_u32 some = near_by[row * OPD_SHARED_BINS + digit];
+    for (int digit = threadIdx.x; digit < OPD_SHARED_DIGITS; digit += blockDim.x) {
+      const opd_u32 some = near_by[row * OPD_SHARED_DIGITS + digit];
       if (some) atomicAdd(tables + row * OPD_DIGITS + digit, some);
     }
 }

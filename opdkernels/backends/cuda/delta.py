@@ -12,7 +12,6 @@ from opdkernels.backends.cuda import launch
 
 WORK_ROWS, LOW_ROWS = 10, 2  # work tables, sums of low halves
 MANTISSAS = 128
-ROWS = 3  # tables that are worth shared memory, where it is there
 
 
 def shape_of(source: torch.dtype, trained: torch.dtype) -> tuple[str, int, int]:
@@ -39,7 +38,7 @@ def delta_(
     name, threads, each = shape_of(source.dtype, trained.dtype)
     kind = np.float64 if name == "delta_count_double" else np.float32
     rules = gpu.on_device(gpu.rules_of(cuts, thresholds, kind), device)
-    rows = launch.near_rows(device, ROWS)
+    rows = launch.near_rows(device, WORK_ROWS)
     codes = launch.DTYPE_CODES[source.dtype], launch.DTYPE_CODES[trained.dtype]
     source, trained = source.view(-1), trained.view(-1)
     for start, size in gpu.slices(n):

@@ -26,7 +26,8 @@ OPTIONS = ("-std=c++17", "--fmad=false")  # products and sums are never fused, e
 
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 BINS = 1 << 15
-SMALL_BYTES, TABLE_BYTES = 35 << 10, 4 << 14  # of shared memory: before the tables, and a table (csrc/cuda/grid.h)
+SMALL_BYTES = 35 << 10  # of shared memory, before the tables (csrc/cuda/grid.h)
+TABLE_BYTES = 4 << 12  # of a table of magnitudes there, of which near_rows says how many there is room for
 WARP = 32
 QUEUE, QUEUE_BLOCKS = 2048, 4  # coordinates that a warp queues at a time, blocks a multiprocessor (csrc/cuda/active.h)
 
@@ -155,9 +156,9 @@ def room(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", least)
 
 
-def near_rows(device: torch.device, wanted: int) -> int:
+def near_rows(device: torch.device, wanted: int, table_bytes: int = TABLE_BYTES) -> int:
     """How many tables a block has shared memory for."""
-    return max(0, min(wanted, (room(device)[1] - SMALL_BYTES) // TABLE_BYTES))
+    return max(0, min(wanted, (room(device)[1] - SMALL_BYTES) // table_bytes))
 
 
 def blocks_for(device: torch.device, elements: int, threads: int, each: int, a_processor: int = 1) -> int:

@@ -11,7 +11,6 @@ from opdkernels.backends.cuda import launch
 
 THREADS = 1024  # a block
 EIGHT = 8  # coordinates that a thread takes at a time
-ROWS = 3  # tables that are worth shared memory, where it is there
 
 
 def overlap_(
@@ -26,7 +25,7 @@ def overlap_(
 ) -> None:
     device, n_runs = source.device, len(trained)
     groups = -(-n_runs // gpu.GROUP)
-    rows = launch.near_rows(device, ROWS)
+    rows = launch.near_rows(device, min(1 << n_runs, gpu.GROUP_SETS))
     dtypes = gpu.on_device([launch.DTYPE_CODES[tensor.dtype] for tensor in trained], device)
     source, trained = source.view(-1), [tensor.view(-1) for tensor in trained]
     for start, size in gpu.slices(source.numel()):

@@ -10,19 +10,19 @@ from opdkernels.backends import gpu
 from opdkernels.backends.cuda import launch
 
 THREADS = 1024  # a block
-MASK_ROWS = 2  # tables that are worth shared memory, where it is there
+DIGIT_BYTES = 4 << 14  # of a table in shared memory: one for values outside the mask, one for those inside
 
 
 def digit_table(values: torch.Tensor, mask: torch.Tensor | None, prefixes: torch.Tensor, shift: int) -> torch.Tensor:
     """Counts of the digit at `shift`, int64 [prefixes, 2, 2^16], outside and inside the mask."""
     ranks, device, each = len(prefixes), values.device, 16 // values.itemsize
     first = shift == 8 * values.itemsize - gpu.DIGIT_BITS
-    rows = launch.near_rows(device, MASK_ROWS if mask is not None else 1) if first else 0
+    rows = launch.near_rows(device, 1 if mask is None else 2, DIGIT_BYTES) if first else 0
     total = torch.zeros(ranks, 2, gpu.DIGITS, dtype=torch.int64, device=device)
     for start, size in gpu.slices(values.numel()):
         table = torch.zeros(ranks, 2, gpu.DIGITS, dtype=torch.int32, device=device)
         launch.run(
-            f"quantile_count_{values.itemsize}", launch.blocks_for(device, size, THREADS, each), THREADS, launch.SMALL_BYTES + rows * launch.TABLE_BYTES, device,
+            f"quantile_count_{values.itemsize}", launch.blocks_for(device, size, THREADS, each), THREADS, launch.SMALL_BYTES + rows * DIGIT_BYTES, device,
             values.narrow(0, start, size), gpu.mask_from(mask, start), prefixes, table, size, shift, ranks, rows,
         )  # fmt: skip
         total += table
