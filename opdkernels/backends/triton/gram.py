@@ -198,15 +198,16 @@ def add_rows(
             if target is not matrix:
                 matrix += target.sum(0)
         else:
-            x, y = (d64 if part == 4 else w64), (w64 if part == 1 else d64)
-            add_product(matrix, x[:rows, :n], y[:rows, :n], panel=n if part == 2 else PANEL)
+            x, y = (side.narrow(0, 0, rows) for side in (d64 if part == 4 else w64, w64 if part == 1 else d64))
+            add_product(matrix, x, y, panel=n if part == 2 else PANEL)
 
 
 def add_product(matrix: torch.Tensor, x: torch.Tensor, y: torch.Tensor, panel: int) -> None:
     """Adds x^T y in fp64, in panels of columns that each end at the diagonal."""
     for start in range(0, len(matrix), panel):
         stop = min(start + panel, len(matrix))
-        matrix[:stop, start:stop].add_(x[:, :stop].T @ y[:, start:stop])
+        part = x.narrow(1, 0, stop).T @ y.narrow(1, start, stop - start)
+        matrix.narrow(0, 0, stop).narrow(1, start, stop - start).add_(part)
 
 
 def pack_rows(source, trained, w64, d64, w16, d16, visible: bool, wide: bool, w_pieces: int, d_pieces: int) -> None:
