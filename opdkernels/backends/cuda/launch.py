@@ -104,9 +104,9 @@ def cache_folder() -> Path:
             return folder
     except (OSError, RuntimeError):  # no home
         pass
-    folder = tempfile.mkdtemp(prefix="opdkernels-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    own = tempfile.mkdtemp(prefix="opdkernels-")
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return Path(own)
 
 
 @functools.cache

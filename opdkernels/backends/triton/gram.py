@@ -198,8 +198,10 @@ def add_rows(
             if target is not matrix:
                 matrix += target.sum(0)
         else:
-            x, y = (side.narrow(0, 0, rows) for side in (d64 if part == 4 else w64, w64 if part == 1 else d64))
-            add_product(matrix, x, y, panel=n if part == 2 else PANEL)
+            x, y = (d64 if part == 4 else w64), (w64 if part == 1 else d64)
+            assert x is not None
+            assert y is not None
+            add_product(matrix, x.narrow(0, 0, rows), y.narrow(0, 0, rows), panel=n if part == 2 else PANEL)
 
 
 def add_product(matrix: torch.Tensor, x: torch.Tensor, y: torch.Tensor, panel: int) -> None:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
-from triton.runtime import interpreter
 
 from opdkernels.backends.triton import divergence as kernels
 from opdkernels.ops import divergence as ops
@@ -34,24 +31,7 @@ def through_triton(monkeypatch):
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     """The interpreter takes its time a program and a step, not an element."""
-    for name, size in (("COLUMNS", 256), ("DEPTH_SLOW", 64), ("SIDE", 256), ("SIDE_SLOW", 256), ("CHUNK", 256)):
-        monkeypatch.setattr(kernels, name, size)
-
-
-@pytest.fixture(autouse=True)
-def multiply_bf16(monkeypatch):
-    """The interpreter holds bf16 as integers and multiplies those."""
-    create_dot = interpreter.InterpreterBuilder.create_dot
-
-    def widened(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def dot(self, a, b, *rest):
-        return create_dot(self, widened(a), widened(b), *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(kernels, "COLUMNS", 256)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=NAMES)
@@ -82,11 +62,14 @@ def test_log_probabilities_of_tokens(dtype):
     assert_log_prob(make_case(n=9, vocab=300, width=40, dtype=dtype))
 
 
-@pytest.mark.parametrize("processors", [1, 3, 100])
-def test_shares_of_the_vocabulary_are_merged(monkeypatch, processors):
-    monkeypatch.setattr(kernels.launch, "processors", lambda device: processors)
+@pytest.mark.parametrize("numbers", [1, 5 * 64, 5 * 192])
+def test_chunks_of_the_vocabulary_are_merged(monkeypatch, numbers):
+    """Of one tile, and of several tiles a chunk."""
     monkeypatch.setattr(kernels, "COLUMNS", 64)
-    assert_twice_plain(make_case(n=5, vocab=700, width=16, dtype=FP32), Divergence("jsd"))
+    monkeypatch.setattr(kernels, "LEAST_COLUMNS", 64)
+    monkeypatch.setattr(kernels, "WORKSPACE_BYTES", kernels.BYTES_AN_ID * numbers)
+    for spec in (Divergence("jsd"), Divergence("topk_reverse_kl", k=6)):
+        assert_twice_plain(make_case(n=5, vocab=700, width=16, dtype=FP32), spec)
 
 
 def test_scores_are_the_references(monkeypatch):
@@ -132,7 +115,10 @@ def test_tokens_beyond_the_vocabulary_are_passed_over_and_seen():
 
 def test_only_what_is_wanted_is_multiplied(monkeypatch):
     hidden, head, teacher, teacher_head, _ = make_case(vocab=300, width=16, dtype=FP32)
-    run, started = kernels.launch.run, []
-    monkeypatch.setattr(kernels.launch, "run", lambda kernel, *a, **o: (started.append((kernel.__name__, o.get("ACROSS"))), run(kernel, *a, **o))[1])
+    monkeypatch.setattr(kernels, "WORKSPACE_BYTES", 1)  # a tile a chunk
+    plain, shapes = kernels.product, []
+    monkeypatch.setattr(kernels, "product", lambda a, b: (shapes.append((*a.shape, b.shape[1])), plain(a, b))[1])
     linear_divergence(hidden.requires_grad_(), head, teacher, teacher_head).backward()
-    assert {what for what in started if what[0] in ("gradient", "multiply")} == {("gradient", None), ("multiply", False)}
+    n, width = hidden.shape
+    forward = [(n, side.shape[1], size) for side in (hidden, teacher) for size in (256, 44)]
+    assert sorted(shapes) == sorted([*forward, *forward, (n, 256, width), (n, 44, width)])
