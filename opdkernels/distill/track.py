@@ -11,6 +11,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ def effective(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def here(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """What of `effective` weights lives on this process, on the CPU."""
-    return ((name, local_part(weight)[0].cpu()) for name, weight in effective(model))
+    """What of `effective` weights lives on this process."""
+    return ((name, local_part(weight)[0]) for name, weight in effective(model))
 
 
 def whole_mask(bits: torch.Tensor, weight: torch.Tensor) -> Mask:
@@ -68,28 +69,37 @@ class Copies:
 
     def __init__(self, path: Path, model: Any):
         """Those in the file, or, where there is none, of the weights as they are now."""
-        self.path, self.held = path, {}
-        layout, size = {}, 0
+        if not path.exists():
+            with writing(path) as write:
+                for _, weight in here(model):
+                    write(weight.cpu())
+        self.path, self.held, place = path, {}, 0
+        whole = np.memmap(path, np.uint8, "c")  # torch wants memory it could write to
         for name, weight in here(model):
-            layout[name] = (size, weight.dtype, weight.shape)
-            size += -(-weight.numel() * weight.element_size() // ALIGNED) * ALIGNED
-        if path.exists():
-            self.held = self._views(path, "r", layout, size)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.unlink(missing_ok=True)
-        copies = self._views(part, "w+", layout, size)
-        for name, weight in here(model):
-            copies[name].copy_(weight)
-        part.rename(path)
-        self.held = copies
+            stop = place + weight.numel() * weight.element_size()
+            self.held[name] = torch.from_numpy(whole[place:stop]).view(weight.dtype).view(weight.shape)
+            place = stop + padding(stop)
 
-    @staticmethod
-    def _views(path: Path, mode: Any, layout: dict[str, tuple[int, torch.dtype, torch.Size]], size: int) -> dict[str, torch.Tensor]:
-        whole = np.memmap(path, np.uint8, "c" if mode == "r" else mode, shape=(size,))  # torch wants memory it could write to
-        stop = lambda start, dtype, shape: start + math.prod(shape) * dtype.itemsize  # noqa: E731
-        return {name: torch.from_numpy(whole[place[0] : stop(*place)]).view(place[1]).view(place[2]) for name, place in layout.items()}
+
+def padding(size: int) -> int:
+    return -size % ALIGNED
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Takes weights, one after another, for a file of copies, which is whole or not there. (Written: pages that are new to a mapping
+    take several times as long.)"""
+    part = path.with_suffix(".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "wb") as file:
+
+        def write(weight: torch.Tensor) -> None:
+            data = weight.contiguous().view(-1).view(torch.uint8).numpy()
+            file.write(data)
+            file.write(bytes(padding(len(data))))
+
+        yield write
+    part.replace(path)
 
 
 class Tracker:
@@ -135,16 +145,19 @@ class Tracker:
         since_last, modules = Tally.empty(), defaultdict[str, Tally](Tally.empty)
         masks: dict[str, Mask] = {}
         ever = total = 0
-        for name, weight in effective(model):
-            local = local_part(weight)[0].cpu()
-            bits = torch.zeros((local.numel() + 7) // 8, dtype=torch.uint8)
-            delta(self.start.held[name], local, into=modules[place(name).module or "other"], mask=bits)
-            delta(self.last.held[name], local, into=since_last)
-            masks[name] = whole_mask(bits, weight)
-            own = masks[name].bits.numpy()
-            self.ever[name] = self.ever[name] | own if name in self.ever else own.copy()
-            total += masks[name].numel
-            ever += popcount(self.ever[name])
+        before, path = self.last.path, self._weights(f"mark-{step:06}")
+        with writing(path) as write:
+            for name, weight in effective(model):
+                local = local_part(weight)[0].cpu()
+                bits = torch.zeros((local.numel() + 7) // 8, dtype=torch.uint8)
+                delta(self.start.held[name], local, into=modules[place(name).module or "other"], mask=bits)
+                delta(self.last.held[name], local, into=since_last)
+                write(local)
+                masks[name] = whole_mask(bits, weight)
+                own = masks[name].bits.numpy()
+                self.ever[name] = self.ever[name] | own if name in self.ever else own.copy()
+                total += masks[name].numel
+                ever += popcount(self.ever[name])
         if self.ranks.first:
             MaskSet(masks).save(self.folder / "masks" / f"step-{step:06}.safetensors")
         merged = {name: reduce(Tally.merge, self.ranks.all(tally)) for name, tally in sorted(modules.items())}
@@ -157,8 +170,6 @@ class Tracker:
             "trained": self.trained / total if total else 0.0,
             **moments,
         }
-        before, path = self.last.path, self._weights(f"mark-{step:06}")
-        path.unlink(missing_ok=True)
         self.last = Copies(path, model)
         if before not in (self.start.path, self.resumable):
             before.unlink(missing_ok=True)
