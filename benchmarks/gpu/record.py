@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -14,6 +15,18 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- gpu -->", "<!-- /gpu -->"
 UNMEASURED = "Not yet measured on a GPU: `make gpu` does, and writes the table that belongs here."
 MARKS = {"passed": "yes", "failed": "**failed**", "unproved": "not shown", "not reached": "not reached"}
+
+
+KERNELS = {"Triton": ("opdkernels/backends/triton/{}.py",)} | dict.fromkeys(
+    ("CUDA library", "NVRTC"), ("csrc/{}.h", "csrc/cuda/{}.cu", "opdkernels/backends/cuda/{}.py")
+)  # the files of a family, by who serves
+CHANGED = "†"
+
+
+def sources_of(family: str, contender: str, root: Path = ROOT) -> str:
+    """A digest of the kernels that were timed; empty of eager PyTorch."""
+    files = [root / name.format(family) for name in KERNELS.get(contender, ())]
+    return hashlib.blake2b(b"".join(path.read_bytes() for path in files if path.exists()), digest_size=8).hexdigest() if files else ""
 
 
 def slug(name: str) -> str:
@@ -48,13 +61,16 @@ def timings_table(units: list[dict[str, Any]]) -> list[str]:
     rows = [row for unit in units for row in unit.get("rows", []) if "subject" in row]
     eager = {row["subject"]: row["median_s"] for row in rows if row["contender"] == "eager PyTorch"}
     lines = ["| what | by | median | rate | share of the limit | times eager | extra memory |", "|---|---|---:|---:|---:|---:|---:|"]
-    order = list(dict.fromkeys(row["subject"] for row in rows))
+    order, marked = list(dict.fromkeys(row["subject"] for row in rows)), False
     for row in sorted(rows, key=lambda row: order.index(row["subject"])):
         rate = f"{row['bytes_per_s'] / 1e9:.4g} GB/s" if "bytes_per_s" in row else f"{row['flops_per_s'] / 1e12:.3g} TFLOP/s"
         times = f"{eager[row['subject']] / row['median_s']:.3g}" if row["subject"] in eager else ""
         memory = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:,.0f} MB"
-        lines.append(f"| {row['subject']} | {row['contender']} | {1000 * row['median_s']:.4g} ms | {rate} | {100 * row['share_of_limit']:.0f} % | {times} | {memory} |")
+        mark = CHANGED if row["sources"] != sources_of(row["family"], row["contender"]) else ""
+        marked = marked or bool(mark)
+        lines.append(f"| {row['subject']} | {row['contender']}{mark} | {1000 * row['median_s']:.4g} ms | {rate} | {100 * row['share_of_limit']:.0f} % | {times} | {memory} |")
     late = [f"{unit['subject']} ({unit['name']})" for unit in units if unit["group"] == "time" and unit["status"] == "not reached"]
+    lines += [f"\n{CHANGED} The kernels have changed since; the figures are of those that were there."] if marked else []
     return (lines if rows else []) + ([f"\nNot reached in time: {', '.join(late)}."] if late else [])
 
 

@@ -18,6 +18,7 @@ from benchmarks.gpu import families
 from benchmarks.gpu.backends import Backend
 from benchmarks.gpu.checks import on_gpu
 from benchmarks.gpu.families import BF16, BINS, FP32, FP64, Kernel, Place
+from benchmarks.gpu.record import sources_of
 from opdkernels.ops import gram, patch, step, tiles
 from opdkernels.ops.delta import THRESHOLDS, pattern
 from opdkernels.ops.divergence import Divergence, divergence
@@ -328,7 +329,7 @@ def row(subject: Subject, contender: str, call: Callable[[], Any], device: torch
     took = seconds(call, device)
     rate = timed.work / took
     return {
-        "subject": subject.name, "contender": contender, "median_s": took, subject.unit: rate, "share_of_limit": rate / limits[subject.limit],
+        "subject": subject.name, "family": subject.family, "contender": contender, "sources": sources_of(subject.family, contender), "median_s": took, subject.unit: rate, "share_of_limit": rate / limits[subject.limit],
         "extra_bytes": peak_bytes(call, device),
     }  # fmt: skip
 
