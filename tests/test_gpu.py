@@ -401,4 +401,14 @@ def test_a_build_that_fails_is_said_and_goes_on(monkeypatch):
 
 
 def test_readme_quotes_every_gpu_measured_or_says_that_none_is():
-    assert record.show() == record.README.read_text()
+    assert record.show() == record.README.read_text(), "run python3 -m benchmarks.gpu.record: kernels or results have changed"
+
+
+def test_a_figure_of_kernels_that_have_changed_since_is_marked():
+    row = {"subject": "a pass", "family": "delta", "median_s": 1e-3, "bytes_per_s": 1e9, "share_of_limit": 0.5, "extra_bytes": None}
+    of = lambda sources: {"group": "time", "name": "backends", "subject": "a pass", "status": "passed", "rows": [{**row, "contender": "Triton", "sources": sources}]}  # noqa: E731
+    same, other = ("\n".join(record.timings_table([of(sources)])) for sources in (record.sources_of("delta", "Triton"), "0"))
+    assert record.CHANGED not in same
+    assert f"| Triton{record.CHANGED} |" in other
+    assert "have changed since" in other
+    assert record.sources_of("delta", "Triton") != record.sources_of("delta", "NVRTC") != record.sources_of("delta", "eager PyTorch") == ""
