@@ -83,6 +83,23 @@ def opened(out: str | os.PathLike[str] | None, run: dict[str, Any], overwrite: b
         yield None
         run |= {"status": "complete", "seconds": round(time.monotonic() - began, 3)}
         return
+    with locked(out) as folder:
+        claim(folder, run, overwrite)
+        try:
+            yield folder
+        except InputError:
+            write_json(folder / "run.json", run | {"status": "failed", "seconds": round(time.monotonic() - began, 3)})
+            raise
+        run |= {"status": "complete", "seconds": round(time.monotonic() - began, 3)}
+        write_json(folder / "run.json", run)
+
+
+@contextlib.contextmanager
+def locked(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder, made where there is none, that no other process may lock for a while.
+
+    Raises InputError where another process has locked it, or it cannot be written to, UsageError where it has no name.
+    """
     if not os.fspath(out):
         raise UsageError("the output folder has no name; give one to -o")
     folder = Path(out)
@@ -102,14 +119,7 @@ def opened(out: str | os.PathLike[str] | None, run: dict[str, Any], overwrite: b
                 raise InputError(f"another process is writing to {named}; wait for it, or choose another folder") from None
             except OSError:  # a file system without locks
                 pass
-        claim(folder, run, overwrite)
-        try:
-            yield folder
-        except InputError:
-            write_json(folder / "run.json", run | {"status": "failed", "seconds": round(time.monotonic() - began, 3)})
-            raise
-        run |= {"status": "complete", "seconds": round(time.monotonic() - began, 3)}
-        write_json(folder / "run.json", run)
+        yield folder
     finally:
         os.close(lock)
 
@@ -149,11 +159,15 @@ def keep_apart(folder: Path, run: dict[str, Any]) -> None:
 def clear(folder: Path) -> None:
     """Removes what runs write, from the folder of one; whatever else lies there stays."""
     for name in OWN_FILES:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        remove(folder / name)
+
+
+def remove(path: Path) -> None:
+    """Removes a folder with all in it, a file or a link, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
