@@ -7,10 +7,12 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,20 @@ class Ranks:
             return [held]
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, held)
+        return found
+
+    def told(self, find: Callable[[], T]) -> T:
+        """What the first process finds, on every one; what it raises is raised on every one, so that none waits for it."""
+        found: Any = None
+        error: Exception | None = None
+        if self.first:
+            try:
+                found = find()
+            except Exception as raised:
+                error = raised
+        found, error = self.all((found, error))[0]
+        if error is not None:
+            raise error
         return found
 
     def wait(self) -> None:
