@@ -42,7 +42,7 @@ from opdkernels.distill.optimizers import WholeNorm, optimizer_of, rate, with_lo
 from opdkernels.distill.options import SELF, DistillOptions
 from opdkernels.distill.ranks import Ranks, bind
 from opdkernels.distill.rollout import Prompts, Rollout, encode, recorded, sample
-from opdkernels.distill.saving import load_state, newest, open_folder, save
+from opdkernels.distill.saving import begin, load_state, open_folder, save
 from opdkernels.distill.tasks import Entry, Task, open_task
 from opdkernels.distill.teachers import ModelTeacher, Teacher, scored, teachers_of
 from opdkernels.distill.track import Tracker, moments_of, read_rows, trained_by
@@ -106,11 +106,20 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
     ranks = Ranks.join(device)
     refuse_processes(options, ranks)
     task = task_of(options)
-    folder = open_folder(out, options, ranks)
-    found = newest(folder)
-    if found and found[0] > options.steps:
-        raise UsageError(f"{printable(os.fspath(folder))} has taken {found[0]} steps and steps is {options.steps}; give as many, or overwrite it")
-    model = load_model(os.fspath(found[1]) if found and not options.lora_rank else options.student, options.dtype, device)
+    with open_folder(out, options, ranks) as (folder, found):
+        run = loaded(options, task, found[1] if found else None, device, ranks)
+        step = resume(run, found[1]) if found else 0
+        if not found:  # all that is given can be used: now something may be written
+            ranks.told(lambda: begin(folder, options))
+        outcome = take_steps(run, folder, step, quiet)
+    del run
+    gc.collect()  # the model and what was bound to it hold each other
+    return outcome
+
+
+def loaded(options: DistillOptions, task: Task, checkpoint: Path | None, device: torch.device, ranks: Ranks) -> Run:
+    """All that a run needs, with the weights of a checkpoint where it goes on from one."""
+    model = load_model(os.fspath(checkpoint) if checkpoint and not options.lora_rank else options.student, options.dtype, device)
     text = load_text(options.student)
     if options.lora_rank:
         torch.manual_seed(options.seed)
@@ -123,14 +132,18 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
     compact_gradients(model, optimizer)
     teachers = teachers_of(options, model, optimizer, text, device)
     scorers = [teacher.model for teacher in teachers.values()]
-    run = Run(**player(options, task, text, model, scorers, ranks), optimizer=optimizer, teachers=teachers, device=device, clock=Clock(device), whole=whole)
-    step = resume(run, found[1]) if found else 0
+    return Run(**player(options, task, text, model, scorers, ranks), optimizer=optimizer, teachers=teachers, device=device, clock=Clock(device), whole=whole)
+
+
+def take_steps(run: Run, folder: Path, step: int, quiet: bool) -> Outcome:
+    """Takes a run from a step to its end, or to a signal, with what is logged, marked and saved on the way."""
+    options, model, text, ranks, device = run.options, run.model, run.text, run.ranks, run.device
     log = Log(folder, step, options.steps, options.tensorboard, quiet, ranks)
     tracker = None
     if options.track_every and (step < options.steps or any((folder / "weights").glob("*.bin"))):
         place = device if ranks.size > 1 else torch.device("cpu")
-        tracker = Tracker(folder, model, step, lambda: bind(load_model(os.fspath(folder / "checkpoint-0"), options.dtype, place), ranks, {}), trained_by(optimizer, ranks, device), ranks)
-    if not found:
+        tracker = Tracker(folder, model, step, lambda: bind(load_model(os.fspath(folder / "checkpoint-0"), options.dtype, place), ranks, {}), trained_by(run.optimizer, ranks, device), ranks)
+    if not step:
         save(folder, 0, model, text, None, ranks)
         if options.eval_size:
             log.row({"step": 0, **evaluate(run)})
@@ -158,8 +171,6 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
                 save(folder, step, model, text, state_of(run, step), ranks)
                 if tracker:
                     tracker.saved()
-    del run
-    gc.collect()  # the model and what was bound to it hold each other
     marks = tracker.finish() if tracker and step == options.steps else read_rows(folder / "track.jsonl")
     return Outcome(folder, step, options.steps, stop[0] if stop else 0, log.accuracies(), marks, ranks.first)
 

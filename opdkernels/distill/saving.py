@@ -17,15 +17,21 @@ from typing import Any
 
 import torch
 
-from opdkernels.analysis.records import write_json
+from opdkernels.analysis.folder import locked, remove
+from opdkernels.analysis.records import sync, write_json
 from opdkernels.distill.models import Text
-from opdkernels.distill.options import DistillOptions
+from opdkernels.distill.options import SELF, DistillOptions
 from opdkernels.distill.ranks import Ranks, full_state
-from opdkernels.distill.track import effective
+from opdkernels.distill.track import effective, read_rows, step_of_mask
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.version import __version__
 
+ABOUT = "run.json"
 STATE = "training.pt"
+OWN_FILES = ("checkpoint-[0-9]*", ".checkpoint-[0-9]*.part", "made-of-[0-9]*", "masks", "weights", "tensorboard",
+             *(f"{name}.{kind}" for name in ("log", "scores", "track") for kind in ("jsonl", "part")))  # fmt: skip
+OF_MODELS = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}  # of a checkpoint's folder; a run's own state comes and goes
+SMALL_BYTES = 1 << 24
 FREE = {"steps", "save_every", "eval_every", "tensorboard", "threads", "overwrite"}  # may change when a run goes on
 
 
@@ -48,33 +54,97 @@ def content_of(path: Path) -> str:
     return found.hexdigest()
 
 
-def open_folder(out: str | os.PathLike[str], options: DistillOptions, ranks: Ranks) -> Path:
-    """The folder of a run, new or to go on in. Raises UsageError where another run is in it."""
-    folder = Path(out)
-    if not ranks.first:
-        ranks.wait()
-        return folder
-    make_folder(folder, options)
-    ranks.wait()
-    return folder
+@contextlib.contextmanager
+def open_folder(out: str | os.PathLike[str], options: DistillOptions, ranks: Ranks) -> Iterator[tuple[Path, tuple[int, Path] | None]]:
+    """The folder of a run, locked for a while, and the checkpoint that the run goes on from, if any; nothing in it changes before
+    `begin`. Raises InputError where another process writes to it, UsageError where another run is in it."""
+    with contextlib.ExitStack() as held:
+        yield ranks.told(lambda: standing(held.enter_context(locked(out)), options))
 
 
-def make_folder(folder: Path, options: DistillOptions) -> None:
-    about = folder / "run.json"
-    if about.exists():
-        try:
-            before = json.loads(about.read_text())
-        except ValueError:
-            before = {}
-        if before.get("command") == "distill" and before.get("identity") == identity(options):
-            return
-        if not options.overwrite:
-            raise UsageError(f"{printable(os.fspath(folder))} holds another run; choose another folder, or --overwrite it")
-        shutil.rmtree(folder)
-    elif folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{printable(os.fspath(folder))} is not empty and holds no run of distill; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(about, {"command": "distill", "version": __version__, "identity": identity(options), "options": options.model_dump(mode="json")})
+def standing(folder: Path, options: DistillOptions) -> tuple[Path, tuple[int, Path] | None]:
+    """A folder and the checkpoint that a run with these options goes on from there; None where it begins, and may clear the folder."""
+    named, about = printable(os.fspath(folder)), folder / ABOUT
+    if not about.exists():
+        if any(not path.name.startswith(f".{ABOUT}.") for path in folder.iterdir()):  # but for what a run that was killed at once left
+            raise UsageError(f"{named} is not empty and holds no run of distill; choose another folder")
+        return folder, None
+    before, found = read_about(about), newest(folder)
+    if before.get("command") != "distill":
+        raise UsageError(f"{named} has a {ABOUT} that is not of distill, which replaces its own runs alone; choose another folder")
+    other = refusal(folder, options, before)
+    if other is not None and not options.overwrite and begun(folder):
+        raise other
+    if found and other is None and not (options.overwrite and lacks(folder, found[0], options.save_every)):
+        return folder, found
+    keep_apart(folder, options)
+    return folder, None
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What a folder says of its run; nothing where that cannot be read."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def refusal(folder: Path, options: DistillOptions, before: dict[str, Any]) -> Exception | None:
+    """Why a run with these options cannot go on from the one in a folder, if it cannot."""
+    named, found = printable(os.fspath(folder)), newest(folder)
+    if before.get("identity") != identity(options):
+        return UsageError(f"{named} holds another run; choose another folder, or --overwrite it")
+    known = before.get("models", {})  # a run of earlier date did not look at them
+    for place, files in models_of(options).items():
+        other = next((name for name in sorted({*known.get(place, files), *files}) if known.get(place, files).get(name) != files.get(name)), None)
+        if other is not None:
+            return InputError(f"{printable(other)} in {printable(place)} is not what it was when the run in {named} began; put it back, choose another folder, or --overwrite the run")
+    if found and found[0] > options.steps:
+        return UsageError(f"{named} has taken {found[0]} steps and steps is {options.steps}; give as many, or overwrite it")
+    return None
+
+
+def models_of(options: DistillOptions) -> dict[str, dict[str, Any]]:
+    """What tells one state of the models' folders from another, by place and file: the content of small files, size and time of large
+    ones, which are not read for it."""
+    found: dict[str, dict[str, Any]] = {}
+    for place in (options.student, *options.teachers.values()):
+        if place != SELF and Path(place).is_dir():
+            files = sorted(path for path in Path(place).iterdir() if path.suffix in OF_MODELS and path.is_file())
+            sizes = {path: path.stat().st_size for path in files}
+            found[place] = {path.name: content_of(path) if sizes[path] <= SMALL_BYTES else [sizes[path], path.stat().st_mtime_ns] for path in files}
+    return found
+
+
+def begun(folder: Path) -> bool:
+    """Whether the run in a folder has taken a step: until then nothing is lost with it."""
+    return newest(folder) is not None or any(row["step"] for row in read_rows(folder / "log.jsonl"))
+
+
+def lacks(folder: Path, step: int, save_every: int) -> bool:
+    """Whether a run up to a step has not all the checkpoints that it is asked for."""
+    return bool(save_every) and not all((folder / f"checkpoint-{one}").exists() for one in range(save_every, step + 1, save_every))
+
+
+def keep_apart(folder: Path, options: DistillOptions) -> None:
+    """Raises UsageError where what a run reads lies in the folder that it would clear."""
+    own = os.path.realpath(folder)
+    given = [("student", options.student), *(("teacher", place) for place in options.teachers.values() if place != SELF),
+             *((name, getattr(options, name)) for name in ("prompts", "held_out", "masks", "subspace"))]  # fmt: skip
+    for name, place in given:
+        if place and os.path.exists(place) and (os.path.realpath(place) + os.sep).startswith(own + os.sep):
+            raise UsageError(f"the {name} {printable(place)} lies in {printable(os.fspath(folder))}, which the run would clear; choose another folder")
+
+
+def begin(folder: Path, options: DistillOptions) -> None:
+    """Makes a folder that of a new run. Until all that another left is gone it says that it is of no run in particular."""
+    about = {"command": "distill", "version": __version__}
+    write_json(folder / ABOUT, about)
+    for pattern in OWN_FILES:
+        for path in list(folder.glob(pattern)):
+            remove(path)
+    write_json(folder / ABOUT, {**about, "identity": identity(options), "models": models_of(options), "options": options.model_dump(mode="json")})
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -91,27 +161,32 @@ def newest(folder: Path) -> tuple[int, Path] | None:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A folder to write in that takes its place when all is written, and is gone where that fails."""
+    """A folder to write in that takes its place when all is written and on the disk, and is gone where that fails."""
     part = partial(path)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         yield part
+        for one in (*part.rglob("*"), part):
+            sync(one)
         shutil.rmtree(path, ignore_errors=True)
         part.rename(path)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
 
 
 def save(folder: Path, step: int, model: Any, text: Text, state: dict[str, Any] | None, ranks: Ranks) -> None:
-    """Writes a checkpoint; states of earlier ones, which no run needs now, are let go. With LoRA the factors are beside the merged
-    weights. Every process must call this; each keeps its own part of the state."""
+    """Writes a checkpoint; states of earlier ones, which no run needs once this and what was logged and marked are on the disk, are let
+    go. With LoRA the factors are beside the merged weights. Every process must call this; each keeps its own part of the state."""
+    sync_marks(folder, ranks)
     place, whole = folder / f"checkpoint-{step}", full_state(model, ranks)
     if not ranks.first:
         ranks.wait()
         if state is not None:
             torch.save(state, partial(place) / state_name(ranks))
+            sync(partial(place) / state_name(ranks))
         ranks.wait()
         return
     with written(place) as part:
@@ -128,6 +203,18 @@ def save(folder: Path, step: int, model: Any, text: Text, state: dict[str, Any] 
         if other != step and state is not None:
             for old in path.glob("training*.pt"):
                 old.unlink()
+
+
+def sync_marks(folder: Path, ranks: Ranks) -> None:
+    """Has the disk hold what this process logged and marked since the last checkpoint."""
+    before = max((one for one, _ in checkpoints(folder)), default=0)
+    written = [*folder.glob(f"weights/*-{ranks.rank}.bin"), folder / "weights"]
+    if ranks.first:
+        masks = [path for path in (folder / "masks").glob("step-*.safetensors") if step_of_mask(path) > before]
+        written += [*folder.glob("*.jsonl"), *masks, folder / "masks"]
+    for path in written:
+        if path.exists():
+            sync(path)
 
 
 def partial(place: Path) -> Path:
