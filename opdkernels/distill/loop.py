@@ -43,8 +43,8 @@ from opdkernels.distill.options import SELF, DistillOptions
 from opdkernels.distill.ranks import Ranks, bind
 from opdkernels.distill.rollout import Prompts, Rollout, encode, recorded, sample
 from opdkernels.distill.saving import begin, load_state, open_folder, save
-from opdkernels.distill.tasks import Entry, Task, open_task
-from opdkernels.distill.teachers import ModelTeacher, Teacher, scored, teachers_of
+from opdkernels.distill.tasks import Entry, Task, open_task, refuse_answers, refuse_images, refuse_prompts
+from opdkernels.distill.teachers import Teacher, scored, teachers_of
 from opdkernels.distill.track import Tracker, moments_of, read_rows, trained_by
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.optim import compact_gradients
@@ -106,6 +106,7 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
     ranks = Ranks.join(device)
     refuse_processes(options, ranks)
     task = task_of(options)
+    refuse_prompts(options, task)
     with open_folder(out, options, ranks) as (folder, found):
         run = loaded(options, task, found[1] if found else None, device, ranks)
         step = resume(run, found[1]) if found else 0
@@ -185,11 +186,14 @@ def prepared(options: DistillOptions) -> torch.device:
 
 def task_of(options: DistillOptions) -> Task:
     task = open_task(options.prompts, options.held_out, options.seed, options.reward)
-    found = len(task.held_out(options.eval_size))
+    held_out = task.held_out(options.eval_size)
+    found = len(held_out)
     if options.eval_size and not found:
         raise UsageError("eval_size is not 0 and there are no held-out prompts; name a file of them as held_out, or set eval_size=0")
     if found < options.eval_size:
         raise UsageError(f"eval_size is {options.eval_size} and there are {found} held-out prompts; set eval_size={found}")
+    refuse_images(held_out)
+    refuse_answers(held_out, task.reward)
     return task
 
 
@@ -271,11 +275,9 @@ def completions(run: Run, entries: list[Entry], step: int) -> tuple[Rollout, dic
     facts: dict[str, float] = {"prompts_cut": prompts.cut}
     if own:
         return sampled(run, run.model, prompts, options.sampling_temperature, own), facts
-    if all(entry.completion is not None for entry in prompts.entries):
+    if prompts.entries[0].completion is not None:  # as of all
         return recorded(run.text, prompts, most=options.max_new_tokens, ends=run.ends, device=run.device), facts
-    teacher = next(iter(run.teachers.values())) if len(run.teachers) == 1 else None
-    if not isinstance(teacher, ModelTeacher):
-        raise InputError("a step that is not on-policy needs `completion` in every prompt, or one teacher that is a model of its own")
+    teacher = next(iter(run.teachers.values()))
     return sampled(run, teacher.model, prompts, options.sampling_temperature, own), facts
 
 
@@ -288,10 +290,7 @@ def parts(run: Run, rollout: Rollout) -> Iterator[tuple[Teacher | None, list[int
     """Rows to score at once, each part with the teacher that its prompts' tag names."""
     by_teacher: defaultdict[str, list[int]] = defaultdict(list)
     for i, entry in enumerate(rollout.entries):
-        tag = entry.tag if entry.tag in run.teachers else ""
-        if run.teachers and tag not in run.teachers:
-            raise InputError(f"a prompt has the tag {printable(entry.tag)!r} and no teacher has it; the teachers are {', '.join(map(printable, run.teachers))}")
-        by_teacher[tag].append(i)
+        by_teacher[entry.tag if entry.tag in run.teachers else ""].append(i)
     for tag, rows in by_teacher.items():
         size = run.options.micro_batch or len(rows)
         for first in range(0, len(rows), size):

@@ -11,16 +11,21 @@ import json
 import math
 import os
 import random
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from opdkernels.distill.options import SELF, DistillOptions
 from opdkernels.errors import InputError, UsageError, printable
 
 Score = Callable[[Any, str | None, str], float]
 SHOTS = "12+13+20=45\n41+29+11=81\n"
+LARGEST = torch.finfo(torch.float32).max
 PAIRS, TRAINED_PAIRS = 10_000, 8_000  # of two-digit numbers, 00 to 99
 
 
@@ -51,14 +56,18 @@ class Task(ABC):
     def held_out(self, n: int) -> list[Entry]:
         """The first n prompts that training does not see, or as many as there are."""
 
+    def examples(self) -> list[Entry]:
+        """Training prompts that say what all are like: those of a file, or the first that is drawn."""
+        return [self.entry(0)]
+
     def score(self, entry: Entry, completion: str) -> float:
         """What a completion is worth, 0 to 1 of the tasks here. Raises InputError where the reward itself fails."""
         try:
             value = float(self._score(entry.prompt, entry.answer, completion))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(f"the reward {self.reward} failed on {printable(str(entry.prompt))[:80]} ({type(error).__name__}: {printable(str(error))[:200]}); mend it, and run the same command again") from None
-        if not math.isfinite(value):
-            raise InputError(f"the reward {self.reward} gave {value} on {printable(str(entry.prompt))[:80]}; it must be a finite number")
+        if not abs(value) <= LARGEST:
+            raise InputError(f"the reward {self.reward} gave {value} on {printable(str(entry.prompt))[:80]}; it must be a finite number, and one of fp32")
         return value
 
 
@@ -76,6 +85,9 @@ class Lines(Task):
 
     def held_out(self, n: int) -> list[Entry]:
         return self.others[:n]
+
+    def examples(self) -> list[Entry]:
+        return self.entries
 
 
 class Addition(Task):
@@ -167,7 +179,7 @@ def read_lines(path: str) -> list[Entry]:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{named} does not exist; give JSON lines, or a task: addition, sums, reasoning_gym:NAME") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no text, or a path with a NUL
         raise InputError(f"{named} cannot be read as JSON lines ({printable(str(error))})") from None
     found = [parse(line, f"{named} line {number}", Path(path).parent) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not found:
@@ -178,8 +190,11 @@ def read_lines(path: str) -> list[Entry]:
 def parse(line: str, place: str, folder: Path) -> Entry:
     try:
         given = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place} is not JSON ({error.msg})") from None
+        json.dumps(given, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{place} has half of a surrogate pair, {printable(error.object[error.start])}, which is no text") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} is not JSON ({printable(str(error))})") from None
     prompt = given.get("prompt") if isinstance(given, dict) else None
     if not (isinstance(prompt, str) and prompt) and not (isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt)):
         raise InputError(f"{place} has no prompt; it takes a text, or messages with role and content")
@@ -192,6 +207,43 @@ def parse(line: str, place: str, folder: Path) -> Entry:
         raise InputError(f"{place} has images that are no list of files")
     places = tuple(os.fspath(folder / image) for image in images)
     return Entry(prompt, texts["answer"], texts["tag"] or "", texts["privileged"], places, texts["completion"])
+
+
+def refuse_prompts(options: DistillOptions, task: Task) -> None:
+    """Raises InputError for training prompts that would end a run on its way, or be answered now from here, now from there."""
+    entries, teachers = task.examples(), options.teachers
+    for entry in entries:
+        if teachers and not teachers.keys() & {entry.tag, ""}:
+            raise InputError(f"{called(entry)} has the tag {printable(entry.tag)!r} and no teacher has it; the teachers are {', '.join(map(printable, teachers))}")
+    if options.on_policy < 1:
+        lacking = [entry for entry in entries if entry.completion is None]
+        if lacking and len(lacking) < len(entries):
+            raise InputError(f"{called(lacking[0])} has no `completion` and others have one; give every prompt one, or none")
+        if lacking and (len(teachers) != 1 or SELF in teachers.values()):
+            raise InputError("a step that is not on-policy needs `completion` in every prompt, or one teacher that is a model of its own")
+    refuse_images(entries)
+    if options.reward_weight:
+        refuse_answers(entries, task.reward)
+
+
+def refuse_images(entries: Sequence[Entry]) -> None:
+    """Raises InputError for an image that is not there."""
+    for place in dict.fromkeys(place for entry in entries for place in entry.images):
+        if not os.path.isfile(place):
+            raise InputError(f"an image of a prompt cannot be read ({printable(place)} is no file)")
+
+
+def refuse_answers(entries: Sequence[Entry], reward: str) -> None:
+    """Raises InputError for a prompt that `exact` cannot find answered."""
+    for entry in entries if reward == "exact" else ():
+        if entry.answer is None:
+            raise InputError(f"{called(entry)} has no `answer`, which the reward exact compares with; give it one, or another reward")
+        if "\n" in entry.answer.strip():
+            raise InputError(f"{called(entry)} has an `answer` of several lines, and the reward exact looks at one line; give one, or another reward")
+
+
+def called(entry: Entry) -> str:
+    return f"the prompt {printable(str(entry.prompt))[:80]!r}"
 
 
 def permuted(place: int, n: int, key: str) -> int:
@@ -228,10 +280,18 @@ def scorer(name: str) -> Score:
     if name == "exact":
         return exact
     module, _, function = name.partition(":")
+    if not all(module.split(".")):
+        raise UsageError(f"there is no reward {printable(name)}; it is exact or package.module:function")
+    here = os.getcwd()
+    sys.path.insert(0, here)  # which an installed command does not look into
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError) as error:
         raise UsageError(f"there is no reward {printable(name)} ({printable(str(error))}); it is exact or package.module:function") from None
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"the reward {printable(name)} cannot be imported ({type(error).__name__}: {printable(str(error))[:200]}); mend {printable(module)}, and run the same command again") from None
+    finally:
+        sys.path.remove(here)
     if not callable(found):
         raise UsageError(f"the reward {printable(name)} is not a function")
     return found
@@ -245,4 +305,4 @@ def exact(prompt: Any, answer: str | None, completion: str) -> float:
     """
     if answer is None:
         raise ValueError("the prompt has no answer")
-    return float(completion.strip().partition("\n")[0].strip() == answer)
+    return float(completion.strip().partition("\n")[0].strip() == answer.strip())

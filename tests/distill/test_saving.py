@@ -94,13 +94,13 @@ def test_parents_of_a_folder_are_made_and_what_cannot_be_is_named(options, tmp_p
 # What is replaced
 
 
-@pytest.mark.parametrize("wrong", ["student", "teacher", "masks", "prompts"])
+@pytest.mark.parametrize("wrong", ["student", "teacher", "masks", "tag", "prompts"])
 def test_input_that_cannot_be_used_writes_nothing_and_the_corrected_command_runs(options, tmp_path, wrong):
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "tag": "b"}')
     given = {"tag": {"prompts": str(tmp_path / "p.jsonl"), "teacher": f"a={options().teacher}"}}.get(wrong, {wrong: str(tmp_path / "none")})
     with pytest.raises(InputError):
         distill(options(**given), tmp_path / "run")
-    assert not everything(tmp_path / "run")
+    assert not list(tmp_path.glob("run/*"))
     assert distill(options(steps=1), tmp_path / "run").step == 1
 
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
-from opdkernels.distill.tasks import Addition, open_task, permuted, scorer
+from opdkernels.distill.loop import task_of
+from opdkernels.distill.options import options_from
+from opdkernels.distill.tasks import Addition, exact, open_task, permuted, refuse_prompts, scorer
 from opdkernels.errors import InputError, UsageError
 
 
@@ -45,6 +48,10 @@ def test_every_pass_over_lines_takes_each_once_in_another_order(tmp_path):
         ('{"prompt": ["a"]}', "line 2 has no prompt"),
         ('{"prompt": "a", "answer": 3}', "line 2 has answer of int"),
         ('{"prompt": "a", "images": "x.png"}', "images that are no list"),
+        ('{"prompt": "\\ud800"}', r"line 2 has half of a surrogate pair, \\ud800"),
+        ('{"prompt": [{"role": "user", "content": "a\\udc00"}]}', "line 2 has half of a surrogate pair"),
+        ("[" * 100_000, "line 2 is not JSON"),
+        ('{"prompt": "a", "answer": ' + "1" * 5000 + "}", "line 2 is not JSON"),
     ],
 )
 def test_bad_lines_are_named_by_number(tmp_path, line, says):
@@ -62,12 +69,40 @@ def test_files_that_hold_nothing_are_named(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="cannot be read as JSON lines"):
         open_task(str(tmp_path / "b.jsonl"))
+    with pytest.raises(InputError, match=r"a\\x00b cannot be read as JSON lines"):
+        open_task("a\0b")
 
 
-@pytest.mark.parametrize("name", ["nothing", "no.such.module:f", "math:nothing", "math:pi"])
+@pytest.mark.parametrize("name", ["nothing", "no.such.module:f", "math:nothing", "math:pi", ".:f", ":f", "a..b:f", ""])
 def test_rewards_that_do_not_exist_are_refused(name):
     with pytest.raises(UsageError, match="reward"):
         scorer(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("def f(:", "SyntaxError"), ("x = y", "NameError: name 'y' is not defined"), ("import sys\nsys.exit(3)", "SystemExit: 3"), ("1 / 0", "ZeroDivisionError"), ("import no_such_module", "No module named 'no_such_module'")],
+)
+def test_rewards_that_cannot_be_imported_are_named(tmp_path, monkeypatch, text, says):
+    (tmp_path / "broken_reward.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"reward broken_reward:f .*{says}"):
+        scorer("broken_reward:f")
+
+
+def test_a_reward_in_the_working_directory_is_found(tmp_path, monkeypatch):
+    (tmp_path / "reward_here.py").write_text("from helper_here import f")
+    (tmp_path / "helper_here.py").write_text("f = lambda prompt, answer, completion: 0.5")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    before = list(sys.path)
+    assert scorer("reward_here:f")("", "", "") == 0.5
+    assert sys.path == before
+
+
+@pytest.mark.parametrize("answer", ["45", " 45", "45\n", "\t45 \r\n"])
+def test_space_around_an_answer_is_no_part_of_it(answer):
+    assert [exact("x", answer, text) for text in ("45", " 45 \n7+8=15", answer, "4 5", "450")] == [1, 1, 1, 0, 0]
 
 
 def test_what_a_task_would_ignore_is_refused():
@@ -86,6 +121,69 @@ def test_a_reward_that_is_no_number_is_refused(tmp_path):
     task = open_task("addition", reward="math:exp")
     with pytest.raises(InputError, match="the reward math:exp failed"):
         task.score(task.entry(0), "1")
-    task._score = lambda prompt, answer, text: float("nan")
-    with pytest.raises(InputError, match="gave nan"):
+    for value in ("nan", "-inf", "1e+39", "-1e+300"):
+        task._score = lambda prompt, answer, text, value=value: float(value)
+        with pytest.raises(InputError, match=f"gave {value}".replace("+", r"\+")):
+            task.score(task.entry(0), "1")
+    task._score = lambda prompt, answer, text: -3.4e38
+    assert task.score(task.entry(0), "1") == -3.4e38
+
+
+def test_a_reward_that_leaves_the_process_is_named():
+    task = open_task("addition")
+    task._score = lambda prompt, answer, text: sys.exit(3)
+    with pytest.raises(InputError, match="the reward exact failed on .*SystemExit: 3"):
         task.score(task.entry(0), "1")
+
+
+OWN_SAMPLES = {"teacher": "t"}
+OTHERS = {"teacher": "t", "on_policy": 0.5}
+REWARDED = {"kl_weight": 0, "reward_weight": 1, "samples": 2}
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "says"),
+    [
+        ({"teacher": "a=x,b=y"}, [{}, {"tag": "a"}], "'1=' has the tag '' and no teacher has it; the teachers are a, b"),
+        ({"teacher": "a=x"}, [{"tag": "a"}, {"tag": "c"}], "'2=' has the tag 'c' and no teacher has it"),
+        (OTHERS, [{"completion": "3"}, {}], "'2=' has no `completion` and others have one"),
+        ({**OTHERS, "teacher": "self"}, [{}, {}], "or one teacher that is a model of its own"),
+        ({**OTHERS, "teacher": "a=x,b=y"}, [{"tag": "a"}, {"tag": "b"}], "or one teacher that is a model of its own"),
+        (OWN_SAMPLES, [{}, {"images": ["gone.png"]}], r"an image of a prompt cannot be read \(.*gone\.png is no file\)"),
+        (REWARDED, [{"answer": "1"}, {}], "'2=' has no `answer`, which the reward exact compares with"),
+        (REWARDED, [{"answer": "1"}, {"answer": "1\n2"}], "'2=' has an `answer` of several lines"),
+    ],
+)
+def test_prompts_that_would_end_a_run_on_its_way_are_refused_before_it(tmp_path, given, rows, says):
+    with pytest.raises(InputError, match=says):
+        refuse_prompts(*run_of(tmp_path, given, rows))
+
+
+@pytest.mark.parametrize(
+    ("given", "rows"),
+    [
+        ({"teacher": "a=x,b=y"}, [{"tag": "b"}, {"tag": "a"}]),
+        (OWN_SAMPLES, [{"tag": "c", "answer": "1\n2"}, {"completion": "3"}]),
+        (OTHERS, [{}, {}]),
+        ({**OTHERS, "teacher": "self"}, [{"completion": "3"}, {"completion": ""}]),
+        (REWARDED, [{"answer": "1\n"}, {"answer": ""}]),
+        ({**REWARDED, "reward": "math:dist"}, [{}, {"answer": "1\n2"}]),
+    ],
+)
+def test_prompts_that_a_run_can_use_are_taken(tmp_path, given, rows):
+    refuse_prompts(*run_of(tmp_path, given, rows))
+
+
+def run_of(folder, given, rows):
+    (folder / "p.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i}=", **row}) for i, row in enumerate(rows, 1)))
+    options = options_from(None, {"student": "s", "prompts": str(folder / "p.jsonl"), **given})
+    return options, open_task(options.prompts, reward=options.reward)
+
+
+@pytest.mark.parametrize(("row", "says"), [({}, "has no `answer`"), ({"answer": "1", "images": ["gone.png"]}, r"gone\.png is no file")])
+def test_held_out_prompts_are_looked_at_as_far_as_they_are_used(tmp_path, row, says):
+    (tmp_path / "h.jsonl").write_text("\n".join(json.dumps(one) for one in ({"prompt": "1=", "answer": "1"}, {"prompt": "2=", **row})))
+    given = {"student": "s", "teacher": "t", "prompts": str(tmp_path / "h.jsonl"), "held_out": str(tmp_path / "h.jsonl")}
+    task_of(options_from(None, {**given, "eval_size": 1}))
+    with pytest.raises(InputError, match=says):
+        task_of(options_from(None, {**given, "eval_size": 2}))
