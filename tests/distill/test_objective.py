@@ -54,15 +54,26 @@ def test_a_reward_is_the_policy_gradient(options):
 
 
 def test_a_divergence_is_that_of_whole_logits(options):
+    """Gradients are at most twice as far from fp64 as those through whole logits in fp32; a millionth where these are exact."""
     from opdkernels.distill.teachers import ModelTeacher
 
     student, teacher, part = model(0, initializer_range=0.2).eval(), model(1, 48, initializer_range=0.2).eval(), rollout()
     found = objective(student, part, ModelTeacher(teacher).score(part), None, 5, 15, options(kl_weight=3))
-    p, q = ((one(part.ids, attention_mask=part.attention.long()).logits[:, :-1][part.targets]).double().log_softmax(1) for one in (teacher, student))
-    expected = 3 * (q.exp() * (q - p.detach())).sum() / 5
-    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    same(gradients(student, found.loss), gradients(student, expected))
-    assert found.scores.reverse_kl.sum().item() * 3 / 5 == pytest.approx(expected.item(), rel=1e-4)
+    ours, losses, grads = gradients(student, found.loss), [], []
+    for dtype in (torch.float32, torch.float64):
+        p, q = ((one(part.ids, attention_mask=part.attention.long()).logits[:, :-1][part.targets]).log_softmax(1) for one in (teacher.to(dtype), student.to(dtype)))
+        losses.append(3 * (q.exp() * (q - p.detach())).sum() / 5)
+        grads.append(gradients(student, losses[-1]))
+    plain, best = grads
+    assert found.loss.item() == pytest.approx(losses[1].item(), rel=1e-4)
+    assert found.scores.reverse_kl.sum().item() * 3 / 5 == pytest.approx(losses[1].item(), rel=1e-4)
+    assert ours.keys() == best.keys()
+    for name, exact in best.items():
+        assert error(ours[name], exact) <= 2 * error(plain[name], exact) + 1e-6 * max(1, float(exact.norm()))
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found.double() - exact).norm())
 
 
 def test_recomputed_activations_give_the_same_gradients(options):
