@@ -70,7 +70,7 @@ class DistillOptions(BaseModel):
     # run
     steps: int = Field(100, ge=1, description="Steps in all.")
     seed: int = Field(0, ge=0, lt=1 << 63, description="Of prompts, coins and samples.")
-    save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: at the end alone.")
+    save_every: int = Field(0, ge=0, description="Steps between checkpoints; a run that was killed goes on from its last one. 0: at the end alone, and at SIGTERM or SIGINT; one that was killed otherwise begins anew.")
     track_every: int = Field(10, ge=0, description="Steps between looks at what changed in the weights; 0: never.")
     eval_every: int = Field(0, ge=0, description="Steps between greedy evaluations on held-out prompts; 0: before and after alone.")
     eval_size: int = Field(0, ge=0, description="Held-out prompts to evaluate on; 0: no evaluation.")
@@ -168,5 +168,7 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
             return tomllib.load(file)
     except FileNotFoundError:
         raise InputError(f"{printable(os.fspath(path))} does not exist; give a TOML file of options") from None
+    except OSError as error:
+        raise InputError(f"{printable(os.fspath(path))} cannot be read ({error.strerror}); give a TOML file of options") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{printable(os.fspath(path))} is not TOML ({printable(str(error))})") from None

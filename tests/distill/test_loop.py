@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from opdkernels.distill import loop
 from opdkernels.distill.loop import distill
+from opdkernels.distill.options import options_from
 from opdkernels.distill.track import read_rows
 from opdkernels.errors import InputError, UsageError
 
@@ -228,6 +229,11 @@ def test_fewer_steps_than_were_taken_are_refused(options, tmp_path):
         distill(options(steps=1), tmp_path / "run")
 
 
+def test_a_folder_in_place_of_a_configuration_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\); give a TOML file of options"):
+        options_from(tmp_path, {})
+
+
 def test_another_run_in_the_folder_is_refused(options, tmp_path):
     distill(options(steps=1), tmp_path)
     with pytest.raises(UsageError, match="holds another run"):
@@ -360,7 +366,6 @@ def test_a_subspace_of_layers_that_keep_their_weights_transposed(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from opdkernels.distill.optimizers import with_lora
-    from opdkernels.distill.options import options_from
 
     torch.manual_seed(0)
     own = GPT2LMHeadModel(GPT2Config(vocab_size=15, n_embd=32, n_layer=1, n_head=2, n_positions=64))
