@@ -14,19 +14,23 @@ from tests.distill.test_loop import digest, log
 
 
 def run(chosen, out, processes):
+    done = started(chosen, out, processes)
+    assert done.returncode == 0, done.stderr[:3000]
+
+
+def started(chosen, out, processes):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "opdkernels", "distill", "-o", str(out)]
     for name, value in chosen.model_dump().items():
         if value not in ("", None) and value != type(chosen).model_fields[name].default:
             command += [f"--{name.replace('_', '-')}", str(value)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[:3000]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"teacher": "self", "ema": 0.5, "lr": 0.5, "clip": 0, "sft_weight": 1.0}])
 def test_two_processes_train_as_one_does(options, tmp_path, more):
     """Recorded completions, so that what is learnt does not depend on who samples what: all but the order of sums is alike."""
-    chosen = {"prompts": recorded(tmp_path), "on_policy": 0, "dtype": "float32", "steps": 3, "lr": 1e-3, "optimizer": "sgd", "track_every": 1, "held_out": recorded(tmp_path), "eval_size": 3, "clip": 0.05, **more}
+    chosen = {"device": "cpu", "prompts": recorded(tmp_path), "on_policy": 0, "dtype": "float32", "steps": 3, "lr": 1e-3, "optimizer": "sgd", "track_every": 1, "held_out": recorded(tmp_path), "eval_size": 3, "clip": 0.05, **more}
     run(options(**chosen), tmp_path / "two", 2)
     distill(options(**chosen), tmp_path / "one")
     one, two = (load_file(tmp_path / name / "checkpoint-3" / "model.safetensors") for name in ("one", "two"))
@@ -48,12 +52,20 @@ def test_two_processes_train_as_one_does(options, tmp_path, more):
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"teacher": "self", "ema": 0.9}])
 def test_two_processes_go_on_from_where_they_were(options, places, tmp_path, more):
-    chosen = {"steps": 4, "save_every": 2, "track_every": 2, **more}
+    chosen = {"device": "cpu", "steps": 4, "save_every": 2, "track_every": 2, **more}
     run(options(**{**chosen, "steps": 2}), tmp_path / "cut", 2)
     run(options(**chosen), tmp_path / "cut", 2)
     run(options(**chosen), tmp_path / "whole", 2)
     assert digest(tmp_path / "cut" / "checkpoint-4") == digest(tmp_path / "whole" / "checkpoint-4")
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_what_the_first_process_refuses_ends_all(options, tmp_path):
+    distill(options(steps=1, device="cpu"), tmp_path)
+    done = started(options(steps=1, seed=1, device="cpu"), tmp_path, 2)
+    assert done.returncode != 0
+    assert done.stderr.count("holds another run; choose another folder, or --overwrite it") == 2
 
 
 def recorded(folder):

@@ -132,7 +132,7 @@ def test_a_reward_that_is_no_number_is_refused(tmp_path):
 def test_a_reward_that_leaves_the_process_is_named():
     task = open_task("addition")
     task._score = lambda prompt, answer, text: sys.exit(3)
-    with pytest.raises(InputError, match="the reward exact failed on .*SystemExit: 3"):
+    with pytest.raises(InputError, match=r"the reward exact failed on .*SystemExit: 3"):
         task.score(task.entry(0), "1")
 
 
