@@ -67,7 +67,7 @@ class Task(ABC):
         except (Exception, SystemExit) as error:
             raise InputError(f"the reward {self.reward} failed on {printable(str(entry.prompt))[:80]} ({type(error).__name__}: {printable(str(error))[:200]}); mend it, and run the same command again") from None
         if not abs(value) <= LARGEST:
-            raise InputError(f"the reward {self.reward} gave {value} on {printable(str(entry.prompt))[:80]}; it must be a finite number, and one of fp32")
+            raise InputError(f"the reward {self.reward} gave {value} on {printable(str(entry.prompt))[:80]}; it must be a finite number in fp32's range")
         return value
 
 
