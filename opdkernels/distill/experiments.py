@@ -119,7 +119,7 @@ class Seed:
         self.trained[arm.name] = end["trained"]
         if arm.mask is not None:
             last = MaskSet.load(self.mask_file(changed, self.folder / slug(self.experiment.against), 1.0, density))
-            end["in_found"] = (MaskSet.load(given["masks"]) & last).nnz / max(last.nnz, 1)
+            end["in_found"] = in_both(MaskSet.load(given["masks"]), last) / max(last.nnz, 1)
         return read_rows(place / "scores.jsonl")[-1]["scores"], end
 
     def mask_file(self, mask: MaskOf, source: Path, at: float, density: float) -> Path:
@@ -159,6 +159,11 @@ def options_of(arm: Arm, options: DistillOptions, **given: Any) -> DistillOption
         return checked(DistillOptions, {**options.model_dump(), **own, **given})
     except UsageError as error:
         raise UsageError(f"of the arm {arm.name}: {error}") from None
+
+
+def in_both(a: MaskSet, b: MaskSet) -> int:
+    """How many coordinates two sets share, whatever the order of their tensors: that of a checkpoint's files, or of a model."""
+    return sum((mask & b[name]).nnz for name, mask in a.items() if name in b)
 
 
 def made_of(source: Path) -> Path:

@@ -50,10 +50,11 @@ def test_a_table_has_every_arm_seed_and_mask(options, tmp_path):
 FILES = {"found": "changed", "random": "random", "random matched on |W|": "random-like", "early": "changed-at-0.1"}
 
 
-@pytest.mark.parametrize("name", ["sgd", "on-policy", "precision", "subspace"])
-def test_other_experiments_run(options, tmp_path, name):
-    result = run_experiment(name, options(eval_size=4, steps=10), tmp_path, seeds=1)
-    assert [row["arm"] for row in result["rows"]] == ["start", *(arm.name for arm in EXPERIMENTS[name].arms)]
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_at_its_own_density(options, tmp_path, name):
+    result = run_experiment(name, options(eval_size=4, steps=10, reward=VARIED), tmp_path, seeds=1)
+    assert result["density"] == EXPERIMENTS[name].density
+    assert [row["arm"] for row in result["rows"]] == ["start", *(arm.name for arm in EXPERIMENTS[name].arms if "middle third" not in arm.name)]  # of two layers
 
 
 @pytest.mark.parametrize("density", [0.2, 0.0])
