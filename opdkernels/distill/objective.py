@@ -72,10 +72,12 @@ def recomputing(model: Any, wanted: bool) -> Iterator[None]:
 
 
 def advantages(rewards: torch.Tensor, samples: int) -> torch.Tensor:
-    """GRPO's: rewards [prompts * samples] less the mean of their prompt's, over its deviation; 0 where all are alike.
+    """GRPO's, fp32: rewards [prompts * samples] less the mean of their prompt's, over its deviation; 0 where all are alike.
 
     >>> advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2)
     tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
     """
-    groups = rewards.view(-1, samples)
-    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)).view(-1)
+    groups = rewards.double().view(-1, samples)
+    scaled = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
+    alike = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)  # whose mean may be rounded to another number
+    return scaled.masked_fill(alike, 0).view(-1).float()

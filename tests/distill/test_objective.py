@@ -98,8 +98,12 @@ def test_nothing_to_learn_is_a_connected_zero(options):
     assert all(not p.grad.any() for p in student.parameters() if p.grad is not None)
 
 
-def test_advantages_of_equal_rewards_are_zero():
-    assert not advantages(torch.full((6,), 0.3), 3).any()
-    found = advantages(torch.tensor([0.0, 1.0, 5.0, 5.0]), 2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_advantages_of_equal_rewards_are_zero(dtype):
+    for value in (0.1, 0.3, 1000.1, -1e-30):
+        for samples in (3, 7):
+            assert not advantages(torch.full((2 * samples,), value, dtype=dtype), samples).any()
+    found = advantages(torch.tensor([0.0, 1.0, 5.0, 5.0], dtype=dtype), 2)
+    assert found.dtype == torch.float32
     assert found[:2].sum().abs() < 1e-6
     assert found[1] > 0 > found[0]
