@@ -20,7 +20,7 @@ from opdkernels.spectral.randomized import RandomizedSVD, randomized_svd
 
 
 def optimizer_of(options: DistillOptions, model: torch.nn.Module) -> MaskedOptimizer:
-    """MaskedAdamW or MaskedSGD of the parameters that are trained. Raises InputError for masks of another model."""
+    """MaskedAdamW or MaskedSGD of the parameters that are trained. Raises InputError for masks of another model, or of nothing."""
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     masks = MaskSet.load(Path(options.masks)) if options.masks else {}
     unmasked = "freeze" if options.masks else "train"
@@ -28,6 +28,8 @@ def optimizer_of(options: DistillOptions, model: torch.nn.Module) -> MaskedOptim
     other = next((name for name, (active, _) in masks.counts().items() if active and name not in names), None) if isinstance(masks, MaskSet) else None
     if other is not None:
         raise InputError(f"there is a mask of {printable(other)} and no such parameter is trained; take masks by the student's own names, such as a run's masks/")
+    if isinstance(masks, MaskSet) and not masks.nnz:
+        raise InputError(f"{printable(options.masks)} has no active coordinate, so that nothing would be trained; give masks that have some")
     try:
         if options.optimizer == "sgd":
             return MaskedSGD(named, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, masks=masks, unmasked=unmasked,

@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opdkernels.distill.optimizers import optimizer_of
+from opdkernels.errors import InputError
+from opdkernels.masks.sets import from_bools
+from tests.distill.conftest import model
+
+
+@pytest.mark.parametrize("names", [["lm_head.weight"], []])
+def test_masks_of_nothing_are_refused(options, tmp_path, names):
+    from_bools({name: torch.zeros(15, 32, dtype=torch.bool) for name in names}).save(tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match=r"m\.safetensors has no active coordinate.*give masks that have some"):
+        optimizer_of(options(masks=str(tmp_path / "m.safetensors")), model(0))
