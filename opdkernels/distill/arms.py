@@ -90,6 +90,11 @@ class Arm:
         made = self.mask is not None or self.part is not None or self.subspace
         return {name for name in (self.of if made else "", self.size_of) if name}
 
+    @property
+    def has_size(self) -> bool:
+        """Whether it has a mask whose size is the experiment's density."""
+        return bool(self.mask and not self.size_of) or bool(self.part and self.part.mask)
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -155,7 +160,7 @@ def principal(made: Made) -> MaskSet:
     return masks.principal(made.start, made.size())
 
 
-RLVR = {"kl_weight": 0.0, "reward_weight": 1.0, "teacher": "", "ema": 1.0, "samples": 4}
+RLVR = {"kl_weight": 0.0, "reward_weight": 1.0, "teacher": "", "ema": 1.0, "samples": 4, "divergence": "reverse_kl", "beta": 0.5, "k": 0, "temperature": 1.0}
 ADAMW = {"optimizer": "adamw", "momentum": 0.0}
 SGD = {"optimizer": "sgd", "betas": (0.9, 0.999), "eps": 1e-8}
 BF16 = {"dtype": "bfloat16", "precision": "exact"}
@@ -191,8 +196,8 @@ EXPERIMENTS = {
     ),
     "subspace": Experiment(
         "LoRA, and the subspace of what had changed early, against masks of about as many trained numbers: LoRA's.",
-        [FULL, *(Arm(f"{LORA} lr x {k}", {"lora_rank": 8, "lr": k}) for k in (3.0, 10.0, 30.0)),
-         *(Arm(f"early subspace of rank 16 lr x {k}", {"lora_rank": 16, "lr": k}, subspace=True, at=0.2) for k in (3.0, 10.0, 30.0)),
+        [FULL, *(Arm(f"{LORA} lr x {k}", {"lora_rank": 8, "precision": "exact", "lr": k}) for k in (3.0, 10.0, 30.0)),
+         *(Arm(f"early subspace of rank 16 lr x {k}", {"lora_rank": 16, "precision": "exact", "lr": k}, subspace=True, at=0.2) for k in (3.0, 10.0, 30.0)),
          *(Arm(f"early mask lr x {k}", {"lr": k}, mask=changed, at=0.2, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0)),
          *(Arm(f"found lr x {k}", {"lr": k}, mask=changed, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0))],
     ),

@@ -45,8 +45,9 @@ Scored = tuple[list[float], dict[str, Any]]  # of each held-out prompt, and what
 def run_experiment(
     name: str, options: DistillOptions, out: str | os.PathLike[str], *, seeds: int = 1, density: float | None = None, arms: Sequence[str] = (), quiet: bool = True
 ) -> dict[str, Any]:
-    """Runs an experiment's arms, `arms` alone where given, with seeds 0, 1, …, in OUT/seed-S/ARM; what is finished is not made
-    again. Writes results.json and table.md. density: how large the masks are; 0: all that shows in bf16; None: the experiment's own.
+    """Runs an experiment's arms, `arms` alone where given, with as many seeds from that of `options` on, in OUT/seed-S/ARM; what is
+    finished is not made again. Writes results.json and table.md. density: how large the masks are; 0: all that shows in bf16; None:
+    the experiment's own.
 
     Raises UsageError for an experiment or an arm that does not exist, KeyboardInterrupt where a signal stopped a run, which is saved.
     """
@@ -58,6 +59,8 @@ def run_experiment(
         raise UsageError("an experiment runs in one process; leave torchrun out, or run its arms with distill")
     if not options.eval_size or not options.track_every:
         raise UsageError("an experiment scores its arms on held-out prompts and says what changed; set eval_size and track_every")
+    if density is not None and not any(arm.has_size for arm in experiment.arms):
+        raise UsageError(f"density would change nothing: {name} has no masks of a size of their own; leave it out")
     folder, size = Path(out), experiment.density if density is None else density
     early = next((arm.name for arm in chosen if arm.at < 1), "")
     if early and options.steps % PIECES:
@@ -67,7 +70,7 @@ def run_experiment(
             options_of(arm, options, masks=START if arm.mask else options.masks, subspace=START if arm.subspace else options.subspace)
     scores: dict[str, list[list[float]]] = {START: []}
     ends: dict[str, list[dict[str, Any]]] = {}
-    for seed in range(seeds):
+    for seed in range(options.seed, options.seed + seeds):
         made = Seed(experiment, folder / f"seed-{seed}", seed, size, options, quiet, {})
         for arm in chosen:
             if not quiet:
@@ -77,10 +80,11 @@ def run_experiment(
                 scores.setdefault(arm.name, []).append(scored[0])
                 ends.setdefault(arm.name, []).append(scored[1])
         scores[START].append(read_rows(made.folder_of(chosen[0]) / "scores.jsonl")[0]["scores"])
+    ends = {arm: of_seeds for arm, of_seeds in ends.items() if len(of_seeds) == seeds}  # what a seed has none of has no row
     result = {"experiment": name, "about": experiment.about, "seeds": seeds, "prompts": len(scores[START][0]), "steps": options.steps,
               "density": size, "against": experiment.against, "student": options.student, "teacher": options.teacher, "task": options.prompts,
-              "options": changed_options(options), "rows": table_rows(scores, ends, experiment.against),
-              "along": along(folder / "seed-0" / slug(experiment.against))}  # fmt: skip
+              "options": changed_options(options), "rows": table_rows({arm: scores[arm] for arm in (START, *ends)}, ends, experiment.against),
+              "along": along(folder / f"seed-{options.seed}" / slug(experiment.against))}  # fmt: skip
     write_json(folder / "results.json", result)
     (folder / "table.md").write_text(markdown(result))
     return result
@@ -102,8 +106,8 @@ class Seed:
         """An arm's run; masks of another size are other runs."""
         return self.folder / (slug(arm.name) + (f"-{self.density:g}" if arm.mask and self.density and not arm.size_of else ""))
 
-    def run(self, arm: Arm) -> Scored:
-        """The arm's run."""
+    def run(self, arm: Arm) -> Scored | None:
+        """The arm's run; None where its mask has nothing active, as the run that it is made from had changed nothing."""
         place, source = self.folder_of(arm), self.folder / slug(arm.of)
         given: dict[str, Any] = {"seed": self.seed}
         if every := self.experiment.every(arm, self.options.steps):
@@ -111,6 +115,8 @@ class Seed:
         density = self.trained[arm.size_of] if arm.size_of else self.density
         if arm.mask is not None:
             given["masks"] = os.fspath(self.mask_file(arm.mask, source, arm.at, density))
+            if not MaskSet.load(given["masks"]).nnz:
+                return None
         if arm.subspace:
             given["subspace"] = os.fspath(checkpoint_at(source, arm.at))
         if distill(options_of(arm, self.options, **given), place, quiet=self.quiet).stopped:
@@ -185,8 +191,8 @@ def along(place: Path) -> list[dict[str, Any]]:
 
 
 def pair_of(folder: Path, result: Mapping[str, Any]) -> tuple[Path, Path]:
-    """The first and the last checkpoint of the arm that all are measured against, of seed 0."""
-    place = folder / "seed-0" / slug(result["against"])
+    """The first and the last checkpoint of the arm that all are measured against, of the first seed."""
+    place = folder / f"seed-{result['options'].get('seed', 0)}" / slug(result["against"])
     return start_of(place), end_checkpoint(place)[1]
 
 

@@ -89,6 +89,11 @@ class DistillOptions(BaseModel):
             raise ValueError(f"reward_weight compares completions of one prompt and samples is {self.samples}; take 2 or more")
         if self.reward_weight and self.on_policy < 1:
             raise ValueError("reward_weight needs the student's own samples; set on_policy=1")
+        tags = [tag for tag, _ in self.tagged]
+        if again := next((tag for tag in tags if tags.count(tag) > 1), None):
+            raise ValueError(f"teacher gives the tag {again} twice; give each tag once")
+        if self.on_policy and not (self.kl_weight or self.reward_weight):
+            raise ValueError(f"sft_weight teaches completions that are not the student's, and on_policy is {self.on_policy:g}: steps on its own would train nothing; set on_policy=0")
         if self.sft_weight and self.on_policy == 1:
             raise ValueError("sft_weight teaches completions that are not the student's, and on_policy is 1: there are none; set on_policy below 1")
         if self.spec.sampled and self.kl_weight and (self.on_policy < 1 or self.sampling_temperature != self.temperature):
@@ -105,16 +110,22 @@ class DistillOptions(BaseModel):
     @property
     def uses(self) -> tuple[tuple[str, bool, str], ...]:
         """Options that count only beside others: whether they do here, and of what they are."""
-        adamw, scores = self.optimizer == "adamw", bool(self.kl_weight) or self.on_policy < 1
+        adamw, kl, evaluated = self.optimizer == "adamw", self.kl_weight > 0, self.eval_size > 0
         return (
-            ("teacher", scores, "what scores with kl_weight, or samples with on_policy below 1"),
+            ("teacher", kl or self.on_policy < 1, "what scores with kl_weight, or samples with on_policy below 1"),
             ("ema", SELF in self.teachers.values(), "of teacher=self"),
             ("subspace", self.lora_rank > 0, "of lora_rank"),
-            ("beta", self.divergence == "jsd", "of the divergence jsd"),
+            ("reward", evaluated or self.reward_weight > 0, "what reward_weight and evaluations score by, and eval_size is 0"),
+            ("held_out", evaluated, "of evaluations, and eval_size is 0"),
+            ("eval_every", evaluated, "of evaluations, and eval_size is 0"),
+            ("divergence", kl, "of kl_weight"),
+            ("beta", kl and self.divergence == "jsd", "of the divergence jsd"),
+            ("k", kl, "of kl_weight"),
+            ("temperature", kl, "of kl_weight"),
             ("betas", adamw, "of the optimizer adamw"),
             ("eps", adamw, "of the optimizer adamw"),
             ("momentum", not adamw, "of the optimizer sgd"),
-            ("precision", self.dtype == "bfloat16", "of weights in bfloat16"),
+            ("precision", self.dtype == "bfloat16" and not self.lora_rank, "of weights in bfloat16, which LoRA's factors are not"),
         )
 
     @property
@@ -127,10 +138,15 @@ class DistillOptions(BaseModel):
     @property
     def teachers(self) -> dict[str, str]:
         """Teachers' places by tag; one alone has the empty tag."""
+        return dict(self.tagged)
+
+    @property
+    def tagged(self) -> list[tuple[str, str]]:
+        """Tags and places of the teachers, as they are given."""
         if not re.fullmatch(r"[\w.\- ]+=[^,]+(,[\w.\- ]+=[^,]+)*", self.teacher):
-            return {"": self.teacher} if self.teacher else {}
+            return [("", self.teacher)] if self.teacher else []
         pairs = [part.partition("=") for part in self.teacher.split(",")]
-        return {tag.strip(): place.strip() for tag, _, place in pairs}
+        return [(tag.strip(), place.strip()) for tag, _, place in pairs]
 
 
 def options_from(path: str | os.PathLike[str] | None, given: dict[str, Any]) -> DistillOptions:

@@ -115,6 +115,26 @@ def test_masks_of_the_size_of_lora(options, tmp_path):
     assert rows[arm]["trained"] == pytest.approx(rows["lora of rank 8 lr x 3.0"]["trained"], abs=1 / total)
 
 
+def test_an_arm_whose_mask_would_be_empty_has_no_row(options, tmp_path):
+    result = run_experiment("masks", options(eval_size=4, steps=2), tmp_path, arms=["found by rlvr"])  # no completion is right, so that RLVR changes nothing
+    assert [row["arm"] for row in result["rows"]] == ["start", "full", "rlvr"]
+
+
+def test_seeds_are_counted_from_the_one_that_is_given(options, tmp_path):
+    chosen = options(eval_size=4, steps=2, seed=3, reward=VARIED)
+    result = run_experiment("masks", chosen, tmp_path / "a", seeds=2, arms=["full"])
+    assert sorted(path.name for path in (tmp_path / "a").glob("seed-*")) == ["seed-3", "seed-4"]
+    assert (result["seeds"], result["options"]["seed"]) == (2, 3)
+    assert result["along"] == run_experiment("masks", chosen, tmp_path / "b", arms=["full"])["along"]
+    assert experiments.pair_of(tmp_path / "a", result)[1] == tmp_path / "a" / "seed-3" / "full" / "checkpoint-2"
+
+
+def test_options_of_other_arms_do_not_keep_those_that_have_no_use_for_them_from_running(options, tmp_path):
+    chosen = options(eval_size=4, steps=2, divergence="jsd", beta=0.3, k=3, temperature=0.5, precision="nearest")
+    for name, arm in (("masks", "rlvr"), ("subspace", "lora of rank 8 lr x 3.0")):
+        assert arm in [row["arm"] for row in run_experiment(name, chosen, tmp_path / name, arms=[arm])["rows"]]
+
+
 def test_parts_of_a_change_are_scored_as_the_run_scores_itself(options, tmp_path, monkeypatch):
     chosen = options(eval_size=8, steps=3, lr=1e-2, reward=VARIED)
     every = arms.Part(where="attention,mlp,embedding,lm_head,norm")
@@ -184,6 +204,9 @@ def test_what_cannot_be_run_is_refused(options, tmp_path, monkeypatch):
         run_experiment("magic", options(), tmp_path)
     with pytest.raises(UsageError, match="set eval_size and track_every"):
         run_experiment("masks", options(), tmp_path)
+    for name in ("sgd", "subspace"):
+        with pytest.raises(UsageError, match=f"density would change nothing: {name} has no masks of a size of their own; leave it out"):
+            run_experiment(name, options(eval_size=4), tmp_path, density=0.2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="leave torchrun out"):
         run_experiment("masks", options(eval_size=4), tmp_path)

@@ -6,6 +6,7 @@ from opdkernels.distill.options import DistillOptions, options_from
 from opdkernels.errors import InputError, UsageError
 
 LEAST = {"student": "s", "teacher": "t", "prompts": "addition"}
+RLVR = {"kl_weight": 0, "reward_weight": 1, "samples": 2, "teacher": ""}
 
 
 def test_a_file_is_read_and_the_command_line_goes_before_it(tmp_path):
@@ -45,6 +46,13 @@ def test_betas_of_a_command_line_have_a_comma():
         ({"dtype": "float32", "precision": "nearest"}, "precision would change nothing: it is of weights in bfloat16"),
         ({"subspace": "x"}, "subspace would change nothing: it is of lora_rank"),
         ({"kl_weight": 0, "reward_weight": 1, "samples": 2}, "teacher would change nothing"),
+        ({"kl_weight": 0, "sft_weight": 1, "on_policy": 0.5}, "on_policy is 0.5: steps on its own would train nothing; set on_policy=0"),
+        ({"teacher": "a=x,b=z,a=y"}, "the tag a twice; give each tag once"),
+        ({"held_out": "h"}, "held_out would change nothing: it is of evaluations, and eval_size is 0"),
+        ({"eval_every": 1}, "eval_every would change nothing"),
+        ({"reward": "m:f"}, "reward would change nothing"),
+        ({"lora_rank": 4, "precision": "nearest"}, "precision would change nothing"),
+        *(({**RLVR, name: value}, f"{name} would change nothing") for name, value in (("divergence", "jsd"), ("k", 3), ("temperature", 0.5))),
         ({"device": "gpu"}, "give cpu, cuda or cuda:1"),
         ({"optimizer": "adam"}, "option optimizer is 'adam'"),
     ],
@@ -54,6 +62,11 @@ def test_what_makes_no_sense_is_refused_in_one_line(given, says):
         options_from(None, {**LEAST, **given})
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_options_that_count_are_taken():
+    for given in ({**RLVR, "reward": "m:f"}, {"eval_size": 1, "reward": "m:f", "held_out": "h", "eval_every": 1}, {"divergence": "jsd", "beta": 0.1, "k": 3, "temperature": 0.5}):
+        options_from(None, {**LEAST, **given})
 
 
 def test_what_is_missing_is_named():
