@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +74,13 @@ def run_experiment(
     for seed in range(options.seed, options.seed + seeds):
         made = Seed(experiment, folder / f"seed-{seed}", seed, size, options, quiet, {})
         for arm in chosen:
-            if not quiet:
-                print(f"{name}, seed {seed}: {arm.name}", flush=True)
+            tell(f"{name}, seed {seed}: {arm.name}", quiet)
             scored = made.part(arm) if arm.part else made.run(arm)
-            if scored is not None:
-                scores.setdefault(arm.name, []).append(scored[0])
-                ends.setdefault(arm.name, []).append(scored[1])
+            if scored is None:
+                tell(f"{arm.name} is left out: {'the model has no such part' if arm.part else 'nothing had changed'}", quiet)
+                continue
+            scores.setdefault(arm.name, []).append(scored[0])
+            ends.setdefault(arm.name, []).append(scored[1])
         scores[START].append(read_rows(made.folder_of(chosen[0]) / "scores.jsonl")[0]["scores"])
     ends = {arm: of_seeds for arm, of_seeds in ends.items() if len(of_seeds) == seeds}  # what a seed has none of has no row
     result = {"experiment": name, "about": experiment.about, "seeds": seeds, "prompts": len(scores[START][0]), "steps": options.steps,
@@ -88,6 +90,11 @@ def run_experiment(
     write_json(folder / "results.json", result)
     (folder / "table.md").write_text(markdown(result))
     return result
+
+
+def tell(line: str, quiet: bool) -> None:
+    if not quiet:
+        print(line, file=sys.stderr, flush=True)
 
 
 @dataclass

@@ -120,6 +120,14 @@ def test_an_arm_whose_mask_would_be_empty_has_no_row(options, tmp_path):
     assert [row["arm"] for row in result["rows"]] == ["start", "full", "rlvr"]
 
 
+def test_progress_goes_to_the_error_stream(options, tmp_path, capfd):
+    run_experiment("masks", options(eval_size=4, steps=2), tmp_path, arms=["found by rlvr"], quiet=False)
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert "masks, seed 0: full\n" in said.err
+    assert "found by rlvr is left out: nothing had changed\n" in said.err
+
+
 def test_seeds_are_counted_from_the_one_that_is_given(options, tmp_path):
     chosen = options(eval_size=4, steps=2, seed=3, reward=VARIED)
     result = run_experiment("masks", chosen, tmp_path / "a", seeds=2, arms=["full"])
