@@ -50,7 +50,8 @@ def run_experiment(
     finished is not made again. Writes results.json and table.md. density: how large the masks are; 0: all that shows in bf16; None:
     the experiment's own.
 
-    Raises UsageError for an experiment or an arm that does not exist, KeyboardInterrupt where a signal stopped a run, which is saved.
+    Raises UsageError for an experiment or an arm that does not exist and for a folder with another's results, KeyboardInterrupt where
+    a signal stopped a run, which is saved.
     """
     if name not in EXPERIMENTS:
         raise UsageError(f"there is no experiment {printable(name)}; there are {', '.join(EXPERIMENTS)}")
@@ -63,6 +64,7 @@ def run_experiment(
     if density is not None and not any(arm.has_size for arm in experiment.arms):
         raise UsageError(f"density would change nothing: {name} has no masks of a size of their own; leave it out")
     folder, size = Path(out), experiment.density if density is None else density
+    refuse_other(folder, name, options.overwrite)
     early = next((arm.name for arm in chosen if arm.at < 1), "")
     if early and options.steps % PIECES:
         raise UsageError(f"{early} looks at a share of {options.steps} steps; take a multiple of {PIECES}")
@@ -90,6 +92,19 @@ def run_experiment(
     write_json(folder / "results.json", result)
     (folder / "table.md").write_text(markdown(result))
     return result
+
+
+def refuse_other(folder: Path, name: str, overwrite: bool) -> None:
+    """Raises UsageError where the results of another experiment are in the folder."""
+    file = folder / "results.json"
+    if overwrite or not file.exists():
+        return
+    try:
+        other = f"the experiment {printable(json.loads(file.read_text())['experiment'])}"
+    except (OSError, ValueError, KeyError, TypeError):
+        other = "something else"
+    if other != f"the experiment {name}":
+        raise UsageError(f"{printable(os.fspath(folder))} holds results of {other}; choose another folder, or --overwrite them")
 
 
 def tell(line: str, quiet: bool) -> None:

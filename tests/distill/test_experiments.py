@@ -120,6 +120,20 @@ def test_an_arm_whose_mask_would_be_empty_has_no_row(options, tmp_path):
     assert [row["arm"] for row in result["rows"]] == ["start", "full", "rlvr"]
 
 
+def test_results_of_another_experiment_are_not_replaced(options, tmp_path):
+    chosen = options(eval_size=4, steps=2)
+    run_experiment("masks", chosen, tmp_path, arms=["full"])
+    before = (tmp_path / "results.json").read_text()
+    with pytest.raises(UsageError, match="holds results of the experiment masks; choose another folder, or --overwrite them"):
+        run_experiment("interventions", chosen, tmp_path)
+    assert (tmp_path / "results.json").read_text() == before
+    assert run_experiment("interventions", options(eval_size=4, steps=2, overwrite=True), tmp_path, arms=["mlp alone"])["experiment"] == "interventions"
+    for bad in ("{}", "[]", "{"):
+        (tmp_path / "results.json").write_text(bad)
+        with pytest.raises(UsageError, match="holds results of something else"):
+            run_experiment("masks", chosen, tmp_path)
+
+
 def test_progress_goes_to_the_error_stream(options, tmp_path, capfd):
     run_experiment("masks", options(eval_size=4, steps=2), tmp_path, arms=["found by rlvr"], quiet=False)
     said = capfd.readouterr()
