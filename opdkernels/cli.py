@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect as inspection
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Optional
 
 import typer
 from pydantic import BaseModel
 
-from opdkernels.distill.options import DistillOptions
+from opdkernels.distill.options import DistillOptions, shipped
 from opdkernels.errors import InputError, UsageError, printable
 
 EXIT_STATUS = "Exit status: 0 done, 2 usage, 3 done but some tensors were excluded, failed or hold NaN or Inf, 4 bad input."
@@ -40,8 +40,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summ
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def with_options(command: Callable[..., None], model: type[BaseModel]) -> Callable[..., None]:
-    """A command whose keywords are the fields of a model, each an option that says what the field does and what it is by default."""
+def with_options(command: Callable[..., None], model: type[BaseModel], without_config: Mapping[str, Any]) -> Callable[..., None]:
+    """A command whose keywords are the fields of a model, each an option that says what the field does and what it is by default, and
+    what it is where no configuration is given."""
     signature = inspection.signature(command, eval_str=True)
     own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
     fields = []
@@ -49,9 +50,10 @@ def with_options(command: Callable[..., None], model: type[BaseModel]) -> Callab
         if name in signature.parameters:
             continue
         flag = field.annotation is bool
-        unless = "" if field.is_required() or field.default in ("", None) else f" [default: {shown(field.default)}]"
+        usual = [] if field.is_required() or field.default in ("", None) else [f"default: {shown(field.default)}"]
+        usual += [f"without a configuration: {shown(without_config[name])}"] if name in without_config else []
         names = [f"--{name.replace('_', '-')}{f'/--no-{name}'.replace('_', '-') if flag else ''}"]
-        option = typer.Option(*names, help=f"{field.description}{unless}", metavar=None if flag else "VALUE", show_default=False)
+        option = typer.Option(*names, help=f"{field.description} [{'; '.join(usual)}]" if usual else field.description, metavar=None if flag else "VALUE", show_default=False)
         kind = Optional[bool] if flag else Optional[str]  # noqa: UP045
         fields.append(inspection.Parameter(name, inspection.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]))
     command.__signature__ = signature.replace(parameters=[*own, *fields])  # type: ignore[attr-defined]
@@ -485,7 +487,7 @@ def distill(
     raise typer.Exit(result.exit_status)
 
 
-app.command("distill")(with_options(distill, DistillOptions))
+app.command("distill")(with_options(distill, DistillOptions, {}))
 
 
 def experiment(
@@ -493,7 +495,7 @@ def experiment(
     config: Annotated[Optional[str], typer.Argument(metavar="[CONFIG.toml]", help="Options of distill as TOML; without any, the addition task with the models that ship.", show_default=False)] = None,  # noqa: UP045
     *,
     out: Out,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on.")] = 1,
     density: Annotated[Optional[float], typer.Option(min=0, max=1, help="Share of the coordinates in each mask; 0: all that a run changed visibly to bf16. [default: 0; 0.2 of trajectory and interventions]", show_default=False)] = None,  # noqa: UP045
     arms: Annotated[str, typer.Option(help="Some of the arms, with commas between, as the table names them; all if empty.")] = "",
     quiet: Quiet = False,
@@ -512,7 +514,7 @@ def experiment(
     """
     from opdkernels.api import experiment
     from opdkernels.distill.experiments import markdown
-    from opdkernels.distill.options import options_from, shipped
+    from opdkernels.distill.options import options_from
 
     options = options_from(config, {**({} if config else shipped()), **{name: value for name, value in given.items() if value is not None}})
     result = experiment(name, options, out, seeds=seeds, density=density, arms=[arm.strip() for arm in arms.split(",") if arm.strip()], quiet=quiet)
@@ -520,7 +522,7 @@ def experiment(
         show(result, [*markdown(result).splitlines(), f"report: {printable(out)}/report.html"], json)
 
 
-app.command("experiment")(with_options(experiment, DistillOptions))
+app.command("experiment")(with_options(experiment, DistillOptions, {**shipped(), "student": "the one that ships", "teacher": "the one that ships"}))
 
 
 @app.command()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from opdkernels.distill.options import DistillOptions, options_from
+from opdkernels.distill.options import DistillOptions, options_from, shipped
 from opdkernels.errors import InputError, UsageError
 
 LEAST = {"student": "s", "teacher": "t", "prompts": "addition"}
@@ -92,6 +92,20 @@ def test_every_field_is_explained_by_help():
         for name, field in DistillOptions.model_fields.items():
             assert f"--{name.replace('_', '-')}" in text
             assert field.description
+
+
+def test_help_says_what_an_experiment_takes_without_a_configuration():
+    from typer.testing import CliRunner
+
+    from opdkernels.cli import app, shown
+
+    own, other = (" ".join(CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output.split()) for command in ("experiment", "distill"))
+    for name, value in shipped().items():
+        told = "the one that ships" if name in ("student", "teacher") else shown(value)
+        start = own.index(f"--{name.replace('_', '-')} VALUE")
+        assert f"without a configuration: {told}]" in own[start : own.index(" --", start + 1)]
+    assert "[default: 16; without a configuration: 128]" in own
+    assert "without a configuration" not in other
 
 
 def test_teachers_are_chosen_by_tag():
