@@ -9,14 +9,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
 
-from opdkernels.distill.models import Text, head_of, load_model, load_text, refuse_other_tokens, states_at_completions
+from opdkernels.distill.models import (
+    Text,
+    head_of,
+    load_model,
+    load_text,
+    positions,
+    refuse_other_tokens,
+    states_at_completions,
+)
 from opdkernels.distill.options import SELF, DistillOptions
 from opdkernels.distill.rollout import Rollout, beside, encode
-from opdkernels.errors import printable
+from opdkernels.errors import InputError, printable
 from opdkernels.ops.divergence import Head
 from opdkernels.optim.active import active_of, put_active
 from opdkernels.optim.bind import Shard, local_part
@@ -73,11 +82,12 @@ class OwnWeights:
     """The student itself with other active values: those it began with (ema 1), or their average over its steps.
 
     Values are kept as fp32 where they are averaged, else as the weights are, [active] of each parameter that is trained. With
-    `privileged` in a prompt it reads that first; the completion's tokens are the same.
+    `privileged` in a prompt it reads that first; the completion's tokens, `longest` at most, are the same.
     """
 
-    def __init__(self, model: Any, optimizer: MaskedOptimizer, ema: float, text: Text):
+    def __init__(self, model: Any, optimizer: MaskedOptimizer, ema: float, text: Text, longest: int):
         self.model, self.optimizer, self.ema, self.text = model, optimizer, ema, text
+        self.places = positions(model) - longest
         self.values = [self._kept(active_of(local, shard), local) for local, shard in self._parts()]
 
     def _parts(self) -> list[tuple[torch.Tensor, Shard]]:
@@ -105,6 +115,9 @@ class OwnWeights:
     def score(self, rollout: Rollout) -> tuple[torch.Tensor, Head]:
         if any(entry.privileged is not None for entry in rollout.entries):
             prompts = encode(self.text, rollout.entries, UNCUT, privileged=True)
+            tokens, entry = max(zip(map(len, prompts.ids), rollout.entries, strict=True), key=itemgetter(0))
+            if tokens > self.places:
+                raise InputError(f"the prompt {printable(str(entry.prompt))[:80]!r} is {tokens} tokens with its `privileged`, and the student has {self.places} positions beside a completion; shorten it")
             rollout = beside(prompts, rollout.completions(), rollout.ended.tolist(), rollout.own, self.text.pad, rollout.ids.device)
         with self.swapped():
             hidden, head = self.model.scored(rollout)
@@ -132,7 +145,7 @@ def teachers_of(options: DistillOptions, model: torch.nn.Module, optimizer: Mask
         if place in loaded:
             continue
         if place == SELF:
-            loaded[place] = OwnWeights(model, optimizer, options.ema, text)
+            loaded[place] = OwnWeights(model, optimizer, options.ema, text, options.max_new_tokens)
         else:
             refuse_other_tokens(text.tokenizer, load_text(place).tokenizer, f"the teacher {printable(place)}")
             loaded[place] = ModelTeacher(load_model(place, options.dtype, device))

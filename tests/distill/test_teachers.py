@@ -7,6 +7,7 @@ from opdkernels.distill.models import Text
 from opdkernels.distill.rollout import beside, encode
 from opdkernels.distill.tasks import Entry
 from opdkernels.distill.teachers import OwnWeights, scored
+from opdkernels.errors import InputError
 from opdkernels.optim import MaskedAdamW
 from tests.distill.conftest import model, tokenizer
 
@@ -19,7 +20,7 @@ def setup(ema: float, dtype=torch.bfloat16, density: float = 0.3):
     own.scored = lambda rollout: scored(own, rollout)
     masks = {name: torch.rand(p.shape) < density for name, p in own.named_parameters()}
     optimizer = MaskedAdamW(own.named_parameters(), masks=masks, lr=0.05)
-    return own, optimizer, OwnWeights(own, optimizer, ema, TEXT)
+    return own, optimizer, OwnWeights(own, optimizer, ema, TEXT, 3)
 
 
 def step(own, optimizer, teacher):
@@ -83,7 +84,7 @@ def test_state_is_all_that_a_teacher_needs_to_go_on():
     own, optimizer, teacher = setup(0.5)
     for _ in range(3):
         step(own, optimizer, teacher)
-    other = OwnWeights(own, optimizer, 0.5, TEXT)
+    other = OwnWeights(own, optimizer, 0.5, TEXT, 3)
     other.load_state_dict(teacher.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(other.values, teacher.values, strict=True))
 
@@ -95,3 +96,10 @@ def test_what_is_privileged_comes_before_the_same_completion():
     assert torch.equal(hidden, scored(own, direct)[0])
     assert hidden.shape == teacher.score(rollout())[0].shape
     assert not torch.equal(hidden, teacher.score(rollout())[0])
+
+
+def test_what_is_privileged_must_find_places_in_the_student():
+    _, _, teacher = setup(1.0)  # of 64 positions
+    teacher.score(rollout("1" * (64 - 3 - len("12+13="))))
+    with pytest.raises(InputError, match=r"the prompt '12\+13=' is 62 tokens with its `privileged`, and the student has 61 positions beside a completion; shorten it"):
+        teacher.score(rollout("1" * (65 - 3 - len("12+13="))))
