@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import torch
-from safetensors import SafetensorError
 
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.ops.divergence import Head
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from opdkernels.distill.rollout import Rollout
 
 LEAST_SHARED = 16  # tokens that are worth a pass of their own
+ANOTHER = "give another folder or hub id"
+PLACES = "give each image one place in its prompt"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -27,6 +29,21 @@ def transformers() -> Any:
     except ImportError:
         raise UsageError("distillation runs on transformers, which is not installed; pip install 'opdkernels[distill]'") from None
     return transformers
+
+
+@contextlib.contextmanager
+def bad_input(what: str, remedy: str) -> Iterator[None]:
+    """Raises InputError, in one line, of `what` a library raises over somebody's files: templates, pickles and images fail in as many
+    ways as there are."""
+    try:
+        yield
+    except (InputError, UsageError):
+        raise
+    except UnpicklingError:  # whose own words advise to run what is in the file
+        raise InputError(f"{what} (a pickle is damaged, or holds more than tensors); {remedy}") from None
+    except Exception as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{what} ({printable(told)[:300]}); {remedy}") from None
 
 
 @dataclass
@@ -42,31 +59,36 @@ class Text:
         if images:
             return self.encode_images(prompt, images)
         if isinstance(prompt, str):
-            return self.tokenizer(prompt)["input_ids"], {}
-        try:
-            ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-        except (ValueError, jinja2.TemplateError) as error:
-            raise InputError(f"the student's chat template does not take a prompt ({printable(str(error))[:160]}); give text, or other messages") from None
-        return ids, {}
+            return self.ids(prompt), {}
+        with self.chat():
+            return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False), {}
 
     def encode_images(self, prompt: Any, images: tuple[str, ...]) -> tuple[list[int], dict[str, torch.Tensor]]:
         if self.processor is None:
             raise InputError("a prompt has images, and the student takes none; give an image-text model")
-        text = prompt if isinstance(prompt, str) else self.processor.apply_chat_template(prompt, add_generation_prompt=True)
         try:
             from PIL import Image  # type: ignore[import-not-found]
         except ImportError:
             raise UsageError("prompts with images need pillow, which is not installed; pip install pillow") from None
-        try:
-            opened = [Image.open(image).convert("RGB") for image in images]
-        except OSError as error:
-            raise InputError(f"an image of a prompt cannot be read ({printable(str(error))})") from None
-        try:
+        with self.chat():
+            text = prompt if isinstance(prompt, str) else self.processor.apply_chat_template(prompt, add_generation_prompt=True)
+        opened = []
+        for image in images:
+            with bad_input(f"an image of a prompt cannot be read from {printable(image)}", "give another file"):
+                opened.append(Image.open(image).convert("RGB"))
+        with bad_input(f"a prompt and its {len(images)} image(s) do not fit together", PLACES):
             found = dict(self.processor(text=[text], images=opened, return_tensors="pt", **({} if isinstance(prompt, str) else {"add_special_tokens": False})))
-        except (ValueError, IndexError, RuntimeError) as error:
-            raise InputError(f"a prompt and its {len(images)} image(s) do not fit together ({printable(str(error))[:160]})") from None
         found.pop("attention_mask", None)
         return found.pop("input_ids")[0].tolist(), found
+
+    @staticmethod
+    def chat() -> contextlib.AbstractContextManager[None]:
+        return bad_input("the student's chat template does not take a prompt", "give text, or other messages")
+
+    def ids(self, text: str, **given: Any) -> list[int]:
+        """Token ids of a text."""
+        with bad_input(f"the text '{printable(text)[:80]}' cannot be split into tokens", "give Unicode characters"):
+            return self.tokenizer(text, **given)["input_ids"]
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -75,17 +97,15 @@ class Text:
 def load_model(place: str, dtype: str, device: torch.device) -> Any:
     """A causal or image-text model, without dropout. Raises InputError where it cannot be read."""
     hf = transformers()
-    try:
+    with bad_input(f"{printable(place)} cannot be loaded as a model", ANOTHER):
         config = hf.AutoConfig.from_pretrained(place)
         images = type(config) in hf.AutoModelForImageTextToText._model_mapping
         kind = hf.AutoModelForImageTextToText if images else hf.AutoModelForCausalLM
         model, found = kind.from_pretrained(place, dtype=DTYPES[dtype], output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{printable(place)} cannot be loaded as a model ({printable(str(error).splitlines()[0])[:300]})") from None
-    if found["missing_keys"]:
-        raise InputError(f"{printable(place)} lacks {printable(sorted(found['missing_keys'])[0])} and so on; its model would begin with random weights there")
-    model = model.to(device).eval()
-    refuse_other_head(model, place)
+        if found["missing_keys"]:
+            raise InputError(f"{printable(place)} lacks {printable(sorted(found['missing_keys'])[0])} and so on; its model would begin with random weights there")
+        model = model.to(device).eval()
+        refuse_other_head(model, place)
     return model
 
 
@@ -126,22 +146,18 @@ def text_config(model: Any) -> Any:
 
 def load_config(place: str) -> Any:
     """A model's configuration. Raises InputError where it cannot be read."""
-    try:
+    with bad_input(f"{printable(place)} cannot be loaded as a model", ANOTHER):
         return transformers().AutoConfig.from_pretrained(place)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{printable(place)} cannot be loaded as a model ({printable(str(error).splitlines()[0])[:300]})") from None
 
 
 def load_text(place: str) -> Text:
     """The tokenizer of a model's folder, and its processor. Without a pad token, padding takes an end token's id; it is masked."""
     hf = transformers()
-    try:
+    with bad_input(f"{printable(place)} has no tokenizer that can be loaded", ANOTHER):
         tokenizer = hf.AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{printable(place)} has no tokenizer that can be loaded ({printable(str(error).splitlines()[0])[:300]})") from None
     try:
         processor = hf.AutoProcessor.from_pretrained(place)
-    except (OSError, ValueError, KeyError, ImportError):
+    except Exception:  # models of text have none, and say so in many ways
         processor = None
     if not hasattr(processor, "image_processor"):
         processor = None
@@ -163,7 +179,7 @@ def end_tokens(model: torch.nn.Module, text: Text, stop: str) -> list[int]:
     own = getattr(model.generation_config, "eos_token_id", None)
     found = set(own if isinstance(own, (list, tuple)) else [own]) | {text.tokenizer.eos_token_id}
     if stop:
-        ids = text.tokenizer(stop, add_special_tokens=False)["input_ids"]
+        ids = text.ids(stop, add_special_tokens=False)
         if len(ids) != 1:
             raise UsageError(f"stop is {stop!r}, which is {len(ids)} tokens of the student; choose a text of one token")
         found.add(ids[0])
@@ -173,7 +189,20 @@ def end_tokens(model: torch.nn.Module, text: Text, stop: str) -> list[int]:
 def hidden_states(model: Any, ids: torch.Tensor, attention: torch.Tensor, extras: dict[str, torch.Tensor]) -> torch.Tensor:
     """[batch, length, width]: what the head takes, of right-padded ids [batch, length]."""
     body = unwrapped(model).base_model
-    return body(input_ids=ids, attention_mask=attention.long(), use_cache=False, **extras).last_hidden_state
+    with taken(extras):
+        return body(input_ids=ids, attention_mask=attention.long(), use_cache=False, **extras).last_hidden_state
+
+
+@contextlib.contextmanager
+def taken(extras: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Raises InputError where a model does not take what came with prompts beside their ids: images that no token stands for."""
+    try:
+        yield
+    except (ValueError, LookupError, RuntimeError, StopIteration) as error:
+        if not extras or isinstance(error, torch.OutOfMemoryError):
+            raise
+        with bad_input("the model does not take prompts with their images", PLACES):
+            raise
 
 
 def states_at_completions(model: Any, rollout: Rollout) -> torch.Tensor:

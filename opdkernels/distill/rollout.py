@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from opdkernels.distill.models import Text, begin, unwrapped
+from opdkernels.distill.models import Text, begin, taken, unwrapped
 from opdkernels.distill.tasks import Entry
 from opdkernels.errors import InputError, printable
 
@@ -154,11 +154,12 @@ def sample(model: Any, text: Text, prompts: Prompts, *, most: int, ends: Sequenc
     from transformers import GenerationConfig  # type: ignore[import-not-found]
 
     unpadded = len(set(map(len, prompts.ids))) == 1 and not extras and together_with == 1
-    extras |= begin(model, ids[:1, : alike(ids[:, :-1])], len(ids)) if unpadded else {}
+    begun = begin(model, ids[:1, : alike(ids[:, :-1])], len(ids)) if unpadded else {}
     own_model, config = unwrapped(model), GenerationConfig(suppress_tokens=never_sampled(model, vocab) or None, max_new_tokens=most, eos_token_id=list(ends) or None, pad_token_id=text.pad, use_cache=True, **sampling)
     kept, own_model.generation_config = own_model.generation_config, GenerationConfig()  # whose penalties would fill what is not set here
     try:
-        found = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, synced_gpus=together_with > 1, **extras)
+        with taken(extras):
+            found = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, synced_gpus=together_with > 1, **extras, **begun)
     finally:
         own_model.generation_config = kept
     cut = [until_end(row, ends) for row in found[:, longest:].tolist()]
@@ -174,7 +175,7 @@ def never_sampled(model: Any, vocab: int) -> list[int]:
 
 def recorded(text: Text, prompts: Prompts, *, most: int, ends: Sequence[int], device: torch.device) -> Rollout:
     """The completions that the prompts came with, ended where they are whole."""
-    rows = [text.tokenizer(entry.completion, add_special_tokens=False)["input_ids"] for entry in prompts.entries]
+    rows = [text.ids(entry.completion or "", add_special_tokens=False) for entry in prompts.entries]
     own = text.tokenizer.eos_token_id
     end = [own if own in ends else ends[0]] if ends else []
     rows = [row + end * (not row or row[-1] not in ends) for row in rows]

@@ -99,6 +99,33 @@ def test_a_missing_image_is_named(options, folders, tmp_path):
         distill(options(student=str(folders / "student"), teacher=str(folders / "teacher"), prompts=str(tmp_path / "p.jsonl")), tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompt": "1+1="}, "does not take prompts with their images.*; give each image one place in its prompt"),
+        ({"prompt": "<vision_start><image><vision_end>1=", "images": ["0.png", "1.png"]}, "does not take prompts with their images"),
+        ({"prompt": "<vision_start><image><vision_end>1=", "images": ["broken.png"]}, r"cannot be read from .*broken\.png"),
+        ({"prompt": "<vision_start><image><vision_end>1=", "images": ["large.png"]}, r"cannot be read from .*large\.png .*decompression bomb"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "chat template does not take a prompt"),
+    ],
+)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_images_that_do_not_go_with_a_prompt_are_one_line(options, folders, tmp_path, monkeypatch, given, message, recorded):
+    from PIL import Image
+
+    from opdkernels.errors import InputError
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 100)
+    for name, size in (("0.png", (28, 28)), ("1.png", (28, 28)), ("large.png", (300, 300))):
+        Image.new("RGB", size).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes((tmp_path / "0.png").read_bytes()[:40])
+    completion = {"completion": "2"} if recorded else {}
+    (tmp_path / "p.jsonl").write_text(json.dumps({"images": ["0.png"], **given, **completion}))
+    with pytest.raises(InputError, match=message) as caught:
+        distill(options(student=str(folders / "student"), teacher=str(folders / "teacher"), prompts=str(tmp_path / "p.jsonl"), on_policy=not recorded, batch_size=1), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
 def test_prompts_of_text_alone_that_begin_alike_train_an_image_text_model(options, folders, tmp_path):
     rows = [{"prompt": f"12+13=25+41+29=70+{i}+1=", "answer": "1"} for i in range(6)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from opdkernels.distill.models import Text, load_config, load_model, load_text
+from opdkernels.distill.rollout import encode, recorded
+from opdkernels.distill.tasks import Entry
+from opdkernels.errors import InputError
+from tests.distill.conftest import tokenizer
+
+CPU = torch.device("cpu")
+TEXT = Text(tokenizer(), None, 0)
+
+
+class Code:
+    """What a pickle runs a function for."""
+
+    def __reduce__(self):
+        return print, ("run",)
+
+
+@pytest.fixture
+def student(places, tmp_path):
+    """A copy of the student's folder, to spoil."""
+    return shutil.copytree(places / "student", tmp_path / "s")
+
+
+def refused(function, *given):
+    with pytest.raises(InputError) as caught:
+        function(*given)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "EOFError"), (b"garbage" * 99, "a pickle is damaged, or holds more than tensors"), (pickle.dumps({"a": Code()}, 2), "holds more than tensors")],
+    ids=["empty", "garbage", "code"],
+)
+def test_weights_that_are_no_tensors_are_one_line(student, capfd, content, says):
+    (student / "model.safetensors").unlink()
+    (student / "pytorch_model.bin").write_bytes(content)
+    message = refused(load_model, str(student), "bfloat16", CPU)
+    assert "/s cannot be loaded as a model" in message
+    assert says in message
+    assert message.endswith("; give another folder or hub id")
+    assert "run" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "big"}, {"num_attention_heads": 0}, {"num_hidden_layers": -1}, {"model_type": None}, {"vocab_size": 2}])
+def test_a_configuration_that_makes_no_sense_is_one_line(student, change):
+    file = student / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    assert "/s cannot be loaded as a model" in refused(load_model, str(student), "bfloat16", CPU)
+    if "hidden_size" in change:
+        assert "cannot be loaded as a model" in refused(load_config, str(student))
+        assert "has no tokenizer that can be loaded" in refused(load_text, str(student))
+
+
+@pytest.mark.parametrize(("file", "content"), [("tokenizer.json", "[]"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "[]")])
+def test_a_tokenizer_of_other_json_is_one_line(student, file, content):
+    (student / file).write_text(content)
+    assert "/s has no tokenizer that can be loaded" in refused(load_text, str(student))
+
+
+def test_a_processor_that_cannot_be_loaded_is_none(student):
+    (student / "preprocessor_config.json").write_text("[]")
+    assert load_text(str(student)).processor is None
+
+
+@pytest.mark.parametrize("given", [{"prompt": "1\ud800="}, {"prompt": "1=", "privileged": "\udfff"}, {"prompt": "1=", "completion": "\ud800"}])
+def test_text_that_is_not_unicode_is_one_line(given):
+    message = refused(lambda: recorded(TEXT, encode(TEXT, [Entry(**{"completion": "1", **given})], 9, privileged=True), most=9, ends=[1], device=CPU))
+    assert "cannot be split into tokens" in message
+    assert "\\ud" in message
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'] + 'x' }}", "{{ 1 // 0 }}", "{{ raise_exception('no') }}", "{%"])
+def test_a_chat_template_that_does_not_take_a_prompt_is_one_line(template):
+    own = Text(tokenizer(chat_template=template), None, 0)
+    message = refused(own.encode, [{"role": "user", "content": [{"type": "text", "text": "1+1="}]}])
+    assert "the student's chat template does not take a prompt" in message
