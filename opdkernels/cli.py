@@ -437,7 +437,7 @@ def intervene_command(
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Checkpoint after training, of the same model.", show_default=False)],
     out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write, new or empty.", show_default=False)],
     masks: Annotated[Optional[str], typer.Option(metavar="FILE", help="Masks (opdkernels mask): the part is what is active.", show_default=False)] = None,  # noqa: UP045
-    where: Annotated[str, typer.Option(metavar="TERMS", help="Only in some tensors: attention, mlp, embedding, lm_head, norm, q_proj, layers=0-7, ..., with commas between.", show_default=False)] = "",
+    where: Annotated[str, typer.Option(metavar="TERMS", help="Only in some tensors: attention, mlp, embedding, lm_head, norm, q_proj, layers=0-7, ..., with commas between; blocks and modules add up, with layers both must hold.", show_default=False)] = "",
     revert: Annotated[bool, typer.Option("--revert", help="All of the change but the part.")] = False,
     io: Io = "auto",
     quiet: Quiet = False,

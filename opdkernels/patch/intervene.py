@@ -39,9 +39,9 @@ def intervene(
     """Write source with a part of what training changed to the folder `out`, new or empty; with `revert`, trained without that part.
 
     source, trained: folders, files or hub ids of one model. The part is what both choose: `masks`, active coordinates by tensor
-    (none of tensors it does not name); `where`, terms with commas between: blocks (attention, mlp, embedding, lm_head, norm),
-    modules (q_proj, down_proj, bias), layers (layer=3, layers=0-7); terms of one kind add up, of two kinds both must hold. Each
-    coordinate has its bits from one side or the other; no arithmetic is done. Tensors are matched by name, prefixes of wrappers
+    (none of tensors it does not name); `where`, terms with commas between: blocks (attention, mlp, embedding, lm_head, norm) and
+    modules (q_proj, down_proj, bias), which add up, and layers (layer=3, layers=0-7), which add up too; with both, both must hold.
+    Each coordinate has its bits from one side or the other; no arithmetic is done. Tensors are matched by name, prefixes of wrappers
     apart; those that source lacks stay as trained has them.
 
     Returns `kept` and `changed`, coordinates whose bits are trained's and differ, and those that differ in all, `files`, and
@@ -127,7 +127,7 @@ def refuse_others(after: FileSource, infos: list[TensorInfo], twins: Mapping[str
 
 
 def chosen_names(names: list[str], terms: Sequence[str]) -> set[str]:
-    """The tensors that terms choose; all if there are none.
+    """The tensors that terms choose: of any block or module that is named and, where layers are, of one of them; all if there are none.
 
     >>> names = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
     >>> sorted(chosen_names(names, ["mlp", "layers=1-5"]))

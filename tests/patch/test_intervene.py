@@ -66,11 +66,21 @@ def test_files_are_those_of_the_trained_checkpoint(pair, tmp_path):
         ("layers=1-2,mlp", [4, 6]),
         ("layer=0,layer=2,attention,mlp", [1, 2, 5, 6]),
         ("embedding,norm", [0, 7]),
+        ("attention,up_proj", range(1, 7)),
+        ("mlp,q_proj,layer=1", [3, 4]),
         ("", range(8)),
     ],
 )
 def test_tensors_are_chosen_by_layer_and_module(where, found):
     assert chosen_names(list(NAMES), where.split(",") if where else []) == {NAMES[i] for i in found}
+
+
+def test_help_says_how_terms_go_together():
+    from typer.testing import CliRunner
+
+    from opdkernels.cli import app
+
+    assert "blocks and modules add up, with layers both must hold" in " ".join(CliRunner().invoke(app, ["intervene", "--help"]).output.split())
 
 
 @pytest.mark.parametrize(
