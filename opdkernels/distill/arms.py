@@ -98,12 +98,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Arms, what they are measured against, and what the table is to show; `density` of masks, unless another is asked for."""
+    """Arms, what they are measured against, and what the table is to show; `density` of masks, unless another is asked for; `null`:
+    whether what rounding alone would show is beside what had changed."""
 
     about: str
     arms: Sequence[Arm]
     against: str = "full"
     density: float = 0.0
+    null: bool = False
 
     def every(self, arm: Arm, steps: int) -> int:
         """Steps between the checkpoints and marks of an arm that others are made from before its end, a tenth of all; else 0."""
@@ -185,9 +187,10 @@ EXPERIMENTS = {
         against="on_policy 1.0",
     ),
     "precision": Experiment(
-        "How much of the sparsity is rounding? bf16 with an exact remainder, bf16 rounded at each step, fp32.",
+        "How much of the sparsity is rounding? bf16 with an exact remainder, bf16 rounded at each step, fp32; and what rounding alone would show of updates of that size.",
         [Arm("bf16 exact", BF16), Arm("bf16 nearest", {**BF16, "precision": "nearest"}), Arm("fp32", {"dtype": "float32", "precision": "exact"})],
         against="bf16 exact",
+        null=True,
     ),
     "trajectory": Experiment(
         "When is the mask known? The largest changes after a share of a full run's steps: how much of the final set they are, and what training them alone keeps.",

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from opdkernels.analysis.records import write_json
+from opdkernels.analysis.run import analyze
 from opdkernels.distill.arms import (
     EXPERIMENTS,
     PIECES,
@@ -35,7 +36,7 @@ from opdkernels.distill.options import DistillOptions
 from opdkernels.distill.track import read_rows
 from opdkernels.errors import UsageError, printable
 from opdkernels.masks import MaskSet
-from opdkernels.options import checked
+from opdkernels.options import AnalyzeOptions, checked
 from opdkernels.patch import intervene
 
 RESAMPLES = 10_000
@@ -148,6 +149,8 @@ class Seed:
         if arm.mask is not None:
             last = MaskSet.load(self.mask_file(changed, self.folder / slug(self.experiment.against), 1.0, density))
             end["in_found"] = in_both(MaskSet.load(given["masks"]), last) / max(last.nnz, 1)
+        if self.experiment.null:
+            end["changed_null"] = by_rounding(place, self.folder / slug(self.experiment.against))
         return read_rows(place / "scores.jsonl")[-1]["scores"], end
 
     def mask_file(self, mask: MaskOf, source: Path, at: float, density: float) -> Path:
@@ -243,6 +246,21 @@ def end_of(place: Path) -> dict[str, Any]:
             "relative_norm": stored["relative_norm"], "near_zero_coverage_10pct": visible["near_zero_coverage_10pct"]}  # fmt: skip
 
 
+def by_rounding(place: Path, against: Path) -> float | None:
+    """The share of the coordinates that an update as large as a run's would change in bf16 if it knew nothing of the weights; None
+    where no null fits (docs/outputs.md). against: a run that began with the same weights, stored in bf16."""
+    start, end, in_bf16 = start_of(place), end_checkpoint(place)[1], start_of(against)
+    if not views(in_bf16, start)["stored"]["changed"]:
+        start = in_bf16  # stored in fp32 they would be taken to lie between the values of bf16
+    visible = views(start, end)["visible"]
+    return visible["changed_null"] and visible["changed_null"] / (visible["numel"] - visible["nonfinite"])
+
+
+def views(source: Path, trained: Path) -> dict[str, Any]:
+    """What changed between two checkpoints, in both views."""
+    return analyze(source, trained, None, checked(AnalyzeOptions, {"spectra": "off"}), lambda done, total, name: None).summary["views"]
+
+
 def table_rows(scores: Mapping[str, list[list[float]]], ends: Mapping[str, list[dict[str, Any]]], against: str) -> list[dict[str, Any]]:
     """One row an arm: mean score with its interval, the share of the gain of `against` that it keeps with its interval, and what
     changed, means over seeds. A share whose gain's own interval reaches 0 says nothing, and has none."""
@@ -284,7 +302,7 @@ def spread(name: str, value: float, draws: np.ndarray) -> dict[str, Any]:
     return {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
-COLUMNS = (("of_change", "of the change", "{:.1%}"), ("trained", "trained", "{:.1%}"), ("in_found", "of the found set", "{:.1%}"), ("changed_visible", "changed, visible", "{:.1%}"), ("changed_stored", "changed, stored", "{:.1%}"),
+COLUMNS = (("of_change", "of the change", "{:.1%}"), ("trained", "trained", "{:.1%}"), ("in_found", "of the found set", "{:.1%}"), ("changed_visible", "changed, visible", "{:.1%}"), ("changed_null", "by rounding alone", "{:.1%}"), ("changed_stored", "changed, stored", "{:.1%}"),
            ("relative_norm", "relative norm", "{:.2e}"), ("near_zero_coverage_10pct", "near-zero coverage, 10 %", "{:.1%}"))  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from opdkernels.report.glossary import glossary
 from opdkernels.report.tables import Cell, Column, build
 
 COLUMNS = [
-    Column("score", "percent"), Column("gain_kept", "percent"), Column("of_change", "percent"), Column("trained", "percent"), Column("in_found", "percent"), Column("changed_visible", "percent"), Column("changed_stored", "percent"),
+    Column("score", "percent"), Column("gain_kept", "percent"), Column("of_change", "percent"), Column("trained", "percent"), Column("in_found", "percent"), Column("changed_visible", "percent"), Column("changed_null", "percent"), Column("changed_stored", "percent"),
     Column("relative_norm", "percent"), Column("near_zero_coverage_10pct", "percent"),
 ]  # fmt: skip
 

@@ -25,6 +25,7 @@ FIGURES: dict[str, Figure] = {
     "in_found": Figure("of the found set", "share of the full run's set that an arm's mask holds; by chance, its own density", OWN),
     "trained": Figure("trained", "numbers that the optimizer may move, as a share of the coordinates", OWN),
     "changed_stored": Figure("changed, stored", "share of the coordinates with Δ ≠ 0 as stored", OWN),
+    "changed_null": Figure("by rounding alone", "share of the coordinates that an update of the same visible energy would change in bf16 if it knew nothing of the weights", OWN),
     "changed_visible": Figure("changed, visible", "share of the coordinates whose value in bf16 changed", PAPER),
     "stored": Figure(
         "stored view", "both checkpoints as stored, Δ = W′ − W in fp32 (fp64 for fp64): what training did", OWN

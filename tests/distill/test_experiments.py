@@ -7,11 +7,13 @@ import zlib
 import numpy as np
 import pytest
 
+from opdkernels.api import analyze
 from opdkernels.distill import arms, experiments
 from opdkernels.distill.experiments import EXPERIMENTS, markdown, needed, run_experiment, table_rows
 from opdkernels.distill.track import read_rows
 from opdkernels.errors import UsageError
 from opdkernels.masks import MaskSet
+from tests.distill.conftest import model, tokenizer
 
 
 def varied(prompt, answer, completion):
@@ -55,6 +57,26 @@ def test_every_experiment_runs_at_its_own_density(options, tmp_path, name):
     result = run_experiment(name, options(eval_size=4, steps=10, reward=VARIED), tmp_path, seeds=1)
     assert result["density"] == EXPERIMENTS[name].density
     assert [row["arm"] for row in result["rows"]] == ["start", *(arm.name for arm in EXPERIMENTS[name].arms if "middle third" not in arm.name)]  # of two layers
+
+
+def test_what_rounding_alone_would_show_is_beside_what_changed(options, tmp_path):
+    rows = {row["arm"]: row for row in run_experiment("precision", options(eval_size=4, steps=2, lr=1e-4), tmp_path)["rows"]}
+    for arm in ("bf16-exact", "bf16-nearest", "fp32"):  # weights of bf16 all, whatever they are stored in
+        visible = analyze(tmp_path / "seed-0" / "bf16-exact" / "checkpoint-0", tmp_path / "seed-0" / arm / "checkpoint-2", spectra="off").summary["views"]["visible"]
+        assert rows[arm.replace("-", " ")]["changed_null"] == pytest.approx(visible["changed_null"] / visible["numel"], rel=1e-12)
+    assert rows["fp32"]["changed_null"] == pytest.approx(rows["bf16 exact"]["changed_null"], rel=0.2)
+    assert 0 < rows["fp32"]["changed_null"] < 0.9 * rows["fp32"]["changed_stored"]
+    assert "by rounding alone" in (tmp_path / "table.md").read_text()
+
+
+def test_weights_that_lie_between_those_of_bf16_have_a_null_of_their_own(options, tmp_path):
+    own = model(0, initializer_range=0.2)
+    own.save_pretrained(tmp_path / "s")
+    tokenizer().save_pretrained(tmp_path / "s")
+    rows = {row["arm"]: row for row in run_experiment("precision", options(student=str(tmp_path / "s"), eval_size=4, steps=2, lr=1e-4), tmp_path / "run")["rows"]}
+    fp32 = tmp_path / "run" / "seed-0" / "fp32"
+    visible = analyze(fp32 / "checkpoint-0", fp32 / "checkpoint-2", spectra="off").summary["views"]["visible"]
+    assert rows["fp32"]["changed_null"] == pytest.approx(visible["changed_null"] / visible["numel"], rel=1e-12)
 
 
 @pytest.mark.parametrize("density", [0.2, 0.0])

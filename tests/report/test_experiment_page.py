@@ -47,6 +47,8 @@ def test_the_table_has_the_columns_that_some_arm_has():
     found = content(result("interventions", [FULL, row("mlp alone", 0.6, 0.8, of_change=0.2)]))
     keys = [column.key for column in found["table"].columns]
     assert keys == ["arm", "score", "gain_kept", "of_change", "trained", "changed_visible", "changed_stored"]
+    found = content(result("precision", [row("bf16 exact", 0.7, 1.0, changed_visible=0.3, changed_null=0.31, changed_stored=0.3)], "bf16 exact"))
+    assert [column.key for column in found["table"].columns][-3:] == ["changed_visible", "changed_null", "changed_stored"]
 
 
 def test_a_page_is_written_again(tmp_path):
