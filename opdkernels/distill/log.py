@@ -36,7 +36,7 @@ class Log:
     def row(self, row: dict[str, Any]) -> None:
         if not self.first_rank:
             return
-        scores = row.pop("scores", None)
+        scores, row = row.pop("scores", None), row | rates(row)
         for path, content in ((self.path, row), (self.scores, {"step": row["step"], "scores": scores})):
             if content.get("scores", ()) is not None:
                 with open(path, "a") as file:
@@ -62,6 +62,12 @@ class Log:
         facts = [text.format(row[name]) for name, text in SHOWN if row.get(name) is not None]
         line = f"step {row['step']} of {self.total}: {', '.join(facts)}, {left:.0f} s left"
         print(f"\r\x1b[K{line}" if live else line, end="\n" if last or not live else "", file=sys.stderr, flush=True)
+
+
+def rates(row: dict[str, Any]) -> dict[str, Any]:
+    """A step's tokens a second: of completions, by the phase that makes, scores or learns them, and in all."""
+    known = {name: row["tokens"] / seconds for name, seconds in row.get("seconds", {}).items() if name in ("generate", "score", "train", "all") and seconds}
+    return {"tokens_per_s": known} if known else {}
 
 
 def board(folder: Path, step: int) -> Any:
