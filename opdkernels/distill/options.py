@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.options import DeviceOrAuto, checked
@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from opdkernels.ops.divergence import Divergence
 
 SELF = "self"
+
+
+def pair_of_numbers(given: Any) -> Any:
+    """Two numbers, or a text of two with a comma between."""
+    pair = given.split(",") if isinstance(given, str) else given
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        raise ValueError("give two numbers, such as 0.9,0.999")
+    return tuple(pair)
+
+
+Pair = Annotated[tuple[float, float], BeforeValidator(pair_of_numbers)]
 
 
 class DistillOptions(BaseModel):
@@ -60,7 +71,7 @@ class DistillOptions(BaseModel):
     masks: str = Field("", description="File of masks (opdkernels mask): only what is active there is trained; empty: everything.")
     lr: float = Field(1e-6, gt=0, description="Learning rate, after warm-up.")
     warmup: int = Field(0, ge=0, description="Steps over which the rate rises from 0.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Of adamw.")
+    betas: Pair = Field((0.9, 0.999), description="Of adamw.")
     eps: float = Field(1e-8, gt=0, description="Of adamw.")
     momentum: float = Field(0.0, ge=0, lt=1, description="Of sgd.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled with adamw; towards zero.")
@@ -158,8 +169,6 @@ def options_from(path: str | os.PathLike[str] | None, given: dict[str, Any]) -> 
     if path is not None:
         found = read_toml(path)
     values = {**found, **given}
-    if isinstance(values.get("betas"), str):
-        values["betas"] = tuple(values["betas"].split(","))
     missing = [name for name, field in DistillOptions.model_fields.items() if field.is_required() and name not in values]
     if missing:
         raise UsageError(f"there is no {missing[0]}; give it in the configuration or as --{missing[0].replace('_', '-')}")

@@ -53,6 +53,8 @@ def test_betas_of_a_command_line_have_a_comma():
         ({"reward": "m:f"}, "reward would change nothing"),
         ({"lora_rank": 4, "precision": "nearest"}, "precision would change nothing"),
         *(({**RLVR, name: value}, f"{name} would change nothing") for name, value in (("divergence", "jsd"), ("k", 3), ("temperature", 0.5))),
+        *(({"betas": value}, f"option betas is {value!r}: give two numbers, such as 0.9,0.999") for value in ("0.9", "0.9,0.99,0.999", "", 0.9, [0.9])),
+        ({"betas": "0.9,x"}, "option betas is 'x'"),
         ({"device": "gpu"}, "give cpu, cuda or cuda:1"),
         ({"optimizer": "adam"}, "option optimizer is 'adam'"),
     ],
@@ -78,6 +80,9 @@ def test_files_that_are_not_toml_are_named(tmp_path):
     (tmp_path / "c.toml").write_text("student: s")
     with pytest.raises(InputError, match=r"c\.toml is not TOML"):
         options_from(tmp_path / "c.toml", {})
+    (tmp_path / "e.toml").mkdir()
+    with pytest.raises(InputError, match=r"e\.toml cannot be read \(Is a directory\); give a TOML file of options"):
+        options_from(tmp_path / "e.toml", {})
     with pytest.raises(InputError, match=r"d\.toml does not exist"):
         options_from(tmp_path / "d.toml", {})
 
