@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect as inspection
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Optional
 
@@ -559,7 +560,8 @@ def show(content: dict[str, Any], text: list[str], as_json: bool) -> None:
 
 
 def main() -> None:
-    """Runs a command; bad input and bad usage get one line on the error stream and their exit status."""
+    """Runs a command; bad input and bad usage get one line on the error stream and their exit status, warnings one line."""
+    warnings.formatwarning = lambda message, *where: f"opdkernels: warning: {printable(str(message))}\n"
     try:
         app()
     except InputError as error:

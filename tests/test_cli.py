@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect as inspecting
 import json
+import os
 import subprocess
 import sys
 import time
@@ -106,6 +107,13 @@ def test_bad_calls_get_one_line_and_their_status(tmp_path, arguments, status, me
     if status == 4:
         assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_warnings_are_one_line(tmp_path):
+    done = run("distill", "--student", "nowhere", "--teacher", "nowhere", "--prompts", "addition", "--divergence", "jsd", "--beta", "0.01", "-o", tmp_path / "out", env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 4
+    first, _ = done.stderr.splitlines()
+    assert first == "opdkernels: warning: jsd with beta 0.01 is near 0, whatever the models: at 0 and 1 it is a KL, but not near them"
 
 
 def test_excluded_tensors_end_with_status_3(tmp_path):

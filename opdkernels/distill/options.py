@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -139,7 +140,7 @@ class DistillOptions(BaseModel):
             ("precision", self.dtype == "bfloat16" and not self.lora_rank, "of weights in bfloat16, which LoRA's factors are not"),
         )
 
-    @property
+    @functools.cached_property  # it warns once
     def spec(self) -> Divergence:
         """The divergence that the options name."""
         from opdkernels.ops.divergence import Divergence
