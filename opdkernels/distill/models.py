@@ -33,8 +33,8 @@ def transformers() -> Any:
 
 @contextlib.contextmanager
 def bad_input(what: str, remedy: str) -> Iterator[None]:
-    """Raises InputError, in one line, of `what` a library raises over somebody's files: templates, pickles and images fail in as many
-    ways as there are."""
+    """Makes an InputError of whatever a library raises over somebody's files: `what` cannot be, why, and the `remedy`. Templates, pickles
+    and images fail in as many ways as there are."""
     try:
         yield
     except (InputError, UsageError):
