@@ -70,8 +70,9 @@ def curves(along: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
          [("visible", "of the final set", "coverage_of_final"), ("stored", "stays changed", "stays_changed")]),
     ):  # fmt: skip
         drawn = [(kind, name, [row[key] for row in along]) for kind, name, key in lines if any(row[key] is not None for row in along)]
-        found.append({"heading": heading, "note": note, "keys": [(kind, name) for kind, name, _ in drawn], "drawings": [charts.step_curve(steps, drawn, format.percent, heading, frame) for frame in charts.FRAMES]})
-    return [one for one in found if one["keys"]]
+        if drawn:
+            found.append({"heading": heading, "note": note, "keys": [(kind, name) for kind, name, _ in drawn], "drawings": [charts.step_curve(steps, drawn, format.percent, heading, frame) for frame in charts.FRAMES]})
+    return found
 
 
 def headline(result: Mapping[str, Any]) -> str:

@@ -51,6 +51,11 @@ def test_the_table_has_the_columns_that_some_arm_has():
     assert [column.key for column in found["table"].columns][-3:] == ["changed_visible", "changed_null", "changed_stored"]
 
 
+def test_a_run_that_changed_nothing_has_no_curve_of_its_final_set():
+    along = [{"step": step, "changed_visible": 0.0, "changed_stored": 0.0, "coverage_of_final": None, "stays_changed": None} for step in (5, 10)]
+    assert [one["heading"] for one in content(result("masks", [FULL], along=along))["curves"]] == ["What has changed."]
+
+
 def test_a_page_is_written_again(tmp_path):
     found = result("masks", [FULL, row("found", 0.6, 0.8, trained=0.2)])
     (tmp_path / "results.json").write_text(json.dumps(found))
