@@ -130,16 +130,16 @@ class Seed:
         return self.folder / (slug(arm.name) + (f"-{self.density:g}" if arm.mask and self.density and not arm.size_of else ""))
 
     def run(self, arm: Arm) -> Scored | None:
-        """The arm's run; None where its mask has nothing active, as the run that it is made from had changed nothing."""
+        """The arm's run; None where it is to train as much as another had changed, and that had changed nothing."""
         place, source = self.folder_of(arm), self.folder / slug(arm.of)
         given: dict[str, Any] = {"seed": self.seed}
         if every := self.experiment.every(arm, self.options.steps):
             given |= {"save_every": every, "track_every": every}
         density = self.trained[arm.size_of] if arm.size_of else self.density
         if arm.mask is not None:
-            given["masks"] = os.fspath(self.mask_file(arm.mask, source, arm.at, density))
-            if not MaskSet.load(given["masks"]).nnz:
+            if not density and not changed(Made(source, arm.at, density, self.seed)).nnz:
                 return None
+            given["masks"] = os.fspath(self.mask_file(arm.mask, source, arm.at, density))
         if arm.subspace:
             given["subspace"] = os.fspath(checkpoint_at(source, arm.at))
         if distill(options_of(arm, self.options, **given), place, quiet=self.quiet).stopped:

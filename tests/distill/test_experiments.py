@@ -140,6 +140,9 @@ def test_masks_of_the_size_of_lora(options, tmp_path):
 def test_an_arm_whose_mask_would_be_empty_has_no_row(options, tmp_path):
     result = run_experiment("masks", options(eval_size=4, steps=2), tmp_path, arms=["found by rlvr"])  # no completion is right, so that RLVR changes nothing
     assert [row["arm"] for row in result["rows"]] == ["start", "full", "rlvr"]
+    still = options(eval_size=4, steps=2, teacher="", kl_weight=0, reward_weight=1, samples=2)
+    result = run_experiment("masks", still, tmp_path / "still", arms=["found", "random", "near zero"])
+    assert [row["arm"] for row in result["rows"]] == ["start", "full"]
 
 
 def test_results_of_another_experiment_are_not_replaced(options, tmp_path):
