@@ -156,7 +156,7 @@ def take_steps(run: Run, folder: Path, step: int, quiet: bool) -> Outcome:
             step += 1
             skipped = skipped + 1 if row["skipped"] else 0
             if skipped == MOST_SKIPPED:
-                raise InputError(f"{MOST_SKIPPED} steps in a row had no finite loss ({row['skipped']}); look at the teacher, or take a smaller lr")
+                raise InputError(f"{MOST_SKIPPED} steps in a row had no finite loss ({row['skipped']}); {'look at the teacher, or ' if run.teachers else ''}take a smaller lr")
             last, moments = step == options.steps, row.pop("moments")
             if tracker and (moments is not None or last):
                 with run.clock.phase("track"):

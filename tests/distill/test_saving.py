@@ -190,7 +190,7 @@ def test_an_experiment_finds_its_checkpoints_with_overwrite(options, tmp_path):
     chosen = {"eval_size": 4, "steps": 20, "track_every": 2, "lr": 1e-4}
     run_experiment("interventions", options(**chosen), tmp_path, arms=["random alone"])
     arm = "mask at 10% of the steps"
-    with pytest.raises(UsageError, match=r"no checkpoint at step 2.*--overwrite this one"):
+    with pytest.raises(UsageError, match=r"holds results of the experiment interventions; .*--overwrite them"):
         run_experiment("trajectory", options(**chosen), tmp_path, arms=[arm])
     rows = run_experiment("trajectory", options(overwrite=True, **chosen), tmp_path, arms=[arm])["rows"]
     assert [row["arm"] for row in rows] == ["start", "full", arm]
