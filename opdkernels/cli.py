@@ -474,7 +474,8 @@ def distill(
     """Train a student on its own samples from a teacher's view of every token, and follow what that does to the weights.
 
     OUT gets checkpoint-N folders (transformers' format, checkpoint-0 the start), log.jsonl with a line a step, track.jsonl with a
-    line a mark, and masks of what had changed at each mark. A run that was killed goes on with the same command.
+    line a mark, and masks of what had changed at each mark. A run that was killed goes on from its last
+    checkpoint (--save-every) with the same command.
 
     Example: opdkernels distill --student Qwen2.5-0.5B --teacher Qwen2.5-1.5B --prompts prompts.jsonl --steps 200 -o run
     """

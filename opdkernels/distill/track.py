@@ -95,7 +95,7 @@ def writing(path: Path) -> Iterator[Callable[[torch.Tensor], None]]:
 
         def write(weight: torch.Tensor) -> None:
             data = weight.contiguous().view(-1).view(torch.uint8).numpy()
-            file.write(memoryview(data))
+            file.write(data.data)
             file.write(bytes(padding(len(data))))
 
         yield write
