@@ -1,4 +1,4 @@
-"""A run's log: one JSON line a step, TensorBoard's files where asked for, and a line on the terminal."""
+"""A run's log: one JSON line a step, TensorBoard and Weights & Biases where asked for, and a line on the terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import torch
 
 from opdkernels.distill.ranks import Ranks
 from opdkernels.distill.track import read_rows, write_rows
-from opdkernels.errors import UsageError
+from opdkernels.errors import UsageError, printable
 
+Board = Callable[[dict[str, float], int], None]  # takes a step's figures
 LINE_EVERY_S = 2.0
 SHOWN = (("loss", "loss {:.4f}"), ("reverse_kl", "KL {:.4f}"), ("agreement", "agreement {:.2f}"), ("reward", "reward {:.2f}"), ("accuracy", "accuracy {:.3f}"))
 
@@ -24,14 +25,17 @@ SHOWN = (("loss", "loss {:.4f}"), ("reverse_kl", "KL {:.4f}"), ("agreement", "ag
 class Log:
     """Writes rows of figures; rows after `step`, of a run that was killed there, are let go, and from 0 on all."""
 
-    def __init__(self, folder: Path, step: int, total: int, tensorboard: bool, quiet: bool, ranks: Ranks):
+    def __init__(self, folder: Path, step: int, total: int, quiet: bool, ranks: Ranks, *, tensorboard: bool = False, wandb: str = ""):
         self.path, self.scores, self.total, self.quiet = folder / "log.jsonl", folder / "scores.jsonl", total, quiet
         self.first_rank = ranks.first
         if ranks.first:
             for path in (self.path, self.scores):
                 write_rows(path, [row for row in read_rows(path) if step and row["step"] <= step])
         self.shown, self.began, self.first = 0.0, time.monotonic(), step
-        self.board = board(folder, step) if tensorboard and ranks.first else None
+        self.boards: list[Board] = []
+        if ranks.first:
+            self.boards += [tensorboard_of(folder, step)] if tensorboard else []
+            self.boards += [wandb_of(folder, wandb)] if wandb else []
 
     def row(self, row: dict[str, Any]) -> None:
         if not self.first_rank:
@@ -41,10 +45,8 @@ class Log:
             if content.get("scores", ()) is not None:
                 with open(path, "a") as file:
                     file.write(json.dumps(finite(content), allow_nan=False) + "\n")
-        if self.board is not None:
-            for name, value in flat(row):
-                self.board.add_scalar(name, value, row["step"])
-            self.board.flush()
+        for board in self.boards:
+            board(dict(flat(row)), row["step"])
         self.show(row)
 
     def accuracies(self) -> list[tuple[int, float]]:
@@ -70,12 +72,33 @@ def rates(row: dict[str, Any]) -> dict[str, Any]:
     return {"tokens_per_s": known} if known else {}
 
 
-def board(folder: Path, step: int) -> Any:
+def tensorboard_of(folder: Path, step: int) -> Board:
+    """TensorBoard's event files in the folder, of steps after `step` anew."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UsageError("tensorboard is asked for and not installed; pip install tensorboard, or leave it out") from None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(figures: dict[str, float], step: int) -> None:
+        for name, value in figures.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return write
+
+
+def wandb_of(folder: Path, project: str) -> Board:
+    """A run of Weights & Biases; what goes on from a checkpoint is another of the same group."""
+    try:
+        import wandb  # type: ignore[import-not-found]
+    except ImportError:
+        raise UsageError("wandb is asked for and not installed; pip install wandb, or leave it out") from None
+    try:
+        run = wandb.init(project=project, group=folder.resolve().name, dir=str(folder))
+    except Exception as error:  # of its server, its key, its settings
+        raise UsageError(f"wandb cannot begin a run ({printable(str(error).splitlines()[0] if str(error) else type(error).__name__)[:200]}); set WANDB_MODE=offline, or leave it out") from None
+    return lambda figures, step: run.log(figures, step=step)
 
 
 def finite(value: Any) -> Any:

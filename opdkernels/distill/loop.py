@@ -139,7 +139,7 @@ def loaded(options: DistillOptions, task: Task, checkpoint: Path | None, device:
 def take_steps(run: Run, folder: Path, step: int, quiet: bool) -> Outcome:
     """Takes a run from a step to its end, or to a signal, with what is logged, marked and saved on the way."""
     options, model, text, ranks, device = run.options, run.model, run.text, run.ranks, run.device
-    log = Log(folder, step, options.steps, options.tensorboard, quiet, ranks)
+    log = Log(folder, step, options.steps, quiet, ranks, tensorboard=options.tensorboard, wandb=options.wandb)
     tracker = None
     if options.track_every and (step < options.steps or any((folder / "weights").glob("*.bin"))):
         place = device if ranks.size > 1 else torch.device("cpu")

@@ -87,6 +87,7 @@ class DistillOptions(BaseModel):
     eval_every: int = Field(0, ge=0, description="Steps between greedy evaluations on held-out prompts; 0: before and after alone.")
     eval_size: int = Field(0, ge=0, description="Held-out prompts to evaluate on; 0: no evaluation.")
     tensorboard: bool = Field(False, description="Also write TensorBoard's event files, where it is installed.")
+    wandb: str = Field("", description="Project of Weights & Biases to log to as well, where it is installed; empty: none.")
     threads: int | None = Field(None, ge=1, le=4096, description="Threads; torch's own number if not given.")
     overwrite: bool = Field(False, description="Replace another run in the output folder.")
 

@@ -28,11 +28,11 @@ from opdkernels.version import __version__
 
 ABOUT = "run.json"
 STATE = "training.pt"
-OWN_FILES = ("checkpoint-[0-9]*", ".checkpoint-[0-9]*.part", "made-of-[0-9]*", "masks", "weights", "tensorboard",
+OWN_FILES = ("checkpoint-[0-9]*", ".checkpoint-[0-9]*.part", "made-of-[0-9]*", "masks", "weights", "tensorboard", "wandb",
              *(f"{name}.{kind}" for name in ("log", "scores", "track") for kind in ("jsonl", "part")))  # fmt: skip
 OF_MODELS = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}  # of a checkpoint's folder; a run's own state comes and goes
 SMALL_BYTES = 1 << 24
-FREE = {"steps", "save_every", "eval_every", "tensorboard", "threads", "overwrite"}  # may change when a run goes on
+FREE = {"steps", "save_every", "eval_every", "tensorboard", "wandb", "threads", "overwrite"}  # may change when a run goes on
 
 
 def identity(options: DistillOptions) -> str:
