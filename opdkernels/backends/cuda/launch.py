@@ -77,13 +77,16 @@ class Compiled:
         subnormals to zero, whatever the options."""
         source, version = source_of(family), self.cupy.cuda.nvrtc.getVersion()
         key = hashlib.blake2b("\0".join(map(str, (source, OPTIONS, capability, version))).encode(), digest_size=16).hexdigest()
-        path = cache_folder() / f"{family}-{key}.cubin"
-        if not path.exists():
-            code, _ = importlib.import_module("cupy.cuda.compiler").compile_using_nvrtc(source, OPTIONS, filename=f"{family}.cu")
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(code.encode() if isinstance(code, str) else code)
-            Path(file.name).replace(path)
-        return path
+        name = f"{family}-{key}.cubin"
+        kept = cache_folder() / name
+        if os.access(kept, os.R_OK):
+            return kept
+        code, _ = importlib.import_module("cupy.cuda.compiler").compile_using_nvrtc(source, OPTIONS, filename=f"{family}.cu")
+        code = code.encode() if isinstance(code, str) else code
+        try:
+            return written(kept, code)
+        except OSError:  # no room, no right to write
+            return written(own_folder() / name, code)
 
     def launch(self, name: str, arguments: Sequence[int], blocks: int, threads: int, shared_bytes: int, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -96,17 +99,33 @@ class Compiled:
 
 @functools.cache
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: the user's cache, or this process's own folder where there is none to write to."""
+    """Where compiled kernels are kept: the user's cache."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opdkernels"
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):  # no home
-        pass
-    own = tempfile.mkdtemp(prefix="opdkernels-")
-    atexit.register(shutil.rmtree, own, ignore_errors=True)
-    return Path(own)
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opdkernels"
+    except RuntimeError:  # no home
+        return own_folder()
+
+
+@functools.cache
+def own_folder() -> Path:
+    """This process's, gone with it."""
+    folder = tempfile.mkdtemp(prefix="opdkernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def written(path: Path, content: bytes) -> Path:
+    """A file that other processes see whole, whoever's they are, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        return part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @functools.cache

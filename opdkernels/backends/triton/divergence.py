@@ -146,9 +146,9 @@ def scan(
         tl.store(sums + 7 * n, total[7] / total[3])
 
 
-@triton.jit(do_not_specialize=["n", "vocab", "count", "width", "scale", "softcap", "temperature"])
+@triton.jit(do_not_specialize=["vocab", "count", "width", "scale", "softcap", "temperature"])
 def at_ids(
-    hidden, weight, bias, ids, at, n, vocab, count, width, scale, softcap, temperature,
+    hidden, weight, bias, ids, at, vocab, count, width, scale, softcap, temperature,
     CAPPED: tl.constexpr, IDS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One side's logits over temperature of a token at some of its ids, [n, count]; ids beyond the vocabulary are passed over."""
@@ -257,7 +257,7 @@ def gradient(
     if CAPPED:
         bent = z * temperature / softcap
         g *= 1 - bent * bent
-    g = tl.where(z > FLOOR, g * slope, 0.0)
+    g = tl.where(z <= FLOOR, 0.0, g * slope)  # NaN stays
     tl.store(into + (row * size + place), narrow(g, into), place < size)
 
 
@@ -277,9 +277,10 @@ def half(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a b in fp32: of two halves as matrix units accumulate it, else from what is widened. (AMD's libraries were not tried.)"""
-    if half(a, b) and a.is_cuda and torch.version.hip is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    with torch.autocast(a.device.type, enabled=False):  # whose products would be rounded
+        if half(a, b) and a.is_cuda and torch.version.hip is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return a.float() @ b.float()
 
 
 def products(side: list[torch.Tensor], first: int, size: int) -> torch.Tensor:
@@ -301,10 +302,12 @@ def tile_of(n: int) -> int:
     return max(LEAST_COLUMNS, min(COLUMNS, 1 << fits.bit_length() - 1))
 
 
-def chunks(n: int, vocab: int) -> list[tuple[int, int]]:
-    """Where chunks of the vocabulary begin and how many ids they have, whole tiles within the workspace; none without tokens."""
-    tile = tile_of(n)
-    size = max(1, WORKSPACE_BYTES // (BYTES_AN_ID * max(n, 1)) // tile) * tile
+def chunks(vocab: int, *sides: list[torch.Tensor]) -> list[tuple[int, int]]:
+    """Where chunks of the vocabulary begin and how many ids they have, whole tiles of which neither logits nor a part of a head in fp32
+    exceed the workspace; none without tokens."""
+    n, width = len(sides[0][0]), max(side[0].shape[1] for side in sides)
+    tile, bytes_an_id = tile_of(n), max(BYTES_AN_ID * n, 4 * width, 1)
+    size = max(1, WORKSPACE_BYTES // bytes_an_id // tile) * tile
     return [(first, min(size, vocab - first)) for first in range(0, vocab if n else 0, size)]
 
 
@@ -315,7 +318,7 @@ def divergence_scan(student, teacher, ids, vocab: int, numbers, tops: bool):
     sums.select(0, 2).fill_(FLOOR.value)
     likeliest = new((2, n if tops else 0), dtype=torch.int64)
     bias = biases(student, teacher)
-    for first, size in chunks(n, vocab):
+    for first, size in chunks(vocab, student, teacher):
         launch.run(
             scan, (n,), products(student, first, size), products(teacher, first, size), *bias, sums, likeliest, n, vocab, first, size, *numbers[:5],
             warps=WARPS, **capped(numbers), EVEN=size % 16 == 0, BEST=tops, COLUMNS=tile_of(n),
@@ -325,7 +328,7 @@ def divergence_scan(student, teacher, ids, vocab: int, numbers, tops: bool):
             hidden, weight = side[0].contiguous(), side[1].contiguous()
             launch.run(
                 at_ids, (n, triton.cdiv(ids.shape[1], IDS)), hidden, weight, bias[k], ids.contiguous(), at.select(0, k),
-                n, vocab, ids.shape[1], hidden.shape[1], scale, softcap, numbers[4], warps=4, CAPPED=softcap != 0, IDS=IDS, DEPTH=DEPTH_AT_IDS,
+                vocab, ids.shape[1], hidden.shape[1], scale, softcap, numbers[4], warps=4, CAPPED=softcap != 0, IDS=IDS, DEPTH=DEPTH_AT_IDS,
             )  # fmt: skip
     return sums, at, likeliest
 
@@ -333,7 +336,7 @@ def divergence_scan(student, teacher, ids, vocab: int, numbers, tops: bool):
 def divergence_means(student, teacher, moments, vocab: int, numbers, kind: int):
     n = moments.shape[1]
     found = moments.new_zeros(2, n)
-    for first, size in chunks(n, vocab):
+    for first, size in chunks(vocab, student, teacher):
         launch.run(
             means, (n,), products(student, first, size), products(teacher, first, size), *biases(student, teacher), moments.contiguous(), found,
             n, first, size, numbers[5], *numbers[:5], warps=WARPS, KIND=kind, **capped(numbers), EVEN=size % 16 == 0, COLUMNS=tile_of(n),
@@ -348,7 +351,7 @@ def divergence_backward(student, teacher, scalars, ids, at, vocab: int, numbers,
     hidden_grad = hidden.new_zeros(hidden.shape if wanted[0] else 0, dtype=torch.float32)
     weight_grad = weight.new_zeros(weight.shape if wanted[1] else 0)
     bias_grad = bias.new_zeros(len(weight) if wanted[2] else 0)
-    for first, size in chunks(n, vocab):
+    for first, size in chunks(vocab, student, teacher):
         g = chunk_gradient(student, teacher, scalars, ids, at, first, size, numbers, kind)
         if wanted[0]:
             hidden_grad.add_(product(g, weight.narrow(0, first, size)))
@@ -378,7 +381,7 @@ def divergence_top(side, vocab: int, k: int, numbers):
     """By the logits before cap and temperature, which keep their order."""
     n = len(side[0])
     best, ids = side[0].new_empty((n, 0), dtype=torch.float32), side[0].new_empty((n, 0 if n else k), dtype=torch.int64)
-    for first, size in chunks(n, vocab):
+    for first, size in chunks(vocab, side):
         x = products(side, first, size)
         if len(side) > 2:
             x += side[2].narrow(0, first, size)

@@ -73,13 +73,15 @@ def test_another_process_finds_what_one_compiled(started):
         launch.Compiled().launch("delta_carry", [1, 0], 1, 32, 0, torch.device("cuda", 0))
     assert len(started.compiled) == 1
     assert len(started.launches) == 2
+    assert [path.suffix for path in launch.cache_folder().iterdir()] == [".cubin"]
 
 
 def test_without_a_cache_to_write_to_a_process_has_its_own(started, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     launch.Compiled().launch("delta_carry", [1, 0], 1, 32, 0, torch.device("cuda", 0))
-    assert launch.cache_folder().name.startswith("opdkernels-")
+    (kept,) = launch.own_folder().glob("delta-*.cubin")
+    assert "delta_carry" in kept.read_text()
     assert len(started.launches) == 1
 
 

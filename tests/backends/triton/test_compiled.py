@@ -322,6 +322,7 @@ def test_divergence_keeps_its_workspace_bounded(monkeypatch):
         sizes = [one.arguments[0].shape[1] for one in launched if one.name == "gradient"]
         assert sum(sizes) == 151936
         assert n * max(sizes) * divergence.BYTES_AN_ID <= max(divergence.WORKSPACE_BYTES, n * divergence.LEAST_COLUMNS * divergence.BYTES_AN_ID)
+        assert 2 * 896 * max(sizes) * 4 <= divergence.WORKSPACE_BYTES  # a part of the wider head, or of its gradient, in fp32
 
 
 CALLS = {

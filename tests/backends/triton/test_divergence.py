@@ -104,6 +104,24 @@ def test_nan_of_one_token_is_seen_there_and_nowhere_else():
     for kind in KINDS[:4]:
         loss = linear_divergence(hidden, head, teacher, teacher_head, Divergence(kind), reduction="none")
         assert loss.isnan().tolist() == [False, False, True, False, False]
+    hidden = hidden.detach().clone()
+    hidden[2] = math.nan
+    loss = linear_divergence(hidden.requires_grad_(), head, teacher.nan_to_num(), teacher_head, reduction="none")
+    (grad,) = torch.autograd.grad(loss.sum(), hidden)
+    assert grad.isnan().all(1).tolist() == [False, False, True, False, False]
+
+
+def test_autocast_rounds_no_product():
+    hidden, head, teacher, teacher_head, _ = make_case(n=5, vocab=300, width=16, dtype=FP32)
+    found = []
+    for enabled in (False, True):
+        leaf = hidden.detach().clone().requires_grad_()
+        with torch.autocast("cpu", dtype=BF16, enabled=enabled):
+            loss = linear_divergence(leaf, head, teacher, teacher_head)
+            loss.backward()
+        found.append((loss.detach(), leaf.grad))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_tokens_beyond_the_vocabulary_are_passed_over_and_seen():
