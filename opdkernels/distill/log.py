@@ -6,10 +6,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,25 +17,28 @@ from opdkernels.distill.ranks import Ranks
 from opdkernels.distill.track import read_rows, write_rows
 from opdkernels.errors import UsageError, printable
 
-Board = Callable[[dict[str, float], int], None]  # takes a step's figures
 LINE_EVERY_S = 2.0
 SHOWN = (("loss", "loss {:.4f}"), ("reverse_kl", "KL {:.4f}"), ("agreement", "agreement {:.2f}"), ("reward", "reward {:.2f}"), ("accuracy", "accuracy {:.3f}"))
+
+
+class Board(NamedTuple):
+    """Where a step's figures go beside the log."""
+
+    write: Callable[[dict[str, float], int], None]
+    close: Callable[[], Any]
 
 
 class Log:
     """Writes rows of figures; rows after `step`, of a run that was killed there, are let go, and from 0 on all."""
 
-    def __init__(self, folder: Path, step: int, total: int, quiet: bool, ranks: Ranks, *, tensorboard: bool = False, wandb: str = ""):
+    def __init__(self, folder: Path, step: int, total: int, quiet: bool, ranks: Ranks, boards: Sequence[Board] = ()):
         self.path, self.scores, self.total, self.quiet = folder / "log.jsonl", folder / "scores.jsonl", total, quiet
         self.first_rank = ranks.first
         if ranks.first:
             for path in (self.path, self.scores):
                 write_rows(path, [row for row in read_rows(path) if step and row["step"] <= step])
         self.shown, self.began, self.first = 0.0, time.monotonic(), step
-        self.boards: list[Board] = []
-        if ranks.first:
-            self.boards += [tensorboard_of(folder, step)] if tensorboard else []
-            self.boards += [wandb_of(folder, wandb)] if wandb else []
+        self.boards = boards
 
     def row(self, row: dict[str, Any]) -> None:
         if not self.first_rank:
@@ -46,7 +49,7 @@ class Log:
                 with open(path, "a") as file:
                     file.write(json.dumps(finite(content), allow_nan=False) + "\n")
         for board in self.boards:
-            board(dict(flat(row)), row["step"])
+            board.write(dict(flat(row)), row["step"])
         self.show(row)
 
     def accuracies(self) -> list[tuple[int, float]]:
@@ -72,20 +75,39 @@ def rates(row: dict[str, Any]) -> dict[str, Any]:
     return {"tokens_per_s": known} if known else {}
 
 
+@contextmanager
+def boards(folder: Path, step: int, ranks: Ranks, *, tensorboard: bool = False, wandb: str = "") -> Iterator[list[Board]]:
+    """TensorBoard's and Weights & Biases's, of the first process, for a while; nothing in the folder of a run is touched by opening them.
+
+    Raises UsageError on every process for what is not installed or cannot begin."""
+    opened: list[Board] = []
+    if tensorboard:
+        ranks.told(lambda: opened.append(tensorboard_of(folder, step)))
+    if wandb:
+        ranks.told(lambda: opened.append(wandb_of(folder, wandb)))
+    try:
+        yield opened
+    finally:
+        for board in opened:
+            board.close()
+
+
 def tensorboard_of(folder: Path, step: int) -> Board:
-    """TensorBoard's event files in the folder, of steps after `step` anew."""
+    """TensorBoard's event files in the folder, of steps after `step` anew; made with the first figures."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UsageError("tensorboard is asked for and not installed; pip install tensorboard, or leave it out") from None
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    made: list[Any] = []
 
-    def write(figures: dict[str, float], step: int) -> None:
+    def write(figures: dict[str, float], at: int) -> None:
+        if not made:
+            made.append(SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1))
         for name, value in figures.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
+            made[0].add_scalar(name, value, at)
+        made[0].flush()
 
-    return write
+    return Board(write, lambda: [writer.close() for writer in made])
 
 
 def wandb_of(folder: Path, project: str) -> Board:
@@ -98,7 +120,7 @@ def wandb_of(folder: Path, project: str) -> Board:
         run = wandb.init(project=project, group=folder.resolve().name, dir=str(folder))
     except Exception as error:  # of its server, its key, its settings
         raise UsageError(f"wandb cannot begin a run ({printable(str(error).splitlines()[0] if str(error) else type(error).__name__)[:200]}); set WANDB_MODE=offline, or leave it out") from None
-    return lambda figures, step: run.log(figures, step=step)
+    return Board(lambda figures, at: run.log(figures, step=at), run.finish)
 
 
 def finite(value: Any) -> Any:

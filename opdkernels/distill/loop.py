@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from opdkernels.backends.devices import device_of
-from opdkernels.distill.log import Clock, Log
+from opdkernels.distill.log import Board, Clock, Log, boards
 from opdkernels.distill.models import (
     Text,
     end_tokens,
@@ -110,9 +110,10 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
     with open_folder(out, options, ranks) as (folder, found):
         run = loaded(options, task, found[1] if found else None, device, ranks)
         step = resume(run, found[1]) if found else 0
-        if not found:  # all that is given can be used: now something may be written
-            ranks.told(lambda: begin(folder, options))
-        outcome = take_steps(run, folder, step, quiet)
+        with boards(folder, step, ranks, tensorboard=options.tensorboard, wandb=options.wandb) as opened:
+            if not found:  # all that is given can be used: now something may be written
+                ranks.told(lambda: begin(folder, options))
+            outcome = take_steps(run, folder, step, quiet, opened)
     del run
     gc.collect()  # the model and what was bound to it hold each other
     return outcome
@@ -136,10 +137,10 @@ def loaded(options: DistillOptions, task: Task, checkpoint: Path | None, device:
     return Run(**player(options, task, text, model, scorers, ranks), optimizer=optimizer, teachers=teachers, device=device, clock=Clock(device), whole=whole)
 
 
-def take_steps(run: Run, folder: Path, step: int, quiet: bool) -> Outcome:
+def take_steps(run: Run, folder: Path, step: int, quiet: bool, opened: Sequence[Board]) -> Outcome:
     """Takes a run from a step to its end, or to a signal, with what is logged, marked and saved on the way."""
     options, model, text, ranks, device = run.options, run.model, run.text, run.ranks, run.device
-    log = Log(folder, step, options.steps, quiet, ranks, tensorboard=options.tensorboard, wandb=options.wandb)
+    log = Log(folder, step, options.steps, quiet, ranks, opened)
     tracker = None
     if options.track_every and (step < options.steps or any((folder / "weights").glob("*.bin"))):
         place = device if ranks.size > 1 else torch.device("cpu")

@@ -28,10 +28,10 @@ from opdkernels.version import __version__
 
 ABOUT = "run.json"
 STATE = "training.pt"
-OWN_FILES = ("checkpoint-[0-9]*", ".checkpoint-[0-9]*.part", "made-of-[0-9]*", "masks", "weights", "tensorboard", "wandb",
+OWN_FILES = ("checkpoint-[0-9]*", ".checkpoint-[0-9]*.part", "made-of-[0-9]*", "masks", "weights", "tensorboard",
              *(f"{name}.{kind}" for name in ("log", "scores", "track") for kind in ("jsonl", "part")))  # fmt: skip
 OF_MODELS = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}  # of a checkpoint's folder; a run's own state comes and goes
-SMALL_BYTES = 1 << 24
+PIECES, PIECE_BYTES = 256, 1 << 16  # of a large file that are looked at
 FREE = {"steps", "save_every", "eval_every", "tensorboard", "wandb", "threads", "overwrite"}  # may change when a run goes on
 
 
@@ -51,6 +51,18 @@ def content_of(path: Path) -> str:
         found = hashlib.blake2b(digest_size=16)
         while block := file.read(1 << 22):
             found.update(block)
+    return found.hexdigest()
+
+
+def glimpse_of(path: Path) -> str:
+    """A digest of a file's size and content; of a large one's, pieces from its beginning to its end: training changes nearly all of them."""
+    size, found = path.stat().st_size, hashlib.blake2b(digest_size=16)
+    found.update(str(size).encode())
+    whole = size <= PIECES * PIECE_BYTES
+    with open(path, "rb") as file:
+        for start in range(0, size, PIECE_BYTES) if whole else (i * (size - PIECE_BYTES) // (PIECES - 1) for i in range(PIECES)):
+            file.seek(start)
+            found.update(file.read(PIECE_BYTES))
     return found.hexdigest()
 
 
@@ -106,14 +118,12 @@ def refusal(folder: Path, options: DistillOptions, before: dict[str, Any]) -> Ex
 
 
 def models_of(options: DistillOptions) -> dict[str, dict[str, Any]]:
-    """What tells one state of the models' folders from another, by place and file: the content of small files, size and time of large
-    ones, which are not read for it."""
+    """What tells one state of the models' folders from another, by place and file."""
     found: dict[str, dict[str, Any]] = {}
     for place in (options.student, *options.teachers.values()):
         if place != SELF and Path(place).is_dir():
             files = sorted(path for path in Path(place).iterdir() if path.suffix in OF_MODELS and path.is_file())
-            sizes = {path: path.stat().st_size for path in files}
-            found[place] = {path.name: content_of(path) if sizes[path] <= SMALL_BYTES else [sizes[path], path.stat().st_mtime_ns] for path in files}
+            found[place] = {path.name: glimpse_of(path) for path in files}
     return found
 
 

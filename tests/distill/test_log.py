@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from opdkernels.distill.log import Log
+from opdkernels.distill.log import Log, boards
 from opdkernels.distill.loop import distill
 from opdkernels.distill.ranks import Ranks
 from opdkernels.distill.track import read_rows
@@ -46,34 +46,47 @@ def test_tensorboard_takes_every_number_of_a_step(tmp_path, monkeypatch):
         def flush(self):
             pass
 
+        def close(self):
+            taken.append("closed")
+
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    Log(tmp_path, 2, 9, True, Ranks(), tensorboard=True).row(dict(ROW))
+    with boards(tmp_path, 2, Ranks(), tensorboard=True) as opened:
+        assert not made
+        Log(tmp_path, 2, 9, True, Ranks(), opened).row(dict(ROW))
     assert made == [(str(tmp_path / "tensorboard"), 3)]
-    assert taken == [(name, value, 3) for name, value in FLAT.items()]
+    assert taken == [*((name, value, 3) for name, value in FLAT.items()), "closed"]
 
 
-def test_wandb_takes_every_number_of_a_step(options, tmp_path, monkeypatch):
-    begun, taken = [], []
-    run = SimpleNamespace(log=lambda figures, step: taken.append((step, figures)))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: begun.append(given) or run))
-    Log(tmp_path, 2, 9, True, Ranks(), wandb="sparse").row(dict(ROW))
-    assert taken == [(3, FLAT)]
+def test_wandb_takes_every_number_of_a_step_and_ends_with_the_run(options, tmp_path, monkeypatch):
+    taken = []
+    run = SimpleNamespace(log=lambda figures, step: taken.append((step, figures)), finish=lambda: taken.append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: taken.append(given) or run))
+    with boards(tmp_path, 2, Ranks(), wandb="sparse") as opened:
+        Log(tmp_path, 2, 9, True, Ranks(), opened).row(dict(ROW))
+    assert taken[1:] == [(3, FLAT), "finished"]
+    taken.clear()
     distill(options(wandb="sparse", steps=1), tmp_path / "run")
-    assert begun[-1] == {"project": "sparse", "group": "run", "dir": str(tmp_path / "run")}
-    assert [step for step, _ in taken[1:]] == [1]
+    assert taken[0] == {"project": "sparse", "group": "run", "dir": str(tmp_path / "run")}
+    assert [one[0] for one in taken[1:-1]] == [1]
+    assert taken[-1] == "finished"
 
 
-@pytest.mark.parametrize(("name", "given"), [("torch.utils.tensorboard", {"tensorboard": True}), ("wandb", {"wandb": "sparse"})])
-def test_what_is_not_installed_is_named(tmp_path, monkeypatch, name, given):
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UsageError, match=f"{name.rpartition('.')[2]} is asked for and not installed"):
-        Log(tmp_path, 0, 1, True, Ranks(), **given)
+def cannot_begin(**given):
+    raise RuntimeError("api_key not configured\nmore")
 
 
-def test_a_wandb_that_cannot_begin_is_one_line(tmp_path, monkeypatch):
-    def init(**given):
-        raise RuntimeError("api_key not configured\nmore")
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    with pytest.raises(UsageError, match=r"wandb cannot begin a run \(api_key not configured\); set WANDB_MODE=offline"):
-        Log(tmp_path, 0, 1, True, Ranks(), wandb="sparse")
+@pytest.mark.parametrize(
+    ("module", "stands", "given", "said"),
+    [
+        ("torch.utils.tensorboard", None, {"tensorboard": True}, "tensorboard is asked for and not installed"),
+        ("wandb", None, {"wandb": "sparse"}, "wandb is asked for and not installed"),
+        ("wandb", SimpleNamespace(init=cannot_begin), {"wandb": "sparse"}, r"wandb cannot begin a run \(api_key not configured\); set WANDB_MODE=offline"),
+    ],
+)
+def test_a_board_that_cannot_be_had_costs_no_earlier_run(options, tmp_path, monkeypatch, module, stands, given, said):
+    distill(options(steps=1), tmp_path)
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    monkeypatch.setitem(sys.modules, module, stands)
+    with pytest.raises(UsageError, match=said):
+        distill(options(steps=1, seed=1, overwrite=True, **given), tmp_path)
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before

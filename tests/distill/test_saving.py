@@ -217,13 +217,20 @@ def test_a_model_that_changed_meanwhile_is_noticed(options, places, tmp_path, si
     assert len(log(tmp_path / "run")) == 3
 
 
-def test_large_files_of_models_are_not_read(options, places, tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "SMALL_BYTES", 10_000)
-    monkeypatch.setattr(saving, "content_of", lambda path: path.name if path.stat().st_size <= 10_000 else pytest.fail("read"))
-    known = saving.models_of(options())
-    assert list(known) == [str(places / "student"), str(places / "teacher")]
-    size, mtime_ns = known[str(places / "teacher")]["model.safetensors"]
-    assert (size, mtime_ns) == ((places / "teacher" / "model.safetensors").stat().st_size, (places / "teacher" / "model.safetensors").stat().st_mtime_ns)
+def test_of_a_large_file_pieces_are_read_and_no_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "PIECES", 5)
+    monkeypatch.setattr(saving, "PIECE_BYTES", 10)
+    path = tmp_path / "model.safetensors"
+    content = bytes(i % 251 for i in range(1003))
+    path.write_bytes(content)
+    known = saving.glimpse_of(path)
+    os.utime(path, ns=(1, 1))
+    assert saving.glimpse_of(path) == known
+    for place, seen in ((0, True), (12, False), (500, True), (1002, True)):
+        path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+        assert (saving.glimpse_of(path) != known) == seen
+    path.write_bytes(content[:12] + content[13:])
+    assert saving.glimpse_of(path) != known
 
 
 def test_a_run_of_earlier_date_goes_on(options, tmp_path):

@@ -347,7 +347,6 @@ def divergence_means(student, teacher, moments, vocab: int, numbers, kind: int):
 def divergence_backward(student, teacher, scalars, ids, at, vocab: int, numbers, kind: int, wanted):
     hidden, weight = student[:2]
     bias = student[2] if len(student) > 2 else hidden
-    n = len(hidden)
     hidden_grad = hidden.new_zeros(hidden.shape if wanted[0] else 0, dtype=torch.float32)
     weight_grad = weight.new_zeros(weight.shape if wanted[1] else 0)
     bias_grad = bias.new_zeros(len(weight) if wanted[2] else 0)
