@@ -410,5 +410,5 @@ def test_a_figure_of_kernels_that_have_changed_since_is_marked():
     same, other = ("\n".join(record.timings_table([of(sources)])) for sources in (record.sources_of("delta", "Triton"), "0"))
     assert record.CHANGED not in same
     assert f"| Triton{record.CHANGED} |" in other
-    assert "have changed since" in other
+    assert "changed since" in other
     assert record.sources_of("delta", "Triton") != record.sources_of("delta", "NVRTC") != record.sources_of("delta", "eager PyTorch") == ""

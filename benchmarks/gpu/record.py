@@ -17,9 +17,12 @@ UNMEASURED = "Not yet measured on a GPU: `make gpu` does, and writes the table t
 MARKS = {"passed": "yes", "failed": "**failed**", "unproved": "not shown", "not reached": "not reached"}
 
 
-KERNELS = {"Triton": ("opdkernels/backends/triton/{}.py",)} | dict.fromkeys(
-    ("CUDA library", "NVRTC"), ("csrc/{}.h", "csrc/cuda/{}.cu", "opdkernels/backends/cuda/{}.py")
-)  # the files of a family, by who serves
+CUDA = ("csrc/numeric.h", "csrc/{}.h", "csrc/cuda/grid.h", "csrc/cuda/{}.cu", "opdkernels/backends/cuda/{}.py")
+KERNELS = {
+    "CUDA library": CUDA,
+    "NVRTC": (*CUDA, "opdkernels/backends/cuda/launch.py"),
+    "Triton": tuple(f"opdkernels/backends/triton/{name}.py" for name in ("{}", "numeric", "launch")),
+}  # the files that make a family's machine code, by who serves
 CHANGED = "†"
 
 
@@ -70,7 +73,7 @@ def timings_table(units: list[dict[str, Any]]) -> list[str]:
         marked = marked or bool(mark)
         lines.append(f"| {row['subject']} | {row['contender']}{mark} | {1000 * row['median_s']:.4g} ms | {rate} | {100 * row['share_of_limit']:.0f} % | {times} | {memory} |")
     late = [f"{unit['subject']} ({unit['name']})" for unit in units if unit["group"] == "time" and unit["status"] == "not reached"]
-    lines += [f"\n{CHANGED} The kernels have changed since; the figures are of those that were there."] if marked else []
+    lines += [f"\n{CHANGED} The kernels, or what they share with others, have changed since; the figures are of those that were there."] if marked else []
     return (lines if rows else []) + ([f"\nNot reached in time: {', '.join(late)}."] if late else [])
 
 
