@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,10 @@ def standing(folder: Path, options: DistillOptions) -> tuple[Path, tuple[int, Pa
     other = refusal(folder, options, before)
     if other is not None and not options.overwrite and begun(folder):
         raise other
-    if found and other is None and not (options.overwrite and lacks(folder, found[0], options.save_every)):
-        return folder, found
+    if found and other is None:
+        if not (options.overwrite and lacks(folder, found[0], options.save_every)):
+            return folder, found
+        warnings.warn(f"{named} has taken {found[0]} steps and lacks checkpoints that save_every asks for; it is overwritten", stacklevel=2)
     keep_apart(folder, options)
     return folder, None
 

@@ -182,7 +182,8 @@ def test_a_run_goes_on_with_overwrite_unless_it_lacks_checkpoints(options, tmp_p
     distill(options(steps=2), tmp_path)
     assert distill(options(steps=3, overwrite=True), tmp_path).step == 3
     assert (tmp_path / "checkpoint-2").exists()
-    distill(options(steps=3, save_every=1, overwrite=True), tmp_path)
+    with pytest.warns(UserWarning, match="has taken 3 steps and lacks checkpoints that save_every asks for; it is overwritten"):
+        distill(options(steps=3, save_every=1, overwrite=True), tmp_path)
     assert (tmp_path / "checkpoint-1").exists()
 
 
