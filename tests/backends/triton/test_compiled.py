@@ -316,6 +316,15 @@ def test_divergence(monkeypatch, target, dtype, options):
             assert_64_bit_offsets(code, "f32")
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_divergence_of_an_odd_vocabulary(monkeypatch, dtype):
+    """Rows of a chunk that begin anywhere."""
+    launched = launches(monkeypatch, lambda: call_divergence(dtype, kind=2, count=1, bias=True, tops=True, vocab=4095))
+    assert {one.name for one in launched} == {"scan", "means", "gradient", "at_ids"}
+    for one in launched:
+        assert_fits(compiled(one, "sm_90"), 128)
+
+
 def test_divergence_keeps_its_workspace_bounded(monkeypatch):
     for n in (10, 4096, 1 << 17):
         launched = launches(monkeypatch, lambda n=n: call_divergence(BF16, n=n))
