@@ -21,7 +21,7 @@ FLOORS = [
     {"masks", "patch", "spectral"},
     {"ops"},
     {"backends", "checkpoint"},
-    {"options", "progress", "bits"},
+    {"options", "progress", "bits", "files"},
     {"errors", "version", "_C"},
 ]
 FAMILIES = ("delta", "overlap", "quantile", "gram", "patch", "step", "divergence")

@@ -17,7 +17,7 @@ UNMEASURED = "Not yet measured on a GPU: `make gpu` does, and writes the table t
 MARKS = {"passed": "yes", "failed": "**failed**", "unproved": "not shown", "not reached": "not reached"}
 
 
-CUDA = ("csrc/numeric.h", "csrc/{}.h", "csrc/cuda/grid.h", "csrc/cuda/{}.cu", "opdkernels/backends/cuda/{}.py")
+CUDA = ("csrc/numeric.h", "csrc/{}.h", "csrc/cuda/grid.h", "csrc/cuda/active.h", "csrc/cuda/{}.cu", "opdkernels/backends/cuda/{}.py")
 KERNELS = {
     "CUDA library": CUDA,
     "NVRTC": (*CUDA, "opdkernels/backends/cuda/launch.py"),

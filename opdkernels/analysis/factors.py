@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from opdkernels.analysis.records import write_atomically
+from opdkernels.files import write_atomically
 from opdkernels.spectral.exact import Factor
 
 VERSION = "1"  # of how they are made

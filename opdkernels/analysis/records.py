@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import pyarrow as pa
 
 from opdkernels.analysis.coordinates import SparseTally
 from opdkernels.errors import InputError, printable
+from opdkernels.files import write_atomically
 
 FLUSH_EVERY_S = 1.0
 SCHEMA_VERSION = 2
@@ -43,29 +42,6 @@ class Record:
     @property
     def key(self) -> int:
         return self.index
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file is there whole or not at all, even after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Waits until the disk holds a file, or the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def digest(content: bytes) -> str:

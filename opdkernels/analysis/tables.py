@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opdkernels.analysis.coordinates import RATIOS, TOP_SHARES, ratio_label
-from opdkernels.analysis.records import write_atomically
+from opdkernels.files import write_atomically
 
 TABLE_VERSION = 1
 GROUPINGS: dict[str, tuple[str, ...]] = {

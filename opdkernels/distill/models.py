@@ -37,7 +37,7 @@ def bad_input(what: str, remedy: str) -> Iterator[None]:
     and images fail in as many ways as there are."""
     try:
         yield
-    except (InputError, UsageError):
+    except (InputError, UsageError, MemoryError, torch.OutOfMemoryError):  # the last two are not of the files
         raise
     except UnpicklingError:  # whose own words advise to run what is in the file
         raise InputError(f"{what} (a pickle is damaged, or holds more than tensors); {remedy}") from None

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from opdkernels.analysis.folder import locked, remove
-from opdkernels.analysis.records import sync, write_json
+from opdkernels.analysis.records import write_json
 from opdkernels.distill.models import Text
 from opdkernels.distill.options import SELF, DistillOptions
 from opdkernels.distill.ranks import Ranks, full_state
 from opdkernels.distill.track import effective, read_rows, step_of_mask
 from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.files import sync
 from opdkernels.version import __version__
 
 ABOUT = "run.json"

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from opdkernels.analysis.overlap import Overlaps
-from opdkernels.analysis.records import write_atomically
 from opdkernels.analysis.result import Analysis
 from opdkernels.analysis.trend import Trend
+from opdkernels.files import write_atomically
 from opdkernels.report import format
 from opdkernels.version import __version__
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from opdkernels.distill.models import Text, load_config, load_model, load_text
+from opdkernels.distill.models import ANOTHER, Text, bad_input, load_config, load_model, load_text
 from opdkernels.distill.rollout import encode, recorded
 from opdkernels.distill.tasks import Entry
 from opdkernels.errors import InputError
@@ -85,3 +85,9 @@ def test_a_chat_template_that_does_not_take_a_prompt_is_one_line(template):
     own = Text(tokenizer(chat_template=template), None, 0)
     message = refused(own.encode, [{"role": "user", "content": [{"type": "text", "text": "1+1="}]}])
     assert "the student's chat template does not take a prompt" in message
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError()], ids=lambda error: type(error).__name__)
+def test_memory_that_is_out_is_not_laid_to_the_files(error):
+    with pytest.raises(type(error)), bad_input("m cannot be loaded as a model", ANOTHER):
+        raise error

@@ -68,7 +68,8 @@ def test_what_makes_no_sense_is_refused_in_one_line(given, says):
 
 def test_options_that_count_are_taken():
     for given in ({**RLVR, "reward": "m:f"}, {"eval_size": 1, "reward": "m:f", "held_out": "h", "eval_every": 1}, {"divergence": "jsd", "beta": 0.1, "k": 3, "temperature": 0.5}):
-        options_from(None, {**LEAST, **given})
+        made = options_from(None, {**LEAST, **given})
+        assert {name: getattr(made, name) for name in given} == given
 
 
 def test_what_is_missing_is_named():

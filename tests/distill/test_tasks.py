@@ -171,7 +171,9 @@ def test_prompts_that_would_end_a_run_on_its_way_are_refused_before_it(tmp_path,
     ],
 )
 def test_prompts_that_a_run_can_use_are_taken(tmp_path, given, rows):
-    refuse_prompts(*run_of(tmp_path, given, rows))
+    options, task = run_of(tmp_path, given, rows)
+    assert len(task.examples()) == len(rows)
+    assert refuse_prompts(options, task) is None
 
 
 def run_of(folder, given, rows):

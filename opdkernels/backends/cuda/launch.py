@@ -20,6 +20,7 @@ import torch
 
 from opdkernels.backends import gpu
 from opdkernels.backends.cuda.sources import made, source_of
+from opdkernels.files import write_atomically
 
 LIBRARY = Path(__file__).parents[2] / "_cuda.so"
 OPTIONS = ("-std=c++17", "--fmad=false")  # products and sums are never fused, each rounds as on the CPU
@@ -84,9 +85,12 @@ class Compiled:
         code, _ = importlib.import_module("cupy.cuda.compiler").compile_using_nvrtc(source, OPTIONS, filename=f"{family}.cu")
         code = code.encode() if isinstance(code, str) else code
         try:
-            return written(kept, code)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, code)
         except OSError:  # no room, no right to write
-            return written(own_folder() / name, code)
+            kept = own_folder() / name
+            write_atomically(kept, code)
+        return kept
 
     def launch(self, name: str, arguments: Sequence[int], blocks: int, threads: int, shared_bytes: int, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -112,20 +116,6 @@ def own_folder() -> Path:
     folder = tempfile.mkdtemp(prefix="opdkernels-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
-
-
-def written(path: Path, content: bytes) -> Path:
-    """A file that other processes see whole, whoever's they are, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        return part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @functools.cache
