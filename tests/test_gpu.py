@@ -301,6 +301,18 @@ def test_the_command_checks_measures_and_writes_one_file(tmp_path, capfd):
         assert line in printed
 
 
+def test_checks_side_by_side_are_those_of_one_process(tmp_path):
+    """Each once, the whole GPU for those that need it, and no measurement among them."""
+    found = []
+    for jobs in ("1", "3"):
+        arguments = ["--device", "cpu", "--small", "--no-build", "--jobs", jobs, "--out", str(tmp_path / jobs)]
+        assert command.main([*arguments, "--only", "equals_the_cpu,works_on_the_current_stream,limits"]) == 0
+        (path,) = (tmp_path / jobs).iterdir()
+        found.append([(unit["name"], unit["subject"], unit["backend"], unit["status"]) for unit in json.loads(path.read_text())["units"]])
+    assert sorted(found[0]) == sorted(found[1])
+    assert {name for name, *_ in found[1][: -3 * len(FAMILIES) - 1]} == {"equals_the_cpu"}
+
+
 def test_without_a_gpu_it_is_one_line_and_status_4(tmp_path):
     arguments = [sys.executable, "-m", "benchmarks.gpu", "--no-build", "--out", str(tmp_path)]
     if not torch.cuda.is_available():

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ UNIT_LIMIT_S = 120.0  # without a line: it hangs
 GROUPS = {"tests": "check,sanitizer", "bench": "time"}
 LOSSES = 24  # workers that may be lost
 LOST = 3  # as of benchmarks/gpu/worker.py, which needs torch
+JOBS = max(1, min(7, len(os.sched_getaffinity(0)) // 2))  # a family of kernels each; what takes time is to compile them
 
 
 def say(text: str) -> None:
@@ -86,6 +88,12 @@ class Results:
     def lose(self, why: str) -> None:
         self.take({**self.plan[len(self.done)], "status": "failed", "rows": [], "detail": why, "seconds": 0.0})
 
+    def join(self, others: list[Results]) -> None:
+        for other in others:
+            self.about = self.about or other.about
+            self.plan += other.plan
+            self.done += other.finish()["units"]
+
     def finish(self) -> dict[str, Any]:
         late = [{**unit, "status": "not reached", "rows": [], "detail": "", "seconds": 0.0} for unit in self.plan[len(self.done) :]]
         return {**self.about, "units": [*self.done, *late]}
@@ -101,13 +109,23 @@ def supervise(command: list[str], deadline: float, results: Results) -> str:
         said: list[str] = []
         threading.Thread(target=lambda process=process, said=said: said.extend(process.stderr), daemon=True).start()
         why = follow(process, lambda: min(UNIT_LIMIT_S, deadline - time.monotonic()), results.take)
-        if not results.plan:
+        if not results.about:
             return (said[-1].strip() if said else why) or "nothing was planned"
         if not why or time.monotonic() >= deadline or len(results.done) >= len(results.plan):
             break
         if why != ended(LOST):  # that one has told of its unit
             results.lose(why)
     return ""
+
+
+def side_by_side(command: list[str], jobs: int, deadline: float) -> tuple[Results, str]:
+    """As `supervise`, by several processes at once."""
+    parts = [Results() for _ in range(jobs)]
+    with ThreadPoolExecutor(jobs) as pool:
+        why = pool.map(lambda i: supervise([*command, "--share", f"{i}/{jobs}"], deadline, parts[i]), range(jobs))
+    results = Results()
+    results.join(parts)
+    return results, next(filter(None, why), "")
 
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
@@ -118,6 +136,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to try the command itself")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="the folder of the JSON")
     parser.add_argument("--small", action="store_true", help="small inputs: to try the command itself")
+    parser.add_argument("--jobs", type=int, default=JOBS, metavar="N", help="processes that check side by side (%(default)d here); measurements run alone")
     parser.add_argument("--only", default="", help=argparse.SUPPRESS)
     parser.add_argument("--no-build", action="store_true", help="with what is built already")
     return parser.parse_args(arguments)
@@ -129,10 +148,16 @@ def main(arguments: list[str] | None = None) -> int:
     if not chosen.no_build:
         build.build(say, deadline - time.monotonic())
     groups = [GROUPS[name] for name in GROUPS if getattr(chosen, name)] or list(GROUPS.values())
-    command = [sys.executable, "-m", "benchmarks.gpu.worker", "--device", chosen.device, "--groups", ",".join(groups)]
+    command = [sys.executable, "-m", "benchmarks.gpu.worker", "--device", chosen.device]
     command += [*(["--small"] if chosen.small else []), *(["--only", chosen.only] if chosen.only else [])]
-    results = Results()
-    why = supervise(command, deadline, results)
+    results, why = Results(), ""
+    if chosen.jobs > 1 and GROUPS["tests"] in groups:
+        results, why = side_by_side([*command, "--groups", "check"], chosen.jobs, deadline)
+        command += ["--share", "alone"]
+    if not why:
+        rest = Results()
+        why = supervise([*command, "--groups", ",".join(groups)], deadline, rest)
+        results.join([rest])
     if why:
         print(f"nothing was checked on {chosen.device}: {why}; see `nvidia-smi`, and `python3 -m opdkernels doctor`", file=sys.stderr)
         return 4

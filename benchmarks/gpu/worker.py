@@ -26,6 +26,7 @@ from benchmarks.gpu.families import FAMILIES
 from opdkernels.backends import select
 
 SMALL = (0, 31, 1025, 5001)
+ALONE = ("works_on_the_current_stream", "reaches_beyond_32_bits")  # which other processes' work or memory on the GPU would spoil
 SANITIZED = ("memcheck", "racecheck")
 LOST = 3  # exit status of a worker whose last unit cost it the GPU
 
@@ -67,6 +68,14 @@ def sanitized(tool: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return []
 
 
+def shared(share: str, name: str, family: int) -> bool:
+    """Whether a check of a family is of a worker's share: "2/4", the third of four workers, "alone", or "" for all."""
+    if not share or share == "alone":
+        return not share or name in ALONE
+    which, of = map(int, share.split("/"))
+    return name not in ALONE and family % of == which
+
+
 def plan(arguments: argparse.Namespace, device: torch.device) -> list[Unit]:
     backends = [one for one in found(device)[0] if one.name not in arguments.without.split(",")]
     families = list(FAMILIES.values())
@@ -92,7 +101,8 @@ def plan(arguments: argparse.Namespace, device: torch.device) -> list[Unit]:
         return lambda: list(timings.time_compiled(subject, device, limit(), torch.compile, n))
 
     for name, family, backend in checks.units(families, backends):
-        listed.append(Unit("check", name, family.name, backend.name, check(name, family, backend)))
+        if shared(arguments.share, name, families.index(family)):
+            listed.append(Unit("check", name, family.name, backend.name, check(name, family, backend)))
     listed.append(Unit("time", "limits", "the device", "PyTorch", measure))
     listed += [Unit("time", "backends", subject.name, "every backend", timed(subject)) for subject in timings.SUBJECTS]
     listed += [Unit("sanitizer", tool, "every family", "every backend", lambda tool=tool: sanitized(tool, arguments)) for tool in SANITIZED]
@@ -146,6 +156,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="")
     parser.add_argument("--without", default="")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--share", default="")
     parser.add_argument("--first", type=int, default=0, help="The unit to begin with.")
     parser.add_argument("--limit", type=float, default=60.0, help="Most seconds of a process under the sanitizer.")
     return parser.parse_args(arguments)
@@ -157,6 +168,8 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.init()  # raises where there is no GPU, or its driver is older than torch's CUDA
         device = torch.device("cuda", torch.cuda.current_device())
+    if "/" in arguments.share:
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(arguments.share.split("/")[1])))
     units = plan(arguments, device)
     print(json.dumps({"plan": [unit.title for unit in units], **machine(device)}), flush=True)
     for unit in units[arguments.first :]:
