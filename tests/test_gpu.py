@@ -416,6 +416,14 @@ def test_readme_quotes_every_gpu_measured_or_says_that_none_is():
     assert record.show() == record.README.read_text(), "run python3 -m benchmarks.gpu.record: kernels or results have changed"
 
 
+def test_checks_in_a_line_name_what_does_not_hold():
+    statuses = ("passed", "passed", "failed", "unproved", "not reached")
+    units = [{"group": "check", "name": f"check_{i}", "subject": "delta", "backend": "Triton", "status": status} for i, status in enumerate(statuses)]
+    (line,) = record.checks_line([*units, {"group": "time", "status": "passed"}])
+    assert line.startswith("2 of 5 checks hold; **failed**: check 2 (Triton); not shown: check 3 (Triton); not reached: check 4 (Triton) (")
+    assert not record.checks_line([{"group": "time", "status": "passed"}])
+
+
 def test_a_figure_of_kernels_that_have_changed_since_is_marked():
     row = {"subject": "a pass", "family": "delta", "median_s": 1e-3, "bytes_per_s": 1e9, "share_of_limit": 0.5, "extra_bytes": None}
     of = lambda sources: {"group": "time", "name": "backends", "subject": "a pass", "status": "passed", "rows": [{**row, "contender": "Triton", "sources": sources}]}  # noqa: E731

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,16 @@ def checks_table(units: list[dict[str, Any]]) -> list[str]:
     return lines if mine else []
 
 
+def checks_line(units: list[dict[str, Any]]) -> list[str]:
+    """The same in a line or two: how many held, and by name what did not, was not shown or not reached."""
+    mine = [unit for unit in units if unit["group"] != "time"]
+    parts = [f"{sum(unit['status'] == 'passed' for unit in mine)} of {len(mine)} checks hold"]
+    for status, mark in list(MARKS.items())[1:]:
+        what = dict.fromkeys(f"{unit['name'].replace('_', ' ')} ({unit['backend']})" for unit in mine if unit["status"] == status)
+        parts += [f"{mark}: {', '.join(what)}"] if what else []
+    return [f"{'; '.join(parts)} ([what they are](docs/gpu.md))."] if mine else []
+
+
 def timings_table(units: list[dict[str, Any]]) -> list[str]:
     """One row a subject and contender, beside eager PyTorch of the same subject."""
     rows = [row for unit in units for row in unit.get("rows", []) if "subject" in row]
@@ -77,21 +88,21 @@ def timings_table(units: list[dict[str, Any]]) -> list[str]:
     return (lines if rows else []) + ([f"\nNot reached in time: {', '.join(late)}."] if late else [])
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any], checks: Callable[[list[dict[str, Any]]], list[str]] = checks_table) -> str:
     """Markdown: the machine, its limits, the checks and the timings."""
     units, machine = results["units"], results["machine"]
     limits = {row["limit"]: row["per_s"] for unit in units for row in unit.get("rows", []) if "limit" in row}
     about = f"{machine['name']}, torch {machine['torch']}, CUDA {machine['cuda'] or 'none'}"
     if limits:
         about += f"; limits: {limits['copy'] / 1e9:.4g} GB/s by a copy, {' and '.join(f'{limits[one] / 1e12:.3g} TFLOP/s by a product in {one.split()[0]}' for one in limits if one != 'copy')}"
-    parts = [checks_table(units), timings_table(units)]
+    parts = [checks(units), timings_table(units)]
     return "\n".join([about, *(line for part in parts if part for line in ("", *part))])
 
 
 def show() -> str:
     """The README with the tables of every GPU measured between its marks."""
     before, rest = README.read_text().split(BEGIN)
-    found = [table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    found = [table(json.loads(path.read_text()), checks_line) for path in sorted(RESULTS.glob("*.json"))]
     return f"{before}{BEGIN}\n" + ("\n\n".join(found) or UNMEASURED) + f"\n{END}{rest.split(END)[1]}"
 
 
