@@ -481,11 +481,13 @@ def distill(
     """
     from opdkernels.distill.loop import distill, lines, summary
     from opdkernels.distill.options import options_from
+    from opdkernels.distill.ranks import leave
 
     options = options_from(config, {name: value for name, value in given.items() if value is not None})
     result = distill(options, out, quiet=quiet)
     if not quiet and result.first:
         show(summary(result), lines(result), json)
+    leave(result.exit_status)
     raise typer.Exit(result.exit_status)
 
 

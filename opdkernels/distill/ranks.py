@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MethodType
@@ -13,6 +14,17 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+
+def leave(status: int) -> None:
+    """Ends this process where it is one of several and its work is done; does nothing otherwise. At once: a thread of gloo's that
+    still holds a tensor of its last collective needs the interpreter to let go of it, and aborts the process if that is being torn
+    down (github.com/pytorch/pytorch/pull/179291)."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from opdkernels.distill.ranks import leave
 from opdkernels.optim import MaskedAdamW, MaskedSGD, compact_gradients
 
 
@@ -102,7 +103,7 @@ def main(job: str, folder: Path, dtype_name: str, precision: str) -> None:
     if dist.get_rank() == 0:
         torch.save(result, folder / f"{job}-{dist.get_world_size()}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":
