@@ -96,3 +96,11 @@ def test_readme_quotes_the_committed_measurements():
     assert measured
     for results in measured:
         assert table(json.loads(results.read_text())) in (ROOT / "README.md").read_text()
+
+
+def test_the_page_of_experiments_quotes_the_results_that_are_kept():
+    from benchmarks.experiments import PAGE, RESULTS, show
+
+    assert show() == PAGE.read_text(), "run python -m benchmarks.experiments"
+    for results in RESULTS.glob("*.json"):
+        assert f"<!-- {results.stem} -->" in PAGE.read_text()

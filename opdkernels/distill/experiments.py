@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -302,22 +302,39 @@ def spread(name: str, value: float, draws: np.ndarray) -> dict[str, Any]:
     return {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
-COLUMNS = (("of_change", "of the change", "{:.1%}"), ("trained", "trained", "{:.1%}"), ("in_found", "of the found set", "{:.1%}"), ("changed_visible", "changed, visible", "{:.1%}"), ("changed_null", "by rounding alone", "{:.1%}"), ("changed_stored", "changed, stored", "{:.1%}"),
-           ("relative_norm", "relative norm", "{:.2e}"), ("near_zero_coverage_10pct", "near-zero coverage, 10 %", "{:.1%}"))  # fmt: skip
+COLUMNS = {"of_change": "of the change", "trained": "trained", "in_found": "of the found set", "changed_visible": "changed in bf16", "changed_null": "by rounding alone",
+           "changed_stored": "changed as stored", "relative_norm": "relative norm", "near_zero_coverage_10pct": "near-zero coverage at 10 %"}  # fmt: skip
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table of an experiment, as text."""
-    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in result["rows"])]
-    lines = [result["about"], "", f"{result['seeds']} seed(s), {result['prompts']:,} held-out prompts, {result['steps']} steps; 95 % intervals", "",
-             "| arm | score | gain kept | " + " | ".join(title for _, title, _ in columns) + " |", "|---" * (3 + len(columns)) + "|"]  # fmt: skip
-    for row in result["rows"]:
-        cells = [row["arm"], with_interval(row, "score", "{:.3f}"), with_interval(row, "gain_kept", "{:.0%}")]
-        lines.append(f"| {' | '.join(cells + [text.format(row[key]) if row.get(key) is not None else '' for key, _, text in columns])} |")
-    return "\n".join(lines) + "\n"
+    lines = [result["about"], "", f"{result['seeds']} seed(s), {result['prompts']:,} held-out prompts, {result['steps']} steps; 95 % intervals", ""]
+    return "\n".join([*lines, *table(result["rows"])]) + "\n"
 
 
-def with_interval(row: Mapping[str, Any], name: str, text: str) -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of Markdown. Columns that tell nothing are left out: what fewer than two rows have, shares of 100 % trained, what is stored
+    as it shows."""
+    idle = {"trained": all(row.get("trained") in (1, None) for row in rows), "changed_stored": all(row.get("changed_stored") == row.get("changed_visible") for row in rows)}
+    columns = [key for key in COLUMNS if sum(row.get(key) is not None for row in rows) > 1 and not idle.get(key)]
+    lines = ["| arm | score | share of the gain | " + " | ".join(COLUMNS[key] for key in columns) + " |", "|---|---|---|" + "---:|" * len(columns)]
+    for row in rows:
+        cells = [row["arm"].replace("|", r"\|"), with_interval(row, "score", "{:.3f}".format), with_interval(row, "gain_kept", percent)]
+        cells += ["" if row.get(key) is None else f"{100 * row[key]:.2g} %" if key == "relative_norm" else percent(row[key], 1) for key in columns]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """
+    >>> percent(0.1234), percent(-0.004), percent(1, 1)
+    ('12 %', '0 %', '100.0 %')
+    """
+    return f"{round(100 * share, digits) + 0.0:.{digits}f} %"
+
+
+def with_interval(row: Mapping[str, Any], name: str, text: Callable[[float], str]) -> str:
     if row.get(name) is None:
         return ""
-    return f"{text.format(row[name])} ({text.format(row[f'{name}_low'])} to {text.format(row[f'{name}_high'])})"
+    value, low, high = (text(row[name + end]) for end in ("", "_low", "_high"))
+    return f"{value} ({low.removesuffix(' %')} to {high.removesuffix(' %')})"

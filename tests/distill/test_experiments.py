@@ -9,7 +9,7 @@ import pytest
 
 from opdkernels.api import analyze
 from opdkernels.distill import arms, experiments
-from opdkernels.distill.experiments import EXPERIMENTS, markdown, needed, run_experiment, table_rows
+from opdkernels.distill.experiments import EXPERIMENTS, markdown, needed, run_experiment, table, table_rows
 from opdkernels.distill.track import read_rows
 from opdkernels.errors import UsageError
 from opdkernels.masks import MaskSet
@@ -47,6 +47,18 @@ def test_a_table_has_every_arm_seed_and_mask(options, tmp_path):
     before = (tmp_path / "seed-0" / "found-0.2" / "checkpoint-10" / "model.safetensors").stat().st_mtime_ns
     assert run_experiment("masks", chosen, tmp_path, seeds=2, density=0.2, arms=["found"])["rows"][2] == rows["found"]
     assert (tmp_path / "seed-0" / "found-0.2" / "checkpoint-10" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_table_shows_what_tells_something():
+    row = {"score": 0.5, "score_low": 0.25, "score_high": 0.75, "trained": 1.0, "changed_visible": 0.5, "changed_stored": 0.5, "of_change": None, "relative_norm": 3.22e-4}
+    start, full = {**dict.fromkeys(row), **{key: row[key] for key in row if "score" in key}, "arm": "start"}, {**row, "arm": "full"}
+    other = {**row, "arm": "like |W|", "gain_kept": -0.001, "gain_kept_low": -0.125, "gain_kept_high": 1.5}
+    head, _, first, _, last = table([start, full, other])
+    assert head == "| arm | score | share of the gain | changed in bf16 | relative norm |"
+    assert first == "| start | 0.500 (0.250 to 0.750) |  |  |  |"
+    assert last == r"| like \|W\| | 0.500 (0.250 to 0.750) | 0 % (-12 to 150) | 50.0 % | 0.032 % |"
+    wider = table([start, {**full, "trained": 0.2}, {**other, "changed_stored": 0.75, "in_found": 0.5}])
+    assert wider[0] == "| arm | score | share of the gain | trained | changed in bf16 | changed as stored | relative norm |"
 
 
 FILES = {"found": "changed", "random": "random", "random matched on |W|": "random-like", "early": "changed-at-0.1"}
