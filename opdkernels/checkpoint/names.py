@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -83,6 +85,21 @@ def canonical(name: str) -> str:
     while front < len(tokens) - 1 and tokens[front] in PREFIXES:
         front += 1
     return ".".join(tokens[front:]) or name
+
+
+def twins(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+    """Of each name the other that is the same tensor's: the same, or the only one that differs by prefixes of wrappers.
+
+    >>> twins(["model.norm.weight", "head"], ["model.language_model.norm.weight", "norm.bias"])
+    {'model.norm.weight': 'model.language_model.norm.weight'}
+    """
+    others = list(others)
+    held: set[str] = set(others)
+    by_canonical: dict[str, list[str]] = defaultdict(list)
+    for other in others:
+        by_canonical[canonical(other)].append(other)
+    alike = {name: [name] if name in held else by_canonical.get(canonical(name), []) for name in names}
+    return {name: found[0] for name, found in alike.items() if len(found) == 1}
 
 
 def place(name: str) -> Place:

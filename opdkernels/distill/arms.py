@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opdkernels import masks
-from opdkernels.checkpoint.names import place
+from opdkernels.checkpoint.names import place, twins
 from opdkernels.checkpoint.source import open_source
 from opdkernels.distill.saving import checkpoints
 from opdkernels.errors import UsageError, printable
@@ -34,8 +34,8 @@ class Made:
         return start_of(self.folder)
 
     def size(self) -> float:
-        """The density that the mask of what had changed has."""
-        return self.density or changed(self).density
+        """The density that the mask of what had changed has: less than what is asked for where less had changed."""
+        return changed(self).density
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,17 @@ def end_checkpoint(folder: Path) -> tuple[int, Path]:
 
 
 def changed(made: Made) -> MaskSet:
-    """What a run had changed: all that shows in bf16, or, given a density, that share of the model with the largest |delta|."""
+    """What a run had changed: all that shows in bf16, or, given a density, at most that share of the model, with the largest |delta|."""
     if made.density:
         return masks.most_changed(made.start, checkpoint_at(made.folder, made.at), made.density, per="model")
     step = round(made.at * end_checkpoint(made.folder)[0])
     file = made.folder / "masks" / f"step-{step:06}.safetensors"
     if not file.exists():
         raise UsageError(f"{printable(os.fspath(made.folder))} has no mark at step {step}; run the experiment in another folder, or --overwrite this one")
-    return MaskSet.load(file)
+    seen = MaskSet.load(file)  # by the names of parameters, which may not be those of files
+    with contextlib.closing(open_source(made.start)) as source:
+        names = twins(seen, source.tensors)
+    return MaskSet({names.get(name, name): mask for name, mask in seen.items()})
 
 
 def checkpoint_at(folder: Path, at: float) -> Path:
@@ -202,7 +205,8 @@ EXPERIMENTS = {
         [FULL, *(Arm(f"{LORA} lr x {k}", {"lora_rank": 8, "precision": "exact", "lr": k}) for k in (3.0, 10.0, 30.0)),
          *(Arm(f"early subspace of rank 16 lr x {k}", {"lora_rank": 16, "precision": "exact", "lr": k}, subspace=True, at=0.2) for k in (3.0, 10.0, 30.0)),
          *(Arm(f"early mask lr x {k}", {"lr": k}, mask=changed, at=0.2, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0)),
-         *(Arm(f"found lr x {k}", {"lr": k}, mask=changed, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0))],
+         *(Arm(f"found lr x {k}", {"lr": k}, mask=changed, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0)),
+         *(Arm(f"random lr x {k}", {"lr": k}, mask=random, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0))],
     ),
     "interventions": Experiment(
         "Which part of the change carries the gain? A full run's last checkpoint with a part of its change alone, or without it.",

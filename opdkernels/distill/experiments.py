@@ -1,7 +1,7 @@
 """Experiments on what on-policy distillation does to weights (arXiv 2606.13657): each runs its arms, seed by seed, and makes a table.
 
-Scores are of greedy completions of held-out prompts, the same for all arms; intervals are of 95 %, by resampling seeds, and prompts
-within them, all arms alike.
+Scores are of greedy completions of held-out prompts, the same for all arms; intervals are of 95 %, by resampling prompts and, where
+there are several, seeds, all arms alike.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from opdkernels.distill.arms import (
 )
 from opdkernels.distill.loop import distill, score
 from opdkernels.distill.options import DistillOptions
-from opdkernels.distill.track import read_rows
+from opdkernels.distill.track import finite, read_rows
 from opdkernels.errors import UsageError, printable
 from opdkernels.masks import MaskSet
 from opdkernels.options import AnalyzeOptions, checked
@@ -51,8 +51,8 @@ def run_experiment(
     finished is not made again. Writes results.json and table.md. density: how large the masks are; 0: all that shows in bf16; None:
     the experiment's own.
 
-    Raises UsageError for an experiment or an arm that does not exist and for a folder with another's results, KeyboardInterrupt where
-    a signal stopped a run, which is saved.
+    Raises UsageError for an experiment or an arm that does not exist, sizes that make no sense, and a folder with another's results,
+    KeyboardInterrupt where a signal stopped a run, which is saved.
     """
     if name not in EXPERIMENTS:
         raise UsageError(f"there is no experiment {printable(name)}; there are {', '.join(EXPERIMENTS)}")
@@ -62,6 +62,8 @@ def run_experiment(
         raise UsageError("an experiment runs in one process; leave torchrun out, or run its arms with distill")
     if not options.eval_size or not options.track_every:
         raise UsageError("an experiment scores its arms on held-out prompts and says what changed; set eval_size and track_every")
+    if seeds < 1 or (density is not None and not 0 <= density <= 1):
+        raise UsageError(f"an experiment has a seed or more and masks of a density in 0 .. 1, not {seeds} and {density}")
     if density is not None and not any(arm.has_size for arm in experiment.arms):
         raise UsageError(f"density would change nothing: {name} has no masks of a size of their own; leave it out")
     folder, size = Path(out), experiment.density if density is None else density
@@ -80,7 +82,7 @@ def run_experiment(
             tell(f"{name}, seed {seed}: {arm.name}", quiet)
             scored = made.part(arm) if arm.part else made.run(arm)
             if scored is None:
-                tell(f"{arm.name} is left out: {'the model has no such part' if arm.part else 'nothing had changed'}", quiet)
+                tell(f"{arm.name} is left out: {'the model has no such part, or ' if arm.part else ''}nothing had changed", quiet)
                 continue
             scores.setdefault(arm.name, []).append(scored[0])
             ends.setdefault(arm.name, []).append(scored[1])
@@ -130,14 +132,14 @@ class Seed:
         return self.folder / (slug(arm.name) + (f"-{self.density:g}" if arm.mask and self.density and not arm.size_of else ""))
 
     def run(self, arm: Arm) -> Scored | None:
-        """The arm's run; None where it is to train as much as another had changed, and that had changed nothing."""
+        """The arm's run; None where its mask is made from what another had changed, and that had changed nothing."""
         place, source = self.folder_of(arm), self.folder / slug(arm.of)
         given: dict[str, Any] = {"seed": self.seed}
         if every := self.experiment.every(arm, self.options.steps):
             given |= {"save_every": every, "track_every": every}
         density = self.trained[arm.size_of] if arm.size_of else self.density
         if arm.mask is not None:
-            if not density and not changed(Made(source, arm.at, density, self.seed)).nnz:
+            if not MaskSet.load(self.mask_file(changed, source, arm.at, density)).nnz:
                 return None
             given["masks"] = os.fspath(self.mask_file(arm.mask, source, arm.at, density))
         if arm.subspace:
@@ -167,7 +169,7 @@ class Seed:
         assert arm.part is not None
         source, part = self.folder / slug(arm.of), arm.part
         where = part.chosen(start_of(source))
-        if where is None:
+        if where is None or (part.mask and not MaskSet.load(self.mask_file(changed, source, 1.0, self.density)).nnz):
             return None
         file = made_of(source) / f"{slug(arm.name)}{f'-{self.density:g}' * (part.mask is not None)}.json"
         scratch = made_of(source) / "scratch"  # of this part, or of one that was killed
@@ -175,7 +177,7 @@ class Seed:
         if not file.exists():
             mask = MaskSet.load(self.mask_file(part.mask, source, 1.0, self.density)) if part.mask else None
             done = intervene(start_of(source), end_checkpoint(source)[1], scratch / "part", masks=mask, where=where, revert=part.revert)
-            write_json(file, {"of_change": done["kept"] / max(done["changed"], 1), "scores": score(self.options, scratch / "part")})
+            write_json(file, {"of_change": done["kept"] / max(done["changed"], 1), "scores": score(self.options.model_copy(update={"seed": self.seed}), scratch / "part")})
             shutil.rmtree(scratch)
         row = json.loads(file.read_text())
         return row["scores"], {"of_change": row["of_change"]}
@@ -212,7 +214,7 @@ def along(place: Path) -> list[dict[str, Any]]:
     """What had changed at each mark of a run."""
     rows = read_rows(place / "track.jsonl")
     kept = ("coverage_of_final", "stays_changed", "changed_ever", "sqrt_v_cv", "gradient_momentum_cosine")
-    return [{"step": row["step"], **{f"changed_{view}": 1 - row["views"][view]["frac_zero"] for view in ("visible", "stored")}, **{key: row.get(key) for key in kept}} for row in rows]
+    return [{"step": row["step"], **{f"changed_{view}": 1 - row["views"][view]["frac_zero"] for view in ("visible", "stored")}, **finite({key: row.get(key) for key in kept})} for row in rows]
 
 
 def pair_of(folder: Path, result: Mapping[str, Any]) -> tuple[Path, Path]:
@@ -285,15 +287,19 @@ def mean_of(values: Sequence[float | None]) -> float | None:
 
 
 def resampled(held: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Mean scores [resamples] of each arm: seeds drawn anew, then prompts, the same draws for all arms."""
+    """Mean scores [resamples] of each arm: prompts drawn anew, the same for all seeds as they are in the runs, and seeds; the same draws
+    for all arms. What seeds are drawn of varies less than seeds do, by (n - 1) / n of the variance: their deviations are stretched by
+    its inverse (Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8)."""
     seeds, prompts = next(iter(held.values())).shape
+    stretch = (seeds / (seeds - 1)) ** 0.5 if seeds > 1 else 0.0
     drawn = np.random.default_rng(0)
     means = {name: np.empty(RESAMPLES) for name in held}
     for i in range(RESAMPLES):
         chosen = drawn.integers(seeds, size=seeds)
         weights = drawn.multinomial(prompts, np.full(prompts, 1 / prompts)) / prompts
         for name, values in held.items():
-            means[name][i] = (values[chosen] @ weights).mean()
+            of_seeds = values @ weights
+            means[name][i] = of_seeds.mean() + stretch * (of_seeds[chosen].mean() - of_seeds.mean())
     return means
 
 
@@ -308,16 +314,18 @@ COLUMNS = {"of_change": "of the change", "trained": "trained", "in_found": "of t
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table of an experiment, as text."""
-    lines = [result["about"], "", f"{result['seeds']} seed(s), {result['prompts']:,} held-out prompts, {result['steps']} steps; 95 % intervals", ""]
+    several = result["seeds"] > 1
+    lines = [result["about"], "", f"{result['seeds']} seed{'s' * several}, {result['prompts']:,} held-out prompts, {result['steps']} steps; 95 % intervals{'' if several else ', of the prompts alone'}", ""]
     return "\n".join([*lines, *table(result["rows"])]) + "\n"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of Markdown. Columns that tell nothing are left out: what fewer than two rows have, shares of 100 % trained, what is stored
+    """Lines of Markdown. Columns that tell nothing are left out: what fewer than two arms have, shares of 100 % trained, what is stored
     as it shows."""
     idle = {"trained": all(row.get("trained") in (1, None) for row in rows), "changed_stored": all(row.get("changed_stored") == row.get("changed_visible") for row in rows)}
-    columns = [key for key in COLUMNS if sum(row.get(key) is not None for row in rows) > 1 and not idle.get(key)]
-    lines = ["| arm | score | share of the gain | " + " | ".join(COLUMNS[key] for key in columns) + " |", "|---|---|---|" + "---:|" * len(columns)]
+    several = min(2, len(rows) - 1)
+    columns = [key for key in COLUMNS if sum(row.get(key) is not None for row in rows) >= several and not idle.get(key)]
+    lines = [f"| {' | '.join(['arm', 'score', 'share of the gain', *(COLUMNS[key] for key in columns)])} |", "|---|---|---|" + "---:|" * len(columns)]
     for row in rows:
         cells = [row["arm"].replace("|", r"\|"), with_interval(row, "score", "{:.3f}".format), with_interval(row, "gain_kept", percent)]
         cells += ["" if row.get(key) is None else f"{100 * row[key]:.2g} %" if key == "relative_norm" else percent(row[key], 1) for key in columns]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from opdkernels.distill.ranks import Ranks
-from opdkernels.distill.track import read_rows, write_rows
+from opdkernels.distill.track import finite, read_rows, write_rows
 from opdkernels.errors import UsageError, printable
 
 LINE_EVERY_S = 2.0
@@ -121,13 +120,6 @@ def wandb_of(folder: Path, project: str) -> Board:
     except Exception as error:  # of its server, its key, its settings
         raise UsageError(f"wandb cannot begin a run ({printable(str(error).splitlines()[0] if str(error) else type(error).__name__)[:200]}); set WANDB_MODE=offline, or leave it out") from None
     return Board(lambda figures, at: run.log(figures, step=at), run.finish)
-
-
-def finite(value: Any) -> Any:
-    """A row as JSON takes it: None for what is no number."""
-    if isinstance(value, dict):
-        return {name: finite(one) for name, one in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

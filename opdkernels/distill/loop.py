@@ -153,13 +153,14 @@ def take_steps(run: Run, folder: Path, step: int, quiet: bool, opened: Sequence[
     with stopping() as stop:
         stopped = False
         while step < options.steps and not stopped:
-            row = train(run, step, tracker is not None and (step + 1) % options.track_every == 0)
+            look = tracker is not None and (step + 1) % options.track_every == 0
+            row = train(run, step, look)
             step += 1
             skipped = skipped + 1 if row["skipped"] else 0
             if skipped == MOST_SKIPPED:
                 raise InputError(f"{MOST_SKIPPED} steps in a row had no finite loss ({row['skipped']}); {'look at the teacher, or ' if run.teachers else ''}take a smaller lr")
             last, moments = step == options.steps, row.pop("moments")
-            if tracker and (moments is not None or last):
+            if tracker and (look or last):
                 with run.clock.phase("track"):
                     mark = tracker.mark(step, model, moments or {})
                 row["changed"] = 1 - mark["views"]["visible"]["frac_zero"]

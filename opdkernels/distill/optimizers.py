@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from opdkernels.checkpoint.names import twins
 from opdkernels.checkpoint.source import Source, open_source
 from opdkernels.distill.options import DistillOptions
 from opdkernels.distill.ranks import Ranks
@@ -25,6 +26,9 @@ def optimizer_of(options: DistillOptions, model: torch.nn.Module) -> MaskedOptim
     masks = MaskSet.load(Path(options.masks)) if options.masks else {}
     unmasked = "freeze" if options.masks else "train"
     names = {plain_name(name) for name, _ in named}
+    if isinstance(masks, MaskSet):  # of a checkpoint, whose names may not be those of parameters
+        own = twins(masks, names)
+        masks = MaskSet({own.get(name, name): mask for name, mask in masks.items()})
     other = next((name for name, (active, _) in masks.counts().items() if active and name not in names), None) if isinstance(masks, MaskSet) else None
     if other is not None:
         raise InputError(f"there is a mask of {printable(other)} and no such parameter is trained; take masks by the student's own names, such as a run's masks/")

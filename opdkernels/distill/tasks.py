@@ -133,7 +133,10 @@ class Sums(Task):
 
 
 class ReasoningGym(Task):
-    """A task of reasoning_gym, drawn and scored by it; held-out entries are of another seed."""
+    """A task of reasoning_gym, drawn and scored by it, which makes item i of a dataset from its seed + i: each seed of a run has items
+    of its own, the held-out ones are others again and the same for all."""
+
+    SIZE = 1 << 20
 
     def __init__(self, name: str, seed: int):
         super().__init__()
@@ -142,8 +145,8 @@ class ReasoningGym(Task):
         except ImportError:
             raise UsageError(f"reasoning_gym:{printable(name)} needs reasoning-gym; pip install reasoning-gym") from None
         try:
-            self.data = create_dataset(name, size=1 << 20, seed=2 * seed)
-            self.others = create_dataset(name, size=1 << 20, seed=2 * seed + 1)
+            self.data = create_dataset(name, size=self.SIZE, seed=(seed + 1) * self.SIZE)
+            self.others = create_dataset(name, size=self.SIZE, seed=0)
         except ValueError as error:
             raise UsageError(f"reasoning_gym has no task {printable(name)} ({printable(str(error))[:200]})") from None
         self.reward, self._score = f"reasoning_gym:{name}", lambda prompt, answer, text: self.data.score_answer(text.strip(), json.loads(answer or "{}"))

@@ -232,7 +232,7 @@ def moments_of(optimizer: MaskedOptimizer, ranks: Ranks) -> dict[str, float | No
     mean = found["root"] / found["n"] if found["n"] else 0
     spread = math.sqrt(max(found["square"] / found["n"] - mean**2, 0)) / mean if mean else None
     sizes = math.sqrt(found["momentum"] * found["gradient"])
-    return {"sqrt_v_cv": spread, "gradient_momentum_cosine": found["dot"] / sizes if sizes else None}
+    return finite({"sqrt_v_cv": spread, "gradient_momentum_cosine": found["dot"] / sizes if sizes else None})
 
 
 def add(sums: dict[str, float], **more: Any) -> None:
@@ -242,6 +242,13 @@ def add(sums: dict[str, float], **more: Any) -> None:
 
 def step_of_mask(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
+
+
+def finite(value: Any) -> Any:
+    """A row as JSON takes it: None for what is no number."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

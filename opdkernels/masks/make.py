@@ -1,8 +1,8 @@
 """Ways to make masks: from what a run changed, from the weights, from chance.
 
 Weights are a checkpoint (a path or a hub id) or tensors by name, such as a state_dict. A share of a tensor, of the tensors of
-a module type or of the model is ceil(share * n) coordinates; of those that tie at the cut the first are taken. Tensors that
-are one (tied embeddings) are taken once. Sources: arXiv 2606.13657 (near-zero, principal, safe masks).
+a module type or of the model is ceil(share * n) coordinates; of those that tie at the cut, which in bf16 may be many, a draw decides,
+the same each time. Tensors that are one (tied embeddings) are taken once. Sources: arXiv 2606.13657 (near-zero, principal, safe masks).
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def changed(base: str | os.PathLike[str], tuned: str | os.PathLike[str], *, atol
 
 
 def most_changed(base: str | os.PathLike[str], tuned: str | os.PathLike[str], share: float, *, per: str = "tensor") -> MaskSet:
-    """The share of the largest |delta| between two checkpoints as stored, of each tensor, module type or of the model; read in
-    pieces, three times over. Raises InputError for what cannot be read."""
+    """The share of the largest |delta| between two checkpoints as stored, of each tensor, module type or of the model, and never what
+    did not change, however large the share; read in pieces, three times over. Raises InputError for what cannot be read."""
     check(share, per)
     with contextlib.closing(open_pair(base, tuned)) as pair:
 
@@ -122,7 +122,7 @@ def most_changed(base: str | os.PathLike[str], tuned: str | os.PathLike[str], sh
 
             return read
 
-        found = extremes({match.name: Weight(match.shape, reader(match)) for match in pair.matches}, share, per, largest=True)
+        found = extremes({match.name: Weight(match.shape, reader(match)) for match in pair.matches}, share, per, largest=True, zeros=False)
         pair.check()
     return found
 
@@ -217,32 +217,38 @@ def matching(weights: Mapping[str, Weight], name: str, mask: Mask) -> Weight:
     return weights[name]
 
 
-def extremes(weights: Mapping[str, Weight], share: float, per: str, largest: bool) -> MaskSet:
-    """The share of the largest or smallest magnitudes of each group; exact for values that fp32 holds."""
+def extremes(weights: Mapping[str, Weight], share: float, per: str, largest: bool, zeros: bool = True) -> MaskSet:
+    """The share of the largest or smallest magnitudes of each group, without `zeros` never 0; exact for values that fp32 holds."""
     groups: dict[str, list[str]] = {}
     for name in weights:
         groups.setdefault(name if per == "tensor" else place(name).module if per == "module" else "", []).append(name)
     found = {}
     for names in groups.values():
         sizes = {name: weights[name].numel for name in names}
-        cut, ties = cut_of({name: weights[name] for name in names}, math.ceil(share * sum(sizes.values())), largest)
+        cut, wanted, tied = cut_of({name: weights[name] for name in names}, math.ceil(share * sum(sizes.values())), largest)
+        if cut == 0 and not zeros:
+            wanted = 0
+        seen = 0  # of those that tie
         for name in names:
             flags = np.empty(sizes[name], bool)
             first = 0
             for part in weights[name].parts():
                 patterns = patterns_of(part)
                 flags[first : first + len(part)] = patterns > cut if largest else patterns < cut
-                tied = np.flatnonzero(patterns == cut)[:ties]
-                flags[first + tied] = True
-                ties -= len(tied)
+                ties = np.flatnonzero(patterns == cut)
+                take = (seen + len(ties)) * wanted // max(tied, 1) - seen * wanted // max(tied, 1)  # as many of each part, nearly
+                if take:
+                    draw = np.random.default_rng(int.from_bytes(digest(0, name, first), "little"))
+                    flags[first + (ties if take == len(ties) else draw.choice(ties, take, replace=False, shuffle=False))] = True
+                seen += len(ties)
                 first += len(part)
             found[name] = Mask.from_bool(torch.from_numpy(flags).view(weights[name].shape))
     return MaskSet({name: found[name] for name in weights})
 
 
-def cut_of(weights: Mapping[str, Weight], k: int, largest: bool) -> tuple[int, int]:
-    """The fp32 pattern of the k-th largest or smallest magnitude of several tensors together, and how many of those that have it
-    belong to the k: by two histograms of 16 bits, in two passes."""
+def cut_of(weights: Mapping[str, Weight], k: int, largest: bool) -> tuple[int, int, int]:
+    """The fp32 pattern of the k-th largest or smallest magnitude of several tensors together, how many of those that have it belong to
+    the k, and how many have it: by two histograms of 16 bits, in two passes."""
     counts = np.zeros(1 << 15, np.int64)
     for name, weight in weights.items():
         for part in weight.parts():
@@ -257,7 +263,7 @@ def cut_of(weights: Mapping[str, Weight], k: int, largest: bool) -> tuple[int, i
             patterns = patterns_of(part)
             low += np.bincount(patterns[patterns >> 16 == top] & (HALF - 1), minlength=HALF)
     bottom, ties = rank_in(low, left, largest)
-    return top << 16 | bottom, ties
+    return top << 16 | bottom, ties, int(low[bottom])
 
 
 def rank_in(counts: np.ndarray, k: int, largest: bool) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdkernels.checkpoint.names import canonical, place
+from opdkernels.checkpoint.names import place, twins
 from opdkernels.checkpoint.safetensors import SafetensorsFile
 from opdkernels.checkpoint.sharded import FileSource
 from opdkernels.checkpoint.source import TensorInfo, open_source
@@ -93,14 +93,7 @@ def intervene(
 
 def twins_of(before: FileSource, after: FileSource, infos: list[TensorInfo]) -> dict[str, str]:
     """The source's name of each trained tensor that it has too. Raises InputError where the two are not of one model."""
-    by_canonical: dict[str, list[str]] = {}
-    for name in before.tensors:
-        by_canonical.setdefault(canonical(name), []).append(name)
-    found = {}
-    for info in infos:
-        others = [info.name] if info.name in before.tensors else by_canonical.get(canonical(info.name), [])
-        if len(others) == 1:
-            found[info.name] = others[0]
+    found = twins([info.name for info in infos], before.tensors)
     if not found:
         raise InputError(f"{printable(before.path)} and {printable(after.path)} have no tensor of one name; give two checkpoints of one model")
     for info in infos:

@@ -229,18 +229,19 @@ Interval = tuple[str, float, float, float]  # what it is of, its value, its lowe
 
 
 def interval_chart(rows: Sequence[Interval], text: Callable[[float | None], str], what: str, axis: str, frame: Frame) -> Markup:
-    """Values with their intervals, one under another, from zero on."""
+    """Values with their intervals, one under another, with zero on the axis."""
     room = 30
     frame = replace(frame, left=min(frame.width // 2, 24 + 7 * max(len(name) for name, *_ in rows)), height=frame.top + frame.bottom + room * len(rows))
-    ticks = axis_ticks(0.0, max(high for *_, high in rows) or 1.0)
-    x = lambda value: frame.left + value / ticks[-1] * frame.inner[0]  # noqa: E731
+    least, most = min(0.0, *(low for *_, low, _ in rows)), max(0.0, *(high for *_, high in rows))
+    ticks = axis_ticks(least, most if most > least else least + 1.0)
+    x = lambda value: frame.left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * frame.inner[0]  # noqa: E731
     parts = []
     for tick in ticks[:: frame.stride]:
         parts += [_line("grid", x(tick), frame.top, x(tick), frame.floor), _text("tick middle", x(tick), frame.floor + 22, f"{100 * tick:g} %" if text is percent else f"{tick:g}")]
     for i, (name, value, low, high) in enumerate(rows):
         y = frame.top + room * (i + 0.5)
         told = f"{name}: {text(value)}, 95 % interval {text(low)} to {text(high)}"
-        parts += [_text("tick end", frame.left - 10, y + 4, name), _path("stored-line", [(x(max(low, 0.0)), y), (x(high), y)]),
+        parts += [_text("tick end", frame.left - 10, y + 4, name), _path("stored-line", [(x(low), y), (x(high), y)]),
                   Markup('<circle class="stored-dot" cx="{}" cy="{}" r="5"/>').format(_n(x(value)), _n(y)),
                   Markup('<g class="probe"><title>{}</title><rect x="{}" y="{}" width="{}" height="{}"/></g>').format(told, frame.left, _n(y - room / 2), frame.inner[0], room)]  # fmt: skip
     parts.append(_text("axis middle", (frame.left + frame.width - frame.right) / 2, frame.height - 8, axis))

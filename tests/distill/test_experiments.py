@@ -61,6 +61,47 @@ def test_a_table_shows_what_tells_something():
     assert wider[0] == "| arm | score | share of the gain | trained | changed in bf16 | changed as stored | relative norm |"
 
 
+def test_one_arm_alone_keeps_its_figures():
+    row = {"arm": "full", "score": 0.5, "score_low": 0.25, "score_high": 0.75, "changed_visible": 0.5}
+    assert table([{**row, "arm": "start", "changed_visible": None}, row])[0] == "| arm | score | share of the gain | changed in bf16 |"
+    assert table([row, row])[1].count("---") == table([row, row])[0].count("|") - 1
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_intervals_hold_what_varies_between_seeds(seeds):
+    """Of means over few seeds that differ much, nearly as many intervals hold the mean as a t-interval's normal quantile would."""
+    drawn = np.random.default_rng(1)
+    held = 0
+    for _ in range(60):
+        rates = 0.5 + 0.1 * drawn.standard_normal(seeds)
+        scores = (drawn.random((seeds, 400)) < rates[:, None]).astype(float)
+        low, high = np.quantile(experiments.resampled({"a": scores})["a"], [0.025, 0.975])
+        held += low <= 0.5 <= high
+    assert held / 60 >= {2: 0.6, 5: 0.8}[seeds]
+
+
+def test_deviations_of_seeds_are_stretched():
+    scores = np.repeat(np.array([[0.0], [1.0], [2.0], [3.0]]), 10, axis=1)  # prompts all alike
+    means = experiments.resampled({"a": scores})["a"]
+    assert means.mean() == pytest.approx(1.5, abs=0.03)
+    assert means.std() == pytest.approx(scores[:, 0].std(ddof=1) / 2, rel=0.03)
+    assert experiments.resampled({"a": scores[:1]})["a"].std() == 0
+
+
+@pytest.mark.parametrize(("seeds", "density"), [(0, None), (1, 1.5), (1, float("nan"))])
+def test_sizes_that_make_no_sense_are_refused_before_anything_runs(options, tmp_path, seeds, density):
+    with pytest.raises(UsageError, match="a seed or more and masks of a density in 0 .. 1"):
+        run_experiment("masks", options(eval_size=4), tmp_path, seeds=seeds, density=density)
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_are_scored_as_their_seed_is(options, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(experiments, "score", lambda options, folder: seen.append(options.seed) or [0.5] * 4)
+    run_experiment("interventions", options(eval_size=4, steps=2, seed=3), tmp_path, seeds=2, arms=["mlp alone"])
+    assert seen == [3, 4]
+
+
 FILES = {"found": "changed", "random": "random", "random matched on |W|": "random-like", "early": "changed-at-0.1"}
 
 

@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from opdkernels.distill import loop
+from opdkernels.distill.experiments import run_experiment
 from opdkernels.distill.loop import distill
+from opdkernels.distill.options import DistillOptions
+from opdkernels.options import checked
 from tests.distill.conftest import CHARACTERS, tokenizer
 from tests.distill.test_loop import log
 
@@ -65,6 +68,21 @@ class Processor:
 
     def save_pretrained(self, folder):
         self.tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("name", "density"), [("masks", 0.0), ("masks", 0.2), ("interventions", 0.0), ("interventions", 0.2)])
+def test_experiments_find_the_tensors_of_a_model_whose_files_name_them_otherwise(folders, tmp_path, name, density):
+    """Checkpoints of this model have another prefix than its parameters."""
+    chosen = checked(DistillOptions, {"student": str(folders / "student"), "teacher": str(folders / "teacher"), "prompts": str(folders / "p.jsonl"), "held_out": str(folders / "p.jsonl"),
+                                      "steps": 10, "batch_size": 2, "max_new_tokens": 2, "eval_size": 2, "lr": 1e-3, "track_every": 10})  # fmt: skip
+    arms = {"masks": ["found", "random", "random matched on |W|"], "interventions": ["largest alone", "matched on |W| alone", "mlp alone"]}[name]
+    found = run_experiment(name, chosen, tmp_path, density=density, arms=arms)
+    rows = {row["arm"]: row for row in found["rows"]}
+    assert list(rows) == ["start", "full", *arms]
+    if name == "masks":
+        assert rows["found"]["in_found"] == 1
+        assert rows["found"]["trained"] == pytest.approx(rows["random"]["trained"], abs=1e-3)
+        assert 0 < rows["random"]["in_found"] < 1 if density else rows["random"]["in_found"] <= 1
 
 
 @pytest.fixture(autouse=True)

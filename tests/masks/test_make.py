@@ -27,11 +27,19 @@ from tests.analysis.conftest import save, trained, weights
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def top(values: np.ndarray, k: int, largest: bool) -> np.ndarray:
-    """The k largest or smallest, the first of those that tie."""
-    found = np.zeros(values.size, bool)
-    found[np.argsort(-values if largest else values, kind="stable")[:k]] = True
-    return found
+def assert_extreme(flags: list[np.ndarray], values: list[np.ndarray], share: float, largest: bool) -> None:
+    """As many as the share says, none beyond the others, and of those that tie as much of each tensor as of all, within a coordinate a
+    part of 1,000."""
+    chosen, everything = np.concatenate(flags), np.concatenate(values)
+    k = math.ceil(share * everything.size)
+    assert chosen.sum() == k
+    cut = np.sort(everything)[-k if largest else k - 1]
+    assert chosen[everything > cut if largest else everything < cut].all()
+    assert not chosen[everything < cut if largest else everything > cut].any()
+    rate = chosen[everything == cut].mean()
+    for one, value in zip(flags, values, strict=True):
+        tied = value == cut
+        assert abs(one[tied].sum() - rate * tied.sum()) <= 1 + value.size / 1000
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -47,9 +55,21 @@ def test_extremes_are_those_of_sorting(dtype, per, share, monkeypatch):
     for found, big in ((near_zero(source, share, per=per), False), (largest(source, share, per=per), True)):
         assert list(found) == list(source)
         for names in groups.values():
-            values = np.concatenate([source[n].float().abs().flatten().numpy() for n in names])
-            expected = top(values, math.ceil(share * values.size), big)
-            assert np.array_equal(np.concatenate([found[n].to_bool().flatten().numpy() for n in names]), expected)
+            assert_extreme([found[n].to_bool().flatten().numpy() for n in names], [source[n].float().abs().flatten().numpy() for n in names], share, big)
+
+
+def test_ties_are_drawn_and_drawn_alike_again():
+    """Not the first ones, nor every second: half of equal values, as spread as chance spreads them."""
+    alike = {name: torch.ones(200, 100) for name in ("a", "b")}
+    once, again = (largest(alike, 0.5, per="model") for _ in range(2))
+    assert {n: m.digest for n, m in once.items()} == {n: m.digest for n, m in again.items()}
+    for mask in once.values():
+        flags = mask.to_bool()
+        assert int(flags.sum()) == 10_000
+        assert 0 < int(flags.sum(0).min()) < 95
+        assert 105 < int(flags.sum(0).max()) < 200
+        assert 3000 < int((flags[:, 1:] != flags[:, :-1]).sum() / 2) < 7000
+    assert not torch.equal(once["a"].to_bool(), once["b"].to_bool())
 
 
 @pytest.mark.parametrize("per", make.PER)
@@ -58,8 +78,19 @@ def test_the_most_changed_are_the_largest_differences(per, tmp_path, monkeypatch
     source = weights()
     after = trained(source)
     found = most_changed(save(tmp_path / "a", source), save(tmp_path / "b", after), 0.15, per=per)
-    expected = largest({name: (after[name].float() - source[name].float()).abs() for name in found}, 0.15, per=per)
-    assert {name: mask.digest for name, mask in found.items()} == {name: mask.digest for name, mask in expected.items()}
+    moved = {name: (after[name].float() - source[name].float()).abs() for name in found}
+    expected = largest(moved, 0.15, per=per)
+    for name, mask in found.items():
+        assert torch.equal(mask.to_bool(), expected[name].to_bool() & (moved[name] > 0))
+
+
+def test_what_did_not_change_is_never_of_the_most_changed(tmp_path):
+    source = {"a": torch.zeros(40, 50), "b": torch.zeros(40, 50)}
+    after = {name: w.clone() for name, w in source.items()}
+    after["b"][3, :7] = 1.0
+    for per in make.PER:
+        found = most_changed(save(tmp_path / "a", source), save(tmp_path / "b", after), 0.5, per=per)
+        assert (found["a"].nnz, found["b"].nnz) == (0, 7)
 
 
 def test_a_checkpoint_gives_the_masks_of_its_tensors(tmp_path):
