@@ -358,14 +358,17 @@ WIDTHS = 64, 128
 def run_divergence(kernel: Kernel, place: Place, student: list[torch.Tensor], teacher: list[torch.Tensor], ids: torch.Tensor, kind: str, softcap: float) -> list[torch.Tensor]:
     """Forward and backward: moments, both sides' logits at ids, and gradients of the student's hidden states, weight and bias."""
     vocab, code, numbers = len(student[1]), KIND_CODES[kind], [0.8, softcap, 1.1, softcap, 1.3, 0.3]
-    moments, at, _ = kernel("divergence_scan")(student, teacher, ids, vocab, numbers, True)
+    moments, at, outside, _ = kernel("divergence_scan")(student, teacher, ids, 1, vocab, numbers, True)
     center = moments[5] - moments[1] + moments[3]
     if kind in ("jsd", "total_variation"):
         center = kernel("divergence_means")(student, teacher, moments, vocab, numbers, code)[1]
     scalars = torch.stack([*moments[:4], center, torch.ones_like(center)])
+    outside = outside.clamp(min=tiles.FLOOR)
+    if kind == "at ids":  # and what lies outside them
+        scalars = torch.cat([scalars, (outside[0] - moments[0] - moments[1])[None], torch.ones_like(center)[None]])
     top = kernel("divergence_top")(teacher, vocab, min(3, vocab), numbers)
     grads = kernel("divergence_backward")(student, teacher, scalars, ids, torch.ones_like(at[0]), vocab, numbers, code, [True, True, True])
-    return [moments, at, top, *grads]
+    return [moments, torch.cat([at, outside[..., None]], 2), top, *grads]
 
 
 def assert_near(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], inputs: list[Any]) -> None:

@@ -264,7 +264,7 @@ def divergence_of(kind: str) -> Callable:
         ids, numbers, code = torch.zeros(tokens, 0, dtype=torch.int64, device=device), [1.0, 0.0, 1.0, 0.0, 1.0, 0.5], families.KIND_CODES[kind]
 
         def call(kernel: Kernel):
-            moments, at, _ = kernel("divergence_scan")(student, teacher, ids, vocabulary, numbers, False)
+            moments, at, _, _ = kernel("divergence_scan")(student, teacher, ids, 0, vocabulary, numbers, False)
             center = moments[tiles.MEAN_REVERSE] - moments[tiles.STUDENT_LOG] + moments[tiles.TEACHER_LOG]
             if kind == "jsd":
                 center = kernel("divergence_means")(student, teacher, moments, vocabulary, numbers, code)[1]

@@ -14,8 +14,8 @@ p = exp(u - Lu):
     sampled_reverse_kl_k2  (log q_a - log p_a)^2 / 2
 
 Sampled kinds have the expected gradient of R where the tokens are the student's own; docs/divergence.md has a table. `divergence`
-is the definition, from logits. `linear_divergence` makes logits from hidden states in tiles over the vocabulary, twice: sums of
-exponentials and means forward, then again with the gradient backward. No tensor of tokens x vocabulary exists.
+is the definition, from logits. `linear_divergence` makes logits from hidden states in tiles over the vocabulary, twice ("jsd" and
+"total_variation" three times): sums of exponentials and means forward, then again with the gradient backward. No tensor of tokens x vocabulary exists.
 
 Sources: Agarwal et al. 2024, arXiv 2306.13649 (GKD, generalised JSD); Schulman 2020 (k1, k2, k3); Milakov and Gimelshein 2018
 (online sums of exponentials); arXiv 2606.13657.
@@ -36,6 +36,7 @@ from opdkernels.errors import UsageError
 from opdkernels.ops import tiles
 from opdkernels.ops.tiles import (
     AT_IDS,
+    FLOOR,
     FORWARD,
     JSD,
     MEAN_FORWARD,
@@ -60,7 +61,8 @@ REFUSED = {
     "k1": "back-propagated directly it has no expected gradient at all",
     "k3": "back-propagated directly it has the gradient of the forward KL, not of the reverse",
 }
-FULL = -1e-7  # the largest log of a mass whose complement is taken, as in TRL
+
+
 @dataclass(frozen=True)
 class Divergence:
     """Which divergence: `kind`, `beta` of "jsd", `k` and `tail` of the top-k kinds, and the temperature of both distributions.
@@ -92,8 +94,7 @@ class Divergence:
             raise UsageError(f"k is {self.k}; {self.kind} takes {'1 or more' if self.topk else '0 or more'}")
         if self.kind == "topk_reverse_kl" and not self.tail:
             raise UsageError("topk_reverse_kl without the tail falls as the student moves its mass elsewhere; pass tail=True")
-        if not 0 < self.temperature < math.inf:
-            raise UsageError(f"temperature is {self.temperature}; choose one above 0")
+        check_temperature(self.temperature)
 
     @property
     def topk(self) -> bool:
@@ -109,6 +110,11 @@ class Divergence:
         if self.kind == "jsd" and self.beta in (0, 1):
             return FORWARD if self.beta == 0 else REVERSE
         return DENSE.index(self.kind) if self.kind in DENSE else AT_IDS
+
+
+def check_temperature(temperature: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise UsageError(f"temperature is {temperature}; choose one above 0")
 
 
 DEFAULT = Divergence()
@@ -165,7 +171,8 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: Divergence 
             ids = tokens.unsqueeze(-1)
         else:
             ids = (lq if spec.kind == "topk_reverse_kl" else lp).topk(min(spec.k, lq.shape[-1]), -1).indices
-        return at_ids(spec, lq.gather(-1, ids), lp.gather(-1, ids))
+        rest = [floored(x.scatter(-1, ids, 2 * FLOOR).logsumexp(-1)) for x in (lq, lp)]
+        return at_ids(spec, lq.gather(-1, ids), lp.gather(-1, ids), *rest)
     q, p = lq.exp(), lp.exp()
     if spec.code == FORWARD:
         return (p * (lp - lq)).sum(-1)
@@ -177,22 +184,17 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: Divergence 
     return (spec.beta * p * over_p + (1 - spec.beta) * q * over_q).sum(-1)
 
 
-def at_ids(spec: Divergence, lq: Tensor, lp: Tensor) -> Tensor:
-    """The kinds that see log-probabilities [..., k] at ids only: the tokens, or the k likeliest."""
+def at_ids(spec: Divergence, lq: Tensor, lp: Tensor, rest_q: Tensor, rest_p: Tensor) -> Tensor:
+    """The kinds that see log-probabilities [..., k] at ids only, the tokens or the k likeliest, and the logs of what lies outside [...]:
+    a sum of its own, as 1 - mass is noise, without a gradient, where the mass is nearly 1."""
     if spec.sampled:
         ratio = (lq - lp).squeeze(-1)
         return ratio.detach() * lq.squeeze(-1) if spec.kind == "sampled_reverse_kl" else ratio**2 / 2
     if not spec.tail:
         return (lp.exp() * (lp - lq)).sum(-1)
-    rest_q, rest_p = (complement(x.logsumexp(-1)) for x in (lq, lp))
     if spec.kind == "topk_forward_kl":
         return (lp.exp() * (lp - lq)).sum(-1) + rest_p.exp() * (rest_p - rest_q)
     return (lq.exp() * (lq - lp)).sum(-1) + rest_q.exp() * (rest_q - rest_p)
-
-
-def complement(log_mass: Tensor) -> Tensor:
-    """log(1 - mass)."""
-    return torch.log(-torch.expm1(log_mass.clamp(max=FULL)))
 
 
 def check_tokens(spec: Divergence, tokens: Tensor | None, shape: Sequence[int]) -> None:
@@ -203,12 +205,13 @@ def check_tokens(spec: Divergence, tokens: Tensor | None, shape: Sequence[int]) 
 
 
 class Linear(torch.autograd.Function):
-    """Divergence of every token (of dense kinds), and the student's log-probabilities at ids; both have a gradient."""
+    """Divergence of every token (of dense kinds), and of the student the log-probabilities at ids and the log of what lies outside the
+    first `rest` of them; all have a gradient. With `rest`, that of log-probabilities at later ids is taken for none."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, ids, vocab, numbers, kind, tops):
+    def forward(ctx: Any, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, ids, rest, vocab, numbers, kind, tops):
         student, teacher = side(hidden, weight, bias), side(teacher_hidden, teacher_weight, teacher_bias)
-        moments, at, likeliest = operator("divergence_scan", student)(student, teacher, ids, vocab, numbers, tops)
+        moments, at, outside, likeliest = operator("divergence_scan", student)(student, teacher, ids, rest, vocab, numbers, tops)
         forward = moments[MEAN_FORWARD] - moments[TEACHER_LOG] + moments[STUDENT_LOG]
         reverse = moments[MEAN_REVERSE] - moments[STUDENT_LOG] + moments[TEACHER_LOG]
         if kind in (JSD, VARIATION):
@@ -216,26 +219,31 @@ class Linear(torch.autograd.Function):
         else:
             loss = center = forward if kind == FORWARD else reverse
         lq, lp = (at[k] - moments[2 * k, :, None] - moments[2 * k + 1, :, None] for k in range(2))
-        ctx.save_for_backward(*student, *teacher, torch.cat([moments[:4], center[None]]), ids)
-        ctx.sizes, ctx.plan = (len(student), len(teacher)), (vocab, numbers, kind)
+        rest_q, rest_p = (floored(outside[k] - moments[2 * k] - moments[2 * k + 1]) if rest else moments.new_empty(0) for k in range(2))
+        ctx.save_for_backward(*student, *teacher, torch.cat([moments[:4], center[None]]), ids, rest_q)
+        ctx.sizes, ctx.plan = (len(student), len(teacher)), (vocab, numbers, kind, rest)
         scores = torch.stack([forward, reverse, moments[STUDENT_LOG] - moments[STUDENT_MEAN], moments[TEACHER_LOG] - moments[TEACHER_MEAN]])
-        ctx.mark_non_differentiable(lp, scores, likeliest)
-        return loss.clone(), lq, lp, scores, likeliest
+        ctx.mark_non_differentiable(lp, rest_p, scores, likeliest)
+        return loss.clone(), lq, lp, rest_q, rest_p, scores, likeliest
 
     @staticmethod
-    def backward(ctx: Any, loss_grad, lq_grad, *_):
+    def backward(ctx: Any, loss_grad, lq_grad, lp_grad, rest_grad, *_):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("linear_divergence has no second derivative; drop create_graph=True, or use divergence, from logits")
-        *sides, scalars, ids = ctx.saved_tensors
-        vocab, numbers, kind = ctx.plan
+        *sides, scalars, ids, rest_q = ctx.saved_tensors
+        vocab, numbers, kind, rest = ctx.plan
         student, teacher = sides[: ctx.sizes[0]], sides[ctx.sizes[0] :]
-        factor = -lq_grad.sum(1) if kind == AT_IDS else loss_grad
-        scalars = torch.cat([scalars, factor[None]])
+        if rest:
+            ids, lq_grad = ids[:, :rest], lq_grad[:, :rest]
+            rest_grad = rest_grad.masked_fill(rest_q <= FLOOR, 0)
+            scalars = torch.cat([scalars, -(lq_grad.sum(1) + rest_grad)[None], rest_q[None], rest_grad[None]])
+        else:
+            scalars = torch.cat([scalars, (-lq_grad.sum(1) if kind == AT_IDS else loss_grad)[None]])
         wanted = [*ctx.needs_input_grad[:3]]
         if kind != AT_IDS:
             ids, lq_grad = ids[:, :0], lq_grad[:, :0]
         grads = operator("divergence_backward", student)(student, teacher, scalars, ids, lq_grad, vocab, numbers, kind, wanted)
-        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * 8
+        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * 9
 
 
 def side(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
@@ -295,8 +303,8 @@ def linear_divergence(
         total = weighted.view(shape) if valid is None else weighted.new_zeros(shape).masked_scatter(valid, weighted)
     else:
         total = weighted.sum()
-        if reduction == "mean":
-            total = total / (max(len(loss), 1) if normalizer is None else normalizer)
+        if reduction == "mean" and len(loss):  # of nothing a normalizer may be 0 too
+            total = total / (len(loss) if normalizer is None else normalizer)
     return (total, found) if found is not None else total
 
 
@@ -306,7 +314,7 @@ def linear_log_prob(hidden: Tensor, head: Head, tokens: Tensor, *, temperature: 
     hidden: [..., width], bf16, fp16, fp32 or fp64, any strides; tokens: int64 of the leading shape. Returns nats of the leading shape,
     fp32 (fp64 of fp64); NaN where a token is none of the vocabulary.
 
-    Raises ValueError and TypeError for what does not fit, naming it.
+    Raises ValueError and TypeError for what does not fit, naming it, UsageError for a temperature that makes no sense.
 
     >>> round(linear_log_prob(torch.zeros(1, 3), Head(torch.eye(3)), torch.tensor([2])).item(), 4)
     -1.0986
@@ -315,9 +323,10 @@ def linear_log_prob(hidden: Tensor, head: Head, tokens: Tensor, *, temperature: 
     nothing, rows = hidden.new_zeros(*shape, 1), hidden.new_zeros(vocab, 1)  # what stands where a teacher's would
     check(hidden, head, nothing, Head(rows), None, None, "none")
     check_tokens(DEFAULT, tokens, shape)
+    check_temperature(temperature)
     numbers = [float(head.scale), float(head.softcap), 1.0, 0.0, temperature, 0.0]
     flat = hidden.reshape(-1, hidden.shape[-1])
-    found = Linear.apply(flat, whole(head.weight), whole(head.bias), nothing.view(-1, 1), rows, None, tokens.reshape(-1, 1), vocab, numbers, AT_IDS, False)
+    found = Linear.apply(flat, whole(head.weight), whole(head.bias), nothing.view(-1, 1), rows, None, tokens.reshape(-1, 1), 0, vocab, numbers, AT_IDS, False)
     return found[1].view(shape)
 
 
@@ -336,10 +345,10 @@ def of_tokens(hidden, student_head, teacher, teacher_head, vocab, spec, tokens, 
             likeliest = operator("divergence_top", one)(one, vocab, k, numbers if of_student else [*numbers[2:4], *numbers[2:]])
         ids = torch.cat([likeliest, ids], 1)
     arguments = hidden, weight, bias, teacher, teacher_weight, teacher_bias, ids
-    loss, lq, lp, figures, likeliest = Linear.apply(*arguments, vocab, numbers, spec.code, scores)
+    loss, lq, lp, rest_q, rest_p, figures, likeliest = Linear.apply(*arguments, k if spec.topk and spec.tail else 0, vocab, numbers, spec.code, scores)
     if spec.code == AT_IDS:
         mine = slice(k, None) if spec.sampled else slice(k)
-        loss = at_ids(spec, lq[:, mine], lp[:, mine])
+        loss = at_ids(spec, lq[:, mine], lp[:, mine], rest_q, rest_p)
     if not scores:
         return loss, None
     at = (lq.detach(), lp)
@@ -358,7 +367,10 @@ def whole(tensor: Any) -> Any:
 
 
 def common_vocabulary(student: Head, teacher: Head) -> int:
-    sizes = [min(len(head.weight), head.vocab or len(head.weight)) for head in (student, teacher)]
+    for name, head in (("student", student), ("teacher", teacher)):
+        if head.vocab is not None and not 1 <= head.vocab <= len(head.weight):
+            raise ValueError(f"vocab of {name}_head is {head.vocab}; it must lie in 1 .. {len(head.weight)}, the rows of its weight")
+    sizes = [len(head.weight) if head.vocab is None else head.vocab for head in (student, teacher)]
     if sizes[0] != sizes[1] and student.vocab is None and teacher.vocab is None:
         raise ValueError(f"the student's head has {sizes[0]} rows, the teacher's {sizes[1]}; set Head.vocab if they share the first {min(sizes)} ids")
     return min(sizes)

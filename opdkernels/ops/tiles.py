@@ -22,7 +22,7 @@ MOMENTS = 8
 STUDENT_MAX, STUDENT_LOG, TEACHER_MAX, TEACHER_LOG, MEAN_FORWARD, MEAN_REVERSE, STUDENT_MEAN, TEACHER_MEAN = range(MOMENTS)
 TILE, TILE_NUMBERS, ROWS = 4096, 1 << 24, 1024  # ids and numbers of a head's tile, tokens at a time
 
-SCAN = "divergence_scan(Tensor[] student, Tensor[] teacher, Tensor ids, int vocab, float[] numbers, bool tops) -> (Tensor, Tensor, Tensor)"
+SCAN = "divergence_scan(Tensor[] student, Tensor[] teacher, Tensor ids, int rest, int vocab, float[] numbers, bool tops) -> (Tensor, Tensor, Tensor, Tensor)"
 MEANS = "divergence_means(Tensor[] student, Tensor[] teacher, Tensor moments, int vocab, float[] numbers, int kind) -> Tensor"
 BACKWARD = (
     "divergence_backward(Tensor[] student, Tensor[] teacher, Tensor scalars, Tensor ids, Tensor at, int vocab, float[] numbers, int kind, "
@@ -43,10 +43,10 @@ def over_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     return below - common, -above - common
 
 
-def fake_scan(student, teacher, ids, vocab, numbers, tops):
+def fake_scan(student, teacher, ids, rest, vocab, numbers, tops):
     n, new = len(student[0]), student[0].new_empty
     wide = wide_of(student[0])
-    return new((MOMENTS, n), dtype=wide), new((2, *ids.shape), dtype=wide), new((2, n if tops else 0), dtype=torch.int64)
+    return new((MOMENTS, n), dtype=wide), new((2, *ids.shape), dtype=wide), new((2, n if rest else 0), dtype=wide), new((2, n if tops else 0), dtype=torch.int64)
 
 
 def fake_means(student, teacher, moments, vocab, numbers, kind):
@@ -89,8 +89,13 @@ def logits(hidden: Tensor, head: Sequence[Tensor], scale: float, softcap: float,
     """Over temperature, of one tile; `slope` is their derivative."""
     weight, *bias = head
     torch.mm(hidden.to(weight.dtype), weight.T, out=out)
-    if bias:
-        out += bias[0]
+    return shaped(out, bias[0] if bias else None, scale, softcap, temperature)
+
+
+def shaped(out: Tensor, bias: Tensor | None, scale: float, softcap: float, temperature: float) -> Tensor:
+    """In place, of hidden @ weight.T."""
+    if bias is not None:
+        out += bias
     if scale != 1:
         out *= scale
     if softcap:
@@ -119,32 +124,42 @@ def row_slices(n: int) -> list[slice]:
     return [slice(start, min(start + ROWS, n)) for start in range(0, n, ROWS)]
 
 
-def divergence_scan(student, teacher, ids, vocab, numbers, tops):
-    """moments [8, N]; both sides' logits at ids [N, K], NaN at ids beyond the vocabulary, [2, N, K]; the likeliest ids [2, N].
+def divergence_scan(student, teacher, ids, rest, vocab, numbers, tops):
+    """moments [8, N]; both sides' logits at ids [N, K], NaN at ids beyond the vocabulary, [2, N, K]; logs of the sums of exponentials
+    outside the first `rest` ids, [2, N], summed and not what is left of all, of which a confident token leaves nothing; the likeliest
+    ids [2, N].
 
     The sums of a tile are about its own maximum; `merged` brings them together."""
     n, work = len(student[0]), Workspace(student[0])
     at = student[0].new_full((2, *ids.shape), math.nan, dtype=wide_of(student[0]))
-    partial, best = [], []
+    partial, best, outside = [], [], []
     for here, heads in tiles((student, teacher), vocab):
-        sums, likeliest = at.new_empty(MOMENTS, n), ids.new_empty(2, n)
+        sums, likeliest, others = at.new_empty(MOMENTS, n), ids.new_empty(2, n), at.new_empty(2, n if rest else 0)
         for rows in row_slices(n):
             both = tile_logits((student, teacher), heads, rows, numbers, work)
             inside, local = local_ids(ids[rows], here)
             for k, x in enumerate(both):
                 at[k, rows] = torch.where(inside, x.gather(1, local), at[k, rows])
+                if rest:
+                    others[k, rows] = without(work("others", x.shape).copy_(x), inside[:, :rest], local[:, :rest]).logsumexp(1)
                 if tops:
                     likeliest[k, rows] = x.argmax(1) + here.start
             sums[:, rows] = torch.stack(tile_sums(both[0], both[1], work))
         partial.append(sums)
         best.append(likeliest)
+        outside.append(others)
     sums = torch.stack(partial)
-    return merged(sums), at, likeliest_of(sums, torch.stack(best)) if tops else ids.new_empty(2, 0)
+    return merged(sums), at, torch.stack(outside).logsumexp(0), likeliest_of(sums, torch.stack(best)) if tops else ids.new_empty(2, 0)
 
 
 def local_ids(ids: Tensor, here: slice) -> tuple[Tensor, Tensor]:
     """Which ids lie in a tile, and where; those outside at an end of it."""
     return (ids >= here.start) & (ids < here.stop), (ids - here.start).clamp(0, here.stop - here.start - 1)
+
+
+def without(x: Tensor, inside: Tensor, local: Tensor) -> Tensor:
+    """A tile's logits with -inf at ids, in place."""
+    return x.scatter_add_(1, local, torch.zeros_like(local, dtype=x.dtype).masked_fill_(inside, -math.inf))
 
 
 def tile_sums(z: Tensor, u: Tensor, work: Workspace) -> list[Tensor]:
@@ -214,14 +229,16 @@ def divergence_means(student, teacher, moments, vocab, numbers, kind):
                 mean = torch.sign(difference, out=lp).mul_(q).sum(1)
                 total[0, rows] += difference.abs_().sum(1) / 2
             total[1, rows] += mean
+    if kind == VARIATION:
+        total[1] += 0 * total[0]  # NaN, which has no sign
     return total.to(moments.dtype)
 
 
 def divergence_backward(student, teacher, scalars, ids, at, vocab, numbers, kind, wanted):
     """Gradients of hidden states, weight and bias, those wanted, each rounded once.
 
-    scalars: [6, N], the first four moments, the mean that is subtracted, and the factor of each token; at: gradients of the
-    student's logits over temperature at ids, [N, K]. Every product is in fp32: a CPU without AMX multiplies bf16 at half that speed
+    scalars: [6, N], the first four moments, the mean that is subtracted, and the factor of each token; or [8, N], of AT_IDS, with the
+    log of the student's mass outside ids and its gradient; at: gradients of the student's logits over temperature at ids, [N, K]. Every product is in fp32: a CPU without AMX multiplies bf16 at half that speed
     (AVX512_BF16, oneDNN), so rounding would cost accuracy and time."""
     hidden, (weight, *bias) = student[0], student[1:]
     wide, work = scalars.dtype, Workspace(hidden)
@@ -248,17 +265,21 @@ def tile_gradient(sides, heads, here, rows, scalars, ids, at, numbers, kind, wor
     """Of hidden @ weight.T + bias, for some tokens at one tile."""
     both = tile_logits(sides, heads, rows, numbers, work)
     chain = slope(both[0], numbers[0], numbers[1], numbers[4], work)
-    g = logit_gradient(kind, *log_probabilities(both, scalars, rows), center=scalars[4, rows, None], beta=numbers[5], work=work)
+    lq, *others = log_probabilities(both, scalars, rows)
+    inside, local = local_ids(ids[rows], here)
+    outside = without(work("outside", lq.shape).copy_(lq), inside, local) if len(scalars) > 6 else None
+    g = logit_gradient(kind, lq, *others, center=scalars[4, rows, None], beta=numbers[5], work=work)
     g *= scalars[5, rows, None]
     if ids.shape[1]:
-        inside, local = local_ids(ids[rows], here)
         g.scatter_add_(1, local, at[rows] * inside)
+    if outside is not None:
+        g += outside.sub_(scalars[6, rows, None]).exp_().mul_(scalars[7, rows, None])
     return g.mul_(chain)
 
 
 def slope(z: Tensor, scale: float, softcap: float, temperature: float, work: Workspace) -> Tensor | float:
     """Derivative of logits over temperature by hidden @ weight.T + bias; 0 at the floor."""
-    low = z.numel() > 0 and bool(z.amin() <= FLOOR)
+    low = bool((z <= FLOOR).any())
     if not softcap and not low:
         return scale / temperature
     chain = work("chain", z.shape)

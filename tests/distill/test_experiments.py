@@ -90,7 +90,7 @@ def test_deviations_of_seeds_are_stretched():
 
 @pytest.mark.parametrize(("seeds", "density"), [(0, None), (1, 1.5), (1, float("nan"))])
 def test_sizes_that_make_no_sense_are_refused_before_anything_runs(options, tmp_path, seeds, density):
-    with pytest.raises(UsageError, match="a seed or more and masks of a density in 0 .. 1"):
+    with pytest.raises(UsageError, match=r"a seed or more and masks of a density in 0 \.\. 1"):
         run_experiment("masks", options(eval_size=4), tmp_path, seeds=seeds, density=density)
     assert not list(tmp_path.iterdir())
 

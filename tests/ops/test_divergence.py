@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import itertools
 import math
@@ -283,8 +284,9 @@ def test_a_truncated_reverse_kl_would_fall_as_mass_leaves_and_the_tail_prevents_
     teacher = torch.tensor([[2.0, 1.0, 0.0, 0.0, 0.0]], dtype=FP64)
     losses = []
     for away in (0.0, 3.0, 6.0):  # the student moves its mass to an id outside its k likeliest of before
-        lq, lp = (x.log_softmax(1)[:, :2] for x in (teacher + torch.tensor([[0, 0, 0, 0, away]], dtype=FP64), teacher))
-        losses.append(((lq.exp() * (lq - lp)).sum(), ops.at_ids(Divergence("topk_reverse_kl", k=2), lq, lp).sum()))
+        both = [x.log_softmax(1) for x in (teacher + torch.tensor([[0, 0, 0, 0, away]], dtype=FP64), teacher)]
+        (lq, lp), rest = [x[:, :2] for x in both], [x[:, 2:].logsumexp(1) for x in both]
+        losses.append(((lq.exp() * (lq - lp)).sum(), ops.at_ids(Divergence("topk_reverse_kl", k=2), lq, lp, *rest).sum()))
     truncated, whole = zip(*losses, strict=True)
     assert min(truncated) < 0
     assert whole[0] < whole[1] < whole[2]
@@ -545,19 +547,114 @@ def test_a_token_beyond_the_vocabulary_is_seen():
     assert loss.isnan().nonzero().tolist() == [[1]]
 
 
+def bucketed(z: torch.Tensor, u: torch.Tensor, ids: torch.Tensor, kind: str) -> torch.Tensor:
+    """A top-k divergence in fp64 whose bucket is a sum of its own."""
+    (lq, lp), inside = (x.double().log_softmax(1) for x in (z, u)), torch.zeros_like(z, dtype=torch.bool).scatter(1, ids, True)
+    lq, lp = (torch.cat([x.gather(1, ids), x.masked_fill(inside, -1e30).logsumexp(1, keepdim=True)], 1) for x in (lq, lp))
+    return (lp.exp() * (lp - lq)).sum(1) if kind == "topk_forward_kl" else (lq.exp() * (lq - lp)).sum(1)
+
+
+def assert_bucket(kind: str, dtype: torch.dtype, gap: float, whole_logits: bool = True) -> None:
+    """Loss and gradient of a student whose mass lies on the ids, but for e^-gap."""
+    generator = torch.Generator().manual_seed(0)
+    z, u = (torch.randn(6, 40, generator=generator, dtype=FP64).float() for _ in range(2))
+    z[:, :3] += gap
+    u[:, :3] += 2
+    ids = (u if kind == "topk_forward_kl" else z).topk(3, 1).indices
+    exact = z.double().requires_grad_()
+    wanted = bucketed(exact, u, ids, kind)
+    (slope,) = torch.autograd.grad(wanted.sum(), exact)
+    leaf, head = z.to(dtype).requires_grad_(), Head(torch.eye(40, dtype=dtype))
+    spec = Divergence(kind, k=3)
+    for found in (*([divergence(leaf, u.to(dtype), spec)] if whole_logits else []), linear_divergence(leaf, head, u.to(dtype), head, spec, reduction="none")):
+        (ours,) = torch.autograd.grad(found.sum(), leaf)
+        assert torch.allclose(found.double(), wanted, rtol=2e-5, atol=1e-6)
+        assert (ours - slope).norm() <= 1e-5 * slope.norm() + 1e-7
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("gap", [2.0, 12.0, 16.0, 25.0, 60.0])
+@pytest.mark.parametrize("kind", ["topk_forward_kl", "topk_reverse_kl"])
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
+def test_the_bucket_of_a_confident_student_has_its_gradient(dtype, kind, gap):
+    """Where 1 - Q is noise in the dtype, or less than it can tell from 0."""
+    assert_bucket(kind, dtype, gap)
+
+
+def test_a_bucket_of_nothing_costs_nothing():
+    """k of the whole vocabulary: the divergence over all of it, and its gradient."""
+    hidden, head, teacher, teacher_head, _ = make_case(dtype=FP64, vocab=12)
+    for kind, whole_kind in (("topk_forward_kl", "forward_kl"), ("topk_reverse_kl", "reverse_kl")):
+        pairs = []
+        for spec in (Divergence(kind, k=12), Divergence(whole_kind)):
+            leaf = hidden.detach().requires_grad_()
+            loss = linear_divergence(leaf, head, teacher, teacher_head, spec)
+            pairs.append((loss, *torch.autograd.grad(loss, leaf)))
+        for a, b in zip(*pairs, strict=True):
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_valid_over_a_normalizer_of_nothing_is_0():
+    hidden, head, teacher, teacher_head, _ = make_case()
+    leaf = hidden.detach().requires_grad_()
+    for normalizer in (0, torch.tensor(0.0)):
+        loss = linear_divergence(leaf, head, teacher, teacher_head, valid=torch.zeros(len(hidden), dtype=torch.bool), normalizer=normalizer)
+        assert loss == 0
+        assert not torch.autograd.grad(loss, leaf)[0].any()
+
+
+@pytest.mark.parametrize("kind", ["sampled_reverse_kl_k2", "reverse_kl"])
+def test_a_token_of_nan_leaves_the_gradients_of_others(kind):
+    """Where another token's id is at the floor, beside it."""
+    hidden, head, teacher, teacher_head, tokens = make_case(vocab=30, shaped=False)
+    head.bias[2], tokens[0] = -2e4, 2
+    found = []
+    for spoil in (False, True):
+        leaf = hidden.detach().clone()
+        if spoil:
+            leaf[2] = math.nan
+        leaf.requires_grad_()
+        losses = linear_divergence(leaf, head, teacher, teacher_head, Divergence(kind), tokens=tokens, reduction="none")
+        found.append(torch.autograd.grad(losses[:2].sum(), leaf)[0][:2])
+    assert torch.equal(*found)
+
+
+def test_total_variation_from_a_teacher_of_nan_has_no_gradient_that_could_be_taken():
+    hidden, head, teacher, teacher_head, _ = make_case()
+    teacher = teacher.clone()
+    teacher[1] = math.nan
+    leaf = hidden.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(linear_divergence(leaf, head, teacher, teacher_head, Divergence("total_variation"), reduction="sum"), leaf)
+    assert grad.isnan().any(1).nonzero().flatten().tolist() == [1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_log_probabilities_of_no_temperature_are_refused(temperature):
+    with pytest.raises(UsageError, match="choose one above 0"):
+        linear_log_prob(torch.zeros(1, 3), Head(torch.eye(3)), torch.tensor([0]), temperature=temperature)
+
+
+@pytest.mark.parametrize("vocab", [0, -5, 34])
+def test_a_vocabulary_that_the_head_has_not_is_refused(vocab):
+    hidden, head, teacher, teacher_head, _ = make_case(vocab=33)
+    with pytest.raises(ValueError, match=f"vocab of student_head is {vocab}; it must lie in 1 "):
+        linear_divergence(hidden, dataclasses.replace(head, vocab=vocab), teacher, teacher_head)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_operators_are_registered_as_torch_wants_them(bias):
     hidden, head, teacher, teacher_head, tokens = make_case(dtype=BF16, bias=bias)
     student, teacher = ops.side(hidden, head.weight, head.bias), ops.side(teacher, teacher_head.weight, teacher_head.bias)
     numbers, ids, namespace = [0.8, 6.0, 0.8, 6.0, 1.0, 0.5], tokens[:, None], torch.ops.opdkernels
-    moments, at, _ = namespace.divergence_scan(student, teacher, ids, 33, numbers, True)
+    moments, at, _, _ = namespace.divergence_scan(student, teacher, ids, 1, 33, numbers, True)
     scalars = torch.cat([moments[:4], moments[:2]])
     for operator, arguments in (
-        (namespace.divergence_scan, (student, teacher, ids, 33, numbers, True)),
-        (namespace.divergence_scan, (student, teacher, ids[:, :0], 33, numbers, False)),
+        (namespace.divergence_scan, (student, teacher, ids, 2, 33, numbers, True)),
+        (namespace.divergence_scan, (student, teacher, ids[:, :0], 0, 33, numbers, False)),
         (namespace.divergence_means, (student, teacher, moments, 33, numbers, ops.JSD)),
         (namespace.divergence_backward, (student, teacher, scalars, ids, at[0], 33, numbers, ops.REVERSE, [True, True, bias])),
         (namespace.divergence_backward, (student, teacher, scalars, ids, at[0], 33, numbers, ops.AT_IDS, [True, False, False])),
+        (namespace.divergence_backward, (student, teacher, torch.cat([scalars, moments[:2]]), ids, at[0], 33, numbers, ops.AT_IDS, [True, True, bias])),
         (namespace.divergence_top, (teacher, 33, 4, numbers)),
     ):
         torch.library.opcheck(operator, arguments)

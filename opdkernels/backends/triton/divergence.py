@@ -1,12 +1,12 @@
 """`divergence` in Triton: products by the library, everything else of a chunk of the vocabulary in one pass over its logits.
 
 A chunk's logits of both models are in fp32, as matrix units accumulate them (torch.mm with out_dtype), in a workspace of bounded
-size. Forward, a program reads a token's and leaves their sums about a running maximum. Backward makes the logits again and writes
-their gradient over the chunk, in bf16 where hidden states and head are, else in fp32; two products with it make the gradients. Every
-sum belongs to one program and chunks come in order: no atomics, and the same bits every time.
+size. Forward, a program reads a token's and leaves their sums about a running maximum; logits at ids are taken from them too, as those
+of another product would not fit the sums. Backward makes the logits again and writes their gradient over the chunk, in bf16 where
+hidden states and head are, else in fp32; two products with it make the gradients. Every sum belongs to one program and chunks come in
+order: no atomics, and the same bits every time.
 
-On an H200 products that a kernel of Triton's fused with the sums ran at 300 TFLOP/s, where the library reaches 776. This form has not
-been timed on a GPU yet (docs/gpu.md).
+On an H200 products that a kernel of Triton's fused with the sums ran at 300 TFLOP/s, where the library reaches 776 (docs/gpu.md).
 
 bf16 and fp16 go to matrix units as they are. Anything else is widened and multiplied in fp32, or what torch takes for it where TF32 is
 allowed; so is the gradient of fp16, whose small values do not fit fp16.
@@ -20,11 +20,11 @@ import triton.language as tl
 
 from opdkernels.backends.triton import launch
 from opdkernels.backends.triton.numeric import multiple, to_pattern, widen
+from opdkernels.ops import tiles
 
 COLUMNS, LEAST_COLUMNS = 4096, 256  # ids that a program takes at a time
 WORKSPACE_BYTES = 1 << 28  # of a chunk's logits and their gradient
 BYTES_AN_ID = 12  # two logits and a gradient, each at most fp32
-IDS, DEPTH_AT_IDS = 16, 128
 WARPS = 16
 MOMENTS = tl.constexpr(8)
 FLOOR = tl.constexpr(-1e4)  # as in opdkernels/ops/tiles.py, and the kinds
@@ -147,28 +147,6 @@ def scan(
         tl.store(sums + 7 * n, total[7] / total[3])
 
 
-@triton.jit(do_not_specialize=["vocab", "count", "width", "scale", "softcap", "temperature"])
-def at_ids(
-    hidden, weight, bias, ids, at, vocab, count, width, scale, softcap, temperature,
-    CAPPED: tl.constexpr, IDS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """One side's logits over temperature of a token at some of its ids, [n, count]; ids beyond the vocabulary are passed over."""
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * IDS + tl.arange(0, IDS)
-    id = tl.load(ids + (row * count + k), k < count, -1)
-    inside = (id >= 0) & (id < vocab)
-    total = tl.zeros([IDS, DEPTH], tl.float32)
-    for start in range(0, width, DEPTH):
-        place = start + tl.arange(0, DEPTH)
-        a = tl.load(hidden + (row * width + place), place < width, 0.0)
-        b = tl.load(weight + (id[:, None] * width + place[None, :]), inside[:, None] & (place < width)[None, :], 0.0)
-        total += widen(a, tl.float32)[None, :] * widen(b, tl.float32)
-    x = tl.sum(total, 1)
-    if bias is not None:
-        x += widen(tl.load(bias + id, inside, 0.0), tl.float32)
-    tl.store(at + (row * count + k), shaped(x, scale, softcap, temperature, CAPPED), inside)
-
-
 @triton.jit
 def four(data, n):
     """A token's maximum and log of the sum of exponentials, of both sides."""
@@ -235,9 +213,10 @@ def logit_gradient(lq, lp, center, beta, KIND: tl.constexpr):
 def gradient(
     products, teacher_products, bias, teacher_bias, scalars, ids, at, into, n, first, size, count, beta,
     scale, softcap, teacher_scale, teacher_softcap, temperature,
-    KIND: tl.constexpr, CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, EVEN: tl.constexpr, IDS: tl.constexpr, COLUMNS: tl.constexpr,
+    KIND: tl.constexpr, CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, EVEN: tl.constexpr, IDS: tl.constexpr, REST: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Of hidden @ weight.T + bias of a token at some ids of a chunk, into [n, size]; scalars [6, n], at [n, count]."""
+    """Of hidden @ weight.T + bias of a token at some ids of a chunk, into [n, size]; scalars [6, n], or with REST [8, n], at [n, count]."""
     n, row = n.to(tl.int64), tl.program_id(0).to(tl.int64)
     size = whole(size, EVEN)
     place = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -251,9 +230,15 @@ def gradient(
         u = logits(teacher_products + row * size, teacher_bias, first, place, size, teacher_scale, teacher_softcap, temperature, TEACHER_CAPPED)
         g = factor * logit_gradient(lq, u - u_max - u_log, center, beta, KIND)
     if IDS:
+        hits = tl.zeros([COLUMNS], tl.int32)
         for k in range(count):
             hit = tl.load(ids + (row * count + k)) == first + place
             g += tl.where(hit, tl.load(at + (row * count + k)), 0.0)
+            if REST:
+                hits += hit.to(tl.int32)
+        if REST:
+            rest_log, rest_gradient = tl.load(scalars + 6 * n + row), tl.load(scalars + 7 * n + row)
+            g += tl.where(hits > 0, 0.0, rest_gradient * tl.exp(lq - rest_log))
     slope = scale / temperature
     if CAPPED:
         bent = z * temperature / softcap
@@ -312,26 +297,30 @@ def chunks(vocab: int, *sides: list[torch.Tensor]) -> list[tuple[int, int]]:
     return [(first, min(size, vocab - first)) for first in range(0, vocab if n else 0, size)]
 
 
-def divergence_scan(student, teacher, ids, vocab: int, numbers, tops: bool):
+def divergence_scan(student, teacher, ids, rest: int, vocab: int, numbers, tops: bool):
     n, new = len(student[0]), student[0].new_zeros
     sums, at = new((MOMENTS.value, n), dtype=torch.float32), student[0].new_full((2, *ids.shape), float("nan"), dtype=torch.float32)
     sums.select(0, 0).fill_(FLOOR.value)
     sums.select(0, 2).fill_(FLOOR.value)
     likeliest = new((2, n if tops else 0), dtype=torch.int64)
-    bias = biases(student, teacher)
+    bias, outside = biases(student, teacher), []
     for first, size in chunks(vocab, student, teacher):
+        both = products(student, first, size), products(teacher, first, size)
         launch.run(
-            scan, (n,), products(student, first, size), products(teacher, first, size), *bias, sums, likeliest, n, vocab, first, size, *numbers[:5],
+            scan, (n,), *both, *bias, sums, likeliest, n, vocab, first, size, *numbers[:5],
             warps=WARPS, **capped(numbers), EVEN=size % 16 == 0, BEST=tops, COLUMNS=tile_of(n),
         )  # fmt: skip
-    if n and ids.shape[1]:
-        for k, (side, (scale, softcap)) in enumerate(((student, numbers[:2]), (teacher, numbers[2:4]))):
-            hidden, weight = side[0].contiguous(), side[1].contiguous()
-            launch.run(
-                at_ids, (n, triton.cdiv(ids.shape[1], IDS)), hidden, weight, bias[k], ids.contiguous(), at.select(0, k),
-                vocab, ids.shape[1], hidden.shape[1], scale, softcap, numbers[4], warps=4, CAPPED=softcap != 0, IDS=IDS, DEPTH=DEPTH_AT_IDS,
-            )  # fmt: skip
-    return sums, at, likeliest
+        if ids.shape[1]:
+            inside, local = tiles.local_ids(ids, slice(first, first + size))
+            for k, (x, whole_bias) in enumerate(zip(both, bias, strict=True)):
+                part, scale, softcap = None if whole_bias is None else whole_bias.narrow(0, first, size), numbers[2 * k], numbers[2 * k + 1]
+                found = tiles.shaped(x.gather(1, local), None if part is None else part.take(local), scale, softcap, numbers[4])
+                at.select(0, k).copy_(torch.where(inside, found, at.select(0, k)))
+                if rest:
+                    shaped = tiles.shaped(x, part, scale, softcap, numbers[4])
+                    outside.append(tiles.without(shaped, inside.narrow(1, 0, rest), local.narrow(1, 0, rest)).logsumexp(1))
+    others = torch.stack(outside).view(-1, 2, n).logsumexp(0) if outside else sums.new_zeros(2, 0)
+    return sums, at, others, likeliest
 
 
 def divergence_means(student, teacher, moments, vocab: int, numbers, kind: int):
@@ -372,7 +361,8 @@ def chunk_gradient(student, teacher, scalars, ids, at, first: int, size: int, nu
     tile = tile_of(n)
     launch.run(
         gradient, (n, triton.cdiv(size, tile)), mine, theirs, *biases(student, teacher), scalars.contiguous(), ids.contiguous(), at.contiguous(), into,
-        n, first, size, ids.shape[1], numbers[5], *numbers[:5], warps=WARPS, KIND=kind, **capped(numbers), EVEN=size % 16 == 0, IDS=ids.shape[1] > 0, COLUMNS=tile,
+        n, first, size, ids.shape[1], numbers[5], *numbers[:5], warps=WARPS, KIND=kind, **capped(numbers), EVEN=size % 16 == 0, IDS=ids.shape[1] > 0, REST=len(scalars) > 6,
+        COLUMNS=tile,
     )  # fmt: skip
     return into
 

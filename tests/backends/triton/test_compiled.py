@@ -289,14 +289,14 @@ def test_take_and_put(monkeypatch, target, dtype, masks):
         assert_rounds_as_the_reference(code)
 
 
-def call_divergence(dtype: torch.dtype, *, kind=1, count=0, softcap=0.0, bias=False, tops=False, width=896, n=4096, vocab=151936) -> None:
+def call_divergence(dtype: torch.dtype, *, kind=1, count=0, rest=0, softcap=0.0, bias=False, tops=False, width=896, n=4096, vocab=151936) -> None:
     """A student and a wider teacher, forward and backward."""
     side = lambda w: [on_cuda(n, w, dtype=dtype), on_cuda(vocab, w, dtype=dtype), *([on_cuda(vocab, dtype=dtype)] if bias else [])]  # noqa: E731
     sides, ids, numbers = (side(width), side(2 * width)), on_cuda(n, count), [1.0, softcap, 1.0, softcap, 1.0, 0.5]
-    moments, at, _ = divergence.divergence_scan(*sides, ids, vocab, numbers, tops)
+    moments, at, _, _ = divergence.divergence_scan(*sides, ids, rest, vocab, numbers, tops)
     if kind in (2, 3):
         divergence.divergence_means(*sides, moments, vocab, numbers, kind)
-    divergence.divergence_backward(*sides, on_cuda(6, n, dtype=FP32), ids, at.select(0, 0), vocab, numbers, kind, [True, True, False])
+    divergence.divergence_backward(*sides, on_cuda(8 if rest else 6, n, dtype=FP32), ids, at.select(0, 0), vocab, numbers, kind, [True, True, False])
 
 
 EVERYTHING = {"kind": 2, "count": 20, "softcap": 30.0, "bias": True, "tops": True}
@@ -306,6 +306,7 @@ DIVERGENCE = [
     ("sm_80", FP32, {"kind": 0}),
     ("sm_90", torch.float16, {"kind": 3}),
     ("sm_90", BF16, {"kind": 4, "count": 1, "width": 450}),
+    ("sm_90", BF16, {"kind": 4, "count": 20, "rest": 20}),
 ]
 
 
@@ -313,24 +314,21 @@ DIVERGENCE = [
 def test_divergence(monkeypatch, target, dtype, options):
     """No spills, logits loaded 16 bytes at once and each once."""
     seen = {one.name: one for one in reversed(launches(monkeypatch, lambda: call_divergence(dtype, **options)))}
-    kind, count = options.get("kind", 1), options.get("count", 0)
-    assert set(seen) == {"scan", "gradient", *(["means"] if kind in (2, 3) else []), *(["at_ids"] if count else [])}
+    kind = options.get("kind", 1)
+    assert set(seen) == {"scan", "gradient", *(["means"] if kind in (2, 3) else [])}
     for name, one in seen.items():
         code = compiled(one, target)
         assert_fits(code, 128)
-        if name == "at_ids":
-            assert_64_bit_offsets(code, {BF16: "bf16", FP32: "f32", torch.float16: "f16"}[dtype])
-        else:
-            sides = 1 if name == "gradient" and kind == 4 else 2
-            assert code.wide_loads >= sides * one.constants["COLUMNS"] * 4 // (16 * 32 * one.warps)
-            assert_64_bit_offsets(code, "f32")
+        sides = 1 if name == "gradient" and kind == 4 else 2
+        assert code.wide_loads >= sides * one.constants["COLUMNS"] * 4 // (16 * 32 * one.warps)
+        assert_64_bit_offsets(code, "f32")
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_divergence_of_an_odd_vocabulary(monkeypatch, dtype):
     """Rows of a chunk that begin anywhere."""
     launched = launches(monkeypatch, lambda: call_divergence(dtype, kind=2, count=1, bias=True, tops=True, vocab=4095))
-    assert {one.name for one in launched} == {"scan", "means", "gradient", "at_ids"}
+    assert {one.name for one in launched} == {"scan", "means", "gradient"}
     for one in launched:
         assert_fits(compiled(one, "sm_90"), 128)
 

@@ -16,6 +16,7 @@ from tests.ops.test_divergence import (
     FP32,
     NAMES,
     SPECS,
+    assert_bucket,
     assert_log_prob,
     assert_twice_plain,
     leaves_of,
@@ -109,6 +110,23 @@ def test_nan_of_one_token_is_seen_there_and_nowhere_else():
     loss = linear_divergence(hidden.requires_grad_(), head, teacher.nan_to_num(), teacher_head, reduction="none")
     (grad,) = torch.autograd.grad(loss.sum(), hidden)
     assert grad.isnan().all(1).tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("gap", [2.0, 16.0, 60.0])
+@pytest.mark.parametrize("kind", ["topk_forward_kl", "topk_reverse_kl"])
+def test_the_bucket_of_a_confident_student_has_its_gradient(monkeypatch, kind, gap):
+    monkeypatch.setattr(kernels, "COLUMNS", 16)
+    monkeypatch.setattr(kernels, "LEAST_COLUMNS", 16)
+    monkeypatch.setattr(kernels, "WORKSPACE_BYTES", kernels.BYTES_AN_ID * 6 * 16)
+    assert_bucket(kind, FP32, gap, whole_logits=False)
+
+
+def test_logits_at_ids_are_those_of_the_sums():
+    """Of confident tokens no log-probability is above 0 by more than its own rounding, whatever the width."""
+    hidden, head, *_ = make_case(n=8, vocab=300, width=1024, dtype=FP32, spread=8, shaped=False)
+    tokens = (hidden @ head.weight.T + head.bias).argmax(1)
+    assert ops.linear_log_prob(hidden, head, tokens).max() <= 1e-7
+    assert_log_prob((hidden, head, None, None, tokens))
 
 
 def test_autocast_rounds_no_product():
