@@ -128,6 +128,8 @@ def reading(result: Mapping[str, Any]) -> list[str]:
             continue
         verdict = "less than all" if row["gain_kept_high"] < 1 else "more than all" if row["gain_kept_low"] > 1 else "not told apart from all"
         found.append(f"{arm}: keeps {interval(row, 'gain_kept')} of the gain, {verdict} of it.")
+    if result["seeds"] == 1:
+        found.append("One seed: the intervals are those of the held-out prompts alone, and another seed may lie outside them.")
     ours, like = rows.get("found", {}), rows.get("random matched on |W|", {})
     if ours.get("gain_kept") is not None and like.get("gain_kept") is not None:
         apart = ours["gain_kept_low"] > like["gain_kept_high"] or ours["gain_kept_high"] < like["gain_kept_low"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -110,6 +111,31 @@ def test_what_a_task_would_ignore_is_refused():
         open_task("addition", held_out="x.jsonl")
     with pytest.raises(UsageError, match="leave reward out"):
         open_task("reasoning_gym:chain_sum", reward="math:exp")
+
+
+def test_held_out_prompts_of_reasoning_gym_are_never_trained_on_and_the_same_for_every_seed(monkeypatch):
+    """Its datasets make item i from their seed + i: those of neighbouring seeds are one another's, shifted."""
+
+    class Data:
+        def __init__(self, name, size, seed):
+            self.size, self.seed = size, seed
+
+        def __len__(self):
+            return self.size
+
+        def __getitem__(self, i):
+            return {"question": str(self.seed + i), "answer": ""}
+
+    monkeypatch.setitem(sys.modules, "reasoning_gym", SimpleNamespace(create_dataset=lambda name, size, seed: Data(name, size, seed)))
+    tasks = [open_task("reasoning_gym:any", seed=seed) for seed in (0, 1, 2, 2000)]
+    held_out = [[entry.prompt[0]["content"] for entry in task.held_out(3000)] for task in tasks]
+    assert all(one == held_out[0] for one in held_out)
+    seen = set(held_out[0])
+    for task in tasks:
+        trained = {task.entry(i).prompt[0]["content"] for i in (*range(3000), (1 << 20) - 1)}
+        assert not trained & seen
+        seen |= trained
+    assert max(map(int, seen)) < 1 << 32  # what NumPy takes as a seed
 
 
 def test_a_line_may_hold_any_separator_but_its_end(tmp_path):

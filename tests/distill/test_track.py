@@ -114,6 +114,16 @@ def test_lora_is_seen_as_what_the_model_computes_with(options, tmp_path):
     assert not torch.equal(found["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
 
 
+def test_moments_of_a_gradient_that_is_not_finite_are_no_number():
+    weight = torch.nn.Parameter(torch.ones(8))
+    optimizer = MaskedAdamW([("w", weight)], masks={}, lr=1e-3, unmasked="train")
+    weight.grad = torch.ones(8)
+    optimizer.step()
+    for wrong in (float("inf"), float("nan")):
+        weight.grad[3] = wrong
+        assert moments_of(optimizer, ALONE)["gradient_momentum_cosine"] is None
+
+
 def test_moments_are_those_of_plain_tensors():
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(50))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from opdkernels.api import write_report
 from opdkernels.errors import InputError
+from opdkernels.report import charts, format
 from opdkernels.report.experiment import content, headline
 
 
@@ -49,6 +51,33 @@ def test_the_table_has_the_columns_that_some_arm_has():
     assert keys == ["arm", "score", "gain_kept", "of_change", "trained", "changed_visible", "changed_stored"]
     found = content(result("precision", [row("bf16 exact", 0.7, 1.0, changed_visible=0.3, changed_null=0.31, changed_stored=0.3)], "bf16 exact"))
     assert [column.key for column in found["table"].columns][-3:] == ["changed_visible", "changed_null", "changed_stored"]
+
+
+@pytest.mark.parametrize("shift", [0.0, -0.75, -2.0])
+def test_intervals_lie_on_the_drawing_whatever_their_sign(shift):
+    rows = [("a", 0.1 + shift, -0.2 + shift, 0.4 + shift), ("b", 1.0 + shift, 0.9 + shift, 1.3 + shift)]
+    for frame in charts.FRAMES:
+        drawing = str(charts.interval_chart(rows, format.percent, "", "", frame))
+        places = [float(x) for x in re.findall(r'circle class="stored-dot" cx="([-\d.]+)"', drawing)]
+        ends = [tuple(map(float, found)) for found in re.findall(r'class="stored-line" d="M([-\d.]+)[ ,][-\d.]+ ?L([-\d.]+)', drawing)]
+        assert len(places) == len(ends) == 2
+        for place, (low, high) in zip(places, ends, strict=True):
+            assert 0 < low < place < high <= frame.width
+        assert places[0] < places[1]
+
+
+def test_one_seed_is_said_to_be_one():
+    rows = [FULL, row("found", 0.6, 0.8, trained=0.2)]
+    assert not any("One seed" in line for line in content(result("masks", rows))["reading"])
+    assert any("prompts alone" in line for line in content({**result("masks", rows), "seeds": 1})["reading"])
+
+
+def test_the_analysis_is_linked_without_marks_too(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(result("masks", [FULL])))
+    (tmp_path / "analysis").mkdir()
+    (tmp_path / "analysis" / "report.html").touch()
+    write_report(tmp_path)
+    assert 'href="analysis/report.html"' in (tmp_path / "report.html").read_text()
 
 
 def test_a_run_that_changed_nothing_has_no_curve_of_its_final_set():
