@@ -27,7 +27,8 @@ RATIOS = ("sqrt_v_cv", "gradient_momentum_cosine")
 def marks_table(marks: list[dict[str, Any]]) -> list[str]:
     """What changed along the run that the others are measured against, of the first seed."""
     lines = [f"| step | {' | '.join(MARKS.values())} |", "|---:" * (1 + len(MARKS)) + "|"]
-    return lines + [f"| {mark['step']} | {' | '.join(f'{mark[key]:.2f}' if key in RATIOS else percent(mark[key], 1) for key in MARKS)} |" for mark in marks]
+    cell = lambda key, value: "" if value is None else f"{value:.2f}" if key in RATIOS else percent(value, 1)  # noqa: E731
+    return lines + [f"| {mark['step']} | {' | '.join(cell(key, mark[key]) for key in MARKS)} |" for mark in marks]
 
 
 def show() -> str:
@@ -38,7 +39,7 @@ def show() -> str:
         lines = marks_table(result["along"]) if found[3] else table(result["rows"])
         return "\n".join([f"<!-- {found[1]} -->", *lines, f"<!-- /{found[1]} -->"])
 
-    return re.sub(r"<!-- (([\w-]+)( along)?) -->\n.*?<!-- /\1 -->", again, PAGE.read_text(), flags=re.DOTALL)
+    return re.sub(r"<!-- (([\w-]+)( along)?) -->\n(?:.*?\n)?<!-- /\1 -->", again, PAGE.read_text(), flags=re.DOTALL)
 
 
 def keep(name: str, folder: Path) -> None:

@@ -313,6 +313,23 @@ def test_checks_side_by_side_are_those_of_one_process(tmp_path):
     assert {name for name, *_ in found[1][: -3 * len(FAMILIES) - 1]} == {"equals_the_cpu"}
 
 
+def test_checks_that_took_all_the_time_are_kept(tmp_path, monkeypatch, capfd):
+    """And what could not begin after them is said."""
+
+    def checked(command_line, jobs, deadline):
+        results = command.Results()
+        results.take({"plan": [], "machine": {"name": "a gpu", "torch": "2", "cuda": "13"}, "missing": []})
+        results.take({"group": "check", "name": "equals_the_cpu", "subject": "delta", "backend": "Triton", "status": "passed", "rows": [], "detail": "", "seconds": 1.0})
+        return results, ""
+
+    monkeypatch.setattr(command, "side_by_side", checked)
+    monkeypatch.setattr(command, "supervise", lambda *_: "late")
+    assert command.main(["--device", "cpu", "--small", "--no-build", "--jobs", "2", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    assert [unit["status"] for unit in json.loads(path.read_text())["units"]] == ["passed"]
+    assert "not reached: what runs alone: late" in capfd.readouterr().out
+
+
 def test_without_a_gpu_it_is_one_line_and_status_4(tmp_path):
     arguments = [sys.executable, "-m", "benchmarks.gpu", "--no-build", "--out", str(tmp_path)]
     if not torch.cuda.is_available():

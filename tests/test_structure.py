@@ -98,6 +98,12 @@ def test_readme_quotes_the_committed_measurements():
         assert table(json.loads(results.read_text())) in (ROOT / "README.md").read_text()
 
 
+def test_marks_without_a_figure_have_an_empty_cell():
+    from benchmarks.experiments import MARKS, marks_table
+
+    assert marks_table([{"step": 5, **dict.fromkeys(MARKS), "changed_visible": 0.5}])[-1] == "| 5 | 50.0 % |  |  |  |  |  |"
+
+
 def test_the_page_of_experiments_quotes_the_results_that_are_kept():
     from benchmarks.experiments import PAGE, RESULTS, show
 

@@ -29,7 +29,7 @@ UNIT_LIMIT_S = 120.0  # without a line: it hangs
 GROUPS = {"tests": "check,sanitizer", "bench": "time"}
 LOSSES = 24  # workers that may be lost
 LOST = 3  # as of benchmarks/gpu/worker.py, which needs torch
-JOBS = max(1, min(7, len(os.sched_getaffinity(0)) // 2))  # a family of kernels each; what takes time is to compile them
+JOBS = max(1, min(7, (os.cpu_count() or 1) // 2))  # a family of kernels each; what takes time is to compile them
 
 
 def say(text: str) -> None:
@@ -150,15 +150,15 @@ def main(arguments: list[str] | None = None) -> int:
     groups = [GROUPS[name] for name in GROUPS if getattr(chosen, name)] or list(GROUPS.values())
     command = [sys.executable, "-m", "benchmarks.gpu.worker", "--device", chosen.device]
     command += [*(["--small"] if chosen.small else []), *(["--only", chosen.only] if chosen.only else [])]
-    results, why = Results(), ""
+    results, rest, why = Results(), Results(), ""
     if chosen.jobs > 1 and GROUPS["tests"] in groups:
         results, why = side_by_side([*command, "--groups", "check"], chosen.jobs, deadline)
         command += ["--share", "alone"]
-    if not why:
-        rest = Results()
-        why = supervise([*command, "--groups", ",".join(groups)], deadline, rest)
+    if results.about or not why:
+        late = supervise([*command, "--groups", ",".join(groups)], deadline, rest)
         results.join([rest])
-    if why:
+        why = "; ".join(filter(None, (why, late and f"what runs alone: {late}" if results.about else late)))
+    if not results.about:
         print(f"nothing was checked on {chosen.device}: {why}; see `nvidia-smi`, and `python3 -m opdkernels doctor`", file=sys.stderr)
         return 4
     found = results.finish()
@@ -166,6 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{record.table(found)}\n")
     for reason in found["missing"]:
         print(f"not here: {reason}")
+    if why:
+        print(f"not reached: {why}")
     failed = [unit for unit in found["units"] if unit["status"] == "failed"]
     for unit in failed:
         print(f"failed: {unit['name']} of {unit['subject']} by {unit['backend']}: {unit['detail']}")

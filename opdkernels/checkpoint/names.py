@@ -88,18 +88,26 @@ def canonical(name: str) -> str:
 
 
 def twins(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
-    """Of each name the other that is the same tensor's: the same, or the only one that differs by prefixes of wrappers.
+    """Of each name the other that is the same tensor's: the same, or the only one that differs by prefixes of wrappers and is no other
+    name's.
 
     >>> twins(["model.norm.weight", "head"], ["model.language_model.norm.weight", "norm.bias"])
     {'model.norm.weight': 'model.language_model.norm.weight'}
+    >>> twins(["model.norm.weight", "norm.weight"], ["model.norm.weight"])
+    {'model.norm.weight': 'model.norm.weight'}
     """
-    others = list(others)
+    names, others = list(names), list(others)
     held: set[str] = set(others)
     by_canonical: dict[str, list[str]] = defaultdict(list)
     for other in others:
         by_canonical[canonical(other)].append(other)
-    alike = {name: [name] if name in held else by_canonical.get(canonical(name), []) for name in names}
-    return {name: found[0] for name, found in alike.items() if len(found) == 1}
+    found = {name: name for name in names if name in held}
+    alike = defaultdict(list)
+    for name in names:
+        others = by_canonical.get(canonical(name), [])
+        if name not in held and len(others) == 1 and others[0] not in found:
+            alike[others[0]].append(name)
+    return found | {claims[0]: other for other, claims in alike.items() if len(claims) == 1}
 
 
 def place(name: str) -> Place:

@@ -22,20 +22,26 @@ MaskOf = Callable[["Made"], MaskSet]
 
 @dataclass(frozen=True)
 class Made:
-    """What a mask is made from: a finished run's `folder`, a share of its steps, the `density` (0: all that had changed visibly), a seed."""
+    """What a mask is made from: a finished run's `folder`, a share of its steps, the `density` (0: all that had changed visibly), a seed,
+    and the file of the mask of what had changed, where it has been made."""
 
     folder: Path
     at: float
     density: float
     seed: int
+    found: Path | None = None
 
     @property
     def start(self) -> Path:
         return start_of(self.folder)
 
+    @property
+    def changed(self) -> MaskSet:
+        return changed(self) if self.found is None else MaskSet.load(self.found)
+
     def size(self) -> float:
         """The density that the mask of what had changed has: less than what is asked for where less had changed."""
-        return changed(self).density
+        return self.changed.density
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ def random(made: Made) -> MaskSet:
 
 def random_like(made: Made) -> MaskSet:
     """As many of each |W| in each tensor."""
-    return masks.random_like(changed(made), made.start, seed=made.seed)
+    return masks.random_like(made.changed, made.start, seed=made.seed)
 
 
 def near_zero(made: Made) -> MaskSet:

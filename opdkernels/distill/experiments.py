@@ -161,7 +161,8 @@ class Seed:
         folder.mkdir(exist_ok=True)
         file = folder / f"{slug(mask.__name__)}{f'-at-{at:g}' * (at < 1)}{f'-{density:g}' * (density > 0)}.masks.safetensors"
         if not file.exists():
-            mask(Made(source, at, density, self.seed)).save(file)
+            found = None if mask is changed else self.mask_file(changed, source, at, density)
+            mask(Made(source, at, density, self.seed, found)).save(file)
         return file
 
     def part(self, arm: Arm) -> Scored | None:
@@ -320,11 +321,11 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of Markdown. Columns that tell nothing are left out: what fewer than two arms have, shares of 100 % trained, what is stored
-    as it shows."""
+    """Lines of Markdown. Columns that tell nothing are left out: what one arm alone says of itself (but what only arms that are made
+    from others have), shares of 100 % trained, what is stored as it shows."""
     idle = {"trained": all(row.get("trained") in (1, None) for row in rows), "changed_stored": all(row.get("changed_stored") == row.get("changed_visible") for row in rows)}
-    several = min(2, len(rows) - 1)
-    columns = [key for key in COLUMNS if sum(row.get(key) is not None for row in rows) >= several and not idle.get(key)]
+    least = dict.fromkeys(COLUMNS, min(2, len(rows) - 1)) | {"of_change": 1, "in_found": 1}
+    columns = [key for key in COLUMNS if sum(row.get(key) is not None for row in rows) >= least[key] and not idle.get(key)]
     lines = [f"| {' | '.join(['arm', 'score', 'share of the gain', *(COLUMNS[key] for key in columns)])} |", "|---|---|---|" + "---:|" * len(columns)]
     for row in rows:
         cells = [row["arm"].replace("|", r"\|"), with_interval(row, "score", "{:.3f}".format), with_interval(row, "gain_kept", percent)]

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def leave(status: int) -> None:
-    """Ends this process where it is one of several and its work is done; does nothing otherwise. At once: a thread of gloo's that
+    """Ends this process where torchrun started it and its work is done; does nothing otherwise. At once: a thread of gloo's that
     still holds a tensor of its last collective needs the interpreter to let go of it, and aborts the process if that is being torn
     down (github.com/pytorch/pytorch/pull/179291)."""
     if dist.is_available() and dist.is_initialized():

@@ -137,6 +137,7 @@ class ReasoningGym(Task):
     of its own, the held-out ones are others again and the same for all."""
 
     SIZE = 1 << 20
+    SEEDS = (1 << 32) // SIZE - 1  # below what NumPy takes
 
     def __init__(self, name: str, seed: int):
         super().__init__()
@@ -144,6 +145,8 @@ class ReasoningGym(Task):
             from reasoning_gym import create_dataset  # type: ignore[import-not-found]
         except ImportError:
             raise UsageError(f"reasoning_gym:{printable(name)} needs reasoning-gym; pip install reasoning-gym") from None
+        if seed >= self.SEEDS:
+            raise UsageError(f"reasoning_gym takes seeds below {self.SEEDS} here, not {seed}")
         try:
             self.data = create_dataset(name, size=self.SIZE, seed=(seed + 1) * self.SIZE)
             self.others = create_dataset(name, size=self.SIZE, seed=0)

@@ -238,7 +238,7 @@ def extremes(weights: Mapping[str, Weight], share: float, per: str, largest: boo
                 ties = np.flatnonzero(patterns == cut)
                 take = (seen + len(ties)) * wanted // max(tied, 1) - seen * wanted // max(tied, 1)  # as many of each part, nearly
                 if take:
-                    draw = np.random.default_rng(int.from_bytes(digest(0, name, first), "little"))
+                    draw = np.random.default_rng(int.from_bytes(digest(0, f"ties\0{name}", first), "little"))
                     flags[first + (ties if take == len(ties) else draw.choice(ties, take, replace=False, shuffle=False))] = True
                 seen += len(ties)
                 first += len(part)

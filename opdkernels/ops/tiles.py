@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from opdkernels.backends.logits import FLOOR, local_ids, shaped, without
 from opdkernels.ops import register
 
 FORWARD, REVERSE, JSD, VARIATION, AT_IDS = range(5)
-FLOOR = -1e4  # logits below count as this: log p of a masked id is about -1e4, not -inf
 MOMENTS = 8
 STUDENT_MAX, STUDENT_LOG, TEACHER_MAX, TEACHER_LOG, MEAN_FORWARD, MEAN_REVERSE, STUDENT_MEAN, TEACHER_MEAN = range(MOMENTS)
 TILE, TILE_NUMBERS, ROWS = 4096, 1 << 24, 1024  # ids and numbers of a head's tile, tokens at a time
@@ -92,19 +92,6 @@ def logits(hidden: Tensor, head: Sequence[Tensor], scale: float, softcap: float,
     return shaped(out, bias[0] if bias else None, scale, softcap, temperature)
 
 
-def shaped(out: Tensor, bias: Tensor | None, scale: float, softcap: float, temperature: float) -> Tensor:
-    """In place, of hidden @ weight.T."""
-    if bias is not None:
-        out += bias
-    if scale != 1:
-        out *= scale
-    if softcap:
-        out.div_(softcap).tanh_().mul_(softcap)
-    if temperature != 1:
-        out /= temperature
-    return out.clamp_(min=FLOOR)
-
-
 def floored(x: Tensor) -> Tensor:
     """The same, differentiable: by nothing that is at the floor. NaN stays."""
     return x.masked_fill(x <= FLOOR, FLOOR)
@@ -150,16 +137,6 @@ def divergence_scan(student, teacher, ids, rest, vocab, numbers, tops):
         outside.append(others)
     sums = torch.stack(partial)
     return merged(sums), at, torch.stack(outside).logsumexp(0), likeliest_of(sums, torch.stack(best)) if tops else ids.new_empty(2, 0)
-
-
-def local_ids(ids: Tensor, here: slice) -> tuple[Tensor, Tensor]:
-    """Which ids lie in a tile, and where; those outside at an end of it."""
-    return (ids >= here.start) & (ids < here.stop), (ids - here.start).clamp(0, here.stop - here.start - 1)
-
-
-def without(x: Tensor, inside: Tensor, local: Tensor) -> Tensor:
-    """A tile's logits with -inf at ids, in place."""
-    return x.scatter_add_(1, local, torch.zeros_like(local, dtype=x.dtype).masked_fill_(inside, -math.inf))
 
 
 def tile_sums(z: Tensor, u: Tensor, work: Workspace) -> list[Tensor]:
@@ -238,8 +215,9 @@ def divergence_backward(student, teacher, scalars, ids, at, vocab, numbers, kind
     """Gradients of hidden states, weight and bias, those wanted, each rounded once.
 
     scalars: [6, N], the first four moments, the mean that is subtracted, and the factor of each token; or [8, N], of AT_IDS, with the
-    log of the student's mass outside ids and its gradient; at: gradients of the student's logits over temperature at ids, [N, K]. Every product is in fp32: a CPU without AMX multiplies bf16 at half that speed
-    (AVX512_BF16, oneDNN), so rounding would cost accuracy and time."""
+    log of the student's mass outside ids and its gradient; at: gradients of the student's logits over temperature at ids, [N, K]. Every
+    product is in fp32: a CPU without AMX multiplies bf16 at half that speed (AVX512_BF16, oneDNN), so rounding would cost accuracy
+    and time."""
     hidden, (weight, *bias) = student[0], student[1:]
     wide, work = scalars.dtype, Workspace(hidden)
     hidden_grad = hidden.new_zeros(hidden.shape if wanted[0] else 0, dtype=wide)

@@ -58,7 +58,8 @@ def test_a_table_shows_what_tells_something():
     assert first == "| start | 0.500 (0.250 to 0.750) |  |  |  |"
     assert last == r"| like \|W\| | 0.500 (0.250 to 0.750) | 0 % (-12 to 150) | 50.0 % | 0.032 % |"
     wider = table([start, {**full, "trained": 0.2}, {**other, "changed_stored": 0.75, "in_found": 0.5}])
-    assert wider[0] == "| arm | score | share of the gain | trained | changed in bf16 | changed as stored | relative norm |"
+    assert wider[0] == "| arm | score | share of the gain | trained | of the found set | changed in bf16 | changed as stored | relative norm |"
+    assert table([start, full, {"arm": "a part", "score": 0.5, "score_low": 0.4, "score_high": 0.6, "of_change": 0.2}])[0] == "| arm | score | share of the gain | of the change |"
 
 
 def test_one_arm_alone_keeps_its_figures():

@@ -127,7 +127,7 @@ def test_held_out_prompts_of_reasoning_gym_are_never_trained_on_and_the_same_for
             return {"question": str(self.seed + i), "answer": ""}
 
     monkeypatch.setitem(sys.modules, "reasoning_gym", SimpleNamespace(create_dataset=lambda name, size, seed: Data(name, size, seed)))
-    tasks = [open_task("reasoning_gym:any", seed=seed) for seed in (0, 1, 2, 2000)]
+    tasks = [open_task("reasoning_gym:any", seed=seed) for seed in (0, 1, 2, 4094)]
     held_out = [[entry.prompt[0]["content"] for entry in task.held_out(3000)] for task in tasks]
     assert all(one == held_out[0] for one in held_out)
     seen = set(held_out[0])
@@ -136,6 +136,8 @@ def test_held_out_prompts_of_reasoning_gym_are_never_trained_on_and_the_same_for
         assert not trained & seen
         seen |= trained
     assert max(map(int, seen)) < 1 << 32  # what NumPy takes as a seed
+    with pytest.raises(UsageError, match="seeds below 4095"):
+        open_task("reasoning_gym:any", seed=4095)
 
 
 def test_a_line_may_hold_any_separator_but_its_end(tmp_path):

@@ -84,6 +84,14 @@ def test_the_most_changed_are_the_largest_differences(per, tmp_path, monkeypatch
         assert torch.equal(mask.to_bool(), expected[name].to_bool() & (moved[name] > 0))
 
 
+def test_a_control_does_not_draw_as_ties_are_drawn():
+    w = torch.randn(200, 200, generator=torch.Generator().manual_seed(0))
+    w[:100] = 0
+    found = near_zero({"w": w}, 0.2)
+    both = (found & random_like(found, {"w": w}))["w"].nnz
+    assert 2800 < both < 3600  # 8,000 of 20,000 twice: 3,200 by chance
+
+
 def test_what_did_not_change_is_never_of_the_most_changed(tmp_path):
     source = {"a": torch.zeros(40, 50), "b": torch.zeros(40, 50)}
     after = {name: w.clone() for name, w in source.items()}

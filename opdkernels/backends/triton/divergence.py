@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
+from opdkernels.backends import logits as plain
 from opdkernels.backends.triton import launch
 from opdkernels.backends.triton.numeric import multiple, to_pattern, widen
-from opdkernels.ops import tiles
 
 COLUMNS, LEAST_COLUMNS = 4096, 256  # ids that a program takes at a time
 WORKSPACE_BYTES = 1 << 28  # of a chunk's logits and their gradient
@@ -187,6 +187,7 @@ def means(
         else:
             total += tl.sum(tl.abs(q - p), 0) / 2
             mean += tl.sum(tl.where(q > p, q, tl.where(q < p, -q, 0.0)), 0)
+    mean += 0.0 * total  # NaN, which has no sign
     tl.store(into + row, total)
     tl.store(into + n + row, mean)
 
@@ -303,7 +304,7 @@ def divergence_scan(student, teacher, ids, rest: int, vocab: int, numbers, tops:
     sums.select(0, 0).fill_(FLOOR.value)
     sums.select(0, 2).fill_(FLOOR.value)
     likeliest = new((2, n if tops else 0), dtype=torch.int64)
-    bias, outside = biases(student, teacher), []
+    bias, outside = biases(student, teacher), sums.new_full((2, n if rest else 0), float("-inf"))
     for first, size in chunks(vocab, student, teacher):
         both = products(student, first, size), products(teacher, first, size)
         launch.run(
@@ -311,16 +312,15 @@ def divergence_scan(student, teacher, ids, rest: int, vocab: int, numbers, tops:
             warps=WARPS, **capped(numbers), EVEN=size % 16 == 0, BEST=tops, COLUMNS=tile_of(n),
         )  # fmt: skip
         if ids.shape[1]:
-            inside, local = tiles.local_ids(ids, slice(first, first + size))
-            for k, (x, whole_bias) in enumerate(zip(both, bias, strict=True)):
-                part, scale, softcap = None if whole_bias is None else whole_bias.narrow(0, first, size), numbers[2 * k], numbers[2 * k + 1]
-                found = tiles.shaped(x.gather(1, local), None if part is None else part.take(local), scale, softcap, numbers[4])
+            inside, local = plain.local_ids(ids, slice(first, first + size))
+            for k, (x, every_bias) in enumerate(zip(both, bias, strict=True)):
+                here, scale, softcap = None if every_bias is None else every_bias.narrow(0, first, size), numbers[2 * k], numbers[2 * k + 1]
+                found = plain.shaped(x.gather(1, local), None if here is None else here.take(local), scale, softcap, numbers[4])
                 at.select(0, k).copy_(torch.where(inside, found, at.select(0, k)))
                 if rest:
-                    shaped = tiles.shaped(x, part, scale, softcap, numbers[4])
-                    outside.append(tiles.without(shaped, inside.narrow(1, 0, rest), local.narrow(1, 0, rest)).logsumexp(1))
-    others = torch.stack(outside).view(-1, 2, n).logsumexp(0) if outside else sums.new_zeros(2, 0)
-    return sums, at, others, likeliest
+                    others = plain.without(plain.shaped(x, here, scale, softcap, numbers[4]), inside.narrow(1, 0, rest), local.narrow(1, 0, rest))
+                    outside.select(0, k).copy_(torch.logaddexp(outside.select(0, k), others.logsumexp(1)))
+    return sums, at, outside, likeliest
 
 
 def divergence_means(student, teacher, moments, vocab: int, numbers, kind: int):

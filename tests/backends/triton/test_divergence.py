@@ -129,6 +129,14 @@ def test_logits_at_ids_are_those_of_the_sums():
     assert_log_prob((hidden, head, None, None, tokens))
 
 
+def test_total_variation_from_a_teacher_of_nan_has_no_gradient_that_could_be_taken():
+    hidden, head, teacher, teacher_head, _ = make_case(n=5, width=16, dtype=FP32)
+    teacher[1] = math.nan
+    leaf = hidden.detach().clone().requires_grad_()
+    (grad,) = torch.autograd.grad(linear_divergence(leaf, head, teacher, teacher_head, Divergence("total_variation"), reduction="sum"), leaf)
+    assert grad.isnan().any(1).nonzero().flatten().tolist() == [1]
+
+
 def test_autocast_rounds_no_product():
     hidden, head, teacher, teacher_head, _ = make_case(n=5, vocab=300, width=16, dtype=FP32)
     found = []
