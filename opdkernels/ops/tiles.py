@@ -62,15 +62,6 @@ def fake_top(side, vocab, k, numbers):
     return side[0].new_empty((len(side[0]), k), dtype=torch.int64)
 
 
-def tiles(sides: Sequence[Sequence[Tensor]], vocab: int) -> Iterator[tuple[slice, list[list[Tensor]]]]:
-    """Ids, and the head of each side at them, widened: once a tile, for all tokens."""
-    wide = wide_of(sides[0][0])
-    width = max(1, min(TILE, TILE_NUMBERS // max(1, *(side[0].shape[1] for side in sides))))
-    for start in range(0, vocab, width):
-        here = slice(start, min(start + width, vocab))
-        yield here, [[part[here].to(wide) for part in side[1:]] for side in sides]
-
-
 class Workspace:
     """Buffers of one tile's numbers that are used again for the next: a fresh one costs more than the pass that fills it."""
 
@@ -83,6 +74,16 @@ class Workspace:
         if name not in self.buffers or self.buffers[name].numel() < size:
             self.buffers[name] = self.like.new_empty(size, dtype=wide_of(self.like))
         return self.buffers[name][:size].view(shape)
+
+
+def tiles(sides: Sequence[Sequence[Tensor]], vocab: int, work: Workspace) -> Iterator[tuple[slice, list[list[Tensor]]]]:
+    """Ids, and the head of each side at them, widened: once a tile, for all tokens; until the next."""
+    wide = wide_of(sides[0][0])
+    width = max(1, min(TILE, TILE_NUMBERS // max(1, *(side[0].shape[1] for side in sides))))
+    for start in range(0, vocab, width):
+        here = slice(start, min(start + width, vocab))
+        yield here, [[part[here] if part.dtype == wide else work(f"head {k} {i}", part[here].shape).copy_(part[here]) for i, part in enumerate(side[1:])]
+                     for k, side in enumerate(sides)]  # fmt: skip
 
 
 def logits(hidden: Tensor, head: Sequence[Tensor], scale: float, softcap: float, temperature: float, out: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def divergence_scan(student, teacher, ids, rest, vocab, numbers, tops):
     n, work = len(student[0]), Workspace(student[0])
     at = student[0].new_full((2, *ids.shape), math.nan, dtype=wide_of(student[0]))
     partial, best, outside = [], [], []
-    for here, heads in tiles((student, teacher), vocab):
+    for here, heads in tiles((student, teacher), vocab, work):
         sums, likeliest, others = at.new_empty(MOMENTS, n), ids.new_empty(2, n), at.new_empty(2, n if rest else 0)
         for rows in row_slices(n):
             both = tile_logits((student, teacher), heads, rows, numbers, work)
@@ -191,7 +192,7 @@ def divergence_means(student, teacher, moments, vocab, numbers, kind):
     and the mean of sign(q - p) under q."""
     work, total = Workspace(student[0]), moments.new_zeros((2, moments.shape[1]), dtype=torch.float64)
     beta = numbers[5]
-    for _, heads in tiles((student, teacher), vocab):
+    for _, heads in tiles((student, teacher), vocab, work):
         for rows in row_slices(moments.shape[1]):
             lq, lp = log_probabilities(tile_logits((student, teacher), heads, rows, numbers, work), moments, rows)
             q, p = torch.exp(lq, out=work("q", lq.shape)), torch.exp(lp, out=work("p", lq.shape))
@@ -224,8 +225,8 @@ def divergence_backward(student, teacher, scalars, ids, at, vocab, numbers, kind
     weight_grad = weight.new_zeros(weight.shape if wanted[1] else 0)
     bias_grad = hidden.new_zeros(len(weight) if wanted[2] else 0, dtype=wide)
     sides = (student,) if kind == AT_IDS else (student, teacher)
-    for here, heads in tiles(sides, vocab):
-        whole = torch.zeros_like(heads[0][0]) if wanted[1] else None
+    for here, heads in tiles(sides, vocab, work):
+        whole = work("whole", heads[0][0].shape).zero_() if wanted[1] else None
         for rows in row_slices(len(hidden)):
             g = tile_gradient(sides, heads, here, rows, scalars, ids, at, numbers, kind, work)
             if wanted[0]:
@@ -257,7 +258,7 @@ def tile_gradient(sides, heads, here, rows, scalars, ids, at, numbers, kind, wor
 
 def slope(z: Tensor, scale: float, softcap: float, temperature: float, work: Workspace) -> Tensor | float:
     """Derivative of logits over temperature by hidden @ weight.T + bias; 0 at the floor."""
-    low = bool((z <= FLOOR).any())
+    low = z.numel() > 0 and not bool(z.amin() > FLOOR)  # NaN too: other tokens may be at the floor
     if not softcap and not low:
         return scale / temperature
     chain = work("chain", z.shape)
@@ -289,7 +290,7 @@ def divergence_top(side, vocab, k, numbers):
     n, work = len(side[0]), Workspace(side[0])
     values = side[0].new_empty((n, 0), dtype=wide_of(side[0]))
     ids = values.new_empty((n, 0 if n else k), dtype=torch.int64)
-    for here, heads in tiles((side,), vocab if n else 0):
+    for here, heads in tiles((side,), vocab if n else 0, work):
         found = []
         for rows in row_slices(n):
             (x,) = tile_logits((side,), heads, rows, numbers, work)
