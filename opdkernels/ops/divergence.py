@@ -171,7 +171,7 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: Divergence 
             ids = tokens.unsqueeze(-1)
         else:
             ids = (lq if spec.kind == "topk_reverse_kl" else lp).topk(min(spec.k, lq.shape[-1]), -1).indices
-        rest = [floored(x.scatter(-1, ids, 2 * FLOOR).logsumexp(-1)) for x in (lq, lp)] if spec.topk and spec.tail else [lq, lp]
+        rest = [floored(x.scatter(-1, ids, 2 * FLOOR).logsumexp(-1)) for x in (lq, lp)] if spec.topk and spec.tail else []
         return at_ids(spec, lq.gather(-1, ids), lp.gather(-1, ids), *rest)
     q, p = lq.exp(), lp.exp()
     if spec.code == FORWARD:
@@ -184,14 +184,15 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: Divergence 
     return (spec.beta * p * over_p + (1 - spec.beta) * q * over_q).sum(-1)
 
 
-def at_ids(spec: Divergence, lq: Tensor, lp: Tensor, rest_q: Tensor, rest_p: Tensor) -> Tensor:
+def at_ids(spec: Divergence, lq: Tensor, lp: Tensor, *rest: Tensor) -> Tensor:
     """The kinds that see log-probabilities [..., k] at ids only, the tokens or the k likeliest, and, with a tail, the logs of what lies
-    outside [...]: a sum of its own, as 1 - mass is noise, without a gradient, where the mass is nearly 1."""
+    outside, the student's first [...]: a sum of its own, as 1 - mass is noise, without a gradient, where the mass is nearly 1."""
     if spec.sampled:
         ratio = (lq - lp).squeeze(-1)
         return ratio.detach() * lq.squeeze(-1) if spec.kind == "sampled_reverse_kl" else ratio**2 / 2
     if not spec.tail:
         return (lp.exp() * (lp - lq)).sum(-1)
+    rest_q, rest_p = rest
     if spec.kind == "topk_forward_kl":
         return (lp.exp() * (lp - lq)).sum(-1) + rest_p.exp() * (rest_p - rest_q)
     return (lq.exp() * (lq - lp)).sum(-1) + rest_q.exp() * (rest_q - rest_p)
