@@ -18,15 +18,57 @@ from setuptools.command.build_ext import build_ext
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {
     "isa_avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt"],
-    "isa_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vbmi2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt"],
+    "isa_avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx512vbmi",
+        "-mavx512vbmi2",
+        "-mfma",
+        "-mf16c",
+        "-mbmi2",
+        "-mpopcnt",
+    ],
 }
 # No contraction: reference and every instruction set agree bit for bit.
-FLAGS = ["-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden", "-g0"]
-SOURCES = ["csrc/bindings.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp") if X86 or p.stem not in ISA_FLAGS)]
+FLAGS = [
+    "-O3",
+    "-Wall",
+    "-Wextra",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+    "-fvisibility=hidden",
+    "-g0",
+]
+SOURCES = [
+    "csrc/bindings.cpp",
+    *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp") if X86 or p.stem not in ISA_FLAGS),
+]
 CUDA_ARCHITECTURES = ("80", "90", "100")
-NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC", "-Xcompiler", "-O2", "--threads", "0"]
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "--fmad=false",
+    "-shared",
+    "-cudart",
+    "static",
+    "-Xcompiler",
+    "-fPIC",
+    "-Xcompiler",
+    "-O2",
+    "--threads",
+    "0",
+]
 CUDA_SOURCES = sorted(str(p) for p in Path("csrc/cuda").iterdir() if p.suffix in (".cu", ".cpp"))
-CUDA_DEPENDS = [*CUDA_SOURCES, *sorted(str(p) for p in Path("csrc/cuda").glob("*.h")), "csrc/numeric.h", *(f"csrc/{Path(p).stem}.h" for p in CUDA_SOURCES if p.endswith(".cu"))]
+CUDA_DEPENDS = [
+    *CUDA_SOURCES,
+    *sorted(str(p) for p in Path("csrc/cuda").glob("*.h")),
+    "csrc/numeric.h",
+    *(f"csrc/{Path(p).stem}.h" for p in CUDA_SOURCES if p.endswith(".cu")),
+]
 
 
 def load_sources():
@@ -42,7 +84,9 @@ def build_cuda(nvcc, library):
     targets = [f"arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES if f"compute_{a}" in known]
     targets.append(f"arch=compute_{CUDA_ARCHITECTURES[0]},code=compute_{CUDA_ARCHITECTURES[0]}")
     named = f'-DOPD_SOURCES="{load_sources().digest()}"'
-    subprocess.run([nvcc, *NVCC_FLAGS, named, *(f"-gencode={t}" for t in targets), *CUDA_SOURCES, "-o", str(library)], check=True)
+    subprocess.run(
+        [nvcc, *NVCC_FLAGS, named, *(f"-gencode={t}" for t in targets), *CUDA_SOURCES, "-o", str(library)], check=True
+    )
 
 
 def build_cuda_where_nvcc_is(library):
@@ -95,8 +139,17 @@ def module():
     except ImportError:
         import torch.utils.cpp_extension
 
-        headers = next(folder for folder in torch.utils.cpp_extension.include_paths() if (Path(folder) / "pybind11").is_dir())
-        return Extension("opdkernels._C", SOURCES, include_dirs=[headers], extra_compile_args=["-std=c++17"], language="c++", **options)
+        headers = next(
+            folder for folder in torch.utils.cpp_extension.include_paths() if (Path(folder) / "pybind11").is_dir()
+        )
+        return Extension(
+            "opdkernels._C",
+            SOURCES,
+            include_dirs=[headers],
+            extra_compile_args=["-std=c++17"],
+            language="c++",
+            **options,
+        )
     return Pybind11Extension("opdkernels._C", SOURCES, cxx_std=17, **options)
 
 

@@ -49,7 +49,10 @@ def write_pairs(folder: Path) -> list[tuple[Path, Path]]:
     for name, tensors in (("source", source), ("trained", moved)):
         (folder / "fp32" / name).mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "fp32" / name / "model.safetensors")
-    return [(folder / "bf16" / "source", folder / "bf16" / "run_a"), (folder / "fp32" / "source", folder / "fp32" / "trained")]
+    return [
+        (folder / "bf16" / "source", folder / "bf16" / "run_a"),
+        (folder / "fp32" / "source", folder / "fp32" / "trained"),
+    ]
 
 
 def rows(path: Path) -> dict[tuple, dict]:
@@ -82,7 +85,11 @@ def tie_bounds(record: SpectrumRecord, ratio: int, subset: int) -> dict[str, tup
 
     apart = count["principal"] - count["both"] - count["principal_and_low_tied"]
     least = apart + max(0, count["principal_and_low_tied"] - low_taken)
-    most = apart + min(count["principal_and_low_tied"], every["low_tied"] - low_taken) + min(taken, count["principal_tied"] - count["principal_tied_and_low"])
+    most = (
+        apart
+        + min(count["principal_and_low_tied"], every["low_tied"] - low_taken)
+        + min(taken, count["principal_tied"] - count["principal_tied_and_low"])
+    )
     return {
         "principal": one("principal", "principal_tied", taken),
         "low_magnitude": one("low", "low_tied", low_taken),
@@ -95,7 +102,9 @@ def compare_masks(name: str, ours: Path, theirs: Path) -> int:
     """How many of their overlaps lie between the bounds, and by what share of the mask the others lie outside."""
     result = load(ours)
     index = {record.name: record.index for record in result.records}
-    records = {record.index: record for record in result.spectrum_records if record.view == "visible" and record.masks.size}
+    records = {
+        record.index: record for record in result.spectrum_records if record.view == "visible" and record.masks.size
+    }
     inside, outside, worst, wrong = 0, 0, 0.0, 0
     for (tensor, atol), row in rows(theirs / "mask_overlap_metrics.csv").items():
         record = records.get(index[tensor])
@@ -110,7 +119,9 @@ def compare_masks(name: str, ours: Path, theirs: Path) -> int:
                 size, beyond = record.mask_sizes[i, 0], max(least - shared, shared - most, 0)
                 inside, outside, worst = inside + (beyond == 0), outside + (beyond > 0), max(worst, beyond / size)
                 wrong += beyond > max(1, MASK_LIMIT * size)
-    print(f"{name} overlaps of masks: {inside} between the bounds of ties, {outside} outside by at most {worst:.1g} of the mask (their fp32 SVD)")
+    print(
+        f"{name} overlaps of masks: {inside} between the bounds of ties, {outside} outside by at most {worst:.1g} of the mask (their fp32 SVD)"
+    )
     return wrong
 
 
@@ -143,12 +154,16 @@ def compare_geometry(name: str, source: Path, trained: Path, mine: dict, yours: 
             continue
         exact = truth(*(side.read(key[0], 0, info.numel).view(info.shape) for side in sides))
         for column, value in exact.items():
-            off.setdefault(column, []).append((difference(mine[key][column], value), difference(yours[key][column], value)))
+            off.setdefault(column, []).append(
+                (difference(mine[key][column], value), difference(yours[key][column], value))
+            )
     wrong = 0
     for column, pairs in off.items():
         ours, theirs = (max(values) for values in zip(*pairs, strict=True))
         wrong += (bad := ours > LIMIT and ours > theirs)
-        print(f"{name} base_geometry_metrics.{column}: off fp64 by {ours:.1g}, theirs by {theirs:.1g}{'  beyond the limit' if bad else ''}")
+        print(
+            f"{name} base_geometry_metrics.{column}: off fp64 by {ours:.1g}, theirs by {theirs:.1g}{'  beyond the limit' if bad else ''}"
+        )
     return wrong
 
 
@@ -157,7 +172,9 @@ def compare(name: str, ours: Path, theirs: Path, source: Path, trained: Path) ->
     for file in FILES:
         mine, yours = rows(ours / f"{file}.csv"), rows(theirs / f"{file}.csv")
         if mine.keys() != yours.keys():
-            print(f"{name} {file}: other rows, {len(mine)} and {len(yours)}; only one has {sorted(mine.keys() ^ yours.keys(), key=str)[:3]}")
+            print(
+                f"{name} {file}: other rows, {len(mine)} and {len(yours)}; only one has {sorted(mine.keys() ^ yours.keys(), key=str)[:3]}"
+            )
             wrong += not file.startswith(("svd", "base"))
         if file.startswith("base"):
             wrong += compare_geometry(name, source, trained, mine, yours)
@@ -185,9 +202,35 @@ def main() -> int:
     wrong = 0
     for i, (source, trained) in enumerate(pairs):
         ours, theirs = Path(folder) / f"ours{i}", Path(folder) / f"theirs{i}"
-        script = [python, f"{checkout}/scripts/analyze_opd_delta.py", "--src_model", source, "--opd_model", trained, "--out_dir", theirs]
-        subprocess.run([*map(str, script), "--device", "cpu"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        command = [sys.executable, "-m", "opdkernels", "analyze", source, trained, "-o", ours, "--authors-csv", "--overwrite", "-q", "--no-report", "--memory", "8GB"]
+        script = [
+            python,
+            f"{checkout}/scripts/analyze_opd_delta.py",
+            "--src_model",
+            source,
+            "--opd_model",
+            trained,
+            "--out_dir",
+            theirs,
+        ]
+        subprocess.run(
+            [*map(str, script), "--device", "cpu"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "opdkernels",
+            "analyze",
+            source,
+            trained,
+            "-o",
+            ours,
+            "--authors-csv",
+            "--overwrite",
+            "-q",
+            "--no-report",
+            "--memory",
+            "8GB",
+        ]
         subprocess.run(list(map(str, command)), check=True)
         wrong += compare(f"{source.parent.name}:", ours, theirs, source, trained)
     print("beyond the limit:", wrong)

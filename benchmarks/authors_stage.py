@@ -1,8 +1,8 @@
 """Runs one stage of the authors' scripts, from a checkout at a path, and prints its seconds and a result to compare.
 
-    python benchmarks/authors_stage.py CHECKOUT elementwise SOURCE TRAINED THREADS
-    python benchmarks/authors_stage.py CHECKOUT overlap SOURCE RUN_A RUN_B THREADS
-    python benchmarks/authors_stage.py CHECKOUT everything:PART SOURCE TRAINED THREADS   (tensors whose names hold PART)
+python benchmarks/authors_stage.py CHECKOUT elementwise SOURCE TRAINED THREADS
+python benchmarks/authors_stage.py CHECKOUT overlap SOURCE RUN_A RUN_B THREADS
+python benchmarks/authors_stage.py CHECKOUT everything:PART SOURCE TRAINED THREADS   (tensors whose names hold PART)
 """
 
 from __future__ import annotations

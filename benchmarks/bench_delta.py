@@ -56,13 +56,22 @@ def test_tally_of_a_bf16_pair(benchmark, row, embedding, bandwidth, isa, threads
     assert tally.numel == source.numel()
     assert tally.bit_equal == int((source == trained).sum())
     rate = source.numel() / benchmark.stats.stats.median
-    row(pairs_per_s=rate, bytes_per_s=4 * rate, share_of_read=4 * rate / bandwidth[threads], unchanged=tally.bit_equal / tally.numel)
+    row(
+        pairs_per_s=rate,
+        bytes_per_s=4 * rate,
+        share_of_read=4 * rate / bandwidth[threads],
+        unchanged=tally.bit_equal / tally.numel,
+    )
 
 
 def test_tally_against_eager(benchmark, row, embedding, one_thread):
     source, trained = (t[:EAGER_COORDINATES] for t in embedding[:2])
     seconds = paired(
-        {"tally": lambda: delta(source, trained), "bincounts": lambda: bincounts(source, trained), "counts": lambda: counts(source, trained)}
+        {
+            "tally": lambda: delta(source, trained),
+            "bincounts": lambda: bincounts(source, trained),
+            "counts": lambda: counts(source, trained),
+        }
     )
     tally = benchmark.pedantic(lambda: delta(source, trained), rounds=3)
     for found, table in zip(bincounts(source, trained), (tally.source, tally.delta, tally.changed[0]), strict=True):
@@ -83,7 +92,9 @@ def test_tally_of_wider_pairs(benchmark, row, embedding, one_thread, dtype):
     trained = (source.double() + 1e-5 * torch.randn(n, generator=generator)).to(dtype)
     tally = benchmark.pedantic(lambda: delta(source, trained), rounds=5, warmup_rounds=1)
     assert tally.delta[0] == int((source.bfloat16() == trained.bfloat16()).sum())
-    assert exact_float(tally.sum_delta_abs) == pytest.approx(float((trained.double() - source.double()).abs().sum()), rel=1e-6)
+    assert exact_float(tally.sum_delta_abs) == pytest.approx(
+        float((trained.double() - source.double()).abs().sum()), rel=1e-6
+    )
     rate = n / benchmark.stats.stats.median
     row(pairs_per_s=rate, bytes_per_s=2 * source.element_size() * rate)
 
@@ -99,10 +110,19 @@ def test_analyze_the_whole_pair(benchmark, row, folder, tmp_path, one_thread):
 
 
 def test_analyze_against_the_authors_elementwise_stage(benchmark, row, folder, authors, one_thread):
-    ran = subprocess.run([*authors, "elementwise", str(folder / "source"), str(folder / "run_a"), "1"], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [*authors, "elementwise", str(folder / "source"), str(folder / "run_a"), "1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     theirs = json.loads(ran.stdout.splitlines()[-1])
-    result = benchmark.pedantic(lambda: analyze(folder / "source", folder / "run_a", spectra="off"), rounds=3, warmup_rounds=1)
-    assert theirs["found"] == result.summary["views"]["visible"]["numel"] - result.summary["views"]["visible"]["changed"]
+    result = benchmark.pedantic(
+        lambda: analyze(folder / "source", folder / "run_a", spectra="off"), rounds=3, warmup_rounds=1
+    )
+    assert (
+        theirs["found"] == result.summary["views"]["visible"]["numel"] - result.summary["views"]["visible"]["changed"]
+    )
     row(authors_s=theirs["seconds"], over_authors=theirs["seconds"] / benchmark.stats.stats.median)
 
 
@@ -118,7 +138,18 @@ def run_watched(command: list[str]) -> tuple[float, int]:
 
 
 def test_anonymous_memory_of_analyze(benchmark, row, folder, tmp_path):
-    command = [sys.executable, "-m", "opdkernels", "analyze", str(folder / "source"), str(folder / "run_a"), "--spectra", "off", "-q", "-o"]
+    command = [
+        sys.executable,
+        "-m",
+        "opdkernels",
+        "analyze",
+        str(folder / "source"),
+        str(folder / "run_a"),
+        "--spectra",
+        "off",
+        "-q",
+        "-o",
+    ]
     _, peak = benchmark.pedantic(lambda: run_watched([*command, str(tmp_path / "out")]), rounds=1)
     row(anonymous_bytes=peak)
     assert peak < 500e6

@@ -33,14 +33,26 @@ def models(folder: Path) -> tuple[Path, Path]:
 
     for seed, (name, width) in enumerate((("student", 256), ("teacher", 384))):
         torch.manual_seed(seed)
-        config = Qwen2Config(vocab_size=151_936, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-                             tie_word_embeddings=False, bos_token_id=None, eos_token_id=1, pad_token_id=0)  # fmt: skip
+        config = Qwen2Config(
+            vocab_size=151_936,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
         Qwen2ForCausalLM(config).save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(shipped()["student"]).save_pretrained(folder / name)
     return folder / "student", folder / "teacher"
 
 
-@pytest.mark.parametrize(("kind", "steps", "batch", "new_tokens"), [("characters", 40, 128, 4), ("vocabulary", 5, 16, 16)])
+@pytest.mark.parametrize(
+    ("kind", "steps", "batch", "new_tokens"), [("characters", 40, 128, 4), ("vocabulary", 5, 16, 16)]
+)
 def test_loop_against_trl(benchmark, row, request, tmp_path, kind, steps, batch, new_tokens):
     python = request.config.getoption("--trl-python")
     if not python:
@@ -48,18 +60,31 @@ def test_loop_against_trl(benchmark, row, request, tmp_path, kind, steps, batch,
     student, teacher = models(tmp_path) if kind == "vocabulary" else (shipped()["student"], shipped()["teacher"])
     data = prompts(tmp_path / "prompts.jsonl", "12+13=25\n41+29=70\n" if kind == "vocabulary" else "")
     command = [python, str(Path(__file__).with_name("distill_stage.py"))]
-    arguments = [str(part) for part in (student, teacher, data, steps, batch, new_tokens, "float32", torch.get_num_threads())]
+    arguments = [
+        str(part) for part in (student, teacher, data, steps, batch, new_tokens, "float32", torch.get_num_threads())
+    ]
     found: dict[str, list[dict[str, float]]] = {"loop": [], "trl": []}
 
     def both():
         for _ in range(ROUNDS):
             for which, results in found.items():
-                done = subprocess.run([*command, which, *arguments], capture_output=True, text=True, check=True, cwd=tmp_path)
+                done = subprocess.run(
+                    [*command, which, *arguments], capture_output=True, text=True, check=True, cwd=tmp_path
+                )
                 results.append(json.loads(done.stdout.splitlines()[-1]))
 
     benchmark.pedantic(both, rounds=1)
-    median = {which: {name: statistics.median(one[name] for one in results) for name in results[0]} for which, results in found.items()}
+    median = {
+        which: {name: statistics.median(one[name] for one in results) for name in results[0]}
+        for which, results in found.items()
+    }
     ours, theirs = median["loop"], median["trl"]
     assert abs(ours["kl"] - theirs["kl"]) <= 0.1 * theirs["kl"]  # of other samples, after the same training
-    row(step_s=ours["seconds"], trl_step_s=theirs["seconds"], over_trl=theirs["seconds"] / ours["seconds"], peak_bytes=ours["peak_bytes"], trl_bytes=theirs["peak_bytes"],
-        overhead_percent=100 * ours["overhead"])  # fmt: skip
+    row(
+        step_s=ours["seconds"],
+        trl_step_s=theirs["seconds"],
+        over_trl=theirs["seconds"] / ours["seconds"],
+        peak_bytes=ours["peak_bytes"],
+        trl_bytes=theirs["peak_bytes"],
+        overhead_percent=100 * ours["overhead"],
+    )

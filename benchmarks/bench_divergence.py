@@ -62,7 +62,13 @@ def gradients(inputs: list[torch.Tensor], loss: torch.Tensor) -> list[torch.Tens
 
 def peak_bytes(name: str, kind: str) -> int:
     """Beyond inputs and gradients, of forward and backward in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", "benchmarks.bench_divergence", name, kind], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.bench_divergence", name, kind],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
     return json.loads(done.stdout)
 
 
@@ -89,7 +95,12 @@ def test_divergence_against_full_logits(benchmark, row, kind):
     peaks = {name: peak_bytes(name, kind) for name in CONTENDERS}
     assert abs(tiled(*inputs, spec).item() - full(*inputs, spec).item()) <= 1e-5
     assert 0 < peaks["tiled"] < BUDGET_BYTES
-    row(full_s=seconds["full"], over_full_logits=seconds["full"] / seconds["tiled"], extra_bytes=peaks["tiled"], full_logits_bytes=peaks["full"])
+    row(
+        full_s=seconds["full"],
+        over_full_logits=seconds["full"] / seconds["tiled"],
+        extra_bytes=peaks["tiled"],
+        full_logits_bytes=peaks["full"],
+    )
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
@@ -102,7 +113,10 @@ def test_error_of_the_gradients(benchmark, row, kind):
         "fp32_logits": gradients(inputs, full(*inputs, spec)),
         "bf16_logits": gradients(inputs, full(*inputs, spec, torch.bfloat16)),
     }
-    errors = {name: max(float((a.double() - b).norm() / b.norm()) for a, b in zip(grads, exact, strict=True)) for name, grads in found.items()}
+    errors = {
+        name: max(float((a.double() - b).norm() / b.norm()) for a, b in zip(grads, exact, strict=True))
+        for name, grads in found.items()
+    }
     assert errors["tiled"] <= 2 * errors["fp32_logits"]
     row(**{f"error_of_{name}": error for name, error in errors.items()})
 

@@ -32,8 +32,15 @@ def test_gram_matrices_against_products(benchmark, row, one_thread, wide, block)
         },
         rounds=5,
     )
-    found, exact = symmetric(benchmark.pedantic(lambda: gram(source, trained, block=block), rounds=5)), products(source, trained, torch.float64)
+    found, exact = (
+        symmetric(benchmark.pedantic(lambda: gram(source, trained, block=block), rounds=5)),
+        products(source, trained, torch.float64),
+    )
     for ours, theirs in zip(found, exact, strict=True):
         assert (ours - theirs).norm() <= (1e-8 if block else 1e-14) * theirs.norm()
     flops = 2 * source.numel() * source.shape[1] * 2  # two halves and a whole
-    row(flops_per_s=flops / seconds["gram"], over_fp64_products=seconds["fp64"] / seconds["gram"], over_fp32_products=seconds["fp32"] / seconds["gram"])
+    row(
+        flops_per_s=flops / seconds["gram"],
+        over_fp64_products=seconds["fp64"] / seconds["gram"],
+        over_fp32_products=seconds["fp32"] / seconds["gram"],
+    )

@@ -30,7 +30,9 @@ def test_overlap_of_two_bf16_runs(benchmark, row, embedding, bandwidth, threads)
 def test_overlap_loop_against_the_authors(benchmark, row, folder, authors, threads):
     """Their loop over all tensors, files in memory, against ours: reading and counting, without what either writes."""
     paths = [folder / name for name in ("source", "run_a", "run_b")]
-    ran = subprocess.run([*authors, "overlap", *map(str, paths), str(threads)], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [*authors, "overlap", *map(str, paths), str(threads)], capture_output=True, text=True, check=True
+    )
     theirs = json.loads(ran.stdout.splitlines()[-1])
     with contextlib.ExitStack() as stack:
         base, *runs = (stack.enter_context(contextlib.closing(open_source(path))) for path in paths)

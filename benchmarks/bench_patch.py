@@ -39,7 +39,9 @@ def checkpoints(folder, tmp_path_factory) -> tuple[Path, Path]:
     out = tmp_path_factory.mktemp("thinned")
     for file in sorted((folder / "source").glob("*.safetensors")):
         source, trained = load_file(file), load_file(folder / "run_a" / file.name)
-        save_file({name: thinned(source[name], trained[name]) for name in source}, out / file.name, metadata={"format": "pt"})
+        save_file(
+            {name: thinned(source[name], trained[name]) for name in source}, out / file.name, metadata={"format": "pt"}
+        )
     for name in ("config.json", "model.safetensors.index.json"):
         shutil.copy(folder / "run_a" / name, out / name)
     return folder / "source", out
@@ -65,7 +67,9 @@ def test_gather_and_scatter_of_a_bf16_pair(benchmark, row, pair, bandwidth, isa,
     torch.set_num_threads(threads)
     room, out = Room.of(source.numel(), 2), torch.empty_like(source)
     changes, digests = gather(source, trained, room=room)
-    seconds = paired({"gather": lambda: gather(source, trained, room=room), "scatter": lambda: scatter(source, changes, out=out)})
+    seconds = paired(
+        {"gather": lambda: gather(source, trained, room=room), "scatter": lambda: scatter(source, changes, out=out)}
+    )
     _, after = benchmark.pedantic(lambda: scatter(source, changes, out=out), rounds=3)
     _C.use_isa(before)
     torch.set_num_threads(cores)

@@ -33,4 +33,8 @@ def test_cut_and_overlap_against_topk(benchmark, row, one_thread, dtype, largest
     for ours, (cut, inside) in zip(found, topk(), strict=True):
         assert ours.cut == cut
         assert ours.lower <= inside <= ours.upper
-    row(quantile_s=seconds["quantile"], over_topk=seconds["topk"] / seconds["quantile"], values_per_s=len(ranks) * values.numel() / seconds["quantile"])
+    row(
+        quantile_s=seconds["quantile"],
+        over_topk=seconds["topk"] / seconds["quantile"],
+        values_per_s=len(ranks) * values.numel() / seconds["quantile"],
+    )

@@ -28,10 +28,19 @@ from tests.analysis.test_spectra import oracle
 def test_every_figure_against_the_authors(benchmark, row, folder, authors, one_thread, tmp_path, part):
     for run in ("source", "run_a"):
         source = open_source(folder / run)
-        tensors = {name: source.read(name, 0, info.numel).clone().view(info.shape) for name, info in source.tensors.items() if part in name}
+        tensors = {
+            name: source.read(name, 0, info.numel).clone().view(info.shape)
+            for name, info in source.tensors.items()
+            if part in name
+        }
         (tmp_path / run).mkdir()
         save_file(tensors, tmp_path / run / "model.safetensors")
-    ran = subprocess.run([*authors, f"everything:{part}", str(folder / "source"), str(folder / "run_a"), "1"], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [*authors, f"everything:{part}", str(folder / "source"), str(folder / "run_a"), "1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     theirs = json.loads(ran.stdout.splitlines()[-1])
     result = benchmark.pedantic(lambda: analyze(tmp_path / "source", tmp_path / "run_a"), rounds=5, warmup_rounds=1)
     norms = [value for value in result.spectra["spectral_norm"].to_pylist() if value is not None]
@@ -44,9 +53,20 @@ def test_every_figure_of_the_whole_pair(benchmark, row, folder, tmp_path, author
     command = [sys.executable, "-m", "opdkernels", "analyze", source, trained, "-q", "-o", str(tmp_path / "ours")]
     seconds, peak = benchmark.pedantic(lambda: run_watched(command), rounds=1)
     python, _, checkout = authors
-    script = [python, f"{checkout}/scripts/analyze_opd_delta.py", "--src_model", source, "--opd_model", trained, "--device", "cpu"]
+    script = [
+        python,
+        f"{checkout}/scripts/analyze_opd_delta.py",
+        "--src_model",
+        source,
+        "--opd_model",
+        trained,
+        "--device",
+        "cpu",
+    ]
     theirs, their_peak = run_watched([*script, "--out_dir", str(tmp_path / "theirs")])
-    row(whole_s=seconds, authors_s=theirs, over_authors=theirs / seconds, anonymous_bytes=peak, authors_bytes=their_peak)
+    row(
+        whole_s=seconds, authors_s=theirs, over_authors=theirs / seconds, anonymous_bytes=peak, authors_bytes=their_peak
+    )
     assert peak < 1.5e9
 
 
@@ -56,10 +76,25 @@ H100_FLOPS, H100_BYTES = 67e12, 3.35e12  # fp64 matrix products and memory, NVID
 
 
 def layer_shapes(hidden: int, wide: int, narrow: int) -> list[tuple[int, int]]:
-    return [(hidden, hidden), (narrow, hidden), (narrow, hidden), (hidden, hidden), (wide, hidden), (wide, hidden), (hidden, wide)]
+    return [
+        (hidden, hidden),
+        (narrow, hidden),
+        (narrow, hidden),
+        (hidden, hidden),
+        (wide, hidden),
+        (wide, hidden),
+        (hidden, wide),
+    ]
 
 
-ACCURACY = {"spectral": 1e-8, "projection": 1e-6, "drift": 1e-5, "rotation": 1e-4, "rank_1e-4": 0, "principal": 1e-5}  # rotation is absolute
+ACCURACY = {
+    "spectral": 1e-8,
+    "projection": 1e-6,
+    "drift": 1e-5,
+    "rotation": 1e-4,
+    "rank_1e-4": 0,
+    "principal": 1e-5,
+}  # rotation is absolute
 
 
 def test_accuracy_against_svd_in_fp64(benchmark, row, folder, tmp_path):
@@ -68,7 +103,12 @@ def test_accuracy_against_svd_in_fp64(benchmark, row, folder, tmp_path):
     pair = []
     for run in ("source", "run_a"):
         source = open_source(folder / run)
-        pair.append({name: source.read(name, 0, source.tensors[name].numel).clone().view(source.tensors[name].shape) for name in names})
+        pair.append(
+            {
+                name: source.read(name, 0, source.tensors[name].numel).clone().view(source.tensors[name].shape)
+                for name in names
+            }
+        )
         (tmp_path / run).mkdir()
         save_file(pair[-1], tmp_path / run / "model.safetensors")
     result = benchmark.pedantic(lambda: analyze(tmp_path / "source", tmp_path / "run_a"), rounds=3)
@@ -87,10 +127,15 @@ def test_accuracy_against_svd_in_fp64(benchmark, row, folder, tmp_path):
 @pytest.mark.parametrize(("hidden", "wide", "narrow"), [(896, 4864, 128), (1536, 8960, 256)], ids=["0.5B", "1.5B"])
 def test_cost_model_against_a_layer(benchmark, row, one_thread, tmp_path, hidden, wide, narrow):
     generator = torch.Generator().manual_seed(0)
-    source = {f"layers.0.{i}.weight": data.weight(shape, generator) for i, shape in enumerate(layer_shapes(hidden, wide, narrow))}
+    source = {
+        f"layers.0.{i}.weight": data.weight(shape, generator)
+        for i, shape in enumerate(layer_shapes(hidden, wide, narrow))
+    }
     for name, tensors in (("source", source), ("trained", {n: data.updated(w, generator) for n, w in source.items()})):
         save_file(tensors, tmp_path / f"{name}.safetensors")
-    benchmark.pedantic(lambda: analyze(tmp_path / "source.safetensors", tmp_path / "trained.safetensors"), rounds=2, warmup_rounds=1)
+    benchmark.pedantic(
+        lambda: analyze(tmp_path / "source.safetensors", tmp_path / "trained.safetensors"), rounds=2, warmup_rounds=1
+    )
     flops, seconds = sum(cost(*w.shape) for w in source.values()), benchmark.stats.stats.median
     row(flops_per_s=flops / seconds, planned_s=flops / ASSUMED_FLOPS_S, over_planned=seconds * ASSUMED_FLOPS_S / flops)
 
@@ -103,8 +148,13 @@ def test_cost_of_large_models(benchmark, row, name):
     shapes = layer_shapes(hidden, wide, narrow) * layers + [(vocabulary, hidden)] * (1 + head)
     flops = benchmark.pedantic(lambda: sum(cost(*shape) for shape in shapes), rounds=1)
     moved = sum(4 * m * n for m, n in shapes) + sum(3 * 8 * min(shape) ** 3 / 3 for shape in shapes)
-    row(flops=flops, checkpoint_bytes=sum(4 * m * n for m, n in shapes), largest_bytes=max(memory(*shape) for shape in shapes),
-        core_hours=flops / ASSUMED_FLOPS_S / 3600, h100_roofline_s=max(flops / H100_FLOPS, moved / H100_BYTES))  # fmt: skip
+    row(
+        flops=flops,
+        checkpoint_bytes=sum(4 * m * n for m, n in shapes),
+        largest_bytes=max(memory(*shape) for shape in shapes),
+        core_hours=flops / ASSUMED_FLOPS_S / 3600,
+        h100_roofline_s=max(flops / H100_FLOPS, moved / H100_BYTES),
+    )
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["tall", "wide"])
@@ -139,7 +189,10 @@ def test_randomized_svd_of_a_model_at_equal_accuracy(benchmark, row):
         return [torch.svd_lowrank(m, q=96, niter=steps)[1] for m in matrices]
 
     def scikit(steps):
-        return [torch.from_numpy(sklearn.randomized_svd(m.numpy(), 64, n_oversamples=32, n_iter=steps, random_state=0)[1]) for m in matrices]
+        return [
+            torch.from_numpy(sklearn.randomized_svd(m.numpy(), 64, n_oversamples=32, n_iter=steps, random_state=0)[1])
+            for m in matrices
+        ]
 
     ours = error([one.sigma for one in randomized_svd(matrices, 64)])
     assert ours < 1e-3
@@ -149,5 +202,10 @@ def test_randomized_svd_of_a_model_at_equal_accuracy(benchmark, row):
         contenders[name], errors[name] = (lambda peer=peer, steps=steps: peer(steps)), (error(peer(steps)), steps)
     seconds = paired(contenders, rounds=2)
     benchmark.pedantic(contenders["ours"], rounds=1)
-    row(randomized_s=seconds["ours"], error=ours, **{f"over_{name}": seconds[name] / seconds["ours"] for name in errors},
-        **{f"{name}_error": found for name, (found, _) in errors.items()}, **{f"{name}_steps": steps for name, (_, steps) in errors.items()})  # fmt: skip
+    row(
+        randomized_s=seconds["ours"],
+        error=ours,
+        **{f"over_{name}": seconds[name] / seconds["ours"] for name in errors},
+        **{f"{name}_error": found for name, (found, _) in errors.items()},
+        **{f"{name}_steps": steps for name, (_, steps) in errors.items()},
+    )

@@ -49,15 +49,24 @@ def test_masked_adamw_against_eager_and_fused(benchmark, row, dtype):
 
     warm = torch.nn.Parameter(torch.ones(8))
     warm.grad = torch.ones(8)
-    MaskedAdamW([warm], masks=[torch.ones(8, dtype=torch.bool)]).step()  # torch loads what its optimizers need at the first step
+    MaskedAdamW(
+        [warm], masks=[torch.ones(8, dtype=torch.bool)]
+    ).step()  # torch loads what its optimizers need at the first step
     before = live_bytes()
-    masked = MaskedAdamW([(f"{i}", p) for i, p in enumerate(ours)], masks=MaskSet({f"{i}": Mask.from_bool(b) for i, b in enumerate(bools)}), **HYPER)
+    masked = MaskedAdamW(
+        [(f"{i}", p) for i, p in enumerate(ours)],
+        masks=MaskSet({f"{i}": Mask.from_bool(b) for i, b in enumerate(bools)}),
+        **HYPER,
+    )
     masked.step()
     held = live_bytes() - before
 
     eager = torch.optim.AdamW(eager_params, **HYPER, foreach=True)
     fused = torch.optim.AdamW(fused_params, **HYPER, fused=True)
-    seconds = paired({"ours": masked.step, "eager": lambda: eager_step(eager_params, grads, bools, eager), "fused": fused.step}, rounds=7)
+    seconds = paired(
+        {"ours": masked.step, "eager": lambda: eager_step(eager_params, grads, bools, eager), "fused": fused.step},
+        rounds=7,
+    )
     benchmark.pedantic(masked.step, rounds=5)
     for p, old, active in zip(ours, source, bools, strict=True):
         assert torch.equal(p[~active], old[~active])
@@ -67,9 +76,14 @@ def test_masked_adamw_against_eager_and_fused(benchmark, row, dtype):
     extra = 2 if dtype == torch.bfloat16 else 0
     # Weights there and back and gradients once, by whole lines; moments and remainders there and back; the mask.
     moved = numel * 3 * item + active * 2 * (8 + extra) + numel / 8
-    row(step_s=seconds["ours"], over_eager=seconds["eager"] / seconds["ours"], over_fused=seconds["fused"] / seconds["ours"],
-        state_bytes_a_parameter=held / numel, bytes_per_s=moved / seconds["ours"],
-        share_of_update=moved / seconds["ours"] / update_bandwidth(torch.get_num_threads()))  # fmt: skip
+    row(
+        step_s=seconds["ours"],
+        over_eager=seconds["eager"] / seconds["ours"],
+        over_fused=seconds["fused"] / seconds["ours"],
+        state_bytes_a_parameter=held / numel,
+        bytes_per_s=moved / seconds["ours"],
+        share_of_update=moved / seconds["ours"] / update_bandwidth(torch.get_num_threads()),
+    )
 
 
 def test_bits_against_places(benchmark, row):
@@ -87,7 +101,13 @@ def test_bits_against_places(benchmark, row):
         def step(held, offsets, m=m, v=v):
             masked_adamw([param], [grad], [held], [offsets], [m], [v], scalars)
 
-        seconds = paired({"bits": lambda mask=mask, step=step: step(mask.bits, mask.offsets), "places": lambda mask=mask, step=step: step(mask.indices, none)}, rounds=5)  # fmt: skip
+        seconds = paired(
+            {
+                "bits": lambda mask=mask, step=step: step(mask.bits, mask.offsets),
+                "places": lambda mask=mask, step=step: step(mask.indices, none),
+            },
+            rounds=5,
+        )
         figures[f"places over bits at {percent} %"] = seconds["places"] / seconds["bits"]
     benchmark.pedantic(lambda: step(mask.bits, mask.offsets), rounds=3)
     row(**figures)

@@ -12,9 +12,14 @@ from opdkernels.checkpoint.source import open_source
 
 
 def pytest_addoption(parser):
-    parser.addoption("--bench-data", default="bench-data", help="Folder of the checkpoints; made if it is not there (3 GB).")
+    parser.addoption(
+        "--bench-data", default="bench-data", help="Folder of the checkpoints; made if it is not there (3 GB)."
+    )
     parser.addoption("--authors", help="A checkout of SydCS/OPD-Param-Analysis to measure against.")
-    parser.addoption("--trl-python", help="A Python with trl and what opdkernels[distill] needs, to measure its trainer against the loop.")
+    parser.addoption(
+        "--trl-python",
+        help="A Python with trl and what opdkernels[distill] needs, to measure its trainer against the loop.",
+    )
     parser.addoption("--authors-python", help="A Python that has what it needs (torch, pandas, tqdm, safetensors).")
 
 

@@ -1,7 +1,7 @@
 """Puts the tables of experiments that were run into docs/experiments.md, from the results.json of each that is kept here:
 
-    python -m benchmarks.experiments                        # the page again, from what is kept
-    python -m benchmarks.experiments addition-sgd=FOLDER    # with the results in FOLDER, of `opdkernels experiment`, as addition-sgd
+python -m benchmarks.experiments                        # the page again, from what is kept
+python -m benchmarks.experiments addition-sgd=FOLDER    # with the results in FOLDER, of `opdkernels experiment`, as addition-sgd
 """
 
 from __future__ import annotations
@@ -19,15 +19,24 @@ RESULTS = ROOT / "benchmarks" / "results" / "experiments"
 PAGE = ROOT / "docs" / "experiments.md"
 
 
-MARKS = {"changed_visible": "changed", "changed_ever": "at any mark", "coverage_of_final": "of the final set", "stays_changed": "of what was changed, stays",
-         "sqrt_v_cv": "√v's coefficient", "gradient_momentum_cosine": "momentum and gradient"}  # fmt: skip
+MARKS = {
+    "changed_visible": "changed",
+    "changed_ever": "at any mark",
+    "coverage_of_final": "of the final set",
+    "stays_changed": "of what was changed, stays",
+    "sqrt_v_cv": "√v's coefficient",
+    "gradient_momentum_cosine": "momentum and gradient",
+}
 RATIOS = ("sqrt_v_cv", "gradient_momentum_cosine")
 
 
 def marks_table(marks: list[dict[str, Any]]) -> list[str]:
     """What changed along the run that the others are measured against, of the first seed."""
     lines = [f"| step | {' | '.join(MARKS.values())} |", "|---:" * (1 + len(MARKS)) + "|"]
-    cell = lambda key, value: "" if value is None else f"{value:.2f}" if key in RATIOS else percent(value, 1)  # noqa: E731
+
+    def cell(key, value):
+        return "" if value is None else f"{value:.2f}" if key in RATIOS else percent(value, 1)
+
     return lines + [f"| {mark['step']} | {' | '.join(cell(key, mark[key]) for key in MARKS)} |" for mark in marks]
 
 

@@ -21,9 +21,21 @@ from benchmarks import harness
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
-UNITS = {"pairs_per_s": ("G pairs/s", 1e9), "coordinates_per_s": ("G coordinates/s", 1e9), "values_per_s": ("G values/s", 1e9),
-         "bytes_per_s": ("GB/s", 1e9), "flops_per_s": ("GFLOP/s", 1e9), "anonymous_bytes": ("MB anonymous", 1e6),
-         "authors_bytes": ("MB the authors'", 1e6), "extra_bytes": ("MB extra", 1e6), "peak_bytes": ("MB at most", 1e6), "trl_bytes": ("MB TRL's", 1e6), "full_logits_bytes": ("MB with full logits", 1e6), "checkpoint_bytes": ("GB in two checkpoints", 1e9), "largest_bytes": ("GB for the largest matrix", 1e9)}  # fmt: skip
+UNITS = {
+    "pairs_per_s": ("G pairs/s", 1e9),
+    "coordinates_per_s": ("G coordinates/s", 1e9),
+    "values_per_s": ("G values/s", 1e9),
+    "bytes_per_s": ("GB/s", 1e9),
+    "flops_per_s": ("GFLOP/s", 1e9),
+    "anonymous_bytes": ("MB anonymous", 1e6),
+    "authors_bytes": ("MB the authors'", 1e6),
+    "extra_bytes": ("MB extra", 1e6),
+    "peak_bytes": ("MB at most", 1e6),
+    "trl_bytes": ("MB TRL's", 1e6),
+    "full_logits_bytes": ("MB with full logits", 1e6),
+    "checkpoint_bytes": ("GB in two checkpoints", 1e9),
+    "largest_bytes": ("GB for the largest matrix", 1e9),
+}
 
 
 def figure(name: str, value: float) -> str:
@@ -71,8 +83,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
         status = pytest.main(
-            [*([] if any(a.startswith("benchmarks/") for a in sys.argv[1:]) else ["benchmarks"]), "-o", "python_files=bench_*.py", "-p", "no:randomly",
-             f"--benchmark-json={raw}", "--benchmark-disable-gc", *sys.argv[1:]]
+            [
+                *([] if any(a.startswith("benchmarks/") for a in sys.argv[1:]) else ["benchmarks"]),
+                "-o",
+                "python_files=bench_*.py",
+                "-p",
+                "no:randomly",
+                f"--benchmark-json={raw}",
+                "--benchmark-disable-gc",
+                *sys.argv[1:],
+            ]
         )
         if not raw.exists() or not raw.stat().st_size:
             return int(status)
@@ -83,7 +103,12 @@ def main() -> int:
         "machine": harness.machine_line(),
         "read_bandwidth_bytes_per_s": {str(t): harness.read_bandwidth(t) for t in (1, os.cpu_count() or 1)},
         "benchmarks": [
-            {"name": re.sub(r"^test_", "", b["name"]).replace("_", " "), "median_s": b["stats"]["median"], "rounds": b["stats"]["rounds"], "figures": b["extra_info"]}
+            {
+                "name": re.sub(r"^test_", "", b["name"]).replace("_", " "),
+                "median_s": b["stats"]["median"],
+                "rounds": b["stats"]["rounds"],
+                "figures": b["extra_info"],
+            }
             for b in found
         ],
     }

@@ -17,8 +17,20 @@ from opdkernels.distill.tasks import Addition
 
 CHARACTERS = "0123456789+=\n"
 SHAPES = {
-    "student": {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4},
-    "teacher": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "student": {
+        "hidden_size": 128,
+        "intermediate_size": 344,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
+    "teacher": {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
 }
 STEPS, RATE, BATCH, WARMUP = {"student": 200, "teacher": 900}, {"student": 2e-3, "teacher": 1e-3}, 128, 50
 
@@ -27,7 +39,9 @@ def tokenizer():
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    own = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<pad>", "<end>", *CHARACTERS])}, unk_token="<pad>"))
+    own = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(["<pad>", "<end>", *CHARACTERS])}, unk_token="<pad>")
+    )
     own.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     own.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=own, pad_token="<pad>", eos_token="<end>")
@@ -36,8 +50,15 @@ def tokenizer():
 def model(which: str):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(vocab_size=len(CHARACTERS) + 2, max_position_embeddings=64, eos_token_id=1, pad_token_id=0, bos_token_id=None,
-                         tie_word_embeddings=False, **SHAPES[which])  # fmt: skip
+    config = Qwen2Config(
+        vocab_size=len(CHARACTERS) + 2,
+        max_position_embeddings=64,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+        **SHAPES[which],
+    )
     return Qwen2ForCausalLM(config)
 
 
@@ -50,7 +71,9 @@ def accuracy(trained, text, task: Addition) -> float:
     entries = task.held_out(2000)
     prompts = torch.tensor([text(entry.prompt)["input_ids"] for entry in entries])
     found = trained.generate(prompts, max_new_tokens=4, do_sample=False)[:, prompts.shape[1] :]
-    return sum(text.decode(row, skip_special_tokens=True) == entry.answer for row, entry in zip(found, entries, strict=True)) / len(entries)
+    return sum(
+        text.decode(row, skip_special_tokens=True) == entry.answer for row, entry in zip(found, entries, strict=True)
+    ) / len(entries)
 
 
 def make(which: str, folder: Path) -> None:
@@ -69,9 +92,14 @@ def make(which: str, folder: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 49:
-            print(f"{which}: step {step + 1} of {STEPS[which]}, loss {loss.item():.4f}, {time.perf_counter() - began:.0f} s", flush=True)
+            print(
+                f"{which}: step {step + 1} of {STEPS[which]}, loss {loss.item():.4f}, {time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
     trained = trained.bfloat16()
-    print(f"{which}: {sum(p.numel() for p in trained.parameters()):,} parameters, accuracy {accuracy(trained, text, task):.4f} on 2,000 held-out sums")
+    print(
+        f"{which}: {sum(p.numel() for p in trained.parameters()):,} parameters, accuracy {accuracy(trained, text, task):.4f} on 2,000 held-out sums"
+    )
     trained.save_pretrained(folder / which)
     text.save_pretrained(folder / which)
 

@@ -24,9 +24,22 @@ def download(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     found = sorted(folder.glob("torchani-1.2-*.whl"))
     if not found:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", str(folder), PACKAGE]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--no-cache-dir",
+            "-d",
+            str(folder),
+            PACKAGE,
+        ]
         if subprocess.run(command, check=False).returncode:
-            sys.exit(f"the demo takes {PACKAGE} from the package index, which cannot be reached; connect, and run it again")
+            sys.exit(
+                f"the demo takes {PACKAGE} from the package index, which cannot be reached; connect, and run it again"
+            )
         found = sorted(folder.glob("torchani-1.2-*.whl"))
     return found[0]
 
@@ -38,7 +51,10 @@ def parameters(wheel: zipfile.ZipFile, model: str) -> dict[str, torch.Tensor]:
         for element in ELEMENTS:
             for layer in range(1, LAYERS + 1):
                 stem = f"torchani/resources/{model}_8x/train{member}/networks/ANN-{element}.nnf-l{layer}"
-                bias, weight = (torch.frombuffer(bytearray(wheel.read(stem + end)), dtype=torch.float32) for end in (".bparam", ".wparam"))
+                bias, weight = (
+                    torch.frombuffer(bytearray(wheel.read(stem + end)), dtype=torch.float32)
+                    for end in (".bparam", ".wparam")
+                )
                 name = f"members.{member}.{element}.layers.{layer}"
                 tensors[name + ".weight"] = weight.reshape(len(bias), -1)
                 tensors[name + ".bias"] = bias
@@ -54,7 +70,16 @@ def main(folder: Path) -> None:
     with zipfile.ZipFile(download(folder / "download")) as wheel:
         for model in ("ani-1x", "ani-1ccx"):
             write(wheel, model, folder / model)
-    command = ["-m", "opdkernels", "analyze", str(folder / "ani-1x"), str(folder / "ani-1ccx"), "-o", str(folder / "out"), "--overwrite"]
+    command = [
+        "-m",
+        "opdkernels",
+        "analyze",
+        str(folder / "ani-1x"),
+        str(folder / "ani-1ccx"),
+        "-o",
+        str(folder / "out"),
+        "--overwrite",
+    ]
     print("$ python", *command, flush=True)
     status = subprocess.run([sys.executable, *command], check=False).returncode
     if status == 0:

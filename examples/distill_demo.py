@@ -13,7 +13,17 @@ import subprocess
 import sys
 import time
 
-COMMAND = ["experiment", "masks", "--density", "0.2", "--arms", "found,random,random matched on |W|", "--steps", "60", "--overwrite"]
+COMMAND = [
+    "experiment",
+    "masks",
+    "--density",
+    "0.2",
+    "--arms",
+    "found,random,random matched on |W|",
+    "--steps",
+    "60",
+    "--overwrite",
+]
 
 
 def main(folder: str) -> int:
@@ -21,7 +31,9 @@ def main(folder: str) -> int:
     print("$ opdkernels", *(f'"{part}"' if " " in part else part for part in COMMAND), "-o", folder, flush=True)
     status = subprocess.run([sys.executable, "-m", "opdkernels", *COMMAND, "-o", folder], check=False).returncode
     if status == 0:
-        print(f"{time.perf_counter() - began:.0f} s; the page is {folder}/report.html, the analysis of what changed {folder}/analysis/report.html")
+        print(
+            f"{time.perf_counter() - began:.0f} s; the page is {folder}/report.html, the analysis of what changed {folder}/analysis/report.html"
+        )
     return status
 
 

@@ -69,7 +69,9 @@ class Masked:
     """MaskedAdamW, its gradients gathered as backward goes."""
 
     def __init__(self, model: torch.nn.Module, masks, precision: str):
-        self.optimizer = MaskedAdamW(model.named_parameters(), masks=masks, lr=RATE, weight_decay=0.0, precision=precision)
+        self.optimizer = MaskedAdamW(
+            model.named_parameters(), masks=masks, lr=RATE, weight_decay=0.0, precision=precision
+        )
         compact_gradients(model, self.optimizer)
 
     def step(self) -> None:
@@ -88,7 +90,9 @@ def tune(run: str, folder: Path) -> None:
         full = torch.load(folder / "full.pt")
         stepper = Masked(model, from_bools({name: full[name] != p for name, p in base.items()}), "exact")
     else:
-        stepper = Masked(model, {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}, "nearest")
+        stepper = Masked(
+            model, {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}, "nearest"
+        )
     peak, generator, losses, seconds = PeakMemory(), random.Random(0), [], []
     for _ in range(STEPS):
         ids, labels = batch(tokenizer, generator)
@@ -99,13 +103,21 @@ def tune(run: str, folder: Path) -> None:
         seconds.append(time.perf_counter() - began)
         losses.append(float(loss.detach()))
     after = {name: p.detach() for name, p in model.named_parameters()}
-    moved, count = (sum(f(name) for name in base) for f in (lambda n: int((after[n] != base[n]).sum()), lambda n: base[n].numel()))
+    moved, count = (
+        sum(f(name) for name in base) for f in (lambda n: int((after[n] != base[n]).sum()), lambda n: base[n].numel())
+    )
     outside = None
     if run == "full":
         torch.save(after, folder / "full.pt")
     elif run == "masked":
         outside = sum(int(((after[n] != base[n]) & (full[n] == base[n])).sum()) for n in base)
-    found = {"losses": losses, "changed": moved / count, "peak_bytes": peak.bytes, "step_s": sorted(seconds)[STEPS // 2], "outside": outside}
+    found = {
+        "losses": losses,
+        "changed": moved / count,
+        "peak_bytes": peak.bytes,
+        "step_s": sorted(seconds)[STEPS // 2],
+        "outside": outside,
+    }
     (folder / f"{run}.json").write_text(json.dumps(found))
 
 
@@ -115,11 +127,16 @@ def main(folder: Path) -> int:
         if subprocess.run([sys.executable, __file__, str(folder), run], check=False).returncode:
             return 1
     found = {run: json.loads((folder / f"{run}.json").read_text()) for run in RUNS}
-    mean = lambda values: sum(values) / len(values)  # noqa: E731
+
+    def mean(values):
+        return sum(values) / len(values)
+
     print(f"{'':10}{'loss, first 10':>16}{'last 10':>10}{'changed':>10}{'peak':>10}{'clip and step':>16}")
     for run, one in found.items():
-        print(f"{run:10}{mean(one['losses'][:10]):16.3f}{mean(one['losses'][-10:]):10.3f}{100 * one['changed']:9.2f}%{one['peak_bytes'] / 1e9:8.2f}GB"
-              f"{1000 * one['step_s']:13.0f} ms")  # fmt: skip
+        print(
+            f"{run:10}{mean(one['losses'][:10]):16.3f}{mean(one['losses'][-10:]):10.3f}{100 * one['changed']:9.2f}%{one['peak_bytes'] / 1e9:8.2f}GB"
+            f"{1000 * one['step_s']:13.0f} ms"
+        )
     print(f"coordinates that moved outside the mask: {found['masked']['outside']}")
     Path("masked_tuning.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0

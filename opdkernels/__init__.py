@@ -26,7 +26,19 @@ WHERE = {
     "Analysis": "opdkernels.analysis.result",
     "load": "opdkernels.analysis.result",
 }
-__all__ = ["Analysis", "InputError", "Overlaps", "Trend", "UsageError", "__version__", "analyze", "load", "overlap", "patch", "trend"]
+__all__ = [
+    "Analysis",
+    "InputError",
+    "Overlaps",
+    "Trend",
+    "UsageError",
+    "__version__",
+    "analyze",
+    "load",
+    "overlap",
+    "patch",
+    "trend",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -103,7 +103,14 @@ def trend(
 
 
 def experiment(
-    name: str, options: DistillOptions, out: str | os.PathLike[str], *, seeds: int = 1, density: float | None = None, arms: Sequence[str] = (), quiet: bool = True
+    name: str,
+    options: DistillOptions,
+    out: str | os.PathLike[str],
+    *,
+    seeds: int = 1,
+    density: float | None = None,
+    arms: Sequence[str] = (),
+    quiet: bool = True,
 ) -> dict[str, Any]:
     """Run an experiment on what on-policy distillation does to weights, analyse the pair that it makes, and write its page.
 
@@ -132,14 +139,18 @@ def read_results(folder: Path) -> dict[str, Any]:
             return found
     except (OSError, ValueError, TypeError):
         pass
-    raise InputError(f"{printable(str(folder))}/results.json is not what an experiment writes; run the experiment again")
+    raise InputError(
+        f"{printable(str(folder))}/results.json is not what an experiment writes; run the experiment again"
+    )
 
 
 def write_report(out: str | os.PathLike[str]) -> Path:
     """Write report.html again from the tables of a finished run, of any command. Raises InputError where there is none."""
     folder = Path(out)
     if (folder / "results.json").is_file():
-        return report.write_experiment(folder, {**read_results(folder), "analysis": (folder / "analysis" / "report.html").exists()})
+        return report.write_experiment(
+            folder, {**read_results(folder), "analysis": (folder / "analysis" / "report.html").exists()}
+        )
     run = finished(folder)
     if run["command"] == "overlap":
         return report.write_overlap(folder, overlaps.load(folder, run))

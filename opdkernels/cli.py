@@ -14,7 +14,9 @@ from pydantic import BaseModel
 from opdkernels.distill.options import DistillOptions, shipped
 from opdkernels.errors import InputError, UsageError, printable
 
-EXIT_STATUS = "Exit status: 0 done, 2 usage, 3 done but some tensors were excluded, failed or hold NaN or Inf, 4 bad input."
+EXIT_STATUS = (
+    "Exit status: 0 done, 2 usage, 3 done but some tensors were excluded, failed or hold NaN or Inf, 4 bad input."
+)
 
 app = typer.Typer(
     name="opdkernels",
@@ -28,12 +30,23 @@ app = typer.Typer(
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Checkpoint before training.", show_default=False)]
 Trained = Annotated[str, typer.Argument(metavar="TRAINED", help="Checkpoint after training.", show_default=False)]
-Out = Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="Folder of the run; a killed run goes on from it.", show_default=False)]
+Out = Annotated[
+    str,
+    typer.Option(
+        "--out", "-o", metavar="OUT", help="Folder of the run; a killed run goes on from it.", show_default=False
+    ),
+]
 Memory = Annotated[str, typer.Option(help="Most memory to use, such as 2GB; mapped files do not count.")]
-Threads = Annotated[Optional[int], typer.Option(help="Threads of the kernels; torch's own number if not given.", show_default=False)]  # noqa: UP045
-Io = Annotated[str, typer.Option(help="auto, mmap or read: mapped files, positioned reads, or the better of the two for the disk.")]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads of the kernels; torch's own number if not given.", show_default=False)
+]
+Io = Annotated[
+    str, typer.Option(help="auto, mmap or read: mapped files, positioned reads, or the better of the two for the disk.")
+]
 Revision = Annotated[Optional[str], typer.Option(help="Revision of hub ids.", show_default=False)]  # noqa: UP045
-AllowMissing = Annotated[bool, typer.Option("--allow-missing", help="Go on without shards that the index lists and the folder lacks.")]
+AllowMissing = Annotated[
+    bool, typer.Option("--allow-missing", help="Go on without shards that the index lists and the folder lacks.")
+]
 Csv = Annotated[bool, typer.Option("--csv", help="Also write the tables as CSV.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run in the output folder.")]
 NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write report.html.")]
@@ -41,7 +54,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summ
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def with_options(command: Callable[..., None], model: type[BaseModel], without_config: Mapping[str, Any]) -> Callable[..., None]:
+def with_options(
+    command: Callable[..., None], model: type[BaseModel], without_config: Mapping[str, Any]
+) -> Callable[..., None]:
     """A command whose keywords are the fields of a model, each an option that says what the field does and what it is by default, and
     what it is where no configuration is given."""
     signature = inspection.signature(command, eval_str=True)
@@ -54,22 +69,37 @@ def with_options(command: Callable[..., None], model: type[BaseModel], without_c
         usual = [] if field.is_required() or field.default in ("", None) else [f"default: {shown(field.default)}"]
         usual += [f"without a configuration: {shown(without_config[name])}"] if name in without_config else []
         names = [f"--{name.replace('_', '-')}{f'/--no-{name}'.replace('_', '-') if flag else ''}"]
-        option = typer.Option(*names, help=f"{field.description} [{'; '.join(usual)}]" if usual else field.description, metavar=None if flag else "VALUE", show_default=False)
+        option = typer.Option(
+            *names,
+            help=f"{field.description} [{'; '.join(usual)}]" if usual else field.description,
+            metavar=None if flag else "VALUE",
+            show_default=False,
+        )
         kind = Optional[bool] if flag else Optional[str]  # noqa: UP045
-        fields.append(inspection.Parameter(name, inspection.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]))
+        fields.append(
+            inspection.Parameter(
+                name, inspection.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
+            )
+        )
     command.__signature__ = signature.replace(parameters=[*own, *fields])  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in (*own, *fields)}
     return command
 
 
 def shown(default: Any) -> str:
-    return ",".join(map(str, default)) if isinstance(default, tuple) else f"{default:g}" if isinstance(default, float) else str(default)
+    return (
+        ",".join(map(str, default))
+        if isinstance(default, tuple)
+        else f"{default:g}"
+        if isinstance(default, float)
+        else str(default)
+    )
 
 
 @app.command()
 def inspect(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.", show_default=False)],
-    b: Annotated[Optional[str], typer.Argument(metavar="B", help="Another, to match with it.", show_default=False)] = None,  # noqa: UP045
+    b: Annotated[str | None, typer.Argument(metavar="B", help="Another, to match with it.", show_default=False)] = None,
     io: Io = "auto",
     memory: Memory = "4GB",
     revision: Revision = None,
@@ -97,11 +127,24 @@ def analyze(
     io: Io = "auto",
     revision: Revision = None,
     allow_missing: AllowMissing = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1: where coordinates are counted, to the same bits, and Gram matrices and their eigenvalues made. cuda alone is the GPU of LOCAL_RANK, else the first.")] = "cpu",
-    spectra: Annotated[str, typer.Option(help="exact: spectra of every matrix, and where its update lies in the geometry of the source; topk: the top of the update's spectrum alone, with bounds; off.")] = "exact",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="cpu, cuda or cuda:1: where coordinates are counted, to the same bits, and Gram matrices and their eigenvalues made. cuda alone is the GPU of LOCAL_RANK, else the first."
+        ),
+    ] = "cpu",
+    spectra: Annotated[
+        str,
+        typer.Option(
+            help="exact: spectra of every matrix, and where its update lies in the geometry of the source; topk: the top of the update's spectrum alone, with bounds; off."
+        ),
+    ] = "exact",
     csv: Csv = False,
     authors_csv: Annotated[
-        bool, typer.Option("--authors-csv", help="Also write the files of the paper's analysis script (tensor_metrics.csv and others).")
+        bool,
+        typer.Option(
+            "--authors-csv", help="Also write the files of the paper's analysis script (tensor_metrics.csv and others)."
+        ),
     ] = False,
     no_report: NoReport = False,
     overwrite: Overwrite = False,
@@ -122,8 +165,19 @@ def analyze(
     from opdkernels.api import analyze
     from opdkernels.progress import reporting
 
-    options = {"memory": memory, "threads": threads, "io": io, "revision": revision, "allow_missing": allow_missing,
-               "device": device, "spectra": spectra, "csv": csv, "authors_csv": authors_csv, "report": not no_report, "overwrite": overwrite}  # fmt: skip
+    options = {
+        "memory": memory,
+        "threads": threads,
+        "io": io,
+        "revision": revision,
+        "allow_missing": allow_missing,
+        "device": device,
+        "spectra": spectra,
+        "csv": csv,
+        "authors_csv": authors_csv,
+        "report": not no_report,
+        "overwrite": overwrite,
+    }
     with reporting(quiet) as progress:
         result = analyze(source, trained, out, progress=progress, **options)
     if not quiet:
@@ -133,11 +187,17 @@ def analyze(
 
 @app.command()
 def overlap(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Checkpoint that the runs were trained from.", show_default=False)],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="Checkpoint that the runs were trained from.", show_default=False)
+    ],
     runs: Annotated[list[str], typer.Argument(metavar="A B [C ...]", help="Two or more runs.", show_default=False)],
     out: Out,
-    atol: Annotated[float, typer.Option(help="A coordinate changed where visible |delta| exceeds this (rounded to bf16).")] = 1e-5,
-    strata: Annotated[str, typer.Option(help="row, column or row,column: also condition chance on |W| within them.")] = "",
+    atol: Annotated[
+        float, typer.Option(help="A coordinate changed where visible |delta| exceeds this (rounded to bf16).")
+    ] = 1e-5,
+    strata: Annotated[
+        str, typer.Option(help="row, column or row,column: also condition chance on |W| within them.")
+    ] = "",
     memory: Memory = "4GB",
     threads: Threads = None,
     io: Io = "auto",
@@ -157,8 +217,18 @@ def overlap(
     from opdkernels.api import overlap
     from opdkernels.progress import reporting
 
-    options = {"atol": atol, "strata": tuple(filter(None, strata.split(","))), "memory": memory, "threads": threads, "io": io,
-               "revision": revision, "allow_missing": allow_missing, "csv": csv, "report": not no_report, "overwrite": overwrite}  # fmt: skip
+    options = {
+        "atol": atol,
+        "strata": tuple(filter(None, strata.split(","))),
+        "memory": memory,
+        "threads": threads,
+        "io": io,
+        "revision": revision,
+        "allow_missing": allow_missing,
+        "csv": csv,
+        "report": not no_report,
+        "overwrite": overwrite,
+    }
     with reporting(quiet) as progress:
         result = overlap(base, *runs, out=out, progress=progress, **options)
     if not quiet:
@@ -168,11 +238,18 @@ def overlap(
 
 @app.command()
 def trend(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Checkpoint that the run was trained from.", show_default=False)],
-    checkpoints: Annotated[list[str], typer.Argument(metavar="STEP [STEP ...]", help="Two or more checkpoints of the run.", show_default=False)],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="Checkpoint that the run was trained from.", show_default=False)
+    ],
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(metavar="STEP [STEP ...]", help="Two or more checkpoints of the run.", show_default=False),
+    ],
     out: Out,
     spectra: Annotated[str, typer.Option(help="exact, topk or off, as of analyze, for every checkpoint.")] = "exact",
-    atol: Annotated[float, typer.Option(help="The changed set: coordinates whose visible |delta| exceeds this (rounded to bf16).")] = 1e-5,
+    atol: Annotated[
+        float, typer.Option(help="The changed set: coordinates whose visible |delta| exceeds this (rounded to bf16).")
+    ] = 1e-5,
     memory: Memory = "4GB",
     threads: Threads = None,
     io: Io = "auto",
@@ -196,8 +273,18 @@ def trend(
     from opdkernels.api import trend
     from opdkernels.progress import reporting
 
-    options = {"spectra": spectra, "atol": atol, "memory": memory, "threads": threads, "io": io, "revision": revision,
-               "allow_missing": allow_missing, "csv": csv, "report": not no_report, "overwrite": overwrite}  # fmt: skip
+    options = {
+        "spectra": spectra,
+        "atol": atol,
+        "memory": memory,
+        "threads": threads,
+        "io": io,
+        "revision": revision,
+        "allow_missing": allow_missing,
+        "csv": csv,
+        "report": not no_report,
+        "overwrite": overwrite,
+    }
     with reporting(quiet) as progress:
         result = trend(base, *checkpoints, out=out, progress=progress, **options)
     if not quiet:
@@ -206,10 +293,14 @@ def trend(
 
 
 mask_app = typer.Typer(
-    help="Make, show and combine masks: which coordinates of a model are active. Files are safetensors.", no_args_is_help=True, rich_markup_mode=None
+    help="Make, show and combine masks: which coordinates of a model are active. Files are safetensors.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 app.add_typer(mask_app, name="mask")
-MaskOut = Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="Where the masks go, as safetensors.", show_default=False)]
+MaskOut = Annotated[
+    str, typer.Option("--out", "-o", metavar="FILE", help="Where the masks go, as safetensors.", show_default=False)
+]
 MaskFile = Annotated[str, typer.Argument(metavar="FILE", help="Masks, from one of these commands.", show_default=False)]
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Checkpoint to be trained.", show_default=False)]
 Share = Annotated[float, typer.Option(help="Share of the coordinates, above 0 and at most 1.")]
@@ -341,7 +432,9 @@ def mask_show(masks_file: MaskFile, json: Json = False) -> None:
 
 @mask_app.command("overlap")
 def mask_overlap(
-    a: MaskFile, b: Annotated[str, typer.Argument(metavar="FILE", help="Other masks of the same tensors.", show_default=False)], json: Json = False
+    a: MaskFile,
+    b: Annotated[str, typer.Argument(metavar="FILE", help="Other masks of the same tensors.", show_default=False)],
+    json: Json = False,
 ) -> None:
     """How much two masks share, beside chance.
 
@@ -359,11 +452,15 @@ def mask_overlap(
 
 def save_masks(masks: Any, out: str) -> None:
     masks.save(out)
-    typer.echo(f"{masks.nnz:,} of {masks.numel:,} coordinates of {len(masks)} tensors ({100 * masks.density:.4g} %) are active; written to {printable(out)}")
+    typer.echo(
+        f"{masks.nnz:,} of {masks.numel:,} coordinates of {len(masks)} tensors ({100 * masks.density:.4g} %) are active; written to {printable(out)}"
+    )
 
 
 patches = typer.Typer(
-    help="What training changed as one file, and the trained checkpoint back from it, bit for bit.", no_args_is_help=True, rich_markup_mode=None
+    help="What training changed as one file, and the trained checkpoint back from it, bit for bit.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 app.add_typer(patches, name="patch")
 PatchFile = Annotated[str, typer.Argument(metavar="PATCH", help="File that patch create wrote.", show_default=False)]
@@ -374,7 +471,10 @@ def patch_create(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Checkpoint before training.", show_default=False)],
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Checkpoint after training.", show_default=False)],
     out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="File to write.", show_default=False)],
-    zstd: Annotated[bool, typer.Option("--zstd", help="Store differences, compressed: less than half the size, several times slower.")] = False,
+    zstd: Annotated[
+        bool,
+        typer.Option("--zstd", help="Store differences, compressed: less than half the size, several times slower."),
+    ] = False,
     io: Io = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     quiet: Quiet = False,
@@ -397,9 +497,13 @@ def patch_create(
 
 @patches.command("apply")
 def patch_apply(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Checkpoint that the patch was made from.", show_default=False)],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="Checkpoint that the patch was made from.", show_default=False)
+    ],
     patch: PatchFile,
-    out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write, new or empty.", show_default=False)],
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write, new or empty.", show_default=False)
+    ],
     io: Io = "auto",
     quiet: Quiet = False,
     json: Json = False,
@@ -435,10 +539,24 @@ def patch_info(patch: PatchFile, json: Json = False) -> None:
 @app.command("intervene")
 def intervene_command(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Checkpoint before training.", show_default=False)],
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Checkpoint after training, of the same model.", show_default=False)],
-    out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write, new or empty.", show_default=False)],
-    masks: Annotated[Optional[str], typer.Option(metavar="FILE", help="Masks (opdkernels mask): the part is what is active.", show_default=False)] = None,  # noqa: UP045
-    where: Annotated[str, typer.Option(metavar="TERMS", help="Only in some tensors: attention, mlp, embedding, lm_head, norm, q_proj, layers=0-7, ..., with commas between; blocks and modules add up, with layers both must hold.", show_default=False)] = "",
+    tuned: Annotated[
+        str, typer.Argument(metavar="TUNED", help="Checkpoint after training, of the same model.", show_default=False)
+    ],
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write, new or empty.", show_default=False)
+    ],
+    masks: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Masks (opdkernels mask): the part is what is active.", show_default=False),
+    ] = None,
+    where: Annotated[
+        str,
+        typer.Option(
+            metavar="TERMS",
+            help="Only in some tensors: attention, mlp, embedding, lm_head, norm, q_proj, layers=0-7, ..., with commas between; blocks and modules add up, with layers both must hold.",
+            show_default=False,
+        ),
+    ] = "",
     revert: Annotated[bool, typer.Option("--revert", help="All of the change but the part.")] = False,
     io: Io = "auto",
     quiet: Quiet = False,
@@ -456,15 +574,35 @@ def intervene_command(
     from opdkernels.progress import reporting
 
     with reporting(quiet) as progress:
-        found = intervene(base, tuned, out, masks=MaskSet.load(masks) if masks else None, where=where, revert=revert, io=io, progress=progress)
+        found = intervene(
+            base,
+            tuned,
+            out,
+            masks=MaskSet.load(masks) if masks else None,
+            where=where,
+            revert=revert,
+            io=io,
+            progress=progress,
+        )
     if not quiet:
         share = 100 * found["kept"] / found["changed"] if found["changed"] else 0.0
-        text = [f"{printable(out)}: {found['kept']:,} of the {found['changed']:,} changed coordinates are TUNED's ({share:.3g} %)"]
-        show(found, text + [f"BASE lacks {printable(name)}, which is as TUNED has it" for name in found["unmatched"]], json)
+        text = [
+            f"{printable(out)}: {found['kept']:,} of the {found['changed']:,} changed coordinates are TUNED's ({share:.3g} %)"
+        ]
+        show(
+            found,
+            text + [f"BASE lacks {printable(name)}, which is as TUNED has it" for name in found["unmatched"]],
+            json,
+        )
 
 
 def distill(
-    config: Annotated[Optional[str], typer.Argument(metavar="[CONFIG.toml]", help="Options as TOML; those on the command line go before it.", show_default=False)] = None,  # noqa: UP045
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CONFIG.toml]", help="Options as TOML; those on the command line go before it.", show_default=False
+        ),
+    ] = None,
     *,
     out: Out,
     quiet: Quiet = False,
@@ -495,13 +633,37 @@ app.command("distill")(with_options(distill, DistillOptions, {}))
 
 
 def experiment(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="masks, sgd, on-policy, precision, trajectory, subspace or interventions.", show_default=False)],
-    config: Annotated[Optional[str], typer.Argument(metavar="[CONFIG.toml]", help="Options of distill as TOML; without any, the addition task with the models that ship.", show_default=False)] = None,  # noqa: UP045
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="masks, sgd, on-policy, precision, trajectory, subspace or interventions.",
+            show_default=False,
+        ),
+    ],
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CONFIG.toml]",
+            help="Options of distill as TOML; without any, the addition task with the models that ship.",
+            show_default=False,
+        ),
+    ] = None,
     *,
     out: Out,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on.")] = 1,
-    density: Annotated[Optional[float], typer.Option(min=0, max=1, help="Share of the coordinates in each mask; 0: all that a run changed visibly to bf16. [default: 0; 0.2 of trajectory and interventions]", show_default=False)] = None,  # noqa: UP045
-    arms: Annotated[str, typer.Option(help="Some of the arms, with commas between, as the table names them; all if empty.")] = "",
+    density: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the coordinates in each mask; 0: all that a run changed visibly to bf16. [default: 0; 0.2 of trajectory and interventions]",
+            show_default=False,
+        ),
+    ] = None,
+    arms: Annotated[
+        str, typer.Option(help="Some of the arms, with commas between, as the table names them; all if empty.")
+    ] = "",
     quiet: Quiet = False,
     json: Json = False,
     **given: str | None,
@@ -520,17 +682,33 @@ def experiment(
     from opdkernels.distill.experiments import markdown
     from opdkernels.distill.options import options_from
 
-    options = options_from(config, {**({} if config else shipped()), **{name: value for name, value in given.items() if value is not None}})
-    result = experiment(name, options, out, seeds=seeds, density=density, arms=[arm.strip() for arm in arms.split(",") if arm.strip()], quiet=quiet)
+    options = options_from(
+        config, {**({} if config else shipped()), **{name: value for name, value in given.items() if value is not None}}
+    )
+    result = experiment(
+        name,
+        options,
+        out,
+        seeds=seeds,
+        density=density,
+        arms=[arm.strip() for arm in arms.split(",") if arm.strip()],
+        quiet=quiet,
+    )
     if not quiet:
         show(result, [*markdown(result).splitlines(), f"report: {printable(out)}/report.html"], json)
 
 
-app.command("experiment")(with_options(experiment, DistillOptions, {**shipped(), "student": "the one that ships", "teacher": "the one that ships"}))
+app.command("experiment")(
+    with_options(
+        experiment, DistillOptions, {**shipped(), "student": "the one that ships", "teacher": "the one that ships"}
+    )
+)
 
 
 @app.command()
-def report(out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of a finished run.", show_default=False)]) -> None:
+def report(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of a finished run.", show_default=False)],
+) -> None:
     """Write report.html again from the tables of a finished run.
 
     Example: opdkernels report out

@@ -27,11 +27,15 @@ def cuda_kernels() -> str:
     """Who serves tensors on a GPU, and why those before it in the order do not."""
     if select.forced() == select.REFERENCE:
         return "not used: OPDKERNELS_BACKEND=reference asks for the reference"
-    passed_over = [f"not {name}: {why}" for name, why in (("CUDA C++", cuda.why_not()), ("Triton", triton.why_not())) if why]
+    passed_over = [
+        f"not {name}: {why}" for name, why in (("CUDA C++", cuda.why_not()), ("Triton", triton.why_not())) if why
+    ]
     if select.forced() == "triton" and not triton.why_not():
         return "Triton serves tensors on a GPU: OPDKERNELS_BACKEND=triton"
     if not cuda.why_not():
-        origin = "built at install" if cuda.launch.source_at_hand() == "built" else "compiled by NVRTC at the first call"
+        origin = (
+            "built at install" if cuda.launch.source_at_hand() == "built" else "compiled by NVRTC at the first call"
+        )
         who = f"CUDA C++, {origin}, serves tensors on a GPU, Triton what it lacks"
     else:
         who = "the plain PyTorch reference serves" if triton.why_not() else "Triton serves tensors on a GPU"
@@ -40,7 +44,11 @@ def cuda_kernels() -> str:
 
 def gpus() -> list[str]:
     """Name and compute capability of each GPU that torch can use."""
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    found = (
+        [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
     return [f"{one.name} ({one.major}.{one.minor})" for one in found]
 
 
@@ -87,7 +95,10 @@ def lines(found: dict[str, Any]) -> list[str]:
     """The same for people."""
     sets = ", ".join(found["instruction_sets"]) or "none"
     library = f"for CUDA {found['cuda_library']}" if found["cuda_library"] else "no"
-    gpu = printable(", ".join(found["cuda_devices"])) or f"no devices{': ' + found['cuda_devices_why_none'] if found['cuda_devices_why_none'] else ''}"
+    gpu = (
+        printable(", ".join(found["cuda_devices"]))
+        or f"no devices{': ' + found['cuda_devices_why_none'] if found['cuda_devices_why_none'] else ''}"
+    )
     if found["cuda_library_is_stale"]:
         library += ", passed over: library built from other sources; rebuild (reinstall opdkernels)"
     cupy = f"CuPy for CUDA {found['cupy']}" if found["cupy"] else "no CuPy"

@@ -66,8 +66,12 @@ class Options(BaseModel):
 
 class AnalyzeOptions(Options):
     memory: Bytes = Field(4 * 10**9, description="Most memory to use, such as 2GB; mapped files do not count.")
-    threads: int | None = Field(None, ge=1, le=4096, description="Threads of the kernels; torch's own number if not given.")
-    device: DeviceName = Field("cpu", description="cpu, cuda or cuda:N: where coordinates are counted and Gram matrices made.")
+    threads: int | None = Field(
+        None, ge=1, le=4096, description="Threads of the kernels; torch's own number if not given."
+    )
+    device: DeviceName = Field(
+        "cpu", description="cpu, cuda or cuda:N: where coordinates are counted and Gram matrices made."
+    )
     spectra: Literal["exact", "topk", "off"] = Field(
         "exact",
         description="Spectra of every matrix and its place in the geometry of the source: exact; topk, the top of the update's "
@@ -82,12 +86,16 @@ class AnalyzeOptions(Options):
 
 
 class OverlapOptions(Options):
-    atol: float = Field(1e-5, ge=0, le=1e30, description="A coordinate changed where visible |delta| exceeds this (rounded to bf16).")
+    atol: float = Field(
+        1e-5, ge=0, le=1e30, description="A coordinate changed where visible |delta| exceeds this (rounded to bf16)."
+    )
     strata: tuple[Literal["row", "column"], ...] = Field(
         (), description="Also condition chance on |W| within the rows or columns of each matrix."
     )
     memory: Bytes = Field(4 * 10**9, description="Most memory to use, such as 2GB; mapped files do not count.")
-    threads: int | None = Field(None, ge=1, le=4096, description="Threads of the kernels; torch's own number if not given.")
+    threads: int | None = Field(
+        None, ge=1, le=4096, description="Threads of the kernels; torch's own number if not given."
+    )
     csv: bool = Field(False, description="Also write overlap.csv.")
     report: bool = Field(True, description="Write report.html.")
     overwrite: bool = Field(False, description="Replace another run in the output folder.")
@@ -95,9 +103,16 @@ class OverlapOptions(Options):
 
 class TrendOptions(Options):
     memory: Bytes = Field(4 * 10**9, description="Most memory to use, such as 2GB; mapped files do not count.")
-    threads: int | None = Field(None, ge=1, le=4096, description="Threads of the kernels; torch's own number if not given.")
+    threads: int | None = Field(
+        None, ge=1, le=4096, description="Threads of the kernels; torch's own number if not given."
+    )
     spectra: Literal["exact", "topk", "off"] = Field("exact", description="As of analyze, for every checkpoint.")
-    atol: float = Field(1e-5, ge=0, le=1e30, description="The changed set: coordinates whose visible |delta| exceeds this (rounded to bf16).")
+    atol: float = Field(
+        1e-5,
+        ge=0,
+        le=1e30,
+        description="The changed set: coordinates whose visible |delta| exceeds this (rounded to bf16).",
+    )
     csv: bool = Field(False, description="Also write the tables as CSV.")
     report: bool = Field(True, description="Write report.html, and one for every checkpoint.")
     overwrite: bool = Field(False, description="Replace another run in the output folder.")

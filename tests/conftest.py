@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded; on a busy machine waiting threads must not spin
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # read when torch is loaded; on a busy machine waiting threads must not spin
 
 import numpy as np
 import pytest
@@ -44,11 +46,24 @@ def make_pair(n: int, source_dtype=torch.bfloat16, trained_dtype=None, *, seed=0
     trained[::2] = source[::2]
     if hostile:
         for side in (source, trained):
-            for start, step, value in ((0, 97, np.nan), (5, 101, np.inf), (6, 103, -np.inf), (7, 89, 0.0), (8, 93, -0.0),
-                                       (9, 91, 3.3e38), (10, 95, -3.3e38), (11, 87, 1e-40), (12, 85, 1.0), (13, 83, 2.0**-7)):  # fmt: skip
+            for start, step, value in (
+                (0, 97, np.nan),
+                (5, 101, np.inf),
+                (6, 103, -np.inf),
+                (7, 89, 0.0),
+                (8, 93, -0.0),
+                (9, 91, 3.3e38),
+                (10, 95, -3.3e38),
+                (11, 87, 1e-40),
+                (12, 85, 1.0),
+                (13, 83, 2.0**-7),
+            ):
                 side[start::step] = value
             rng.shuffle(side[: n // 3])
-    as_tensor = lambda x, dtype: torch.from_numpy(x.copy()).to(dtype)  # noqa: E731
+
+    def as_tensor(x, dtype):
+        return torch.from_numpy(x.copy()).to(dtype)
+
     return as_tensor(source, source_dtype), as_tensor(trained, trained_dtype or source_dtype)
 
 
@@ -56,4 +71,6 @@ def pytest_terminal_summary(terminalreporter):
     for line in shown.lines(report.nodeid for report in terminalreporter.getreports("passed")):
         terminalreporter.write_line(line)
     if not torch.cuda.is_available():
-        terminalreporter.write_line("not proved here, for want of a GPU: speed, races between threads, the order of atomics, launches through a driver (docs/gpu.md)")
+        terminalreporter.write_line(
+            "not proved here, for want of a GPU: speed, races between threads, the order of atomics, launches through a driver (docs/gpu.md)"
+        )

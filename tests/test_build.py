@@ -15,7 +15,17 @@ from tests.conftest import ISAS
 ROOT = Path(__file__).parent.parent
 ARM = shutil.which("aarch64-linux-gnu-g++")
 EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
-FLAGS = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+]
 
 # Counts a pair of 3,000 coordinates and prints the tally; compiled for this machine and for arm64.
 PROGRAM = r"""
@@ -56,8 +66,23 @@ def compile_program(compiler: str, folder: Path, x86: bool) -> Path:
     if x86:
         for name, flags in isa_flags().items():
             objects.append(str(folder / f"{name}.o"))
-            subprocess.run([compiler, *FLAGS, "-Wno-maybe-uninitialized", *flags, "-c", str(ROOT / f"csrc/cpu/{name}.cpp"), "-o", objects[-1]], check=True)
-    subprocess.run([compiler, *FLAGS, "-I", str(ROOT), str(program), *plain, *objects, "-static", "-pthread", "-o", str(out)], check=True)
+            subprocess.run(
+                [
+                    compiler,
+                    *FLAGS,
+                    "-Wno-maybe-uninitialized",
+                    *flags,
+                    "-c",
+                    str(ROOT / f"csrc/cpu/{name}.cpp"),
+                    "-o",
+                    objects[-1],
+                ],
+                check=True,
+            )
+    subprocess.run(
+        [compiler, *FLAGS, "-I", str(ROOT), str(program), *plain, *objects, "-static", "-pthread", "-o", str(out)],
+        check=True,
+    )
     return out
 
 
@@ -82,7 +107,9 @@ def test_arm64_counts_the_same(tmp_path):
     there = subprocess.run([EMULATOR, str(arm)], capture_output=True, text=True, check=True).stdout.split()
     assert there[0] == "baseline"
     for isa in ISAS:
-        found = subprocess.run([str(here)], capture_output=True, text=True, check=True, env={**os.environ, "OPDKERNELS_ISA": isa}).stdout.split()
+        found = subprocess.run(
+            [str(here)], capture_output=True, text=True, check=True, env={**os.environ, "OPDKERNELS_ISA": isa}
+        ).stdout.split()
         assert found == [isa, *there[1:]]
 
 
@@ -90,8 +117,11 @@ def test_arm64_counts_the_same(tmp_path):
 def test_an_instruction_set_that_is_not_there_is_refused():
     done = subprocess.run(
         [sys.executable, "-c", "from opdkernels import _C; _C.current_isa()"],
-        env={**os.environ, "OPDKERNELS_ISA": "avx9"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**os.environ, "OPDKERNELS_ISA": "avx9"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "instruction set avx9 is not available here; choose one of baseline" in done.stderr
 
 
@@ -103,8 +133,12 @@ def test_an_nvcc_that_fails_fails_no_install(tmp_path):
     build = "import pathlib, sys; sys.path.insert(0, '.'); import setup; setup.build_cuda_where_nvcc_is(pathlib.Path(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-c", build, str(tmp_path / "_cuda.so")],
-        cwd=ROOT, env={**os.environ, "CUDA_HOME": str(tmp_path)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "CUDA_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0
     assert "opdkernels: no CUDA kernels, NVRTC or Triton will serve" in done.stderr
     assert not (tmp_path / "_cuda.so").exists()

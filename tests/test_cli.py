@@ -20,7 +20,13 @@ from tests.analysis.conftest import pair, save, trained, weights  # noqa: F401
 
 
 def run(*arguments, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "opdkernels", *map(str, arguments)], capture_output=True, text=True, check=False, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "opdkernels", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
 
 
 def test_analyze_prints_both_views_and_writes_the_run(pair, tmp_path):  # noqa: F811
@@ -28,7 +34,9 @@ def test_analyze_prints_both_views_and_writes_the_run(pair, tmp_path):  # noqa: 
     assert done.returncode == 0, done.stderr
     assert "stored" in done.stdout
     assert "visible" in done.stdout
-    assert {"run.json", "summary.json", "tensors.parquet", "groups.parquet", "report.html", "tallies"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"run.json", "summary.json", "tensors.parquet", "groups.parquet", "report.html", "tallies"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
     again = run("report", tmp_path / "out")
     assert again.returncode == 0
     assert again.stdout.strip() == str(tmp_path / "out" / "report.html")
@@ -86,7 +94,11 @@ def test_doctor_names_the_kernels_that_serve():
         (["overlap", "nowhere", "a", "b", "-o", "out"], 4, "nowhere does not exist"),
         (["overlap", "nowhere", "a", "-o", "out"], 2, "2 to 16 runs"),
         (["patch", "create", "nowhere", "nowhere", "-o", "out"], 4, "nowhere does not exist"),
-        (["patch", "apply", "nowhere", "nowhere", "-o", "out"], 4, "nowhere does not exist; give a file that patch create wrote"),
+        (
+            ["patch", "apply", "nowhere", "nowhere", "-o", "out"],
+            4,
+            "nowhere does not exist; give a file that patch create wrote",
+        ),
         (["patch", "info", "nowhere"], 4, "nowhere does not exist"),
         (["patch", "create", "a", "b"], 2, "--out"),
         (["patch", "mend"], 2, "mend"),
@@ -110,10 +122,28 @@ def test_bad_calls_get_one_line_and_their_status(tmp_path, arguments, status, me
 
 
 def test_warnings_are_one_line(tmp_path):
-    done = run("distill", "--student", "nowhere", "--teacher", "nowhere", "--prompts", "addition", "--divergence", "jsd", "--beta", "0.01", "-o", tmp_path / "out", env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = run(
+        "distill",
+        "--student",
+        "nowhere",
+        "--teacher",
+        "nowhere",
+        "--prompts",
+        "addition",
+        "--divergence",
+        "jsd",
+        "--beta",
+        "0.01",
+        "-o",
+        tmp_path / "out",
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert done.returncode == 4
     first, _ = done.stderr.splitlines()
-    assert first == "opdkernels: warning: jsd with beta 0.01 is near 0, whatever the models: at 0 and 1 it is a KL, but not near them"
+    assert (
+        first
+        == "opdkernels: warning: jsd with beta 0.01 is near 0, whatever the models: at 0 and 1 it is a KL, but not near them"
+    )
 
 
 def test_excluded_tensors_end_with_status_3(tmp_path):
@@ -127,7 +157,10 @@ def test_excluded_tensors_end_with_status_3(tmp_path):
 
 def test_hostile_names_do_not_reach_the_terminal(tmp_path):
     name = "w\x1b[2Jx\u202e"
-    a, b = save(tmp_path / "a", {name: torch.ones(3)}), save(tmp_path / "b", {name: torch.tensor([1.0, float("nan"), 1])})
+    a, b = (
+        save(tmp_path / "a", {name: torch.ones(3)}),
+        save(tmp_path / "b", {name: torch.tensor([1.0, float("nan"), 1])}),
+    )
     done = run("analyze", a, b, "-o", tmp_path / "out")
     assert done.returncode == 3
     assert "\x1b" not in done.stdout + done.stderr
@@ -180,7 +213,23 @@ def test_files_that_the_base_lacks_end_with_status_3(pair, tmp_path):  # noqa: F
     assert "left out: config.json" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["inspect", "analyze", "overlap", "report", "doctor", "trend", "distill", "experiment", "intervene", "patch create", "patch apply", "patch info"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect",
+        "analyze",
+        "overlap",
+        "report",
+        "doctor",
+        "trend",
+        "distill",
+        "experiment",
+        "intervene",
+        "patch create",
+        "patch apply",
+        "patch info",
+    ],
+)
 def test_every_command_teaches_by_example(command):
     text = CliRunner().invoke(cli.app, [*command.split(), "--help"]).output
     assert f"Example: opdkernels {command}" in " ".join(text.split())
@@ -188,9 +237,19 @@ def test_every_command_teaches_by_example(command):
 
 @pytest.mark.parametrize(("function", "model"), [(cli.analyze, AnalyzeOptions), (cli.overlap, OverlapOptions)])
 def test_options_of_a_command_are_those_of_its_model(function, model):
-    parameters = set(inspecting.signature(function).parameters) - {"source", "trained", "base", "runs", "out", "quiet", "json"}
+    parameters = set(inspecting.signature(function).parameters) - {
+        "source",
+        "trained",
+        "base",
+        "runs",
+        "out",
+        "quiet",
+        "json",
+    }
     assert {p.replace("no_report", "report") for p in parameters} == set(model.model_fields)
-    defaults = {name: p.default for name, p in inspecting.signature(function).parameters.items() if name in model.model_fields}
+    defaults = {
+        name: p.default for name, p in inspecting.signature(function).parameters.items() if name in model.model_fields
+    }
     built = model(**{k: v for k, v in defaults.items() if k != "strata"})
     assert built == model()
 

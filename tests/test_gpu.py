@@ -27,8 +27,23 @@ ROOT = Path(__file__).parent.parent
 HERE = torch.device("cpu")
 SIZES = (0, 1, 31, 1025)
 BACKENDS = {one.name: one for one in backends.found(HERE)[0]}
-UNITS = [(check, family.name, backend.name) for check, family, backend in checks.units(list(FAMILIES.values()), list(BACKENDS.values()))]
-BLOCKED = ("pyarrow", "pydantic", "typer", "rich", "jinja2", "safetensors", "pytest", "pandas", "huggingface_hub", "pybind11", "hypothesis")
+UNITS = [
+    (check, family.name, backend.name)
+    for check, family, backend in checks.units(list(FAMILIES.values()), list(BACKENDS.values()))
+]
+BLOCKED = (
+    "pyarrow",
+    "pydantic",
+    "typer",
+    "rich",
+    "jinja2",
+    "safetensors",
+    "pytest",
+    "pandas",
+    "huggingface_hub",
+    "pybind11",
+    "hypothesis",
+)
 
 
 @pytest.mark.gpu
@@ -172,7 +187,12 @@ def gpu_of_the_cpu(monkeypatch):
     """What is said to a GPU is said, and the CPU does it."""
     monkeypatch.setattr(checks, "on_gpu", lambda device: True)
     monkeypatch.setattr(timings, "on_gpu", lambda device: True)
-    for name, stand in (("Stream", Stands), ("Event", Stands), ("stream", contextlib.nullcontext), ("mem_get_info", lambda device: (1 << 33, 1 << 34))):
+    for name, stand in (
+        ("Stream", Stands),
+        ("Event", Stands),
+        ("stream", contextlib.nullcontext),
+        ("mem_get_info", lambda device: (1 << 33, 1 << 34)),
+    ):
         monkeypatch.setattr(torch.cuda, name, stand)
     for name in ("_sleep", "synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
@@ -217,7 +237,11 @@ def test_the_backends_of_a_gpu_are_those_that_are_there(monkeypatch):
     monkeypatch.setattr(launch, "Compiled", lambda: "compiled")
     monkeypatch.setattr(launch, "library_is_stale", lambda: False)
     monkeypatch.setattr(triton, "why_not", lambda: "")
-    for library, cupy, names in ((13, 13, ["CUDA library", "NVRTC", "Triton"]), (12, None, ["Triton"]), (None, 13, ["NVRTC", "Triton"])):
+    for library, cupy, names in (
+        (13, 13, ["CUDA library", "NVRTC", "Triton"]),
+        (12, None, ["Triton"]),
+        (None, 13, ["NVRTC", "Triton"]),
+    ):
         monkeypatch.setattr(launch, "cuda_of_library", lambda library=library: library)
         monkeypatch.setattr(launch, "cuda_of_cupy", lambda cupy=cupy: cupy)
         here, missing = backends.found(gpu)
@@ -230,7 +254,11 @@ def test_the_backends_of_a_gpu_are_those_that_are_there(monkeypatch):
 
     monkeypatch.setattr(launch, "Compiled", broken)
     monkeypatch.setattr(triton, "why_not", lambda: "Triton is not installed")
-    assert backends.found(gpu)[1] == ["CUDA library: not here, torch is for CUDA 13", "NVRTC: no libnvrtc", "Triton is not installed"]
+    assert backends.found(gpu)[1] == [
+        "CUDA library: not here, torch is for CUDA 13",
+        "NVRTC: no libnvrtc",
+        "Triton is not installed",
+    ]
 
 
 def test_a_unit_says_what_became_of_it(monkeypatch):
@@ -239,7 +267,12 @@ def test_a_unit_says_what_became_of_it(monkeypatch):
     def raises(error):
         raise error
 
-    for error, status in ((None, "passed"), (AssertionError("off"), "failed"), (Unproved("no"), "unproved"), (torch.OutOfMemoryError("full"), "unproved")):
+    for error, status in (
+        (None, "passed"),
+        (AssertionError("off"), "failed"),
+        (Unproved("no"), "unproved"),
+        (torch.OutOfMemoryError("full"), "unproved"),
+    ):
         unit = worker.Unit("check", "a", "b", "c", lambda error=error: raises(error) if error else [])
         (line,) = worker.run(unit, HERE)
         assert (line["status"], line["name"]) == (status, "a")
@@ -258,8 +291,16 @@ def test_a_unit_says_what_became_of_it(monkeypatch):
 def test_every_contender_is_timed_and_compared(subject):
     limits = dict.fromkeys(("copy", "fp64 product", "bf16 product"), 1e9)
     rows = [*timings.time_subject(subject, list(BACKENDS.values()), HERE, limits, 4096)]
-    rows += timings.time_compiled(subject, HERE, limits, functools.partial(torch.compile, backend="eager"), 4096) if subject.fuses else []
-    assert [row["contender"] for row in rows] == [*(name for name in BACKENDS if name not in ("package", "reference")), "eager PyTorch", *["torch.compile"] * subject.fuses]
+    rows += (
+        timings.time_compiled(subject, HERE, limits, functools.partial(torch.compile, backend="eager"), 4096)
+        if subject.fuses
+        else []
+    )
+    assert [row["contender"] for row in rows] == [
+        *(name for name in BACKENDS if name not in ("package", "reference")),
+        "eager PyTorch",
+        *["torch.compile"] * subject.fuses,
+    ]
     for row in rows:
         rate = row[subject.unit]
         assert rate == pytest.approx(row["share_of_limit"] * 1e9)
@@ -308,7 +349,12 @@ def test_checks_side_by_side_are_those_of_one_process(tmp_path):
         arguments = ["--device", "cpu", "--small", "--no-build", "--jobs", jobs, "--out", str(tmp_path / jobs)]
         assert command.main([*arguments, "--only", "equals_the_cpu,works_on_the_current_stream,limits"]) == 0
         (path,) = (tmp_path / jobs).iterdir()
-        found.append([(unit["name"], unit["subject"], unit["backend"], unit["status"]) for unit in json.loads(path.read_text())["units"]])
+        found.append(
+            [
+                (unit["name"], unit["subject"], unit["backend"], unit["status"])
+                for unit in json.loads(path.read_text())["units"]
+            ]
+        )
     assert sorted(found[0]) == sorted(found[1])
     assert {name for name, *_ in found[1][: -3 * len(FAMILIES) - 1]} == {"equals_the_cpu"}
 
@@ -319,7 +365,18 @@ def test_checks_that_took_all_the_time_are_kept(tmp_path, monkeypatch, capfd):
     def checked(command_line, jobs, deadline):
         results = command.Results()
         results.take({"plan": [], "machine": {"name": "a gpu", "torch": "2", "cuda": "13"}, "missing": []})
-        results.take({"group": "check", "name": "equals_the_cpu", "subject": "delta", "backend": "Triton", "status": "passed", "rows": [], "detail": "", "seconds": 1.0})
+        results.take(
+            {
+                "group": "check",
+                "name": "equals_the_cpu",
+                "subject": "delta",
+                "backend": "Triton",
+                "status": "passed",
+                "rows": [],
+                "detail": "",
+                "seconds": 1.0,
+            }
+        )
         return results, ""
 
     monkeypatch.setattr(command, "side_by_side", checked)
@@ -356,7 +413,12 @@ for i in range(first, 5):
 
 def supervised(hangs: int, seconds: float) -> list[str]:
     results = command.Results()
-    assert command.supervise([sys.executable, "-c", WORKER.replace("HANGS", str(hangs))], time.monotonic() + seconds, results) == ""
+    assert (
+        command.supervise(
+            [sys.executable, "-c", WORKER.replace("HANGS", str(hangs))], time.monotonic() + seconds, results
+        )
+        == ""
+    )
     return [unit["status"] for unit in results.finish()["units"]]
 
 
@@ -399,7 +461,9 @@ def test_it_needs_torch_and_numpy_alone():
         "from opdkernels import doctor\n"
         "print(len(doctor.lines(doctor.examine())), len(worker.plan(worker.options(['--device', 'cpu', '--small']), worker.torch.device('cpu'))))\n"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[1]) > 50
 
@@ -420,7 +484,11 @@ def test_setup_takes_torchs_headers_where_pybind11_is_not_installed():
 
 def test_a_build_that_fails_is_said_and_goes_on(monkeypatch):
     said = []
-    monkeypatch.setattr(build.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, "", "opdkernels: no compiled kernels (no space)\n"))
+    monkeypatch.setattr(
+        build.subprocess,
+        "run",
+        lambda *a, **k: subprocess.CompletedProcess(a, 1, "", "opdkernels: no compiled kernels (no space)\n"),
+    )
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     build.build(said.append, 5)
@@ -430,22 +498,52 @@ def test_a_build_that_fails_is_said_and_goes_on(monkeypatch):
 
 
 def test_readme_quotes_every_gpu_measured_or_says_that_none_is():
-    assert record.show() == record.README.read_text(), "run python3 -m benchmarks.gpu.record: kernels or results have changed"
+    assert record.show() == record.README.read_text(), (
+        "run python3 -m benchmarks.gpu.record: kernels or results have changed"
+    )
 
 
 def test_checks_in_a_line_name_what_does_not_hold():
     statuses = ("passed", "passed", "failed", "unproved", "not reached")
-    units = [{"group": "check", "name": f"check_{i}", "subject": "delta", "backend": "Triton", "status": status} for i, status in enumerate(statuses)]
+    units = [
+        {"group": "check", "name": f"check_{i}", "subject": "delta", "backend": "Triton", "status": status}
+        for i, status in enumerate(statuses)
+    ]
     (line,) = record.checks_line([*units, {"group": "time", "status": "passed"}])
-    assert line.startswith("2 of 5 checks hold; **failed**: check 2 (Triton); not shown: check 3 (Triton); not reached: check 4 (Triton) (")
+    assert line.startswith(
+        "2 of 5 checks hold; **failed**: check 2 (Triton); not shown: check 3 (Triton); not reached: check 4 (Triton) ("
+    )
     assert not record.checks_line([{"group": "time", "status": "passed"}])
 
 
 def test_a_figure_of_kernels_that_have_changed_since_is_marked():
-    row = {"subject": "a pass", "family": "delta", "median_s": 1e-3, "bytes_per_s": 1e9, "share_of_limit": 0.5, "extra_bytes": None}
-    of = lambda sources: {"group": "time", "name": "backends", "subject": "a pass", "status": "passed", "rows": [{**row, "contender": "Triton", "sources": sources}]}  # noqa: E731
-    same, other = ("\n".join(record.timings_table([of(sources)])) for sources in (record.sources_of("delta", "Triton"), "0"))
+    row = {
+        "subject": "a pass",
+        "family": "delta",
+        "median_s": 1e-3,
+        "bytes_per_s": 1e9,
+        "share_of_limit": 0.5,
+        "extra_bytes": None,
+    }
+
+    def of(sources):
+        return {
+            "group": "time",
+            "name": "backends",
+            "subject": "a pass",
+            "status": "passed",
+            "rows": [{**row, "contender": "Triton", "sources": sources}],
+        }
+
+    same, other = (
+        "\n".join(record.timings_table([of(sources)])) for sources in (record.sources_of("delta", "Triton"), "0")
+    )
     assert record.CHANGED not in same
     assert f"| Triton{record.CHANGED} |" in other
     assert "changed since" in other
-    assert record.sources_of("delta", "Triton") != record.sources_of("delta", "NVRTC") != record.sources_of("delta", "eager PyTorch") == ""
+    assert (
+        record.sources_of("delta", "Triton")
+        != record.sources_of("delta", "NVRTC")
+        != record.sources_of("delta", "eager PyTorch")
+        == ""
+    )

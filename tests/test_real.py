@@ -34,7 +34,9 @@ def test_transfer_learning_changed_half_the_tensors(tmp_path):
     assert round(stored["bit_equal"] / stored["numel"], 4) == 0.7976
     assert round(stored["relative_norm"], 4) == 0.0408
     frozen = {r["name"] for r in result.tensors.to_pylist() if r["bit_equal"] == r["numel"]}
-    assert frozen == {n for n in {r["name"] for r in result.tensors.to_pylist()} if ".layers.1." in n or ".layers.3." in n}
+    assert frozen == {
+        n for n in {r["name"] for r in result.tensors.to_pylist()} if ".layers.1." in n or ".layers.3." in n
+    }
     assert result.exit_status == 0
 
 

@@ -26,9 +26,17 @@ FLOORS = [
 ]
 FAMILIES = ("delta", "overlap", "quantile", "gram", "patch", "step", "divergence")
 COLUMNS = (
-    "opdkernels/ops/{}.py", "csrc/{}.h", "csrc/cpu/{}.inl", "opdkernels/backends/triton/{}.py",
-    "csrc/cuda/{}.cu", "opdkernels/backends/cuda/{}.py", "tests/ops/test_{}.py", "tests/backends/triton/test_{}.py", "tests/backends/cuda/test_{}.py", "benchmarks/bench_{}.py",
-)  # fmt: skip
+    "opdkernels/ops/{}.py",
+    "csrc/{}.h",
+    "csrc/cpu/{}.inl",
+    "opdkernels/backends/triton/{}.py",
+    "csrc/cuda/{}.cu",
+    "opdkernels/backends/cuda/{}.py",
+    "tests/ops/test_{}.py",
+    "tests/backends/triton/test_{}.py",
+    "tests/backends/cuda/test_{}.py",
+    "benchmarks/bench_{}.py",
+)
 CPU = ("csrc/{}.h", "csrc/cpu/{}.inl")
 CUDA = ("csrc/cuda/{}.cu", "opdkernels/backends/cuda/{}.py", "tests/backends/cuda/test_{}.py")
 GAPS = {  # what a family has no file for, and why
@@ -76,8 +84,22 @@ def test_every_family_has_its_file_in_every_column_or_a_named_gap(family, column
 
 
 def test_every_file_of_the_grid_is_a_family():
-    for folder, suffix in (("opdkernels/ops", ".py"), ("csrc/cpu", ".inl"), ("opdkernels/backends/triton", ".py"), ("opdkernels/backends/cuda", ".py"), ("csrc/cuda", ".cu")):
-        names = {p.stem for p in (ROOT / folder).glob(f"*{suffix}")} - {"__init__", "isa", "exact_sum", "launch", "numeric", "sources", "tiles"}
+    for folder, suffix in (
+        ("opdkernels/ops", ".py"),
+        ("csrc/cpu", ".inl"),
+        ("opdkernels/backends/triton", ".py"),
+        ("opdkernels/backends/cuda", ".py"),
+        ("csrc/cuda", ".cu"),
+    ):
+        names = {p.stem for p in (ROOT / folder).glob(f"*{suffix}")} - {
+            "__init__",
+            "isa",
+            "exact_sum",
+            "launch",
+            "numeric",
+            "sources",
+            "tiles",
+        }
         assert names == {family for family in FAMILIES if (family, f"{folder}/{{}}{suffix}") not in GAPS}
 
 
@@ -101,7 +123,10 @@ def test_readme_quotes_the_committed_measurements():
 def test_marks_without_a_figure_have_an_empty_cell():
     from benchmarks.experiments import MARKS, marks_table
 
-    assert marks_table([{"step": 5, **dict.fromkeys(MARKS), "changed_visible": 0.5}])[-1] == "| 5 | 50.0 % |  |  |  |  |  |"
+    assert (
+        marks_table([{"step": 5, **dict.fromkeys(MARKS), "changed_visible": 0.5}])[-1]
+        == "| 5 | 50.0 % |  |  |  |  |  |"
+    )
 
 
 def test_the_page_of_experiments_quotes_the_results_that_are_kept():

@@ -95,7 +95,10 @@ class Results:
             self.done += other.finish()["units"]
 
     def finish(self) -> dict[str, Any]:
-        late = [{**unit, "status": "not reached", "rows": [], "detail": "", "seconds": 0.0} for unit in self.plan[len(self.done) :]]
+        late = [
+            {**unit, "status": "not reached", "rows": [], "detail": "", "seconds": 0.0}
+            for unit in self.plan[len(self.done) :]
+        ]
         return {**self.about, "units": [*self.done, *late]}
 
 
@@ -103,9 +106,16 @@ def supervise(command: list[str], deadline: float, results: Results) -> str:
     """Workers, one after the other where one is lost, until all is done or the time is over. Why nothing could begin, if so."""
     for _ in range(LOSSES):
         process = subprocess.Popen(
-            [*command, "--first", str(len(results.done))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=build.ROOT,
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},  # what is compared with is made on the CPU, of which others may be busy
-        )  # fmt: skip
+            [*command, "--first", str(len(results.done))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=build.ROOT,
+            env={
+                "OMP_WAIT_POLICY": "PASSIVE",
+                **os.environ,
+            },  # what is compared with is made on the CPU, of which others may be busy
+        )
         said: list[str] = []
         threading.Thread(target=lambda process=process, said=said: said.extend(process.stderr), daemon=True).start()
         why = follow(process, lambda: min(UNIT_LIMIT_S, deadline - time.monotonic()), results.take)
@@ -129,14 +139,24 @@ def side_by_side(command: list[str], jobs: int, deadline: float) -> tuple[Result
 
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python3 -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tests", action="store_true", help="only the checks")
     parser.add_argument("--bench", action="store_true", help="only the measurements")
-    parser.add_argument("--deadline", type=float, default=DEADLINE_S, metavar="S", help="seconds in all (%(default).0f)")
+    parser.add_argument(
+        "--deadline", type=float, default=DEADLINE_S, metavar="S", help="seconds in all (%(default).0f)"
+    )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to try the command itself")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="the folder of the JSON")
     parser.add_argument("--small", action="store_true", help="small inputs: to try the command itself")
-    parser.add_argument("--jobs", type=int, default=JOBS, metavar="N", help="processes that check side by side (%(default)d here); measurements run alone")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=JOBS,
+        metavar="N",
+        help="processes that check side by side (%(default)d here); measurements run alone",
+    )
     parser.add_argument("--only", default="", help=argparse.SUPPRESS)
     parser.add_argument("--no-build", action="store_true", help="with what is built already")
     return parser.parse_args(arguments)
@@ -159,7 +179,10 @@ def main(arguments: list[str] | None = None) -> int:
         results.join([rest])
         why = "; ".join(filter(None, (why, late and f"what runs alone: {late}" if results.about else late)))
     if not results.about:
-        print(f"nothing was checked on {chosen.device}: {why}; see `nvidia-smi`, and `python3 -m opdkernels doctor`", file=sys.stderr)
+        print(
+            f"nothing was checked on {chosen.device}: {why}; see `nvidia-smi`, and `python3 -m opdkernels doctor`",
+            file=sys.stderr,
+        )
         return 4
     found = results.finish()
     path = record.write(chosen.out, found)

@@ -65,7 +65,11 @@ def found(device: torch.device) -> tuple[list[Backend], list[str]]:
     backends, missing = [], []
     major = int((torch.version.cuda or "0").split(".")[0])
     origins: Iterable[tuple[str, int | None, Callable[[], Any]]] = (
-        ("CUDA library", None if launch.library_is_stale() else launch.cuda_of_library(), lambda: launch.Built(launch.LIBRARY)),
+        (
+            "CUDA library",
+            None if launch.library_is_stale() else launch.cuda_of_library(),
+            lambda: launch.Built(launch.LIBRARY),
+        ),
         ("NVRTC", launch.cuda_of_cupy(), launch.Compiled),
     )
     for name, found_major, make in origins:
@@ -75,7 +79,9 @@ def found(device: torch.device) -> tuple[list[Backend], list[str]]:
             except Exception as error:
                 missing.append(f"{name}: {error}")
         else:
-            missing.append(f"{name}: {'not here' if found_major is None else f'for CUDA {found_major}'}, torch is for CUDA {major or 'no version'}")
+            missing.append(
+                f"{name}: {'not here' if found_major is None else f'for CUDA {found_major}'}, torch is for CUDA {major or 'no version'}"
+            )
     if triton.why_not():
         missing.append(triton.why_not())
     else:

@@ -18,7 +18,8 @@ def lacking() -> list[str]:
     nvcc = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin") or shutil.which("nvcc")
     here = {
         "setuptools: nothing can be built": importlib.util.find_spec("setuptools"),
-        "a C++ compiler (g++): the reference stands in for the CPU's kernels": shutil.which("g++") or shutil.which("c++"),
+        "a C++ compiler (g++): the reference stands in for the CPU's kernels": shutil.which("g++")
+        or shutil.which("c++"),
         "nvcc: NVRTC or Triton serves, there is no CUDA library": nvcc,
     }
     return [what for what, found in here.items() if not found]

@@ -57,7 +57,9 @@ def equals_the_cpu(family: Family, backend: Backend, device: torch.device, sizes
             run(case, backend, device)
 
 
-def takes_misaligned_views(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+def takes_misaligned_views(
+    family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES
+) -> None:
     for n in sizes[:-1]:
         for case in cases(family, n):
             run(case, backend, device, off=1)
@@ -74,10 +76,14 @@ def repeats_itself(family: Family, backend: Backend, device: torch.device, sizes
         found = [one.cpu() for one in case.call(backend.kernel, place, *place.put(case.inputs))]
         once = once or found
         for a, b in zip(found, once, strict=True):
-            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), f"run {i} differs from the first: {case.label}"
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), (
+                f"run {i} differs from the first: {case.label}"
+            )
 
 
-def works_on_the_current_stream(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+def works_on_the_current_stream(
+    family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES
+) -> None:
     """The default stream sleeps: what was started there has not run when another stream is done. And inputs that come late on
     that other stream are waited for."""
     case = cases(family, sizes[-1])[0]
@@ -102,11 +108,15 @@ def works_on_the_current_stream(family: Family, backend: Backend, device: torch.
     torch.cuda.synchronize(device)
     case.compare(found, expected(case), case.inputs)
     if early:
-        raise Unproved("the default stream was done first: memory was allocated, or the operator waited for all streams")
+        raise Unproved(
+            "the default stream was done first: memory was allocated, or the operator waited for all streams"
+        )
     return None
 
 
-def reaches_beyond_32_bits(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+def reaches_beyond_32_bits(
+    family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES
+) -> None:
     tile = TILE if sizes[-1] >= 1_000_000 else 1 << 16
     times = BEYOND // tile + 1
     if on_gpu(device):
@@ -123,7 +133,9 @@ def reaches_beyond_32_bits(family: Family, backend: Backend, device: torch.devic
         torch.cuda.empty_cache()
 
 
-def has_the_shapes_of_its_fake(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+def has_the_shapes_of_its_fake(
+    family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES
+) -> None:
     """torch's opcheck of every operator: schema, mutations, and the fake kernel that torch.compile sees."""
     tests = ("test_schema", "test_faketensor")
 
@@ -142,8 +154,15 @@ def is_fed_by_the_host(family: Family, backend: Backend, device: torch.device, s
     """Slices that are read, copied and counted side by side, as `analyze` does: every tensor's tally is that of the CPU."""
     sides = [pair(n, dtype, seed=n) for n in sizes for dtype in (torch.bfloat16, torch.float32)]
     info = {torch.bfloat16: SimpleNamespace(dtype="bf16"), torch.float32: SimpleNamespace(dtype="fp32")}
-    matches = [(i, SimpleNamespace(numel=w.numel(), source=info[w.dtype], trained=info[v.dtype])) for i, (w, v) in enumerate(sides)]
-    source = SimpleNamespace(read=lambda match, begin, end: next(tuple(one[begin:end] for one in sides[i]) for i, each in matches if each is match))
+    matches = [
+        (i, SimpleNamespace(numel=w.numel(), source=info[w.dtype], trained=info[v.dtype]))
+        for i, (w, v) in enumerate(sides)
+    ]
+    source = SimpleNamespace(
+        read=lambda match, begin, end: next(
+            tuple(one[begin:end] for one in sides[i]) for i, each in matches if each is match
+        )
+    )
     tallies = [delta.Tally.empty() for _ in sides]
     for one, ready in feed.staged(source, feed.cut(matches, 1), feed.least(matches), device):  # type: ignore[arg-type]
         delta.delta(*ready(), into=tallies[one.index])
@@ -154,10 +173,20 @@ def is_fed_by_the_host(family: Family, backend: Backend, device: torch.device, s
 def gives_spectra(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
     """Gram matrices and their eigenproblems on the device: every figure that of the CPU, as near as the figures are asked to be."""
     w, v = (side.view(-1, 128) for side in pair(1 << 16, hostile=False))
-    found, wanted = (from_grams(gram.symmetric(gram.gram(w.to(to), v.to(to))).unbind(), tall=True) for to in (device, torch.device("cpu")))
+    found, wanted = (
+        from_grams(gram.symmetric(gram.gram(w.to(to), v.to(to))).unbind(), tall=True)
+        for to in (device, torch.device("cpu"))
+    )
     assert found is not None
     assert wanted is not None
-    for name, off in (("source", 1e-8), ("trained", 1e-8), ("delta", 1e-8), ("projection", 1e-6), ("projection_left", 1e-6), ("rotation_left", 1e-4)):
+    for name, off in (
+        ("source", 1e-8),
+        ("trained", 1e-8),
+        ("delta", 1e-8),
+        ("projection", 1e-6),
+        ("projection_left", 1e-6),
+        ("rotation_left", 1e-4),
+    ):
         a, b = getattr(found, name).cpu(), getattr(wanted, name)
         assert float((a - b).abs().max()) <= off * max(1.0, float(b.abs().max())), f"{name} is off"
 
@@ -165,11 +194,21 @@ def gives_spectra(family: Family, backend: Backend, device: torch.device, sizes:
 CHECKS = {
     check.__name__: check
     for check in (
-        equals_the_cpu, takes_misaligned_views, repeats_itself, works_on_the_current_stream, has_the_shapes_of_its_fake, is_fed_by_the_host,
-        gives_spectra, reaches_beyond_32_bits,
+        equals_the_cpu,
+        takes_misaligned_views,
+        repeats_itself,
+        works_on_the_current_stream,
+        has_the_shapes_of_its_fake,
+        is_fed_by_the_host,
+        gives_spectra,
+        reaches_beyond_32_bits,
     )
-}  # fmt: skip
-OF_THE_PACKAGE = {has_the_shapes_of_its_fake.__name__: None, is_fed_by_the_host.__name__: "delta", gives_spectra.__name__: "gram"}
+}
+OF_THE_PACKAGE = {
+    has_the_shapes_of_its_fake.__name__: None,
+    is_fed_by_the_host.__name__: "delta",
+    gives_spectra.__name__: "gram",
+}
 """Checks of what the package does with whoever serves, and of which family."""
 
 
@@ -186,4 +225,3 @@ def units(families: list[Family], backends: list[Backend]) -> Iterator[tuple[str
             for backend in backends:
                 if concerns(check, family, backend):
                     yield check, family, backend
-

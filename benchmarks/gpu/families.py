@@ -22,12 +22,23 @@ SENTINEL = 85
 GUARD = 16  # elements between a tensor and the ends of its memory
 
 REFERENCES: dict[str, Callable] = {
-    "delta_": delta.reference, "overlap_": overlap.reference, "quantile": quantile.reference, "gram_": gram.reference,
-    "patch_gather_": patch.reference_gather, "patch_scatter_": patch.reference_scatter, "patch_check": patch.reference_check,
-    "patch_digest": patch.reference_digest, "masked_adamw_": step.reference_adamw, "masked_sgd_": step.reference_sgd,
-    "masked_take_": step.reference_take, "masked_put_": step.reference_put, "divergence_scan": tiles.divergence_scan,
-    "divergence_means": tiles.divergence_means, "divergence_backward": tiles.divergence_backward, "divergence_top": tiles.divergence_top,
-}  # fmt: skip
+    "delta_": delta.reference,
+    "overlap_": overlap.reference,
+    "quantile": quantile.reference,
+    "gram_": gram.reference,
+    "patch_gather_": patch.reference_gather,
+    "patch_scatter_": patch.reference_scatter,
+    "patch_check": patch.reference_check,
+    "patch_digest": patch.reference_digest,
+    "masked_adamw_": step.reference_adamw,
+    "masked_sgd_": step.reference_sgd,
+    "masked_take_": step.reference_take,
+    "masked_put_": step.reference_put,
+    "divergence_scan": tiles.divergence_scan,
+    "divergence_means": tiles.divergence_means,
+    "divergence_backward": tiles.divergence_backward,
+    "divergence_top": tiles.divergence_top,
+}
 Kernel = Callable[[str], Callable]  # what serves an operator
 
 
@@ -57,7 +68,9 @@ class Place:
 
     def check(self) -> None:
         for memory, start, stop in self.rooms:
-            assert bool((memory[:start] == SENTINEL).all() & (memory[stop:] == SENTINEL).all()), "memory beside a tensor was written"
+            assert bool((memory[:start] == SENTINEL).all() & (memory[stop:] == SENTINEL).all()), (
+                "memory beside a tensor was written"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,20 +95,29 @@ def assert_same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor],
             integers = {2: torch.int16, 4: torch.int32, 8: INT64}[a.itemsize]
             a, b = a[number].view(integers), b[number].view(integers)
         wrong = a != b
-        assert not wrong.any(), f"output {i}: {int(wrong.sum())} of {wrong.numel()} differ, the first at {int(wrong.flatten().nonzero()[0])}"
+        assert not wrong.any(), (
+            f"output {i}: {int(wrong.sum())} of {wrong.numel()} differ, the first at {int(wrong.flatten().nonzero()[0])}"
+        )
 
 
-def pair(n: int, source: torch.dtype = BF16, trained: torch.dtype | None = None, *, seed: int = 0, hostile: bool = True) -> list[torch.Tensor]:
+def pair(
+    n: int, source: torch.dtype = BF16, trained: torch.dtype | None = None, *, seed: int = 0, hostile: bool = True
+) -> list[torch.Tensor]:
     """A weight and its update, half of it unchanged; `hostile` sprinkles NaN, Inf, signed zeros, subnormals and extremes."""
     generator = torch.Generator().manual_seed(seed)
-    random = lambda: torch.randn(n, generator=generator, dtype=FP64)  # noqa: E731
+
+    def random():
+        return torch.randn(n, generator=generator, dtype=FP64)
+
     w = 0.02 * random() * random().exp()
     v = w + 1e-5 * random() * (2 * random()).exp()
     v[::2] = w[::2]
     if hostile:
         nan, inf = float("nan"), float("inf")
         for side, shift in ((w, 0), (v, 3)):
-            for i, value in enumerate((nan, inf, -inf, 0.0, -0.0, 3.3e38, -3.3e38, 1e-40, -1e-45, 1.0, 2.0**-7, 65504.0)):
+            for i, value in enumerate(
+                (nan, inf, -inf, 0.0, -0.0, 3.3e38, -3.3e38, 1e-40, -1e-45, 1.0, 2.0**-7, 65504.0)
+            ):
                 side[i * 5 + shift :: 83 + 2 * i] = value
     return [w.to(source), v.to(trained or source)]
 
@@ -112,7 +134,9 @@ def bits_of(flags: torch.Tensor) -> torch.Tensor:
 PAIRS = ((BF16, BF16), (FP32, FP32), (FP64, FP64), (FP16, FP16), (BF16, FP32))
 
 
-def run_delta(kernel: Kernel, place: Place, w: torch.Tensor, v: torch.Tensor, with_mask: bool = True) -> list[torch.Tensor]:
+def run_delta(
+    kernel: Kernel, place: Place, w: torch.Tensor, v: torch.Tensor, with_mask: bool = True
+) -> list[torch.Tensor]:
     shapes = (5 + len(DEFAULT_CUTS), BINS), (COUNTS,), (4, SUM_LIMBS)
     outputs = [*(place.zeros(*shape) for shape in shapes), place.zeros(1, dtype=FP64)]
     mask = place.zeros((w.numel() + 7) // 8, dtype=BYTES) if with_mask else None
@@ -146,7 +170,10 @@ def run_overlap(kernel: Kernel, place: Place, w: torch.Tensor, *runs: torch.Tens
 def several(n: int, dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
     """A source and a run for each other dtype."""
     source = pair(n, dtypes[0], seed=n)[0]
-    runs = [pair(n, dtype, seed=n + i)[1].double() - pair(n, dtype, seed=n + i)[0].double() for i, dtype in enumerate(dtypes[1:])]
+    runs = [
+        pair(n, dtype, seed=n + i)[1].double() - pair(n, dtype, seed=n + i)[0].double()
+        for i, dtype in enumerate(dtypes[1:])
+    ]
     return [source, *((source.double() + run).to(dtype) for run, dtype in zip(runs, dtypes[1:], strict=True))]
 
 
@@ -165,7 +192,9 @@ def repeated_overlap(kernel: Kernel, expected: Kernel, device: torch.device, til
 # quantile
 
 
-def run_quantile(kernel: Kernel, place: Place, values: torch.Tensor, mask: torch.Tensor | None, ranks: list[int], largest: bool) -> list[torch.Tensor]:
+def run_quantile(
+    kernel: Kernel, place: Place, values: torch.Tensor, mask: torch.Tensor | None, ranks: list[int], largest: bool
+) -> list[torch.Tensor]:
     return list(kernel("quantile")(values, ranks, largest, mask))
 
 
@@ -180,7 +209,9 @@ def quantile_cases(n: int) -> Iterator[Case]:
 def repeated_quantile(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
     values, ranks = pair(tile + 3)[1], [tile // 10, tile // 2]
     cuts, counts = run_quantile(expected, Place("cpu"), values, None, ranks, True)
-    found = run_quantile(kernel, Place(device), values.to(device).repeat(times), None, [times * rank for rank in ranks], True)
+    found = run_quantile(
+        kernel, Place(device), values.to(device).repeat(times), None, [times * rank for rank in ranks], True
+    )
     assert_same(found, [cuts, times * counts], [])
 
 
@@ -189,7 +220,9 @@ def repeated_quantile(kernel: Kernel, expected: Kernel, device: torch.device, ti
 COLUMNS = 37
 
 
-def run_gram(kernel: Kernel, place: Place, w: torch.Tensor, v: torch.Tensor, visible: bool, block: int) -> list[torch.Tensor]:
+def run_gram(
+    kernel: Kernel, place: Place, w: torch.Tensor, v: torch.Tensor, visible: bool, block: int
+) -> list[torch.Tensor]:
     into = place.zeros(3, w.shape[1], w.shape[1], dtype=FP64)
     kernel("gram_")(w, v, 7, visible, block, into)
     return [into]
@@ -202,9 +235,13 @@ def assert_close(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
     sizes = [side.double().abs() for side in gram.change(w, v, visible)]
     unit, rows = 2.0**-52, len(w) + 2
     for k, (x, y) in enumerate(((0, 0), (0, 1), (1, 1))):
-        limit = (2 * unit * rows + (2.0**-22 * (min(block, len(w)) + 1) if block and k == 1 else 0)) * (sizes[x].T @ sizes[y])
+        limit = (2 * unit * rows + (2.0**-22 * (min(block, len(w)) + 1) if block and k == 1 else 0)) * (
+            sizes[x].T @ sizes[y]
+        )
         difference = (found[0][k].cpu() - expected[0][k]).abs()
-        assert bool(((difference if k == 1 else difference.triu()) <= limit).all()), f"matrix {k} is off beyond its rounding"
+        assert bool(((difference if k == 1 else difference.triu()) <= limit).all()), (
+            f"matrix {k} is off beyond its rounding"
+        )
 
 
 def assert_spreads(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], inputs: list[Any]) -> None:
@@ -219,8 +256,12 @@ def gram_cases(n: int) -> Iterator[Case]:
     for dtype, shape in itertools.product((BF16, FP32), ((n // COLUMNS, min(n, COLUMNS)), (side, min(side, 512)))):
         w, v = (one[: math.prod(shape)].view(shape) for one in pair(n, dtype, seed=n, hostile=False))
         for visible, block in ((False, 0), (False, 64), (True, 64)):
-            yield Case(f"{dtype} {list(shape)} visible {visible} block {block}", [w, v, visible, block], run_gram, assert_close)
-        yield Case(f"{dtype} {list(shape)} across", [w.T.contiguous().T, v.T.contiguous().T, False, 0], run_gram, assert_close)
+            yield Case(
+                f"{dtype} {list(shape)} visible {visible} block {block}", [w, v, visible, block], run_gram, assert_close
+            )
+        yield Case(
+            f"{dtype} {list(shape)} across", [w.T.contiguous().T, v.T.contiguous().T, False, 0], run_gram, assert_close
+        )
     w, v = (one[: n // COLUMNS * COLUMNS].view(-1, COLUMNS) for one in pair(n, FP32, seed=n))
     yield Case("not finite", [w, v, False, 0], run_gram, assert_spreads)
 
@@ -244,7 +285,11 @@ def run_patch(kernel: Kernel, place: Place, w: torch.Tensor, v: torch.Tensor, di
     values, digests = place.zeros(n, dtype=w.dtype), place.zeros(2, blocks, 2)
     kernel("patch_gather_")(w, v, difference, counts, positions, values, digests)
     listed = counts.tolist()
-    positions = positions[: sum(patch.position_bytes(count, min(patch.BLOCK, n - block * patch.BLOCK)) for block, count in enumerate(listed))]
+    positions = positions[
+        : sum(
+            patch.position_bytes(count, min(patch.BLOCK, n - block * patch.BLOCK)) for block, count in enumerate(listed)
+        )
+    ]
     values = values[: sum(listed)]
     fits = kernel("patch_check")(counts, positions, n, values.numel())
     out, after = place.zeros(n, dtype=w.dtype), place.zeros(blocks, 2)
@@ -276,7 +321,22 @@ def repeated_patch(kernel: Kernel, expected: Kernel, device: torch.device, tile:
 
 # step
 
-EXTREMES = (0.0, -0.0, 1e-45, 1e-40, 3e-39, 1.2e-38, 1e-30, 1.0, 1e19, 3e38, -3.39e38, float("inf"), -float("inf"), float("nan"))
+EXTREMES = (
+    0.0,
+    -0.0,
+    1e-45,
+    1e-40,
+    3e-39,
+    1.2e-38,
+    1e-30,
+    1.0,
+    1e19,
+    3e38,
+    -3.39e38,
+    float("inf"),
+    -float("inf"),
+    float("nan"),
+)
 
 
 def held_as(flags: torch.Tensor, places: torch.Tensor | None) -> list[torch.Tensor]:
@@ -288,7 +348,14 @@ def held_as(flags: torch.Tensor, places: torch.Tensor | None) -> list[torch.Tens
     return [bits_of(flags), torch.cat([torch.zeros(1, dtype=INT64), padded.view(-1, step.BLOCK).sum(1).cumsum(0)])]
 
 
-def run_step(kernel: Kernel, place: Place, state: list[list[torch.Tensor]], scalars: list[torch.Tensor], precision: str, options: dict[str, Any]) -> list[torch.Tensor]:
+def run_step(
+    kernel: Kernel,
+    place: Place,
+    state: list[list[torch.Tensor]],
+    scalars: list[torch.Tensor],
+    precision: str,
+    options: dict[str, Any],
+) -> list[torch.Tensor]:
     """Two steps of AdamW, or SGD; then what is active is taken, added and put back."""
     params, grads, masks, offsets, first, second, most, extras = state
     many = range(len(params))
@@ -297,31 +364,61 @@ def run_step(kernel: Kernel, place: Place, state: list[list[torch.Tensor]], scal
         factors = [place.put(torch.tensor([factor])) for factor in (3.0, 0.7)] + [None]
         common = (mine, list(many), [7 * i for i in many], list(many), *factors)
         moments = (first, second, most) if second else (first,)
-        last = (False, step.PRECISIONS.index(precision), 11) if second else (False, True, step.PRECISIONS.index(precision), 11)
-        kernel("masked_adamw_" if second else "masked_sgd_")(params, grads, masks, offsets, *moments, extras, [], [], *common, *last)
+        last = (
+            (False, step.PRECISIONS.index(precision), 11)
+            if second
+            else (False, True, step.PRECISIONS.index(precision), 11)
+        )
+        kernel("masked_adamw_" if second else "masked_sgd_")(
+            params, grads, masks, offsets, *moments, extras, [], [], *common, *last
+        )
     for param, mask, offset, into in zip(params, masks, offsets, first, strict=True):
         kernel("masked_take_")(param, mask, offset, into, options["add"])
         kernel("masked_put_")(param, mask, offset, into)
     return [one for held in (params, first, second, most, extras) for one in held]
 
 
-def state_of(sizes: Sequence[int], dtype: torch.dtype, grad: torch.dtype, precision: str, places: torch.Tensor | None, adamw: bool, density: float = 0.2) -> list[list[torch.Tensor]]:
+def state_of(
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    grad: torch.dtype,
+    precision: str,
+    places: torch.Tensor | None,
+    adamw: bool,
+    density: float = 0.2,
+) -> list[list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(sum(sizes))
-    params, grads = ([(scale * torch.randn(n, generator=generator)).to(kind) for n in sizes] for scale, kind in ((0.02, dtype), (1e-3, grad)))
+    params, grads = (
+        [(scale * torch.randn(n, generator=generator)).to(kind) for n in sizes]
+        for scale, kind in ((0.02, dtype), (1e-3, grad))
+    )
     for one, every in itertools.product((*params, *grads), range(len(EXTREMES))):
-        one[every::199 + every] = EXTREMES[every]
+        one[every :: 199 + every] = EXTREMES[every]
     masks, offsets = zip(*(held_as(torch.rand(n, generator=generator) < density, places) for n in sizes), strict=True)
     active = [int(offset[-1]) if len(offset) else len(mask) for mask, offset in zip(masks, offsets, strict=True)]
-    zeros = lambda kind=FP32: [torch.zeros(k, dtype=kind) for k in active]  # noqa: E731
+
+    def zeros(kind=FP32):
+        return [torch.zeros(k, dtype=kind) for k in active]
+
     extra = step.EXTRA_DTYPES.get(precision) if dtype == BF16 else None
-    return [params, grads, list(masks), list(offsets), zeros(), *([zeros(), zeros()] if adamw else [[], []]), zeros(extra) if extra else []]
+    return [
+        params,
+        grads,
+        list(masks),
+        list(offsets),
+        zeros(),
+        *([zeros(), zeros()] if adamw else [[], []]),
+        zeros(extra) if extra else [],
+    ]
 
 
 def rows_of_scalars(count: int, adamw: bool) -> list[torch.Tensor]:
     return [
-        step.adamw_scalars([t] * count, 1e-3, (0.9, 0.999), 1e-8, 0.01) if adamw else step.sgd_scalars([t] * count, 1e-2, 0.9, 0.1, 0.01)
+        step.adamw_scalars([t] * count, 1e-3, (0.9, 0.999), 1e-8, 0.01)
+        if adamw
+        else step.sgd_scalars([t] * count, 1e-2, 0.9, 0.1, 0.01)
         for t in (1, 2)
-    ]  # fmt: skip
+    ]
 
 
 def step_cases(n: int) -> Iterator[Case]:
@@ -330,9 +427,13 @@ def step_cases(n: int) -> Iterator[Case]:
         if dtype == FP32 and precision != "nearest":
             continue
         for places in (None, torch.zeros(0, dtype=torch.int32)):
-            state = state_of(sizes, dtype, BF16 if precision in ("nearest", "kahan") else FP32, precision, places, adamw)
+            state = state_of(
+                sizes, dtype, BF16 if precision in ("nearest", "kahan") else FP32, precision, places, adamw
+            )
             label = f"{'AdamW' if adamw else 'SGD'} {dtype} {precision} by {'bits' if places is None else 'places'}"
-            yield Case(label, [state, rows_of_scalars(len(sizes), adamw), precision, {"add": adamw}], run_step, assert_same)
+            yield Case(
+                label, [state, rows_of_scalars(len(sizes), adamw), precision, {"add": adamw}], run_step, assert_same
+            )
 
 
 def repeated_step(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
@@ -341,21 +442,44 @@ def repeated_step(kernel: Kernel, expected: Kernel, device: torch.device, tile: 
     inputs = Place(device).put(rows_of_scalars(1, True)), "nearest", {"add": False}
     big = [[one.to(device).repeat(times) for one in held] for held in state]
     (once,) = state[3]
-    big[3] = [torch.cat([torch.zeros(1, dtype=INT64), (once[1:] + once[-1] * torch.arange(times).unsqueeze(1)).flatten()]).to(device)]
+    big[3] = [
+        torch.cat([torch.zeros(1, dtype=INT64), (once[1:] + once[-1] * torch.arange(times).unsqueeze(1)).flatten()]).to(
+            device
+        )
+    ]
     found = run_step(kernel, Place(device), big, *inputs)
-    for i, (many, one) in enumerate(zip(found, run_step(expected, Place("cpu"), state, rows_of_scalars(1, True), *inputs[1:]), strict=True)):
-        parts, one = (side.view(torch.int16 if side.itemsize == 2 else torch.int32) for side in (many.view(times, -1), one.to(device)))
+    for i, (many, one) in enumerate(
+        zip(found, run_step(expected, Place("cpu"), state, rows_of_scalars(1, True), *inputs[1:]), strict=True)
+    ):
+        parts, one = (
+            side.view(torch.int16 if side.itemsize == 2 else torch.int32)
+            for side in (many.view(times, -1), one.to(device))
+        )
         assert bool((parts == parts[:1]).all()), f"output {i} is not the same in every part"
         assert_same([many[: len(one)]], [one.cpu().view(many.dtype)], [])
 
 
 # divergence
 
-KIND_CODES = {"forward_kl": tiles.FORWARD, "reverse_kl": tiles.REVERSE, "jsd": tiles.JSD, "total_variation": tiles.VARIATION, "at ids": tiles.AT_IDS}
+KIND_CODES = {
+    "forward_kl": tiles.FORWARD,
+    "reverse_kl": tiles.REVERSE,
+    "jsd": tiles.JSD,
+    "total_variation": tiles.VARIATION,
+    "at ids": tiles.AT_IDS,
+}
 WIDTHS = 64, 128
 
 
-def run_divergence(kernel: Kernel, place: Place, student: list[torch.Tensor], teacher: list[torch.Tensor], ids: torch.Tensor, kind: str, softcap: float) -> list[torch.Tensor]:
+def run_divergence(
+    kernel: Kernel,
+    place: Place,
+    student: list[torch.Tensor],
+    teacher: list[torch.Tensor],
+    ids: torch.Tensor,
+    kind: str,
+    softcap: float,
+) -> list[torch.Tensor]:
     """Forward and backward: moments, both sides' logits at ids, and gradients of the student's hidden states, weight and bias."""
     vocab, code, numbers = len(student[1]), KIND_CODES[kind], [0.8, softcap, 1.1, softcap, 1.3, 0.3]
     moments, at, outside, _ = kernel("divergence_scan")(student, teacher, ids, 1, vocab, numbers, True)
@@ -367,7 +491,9 @@ def run_divergence(kernel: Kernel, place: Place, student: list[torch.Tensor], te
     if kind == "at ids":  # and what lies outside them
         scalars = torch.cat([scalars, (outside[0] - moments[0] - moments[1])[None], torch.ones_like(center)[None]])
     top = kernel("divergence_top")(teacher, vocab, min(3, vocab), numbers)
-    grads = kernel("divergence_backward")(student, teacher, scalars, ids, torch.ones_like(at[0]), vocab, numbers, code, [True, True, True])
+    grads = kernel("divergence_backward")(
+        student, teacher, scalars, ids, torch.ones_like(at[0]), vocab, numbers, code, [True, True, True]
+    )
     return [moments, torch.cat([at, outside[..., None]], 2), top, *grads]
 
 
@@ -387,16 +513,30 @@ def assert_near(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor],
 
 def sides_of(tokens: int, vocab: int, dtype: torch.dtype) -> list[list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(vocab)
-    random = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    return [[random(tokens, w).to(dtype), (3 * random(vocab, w) / w**0.5).to(dtype), random(vocab).to(dtype)] for w in WIDTHS]
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    return [
+        [random(tokens, w).to(dtype), (3 * random(vocab, w) / w**0.5).to(dtype), random(vocab).to(dtype)]
+        for w in WIDTHS
+    ]
 
 
 def divergence_cases(n: int) -> Iterator[Case]:
     vocab = max(1, min(n, 1025))
     tokens = n // vocab
     ids = torch.randint(vocab, (tokens, 2), generator=torch.Generator().manual_seed(n))
-    for dtype, kind, softcap in ((BF16, "reverse_kl", 0.0), (BF16, "at ids", 20.0), (FP16, "jsd", 20.0), (FP32, "forward_kl", 0.0), (FP32, "total_variation", 0.0)):
-        yield Case(f"{dtype} {kind}", [*sides_of(tokens, vocab, dtype), ids, kind, softcap], run_divergence, assert_near)
+    for dtype, kind, softcap in (
+        (BF16, "reverse_kl", 0.0),
+        (BF16, "at ids", 20.0),
+        (FP16, "jsd", 20.0),
+        (FP32, "forward_kl", 0.0),
+        (FP32, "total_variation", 0.0),
+    ):
+        yield Case(
+            f"{dtype} {kind}", [*sides_of(tokens, vocab, dtype), ids, kind, softcap], run_divergence, assert_near
+        )
 
 
 def repeated_divergence(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
@@ -404,14 +544,22 @@ def repeated_divergence(kernel: Kernel, expected: Kernel, device: torch.device, 
     student, teacher = sides_of(32, tile // WIDTHS[1], BF16)
     ids, options = torch.zeros(32, 0, dtype=INT64), ("forward_kl", 0.0)
     once = run_divergence(expected, Place("cpu"), student, teacher, ids, *options)
-    big = [[one.to(device) if i == 0 else one.to(device).repeat(times, *[1] * (one.ndim - 1)) for i, one in enumerate(side)] for side in (student, teacher)]
+    big = [
+        [
+            one.to(device) if i == 0 else one.to(device).repeat(times, *[1] * (one.ndim - 1))
+            for i, one in enumerate(side)
+        ]
+        for side in (student, teacher)
+    ]
     found = run_divergence(kernel, Place(device), *big, ids.to(device), *options)
     grown = once[0].clone()
     grown[[tiles.STUDENT_LOG, tiles.TEACHER_LOG]] += math.log(times)
     assert bool(((found[0].cpu() - grown).abs() <= 1e-3 * (1 + grown.abs())).all()), "moments are off"
     for i, share in ((3, 1), (4, times)):
         for part in found[i].chunk(share):
-            assert (part.cpu().double() * share - once[i].double()).norm() <= 2.0**-6 * once[i].double().norm(), f"gradient {i - 3} is off"
+            assert (part.cpu().double() * share - once[i].double()).norm() <= 2.0**-6 * once[i].double().norm(), (
+                f"gradient {i - 3} is off"
+            )
 
 
 @dataclass(frozen=True)
@@ -432,8 +580,16 @@ FAMILIES = {
         Family("overlap", ("overlap_",), overlap_cases, repeated_overlap, 8),
         Family("quantile", ("quantile",), quantile_cases, repeated_quantile, 4),
         Family("gram", ("gram_",), gram_cases, repeated_gram, 6),
-        Family("patch", ("patch_gather_", "patch_scatter_", "patch_check", "patch_digest"), patch_cases, repeated_patch, 14),
-        Family("divergence", ("divergence_scan", "divergence_means", "divergence_backward", "divergence_top"), divergence_cases, repeated_divergence, 8),
+        Family(
+            "patch", ("patch_gather_", "patch_scatter_", "patch_check", "patch_digest"), patch_cases, repeated_patch, 14
+        ),
+        Family(
+            "divergence",
+            ("divergence_scan", "divergence_means", "divergence_backward", "divergence_top"),
+            divergence_cases,
+            repeated_divergence,
+            8,
+        ),
         Family("step", ("masked_adamw_", "masked_sgd_", "masked_take_", "masked_put_"), step_cases, repeated_step, 8),
     )
 }

@@ -18,7 +18,14 @@ UNMEASURED = "Not yet measured on a GPU: `make gpu` does, and writes the table t
 MARKS = {"passed": "yes", "failed": "**failed**", "unproved": "not shown", "not reached": "not reached"}
 
 
-CUDA = ("csrc/numeric.h", "csrc/{}.h", "csrc/cuda/grid.h", "csrc/cuda/active.h", "csrc/cuda/{}.cu", "opdkernels/backends/cuda/{}.py")
+CUDA = (
+    "csrc/numeric.h",
+    "csrc/{}.h",
+    "csrc/cuda/grid.h",
+    "csrc/cuda/active.h",
+    "csrc/cuda/{}.cu",
+    "opdkernels/backends/cuda/{}.py",
+)
 KERNELS = {
     "CUDA library": CUDA,
     "NVRTC": (*CUDA, "opdkernels/backends/cuda/launch.py"),
@@ -30,7 +37,11 @@ CHANGED = "†"
 def sources_of(family: str, contender: str, root: Path = ROOT) -> str:
     """A digest of the kernels that were timed; empty of eager PyTorch."""
     files = [root / name.format(family) for name in KERNELS.get(contender, ())]
-    return hashlib.blake2b(b"".join(path.read_bytes() for path in files if path.exists()), digest_size=8).hexdigest() if files else ""
+    return (
+        hashlib.blake2b(b"".join(path.read_bytes() for path in files if path.exists()), digest_size=8).hexdigest()
+        if files
+        else ""
+    )
 
 
 def slug(name: str) -> str:
@@ -42,7 +53,11 @@ def write(folder: Path, results: dict[str, Any]) -> Path:
     path = folder / f"{slug(results['machine']['name'])}.json"
     if path.exists():
         ran = {group for unit in results["units"] for group in [unit["group"]]}
-        results = {**results, "units": [unit for unit in json.loads(path.read_text())["units"] if unit["group"] not in ran] + results["units"]}
+        results = {
+            **results,
+            "units": [unit for unit in json.loads(path.read_text())["units"] if unit["group"] not in ran]
+            + results["units"],
+        }
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     return path
@@ -55,8 +70,14 @@ def checks_table(units: list[dict[str, Any]]) -> list[str]:
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for unit in mine:
         rows.setdefault((unit["subject"], unit["backend"]), {})[unit["name"]] = MARKS[unit["status"]]
-    lines = [f"| family | backend | {' | '.join(name.replace('_', ' ') for name in names)} |", f"|---|---|{'---|' * len(names)}"]
-    lines += [f"| {family} | {backend} | {' | '.join(found.get(name, '') for name in names)} |" for (family, backend), found in rows.items()]
+    lines = [
+        f"| family | backend | {' | '.join(name.replace('_', ' ') for name in names)} |",
+        f"|---|---|{'---|' * len(names)}",
+    ]
+    lines += [
+        f"| {family} | {backend} | {' | '.join(found.get(name, '') for name in names)} |"
+        for (family, backend), found in rows.items()
+    ]
     return lines if mine else []
 
 
@@ -65,7 +86,9 @@ def checks_line(units: list[dict[str, Any]]) -> list[str]:
     mine = [unit for unit in units if unit["group"] != "time"]
     parts = [f"{sum(unit['status'] == 'passed' for unit in mine)} of {len(mine)} checks hold"]
     for status, mark in list(MARKS.items())[1:]:
-        what = dict.fromkeys(f"{unit['name'].replace('_', ' ')} ({unit['backend']})" for unit in mine if unit["status"] == status)
+        what = dict.fromkeys(
+            f"{unit['name'].replace('_', ' ')} ({unit['backend']})" for unit in mine if unit["status"] == status
+        )
         parts += [f"{mark}: {', '.join(what)}"] if what else []
     return [f"{'; '.join(parts)} ([what they are](docs/gpu.md))."] if mine else []
 
@@ -74,17 +97,36 @@ def timings_table(units: list[dict[str, Any]]) -> list[str]:
     """One row a subject and contender, beside eager PyTorch of the same subject."""
     rows = [row for unit in units for row in unit.get("rows", []) if "subject" in row]
     eager = {row["subject"]: row["median_s"] for row in rows if row["contender"] == "eager PyTorch"}
-    lines = ["| what | by | median | rate | share of the limit | times eager | extra memory |", "|---|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| what | by | median | rate | share of the limit | times eager | extra memory |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
     order, marked = list(dict.fromkeys(row["subject"] for row in rows)), False
     for row in sorted(rows, key=lambda row: order.index(row["subject"])):
-        rate = f"{row['bytes_per_s'] / 1e9:.4g} GB/s" if "bytes_per_s" in row else f"{row['flops_per_s'] / 1e12:.3g} TFLOP/s"
+        rate = (
+            f"{row['bytes_per_s'] / 1e9:.4g} GB/s"
+            if "bytes_per_s" in row
+            else f"{row['flops_per_s'] / 1e12:.3g} TFLOP/s"
+        )
         times = f"{eager[row['subject']] / row['median_s']:.3g}" if row["subject"] in eager else ""
         memory = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:,.0f} MB"
         mark = CHANGED if row["sources"] != sources_of(row["family"], row["contender"]) else ""
         marked = marked or bool(mark)
-        lines.append(f"| {row['subject']} | {row['contender']}{mark} | {1000 * row['median_s']:.4g} ms | {rate} | {100 * row['share_of_limit']:.0f} % | {times} | {memory} |")
-    late = [f"{unit['subject']} ({unit['name']})" for unit in units if unit["group"] == "time" and unit["status"] == "not reached"]
-    lines += [f"\n{CHANGED} The kernels, or what they share with others, have changed since; the figures are of those that were there."] if marked else []
+        lines.append(
+            f"| {row['subject']} | {row['contender']}{mark} | {1000 * row['median_s']:.4g} ms | {rate} | {100 * row['share_of_limit']:.0f} % | {times} | {memory} |"
+        )
+    late = [
+        f"{unit['subject']} ({unit['name']})"
+        for unit in units
+        if unit["group"] == "time" and unit["status"] == "not reached"
+    ]
+    lines += (
+        [
+            f"\n{CHANGED} The kernels, or what they share with others, have changed since; the figures are of those that were there."
+        ]
+        if marked
+        else []
+    )
     return (lines if rows else []) + ([f"\nNot reached in time: {', '.join(late)}."] if late else [])
 
 

@@ -104,7 +104,10 @@ def product_flops(device: torch.device, n: int, dtype: torch.dtype) -> float:
 def drawn(n: int, device: torch.device, dtype: torch.dtype = BF16, runs: int = 1) -> list[torch.Tensor]:
     """A weight and updates of it, four coordinates of five unchanged in bf16; made on the device."""
     generator = torch.Generator(device).manual_seed(0)
-    random = lambda: torch.randn(n, generator=generator, device=device)  # noqa: E731
+
+    def random():
+        return torch.randn(n, generator=generator, device=device)
+
     source = (0.02 * random()).to(dtype)
     return [source, *((source.float() + 1e-5 * random()).to(dtype) for _ in range(runs))]
 
@@ -136,7 +139,12 @@ def eager_tables(w: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
 def eager_overlap(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
     x, y = ((run - w).abs() > 1e-5 for run in (a, b))
     magnitude = pattern(w) & 0x7FFF
-    return [(x & y).sum(), x.sum(), y.sum(), *(torch.bincount(one, minlength=BINS) for one in (magnitude, magnitude[x], magnitude[y]))]
+    return [
+        (x & y).sum(),
+        x.sum(),
+        y.sum(),
+        *(torch.bincount(one, minlength=BINS) for one in (magnitude, magnitude[x], magnitude[y])),
+    ]
 
 
 def eager_gather(w: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,7 +161,13 @@ def eager_step(param: torch.Tensor, grad: torch.Tensor, active: torch.Tensor, m:
     param.copy_(torch.where(active, new.to(param.dtype), param))
 
 
-def eager_divergence(hidden: torch.Tensor, weight: torch.Tensor, teacher_hidden: torch.Tensor, teacher_weight: torch.Tensor, spec: Divergence) -> tuple[torch.Tensor, ...]:
+def eager_divergence(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    spec: Divergence,
+) -> tuple[torch.Tensor, ...]:
     """All logits, rounded to the dtype of the products as trainers do, then the definition in fp32; gradients of hidden states and head."""
     hidden, weight = (one.detach().requires_grad_() for one in (hidden, weight))
     loss = divergence(hidden @ weight.T, teacher_hidden @ teacher_weight.T, spec).sum()
@@ -166,14 +180,22 @@ def eager_divergence(hidden: torch.Tensor, weight: torch.Tensor, teacher_hidden:
 def delta_of(dtype: torch.dtype, eager: Callable[..., Any]) -> Callable:
     def make(n: int, device: torch.device) -> Timed:
         w, v = drawn(n, device, dtype)
-        return Timed(lambda kernel: families.run_delta(kernel, Place(device), w, v, with_mask=False), lambda: eager(w, v), w.nbytes + v.nbytes)
+        return Timed(
+            lambda kernel: families.run_delta(kernel, Place(device), w, v, with_mask=False),
+            lambda: eager(w, v),
+            w.nbytes + v.nbytes,
+        )
 
     return make
 
 
 def make_overlap(n: int, device: torch.device) -> Timed:
     sides = drawn(n, device, runs=2)
-    return Timed(lambda kernel: families.run_overlap(kernel, Place(device), *sides), lambda: eager_overlap(*sides), sum(side.nbytes for side in sides))
+    return Timed(
+        lambda kernel: families.run_overlap(kernel, Place(device), *sides),
+        lambda: eager_overlap(*sides),
+        sum(side.nbytes for side in sides),
+    )
 
 
 def quantile_of(dtype: torch.dtype) -> Callable:
@@ -181,21 +203,29 @@ def quantile_of(dtype: torch.dtype) -> Callable:
         values = drawn(n, device, dtype)[0]
         mask = chosen(n, device, 0.5).view(-1, 8)[:, 0].mul(255).to(torch.uint8)
         ranks = [n // 20, n // 10, n // 5]
-        call = lambda kernel: families.run_quantile(kernel, Place(device), values, mask, ranks, True)  # noqa: E731
+
+        def call(kernel):
+            return families.run_quantile(kernel, Place(device), values, mask, ranks, True)
+
         return Timed(call, lambda: values.abs().sort(), values.nbytes + mask.nbytes)
 
     return make
 
 
 def make_gram(n: int, device: torch.device) -> Timed:
-    w, v = (side.view(-1, min(GRAM_COLUMNS, n)) for side in drawn(min(n, GRAM_ROWS * GRAM_COLUMNS) // GRAM_COLUMNS * GRAM_COLUMNS or n, device))
+    w, v = (
+        side.view(-1, min(GRAM_COLUMNS, n))
+        for side in drawn(min(n, GRAM_ROWS * GRAM_COLUMNS) // GRAM_COLUMNS * GRAM_COLUMNS or n, device)
+    )
 
     def eager():
         a, b = gram.change(w, v, False)
         a, b = a.double(), b.double()
         return a.T @ a, a.T @ b, b.T @ b
 
-    return Timed(lambda kernel: families.run_gram(kernel, Place(device), w, v, False, 0), eager, 4 * w.numel() * w.shape[1])  # two halves and a whole
+    return Timed(
+        lambda kernel: families.run_gram(kernel, Place(device), w, v, False, 0), eager, 4 * w.numel() * w.shape[1]
+    )  # two halves and a whole
 
 
 def changed_pair(n: int, device: torch.device) -> list[torch.Tensor]:
@@ -259,9 +289,18 @@ def divergence_of(kind: str) -> Callable:
     def make(n: int, device: torch.device) -> Timed:
         tokens, vocabulary = min(TOKENS, n // 64), min(VOCABULARY, n // 64)
         generator = torch.Generator(device).manual_seed(0)
-        random = lambda *shape: torch.randn(shape, generator=generator, device=device)  # noqa: E731
-        student, teacher = ([random(tokens, width).to(BF16), (random(vocabulary, width) / width**0.5).to(BF16)] for width in WIDTHS)
-        ids, numbers, code = torch.zeros(tokens, 0, dtype=torch.int64, device=device), [1.0, 0.0, 1.0, 0.0, 1.0, 0.5], families.KIND_CODES[kind]
+
+        def random(*shape):
+            return torch.randn(shape, generator=generator, device=device)
+
+        student, teacher = (
+            [random(tokens, width).to(BF16), (random(vocabulary, width) / width**0.5).to(BF16)] for width in WIDTHS
+        )
+        ids, numbers, code = (
+            torch.zeros(tokens, 0, dtype=torch.int64, device=device),
+            [1.0, 0.0, 1.0, 0.0, 1.0, 0.5],
+            families.KIND_CODES[kind],
+        )
 
         def call(kernel: Kernel):
             moments, at, _, _ = kernel("divergence_scan")(student, teacher, ids, 0, vocabulary, numbers, False)
@@ -269,9 +308,15 @@ def divergence_of(kind: str) -> Callable:
             if kind == "jsd":
                 center = kernel("divergence_means")(student, teacher, moments, vocabulary, numbers, code)[1]
             scalars = torch.stack([*moments[:4], center, torch.ones_like(center)])
-            return list(kernel("divergence_backward")(student, teacher, scalars, ids, at[0], vocabulary, numbers, code, [True, True, False]))[:2]
+            return list(
+                kernel("divergence_backward")(
+                    student, teacher, scalars, ids, at[0], vocabulary, numbers, code, [True, True, False]
+                )
+            )[:2]
 
-        least = 2 * tokens * vocabulary * (sum(WIDTHS) + 2 * WIDTHS[0])  # of both sides' logits and of the student's two gradients, each once
+        least = (
+            2 * tokens * vocabulary * (sum(WIDTHS) + 2 * WIDTHS[0])
+        )  # of both sides' logits and of the student's two gradients, each once
         return Timed(call, lambda: eager_divergence(*student, *teacher, Divergence(kind)), least)
 
     return make
@@ -302,7 +347,9 @@ def coordinates(device: torch.device) -> int:
     return min(LARGEST, 1 << (free // 160).bit_length() - 1)
 
 
-def time_subject(subject: Subject, backends: list[Backend], device: torch.device, limits: dict[str, float], n: int | None = None) -> Iterator[dict[str, Any]]:
+def time_subject(
+    subject: Subject, backends: list[Backend], device: torch.device, limits: dict[str, float], n: int | None = None
+) -> Iterator[dict[str, Any]]:
     """A row for each backend and for eager PyTorch. (The reference is a definition, whose speed tells nothing.)"""
     timed = subject.make(n or coordinates(device), device)
     first: list[torch.Tensor] | None = None
@@ -319,19 +366,34 @@ def time_subject(subject: Subject, backends: list[Backend], device: torch.device
     yield row(subject, "eager PyTorch", timed.eager, device, timed, limits)
 
 
-def time_compiled(subject: Subject, device: torch.device, limits: dict[str, float], compiled: Callable, n: int | None = None) -> Iterator[dict[str, Any]]:
+def time_compiled(
+    subject: Subject, device: torch.device, limits: dict[str, float], compiled: Callable, n: int | None = None
+) -> Iterator[dict[str, Any]]:
     """The row of the eager formulation, compiled."""
     timed = subject.make(n or coordinates(device), device)
     yield row(subject, "torch.compile", compiled(timed.eager), device, timed, limits)
 
 
-def row(subject: Subject, contender: str, call: Callable[[], Any], device: torch.device, timed: Timed, limits: dict[str, float]) -> dict[str, Any]:
+def row(
+    subject: Subject,
+    contender: str,
+    call: Callable[[], Any],
+    device: torch.device,
+    timed: Timed,
+    limits: dict[str, float],
+) -> dict[str, Any]:
     took = seconds(call, device)
     rate = timed.work / took
     return {
-        "subject": subject.name, "family": subject.family, "contender": contender, "sources": sources_of(subject.family, contender), "median_s": took, subject.unit: rate, "share_of_limit": rate / limits[subject.limit],
+        "subject": subject.name,
+        "family": subject.family,
+        "contender": contender,
+        "sources": sources_of(subject.family, contender),
+        "median_s": took,
+        subject.unit: rate,
+        "share_of_limit": rate / limits[subject.limit],
         "extra_bytes": peak_bytes(call, device),
-    }  # fmt: skip
+    }
 
 
 def measured_limits(device: torch.device, n: int | None = None) -> dict[str, float]:

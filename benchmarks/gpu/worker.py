@@ -26,7 +26,10 @@ from benchmarks.gpu.families import FAMILIES
 from opdkernels.backends import select
 
 SMALL = (0, 31, 1025, 5001)
-ALONE = ("works_on_the_current_stream", "reaches_beyond_32_bits")  # which other processes' work or memory on the GPU would spoil
+ALONE = (
+    "works_on_the_current_stream",
+    "reaches_beyond_32_bits",
+)  # which other processes' work or memory on the GPU would spoil
 SANITIZED = ("memcheck", "racecheck")
 LOST = 3  # exit status of a worker whose last unit cost it the GPU
 
@@ -56,7 +59,20 @@ def sanitized(tool: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     program = sanitizer()
     if program is None:
         raise checks.Unproved("compute-sanitizer is not here")
-    command = [program, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no", sys.executable, "-m", "benchmarks.gpu.worker", "--device", arguments.device]
+    command = [
+        program,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        "--report-api-errors",
+        "no",
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.worker",
+        "--device",
+        arguments.device,
+    ]
     command += ["--small", "--only", "equals_the_cpu", "--without", "reference,package"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=arguments.limit)
     said = [line for line in done.stdout.splitlines() if line.startswith("=========")]
@@ -105,23 +121,44 @@ def plan(arguments: argparse.Namespace, device: torch.device) -> list[Unit]:
             listed.append(Unit("check", name, family.name, backend.name, check(name, family, backend)))
     listed.append(Unit("time", "limits", "the device", "PyTorch", measure))
     listed += [Unit("time", "backends", subject.name, "every backend", timed(subject)) for subject in timings.SUBJECTS]
-    listed += [Unit("sanitizer", tool, "every family", "every backend", lambda tool=tool: sanitized(tool, arguments)) for tool in SANITIZED]
-    listed += [Unit("time", "torch.compile", subject.name, "torch.compile", compiled(subject)) for subject in timings.SUBJECTS if subject.fuses]
-    return [unit for unit in listed if (not arguments.only or unit.name in arguments.only.split(",")) and unit.group in arguments.groups.split(",")]
+    listed += [
+        Unit("sanitizer", tool, "every family", "every backend", lambda tool=tool: sanitized(tool, arguments))
+        for tool in SANITIZED
+    ]
+    listed += [
+        Unit("time", "torch.compile", subject.name, "torch.compile", compiled(subject))
+        for subject in timings.SUBJECTS
+        if subject.fuses
+    ]
+    return [
+        unit
+        for unit in listed
+        if (not arguments.only or unit.name in arguments.only.split(",")) and unit.group in arguments.groups.split(",")
+    ]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        about = {"name": properties.name, "capability": f"{properties.major}.{properties.minor}", "memory_bytes": properties.total_memory}
+        about = {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+        }
     else:
         about = {"name": platform.machine()}
     backends, missing = found(device)
-    served = {operator: select.chosen(operator, device.type) for family in FAMILIES.values() for operator in family.operators}
+    served = {
+        operator: select.chosen(operator, device.type) for family in FAMILIES.values() for operator in family.operators
+    }
     return {
-        "machine": about | {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
-        "backends": [one.name for one in backends], "missing": missing, "served_by": served, "compared_with": CPU.name,
-    }  # fmt: skip
+        "machine": about
+        | {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
+        "backends": [one.name for one in backends],
+        "missing": missing,
+        "served_by": served,
+        "compared_with": CPU.name,
+    }
 
 
 def lost(device: torch.device) -> bool:

@@ -58,13 +58,22 @@ if TYPE_CHECKING:
     from opdkernels.analysis.result import Analysis
 
 SUMMARIES = {
-    "layer_summary": ("layer_id",), "module_summary": ("module_type",), "block_summary": ("block_type",),
+    "layer_summary": ("layer_id",),
+    "module_summary": ("module_type",),
+    "block_summary": ("block_type",),
     "layer_module_summary": ("layer_id", "module_type"),
-}  # fmt: skip
+}
 FILES: tuple[str, ...] = (
-    "tensor_metrics.csv", "svd_metrics.csv", "base_geometry_metrics.csv", "mask_overlap_metrics.csv", *(f"{name}.csv" for name in SUMMARIES), "top_delta_tensors.csv",
-    "mismatch_report.json", "failed_tensors.csv", "authors_summary.json",
-)  # fmt: skip
+    "tensor_metrics.csv",
+    "svd_metrics.csv",
+    "base_geometry_metrics.csv",
+    "mask_overlap_metrics.csv",
+    *(f"{name}.csv" for name in SUMMARIES),
+    "top_delta_tensors.csv",
+    "mismatch_report.json",
+    "failed_tensors.csv",
+    "authors_summary.json",
+)
 LARGEST_SHOWN = 100  # rows of top_delta_tensors.csv
 # Their masks compare |delta|, widened to fp32, with the threshold unrounded: 1e-5 lies between 0x3727 and 0x3728.
 UPDATE_ATOLS = {0.0: DEFAULT_CUTS.index(0), 1e-5: DEFAULT_CUTS.index(0x3727)}
@@ -75,31 +84,69 @@ BELOW_RMS = tuple(f"frac_abs_delta_lt_{threshold_label(t)}_src_rms" for t in REL
 TOP = tuple(f"coord_top_{ratio_label(p).replace('.', 'p')}_energy_ratio" for p in TOP_SHARES)
 PLACE = ("layer_id", "module_type", "block_type")
 TENSOR_COLUMNS = (
-    "name", "shape", "ndim", "numel", "analysis_dtype", *PLACE, "src_fro_norm", "opd_fro_norm", "delta_fro_norm",
-    "relative_delta_fro", "delta_l2_norm", "delta_linf_norm", "delta_mean_abs", "delta_rms", "src_rms", "opd_rms",
-    "has_nan_or_inf", "src_energy", "opd_energy", "delta_energy", "frac_delta_eq_0",
-    *(column for pair in zip(BELOW, CLOSE, strict=True) for column in pair), *BELOW_RMS, *TOP,
-)  # fmt: skip
+    "name",
+    "shape",
+    "ndim",
+    "numel",
+    "analysis_dtype",
+    *PLACE,
+    "src_fro_norm",
+    "opd_fro_norm",
+    "delta_fro_norm",
+    "relative_delta_fro",
+    "delta_l2_norm",
+    "delta_linf_norm",
+    "delta_mean_abs",
+    "delta_rms",
+    "src_rms",
+    "opd_rms",
+    "has_nan_or_inf",
+    "src_energy",
+    "opd_energy",
+    "delta_energy",
+    "frac_delta_eq_0",
+    *(column for pair in zip(BELOW, CLOSE, strict=True) for column in pair),
+    *BELOW_RMS,
+    *TOP,
+)
 LOW = {r: f"low_magnitude_{ratio_label(r)}" for r in RATIOS}
 LOW_FIGURES = ("density", "update_overlap_ratio", "covered_by_update_ratio", "enrichment_vs_random")
 MASK_COLUMNS = (
-    "name", "shape", *PLACE, "mask_overlap_mode", "update_mask_atol", "numel", "update_count", "update_density",
+    "name",
+    "shape",
+    *PLACE,
+    "mask_overlap_mode",
+    "update_mask_atol",
+    "numel",
+    "update_count",
+    "update_density",
     *(f"{low}_{figure}" for low in LOW.values() for figure in LOW_FIGURES),
-)  # fmt: skip
+)
 BY_NUMEL = (*BELOW, *BELOW_RMS, "frac_delta_eq_0", *CLOSE)  # averaged over coordinates; TOP over delta's energy
 GROUP_COLUMNS = (
-    "num_tensors", "total_numel", "total_delta_energy", "delta_energy_share", "total_src_energy",
-    "group_relative_delta", *BY_NUMEL, *TOP,
-)  # fmt: skip
+    "num_tensors",
+    "total_numel",
+    "total_delta_energy",
+    "delta_energy_share",
+    "total_src_energy",
+    "group_relative_delta",
+    *BY_NUMEL,
+    *TOP,
+)
 FAILED_COLUMNS = ("name", "stage", "error_message", "traceback_short")
 
 # Their names: the first container of layers that occurs in a name counts, and the first part of a module's name.
 LAYERS = tuple(
     re.compile(rf"(?:^|\.){re.escape(container)}\.(\d{{1,18}})(?:\.|$)")
     for container in (
-        "model.language_model.layers", "language_model.layers", "model.layers", "layers", "transformer.h", "blocks"
+        "model.language_model.layers",
+        "language_model.layers",
+        "model.layers",
+        "layers",
+        "transformer.h",
+        "blocks",
     )
-)  # fmt: skip
+)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 PARTS = {part: part for part in (*ATTENTION, *MLP, "embed_tokens", "lm_head", "norm")} | {"ln_": "norm"}
@@ -130,7 +177,10 @@ def write(folder: Path, pair: Pair, result: Analysis) -> None:
         "failed_tensors": (failed, FAILED_COLUMNS),
     }
     if result.spectra is not None:
-        tables |= {"svd_metrics": (svds, ("name", "shape", *PLACE, *SVD_COLUMNS)), "base_geometry_metrics": (bases, ("name", "shape", *PLACE, *BASE_COLUMNS))}
+        tables |= {
+            "svd_metrics": (svds, ("name", "shape", *PLACE, *SVD_COLUMNS)),
+            "base_geometry_metrics": (bases, ("name", "shape", *PLACE, *BASE_COLUMNS)),
+        }
     for name, (rows, columns) in tables.items():
         write_csv(folder / f"{name}.csv", map(blank, rows), columns)
     write_json(folder / "mismatch_report.json", report)
@@ -197,7 +247,11 @@ def place(name: str) -> dict[str, Any]:
 
 
 def tabulate(
-    pair: Pair, records: Sequence[Record], found: Sequence[tuple[str, str]], report: dict[str, Any], spectra: dict[int, SpectrumRecord]
+    pair: Pair,
+    records: Sequence[Record],
+    found: Sequence[tuple[str, str]],
+    report: dict[str, Any],
+    spectra: dict[int, SpectrumRecord],
 ) -> tuple[list[Row], list[Row], list[Row], list[Row], list[Row]]:
     """Rows of tensors, of delta's spectra, of base geometry, of masks and of failures; completes `report`.
 
@@ -239,7 +293,9 @@ def tabulate(
                     bases.append(first | base_row(spectrum))
                     svds += [first | svd_row(spectrum)] if spectrum.method and spectrum.method != "topk" else []
             elif len(source.shape) == 2:
-                failed.append(failure(name, "mask_overlap", f"ValueError: {tally.nonfinite} coordinates are not finite"))
+                failed.append(
+                    failure(name, "mask_overlap", f"ValueError: {tally.nonfinite} coordinates are not finite")
+                )
     return tensors, svds, bases, masks, failed
 
 
@@ -256,13 +312,28 @@ def tensor_row(name: str, shape: tuple[int, ...], tally: SparseTally) -> Row:
         source = trained = delta = absolute = largest = math.nan
     source_norm, delta_norm, source_rms = math.sqrt(source), math.sqrt(delta), math.sqrt(source / n)
     row: Row = {
-        "name": name, "shape": str(list(shape)), "ndim": len(shape), "numel": tally.numel, "analysis_dtype": "bfloat16",
-        **place(name), "src_fro_norm": source_norm, "opd_fro_norm": math.sqrt(trained), "delta_fro_norm": delta_norm,
-        "relative_delta_fro": delta_norm / (source_norm + EPSILON), "delta_l2_norm": delta_norm,
-        "delta_linf_norm": largest, "delta_mean_abs": absolute / n, "delta_rms": math.sqrt(delta / n),
-        "src_rms": source_rms, "opd_rms": math.sqrt(trained / n), "has_nan_or_inf": tally.nonfinite > 0,
-        "src_energy": source, "opd_energy": trained, "delta_energy": delta, "frac_delta_eq_0": below(tally, 1) / n,
-    }  # fmt: skip
+        "name": name,
+        "shape": str(list(shape)),
+        "ndim": len(shape),
+        "numel": tally.numel,
+        "analysis_dtype": "bfloat16",
+        **place(name),
+        "src_fro_norm": source_norm,
+        "opd_fro_norm": math.sqrt(trained),
+        "delta_fro_norm": delta_norm,
+        "relative_delta_fro": delta_norm / (source_norm + EPSILON),
+        "delta_l2_norm": delta_norm,
+        "delta_linf_norm": largest,
+        "delta_mean_abs": absolute / n,
+        "delta_rms": math.sqrt(delta / n),
+        "src_rms": source_rms,
+        "opd_rms": math.sqrt(trained / n),
+        "has_nan_or_inf": tally.nonfinite > 0,
+        "src_energy": source,
+        "opd_energy": trained,
+        "delta_energy": delta,
+        "frac_delta_eq_0": below(tally, 1) / n,
+    }
     for threshold, lt, close in zip(THRESHOLDS, BELOW, CLOSE, strict=True):
         pattern = to_bf16_pattern(threshold)
         row[lt], row[close] = below(tally, pattern) / n, below(tally, pattern + 1) / n
@@ -284,9 +355,15 @@ def mask_row(name: str, shape: tuple[int, ...], tally: SparseTally, atol: float)
     changed = tally.tables[CHANGED + UPDATE_ATOLS[atol]]
     n, updates = tally.numel, int(changed.sum())
     row: Row = {
-        "name": name, "shape": str(list(shape)), **place(name), "mask_overlap_mode": "exact", "update_mask_atol": atol,
-        "numel": n, "update_count": updates, "update_density": updates / max(n, 1),
-    }  # fmt: skip
+        "name": name,
+        "shape": str(list(shape)),
+        **place(name),
+        "mask_overlap_mode": "exact",
+        "update_mask_atol": atol,
+        "numel": n,
+        "update_count": updates,
+        "update_density": updates / max(n, 1),
+    }
     mask = near_zero(Batch([tally]), changed, list(LOW))
     for low, size, both in zip(LOW.values(), mask.size[0].tolist(), mask.expected[0].tolist(), strict=True):
         density, overlap = size / max(n, 1), both / updates if updates else math.nan

@@ -20,24 +20,41 @@ Row = dict[str, Any]
 LABELS = [ratio_label(r) for r in RATIOS]
 TOLERANCES = [threshold_label(t).replace("-", "_") for t in RANK_TOLERANCES]
 SVD_COLUMNS = (
-    "matrix_m", "matrix_n", "min_dim", "spectral_norm", "spectral_fro_ratio", "stable_rank", "effective_rank_entropy",
-    *(f"rank{pct}_tol_{t}" for t in TOLERANCES for pct in ("", "_pct")), *(f"top{k}_energy_ratio" for k in TOP),
-    *(f"top{100 * p:g}pct_energy_ratio" for p in TOP_SHARES), "svd_mode",
-)  # fmt: skip
-PROJECTIONS = ("principal_projection_energy_ratio", "left_principal_projection_energy_ratio", "right_principal_projection_energy_ratio")
+    "matrix_m",
+    "matrix_n",
+    "min_dim",
+    "spectral_norm",
+    "spectral_fro_ratio",
+    "stable_rank",
+    "effective_rank_entropy",
+    *(f"rank{pct}_tol_{t}" for t in TOLERANCES for pct in ("", "_pct")),
+    *(f"top{k}_energy_ratio" for k in TOP),
+    *(f"top{100 * p:g}pct_energy_ratio" for p in TOP_SHARES),
+    "svd_mode",
+)
+PROJECTIONS = (
+    "principal_projection_energy_ratio",
+    "left_principal_projection_energy_ratio",
+    "right_principal_projection_energy_ratio",
+)
 BASE_COLUMNS = (
-    "base_geometry_mode", *(f"{name}_{label}" for label in LABELS for name in (*PROJECTIONS, "top_subspace_rotation")),
-    "spectral_drift_l2_ratio", "spectral_drift_to_delta_fro_ratio", "skipped_reason",
-)  # fmt: skip
+    "base_geometry_mode",
+    *(f"{name}_{label}" for label in LABELS for name in (*PROJECTIONS, "top_subspace_rotation")),
+    "spectral_drift_l2_ratio",
+    "spectral_drift_to_delta_fro_ratio",
+    "skipped_reason",
+)
 MASKS = ("principal", "principal_not_low", "nonprincipal_or_low")
 FIGURES = ("density", "update_overlap_ratio", "covered_by_update_ratio", "enrichment_vs_random")
 PRINCIPAL_COLUMNS = tuple(
     column
     for label in LABELS
     for column in (
-        f"principal_rank_{label}", *(f"{mask}_{label}_{figure}" for mask in MASKS for figure in FIGURES), f"principal_low_intersection_density_{label}",
+        f"principal_rank_{label}",
+        *(f"{mask}_{label}_{figure}" for mask in MASKS for figure in FIGURES),
+        f"principal_low_intersection_density_{label}",
     )
-)  # fmt: skip
+)
 
 
 def svd_row(record: SpectrumRecord) -> Row:
@@ -45,11 +62,14 @@ def svd_row(record: SpectrumRecord) -> Row:
     found, r = spectrum(record.delta), min(record.m, record.n)
     p = record.delta / (record.delta.sum() + EPSILON)
     row: Row = {
-        "matrix_m": record.m, "matrix_n": record.n, "min_dim": r, "spectral_norm": found["spectral_norm"],
+        "matrix_m": record.m,
+        "matrix_n": record.n,
+        "min_dim": r,
+        "spectral_norm": found["spectral_norm"],
         "spectral_fro_ratio": found["spectral_norm"] / (math.sqrt(found["delta_energy"]) + EPSILON),
         "stable_rank": found["delta_energy"] / (found["spectral_norm"] ** 2 + EPSILON),
         "effective_rank_entropy": math.exp(-float((p * np.log(p + EPSILON)).sum())),
-    }  # fmt: skip
+    }
     for tolerance, name in zip(RANK_TOLERANCES, TOLERANCES, strict=True):
         rank = found[f"rank_{threshold_label(tolerance)}"]
         row |= {f"rank_tol_{name}": rank, f"rank_pct_tol_{name}": rank / r}

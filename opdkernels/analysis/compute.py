@@ -58,7 +58,11 @@ class Facts:
     @classmethod
     def of(cls, record: Record) -> Facts:
         tally = record.tally
-        return cls("", tally.nonfinite, bool(tally.changed("stored").any())) if tally is not None else cls(record.failure or "not counted", 0, False)
+        return (
+            cls("", tally.nonfinite, bool(tally.changed("stored").any()))
+            if tally is not None
+            else cls(record.failure or "not counted", 0, False)
+        )
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,11 @@ class Memory:
 
 
 def compute_all(
-    jobs: Sequence[Job], rules: Rules, progress: Progress, similarities: Records[Similarity] | None = None, run: str = ""
+    jobs: Sequence[Job],
+    rules: Rules,
+    progress: Progress,
+    similarities: Records[Similarity] | None = None,
+    run: str = "",
 ) -> None:
     """Spectra of every matrix that has no record yet; one that fails is recorded and the rest goes on.
 
@@ -142,7 +150,9 @@ def compute_all(
     memory = Memory(rules.limit)
     workers = torch.get_num_threads()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting = {pool.submit(examine, task, rules, memory): task for task in sorted(tasks, key=lambda task: -task.cost)}
+        waiting = {
+            pool.submit(examine, task, rules, memory): task for task in sorted(tasks, key=lambda task: -task.cost)
+        }
         try:
             for ended in as_completed(list(waiting)):
                 task, (found, alike) = waiting.pop(ended), ended.result()
@@ -163,7 +173,9 @@ def plan(jobs: Sequence[Job], rules: Rules, similarities: Records[Similarity] | 
     for job in jobs:
         for matrix in matrices(job.pair):
             views = views_of(matrix.match, rules.both)
-            missing = (view for view in views if not satisfies(job.spectra.done.get((matrix.index, matrix.part, view)), rules))
+            missing = (
+                view for view in views if not satisfies(job.spectra.done.get((matrix.index, matrix.part, view)), rules)
+            )
             place = (matrix.match.source.name, matrix.match.source_start + matrix.start, matrix.m, matrix.n)
             by_place.setdefault(place, []).append(Work(job, matrix, tuple(missing)))
     tasks = []
@@ -208,14 +220,19 @@ def examine(task: Task, rules: Rules, memory: Memory) -> tuple[Found, Similarity
             found += [(work, record) for record in records]
             if reason:
                 matrix = work.matrix
-                found += [(work, SpectrumRecord(matrix.index, matrix.part, view, matrix.m, matrix.n, reason=reason)) for view in work.views]
+                found += [
+                    (work, SpectrumRecord(matrix.index, matrix.part, view, matrix.m, matrix.n, reason=reason))
+                    for view in work.views
+                ]
             tops.append(top)
     finally:
         if fits:
             trim()
             memory.give_back(needed)
     matrix = task.matrix
-    return found, Similarity(matrix.index, matrix.part, matrix.m, matrix.n, "", *to_the_last(tops)) if task.similar else None
+    return found, Similarity(
+        matrix.index, matrix.part, matrix.m, matrix.n, "", *to_the_last(tops)
+    ) if task.similar else None
 
 
 trim_heap: Any = None
@@ -251,9 +268,14 @@ class Side:
     masks: list[principal.Masks] | None = None
 
 
-def examine_one(work: Work, rules: Rules, sides: dict[bool, Side], similar: bool) -> tuple[list[SpectrumRecord], Vectors | None]:
+def examine_one(
+    work: Work, rules: Rules, sides: dict[bool, Side], similar: bool
+) -> tuple[list[SpectrumRecord], Vectors | None]:
     matrix = work.matrix
-    w, v = (side.view(matrix.m, matrix.n) for side in work.job.pair.read(matrix.match, matrix.start, matrix.start + matrix.m * matrix.n))
+    w, v = (
+        side.view(matrix.m, matrix.n)
+        for side in work.job.pair.read(matrix.match, matrix.start, matrix.start + matrix.m * matrix.n)
+    )
     records, top = [], None
     for view in work.views:
         began = time.perf_counter()
@@ -286,7 +308,10 @@ def directions(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, top: Factor) ->
     tall = matrix.m >= matrix.n
     long_w, long_v = (w, v) if tall else (w.T, v.T)
     blocks = principal.row_blocks(*long_w.shape)
-    long = torch.cat([change(long_w[rows], long_v[rows], False)[1].double() @ top.vectors for rows in blocks]) / top.sigma[:k]
+    long = (
+        torch.cat([change(long_w[rows], long_v[rows], False)[1].double() @ top.vectors for rows in blocks])
+        / top.sigma[:k]
+    )
     return (long, top.vectors) if tall else (top.vectors, long)
 
 
@@ -339,10 +364,16 @@ def by_grams(
         return None, 0, None, ""
     singular = float(side.factor.sigma[-1]) <= NEAR_SINGULAR * float(side.factor.sigma[0])
     wide = not visible and torch.float64 in (w.dtype, v.dtype)
-    block = BLOCK if matrix.m * matrix.n >= LARGE and max(w.shape) >= LONG * matrix.short and not singular and not wide else 0
+    block = (
+        BLOCK
+        if matrix.m * matrix.n >= LARGE and max(w.shape) >= LONG * matrix.short and not singular and not wide
+        else 0
+    )
     (b,) = gram(long_w, long_v, of=("cross",), visible=visible, block=block)
     delta = factorise(c, min(TOP, matrix.short)) if rules.similar and not visible else None
-    found = from_grams((a, b, c), tall=tall, source=side.factor.to(rules.device), delta=delta) or by_svd(matrix, w, v, visible, rules)
+    found = from_grams((a, b, c), tall=tall, source=side.factor.to(rules.device), delta=delta) or by_svd(
+        matrix, w, v, visible, rules
+    )
     return found.to(CPU), block, delta.to(CPU) if delta else None, ""
 
 
@@ -392,7 +423,9 @@ def alone(matrix: Matrix, rules: Rules) -> Iterator[None]:
         yield
 
 
-def top_spectrum(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, view: str, device: torch.device = CPU) -> tuple[SpectrumRecord, Vectors | None]:
+def top_spectrum(
+    matrix: Matrix, w: torch.Tensor, v: torch.Tensor, view: str, device: torch.device = CPU
+) -> tuple[SpectrumRecord, Vectors | None]:
     """The record of one view with the top of delta's spectrum alone, by block Krylov, and its top directions."""
     empty = SpectrumRecord(matrix.index, matrix.part, view, matrix.m, matrix.n, reason="delta is zero")
     delta = change(w, v, view == "visible")[1]
@@ -400,17 +433,24 @@ def top_spectrum(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, view: str, de
         found = randomized_svd(delta.to(device), min(TOPK, matrix.short), names=[f"{matrix.match.name} {matrix.part}"])
         assert not isinstance(found, list)
         found = found.to(CPU)
-    if not found.frobenius**2:
+    if not (found.frobenius**2):
         return empty if not found.frobenius else replace(empty, reason=UNDERFLOW), None
     record = replace(
-        empty, method="topk", reason="", energy=found.frobenius**2, remainder=found.remainder, delta=found.sigma.numpy(),
+        empty,
+        method="topk",
+        reason="",
+        energy=found.frobenius**2,
+        remainder=found.remainder,
+        delta=found.sigma.numpy(),
         bounds=torch.stack([found.lower, found.upper]).numpy(),
-    )  # fmt: skip
+    )
     deficient = matrix.short < TOP or float(found.sigma[TOP - 1]) <= DEFICIENT * float(found.sigma[0])
     return record, None if deficient else (found.u[:, :TOP].double(), found.v[:, :TOP].double())
 
 
-def filled(empty: SpectrumRecord, found: Spectra | None, overlaps: list[principal.Overlaps], method: str) -> SpectrumRecord:
+def filled(
+    empty: SpectrumRecord, found: Spectra | None, overlaps: list[principal.Overlaps], method: str
+) -> SpectrumRecord:
     content: dict[str, Any] = {
         "masks": torch.stack([torch.from_numpy(one.counts) for one in overlaps]).numpy(),
         "mask_sizes": torch.tensor([[one.size, one.taken, one.low_taken] for one in overlaps]).numpy(),

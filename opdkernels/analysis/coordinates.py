@@ -68,9 +68,7 @@ class SparseTally:
     def of(cls, tally: Tally) -> SparseTally:
         tables = tally.tables  # moved and changed are parts of source
         used = np.flatnonzero(tables[SOURCE] | tables[DELTA] | tables[TRAINED] | tables[STORED])
-        return cls(
-            tally.cuts, used, tally.tables[:, used], tally.counts.copy(), tally.sums.copy(), tally.max_delta
-        )
+        return cls(tally.cuts, used, tally.tables[:, used], tally.counts.copy(), tally.sums.copy(), tally.max_delta)
 
     def dense(self) -> Tally:
         tally = Tally.empty(self.cuts)
@@ -242,7 +240,10 @@ def top_energy(batch: Batch, view: str) -> Columns:
         rest = size - (before[batch.stop] - np.append(before[1:], 0)[part])
 
         def taken(values: np.ndarray, part: np.ndarray = part, rest: np.ndarray = rest) -> np.ndarray:
-            return batch.sums(counts * values, np.minimum(part + 1, batch.stop), batch.stop) + rest * np.append(values, 0)[part]
+            return (
+                batch.sums(counts * values, np.minimum(part + 1, batch.stop), batch.stop)
+                + rest * np.append(values, 0)[part]
+            )
 
         if view == "visible":
             found[label] = taken(low) / energy

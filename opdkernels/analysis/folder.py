@@ -31,9 +31,25 @@ except ImportError:  # not on Windows, where two writers are not noticed
 
 OWN_FOLDERS = ("tallies", "spectra", "steps", "similarity", "factors")
 # run.json goes last: until then an interrupted --overwrite is known for what it is.
-OWN_FILES = ("summary.json", "tensors.parquet", "groups.parquet", "tensors.csv", "groups.csv", "report.html", "overlap.parquet", "overlap.csv",
-             "spectra.parquet", "geometry.parquet", "spectra.csv", "geometry.csv", "trend.parquet", "trend.csv",
-             *authors.FILES, *OWN_FOLDERS, "run.json")  # fmt: skip
+OWN_FILES = (
+    "summary.json",
+    "tensors.parquet",
+    "groups.parquet",
+    "tensors.csv",
+    "groups.csv",
+    "report.html",
+    "overlap.parquet",
+    "overlap.csv",
+    "spectra.parquet",
+    "geometry.parquet",
+    "spectra.csv",
+    "geometry.csv",
+    "trend.parquet",
+    "trend.csv",
+    *authors.FILES,
+    *OWN_FOLDERS,
+    "run.json",
+)
 
 
 def describe(command: str, options: dict[str, Any], sources: dict[str, Source]) -> dict[str, Any]:
@@ -44,7 +60,12 @@ def describe(command: str, options: dict[str, Any], sources: dict[str, Source]) 
         for role, source in sources.items()
     }
     deciding = {"source": inputs["source"]} if command == "trend" else inputs
-    facts = [command, __version__, SCHEMA_VERSION, {r: [os.path.realpath(i["path"]), i["files"]] for r, i in deciding.items()}]
+    facts = [
+        command,
+        __version__,
+        SCHEMA_VERSION,
+        {r: [os.path.realpath(i["path"]), i["files"]] for r, i in deciding.items()},
+    ]
     if command == "overlap":
         facts.append([options["atol"], options["strata"]])
     return {
@@ -53,7 +74,12 @@ def describe(command: str, options: dict[str, Any], sources: dict[str, Source]) 
         "identity": hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest(),
         "options": options,
         "inputs": inputs,
-        "versions": {"opdkernels": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        "versions": {
+            "opdkernels": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
         "machine": {
             "processor": processor(),
             "threads": torch.get_num_threads(),
@@ -116,7 +142,9 @@ def locked(out: str | os.PathLike[str]) -> Iterator[Path]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"another process is writing to {named}; wait for it, or choose another folder") from None
+                raise InputError(
+                    f"another process is writing to {named}; wait for it, or choose another folder"
+                ) from None
             except OSError:  # a file system without locks
                 pass
         yield folder
@@ -149,11 +177,15 @@ def keep_apart(folder: Path, run: dict[str, Any]) -> None:
         path = os.path.realpath(given["path"])
         for own in written:
             if os.path.exists(path) and (path == own or path.startswith(own + os.sep)):
-                raise InputError(f"{role} {printable(given['path'])} lies in {printable(own)}, which the run writes to; choose another folder than {named}")
+                raise InputError(
+                    f"{role} {printable(given['path'])} lies in {printable(own)}, which the run writes to; choose another folder than {named}"
+                )
     if not (folder / "run.json").exists():
         for name in OWN_FOLDERS:
             if (folder / name).exists() or (folder / name).is_symlink():
-                raise InputError(f"{named} has a {name} that is not of a run, as there is no run.json; choose another folder")
+                raise InputError(
+                    f"{named} has a {name} that is not of a run, as there is no run.json; choose another folder"
+                )
 
 
 def clear(folder: Path) -> None:
@@ -179,16 +211,22 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         run = json.loads(path.read_text())
         return {**run, "command": run["command"], "status": run["status"], "identity": run["identity"]}
     except (ValueError, KeyError, TypeError, OSError):
-        raise InputError(f"{printable(str(path))} cannot be read; delete the folder, or start again with --overwrite") from None
+        raise InputError(
+            f"{printable(str(path))} cannot be read; delete the folder, or start again with --overwrite"
+        ) from None
 
 
 def finished(folder: Path) -> dict[str, Any]:
     """run.json of a finished run. Raises InputError where there is none."""
     run = read_run(folder)
     if run is None:
-        raise InputError(f"{printable(str(folder))} holds no run (no run.json); give the folder that a command wrote with -o")
+        raise InputError(
+            f"{printable(str(folder))} holds no run (no run.json); give the folder that a command wrote with -o"
+        )
     if run["status"] != "complete":
-        raise InputError(f"{printable(str(folder))} holds a run that is {run['status']}; run {run['command']} again to finish it")
+        raise InputError(
+            f"{printable(str(folder))} holds a run that is {run['status']}; run {run['command']} again to finish it"
+        )
     return run
 
 
@@ -199,4 +237,6 @@ def readable(folder: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are of these kinds
         what = printable(str(error).splitlines()[0])
-        raise InputError(f"{printable(str(folder))} is damaged ({what}); run the command again with --overwrite") from None
+        raise InputError(
+            f"{printable(str(folder))} is damaged ({what}); run the command again with --overwrite"
+        ) from None

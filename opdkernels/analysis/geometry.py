@@ -37,7 +37,11 @@ def spectrum(sigma: np.ndarray) -> Row:
     captured = np.cumsum(sigma**2)
     counts = [min(k, r) for k in TOP] + [max(1, int(p * r)) for p in TOP_SHARES]
     share = sigma[sigma > 0] / sigma.sum()
-    found: Row = {"spectral_norm": float(sigma[0]), "delta_energy": energy, "stable_rank": energy / float(sigma[0]) ** 2}
+    found: Row = {
+        "spectral_norm": float(sigma[0]),
+        "delta_energy": energy,
+        "stable_rank": energy / float(sigma[0]) ** 2,
+    }
     found |= {name: float(captured[k - 1]) / energy for name, k in zip(names, counts, strict=True)}
     found["effective_rank"] = math.exp(-float((share * np.log(share)).sum()))
     for tolerance in RANK_TOLERANCES:
@@ -95,9 +99,16 @@ def bounded(record: SpectrumRecord) -> Row:
     if record.method != "topk":
         return found
     energy, (lower, upper) = record.energy, record.bounds
-    found |= {"delta_energy": energy, "spectral_norm": float(record.delta[0]), "stable_rank": energy / float(record.delta[0]) ** 2}
+    found |= {
+        "delta_energy": energy,
+        "spectral_norm": float(record.delta[0]),
+        "stable_rank": energy / float(record.delta[0]) ** 2,
+    }
     found |= {"lower_spectral_norm": float(lower[0]), "upper_spectral_norm": float(upper[0])}
-    found |= {"lower_stable_rank": energy / float(upper[0]) ** 2, "upper_stable_rank": energy / float(lower[0]) ** 2 if lower[0] else None}
+    found |= {
+        "lower_stable_rank": energy / float(upper[0]) ** 2,
+        "upper_stable_rank": energy / float(lower[0]) ** 2 if lower[0] else None,
+    }
     for k in (k for k in TOP if min(k, record.m, record.n) <= len(lower)):
         shares = [float((values[:k] ** 2).sum()) / energy for values in (record.delta, lower, upper)]
         found[f"energy_{k}"], found[f"lower_energy_{k}"] = min(shares[0], 1.0), shares[1]
@@ -114,10 +125,16 @@ def geometry_row(record: SpectrumRecord) -> Row:
     """
     known = record.subspace.size > 0
     found: Row = {}
-    for name, values in zip(SUBSPACE, record.subspace if known else [[None] * len(RATIOS)] * len(SUBSPACE), strict=True):
+    for name, values in zip(
+        SUBSPACE, record.subspace if known else [[None] * len(RATIOS)] * len(SUBSPACE), strict=True
+    ):
         for ratio, k, value in zip(RATIOS, top_ranks(min(record.m, record.n)), values, strict=True):
             found[f"{name}_{ratio_label(ratio)}"] = None if value is None else float(value)
-            chance = {"projection": k * k / (record.m * record.n), "projection_left": k / record.m, "projection_right": k / record.n}
+            chance = {
+                "projection": k * k / (record.m * record.n),
+                "projection_left": k / record.m,
+                "projection_right": k / record.n,
+            }
             if name in chance:
                 found[f"{name}_{ratio_label(ratio)}_chance"] = chance[name]
     moved = float(np.linalg.norm(record.trained - record.source)) if known else 0.0
@@ -133,10 +150,16 @@ def shared(counts: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
     """Expected counts of each mask within each subset, [ratios, subsets], ties broken at random; `total` of the subset, and
     the bounds of the principal mask. counts, sizes: `masks` and `mask_sizes` of a record."""
     count = {name: counts[:, :, i].astype(float) for i, name in enumerate(COUNTS)}
-    share, low_share = (sizes[:, 1 + i, None] / count[name][:, :1] for i, name in enumerate(("principal_tied", "low_tied")))
+    share, low_share = (
+        sizes[:, 1 + i, None] / count[name][:, :1] for i, name in enumerate(("principal_tied", "low_tied"))
+    )
     principal = count["principal"] + share * count["principal_tied"]
     low = count["low"] + low_share * count["low_tied"]
-    both = count["both"] + low_share * count["principal_and_low_tied"] + share * (count["principal_tied_and_low"] + low_share * count["both_tied"])
+    both = (
+        count["both"]
+        + low_share * count["principal_and_low_tied"]
+        + share * (count["principal_tied_and_low"] + low_share * count["both_tied"])
+    )
     outside = count["principal_tied"][:, :1] - count["principal_tied"]
     return {
         "total": count["total"],
@@ -172,7 +195,9 @@ def mask_figures(record: SpectrumRecord) -> Row:
                 found[f"{name}_{label}"] = count[name.removesuffix("_coverage")][i, 1] / changed
             for end in ("_lower", "_upper"):
                 found[f"principal_coverage_{label}{end}"] = count["principal" + end][i, 1] / changed
-            found[f"principal_coverage_{label}_enrichment"] = found[f"principal_coverage_{label}"] / (count["principal"][i, 0] / numel)
+            found[f"principal_coverage_{label}_enrichment"] = found[f"principal_coverage_{label}"] / (
+                count["principal"][i, 0] / numel
+            )
     return {name: None if value is None else float(value) for name, value in found.items()}
 
 
@@ -180,9 +205,16 @@ def about(record: SpectrumRecord, name: str) -> Row:
     """What every row starts with; a matrix of a stack of experts has its number in `part`."""
     where = place(name)
     return {
-        "name": name, "part": record.part if record.part >= 0 else None, "m": record.m, "n": record.n, "layer": where.layer,
-        "module": where.module, "block": where.block, "tower": where.tower, "view": record.view,
-    }  # fmt: skip
+        "name": name,
+        "part": record.part if record.part >= 0 else None,
+        "m": record.m,
+        "n": record.n,
+        "layer": where.layer,
+        "module": where.module,
+        "block": where.block,
+        "tower": where.tower,
+        "view": record.view,
+    }
 
 
 def tables(records: Iterable[SpectrumRecord], names: dict[int, str]) -> tuple[list[Row], list[Row]]:
@@ -197,7 +229,15 @@ def tables(records: Iterable[SpectrumRecord], names: dict[int, str]) -> tuple[li
 
 
 SUMMARISED = (
-    *("stable_rank", "stable_rank_null", "energy_16", "energy_16_null", "effective_rank", "rank_share_1e-5", "spectral_norm"),
+    *(
+        "stable_rank",
+        "stable_rank_null",
+        "energy_16",
+        "energy_16_null",
+        "effective_rank",
+        "rank_share_1e-5",
+        "spectral_norm",
+    ),
     *(f"{name}_{ratio_label(r)}" for name in (*SUBSPACE, "principal_coverage") for r in RATIOS),
     *(f"projection_{ratio_label(r)}_chance" for r in RATIOS),
     *("drift", "drift_over_delta"),

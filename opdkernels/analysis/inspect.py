@@ -58,7 +58,9 @@ def inspect(a: str, b: str | None = None, *, memory: str | int = "4GB", **option
         found["b"] = holdings(second)
         pair = match(first, second)
         coordinates = sum(m.numel for m in pair.matches)
-        largest = max((m.numel * (ITEM_BYTES[m.source.dtype] + ITEM_BYTES[m.trained.dtype]) for m in pair.matches), default=0)
+        largest = max(
+            (m.numel * (ITEM_BYTES[m.source.dtype] + ITEM_BYTES[m.trained.dtype]) for m in pair.matches), default=0
+        )
         found |= {
             "matched": len(pair.matches),
             "how": dict(Counter(m.how for m in pair.matches)),
@@ -103,7 +105,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     if "plan" in found:
         how = ", ".join(f"{count} {way}" for way, count in found["how"].items())
         text.append(f"matched: {found['matched']} tensors ({how}), {found['coordinates']:,} coordinates")
-        text += [f"not compared: {printable(u['name'])} ({u['side']}): {printable(u['reason'])}" for u in found["unmatched"]]
+        text += [
+            f"not compared: {printable(u['name'])} ({u['side']}): {printable(u['reason'])}" for u in found["unmatched"]
+        ]
         text += [f"tied, counted once: {printable(name)}" for name in found["tied"]]
         text += [f"note: {printable(note)}" for note in found["notes"]]
         plan = found["plan"]
@@ -118,5 +122,7 @@ def lines(found: dict[str, Any]) -> list[str]:
                 f"({spectra['flops']:.2g} operations), {amount(spectra['memory_bytes'])} for the largest; --spectra off leaves them out"
             )
         if spectra["beyond_memory"]:
-            text.append(f"{spectra['beyond_memory']} matrices need more than the memory allowed; raise --memory, or take --spectra topk")
+            text.append(
+                f"{spectra['beyond_memory']} matrices need more than the memory allowed; raise --memory, or take --spectra topk"
+            )
     return text

@@ -65,7 +65,9 @@ class Overlaps:
 def load(folder: Path, run: dict[str, Any]) -> Overlaps:
     """The finished overlap in a folder, whose run.json is `run`."""
     with readable(folder):
-        return Overlaps(pq.read_table(folder / "overlap.parquet"), json.loads((folder / "summary.json").read_text()), run, folder)
+        return Overlaps(
+            pq.read_table(folder / "overlap.parquet"), json.loads((folder / "summary.json").read_text()), run, folder
+        )
 
 
 def run_overlap(
@@ -79,10 +81,14 @@ def run_overlap(
     if not 2 <= len(runs) <= MAX_RUNS:
         raise UsageError(f"overlap compares 2 to {MAX_RUNS} runs of one source, not {len(runs)}")
     with contextlib.ExitStack() as stack:
-        sources = [stack.enter_context(contextlib.closing(open_source(path, **chosen.opening))) for path in (base, *runs)]
+        sources = [
+            stack.enter_context(contextlib.closing(open_source(path, **chosen.opening))) for path in (base, *runs)
+        ]
         stack.enter_context(threads(chosen.threads))
         pairs = [match(sources[0], source) for source in sources[1:]]
-        about = describe("overlap", chosen.model_dump(mode="json"), dict(zip(("source", *names(len(runs))), sources, strict=True)))
+        about = describe(
+            "overlap", chosen.model_dump(mode="json"), dict(zip(("source", *names(len(runs))), sources, strict=True))
+        )
         with opened(out, about, chosen.overwrite) as folder:
             together, excluded = in_all(pairs, [f"run {name}" for name in names(len(runs))])
             counted = count(pairs, together, chosen, progress)
@@ -124,11 +130,20 @@ def in_all(pairs: Sequence[Pair], names: Sequence[str]) -> tuple[list[list[Match
         lacking = [i for i, matches in enumerate(by_place) if where not in matches]
         cut = all(one.source.name in held[i] for i in lacking)
         absent = ", ".join(names[i] for i in lacking)
-        excluded.append({"name": one.name, "reason": f"stored in other parts in {absent}" if cut else f"not in {absent} in the same shape"})
+        excluded.append(
+            {
+                "name": one.name,
+                "reason": f"stored in other parts in {absent}" if cut else f"not in {absent} in the same shape",
+            }
+        )
     for name, pair in zip(names, pairs, strict=True):
-        excluded += [{"name": u.name, "reason": f"{name}: {u.reason}"} for u in pair.unmatched if u.kind in ("shape", "shard")]
+        excluded += [
+            {"name": u.name, "reason": f"{name}: {u.reason}"} for u in pair.unmatched if u.kind in ("shape", "shard")
+        ]
     if not together:
-        raise InputError("no tensor of the source is in every run in the same shape; check that the runs come from this source")
+        raise InputError(
+            "no tensor of the source is in every run in the same shape; check that the runs come from this source"
+        )
     return together, excluded
 
 
@@ -195,15 +210,24 @@ def tensor_rows(one: Counted) -> list[dict[str, Any]]:
     for a, b in itertools.combinations(range(found.n_runs), 2):
         both = found.n_both(a, b)
         row = {
-            "name": one.match.name, "shape": json.dumps(list(one.match.shape)), "layer": where.layer, "module": where.module,
-            "block": where.block, "run_a": runs[a], "run_b": runs[b], "numel": found.numel, "nonfinite": found.nonfinite,
-            "changed_a": found.n_changed(a), "changed_b": found.n_changed(b), "changed_both": both,
+            "name": one.match.name,
+            "shape": json.dumps(list(one.match.shape)),
+            "layer": where.layer,
+            "module": where.module,
+            "block": where.block,
+            "run_a": runs[a],
+            "run_b": runs[b],
+            "numel": found.numel,
+            "nonfinite": found.nonfinite,
+            "changed_a": found.n_changed(a),
+            "changed_b": found.n_changed(b),
+            "changed_both": both,
             **figures(both, found.n_changed(a), found.n_changed(b), found.finite),
             "expected_uniform": found.expected_uniform(a, b),
             "over_uniform": tables.ratio(both, found.expected_uniform(a, b)),
             **chance("magnitude", both, found.expected_magnitude(a, b), found.variance_magnitude(a, b)),
             "variance_magnitude": found.variance_magnitude(a, b),
-        }  # fmt: skip
+        }
         for strata, (expected, variance) in one.strata.items():
             row |= chance(strata, both, float(expected[a, b]), float(variance[a, b]))
             row[f"variance_{strata}"] = float(variance[a, b])
@@ -211,7 +235,13 @@ def tensor_rows(one: Counted) -> list[dict[str, Any]]:
     return rows
 
 
-def summarise(paths: list[str], counted: list[Counted], rows: list[dict[str, Any]], excluded: list[dict[str, str]], chosen: OverlapOptions) -> dict[str, Any]:
+def summarise(
+    paths: list[str],
+    counted: list[Counted],
+    rows: list[dict[str, Any]],
+    excluded: list[dict[str, str]],
+    chosen: OverlapOptions,
+) -> dict[str, Any]:
     n_runs = counted[0].found.n_runs
     exactly = sum((c.found.runs for c in counted), np.zeros(n_runs + 1, np.int64))
     finite = int(exactly.sum())
@@ -242,7 +272,9 @@ def pooled(rows: list[dict[str, Any]]) -> dict[str, Any]:
         known = [r for r in rows if f"variance_{name}" in r]
         if known:
             part = sum(r["changed_both"] for r in known)
-            found |= chance(name, part, sum(r[f"expected_{name}"] for r in known), sum(r[f"variance_{name}"] for r in known))
+            found |= chance(
+                name, part, sum(r[f"expected_{name}"] for r in known), sum(r[f"variance_{name}"] for r in known)
+            )
     return found
 
 
@@ -254,9 +286,14 @@ def whole_model(rows: list[dict[str, Any]], finite: int) -> list[dict[str, Any]]
         total = pooled([r for r in rows if (r["run_a"], r["run_b"]) == pair])
         everywhere = float(expected_uniform(total["changed_a"], total["changed_b"], finite))
         found.append(
-            {"run_a": pair[0], "run_b": pair[1], **total, "expected_uniform_global": everywhere,
-             "over_uniform_global": tables.ratio(total["changed_both"], everywhere)}
-        )  # fmt: skip
+            {
+                "run_a": pair[0],
+                "run_b": pair[1],
+                **total,
+                "expected_uniform_global": everywhere,
+                "over_uniform_global": tables.ratio(total["changed_both"], everywhere),
+            }
+        )
     return found
 
 
@@ -271,7 +308,9 @@ def lines(result: Overlaps) -> list[str]:
     """A finished overlap in a few lines, for the terminal."""
     summary = result.summary
     text = [f"run {name}: {printable(path)}" for name, path in summary["runs"].items()]
-    text.append(f"{summary['tensors']} tensors, {summary['coordinates']:,} coordinates; changed: visible |delta| > {summary['atol']:g}")
+    text.append(
+        f"{summary['tensors']} tensors, {summary['coordinates']:,} coordinates; changed: visible |delta| > {summary['atol']:g}"
+    )
     text.append(f"{'runs':6}{'changed':>18}{'coverage':>20}{'Jaccard':>9}{'over uniform':>14}{'over |W|':>10}{'z':>10}")
     for p in summary["pairs"]:
         densities = f"{percent(share(p['changed_a'], summary['coordinates']))} {percent(share(p['changed_b'], summary['coordinates']))}"
@@ -282,9 +321,14 @@ def lines(result: Overlaps) -> list[str]:
         )
         for strata in ("row", "column"):
             if f"over_{strata}" in p:
-                text.append(f"  within {strata}s and |W|: {number(p[f'over_{strata}'])} times chance, z {number(p[f'z_{strata}'])}")
+                text.append(
+                    f"  within {strata}s and |W|: {number(p[f'over_{strata}'])} times chance, z {number(p[f'z_{strata}'])}"
+                )
     text += [f"excluded: {printable(e['name'])}: {printable(e['reason'])}" for e in summary["excluded"][:10]]
-    text += [f"NaN or Inf: {printable(e['name'])}: {e['coordinates']} coordinates left out" for e in summary["nonfinite"][:10]]
+    text += [
+        f"NaN or Inf: {printable(e['name'])}: {e['coordinates']} coordinates left out"
+        for e in summary["nonfinite"][:10]
+    ]
     if result.path is not None:
         text.append(f"{result.run['seconds']:.2f} s; written to {printable(str(result.path))}")
     return text

@@ -84,7 +84,10 @@ def to_table(records: list[Record]) -> pa.Table:
 def from_table(table: pa.Table) -> Iterator[Record]:
     if (table.schema.metadata or {}).get(b"opdkernels_records") != str(SCHEMA_VERSION).encode():
         raise ValueError("written by another version of opdkernels")
-    plain = {c: table[c].to_pylist() for c in ("index", "name", "trained_name", "dtype_source", "dtype_trained", "how", "failure", "max_delta")}
+    plain = {
+        c: table[c].to_pylist()
+        for c in ("index", "name", "trained_name", "dtype_source", "dtype_trained", "how", "failure", "max_delta")
+    }
     lists = {c: table[c].combine_chunks() for c in ("shape", "cuts", "patterns", "tables", "counts", "sums")}
 
     def at(column: str, i: int) -> np.ndarray:
@@ -95,11 +98,20 @@ def from_table(table: pa.Table) -> Iterator[Record]:
         if not plain["failure"][i]:
             cuts, patterns = tuple(at("cuts", i).tolist()), at("patterns", i).astype(np.int64)
             tables = at("tables", i).astype(np.int64).reshape(5 + len(cuts), len(patterns))
-            tally = SparseTally(cuts, patterns, tables, at("counts", i), at("sums", i).reshape(4, -1), plain["max_delta"][i])
+            tally = SparseTally(
+                cuts, patterns, tables, at("counts", i), at("sums", i).reshape(4, -1), plain["max_delta"][i]
+            )
         yield Record(
-            plain["index"][i], plain["name"][i], plain["trained_name"][i], tuple(at("shape", i).tolist()),
-            plain["dtype_source"][i], plain["dtype_trained"][i], plain["how"][i], tally, plain["failure"][i],
-        )  # fmt: skip
+            plain["index"][i],
+            plain["name"][i],
+            plain["trained_name"][i],
+            tuple(at("shape", i).tolist()),
+            plain["dtype_source"][i],
+            plain["dtype_trained"][i],
+            plain["how"][i],
+            tally,
+            plain["failure"][i],
+        )
 
 
 class Keyed(Protocol):
@@ -114,7 +126,9 @@ class Records(Generic[R]):
     """The records of a run; with a folder, appended there. `done` maps a record's key to it. A fragment's name is its number
     and the digest of its bytes: damage does not become a figure."""
 
-    def __init__(self, folder: Path | None, write: Callable[[list[R]], pa.Table], read: Callable[[pa.Table], Iterator[R]]):
+    def __init__(
+        self, folder: Path | None, write: Callable[[list[R]], pa.Table], read: Callable[[pa.Table], Iterator[R]]
+    ):
         self.folder, self.write, self.read = folder, write, read
         self.done: dict[Any, R] = {}
         self.pending: list[R] = []
@@ -136,7 +150,9 @@ class Records(Generic[R]):
             for record in self.read(pa.ipc.open_file(pa.py_buffer(content)).read_all()):
                 self.done[record.key] = record
         except (pa.ArrowInvalid, ValueError, KeyError, OSError) as error:
-            raise InputError(f"{printable(str(path))} cannot be read ({printable(str(error))}); delete it, or start again with --overwrite") from None
+            raise InputError(
+                f"{printable(str(path))} cannot be read ({printable(str(error))}); delete it, or start again with --overwrite"
+            ) from None
         self.fragments = max(self.fragments, int(number))
 
     def add(self, record: R) -> None:

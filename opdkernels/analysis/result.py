@@ -79,7 +79,9 @@ class Analysis:
             return "–" if value is None else f"{value:.5g}"
 
         rows = "".join(
-            f"<tr><td>{html.escape(label)}</td>" + "".join(f"<td>{cell(views[v].get(key))}</td>" for v in views) + "</tr>"
+            f"<tr><td>{html.escape(label)}</td>"
+            + "".join(f"<td>{cell(views[v].get(key))}</td>" for v in views)
+            + "</tr>"
             for key, label in labels.items()
         )
         head = "".join(f"<th>{html.escape(v)}</th>" for v in views)
@@ -95,7 +97,10 @@ def load(path: str | Path) -> Analysis:
         raise InputError(f"{printable(str(folder))} holds a run of {run['command']}; give the folder of an analyze run")
     records, spectra = tallies(folder / "tallies"), spectrum_records(folder / "spectra")
     with readable(folder):
-        of_matrices = (pq.read_table(path) if (path := folder / f"{name}.parquet").exists() else None for name in ("spectra", "geometry"))
+        of_matrices = (
+            pq.read_table(path) if (path := folder / f"{name}.parquet").exists() else None
+            for name in ("spectra", "geometry")
+        )
         return Analysis(
             pq.read_table(folder / "tensors.parquet"),
             pq.read_table(folder / "groups.parquet"),

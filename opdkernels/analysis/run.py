@@ -73,7 +73,9 @@ def ready(name: str) -> torch.device:
         delta(*(torch.zeros(1, dtype=torch.bfloat16, device=device) for _ in range(2)))
     except (RuntimeError, ImportError, OSError) as error:
         reason = printable(str(error).splitlines()[0])
-        raise InputError(f"--device {name}: {reason}; `opdkernels doctor` says which kernels serve, or leave --device out") from error
+        raise InputError(
+            f"--device {name}: {reason}; `opdkernels doctor` says which kernels serve, or leave --device out"
+        ) from error
     return device
 
 
@@ -82,7 +84,12 @@ def facts(records: Records[Record]) -> dict[int, Facts]:
 
 
 def conclude(
-    pair: Pair, records: Records[Record], spectra: Records[SpectrumRecord], about: dict[str, Any], folder: Path | None, chosen: AnalyzeOptions
+    pair: Pair,
+    records: Records[Record],
+    spectra: Records[SpectrumRecord],
+    about: dict[str, Any],
+    folder: Path | None,
+    chosen: AnalyzeOptions,
 ) -> Analysis:
     """Every figure of a pair whose records are complete, and its files."""
     result = assemble(pair, [records.done[i] for i in range(len(pair.matches))], about)
@@ -113,7 +120,9 @@ def slices(numel: int, bytes_each: int, memory: int) -> Iterator[tuple[int, int]
         yield begin, min(numel, begin + step)
 
 
-def count_all(pair: Pair, records: Records[Record], memory: int, progress: Progress, device: torch.device = CPU) -> None:
+def count_all(
+    pair: Pair, records: Records[Record], memory: int, progress: Progress, device: torch.device = CPU
+) -> None:
     """Tallies every match that has no record yet; a tensor that fails is recorded and the rest goes on. Out of a device's memory,
     it goes on from that tensor in smaller slices, and only then does the tensor fail."""
     tally, done, total = Tally.empty(DEFAULT_CUTS), 0, pair.nbytes
@@ -142,7 +151,17 @@ def count_all(pair: Pair, records: Records[Record], memory: int, progress: Progr
                     failure = f"{type(error).__name__}: {error}".splitlines()[0]
                 counted = None if failure else SparseTally.of(tally)
                 records.add(
-                    Record(index, match.name, match.trained_name, match.shape, match.source.dtype, match.trained.dtype, match.how, counted, failure)
+                    Record(
+                        index,
+                        match.name,
+                        match.trained_name,
+                        match.shape,
+                        match.source.dtype,
+                        match.trained.dtype,
+                        match.how,
+                        counted,
+                        failure,
+                    )
                 )
                 done += match.numel * feed.pair_bytes(match)
                 progress(done, total, match.name)
@@ -182,7 +201,8 @@ def fit_nulls(records: list[Record]) -> list[dict[str, null.Null]]:
 
     nothing = dict.fromkeys(RATIOS, 0.0)
     fitted: list[dict[str, null.Null]] = [
-        {"chosen": null.Null("sign", 0.0, 0.0, 0.0, nothing, float(r.tally.finite) if r.tally else 0.0, 0, np.zeros(0))} for r in records
+        {"chosen": null.Null("sign", 0.0, 0.0, 0.0, nothing, float(r.tally.finite) if r.tally else 0.0, 0, np.zeros(0))}
+        for r in records
     ]
     moved = [(i, r.tally) for i, r in enumerate(records) if r.tally is not None and r.tally.changed("visible").any()]
     nulls = null.fit_many(
@@ -211,12 +231,18 @@ def null_columns(columns: Columns, fitted: list[dict[str, null.Null]]) -> dict[s
     }
     with np.errstate(divide="ignore", invalid="ignore"):
         changed = {kind: of(kind, lambda one: one.changed) for kind in ("chosen", *null.KINDS)}
-        found |= {"changed_null": changed["chosen"], "changed_over_null": columns["changed"] / nonzero(changed["chosen"])}
+        found |= {
+            "changed_null": changed["chosen"],
+            "changed_over_null": columns["changed"] / nonzero(changed["chosen"]),
+        }
         found |= {f"changed_null_{kind}": changed[kind] for kind in null.KINDS}
         for ratio in RATIOS:
             label = f"near_zero_coverage_{ratio_label(ratio)}"
             coverage = {kind: of(kind, partial(covered, ratio)) / nonzero(changed[kind]) for kind in changed}
-            found |= {f"{label}_null": coverage["chosen"], f"{label}_over_null": columns[label] / nonzero(coverage["chosen"])}
+            found |= {
+                f"{label}_null": coverage["chosen"],
+                f"{label}_over_null": columns[label] / nonzero(coverage["chosen"]),
+            }
             found |= {f"{label}_null_{kind}": coverage[kind] for kind in null.KINDS}
     return found
 
@@ -260,8 +286,12 @@ def curve(records: list[Record], nulls: list[dict[str, null.Null]]) -> dict[str,
 
 def summarise(pair: Pair, records: list[Record], groups: list[dict], nulls: list[dict]) -> dict[str, Any]:
     counted = [r for r in records if r.tally is not None]
-    views = {view: {k: v for k, v in g.items() if k not in ("by", "view", "tower", "block", "module", "layer")}
-             for view in VIEWS for g in groups if g["by"] == "model" and g["view"] == view}  # fmt: skip
+    views = {
+        view: {k: v for k, v in g.items() if k not in ("by", "view", "tower", "block", "module", "layer")}
+        for view in VIEWS
+        for g in groups
+        if g["by"] == "model" and g["view"] == view
+    }
     ulp = sum((r.tally.ulp for r in counted if r.tally), np.zeros(2 * ULP_REACH + 3, np.int64))
     return {
         "schema_version": tables.TABLE_VERSION,
@@ -275,7 +305,13 @@ def summarise(pair: Pair, records: list[Record], groups: list[dict], nulls: list
         },
         "identical": all(r.tally is not None and r.tally.bit_equal == r.tally.numel for r in records),
         "views": views,
-        "null_kinds": dict(Counter(n["chosen"].kind for r, n in zip(counted, nulls, strict=True) if r.tally and r.tally.changed("visible").any())),
+        "null_kinds": dict(
+            Counter(
+                n["chosen"].kind
+                for r, n in zip(counted, nulls, strict=True)
+                if r.tally and r.tally.changed("visible").any()
+            )
+        ),
         "curve": curve(counted, nulls),
         "ulp": {
             "distance": [f"< -{ULP_REACH}", *(str(d) for d in range(-ULP_REACH, ULP_REACH + 1)), f"> {ULP_REACH}"],
@@ -286,7 +322,9 @@ def summarise(pair: Pair, records: list[Record], groups: list[dict], nulls: list
         "tied": pair.tied,
         "notes": pair.notes,
         "failed": [{"name": r.name, "reason": r.failure} for r in records if r.failure],
-        "nonfinite": [{"name": r.name, "coordinates": r.tally.nonfinite} for r in counted if r.tally and r.tally.nonfinite],
+        "nonfinite": [
+            {"name": r.name, "coordinates": r.tally.nonfinite} for r in counted if r.tally and r.tally.nonfinite
+        ],
     }
 
 

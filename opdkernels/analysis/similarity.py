@@ -56,7 +56,9 @@ def to_the_last(tops: Sequence[Vectors | None]) -> tuple[np.ndarray, np.ndarray]
 
 def to_table(records: list[Similarity]) -> pa.Table:
     columns = {name: pa.array([getattr(r, name) for r in records]) for name in ("index", "part", "m", "n", "run")}
-    columns |= {name: pa.array([getattr(r, name) for r in records], pa.list_(pa.float64())) for name in ("left", "right")}
+    columns |= {
+        name: pa.array([getattr(r, name) for r in records], pa.list_(pa.float64())) for name in ("left", "right")
+    }
     return pa.table(columns, metadata={"opdkernels_similarity": str(SCHEMA_VERSION)})
 
 

@@ -57,7 +57,8 @@ class SpectrumRecord:
 
 def to_table(records: list[SpectrumRecord]) -> pa.Table:
     columns: dict[str, pa.Array] = {
-        name: pa.array([getattr(r, name) for r in records]) for name in ("index", "part", "view", "m", "n", "method", "reason", "seconds", "energy", "remainder")
+        name: pa.array([getattr(r, name) for r in records])
+        for name in ("index", "part", "view", "m", "n", "method", "reason", "seconds", "energy", "remainder")
     }
     for name in ARRAYS:
         arrays = [getattr(r, name).ravel() for r in records]
@@ -71,10 +72,17 @@ def from_table(table: pa.Table) -> Iterator[SpectrumRecord]:
         raise ValueError("written by another version of opdkernels")
     lists = {name: table[name].combine_chunks() for name in ARRAYS}
     plain = table.drop_columns(list(ARRAYS)).to_pylist()
-    shapes = {"bounds": (2, -1), "subspace": (len(SUBSPACE), -1), "masks": (len(RATIOS), len(principal.SUBSETS), -1), "mask_sizes": (len(RATIOS), -1)}
+    shapes = {
+        "bounds": (2, -1),
+        "subspace": (len(SUBSPACE), -1),
+        "masks": (len(RATIOS), len(principal.SUBSETS), -1),
+        "mask_sizes": (len(RATIOS), -1),
+    }
     for i, row in enumerate(plain):
         arrays = {name: lists[name][i].values.to_numpy(zero_copy_only=False) for name in ARRAYS}
-        yield SpectrumRecord(**row, **{name: a.reshape(shapes[name]) if name in shapes and a.size else a for name, a in arrays.items()})
+        yield SpectrumRecord(
+            **row, **{name: a.reshape(shapes[name]) if name in shapes and a.size else a for name, a in arrays.items()}
+        )
 
 
 def spectra(folder: Path | None) -> Records[SpectrumRecord]:

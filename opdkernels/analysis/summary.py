@@ -77,7 +77,9 @@ class Summary(Part):
     trained: str
     matched: Matched
     identical: bool = Field(description="Every compared coordinate has the same bits.")
-    views: dict[str, dict[str, float | int | None]] = Field(description="stored, visible: figures of the whole model; docs/outputs.md.")
+    views: dict[str, dict[str, float | int | None]] = Field(
+        description="stored, visible: figures of the whole model; docs/outputs.md."
+    )
     null_kinds: dict[str, int] = Field(description="Which null was nearest, and in how many tensors that changed.")
     curve: Curve
     ulp: Ulp

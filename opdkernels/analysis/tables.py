@@ -167,14 +167,20 @@ def group_rows(about: dict[str, list], views: dict[str, dict[str, Any]]) -> list
     for view, figures in views.items():
         table = {name: values.astype(float) for name, values in figures.items() if isinstance(values, np.ndarray)}
         for grouping, keys in GROUPINGS.items():
-            members = Members(table, list(zip(*(about[k] for k in keys), strict=True)) if keys else [()] * len(about["name"]))
-            columns = {name: values.tolist() for name, values in group_columns(members, nulls=view == "visible").items()}
+            members = Members(
+                table, list(zip(*(about[k] for k in keys), strict=True)) if keys else [()] * len(about["name"])
+            )
+            columns = {
+                name: values.tolist() for name, values in group_columns(members, nulls=view == "visible").items()
+            }
             groups = []
             for g, key in enumerate(members.groups):
                 row: Row = {"by": grouping, "view": view, **dict.fromkeys(("tower", "block", "module", "layer"))}
                 row |= dict(zip(keys, key, strict=True))
                 for name, values in columns.items():
-                    row[name] = int(values[g]) if name in INTEGER_COLUMNS else values[g] if math.isfinite(values[g]) else None
+                    row[name] = (
+                        int(values[g]) if name in INTEGER_COLUMNS else values[g] if math.isfinite(values[g]) else None
+                    )
                 groups.append(row)
             found += sorted(groups, key=lambda row: -row["delta_energy"])
     return found

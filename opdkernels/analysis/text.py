@@ -32,7 +32,9 @@ def spectral(spectra: dict[str, Any] | None) -> list[str]:
     ]
     known = spectra["matrices"] - sum(spectra["without"].values())
     text = [f"{f'median over {known} matrices':34}{'stored':>12}{'by chance':>12}"]
-    return text + [f"{label:34}{show(figures[key]):>12}{show(chance):>12}" for label, key, show, chance in rows if key in figures]
+    return text + [
+        f"{label:34}{show(figures[key]):>12}{show(chance):>12}" for label, key, show, chance in rows if key in figures
+    ]
 
 
 def lines(result: Analysis) -> list[str]:
@@ -46,7 +48,9 @@ def lines(result: Analysis) -> list[str]:
         if summary["identical"]:
             text.append("identical: every coordinate has the same bits")
         else:
-            text.append(f"{stored['bit_equal_tensors']} of {stored['tensors']} tensors are bit-identical, and {percent(stored['bit_equal'] / max(1, stored['numel']))} of the coordinates")
+            text.append(
+                f"{stored['bit_equal_tensors']} of {stored['tensors']} tensors are bit-identical, and {percent(stored['bit_equal'] / max(1, stored['numel']))} of the coordinates"
+            )
             text.append(f"{'':34}{'stored':>12}{'visible':>12}   (visible: both rounded to bf16)")
             for label, key, show in (
                 ("unchanged", "frac_zero", percent),
@@ -57,8 +61,12 @@ def lines(result: Analysis) -> list[str]:
             ):
                 text.append(f"{label:34}{show(stored[key]):>12}{show(visible[key]):>12}")
             kinds = ", ".join(f"{kind} in {count}" for kind, count in summary["null_kinds"].items())
-            text.append(f"{'changed, over rounding alone':34}{'':>12}{number(visible['changed_over_null']):>12}   (nearest null: {kinds} tensors)")
-            text.append(f"{'near-zero coverage, the same':34}{'':>12}{number(visible['near_zero_coverage_10pct_over_null']):>12}")
+            text.append(
+                f"{'changed, over rounding alone':34}{'':>12}{number(visible['changed_over_null']):>12}   (nearest null: {kinds} tensors)"
+            )
+            text.append(
+                f"{'near-zero coverage, the same':34}{'':>12}{number(visible['near_zero_coverage_10pct_over_null']):>12}"
+            )
     text += spectral(summary.get("spectra"))
     for title, items in (
         ("excluded", [f"{u['name']} ({u['side']}): {u['reason']}" for u in summary["excluded"]]),

@@ -44,8 +44,19 @@ from opdkernels.ops.overlap import MAX_RUNS, Overlap, overlap
 from opdkernels.options import AnalyzeOptions, TrendOptions
 from opdkernels.progress import Progress
 
-MEANS = ("stable_rank", "stable_rank_null", "energy_16", "energy_16_null", "effective_rank", "projection_10pct", "projection_10pct_chance",
-         "rotation_left_10pct", "rotation_right_10pct", "drift", "principal_coverage_10pct")  # fmt: skip
+MEANS = (
+    "stable_rank",
+    "stable_rank_null",
+    "energy_16",
+    "energy_16_null",
+    "effective_rank",
+    "projection_10pct",
+    "projection_10pct_chance",
+    "rotation_left_10pct",
+    "rotation_right_10pct",
+    "drift",
+    "principal_coverage_10pct",
+)
 CHANCE = (f"similarity_left_{TOP}_chance", f"similarity_right_{TOP}_chance")
 SIMILARITY = (f"similarity_left_{TOP}", f"similarity_right_{TOP}")
 STEP = re.compile(r"(?:step|steps|checkpoint|ckpt|iter|iteration|epoch)[-_]?0*(\d{1,15})(?!\d)(?!.*\d)", re.IGNORECASE)
@@ -75,7 +86,9 @@ class Trend:
 def load(folder: Path, run: dict[str, Any]) -> Trend:
     """The finished trend in a folder, whose run.json is `run`."""
     with readable(folder):
-        return Trend(pq.read_table(folder / "trend.parquet"), json.loads((folder / "summary.json").read_text()), run, folder)
+        return Trend(
+            pq.read_table(folder / "trend.parquet"), json.loads((folder / "summary.json").read_text()), run, folder
+        )
 
 
 def step_of(path: str) -> int | None:
@@ -118,14 +131,22 @@ def run_trend(
     numbered, notes = in_order([os.fspath(path) for path in checkpoints])
     with contextlib.ExitStack() as stack:
         source, *trained = (
-            stack.enter_context(contextlib.closing(open_source(path, **chosen.opening))) for path in (base, *(path for _, path in numbered))
+            stack.enter_context(contextlib.closing(open_source(path, **chosen.opening)))
+            for path in (base, *(path for _, path in numbered))
         )
         stack.enter_context(threads(chosen.threads))
         pairs = [match(source, one) for one in trained]
         numbers = [number for number, _ in numbered]
-        about = describe("trend", chosen.model_dump(mode="json"), {"source": source, **dict(zip(map(str, numbers), trained, strict=True))})
+        about = describe(
+            "trend",
+            chosen.model_dump(mode="json"),
+            {"source": source, **dict(zip(map(str, numbers), trained, strict=True))},
+        )
         folder = stack.enter_context(opened(out, about, chosen.overwrite))
-        runs = [stack.enter_context(step_run(folder, number, pair, chosen)) for number, pair in zip(numbers, pairs, strict=True)]
+        runs = [
+            stack.enter_context(step_run(folder, number, pair, chosen))
+            for number, pair in zip(numbers, pairs, strict=True)
+        ]
         count_each(runs, chosen, progress)
         alike = compute(folder, runs, chosen, progress)
         together, excluded = in_all(pairs, [f"step {number}" for number in numbers])
@@ -140,8 +161,23 @@ def run_trend(
             own = step_rows(i, number, analysis, paths, similar)
             rows += own
             where = run.folder.name if run.folder is not None else None
-            steps.append({"step": number, "path": path, "folder": where, "exit_status": analysis.exit_status, "views": whole_model(own)})
-        summary = {"schema_version": tables.TABLE_VERSION, "source": source.path, "atol": chosen.atol, "steps": steps, "excluded": excluded, "notes": notes}
+            steps.append(
+                {
+                    "step": number,
+                    "path": path,
+                    "folder": where,
+                    "exit_status": analysis.exit_status,
+                    "views": whole_model(own),
+                }
+            )
+        summary = {
+            "schema_version": tables.TABLE_VERSION,
+            "source": source.path,
+            "atol": chosen.atol,
+            "steps": steps,
+            "excluded": excluded,
+            "notes": notes,
+        }
         result = Trend(tables.rows_to_arrow(rows), summary, about, folder)
         if folder is not None:
             write(folder, result, rows, chosen)
@@ -174,7 +210,9 @@ class Counted:
         tally = record.tally
         if tally is None or tally.nonfinite:
             return None
-        return cls(tally.finite, int(tally.changed("visible").sum()), from_limbs(tally.sums[0]), from_limbs(tally.sums[2]))
+        return cls(
+            tally.finite, int(tally.changed("visible").sum()), from_limbs(tally.sums[0]), from_limbs(tally.sums[2])
+        )
 
 
 @dataclass
@@ -204,7 +242,9 @@ class StepRun:
 @contextlib.contextmanager
 def step_run(folder: Path | None, number: int, pair: Pair, chosen: TrendOptions) -> Iterator[StepRun]:
     """The analysis of one checkpoint, in a folder of its own that `analyze` could have made."""
-    options = AnalyzeOptions(**{name: getattr(chosen, name) for name in AnalyzeOptions.model_fields if name in TrendOptions.model_fields})
+    options = AnalyzeOptions(
+        **{name: getattr(chosen, name) for name in AnalyzeOptions.model_fields if name in TrendOptions.model_fields}
+    )
     about = describe("analyze", options.model_dump(mode="json"), {"source": pair.source, "trained": pair.trained})
     with opened(step_folder(folder, number, about["identity"]) if folder is not None else None, about, False) as own:
         records = tallies(own / "tallies" if own is not None else None)
@@ -240,10 +280,18 @@ def compute(folder: Path | None, runs: Sequence[StepRun], chosen: TrendOptions, 
     if chosen.spectra == "off":
         return []
     alike = similarities(folder / "similarity" if folder is not None else None)
-    identity = hashlib.blake2b(" ".join([chosen.spectra, *(run.about["identity"] for run in runs)]).encode(), digest_size=16).hexdigest()
+    identity = hashlib.blake2b(
+        " ".join([chosen.spectra, *(run.about["identity"] for run in runs)]).encode(), digest_size=16
+    ).hexdigest()
     factors = Factors(folder / "factors") if folder is not None and chosen.spectra == "exact" else None
     try:
-        compute_all([run.job for run in runs], Rules(chosen.spectra, chosen.memory, similar=True, factors=factors), progress, alike, identity)
+        compute_all(
+            [run.job for run in runs],
+            Rules(chosen.spectra, chosen.memory, similar=True, factors=factors),
+            progress,
+            alike,
+            identity,
+        )
     finally:
         alike.flush()
     return [alike.done[key] for key in sorted(alike.done) if alike.done[key].run == identity]
@@ -303,20 +351,34 @@ class Counter:
             last = len(group) - 1
             for i, step in enumerate(group):
                 changed[step], shared[step] = found.n_changed(i), found.n_both(i, last)
-                expected[step] = found.expected_magnitude(i, last) if i != last else 0  # of the last with itself: no chance
+                expected[step] = (
+                    found.expected_magnitude(i, last) if i != last else 0
+                )  # of the last with itself: no chance
         energies = [one.delta_sq for one in counted]
         to_last = [*(tally.sum_delta_sq for tally in self.to_last), 0]
         since = [*(self.since or []), self.to_last[-1]]
         return Along(
-            match, counted[0].finite, exact_float(counted[0].source_sq), changed, shared, expected,
+            match,
+            counted[0].finite,
+            exact_float(counted[0].source_sq),
+            changed,
+            shared,
+            expected,
             np.array([counted[0].changed, *(int(tally.changed[0].sum()) for tally in since)]),
             np.array([exact_float(energy) for energy in energies]),
-            np.array([exact_float(energy + energies[-1] - apart) / 2 for energy, apart in zip(energies, to_last, strict=True)]),
+            np.array(
+                [
+                    exact_float(energy + energies[-1] - apart) / 2
+                    for energy, apart in zip(energies, to_last, strict=True)
+                ]
+            ),
             np.array([exact_float(energies[0]), *(exact_float(tally.sum_delta_sq) for tally in since)]),
-        )  # fmt: skip
+        )
 
 
-def count_along(runs: Sequence[StepRun], together: list[list[Match]], chosen: TrendOptions, progress: Progress) -> list[Along]:
+def count_along(
+    runs: Sequence[StepRun], together: list[list[Match]], chosen: TrendOptions, progress: Progress
+) -> list[Along]:
     """What takes several checkpoints at once. Tensors that failed, or hold NaN or Inf anywhere, are left out."""
     pairs = [run.job.pair for run in runs]
     total, done, found = sum(ms[0].numel * bytes_each(ms) for ms in together), 0, []
@@ -344,7 +406,10 @@ def along_figures(members: Sequence[Along], step: int, view: str) -> Row:
     `frac_changed_since_previous`. stored: `cosine_final` of the update with the last one, `relative_norm_since_previous` of
     what changed since the checkpoint before, over ||W||.
     """
-    total = {name: float(sum(getattr(one, name)[step] for one in members)) for name in ("changed", "shared", "expected", "moved", "energy", "dot", "step_energy")}
+    total = {
+        name: float(sum(getattr(one, name)[step] for one in members))
+        for name in ("changed", "shared", "expected", "moved", "energy", "dot", "step_energy")
+    }
     if view == "visible":
         return {
             "coverage_final": tables.ratio(total["shared"], float(sum(one.changed[-1] for one in members))),
@@ -360,7 +425,9 @@ def along_figures(members: Sequence[Along], step: int, view: str) -> Row:
     }
 
 
-def step_rows(step: int, number: int, analysis: Analysis, paths: Sequence[Along], alike: Sequence[tuple[str, Similarity]]) -> list[Row]:
+def step_rows(
+    step: int, number: int, analysis: Analysis, paths: Sequence[Along], alike: Sequence[tuple[str, Similarity]]
+) -> list[Row]:
     """The rows of one checkpoint: its groups, with what takes several checkpoints, and the means of what its matrices show."""
     along: dict[tuple, list[Along]] = {}
     for one in paths:
@@ -394,26 +461,40 @@ def mean(values: Sequence[float | None]) -> float | None:
 def matrix_rows(step: int, analysis: Analysis, alike: Sequence[tuple[str, Similarity]]) -> Iterator[Row]:
     """What the matrices of one checkpoint show in the stored view, and Sim_K with its chance, K over the side."""
     for name, one in alike:
-        yield {"name": name, **dict.fromkeys(MEANS), **dict(zip(SIMILARITY, (float(one.left[step]), float(one.right[step])), strict=True)),
-               **dict(zip(CHANCE, (TOP / one.m, TOP / one.n), strict=True))}  # fmt: skip
+        yield {
+            "name": name,
+            **dict.fromkeys(MEANS),
+            **dict(zip(SIMILARITY, (float(one.left[step]), float(one.right[step])), strict=True)),
+            **dict(zip(CHANCE, (TOP / one.m, TOP / one.n), strict=True)),
+        }
     if analysis.spectra is None or analysis.geometry is None:
         return
     for a, b in zip(analysis.spectra.to_pylist(), analysis.geometry.to_pylist(), strict=True):
         if a["view"] == "stored" and a["method"]:
-            yield {"name": a["name"], **{name: (a | b)[name] for name in MEANS}, **dict.fromkeys((*SIMILARITY, *CHANCE))}
+            yield {
+                "name": a["name"],
+                **{name: (a | b)[name] for name in MEANS},
+                **dict.fromkeys((*SIMILARITY, *CHANCE)),
+            }
 
 
 def whole_model(rows: Sequence[Row]) -> dict[str, Row]:
     """Of one checkpoint, its figures of the whole model by view."""
     about = ("step", "by", "view", *(name for names in tables.GROUPINGS.values() for name in names))
-    return {row["view"]: {name: value for name, value in row.items() if name not in about} for row in rows if row["by"] == "model"}
+    return {
+        row["view"]: {name: value for name, value in row.items() if name not in about}
+        for row in rows
+        if row["by"] == "model"
+    }
 
 
 def lines(result: Trend) -> list[str]:
     """A finished trend in a few lines, for the terminal."""
     summary, percent, number = result.summary, text.percent, text.number
     found = [f"source: {printable(summary['source'])}"]
-    found.append(f"{'step':>8}{'unchanged':>11}{'visible':>10}{'rel. norm':>11}{'stable rank':>13}{'cosine':>9}{'Sim_16':>8}{'coverage':>10}{'since':>9}  checkpoint")
+    found.append(
+        f"{'step':>8}{'unchanged':>11}{'visible':>10}{'rel. norm':>11}{'stable rank':>13}{'cosine':>9}{'Sim_16':>8}{'coverage':>10}{'since':>9}  checkpoint"
+    )
     for step in summary["steps"]:
         stored, visible = (step["views"].get(view, {}) for view in VIEWS)
         found.append(
@@ -421,11 +502,17 @@ def lines(result: Trend) -> list[str]:
             f"{number(stored.get('stable_rank')):>13}{number(stored.get('cosine_final')):>9}{number(mean([stored.get(name) for name in SIMILARITY])):>8}"
             f"{percent(visible.get('coverage_final')):>10}{percent(visible.get('frac_changed_since_previous')):>9}  {printable(step['path'])}"
         )
-    found.append(f"unchanged: stored and visible view; cosine, Sim_16 (mean of left and right) and coverage (of what the last changed by more than {summary['atol']:g}): with the last checkpoint;")
+    found.append(
+        f"unchanged: stored and visible view; cosine, Sim_16 (mean of left and right) and coverage (of what the last changed by more than {summary['atol']:g}): with the last checkpoint;"
+    )
     found.append("since: share of the coordinates that visibly changed since the checkpoint before")
     found += [f"note: {note}" for note in summary["notes"]]
     found += [f"excluded: {printable(e['name'])}: {printable(e['reason'])}" for e in summary["excluded"][:10]]
-    found += [f"step {s['step']}: tensors were excluded, failed or hold NaN or Inf; see its own report" for s in summary["steps"] if s["exit_status"]]
+    found += [
+        f"step {s['step']}: tensors were excluded, failed or hold NaN or Inf; see its own report"
+        for s in summary["steps"]
+        if s["exit_status"]
+    ]
     if result.path is not None:
         found.append(f"{result.run['seconds']:.2f} s; written to {printable(str(result.path))}")
     return found

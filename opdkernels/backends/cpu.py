@@ -113,7 +113,9 @@ def quantile(
     return cuts, counts
 
 
-def gram_(source: torch.Tensor, trained: torch.Tensor, parts: int, visible: bool, block: int, into: torch.Tensor) -> None:
+def gram_(
+    source: torch.Tensor, trained: torch.Tensor, parts: int, visible: bool, block: int, into: torch.Tensor
+) -> None:
     _C.gram(
         source.data_ptr(),
         DTYPE_CODES[source.dtype],
@@ -138,22 +140,75 @@ ADAMW, SGD, TAKE, ADD, PUT = range(5)  # StepKind in csrc/cpu/kernels.h
 
 
 def masked_adamw_(
-    params, grads, masks, offsets, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, extras, inits, cohorts, scalars, rows, starts, ordinals,
-    grad_scale, clip, found_inf, maximize, precision, seed,
-) -> None:  # fmt: skip
-    table = step_table(params, grads, masks, offsets, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, extras, inits, cohorts, rows, starts, ordinals)
+    params,
+    grads,
+    masks,
+    offsets,
+    exp_avgs,
+    exp_avg_sqs,
+    max_exp_avg_sqs,
+    extras,
+    inits,
+    cohorts,
+    scalars,
+    rows,
+    starts,
+    ordinals,
+    grad_scale,
+    clip,
+    found_inf,
+    maximize,
+    precision,
+    seed,
+) -> None:
+    table = step_table(
+        params,
+        grads,
+        masks,
+        offsets,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        extras,
+        inits,
+        cohorts,
+        rows,
+        starts,
+        ordinals,
+    )
     masked_step(table, scalars, grad_scale, clip, found_inf, maximize, ADAMW, False, precision, seed)
 
 
 def masked_sgd_(
-    params, grads, masks, offsets, momentum_buffers, extras, inits, cohorts, scalars, rows, starts, ordinals,
-    grad_scale, clip, found_inf, maximize, nesterov, precision, seed,
-) -> None:  # fmt: skip
-    table = step_table(params, grads, masks, offsets, momentum_buffers, (), (), extras, inits, cohorts, rows, starts, ordinals)
+    params,
+    grads,
+    masks,
+    offsets,
+    momentum_buffers,
+    extras,
+    inits,
+    cohorts,
+    scalars,
+    rows,
+    starts,
+    ordinals,
+    grad_scale,
+    clip,
+    found_inf,
+    maximize,
+    nesterov,
+    precision,
+    seed,
+) -> None:
+    table = step_table(
+        params, grads, masks, offsets, momentum_buffers, (), (), extras, inits, cohorts, rows, starts, ordinals
+    )
     masked_step(table, scalars, grad_scale, clip, found_inf, maximize, SGD, nesterov, precision, seed)
 
 
-def masked_take_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, into: torch.Tensor, add: bool) -> None:
+def masked_take_(
+    values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, into: torch.Tensor, add: bool
+) -> None:
     table = step_table([values], [values], [mask], [offsets], [into], (), (), (), (), (), [0], [0], [0])
     masked_step(table, into, None, None, None, False, ADD if add else TAKE, False, 0, 0)
 
@@ -184,11 +239,25 @@ def step_table(
         at, bits = mask.data_ptr(), mask.dtype == torch.uint8
         active = int(offset[-1]) if bits else mask.numel()
         compact = grad.numel() == active != param.numel()
-        table.append((
-            param.data_ptr(), grad.data_ptr(), at if bits else 0, offset.data_ptr(), 0 if bits else at,
-            *(address(one[i] if one else None) for one in (first, second, most, extras, inits, cohorts)),
-            param.numel(), active, starts[i], DTYPE_CODES[param.dtype], DTYPE_CODES[grad.dtype], mask.dtype == torch.int64, compact, rows[i], ordinals[i],
-        ))  # fmt: skip
+        table.append(
+            (
+                param.data_ptr(),
+                grad.data_ptr(),
+                at if bits else 0,
+                offset.data_ptr(),
+                0 if bits else at,
+                *(address(one[i] if one else None) for one in (first, second, most, extras, inits, cohorts)),
+                param.numel(),
+                active,
+                starts[i],
+                DTYPE_CODES[param.dtype],
+                DTYPE_CODES[grad.dtype],
+                mask.dtype == torch.int64,
+                compact,
+                rows[i],
+                ordinals[i],
+            )
+        )
     return torch.tensor(table, dtype=torch.int64)
 
 
@@ -208,8 +277,18 @@ def masked_step(
         return
     scalars = scalars.contiguous()
     _C.masked_step(
-        table.data_ptr(), len(table), scalars.data_ptr(), address(grad_scale), address(clip), maximize, kind, nesterov, precision, seed, torch.get_num_threads()
-    )  # fmt: skip
+        table.data_ptr(),
+        len(table),
+        scalars.data_ptr(),
+        address(grad_scale),
+        address(clip),
+        maximize,
+        kind,
+        nesterov,
+        precision,
+        seed,
+        torch.get_num_threads(),
+    )
 
 
 def patch_gather_(
@@ -262,13 +341,17 @@ def patch_scatter_(
 
 
 def patch_check(counts: torch.Tensor, positions: torch.Tensor, numel: int, stored: int) -> torch.Tensor:
-    status = _C.patch_check(counts.data_ptr(), positions.data_ptr(), positions.numel(), numel, stored, torch.get_num_threads())
+    status = _C.patch_check(
+        counts.data_ptr(), positions.data_ptr(), positions.numel(), numel, stored, torch.get_num_threads()
+    )
     return torch.tensor([status])
 
 
 def patch_digest(values: torch.Tensor) -> torch.Tensor:
     digests = torch.empty((-(-values.numel() // _C.patch_block), 2), dtype=torch.int64)
-    _C.patch_digest(values.data_ptr(), values.element_size(), values.numel(), torch.get_num_threads(), digests.data_ptr())
+    _C.patch_digest(
+        values.data_ptr(), values.element_size(), values.numel(), torch.get_num_threads(), digests.data_ptr()
+    )
     return digests
 
 

@@ -18,7 +18,9 @@ def device_of(name: str) -> torch.device:
     if device.type == "cpu":
         return device
     if torch.version.cuda is None and torch.version.hip is None:
-        raise InputError(f"--device {name}: torch {torch.__version__} is built without CUDA; install a build of torch for this machine's GPU, {WITHOUT}")
+        raise InputError(
+            f"--device {name}: torch {torch.__version__} is built without CUDA; install a build of torch for this machine's GPU, {WITHOUT}"
+        )
     if not torch.cuda.is_available():
         raise InputError(f"--device {name}: {why_none()}; see what nvidia-smi says, {WITHOUT}")
     count = torch.cuda.device_count()

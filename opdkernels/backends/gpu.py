@@ -17,7 +17,12 @@ LT, LE = 4, 9  # places among the operator's counts
 
 # `quantile`
 DIGIT_BITS, DIGITS = 16, 1 << 16
-INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F80, torch.float64: 0x7FF0}  # its first digit
+INFINITY = {
+    torch.bfloat16: 0x7F80,
+    torch.float16: 0x7C00,
+    torch.float32: 0x7F80,
+    torch.float64: 0x7FF0,
+}  # its first digit
 
 # `patch`
 PATCH_BLOCK = 1 << 16
@@ -120,7 +125,9 @@ def cut_by_digits(
             not_numbers = table.narrow(2, beyond, DIGITS - beyond)
             n_nan = not_numbers.sum()
             not_numbers.zero_()
-            rank = torch.tensor(k, dtype=torch.int64, device=device).clamp(max=table.sum())  # more than there are: all of them
+            rank = torch.tensor(k, dtype=torch.int64, device=device).clamp(
+                max=table.sum()
+            )  # more than there are: all of them
             table = table.expand(len(k), -1, -1)
         digit, passed, at = next_digit(table, rank, largest)
         keys, before, rank = keys << DIGIT_BITS | digit, before + passed, rank - passed.sum(1)
@@ -195,8 +202,19 @@ def step_rows(
         held = [at(one, i) for one in (*moments, *[()] * (3 - len(moments)), extras, inits, cohorts)]
         *_, init, cohort = held
         bf16, grad_bf16 = (one.dtype == torch.bfloat16 for one in (param, grad))
-        kind = StepKind(mask.dtype, bf16, grad_bf16, grad.numel() != param.numel(), init is not None, cohort is not None)
-        yield kind, [*(address(tensor) for tensor in (param, grad, mask, offsets[i], *held)), rows[i], starts[i], ordinals[i], size]
+        kind = StepKind(
+            mask.dtype, bf16, grad_bf16, grad.numel() != param.numel(), init is not None, cohort is not None
+        )
+        yield (
+            kind,
+            [
+                *(address(tensor) for tensor in (param, grad, mask, offsets[i], *held)),
+                rows[i],
+                starts[i],
+                ordinals[i],
+                size,
+            ],
+        )
 
 
 def blocks_of(numel: int) -> int:
@@ -222,7 +240,9 @@ def position_bytes(counts: torch.Tensor, numel: int) -> torch.Tensor:
 def first_unfit(counts: torch.Tensor, positions: torch.Tensor, numel: int, stored: int) -> torch.Tensor:
     """The first block that counts what it cannot have, or their number where lengths do not fit, or VALID, int64 [1]."""
     blocks, device = blocks_of(numel), counts.device
-    impossible = torch.where((counts < 0) | (counts > block_sizes(numel, device)), torch.arange(blocks, device=device), VALID)
+    impossible = torch.where(
+        (counts < 0) | (counts > block_sizes(numel, device)), torch.arange(blocks, device=device), VALID
+    )
     unfit = (position_bytes(counts, numel).sum() != positions.numel()) | (counts.sum() != stored)
     return torch.cat([impossible, torch.where(unfit, blocks, VALID).view(1)]).amin(0, keepdim=True)
 

@@ -13,7 +13,10 @@ from opdkernels.backends import cpu, cuda, triton
 from opdkernels.errors import UsageError
 
 BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton}
-ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # AMD's devices are "cuda" to torch too; CUDA C++ was 1.2 to 11 times as fast as Triton on an H200
+ORDER = {
+    "cpu": ("cpu",),
+    "cuda": ("cuda", "triton"),
+}  # AMD's devices are "cuda" to torch too; CUDA C++ was 1.2 to 11 times as fast as Triton on an H200
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 REFERENCE = "reference"
 
@@ -22,7 +25,9 @@ def forced() -> str | None:
     """The backend that OPDKERNELS_BACKEND names, if any."""
     name = os.environ.get("OPDKERNELS_BACKEND")
     if name and name not in (*BACKENDS, REFERENCE):
-        raise UsageError(f"OPDKERNELS_BACKEND is {name}; choose one of {', '.join((*BACKENDS, REFERENCE))}, or unset it")
+        raise UsageError(
+            f"OPDKERNELS_BACKEND is {name}; choose one of {', '.join((*BACKENDS, REFERENCE))}, or unset it"
+        )
     return name or None
 
 

@@ -109,7 +109,9 @@ class Slot:
             self.counted.record(torch.cuda.current_stream(self.device))
 
 
-def staged(pair: Pair, slices: Iterable[Slice], nbytes: int, device: torch.device) -> Iterator[tuple[Slice, Callable[[], Sides]]]:
+def staged(
+    pair: Pair, slices: Iterable[Slice], nbytes: int, device: torch.device
+) -> Iterator[tuple[Slice, Callable[[], Sides]]]:
     """As `read`, on the device, for slices of at most nbytes."""
     on_gpu = device.type == "cuda"
     stream: Any = torch.cuda.Stream(device) if on_gpu else None
@@ -137,7 +139,9 @@ def staged(pair: Pair, slices: Iterable[Slice], nbytes: int, device: torch.devic
                 slot.let_go()
 
 
-def feed(pair: Pair, matches: Sequence[tuple[int, Match]], limit: int, device: torch.device) -> Iterator[tuple[Slice, Callable[[], Sides]]]:
+def feed(
+    pair: Pair, matches: Sequence[tuple[int, Match]], limit: int, device: torch.device
+) -> Iterator[tuple[Slice, Callable[[], Sides]]]:
     """The slices of the matches on a device; `limit` is the most bytes of one."""
     slices = cut(matches, limit)
     return read(pair, slices) if device.type == "cpu" else staged(pair, slices, max(limit, least(matches)), device)

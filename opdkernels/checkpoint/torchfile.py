@@ -127,7 +127,9 @@ class TorchFile:
             begin = location.storage + (location.offset * each + start) * size
             return self._file.elements(begin, stop - start, bits_dtype(size), buffer)
         first = start // each
-        return self.read(name, first, -(-stop // each), buffer).view(bits_dtype(size))[start - first * each : stop - first * each]
+        return self.read(name, first, -(-stop // each), buffer).view(bits_dtype(size))[
+            start - first * each : stop - first * each
+        ]
 
     def header(self) -> None:
         """None: what this format says of its tensors is a pickle."""

@@ -135,7 +135,9 @@ def changed(made: Made) -> MaskSet:
     step = round(made.at * end_checkpoint(made.folder)[0])
     file = made.folder / "masks" / f"step-{step:06}.safetensors"
     if not file.exists():
-        raise UsageError(f"{printable(os.fspath(made.folder))} has no mark at step {step}; run the experiment in another folder, or --overwrite this one")
+        raise UsageError(
+            f"{printable(os.fspath(made.folder))} has no mark at step {step}; run the experiment in another folder, or --overwrite this one"
+        )
     seen = MaskSet.load(file)  # by the names of parameters, which may not be those of files
     with contextlib.closing(open_source(made.start)) as source:
         names = twins(seen, source.tensors)
@@ -147,7 +149,9 @@ def checkpoint_at(folder: Path, at: float) -> Path:
     step = round(at * end_checkpoint(folder)[0])
     path = folder / f"checkpoint-{step}"
     if not path.exists():
-        raise UsageError(f"{printable(os.fspath(folder))} has no checkpoint at step {step}; run the experiment in another folder, or --overwrite this one")
+        raise UsageError(
+            f"{printable(os.fspath(folder))} has no checkpoint at step {step}; run the experiment in another folder, or --overwrite this one"
+        )
     return path
 
 
@@ -171,7 +175,17 @@ def principal(made: Made) -> MaskSet:
     return masks.principal(made.start, made.size())
 
 
-RLVR = {"kl_weight": 0.0, "reward_weight": 1.0, "teacher": "", "ema": 1.0, "samples": 4, "divergence": "reverse_kl", "beta": 0.5, "k": 0, "temperature": 1.0}
+RLVR = {
+    "kl_weight": 0.0,
+    "reward_weight": 1.0,
+    "teacher": "",
+    "ema": 1.0,
+    "samples": 4,
+    "divergence": "reverse_kl",
+    "beta": 0.5,
+    "k": 0,
+    "temperature": 1.0,
+}
 ADAMW = {"optimizer": "adamw", "momentum": 0.0}
 SGD = {"optimizer": "sgd", "betas": (0.9, 0.999), "eps": 1e-8}
 BF16 = {"dtype": "bfloat16", "precision": "exact"}
@@ -182,12 +196,23 @@ PIECES = 10  # of a run's steps: masks are taken after a tenth, a fifth, a half
 EXPERIMENTS = {
     "masks": Experiment(
         "Does training only what a full run changed keep its gain, and is it the set that matters or its size and its |W|?",
-        [FULL, Arm("found", mask=changed), Arm("random", mask=random), Arm(MATCHED, mask=random_like), Arm("near zero", mask=near_zero),
-         Arm("early", mask=changed, at=0.1), Arm("rlvr", RLVR), Arm("found by rlvr", mask=changed, of="rlvr")],
+        [
+            FULL,
+            Arm("found", mask=changed),
+            Arm("random", mask=random),
+            Arm(MATCHED, mask=random_like),
+            Arm("near zero", mask=near_zero),
+            Arm("early", mask=changed, at=0.1),
+            Arm("rlvr", RLVR),
+            Arm("found by rlvr", mask=changed, of="rlvr"),
+        ],
     ),
     "sgd": Experiment(
         "Is AdamW needed, or does SGD with a rate of its own do as well?",
-        [*(Arm(f"adamw lr x {k}", {**ADAMW, "lr": k}) for k in (0.3, 1.0, 3.0, 10.0)), *(Arm(f"sgd lr {lr}", {**SGD, "lr": lr}) for lr in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1))],
+        [
+            *(Arm(f"adamw lr x {k}", {**ADAMW, "lr": k}) for k in (0.3, 1.0, 3.0, 10.0)),
+            *(Arm(f"sgd lr {lr}", {**SGD, "lr": lr}) for lr in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+        ],
         against="adamw lr x 1.0",
     ),
     "on-policy": Experiment(
@@ -197,30 +222,66 @@ EXPERIMENTS = {
     ),
     "precision": Experiment(
         "How much of the sparsity is rounding? bf16 with an exact remainder, bf16 rounded at each step, fp32; and what rounding alone would show of updates of that size.",
-        [Arm("bf16 exact", BF16), Arm("bf16 nearest", {**BF16, "precision": "nearest"}), Arm("fp32", {"dtype": "float32", "precision": "exact"})],
+        [
+            Arm("bf16 exact", BF16),
+            Arm("bf16 nearest", {**BF16, "precision": "nearest"}),
+            Arm("fp32", {"dtype": "float32", "precision": "exact"}),
+        ],
         against="bf16 exact",
         null=True,
     ),
     "trajectory": Experiment(
         "When is the mask known? The largest changes after a share of a full run's steps: how much of the final set they are, and what training them alone keeps.",
-        [FULL, *(Arm(f"mask at {share:.0%} of the steps", mask=changed, at=share) for share in (0.1, 0.2, 0.5)), Arm("found", mask=changed), Arm(MATCHED, mask=random_like)],
+        [
+            FULL,
+            *(Arm(f"mask at {share:.0%} of the steps", mask=changed, at=share) for share in (0.1, 0.2, 0.5)),
+            Arm("found", mask=changed),
+            Arm(MATCHED, mask=random_like),
+        ],
         density=0.2,
     ),
     "subspace": Experiment(
         "LoRA, and the subspace of what had changed early, against masks of about as many trained numbers: LoRA's.",
-        [FULL, *(Arm(f"{LORA} lr x {k}", {"lora_rank": 8, "precision": "exact", "lr": k}) for k in (3.0, 10.0, 30.0)),
-         *(Arm(f"early subspace of rank 16 lr x {k}", {"lora_rank": 16, "precision": "exact", "lr": k}, subspace=True, at=0.2) for k in (3.0, 10.0, 30.0)),
-         *(Arm(f"early mask lr x {k}", {"lr": k}, mask=changed, at=0.2, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0)),
-         *(Arm(f"found lr x {k}", {"lr": k}, mask=changed, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0)),
-         *(Arm(f"random lr x {k}", {"lr": k}, mask=random, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0))],
+        [
+            FULL,
+            *(Arm(f"{LORA} lr x {k}", {"lora_rank": 8, "precision": "exact", "lr": k}) for k in (3.0, 10.0, 30.0)),
+            *(
+                Arm(
+                    f"early subspace of rank 16 lr x {k}",
+                    {"lora_rank": 16, "precision": "exact", "lr": k},
+                    subspace=True,
+                    at=0.2,
+                )
+                for k in (3.0, 10.0, 30.0)
+            ),
+            *(
+                Arm(f"early mask lr x {k}", {"lr": k}, mask=changed, at=0.2, size_of=f"{LORA} lr x 3.0")
+                for k in (1.0, 3.0, 10.0)
+            ),
+            *(Arm(f"found lr x {k}", {"lr": k}, mask=changed, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0)),
+            *(Arm(f"random lr x {k}", {"lr": k}, mask=random, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0)),
+        ],
     ),
     "interventions": Experiment(
         "Which part of the change carries the gain? A full run's last checkpoint with a part of its change alone, or without it.",
-        [FULL, Arm("largest alone", part=Part(changed)), Arm("all but the largest", part=Part(changed, revert=True)), Arm("random alone", part=Part(random)),
-         Arm("matched on |W| alone", part=Part(random_like)), Arm("near zero alone", part=Part(near_zero)), Arm("principal alone", part=Part(principal)),
-         *(Arm(f"{block} alone", part=Part(where=block)) for block in ("attention", "mlp")),
-         *(Arm(f"without {block}", part=Part(where=block, revert=True)) for block in ("attention", "mlp", "embedding", "lm_head", "norm")),
-         *(Arm(f"without the {third} third of layers", part=Part(third=i, revert=True)) for i, third in enumerate(("first", "middle", "last")))],
+        [
+            FULL,
+            Arm("largest alone", part=Part(changed)),
+            Arm("all but the largest", part=Part(changed, revert=True)),
+            Arm("random alone", part=Part(random)),
+            Arm("matched on |W| alone", part=Part(random_like)),
+            Arm("near zero alone", part=Part(near_zero)),
+            Arm("principal alone", part=Part(principal)),
+            *(Arm(f"{block} alone", part=Part(where=block)) for block in ("attention", "mlp")),
+            *(
+                Arm(f"without {block}", part=Part(where=block, revert=True))
+                for block in ("attention", "mlp", "embedding", "lm_head", "norm")
+            ),
+            *(
+                Arm(f"without the {third} third of layers", part=Part(third=i, revert=True))
+                for i, third in enumerate(("first", "middle", "last"))
+            ),
+        ],
         density=0.2,
     ),
-}  # fmt: skip
+}

@@ -45,7 +45,14 @@ Scored = tuple[list[float], dict[str, Any]]  # of each held-out prompt, and what
 
 
 def run_experiment(
-    name: str, options: DistillOptions, out: str | os.PathLike[str], *, seeds: int = 1, density: float | None = None, arms: Sequence[str] = (), quiet: bool = True
+    name: str,
+    options: DistillOptions,
+    out: str | os.PathLike[str],
+    *,
+    seeds: int = 1,
+    density: float | None = None,
+    arms: Sequence[str] = (),
+    quiet: bool = True,
 ) -> dict[str, Any]:
     """Runs an experiment's arms, `arms` alone where given, with as many seeds from that of `options` on, in OUT/seed-S/ARM; what is
     finished is not made again. Writes results.json and table.md. density: how large the masks are; 0: all that shows in bf16; None:
@@ -61,9 +68,13 @@ def run_experiment(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("an experiment runs in one process; leave torchrun out, or run its arms with distill")
     if not options.eval_size or not options.track_every:
-        raise UsageError("an experiment scores its arms on held-out prompts and says what changed; set eval_size and track_every")
+        raise UsageError(
+            "an experiment scores its arms on held-out prompts and says what changed; set eval_size and track_every"
+        )
     if seeds < 1 or (density is not None and not 0 <= density <= 1):
-        raise UsageError(f"an experiment has a seed or more and masks of a density in 0 .. 1, not {seeds} and {density}")
+        raise UsageError(
+            f"an experiment has a seed or more and masks of a density in 0 .. 1, not {seeds} and {density}"
+        )
     if density is not None and not any(arm.has_size for arm in experiment.arms):
         raise UsageError(f"density would change nothing: {name} has no masks of a size of their own; leave it out")
     folder, size = Path(out), experiment.density if density is None else density
@@ -73,7 +84,12 @@ def run_experiment(
         raise UsageError(f"{early} looks at a share of {options.steps} steps; take a multiple of {PIECES}")
     for arm in chosen:
         if arm.part is None:
-            options_of(arm, options, masks=START if arm.mask else options.masks, subspace=START if arm.subspace else options.subspace)
+            options_of(
+                arm,
+                options,
+                masks=START if arm.mask else options.masks,
+                subspace=START if arm.subspace else options.subspace,
+            )
     scores: dict[str, list[list[float]]] = {START: []}
     ends: dict[str, list[dict[str, Any]]] = {}
     for seed in range(options.seed, options.seed + seeds):
@@ -82,16 +98,32 @@ def run_experiment(
             tell(f"{name}, seed {seed}: {arm.name}", quiet)
             scored = made.part(arm) if arm.part else made.run(arm)
             if scored is None:
-                tell(f"{arm.name} is left out: {'the model has no such part, or ' if arm.part else ''}nothing had changed", quiet)
+                tell(
+                    f"{arm.name} is left out: {'the model has no such part, or ' if arm.part else ''}nothing had changed",
+                    quiet,
+                )
                 continue
             scores.setdefault(arm.name, []).append(scored[0])
             ends.setdefault(arm.name, []).append(scored[1])
         scores[START].append(read_rows(made.folder_of(chosen[0]) / "scores.jsonl")[0]["scores"])
-    ends = {arm: of_seeds for arm, of_seeds in ends.items() if len(of_seeds) == seeds}  # what a seed has none of has no row
-    result = {"experiment": name, "about": experiment.about, "seeds": seeds, "prompts": len(scores[START][0]), "steps": options.steps,
-              "density": size, "against": experiment.against, "student": options.student, "teacher": options.teacher, "task": options.prompts,
-              "options": changed_options(options), "rows": table_rows({arm: scores[arm] for arm in (START, *ends)}, ends, experiment.against),
-              "along": along(folder / f"seed-{options.seed}" / slug(experiment.against))}  # fmt: skip
+    ends = {
+        arm: of_seeds for arm, of_seeds in ends.items() if len(of_seeds) == seeds
+    }  # what a seed has none of has no row
+    result = {
+        "experiment": name,
+        "about": experiment.about,
+        "seeds": seeds,
+        "prompts": len(scores[START][0]),
+        "steps": options.steps,
+        "density": size,
+        "against": experiment.against,
+        "student": options.student,
+        "teacher": options.teacher,
+        "task": options.prompts,
+        "options": changed_options(options),
+        "rows": table_rows({arm: scores[arm] for arm in (START, *ends)}, ends, experiment.against),
+        "along": along(folder / f"seed-{options.seed}" / slug(experiment.against)),
+    }
     write_json(folder / "results.json", result)
     (folder / "table.md").write_text(markdown(result))
     return result
@@ -107,7 +139,9 @@ def refuse_other(folder: Path, name: str, overwrite: bool) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         other = "something else"
     if other != f"the experiment {name}":
-        raise UsageError(f"{printable(os.fspath(folder))} holds results of {other}; choose another folder, or --overwrite them")
+        raise UsageError(
+            f"{printable(os.fspath(folder))} holds results of {other}; choose another folder, or --overwrite them"
+        )
 
 
 def tell(line: str, quiet: bool) -> None:
@@ -129,7 +163,9 @@ class Seed:
 
     def folder_of(self, arm: Arm) -> Path:
         """An arm's run; masks of another size are other runs."""
-        return self.folder / (slug(arm.name) + (f"-{self.density:g}" if arm.mask and self.density and not arm.size_of else ""))
+        return self.folder / (
+            slug(arm.name) + (f"-{self.density:g}" if arm.mask and self.density and not arm.size_of else "")
+        )
 
     def run(self, arm: Arm) -> Scored | None:
         """The arm's run; None where its mask is made from what another had changed, and that had changed nothing."""
@@ -159,7 +195,10 @@ class Seed:
         """The file of a mask that is made from a finished run, kept with it."""
         folder = made_of(source)
         folder.mkdir(exist_ok=True)
-        file = folder / f"{slug(mask.__name__)}{f'-at-{at:g}' * (at < 1)}{f'-{density:g}' * (density > 0)}.masks.safetensors"
+        file = (
+            folder
+            / f"{slug(mask.__name__)}{f'-at-{at:g}' * (at < 1)}{f'-{density:g}' * (density > 0)}.masks.safetensors"
+        )
         if not file.exists():
             found = None if mask is changed else self.mask_file(changed, source, at, density)
             mask(Made(source, at, density, self.seed, found)).save(file)
@@ -177,8 +216,21 @@ class Seed:
         shutil.rmtree(scratch, ignore_errors=True)
         if not file.exists():
             mask = MaskSet.load(self.mask_file(part.mask, source, 1.0, self.density)) if part.mask else None
-            done = intervene(start_of(source), end_checkpoint(source)[1], scratch / "part", masks=mask, where=where, revert=part.revert)
-            write_json(file, {"of_change": done["kept"] / max(done["changed"], 1), "scores": score(self.options.model_copy(update={"seed": self.seed}), scratch / "part")})
+            done = intervene(
+                start_of(source),
+                end_checkpoint(source)[1],
+                scratch / "part",
+                masks=mask,
+                where=where,
+                revert=part.revert,
+            )
+            write_json(
+                file,
+                {
+                    "of_change": done["kept"] / max(done["changed"], 1),
+                    "scores": score(self.options.model_copy(update={"seed": self.seed}), scratch / "part"),
+                },
+            )
             shutil.rmtree(scratch)
         row = json.loads(file.read_text())
         return row["scores"], {"of_change": row["of_change"]}
@@ -208,14 +260,25 @@ def made_of(source: Path) -> Path:
 def changed_options(options: DistillOptions) -> dict[str, Any]:
     """What a run has other than by default, its models and prompts apart."""
     fields = DistillOptions.model_fields
-    return {name: value for name, value in options.model_dump().items() if value != fields[name].default and not fields[name].is_required() and name != "teacher"}
+    return {
+        name: value
+        for name, value in options.model_dump().items()
+        if value != fields[name].default and not fields[name].is_required() and name != "teacher"
+    }
 
 
 def along(place: Path) -> list[dict[str, Any]]:
     """What had changed at each mark of a run."""
     rows = read_rows(place / "track.jsonl")
     kept = ("coverage_of_final", "stays_changed", "changed_ever", "sqrt_v_cv", "gradient_momentum_cosine")
-    return [{"step": row["step"], **{f"changed_{view}": 1 - row["views"][view]["frac_zero"] for view in ("visible", "stored")}, **finite({key: row.get(key) for key in kept})} for row in rows]
+    return [
+        {
+            "step": row["step"],
+            **{f"changed_{view}": 1 - row["views"][view]["frac_zero"] for view in ("visible", "stored")},
+            **finite({key: row.get(key) for key in kept}),
+        }
+        for row in rows
+    ]
 
 
 def pair_of(folder: Path, result: Mapping[str, Any]) -> tuple[Path, Path]:
@@ -245,8 +308,14 @@ def end_of(place: Path) -> dict[str, Any]:
     """What changed in the weights by the end of a run, and how much of them was trained."""
     row = read_rows(place / "track.jsonl")[-1]
     visible, stored = row["views"]["visible"], row["views"]["stored"]
-    return {"trained": row["trained"], "changed_visible": 1 - visible["frac_zero"], "changed_stored": 1 - stored["frac_zero"], "frac_le_1e-5": visible["frac_le_1e-5"],
-            "relative_norm": stored["relative_norm"], "near_zero_coverage_10pct": visible["near_zero_coverage_10pct"]}  # fmt: skip
+    return {
+        "trained": row["trained"],
+        "changed_visible": 1 - visible["frac_zero"],
+        "changed_stored": 1 - stored["frac_zero"],
+        "frac_le_1e-5": visible["frac_le_1e-5"],
+        "relative_norm": stored["relative_norm"],
+        "near_zero_coverage_10pct": visible["near_zero_coverage_10pct"],
+    }
 
 
 def by_rounding(place: Path, against: Path) -> float | None:
@@ -261,10 +330,14 @@ def by_rounding(place: Path, against: Path) -> float | None:
 
 def views(source: Path, trained: Path) -> dict[str, Any]:
     """What changed between two checkpoints, in both views."""
-    return analyze(source, trained, None, checked(AnalyzeOptions, {"spectra": "off"}), lambda done, total, name: None).summary["views"]
+    return analyze(
+        source, trained, None, checked(AnalyzeOptions, {"spectra": "off"}), lambda done, total, name: None
+    ).summary["views"]
 
 
-def table_rows(scores: Mapping[str, list[list[float]]], ends: Mapping[str, list[dict[str, Any]]], against: str) -> list[dict[str, Any]]:
+def table_rows(
+    scores: Mapping[str, list[list[float]]], ends: Mapping[str, list[dict[str, Any]]], against: str
+) -> list[dict[str, Any]]:
     """One row an arm: mean score with its interval, the share of the gain of `against` that it keeps with its interval, and what
     changed, means over seeds. A share whose gain's own interval reaches 0 says nothing, and has none."""
     held = {name: np.array(values) for name, values in scores.items()}  # [seeds, prompts]
@@ -276,7 +349,11 @@ def table_rows(scores: Mapping[str, list[list[float]]], ends: Mapping[str, list[
     for name, arm_ends in ends.items():
         row = {"arm": name, **spread("score", held[name].mean(), means[name])}
         if known:
-            row |= spread("gain_kept", (held[name].mean() - held[START].mean()) / base, (means[name] - means[START]) / np.where(gain > 0, gain, np.nan))
+            row |= spread(
+                "gain_kept",
+                (held[name].mean() - held[START].mean()) / base,
+                (means[name] - means[START]) / np.where(gain > 0, gain, np.nan),
+            )
         rows.append(row | {key: mean_of([end[key] for end in arm_ends]) for key in arm_ends[0]})
     return rows
 
@@ -309,27 +386,59 @@ def spread(name: str, value: float, draws: np.ndarray) -> dict[str, Any]:
     return {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
-COLUMNS = {"of_change": "of the change", "trained": "trained", "in_found": "of the found set", "changed_visible": "changed in bf16", "changed_null": "by rounding alone",
-           "changed_stored": "changed as stored", "relative_norm": "relative norm", "near_zero_coverage_10pct": "near-zero coverage at 10 %"}  # fmt: skip
+COLUMNS = {
+    "of_change": "of the change",
+    "trained": "trained",
+    "in_found": "of the found set",
+    "changed_visible": "changed in bf16",
+    "changed_null": "by rounding alone",
+    "changed_stored": "changed as stored",
+    "relative_norm": "relative norm",
+    "near_zero_coverage_10pct": "near-zero coverage at 10 %",
+}
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table of an experiment, as text."""
     several = result["seeds"] > 1
-    lines = [result["about"], "", f"{result['seeds']} seed{'s' * several}, {result['prompts']:,} held-out prompts, {result['steps']} steps; 95 % intervals{'' if several else ', of the prompts alone'}", ""]
+    lines = [
+        result["about"],
+        "",
+        f"{result['seeds']} seed{'s' * several}, {result['prompts']:,} held-out prompts, {result['steps']} steps; 95 % intervals{'' if several else ', of the prompts alone'}",
+        "",
+    ]
     return "\n".join([*lines, *table(result["rows"])]) + "\n"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of Markdown. Columns that tell nothing are left out: what one arm alone says of itself (but what only arms that are made
     from others have), shares of 100 % trained, what is stored as it shows."""
-    idle = {"trained": all(row.get("trained") in (1, None) for row in rows), "changed_stored": all(row.get("changed_stored") == row.get("changed_visible") for row in rows)}
+    idle = {
+        "trained": all(row.get("trained") in (1, None) for row in rows),
+        "changed_stored": all(row.get("changed_stored") == row.get("changed_visible") for row in rows),
+    }
     least = dict.fromkeys(COLUMNS, min(2, len(rows) - 1)) | {"of_change": 1, "in_found": 1}
-    columns = [key for key in COLUMNS if sum(row.get(key) is not None for row in rows) >= least[key] and not idle.get(key)]
-    lines = [f"| {' | '.join(['arm', 'score', 'share of the gain', *(COLUMNS[key] for key in columns)])} |", "|---|---|---|" + "---:|" * len(columns)]
+    columns = [
+        key for key in COLUMNS if sum(row.get(key) is not None for row in rows) >= least[key] and not idle.get(key)
+    ]
+    lines = [
+        f"| {' | '.join(['arm', 'score', 'share of the gain', *(COLUMNS[key] for key in columns)])} |",
+        "|---|---|---|" + "---:|" * len(columns),
+    ]
     for row in rows:
-        cells = [row["arm"].replace("|", r"\|"), with_interval(row, "score", "{:.3f}".format), with_interval(row, "gain_kept", percent)]
-        cells += ["" if row.get(key) is None else f"{100 * row[key]:.2g} %" if key == "relative_norm" else percent(row[key], 1) for key in columns]
+        cells = [
+            row["arm"].replace("|", r"\|"),
+            with_interval(row, "score", "{:.3f}".format),
+            with_interval(row, "gain_kept", percent),
+        ]
+        cells += [
+            ""
+            if row.get(key) is None
+            else f"{100 * row[key]:.2g} %"
+            if key == "relative_norm"
+            else percent(row[key], 1)
+            for key in columns
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

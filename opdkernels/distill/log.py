@@ -17,7 +17,13 @@ from opdkernels.distill.track import finite, read_rows, write_rows
 from opdkernels.errors import UsageError, printable
 
 LINE_EVERY_S = 2.0
-SHOWN = (("loss", "loss {:.4f}"), ("reverse_kl", "KL {:.4f}"), ("agreement", "agreement {:.2f}"), ("reward", "reward {:.2f}"), ("accuracy", "accuracy {:.3f}"))
+SHOWN = (
+    ("loss", "loss {:.4f}"),
+    ("reverse_kl", "KL {:.4f}"),
+    ("agreement", "agreement {:.2f}"),
+    ("reward", "reward {:.2f}"),
+    ("accuracy", "accuracy {:.3f}"),
+)
 
 
 class Board(NamedTuple):
@@ -70,12 +76,18 @@ class Log:
 
 def rates(row: dict[str, Any]) -> dict[str, Any]:
     """A step's tokens a second: of completions, by the phase that makes, scores or learns them, and in all."""
-    known = {name: row["tokens"] / seconds for name, seconds in row.get("seconds", {}).items() if name in ("generate", "score", "train", "all") and seconds}
+    known = {
+        name: row["tokens"] / seconds
+        for name, seconds in row.get("seconds", {}).items()
+        if name in ("generate", "score", "train", "all") and seconds
+    }
     return {"tokens_per_s": known} if known else {}
 
 
 @contextmanager
-def boards(folder: Path, step: int, ranks: Ranks, *, tensorboard: bool = False, wandb: str = "") -> Iterator[list[Board]]:
+def boards(
+    folder: Path, step: int, ranks: Ranks, *, tensorboard: bool = False, wandb: str = ""
+) -> Iterator[list[Board]]:
     """TensorBoard's and Weights & Biases's, of the first process, for a while; nothing in the folder of a run is touched by opening them.
 
     Raises UsageError on every process for what is not installed or cannot begin."""
@@ -96,7 +108,9 @@ def tensorboard_of(folder: Path, step: int) -> Board:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UsageError("tensorboard is asked for and not installed; pip install tensorboard, or leave it out") from None
+        raise UsageError(
+            "tensorboard is asked for and not installed; pip install tensorboard, or leave it out"
+        ) from None
     made: list[Any] = []
 
     def write(figures: dict[str, float], at: int) -> None:
@@ -118,7 +132,9 @@ def wandb_of(folder: Path, project: str) -> Board:
     try:
         run = wandb.init(project=project, group=folder.resolve().name, dir=str(folder))
     except Exception as error:  # of its server, its key, its settings
-        raise UsageError(f"wandb cannot begin a run ({printable(str(error).splitlines()[0] if str(error) else type(error).__name__)[:200]}); set WANDB_MODE=offline, or leave it out") from None
+        raise UsageError(
+            f"wandb cannot begin a run ({printable(str(error).splitlines()[0] if str(error) else type(error).__name__)[:200]}); set WANDB_MODE=offline, or leave it out"
+        ) from None
     return Board(lambda figures, at: run.log(figures, step=at), run.finish)
 
 
@@ -155,7 +171,10 @@ class Clock:
     def row(self) -> dict[str, Any]:
         """Seconds by phase and in all, and, where it is known, the peak of memory by phase, in bytes: the device's, or the process's."""
         known = {name: size for name, size in self.peak.items() if size}
-        return {"seconds": {**self.seconds, "all": time.perf_counter() - self.began}, **({"peak_bytes": known} if known else {})}
+        return {
+            "seconds": {**self.seconds, "all": time.perf_counter() - self.began},
+            **({"peak_bytes": known} if known else {}),
+        }
 
 
 def start_peak(device: torch.device) -> None:

@@ -121,7 +121,9 @@ def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool
 
 def loaded(options: DistillOptions, task: Task, checkpoint: Path | None, device: torch.device, ranks: Ranks) -> Run:
     """All that a run needs, with the weights of a checkpoint where it goes on from one."""
-    model = load_model(os.fspath(checkpoint) if checkpoint and not options.lora_rank else options.student, options.dtype, device)
+    model = load_model(
+        os.fspath(checkpoint) if checkpoint and not options.lora_rank else options.student, options.dtype, device
+    )
     text = load_text(options.student)
     if options.lora_rank:
         torch.manual_seed(options.seed)
@@ -134,7 +136,14 @@ def loaded(options: DistillOptions, task: Task, checkpoint: Path | None, device:
     compact_gradients(model, optimizer)
     teachers = teachers_of(options, model, optimizer, text, device)
     scorers = [teacher.model for teacher in teachers.values()]
-    return Run(**player(options, task, text, model, scorers, ranks), optimizer=optimizer, teachers=teachers, device=device, clock=Clock(device), whole=whole)
+    return Run(
+        **player(options, task, text, model, scorers, ranks),
+        optimizer=optimizer,
+        teachers=teachers,
+        device=device,
+        clock=Clock(device),
+        whole=whole,
+    )
 
 
 def take_steps(run: Run, folder: Path, step: int, quiet: bool, opened: Sequence[Board]) -> Outcome:
@@ -144,7 +153,14 @@ def take_steps(run: Run, folder: Path, step: int, quiet: bool, opened: Sequence[
     tracker = None
     if options.track_every and (step < options.steps or any((folder / "weights").glob("*.bin"))):
         place = device if ranks.size > 1 else torch.device("cpu")
-        tracker = Tracker(folder, model, step, lambda: bind(load_model(os.fspath(folder / "checkpoint-0"), options.dtype, place), ranks, {}), trained_by(run.optimizer, ranks, device), ranks)
+        tracker = Tracker(
+            folder,
+            model,
+            step,
+            lambda: bind(load_model(os.fspath(folder / "checkpoint-0"), options.dtype, place), ranks, {}),
+            trained_by(run.optimizer, ranks, device),
+            ranks,
+        )
     if not step:
         save(folder, 0, model, text, None, ranks)
         if options.eval_size:
@@ -158,7 +174,9 @@ def take_steps(run: Run, folder: Path, step: int, quiet: bool, opened: Sequence[
             step += 1
             skipped = skipped + 1 if row["skipped"] else 0
             if skipped == MOST_SKIPPED:
-                raise InputError(f"{MOST_SKIPPED} steps in a row had no finite loss ({row['skipped']}); {'look at the teacher, or ' if run.teachers else ''}take a smaller lr")
+                raise InputError(
+                    f"{MOST_SKIPPED} steps in a row had no finite loss ({row['skipped']}); {'look at the teacher, or ' if run.teachers else ''}take a smaller lr"
+                )
             last, moments = step == options.steps, row.pop("moments")
             if tracker and (look or last):
                 with run.clock.phase("track"):
@@ -168,7 +186,9 @@ def take_steps(run: Run, folder: Path, step: int, quiet: bool, opened: Sequence[
             if options.eval_size and (last or (options.eval_every and step % options.eval_every == 0)):
                 with run.clock.phase("evaluate"):
                     row |= evaluate(run)
-            log.row({"step": step, **row, **run.clock.row()})  # first: a run that goes on from before the checkpoint lets it go
+            log.row(
+                {"step": step, **row, **run.clock.row()}
+            )  # first: a run that goes on from before the checkpoint lets it go
             stopped = bool(ranks.total({"stop": len(stop)}, device)["stop"])
             if last or stopped or (options.save_every and step % options.save_every == 0):
                 save(folder, step, model, text, state_of(run, step), ranks)
@@ -191,18 +211,32 @@ def task_of(options: DistillOptions) -> Task:
     held_out = task.held_out(options.eval_size)
     found = len(held_out)
     if options.eval_size and not found:
-        raise UsageError("eval_size is not 0 and there are no held-out prompts; name a file of them as held_out, or set eval_size=0")
+        raise UsageError(
+            "eval_size is not 0 and there are no held-out prompts; name a file of them as held_out, or set eval_size=0"
+        )
     if found < options.eval_size:
-        raise UsageError(f"eval_size is {options.eval_size} and there are {found} held-out prompts; set eval_size={found}")
+        raise UsageError(
+            f"eval_size is {options.eval_size} and there are {found} held-out prompts; set eval_size={found}"
+        )
     refuse_images(held_out)
     refuse_answers(held_out, task.reward)
     return task
 
 
-def player(options: DistillOptions, task: Task, text: Text, model: Any, teachers: Sequence[Any], ranks: Ranks) -> dict[str, Any]:
+def player(
+    options: DistillOptions, task: Task, text: Text, model: Any, teachers: Sequence[Any], ranks: Ranks
+) -> dict[str, Any]:
     """The fields of a Player, whose completions can be scored by models `teachers`, or by their configurations."""
-    return {"options": options, "task": task, "text": text, "model": model, "ends": end_tokens(model, text, options.stop),
-            "vocab": shared_ids(model, teachers), "longest_prompt": longest_prompt(options, [model, *teachers]), "ranks": ranks}  # fmt: skip
+    return {
+        "options": options,
+        "task": task,
+        "text": text,
+        "model": model,
+        "ends": end_tokens(model, text, options.stop),
+        "vocab": shared_ids(model, teachers),
+        "longest_prompt": longest_prompt(options, [model, *teachers]),
+        "ranks": ranks,
+    }
 
 
 def score(options: DistillOptions, place: str | os.PathLike[str]) -> list[float]:
@@ -221,7 +255,9 @@ def train(run: Run, step: int, look: bool) -> dict[str, Any]:
     options, clock = run.options, run.clock
     clock.clear()
     set_seed(options.seed, step, run.ranks)
-    entries = [run.task.entry(step * options.batch_size + i) for i in range(run.ranks.rank, options.batch_size, run.ranks.size)]
+    entries = [
+        run.task.entry(step * options.batch_size + i) for i in range(run.ranks.rank, options.batch_size, run.ranks.size)
+    ]
     with clock.phase("generate"):
         rollout, facts = completions(run, entries, step)
     rewards, advantage = None, None
@@ -243,7 +279,9 @@ def train(run: Run, step: int, look: bool) -> dict[str, Any]:
                 taught = teacher.score(part)
         with clock.phase("train"):
             share = tokens / run.ranks.size  # FSDP takes the mean over processes
-            loss = run.model.objective(part, taught, None if advantage is None else advantage[rows], share, run.vocab, options)
+            loss = run.model.objective(
+                part, taught, None if advantage is None else advantage[rows], share, run.vocab, options
+            )
             loss.loss.backward()
         for name, value in figures(loss, share).items():
             sums[name] += value
@@ -284,8 +322,17 @@ def completions(run: Run, entries: list[Entry], step: int) -> tuple[Rollout, dic
 
 
 def sampled(run: Player, model: Any, prompts: Prompts, temperature: float, own: bool) -> Rollout:
-    return sample(model, run.text, prompts, most=run.options.max_new_tokens, ends=run.ends, vocab=run.vocab, temperature=temperature, own=own,
-                  together_with=run.ranks.size if own else 1)  # fmt: skip
+    return sample(
+        model,
+        run.text,
+        prompts,
+        most=run.options.max_new_tokens,
+        ends=run.ends,
+        vocab=run.vocab,
+        temperature=temperature,
+        own=own,
+        together_with=run.ranks.size if own else 1,
+    )
 
 
 def parts(run: Run, rollout: Rollout) -> Iterator[tuple[Teacher | None, list[int]]]:
@@ -313,13 +360,21 @@ def figures(found: Objective, tokens: float) -> dict[str, float]:
 
 def counts(rollout: Rollout, rewards: torch.Tensor | None) -> dict[str, float]:
     """What of a step's completions adds up over processes."""
-    found: dict[str, float] = {"rows": len(rollout.entries), "tokens": int(rollout.sizes.sum()), "ended": int(rollout.ended.sum())}
+    found: dict[str, float] = {
+        "rows": len(rollout.entries),
+        "tokens": int(rollout.sizes.sum()),
+        "ended": int(rollout.ended.sum()),
+    }
     return found if rewards is None else {**found, "reward": float(rewards.double().sum())}
 
 
 def means(found: dict[str, float]) -> dict[str, Any]:
     """`counts` as they are logged: tokens in all, the rest a completion."""
-    row = {"tokens": int(found["tokens"]), "prompts_cut": int(found["prompts_cut"]), "length": found["tokens"] / found["rows"]}
+    row = {
+        "tokens": int(found["tokens"]),
+        "prompts_cut": int(found["prompts_cut"]),
+        "length": found["tokens"] / found["rows"],
+    }
     return row | {name: found[name] / found["rows"] for name in ("ended", "reward") if name in found}
 
 
@@ -352,7 +407,9 @@ def longest_prompt(options: DistillOptions, models: Sequence[Any]) -> int:
     """How long a prompt may be, in tokens, that a completion finds places after it in every model."""
     places = min(map(positions, models))
     if options.max_new_tokens >= places:
-        raise UsageError(f"max_new_tokens is {options.max_new_tokens} and the models have {places} positions in all; take fewer")
+        raise UsageError(
+            f"max_new_tokens is {options.max_new_tokens} and the models have {places} positions in all; take fewer"
+        )
     return min(options.max_prompt, places - options.max_new_tokens)
 
 
@@ -363,16 +420,30 @@ def refuse_processes(options: DistillOptions, ranks: Ranks) -> None:
     if options.batch_size % ranks.size:
         raise UsageError(f"batch_size is {options.batch_size} over {ranks.size} processes; take a multiple")
     if len(options.teachers) > 1:
-        raise UsageError("several teachers are chosen row by row, which several processes cannot do in step; run one process, or one teacher")
+        raise UsageError(
+            "several teachers are chosen row by row, which several processes cannot do in step; run one process, or one teacher"
+        )
     if options.lora_rank:
-        raise UsageError("lora_rank is for one process; the factors are small enough for it, or train a mask on several")
+        raise UsageError(
+            "lora_rank is for one process; the factors are small enough for it, or train a mask on several"
+        )
 
 
 def state_of(run: Run, step: int) -> dict[str, Any]:
     """What, beside the weights, a run goes on from."""
-    trained = {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad} if run.options.lora_rank else {}
+    trained = (
+        {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
+        if run.options.lora_rank
+        else {}
+    )
     optimizer = torch.optim.Optimizer.state_dict(run.optimizer)  # what lives here, compact
-    return {"step": step, "processes": run.ranks.size, "optimizer": optimizer, "trained": trained, "teachers": {tag: t.state_dict() for tag, t in run.teachers.items()}}
+    return {
+        "step": step,
+        "processes": run.ranks.size,
+        "optimizer": optimizer,
+        "trained": trained,
+        "teachers": {tag: t.state_dict() for tag, t in run.teachers.items()},
+    }
 
 
 def resume(run: Run, path: Path) -> int:
@@ -395,7 +466,10 @@ def stopping() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
-    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {
+        number: signal.signal(number, lambda number, _: caught.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield caught
     finally:
@@ -405,18 +479,32 @@ def stopping() -> Iterator[list[int]]:
 
 def summary(outcome: Outcome) -> dict[str, Any]:
     """The outcome as data."""
-    return {"folder": os.fspath(outcome.folder), "step": outcome.step, "steps": outcome.steps, "stopped": outcome.stopped, "accuracy": outcome.accuracy, "marks": outcome.marks}
+    return {
+        "folder": os.fspath(outcome.folder),
+        "step": outcome.step,
+        "steps": outcome.steps,
+        "stopped": outcome.stopped,
+        "accuracy": outcome.accuracy,
+        "marks": outcome.marks,
+    }
 
 
 def lines(outcome: Outcome) -> list[str]:
     """The outcome for people."""
     where = printable(os.fspath(outcome.folder))
-    text = [f"step {outcome.step} of {outcome.steps}{': stopped by a signal; the same command goes on' if outcome.stopped else ''}; {where}"]
+    text = [
+        f"step {outcome.step} of {outcome.steps}{': stopped by a signal; the same command goes on' if outcome.stopped else ''}; {where}"
+    ]
     if outcome.accuracy:
-        text.append("accuracy on held-out prompts: " + ", ".join(f"{value:.3f} at step {step}" for step, value in outcome.accuracy))
+        text.append(
+            "accuracy on held-out prompts: "
+            + ", ".join(f"{value:.3f} at step {step}" for step, value in outcome.accuracy)
+        )
     for mark in outcome.marks[-1:]:
         visible, stored = (mark["views"][view] for view in ("visible", "stored"))
-        text.append(f"changed: {100 * (1 - visible['frac_zero']):.2f} % of the weights visibly to bf16, {100 * (1 - stored['frac_zero']):.2f} % as stored, {100 * mark['changed_ever']:.2f} % at any mark")
+        text.append(
+            f"changed: {100 * (1 - visible['frac_zero']):.2f} % of the weights visibly to bf16, {100 * (1 - stored['frac_zero']):.2f} % as stored, {100 * mark['changed_ever']:.2f} % at any mark"
+        )
     if outcome.step == outcome.steps:
         text.append(f"next: opdkernels trend {where}/checkpoint-0 {where}/checkpoint-[1-9]* -o {where}/trend")
     return text

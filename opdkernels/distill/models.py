@@ -27,7 +27,9 @@ def transformers() -> Any:
     try:
         import transformers  # type: ignore[import-not-found]
     except ImportError:
-        raise UsageError("distillation runs on transformers, which is not installed; pip install 'opdkernels[distill]'") from None
+        raise UsageError(
+            "distillation runs on transformers, which is not installed; pip install 'opdkernels[distill]'"
+        ) from None
     return transformers
 
 
@@ -61,7 +63,9 @@ class Text:
         if isinstance(prompt, str):
             return self.ids(prompt), {}
         with self.chat():
-            return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False), {}
+            return self.tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=True, return_dict=False
+            ), {}
 
     def encode_images(self, prompt: Any, images: tuple[str, ...]) -> tuple[list[int], dict[str, torch.Tensor]]:
         if self.processor is None:
@@ -71,13 +75,24 @@ class Text:
         except ImportError:
             raise UsageError("prompts with images need pillow, which is not installed; pip install pillow") from None
         with self.chat():
-            text = prompt if isinstance(prompt, str) else self.processor.apply_chat_template(prompt, add_generation_prompt=True)
+            text = (
+                prompt
+                if isinstance(prompt, str)
+                else self.processor.apply_chat_template(prompt, add_generation_prompt=True)
+            )
         opened = []
         for image in images:
             with bad_input(f"an image of a prompt cannot be read from {printable(image)}", "give another file"):
                 opened.append(Image.open(image).convert("RGB"))
         with bad_input(f"a prompt and its {len(images)} image(s) do not fit together", PLACES):
-            found = dict(self.processor(text=[text], images=opened, return_tensors="pt", **({} if isinstance(prompt, str) else {"add_special_tokens": False})))
+            found = dict(
+                self.processor(
+                    text=[text],
+                    images=opened,
+                    return_tensors="pt",
+                    **({} if isinstance(prompt, str) else {"add_special_tokens": False}),
+                )
+            )
         found.pop("attention_mask", None)
         return found.pop("input_ids")[0].tolist(), found
 
@@ -103,7 +118,9 @@ def load_model(place: str, dtype: str, device: torch.device) -> Any:
         kind = hf.AutoModelForImageTextToText if images else hf.AutoModelForCausalLM
         model, found = kind.from_pretrained(place, dtype=DTYPES[dtype], output_loading_info=True)
         if found["missing_keys"]:
-            raise InputError(f"{printable(place)} lacks {printable(sorted(found['missing_keys'])[0])} and so on; its model would begin with random weights there")
+            raise InputError(
+                f"{printable(place)} lacks {printable(sorted(found['missing_keys'])[0])} and so on; its model would begin with random weights there"
+            )
         model = model.to(device).eval()
         refuse_other_head(model, place)
     return model
@@ -117,7 +134,9 @@ def refuse_other_head(model: Any, place: str) -> None:
     logits = logits_of(hidden, head)
     own = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
     if not (logits - own).abs().max() <= 0.02 * own.abs().max() and torch.isfinite(own).all():
-        raise InputError(f"{printable(place)} makes its logits in a way that is not known here ({type(model).__name__}); choose another model")
+        raise InputError(
+            f"{printable(place)} makes its logits in a way that is not known here ({type(model).__name__}); choose another model"
+        )
 
 
 def logits_of(hidden: torch.Tensor, head: Head) -> torch.Tensor:
@@ -136,7 +155,10 @@ def positions(model: Any) -> int:
 
 def shared_ids(student: Any, teachers: Iterable[Any]) -> int:
     """How many ids all models, or those of configurations, have: families of one tokenizer pad their heads to other sizes."""
-    return min(len(head_of(one).weight) if isinstance(one, torch.nn.Module) else text_config(one).vocab_size for one in (student, *teachers))
+    return min(
+        len(head_of(one).weight) if isinstance(one, torch.nn.Module) else text_config(one).vocab_size
+        for one in (student, *teachers)
+    )
 
 
 def text_config(model: Any) -> Any:
@@ -170,8 +192,12 @@ def refuse_other_tokens(student: Any, teacher: Any, named: str) -> None:
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
         return
-    token = next((token for token in sorted(ours) if theirs.get(token) != ours[token]), None) or next(token for token in sorted(theirs) if token not in ours)
-    raise InputError(f"{named} has another tokenizer: {printable(repr(token))} is {ours.get(token, 'not there')} of the student's and {theirs.get(token, 'not there')} of the teacher's; choose models of one family")
+    token = next((token for token in sorted(ours) if theirs.get(token) != ours[token]), None) or next(
+        token for token in sorted(theirs) if token not in ours
+    )
+    raise InputError(
+        f"{named} has another tokenizer: {printable(repr(token))} is {ours.get(token, 'not there')} of the student's and {theirs.get(token, 'not there')} of the teacher's; choose models of one family"
+    )
 
 
 def end_tokens(model: torch.nn.Module, text: Text, stop: str) -> list[int]:
@@ -186,7 +212,9 @@ def end_tokens(model: torch.nn.Module, text: Text, stop: str) -> list[int]:
     return sorted(i for i in found if i is not None)
 
 
-def hidden_states(model: Any, ids: torch.Tensor, attention: torch.Tensor, extras: dict[str, torch.Tensor]) -> torch.Tensor:
+def hidden_states(
+    model: Any, ids: torch.Tensor, attention: torch.Tensor, extras: dict[str, torch.Tensor]
+) -> torch.Tensor:
     """[batch, length, width]: what the head takes, of right-padded ids [batch, length]."""
     body = unwrapped(model).base_model
     with taken(extras):
@@ -244,7 +272,14 @@ def plain_cache(model: Any) -> Any:
     config = text_config(own)
     rotations = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or "")
     recomputes = any(getattr(module, "gradient_checkpointing", False) for module in own.modules())
-    if config is not own.config or "dynamic" in rotations or "longrope" in rotations or recomputes or isinstance(model, FSDPModule) or not name_of_cache(own.base_model):
+    if (
+        config is not own.config
+        or "dynamic" in rotations
+        or "longrope" in rotations
+        or recomputes
+        or isinstance(model, FSDPModule)
+        or not name_of_cache(own.base_model)
+    ):
         return None
     cache = DynamicCache(config=config)
     return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
@@ -267,4 +302,10 @@ def head_of(model: torch.nn.Module, vocab: int | None = None) -> Head:
     linear, config = own.get_output_embeddings(), text_config(own)
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     weight = linear.weight if not hasattr(linear, "base_layer") else linear.base_layer.weight
-    return Head(weight, getattr(linear, "bias", None), scale=scale, softcap=getattr(config, "final_logit_softcapping", None) or 0.0, vocab=vocab)
+    return Head(
+        weight,
+        getattr(linear, "bias", None),
+        scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+        vocab=vocab,
+    )

@@ -29,20 +29,47 @@ def optimizer_of(options: DistillOptions, model: torch.nn.Module) -> MaskedOptim
     if isinstance(masks, MaskSet):  # of a checkpoint, whose names may not be those of parameters
         own = twins(masks, names)
         masks = MaskSet({own.get(name, name): mask for name, mask in masks.items()})
-    other = next((name for name, (active, _) in masks.counts().items() if active and name not in names), None) if isinstance(masks, MaskSet) else None
+    other = (
+        next((name for name, (active, _) in masks.counts().items() if active and name not in names), None)
+        if isinstance(masks, MaskSet)
+        else None
+    )
     if other is not None:
-        raise InputError(f"there is a mask of {printable(other)} and no such parameter is trained; take masks by the student's own names, such as a run's masks/")
+        raise InputError(
+            f"there is a mask of {printable(other)} and no such parameter is trained; take masks by the student's own names, such as a run's masks/"
+        )
     if isinstance(masks, MaskSet) and not masks.nnz:
-        raise InputError(f"{printable(options.masks)} has no active coordinate, so that nothing would be trained; give masks that have some")
+        raise InputError(
+            f"{printable(options.masks)} has no active coordinate, so that nothing would be trained; give masks that have some"
+        )
     try:
         if options.optimizer == "sgd":
-            return MaskedSGD(named, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, masks=masks, unmasked=unmasked,
-                             precision=options.precision, seed=options.seed)  # fmt: skip
-        return MaskedAdamW(named, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay, masks=masks, unmasked=unmasked,
-                           precision=options.precision, seed=options.seed)  # fmt: skip
+            return MaskedSGD(
+                named,
+                lr=options.lr,
+                momentum=options.momentum,
+                weight_decay=options.weight_decay,
+                masks=masks,
+                unmasked=unmasked,
+                precision=options.precision,
+                seed=options.seed,
+            )
+        return MaskedAdamW(
+            named,
+            lr=options.lr,
+            betas=options.betas,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            masks=masks,
+            unmasked=unmasked,
+            precision=options.precision,
+            seed=options.seed,
+        )
     except ValueError as error:
         if options.masks and "mask" in str(error):
-            raise InputError(f"the masks do not fit the student ({printable(str(error))}); make them from this model") from None
+            raise InputError(
+                f"the masks do not fit the student ({printable(str(error))}); make them from this model"
+            ) from None
         raise UsageError(str(error)) from None
 
 
@@ -59,7 +86,9 @@ class WholeNorm:
                 param.register_post_accumulate_grad_hook(self._add)
 
     def _add(self, param: torch.Tensor) -> None:
-        self.square = self.square + torch.linalg.vector_norm(local_part(param.grad)[0].detach(), dtype=torch.float64).square()  # type: ignore[arg-type]
+        self.square = (
+            self.square + torch.linalg.vector_norm(local_part(param.grad)[0].detach(), dtype=torch.float64).square()
+        )  # type: ignore[arg-type]
 
     def take(self, ranks: Ranks, device: torch.device) -> float:
         """The norm since the last call, over all processes."""
@@ -74,7 +103,9 @@ def with_lora(options: DistillOptions, model: torch.nn.Module) -> torch.nn.Modul
     except ImportError:
         raise UsageError("lora_rank needs peft, which is not installed; pip install 'opdkernels[distill]'") from None
 
-    config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank, target_modules="all-linear", lora_dropout=0.0)
+    config = LoraConfig(
+        r=options.lora_rank, lora_alpha=options.lora_rank, target_modules="all-linear", lora_dropout=0.0
+    )
     wrapped = get_peft_model(model, config).eval()
     if options.subspace:
         with contextlib.closing(open_source(options.subspace)) as later:
@@ -91,7 +122,9 @@ def take_inputs(module: Any, name: str, later: Source, rank: int) -> None:
     weight, factor = module.base_layer.weight, module.lora_A["default"].weight
     info = later.tensors.get(name)
     if info is None or info.shape != tuple(weight.shape):
-        raise InputError(f"{printable(later.path)} has no {printable(name)} of shape {list(weight.shape)}, as the student has; give a later checkpoint of this student")
+        raise InputError(
+            f"{printable(later.path)} has no {printable(name)} of shape {list(weight.shape)}, as the student has; give a later checkpoint of this student"
+        )
     change = later.read(name, 0, info.numel).view(info.shape).float() - weight.float().cpu()
     if module.fan_in_fan_out:
         change = change.T.contiguous()

@@ -58,7 +58,13 @@ class Ranks:
         """Sums over all processes, by name; every process has the same names."""
         if self.size == 1:
             return dict(values)
-        return dict(zip(values, self.sum(torch.tensor(list(values.values()), dtype=torch.float64, device=device)).tolist(), strict=True))
+        return dict(
+            zip(
+                values,
+                self.sum(torch.tensor(list(values.values()), dtype=torch.float64, device=device)).tolist(),
+                strict=True,
+            )
+        )
 
     def all(self, held: Any) -> list[Any]:
         """What each process holds, in order."""
@@ -99,10 +105,16 @@ def bind(model: Any, ranks: Ranks, functions: dict[str, Callable[..., Any]]) -> 
 
     mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.size,))
     for module in list(model.modules()):
-        if isinstance(module, torch.nn.ModuleList) and len(module) and type(module[0]).__name__.endswith(("Layer", "Block")):
+        if (
+            isinstance(module, torch.nn.ModuleList)
+            and len(module)
+            and type(module[0]).__name__.endswith(("Layer", "Block"))
+        ):
             for layer in module:
                 fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else a teacher that swaps weights would score with those gathered before
+    fully_shard(
+        model, mesh=mesh, reshard_after_forward=True
+    )  # else a teacher that swaps weights would score with those gathered before
     for name in ("generate", *functions):
         register_fsdp_forward_method(model, name)
     return model

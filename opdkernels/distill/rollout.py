@@ -27,7 +27,10 @@ class Prompts:
 
     def repeated(self, times: int) -> Prompts:
         """Each prompt several times, side by side."""
-        again = lambda rows: [row for row in rows for _ in range(times)]  # noqa: E731
+
+        def again(rows):
+            return [row for row in rows for _ in range(times)]
+
         return Prompts(again(self.entries), again(self.ids), again(self.extras), self.cut)
 
 
@@ -77,11 +80,21 @@ class Rollout:
         """Some of the rows, no longer than they need be."""
         at = torch.tensor(list(chosen), dtype=torch.long, device=self.ids.device)
         longest = int(self.length[at].max()) if len(at) else 0
-        return Rollout([self.entries[i] for i in chosen], self.ids[at, :longest], self.prompt[at], self.length[at], self.ended[at],
-                       [self.extras[i] for i in chosen], self.own)  # fmt: skip
+        return Rollout(
+            [self.entries[i] for i in chosen],
+            self.ids[at, :longest],
+            self.prompt[at],
+            self.length[at],
+            self.ended[at],
+            [self.extras[i] for i in chosen],
+            self.own,
+        )
 
     def completions(self) -> list[list[int]]:
-        return [self.ids[i, p:n].tolist() for i, (p, n) in enumerate(zip(self.prompt.tolist(), self.length.tolist(), strict=True))]
+        return [
+            self.ids[i, p:n].tolist()
+            for i, (p, n) in enumerate(zip(self.prompt.tolist(), self.length.tolist(), strict=True))
+        ]
 
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """What `hidden_states` takes."""
@@ -98,7 +111,9 @@ def together(extras: Extras, length: int, left: bool) -> dict[str, torch.Tensor]
     if not any(extras):
         return {}
     found: dict[str, list[torch.Tensor]] = {}
-    none = {name: value[:, :0] for row in extras for name, value in row.items() if name in PER_TOKEN}  # of rows without an image
+    none = {
+        name: value[:, :0] for row in extras for name, value in row.items() if name in PER_TOKEN
+    }  # of rows without an image
     for row in extras:
         for name, value in (none | row).items():
             if name in PER_TOKEN:
@@ -131,18 +146,42 @@ def with_privilege(entry: Entry) -> Any:
     return [{"role": "system", "content": entry.privileged}, *entry.prompt]
 
 
-def beside(prompts: Prompts, completions: Sequence[Sequence[int]], ended: Sequence[bool], own: bool, pad: int, device: torch.device) -> Rollout:
+def beside(
+    prompts: Prompts,
+    completions: Sequence[Sequence[int]],
+    ended: Sequence[bool],
+    own: bool,
+    pad: int,
+    device: torch.device,
+) -> Rollout:
     """Prompts and completions as right-padded rows."""
     rows = [[*p, *c] for p, c in zip(prompts.ids, completions, strict=True)]
     longest = max(map(len, rows), default=0)
-    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], dtype=torch.long, device=device).view(len(rows), longest)
-    prompt, length = (torch.tensor([len(one) for one in many], dtype=torch.long, device=device) for many in (prompts.ids, rows))
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], dtype=torch.long, device=device).view(
+        len(rows), longest
+    )
+    prompt, length = (
+        torch.tensor([len(one) for one in many], dtype=torch.long, device=device) for many in (prompts.ids, rows)
+    )
     extras = [{name: value.to(device) for name, value in row.items()} for row in prompts.extras]
-    return Rollout(prompts.entries, ids, prompt, length, torch.tensor(list(ended), dtype=torch.bool, device=device), extras, own)
+    return Rollout(
+        prompts.entries, ids, prompt, length, torch.tensor(list(ended), dtype=torch.bool, device=device), extras, own
+    )
 
 
 @torch.no_grad()
-def sample(model: Any, text: Text, prompts: Prompts, *, most: int, ends: Sequence[int], vocab: int, temperature: float, own: bool, together_with: int = 1) -> Rollout:
+def sample(
+    model: Any,
+    text: Text,
+    prompts: Prompts,
+    *,
+    most: int,
+    ends: Sequence[int],
+    vocab: int,
+    temperature: float,
+    own: bool,
+    together_with: int = 1,
+) -> Rollout:
     """Completions from a model by transformers' `generate`, of ids below `vocab`; temperature 0 is greedy. A completion holds its end
     token. Of several processes that share a model all go on until each has ended."""
     device = next(model.parameters()).device
@@ -150,16 +189,40 @@ def sample(model: Any, text: Text, prompts: Prompts, *, most: int, ends: Sequenc
     ids = torch.tensor([[text.pad] * (longest - len(row)) + list(row) for row in prompts.ids], device=device)
     attention = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts.ids], device=device)
     extras = {name: value.to(device) for name, value in together(prompts.extras, longest, left=True).items()}
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
     from transformers import GenerationConfig  # type: ignore[import-not-found]
 
     unpadded = len(set(map(len, prompts.ids))) == 1 and not extras and together_with == 1
     begun = begin(model, ids[:1, : alike(ids[:, :-1])], len(ids)) if unpadded else {}
-    own_model, config = unwrapped(model), GenerationConfig(suppress_tokens=never_sampled(model, vocab) or None, max_new_tokens=most, eos_token_id=list(ends) or None, pad_token_id=text.pad, use_cache=True, **sampling)
-    kept, own_model.generation_config = own_model.generation_config, GenerationConfig()  # whose penalties would fill what is not set here
+    own_model, config = (
+        unwrapped(model),
+        GenerationConfig(
+            suppress_tokens=never_sampled(model, vocab) or None,
+            max_new_tokens=most,
+            eos_token_id=list(ends) or None,
+            pad_token_id=text.pad,
+            use_cache=True,
+            **sampling,
+        ),
+    )
+    kept, own_model.generation_config = (
+        own_model.generation_config,
+        GenerationConfig(),
+    )  # whose penalties would fill what is not set here
     try:
         with taken(extras):
-            found = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, synced_gpus=together_with > 1, **extras, **begun)
+            found = model.generate(
+                input_ids=ids,
+                attention_mask=attention,
+                generation_config=config,
+                synced_gpus=together_with > 1,
+                **extras,
+                **begun,
+            )
     finally:
         own_model.generation_config = kept
     cut = [until_end(row, ends) for row in found[:, longest:].tolist()]
@@ -170,7 +233,10 @@ def never_sampled(model: Any, vocab: int) -> list[int]:
     """Ids that another model lacks, and those that stand for an image or a video, which a completion has none of."""
     own = unwrapped(model)
     places = (getattr(own.config, f"{kind}_token_id", None) for kind in ("image", "video"))
-    return [*range(vocab, own.get_output_embeddings().weight.shape[0]), *(place for place in places if place is not None and place < vocab)]
+    return [
+        *range(vocab, own.get_output_embeddings().weight.shape[0]),
+        *(place for place in places if place is not None and place < vocab),
+    ]
 
 
 def recorded(text: Text, prompts: Prompts, *, most: int, ends: Sequence[int], device: torch.device) -> Rollout:

@@ -30,16 +30,42 @@ from opdkernels.version import __version__
 
 ABOUT = "run.json"
 STATE = "training.pt"
-OWN_FILES = ("checkpoint-[0-9]*", ".checkpoint-[0-9]*.part", "made-of-[0-9]*", "masks", "weights", "tensorboard",
-             *(f"{name}.{kind}" for name in ("log", "scores", "track") for kind in ("jsonl", "part")))  # fmt: skip
-OF_MODELS = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}  # of a checkpoint's folder; a run's own state comes and goes
+OWN_FILES = (
+    "checkpoint-[0-9]*",
+    ".checkpoint-[0-9]*.part",
+    "made-of-[0-9]*",
+    "masks",
+    "weights",
+    "tensorboard",
+    *(f"{name}.{kind}" for name in ("log", "scores", "track") for kind in ("jsonl", "part")),
+)
+OF_MODELS = {
+    ".safetensors",
+    ".bin",
+    ".json",
+    ".jinja",
+    ".model",
+    ".txt",
+}  # of a checkpoint's folder; a run's own state comes and goes
 PIECES, PIECE_BYTES = 256, 1 << 16  # of a large file that are looked at
-FREE = {"steps", "save_every", "eval_every", "tensorboard", "wandb", "threads", "overwrite"}  # may change when a run goes on
+FREE = {
+    "steps",
+    "save_every",
+    "eval_every",
+    "tensorboard",
+    "wandb",
+    "threads",
+    "overwrite",
+}  # may change when a run goes on
 
 
 def identity(options: DistillOptions) -> str:
     """What two runs must share for one to go on from the other; options that are as by default count alike, known or not yet."""
-    kept = {name: value for name, value in options.model_dump(mode="json", exclude_defaults=True).items() if name not in FREE}
+    kept = {
+        name: value
+        for name, value in options.model_dump(mode="json", exclude_defaults=True).items()
+        if name not in FREE
+    }
     for name in ("prompts", "held_out", "masks"):
         if kept.get(name) and Path(kept[name]).is_file():
             kept[name] = content_of(Path(kept[name]))
@@ -62,14 +88,18 @@ def glimpse_of(path: Path) -> str:
     found.update(str(size).encode())
     whole = size <= PIECES * PIECE_BYTES
     with open(path, "rb") as file:
-        for start in range(0, size, PIECE_BYTES) if whole else (i * (size - PIECE_BYTES) // (PIECES - 1) for i in range(PIECES)):
+        for start in (
+            range(0, size, PIECE_BYTES) if whole else (i * (size - PIECE_BYTES) // (PIECES - 1) for i in range(PIECES))
+        ):
             file.seek(start)
             found.update(file.read(PIECE_BYTES))
     return found.hexdigest()
 
 
 @contextlib.contextmanager
-def open_folder(out: str | os.PathLike[str], options: DistillOptions, ranks: Ranks) -> Iterator[tuple[Path, tuple[int, Path] | None]]:
+def open_folder(
+    out: str | os.PathLike[str], options: DistillOptions, ranks: Ranks
+) -> Iterator[tuple[Path, tuple[int, Path] | None]]:
     """The folder of a run, locked for a while, and the checkpoint that the run goes on from, if any; nothing in it changes before
     `begin`. Raises InputError where another process writes to it, UsageError where another run is in it."""
     with contextlib.ExitStack() as held:
@@ -80,19 +110,26 @@ def standing(folder: Path, options: DistillOptions) -> tuple[Path, tuple[int, Pa
     """A folder and the checkpoint that a run with these options goes on from there; None where it begins, and may clear the folder."""
     named, about = printable(os.fspath(folder)), folder / ABOUT
     if not about.exists():
-        if any(not path.name.startswith(f".{ABOUT}.") for path in folder.iterdir()):  # but for what a run that was killed at once left
+        if any(
+            not path.name.startswith(f".{ABOUT}.") for path in folder.iterdir()
+        ):  # but for what a run that was killed at once left
             raise UsageError(f"{named} is not empty and holds no run of distill; choose another folder")
         return folder, None
     before, found = read_about(about), newest(folder)
     if before.get("command") != "distill":
-        raise UsageError(f"{named} has a {ABOUT} that is not of distill, which replaces its own runs alone; choose another folder")
+        raise UsageError(
+            f"{named} has a {ABOUT} that is not of distill, which replaces its own runs alone; choose another folder"
+        )
     other = refusal(folder, options, before)
     if other is not None and not options.overwrite and begun(folder):
         raise other
     if found and other is None:
         if not (options.overwrite and lacks(folder, found[0], options.save_every)):
             return folder, found
-        warnings.warn(f"{named} has taken {found[0]} steps and lacks checkpoints that save_every asks for; it is overwritten", stacklevel=2)
+        warnings.warn(
+            f"{named} has taken {found[0]} steps and lacks checkpoints that save_every asks for; it is overwritten",
+            stacklevel=2,
+        )
     keep_apart(folder, options)
     return folder, None
 
@@ -113,11 +150,22 @@ def refusal(folder: Path, options: DistillOptions, before: dict[str, Any]) -> Ex
         return UsageError(f"{named} holds another run; choose another folder, or --overwrite it")
     known = before.get("models", {})  # a run of earlier date did not look at them
     for place, files in models_of(options).items():
-        other = next((name for name in sorted({*known.get(place, files), *files}) if known.get(place, files).get(name) != files.get(name)), None)
+        other = next(
+            (
+                name
+                for name in sorted({*known.get(place, files), *files})
+                if known.get(place, files).get(name) != files.get(name)
+            ),
+            None,
+        )
         if other is not None:
-            return InputError(f"{printable(other)} in {printable(place)} is not what it was when the run in {named} began; put it back, choose another folder, or --overwrite the run")
+            return InputError(
+                f"{printable(other)} in {printable(place)} is not what it was when the run in {named} began; put it back, choose another folder, or --overwrite the run"
+            )
     if found and found[0] > options.steps:
-        return UsageError(f"{named} has taken {found[0]} steps and steps is {options.steps}; give as many, or overwrite it")
+        return UsageError(
+            f"{named} has taken {found[0]} steps and steps is {options.steps}; give as many, or overwrite it"
+        )
     return None
 
 
@@ -138,17 +186,24 @@ def begun(folder: Path) -> bool:
 
 def lacks(folder: Path, step: int, save_every: int) -> bool:
     """Whether a run up to a step has not all the checkpoints that it is asked for."""
-    return bool(save_every) and not all((folder / f"checkpoint-{one}").exists() for one in range(save_every, step + 1, save_every))
+    return bool(save_every) and not all(
+        (folder / f"checkpoint-{one}").exists() for one in range(save_every, step + 1, save_every)
+    )
 
 
 def keep_apart(folder: Path, options: DistillOptions) -> None:
     """Raises UsageError where what a run reads lies in the folder that it would clear."""
     own = os.path.realpath(folder)
-    given = [("student", options.student), *(("teacher", place) for place in options.teachers.values() if place != SELF),
-             *((name, getattr(options, name)) for name in ("prompts", "held_out", "masks", "subspace"))]  # fmt: skip
+    given = [
+        ("student", options.student),
+        *(("teacher", place) for place in options.teachers.values() if place != SELF),
+        *((name, getattr(options, name)) for name in ("prompts", "held_out", "masks", "subspace")),
+    ]
     for name, place in given:
         if place and os.path.exists(place) and (os.path.realpath(place) + os.sep).startswith(own + os.sep):
-            raise UsageError(f"the {name} {printable(place)} lies in {printable(os.fspath(folder))}, which the run would clear; choose another folder")
+            raise UsageError(
+                f"the {name} {printable(place)} lies in {printable(os.fspath(folder))}, which the run would clear; choose another folder"
+            )
 
 
 def begin(folder: Path, options: DistillOptions) -> None:
@@ -158,7 +213,15 @@ def begin(folder: Path, options: DistillOptions) -> None:
     for pattern in OWN_FILES:
         for path in list(folder.glob(pattern)):
             remove(path)
-    write_json(folder / ABOUT, {**about, "identity": identity(options), "models": models_of(options), "options": options.model_dump(mode="json")})
+    write_json(
+        folder / ABOUT,
+        {
+            **about,
+            "identity": identity(options),
+            "models": models_of(options),
+            "options": options.model_dump(mode="json"),
+        },
+    )
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -250,9 +313,13 @@ def load_state(path: Path, ranks: Ranks) -> dict[str, Any]:
     try:
         state = torch.load(path / state_name(ranks), weights_only=True)
         if state["processes"] != ranks.size:
-            raise UsageError(f"the run was of {state['processes']} processes and is now of {ranks.size}; go on with as many as before")
+            raise UsageError(
+                f"the run was of {state['processes']} processes and is now of {ranks.size}; go on with as many as before"
+            )
         return state
     except UsageError:
         raise
     except Exception as error:
-        raise InputError(f"{printable(os.fspath(path / STATE))} cannot be read ({printable(str(error).splitlines()[0])[:200]}); delete {printable(path.name)}, and run the same command again") from None
+        raise InputError(
+            f"{printable(os.fspath(path / STATE))} cannot be read ({printable(str(error).splitlines()[0])[:200]}); delete {printable(path.name)}, and run the same command again"
+        ) from None

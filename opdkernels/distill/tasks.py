@@ -65,9 +65,13 @@ class Task(ABC):
         try:
             value = float(self._score(entry.prompt, entry.answer, completion))
         except (Exception, SystemExit) as error:
-            raise InputError(f"the reward {self.reward} failed on {printable(str(entry.prompt))[:80]} ({type(error).__name__}: {printable(str(error))[:200]}); mend it, and run the same command again") from None
+            raise InputError(
+                f"the reward {self.reward} failed on {printable(str(entry.prompt))[:80]} ({type(error).__name__}: {printable(str(error))[:200]}); mend it, and run the same command again"
+            ) from None
         if not abs(value) <= LARGEST:
-            raise InputError(f"the reward {self.reward} gave {value} on {printable(str(entry.prompt))[:80]}; it must be a finite number in fp32's range")
+            raise InputError(
+                f"the reward {self.reward} gave {value} on {printable(str(entry.prompt))[:80]}; it must be a finite number in fp32's range"
+            )
         return value
 
 
@@ -107,7 +111,9 @@ class Addition(Task):
         return self.of(permuted(permuted(place, TRAINED_PAIRS, f"{self.seed}/{epoch}"), PAIRS, "pairs"))
 
     def held_out(self, n: int) -> list[Entry]:
-        return [self.of(permuted(place, PAIRS, "pairs")) for place in range(TRAINED_PAIRS, min(PAIRS, TRAINED_PAIRS + n))]
+        return [
+            self.of(permuted(place, PAIRS, "pairs")) for place in range(TRAINED_PAIRS, min(PAIRS, TRAINED_PAIRS + n))
+        ]
 
 
 class Sums(Task):
@@ -144,7 +150,9 @@ class ReasoningGym(Task):
         try:
             from reasoning_gym import create_dataset  # type: ignore[import-not-found]
         except ImportError:
-            raise UsageError(f"reasoning_gym:{printable(name)} needs reasoning-gym; pip install reasoning-gym") from None
+            raise UsageError(
+                f"reasoning_gym:{printable(name)} needs reasoning-gym; pip install reasoning-gym"
+            ) from None
         if seed >= self.SEEDS:
             raise UsageError(f"reasoning_gym takes seeds below {self.SEEDS} here, not {seed}")
         try:
@@ -152,7 +160,10 @@ class ReasoningGym(Task):
             self.others = create_dataset(name, size=self.SIZE, seed=0)
         except ValueError as error:
             raise UsageError(f"reasoning_gym has no task {printable(name)} ({printable(str(error))[:200]})") from None
-        self.reward, self._score = f"reasoning_gym:{name}", lambda prompt, answer, text: self.data.score_answer(text.strip(), json.loads(answer or "{}"))
+        self.reward, self._score = (
+            f"reasoning_gym:{name}",
+            lambda prompt, answer, text: self.data.score_answer(text.strip(), json.loads(answer or "{}")),
+        )
 
     @staticmethod
     def of(found: dict[str, Any]) -> Entry:
@@ -184,10 +195,16 @@ def read_lines(path: str) -> list[Entry]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"{named} does not exist; give JSON lines, or a task: addition, sums, reasoning_gym:NAME") from None
+        raise InputError(
+            f"{named} does not exist; give JSON lines, or a task: addition, sums, reasoning_gym:NAME"
+        ) from None
     except (OSError, ValueError) as error:  # no text, or a path with a NUL
         raise InputError(f"{named} cannot be read as JSON lines ({printable(str(error))})") from None
-    found = [parse(line, f"{named} line {number}", Path(path).parent) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    found = [
+        parse(line, f"{named} line {number}", Path(path).parent)
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
     if not found:
         raise InputError(f"{named} holds no prompt")
     return found
@@ -198,11 +215,15 @@ def parse(line: str, place: str, folder: Path) -> Entry:
         given = json.loads(line)
         json.dumps(given, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{place} has half of a surrogate pair, {printable(error.object[error.start])}, which is no text") from None
+        raise InputError(
+            f"{place} has half of a surrogate pair, {printable(error.object[error.start])}, which is no text"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place} is not JSON ({printable(str(error))})") from None
     prompt = given.get("prompt") if isinstance(given, dict) else None
-    if not (isinstance(prompt, str) and prompt) and not (isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt)):
+    if not (isinstance(prompt, str) and prompt) and not (
+        isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt)
+    ):
         raise InputError(f"{place} has no prompt; it takes a text, or messages with role and content")
     texts = {name: given.get(name) for name in ("answer", "tag", "privileged", "completion")}
     for name, value in texts.items():
@@ -220,13 +241,19 @@ def refuse_prompts(options: DistillOptions, task: Task) -> None:
     entries, teachers = task.examples(), options.teachers
     for entry in entries:
         if teachers and not teachers.keys() & {entry.tag, ""}:
-            raise InputError(f"{called(entry)} has the tag {printable(entry.tag)!r} and no teacher has it; the teachers are {', '.join(map(printable, teachers))}")
+            raise InputError(
+                f"{called(entry)} has the tag {printable(entry.tag)!r} and no teacher has it; the teachers are {', '.join(map(printable, teachers))}"
+            )
     if options.on_policy < 1:
         lacking = [entry for entry in entries if entry.completion is None]
         if lacking and len(lacking) < len(entries):
-            raise InputError(f"{called(lacking[0])} has no `completion` and others have one; give every prompt one, or none")
+            raise InputError(
+                f"{called(lacking[0])} has no `completion` and others have one; give every prompt one, or none"
+            )
         if lacking and (len(teachers) != 1 or SELF in teachers.values()):
-            raise InputError("a step that is not on-policy needs `completion` in every prompt, or one teacher that is a model of its own")
+            raise InputError(
+                "a step that is not on-policy needs `completion` in every prompt, or one teacher that is a model of its own"
+            )
     refuse_images(entries)
     if options.reward_weight:
         refuse_answers(entries, task.reward)
@@ -243,9 +270,13 @@ def refuse_answers(entries: Sequence[Entry], reward: str) -> None:
     """Raises InputError for a prompt that `exact` cannot find answered."""
     for entry in entries if reward == "exact" else ():
         if entry.answer is None:
-            raise InputError(f"{called(entry)} has no `answer`, which the reward exact compares with; give it one, or another reward")
+            raise InputError(
+                f"{called(entry)} has no `answer`, which the reward exact compares with; give it one, or another reward"
+            )
         if "\n" in entry.answer.strip():
-            raise InputError(f"{called(entry)} has an `answer` of several lines, and the reward exact looks at one line; give one, or another reward")
+            raise InputError(
+                f"{called(entry)} has an `answer` of several lines, and the reward exact looks at one line; give one, or another reward"
+            )
 
 
 def called(entry: Entry) -> str:
@@ -293,9 +324,13 @@ def scorer(name: str) -> Score:
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"there is no reward {printable(name)} ({printable(str(error))}); it is exact or package.module:function") from None
+        raise UsageError(
+            f"there is no reward {printable(name)} ({printable(str(error))}); it is exact or package.module:function"
+        ) from None
     except (Exception, SystemExit) as error:
-        raise UsageError(f"the reward {printable(name)} cannot be imported ({type(error).__name__}: {printable(str(error))[:200]}); mend {printable(module)}, and run the same command again") from None
+        raise UsageError(
+            f"the reward {printable(name)} cannot be imported ({type(error).__name__}: {printable(str(error))[:200]}); mend {printable(module)}, and run the same command again"
+        ) from None
     finally:
         sys.path.remove(here)
     if not callable(found):

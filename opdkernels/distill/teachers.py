@@ -55,7 +55,9 @@ class Teacher(Protocol):
 def scored(model: Any, rollout: Rollout) -> tuple[torch.Tensor, Head]:
     """Hidden states [n, width] at the tokens of the completions, and a copy of the head that is there now."""
     hidden, head = states_at_completions(model, rollout), head_of(model)
-    return hidden, replace(head, weight=head.weight.detach().clone(), bias=None if head.bias is None else head.bias.detach().clone())
+    return hidden, replace(
+        head, weight=head.weight.detach().clone(), bias=None if head.bias is None else head.bias.detach().clone()
+    )
 
 
 class ModelTeacher:
@@ -117,8 +119,12 @@ class OwnWeights:
             prompts = encode(self.text, rollout.entries, UNCUT, privileged=True)
             tokens, entry = max(zip(map(len, prompts.ids), rollout.entries, strict=True), key=itemgetter(0))
             if tokens > self.places:
-                raise InputError(f"the prompt {printable(str(entry.prompt))[:80]!r} is {tokens} tokens with its `privileged`, and the student has {self.places} positions beside a completion; shorten it")
-            rollout = beside(prompts, rollout.completions(), rollout.ended.tolist(), rollout.own, self.text.pad, rollout.ids.device)
+                raise InputError(
+                    f"the prompt {printable(str(entry.prompt))[:80]!r} is {tokens} tokens with its `privileged`, and the student has {self.places} positions beside a completion; shorten it"
+                )
+            rollout = beside(
+                prompts, rollout.completions(), rollout.ended.tolist(), rollout.own, self.text.pad, rollout.ids.device
+            )
         with self.swapped():
             hidden, head = self.model.scored(rollout)
         return hidden, head
@@ -138,7 +144,9 @@ class OwnWeights:
             values.copy_(saved)
 
 
-def teachers_of(options: DistillOptions, model: torch.nn.Module, optimizer: MaskedOptimizer, text: Text, device: torch.device) -> dict[str, Teacher]:
+def teachers_of(
+    options: DistillOptions, model: torch.nn.Module, optimizer: MaskedOptimizer, text: Text, device: torch.device
+) -> dict[str, Teacher]:
     """Teachers by tag. Raises InputError for a tokenizer that is not the student's."""
     loaded: dict[str, Teacher] = {}
     for place in options.teachers.values():

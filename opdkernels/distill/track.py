@@ -60,7 +60,9 @@ def whole_mask(bits: torch.Tensor, weight: torch.Tensor) -> Mask:
     from torch.distributed.tensor import DTensor
 
     local = Mask.from_bits(bits, local_part(weight)[0].shape).to_bool().to(weight.device)
-    spread = DTensor.from_local(local, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride())  # type: ignore[attr-defined]
+    spread = DTensor.from_local(
+        local, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )  # type: ignore[attr-defined]
     return Mask.from_bool(spread.full_tensor())
 
 
@@ -105,7 +107,9 @@ def writing(path: Path) -> Iterator[Callable[[torch.Tensor], None]]:
 class Tracker:
     """Follows a model from its start; `mark` is a look at it."""
 
-    def __init__(self, folder: Path, model: torch.nn.Module, step: int, start: Callable[[], Any], trained: int, ranks: Ranks):
+    def __init__(
+        self, folder: Path, model: torch.nn.Module, step: int, start: Callable[[], Any], trained: int, ranks: Ranks
+    ):
         """`step`: how many the model has taken; `start()`: the model that the run began with, should its copy be gone; `trained`:
         how many numbers are."""
         self.trained = trained
@@ -211,7 +215,11 @@ def in_views(tally: Tally) -> dict[str, Any]:
 
 def trained_by(optimizer: MaskedOptimizer, ranks: Ranks, device: torch.device) -> int:
     """How many numbers an optimizer may move, over all processes."""
-    return int(ranks.total({"active": sum(binding.shard(param).active for _, param, binding in optimizer._live())}, device)["active"])
+    return int(
+        ranks.total({"active": sum(binding.shard(param).active for _, param, binding in optimizer._live())}, device)[
+            "active"
+        ]
+    )
 
 
 def moments_of(optimizer: MaskedOptimizer, ranks: Ranks) -> dict[str, float | None]:
@@ -221,7 +229,12 @@ def moments_of(optimizer: MaskedOptimizer, ranks: Ranks) -> dict[str, float | No
     for at, param, binding in optimizer._live():
         state = optimizer.state.get(param, {})
         for squares in state.get("exp_avg_sq", torch.empty(0)).split(SLICE):
-            add(sums, n=squares.numel(), root=squares.sqrt().sum(dtype=torch.float64), square=squares.sum(dtype=torch.float64))
+            add(
+                sums,
+                n=squares.numel(),
+                root=squares.sqrt().sum(dtype=torch.float64),
+                square=squares.sum(dtype=torch.float64),
+            )
         held, grad = state.get("exp_avg", state.get("momentum_buffer")), optimizer._gradient(at, param)
         if held is not None and grad is not None:
             values = grad if at in optimizer._compact else active_of(grad, binding.shard(param))

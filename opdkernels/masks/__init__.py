@@ -4,4 +4,15 @@ from opdkernels.masks.make import changed, largest, most_changed, near_zero, pri
 from opdkernels.masks.mask import Mask
 from opdkernels.masks.sets import MaskSet
 
-__all__ = ["Mask", "MaskSet", "changed", "largest", "most_changed", "near_zero", "principal", "random", "random_like", "safe"]
+__all__ = [
+    "Mask",
+    "MaskSet",
+    "changed",
+    "largest",
+    "most_changed",
+    "near_zero",
+    "principal",
+    "random",
+    "random_like",
+    "safe",
+]

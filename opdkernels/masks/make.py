@@ -80,7 +80,9 @@ def check(share: float, per: str) -> None:
         raise UsageError(f"per must be one of {', '.join(PER)}, not {per}")
 
 
-def changed(base: str | os.PathLike[str], tuned: str | os.PathLike[str], *, atol: float = 0.0, view: str = "visible") -> MaskSet:
+def changed(
+    base: str | os.PathLike[str], tuned: str | os.PathLike[str], *, atol: float = 0.0, view: str = "visible"
+) -> MaskSet:
     """Where |delta| > atol between two checkpoints, in a view; in the visible one atol is rounded to bf16. Coordinates that are
     NaN or Inf on either side are not.
 
@@ -109,7 +111,9 @@ def changed(base: str | os.PathLike[str], tuned: str | os.PathLike[str], *, atol
     return MaskSet(masks)
 
 
-def most_changed(base: str | os.PathLike[str], tuned: str | os.PathLike[str], share: float, *, per: str = "tensor") -> MaskSet:
+def most_changed(
+    base: str | os.PathLike[str], tuned: str | os.PathLike[str], share: float, *, per: str = "tensor"
+) -> MaskSet:
     """The share of the largest |delta| between two checkpoints as stored, of each tensor, module type or of the model, and never what
     did not change, however large the share; read in pieces, three times over. Raises InputError for what cannot be read."""
     check(share, per)
@@ -122,7 +126,13 @@ def most_changed(base: str | os.PathLike[str], tuned: str | os.PathLike[str], sh
 
             return read
 
-        found = extremes({match.name: Weight(match.shape, reader(match)) for match in pair.matches}, share, per, largest=True, zeros=False)
+        found = extremes(
+            {match.name: Weight(match.shape, reader(match)) for match in pair.matches},
+            share,
+            per,
+            largest=True,
+            zeros=False,
+        )
         pair.check()
     return found
 
@@ -163,12 +173,19 @@ def random_like(masks: MaskSet, base: Given, *, seed: int = 0) -> MaskSet:
     with weights_of(base) as weights:
         for name, mask in masks.items():
             weight = matching(weights, name, mask)
-            patterns = np.concatenate([patterns_of(part) >> 16 for part in bf16(weight)] or [np.zeros(0, np.int32)]).astype(np.uint16)
+            patterns = np.concatenate(
+                [patterns_of(part) >> 16 for part in bf16(weight)] or [np.zeros(0, np.int32)]
+            ).astype(np.uint16)
             wanted = np.bincount(patterns[mask.to_bool().view(-1).numpy()], minlength=1 << 15)
             order = np.argsort(patterns, kind="stable")  # a radix sort
             ends = np.cumsum(np.bincount(patterns, minlength=1 << 15))
             draw = np.random.default_rng(int.from_bytes(digest(seed, name, 0), "little"))
-            chosen = [order[ends[b - 1] if b else 0 : ends[b]][draw.choice(ends[b] - (ends[b - 1] if b else 0), wanted[b], replace=False)] for b in np.flatnonzero(wanted)]
+            chosen = [
+                order[ends[b - 1] if b else 0 : ends[b]][
+                    draw.choice(ends[b] - (ends[b - 1] if b else 0), wanted[b], replace=False)
+                ]
+                for b in np.flatnonzero(wanted)
+            ]
             places = np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
             found[name] = Mask.from_indices(torch.from_numpy(places.astype(np.int64)), mask.shape)
     return MaskSet(found)
@@ -225,7 +242,9 @@ def extremes(weights: Mapping[str, Weight], share: float, per: str, largest: boo
     found = {}
     for names in groups.values():
         sizes = {name: weights[name].numel for name in names}
-        cut, wanted, tied = cut_of({name: weights[name] for name in names}, math.ceil(share * sum(sizes.values())), largest)
+        cut, wanted, tied = cut_of(
+            {name: weights[name] for name in names}, math.ceil(share * sum(sizes.values())), largest
+        )
         if cut == 0 and not zeros:
             wanted = 0
         seen = 0  # of those that tie
@@ -236,10 +255,14 @@ def extremes(weights: Mapping[str, Weight], share: float, per: str, largest: boo
                 patterns = patterns_of(part)
                 flags[first : first + len(part)] = patterns > cut if largest else patterns < cut
                 ties = np.flatnonzero(patterns == cut)
-                take = (seen + len(ties)) * wanted // max(tied, 1) - seen * wanted // max(tied, 1)  # as many of each part, nearly
+                take = (seen + len(ties)) * wanted // max(tied, 1) - seen * wanted // max(
+                    tied, 1
+                )  # as many of each part, nearly
                 if take:
                     draw = np.random.default_rng(int.from_bytes(digest(0, f"ties\0{name}", first), "little"))
-                    flags[first + (ties if take == len(ties) else draw.choice(ties, take, replace=False, shuffle=False))] = True
+                    flags[
+                        first + (ties if take == len(ties) else draw.choice(ties, take, replace=False, shuffle=False))
+                    ] = True
                 seen += len(ties)
                 first += len(part)
             found[name] = Mask.from_bool(torch.from_numpy(flags).view(weights[name].shape))

@@ -38,7 +38,9 @@ class Mask:
         """From uint8 [ceil(numel / 8)], one bit a coordinate; what lies beyond the last coordinate must be 0."""
         numel = math.prod(shape)
         if bits.dtype != torch.uint8 or bits.shape != ((numel + 7) // 8,):
-            raise ValueError(f"bits must be uint8 [{(numel + 7) // 8}] for shape {list(shape)}, not {bits.dtype} {list(bits.shape)}")
+            raise ValueError(
+                f"bits must be uint8 [{(numel + 7) // 8}] for shape {list(shape)}, not {bits.dtype} {list(bits.shape)}"
+            )
         if numel % 8 and int(bits[-1]) >> numel % 8:
             raise ValueError(f"bits beyond the last of {numel} coordinates are set")
         return cls(shape, bits.cpu().clone(memory_format=torch.contiguous_format), None).compact()
@@ -95,7 +97,10 @@ class Mask:
         if self._indices is not None:
             return self._indices
         bits, step = self.bits.numpy(), 1 << 20  # bytes at a time
-        parts = [np.flatnonzero(np.unpackbits(bits[i : i + step], bitorder="little")) + 8 * i for i in range(0, len(bits), step)]
+        parts = [
+            np.flatnonzero(np.unpackbits(bits[i : i + step], bitorder="little")) + 8 * i
+            for i in range(0, len(bits), step)
+        ]
         places = np.concatenate(parts) if parts else np.zeros(0, np.int64)
         return torch.from_numpy(places).to(index_dtype(self.numel))
 
@@ -146,9 +151,13 @@ class Mask:
         if not 0 <= start <= stop <= self.numel:
             raise ValueError(f"[{start}, {stop}) does not lie in a tensor of {self.numel} coordinates")
         if self._indices is not None:
-            first, last = torch.searchsorted(self._indices, torch.tensor([start, stop], dtype=self._indices.dtype)).tolist()
+            first, last = torch.searchsorted(
+                self._indices, torch.tensor([start, stop], dtype=self._indices.dtype)
+            ).tolist()
             return Mask((stop - start,), None, self._indices[first:last] - start)
-        part = np.unpackbits(self.bits.numpy()[start // 8 : -(-stop // 8)], bitorder="little")[start % 8 :][: stop - start]
+        part = np.unpackbits(self.bits.numpy()[start // 8 : -(-stop // 8)], bitorder="little")[start % 8 :][
+            : stop - start
+        ]
         return Mask((stop - start,), torch.from_numpy(np.packbits(part, bitorder="little")), None)
 
     def _combined(self, other: Mask, how: np.ufunc) -> Mask:

@@ -25,7 +25,9 @@ class MaskSet(Mapping[str, Mask]):
     Sets of the same names and shapes combine by `&`, `|`, `^`, `-` and `~`, mask by mask.
     """
 
-    in_model_order = False  # of `optim.in_model_order`: whether the order is that of a model's parameters, else a checkpoint's
+    in_model_order = (
+        False  # of `optim.in_model_order`: whether the order is that of a model's parameters, else a checkpoint's
+    )
 
     def __init__(self, masks: Mapping[str, Mask]):
         self._masks: dict[str, Mask | None] = dict(masks)
@@ -55,7 +57,9 @@ class MaskSet(Mapping[str, Mask]):
     def counts(self) -> dict[str, tuple[int, int]]:
         """Active coordinates and all of them, by name; nothing is read for it."""
         known = ((name, self._facts.get(name)) for name in self)
-        return {name: (fact["nnz"], fact["numel"]) if fact else (self[name].nnz, self[name].numel) for name, fact in known}
+        return {
+            name: (fact["nnz"], fact["numel"]) if fact else (self[name].nnz, self[name].numel) for name, fact in known
+        }
 
     @property
     def nnz(self) -> int:
@@ -83,7 +87,9 @@ class MaskSet(Mapping[str, Mask]):
         tensors, facts = {}, []
         for i, (name, mask) in enumerate(self.items()):
             tensors[f"{i}.{mask.held_as}"] = mask.bits if mask.held_as == "bits" else mask.indices
-            facts.append({"name": name, "shape": list(mask.shape), "numel": mask.numel, "nnz": mask.nnz, "digest": mask.digest})
+            facts.append(
+                {"name": name, "shape": list(mask.shape), "numel": mask.numel, "nnz": mask.nnz, "digest": mask.digest}
+            )
         metadata = {"format": FORMAT, "version": VERSION, "digest": self.digest, "masks": json.dumps(facts)}
         if self.in_model_order:
             metadata["order"] = "model"
@@ -107,10 +113,15 @@ class MaskSet(Mapping[str, Mask]):
             if metadata.get("format") != FORMAT:
                 raise InputError(f"{named} holds no masks; give a file of `opdkernels mask create`")
             if metadata["version"] != VERSION:
-                raise InputError(f"{named} is of version {printable(metadata['version'])} of the format, not {VERSION}; make it again")
+                raise InputError(
+                    f"{named} is of version {printable(metadata['version'])} of the format, not {VERSION}; make it again"
+                )
             facts = json.loads(metadata["masks"])
             found = cls({})
-            found._file, found._facts = (file, named), {fact["name"]: {**fact, "place": i} for i, fact in enumerate(facts)}
+            found._file, found._facts = (
+                (file, named),
+                {fact["name"]: {**fact, "place": i} for i, fact in enumerate(facts)},
+            )
             found._masks = dict.fromkeys(found._facts)
             found.in_model_order = metadata.get("order") == "model"
             if len(found) != len(facts) or found.digest != metadata["digest"]:
@@ -118,20 +129,28 @@ class MaskSet(Mapping[str, Mask]):
         except FileNotFoundError:
             raise InputError(f"{named} does not exist; give a file of masks") from None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{named} cannot be read as masks ({printable(str(error).splitlines()[0][:200])}); make it again") from None
+            raise InputError(
+                f"{named} cannot be read as masks ({printable(str(error).splitlines()[0][:200])}); make it again"
+            ) from None
         return found
 
     def _read(self, name: str) -> Mask:
         file, named = self._file
         fact = self._facts[name]
         try:
-            key = next(f"{fact['place']}.{kind}" for kind in ("bits", "indices") if f"{fact['place']}.{kind}" in file.keys())  # noqa: SIM118
+            key = next(
+                f"{fact['place']}.{kind}"
+                for kind in ("bits", "indices")
+                if f"{fact['place']}.{kind}" in file.keys()  # noqa: SIM118
+            )
             make = Mask.from_bits if key.endswith("bits") else Mask.from_indices
             mask = make(file.get_tensor(key), fact["shape"])
             if (mask.digest, mask.nnz, mask.numel) != (fact["digest"], fact["nnz"], fact["numel"]):
                 raise ValueError("its bits are not those that were written")
         except (SafetensorError, StopIteration, ValueError, TypeError, KeyError) as error:
-            raise InputError(f"the mask of {printable(name)} in {named} is damaged ({printable(str(error))}); make the file again") from None
+            raise InputError(
+                f"the mask of {printable(name)} in {named} is damaged ({printable(str(error))}); make the file again"
+            ) from None
         return mask
 
     def _combined(self, other: MaskSet, how: Callable[[Mask, Mask], Mask]) -> MaskSet:
@@ -139,7 +158,11 @@ class MaskSet(Mapping[str, Mask]):
             return NotImplemented
         if list(self) != list(other):
             lacking = [name for name in self if name not in other] + [name for name in other if name not in self]
-            raise ValueError(f"the sets name other tensors: {printable(lacking[0])}, …" if lacking else "the sets name their tensors in another order")
+            raise ValueError(
+                f"the sets name other tensors: {printable(lacking[0])}, …"
+                if lacking
+                else "the sets name their tensors in another order"
+            )
         return MaskSet({name: how(self[name], other[name]) for name in self})
 
     def __and__(self, other: MaskSet) -> MaskSet:

@@ -21,8 +21,13 @@ def show(masks: MaskSet) -> dict[str, Any]:
         members: dict[Any, list[tuple[int, int]]] = {}
         for name, count in counts.items():
             members.setdefault(getattr(place(name), group), []).append(count)
-        found[f"by_{group}"] = [{group: key, "tensors": len(own), **share(own)} for key, own in sorted(members.items(), key=lambda item: str(item[0]).rjust(9))]
-    found["by_tensor"] = [{"name": name, "shape": list(masks.shapes[name]), **share([count])} for name, count in counts.items()]
+        found[f"by_{group}"] = [
+            {group: key, "tensors": len(own), **share(own)}
+            for key, own in sorted(members.items(), key=lambda item: str(item[0]).rjust(9))
+        ]
+    found["by_tensor"] = [
+        {"name": name, "shape": list(masks.shapes[name]), **share([count])} for name, count in counts.items()
+    ]
     return found
 
 
@@ -46,9 +51,14 @@ def overlap(a: MaskSet, b: MaskSet) -> dict[str, Any]:
 
 def figures(both: int, a: int, b: int, expected: float) -> dict[str, Any]:
     return {
-        "active_a": a, "active_b": b, "active_both": both, "coverage_a": ratio(both, a), "coverage_b": ratio(both, b),
-        "jaccard": ratio(both, a + b - both), "over_uniform": ratio(both, expected),
-    }  # fmt: skip
+        "active_a": a,
+        "active_b": b,
+        "active_both": both,
+        "coverage_a": ratio(both, a),
+        "coverage_b": ratio(both, b),
+        "jaccard": ratio(both, a + b - both),
+        "over_uniform": ratio(both, expected),
+    }
 
 
 def ratio(a: float, b: float) -> float | None:
@@ -61,7 +71,9 @@ def percent(value: float | None) -> str:
 
 def lines(found: dict[str, Any]) -> list[str]:
     """`show` for people."""
-    text = [f"{found['tensors']} tensors, {found['active']:,} of {found['numel']:,} coordinates active: {percent(found['density'])}; digest {found['digest']}"]
+    text = [
+        f"{found['tensors']} tensors, {found['active']:,} of {found['numel']:,} coordinates active: {percent(found['density'])}; digest {found['digest']}"
+    ]
     for group in GROUPS:
         text.append(f"{group:16}{'tensors':>9}{'active':>15}{'density':>11}")
         for row in found[f"by_{group}"][: 4 * MOST_LISTED]:
@@ -75,12 +87,19 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 def overlap_lines(found: dict[str, Any]) -> list[str]:
     """`overlap` for people."""
-    over = ", ".join(f"{found[key]:.4g} times {what}" for key, what in (("over_uniform", "chance tensor by tensor"), ("over_uniform_global", "chance over the whole")) if found[key] is not None)
+    over = ", ".join(
+        f"{found[key]:.4g} times {what}"
+        for key, what in (("over_uniform", "chance tensor by tensor"), ("over_uniform_global", "chance over the whole"))
+        if found[key] is not None
+    )
     text = [
         f"A: {found['active_a']:,} active, B: {found['active_b']:,}, both: {found['active_both']:,}",
-        f"{percent(found['coverage_a'])} of A is in B, {percent(found['coverage_b'])} of B in A, Jaccard {percent(found['jaccard'])}" + (f"; {over}" if over else ""),
+        f"{percent(found['coverage_a'])} of A is in B, {percent(found['coverage_b'])} of B in A, Jaccard {percent(found['jaccard'])}"
+        + (f"; {over}" if over else ""),
     ]
-    known = sorted((row for row in found["by_tensor"] if row["over_uniform"] is not None), key=lambda row: -row["over_uniform"])
+    known = sorted(
+        (row for row in found["by_tensor"] if row["over_uniform"] is not None), key=lambda row: -row["over_uniform"]
+    )
     for row in known[:MOST_LISTED]:
         text.append(f"{row['over_uniform']:11.4g}  {percent(row['coverage_a']):>9}  {printable(row['name'])}")
     return text

@@ -151,28 +151,44 @@ class Tally:
     numel = property(lambda self: int(self.counts[NUMEL]), doc="Coordinates, non-finite ones included.")
     nonfinite = property(lambda self: int(self.counts[NONFINITE]), doc="Coordinates left out of every table and sum.")
     finite = property(lambda self: self.numel - self.nonfinite, doc="Coordinates that the tables count.")
-    bit_equal = property(lambda self: int(self.counts[BIT_EQUAL]), doc="Equal bit patterns: a NaN equals itself, +0 is not -0.")
-    eta_unchanged = property(lambda self: int(self.counts[ETA]), doc="Stored |w - w'| <= 1e-3 max(|w|, |w'|) (Zhu et al.).")
+    bit_equal = property(
+        lambda self: int(self.counts[BIT_EQUAL]), doc="Equal bit patterns: a NaN equals itself, +0 is not -0."
+    )
+    eta_unchanged = property(
+        lambda self: int(self.counts[ETA]), doc="Stored |w - w'| <= 1e-3 max(|w|, |w'|) (Zhu et al.)."
+    )
     lt = property(lambda self: self.counts[LT:LE], doc="int64 [5]: stored |delta| < 1e-8 .. 1e-4.")
     le = property(lambda self: self.counts[LE:ULP], doc="int64 [5]: stored |delta| <= 1e-8 .. 1e-4.")
-    ulp = property(lambda self: self.counts[ULP:], doc="int64 [35]: signed bf16 ULP distance; '< -16', -16 .. 16, '> 16'.")
+    ulp = property(
+        lambda self: self.counts[ULP:], doc="int64 [35]: signed bf16 ULP distance; '< -16', -16 .. 16, '> 16'."
+    )
     source = property(lambda self: self.tables[SOURCE], doc="Counts of |W|, rounded to bf16.")
     delta = property(lambda self: self.tables[DELTA], doc="Counts of visible |delta|; bin 0 holds the unchanged.")
     trained = property(lambda self: self.tables[TRAINED], doc="Counts of |W'| where the visible delta is not 0.")
     moved = property(lambda self: self.tables[MOVED], doc="Counts of |W| where the stored delta is not 0.")
-    delta_stored = property(lambda self: self.tables[STORED], doc="Counts of stored |delta| by the top 16 bits of its fp32 value.")
-    changed = property(lambda self: self.tables[CHANGED:], doc="[cuts, 32768]: counts of |W| where visible |delta| exceeds each cut.")
+    delta_stored = property(
+        lambda self: self.tables[STORED], doc="Counts of stored |delta| by the top 16 bits of its fp32 value."
+    )
+    changed = property(
+        lambda self: self.tables[CHANGED:], doc="[cuts, 32768]: counts of |W| where visible |delta| exceeds each cut."
+    )
     sum_source_sq = property(lambda self: from_limbs(self.sums[0]), doc="Sum of W^2, exact, in units of 2^-1074.")
     sum_trained_sq = property(lambda self: from_limbs(self.sums[1]), doc="Sum of W'^2, exact, in units of 2^-1074.")
-    sum_delta_sq = property(lambda self: from_limbs(self.sums[2]), doc="Sum of stored delta^2, exact, in units of 2^-1074.")
-    sum_delta_abs = property(lambda self: from_limbs(self.sums[3]), doc="Sum of stored |delta|, exact, in units of 2^-1074.")
+    sum_delta_sq = property(
+        lambda self: from_limbs(self.sums[2]), doc="Sum of stored delta^2, exact, in units of 2^-1074."
+    )
+    sum_delta_abs = property(
+        lambda self: from_limbs(self.sums[3]), doc="Sum of stored |delta|, exact, in units of 2^-1074."
+    )
     max_delta = property(lambda self: float(self.maximum[0]), doc="Largest stored |delta|.")
 
     def merge(self, other: Tally) -> Tally:
         """The tally of both inputs' coordinates together."""
         if self.cuts != other.cuts:
             raise ValueError(f"tallies of different cuts do not merge: {self.cuts} and {other.cuts}")
-        sums = np.array([to_limbs(from_limbs(a) + from_limbs(b)) for a, b in zip(self.sums, other.sums, strict=True)], np.int64)
+        sums = np.array(
+            [to_limbs(from_limbs(a) + from_limbs(b)) for a, b in zip(self.sums, other.sums, strict=True)], np.int64
+        )
         return Tally(
             self.cuts,
             self.tables + other.tables,
@@ -186,12 +202,16 @@ class Tally:
             array.fill(0)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tally) and self.cuts == other.cuts and all(
-            np.array_equal(a, b)
-            for a, b in zip(
-                (self.tables, self.counts, self.sums, self.maximum),
-                (other.tables, other.counts, other.sums, other.maximum),
-                strict=True,
+        return (
+            isinstance(other, Tally)
+            and self.cuts == other.cuts
+            and all(
+                np.array_equal(a, b)
+                for a, b in zip(
+                    (self.tables, self.counts, self.sums, self.maximum),
+                    (other.tables, other.counts, other.sums, other.maximum),
+                    strict=True,
+                )
             )
         )
 
@@ -239,7 +259,9 @@ def delta(
         raise ValueError(f"cuts must be 1 to {MAX_CUTS} increasing bf16 magnitude patterns below 0x7F80, not {cuts}")
     if into is not None and into.cuts != cuts:
         raise ValueError(f"the tally to add to has cuts {into.cuts}, not {cuts}")
-    if mask is not None and (mask.dtype != torch.uint8 or mask.shape != ((source.numel() + 7) // 8,) or not mask.is_contiguous()):
+    if mask is not None and (
+        mask.dtype != torch.uint8 or mask.shape != ((source.numel() + 7) // 8,) or not mask.is_contiguous()
+    ):
         raise ValueError(f"mask must be a contiguous uint8 tensor of {(source.numel() + 7) // 8} elements")
     tally = Tally.empty(cuts) if into is None else into
     arrays = [torch.from_numpy(a) for a in (tally.tables, tally.counts, tally.sums, tally.maximum)]

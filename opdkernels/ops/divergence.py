@@ -53,9 +53,15 @@ from opdkernels.ops.tiles import (
 )
 
 KINDS = (
-    "forward_kl", "reverse_kl", "jsd", "total_variation",
-    "topk_forward_kl", "topk_reverse_kl", "sampled_reverse_kl", "sampled_reverse_kl_k2",
-)  # fmt: skip
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "total_variation",
+    "topk_forward_kl",
+    "topk_reverse_kl",
+    "sampled_reverse_kl",
+    "sampled_reverse_kl_k2",
+)
 DENSE = KINDS[:4]  # their gradients need every p; those of the others only p at a few ids
 REFUSED = {
     "k1": "back-propagated directly it has no expected gradient at all",
@@ -89,11 +95,16 @@ class Divergence:
         if not 0 <= self.beta <= 1:
             raise UsageError(f"beta is {self.beta}; choose from 0 (forward KL) to 1 (reverse KL)")
         if self.kind == "jsd" and (0 < self.beta < 0.05 or 0.95 < self.beta < 1):
-            warnings.warn(f"jsd with beta {self.beta} is near 0, whatever the models: at 0 and 1 it is a KL, but not near them", stacklevel=3)
+            warnings.warn(
+                f"jsd with beta {self.beta} is near 0, whatever the models: at 0 and 1 it is a KL, but not near them",
+                stacklevel=3,
+            )
         if self.k < 0 or (self.topk and self.k < 1):
             raise UsageError(f"k is {self.k}; {self.kind} takes {'1 or more' if self.topk else '0 or more'}")
         if self.kind == "topk_reverse_kl" and not self.tail:
-            raise UsageError("topk_reverse_kl without the tail falls as the student moves its mass elsewhere; pass tail=True")
+            raise UsageError(
+                "topk_reverse_kl without the tail falls as the student moves its mass elsewhere; pass tail=True"
+            )
         check_temperature(self.temperature)
 
     @property
@@ -149,7 +160,9 @@ class Scores(NamedTuple):
     teacher_mass: Tensor | None
 
 
-def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: Divergence = DEFAULT, *, tokens: Tensor | None = None) -> Tensor:
+def divergence(
+    student_logits: Tensor, teacher_logits: Tensor, spec: Divergence = DEFAULT, *, tokens: Tensor | None = None
+) -> Tensor:
     """The definition, in plain PyTorch: [...], differentiable in the student's logits.
 
     student_logits, teacher_logits: [..., vocab], any floating dtype, computed in fp32 (fp64 where the student's are). tokens:
@@ -162,16 +175,22 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: Divergence 
     0.25
     """
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"logits are {list(student_logits.shape)} and {list(teacher_logits.shape)}; cut both to one vocabulary")
+        raise ValueError(
+            f"logits are {list(student_logits.shape)} and {list(teacher_logits.shape)}; cut both to one vocabulary"
+        )
     check_tokens(spec, tokens, student_logits.shape[:-1])
     wide = wide_of(student_logits)
-    lq, lp = (torch.log_softmax(floored(x.to(wide) / spec.temperature), -1) for x in (student_logits, teacher_logits.detach()))
+    lq, lp = (
+        torch.log_softmax(floored(x.to(wide) / spec.temperature), -1) for x in (student_logits, teacher_logits.detach())
+    )
     if spec.code == AT_IDS:
         if spec.sampled and tokens is not None:
             ids = tokens.unsqueeze(-1)
         else:
             ids = (lq if spec.kind == "topk_reverse_kl" else lp).topk(min(spec.k, lq.shape[-1]), -1).indices
-        rest = [floored(x.scatter(-1, ids, 2 * FLOOR).logsumexp(-1)) for x in (lq, lp)] if spec.topk and spec.tail else []
+        rest = (
+            [floored(x.scatter(-1, ids, 2 * FLOOR).logsumexp(-1)) for x in (lq, lp)] if spec.topk and spec.tail else []
+        )
         return at_ids(spec, lq.gather(-1, ids), lp.gather(-1, ids), *rest)
     q, p = lq.exp(), lp.exp()
     if spec.code == FORWARD:
@@ -210,9 +229,25 @@ class Linear(torch.autograd.Function):
     first `rest` of them; all have a gradient. With `rest`, that of log-probabilities at later ids is taken for none."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, ids, rest, vocab, numbers, kind, tops):
+    def forward(
+        ctx: Any,
+        hidden,
+        weight,
+        bias,
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        ids,
+        rest,
+        vocab,
+        numbers,
+        kind,
+        tops,
+    ):
         student, teacher = side(hidden, weight, bias), side(teacher_hidden, teacher_weight, teacher_bias)
-        moments, at, outside, likeliest = operator("divergence_scan", student)(student, teacher, ids, rest, vocab, numbers, tops)
+        moments, at, outside, likeliest = operator("divergence_scan", student)(
+            student, teacher, ids, rest, vocab, numbers, tops
+        )
         forward = moments[MEAN_FORWARD] - moments[TEACHER_LOG] + moments[STUDENT_LOG]
         reverse = moments[MEAN_REVERSE] - moments[STUDENT_LOG] + moments[TEACHER_LOG]
         if kind in (JSD, VARIATION):
@@ -220,17 +255,29 @@ class Linear(torch.autograd.Function):
         else:
             loss = center = forward if kind == FORWARD else reverse
         lq, lp = (at[k] - moments[2 * k, :, None] - moments[2 * k + 1, :, None] for k in range(2))
-        rest_q, rest_p = (floored(outside[k] - moments[2 * k] - moments[2 * k + 1]) if rest else moments.new_empty(0) for k in range(2))
+        rest_q, rest_p = (
+            floored(outside[k] - moments[2 * k] - moments[2 * k + 1]) if rest else moments.new_empty(0)
+            for k in range(2)
+        )
         ctx.save_for_backward(*student, *teacher, torch.cat([moments[:4], center[None]]), ids, rest_q)
         ctx.sizes, ctx.plan = (len(student), len(teacher)), (vocab, numbers, kind, rest)
-        scores = torch.stack([forward, reverse, moments[STUDENT_LOG] - moments[STUDENT_MEAN], moments[TEACHER_LOG] - moments[TEACHER_MEAN]])
+        scores = torch.stack(
+            [
+                forward,
+                reverse,
+                moments[STUDENT_LOG] - moments[STUDENT_MEAN],
+                moments[TEACHER_LOG] - moments[TEACHER_MEAN],
+            ]
+        )
         ctx.mark_non_differentiable(lp, rest_p, scores, likeliest)
         return loss.clone(), lq, lp, rest_q, rest_p, scores, likeliest
 
     @staticmethod
     def backward(ctx: Any, loss_grad, lq_grad, lp_grad, rest_grad, *_):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("linear_divergence has no second derivative; drop create_graph=True, or use divergence, from logits")
+            raise RuntimeError(
+                "linear_divergence has no second derivative; drop create_graph=True, or use divergence, from logits"
+            )
         *sides, scalars, ids, rest_q = ctx.saved_tensors
         vocab, numbers, kind, rest = ctx.plan
         student, teacher = sides[: ctx.sizes[0]], sides[ctx.sizes[0] :]
@@ -243,7 +290,9 @@ class Linear(torch.autograd.Function):
         wanted = [*ctx.needs_input_grad[:3]]
         if kind != AT_IDS:
             ids, lq_grad = ids[:, :0], lq_grad[:, :0]
-        grads = operator("divergence_backward", student)(student, teacher, scalars, ids, lq_grad, vocab, numbers, kind, wanted)
+        grads = operator("divergence_backward", student)(
+            student, teacher, scalars, ids, lq_grad, vocab, numbers, kind, wanted
+        )
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * 9
 
 
@@ -298,7 +347,9 @@ def linear_divergence(
         return flat if valid is None else flat[valid.reshape(-1)]
 
     tokens, weights = (None if t is None else packed(t) for t in (tokens, weights))
-    loss, found = of_tokens(packed(student_hidden), student_head, packed(teacher_hidden.detach()), teacher_head, vocab, spec, tokens, scores)
+    loss, found = of_tokens(
+        packed(student_hidden), student_head, packed(teacher_hidden.detach()), teacher_head, vocab, spec, tokens, scores
+    )
     weighted = loss if weights is None else loss * weights.detach()
     if reduction == "none":
         total = weighted.view(shape) if valid is None else weighted.new_zeros(shape).masked_scatter(valid, weighted)
@@ -327,7 +378,20 @@ def linear_log_prob(hidden: Tensor, head: Head, tokens: Tensor, *, temperature: 
     check_temperature(temperature)
     numbers = [float(head.scale), float(head.softcap), 1.0, 0.0, temperature, 0.0]
     flat = hidden.reshape(-1, hidden.shape[-1])
-    found = Linear.apply(flat, whole(head.weight), whole(head.bias), nothing.view(-1, 1), rows, None, tokens.reshape(-1, 1), 0, vocab, numbers, AT_IDS, False)
+    found = Linear.apply(
+        flat,
+        whole(head.weight),
+        whole(head.bias),
+        nothing.view(-1, 1),
+        rows,
+        None,
+        tokens.reshape(-1, 1),
+        0,
+        vocab,
+        numbers,
+        AT_IDS,
+        False,
+    )
     return found[1].view(shape)
 
 
@@ -336,17 +400,31 @@ def of_tokens(hidden, student_head, teacher, teacher_head, vocab, spec, tokens, 
     weight, bias = whole(student_head.weight), whole(student_head.bias)
     with torch.no_grad():
         teacher_weight, teacher_bias = whole(teacher_head.weight), whole(teacher_head.bias)
-    numbers = [float(x) for x in (student_head.scale, student_head.softcap, teacher_head.scale, teacher_head.softcap, spec.temperature, spec.beta)]
+    numbers = [
+        float(x)
+        for x in (
+            student_head.scale,
+            student_head.softcap,
+            teacher_head.scale,
+            teacher_head.softcap,
+            spec.temperature,
+            spec.beta,
+        )
+    ]
     ids = hidden.new_empty((len(hidden), 0), dtype=torch.int64) if tokens is None else tokens[:, None]
     k = min(spec.k, vocab) if spec.topk or scores else 0
     if k:
         of_student = spec.kind == "topk_reverse_kl"
         one = side(hidden, weight, bias) if of_student else side(teacher, teacher_weight, teacher_bias)
         with torch.no_grad():
-            likeliest = operator("divergence_top", one)(one, vocab, k, numbers if of_student else [*numbers[2:4], *numbers[2:]])
+            likeliest = operator("divergence_top", one)(
+                one, vocab, k, numbers if of_student else [*numbers[2:4], *numbers[2:]]
+            )
         ids = torch.cat([likeliest, ids], 1)
     arguments = hidden, weight, bias, teacher, teacher_weight, teacher_bias, ids
-    loss, lq, lp, rest_q, rest_p, figures, likeliest = Linear.apply(*arguments, k if spec.topk and spec.tail else 0, vocab, numbers, spec.code, scores)
+    loss, lq, lp, rest_q, rest_p, figures, likeliest = Linear.apply(
+        *arguments, k if spec.topk and spec.tail else 0, vocab, numbers, spec.code, scores
+    )
     if spec.code == AT_IDS:
         mine = slice(k, None) if spec.sampled else slice(k)
         loss = at_ids(spec, lq[:, mine], lp[:, mine], rest_q, rest_p)
@@ -358,8 +436,17 @@ def of_tokens(hidden, student_head, teacher, teacher_head, vocab, spec, tokens, 
     student_mass, teacher_mass = (x[:, :k].exp().sum(1) if k else None for x in at)
     agreement = (likeliest[0] == likeliest[1]).to(lp.dtype)
     return loss, Scores(
-        loss.detach(), forward, reverse, student_entropy, teacher_entropy, agreement, student_logp, teacher_logp, student_mass, teacher_mass
-    )  # fmt: skip
+        loss.detach(),
+        forward,
+        reverse,
+        student_entropy,
+        teacher_entropy,
+        agreement,
+        student_logp,
+        teacher_logp,
+        student_mass,
+        teacher_mass,
+    )
 
 
 def whole(tensor: Any) -> Any:
@@ -370,10 +457,14 @@ def whole(tensor: Any) -> Any:
 def common_vocabulary(student: Head, teacher: Head) -> int:
     for name, head in (("student", student), ("teacher", teacher)):
         if head.vocab is not None and not 1 <= head.vocab <= len(head.weight):
-            raise ValueError(f"vocab of {name}_head is {head.vocab}; it must lie in 1 .. {len(head.weight)}, the rows of its weight")
+            raise ValueError(
+                f"vocab of {name}_head is {head.vocab}; it must lie in 1 .. {len(head.weight)}, the rows of its weight"
+            )
     sizes = [len(head.weight) if head.vocab is None else head.vocab for head in (student, teacher)]
     if sizes[0] != sizes[1] and student.vocab is None and teacher.vocab is None:
-        raise ValueError(f"the student's head has {sizes[0]} rows, the teacher's {sizes[1]}; set Head.vocab if they share the first {min(sizes)} ids")
+        raise ValueError(
+            f"the student's head has {sizes[0]} rows, the teacher's {sizes[1]}; set Head.vocab if they share the first {min(sizes)} ids"
+        )
     return min(sizes)
 
 
@@ -381,20 +472,36 @@ def check(student_hidden, student_head, teacher_hidden, teacher_head, valid, wei
     shape = student_hidden.shape[:-1]
     for name, hidden, head in (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)):
         if hidden.ndim < 1 or head.weight.ndim != 2 or hidden.shape[-1] != head.weight.shape[1]:
-            raise ValueError(f"{name}_hidden is {list(hidden.shape)}, the weight of its head {list(head.weight.shape)}; their last sizes must be equal")
+            raise ValueError(
+                f"{name}_hidden is {list(hidden.shape)}, the weight of its head {list(head.weight.shape)}; their last sizes must be equal"
+            )
         if head.bias is not None and head.bias.shape != head.weight.shape[:1]:
-            raise ValueError(f"the bias of {name}_head is {list(head.bias.shape)}; it must be {list(head.weight.shape[:1])}")
+            raise ValueError(
+                f"the bias of {name}_head is {list(head.bias.shape)}; it must be {list(head.weight.shape[:1])}"
+            )
         if not hidden.is_floating_point() or not head.weight.is_floating_point():
-            raise TypeError(f"{name}_hidden is {hidden.dtype}, the weight of its head {head.weight.dtype}; both must be floating")
+            raise TypeError(
+                f"{name}_hidden is {hidden.dtype}, the weight of its head {head.weight.dtype}; both must be floating"
+            )
     if teacher_hidden.shape[:-1] != shape:
-        raise ValueError(f"student_hidden has leading shape {list(shape)}, teacher_hidden {list(teacher_hidden.shape[:-1])}; score the same tokens")
+        raise ValueError(
+            f"student_hidden has leading shape {list(shape)}, teacher_hidden {list(teacher_hidden.shape[:-1])}; score the same tokens"
+        )
     for name, tensor in (("valid", valid), ("weights", weights)):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} is {list(tensor.shape)}; it must be {list(shape)}")
-    tensors = {"student_head": student_head.weight, "teacher_hidden": teacher_hidden, "teacher_head": teacher_head.weight, "valid": valid, "weights": weights}
+    tensors = {
+        "student_head": student_head.weight,
+        "teacher_hidden": teacher_hidden,
+        "teacher_head": teacher_head.weight,
+        "valid": valid,
+        "weights": weights,
+    }
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != student_hidden.device:
-            raise ValueError(f"student_hidden is on {student_hidden.device}, {name} on {tensor.device}; move one of them")
+            raise ValueError(
+                f"student_hidden is on {student_hidden.device}, {name} on {tensor.device}; move one of them"
+            )
     if valid is not None and valid.dtype != torch.bool:
         raise TypeError(f"valid is {valid.dtype}; pass bool")
     if reduction not in ("mean", "sum", "none"):

@@ -91,14 +91,18 @@ def gram(
     """
     of = list(of) if of is not None else list(PARTS if trained is not None else PARTS[:1])
     if not of or of != [part for part in PARTS if part in of] or (trained is None and of != ["source"]):
-        raise ValueError(f"of must name parts among {', '.join(PARTS)}, in this order, and without trained only source; not {of}")
+        raise ValueError(
+            f"of must name parts among {', '.join(PARTS)}, in this order, and without trained only source; not {of}"
+        )
     trained = source if trained is None else trained
     source, trained = (t.to_local().detach() if hasattr(t, "to_local") else t.detach() for t in (source, trained))
     for side, tensor in (("source", source), ("trained", trained)):
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{side} is {tensor.dtype}; gram takes bfloat16, float16, float32 and float64")
     if source.ndim != 2 or source.shape != trained.shape:
-        raise ValueError(f"source and trained must be matrices of one shape, not {list(source.shape)} and {list(trained.shape)}")
+        raise ValueError(
+            f"source and trained must be matrices of one shape, not {list(source.shape)} and {list(trained.shape)}"
+        )
     if source.device != trained.device:
         raise ValueError(f"source is on {source.device}, trained on {trained.device}; move one of them")
     if not 0 <= block <= MAX_BLOCK:

@@ -44,7 +44,9 @@ def fake(source, trained, cut, source_table, changed, both, runs, counts) -> Non
         torch._check(source.numel() == tensor.numel(), lambda: "the runs' sizes differ from the source's")
 
 
-def changes(source: torch.Tensor, trained: Sequence[torch.Tensor], cut: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def changes(
+    source: torch.Tensor, trained: Sequence[torch.Tensor], cut: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """|W| patterns int64 [n], which runs changed them bool [R, n], and which coordinates are finite bool [n]."""
     w = source.float().bfloat16()
     magnitude = pattern(w) & 0x7FFF
@@ -255,7 +257,9 @@ def overlap(
     """
     source, trained = checked(source, trained, cut)
     if into is not None and (into.cut, into.n_runs) != (cut, len(trained)):
-        raise ValueError(f"the overlap to add to has cut {into.cut} and {into.n_runs} runs, not {cut} and {len(trained)}")
+        raise ValueError(
+            f"the overlap to add to has cut {into.cut} and {into.n_runs} runs, not {cut} and {len(trained)}"
+        )
     found = Overlap.empty(len(trained), cut) if into is None else into
     arrays = [torch.from_numpy(array) for array in found.arrays]
     outputs = [array.to(source.device) for array in arrays]
@@ -271,7 +275,10 @@ def line_counts(tensors: Sequence[torch.Tensor], cut: int) -> Iterator[tuple[np.
     rows, columns = tensors[0].shape
     for top in range(0, rows, STRATA_LINES):
         n_lines = min(STRATA_LINES, rows - top)
-        n, n_changed = torch.zeros(n_lines * CLASSES, dtype=torch.int64), torch.zeros(len(tensors) - 1, n_lines * CLASSES, dtype=torch.int64)
+        n, n_changed = (
+            torch.zeros(n_lines * CLASSES, dtype=torch.int64),
+            torch.zeros(len(tensors) - 1, n_lines * CLASSES, dtype=torch.int64),
+        )
         width = STRATA_TILE // n_lines
         for left in range(0, columns, width):
             source, *trained = (tensor[top : top + n_lines, left : left + width].contiguous() for tensor in tensors)

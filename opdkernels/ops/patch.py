@@ -58,7 +58,11 @@ def blocks_of(numel: int) -> int:
 
 def signed(words: bytes | list[int]) -> torch.Tensor:
     """64-bit words as int64, whose sums and products wrap around as theirs do."""
-    found = [int.from_bytes(words[i : i + 8], "little") for i in range(0, len(words), 8)] if isinstance(words, bytes) else words
+    found = (
+        [int.from_bytes(words[i : i + 8], "little") for i in range(0, len(words), 8)]
+        if isinstance(words, bytes)
+        else words
+    )
     return torch.tensor([word - (1 << 64) if word >> 63 else word for word in found], dtype=torch.int64)
 
 
@@ -74,7 +78,9 @@ def merge(state: list[int], key: int, start: int) -> int:
 
 def xxh3(data: torch.Tensor) -> torch.Tensor:
     """int64 [n, 2], the low and the high word: XXH3-128 of the n rows of uint8 [n, a positive multiple of 1,024]."""
-    words = data.clone(memory_format=torch.contiguous_format).view(torch.int64).view(len(data), -1, 16, 8)  # a view may begin at any byte
+    words = (
+        data.clone(memory_format=torch.contiguous_format).view(torch.int64).view(len(data), -1, 16, 8)
+    )  # a view may begin at any byte
     keys = torch.stack([signed(SECRET[8 * s : 8 * s + 64]) for s in range(16)]).to(data.device)
     last = keys.clone()
     last[15] = signed(SECRET[-71:-7])
@@ -91,7 +97,10 @@ def xxh3(data: torch.Tensor) -> torch.Tensor:
     found = [
         word
         for row in state.tolist()
-        for word in (merge([w & WORD for w in row], 11, size * PRIME64[0] & WORD), merge([w & WORD for w in row], 117, ~(size * PRIME64[1]) & WORD))
+        for word in (
+            merge([w & WORD for w in row], 11, size * PRIME64[0] & WORD),
+            merge([w & WORD for w in row], 117, ~(size * PRIME64[1]) & WORD),
+        )
     ]
     return signed(found).view(-1, 2).to(data.device)
 
@@ -230,7 +239,11 @@ class Room:
     @classmethod
     def of(cls, numel: int, width: int, device: torch.device | str = "cpu") -> Room:
         blocks = torch.empty(blocks_of(numel), dtype=torch.int32, device=device)
-        return cls(blocks, torch.empty((numel + 7) // 8, dtype=torch.uint8, device=device), torch.empty(numel, dtype=BITS[width], device=device))
+        return cls(
+            blocks,
+            torch.empty((numel + 7) // 8, dtype=torch.uint8, device=device),
+            torch.empty(numel, dtype=BITS[width], device=device),
+        )
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -266,7 +279,9 @@ def gather(
     if room is None:
         room = Room.of(numel, w.element_size(), w.device)
     if room.values.dtype != w.dtype or room.values.numel() < numel or room.values.device != w.device:
-        raise ValueError(f"room is for {room.values.numel()} of {room.values.dtype} on {room.values.device}, not {numel} of {w.dtype} on {w.device}")
+        raise ValueError(
+            f"room is for {room.values.numel()} of {room.values.dtype} on {room.values.device}, not {numel} of {w.dtype} on {w.device}"
+        )
     counts, digests = room.counts[:blocks], w.new_empty((2, blocks, 2), dtype=torch.int64)
     torch.ops.opdkernels.patch_gather_(w, v, difference, counts, room.positions, room.values, digests)
     listed = counts.tolist()
@@ -276,13 +291,19 @@ def gather(
 
 def fit(changes: Changes, numel: int) -> None:
     """Raises TypeError or ValueError where the tensors of `changes` are not such as `gather` gives for `numel` coordinates."""
-    for name, tensor, dtypes in (("counts", changes.counts, (torch.int32,)), ("positions", changes.positions, (torch.uint8,)), ("values", changes.values, tuple(BITS.values()))):
+    for name, tensor, dtypes in (
+        ("counts", changes.counts, (torch.int32,)),
+        ("positions", changes.positions, (torch.uint8,)),
+        ("values", changes.values, tuple(BITS.values())),
+    ):
         if tensor.dtype not in dtypes:
             raise TypeError(f"{name} are {tensor.dtype}; they must be {' or '.join(map(str, dtypes))}")
         if tensor.ndim != 1 or not tensor.is_contiguous() or tensor.device != changes.counts.device:
             raise ValueError(f"{name} must be contiguous, of one dimension, on one device with the others")
     if changes.counts.numel() != blocks_of(numel):
-        raise ValueError(f"{changes.counts.numel()} counts do not fit {numel} coordinates, which have {blocks_of(numel)} blocks")
+        raise ValueError(
+            f"{changes.counts.numel()} counts do not fit {numel} coordinates, which have {blocks_of(numel)} blocks"
+        )
 
 
 def raise_for(status: torch.Tensor, changes: Changes) -> None:
@@ -290,7 +311,9 @@ def raise_for(status: torch.Tensor, changes: Changes) -> None:
     if block >= changes.counts.numel():
         raise ValueError("the lengths of positions and values are not those that the counts give")
     if block >= 0:
-        raise ValueError(f"block {block} has positions out of range, repeated, out of order or not as many as it counts")
+        raise ValueError(
+            f"block {block} has positions out of range, repeated, out of order or not as many as it counts"
+        )
 
 
 def check(changes: Changes, numel: int) -> None:
@@ -300,7 +323,9 @@ def check(changes: Changes, numel: int) -> None:
     >>> check(changes, 3)
     """
     fit(changes, numel)
-    raise_for(torch.ops.opdkernels.patch_check(changes.counts, changes.positions, numel, changes.values.numel()), changes)
+    raise_for(
+        torch.ops.opdkernels.patch_check(changes.counts, changes.positions, numel, changes.values.numel()), changes
+    )
 
 
 def scatter(
@@ -321,13 +346,19 @@ def scatter(
     w = bits(source)
     fit(changes, w.numel())
     if changes.values.dtype != w.dtype or changes.values.device != w.device:
-        raise TypeError(f"the values are {changes.values.dtype} on {changes.values.device}; source needs {w.dtype} on {w.device}")
+        raise TypeError(
+            f"the values are {changes.values.dtype} on {changes.values.device}; source needs {w.dtype} on {w.device}"
+        )
     if out is None:
         out = torch.empty_like(localise(source))
     if out.dtype != source.dtype or out.shape != source.shape or out.device != w.device or not out.is_contiguous():
-        raise ValueError(f"out must be a contiguous tensor like the source: {source.dtype}, {tuple(source.shape)} on {w.device}")
+        raise ValueError(
+            f"out must be a contiguous tensor like the source: {source.dtype}, {tuple(source.shape)} on {w.device}"
+        )
     digests = w.new_empty((blocks_of(w.numel()), 2), dtype=torch.int64)
-    status = torch.ops.opdkernels.patch_scatter_(w, changes.counts, changes.positions, changes.values, difference, bits(out), digests)
+    status = torch.ops.opdkernels.patch_scatter_(
+        w, changes.counts, changes.positions, changes.values, difference, bits(out), digests
+    )
     raise_for(status, changes)
     return out, digests
 

@@ -118,7 +118,9 @@ def quantiles(
         raise ValueError(f"values are on {values.device}, mask on {mask.device}; move one of them")
     cuts, counts = torch.ops.opdkernels.quantile(values, wanted, largest, mask)
     found = []
-    for rank, cut, (above, tied, above_masked, tied_masked, nan) in zip(wanted, cuts.tolist(), counts.tolist(), strict=True):
+    for rank, cut, (above, tied, above_masked, tied_masked, nan) in zip(
+        wanted, cuts.tolist(), counts.tolist(), strict=True
+    ):
         if rank > n - nan:
             raise ValueError(f"k is {rank}, but of {n} values {nan} are NaN")
         inside = (above_masked, tied_masked) if mask is not None else (None, None)

@@ -57,16 +57,51 @@ MOMENTUM, DAMP, FIRST = range(1, 4)  # of SGD's, which share DECAY, SIZE and STE
 
 
 def fake_adamw(
-    params, grads, masks, offsets, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, extras, inits, cohorts, scalars, rows, starts, ordinals,
-    grad_scale, clip, found_inf, maximize, precision, seed,
-) -> None:  # fmt: skip
+    params,
+    grads,
+    masks,
+    offsets,
+    exp_avgs,
+    exp_avg_sqs,
+    max_exp_avg_sqs,
+    extras,
+    inits,
+    cohorts,
+    scalars,
+    rows,
+    starts,
+    ordinals,
+    grad_scale,
+    clip,
+    found_inf,
+    maximize,
+    precision,
+    seed,
+) -> None:
     pass
 
 
 def fake_sgd(
-    params, grads, masks, offsets, momentum_buffers, extras, inits, cohorts, scalars, rows, starts, ordinals,
-    grad_scale, clip, found_inf, maximize, nesterov, precision, seed,
-) -> None:  # fmt: skip
+    params,
+    grads,
+    masks,
+    offsets,
+    momentum_buffers,
+    extras,
+    inits,
+    cohorts,
+    scalars,
+    rows,
+    starts,
+    ordinals,
+    grad_scale,
+    clip,
+    found_inf,
+    maximize,
+    nesterov,
+    precision,
+    seed,
+) -> None:
     pass
 
 
@@ -79,27 +114,98 @@ def fake_put(values, mask, offsets, compact) -> None:
 
 
 def reference_adamw(
-    params, grads, masks, offsets, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, extras, inits, cohorts, scalars, rows, starts, ordinals,
-    grad_scale, clip, found_inf, maximize, precision, seed,
-) -> None:  # fmt: skip
+    params,
+    grads,
+    masks,
+    offsets,
+    exp_avgs,
+    exp_avg_sqs,
+    max_exp_avg_sqs,
+    extras,
+    inits,
+    cohorts,
+    scalars,
+    rows,
+    starts,
+    ordinals,
+    grad_scale,
+    clip,
+    found_inf,
+    maximize,
+    precision,
+    seed,
+) -> None:
     """The definition of AdamW's step, in plain PyTorch, tensor by tensor."""
 
     def update(i, p, g, w0, columns):
         return adamw(p, g, w0, exp_avgs[i], exp_avg_sqs[i], max_exp_avg_sqs[i] if max_exp_avg_sqs else None, columns)
 
-    each_active(update, params, grads, masks, extras, inits, cohorts, scalars, rows, starts, ordinals, grad_scale, clip, found_inf, maximize, precision, seed)
+    each_active(
+        update,
+        params,
+        grads,
+        masks,
+        extras,
+        inits,
+        cohorts,
+        scalars,
+        rows,
+        starts,
+        ordinals,
+        grad_scale,
+        clip,
+        found_inf,
+        maximize,
+        precision,
+        seed,
+    )
 
 
 def reference_sgd(
-    params, grads, masks, offsets, momentum_buffers, extras, inits, cohorts, scalars, rows, starts, ordinals,
-    grad_scale, clip, found_inf, maximize, nesterov, precision, seed,
-) -> None:  # fmt: skip
+    params,
+    grads,
+    masks,
+    offsets,
+    momentum_buffers,
+    extras,
+    inits,
+    cohorts,
+    scalars,
+    rows,
+    starts,
+    ordinals,
+    grad_scale,
+    clip,
+    found_inf,
+    maximize,
+    nesterov,
+    precision,
+    seed,
+) -> None:
     """The definition of SGD's step, in plain PyTorch, tensor by tensor."""
 
     def update(i, p, g, w0, columns):
         return sgd(p, g, w0, momentum_buffers[i] if momentum_buffers else None, columns, nesterov)
 
-    each_active(update, params, grads, masks, extras, inits, cohorts, scalars, rows, starts, ordinals, grad_scale, clip, found_inf, maximize, precision, seed)
+    each_active(
+        update,
+        params,
+        grads,
+        masks,
+        extras,
+        inits,
+        cohorts,
+        scalars,
+        rows,
+        starts,
+        ordinals,
+        grad_scale,
+        clip,
+        found_inf,
+        maximize,
+        precision,
+        seed,
+    )
 
 
 def reference_take(values, mask, offsets, into, add) -> None:
@@ -112,7 +218,23 @@ def reference_put(values, mask, offsets, compact) -> None:
 
 
 def each_active(
-    update: Callable, params, grads, masks, extras, inits, cohorts, scalars, rows, starts, ordinals, grad_scale, clip, found_inf, maximize, precision, seed
+    update: Callable,
+    params,
+    grads,
+    masks,
+    extras,
+    inits,
+    cohorts,
+    scalars,
+    rows,
+    starts,
+    ordinals,
+    grad_scale,
+    clip,
+    found_inf,
+    maximize,
+    precision,
+    seed,
 ) -> None:
     """Takes what is active of each tensor, widened, lets `update(tensor, weights, gradients, weights at the start, columns of
     scalars)` make new weights of it, and puts them back, narrowed."""
@@ -128,8 +250,12 @@ def each_active(
         extra, w0 = extras[i] if extras else None, inits[i] if inits and inits[i].numel() else None
         mine = scalars[rows[i]]
         columns = list((scalars[rows[i] + cohorts[i].long()].T if cohorts and cohorts[i].numel() else mine).unbind())
-        new = update(i, widened(stored, extra, precision), -g if maximize else g, None if w0 is None else w0.float(), columns)
-        flat[places] = narrowed(new, param.dtype, extra, precision, (seed, int(mine[STEP]), ordinals[i], places + starts[i]))
+        new = update(
+            i, widened(stored, extra, precision), -g if maximize else g, None if w0 is None else w0.float(), columns
+        )
+        flat[places] = narrowed(
+            new, param.dtype, extra, precision, (seed, int(mine[STEP]), ordinals[i], places + starts[i])
+        )
 
 
 def adamw(p, g, w0, m, v, most, columns) -> torch.Tensor:
@@ -190,7 +316,9 @@ def widened(stored: torch.Tensor, extra: torch.Tensor | None, precision: int) ->
     return (high << 16 | low).view(torch.float32)
 
 
-def narrowed(new: torch.Tensor, dtype: torch.dtype, extra: torch.Tensor | None, precision: int, key: tuple) -> torch.Tensor:
+def narrowed(
+    new: torch.Tensor, dtype: torch.dtype, extra: torch.Tensor | None, precision: int, key: tuple
+) -> torch.Tensor:
     """New values as they are stored; what a bf16 weight lacks goes to `extra`."""
     if dtype == torch.float32:
         return new
@@ -238,18 +366,24 @@ register(TAKE, reference_take, fake_take)
 register(PUT, reference_put, fake_put)
 
 
-def adamw_scalars(steps: Sequence[float], lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> torch.Tensor:
+def adamw_scalars(
+    steps: Sequence[float], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.Tensor:
     """fp32 [steps, 8]: what `masked_adamw` multiplies with, computed in double and rounded once, as torch's scalars are.
 
     >>> adamw_scalars([1], 0.1, (0.9, 0.99), 1e-8, 0.5)[0, 0].item() == torch.tensor(0.95).item()
     True
     """
     b1, b2 = betas
-    rows = [[1 - lr * weight_decay, 1 - b1, b2, 1 - b2, math.sqrt(1 - b2**t), eps, -(lr / (1 - b1**t)), t] for t in steps]
+    rows = [
+        [1 - lr * weight_decay, 1 - b1, b2, 1 - b2, math.sqrt(1 - b2**t), eps, -(lr / (1 - b1**t)), t] for t in steps
+    ]
     return torch.tensor(rows, dtype=torch.float64).float().view(-1, 8)
 
 
-def sgd_scalars(steps: Sequence[float], lr: float, momentum: float, dampening: float, weight_decay: float) -> torch.Tensor:
+def sgd_scalars(
+    steps: Sequence[float], lr: float, momentum: float, dampening: float, weight_decay: float
+) -> torch.Tensor:
     """fp32 [steps, 8]: what `masked_sgd` multiplies with, computed in double and rounded once, as torch's scalars are."""
     rows = [[weight_decay, momentum, 1 - dampening, t == 1, 0, 0, -lr, t] for t in steps]
     return torch.tensor(rows, dtype=torch.float64).float().view(-1, 8)
@@ -293,12 +427,41 @@ def masked_adamw(
     Raises TypeError for other dtypes, ValueError for what does not fit.
     """
     common = checked(
-        params, grads, masks, offsets, [exp_avgs, exp_avg_sqs, max_exp_avg_sqs], 2, extras, inits, cohorts, scalars, rows, starts, ordinals, precision
+        params,
+        grads,
+        masks,
+        offsets,
+        [exp_avgs, exp_avg_sqs, max_exp_avg_sqs],
+        2,
+        extras,
+        inits,
+        cohorts,
+        scalars,
+        rows,
+        starts,
+        ordinals,
+        precision,
     )
     torch.ops.opdkernels.masked_adamw_(
-        list(params), list(grads), list(masks), list(offsets), list(exp_avgs), list(exp_avg_sqs), list(max_exp_avg_sqs), list(extras), list(inits),
-        list(cohorts), scalars, *common, grad_scale, clip, found_inf, maximize, PRECISIONS.index(precision), seed,
-    )  # fmt: skip
+        list(params),
+        list(grads),
+        list(masks),
+        list(offsets),
+        list(exp_avgs),
+        list(exp_avg_sqs),
+        list(max_exp_avg_sqs),
+        list(extras),
+        list(inits),
+        list(cohorts),
+        scalars,
+        *common,
+        grad_scale,
+        clip,
+        found_inf,
+        maximize,
+        PRECISIONS.index(precision),
+        seed,
+    )
 
 
 def masked_sgd(
@@ -326,14 +489,46 @@ def masked_sgd(
     """One step of SGD on the active coordinates of all tensors, in place. scalars: of `sgd_scalars`; momentum_buffers: fp32
     [active], or none without momentum; all else as `masked_adamw` takes it, and raises.
     """
-    common = checked(params, grads, masks, offsets, [momentum_buffers], 0, extras, inits, cohorts, scalars, rows, starts, ordinals, precision)
+    common = checked(
+        params,
+        grads,
+        masks,
+        offsets,
+        [momentum_buffers],
+        0,
+        extras,
+        inits,
+        cohorts,
+        scalars,
+        rows,
+        starts,
+        ordinals,
+        precision,
+    )
     torch.ops.opdkernels.masked_sgd_(
-        list(params), list(grads), list(masks), list(offsets), list(momentum_buffers), list(extras), list(inits), list(cohorts), scalars, *common,
-        grad_scale, clip, found_inf, maximize, nesterov, PRECISIONS.index(precision), seed,
-    )  # fmt: skip
+        list(params),
+        list(grads),
+        list(masks),
+        list(offsets),
+        list(momentum_buffers),
+        list(extras),
+        list(inits),
+        list(cohorts),
+        scalars,
+        *common,
+        grad_scale,
+        clip,
+        found_inf,
+        maximize,
+        nesterov,
+        PRECISIONS.index(precision),
+        seed,
+    )
 
 
-def masked_take(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, into: torch.Tensor, *, add: bool = False) -> torch.Tensor:
+def masked_take(
+    values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, into: torch.Tensor, *, add: bool = False
+) -> torch.Tensor:
     """`into`, fp32 [active], with the active of `values`, fp32 or bf16 and contiguous, or, where `add`, with those added to it.
     mask and offsets as `masked_adamw` takes them.
 
@@ -367,11 +562,30 @@ def checked(
     may = (extras, inits, cohorts, *moments[needed:])
     if any(len(one) != count for one in must) or any(len(one) not in (0, count) for one in may):
         raise ValueError(f"{count} params need as many gradients, masks, offsets, moments and places")
-    if scalars.dtype != torch.float32 or scalars.ndim != 2 or scalars.shape[1] != 8 or any(not 0 <= row < len(scalars) for row in rows):
-        raise ValueError(f"scalars must be float32 [steps, 8] with a row for each of {count} params, not {scalars.dtype} {list(scalars.shape)}")
+    if (
+        scalars.dtype != torch.float32
+        or scalars.ndim != 2
+        or scalars.shape[1] != 8
+        or any(not 0 <= row < len(scalars) for row in rows)
+    ):
+        raise ValueError(
+            f"scalars must be float32 [steps, 8] with a row for each of {count} params, not {scalars.dtype} {list(scalars.shape)}"
+        )
     for i, param in enumerate(params):
         extra, init, cohort = (one[i] if one else None for one in (extras, inits, cohorts))
-        check(i, param, grads[i], masks[i], offsets[i], [one[i] for one in moments if one], extra, init, cohort, len(scalars) - rows[i], precision)
+        check(
+            i,
+            param,
+            grads[i],
+            masks[i],
+            offsets[i],
+            [one[i] for one in moments if one],
+            extra,
+            init,
+            cohort,
+            len(scalars) - rows[i],
+            precision,
+        )
     return rows, starts, ordinals
 
 
@@ -382,7 +596,10 @@ def check(i, param, grad, mask, offset, moments, extra, init, cohort, rows, prec
         raise ValueError(elsewhere(i, param, "its gradient", grad))
     n, bits = param.numel(), mask.dtype == torch.uint8
     blocks = -(-n // BLOCK) + 1 if bits else 0
-    fits = [("mask", mask, (torch.uint8, torch.int32, torch.int64), (n + 7) // 8 if bits else mask.numel()), ("offsets", offset, (torch.int64,), blocks)]
+    fits = [
+        ("mask", mask, (torch.uint8, torch.int32, torch.int64), (n + 7) // 8 if bits else mask.numel()),
+        ("offsets", offset, (torch.int64,), blocks),
+    ]
     refuse_others(i, param, fits)
     active = active_in(i, mask, offset, n)
     fits = [("a moment", moment, (torch.float32,), active) for moment in moments]
@@ -399,7 +616,9 @@ def check(i, param, grad, mask, offset, moments, extra, init, cohort, rows, prec
     if cohort is not None and cohort.numel() and int(cohort.max()) >= rows:
         raise ValueError(f"param {i} has a cohort {int(cohort.max())} and {rows} rows of scalars")
     if not param.is_contiguous() or not grad.is_contiguous() or grad.shape not in (param.shape, (active,)):
-        raise ValueError(f"param {i} and its gradient must be contiguous and of one shape, not {list(param.shape)} and {list(grad.shape)}")
+        raise ValueError(
+            f"param {i} and its gradient must be contiguous and of one shape, not {list(param.shape)} and {list(grad.shape)}"
+        )
     if grad.shape != param.shape and grad.dtype != torch.float32:
         raise ValueError(f"the gathered gradient of param {i} must be float32, not {grad.dtype}")
 
@@ -429,4 +648,6 @@ def refuse_others(i, param, fits) -> None:
         if tensor.device != param.device:
             raise ValueError(elsewhere(i, param, what, tensor))
         if tensor.dtype not in dtypes or tensor.shape != (size,) or not tensor.is_contiguous():
-            raise ValueError(f"{what} of param {i} must be contiguous {dtypes[0]} [{size}], not {tensor.dtype} {list(tensor.shape)}")
+            raise ValueError(
+                f"{what} of param {i} must be contiguous {dtypes[0]} [{size}], not {tensor.dtype} {list(tensor.shape)}"
+            )

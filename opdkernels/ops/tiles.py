@@ -19,7 +19,9 @@ from opdkernels.ops import register
 
 FORWARD, REVERSE, JSD, VARIATION, AT_IDS = range(5)
 MOMENTS = 8
-STUDENT_MAX, STUDENT_LOG, TEACHER_MAX, TEACHER_LOG, MEAN_FORWARD, MEAN_REVERSE, STUDENT_MEAN, TEACHER_MEAN = range(MOMENTS)
+STUDENT_MAX, STUDENT_LOG, TEACHER_MAX, TEACHER_LOG, MEAN_FORWARD, MEAN_REVERSE, STUDENT_MEAN, TEACHER_MEAN = range(
+    MOMENTS
+)
 TILE, TILE_NUMBERS, ROWS = 4096, 1 << 24, 1024  # ids and numbers of a head's tile, tokens at a time
 
 SCAN = "divergence_scan(Tensor[] student, Tensor[] teacher, Tensor ids, int rest, int vocab, float[] numbers, bool tops) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -46,7 +48,12 @@ def over_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 def fake_scan(student, teacher, ids, rest, vocab, numbers, tops):
     n, new = len(student[0]), student[0].new_empty
     wide = wide_of(student[0])
-    return new((MOMENTS, n), dtype=wide), new((2, *ids.shape), dtype=wide), new((2, n if rest else 0), dtype=wide), new((2, n if tops else 0), dtype=torch.int64)
+    return (
+        new((MOMENTS, n), dtype=wide),
+        new((2, *ids.shape), dtype=wide),
+        new((2, n if rest else 0), dtype=wide),
+        new((2, n if tops else 0), dtype=torch.int64),
+    )
 
 
 def fake_means(student, teacher, moments, vocab, numbers, kind):
@@ -55,7 +62,10 @@ def fake_means(student, teacher, moments, vocab, numbers, kind):
 
 def fake_backward(student, teacher, scalars, ids, at, vocab, numbers, kind, wanted):
     parts = [*student, student[0].new_empty(0)]
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) if want else t.new_empty(0) for t, want in zip(parts, wanted, strict=False))
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if want else t.new_empty(0)
+        for t, want in zip(parts, wanted, strict=False)
+    )
 
 
 def fake_top(side, vocab, k, numbers):
@@ -82,11 +92,21 @@ def tiles(sides: Sequence[Sequence[Tensor]], vocab: int, work: Workspace) -> Ite
     width = max(1, min(TILE, TILE_NUMBERS // max(1, *(side[0].shape[1] for side in sides))))
     for start in range(0, vocab, width):
         here = slice(start, min(start + width, vocab))
-        yield here, [[part[here] if part.dtype == wide else work(f"head {k} {i}", part[here].shape).copy_(part[here]) for i, part in enumerate(side[1:])]
-                     for k, side in enumerate(sides)]  # fmt: skip
+        yield (
+            here,
+            [
+                [
+                    part[here] if part.dtype == wide else work(f"head {k} {i}", part[here].shape).copy_(part[here])
+                    for i, part in enumerate(side[1:])
+                ]
+                for k, side in enumerate(sides)
+            ],
+        )
 
 
-def logits(hidden: Tensor, head: Sequence[Tensor], scale: float, softcap: float, temperature: float, out: Tensor) -> Tensor:
+def logits(
+    hidden: Tensor, head: Sequence[Tensor], scale: float, softcap: float, temperature: float, out: Tensor
+) -> Tensor:
     """Over temperature, of one tile; `slope` is their derivative."""
     weight, *bias = head
     torch.mm(hidden.to(weight.dtype), weight.T, out=out)
@@ -129,7 +149,9 @@ def divergence_scan(student, teacher, ids, rest, vocab, numbers, tops):
             for k, x in enumerate(both):
                 at[k, rows] = torch.where(inside, x.gather(1, local), at[k, rows])
                 if rest:
-                    others[k, rows] = without(work("others", x.shape).copy_(x), inside[:, :rest], local[:, :rest]).logsumexp(1)
+                    others[k, rows] = without(
+                        work("others", x.shape).copy_(x), inside[:, :rest], local[:, :rest]
+                    ).logsumexp(1)
                 if tops:
                     likeliest[k, rows] = x.argmax(1) + here.start
             sums[:, rows] = torch.stack(tile_sums(both[0], both[1], work))
@@ -137,7 +159,12 @@ def divergence_scan(student, teacher, ids, rest, vocab, numbers, tops):
         best.append(likeliest)
         outside.append(others)
     sums = torch.stack(partial)
-    return merged(sums), at, torch.stack(outside).logsumexp(0), likeliest_of(sums, torch.stack(best)) if tops else ids.new_empty(2, 0)
+    return (
+        merged(sums),
+        at,
+        torch.stack(outside).logsumexp(0),
+        likeliest_of(sums, torch.stack(best)) if tops else ids.new_empty(2, 0),
+    )
 
 
 def tile_sums(z: Tensor, u: Tensor, work: Workspace) -> list[Tensor]:
@@ -269,7 +296,9 @@ def slope(z: Tensor, scale: float, softcap: float, temperature: float, work: Wor
     return chain.masked_fill_(z <= FLOOR, 0) if low else chain
 
 
-def logit_gradient(kind: int, lq: Tensor, lp: Tensor | None = None, *, center: Tensor, beta: float, work: Workspace) -> Tensor:
+def logit_gradient(
+    kind: int, lq: Tensor, lp: Tensor | None = None, *, center: Tensor, beta: float, work: Workspace
+) -> Tensor:
     """Of one token's divergence by its logits over temperature; the softmax alone for AT_IDS. Overwrites lq and lp."""
     if lp is None:
         return lq.exp_()

@@ -6,4 +6,12 @@ from opdkernels.optim.gradients import compact_gradients, mask_gradients
 from opdkernels.optim.masked import MaskedAdamW, MaskedSGD
 from opdkernels.optim.parameters import MaskedParameters
 
-__all__ = ["MaskedAdamW", "MaskedParameters", "MaskedSGD", "compact_gradients", "in_model_order", "mask_gradients", "optimizer_cls_and_kwargs"]
+__all__ = [
+    "MaskedAdamW",
+    "MaskedParameters",
+    "MaskedSGD",
+    "compact_gradients",
+    "in_model_order",
+    "mask_gradients",
+    "optimizer_cls_and_kwargs",
+]

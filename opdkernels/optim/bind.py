@@ -18,7 +18,12 @@ from opdkernels.masks.sets import MaskSet
 from opdkernels.ops.step import DTYPES
 
 Masks = MaskSet | str | os.PathLike[str] | Mapping[str, Mask | torch.Tensor] | Sequence[Mask | torch.Tensor]
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts that trainers put into names
+WRAPPERS = (
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+)  # parts that trainers put into names
 
 
 @dataclass
@@ -52,7 +57,9 @@ class Binding:
     def shard(self, param: torch.Tensor) -> Shard:
         """The mask of what `param` holds here; made again only where that has changed."""
         if tuple(param.shape) != self.mask.shape:
-            raise ValueError(f"{printable(self.name)} is now {list(param.shape)}; its mask is {list(self.mask.shape)}: make the optimizer again")
+            raise ValueError(
+                f"{printable(self.name)} is now {list(param.shape)}; its mask is {list(self.mask.shape)}: make the optimizer again"
+            )
         local, at = local_part(param)
         key = (tuple(local.shape), at, local.device)
         if self.held is None or key != self.key:
@@ -63,7 +70,9 @@ class Binding:
                     start = at[0] * rows if at else 0
                     part = self.mask.flat(start, start + local.numel())
                 else:
-                    part = Mask.from_bool(self.mask.to_bool()[tuple(slice(a, a + n) for a, n in zip(at, local.shape, strict=True))])
+                    part = Mask.from_bool(
+                        self.mask.to_bool()[tuple(slice(a, a + n) for a, n in zip(at, local.shape, strict=True))]
+                    )
             bits = part.held_as == "bits"
             held = part.bits if bits else part.indices
             offsets = part.offsets if bits else torch.zeros(0, dtype=torch.int64)
@@ -78,7 +87,9 @@ def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...] | No
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if any(type(p).__name__ == "_StridedShard" for p in tensor.placements):  # type: ignore[attr-defined]
-        raise ValueError("a parameter is sharded in strides (FSDP over tensor parallelism); masks take contiguous shards")
+        raise ValueError(
+            "a parameter is sharded in strides (FSDP over tensor parallelism); masks take contiguous shards"
+        )
     _, at = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
     return tensor.to_local(), tuple(at)  # type: ignore[attr-defined]
 
@@ -90,9 +101,13 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
 def local_gradient(param: torch.Tensor, grad: torch.Tensor, named: str) -> torch.Tensor:
     """What of a gradient belongs to what of its parameter lives here: contiguous, fp32 or bf16."""
     if grad.is_sparse or grad.is_complex():
-        raise RuntimeError(f"{named} has a {'sparse' if grad.is_sparse else 'complex'} gradient; give a dense, real one")
+        raise RuntimeError(
+            f"{named} has a {'sparse' if grad.is_sparse else 'complex'} gradient; give a dense, real one"
+        )
     if grad.shape != param.shape:
-        raise ValueError(f"{named} is {list(param.shape)}, its gradient {list(grad.shape)}; zero_grad() after a parameter has changed")
+        raise ValueError(
+            f"{named} is {list(param.shape)}, its gradient {list(grad.shape)}; zero_grad() after a parameter has changed"
+        )
     local = as_sharded(param, grad)
     local = local_part(local)[0].detach().contiguous()
     return local if local.dtype in DTYPES else local.float()
@@ -127,7 +142,9 @@ class Binder:
         elif isinstance(masks, Sequence):
             self.in_order = [as_mask(mask, f"mask {i}") for i, mask in enumerate(masks)]
         else:
-            raise TypeError(f"masks are {type(masks).__name__}; give a MaskSet, its path, a mapping of names to masks or bool tensors, or a list of them")
+            raise TypeError(
+                f"masks are {type(masks).__name__}; give a MaskSet, its path, a mapping of names to masks or bool tensors, or a list of them"
+            )
         self.unmasked = unmasked
         self.count = self.found = self.numbered = 0
 
@@ -143,9 +160,13 @@ class Binder:
     def check(self) -> None:
         """Raises ValueError where the masks are clearly not of the parameters that were bound."""
         if self.by_name and not self.found:
-            raise ValueError(f"none of the {len(self.by_name)} masks, {printable(next(iter(self.by_name)))} and so on, is of a parameter here; name them alike")
+            raise ValueError(
+                f"none of the {len(self.by_name)} masks, {printable(next(iter(self.by_name)))} and so on, is of a parameter here; name them alike"
+            )
         if self.by_name is not None and self.numbered and self.numbered != len(self.by_name):
-            raise ValueError(f"{self.numbered} parameters without names and {len(self.by_name)} masks in a model's order; give all of model.parameters(), or names")
+            raise ValueError(
+                f"{self.numbered} parameters without names and {len(self.by_name)} masks in a model's order; give all of model.parameters(), or names"
+            )
 
     def _bind(self, param: torch.Tensor, name: str | None) -> Binding:
         ordinal, self.count = self.count, self.count + 1
@@ -157,11 +178,15 @@ class Binder:
         self.found += found is not None
         if found is None:
             if self.unmasked == "refuse":
-                raise ValueError(f'{named} has no mask; give one, leave the parameter out, or pass unmasked="freeze" or "train"')
+                raise ValueError(
+                    f'{named} has no mask; give one, leave the parameter out, or pass unmasked="freeze" or "train"'
+                )
             none = Mask.from_indices(torch.zeros(0, dtype=torch.int64), param.shape)
             found = ~none if self.unmasked == "train" else none
         if found.shape != tuple(param.shape):
-            raise ValueError(f"{named} is {list(param.shape)}, its mask {list(found.shape)}: these are another model's masks")
+            raise ValueError(
+                f"{named} is {list(param.shape)}, its mask {list(found.shape)}: these are another model's masks"
+            )
         if found.nnz and param.dtype not in DTYPES:
             raise TypeError(f"{named} is {param.dtype}; masked optimizers step float32 and bfloat16")
         return Binding(found, name or "", ordinal)
@@ -200,4 +225,3 @@ def in_model_order(masks: Masks, model: torch.nn.Module) -> MaskSet:
     found = MaskSet({plain_name(name): one.mask for (name, _), one in zip(named, bindings, strict=True)})
     found.in_model_order = True
     return found
-

@@ -38,7 +38,9 @@ def compact_gradients(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hoo
     RuntimeError for DistributedDataParallel, whose gradients are views of buckets that are reduced after the hook.
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        raise RuntimeError("DistributedDataParallel reduces gradients after the hook that gathers them; use FSDP2 (fully_shard), or leave gradients dense")
+        raise RuntimeError(
+            "DistributedDataParallel reduces gradients after the hook that gathers them; use FSDP2 (fully_shard), or leave gradients dense"
+        )
     owner = weakref.ref(optimizer)  # a hook's closure keeps what it holds as long as the model lives
 
     def gather(place: Place, param: torch.Tensor) -> None:
@@ -66,7 +68,9 @@ def mask_gradients(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hooks:
     Raises RuntimeError for DistributedDataParallel, whose gradients are views of buckets that are reduced after the hook.
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        raise RuntimeError("DistributedDataParallel reduces gradients after the hook that masks them; use FSDP2 (fully_shard), or optimizer.clip_grad_norm_")
+        raise RuntimeError(
+            "DistributedDataParallel reduces gradients after the hook that masks them; use FSDP2 (fully_shard), or optimizer.clip_grad_norm_"
+        )
     owner = weakref.ref(optimizer)
 
     def mask(place: Place, param: torch.Tensor) -> None:
@@ -84,10 +88,14 @@ def mask_gradients(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hooks:
     return Hooks(hook_each(model, optimizer, mask))
 
 
-def hook_each(model: torch.nn.Module, optimizer: MaskedOptimizer, hook: Callable[[Place, torch.Tensor], None]) -> list[RemovableHandle]:
+def hook_each(
+    model: torch.nn.Module, optimizer: MaskedOptimizer, hook: Callable[[Place, torch.Tensor], None]
+) -> list[RemovableHandle]:
     """Has `hook(place, parameter)` called when a parameter of both has its gradient."""
     ours = {param: place for place, param, _ in optimizer._live()}
     params = [param for param in model.parameters() if param in ours and param.requires_grad]
     if not params:
-        raise ValueError("the optimizer has no parameter of this model that needs a gradient; give the model that it was made for, wrapped as it is trained")
+        raise ValueError(
+            "the optimizer has no parameter of this model that needs a gradient; give the model that it was made for, wrapped as it is trained"
+        )
     return [param.register_post_accumulate_grad_hook(partial(hook, ours[param])) for param in params]

@@ -81,10 +81,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._gathers and found_inf is not None:
-            raise RuntimeError("a GradScaler cannot see gradients that compact_gradients gathers; train in bfloat16 without one, or use mask_gradients")
+            raise RuntimeError(
+                "a GradScaler cannot see gradients that compact_gradients gathers; train in bfloat16 without one, or use mask_gradients"
+            )
         try:
             if found_inf is None or not bool(found_inf):
-                ready = [self._ready(index, group) for index, group in enumerate(self.param_groups)]  # refused before anything moves
+                ready = [
+                    self._ready(index, group) for index, group in enumerate(self.param_groups)
+                ]  # refused before anything moves
                 for group, given in zip(self.param_groups, ready, strict=True):
                     self._step_group(group, given, grad_scale)
         finally:
@@ -112,8 +116,15 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if grad is None:
                 continue
             shard, local = binding.shard(param), local_part(param)[0]
-            if shard.active and group["precision"] == "stochastic" and shard.start is None and param.dtype == torch.bfloat16:
-                raise ValueError(f'{named(binding)} is not sharded along its first dimension; precision "stochastic" needs it, choose "exact"')
+            if (
+                shard.active
+                and group["precision"] == "stochastic"
+                and shard.start is None
+                and param.dtype == torch.bfloat16
+            ):
+                raise ValueError(
+                    f'{named(binding)} is not sharded along its first dimension; precision "stochastic" needs it, choose "exact"'
+                )
             if self.state.get(param):
                 self._refuse_state(self.state[param], local, shard, binding, group)
             found.append(Ready(param, local, grad, shard, binding))
@@ -143,7 +154,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
             return compact
         return None if param.grad is None else local_gradient(param, param.grad, named(binding))
 
-    def _begin(self, state: dict[str, Any], local: torch.Tensor, shard: Shard, binding: Binding, group: dict[str, Any]) -> bool:
+    def _begin(
+        self, state: dict[str, Any], local: torch.Tensor, shard: Shard, binding: Binding, group: dict[str, Any]
+    ) -> bool:
         """Makes what of the state is not there yet. Returns whether moments were: SGD's first step takes the gradient for its buffer."""
         fresh = any(name not in state for name in self._moments_of(group))
         if not state:
@@ -165,16 +178,28 @@ class MaskedOptimizer(torch.optim.Optimizer):
             found["init"] = dtype
         return found
 
-    def _refuse_state(self, state: dict[str, Any], local: torch.Tensor, shard: Shard, binding: Binding, group: dict[str, Any]) -> None:
+    def _refuse_state(
+        self, state: dict[str, Any], local: torch.Tensor, shard: Shard, binding: Binding, group: dict[str, Any]
+    ) -> None:
         """Kernels take pointers: raises InputError for a state that is not what they will read."""
         wanted = self._kept(group, local.dtype)
         if "init" in wanted and "init" not in state:
-            raise refused(binding, 'lacks where the weights began, which decay="toward_init" needs from the first step on')
+            raise refused(
+                binding, 'lacks where the weights began, which decay="toward_init" needs from the first step on'
+            )
         wanted |= {"cohort": torch.uint8} if "cohort" in state else {}
         for name, dtype in wanted.items():
             held = state.get(name)
-            if held is not None and (held.dtype != dtype or held.shape != (shard.active,) or held.device != local.device or not held.is_contiguous()):
-                raise refused(binding, f"has {name} of {held.dtype} {list(held.shape)} on {held.device}, not {dtype} [{shard.active}] on {local.device}")
+            if held is not None and (
+                held.dtype != dtype
+                or held.shape != (shard.active,)
+                or held.device != local.device
+                or not held.is_contiguous()
+            ):
+                raise refused(
+                    binding,
+                    f"has {name} of {held.dtype} {list(held.shape)} on {held.device}, not {dtype} [{shard.active}] on {local.device}",
+                )
 
     @abstractmethod
     def _moments_of(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -185,7 +210,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """fp32 [steps, 8]: what the operator multiplies with at each step count."""
 
     @abstractmethod
-    def _launch(self, call: Call, group: dict[str, Any], scalars: torch.Tensor, grad_scale: torch.Tensor | None, clip: torch.Tensor | None) -> None:
+    def _launch(
+        self,
+        call: Call,
+        group: dict[str, Any],
+        scalars: torch.Tensor,
+        grad_scale: torch.Tensor | None,
+        clip: torch.Tensor | None,
+    ) -> None:
         """Steps what was collected."""
 
     @torch.no_grad()
@@ -204,7 +236,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
         sharded: dict[Any, torch.Tensor] = {}
         for place, param, binding in self._live():
             grad = self._gradient(place, param)
-            meshes = tuple((param.device_mesh, i) for i, p in enumerate(param.placements) if not p.is_replicate()) if is_dtensor(param) else ()  # type: ignore[attr-defined]
+            meshes = (
+                tuple((param.device_mesh, i) for i, p in enumerate(param.placements) if not p.is_replicate())
+                if is_dtensor(param)
+                else ()
+            )  # type: ignore[attr-defined]
             shard = binding.shard(param)
             square = torch.zeros((), dtype=torch.float64)
             if grad is not None and shard.active:
@@ -233,7 +269,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 own = dict(found["state"][key])
                 ages, cohort = own.pop("cohort_steps", own["step"].view(1)), own.pop("cohort", None)
                 active = binding.shard(param).active
-                own["steps"] = ages[cohort.long().cpu()].to(cohort.device) if cohort is not None else ages.to(local_part(param)[0].device).expand(active)
+                own["steps"] = (
+                    ages[cohort.long().cpu()].to(cohort.device)
+                    if cohort is not None
+                    else ages.to(local_part(param)[0].device).expand(active)
+                )
                 spread[key] = {name: self._spread(name, value, param, binding) for name, value in own.items()}
         return {**found, "state": {**found["state"], **spread}}
 
@@ -248,7 +288,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
             return dense
         from torch.distributed.tensor import DTensor
 
-        return DTensor.from_local(dense, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride())  # type: ignore[attr-defined]
+        return DTensor.from_local(
+            dense, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+        )  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -263,14 +305,20 @@ class MaskedOptimizer(torch.optim.Optimizer):
             sizes = [len(group["params"]) for group in groups]
             keys = [key for group in groups for key in group["params"]]
         except (KeyError, TypeError) as error:
-            raise InputError(f"this is no optimizer state ({printable(repr(error))}); give what state_dict() returned") from None
+            raise InputError(
+                f"this is no optimizer state ({printable(repr(error))}); give what state_dict() returned"
+            ) from None
         if sizes != [len(group["params"]) for group in self.param_groups]:
-            raise InputError(f"the optimizer state has groups of {sizes} parameters, this optimizer of {[len(g['params']) for g in self.param_groups]}")
+            raise InputError(
+                f"the optimizer state has groups of {sizes} parameters, this optimizer of {[len(g['params']) for g in self.param_groups]}"
+            )
         new_groups = []
         for ours, theirs in zip(self.param_groups, groups, strict=True):
             lacking = [name for name in self.defaults if name not in theirs]
             if lacking:
-                raise InputError(f"the optimizer state has no {lacking[0]}: it is another optimizer's; give one of {type(self).__name__}, or a dense one to load_dense_state_dict")
+                raise InputError(
+                    f"the optimizer state has no {lacking[0]}: it is another optimizer's; give one of {type(self).__name__}, or a dense one to load_dense_state_dict"
+                )
             group = {**ours, **{key: value for key, value in theirs.items() if key not in ("params", "param_names")}}
             try:
                 refuse_options(group)
@@ -289,7 +337,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for post in list(self._optimizer_load_state_dict_post_hooks.values()):  # type: ignore[attr-defined]
             post(self)
 
-    def _fitted(self, given: dict[str, Any], param: torch.Tensor, binding: Binding, group: dict[str, Any]) -> dict[str, Any]:
+    def _fitted(
+        self, given: dict[str, Any], param: torch.Tensor, binding: Binding, group: dict[str, Any]
+    ) -> dict[str, Any]:
         shard, local = binding.shard(param), local_part(param)[0]
         if "mask" not in given:
             raise refused(binding, "has no mask: it is a dense optimizer's, which load_dense_state_dict takes")
@@ -306,10 +356,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 continue
             if value.shape == param.shape and value.shape != (shard.active,):
                 if own.shape != local.shape:
-                    raise refused(binding, f"is sharded otherwise than its parameter ({list(own.shape)} for {list(local.shape)})")
+                    raise refused(
+                        binding, f"is sharded otherwise than its parameter ({list(own.shape)} for {list(local.shape)})"
+                    )
                 own = own.reshape(-1)[places_of(shard.mask, local.numel()).to(own.device)]
             if own.shape != (shard.active,):
-                raise refused(binding, f"has {list(own.shape)} values in {printable(name)} for {shard.active} active coordinates")
+                raise refused(
+                    binding, f"has {list(own.shape)} values in {printable(name)} for {shard.active} active coordinates"
+                )
             wide = name in self.moments and own.is_floating_point()  # trainers may have cast them
             state[name] = own.to(local.device, torch.float32 if wide else own.dtype, copy=True).contiguous()
         if "steps" in state:
@@ -333,11 +387,16 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 continue
             own = found["state"][key]
             if "cohort" in own:
-                raise ValueError(f"coordinates of {named(binding)} have been in the mask for different times; a dense state has one step count")
+                raise ValueError(
+                    f"coordinates of {named(binding)} have been in the mask for different times; a dense state has one step count"
+                )
             own = {name: value for name, value in own.items() if name in ("step", *self.moments)}
             state[key] = {name: self._spread(name, value, param, binding).clone() for name, value in own.items()}
         ours = ("precision", "decay", "seed")
-        groups = [{**{key: value for key, value in group.items() if key not in ours}, **self.dense_options} for group in found["param_groups"]]
+        groups = [
+            {**{key: value for key, value in group.items() if key not in ours}, **self.dense_options}
+            for group in found["param_groups"]
+        ]
         return {"state": state, "param_groups": groups}
 
     @torch.no_grad()
@@ -345,7 +404,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Takes on the state of torch's own AdamW or SGD, of which only what is active is kept. A bf16 weight begins with no
         remainder. Raises InputError where it does not fit."""
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        sizes = [[len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], self.param_groups)]
+        sizes = [
+            [len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], self.param_groups)
+        ]
         if sizes[0] != sizes[1]:
             raise InputError(f"the dense state has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}")
         taken = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "amsgrad", "maximize")
@@ -363,7 +424,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
             moments = {name: dense[name] for name in self._moments_of(group) if name in dense}
             if not moments and self._moments_of(group):
                 raise refused(binding, f"has no {self._moments_of(group)[0]}: it is another optimizer's")
-            fresh: dict[str, Any] = {"step": torch.as_tensor(dense.get("step", 1.0)), "mask": torch.tensor(binding.digest), **moments}
+            fresh: dict[str, Any] = {
+                "step": torch.as_tensor(dense.get("step", 1.0)),
+                "mask": torch.tensor(binding.digest),
+                **moments,
+            }
             if group["decay"] == "toward_init":
                 fresh["init"] = active_of(local_part(param)[0], binding.shard(param)).to(param.dtype)
             state[key] = fresh
@@ -400,7 +465,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._binder, self._bound = binder, bound
         self.state.update(moved)
 
-    def _remapped(self, state: dict[str, Any], param: torch.Tensor, old: Binding, new: Binding, group: dict[str, Any]) -> dict[str, Any]:
+    def _remapped(
+        self, state: dict[str, Any], param: torch.Tensor, old: Binding, new: Binding, group: dict[str, Any]
+    ) -> dict[str, Any]:
         local, before, after = local_part(param)[0], old.shard(param), new.shard(param)
         was, now = (places_of(shard.mask, local.numel()) for shard in (before, after))
         at = torch.searchsorted(was, now).clamp(max=max(len(was) - 1, 0))
@@ -467,9 +534,20 @@ class MaskedAdamW(MaskedOptimizer):
         fused: bool | None = None,
     ):
         defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "precision": precision, "decay": decay, "seed": seed,
-            "maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": differentiable, "fused": fused,
-        }  # fmt: skip
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "precision": precision,
+            "decay": decay,
+            "seed": seed,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
         super().__init__(params, masks, unmasked, defaults)
 
     def _moments_of(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -479,13 +557,33 @@ class MaskedAdamW(MaskedOptimizer):
         b1, b2 = group["betas"]
         return adamw_scalars(steps, float(group["lr"]), (float(b1), float(b2)), group["eps"], group["weight_decay"])
 
-    def _launch(self, call: Call, group: dict[str, Any], scalars: torch.Tensor, grad_scale: torch.Tensor | None, clip: torch.Tensor | None) -> None:
+    def _launch(
+        self,
+        call: Call,
+        group: dict[str, Any],
+        scalars: torch.Tensor,
+        grad_scale: torch.Tensor | None,
+        clip: torch.Tensor | None,
+    ) -> None:
         masks, offsets, options = [s.mask for s in call.shards], [s.offsets for s in call.shards], call.common(group)
         torch.ops.opdkernels.masked_adamw_(
-            call.params, call.grads, masks, offsets, call.of_each("exp_avg"), call.of_each("exp_avg_sq"), call.of_each("max_exp_avg_sq"),
-            *(options[name] for name in ("extras", "inits", "cohorts")), scalars, *(options[name] for name in ("rows", "starts", "ordinals")),
-            grad_scale, clip, None, group["maximize"], PRECISIONS.index(group["precision"]), group["seed"],
-        )  # fmt: skip
+            call.params,
+            call.grads,
+            masks,
+            offsets,
+            call.of_each("exp_avg"),
+            call.of_each("exp_avg_sq"),
+            call.of_each("max_exp_avg_sq"),
+            *(options[name] for name in ("extras", "inits", "cohorts")),
+            scalars,
+            *(options[name] for name in ("rows", "starts", "ordinals")),
+            grad_scale,
+            clip,
+            None,
+            group["maximize"],
+            PRECISIONS.index(group["precision"]),
+            group["seed"],
+        )
 
 
 class MaskedSGD(MaskedOptimizer):
@@ -519,9 +617,19 @@ class MaskedSGD(MaskedOptimizer):
         fused: bool | None = None,
     ):
         defaults = {
-            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov, "precision": precision,
-            "decay": decay, "seed": seed, "maximize": maximize, "foreach": foreach, "differentiable": differentiable, "fused": fused,
-        }  # fmt: skip
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "precision": precision,
+            "decay": decay,
+            "seed": seed,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
         super().__init__(params, masks, unmasked, defaults)
 
     def _moments_of(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -530,14 +638,35 @@ class MaskedSGD(MaskedOptimizer):
     def _scalars(self, steps: list[float], group: dict[str, Any]) -> torch.Tensor:
         return sgd_scalars(steps, float(group["lr"]), group["momentum"], group["dampening"], group["weight_decay"])
 
-    def _launch(self, call: Call, group: dict[str, Any], scalars: torch.Tensor, grad_scale: torch.Tensor | None, clip: torch.Tensor | None) -> None:
-        scalars[torch.tensor(call.fresh, device=scalars.device), FIRST] = 1.0  # a buffer that was made now, whatever the count
+    def _launch(
+        self,
+        call: Call,
+        group: dict[str, Any],
+        scalars: torch.Tensor,
+        grad_scale: torch.Tensor | None,
+        clip: torch.Tensor | None,
+    ) -> None:
+        scalars[torch.tensor(call.fresh, device=scalars.device), FIRST] = (
+            1.0  # a buffer that was made now, whatever the count
+        )
         masks, offsets, options = [s.mask for s in call.shards], [s.offsets for s in call.shards], call.common(group)
         torch.ops.opdkernels.masked_sgd_(
-            call.params, call.grads, masks, offsets, call.of_each("momentum_buffer") if group["momentum"] else [],
-            *(options[name] for name in ("extras", "inits", "cohorts")), scalars, *(options[name] for name in ("rows", "starts", "ordinals")),
-            grad_scale, clip, None, group["maximize"], group["nesterov"], PRECISIONS.index(group["precision"]), group["seed"],
-        )  # fmt: skip
+            call.params,
+            call.grads,
+            masks,
+            offsets,
+            call.of_each("momentum_buffer") if group["momentum"] else [],
+            *(options[name] for name in ("extras", "inits", "cohorts")),
+            scalars,
+            *(options[name] for name in ("rows", "starts", "ordinals")),
+            grad_scale,
+            clip,
+            None,
+            group["maximize"],
+            group["nesterov"],
+            PRECISIONS.index(group["precision"]),
+            group["seed"],
+        )
 
 
 def cohorts_of(steps: torch.Tensor, taken: torch.Tensor, binding: Binding) -> dict[str, torch.Tensor]:
@@ -546,7 +675,9 @@ def cohorts_of(steps: torch.Tensor, taken: torch.Tensor, binding: Binding) -> di
         return {}
     counts, cohort = torch.unique(steps, return_inverse=True)
     if len(counts) > COHORTS:
-        raise ValueError(f"the masks of {named(binding)} have changed too often: {len(counts)} step counts, of {COHORTS} at most; make the optimizer again")
+        raise ValueError(
+            f"the masks of {named(binding)} have changed too often: {len(counts)} step counts, of {COHORTS} at most; make the optimizer again"
+        )
     return {"cohort": cohort.to(torch.uint8), "cohort_steps": counts.cpu()}
 
 
@@ -555,4 +686,6 @@ def named(binding: Binding) -> str:
 
 
 def refused(binding: Binding, why: str) -> InputError:
-    return InputError(f"the optimizer state of {named(binding)} {why}; load the state that was saved with these masks, or start without one")
+    return InputError(
+        f"the optimizer state of {named(binding)} {why}; load the state that was saved with these masks, or start without one"
+    )

@@ -27,12 +27,20 @@ def refuse_options(options: dict[str, Any]) -> None:
             hint = "; write 1.0e-6, with a point, in YAML" if isinstance(value, str) else ""
             raise ValueError(f"{name} is {options[name]!r}; give a finite number from 0 on{hint}")
     betas = options.get("betas", (0.0, 0.0))
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all((is_number(b) or isinstance(b, torch.Tensor)) and 0 <= float(b) < 1 for b in betas):
+    if (
+        not isinstance(betas, (tuple, list))
+        or len(betas) != 2
+        or not all((is_number(b) or isinstance(b, torch.Tensor)) and 0 <= float(b) < 1 for b in betas)
+    ):
         raise ValueError(f"betas is {betas!r}; give two numbers in [0, 1)")
     for name, choices in (("precision", PRECISIONS), ("decay", DECAYS)):
         if options[name] not in choices:
             raise ValueError(f"{name} is {options[name]!r}; choose one of {', '.join(choices)}")
-    if isinstance(options["seed"], bool) or not isinstance(options["seed"], int) or not -(1 << 63) <= options["seed"] < 1 << 63:
+    if (
+        isinstance(options["seed"], bool)
+        or not isinstance(options["seed"], int)
+        or not -(1 << 63) <= options["seed"] < 1 << 63
+    ):
         raise ValueError(f"seed is {options['seed']!r}; give an integer of 64 bits")
     if options.get("nesterov") and not (options["momentum"] > 0 and options["dampening"] == 0):
         raise ValueError("nesterov needs momentum and no dampening")

@@ -51,7 +51,9 @@ class MaskedParameters(torch.nn.Module):
             self._weights.append((weight, binding))
             self._handles.append(weight.register_post_accumulate_grad_hook(partial(gather, me, number)))
         if not self.values:
-            raise ValueError("no parameter of the model has a mask with an active coordinate; give masks by the model's names")
+            raise ValueError(
+                "no parameter of the model has a mask with an active coordinate; give masks by the model's names"
+            )
 
     @torch.no_grad()
     def write(self) -> None:
@@ -76,7 +78,9 @@ class MaskedParameters(torch.nn.Module):
             handle.remove()
 
     def __reduce__(self) -> Any:
-        raise TypeError("MaskedParameters are bound to their model; save their state_dict() and make them again from the copied or loaded model")
+        raise TypeError(
+            "MaskedParameters are bound to their model; save their state_dict() and make them again from the copied or loaded model"
+        )
 
     def __deepcopy__(self, memo: dict) -> Any:
         return self.__reduce__()

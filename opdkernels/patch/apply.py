@@ -110,13 +110,19 @@ class Held:
 
     def in_place(self, name: str) -> torch.Tensor:
         """Memory for the new bits of a tensor: its own where it can be."""
-        return bits(self.live[name]) if self._is_plain(name) else bits(torch.empty_like(self.live[name], device="cpu", memory_format=torch.contiguous_format))
+        return (
+            bits(self.live[name])
+            if self._is_plain(name)
+            else bits(torch.empty_like(self.live[name], device="cpu", memory_format=torch.contiguous_format))
+        )
 
     def put(self, name: str, new: torch.Tensor) -> None:
         tensor = self.live[name]
         self._copy = None
         if self._is_plain(name):
-            torch.autograd.graph.increment_version(tensor)  # written through integer views, which autograd does not follow
+            torch.autograd.graph.increment_version(
+                tensor
+            )  # written through integer views, which autograd does not follow
         else:
             tensor.detach().copy_(new.view(tensor.dtype).view(tensor.shape))
 
@@ -127,11 +133,22 @@ class Held:
 def described(name: str, tensor: torch.Tensor) -> TensorInfo:
     """A live tensor as a header would describe it."""
     if hasattr(tensor, "to_local"):
-        raise InputError(f"{printable(name)} in the state dict is a DTensor, of which only a part is here; gather the full state dict first")
-    return TensorInfo(name, torch_dtype_name(tensor.dtype), tuple(tensor.shape), tensor.numel(), "", tensor.numel() * tensor.element_size())
+        raise InputError(
+            f"{printable(name)} in the state dict is a DTensor, of which only a part is here; gather the full state dict first"
+        )
+    return TensorInfo(
+        name,
+        torch_dtype_name(tensor.dtype),
+        tuple(tensor.shape),
+        tensor.numel(),
+        "",
+        tensor.numel() * tensor.element_size(),
+    )
 
 
-def changed_in_place(patch: Patch, live: Mapping[str, torch.Tensor], infos: Mapping[str, TensorInfo]) -> list[TensorInfo]:
+def changed_in_place(
+    patch: Patch, live: Mapping[str, torch.Tensor], infos: Mapping[str, TensorInfo]
+) -> list[TensorInfo]:
     """The tensors to change, each storage once. Raises InputError where the state dict has no place for one."""
     tensors = patch.manifest.tensors
     seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
@@ -148,7 +165,9 @@ def changed_in_place(patch: Patch, live: Mapping[str, torch.Tensor], infos: Mapp
         if first == info.name:
             found.append(info)
         elif tensors[first].digest != tensors[info.name].digest:
-            raise InputError(f"{printable(info.name)} and {printable(first)} are one tensor in the state dict and two in the patch; untie them")
+            raise InputError(
+                f"{printable(info.name)} and {printable(first)} are one tensor in the state dict and two in the patch; untie them"
+            )
     # What is made from another tensor comes before that one changes, and nothing may be made from it in turn.
     sources = {tensor.source for tensor in tensors.values()}
     for info in found:
@@ -171,7 +190,13 @@ class Application:
     """A patch on a source of any kind: `read` gives the bits of its tensors."""
 
     def __init__(
-        self, patch: Patch, source: Mapping[str, TensorInfo], read: Read, shown: str, workers: output.Workers, progress: Progress | None
+        self,
+        patch: Patch,
+        source: Mapping[str, TensorInfo],
+        read: Read,
+        shown: str,
+        workers: output.Workers,
+        progress: Progress | None,
     ) -> None:
         self.patch, self.source, self.read, self.shown, self.workers = patch, source, read, shown, workers
         self.progress = progress or (lambda done, total, name: None)
@@ -211,7 +236,9 @@ class Application:
         if tensor.source is None and found != tensor.digest:
             raise self.patch.bad(f"holds a tensor {printable(info.name)} of another digest than was written with it")
         if tensor.source is not None and found != tensor.source_digest:
-            raise self.other(tensor.source, f"has a tensor of digest {found} where the patch was made from {tensor.source_digest}")
+            raise self.other(
+                tensor.source, f"has a tensor of digest {found} where the patch was made from {tensor.source_digest}"
+            )
 
     def _segments(self, infos: Iterable[TensorInfo]) -> Iterator[Piece]:
         """What the tensors are made of, in order."""
@@ -223,7 +250,12 @@ class Application:
                 continue
             size = self.patch.entry(tensor.data).nbytes
             with self._damage(info):
-                for segment in segments.find(lambda start, stop, key=tensor.data: self.patch.read(key, start, stop), size, info.items, info.item_bytes):  # type: ignore[misc]
+                for segment in segments.find(
+                    lambda start, stop, key=tensor.data: self.patch.read(key, start, stop),
+                    size,
+                    info.items,
+                    info.item_bytes,
+                ):  # type: ignore[misc]
                     yield Piece(info, segment.first, segment.last, segment)
 
     @contextlib.contextmanager
@@ -231,7 +263,9 @@ class Application:
         try:
             yield
         except segments.Damaged as error:
-            raise self.patch.bad(f"holds changes of {printable(info.name)} that are not those written: its data {error}") from None
+            raise self.patch.bad(
+                f"holds changes of {printable(info.name)} that are not those written: its data {error}"
+            ) from None
 
     def _changes(self, piece: Piece) -> Changes:
         assert piece.segment is not None
@@ -248,7 +282,9 @@ class Application:
         self._changes(piece)
         return piece.info, last, digest(self.read(tensor.source, piece.start, piece.stop))
 
-    def made(self, infos: Sequence[TensorInfo], room: Callable[[TensorInfo, int, int], torch.Tensor]) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
+    def made(
+        self, infos: Sequence[TensorInfo], room: Callable[[TensorInfo, int, int], torch.Tensor]
+    ) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
         """The trained tensors' bits, segment by segment, each in the room asked for. Raises InputError where they are not their own."""
 
         def one(job: tuple[Piece, torch.Tensor]) -> tuple[Piece, torch.Tensor, torch.Tensor]:
@@ -258,7 +294,9 @@ class Application:
                 target.copy_(self.patch.read(tensor.data, piece.start, piece.stop))
                 return piece, target, digest(target)
             changes = self._changes(piece)
-            return piece, *scatter(self.read(tensor.source, piece.start, piece.stop), changes, difference=self.patch.difference, out=target)
+            return piece, *scatter(
+                self.read(tensor.source, piece.start, piece.stop), changes, difference=self.patch.difference, out=target
+            )
 
         hashes = {info.name: TensorDigest(info) for info in infos}
         jobs = ((piece, room(piece.info, piece.start, piece.stop)) for piece in self._segments(infos))
@@ -268,13 +306,17 @@ class Application:
             yield piece.info, part
         for info in infos:
             if hashes[info.name].hexdigest() != self._tensor(info).digest:
-                raise self.patch.bad(f"makes a tensor {printable(info.name)} of another digest than was written with it")
+                raise self.patch.bad(
+                    f"makes a tensor {printable(info.name)} of another digest than was written with it"
+                )
 
     def write(self, name: str, folder: Path, shown: str, rooms: output.Ring[torch.Tensor]) -> None:
         """One file of the trained checkpoint."""
         header, infos = self.patch.headers[name], self.patch.files[name]
         size = len(header) + sum(info.nbytes for info in infos)
-        with contextlib.closing(output.Writer(folder / name, os.path.join(shown, name), self.workers.depth, size)) as writer:
+        with contextlib.closing(
+            output.Writer(folder / name, os.path.join(shown, name), self.workers.depth, size)
+        ) as writer:
             writer([header])
             for _, part in self.made(infos, lambda info, start, stop: rooms.next(info.item_bytes)[: stop - start]):
                 writer([part.view(torch.uint8).numpy().data], small=part.numel() < output.SMALL)

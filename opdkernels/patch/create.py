@@ -126,17 +126,23 @@ class Creation:
         """Bytes of a header whose numbers and digests are as long as they can get."""
         keys = {one.data: one.info for one in self.plan}
         entries = {
-            key: entry(stored_dtype(info.dtype), list(info.shape), LARGEST, LARGEST) if key.startswith("whole:") else entry("U8", [LARGEST], LARGEST, LARGEST)
+            key: entry(stored_dtype(info.dtype), list(info.shape), LARGEST, LARGEST)
+            if key.startswith("whole:")
+            else entry("U8", [LARGEST], LARGEST, LARGEST)
             for key, info in keys.items()
         }
         for key in (*(f"header:{name}" for name in self.headers), *(f"beside:{name}" for name in self.stored_beside)):
             entries[key] = entry("U8", [LARGEST], LARGEST, LARGEST)
         if len(entries) > MAX_TENSORS:
-            raise InputError(f"a patch of {len(self.plan)} tensors would hold more than the limit of {MAX_TENSORS} entries; split the checkpoint")
+            raise InputError(
+                f"a patch of {len(self.plan)} tensors would hold more than the limit of {MAX_TENSORS} entries; split the checkpoint"
+            )
         blank = {one.info.name: tensor_of(one, NO_DIGEST, NO_DIGEST, LARGEST) for one in self.plan}
         size = len(patch_header(entries, self._manifest(blank)))
         if size > MAX_HEADER_BYTES:
-            raise InputError(f"the header of the patch would take {size} bytes, more than the {MAX_HEADER_BYTES} that safetensors allows; split the checkpoint")
+            raise InputError(
+                f"the header of the patch would take {size} bytes, more than the {MAX_HEADER_BYTES} that safetensors allows; split the checkpoint"
+            )
         return size
 
     def _manifest(self, tensors: dict[str, Tensor]) -> Manifest:
@@ -164,7 +170,9 @@ class Creation:
             for one in kept.values()
             for start, stop in segments.ranges(one.plan.info.items, one.plan.info.item_bytes)
         )
-        for one, digests, changed, parts, nbytes in self.workers.ahead(self._segment, jobs, lambda job: job[2] - job[1] < output.SMALL):
+        for one, digests, changed, parts, nbytes in self.workers.ahead(
+            self._segment, jobs, lambda job: job[2] - job[1] < output.SMALL
+        ):
             one.before.add(digests[0])
             one.after.add(digests[1])
             one.changed += changed
@@ -175,7 +183,9 @@ class Creation:
         tensors = {plan.info.name: kept[plan.data].described(plan) for plan in self.plan}
         writer.rewrite(patch_header(self._entries(small, kept), self._manifest(tensors), self.reserved))
 
-    def _segment(self, job: tuple[Stored, int, int, Room]) -> tuple[Stored, Sequence[torch.Tensor], int, list[memoryview], int]:
+    def _segment(
+        self, job: tuple[Stored, int, int, Room]
+    ) -> tuple[Stored, Sequence[torch.Tensor], int, list[memoryview], int]:
         """One segment: the tensor, the digests of both sides, how many changed, the bytes to write, and how many were read."""
         one, start, stop, room = job
         trained = self.trained.read_bits(one.plan.info.name, start, stop)
@@ -191,7 +201,10 @@ class Creation:
     def _entries(self, small: dict[str, bytes], kept: dict[str, Stored]) -> dict[str, dict[str, Any]]:
         """What the header says of what was written."""
         found, at = {}, 0
-        for key, size in [*((key, len(content)) for key, content in small.items()), *((key, one.nbytes) for key, one in kept.items())]:
+        for key, size in [
+            *((key, len(content)) for key, content in small.items()),
+            *((key, one.nbytes) for key, one in kept.items()),
+        ]:
             whole = kept[key].plan.info if key in kept and kept[key].plan.source is None else None
             dtype, shape = (stored_dtype(whole.dtype), list(whole.shape)) if whole else ("U8", [size])
             found[key] = entry(dtype, shape, at, at + size)
@@ -241,8 +254,12 @@ def headers_of(trained: FileSource, infos: list[TensorInfo]) -> dict[str, bytes]
     for name, header in trained.headers().items():
         target = name if header is not None else weights_name(name)
         if target in found:
-            raise InputError(f"{printable(trained.path)}: two of its files would be written as {printable(target)}; rename one of them")
-        found[target] = header if header is not None else made_header([info for info in infos if info.file == name], trained.path)
+            raise InputError(
+                f"{printable(trained.path)}: two of its files would be written as {printable(target)}; rename one of them"
+            )
+        found[target] = (
+            header if header is not None else made_header([info for info in infos if info.file == name], trained.path)
+        )
     return found
 
 
@@ -259,7 +276,9 @@ def made_header(infos: list[TensorInfo], path: str) -> bytes:
     entries, at = {}, 0
     for info in infos:
         if info.dtype == "c128":
-            raise InputError(f"{printable(path)}: tensor {printable(info.name)} is complex128, which safetensors does not hold; convert it")
+            raise InputError(
+                f"{printable(path)}: tensor {printable(info.name)} is complex128, which safetensors does not hold; convert it"
+            )
         entries[info.name] = entry(stored_dtype(info.dtype), list(info.shape), at, at + info.nbytes)
         at += info.nbytes
     return header_bytes({"format": "pt"}, entries)
@@ -287,7 +306,9 @@ def beside_names(trained: FileSource) -> list[str]:
     index = [trained.index] if trained.index is not None and trained.kind != "torch" else []
     if os.path.isfile(trained.path):  # a file was given, not its folder
         return index
-    names = sorted(name for name in os.listdir(trained.folder) if name.endswith(BESIDE_SUFFIXES) and not name.startswith("."))
+    names = sorted(
+        name for name in os.listdir(trained.folder) if name.endswith(BESIDE_SUFFIXES) and not name.startswith(".")
+    )
     return [*index, *(name for name in names if not name.endswith(".index.json"))]
 
 

@@ -70,7 +70,14 @@ def intervene(
         with output.new_folder(Path(out)) as temporary:
             for file, header in headers.items():
                 own = [info for info in infos if files[info.file] == file]
-                with contextlib.closing(output.Writer(temporary / file, os.path.join(os.fspath(out), file), 2, len(header) + sum(info.nbytes for info in own))) as writer:
+                with contextlib.closing(
+                    output.Writer(
+                        temporary / file,
+                        os.path.join(os.fspath(out), file),
+                        2,
+                        len(header) + sum(info.nbytes for info in own),
+                    )
+                ) as writer:
                     writer([header])
                     for info in own:
                         part = of_tensor(info, masks, names, revert)
@@ -88,14 +95,22 @@ def intervene(
             write_beside(after, temporary)
             before.check()
             after.check()
-    return {"path": os.fspath(out), "kept": kept, "changed": changed, "files": list(headers), "unmatched": [info.name for info in infos if info.name not in twins]}
+    return {
+        "path": os.fspath(out),
+        "kept": kept,
+        "changed": changed,
+        "files": list(headers),
+        "unmatched": [info.name for info in infos if info.name not in twins],
+    }
 
 
 def twins_of(before: FileSource, after: FileSource, infos: list[TensorInfo]) -> dict[str, str]:
     """The source's name of each trained tensor that it has too. Raises InputError where the two are not of one model."""
     found = twins([info.name for info in infos], before.tensors)
     if not found:
-        raise InputError(f"{printable(before.path)} and {printable(after.path)} have no tensor of one name; give two checkpoints of one model")
+        raise InputError(
+            f"{printable(before.path)} and {printable(after.path)} have no tensor of one name; give two checkpoints of one model"
+        )
     for info in infos:
         twin = before.tensors.get(found.get(info.name, ""))
         if twin is not None and (twin.dtype, twin.shape) != (info.dtype, info.shape):
@@ -106,17 +121,25 @@ def twins_of(before: FileSource, after: FileSource, infos: list[TensorInfo]) -> 
     return found
 
 
-def refuse_others(after: FileSource, infos: list[TensorInfo], twins: Mapping[str, str], names: set[str], masks: MaskSet | None) -> None:
+def refuse_others(
+    after: FileSource, infos: list[TensorInfo], twins: Mapping[str, str], names: set[str], masks: MaskSet | None
+) -> None:
     """Raises InputError for masks of another model, and for a part with a tensor that the source lacks."""
     held = {info.name: info for info in infos}
     for name, shape in (masks.shapes if masks is not None else {}).items():
         if name not in held:
-            raise InputError(f"there is a mask of {printable(name)}, which {printable(after.path)} does not hold; make the masks from this model")
+            raise InputError(
+                f"there is a mask of {printable(name)}, which {printable(after.path)} does not hold; make the masks from this model"
+            )
         if held[name].shape != shape or held[name].items != held[name].numel:
-            raise InputError(f"the mask of {printable(name)} is of shape {list(shape)} and the tensor of {list(held[name].shape)}; make the masks from this model")
+            raise InputError(
+                f"the mask of {printable(name)} is of shape {list(shape)} and the tensor of {list(held[name].shape)}; make the masks from this model"
+            )
     for name in sorted(names):
         if name not in twins and (masks is None or name in masks):
-            raise InputError(f"the source lacks {printable(name)}, which is in the part; choose another, or a source that has it")
+            raise InputError(
+                f"the source lacks {printable(name)}, which is in the part; choose another, or a source that has it"
+            )
 
 
 def chosen_names(names: list[str], terms: Sequence[str]) -> set[str]:
@@ -142,7 +165,8 @@ def chosen_names(names: list[str], terms: Sequence[str]) -> set[str]:
         if not found:
             last_layer = max(one.layer for one in places.values())
             raise UsageError(
-                f"nothing is {printable(term)!r} here; there are {', '.join(sorted(blocks | modules))}" + (f", layers=0-{last_layer}" if last_layer >= 0 else "")
+                f"nothing is {printable(term)!r} here; there are {', '.join(sorted(blocks | modules))}"
+                + (f", layers=0-{last_layer}" if last_layer >= 0 else "")
             )
         kinds.setdefault("layer" if layers else "module", set()).update(found)
     chosen = set(names)
@@ -153,7 +177,9 @@ def chosen_names(names: list[str], terms: Sequence[str]) -> set[str]:
     return chosen
 
 
-def of_tensor(info: TensorInfo, masks: MaskSet | None, names: set[str], revert: bool) -> Callable[[int, int], torch.Tensor]:
+def of_tensor(
+    info: TensorInfo, masks: MaskSet | None, names: set[str], revert: bool
+) -> Callable[[int, int], torch.Tensor]:
     """Reads which items [start, stop) of a tensor are to be the trained ones, bool; `start` is a multiple of 8."""
     if info.name not in names or (masks is not None and info.name not in masks):
         return lambda start, stop: torch.tensor(revert)
@@ -162,7 +188,9 @@ def of_tensor(info: TensorInfo, masks: MaskSet | None, names: set[str], revert: 
     bits = masks[info.name].bits.numpy()
 
     def read(start: int, stop: int) -> torch.Tensor:
-        part = torch.from_numpy(np.unpackbits(bits[start // 8 : (stop + 7) // 8], count=stop - start, bitorder="little")).bool()
+        part = torch.from_numpy(
+            np.unpackbits(bits[start // 8 : (stop + 7) // 8], count=stop - start, bitorder="little")
+        ).bool()
         return ~part if revert else part
 
     return read

@@ -88,8 +88,14 @@ def source_digests(tensors: Iterable[Tensor]) -> dict[str, str]:
 def metadata_of(manifest: Manifest) -> dict[str, str]:
     """What stands in the header of a patch."""
     text = manifest.model_dump_json()
-    return {"format": FORMAT, "version": VERSION, "source_digest": manifest.source_digest, "trained_digest": manifest.digest,
-            "manifest": text, "manifest_digest": digest_bytes(text.encode())}  # fmt: skip
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "source_digest": manifest.source_digest,
+        "trained_digest": manifest.digest,
+        "manifest": text,
+        "manifest_digest": digest_bytes(text.encode()),
+    }
 
 
 class Patch:
@@ -126,7 +132,9 @@ class Patch:
 
     def _manifest(self, metadata: dict[str, str]) -> Manifest:
         if metadata.get("format") != FORMAT:
-            raise InputError(f"{printable(self.path)} is a safetensors file but no patch; give a file that patch create wrote")
+            raise InputError(
+                f"{printable(self.path)} is a safetensors file but no patch; give a file that patch create wrote"
+            )
         if metadata.get("version") != VERSION:
             raise InputError(
                 f"{printable(self.path)} is a patch of version {printable(str(metadata.get('version')))}, and this program reads"
@@ -141,10 +149,15 @@ class Patch:
             raise self.bad(f"names {printable(str(error))} twice in its manifest") from None
         except ValidationError as error:
             where = ".".join(map(str, error.errors()[0]["loc"]))
-            raise self.bad(f"has no valid {printable(where)} in its manifest ({printable(error.errors()[0]['msg'])})") from None
+            raise self.bad(
+                f"has no valid {printable(where)} in its manifest ({printable(error.errors()[0]['msg'])})"
+            ) from None
         except (ValueError, RecursionError):
             raise self.bad("has a manifest that is not JSON") from None
-        if metadata_of(manifest) | {"manifest": "", "manifest_digest": ""} != metadata | {"manifest": "", "manifest_digest": ""}:
+        if metadata_of(manifest) | {"manifest": "", "manifest_digest": ""} != metadata | {
+            "manifest": "",
+            "manifest_digest": "",
+        }:
             raise self.bad("has metadata that is not that of its manifest")
         self._check_names(manifest)
         return manifest
@@ -153,7 +166,12 @@ class Patch:
         names = [*manifest.headers, *manifest.beside]
         for name in names:
             # Untrusted: joined to the folder unchecked, "../../x" or "/x" would leave it.
-            if name.startswith(".") or any(c in "/\\:\0" for c in name) or not name.isprintable() or len(name.encode()) > 255:
+            if (
+                name.startswith(".")
+                or any(c in "/\\:\0" for c in name)
+                or not name.isprintable()
+                or len(name.encode()) > 255
+            ):
                 raise self.bad(f"makes a file {printable(name)}, which is not a plain file name")
         if any(not name.endswith(".safetensors") for name in manifest.headers) or not manifest.headers:
             raise self.bad("makes a file of weights whose name does not end with .safetensors, or none")
@@ -219,14 +237,21 @@ class Patch:
             tensor = tensors[info.name]
             data = self.entry(tensor.data)
             whole = (tensor.source, tensor.source_digest) == (None, None) and _same(data, info)
-            changes = None not in (tensor.source, tensor.source_digest) and data.dtype == "u8" and tensor.data.startswith("changes:")
+            changes = (
+                None not in (tensor.source, tensor.source_digest)
+                and data.dtype == "u8"
+                and tensor.data.startswith("changes:")
+            )
             if not whole and not changes:
                 raise self.bad(f"holds tensor {printable(info.name)} neither whole nor as changes")
         listed = {*stored, *(f"header:{name}" for name in self.headers), *(tensor.data for tensor in tensors.values())}
         if self._file.tensors.keys() != listed:
             raise self.bad("holds what its manifest does not list")
         trained = digest_all({name: tensor.digest for name, tensor in tensors.items()})
-        if (digest_all(source_digests(tensors.values())), trained) != (self.manifest.source_digest, self.manifest.digest):
+        if (digest_all(source_digests(tensors.values())), trained) != (
+            self.manifest.source_digest,
+            self.manifest.digest,
+        ):
             raise self.bad("has digests of the whole that are not those of its tensors")
 
     def close(self) -> None:
@@ -257,7 +282,9 @@ def summary(patch: Patch) -> dict[str, Any]:
         "source_digest": patch.manifest.source_digest,
         "trained_digest": patch.manifest.digest,
         "files": list(patch.files),
-        "beside": {name: "stored" if beside.stored else "from the source" for name, beside in patch.manifest.beside.items()},
+        "beside": {
+            name: "stored" if beside.stored else "from the source" for name, beside in patch.manifest.beside.items()
+        },
         "tensors": len(infos),
         "tensors_unchanged": sum(not tensors[info.name].changed for info in changed),
         "tensors_whole": sorted(info.name for info in infos if tensors[info.name].source is None),
@@ -281,7 +308,10 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"changed {found['changed']:,} of {found['items']:,} ({100 * found['density']:.3g} %), {found['tensors']} tensors, {found['tensors_unchanged']} of them unchanged",
     ]
     if whole:
-        text.append(f"whole   {', '.join(map(printable, whole[:4]))}" + (f" and {len(whole) - 4} more" if len(whole) > 4 else ""))
+        text.append(
+            f"whole   {', '.join(map(printable, whole[:4]))}"
+            + (f" and {len(whole) - 4} more" if len(whole) > 4 else "")
+        )
     if found["beside"]:
         text.append("beside  " + ", ".join(f"{printable(name)} ({how})" for name, how in found["beside"].items()))
     for name in found.get("left_out", ()):

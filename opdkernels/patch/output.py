@@ -136,7 +136,10 @@ class Ring(Generic[T]):
 def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary path beside `path`, which takes its name if all goes well and is gone if not."""
     if os.path.lexists(path) and not (overwrite and path.is_file()):
-        raise InputError(f"{printable(str(path))} exists; choose another name" + (", or pass --overwrite" if not path.is_dir() else ""))
+        raise InputError(
+            f"{printable(str(path))} exists; choose another name"
+            + (", or pass --overwrite" if not path.is_dir() else "")
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)

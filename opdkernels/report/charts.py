@@ -147,7 +147,13 @@ def band(lower: float | None, upper: float | None) -> str:
 
 
 def spectrum_curve(
-    xs: Sequence[float], ticks: Sequence[tuple[float, str]], series: Mapping[str, Sequence[float]], axis: str, label: str, told: Sequence[str], frame: Frame
+    xs: Sequence[float],
+    ticks: Sequence[tuple[float, str]],
+    series: Mapping[str, Sequence[float]],
+    axis: str,
+    label: str,
+    told: Sequence[str],
+    frame: Frame,
 ) -> Markup:
     """A share against x: the mean over matrices ("mean"), their middle four fifths ("low", "high"), and the null ("null").
 
@@ -170,9 +176,16 @@ def spectrum_curve(
             _text("tick end", frame.left - 8, y(share) + 4, f"{100 * share:.0f} %"),
         ]
     for value, text in ticks:
-        parts += [_line("tickmark", x(value), frame.floor, x(value), frame.floor + 5), _text("tick middle", x(value), frame.floor + 22, text)]
+        parts += [
+            _line("tickmark", x(value), frame.floor, x(value), frame.floor + 5),
+            _text("tick middle", x(value), frame.floor + 22, text),
+        ]
     at = {key: [(x(a), y(min(b, top))) for a, b in zip(xs, values, strict=True)] for key, values in series.items()}
-    parts += [_path("visible-band", at["low"] + at["high"][::-1], close=True), _path("null-line", at["null"]), _path("visible-line", at["mean"])]
+    parts += [
+        _path("visible-band", at["low"] + at["high"][::-1], close=True),
+        _path("null-line", at["null"]),
+        _path("visible-line", at["mean"]),
+    ]
     width = frame.inner[0] / (len(xs) - 1)
     for value, text in zip(xs, told, strict=True):
         parts.append(
@@ -187,7 +200,9 @@ def spectrum_curve(
 Line = tuple[str, str, Sequence[float | None]]  # its class (visible, stored, null), its name, a value a step or None
 
 
-def step_curve(steps: Sequence[int], lines: Sequence[Line], text: Callable[[float | None], str], what: str, frame: Frame) -> Markup:
+def step_curve(
+    steps: Sequence[int], lines: Sequence[Line], text: Callable[[float | None], str], what: str, frame: Frame
+) -> Markup:
     """Figures along a run of two steps or more. text: how a value reads; percents have percents on the axis."""
     known = [v for _, _, values in lines for v in values if v is not None]
     ticks = axis_ticks(min(known), max(known))
@@ -204,14 +219,24 @@ def step_curve(steps: Sequence[int], lines: Sequence[Line], text: Callable[[floa
 
     parts: list[Markup] = []
     for value, name in zip(ticks, named, strict=True):
-        parts += [_line("grid", frame.left, y(value), frame.width - frame.right, y(value)), _text("tick end", frame.left - 8, y(value) + 4, name)]
+        parts += [
+            _line("grid", frame.left, y(value), frame.width - frame.right, y(value)),
+            _text("tick end", frame.left - 8, y(value) + 4, name),
+        ]
     for step in apart([*steps], x, 52):
-        parts += [_line("tickmark", x(step), frame.floor, x(step), frame.floor + 5), _text("tick middle", x(step), frame.floor + 22, str(step))]
+        parts += [
+            _line("tickmark", x(step), frame.floor, x(step), frame.floor + 5),
+            _text("tick middle", x(step), frame.floor + 22, str(step)),
+        ]
     for kind, _, values in lines:
         points = [(x(step), y(v)) for step, v in zip(steps, values, strict=True) if v is not None]
         if len(points) > 1:
             parts.append(_path(f"{kind}-line", points))
-        parts += [Markup('<circle class="{}-dot" cx="{}" cy="{}" r="4"/>').format(kind, _n(a), _n(b)) for a, b in points if kind != "null"]
+        parts += [
+            Markup('<circle class="{}-dot" cx="{}" cy="{}" r="4"/>').format(kind, _n(a), _n(b))
+            for a, b in points
+            if kind != "null"
+        ]
     edges = [x(steps[0]), *((x(a) + x(b)) / 2 for a, b in pairwise(steps)), x(steps[-1])]
     for i, step in enumerate(steps):
         told = f"step {step}: " + ", ".join(f"{name} {text(values[i])}" for _, name, values in lines)
@@ -228,24 +253,47 @@ def step_curve(steps: Sequence[int], lines: Sequence[Line], text: Callable[[floa
 Interval = tuple[str, float, float, float]  # what it is of, its value, its lower and its upper end
 
 
-def interval_chart(rows: Sequence[Interval], text: Callable[[float | None], str], what: str, axis: str, frame: Frame) -> Markup:
+def interval_chart(
+    rows: Sequence[Interval], text: Callable[[float | None], str], what: str, axis: str, frame: Frame
+) -> Markup:
     """Values with their intervals, one under another, with zero on the axis."""
     room = 30
-    frame = replace(frame, left=min(frame.width // 2, 24 + 7 * max(len(name) for name, *_ in rows)), height=frame.top + frame.bottom + room * len(rows))
+    frame = replace(
+        frame,
+        left=min(frame.width // 2, 24 + 7 * max(len(name) for name, *_ in rows)),
+        height=frame.top + frame.bottom + room * len(rows),
+    )
     least, most = min(0.0, *(low for *_, low, _ in rows)), max(0.0, *(high for *_, high in rows))
     ticks = axis_ticks(least, most if most > least else least + 1.0)
-    x = lambda value: frame.left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * frame.inner[0]  # noqa: E731
+
+    def x(value):
+        return frame.left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * frame.inner[0]
+
     parts = []
     for tick in ticks[:: frame.stride]:
-        parts += [_line("grid", x(tick), frame.top, x(tick), frame.floor), _text("tick middle", x(tick), frame.floor + 22, f"{100 * tick:g} %" if text is percent else f"{tick:g}")]
+        parts += [
+            _line("grid", x(tick), frame.top, x(tick), frame.floor),
+            _text("tick middle", x(tick), frame.floor + 22, f"{100 * tick:g} %" if text is percent else f"{tick:g}"),
+        ]
     for i, (name, value, low, high) in enumerate(rows):
         y = frame.top + room * (i + 0.5)
         told = f"{name}: {text(value)}, 95 % interval {text(low)} to {text(high)}"
-        parts += [_text("tick end", frame.left - 10, y + 4, name), _path("stored-line", [(x(low), y), (x(high), y)]),
-                  Markup('<circle class="stored-dot" cx="{}" cy="{}" r="5"/>').format(_n(x(value)), _n(y)),
-                  Markup('<g class="probe"><title>{}</title><rect x="{}" y="{}" width="{}" height="{}"/></g>').format(told, frame.left, _n(y - room / 2), frame.inner[0], room)]  # fmt: skip
+        parts += [
+            _text("tick end", frame.left - 10, y + 4, name),
+            _path("stored-line", [(x(low), y), (x(high), y)]),
+            Markup('<circle class="stored-dot" cx="{}" cy="{}" r="5"/>').format(_n(x(value)), _n(y)),
+            Markup('<g class="probe"><title>{}</title><rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
+                told, frame.left, _n(y - room / 2), frame.inner[0], room
+            ),
+        ]
     parts.append(_text("axis middle", (frame.left + frame.width - frame.right) / 2, frame.height - 8, axis))
-    return _svg(frame.width, frame.height, f"{what} " + ", ".join(f"{name} {text(value)}" for name, value, *_ in rows), parts, f"chart {frame.kind}")
+    return _svg(
+        frame.width,
+        frame.height,
+        f"{what} " + ", ".join(f"{name} {text(value)}" for name, value, *_ in rows),
+        parts,
+        f"chart {frame.kind}",
+    )
 
 
 def apart(steps: list[int], x: Callable[[float], float], room: float) -> list[int]:

@@ -10,9 +10,17 @@ from opdkernels.report.glossary import glossary
 from opdkernels.report.tables import Cell, Column, build
 
 COLUMNS = [
-    Column("score", "percent"), Column("gain_kept", "percent"), Column("of_change", "percent"), Column("trained", "percent"), Column("in_found", "percent"), Column("changed_visible", "percent"), Column("changed_null", "percent"), Column("changed_stored", "percent"),
-    Column("relative_norm", "percent"), Column("near_zero_coverage_10pct", "percent"),
-]  # fmt: skip
+    Column("score", "percent"),
+    Column("gain_kept", "percent"),
+    Column("of_change", "percent"),
+    Column("trained", "percent"),
+    Column("in_found", "percent"),
+    Column("changed_visible", "percent"),
+    Column("changed_null", "percent"),
+    Column("changed_stored", "percent"),
+    Column("relative_norm", "percent"),
+    Column("near_zero_coverage_10pct", "percent"),
+]
 
 
 def content(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,21 +29,39 @@ def content(result: Mapping[str, Any]) -> dict[str, Any]:
     columns = [column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)]
     return {
         "title": f"Experiment {result['experiment']}",
-        "sides": [("student", format.name(result["student"])), ("teacher", format.name(result["teacher"] or "none")), ("task", format.name(result["task"]))],
+        "sides": [
+            ("student", format.name(result["student"])),
+            ("teacher", format.name(result["teacher"] or "none")),
+            ("task", format.name(result["task"])),
+        ],
         "headline": headline(result),
         "about": result["about"],
         "reading": reading(result),
-        "scores": [charts.interval_chart([(row["arm"], row["score"], row["score_low"], row["score_high"]) for row in rows], format.percent, "Scores:", "score", frame) for frame in charts.FRAMES],
+        "scores": [
+            charts.interval_chart(
+                [(row["arm"], row["score"], row["score_low"], row["score_high"]) for row in rows],
+                format.percent,
+                "Scores:",
+                "score",
+                frame,
+            )
+            for frame in charts.FRAMES
+        ],
         "kept": kept(rows),
         "table": build("arms", "Arms", [Column("arm"), *columns], [{"": told(row)} for row in rows]),
         "curves": curves(along),
         "against": result["against"],
         "analysis": result.get("analysis"),
         "run": {"command": f"experiment {result['experiment']}"},
-        "facts": [("seeds", str(result["seeds"])), ("held-out prompts", format.count(result["prompts"])), ("steps", format.count(result["steps"])),
-                  ("density", format.percent(result["density"]) if result["density"] else "what shows in bf16"), *((name, format.name(str(value))) for name, value in result["options"].items())],
+        "facts": [
+            ("seeds", str(result["seeds"])),
+            ("held-out prompts", format.count(result["prompts"])),
+            ("steps", format.count(result["steps"])),
+            ("density", format.percent(result["density"]) if result["density"] else "what shows in bf16"),
+            *((name, format.name(str(value))) for name, value in result["options"].items()),
+        ],
         "glossary": glossary(["stored", "visible", *(column.key for column in columns)]),
-    }  # fmt: skip
+    }
 
 
 def told(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,8 +80,19 @@ def interval(row: Mapping[str, Any], name: str) -> str:
 
 
 def kept(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
-    known = [(row["arm"], row["gain_kept"], row["gain_kept_low"], row["gain_kept_high"]) for row in rows if row.get("gain_kept") is not None]
-    return [charts.interval_chart(known, format.percent, "Share of the gain kept:", "share of the gain kept", frame) for frame in charts.FRAMES] if known else []
+    known = [
+        (row["arm"], row["gain_kept"], row["gain_kept_low"], row["gain_kept_high"])
+        for row in rows
+        if row.get("gain_kept") is not None
+    ]
+    return (
+        [
+            charts.interval_chart(known, format.percent, "Share of the gain kept:", "share of the gain kept", frame)
+            for frame in charts.FRAMES
+        ]
+        if known
+        else []
+    )
 
 
 def curves(along: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -65,23 +102,53 @@ def curves(along: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     steps = [row["step"] for row in along]
     found = []
     for heading, note, lines in (
-        ("What has changed.", "Share of the coordinates other than at the start.", [("visible", "in bf16", "changed_visible"), ("stored", "as stored", "changed_stored")]),
-        ("The final set.", "How much of what is changed in bf16 at the end was changed at a step, and how much of what was changed then stays so.",
-         [("visible", "of the final set", "coverage_of_final"), ("stored", "stays changed", "stays_changed")]),
-    ):  # fmt: skip
-        drawn = [(kind, name, [row[key] for row in along]) for kind, name, key in lines if any(row[key] is not None for row in along)]
+        (
+            "What has changed.",
+            "Share of the coordinates other than at the start.",
+            [("visible", "in bf16", "changed_visible"), ("stored", "as stored", "changed_stored")],
+        ),
+        (
+            "The final set.",
+            "How much of what is changed in bf16 at the end was changed at a step, and how much of what was changed then stays so.",
+            [("visible", "of the final set", "coverage_of_final"), ("stored", "stays changed", "stays_changed")],
+        ),
+    ):
+        drawn = [
+            (kind, name, [row[key] for row in along])
+            for kind, name, key in lines
+            if any(row[key] is not None for row in along)
+        ]
         if drawn:
-            found.append({"heading": heading, "note": note, "keys": [(kind, name) for kind, name, _ in drawn], "drawings": [charts.step_curve(steps, drawn, format.percent, heading, frame) for frame in charts.FRAMES]})
+            found.append(
+                {
+                    "heading": heading,
+                    "note": note,
+                    "keys": [(kind, name) for kind, name, _ in drawn],
+                    "drawings": [
+                        charts.step_curve(steps, drawn, format.percent, heading, frame) for frame in charts.FRAMES
+                    ],
+                }
+            )
     return found
 
 
 def headline(result: Mapping[str, Any]) -> str:
     """What an experiment found, in one sentence; of its arms alone that were run."""
     rows = {row["arm"]: row for row in result["rows"]}
-    told = {"masks": told_masks, "trajectory": told_trajectory, "interventions": told_interventions, "on-policy": told_changes, "precision": told_changes}
+    told = {
+        "masks": told_masks,
+        "trajectory": told_trajectory,
+        "interventions": told_interventions,
+        "on-policy": told_changes,
+        "precision": told_changes,
+    }
     sentence = told[result["experiment"]](rows) if result["experiment"] in told else told_best(rows)
     gain = f"{format.percent(rows['start']['score'])} to {format.percent(rows[result['against']]['score'])}"
-    return f"{sentence} ({result['against']}: {gain})" if sentence else f"{result['against']}: from {gain} on held-out prompts"
+    return (
+        f"{sentence} ({result['against']}: {gain})"
+        if sentence
+        else f"{result['against']}: from {gain} on held-out prompts"
+    )
 
 
 def told_masks(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -93,7 +160,11 @@ def told_masks(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def told_trajectory(rows: Mapping[str, Mapping[str, Any]]) -> str:
     first = next((row for row in rows.values() if row["arm"].startswith("mask at")), None)
-    return f"The {first['arm']} holds {format.percent(first['in_found'])} of the final one; by chance it would hold {format.percent(first['trained'])}" if first else ""
+    return (
+        f"The {first['arm']} holds {format.percent(first['in_found'])} of the final one; by chance it would hold {format.percent(first['trained'])}"
+        if first
+        else ""
+    )
 
 
 def told_interventions(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -104,7 +175,9 @@ def told_interventions(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def told_changes(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    return "Changed as stored: " + ", ".join(f"{format.percent(row['changed_stored'])} with {arm}" for arm, row in rows.items() if "changed_stored" in row)
+    return "Changed as stored: " + ", ".join(
+        f"{format.percent(row['changed_stored'])} with {arm}" for arm, row in rows.items() if "changed_stored" in row
+    )
 
 
 def told_best(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -114,24 +187,45 @@ def told_best(rows: Mapping[str, Mapping[str, Any]]) -> str:
         way, _, rate = arm.partition(" lr ")
         if rate and (way not in best or row["score"] > best[way]["score"]):
             best[way] = row
-    return "At the best of its rates: " + ", ".join(f"{way} {format.percent(row['score'])}" for way, row in best.items()) if best else ""
+    return (
+        "At the best of its rates: " + ", ".join(f"{way} {format.percent(row['score'])}" for way, row in best.items())
+        if best
+        else ""
+    )
 
 
 def reading(result: Mapping[str, Any]) -> list[str]:
     """What the intervals say of each arm beside the one that all are measured against."""
     rows = {row["arm"]: row for row in result["rows"]}
     if rows[result["against"]].get("gain_kept") is None:
-        return [f"The gain of {result['against']} may be nothing at this number of seeds and prompts, so that no share of it is given."]
+        return [
+            f"The gain of {result['against']} may be nothing at this number of seeds and prompts, so that no share of it is given."
+        ]
     found = []
     for arm, row in rows.items():
         if arm in ("start", result["against"]) or row.get("gain_kept") is None:
             continue
-        verdict = "less than all" if row["gain_kept_high"] < 1 else "more than all" if row["gain_kept_low"] > 1 else "not told apart from all"
+        verdict = (
+            "less than all"
+            if row["gain_kept_high"] < 1
+            else "more than all"
+            if row["gain_kept_low"] > 1
+            else "not told apart from all"
+        )
         found.append(f"{arm}: keeps {interval(row, 'gain_kept')} of the gain, {verdict} of it.")
     if result["seeds"] == 1:
-        found.append("One seed: the intervals are those of the held-out prompts alone, and another seed may lie outside them.")
+        found.append(
+            "One seed: the intervals are those of the held-out prompts alone, and another seed may lie outside them."
+        )
     ours, like = rows.get("found", {}), rows.get("random matched on |W|", {})
     if ours.get("gain_kept") is not None and like.get("gain_kept") is not None:
         apart = ours["gain_kept_low"] > like["gain_kept_high"] or ours["gain_kept_high"] < like["gain_kept_low"]
-        found.append("The found set and a random one of the same |W| " + ("differ: which coordinates are trained matters." if apart else "are not told apart by these intervals: size and |W| may be all that matters."))
+        found.append(
+            "The found set and a random one of the same |W| "
+            + (
+                "differ: which coordinates are trained matters."
+                if apart
+                else "are not told apart by these intervals: size and |W| may be all that matters."
+            )
+        )
     return found

@@ -24,7 +24,11 @@ def geometry(result: Analysis) -> dict[str, Any] | None:
     """The template's variables, None where the run has no spectra."""
     if result.spectra is None or result.geometry is None:
         return None
-    rows = [a | b for a, b in zip(result.spectra.to_pylist(), result.geometry.to_pylist(), strict=True) if a["view"] == "stored"]
+    rows = [
+        a | b
+        for a, b in zip(result.spectra.to_pylist(), result.geometry.to_pylist(), strict=True)
+        if a["view"] == "stored"
+    ]
     summary = result.summary["spectra"]
     known = [row for row in rows if row["method"]]
     if not known:
@@ -49,7 +53,13 @@ def sentences(known: Sequence[Row], exact: Sequence[Row]) -> list[str]:
     stable, random = (float(np.median(column(known, name))) for name in ("stable_rank", "stable_rank_null"))
     energy, random_energy = (float(np.median(column(known, name))) for name in ("energy_16", "energy_16_null"))
     ratio = energy / random_energy
-    kind = "few directions carry much of it" if ratio > 2 else "somewhat more than chance in its top directions" if ratio > 1.1 else "no direction stands out"
+    kind = (
+        "few directions carry much of it"
+        if ratio > 2
+        else "somewhat more than chance in its top directions"
+        if ratio > 1.1
+        else "no direction stands out"
+    )
     found = [
         f"The update of {plural(len(known), 'matrix', 'matrices')} has a median stable rank of {significant(stable, 3)}, where a random one has "
         f"{significant(random, 3)}; its 16 largest directions hold {percent(energy)} of the energy, against {percent(random_energy)}: {kind}."
@@ -57,7 +67,13 @@ def sentences(known: Sequence[Row], exact: Sequence[Row]) -> list[str]:
     if exact:
         within, chance = (float(column(exact, name).mean()) for name in ("projection_10pct", "projection_10pct_chance"))
         masked = float(column(exact, "principal_coverage_10pct").mean())
-        where = "away from" if within < 0.8 * chance else "towards" if within > 1.25 * chance else "neither towards nor away from"
+        where = (
+            "away from"
+            if within < 0.8 * chance
+            else "towards"
+            if within > 1.25 * chance
+            else "neither towards nor away from"
+        )
         found.append(
             f"It lies {where} the principal directions of the weights: {percent(within)} of its energy is between their top tenths, "
             f"{percent(chance)} by chance, and {percent(masked)} of the changed coordinates are among the tenth that those directions make large (by chance 10 %)."
@@ -65,7 +81,14 @@ def sentences(known: Sequence[Row], exact: Sequence[Row]) -> list[str]:
     return found
 
 
-def drawings(xs: Sequence[float], ticks: Sequence[tuple[float, str]], series: dict[str, np.ndarray], axis: str, label: str, told: Sequence[str]) -> list:
+def drawings(
+    xs: Sequence[float],
+    ticks: Sequence[tuple[float, str]],
+    series: dict[str, np.ndarray],
+    axis: str,
+    label: str,
+    told: Sequence[str],
+) -> list:
     values = {name: [float(v) for v in one] for name, one in series.items()}
     return [charts.spectrum_curve(xs, ticks, values, axis, label, told, frame) for frame in charts.FRAMES]
 
@@ -81,26 +104,48 @@ def energy_chart(known: Sequence[Row]) -> dict[str, Any]:
     values = np.array([[row[f"energy_{k}"] for k in used] for row in known])
     null = np.array([[random_spectrum(row["m"], row["n"])[1][k] for k in used] for row in known])
     series = spread(values, null)
-    told = [f"top {k}: {percent(m)}, random {percent(n)}" for k, m, n in zip(used, series["mean"], series["null"], strict=True)]
+    told = [
+        f"top {k}: {percent(m)}, random {percent(n)}"
+        for k, m, n in zip(used, series["mean"], series["null"], strict=True)
+    ]
     xs = [math.log2(k) for k in used] if len(used) > 1 else [0.0, 1.0]
     series = series if len(used) > 1 else {name: np.repeat(one, 2) for name, one in series.items()}
     return {
         "heading": "Energy of the largest directions.",
         "note": "Share of ‖Δ‖² in the k largest singular values.",
-        "drawings": drawings(xs, [(math.log2(k), str(k)) for k in used], series, "k, singular values", "Energy against k. " + "; ".join(told), told * (2 if len(used) == 1 else 1)),
+        "drawings": drawings(
+            xs,
+            [(math.log2(k), str(k)) for k in used],
+            series,
+            "k, singular values",
+            "Energy against k. " + "; ".join(told),
+            told * (2 if len(used) == 1 else 1),
+        ),
     }
 
 
 def decay_chart(result: Analysis) -> dict[str, Any]:
     records = [r for r in result.spectrum_records if r.view == "stored" and r.subspace.size and r.delta[0] > 0]
-    values = np.array([np.interp(SHARES * max(len(r.delta) - 1, 1), np.arange(len(r.delta)), r.delta / r.delta[0]) for r in records])
+    values = np.array(
+        [np.interp(SHARES * max(len(r.delta) - 1, 1), np.arange(len(r.delta)), r.delta / r.delta[0]) for r in records]
+    )
     series = spread(values, np.array([random_decay(r.m, r.n, SHARES) for r in records]))
-    told = [f"at {percent(s)}: {percent(m)} of σ₁, random {percent(n)}" for s, m, n in zip(SHARES, series["mean"], series["null"], strict=True)]
+    told = [
+        f"at {percent(s)}: {percent(m)} of σ₁, random {percent(n)}"
+        for s, m, n in zip(SHARES, series["mean"], series["null"], strict=True)
+    ]
     ticks = [(s, f"{100 * s:.0f} %") for s in (0, 0.25, 0.5, 0.75, 1.0)]
     return {
         "heading": "Decay of the singular values.",
         "note": "σᵢ over σ₁, along the spectrum of Δ.",
-        "drawings": drawings(SHARES.tolist(), ticks, series, "i over min(m, n)", "Singular values of the update over the largest, along the spectrum", told),
+        "drawings": drawings(
+            SHARES.tolist(),
+            ticks,
+            series,
+            "i over min(m, n)",
+            "Singular values of the update over the largest, along the spectrum",
+            told,
+        ),
     }
 
 
@@ -108,11 +153,27 @@ def ratios(exact: Sequence[Row], views: dict[str, Any]) -> list[Row]:
     found = []
     for ratio in RATIOS:
         label = ratio_label(ratio)
-        names = {"projection": "projection", "left": "projection_left", "right": "projection_right", "rotation_left": "rotation_left",
-                 "rotation_right": "rotation_right", "principal": "principal_coverage"}  # fmt: skip
-        means = {key: float(values.mean()) if (values := column(exact, f"{name}_{label}")).size else None for key, name in names.items()}
+        names = {
+            "projection": "projection",
+            "left": "projection_left",
+            "right": "projection_right",
+            "rotation_left": "rotation_left",
+            "rotation_right": "rotation_right",
+            "principal": "principal_coverage",
+        }
+        means = {
+            key: float(values.mean()) if (values := column(exact, f"{name}_{label}")).size else None
+            for key, name in names.items()
+        }
         chance = float(column(exact, f"projection_{label}_chance").mean())
-        found.append({"ratio": ratio, **means, "chance": chance, "near_zero": views["visible"].get(f"near_zero_coverage_{label}")})
+        found.append(
+            {
+                "ratio": ratio,
+                **means,
+                "chance": chance,
+                "near_zero": views["visible"].get(f"near_zero_coverage_{label}"),
+            }
+        )
     return found
 
 
@@ -120,9 +181,19 @@ def maps(known: Sequence[Row], exact: Sequence[Row]) -> list[dict[str, Any]]:
     """Heat maps of layer × module, mean over the matrices of a cell."""
     found = []
     for rows, value, heading, note in (
-        (known, lambda r: r["stable_rank"] / r["stable_rank_null"], "Stable rank over that of a random update", "Blue: fewer directions than a random update has."),
-        (exact, lambda r: ratio_of(r["principal_coverage_10pct"], 0.1), "Principal coverage at 10 % over chance", "Blue: the update avoids where the top singular vectors put weight; orange: it seeks it."),
-    ):  # fmt: skip
+        (
+            known,
+            lambda r: r["stable_rank"] / r["stable_rank_null"],
+            "Stable rank over that of a random update",
+            "Blue: fewer directions than a random update has.",
+        ),
+        (
+            exact,
+            lambda r: ratio_of(r["principal_coverage_10pct"], 0.1),
+            "Principal coverage at 10 % over chance",
+            "Blue: the update avoids where the top singular vectors put weight; orange: it seeks it.",
+        ),
+    ):
         cells: dict[tuple[str, int], list[float]] = {}
         for row in rows:
             if (one := value(row)) is not None:
@@ -134,7 +205,9 @@ def maps(known: Sequence[Row], exact: Sequence[Row]) -> list[dict[str, Any]]:
         scale = charts.ratio_scale(list(means.values()))
         modules = sorted({module for module, _ in means}, key=lambda m: (MODULE_ORDER.get(m, 99), m))
         names, drawing = charts.heat_map(dict(means), modules, layers, scale, heading)
-        found.append({"heading": heading, "note": note, "names": names, "drawing": drawing, "legend": charts.legend(scale)})
+        found.append(
+            {"heading": heading, "note": note, "names": names, "drawing": drawing, "legend": charts.legend(scale)}
+        )
     return found
 
 

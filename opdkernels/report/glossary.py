@@ -19,13 +19,31 @@ class Figure:
 
 FIGURES: dict[str, Figure] = {
     "arm": Figure("arm", "the run with some options, or trained on some mask; start: before any step", OWN),
-    "score": Figure("score", "mean reward of greedy completions of held-out prompts, the same for all arms; 95 % interval by resampling seeds, and prompts within them", OWN),
-    "gain_kept": Figure("gain kept", "an arm's gain in score over the start, over that of the arm it is measured against; 95 % interval by the same resampling, none where that gain may be nothing", OWN),
-    "of_change": Figure("of the change", "share of the coordinates that the full run changed which are as that run left them; the others are as at the start", OWN),
-    "in_found": Figure("of the found set", "share of the full run's set that an arm's mask holds; by chance, its own density", OWN),
+    "score": Figure(
+        "score",
+        "mean reward of greedy completions of held-out prompts, the same for all arms; 95 % interval by resampling seeds, and prompts within them",
+        OWN,
+    ),
+    "gain_kept": Figure(
+        "gain kept",
+        "an arm's gain in score over the start, over that of the arm it is measured against; 95 % interval by the same resampling, none where that gain may be nothing",
+        OWN,
+    ),
+    "of_change": Figure(
+        "of the change",
+        "share of the coordinates that the full run changed which are as that run left them; the others are as at the start",
+        OWN,
+    ),
+    "in_found": Figure(
+        "of the found set", "share of the full run's set that an arm's mask holds; by chance, its own density", OWN
+    ),
     "trained": Figure("trained", "numbers that the optimizer may move, as a share of the coordinates", OWN),
     "changed_stored": Figure("changed, stored", "share of the coordinates with Δ ≠ 0 as stored", OWN),
-    "changed_null": Figure("by rounding alone", "share of the coordinates that an update of the same visible energy would change in bf16 if it knew nothing of the weights", OWN),
+    "changed_null": Figure(
+        "by rounding alone",
+        "share of the coordinates that an update of the same visible energy would change in bf16 if it knew nothing of the weights",
+        OWN,
+    ),
     "changed_visible": Figure("changed, visible", "share of the coordinates whose value in bf16 changed", PAPER),
     "stored": Figure(
         "stored view", "both checkpoints as stored, Δ = W′ − W in fp32 (fp64 for fp64): what training did", OWN
@@ -141,16 +159,28 @@ FIGURES: dict[str, Figure] = {
         "‖V(t)ᵀV(T)‖² / 16 of the 16 top singular vectors of the update at a step and at the end, mean of left and right and over matrices",
         OWN,
     ),
-    "coverage_final": Figure("final set so far", "share of the coordinates changed at the end that are changed at this step, visible |Δ| > atol", OWN),
-    "coverage_step": Figure("kept to the end", "share of the coordinates changed at this step that are changed at the end", OWN),
-    "shared_over_magnitude": Figure(
-        "over |W|", "changed now and at the end, over what independent changes within each |W| of each tensor would share", OWN
+    "coverage_final": Figure(
+        "final set so far",
+        "share of the coordinates changed at the end that are changed at this step, visible |Δ| > atol",
+        OWN,
     ),
-    "frac_changed_since_previous": Figure("since previous", "share of the coordinates visibly other than at the checkpoint before", OWN),
+    "coverage_step": Figure(
+        "kept to the end", "share of the coordinates changed at this step that are changed at the end", OWN
+    ),
+    "shared_over_magnitude": Figure(
+        "over |W|",
+        "changed now and at the end, over what independent changes within each |W| of each tensor would share",
+        OWN,
+    ),
+    "frac_changed_since_previous": Figure(
+        "since previous", "share of the coordinates visibly other than at the checkpoint before", OWN
+    ),
     "relative_norm_since_previous": Figure("moved since previous", "‖W_t − W_{t−1}‖ / ‖W‖, stored view", OWN),
     "stable_rank": Figure("stable rank", "‖Δ‖² / σ₁², mean over matrices", PAPER),
     "principal_coverage_10pct": Figure(
-        "principal coverage", "share of the changed coordinates in the tenth that the top singular vectors of W make large, mean over matrices", PAPER
+        "principal coverage",
+        "share of the changed coordinates in the tenth that the top singular vectors of W make large, mean over matrices",
+        PAPER,
     ),
     "z_column": Figure("z, columns", "standard deviations above chance within columns and |W|", OWN),
 }

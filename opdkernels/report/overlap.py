@@ -43,12 +43,29 @@ def content(result: Overlaps) -> dict[str, Any]:
     pair = Column("pair")
     listed = sorted(rows, key=lambda r: -r["changed_both"])[:MOST_ROWS]
     tables = {
-        "pairs": build("pairs", "Pairs of runs, whole model", [pair, *columns], [{"": named(p)} for p in summary["pairs"]]),
-        "modules": build("modules", "By module", [Column("module"), pair, *COUNTS, *CHANCE, *extra], [{"": named(p)} for p in summary["by_module"]]),
-        "layers": build("layers", "By layer", [Column("layer"), pair, *COUNTS, *CHANCE, *extra], [{"": by_layer(p)} for p in summary["by_layer"]]),
-        "tensors": build("tensors", "Tensors, largest overlap first", [Column("name"), pair, Column("numel", "count"), *COUNTS, *CHANCE, *extra],
-                         [{"": named(r)} for r in listed], len(rows) - len(listed)),
-    }  # fmt: skip
+        "pairs": build(
+            "pairs", "Pairs of runs, whole model", [pair, *columns], [{"": named(p)} for p in summary["pairs"]]
+        ),
+        "modules": build(
+            "modules",
+            "By module",
+            [Column("module"), pair, *COUNTS, *CHANCE, *extra],
+            [{"": named(p)} for p in summary["by_module"]],
+        ),
+        "layers": build(
+            "layers",
+            "By layer",
+            [Column("layer"), pair, *COUNTS, *CHANCE, *extra],
+            [{"": by_layer(p)} for p in summary["by_layer"]],
+        ),
+        "tensors": build(
+            "tensors",
+            "Tensors, largest overlap first",
+            [Column("name"), pair, Column("numel", "count"), *COUNTS, *CHANCE, *extra],
+            [{"": named(r)} for r in listed],
+            len(rows) - len(listed),
+        ),
+    }
     used = [c.key for t in tables.values() for c in t.columns]
     return {
         "title": "What runs changed together",
@@ -147,9 +164,17 @@ def maps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def left_out(summary: dict[str, Any]) -> list[dict[str, Any]]:
     lists = [
-        ("Excluded", "Not in every run in the same shape; the run ends with status 3.", [(format.name(e["name"]), "", format.printable(e["reason"])) for e in summary["excluded"]]),
-        ("NaN or Inf", "These coordinates are left out of every figure; the run ends with status 3.", [(format.name(e["name"]), "", format.plural(e["coordinates"], "coordinate")) for e in summary["nonfinite"]]),
-    ]  # fmt: skip
+        (
+            "Excluded",
+            "Not in every run in the same shape; the run ends with status 3.",
+            [(format.name(e["name"]), "", format.printable(e["reason"])) for e in summary["excluded"]],
+        ),
+        (
+            "NaN or Inf",
+            "These coordinates are left out of every figure; the run ends with status 3.",
+            [(format.name(e["name"]), "", format.plural(e["coordinates"], "coordinate")) for e in summary["nonfinite"]],
+        ),
+    ]
     return [
         {"heading": h, "note": n, "total": len(r), "rows": r[:MOST_LISTED], "more": len(r) - len(r[:MOST_LISTED])}
         for h, n, r in lists
@@ -159,10 +184,19 @@ def left_out(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 def facts(run: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        *((role, f"{format.name(side['path'])} ({format.name(side['kind'])}, {format.plural(len(side['files']), 'file')})") for role, side in run["inputs"].items()),
+        *(
+            (
+                role,
+                f"{format.name(side['path'])} ({format.name(side['kind'])}, {format.plural(len(side['files']), 'file')})",
+            )
+            for role, side in run["inputs"].items()
+        ),
         ("started", run["started"].replace("T", " ").replace("+00:00", " UTC")),
         ("took", format.duration(run.get("seconds"))),
-        ("machine", f"{format.name(run['machine']['processor'])}, {format.plural(run['machine']['threads'], 'thread')}, {format.name(run['machine']['instruction_set'])}"),
+        (
+            "machine",
+            f"{format.name(run['machine']['processor'])}, {format.plural(run['machine']['threads'], 'thread')}, {format.name(run['machine']['instruction_set'])}",
+        ),
         ("versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items())),
         ("identity", format.name(run["identity"])),
-    ]  # fmt: skip
+    ]

@@ -52,7 +52,9 @@ class Spectra:
 
     def to(self, device: torch.device) -> Spectra:
         """The same on another device."""
-        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -157,7 +159,15 @@ def from_grams(
     left, right = (on_long, on_short) if tall else (on_short, on_long)
     rotations = (rotation_long, rotation_short) if tall else (rotation_short, rotation_long)
     return Spectra(
-        source.sigma, trained.sigma, resolved(delta.sigma if delta else singular_values(c)), ranks, projection, left, right, *rotations, "gram"
+        source.sigma,
+        trained.sigma,
+        resolved(delta.sigma if delta else singular_values(c)),
+        ranks,
+        projection,
+        left,
+        right,
+        *rotations,
+        "gram",
     )
 
 

@@ -25,7 +25,17 @@ from opdkernels.spectral.randomized import unit
 
 CUTS = (0.0, 1e-5)  # a coordinate changed where |delta| exceeds the cut, compared in the dtype of delta
 SUBSETS = ("all", *(f"changed_{cut:g}" for cut in CUTS))
-COUNTS = ("total", "principal", "principal_tied", "low", "low_tied", "both", "principal_and_low_tied", "principal_tied_and_low", "both_tied")
+COUNTS = (
+    "total",
+    "principal",
+    "principal_tied",
+    "low",
+    "low_tied",
+    "both",
+    "principal_and_low_tied",
+    "principal_tied_and_low",
+    "both_tied",
+)
 BLOCK = 1 << 20  # coordinates at a time
 CANDIDATES = 1 << 14  # scores made again at a time
 ROUNDINGS = 8  # standard deviations of accumulated rounding that an fp32 score may be off
@@ -113,7 +123,9 @@ def masks(
     magnitudes = (wide(weights[block]).abs_().numpy().ravel() for block in where)  # NumPy compares six times as fast
     low = packed(source.numel(), ([flags for c in cuts for flags in (w < c.cut, w == c.cut)] for w in magnitudes))
     return [
-        Masks(size, *select(projected[:, :rank], basis[:, :rank], where, size), low[2 * i], low[2 * i + 1], cuts[i].taken)
+        Masks(
+            size, *select(projected[:, :rank], basis[:, :rank], where, size), low[2 * i], low[2 * i + 1], cuts[i].taken
+        )
         for i, (size, rank) in enumerate(zip(sizes, ranks, strict=True))
     ]
 
@@ -156,7 +168,9 @@ def select(
         if not 0 < rest <= len(index):
             continue  # the cut is not in the bracket
         off = error[index // short, 0]
-        low, high = (float(np.partition(ends, len(ends) - rest)[len(ends) - rest]) for ends in (score - off, score + off))
+        low, high = (
+            float(np.partition(ends, len(ends) - rest)[len(ends) - rest]) for ends in (score - off, score + off)
+        )
         if least <= low and high <= most:
             break
     # The cut in exact scores lies in low .. high: what is surely beyond or below is so whatever was rounded.
@@ -183,7 +197,9 @@ def bracket(sample: np.ndarray, share: float) -> tuple[float, float]:
     return quantile(values, least).cut if least < numel else -1.0, quantile(values, most).cut if most > 0 else math.inf
 
 
-def around(scores: Callable[[slice], np.ndarray], error: np.ndarray, where: Sequence[slice], short: int, size: int) -> tuple[float, float]:
+def around(
+    scores: Callable[[slice], np.ndarray], error: np.ndarray, where: Sequence[slice], short: int, size: int
+) -> tuple[float, float]:
     """The same for certain, from all scores, 4 bytes each, for rows too unlike for a sample."""
     every, ends = np.empty((where[-1].stop, short), np.float32), []
     for sign in (-1, 1):
@@ -195,7 +211,9 @@ def around(scores: Callable[[slice], np.ndarray], error: np.ndarray, where: Sequ
 
 def overlaps(masks: Sequence[Masks], source: torch.Tensor, trained: torch.Tensor, *, visible: bool) -> list[Overlaps]:
     """What the masks of W share with all and with the changed coordinates. source, trained: [long, short] views."""
-    deltas = (change(source[block], trained[block], visible)[1].abs_().numpy().ravel() for block in row_blocks(*source.shape))
+    deltas = (
+        change(source[block], trained[block], visible)[1].abs_().numpy().ravel() for block in row_blocks(*source.shape)
+    )
     changed = packed(source.numel(), ([d > cut for cut in CUTS] for d in deltas))
     return [Overlaps(count(one, changed, source.numel()), one.size, one.taken, one.low_taken) for one in masks]
 
@@ -220,5 +238,17 @@ def count(mask: Masks, changed: Sequence[np.ndarray], numel: int) -> np.ndarray:
         principal, both, both_tied = (among(mask.sure, bits) + inside(mask.above, bits) for bits in of_low)
         principal_tied, tied_low, tied_tied = (inside(mask.tied, bits) for bits in of_low)
         total = numel if subset is None else popcount(subset)
-        rows.append([total, principal, principal_tied, among(mask.low), among(mask.low_tied), both, both_tied, tied_low, tied_tied])
+        rows.append(
+            [
+                total,
+                principal,
+                principal_tied,
+                among(mask.low),
+                among(mask.low_tied),
+                both,
+                both_tied,
+                tied_low,
+                tied_tied,
+            ]
+        )
     return np.array(rows, np.int64)

@@ -72,7 +72,9 @@ class RandomizedSVD:
 
     def to(self, device: torch.device) -> RandomizedSVD:
         """The same on another device."""
-        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
         return replace(self, **moved)
 
 

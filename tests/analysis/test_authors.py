@@ -96,7 +96,10 @@ def test_tensor_rows_are_those_of_comparisons_in_bf16(dtype, tmp_path):
         assert {name: float(row[name]) for name in shares(w, v)} == shares(w, v)
         for name, expected in sizes(w, v).items():
             # Sums in double in another order: n terms of one sign.
-            assert number(row[name]) == pytest.approx(expected, rel=w.numel() * 2.0**-52, nan_ok=True), (row["name"], name)
+            assert number(row[name]) == pytest.approx(expected, rel=w.numel() * 2.0**-52, nan_ok=True), (
+                row["name"],
+                name,
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -104,7 +107,9 @@ def test_near_zero_rows_are_the_mean_over_the_ways_to_break_ties(dtype, tmp_path
     source, after = mixed(dtype)
     rows = run(tmp_path, source, after)["mask_overlap_metrics.csv"]
     matrices = [name for name in sorted(source) if source[name].ndim == 2]
-    assert [(row["name"], float(row["update_mask_atol"])) for row in rows] == [(m, a) for m in matrices for a in (0, 1e-5)]
+    assert [(row["name"], float(row["update_mask_atol"])) for row in rows] == [
+        (m, a) for m in matrices for a in (0, 1e-5)
+    ]
     for row in rows:
         w, _, d = (t.float().flatten() for t in visible(source[row["name"]], after[row["name"]]))
         changed, n = d.abs() > float(row["update_mask_atol"]), len(d)
@@ -112,7 +117,10 @@ def test_near_zero_rows_are_the_mean_over_the_ways_to_break_ties(dtype, tmp_path
         assert (int(row["numel"]), int(row["update_count"]), row["mask_overlap_mode"]) == (n, count, "exact")
         assert float(row["update_density"]) == count / max(n, 1)
         for label, r in RATIOS.items():
-            get = lambda figure, row=row, label=label: number(row[f"low_magnitude_{label}_{figure}"])  # noqa: E731
+
+            def get(figure, row=row, label=label):
+                return number(row[f"low_magnitude_{label}_{figure}"])
+
             if not n:
                 assert get("density") == 0
                 assert math.isnan(get("covered_by_update_ratio"))
@@ -142,49 +150,112 @@ def test_columns_are_the_documented_ones(pair, tmp_path):
     close = [f"frac_isclose_zero_atol_{t}" for t in THRESHOLDS]
     top = [f"coord_top_{label}_energy_ratio" for label in TOP]
     tensors = [
-        "name", "shape", "ndim", "numel", "analysis_dtype", *where, "src_fro_norm", "opd_fro_norm", "delta_fro_norm",
-        "relative_delta_fro", "delta_l2_norm", "delta_linf_norm", "delta_mean_abs", "delta_rms", "src_rms", "opd_rms",
-        "has_nan_or_inf", "src_energy", "opd_energy", "delta_energy", "frac_delta_eq_0",
-        *(name for both in zip(below, close, strict=True) for name in both), *relative, *top,
-    ]  # fmt: skip
+        "name",
+        "shape",
+        "ndim",
+        "numel",
+        "analysis_dtype",
+        *where,
+        "src_fro_norm",
+        "opd_fro_norm",
+        "delta_fro_norm",
+        "relative_delta_fro",
+        "delta_l2_norm",
+        "delta_linf_norm",
+        "delta_mean_abs",
+        "delta_rms",
+        "src_rms",
+        "opd_rms",
+        "has_nan_or_inf",
+        "src_energy",
+        "opd_energy",
+        "delta_energy",
+        "frac_delta_eq_0",
+        *(name for both in zip(below, close, strict=True) for name in both),
+        *relative,
+        *top,
+    ]
     figures = ("density", "update_overlap_ratio", "covered_by_update_ratio", "enrichment_vs_random")
     assert header("tensor_metrics.csv") == tensors
     assert header("top_delta_tensors.csv") == [*tensors, "delta_energy_share"]
     assert header("mask_overlap_metrics.csv") == [
-        "name", "shape", *where, "mask_overlap_mode", "update_mask_atol", "numel", "update_count", "update_density",
+        "name",
+        "shape",
+        *where,
+        "mask_overlap_mode",
+        "update_mask_atol",
+        "numel",
+        "update_count",
+        "update_density",
         *(f"low_magnitude_{label}_{figure}" for label in RATIOS for figure in figures),
         *(
             name
             for label in RATIOS
             for name in (
                 f"principal_rank_{label}",
-                *(f"{mask}_{label}_{f}" for mask in ("principal", "principal_not_low", "nonprincipal_or_low") for f in figures),
+                *(
+                    f"{mask}_{label}_{f}"
+                    for mask in ("principal", "principal_not_low", "nonprincipal_or_low")
+                    for f in figures
+                ),
                 f"principal_low_intersection_density_{label}",
             )
         ),
-    ]  # fmt: skip
+    ]
     projections = [f"{side}principal_projection_energy_ratio" for side in ("", "left_", "right_")]
     assert header("base_geometry_metrics.csv") == [
-        "name", "shape", *where, "base_geometry_mode",
+        "name",
+        "shape",
+        *where,
+        "base_geometry_mode",
         *(f"{name}_{label}" for label in RATIOS for name in (*projections, "top_subspace_rotation")),
-        "spectral_drift_l2_ratio", "spectral_drift_to_delta_fro_ratio", "skipped_reason",
-    ]  # fmt: skip
+        "spectral_drift_l2_ratio",
+        "spectral_drift_to_delta_fro_ratio",
+        "skipped_reason",
+    ]
     assert header("svd_metrics.csv") == [
-        "name", "shape", *where, "matrix_m", "matrix_n", "min_dim", "spectral_norm", "spectral_fro_ratio", "stable_rank",
-        "effective_rank_entropy", *(f"rank{pct}_tol_1e_{t}" for t in (6, 5, 4) for pct in ("", "_pct")),
-        *(f"top{k}_energy_ratio" for k in (1, 2, 4, 8, 16, 32, 64)), *(f"top{p}pct_energy_ratio" for p in (1, 5, 10)), "svd_mode",
-    ]  # fmt: skip
+        "name",
+        "shape",
+        *where,
+        "matrix_m",
+        "matrix_n",
+        "min_dim",
+        "spectral_norm",
+        "spectral_fro_ratio",
+        "stable_rank",
+        "effective_rank_entropy",
+        *(f"rank{pct}_tol_1e_{t}" for t in (6, 5, 4) for pct in ("", "_pct")),
+        *(f"top{k}_energy_ratio" for k in (1, 2, 4, 8, 16, 32, 64)),
+        *(f"top{p}pct_energy_ratio" for p in (1, 5, 10)),
+        "svd_mode",
+    ]
     for name, keys in (("layer", where[:1]), ("module", where[1:2]), ("block", where[2:]), ("layer_module", where[:2])):
         assert header(f"{name}_summary.csv") == [
-            *keys, "num_tensors", "total_numel", "total_delta_energy", "delta_energy_share", "total_src_energy",
-            "group_relative_delta", *below, *relative, "frac_delta_eq_0", *close, *top,
-        ]  # fmt: skip
+            *keys,
+            "num_tensors",
+            "total_numel",
+            "total_delta_energy",
+            "delta_energy_share",
+            "total_src_energy",
+            "group_relative_delta",
+            *below,
+            *relative,
+            "frac_delta_eq_0",
+            *close,
+            *top,
+        ]
     assert header("failed_tensors.csv") == ["name", "stage", "error_message", "traceback_short"]
 
 
-@pytest.mark.parametrize(("name", "keys"), [
-    ("layer", ["layer_id"]), ("module", ["module_type"]), ("block", ["block_type"]), ("layer_module", ["layer_id", "module_type"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("layer", ["layer_id"]),
+        ("module", ["module_type"]),
+        ("block", ["block_type"]),
+        ("layer_module", ["layer_id", "module_type"]),
+    ],
+)
 def test_groups_sum_their_tensors_and_come_in_order_of_energy(name, keys, tmp_path):
     found = run(tmp_path, *mixed(torch.bfloat16))
     tensors, groups = found["tensor_metrics.csv"], found[f"{name}_summary.csv"]
@@ -194,7 +265,10 @@ def test_groups_sum_their_tensors_and_come_in_order_of_energy(name, keys, tmp_pa
     everything = math.fsum(float(row["delta_energy"]) for row in tensors)
     for group in groups:
         members = [row for row in tensors if all(row[k] == group[k] for k in keys)]
-        total = lambda of, members=members: math.fsum(float(row[of]) for row in members)  # noqa: E731
+
+        def total(of, members=members):
+            return math.fsum(float(row[of]) for row in members)
+
         assert (int(group["num_tensors"]), int(group["total_numel"])) == (len(members), total("numel"))
         assert float(group["total_delta_energy"]) == pytest.approx(total("delta_energy"))
         assert float(group["total_src_energy"]) == pytest.approx(total("src_energy"))
@@ -203,7 +277,9 @@ def test_groups_sum_their_tensors_and_come_in_order_of_energy(name, keys, tmp_pa
         assert float(group["group_relative_delta"]) == pytest.approx(ratio)
         for figure in [c for c in group if c.startswith(("frac_", "coord_top_"))]:
             weight = "numel" if figure.startswith("frac_") else "delta_energy"
-            known = [(float(row[figure]), float(row[weight])) for row in members if row[figure] and float(row[weight]) > 0]
+            known = [
+                (float(row[figure]), float(row[weight])) for row in members if row[figure] and float(row[weight]) > 0
+            ]
             mean = math.fsum(x * w for x, w in known) / math.fsum(w for _, w in known) if known else math.nan
             assert number(group[figure]) == pytest.approx(mean, nan_ok=True), figure
 
@@ -217,26 +293,29 @@ def test_largest_tensors_come_first_and_no_more_than_a_hundred(tmp_path):
     assert float(rows[0]["delta_energy_share"]) == pytest.approx(120**2 / everything)
 
 
-@pytest.mark.parametrize(("name", "where"), [
-    ("model.layers.3.self_attn.q_proj.weight", (3, "q_proj", "attention")),
-    ("model.layers.3.self_attn.qkv_proj.weight", (3, "v_proj", "attention")),  # as a substring
-    ("model.layers.3.mlp.gate_up_proj.weight", (3, "up_proj", "mlp")),
-    ("model.layers.3.self_attn.q_norm.weight", (3, "norm", "norm")),
-    ("model.layers.3.self_attn.q_proj.bias", (3, "q_proj", "attention")),
-    ("model.language_model.layers.12.post_attention_layernorm.weight", (12, "norm", "norm")),
-    ("layers.1.encoder.model.layers.2.mlp.down_proj", (2, "down_proj", "mlp")),
-    ("transformer.h.7.ln_1.weight", (7, "norm", "norm")),
-    ("h.7.attn.c_attn.weight", (-1, "other", "other")),
-    ("visual.blocks.5.mlp.fc1.weight", (5, "fc1", "mlp")),
-    ("blocks.5.experts.w3", (5, "w3", "mlp")),
-    ("blocks.5.pw3.weight", (5, "other", "other")),  # a whole token or nothing
-    ("transformer.wte.weight", (-1, "embed_tokens", "embedding")),
-    ("MODEL.EMBED_TOKENS.WEIGHT", (-1, "embed_tokens", "embedding")),
-    ("lm_head.weight", (-1, "lm_head", "lm_head")),
-    ("model.layers.x.weight", (-1, "other", "other")),
-    ("layers." + "9" * 5000 + ".weight", (-1, "other", "other")),
-    ("", (-1, "other", "other")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("model.layers.3.self_attn.q_proj.weight", (3, "q_proj", "attention")),
+        ("model.layers.3.self_attn.qkv_proj.weight", (3, "v_proj", "attention")),  # as a substring
+        ("model.layers.3.mlp.gate_up_proj.weight", (3, "up_proj", "mlp")),
+        ("model.layers.3.self_attn.q_norm.weight", (3, "norm", "norm")),
+        ("model.layers.3.self_attn.q_proj.bias", (3, "q_proj", "attention")),
+        ("model.language_model.layers.12.post_attention_layernorm.weight", (12, "norm", "norm")),
+        ("layers.1.encoder.model.layers.2.mlp.down_proj", (2, "down_proj", "mlp")),
+        ("transformer.h.7.ln_1.weight", (7, "norm", "norm")),
+        ("h.7.attn.c_attn.weight", (-1, "other", "other")),
+        ("visual.blocks.5.mlp.fc1.weight", (5, "fc1", "mlp")),
+        ("blocks.5.experts.w3", (5, "w3", "mlp")),
+        ("blocks.5.pw3.weight", (5, "other", "other")),  # a whole token or nothing
+        ("transformer.wte.weight", (-1, "embed_tokens", "embedding")),
+        ("MODEL.EMBED_TOKENS.WEIGHT", (-1, "embed_tokens", "embedding")),
+        ("lm_head.weight", (-1, "lm_head", "lm_head")),
+        ("model.layers.x.weight", (-1, "other", "other")),
+        ("layers." + "9" * 5000 + ".weight", (-1, "other", "other")),
+        ("", (-1, "other", "other")),
+    ],
+)
 def test_places_are_found_as_the_authors_find_them(name, where):
     assert tuple(authors.place(name).values()) == where
 
@@ -244,15 +323,29 @@ def test_places_are_found_as_the_authors_find_them(name, where):
 def test_matching_is_by_name_and_three_prefixes_and_all_else_is_reported(tmp_path):
     ones = torch.ones(4, 6)
     source = {
-        "same": ones, "language_model.layers.0.x": ones, "model.visual.y": ones, "model.language_model.z": ones,
-        "module.wrapped": ones, "only_source": ones, "transposed": ones, "model.embed_tokens.weight": ones,
-        "count": torch.arange(3), "model.layers.0.self_attn.qkv_proj.weight": torch.ones(12, 6),
-    }  # fmt: skip
+        "same": ones,
+        "language_model.layers.0.x": ones,
+        "model.visual.y": ones,
+        "model.language_model.z": ones,
+        "module.wrapped": ones,
+        "only_source": ones,
+        "transposed": ones,
+        "model.embed_tokens.weight": ones,
+        "count": torch.arange(3),
+        "model.layers.0.self_attn.qkv_proj.weight": torch.ones(12, 6),
+    }
     after = {
-        "same": ones, "model.layers.0.x": ones, "visual.y": ones, "model.z": ones, "wrapped": ones, "only_trained": ones,
-        "transposed": torch.ones(6, 4), "model.embed_tokens.weight": torch.ones(5, 6), "count": torch.arange(3),
+        "same": ones,
+        "model.layers.0.x": ones,
+        "visual.y": ones,
+        "model.z": ones,
+        "wrapped": ones,
+        "only_trained": ones,
+        "transposed": torch.ones(6, 4),
+        "model.embed_tokens.weight": torch.ones(5, 6),
+        "count": torch.arange(3),
         **{f"model.layers.0.self_attn.{m}_proj.weight": ones for m in "qkv"},
-    }  # fmt: skip
+    }
     found = run(tmp_path, source, after)
     names = ["language_model.layers.0.x", "model.language_model.z", "model.visual.y", "same"]
     assert [row["name"] for row in found["tensor_metrics.csv"]] == names
@@ -270,7 +363,12 @@ def test_matching_is_by_name_and_three_prefixes_and_all_else_is_reported(tmp_pat
         "missing_in_src": sorted({"wrapped", "only_trained", *(n for n in after if "_proj" in n)}),
         "missing_in_opd": sorted({"module.wrapped", "only_source", *(n for n in source if "_proj" in n)}),
         "shape_mismatched": [
-            {"src_name": name, "opd_name": name, "src_shape": list(source[name].shape), "opd_shape": list(after[name].shape)}
+            {
+                "src_name": name,
+                "opd_name": name,
+                "src_shape": list(source[name].shape),
+                "opd_shape": list(after[name].shape),
+            }
             for name in ("model.embed_tokens.weight", "transposed")
         ],
         "skipped_non_floating": 1,
@@ -281,7 +379,11 @@ def test_names_with_several_candidates_are_reported_and_not_paired():
     found, report = authors.match_names(["language_model.a", "model.language_model.a", "b"], ["model.a", "b"])
     assert found == [("b", "b")]
     assert report["ambiguous_alias_matches"] == [
-        {"canonical_key": "model.a", "src_keys": ["language_model.a", "model.language_model.a"], "opd_keys": ["model.a"]}
+        {
+            "canonical_key": "model.a",
+            "src_keys": ["language_model.a", "model.language_model.a"],
+            "opd_keys": ["model.a"],
+        }
     ]
 
 
@@ -314,7 +416,9 @@ def test_non_finite_tensors_keep_their_shares_and_have_no_norms(side, value, tmp
 def test_tensors_of_one_storage_have_a_row_each(tmp_path):
     for side, shift in (("a", 0.0), ("b", 1e-3)):
         shared = torch.linspace(-1, 1, 24).reshape(4, 6) + shift
-        torch.save({"model.embed_tokens.weight": shared, "lm_head.weight": shared, "x": torch.ones(2)}, tmp_path / f"{side}.pt")
+        torch.save(
+            {"model.embed_tokens.weight": shared, "lm_head.weight": shared, "x": torch.ones(2)}, tmp_path / f"{side}.pt"
+        )
     analyze(tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "out", authors_csv=True, report=False)
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "out" / "tensor_metrics.csv").open())}
     assert list(rows) == ["lm_head.weight", "model.embed_tokens.weight", "x"]
@@ -327,21 +431,30 @@ def test_tensors_that_failed_or_were_counted_once_are_listed(pair, tmp_path):
     opened, result = open_pair(*pair), analyze(*pair)
     try:
         first, second, *rest = result.records
-        result.records = [dataclasses.replace(first, tally=None, failure="MemoryError: no room"), dataclasses.replace(second, how="tied"), *rest]
+        result.records = [
+            dataclasses.replace(first, tally=None, failure="MemoryError: no room"),
+            dataclasses.replace(second, how="tied"),
+            *rest,
+        ]
         authors.write(tmp_path, opened, result)
     finally:
         opened.close()
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "failed_tensors.csv").open())}
     assert set(rows) == {first.name, second.name}
     assert {row["stage"] for row in rows.values()} == {"delta_metrics"}
-    assert (rows[first.name]["error_message"], rows[first.name]["traceback_short"]) == ("no room", "MemoryError: no room")
+    assert (rows[first.name]["error_message"], rows[first.name]["traceback_short"]) == (
+        "no room",
+        "MemoryError: no room",
+    )
     analysed = {row["name"] for row in csv.DictReader((tmp_path / "tensor_metrics.csv").open())}
     assert analysed == set(weights()) - set(rows)
 
 
 @pytest.mark.parametrize("name", ["=cmd()|x", "+1", "-1", "@a", 'a,"b"', "a\nb", "../../x", "<b>"])
 def test_names_stay_one_cell_and_run_as_no_formula(name, tmp_path):
-    found = run(tmp_path, {name: torch.ones(4, 4), "z": torch.zeros(2)}, {name: torch.full((4, 4), 2.0), "z": torch.zeros(2)})
+    found = run(
+        tmp_path, {name: torch.ones(4, 4), "z": torch.zeros(2)}, {name: torch.full((4, 4), 2.0), "z": torch.zeros(2)}
+    )
     plain = "'" + name if name[0] in "=+-@" else name
     for file in ("tensor_metrics.csv", "mask_overlap_metrics.csv", "top_delta_tensors.csv"):
         assert plain in {row["name"] for row in found[file]}

@@ -85,7 +85,9 @@ def test_relative_thresholds_lie_within_their_bounds(view):
             limit = float(torch.tensor(tau * rms).bfloat16())
             assert row[f"frac_lt_rel_{label}"] == (np.abs(d) < limit).mean()
         else:
-            assert row[f"frac_lt_rel_{label}_lower"] <= (np.abs(d) < tau * rms).mean() <= row[f"frac_lt_rel_{label}_upper"]
+            assert (
+                row[f"frac_lt_rel_{label}_lower"] <= (np.abs(d) < tau * rms).mean() <= row[f"frac_lt_rel_{label}_upper"]
+            )
 
 
 @settings(max_examples=40, deadline=None)
@@ -125,7 +127,12 @@ def test_figures_of_many_tensors_are_those_of_each(view):
     """Empty, unmoved, all non-finite and ordinary tensors side by side, more than one batch of them."""
     kinds = [
         sparse(*make_pair(n, dtype, seed=n, hostile=hostile))
-        for n, dtype, hostile in ((500, torch.float32, True), (0, torch.float32, False), (64, torch.bfloat16, False), (1, torch.float64, False))
+        for n, dtype, hostile in (
+            (500, torch.float32, True),
+            (0, torch.float32, False),
+            (64, torch.bfloat16, False),
+            (1, torch.float64, False),
+        )
     ]
     kinds += [sparse(torch.ones(9), torch.ones(9)), sparse(torch.full((3,), float("nan")), torch.ones(3))]
     tallies = [kinds[i % len(kinds)] for i in range(150)]
@@ -146,9 +153,19 @@ def test_thresholds_round_as_torch_rounds_them():
 def test_an_unmoved_and_an_empty_tensor_have_no_invented_figures(view):
     same = torch.ones(10)
     row = figures_of(sparse(same, same), view)
-    assert (row["frac_zero"], row["relative_norm"], row["top_energy_1pct"], row["near_zero_coverage_10pct"]) == (1.0, 0.0, None, None)
+    assert (row["frac_zero"], row["relative_norm"], row["top_energy_1pct"], row["near_zero_coverage_10pct"]) == (
+        1.0,
+        0.0,
+        None,
+        None,
+    )
     row = figures_of(sparse(torch.empty(0), torch.empty(0)), view)
-    assert (row["frac_zero"], row["relative_norm"], row["max_abs"], row["near_zero_coverage_10pct"]) == (None, None, None, None)
+    assert (row["frac_zero"], row["relative_norm"], row["max_abs"], row["near_zero_coverage_10pct"]) == (
+        None,
+        None,
+        None,
+        None,
+    )
     assert all(v is None or not (isinstance(v, float) and math.isnan(v)) for v in row.values())
 
 

@@ -39,7 +39,10 @@ def staging(monkeypatch):
 def large(tmp_path):
     """Tensors of several slices beside small ones."""
     generator = torch.Generator().manual_seed(0)
-    source = {f"layers.{i}.w": torch.randn(n, generator=generator).bfloat16() for i, n in enumerate((300, 700_000, 5, 0, 1_300_001))}
+    source = {
+        f"layers.{i}.w": torch.randn(n, generator=generator).bfloat16()
+        for i, n in enumerate((300, 700_000, 5, 0, 1_300_001))
+    }
     return save(tmp_path / "a", source), save(tmp_path / "b", trained(source, size=1e-3))
 
 
@@ -107,7 +110,9 @@ def test_a_tensor_that_fails_whatever_the_slices_fails_alone(large, tmp_path, st
     result = analyze(*large, tmp_path / "out", spectra="off")
     assert result.exit_status == 3
     assert {one["name"] for one in result.summary["failed"]} == {"layers.1.w", "layers.4.w"}
-    assert all(one["reason"].endswith("CUDA out of memory. Tried to allocate 1.00 GiB") for one in result.summary["failed"])
+    assert all(
+        one["reason"].endswith("CUDA out of memory. Tried to allocate 1.00 GiB") for one in result.summary["failed"]
+    )
     assert result.tally("layers.0.w").numel == 300
 
 
@@ -121,7 +126,9 @@ def test_gram_matrices_are_made_where_the_rules_say_and_masks_on_the_cpu(pair, m
         raise RuntimeError("no kernel here")
 
     monkeypatch.setattr(run, "ready", lambda name: HERE)
-    monkeypatch.setattr(run, "Rules", lambda *arguments, **options: compute.Rules(*arguments, **{**options, "device": device}))
+    monkeypatch.setattr(
+        run, "Rules", lambda *arguments, **options: compute.Rules(*arguments, **{**options, "device": device})
+    )
     monkeypatch.setattr(compute, "gram", refuse)
     result = analyze(*pair)
     assert set(asked) == {"meta"}
@@ -162,8 +169,20 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Pl
 @pytest.mark.parametrize(
     ("count", "error", "built", "name", "said"),
     [
-        (0, "", None, "cuda", r"torch .* is built without CUDA; install a build of torch for this machine's GPU, or leave --device out"),
-        (0, "Found no NVIDIA driver on your system. Please check.", "13.0", "cuda", "Found no NVIDIA driver on your system; see what nvidia-smi says, or leave --device out"),
+        (
+            0,
+            "",
+            None,
+            "cuda",
+            r"torch .* is built without CUDA; install a build of torch for this machine's GPU, or leave --device out",
+        ),
+        (
+            0,
+            "Found no NVIDIA driver on your system. Please check.",
+            "13.0",
+            "cuda",
+            "Found no NVIDIA driver on your system; see what nvidia-smi says, or leave --device out",
+        ),
         (0, TOO_OLD, "13.0", "cuda", r"too old \(found version 11040\); see what nvidia-smi says"),
         (0, "", "13.0", "cuda", "no GPU is visible; see what nvidia-smi says"),
         (2, "", "13.0", "cuda:2", "this machine shows 2 GPUs; give cuda:1 or less, or leave --device out"),
@@ -178,10 +197,15 @@ def test_a_gpu_that_is_not_there_is_bad_input(monkeypatch, count, error, built, 
 
 def test_kernels_that_the_driver_is_too_old_for_are_bad_input_before_any_tensor(pair, tmp_path, monkeypatch):  # noqa: F811
     def too_old(*sides):
-        raise RuntimeError("delta_count_bf16 did not start on cuda:0: CUDA driver version is insufficient; update NVIDIA's driver\ndetails")
+        raise RuntimeError(
+            "delta_count_bf16 did not start on cuda:0: CUDA driver version is insufficient; update NVIDIA's driver\ndetails"
+        )
 
     monkeypatch.setattr(run, "delta", too_old)
-    with pytest.raises(InputError, match=r"^--device cpu: delta_count_bf16 did not start .* update NVIDIA's driver; `opdkernels doctor`") as found:
+    with pytest.raises(
+        InputError,
+        match=r"^--device cpu: delta_count_bf16 did not start .* update NVIDIA's driver; `opdkernels doctor`",
+    ) as found:
         analyze(*pair, tmp_path / "out")
     assert "\n" not in str(found.value)
     assert not (tmp_path / "out").exists()

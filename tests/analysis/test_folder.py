@@ -22,7 +22,9 @@ def test_a_second_writer_is_refused_while_the_first_works(pair, tmp_path):
         "    sys.stdin.readline()\n"
         f"opdkernels.analyze({pair[0]!r}, {pair[1]!r}, {str(tmp_path / 'out')!r}, progress=wait)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
         assert first.stdout.readline() == "at work\n"
         with pytest.raises(InputError, match="another process is writing"):
             analyze(*pair, tmp_path / "out")

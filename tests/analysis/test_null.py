@@ -106,9 +106,18 @@ def test_small_weights_that_move_more_are_not_explained():
 
 # One weight repeated, with an update of the order of its spacing: powers of two, zero, subnormals, others.
 SINGLE = [
-    (1.0, 2**-8), (1.0, 2**-9), (1.5, 2**-7), (1.5, 2**-4), (2.0**-126, 2.0**-133), (2.0**-125, 2.0**-132),
-    (3 * 2.0**-133, 2.0**-132), (0.0, 2.0**-131), (0.0, 0.013), (1e-9, 0.013), (-0.5, 0.002),
-]  # fmt: skip
+    (1.0, 2**-8),
+    (1.0, 2**-9),
+    (1.5, 2**-7),
+    (1.5, 2**-4),
+    (2.0**-126, 2.0**-133),
+    (2.0**-125, 2.0**-132),
+    (3 * 2.0**-133, 2.0**-132),
+    (0.0, 2.0**-131),
+    (0.0, 0.013),
+    (1e-9, 0.013),
+    (-0.5, 0.002),
+]
 
 
 @pytest.mark.parametrize(("weight", "size"), SINGLE)
@@ -253,7 +262,9 @@ def tables(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(tables(), st.sampled_from(["grid", "uniform"]))
-@example(((np.array([0x7F60]), np.array([1])), (np.array([0, 0x7F01]), np.array([0, 1]))), "grid")  # stops at the largest value
+@example(
+    ((np.array([0x7F60]), np.array([1])), (np.array([0, 0x7F01]), np.array([0, 1]))), "grid"
+)  # stops at the largest value
 def test_expected_counts_are_counts(pair, remainder):
     (patterns, counts), delta = pair
     n = counts.sum()

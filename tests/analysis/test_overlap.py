@@ -23,7 +23,9 @@ def dense(tmp_path, *seeds, planted=None, dtype=torch.bfloat16):
         update = 3e-5 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
         if planted is not None:
             update = torch.where(planted, 2e-3, update)
-        paths.append(save(tmp_path / f"run{seed}", {"model.layers.0.mlp.up_proj.weight": (source.float() + update).to(dtype)}))
+        paths.append(
+            save(tmp_path / f"run{seed}", {"model.layers.0.mlp.up_proj.weight": (source.float() + update).to(dtype)})
+        )
     return paths
 
 
@@ -60,10 +62,16 @@ def test_figures_equal_those_of_the_coordinates(tmp_path):
     by_name = {(p["run_a"], p["run_b"]): p for p in result.summary["pairs"]}
     for (a, b), (i, j) in zip((("A", "B"), ("A", "C"), ("B", "C")), ((0, 1), (0, 2), (1, 2)), strict=True):
         p, both = by_name[a, b], int((changed[i] & changed[j]).sum())
-        assert (p["changed_a"], p["changed_b"], p["changed_both"]) == (int(changed[i].sum()), int(changed[j].sum()), both)
+        assert (p["changed_a"], p["changed_b"], p["changed_both"]) == (
+            int(changed[i].sum()),
+            int(changed[j].sum()),
+            both,
+        )
         assert p["coverage_a"] == both / int(changed[i].sum())
         assert p["jaccard"] == both / int((changed[i] | changed[j]).sum())
-        assert p["expected_uniform_global"] == pytest.approx(int(changed[i].sum()) * int(changed[j].sum()) / len(changed[0]))
+        assert p["expected_uniform_global"] == pytest.approx(
+            int(changed[i].sum()) * int(changed[j].sum()) / len(changed[0])
+        )
     times = torch.stack(changed).sum(0)
     assert result.summary["changed_in_exactly"] == {str(k): int((times == k).sum()) for k in range(4)}
     assert len(result.tensors) == 3 * len(source)
@@ -104,7 +112,12 @@ def test_runs_that_changed_nothing_have_no_invented_figures(tmp_path):
     same = save(tmp_path / "same", weights())
     result = overlap(same, same, same, out=tmp_path / "out")
     (pair,) = result.summary["pairs"]
-    assert (pair["changed_both"], pair["coverage_a"], pair["over_magnitude"], pair["z_magnitude"]) == (0, None, None, None)
+    assert (pair["changed_both"], pair["coverage_a"], pair["over_magnitude"], pair["z_magnitude"]) == (
+        0,
+        None,
+        None,
+        None,
+    )
     json.dumps(result.summary, allow_nan=False)
     assert "A run changed nothing" in (tmp_path / "out" / "report.html").read_text()
 

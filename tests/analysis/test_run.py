@@ -226,7 +226,9 @@ def test_shapes_that_differ_end_with_status_3_and_are_named(tmp_path):
     assert any("transpose" in e["reason"] for e in result.summary["excluded"])
 
 
-@pytest.mark.parametrize("options", [{"memory": "3"}, {"memory": "lots"}, {"threads": 0}, {"io": "fast"}, {"colour": 1}])
+@pytest.mark.parametrize(
+    "options", [{"memory": "3"}, {"memory": "lots"}, {"threads": 0}, {"io": "fast"}, {"colour": 1}]
+)
 def test_options_that_make_no_sense_are_named(pair, options):
     with pytest.raises(UsageError, match=next(iter(options))):
         analyze(*pair, **options)
@@ -255,7 +257,12 @@ def test_output_that_cannot_be_written_is_bad_input(pair, tmp_path):
 def test_names_are_data_in_csv_and_on_the_terminal(tmp_path):
     names = ["=cmd|'/c calc'!A0", "../../escape", "<script>alert(1)</script>", "a\x1b[31mred\nline", ""]
     source = {n: torch.ones(4) for n in names}
-    result = analyze(save(tmp_path / "a", source), save(tmp_path / "b", {n: 2 * w for n, w in source.items()}), tmp_path / "out", csv=True)
+    result = analyze(
+        save(tmp_path / "a", source),
+        save(tmp_path / "b", {n: 2 * w for n, w in source.items()}),
+        tmp_path / "out",
+        csv=True,
+    )
     assert {r["name"] for r in result.tensors.to_pylist()} == set(names)
     text = (tmp_path / "out" / "tensors.csv").read_text()
     assert "\n=cmd" not in text
@@ -287,7 +294,9 @@ def test_a_repository_of_tallies_answers_thresholds_chosen_later(pair, tmp_path)
 
     for threshold in (2e-6, 3.7e-5):
         visible = (after - source).abs()
-        assert tally.delta[magnitudes <= float(torch.tensor(threshold).bfloat16())].sum() == int((visible <= threshold).sum())
+        assert tally.delta[magnitudes <= float(torch.tensor(threshold).bfloat16())].sum() == int(
+            (visible <= threshold).sum()
+        )
 
 
 def test_summary_has_its_published_form(pair, tmp_path):

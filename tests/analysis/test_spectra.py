@@ -41,11 +41,15 @@ def oracle(w: torch.Tensor, v: torch.Tensor) -> dict[str, float]:
     r, (m, n) = len(s), w.shape
     p = s / s.sum()
     found = {
-        "spectral_norm": s[0], "stable_rank": s.square().sum() / s[0] ** 2, "energy_16": s[:16].square().sum() / s.square().sum(),
+        "spectral_norm": s[0],
+        "stable_rank": s.square().sum() / s[0] ** 2,
+        "energy_16": s[:16].square().sum() / s.square().sum(),
         "energy_pct_10": s[: max(1, int(0.1 * r))].square().sum() / s.square().sum(),
-        "effective_rank": (-(p * p.log()).sum()).exp(), "rank_1e-4": (s > 1e-4 * s[0]).sum(),
-        "drift": (sigma2 - sigma).norm() / sigma.norm(), "drift_over_delta": (sigma2 - sigma).norm() / d.norm(),
-    }  # fmt: skip
+        "effective_rank": (-(p * p.log()).sum()).exp(),
+        "rank_1e-4": (s > 1e-4 * s[0]).sum(),
+        "drift": (sigma2 - sigma).norm() / sigma.norm(),
+        "drift_over_delta": (sigma2 - sigma).norm() / d.norm(),
+    }
     changed = d != 0
     for label, ratio in RATIOS.items():
         k = max(1, int(ratio * r))
@@ -79,7 +83,13 @@ def test_figures_are_those_of_fp64_svd(dtype, large, tmp_path, monkeypatch):
         mixed = large == 0 and max(row["m"], row["n"]) >= 2 * min(row["m"], row["n"]) and dtype != torch.float64
         assert row["method"] == ("gram_mixed" if mixed else "gram")
         for name, value in exact.items():
-            limit = {"rel": 1e-5} if name.startswith(("drift", "proj")) else {"abs": 1e-5, "rel": 0} if name.startswith("rot") else {"rel": 1e-8}
+            limit = (
+                {"rel": 1e-5}
+                if name.startswith(("drift", "proj"))
+                else {"abs": 1e-5, "rel": 0}
+                if name.startswith("rot")
+                else {"rel": 1e-8}
+            )
             assert row[name] == pytest.approx(value, **limit), name
 
 
@@ -165,12 +175,22 @@ def test_a_matrix_near_to_singular_has_its_figures_from_an_svd(tmp_path, monkeyp
     for a, b in zip(rows(result.spectra, view="stored"), rows(result.geometry, view="stored"), strict=True):
         row, exact = a | b, oracle(source[a["name"]], after[a["name"]])
         assert row["method"] == "svd"
-        for name in ("stable_rank", "effective_rank", "drift", "projection_1pct", "projection_left_1pct", "rotation_right_1pct", "principal_coverage_1pct"):
+        for name in (
+            "stable_rank",
+            "effective_rank",
+            "drift",
+            "projection_1pct",
+            "projection_left_1pct",
+            "rotation_right_1pct",
+            "principal_coverage_1pct",
+        ):
             assert row[name] == pytest.approx(exact[name], rel=1e-6), name
     monkeypatch.setattr(Matrix, "svd_memory", 10**9)
     refused = analyze(*paths, memory="500MB")
     assert refused.exit_status == 3
-    assert all("near to singular" in row["reason"] and "--memory 1001MB" in row["reason"] for row in rows(refused.spectra))
+    assert all(
+        "near to singular" in row["reason"] and "--memory 1001MB" in row["reason"] for row in rows(refused.spectra)
+    )
 
 
 def test_topk_bounds_hold_and_exact_replaces_it(pair, tmp_path):
@@ -194,9 +214,14 @@ def test_a_run_that_goes_on_for_the_authors_gets_the_masks_of_still_matrices(tmp
     after["lm_head.weight"] = source["lm_head.weight"]
     paths = save(tmp_path / "a", source), save(tmp_path / "b", after)
     analyze(*paths, tmp_path / "grown")
-    grown, whole = analyze(*paths, tmp_path / "grown", authors_csv=True), analyze(*paths, tmp_path / "whole", authors_csv=True)
+    grown, whole = (
+        analyze(*paths, tmp_path / "grown", authors_csv=True),
+        analyze(*paths, tmp_path / "whole", authors_csv=True),
+    )
     assert without_time(grown.geometry) == without_time(whole.geometry)
-    assert (tmp_path / "grown" / "mask_overlap_metrics.csv").read_text() == (tmp_path / "whole" / "mask_overlap_metrics.csv").read_text()
+    assert (tmp_path / "grown" / "mask_overlap_metrics.csv").read_text() == (
+        tmp_path / "whole" / "mask_overlap_metrics.csv"
+    ).read_text()
 
 
 def test_off_leaves_no_spectra(pair, tmp_path):
@@ -209,7 +234,10 @@ def test_off_leaves_no_spectra(pair, tmp_path):
 
 def test_experts_are_matrices_of_their_own_and_convolutions_are_flattened(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    source = {"layers.0.mlp.experts.down_proj": torch.randn(3, 20, 12, generator=generator), "patch.conv.weight": torch.randn(8, 3, 4, 4, generator=generator)}
+    source = {
+        "layers.0.mlp.experts.down_proj": torch.randn(3, 20, 12, generator=generator),
+        "patch.conv.weight": torch.randn(8, 3, 4, 4, generator=generator),
+    }
     after = {name: w + 1e-3 * torch.randn(w.shape, generator=generator) for name, w in source.items()}
     found = rows(analyze(save(tmp_path / "a", source), save(tmp_path / "b", after)).spectra, view="stored")
     assert [(row["name"], row["part"], row["m"], row["n"]) for row in found] == [
@@ -225,7 +253,9 @@ def test_experts_are_matrices_of_their_own_and_convolutions_are_flattened(tmp_pa
 
 @pytest.mark.parametrize("io", ["read", "mmap"])
 def test_reading_by_threads_mixes_nothing_up(pair, io):
-    assert without_time(analyze(*pair, io=io, threads=2).spectra) == without_time(analyze(*pair, io=io, threads=1).spectra)
+    assert without_time(analyze(*pair, io=io, threads=2).spectra) == without_time(
+        analyze(*pair, io=io, threads=1).spectra
+    )
 
 
 def test_the_spectral_null_is_that_of_random_matrices():
@@ -238,10 +268,15 @@ def test_the_spectral_null_is_that_of_random_matrices():
 
 def test_a_random_update_has_the_figures_of_its_null_and_a_low_rank_one_has_not(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    source = {name: 0.02 * torch.randn(400, 200, generator=generator) for name in ("a.q_proj.weight", "b.q_proj.weight")}
+    source = {
+        name: 0.02 * torch.randn(400, 200, generator=generator) for name in ("a.q_proj.weight", "b.q_proj.weight")
+    }
     noise = 1e-4 * torch.randn(400, 200, generator=generator) * (torch.rand(400, 200, generator=generator) < 0.2)
     low_rank = 1e-4 * torch.randn(400, 2, generator=generator) @ torch.randn(2, 200, generator=generator)
-    after = {"a.q_proj.weight": source["a.q_proj.weight"] + noise, "b.q_proj.weight": source["b.q_proj.weight"] + low_rank}
+    after = {
+        "a.q_proj.weight": source["a.q_proj.weight"] + noise,
+        "b.q_proj.weight": source["b.q_proj.weight"] + low_rank,
+    }
     random, planted = rows(analyze(save(tmp_path / "a", source), save(tmp_path / "b", after)).spectra, view="stored")
     assert random["energy_16"] / random["energy_16_null"] == pytest.approx(1, abs=0.05)
     assert random["stable_rank"] / random["stable_rank_null"] == pytest.approx(1, abs=0.05)
@@ -255,7 +290,10 @@ def test_odd_pairs_end_as_they_should(tmp_path):
     from opdkernels.report import render
 
     generator = torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
     same = normal(6, 5)
     cases = {
         "no matrix": ((normal(5), normal(5)), 0, set()),
@@ -266,7 +304,11 @@ def test_odd_pairs_end_as_they_should(tmp_path):
         "one row": ((normal(1, 50), normal(1, 50)), 0, {None}),
         "huge": ((normal(30, 20) * 1e30, normal(30, 20) * 1e30), 0, {None}),
         "tiny": ((normal(30, 20) * 1e-38, normal(30, 20) * 1e-38), 0, {None}),
-        "beyond squares": ((normal(9, 8).double() * 1e-200, normal(9, 8).double() * 1e-200), 0, {"delta is below 1e-154: fp64 does not hold its squares"}),
+        "beyond squares": (
+            (normal(9, 8).double() * 1e-200, normal(9, 8).double() * 1e-200),
+            0,
+            {"delta is below 1e-154: fp64 does not hold its squares"},
+        ),
         "infinite": ((torch.full((4, 4), math.inf), normal(4, 4)), 3, {"non-finite: 16 coordinates of the tensor"}),
     }
     for name, ((source, after), status, reasons) in cases.items():

@@ -29,7 +29,11 @@ def run_of(dtype=torch.bfloat16, steps=3, seed=0):
     source = weights(dtype)
     drift = {n: 2e-4 * torch.randn(w.shape, generator=generator) for n, w in source.items()}
     checkpoints = [
-        {n: (w.float() + (t + 1) * drift[n] + 1e-4 * torch.randn(w.shape, generator=generator)).to(dtype) for n, w in source.items()} for t in range(steps)
+        {
+            n: (w.float() + (t + 1) * drift[n] + 1e-4 * torch.randn(w.shape, generator=generator)).to(dtype)
+            for n, w in source.items()
+        }
+        for t in range(steps)
     ]
     return source, checkpoints
 
@@ -37,7 +41,9 @@ def run_of(dtype=torch.bfloat16, steps=3, seed=0):
 @pytest.fixture
 def run(tmp_path):
     source, checkpoints = run_of()
-    return save(tmp_path / "base", source), [save(tmp_path / f"step_{10 * (t + 1):04d}", c) for t, c in enumerate(checkpoints)]
+    return save(tmp_path / "base", source), [
+        save(tmp_path / f"step_{10 * (t + 1):04d}", c) for t, c in enumerate(checkpoints)
+    ]
 
 
 def visible_change(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -45,14 +51,20 @@ def visible_change(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def row_of(result, step, view, **where):
-    (row,) = (r for r in result.table.to_pylist() if r["step"] == step and r["view"] == view and all(r[k] == v for k, v in where.items()))
+    (row,) = (
+        r
+        for r in result.table.to_pylist()
+        if r["step"] == step and r["view"] == view and all(r[k] == v for k, v in where.items())
+    )
     return row
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_takes_several_checkpoints_is_what_torch_says(tmp_path, dtype):
     source, checkpoints = run_of(dtype)
-    result = trend(save(tmp_path / "base", source), *(save(tmp_path / f"checkpoint-{t}", c) for t, c in enumerate(checkpoints, 1)))
+    result = trend(
+        save(tmp_path / "base", source), *(save(tmp_path / f"checkpoint-{t}", c) for t, c in enumerate(checkpoints, 1))
+    )
     flat = torch.cat([w.flatten() for w in source.values()])
     run = [torch.cat([c[n].flatten() for n in source]) for c in checkpoints]
     cut = float(torch.tensor(1e-5).bfloat16())
@@ -64,7 +76,9 @@ def test_what_takes_several_checkpoints_is_what_torch_says(tmp_path, dtype):
         assert visible["coverage_step"] == (own & sets[-1]).sum().item() / own.sum().item()
         moved = visible_change(run[t - 1] if t else flat, run[t]) > 0
         assert visible["frac_changed_since_previous"] == moved.double().mean().item()
-        assert stored["cosine_final"] == pytest.approx(torch.nn.functional.cosine_similarity(delta, deltas[-1], 0).item(), rel=1e-6)
+        assert stored["cosine_final"] == pytest.approx(
+            torch.nn.functional.cosine_similarity(delta, deltas[-1], 0).item(), rel=1e-6
+        )
         since = (run[t].double() - (run[t - 1] if t else flat).double()).norm() / flat.double().norm()
         assert stored["relative_norm_since_previous"] == pytest.approx(since.item(), rel=1e-6)
     last = row_of(result, 3, "stored", by="model")
@@ -81,7 +95,10 @@ def test_top_directions_are_those_of_an_svd(run, tmp_path, spectra):
         for t, checkpoint in enumerate(steps):
             left, right = [], []
             for name in (n for n in source if module in n):
-                (u, _, v), (u2, _, v2) = (torch.linalg.svd(c[name].double() - source[name].double(), full_matrices=False) for c in (checkpoint, steps[-1]))
+                (u, _, v), (u2, _, v2) = (
+                    torch.linalg.svd(c[name].double() - source[name].double(), full_matrices=False)
+                    for c in (checkpoint, steps[-1])
+                )
                 left.append((u[:, :K].T @ u2[:, :K]).square().sum().item() / K)
                 right.append((v[:K] @ v2[:K].T).square().sum().item() / K)
             row = row_of(result, 10 * (t + 1), "stored", by="module", module=module)
@@ -89,7 +106,9 @@ def test_top_directions_are_those_of_an_svd(run, tmp_path, spectra):
             assert row["similarity_left_16"] == pytest.approx(sum(left) / len(left), abs=tolerance)
             assert row["similarity_right_16"] == pytest.approx(sum(right) / len(right), abs=tolerance)
             sides = {"gate_proj": (96, 32), "down_proj": (32, 96), "o_proj": (32, 32)}[module]
-            assert (row["similarity_left_16_chance"], row["similarity_right_16_chance"]) == tuple(K / side for side in sides)
+            assert (row["similarity_left_16_chance"], row["similarity_right_16_chance"]) == tuple(
+                K / side for side in sides
+            )
 
 
 def test_every_checkpoint_has_what_analyze_gives(run, tmp_path):
@@ -116,7 +135,9 @@ def test_one_more_checkpoint_goes_on_and_factors_nothing_twice(run, tmp_path, mo
     base, checkpoints = run
     made = []
     real = compute.factor_of
-    monkeypatch.setattr(compute, "factor_of", lambda matrix, *rest: made.append(matrix.match.name) or real(matrix, *rest))
+    monkeypatch.setattr(
+        compute, "factor_of", lambda matrix, *rest: made.append(matrix.match.name) or real(matrix, *rest)
+    )
     trend(base, *checkpoints[:2], out=tmp_path / "out")
     factored = len(made)
     assert factored == sum(w.ndim == 2 for w in weights().values())  # once for both checkpoints
@@ -171,19 +192,32 @@ def test_order_is_that_of_the_steps_in_the_names():
         return trends.in_order(paths)[0]
 
     assert order("r/checkpoint-1000", "r/checkpoint-200") == [(200, "r/checkpoint-200"), (1000, "r/checkpoint-1000")]
-    assert order("global_step_20/actor", "global_step_5/actor") == [(5, "global_step_5/actor"), (20, "global_step_20/actor")]
-    assert order("checkpoint-1000", "checkpoint-200", "final") == [(200, "checkpoint-200"), (1000, "checkpoint-1000"), (1001, "final")]
+    assert order("global_step_20/actor", "global_step_5/actor") == [
+        (5, "global_step_5/actor"),
+        (20, "global_step_20/actor"),
+    ]
+    assert order("checkpoint-1000", "checkpoint-200", "final") == [
+        (200, "checkpoint-200"),
+        (1000, "checkpoint-1000"),
+        (1001, "final"),
+    ]
     assert order("a/step_20", "b/step_20") == [(1, "a/step_20"), (2, "b/step_20")]
     assert order("last", "first") == [(1, "last"), (2, "first")]
     assert order("step_" + 20 * "9", "step_1")[0] == (1, "step_1")
-    for paths, note in ((("step_1", "final"), "final names no step: it is taken as step 2"), (("a", "b"), "in the order given"), (("a/step_1", "b/step_1"), "same step")):
+    for paths, note in (
+        (("step_1", "final"), "final names no step: it is taken as step 2"),
+        (("a", "b"), "in the order given"),
+        (("a/step_1", "b/step_1"), "same step"),
+    ):
         assert note in trends.in_order(paths)[1][0]
     assert not trends.in_order(("step_1", "step_2"))[1]
 
 
 def test_a_checkpoint_that_changed_nothing_has_null_figures(tmp_path):
     source, checkpoints = run_of(steps=2)
-    result = trend(*(save(tmp_path / name, c) for name, c in (("base", source), ("step_1", source), ("step_2", checkpoints[1]))))
+    result = trend(
+        *(save(tmp_path / name, c) for name, c in (("base", source), ("step_1", source), ("step_2", checkpoints[1])))
+    )
     first = row_of(result, 1, "stored", by="model")
     assert (first["cosine_final"], first["similarity_left_16"], first["relative_norm"]) == (None, None, 0)
     visible = row_of(result, 1, "visible", by="model")
@@ -198,7 +232,9 @@ def test_gaps_are_told_and_the_rest_goes_on(tmp_path):
     checkpoints[0]["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
     del checkpoints[1]["model.layers.1.self_attn.o_proj.weight"]
     checkpoints[2]["lm_head.weight"] = torch.zeros(3, 3, dtype=torch.bfloat16)
-    result = trend(save(tmp_path / "base", source), *(save(tmp_path / f"step_{t}", c) for t, c in enumerate(checkpoints, 1)))
+    result = trend(
+        save(tmp_path / "base", source), *(save(tmp_path / f"step_{t}", c) for t, c in enumerate(checkpoints, 1))
+    )
     assert result.exit_status == 3
     assert [step["exit_status"] for step in result.summary["steps"]] == [3, 0, 3]
     reasons = {e["name"]: e["reason"] for e in result.summary["excluded"]}
@@ -213,7 +249,10 @@ def test_gaps_are_told_and_the_rest_goes_on(tmp_path):
 def test_similarities_are_of_the_tensors_they_name(tmp_path, lacking):
     """A checkpoint that lacks a tensor has other places for the rest."""
     source, checkpoints = run_of()
-    base, paths = save(tmp_path / "base", source), [save(tmp_path / f"step_{t}", c) for t, c in enumerate(checkpoints, 1)]
+    base, paths = (
+        save(tmp_path / "base", source),
+        [save(tmp_path / f"step_{t}", c) for t, c in enumerate(checkpoints, 1)],
+    )
     whole = trend(base, *paths)
     del checkpoints[lacking]["model.embed_tokens.weight"]
     save(tmp_path / f"step_{lacking + 1}", checkpoints[lacking])
@@ -231,8 +270,17 @@ def test_similarities_are_of_the_tensors_they_name(tmp_path, lacking):
 def test_equal_matrices_are_factored_by_threads_at_once(tmp_path):
     """Their factors go to one file."""
     source = {f"layers.{i}.mlp.up_proj.weight": weights()["lm_head.weight"] for i in range(8)}
-    checkpoints = [{n: (w.float() + 1e-3 * torch.randn(w.shape, generator=torch.Generator().manual_seed(t))).bfloat16() for n, w in source.items()} for t in (1, 2)]
-    paths = [save(tmp_path / name, c) for name, c in (("base", source), ("step_1", checkpoints[0]), ("step_2", checkpoints[1]))]
+    checkpoints = [
+        {
+            n: (w.float() + 1e-3 * torch.randn(w.shape, generator=torch.Generator().manual_seed(t))).bfloat16()
+            for n, w in source.items()
+        }
+        for t in (1, 2)
+    ]
+    paths = [
+        save(tmp_path / name, c)
+        for name, c in (("base", source), ("step_1", checkpoints[0]), ("step_2", checkpoints[1]))
+    ]
     for i in range(4):
         assert trend(*paths, out=tmp_path / f"out{i}", threads=2).exit_status == 0
 
@@ -310,7 +358,17 @@ def test_what_this_run_does_not_write_does_not_stay(run, tmp_path):
 
 def test_the_command_writes_what_it_says(run, tmp_path):
     base, checkpoints = run
-    command = [sys.executable, "-m", "opdkernels", "trend", base, *reversed(checkpoints), "-o", str(tmp_path / "out"), "--csv"]
+    command = [
+        sys.executable,
+        "-m",
+        "opdkernels",
+        "trend",
+        base,
+        *reversed(checkpoints),
+        "-o",
+        str(tmp_path / "out"),
+        "--csv",
+    ]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = ran.stdout.splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["10", "20", "30"]

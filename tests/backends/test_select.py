@@ -20,7 +20,9 @@ from tests.conftest import ISAS, make_pair
 
 ARRAYS = ("tables", "counts", "sums", "maximum")
 OPERATORS = tuple(triton.FAMILIES)
-PRODUCTS = {operator for operator, family in triton.FAMILIES.items() if family == "divergence"}  # matrix products: torch's own on the CPU
+PRODUCTS = {
+    operator for operator, family in triton.FAMILIES.items() if family == "divergence"
+}  # matrix products: torch's own on the CPU
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,14 @@ def with_triton(monkeypatch, version: str | None) -> None:
     monkeypatch.setattr(triton, "version", installed)
 
 
-def with_cuda(monkeypatch, *, torch_for: str | None = "13.0", library: int | None = None, cupy: int | None = None, stale: bool = False) -> None:
+def with_cuda(
+    monkeypatch,
+    *,
+    torch_for: str | None = "13.0",
+    library: int | None = None,
+    cupy: int | None = None,
+    stale: bool = False,
+) -> None:
     monkeypatch.setattr(torch.version, "cuda", torch_for)
     monkeypatch.setattr(cuda.launch, "cuda_of_library", lambda: library)
     monkeypatch.setattr(cuda.launch, "cuda_of_cupy", lambda: cupy)
@@ -46,7 +55,12 @@ def with_cuda(monkeypatch, *, torch_for: str | None = "13.0", library: int | Non
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_triton_serves_on_cuda(monkeypatch, operator):
-    for version, backend in (("3.6.0", "triton"), ("3.10.0+git1", "triton"), ("3.5.1", "reference"), (None, "reference")):
+    for version, backend in (
+        ("3.6.0", "triton"),
+        ("3.10.0+git1", "triton"),
+        ("3.5.1", "reference"),
+        (None, "reference"),
+    ):
         with_triton(monkeypatch, version)
         assert select.chosen(operator, "cuda") == backend
         assert ("CUDA" in select.kernels(operator)) == (backend == "triton")
@@ -56,7 +70,13 @@ def test_triton_serves_on_cuda(monkeypatch, operator):
 def test_cuda_kernels_serve_before_triton(monkeypatch, operator):
     with_triton(monkeypatch, "3.7.1")
     first = "cuda" if operator in cuda.FAMILIES else "triton"
-    for has, backend in (({"library": 13}, first), ({"cupy": 13}, first), ({"library": 12, "cupy": 12}, "triton"), ({"torch_for": None}, "triton"), ({}, "triton")):
+    for has, backend in (
+        ({"library": 13}, first),
+        ({"cupy": 13}, first),
+        ({"library": 12, "cupy": 12}, "triton"),
+        ({"torch_for": None}, "triton"),
+        ({}, "triton"),
+    ):
         with_cuda(monkeypatch, **has)
         assert select.chosen(operator, "cuda") == backend
     with_cuda(monkeypatch, library=13)
@@ -69,7 +89,10 @@ def test_doctor_says_why_cuda_kernels_do_not_serve(monkeypatch):
     with_cuda(monkeypatch, library=12, cupy=12)
     said = "\n".join(doctor.lines(doctor.examine()))
     assert "Triton serves" in said
-    assert "torch is built for CUDA 13, the kernels built at install are for CUDA 12 and CuPy is for CUDA 12: pip install cupy-cuda13x" in said
+    assert (
+        "torch is built for CUDA 13, the kernels built at install are for CUDA 12 and CuPy is for CUDA 12: pip install cupy-cuda13x"
+        in said
+    )
     for has, origin in (({"library": 13}, "built at install"), ({"cupy": 13}, "compiled by NVRTC at the first call")):
         with_cuda(monkeypatch, **has)
         assert f"CUDA C++, {origin}, serves tensors on a GPU" in doctor.examine()["cuda_kernels"]
@@ -83,7 +106,9 @@ def test_doctor_names_the_gpus_or_why_there_is_none(monkeypatch):
     with_cuda(monkeypatch, cupy=12)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name=f"GPU\x1b{i}", major=9, minor=i))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name=f"GPU\x1b{i}", major=9, minor=i)
+    )
     said = "\n".join(doctor.lines(doctor.examine()))
     assert "GPU\\x1b0 (9.0), GPU\\x1b1 (9.1); torch is built for CUDA 13.0" in said
     assert "Triton serves tensors on a GPU; not CUDA C++: torch is built for CUDA 13" in said
@@ -91,11 +116,15 @@ def test_doctor_names_the_gpus_or_why_there_is_none(monkeypatch):
     assert set(doctor.examine()["cuda_operators"].values()) == {"triton"}
 
     def none():
-        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update it.\nMore.")
+        raise RuntimeError(
+            "The NVIDIA driver on your system is too old (found version 11040). Please update it.\nMore."
+        )
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", none)
-    assert "no devices: The NVIDIA driver on your system is too old (found version 11040); torch" in "\n".join(doctor.lines(doctor.examine()))
+    assert "no devices: The NVIDIA driver on your system is too old (found version 11040); torch" in "\n".join(
+        doctor.lines(doctor.examine())
+    )
 
 
 def test_a_library_of_other_sources_is_passed_over(monkeypatch):
@@ -103,7 +132,10 @@ def test_a_library_of_other_sources_is_passed_over(monkeypatch):
     with_cuda(monkeypatch, library=13, stale=True)
     assert select.chosen("delta_", "cuda") == "triton"
     found = doctor.examine()
-    assert "torch is built for CUDA 13, the library was built from other sources and CuPy is not installed" in found["cuda_kernels"]
+    assert (
+        "torch is built for CUDA 13, the library was built from other sources and CuPy is not installed"
+        in found["cuda_kernels"]
+    )
     assert "library built from other sources; rebuild" in "\n".join(doctor.lines(found))
     with_cuda(monkeypatch, library=13, cupy=13, stale=True)
     assert cuda.launch.source_at_hand() == "nvrtc"
@@ -170,7 +202,9 @@ def test_the_dispatcher_hands_cuda_tensors_to_triton(monkeypatch):
     source, trained = make_pair(100)
     outputs = [torch.from_numpy(getattr(Tally.empty(), a)) for a in ARRAYS]
     key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    torch.ops.opdkernels.delta_.default.redispatch(key, source, trained, list(DEFAULT_CUTS), list(THRESHOLDS), *outputs, None)
+    torch.ops.opdkernels.delta_.default.redispatch(
+        key, source, trained, list(DEFAULT_CUTS), list(THRESHOLDS), *outputs, None
+    )
     assert started == ["count", "fold", "carry"]
     for operator in OPERATORS:
         importlib.import_module(f"opdkernels.ops.{triton.FAMILIES[operator]}")

@@ -16,7 +16,11 @@ PASSED = [
 
 
 def test_a_line_a_family(monkeypatch):
-    code = [Code("delta", "nvcc", "sm_80", 64, 0, 4), Code("delta", "nvcc", "sm_90", 122, 0, 0), Code("gram", "Triton", "sm_80", 90, 3, 0)]
+    code = [
+        Code("delta", "nvcc", "sm_80", 64, 0, 4),
+        Code("delta", "nvcc", "sm_90", 122, 0, 0),
+        Code("gram", "Triton", "sm_80", 90, 3, 0),
+    ]
     monkeypatch.setattr(shown, "CODE", code)
     monkeypatch.setattr(shown, "INTERPRETED", Counter({"delta": 39}))
     assert shown.lines(PASSED) == [

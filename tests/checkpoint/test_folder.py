@@ -41,11 +41,13 @@ def save(folder: Path, *names: str) -> None:
         (["model.safetensors"], "model.safetensors"),
         (["model.safetensors", "pytorch_model.bin", "consolidated.safetensors"], "model.safetensors"),
         (["weights.safetensors"], "weights.safetensors"),
-        (["pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"],
-         "pytorch_model.bin"),
+        (
+            ["pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"],
+            "pytorch_model.bin",
+        ),
         (["final.pt", "optimizer.pt"], "final.pt"),
     ],
-)  # fmt: skip
+)
 def test_the_model_of_a_folder_is_found(tmp_path: Path, names: list[str], chosen: str) -> None:
     save(tmp_path, *names)
     opened = open_source(tmp_path)
@@ -131,10 +133,12 @@ def test_files_of_other_formats_are_refused_by_name(tmp_path: Path, name: str, c
         ({"l.qweight": torch.ones(2, dtype=torch.int32), "l.qzeros": torch.ones(2, dtype=torch.int32)}, "quantised"),
         ({"l.weight": torch.ones(2).to(torch.float8_e4m3fn)}, "(f8_e4m3)"),
         ({"l.weight": torch.ones(2).to(torch.float8_e5m2)}, "(f8_e5m2)"),
-        ({"e.up_blocks": torch.ones(2, dtype=torch.uint8), "e.up_scales": torch.ones(1, dtype=torch.uint8)},
-         "quantised"),
+        (
+            {"e.up_blocks": torch.ones(2, dtype=torch.uint8), "e.up_scales": torch.ones(1, dtype=torch.uint8)},
+            "quantised",
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_tensors_that_mean_nothing_alone_are_refused_by_name(
     tmp_path: Path, tensors: dict[str, torch.Tensor], says: str, name: str

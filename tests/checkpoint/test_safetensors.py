@@ -196,12 +196,28 @@ def test_lengths_that_lie_are_refused(tmp_path: Path, content: bytes, says: str)
         (b'{"a":NaN}', 0, "invalid"),
     ],
     ids=[
-        "overlap", "same range", "gap", "trailing byte", "one byte short", "reversed", "negative shape",
-        "negative offset", "shape against bytes", "product overflow", "product wraps to zero", "unknown dtype",
-        "no offsets", "offset of 2^64", "metadata not text", "no tensors", "a list", "100,000 deep", "not UTF-8",
+        "overlap",
+        "same range",
+        "gap",
+        "trailing byte",
+        "one byte short",
+        "reversed",
+        "negative shape",
+        "negative offset",
+        "shape against bytes",
+        "product overflow",
+        "product wraps to zero",
+        "unknown dtype",
+        "no offsets",
+        "offset of 2^64",
+        "metadata not text",
+        "no tensors",
+        "a list",
+        "100,000 deep",
+        "not UTF-8",
         "NaN",
     ],
-)  # fmt: skip
+)
 def test_headers_that_lie_are_refused(
     write_raw: Callable[..., Path], header: dict[str, object] | bytes | str, data: int, says: str
 ) -> None:
@@ -299,7 +315,9 @@ def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path, header):
 def test_bits_of_any_dtype_and_the_header_as_it_stands(write_raw: Callable[..., Path]) -> None:
     """Eight-bit floats, half of a complex number of 16 bytes, and what begins at an odd byte, are integers of their width."""
     data = bytes(range(1, 28))
-    path = write_raw({"f": entry("F8_E4M3", [3], 0, 3), "w": entry("BF16", [4], 3, 11), "c": entry("C64", [2], 11, 27)}, data)
+    path = write_raw(
+        {"f": entry("F8_E4M3", [3], 0, 3), "w": entry("BF16", [4], 3, 11), "c": entry("C64", [2], 11, 27)}, data
+    )
     source = open_source(path, any_tensors=True)
     assert source.read_bits("f", 1, 3).tolist() == [2, 3]
     assert bits(source.read_bits("w", 1, 4)) == data[5:11]

@@ -199,8 +199,12 @@ def test_archives_that_torch_does_not_write_are_refused(path: Path) -> None:
     assert "compressed" in refused(path)
 
     torch.save({"w": torch.ones(100), "v": torch.zeros(3)}, path)
-    rewrite(path, lambda new, e, data: new.writestr(e.filename, data[:40]) if "/data/" in e.filename else
-            new.writestr(e.filename, data))  # fmt: skip
+    rewrite(
+        path,
+        lambda new, e, data: new.writestr(e.filename, data[:40])
+        if "/data/" in e.filename
+        else new.writestr(e.filename, data),
+    )
     refused(path)
 
     torch.save({"w": torch.ones(100)}, path)
@@ -247,6 +251,9 @@ def test_bits_of_any_dtype_and_stride(tmp_path: Path, options: dict[str, Any]) -
         for start in (0, 1, info.items // 2):
             for stop in (start, info.items - 1, info.items):
                 if stop >= start:
-                    assert bits(source.read_bits(name, start, stop)) == bits(tensor)[start * info.item_bytes : stop * info.item_bytes]
+                    assert (
+                        bits(source.read_bits(name, start, stop))
+                        == bits(tensor)[start * info.item_bytes : stop * info.item_bytes]
+                    )
     assert source.headers() == {"pytorch_model.bin": None}
     source.close()

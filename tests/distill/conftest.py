@@ -14,7 +14,9 @@ def tokenizer(characters: str = CHARACTERS, **special):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    own = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<pad>", "<end>", *characters])}, unk_token="<pad>"))
+    own = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(["<pad>", "<end>", *characters])}, unk_token="<pad>")
+    )
     own.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     own.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=own, **{"pad_token": "<pad>", "eos_token": "<end>", **special})
@@ -25,8 +27,20 @@ def model(seed: int, width: int = 32, characters: str = CHARACTERS, **more):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
-    config = Qwen2Config(vocab_size=len(characters) + 2, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, max_position_embeddings=64, eos_token_id=1, pad_token_id=0, bos_token_id=None, tie_word_embeddings=False, **more)  # fmt: skip
+    config = Qwen2Config(
+        vocab_size=len(characters) + 2,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+        **more,
+    )
     return Qwen2ForCausalLM(config)
 
 
@@ -46,8 +60,17 @@ def options(places):
     from opdkernels.distill.options import options_from
 
     def make(**given):
-        usual = {"student": str(places / "student"), "teacher": str(places / "teacher"), "prompts": "addition", "steps": 3, "batch_size": 8,
-                 "max_new_tokens": 4, "lr": 1e-3, "track_every": 1, "threads": 1}  # fmt: skip
+        usual = {
+            "student": str(places / "student"),
+            "teacher": str(places / "teacher"),
+            "prompts": "addition",
+            "steps": 3,
+            "batch_size": 8,
+            "max_new_tokens": 4,
+            "lr": 1e-3,
+            "track_every": 1,
+            "threads": 1,
+        }
         return options_from(None, {**usual, **given})
 
     return make

@@ -32,19 +32,47 @@ def folders(tmp_path_factory):
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
         config = Qwen2_5_VLConfig(
-            text_config={"vocab_size": len(CHARACTERS) + 6, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-                         "max_position_embeddings": 128, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}, "initializer_range": 0.2,
-                         "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "tie_word_embeddings": False},
-            vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32, "patch_size": 14, "spatial_merge_size": 2,
-                           "temporal_patch_size": 2, "window_size": 56, "fullatt_block_indexes": [1]},
-            image_token_id=ids["<image>"], video_token_id=ids["<video>"], vision_start_token_id=ids["<vision_start>"], vision_end_token_id=ids["<vision_end>"], tie_word_embeddings=False,
-        )  # fmt: skip
+            text_config={
+                "vocab_size": len(CHARACTERS) + 6,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "max_position_embeddings": 128,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+                "initializer_range": 0.2,
+                "eos_token_id": 1,
+                "pad_token_id": 0,
+                "bos_token_id": None,
+                "tie_word_embeddings": False,
+            },
+            vision_config={
+                "depth": 2,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "out_hidden_size": 32,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "window_size": 56,
+                "fullatt_block_indexes": [1],
+            },
+            image_token_id=ids["<image>"],
+            video_token_id=ids["<video>"],
+            vision_start_token_id=ids["<vision_start>"],
+            vision_end_token_id=ids["<vision_end>"],
+            tie_word_embeddings=False,
+        )
         Qwen2_5_VLForConditionalGeneration(config).bfloat16().save_pretrained(folder / name)
         text.save_pretrained(folder / name)
     rows = []
     for i, size in enumerate(((28, 28), (56, 56), (56, 28))):
         Image.new("RGB", size, (40 * i, 20, 200)).save(folder / f"{i}.png")
-        rows.append({"prompt": f"<vision_start><image><vision_end>{i}+1=", "answer": str(i + 1), "images": [f"{i}.png"]})
+        rows.append(
+            {"prompt": f"<vision_start><image><vision_end>{i}+1=", "answer": str(i + 1), "images": [f"{i}.png"]}
+        )
     (folder / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
@@ -55,7 +83,10 @@ class Processor:
     def __init__(self, tokenizer):
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        self.tokenizer, self.image_processor = tokenizer, Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 4)
+        self.tokenizer, self.image_processor = (
+            tokenizer,
+            Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 4),
+        )
 
     def __call__(self, text, images, return_tensors):
         found = self.image_processor(images=images, return_tensors=return_tensors)
@@ -70,12 +101,30 @@ class Processor:
         self.tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.parametrize(("name", "density"), [("masks", 0.0), ("masks", 0.2), ("interventions", 0.0), ("interventions", 0.2)])
+@pytest.mark.parametrize(
+    ("name", "density"), [("masks", 0.0), ("masks", 0.2), ("interventions", 0.0), ("interventions", 0.2)]
+)
 def test_experiments_find_the_tensors_of_a_model_whose_files_name_them_otherwise(folders, tmp_path, name, density):
     """Checkpoints of this model have another prefix than its parameters."""
-    chosen = checked(DistillOptions, {"student": str(folders / "student"), "teacher": str(folders / "teacher"), "prompts": str(folders / "p.jsonl"), "held_out": str(folders / "p.jsonl"),
-                                      "steps": 10, "batch_size": 2, "max_new_tokens": 2, "eval_size": 2, "lr": 1e-3, "track_every": 10})  # fmt: skip
-    arms = {"masks": ["found", "random", "random matched on |W|"], "interventions": ["largest alone", "matched on |W| alone", "mlp alone"]}[name]
+    chosen = checked(
+        DistillOptions,
+        {
+            "student": str(folders / "student"),
+            "teacher": str(folders / "teacher"),
+            "prompts": str(folders / "p.jsonl"),
+            "held_out": str(folders / "p.jsonl"),
+            "steps": 10,
+            "batch_size": 2,
+            "max_new_tokens": 2,
+            "eval_size": 2,
+            "lr": 1e-3,
+            "track_every": 10,
+        },
+    )
+    arms = {
+        "masks": ["found", "random", "random matched on |W|"],
+        "interventions": ["largest alone", "matched on |W| alone", "mlp alone"],
+    }[name]
     found = run_experiment(name, chosen, tmp_path, density=density, arms=arms)
     rows = {row["arm"]: row for row in found["rows"]}
     assert list(rows) == ["start", "full", *arms]
@@ -98,8 +147,17 @@ def processors(monkeypatch):
 
 
 def test_an_image_text_model_learns_through_its_images(options, folders, tmp_path):
-    chosen = options(student=str(folders / "student"), teacher=str(folders / "teacher"), prompts=str(folders / "p.jsonl"), held_out=str(folders / "p.jsonl"), batch_size=3, steps=3, lr=1e-2,
-                     micro_batch=2, eval_size=3)  # fmt: skip
+    chosen = options(
+        student=str(folders / "student"),
+        teacher=str(folders / "teacher"),
+        prompts=str(folders / "p.jsonl"),
+        held_out=str(folders / "p.jsonl"),
+        batch_size=3,
+        steps=3,
+        lr=1e-2,
+        micro_batch=2,
+        eval_size=3,
+    )
     distill(chosen, tmp_path)
     before, after = (load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in (0, 3))
     vision = [name for name in before if "visual" in name and name.endswith("weight")]
@@ -114,21 +172,37 @@ def test_a_missing_image_is_named(options, folders, tmp_path):
 
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "<image>1=", "images": ["gone.png"]}))
     with pytest.raises(InputError, match=r"an image of a prompt cannot be read .*gone\.png"):
-        distill(options(student=str(folders / "student"), teacher=str(folders / "teacher"), prompts=str(tmp_path / "p.jsonl")), tmp_path / "run")
+        distill(
+            options(
+                student=str(folders / "student"), teacher=str(folders / "teacher"), prompts=str(tmp_path / "p.jsonl")
+            ),
+            tmp_path / "run",
+        )
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"prompt": "1+1="}, "does not take prompts with their images.*; give each image one place in its prompt"),
-        ({"prompt": "<vision_start><image><vision_end>1=", "images": ["0.png", "1.png"]}, "does not take prompts with their images"),
-        ({"prompt": "<vision_start><image><vision_end>1=", "images": ["broken.png"]}, r"cannot be read from .*broken\.png"),
-        ({"prompt": "<vision_start><image><vision_end>1=", "images": ["large.png"]}, r"cannot be read from .*large\.png .*decompression bomb"),
+        (
+            {"prompt": "<vision_start><image><vision_end>1=", "images": ["0.png", "1.png"]},
+            "does not take prompts with their images",
+        ),
+        (
+            {"prompt": "<vision_start><image><vision_end>1=", "images": ["broken.png"]},
+            r"cannot be read from .*broken\.png",
+        ),
+        (
+            {"prompt": "<vision_start><image><vision_end>1=", "images": ["large.png"]},
+            r"cannot be read from .*large\.png .*decompression bomb",
+        ),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "chat template does not take a prompt"),
     ],
 )
 @pytest.mark.parametrize("recorded", [False, True])
-def test_images_that_do_not_go_with_a_prompt_are_one_line(options, folders, tmp_path, monkeypatch, given, message, recorded):
+def test_images_that_do_not_go_with_a_prompt_are_one_line(
+    options, folders, tmp_path, monkeypatch, given, message, recorded
+):
     from PIL import Image
 
     from opdkernels.errors import InputError
@@ -140,12 +214,31 @@ def test_images_that_do_not_go_with_a_prompt_are_one_line(options, folders, tmp_
     completion = {"completion": "2"} if recorded else {}
     (tmp_path / "p.jsonl").write_text(json.dumps({"images": ["0.png"], **given, **completion}))
     with pytest.raises(InputError, match=message) as caught:
-        distill(options(student=str(folders / "student"), teacher=str(folders / "teacher"), prompts=str(tmp_path / "p.jsonl"), on_policy=not recorded, batch_size=1), tmp_path / "run")
+        distill(
+            options(
+                student=str(folders / "student"),
+                teacher=str(folders / "teacher"),
+                prompts=str(tmp_path / "p.jsonl"),
+                on_policy=not recorded,
+                batch_size=1,
+            ),
+            tmp_path / "run",
+        )
     assert "\n" not in str(caught.value)
 
 
 def test_prompts_of_text_alone_that_begin_alike_train_an_image_text_model(options, folders, tmp_path):
     rows = [{"prompt": f"12+13=25+41+29=70+{i}+1=", "answer": "1"} for i in range(6)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    distill(options(student=str(folders / "student"), teacher=str(folders / "teacher"), prompts=str(tmp_path / "p.jsonl"), batch_size=6, micro_batch=2, steps=2), tmp_path / "run")
+    distill(
+        options(
+            student=str(folders / "student"),
+            teacher=str(folders / "teacher"),
+            prompts=str(tmp_path / "p.jsonl"),
+            batch_size=6,
+            micro_batch=2,
+            steps=2,
+        ),
+        tmp_path / "run",
+    )
     assert all(row["tokens"] for row in log(tmp_path / "run") if row["step"])

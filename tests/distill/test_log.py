@@ -23,7 +23,9 @@ def test_tokens_a_second_are_those_of_each_phase(options, tmp_path):
 
 
 def test_a_phase_that_took_no_time_has_no_rate(tmp_path):
-    Log(tmp_path, 0, 2, True, Ranks()).row({"step": 1, "tokens": 7, "seconds": {"generate": 0.0, "track": 0.1, "all": 0.5}})
+    Log(tmp_path, 0, 2, True, Ranks()).row(
+        {"step": 1, "tokens": 7, "seconds": {"generate": 0.0, "track": 0.1, "all": 0.5}}
+    )
     assert read_rows(tmp_path / "log.jsonl")[0]["tokens_per_s"] == {"all": 14}
 
 
@@ -59,7 +61,9 @@ def test_tensorboard_takes_every_number_of_a_step(tmp_path, monkeypatch):
 
 def test_wandb_takes_every_number_of_a_step_and_ends_with_the_run(options, tmp_path, monkeypatch):
     taken = []
-    run = SimpleNamespace(log=lambda figures, step: taken.append((step, figures)), finish=lambda: taken.append("finished"))
+    run = SimpleNamespace(
+        log=lambda figures, step: taken.append((step, figures)), finish=lambda: taken.append("finished")
+    )
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: taken.append(given) or run))
     with boards(tmp_path, 2, Ranks(), wandb="sparse") as opened:
         Log(tmp_path, 2, 9, True, Ranks(), opened).row(dict(ROW))
@@ -80,7 +84,12 @@ def cannot_begin(**given):
     [
         ("torch.utils.tensorboard", None, {"tensorboard": True}, "tensorboard is asked for and not installed"),
         ("wandb", None, {"wandb": "sparse"}, "wandb is asked for and not installed"),
-        ("wandb", SimpleNamespace(init=cannot_begin), {"wandb": "sparse"}, r"wandb cannot begin a run \(api_key not configured\); set WANDB_MODE=offline"),
+        (
+            "wandb",
+            SimpleNamespace(init=cannot_begin),
+            {"wandb": "sparse"},
+            r"wandb cannot begin a run \(api_key not configured\); set WANDB_MODE=offline",
+        ),
     ],
 )
 def test_a_board_that_cannot_be_had_costs_no_earlier_run(options, tmp_path, monkeypatch, module, stands, given, said):

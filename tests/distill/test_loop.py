@@ -28,7 +28,10 @@ def digest(folder: Path) -> str:
 
 def log(folder: Path) -> list[dict]:
     """The rows of a log without what a clock said."""
-    return [{name: value for name, value in row.items() if name not in ("seconds", "peak_bytes", "tokens_per_s")} for row in read_rows(folder / "log.jsonl")]
+    return [
+        {name: value for name, value in row.items() if name not in ("seconds", "peak_bytes", "tokens_per_s")}
+        for row in read_rows(folder / "log.jsonl")
+    ]
 
 
 def test_the_student_comes_nearer_to_the_teacher(options, tmp_path):
@@ -38,11 +41,23 @@ def test_the_student_comes_nearer_to_the_teacher(options, tmp_path):
     assert all(row["loss"] == pytest.approx(row["reverse_kl"], rel=1e-5) for row in rows)
 
 
-@pytest.mark.parametrize("more", [{}, {"optimizer": "sgd", "momentum": 0.9, "lr": 0.1}, {"teacher": "self", "ema": 0.5, "prompts": "hints"}, {"lora_rank": 2}, {"on_policy": 0.5}, {"precision": "stochastic"}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"optimizer": "sgd", "momentum": 0.9, "lr": 0.1},
+        {"teacher": "self", "ema": 0.5, "prompts": "hints"},
+        {"lora_rank": 2},
+        {"on_policy": 0.5},
+        {"precision": "stochastic"},
+    ],
+)
 def test_a_run_that_was_cut_ends_bit_for_bit_as_one_that_was_not(options, tmp_path, more):
     chosen = {"steps": 6, "save_every": 2, "eval_size": 4, "track_every": 2, "batch_size": 4, **more}
     if "prompts" in more:
-        lines = [json.dumps({"prompt": f"{a}+1=", "answer": str(a + 1), "privileged": f"{a}+1={a + 1}\n"}) for a in range(9)]
+        lines = [
+            json.dumps({"prompt": f"{a}+1=", "answer": str(a + 1), "privileged": f"{a}+1={a + 1}\n"}) for a in range(9)
+        ]
         (tmp_path / "hints").write_text("\n".join(lines))
         chosen |= {"prompts": str(tmp_path / "hints"), "held_out": str(tmp_path / "hints")}
     distill(options(**chosen), tmp_path / "whole")
@@ -62,8 +77,12 @@ def test_a_run_that_was_cut_ends_bit_for_bit_as_one_that_was_not(options, tmp_pa
 def test_micro_batches_change_the_order_of_sums_alone(options, tmp_path):
     found = []
     for size in (0, 3):
-        distill(options(steps=1, dtype="float32", optimizer="sgd", lr=1.0, micro_batch=size, clip=0), tmp_path / str(size))
-        found.append((load_file(tmp_path / str(size) / "checkpoint-1" / "model.safetensors"), log(tmp_path / str(size))))
+        distill(
+            options(steps=1, dtype="float32", optimizer="sgd", lr=1.0, micro_batch=size, clip=0), tmp_path / str(size)
+        )
+        found.append(
+            (load_file(tmp_path / str(size) / "checkpoint-1" / "model.safetensors"), log(tmp_path / str(size)))
+        )
     for name, value in found[0][0].items():
         torch.testing.assert_close(found[1][0][name], value, rtol=1e-4, atol=1e-6)
     assert found[0][1][0]["reverse_kl"] == pytest.approx(found[1][1][0]["reverse_kl"], rel=1e-6)
@@ -84,7 +103,19 @@ def test_frozen_coordinates_keep_their_bits(options, places, tmp_path):
 
 
 def test_a_reward_teaches_without_a_teacher(options, tmp_path):
-    result = distill(options(teacher="", kl_weight=0, reward_weight=1, samples=4, batch_size=16, steps=25, lr=3e-3, reward=f"{__name__}:begins_with_one"), tmp_path)
+    result = distill(
+        options(
+            teacher="",
+            kl_weight=0,
+            reward_weight=1,
+            samples=4,
+            batch_size=16,
+            steps=25,
+            lr=3e-3,
+            reward=f"{__name__}:begins_with_one",
+        ),
+        tmp_path,
+    )
     rows = log(tmp_path)
     assert result.step == 25
     assert sum(row["reward"] for row in rows[-5:]) > 2 * sum(row["reward"] for row in rows[:5])
@@ -97,7 +128,17 @@ def begins_with_one(prompt, answer, completion):
 def test_recorded_completions_are_learnt(options, tmp_path):
     lines = [json.dumps({"prompt": f"{a}+1=", "answer": str(a + 1), "completion": str(a + 1)}) for a in range(1, 9)]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
-    chosen = options(prompts=str(tmp_path / "p.jsonl"), held_out=str(tmp_path / "p.jsonl"), teacher="", kl_weight=0, sft_weight=1, on_policy=0, steps=80, lr=1e-2, eval_size=8)
+    chosen = options(
+        prompts=str(tmp_path / "p.jsonl"),
+        held_out=str(tmp_path / "p.jsonl"),
+        teacher="",
+        kl_weight=0,
+        sft_weight=1,
+        on_policy=0,
+        steps=80,
+        lr=1e-2,
+        eval_size=8,
+    )
     assert distill(chosen, tmp_path / "run").accuracy[-1] == (80, 1.0)
 
 
@@ -133,7 +174,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(options, tmp_path):
     assert (tmp_path / "cut" / f"checkpoint-{stopped}" / "training.pt").exists()
     assert distill(options(steps=stopped + 2), tmp_path / "cut").step == stopped + 2
     distill(options(steps=stopped + 2), tmp_path / "whole")
-    assert digest(tmp_path / "cut" / f"checkpoint-{stopped + 2}") == digest(tmp_path / "whole" / f"checkpoint-{stopped + 2}")
+    assert digest(tmp_path / "cut" / f"checkpoint-{stopped + 2}") == digest(
+        tmp_path / "whole" / f"checkpoint-{stopped + 2}"
+    )
 
 
 def test_a_teacher_of_nan_ends_the_run_and_spoils_nothing(options, places, tmp_path):
@@ -163,15 +206,26 @@ def test_a_full_disk_leaves_the_checkpoints_that_are(options, tmp_path, monkeypa
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space left"):
         distill(options(steps=3, save_every=1), tmp_path)
-    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-0", "checkpoint-1", "checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == [
+        "checkpoint-0",
+        "checkpoint-1",
+        "checkpoint-2",
+    ]
     monkeypatch.undo()
     assert distill(options(steps=3, save_every=1), tmp_path).step == 3
     assert digest(tmp_path / "checkpoint-2") == before
 
 
 def test_a_reward_that_raises_is_named(options, tmp_path):
-    with pytest.raises(InputError, match=r"the reward .*:fails failed on 12\+.*KeyError: 'x'.*run the same command again"):
-        distill(options(teacher="", kl_weight=0, reward_weight=1, samples=2, prompts=sums(tmp_path), reward=f"{__name__}:fails"), tmp_path / "run")
+    with pytest.raises(
+        InputError, match=r"the reward .*:fails failed on 12\+.*KeyError: 'x'.*run the same command again"
+    ):
+        distill(
+            options(
+                teacher="", kl_weight=0, reward_weight=1, samples=2, prompts=sums(tmp_path), reward=f"{__name__}:fails"
+            ),
+            tmp_path / "run",
+        )
 
 
 def sums(folder: Path) -> str:
@@ -248,7 +302,9 @@ def test_another_run_in_the_folder_is_refused(options, tmp_path):
 def test_a_run_that_was_cut_before_its_first_checkpoint_begins_anew(options, tmp_path, monkeypatch):
     chosen = options(steps=2, eval_size=4)
     train = loop.train
-    monkeypatch.setattr(loop, "train", lambda run, step, look: train(run, step, look) if step < 1 else sys.exit("killed"))
+    monkeypatch.setattr(
+        loop, "train", lambda run, step, look: train(run, step, look) if step < 1 else sys.exit("killed")
+    )
     with pytest.raises(SystemExit):
         distill(chosen, tmp_path / "cut")
     monkeypatch.undo()
@@ -274,11 +330,16 @@ def test_a_run_that_was_cut_before_its_last_word_says_it_again(options, tmp_path
 
 def test_a_log_is_written_before_the_checkpoint_that_ends_it(options, tmp_path, monkeypatch):
     save = loop.save
-    monkeypatch.setattr(loop, "save", lambda folder, step, *rest: save(folder, step, *rest) if step < 2 else sys.exit("killed"))
+    monkeypatch.setattr(
+        loop, "save", lambda folder, step, *rest: save(folder, step, *rest) if step < 2 else sys.exit("killed")
+    )
     with pytest.raises(SystemExit):
         distill(options(steps=2, eval_size=4, save_every=1), tmp_path / "cut")
     monkeypatch.undo()
-    assert distill(options(steps=2, eval_size=4, save_every=1), tmp_path / "cut").accuracy == distill(options(steps=2, eval_size=4, save_every=1), tmp_path / "whole").accuracy
+    assert (
+        distill(options(steps=2, eval_size=4, save_every=1), tmp_path / "cut").accuracy
+        == distill(options(steps=2, eval_size=4, save_every=1), tmp_path / "whole").accuracy
+    )
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
 
 
@@ -309,7 +370,9 @@ def test_a_head_that_is_not_known_is_refused(options, places, tmp_path, monkeypa
     from opdkernels.distill import models
 
     known = models.head_of
-    monkeypatch.setattr(models, "head_of", lambda model, vocab=None: dataclasses.replace(known(model, vocab), scale=2.0))
+    monkeypatch.setattr(
+        models, "head_of", lambda model, vocab=None: dataclasses.replace(known(model, vocab), scale=2.0)
+    )
     with pytest.raises(InputError, match="makes its logits in a way that is not known"):
         distill(options(), tmp_path)
 
@@ -322,7 +385,9 @@ def test_positions_bound_what_is_sampled(options, tmp_path):
 def test_masks_by_other_names_are_refused(options, tmp_path):
     from opdkernels.masks.sets import from_bools
 
-    from_bools({"lm_head.weight": torch.ones(15, 32, dtype=torch.bool), "model.other.weight": torch.ones(3, dtype=torch.bool)}).save(tmp_path / "m.safetensors")
+    from_bools(
+        {"lm_head.weight": torch.ones(15, 32, dtype=torch.bool), "model.other.weight": torch.ones(3, dtype=torch.bool)}
+    ).save(tmp_path / "m.safetensors")
     with pytest.raises(InputError, match=r"mask of model\.other\.weight and no such parameter"):
         distill(options(masks=str(tmp_path / "m.safetensors")), tmp_path / "run")
 
@@ -344,20 +409,27 @@ def test_a_subspace_is_what_an_update_stays_in(options, tmp_path):
     distill(options(steps=2, lr=1e-2), first)
     chosen = options(lora_rank=4, subspace=str(first / "checkpoint-2"), lr=1e-2, steps=3, save_every=1)
     distill(chosen, tmp_path / "run")
-    start, early, end = (load_file(folder / "model.safetensors") for folder in (first / "checkpoint-0", first / "checkpoint-2", tmp_path / "run" / "checkpoint-3"))
+    start, early, end = (
+        load_file(folder / "model.safetensors")
+        for folder in (first / "checkpoint-0", first / "checkpoint-2", tmp_path / "run" / "checkpoint-3")
+    )
     moved = 0
     for name in (name for name in start if "proj.weight" in name):
         v = torch.linalg.svd(early[name].float() - start[name].float()).Vh[:4]
         change = end[name].float() - start[name].float()
         moved += int(change.count_nonzero())
         outside = change - change @ v.T @ v
-        assert outside.norm() <= 2**-8 * end[name].float().norm() < 0.5 * change.norm()  # the merged weights are rounded to bf16
+        assert (
+            outside.norm() <= 2**-8 * end[name].float().norm() < 0.5 * change.norm()
+        )  # the merged weights are rounded to bf16
     assert moved
     for name in (name for name in start if "proj.weight" not in name):
         assert torch.equal(start[name], end[name])
     same = tmp_path / "moved"
     first.rename(same)
-    distill(options(lora_rank=4, subspace=str(same / "checkpoint-2"), lr=1e-2, steps=3, save_every=1), tmp_path / "run")  # by content
+    distill(
+        options(lora_rank=4, subspace=str(same / "checkpoint-2"), lr=1e-2, steps=3, save_every=1), tmp_path / "run"
+    )  # by content
     with pytest.raises(InputError, match="give a later checkpoint of this student"):
         distill(options(lora_rank=4, subspace=options().teacher), tmp_path / "other")
 
@@ -373,7 +445,10 @@ def test_a_subspace_of_layers_that_keep_their_weights_transposed(tmp_path):
     start = {name: p.detach().clone() for name, p in own.named_parameters()}
     with torch.no_grad():
         own.transformer.h[0].attn.c_attn.weight += torch.randn(32, 1) @ torch.randn(1, 96)  # [in, out]
-    chosen = options_from(None, {"student": "s", "teacher": "t", "prompts": "addition", "lora_rank": 2, "subspace": str(tmp_path / "later")})
+    chosen = options_from(
+        None,
+        {"student": "s", "teacher": "t", "prompts": "addition", "lora_rank": 2, "subspace": str(tmp_path / "later")},
+    )
     layer = with_lora(chosen, own).get_base_model().transformer.h[0].attn.c_attn
     change = start["transformer.h.0.attn.c_attn.weight"] - layer.base_layer.weight
     kept = layer.lora_A["default"].weight[:1].T  # [in, 1]

@@ -39,7 +39,11 @@ def refused(function, *given):
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"", "EOFError"), (b"garbage" * 99, "a pickle is damaged, or holds more than tensors"), (pickle.dumps({"a": Code()}, 2), "holds more than tensors")],
+    [
+        (b"", "EOFError"),
+        (b"garbage" * 99, "a pickle is damaged, or holds more than tensors"),
+        (pickle.dumps({"a": Code()}, 2), "holds more than tensors"),
+    ],
     ids=["empty", "garbage", "code"],
 )
 def test_weights_that_are_no_tensors_are_one_line(student, capfd, content, says):
@@ -52,7 +56,16 @@ def test_weights_that_are_no_tensors_are_one_line(student, capfd, content, says)
     assert "run" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": "big"}, {"num_attention_heads": 0}, {"num_hidden_layers": -1}, {"model_type": None}, {"vocab_size": 2}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "big"},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": -1},
+        {"model_type": None},
+        {"vocab_size": 2},
+    ],
+)
 def test_a_configuration_that_makes_no_sense_is_one_line(student, change):
     file = student / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
@@ -62,7 +75,9 @@ def test_a_configuration_that_makes_no_sense_is_one_line(student, change):
         assert "has no tokenizer that can be loaded" in refused(load_text, str(student))
 
 
-@pytest.mark.parametrize(("file", "content"), [("tokenizer.json", "[]"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "[]")])
+@pytest.mark.parametrize(
+    ("file", "content"), [("tokenizer.json", "[]"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "[]")]
+)
 def test_a_tokenizer_of_other_json_is_one_line(student, file, content):
     (student / file).write_text(content)
     assert "/s has no tokenizer that can be loaded" in refused(load_text, str(student))
@@ -73,14 +88,27 @@ def test_a_processor_that_cannot_be_loaded_is_none(student):
     assert load_text(str(student)).processor is None
 
 
-@pytest.mark.parametrize("given", [{"prompt": "1\ud800="}, {"prompt": "1=", "privileged": "\udfff"}, {"prompt": "1=", "completion": "\ud800"}])
+@pytest.mark.parametrize(
+    "given",
+    [{"prompt": "1\ud800="}, {"prompt": "1=", "privileged": "\udfff"}, {"prompt": "1=", "completion": "\ud800"}],
+)
 def test_text_that_is_not_unicode_is_one_line(given):
-    message = refused(lambda: recorded(TEXT, encode(TEXT, [Entry(**{"completion": "1", **given})], 9, privileged=True), most=9, ends=[1], device=CPU))
+    message = refused(
+        lambda: recorded(
+            TEXT,
+            encode(TEXT, [Entry(**{"completion": "1", **given})], 9, privileged=True),
+            most=9,
+            ends=[1],
+            device=CPU,
+        )
+    )
     assert "cannot be split into tokens" in message
     assert "\\ud" in message
 
 
-@pytest.mark.parametrize("template", ["{{ messages[0]['content'] + 'x' }}", "{{ 1 // 0 }}", "{{ raise_exception('no') }}", "{%"])
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0]['content'] + 'x' }}", "{{ 1 // 0 }}", "{{ raise_exception('no') }}", "{%"]
+)
 def test_a_chat_template_that_does_not_take_a_prompt_is_one_line(template):
     own = Text(tokenizer(chat_template=template), None, 0)
     message = refused(own.encode, [{"role": "user", "content": [{"type": "text", "text": "1+1="}]}])

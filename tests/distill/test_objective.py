@@ -13,7 +13,14 @@ TEXT = Text(tokenizer(), None, 0)
 
 
 def rollout(own=True):
-    return beside(encode(TEXT, [Entry("1+1="), Entry("12+13=")], 32), [[4, 1], [5, 6, 7]], [True, False], own, 0, torch.device("cpu"))
+    return beside(
+        encode(TEXT, [Entry("1+1="), Entry("12+13=")], 32),
+        [[4, 1], [5, 6, 7]],
+        [True, False],
+        own,
+        0,
+        torch.device("cpu"),
+    )
 
 
 def expected_log_probs(student, part):
@@ -57,11 +64,18 @@ def test_a_divergence_is_that_of_whole_logits(options):
     """Gradients are at most twice as far from fp64 as those through whole logits in fp32; a millionth where these are exact."""
     from opdkernels.distill.teachers import ModelTeacher
 
-    student, teacher, part = model(0, initializer_range=0.2).eval(), model(1, 48, initializer_range=0.2).eval(), rollout()
+    student, teacher, part = (
+        model(0, initializer_range=0.2).eval(),
+        model(1, 48, initializer_range=0.2).eval(),
+        rollout(),
+    )
     found = objective(student, part, ModelTeacher(teacher).score(part), None, 5, 15, options(kl_weight=3))
     ours, losses, grads = gradients(student, found.loss), [], []
     for dtype in (torch.float32, torch.float64):
-        p, q = ((one(part.ids, attention_mask=part.attention.long()).logits[:, :-1][part.targets]).log_softmax(1) for one in (teacher.to(dtype), student.to(dtype)))
+        p, q = (
+            (one(part.ids, attention_mask=part.attention.long()).logits[:, :-1][part.targets]).log_softmax(1)
+            for one in (teacher.to(dtype), student.to(dtype))
+        )
         losses.append(3 * (q.exp() * (q - p.detach())).sum() / 5)
         grads.append(gradients(student, losses[-1]))
     plain, best = grads
@@ -83,7 +97,9 @@ def test_recomputed_activations_give_the_same_gradients(options):
     for more in ({}, {"gradient_checkpointing": True}):
         if more:
             student.gradient_checkpointing_enable({"use_reentrant": False})
-        loss = objective(student, part, None, None, 5, 15, options(kl_weight=0, sft_weight=1, teacher="", on_policy=0, **more)).loss
+        loss = objective(
+            student, part, None, None, 5, 15, options(kl_weight=0, sft_weight=1, teacher="", on_policy=0, **more)
+        ).loss
         found.append(gradients(student, loss))
     assert len(forwards) == 3
     same(*found)

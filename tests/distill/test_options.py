@@ -46,14 +46,23 @@ def test_betas_of_a_command_line_have_a_comma():
         ({"dtype": "float32", "precision": "nearest"}, "precision would change nothing: it is of weights in bfloat16"),
         ({"subspace": "x"}, "subspace would change nothing: it is of lora_rank"),
         ({"kl_weight": 0, "reward_weight": 1, "samples": 2}, "teacher would change nothing"),
-        ({"kl_weight": 0, "sft_weight": 1, "on_policy": 0.5}, "on_policy is 0.5: steps on its own would train nothing; set on_policy=0"),
+        (
+            {"kl_weight": 0, "sft_weight": 1, "on_policy": 0.5},
+            "on_policy is 0.5: steps on its own would train nothing; set on_policy=0",
+        ),
         ({"teacher": "a=x,b=z,a=y"}, "the tag a twice; give each tag once"),
         ({"held_out": "h"}, "held_out would change nothing: it is of evaluations, and eval_size is 0"),
         ({"eval_every": 1}, "eval_every would change nothing"),
         ({"reward": "m:f"}, "reward would change nothing"),
         ({"lora_rank": 4, "precision": "nearest"}, "precision would change nothing"),
-        *(({**RLVR, name: value}, f"{name} would change nothing") for name, value in (("divergence", "jsd"), ("k", 3), ("temperature", 0.5))),
-        *(({"betas": value}, f"option betas is {value!r}: give two numbers, such as 0.9,0.999") for value in ("0.9", "0.9,0.99,0.999", "", 0.9, [0.9])),
+        *(
+            ({**RLVR, name: value}, f"{name} would change nothing")
+            for name, value in (("divergence", "jsd"), ("k", 3), ("temperature", 0.5))
+        ),
+        *(
+            ({"betas": value}, f"option betas is {value!r}: give two numbers, such as 0.9,0.999")
+            for value in ("0.9", "0.9,0.99,0.999", "", 0.9, [0.9])
+        ),
         ({"betas": "0.9,x"}, "option betas is 'x'"),
         ({"device": "gpu"}, "give cpu, cuda or cuda:1"),
         ({"optimizer": "adam"}, "option optimizer is 'adam'"),
@@ -67,7 +76,11 @@ def test_what_makes_no_sense_is_refused_in_one_line(given, says):
 
 
 def test_options_that_count_are_taken():
-    for given in ({**RLVR, "reward": "m:f"}, {"eval_size": 1, "reward": "m:f", "held_out": "h", "eval_every": 1}, {"divergence": "jsd", "beta": 0.1, "k": 3, "temperature": 0.5}):
+    for given in (
+        {**RLVR, "reward": "m:f"},
+        {"eval_size": 1, "reward": "m:f", "held_out": "h", "eval_every": 1},
+        {"divergence": "jsd", "beta": 0.1, "k": 3, "temperature": 0.5},
+    ):
         made = options_from(None, {**LEAST, **given})
         assert {name: getattr(made, name) for name in given} == given
 
@@ -105,7 +118,10 @@ def test_help_says_what_an_experiment_takes_without_a_configuration():
 
     from opdkernels.cli import app, shown
 
-    own, other = (" ".join(CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output.split()) for command in ("experiment", "distill"))
+    own, other = (
+        " ".join(CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output.split())
+        for command in ("experiment", "distill")
+    )
     for name, value in shipped().items():
         told = "the one that ships" if name in ("student", "teacher") else shown(value)
         start = own.index(f"--{name.replace('_', '-')} VALUE")

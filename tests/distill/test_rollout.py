@@ -36,9 +36,14 @@ def test_empty_completions_have_no_target(lengths):
 
 
 def test_rows_beside_each_other_see_only_themselves():
-    own, rollout = model(0).eval(), beside(prompts("1+1=", "12+13=25+1="), [[4, 1], [5, 6, 7]], [True, False], True, 0, CPU)
+    own, rollout = (
+        model(0).eval(),
+        beside(prompts("1+1=", "12+13=25+1="), [[4, 1], [5, 6, 7]], [True, False], True, 0, CPU),
+    )
     together = hidden_states(own, *rollout.inputs())[:, :-1][rollout.targets]
-    alone = torch.cat([hidden_states(own, *part.inputs())[:, :-1][part.targets] for part in (rollout.rows([0]), rollout.rows([1]))])
+    alone = torch.cat(
+        [hidden_states(own, *part.inputs())[:, :-1][part.targets] for part in (rollout.rows([0]), rollout.rows([1]))]
+    )
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 
@@ -52,7 +57,15 @@ def with_examples(*, prefix=PREFIX):
 
 @pytest.mark.parametrize(
     ("texts", "shared"),
-    [(["12=3", "12=4"], 3), (["12=3", "12=3"], 3), (["12", "12=4"], 1), (["2=3", "12=4"], 0), (["12=3"], 0), ([], 0), (["1", "1"], 0)],
+    [
+        (["12=3", "12=4"], 3),
+        (["12=3", "12=3"], 3),
+        (["12", "12=4"], 1),
+        (["2=3", "12=4"], 0),
+        (["12=3"], 0),
+        ([], 0),
+        (["1", "1"], 0),
+    ],
 )
 def test_what_prompts_begin_with_alike(texts, shared):
     assert beside(prompts(*texts), [[4, 5]] * len(texts), [False] * len(texts), True, 0, CPU).shared == shared
@@ -69,12 +82,22 @@ def lora(own):
 def test_a_shared_beginning_runs_once_and_changes_nothing(wrap, monkeypatch):
     own, rollout = wrap(model(0).eval()), with_examples()
     found, lengths = {}, []
-    unwrapped(own).base_model.register_forward_hook(lambda module, args, given, out: lengths.append(tuple(given["input_ids"].shape)), with_kwargs=True)
+    unwrapped(own).base_model.register_forward_hook(
+        lambda module, args, given, out: lengths.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
     for least in (16, 1000):
         monkeypatch.setattr(models, "LEAST_SHARED", least)
         hidden = states_at_completions(own, rollout)
         trained = [p for p in own.parameters() if p.requires_grad]
-        found[least] = [hidden, *torch.autograd.grad((hidden * torch.arange(hidden.numel()).view_as(hidden).sin()).sum(), trained, allow_unused=True, materialize_grads=True)]
+        found[least] = [
+            hidden,
+            *torch.autograd.grad(
+                (hidden * torch.arange(hidden.numel()).view_as(hidden).sin()).sum(),
+                trained,
+                allow_unused=True,
+                materialize_grads=True,
+            ),
+        ]
     assert lengths == [(1, 19), (3, 8), (3, 27)]
     for a, b in zip(*found.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -83,11 +106,24 @@ def test_a_shared_beginning_runs_once_and_changes_nothing(wrap, monkeypatch):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_samples_go_on_from_a_shared_beginning(temperature, monkeypatch):
     own, lengths, found = model(3, initializer_range=0.3).eval(), [], []
-    own.base_model.register_forward_hook(lambda module, args, given, out: lengths.append(tuple(given["input_ids"].shape)), with_kwargs=True)
+    own.base_model.register_forward_hook(
+        lambda module, args, given, out: lengths.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
     for least, texts in ((16, ("12", "34", "56")), (1000, ("12", "34", "56")), (16, ("1", "34", "56"))):
         monkeypatch.setattr(models, "LEAST_SHARED", least)
         torch.manual_seed(0)
-        found.append(sample(own, TEXT, prompts(*(PREFIX + text + "+1=" for text in texts)), most=3, ends=[], vocab=15, temperature=temperature, own=True))
+        found.append(
+            sample(
+                own,
+                TEXT,
+                prompts(*(PREFIX + text + "+1=" for text in texts)),
+                most=3,
+                ends=[],
+                vocab=15,
+                temperature=temperature,
+                own=True,
+            )
+        )
     assert found[0].completions() == found[1].completions()
     assert lengths[:2] == [(1, 18), (3, 5)]
     assert (3, 23) in lengths  # whole, and where rows are padded too
@@ -109,7 +145,16 @@ def test_a_model_that_keeps_its_past_elsewhere_runs_whole():
     from transformers import RwkvConfig, RwkvModel
 
     torch.manual_seed(0)
-    own = RwkvModel(RwkvConfig(vocab_size=15, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, intermediate_size=64, context_length=64)).eval()
+    own = RwkvModel(
+        RwkvConfig(
+            vocab_size=15,
+            hidden_size=32,
+            num_hidden_layers=2,
+            attention_hidden_size=32,
+            intermediate_size=64,
+            context_length=64,
+        )
+    ).eval()
     assert begin(own, torch.ones(1, 20, dtype=torch.long), 3) == {}
 
 
@@ -155,7 +200,15 @@ def test_ids_that_others_lack_are_never_sampled():
     assert int(rollout.tokens.max()) < 5
 
 
-@pytest.mark.parametrize(("row", "ends", "kept"), [([], [1], ([], False)), ([1, 1], [1], ([1], True)), ([4, 5], [1], ([4, 5], False)), ([4, 9, 5], [1, 9], ([4, 9], True))])
+@pytest.mark.parametrize(
+    ("row", "ends", "kept"),
+    [
+        ([], [1], ([], False)),
+        ([1, 1], [1], ([1], True)),
+        ([4, 5], [1], ([4, 5], False)),
+        ([4, 9, 5], [1, 9], ([4, 9], True)),
+    ],
+)
 def test_completions_end_with_their_first_end_token(row, ends, kept):
     assert until_end(row, ends) == kept
 
@@ -182,7 +235,10 @@ def test_images_are_not_taken_by_a_model_of_text():
 def test_per_token_inputs_are_padded_on_the_side_of_the_ids():
     from opdkernels.distill.rollout import together
 
-    rows = [{"mm_token_type_ids": torch.ones(1, 2, dtype=torch.long), "pixel_values": torch.ones(3, 4)}, {"mm_token_type_ids": torch.ones(1, 3, dtype=torch.long), "pixel_values": torch.ones(1, 4)}]
+    rows = [
+        {"mm_token_type_ids": torch.ones(1, 2, dtype=torch.long), "pixel_values": torch.ones(3, 4)},
+        {"mm_token_type_ids": torch.ones(1, 3, dtype=torch.long), "pixel_values": torch.ones(1, 4)},
+    ]
     found = together(rows, 4, left=True)
     assert found["mm_token_type_ids"].tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
     assert found["pixel_values"].shape == (4, 4)

@@ -73,7 +73,11 @@ def test_a_folder_is_free_after_an_error_and_after_a_kill(options, places, tmp_p
         "loop.distill(DistillOptions.model_validate_json(sys.argv[1]), sys.argv[2])\n"
     )
     chosen = options()
-    killed = subprocess.run([sys.executable, "-c", program, chosen.model_dump_json(), str(tmp_path / "run")], check=False, capture_output=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", program, chosen.model_dump_json(), str(tmp_path / "run")],
+        check=False,
+        capture_output=True,
+    )
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "run" / "checkpoint-0").exists()
     assert distill(chosen, tmp_path / "run").step == 3
@@ -97,7 +101,9 @@ def test_parents_of_a_folder_are_made_and_what_cannot_be_is_named(options, tmp_p
 @pytest.mark.parametrize("wrong", ["student", "teacher", "masks", "tag", "prompts"])
 def test_input_that_cannot_be_used_writes_nothing_and_the_corrected_command_runs(options, tmp_path, wrong):
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "tag": "b"}')
-    given = {"tag": {"prompts": str(tmp_path / "p.jsonl"), "teacher": f"a={options().teacher}"}}.get(wrong, {wrong: str(tmp_path / "none")})
+    given = {"tag": {"prompts": str(tmp_path / "p.jsonl"), "teacher": f"a={options().teacher}"}}.get(
+        wrong, {wrong: str(tmp_path / "none")}
+    )
     with pytest.raises(InputError):
         distill(options(**given), tmp_path / "run")
     assert not list(tmp_path.glob("run/*"))
@@ -135,7 +141,9 @@ def test_overwrite_refuses_to_clear_away_what_the_run_reads(options, tmp_path, n
     before = everything(tmp_path / "run")
     place = {"masks": "masks/step-000001.safetensors"}.get(name, "checkpoint-1")
     more = {"lora_rank": 2} if name == "subspace" else {}
-    with pytest.raises(UsageError, match=rf"the {name} .*run/{place} lies in .*run, which the run would clear; choose another folder"):
+    with pytest.raises(
+        UsageError, match=rf"the {name} .*run/{place} lies in .*run, which the run would clear; choose another folder"
+    ):
         distill(options(**{name: str(tmp_path / "run" / place), "overwrite": True}, **more), tmp_path / "run")
     assert everything(tmp_path / "run") == before
 
@@ -182,7 +190,9 @@ def test_a_run_goes_on_with_overwrite_unless_it_lacks_checkpoints(options, tmp_p
     distill(options(steps=2), tmp_path)
     assert distill(options(steps=3, overwrite=True), tmp_path).step == 3
     assert (tmp_path / "checkpoint-2").exists()
-    with pytest.warns(UserWarning, match="has taken 3 steps and lacks checkpoints that save_every asks for; it is overwritten"):
+    with pytest.warns(
+        UserWarning, match="has taken 3 steps and lacks checkpoints that save_every asks for; it is overwritten"
+    ):
         distill(options(steps=3, save_every=1, overwrite=True), tmp_path)
     assert (tmp_path / "checkpoint-1").exists()
 
@@ -207,7 +217,9 @@ def test_a_model_that_changed_meanwhile_is_noticed(options, places, tmp_path, si
     distill(options(steps=2, **chosen), tmp_path / "run")
     kept = everything(place)
     trained_further(place)
-    with pytest.raises(InputError, match=rf"model\.safetensors in .*{side} is not what it was when the run in .*run began; put it back"):
+    with pytest.raises(
+        InputError, match=rf"model\.safetensors in .*{side} is not what it was when the run in .*run began; put it back"
+    ):
         distill(options(steps=3, **chosen), tmp_path / "run")
     for name, content in kept.items():
         (place / name).write_bytes(content)
@@ -257,5 +269,8 @@ def test_a_checkpoint_is_on_the_disk_before_an_earlier_state_goes(options, tmp_p
     distill(options(steps=2, save_every=1), tmp_path)
     assert not earlier.exists()
     in_time = {name for name, there in synced if there}
-    assert {f".checkpoint-2.part/{path.name}" for path in (tmp_path / "checkpoint-2").iterdir()} | {".checkpoint-2.part", "."} <= in_time
+    assert {f".checkpoint-2.part/{path.name}" for path in (tmp_path / "checkpoint-2").iterdir()} | {
+        ".checkpoint-2.part",
+        ".",
+    } <= in_time
     assert {"log.jsonl", "track.jsonl", "masks/step-000002.safetensors", "weights/mark-000002-0.bin"} <= in_time

@@ -19,7 +19,18 @@ def run(chosen, out, processes):
 
 
 def started(chosen, out, processes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "opdkernels", "distill", "-o", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "-m",
+        "opdkernels",
+        "distill",
+        "-o",
+        str(out),
+    ]
     for name, value in chosen.model_dump().items():
         if value not in ("", None) and value != type(chosen).model_fields[name].default:
             command += [f"--{name.replace('_', '-')}", str(value)]
@@ -30,7 +41,20 @@ def started(chosen, out, processes):
 @pytest.mark.parametrize("more", [{}, {"teacher": "self", "ema": 0.5, "lr": 0.5, "clip": 0, "sft_weight": 1.0}])
 def test_two_processes_train_as_one_does(options, tmp_path, more):
     """Recorded completions, so that what is learnt does not depend on who samples what: all but the order of sums is alike."""
-    chosen = {"device": "cpu", "prompts": recorded(tmp_path), "on_policy": 0, "dtype": "float32", "steps": 3, "lr": 1e-3, "optimizer": "sgd", "track_every": 1, "held_out": recorded(tmp_path), "eval_size": 3, "clip": 0.05, **more}
+    chosen = {
+        "device": "cpu",
+        "prompts": recorded(tmp_path),
+        "on_policy": 0,
+        "dtype": "float32",
+        "steps": 3,
+        "lr": 1e-3,
+        "optimizer": "sgd",
+        "track_every": 1,
+        "held_out": recorded(tmp_path),
+        "eval_size": 3,
+        "clip": 0.05,
+        **more,
+    }
     run(options(**chosen), tmp_path / "two", 2)
     distill(options(**chosen), tmp_path / "one")
     one, two = (load_file(tmp_path / name / "checkpoint-3" / "model.safetensors") for name in ("one", "two"))

@@ -25,7 +25,11 @@ def test_held_out_sums_are_never_trained_on():
     held_out = {entry.prompt for entry in task.held_out(5000)}
     assert (len(trained), len(held_out)) == (8000, 2000)
     assert not trained & held_out
-    assert all(eval(entry.prompt[:2].lstrip("0") + "+" + entry.prompt[3:5].lstrip("0") or "0") == int(entry.answer) for entry in task.held_out(20) if "0" not in entry.prompt)
+    assert all(
+        eval(entry.prompt[:2].lstrip("0") + "+" + entry.prompt[3:5].lstrip("0") or "0") == int(entry.answer)
+        for entry in task.held_out(20)
+        if "0" not in entry.prompt
+    )
     sums = open_task("sums")
     assert not {sums.entry(i).prompt for i in range(3000)} & {entry.prompt for entry in sums.held_out(300)}
 
@@ -82,7 +86,13 @@ def test_rewards_that_do_not_exist_are_refused(name):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("def f(:", "SyntaxError"), ("x = y", "NameError: name 'y' is not defined"), ("import sys\nsys.exit(3)", "SystemExit: 3"), ("1 / 0", "ZeroDivisionError"), ("import no_such_module", "No module named 'no_such_module'")],
+    [
+        ("def f(:", "SyntaxError"),
+        ("x = y", "NameError: name 'y' is not defined"),
+        ("import sys\nsys.exit(3)", "SystemExit: 3"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("import no_such_module", "No module named 'no_such_module'"),
+    ],
 )
 def test_rewards_that_cannot_be_imported_are_named(tmp_path, monkeypatch, text, says):
     (tmp_path / "broken_reward.py").write_text(text)
@@ -126,7 +136,9 @@ def test_held_out_prompts_of_reasoning_gym_are_never_trained_on_and_the_same_for
         def __getitem__(self, i):
             return {"question": str(self.seed + i), "answer": ""}
 
-    monkeypatch.setitem(sys.modules, "reasoning_gym", SimpleNamespace(create_dataset=lambda name, size, seed: Data(name, size, seed)))
+    monkeypatch.setitem(
+        sys.modules, "reasoning_gym", SimpleNamespace(create_dataset=lambda name, size, seed: Data(name, size, seed))
+    )
     tasks = [open_task("reasoning_gym:any", seed=seed) for seed in (0, 1, 2, 4094)]
     held_out = [[entry.prompt[0]["content"] for entry in task.held_out(3000)] for task in tasks]
     assert all(one == held_out[0] for one in held_out)
@@ -172,12 +184,20 @@ REWARDED = {"kl_weight": 0, "reward_weight": 1, "samples": 2}
 @pytest.mark.parametrize(
     ("given", "rows", "says"),
     [
-        ({"teacher": "a=x,b=y"}, [{}, {"tag": "a"}], "'1=' has the tag '' and no teacher has it; the teachers are a, b"),
+        (
+            {"teacher": "a=x,b=y"},
+            [{}, {"tag": "a"}],
+            "'1=' has the tag '' and no teacher has it; the teachers are a, b",
+        ),
         ({"teacher": "a=x"}, [{"tag": "a"}, {"tag": "c"}], "'2=' has the tag 'c' and no teacher has it"),
         (OTHERS, [{"completion": "3"}, {}], "'2=' has no `completion` and others have one"),
         ({**OTHERS, "teacher": "self"}, [{}, {}], "or one teacher that is a model of its own"),
         ({**OTHERS, "teacher": "a=x,b=y"}, [{"tag": "a"}, {"tag": "b"}], "or one teacher that is a model of its own"),
-        (OWN_SAMPLES, [{}, {"images": ["gone.png"]}], r"an image of a prompt cannot be read \(.*gone\.png is no file\)"),
+        (
+            OWN_SAMPLES,
+            [{}, {"images": ["gone.png"]}],
+            r"an image of a prompt cannot be read \(.*gone\.png is no file\)",
+        ),
         (REWARDED, [{"answer": "1"}, {}], "'2=' has no `answer`, which the reward exact compares with"),
         (REWARDED, [{"answer": "1"}, {"answer": "1\n2"}], "'2=' has an `answer` of several lines"),
     ],
@@ -210,10 +230,19 @@ def run_of(folder, given, rows):
     return options, open_task(options.prompts, reward=options.reward)
 
 
-@pytest.mark.parametrize(("row", "says"), [({}, "has no `answer`"), ({"answer": "1", "images": ["gone.png"]}, r"gone\.png is no file")])
+@pytest.mark.parametrize(
+    ("row", "says"), [({}, "has no `answer`"), ({"answer": "1", "images": ["gone.png"]}, r"gone\.png is no file")]
+)
 def test_held_out_prompts_are_looked_at_as_far_as_they_are_used(tmp_path, row, says):
-    (tmp_path / "h.jsonl").write_text("\n".join(json.dumps(one) for one in ({"prompt": "1=", "answer": "1"}, {"prompt": "2=", **row})))
-    given = {"student": "s", "teacher": "t", "prompts": str(tmp_path / "h.jsonl"), "held_out": str(tmp_path / "h.jsonl")}
+    (tmp_path / "h.jsonl").write_text(
+        "\n".join(json.dumps(one) for one in ({"prompt": "1=", "answer": "1"}, {"prompt": "2=", **row}))
+    )
+    given = {
+        "student": "s",
+        "teacher": "t",
+        "prompts": str(tmp_path / "h.jsonl"),
+        "held_out": str(tmp_path / "h.jsonl"),
+    }
     task_of(options_from(None, {**given, "eval_size": 1}))
     with pytest.raises(InputError, match=says):
         task_of(options_from(None, {**given, "eval_size": 2}))

@@ -92,7 +92,14 @@ def test_state_is_all_that_a_teacher_needs_to_go_on():
 def test_what_is_privileged_comes_before_the_same_completion():
     own, _, teacher = setup(1.0)
     hidden, _ = teacher.score(rollout("9+9=18\n"))
-    direct = beside(encode(TEXT, [Entry("9+9=18\n1+1="), Entry("9+9=18\n12+13=")], 64), [[4, 1], [5, 6, 7]], [True, False], True, 0, torch.device("cpu"))
+    direct = beside(
+        encode(TEXT, [Entry("9+9=18\n1+1="), Entry("9+9=18\n12+13=")], 64),
+        [[4, 1], [5, 6, 7]],
+        [True, False],
+        True,
+        0,
+        torch.device("cpu"),
+    )
     assert torch.equal(hidden, scored(own, direct)[0])
     assert hidden.shape == teacher.score(rollout())[0].shape
     assert not torch.equal(hidden, teacher.score(rollout())[0])
@@ -101,5 +108,8 @@ def test_what_is_privileged_comes_before_the_same_completion():
 def test_what_is_privileged_must_find_places_in_the_student():
     _, _, teacher = setup(1.0)  # of 64 positions
     teacher.score(rollout("1" * (64 - 3 - len("12+13="))))
-    with pytest.raises(InputError, match=r"the prompt '12\+13=' is 62 tokens with its `privileged`, and the student has 61 positions beside a completion; shorten it"):
+    with pytest.raises(
+        InputError,
+        match=r"the prompt '12\+13=' is 62 tokens with its `privileged`, and the student has 61 positions beside a completion; shorten it",
+    ):
         teacher.score(rollout("1" * (65 - 3 - len("12+13="))))

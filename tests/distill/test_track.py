@@ -29,7 +29,9 @@ def test_figures_are_those_of_plain_tensors(tmp_path):
         copies.append(torch.cat([p.detach().flatten().clone() for p in own.parameters()]))
         changed = [copy != copies[0] for copy in copies[1:]]
         assert row["views"]["visible"]["frac_zero"] == pytest.approx(1 - changed[-1].double().mean().item(), rel=1e-12)
-        assert row["since_last"]["visible"]["frac_zero"] == pytest.approx((copies[-1] == copies[-2]).double().mean().item(), rel=1e-12)
+        assert row["since_last"]["visible"]["frac_zero"] == pytest.approx(
+            (copies[-1] == copies[-2]).double().mean().item(), rel=1e-12
+        )
         assert row["changed_ever"] == pytest.approx(torch.stack(changed).any(0).double().mean().item(), rel=1e-12)
         assert sum(one["visible"]["numel"] for one in row["modules"].values()) == len(copies[0])
         assert row["trained"] == pytest.approx(10 / len(copies[0]), rel=1e-12)
@@ -88,7 +90,11 @@ def test_marks_keep_two_copies_beside_the_start(tmp_path):
         tracker.mark(step, own, {})
         if step == 2:
             tracker.saved()
-    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["mark-000002-0.bin", "mark-000005-0.bin", "start-0.bin"]
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == [
+        "mark-000002-0.bin",
+        "mark-000005-0.bin",
+        "start-0.bin",
+    ]
 
 
 def test_the_start_is_made_again_where_its_copy_is_gone(tmp_path):
@@ -137,7 +143,9 @@ def test_moments_are_those_of_plain_tensors():
     state, found = optimizer.state[weight], moments_of(optimizer, ALONE)
     root = state["exp_avg_sq"].sqrt()
     assert found["sqrt_v_cv"] == pytest.approx((root.std(correction=0) / root.mean()).item(), rel=1e-5)
-    assert found["gradient_momentum_cosine"] == pytest.approx(torch.nn.functional.cosine_similarity(weight.grad[active], state["exp_avg"], 0).item(), rel=1e-5)
+    assert found["gradient_momentum_cosine"] == pytest.approx(
+        torch.nn.functional.cosine_similarity(weight.grad[active], state["exp_avg"], 0).item(), rel=1e-5
+    )
 
 
 def test_a_model_that_does_not_move_has_no_change(tmp_path):

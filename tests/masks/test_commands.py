@@ -14,7 +14,9 @@ from opdkernels.masks.show import overlap, show
 
 
 def run(*arguments, status=0):
-    done = subprocess.run([sys.executable, "-m", "opdkernels", "mask", *map(str, arguments)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "opdkernels", "mask", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == status, done.stderr
     return done
 
@@ -35,7 +37,9 @@ def test_commands_write_what_the_functions_make(pair, tmp_path):
     assert json.loads(run("overlap", a, b, "--json").stdout)["active_both"] == (MaskSet.load(a) & MaskSet.load(b)).nnz
 
 
-@pytest.mark.parametrize(("kind", "make"), [("principal", masks.principal), ("safe", masks.safe), ("random", masks.random)])
+@pytest.mark.parametrize(
+    ("kind", "make"), [("principal", masks.principal), ("safe", masks.safe), ("random", masks.random)]
+)
 def test_other_kinds(pair, tmp_path, kind, make):
     run(kind, pair[0], "--share", 0.1, "-o", tmp_path / "m")
     assert MaskSet.load(tmp_path / "m") == make(pair[0], 0.1)

@@ -55,7 +55,12 @@ def test_extremes_are_those_of_sorting(dtype, per, share, monkeypatch):
     for found, big in ((near_zero(source, share, per=per), False), (largest(source, share, per=per), True)):
         assert list(found) == list(source)
         for names in groups.values():
-            assert_extreme([found[n].to_bool().flatten().numpy() for n in names], [source[n].float().abs().flatten().numpy() for n in names], share, big)
+            assert_extreme(
+                [found[n].to_bool().flatten().numpy() for n in names],
+                [source[n].float().abs().flatten().numpy() for n in names],
+                share,
+                big,
+            )
 
 
 def test_ties_are_drawn_and_drawn_alike_again():
@@ -104,7 +109,9 @@ def test_what_did_not_change_is_never_of_the_most_changed(tmp_path):
 def test_a_checkpoint_gives_the_masks_of_its_tensors(tmp_path):
     source = weights()
     path = save(tmp_path / "a", source)
-    assert {n: m.digest for n, m in near_zero(path, 0.1).items()} == {n: m.digest for n, m in near_zero(source, 0.1).items()}
+    assert {n: m.digest for n, m in near_zero(path, 0.1).items()} == {
+        n: m.digest for n, m in near_zero(source, 0.1).items()
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -24,7 +24,12 @@ def test_every_way_to_make_a_mask_gives_the_same(numel, density):
     flags = flags_of(numel, density)
     places = torch.nonzero(flags).view(-1)
     bits = torch.from_numpy(np.packbits(flags.numpy(), bitorder="little"))
-    masks = [Mask.from_bool(flags), Mask.from_indices(places, (numel,)), Mask.from_indices(places.int(), (numel,)), Mask.from_bits(bits, (numel,))]
+    masks = [
+        Mask.from_bool(flags),
+        Mask.from_indices(places, (numel,)),
+        Mask.from_indices(places.int(), (numel,)),
+        Mask.from_bits(bits, (numel,)),
+    ]
     for mask in masks:
         assert mask == masks[0]
         assert mask.digest == masks[0].digest
@@ -61,7 +66,13 @@ def test_shards_are_ranges_of_the_whole(numel, density, seed, data):
 def test_operations_are_those_of_sets(numel, densities):
     a, b = (flags_of(numel, d, i).view(-1, 1) for i, d in enumerate(densities))
     one, other = Mask.from_bool(a), Mask.from_bool(b)
-    for found, expected in ((one & other, a & b), (one | other, a | b), (one ^ other, a ^ b), (one - other, a & ~b), (~one, ~a)):
+    for found, expected in (
+        (one & other, a & b),
+        (one | other, a | b),
+        (one ^ other, a ^ b),
+        (one - other, a & ~b),
+        (~one, ~a),
+    ):
         assert torch.equal(found.to_bool(), expected)
         assert found.shape == (numel, 1)
 

@@ -16,7 +16,12 @@ from opdkernels.masks.sets import from_bools
 def sample(seed=0) -> MaskSet:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"b.weight": (40, 30), "a.weight": (7,), "empty": (0, 3), "ünï\n../x": (100,)}
-    return from_bools({name: torch.rand(shape, generator=generator) < d for (name, shape), d in zip(shapes.items(), (0.01, 0.5, 0.5, 1.0), strict=True)})
+    return from_bools(
+        {
+            name: torch.rand(shape, generator=generator) < d
+            for (name, shape), d in zip(shapes.items(), (0.01, 0.5, 0.5, 1.0), strict=True)
+        }
+    )
 
 
 def test_what_was_saved_is_loaded(tmp_path):
@@ -71,8 +76,14 @@ def test_what_holds_no_masks_is_refused_in_one_line(tmp_path):
         (lambda: path.write_bytes(b"junk"), "cannot be read as masks"),
         (lambda: path.write_bytes(b""), "cannot be read as masks"),
         (lambda: save_file({}, path, {"format": "opdkernels masks", "version": "9"}), "version 9"),
-        (lambda: save_file({}, path, {"format": "opdkernels masks", "version": "1", "digest": "0", "masks": "[{}]"}), "cannot be read as masks"),
-        (lambda: save_file({}, path, {"format": "opdkernels masks", "version": "1", "digest": "0", "masks": "[]"}), "digest"),
+        (
+            lambda: save_file({}, path, {"format": "opdkernels masks", "version": "1", "digest": "0", "masks": "[{}]"}),
+            "cannot be read as masks",
+        ),
+        (
+            lambda: save_file({}, path, {"format": "opdkernels masks", "version": "1", "digest": "0", "masks": "[]"}),
+            "digest",
+        ),
     ):
         content()
         with pytest.raises(InputError, match=message) as caught:
@@ -97,8 +108,15 @@ def test_damage_to_bits_is_found_when_they_are_read(tmp_path):
 
 def test_masks_that_a_header_promises_and_lacks(tmp_path):
     masks = sample()
-    fact = [{"name": name, "shape": list(m.shape), "numel": m.numel, "nnz": m.nnz, "digest": m.digest} for name, m in masks.items()]
-    save_file({}, tmp_path / "m.safetensors", {"format": "opdkernels masks", "version": "1", "digest": masks.digest, "masks": json.dumps(fact)})
+    fact = [
+        {"name": name, "shape": list(m.shape), "numel": m.numel, "nnz": m.nnz, "digest": m.digest}
+        for name, m in masks.items()
+    ]
+    save_file(
+        {},
+        tmp_path / "m.safetensors",
+        {"format": "opdkernels masks", "version": "1", "digest": masks.digest, "masks": json.dumps(fact)},
+    )
     found = MaskSet.load(tmp_path / "m.safetensors")
     with pytest.raises(InputError, match=r"the mask of b\.weight in .* is damaged"):
         found["b.weight"]

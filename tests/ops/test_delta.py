@@ -66,18 +66,25 @@ class Oracle:
     @staticmethod
     def step(a: float, b: float) -> int:
         """bf16 neighbours between a and b, through their integer order."""
-        key = lambda f: int(np.abs(np.float32(f)).view(np.uint32) >> 16) * (1 if f >= 0 else -1)  # noqa: E731
+
+        def key(f):
+            return int(np.abs(np.float32(f)).view(np.uint32) >> 16) * (1 if f >= 0 else -1)
+
         return key(b) - key(a)
 
 
 def assert_matches(tally: Tally, oracle: Oracle, n: int) -> None:
-    table = lambda patterns: np.bincount(patterns, minlength=ops.BINS)  # noqa: E731
+    def table(patterns):
+        return np.bincount(patterns, minlength=ops.BINS)
+
     assert (tally.numel, tally.nonfinite) == (n, oracle.nonfinite)
     np.testing.assert_array_equal(tally.source, table(oracle.w))
     np.testing.assert_array_equal(tally.delta, table(oracle.visible))
     np.testing.assert_array_equal(tally.trained, table(oracle.v[oracle.visible > 0]))
     np.testing.assert_array_equal(tally.moved, table(oracle.w[oracle.stored != 0]))
-    np.testing.assert_array_equal(tally.delta_stored, table(oracle.stored.astype(np.float32).view(np.uint32).astype(np.int64) >> 16))
+    np.testing.assert_array_equal(
+        tally.delta_stored, table(oracle.stored.astype(np.float32).view(np.uint32).astype(np.int64) >> 16)
+    )
     for k, cut in enumerate(tally.cuts):
         np.testing.assert_array_equal(tally.changed[k], table(oracle.w[oracle.visible > cut]))
     ends = np.clip(oracle.steps, -17, 17).astype(int) + 17 if n else np.zeros(0, int)
@@ -228,7 +235,14 @@ def test_arguments_that_do_not_fit_are_refused():
 def test_operator_is_registered_as_torch_expects():
     source, trained = make_pair(100)
     tally = Tally.empty()
-    arguments = (source, trained, list(DEFAULT_CUTS), list(THRESHOLDS), *(torch.from_numpy(getattr(tally, a)) for a in ARRAYS), None)
+    arguments = (
+        source,
+        trained,
+        list(DEFAULT_CUTS),
+        list(THRESHOLDS),
+        *(torch.from_numpy(getattr(tally, a)) for a in ARRAYS),
+        None,
+    )
     torch.library.opcheck(torch.ops.opdkernels.delta_.default, arguments)
 
     def count(w, v, tables, counts, sums, maximum):

@@ -27,10 +27,18 @@ def test_both_devices_are_named(call):
         CALLS[call]()
 
 
-@pytest.mark.parametrize("moved", ["grads", "masks", "offsets", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "inits", "cohorts"])
+@pytest.mark.parametrize(
+    "moved", ["grads", "masks", "offsets", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "inits", "cohorts"]
+)
 def test_whatever_a_step_takes_lies_beside_its_weights(moved):
     moments = {name: [torch.zeros(2)] for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "inits")}
-    held = {"grads": [torch.zeros(4)], "masks": [PLACES], "offsets": [NONE], "cohorts": [torch.zeros(2, dtype=torch.uint8)], **moments}
+    held = {
+        "grads": [torch.zeros(4)],
+        "masks": [PLACES],
+        "offsets": [NONE],
+        "cohorts": [torch.zeros(2, dtype=torch.uint8)],
+        **moments,
+    }
     held[moved] = [held[moved][0].to("meta")]
     with pytest.raises(ValueError, match=r"param 0 is on cpu, .* on meta; move one of them"):
         step.masked_adamw([torch.zeros(4)], scalars=step.adamw_scalars([1], 1e-3, (0.9, 0.99), 1e-8, 0.0), **held)

@@ -20,9 +20,13 @@ from opdkernels.ops.divergence import KINDS, Divergence, Head, divergence, linea
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 SPECS = [
     *(Divergence(kind, k=4 if kind.startswith("topk") else 0) for kind in KINDS),
-    Divergence("jsd", beta=0.2, temperature=1.7), Divergence("jsd", beta=0.0), Divergence("jsd", beta=1.0),
-    Divergence("topk_forward_kl", k=3, tail=False), Divergence("reverse_kl", temperature=0.5), Divergence("topk_reverse_kl", k=100),
-]  # fmt: skip
+    Divergence("jsd", beta=0.2, temperature=1.7),
+    Divergence("jsd", beta=0.0),
+    Divergence("jsd", beta=1.0),
+    Divergence("topk_forward_kl", k=3, tail=False),
+    Divergence("reverse_kl", temperature=0.5),
+    Divergence("topk_reverse_kl", k=100),
+]
 NAMES = [f"{s.kind}-{s.beta}-{s.k}-{s.tail}-{s.temperature}" for s in SPECS]
 
 
@@ -44,7 +48,9 @@ def oracle(spec: Divergence, student: torch.Tensor, teacher: torch.Tensor, token
     if spec.sampled:
         a, b = lq[rows, tokens], lp[rows, tokens]
         return (a - b).detach() * a if spec.kind == "sampled_reverse_kl" else (a - b) ** 2 / 2
-    chosen = torch.zeros_like(q, dtype=torch.bool).scatter(1, (p if "forward" in spec.kind else q).topk(min(spec.k, q.shape[1]), 1).indices, True)
+    chosen = torch.zeros_like(q, dtype=torch.bool).scatter(
+        1, (p if "forward" in spec.kind else q).topk(min(spec.k, q.shape[1]), 1).indices, True
+    )
     buckets = [torch.cat([x.masked_fill(~chosen, 0), x.masked_fill(chosen, 0).sum(1, keepdim=True)], 1) for x in (q, p)]
     q, p = (x if spec.tail else x[:, :-1] for x in buckets)
     mine, other = (p, q) if "forward" in spec.kind else (q, p)
@@ -54,7 +60,10 @@ def oracle(spec: Divergence, student: torch.Tensor, teacher: torch.Tensor, token
 def make_case(n=7, vocab=33, width=5, dtype=FP64, *, teacher_width=None, bias=True, spread=1.0, seed=0, shaped=True):
     """Hidden states and heads, the student's first, with what every option does."""
     generator = torch.Generator().manual_seed(seed)
-    random = lambda *shape: torch.randn(shape, generator=generator, dtype=FP64).to(dtype)  # noqa: E731
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=FP64).to(dtype)
+
     sides = []
     for w in (width, teacher_width or width + 3):
         weight = (random(vocab, w).double() * spread / math.sqrt(w)).to(dtype)
@@ -76,7 +85,11 @@ def logits_in(dtype, hidden, head):
 def expected(case, spec, dtype=FP64, weights=1.0):
     """Losses and gradients of their weighted sum, through full logits in a dtype: in fp64 by the oracle, unrounded."""
     hidden, head, teacher, teacher_head, tokens = case
-    leaves = [t.detach().to(FP64 if dtype == FP64 else t.dtype).requires_grad_() for t in (hidden, head.weight, head.bias) if t is not None]
+    leaves = [
+        t.detach().to(FP64 if dtype == FP64 else t.dtype).requires_grad_()
+        for t in (hidden, head.weight, head.bias)
+        if t is not None
+    ]
     mine = Head(leaves[1], leaves[2] if len(leaves) > 2 else None, head.scale, head.softcap)
     logits = logits_in(dtype, leaves[0], mine), logits_in(dtype, teacher, teacher_head).detach()
     loss = oracle(spec, *logits, tokens) if dtype == FP64 else divergence(*logits, spec, tokens=tokens)
@@ -101,7 +114,9 @@ def assert_twice_plain(case, spec, losses=True):
     loss, leaves = found_by(case, spec)
     grads = torch.autograd.grad(loss.sum(), leaves)
     if losses and spec.code != ops.AT_IDS:
-        assert error(loss, exact) <= 2 * error(plain, exact) + 1e-6 * (math.sqrt(len(loss)) + float(exact.detach().norm()))
+        assert error(loss, exact) <= 2 * error(plain, exact) + 1e-6 * (
+            math.sqrt(len(loss)) + float(exact.detach().norm())
+        )
     for found, full, best in zip(grads, plain_grads, exact_grads, strict=True):
         assert found.dtype == full.dtype
         assert error(found, best) <= 2 * error(full, best) + 1e-6 * max(1, float(best.norm()))
@@ -155,7 +170,9 @@ def test_gradients_from_hidden_states_are_the_losses_own(kind):
     spec = Divergence(kind, k=3 if "topk" in kind else 0)
 
     def loss(hidden, weight, bias):
-        return linear_divergence(hidden, Head(weight, bias, head.scale, head.softcap), teacher, teacher_head, spec, tokens=tokens)
+        return linear_divergence(
+            hidden, Head(weight, bias, head.scale, head.softcap), teacher, teacher_head, spec, tokens=tokens
+        )
 
     assert torch.autograd.gradcheck(loss, leaves_of(hidden, head))
 
@@ -163,7 +180,9 @@ def test_gradients_from_hidden_states_are_the_losses_own(kind):
 @pytest.mark.parametrize("spec", SPECS, ids=NAMES)
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 def test_at_most_twice_the_error_of_full_logits(spec, dtype):
-    assert_twice_plain(make_case(n=40, vocab=1025, width=64, dtype=dtype, spread=4, shaped=False, bias=dtype != BF16), spec)
+    assert_twice_plain(
+        make_case(n=40, vocab=1025, width=64, dtype=dtype, spread=4, shaped=False, bias=dtype != BF16), spec
+    )
 
 
 def assert_log_prob(case, temperature=1.0):
@@ -172,15 +191,26 @@ def assert_log_prob(case, temperature=1.0):
     weights = torch.linspace(-1, 2, len(tokens), dtype=FP64)
 
     def through_logits(dtype):
-        leaves = [t.detach().to(FP64 if dtype == FP64 else t.dtype).requires_grad_() for t in (hidden, head.weight, head.bias) if t is not None]
+        leaves = [
+            t.detach().to(FP64 if dtype == FP64 else t.dtype).requires_grad_()
+            for t in (hidden, head.weight, head.bias)
+            if t is not None
+        ]
         mine = Head(leaves[1], leaves[2] if len(leaves) > 2 else None, head.scale, head.softcap)
-        found = (logits_in(dtype, leaves[0], mine) / temperature)[:, : head.vocab].log_softmax(1).gather(1, tokens[:, None]).squeeze(1)
+        found = (
+            (logits_in(dtype, leaves[0], mine) / temperature)[:, : head.vocab]
+            .log_softmax(1)
+            .gather(1, tokens[:, None])
+            .squeeze(1)
+        )
         return found, *torch.autograd.grad((found * weights).sum(), leaves)
 
     leaves = leaves_of(hidden, head)
     found = linear_log_prob(hidden, head, tokens, temperature=temperature)
     grads = torch.autograd.grad((found * weights).sum(), leaves)
-    for ours, full, best in zip((found, *grads), through_logits(FP32 if hidden.dtype != FP64 else FP64), through_logits(FP64), strict=True):
+    for ours, full, best in zip(
+        (found, *grads), through_logits(FP32 if hidden.dtype != FP64 else FP64), through_logits(FP64), strict=True
+    ):
         assert ours.dtype == full.dtype
         assert error(ours, best) <= 2 * error(full, best) + 1e-6 * max(1, float(best.detach().norm()))
 
@@ -234,9 +264,17 @@ def test_scores_are_what_they_say():
         ids = (lp if spec.kind == "reverse_kl" else lq).topk(6, 1).indices
         rows = torch.arange(9)
         truth = (
-            oracle(spec, lq, lp, tokens), (lp.exp() * (lp - lq)).sum(1), (lq.exp() * (lq - lp)).sum(1), -(lq.exp() * lq).sum(1), -(lp.exp() * lp).sum(1),
-            (lq.argmax(1) == lp.argmax(1)).double(), lq[rows, tokens], lp[rows, tokens], lq.exp().gather(1, ids).sum(1), lp.exp().gather(1, ids).sum(1),
-        )  # fmt: skip
+            oracle(spec, lq, lp, tokens),
+            (lp.exp() * (lp - lq)).sum(1),
+            (lq.exp() * (lq - lp)).sum(1),
+            -(lq.exp() * lq).sum(1),
+            -(lp.exp() * lp).sum(1),
+            (lq.argmax(1) == lp.argmax(1)).double(),
+            lq[rows, tokens],
+            lp[rows, tokens],
+            lq.exp().gather(1, ids).sum(1),
+            lp.exp().gather(1, ids).sum(1),
+        )
         for name, a, b in zip(scores._fields, scores, truth, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
             assert not a.requires_grad
@@ -264,8 +302,13 @@ def test_estimators_have_the_gradient_they_are_named_by():
     for kind in ("forward_kl", "reverse_kl"):
         x = student.clone().requires_grad_()
         (gradients[kind],) = torch.autograd.grad(divergence(x, teacher, Divergence(kind)), x)
-    ratio = lambda x, a: x.log_softmax(-1)[a] - lp[a]  # noqa: E731
-    sampled = lambda kind: lambda x, a: divergence(x, teacher, Divergence(kind), tokens=torch.tensor(a))  # noqa: E731
+
+    def ratio(x, a):
+        return x.log_softmax(-1)[a] - lp[a]
+
+    def sampled(kind):
+        return lambda x, a: divergence(x, teacher, Divergence(kind), tokens=torch.tensor(a))
+
     estimators = {
         **{kind: sampled(kind) for kind in ("sampled_reverse_kl", "sampled_reverse_kl_k2")},
         "k1": ratio,
@@ -277,7 +320,13 @@ def test_estimators_have_the_gradient_they_are_named_by():
         found = estimator_gradient(loss_of, student, lp)
         table[name] = [which for which, gradient in gradients.items() if torch.allclose(found, gradient, atol=1e-12)]
     print("\n".join(f"{name}: {', '.join(which) or 'neither'}" for name, which in table.items()))
-    assert table == {"sampled_reverse_kl": ["reverse_kl"], "sampled_reverse_kl_k2": ["reverse_kl"], "k1": ["nothing"], "k3": ["forward_kl"], "|k1|": []}
+    assert table == {
+        "sampled_reverse_kl": ["reverse_kl"],
+        "sampled_reverse_kl_k2": ["reverse_kl"],
+        "k1": ["nothing"],
+        "k3": ["forward_kl"],
+        "|k1|": [],
+    }
 
 
 def test_a_truncated_reverse_kl_would_fall_as_mass_leaves_and_the_tail_prevents_it():
@@ -286,7 +335,9 @@ def test_a_truncated_reverse_kl_would_fall_as_mass_leaves_and_the_tail_prevents_
     for away in (0.0, 3.0, 6.0):  # the student moves its mass to an id outside its k likeliest of before
         both = [x.log_softmax(1) for x in (teacher + torch.tensor([[0, 0, 0, 0, away]], dtype=FP64), teacher)]
         (lq, lp), rest = [x[:, :2] for x in both], [x[:, 2:].logsumexp(1) for x in both]
-        losses.append(((lq.exp() * (lq - lp)).sum(), ops.at_ids(Divergence("topk_reverse_kl", k=2), lq, lp, *rest).sum()))
+        losses.append(
+            ((lq.exp() * (lq - lp)).sum(), ops.at_ids(Divergence("topk_reverse_kl", k=2), lq, lp, *rest).sum())
+        )
     truncated, whole = zip(*losses, strict=True)
     assert min(truncated) < 0
     assert whole[0] < whole[1] < whole[2]
@@ -297,7 +348,10 @@ def test_with_the_tail_top_k_lies_between_nothing_and_the_whole(k):
     hidden, head, teacher, teacher_head, _ = make_case(n=30, vocab=40)
     student, teacher = logits_in(FP64, hidden, head), logits_in(FP64, teacher, teacher_head)
     for kind, of in (("topk_forward_kl", "forward_kl"), ("topk_reverse_kl", "reverse_kl")):
-        part, all_of_it = divergence(student, teacher, Divergence(kind, k=k)), divergence(student, teacher, Divergence(of))
+        part, all_of_it = (
+            divergence(student, teacher, Divergence(kind, k=k)),
+            divergence(student, teacher, Divergence(of)),
+        )
         assert (part >= -1e-12).all()
         assert (part <= all_of_it + 1e-12).all()
         if k == 40:
@@ -308,7 +362,9 @@ def test_jsd_is_discontinuous_at_its_ends():
     student, teacher = torch.tensor([[0.0, 1.0, 2.0]], dtype=FP64), torch.tensor([[2.0, 0.0, 0.0]], dtype=FP64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        values = {b: float(divergence(student, teacher, Divergence("jsd", beta=b))) for b in (0, 1e-3, 0.5, 1 - 1e-3, 1)}
+        values = {
+            b: float(divergence(student, teacher, Divergence("jsd", beta=b))) for b in (0, 1e-3, 0.5, 1 - 1e-3, 1)
+        }
     assert values[0] == float(divergence(student, teacher, Divergence("forward_kl")))
     assert values[1] == float(divergence(student, teacher, Divergence("reverse_kl")))
     assert values[1e-3] < 0.01 * values[0]
@@ -338,7 +394,14 @@ def test_nothing_finite_becomes_nan(kind, student, teacher):
     """From a head whose bias is the logits; the definition and the tiles agree where log-probabilities do not fit fp32's exponent."""
     student, teacher = (torch.tensor([x], dtype=FP32) for x in (student, teacher))
     bias, zero = student[0].clone().requires_grad_(), torch.zeros(1, 4, requires_grad=True)
-    loss = linear_divergence(zero, Head(torch.eye(4), bias), zero.detach(), Head(torch.eye(4), teacher[0]), Divergence(kind), reduction="none")
+    loss = linear_divergence(
+        zero,
+        Head(torch.eye(4), bias),
+        zero.detach(),
+        Head(torch.eye(4), teacher[0]),
+        Divergence(kind),
+        reduction="none",
+    )
     by_logits = divergence(student.requires_grad_(), teacher, Divergence(kind))
     grads = torch.autograd.grad(loss.sum(), (zero, bias)) + torch.autograd.grad(by_logits.sum(), student)
     assert all(g.isfinite().all() for g in (loss, by_logits, *grads))
@@ -358,19 +421,36 @@ def test_nan_of_one_token_is_seen_there_and_nowhere_else():
         side[2] = math.nan
         for kind in KINDS:
             spec = Divergence(kind, k=3 if "topk" in kind else 0)
-            loss, scores = linear_divergence(hidden, head, teacher, teacher_head, spec, tokens=tokens, reduction="none", scores=True)
+            loss, scores = linear_divergence(
+                hidden, head, teacher, teacher_head, spec, tokens=tokens, reduction="none", scores=True
+            )
             assert loss.isnan().tolist() == scores.reverse_kl.isnan().tolist() == [False, False, True, False, False]
         assert linear_divergence(hidden, head, teacher, teacher_head).isnan()
         side[2] = before
 
 
 def test_ignored_tokens_do_nothing_not_even_nan():
-    hidden, head, teacher, teacher_head, tokens = (t.reshape(3, 4, -1) if i in (0, 2) else t for i, t in enumerate(make_case(n=12)))
+    hidden, head, teacher, teacher_head, tokens = (
+        t.reshape(3, 4, -1) if i in (0, 2) else t for i, t in enumerate(make_case(n=12))
+    )
     tokens, weights = tokens.reshape(3, 4), torch.linspace(0.5, 2, 12, dtype=FP64).reshape(3, 4)
     valid = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0, 1, 1, 0, 1]).bool().reshape(3, 4)
     leaves = leaves_of(hidden, head)
     for kind in ("reverse_kl", "sampled_reverse_kl"):
-        call = lambda valid, h, **o: linear_divergence(h, head, teacher, teacher_head, Divergence(kind), tokens=tokens, valid=valid, weights=weights, **o)  # noqa: E731, B023
+
+        def call(valid, h, **o):
+            return linear_divergence(
+                h,
+                head,
+                teacher,
+                teacher_head,
+                Divergence(kind),
+                tokens=tokens,
+                valid=valid,
+                weights=weights,
+                **o,  # noqa: B023
+            )
+
         each = call(None, hidden, reduction="none")
         some = call(valid, hidden.masked_fill(~valid[..., None], math.nan), reduction="none")
         assert some.shape == (3, 4)
@@ -379,7 +459,9 @@ def test_ignored_tokens_do_nothing_not_even_nan():
         torch.testing.assert_close(call(valid, hidden), some.sum() / 7)
         for normalizer in (20, torch.tensor(20)):
             torch.testing.assert_close(call(valid, hidden, normalizer=normalizer), some.sum() / 20)
-        for a, b in zip(*(torch.autograd.grad(x, leaves) for x in (call(valid, hidden), (each * valid).sum() / 7)), strict=True):
+        for a, b in zip(
+            *(torch.autograd.grad(x, leaves) for x in (call(valid, hidden), (each * valid).sum() / 7)), strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -390,7 +472,16 @@ def test_where_nothing_is_valid_the_loss_is_a_connected_zero(kind, reduction, n)
     hidden, head, teacher, teacher_head, tokens = make_case(n=n, dtype=FP32)
     leaves = leaves_of(hidden, head)
     spec = Divergence(kind, k=3 if "topk" in kind else 0)
-    loss = linear_divergence(hidden, head, teacher, teacher_head, spec, tokens=tokens, valid=torch.zeros(n, dtype=torch.bool), reduction=reduction)
+    loss = linear_divergence(
+        hidden,
+        head,
+        teacher,
+        teacher_head,
+        spec,
+        tokens=tokens,
+        valid=torch.zeros(n, dtype=torch.bool),
+        reduction=reduction,
+    )
     assert not loss.any()
     for grad, leaf in zip(torch.autograd.grad(loss.sum(), leaves), leaves, strict=True):
         assert torch.equal(grad, torch.zeros_like(leaf))
@@ -398,9 +489,23 @@ def test_where_nothing_is_valid_the_loss_is_a_connected_zero(kind, reduction, n)
 
 def test_padding_of_the_vocabulary_has_no_probability():
     hidden, head, teacher, teacher_head, _ = make_case(n=5, vocab=30, bias=False)
-    padded = lambda head, rows, vocab: Head(torch.cat([head.weight, torch.full((rows, head.weight.shape[1]), 9.0, dtype=FP64)]), None, head.scale, head.softcap, vocab)  # noqa: E731
+
+    def padded(head, rows, vocab):
+        return Head(
+            torch.cat([head.weight, torch.full((rows, head.weight.shape[1]), 9.0, dtype=FP64)]),
+            None,
+            head.scale,
+            head.softcap,
+            vocab,
+        )
+
     exact = linear_divergence(hidden, head, teacher, teacher_head)
-    for student_rows, teacher_rows, vocabs in ((2, 2, (30, 30)), (0, 5, (30, None)), (3, 0, (None, 30)), (4, 7, (30, None))):
+    for student_rows, teacher_rows, vocabs in (
+        (2, 2, (30, 30)),
+        (0, 5, (30, None)),
+        (3, 0, (None, 30)),
+        (4, 7, (30, None)),
+    ):
         one, other = padded(head, student_rows, vocabs[0]), padded(teacher_head, teacher_rows, vocabs[1])
         one.weight.requires_grad_()
         loss = linear_divergence(hidden, one, teacher, other)
@@ -420,7 +525,9 @@ def test_a_frozen_head_and_frozen_hidden_states_have_no_gradient_computed(monkey
     for wanted in itertools.product((True, False), repeat=3):
         if not any(wanted):
             continue
-        leaves = [t.detach().requires_grad_(want) for t, want in zip((hidden, head.weight, head.bias), wanted, strict=True)]
+        leaves = [
+            t.detach().requires_grad_(want) for t, want in zip((hidden, head.weight, head.bias), wanted, strict=True)
+        ]
         linear_divergence(leaves[0], Head(leaves[1], leaves[2]), teacher, teacher_head).backward()
         assert tuple(asked[-1]) == wanted
         assert [t.grad is not None for t in leaves] == list(wanted)
@@ -434,7 +541,9 @@ def test_the_teacher_has_no_gradient_and_a_shared_head_only_the_students():
     weight = head.weight.requires_grad_()
     loss = linear_divergence(hidden, Head(weight), teacher, Head(weight))
     (grad,) = torch.autograd.grad(loss, weight, retain_graph=True)
-    (apart,) = torch.autograd.grad(linear_divergence(hidden, Head(weight), teacher, Head(weight.detach().clone())), weight)
+    (apart,) = torch.autograd.grad(
+        linear_divergence(hidden, Head(weight), teacher, Head(weight.detach().clone())), weight
+    )
     assert torch.equal(grad, apart)
     assert torch.autograd.grad(loss, teacher, allow_unused=True) == (None,)
 
@@ -475,7 +584,9 @@ def test_no_tensor_of_tokens_by_vocabulary_exists(kind):
     hidden, head, teacher, teacher_head, tokens = make_case(n=n, vocab=vocab, width=width, bias=False)
     leaves = leaves_of(hidden, head)
     with Largest() as seen:
-        linear_divergence(hidden, head, teacher, teacher_head, Divergence(kind, k=8), tokens=tokens, scores=True)[0].backward()
+        linear_divergence(hidden, head, teacher, teacher_head, Divergence(kind, k=8), tokens=tokens, scores=True)[
+            0
+        ].backward()
     assert 0 < seen.most <= n * tiles.TILE < n * vocab / 2
     assert all(t.grad is not None for t in leaves)
     with Largest() as plain:
@@ -488,7 +599,9 @@ def test_what_is_saved_for_backward_is_a_few_numbers_a_token():
     leaves_of(hidden, head)
     given = {t.data_ptr() for t in (hidden, head.weight, head.bias, teacher, teacher_head.weight, teacher_head.bias)}
     sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(0 if t.data_ptr() in given else t.numel()), t)[1], lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (sizes.append(0 if t.data_ptr() in given else t.numel()), t)[1], lambda t: t
+    ):
         linear_divergence(hidden, head, teacher, teacher_head, Divergence("jsd"))
     assert 0 < sum(sizes) <= 8 * 50
 
@@ -496,7 +609,9 @@ def test_what_is_saved_for_backward_is_a_few_numbers_a_token():
 def test_differentiating_twice_is_refused():
     hidden, head, teacher, teacher_head, _ = make_case()
     leaves = leaves_of(hidden, head)
-    with pytest.raises(RuntimeError, match=r"no second derivative; drop create_graph=True, or use divergence, from logits"):
+    with pytest.raises(
+        RuntimeError, match=r"no second derivative; drop create_graph=True, or use divergence, from logits"
+    ):
         torch.autograd.grad(linear_divergence(hidden, head, teacher, teacher_head), leaves, create_graph=True)
     loss = divergence(logits_in(FP64, hidden, head), logits_in(FP64, teacher, teacher_head)).sum()
     (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
@@ -520,7 +635,16 @@ def test_ill_posed_choices_are_refused_with_the_remedy():
 
 def test_bad_input_is_refused_by_name():
     hidden, head, teacher, teacher_head, tokens = make_case()
-    bad = lambda **o: linear_divergence(*[o.pop(k, v) for k, v in {"hidden": hidden, "head": head, "teacher": teacher, "teacher_head": teacher_head}.items()], **o)  # noqa: E731
+
+    def bad(**o):
+        return linear_divergence(
+            *[
+                o.pop(k, v)
+                for k, v in {"hidden": hidden, "head": head, "teacher": teacher, "teacher_head": teacher_head}.items()
+            ],
+            **o,
+        )
+
     for call, kind, message in (
         (lambda: bad(hidden=hidden[:, :-1]), ValueError, "student_hidden is .* last sizes must be equal"),
         (lambda: bad(teacher=teacher[:-1]), ValueError, "score the same tokens"),
@@ -534,7 +658,11 @@ def test_bad_input_is_refused_by_name():
         (lambda: bad(tokens=tokens.int()), ValueError, "pass int64"),
         (lambda: bad(tokens=tokens[:-1]), ValueError, "pass int64"),
         (lambda: divergence(torch.zeros(2, 3), torch.zeros(2, 4)), ValueError, "cut both to one vocabulary"),
-        (lambda: divergence(torch.zeros(2, 3), torch.zeros(2, 3), Divergence("sampled_reverse_kl")), ValueError, "needs the sampled tokens"),
+        (
+            lambda: divergence(torch.zeros(2, 3), torch.zeros(2, 3), Divergence("sampled_reverse_kl")),
+            ValueError,
+            "needs the sampled tokens",
+        ),
     ):
         with pytest.raises(kind, match=message):
             call()
@@ -543,14 +671,21 @@ def test_bad_input_is_refused_by_name():
 def test_a_token_beyond_the_vocabulary_is_seen():
     hidden, head, teacher, teacher_head, tokens = make_case(vocab=30)
     tokens[1] = 30
-    loss = linear_divergence(hidden, head, teacher, teacher_head, Divergence("sampled_reverse_kl"), tokens=tokens, reduction="none")
+    loss = linear_divergence(
+        hidden, head, teacher, teacher_head, Divergence("sampled_reverse_kl"), tokens=tokens, reduction="none"
+    )
     assert loss.isnan().nonzero().tolist() == [[1]]
 
 
 def bucketed(z: torch.Tensor, u: torch.Tensor, ids: torch.Tensor, kind: str) -> torch.Tensor:
     """A top-k divergence in fp64 whose bucket is a sum of its own."""
-    (lq, lp), inside = (x.double().log_softmax(1) for x in (z, u)), torch.zeros_like(z, dtype=torch.bool).scatter(1, ids, True)
-    lq, lp = (torch.cat([x.gather(1, ids), x.masked_fill(inside, -1e30).logsumexp(1, keepdim=True)], 1) for x in (lq, lp))
+    (lq, lp), inside = (
+        (x.double().log_softmax(1) for x in (z, u)),
+        torch.zeros_like(z, dtype=torch.bool).scatter(1, ids, True),
+    )
+    lq, lp = (
+        torch.cat([x.gather(1, ids), x.masked_fill(inside, -1e30).logsumexp(1, keepdim=True)], 1) for x in (lq, lp)
+    )
     return (lp.exp() * (lp - lq)).sum(1) if kind == "topk_forward_kl" else (lq.exp() * (lq - lp)).sum(1)
 
 
@@ -566,7 +701,10 @@ def assert_bucket(kind: str, dtype: torch.dtype, gap: float, whole_logits: bool 
     (slope,) = torch.autograd.grad(wanted.sum(), exact)
     leaf, head = z.to(dtype).requires_grad_(), Head(torch.eye(40, dtype=dtype))
     spec = Divergence(kind, k=3)
-    for found in (*([divergence(leaf, u.to(dtype), spec)] if whole_logits else []), linear_divergence(leaf, head, u.to(dtype), head, spec, reduction="none")):
+    for found in (
+        *([divergence(leaf, u.to(dtype), spec)] if whole_logits else []),
+        linear_divergence(leaf, head, u.to(dtype), head, spec, reduction="none"),
+    ):
         (ours,) = torch.autograd.grad(found.sum(), leaf)
         assert torch.allclose(found.double(), wanted, rtol=2e-5, atol=1e-6)
         assert (ours - slope).norm() <= 1e-5 * slope.norm() + 1e-7
@@ -598,7 +736,9 @@ def test_nothing_valid_over_a_normalizer_of_nothing_is_0():
     hidden, head, teacher, teacher_head, _ = make_case()
     leaf = hidden.detach().requires_grad_()
     for normalizer in (0, torch.tensor(0.0)):
-        loss = linear_divergence(leaf, head, teacher, teacher_head, valid=torch.zeros(len(hidden), dtype=torch.bool), normalizer=normalizer)
+        loss = linear_divergence(
+            leaf, head, teacher, teacher_head, valid=torch.zeros(len(hidden), dtype=torch.bool), normalizer=normalizer
+        )
         assert loss == 0
         assert not torch.autograd.grad(loss, leaf)[0].any()
 
@@ -624,7 +764,9 @@ def test_total_variation_from_a_teacher_of_nan_has_no_gradient_that_could_be_tak
     teacher = teacher.clone()
     teacher[1] = math.nan
     leaf = hidden.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(linear_divergence(leaf, head, teacher, teacher_head, Divergence("total_variation"), reduction="sum"), leaf)
+    (grad,) = torch.autograd.grad(
+        linear_divergence(leaf, head, teacher, teacher_head, Divergence("total_variation"), reduction="sum"), leaf
+    )
     assert grad.isnan().any(1).nonzero().flatten().tolist() == [1]
 
 
@@ -644,7 +786,10 @@ def test_a_vocabulary_that_the_head_has_not_is_refused(vocab):
 @pytest.mark.parametrize("bias", [False, True])
 def test_operators_are_registered_as_torch_wants_them(bias):
     hidden, head, teacher, teacher_head, tokens = make_case(dtype=BF16, bias=bias)
-    student, teacher = ops.side(hidden, head.weight, head.bias), ops.side(teacher, teacher_head.weight, teacher_head.bias)
+    student, teacher = (
+        ops.side(hidden, head.weight, head.bias),
+        ops.side(teacher, teacher_head.weight, teacher_head.bias),
+    )
     numbers, ids, namespace = [0.8, 6.0, 0.8, 6.0, 1.0, 0.5], tokens[:, None], torch.ops.opdkernels
     moments, at, _, _ = namespace.divergence_scan(student, teacher, ids, 1, 33, numbers, True)
     scalars = torch.cat([moments[:4], moments[:2]])
@@ -652,9 +797,28 @@ def test_operators_are_registered_as_torch_wants_them(bias):
         (namespace.divergence_scan, (student, teacher, ids, 2, 33, numbers, True)),
         (namespace.divergence_scan, (student, teacher, ids[:, :0], 0, 33, numbers, False)),
         (namespace.divergence_means, (student, teacher, moments, 33, numbers, ops.JSD)),
-        (namespace.divergence_backward, (student, teacher, scalars, ids, at[0], 33, numbers, ops.REVERSE, [True, True, bias])),
-        (namespace.divergence_backward, (student, teacher, scalars, ids, at[0], 33, numbers, ops.AT_IDS, [True, False, False])),
-        (namespace.divergence_backward, (student, teacher, torch.cat([scalars, moments[:2]]), ids, at[0], 33, numbers, ops.AT_IDS, [True, True, bias])),
+        (
+            namespace.divergence_backward,
+            (student, teacher, scalars, ids, at[0], 33, numbers, ops.REVERSE, [True, True, bias]),
+        ),
+        (
+            namespace.divergence_backward,
+            (student, teacher, scalars, ids, at[0], 33, numbers, ops.AT_IDS, [True, False, False]),
+        ),
+        (
+            namespace.divergence_backward,
+            (
+                student,
+                teacher,
+                torch.cat([scalars, moments[:2]]),
+                ids,
+                at[0],
+                33,
+                numbers,
+                ops.AT_IDS,
+                [True, True, bias],
+            ),
+        ),
         (namespace.divergence_top, (teacher, 33, 4, numbers)),
     ):
         torch.library.opcheck(operator, arguments)
@@ -670,7 +834,10 @@ def test_it_compiles_whole(kind):
         return linear_divergence(hidden, mine, teacher, teacher_head, spec, tokens=tokens, scores=True)
 
     leaves = leaves_of(hidden, head)
-    (eager, scores), (whole, compiled_scores) = loss(*leaves), torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    (eager, scores), (whole, compiled_scores) = (
+        loss(*leaves),
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves),
+    )
     torch.testing.assert_close(whole, eager)
     torch.testing.assert_close(compiled_scores, scores)
     for a, b in zip(*(torch.autograd.grad(x, leaves) for x in (whole, eager)), strict=True):

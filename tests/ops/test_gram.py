@@ -96,7 +96,9 @@ def test_row_blocks_add_up(isa):
 
 
 @pytest.mark.parametrize("block", [0, 64])
-@pytest.mark.parametrize("of", [parts for count in (1, 2) for parts in itertools.combinations(ops.PARTS, count)], ids="+".join)
+@pytest.mark.parametrize(
+    "of", [parts for count in (1, 2) for parts in itertools.combinations(ops.PARTS, count)], ids="+".join
+)
 def test_parts_are_those_of_the_whole(isa, of, block):
     source, trained = make_matrices((700, 60))
     whole = dict(zip(ops.PARTS, symmetric(gram(source, trained, visible=True, block=block)), strict=True))

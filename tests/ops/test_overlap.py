@@ -40,7 +40,7 @@ def make_runs(n: int, dtypes=(torch.bfloat16,) * 3, *, seed=0, hostile=True):
         update = (trained - base) * torch.from_numpy(np.random.default_rng([seed, r]).normal(0, 2, n))
         run = source + update.roll(r % 2)
         if hostile and n:
-            run[r :: 211] = math.nan
+            run[r::211] = math.nan
             run[r + 1 :: 223] = math.inf
             run[r + 2 :: 227] = 3.3e38
             run[r + 3 :: 229] = -0.0
@@ -59,12 +59,17 @@ class Oracle:
 
     def __init__(self, source: torch.Tensor, runs: list[torch.Tensor], cut: int):
         threshold = float(np.uint32(cut << 16).view(np.float32))
-        as_bf16 = lambda t: t.float().bfloat16().double().numpy()  # noqa: E731
+
+        def as_bf16(t):
+            return t.float().bfloat16().double().numpy()
+
         w = as_bf16(source)
         self.finite, self.changed = np.isfinite(w), []
         for run in runs:
             with np.errstate(invalid="ignore", over="ignore"):
-                difference = np.abs(as_bf16(run) - w).astype(np.float32)  # double to float to bf16: as float subtraction rounds
+                difference = np.abs(as_bf16(run) - w).astype(
+                    np.float32
+                )  # double to float to bf16: as float subtraction rounds
             visible = as_bf16(torch.from_numpy(difference))
             self.finite &= np.isfinite(visible)
             self.changed.append(visible > threshold)
@@ -78,7 +83,9 @@ class Oracle:
             np.testing.assert_array_equal(found.changed[a], np.bincount(self.magnitude[row], minlength=BINS))
             for b, other in enumerate(self.changed):
                 assert found.n_both(a, b) == (row & other).sum()
-        np.testing.assert_array_equal(found.runs, [(self.changed.sum(0) == j).sum() for j in range(len(self.changed) + 1)])
+        np.testing.assert_array_equal(
+            found.runs, [(self.changed.sum(0) == j).sum() for j in range(len(self.changed) + 1)]
+        )
 
 
 @pytest.mark.parametrize("dtypes", [(d, e, d) for d, e in itertools.product(DTYPES, DTYPES)])
@@ -127,7 +134,12 @@ def test_all_bf16_patterns_against_shuffles(isa):
 def test_magnitudes_from_two_on_and_large_changes(isa):
     """|w| >= 2 and |delta| >= 2 leave the fast path of two runs, also within a tensor that otherwise takes it."""
     source, runs = make_runs(40_000, hostile=False)
-    for at, values in ((5_000, (2.0, 2.0, 2.5)), (9_000, (0.1, 3.0, 0.1)), (30_000, (-1e38, 3e38, 1.0)), (39_999, (7.0, 7.0, 7.0))):
+    for at, values in (
+        (5_000, (2.0, 2.0, 2.5)),
+        (9_000, (0.1, 3.0, 0.1)),
+        (30_000, (-1e38, 3e38, 1.0)),
+        (39_999, (7.0, 7.0, 7.0)),
+    ):
         source[at], runs[0][at], runs[1][at] = values
         assert overlap(source, runs) == by_reference(source, runs)
     assert overlap(source * 100, [run * 100 for run in runs]) == by_reference(source * 100, [run * 100 for run in runs])
@@ -172,7 +184,14 @@ def test_properties_of_a_small_case():
     source = torch.zeros(8)
     runs = [torch.tensor([1.0, 1, 1, 1, 0, 0, 0, math.nan]), torch.tensor([0.0, 0, 1, 1, 1, 0, 0, 0])]
     found = overlap(source, runs)
-    assert (found.numel, found.finite, found.n_changed(0), found.n_changed(1), found.n_both(0, 1), found.n_either(0, 1)) == (8, 7, 4, 3, 2, 5)
+    assert (
+        found.numel,
+        found.finite,
+        found.n_changed(0),
+        found.n_changed(1),
+        found.n_both(0, 1),
+        found.n_either(0, 1),
+    ) == (8, 7, 4, 3, 2, 5)
     assert (found.coverage(0, 1), found.coverage(1, 0), found.jaccard(0, 1)) == (2 / 4, 2 / 3, 2 / 5)
     assert (found.density(0), found.both_zero(0, 1), found.only(0, 1), found.only(1, 0)) == (4 / 7, 2 / 7, 2 / 7, 1 / 7)
     assert found.expected_uniform(0, 1) == found.expected_magnitude(0, 1) == 12 / 7
@@ -181,7 +200,9 @@ def test_properties_of_a_small_case():
     assert Overlap.empty(2).z_magnitude(0, 1) == 0
 
 
-@pytest.mark.parametrize(("n", "n_a", "n_b"), [(1, 1, 0), (1, 1, 1), (2, 1, 1), (7, 3, 4), (9, 9, 2), (12, 5, 5), (0, 0, 0)])
+@pytest.mark.parametrize(
+    ("n", "n_a", "n_b"), [(1, 1, 0), (1, 1, 1), (2, 1, 1), (7, 3, 4), (9, 9, 2), (12, 5, 5), (0, 0, 0)]
+)
 def test_chance_is_the_mean_and_variance_over_all_placements(n, n_a, n_b):
     """Every placement of b's coordinates, against a's first n_a."""
     shared = [sum(i < n_a for i in chosen) for chosen in itertools.combinations(range(n), n_b)]
@@ -202,7 +223,10 @@ def test_chance_adds_up_over_bins():
 def dense_runs(n=1 << 20, shared=0.0, seed=0):
     """Dense updates of a bf16 source, stored in bf16: unrelated, or with a share of both confined to the same random mask."""
     generator = torch.Generator().manual_seed(seed)
-    normal = lambda: torch.randn(n, generator=generator)  # noqa: E731
+
+    def normal():
+        return torch.randn(n, generator=generator)
+
     source = (0.02 * normal()).bfloat16()
     mask = torch.rand(n, generator=generator) < 0.3 if shared else torch.ones(n, dtype=torch.bool)
     return source, [(source.float() + 3e-5 * normal() * mask).bfloat16() for _ in range(2)]
@@ -216,7 +240,9 @@ def test_unrelated_dense_updates_are_explained_by_magnitude_and_not_by_uniform_c
     assert abs(found.z_magnitude(0, 1)) < 5
     for strata in ops.STRATA:
         expected, variance = strata_chance(source.view(1024, 1024), [run.view(1024, 1024) for run in runs], strata)
-        assert found.n_both(0, 1) / expected[0, 1] == pytest.approx(1.0, abs=0.05)  # two classes to a power of two: coarser
+        assert found.n_both(0, 1) / expected[0, 1] == pytest.approx(
+            1.0, abs=0.05
+        )  # two classes to a power of two: coarser
         assert variance[0, 1] > 0
 
 
@@ -286,7 +312,10 @@ def test_arguments_that_do_not_fit_are_refused():
 
 def test_operator_is_registered_as_torch_expects():
     source, runs = make_runs(100)
-    arguments = lambda: (source, runs, DEFAULT_CUT, *(torch.from_numpy(array) for array in Overlap.empty(2).arrays))  # noqa: E731
+
+    def arguments():
+        return (source, runs, DEFAULT_CUT, *(torch.from_numpy(array) for array in Overlap.empty(2).arrays))
+
     torch.library.opcheck(torch.ops.opdkernels.overlap_.default, arguments())
 
     def count(w, trained, cut, table, *outputs):

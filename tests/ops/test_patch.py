@@ -17,7 +17,17 @@ from opdkernels.ops.patch import BLOCK, Changes, Room, bits, check, digest, gath
 from tests.conftest import ISAS, make_pair
 
 SIZES = (0, 1, 31, 1023, 1025, 70_001)
-DTYPES = (torch.uint8, torch.float8_e4m3fn, torch.bool, torch.bfloat16, torch.int16, torch.float32, torch.float64, torch.int64, torch.complex64)
+DTYPES = (
+    torch.uint8,
+    torch.float8_e4m3fn,
+    torch.bool,
+    torch.bfloat16,
+    torch.int16,
+    torch.float32,
+    torch.float64,
+    torch.int64,
+    torch.complex64,
+)
 DENSITIES = (0.0, 0.01, 1 / 16, 0.17, 1.0)
 MASK = (1 << 64) - 1
 
@@ -146,13 +156,18 @@ class Operators:
         room = Room.of(w.numel(), w.itemsize)
         digests = torch.empty(2, len(room.counts), 2, dtype=torch.int64)
         self.module.patch_gather_(w, v, difference, room.counts, room.positions, room.values, digests)
-        lengths = [ops.position_bytes(count, min(BLOCK, w.numel() - block * BLOCK)) for block, count in enumerate(room.counts.tolist())]
+        lengths = [
+            ops.position_bytes(count, min(BLOCK, w.numel() - block * BLOCK))
+            for block, count in enumerate(room.counts.tolist())
+        ]
         return Changes(room.counts, room.positions[: sum(lengths)], room.values[: int(room.counts.sum())]), digests
 
     def scatter(self, w, changes, difference=False, out=None) -> tuple[int, torch.Tensor, torch.Tensor]:
         out = torch.empty_like(w) if out is None else out
         digests = torch.empty(len(changes.counts), 2, dtype=torch.int64)
-        status = self.module.patch_scatter_(w, changes.counts, changes.positions, changes.values, difference, out, digests)
+        status = self.module.patch_scatter_(
+            w, changes.counts, changes.positions, changes.values, difference, out, digests
+        )
         return int(status), out, digests
 
     def check(self, changes, n) -> int:
@@ -190,8 +205,14 @@ class Operators:
         w, v = make_bits(n + 8, dtype, 0.3)
         a, b = w[3 : 3 + n], v[1 : 1 + n]
         room, untouched = (make_bits(n + 40, dtype, 0, seed=9)[0] for _ in range(2))
-        counts, positions, digests = torch.full((3,), 7, dtype=torch.int32), torch.full((n,), 7, dtype=torch.uint8), torch.full((3, 1, 2), 7)
-        self.module.patch_gather_(a, b, False, counts[1:2], positions[3 : 3 + (n + 7) // 8], room[5 : 5 + n], digests[:2])
+        counts, positions, digests = (
+            torch.full((3,), 7, dtype=torch.int32),
+            torch.full((n,), 7, dtype=torch.uint8),
+            torch.full((3, 1, 2), 7),
+        )
+        self.module.patch_gather_(
+            a, b, False, counts[1:2], positions[3 : 3 + (n + 7) // 8], room[5 : 5 + n], digests[:2]
+        )
         expected, expected_digests = by_reference(a, b, False)
         used, changed = len(expected.positions), expected.changed
         assert counts.tolist() == [7, *expected.counts.tolist(), 7]
@@ -237,7 +258,11 @@ class Operators:
 
     def assert_a_mask_beyond_the_end_is_refused(self) -> None:
         for last, expected in ((0b100000, 0), (0b10000, -1)):
-            changes = Changes(torch.tensor([2], dtype=torch.int32), torch.tensor([1, last], dtype=torch.uint8), torch.zeros(2, dtype=torch.int16))
+            changes = Changes(
+                torch.tensor([2], dtype=torch.int32),
+                torch.tensor([1, last], dtype=torch.uint8),
+                torch.zeros(2, dtype=torch.int16),
+            )
             assert self.scatter(torch.zeros(13, dtype=torch.int16), changes)[0] == expected
 
     def assert_the_first_bad_block_is_named(self) -> None:
@@ -258,7 +283,9 @@ def test_reference_equals_oracle(dtype, n):
             changes, _ = by_reference(w, v, difference)
             assert plain(changes) == oracle(w, v, difference)
             out, after = torch.empty_like(bits(w)), torch.empty(len(changes.counts), 2, dtype=torch.int64)
-            status = ops.reference_scatter(bits(w), changes.counts, changes.positions, changes.values, difference, out, after)
+            status = ops.reference_scatter(
+                bits(w), changes.counts, changes.positions, changes.values, difference, out, after
+            )
             assert int(status) == -1
             assert torch.equal(out, bits(v))
 
@@ -274,7 +301,10 @@ def test_digests_are_xxh3_of_padded_blocks(dtype, n):
 
 def test_digests_are_those_of_the_xxhash_library():
     """Of 1,024 zero bytes and of 0 .. 255 sixteen times, taken from `xxhsum -H2`."""
-    known = {bytes(1024): "0717191e67688313de5f15ab6daf7941", bytes(range(256)) * 16: "03916578969f7a66eb4b7c3707879151"}
+    known = {
+        bytes(1024): "0717191e67688313de5f15ab6daf7941",
+        bytes(range(256)) * 16: "03916578969f7a66eb4b7c3707879151",
+    }
     for data, expected in known.items():
         low, high = digest(torch.frombuffer(bytearray(data), dtype=torch.uint8))[0].tolist()
         assert f"{high & MASK:016x}{low & MASK:016x}" == expected
@@ -313,7 +343,12 @@ def test_bits_count_not_values(isa):
 def test_the_shorter_form_of_positions_is_taken(isa, n):
     """At one in sixteen both are equal, and the mask is taken; one fewer makes offsets."""
     w = torch.zeros(n, dtype=torch.int16)
-    for changed, expected in ((BLOCK // 16, BLOCK // 8), (BLOCK // 16 - 1, 2 * (BLOCK // 16 - 1)), (0, 0), (BLOCK, BLOCK // 8)):
+    for changed, expected in (
+        (BLOCK // 16, BLOCK // 8),
+        (BLOCK // 16 - 1, 2 * (BLOCK // 16 - 1)),
+        (0, 0),
+        (BLOCK, BLOCK // 8),
+    ):
         v = w.clone()
         v[:changed] = 1
         changes, _ = gather(w, v)
@@ -369,7 +404,10 @@ def test_values_are_not_read_beyond_their_end(isa, tmp_path):
     difference=st.booleans(),
 )
 def test_any_pair_round_trips(width, pairs, repeat, difference):
-    old, new = (torch.tensor([pair[side] for pair in pairs] * repeat, dtype=torch.uint8).repeat_interleave(width) for side in (0, 1))
+    old, new = (
+        torch.tensor([pair[side] for pair in pairs] * repeat, dtype=torch.uint8).repeat_interleave(width)
+        for side in (0, 1)
+    )
     w, v = old.view(ops.BITS[width]), new.view(ops.BITS[width])
     changes, digests = gather(w, v, difference=difference)
     assert plain(changes) == oracle(w, v, difference)
@@ -429,7 +467,9 @@ def test_changes_that_no_gather_gives_are_refused(isa, threads, n, density):
         assert int(status) >= 0, name
 
 
-@pytest.mark.parametrize("offsets", [[5, 5], [7, 3], [5, 999], [5, 65535]], ids=["repeated", "unsorted", "beyond", "far beyond"])
+@pytest.mark.parametrize(
+    "offsets", [[5, 5], [7, 3], [5, 999], [5, 65535]], ids=["repeated", "unsorted", "beyond", "far beyond"]
+)
 def test_offsets_out_of_order_or_range_are_refused(isa, offsets):
     n = 999
     coded = torch.tensor([byte for offset in offsets for byte in (offset & 255, offset >> 8)], dtype=torch.uint8)
@@ -442,7 +482,11 @@ def test_offsets_out_of_order_or_range_are_refused(isa, offsets):
 
 def test_a_mask_with_bits_beyond_the_end_is_refused(isa):
     w = torch.zeros(13, dtype=torch.int16)
-    bad = Changes(torch.tensor([2], dtype=torch.int32), torch.tensor([1, 0b100000], dtype=torch.uint8), torch.zeros(2, dtype=torch.int16))
+    bad = Changes(
+        torch.tensor([2], dtype=torch.int32),
+        torch.tensor([1, 0b100000], dtype=torch.uint8),
+        torch.zeros(2, dtype=torch.int16),
+    )
     with pytest.raises(ValueError, match="block 0"):
         scatter(w, bad)
     assert int(ops.reference_check(bad.counts, bad.positions, 13, 2)) == 0
@@ -505,7 +549,9 @@ def test_operators_are_registered_as_torch_expects():
         return out + 0
 
     compiled = torch.compile(restore, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(w, *stored, changes.values, torch.empty_like(w), torch.empty(1, 2, dtype=torch.int64)), v)
+    assert torch.equal(
+        compiled(w, *stored, changes.values, torch.empty_like(w), torch.empty(1, 2, dtype=torch.int64)), v
+    )
 
 
 def test_the_kernel_and_the_reference_hold_one_secret():
@@ -531,9 +577,17 @@ def test_more_than_two_billion_coordinates():
     with mmap.mmap(-1, n) as zeros, mmap.mmap(-1, n) as edges, mmap.mmap(-1, n) as values:
         source, run = (torch.frombuffer(m, dtype=torch.uint8) for m in (zeros, edges))
         run[0] = run[2**31] = run[n - 1] = 1
-        room = Room(torch.empty(ops.blocks_of(n), dtype=torch.int32), torch.empty((n + 7) // 8, dtype=torch.uint8), torch.frombuffer(values, dtype=torch.uint8))
+        room = Room(
+            torch.empty(ops.blocks_of(n), dtype=torch.int32),
+            torch.empty((n + 7) // 8, dtype=torch.uint8),
+            torch.frombuffer(values, dtype=torch.uint8),
+        )
         changes, digests = gather(source, run, room=room)
-        assert (changes.changed, int(changes.counts.sum()), changes.positions.numel()) == (3, 3, 4)  # an offset, and a mask of 11 bits
+        assert (changes.changed, int(changes.counts.sum()), changes.positions.numel()) == (
+            3,
+            3,
+            4,
+        )  # an offset, and a mask of 11 bits
         _, after = scatter(source, changes, out=source)
         assert torch.equal(after, digests[1])
         assert source[[0, 1, 2**31, n - 1]].tolist() == [1, 0, 1, 1]

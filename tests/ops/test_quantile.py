@@ -74,7 +74,10 @@ def test_reference_equals_oracle(dtype):
             for k in ranks(valid):
                 one = oracle(k, largest)
                 cuts, counts = ops.reference(values, [k], largest, mask)
-                assert (cuts.item(), counts.tolist()) == (one.cut, [[one.above, one.tied, one.above_masked, one.tied_masked, one.nan]])
+                assert (cuts.item(), counts.tolist()) == (
+                    one.cut,
+                    [[one.above, one.tied, one.above_masked, one.tied_masked, one.nan]],
+                )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -133,7 +136,9 @@ def positions(n: int, size: int = 1 << 13) -> torch.Tensor:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    values=st.lists(st.floats(width=32, allow_nan=True) | st.sampled_from([0.0, -0.0, 1.0, -1.0]), min_size=1, max_size=40),
+    values=st.lists(
+        st.floats(width=32, allow_nan=True) | st.sampled_from([0.0, -0.0, 1.0, -1.0]), min_size=1, max_size=40
+    ),
     dtype=st.sampled_from(DTYPES),
     data=st.data(),
 )
@@ -207,7 +212,11 @@ def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"k must lie in 1 \.\. 0"):
         quantile(torch.zeros(0), 1)
     assert quantiles(torch.zeros(0), []) == []
-    for mask in (torch.zeros(1, dtype=torch.uint8), torch.zeros(2, dtype=torch.bool), torch.zeros(4, dtype=torch.uint8)[::2]):
+    for mask in (
+        torch.zeros(1, dtype=torch.uint8),
+        torch.zeros(2, dtype=torch.bool),
+        torch.zeros(4, dtype=torch.uint8)[::2],
+    ):
         with pytest.raises(ValueError, match="mask must be"):
             quantile(values, 1, mask=mask)
     with pytest.raises(ValueError, match="mask on meta"):
@@ -233,6 +242,8 @@ def test_operator_is_registered_as_torch_expects():
 @pytest.mark.parametrize("largest", [True, False])
 def test_a_million_values(isa, threads, largest):
     values, mask = make_pair(1_000_003, torch.float32)[0], make_mask(1_000_003)
-    (cuts, counts), (expected_cuts, expected) = (by(values, [1000, 100_000], largest, mask) for by in (torch.ops.opdkernels.quantile, ops.reference))
+    (cuts, counts), (expected_cuts, expected) = (
+        by(values, [1000, 100_000], largest, mask) for by in (torch.ops.opdkernels.quantile, ops.reference)
+    )
     assert torch.equal(counts, expected)
     assert torch.equal(cuts.view(torch.int64), expected_cuts.view(torch.int64))

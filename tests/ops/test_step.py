@@ -39,7 +39,9 @@ class RightSqrt(TorchDispatchMode):
 class State:
     """Parameters, masks and compact state, as an optimizer would hold them."""
 
-    def __init__(self, sizes, density=0.2, dtype=torch.float32, precision="nearest", amsgrad=False, places=False, seed=0):
+    def __init__(
+        self, sizes, density=0.2, dtype=torch.float32, precision="nearest", amsgrad=False, places=False, seed=0
+    ):
         self.generator = torch.Generator().manual_seed(seed)
         self.params = [(0.02 * torch.randn(n, generator=self.generator)).to(dtype) for n in sizes]
         self.masks = [Mask.from_bool(torch.rand(n, generator=self.generator) < density) for n in sizes]
@@ -57,8 +59,19 @@ class State:
     def step(self, grads, lr=1e-3, wd=0.01, **options):
         self.steps += 1
         scalars = adamw_scalars([self.steps] * len(self.params), lr, BETAS, EPS, wd)
-        masked_adamw(self.params, grads, self.held, self.offsets, self.m, self.v, scalars, max_exp_avg_sqs=self.most, extras=self.extras,
-                     precision=self.precision, **options)  # fmt: skip
+        masked_adamw(
+            self.params,
+            grads,
+            self.held,
+            self.offsets,
+            self.m,
+            self.v,
+            scalars,
+            max_exp_avg_sqs=self.most,
+            extras=self.extras,
+            precision=self.precision,
+            **options,
+        )
 
     def copies(self):
         return [t.clone() for t in (*self.params, *self.m, *self.v, *self.most, *self.extras)]
@@ -99,7 +112,24 @@ def step_alike(kernels: dict, monkeypatch, make, step, moves=True) -> None:
 
 def assert_extremes_alike(kernels: dict, monkeypatch, precision, dtype) -> None:
     """Subnormal, huge, infinite and no number; payloads of what is no number may differ."""
-    values = torch.tensor([0.0, -0.0, 1e-45, 1e-40, 3e-39, 1.2e-38, 1e-30, 1.0, 1e19, 3e38, -3.39e38, float("inf"), -float("inf"), float("nan")])
+    values = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            1e-45,
+            1e-40,
+            3e-39,
+            1.2e-38,
+            1e-30,
+            1.0,
+            1e19,
+            3e38,
+            -3.39e38,
+            float("inf"),
+            -float("inf"),
+            float("nan"),
+        ]
+    )
     found = []
     for serving in (kernels, REFERENCES):
         with monkeypatch.context() as patched:
@@ -144,16 +174,45 @@ class Mixed(State):
         for i in (1, 5):
             self.params[i] = self.params[i].float()
         for i, mask in enumerate(self.masks):
-            self.held[i], self.offsets[i] = (mask.bits, mask.offsets) if i % 3 else (mask.indices.to((torch.int32, torch.int64)[i % 2]), mask.offsets[:0])
-            self.m[i], self.v[i], self.extras[i] = torch.zeros(mask.nnz), torch.zeros(mask.nnz), torch.zeros(mask.nnz, dtype=torch.int16)
-        draw = lambda n: torch.randn(n, generator=self.generator)  # noqa: E731
-        self.inits = [draw(m.nnz).to(p.dtype) if i == 3 else p[:0] for i, (m, p) in enumerate(zip(self.masks, self.params, strict=True))]
-        self.cohorts = [torch.arange(m.nnz).remainder(2).to(torch.uint8) if i == 6 else torch.zeros(0, dtype=torch.uint8) for i, m in enumerate(self.masks)]
+            self.held[i], self.offsets[i] = (
+                (mask.bits, mask.offsets)
+                if i % 3
+                else (mask.indices.to((torch.int32, torch.int64)[i % 2]), mask.offsets[:0])
+            )
+            self.m[i], self.v[i], self.extras[i] = (
+                torch.zeros(mask.nnz),
+                torch.zeros(mask.nnz),
+                torch.zeros(mask.nnz, dtype=torch.int16),
+            )
+
+        def draw(n):
+            return torch.randn(n, generator=self.generator)
+
+        self.inits = [
+            draw(m.nnz).to(p.dtype) if i == 3 else p[:0]
+            for i, (m, p) in enumerate(zip(self.masks, self.params, strict=True))
+        ]
+        self.cohorts = [
+            torch.arange(m.nnz).remainder(2).to(torch.uint8) if i == 6 else torch.zeros(0, dtype=torch.uint8)
+            for i, m in enumerate(self.masks)
+        ]
 
     def step_all(self):
         scalars = adamw_scalars([3, 4], 1e-3, BETAS, EPS, 0.1)
-        masked_adamw(self.params, self.grads(torch.bfloat16), self.held, self.offsets, self.m, self.v, scalars, extras=self.extras, inits=self.inits,
-                     cohorts=self.cohorts, rows=[0] * len(self.params), precision="exact")  # fmt: skip
+        masked_adamw(
+            self.params,
+            self.grads(torch.bfloat16),
+            self.held,
+            self.offsets,
+            self.m,
+            self.v,
+            scalars,
+            extras=self.extras,
+            inits=self.inits,
+            cohorts=self.cohorts,
+            rows=[0] * len(self.params),
+            precision="exact",
+        )
 
 
 class Windows(State):
@@ -162,8 +221,13 @@ class Windows(State):
     def __init__(self, places):
         super().__init__((5003,), dtype=torch.bfloat16, precision="kahan", amsgrad=True, places=places)
         active = self.masks[0].nnz
-        self.rooms = [torch.full((n + 11,), 7.0, dtype=dtype) for n, dtype in ((5003, torch.bfloat16), *[(active, torch.float32)] * 3, (active, torch.bfloat16))]
-        for start, room, one in zip((1, 3, 5, 2, 7), self.rooms, (self.params, self.m, self.v, self.most, self.extras), strict=True):
+        self.rooms = [
+            torch.full((n + 11,), 7.0, dtype=dtype)
+            for n, dtype in ((5003, torch.bfloat16), *[(active, torch.float32)] * 3, (active, torch.bfloat16))
+        ]
+        for start, room, one in zip(
+            (1, 3, 5, 2, 7), self.rooms, (self.params, self.m, self.v, self.most, self.extras), strict=True
+        ):
             view = room[start : start + len(one[0])]
             one[0] = view.copy_(one[0])
         self.held[0] = torch.cat([self.held[0][:3], self.held[0]])[3:]
@@ -187,7 +251,9 @@ def test_active_coordinates_are_torchs_adamw_bit_for_bit(isa, amsgrad, maximize,
     state = State(SIZES, amsgrad=amsgrad, places=places)
     dense = [torch.nn.Parameter(p.clone()) for p in state.params]
     before = [p.clone() for p in state.params]
-    optimizer = torch.optim.AdamW(dense, lr=1e-3, betas=betas, eps=EPS, weight_decay=0.01, amsgrad=amsgrad, maximize=maximize, foreach=False)
+    optimizer = torch.optim.AdamW(
+        dense, lr=1e-3, betas=betas, eps=EPS, weight_decay=0.01, amsgrad=amsgrad, maximize=maximize, foreach=False
+    )
     for _ in range(5):
         grads = state.grads()
         state.step(grads, maximize=maximize)
@@ -203,7 +269,11 @@ def test_active_coordinates_are_torchs_adamw_bit_for_bit(isa, amsgrad, maximize,
 
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels")
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize("places", [False, True])
 @pytest.mark.parametrize("compact", [False, True])
 def test_kernels_are_the_reference_bit_for_bit(isa, precision, dtypes, places, compact):
@@ -214,7 +284,12 @@ def test_kernels_are_the_reference_bit_for_bit(isa, precision, dtypes, places, c
         theirs.grads()
         if compact:
             grads = [g[m.to_bool()].float() for g, m in zip(grads, ours.masks, strict=True)]
-        options = {"grad_scale": scale, "clip": clip, "seed": 7 << 40 | 3, "starts": [2**33 + 5 * i for i in range(len(SIZES))]}
+        options = {
+            "grad_scale": scale,
+            "clip": clip,
+            "seed": 7 << 40 | 3,
+            "starts": [2**33 + 5 * i for i in range(len(SIZES))],
+        }
         ours.step(grads, **options)
         with by_reference():
             theirs.step(grads, **options)
@@ -222,18 +297,30 @@ def test_kernels_are_the_reference_bit_for_bit(isa, precision, dtypes, places, c
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-@pytest.mark.parametrize(("momentum", "dampening", "nesterov"), [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.1, False), (0.9, 0.0, True)])
+@pytest.mark.parametrize(
+    ("momentum", "dampening", "nesterov"), [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.1, False), (0.9, 0.0, True)]
+)
 @pytest.mark.parametrize("maximize", [False, True])
 def test_active_coordinates_are_torchs_sgd_bit_for_bit(isa, weight_decay, momentum, dampening, nesterov, maximize):
     state = State(SIZES)
     dense = [torch.nn.Parameter(p.clone()) for p in state.params]
     before = [p.clone() for p in state.params]
-    optimizer = torch.optim.SGD(dense, 0.1, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=False)
+    optimizer = torch.optim.SGD(
+        dense, 0.1, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=False
+    )
     for step in range(1, 6):
         grads = state.grads()
         scalars = sgd_scalars([step] * len(SIZES), 0.1, momentum, dampening, weight_decay)
-        masked_sgd(state.params, grads, state.held, state.offsets, scalars, momentum_buffers=state.m if momentum else (), nesterov=nesterov,
-                   maximize=maximize)  # fmt: skip
+        masked_sgd(
+            state.params,
+            grads,
+            state.held,
+            state.offsets,
+            scalars,
+            momentum_buffers=state.m if momentum else (),
+            nesterov=nesterov,
+            maximize=maximize,
+        )
         for p, g in zip(dense, grads, strict=True):
             p.grad = g.clone()
         optimizer.step()
@@ -246,8 +333,16 @@ def test_active_coordinates_are_torchs_sgd_bit_for_bit(isa, weight_decay, moment
 def with_cohorts(state) -> dict:
     """Three cohorts in every tensor, and where each weight began."""
     state.cohorts = [torch.randint(0, 3, (m.nnz,), generator=state.generator).to(torch.uint8) for m in state.masks]
-    state.inits = [torch.randn(m.nnz, generator=state.generator).to(p.dtype) for m, p in zip(state.masks, state.params, strict=True)]
-    return {"cohorts": state.cohorts, "inits": state.inits, "rows": [3 * i for i in range(len(SIZES))], "ordinals": [5 * i for i in range(len(SIZES))]}
+    state.inits = [
+        torch.randn(m.nnz, generator=state.generator).to(p.dtype)
+        for m, p in zip(state.masks, state.params, strict=True)
+    ]
+    return {
+        "cohorts": state.cohorts,
+        "inits": state.inits,
+        "rows": [3 * i for i in range(len(SIZES))],
+        "ordinals": [5 * i for i in range(len(SIZES))],
+    }
 
 
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels")
@@ -265,9 +360,17 @@ def test_cohorts_and_starts_are_the_references_bit_for_bit(isa, family, precisio
             common = (state.params, state.grads(dtype), state.held, state.offsets)
             with how:
                 if family == "adamw":
-                    masked_adamw(*common, state.m, state.v, adamw_scalars(steps, 1e-3, BETAS, EPS, 0.1), **state.options)
+                    masked_adamw(
+                        *common, state.m, state.v, adamw_scalars(steps, 1e-3, BETAS, EPS, 0.1), **state.options
+                    )
                 else:
-                    masked_sgd(*common, sgd_scalars(steps, 1e-2, 0.9, 0.1, 0.1), momentum_buffers=state.m, nesterov=True, **state.options)
+                    masked_sgd(
+                        *common,
+                        sgd_scalars(steps, 1e-2, 0.9, 0.1, 0.1),
+                        momentum_buffers=state.m,
+                        nesterov=True,
+                        **state.options,
+                    )
         assert same(ours.copies(), theirs.copies())
 
 
@@ -279,9 +382,20 @@ def test_each_cohort_is_an_optimizer_of_its_own_age():
     for step in range(1, 4):
         (grad,) = state.grads()
         ages = [step, step + 10, step + 100]
-        masked_adamw(state.params, [grad], state.held, state.offsets, state.m, state.v, adamw_scalars(ages, 1e-3, BETAS, EPS, 0.1), cohorts=options["cohorts"])
+        masked_adamw(
+            state.params,
+            [grad],
+            state.held,
+            state.offsets,
+            state.m,
+            state.v,
+            adamw_scalars(ages, 1e-3, BETAS, EPS, 0.1),
+            cohorts=options["cohorts"],
+        )
         for one, age in zip(alone, ages, strict=True):
-            masked_adamw(one.params, [grad], one.held, one.offsets, one.m, one.v, adamw_scalars([age], 1e-3, BETAS, EPS, 0.1))
+            masked_adamw(
+                one.params, [grad], one.held, one.offsets, one.m, one.v, adamw_scalars([age], 1e-3, BETAS, EPS, 0.1)
+            )
     places = state.masks[0].indices.long()
     for c, one in enumerate(alone):
         mine = options["cohorts"][0] == c
@@ -294,8 +408,16 @@ def test_decay_draws_to_where_the_weights_began():
     w0 = [torch.randn(state.masks[0].nnz)]
     started = state.params[0][state.masks[0].to_bool()].double()
     for step in range(1, 11):
-        masked_adamw(state.params, [torch.zeros(5000)], state.held, state.offsets, state.m, state.v,
-                     adamw_scalars([step], 0.1, BETAS, EPS, 0.5), inits=w0)  # fmt: skip
+        masked_adamw(
+            state.params,
+            [torch.zeros(5000)],
+            state.held,
+            state.offsets,
+            state.m,
+            state.v,
+            adamw_scalars([step], 0.1, BETAS, EPS, 0.5),
+            inits=w0,
+        )
     wanted = w0[0].double() + (started - w0[0].double()) * 0.95**10
     torch.testing.assert_close(state.params[0][state.masks[0].to_bool()].double(), wanted, rtol=0, atol=2e-6)
 
@@ -474,7 +596,14 @@ def test_fused_multiply_add_is_rounded_once():
 def test_bad_input_is_refused_by_name():
     state = State((100,))
     (grad,) = state.grads()
-    fits = {"params": state.params, "grads": [grad], "masks": state.held, "offsets": state.offsets, "exp_avgs": state.m, "exp_avg_sqs": state.v}
+    fits = {
+        "params": state.params,
+        "grads": [grad],
+        "masks": state.held,
+        "offsets": state.offsets,
+        "exp_avgs": state.m,
+        "exp_avg_sqs": state.v,
+    }
     scalars = adamw_scalars([1], 1e-3, BETAS, EPS, 0.0)
     for changes, options, error, message in (
         ({"params": [state.params[0].double()]}, {}, TypeError, "param 0 is torch.float64"),
@@ -486,7 +615,12 @@ def test_bad_input_is_refused_by_name():
         ({"masks": [state.held[0][1:].clone()]}, {}, ValueError, "mask of param 0"),
         ({"offsets": [state.offsets[0] + 1]}, {}, ValueError, "the offsets of param 0 are not the counts"),
         ({"masks": [state.held[0] | 0xF0]}, {}, ValueError, "bits beyond the last of its 100"),
-        ({"masks": [torch.tensor([5, 1 << 28])], "offsets": [torch.zeros(0, dtype=torch.int64)]}, {}, ValueError, "must ascend within its 100"),
+        (
+            {"masks": [torch.tensor([5, 1 << 28])], "offsets": [torch.zeros(0, dtype=torch.int64)]},
+            {},
+            ValueError,
+            "must ascend within its 100",
+        ),
         ({}, {"rows": [1]}, ValueError, "a row for each"),
         ({}, {"inits": [state.m[0].bfloat16()]}, ValueError, "the start of param 0"),
         ({}, {"cohorts": [torch.ones_like(state.m[0], dtype=torch.uint8)]}, ValueError, "a cohort 1 and 1 rows"),
@@ -504,17 +638,58 @@ def test_operator_is_registered_as_torch_wants_it(dtype, precision):
     scalars = adamw_scalars([1, 1], 1e-3, BETAS, EPS, 0.0)
     torch.library.opcheck(
         torch.ops.opdkernels.masked_sgd_,
-        (state.params, state.grads(dtype), state.held, state.offsets, state.m, state.extras, [], [], scalars, [0, 1], [0, 0], [0, 1],
-         None, None, None, False, True, PRECISIONS.index(precision), 0),
-    )  # fmt: skip
+        (
+            state.params,
+            state.grads(dtype),
+            state.held,
+            state.offsets,
+            state.m,
+            state.extras,
+            [],
+            [],
+            scalars,
+            [0, 1],
+            [0, 0],
+            [0, 1],
+            None,
+            None,
+            None,
+            False,
+            True,
+            PRECISIONS.index(precision),
+            0,
+        ),
+    )
     torch.library.opcheck(
         torch.ops.opdkernels.masked_adamw_,
-        (state.params, state.grads(dtype), state.held, state.offsets, state.m, state.v, state.most, state.extras, [], [], scalars, [0, 1], [0, 0], [0, 1],
-         None, None, None, False, PRECISIONS.index(precision), 0),
-    )  # fmt: skip
+        (
+            state.params,
+            state.grads(dtype),
+            state.held,
+            state.offsets,
+            state.m,
+            state.v,
+            state.most,
+            state.extras,
+            [],
+            [],
+            scalars,
+            [0, 1],
+            [0, 0],
+            [0, 1],
+            None,
+            None,
+            None,
+            False,
+            PRECISIONS.index(precision),
+            0,
+        ),
+    )
 
 
 def test_a_million_coordinates(isa, threads, monkeypatch):
-    make = lambda: State((1_000_003, 70_001), dtype=torch.bfloat16, precision="exact")  # noqa: E731
+    def make():
+        return State((1_000_003, 70_001), dtype=torch.bfloat16, precision="exact")
+
     kernels = {name: getattr(torch.ops.opdkernels, name) for name in ("masked_adamw_", "masked_sgd_")}
     step_alike(kernels, monkeypatch, make, lambda state: state.step(state.grads(torch.bfloat16)))

@@ -21,7 +21,9 @@ from opdkernels.optim import MaskedAdamW, MaskedSGD, compact_gradients
 def model_of(dtype: torch.dtype) -> torch.nn.Sequential:
     """Of 7, 5 and 1 rows: shards are uneven, and some empty."""
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.Linear(7, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).to(dtype)
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.Linear(7, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)
+    ).to(dtype)
 
 
 def masks_for(model: torch.nn.Module, seed: int = 1) -> dict[str, torch.Tensor]:
@@ -83,7 +85,12 @@ def main(job: str, folder: Path, dtype_name: str, precision: str) -> None:
         compact_gradients(other, gathering)
         train(other, gathering, range(6), dtype)
         active = sum(state["exp_avg"].numel() for state in optimizer.state.values())
-        result = {"weights": whole(model), "gathered": whole(other), "active": active, "summed": replicated_with_partial_gradient()}
+        result = {
+            "weights": whole(model),
+            "gathered": whole(other),
+            "active": active,
+            "summed": replicated_with_partial_gradient(),
+        }
     elif job == "save":
         train(model, optimizer, range(3), dtype)
         optimizer.remap(masks_for(model_of(dtype), seed=2))

@@ -17,10 +17,28 @@ CASES = [("float32", "exact"), ("bfloat16", "exact"), ("bfloat16", "stochastic")
 
 
 def run(job: str, ranks: int, folder: Path, dtype: str, precision: str) -> dict:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "tests.optim.sharded"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "-m",
+        "tests.optim.sharded",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, job, str(folder), dtype, precision], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank0]"))[-4000:] or done.stderr[-4000:]
+    done = subprocess.run(
+        [*command, job, str(folder), dtype, precision],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, (
+        "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank0]"))[-4000:]
+        or done.stderr[-4000:]
+    )
     return torch.load(folder / f"{job}-{ranks}.pt")
 
 
@@ -40,7 +58,9 @@ def test_two_ranks_train_as_one(dtype, precision, tmp_path):
     """Point 9: uneven and empty shards; what is frozen keeps its bits; random numbers do not show the sharding."""
     found = run("train", 2, tmp_path, dtype, precision)
     before, wanted, masks = alone(6, dtype, precision)
-    for got, gathered, old, one, mask in zip(found["weights"], found["gathered"], before, wanted, masks.values(), strict=True):
+    for got, gathered, old, one, mask in zip(
+        found["weights"], found["gathered"], before, wanted, masks.values(), strict=True
+    ):
         assert torch.equal(got[~mask], old[~mask])
         assert torch.equal(got, gathered)
         # A mean over ranks of equal gradients is exact; only the clip's norm is summed in another order.

@@ -40,7 +40,10 @@ def test_gathered_gradients_take_the_same_steps(dtype):
             assert model is plain or all(p.grad is None for p in model.parameters())
             optimizer.zero_grad()
         assert norms[0] == norms[1]
-    assert all(torch.equal(bits(p.detach()), bits(q.detach())) for p, q in zip(plain.parameters(), gathered.parameters(), strict=True))
+    assert all(
+        torch.equal(bits(p.detach()), bits(q.detach()))
+        for p, q in zip(plain.parameters(), gathered.parameters(), strict=True)
+    )
     hooks.remove()
     backward(gathered, 0)
     assert all(p.grad is not None for p in gathered.parameters())
@@ -104,7 +107,9 @@ def test_any_clipping_sees_the_active_gradients():
     mask_gradients(model, optimizer)
     name, weight = next(iter(model.named_parameters()))
     frozen = torch.nonzero(~masks[name])[0].tolist()
-    weight.register_hook(lambda grad: grad.index_put((torch.tensor(frozen[0]), torch.tensor(frozen[1])), torch.tensor(torch.nan)))
+    weight.register_hook(
+        lambda grad: grad.index_put((torch.tensor(frozen[0]), torch.tensor(frozen[1])), torch.tensor(torch.nan))
+    )
     backward(model, 0)
     backward(plain, 0)
     wanted = torch.cat([p.grad[masks[name]] for name, p in plain.named_parameters()]).norm()

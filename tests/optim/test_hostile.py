@@ -195,8 +195,10 @@ def test_a_clip_is_for_the_step_it_was_asked_for():
 
 def test_only_whole_parts_of_names_are_dropped():
     a, b, c = P(torch.zeros(4)), P(torch.zeros(4)), P(torch.zeros(4))
-    optimizer = MaskedAdamW([("emb_module.w", a), ("emb_w", b), ("submodule.w", c)],
-                            masks={"emb_w": all_of(4), "emb_module.w": ~all_of(4), "submodule.w": all_of(4)})  # fmt: skip
+    optimizer = MaskedAdamW(
+        [("emb_module.w", a), ("emb_w", b), ("submodule.w", c)],
+        masks={"emb_w": all_of(4), "emb_module.w": ~all_of(4), "submodule.w": all_of(4)},
+    )
     assert [binding.mask.nnz for binding in optimizer._bound[0]] == [0, 4, 4]
     with pytest.raises(ValueError, match=r"norm\.weight has no mask"):
         MaskedAdamW([("layers.0.norm.weight", a), ("norm.weight", b)], masks={"layers.0.norm.weight": all_of(4)})
@@ -212,7 +214,9 @@ def test_unnamed_parameters_must_be_all_of_the_model():
 def test_what_was_deleted_is_freed():
     for make in (compact_gradients, mask_gradients):
         model = torch.nn.Linear(8, 8)
-        optimizer = MaskedAdamW(model.named_parameters(), masks={name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters()})
+        optimizer = MaskedAdamW(
+            model.named_parameters(), masks={name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters()}
+        )
         hooks = make(model, optimizer)
         gone = weakref.ref(model), weakref.ref(optimizer)
         del model, optimizer, hooks

@@ -15,13 +15,23 @@ from opdkernels.ops import step as ops
 from opdkernels.optim import MaskedAdamW, MaskedSGD, in_model_order
 from tests.ops.test_step import RightSqrt, bits
 
-SHAPES = {"embed.weight": (97, 31), "layers.0.weight": (64, 33), "layers.0.bias": (64,), "norm.weight": (33,), "one": (1,), "empty": (0, 4)}
+SHAPES = {
+    "embed.weight": (97, 31),
+    "layers.0.weight": (64, 33),
+    "layers.0.bias": (64,),
+    "norm.weight": (33,),
+    "one": (1,),
+    "empty": (0, 4),
+}
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def model_of(dtype=torch.float32, seed=0) -> dict[str, torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.nn.Parameter((0.02 * torch.randn(shape, generator=generator)).to(dtype)) for name, shape in SHAPES.items()}
+    return {
+        name: torch.nn.Parameter((0.02 * torch.randn(shape, generator=generator)).to(dtype))
+        for name, shape in SHAPES.items()
+    }
 
 
 def masks_of(density=0.2, seed=1) -> dict[str, torch.Tensor]:
@@ -38,7 +48,9 @@ def give_grads(params, seed) -> None:
 def same_state(a, b) -> bool:
     for p, q in zip(a.param_groups[0]["params"], b.param_groups[0]["params"], strict=True):
         mine, theirs = a.state.get(p, {}), b.state.get(q, {})
-        if mine.keys() != theirs.keys() or not all(mine[k].dtype == theirs[k].dtype and torch.equal(mine[k], theirs[k]) for k in mine):
+        if mine.keys() != theirs.keys() or not all(
+            mine[k].dtype == theirs[k].dtype and torch.equal(mine[k], theirs[k]) for k in mine
+        ):
             return False
     return True
 
@@ -133,7 +145,9 @@ def test_nothing_active_has_no_state_and_all_active_is_dense():
     """Point 3."""
     none, every = (torch.nn.Parameter(torch.ones(500)) for _ in range(2))
     dense = torch.nn.Parameter(torch.ones(500))
-    optimizer = MaskedAdamW([none, every], masks=[torch.zeros(500, dtype=torch.bool), torch.ones(500, dtype=torch.bool)])
+    optimizer = MaskedAdamW(
+        [none, every], masks=[torch.zeros(500, dtype=torch.bool), torch.ones(500, dtype=torch.bool)]
+    )
     reference = torch.optim.AdamW([dense], foreach=False)
     give_grads([none], 5)
     for group in ([every], [dense]):
@@ -150,14 +164,23 @@ def test_small_updates_of_bf16_weights_are_not_lost():
     """Point 4: at a rate of 1e-6 plain rounding moves next to nothing of what fp32 moves."""
     moved = {}
     for precision in ("exact", "nearest", "fp32"):
-        weight = torch.nn.Parameter((0.02 * torch.randn(20_000, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16))
+        weight = torch.nn.Parameter(
+            (0.02 * torch.randn(20_000, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
+        )
         if precision == "fp32":
             weight = torch.nn.Parameter(weight.detach().float())
         start = weight.detach().clone()
-        optimizer = MaskedAdamW([weight], masks=[torch.ones(20_000, dtype=torch.bool)], lr=1e-6, precision="exact" if precision == "fp32" else precision)
+        optimizer = MaskedAdamW(
+            [weight],
+            masks=[torch.ones(20_000, dtype=torch.bool)],
+            lr=1e-6,
+            precision="exact" if precision == "fp32" else precision,
+        )
         drift = torch.randn(20_000, generator=torch.Generator().manual_seed(1))
         for step in range(100):
-            weight.grad = (drift + torch.randn(20_000, generator=torch.Generator().manual_seed(2 + step))).to(weight.dtype)
+            weight.grad = (drift + torch.randn(20_000, generator=torch.Generator().manual_seed(2 + step))).to(
+                weight.dtype
+            )
             optimizer.step()
         moved[precision] = float((weight.detach().bfloat16() != start.bfloat16()).float().mean())
     assert moved["exact"] == pytest.approx(moved["fp32"], rel=0.01)
@@ -206,7 +229,9 @@ def test_state_of_another_mask_is_refused_and_nothing_changes():
     with pytest.raises(InputError, match=r"embed\.weight belongs to another mask"):
         optimizer.load_state_dict(other.state_dict())
     after = optimizer.state_dict()
-    assert all(torch.equal(before["state"][i][k], after["state"][i][k]) for i in before["state"] for k in before["state"][i])
+    assert all(
+        torch.equal(before["state"][i][k], after["state"][i][k]) for i in before["state"] for k in before["state"][i]
+    )
     damaged = copy.deepcopy(before)
     damaged["state"][0]["exp_avg"] = damaged["state"][0]["exp_avg"][1:]
     with pytest.raises(InputError, match="values in exp_avg"):
@@ -326,8 +351,28 @@ def test_the_operator_compiles_whole():
 
     @torch.compile(fullgraph=True, backend=backend)
     def step(param, grad, scalars):
-        torch.ops.opdkernels.masked_adamw_([param], [grad], [shard.mask], [shard.offsets], [m], [v], [], [], [], [], scalars, [0], [0], [0], None, None, None,
-                                           False, 0, 0)  # fmt: skip
+        torch.ops.opdkernels.masked_adamw_(
+            [param],
+            [grad],
+            [shard.mask],
+            [shard.offsets],
+            [m],
+            [v],
+            [],
+            [],
+            [],
+            [],
+            scalars,
+            [0],
+            [0],
+            [0],
+            None,
+            None,
+            None,
+            False,
+            0,
+            0,
+        )
 
     for t in range(1, 4):
         step(weight, torch.ones_like(weight), ops.adamw_scalars([t], 1e-3 / t, (0.9, 0.999), 1e-8, 0.0))
@@ -427,7 +472,9 @@ def test_clipping_is_by_the_norm_of_active_gradients():
     middle = params["embed.weight"].detach().clone()
     optimizer.step()  # the clip was for one step
     active = masks["embed.weight"]
-    assert torch.allclose((middle - params["embed.weight"].detach())[active], params["embed.weight"].grad[active], atol=1e-6)
+    assert torch.allclose(
+        (middle - params["embed.weight"].detach())[active], params["embed.weight"].grad[active], atol=1e-6
+    )
 
 
 def test_parameters_that_are_transposed_views_are_stepped_too():
@@ -464,7 +511,12 @@ def test_masks_find_their_parameters(tmp_path):
     found = MaskSet({name: Mask.from_bool(mask) for name, mask in masks.items()})
     found.save(tmp_path / "m.safetensors")
     wrapped = [(f"module._orig_mod.{name}", p) for name, p in params.items()]
-    for named, given in ((params.items(), found), (params.items(), tmp_path / "m.safetensors"), (wrapped, found), (params.values(), list(masks.values()))):
+    for named, given in (
+        (params.items(), found),
+        (params.items(), tmp_path / "m.safetensors"),
+        (wrapped, found),
+        (params.values(), list(masks.values())),
+    ):
         optimizer = MaskedAdamW(named, masks=given)
         assert [b.mask for b in optimizer._bound[0]] == list(found.values())
     with pytest.raises(ValueError, match="parameter 0 has no name"):
@@ -522,7 +574,9 @@ def test_groups_may_be_added_and_unmasked_parameters_trained_or_frozen():
     first, second, third = (torch.nn.Parameter(torch.ones(8)) for _ in range(3))
     optimizer = MaskedAdamW([("a", first)], masks={"a": torch.arange(8) < 4}, unmasked="train", lr=0.1)
     optimizer.add_param_group({"params": [("b", second)], "lr": 0.2})
-    frozen = MaskedAdamW([("a", torch.nn.Parameter(torch.ones(8))), ("c", third)], masks={"a": torch.arange(8) < 4}, unmasked="freeze")
+    frozen = MaskedAdamW(
+        [("a", torch.nn.Parameter(torch.ones(8))), ("c", third)], masks={"a": torch.arange(8) < 4}, unmasked="freeze"
+    )
     for p in (first, second, third):
         p.grad = torch.ones(8)
     optimizer.step()

@@ -20,8 +20,16 @@ STEPS = 6
 
 def tiny_model(dtype=torch.bfloat16):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                                      num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=True)  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+    )
     return transformers.LlamaForCausalLM(config).to(dtype)
 
 
@@ -32,7 +40,9 @@ def masks_for(model):
 
 def examples(count=48):
     generator = torch.Generator().manual_seed(2)
-    return [{"input_ids": row, "labels": row} for row in torch.randint(3, 64, (count, 16), generator=generator).tolist()]
+    return [
+        {"input_ids": row, "labels": row} for row in torch.randint(3, 64, (count, 16), generator=generator).tolist()
+    ]
 
 
 def collate(rows):
@@ -58,11 +68,24 @@ def test_hugging_face_trainer(tmp_path, cls):
         model = tiny_model()
         masks, before = masks_for(model), bits_of(model)
         args = transformers.TrainingArguments(
-            output_dir=str(folder), max_steps=STEPS, save_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-2,
-            weight_decay=0.1, use_cpu=True, report_to="none", logging_steps=1, seed=3, disable_tqdm=True, max_grad_norm=1.0,
-        )  # fmt: skip
+            output_dir=str(folder),
+            max_steps=STEPS,
+            save_steps=3,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            weight_decay=0.1,
+            use_cpu=True,
+            report_to="none",
+            logging_steps=1,
+            seed=3,
+            disable_tqdm=True,
+            max_grad_norm=1.0,
+        )
         given = optimizer_cls_and_kwargs(model, masks, args, cls=cls)
-        trainer = transformers.Trainer(model, args, data_collator=collate, train_dataset=examples(), optimizer_cls_and_kwargs=given)
+        trainer = transformers.Trainer(
+            model, args, data_collator=collate, train_dataset=examples(), optimizer_cls_and_kwargs=given
+        )
         trainer.train(resume_from_checkpoint=resume)
         assert all(group.get("param_names") for group in trainer.optimizer.param_groups)
         return before, masks, bits_of(model)
@@ -79,18 +102,35 @@ def test_trl_supervised_fine_tuning(tmp_path):
     vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, 64)}}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
     texts = [{"text": " ".join(f"w{i}" for i in row["input_ids"])} for row in examples()]
 
     def run(folder, resume=None):
         model = tiny_model()
         masks, before = masks_for(model), bits_of(model)
         args = trl.SFTConfig(
-            output_dir=str(folder), max_steps=STEPS, save_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True, report_to="none",
-            seed=3, disable_tqdm=True, max_length=32, bf16=False,
-        )  # fmt: skip
+            output_dir=str(folder),
+            max_steps=STEPS,
+            save_steps=3,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            use_cpu=True,
+            report_to="none",
+            seed=3,
+            disable_tqdm=True,
+            max_length=32,
+            bf16=False,
+        )
         given = optimizer_cls_and_kwargs(model, masks, args)
-        trainer = trl.SFTTrainer(model, args, train_dataset=datasets.Dataset.from_list(texts), processing_class=tokenizer, optimizer_cls_and_kwargs=given)
+        trainer = trl.SFTTrainer(
+            model,
+            args,
+            train_dataset=datasets.Dataset.from_list(texts),
+            processing_class=tokenizer,
+            optimizer_cls_and_kwargs=given,
+        )
         trainer.train(resume_from_checkpoint=resume)
         return before, masks, bits_of(model)
 
@@ -150,10 +190,20 @@ def test_lightning(tmp_path, masked_clip):
     def run(folder, resume=None):
         module = Module()
         before = bits_of(module.model)
-        loader = torch.utils.data.DataLoader(examples(4), batch_size=4, collate_fn=collate)  # one batch an epoch: it resumes at the first
+        loader = torch.utils.data.DataLoader(
+            examples(4), batch_size=4, collate_fn=collate
+        )  # one batch an epoch: it resumes at the first
         saving = lightning.pytorch.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=5, save_top_k=-1)
-        trainer = lightning.Trainer(accelerator="cpu", max_steps=10, gradient_clip_val=1.0, logger=False, callbacks=[saving],
-                                    enable_progress_bar=False, enable_model_summary=False, default_root_dir=str(folder))  # fmt: skip
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            max_steps=10,
+            gradient_clip_val=1.0,
+            logger=False,
+            callbacks=[saving],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=str(folder),
+        )
         trainer.fit(module, loader, ckpt_path=resume, weights_only=False)
         return before, module.masks, bits_of(module.model)
 
@@ -163,16 +213,22 @@ def test_lightning(tmp_path, masked_clip):
 
 
 def test_verl_makes_it_from_its_configuration(tmp_path):
-    optimizers = pytest.importorskip("verl.workers.config.optimizer", reason="verl is not installed; `make trainers` installs it")
+    optimizers = pytest.importorskip(
+        "verl.workers.config.optimizer", reason="verl is not installed; `make trainers` installs it"
+    )
 
     def run(first, load=None):
         model = tiny_model()
         masks, before = masks_for(model), bits_of(model)
         in_model_order(masks, model).save(tmp_path / "masks.safetensors")
         config = optimizers.FSDPOptimizerConfig(
-            optimizer="MaskedAdamW", optimizer_impl="opdkernels.optim", lr=1e-2, weight_decay=0.1, betas=[0.9, 0.95],
+            optimizer="MaskedAdamW",
+            optimizer_impl="opdkernels.optim",
+            lr=1e-2,
+            weight_decay=0.1,
+            betas=[0.9, 0.95],
             override_optimizer_config={"masks": str(tmp_path / "masks.safetensors"), "eps": 1e-8},
-        )  # fmt: skip
+        )
         optimizer = optimizers.build_optimizer(model.parameters(), config)
         if load:
             saved = torch.load(load, weights_only=True)

@@ -14,7 +14,18 @@ from safetensors.torch import save_file
 
 from opdkernels.patch import segments
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64)
+DTYPES = (
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.complex64,
+)
 
 
 def some(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -23,7 +34,9 @@ def some(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
     for size in shape:
         n *= size
     generator = torch.Generator().manual_seed(seed)
-    data = torch.randint(0, 2 if dtype == torch.bool else 256, (n * dtype.itemsize,), dtype=torch.uint8, generator=generator)
+    data = torch.randint(
+        0, 2 if dtype == torch.bool else 256, (n * dtype.itemsize,), dtype=torch.uint8, generator=generator
+    )
     return data.view(dtype).view(shape)
 
 
@@ -40,14 +53,22 @@ def changed(tensor: torch.Tensor, share: float, seed: int) -> torch.Tensor:
 def before() -> dict[str, torch.Tensor]:
     found = {f"of {dtype}": some((67, 31), dtype, seed) for seed, dtype in enumerate(DTYPES)}
     found |= {f"size {n}": some((n,), torch.bfloat16, n) for n in (0, 1, 31, 1023, 1025, 70_001)}
-    found |= {"scalar": some((), torch.float32, 1), "only before": some((5,), torch.float32, 2), "equal": some((300, 7), torch.bfloat16, 3)}
+    found |= {
+        "scalar": some((), torch.float32, 1),
+        "only before": some((5,), torch.float32, 2),
+        "equal": some((300, 7), torch.bfloat16, 3),
+    }
     found |= {"reshaped": some((6, 4), torch.bfloat16, 4), "recast": some((9,), torch.bfloat16, 5)}
     return found
 
 
 def after(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Most tensors changed at 0.5 to 100 %; one equal, one new, one of another shape, one of another dtype."""
-    found = {name: changed(tensor, (0.005, 0.17, 1.0)[seed % 3], seed) for seed, (name, tensor) in enumerate(source.items()) if name != "only before"}
+    found = {
+        name: changed(tensor, (0.005, 0.17, 1.0)[seed % 3], seed)
+        for seed, (name, tensor) in enumerate(source.items())
+        if name != "only before"
+    }
     found["equal"] = source["equal"].clone()
     found["new"] = some((3, 3), torch.float32, 7)
     found["reshaped"] = some((4, 6), torch.bfloat16, 8)
@@ -110,12 +131,22 @@ def rewrite(path: str | Path, change: Callable[[dict[str, Any]], None]) -> None:
     header, data = split(path)
     manifest = json.loads(header["__metadata__"]["manifest"])
     change(manifest)
-    whole = lambda table: digest(json.dumps(sorted(table.items()), separators=(",", ":")).encode())  # noqa: E731
+
+    def whole(table):
+        return digest(json.dumps(sorted(table.items()), separators=(",", ":")).encode())
+
     tensors = manifest["tensors"]
     manifest["digest"] = whole({name: tensor["digest"] for name, tensor in tensors.items()})
-    manifest["source_digest"] = whole({t["source"]: t["source_digest"] for t in tensors.values() if t["source"] is not None})
+    manifest["source_digest"] = whole(
+        {t["source"]: t["source_digest"] for t in tensors.values() if t["source"] is not None}
+    )
     text = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False)
-    header["__metadata__"] |= {"manifest": text, "manifest_digest": digest(text.encode()), "trained_digest": manifest["digest"], "source_digest": manifest["source_digest"]}
+    header["__metadata__"] |= {
+        "manifest": text,
+        "manifest_digest": digest(text.encode()),
+        "trained_digest": manifest["digest"],
+        "source_digest": manifest["source_digest"],
+    }
     join(path, header, data)
 
 

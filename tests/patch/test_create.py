@@ -71,7 +71,11 @@ class Reader:
         n_blocks = -(-len(items) // 65536)
         counts = np.frombuffer(part, "<u4", n_blocks)
         sizes = [min(65536, len(items) - 65536 * block) for block in range(n_blocks)]
-        lengths = [4 * n_blocks, sum(min(2 * int(c), -(-n // 8)) for c, n in zip(counts, sizes, strict=True)), int(counts.sum()) * width]
+        lengths = [
+            4 * n_blocks,
+            sum(min(2 * int(c), -(-n // 8)) for c, n in zip(counts, sizes, strict=True)),
+            int(counts.sum()) * width,
+        ]
         found = []
         for length in lengths:
             padded = length + -length % 8
@@ -132,9 +136,15 @@ def test_another_reader_makes_the_same_file(pair, tmp_path, zstd):
     assert hashlib.sha256(made).hexdigest() == hashes(pair[1])["model.safetensors"]
     manifest = reader.manifest
     digests = {name: tensor["digest"] for name, tensor in manifest["tensors"].items()}
-    assert digest(json.dumps(sorted(digests.items()), separators=(",", ":")).encode()) == reader.metadata["trained_digest"] == manifest["digest"]
+    assert (
+        digest(json.dumps(sorted(digests.items()), separators=(",", ":")).encode())
+        == reader.metadata["trained_digest"]
+        == manifest["digest"]
+    )
     sources = {t["source"]: t["source_digest"] for t in manifest["tensors"].values() if t["source"] is not None}
-    assert digest(json.dumps(sorted(sources.items()), separators=(",", ":")).encode()) == reader.metadata["source_digest"]
+    assert (
+        digest(json.dumps(sorted(sources.items()), separators=(",", ":")).encode()) == reader.metadata["source_digest"]
+    )
     assert (reader.metadata["format"], reader.metadata["version"]) == ("opdkernels.patch", "1")
 
 

@@ -33,7 +33,11 @@ def refused(source: str, patch: Path, match: str | None = None) -> str:
         apply(source, patch, folder / "out")
     assert "\n" not in str(error.value)
     assert sorted(folder.iterdir()) == there
-    model = {"w": some((70_001,), torch.bfloat16, 0), "b": some((7,), torch.float32, 1), "n": torch.zeros(3, dtype=torch.uint8)}
+    model = {
+        "w": some((70_001,), torch.bfloat16, 0),
+        "b": some((7,), torch.float32, 1),
+        "n": torch.zeros(3, dtype=torch.uint8),
+    }
     untouched = {name: tensor.clone() for name, tensor in model.items()}
     with pytest.raises(InputError):
         apply_to(model, patch)
@@ -86,7 +90,11 @@ class Opened:
 
 def test_other_files_are_no_patches(small, tmp_path):
     source, _ = small
-    refused(source, Path(source) / "model.safetensors", "is a safetensors file but no patch; give a file that patch create wrote")
+    refused(
+        source,
+        Path(source) / "model.safetensors",
+        "is a safetensors file but no patch; give a file that patch create wrote",
+    )
     with pytest.raises(InputError, match="does not exist; give a file that patch create wrote"):
         info(tmp_path / "nowhere")
     with pytest.raises(InputError, match="does not exist"):
@@ -101,8 +109,19 @@ def test_a_later_version_says_so(small):
     refused(source, patch, "is a patch of version 2, and this program reads version 1; update opdkernels")
 
 
-NAMES = ["../model.safetensors", "/tmp/model.safetensors", "..\\model.safetensors", "a/b.safetensors", ".model.safetensors", "c:model.safetensors",
-         "model\n.safetensors", "model\0.safetensors", "é" * 150 + ".safetensors", "model.bin", "run.py"]  # fmt: skip
+NAMES = [
+    "../model.safetensors",
+    "/tmp/model.safetensors",
+    "..\\model.safetensors",
+    "a/b.safetensors",
+    ".model.safetensors",
+    "c:model.safetensors",
+    "model\n.safetensors",
+    "model\0.safetensors",
+    "é" * 150 + ".safetensors",
+    "model.bin",
+    "run.py",
+]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
@@ -116,7 +135,9 @@ def test_names_that_leave_the_folder_or_are_no_weights_are_refused(small, name):
     assert text.isprintable()
 
 
-@pytest.mark.parametrize("name", ["../x.json", "x.py", "x.safetensors", "MODEL.safetensors", ".hidden.json", "model.bin"])
+@pytest.mark.parametrize(
+    "name", ["../x.json", "x.py", "x.safetensors", "MODEL.safetensors", ".hidden.json", "model.bin"]
+)
 def test_files_beside_the_weights_are_held_to_their_kind(small, name):
     source, patch = small
     rewrite(patch, lambda manifest: manifest["beside"].update({name: {"stored": False, "digest": "0" * 32}}))
@@ -137,15 +158,26 @@ DECEPTIONS = {
     "no source digest": (lambda m: deceive(m, "w", source_digest=None), "neither whole nor as changes"),
     "no source": (lambda m: deceive(m, "w", source=None, source_digest=None), "neither whole nor as changes"),
     "another's data": (lambda m: deceive(m, "b", data="changes:w"), "holds what its manifest does not list"),
-    "another's data beside its own": (lambda m: m["tensors"].update(b={**m["tensors"]["b"], "data": "changes:w"}, w={**m["tensors"]["w"], "data": "changes:b"}), "are not those written"),
+    "another's data beside its own": (
+        lambda m: m["tensors"].update(
+            b={**m["tensors"]["b"], "data": "changes:w"}, w={**m["tensors"]["w"], "data": "changes:b"}
+        ),
+        "are not those written",
+    ),
     "no such data": (lambda m: deceive(m, "b", data="changes:x"), "lacks changes:x"),
-    "whole of another shape": (lambda m: deceive(m, "b", source=None, source_digest=None, data="whole:n"), "neither whole nor as changes"),
+    "whole of another shape": (
+        lambda m: deceive(m, "b", source=None, source_digest=None, data="whole:n"),
+        "neither whole nor as changes",
+    ),
     "another source": (lambda m: deceive(m, "b", source="w"), "has a tensor of BF16"),
     "no such source": (lambda m: deceive(m, "b", source="q"), "lacks a tensor"),
     "another digest": (lambda m: deceive(m, "w", digest="0" * 32), "makes a tensor w of another digest"),
     "whole of another digest": (lambda m: deceive(m, "n", digest="0" * 32), "holds a tensor n of another digest"),
     "another source digest": (lambda m: deceive(m, "w", source_digest="0" * 32), "is a patch for another source"),
-    "a tensor more": (lambda m: m["tensors"].update(x=m["tensors"]["w"]), "makes other tensors than its manifest lists"),
+    "a tensor more": (
+        lambda m: m["tensors"].update(x=m["tensors"]["w"]),
+        "makes other tensors than its manifest lists",
+    ),
     "a tensor fewer": (lambda m: m["tensors"].pop("n"), "makes other tensors than its manifest lists"),
     "a file more": (lambda m: m["headers"].update({"x.safetensors": "0" * 32}), "lacks header:x.safetensors"),
     "no file": (lambda m: m["headers"].clear(), "or none"),

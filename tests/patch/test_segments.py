@@ -20,11 +20,16 @@ from tests.patch.conftest import changed, some
 
 def coded(w: torch.Tensor, v: torch.Tensor, zstd: bool) -> torch.Tensor:
     changes, _ = gather(w, v, difference=zstd)
-    return torch.cat([torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in encode(changes, zstd) if len(part)])
+    return torch.cat(
+        [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in encode(changes, zstd) if len(part)]
+    )
 
 
 def decoded(content: torch.Tensor, w: torch.Tensor, zstd: bool) -> torch.Tensor:
-    found = [decode(content[s.start : s.stop], s, w.element_size(), zstd) for s in find(lambda a, b: content[a:b], len(content), w.numel(), w.element_size())]
+    found = [
+        decode(content[s.start : s.stop], s, w.element_size(), zstd)
+        for s in find(lambda a, b: content[a:b], len(content), w.numel(), w.element_size())
+    ]
     return scatter(w, found[0], difference=zstd)[0]
 
 
@@ -64,7 +69,10 @@ def test_a_segment_is_as_documented():
 def lying(content: torch.Tensor, length: int | None = None, stored: int | None = None) -> torch.Tensor:
     out = content.clone()
     old = struct.unpack_from("<QQ", out.numpy().tobytes())
-    out[:16] = torch.frombuffer(bytearray(struct.pack("<QQ", old[0] if length is None else length, old[1] if stored is None else stored)), dtype=torch.uint8)
+    out[:16] = torch.frombuffer(
+        bytearray(struct.pack("<QQ", old[0] if length is None else length, old[1] if stored is None else stored)),
+        dtype=torch.uint8,
+    )
     return out
 
 
@@ -117,7 +125,10 @@ def test_a_frame_is_held_to_its_digest_and_its_content_looked_at():
     content = struct.pack("<I4x", 900) + bytes(128) + bytes(1800)  # a mask without the bits that are counted
     frame = pa.Codec("zstd").compress(content, asbytes=True)
     w = torch.zeros(1000, dtype=torch.int16)
-    for expected, message in ((digest_of(bytes_of(frame)), "not as many as it counts"), (bytes(16), "does not have the digest")):
+    for expected, message in (
+        (digest_of(bytes_of(frame)), "not as many as it counts"),
+        (bytes(16), "does not have the digest"),
+    ):
         made = bytes_of(struct.pack("<QQ16s", len(content), len(frame), expected) + frame)
         with pytest.raises(Damaged, match=message):
             decoded(made, w, True)

@@ -14,13 +14,28 @@ from opdkernels.report.experiment import content, headline
 
 
 def row(arm, score, kept=None, **more):
-    spread = lambda name, value: {name: value, f"{name}_low": value - 0.05, f"{name}_high": value + 0.05}  # noqa: E731
+    def spread(name, value):
+        return {name: value, f"{name}_low": value - 0.05, f"{name}_high": value + 0.05}
+
     return {"arm": arm, **spread("score", score), **(spread("gain_kept", kept) if kept is not None else {}), **more}
 
 
 def result(experiment, rows, against="full", along=()):
-    return {"experiment": experiment, "about": "Why?", "seeds": 2, "prompts": 50, "steps": 10, "density": 0.2, "against": against, "student": "a", "teacher": "b",
-            "task": "addition", "options": {"lr": 0.1}, "rows": [row("start", 0.2), *rows], "along": list(along)}  # fmt: skip
+    return {
+        "experiment": experiment,
+        "about": "Why?",
+        "seeds": 2,
+        "prompts": 50,
+        "steps": 10,
+        "density": 0.2,
+        "against": against,
+        "student": "a",
+        "teacher": "b",
+        "task": "addition",
+        "options": {"lr": 0.1},
+        "rows": [row("start", 0.2), *rows],
+        "along": list(along),
+    }
 
 
 FULL = row("full", 0.7, 1.0, trained=1.0, changed_visible=0.3, changed_stored=0.5)
@@ -29,18 +44,51 @@ FULL = row("full", 0.7, 1.0, trained=1.0, changed_visible=0.3, changed_stored=0.
 @pytest.mark.parametrize(
     ("experiment", "rows", "against", "expected"),
     [
-        ("masks", [FULL, row("found", 0.6, 0.8, trained=0.2)], "full", "Training 20.00 % of the weights, those that the full run changed most, keeps 80.00 % of its gain (full: 20.00 % to 70.00 %)"),
+        (
+            "masks",
+            [FULL, row("found", 0.6, 0.8, trained=0.2)],
+            "full",
+            "Training 20.00 % of the weights, those that the full run changed most, keeps 80.00 % of its gain (full: 20.00 % to 70.00 %)",
+        ),
         ("masks", [FULL], "full", "full: from 20.00 % to 70.00 % on held-out prompts"),
-        ("trajectory", [FULL, row("mask at 10% of the steps", 0.6, 0.8, trained=0.2, in_found=0.55)], "full", "The mask at 10% of the steps holds 55.00 % of the final one; by chance it would hold 20.00 %"),
-        ("interventions", [FULL, row("largest alone", 0.6, 0.8, of_change=0.2), row("all but the largest", 0.3, 0.2, of_change=0.8)], "full",
-         "The largest 20.00 % of the changes alone keep 80.00 % of the gain, all others 20.00 %"),
+        (
+            "trajectory",
+            [FULL, row("mask at 10% of the steps", 0.6, 0.8, trained=0.2, in_found=0.55)],
+            "full",
+            "The mask at 10% of the steps holds 55.00 % of the final one; by chance it would hold 20.00 %",
+        ),
+        (
+            "interventions",
+            [FULL, row("largest alone", 0.6, 0.8, of_change=0.2), row("all but the largest", 0.3, 0.2, of_change=0.8)],
+            "full",
+            "The largest 20.00 % of the changes alone keep 80.00 % of the gain, all others 20.00 %",
+        ),
         ("interventions", [FULL, row("mlp alone", 0.6, 0.8, of_change=0.2)], "full", "full: from"),
-        ("precision", [row("bf16 exact", 0.7, 1.0, changed_stored=0.3), row("fp32", 0.7, 1.0, changed_stored=1.0)], "bf16 exact", "Changed as stored: 30.00 % with bf16 exact, 100 % with fp32"),
-        ("sgd", [row("adamw lr x 1.0", 0.7, 1.0), row("adamw lr x 3.0", 0.6), row("sgd lr 0.1", 0.4), row("sgd lr 1.0", 0.5)], "adamw lr x 1.0",
-         "At the best of its rates: adamw 70.00 %, sgd 50.00 %"),
-        ("subspace", [FULL, row("lora of rank 8 lr x 3.0", 0.5, 0.6)], "full", "At the best of its rates: lora of rank 8 50.00 %"),
+        (
+            "precision",
+            [row("bf16 exact", 0.7, 1.0, changed_stored=0.3), row("fp32", 0.7, 1.0, changed_stored=1.0)],
+            "bf16 exact",
+            "Changed as stored: 30.00 % with bf16 exact, 100 % with fp32",
+        ),
+        (
+            "sgd",
+            [
+                row("adamw lr x 1.0", 0.7, 1.0),
+                row("adamw lr x 3.0", 0.6),
+                row("sgd lr 0.1", 0.4),
+                row("sgd lr 1.0", 0.5),
+            ],
+            "adamw lr x 1.0",
+            "At the best of its rates: adamw 70.00 %, sgd 50.00 %",
+        ),
+        (
+            "subspace",
+            [FULL, row("lora of rank 8 lr x 3.0", 0.5, 0.6)],
+            "full",
+            "At the best of its rates: lora of rank 8 50.00 %",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_headline_says_what_was_found(experiment, rows, against, expected):
     assert headline(result(experiment, rows, against)).replace("\u202f", " ").startswith(expected)
 
@@ -49,8 +97,18 @@ def test_the_table_has_the_columns_that_some_arm_has():
     found = content(result("interventions", [FULL, row("mlp alone", 0.6, 0.8, of_change=0.2)]))
     keys = [column.key for column in found["table"].columns]
     assert keys == ["arm", "score", "gain_kept", "of_change", "trained", "changed_visible", "changed_stored"]
-    found = content(result("precision", [row("bf16 exact", 0.7, 1.0, changed_visible=0.3, changed_null=0.31, changed_stored=0.3)], "bf16 exact"))
-    assert [column.key for column in found["table"].columns][-3:] == ["changed_visible", "changed_null", "changed_stored"]
+    found = content(
+        result(
+            "precision",
+            [row("bf16 exact", 0.7, 1.0, changed_visible=0.3, changed_null=0.31, changed_stored=0.3)],
+            "bf16 exact",
+        )
+    )
+    assert [column.key for column in found["table"].columns][-3:] == [
+        "changed_visible",
+        "changed_null",
+        "changed_stored",
+    ]
 
 
 @pytest.mark.parametrize("shift", [0.0, -0.75, -2.0])
@@ -59,7 +117,10 @@ def test_intervals_lie_on_the_drawing_whatever_their_sign(shift):
     for frame in charts.FRAMES:
         drawing = str(charts.interval_chart(rows, format.percent, "", "", frame))
         places = [float(x) for x in re.findall(r'circle class="stored-dot" cx="([-\d.]+)"', drawing)]
-        ends = [tuple(map(float, found)) for found in re.findall(r'class="stored-line" d="M([-\d.]+)[ ,][-\d.]+ ?L([-\d.]+)', drawing)]
+        ends = [
+            tuple(map(float, found))
+            for found in re.findall(r'class="stored-line" d="M([-\d.]+)[ ,][-\d.]+ ?L([-\d.]+)', drawing)
+        ]
         assert len(places) == len(ends) == 2
         for place, (low, high) in zip(places, ends, strict=True):
             assert 0 < low < place < high <= frame.width
@@ -81,7 +142,10 @@ def test_the_analysis_is_linked_without_marks_too(tmp_path):
 
 
 def test_a_run_that_changed_nothing_has_no_curve_of_its_final_set():
-    along = [{"step": step, "changed_visible": 0.0, "changed_stored": 0.0, "coverage_of_final": None, "stays_changed": None} for step in (5, 10)]
+    along = [
+        {"step": step, "changed_visible": 0.0, "changed_stored": 0.0, "coverage_of_final": None, "stays_changed": None}
+        for step in (5, 10)
+    ]
     assert [one["heading"] for one in content(result("masks", [FULL], along=along))["curves"]] == ["What has changed."]
 
 
@@ -97,4 +161,6 @@ def test_a_page_is_written_again(tmp_path):
 
 def test_a_gain_that_may_be_none_is_said():
     found = content(result("masks", [row("full", 0.21), row("found", 0.22, trained=0.2)]))
-    assert found["reading"] == ["The gain of full may be nothing at this number of seeds and prompts, so that no share of it is given."]
+    assert found["reading"] == [
+        "The gain of full may be nothing at this number of seeds and prompts, so that no share of it is given."
+    ]

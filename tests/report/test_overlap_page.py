@@ -70,7 +70,9 @@ def test_the_first_pair_is_told_in_words(pages):
 
 
 @browser
-@pytest.mark.parametrize(("case", "width", "dark"), [("layers", 360, True), ("layers", 1280, False), ("hostile", 360, False)])
+@pytest.mark.parametrize(
+    ("case", "width", "dark"), [("layers", 360, True), ("layers", 1280, False), ("hostile", 360, False)]
+)
 def test_in_a_browser_nothing_overflows_and_tables_sort(pages, tmp_path, case, width, dark):
     found = probe(pages[case], tmp_path, width, dark)
     assert found["scroll"] <= width

@@ -39,7 +39,19 @@ HOSTILE = [
     "]]>&lt;&#x3c;",
     "x" * 450,
 ]
-SECTIONS = ["answer", "sparsity", "near-zero", "where", "geometry", "steps", "groups", "all", "left-out", "run", "glossary"]
+SECTIONS = [
+    "answer",
+    "sparsity",
+    "near-zero",
+    "where",
+    "geometry",
+    "steps",
+    "groups",
+    "all",
+    "left-out",
+    "run",
+    "glossary",
+]
 VOID = {"meta", "link", "br", "img", "input", "hr", "wbr", "rect", "line", "path", "circle"}
 EXPECTED_TAGS = set(
     re.findall(
@@ -483,7 +495,13 @@ def page_with(tmp_path, spectra: str) -> str:
     for side, tensors in zip(("source", "trained"), pairs()["layers"], strict=True):
         save_file(tensors, tmp_path / f"{side}.safetensors")
     return report.render(
-        run.analyze(tmp_path / "source.safetensors", tmp_path / "trained.safetensors", None, AnalyzeOptions(spectra=spectra), lambda *_: None)
+        run.analyze(
+            tmp_path / "source.safetensors",
+            tmp_path / "trained.safetensors",
+            None,
+            AnalyzeOptions(spectra=spectra),
+            lambda *_: None,
+        )
     )
 
 

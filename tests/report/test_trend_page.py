@@ -19,7 +19,9 @@ def pages(tmp_path_factory) -> dict[str, str]:
     for case in CASES:
         folder, paths = tmp_path_factory.mktemp("trend"), []
         source = sources(case)
-        for i, tensors in enumerate([source, *(source if case == "identical" else update(source, 4e-5, seed) for seed in (11, 12, 13))]):
+        for i, tensors in enumerate(
+            [source, *(source if case == "identical" else update(source, 4e-5, seed) for seed in (11, 12, 13))]
+        ):
             path = folder / f"checkpoint-{100 * i}"
             path.mkdir()
             save_file(tensors, path / "model.safetensors")
@@ -69,7 +71,9 @@ def test_an_axis_covers_its_values_with_round_numbers():
 
 
 @browser
-@pytest.mark.parametrize(("case", "width", "dark"), [("layers", 360, True), ("layers", 1280, False), ("hostile", 360, False)])
+@pytest.mark.parametrize(
+    ("case", "width", "dark"), [("layers", 360, True), ("layers", 1280, False), ("hostile", 360, False)]
+)
 def test_in_a_browser_nothing_overflows(pages, tmp_path, case, width, dark):
     found = probe(pages[case], tmp_path, width, dark)
     assert found["scroll"] <= width

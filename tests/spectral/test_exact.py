@@ -62,7 +62,9 @@ def subspace_oracle(w, d):
     return torch.tensor(rows, dtype=torch.float64).T
 
 
-@pytest.mark.parametrize(("source", "block"), [(name, 0) for name in SOURCES] + [(name, BLOCK) for name in SOURCES if "square" not in name])
+@pytest.mark.parametrize(
+    ("source", "block"), [(name, 0) for name in SOURCES] + [(name, BLOCK) for name in SOURCES if "square" not in name]
+)
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("wide", [False, True])
 def test_every_figure_is_as_near_to_fp64_svd_as_asked(source, block, update, wide):
@@ -92,7 +94,9 @@ def test_the_definition_agrees_with_the_oracle():
     w, d = random(SHAPE), 1e-3 * random(SHAPE, 1)
     for a, b in ((w, d), (w.T, d.T)):
         found = from_matrices(a, b)
-        ours = torch.stack([found.projection, found.projection_left, found.projection_right, found.rotation_left, found.rotation_right])
+        ours = torch.stack(
+            [found.projection, found.projection_left, found.projection_right, found.rotation_left, found.rotation_right]
+        )
         torch.testing.assert_close(ours, subspace_oracle(a, b), rtol=1e-6, atol=1e-9)
         factor = factorise_matrix(a, found.ranks[-1])
         torch.testing.assert_close(factor.sigma, found.source)
@@ -102,7 +106,16 @@ def test_the_definition_agrees_with_the_oracle():
 def test_a_long_pair_has_the_figures_of_what_its_orthonormal_factor_leaves():
     w, d = random((700, 40)), 1e-3 * random((700, 40), 1)
     long, short = (from_matrices(*pair) for pair in ((w, d), compressed(zip(w.split(90), d.split(90), strict=True))))
-    for name in ("source", "trained", "delta", "projection", "projection_left", "projection_right", "rotation_left", "rotation_right"):
+    for name in (
+        "source",
+        "trained",
+        "delta",
+        "projection",
+        "projection_left",
+        "projection_right",
+        "rotation_left",
+        "rotation_right",
+    ):
         torch.testing.assert_close(getattr(short, name), getattr(long, name), rtol=1e-9, atol=1e-12)
 
 

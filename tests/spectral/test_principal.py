@@ -72,7 +72,9 @@ def test_rows_of_very_unequal_size_are_looked_at_again_only_near_the_cut(monkeyp
     source *= torch.exp(3 * torch.randn(4000, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
     basis, rank = basis_of(source, False), top_ranks(60)[-1]
     looked_at = []
-    monkeypatch.setattr(principal.np, "divmod", lambda index, short: looked_at.append(len(index)) or (index // short, index % short))
+    monkeypatch.setattr(
+        principal.np, "divmod", lambda index, short: looked_at.append(len(index)) or (index // short, index % short)
+    )
     sure, above, tied, taken = principal.select(source @ basis, basis, principal.row_blocks(4000, 60), 48_000)
     score = (source @ basis @ basis.T).abs().flatten().numpy()
     expected = np.zeros(score.size, bool)
@@ -88,7 +90,10 @@ def test_rows_of_very_unequal_size_are_looked_at_again_only_near_the_cut(monkeyp
 def test_the_transpose_of_a_wide_matrix_counts_like_its_copy():
     source, trained = matrices((30, 200), torch.bfloat16)
     basis = basis_of(source.T, False)
-    views, copies = (overlaps(a, b, basis, top_ranks(30), visible=False) for a, b in ((source.T, trained.T), (source.T.contiguous(), trained.T.contiguous())))
+    views, copies = (
+        overlaps(a, b, basis, top_ranks(30), visible=False)
+        for a, b in ((source.T, trained.T), (source.T.contiguous(), trained.T.contiguous()))
+    )
     for one, other in zip(views, copies, strict=True):
         np.testing.assert_array_equal(one.counts, other.counts)
 

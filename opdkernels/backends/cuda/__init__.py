@@ -15,10 +15,18 @@ import torch
 from opdkernels.backends.cuda import launch
 
 FAMILIES = {
-    "delta_": "delta", "overlap_": "overlap", "quantile": "quantile",
-    "patch_gather_": "patch", "patch_scatter_": "patch", "patch_check": "patch", "patch_digest": "patch",
-    "masked_adamw_": "step", "masked_sgd_": "step", "masked_take_": "step", "masked_put_": "step",
-}  # fmt: skip
+    "delta_": "delta",
+    "overlap_": "overlap",
+    "quantile": "quantile",
+    "patch_gather_": "patch",
+    "patch_scatter_": "patch",
+    "patch_check": "patch",
+    "patch_digest": "patch",
+    "masked_adamw_": "step",
+    "masked_sgd_": "step",
+    "masked_take_": "step",
+    "masked_put_": "step",
+}
 
 
 def why_not() -> str:
@@ -31,7 +39,11 @@ def why_not() -> str:
         return ""
     major = torch.version.cuda.split(".")[0]
     library, cupy = launch.cuda_of_library(), launch.cuda_of_cupy()
-    built = f"the kernels built at install are for CUDA {library}" if library else "no kernels were built at install, where nvcc was missing"
+    built = (
+        f"the kernels built at install are for CUDA {library}"
+        if library
+        else "no kernels were built at install, where nvcc was missing"
+    )
     if launch.library_is_stale():
         built = "the library was built from other sources"
     other = f"CuPy is for CUDA {cupy}" if cupy else "CuPy is not installed"

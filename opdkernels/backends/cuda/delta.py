@@ -45,10 +45,38 @@ def delta_(
         work = torch.zeros(WORK_ROWS, launch.BINS, dtype=torch.int32, device=device)
         low_sums = torch.zeros(LOW_ROWS, launch.BINS, dtype=torch.int64, device=device)
         launch.run(
-            name, launch.blocks_for(device, size, threads, each), threads, launch.SMALL_BYTES + rows * launch.TABLE_BYTES, device,
-            source.narrow(0, start, size), codes[0], trained.narrow(0, start, size), codes[1], gpu.mask_from(mask, start),
-            work, low_sums, rules, tables, counts, sums, maximum, size, rows,
-        )  # fmt: skip
-        launch.run("delta_fold", launch.BINS // MANTISSAS, MANTISSAS, 0, device, work, low_sums, tables, sums, len(cuts), name == "delta_count_bf16")
+            name,
+            launch.blocks_for(device, size, threads, each),
+            threads,
+            launch.SMALL_BYTES + rows * launch.TABLE_BYTES,
+            device,
+            source.narrow(0, start, size),
+            codes[0],
+            trained.narrow(0, start, size),
+            codes[1],
+            gpu.mask_from(mask, start),
+            work,
+            low_sums,
+            rules,
+            tables,
+            counts,
+            sums,
+            maximum,
+            size,
+            rows,
+        )
+        launch.run(
+            "delta_fold",
+            launch.BINS // MANTISSAS,
+            MANTISSAS,
+            0,
+            device,
+            work,
+            low_sums,
+            tables,
+            sums,
+            len(cuts),
+            name == "delta_count_bf16",
+        )
     if n:
         launch.run("delta_carry", 1, 32, 0, device, sums)

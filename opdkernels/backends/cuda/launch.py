@@ -40,7 +40,9 @@ class Built:
         self.library = ctypes.CDLL(str(path))
         self.library.opd_cuda_error.restype = ctypes.c_char_p
 
-    def launch(self, name: str, arguments: Sequence[int], blocks: int, threads: int, shared_bytes: int, device: torch.device) -> None:
+    def launch(
+        self, name: str, arguments: Sequence[int], blocks: int, threads: int, shared_bytes: int, device: torch.device
+    ) -> None:
         on_gpu = device.type == "cuda"
         stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
         status = getattr(self.library, f"{name}_launch")(
@@ -77,12 +79,16 @@ class Compiled:
         """A family's kernels for a device, compiled or as an earlier process left them. RawModule's own compilation would flush
         subnormals to zero, whatever the options."""
         source, version = source_of(family), self.cupy.cuda.nvrtc.getVersion()
-        key = hashlib.blake2b("\0".join(map(str, (source, OPTIONS, capability, version))).encode(), digest_size=16).hexdigest()
+        key = hashlib.blake2b(
+            "\0".join(map(str, (source, OPTIONS, capability, version))).encode(), digest_size=16
+        ).hexdigest()
         name = f"{family}-{key}.cubin"
         kept = cache_folder() / name
         if os.access(kept, os.R_OK):
             return kept
-        code, _ = importlib.import_module("cupy.cuda.compiler").compile_using_nvrtc(source, OPTIONS, filename=f"{family}.cu")
+        code, _ = importlib.import_module("cupy.cuda.compiler").compile_using_nvrtc(
+            source, OPTIONS, filename=f"{family}.cu"
+        )
         code = code.encode() if isinstance(code, str) else code
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +98,9 @@ class Compiled:
             write_atomically(kept, code)
         return kept
 
-    def launch(self, name: str, arguments: Sequence[int], blocks: int, threads: int, shared_bytes: int, device: torch.device) -> None:
+    def launch(
+        self, name: str, arguments: Sequence[int], blocks: int, threads: int, shared_bytes: int, device: torch.device
+    ) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         stream = self.cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, index)
         with self.cupy.cuda.Device(index), stream:
@@ -186,7 +194,12 @@ def queue_bytes(threads: int) -> int:
 
 
 def run(
-    name: str, blocks: int, threads: int, shared_bytes: int, device: torch.device, *arguments: torch.Tensor | list[torch.Tensor] | int | None
+    name: str,
+    blocks: int,
+    threads: int,
+    shared_bytes: int,
+    device: torch.device,
+    *arguments: torch.Tensor | list[torch.Tensor] | int | None,
 ) -> None:
     """Start a kernel on the device and its current stream. Tensors go as addresses, a list of them as a table on the device."""
     tables = [gpu.on_device([gpu.address(t) for t in a], device) if isinstance(a, list) else a for a in arguments]

@@ -32,8 +32,21 @@ def overlap_(
         joint = torch.zeros(groups, gpu.GROUP_SETS, launch.BINS, dtype=torch.int32, device=device)
         sets = torch.zeros(1 << n_runs, dtype=torch.int32, device=device) if groups > 1 else None
         launch.run(
-            "overlap_count", launch.blocks_for(device, size, THREADS, EIGHT), THREADS, launch.SMALL_BYTES + rows * launch.TABLE_BYTES, device,
-            source.narrow(0, start, size), launch.DTYPE_CODES[source.dtype], [tensor.narrow(0, start, size) for tensor in trained], dtypes,
-            joint, sets, counts, size, n_runs, gpu.change_limit(cut), rows,
-        )  # fmt: skip
+            "overlap_count",
+            launch.blocks_for(device, size, THREADS, EIGHT),
+            THREADS,
+            launch.SMALL_BYTES + rows * launch.TABLE_BYTES,
+            device,
+            source.narrow(0, start, size),
+            launch.DTYPE_CODES[source.dtype],
+            [tensor.narrow(0, start, size) for tensor in trained],
+            dtypes,
+            joint,
+            sets,
+            counts,
+            size,
+            n_runs,
+            gpu.change_limit(cut),
+            rows,
+        )
         gpu.fold_overlap(joint.long(), None if sets is None else sets.long(), (source_table, changed, both, runs))

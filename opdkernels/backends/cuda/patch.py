@@ -31,13 +31,37 @@ def patch_gather_(
     if not n:
         return
     mask, chunk_counts = empty_bits(blocks, device), torch.zeros(blocks, CHUNKS, dtype=torch.int32, device=device)
-    launch.run(f"patch_compare_{width}", blocks, THREADS, 2 * width * SUMS_BYTES, device, source, trained, mask, chunk_counts, digests, n)
+    launch.run(
+        f"patch_compare_{width}",
+        blocks,
+        THREADS,
+        2 * width * SUMS_BYTES,
+        device,
+        source,
+        trained,
+        mask,
+        chunk_counts,
+        digests,
+        n,
+    )
     torch.sum(chunk_counts, 1, dtype=torch.int32, out=counts)
     launch.run(
-        f"patch_compress_{width}", launch.blocks_of_queues(device, -(-n // launch.QUEUE), QUEUE_THREADS), QUEUE_THREADS,
-        launch.queue_bytes(QUEUE_THREADS), device, source, trained, mask, gpu.starts_of(chunk_counts.flatten()), counts,
-        gpu.starts_of(gpu.position_bytes(counts, n)), positions, values, n, difference,
-    )  # fmt: skip
+        f"patch_compress_{width}",
+        launch.blocks_of_queues(device, -(-n // launch.QUEUE), QUEUE_THREADS),
+        QUEUE_THREADS,
+        launch.queue_bytes(QUEUE_THREADS),
+        device,
+        source,
+        trained,
+        mask,
+        gpu.starts_of(chunk_counts.flatten()),
+        counts,
+        gpu.starts_of(gpu.position_bytes(counts, n)),
+        positions,
+        values,
+        n,
+        difference,
+    )
 
 
 def decoded(
@@ -50,7 +74,21 @@ def decoded(
     chunk_counts = torch.zeros(blocks * CHUNKS, dtype=torch.int32, device=device)
     if blocks:
         starts = gpu.starts_of(gpu.position_bytes(counts, numel))
-        launch.run("patch_decode", blocks, THREADS, DECODED_BYTES, device, counts, starts, positions, fits, mask, chunk_counts, bad, numel)
+        launch.run(
+            "patch_decode",
+            blocks,
+            THREADS,
+            DECODED_BYTES,
+            device,
+            counts,
+            starts,
+            positions,
+            fits,
+            mask,
+            chunk_counts,
+            bad,
+            numel,
+        )
     return bad, mask, chunk_counts
 
 
@@ -71,9 +109,21 @@ def patch_scatter_(
     bad, mask, chunk_counts = decoded(counts, positions, n, values.numel())
     if n:
         launch.run(
-            f"patch_restore_{width}", gpu.blocks_of(n), THREADS, width * SUMS_BYTES, device,
-            source, mask, gpu.starts_of(chunk_counts), values, bad, out, digests, n, difference,
-        )  # fmt: skip
+            f"patch_restore_{width}",
+            gpu.blocks_of(n),
+            THREADS,
+            width * SUMS_BYTES,
+            device,
+            source,
+            mask,
+            gpu.starts_of(chunk_counts),
+            values,
+            bad,
+            out,
+            digests,
+            n,
+            difference,
+        )
     return gpu.status_of(bad)
 
 

@@ -22,9 +22,20 @@ def digit_table(values: torch.Tensor, mask: torch.Tensor | None, prefixes: torch
     for start, size in gpu.slices(values.numel()):
         table = torch.zeros(ranks, 2, gpu.DIGITS, dtype=torch.int32, device=device)
         launch.run(
-            f"quantile_count_{values.itemsize}", launch.blocks_for(device, size, THREADS, each), THREADS, launch.SMALL_BYTES + rows * DIGIT_BYTES, device,
-            values.narrow(0, start, size), gpu.mask_from(mask, start), prefixes, table, size, shift, ranks, rows,
-        )  # fmt: skip
+            f"quantile_count_{values.itemsize}",
+            launch.blocks_for(device, size, THREADS, each),
+            THREADS,
+            launch.SMALL_BYTES + rows * DIGIT_BYTES,
+            device,
+            values.narrow(0, start, size),
+            gpu.mask_from(mask, start),
+            prefixes,
+            table,
+            size,
+            shift,
+            ranks,
+            rows,
+        )
         total += table
     return total
 

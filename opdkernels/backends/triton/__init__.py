@@ -9,11 +9,23 @@ from typing import Any
 
 LEAST = (3, 6)
 FAMILIES = {
-    "delta_": "delta", "overlap_": "overlap", "quantile": "quantile", "gram_": "gram",
-    "patch_gather_": "patch", "patch_scatter_": "patch", "patch_check": "patch", "patch_digest": "patch",
-    "masked_adamw_": "step", "masked_sgd_": "step", "masked_take_": "step", "masked_put_": "step",
-    "divergence_scan": "divergence", "divergence_means": "divergence", "divergence_backward": "divergence", "divergence_top": "divergence",
-}  # fmt: skip
+    "delta_": "delta",
+    "overlap_": "overlap",
+    "quantile": "quantile",
+    "gram_": "gram",
+    "patch_gather_": "patch",
+    "patch_scatter_": "patch",
+    "patch_check": "patch",
+    "patch_digest": "patch",
+    "masked_adamw_": "step",
+    "masked_sgd_": "step",
+    "masked_take_": "step",
+    "masked_put_": "step",
+    "divergence_scan": "divergence",
+    "divergence_means": "divergence",
+    "divergence_backward": "divergence",
+    "divergence_top": "divergence",
+}
 
 
 def why_not() -> str:

@@ -164,9 +164,24 @@ def count_half(
 
 @triton.jit
 def count_tile(
-    source, trained, mask, work, low_sums, rules, base, n, flags, ranks, ulps, largest, limbs,
-    WIDE: tl.constexpr, BF16: tl.constexpr, TAIL: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    source,
+    trained,
+    mask,
+    work,
+    low_sums,
+    rules,
+    base,
+    n,
+    flags,
+    ranks,
+    ulps,
+    largest,
+    limbs,
+    WIDE: tl.constexpr,
+    BF16: tl.constexpr,
+    TAIL: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Counts one tile, in halves: eight bf16 coordinates a thread, what a 16-byte load brings, would not fit its registers."""
     i = base + tl.arange(0, TILE)
     if TAIL:
@@ -179,11 +194,24 @@ def count_tile(
     even_b, odd_b = halves(b)
     even_inside, odd_inside = halves(inside)
     pairs = tl.zeros([TILE // 2], tl.int32)
-    for part in range(2):  # a loop, not two calls, which the compiler would interleave; what it carries must not change names
+    for part in range(
+        2
+    ):  # a loop, not two calls, which the compiler would interleave; what it carries must not change names
         changed, flags, ranks, ulps, largest, limbs = count_half(
-            tl.where(part == 0, even_a, odd_a), tl.where(part == 0, even_b, odd_b), tl.where(part == 0, even_inside, odd_inside),
-            work, low_sums, rules, flags, ranks, ulps, largest, limbs, WIDE, BF16,
-        )  # fmt: skip
+            tl.where(part == 0, even_a, odd_a),
+            tl.where(part == 0, even_b, odd_b),
+            tl.where(part == 0, even_inside, odd_inside),
+            work,
+            low_sums,
+            rules,
+            flags,
+            ranks,
+            ulps,
+            largest,
+            limbs,
+            WIDE,
+            BF16,
+        )
         pairs |= changed.to(tl.int32) << part
     if mask is not None:
         byte = base // 8 + tl.arange(0, TILE // 8)
@@ -201,9 +229,21 @@ def flags_with(flags, FLAG: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "copies"])
 def count(
-    source, trained, mask, work, low_sums, rules, counts, sums, maximum, n, copies,
-    WIDE: tl.constexpr, BF16: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    source,
+    trained,
+    mask,
+    work,
+    low_sums,
+    rules,
+    counts,
+    sums,
+    maximum,
+    n,
+    copies,
+    WIDE: tl.constexpr,
+    BF16: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Programs take tiles in turn. work int32 [copies, 10, 32768], low_sums int64 [copies, 2, 32768]; the rest as the tally."""
     program = tl.program_id(0).to(tl.int64)
     copy = program % copies
@@ -220,11 +260,43 @@ def count(
     whole, step = n.to(tl.int64) // TILE * TILE, tl.num_programs(0).to(tl.int64) * TILE
     for base in range(program * TILE, whole, step):
         flags, ranks, ulps, largest, limbs = count_tile(
-            source, trained, mask, work, low_sums, rules, base, n, flags, ranks, ulps, largest, limbs, WIDE, BF16, False, TILE
+            source,
+            trained,
+            mask,
+            work,
+            low_sums,
+            rules,
+            base,
+            n,
+            flags,
+            ranks,
+            ulps,
+            largest,
+            limbs,
+            WIDE,
+            BF16,
+            False,
+            TILE,
         )
     if (whole < n) & (whole % step == program * TILE):
         flags, ranks, ulps, largest, limbs = count_tile(
-            source, trained, mask, work, low_sums, rules, whole, n, flags, ranks, ulps, largest, limbs, WIDE, BF16, True, TILE
+            source,
+            trained,
+            mask,
+            work,
+            low_sums,
+            rules,
+            whole,
+            n,
+            flags,
+            ranks,
+            ulps,
+            largest,
+            limbs,
+            WIDE,
+            BF16,
+            True,
+            TILE,
         )
 
     if program == 0:
@@ -235,7 +307,9 @@ def count(
     tl.atomic_add(work, flags_with(flags, FLAG_ZERO), sem="relaxed")
     lane = tl.arange(0, LIMIT_LANES)
     slot = tl.load(rules + SLOT + lane, lane < LIMITS, 0)
-    tl.atomic_add(counts + slot, tl.cumsum(ranks).to(tl.int64), lane < LIMITS, sem="relaxed")  # below a limit: of lower ranks
+    tl.atomic_add(
+        counts + slot, tl.cumsum(ranks).to(tl.int64), lane < LIMITS, sem="relaxed"
+    )  # below a limit: of lower ranks
     lane = tl.arange(0, ULP_LANES)
     tl.atomic_add(counts + C_ULP + lane, ulps.to(tl.int64), lane < ULP_BINS, sem="relaxed")
     size = tl.max(largest).to(WIDE, bitcast=True).to(tl.float64)
@@ -332,7 +406,9 @@ def delta_(
     bf16 = source.dtype == trained.dtype == torch.bfloat16
     tile, registers = shape_of(source.dtype, trained.dtype)
     rules = torch.tensor(
-        gpu.rules_of(cuts, thresholds, np.float64 if wide else np.float32), dtype=torch.int64 if wide else torch.int32, device=device
+        gpu.rules_of(cuts, thresholds, np.float64 if wide else np.float32),
+        dtype=torch.int64 if wide else torch.int32,
+        device=device,
     )
     source, trained = source.view(-1), trained.view(-1)
     for start, size in gpu.slices(n):
@@ -340,14 +416,37 @@ def delta_(
         work = torch.zeros(copies, WORK, BINS.value, dtype=torch.int32, device=device)
         low_sums = torch.zeros(copies, LOWS, BINS.value, dtype=torch.int64, device=device) if bf16 else None
         launch.run(
-            count, (launch.programs(device, triton.cdiv(size, tile)),),
-            source.narrow(0, start, size), trained.narrow(0, start, size), gpu.mask_from(mask, start), work, low_sums, rules,
-            counts, sums, maximum.view(torch.int64), size, copies,
-            warps=WARPS, registers=registers, WIDE=tl.float64 if wide else tl.float32, BF16=bf16, TILE=tile,
-        )  # fmt: skip
+            count,
+            (launch.programs(device, triton.cdiv(size, tile)),),
+            source.narrow(0, start, size),
+            trained.narrow(0, start, size),
+            gpu.mask_from(mask, start),
+            work,
+            low_sums,
+            rules,
+            counts,
+            sums,
+            maximum.view(torch.int64),
+            size,
+            copies,
+            warps=WARPS,
+            registers=registers,
+            WIDE=tl.float64 if wide else tl.float32,
+            BF16=bf16,
+            TILE=tile,
+        )
         launch.run(
-            fold, (BINS.value // MANTISSAS.value // EXPONENTS,),
-            work, low_sums, tables, sums, copies, len(cuts), warps=4, BF16=bf16, EXPONENTS=EXPONENTS,
-        )  # fmt: skip
+            fold,
+            (BINS.value // MANTISSAS.value // EXPONENTS,),
+            work,
+            low_sums,
+            tables,
+            sums,
+            copies,
+            len(cuts),
+            warps=4,
+            BF16=bf16,
+            EXPONENTS=EXPONENTS,
+        )
     if n:
         launch.run(carry, (1,), sums, warps=1, ROWS=4)

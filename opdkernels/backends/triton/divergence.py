@@ -101,14 +101,40 @@ def joined(a, b):
     )
 
 
-NUMBERS = ["first", "size", "scale", "softcap", "teacher_scale", "teacher_softcap", "temperature"]  # a chunk, and how logits are shaped
+NUMBERS = [
+    "first",
+    "size",
+    "scale",
+    "softcap",
+    "teacher_scale",
+    "teacher_softcap",
+    "temperature",
+]  # a chunk, and how logits are shaped
 
 
 @triton.jit(do_not_specialize=["n", "vocab", *NUMBERS])
 def scan(
-    products, teacher_products, bias, teacher_bias, sums, best, n, vocab, first, size, scale, softcap, teacher_scale, teacher_softcap, temperature,
-    CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, EVEN: tl.constexpr, BEST: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    products,
+    teacher_products,
+    bias,
+    teacher_bias,
+    sums,
+    best,
+    n,
+    vocab,
+    first,
+    size,
+    scale,
+    softcap,
+    teacher_scale,
+    teacher_softcap,
+    temperature,
+    CAPPED: tl.constexpr,
+    TEACHER_CAPPED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BEST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Adds a chunk to the sums [8, n] and the likeliest ids [2, n] of a token; after the last one sums as logs, the others as means."""
     n, row = n.to(tl.int64), tl.program_id(0).to(tl.int64)
     size = whole(size, EVEN)
@@ -116,15 +142,31 @@ def scan(
     teacher_products += row * size
     sums += row
     total = (
-        tl.load(sums), tl.load(sums + n), tl.load(sums + 2 * n), tl.load(sums + 3 * n),
-        tl.load(sums + 4 * n), tl.load(sums + 5 * n), tl.load(sums + 6 * n), tl.load(sums + 7 * n),
-    )  # fmt: skip
+        tl.load(sums),
+        tl.load(sums + n),
+        tl.load(sums + 2 * n),
+        tl.load(sums + 3 * n),
+        tl.load(sums + 4 * n),
+        tl.load(sums + 5 * n),
+        tl.load(sums + 6 * n),
+        tl.load(sums + 7 * n),
+    )
     if BEST:
         z_best, u_best = tl.load(best + row), tl.load(best + n + row)
     for start in range(0, size, COLUMNS):
         place = start + tl.arange(0, COLUMNS)
         z = logits(products, bias, first, place, size, scale, softcap, temperature, CAPPED)
-        u = logits(teacher_products, teacher_bias, first, place, size, teacher_scale, teacher_softcap, temperature, TEACHER_CAPPED)
+        u = logits(
+            teacher_products,
+            teacher_bias,
+            first,
+            place,
+            size,
+            teacher_scale,
+            teacher_softcap,
+            temperature,
+            TEACHER_CAPPED,
+        )
         tile = tile_sums(z, u, place < size)
         if BEST:
             z_best = tl.where(tile[0] > total[0], (first + first_of(z, tile[0], place, size)).to(tl.int64), z_best)
@@ -164,9 +206,27 @@ def over_mixture(d, beta):
 
 @triton.jit(do_not_specialize=["n", "beta", *NUMBERS])
 def means(
-    products, teacher_products, bias, teacher_bias, moments, into, n, first, size, beta, scale, softcap, teacher_scale, teacher_softcap, temperature,
-    KIND: tl.constexpr, CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, EVEN: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    products,
+    teacher_products,
+    bias,
+    teacher_bias,
+    moments,
+    into,
+    n,
+    first,
+    size,
+    beta,
+    scale,
+    softcap,
+    teacher_scale,
+    teacher_softcap,
+    temperature,
+    KIND: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TEACHER_CAPPED: tl.constexpr,
+    EVEN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Adds a chunk to [2, n]: the sum that makes the divergence, and the mean under q that its gradient subtracts."""
     n, row = n.to(tl.int64), tl.program_id(0).to(tl.int64)
     size = whole(size, EVEN)
@@ -177,7 +237,21 @@ def means(
     for start in range(0, size, COLUMNS):
         place = start + tl.arange(0, COLUMNS)
         lq = logits(products, bias, first, place, size, scale, softcap, temperature, CAPPED) - z_max - z_log
-        lp = logits(teacher_products, teacher_bias, first, place, size, teacher_scale, teacher_softcap, temperature, TEACHER_CAPPED) - u_max - u_log
+        lp = (
+            logits(
+                teacher_products,
+                teacher_bias,
+                first,
+                place,
+                size,
+                teacher_scale,
+                teacher_softcap,
+                temperature,
+                TEACHER_CAPPED,
+            )
+            - u_max
+            - u_log
+        )
         inside = place < size
         q, p = tl.where(inside, tl.exp(lq), 0.0), tl.where(inside, tl.exp(lp), 0.0)
         if KIND == JSD:
@@ -212,11 +286,32 @@ def logit_gradient(lq, lp, center, beta, KIND: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "count", "beta", *NUMBERS])
 def gradient(
-    products, teacher_products, bias, teacher_bias, scalars, ids, at, into, n, first, size, count, beta,
-    scale, softcap, teacher_scale, teacher_softcap, temperature,
-    KIND: tl.constexpr, CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, EVEN: tl.constexpr, IDS: tl.constexpr, REST: tl.constexpr,
+    products,
+    teacher_products,
+    bias,
+    teacher_bias,
+    scalars,
+    ids,
+    at,
+    into,
+    n,
+    first,
+    size,
+    count,
+    beta,
+    scale,
+    softcap,
+    teacher_scale,
+    teacher_softcap,
+    temperature,
+    KIND: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TEACHER_CAPPED: tl.constexpr,
+    EVEN: tl.constexpr,
+    IDS: tl.constexpr,
+    REST: tl.constexpr,
     COLUMNS: tl.constexpr,
-):  # fmt: skip
+):
     """Of hidden @ weight.T + bias of a token at some ids of a chunk, into [n, size]; scalars [6, n], or with REST [8, n], at [n, count]."""
     n, row = n.to(tl.int64), tl.program_id(0).to(tl.int64)
     size = whole(size, EVEN)
@@ -228,7 +323,17 @@ def gradient(
     if KIND == AT_IDS:
         g = factor * logit_gradient(lq, lq, center, beta, KIND)
     else:
-        u = logits(teacher_products + row * size, teacher_bias, first, place, size, teacher_scale, teacher_softcap, temperature, TEACHER_CAPPED)
+        u = logits(
+            teacher_products + row * size,
+            teacher_bias,
+            first,
+            place,
+            size,
+            teacher_scale,
+            teacher_softcap,
+            temperature,
+            TEACHER_CAPPED,
+        )
         g = factor * logit_gradient(lq, u - u_max - u_log, center, beta, KIND)
     if IDS:
         hits = tl.zeros([COLUMNS], tl.int32)
@@ -300,7 +405,10 @@ def chunks(vocab: int, *sides: list[torch.Tensor]) -> list[tuple[int, int]]:
 
 def divergence_scan(student, teacher, ids, rest: int, vocab: int, numbers, tops: bool):
     n, new = len(student[0]), student[0].new_zeros
-    sums, at = new((MOMENTS.value, n), dtype=torch.float32), student[0].new_full((2, *ids.shape), float("nan"), dtype=torch.float32)
+    sums, at = (
+        new((MOMENTS.value, n), dtype=torch.float32),
+        student[0].new_full((2, *ids.shape), float("nan"), dtype=torch.float32),
+    )
     sums.select(0, 0).fill_(FLOOR.value)
     sums.select(0, 2).fill_(FLOOR.value)
     likeliest = new((2, n if tops else 0), dtype=torch.int64)
@@ -308,17 +416,41 @@ def divergence_scan(student, teacher, ids, rest: int, vocab: int, numbers, tops:
     for first, size in chunks(vocab, student, teacher):
         both = products(student, first, size), products(teacher, first, size)
         launch.run(
-            scan, (n,), *both, *bias, sums, likeliest, n, vocab, first, size, *numbers[:5],
-            warps=WARPS, **capped(numbers), EVEN=size % 16 == 0, BEST=tops, COLUMNS=tile_of(n),
-        )  # fmt: skip
+            scan,
+            (n,),
+            *both,
+            *bias,
+            sums,
+            likeliest,
+            n,
+            vocab,
+            first,
+            size,
+            *numbers[:5],
+            warps=WARPS,
+            **capped(numbers),
+            EVEN=size % 16 == 0,
+            BEST=tops,
+            COLUMNS=tile_of(n),
+        )
         if ids.shape[1]:
             inside, local = plain.local_ids(ids, slice(first, first + size))
             for k, (x, every_bias) in enumerate(zip(both, bias, strict=True)):
-                here, scale, softcap = None if every_bias is None else every_bias.narrow(0, first, size), numbers[2 * k], numbers[2 * k + 1]
-                found = plain.shaped(x.gather(1, local), None if here is None else here.take(local), scale, softcap, numbers[4])
+                here, scale, softcap = (
+                    None if every_bias is None else every_bias.narrow(0, first, size),
+                    numbers[2 * k],
+                    numbers[2 * k + 1],
+                )
+                found = plain.shaped(
+                    x.gather(1, local), None if here is None else here.take(local), scale, softcap, numbers[4]
+                )
                 at.select(0, k).copy_(torch.where(inside, found, at.select(0, k)))
                 if rest:
-                    others = plain.without(plain.shaped(x, here, scale, softcap, numbers[4]), inside.narrow(1, 0, rest), local.narrow(1, 0, rest))
+                    others = plain.without(
+                        plain.shaped(x, here, scale, softcap, numbers[4]),
+                        inside.narrow(1, 0, rest),
+                        local.narrow(1, 0, rest),
+                    )
                     outside.select(0, k).copy_(torch.logaddexp(outside.select(0, k), others.logsumexp(1)))
     return sums, at, outside, likeliest
 
@@ -328,9 +460,24 @@ def divergence_means(student, teacher, moments, vocab: int, numbers, kind: int):
     found = moments.new_zeros(2, n)
     for first, size in chunks(vocab, student, teacher):
         launch.run(
-            means, (n,), products(student, first, size), products(teacher, first, size), *biases(student, teacher), moments.contiguous(), found,
-            n, first, size, numbers[5], *numbers[:5], warps=WARPS, KIND=kind, **capped(numbers), EVEN=size % 16 == 0, COLUMNS=tile_of(n),
-        )  # fmt: skip
+            means,
+            (n,),
+            products(student, first, size),
+            products(teacher, first, size),
+            *biases(student, teacher),
+            moments.contiguous(),
+            found,
+            n,
+            first,
+            size,
+            numbers[5],
+            *numbers[:5],
+            warps=WARPS,
+            KIND=kind,
+            **capped(numbers),
+            EVEN=size % 16 == 0,
+            COLUMNS=tile_of(n),
+        )
     return found
 
 
@@ -360,10 +507,29 @@ def chunk_gradient(student, teacher, scalars, ids, at, first: int, size: int, nu
     theirs = mine if kind == AT_IDS.value else products(teacher, first, size)
     tile = tile_of(n)
     launch.run(
-        gradient, (n, triton.cdiv(size, tile)), mine, theirs, *biases(student, teacher), scalars.contiguous(), ids.contiguous(), at.contiguous(), into,
-        n, first, size, ids.shape[1], numbers[5], *numbers[:5], warps=WARPS, KIND=kind, **capped(numbers), EVEN=size % 16 == 0, IDS=ids.shape[1] > 0, REST=len(scalars) > 6,
+        gradient,
+        (n, triton.cdiv(size, tile)),
+        mine,
+        theirs,
+        *biases(student, teacher),
+        scalars.contiguous(),
+        ids.contiguous(),
+        at.contiguous(),
+        into,
+        n,
+        first,
+        size,
+        ids.shape[1],
+        numbers[5],
+        *numbers[:5],
+        warps=WARPS,
+        KIND=kind,
+        **capped(numbers),
+        EVEN=size % 16 == 0,
+        IDS=ids.shape[1] > 0,
+        REST=len(scalars) > 6,
         COLUMNS=tile,
-    )  # fmt: skip
+    )
     return into
 
 

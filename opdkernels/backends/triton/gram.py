@@ -58,11 +58,33 @@ def load_tile(data, line, place, line_stride, stride, inside, UNIT: tl.constexpr
 
 @triton.jit
 def pack_tile(
-    source, trained, w64, d64, w16, d16, line0, place0, lines, length,
-    source_line, source_place, trained_line, trained_place, pitch, plane,
-    WIDE: tl.constexpr, VISIBLE: tl.constexpr, ACROSS: tl.constexpr, SOURCE_UNIT: tl.constexpr, TRAINED_UNIT: tl.constexpr,
-    W_PIECES: tl.constexpr, D_PIECES: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr, LENGTH: tl.constexpr,
-):  # fmt: skip
+    source,
+    trained,
+    w64,
+    d64,
+    w16,
+    d16,
+    line0,
+    place0,
+    lines,
+    length,
+    source_line,
+    source_place,
+    trained_line,
+    trained_place,
+    pitch,
+    plane,
+    WIDE: tl.constexpr,
+    VISIBLE: tl.constexpr,
+    ACROSS: tl.constexpr,
+    SOURCE_UNIT: tl.constexpr,
+    TRAINED_UNIT: tl.constexpr,
+    W_PIECES: tl.constexpr,
+    D_PIECES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    LINES: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
     line = (line0 + tl.arange(0, LINES)).to(tl.int64)[:, None]
     place = (place0 + tl.arange(0, LENGTH)).to(tl.int64)[None, :]
     inside = (line < lines) & (place < length)
@@ -86,14 +108,42 @@ def pack_tile(
 
 @triton.jit(
     do_not_specialize=[
-        "lines", "length", "source_line", "source_place", "trained_line", "trained_place", "pitch", "plane",
+        "lines",
+        "length",
+        "source_line",
+        "source_place",
+        "trained_line",
+        "trained_place",
+        "pitch",
+        "plane",
     ]
-)  # fmt: skip
+)
 def pack(
-    source, trained, w64, d64, w16, d16, lines, length, source_line, source_place, trained_line, trained_place, pitch, plane,
-    WIDE: tl.constexpr, VISIBLE: tl.constexpr, ACROSS: tl.constexpr, SOURCE_UNIT: tl.constexpr, TRAINED_UNIT: tl.constexpr,
-    ALIGNED: tl.constexpr, W_PIECES: tl.constexpr, D_PIECES: tl.constexpr, LINES: tl.constexpr, LENGTH: tl.constexpr,
-):  # fmt: skip
+    source,
+    trained,
+    w64,
+    d64,
+    w16,
+    d16,
+    lines,
+    length,
+    source_line,
+    source_place,
+    trained_line,
+    trained_place,
+    pitch,
+    plane,
+    WIDE: tl.constexpr,
+    VISIBLE: tl.constexpr,
+    ACROSS: tl.constexpr,
+    SOURCE_UNIT: tl.constexpr,
+    TRAINED_UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    W_PIECES: tl.constexpr,
+    D_PIECES: tl.constexpr,
+    LINES: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
     """W and delta of a tile of lines: rows of the matrices or, ACROSS, their columns, whichever lie side by side in memory.
 
     w64, d64: fp64 [rows, pitch]; w16, d16: bf16 [pieces, rows, pitch], with `plane` elements between pieces.
@@ -104,16 +154,62 @@ def pack(
         source_line, trained_line = multiple(source_line, 16), multiple(trained_line, 16)
     if (line0 + LINES <= lines) & (place0 + LENGTH <= length):
         pack_tile(
-            source, trained, w64, d64, w16, d16, line0, place0, lines, length,
-            source_line, source_place, trained_line, trained_place, pitch, plane,
-            WIDE, VISIBLE, ACROSS, SOURCE_UNIT, TRAINED_UNIT, W_PIECES, D_PIECES, True, LINES, LENGTH,
-        )  # fmt: skip
+            source,
+            trained,
+            w64,
+            d64,
+            w16,
+            d16,
+            line0,
+            place0,
+            lines,
+            length,
+            source_line,
+            source_place,
+            trained_line,
+            trained_place,
+            pitch,
+            plane,
+            WIDE,
+            VISIBLE,
+            ACROSS,
+            SOURCE_UNIT,
+            TRAINED_UNIT,
+            W_PIECES,
+            D_PIECES,
+            True,
+            LINES,
+            LENGTH,
+        )
     else:
         pack_tile(
-            source, trained, w64, d64, w16, d16, line0, place0, lines, length,
-            source_line, source_place, trained_line, trained_place, pitch, plane,
-            WIDE, VISIBLE, ACROSS, SOURCE_UNIT, TRAINED_UNIT, W_PIECES, D_PIECES, False, LINES, LENGTH,
-        )  # fmt: skip
+            source,
+            trained,
+            w64,
+            d64,
+            w16,
+            d16,
+            line0,
+            place0,
+            lines,
+            length,
+            source_line,
+            source_place,
+            trained_line,
+            trained_place,
+            pitch,
+            plane,
+            WIDE,
+            VISIBLE,
+            ACROSS,
+            SOURCE_UNIT,
+            TRAINED_UNIT,
+            W_PIECES,
+            D_PIECES,
+            False,
+            LINES,
+            LENGTH,
+        )
 
 
 @triton.jit
@@ -127,9 +223,20 @@ def add_tile(into, tile, i, j, n):
 
 @triton.jit(do_not_specialize=["rows", "share", "block", "n", "pitch", "plane"])
 def multiply_blocks(
-    x, y, into, rows, share, block, n, pitch, plane,
-    X_PIECES: tl.constexpr, Y_PIECES: tl.constexpr, SIDE: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    x,
+    y,
+    into,
+    rows,
+    share,
+    block,
+    n,
+    pitch,
+    plane,
+    X_PIECES: tl.constexpr,
+    Y_PIECES: tl.constexpr,
+    SIDE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """x^T y of bf16 pieces, in fp32 over a block of rows and in fp64 over the blocks of one share."""
     pitch, plane = multiple(pitch, 64), multiple(plane, 64)
     i = tl.program_id(0).to(tl.int64) * SIDE + tl.arange(0, SIDE)
@@ -161,7 +268,9 @@ def pieces(dtype: torch.dtype, visible: bool) -> tuple[int, int]:
     return (1 if visible or dtype == torch.bfloat16 else 3), (1 if visible else 3)
 
 
-def gram_(source: torch.Tensor, trained: torch.Tensor, parts: int, visible: bool, block: int, into: torch.Tensor) -> None:
+def gram_(
+    source: torch.Tensor, trained: torch.Tensor, parts: int, visible: bool, block: int, into: torch.Tensor
+) -> None:
     """The operator, for matrices of one device with any strides."""
     rows, n = source.shape
     wide = torch.float64 in (source.dtype, trained.dtype) and not visible
@@ -180,8 +289,13 @@ def add_rows(
     in_blocks = bool(block and parts & 2)
     in_fp64 = parts & 5 or not in_blocks
     w_pieces, d_pieces = pieces(source.dtype, visible)
-    fp64 = lambda wanted: torch.empty(height, pitch, dtype=torch.float64, device=device) if wanted else None  # noqa: E731
-    bf16 = lambda count: torch.empty(count, height, pitch, dtype=torch.bfloat16, device=device) if in_blocks else None  # noqa: E731
+
+    def fp64(wanted):
+        return torch.empty(height, pitch, dtype=torch.float64, device=device) if wanted else None
+
+    def bf16(count):
+        return torch.empty(count, height, pitch, dtype=torch.bfloat16, device=device) if in_blocks else None
+
     w64, d64 = fp64(in_fp64 and parts & (1 if in_blocks else 3)), fp64(in_fp64 and parts & (4 if in_blocks else 6))
     w16, d16 = bf16(w_pieces), bf16(d_pieces)
     pack_rows(source, trained, w64, d64, w16, d16, visible, wide, w_pieces, d_pieces)
@@ -193,9 +307,22 @@ def add_rows(
             shares = triton.cdiv(rows, share)
             target = matrix if shares == 1 else matrix.new_zeros(shares, n, n)
             launch.run(
-                multiply_blocks, (tiles, tiles, shares), w16, d16, target, rows, share, block, n, pitch, height * pitch,
-                X_PIECES=w_pieces, Y_PIECES=d_pieces, SIDE=SIDE, DEPTH=DEPTH,
-            )  # fmt: skip
+                multiply_blocks,
+                (tiles, tiles, shares),
+                w16,
+                d16,
+                target,
+                rows,
+                share,
+                block,
+                n,
+                pitch,
+                height * pitch,
+                X_PIECES=w_pieces,
+                Y_PIECES=d_pieces,
+                SIDE=SIDE,
+                DEPTH=DEPTH,
+            )
             if target is not matrix:
                 matrix += target.sum(0)
         else:
@@ -220,9 +347,33 @@ def pack_rows(source, trained, w64, d64, w16, d16, visible: bool, wide: bool, w_
     aligned = all(t.stride(0) % 16 == 0 for t in (a, b))
     packed = w64 if w64 is not None else d64 if d64 is not None else w16
     height, pitch = packed.shape[-2:]
-    columns = triton.cdiv(pitch if across else height, PACK_LINES), triton.cdiv(height if across else pitch, PACK_LENGTH)
+    columns = (
+        triton.cdiv(pitch if across else height, PACK_LINES),
+        triton.cdiv(height if across else pitch, PACK_LENGTH),
+    )
     launch.run(
-        pack, columns, a, b, w64, d64, w16, d16, lines, length, *a.stride(), *b.stride(), pitch, height * pitch,
-        WIDE=tl.float64 if wide else tl.float32, VISIBLE=visible, ACROSS=across, SOURCE_UNIT=a.stride(1) == 1,
-        TRAINED_UNIT=b.stride(1) == 1, ALIGNED=aligned, W_PIECES=w_pieces, D_PIECES=d_pieces, LINES=PACK_LINES, LENGTH=PACK_LENGTH,
-    )  # fmt: skip
+        pack,
+        columns,
+        a,
+        b,
+        w64,
+        d64,
+        w16,
+        d16,
+        lines,
+        length,
+        *a.stride(),
+        *b.stride(),
+        pitch,
+        height * pitch,
+        WIDE=tl.float64 if wide else tl.float32,
+        VISIBLE=visible,
+        ACROSS=across,
+        SOURCE_UNIT=a.stride(1) == 1,
+        TRAINED_UNIT=b.stride(1) == 1,
+        ALIGNED=aligned,
+        W_PIECES=w_pieces,
+        D_PIECES=d_pieces,
+        LINES=PACK_LINES,
+        LENGTH=PACK_LENGTH,
+    )

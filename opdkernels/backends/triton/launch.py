@@ -35,7 +35,9 @@ def options(warps: int, registers: int | None, *, amd: bool) -> dict[str, Any]:
     return chosen
 
 
-def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 8, registers: int | None = None, **constants: Any) -> None:
+def run(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 8, registers: int | None = None, **constants: Any
+) -> None:
     """Start a kernel on the device of its first tensor, with at most so many registers a thread."""
     tensor = next(a for a in arguments if isinstance(a, torch.Tensor))
     with torch.cuda.device_of(tensor):

@@ -30,7 +30,9 @@ WIDEST = 40  # bytes of a coordinate in all tensors; of more, half a tile fits t
 MAX_COPIES, COORDINATES_A_COPY = 8, 1 << 22
 BINS = tl.constexpr(1 << 15)
 GROUP, GROUP_SETS = tl.constexpr(gpu.GROUP), tl.constexpr(gpu.GROUP_SETS)
-NONFINITE_FROM = tl.constexpr(0x7F7F8000)  # the midpoint above the largest finite bf16: from there differences round to Inf
+NONFINITE_FROM = tl.constexpr(
+    0x7F7F8000
+)  # the midpoint above the largest finite bf16: from there differences round to Inf
 
 
 @triton.jit
@@ -109,8 +111,18 @@ def overlap_(
         joint = torch.zeros(copies, groups, GROUP_SETS.value, BINS.value, dtype=torch.int32, device=device)
         sets = torch.zeros(copies, 1 << n_runs, dtype=torch.int32, device=device) if groups > 1 else None
         launch.run(
-            count, (launch.programs(device, triton.cdiv(size, tile)),),
-            source.narrow(0, start, size), tuple(tensor.narrow(0, start, size) for tensor in trained), joint, sets,
-            counts, size, copies, gpu.change_limit(cut), warps=WARPS, registers=REGISTERS if sets is None else None, TILE=tile,
-        )  # fmt: skip
+            count,
+            (launch.programs(device, triton.cdiv(size, tile)),),
+            source.narrow(0, start, size),
+            tuple(tensor.narrow(0, start, size) for tensor in trained),
+            joint,
+            sets,
+            counts,
+            size,
+            copies,
+            gpu.change_limit(cut),
+            warps=WARPS,
+            registers=REGISTERS if sets is None else None,
+            TILE=tile,
+        )
         gpu.fold_overlap(joint.sum(0), None if sets is None else sets.sum(0), (source_table, changed, both, runs))

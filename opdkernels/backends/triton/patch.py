@@ -40,9 +40,15 @@ SECRET = bytes.fromhex(
     "eac5ac8334d3ebc3c581a0fffa1363eb170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
 )
 START = (
-    0x00000000C2B2AE3D, 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9,
-    0x85EBCA77C2B2AE63, 0x0000000085EBCA77, 0x27D4EB2F165667C5, 0x000000009E3779B1,
-)  # fmt: skip
+    0x00000000C2B2AE3D,
+    0x9E3779B185EBCA87,
+    0xC2B2AE3D27D4EB4F,
+    0x165667B19E3779F9,
+    0x85EBCA77C2B2AE63,
+    0x0000000085EBCA77,
+    0x27D4EB2F165667C5,
+    0x000000009E3779B1,
+)
 PRIME32_1, PRIME64_1, PRIME64_2 = (tl.constexpr(x) for x in (0x9E3779B1, 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F))
 AVALANCHE, ONES = tl.constexpr(0x165667919E3779F9), tl.constexpr((1 << 64) - 1)
 
@@ -155,7 +161,19 @@ def block_size(block, n):
 
 @triton.jit
 def compress_tile(
-    source, trained, mask, tile_starts, counts, starts, positions, values, start, n, DIFFERENCE: tl.constexpr, TAIL: tl.constexpr, TILE: tl.constexpr
+    source,
+    trained,
+    mask,
+    tile_starts,
+    counts,
+    starts,
+    positions,
+    values,
+    start,
+    n,
+    DIFFERENCE: tl.constexpr,
+    TAIL: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     block, tile = start // BLOCK, start // TILE
     before, after = tl.load(tile_starts + tile), tl.load(tile_starts + tile + 1)
@@ -180,15 +198,31 @@ def compress_tile(
 
 
 @triton.jit(do_not_specialize=["n"])
-def compress(source, trained, mask, tile_starts, counts, starts, positions, values, n, DIFFERENCE: tl.constexpr, TILE: tl.constexpr):
+def compress(
+    source,
+    trained,
+    mask,
+    tile_starts,
+    counts,
+    starts,
+    positions,
+    values,
+    n,
+    DIFFERENCE: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """tile_starts: int64 [tiles + 1], of values; counts: int32 [blocks]; starts: int64 [blocks], of positions."""
     n = n.to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * TILE
     whole, step = n // TILE * TILE, tl.num_programs(0).to(tl.int64) * TILE
     for start in range(first, whole, step):
-        compress_tile(source, trained, mask, tile_starts, counts, starts, positions, values, start, n, DIFFERENCE, False, TILE)
+        compress_tile(
+            source, trained, mask, tile_starts, counts, starts, positions, values, start, n, DIFFERENCE, False, TILE
+        )
     if (whole < n) & (whole % step == first):
-        compress_tile(source, trained, mask, tile_starts, counts, starts, positions, values, whole, n, DIFFERENCE, True, TILE)
+        compress_tile(
+            source, trained, mask, tile_starts, counts, starts, positions, values, whole, n, DIFFERENCE, True, TILE
+        )
 
 
 @triton.jit
@@ -286,7 +320,19 @@ def decode(counts, starts, positions, fits, mask, words, tile_counts, bad, n, TI
 
 @triton.jit
 def restore_tile(
-    source, mask, tile_starts, values, out, keys, sums, start, n, n_units, DIFFERENCE: tl.constexpr, TAIL: tl.constexpr, TILE: tl.constexpr
+    source,
+    mask,
+    tile_starts,
+    values,
+    out,
+    keys,
+    sums,
+    start,
+    n,
+    n_units,
+    DIFFERENCE: tl.constexpr,
+    TAIL: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     new = load_tile(source, start, n, TAIL, TILE)
     before, after = tl.load(tile_starts + start // TILE), tl.load(tile_starts + start // TILE + 1)
@@ -306,7 +352,9 @@ def restore_tile(
 
 
 @triton.jit(do_not_specialize=["n", "n_units"])
-def restore(source, mask, tile_starts, values, bad, out, table, sums, n, n_units, DIFFERENCE: tl.constexpr, TILE: tl.constexpr):
+def restore(
+    source, mask, tile_starts, values, bad, out, table, sums, n, n_units, DIFFERENCE: tl.constexpr, TILE: tl.constexpr
+):
     """tile_starts: int64 [tiles + 1], of values; sums: int64 [units, 8]. Does nothing where a block is bad."""
     keys = load_keys(table)
     n, n_units = n.to(tl.int64), n_units.to(tl.int64)
@@ -338,9 +386,19 @@ def key_table(device: torch.device) -> torch.Tensor:
 def finish_digests(sums: torch.Tensor, table: torch.Tensor, values: torch.Tensor, digests: torch.Tensor) -> None:
     rows = digests.numel() // 2
     launch.run(
-        finish, (triton.cdiv(rows, ROWS),), sums, table, digests, rows, gpu.blocks_of(values.numel()), units_of(values),
-        warps=1, UNITS=BLOCK.value * values.itemsize // UNIT.value, ROWS=ROWS, STEPS=STEPS,
-    )  # fmt: skip
+        finish,
+        (triton.cdiv(rows, ROWS),),
+        sums,
+        table,
+        digests,
+        rows,
+        gpu.blocks_of(values.numel()),
+        units_of(values),
+        warps=1,
+        UNITS=BLOCK.value * values.itemsize // UNIT.value,
+        ROWS=ROWS,
+        STEPS=STEPS,
+    )
 
 
 def patch_gather_(
@@ -365,9 +423,20 @@ def patch_gather_(
     torch.sum(tile_counts, 1, dtype=torch.int32, out=counts)
     starts = gpu.starts_of(gpu.position_bytes(counts, n))
     launch.run(
-        compress, grid, source, trained, mask, gpu.starts_of(tile_counts.flatten()), counts, starts, positions, values, n,
-        DIFFERENCE=difference, TILE=tile,
-    )  # fmt: skip
+        compress,
+        grid,
+        source,
+        trained,
+        mask,
+        gpu.starts_of(tile_counts.flatten()),
+        counts,
+        starts,
+        positions,
+        values,
+        n,
+        DIFFERENCE=difference,
+        TILE=tile,
+    )
     finish_digests(sums, table, source, digests)
 
 
@@ -383,9 +452,21 @@ def decoded(
     tile_counts = torch.zeros(blocks * (BLOCK.value // tile), dtype=torch.int32, device=device)
     if blocks:
         launch.run(
-            decode, (blocks,), counts, gpu.starts_of(gpu.position_bytes(counts, numel)), positions, fits, mask, words, tile_counts, bad, numel,
-            warps=4, TILE=tile, CHUNK=CHUNK,
-        )  # fmt: skip
+            decode,
+            (blocks,),
+            counts,
+            gpu.starts_of(gpu.position_bytes(counts, numel)),
+            positions,
+            fits,
+            mask,
+            words,
+            tile_counts,
+            bad,
+            numel,
+            warps=4,
+            TILE=tile,
+            CHUNK=CHUNK,
+        )
     return bad, mask, tile_counts
 
 
@@ -409,9 +490,21 @@ def patch_scatter_(
     if n:
         table, sums = key_table(device), torch.empty(units, 8, dtype=torch.int64, device=device)
         launch.run(
-            restore, (launch.programs(device, triton.cdiv(n, tile)),),
-            source, mask, gpu.starts_of(tile_counts), values, bad, out, table, sums, n, units, DIFFERENCE=difference, TILE=tile,
-        )  # fmt: skip
+            restore,
+            (launch.programs(device, triton.cdiv(n, tile)),),
+            source,
+            mask,
+            gpu.starts_of(tile_counts),
+            values,
+            bad,
+            out,
+            table,
+            sums,
+            n,
+            units,
+            DIFFERENCE=difference,
+            TILE=tile,
+        )
         finish_digests(sums, table, source, digests)
     return gpu.status_of(bad)
 

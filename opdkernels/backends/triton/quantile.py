@@ -109,9 +109,18 @@ def digit_table(values: torch.Tensor, mask: torch.Tensor | None, prefixes: torch
         copies = max(1, min(MAX_COPIES // ranks, size // VALUES_A_COPY))
         tables = torch.zeros(copies, ranks, 2, gpu.DIGITS, dtype=torch.int32, device=device)
         launch.run(
-            count_digits, (launch.programs(device, triton.cdiv(size, TILE)),),
-            values.narrow(0, start, size), gpu.mask_from(mask, start), prefixes, tables, size, shift, ranks, copies, TILE=TILE,
-        )  # fmt: skip
+            count_digits,
+            (launch.programs(device, triton.cdiv(size, TILE)),),
+            values.narrow(0, start, size),
+            gpu.mask_from(mask, start),
+            prefixes,
+            tables,
+            size,
+            shift,
+            ranks,
+            copies,
+            TILE=TILE,
+        )
         total += tables.sum(0)
     return total
 

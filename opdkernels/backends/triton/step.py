@@ -102,7 +102,9 @@ def sgd(p, g, w0, buffer, scalars, INIT: tl.constexpr, WITH_BUFFER: tl.constexpr
 
 
 @triton.jit
-def store_weights(tensor, new, base, at, slots, slot, active, step, seed, PARAM_BF16: tl.constexpr, PRECISION: tl.constexpr):
+def store_weights(
+    tensor, new, base, at, slots, slot, active, step, seed, PARAM_BF16: tl.constexpr, PRECISION: tl.constexpr
+):
     """Puts weights back where they belong; what a bf16 weight lacks goes to its slot."""
     if PARAM_BF16:
         param, extra = data_of(tensor, PARAM, tl.uint16) + base, data_of(tensor, EXTRA, tl.uint16) + slots
@@ -127,10 +129,28 @@ def store_weights(tensor, new, base, at, slots, slot, active, step, seed, PARAM_
 
 @triton.jit
 def step_active(
-    tensor, table, grad_scale, clip, base, at, slots, slot, active, seed,
-    PARAM_BF16: tl.constexpr, GRAD_BF16: tl.constexpr, COMPACT: tl.constexpr, INITS: tl.constexpr, COHORTS: tl.constexpr,
-    AMSGRAD: tl.constexpr, SGD: tl.constexpr, WITH_BUFFER: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    tensor,
+    table,
+    grad_scale,
+    clip,
+    base,
+    at,
+    slots,
+    slot,
+    active,
+    seed,
+    PARAM_BF16: tl.constexpr,
+    GRAD_BF16: tl.constexpr,
+    COMPACT: tl.constexpr,
+    INITS: tl.constexpr,
+    COHORTS: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    SGD: tl.constexpr,
+    WITH_BUFFER: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Steps the active of the coordinates base + at, whose moments are at slots + slot."""
     if COMPACT:
         g = load_wide(tensor, GRAD, slots, slot, active, False)
@@ -213,10 +233,27 @@ def active_of(mask, offsets, base, size, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tiles", "seed"])
 def step(
-    tensors, table, grad_scale, clip, found_inf, tiles, seed, TILE: tl.constexpr, MASKS: tl.constexpr,
-    PARAM_BF16: tl.constexpr, GRAD_BF16: tl.constexpr, COMPACT: tl.constexpr, INITS: tl.constexpr, COHORTS: tl.constexpr,
-    AMSGRAD: tl.constexpr, SGD: tl.constexpr, WITH_BUFFER: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    tensors,
+    table,
+    grad_scale,
+    clip,
+    found_inf,
+    tiles,
+    seed,
+    TILE: tl.constexpr,
+    MASKS: tl.constexpr,
+    PARAM_BF16: tl.constexpr,
+    GRAD_BF16: tl.constexpr,
+    COMPACT: tl.constexpr,
+    INITS: tl.constexpr,
+    COHORTS: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    SGD: tl.constexpr,
+    WITH_BUFFER: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """tensors: int64 [tensors, 16], as above; table: fp32 [steps, 8], the scalars. MASKS: of bits, or the integers that places are."""
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     seed = seed.to(tl.int64)
@@ -231,9 +268,28 @@ def step(
         if some_active(mask, offsets, base):
             first, at, slots, slot, active = active_of(mask, offsets, base, tl.load(tensor + SIZE), TILE)
             step_active(
-                tensor, table, grad_scale, clip, first, at, slots, slot, active, seed,
-                PARAM_BF16, GRAD_BF16, COMPACT, INITS, COHORTS, AMSGRAD, SGD, WITH_BUFFER, NESTEROV, MAXIMIZE, PRECISION,
-            )  # fmt: skip
+                tensor,
+                table,
+                grad_scale,
+                clip,
+                first,
+                at,
+                slots,
+                slot,
+                active,
+                seed,
+                PARAM_BF16,
+                GRAD_BF16,
+                COMPACT,
+                INITS,
+                COHORTS,
+                AMSGRAD,
+                SGD,
+                WITH_BUFFER,
+                NESTEROV,
+                MAXIMIZE,
+                PRECISION,
+            )
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -264,58 +320,192 @@ def put(values, mask, offsets, compact, size, TILE: tl.constexpr):
 
 
 def launch_kinds(
-    params, grads, masks, offsets, moments, extras, inits, cohorts, scalars, rows, starts, ordinals,
-    grad_scale, clip, found_inf, maximize, precision, seed, *, is_sgd, nesterov,
-) -> None:  # fmt: skip
+    params,
+    grads,
+    masks,
+    offsets,
+    moments,
+    extras,
+    inits,
+    cohorts,
+    scalars,
+    rows,
+    starts,
+    ordinals,
+    grad_scale,
+    clip,
+    found_inf,
+    maximize,
+    precision,
+    seed,
+    *,
+    is_sgd,
+    nesterov,
+) -> None:
     """Starts a launch for each kind of tensors; `moments` are up to three lists, in the order of the table."""
     kinds: dict[gpu.StepKind, list[list[int]]] = {}
-    for kind, row in gpu.step_rows(params, grads, masks, offsets, moments, extras, inits, cohorts, rows, starts, ordinals):
+    for kind, row in gpu.step_rows(
+        params, grads, masks, offsets, moments, extras, inits, cohorts, rows, starts, ordinals
+    ):
         before = kinds.setdefault(kind, [])
         begin = before[-1][END.value] if before else 0
         before.append([*row, begin, begin + triton.cdiv(row[SIZE.value], TILE)])
     for kind, table in kinds.items():
         device, tiles = params[0].device, table[-1][END.value]
         launch.run(
-            step, (launch.programs(device, tiles),), gpu.on_device(table, device), scalars.to(device, non_blocking=True).contiguous(),
-            grad_scale, clip, found_inf, tiles, seed,
-            MASKS=ELEMENTS[kind.masks], PARAM_BF16=kind.param_bf16, GRAD_BF16=kind.grad_bf16, COMPACT=kind.compact, INITS=kind.inits, COHORTS=kind.cohorts,
-            AMSGRAD=len(moments) == 3, SGD=is_sgd, WITH_BUFFER=len(moments) == 1, NESTEROV=nesterov, MAXIMIZE=maximize, PRECISION=precision,
-            warps=WARPS, registers=REGISTERS, TILE=TILE,
-        )  # fmt: skip
+            step,
+            (launch.programs(device, tiles),),
+            gpu.on_device(table, device),
+            scalars.to(device, non_blocking=True).contiguous(),
+            grad_scale,
+            clip,
+            found_inf,
+            tiles,
+            seed,
+            MASKS=ELEMENTS[kind.masks],
+            PARAM_BF16=kind.param_bf16,
+            GRAD_BF16=kind.grad_bf16,
+            COMPACT=kind.compact,
+            INITS=kind.inits,
+            COHORTS=kind.cohorts,
+            AMSGRAD=len(moments) == 3,
+            SGD=is_sgd,
+            WITH_BUFFER=len(moments) == 1,
+            NESTEROV=nesterov,
+            MAXIMIZE=maximize,
+            PRECISION=precision,
+            warps=WARPS,
+            registers=REGISTERS,
+            TILE=TILE,
+        )
 
 
 def masked_adamw_(
-    params, grads, masks, offsets, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, extras, inits, cohorts, scalars, rows, starts, ordinals,
-    grad_scale, clip, found_inf, maximize, precision, seed,
-) -> None:  # fmt: skip
+    params,
+    grads,
+    masks,
+    offsets,
+    exp_avgs,
+    exp_avg_sqs,
+    max_exp_avg_sqs,
+    extras,
+    inits,
+    cohorts,
+    scalars,
+    rows,
+    starts,
+    ordinals,
+    grad_scale,
+    clip,
+    found_inf,
+    maximize,
+    precision,
+    seed,
+) -> None:
     """The operator, for contiguous tensors of one device."""
     moments = [exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if max_exp_avg_sqs else [])]
     launch_kinds(
-        params, grads, masks, offsets, moments, extras, inits, cohorts, scalars, rows, starts, ordinals,
-        grad_scale, clip, found_inf, maximize, precision, seed, is_sgd=False, nesterov=False,
-    )  # fmt: skip
+        params,
+        grads,
+        masks,
+        offsets,
+        moments,
+        extras,
+        inits,
+        cohorts,
+        scalars,
+        rows,
+        starts,
+        ordinals,
+        grad_scale,
+        clip,
+        found_inf,
+        maximize,
+        precision,
+        seed,
+        is_sgd=False,
+        nesterov=False,
+    )
 
 
 def masked_sgd_(
-    params, grads, masks, offsets, momentum_buffers, extras, inits, cohorts, scalars, rows, starts, ordinals,
-    grad_scale, clip, found_inf, maximize, nesterov, precision, seed,
-) -> None:  # fmt: skip
+    params,
+    grads,
+    masks,
+    offsets,
+    momentum_buffers,
+    extras,
+    inits,
+    cohorts,
+    scalars,
+    rows,
+    starts,
+    ordinals,
+    grad_scale,
+    clip,
+    found_inf,
+    maximize,
+    nesterov,
+    precision,
+    seed,
+) -> None:
     """The operator, for contiguous tensors of one device."""
     launch_kinds(
-        params, grads, masks, offsets, [momentum_buffers] if momentum_buffers else [], extras, inits, cohorts, scalars, rows, starts, ordinals,
-        grad_scale, clip, found_inf, maximize, precision, seed, is_sgd=True, nesterov=nesterov,
-    )  # fmt: skip
+        params,
+        grads,
+        masks,
+        offsets,
+        [momentum_buffers] if momentum_buffers else [],
+        extras,
+        inits,
+        cohorts,
+        scalars,
+        rows,
+        starts,
+        ordinals,
+        grad_scale,
+        clip,
+        found_inf,
+        maximize,
+        precision,
+        seed,
+        is_sgd=True,
+        nesterov=nesterov,
+    )
 
 
-def masked_take_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, into: torch.Tensor, add: bool) -> None:
+def masked_take_(
+    values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, into: torch.Tensor, add: bool
+) -> None:
     """The operator, for contiguous tensors of one device."""
     size = gpu.step_size(values, mask)
     if size:
-        launch.run(take, (launch.programs(values.device, triton.cdiv(size, TILE)),), values, mask, offsets, into, size, warps=WARPS, ADD=add, TILE=TILE)
+        launch.run(
+            take,
+            (launch.programs(values.device, triton.cdiv(size, TILE)),),
+            values,
+            mask,
+            offsets,
+            into,
+            size,
+            warps=WARPS,
+            ADD=add,
+            TILE=TILE,
+        )
 
 
 def masked_put_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, compact: torch.Tensor) -> None:
     """The operator, for contiguous tensors of one device."""
     size = gpu.step_size(values, mask)
     if size:
-        launch.run(put, (launch.programs(values.device, triton.cdiv(size, TILE)),), values, mask, offsets, compact, size, warps=WARPS, TILE=TILE)
+        launch.run(
+            put,
+            (launch.programs(values.device, triton.cdiv(size, TILE)),),
+            values,
+            mask,
+            offsets,
+            compact,
+            size,
+            warps=WARPS,
+            TILE=TILE,
+        )

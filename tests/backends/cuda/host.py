@@ -21,15 +21,28 @@ SHIM = Path(__file__).with_name("host_shim.h")
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no g++ on Linux")
 FLAGS = [
-    "-std=c++17", "-g1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE",
-    "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered", "-Wno-unused-function",
-]  # fmt: skip
+    "-std=c++17",
+    "-g1",
+    "-fPIC",
+    "-shared",
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+    "-U_FORTIFY_SOURCE",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-Wno-clobbered",
+    "-Wno-unused-function",
+]
 BUILDS = {  # misaligned wide loads are undefined behaviour too
     "undefined": ["-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all"],
     "address": ["-O0", "-fsanitize=address"],
     "quick": ["-O0", "-fsanitize=undefined"],  # goes on after it has complained
 }
-SANITIZER = os.environ.get("OPDKERNELS_TEST_SANITIZER", "undefined")  # "address" needs its library loaded first: test_sanitized.py
+SANITIZER = os.environ.get(
+    "OPDKERNELS_TEST_SANITIZER", "undefined"
+)  # "address" needs its library loaded first: test_sanitized.py
 ORDERS = (0, 1, 2, 3)  # warp by warp, ascending and descending; step by step, shuffled, in two ways
 
 
@@ -47,8 +60,19 @@ def compiled(family: str, spoilt: str | None = None, build: str | None = None) -
     flags = BUILDS[build or ("quick" if spoilt else SANITIZER)]
     path = folder() / f"{family}-{abs(hash(text)):x}"
     path.with_suffix(".cpp").write_text(text)
-    command = [COMPILER, *FLAGS, *flags, "-include", str(SHIM), str(path.with_suffix(".cpp")), "-o", str(path.with_suffix(".so"))]
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # the sanitizer watches kernels, not the compiler
+    command = [
+        COMPILER,
+        *FLAGS,
+        *flags,
+        "-include",
+        str(SHIM),
+        str(path.with_suffix(".cpp")),
+        "-o",
+        str(path.with_suffix(".so")),
+    ]
+    environment = {
+        name: value for name, value in os.environ.items() if name != "LD_PRELOAD"
+    }  # the sanitizer watches kernels, not the compiler
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return launch.Built(path.with_suffix(".so"))
@@ -59,7 +83,9 @@ def source_of(family: str) -> str:
     return flattened(ROOT / "csrc" / "cuda" / f"{family}.cu")
 
 
-def run_on(monkeypatch, kernels: launch.Built, *, order: int = 0, processors: int = 2, shared_bytes: int = 227 << 10) -> None:
+def run_on(
+    monkeypatch, kernels: launch.Built, *, order: int = 0, processors: int = 2, shared_bytes: int = 227 << 10
+) -> None:
     """Lets the backend's launchers start these kernels on tensors of the CPU, as on a device of this size."""
     kernels.library.shim_order(order)
     monkeypatch.setattr(launch, "kernels", lambda: kernels)

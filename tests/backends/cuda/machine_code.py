@@ -75,7 +75,9 @@ class Code:
 def run_tool(name: str, *arguments: str | Path, cwd: Path | None = None) -> str:
     place = tools()
     assert place
-    return subprocess.run([str(place / name), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [str(place / name), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def kernels_of(cubin: Path) -> dict[str, Code]:
@@ -83,8 +85,14 @@ def kernels_of(cubin: Path) -> dict[str, Code]:
     found = dict(re.findall(r"Function (\w+):\s+(REG:.*)", usage))
     parts = re.split(r"^\.text\.(\w+):$", run_tool("nvdisasm", cubin), flags=re.MULTILINE)
     sass = dict(zip(parts[1::2], parts[2::2], strict=True))
-    number = lambda line, field: int(re.search(rf"{field}:(\d+)", line).group(1))  # noqa: E731
-    return {name: Code(number(line, "REG"), number(line, "STACK") + number(line, "LOCAL"), sass[name]) for name, line in found.items()}
+
+    def number(line, field):
+        return int(re.search(rf"{field}:(\d+)", line).group(1))
+
+    return {
+        name: Code(number(line, "REG"), number(line, "STACK") + number(line, "LOCAL"), sass[name])
+        for name, line in found.items()
+    }
 
 
 @functools.cache
@@ -104,7 +112,9 @@ def built(target: str) -> dict[str, Code]:
 def show(compiler: str, target: str, kernels: dict[str, Code]) -> None:
     for name, code in kernels.items():
         spills = code.count(SPILL)
-        shown.CODE.append(shown.Code(name.split("_")[0], compiler, target, code.registers, spills, code.count(WIDE_LOAD)))
+        shown.CODE.append(
+            shown.Code(name.split("_")[0], compiler, target, code.registers, spills, code.count(WIDE_LOAD))
+        )
 
 
 @functools.cache

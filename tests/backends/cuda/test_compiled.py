@@ -93,7 +93,10 @@ def test_only_what_the_source_fuses_is_fused(kernel):
 @needs_nvcc
 def test_a_build_that_may_fuse_is_caught(tmp_path):
     made = tmp_path / "step.ptx"
-    subprocess.run([NVCC, "-std=c++17", "--fmad=true", "-arch=sm_80", "-ptx", str(ROOT / "csrc/cuda/step.cu"), "-o", str(made)], check=True)
+    subprocess.run(
+        [NVCC, "-std=c++17", "--fmad=true", "-arch=sm_80", "-ptx", str(ROOT / "csrc/cuda/step.cu"), "-o", str(made)],
+        check=True,
+    )
     assert re.findall(machine_code.UNROUNDED, made.read_text())
 
 
@@ -101,7 +104,10 @@ def test_a_build_that_may_fuse_is_caught(tmp_path):
 def test_the_library_has_code_for_later_gpus_and_says_what_is_wrong_without_one():
     assert "sm_80.ptx" in machine_code.run_tool("cuobjdump", "-lptx", machine_code.library())
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match=r"delta_carry did not start on cpu: .*(driver|device).*; update NVIDIA's driver, or set OPDKERNELS_BACKEND=triton"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"delta_carry did not start on cpu: .*(driver|device).*; update NVIDIA's driver, or set OPDKERNELS_BACKEND=triton",
+        ):
             launch.Built(machine_code.library()).launch("delta_carry", [0], 1, 32, 0, torch.device("cpu"))
 
 

@@ -28,7 +28,9 @@ def fibers(monkeypatch):
     monkeypatch.setattr(delta, "shape_of", lambda *dtypes: (shape(*dtypes)[0], 64, shape(*dtypes)[2]))
 
 
-def tally_of(source, trained, *, cuts=DEFAULT_CUTS, thresholds=THRESHOLDS, mask=None, into=None, by=delta.delta_) -> Tally:
+def tally_of(
+    source, trained, *, cuts=DEFAULT_CUTS, thresholds=THRESHOLDS, mask=None, into=None, by=delta.delta_
+) -> Tally:
     tally = into or Tally.empty(cuts)
     by(source, trained, cuts, thresholds, *(torch.from_numpy(getattr(tally, a)) for a in ARRAYS), mask)
     return tally
@@ -125,7 +127,9 @@ def test_sums_of_extreme_doubles_are_exact(size):
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
 def test_one_outlier_among_small_values_costs_no_bit(dtype):
     """Windows hold 128 bits; what lies below them, here beside 1e30, is added on its own."""
-    source, trained = (1e-20 * torch.randn(60_000, dtype=dtype, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    source, trained = (
+        1e-20 * torch.randn(60_000, dtype=dtype, generator=torch.Generator().manual_seed(i)) for i in (0, 1)
+    )
     source[[5, 30_000]] = 1e30
     trained[700] = -3e38
     assert_equal(source, trained)
@@ -142,7 +146,11 @@ SHUFFLE = """const int before = __shfl_up_sync(OPD_ALL_LANES, place, d);
       place += lane >= d ? before : 0;"""
 
 
-@pytest.mark.parametrize(("text", "which", "of"), [(BARRIER, 0, 3), (BARRIER, 1, 3), (BARRIER, 2, 3), (MEETING, 0, 2)], ids=["0", "1", "2", "warp"])
+@pytest.mark.parametrize(
+    ("text", "which", "of"),
+    [(BARRIER, 0, 3), (BARRIER, 1, 3), (BARRIER, 2, 3), (MEETING, 0, 2)],
+    ids=["0", "1", "2", "warp"],
+)
 def test_a_missing_barrier_is_caught(monkeypatch, text, which, of):
     """Without it some order of threads gives another tally. (The second meeting of a warp only orders memory.)"""
     parts = bf16_only().split(text)
@@ -160,7 +168,11 @@ def test_a_missing_barrier_is_caught(monkeypatch, text, which, of):
 @pytest.mark.parametrize(
     ("text", "spoilt", "said"),
     [
-        (SHUFFLE, "if (lane >= d) place += __shfl_up_sync(OPD_ALL_LANES, place, d);", "lanes of a warp meet at different places|a lane of the mask"),
+        (
+            SHUFFLE,
+            "if (lane >= d) place += __shfl_up_sync(OPD_ALL_LANES, place, d);",
+            "lanes of a warp meet at different places|a lane of the mask",
+        ),
         (SHUFFLE, "place += __shfl_up_sync(OPD_ALL_LANES << d, place, d);", "not in the mask"),
         (BARRIER, "if (threadIdx.x >= 32) __syncthreads();", "barrier"),
     ],
@@ -169,5 +181,7 @@ def test_a_missing_barrier_is_caught(monkeypatch, text, which, of):
 def test_divergent_threads_are_refused(monkeypatch, text, spoilt, said):
     assert text in bf16_only()
     run_on(monkeypatch, compiled("delta", bf16_only().replace(text, spoilt, 1)), order=2)
-    with pytest.raises(RuntimeError, match=rf"delta_count_bf16 did not start on cpu: block \d+, thread \d+, line \d+: .*({said})"):
+    with pytest.raises(
+        RuntimeError, match=rf"delta_count_bf16 did not start on cpu: block \d+, thread \d+, line \d+: .*({said})"
+    ):
         tally_of(*make_pair(3000))

@@ -34,7 +34,13 @@ def launches(monkeypatch, call: Callable[[], Any], shared_bytes: int = HOPPER) -
 
 
 def call_delta(source: torch.dtype, trained: torch.dtype, n: int) -> None:
-    outputs = (on_cuda(8, 32768), on_cuda(49), on_cuda(4, 44), on_cuda(1, dtype=FP64), on_cuda((n + 7) // 8, dtype=torch.uint8))
+    outputs = (
+        on_cuda(8, 32768),
+        on_cuda(49),
+        on_cuda(4, 44),
+        on_cuda(1, dtype=FP64),
+        on_cuda((n + 7) // 8, dtype=torch.uint8),
+    )
     delta.delta_(on_cuda(n, dtype=source), on_cuda(n, dtype=trained), DEFAULT_CUTS, THRESHOLDS, *outputs)
 
 
@@ -59,14 +65,39 @@ def call_patch(dtype: torch.dtype, n: int) -> None:
 
 def call_adamw(sizes: list[int], active: int) -> None:
     params, grads = ([on_cuda(n, dtype=BF16) for n in sizes] for _ in range(2))
-    masks, offsets = [on_cuda((n + 7) // 8, dtype=torch.uint8) for n in sizes], [on_cuda(-(-n // BLOCK) + 1) for n in sizes]
+    masks, offsets = (
+        [on_cuda((n + 7) // 8, dtype=torch.uint8) for n in sizes],
+        [on_cuda(-(-n // BLOCK) + 1) for n in sizes],
+    )
     m, v = ([on_cuda(active, dtype=FP32) for _ in sizes] for _ in range(2))
     order = list(range(len(sizes)))
-    step.masked_adamw_(params, grads, masks, offsets, m, v, [], [on_cuda(active, dtype=torch.int16) for _ in sizes], [], [],
-                       adamw_scalars([1.0] * len(sizes), 1e-3, (0.9, 0.99), 1e-8, 0.1), order, order, order, None, None, on_cuda(1, dtype=FP32), False, 1, 5)  # fmt: skip
+    step.masked_adamw_(
+        params,
+        grads,
+        masks,
+        offsets,
+        m,
+        v,
+        [],
+        [on_cuda(active, dtype=torch.int16) for _ in sizes],
+        [],
+        [],
+        adamw_scalars([1.0] * len(sizes), 1e-3, (0.9, 0.99), 1e-8, 0.1),
+        order,
+        order,
+        order,
+        None,
+        None,
+        on_cuda(1, dtype=FP32),
+        False,
+        1,
+        5,
+    )
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(BF16, "delta_count_bf16"), (FP32, "delta_count_float"), (FP64, "delta_count_double")], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(BF16, "delta_count_bf16"), (FP32, "delta_count_float"), (FP64, "delta_count_double")], ids=str
+)
 def test_more_than_2_to_the_31_coordinates_go_in_slices(monkeypatch, dtype, name):
     started = launches(monkeypatch, lambda: call_delta(dtype, dtype, BEYOND))
     assert [one[0] for one in started] == [*[name, "delta_fold"] * 3, "delta_carry"]
@@ -80,14 +111,18 @@ def test_quantile_takes_a_pass_a_digit_and_overlap_one_of_all(monkeypatch):
         started = launches(monkeypatch, lambda dtype=dtype: call_quantile(dtype, 1 << 20))
         assert [one[0] for one in started] == [f"quantile_count_{dtype.itemsize}"] * passes
     for runs in (2, 16):
-        ((name, *_, trained, _, _, sets, _, size, _, _, _),) = launches(monkeypatch, lambda runs=runs: call_overlap(runs, 1 << 20))
+        ((name, *_, trained, _, _, sets, _, size, _, _, _),) = launches(
+            monkeypatch, lambda runs=runs: call_overlap(runs, 1 << 20)
+        )
         assert (name, len(trained), sets is None, size) == ("overlap_count", runs, runs == 2, 1 << 20)
 
 
 def test_a_step_of_many_tensors_is_one_launch_that_fills_the_device(monkeypatch):
     monkeypatch.setattr(gpu, "address", lambda tensor: 16)
     for sizes, blocks in (([BEYOND, 5, 0, 4096], 4 * 132), ([1], 1), ([BLOCK] * 9, 2)):
-        ((name, grid, threads, shared_bytes, device, table, ends, count, scalars, *_),) = launches(monkeypatch, lambda sizes=sizes: call_adamw(sizes, 7))
+        ((name, grid, threads, shared_bytes, device, table, ends, count, scalars, *_),) = launches(
+            monkeypatch, lambda sizes=sizes: call_adamw(sizes, 7)
+        )
         some = sum(n > 0 for n in sizes)
         assert (name, grid, threads, shared_bytes) == ("step_adamw", blocks, 256, 8 * 4096)
         assert (len(table), len(ends), count) == (17 * some, some, some)
@@ -99,7 +134,14 @@ def test_a_step_of_many_tensors_is_one_launch_that_fills_the_device(monkeypatch)
 def test_patch_reads_a_pair_twice_and_goes_back_in_one_pass(monkeypatch, dtype):
     width, blocks = dtype.itemsize, -(-BEYOND // 2**16)
     started = launches(monkeypatch, lambda: call_patch(dtype, BEYOND))
-    names = [f"patch_compare_{width}", f"patch_compress_{width}", "patch_decode", f"patch_restore_{width}", "patch_digest", "patch_decode"]
+    names = [
+        f"patch_compare_{width}",
+        f"patch_compress_{width}",
+        "patch_decode",
+        f"patch_restore_{width}",
+        "patch_digest",
+        "patch_decode",
+    ]
     assert [one[0] for one in started] == names
     assert [one[1] for one in started] == [blocks, 4 * 132, *[blocks] * 4]
     sums, change_bits = 4096 * width, 8200  # of a unit 64 bytes, in shared memory
@@ -110,7 +152,11 @@ def test_patch_reads_a_pair_twice_and_goes_back_in_one_pass(monkeypatch, dtype):
 
 @pytest.mark.parametrize(("shared_bytes", "tables"), [(HOPPER, 10), (AMPERE, 8), (ADA, 4), (48 << 10, 0)])
 def test_a_block_takes_the_shared_memory_that_there_is(monkeypatch, shared_bytes, tables):
-    calls = (lambda: call_delta(BF16, BF16, 1 << 24), 10), (lambda: call_delta(FP32, FP32, 1 << 24), 10), (lambda: call_overlap(2, 1 << 24), 4)
+    calls = (
+        (lambda: call_delta(BF16, BF16, 1 << 24), 10),
+        (lambda: call_delta(FP32, FP32, 1 << 24), 10),
+        (lambda: call_overlap(2, 1 << 24), 4),
+    )
     for call, wanted in calls:
         _, blocks, _, asked, *_, rows = launches(monkeypatch, call, shared_bytes)[0]
         assert (blocks, rows) == (132, min(tables, wanted))
@@ -121,7 +167,9 @@ def test_a_kernel_starts_on_the_current_stream_of_its_device(monkeypatch):
     started = []
     kernels = launch.Built.__new__(launch.Built)  # without a library
     kernels.library = SimpleNamespace(delta_carry_launch=lambda *one: started.append(one) or 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1 << 40 | device.index))
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1 << 40 | device.index)
+    )
     kernels.launch("delta_carry", [1 << 45, -1], 2**31, 32, 70_000, torch.device("cuda", 3))
     ((arguments, count, blocks, *shape, device, stream),) = started
     assert (list(arguments), count) == ([1 << 45, -1], 2)
@@ -130,6 +178,11 @@ def test_a_kernel_starts_on_the_current_stream_of_its_device(monkeypatch):
 
 def test_an_error_names_the_kernel_the_device_and_the_remedy():
     kernels = launch.Built.__new__(launch.Built)
-    kernels.library = SimpleNamespace(delta_carry_launch=lambda *launch: 35, opd_cuda_error=lambda status: b"driver too old" * (status == 35))
-    with pytest.raises(RuntimeError, match="delta_carry did not start on cpu: driver too old; update NVIDIA's driver, or set OPDKERNELS_BACKEND=triton"):
+    kernels.library = SimpleNamespace(
+        delta_carry_launch=lambda *launch: 35, opd_cuda_error=lambda status: b"driver too old" * (status == 35)
+    )
+    with pytest.raises(
+        RuntimeError,
+        match="delta_carry did not start on cpu: driver too old; update NVIDIA's driver, or set OPDKERNELS_BACKEND=triton",
+    ):
         kernels.launch("delta_carry", [0], 1, 32, 0, torch.device("cpu"))

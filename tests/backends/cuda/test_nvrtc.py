@@ -44,7 +44,10 @@ def started(monkeypatch, tmp_path):
 
     nvrtc = SimpleNamespace(getVersion=lambda: (13, 0))
     here = SimpleNamespace(Device=Device, ExternalStream=lambda stream, index: contextlib.nullcontext(), nvrtc=nvrtc)
-    modules = {"cupy": SimpleNamespace(RawModule=module, cuda=here), "cupy.cuda.compiler": SimpleNamespace(compile_using_nvrtc=compile_using_nvrtc)}
+    modules = {
+        "cupy": SimpleNamespace(RawModule=module, cuda=here),
+        "cupy.cuda.compiler": SimpleNamespace(compile_using_nvrtc=compile_using_nvrtc),
+    }
     monkeypatch.setattr(launch.importlib, "import_module", modules.__getitem__)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

@@ -111,14 +111,27 @@ def stepped_at_the_end() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     size = N - (tiles - 2) * step_ops.BLOCK
     small, (grad,) = State((size,), dtype=BF16, precision="stochastic"), State((size,)).grads(BF16)
     mask, (offsets,), active = small.held[0], small.offsets, small.masks[0].nnz
-    param, m, v = reserved(N, BF16, small.params[0]), reserved(before + active, FP32, small.m[0]), reserved(before + active, FP32, small.v[0])
+    param, m, v = (
+        reserved(N, BF16, small.params[0]),
+        reserved(before + active, FP32, small.m[0]),
+        reserved(before + active, FP32, small.v[0]),
+    )
     scalars = step_ops.adamw_scalars([3], 1e-3, (0.9, 0.99), 1e-8, 0.1)
     common = (scalars, [0], None, None, None, False, step_ops.PRECISIONS.index("stochastic"), 5)
-    by = lambda run, params, grads, masks, offsets, m, v, start: run(  # noqa: E731
-        params, grads, masks, offsets, m, v, [], [], [], [], common[0], common[1], [start], [9], *common[2:]
+
+    def by(run, params, grads, masks, offsets, m, v, start):
+        return run(params, grads, masks, offsets, m, v, [], [], [], [], common[0], common[1], [start], [9], *common[2:])
+
+    by(
+        step.masked_adamw_,
+        [param],
+        [reserved(N, BF16, grad)],
+        [reserved((N + 7) // 8, torch.uint8, mask)],
+        [reserved(tiles + 1, torch.int64, offsets + before)],
+        [m],
+        [v],
+        0,
     )
-    by(step.masked_adamw_, [param], [reserved(N, BF16, grad)], [reserved((N + 7) // 8, torch.uint8, mask)],
-       [reserved(tiles + 1, torch.int64, offsets + before)], [m], [v], 0)  # fmt: skip
     by(step_ops.reference_adamw, small.params, [grad], [mask], [offsets], small.m, small.v, N - size)
     return [param[-size:], m[-active:], v[-active:]], [small.params[0], small.m[0], small.v[0]]
 
@@ -169,13 +182,19 @@ def gathered_at_the_end(monkeypatch) -> tuple:
     w, v = pair_of_two_blocks()
     blocks, room = gpu.blocks_of(N), 10_000
     source, trained = reserved(N, torch.int16, w), reserved(N, torch.int16, v)
-    positions, values = (reserved(SHIFT + room, dtype, torch.zeros(room, dtype=dtype)) for dtype in (torch.uint8, torch.int16))
+    positions, values = (
+        reserved(SHIFT + room, dtype, torch.zeros(room, dtype=dtype)) for dtype in (torch.uint8, torch.int16)
+    )
     counts, digests = torch.zeros(blocks, dtype=torch.int32), torch.zeros(2, blocks, 2, dtype=torch.int64)
     patch.patch_gather_(source, trained, False, counts, positions, values, digests)
     expected, expected_digests = gathered_by_reference(w, v, False)
     used, changed = len(expected.positions), expected.changed
     found = positions[SHIFT : SHIFT + used], values[SHIFT : SHIFT + changed], counts[-2:], digests[:, -2:]
-    return found, (expected.positions, expected.values, expected.counts, expected_digests), (source, counts, positions, values, v)
+    return (
+        found,
+        (expected.positions, expected.values, expected.counts, expected_digests),
+        (source, counts, positions, values, v),
+    )
 
 
 def test_patch(monkeypatch):

@@ -92,7 +92,9 @@ def test_misaligned_views(dtype):
 def test_it_adds_to_what_is_there():
     source, runs = make_runs(2000)
     found = by_kernel(source[:700], [run[:700] for run in runs])
-    overlap.overlap_(source[700:], [run[700:] for run in runs], DEFAULT_CUT, *(torch.from_numpy(array) for array in found.arrays))
+    overlap.overlap_(
+        source[700:], [run[700:] for run in runs], DEFAULT_CUT, *(torch.from_numpy(array) for array in found.arrays)
+    )
     assert found == by_reference(source, runs)
 
 
@@ -116,5 +118,7 @@ def test_a_divergent_shuffle_is_refused(monkeypatch):
     line = "lost = warp_sum(lost);"
     assert line in source_of("overlap")
     run_on(monkeypatch, compiled("overlap", source_of("overlap").replace(line, f"if (threadIdx.x & 1) {line}")))
-    with pytest.raises(RuntimeError, match=r"overlap_count did not start on cpu: .*(different places|a lane of the mask|barrier)"):
+    with pytest.raises(
+        RuntimeError, match=r"overlap_count did not start on cpu: .*(different places|a lane of the mask|barrier)"
+    ):
         by_kernel(*make_runs(3000))

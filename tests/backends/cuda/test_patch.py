@@ -160,5 +160,7 @@ def test_divergent_threads_are_refused(monkeypatch, text, spoilt, said):
     source = of_two_bytes(source_of("patch"))
     assert text in source
     run_on(monkeypatch, compiled("patch", source.replace(text, spoilt, 1)), order=2)
-    with pytest.raises(RuntimeError, match=rf"patch_compare_2 did not start on cpu: block \d+, thread \d+, line \d+: .*({said})"):
+    with pytest.raises(
+        RuntimeError, match=rf"patch_compare_2 did not start on cpu: block \d+, thread \d+, line \d+: .*({said})"
+    ):
         by.gather(*make_bits(9000, torch.int16, 0.02))

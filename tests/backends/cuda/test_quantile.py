@@ -118,7 +118,11 @@ def test_a_missing_barrier_is_caught(monkeypatch, which):
 def test_a_divergent_shuffle_is_refused(monkeypatch):
     line = "const opd_u32 total = warp_sum(zeros[inside]);"
     assert line in source_of("quantile")
-    spoilt = source_of("quantile").replace(line, "opd_u32 total = zeros[inside]; if (threadIdx.x & 1) total = warp_sum(total);")
+    spoilt = source_of("quantile").replace(
+        line, "opd_u32 total = zeros[inside]; if (threadIdx.x & 1) total = warp_sum(total);"
+    )
     run_on(monkeypatch, compiled("quantile", spoilt))
-    with pytest.raises(RuntimeError, match=r"quantile_count_2 did not start on cpu: .*(different places|a lane of the mask)"):
+    with pytest.raises(
+        RuntimeError, match=r"quantile_count_2 did not start on cpu: .*(different places|a lane of the mask)"
+    ):
         quantile.quantile(make_pair(3000)[0], [700], True, None)

@@ -33,14 +33,18 @@ quantile.quantile(make_pair(3001)[0], [5], True, None)
 
 def test_kernels_stay_within_tensors_tables_and_shared_memory():
     """Their tests pass; then a wide load without a masked tail is caught."""
-    library = subprocess.run([str(COMPILER), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    library = subprocess.run(
+        [str(COMPILER), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     environment = {
         **os.environ,
         "OPDKERNELS_TEST_SANITIZER": "address",
         "LD_PRELOAD": library,
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
     }
-    done = subprocess.run([sys.executable, "-c", SPOIL, *FAMILIES], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SPOIL, *FAMILIES], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     said = done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout, said
     assert "sound" in done.stdout, said

@@ -45,9 +45,17 @@ def test_adamw(monkeypatch, precision, dtypes, places):
             grads = state.grads(dtypes[1])
             if compact:
                 grads = [g[m.to_bool()].float() for g, m in zip(grads, state.masks, strict=True)]
-            state.step(grads, grad_scale=torch.tensor(3.0), clip=torch.tensor(0.7), seed=7 << 40 | 3, starts=[2**33 + 5 * i for i in range(len(SIZES))])
+            state.step(
+                grads,
+                grad_scale=torch.tensor(3.0),
+                clip=torch.tensor(0.7),
+                seed=7 << 40 | 3,
+                starts=[2**33 + 5 * i for i in range(len(SIZES))],
+            )
 
-    assert_as_the_reference(monkeypatch, lambda: State(SIZES, dtype=dtypes[0], precision=precision, amsgrad=True, places=places), twice)
+    assert_as_the_reference(
+        monkeypatch, lambda: State(SIZES, dtype=dtypes[0], precision=precision, amsgrad=True, places=places), twice
+    )
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.4, 0.9), (0.5, 0.5)])
@@ -64,14 +72,26 @@ def test_adamw_options(monkeypatch, betas, amsgrad, maximize):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-@pytest.mark.parametrize(("momentum", "dampening", "nesterov"), [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.1, False), (0.9, 0.0, True)])
+@pytest.mark.parametrize(
+    ("momentum", "dampening", "nesterov"), [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.1, False), (0.9, 0.0, True)]
+)
 @pytest.mark.parametrize("maximize", [False, True])
 def test_sgd(monkeypatch, weight_decay, momentum, dampening, nesterov, maximize):
     def twice(state):
         for t in (1, 2):
             scalars = sgd_scalars([t] * len(SIZES), 0.1, momentum, dampening, weight_decay)
-            masked_sgd(state.params, state.grads(BF16), state.held, state.offsets, scalars, momentum_buffers=state.m if momentum else (),
-                       nesterov=nesterov, maximize=maximize, extras=state.extras, precision="exact")  # fmt: skip
+            masked_sgd(
+                state.params,
+                state.grads(BF16),
+                state.held,
+                state.offsets,
+                scalars,
+                momentum_buffers=state.m if momentum else (),
+                nesterov=nesterov,
+                maximize=maximize,
+                extras=state.extras,
+                precision="exact",
+            )
 
     assert_as_the_reference(monkeypatch, lambda: State(SIZES, dtype=BF16, precision="exact"), twice)
 
@@ -85,7 +105,12 @@ def test_cohorts_and_starts(monkeypatch, family, precision, dtype, places):
         state = State(SIZES, dtype=dtype, precision=precision, places=places)
         cohorts = [torch.randint(0, 3, (m.nnz,), generator=state.generator).to(torch.uint8) for m in state.masks]
         inits = [torch.randn(m.nnz, generator=state.generator).to(dtype) for m in state.masks]
-        state.options = {"cohorts": cohorts, "inits": inits, "rows": [3 * i for i in range(len(SIZES))], "ordinals": [5 * i for i in range(len(SIZES))]}
+        state.options = {
+            "cohorts": cohorts,
+            "inits": inits,
+            "rows": [3 * i for i in range(len(SIZES))],
+            "ordinals": [5 * i for i in range(len(SIZES))],
+        }
         return state
 
     def twice(state):
@@ -96,7 +121,9 @@ def test_cohorts_and_starts(monkeypatch, family, precision, dtype, places):
             if family == "adamw":
                 masked_adamw(*common, state.m, state.v, adamw_scalars(steps, 1e-3, (0.9, 0.999), 1e-8, 0.1), **options)
             else:
-                masked_sgd(*common, sgd_scalars(steps, 1e-2, 0.9, 0.1, 0.1), momentum_buffers=state.m, nesterov=True, **options)
+                masked_sgd(
+                    *common, sgd_scalars(steps, 1e-2, 0.9, 0.1, 0.1), momentum_buffers=state.m, nesterov=True, **options
+                )
 
     assert_as_the_reference(monkeypatch, make, twice)
 
@@ -125,7 +152,9 @@ def test_more_tensors_than_a_warp_has_lanes(monkeypatch, processors):
 def test_without_a_tensor_or_a_coordinate_nothing_starts(monkeypatch):
     names = started(monkeypatch)
     for sizes in ((), (0, 0)):
-        assert_as_the_reference(monkeypatch, lambda sizes=sizes: State(sizes), lambda state: state.step(state.grads()), moves=False)
+        assert_as_the_reference(
+            monkeypatch, lambda sizes=sizes: State(sizes), lambda state: state.step(state.grads()), moves=False
+        )
     assert names == []
 
 
@@ -133,26 +162,40 @@ def test_without_a_tensor_or_a_coordinate_nothing_starts(monkeypatch):
 @pytest.mark.parametrize("places", [False, True])
 def test_no_order_of_threads_shows(monkeypatch, places, order):
     run_on(monkeypatch, compiled("step"), order=order, processors=1 + order)
-    make = lambda: State((5000, 1, 2048, 513), dtype=BF16, precision="stochastic", places=places)  # noqa: E731
+
+    def make():
+        return State((5000, 1, 2048, 513), dtype=BF16, precision="stochastic", places=places)
+
     assert_as_the_reference(monkeypatch, make, lambda state: state.step(state.grads()))
 
 
 def test_a_million_coordinates_in_blocks_as_large_as_on_a_device(monkeypatch):
     monkeypatch.setattr(step, "THREADS", 256)
-    make = lambda: State((1_000_003, 70_001), dtype=BF16, precision="exact")  # noqa: E731
+
+    def make():
+        return State((1_000_003, 70_001), dtype=BF16, precision="exact")
+
     assert_as_the_reference(monkeypatch, make, lambda state: state.step(state.grads(BF16)))
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
 @pytest.mark.parametrize("places", [False, True])
 def test_all_and_nothing(monkeypatch, density, places):
-    assert_as_the_reference(monkeypatch, lambda: State(SIZES, density=density, places=places), lambda state: state.step(state.grads()), moves=density > 0)
+    assert_as_the_reference(
+        monkeypatch,
+        lambda: State(SIZES, density=density, places=places),
+        lambda state: state.step(state.grads()),
+        moves=density > 0,
+    )
 
 
 @pytest.mark.parametrize("found", [0.0, 1.0, float("inf"), float("nan")])
 def test_found_inf_leaves_everything_as_it_was(monkeypatch, found):
     assert_as_the_reference(
-        monkeypatch, lambda: State(SIZES), lambda state: state.step(state.grads(), found_inf=torch.tensor(found)), moves=found == 0
+        monkeypatch,
+        lambda: State(SIZES),
+        lambda state: state.step(state.grads(), found_inf=torch.tensor(found)),
+        moves=found == 0,
     )
 
 
@@ -213,13 +256,22 @@ def stepped(kernel, monkeypatch) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("text", "spoilt"),
     [
-        ("const opd_u32 word = __shfl_sync(OPD_ALL_LANES, mine, w);", "opd_u32 word = mine; if (mine >> lane & 1) word = __shfl_sync(OPD_ALL_LANES, mine, w);"),
-        ("__popc(__ballot_sync(OPD_ALL_LANES, at < tensors && tile >= ends[at]))", "at < tensors ? __popc(__ballot_sync(OPD_ALL_LANES, tile >= ends[at])) : 0"),
+        (
+            "const opd_u32 word = __shfl_sync(OPD_ALL_LANES, mine, w);",
+            "opd_u32 word = mine; if (mine >> lane & 1) word = __shfl_sync(OPD_ALL_LANES, mine, w);",
+        ),
+        (
+            "__popc(__ballot_sync(OPD_ALL_LANES, at < tensors && tile >= ends[at]))",
+            "at < tensors ? __popc(__ballot_sync(OPD_ALL_LANES, tile >= ends[at])) : 0",
+        ),
     ],
     ids=["shuffle", "ballot"],
 )
 def test_divergent_lanes_are_refused(monkeypatch, text, spoilt):
     assert text in source_of("step")
     run_on(monkeypatch, compiled("step", source_of("step").replace(text, spoilt)), order=2)
-    with pytest.raises(RuntimeError, match=r"step_adamw did not start on cpu: block \d+, thread \d+, line \d+: .*(different places|a lane of the mask)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"step_adamw did not start on cpu: block \d+, thread \d+, line \d+: .*(different places|a lane of the mask)",
+    ):
         stepped(step.masked_adamw_, monkeypatch)

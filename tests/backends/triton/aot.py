@@ -25,11 +25,19 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")  # Triton's wheel brings NVIDIA's disassembler
+TOOLS = os.path.join(
+    os.path.dirname(triton.__file__), "backends", "nvidia", "bin"
+)  # Triton's wheel brings NVIDIA's disassembler
 POINTERS = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
-    torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 @dataclass
@@ -112,7 +120,10 @@ def machine_code(one: Launch, target: str) -> Compiled:
     asm = triton.compile(ASTSource(one.kernel, signature, constants, attributes), target=gpu, options=options).asm
     if gpu.backend == "hip":
         code = asm["amdgcn"]
-        number = lambda field: int(re.search(rf"\.{field}:\s+(\d+)", code).group(1))  # noqa: E731
+
+        def number(field):
+            return int(re.search(rf"\.{field}:\s+(\d+)", code).group(1))
+
         spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
         return Compiled(number("vgpr_count"), spills, len(re.findall(r"global_load_dwordx4", code)), asm, code)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -120,7 +131,9 @@ def machine_code(one: Launch, target: str) -> Compiled:
         file.flush()
         usage, sass = run_tool("cuobjdump", "-res-usage", file.name), run_tool("nvdisasm", file.name)
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    return Compiled(registers, len(re.findall(r"\b(?:STL|LDL)\b", sass)), len(re.findall(r"\bLDG\.E\.128", sass)), asm, sass)
+    return Compiled(
+        registers, len(re.findall(r"\b(?:STL|LDL)\b", sass)), len(re.findall(r"\bLDG\.E\.128", sass)), asm, sass
+    )
 
 
 def assert_fits(code: Compiled, registers: int) -> None:
@@ -136,7 +149,9 @@ def assert_rounds_as_the_reference(code: Compiled) -> None:
 
 def assert_64_bit_offsets(code: Compiled, element: str) -> None:
     """Addresses of elements are a pointer and 64 bits."""
-    offsets = re.findall(rf"tt\.addptr .*: tensor<(?:\d+x)+!tt\.ptr<{element}>>, tensor<(?:\d+x)+i(\d+)>", code.asm["ttir"])
+    offsets = re.findall(
+        rf"tt\.addptr .*: tensor<(?:\d+x)+!tt\.ptr<{element}>>, tensor<(?:\d+x)+i(\d+)>", code.asm["ttir"]
+    )
     assert offsets
     assert set(offsets) == {"64"}
 

@@ -13,7 +13,15 @@ import pytest
 pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-FAMILIES = ["test_delta.py", "test_quantile.py", "test_overlap.py", "test_gram.py", "test_patch.py", "test_step.py", "test_divergence.py"]
+FAMILIES = [
+    "test_delta.py",
+    "test_quantile.py",
+    "test_overlap.py",
+    "test_gram.py",
+    "test_patch.py",
+    "test_step.py",
+    "test_divergence.py",
+]
 collect_ignore = ["test_interpreter.py", "test_compiled.py"] if INTERPRETED else FAMILIES
 
 

@@ -72,13 +72,27 @@ def handed_on(source: str) -> list[str]:
     found = []
     for loop in (node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.For, ast.While))):
         inside = [node for node in ast.walk(loop) if isinstance(node, ast.Assign)]
-        given = {(one.id, node.lineno) for node in inside for target in node.targets for one in ast.walk(target) if isinstance(one, ast.Name)}
+        given = {
+            (one.id, node.lineno)
+            for node in inside
+            for target in node.targets
+            for one in ast.walk(target)
+            if isinstance(one, ast.Name)
+        }
         handed = [node for node in inside if isinstance(node.value, ast.Name)]
-        found += [ast.unparse(node) for node in handed if any(name == node.value.id and line > node.lineno for name, line in given)]
+        found += [
+            ast.unparse(node)
+            for node in handed
+            if any(name == node.value.id and line > node.lineno for name, line in given)
+        ]
     return found
 
 
-@pytest.mark.parametrize("module", [delta, divergence, gram, overlap, patch, quantile, step], ids=lambda module: module.__name__.rsplit(".", 1)[-1])
+@pytest.mark.parametrize(
+    "module",
+    [delta, divergence, gram, overlap, patch, quantile, step],
+    ids=lambda module: module.__name__.rsplit(".", 1)[-1],
+)
 def test_no_loop_hands_a_name_on_to_another(module):
     """Where `a = b` comes before b's new value and both begin alike, Triton's compiler, which tries the loop's body once, finds a
     unchanged and does not carry it: its interpreter does."""
@@ -175,7 +189,9 @@ def test_gram_in_blocks(monkeypatch, target, source, trained, visible):
 
 @pytest.mark.parametrize(("target", "across"), [("sm_80", False), ("sm_90", True), ("sm_100", True), ("gfx942", False)])
 def test_gram_in_fp64(monkeypatch, target, across):
-    (pack,) = (compiled(one, target) for one in launches(monkeypatch, lambda: call_gram(FP64, BF16, block=0, across=across)))
+    (pack,) = (
+        compiled(one, target) for one in launches(monkeypatch, lambda: call_gram(FP64, BF16, block=0, across=across))
+    )
     assert_fits(pack, 128)
     assert pack.wide_loads
 
@@ -199,7 +215,17 @@ PATCH = [
 @pytest.mark.parametrize(("target", "dtype"), PATCH, ids=str)
 def test_patch(monkeypatch, target, dtype):
     launched = launches(monkeypatch, lambda: call_patch(dtype))
-    assert [one.name for one in launched] == ["compare", "compress", "finish", "decode", "restore", "finish", "digest", "finish", "decode"]
+    assert [one.name for one in launched] == [
+        "compare",
+        "compress",
+        "finish",
+        "decode",
+        "restore",
+        "finish",
+        "digest",
+        "finish",
+        "decode",
+    ]
     for one, sides in ((launched[i], sides) for i, sides in ((0, 2), (1, 2), (2, 0), (3, 0), (4, 1), (6, 1))):
         if dtype != torch.int16 and one.name == "finish":
             continue  # the same whatever the width
@@ -218,16 +244,37 @@ def addresses(monkeypatch):
 
 
 def call_step(
-    param: torch.dtype = BF16, masks: torch.dtype = torch.uint8, *, sgd=False, precision=1, everything=True, tensors=1, n: int = N
+    param: torch.dtype = BF16,
+    masks: torch.dtype = torch.uint8,
+    *,
+    sgd=False,
+    precision=1,
+    everything=True,
+    tensors=1,
+    n: int = N,
 ) -> None:
     """AdamW with amsgrad, or SGD with momentum, cohorts and starts; or without what may be left out."""
     active, bits = n // 5, masks == torch.uint8
-    many = lambda size, dtype=FP32, there=True: [on_cuda(size, dtype=dtype) for _ in range(tensors if there else 0)]  # noqa: E731
+
+    def many(size, dtype=FP32, there=True):
+        return [on_cuda(size, dtype=dtype) for _ in range(tensors if there else 0)]
+
     shared = (
-        many(active, torch.int16), many(active, param, everything), many(active, torch.uint8, everything), on_cuda(3, 8, dtype=FP32),
-        *[list(range(tensors))] * 3, *([on_cuda(1, dtype=FP32)] * 3 if everything else [None] * 3), False,
-    )  # fmt: skip
-    common = (many(n, param), many(n, param), many(n // 8 if bits else active, masks), many(n // 2048 + 1 if bits else 0, torch.int64), many(active))
+        many(active, torch.int16),
+        many(active, param, everything),
+        many(active, torch.uint8, everything),
+        on_cuda(3, 8, dtype=FP32),
+        *[list(range(tensors))] * 3,
+        *([on_cuda(1, dtype=FP32)] * 3 if everything else [None] * 3),
+        False,
+    )
+    common = (
+        many(n, param),
+        many(n, param),
+        many(n // 8 if bits else active, masks),
+        many(n // 2048 + 1 if bits else 0, torch.int64),
+        many(active),
+    )
     if sgd:
         step.masked_sgd_(*common, *shared, True, precision, 7)
     else:
@@ -273,13 +320,21 @@ def test_step_launches_once_whatever_the_number_of_tensors(monkeypatch):
 
 def call_take_and_put(dtype: torch.dtype, masks: torch.dtype = torch.uint8, n: int = N) -> None:
     bits = masks == torch.uint8
-    held = on_cuda(n, dtype=dtype), on_cuda(n // 8 if bits else n // 5, dtype=masks), on_cuda(n // 2048 + 1 if bits else 0)
+    held = (
+        on_cuda(n, dtype=dtype),
+        on_cuda(n // 8 if bits else n // 5, dtype=masks),
+        on_cuda(n // 2048 + 1 if bits else 0),
+    )
     for add in (False, True):
         step.masked_take_(*held, on_cuda(n // 5, dtype=FP32), add)
     step.masked_put_(*held, on_cuda(n // 5, dtype=FP32))
 
 
-@pytest.mark.parametrize(("target", "dtype", "masks"), [("sm_80", BF16, torch.uint8), ("sm_90", FP32, torch.int32), ("gfx942", BF16, torch.uint8)], ids=str)
+@pytest.mark.parametrize(
+    ("target", "dtype", "masks"),
+    [("sm_80", BF16, torch.uint8), ("sm_90", FP32, torch.int32), ("gfx942", BF16, torch.uint8)],
+    ids=str,
+)
 def test_take_and_put(monkeypatch, target, dtype, masks):
     launched = launches(monkeypatch, lambda: call_take_and_put(dtype, masks))
     assert [one.name for one in launched] == ["take", "take", "put"]
@@ -289,14 +344,32 @@ def test_take_and_put(monkeypatch, target, dtype, masks):
         assert_rounds_as_the_reference(code)
 
 
-def call_divergence(dtype: torch.dtype, *, kind=1, count=0, rest=0, softcap=0.0, bias=False, tops=False, width=896, n=4096, vocab=151936) -> None:
+def call_divergence(
+    dtype: torch.dtype, *, kind=1, count=0, rest=0, softcap=0.0, bias=False, tops=False, width=896, n=4096, vocab=151936
+) -> None:
     """A student and a wider teacher, forward and backward."""
-    side = lambda w: [on_cuda(n, w, dtype=dtype), on_cuda(vocab, w, dtype=dtype), *([on_cuda(vocab, dtype=dtype)] if bias else [])]  # noqa: E731
+
+    def side(w):
+        return [
+            on_cuda(n, w, dtype=dtype),
+            on_cuda(vocab, w, dtype=dtype),
+            *([on_cuda(vocab, dtype=dtype)] if bias else []),
+        ]
+
     sides, ids, numbers = (side(width), side(2 * width)), on_cuda(n, count), [1.0, softcap, 1.0, softcap, 1.0, 0.5]
     moments, at, _, _ = divergence.divergence_scan(*sides, ids, rest, vocab, numbers, tops)
     if kind in (2, 3):
         divergence.divergence_means(*sides, moments, vocab, numbers, kind)
-    divergence.divergence_backward(*sides, on_cuda(8 if rest else 6, n, dtype=FP32), ids, at.select(0, 0), vocab, numbers, kind, [True, True, False])
+    divergence.divergence_backward(
+        *sides,
+        on_cuda(8 if rest else 6, n, dtype=FP32),
+        ids,
+        at.select(0, 0),
+        vocab,
+        numbers,
+        kind,
+        [True, True, False],
+    )
 
 
 EVERYTHING = {"kind": 2, "count": 20, "softcap": 30.0, "bias": True, "tops": True}
@@ -338,8 +411,12 @@ def test_divergence_keeps_its_workspace_bounded(monkeypatch):
         launched = launches(monkeypatch, lambda n=n: call_divergence(BF16, n=n))
         sizes = [one.arguments[0].shape[1] for one in launched if one.name == "gradient"]
         assert sum(sizes) == 151936
-        assert n * max(sizes) * divergence.BYTES_AN_ID <= max(divergence.WORKSPACE_BYTES, n * divergence.LEAST_COLUMNS * divergence.BYTES_AN_ID)
-        assert 2 * 896 * max(sizes) * 4 <= divergence.WORKSPACE_BYTES  # a part of the wider head, or of its gradient, in fp32
+        assert n * max(sizes) * divergence.BYTES_AN_ID <= max(
+            divergence.WORKSPACE_BYTES, n * divergence.LEAST_COLUMNS * divergence.BYTES_AN_ID
+        )
+        assert (
+            2 * 896 * max(sizes) * 4 <= divergence.WORKSPACE_BYTES
+        )  # a part of the wider head, or of its gradient, in fp32
 
 
 CALLS = {
@@ -358,5 +435,7 @@ CALLS = {
 def test_no_number_is_compiled_in(monkeypatch, call):
     """Another size, cut or threshold starts the same machine code."""
     for one in launches(monkeypatch, call):
-        numbers = [name for name, a in zip(one.kernel.arg_names, one.arguments, strict=False) if isinstance(a, (int, float))]
+        numbers = [
+            name for name, a in zip(one.kernel.arg_names, one.arguments, strict=False) if isinstance(a, (int, float))
+        ]
         assert set(numbers) <= set(one.kernel.do_not_specialize)

@@ -77,7 +77,9 @@ def test_misaligned_views_and_what_lies_beside_them(dtype):
 def test_it_adds_to_what_is_there():
     source, trained = make_pair(3000)
     into = tally_by(kernels.delta_, source[:1000], trained[:1000])
-    assert tally_by(kernels.delta_, source[1000:], trained[1000:], into=into) == tally_by(ops.reference, source, trained)
+    assert tally_by(kernels.delta_, source[1000:], trained[1000:], into=into) == tally_by(
+        ops.reference, source, trained
+    )
 
 
 @pytest.mark.parametrize("cuts", [(0,), (5,), (0, 1, 2, 0x7F7F)])

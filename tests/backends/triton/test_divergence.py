@@ -41,15 +41,24 @@ def test_every_kind(spec):
     assert_twice_plain(make_case(n=9, vocab=300, width=20, dtype=FP32), spec)
 
 
-HALVES = [*((kind, BF16, 64) for kind in ("forward_kl", "reverse_kl", "jsd", "sampled_reverse_kl", "topk_reverse_kl")),
-          ("reverse_kl", BF16, 40), ("reverse_kl", FP16, 64), ("forward_kl", FP16, 40)]  # fmt: skip
+HALVES = [
+    *((kind, BF16, 64) for kind in ("forward_kl", "reverse_kl", "jsd", "sampled_reverse_kl", "topk_reverse_kl")),
+    ("reverse_kl", BF16, 40),
+    ("reverse_kl", FP16, 64),
+    ("forward_kl", FP16, 40),
+]
 
 
 @pytest.mark.parametrize(("kind", "dtype", "width"), HALVES, ids=str)
 def test_half_precision(kind, dtype, width):
     """The gradient of the logits is rounded to bf16 where everything is: still within twice."""
     spec = Divergence(kind, k=4 if kind.startswith("topk") else 0)
-    assert_twice_plain(make_case(n=40, vocab=520, width=width, teacher_width=width, dtype=dtype, spread=4, shaped=False, bias=dtype == FP16), spec)
+    assert_twice_plain(
+        make_case(
+            n=40, vocab=520, width=width, teacher_width=width, dtype=dtype, spread=4, shaped=False, bias=dtype == FP16
+        ),
+        spec,
+    )
 
 
 @pytest.mark.parametrize(("n", "vocab"), [(1, 1), (7, 31), (130, 65), (2, 1025), (0, 31)])
@@ -75,7 +84,10 @@ def test_chunks_of_the_vocabulary_are_merged(monkeypatch, numbers):
 
 def test_scores_are_the_references(monkeypatch):
     hidden, head, teacher, teacher_head, tokens = make_case(n=20, vocab=300, width=16, dtype=FP32)
-    score = lambda spec: linear_divergence(hidden, head, teacher, teacher_head, spec, tokens=tokens, scores=True)[1]  # noqa: E731
+
+    def score(spec):
+        return linear_divergence(hidden, head, teacher, teacher_head, spec, tokens=tokens, scores=True)[1]
+
     specs = Divergence("reverse_kl", k=6), Divergence("topk_reverse_kl", k=3)
     found = [score(spec) for spec in specs]
     monkeypatch.setattr(ops, "operator", lambda name, student: getattr(torch.ops.opdkernels, name))
@@ -91,7 +103,14 @@ def test_what_underflows_or_is_masked_is_the_references(monkeypatch, kind):
     found = {}
     for name in ("triton", "reference"):
         leaves = leaves_of(hidden.detach().clone(), Head(torch.eye(4), torch.zeros(4)))
-        loss = linear_divergence(leaves[0], Head(*leaves[1:]), hidden.flip(0).detach(), Head(torch.eye(4), masked), Divergence(kind), reduction="none")
+        loss = linear_divergence(
+            leaves[0],
+            Head(*leaves[1:]),
+            hidden.flip(0).detach(),
+            Head(torch.eye(4), masked),
+            Divergence(kind),
+            reduction="none",
+        )
         found[name] = [loss, *torch.autograd.grad(loss.sum(), leaves)]
         monkeypatch.setattr(ops, "operator", lambda name, student: getattr(torch.ops.opdkernels, name))
     for a, b in zip(*found.values(), strict=True):
@@ -133,7 +152,9 @@ def test_total_variation_from_a_teacher_of_nan_has_no_gradient_that_could_be_tak
     hidden, head, teacher, teacher_head, _ = make_case(n=5, width=16, dtype=FP32)
     teacher[1] = math.nan
     leaf = hidden.detach().clone().requires_grad_()
-    (grad,) = torch.autograd.grad(linear_divergence(leaf, head, teacher, teacher_head, Divergence("total_variation"), reduction="sum"), leaf)
+    (grad,) = torch.autograd.grad(
+        linear_divergence(leaf, head, teacher, teacher_head, Divergence("total_variation"), reduction="sum"), leaf
+    )
     assert grad.isnan().any(1).nonzero().flatten().tolist() == [1]
 
 
@@ -153,7 +174,9 @@ def test_autocast_rounds_no_product():
 def test_tokens_beyond_the_vocabulary_are_passed_over_and_seen():
     hidden, head, teacher, teacher_head, tokens = make_case(vocab=30, width=16, dtype=FP32)
     tokens[1], tokens[2] = 30, -1
-    loss = linear_divergence(hidden, head, teacher, teacher_head, Divergence("sampled_reverse_kl"), tokens=tokens, reduction="none")
+    loss = linear_divergence(
+        hidden, head, teacher, teacher_head, Divergence("sampled_reverse_kl"), tokens=tokens, reduction="none"
+    )
     assert loss.isnan().nonzero().flatten().tolist() == [1, 2]
 
 

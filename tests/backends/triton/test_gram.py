@@ -25,7 +25,14 @@ SHAPES = ((1, 1), (3, 7), (700, 1), (1025, 25), (65, 140))
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     """The interpreter takes its time a program and a step, not an element."""
-    for name, size in (("SIDE", 128), ("DEPTH", 64), ("PANEL", 16), ("PACK_LINES", 256), ("PACK_LENGTH", 256), ("SHARES", 2)):
+    for name, size in (
+        ("SIDE", 128),
+        ("DEPTH", 64),
+        ("PANEL", 16),
+        ("PACK_LINES", 256),
+        ("PACK_LENGTH", 256),
+        ("SHARES", 2),
+    ):
         monkeypatch.setattr(kernels, name, size)
 
 

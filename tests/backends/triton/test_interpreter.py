@@ -18,7 +18,9 @@ def test_kernels_equal_their_references(tmp_path):
     """One process for all families: loading torch and Triton takes seconds."""
     files = [str(Path(__file__).parent / name) for name in FAMILIES]
     command = [sys.executable, "-m", "pytest", "-W", "ignore", f"--junitxml={tmp_path / 'tests.xml'}", *files]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
     for test in xml.parse(tmp_path / "tests.xml").iter("testcase"):

@@ -69,7 +69,9 @@ def test_misaligned_views(dtype):
 def test_it_adds_to_what_is_there():
     source, runs = make_runs(2000)
     found = by_kernel(source[:700], [run[:700] for run in runs])
-    kernels.overlap_(source[700:], [run[700:] for run in runs], DEFAULT_CUT, *(torch.from_numpy(array) for array in found.arrays))
+    kernels.overlap_(
+        source[700:], [run[700:] for run in runs], DEFAULT_CUT, *(torch.from_numpy(array) for array in found.arrays)
+    )
     assert found == by_reference(source, runs)
 
 

@@ -28,7 +28,9 @@ by = Operators(kernels)
 @pytest.mark.parametrize("n", [0, 1, 31, 1023, 1025, 70_001])
 def test_every_width_and_size(dtype, n):
     cases = ((0.17, False), (0.01, True))
-    for density, difference in cases if n * dtype.itemsize < 1 << 18 else cases[1:]:  # a unit of a digest is a step of the interpreter
+    for density, difference in (
+        cases if n * dtype.itemsize < 1 << 18 else cases[1:]
+    ):  # a unit of a digest is a step of the interpreter
         by.assert_there_and_back(*make_bits(n, dtype, density), difference)
     v = make_bits(min(n, 5000), dtype, 0)[1]
     assert torch.equal(kernels.patch_digest(v), ops.reference_digest(v))
@@ -45,7 +47,9 @@ def test_many_tiles_a_block_and_many_programs(monkeypatch):
         monkeypatch.setattr(kernels, name, size)
     monkeypatch.setattr(launch, "PROGRAMS_PER_PROCESSOR", 3)
     w, v = make_bits(2 * BLOCK + 5000, torch.int16, 0.02)
-    v[: BLOCK // 2] = ~w[: BLOCK // 2]  # a block with a mask, one with offsets, one with a tile in which nothing changed
+    v[: BLOCK // 2] = ~w[
+        : BLOCK // 2
+    ]  # a block with a mask, one with offsets, one with a tile in which nothing changed
     v[2 * BLOCK :] = w[2 * BLOCK :]
     v[-3] ^= 5
     by.assert_there_and_back(w, v, True)
@@ -86,7 +90,10 @@ def test_offsets_are_compared_across_chunks(monkeypatch):
         bad = offsets.clone()
         bad[at] = bad[at - 1]
         for coded, expected in ((offsets, -1), (bad, 0)):
-            assert by.check(Changes(torch.tensor([40], dtype=torch.int32), coded.view(torch.uint8), offsets), 999) == expected
+            assert (
+                by.check(Changes(torch.tensor([40], dtype=torch.int32), coded.view(torch.uint8), offsets), 999)
+                == expected
+            )
 
 
 def test_a_mask_with_bits_beyond_the_end_is_refused():

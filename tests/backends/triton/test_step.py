@@ -52,9 +52,17 @@ def test_adamw(monkeypatch, precision, dtypes, places):
             grads = state.grads(dtypes[1])
             if compact:
                 grads = [g[m.to_bool()].float() for g, m in zip(grads, state.masks, strict=True)]
-            state.step(grads, grad_scale=torch.tensor(3.0), clip=torch.tensor(0.7), seed=7 << 40 | 3, starts=[2**33 + 5 * i for i in range(len(SIZES))])
+            state.step(
+                grads,
+                grad_scale=torch.tensor(3.0),
+                clip=torch.tensor(0.7),
+                seed=7 << 40 | 3,
+                starts=[2**33 + 5 * i for i in range(len(SIZES))],
+            )
 
-    assert_as_the_reference(monkeypatch, lambda: State(SIZES, dtype=dtypes[0], precision=precision, amsgrad=True, places=places), step)
+    assert_as_the_reference(
+        monkeypatch, lambda: State(SIZES, dtype=dtypes[0], precision=precision, amsgrad=True, places=places), step
+    )
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.4, 0.9), (0.5, 0.5)])
@@ -71,14 +79,26 @@ def test_adamw_options(monkeypatch, betas, amsgrad, maximize):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-@pytest.mark.parametrize(("momentum", "dampening", "nesterov"), [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.1, False), (0.9, 0.0, True)])
+@pytest.mark.parametrize(
+    ("momentum", "dampening", "nesterov"), [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.1, False), (0.9, 0.0, True)]
+)
 @pytest.mark.parametrize("maximize", [False, True])
 def test_sgd(monkeypatch, weight_decay, momentum, dampening, nesterov, maximize):
     def step(state):
         for t in (1, 2):
             scalars = sgd_scalars([t] * len(SIZES), 0.1, momentum, dampening, weight_decay)
-            masked_sgd(state.params, state.grads(BF16), state.held, state.offsets, scalars, momentum_buffers=state.m if momentum else (),
-                       nesterov=nesterov, maximize=maximize, extras=state.extras, precision="exact")  # fmt: skip
+            masked_sgd(
+                state.params,
+                state.grads(BF16),
+                state.held,
+                state.offsets,
+                scalars,
+                momentum_buffers=state.m if momentum else (),
+                nesterov=nesterov,
+                maximize=maximize,
+                extras=state.extras,
+                precision="exact",
+            )
 
     assert_as_the_reference(monkeypatch, lambda: State(SIZES, dtype=BF16, precision="exact"), step)
 
@@ -92,7 +112,12 @@ def test_cohorts_and_starts(monkeypatch, family, precision, dtype, places):
         state = State(SIZES, dtype=dtype, precision=precision, places=places)
         cohorts = [torch.randint(0, 3, (m.nnz,), generator=state.generator).to(torch.uint8) for m in state.masks]
         inits = [torch.randn(m.nnz, generator=state.generator).to(dtype) for m in state.masks]
-        state.options = {"cohorts": cohorts, "inits": inits, "rows": [3 * i for i in range(len(SIZES))], "ordinals": [5 * i for i in range(len(SIZES))]}
+        state.options = {
+            "cohorts": cohorts,
+            "inits": inits,
+            "rows": [3 * i for i in range(len(SIZES))],
+            "ordinals": [5 * i for i in range(len(SIZES))],
+        }
         return state
 
     def step(state):
@@ -103,14 +128,18 @@ def test_cohorts_and_starts(monkeypatch, family, precision, dtype, places):
             if family == "adamw":
                 masked_adamw(*common, state.m, state.v, adamw_scalars(steps, 1e-3, (0.9, 0.999), 1e-8, 0.1), **options)
             else:
-                masked_sgd(*common, sgd_scalars(steps, 1e-2, 0.9, 0.1, 0.1), momentum_buffers=state.m, nesterov=True, **options)
+                masked_sgd(
+                    *common, sgd_scalars(steps, 1e-2, 0.9, 0.1, 0.1), momentum_buffers=state.m, nesterov=True, **options
+                )
 
     assert_as_the_reference(monkeypatch, make, step)
 
 
 def test_a_launch_for_each_kind_of_tensors(monkeypatch):
     started, run = [], launch.run
-    monkeypatch.setattr(launch, "run", lambda *arguments, **options: started.append(options) or run(*arguments, **options))
+    monkeypatch.setattr(
+        launch, "run", lambda *arguments, **options: started.append(options) or run(*arguments, **options)
+    )
     monkeypatch.setattr(launch, "PROGRAMS_PER_PROCESSOR", 2)
     assert_as_the_reference(monkeypatch, Mixed, Mixed.step_all)
     assert len(started) == 4  # bf16 with bits; fp32 with bits; int64 places and starts; int32 places and cohorts
@@ -121,19 +150,31 @@ def test_many_tiles_a_block_and_many_programs(monkeypatch, tile):
     monkeypatch.setattr(kernels, "TILE", tile)
     monkeypatch.setattr(launch, "PROGRAMS_PER_PROCESSOR", 3)
     for places in (False, True):
-        assert_as_the_reference(monkeypatch, lambda places=places: State((5000, 1, 2048, 513), places=places), lambda state: state.step(state.grads()))
+        assert_as_the_reference(
+            monkeypatch,
+            lambda places=places: State((5000, 1, 2048, 513), places=places),
+            lambda state: state.step(state.grads()),
+        )
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
 @pytest.mark.parametrize("places", [False, True])
 def test_all_and_nothing(monkeypatch, density, places):
-    assert_as_the_reference(monkeypatch, lambda: State(SIZES, density=density, places=places), lambda state: state.step(state.grads()), moves=density > 0)
+    assert_as_the_reference(
+        monkeypatch,
+        lambda: State(SIZES, density=density, places=places),
+        lambda state: state.step(state.grads()),
+        moves=density > 0,
+    )
 
 
 @pytest.mark.parametrize("found", [0.0, 1.0, float("inf"), float("nan")])
 def test_found_inf_leaves_everything_as_it_was(monkeypatch, found):
     assert_as_the_reference(
-        monkeypatch, lambda: State(SIZES), lambda state: state.step(state.grads(), found_inf=torch.tensor(found)), moves=found == 0
+        monkeypatch,
+        lambda: State(SIZES),
+        lambda state: state.step(state.grads(), found_inf=torch.tensor(found)),
+        moves=found == 0,
     )
 
 
@@ -172,12 +213,17 @@ def test_places_beyond_two_billion(monkeypatch):
     taken = torch.empty(5)
     kernels.masked_take_(param, places, none, taken, False)
     small = expected.to(BF16)
-    ops.reference_adamw([small], [gradients], [torch.arange(5)], [none], [torch.zeros(5)], [torch.zeros(5)], [], *common)
+    ops.reference_adamw(
+        [small], [gradients], [torch.arange(5)], [none], [torch.zeros(5)], [torch.zeros(5)], [], *common
+    )
     assert torch.equal(param[places], small)
     assert torch.equal(taken, small.float())
 
 
 def test_a_million_coordinates(monkeypatch):
     monkeypatch.setattr(kernels, "TILE", 1 << 17)
-    make = lambda: State((1_000_003, 70_001), dtype=BF16, precision="exact")  # noqa: E731
+
+    def make():
+        return State((1_000_003, 70_001), dtype=BF16, precision="exact")
+
     assert_as_the_reference(monkeypatch, make, lambda state: state.step(state.grads(BF16)))
