@@ -448,7 +448,7 @@ def test_ignored_tokens_do_nothing_not_even_nan():
                 tokens=tokens,
                 valid=valid,
                 weights=weights,
-                **o,  # noqa: B023
+                **o,
             )
 
         each = call(None, hidden, reduction="none")
