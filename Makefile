@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+SOURCES := $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*)
 
 .PHONY: demo test test-fast lint bench gpu trainers clean
 

@@ -45,7 +45,8 @@ FLAGS = [
 ]
 SOURCES = [
     "csrc/bindings.cpp",
-    *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp") if X86 or p.stem not in ISA_FLAGS),
+    *sorted(str(p) for p in Path("csrc/common/cpu").glob("*.cpp") if X86 or p.stem not in ISA_FLAGS),
+    *sorted(str(p) for p in Path("csrc").glob("*/cpu.cpp")),
 ]
 CUDA_ARCHITECTURES = ("80", "90", "100")
 NVCC_FLAGS = [
@@ -62,12 +63,12 @@ NVCC_FLAGS = [
     "--threads",
     "0",
 ]
-CUDA_SOURCES = sorted(str(p) for p in Path("csrc/cuda").iterdir() if p.suffix in (".cu", ".cpp"))
+CUDA_SOURCES = [*sorted(str(p) for p in Path("csrc").glob("*/cuda.cu")), "csrc/common/cuda/runtime.cpp"]
 CUDA_DEPENDS = [
     *CUDA_SOURCES,
-    *sorted(str(p) for p in Path("csrc/cuda").glob("*.h")),
-    "csrc/numeric.h",
-    *(f"csrc/{Path(p).stem}.h" for p in CUDA_SOURCES if p.endswith(".cu")),
+    *sorted(str(p) for p in Path("csrc/common/cuda").glob("*.h")),
+    "csrc/common/numeric.h",
+    *(f"{Path(p).parent}/{Path(p).parent.name}.h" for p in CUDA_SOURCES if p.endswith(".cu")),
 ]
 
 

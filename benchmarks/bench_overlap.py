@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 
-from opdkernels.checkpoint.source import open_source
+from opdkernels.checkpoint.base import open_source
 from opdkernels.ops.overlap import Overlap, overlap
 
 

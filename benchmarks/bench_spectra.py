@@ -15,9 +15,9 @@ from benchmarks import data
 from benchmarks.bench_delta import run_watched
 from benchmarks.harness import paired
 from opdkernels import analyze
-from opdkernels.analysis.inspect import ASSUMED_FLOPS_S
+from opdkernels.analysis.headers import ASSUMED_FLOPS_S
 from opdkernels.analysis.matrices import cost, memory
-from opdkernels.checkpoint.source import open_source
+from opdkernels.checkpoint.base import open_source
 from opdkernels.ops.gram import gram, symmetric
 from opdkernels.spectral import randomized_svd
 from opdkernels.spectral.exact import singular_values

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import data, harness
-from opdkernels.checkpoint.source import open_source
+from opdkernels.checkpoint.base import open_source
 
 
 def pytest_addoption(parser):

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from opdkernels.distill.experiments import percent, table
+from opdkernels.experiments.runner import percent, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "experiments"

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from opdkernels.analysis.folder import processor
 from opdkernels.backends import cpu
+from opdkernels.runs.run_dir import processor
 
 
 def paired(contenders: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "cpu/dispatch.h"
-#include "cpu/mapped.h"
+#include "common/cpu/dispatch.h"
+#include "common/cpu/mapped.h"
 
 namespace py = pybind11;
 

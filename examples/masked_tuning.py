@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from smollm2_run import batch, load, weights
 
-from opdkernels.masks.sets import from_bools
+from opdkernels.masks.mask_set import from_bools
 from opdkernels.optim import MaskedAdamW, compact_gradients
 
 STEPS, RATE, CLIP = 50, 1e-6, 1.0

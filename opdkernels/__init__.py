@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from opdkernels import patch
     from opdkernels.analysis.overlap import Overlaps
     from opdkernels.analysis.result import Analysis, load
-    from opdkernels.analysis.trend import Trend
+    from opdkernels.analysis.trajectory import Trend
     from opdkernels.api import analyze, overlap, trend
 
 WHERE = {
@@ -22,7 +22,7 @@ WHERE = {
     "overlap": "opdkernels.api",
     "trend": "opdkernels.api",
     "Overlaps": "opdkernels.analysis.overlap",
-    "Trend": "opdkernels.analysis.trend",
+    "Trend": "opdkernels.analysis.trajectory",
     "Analysis": "opdkernels.analysis.result",
     "load": "opdkernels.analysis.result",
 }

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from opdkernels import report
 from opdkernels.analysis import overlap as overlaps
 from opdkernels.analysis import run
-from opdkernels.analysis import trend as trends
-from opdkernels.analysis.folder import finished
+from opdkernels.analysis import trajectory as trends
 from opdkernels.analysis.overlap import Overlaps, run_overlap
 from opdkernels.analysis.result import Analysis, load
-from opdkernels.analysis.trend import Trend
+from opdkernels.analysis.trajectory import Trend
+from opdkernels.config import AnalyzeOptions, OverlapOptions, TrendOptions, checked
 from opdkernels.errors import InputError, printable
-from opdkernels.options import AnalyzeOptions, OverlapOptions, TrendOptions, checked
 from opdkernels.progress import Progress
+from opdkernels.runs.run_dir import finished
 
 if TYPE_CHECKING:
     from opdkernels.distill.options import DistillOptions
@@ -38,7 +38,7 @@ def analyze(
 
     source, trained: folders, files or hub ids. out: the folder of the run, where tables, summary and report go and from
     which a killed run goes on; without it nothing is written. progress: called with bytes done, bytes in all and the
-    tensor at hand. options: the fields of `opdkernels.options.AnalyzeOptions` (memory="4GB", threads=None, io="auto",
+    tensor at hand. options: the fields of `opdkernels.config.AnalyzeOptions` (memory="4GB", threads=None, io="auto",
     revision=None, allow_missing=False, device="cpu", spectra="exact", csv=False, authors_csv=False, report=True,
     overwrite=False); device="cuda" counts on a GPU, to the same bits.
 
@@ -62,7 +62,7 @@ def overlap(
     """Compare which coordinates 2 to 16 runs of one source changed, with chance alone beside it.
 
     base: the source; runs: checkpoints trained from it; each a folder, a file or a hub id. out: the folder to write to;
-    without it nothing is written. options: the fields of `opdkernels.options.OverlapOptions` (atol=1e-5, strata=(),
+    without it nothing is written. options: the fields of `opdkernels.config.OverlapOptions` (atol=1e-5, strata=(),
     memory="4GB", threads=None, io="auto", revision=None, allow_missing=False, csv=False, report=True, overwrite=False).
 
     Raises InputError for input that cannot be read, UsageError for options that make no sense. Source of coverage and
@@ -87,7 +87,7 @@ def trend(
     base: the source; checkpoints: taken in the order of the steps in their names (checkpoint-200, step_0040), those without
     last. out: the folder to write to, each checkpoint's own analysis in steps/ below it; the same call with more
     checkpoints goes on, and what depends on the source alone is kept in factors/ (a fifth to four fifths of the source's
-    size, the more the squarer its matrices; free to delete between runs). options: the fields of `opdkernels.options.TrendOptions` (spectra="exact", atol=1e-5, memory="4GB",
+    size, the more the squarer its matrices; free to delete between runs). options: the fields of `opdkernels.config.TrendOptions` (spectra="exact", atol=1e-5, memory="4GB",
     threads=None, io="auto", revision=None, allow_missing=False, csv=False, report=True, overwrite=False).
 
     Raises InputError for input that cannot be read, UsageError for options that make no sense. docs/outputs.md defines
@@ -120,7 +120,7 @@ def experiment(
 
     Raises InputError for input that cannot be read, UsageError for options that make no sense.
     """
-    from opdkernels.distill.experiments import pair_of, run_experiment
+    from opdkernels.experiments.runner import pair_of, run_experiment
 
     folder = Path(out)
     result = run_experiment(name, options, folder, seeds=seeds, density=density, arms=arms, quiet=quiet)

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from opdkernels.backends import cpu, cuda, devices, select, triton
+from opdkernels.backends import cpu, cuda, devices, dispatch, triton
 from opdkernels.errors import printable
+from opdkernels.ops import all_operators
 from opdkernels.version import __version__
 
 
@@ -25,12 +26,12 @@ def installed(package: str) -> str | None:
 
 def cuda_kernels() -> str:
     """Who serves tensors on a GPU, and why those before it in the order do not."""
-    if select.forced() == select.REFERENCE:
+    if dispatch.forced_backend() == dispatch.REFERENCE:
         return "not used: OPDKERNELS_BACKEND=reference asks for the reference"
     passed_over = [
         f"not {name}: {why}" for name, why in (("CUDA C++", cuda.why_not()), ("Triton", triton.why_not())) if why
     ]
-    if select.forced() == "triton" and not triton.why_not():
+    if dispatch.forced_backend() == "triton" and not triton.why_not():
         return "Triton serves tensors on a GPU: OPDKERNELS_BACKEND=triton"
     if not cuda.why_not():
         origin = (
@@ -62,6 +63,10 @@ def examine() -> dict[str, Any]:
         why = f"built, but OPDKERNELS_BACKEND={forced} asks for the reference"
     else:
         why = "built and used"
+    operators = all_operators()
+    cpu_operators = sorted(
+        n for n, operator in operators.items() if dispatch.select_backend(operator.family, "cpu") == "cpu"
+    )
     return {
         "opdkernels": __version__,
         "python": platform.python_version(),
@@ -69,7 +74,7 @@ def examine() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_kernels": why,
-        "cpu_operators": sorted(cpu.KERNELS) if module is not None and cpu.wanted() else [],
+        "cpu_operators": cpu_operators,
         "built_with": f"GCC {module.compiler}" if module is not None else None,
         "openmp": module.openmp if module is not None else None,
         "instruction_sets": module.available_isas() if module is not None else [],
@@ -84,7 +89,7 @@ def examine() -> dict[str, Any]:
         "cuda_devices": gpus(),
         "cuda_devices_why_none": "" if torch.cuda.is_available() or not torch.version.cuda else devices.why_none(),
         "cuda_kernels": cuda_kernels(),
-        "cuda_operators": {name: select.chosen(name, "cuda") for name in sorted({*triton.FAMILIES, *cuda.FAMILIES})},
+        "cuda_operators": {name: dispatch.select_backend(operators[name].family, "cuda") for name in sorted(operators)},
         "huggingface_hub": installed("huggingface_hub"),
         "safetensors": installed("safetensors"),
         "pandas": importlib.util.find_spec("pandas") is not None,

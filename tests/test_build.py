@@ -31,7 +31,7 @@ FLAGS = [
 PROGRAM = r"""
 #include <cstdio>
 #include <cstring>
-#include "csrc/cpu/dispatch.h"
+#include "csrc/common/cpu/dispatch.h"
 int main() {
   static opd_u16 w[3000], v[3000];
   static float x[3000], y[3000];
@@ -59,7 +59,11 @@ int main() {
 def compile_program(compiler: str, folder: Path, x86: bool) -> Path:
     program = folder / "program.cpp"
     program.write_text(PROGRAM)
-    sources = [p for p in (ROOT / "csrc/cpu").glob("*.cpp") if x86 or p.stem not in ("isa_avx2", "isa_avx512")]
+    sources = [
+        p
+        for p in [*(ROOT / "csrc/common/cpu").glob("*.cpp"), *(ROOT / "csrc").glob("*/cpu.cpp")]
+        if x86 or p.stem not in ("isa_avx2", "isa_avx512")
+    ]
     out = folder / "program"
     plain = [str(p) for p in sources if p.stem not in ("isa_avx2", "isa_avx512")]
     objects = []
@@ -73,7 +77,7 @@ def compile_program(compiler: str, folder: Path, x86: bool) -> Path:
                     "-Wno-maybe-uninitialized",
                     *flags,
                     "-c",
-                    str(ROOT / f"csrc/cpu/{name}.cpp"),
+                    str(ROOT / f"csrc/common/cpu/{name}.cpp"),
                     "-o",
                     objects[-1],
                 ],

@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from opdkernels import cli
-from opdkernels.options import AnalyzeOptions, OverlapOptions
+from opdkernels.config import AnalyzeOptions, OverlapOptions
 from tests.analysis.conftest import pair, save, trained, weights  # noqa: F401
 
 
@@ -102,8 +102,8 @@ def test_doctor_names_the_kernels_that_serve():
         (["patch", "info", "nowhere"], 4, "nowhere does not exist"),
         (["patch", "create", "a", "b"], 2, "--out"),
         (["patch", "mend"], 2, "mend"),
-        (["intervene", "nowhere", "nowhere", "--where", "mlp", "-o", "out"], 4, "nowhere does not exist"),
-        (["intervene", "nowhere", "nowhere", "-o", "out"], 2, "give masks, or where, or both"),
+        (["graft", "nowhere", "nowhere", "--where", "mlp", "-o", "out"], 4, "nowhere does not exist"),
+        (["graft", "nowhere", "nowhere", "-o", "out"], 2, "give masks, or where, or both"),
         (["analyze", "a", "b", "-o", "out", "--memory", "1"], 2, "64MB is the least"),
         (["analyze", "a", "b", "-o", "out", "--threads", "0"], 2, "threads"),
         (["overlap", "a", "b", "c", "-o", "out", "--strata", "diagonal"], 2, "strata"),
@@ -197,9 +197,9 @@ def test_a_patch_goes_and_comes_back(pair, tmp_path):  # noqa: F811
 
 
 def test_a_part_of_a_change_is_written(pair, tmp_path):  # noqa: F811
-    found = json.loads(run("intervene", *pair, "--where", "mlp", "-o", tmp_path / "out", "--json").stdout)
+    found = json.loads(run("graft", *pair, "--where", "mlp", "-o", tmp_path / "out", "--json").stdout)
     assert 0 < found["kept"] < found["changed"]
-    other = run("intervene", *pair, "--where", "mlp", "--revert", "-o", tmp_path / "rest").stdout
+    other = run("graft", *pair, "--where", "mlp", "--revert", "-o", tmp_path / "rest").stdout
     assert f"{found['changed'] - found['kept']:,} of the {found['changed']:,} changed coordinates are TUNED's" in other
 
 
@@ -224,7 +224,7 @@ def test_files_that_the_base_lacks_end_with_status_3(pair, tmp_path):  # noqa: F
         "trend",
         "distill",
         "experiment",
-        "intervene",
+        "graft",
         "patch create",
         "patch apply",
         "patch info",

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import backends, build, checks, record, timings
-from benchmarks.gpu.backends import CPU, REFERENCE, Backend, started_by
+from benchmarks.gpu.backends import CPU, REFERENCE, Backend, serves, started_by
 from benchmarks.gpu.checks import CHECKS, Unproved
 from benchmarks.gpu.families import FAMILIES, Place, run_delta
 from benchmarks.gpu.worker import lost as worker_lost
@@ -65,15 +65,14 @@ def test_on_the_cpu(check, family, backend):
 
 
 @needs_compiler
-@pytest.mark.parametrize("family", [name for name in FAMILIES if (ROOT / f"csrc/cuda/{name}.cu").is_file()])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if (ROOT / f"csrc/{name}/cuda.cu").is_file()])
 def test_cuda_kernels_on_fibers(monkeypatch, family):
     """The checks start CUDA C++ as they will on a GPU, from the origin that they name."""
-    from opdkernels.backends import cuda
     from opdkernels.backends.cuda import launch
 
     kernels = compiled(family)
     run_on(monkeypatch, kernels)
-    backend = Backend("fibers", started_by(kernels), cuda.FAMILIES.__contains__)
+    backend = Backend("fibers", started_by(kernels), serves("cuda"))
     monkeypatch.setattr(launch, "kernels", lambda: pytest.fail("another origin was started"))
     assert backend.serves_all(FAMILIES[family])
     checks.equals_the_cpu(FAMILIES[family], backend, HERE, (0, 31, 300))
@@ -82,7 +81,7 @@ def test_cuda_kernels_on_fibers(monkeypatch, family):
 
 def test_every_family_has_its_checks():
     assert set(FAMILIES) == set(WORDS)
-    assert {operator for family in FAMILIES.values() for operator in family.operators} == set(backends.REFERENCES)
+    assert {operator for family in FAMILIES.values() for operator in family.operators} == set(backends.OPERATORS)
 
 
 def spoilt(name: str, spoil) -> Backend:

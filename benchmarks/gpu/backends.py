@@ -10,9 +10,12 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.gpu.families import REFERENCES, Family, Kernel
-from opdkernels.backends import cpu, cuda, triton
+from benchmarks.gpu.families import Family, Kernel
+from opdkernels.backends import cpu, dispatch, triton
 from opdkernels.backends.cuda import launch
+from opdkernels.ops import all_operators
+
+OPERATORS = all_operators()
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,22 @@ class Backend:
         return all(self.serves(operator) for operator in family.operators)
 
 
+def kernel_of(backend: str) -> Kernel:
+    """The package's kernels for one backend."""
+    return lambda operator: dispatch.load_kernel(OPERATORS[operator].family, backend, operator)
+
+
+def serves(backend: str) -> Callable[[str], bool]:
+    return lambda operator: dispatch.has_kernels(OPERATORS[operator].family, backend)
+
+
 def started_by(kernels: Any) -> Kernel:
     """CUDA C++ from one origin: the library of the install, or NVRTC."""
 
     def kernel(operator: str) -> Callable:
         def call(*arguments: Any) -> Any:
             with patch.object(launch, "kernels", lambda: kernels):
-                return cuda.kernel(operator)(*arguments)
+                return kernel_of("cuda")(operator)(*arguments)
 
         return call
 
@@ -45,15 +57,19 @@ def dispatched(operator: str) -> Callable:
     return getattr(torch.ops.opdkernels, operator)
 
 
+def reference(operator: str) -> Callable:
+    return OPERATORS[operator].reference
+
+
 def on_the_cpu(operator: str) -> Callable:
     """What serves the CPU: of `divergence`, whose time goes into torch's own products, the reference."""
-    return cpu.kernel(operator) if operator in cpu.KERNELS else REFERENCES[operator]
+    return kernel_of("cpu")(operator) if serves("cpu")(operator) else reference(operator)
 
 
-REFERENCE = Backend("reference", REFERENCES.__getitem__, REFERENCES.__contains__)
-CPU = Backend("CPU", on_the_cpu, REFERENCES.__contains__) if cpu._C is not None else REFERENCE
-PACKAGE = Backend("package", dispatched, REFERENCES.__contains__)
-TRITON = Backend("Triton", triton.kernel, triton.FAMILIES.__contains__)
+REFERENCE = Backend("reference", reference, OPERATORS.__contains__)
+CPU = Backend("CPU", on_the_cpu, OPERATORS.__contains__) if cpu._C is not None else REFERENCE
+PACKAGE = Backend("package", dispatched, OPERATORS.__contains__)
+TRITON = Backend("Triton", kernel_of("triton"), serves("triton"))
 
 
 def found(device: torch.device) -> tuple[list[Backend], list[str]]:
@@ -75,7 +91,7 @@ def found(device: torch.device) -> tuple[list[Backend], list[str]]:
     for name, found_major, make in origins:
         if major and found_major == major:
             try:
-                backends.append(Backend(name, started_by(make()), cuda.FAMILIES.__contains__))
+                backends.append(Backend(name, started_by(make()), serves("cuda")))
             except Exception as error:
                 missing.append(f"{name}: {error}")
         else:

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu.backends import CPU, Backend
 from benchmarks.gpu.families import Case, Family, Place, pair
-from opdkernels.checkpoint import feed
+from opdkernels.checkpoint import streaming as feed
 from opdkernels.ops import delta, gram
 from opdkernels.spectral.exact import from_grams
 

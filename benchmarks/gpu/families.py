@@ -13,32 +13,15 @@ from typing import Any
 
 import torch
 
-from opdkernels.ops import delta, gram, overlap, patch, quantile, step, tiles
+from opdkernels.ops import gram, overlap, patch, step
 from opdkernels.ops.delta import BINS, COUNTS, DEFAULT_CUTS, SUM_LIMBS, THRESHOLDS, from_limbs, to_limbs
+from opdkernels.ops.divergence import tiles
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 INT64, BYTES = torch.int64, torch.uint8
 SENTINEL = 85
 GUARD = 16  # elements between a tensor and the ends of its memory
 
-REFERENCES: dict[str, Callable] = {
-    "delta_": delta.reference,
-    "overlap_": overlap.reference,
-    "quantile": quantile.reference,
-    "gram_": gram.reference,
-    "patch_gather_": patch.reference_gather,
-    "patch_scatter_": patch.reference_scatter,
-    "patch_check": patch.reference_check,
-    "patch_digest": patch.reference_digest,
-    "masked_adamw_": step.reference_adamw,
-    "masked_sgd_": step.reference_sgd,
-    "masked_take_": step.reference_take,
-    "masked_put_": step.reference_put,
-    "divergence_scan": tiles.divergence_scan,
-    "divergence_means": tiles.divergence_means,
-    "divergence_backward": tiles.divergence_backward,
-    "divergence_top": tiles.divergence_top,
-}
 Kernel = Callable[[str], Callable]  # what serves an operator
 
 

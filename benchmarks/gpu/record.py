@@ -19,17 +19,21 @@ MARKS = {"passed": "yes", "failed": "**failed**", "unproved": "not shown", "not 
 
 
 CUDA = (
-    "csrc/numeric.h",
-    "csrc/{}.h",
-    "csrc/cuda/grid.h",
-    "csrc/cuda/active.h",
-    "csrc/cuda/{}.cu",
-    "opdkernels/backends/cuda/{}.py",
+    "csrc/common/numeric.h",
+    "csrc/{0}/{0}.h",
+    "csrc/common/cuda/grid.h",
+    "csrc/common/cuda/active.h",
+    "csrc/{0}/cuda.cu",
+    "opdkernels/ops/{0}/cuda.py",
 )
 KERNELS = {
     "CUDA library": CUDA,
     "NVRTC": (*CUDA, "opdkernels/backends/cuda/launch.py"),
-    "Triton": tuple(f"opdkernels/backends/triton/{name}.py" for name in ("{}", "numeric", "launch")),
+    "Triton": (
+        "opdkernels/ops/{0}/triton.py",
+        "opdkernels/backends/triton/numeric.py",
+        "opdkernels/backends/triton/launch.py",
+    ),
 }  # the files that make a family's machine code, by who serves
 CHANGED = "†"
 

@@ -19,9 +19,9 @@ from benchmarks.gpu.backends import Backend
 from benchmarks.gpu.checks import on_gpu
 from benchmarks.gpu.families import BF16, BINS, FP32, FP64, Kernel, Place
 from benchmarks.gpu.record import sources_of
-from opdkernels.ops import gram, patch, step, tiles
+from opdkernels.ops import gram, patch, step
 from opdkernels.ops.delta import THRESHOLDS, pattern
-from opdkernels.ops.divergence import Divergence, divergence
+from opdkernels.ops.divergence import Divergence, divergence, tiles
 
 ROUNDS = 7
 LARGEST = 1 << 28  # coordinates

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import checks, timings
-from benchmarks.gpu.backends import CPU, found
+from benchmarks.gpu.backends import CPU, OPERATORS, found
 from benchmarks.gpu.families import FAMILIES
-from opdkernels.backends import select
+from opdkernels.backends import dispatch
 
 SMALL = (0, 31, 1025, 5001)
 ALONE = (
@@ -149,7 +149,9 @@ def machine(device: torch.device) -> dict[str, Any]:
         about = {"name": platform.machine()}
     backends, missing = found(device)
     served = {
-        operator: select.chosen(operator, device.type) for family in FAMILIES.values() for operator in family.operators
+        operator: dispatch.select_backend(OPERATORS[operator].family, device.type)
+        for family in FAMILIES.values()
+        for operator in family.operators
     }
     return {
         "machine": about

@@ -20,12 +20,12 @@ import torch
 
 from opdkernels.analysis.factors import Factors
 from opdkernels.analysis.matrices import TOPK, Matrix, matrices, views_of
-from opdkernels.analysis.records import Record, Records
-from opdkernels.analysis.similarity import DEFICIENT, TOP, Similarity, Vectors, to_the_last
-from opdkernels.analysis.spectra import FINAL, SUBSPACE, UNDERFLOW, SpectrumRecord
-from opdkernels.checkpoint.pair import ITEM_BYTES, Pair
+from opdkernels.checkpoint.match import ITEM_BYTES, Pair
+from opdkernels.metrics.similarity import DEFICIENT, TOP, Similarity, Vectors, to_the_last
+from opdkernels.metrics.spectra import FINAL, SUBSPACE, UNDERFLOW, SpectrumRecord
 from opdkernels.ops.gram import change, gram, symmetric
 from opdkernels.progress import Progress, amount
+from opdkernels.runs.records import Record, Records
 from opdkernels.spectral import principal
 from opdkernels.spectral.exact import (
     BLOCK,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from opdkernels.checkpoint.pair import Match, Pair
+from opdkernels.checkpoint.match import Match, Pair
 
 TOPK = 64  # singular values of `topk`: the largest k of the figures
 

@@ -15,15 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opdkernels.analysis import tables
-from opdkernels.analysis.coordinates import to_bf16_pattern
-from opdkernels.analysis.folder import describe, opened, readable
-from opdkernels.analysis.records import write_json
 from opdkernels.analysis.run import slices, threads
+from opdkernels.checkpoint.base import open_source
+from opdkernels.checkpoint.match import ITEM_BYTES, Match, Pair, match
 from opdkernels.checkpoint.names import place
-from opdkernels.checkpoint.pair import ITEM_BYTES, Match, Pair, match
-from opdkernels.checkpoint.source import open_source
+from opdkernels.config import OverlapOptions
 from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.metrics import groups as tables
+from opdkernels.metrics.coordinates import to_bf16_pattern
 from opdkernels.ops.overlap import (
     MAX_RUNS,
     Overlap,
@@ -33,8 +32,9 @@ from opdkernels.ops.overlap import (
     strata_chance,
     z_score,
 )
-from opdkernels.options import OverlapOptions
 from opdkernels.progress import Progress
+from opdkernels.runs.records import write_json
+from opdkernels.runs.run_dir import describe, opened, readable
 
 
 @dataclass

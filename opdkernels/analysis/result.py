@@ -11,14 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opdkernels.analysis import geometry as geometry_of
-from opdkernels.analysis import tables
-from opdkernels.analysis.folder import finished, readable
-from opdkernels.analysis.records import Record, tallies
-from opdkernels.analysis.spectra import FINAL, SpectrumRecord
-from opdkernels.analysis.spectra import spectra as spectrum_records
 from opdkernels.errors import InputError, printable
+from opdkernels.metrics import geometry as geometry_of
+from opdkernels.metrics import groups as tables
+from opdkernels.metrics.spectra import FINAL, SpectrumRecord
+from opdkernels.metrics.spectra import spectra as spectrum_records
 from opdkernels.ops.delta import Tally
+from opdkernels.runs.records import Record, tallies
+from opdkernels.runs.run_dir import finished, readable
 
 
 @dataclass

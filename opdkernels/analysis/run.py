@@ -15,22 +15,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdkernels.analysis import authors, null, tables
 from opdkernels.analysis.compute import Facts, Job, Rules, compute_all
-from opdkernels.analysis.coordinates import RATIOS, VIEWS, Columns, SparseTally, figures, ratio_label, to_bf16_pattern
-from opdkernels.analysis.folder import describe, opened
-from opdkernels.analysis.records import Record, Records, tallies, write_json
 from opdkernels.analysis.result import Analysis
-from opdkernels.analysis.spectra import SpectrumRecord
-from opdkernels.analysis.spectra import spectra as spectra_records
 from opdkernels.backends.devices import device_of
-from opdkernels.checkpoint import feed
+from opdkernels.checkpoint import streaming as feed
+from opdkernels.checkpoint.match import Pair, open_pair
 from opdkernels.checkpoint.names import place
-from opdkernels.checkpoint.pair import Pair, open_pair
+from opdkernels.compat import paper_csv as authors
+from opdkernels.config import AnalyzeOptions
 from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.metrics import groups as tables
+from opdkernels.metrics import rounding_null as null
+from opdkernels.metrics.coordinates import RATIOS, VIEWS, Columns, SparseTally, figures, ratio_label, to_bf16_pattern
+from opdkernels.metrics.spectra import SpectrumRecord
+from opdkernels.metrics.spectra import spectra as spectra_records
 from opdkernels.ops.delta import DEFAULT_CUTS, STORED, ULP_REACH, Tally, delta
-from opdkernels.options import AnalyzeOptions
 from opdkernels.progress import Progress
+from opdkernels.runs.records import Record, Records, tallies, write_json
+from opdkernels.runs.run_dir import describe, opened
 
 CPU = torch.device("cpu")
 CURVE = [float(f"{10 ** (k / 10):.4g}") for k in range(-90, -9)]  # 1e-9 .. 1e-1

@@ -6,9 +6,9 @@ import os
 import re
 
 from opdkernels.checkpoint import formats
+from opdkernels.checkpoint.base import MAX_HEADER_BYTES
 from opdkernels.checkpoint.safetensors import SafetensorsFile
 from opdkernels.checkpoint.sharded import FileSource, Shard, open_sharded, read_json
-from opdkernels.checkpoint.source import MAX_HEADER_BYTES
 from opdkernels.checkpoint.torchfile import TorchFile
 from opdkernels.errors import InputError, printable
 

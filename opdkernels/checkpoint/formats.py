@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from opdkernels.checkpoint.source import TensorInfo
+from opdkernels.checkpoint.base import TensorInfo
 from opdkernels.errors import InputError, printable
 
 FSDP_SHARD = re.compile(r"(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt")

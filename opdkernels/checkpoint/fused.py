@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from opdkernels.checkpoint.base import TensorInfo
 from opdkernels.checkpoint.names import canonical
-from opdkernels.checkpoint.source import TensorInfo
 
 # Only what is concatenated along the rows, part after part. GPT-NeoX's query_key_value is interleaved by head and
 # GPT-2's c_attn is concatenated along the columns: their parts are no ranges.

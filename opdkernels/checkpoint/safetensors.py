@@ -11,8 +11,8 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, FileFact, TensorInfo
 from opdkernels.checkpoint.openfile import TOO_MANY_FILES, Buffer, OpenFile, bits_dtype, exhausted, torch_dtype
-from opdkernels.checkpoint.source import MAX_HEADER_BYTES, MAX_TENSORS, FileFact, TensorInfo
 from opdkernels.errors import InputError, printable
 
 if TYPE_CHECKING:

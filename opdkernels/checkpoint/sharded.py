@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, FileFact, TensorInfo
 from opdkernels.checkpoint.openfile import Buffer
 from opdkernels.checkpoint.safetensors import DuplicateKey, unique_keys
-from opdkernels.checkpoint.source import MAX_HEADER_BYTES, MAX_TENSORS, FileFact, TensorInfo
 from opdkernels.errors import InputError, printable
 
 if TYPE_CHECKING:

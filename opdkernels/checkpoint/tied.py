@@ -6,8 +6,8 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from opdkernels.checkpoint.base import Source, TensorInfo
 from opdkernels.checkpoint.names import place
-from opdkernels.checkpoint.source import Source, TensorInfo
 from opdkernels.errors import printable
 
 

@@ -14,8 +14,8 @@ import struct
 import zipfile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, FileFact, TensorInfo
 from opdkernels.checkpoint.openfile import TORCH_DTYPES, Buffer, OpenFile, bits_dtype, torch_dtype
-from opdkernels.checkpoint.source import MAX_HEADER_BYTES, MAX_TENSORS, FileFact, TensorInfo
 from opdkernels.checkpoint.statedict import find_state_dict
 from opdkernels.errors import InputError, printable
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
+from opdkernels.checkpoint.base import Source, open_source
 from opdkernels.checkpoint.names import twins
-from opdkernels.checkpoint.source import Source, open_source
 from opdkernels.distill.options import DistillOptions
-from opdkernels.distill.ranks import Ranks
+from opdkernels.distill.world import Ranks
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.masks import MaskSet
 from opdkernels.optim import MaskedAdamW, MaskedSGD
-from opdkernels.optim.bind import local_part, plain_name
+from opdkernels.optim.binding import local_part, plain_name
 from opdkernels.optim.masked import MaskedOptimizer
 from opdkernels.spectral.randomized import RandomizedSVD, randomized_svd
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from opdkernels.config import DeviceOrAuto, checked
 from opdkernels.errors import InputError, UsageError, printable
-from opdkernels.options import DeviceOrAuto, checked
 
 if TYPE_CHECKING:
     from opdkernels.ops.divergence import Divergence

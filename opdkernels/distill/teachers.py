@@ -28,7 +28,7 @@ from opdkernels.distill.rollout import Rollout, beside, encode
 from opdkernels.errors import InputError, printable
 from opdkernels.ops.divergence import Head
 from opdkernels.optim.active import active_of, put_active
-from opdkernels.optim.bind import Shard, local_part
+from opdkernels.optim.binding import Shard, local_part
 from opdkernels.optim.masked import MaskedOptimizer
 
 UNCUT = 1 << 60  # tokens of a prompt with what is privileged

@@ -1,24 +1,71 @@
-"""What is computed: one file a kernel family. Each holds the schema, the fake kernel, the reference and the public function."""
+"""What is computed: one folder per kernel family, and the registration of operators with PyTorch.
+
+`opdkernels/ops/<family>/__init__.py` holds the schema, the reference in plain PyTorch (the definition) and the public
+function; `cpu.py`, `cuda.py` and `triton.py` beside it hold the kernels of those backends.
+"""
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import torch
 
-from opdkernels.backends import select
+from opdkernels.backends import dispatch
 
 LIBRARY = torch.library.Library("opdkernels", "DEF")
 
 
-def register(schema: str, reference: Callable, fake: Callable) -> None:
-    """Declare an operator: the reference serves every device that has no kernel of its own."""
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+@dataclass(frozen=True)
+class Operator:
+    """A registered operator of a kernel family."""
+
+    name: str
+    family: str
+    schema: str
+    reference: Callable[..., Any]
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def no_outputs(*arguments: Any) -> None:
+    """The fake of an operator that only writes to its arguments."""
+
+
+def register(family: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any] | None = None) -> None:
+    """Register an operator of a kernel family with PyTorch.
+
+    Args:
+        family: Name of the folder under `opdkernels/ops` that holds the kernels.
+        schema: Schema of the operator, as `torch.library.define` takes it.
+        reference: The definition in plain PyTorch; runs on every device without a kernel.
+        fake: Computes the shapes and dtypes of the outputs. Not needed for an operator that returns nothing.
+
+    Raises:
+        ValueError: The operator returns something and has no fake.
+    """
     name = schema.split("(", 1)[0]
+    if fake is None:
+        if not schema.endswith("-> ()"):
+            raise ValueError(f"{name} returns something; give register() a fake")
+        fake = no_outputs
+    OPERATORS[name] = Operator(name, family, schema, reference)
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"opdkernels::{name}", fake, lib=LIBRARY)
-    for key, kernel in select.kernels(name).items():
+    for key, kernel in dispatch.kernels(family, name).items():
         LIBRARY.impl(name, kernel, key)
+
+
+def all_operators() -> dict[str, Operator]:
+    """Every operator of the package by name; imports all kernel families."""
+    for module in pkgutil.iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
+    return dict(OPERATORS)
 
 
 def localise(tensor: torch.Tensor) -> torch.Tensor:

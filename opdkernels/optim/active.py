@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from opdkernels.ops.step import places_of
-from opdkernels.optim.bind import Shard, local_part
+from opdkernels.optim.binding import Shard, local_part
 
 
 def active_of(tensor: torch.Tensor, shard: Shard) -> torch.Tensor:

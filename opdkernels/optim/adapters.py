@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from opdkernels.optim.bind import Masks
+from opdkernels.optim.binding import Masks
 from opdkernels.optim.masked import MaskedAdamW, MaskedOptimizer
 
 

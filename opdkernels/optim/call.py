@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from opdkernels.ops.step import STEP
-from opdkernels.optim.bind import Binding, Shard
+from opdkernels.optim.binding import Binding, Shard
 
 EXTRAS = {"exact": "remainder", "kahan": "compensation"}  # what the state of a bf16 weight holds beside its moments
 

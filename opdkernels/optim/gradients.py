@@ -10,7 +10,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from opdkernels.optim.active import active_of, put_active
-from opdkernels.optim.bind import as_sharded, local_gradient, local_part
+from opdkernels.optim.binding import as_sharded, local_gradient, local_part
 from opdkernels.optim.masked import MaskedOptimizer, Place, named
 
 

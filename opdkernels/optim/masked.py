@@ -30,7 +30,7 @@ from opdkernels.ops.step import (
     sgd_scalars,
 )
 from opdkernels.optim.active import active_of, restore
-from opdkernels.optim.bind import Binder, Binding, Masks, Shard, is_dtensor, local_gradient, local_part
+from opdkernels.optim.binding import Binder, Binding, Masks, Shard, is_dtensor, local_gradient, local_part
 from opdkernels.optim.call import EXTRAS, Call, Ready
 from opdkernels.optim.options import is_number, refuse_options
 

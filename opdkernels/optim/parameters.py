@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from opdkernels.errors import printable
 from opdkernels.optim.active import active_of, put_active
-from opdkernels.optim.bind import Binder, Binding, Masks, is_dtensor, local_gradient, plain_name
+from opdkernels.optim.binding import Binder, Binding, Masks, is_dtensor, local_gradient, plain_name
 
 
 class MaskedParameters(torch.nn.Module):

@@ -13,7 +13,7 @@
 
 from opdkernels.patch.apply import apply, apply_to
 from opdkernels.patch.create import create
-from opdkernels.patch.intervene import intervene
+from opdkernels.patch.graft import graft
 from opdkernels.patch.manifest import info, lines
 
-__all__ = ["apply", "apply_to", "create", "info", "intervene", "lines"]
+__all__ = ["apply", "apply_to", "create", "graft", "info", "lines"]

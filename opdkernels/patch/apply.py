@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from opdkernels.checkpoint.base import TensorInfo, open_source
 from opdkernels.checkpoint.safetensors import SafetensorsFile, stored_dtype
 from opdkernels.checkpoint.sharded import FileSource
-from opdkernels.checkpoint.source import TensorInfo, open_source
 from opdkernels.checkpoint.torchfile import torch_dtype_name
 from opdkernels.errors import InputError, printable
 from opdkernels.ops.patch import BITS, BLOCK, Changes, bits, digest, scatter

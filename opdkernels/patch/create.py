@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, open_source
 from opdkernels.checkpoint.safetensors import stored_dtype
 from opdkernels.checkpoint.sharded import FileSource
-from opdkernels.checkpoint.source import MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, open_source
 from opdkernels.errors import InputError, printable
 from opdkernels.ops.patch import Room, digest, gather
 from opdkernels.patch import output, segments

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from opdkernels.checkpoint.base import TensorInfo
 from opdkernels.checkpoint.openfile import Buffer, choose_io
 from opdkernels.checkpoint.safetensors import DuplicateKey, SafetensorsFile, dtype_name, stored_dtype, unique_keys
-from opdkernels.checkpoint.source import TensorInfo
 from opdkernels.errors import InputError, printable
 from opdkernels.progress import amount
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from opdkernels.analysis.overlap import Overlaps
 from opdkernels.analysis.result import Analysis
-from opdkernels.analysis.trend import Trend
+from opdkernels.analysis.trajectory import Trend
 from opdkernels.files import write_atomically
-from opdkernels.report import format
+from opdkernels.report import formatting as format
 from opdkernels.version import __version__
 
 HERE = Path(__file__).parent
@@ -60,7 +60,7 @@ def write_trend(folder: Path, result: Trend) -> Path:
 
 def render_trend(result: Trend) -> str:
     """The page of a `trend` run as HTML; the same bytes for the same result."""
-    from opdkernels.report.trend import content
+    from opdkernels.report.trajectory import content
 
     return render_page("trend.html", content(result))
 

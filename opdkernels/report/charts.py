@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from opdkernels.report.format import MISSING, count, percent, significant, times
+from opdkernels.report.formatting import MISSING, count, percent, significant, times
 
 SEQUENTIAL_STEPS = 9
 DIVERGING_STEPS = 11

@@ -8,9 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from opdkernels.analysis.coordinates import RATIOS, VIEWS, ratio_label
 from opdkernels.analysis.result import Analysis
-from opdkernels.report import charts, format
+from opdkernels.metrics.coordinates import RATIOS, VIEWS, ratio_label
+from opdkernels.report import charts
+from opdkernels.report import formatting as format
 from opdkernels.report.answer import COVERAGE, WITHIN, answer, fit
 from opdkernels.report.facts import MOST_LISTED as MOST_LISTED
 from opdkernels.report.facts import facts, files, left_out

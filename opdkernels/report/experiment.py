@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opdkernels.report import charts, format
+from opdkernels.report import charts
+from opdkernels.report import formatting as format
 from opdkernels.report.glossary import glossary
 from opdkernels.report.tables import Cell, Column, build
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opdkernels.errors import printable
-from opdkernels.report import format
+from opdkernels.report import formatting as format
 
 MOST_LISTED = 200
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from opdkernels.analysis.coordinates import RATIOS, ratio_label
-from opdkernels.analysis.geometry import TOP, random_decay, random_spectrum
 from opdkernels.analysis.result import Analysis
+from opdkernels.metrics.coordinates import RATIOS, ratio_label
+from opdkernels.metrics.geometry import TOP, random_decay, random_spectrum
 from opdkernels.report import charts
-from opdkernels.report.format import percent, plural, significant
+from opdkernels.report.formatting import percent, plural, significant
 from opdkernels.report.order import MODULE_ORDER
 
 SHARES = np.linspace(0, 1, 51)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from opdkernels.analysis.overlap import Overlaps
-from opdkernels.report import charts, format
+from opdkernels.report import charts
+from opdkernels.report import formatting as format
 from opdkernels.report.content import MODULE_ORDER
 from opdkernels.report.facts import MOST_LISTED, files
 from opdkernels.report.glossary import glossary

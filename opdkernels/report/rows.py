@@ -6,8 +6,8 @@ import json
 
 import pyarrow as pa
 
-from opdkernels.analysis.coordinates import VIEWS
-from opdkernels.report import format
+from opdkernels.metrics.coordinates import VIEWS
+from opdkernels.report import formatting as format
 from opdkernels.report.answer import COVERAGE
 from opdkernels.report.tables import Cell, Column, Table, build
 

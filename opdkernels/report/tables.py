@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from opdkernels.report import format
+from opdkernels.report import formatting as format
 from opdkernels.report.glossary import FIGURES
 
 FORMATS: dict[str, Callable[[Any], str]] = {

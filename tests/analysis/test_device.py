@@ -11,7 +11,7 @@ import torch
 from opdkernels import InputError, UsageError, analyze
 from opdkernels.analysis import compute, run
 from opdkernels.backends import devices
-from opdkernels.checkpoint import feed
+from opdkernels.checkpoint import streaming as feed
 from opdkernels.ops.delta import delta
 from tests.analysis.conftest import pair, save, trained, weights  # noqa: F401
 from tests.analysis.test_run import contents

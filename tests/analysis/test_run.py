@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from opdkernels import InputError, UsageError, analyze, load
-from opdkernels.analysis import records
 from opdkernels.ops.delta import delta, exact_float
+from opdkernels.runs import records
 from tests.analysis.conftest import save, trained, weights
 
 DETERMINISTIC = ("tensors.parquet", "groups.parquet", "summary.json")
@@ -103,7 +103,7 @@ def test_a_run_killed_at_any_tensor_goes_on_to_the_same_bits(pair, tmp_path, see
     """SIGKILL after some tensors, wherever that falls: in a count, in a write, between the two."""
     program = (
         "import sys, time\n"
-        "from opdkernels.analysis import records\n"
+        "from opdkernels.runs import records\n"
         "records.FLUSH_EVERY_S = 0\n"
         "from opdkernels import analyze\n"
         "def show(done, total, name):\n"
@@ -316,7 +316,7 @@ def test_summary_has_its_published_form(pair, tmp_path):
 
 
 def test_records_keep_counts_of_any_size():
-    from opdkernels.analysis.coordinates import SparseTally
+    from opdkernels.metrics.coordinates import SparseTally
 
     tally = delta(torch.ones(4), torch.tensor([1.0, 1, 1, 2]))
     for factor in (1, 1 << 40):

@@ -16,8 +16,8 @@ import torch
 
 from opdkernels import analyze
 from opdkernels.analysis import compute
-from opdkernels.analysis.geometry import random_spectrum
 from opdkernels.analysis.matrices import Matrix
+from opdkernels.metrics.geometry import random_spectrum
 from tests.analysis.conftest import save, trained, weights
 
 RATIOS = {"1pct": 0.01, "5pct": 0.05, "10pct": 0.1, "20pct": 0.2}
@@ -109,7 +109,7 @@ def test_threads_change_no_bit(pair):
 def test_a_run_killed_among_its_spectra_goes_on_to_the_same_bits(pair, tmp_path):
     out = tmp_path / "out"
     script = (
-        "import sys, time; from opdkernels.analysis import records, compute; from opdkernels import analyze\n"
+        "import sys, time; from opdkernels.analysis import compute; from opdkernels.runs import records; from opdkernels import analyze\n"
         "records.FLUSH_EVERY_S = 0; made = compute.spectrum\n"
         "def slow(*a): time.sleep(0.1); return made(*a)\n"
         "compute.spectrum = slow; analyze(*sys.argv[1:], threads=1)"

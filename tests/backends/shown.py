@@ -37,7 +37,7 @@ def lines(passed: Iterable[str]) -> list[str]:
     """One a family of which something was shown; `passed` are the ids of the tests that passed."""
     fibers, negative = Counter[str](), Counter[str]()
     for test in passed:
-        if found := re.match(r"tests/backends/cuda/test_(\w+)\.py::(\w+)", test):
+        if found := re.match(r"tests/ops/\w+/test_(\w+)_cuda\.py::(\w+)", test):
             (negative if any(word in found[2] for word in NEGATIVE) else fibers)[found[1]] += 1
     families = dict.fromkeys([*INTERPRETED, *(one.family for one in CODE)])
     said = []

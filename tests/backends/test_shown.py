@@ -8,10 +8,10 @@ from tests.backends import shown
 from tests.backends.shown import Code
 
 PASSED = [
-    "tests/backends/cuda/test_delta.py::test_cuts[0]",
-    "tests/backends/cuda/test_delta.py::test_a_missing_barrier_is_caught[0]",
-    "tests/backends/cuda/test_delta.py::test_divergent_threads_are_refused[shuffle]",
-    "tests/ops/test_delta.py::test_a_missing_argument_is_refused",
+    "tests/ops/delta/test_delta_cuda.py::test_cuts[0]",
+    "tests/ops/delta/test_delta_cuda.py::test_a_missing_barrier_is_caught[0]",
+    "tests/ops/delta/test_delta_cuda.py::test_divergent_threads_are_refused[shuffle]",
+    "tests/ops/delta/test_delta.py::test_a_missing_argument_is_refused",
 ]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from opdkernels.checkpoint.source import FileFact, TensorInfo
+from opdkernels.checkpoint.base import FileFact, TensorInfo
 
 
 def encode(header: dict[str, Any] | bytes | str, data: bytes = b"", length: int | None = None) -> bytes:

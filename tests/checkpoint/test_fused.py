@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opdkernels.checkpoint.fused import key
-from opdkernels.checkpoint.pair import Match, match
+from opdkernels.checkpoint.match import Match, match
 from tests.checkpoint.conftest import FakeSource
 
 Q, K, V = 6, 2, 2

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from opdkernels.checkpoint import hub
-from opdkernels.checkpoint.source import open_source
+from opdkernels.checkpoint.base import open_source
 from opdkernels.errors import InputError, UsageError
 
 pytestmark = pytest.mark.usefixtures("no_guard")

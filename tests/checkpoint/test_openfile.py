@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 
 from opdkernels.checkpoint import openfile
+from opdkernels.checkpoint.base import open_source
 from opdkernels.checkpoint.openfile import Buffer, OpenFile
-from opdkernels.checkpoint.source import open_source
 from opdkernels.errors import InputError, UsageError
 
 VALUES = torch.arange(5000, dtype=torch.float32)

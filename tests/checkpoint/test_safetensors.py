@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdkernels.checkpoint import source as limits
+from opdkernels.checkpoint import base as limits
+from opdkernels.checkpoint.base import open_source
 from opdkernels.checkpoint.openfile import torch_dtype
-from opdkernels.checkpoint.source import open_source
 from opdkernels.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("no_guard")

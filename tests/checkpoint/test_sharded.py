@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from opdkernels.checkpoint.source import open_source
+from opdkernels.checkpoint.base import open_source
 from opdkernels.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("no_guard")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from opdkernels.checkpoint.pair import match
+from opdkernels.checkpoint.match import match
 from opdkernels.checkpoint.tied import tie_word_embeddings
 from tests.checkpoint.conftest import FakeSource
 

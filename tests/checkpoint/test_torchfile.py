@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from opdkernels.checkpoint import torchfile
-from opdkernels.checkpoint.source import open_source
+from opdkernels.checkpoint.base import open_source
 from opdkernels.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("no_guard")

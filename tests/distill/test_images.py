@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from opdkernels.config import checked
 from opdkernels.distill import loop
-from opdkernels.distill.experiments import run_experiment
 from opdkernels.distill.loop import distill
 from opdkernels.distill.options import DistillOptions
-from opdkernels.options import checked
+from opdkernels.experiments.runner import run_experiment
 from tests.distill.conftest import CHARACTERS, tokenizer
 from tests.distill.test_loop import log
 

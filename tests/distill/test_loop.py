@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from opdkernels.distill import loop
 from opdkernels.distill.loop import distill
 from opdkernels.distill.options import options_from
-from opdkernels.distill.track import read_rows
+from opdkernels.distill.tracker import read_rows
 from opdkernels.errors import InputError, UsageError
 
 
@@ -315,7 +315,7 @@ def test_a_run_that_was_cut_before_its_first_checkpoint_begins_anew(options, tmp
 
 
 def test_a_run_that_was_cut_before_its_last_word_says_it_again(options, tmp_path, monkeypatch):
-    from opdkernels.distill.track import Tracker
+    from opdkernels.distill.tracker import Tracker
 
     chosen = options(steps=2, eval_size=4, save_every=1, track_every=1)
     distill(chosen, tmp_path / "whole")
@@ -383,7 +383,7 @@ def test_positions_bound_what_is_sampled(options, tmp_path):
 
 
 def test_masks_by_other_names_are_refused(options, tmp_path):
-    from opdkernels.masks.sets import from_bools
+    from opdkernels.masks.mask_set import from_bools
 
     from_bools(
         {"lm_head.weight": torch.ones(15, 32, dtype=torch.bool), "model.other.weight": torch.ones(3, dtype=torch.bool)}

@@ -5,7 +5,7 @@ import torch
 
 from opdkernels.distill.optimizers import optimizer_of
 from opdkernels.errors import InputError
-from opdkernels.masks.sets import from_bools
+from opdkernels.masks.mask_set import from_bools
 from tests.distill.conftest import model
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from opdkernels.distill.loop import distill
-from opdkernels.distill.track import read_rows
+from opdkernels.distill.tracker import read_rows
 from opdkernels.masks import MaskSet
 from tests.distill.test_loop import digest, log
 

@@ -10,7 +10,7 @@ import pytest
 
 from opdkernels import masks
 from opdkernels.masks import MaskSet
-from opdkernels.masks.show import overlap, show
+from opdkernels.masks.stats import overlap, show
 
 
 def run(*arguments, status=0):

@@ -13,7 +13,7 @@ from opdkernels.errors import InputError
 from opdkernels.masks import Mask, MaskSet
 from opdkernels.ops import step as ops
 from opdkernels.optim import MaskedAdamW, MaskedSGD, in_model_order
-from tests.ops.test_step import RightSqrt, bits
+from tests.ops.step.test_step import RightSqrt, bits
 
 SHAPES = {
     "embed.weight": (97, 31),

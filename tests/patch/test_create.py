@@ -18,7 +18,7 @@ from opdkernels.checkpoint.safetensors import SafetensorsFile
 from opdkernels.ops.patch import SECRET
 from opdkernels.patch import create
 from opdkernels.patch.create import weights_name
-from tests.ops.test_patch import MASK, Xxh3
+from tests.ops.patch.test_patch import MASK, Xxh3
 from tests.patch.conftest import digest, hashes, save, some
 
 WIDTHS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "C64": 8}

@@ -9,7 +9,8 @@ import pytest
 
 from opdkernels.api import write_report
 from opdkernels.errors import InputError
-from opdkernels.report import charts, format
+from opdkernels.report import charts
+from opdkernels.report import formatting as format
 from opdkernels.report.experiment import content, headline
 
 

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from opdkernels import report
 from opdkernels.analysis import run
 from opdkernels.analysis.result import Analysis, load
+from opdkernels.config import AnalyzeOptions
 from opdkernels.errors import printable
-from opdkernels.options import AnalyzeOptions
-from opdkernels.report import format
+from opdkernels.report import formatting as format
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -7,26 +7,9 @@ architecture. Where neither is at hand this backend serves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
-
 import torch
 
 from opdkernels.backends.cuda import launch
-
-FAMILIES = {
-    "delta_": "delta",
-    "overlap_": "overlap",
-    "quantile": "quantile",
-    "patch_gather_": "patch",
-    "patch_scatter_": "patch",
-    "patch_check": "patch",
-    "patch_digest": "patch",
-    "masked_adamw_": "step",
-    "masked_sgd_": "step",
-    "masked_take_": "step",
-    "masked_put_": "step",
-}
 
 
 def why_not() -> str:
@@ -48,11 +31,3 @@ def why_not() -> str:
         built = "the library was built from other sources"
     other = f"CuPy is for CUDA {cupy}" if cupy else "CuPy is not installed"
     return f"torch is built for CUDA {major}, {built} and {other}: pip install cupy-cuda{major}x, or reinstall with CUDA {major}'s nvcc"
-
-
-def serves(operator: str) -> bool:
-    return operator in FAMILIES and not why_not()
-
-
-def kernel(operator: str) -> Callable:
-    return getattr(import_module(f"{__name__}.{FAMILIES[operator]}"), operator)

@@ -27,10 +27,13 @@ OPTIONS = ("-std=c++17", "--fmad=false")  # products and sums are never fused, e
 
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 BINS = 1 << 15
-SMALL_BYTES = 35 << 10  # of shared memory, before the tables (csrc/cuda/grid.h)
+SMALL_BYTES = 35 << 10  # of shared memory, before the tables (csrc/common/cuda/grid.h)
 TABLE_BYTES = 4 << 12  # of a table of magnitudes there, of which near_rows says how many there is room for
 WARP = 32
-QUEUE, QUEUE_BLOCKS = 2048, 4  # coordinates that a warp queues at a time, blocks a multiprocessor (csrc/cuda/active.h)
+QUEUE, QUEUE_BLOCKS = (
+    2048,
+    4,
+)  # coordinates that a warp queues at a time, blocks a multiprocessor (csrc/common/cuda/active.h)
 
 
 class Built:

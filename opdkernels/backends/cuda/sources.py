@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2]
-FOLDERS = (PACKAGE / "csrc" / "cuda", PACKAGE.parent / "csrc" / "cuda")  # installed, in a checkout
+FOLDERS = (PACKAGE / "csrc", PACKAGE.parent / "csrc")  # installed, in a checkout
 
 
 def flattened(source: Path, seen: set[Path] | None = None) -> str:
@@ -31,16 +31,17 @@ def folder() -> Path:
 
 @functools.cache
 def source_of(family: str) -> str:
-    return flattened(folder() / f"{family}.cu")
+    return flattened(folder() / family / "cuda.cu")
 
 
 @functools.cache
 def digest() -> str:
     """SHA-256 of all that a library is built from."""
-    built = sorted(path for path in folder().glob("*") if path.suffix in (".cu", ".cpp"))
-    return hashlib.sha256("".join(path.name + flattened(path) for path in built).encode()).hexdigest()
+    compiled = [*sorted(folder().glob("*/cuda.cu")), folder() / "common" / "cuda" / "runtime.cpp"]
+    text = "".join(f"{path.parent.name}/{path.name}{flattened(path)}" for path in compiled)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def made(library: Path) -> bool:
-    """Whether a library was built from these sources: it holds their digest (csrc/cuda/runtime.cpp)."""
+    """Whether a library was built from these sources: it holds their digest (csrc/common/cuda/runtime.cpp)."""
     return library.is_file() and digest().encode() in library.read_bytes()

@@ -1,4 +1,4 @@
-"""How numbers are widened, narrowed and added exactly in Triton: csrc/numeric.h, on tiles.
+"""How numbers are widened, narrowed and added exactly in Triton: csrc/common/numeric.h, on tiles.
 
 bfloat16 is converted by integer arithmetic. A GPU's own conversion gives the same bits, Triton's interpreter's does not: it
 truncates where it narrows and loses subnormals both ways.
@@ -99,7 +99,7 @@ def add_exactly(values, limbs):
     """Limbs, int64 [64], with up to 4096 non-negative doubles below 2^256 added: no bit is lost, so no order matters.
 
     Adding and subtracting a large constant cuts each value at one power of two. The pieces of a level are multiples of its
-    unit and below 2^40 of them, so their sum is exact; what is left goes on to a lower level (csrc/cpu/exact_sum.inl).
+    unit and below 2^40 of them, so their sum is exact; what is left goes on to a lower level (csrc/common/cpu/exact_sum.inl).
     """
     lane = tl.arange(0, LIMB_LANES)
     largest = tl.max(values)

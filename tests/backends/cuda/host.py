@@ -80,7 +80,7 @@ def compiled(family: str, spoilt: str | None = None, build: str | None = None) -
 
 def source_of(family: str) -> str:
     """The source as NVRTC takes it: one text."""
-    return flattened(ROOT / "csrc" / "cuda" / f"{family}.cu")
+    return flattened(ROOT / "csrc" / family / "cuda.cu")
 
 
 def run_on(

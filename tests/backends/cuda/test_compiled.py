@@ -94,7 +94,7 @@ def test_only_what_the_source_fuses_is_fused(kernel):
 def test_a_build_that_may_fuse_is_caught(tmp_path):
     made = tmp_path / "step.ptx"
     subprocess.run(
-        [NVCC, "-std=c++17", "--fmad=true", "-arch=sm_80", "-ptx", str(ROOT / "csrc/cuda/step.cu"), "-o", str(made)],
+        [NVCC, "-std=c++17", "--fmad=true", "-arch=sm_80", "-ptx", str(ROOT / "csrc/step/cuda.cu"), "-o", str(made)],
         check=True,
     )
     assert re.findall(machine_code.UNROUNDED, made.read_text())

@@ -11,9 +11,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opdkernels.backends import gpu
-from opdkernels.backends.cuda import delta, launch, overlap, patch, quantile, step
+from opdkernels.backends.cuda import launch
 from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS
+from opdkernels.ops.delta import cuda as delta
+from opdkernels.ops.overlap import cuda as overlap
+from opdkernels.ops.patch import cuda as patch
+from opdkernels.ops.patch.gpu_common import blocks_of
+from opdkernels.ops.quantile import cuda as quantile
 from opdkernels.ops.step import BLOCK, adamw_scalars
+from opdkernels.ops.step import cuda as step
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 BEYOND = 2**31 + 11
@@ -55,7 +61,7 @@ def call_overlap(runs: int, n: int) -> None:
 
 def call_patch(dtype: torch.dtype, n: int) -> None:
     w, v, values = (on_cuda(n, dtype=dtype) for _ in range(3))
-    blocks = gpu.blocks_of(n)
+    blocks = blocks_of(n)
     counts, positions = on_cuda(blocks, dtype=torch.int32), on_cuda((n + 7) // 8, dtype=torch.uint8)
     patch.patch_gather_(w, v, True, counts, positions, values, on_cuda(2, blocks, 2))
     patch.patch_scatter_(w, counts, positions, values, True, v, on_cuda(blocks, 2))

@@ -11,20 +11,25 @@ import pytest
 import torch
 
 from opdkernels.backends import gpu
-from opdkernels.backends.cuda import delta, overlap, patch, quantile, step
 from opdkernels.ops import delta as delta_ops
 from opdkernels.ops import quantile as quantile_ops
 from opdkernels.ops import step as step_ops
 from opdkernels.ops.delta import NUMEL
+from opdkernels.ops.delta import cuda as delta
+from opdkernels.ops.overlap import cuda as overlap
 from opdkernels.ops.patch import BLOCK
+from opdkernels.ops.patch import cuda as patch
+from opdkernels.ops.patch.gpu_common import VALID, blocks_of, starts_of
+from opdkernels.ops.quantile import cuda as quantile
+from opdkernels.ops.step import cuda as step
 from tests.backends.cuda.host import compiled, needs_compiler, run_on, source_of
-from tests.backends.cuda.test_delta import tally_of
-from tests.backends.cuda.test_overlap import by_kernel
 from tests.conftest import make_pair
-from tests.ops.test_overlap import by_reference, make_runs
-from tests.ops.test_patch import by_reference as gathered_by_reference
-from tests.ops.test_patch import make_bits
-from tests.ops.test_step import State, bits
+from tests.ops.delta.test_delta_cuda import tally_of
+from tests.ops.overlap.test_overlap import by_reference, make_runs
+from tests.ops.overlap.test_overlap_cuda import by_kernel
+from tests.ops.patch.test_patch import by_reference as gathered_by_reference
+from tests.ops.patch.test_patch import make_bits
+from tests.ops.step.test_step import State, bits
 
 pytestmark = needs_compiler
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -175,12 +180,11 @@ def pair_of_two_blocks() -> tuple[torch.Tensor, torch.Tensor]:
 
 def gathered_at_the_end(monkeypatch) -> tuple:
     """Positions, values, counts and digests of the last two blocks, stored behind 2^32 others; and what they are."""
-    starts_of = gpu.starts_of
-    monkeypatch.setattr(gpu, "starts_of", lambda lengths: starts_of(lengths) + SHIFT)
+    monkeypatch.setattr(patch, "starts_of", lambda lengths: starts_of(lengths) + SHIFT)
     monkeypatch.setattr(patch, "THREADS", THREADS)
     monkeypatch.setattr(patch, "QUEUE_THREADS", THREADS)
     w, v = pair_of_two_blocks()
-    blocks, room = gpu.blocks_of(N), 10_000
+    blocks, room = blocks_of(N), 10_000
     source, trained = reserved(N, torch.int16, w), reserved(N, torch.int16, v)
     positions, values = (
         reserved(SHIFT + room, dtype, torch.zeros(room, dtype=dtype)) for dtype in (torch.uint8, torch.int16)
@@ -201,7 +205,7 @@ def test_patch(monkeypatch):
     use(monkeypatch, "patch")
     found, expected, (source, counts, positions, values, v) = gathered_at_the_end(monkeypatch)
     assert all(map(torch.equal, found, expected))
-    monkeypatch.setattr(gpu, "first_unfit", lambda *lengths: torch.tensor([gpu.VALID]))
+    monkeypatch.setattr(patch, "first_unfit", lambda *lengths: torch.tensor([VALID]))
     out, digests = reserved(N, torch.int16, torch.zeros_like(v)), torch.zeros(len(counts), 2, dtype=torch.int64)
     assert int(patch.patch_scatter_(source, counts, positions, values, False, out, digests)) == -1
     assert torch.equal(out[-len(v) :], v)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from opdkernels.backends.cuda import quantile
+from opdkernels.ops.quantile import cuda as quantile
 from tests.backends.cuda.host import COMPILER, ROOT, SANITIZER, compiled, run_on, source_of
 from tests.conftest import make_pair
 
 pytestmark = pytest.mark.skipif(COMPILER is None or SANITIZER == "address", reason="no g++")
-FAMILIES = [str(Path(__file__).with_name(f"test_{path.stem}.py")) for path in (ROOT / "csrc" / "cuda").glob("*.cu")]
+FAMILIES = [str(path) for path in sorted((ROOT / "tests" / "ops").glob("*/test_*_cuda.py"))]
 
 SPOIL = """
 import sys
 import pytest
-from opdkernels.backends.cuda import launch, quantile
+from opdkernels.backends.cuda import launch
+from opdkernels.ops.quantile import cuda as quantile
 from tests.backends.cuda.host import compiled, source_of
 from tests.conftest import make_pair
 

@@ -10,8 +10,15 @@ import pytest
 import torch
 
 from opdkernels.backends import gpu
-from opdkernels.backends.triton import delta, divergence, gram, overlap, patch, quantile, step
 from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS
+from opdkernels.ops.delta import triton as delta
+from opdkernels.ops.divergence import triton as divergence
+from opdkernels.ops.gram import triton as gram
+from opdkernels.ops.overlap import triton as overlap
+from opdkernels.ops.patch import triton as patch
+from opdkernels.ops.patch.gpu_common import blocks_of
+from opdkernels.ops.quantile import triton as quantile
+from opdkernels.ops.step import triton as step
 from tests.backends.triton.aot import (
     POINTERS,
     TARGETS,
@@ -197,7 +204,7 @@ def test_gram_in_fp64(monkeypatch, target, across):
 
 
 def call_patch(dtype: torch.dtype, n: int = N) -> None:
-    blocks = gpu.blocks_of(n)
+    blocks = blocks_of(n)
     w, v, values = (on_cuda(n, dtype=dtype) for _ in range(3))
     counts, positions = on_cuda(blocks, dtype=torch.int32), on_cuda(n // 8, dtype=torch.uint8)
     patch.patch_gather_(w, v, True, counts, positions, values, on_cuda(2, blocks, 2))

@@ -1,0 +1,113 @@
+// `patch` over threads: blocks are independent. Each thread gathers its range into the room that range could take at most;
+// then the ranges are moved together, so that threads change nothing.
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+
+#include "../common/cpu/dispatch.h"
+#include "../common/cpu/parallel.h"
+
+namespace {
+int block_size(int64_t n, int64_t block) {
+  const int64_t left = n - block * OPD_PATCH_BLOCK;
+  return (int)(left < OPD_PATCH_BLOCK ? left : OPD_PATCH_BLOCK);
+}
+
+int64_t blocks_of(int64_t n) { return (n + OPD_PATCH_BLOCK - 1) / OPD_PATCH_BLOCK; }
+
+// Keeps the least of the blocks that were found bad.
+void note_bad(std::atomic<int64_t>& bad, int64_t block) {
+  int64_t before = bad.load();
+  while ((before < 0 || block < before) && !bad.compare_exchange_weak(before, block)) {}
+}
+
+// Where each block's positions and values begin, and after them where these end; -1, or the first block whose count no block can have.
+int64_t find_starts(const int32_t* counts, int64_t n, std::vector<int64_t>& positions, std::vector<int64_t>& values) {
+  const int64_t blocks = blocks_of(n);
+  positions.assign((size_t)blocks + 1, 0);
+  values.assign((size_t)blocks + 1, 0);
+  for (int64_t b = 0; b < blocks; b++) {
+    const int m = block_size(n, b), count = counts[b];
+    if (count < 0 || count > m) return b;
+    positions[b + 1] = positions[b] + patch_position_bytes(count, m);
+    values[b + 1] = values[b] + count;
+  }
+  return -1;
+}
+}  // namespace
+
+void patch_gather(const void* source, const void* trained, int bytes, int64_t n, bool difference, int threads, int32_t* counts,
+                  unsigned char* positions, void* values, uint64_t* digests) {
+  const int64_t blocks = blocks_of(n);
+  struct Range { int64_t start = 0, blocks = 0; };
+  std::vector<Range> ranges((size_t)threads_for(n, threads));
+  opd_u64* digest = (opd_u64*)digests;
+  parallel_ranges(n, threads, OPD_PATCH_BLOCK, [&](int t, int64_t start, int64_t stop) {
+    const int64_t first = start / OPD_PATCH_BLOCK, last = blocks_of(stop);
+    ranges[(size_t)t] = {start, last - first};
+    unsigned char* to_positions = positions + start / 8;
+    char* to_values = (char*)values + start * bytes;
+    for (int64_t b = first; b < last; b++) {
+      const int m = block_size(n, b);
+      const int64_t at = b * OPD_PATCH_BLOCK * bytes;
+      counts[b] = kernels().patch_gather((const char*)source + at, (const char*)trained + at, bytes, m, difference, to_positions, to_values,
+                                         digest + 2 * b, digest + 2 * (blocks + b));
+      to_positions += patch_position_bytes(counts[b], m);
+      to_values += (int64_t)counts[b] * bytes;
+    }
+  });
+  int64_t position = 0, value = 0;
+  for (const Range& range : ranges) {
+    const int64_t first = range.start / OPD_PATCH_BLOCK;
+    int64_t own_positions = 0, own_values = 0;
+    for (int64_t b = first; b < first + range.blocks; b++) {
+      own_positions += patch_position_bytes(counts[b], block_size(n, b));
+      own_values += counts[b];
+    }
+    if (position != range.start / 8) std::memmove(positions + position, positions + range.start / 8, (size_t)own_positions);
+    if (value != range.start) std::memmove((char*)values + value * bytes, (char*)values + range.start * bytes, (size_t)(own_values * bytes));
+    position += own_positions;
+    value += own_values;
+  }
+}
+
+int64_t patch_check(const int32_t* counts, const unsigned char* positions, int64_t position_bytes, int64_t n, int64_t n_values, int threads) {
+  std::vector<int64_t> position, value;
+  const int64_t impossible = find_starts(counts, n, position, value);
+  if (impossible >= 0) return impossible;
+  if (position.back() != position_bytes || value.back() != n_values) return blocks_of(n);
+  std::atomic<int64_t> bad{-1};
+  parallel_ranges(n, threads, OPD_PATCH_BLOCK, [&](int, int64_t start, int64_t stop) {
+    for (int64_t b = start / OPD_PATCH_BLOCK; b < blocks_of(stop); b++) {
+      const int count = (int)(value[b + 1] - value[b]);
+      if (!kernels().patch_check(positions + position[b], count, block_size(n, b))) note_bad(bad, b);
+    }
+  });
+  return bad;
+}
+
+int64_t patch_scatter(const void* source, int bytes, int64_t n, bool difference, const int32_t* counts, const unsigned char* positions,
+                      int64_t position_bytes, const void* values, int64_t n_values, int threads, void* out, uint64_t* digests) {
+  std::vector<int64_t> position, value;  // what is read by is what was checked, whatever becomes of `counts` meanwhile
+  const int64_t impossible = find_starts(counts, n, position, value);
+  if (impossible >= 0) return impossible;
+  if (position.back() != position_bytes || value.back() != n_values) return blocks_of(n);
+  std::atomic<int64_t> bad{-1};
+  parallel_ranges(n, threads, OPD_PATCH_BLOCK, [&](int, int64_t start, int64_t stop) {
+    for (int64_t b = start / OPD_PATCH_BLOCK; b < blocks_of(stop); b++) {
+      const int64_t at = b * OPD_PATCH_BLOCK * bytes;
+      const int done = kernels().patch_scatter((const char*)source + at, bytes, block_size(n, b), difference, (int)(value[b + 1] - value[b]),
+                                               positions + position[b], (const char*)values + value[b] * bytes, n_values - value[b],
+                                               (char*)out + at, (opd_u64*)digests + 2 * b);
+      if (!done) note_bad(bad, b);
+    }
+  });
+  return bad;
+}
+
+void patch_digest(const void* data, int bytes, int64_t n, int threads, uint64_t* digests) {
+  parallel_ranges(n, threads, OPD_PATCH_BLOCK, [&](int, int64_t start, int64_t stop) {
+    for (int64_t b = start / OPD_PATCH_BLOCK; b < blocks_of(stop); b++)
+      kernels().patch_digest((const char*)data + b * OPD_PATCH_BLOCK * bytes, block_size(n, b) * bytes, (opd_u64*)digests + 2 * b);
+  });
+}

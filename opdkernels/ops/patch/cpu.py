@@ -1,0 +1,71 @@
+"""`patch` on the CPU: raw pointers to csrc/patch/cpu.cpp. The public functions check the arguments."""
+
+from __future__ import annotations
+
+import torch
+
+from opdkernels.backends import cpu
+
+
+def patch_gather_(
+    source: torch.Tensor,
+    trained: torch.Tensor,
+    difference: bool,
+    counts: torch.Tensor,
+    positions: torch.Tensor,
+    values: torch.Tensor,
+    digests: torch.Tensor,
+) -> None:
+    cpu._C.patch_gather(
+        source.data_ptr(),
+        trained.data_ptr(),
+        source.element_size(),
+        source.numel(),
+        difference,
+        torch.get_num_threads(),
+        counts.data_ptr(),
+        positions.data_ptr(),
+        values.data_ptr(),
+        digests.data_ptr(),
+    )
+
+
+def patch_scatter_(
+    source: torch.Tensor,
+    counts: torch.Tensor,
+    positions: torch.Tensor,
+    values: torch.Tensor,
+    difference: bool,
+    out: torch.Tensor,
+    digests: torch.Tensor,
+) -> torch.Tensor:
+    status = cpu._C.patch_scatter(
+        source.data_ptr(),
+        source.element_size(),
+        source.numel(),
+        difference,
+        counts.data_ptr(),
+        positions.data_ptr(),
+        positions.numel(),
+        values.data_ptr(),
+        values.numel(),
+        torch.get_num_threads(),
+        out.data_ptr(),
+        digests.data_ptr(),
+    )
+    return torch.tensor([status])
+
+
+def patch_check(counts: torch.Tensor, positions: torch.Tensor, numel: int, stored: int) -> torch.Tensor:
+    status = cpu._C.patch_check(
+        counts.data_ptr(), positions.data_ptr(), positions.numel(), numel, stored, torch.get_num_threads()
+    )
+    return torch.tensor([status])
+
+
+def patch_digest(values: torch.Tensor) -> torch.Tensor:
+    digests = torch.empty((-(-values.numel() // cpu._C.patch_block), 2), dtype=torch.int64)
+    cpu._C.patch_digest(
+        values.data_ptr(), values.element_size(), values.numel(), torch.get_num_threads(), digests.data_ptr()
+    )
+    return digests

@@ -1,0 +1,382 @@
+"""`trend` against plain PyTorch on the checkpoints themselves, and the same after a kill, with one more, in any order."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import opdkernels
+from opdkernels import InputError, UsageError, analyze, trend
+from opdkernels.analysis import compute
+from opdkernels.analysis import trajectory as trends
+from tests.analysis.conftest import save, weights
+
+K = 16
+
+
+def run_of(dtype=torch.bfloat16, steps=3, seed=0):
+    """A source and checkpoints that drift on along one direction, with noise of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    source = weights(dtype)
+    drift = {n: 2e-4 * torch.randn(w.shape, generator=generator) for n, w in source.items()}
+    checkpoints = [
+        {
+            n: (w.float() + (t + 1) * drift[n] + 1e-4 * torch.randn(w.shape, generator=generator)).to(dtype)
+            for n, w in source.items()
+        }
+        for t in range(steps)
+    ]
+    return source, checkpoints
+
+
+@pytest.fixture
+def run(tmp_path):
+    source, checkpoints = run_of()
+    return save(tmp_path / "base", source), [
+        save(tmp_path / f"step_{10 * (t + 1):04d}", c) for t, c in enumerate(checkpoints)
+    ]
+
+
+def visible_change(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (b.bfloat16().float() - a.bfloat16().float()).bfloat16().float().abs()
+
+
+def row_of(result, step, view, **where):
+    (row,) = (
+        r
+        for r in result.table.to_pylist()
+        if r["step"] == step and r["view"] == view and all(r[k] == v for k, v in where.items())
+    )
+    return row
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_takes_several_checkpoints_is_what_torch_says(tmp_path, dtype):
+    source, checkpoints = run_of(dtype)
+    result = trend(
+        save(tmp_path / "base", source), *(save(tmp_path / f"checkpoint-{t}", c) for t, c in enumerate(checkpoints, 1))
+    )
+    flat = torch.cat([w.flatten() for w in source.values()])
+    run = [torch.cat([c[n].flatten() for n in source]) for c in checkpoints]
+    cut = float(torch.tensor(1e-5).bfloat16())
+    sets = [visible_change(flat, w) > cut for w in run]
+    deltas = [w.double() - flat.double() for w in run]
+    for t, (own, delta) in enumerate(zip(sets, deltas, strict=True)):
+        stored, visible = (row_of(result, t + 1, view, by="model") for view in ("stored", "visible"))
+        assert visible["coverage_final"] == (own & sets[-1]).sum().item() / sets[-1].sum().item()
+        assert visible["coverage_step"] == (own & sets[-1]).sum().item() / own.sum().item()
+        moved = visible_change(run[t - 1] if t else flat, run[t]) > 0
+        assert visible["frac_changed_since_previous"] == moved.double().mean().item()
+        assert stored["cosine_final"] == pytest.approx(
+            torch.nn.functional.cosine_similarity(delta, deltas[-1], 0).item(), rel=1e-6
+        )
+        since = (run[t].double() - (run[t - 1] if t else flat).double()).norm() / flat.double().norm()
+        assert stored["relative_norm_since_previous"] == pytest.approx(since.item(), rel=1e-6)
+    last = row_of(result, 3, "stored", by="model")
+    assert last["cosine_final"] == 1
+    assert last["similarity_left_16"] == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("spectra", ["exact", "topk"])
+def test_top_directions_are_those_of_an_svd(run, tmp_path, spectra):
+    base, checkpoints = run
+    result = trend(base, *checkpoints, spectra=spectra)
+    source, steps = run_of()
+    for module in ("gate_proj", "down_proj", "o_proj"):
+        for t, checkpoint in enumerate(steps):
+            left, right = [], []
+            for name in (n for n in source if module in n):
+                (u, _, v), (u2, _, v2) = (
+                    torch.linalg.svd(c[name].double() - source[name].double(), full_matrices=False)
+                    for c in (checkpoint, steps[-1])
+                )
+                left.append((u[:, :K].T @ u2[:, :K]).square().sum().item() / K)
+                right.append((v[:K] @ v2[:K].T).square().sum().item() / K)
+            row = row_of(result, 10 * (t + 1), "stored", by="module", module=module)
+            tolerance = 1e-9 if spectra == "exact" else 1e-3
+            assert row["similarity_left_16"] == pytest.approx(sum(left) / len(left), abs=tolerance)
+            assert row["similarity_right_16"] == pytest.approx(sum(right) / len(right), abs=tolerance)
+            sides = {"gate_proj": (96, 32), "down_proj": (32, 96), "o_proj": (32, 32)}[module]
+            assert (row["similarity_left_16_chance"], row["similarity_right_16_chance"]) == tuple(
+                K / side for side in sides
+            )
+
+
+def test_every_checkpoint_has_what_analyze_gives(run, tmp_path):
+    base, checkpoints = run
+    result = trend(base, *checkpoints, out=tmp_path / "out")
+    assert [folder.name for folder in result.folders] == ["000010", "000020", "000030"]
+    for folder, checkpoint in zip(result.folders, checkpoints, strict=True):
+        own, alone = opdkernels.load(folder), analyze(base, checkpoint)
+        assert own.tensors == alone.tensors
+        assert own.groups == alone.groups
+        for name in ("spectra", "geometry"):
+            ours, theirs = (getattr(one, name).drop_columns(["seconds"]).to_pylist() for one in (own, alone))
+            for a, b in zip(ours, theirs, strict=True):
+                assert a == pytest.approx(b, rel=1e-9, abs=1e-12)
+        assert (folder / "report.html").exists()
+    alone = analyze(base, checkpoints[0])
+    row = row_of(result, 10, "stored", by="model")
+    ranks = [r["stable_rank"] for r in alone.spectra.to_pylist()]
+    assert row["stable_rank"] == pytest.approx(sum(ranks) / len(ranks))
+    assert row["relative_norm"] == alone.summary["views"]["stored"]["relative_norm"]
+
+
+def test_one_more_checkpoint_goes_on_and_factors_nothing_twice(run, tmp_path, monkeypatch):
+    base, checkpoints = run
+    made = []
+    real = compute.factor_of
+    monkeypatch.setattr(
+        compute, "factor_of", lambda matrix, *rest: made.append(matrix.match.name) or real(matrix, *rest)
+    )
+    trend(base, *checkpoints[:2], out=tmp_path / "out")
+    factored = len(made)
+    assert factored == sum(w.ndim == 2 for w in weights().values())  # once for both checkpoints
+    kept = sorted((tmp_path / "out" / "factors").iterdir())
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    grown = trend(base, *checkpoints, out=tmp_path / "out")
+    assert {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "out" / "factors").iterdir())} == before
+    whole = trend(base, *checkpoints)
+    assert grown.table == whole.table
+
+
+def test_a_damaged_or_deleted_factor_is_made_again(run, tmp_path):
+    base, checkpoints = run
+    trend(base, *checkpoints[:2], out=tmp_path / "out")
+    one, other, *_ = sorted((tmp_path / "out" / "factors").iterdir())
+    one.write_bytes(one.read_bytes()[:100])
+    other.unlink()
+    assert trend(base, *checkpoints, out=tmp_path / "out").table == trend(base, *checkpoints).table
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(run, tmp_path):
+    base, checkpoints = run
+    out = tmp_path / "out"
+    script = (
+        "import sys, time; from opdkernels.analysis import compute; from opdkernels.runs import records; from opdkernels import trend\n"
+        "records.FLUSH_EVERY_S = 0; made = compute.spectrum\n"
+        "def slow(*a): time.sleep(0.1); return made(*a)\n"
+        "compute.spectrum = slow; trend(sys.argv[1], *sys.argv[3:], out=sys.argv[2], threads=1)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, base, str(out), *checkpoints])
+    deadline = time.monotonic() + 60
+    while len(list((out / "similarity").glob("*.arrow"))) < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert trend(base, *checkpoints, out=out).table == trend(base, *checkpoints).table
+
+
+def test_more_checkpoints_than_the_kernel_takes_at_once(tmp_path):
+    source, checkpoints = run_of(steps=18)
+    paths = [save(tmp_path / f"step_{t:02d}", c) for t, c in enumerate(checkpoints, 1)]
+    base = save(tmp_path / "base", source)
+    many, few = trend(base, *paths, spectra="off"), trend(base, paths[0], paths[-1], spectra="off")
+    for name in ("coverage_final", "coverage_step", "shared_over_magnitude"):
+        assert row_of(many, 1, "visible", by="model")[name] == row_of(few, 1, "visible", by="model")[name]
+
+
+def test_order_is_that_of_the_steps_in_the_names():
+    def order(*paths):
+        return trends.in_order(paths)[0]
+
+    assert order("r/checkpoint-1000", "r/checkpoint-200") == [(200, "r/checkpoint-200"), (1000, "r/checkpoint-1000")]
+    assert order("global_step_20/actor", "global_step_5/actor") == [
+        (5, "global_step_5/actor"),
+        (20, "global_step_20/actor"),
+    ]
+    assert order("checkpoint-1000", "checkpoint-200", "final") == [
+        (200, "checkpoint-200"),
+        (1000, "checkpoint-1000"),
+        (1001, "final"),
+    ]
+    assert order("a/step_20", "b/step_20") == [(1, "a/step_20"), (2, "b/step_20")]
+    assert order("last", "first") == [(1, "last"), (2, "first")]
+    assert order("step_" + 20 * "9", "step_1")[0] == (1, "step_1")
+    for paths, note in (
+        (("step_1", "final"), "final names no step: it is taken as step 2"),
+        (("a", "b"), "in the order given"),
+        (("a/step_1", "b/step_1"), "same step"),
+    ):
+        assert note in trends.in_order(paths)[1][0]
+    assert not trends.in_order(("step_1", "step_2"))[1]
+
+
+def test_a_checkpoint_that_changed_nothing_has_null_figures(tmp_path):
+    source, checkpoints = run_of(steps=2)
+    result = trend(
+        *(save(tmp_path / name, c) for name, c in (("base", source), ("step_1", source), ("step_2", checkpoints[1])))
+    )
+    first = row_of(result, 1, "stored", by="model")
+    assert (first["cosine_final"], first["similarity_left_16"], first["relative_norm"]) == (None, None, 0)
+    visible = row_of(result, 1, "visible", by="model")
+    assert (visible["coverage_final"], visible["coverage_step"]) == (0, None)
+    still = trend(*(save(tmp_path / name, source) for name in ("base", "step_1", "step_2")))
+    assert row_of(still, 2, "visible", by="model")["coverage_final"] is None
+    assert still.exit_status == 0
+
+
+def test_gaps_are_told_and_the_rest_goes_on(tmp_path):
+    source, checkpoints = run_of()
+    checkpoints[0]["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
+    del checkpoints[1]["model.layers.1.self_attn.o_proj.weight"]
+    checkpoints[2]["lm_head.weight"] = torch.zeros(3, 3, dtype=torch.bfloat16)
+    result = trend(
+        save(tmp_path / "base", source), *(save(tmp_path / f"step_{t}", c) for t, c in enumerate(checkpoints, 1))
+    )
+    assert result.exit_status == 3
+    assert [step["exit_status"] for step in result.summary["steps"]] == [3, 0, 3]
+    reasons = {e["name"]: e["reason"] for e in result.summary["excluded"]}
+    assert "step 2" in reasons["model.layers.1.self_attn.o_proj.weight"]
+    assert "step 3" in reasons["lm_head.weight"]
+    for step in (1, 2, 3):
+        assert 0 < row_of(result, step, "visible", by="model")["coverage_final"] <= 1
+        assert row_of(result, step, "stored", by="model")["similarity_left_16"] > 0
+
+
+@pytest.mark.parametrize("lacking", [0, 1, 2])
+def test_similarities_are_of_the_tensors_they_name(tmp_path, lacking):
+    """A checkpoint that lacks a tensor has other places for the rest."""
+    source, checkpoints = run_of()
+    base, paths = (
+        save(tmp_path / "base", source),
+        [save(tmp_path / f"step_{t}", c) for t, c in enumerate(checkpoints, 1)],
+    )
+    whole = trend(base, *paths)
+    del checkpoints[lacking]["model.embed_tokens.weight"]
+    save(tmp_path / f"step_{lacking + 1}", checkpoints[lacking])
+    gappy = trend(base, *paths)
+    assert gappy.exit_status == 3
+    assert f"step {lacking + 1}" in gappy.summary["excluded"][0]["reason"]
+    for module in ("q_proj", "gate_proj", "lm_head"):
+        for name in ("similarity_left_16", "similarity_right_16"):
+            ours, theirs = (row_of(one, 1, "stored", by="module", module=module)[name] for one in (gappy, whole))
+            assert ours == pytest.approx(theirs, rel=1e-9)
+    if lacking:
+        assert row_of(gappy, 1, "stored", by="module", module="embed_tokens")["similarity_left_16"] is None
+
+
+def test_equal_matrices_are_factored_by_threads_at_once(tmp_path):
+    """Their factors go to one file."""
+    source = {f"layers.{i}.mlp.up_proj.weight": weights()["lm_head.weight"] for i in range(8)}
+    checkpoints = [
+        {
+            n: (w.float() + 1e-3 * torch.randn(w.shape, generator=torch.Generator().manual_seed(t))).bfloat16()
+            for n, w in source.items()
+        }
+        for t in (1, 2)
+    ]
+    paths = [
+        save(tmp_path / name, c)
+        for name, c in (("base", source), ("step_1", checkpoints[0]), ("step_2", checkpoints[1]))
+    ]
+    for i in range(4):
+        assert trend(*paths, out=tmp_path / f"out{i}", threads=2).exit_status == 0
+
+
+def test_bad_input_is_one_line(run, tmp_path):
+    base, checkpoints = run
+    with pytest.raises(UsageError, match="two or more checkpoints"):
+        trend(base, checkpoints[0])
+    with pytest.raises(UsageError, match="option spectra"):
+        trend(base, *checkpoints, spectra="all")
+    with pytest.raises(InputError, match="nowhere"):
+        trend(base, checkpoints[0], str(tmp_path / "nowhere"))
+    analyze(base, checkpoints[0], tmp_path / "other")
+    with pytest.raises(InputError, match="holds another run"):
+        trend(base, *checkpoints, out=tmp_path / "other")
+
+
+def test_a_checkpoint_that_changed_on_disk_is_analysed_anew(run, tmp_path):
+    base, checkpoints = run
+    before = trend(base, *checkpoints, out=tmp_path / "out")
+    save(tmp_path / "step_0020", run_of(seed=5)[1][0])
+    after = trend(base, *checkpoints, out=tmp_path / "out")
+    assert after.table == trend(base, *checkpoints).table
+    names = [[folder.name for folder in one.folders] for one in (before, after)]
+    assert names[0][::2] == names[1][::2]
+    assert names[1][1].startswith("000020-")
+
+
+def test_inputs_and_folders_that_are_not_of_a_run_are_left_alone(run, tmp_path, monkeypatch):
+    base, checkpoints = run
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "steps"
+    mine.mkdir()
+    inside = save(mine / "step_0010", run_of()[1][0])
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"lies in .*steps"):
+            trend(base, inside, checkpoints[1], out=".", overwrite=overwrite)
+        with pytest.raises(InputError, match="has a steps that is not of a run"):
+            trend(base, *checkpoints, out=".", overwrite=overwrite)
+        with pytest.raises(InputError, match="not of a run"):
+            analyze(base, checkpoints[0], ".", overwrite=overwrite)
+    assert (mine / "step_0010" / "model.safetensors").exists()
+
+
+def test_damage_is_told_or_mended_and_never_a_figure(run, tmp_path):
+    base, checkpoints = run
+    out = tmp_path / "out"
+    whole = trend(base, *checkpoints, out=out).table
+
+    def flip(path):
+        content = bytearray(path.read_bytes())
+        content[-40] ^= 0x40
+        path.write_bytes(content)
+
+    for path in (out / "factors").iterdir():
+        flip(path)
+    shutil.rmtree(out / "steps")
+    assert trend(base, *checkpoints, out=out).table == whole
+    for folder in ("similarity", "steps/000010/tallies", "steps/000010/spectra"):
+        (path,) = (out / folder).glob("*.arrow")
+        kept = path.read_bytes()
+        flip(path)
+        with pytest.raises(InputError, match="not those that were written"):
+            trend(base, *checkpoints, out=out)
+        path.write_bytes(kept)
+
+
+def test_what_this_run_does_not_write_does_not_stay(run, tmp_path):
+    base, checkpoints = run
+    trend(base, *checkpoints, out=tmp_path / "out", csv=True)
+    trend(base, *checkpoints, out=tmp_path / "out", report=False)
+    left = {path.name for path in (tmp_path / "out").rglob("*") if path.suffix in (".csv", ".html")}
+    assert not left
+
+
+def test_the_command_writes_what_it_says(run, tmp_path):
+    base, checkpoints = run
+    command = [
+        sys.executable,
+        "-m",
+        "opdkernels",
+        "trend",
+        base,
+        *reversed(checkpoints),
+        "-o",
+        str(tmp_path / "out"),
+        "--csv",
+    ]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = ran.stdout.splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["10", "20", "30"]
+    assert "100 %" in lines[4]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [step["step"] for step in summary["steps"]] == [10, 20, 30]
+    table = pq.read_table(tmp_path / "out" / "trend.parquet")
+    assert len((tmp_path / "out" / "trend.csv").read_text().splitlines()) == len(table) + 1
+    assert (tmp_path / "out" / "report.html").exists()
+    again = subprocess.run([*command[:3], "report", str(tmp_path / "out")], capture_output=True, text=True, check=True)
+    assert again.stdout.strip().endswith("report.html")

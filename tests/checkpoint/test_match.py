@@ -1,0 +1,288 @@
+"""Matching: every coordinate at most once, everything else listed with the reason."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opdkernels.checkpoint.match import Pair, match, open_pair
+from opdkernels.errors import InputError
+from tests.checkpoint.conftest import FakeSource
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def ranges(pair: Pair) -> set[tuple[str, int, str, int, int]]:
+    return {(m.source.name, m.source_start, m.trained.name, m.trained_start, m.numel) for m in pair.matches}
+
+
+def only(pair: Pair, kind: str) -> list[tuple[str, str]]:
+    return [(u.side, u.name) for u in pair.unmatched if u.kind == kind]
+
+
+def test_equal_names_match_in_the_order_of_the_source() -> None:
+    shapes: Shapes = {"z": (2, 3), "a": (4,), "m": ()}
+    pair = match(FakeSource(shapes), FakeSource(dict(reversed(shapes.items()))))
+    assert [(m.name, m.how, m.numel) for m in pair.matches] == [("z", "exact", 6), ("a", "exact", 4), ("m", "exact", 1)]
+    assert (pair.unmatched, pair.tied, pair.notes, pair.nbytes) == ([], [], [], 2 * 2 * 11)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("model.layers.0.q_proj.weight", "model.language_model.layers.0.q_proj.weight"),
+        ("model.layers.0.q_proj.weight", "language_model.model.layers.0.q_proj.weight"),
+        ("visual.blocks.0.attn.qkv.weight", "model.visual.blocks.0.attn.qkv.weight"),
+        ("h.0.ln_1.weight", "transformer.h.0.ln_1.weight"),
+        ("layers.0._fsdp_wrapped_module.w", "module.layers.0.w"),
+        ("model.layers.0.block_sparse_moe.gate.weight", "model.layers.0.mlp.gate.weight"),
+    ],
+)
+def test_names_match_without_the_prefixes_of_wrappers(name: str, other: str) -> None:
+    pair = match(FakeSource({name: (2, 2)}), FakeSource({other: (2, 2)}))
+    assert [(m.name, m.trained_name, m.how) for m in pair.matches] == [(name, other, "prefix")]
+    assert any(name in note and other in note for note in pair.notes)
+
+
+def test_an_equal_name_comes_before_an_alias() -> None:
+    pair = match(FakeSource({"model.w": (2,)}), FakeSource({"language_model.w": (2,), "model.w": (2,)}))
+    assert ranges(pair) == {("model.w", 0, "model.w", 0, 2)}
+    assert only(pair, "missing") == [("trained", "language_model.w")]
+
+
+def test_an_ambiguous_alias_is_an_error_that_names_the_candidates() -> None:
+    with pytest.raises(InputError) as caught:
+        match(
+            FakeSource({"model.w": (2,)}), FakeSource({"language_model.w": (2,), "transformer.w\x1b": (2,), "w": (2,)})
+        )
+    message = str(caught.value)
+    assert message.isprintable()
+    assert all(name in message for name in ("model.w", "language_model.w", "w is ambiguous", "rename"))
+
+
+def test_nothing_in_common_is_an_error() -> None:
+    with pytest.raises(InputError, match=r"no tensor in common \(a against b\); give"):
+        match(FakeSource({"a": (2,)}), FakeSource({"b": (2,)}))
+    with pytest.raises(InputError, match=r"a: shape \[2\].*\[3\]"):
+        match(FakeSource({"a": (2,)}), FakeSource({"a": (3,)}))
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "wte.weight", "lm_head.weight", "lm_head.bias"])
+def test_a_resized_vocabulary_is_compared_on_the_common_rows(name: str) -> None:
+    rest = () if name.endswith("bias") else (4,)
+    small, large = FakeSource({name: (100, *rest)}), FakeSource({name: (104, *rest)})
+    width = math.prod(rest)
+    for a, b, side in ((small, large, "trained"), (large, small, "source")):
+        pair = match(a, b)
+        (found,) = pair.matches
+        assert (found.how, found.shape, found.numel) == ("common rows", (100, *rest), 100 * width)
+        (added,) = pair.unmatched
+        assert (added.side, added.kind, added.shape, added.numel) == (side, "rows", (4, *rest), 4 * width)
+        assert "4 rows beyond the vocabulary of 100" in added.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "a", "b", "says"),
+    [
+        ("h.0.mlp.c_fc.weight", (4, 8), (8, 4), "it fits transposed"),
+        ("layers.0.q_proj.weight", (4, 8), (5, 8), "shape [4, 8] in the source against [5, 8]"),
+        ("wpe.weight", (100, 4), (104, 4), "shape [100, 4]"),
+        ("model.embed_tokens.weight", (100, 4), (104, 8), "shape [100, 4]"),
+        ("model.embed_tokens.weight", (0, 4), (104, 4), "shape [0, 4]"),
+        ("visual.embed_tokens.weight", (100, 4), (104, 4), "shape [100, 4]"),
+        ("w", (), (1,), "shape [] in the source against [1]"),
+    ],
+)
+def test_other_mismatches_of_shape_are_listed_on_both_sides(
+    name: str, a: tuple[int, ...], b: tuple[int, ...], says: str
+) -> None:
+    pair = match(FakeSource({name: a, "x": (1,)}), FakeSource({name: b, "x": (1,)}))
+    assert [(u.side, u.name, u.shape) for u in pair.unmatched] == [("source", name, a), ("trained", name, b)]
+    assert all(says in u.reason and u.kind == "shape" for u in pair.unmatched)
+
+
+def test_dtypes_without_a_delta_are_listed_and_mixed_floats_are_noted() -> None:
+    shapes: Shapes = {"w": (2,), "position_ids": (3,)}
+    a = FakeSource(shapes, dtypes={"position_ids": "i64", "w": "fp32"})
+    pair = match(a, FakeSource(shapes, dtypes={"position_ids": "i64"}))
+    assert only(pair, "dtype") == [("source", "position_ids"), ("trained", "position_ids")]
+    assert pair.notes == ["1 tensors are fp32 in the source and bf16 in the trained checkpoint"]
+    assert pair.nbytes == 2 * (4 + 2)
+
+
+def test_tensors_of_a_missing_shard_are_listed_on_both_sides() -> None:
+    a = FakeSource({"x": (1,)}, missing={"model.w": "model-00002-of-00002.safetensors"})
+    pair = match(a, FakeSource({"x": (1,), "w": (2,)}))
+    assert only(pair, "shard") == [("source", "model.w"), ("trained", "w")]
+    assert all("model-00002-of-00002.safetensors" in u.reason for u in pair.unmatched)
+
+
+def test_reading_gives_both_sides_of_a_range(tmp_path: Path) -> None:
+    a = {
+        "model.layers.0.self_attn.qkv_proj.weight": torch.arange(24.0).reshape(8, 3),
+        "model.embed_tokens.weight": torch.arange(15.0).reshape(5, 3),
+    }
+    q, k, v = a["model.layers.0.self_attn.qkv_proj.weight"].split([4, 2, 2])
+    parts = zip("qkv", (q, k, v), strict=True)
+    b = {f"model.layers.0.self_attn.{n}_proj.weight": part.clone() + 1 for n, part in parts}
+    b["model.embed_tokens.weight"] = torch.cat([a["model.embed_tokens.weight"], torch.zeros(2, 3)])
+    for name, tensors in (("a", a), ("b", b)):
+        (tmp_path / name).mkdir()
+        safetensors.torch.save_file(tensors, tmp_path / name / "model.safetensors")
+    for first, second in (("a", "b"), ("b", "a")):
+        pair = open_pair(tmp_path / first, tmp_path / second, io="read")
+        assert len(pair.matches) == 4
+        for m in pair.matches:
+            for start, stop in [(0, m.numel), (1, m.numel - 1), (m.numel, m.numel)]:
+                source, trained = pair.read(m, start, stop)
+                # The parts were written one higher than the fused tensor; the embedding as it is.
+                expected = 0 if m.how != "fused" else 1 if first == "a" else -1
+                assert (trained - source == expected).all()
+        pair.check()
+        pair.close()
+
+
+def test_a_side_that_cannot_be_read_leaves_no_file_open(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    safetensors.torch.save_file({"v": torch.ones(2)}, tmp_path / "b.safetensors")
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.exists():
+        pytest.skip("the system does not list open files")
+    before = len(list(descriptors.iterdir()))
+    for other in ("b.safetensors", "nothing"):
+        with pytest.raises(InputError):
+            open_pair(tmp_path / "a.safetensors", tmp_path / other)
+    assert len(list(descriptors.iterdir())) == before
+
+
+# Any mixture of names that may be aliases, fused, split, tied, resized or absent.
+DIMS = st.sampled_from([0, 1, 2, 3, 4])
+NAMES = [
+    *("lm_head.weight", "model.embed_tokens.weight", "embed_tokens.weight", "model.norm.weight", "norm.weight"),
+    *(f"model.layers.0.self_attn.{n}.weight" for n in ("qkv_proj", "q_proj", "k_proj", "v_proj")),
+    *(f"layers.0.self_attn.{n}.weight" for n in ("qkv_proj", "q_proj", "k_proj")),
+    *(f"model.layers.0.mlp.experts.{n}" for n in ("gate_up_proj", "down_proj", "0.gate_proj.weight")),
+    *("model.layers.0.mlp.experts.0.up_proj.weight", "model.layers.0.mlp.experts.0.down_proj.weight"),
+    *("model.layers.0.mlp.experts.0.gate_up_proj.weight", "model.layers.0.mlp.gate_up_proj.bias", "i"),
+]
+
+
+@st.composite
+def sources(draw: st.DrawFn) -> FakeSource:
+    names = draw(st.lists(st.sampled_from(NAMES), unique=True))
+    shapes: Shapes = {}
+    for name in names:
+        dims = 3 if "experts." in name and not name.endswith("weight") else 1 if name.endswith("bias") else 2
+        shapes[name] = tuple(draw(st.tuples(*[DIMS] * dims)))
+    tie = draw(st.sampled_from([{}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}]))
+    plain = [name for name in names[1:] if name != "i"]  # of one dtype
+    same = [name for name in plain if shapes[name] == shapes[plain[0]]]
+    aliases = dict.fromkeys(same[1:], same[0]) if same and draw(st.booleans()) else {}
+    dtypes = {"i": "i64", **({names[0]: "fp32"} if names else {})}
+    return FakeSource(shapes, config=tie, aliases=aliases, dtypes=dtypes)
+
+
+def one_of_layouts(draw: st.DrawFn, layouts: list[Shapes]) -> Shapes:
+    return draw(st.sampled_from([*layouts, {}]))
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> FakeSource:
+    """One model as different programs save it: prefixes, fused or split, tied or not, with a vocabulary of 5 or 6."""
+    prefix = draw(st.sampled_from(["model.", "", "model.language_model.", "language_model.model."]))
+    rows, columns, experts = draw(st.sampled_from([5, 6])), 4, 3
+    attn, mlp, moe = (f"{prefix}layers.0.{part}" for part in ("self_attn", "mlp", "block_sparse_moe"))
+    qkv: Shapes = {f"{attn}.q_proj.weight": (4, 4), f"{attn}.k_proj.weight": (2, 4), f"{attn}.v_proj.weight": (2, 4)}
+    fused: Shapes = {f"{mlp}.experts.gate_up_proj": (experts, 6, 4), f"{mlp}.experts.down_proj": (experts, 4, 3)}
+    split: Shapes = {}
+    mixtral: Shapes = {}
+    halves: Shapes = {f"{mlp}.experts.down_proj": (experts, 4, 3)}
+    for e in range(experts):
+        split |= {f"{mlp}.experts.{e}.{n}_proj.weight": (3, 4) for n in ("gate", "up")}
+        split[f"{mlp}.experts.{e}.down_proj.weight"] = (4, 3)
+        mixtral |= {f"{moe}.experts.{e}.{n}.weight": (3, 4) for n in ("w3", "w1")}
+        mixtral[f"{moe}.experts.{e}.w2.weight"] = (4, 3)
+        halves[f"{mlp}.experts.{e}.gate_up_proj.weight"] = (6, 4)
+    shapes: Shapes = {"x": (2,)}
+    shapes |= one_of_layouts(draw, [qkv, {f"{attn}.qkv_proj.weight": (8, 4)}])
+    shapes |= one_of_layouts(draw, [fused, split, mixtral, halves])
+    shapes |= one_of_layouts(draw, [{f"{prefix}embed_tokens.weight": (rows, columns)}])
+    shapes |= one_of_layouts(draw, [{"lm_head.weight": (rows, columns)}])
+    for name in draw(st.lists(st.sampled_from(sorted(shapes)), max_size=1)):
+        shapes[name] = shapes[name][::-1]
+    names = draw(st.permutations(sorted(shapes)))
+    tie = draw(st.sampled_from([{}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}]))
+    return FakeSource({name: shapes[name] for name in names}, config=tie)
+
+
+PAIRS = st.one_of(sources(), layouts()), st.one_of(sources(), layouts())
+
+
+def attempt(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except InputError as error:
+        message = str(error)
+        if not message.isprintable():
+            raise AssertionError(message) from error
+        return None
+
+
+@settings(max_examples=600, deadline=None)
+@given(*PAIRS)
+def test_every_coordinate_is_used_once_or_listed(a: FakeSource, b: FakeSource) -> None:
+    pair = attempt(lambda: match(a, b))
+    if pair is None:
+        return
+    for side, source in (("source", a), ("trained", b)):
+        used: dict[str, list[tuple[int, int]]] = {name: [] for name in source.tensors}
+        for m in pair.matches:
+            info, start = (m.source, m.source_start) if side == "source" else (m.trained, m.trained_start)
+            assert info is source.tensors[info.name]
+            assert 0 <= start <= start + m.numel <= info.numel
+            assert m.numel == math.prod(m.shape)
+            used[info.name].append((start, start + m.numel))
+        listed = {u.name for u in pair.unmatched if u.side == side}
+        for name, spans in used.items():
+            spans.sort()
+            assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+            accounted = sum(stop - start for start, stop in spans)
+            accounted += sum(u.numel for u in pair.unmatched if u.side == side and u.name == name)
+            assert accounted == source.tensors[name].numel or (name in pair.tied and not spans)
+            assert spans or name in listed or name in pair.tied
+    order = list(a.tensors)
+    positions = [(order.index(m.source.name), m.source_start) for m in pair.matches]
+    assert positions == sorted(positions)
+
+
+@settings(max_examples=600, deadline=None)
+@given(*PAIRS)
+def test_matching_is_symmetric(a: FakeSource, b: FakeSource) -> None:
+    one, other = attempt(lambda: match(a, b)), attempt(lambda: match(b, a))
+    assert (one is None) == (other is None)
+    if one is None:
+        return
+    assert ranges(one) == {(s, i, t, j, n) for t, j, s, i, n in ranges(other)}
+    assert {m.how for m in one.matches} == {m.how for m in other.matches}
+    assert set(one.tied) == set(other.tied)
+    flipped = {"source": "trained", "trained": "source"}
+    assert {(u.side, u.name, u.kind) for u in one.unmatched} == {
+        (flipped[u.side], u.name, u.kind) for u in other.unmatched
+    }
+
+
+@given(st.one_of(sources(), layouts()))
+def test_a_checkpoint_matches_itself_in_full(a: FakeSource) -> None:
+    pair = attempt(lambda: match(a, a))
+    if pair is not None:
+        assert all((m.name, m.how) == (m.trained_name, "exact") for m in pair.matches)
+        assert {u.kind for u in pair.unmatched} <= {"dtype"}

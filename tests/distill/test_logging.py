@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from opdkernels.distill.logging import Log, boards
+from opdkernels.distill.loop import distill
+from opdkernels.distill.tracker import read_rows
+from opdkernels.distill.world import Ranks
+from opdkernels.errors import UsageError
+
+
+def test_tokens_a_second_are_those_of_each_phase(options, tmp_path):
+    distill(options(eval_size=2), tmp_path)
+    start, *rows = read_rows(tmp_path / "log.jsonl")
+    assert "tokens_per_s" not in start
+    for row in rows:
+        assert set(row["tokens_per_s"]) == {"generate", "score", "train", "all"}
+        for name, rate in row["tokens_per_s"].items():
+            assert rate * row["seconds"][name] == pytest.approx(row["tokens"])
+
+
+def test_a_phase_that_took_no_time_has_no_rate(tmp_path):
+    Log(tmp_path, 0, 2, True, Ranks()).row(
+        {"step": 1, "tokens": 7, "seconds": {"generate": 0.0, "track": 0.1, "all": 0.5}}
+    )
+    assert read_rows(tmp_path / "log.jsonl")[0]["tokens_per_s"] == {"all": 14}
+
+
+# beside the log, by stand-ins that write down what they are given
+
+ROW = {"step": 3, "loss": 0.5, "skipped": "", "accuracy": None, "seconds": {"train": 2.0}, "tokens": 10}
+FLAT = {"loss": 0.5, "seconds/train": 2.0, "tokens": 10, "tokens_per_s/train": 5.0}
+
+
+def test_tensorboard_takes_every_number_of_a_step(tmp_path, monkeypatch):
+    made, taken = [], []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            made.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            taken.append((name, value, step))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            taken.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    with boards(tmp_path, 2, Ranks(), tensorboard=True) as opened:
+        assert not made
+        Log(tmp_path, 2, 9, True, Ranks(), opened).row(dict(ROW))
+    assert made == [(str(tmp_path / "tensorboard"), 3)]
+    assert taken == [*((name, value, 3) for name, value in FLAT.items()), "closed"]
+
+
+def test_wandb_takes_every_number_of_a_step_and_ends_with_the_run(options, tmp_path, monkeypatch):
+    taken = []
+    run = SimpleNamespace(
+        log=lambda figures, step: taken.append((step, figures)), finish=lambda: taken.append("finished")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: taken.append(given) or run))
+    with boards(tmp_path, 2, Ranks(), wandb="sparse") as opened:
+        Log(tmp_path, 2, 9, True, Ranks(), opened).row(dict(ROW))
+    assert taken[1:] == [(3, FLAT), "finished"]
+    taken.clear()
+    distill(options(wandb="sparse", steps=1), tmp_path / "run")
+    assert taken[0] == {"project": "sparse", "group": "run", "dir": str(tmp_path / "run")}
+    assert [one[0] for one in taken[1:-1]] == [1]
+    assert taken[-1] == "finished"
+
+
+def cannot_begin(**given):
+    raise RuntimeError("api_key not configured\nmore")
+
+
+@pytest.mark.parametrize(
+    ("module", "stands", "given", "said"),
+    [
+        ("torch.utils.tensorboard", None, {"tensorboard": True}, "tensorboard is asked for and not installed"),
+        ("wandb", None, {"wandb": "sparse"}, "wandb is asked for and not installed"),
+        (
+            "wandb",
+            SimpleNamespace(init=cannot_begin),
+            {"wandb": "sparse"},
+            r"wandb cannot begin a run \(api_key not configured\); set WANDB_MODE=offline",
+        ),
+    ],
+)
+def test_a_board_that_cannot_be_had_costs_no_earlier_run(options, tmp_path, monkeypatch, module, stands, given, said):
+    distill(options(steps=1), tmp_path)
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    monkeypatch.setitem(sys.modules, module, stands)
+    with pytest.raises(UsageError, match=said):
+        distill(options(steps=1, seed=1, overwrite=True, **given), tmp_path)
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before

@@ -1,0 +1,417 @@
+from __future__ import annotations
+
+import json
+import signal
+import zlib
+
+import numpy as np
+import pytest
+
+from opdkernels.api import analyze
+from opdkernels.distill.tracker import read_rows
+from opdkernels.errors import UsageError
+from opdkernels.experiments import arms
+from opdkernels.experiments import runner as experiments
+from opdkernels.experiments.runner import EXPERIMENTS, markdown, needed, run_experiment, table, table_rows
+from opdkernels.masks import MaskSet
+from tests.distill.conftest import model, tokenizer
+
+
+def varied(prompt, answer, completion):
+    """A reward that hardly two models have alike."""
+    return zlib.crc32(completion.encode()) % 101 / 100
+
+
+VARIED = f"{__name__}:varied"
+
+
+def scores_of(folder, step):
+    return next(row["scores"] for row in read_rows(folder / "scores.jsonl") if row["step"] == step)
+
+
+def test_a_table_has_every_arm_seed_and_mask(options, tmp_path):
+    chosen = options(eval_size=6, steps=10, lr=1e-2, reward=VARIED)
+    result = run_experiment(
+        "masks",
+        chosen,
+        tmp_path,
+        seeds=2,
+        density=0.2,
+        arms=["found", "random", "random matched on |W|", "near zero", "early"],
+    )
+    rows = {row["arm"]: row for row in result["rows"]}
+    assert list(rows) == ["start", "full", "found", "random", "random matched on |W|", "near zero", "early"]
+    for name in list(rows)[2:]:
+        assert rows[name]["trained"] == pytest.approx(0.2, abs=0.01)
+        assert rows[name]["changed_stored"] <= rows[name]["trained"]
+        assert rows[name]["score"] != rows["start"]["score"]
+    made = {
+        name: MaskSet.load(tmp_path / "seed-1" / "full" / "made-of-10" / f"{file}-0.2.masks.safetensors")
+        for name, file in FILES.items()
+    }
+    for name in ("random", "random matched on |W|"):
+        assert (made[name] & made["found"]).nnz < 0.6 * made["found"].nnz
+    assert made["early"] != made["found"]
+    assert rows["early"]["in_found"] < rows["found"]["in_found"] == 1
+    assert json.loads((tmp_path / "results.json").read_text()) == result
+    assert (tmp_path / "table.md").read_text() == markdown(result)
+    before = (tmp_path / "seed-0" / "found-0.2" / "checkpoint-10" / "model.safetensors").stat().st_mtime_ns
+    assert run_experiment("masks", chosen, tmp_path, seeds=2, density=0.2, arms=["found"])["rows"][2] == rows["found"]
+    assert (tmp_path / "seed-0" / "found-0.2" / "checkpoint-10" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_table_shows_what_tells_something():
+    row = {
+        "score": 0.5,
+        "score_low": 0.25,
+        "score_high": 0.75,
+        "trained": 1.0,
+        "changed_visible": 0.5,
+        "changed_stored": 0.5,
+        "of_change": None,
+        "relative_norm": 3.22e-4,
+    }
+    start, full = (
+        {**dict.fromkeys(row), **{key: row[key] for key in row if "score" in key}, "arm": "start"},
+        {**row, "arm": "full"},
+    )
+    other = {**row, "arm": "like |W|", "gain_kept": -0.001, "gain_kept_low": -0.125, "gain_kept_high": 1.5}
+    head, _, first, _, last = table([start, full, other])
+    assert head == "| arm | score | share of the gain | changed in bf16 | relative norm |"
+    assert first == "| start | 0.500 (0.250 to 0.750) |  |  |  |"
+    assert last == r"| like \|W\| | 0.500 (0.250 to 0.750) | 0 % (-12 to 150) | 50.0 % | 0.032 % |"
+    wider = table([start, {**full, "trained": 0.2}, {**other, "changed_stored": 0.75, "in_found": 0.5}])
+    assert (
+        wider[0]
+        == "| arm | score | share of the gain | trained | of the found set | changed in bf16 | changed as stored | relative norm |"
+    )
+    assert (
+        table([start, full, {"arm": "a part", "score": 0.5, "score_low": 0.4, "score_high": 0.6, "of_change": 0.2}])[0]
+        == "| arm | score | share of the gain | of the change |"
+    )
+
+
+def test_one_arm_alone_keeps_its_figures():
+    row = {"arm": "full", "score": 0.5, "score_low": 0.25, "score_high": 0.75, "changed_visible": 0.5}
+    assert (
+        table([{**row, "arm": "start", "changed_visible": None}, row])[0]
+        == "| arm | score | share of the gain | changed in bf16 |"
+    )
+    assert table([row, row])[1].count("---") == table([row, row])[0].count("|") - 1
+
+
+def test_deviations_of_seeds_are_stretched():
+    scores = np.repeat(np.array([[0.0], [1.0], [2.0], [3.0]]), 10, axis=1)  # prompts all alike
+    means = experiments.resampled({"a": scores})["a"]
+    assert means.mean() == pytest.approx(1.5, abs=0.03)
+    assert means.std() == pytest.approx(scores[:, 0].std(ddof=1) / 2, rel=0.03)
+    assert experiments.resampled({"a": scores[:1]})["a"].std() == 0
+
+
+@pytest.mark.parametrize(("seeds", "density"), [(0, None), (1, 1.5), (1, float("nan"))])
+def test_sizes_that_make_no_sense_are_refused_before_anything_runs(options, tmp_path, seeds, density):
+    with pytest.raises(UsageError, match=r"a seed or more and masks of a density in 0 \.\. 1"):
+        run_experiment("masks", options(eval_size=4), tmp_path, seeds=seeds, density=density)
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_are_scored_as_their_seed_is(options, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(experiments, "score", lambda options, folder: seen.append(options.seed) or [0.5] * 4)
+    run_experiment("interventions", options(eval_size=4, steps=2, seed=3), tmp_path, seeds=2, arms=["mlp alone"])
+    assert seen == [3, 4]
+
+
+FILES = {"found": "changed", "random": "random", "random matched on |W|": "random-like", "early": "changed-at-0.1"}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_at_its_own_density(options, tmp_path, name):
+    result = run_experiment(name, options(eval_size=4, steps=10, reward=VARIED), tmp_path, seeds=1)
+    assert result["density"] == EXPERIMENTS[name].density
+    assert [row["arm"] for row in result["rows"]] == [
+        "start",
+        *(arm.name for arm in EXPERIMENTS[name].arms if "middle third" not in arm.name),
+    ]  # of two layers
+
+
+def test_what_rounding_alone_would_show_is_beside_what_changed(options, tmp_path):
+    rows = {
+        row["arm"]: row for row in run_experiment("precision", options(eval_size=4, steps=2, lr=1e-4), tmp_path)["rows"]
+    }
+    for arm in ("bf16-exact", "bf16-nearest", "fp32"):  # weights of bf16 all, whatever they are stored in
+        visible = analyze(
+            tmp_path / "seed-0" / "bf16-exact" / "checkpoint-0",
+            tmp_path / "seed-0" / arm / "checkpoint-2",
+            spectra="off",
+        ).summary["views"]["visible"]
+        assert rows[arm.replace("-", " ")]["changed_null"] == pytest.approx(
+            visible["changed_null"] / visible["numel"], rel=1e-12
+        )
+    assert rows["fp32"]["changed_null"] == pytest.approx(rows["bf16 exact"]["changed_null"], rel=0.2)
+    assert 0 < rows["fp32"]["changed_null"] < 0.9 * rows["fp32"]["changed_stored"]
+    assert "by rounding alone" in (tmp_path / "table.md").read_text()
+
+
+def test_weights_that_lie_between_those_of_bf16_have_a_null_of_their_own(options, tmp_path):
+    own = model(0, initializer_range=0.2)
+    own.save_pretrained(tmp_path / "s")
+    tokenizer().save_pretrained(tmp_path / "s")
+    rows = {
+        row["arm"]: row
+        for row in run_experiment(
+            "precision", options(student=str(tmp_path / "s"), eval_size=4, steps=2, lr=1e-4), tmp_path / "run"
+        )["rows"]
+    }
+    fp32 = tmp_path / "run" / "seed-0" / "fp32"
+    visible = analyze(fp32 / "checkpoint-0", fp32 / "checkpoint-2", spectra="off").summary["views"]["visible"]
+    assert rows["fp32"]["changed_null"] == pytest.approx(visible["changed_null"] / visible["numel"], rel=1e-12)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.0])
+def test_masks_of_a_trajectory_hold_more_and_more_of_the_final_set(options, tmp_path, density):
+    chosen = options(eval_size=4, steps=10, lr=1e-4, track_every=10)
+    run_experiment(
+        "trajectory", chosen, tmp_path, density=density, arms=["full"]
+    )  # its marks do not depend on what else is asked for
+    result = run_experiment("trajectory", chosen, tmp_path, density=density)
+    rows = {row["arm"]: row for row in result["rows"]}
+    steps = [
+        path.name
+        for path in sorted((tmp_path / "seed-0" / "full").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    ]
+    assert steps == [f"checkpoint-{i}" for i in range(11)]
+    held = [rows[f"mask at {share} of the steps"]["in_found"] for share in ("10%", "20%", "50%")]
+    assert held[0] < held[1] < held[2] < rows["found"]["in_found"] == 1
+    assert "of the found set" in (tmp_path / "table.md").read_text()
+
+
+def test_a_set_by_another_runs_mask_is_measured_against_the_full_runs(options, tmp_path):
+    rows = {
+        row["arm"]: row
+        for row in run_experiment(
+            "masks", options(eval_size=4, steps=2, reward=VARIED), tmp_path, density=0.2, arms=["found by rlvr"]
+        )["rows"]
+    }
+    assert rows["found by rlvr"]["in_found"] < 0.9
+
+
+def test_an_arm_that_changes_nothing_keeps_the_table(options, tmp_path):
+    rows = {
+        row["arm"]: row
+        for row in run_experiment("masks", options(eval_size=4, steps=2), tmp_path, density=0.2, arms=["rlvr"])["rows"]
+    }
+    assert rows["rlvr"]["changed_stored"] == 0  # no completion is right, so that nothing is learnt
+    assert rows["rlvr"]["near_zero_coverage_10pct"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "arm", "message"),
+    [
+        ({"on_policy": 0.5}, "masks", "rlvr", "of the arm rlvr: .*set on_policy=1"),
+        ({"lora_rank": 4}, "masks", "found", "of the arm found: .*choose one"),
+        (
+            {"steps": 12},
+            "trajectory",
+            "mask at 20% of the steps",
+            "mask at 20% of the steps looks at a share of 12 steps; take a multiple of 10",
+        ),
+    ],
+)
+def test_arms_that_make_no_sense_are_refused_before_any_runs(options, tmp_path, given, name, arm, message):
+    with pytest.raises(UsageError, match=message):
+        run_experiment(name, options(eval_size=4, **given), tmp_path, arms=[arm])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_the_marks_that_masks_are_made_from_is_named(options, tmp_path):
+    chosen = options(eval_size=4, steps=12, track_every=5)
+    run_experiment("masks", chosen, tmp_path, arms=["full"])
+    folder = tmp_path / "seed-0" / "full"
+    for density in (0.0, 0.2):
+        with pytest.raises(UsageError, match="run the experiment in another folder, or --overwrite"):
+            arms.changed(arms.Made(folder, 0.5, density, 0))
+
+
+def test_masks_of_the_size_of_lora(options, tmp_path):
+    arm = "early mask lr x 1.0"
+    rows = {
+        row["arm"]: row
+        for row in run_experiment(
+            "subspace", options(eval_size=4, steps=10), tmp_path, arms=[arm, "early subspace of rank 16 lr x 3.0"]
+        )["rows"]
+    }
+    assert list(rows) == ["start", "full", "lora of rank 8 lr x 3.0", "early subspace of rank 16 lr x 3.0", arm]
+    linear = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)] * 2
+    total = 2 * 15 * 32 + sum(m * n for m, n in linear) + 5 * 32 + 2 * (32 + 16 + 16)
+    assert rows["lora of rank 8 lr x 3.0"]["trained"] == pytest.approx(sum(8 * (m + n) for m, n in linear) / total)
+    assert rows["early subspace of rank 16 lr x 3.0"]["trained"] == pytest.approx(
+        sum(16 * m for m, _ in linear) / total
+    )
+    assert rows[arm]["trained"] == pytest.approx(rows["lora of rank 8 lr x 3.0"]["trained"], abs=1 / total)
+
+
+def test_an_arm_whose_mask_would_be_empty_has_no_row(options, tmp_path):
+    result = run_experiment(
+        "masks", options(eval_size=4, steps=2), tmp_path, arms=["found by rlvr"]
+    )  # no completion is right, so that RLVR changes nothing
+    assert [row["arm"] for row in result["rows"]] == ["start", "full", "rlvr"]
+    still = options(eval_size=4, steps=2, teacher="", kl_weight=0, reward_weight=1, samples=2)
+    result = run_experiment("masks", still, tmp_path / "still", arms=["found", "random", "near zero"])
+    assert [row["arm"] for row in result["rows"]] == ["start", "full"]
+
+
+def test_results_of_another_experiment_are_not_replaced(options, tmp_path):
+    chosen = options(eval_size=4, steps=2)
+    run_experiment("masks", chosen, tmp_path, arms=["full"])
+    before = (tmp_path / "results.json").read_text()
+    with pytest.raises(
+        UsageError, match="holds results of the experiment masks; choose another folder, or --overwrite them"
+    ):
+        run_experiment("interventions", chosen, tmp_path)
+    assert (tmp_path / "results.json").read_text() == before
+    assert (
+        run_experiment("interventions", options(eval_size=4, steps=2, overwrite=True), tmp_path, arms=["mlp alone"])[
+            "experiment"
+        ]
+        == "interventions"
+    )
+    for bad in ("{}", "[]", "{"):
+        (tmp_path / "results.json").write_text(bad)
+        with pytest.raises(UsageError, match="holds results of something else"):
+            run_experiment("masks", chosen, tmp_path)
+
+
+def test_progress_goes_to_the_error_stream(options, tmp_path, capfd):
+    run_experiment("masks", options(eval_size=4, steps=2), tmp_path, arms=["found by rlvr"], quiet=False)
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert "masks, seed 0: full\n" in said.err
+    assert "found by rlvr is left out: nothing had changed\n" in said.err
+
+
+def test_seeds_are_counted_from_the_one_that_is_given(options, tmp_path):
+    chosen = options(eval_size=4, steps=2, seed=3, reward=VARIED)
+    result = run_experiment("masks", chosen, tmp_path / "a", seeds=2, arms=["full"])
+    assert sorted(path.name for path in (tmp_path / "a").glob("seed-*")) == ["seed-3", "seed-4"]
+    assert (result["seeds"], result["options"]["seed"]) == (2, 3)
+    assert result["along"] == run_experiment("masks", chosen, tmp_path / "b", arms=["full"])["along"]
+    assert experiments.pair_of(tmp_path / "a", result)[1] == tmp_path / "a" / "seed-3" / "full" / "checkpoint-2"
+
+
+def test_options_of_other_arms_do_not_keep_those_that_have_no_use_for_them_from_running(options, tmp_path):
+    chosen = options(eval_size=4, steps=2, divergence="jsd", beta=0.3, k=3, temperature=0.5, precision="nearest")
+    for name, arm in (("masks", "rlvr"), ("subspace", "lora of rank 8 lr x 3.0")):
+        assert arm in [row["arm"] for row in run_experiment(name, chosen, tmp_path / name, arms=[arm])["rows"]]
+
+
+def test_parts_of_a_change_are_scored_as_the_run_scores_itself(options, tmp_path, monkeypatch):
+    chosen = options(eval_size=8, steps=3, lr=1e-2, reward=VARIED)
+    every = arms.Part(where="attention,mlp,embedding,lm_head,norm")
+    arm = arms.Arm("all of it", part=every)
+    lacking = arms.Arm("routers", part=arms.Part(where="router"))
+    parts = EXPERIMENTS["interventions"]
+    monkeypatch.setitem(
+        experiments.EXPERIMENTS,
+        "interventions",
+        arms.Experiment(parts.about, [*parts.arms, arm, lacking], density=parts.density),
+    )
+    rows = {row["arm"]: row for row in run_experiment("interventions", chosen, tmp_path)["rows"]}
+    assert rows["all of it"]["score"] == rows["full"]["score"] != rows["start"]["score"]
+    full = tmp_path / "seed-0" / "full"
+    assert json.loads((full / "made-of-3" / "all-of-it.json").read_text())["scores"] == scores_of(full, 3)
+    assert rows["without mlp"]["score"] not in (rows["full"]["score"], rows["start"]["score"])
+    assert rows["all of it"]["of_change"] == 1
+    assert rows["largest alone"]["of_change"] + rows["all but the largest"]["of_change"] == pytest.approx(1)
+    assert rows["mlp alone"]["of_change"] + rows["without mlp"]["of_change"] == pytest.approx(1)
+    assert "without the middle third of layers" not in rows  # of two layers
+    assert "routers" not in rows
+    assert not [path for path in (tmp_path / "seed-0" / "full" / "made-of-3").iterdir() if path.is_dir()]
+
+
+def test_what_is_made_from_a_run_is_made_again_when_it_goes_on(options, tmp_path):
+    first = run_experiment("masks", options(eval_size=4, steps=2), tmp_path / "a", density=0.2, arms=["found"])
+    with pytest.raises(UsageError, match="holds another run"):
+        run_experiment("masks", options(eval_size=4, steps=4), tmp_path / "a", density=0.2, arms=["found"])
+    with pytest.raises(UsageError, match="has taken 4 steps and steps is 2"):
+        run_experiment("masks", options(eval_size=4, steps=2), tmp_path / "a", density=0.2, arms=["found"])
+    run_experiment("masks", options(eval_size=4, steps=4, overwrite=True), tmp_path / "a", density=0.2, arms=["found"])
+    masks = [
+        MaskSet.load(tmp_path / "a" / "seed-0" / "full" / f"made-of-{step}" / "changed-0.2.masks.safetensors")
+        for step in (2, 4)
+    ]
+    assert masks[0] != masks[1]
+    assert first["steps"] == 2
+
+
+def test_intervals_hold_as_often_as_they_say():
+    """Prompts drawn anew 200 times from known rates: some 95 % of the intervals hold the truth."""
+    rng, held = np.random.default_rng(0), 0
+    end = {"trained": 1.0}
+    for _ in range(200):
+        scores = {
+            name: [(rng.random(150) < rate).astype(float).tolist()]
+            for name, rate in (("start", 0.2), ("full", 0.7), ("found", 0.6))
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(experiments, "RESAMPLES", 400)
+            rows = {row["arm"]: row for row in table_rows(scores, {"full": [end], "found": [end]}, "full")}
+        held += rows["found"]["gain_kept_low"] <= 0.8 <= rows["found"]["gain_kept_high"]
+    assert 0.9 <= held / 200 <= 0.99
+
+
+def test_a_gain_that_may_be_none_has_no_share():
+    scores = {"start": [[0.0, 1.0] * 10], "full": [[1.0, 0.0] * 10]}
+    rows = table_rows(scores, {"full": [{"trained": 1.0}]}, "full")
+    assert "gain_kept" not in rows[1]
+    assert rows[1]["score"] == 0.5
+
+
+def test_all_arms_alike_keep_all_of_the_gain():
+    scores = {"start": [[0.0] * 30], "full": [[1.0, 1.0, 0.0] * 10], "found": [[1.0, 1.0, 0.0] * 10]}
+    row = table_rows(scores, {"full": [{"trained": 1.0}], "found": [{"trained": 0.2}]}, "full")[2]
+    assert (row["gain_kept"], row["gain_kept_low"], row["gain_kept_high"]) == (1.0, 1.0, 1.0)
+
+
+def test_an_arm_brings_those_that_it_is_made_from():
+    assert [arm.name for arm in needed(EXPERIMENTS["masks"], ["found by rlvr"])] == ["full", "rlvr", "found by rlvr"]
+    with pytest.raises(UsageError, match="there is no arm magic"):
+        needed(EXPERIMENTS["masks"], ["magic"])
+
+
+def test_what_cannot_be_run_is_refused(options, tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="there is no experiment magic; there are masks"):
+        run_experiment("magic", options(), tmp_path)
+    with pytest.raises(UsageError, match="set eval_size and track_every"):
+        run_experiment("masks", options(), tmp_path)
+    for name in ("sgd", "subspace"):
+        with pytest.raises(
+            UsageError, match=f"density would change nothing: {name} has no masks of a size of their own; leave it out"
+        ):
+            run_experiment(name, options(eval_size=4), tmp_path, density=0.2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="leave torchrun out"):
+        run_experiment("masks", options(eval_size=4), tmp_path)
+
+
+def test_a_signal_stops_the_experiment_and_not_an_arm_alone(options, tmp_path, monkeypatch):
+    from opdkernels.distill import loop
+
+    train = loop.train
+
+    def signalled(run, step, look):
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return train(run, step, look)
+
+    monkeypatch.setattr(loop, "train", signalled)
+    chosen = options(eval_size=4, steps=3)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment("masks", chosen, tmp_path, density=0.2, arms=["found"])
+    assert not list((tmp_path / "seed-0").rglob("*.masks.safetensors"))
+    monkeypatch.undo()
+    assert [row["arm"] for row in run_experiment("masks", chosen, tmp_path, density=0.2, arms=["found"])["rows"]] == [
+        "start",
+        "full",
+        "found",
+    ]

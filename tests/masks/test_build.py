@@ -1,0 +1,200 @@
+"""Masks are what sorting gives, and controls are random where they should be and matched where they should be."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from opdkernels.checkpoint.names import place
+from opdkernels.errors import UsageError
+from opdkernels.masks import MaskSet, changed, largest, most_changed, near_zero, principal, random, random_like, safe
+from opdkernels.masks import build as make
+from tests.analysis.conftest import save, trained, weights
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def assert_extreme(flags: list[np.ndarray], values: list[np.ndarray], share: float, largest: bool) -> None:
+    """As many as the share says, none beyond the others, and of those that tie as much of each tensor as of all, within a coordinate a
+    part of 1,000."""
+    chosen, everything = np.concatenate(flags), np.concatenate(values)
+    k = math.ceil(share * everything.size)
+    assert chosen.sum() == k
+    cut = np.sort(everything)[-k if largest else k - 1]
+    assert chosen[everything > cut if largest else everything < cut].all()
+    assert not chosen[everything < cut if largest else everything > cut].any()
+    rate = chosen[everything == cut].mean()
+    for one, value in zip(flags, values, strict=True):
+        tied = value == cut
+        assert abs(one[tied].sum() - rate * tied.sum()) <= 1 + value.size / 1000
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("per", make.PER)
+@pytest.mark.parametrize("share", [0.001, 0.1, 1.0])
+def test_extremes_are_those_of_sorting(dtype, per, share, monkeypatch):
+    monkeypatch.setattr(make, "STEP", 1000)
+    source = weights(dtype)
+    groups = {}
+    for name in source:
+        key = {"tensor": name, "module": place(name).module, "model": ""}[per]
+        groups.setdefault(key, []).append(name)
+    for found, big in ((near_zero(source, share, per=per), False), (largest(source, share, per=per), True)):
+        assert list(found) == list(source)
+        for names in groups.values():
+            assert_extreme(
+                [found[n].to_bool().flatten().numpy() for n in names],
+                [source[n].float().abs().flatten().numpy() for n in names],
+                share,
+                big,
+            )
+
+
+def test_ties_are_drawn_and_drawn_alike_again():
+    """Not the first ones, nor every second: half of equal values, as spread as chance spreads them."""
+    alike = {name: torch.ones(200, 100) for name in ("a", "b")}
+    once, again = (largest(alike, 0.5, per="model") for _ in range(2))
+    assert {n: m.digest for n, m in once.items()} == {n: m.digest for n, m in again.items()}
+    for mask in once.values():
+        flags = mask.to_bool()
+        assert int(flags.sum()) == 10_000
+        assert 0 < int(flags.sum(0).min()) < 95
+        assert 105 < int(flags.sum(0).max()) < 200
+        assert 3000 < int((flags[:, 1:] != flags[:, :-1]).sum() / 2) < 7000
+    assert not torch.equal(once["a"].to_bool(), once["b"].to_bool())
+
+
+@pytest.mark.parametrize("per", make.PER)
+def test_the_most_changed_are_the_largest_differences(per, tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "STEP", 1000)
+    source = weights()
+    after = trained(source)
+    found = most_changed(save(tmp_path / "a", source), save(tmp_path / "b", after), 0.15, per=per)
+    moved = {name: (after[name].float() - source[name].float()).abs() for name in found}
+    expected = largest(moved, 0.15, per=per)
+    for name, mask in found.items():
+        assert torch.equal(mask.to_bool(), expected[name].to_bool() & (moved[name] > 0))
+
+
+def test_a_control_does_not_draw_as_ties_are_drawn():
+    w = torch.randn(200, 200, generator=torch.Generator().manual_seed(0))
+    w[:100] = 0
+    found = near_zero({"w": w}, 0.2)
+    both = (found & random_like(found, {"w": w}))["w"].nnz
+    assert 2800 < both < 3600  # 8,000 of 20,000 twice: 3,200 by chance
+
+
+def test_what_did_not_change_is_never_of_the_most_changed(tmp_path):
+    source = {"a": torch.zeros(40, 50), "b": torch.zeros(40, 50)}
+    after = {name: w.clone() for name, w in source.items()}
+    after["b"][3, :7] = 1.0
+    for per in make.PER:
+        found = most_changed(save(tmp_path / "a", source), save(tmp_path / "b", after), 0.5, per=per)
+        assert (found["a"].nnz, found["b"].nnz) == (0, 7)
+
+
+def test_a_checkpoint_gives_the_masks_of_its_tensors(tmp_path):
+    source = weights()
+    path = save(tmp_path / "a", source)
+    assert {n: m.digest for n, m in near_zero(path, 0.1).items()} == {
+        n: m.digest for n, m in near_zero(source, 0.1).items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("atol", [0.0, 1e-5])
+def test_changed_is_where_delta_is_beyond_atol(dtype, atol, tmp_path):
+    source = weights(dtype)
+    after = trained(source, size=2e-5)
+    after["lm_head.weight"][0, :2] = torch.tensor([float("nan"), float("inf")])
+    paths = save(tmp_path / "a", source), save(tmp_path / "b", after)
+    for view in make.VIEWS:
+        found = changed(*paths, atol=atol, view=view)
+        for name, w in source.items():
+            if view == "visible":
+                a, b = (t.float().bfloat16().float() for t in (w, after[name]))
+                moved, cut = (b - a).bfloat16().float().abs(), float(torch.tensor(atol).bfloat16())
+            else:
+                wide = torch.float64 if dtype == torch.float64 else torch.float32
+                moved, cut = (after[name].to(wide) - w.to(wide)).abs(), atol
+            assert torch.equal(found[name].to_bool(), (moved > cut) & moved.isfinite())
+
+
+def test_principal_and_safe_are_those_of_an_svd():
+    source = weights(torch.float32)
+    main, rest, low = principal(source, 0.1), safe(source, 0.1), near_zero(source, 0.1)
+    for name, w in source.items():
+        if w.ndim != 2:
+            assert main[name].nnz == 0
+            assert rest[name].nnz == w.numel()
+            continue
+        u, s, vh = torch.linalg.svd(w.double(), full_matrices=False)
+        k = max(1, int(0.1 * min(w.shape)))
+        score = ((u[:, :k] * s[:k]) @ vh[:k]).abs().flatten()
+        expected = torch.zeros(w.numel(), dtype=torch.bool)
+        expected[score.topk(math.ceil(0.1 * w.numel())).indices] = True
+        assert torch.equal(main[name].to_bool().flatten(), expected)
+        assert torch.equal(rest[name].to_bool().flatten(), ~expected | low[name].to_bool().flatten())
+
+
+def test_random_depends_on_the_seed_and_the_name_alone(monkeypatch):
+    source = weights()
+    one, same, other = random(source, 0.2), random(dict(reversed(source.items())), 0.2), random(source, 0.2, seed=1)
+    for name, w in source.items():
+        assert one[name].nnz == math.ceil(0.2 * w.numel())
+        assert one[name] == same[name]
+        if w.numel() > 100:
+            assert one[name] != other[name]
+    whole = random(source, 0.2, per="model")
+    assert whole.nnz == math.ceil(0.2 * whole.numel)
+
+
+def test_random_is_uniform():
+    source = {"w": torch.zeros(64)}
+    hits = sum(random(source, 0.25, seed=seed)["w"].to_bool().double() for seed in range(800))
+    assert abs(hits - 200).max() < 5 * math.sqrt(800 * 0.25 * 0.75)
+
+
+def test_the_control_has_the_magnitudes_of_the_mask():
+    source = weights()
+    masks = near_zero(source, 0.3) & random(source, 0.5)
+    found, other = random_like(masks, source), random_like(masks, source, seed=1)
+    for name, w in source.items():
+        a, b = (w.flatten().abs()[m[name].to_bool().flatten()].sort().values for m in (masks, found))
+        assert torch.equal(a, b)
+    assert found["lm_head.weight"] != masks["lm_head.weight"]
+    assert found["lm_head.weight"] != other["lm_head.weight"]
+
+
+def test_the_control_is_uniform_within_a_magnitude():
+    source = {"w": torch.tensor([1.0, -1, 1, -1, 2, 2, 2, 2])}
+    masks = MaskSet({"w": near_zero(source, 0.25)["w"]})
+    hits = sum(random_like(masks, source, seed=seed)["w"].to_bool().double() for seed in range(800))
+    assert hits[4:].sum() == 0
+    assert abs(hits[:4] - 400).max() < 5 * math.sqrt(800 * 0.25)
+
+
+def test_tied_tensors_are_taken_once():
+    w = torch.randn(10, 4)
+    assert list(near_zero({"embed": w, "head": w, "ids": torch.arange(3)}, 0.1)) == ["embed"]
+
+
+def test_bad_input_is_refused_by_name():
+    source = weights()
+    broken = {"w": torch.tensor([1.0, float("nan")])}
+    for call, message in (
+        (lambda: near_zero(source, 0), "share of active coordinates"),
+        (lambda: near_zero(source, 1.5), "share of active coordinates"),
+        (lambda: near_zero(source, 0.1, per="layer"), "per must be one of tensor, module, model"),
+        (lambda: near_zero(broken, 0.5), "w holds NaN"),
+        (lambda: principal({"w": torch.full((3, 3), float("inf"))}, 0.5), "w holds NaN or Inf"),
+        (lambda: changed("a", "b", view="both"), "view must be one of"),
+        (lambda: changed("a", "b", atol=-1), "atol must lie"),
+        (lambda: random_like(near_zero(source, 0.1), {"x": torch.ones(2)}), "has no tensor"),
+        (lambda: random_like(near_zero({"w": torch.ones(2)}, 0.5), {"w": torch.ones(3)}), "its mask"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            call()

@@ -1,0 +1,316 @@
+"""The null against what it claims to predict: dense updates, independent of W, rounded by torch itself."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from opdkernels.metrics.rounding_null import INFINITY, KINDS, RATIOS, fit, fit_many
+
+STD = 0.03
+
+
+def patterns(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.int16).int() & 0x7FFF
+
+
+def table(x: torch.Tensor) -> np.ndarray:
+    return torch.bincount(patterns(x).flatten(), minlength=1 << 15).numpy()
+
+
+def pair(source: torch.Tensor, trained: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tables of |W|, of |visible delta|, and of |W| where it is not zero, of two fp32 tensors."""
+    source = source.bfloat16()
+    delta = trained.bfloat16() - source
+    return table(source), table(delta), table(source[delta != 0])
+
+
+def near_zero(source: np.ndarray, changed: np.ndarray, ratio: float) -> float:
+    """Observed |mask and changed| by its definition: one by one, ties at the cut sharing alike."""
+    left, found = math.ceil(ratio * source.sum()), 0.0
+    for pattern in np.flatnonzero(source):
+        taken = min(left, source[pattern])
+        found += taken * changed[pattern] / source[pattern]
+        left -= taken
+    return found
+
+
+def weights(shape: str, n: int, generator: torch.Generator) -> torch.Tensor:
+    z = torch.randn(n, generator=generator)
+    if shape == "student":  # Student-t(4) of the same spread
+        chi = sum(torch.randn(n, generator=generator) ** 2 for _ in range(4))
+        z = z / torch.sqrt(chi / 4)
+        z = z / z.std()
+    return z * STD
+
+
+def update(kind: str, n: int, size: float, generator: torch.Generator) -> torch.Tensor:
+    z = torch.randn(n, generator=generator)
+    if kind == "sign":
+        return torch.sign(z) * size
+    if kind == "normal":
+        return z * size
+    return torch.sign(z) * torch.exp(1.5 * torch.randn(n, generator=generator)) * size / 3  # a heavy tail
+
+
+def dense(kind: str, remainder: str, shape: str, relative: float, n: int = 1_000_000):
+    generator = torch.Generator().manual_seed(11)
+    source = weights(shape, n, generator)
+    source = source.bfloat16().float() if remainder == "grid" else source
+    return pair(source, source + update(kind, n, STD * relative, generator))
+
+
+@pytest.mark.parametrize("remainder", ["grid", "uniform"])
+@pytest.mark.parametrize("relative", [5e-4, 1e-3, 2e-3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", ["normal", "student"])
+def test_a_dense_update_is_explained_and_named(shape, kind, relative, remainder):
+    source, delta, changed = dense(kind, remainder, shape, relative)
+    null = fit(source, delta, remainder=remainder)["chosen"]
+    assert null.kind == kind
+    assert changed.sum() / null.changed == pytest.approx(1, abs=0.02)
+    for ratio in (0.05, 0.1, 0.2):
+        observed = near_zero(source, changed, ratio) / changed.sum()
+        # A shape comes from the weights that are below some thirty updates: here one in a hundred, 10,000 in all.
+        assert observed / (null.near_zero[ratio] / null.changed) == pytest.approx(
+            1, abs=0.03 if kind == "empirical" else 0.02
+        )
+    assert null.distance < 0.011
+    if kind != "empirical":
+        # A jump of the sign's energy pins its size to a plateau: a hundredth is what the table can tell.
+        assert null.size == pytest.approx(STD * relative, rel=0.02)
+
+
+@pytest.mark.parametrize("remainder", ["grid", "uniform"])
+def test_a_heavy_tail_is_nearer_to_empirical_than_to_normal(remainder):
+    source, delta, _ = dense("lognormal", remainder, "normal", 1e-3)
+    nulls = fit(source, delta, remainder=remainder)
+    assert nulls["empirical"].distance < nulls["normal"].distance / 20
+
+
+def test_small_weights_that_move_more_are_not_explained():
+    """The empirical null has its distribution from small weights, not the visible share of each |W|: it can fail."""
+    generator = torch.Generator().manual_seed(3)
+    source = weights("normal", 1_000_000, generator).bfloat16().float()
+    moved = update("normal", len(source), STD * 1e-3, generator) * (1 + 3 * (source.abs() < 0.1 * STD))
+    source, delta, changed = pair(source, source + moved)
+    for kind, null in fit(source, delta).items():
+        coverage = near_zero(source, changed, 0.05) / changed.sum()
+        assert abs(coverage / (null.near_zero[0.05] / null.changed) - 1) > 0.05, kind
+
+
+# One weight repeated, with an update of the order of its spacing: powers of two, zero, subnormals, others.
+SINGLE = [
+    (1.0, 2**-8),
+    (1.0, 2**-9),
+    (1.5, 2**-7),
+    (1.5, 2**-4),
+    (2.0**-126, 2.0**-133),
+    (2.0**-125, 2.0**-132),
+    (3 * 2.0**-133, 2.0**-132),
+    (0.0, 2.0**-131),
+    (0.0, 0.013),
+    (1e-9, 0.013),
+    (-0.5, 0.002),
+]
+
+
+@pytest.mark.parametrize(("weight", "size"), SINGLE)
+@pytest.mark.parametrize("kind", ["sign", "normal"])
+def test_closed_form_agrees_with_rounding_many_updates(weight, size, kind):
+    n = 400_000
+    generator = torch.Generator().manual_seed(5)
+    size *= 1.07  # away from ties, which training meets with probability zero
+    source = torch.full((n,), weight)
+    source, delta, changed = pair(source, source + update(kind, n, size, generator))
+    null = fit(source, delta)[kind]
+    assert null.changed == pytest.approx(changed.sum(), abs=5 * math.sqrt(n))
+    distance = np.abs(null.delta - delta).sum() / 2 / n
+    assert distance == pytest.approx(null.distance, abs=1e-9)
+    assert distance < math.sqrt(np.count_nonzero(null.delta > 0.5) / n)  # what sampling alone costs
+
+
+@pytest.mark.parametrize("spacings", [0.3, 0.8, 1.9, 5.3, 40.0])
+@pytest.mark.parametrize("kind", ["sign", "normal"])
+def test_closed_form_agrees_over_an_octave(spacings, kind):
+    """Every weight of an octave alike, so that steps across both its powers of two have their share."""
+    n = 128 * 8000
+    generator = torch.Generator().manual_seed(5)
+    source = (1 + torch.arange(n) % 128 / 128) / 32
+    source, delta, changed = pair(source, source + update(kind, n, spacings * 2.0**-12, generator))
+    null = fit(source, delta)[kind]
+    assert null.changed == pytest.approx(changed.sum(), abs=5 * math.sqrt(changed.sum()))
+    assert null.distance < 0.01 + spacings / 1000
+
+
+@pytest.mark.parametrize("exponent", [0, -20, -125])
+@pytest.mark.parametrize("kind", ["sign", "normal"])
+def test_remainder_closed_form_agrees_with_rounding_many_updates(exponent, kind):
+    n = 1_000_000
+    generator = torch.Generator().manual_seed(5)
+    source = (1 + torch.rand(n, generator=generator)) * 2.0**exponent
+    moved = source + update(kind, n, 2.0 ** (exponent - 8), generator)
+    source, delta, changed = pair(source, moved)
+    null = fit(source, delta, remainder="uniform")[kind]
+    assert null.changed == pytest.approx(changed.sum(), rel=0.005)
+    assert null.distance < 0.01
+
+
+@pytest.mark.parametrize("remainder", ["grid", "uniform"])
+def test_nothing_changed(remainder):
+    source = table(torch.randn(1000).bfloat16())
+    delta = np.zeros(1 << 15, np.int64)
+    delta[0] = 1000
+    for null in fit(source, delta, remainder=remainder).values():
+        assert (null.size, null.changed, null.distance) == (0, 0, 0)
+        assert np.array_equal(null.delta, delta)
+        assert set(null.near_zero.values()) == {0.0}
+
+
+@pytest.mark.parametrize("remainder", ["grid", "uniform"])
+def test_no_coordinates(remainder):
+    empty = np.zeros(1 << 15, np.int64)
+    for null in fit(empty, empty, remainder=remainder).values():
+        assert (null.size, null.changed, null.distance, null.delta.sum()) == (0, 0, 0, 0)
+    assert fit_many([], []) == []
+
+
+@pytest.mark.parametrize("remainder", ["grid", "uniform"])
+@pytest.mark.parametrize("step", [0x0001, 0x3C00, 0x3F80, INFINITY - 1, INFINITY])
+@pytest.mark.parametrize("weight", [0, 1, 0x3F80, INFINITY - 1])
+def test_one_coordinate(weight, step, remainder):
+    source, delta = np.zeros(1 << 15, np.int64), np.zeros(1 << 15, np.int64)
+    source[weight] = delta[step] = 1
+    for null in fit(source, delta, remainder=remainder).values():
+        assert 0 <= null.distance <= 1 + 1e-9
+        assert 0 <= null.changed <= 1 + 1e-9
+        assert math.isfinite(null.size)
+        assert null.delta.sum() == pytest.approx(1)
+
+
+def test_huge_updates_change_everything_and_keep_their_energy():
+    generator = torch.Generator().manual_seed(7)
+    source = weights("normal", 100_000, generator).bfloat16().float()
+    source, delta, changed = pair(source, source + update("normal", len(source), 1e6, generator))
+    null = fit(source, delta)["chosen"]
+    assert null.kind == "normal"
+    assert null.size == pytest.approx(1e6, rel=0.01)
+    assert null.changed == pytest.approx(changed.sum(), abs=1)
+    assert null.near_zero[0.1] == pytest.approx(10_000, abs=1)
+
+
+def test_ties_at_the_cut_count_in_expectation():
+    source, delta = np.zeros(1 << 15, np.int64), np.zeros(1 << 15, np.int64)
+    source[0x3F81], delta[0], delta[0x3C00] = 1000, 600, 400
+    null = fit(source, delta)["normal"]
+    for ratio in RATIOS:
+        assert null.near_zero[ratio] == pytest.approx(ratio * null.changed)
+
+
+def test_a_batch_equals_its_tensors_dense_or_sparse():
+    cases = [("sign", 1e-3), ("normal", 1e-2), ("lognormal", 1e-4)]
+    made = [dense(kind, "grid", "normal", relative, 20_000)[:2] for kind, relative in cases]
+    sources, deltas = zip(*made, strict=True)
+    sparse = [[(np.flatnonzero(t), t[np.flatnonzero(t)]) for t in side] for side in (sources, deltas)]
+    remainders = ["grid", "uniform", "grid"]
+    dense_batch = fit_many(np.stack(sources), np.stack(deltas), remainder=remainders)
+    sparse_batch = fit_many(*sparse, remainder=remainders)
+    for t, (source, delta) in enumerate(made):
+        alone = fit(source, delta, remainder=remainders[t])
+        for batch in (dense_batch[t], sparse_batch[t]):
+            assert batch.keys() == alone.keys()
+            assert batch["chosen"].kind == alone["chosen"].kind
+            for kind, null in alone.items():
+                assert batch[kind].size == pytest.approx(null.size, rel=1e-6)
+                assert np.abs(batch[kind].delta - null.delta).sum() < 0.01
+
+
+def test_bad_tables_are_refused():
+    source, delta = np.zeros(1 << 15, np.int64), np.zeros(1 << 15, np.int64)
+    source[5] = 1
+    with pytest.raises(ValueError, match="different numbers of coordinates"):
+        fit(source, delta)
+    delta[0] = 1
+    with pytest.raises(ValueError, match="'grid' or 'uniform'"):
+        fit(source, delta, remainder="none")
+    with pytest.raises(ValueError, match="1 source tables but 0"):
+        fit_many([source], [])
+    with pytest.raises(ValueError, match="ascending"):
+        fit((np.array([5, 5]), np.array([1, 0])), delta)
+    source[5], source[INFINITY] = 0, 1
+    with pytest.raises(ValueError, match="infinities"):
+        fit(source, delta)
+
+
+@st.composite
+def tables(draw):
+    """Any source bins, and as many coordinates in any delta bins."""
+    finite = st.integers(0, INFINITY - 1)
+    source = draw(st.dictionaries(finite, st.integers(1, 10_000), min_size=1, max_size=8))
+    left, delta = sum(source.values()), {}
+    for pattern in draw(st.lists(finite, max_size=8, unique=True)):
+        delta[pattern] = draw(st.integers(0, left))
+        left -= delta[pattern]
+    delta[0] = delta.get(0, 0) + left
+    return [tuple(np.array(column) for column in zip(*sorted(side.items()), strict=True)) for side in (source, delta)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(tables(), st.sampled_from(["grid", "uniform"]))
+@example(
+    ((np.array([0x7F60]), np.array([1])), (np.array([0, 0x7F01]), np.array([0, 1]))), "grid"
+)  # stops at the largest value
+def test_expected_counts_are_counts(pair, remainder):
+    (patterns, counts), delta = pair
+    n = counts.sum()
+    nulls = fit((patterns, counts), delta, remainder=remainder)
+    assert nulls["chosen"].distance == min(null.distance for null in nulls.values())
+    for null in nulls.values():
+        assert null.delta.min() >= -1e-6 * n
+        assert null.delta.sum() == pytest.approx(n, rel=1e-6)
+        assert null.delta[1:].sum() == pytest.approx(null.changed, abs=1e-6 * n)
+        assert -1e-9 <= null.distance <= 1 + 1e-6
+        within = [null.near_zero[ratio] for ratio in RATIOS]
+        assert within == sorted(within)
+        assert within[-1] <= null.changed + 1e-6 * n
+        assert all(0 <= x <= math.ceil(r * n) * (1 + 1e-9) for r, x in zip(RATIOS, within, strict=True))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(-30, 30), st.sampled_from(KINDS), st.sampled_from(["grid", "uniform"]))
+def test_a_power_of_two_scales_the_size_and_nothing_else(shift, kind, remainder):
+    source, delta, _ = dense(kind, remainder, "normal", 1e-3, 30_000)
+    # Each table is moved by whole exponents; the few bins that would become subnormal are left out on both sides.
+    keep = delta.copy()
+    keep[1 : 60 << 7] = 0
+    keep[0] += delta.sum() - keep.sum()
+    weights = source.copy()
+    weights[: 60 << 7] = 0
+    weights[100 << 7] += source.sum() - weights.sum()
+
+    def moved(counts, start):
+        bins = np.arange(start, 1 << 15)[counts[start:] > 0]
+        return np.concatenate([np.arange(start), bins + 128 * shift]), np.concatenate([counts[:start], counts[bins]])
+
+    plain, scaled = fit(weights, keep, remainder=remainder), fit(moved(weights, 0), moved(keep, 1), remainder=remainder)
+    for name, null in plain.items():
+        assert scaled[name].size == pytest.approx(math.ldexp(null.size, shift), rel=1e-6)
+        assert scaled[name].changed == pytest.approx(null.changed, rel=1e-5, abs=1e-3)
+        assert scaled[name].distance == pytest.approx(null.distance, abs=1e-5)
+
+
+@pytest.mark.parametrize("remainder", ["grid", "uniform"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tensor_twice_has_twice_the_counts_and_the_same_size(kind, remainder):
+    source, delta, _ = dense(kind, remainder, "student", 1e-3, 100_000)
+    once, twice = fit(source, delta, remainder=remainder), fit(2 * source, 2 * delta, remainder=remainder)
+    for name in ("sign", "normal"):  # the empirical density resolves finer with more coordinates
+        assert twice[name].size == pytest.approx(once[name].size, rel=1e-9)
+        assert twice[name].distance == pytest.approx(once[name].distance, abs=1e-9)
+        np.testing.assert_allclose(twice[name].delta, 2 * once[name].delta, rtol=1e-6, atol=1e-3)
+    assert twice["empirical"].size == pytest.approx(once["empirical"].size, rel=0.01)

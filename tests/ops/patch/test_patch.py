@@ -1,0 +1,603 @@
+"""`patch`: positions and values of what changed, by bits; kernel, reference and an oracle that takes one coordinate at a time agree."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opdkernels.ops import patch as ops
+from opdkernels.ops.patch import BLOCK, Changes, Room, bits, check, digest, gather, scatter
+from tests.conftest import ISAS, make_pair
+
+SIZES = (0, 1, 31, 1023, 1025, 70_001)
+DTYPES = (
+    torch.uint8,
+    torch.float8_e4m3fn,
+    torch.bool,
+    torch.bfloat16,
+    torch.int16,
+    torch.float32,
+    torch.float64,
+    torch.int64,
+    torch.complex64,
+)
+DENSITIES = (0.0, 0.01, 1 / 16, 0.17, 1.0)
+MASK = (1 << 64) - 1
+
+
+def make_bits(n: int, dtype: torch.dtype, density: float, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Any patterns at all, NaN with payloads among them; about a share `density` of them changed."""
+    rng = np.random.default_rng([seed, n])
+    width = dtype.itemsize
+    w = rng.integers(0, 256, (n, width), np.uint8)
+    v = w.copy()
+    moved = rng.random(n) < density
+    v[moved, rng.integers(0, width)] ^= rng.integers(1, 256, int(moved.sum()), np.uint8)
+    if dtype == torch.bool:
+        w, v = w & 1, v & 1
+    return tuple(torch.from_numpy(side.ravel()).view(dtype) for side in (w, v))
+
+
+class Xxh3:
+    """XXH3-128 of long inputs, seed 0, as the specification goes: stripe by stripe, word by word."""
+
+    P32 = (2654435761, 2246822519, 3266489917)
+    P64 = (11400714785074694791, 14029467366897019727, 1609587929392839161, 9650029242287828579, 2870177450012600261)
+
+    def __init__(self, secret: bytes):
+        self.secret = secret
+
+    def word(self, data: bytes, at: int) -> int:
+        return struct.unpack_from("<Q", data, at)[0]
+
+    def accumulate(self, state: list[int], data: bytes, at: int, key: int) -> None:
+        for lane in range(8):
+            value = self.word(data, at + 8 * lane)
+            mixed = value ^ self.word(self.secret, key + 8 * lane)
+            state[lane ^ 1] = (state[lane ^ 1] + value) & MASK
+            state[lane] = (state[lane] + (mixed & 0xFFFFFFFF) * (mixed >> 32)) & MASK
+
+    def finish(self, state: list[int], key: int, start: int) -> int:
+        total = start
+        for pair in range(4):
+            low = state[2 * pair] ^ self.word(self.secret, key + 16 * pair)
+            high = state[2 * pair + 1] ^ self.word(self.secret, key + 16 * pair + 8)
+            product = low * high
+            total += (product & MASK) ^ (product >> 64)
+        total &= MASK
+        total ^= total >> 37
+        total = total * 0x165667919E3779F9 & MASK
+        return total ^ (total >> 32)
+
+    def __call__(self, data: bytes) -> tuple[int, int]:
+        assert len(data) > 240
+        state = [self.P32[2], self.P64[0], self.P64[1], self.P64[2], self.P64[3], self.P32[1], self.P64[4], self.P32[0]]
+        stripes_in_block = (len(self.secret) - 64) // 8
+        blocks = (len(data) - 1) // (64 * stripes_in_block)
+        for block in range(blocks):
+            for stripe in range(stripes_in_block):
+                self.accumulate(state, data, 64 * (block * stripes_in_block + stripe), 8 * stripe)
+            for lane in range(8):
+                value = state[lane] ^ state[lane] >> 47 ^ self.word(self.secret, len(self.secret) - 64 + 8 * lane)
+                state[lane] = value * self.P32[0] & MASK
+        begun = 64 * blocks * stripes_in_block
+        for stripe in range((len(data) - 1 - begun) // 64):
+            self.accumulate(state, data, begun + 64 * stripe, 8 * stripe)
+        self.accumulate(state, data, len(data) - 64, len(self.secret) - 64 - 7)
+        size = len(data)
+        return (
+            self.finish(state, 11, size * self.P64[0] & MASK),
+            self.finish(state, len(self.secret) - 64 - 11, ~(size * self.P64[1]) & MASK),
+        )
+
+
+def oracle_digests(tensor: torch.Tensor) -> list[list[int]]:
+    data, size = tensor.contiguous().view(torch.uint8).numpy().tobytes(), BLOCK * tensor.element_size()
+    hasher, found = Xxh3(ops.SECRET), []
+    for at in range(0, len(data), size):
+        part = data[at : at + size]
+        part += bytes(-len(part) % 1024)
+        found.append([word - (1 << 64) if word >> 63 else word for word in hasher(part)])
+    return found
+
+
+def oracle(w: torch.Tensor, v: torch.Tensor, difference: bool) -> tuple[list[int], bytes, list[int]]:
+    """Counts, positions and stored values, one coordinate at a time."""
+    width = w.element_size()
+    old, new = (np.frombuffer(side.view(torch.uint8).numpy().tobytes(), f"<u{width}") for side in (w, v))
+    counts, positions, stored = [], b"", []
+    for start in range(0, len(old), BLOCK):
+        a, b = old[start : start + BLOCK].tolist(), new[start : start + BLOCK].tolist()
+        changed = [i for i in range(len(a)) if a[i] != b[i]]
+        as_offsets = b"".join(struct.pack("<H", i) for i in changed)
+        mask = bytearray((len(a) + 7) // 8)
+        for i in changed:
+            mask[i // 8] |= 1 << i % 8
+        counts.append(len(changed))
+        positions += as_offsets if len(as_offsets) < len(mask) else bytes(mask)
+        stored += [(b[i] - a[i] if difference else b[i]) % (1 << 8 * width) for i in changed]
+    return counts, positions, stored
+
+
+def as_unsigned(values: torch.Tensor) -> list[int]:
+    return np.frombuffer(values.numpy().tobytes(), f"<u{values.element_size()}").tolist()
+
+
+def plain(changes: Changes) -> tuple[list[int], bytes, list[int]]:
+    return changes.counts.tolist(), changes.positions.numpy().tobytes(), as_unsigned(changes.values)
+
+
+def by_reference(w: torch.Tensor, v: torch.Tensor, difference: bool) -> tuple[Changes, torch.Tensor]:
+    w, v = bits(w), bits(v)
+    room = Room.of(w.numel(), w.element_size())
+    digests = torch.empty(2, len(room.counts), 2, dtype=torch.int64)
+    ops.reference_gather(w, v, difference, room.counts, room.positions, room.values, digests)
+    used = sum(min(2 * c, (min(BLOCK, w.numel() - b * BLOCK) + 7) // 8) for b, c in enumerate(room.counts.tolist()))
+    return Changes(room.counts, room.positions[:used], room.values[: int(room.counts.sum())]), digests
+
+
+BAD_OFFSETS = {(5, 5): "repeated", (7, 3): "unsorted", (5, 999): "beyond", (5, 65535): "far beyond", (5, 998): "last"}
+
+
+class Operators:
+    """A backend's operators, called as the public functions call them, and what holds of every backend's."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def gather(self, w, v, difference=False) -> tuple[Changes, torch.Tensor]:
+        room = Room.of(w.numel(), w.itemsize)
+        digests = torch.empty(2, len(room.counts), 2, dtype=torch.int64)
+        self.module.patch_gather_(w, v, difference, room.counts, room.positions, room.values, digests)
+        lengths = [
+            ops.position_bytes(count, min(BLOCK, w.numel() - block * BLOCK))
+            for block, count in enumerate(room.counts.tolist())
+        ]
+        return Changes(room.counts, room.positions[: sum(lengths)], room.values[: int(room.counts.sum())]), digests
+
+    def scatter(self, w, changes, difference=False, out=None) -> tuple[int, torch.Tensor, torch.Tensor]:
+        out = torch.empty_like(w) if out is None else out
+        digests = torch.empty(len(changes.counts), 2, dtype=torch.int64)
+        status = self.module.patch_scatter_(
+            w, changes.counts, changes.positions, changes.values, difference, out, digests
+        )
+        return int(status), out, digests
+
+    def check(self, changes, n) -> int:
+        return int(self.module.patch_check(changes.counts, changes.positions, n, changes.values.numel()))
+
+    def assert_there_and_back(self, w, v, difference) -> None:
+        expected, digests = by_reference(w, v, difference)
+        changes, found = self.gather(w, v, difference)
+        assert plain(changes) == plain(expected)
+        assert torch.equal(found, digests)
+        status, out, after = self.scatter(w, changes, difference)
+        assert status == -1
+        assert torch.equal(out, v)
+        assert torch.equal(after, digests[1])
+
+    def assert_bits_count(self) -> None:
+        """A NaN of another payload and a zero of another sign are changes; a NaN is equal to itself."""
+        sides = [0x7FC0, 0x7FC0, 0, 0x8000, 0x3F80], [0x7FC0, 0x7FC1, 0x8000, 0x8000, 0x3F80]
+        changes, _ = self.gather(*(torch.tensor(side, dtype=torch.int32).to(torch.int16) for side in sides))
+        assert changes.values.tolist() == [0x7FC1, -0x8000]
+        assert changes.positions.tolist() == [0b00110]
+
+    def assert_the_shorter_form_is_taken(self) -> None:
+        """At one in sixteen both are equal, and the mask is taken; one fewer makes offsets."""
+        w = torch.zeros(BLOCK, dtype=torch.int16)
+        for changed, expected in ((BLOCK // 16, BLOCK // 8), (BLOCK // 16 - 1, 2 * (BLOCK // 16 - 1))):
+            v = w.clone()
+            v[-changed:] = 1
+            changes, _ = self.gather(w, v)
+            assert changes.positions.numel() == expected
+            assert self.scatter(w, changes)[0] == -1
+
+    def assert_nothing_beyond_views_is_touched(self, dtype) -> None:
+        n = 5003
+        w, v = make_bits(n + 8, dtype, 0.3)
+        a, b = w[3 : 3 + n], v[1 : 1 + n]
+        room, untouched = (make_bits(n + 40, dtype, 0, seed=9)[0] for _ in range(2))
+        counts, positions, digests = (
+            torch.full((3,), 7, dtype=torch.int32),
+            torch.full((n,), 7, dtype=torch.uint8),
+            torch.full((3, 1, 2), 7),
+        )
+        self.module.patch_gather_(
+            a, b, False, counts[1:2], positions[3 : 3 + (n + 7) // 8], room[5 : 5 + n], digests[:2]
+        )
+        expected, expected_digests = by_reference(a, b, False)
+        used, changed = len(expected.positions), expected.changed
+        assert counts.tolist() == [7, *expected.counts.tolist(), 7]
+        assert torch.equal(positions[3 : 3 + used], expected.positions)
+        assert set(positions[:3].tolist() + positions[3 + used :].tolist()) == {7}
+        assert torch.equal(room[5 : 5 + changed], expected.values)
+        for part in (slice(0, 5), slice(5 + changed, None)):
+            assert torch.equal(room[part], untouched[part])
+        assert torch.equal(digests[:2], expected_digests)
+        assert set(digests[2].flatten().tolist()) == {7}
+
+        room.copy_(untouched)
+        found = Changes(counts[1:2], positions[3 : 3 + used], expected.values)
+        assert self.scatter(a, found, out=room[7 : 7 + n])[0] == -1
+        assert torch.equal(room[7 : 7 + n], b)
+        for part in (slice(0, 7), slice(7 + n, None)):
+            assert torch.equal(room[part], untouched[part])
+
+    def assert_the_source_may_be_written(self) -> None:
+        for difference in (False, True):
+            w, v = make_bits(BLOCK + 77, torch.int16, 0.17)
+            changes, _ = self.gather(w, v, difference)
+            assert self.scatter(w, changes, difference, out=w)[0] == -1
+            assert torch.equal(w, v)
+
+    def assert_refuses(self, n, density) -> None:
+        """What no gather gives; and nothing is written then."""
+        w, v = (bits(side) for side in make_bits(n, torch.bfloat16, density))
+        changes = by_reference(w, v, False)[0]
+        for name, bad in hostile(changes, n):
+            expected = int(ops.reference_check(bad.counts, bad.positions, n, bad.values.numel()))
+            assert self.check(bad, n) == expected, name
+            out = torch.zeros_like(w)
+            assert self.scatter(w, bad, out=out)[0] == expected, name
+            if expected >= 0:
+                assert not out.any()
+
+    def assert_refuses_offsets(self, offsets) -> None:
+        coded = torch.tensor([byte for offset in offsets for byte in (offset & 255, offset >> 8)], dtype=torch.uint8)
+        bad = Changes(torch.tensor([2], dtype=torch.int32), coded, torch.zeros(2, dtype=torch.int16))
+        expected = int(ops.reference_check(bad.counts, coded, 999, 2))
+        assert self.check(bad, 999) == self.scatter(torch.zeros(999, dtype=torch.int16), bad)[0] == expected
+
+    def assert_a_mask_beyond_the_end_is_refused(self) -> None:
+        for last, expected in ((0b100000, 0), (0b10000, -1)):
+            changes = Changes(
+                torch.tensor([2], dtype=torch.int32),
+                torch.tensor([1, last], dtype=torch.uint8),
+                torch.zeros(2, dtype=torch.int16),
+            )
+            assert self.scatter(torch.zeros(13, dtype=torch.int16), changes)[0] == expected
+
+    def assert_the_first_bad_block_is_named(self) -> None:
+        w, v = make_bits(4 * BLOCK, torch.uint8, 0.3)
+        changes = by_reference(w, v, False)[0]
+        positions = changes.positions.clone()
+        for block in (3, 1, 2):
+            positions[block * BLOCK // 8] ^= 1
+        assert self.check(replace(changes, positions=positions), 4 * BLOCK) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_reference_equals_oracle(dtype, n):
+    for density in DENSITIES:
+        w, v = make_bits(n, dtype, density)
+        for difference in (False, True):
+            changes, _ = by_reference(w, v, difference)
+            assert plain(changes) == oracle(w, v, difference)
+            out, after = torch.empty_like(bits(w)), torch.empty(len(changes.counts), 2, dtype=torch.int64)
+            status = ops.reference_scatter(
+                bits(w), changes.counts, changes.positions, changes.values, difference, out, after
+            )
+            assert int(status) == -1
+            assert torch.equal(out, bits(v))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_digests_are_xxh3_of_padded_blocks(dtype, n):
+    w, v = make_bits(n, dtype, 0.17)
+    _, digests = by_reference(w, v, False)
+    assert digests.tolist() == [oracle_digests(w), oracle_digests(v)]
+    assert digest(v).tolist() == oracle_digests(v)
+
+
+def test_digests_are_those_of_the_xxhash_library():
+    """Of 1,024 zero bytes and of 0 .. 255 sixteen times, taken from `xxhsum -H2`."""
+    known = {
+        bytes(1024): "0717191e67688313de5f15ab6daf7941",
+        bytes(range(256)) * 16: "03916578969f7a66eb4b7c3707879151",
+    }
+    for data, expected in known.items():
+        low, high = digest(torch.frombuffer(bytearray(data), dtype=torch.uint8))[0].tolist()
+        assert f"{high & MASK:016x}{low & MASK:016x}" == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [*SIZES, 3 * BLOCK + 77])
+def test_kernel_equals_reference(isa, threads, dtype, n):
+    for density in DENSITIES:
+        w, v = make_bits(n, dtype, density)
+        for difference in (False, True):
+            expected, digests = by_reference(w, v, difference)
+            changes, found = gather(w, v, difference=difference)
+            assert plain(changes) == plain(expected)
+            assert torch.equal(found, digests)
+            check(changes, n)
+            out, after = scatter(w, changes, difference=difference)
+            assert torch.equal(bits(out), bits(v))
+            assert torch.equal(after, digests[1])
+            assert torch.equal(digest(v), digests[1])
+            own = w.clone()
+            assert scatter(own, changes, difference=difference, out=own)[0] is own
+            assert torch.equal(bits(own), bits(v))
+
+
+def test_bits_count_not_values(isa):
+    """A NaN of another payload and a zero of another sign are changes; a NaN is equal to itself."""
+    w = torch.tensor([0x7FC0, 0x7FC0, 0x0000, 0x8000, 0x3F80], dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    v = torch.tensor([0x7FC0, 0x7FC1, 0x8000, 0x8000, 0x3F80], dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    changes, _ = gather(w, v)
+    assert as_unsigned(changes.values) == [0x7FC1, 0x8000]
+    assert changes.positions.tolist() == [0b00110]
+
+
+@pytest.mark.parametrize("n", [BLOCK, 3 * BLOCK + 77])
+def test_the_shorter_form_of_positions_is_taken(isa, n):
+    """At one in sixteen both are equal, and the mask is taken; one fewer makes offsets."""
+    w = torch.zeros(n, dtype=torch.int16)
+    for changed, expected in (
+        (BLOCK // 16, BLOCK // 8),
+        (BLOCK // 16 - 1, 2 * (BLOCK // 16 - 1)),
+        (0, 0),
+        (BLOCK, BLOCK // 8),
+    ):
+        v = w.clone()
+        v[:changed] = 1
+        changes, _ = gather(w, v)
+        assert changes.positions.numel() == expected
+        assert torch.equal(scatter(w, changes)[0], v)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_nothing_beyond_misaligned_views_is_touched(isa, dtype):
+    n = 5003
+    w, v = make_bits(n + 8, dtype, 0.3)
+    for start in (1, 3):
+        a, b = w[start : start + n], v[start + 1 : start + 1 + n]
+        changes, digests = gather(a, b)
+        expected, _ = by_reference(a.clone(), b.clone(), False)
+        assert plain(changes) == plain(expected)
+        room = make_bits(n + 40, dtype, 0)[0]
+        before = bits(room).clone()
+        _, after = scatter(a, changes, out=room[start : start + n])
+        assert torch.equal(bits(room)[start : start + n], bits(b))
+        assert torch.equal(bits(room)[:start], before[:start])
+        assert torch.equal(bits(room)[start + n :], before[start + n :])
+        assert torch.equal(after, digests[1])
+
+
+def test_values_are_not_read_beyond_their_end(isa, tmp_path):
+    """The values end where a page does, and what follows cannot be read."""
+    import ctypes
+    import mmap
+
+    n, page = 40_000, mmap.PAGESIZE
+    w, v = make_bits(n, torch.bfloat16, 0.17)
+    changes, _ = gather(w, v)
+    size = 2 * changes.changed
+    whole = (size + page - 1) // page * page
+    memory = mmap.mmap(-1, whole + page)
+    block = (ctypes.c_uint8 * (whole + page)).from_buffer(memory)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(ctypes.addressof(block) + whole), page, 0):
+        pytest.skip("memory cannot be protected here")
+    view = torch.frombuffer(block, dtype=torch.int16, count=changes.changed, offset=whole - size)
+    view.copy_(changes.values)
+    out, _ = scatter(w, replace(changes, values=view))
+    assert torch.equal(bits(out), bits(v))
+    assert libc.mprotect(ctypes.c_void_p(ctypes.addressof(block) + whole), page, 3) == 0
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    width=st.sampled_from(sorted(ops.BITS)),
+    pairs=st.lists(st.tuples(st.integers(0, 255), st.integers(0, 255)), max_size=200),
+    repeat=st.integers(1, 40),
+    difference=st.booleans(),
+)
+def test_any_pair_round_trips(width, pairs, repeat, difference):
+    old, new = (
+        torch.tensor([pair[side] for pair in pairs] * repeat, dtype=torch.uint8).repeat_interleave(width)
+        for side in (0, 1)
+    )
+    w, v = old.view(ops.BITS[width]), new.view(ops.BITS[width])
+    changes, digests = gather(w, v, difference=difference)
+    assert plain(changes) == oracle(w, v, difference)
+    out, after = scatter(w, changes, difference=difference)
+    assert torch.equal(out, v)
+    assert torch.equal(after, digests[1])
+
+
+def test_room_is_used_again(isa):
+    w, v = make_bits(BLOCK + 5, torch.bfloat16, 0.2)
+    room = Room.of(2 * BLOCK, 2)
+    first, _ = gather(w, v, room=room)
+    assert first.values.data_ptr() == room.values.data_ptr()
+    expected = plain(gather(w[:99], v[:99])[0])
+    assert plain(gather(w[:99], v[:99], room=room)[0]) == expected
+
+
+def hostile(changes: Changes, n: int):
+    """Changes that no `gather` gives, by name."""
+    counts, positions, values = changes.counts, changes.positions, changes.values
+    last = len(counts) - 1
+
+    def with_counts(block, by):
+        out = counts.clone()
+        out[block] += by
+        return replace(changes, counts=out)
+
+    def with_positions(at, value):
+        out = positions.clone()
+        out[at] = value
+        return replace(changes, positions=out)
+
+    yield "one more counted", with_counts(0, 1)
+    yield "one fewer counted", with_counts(0, -1)
+    yield "negative count", with_counts(last, -1_000_000)
+    yield "more than the block has", with_counts(0, BLOCK)
+    yield "positions cut off", replace(changes, positions=positions[:-1].clone())
+    yield "positions too long", replace(changes, positions=torch.cat([positions, positions[:1]]))
+    yield "values cut off", replace(changes, values=values[:-1].clone())
+    yield "values too many", replace(changes, values=torch.cat([values, values[:1]]))
+    yield "no positions", replace(changes, positions=positions[:0].clone())
+    yield "a bit flipped", with_positions(0, int(positions[0]) ^ 1)
+
+
+@pytest.mark.parametrize("n", [999, BLOCK + 1001])
+@pytest.mark.parametrize("density", [0.01, 0.3])
+def test_changes_that_no_gather_gives_are_refused(isa, threads, n, density):
+    w, v = make_bits(n, torch.bfloat16, density)
+    changes, _ = gather(w, v)
+    for name, bad in hostile(changes, n):
+        if name == "a bit flipped" and density < 0.1:
+            continue  # an offset of another value may still be in order
+        for refused in (lambda bad=bad: check(bad, n), lambda bad=bad: scatter(w, bad)):
+            with pytest.raises(ValueError):
+                refused()
+        status = ops.reference_check(bad.counts, bad.positions, n, bad.values.numel())
+        assert int(status) >= 0, name
+
+
+@pytest.mark.parametrize(
+    "offsets", [[5, 5], [7, 3], [5, 999], [5, 65535]], ids=["repeated", "unsorted", "beyond", "far beyond"]
+)
+def test_offsets_out_of_order_or_range_are_refused(isa, offsets):
+    n = 999
+    coded = torch.tensor([byte for offset in offsets for byte in (offset & 255, offset >> 8)], dtype=torch.uint8)
+    bad = Changes(torch.tensor([2], dtype=torch.int32), coded, torch.zeros(2, dtype=torch.int16))
+    for refused in (lambda: check(bad, n), lambda: scatter(torch.zeros(n, dtype=torch.int16), bad)):
+        with pytest.raises(ValueError, match="block 0 has positions out of range, repeated, out of order"):
+            refused()
+    assert int(ops.reference_check(bad.counts, bad.positions, n, 2)) == 0
+
+
+def test_a_mask_with_bits_beyond_the_end_is_refused(isa):
+    w = torch.zeros(13, dtype=torch.int16)
+    bad = Changes(
+        torch.tensor([2], dtype=torch.int32),
+        torch.tensor([1, 0b100000], dtype=torch.uint8),
+        torch.zeros(2, dtype=torch.int16),
+    )
+    with pytest.raises(ValueError, match="block 0"):
+        scatter(w, bad)
+    assert int(ops.reference_check(bad.counts, bad.positions, 13, 2)) == 0
+
+
+def test_the_first_bad_block_is_named_whatever_the_threads(isa, threads):
+    n = 6 * BLOCK
+    w, v = make_bits(n, torch.bfloat16, 0.3)
+    changes, _ = gather(w, v)
+    positions = changes.positions.clone()
+    for block in (5, 2, 3):
+        positions[block * BLOCK // 8] ^= 1
+    with pytest.raises(ValueError, match="block 2"):
+        check(replace(changes, positions=positions), n)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    a = torch.zeros(4)
+    with pytest.raises(TypeError, match=r"source is torch.float32, trained torch.int32"):
+        gather(a, a.int())
+    with pytest.raises(ValueError, match=r"shapes differ: source \(4,\), trained \(5,\)"):
+        gather(a, torch.zeros(5))
+    with pytest.raises(ValueError, match="source is on cpu, trained on meta"):
+        gather(a, torch.zeros(4, device="meta"))
+    with pytest.raises(TypeError, match="no coordinates of 1, 2, 4 or 8 bytes"):
+        gather(a.to(torch.complex128), a.to(torch.complex128))
+    with pytest.raises(ValueError, match="room is for 3"):
+        gather(a, a, room=Room.of(3, 4))
+    changes, _ = gather(a, a + 1)
+    with pytest.raises(TypeError, match="the values are"):
+        scatter(a.double(), changes)
+    with pytest.raises(ValueError, match="out must be"):
+        scatter(a, changes, out=torch.zeros(5))
+    with pytest.raises(ValueError, match="1 counts do not fit"):
+        scatter(torch.zeros(BLOCK + 1), changes)
+    with pytest.raises(TypeError, match=r"counts are torch\.int64"):
+        check(replace(changes, counts=changes.counts.long()), 4)
+    with pytest.raises(ValueError, match="positions must be contiguous"):
+        check(replace(changes, positions=changes.positions[:, None]), 4)
+
+
+def test_operators_are_registered_as_torch_expects():
+    w, v = (bits(side) for side in make_pair(1000))
+    room = Room.of(1000, 2)
+    torch.library.opcheck(
+        torch.ops.opdkernels.patch_gather_.default,
+        (w, v, False, room.counts, room.positions, room.values, torch.empty(2, 1, 2, dtype=torch.int64)),
+    )
+    changes, _ = gather(w, v)
+    stored = (changes.counts, changes.positions)
+    torch.library.opcheck(
+        torch.ops.opdkernels.patch_scatter_.default,
+        (w, *stored, changes.values, False, torch.empty_like(w), torch.empty(1, 2, dtype=torch.int64)),
+    )
+    torch.library.opcheck(torch.ops.opdkernels.patch_check.default, (*stored, 1000, changes.changed))
+    torch.library.opcheck(torch.ops.opdkernels.patch_digest.default, (w,))
+
+    def restore(source, counts, positions, values, out, digests):
+        torch.ops.opdkernels.patch_scatter_(source, counts, positions, values, False, out, digests)
+        return out + 0
+
+    compiled = torch.compile(restore, fullgraph=True, backend="aot_eager")
+    assert torch.equal(
+        compiled(w, *stored, changes.values, torch.empty_like(w), torch.empty(1, 2, dtype=torch.int64)), v
+    )
+
+
+def test_the_kernel_and_the_reference_hold_one_secret():
+    import re
+
+    text = (Path(__file__).parents[3] / "csrc" / "patch" / "patch.h").read_text()
+    assert bytes(int(byte, 16) for byte in re.findall(r"\b0x([0-9a-f]{2})\b", text)) == ops.SECRET
+
+
+def test_examples_of_the_docstrings():
+    import doctest
+
+    assert doctest.testmod(ops).failed == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ISAS, reason="no compiled kernels")
+def test_more_than_two_billion_coordinates():
+    """Beyond 2^31: a few coordinates differ, the rest is untouched zero pages of a sparse mapping."""
+    import mmap
+
+    n = 2**31 + 11
+    with mmap.mmap(-1, n) as zeros, mmap.mmap(-1, n) as edges, mmap.mmap(-1, n) as values:
+        source, run = (torch.frombuffer(m, dtype=torch.uint8) for m in (zeros, edges))
+        run[0] = run[2**31] = run[n - 1] = 1
+        room = Room(
+            torch.empty(ops.blocks_of(n), dtype=torch.int32),
+            torch.empty((n + 7) // 8, dtype=torch.uint8),
+            torch.frombuffer(values, dtype=torch.uint8),
+        )
+        changes, digests = gather(source, run, room=room)
+        assert (changes.changed, int(changes.counts.sum()), changes.positions.numel()) == (
+            3,
+            3,
+            4,
+        )  # an offset, and a mask of 11 bits
+        _, after = scatter(source, changes, out=source)
+        assert torch.equal(after, digests[1])
+        assert source[[0, 1, 2**31, n - 1]].tolist() == [1, 0, 1, 1]
+        del source, run, room, changes
+
+
+def test_a_million_coordinates(isa, threads):
+    w, v = make_bits(1_000_003, torch.int16, 0.17)
+    expected, digests = by_reference(w, v, False)
+    changes, found = gather(w, v)
+    assert plain(changes) == plain(expected)
+    assert torch.equal(found, digests)
+    assert torch.equal(bits(scatter(w, changes)[0]), bits(v))

@@ -1,0 +1,695 @@
+"""`step`: torch's AdamW on the active coordinates bit for bit, and nothing at all on the others, by every kernel and the reference."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from opdkernels.masks import Mask
+from opdkernels.ops import step as ops
+from opdkernels.ops.step import (
+    PRECISIONS,
+    adamw_scalars,
+    masked_adamw,
+    masked_put,
+    masked_sgd,
+    masked_take,
+    sgd_scalars,
+)
+from tests.conftest import ISAS
+
+SIZES = (1, 31, 1023, 2048, 2049, 70_001)
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+class RightSqrt(TorchDispatchMode):
+    """torch's square root on the CPU may be off by one unit in the last place; this one is rounded right."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.sqrt.default and args[0].dtype == torch.float32:
+            return args[0].double().sqrt().float()
+        return func(*args, **(kwargs or {}))
+
+
+class State:
+    """Parameters, masks and compact state, as an optimizer would hold them."""
+
+    def __init__(
+        self, sizes, density=0.2, dtype=torch.float32, precision="nearest", amsgrad=False, places=False, seed=0
+    ):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.params = [(0.02 * torch.randn(n, generator=self.generator)).to(dtype) for n in sizes]
+        self.masks = [Mask.from_bool(torch.rand(n, generator=self.generator) < density) for n in sizes]
+        self.precision, self.steps = precision, 0
+        self.held = [(m.indices if places else m.bits) for m in self.masks]
+        self.offsets = [torch.zeros(0, dtype=torch.int64) if places else m.offsets for m in self.masks]
+        self.m, self.v = ([torch.zeros(m.nnz) for m in self.masks] for _ in range(2))
+        self.most = [torch.zeros(m.nnz) for m in self.masks] if amsgrad else []
+        kind = ops.EXTRA_DTYPES.get(precision) if dtype == torch.bfloat16 else None
+        self.extras = [torch.zeros(m.nnz, dtype=kind) for m in self.masks] if kind else []
+
+    def grads(self, dtype=torch.float32):
+        return [(1e-3 * torch.randn(len(p), generator=self.generator)).to(dtype) for p in self.params]
+
+    def step(self, grads, lr=1e-3, wd=0.01, **options):
+        self.steps += 1
+        scalars = adamw_scalars([self.steps] * len(self.params), lr, BETAS, EPS, wd)
+        masked_adamw(
+            self.params,
+            grads,
+            self.held,
+            self.offsets,
+            self.m,
+            self.v,
+            scalars,
+            max_exp_avg_sqs=self.most,
+            extras=self.extras,
+            precision=self.precision,
+            **options,
+        )
+
+    def copies(self):
+        return [t.clone() for t in (*self.params, *self.m, *self.v, *self.most, *self.extras)]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view({4: torch.int32, 2: torch.int16}[tensor.itemsize])
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True))
+
+
+@contextlib.contextmanager
+def by_reference():
+    real = torch.ops.opdkernels.masked_adamw_, torch.ops.opdkernels.masked_sgd_
+    try:
+        torch.ops.opdkernels.masked_adamw_, torch.ops.opdkernels.masked_sgd_ = ops.reference_adamw, ops.reference_sgd
+        yield
+    finally:
+        torch.ops.opdkernels.masked_adamw_, torch.ops.opdkernels.masked_sgd_ = real
+
+
+REFERENCES = {"masked_adamw_": ops.reference_adamw, "masked_sgd_": ops.reference_sgd}
+
+
+def step_alike(kernels: dict, monkeypatch, make, step, moves=True) -> None:
+    """Steps two states that are made alike, one by these kernels and one by the reference: nothing differs."""
+    ours, theirs = make(), make()
+    for state, serving in ((ours, kernels), (theirs, REFERENCES)):
+        with monkeypatch.context() as patched:
+            for name, kernel in serving.items():
+                patched.setattr(torch.ops.opdkernels, name, kernel, raising=False)
+            step(state)
+    assert same(ours.copies(), theirs.copies())
+    assert same(ours.copies(), make().copies()) != moves
+
+
+def assert_extremes_alike(kernels: dict, monkeypatch, precision, dtype) -> None:
+    """Subnormal, huge, infinite and no number; payloads of what is no number may differ."""
+    values = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            1e-45,
+            1e-40,
+            3e-39,
+            1.2e-38,
+            1e-30,
+            1.0,
+            1e19,
+            3e38,
+            -3.39e38,
+            float("inf"),
+            -float("inf"),
+            float("nan"),
+        ]
+    )
+    found = []
+    for serving in (kernels, REFERENCES):
+        with monkeypatch.context() as patched:
+            for operator, kernel in serving.items():
+                patched.setattr(torch.ops.opdkernels, operator, kernel, raising=False)
+            state = State((len(values) ** 2,), density=1.0, dtype=dtype, precision=precision, amsgrad=True)
+            state.params = [values.repeat_interleave(len(values)).to(dtype)]
+            for _ in range(2):
+                state.step([values.repeat(len(values))], seed=3)
+        found.append([*state.params, *state.m, *state.v, *state.most, *state.extras])
+    for a, b in zip(*found, strict=True):
+        number = torch.ones(len(a), dtype=torch.bool) if a.dtype == torch.int16 else ~a.isnan()
+        assert torch.equal(number, torch.ones(len(b), dtype=torch.bool) if b.dtype == torch.int16 else ~b.isnan())
+        assert torch.equal(bits(a)[number], bits(b)[number])
+
+
+def assert_taken_and_put_alike(take, put, sizes, dtype, places) -> None:
+    """Between sentinels and at any alignment; two times two bits of a bf16 are lost in rounding, and ties go to even."""
+    for n in sizes:
+        state = State((n,), dtype=dtype, places=places)
+        held, offsets, active = state.held[0], state.offsets[0], state.masks[0].nnz
+        results = []
+        for taking, putting in ((take, put), (ops.reference_take, ops.reference_put)):
+            values, compact = torch.full((n + 9,), 7.0, dtype=dtype), torch.full((active + 9,), 7.0)
+            values[3 : 3 + n] = state.params[0]
+            into = compact[1 : 1 + active]
+            taking(values[3 : 3 + n], held, offsets, into, False)
+            taking(values[3 : 3 + n], held, offsets, into, True)
+            results += [values.clone(), compact.clone()]
+            into += torch.arange(active) * 2.0**-10
+            putting(values[3 : 3 + n], held, offsets, into)
+            results += [values, compact]
+        assert same(results[:4], results[4:])
+
+
+class Mixed(State):
+    """Tensors of several kinds, some without an active coordinate or any coordinate at all, in no order."""
+
+    def __init__(self):
+        super().__init__((0, 3000, 700, 5000, 9, 4097, 64), density=0.3, dtype=torch.bfloat16, precision="exact")
+        self.masks[4] = Mask.from_bool(torch.zeros(9, dtype=torch.bool))
+        for i in (1, 5):
+            self.params[i] = self.params[i].float()
+        for i, mask in enumerate(self.masks):
+            self.held[i], self.offsets[i] = (
+                (mask.bits, mask.offsets)
+                if i % 3
+                else (mask.indices.to((torch.int32, torch.int64)[i % 2]), mask.offsets[:0])
+            )
+            self.m[i], self.v[i], self.extras[i] = (
+                torch.zeros(mask.nnz),
+                torch.zeros(mask.nnz),
+                torch.zeros(mask.nnz, dtype=torch.int16),
+            )
+
+        def draw(n):
+            return torch.randn(n, generator=self.generator)
+
+        self.inits = [
+            draw(m.nnz).to(p.dtype) if i == 3 else p[:0]
+            for i, (m, p) in enumerate(zip(self.masks, self.params, strict=True))
+        ]
+        self.cohorts = [
+            torch.arange(m.nnz).remainder(2).to(torch.uint8) if i == 6 else torch.zeros(0, dtype=torch.uint8)
+            for i, m in enumerate(self.masks)
+        ]
+
+    def step_all(self):
+        scalars = adamw_scalars([3, 4], 1e-3, BETAS, EPS, 0.1)
+        masked_adamw(
+            self.params,
+            self.grads(torch.bfloat16),
+            self.held,
+            self.offsets,
+            self.m,
+            self.v,
+            scalars,
+            extras=self.extras,
+            inits=self.inits,
+            cohorts=self.cohorts,
+            rows=[0] * len(self.params),
+            precision="exact",
+        )
+
+
+class Windows(State):
+    """A tensor and its state between sentinels, at addresses of no alignment, and what is frozen no number."""
+
+    def __init__(self, places):
+        super().__init__((5003,), dtype=torch.bfloat16, precision="kahan", amsgrad=True, places=places)
+        active = self.masks[0].nnz
+        self.rooms = [
+            torch.full((n + 11,), 7.0, dtype=dtype)
+            for n, dtype in ((5003, torch.bfloat16), *[(active, torch.float32)] * 3, (active, torch.bfloat16))
+        ]
+        for start, room, one in zip(
+            (1, 3, 5, 2, 7), self.rooms, (self.params, self.m, self.v, self.most, self.extras), strict=True
+        ):
+            view = room[start : start + len(one[0])]
+            one[0] = view.copy_(one[0])
+        self.held[0] = torch.cat([self.held[0][:3], self.held[0]])[3:]
+        self.params[0][~self.masks[0].to_bool()] = float("nan")
+
+    def step_poisoned(self):
+        (grad,) = self.grads(torch.bfloat16)
+        poisoned = torch.where(self.masks[0].to_bool(), grad, float("nan"))
+        self.step([torch.cat([poisoned[:3], poisoned])[3:]])
+
+    def copies(self):
+        return [room.clone() for room in self.rooms]
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.4, 0.9)])
+@pytest.mark.parametrize("places", [False, True])
+def test_active_coordinates_are_torchs_adamw_bit_for_bit(isa, amsgrad, maximize, betas, places, monkeypatch):
+    monkeypatch.setattr("tests.ops.step.test_step.BETAS", betas)
+    state = State(SIZES, amsgrad=amsgrad, places=places)
+    dense = [torch.nn.Parameter(p.clone()) for p in state.params]
+    before = [p.clone() for p in state.params]
+    optimizer = torch.optim.AdamW(
+        dense, lr=1e-3, betas=betas, eps=EPS, weight_decay=0.01, amsgrad=amsgrad, maximize=maximize, foreach=False
+    )
+    for _ in range(5):
+        grads = state.grads()
+        state.step(grads, maximize=maximize)
+        for p, g in zip(dense, grads, strict=True):
+            p.grad = g.clone()
+        with RightSqrt():
+            optimizer.step()
+    for p, d, old, mask in zip(state.params, dense, before, state.masks, strict=True):
+        active = mask.to_bool()
+        assert torch.equal(bits(p)[active], bits(d.detach())[active])
+        assert torch.equal(bits(p)[~active], bits(old)[~active])
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled kernels")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+@pytest.mark.parametrize("places", [False, True])
+@pytest.mark.parametrize("compact", [False, True])
+def test_kernels_are_the_reference_bit_for_bit(isa, precision, dtypes, places, compact):
+    ours, theirs = (State(SIZES, dtype=dtypes[0], precision=precision, amsgrad=True, places=places) for _ in range(2))
+    scale, clip = torch.tensor(3.0), torch.tensor(0.7)
+    for _ in range(3):
+        grads = ours.grads(dtypes[1])
+        theirs.grads()
+        if compact:
+            grads = [g[m.to_bool()].float() for g, m in zip(grads, ours.masks, strict=True)]
+        options = {
+            "grad_scale": scale,
+            "clip": clip,
+            "seed": 7 << 40 | 3,
+            "starts": [2**33 + 5 * i for i in range(len(SIZES))],
+        }
+        ours.step(grads, **options)
+        with by_reference():
+            theirs.step(grads, **options)
+        assert same(ours.copies(), theirs.copies())
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+@pytest.mark.parametrize(
+    ("momentum", "dampening", "nesterov"), [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.1, False), (0.9, 0.0, True)]
+)
+@pytest.mark.parametrize("maximize", [False, True])
+def test_active_coordinates_are_torchs_sgd_bit_for_bit(isa, weight_decay, momentum, dampening, nesterov, maximize):
+    state = State(SIZES)
+    dense = [torch.nn.Parameter(p.clone()) for p in state.params]
+    before = [p.clone() for p in state.params]
+    optimizer = torch.optim.SGD(
+        dense, 0.1, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=False
+    )
+    for step in range(1, 6):
+        grads = state.grads()
+        scalars = sgd_scalars([step] * len(SIZES), 0.1, momentum, dampening, weight_decay)
+        masked_sgd(
+            state.params,
+            grads,
+            state.held,
+            state.offsets,
+            scalars,
+            momentum_buffers=state.m if momentum else (),
+            nesterov=nesterov,
+            maximize=maximize,
+        )
+        for p, g in zip(dense, grads, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+    for p, d, old, mask in zip(state.params, dense, before, state.masks, strict=True):
+        active = mask.to_bool()
+        assert torch.equal(bits(p)[active], bits(d.detach())[active])
+        assert torch.equal(bits(p)[~active], bits(old)[~active])
+
+
+def with_cohorts(state) -> dict:
+    """Three cohorts in every tensor, and where each weight began."""
+    state.cohorts = [torch.randint(0, 3, (m.nnz,), generator=state.generator).to(torch.uint8) for m in state.masks]
+    state.inits = [
+        torch.randn(m.nnz, generator=state.generator).to(p.dtype)
+        for m, p in zip(state.masks, state.params, strict=True)
+    ]
+    return {
+        "cohorts": state.cohorts,
+        "inits": state.inits,
+        "rows": [3 * i for i in range(len(SIZES))],
+        "ordinals": [5 * i for i in range(len(SIZES))],
+    }
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled kernels")
+@pytest.mark.parametrize("family", ["adamw", "sgd"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("places", [False, True])
+def test_cohorts_and_starts_are_the_references_bit_for_bit(isa, family, precision, dtype, places):
+    ours, theirs = (State(SIZES, dtype=dtype, precision=precision, places=places) for _ in range(2))
+    for state in (ours, theirs):
+        state.options = {**with_cohorts(state), "extras": state.extras, "precision": precision, "seed": 9}
+    for step in range(1, 4):
+        steps = [step + 2 * c for _ in SIZES for c in range(3)]
+        for state, how in ((ours, contextlib.nullcontext()), (theirs, by_reference())):
+            common = (state.params, state.grads(dtype), state.held, state.offsets)
+            with how:
+                if family == "adamw":
+                    masked_adamw(
+                        *common, state.m, state.v, adamw_scalars(steps, 1e-3, BETAS, EPS, 0.1), **state.options
+                    )
+                else:
+                    masked_sgd(
+                        *common,
+                        sgd_scalars(steps, 1e-2, 0.9, 0.1, 0.1),
+                        momentum_buffers=state.m,
+                        nesterov=True,
+                        **state.options,
+                    )
+        assert same(ours.copies(), theirs.copies())
+
+
+def test_each_cohort_is_an_optimizer_of_its_own_age():
+    """A coordinate of cohort c moves as if its tensor had its step count alone."""
+    state = State((5000,), density=0.5)
+    options = with_cohorts(state)
+    alone = [State((5000,), density=0.5) for _ in range(3)]
+    for step in range(1, 4):
+        (grad,) = state.grads()
+        ages = [step, step + 10, step + 100]
+        masked_adamw(
+            state.params,
+            [grad],
+            state.held,
+            state.offsets,
+            state.m,
+            state.v,
+            adamw_scalars(ages, 1e-3, BETAS, EPS, 0.1),
+            cohorts=options["cohorts"],
+        )
+        for one, age in zip(alone, ages, strict=True):
+            masked_adamw(
+                one.params, [grad], one.held, one.offsets, one.m, one.v, adamw_scalars([age], 1e-3, BETAS, EPS, 0.1)
+            )
+    places = state.masks[0].indices.long()
+    for c, one in enumerate(alone):
+        mine = options["cohorts"][0] == c
+        assert torch.equal(bits(state.params[0])[places[mine]], bits(one.params[0])[places[mine]])
+
+
+def test_decay_draws_to_where_the_weights_began():
+    """With no gradient only decay moves a weight, each step by its share of the distance: against fp64."""
+    state = State((5000,))
+    w0 = [torch.randn(state.masks[0].nnz)]
+    started = state.params[0][state.masks[0].to_bool()].double()
+    for step in range(1, 11):
+        masked_adamw(
+            state.params,
+            [torch.zeros(5000)],
+            state.held,
+            state.offsets,
+            state.m,
+            state.v,
+            adamw_scalars([step], 0.1, BETAS, EPS, 0.5),
+            inits=w0,
+        )
+    wanted = w0[0].double() + (started - w0[0].double()) * 0.95**10
+    torch.testing.assert_close(state.params[0][state.masks[0].to_bool()].double(), wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("hostile", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_what_is_frozen_is_neither_read_nor_written(isa, hostile, dtype):
+    state = State(SIZES, dtype=dtype, precision="exact" if dtype == torch.bfloat16 else "nearest")
+    clean = State(SIZES, dtype=dtype, precision=state.precision)
+    grads = state.grads(dtype)
+    poisoned = [torch.where(m.to_bool(), g, hostile) for g, m in zip(grads, state.masks, strict=True)]
+    for p, m in zip(state.params, state.masks, strict=True):
+        p[~m.to_bool()] = hostile
+    before = [bits(p).clone() for p in state.params]
+    state.step(poisoned)
+    clean.step(grads)
+    assert same((*state.m, *state.v), (*clean.m, *clean.v))
+    for p, c, old, m in zip(state.params, clean.params, before, state.masks, strict=True):
+        active = m.to_bool()
+        assert torch.equal(bits(p)[active], bits(c)[active])
+        assert torch.equal(bits(p)[~active], old[~active])
+
+
+def test_a_nan_gradient_reaches_its_own_coordinate_alone(isa):
+    state, clean = State((5000,)), State((5000,))
+    (grad,) = state.grads()
+    at = int(state.masks[0].indices[7])
+    broken = grad.clone()
+    broken[at] = float("nan")
+    state.step([broken])
+    clean.step([grad])
+    differs = torch.nonzero(bits(state.params[0]) != bits(clean.params[0])).view(-1)
+    assert differs.tolist() == [at]
+    assert state.params[0][at].isnan()
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_all_and_nothing(isa, density):
+    state = State(SIZES, density=density)
+    before = [p.clone() for p in state.params]
+    state.step(state.grads())
+    assert same(state.params, before) == (density == 0)
+
+
+def test_an_exact_remainder_makes_the_weight_a_master(isa):
+    """bf16 weight and remainder are the fp32 master that torch's AdamW would keep, at a rate that plain rounding loses."""
+    state = State(SIZES, dtype=torch.bfloat16, precision="exact")
+    masters = [torch.nn.Parameter(p.float()) for p in state.params]
+    optimizer = torch.optim.AdamW(masters, lr=1e-6, betas=BETAS, eps=EPS, weight_decay=0.01, foreach=False)
+    for _ in range(20):
+        grads = state.grads(torch.bfloat16)
+        state.step(grads, lr=1e-6)
+        for p, g in zip(masters, grads, strict=True):
+            p.grad = g.float()
+        with RightSqrt():
+            optimizer.step()
+    for p, master, extra, mask in zip(state.params, masters, state.extras, state.masks, strict=True):
+        active, low = mask.to_bool(), extra.int() & 0xFFFF
+        high = ((bits(p)[active].int() & 0xFFFF) - (low >> 15)) & 0xFFFF
+        assert torch.equal((high << 16 | low).view(torch.float32), master.detach()[active])
+        nearest = master.detach()[active].bfloat16()
+        tie = low == 0x8000
+        assert torch.equal(p[active][~tie], nearest[~tie])
+
+
+def test_every_pattern_goes_through_the_remainder_and_back():
+    """Of weight and remainder in the reference: every upper half with some lower ones, NaN aside."""
+    lows = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    masters = (torch.arange(1 << 16).unsqueeze(1) << 16 | lows).view(-1)
+    masters = torch.where(masters >= 1 << 31, masters - (1 << 32), masters).int().view(torch.float32)
+    masters = masters[~masters.isnan()]
+    extra = torch.empty(len(masters), dtype=torch.int16)
+    weight = ops.narrowed(masters, torch.bfloat16, extra, PRECISIONS.index("exact"), ())
+    back = ops.widened(weight, extra, PRECISIONS.index("exact"))
+    assert torch.equal(bits(back), bits(masters))
+
+
+@pytest.mark.parametrize("precision", ["nearest", "exact", "kahan", "stochastic"])
+def test_how_much_of_small_updates_is_kept(precision):
+    """At a rate of 1e-6 rounding loses nearly the whole run, the others do not."""
+    state = State((20_000,), density=1.0, dtype=torch.bfloat16, precision=precision)
+    full = State((20_000,), density=1.0, dtype=torch.float32)
+    full.params = [p.float() for p in state.params]
+    start = full.params[0].clone()
+    drift = 1e-3 * torch.randn(20_000, generator=torch.Generator().manual_seed(1))
+    for i in range(100):
+        grads = [drift + g for g in full.grads()]
+        state.step(grads, lr=1e-6, seed=i)
+        full.step(grads, lr=1e-6)
+    wanted = full.params[0] - start
+    got = ops.widened(state.params[0], state.extras[0] if state.extras else None, PRECISIONS.index(precision)) - start
+    error = float((got - wanted).norm() / wanted.norm())
+    low, high = {"nearest": (0.8, 1.2), "exact": (0, 1e-6), "kahan": (0, 0.1), "stochastic": (0.3, 1.5)}[precision]
+    assert low <= error <= high
+    if precision == "stochastic":
+        assert float((got * wanted).sum() / wanted.square().sum()) == pytest.approx(1, abs=0.05)  # on average all of it
+
+
+def test_stochastic_rounding_does_not_show_how_tensors_are_cut(isa):
+    whole = State((70_001,), dtype=torch.bfloat16, precision="stochastic")
+    (grad,) = whole.grads(torch.bfloat16)
+    for cut in (1, 1000, 4096):
+        parts = [State((70_001,), dtype=torch.bfloat16, precision="stochastic") for _ in range(2)]
+        for part, (a, b) in zip(parts, ((0, cut), (cut, 70_001)), strict=True):
+            mask = part.masks[0].flat(a, b)
+            mask = Mask.from_bool(mask.to_bool())
+            part.params, part.held, part.offsets = [part.params[0][a:b].clone()], [mask.bits], [mask.offsets]
+            part.m, part.v = [torch.zeros(mask.nnz)], [torch.zeros(mask.nnz)]
+            part.step([grad[a:b].clone()], seed=5, starts=[a])
+        fresh = State((70_001,), dtype=torch.bfloat16, precision="stochastic")
+        fresh.step([grad], seed=5)
+        assert torch.equal(bits(torch.cat([part.params[0] for part in parts])), bits(fresh.params[0]))
+
+
+def test_philox_is_that_of_its_paper():
+    """Known answers of Random123: counter and key all zeros, and all ones."""
+    assert int(ops.philox(0, 0, 0, torch.tensor([0]))[0]) == 0x6627E8D5
+    ones = (1 << 32) - 1
+    assert int(ops.philox((1 << 64) - 1, ones, ones, torch.tensor([-1]))[0]) == 0x408F276D
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_found_inf_leaves_everything_as_it_was(isa, found):
+    state = State(SIZES)
+    before = state.copies()
+    state.step(state.grads(), found_inf=torch.tensor(found))
+    assert same(state.copies(), before) == (found == 1)
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled kernels")
+def test_threads_change_no_bit():
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        state = State((300_000, 5, 70_001), dtype=torch.bfloat16, precision="exact")
+        for _ in range(2):
+            state.step(state.grads(torch.bfloat16))
+        results.append(state.copies())
+    torch.set_num_threads(threads)
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("places", [False, True])
+def test_active_values_are_taken_added_and_put_back(isa, dtype, places):
+    state = State(SIZES, dtype=dtype, places=places)
+    for p, mask, held, offsets in zip(state.params, state.masks, state.held, state.offsets, strict=True):
+        active, before = mask.to_bool(), p.clone()
+        taken = masked_take(p, held, offsets, torch.full((mask.nnz,), float("nan")))
+        assert torch.equal(taken, p[active].float())
+        assert torch.equal(masked_take(p, held, offsets, taken.clone(), add=True), 2 * taken)
+        values = torch.randn(mask.nnz)
+        masked_put(p, held, offsets, values)
+        assert torch.equal(p[active], values.to(dtype))
+        assert torch.equal(bits(p)[~active], bits(before)[~active])
+        with pytest.raises(ValueError, match="a moment of param 0"):
+            masked_take(p, held, offsets, torch.zeros(mask.nnz + 1))
+
+
+def test_fused_multiply_add_is_rounded_once():
+    """Against exact rational arithmetic."""
+    from fractions import Fraction
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3000, generator=generator) for _ in range(2))
+    c = -(a * b) * (1 + torch.randint(-3, 4, (3000,), generator=generator) * 2.0**-24)
+    found = ops.fma(a, b, c)
+    for x, y, z, r in zip(a.tolist(), b.tolist(), c.tolist(), found.tolist(), strict=True):
+        exact = Fraction(x) * Fraction(y) + Fraction(z)
+        down, up = (float(np.nextafter(np.float32(r), np.float32(side * np.inf))) for side in (-1, 1))
+        assert abs(exact - Fraction(r)) <= min(abs(exact - Fraction(down)), abs(exact - Fraction(up)))
+
+
+def test_bad_input_is_refused_by_name():
+    state = State((100,))
+    (grad,) = state.grads()
+    fits = {
+        "params": state.params,
+        "grads": [grad],
+        "masks": state.held,
+        "offsets": state.offsets,
+        "exp_avgs": state.m,
+        "exp_avg_sqs": state.v,
+    }
+    scalars = adamw_scalars([1], 1e-3, BETAS, EPS, 0.0)
+    for changes, options, error, message in (
+        ({"params": [state.params[0].double()]}, {}, TypeError, "param 0 is torch.float64"),
+        ({"grads": [grad.half()]}, {}, TypeError, "its gradient torch.float16"),
+        ({"grads": [grad[:50].clone()]}, {}, ValueError, "of one shape"),
+        ({"grads": [grad.repeat(2)[::2]]}, {}, ValueError, "contiguous"),
+        ({"exp_avgs": [state.m[0][1:].clone()]}, {}, ValueError, "a moment of param 0"),
+        ({"exp_avg_sqs": [state.v[0].double()]}, {}, ValueError, "a moment of param 0"),
+        ({"masks": [state.held[0][1:].clone()]}, {}, ValueError, "mask of param 0"),
+        ({"offsets": [state.offsets[0] + 1]}, {}, ValueError, "the offsets of param 0 are not the counts"),
+        ({"masks": [state.held[0] | 0xF0]}, {}, ValueError, "bits beyond the last of its 100"),
+        (
+            {"masks": [torch.tensor([5, 1 << 28])], "offsets": [torch.zeros(0, dtype=torch.int64)]},
+            {},
+            ValueError,
+            "must ascend within its 100",
+        ),
+        ({}, {"rows": [1]}, ValueError, "a row for each"),
+        ({}, {"inits": [state.m[0].bfloat16()]}, ValueError, "the start of param 0"),
+        ({}, {"cohorts": [torch.ones_like(state.m[0], dtype=torch.uint8)]}, ValueError, "a cohort 1 and 1 rows"),
+        ({"grads": []}, {}, ValueError, "as many gradients"),
+        ({}, {"precision": "double"}, ValueError, "precision must be one of"),
+        ({"params": [state.params[0].bfloat16()]}, {"precision": "exact"}, ValueError, "precision exact needs"),
+    ):
+        with pytest.raises(error, match=message):
+            masked_adamw(*({**fits, **changes}.values()), scalars, **options)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), list(itertools.product(ops.DTYPES, PRECISIONS)), ids=str)
+def test_operator_is_registered_as_torch_wants_it(dtype, precision):
+    state = State((40, 9), dtype=dtype, precision=precision)
+    scalars = adamw_scalars([1, 1], 1e-3, BETAS, EPS, 0.0)
+    torch.library.opcheck(
+        torch.ops.opdkernels.masked_sgd_,
+        (
+            state.params,
+            state.grads(dtype),
+            state.held,
+            state.offsets,
+            state.m,
+            state.extras,
+            [],
+            [],
+            scalars,
+            [0, 1],
+            [0, 0],
+            [0, 1],
+            None,
+            None,
+            None,
+            False,
+            True,
+            PRECISIONS.index(precision),
+            0,
+        ),
+    )
+    torch.library.opcheck(
+        torch.ops.opdkernels.masked_adamw_,
+        (
+            state.params,
+            state.grads(dtype),
+            state.held,
+            state.offsets,
+            state.m,
+            state.v,
+            state.most,
+            state.extras,
+            [],
+            [],
+            scalars,
+            [0, 1],
+            [0, 0],
+            [0, 1],
+            None,
+            None,
+            None,
+            False,
+            PRECISIONS.index(precision),
+            0,
+        ),
+    )
+
+
+def test_a_million_coordinates(isa, threads, monkeypatch):
+    def make():
+        return State((1_000_003, 70_001), dtype=torch.bfloat16, precision="exact")
+
+    kernels = {name: getattr(torch.ops.opdkernels, name) for name in ("masked_adamw_", "masked_sgd_")}
+    step_alike(kernels, monkeypatch, make, lambda state: state.step(state.grads(torch.bfloat16)))

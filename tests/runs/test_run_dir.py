@@ -1,0 +1,83 @@
+"""The output folder: one writer at a time, nothing half cleared, damage named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from opdkernels import InputError, UsageError, analyze, load, overlap
+from opdkernels.api import write_report
+from opdkernels.runs import run_dir as run_folder
+from tests.analysis.conftest import save, trained, weights
+
+
+def test_a_second_writer_is_refused_while_the_first_works(pair, tmp_path):
+    program = (
+        "import sys, opdkernels\n"
+        "def wait(done, total, name):\n"
+        "    print('at work', flush=True)\n"
+        "    sys.stdin.readline()\n"
+        f"opdkernels.analyze({pair[0]!r}, {pair[1]!r}, {str(tmp_path / 'out')!r}, progress=wait)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout.readline() == "at work\n"
+        with pytest.raises(InputError, match="another process is writing"):
+            analyze(*pair, tmp_path / "out")
+        first.communicate("\n" * 1000)
+    assert first.returncode == 0
+    assert analyze(*pair, tmp_path / "out").run["resumed_tensors"] == 14
+
+
+def test_a_folder_without_a_name_is_refused(pair):
+    with pytest.raises(UsageError, match="no name"):
+        analyze(*pair, "")
+
+
+@pytest.mark.parametrize("name", ["summary.json", "tensors.parquet", "groups.parquet"])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"PAR1"])
+def test_a_damaged_run_is_named(pair, tmp_path, name, content):
+    analyze(*pair, tmp_path / "out")
+    (tmp_path / "out" / name).unlink()
+    if content is not None:
+        (tmp_path / "out" / name).write_bytes(content)
+    with pytest.raises(InputError, match="damaged"):
+        load(tmp_path / "out")
+
+
+def test_overwrite_removes_whatever_stands_where_a_run_writes(pair, tmp_path):
+    (tmp_path / "out" / "report.html" / "deep").mkdir(parents=True)
+    (tmp_path / "out" / "run.json").write_text("not json")
+    (tmp_path / "out" / "keep").write_text("me")
+    analyze(*pair, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert (tmp_path / "out" / "keep").read_text() == "me"
+
+
+def test_an_interrupted_overwrite_still_says_whose_the_folder_is(pair, tmp_path, monkeypatch):
+    analyze(*pair, tmp_path / "out")
+    monkeypatch.setattr(run_folder.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        analyze(*pair, tmp_path / "out", overwrite=True)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["command"] == "analyze"
+
+
+def test_commands_do_not_take_each_others_folders(pair, tmp_path):
+    third = save(tmp_path / "third", trained(weights(), seed=5))
+    analyze(*pair, tmp_path / "a")
+    overlap(*pair, third, out=tmp_path / "b")
+    with pytest.raises(InputError, match="another run"):
+        overlap(*pair, third, out=tmp_path / "a")
+    with pytest.raises(InputError, match="another run"):
+        analyze(*pair, tmp_path / "b")
+    with pytest.raises(InputError, match="holds a run of overlap"):
+        load(tmp_path / "b")
+    page = (tmp_path / "b" / "report.html").read_bytes()
+    assert write_report(tmp_path / "b").read_bytes() == page
+    (tmp_path / "b" / "overlap.parquet").write_bytes(b"")
+    with pytest.raises(InputError, match="damaged"):
+        write_report(tmp_path / "b")
