@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opdkernels.distill.options import shipped
+from opdkernels.distillation.options import shipped
 
 ROUNDS = 3
 

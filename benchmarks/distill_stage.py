@@ -32,8 +32,8 @@ def loop(
     out: str,
 ) -> dict[str, float]:
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from opdkernels.distill.loop import distill
-    from opdkernels.distill.options import options_from
+    from opdkernels.distillation.loop import distill
+    from opdkernels.distillation.options import options_from
 
     given = {
         "student": student,

@@ -1,8 +1,8 @@
-"""Makes the character-level student and teacher that ship in opdkernels/distill/addition: two Qwen2 models over thirteen characters
+"""Makes the character-level student and teacher that ship in opdkernels/distillation/addition: two Qwen2 models over thirteen characters
 and an end token, trained on "07+45=052". Some four minutes on two cores.
 
     pip install 'opdkernels[distill]'
-    python examples/addition_models.py opdkernels/distill/addition
+    python examples/addition_models.py opdkernels/distillation/addition
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from opdkernels.distill.tasks import Addition
+from opdkernels.distillation.tasks import Addition
 
 CHARACTERS = "0123456789+=\n"
 SHAPES = {

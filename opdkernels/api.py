@@ -21,7 +21,7 @@ from opdkernels.progress import Progress
 from opdkernels.runs.run_dir import finished
 
 if TYPE_CHECKING:
-    from opdkernels.distill.options import DistillOptions
+    from opdkernels.distillation.options import DistillOptions
 
 SMALL = 100 * 10**6  # bytes of a checkpoint whose spectra take seconds
 

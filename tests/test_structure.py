@@ -17,7 +17,7 @@ LAYERS = [
     {"cli"},
     {"api", "doctor"},
     {"report", "experiments", "compat"},
-    {"distill"},
+    {"distillation"},
     {"analysis", "optim"},
     {"metrics", "masks", "patch", "spectral"},
     {"runs"},

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 from pydantic import BaseModel
 
-from opdkernels.distill.options import DistillOptions, shipped
+from opdkernels.distillation.options import DistillOptions, shipped
 from opdkernels.errors import InputError, UsageError, printable
 
 EXIT_STATUS = (
@@ -617,9 +617,9 @@ def distill(
 
     Example: opdkernels distill --student Qwen2.5-0.5B --teacher Qwen2.5-1.5B --prompts prompts.jsonl --steps 200 -o run
     """
-    from opdkernels.distill.loop import distill, lines, summary
-    from opdkernels.distill.options import options_from
-    from opdkernels.distill.world import leave
+    from opdkernels.distillation.loop import distill, lines, summary
+    from opdkernels.distillation.options import options_from
+    from opdkernels.distillation.world import leave
 
     options = options_from(config, {name: value for name, value in given.items() if value is not None})
     result = distill(options, out, quiet=quiet)
@@ -679,7 +679,7 @@ def experiment(
     Example: opdkernels experiment masks -o masks --seeds 3 --density 0.2
     """
     from opdkernels.api import experiment
-    from opdkernels.distill.options import options_from
+    from opdkernels.distillation.options import options_from
     from opdkernels.experiments.runner import markdown
 
     options = options_from(

@@ -12,7 +12,7 @@ from typing import Any
 from opdkernels import masks
 from opdkernels.checkpoint.base import open_source
 from opdkernels.checkpoint.names import place, twins
-from opdkernels.distill.checkpointing import checkpoints
+from opdkernels.distillation.checkpointing import checkpoints
 from opdkernels.errors import UsageError, printable
 from opdkernels.masks import MaskSet
 from opdkernels.patch.graft import chosen_names

@@ -19,9 +19,9 @@ import numpy as np
 
 from opdkernels.analysis.run import analyze
 from opdkernels.config import AnalyzeOptions, checked
-from opdkernels.distill.loop import distill, score
-from opdkernels.distill.options import DistillOptions
-from opdkernels.distill.tracker import finite, read_rows
+from opdkernels.distillation.loop import distill, score
+from opdkernels.distillation.options import DistillOptions
+from opdkernels.distillation.tracker import finite, read_rows
 from opdkernels.errors import UsageError, printable
 from opdkernels.experiments.arms import (
     EXPERIMENTS,

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from opdkernels.api import analyze
-from opdkernels.distill.tracker import read_rows
+from opdkernels.distillation.tracker import read_rows
 from opdkernels.errors import UsageError
 from opdkernels.experiments import arms
 from opdkernels.experiments import runner as experiments
 from opdkernels.experiments.runner import EXPERIMENTS, markdown, needed, run_experiment, table, table_rows
 from opdkernels.masks import MaskSet
-from tests.distill.conftest import model, tokenizer
+from tests.distillation.conftest import model, tokenizer
 
 
 def varied(prompt, answer, completion):
@@ -395,7 +395,7 @@ def test_what_cannot_be_run_is_refused(options, tmp_path, monkeypatch):
 
 
 def test_a_signal_stops_the_experiment_and_not_an_arm_alone(options, tmp_path, monkeypatch):
-    from opdkernels.distill import loop
+    from opdkernels.distillation import loop
 
     train = loop.train
 

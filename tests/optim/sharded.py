@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from opdkernels.distill.world import leave
+from opdkernels.distillation.world import leave
 from opdkernels.optim import MaskedAdamW, MaskedSGD, compact_gradients
 
 

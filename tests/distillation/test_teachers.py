@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkernels.distill.models import Text
-from opdkernels.distill.rollout import beside, encode
-from opdkernels.distill.tasks import Entry
-from opdkernels.distill.teachers import OwnWeights, scored
+from opdkernels.distillation.models import Text
+from opdkernels.distillation.rollout import beside, encode
+from opdkernels.distillation.tasks import Entry
+from opdkernels.distillation.teachers import OwnWeights, scored
 from opdkernels.errors import InputError
 from opdkernels.optim import MaskedAdamW
-from tests.distill.conftest import model, tokenizer
+from tests.distillation.conftest import model, tokenizer
 
 TEXT = Text(tokenizer(), None, 0)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from opdkernels.distill.options import SELF, DistillOptions
+from opdkernels.distillation.options import SELF, DistillOptions
 from opdkernels.errors import InputError, UsageError, printable
 
 Score = Callable[[Any, str | None, str], float]

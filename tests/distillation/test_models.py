@@ -7,11 +7,11 @@ import shutil
 import pytest
 import torch
 
-from opdkernels.distill.models import ANOTHER, Text, bad_input, load_config, load_model, load_text
-from opdkernels.distill.rollout import encode, recorded
-from opdkernels.distill.tasks import Entry
+from opdkernels.distillation.models import ANOTHER, Text, bad_input, load_config, load_model, load_text
+from opdkernels.distillation.rollout import encode, recorded
+from opdkernels.distillation.tasks import Entry
 from opdkernels.errors import InputError
-from tests.distill.conftest import tokenizer
+from tests.distillation.conftest import tokenizer
 
 CPU = torch.device("cpu")
 TEXT = Text(tokenizer(), None, 0)

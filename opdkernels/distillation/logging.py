@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from opdkernels.distill.tracker import finite, read_rows, write_rows
-from opdkernels.distill.world import Ranks
+from opdkernels.distillation.tracker import finite, read_rows, write_rows
+from opdkernels.distillation.world import Ranks
 from opdkernels.errors import UsageError, printable
 
 LINE_EVERY_S = 2.0

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkernels.distill.tracker import Tracker, effective, moments_of, read_rows
-from opdkernels.distill.world import Ranks
+from opdkernels.distillation.tracker import Tracker, effective, moments_of, read_rows
+from opdkernels.distillation.world import Ranks
 from opdkernels.masks import MaskSet
 from opdkernels.optim import MaskedAdamW
-from tests.distill.conftest import model
+from tests.distillation.conftest import model
 
 ALONE = Ranks()
 
@@ -64,7 +64,7 @@ def test_marks_after_the_step_that_a_run_goes_on_from_are_let_go(tmp_path):
 
 
 def test_a_copy_that_was_cut_short_is_made_again(tmp_path, monkeypatch):
-    from opdkernels.distill import tracker as track
+    from opdkernels.distillation import tracker as track
 
     own, calls = model(0, initializer_range=0.2).bfloat16(), []
 

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from opdkernels.config import checked
-from opdkernels.distill import loop
-from opdkernels.distill.loop import distill
-from opdkernels.distill.options import DistillOptions
+from opdkernels.distillation import loop
+from opdkernels.distillation.loop import distill
+from opdkernels.distillation.options import DistillOptions
 from opdkernels.experiments.runner import run_experiment
-from tests.distill.conftest import CHARACTERS, tokenizer
-from tests.distill.test_loop import log
+from tests.distillation.conftest import CHARACTERS, tokenizer
+from tests.distillation.test_loop import log
 
 SPECIAL = ("<image>", "<vision_start>", "<vision_end>", "<video>")
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from opdkernels.distill.models import (
+from opdkernels.distillation.models import (
     Text,
     head_of,
     load_model,
@@ -23,8 +23,8 @@ from opdkernels.distill.models import (
     refuse_other_tokens,
     states_at_completions,
 )
-from opdkernels.distill.options import SELF, DistillOptions
-from opdkernels.distill.rollout import Rollout, beside, encode
+from opdkernels.distillation.options import SELF, DistillOptions
+from opdkernels.distillation.rollout import Rollout, beside, encode
 from opdkernels.errors import InputError, printable
 from opdkernels.ops.divergence import Head
 from opdkernels.optim.active import active_of, put_active

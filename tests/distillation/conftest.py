@@ -57,7 +57,7 @@ def places(tmp_path_factory):
 @pytest.fixture
 def options(places):
     """Makes options of a run of three short steps."""
-    from opdkernels.distill.options import options_from
+    from opdkernels.distillation.options import options_from
 
     def make(**given):
         usual = {

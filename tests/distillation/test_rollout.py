@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkernels.distill import models
-from opdkernels.distill.models import Text, begin, hidden_states, plain_cache, states_at_completions, unwrapped
-from opdkernels.distill.rollout import Prompts, beside, encode, recorded, sample, until_end
-from opdkernels.distill.tasks import Entry
+from opdkernels.distillation import models
+from opdkernels.distillation.models import Text, begin, hidden_states, plain_cache, states_at_completions, unwrapped
+from opdkernels.distillation.rollout import Prompts, beside, encode, recorded, sample, until_end
+from opdkernels.distillation.tasks import Entry
 from opdkernels.errors import InputError
-from tests.distill.conftest import model, tokenizer
+from tests.distillation.conftest import model, tokenizer
 
 TEXT = Text(tokenizer(), None, 0)
 CPU = torch.device("cpu")
@@ -233,7 +233,7 @@ def test_images_are_not_taken_by_a_model_of_text():
 
 
 def test_per_token_inputs_are_padded_on_the_side_of_the_ids():
-    from opdkernels.distill.rollout import together
+    from opdkernels.distillation.rollout import together
 
     rows = [
         {"mm_token_type_ids": torch.ones(1, 2, dtype=torch.long), "pixel_values": torch.ones(3, 4)},

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from opdkernels.distill.loop import task_of
-from opdkernels.distill.options import options_from
-from opdkernels.distill.tasks import Addition, exact, open_task, permuted, refuse_prompts, scorer
+from opdkernels.distillation.loop import task_of
+from opdkernels.distillation.options import options_from
+from opdkernels.distillation.tasks import Addition, exact, open_task, permuted, refuse_prompts, scorer
 from opdkernels.errors import InputError, UsageError
 
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opdkernels.distill import loop
-from opdkernels.distill.loop import distill
-from opdkernels.distill.options import options_from
-from opdkernels.distill.tracker import read_rows
+from opdkernels.distillation import loop
+from opdkernels.distillation.loop import distill
+from opdkernels.distillation.options import options_from
+from opdkernels.distillation.tracker import read_rows
 from opdkernels.errors import InputError, UsageError
 
 
@@ -238,7 +238,7 @@ def fails(prompt, answer, completion):
 
 
 def test_another_vocabulary_is_refused(options, places, tmp_path):
-    from tests.distill.conftest import model, tokenizer
+    from tests.distillation.conftest import model, tokenizer
 
     characters = "9876543210+=\n"
     model(5, characters=characters).save_pretrained(tmp_path / "t")
@@ -249,7 +249,7 @@ def test_another_vocabulary_is_refused(options, places, tmp_path):
 
 @pytest.mark.parametrize("side", ["teacher", "student"])
 def test_heads_of_one_tokenizer_padded_to_other_sizes_share_their_ids(options, tmp_path, side):
-    from tests.distill.conftest import CHARACTERS, model, tokenizer
+    from tests.distillation.conftest import CHARACTERS, model, tokenizer
 
     padded = model(5, characters=CHARACTERS + "abc")
     padded.lm_head.weight.data[15:] += 1  # likely, were they not left out
@@ -260,7 +260,7 @@ def test_heads_of_one_tokenizer_padded_to_other_sizes_share_their_ids(options, t
 
 
 def test_no_pad_token_is_needed(options, places, tmp_path):
-    from tests.distill.conftest import model, tokenizer
+    from tests.distillation.conftest import model, tokenizer
 
     model(0, initializer_range=0.2).bfloat16().save_pretrained(tmp_path / "s")
     tokenizer(pad_token=None).save_pretrained(tmp_path / "s")
@@ -315,7 +315,7 @@ def test_a_run_that_was_cut_before_its_first_checkpoint_begins_anew(options, tmp
 
 
 def test_a_run_that_was_cut_before_its_last_word_says_it_again(options, tmp_path, monkeypatch):
-    from opdkernels.distill.tracker import Tracker
+    from opdkernels.distillation.tracker import Tracker
 
     chosen = options(steps=2, eval_size=4, save_every=1, track_every=1)
     distill(chosen, tmp_path / "whole")
@@ -367,7 +367,7 @@ def test_weights_that_a_file_lacks_are_named(options, places, tmp_path):
 
 
 def test_a_head_that_is_not_known_is_refused(options, places, tmp_path, monkeypatch):
-    from opdkernels.distill import models
+    from opdkernels.distillation import models
 
     known = models.head_of
     monkeypatch.setattr(
@@ -437,7 +437,7 @@ def test_a_subspace_is_what_an_update_stays_in(options, tmp_path):
 def test_a_subspace_of_layers_that_keep_their_weights_transposed(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from opdkernels.distill.optimizers import with_lora
+    from opdkernels.distillation.optimizers import with_lora
 
     torch.manual_seed(0)
     own = GPT2LMHeadModel(GPT2Config(vocab_size=15, n_embd=32, n_layer=1, n_head=2, n_positions=64))

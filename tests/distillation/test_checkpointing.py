@@ -13,12 +13,12 @@ import threading
 import pytest
 import torch
 
-from opdkernels.distill import checkpointing as saving
-from opdkernels.distill import loop
-from opdkernels.distill.loop import distill
+from opdkernels.distillation import checkpointing as saving
+from opdkernels.distillation import loop
+from opdkernels.distillation.loop import distill
 from opdkernels.errors import InputError, UsageError
 from opdkernels.experiments.runner import run_experiment
-from tests.distill.test_loop import log
+from tests.distillation.test_loop import log
 
 
 def everything(folder):
@@ -68,8 +68,8 @@ def test_a_folder_is_free_after_an_error_and_after_a_kill(options, places, tmp_p
         distill(options(teacher=str(tmp_path / "none")), tmp_path / "run")
     program = (
         "import os, signal, sys\n"
-        "from opdkernels.distill import loop\n"
-        "from opdkernels.distill.options import DistillOptions\n"
+        "from opdkernels.distillation import loop\n"
+        "from opdkernels.distillation.options import DistillOptions\n"
         "loop.train = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "loop.distill(DistillOptions.model_validate_json(sys.argv[1]), sys.argv[2])\n"
     )

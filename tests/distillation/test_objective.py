@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkernels.distill.models import Text, head_of
-from opdkernels.distill.objective import advantages, objective
-from opdkernels.distill.rollout import beside, encode
-from opdkernels.distill.tasks import Entry
-from tests.distill.conftest import model, tokenizer
+from opdkernels.distillation.models import Text, head_of
+from opdkernels.distillation.objective import advantages, objective
+from opdkernels.distillation.rollout import beside, encode
+from opdkernels.distillation.tasks import Entry
+from tests.distillation.conftest import model, tokenizer
 
 TEXT = Text(tokenizer(), None, 0)
 
@@ -62,7 +62,7 @@ def test_a_reward_is_the_policy_gradient(options):
 
 def test_a_divergence_is_that_of_whole_logits(options):
     """Gradients are at most twice as far from fp64 as those through whole logits in fp32; a millionth where these are exact."""
-    from opdkernels.distill.teachers import ModelTeacher
+    from opdkernels.distillation.teachers import ModelTeacher
 
     student, teacher, part = (
         model(0, initializer_range=0.2).eval(),

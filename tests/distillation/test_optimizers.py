@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkernels.distill.optimizers import optimizer_of
+from opdkernels.distillation.optimizers import optimizer_of
 from opdkernels.errors import InputError
 from opdkernels.masks.mask_set import from_bools
-from tests.distill.conftest import model
+from tests.distillation.conftest import model
 
 
 @pytest.mark.parametrize("names", [["lm_head.weight"], []])

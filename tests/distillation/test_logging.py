@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from opdkernels.distill.logging import Log, boards
-from opdkernels.distill.loop import distill
-from opdkernels.distill.tracker import read_rows
-from opdkernels.distill.world import Ranks
+from opdkernels.distillation.logging import Log, boards
+from opdkernels.distillation.loop import distill
+from opdkernels.distillation.tracker import read_rows
+from opdkernels.distillation.world import Ranks
 from opdkernels.errors import UsageError
 
 

@@ -15,7 +15,7 @@ from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.ops.divergence import Head
 
 if TYPE_CHECKING:
-    from opdkernels.distill.rollout import Rollout
+    from opdkernels.distillation.rollout import Rollout
 
 LEAST_SHARED = 16  # tokens that are worth a pass of their own
 ANOTHER = "give another folder or hub id"

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from opdkernels.distill.models import Text
-from opdkernels.distill.options import SELF, DistillOptions
-from opdkernels.distill.tracker import effective, read_rows, step_of_mask
-from opdkernels.distill.world import Ranks, full_state
+from opdkernels.distillation.models import Text
+from opdkernels.distillation.options import SELF, DistillOptions
+from opdkernels.distillation.tracker import effective, read_rows, step_of_mask
+from opdkernels.distillation.world import Ranks, full_state
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.files import sync
 from opdkernels.runs.records import write_json

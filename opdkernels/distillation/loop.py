@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from opdkernels.backends.devices import device_of
-from opdkernels.distill.checkpointing import begin, load_state, open_folder, save
-from opdkernels.distill.logging import Board, Clock, Log, boards
-from opdkernels.distill.models import (
+from opdkernels.distillation.checkpointing import begin, load_state, open_folder, save
+from opdkernels.distillation.logging import Board, Clock, Log, boards
+from opdkernels.distillation.models import (
     Text,
     end_tokens,
     load_config,
@@ -38,14 +38,14 @@ from opdkernels.distill.models import (
     shared_ids,
     transformers,
 )
-from opdkernels.distill.objective import Objective, advantages, objective
-from opdkernels.distill.optimizers import WholeNorm, optimizer_of, rate, with_lora
-from opdkernels.distill.options import SELF, DistillOptions
-from opdkernels.distill.rollout import Prompts, Rollout, encode, recorded, sample
-from opdkernels.distill.tasks import Entry, Task, open_task, refuse_answers, refuse_images, refuse_prompts
-from opdkernels.distill.teachers import Teacher, scored, teachers_of
-from opdkernels.distill.tracker import Tracker, moments_of, read_rows, trained_by
-from opdkernels.distill.world import Ranks, bind
+from opdkernels.distillation.objective import Objective, advantages, objective
+from opdkernels.distillation.optimizers import WholeNorm, optimizer_of, rate, with_lora
+from opdkernels.distillation.options import SELF, DistillOptions
+from opdkernels.distillation.rollout import Prompts, Rollout, encode, recorded, sample
+from opdkernels.distillation.tasks import Entry, Task, open_task, refuse_answers, refuse_images, refuse_prompts
+from opdkernels.distillation.teachers import Teacher, scored, teachers_of
+from opdkernels.distillation.tracker import Tracker, moments_of, read_rows, trained_by
+from opdkernels.distillation.world import Ranks, bind
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.optim import compact_gradients
 from opdkernels.optim.masked import MaskedOptimizer

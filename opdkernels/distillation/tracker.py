@@ -21,7 +21,7 @@ import torch
 
 from opdkernels.bits import popcount
 from opdkernels.checkpoint.names import place
-from opdkernels.distill.world import Ranks
+from opdkernels.distillation.world import Ranks
 from opdkernels.masks import MaskSet
 from opdkernels.masks.mask import Mask
 from opdkernels.metrics.coordinates import VIEWS, SparseTally, figures_of

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opdkernels.distill.loop import distill
-from opdkernels.distill.tracker import read_rows
+from opdkernels.distillation.loop import distill
+from opdkernels.distillation.tracker import read_rows
 from opdkernels.masks import MaskSet
-from tests.distill.test_loop import digest, log
+from tests.distillation.test_loop import digest, log
 
 
 def run(chosen, out, processes):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from opdkernels.distill.options import DistillOptions, options_from, shipped
+from opdkernels.distillation.options import DistillOptions, options_from, shipped
 from opdkernels.errors import InputError, UsageError
 
 LEAST = {"student": "s", "teacher": "t", "prompts": "addition"}

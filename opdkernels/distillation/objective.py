@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from opdkernels.distill.models import head_of, states_at_completions
-from opdkernels.distill.options import DistillOptions
-from opdkernels.distill.rollout import Rollout
+from opdkernels.distillation.models import head_of, states_at_completions
+from opdkernels.distillation.options import DistillOptions
+from opdkernels.distillation.rollout import Rollout
 from opdkernels.ops.divergence import Head, Scores, linear_divergence, linear_log_prob
 
 

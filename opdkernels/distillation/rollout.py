@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from opdkernels.distill.models import Text, begin, taken, unwrapped
-from opdkernels.distill.tasks import Entry
+from opdkernels.distillation.models import Text, begin, taken, unwrapped
+from opdkernels.distillation.tasks import Entry
 from opdkernels.errors import InputError, printable
 
 PER_TOKEN = ("mm_token_type_ids", "token_type_ids")

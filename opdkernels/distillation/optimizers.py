@@ -10,8 +10,8 @@ import torch
 
 from opdkernels.checkpoint.base import Source, open_source
 from opdkernels.checkpoint.names import twins
-from opdkernels.distill.options import DistillOptions
-from opdkernels.distill.world import Ranks
+from opdkernels.distillation.options import DistillOptions
+from opdkernels.distillation.world import Ranks
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.masks import MaskSet
 from opdkernels.optim import MaskedAdamW, MaskedSGD
