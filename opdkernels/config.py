@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from opdkernels.errors import UsageError
+from opdkernels.errors import InputError, UsageError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 LEAST_MEMORY = 64 * 10**6
@@ -129,6 +129,9 @@ def checked(model: type[Checked], values: dict) -> Checked:
         return model(**values)
     except ValidationError as error:
         first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, (InputError, UsageError)):  # raised by a validator, wrapped by pydantic
+            raise cause from None
         name = str(first["loc"][0]) if first["loc"] else "options"
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(name, model.model_fields, 1)

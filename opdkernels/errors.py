@@ -5,12 +5,12 @@ from __future__ import annotations
 import unicodedata
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """Bad input. The message is one line that names the file, the tensor and the remedy; the command exits with 4."""
 
 
-class UsageError(Exception):
-    """A call that cannot be carried out as asked; the command exits with 2."""
+class UsageError(ValueError):
+    """An option or argument that is not valid; the command exits with 2."""
 
 
 def printable(text: str) -> str:

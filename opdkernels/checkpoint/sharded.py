@@ -103,6 +103,8 @@ def read_json(path: str) -> dict[str, Any]:
             raise InputError(f"{shown} has {size} bytes, more than the {MAX_HEADER_BYTES} allowed; download it again")
         with open(path, "rb") as file:
             table = json.loads(file.read(MAX_HEADER_BYTES), object_pairs_hook=unique_keys)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(
             f"{shown} cannot be read: {printable(error.strerror or str(error))}; make it readable, or download it again"

@@ -409,8 +409,9 @@ def mask_combine(
     ways = {"and": and_, "or": or_, "xor": xor, "minus": sub}
     if how not in ways:
         raise UsageError(f"there is no way {how!r} to combine masks; it is one of {', '.join(ways)}")
+    first, second = MaskSet.load(a), MaskSet.load(b)
     try:
-        found = ways[how](MaskSet.load(a), MaskSet.load(b))
+        found = ways[how](first, second)
     except ValueError as error:
         raise InputError(str(error)) from None
     save_masks(found, out)
@@ -443,8 +444,9 @@ def mask_overlap(
     from opdkernels.masks import MaskSet
     from opdkernels.masks.stats import overlap, overlap_lines
 
+    first, second = MaskSet.load(a), MaskSet.load(b)
     try:
-        found = overlap(MaskSet.load(a), MaskSet.load(b))
+        found = overlap(first, second)
     except ValueError as error:
         raise InputError(str(error)) from None
     show(found, overlap_lines(found), json)

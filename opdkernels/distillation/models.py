@@ -226,6 +226,8 @@ def taken(extras: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Raises InputError where a model does not take what came with prompts beside their ids: images that no token stands for."""
     try:
         yield
+    except (InputError, UsageError):
+        raise
     except (ValueError, LookupError, RuntimeError, StopIteration) as error:
         if not extras or isinstance(error, torch.OutOfMemoryError):
             raise

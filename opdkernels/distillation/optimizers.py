@@ -65,6 +65,8 @@ def optimizer_of(options: DistillOptions, model: torch.nn.Module) -> MaskedOptim
             precision=options.precision,
             seed=options.seed,
         )
+    except (InputError, UsageError):
+        raise
     except ValueError as error:
         if options.masks and "mask" in str(error):
             raise InputError(

@@ -126,6 +126,8 @@ class MaskSet(Mapping[str, Mask]):
             found.in_model_order = metadata.get("order") == "model"
             if len(found) != len(facts) or found.digest != metadata["digest"]:
                 raise ValueError("digest")
+        except InputError:
+            raise
         except FileNotFoundError:
             raise InputError(f"{named} does not exist; give a file of masks") from None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -149,6 +149,8 @@ class Records(Generic[R]):
                 raise ValueError("its bytes are not those that were written")
             for record in self.read(pa.ipc.open_file(pa.py_buffer(content)).read_all()):
                 self.done[record.key] = record
+        except InputError:
+            raise
         except (pa.ArrowInvalid, ValueError, KeyError, OSError) as error:
             raise InputError(
                 f"{printable(str(path))} cannot be read ({printable(str(error))}); delete it, or start again with --overwrite"

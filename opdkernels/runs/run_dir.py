@@ -235,6 +235,8 @@ def readable(folder: Path) -> Iterator[None]:
     """Turns what goes wrong in reading a run's files into bad input."""
     try:
         yield
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are of these kinds
         what = printable(str(error).splitlines()[0])
         raise InputError(

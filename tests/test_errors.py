@@ -1,0 +1,95 @@
+"""InputError and UsageError are ValueErrors, and code that turns other ValueErrors into messages lets them pass."""
+
+from __future__ import annotations
+
+
+import pyarrow as pa
+import pytest
+import torch
+from pydantic import BaseModel, field_validator
+from safetensors.torch import save_file
+
+from opdkernels.checkpoint import sharded
+from opdkernels.config import checked
+from opdkernels.distill.models import taken
+from opdkernels.distill.options import DistillOptions
+from opdkernels.errors import InputError, UsageError
+from opdkernels.masks import MaskSet
+from opdkernels.masks.mask_set import FORMAT
+from opdkernels.runs.records import Records
+from opdkernels.runs.run_dir import readable
+
+
+@pytest.mark.parametrize("error", [InputError, UsageError])
+def test_errors_are_value_errors(error):
+    assert issubclass(error, ValueError)
+
+
+def test_json_file_keeps_its_own_message(tmp_path, monkeypatch):
+    path = tmp_path / "index.json"
+    path.write_text("{}" + " " * 20)
+    monkeypatch.setattr(sharded, "MAX_HEADER_BYTES", 10)
+    with pytest.raises(InputError, match="has 22 bytes, more than the 10 allowed; download it again$"):
+        sharded.read_json(str(path))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [({"format": "pt"}, "m holds no masks; give"), ({"format": FORMAT, "version": "9"}, "m is of version 9")],
+)
+def test_mask_file_keeps_its_own_message(tmp_path, metadata, message):
+    save_file({"x": torch.zeros(1)}, tmp_path / "m", metadata)
+    with pytest.raises(InputError, match=message) as raised:
+        MaskSet.load(tmp_path / "m")
+    assert "cannot be read as masks" not in str(raised.value)
+
+
+def test_run_files_keep_their_own_message(tmp_path):
+    with pytest.raises(InputError, match="^it is damaged$"), readable(tmp_path):
+        raise InputError("it is damaged")
+    with pytest.raises(InputError, match="is damaged .it is not a table.; run the command again"), readable(tmp_path):
+        raise ValueError("it is not a table")
+
+
+def test_records_keep_their_own_message(tmp_path):
+    records = Records(tmp_path, lambda rows: pa.table({"x": [row.key for row in rows]}), lambda table: iter(()))
+    records.add(type("Row", (), {"key": 1})())
+    records.flush()
+
+    def read(table):
+        raise InputError("another version wrote it")
+
+    with pytest.raises(InputError, match="^another version wrote it$"):
+        Records(tmp_path, records.write, read)
+
+
+@pytest.mark.parametrize("error", [InputError, UsageError])
+def test_model_inputs_keep_their_own_message(error):
+    with pytest.raises(error, match="^no such head$"), taken({"pixel_values": torch.zeros(1)}):
+        raise error("no such head")
+
+
+@pytest.mark.parametrize("error", [InputError, UsageError])
+def test_validators_keep_their_own_error(error):
+    class Model(BaseModel):
+        size: int
+
+        @field_validator("size")
+        @classmethod
+        def validate_size(cls, size: int) -> int:
+            raise error(f"size {size} does not fit; choose another")
+
+    with pytest.raises(error, match="^size 3 does not fit; choose another$"):
+        checked(Model, {"size": 3})
+
+
+def test_divergence_error_of_distill_options_is_a_usage_error():
+    with pytest.raises(UsageError, match="^kind is kl; choose one of"):
+        checked(DistillOptions, {"student": "a", "teacher": "b", "prompts": "addition", "divergence": "kl"})
+
+
+def test_validation_error_names_the_option():
+    with pytest.raises(UsageError, match="^option steps is 0: Input should be greater"):
+        checked(DistillOptions, {"student": "a", "teacher": "b", "prompts": "addition", "steps": 0})
+    with pytest.raises(UsageError, match="^there is no option 'step'; did you mean steps"):
+        checked(DistillOptions, {"student": "a", "teacher": "b", "prompts": "addition", "step": 1})
