@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-
 import pyarrow as pa
 import pytest
 import torch
+from opdkernels.distill.models import taken
+from opdkernels.distill.options import DistillOptions
 from pydantic import BaseModel, field_validator
 from safetensors.torch import save_file
 
 from opdkernels.checkpoint import sharded
 from opdkernels.config import checked
-from opdkernels.distill.models import taken
-from opdkernels.distill.options import DistillOptions
 from opdkernels.errors import InputError, UsageError
 from opdkernels.masks import MaskSet
 from opdkernels.masks.mask_set import FORMAT
@@ -29,7 +28,7 @@ def test_json_file_keeps_its_own_message(tmp_path, monkeypatch):
     path = tmp_path / "index.json"
     path.write_text("{}" + " " * 20)
     monkeypatch.setattr(sharded, "MAX_HEADER_BYTES", 10)
-    with pytest.raises(InputError, match="has 22 bytes, more than the 10 allowed; download it again$"):
+    with pytest.raises(InputError, match=r"has 22 bytes, more than the 10 allowed; download it again$"):
         sharded.read_json(str(path))
 
 
@@ -45,9 +44,9 @@ def test_mask_file_keeps_its_own_message(tmp_path, metadata, message):
 
 
 def test_run_files_keep_their_own_message(tmp_path):
-    with pytest.raises(InputError, match="^it is damaged$"), readable(tmp_path):
+    with pytest.raises(InputError, match=r"^it is damaged$"), readable(tmp_path):
         raise InputError("it is damaged")
-    with pytest.raises(InputError, match="is damaged .it is not a table.; run the command again"), readable(tmp_path):
+    with pytest.raises(InputError, match=r"is damaged .it is not a table.; run the command again"), readable(tmp_path):
         raise ValueError("it is not a table")
 
 
@@ -59,13 +58,13 @@ def test_records_keep_their_own_message(tmp_path):
     def read(table):
         raise InputError("another version wrote it")
 
-    with pytest.raises(InputError, match="^another version wrote it$"):
+    with pytest.raises(InputError, match=r"^another version wrote it$"):
         Records(tmp_path, records.write, read)
 
 
 @pytest.mark.parametrize("error", [InputError, UsageError])
 def test_model_inputs_keep_their_own_message(error):
-    with pytest.raises(error, match="^no such head$"), taken({"pixel_values": torch.zeros(1)}):
+    with pytest.raises(error, match=r"^no such head$"), taken({"pixel_values": torch.zeros(1)}):
         raise error("no such head")
 
 
@@ -79,17 +78,17 @@ def test_validators_keep_their_own_error(error):
         def validate_size(cls, size: int) -> int:
             raise error(f"size {size} does not fit; choose another")
 
-    with pytest.raises(error, match="^size 3 does not fit; choose another$"):
+    with pytest.raises(error, match=r"^size 3 does not fit; choose another$"):
         checked(Model, {"size": 3})
 
 
 def test_divergence_error_of_distill_options_is_a_usage_error():
-    with pytest.raises(UsageError, match="^kind is kl; choose one of"):
+    with pytest.raises(UsageError, match=r"^kind is kl; choose one of"):
         checked(DistillOptions, {"student": "a", "teacher": "b", "prompts": "addition", "divergence": "kl"})
 
 
 def test_validation_error_names_the_option():
-    with pytest.raises(UsageError, match="^option steps is 0: Input should be greater"):
+    with pytest.raises(UsageError, match=r"^option steps is 0: Input should be greater"):
         checked(DistillOptions, {"student": "a", "teacher": "b", "prompts": "addition", "steps": 0})
-    with pytest.raises(UsageError, match="^there is no option 'step'; did you mean steps"):
+    with pytest.raises(UsageError, match=r"^there is no option 'step'; did you mean steps"):
         checked(DistillOptions, {"student": "a", "teacher": "b", "prompts": "addition", "step": 1})
