@@ -15,7 +15,7 @@ from opdkernels.analysis import trajectory as trends
 from opdkernels.analysis.overlap import Overlaps, run_overlap
 from opdkernels.analysis.result import Analysis, load
 from opdkernels.analysis.trajectory import Trend
-from opdkernels.config import AnalyzeOptions, OverlapOptions, TrendOptions, checked
+from opdkernels.config import AnalyzeOptions, OverlapOptions, TrendOptions, validate_options
 from opdkernels.errors import InputError, printable
 from opdkernels.progress import Progress
 from opdkernels.runs.run_dir import finished
@@ -45,7 +45,7 @@ def analyze(
     Raises InputError for input that cannot be read and a GPU that is not there, UsageError for options that make no sense. Source of the figures:
     arXiv 2606.13657; docs/outputs.md defines each.
     """
-    chosen = checked(AnalyzeOptions, options)
+    chosen = validate_options(AnalyzeOptions, options)
     result = run.analyze(source, trained, out, chosen, progress or (lambda done, total, name: None))
     if result.path is not None and chosen.report:
         report.write(result.path, result)
@@ -68,7 +68,7 @@ def overlap(
     Raises InputError for input that cannot be read, UsageError for options that make no sense. Source of coverage and
     uniform chance: arXiv 2606.13657; docs/outputs.md defines each column.
     """
-    chosen = checked(OverlapOptions, options)
+    chosen = validate_options(OverlapOptions, options)
     result = run_overlap(base, runs, out, chosen, progress or (lambda done, total, name: None))
     if result.path is not None and chosen.report:
         report.write_overlap(result.path, result)
@@ -93,7 +93,7 @@ def trend(
     Raises InputError for input that cannot be read, UsageError for options that make no sense. docs/outputs.md defines
     each column.
     """
-    chosen = checked(TrendOptions, options)
+    chosen = validate_options(TrendOptions, options)
     result = trends.run_trend(base, checkpoints, out, chosen, progress or (lambda done, total, name: None))
     if result.path is not None and chosen.report:
         for folder in result.folders:

@@ -118,10 +118,10 @@ class TrendOptions(Options):
     overwrite: bool = Field(False, description="Replace another run in the output folder.")
 
 
-Checked = TypeVar("Checked", bound=BaseModel)
+Model = TypeVar("Model", bound=BaseModel)
 
 
-def checked(model: type[Checked], values: dict) -> Checked:
+def validate_options(model: type[Model], values: dict) -> Model:
     """The options, or a UsageError of one line that names the option, its value and what is allowed."""
     from pydantic import ValidationError
 

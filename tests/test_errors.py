@@ -5,13 +5,13 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 import torch
-from opdkernels.distill.models import taken
-from opdkernels.distill.options import DistillOptions
 from pydantic import BaseModel, field_validator
 from safetensors.torch import save_file
 
 from opdkernels.checkpoint import sharded
-from opdkernels.config import checked
+from opdkernels.config import validate_options
+from opdkernels.distillation.models import taken
+from opdkernels.distillation.options import DistillOptions
 from opdkernels.errors import InputError, UsageError
 from opdkernels.masks import MaskSet
 from opdkernels.masks.mask_set import FORMAT
@@ -79,16 +79,16 @@ def test_validators_keep_their_own_error(error):
             raise error(f"size {size} does not fit; choose another")
 
     with pytest.raises(error, match=r"^size 3 does not fit; choose another$"):
-        checked(Model, {"size": 3})
+        validate_options(Model, {"size": 3})
 
 
 def test_divergence_error_of_distill_options_is_a_usage_error():
     with pytest.raises(UsageError, match=r"^kind is kl; choose one of"):
-        checked(DistillOptions, {"student": "a", "teacher": "b", "prompts": "addition", "divergence": "kl"})
+        validate_options(DistillOptions, {"student": "a", "teacher": "b", "prompts": "addition", "divergence": "kl"})
 
 
 def test_validation_error_names_the_option():
     with pytest.raises(UsageError, match=r"^option steps is 0: Input should be greater"):
-        checked(DistillOptions, {"student": "a", "teacher": "b", "prompts": "addition", "steps": 0})
+        validate_options(DistillOptions, {"student": "a", "teacher": "b", "prompts": "addition", "steps": 0})
     with pytest.raises(UsageError, match=r"^there is no option 'step'; did you mean steps"):
-        checked(DistillOptions, {"student": "a", "teacher": "b", "prompts": "addition", "step": 1})
+        validate_options(DistillOptions, {"student": "a", "teacher": "b", "prompts": "addition", "step": 1})

@@ -9,7 +9,7 @@ from typing import Any
 from opdkernels.analysis.matrices import matrices, views_of
 from opdkernels.checkpoint.base import Source, open_source
 from opdkernels.checkpoint.match import ITEM_BYTES, Pair, match
-from opdkernels.config import AnalyzeOptions, checked
+from opdkernels.config import AnalyzeOptions, validate_options
 from opdkernels.errors import printable
 from opdkernels.progress import amount
 
@@ -47,7 +47,7 @@ def holdings(source: Source) -> dict[str, Any]:
 def inspect(a: str, b: str | None = None, *, memory: str | int = "4GB", **options: Any) -> dict[str, Any]:
     """Formats, dtypes and sizes of one checkpoint; of two also what matches, what does not, and the planned bytes, memory
     and time of `analyze`. Reads headers only. Raises InputError as `analyze` would."""
-    chosen = checked(AnalyzeOptions, {"memory": memory, **options})
+    chosen = validate_options(AnalyzeOptions, {"memory": memory, **options})
     assert isinstance(chosen, AnalyzeOptions)
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(contextlib.closing(open_source(a, **chosen.opening)))

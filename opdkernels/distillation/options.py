@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from opdkernels.config import DeviceOrAuto, checked
+from opdkernels.config import DeviceOrAuto, validate_options
 from opdkernels.errors import InputError, UsageError, printable
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def options_from(path: str | os.PathLike[str] | None, given: dict[str, Any]) -> 
         raise UsageError(
             f"there is no {missing[0]}; give it in the configuration or as --{missing[0].replace('_', '-')}"
         )
-    return checked(DistillOptions, values)
+    return validate_options(DistillOptions, values)
 
 
 def shipped() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from opdkernels.analysis.run import analyze
-from opdkernels.config import AnalyzeOptions, checked
+from opdkernels.config import AnalyzeOptions, validate_options
 from opdkernels.distillation.loop import distill, score
 from opdkernels.distillation.options import DistillOptions
 from opdkernels.distillation.tracker import finite, read_rows
@@ -242,7 +242,7 @@ def options_of(arm: Arm, options: DistillOptions, **given: Any) -> DistillOption
     if "lr" in own and own.get("optimizer") != "sgd":
         own["lr"] *= options.lr
     try:
-        return checked(DistillOptions, {**options.model_dump(), **own, **given})
+        return validate_options(DistillOptions, {**options.model_dump(), **own, **given})
     except UsageError as error:
         raise UsageError(f"of the arm {arm.name}: {error}") from None
 
@@ -331,7 +331,7 @@ def by_rounding(place: Path, against: Path) -> float | None:
 def views(source: Path, trained: Path) -> dict[str, Any]:
     """What changed between two checkpoints, in both views."""
     return analyze(
-        source, trained, None, checked(AnalyzeOptions, {"spectra": "off"}), lambda done, total, name: None
+        source, trained, None, validate_options(AnalyzeOptions, {"spectra": "off"}), lambda done, total, name: None
     ).summary["views"]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opdkernels.config import checked
+from opdkernels.config import validate_options
 from opdkernels.distillation import loop
 from opdkernels.distillation.loop import distill
 from opdkernels.distillation.options import DistillOptions
@@ -106,7 +106,7 @@ class Processor:
 )
 def test_experiments_find_the_tensors_of_a_model_whose_files_name_them_otherwise(folders, tmp_path, name, density):
     """Checkpoints of this model have another prefix than its parameters."""
-    chosen = checked(
+    chosen = validate_options(
         DistillOptions,
         {
             "student": str(folders / "student"),
