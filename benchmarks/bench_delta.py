@@ -1,4 +1,4 @@
-"""`delta`, and `analyze` around it: pairs a second, share of the read bandwidth, against eager PyTorch and the authors' script."""
+"""`delta`, and `analyze` around it: pairs a second, share of the read bandwidth, against eager PyTorch and the paper's reference script."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_tally_of_a_bf16_pair(benchmark, row, embedding, bandwidth, isa, threads
     row(
         pairs_per_s=rate,
         bytes_per_s=4 * rate,
-        share_of_read=4 * rate / bandwidth[threads],
+        fraction_of_read=4 * rate / bandwidth[threads],
         unchanged=tally.bit_equal / tally.numel,
     )
 
@@ -109,9 +109,9 @@ def test_analyze_the_whole_pair(benchmark, row, folder, tmp_path, one_thread):
     row(coordinates=result.summary["matched"]["parameters"])
 
 
-def test_analyze_against_the_authors_elementwise_stage(benchmark, row, folder, authors, one_thread):
+def test_analyze_against_the_paper_elementwise_stage(benchmark, row, folder, paper_script, one_thread):
     ran = subprocess.run(
-        [*authors, "elementwise", str(folder / "source"), str(folder / "run_a"), "1"],
+        [*paper_script, "elementwise", str(folder / "source"), str(folder / "run_a"), "1"],
         capture_output=True,
         text=True,
         check=True,
@@ -123,7 +123,7 @@ def test_analyze_against_the_authors_elementwise_stage(benchmark, row, folder, a
     assert (
         theirs["found"] == result.summary["views"]["visible"]["numel"] - result.summary["views"]["visible"]["changed"]
     )
-    row(authors_s=theirs["seconds"], over_authors=theirs["seconds"] / benchmark.stats.stats.median)
+    row(paper_script_s=theirs["seconds"], over_paper_script=theirs["seconds"] / benchmark.stats.stats.median)
 
 
 def run_watched(command: list[str]) -> tuple[float, int]:
@@ -179,10 +179,10 @@ def test_cold_files_against_cat(benchmark, row, folder, tmp_path):
         subprocess.run(f"cat {' '.join(files)} > /dev/null", shell=True, check=True)
         times["cat"].append(time.perf_counter() - began)
 
-    for contender in (cat_cold, analyze_cold) * 5:
+    for implementation in (cat_cold, analyze_cold) * 5:
         for file in files:
             forget(file)
-        contender()
+        implementation()
     cat, ours = (statistics.median(times[name]) for name in ("cat", "analyze"))
     benchmark.pedantic(analyze_cold, rounds=1)  # warm by now; the row holds the cold figures
     assert cat > 0

@@ -1,6 +1,6 @@
 """`divergence`: forward and backward from hidden states, at the sizes of Qwen2.5-0.5B, against plain PyTorch with full logits.
 
-Each contender runs in a process of its own, with its peak of anonymous memory beyond what was there before; times are paired in one.
+Each implementation runs in a process of its own, with its peak of anonymous memory beyond what was there before; times are paired in one.
 Errors are those of the gradients against fp64, on fewer tokens. Liger's fused JSD publishes 4 to 23 % for its own (its issue 1432).
 """
 
@@ -48,11 +48,11 @@ def full(hidden, weight, teacher, other, spec, dtype=torch.float32):
     return divergence(hidden.to(dtype) @ weight.to(dtype).T, target, spec).mean()
 
 
-CONTENDERS = {"tiled": tiled, "full": full}
+IMPLEMENTATIONS = {"tiled": tiled, "full": full}
 
 
 def step(name: str, inputs: list[torch.Tensor], spec: Divergence) -> None:
-    CONTENDERS[name](*inputs, spec).backward()
+    IMPLEMENTATIONS[name](*inputs, spec).backward()
     inputs[0].grad = inputs[1].grad = None
 
 
@@ -90,9 +90,9 @@ def measure(name: str, kind: str) -> int:
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 def test_divergence_against_full_logits(benchmark, row, kind):
     inputs, spec = make(), Divergence(kind)
-    seconds = paired({name: lambda name=name: step(name, inputs, spec) for name in CONTENDERS}, rounds=2)
+    seconds = paired({name: lambda name=name: step(name, inputs, spec) for name in IMPLEMENTATIONS}, rounds=2)
     benchmark.pedantic(lambda: step("tiled", inputs, spec), rounds=1)
-    peaks = {name: peak_bytes(name, kind) for name in CONTENDERS}
+    peaks = {name: peak_bytes(name, kind) for name in IMPLEMENTATIONS}
     assert abs(tiled(*inputs, spec).item() - full(*inputs, spec).item()) <= 1e-5
     assert 0 < peaks["tiled"] < BUDGET_BYTES
     row(

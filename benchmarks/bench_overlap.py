@@ -1,4 +1,4 @@
-"""`overlap` of two runs: pairs a second, share of the read bandwidth, against the authors' loop."""
+"""`overlap` of two runs: pairs a second, share of the read bandwidth, against the loop of the paper's reference script."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def test_overlap_of_two_bf16_runs(benchmark, row, embedding, bandwidth, threads)
     a, b = ((r - source).abs() > 1e-5 for r in runs)
     assert found.n_both(0, 1) == int((a & b).sum())
     rate = source.numel() / benchmark.stats.stats.median
-    row(coordinates_per_s=rate, bytes_per_s=6 * rate, share_of_read=6 * rate / bandwidth[threads])
+    row(coordinates_per_s=rate, bytes_per_s=6 * rate, fraction_of_read=6 * rate / bandwidth[threads])
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_overlap_loop_against_the_authors(benchmark, row, folder, authors, threads):
+def test_overlap_loop_against_the_paper_script(benchmark, row, folder, paper_script, threads):
     """Their loop over all tensors, files in memory, against ours: reading and counting, without what either writes."""
     paths = [folder / name for name in ("source", "run_a", "run_b")]
     ran = subprocess.run(
-        [*authors, "overlap", *map(str, paths), str(threads)], capture_output=True, text=True, check=True
+        [*paper_script, "overlap", *map(str, paths), str(threads)], capture_output=True, text=True, check=True
     )
     theirs = json.loads(ran.stdout.splitlines()[-1])
     with contextlib.ExitStack() as stack:
@@ -49,4 +49,4 @@ def test_overlap_loop_against_the_authors(benchmark, row, folder, authors, threa
         found = benchmark.pedantic(loop, rounds=5, warmup_rounds=1)
         torch.set_num_threads(before)
     assert theirs["found"] == found.n_both(0, 1)
-    row(authors_s=theirs["seconds"], over_authors=theirs["seconds"] / benchmark.stats.stats.median)
+    row(paper_script_s=theirs["seconds"], over_paper_script=theirs["seconds"] / benchmark.stats.stats.median)

@@ -83,9 +83,9 @@ def test_gather_and_scatter_of_a_bf16_pair(benchmark, row, pair, bandwidth, isa,
         changed=changes.changed / source.numel(),
         stored_over_trained=stored / trained.nbytes,
         gather_bytes_per_s=moved / seconds["gather"],
-        gather_share_of_read=moved / seconds["gather"] / bandwidth[threads],
+        gather_fraction_of_read=moved / seconds["gather"] / bandwidth[threads],
         scatter_bytes_per_s=moved / seconds["scatter"],
-        scatter_share_of_read=moved / seconds["scatter"] / bandwidth[threads],
+        scatter_fraction_of_read=moved / seconds["scatter"] / bandwidth[threads],
     )
 
 
@@ -152,8 +152,8 @@ def test_create_and_apply_a_checkpoint(benchmark, row, checkpoints, bandwidth, t
     row(
         create_s=seconds["create"],
         apply_s=seconds["apply"],
-        create_share_of_read=moved / seconds["create"] / bandwidth[2],
-        apply_share_of_read=moved / seconds["apply"] / bandwidth[2],
+        create_fraction_of_read=moved / seconds["create"] / bandwidth[2],
+        apply_fraction_of_read=moved / seconds["apply"] / bandwidth[2],
         copy_s=seconds["copy"],
         density=found["density"],
         patch_over_trained=found["share"],

@@ -1,4 +1,4 @@
-"""Every figure of `analyze`, spectra included: one matrix, one layer and the whole pair against the authors' script; Gram
+"""Every figure of `analyze`, spectra included: one matrix, one layer and the whole pair against the paper's reference script; Gram
 and eigenvalues against torch.linalg.svdvals; randomized SVD against torch.svd_lowrank at equal accuracy."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.analysis.test_spectra import oracle
 
 
 @pytest.mark.parametrize("part", ["layers.3.mlp.down_proj", "layers.3.self_attn.q_proj", "layers.3."])
-def test_every_figure_against_the_authors(benchmark, row, folder, authors, one_thread, tmp_path, part):
+def test_every_figure_against_the_paper_script(benchmark, row, folder, paper_script, one_thread, tmp_path, part):
     for run in ("source", "run_a"):
         source = open_source(folder / run)
         tensors = {
@@ -36,7 +36,7 @@ def test_every_figure_against_the_authors(benchmark, row, folder, authors, one_t
         (tmp_path / run).mkdir()
         save_file(tensors, tmp_path / run / "model.safetensors")
     ran = subprocess.run(
-        [*authors, f"everything:{part}", str(folder / "source"), str(folder / "run_a"), "1"],
+        [*paper_script, f"everything:{part}", str(folder / "source"), str(folder / "run_a"), "1"],
         capture_output=True,
         text=True,
         check=True,
@@ -45,14 +45,14 @@ def test_every_figure_against_the_authors(benchmark, row, folder, authors, one_t
     result = benchmark.pedantic(lambda: analyze(tmp_path / "source", tmp_path / "run_a"), rounds=5, warmup_rounds=1)
     norms = [value for value in result.spectra["spectral_norm"].to_pylist() if value is not None]
     assert sum(norms) == pytest.approx(theirs["found"], rel=1e-4)
-    row(authors_s=theirs["seconds"], over_authors=theirs["seconds"] / benchmark.stats.stats.median)
+    row(paper_script_s=theirs["seconds"], over_paper_script=theirs["seconds"] / benchmark.stats.stats.median)
 
 
-def test_every_figure_of_the_whole_pair(benchmark, row, folder, tmp_path, authors):
+def test_every_figure_of_the_whole_pair(benchmark, row, folder, tmp_path, paper_script):
     source, trained = str(folder / "source"), str(folder / "run_a")
     command = [sys.executable, "-m", "opdkernels", "analyze", source, trained, "-q", "-o", str(tmp_path / "ours")]
     seconds, peak = benchmark.pedantic(lambda: run_watched(command), rounds=1)
-    python, _, checkout = authors
+    python, _, checkout = paper_script
     script = [
         python,
         f"{checkout}/scripts/analyze_opd_delta.py",
@@ -65,7 +65,11 @@ def test_every_figure_of_the_whole_pair(benchmark, row, folder, tmp_path, author
     ]
     theirs, their_peak = run_watched([*script, "--out_dir", str(tmp_path / "theirs")])
     row(
-        whole_s=seconds, authors_s=theirs, over_authors=theirs / seconds, anonymous_bytes=peak, authors_bytes=their_peak
+        whole_s=seconds,
+        paper_script_s=theirs,
+        over_paper_script=theirs / seconds,
+        anonymous_bytes=peak,
+        paper_script_bytes=their_peak,
     )
     assert peak < 1.5e9
 
@@ -196,12 +200,12 @@ def test_randomized_svd_of_a_model_at_equal_accuracy(benchmark, row):
 
     ours = error([one.sigma for one in randomized_svd(matrices, 64)])
     assert ours < 1e-3
-    contenders, errors = {"ours": lambda: randomized_svd(matrices, 64)}, {}
+    implementations, errors = {"ours": lambda: randomized_svd(matrices, 64)}, {}
     for name, peer in (("lowrank", lowrank), ("sklearn", scikit)):
         steps = next(n for n in (2, 4, 8, 12, 16, 24, 32) if error(peer(n)) <= ours or n == 32)
-        contenders[name], errors[name] = (lambda peer=peer, steps=steps: peer(steps)), (error(peer(steps)), steps)
-    seconds = paired(contenders, rounds=2)
-    benchmark.pedantic(contenders["ours"], rounds=1)
+        implementations[name], errors[name] = (lambda peer=peer, steps=steps: peer(steps)), (error(peer(steps)), steps)
+    seconds = paired(implementations, rounds=2)
+    benchmark.pedantic(implementations["ours"], rounds=1)
     row(
         randomized_s=seconds["ours"],
         error=ours,

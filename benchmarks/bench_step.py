@@ -82,7 +82,7 @@ def test_masked_adamw_against_eager_and_fused(benchmark, row, dtype):
         over_fused=seconds["fused"] / seconds["ours"],
         state_bytes_a_parameter=held / numel,
         bytes_per_s=moved / seconds["ours"],
-        share_of_update=moved / seconds["ours"] / update_bandwidth(torch.get_num_threads()),
+        fraction_of_update=moved / seconds["ours"] / update_bandwidth(torch.get_num_threads()),
     )
 
 

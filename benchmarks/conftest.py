@@ -15,12 +15,12 @@ def pytest_addoption(parser):
     parser.addoption(
         "--bench-data", default="bench-data", help="Folder of the checkpoints; made if it is not there (3 GB)."
     )
-    parser.addoption("--authors", help="A checkout of SydCS/OPD-Param-Analysis to measure against.")
+    parser.addoption("--paper-checkout", help="A checkout of SydCS/OPD-Param-Analysis to measure against.")
     parser.addoption(
         "--trl-python",
         help="A Python with trl and what opdkernels[distill] needs, to measure its trainer against the loop.",
     )
-    parser.addoption("--authors-python", help="A Python that has what it needs (torch, pandas, tqdm, safetensors).")
+    parser.addoption("--paper-python", help="A Python that has what it needs (torch, pandas, tqdm, safetensors).")
 
 
 @pytest.fixture(scope="session")
@@ -56,12 +56,14 @@ def one_thread():
 
 
 @pytest.fixture
-def authors(request) -> list[str]:
-    """Command prefix that runs a stage of the authors' scripts."""
-    checkout, python = (request.config.getoption(o) for o in ("--authors", "--authors-python"))
+def paper_script(request) -> list[str]:
+    """Command prefix that runs a stage of the paper's reference scripts."""
+    checkout, python = (request.config.getoption(o) for o in ("--paper-checkout", "--paper-python"))
     if not checkout or not python:
-        pytest.skip("give --authors CHECKOUT and --authors-python PYTHON to measure against the authors' scripts")
-    return [python, str(Path(__file__).parent / "authors_stage.py"), checkout]
+        pytest.skip(
+            "give --paper-checkout CHECKOUT and --paper-python PYTHON to measure against the paper's reference scripts"
+        )
+    return [python, str(Path(__file__).parent / "paper_csv_stage.py"), checkout]
 
 
 @pytest.fixture

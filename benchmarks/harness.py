@@ -1,5 +1,5 @@
 """Paired timing, the machine, and its limits. Every figure is a median of rounds taken in turn, so that a drift of the
-machine's speed meets all contenders alike."""
+machine's speed meets all implementations alike."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from opdkernels.backends import cpu
 from opdkernels.runs.run_dir import processor
 
 
-def paired(contenders: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
+def paired(implementations: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
     """Median seconds of each, run in turn after one warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for call in contenders.values():
+    times: dict[str, list[float]] = {name: [] for name in implementations}
+    for call in implementations.values():
         call()
     for _ in range(rounds):
-        for name, call in contenders.items():
+        for name, call in implementations.items():
             began = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - began)

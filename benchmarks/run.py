@@ -1,7 +1,7 @@
 """Runs the benchmarks, writes benchmarks/results/<machine>.json, puts its table into the README and prints it. Arguments go on to
 pytest; where they choose some of the benchmarks, the figures of the others stay as this machine gave them before.
 
-    python benchmarks/run.py --authors CHECKOUT --authors-python PYTHON
+    python benchmarks/run.py --paper-checkout CHECKOUT --paper-python PYTHON
     python benchmarks/run.py benchmarks/bench_step.py
 """
 
@@ -28,7 +28,7 @@ UNITS = {
     "bytes_per_s": ("GB/s", 1e9),
     "flops_per_s": ("GFLOP/s", 1e9),
     "anonymous_bytes": ("MB anonymous", 1e6),
-    "authors_bytes": ("MB the authors'", 1e6),
+    "paper_script_bytes": ("MB paper script", 1e6),
     "extra_bytes": ("MB extra", 1e6),
     "peak_bytes": ("MB at most", 1e6),
     "trl_bytes": ("MB TRL's", 1e6),
@@ -38,12 +38,12 @@ UNITS = {
 }
 
 
-def figure(name: str, value: float) -> str:
+def format_metric(name: str, value: float) -> str:
     if name in UNITS:
         unit, scale = UNITS[name]
         return f"{value / scale:.3g} {unit}"
-    if "share_of_" in name:
-        what, limit = name.split("share_of_")
+    if "fraction_of_" in name:
+        what, limit = name.split("fraction_of_")
         return f"{what.replace('_', ' ')}{100 * value:.0f} % of {limit} bandwidth"
     if name.endswith("_bytes_per_s"):
         return f"{name.removesuffix('_bytes_per_s').replace('_', ' ')} {value / 1e9:.3g} GB/s"
@@ -52,16 +52,16 @@ def figure(name: str, value: float) -> str:
     if name.startswith("over_"):
         return f"{value:.3g} × {name.removeprefix('over_').replace('_', ' ')}"
     if name.endswith("_s"):
-        return f"{name.removesuffix('_s')} {value:.3g} s"
+        return f"{name.removesuffix('_s').replace('_', ' ')} {value:.3g} s"
     return f"{name} {value:.4g}"
 
 
 def table(results: dict) -> str:
     """Markdown, one row a benchmark."""
-    rows = [f"{results['machine']}", "", "| benchmark | median | figures |", "|---|---:|---|"]
+    rows = [f"{results['machine']}", "", "| benchmark | median | metrics |", "|---|---:|---|"]
     for one in results["benchmarks"]:
-        figures = ", ".join(figure(k, v) for k, v in one["figures"].items())
-        rows.append(f"| {one['name']} | {1000 * one['median_s']:.4g} ms | {figures} |")
+        metrics = ", ".join(format_metric(k, v) for k, v in one["metrics"].items())
+        rows.append(f"| {one['name']} | {1000 * one['median_s']:.4g} ms | {metrics} |")
     return "\n".join(rows)
 
 
@@ -107,7 +107,7 @@ def main() -> int:
                 "name": re.sub(r"^test_", "", b["name"]).replace("_", " "),
                 "median_s": b["stats"]["median"],
                 "rounds": b["stats"]["rounds"],
-                "figures": b["extra_info"],
+                "metrics": b["extra_info"],
             }
             for b in found
         ],

@@ -17,8 +17,8 @@ import torch
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import backends, build, checks, record, timings
 from benchmarks.gpu.backends import CPU, REFERENCE, Backend, serves, started_by
-from benchmarks.gpu.checks import CHECKS, Unproved
-from benchmarks.gpu.families import FAMILIES, Place, run_delta
+from benchmarks.gpu.checks import CHECKS, Inconclusive
+from benchmarks.gpu.families import FAMILIES, Allocator, run_delta
 from benchmarks.gpu.worker import lost as worker_lost
 from tests.backends.cuda.host import compiled, needs_compiler, run_on
 from tests.test_structure import FAMILIES as WORDS
@@ -55,7 +55,7 @@ def test_on_the_gpu(check, family):
         if name == check:
             try:
                 CHECKS[check](one, backend, device)
-            except Unproved as why:
+            except Inconclusive as why:
                 print(f"{backend.name}: {why}")
 
 
@@ -75,8 +75,8 @@ def test_cuda_kernels_on_fibers(monkeypatch, family):
     backend = Backend("fibers", started_by(kernels), serves("cuda"))
     monkeypatch.setattr(launch, "kernels", lambda: pytest.fail("another origin was started"))
     assert backend.serves_all(FAMILIES[family])
-    checks.equals_the_cpu(FAMILIES[family], backend, HERE, (0, 31, 300))
-    checks.takes_misaligned_views(FAMILIES[family], backend, HERE, (31, 300))
+    checks.matches_cpu(FAMILIES[family], backend, HERE, (0, 31, 300))
+    checks.accepts_misaligned_views(FAMILIES[family], backend, HERE, (31, 300))
 
 
 def test_every_family_has_its_checks():
@@ -84,7 +84,7 @@ def test_every_family_has_its_checks():
     assert {operator for family in FAMILIES.values() for operator in family.operators} == set(backends.OPERATORS)
 
 
-def spoilt(name: str, spoil) -> Backend:
+def broken(name: str, spoil) -> Backend:
     """A backend that is right but for what `spoil` does after the operator `name`."""
 
     def kernel(operator):
@@ -96,7 +96,7 @@ def spoilt(name: str, spoil) -> Backend:
 
         return call
 
-    return Backend("spoilt", kernel, CPU.serves)
+    return Backend("broken", kernel, CPU.serves)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def spoilt(name: str, spoil) -> Backend:
 )
 def test_another_result_is_caught(family, operator, spoil):
     with pytest.raises(AssertionError, match=r"differ|off|no number|finite"):
-        checks.equals_the_cpu(FAMILIES[family], spoilt(operator, spoil), HERE, (1025,))
+        checks.matches_cpu(FAMILIES[family], broken(operator, spoil), HERE, (1025,))
 
 
 def test_what_is_written_beside_a_tensor_is_caught():
@@ -132,7 +132,7 @@ def test_what_is_written_beside_a_tensor_is_caught():
         torch.as_strided(mask, (1,), (1,), mask.storage_offset() + mask.numel()).fill_(7)
 
     with pytest.raises(AssertionError, match="beside"):
-        checks.takes_misaligned_views(FAMILIES["delta"], spoilt("delta_", beyond), HERE, (31, 300))
+        checks.accepts_misaligned_views(FAMILIES["delta"], broken("delta_", beyond), HERE, (31, 300))
 
 
 def test_a_result_that_varies_is_caught():
@@ -143,7 +143,7 @@ def test_a_result_that_varies_is_caught():
         arguments[4][0, 0] += len(calls) % 7 == 0
 
     with pytest.raises(AssertionError, match="run 6 differs"):
-        checks.repeats_itself(FAMILIES["delta"], spoilt("delta_", every_seventh), HERE, SIZES)
+        checks.is_deterministic(FAMILIES["delta"], broken("delta_", every_seventh), HERE, SIZES)
 
 
 def test_a_part_that_is_not_reached_is_caught():
@@ -151,15 +151,15 @@ def test_a_part_that_is_not_reached_is_caught():
         arguments[0][0][-5:] = 7
 
     with pytest.raises(AssertionError, match="not the same in every part"):
-        checks.reaches_beyond_32_bits(FAMILIES["step"], spoilt("masked_adamw_", last_part), HERE, SIZES)
+        checks.indexes_beyond_32_bits(FAMILIES["step"], broken("masked_adamw_", last_part), HERE, SIZES)
 
 
 def test_misaligned_places_are_misaligned():
-    place = Place(HERE, 1)
-    (w,) = place.put([torch.arange(9, dtype=torch.bfloat16)])
+    allocator = Allocator(HERE, 1)
+    (w,) = allocator.put([torch.arange(9, dtype=torch.bfloat16)])
     assert w.data_ptr() % 16 == 2
     assert w.tolist() == list(range(9))
-    assert place.put(torch.arange(6.0).view(2, 3).T).stride() == (1, 3)
+    assert allocator.put(torch.arange(6.0).view(2, 3).T).stride() == (1, 3)
 
 
 class Stands:
@@ -200,19 +200,19 @@ def gpu_of_the_cpu(monkeypatch):
 @pytest.mark.usefixtures("gpu_of_the_cpu")
 def test_what_is_said_to_a_gpu(monkeypatch):
     family = FAMILIES["delta"]
-    checks.works_on_the_current_stream(family, CPU, HERE, SIZES)
+    checks.uses_current_stream(family, CPU, HERE, SIZES)
     monkeypatch.setattr(checks, "BEYOND", 1 << 18)
-    checks.reaches_beyond_32_bits(family, CPU, HERE, SIZES)
-    with pytest.raises(Unproved, match="reference"):
-        checks.reaches_beyond_32_bits(family, REFERENCE, HERE, SIZES)
+    checks.indexes_beyond_32_bits(family, CPU, HERE, SIZES)
+    with pytest.raises(Inconclusive, match="reference"):
+        checks.indexes_beyond_32_bits(family, REFERENCE, HERE, SIZES)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 34))
-    with pytest.raises(Unproved, match="1 GB of 4 GB are free"):
-        checks.reaches_beyond_32_bits(family, CPU, HERE, SIZES)
+    with pytest.raises(Inconclusive, match="1 GB of 4 GB are free"):
+        checks.indexes_beyond_32_bits(family, CPU, HERE, SIZES)
     assert timings.seconds(lambda: None, HERE) == 0.002
     assert timings.coordinates(HERE) == 1 << 22
     monkeypatch.setattr(Stands, "query", lambda event: True)
-    with pytest.raises(Unproved, match="the default stream was done first"):
-        checks.works_on_the_current_stream(family, CPU, HERE, SIZES)
+    with pytest.raises(Inconclusive, match="the default stream was done first"):
+        checks.uses_current_stream(family, CPU, HERE, SIZES)
 
 
 @pytest.mark.usefixtures("gpu_of_the_cpu")
@@ -223,7 +223,7 @@ def test_inputs_that_are_not_waited_for_are_caught():
         arguments[4].zero_()
 
     with pytest.raises(AssertionError, match="differ"):
-        checks.works_on_the_current_stream(FAMILIES["delta"], spoilt("delta_", too_early), HERE, SIZES)
+        checks.uses_current_stream(FAMILIES["delta"], broken("delta_", too_early), HERE, SIZES)
 
 
 def test_the_backends_of_a_gpu_are_those_that_are_there(monkeypatch):
@@ -269,8 +269,8 @@ def test_a_unit_says_what_became_of_it(monkeypatch):
     for error, status in (
         (None, "passed"),
         (AssertionError("off"), "failed"),
-        (Unproved("no"), "unproved"),
-        (torch.OutOfMemoryError("full"), "unproved"),
+        (Inconclusive("no"), "inconclusive"),
+        (torch.OutOfMemoryError("full"), "inconclusive"),
     ):
         unit = worker.Unit("check", "a", "b", "c", lambda error=error: raises(error) if error else [])
         (line,) = worker.run(unit, HERE)
@@ -278,7 +278,7 @@ def test_a_unit_says_what_became_of_it(monkeypatch):
         assert str(error or "") in line["detail"]
     monkeypatch.setattr(worker, "lost", lambda device: True)
     lines = worker.run(unit, HERE)
-    assert next(lines)["status"] == "unproved"
+    assert next(lines)["status"] == "inconclusive"
     with pytest.raises(SystemExit) as left:
         next(lines)
     assert left.value.code == worker.LOST == command.LOST
@@ -286,35 +286,35 @@ def test_a_unit_says_what_became_of_it(monkeypatch):
     assert worker_lost(torch.device("cuda", 99))
 
 
-@pytest.mark.parametrize("subject", timings.SUBJECTS, ids=lambda subject: subject.name)
-def test_every_contender_is_timed_and_compared(subject):
+@pytest.mark.parametrize("workload", timings.WORKLOADS, ids=lambda workload: workload.name)
+def test_every_contender_is_timed_and_compared(workload):
     limits = dict.fromkeys(("copy", "fp64 product", "bf16 product"), 1e9)
-    rows = [*timings.time_subject(subject, list(BACKENDS.values()), HERE, limits, 4096)]
+    rows = [*timings.time_workload(workload, list(BACKENDS.values()), HERE, limits, 4096)]
     rows += (
-        timings.time_compiled(subject, HERE, limits, functools.partial(torch.compile, backend="eager"), 4096)
-        if subject.fuses
+        timings.time_compiled(workload, HERE, limits, functools.partial(torch.compile, backend="eager"), 4096)
+        if workload.fuses
         else []
     )
-    assert [row["contender"] for row in rows] == [
+    assert [row["implementation"] for row in rows] == [
         *(name for name in BACKENDS if name not in ("package", "reference")),
         "eager PyTorch",
-        *["torch.compile"] * subject.fuses,
+        *["torch.compile"] * workload.fuses,
     ]
     for row in rows:
-        rate = row[subject.unit]
-        assert rate == pytest.approx(row["share_of_limit"] * 1e9)
-        assert rate * row["median_s"] == pytest.approx(rows[0][subject.unit] * rows[0]["median_s"])
+        rate = row[workload.unit]
+        assert rate == pytest.approx(row["fraction_of_limit"] * 1e9)
+        assert rate * row["median_s"] == pytest.approx(rows[0][workload.unit] * rows[0]["median_s"])
 
 
 def test_a_wrong_result_has_no_figure():
-    wrong = spoilt("delta_", lambda arguments, result: arguments[4][0, 5].add_(1))
-    with pytest.raises(AssertionError, match="spoilt gives another result for delta of a bf16 pair"):
-        list(timings.time_subject(timings.SUBJECTS[0], [CPU, wrong], HERE, {"copy": 1.0}, 4096))
+    wrong = broken("delta_", lambda arguments, result: arguments[4][0, 5].add_(1))
+    with pytest.raises(AssertionError, match="broken gives another result for delta of a bf16 pair"):
+        list(timings.time_workload(timings.WORKLOADS[0], [CPU, wrong], HERE, {"copy": 1.0}, 4096))
 
 
 def test_eager_tables_are_those_of_the_kernel():
-    w, v = timings.drawn(5000, HERE)
-    tables = run_delta(REFERENCE.kernel, Place(HERE), w, v)[0]
+    w, v = timings.make_inputs(5000, HERE)
+    tables = run_delta(REFERENCE.kernel, Allocator(HERE), w, v)[0]
     for found, row in zip(timings.eager_tables(w, v), (0, 1, 5), strict=True):
         assert torch.equal(found, tables[row])
 
@@ -330,7 +330,7 @@ def test_eager_gradients_are_those_of_the_kernel(kind):
 def test_the_command_checks_measures_and_writes_one_file(tmp_path, capfd):
     """As on a GPU, and as two halves: what one leaves out stays as the other found it."""
     common = ["--device", "cpu", "--small", "--no-build", "--out", str(tmp_path)]
-    assert command.main([*common, "--tests", "--only", "works_on_the_current_stream,memcheck"]) == 0
+    assert command.main([*common, "--tests", "--only", "uses_current_stream,memcheck"]) == 0
     assert command.main([*common, "--bench", "--only", "limits,backends"]) == 0
     (path,) = tmp_path.iterdir()
     found = json.loads(path.read_text())
@@ -346,16 +346,16 @@ def test_checks_side_by_side_are_those_of_one_process(tmp_path):
     found = []
     for jobs in ("1", "3"):
         arguments = ["--device", "cpu", "--small", "--no-build", "--jobs", jobs, "--out", str(tmp_path / jobs)]
-        assert command.main([*arguments, "--only", "equals_the_cpu,works_on_the_current_stream,limits"]) == 0
+        assert command.main([*arguments, "--only", "matches_cpu,uses_current_stream,limits"]) == 0
         (path,) = (tmp_path / jobs).iterdir()
         found.append(
             [
-                (unit["name"], unit["subject"], unit["backend"], unit["status"])
+                (unit["name"], unit["workload"], unit["backend"], unit["status"])
                 for unit in json.loads(path.read_text())["units"]
             ]
         )
     assert sorted(found[0]) == sorted(found[1])
-    assert {name for name, *_ in found[1][: -3 * len(FAMILIES) - 1]} == {"equals_the_cpu"}
+    assert {name for name, *_ in found[1][: -3 * len(FAMILIES) - 1]} == {"matches_cpu"}
 
 
 def test_checks_that_took_all_the_time_are_kept(tmp_path, monkeypatch, capfd):
@@ -367,8 +367,8 @@ def test_checks_that_took_all_the_time_are_kept(tmp_path, monkeypatch, capfd):
         results.take(
             {
                 "group": "check",
-                "name": "equals_the_cpu",
-                "subject": "delta",
+                "name": "matches_cpu",
+                "workload": "delta",
                 "backend": "Triton",
                 "status": "passed",
                 "rows": [],
@@ -399,7 +399,7 @@ def test_without_a_gpu_it_is_one_line_and_status_4(tmp_path):
 WORKER = """
 import json, os, sys, time
 first = int(sys.argv[sys.argv.index("--first") + 1])
-unit = lambda i: {"group": "check", "name": "equals_the_cpu", "subject": f"family {i}", "backend": "a kernel"}
+unit = lambda i: {"group": "check", "name": "matches_cpu", "workload": f"family {i}", "backend": "a kernel"}
 print(json.dumps({"plan": [unit(i) for i in range(5)], "machine": {}}), flush=True)
 for i in range(first, 5):
     if i == 1: os._exit(7)
@@ -503,25 +503,25 @@ def test_readme_quotes_every_gpu_measured_or_says_that_none_is():
 
 
 def test_checks_in_a_line_name_what_does_not_hold():
-    statuses = ("passed", "passed", "failed", "unproved", "not reached")
+    statuses = ("passed", "passed", "failed", "inconclusive", "not reached")
     units = [
-        {"group": "check", "name": f"check_{i}", "subject": "delta", "backend": "Triton", "status": status}
+        {"group": "check", "name": f"check_{i}", "workload": "delta", "backend": "Triton", "status": status}
         for i, status in enumerate(statuses)
     ]
     (line,) = record.checks_line([*units, {"group": "time", "status": "passed"}])
     assert line.startswith(
-        "2 of 5 checks hold; **failed**: check 2 (Triton); not shown: check 3 (Triton); not reached: check 4 (Triton) ("
+        "2 of 5 checks hold; **failed**: check 2 (Triton); inconclusive: check 3 (Triton); not reached: check 4 (Triton) ("
     )
     assert not record.checks_line([{"group": "time", "status": "passed"}])
 
 
 def test_a_figure_of_kernels_that_have_changed_since_is_marked():
     row = {
-        "subject": "a pass",
+        "workload": "a pass",
         "family": "delta",
         "median_s": 1e-3,
         "bytes_per_s": 1e9,
-        "share_of_limit": 0.5,
+        "fraction_of_limit": 0.5,
         "extra_bytes": None,
     }
 
@@ -529,9 +529,9 @@ def test_a_figure_of_kernels_that_have_changed_since_is_marked():
         return {
             "group": "time",
             "name": "backends",
-            "subject": "a pass",
+            "workload": "a pass",
             "status": "passed",
-            "rows": [{**row, "contender": "Triton", "sources": sources}],
+            "rows": [{**row, "implementation": "Triton", "sources": sources}],
         }
 
     same, other = (

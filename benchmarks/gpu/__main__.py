@@ -82,7 +82,7 @@ class Results:
             self.about = line
             return
         self.done.append(line)
-        what = f"{line['name']} of {line['subject']} by {line['backend']}".replace("_", " ")
+        what = f"{line['name']} of {line['workload']} by {line['backend']}".replace("_", " ")
         say(f"{what}: {line['status']}{', ' + line['detail'] if line['detail'] else ''} ({line['seconds']:.1f} s)")
 
     def lose(self, why: str) -> None:
@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"not reached: {why}")
     failed = [unit for unit in found["units"] if unit["status"] == "failed"]
     for unit in failed:
-        print(f"failed: {unit['name']} of {unit['subject']} by {unit['backend']}: {unit['detail']}")
+        print(f"failed: {unit['name']} of {unit['workload']} by {unit['backend']}: {unit['detail']}")
     counts = {status: sum(unit["status"] == status for unit in found["units"]) for status in record.MARKS}
     print(f"{', '.join(f'{count} {status}' for status, count in counts.items() if count)}; written to {path}")
     return int(bool(failed))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks.gpu.backends import CPU, Backend
-from benchmarks.gpu.families import Case, Family, Place, pair
+from benchmarks.gpu.families import Allocator, Case, Family, pair
 from opdkernels.checkpoint import streaming as feed
 from opdkernels.ops import delta, gram
 from opdkernels.spectral.exact import from_grams
@@ -20,7 +20,7 @@ SLEEP_CYCLES = 1 << 30  # over half a second
 BEYOND, TILE = 2**31, 1 << 20  # elements beyond which 32 bits do not reach; what is repeated up to there
 
 
-class Unproved(Exception):
+class Inconclusive(Exception):
     """A check that says nothing here, and why."""
 
 
@@ -35,29 +35,29 @@ def cases(family: Family, n: int) -> tuple[Case, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def expected(case: Case) -> list[torch.Tensor]:
-    place = Place("cpu")
-    return case.call(CPU.kernel, place, *place.put(case.inputs))
+    allocator = Allocator("cpu")
+    return case.call(CPU.kernel, allocator, *allocator.put(case.inputs))
 
 
 def run(case: Case, backend: Backend, device: torch.device, off: int = 0) -> None:
     """Runs a case and compares what it leaves, and what lies beside that."""
-    place = Place(device, off)
-    inputs = place.put(case.inputs)
-    found = case.call(backend.kernel, place, *inputs)
+    allocator = Allocator(device, off)
+    inputs = allocator.put(case.inputs)
+    found = case.call(backend.kernel, allocator, *inputs)
     try:
         case.compare(found, expected(case), case.inputs)
-        place.check()
+        allocator.check()
     except AssertionError as error:
         raise AssertionError(f"{case.label}: {error}") from None
 
 
-def equals_the_cpu(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+def matches_cpu(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
     for n in sizes:
         for case in cases(family, n):
             run(case, backend, device)
 
 
-def takes_misaligned_views(
+def accepts_misaligned_views(
     family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES
 ) -> None:
     for n in sizes[:-1]:
@@ -67,13 +67,13 @@ def takes_misaligned_views(
         run(case, backend, device, off=3)
 
 
-def repeats_itself(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+def is_deterministic(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
     """The same bits in every of many runs: no order of threads or blocks shows. `gram` too, whose sums have an order."""
     case = cases(family, sizes[-1])[0]
     once: list[torch.Tensor] | None = None
     for i in range(RUNS):
-        place = Place(device)
-        found = [one.cpu() for one in case.call(backend.kernel, place, *place.put(case.inputs))]
+        allocator = Allocator(device)
+        found = [one.cpu() for one in case.call(backend.kernel, allocator, *allocator.put(case.inputs))]
         once = once or found
         for a, b in zip(found, once, strict=True):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), (
@@ -81,16 +81,14 @@ def repeats_itself(family: Family, backend: Backend, device: torch.device, sizes
             )
 
 
-def works_on_the_current_stream(
-    family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES
-) -> None:
+def uses_current_stream(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
     """The default stream sleeps: what was started there has not run when another stream is done. And inputs that come late on
     that other stream are waited for."""
     case = cases(family, sizes[-1])[0]
-    place = Place(device)
-    good = place.put(case.inputs)
+    allocator = Allocator(device)
+    good = allocator.put(case.inputs)
     if not on_gpu(device):
-        return case.compare(case.call(backend.kernel, place, *good), expected(case), case.inputs)
+        return case.compare(case.call(backend.kernel, allocator, *good), expected(case), case.inputs)
     stream = torch.cuda.Stream(device)
     torch.cuda.synchronize(device)
     with torch.cuda.stream(stream):
@@ -101,31 +99,31 @@ def works_on_the_current_stream(
     asleep.record()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(SLEEP_CYCLES >> 5)
-        late = Place(device)
+        late = Allocator(device)
         found = case.call(backend.kernel, late, *late.put(good))
         found = [one.cpu() for one in found]
     early = asleep.query()
     torch.cuda.synchronize(device)
     case.compare(found, expected(case), case.inputs)
     if early:
-        raise Unproved(
+        raise Inconclusive(
             "the default stream was done first: memory was allocated, or the operator waited for all streams"
         )
     return None
 
 
-def reaches_beyond_32_bits(
+def indexes_beyond_32_bits(
     family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES
 ) -> None:
     tile = TILE if sizes[-1] >= 1_000_000 else 1 << 16
     times = BEYOND // tile + 1
     if on_gpu(device):
         torch.cuda.empty_cache()
-        free, needed = torch.cuda.mem_get_info(device)[0], tile * times * family.bytes_a_coordinate + (4 << 30)
+        free, needed = torch.cuda.mem_get_info(device)[0], tile * times * family.bytes_per_coordinate + (4 << 30)
         if backend.name == "reference":
-            raise Unproved("the reference takes int64 copies of everything: too much memory")
+            raise Inconclusive("the reference takes int64 copies of everything: too much memory")
         if free < needed:
-            raise Unproved(f"{free / 1e9:.0f} GB of {needed / 1e9:.0f} GB are free")
+            raise Inconclusive(f"{free / 1e9:.0f} GB of {needed / 1e9:.0f} GB are free")
     else:
         times = 3
     family.repeated(backend.kernel, CPU.kernel, device, tile, times)
@@ -133,9 +131,7 @@ def reaches_beyond_32_bits(
         torch.cuda.empty_cache()
 
 
-def has_the_shapes_of_its_fake(
-    family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES
-) -> None:
+def passes_opcheck(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
     """torch's opcheck of every operator: schema, mutations, and the fake kernel that torch.compile sees."""
     tests = ("test_schema", "test_faketensor")
 
@@ -150,7 +146,9 @@ def has_the_shapes_of_its_fake(
         run(case, Backend(backend.name, kernel, backend.serves), device)
 
 
-def is_fed_by_the_host(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+def matches_cpu_when_streamed(
+    family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES
+) -> None:
     """Slices that are read, copied and counted side by side, as `analyze` does: every tensor's tally is that of the CPU."""
     sides = [pair(n, dtype, seed=n) for n in sizes for dtype in (torch.bfloat16, torch.float32)]
     info = {torch.bfloat16: SimpleNamespace(dtype="bf16"), torch.float32: SimpleNamespace(dtype="fp32")}
@@ -170,7 +168,7 @@ def is_fed_by_the_host(family: Family, backend: Backend, device: torch.device, s
         assert tally == delta.delta(w, v), f"another tally of {w.numel()} coordinates of {w.dtype}"
 
 
-def gives_spectra(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+def matches_cpu_spectra(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
     """Gram matrices and their eigenproblems on the device: every figure that of the CPU, as near as the figures are asked to be."""
     w, v = (side.view(-1, 128) for side in pair(1 << 16, hostile=False))
     found, wanted = (
@@ -194,20 +192,20 @@ def gives_spectra(family: Family, backend: Backend, device: torch.device, sizes:
 CHECKS = {
     check.__name__: check
     for check in (
-        equals_the_cpu,
-        takes_misaligned_views,
-        repeats_itself,
-        works_on_the_current_stream,
-        has_the_shapes_of_its_fake,
-        is_fed_by_the_host,
-        gives_spectra,
-        reaches_beyond_32_bits,
+        matches_cpu,
+        accepts_misaligned_views,
+        is_deterministic,
+        uses_current_stream,
+        passes_opcheck,
+        matches_cpu_when_streamed,
+        matches_cpu_spectra,
+        indexes_beyond_32_bits,
     )
 }
-OF_THE_PACKAGE = {
-    has_the_shapes_of_its_fake.__name__: None,
-    is_fed_by_the_host.__name__: "delta",
-    gives_spectra.__name__: "gram",
+PACKAGE_CHECKS = {
+    passes_opcheck.__name__: None,
+    matches_cpu_when_streamed.__name__: "delta",
+    matches_cpu_spectra.__name__: "gram",
 }
 """Checks of what the package does with whoever serves, and of which family."""
 
@@ -215,7 +213,7 @@ OF_THE_PACKAGE = {
 def concerns(check: str, family: Family, backend: Backend) -> bool:
     if not backend.serves_all(family):
         return False
-    return check not in OF_THE_PACKAGE or (backend.name == "package" and OF_THE_PACKAGE[check] in (None, family.name))
+    return check not in PACKAGE_CHECKS or (backend.name == "package" and PACKAGE_CHECKS[check] in (None, family.name))
 
 
 def units(families: list[Family], backends: list[Backend]) -> Iterator[tuple[str, Family, Backend]]:

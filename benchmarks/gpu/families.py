@@ -25,28 +25,28 @@ GUARD = 16  # elements between a tensor and the ends of its memory
 Kernel = Callable[[str], Callable]  # what serves an operator
 
 
-class Place:
+class Allocator:
     """Where the tensors of a call lie: on a device, each `off` elements beyond alignment and between sentinels."""
 
     def __init__(self, device: torch.device | str, off: int = 0):
         self.device, self.off = torch.device(device), off
         self.rooms: list[tuple[torch.Tensor, int, int]] = []
 
-    def room(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def alloc(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         start, size = GUARD + self.off, math.prod(shape)
         memory = torch.full(((size + start + GUARD) * dtype.itemsize,), SENTINEL, dtype=BYTES, device=self.device)
         self.rooms.append((memory, start * dtype.itemsize, (start + size) * dtype.itemsize))
         return memory.view(dtype).narrow(0, start, size).view(tuple(shape))
 
     def zeros(self, *shape: int, dtype: torch.dtype = INT64) -> torch.Tensor:
-        return self.room(shape, dtype).zero_()
+        return self.alloc(shape, dtype).zero_()
 
     def put(self, tree: Any) -> Any:
         """Copies of all tensors of nested lists, with their strides where they are the transposes of contiguous ones."""
         if isinstance(tree, torch.Tensor):
             if tree.ndim == 2 and not tree.is_contiguous():
                 return self.put(tree.T).T
-            return self.room(tree.shape, tree.dtype).copy_(tree)
+            return self.alloc(tree.shape, tree.dtype).copy_(tree)
         return [self.put(one) for one in tree] if isinstance(tree, (list, tuple)) else tree
 
     def check(self) -> None:
@@ -66,7 +66,7 @@ class Case:
     compare: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], list[Any]], None]
 
 
-def assert_same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], inputs: list[Any]) -> None:
+def assert_equal(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], inputs: list[Any]) -> None:
     """Equal bits; of what is no number, its payload may differ."""
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         a = a.cpu()
@@ -118,34 +118,34 @@ PAIRS = ((BF16, BF16), (FP32, FP32), (FP64, FP64), (FP16, FP16), (BF16, FP32))
 
 
 def run_delta(
-    kernel: Kernel, place: Place, w: torch.Tensor, v: torch.Tensor, with_mask: bool = True
+    kernel: Kernel, allocator: Allocator, w: torch.Tensor, v: torch.Tensor, with_mask: bool = True
 ) -> list[torch.Tensor]:
     shapes = (5 + len(DEFAULT_CUTS), BINS), (COUNTS,), (4, SUM_LIMBS)
-    outputs = [*(place.zeros(*shape) for shape in shapes), place.zeros(1, dtype=FP64)]
-    mask = place.zeros((w.numel() + 7) // 8, dtype=BYTES) if with_mask else None
+    outputs = [*(allocator.zeros(*shape) for shape in shapes), allocator.zeros(1, dtype=FP64)]
+    mask = allocator.zeros((w.numel() + 7) // 8, dtype=BYTES) if with_mask else None
     kernel("delta_")(w, v, list(DEFAULT_CUTS), list(THRESHOLDS), *outputs, mask)
     return outputs if mask is None else [*outputs, mask]
 
 
 def delta_cases(n: int) -> Iterator[Case]:
     for source, trained in PAIRS:
-        yield Case(f"{source} {trained}", pair(n, source, trained, seed=n), run_delta, assert_same)
+        yield Case(f"{source} {trained}", pair(n, source, trained, seed=n), run_delta, assert_equal)
 
 
 def repeated_delta(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
     sides = pair(tile + 3)  # of no round size
-    tables, counts, sums, maximum = run_delta(expected, Place("cpu"), *sides, with_mask=False)
+    tables, counts, sums, maximum = run_delta(expected, Allocator("cpu"), *sides, with_mask=False)
     sums = torch.tensor([to_limbs(times * from_limbs(row.tolist())) for row in sums])
-    found = run_delta(kernel, Place(device), *(side.to(device).repeat(times) for side in sides), with_mask=False)
-    assert_same(found, [times * tables, times * counts, sums, maximum], [])
+    found = run_delta(kernel, Allocator(device), *(side.to(device).repeat(times) for side in sides), with_mask=False)
+    assert_equal(found, [times * tables, times * counts, sums, maximum], [])
 
 
 # overlap
 
 
-def run_overlap(kernel: Kernel, place: Place, w: torch.Tensor, *runs: torch.Tensor) -> list[torch.Tensor]:
+def run_overlap(kernel: Kernel, allocator: Allocator, w: torch.Tensor, *runs: torch.Tensor) -> list[torch.Tensor]:
     shapes = (BINS,), (len(runs), BINS), (len(runs), len(runs)), (len(runs) + 1,), (2,)
-    outputs = [place.zeros(*shape) for shape in shapes]
+    outputs = [allocator.zeros(*shape) for shape in shapes]
     kernel("overlap_")(w, list(runs), overlap.DEFAULT_CUT, *outputs)
     return outputs
 
@@ -162,21 +162,26 @@ def several(n: int, dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
 
 def overlap_cases(n: int) -> Iterator[Case]:
     for dtypes in ((BF16, BF16, BF16), (FP32, FP32, BF16), (BF16, FP64, FP16, BF16, FP32, BF16)):
-        yield Case(f"{len(dtypes) - 1} runs of {dtypes[0]}", several(n, dtypes), run_overlap, assert_same)
+        yield Case(f"{len(dtypes) - 1} runs of {dtypes[0]}", several(n, dtypes), run_overlap, assert_equal)
 
 
 def repeated_overlap(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
     sides = several(tile + 3, (BF16, BF16, BF16))
-    once = run_overlap(expected, Place("cpu"), *sides)
-    found = run_overlap(kernel, Place(device), *(side.to(device).repeat(times) for side in sides))
-    assert_same(found, [times * one for one in once], [])
+    once = run_overlap(expected, Allocator("cpu"), *sides)
+    found = run_overlap(kernel, Allocator(device), *(side.to(device).repeat(times) for side in sides))
+    assert_equal(found, [times * one for one in once], [])
 
 
 # quantile
 
 
 def run_quantile(
-    kernel: Kernel, place: Place, values: torch.Tensor, mask: torch.Tensor | None, ranks: list[int], largest: bool
+    kernel: Kernel,
+    allocator: Allocator,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    ranks: list[int],
+    largest: bool,
 ) -> list[torch.Tensor]:
     return list(kernel("quantile")(values, ranks, largest, mask))
 
@@ -186,16 +191,16 @@ def quantile_cases(n: int) -> Iterator[Case]:
     mask = torch.randint(0, 256, ((n + 7) // 8,), dtype=BYTES, generator=torch.Generator().manual_seed(n))
     for dtype, largest in itertools.product((BF16, FP16, FP32, FP64), (True, False)):
         inputs = [pair(n, dtype, seed=n)[1], mask if largest else None, ranks, largest]
-        yield Case(f"{dtype} {'largest' if largest else 'smallest'}", inputs, run_quantile, assert_same)
+        yield Case(f"{dtype} {'largest' if largest else 'smallest'}", inputs, run_quantile, assert_equal)
 
 
 def repeated_quantile(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
     values, ranks = pair(tile + 3)[1], [tile // 10, tile // 2]
-    cuts, counts = run_quantile(expected, Place("cpu"), values, None, ranks, True)
+    cuts, counts = run_quantile(expected, Allocator("cpu"), values, None, ranks, True)
     found = run_quantile(
-        kernel, Place(device), values.to(device).repeat(times), None, [times * rank for rank in ranks], True
+        kernel, Allocator(device), values.to(device).repeat(times), None, [times * rank for rank in ranks], True
     )
-    assert_same(found, [cuts, times * counts], [])
+    assert_equal(found, [cuts, times * counts], [])
 
 
 # gram
@@ -204,9 +209,9 @@ COLUMNS = 37
 
 
 def run_gram(
-    kernel: Kernel, place: Place, w: torch.Tensor, v: torch.Tensor, visible: bool, block: int
+    kernel: Kernel, allocator: Allocator, w: torch.Tensor, v: torch.Tensor, visible: bool, block: int
 ) -> list[torch.Tensor]:
-    into = place.zeros(3, w.shape[1], w.shape[1], dtype=FP64)
+    into = allocator.zeros(3, w.shape[1], w.shape[1], dtype=FP64)
     kernel("gram_")(w, v, 7, visible, block, into)
     return [into]
 
@@ -251,8 +256,8 @@ def gram_cases(n: int) -> Iterator[Case]:
 
 def repeated_gram(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
     sides = [side.view(-1, 64) for side in pair(tile // 64 * 64, hostile=False)]
-    (once,) = run_gram(expected, Place("cpu"), *sides, False, 0)
-    (found,) = run_gram(kernel, Place(device), *(side.to(device).repeat(times, 1) for side in sides), False, 0)
+    (once,) = run_gram(expected, Allocator("cpu"), *sides, False, 0)
+    (found,) = run_gram(kernel, Allocator(device), *(side.to(device).repeat(times, 1) for side in sides), False, 0)
     for k, (a, b) in enumerate(zip(found.cpu(), times * once, strict=True)):
         a, b = (a, b) if k == 1 else (a.triu(), b.triu())
         assert (a - b).norm() <= 1e-9 * b.norm(), f"matrix {k} is off"
@@ -261,11 +266,13 @@ def repeated_gram(kernel: Kernel, expected: Kernel, device: torch.device, tile: 
 # patch
 
 
-def run_patch(kernel: Kernel, place: Place, w: torch.Tensor, v: torch.Tensor, difference: bool) -> list[torch.Tensor]:
+def run_patch(
+    kernel: Kernel, allocator: Allocator, w: torch.Tensor, v: torch.Tensor, difference: bool
+) -> list[torch.Tensor]:
     """Gathers, checks, scatters; digests of both sides, of what came back, and of the source once more."""
     n, blocks = w.numel(), patch.blocks_of(w.numel())
-    counts, positions = place.zeros(blocks, dtype=torch.int32), place.zeros((n + 7) // 8, dtype=BYTES)
-    values, digests = place.zeros(n, dtype=w.dtype), place.zeros(2, blocks, 2)
+    counts, positions = allocator.zeros(blocks, dtype=torch.int32), allocator.zeros((n + 7) // 8, dtype=BYTES)
+    values, digests = allocator.zeros(n, dtype=w.dtype), allocator.zeros(2, blocks, 2)
     kernel("patch_gather_")(w, v, difference, counts, positions, values, digests)
     listed = counts.tolist()
     positions = positions[
@@ -275,7 +282,7 @@ def run_patch(kernel: Kernel, place: Place, w: torch.Tensor, v: torch.Tensor, di
     ]
     values = values[: sum(listed)]
     fits = kernel("patch_check")(counts, positions, n, values.numel())
-    out, after = place.zeros(n, dtype=w.dtype), place.zeros(blocks, 2)
+    out, after = allocator.zeros(n, dtype=w.dtype), allocator.zeros(blocks, 2)
     status = kernel("patch_scatter_")(w, counts, positions, values, difference, out, after)
     return [counts, positions, values, digests, fits, status, out, after, kernel("patch_digest")(w)]
 
@@ -290,13 +297,13 @@ def changed_bits(n: int, dtype: torch.dtype, density: float) -> list[torch.Tenso
 
 def patch_cases(n: int) -> Iterator[Case]:
     for dtype, density in itertools.product(patch.BITS.values(), (0.01, 0.17)):
-        yield Case(f"{dtype} {density}", [*changed_bits(n, dtype, density), density < 0.1], run_patch, assert_same)
+        yield Case(f"{dtype} {density}", [*changed_bits(n, dtype, density), density < 0.1], run_patch, assert_equal)
 
 
 def repeated_patch(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
     sides = changed_bits(tile // patch.BLOCK * patch.BLOCK, torch.int16, 0.17)
-    once = run_patch(expected, Place("cpu"), *sides, False)
-    found = run_patch(kernel, Place(device), *(side.to(device).repeat(times) for side in sides), False)
+    once = run_patch(expected, Allocator("cpu"), *sides, False)
+    found = run_patch(kernel, Allocator(device), *(side.to(device).repeat(times) for side in sides), False)
     for i, (many, one) in enumerate(zip(found, once, strict=True)):
         parts = many.unflatten(1 if i == 3 else 0, (times, -1)) if i not in (4, 5) else many
         assert bool((parts == one.to(device).unsqueeze(1 if i == 3 else 0)).all()), f"output {i} is not that of a part"
@@ -322,7 +329,7 @@ EXTREMES = (
 )
 
 
-def held_as(flags: torch.Tensor, places: torch.Tensor | None) -> list[torch.Tensor]:
+def mask_tensors(flags: torch.Tensor, places: torch.Tensor | None) -> list[torch.Tensor]:
     """A mask and what goes with it: bits and the counts before each block, or places of a dtype."""
     if places is not None:
         return [flags.nonzero().flatten().to(places.dtype), torch.zeros(0, dtype=INT64)]
@@ -333,7 +340,7 @@ def held_as(flags: torch.Tensor, places: torch.Tensor | None) -> list[torch.Tens
 
 def run_step(
     kernel: Kernel,
-    place: Place,
+    allocator: Allocator,
     state: list[list[torch.Tensor]],
     scalars: list[torch.Tensor],
     precision: str,
@@ -344,7 +351,7 @@ def run_step(
     many = range(len(params))
     for t in (1, 2):
         mine = scalars[t - 1]
-        factors = [place.put(torch.tensor([factor])) for factor in (3.0, 0.7)] + [None]
+        factors = [allocator.put(torch.tensor([factor])) for factor in (3.0, 0.7)] + [None]
         common = (mine, list(many), [7 * i for i in many], list(many), *factors)
         moments = (first, second, most) if second else (first,)
         last = (
@@ -377,7 +384,9 @@ def state_of(
     )
     for one, every in itertools.product((*params, *grads), range(len(EXTREMES))):
         one[every :: 199 + every] = EXTREMES[every]
-    masks, offsets = zip(*(held_as(torch.rand(n, generator=generator) < density, places) for n in sizes), strict=True)
+    masks, offsets = zip(
+        *(mask_tensors(torch.rand(n, generator=generator) < density, places) for n in sizes), strict=True
+    )
     active = [int(offset[-1]) if len(offset) else len(mask) for mask, offset in zip(masks, offsets, strict=True)]
 
     def zeros(kind=FP32):
@@ -415,14 +424,14 @@ def step_cases(n: int) -> Iterator[Case]:
             )
             label = f"{'AdamW' if adamw else 'SGD'} {dtype} {precision} by {'bits' if places is None else 'places'}"
             yield Case(
-                label, [state, rows_of_scalars(len(sizes), adamw), precision, {"add": adamw}], run_step, assert_same
+                label, [state, rows_of_scalars(len(sizes), adamw), precision, {"add": adamw}], run_step, assert_equal
             )
 
 
 def repeated_step(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
     n = tile // step.BLOCK * step.BLOCK
     state = state_of((n,), BF16, BF16, "nearest", None, True, density=0.05)
-    inputs = Place(device).put(rows_of_scalars(1, True)), "nearest", {"add": False}
+    inputs = Allocator(device).put(rows_of_scalars(1, True)), "nearest", {"add": False}
     big = [[one.to(device).repeat(times) for one in held] for held in state]
     (once,) = state[3]
     big[3] = [
@@ -430,16 +439,16 @@ def repeated_step(kernel: Kernel, expected: Kernel, device: torch.device, tile: 
             device
         )
     ]
-    found = run_step(kernel, Place(device), big, *inputs)
+    found = run_step(kernel, Allocator(device), big, *inputs)
     for i, (many, one) in enumerate(
-        zip(found, run_step(expected, Place("cpu"), state, rows_of_scalars(1, True), *inputs[1:]), strict=True)
+        zip(found, run_step(expected, Allocator("cpu"), state, rows_of_scalars(1, True), *inputs[1:]), strict=True)
     ):
         parts, one = (
             side.view(torch.int16 if side.itemsize == 2 else torch.int32)
             for side in (many.view(times, -1), one.to(device))
         )
         assert bool((parts == parts[:1]).all()), f"output {i} is not the same in every part"
-        assert_same([many[: len(one)]], [one.cpu().view(many.dtype)], [])
+        assert_equal([many[: len(one)]], [one.cpu().view(many.dtype)], [])
 
 
 # divergence
@@ -456,7 +465,7 @@ WIDTHS = 64, 128
 
 def run_divergence(
     kernel: Kernel,
-    place: Place,
+    allocator: Allocator,
     student: list[torch.Tensor],
     teacher: list[torch.Tensor],
     ids: torch.Tensor,
@@ -526,7 +535,7 @@ def repeated_divergence(kernel: Kernel, expected: Kernel, device: torch.device, 
     """Of a vocabulary that holds every id so many times, hidden states have the same gradient, and each copy its share of the head's."""
     student, teacher = sides_of(32, tile // WIDTHS[1], BF16)
     ids, options = torch.zeros(32, 0, dtype=INT64), ("forward_kl", 0.0)
-    once = run_divergence(expected, Place("cpu"), student, teacher, ids, *options)
+    once = run_divergence(expected, Allocator("cpu"), student, teacher, ids, *options)
     big = [
         [
             one.to(device) if i == 0 else one.to(device).repeat(times, *[1] * (one.ndim - 1))
@@ -534,7 +543,7 @@ def repeated_divergence(kernel: Kernel, expected: Kernel, device: torch.device, 
         ]
         for side in (student, teacher)
     ]
-    found = run_divergence(kernel, Place(device), *big, ids.to(device), *options)
+    found = run_divergence(kernel, Allocator(device), *big, ids.to(device), *options)
     grown = once[0].clone()
     grown[[tiles.STUDENT_LOG, tiles.TEACHER_LOG]] += math.log(times)
     assert bool(((found[0].cpu() - grown).abs() <= 1e-3 * (1 + grown.abs())).all()), "moments are off"
@@ -547,13 +556,13 @@ def repeated_divergence(kernel: Kernel, expected: Kernel, device: torch.device, 
 
 @dataclass(frozen=True)
 class Family:
-    """operators: those that its calls need. bytes_a_coordinate: of memory that `repeated` takes."""
+    """operators: those that its calls need. bytes_per_coordinate: of memory that `repeated` takes."""
 
     name: str
     operators: tuple[str, ...]
     cases: Callable[[int], Iterator[Case]]
     repeated: Callable[[Kernel, Kernel, torch.device, int, int], None]
-    bytes_a_coordinate: int
+    bytes_per_coordinate: int
 
 
 FAMILIES = {

@@ -15,7 +15,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- gpu -->", "<!-- /gpu -->"
 UNMEASURED = "Not yet measured on a GPU: `make gpu` does, and writes the table that belongs here."
-MARKS = {"passed": "yes", "failed": "**failed**", "unproved": "not shown", "not reached": "not reached"}
+MARKS = {"passed": "yes", "failed": "**failed**", "inconclusive": "inconclusive", "not reached": "not reached"}
 
 
 CUDA = (
@@ -38,9 +38,9 @@ KERNELS = {
 CHANGED = "†"
 
 
-def sources_of(family: str, contender: str, root: Path = ROOT) -> str:
+def sources_of(family: str, implementation: str, root: Path = ROOT) -> str:
     """A digest of the kernels that were timed; empty of eager PyTorch."""
-    files = [root / name.format(family) for name in KERNELS.get(contender, ())]
+    files = [root / name.format(family) for name in KERNELS.get(implementation, ())]
     return (
         hashlib.blake2b(b"".join(path.read_bytes() for path in files if path.exists()), digest_size=8).hexdigest()
         if files
@@ -73,7 +73,7 @@ def checks_table(units: list[dict[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(unit["name"] for unit in mine))
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for unit in mine:
-        rows.setdefault((unit["subject"], unit["backend"]), {})[unit["name"]] = MARKS[unit["status"]]
+        rows.setdefault((unit["workload"], unit["backend"]), {})[unit["name"]] = MARKS[unit["status"]]
     lines = [
         f"| family | backend | {' | '.join(name.replace('_', ' ') for name in names)} |",
         f"|---|---|{'---|' * len(names)}",
@@ -98,29 +98,29 @@ def checks_line(units: list[dict[str, Any]]) -> list[str]:
 
 
 def timings_table(units: list[dict[str, Any]]) -> list[str]:
-    """One row a subject and contender, beside eager PyTorch of the same subject."""
-    rows = [row for unit in units for row in unit.get("rows", []) if "subject" in row]
-    eager = {row["subject"]: row["median_s"] for row in rows if row["contender"] == "eager PyTorch"}
+    """One row a workload and implementation, beside eager PyTorch of the same workload."""
+    rows = [row for unit in units for row in unit.get("rows", []) if "workload" in row]
+    eager = {row["workload"]: row["median_s"] for row in rows if row["implementation"] == "eager PyTorch"}
     lines = [
-        "| what | by | median | rate | share of the limit | times eager | extra memory |",
+        "| workload | implementation | median | rate | fraction of limit | speedup over eager | extra memory |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    order, marked = list(dict.fromkeys(row["subject"] for row in rows)), False
-    for row in sorted(rows, key=lambda row: order.index(row["subject"])):
+    order, marked = list(dict.fromkeys(row["workload"] for row in rows)), False
+    for row in sorted(rows, key=lambda row: order.index(row["workload"])):
         rate = (
             f"{row['bytes_per_s'] / 1e9:.4g} GB/s"
             if "bytes_per_s" in row
             else f"{row['flops_per_s'] / 1e12:.3g} TFLOP/s"
         )
-        times = f"{eager[row['subject']] / row['median_s']:.3g}" if row["subject"] in eager else ""
+        times = f"{eager[row['workload']] / row['median_s']:.3g}" if row["workload"] in eager else ""
         memory = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:,.0f} MB"
-        mark = CHANGED if row["sources"] != sources_of(row["family"], row["contender"]) else ""
+        mark = CHANGED if row["sources"] != sources_of(row["family"], row["implementation"]) else ""
         marked = marked or bool(mark)
         lines.append(
-            f"| {row['subject']} | {row['contender']}{mark} | {1000 * row['median_s']:.4g} ms | {rate} | {100 * row['share_of_limit']:.0f} % | {times} | {memory} |"
+            f"| {row['workload']} | {row['implementation']}{mark} | {1000 * row['median_s']:.4g} ms | {rate} | {100 * row['fraction_of_limit']:.0f} % | {times} | {memory} |"
         )
     late = [
-        f"{unit['subject']} ({unit['name']})"
+        f"{unit['workload']} ({unit['name']})"
         for unit in units
         if unit["group"] == "time" and unit["status"] == "not reached"
     ]

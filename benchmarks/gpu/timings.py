@@ -1,6 +1,6 @@
 """How fast each family is on a device: bytes a second beside a copy of the device's memory, and times eager and compiled PyTorch.
 
-A contender is timed by events of the device, in rounds after a warm-up; the median counts. Every backend's result is compared with
+A implementation is timed by events of the device, in rounds after a warm-up; the median counts. Every backend's result is compared with
 the first one's, so that a fast wrong kernel has no figure.
 """
 
@@ -17,7 +17,7 @@ import torch
 from benchmarks.gpu import families
 from benchmarks.gpu.backends import Backend
 from benchmarks.gpu.checks import on_gpu
-from benchmarks.gpu.families import BF16, BINS, FP32, FP64, Kernel, Place
+from benchmarks.gpu.families import BF16, BINS, FP32, FP64, Allocator, Kernel
 from benchmarks.gpu.record import sources_of
 from opdkernels.ops import gram, patch, step
 from opdkernels.ops.delta import THRESHOLDS, pattern
@@ -34,16 +34,16 @@ ACTIVE, CHANGED = 0.2, 0.17
 @dataclass(frozen=True)
 class Timed:
     """A call with its inputs on a device, the same in eager PyTorch, and its `work`: bytes that it must move, or operations.
-    `start_again` takes back what calls did to the inputs."""
+    `reset` takes back what calls did to the inputs."""
 
     call: Callable[[Kernel], list[torch.Tensor]]
     eager: Callable[[], Any]
     work: float
-    start_again: Callable[[], None] = lambda: None
+    reset: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
-class Subject:
+class Workload:
     """What is timed, of so many coordinates on a device; `limit`: of the device's, which bounds it. `fuses`: a compiler may join its
     passes."""
 
@@ -101,7 +101,7 @@ def product_flops(device: torch.device, n: int, dtype: torch.dtype) -> float:
     return 2 * n**3 / seconds(lambda: a @ a, device)
 
 
-def drawn(n: int, device: torch.device, dtype: torch.dtype = BF16, runs: int = 1) -> list[torch.Tensor]:
+def make_inputs(n: int, device: torch.device, dtype: torch.dtype = BF16, runs: int = 1) -> list[torch.Tensor]:
     """A weight and updates of it, four coordinates of five unchanged in bf16; made on the device."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -174,14 +174,14 @@ def eager_divergence(
     return torch.autograd.grad(loss, (hidden, weight))
 
 
-# subjects
+# workloads
 
 
 def delta_of(dtype: torch.dtype, eager: Callable[..., Any]) -> Callable:
     def make(n: int, device: torch.device) -> Timed:
-        w, v = drawn(n, device, dtype)
+        w, v = make_inputs(n, device, dtype)
         return Timed(
-            lambda kernel: families.run_delta(kernel, Place(device), w, v, with_mask=False),
+            lambda kernel: families.run_delta(kernel, Allocator(device), w, v, with_mask=False),
             lambda: eager(w, v),
             w.nbytes + v.nbytes,
         )
@@ -190,9 +190,9 @@ def delta_of(dtype: torch.dtype, eager: Callable[..., Any]) -> Callable:
 
 
 def make_overlap(n: int, device: torch.device) -> Timed:
-    sides = drawn(n, device, runs=2)
+    sides = make_inputs(n, device, runs=2)
     return Timed(
-        lambda kernel: families.run_overlap(kernel, Place(device), *sides),
+        lambda kernel: families.run_overlap(kernel, Allocator(device), *sides),
         lambda: eager_overlap(*sides),
         sum(side.nbytes for side in sides),
     )
@@ -200,12 +200,12 @@ def make_overlap(n: int, device: torch.device) -> Timed:
 
 def quantile_of(dtype: torch.dtype) -> Callable:
     def make(n: int, device: torch.device) -> Timed:
-        values = drawn(n, device, dtype)[0]
+        values = make_inputs(n, device, dtype)[0]
         mask = chosen(n, device, 0.5).view(-1, 8)[:, 0].mul(255).to(torch.uint8)
         ranks = [n // 20, n // 10, n // 5]
 
         def call(kernel):
-            return families.run_quantile(kernel, Place(device), values, mask, ranks, True)
+            return families.run_quantile(kernel, Allocator(device), values, mask, ranks, True)
 
         return Timed(call, lambda: values.abs().sort(), values.nbytes + mask.nbytes)
 
@@ -215,7 +215,7 @@ def quantile_of(dtype: torch.dtype) -> Callable:
 def make_gram(n: int, device: torch.device) -> Timed:
     w, v = (
         side.view(-1, min(GRAM_COLUMNS, n))
-        for side in drawn(min(n, GRAM_ROWS * GRAM_COLUMNS) // GRAM_COLUMNS * GRAM_COLUMNS or n, device)
+        for side in make_inputs(min(n, GRAM_ROWS * GRAM_COLUMNS) // GRAM_COLUMNS * GRAM_COLUMNS or n, device)
     )
 
     def eager():
@@ -224,12 +224,12 @@ def make_gram(n: int, device: torch.device) -> Timed:
         return a.T @ a, a.T @ b, b.T @ b
 
     return Timed(
-        lambda kernel: families.run_gram(kernel, Place(device), w, v, False, 0), eager, 4 * w.numel() * w.shape[1]
+        lambda kernel: families.run_gram(kernel, Allocator(device), w, v, False, 0), eager, 4 * w.numel() * w.shape[1]
     )  # two halves and a whole
 
 
 def changed_pair(n: int, device: torch.device) -> list[torch.Tensor]:
-    w, v = (patch.bits(side) for side in drawn(n, device))
+    w, v = (patch.bits(side) for side in make_inputs(n, device))
     return [w, torch.where(chosen(n, device, CHANGED), v ^ 1, w)]
 
 
@@ -259,9 +259,9 @@ def make_scatter(n: int, device: torch.device) -> Timed:
 
 def step_of(dtype: torch.dtype, precision: str) -> Callable:
     def make(n: int, device: torch.device) -> Timed:
-        param, grad = drawn(n, device, dtype)
+        param, grad = make_inputs(n, device, dtype)
         before, active = param.clone(), chosen(n, device, ACTIVE)
-        mask, offsets = (one.to(device) for one in families.held_as(active.cpu(), None))
+        mask, offsets = (one.to(device) for one in families.mask_tensors(active.cpu(), None))
         count = int(offsets[-1])
         m, v = torch.zeros(count, device=device), torch.zeros(count, device=device)
         kind = step.EXTRA_DTYPES.get(precision) if dtype == BF16 else None
@@ -273,14 +273,14 @@ def step_of(dtype: torch.dtype, precision: str) -> Callable:
             kernel("masked_adamw_")([param], [grad], [mask], [offsets], [m], [v], [], extras, *common)
             return [param, m, v]
 
-        def start_again():
+        def reset():
             for one, to in ((param, before), (m, 0), (v, 0), *((extra, 0) for extra in extras)):
                 one.copy_(to) if isinstance(to, torch.Tensor) else one.zero_()
 
         dense = [torch.zeros(n, device=device) for _ in range(2)]
         # Weights there and back and gradients once, by whole lines; moments and what weights lack there and back; the mask.
         moved = 3 * param.nbytes + count * 2 * (8 + (2 if kind else 0)) + n / 8
-        return Timed(call, lambda: eager_step(param, grad, active, *dense), moved, start_again)
+        return Timed(call, lambda: eager_step(param, grad, active, *dense), moved, reset)
 
     return make
 
@@ -322,20 +322,20 @@ def divergence_of(kind: str) -> Callable:
     return make
 
 
-SUBJECTS = (
-    Subject("delta of a bf16 pair", "delta", delta_of(BF16, eager_counts), fuses=True),
-    Subject("overlap of two bf16 runs", "overlap", make_overlap, fuses=True),
-    Subject("quantile of bf16 and a mask", "quantile", quantile_of(BF16)),
-    Subject("gather of a bf16 pair", "patch", make_gather),
-    Subject("scatter of a bf16 pair", "patch", make_scatter),
-    Subject("AdamW step of bf16, exact", "step", step_of(BF16, "exact"), fuses=True),
-    Subject("AdamW step of fp32", "step", step_of(FP32, "nearest"), fuses=True),
-    Subject("gram of a bf16 pair", "gram", make_gram, "fp64 product"),
-    Subject("reverse KL and its gradients", "divergence", divergence_of("reverse_kl"), "bf16 product", fuses=True),
-    Subject("JSD and its gradients", "divergence", divergence_of("jsd"), "bf16 product"),
-    Subject("delta of an fp32 pair", "delta", delta_of(FP32, eager_counts)),
-    Subject("quantile of fp32 and a mask", "quantile", quantile_of(FP32)),
-    Subject("delta against three tables", "delta", delta_of(BF16, eager_tables)),
+WORKLOADS = (
+    Workload("delta of a bf16 pair", "delta", delta_of(BF16, eager_counts), fuses=True),
+    Workload("overlap of two bf16 runs", "overlap", make_overlap, fuses=True),
+    Workload("quantile of bf16 and a mask", "quantile", quantile_of(BF16)),
+    Workload("gather of a bf16 pair", "patch", make_gather),
+    Workload("scatter of a bf16 pair", "patch", make_scatter),
+    Workload("AdamW step of bf16, exact", "step", step_of(BF16, "exact"), fuses=True),
+    Workload("AdamW step of fp32", "step", step_of(FP32, "nearest"), fuses=True),
+    Workload("gram of a bf16 pair", "gram", make_gram, "fp64 product"),
+    Workload("reverse KL and its gradients", "divergence", divergence_of("reverse_kl"), "bf16 product", fuses=True),
+    Workload("JSD and its gradients", "divergence", divergence_of("jsd"), "bf16 product"),
+    Workload("delta of an fp32 pair", "delta", delta_of(FP32, eager_counts)),
+    Workload("quantile of fp32 and a mask", "quantile", quantile_of(FP32)),
+    Workload("delta against three tables", "delta", delta_of(BF16, eager_tables)),
 )
 
 
@@ -347,36 +347,36 @@ def coordinates(device: torch.device) -> int:
     return min(LARGEST, 1 << (free // 160).bit_length() - 1)
 
 
-def time_subject(
-    subject: Subject, backends: list[Backend], device: torch.device, limits: dict[str, float], n: int | None = None
+def time_workload(
+    workload: Workload, backends: list[Backend], device: torch.device, limits: dict[str, float], n: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """A row for each backend and for eager PyTorch. (The reference is a definition, whose speed tells nothing.)"""
-    timed = subject.make(n or coordinates(device), device)
+    timed = workload.make(n or coordinates(device), device)
     first: list[torch.Tensor] | None = None
     for backend in backends:
-        if backend.name in ("package", "reference") or not backend.serves_all(families.FAMILIES[subject.family]):
+        if backend.name in ("package", "reference") or not backend.serves_all(families.FAMILIES[workload.family]):
             continue
-        timed.start_again()
+        timed.reset()
         found = [one.clone() for one in timed.call(backend.kernel)]
         first = first or found
-        if subject.family not in SUMMED:
+        if workload.family not in SUMMED:
             same = [torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, first, strict=True)]
-            assert all(same), f"{backend.name} gives another result for {subject.name}"
-        yield row(subject, backend.name, lambda backend=backend: timed.call(backend.kernel), device, timed, limits)
-    yield row(subject, "eager PyTorch", timed.eager, device, timed, limits)
+            assert all(same), f"{backend.name} gives another result for {workload.name}"
+        yield row(workload, backend.name, lambda backend=backend: timed.call(backend.kernel), device, timed, limits)
+    yield row(workload, "eager PyTorch", timed.eager, device, timed, limits)
 
 
 def time_compiled(
-    subject: Subject, device: torch.device, limits: dict[str, float], compiled: Callable, n: int | None = None
+    workload: Workload, device: torch.device, limits: dict[str, float], compiled: Callable, n: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """The row of the eager formulation, compiled."""
-    timed = subject.make(n or coordinates(device), device)
-    yield row(subject, "torch.compile", compiled(timed.eager), device, timed, limits)
+    timed = workload.make(n or coordinates(device), device)
+    yield row(workload, "torch.compile", compiled(timed.eager), device, timed, limits)
 
 
 def row(
-    subject: Subject,
-    contender: str,
+    workload: Workload,
+    implementation: str,
     call: Callable[[], Any],
     device: torch.device,
     timed: Timed,
@@ -385,13 +385,13 @@ def row(
     took = seconds(call, device)
     rate = timed.work / took
     return {
-        "subject": subject.name,
-        "family": subject.family,
-        "contender": contender,
-        "sources": sources_of(subject.family, contender),
+        "workload": workload.name,
+        "family": workload.family,
+        "implementation": implementation,
+        "sources": sources_of(workload.family, implementation),
         "median_s": took,
-        subject.unit: rate,
-        "share_of_limit": rate / limits[subject.limit],
+        workload.unit: rate,
+        "fraction_of_limit": rate / limits[workload.limit],
         "extra_bytes": peak_bytes(call, device),
     }
 

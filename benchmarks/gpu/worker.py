@@ -27,8 +27,8 @@ from opdkernels.backends import dispatch
 
 SMALL = (0, 31, 1025, 5001)
 ALONE = (
-    "works_on_the_current_stream",
-    "reaches_beyond_32_bits",
+    "uses_current_stream",
+    "indexes_beyond_32_bits",
 )  # which other processes' work or memory on the GPU would spoil
 SANITIZED = ("memcheck", "racecheck")
 LOST = 3  # exit status of a worker whose last unit cost it the GPU
@@ -40,13 +40,13 @@ class Unit:
 
     group: str
     name: str
-    subject: str
+    workload: str
     backend: str
     run: Callable[[], list[dict[str, Any]]]
 
     @property
     def title(self) -> dict[str, str]:
-        return {"group": self.group, "name": self.name, "subject": self.subject, "backend": self.backend}
+        return {"group": self.group, "name": self.name, "workload": self.workload, "backend": self.backend}
 
 
 def sanitizer() -> str | None:
@@ -58,7 +58,7 @@ def sanitized(tool: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The checks of equality on small inputs under NVIDIA's compute-sanitizer, in a process of their own."""
     program = sanitizer()
     if program is None:
-        raise checks.Unproved("compute-sanitizer is not here")
+        raise checks.Inconclusive("compute-sanitizer is not here")
     command = [
         program,
         "--tool",
@@ -73,14 +73,14 @@ def sanitized(tool: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         "--device",
         arguments.device,
     ]
-    command += ["--small", "--only", "equals_the_cpu", "--without", "reference,package"]
+    command += ["--small", "--only", "matches_cpu", "--without", "reference,package"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=arguments.limit)
     said = [line for line in done.stdout.splitlines() if line.startswith("=========")]
     assert done.returncode != 9, "; ".join(line.removeprefix("=========").strip() for line in said[:6])
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     failed = [one for one in results if one.get("status") == "failed"]
     assert done.returncode == 0, done.stderr[-500:] or "the process was lost"
-    assert not failed, f"{failed[0]['subject']} {failed[0]['backend']}: {failed[0]['detail']}"
+    assert not failed, f"{failed[0]['workload']} {failed[0]['backend']}: {failed[0]['detail']}"
     return []
 
 
@@ -110,25 +110,27 @@ def plan(arguments: argparse.Namespace, device: torch.device) -> list[Unit]:
     def limit() -> dict[str, float]:
         return limits or (measure() and limits)  # another worker measured them
 
-    def timed(subject):
-        return lambda: list(timings.time_subject(subject, backends, device, limit(), n))
+    def timed(workload):
+        return lambda: list(timings.time_workload(workload, backends, device, limit(), n))
 
-    def compiled(subject):
-        return lambda: list(timings.time_compiled(subject, device, limit(), torch.compile, n))
+    def compiled(workload):
+        return lambda: list(timings.time_compiled(workload, device, limit(), torch.compile, n))
 
     for name, family, backend in checks.units(families, backends):
         if shared(arguments.share, name, families.index(family)):
             listed.append(Unit("check", name, family.name, backend.name, check(name, family, backend)))
     listed.append(Unit("time", "limits", "the device", "PyTorch", measure))
-    listed += [Unit("time", "backends", subject.name, "every backend", timed(subject)) for subject in timings.SUBJECTS]
+    listed += [
+        Unit("time", "backends", workload.name, "every backend", timed(workload)) for workload in timings.WORKLOADS
+    ]
     listed += [
         Unit("sanitizer", tool, "every family", "every backend", lambda tool=tool: sanitized(tool, arguments))
         for tool in SANITIZED
     ]
     listed += [
-        Unit("time", "torch.compile", subject.name, "torch.compile", compiled(subject))
-        for subject in timings.SUBJECTS
-        if subject.fuses
+        Unit("time", "torch.compile", workload.name, "torch.compile", compiled(workload))
+        for workload in timings.WORKLOADS
+        if workload.fuses
     ]
     return [
         unit
@@ -179,8 +181,8 @@ def run(unit: Unit, device: torch.device) -> Iterator[dict[str, Any]]:
     result: dict[str, Any] = {"status": "passed", "rows": [], "detail": ""}
     try:
         result["rows"] = unit.run()
-    except (checks.Unproved, subprocess.TimeoutExpired, torch.OutOfMemoryError) as error:
-        result |= {"status": "unproved", "detail": str(error).splitlines()[0]}
+    except (checks.Inconclusive, subprocess.TimeoutExpired, torch.OutOfMemoryError) as error:
+        result |= {"status": "inconclusive", "detail": str(error).splitlines()[0]}
     except Exception as error:  # whatever it is, the rest goes on
         result |= {"status": "failed", "detail": f"{type(error).__name__}: {error}"[:600]}
     yield {**unit.title, **result, "seconds": round(time.monotonic() - began, 2)}
