@@ -182,7 +182,7 @@ def count(pairs: list[Pair], together: list[list[Match]], chosen: OverlapOptions
     return counted
 
 
-def figures(both: float, a: float, b: float, n: float) -> dict[str, Any]:
+def pair_metrics(both: float, a: float, b: float, n: float) -> dict[str, Any]:
     """Shares of one pair of runs; None where they have no whole."""
     either = a + b - both
     return {
@@ -222,7 +222,7 @@ def tensor_rows(one: Counted) -> list[dict[str, Any]]:
             "changed_a": found.n_changed(a),
             "changed_b": found.n_changed(b),
             "changed_both": both,
-            **figures(both, found.n_changed(a), found.n_changed(b), found.finite),
+            **pair_metrics(both, found.n_changed(a), found.n_changed(b), found.finite),
             "expected_uniform": found.expected_uniform(a, b),
             "over_uniform": tables.ratio(both, found.expected_uniform(a, b)),
             **chance("magnitude", both, found.expected_magnitude(a, b), found.variance_magnitude(a, b)),
@@ -265,7 +265,7 @@ def pooled(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The rows of one pair of runs together: counts, expectations and variances add up."""
     totals = {c: sum(r[c] for r in rows) for c in ("numel", "nonfinite", "changed_a", "changed_b", "changed_both")}
     finite, both = totals["numel"] - totals["nonfinite"], totals["changed_both"]
-    found = {**totals, **figures(both, totals["changed_a"], totals["changed_b"], finite)}
+    found = {**totals, **pair_metrics(both, totals["changed_a"], totals["changed_b"], finite)}
     expected = sum(r["expected_uniform"] for r in rows)
     found |= {"expected_uniform": expected, "over_uniform": tables.ratio(both, expected)}
     for name in ("magnitude", "row", "column"):

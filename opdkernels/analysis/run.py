@@ -26,7 +26,15 @@ from opdkernels.config import AnalyzeOptions
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.metrics import groups as tables
 from opdkernels.metrics import rounding_null as null
-from opdkernels.metrics.coordinates import RATIOS, VIEWS, Columns, SparseTally, figures, ratio_label, to_bf16_pattern
+from opdkernels.metrics.coordinates import (
+    RATIOS,
+    VIEWS,
+    Columns,
+    SparseTally,
+    compute_metrics,
+    ratio_label,
+    to_bf16_pattern,
+)
 from opdkernels.metrics.spectra import SpectrumRecord
 from opdkernels.metrics.spectra import spectra as spectra_records
 from opdkernels.ops.delta import DEFAULT_CUTS, STORED, ULP_REACH, Tally, delta
@@ -93,7 +101,7 @@ def conclude(
     folder: Path | None,
     chosen: AnalyzeOptions,
 ) -> Analysis:
-    """Every figure of a pair whose records are complete, and its files."""
+    """Every metric of a pair whose records are complete, and its files."""
     result = assemble(pair, [records.done[i] for i in range(len(pair.matches))], about)
     if chosen.spectra != "off":
         result.add_spectra(list(spectra.done.values()))
@@ -174,11 +182,11 @@ def count_all(
 
 
 def assemble(pair: Pair, records: list[Record], run: dict[str, Any]) -> Analysis:
-    """Every figure, from the records alone."""
+    """Every metric, from the records alone."""
     counted = [r for r in records if r.tally is not None]
     tallies = [r.tally for r in records if r.tally is not None]
     nulls = fit_nulls(counted)
-    views = {view: figures(tallies, view) for view in VIEWS}
+    views = {view: compute_metrics(tallies, view) for view in VIEWS}
     if counted:
         views["visible"] |= null_columns(views["visible"], nulls)
     places = [place(r.name) for r in counted]

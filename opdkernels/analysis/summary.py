@@ -66,7 +66,7 @@ class Spectra(Part):
 
     matrices: int
     without: dict[str, int] = Field(description="Why matrices have no spectra, and how many.")
-    figures: dict[str, Centre]
+    metrics: dict[str, Centre]
 
 
 class Summary(Part):
@@ -78,7 +78,7 @@ class Summary(Part):
     matched: Matched
     identical: bool = Field(description="Every compared coordinate has the same bits.")
     views: dict[str, dict[str, float | int | None]] = Field(
-        description="stored, visible: figures of the whole model; docs/outputs.md."
+        description="stored, visible: metrics of the whole model; docs/outputs.md."
     )
     null_kinds: dict[str, int] = Field(description="Which null was nearest, and in how many tensors that changed.")
     curve: Curve

@@ -21,19 +21,19 @@ def number(value: float | None) -> str:
 
 def spectral(spectra: dict[str, Any] | None) -> list[str]:
     """Medians over matrices, and what chance would show."""
-    if not spectra or not spectra["figures"]:
+    if not spectra or not spectra["metrics"]:
         return []
-    figures = {name: centre["median"] for name, centre in spectra["figures"].items()}
+    metrics = {name: centre["median"] for name, centre in spectra["metrics"].items()}
     rows = [
-        ("stable rank, and of a random update", "stable_rank", number, figures["stable_rank_null"]),
-        ("energy of the 16 top directions", "energy_16", percent, figures["energy_16_null"]),
-        ("energy within the top tenths of W", "projection_10pct", percent, figures.get("projection_10pct_chance")),
+        ("stable rank, and of a random update", "stable_rank", number, metrics["stable_rank_null"]),
+        ("energy of the 16 top directions", "energy_16", percent, metrics["energy_16_null"]),
+        ("energy within the top tenths of W", "projection_10pct", percent, metrics.get("projection_10pct_chance")),
         ("principal coverage at 10 %", "principal_coverage_10pct", percent, 0.1),
     ]
     known = spectra["matrices"] - sum(spectra["without"].values())
     text = [f"{f'median over {known} matrices':34}{'stored':>12}{'by chance':>12}"]
     return text + [
-        f"{label:34}{show(figures[key]):>12}{show(chance):>12}" for label, key, show, chance in rows if key in figures
+        f"{label:34}{show(metrics[key]):>12}{show(chance):>12}" for label, key, show, chance in rows if key in metrics
     ]
 
 

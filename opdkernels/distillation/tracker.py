@@ -24,7 +24,7 @@ from opdkernels.checkpoint.names import place
 from opdkernels.distillation.world import Ranks
 from opdkernels.masks import MaskSet
 from opdkernels.masks.mask import Mask
-from opdkernels.metrics.coordinates import VIEWS, SparseTally, figures_of
+from opdkernels.metrics.coordinates import VIEWS, SparseTally, tensor_metrics
 from opdkernels.ops.delta import Tally, delta
 from opdkernels.optim.active import active_of
 from opdkernels.optim.binding import is_dtensor, local_part
@@ -210,7 +210,7 @@ class Tracker:
 def in_views(tally: Tally) -> dict[str, Any]:
     """Every figure of a tally, as stored and as a bf16 deployment sees it."""
     sparse = SparseTally.of(tally)
-    return {view: figures_of(sparse, view) for view in VIEWS}
+    return {view: tensor_metrics(sparse, view) for view in VIEWS}
 
 
 def trained_by(optimizer: MaskedOptimizer, ranks: Ranks, device: torch.device) -> int:

@@ -186,7 +186,7 @@ class Seed:
         self.trained[arm.name] = end["trained"]
         if arm.mask is not None:
             last = MaskSet.load(self.mask_file(changed, self.folder / slug(self.experiment.against), 1.0, density))
-            end["in_found"] = in_both(MaskSet.load(given["masks"]), last) / max(last.nnz, 1)
+            end["mask_recall"] = in_both(MaskSet.load(given["masks"]), last) / max(last.nnz, 1)
         if self.experiment.null:
             end["changed_null"] = by_rounding(place, self.folder / slug(self.experiment.against))
         return read_rows(place / "scores.jsonl")[-1]["scores"], end
@@ -227,13 +227,13 @@ class Seed:
             write_json(
                 file,
                 {
-                    "of_change": done["kept"] / max(done["changed"], 1),
+                    "update_fraction": done["kept"] / max(done["changed"], 1),
                     "scores": score(self.options.model_copy(update={"seed": self.seed}), scratch / "part"),
                 },
             )
             shutil.rmtree(scratch)
         row = json.loads(file.read_text())
-        return row["scores"], {"of_change": row["of_change"]}
+        return row["scores"], {"update_fraction": row["update_fraction"]}
 
 
 def options_of(arm: Arm, options: DistillOptions, **given: Any) -> DistillOptions:
@@ -338,7 +338,7 @@ def views(source: Path, trained: Path) -> dict[str, Any]:
 def table_rows(
     scores: Mapping[str, list[list[float]]], ends: Mapping[str, list[dict[str, Any]]], against: str
 ) -> list[dict[str, Any]]:
-    """One row an arm: mean score with its interval, the share of the gain of `against` that it keeps with its interval, and what
+    """One row an arm: mean score with its interval, the gain retained of `against` that it keeps with its interval, and what
     changed, means over seeds. A share whose gain's own interval reaches 0 says nothing, and has none."""
     held = {name: np.array(values) for name, values in scores.items()}  # [seeds, prompts]
     means = resampled(held)
@@ -350,7 +350,7 @@ def table_rows(
         row = {"arm": name, **spread("score", held[name].mean(), means[name])}
         if known:
             row |= spread(
-                "gain_kept",
+                "gain_retained",
                 (held[name].mean() - held[START].mean()) / base,
                 (means[name] - means[START]) / np.where(gain > 0, gain, np.nan),
             )
@@ -387,11 +387,11 @@ def spread(name: str, value: float, draws: np.ndarray) -> dict[str, Any]:
 
 
 COLUMNS = {
-    "of_change": "of the change",
+    "update_fraction": "update fraction",
     "trained": "trained",
-    "in_found": "of the found set",
+    "mask_recall": "mask recall",
     "changed_visible": "changed in bf16",
-    "changed_null": "by rounding alone",
+    "changed_null": "expected from bf16 rounding alone",
     "changed_stored": "changed as stored",
     "relative_norm": "relative norm",
     "near_zero_coverage_10pct": "near-zero coverage at 10 %",
@@ -417,19 +417,19 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "trained": all(row.get("trained") in (1, None) for row in rows),
         "changed_stored": all(row.get("changed_stored") == row.get("changed_visible") for row in rows),
     }
-    least = dict.fromkeys(COLUMNS, min(2, len(rows) - 1)) | {"of_change": 1, "in_found": 1}
+    least = dict.fromkeys(COLUMNS, min(2, len(rows) - 1)) | {"update_fraction": 1, "mask_recall": 1}
     columns = [
         key for key in COLUMNS if sum(row.get(key) is not None for row in rows) >= least[key] and not idle.get(key)
     ]
     lines = [
-        f"| {' | '.join(['arm', 'score', 'share of the gain', *(COLUMNS[key] for key in columns)])} |",
+        f"| {' | '.join(['arm', 'score', 'gain retained', *(COLUMNS[key] for key in columns)])} |",
         "|---|---|---|" + "---:|" * len(columns),
     ]
     for row in rows:
         cells = [
             row["arm"].replace("|", r"\|"),
             with_interval(row, "score", "{:.3f}".format),
-            with_interval(row, "gain_kept", percent),
+            with_interval(row, "gain_retained", percent),
         ]
         cells += [
             ""

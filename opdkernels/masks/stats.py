@@ -41,15 +41,16 @@ def overlap(a: MaskSet, b: MaskSet) -> dict[str, Any]:
     the densities tensor by tensor, `over_uniform_global` by those of the whole set. None where a share has no whole."""
     both = a & b
     rows = [
-        {"name": name, **figures(both[name].nnz, a[name].nnz, b[name].nnz, a[name].nnz * b[name].density)} for name in a
+        {"name": name, **overlap_metrics(both[name].nnz, a[name].nnz, b[name].nnz, a[name].nnz * b[name].density)}
+        for name in a
     ]
     expected = sum(a[name].nnz * b[name].density for name in a)
-    whole = figures(both.nnz, a.nnz, b.nnz, expected)
+    whole = overlap_metrics(both.nnz, a.nnz, b.nnz, expected)
     whole["over_uniform_global"] = ratio(both.nnz, a.nnz * b.density)
     return {**whole, "by_tensor": rows}
 
 
-def figures(both: int, a: int, b: int, expected: float) -> dict[str, Any]:
+def overlap_metrics(both: int, a: int, b: int, expected: float) -> dict[str, Any]:
     return {
         "active_a": a,
         "active_b": b,

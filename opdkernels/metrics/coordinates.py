@@ -308,7 +308,7 @@ INTEGER_FIGURES = ("numel", "nonfinite", "bit_equal", "changed")
 BATCH = 128  # tensors at a time: bounds the memory
 
 
-def figures(tallies: Sequence[SparseTally], view: str) -> Columns:
+def compute_metrics(tallies: Sequence[SparseTally], view: str) -> Columns:
     """Every coordinate-wise figure of the tensors in one view, by column name; counts are int64."""
     parts = []
     for first in range(0, len(tallies), BATCH):
@@ -328,9 +328,9 @@ def figures(tallies: Sequence[SparseTally], view: str) -> Columns:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
-def figures_of(tally: SparseTally, view: str) -> dict[str, float | int | None]:
+def tensor_metrics(tally: SparseTally, view: str) -> dict[str, float | int | None]:
     """The figures of one tensor, None where there is none."""
-    return {name: none_for_nan(column[0]) for name, column in figures([tally], view).items()}
+    return {name: none_for_nan(column[0]) for name, column in compute_metrics([tally], view).items()}
 
 
 def none_for_nan(value: Any) -> float | int | None:

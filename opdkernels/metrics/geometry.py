@@ -247,7 +247,7 @@ SUMMARISED = (
 def summarise(spectra: list[Row], geometry: list[Row]) -> dict[str, Any]:
     """Over the matrices of the stored view that have figures: mean, median and mean weighted by size of each; how many
     have none, by reason."""
-    found: dict[str, Any] = {"matrices": 0, "without": {}, "figures": {}}
+    found: dict[str, Any] = {"matrices": 0, "without": {}, "metrics": {}}
     rows = [a | b for a, b in zip(spectra, geometry, strict=True) if a["view"] == "stored"]
     found["matrices"] = len(rows)
     for row in rows:
@@ -258,7 +258,7 @@ def summarise(spectra: list[Row], geometry: list[Row]) -> dict[str, Any]:
         values = [(row[name], row["m"] * row["n"]) for row in rows if row["method"] and row[name] is not None]
         if values:
             value, size = np.array(values, float).T
-            found["figures"][name] = {
+            found["metrics"][name] = {
                 "mean": float(value.mean()),
                 "median": float(np.median(value)),
                 "weighted": float((value * size).sum() / size.sum()),

@@ -12,10 +12,10 @@ from opdkernels.report.tables import Cell, Column, build
 
 COLUMNS = [
     Column("score", "percent"),
-    Column("gain_kept", "percent"),
-    Column("of_change", "percent"),
+    Column("gain_retained", "percent"),
+    Column("update_fraction", "percent"),
     Column("trained", "percent"),
-    Column("in_found", "percent"),
+    Column("mask_recall", "percent"),
     Column("changed_visible", "percent"),
     Column("changed_null", "percent"),
     Column("changed_stored", "percent"),
@@ -68,7 +68,7 @@ def content(result: Mapping[str, Any]) -> dict[str, Any]:
 def told(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row as the table takes it: values with their intervals."""
     found = dict(row)
-    for name in ("score", "gain_kept"):
+    for name in ("score", "gain_retained"):
         if row.get(name) is not None:
             found[name] = Cell(interval(row, name), format.exact(row[name]))
     return {column.key: found.get(column.key) for column in COLUMNS} | {"arm": row["arm"]}
@@ -82,9 +82,9 @@ def interval(row: Mapping[str, Any], name: str) -> str:
 
 def kept(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
     known = [
-        (row["arm"], row["gain_kept"], row["gain_kept_low"], row["gain_kept_high"])
+        (row["arm"], row["gain_retained"], row["gain_retained_low"], row["gain_retained_high"])
         for row in rows
-        if row.get("gain_kept") is not None
+        if row.get("gain_retained") is not None
     ]
     return (
         [
@@ -154,15 +154,15 @@ def headline(result: Mapping[str, Any]) -> str:
 
 def told_masks(rows: Mapping[str, Mapping[str, Any]]) -> str:
     found = rows.get("found", {})
-    if found.get("gain_kept") is None:
+    if found.get("gain_retained") is None:
         return ""
-    return f"Training {format.percent(found['trained'])} of the weights, those that the full run changed most, keeps {format.percent(found['gain_kept'])} of its gain"
+    return f"Training {format.percent(found['trained'])} of the weights, those that the full run changed most, keeps {format.percent(found['gain_retained'])} of its gain"
 
 
 def told_trajectory(rows: Mapping[str, Mapping[str, Any]]) -> str:
     first = next((row for row in rows.values() if row["arm"].startswith("mask at")), None)
     return (
-        f"The {first['arm']} holds {format.percent(first['in_found'])} of the final one; by chance it would hold {format.percent(first['trained'])}"
+        f"The {first['arm']} holds {format.percent(first['mask_recall'])} of the final one; by chance it would hold {format.percent(first['trained'])}"
         if first
         else ""
     )
@@ -170,9 +170,9 @@ def told_trajectory(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def told_interventions(rows: Mapping[str, Mapping[str, Any]]) -> str:
     alone, rest = rows.get("largest alone", {}), rows.get("all but the largest", {})
-    if alone.get("gain_kept") is None or rest.get("gain_kept") is None:
+    if alone.get("gain_retained") is None or rest.get("gain_retained") is None:
         return ""
-    return f"The largest {format.percent(alone['of_change'])} of the changes alone keep {format.percent(alone['gain_kept'])} of the gain, all others {format.percent(rest['gain_kept'])}"
+    return f"The largest {format.percent(alone['update_fraction'])} of the changes alone keep {format.percent(alone['gain_retained'])} of the gain, all others {format.percent(rest['gain_retained'])}"
 
 
 def told_changes(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -198,29 +198,32 @@ def told_best(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def reading(result: Mapping[str, Any]) -> list[str]:
     """What the intervals say of each arm beside the one that all are measured against."""
     rows = {row["arm"]: row for row in result["rows"]}
-    if rows[result["against"]].get("gain_kept") is None:
+    if rows[result["against"]].get("gain_retained") is None:
         return [
             f"The gain of {result['against']} may be nothing at this number of seeds and prompts, so that no share of it is given."
         ]
     found = []
     for arm, row in rows.items():
-        if arm in ("start", result["against"]) or row.get("gain_kept") is None:
+        if arm in ("start", result["against"]) or row.get("gain_retained") is None:
             continue
         verdict = (
             "less than all"
-            if row["gain_kept_high"] < 1
+            if row["gain_retained_high"] < 1
             else "more than all"
-            if row["gain_kept_low"] > 1
+            if row["gain_retained_low"] > 1
             else "not told apart from all"
         )
-        found.append(f"{arm}: keeps {interval(row, 'gain_kept')} of the gain, {verdict} of it.")
+        found.append(f"{arm}: keeps {interval(row, 'gain_retained')} of the gain, {verdict} of it.")
     if result["seeds"] == 1:
         found.append(
             "One seed: the intervals are those of the held-out prompts alone, and another seed may lie outside them."
         )
     ours, like = rows.get("found", {}), rows.get("random matched on |W|", {})
-    if ours.get("gain_kept") is not None and like.get("gain_kept") is not None:
-        apart = ours["gain_kept_low"] > like["gain_kept_high"] or ours["gain_kept_high"] < like["gain_kept_low"]
+    if ours.get("gain_retained") is not None and like.get("gain_retained") is not None:
+        apart = (
+            ours["gain_retained_low"] > like["gain_retained_high"]
+            or ours["gain_retained_high"] < like["gain_retained_low"]
+        )
         found.append(
             "The found set and a random one of the same |W| "
             + (

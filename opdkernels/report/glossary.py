@@ -24,17 +24,17 @@ FIGURES: dict[str, Figure] = {
         "mean reward of greedy completions of held-out prompts, the same for all arms; 95 % interval by resampling seeds, and prompts within them",
         OWN,
     ),
-    "gain_kept": Figure(
+    "gain_retained": Figure(
         "gain kept",
         "an arm's gain in score over the start, over that of the arm it is measured against; 95 % interval by the same resampling, none where that gain may be nothing",
         OWN,
     ),
-    "of_change": Figure(
+    "update_fraction": Figure(
         "of the change",
         "share of the coordinates that the full run changed which are as that run left them; the others are as at the start",
         OWN,
     ),
-    "in_found": Figure(
+    "mask_recall": Figure(
         "of the found set", "share of the full run's set that an arm's mask holds; by chance, its own density", OWN
     ),
     "trained": Figure("trained", "numbers that the optimizer may move, as a share of the coordinates", OWN),

@@ -129,9 +129,9 @@ def test_experiments_find_the_tensors_of_a_model_whose_files_name_them_otherwise
     rows = {row["arm"]: row for row in found["rows"]}
     assert list(rows) == ["start", "full", *arms]
     if name == "masks":
-        assert rows["found"]["in_found"] == 1
+        assert rows["found"]["mask_recall"] == 1
         assert rows["found"]["trained"] == pytest.approx(rows["random"]["trained"], abs=1e-3)
-        assert 0 < rows["random"]["in_found"] < 1 if density else rows["random"]["in_found"] <= 1
+        assert 0 < rows["random"]["mask_recall"] < 1 if density else rows["random"]["mask_recall"] <= 1
 
 
 @pytest.fixture(autouse=True)

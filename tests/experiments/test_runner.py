@@ -52,7 +52,7 @@ def test_a_table_has_every_arm_seed_and_mask(options, tmp_path):
     for name in ("random", "random matched on |W|"):
         assert (made[name] & made["found"]).nnz < 0.6 * made["found"].nnz
     assert made["early"] != made["found"]
-    assert rows["early"]["in_found"] < rows["found"]["in_found"] == 1
+    assert rows["early"]["mask_recall"] < rows["found"]["mask_recall"] == 1
     assert json.loads((tmp_path / "results.json").read_text()) == result
     assert (tmp_path / "table.md").read_text() == markdown(result)
     before = (tmp_path / "seed-0" / "found-0.2" / "checkpoint-10" / "model.safetensors").stat().st_mtime_ns
@@ -68,26 +68,28 @@ def test_a_table_shows_what_tells_something():
         "trained": 1.0,
         "changed_visible": 0.5,
         "changed_stored": 0.5,
-        "of_change": None,
+        "update_fraction": None,
         "relative_norm": 3.22e-4,
     }
     start, full = (
         {**dict.fromkeys(row), **{key: row[key] for key in row if "score" in key}, "arm": "start"},
         {**row, "arm": "full"},
     )
-    other = {**row, "arm": "like |W|", "gain_kept": -0.001, "gain_kept_low": -0.125, "gain_kept_high": 1.5}
+    other = {**row, "arm": "like |W|", "gain_retained": -0.001, "gain_retained_low": -0.125, "gain_retained_high": 1.5}
     head, _, first, _, last = table([start, full, other])
-    assert head == "| arm | score | share of the gain | changed in bf16 | relative norm |"
+    assert head == "| arm | score | gain retained | changed in bf16 | relative norm |"
     assert first == "| start | 0.500 (0.250 to 0.750) |  |  |  |"
     assert last == r"| like \|W\| | 0.500 (0.250 to 0.750) | 0 % (-12 to 150) | 50.0 % | 0.032 % |"
-    wider = table([start, {**full, "trained": 0.2}, {**other, "changed_stored": 0.75, "in_found": 0.5}])
+    wider = table([start, {**full, "trained": 0.2}, {**other, "changed_stored": 0.75, "mask_recall": 0.5}])
     assert (
         wider[0]
-        == "| arm | score | share of the gain | trained | of the found set | changed in bf16 | changed as stored | relative norm |"
+        == "| arm | score | gain retained | trained | mask recall | changed in bf16 | changed as stored | relative norm |"
     )
     assert (
-        table([start, full, {"arm": "a part", "score": 0.5, "score_low": 0.4, "score_high": 0.6, "of_change": 0.2}])[0]
-        == "| arm | score | share of the gain | of the change |"
+        table(
+            [start, full, {"arm": "a part", "score": 0.5, "score_low": 0.4, "score_high": 0.6, "update_fraction": 0.2}]
+        )[0]
+        == "| arm | score | gain retained | update fraction |"
     )
 
 
@@ -95,7 +97,7 @@ def test_one_arm_alone_keeps_its_figures():
     row = {"arm": "full", "score": 0.5, "score_low": 0.25, "score_high": 0.75, "changed_visible": 0.5}
     assert (
         table([{**row, "arm": "start", "changed_visible": None}, row])[0]
-        == "| arm | score | share of the gain | changed in bf16 |"
+        == "| arm | score | gain retained | changed in bf16 |"
     )
     assert table([row, row])[1].count("---") == table([row, row])[0].count("|") - 1
 
@@ -150,7 +152,7 @@ def test_what_rounding_alone_would_show_is_beside_what_changed(options, tmp_path
         )
     assert rows["fp32"]["changed_null"] == pytest.approx(rows["bf16 exact"]["changed_null"], rel=0.2)
     assert 0 < rows["fp32"]["changed_null"] < 0.9 * rows["fp32"]["changed_stored"]
-    assert "by rounding alone" in (tmp_path / "table.md").read_text()
+    assert "expected from bf16 rounding alone" in (tmp_path / "table.md").read_text()
 
 
 def test_weights_that_lie_between_those_of_bf16_have_a_null_of_their_own(options, tmp_path):
@@ -181,9 +183,9 @@ def test_masks_of_a_trajectory_hold_more_and_more_of_the_final_set(options, tmp_
         for path in sorted((tmp_path / "seed-0" / "full").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     ]
     assert steps == [f"checkpoint-{i}" for i in range(11)]
-    held = [rows[f"mask at {share} of the steps"]["in_found"] for share in ("10%", "20%", "50%")]
-    assert held[0] < held[1] < held[2] < rows["found"]["in_found"] == 1
-    assert "of the found set" in (tmp_path / "table.md").read_text()
+    held = [rows[f"mask at {share} of the steps"]["mask_recall"] for share in ("10%", "20%", "50%")]
+    assert held[0] < held[1] < held[2] < rows["found"]["mask_recall"] == 1
+    assert "mask recall" in (tmp_path / "table.md").read_text()
 
 
 def test_a_set_by_another_runs_mask_is_measured_against_the_full_runs(options, tmp_path):
@@ -193,7 +195,7 @@ def test_a_set_by_another_runs_mask_is_measured_against_the_full_runs(options, t
             "masks", options(eval_size=4, steps=2, reward=VARIED), tmp_path, density=0.2, arms=["found by rlvr"]
         )["rows"]
     }
-    assert rows["found by rlvr"]["in_found"] < 0.9
+    assert rows["found by rlvr"]["mask_recall"] < 0.9
 
 
 def test_an_arm_that_changes_nothing_keeps_the_table(options, tmp_path):
@@ -321,9 +323,9 @@ def test_parts_of_a_change_are_scored_as_the_run_scores_itself(options, tmp_path
     full = tmp_path / "seed-0" / "full"
     assert json.loads((full / "made-of-3" / "all-of-it.json").read_text())["scores"] == scores_of(full, 3)
     assert rows["without mlp"]["score"] not in (rows["full"]["score"], rows["start"]["score"])
-    assert rows["all of it"]["of_change"] == 1
-    assert rows["largest alone"]["of_change"] + rows["all but the largest"]["of_change"] == pytest.approx(1)
-    assert rows["mlp alone"]["of_change"] + rows["without mlp"]["of_change"] == pytest.approx(1)
+    assert rows["all of it"]["update_fraction"] == 1
+    assert rows["largest alone"]["update_fraction"] + rows["all but the largest"]["update_fraction"] == pytest.approx(1)
+    assert rows["mlp alone"]["update_fraction"] + rows["without mlp"]["update_fraction"] == pytest.approx(1)
     assert "without the middle third of layers" not in rows  # of two layers
     assert "routers" not in rows
     assert not [path for path in (tmp_path / "seed-0" / "full" / "made-of-3").iterdir() if path.is_dir()]
@@ -356,21 +358,21 @@ def test_intervals_hold_as_often_as_they_say():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(experiments, "RESAMPLES", 400)
             rows = {row["arm"]: row for row in table_rows(scores, {"full": [end], "found": [end]}, "full")}
-        held += rows["found"]["gain_kept_low"] <= 0.8 <= rows["found"]["gain_kept_high"]
+        held += rows["found"]["gain_retained_low"] <= 0.8 <= rows["found"]["gain_retained_high"]
     assert 0.9 <= held / 200 <= 0.99
 
 
 def test_a_gain_that_may_be_none_has_no_share():
     scores = {"start": [[0.0, 1.0] * 10], "full": [[1.0, 0.0] * 10]}
     rows = table_rows(scores, {"full": [{"trained": 1.0}]}, "full")
-    assert "gain_kept" not in rows[1]
+    assert "gain_retained" not in rows[1]
     assert rows[1]["score"] == 0.5
 
 
 def test_all_arms_alike_keep_all_of_the_gain():
     scores = {"start": [[0.0] * 30], "full": [[1.0, 1.0, 0.0] * 10], "found": [[1.0, 1.0, 0.0] * 10]}
     row = table_rows(scores, {"full": [{"trained": 1.0}], "found": [{"trained": 0.2}]}, "full")[2]
-    assert (row["gain_kept"], row["gain_kept_low"], row["gain_kept_high"]) == (1.0, 1.0, 1.0)
+    assert (row["gain_retained"], row["gain_retained_low"], row["gain_retained_high"]) == (1.0, 1.0, 1.0)
 
 
 def test_an_arm_brings_those_that_it_is_made_from():

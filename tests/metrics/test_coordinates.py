@@ -15,10 +15,10 @@ from opdkernels.metrics.coordinates import (
     TOP_SHARES,
     Batch,
     SparseTally,
-    figures,
-    figures_of,
+    compute_metrics,
     near_zero,
     ratio_label,
+    tensor_metrics,
     to_bf16_pattern,
 )
 from opdkernels.ops.delta import THRESHOLDS, Tally, delta
@@ -48,7 +48,7 @@ def coordinates(source, trained, view):
 @pytest.mark.parametrize("hostile", [True, False])
 def test_figures_equal_those_of_the_coordinates(view, dtype, hostile):
     source, trained = make_pair(20_001, dtype, hostile=hostile)
-    row = figures_of(sparse(source, trained), view)
+    row = tensor_metrics(sparse(source, trained), view)
     w, v, d = coordinates(source, trained, view)
     n, size = len(w), np.abs(d)
     assert row["frac_zero"] == (d == 0).sum() / n
@@ -77,7 +77,7 @@ def test_figures_equal_those_of_the_coordinates(view, dtype, hostile):
 @pytest.mark.parametrize("view", ["stored", "visible"])
 def test_relative_thresholds_lie_within_their_bounds(view):
     source, trained = make_pair(20_001, torch.float32, hostile=False)
-    row = figures_of(sparse(source, trained), view)
+    row = tensor_metrics(sparse(source, trained), view)
     w, _, d = coordinates(source, trained, view)
     rms = math.sqrt(math.fsum(w * w) / len(w))
     for tau, label in ((1e-4, "1e-4"), (1e-3, "1e-3"), (1e-2, "1e-2")):
@@ -136,9 +136,9 @@ def test_figures_of_many_tensors_are_those_of_each(view):
     ]
     kinds += [sparse(torch.ones(9), torch.ones(9)), sparse(torch.full((3,), float("nan")), torch.ones(3))]
     tallies = [kinds[i % len(kinds)] for i in range(150)]
-    columns = figures(tallies, view)
+    columns = compute_metrics(tallies, view)
     for i, tally in enumerate(tallies):
-        alone = figures_of(tally, view)
+        alone = tensor_metrics(tally, view)
         for name, column in columns.items():
             value = None if column.dtype == float and math.isnan(column[i]) else column[i]
             assert value == alone[name], (i, name)
@@ -152,14 +152,14 @@ def test_thresholds_round_as_torch_rounds_them():
 @pytest.mark.parametrize("view", ["stored", "visible"])
 def test_an_unmoved_and_an_empty_tensor_have_no_invented_figures(view):
     same = torch.ones(10)
-    row = figures_of(sparse(same, same), view)
+    row = tensor_metrics(sparse(same, same), view)
     assert (row["frac_zero"], row["relative_norm"], row["top_energy_1pct"], row["near_zero_coverage_10pct"]) == (
         1.0,
         0.0,
         None,
         None,
     )
-    row = figures_of(sparse(torch.empty(0), torch.empty(0)), view)
+    row = tensor_metrics(sparse(torch.empty(0), torch.empty(0)), view)
     assert (row["frac_zero"], row["relative_norm"], row["max_abs"], row["near_zero_coverage_10pct"]) == (
         None,
         None,

@@ -18,7 +18,7 @@ def row(arm, score, kept=None, **more):
     def spread(name, value):
         return {name: value, f"{name}_low": value - 0.05, f"{name}_high": value + 0.05}
 
-    return {"arm": arm, **spread("score", score), **(spread("gain_kept", kept) if kept is not None else {}), **more}
+    return {"arm": arm, **spread("score", score), **(spread("gain_retained", kept) if kept is not None else {}), **more}
 
 
 def result(experiment, rows, against="full", along=()):
@@ -54,17 +54,21 @@ FULL = row("full", 0.7, 1.0, trained=1.0, changed_visible=0.3, changed_stored=0.
         ("masks", [FULL], "full", "full: from 20.00 % to 70.00 % on held-out prompts"),
         (
             "trajectory",
-            [FULL, row("mask at 10% of the steps", 0.6, 0.8, trained=0.2, in_found=0.55)],
+            [FULL, row("mask at 10% of the steps", 0.6, 0.8, trained=0.2, mask_recall=0.55)],
             "full",
             "The mask at 10% of the steps holds 55.00 % of the final one; by chance it would hold 20.00 %",
         ),
         (
             "interventions",
-            [FULL, row("largest alone", 0.6, 0.8, of_change=0.2), row("all but the largest", 0.3, 0.2, of_change=0.8)],
+            [
+                FULL,
+                row("largest alone", 0.6, 0.8, update_fraction=0.2),
+                row("all but the largest", 0.3, 0.2, update_fraction=0.8),
+            ],
             "full",
             "The largest 20.00 % of the changes alone keep 80.00 % of the gain, all others 20.00 %",
         ),
-        ("interventions", [FULL, row("mlp alone", 0.6, 0.8, of_change=0.2)], "full", "full: from"),
+        ("interventions", [FULL, row("mlp alone", 0.6, 0.8, update_fraction=0.2)], "full", "full: from"),
         (
             "precision",
             [row("bf16 exact", 0.7, 1.0, changed_stored=0.3), row("fp32", 0.7, 1.0, changed_stored=1.0)],
@@ -95,9 +99,9 @@ def test_the_headline_says_what_was_found(experiment, rows, against, expected):
 
 
 def test_the_table_has_the_columns_that_some_arm_has():
-    found = content(result("interventions", [FULL, row("mlp alone", 0.6, 0.8, of_change=0.2)]))
+    found = content(result("interventions", [FULL, row("mlp alone", 0.6, 0.8, update_fraction=0.2)]))
     keys = [column.key for column in found["table"].columns]
-    assert keys == ["arm", "score", "gain_kept", "of_change", "trained", "changed_visible", "changed_stored"]
+    assert keys == ["arm", "score", "gain_retained", "update_fraction", "trained", "changed_visible", "changed_stored"]
     found = content(
         result(
             "precision",

@@ -1,6 +1,6 @@
 """`--authors-csv`: the files of the paper's own script, for what was written to read them.
 
-Columns and figures are those of `analyze_opd_delta.py --dtype bf16` (SydCS/OPD-Param-Analysis, arXiv 2606.13657),
+Columns and metrics are those of `analyze_opd_delta.py --dtype bf16` (SydCS/OPD-Param-Analysis, arXiv 2606.13657),
 made from the tallies: the visible view, fractions of all coordinates, its matching, and its names of layers, modules
 and blocks, which it finds as substrings (`qkv_proj` is filed under `v_proj`). What differs:
 
@@ -43,9 +43,9 @@ from opdkernels.metrics.coordinates import (
     TOP_SHARES,
     Batch,
     SparseTally,
-    figures_of,
     near_zero,
     ratio_label,
+    tensor_metrics,
     threshold_label,
     to_bf16_pattern,
 )
@@ -306,8 +306,8 @@ def failure(name: str, stage: str, error: str) -> Row:
 def tensor_row(name: str, shape: tuple[int, ...], tally: SparseTally) -> Row:
     n = max(tally.numel, 1)
     source, trained, delta, absolute = tally.energies["visible"]
-    figures = figures_of(tally, "visible")
-    largest = figures["max_abs"] or 0.0
+    metrics = tensor_metrics(tally, "visible")
+    largest = metrics["max_abs"] or 0.0
     if tally.nonfinite:
         source = trained = delta = absolute = largest = math.nan
     source_norm, delta_norm, source_rms = math.sqrt(source), math.sqrt(delta), math.sqrt(source / n)
@@ -340,7 +340,7 @@ def tensor_row(name: str, shape: tuple[int, ...], tally: SparseTally) -> Row:
     for tau, lt in zip(RELATIVE, BELOW_RMS, strict=True):
         row[lt] = math.nan if tally.nonfinite else below(tally, to_bf16_pattern(tau * max(source_rms, EPSILON))) / n
     for p, top in zip(TOP_SHARES, TOP, strict=True):
-        share = figures[f"top_energy_{ratio_label(p)}"]
+        share = metrics[f"top_energy_{ratio_label(p)}"]
         row[top] = math.nan if share is None or tally.nonfinite else share
     return row
 
@@ -404,7 +404,7 @@ def group(tensors: Sequence[Row], keys: Sequence[str]) -> list[Row]:
     for values in sorted(members):
         rows = members[values]
         delta, source = total(rows, "delta_energy"), total(rows, "src_energy")
-        figures = {
+        metrics = {
             "num_tensors": len(rows),
             "total_numel": sum(row["numel"] for row in rows),
             "total_delta_energy": delta,
@@ -412,7 +412,7 @@ def group(tensors: Sequence[Row], keys: Sequence[str]) -> list[Row]:
             "total_src_energy": source,
             "group_relative_delta": math.sqrt(delta) / (math.sqrt(source) + EPSILON),
         }
-        groups.append(dict(zip(keys, values, strict=True)) | figures | averages(rows))
+        groups.append(dict(zip(keys, values, strict=True)) | metrics | averages(rows))
     return sorted(groups, key=lambda row: -row["total_delta_energy"])
 
 
