@@ -45,7 +45,7 @@ def show() -> str:
 
     def again(found: re.Match[str]) -> str:
         result = json.loads((RESULTS / f"{found[2]}.json").read_text())
-        lines = marks_table(result["along"]) if found[3] else table(result["rows"])
+        lines = marks_table(result["snapshots"]) if found[3] else table(result["rows"])
         return "\n".join([f"<!-- {found[1]} -->", *lines, f"<!-- /{found[1]} -->"])
 
     return re.sub(r"<!-- (([\w-]+)( along)?) -->\n(?:.*?\n)?<!-- /\1 -->", again, PAGE.read_text(), flags=re.DOTALL)

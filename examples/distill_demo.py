@@ -19,7 +19,7 @@ COMMAND = [
     "--density",
     "0.2",
     "--arms",
-    "found,random,random matched on |W|",
+    "changed,random,magnitude-matched",
     "--steps",
     "60",
     "--overwrite",

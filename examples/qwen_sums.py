@@ -95,7 +95,7 @@ def main(folder: Path) -> int:
         "--teacher",
         str(folder / "teacher"),
         "--arms",
-        "found",
+        "changed",
         "-o",
         str(folder / "experiment"),
     ]

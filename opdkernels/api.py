@@ -114,7 +114,7 @@ def experiment(
 ) -> dict[str, Any]:
     """Run an experiment on what on-policy distillation does to weights, analyse the pair that it makes, and write its page.
 
-    name: masks, sgd, on-policy, precision, trajectory, subspace or interventions; options: of the runs; out: the folder, where
+    name: masks, sgd, on-policy, precision, trajectory, subspace or grafts; options: of the runs; out: the folder, where
     finished runs are not made again; density: how large masks are, 0 for all that a run changed visibly, None for the
     experiment's own. Returns what results.json holds.
 

@@ -566,7 +566,7 @@ def graft_command(
 ) -> None:
     """Write BASE with a part of the change to TUNED alone, or TUNED without it, to score: which part carries the gain?
 
-    Every coordinate has its bits from one side; files are those of TUNED. `opdkernels experiment interventions` does so for many
+    Every coordinate has its bits from one side; files are those of TUNED. `opdkernels experiment grafts` does so for many
     parts, and scores them.
 
     Example: opdkernels graft Qwen2.5-0.5B my-run/step-200 --where mlp,layers=0-7 --revert -o without
@@ -639,7 +639,7 @@ def experiment(
         str,
         typer.Argument(
             metavar="NAME",
-            help="masks, sgd, on-policy, precision, trajectory, subspace or interventions.",
+            help="masks, sgd, on-policy, precision, trajectory, subspace or grafts.",
             show_default=False,
         ),
     ],
@@ -659,7 +659,7 @@ def experiment(
         typer.Option(
             min=0,
             max=1,
-            help="Share of the coordinates in each mask; 0: all that a run changed visibly to bf16. [default: 0; 0.2 of trajectory and interventions]",
+            help="Share of the coordinates in each mask; 0: all that a run changed visibly to bf16. [default: 0; 0.2 of trajectory and grafts]",
             show_default=False,
         ),
     ] = None,
@@ -674,7 +674,7 @@ def experiment(
 
     masks: the set that a full run changed, against random, |W|-matched, near-zero, early and RLVR's sets. sgd: rates of AdamW and
     SGD. on-policy: shares of the student's own samples. precision: bf16 exact, bf16 rounded, fp32. trajectory: masks of a tenth,
-    a fifth and half of the steps. subspace: LoRA and the early subspace, against masks of their size. interventions: parts of a
+    a fifth and half of the steps. subspace: LoRA and the early subspace, against masks of their size. grafts: parts of a
     run's change alone, or taken back. OUT gets every arm's run, of which finished ones are not made again, results.json,
     table.md, report.html, and the analysis of what one run changed.
 

@@ -190,21 +190,21 @@ ADAMW = {"optimizer": "adamw", "momentum": 0.0}
 SGD = {"optimizer": "sgd", "betas": (0.9, 0.999), "eps": 1e-8}
 BF16 = {"dtype": "bfloat16", "precision": "exact"}
 FULL = Arm("full")
-MATCHED = "random matched on |W|"
-LORA = "lora of rank 8"
+MATCHED = "magnitude-matched"
+LORA = "lora rank 8"
 PIECES = 10  # of a run's steps: masks are taken after a tenth, a fifth, a half
 EXPERIMENTS = {
     "masks": Experiment(
         "Does training only what a full run changed keep its gain, and is it the set that matters or its size and its |W|?",
         [
             FULL,
-            Arm("found", mask=changed),
+            Arm("changed", mask=changed),
             Arm("random", mask=random),
             Arm(MATCHED, mask=random_like),
             Arm("near zero", mask=near_zero),
-            Arm("early", mask=changed, at=0.1),
+            Arm("early-changed", mask=changed, at=0.1),
             Arm("rlvr", RLVR),
-            Arm("found by rlvr", mask=changed, of="rlvr"),
+            Arm("changed by rlvr", mask=changed, of="rlvr"),
         ],
     ),
     "sgd": Experiment(
@@ -217,17 +217,17 @@ EXPERIMENTS = {
     ),
     "on-policy": Experiment(
         "Does the share of the student's own samples make the update sparse?",
-        [Arm(f"on_policy {share}", {"on_policy": share}) for share in (0.0, 0.25, 0.5, 1.0)],
-        against="on_policy 1.0",
+        [Arm(f"on-policy {share}", {"on_policy": share}) for share in (0.0, 0.25, 0.5, 1.0)],
+        against="on-policy 1.0",
     ),
     "precision": Experiment(
         "How much of the sparsity is rounding? bf16 with an exact remainder, bf16 rounded at each step, fp32; and what rounding alone would show of updates of that size.",
         [
-            Arm("bf16 exact", BF16),
+            Arm("bf16 split-master", BF16),
             Arm("bf16 nearest", {**BF16, "precision": "nearest"}),
             Arm("fp32", {"dtype": "float32", "precision": "exact"}),
         ],
-        against="bf16 exact",
+        against="bf16 split-master",
         null=True,
     ),
     "trajectory": Experiment(
@@ -235,7 +235,7 @@ EXPERIMENTS = {
         [
             FULL,
             *(Arm(f"mask at {share:.0%} of the steps", mask=changed, at=share) for share in (0.1, 0.2, 0.5)),
-            Arm("found", mask=changed),
+            Arm("changed", mask=changed),
             Arm(MATCHED, mask=random_like),
         ],
         density=0.2,
@@ -247,7 +247,7 @@ EXPERIMENTS = {
             *(Arm(f"{LORA} lr x {k}", {"lora_rank": 8, "precision": "exact", "lr": k}) for k in (3.0, 10.0, 30.0)),
             *(
                 Arm(
-                    f"early subspace of rank 16 lr x {k}",
+                    f"early subspace rank 16 lr x {k}",
                     {"lora_rank": 16, "precision": "exact", "lr": k},
                     subspace=True,
                     at=0.2,
@@ -255,21 +255,21 @@ EXPERIMENTS = {
                 for k in (3.0, 10.0, 30.0)
             ),
             *(
-                Arm(f"early mask lr x {k}", {"lr": k}, mask=changed, at=0.2, size_of=f"{LORA} lr x 3.0")
+                Arm(f"early-changed lr x {k}", {"lr": k}, mask=changed, at=0.2, size_of=f"{LORA} lr x 3.0")
                 for k in (1.0, 3.0, 10.0)
             ),
-            *(Arm(f"found lr x {k}", {"lr": k}, mask=changed, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0)),
+            *(Arm(f"changed lr x {k}", {"lr": k}, mask=changed, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0)),
             *(Arm(f"random lr x {k}", {"lr": k}, mask=random, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0)),
         ],
     ),
-    "interventions": Experiment(
+    "grafts": Experiment(
         "Which part of the change carries the gain? A full run's last checkpoint with a part of its change alone, or without it.",
         [
             FULL,
             Arm("largest alone", part=Part(changed)),
             Arm("all but the largest", part=Part(changed, revert=True)),
             Arm("random alone", part=Part(random)),
-            Arm("matched on |W| alone", part=Part(random_like)),
+            Arm("magnitude-matched alone", part=Part(random_like)),
             Arm("near zero alone", part=Part(near_zero)),
             Arm("principal alone", part=Part(principal)),
             *(Arm(f"{block} alone", part=Part(where=block)) for block in ("attention", "mlp")),

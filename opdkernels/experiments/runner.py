@@ -122,7 +122,7 @@ def run_experiment(
         "task": options.prompts,
         "options": changed_options(options),
         "rows": table_rows({arm: scores[arm] for arm in (START, *ends)}, ends, experiment.against),
-        "along": along(folder / f"seed-{options.seed}" / slug(experiment.against)),
+        "snapshots": along(folder / f"seed-{options.seed}" / slug(experiment.against)),
     }
     write_json(folder / "results.json", result)
     (folder / "table.md").write_text(markdown(result))

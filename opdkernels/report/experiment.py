@@ -26,7 +26,7 @@ COLUMNS = [
 
 def content(result: Mapping[str, Any]) -> dict[str, Any]:
     """The template's variables."""
-    rows, along = result["rows"], result["along"]
+    rows, along = result["rows"], result["snapshots"]
     columns = [column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)]
     return {
         "title": f"Experiment {result['experiment']}",
@@ -139,7 +139,7 @@ def headline(result: Mapping[str, Any]) -> str:
     told = {
         "masks": told_masks,
         "trajectory": told_trajectory,
-        "interventions": told_interventions,
+        "grafts": told_grafts,
         "on-policy": told_changes,
         "precision": told_changes,
     }
@@ -153,7 +153,7 @@ def headline(result: Mapping[str, Any]) -> str:
 
 
 def told_masks(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    found = rows.get("found", {})
+    found = rows.get("changed", {})
     if found.get("gain_retained") is None:
         return ""
     return f"Training {format.percent(found['trained'])} of the weights, those that the full run changed most, keeps {format.percent(found['gain_retained'])} of its gain"
@@ -168,7 +168,7 @@ def told_trajectory(rows: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def told_interventions(rows: Mapping[str, Mapping[str, Any]]) -> str:
+def told_grafts(rows: Mapping[str, Mapping[str, Any]]) -> str:
     alone, rest = rows.get("largest alone", {}), rows.get("all but the largest", {})
     if alone.get("gain_retained") is None or rest.get("gain_retained") is None:
         return ""
@@ -218,7 +218,7 @@ def reading(result: Mapping[str, Any]) -> list[str]:
         found.append(
             "One seed: the intervals are those of the held-out prompts alone, and another seed may lie outside them."
         )
-    ours, like = rows.get("found", {}), rows.get("random matched on |W|", {})
+    ours, like = rows.get("changed", {}), rows.get("magnitude-matched", {})
     if ours.get("gain_retained") is not None and like.get("gain_retained") is not None:
         apart = (
             ours["gain_retained_low"] > like["gain_retained_high"]

@@ -200,9 +200,9 @@ def test_a_run_goes_on_with_overwrite_unless_it_lacks_checkpoints(options, tmp_p
 
 def test_an_experiment_finds_its_checkpoints_with_overwrite(options, tmp_path):
     chosen = {"eval_size": 4, "steps": 20, "track_every": 2, "lr": 1e-4}
-    run_experiment("interventions", options(**chosen), tmp_path, arms=["random alone"])
+    run_experiment("grafts", options(**chosen), tmp_path, arms=["random alone"])
     arm = "mask at 10% of the steps"
-    with pytest.raises(UsageError, match=r"holds results of the experiment interventions; .*--overwrite them"):
+    with pytest.raises(UsageError, match=r"holds results of the experiment grafts; .*--overwrite them"):
         run_experiment("trajectory", options(**chosen), tmp_path, arms=[arm])
     rows = run_experiment("trajectory", options(overwrite=True, **chosen), tmp_path, arms=[arm])["rows"]
     assert [row["arm"] for row in rows] == ["start", "full", arm]

@@ -102,7 +102,7 @@ class Processor:
 
 
 @pytest.mark.parametrize(
-    ("name", "density"), [("masks", 0.0), ("masks", 0.2), ("interventions", 0.0), ("interventions", 0.2)]
+    ("name", "density"), [("masks", 0.0), ("masks", 0.2), ("grafts", 0.0), ("grafts", 0.2)]
 )
 def test_experiments_find_the_tensors_of_a_model_whose_files_name_them_otherwise(folders, tmp_path, name, density):
     """Checkpoints of this model have another prefix than its parameters."""
@@ -122,15 +122,15 @@ def test_experiments_find_the_tensors_of_a_model_whose_files_name_them_otherwise
         },
     )
     arms = {
-        "masks": ["found", "random", "random matched on |W|"],
-        "interventions": ["largest alone", "matched on |W| alone", "mlp alone"],
+        "masks": ["changed", "random", "magnitude-matched"],
+        "grafts": ["largest alone", "magnitude-matched alone", "mlp alone"],
     }[name]
     found = run_experiment(name, chosen, tmp_path, density=density, arms=arms)
     rows = {row["arm"]: row for row in found["rows"]}
     assert list(rows) == ["start", "full", *arms]
     if name == "masks":
-        assert rows["found"]["mask_recall"] == 1
-        assert rows["found"]["trained"] == pytest.approx(rows["random"]["trained"], abs=1e-3)
+        assert rows["changed"]["mask_recall"] == 1
+        assert rows["changed"]["trained"] == pytest.approx(rows["random"]["trained"], abs=1e-3)
         assert 0 < rows["random"]["mask_recall"] < 1 if density else rows["random"]["mask_recall"] <= 1
 
 

@@ -37,10 +37,10 @@ def test_a_table_has_every_arm_seed_and_mask(options, tmp_path):
         tmp_path,
         seeds=2,
         density=0.2,
-        arms=["found", "random", "random matched on |W|", "near zero", "early"],
+        arms=["changed", "random", "magnitude-matched", "near zero", "early-changed"],
     )
     rows = {row["arm"]: row for row in result["rows"]}
-    assert list(rows) == ["start", "full", "found", "random", "random matched on |W|", "near zero", "early"]
+    assert list(rows) == ["start", "full", "changed", "random", "magnitude-matched", "near zero", "early-changed"]
     for name in list(rows)[2:]:
         assert rows[name]["trained"] == pytest.approx(0.2, abs=0.01)
         assert rows[name]["changed_stored"] <= rows[name]["trained"]
@@ -49,14 +49,14 @@ def test_a_table_has_every_arm_seed_and_mask(options, tmp_path):
         name: MaskSet.load(tmp_path / "seed-1" / "full" / "made-of-10" / f"{file}-0.2.masks.safetensors")
         for name, file in FILES.items()
     }
-    for name in ("random", "random matched on |W|"):
-        assert (made[name] & made["found"]).nnz < 0.6 * made["found"].nnz
-    assert made["early"] != made["found"]
-    assert rows["early"]["mask_recall"] < rows["found"]["mask_recall"] == 1
+    for name in ("random", "magnitude-matched"):
+        assert (made[name] & made["changed"]).nnz < 0.6 * made["changed"].nnz
+    assert made["early-changed"] != made["changed"]
+    assert rows["early-changed"]["mask_recall"] < rows["changed"]["mask_recall"] == 1
     assert json.loads((tmp_path / "results.json").read_text()) == result
     assert (tmp_path / "table.md").read_text() == markdown(result)
     before = (tmp_path / "seed-0" / "found-0.2" / "checkpoint-10" / "model.safetensors").stat().st_mtime_ns
-    assert run_experiment("masks", chosen, tmp_path, seeds=2, density=0.2, arms=["found"])["rows"][2] == rows["found"]
+    assert run_experiment("masks", chosen, tmp_path, seeds=2, density=0.2, arms=["changed"])["rows"][2] == rows["changed"]
     assert (tmp_path / "seed-0" / "found-0.2" / "checkpoint-10" / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -120,11 +120,11 @@ def test_sizes_that_make_no_sense_are_refused_before_anything_runs(options, tmp_
 def test_parts_are_scored_as_their_seed_is(options, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(experiments, "score", lambda options, folder: seen.append(options.seed) or [0.5] * 4)
-    run_experiment("interventions", options(eval_size=4, steps=2, seed=3), tmp_path, seeds=2, arms=["mlp alone"])
+    run_experiment("grafts", options(eval_size=4, steps=2, seed=3), tmp_path, seeds=2, arms=["mlp alone"])
     assert seen == [3, 4]
 
 
-FILES = {"found": "changed", "random": "random", "random matched on |W|": "random-like", "early": "changed-at-0.1"}
+FILES = {"changed": "changed", "random": "random", "magnitude-matched": "random-like", "early-changed": "changed-at-0.1"}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -141,16 +141,16 @@ def test_what_rounding_alone_would_show_is_beside_what_changed(options, tmp_path
     rows = {
         row["arm"]: row for row in run_experiment("precision", options(eval_size=4, steps=2, lr=1e-4), tmp_path)["rows"]
     }
-    for arm in ("bf16-exact", "bf16-nearest", "fp32"):  # weights of bf16 all, whatever they are stored in
+    for arm in ("bf16-split-master", "bf16-nearest", "fp32"):  # weights of bf16 all, whatever they are stored in
         visible = analyze(
-            tmp_path / "seed-0" / "bf16-exact" / "checkpoint-0",
+            tmp_path / "seed-0" / "bf16-split-master" / "checkpoint-0",
             tmp_path / "seed-0" / arm / "checkpoint-2",
             spectra="off",
         ).summary["views"]["visible"]
-        assert rows[arm.replace("-", " ")]["changed_null"] == pytest.approx(
+        assert rows[arm.replace("-", " ", 1)]["changed_null"] == pytest.approx(
             visible["changed_null"] / visible["numel"], rel=1e-12
         )
-    assert rows["fp32"]["changed_null"] == pytest.approx(rows["bf16 exact"]["changed_null"], rel=0.2)
+    assert rows["fp32"]["changed_null"] == pytest.approx(rows["bf16 split-master"]["changed_null"], rel=0.2)
     assert 0 < rows["fp32"]["changed_null"] < 0.9 * rows["fp32"]["changed_stored"]
     assert "expected from bf16 rounding alone" in (tmp_path / "table.md").read_text()
 
@@ -184,7 +184,7 @@ def test_masks_of_a_trajectory_hold_more_and_more_of_the_final_set(options, tmp_
     ]
     assert steps == [f"checkpoint-{i}" for i in range(11)]
     held = [rows[f"mask at {share} of the steps"]["mask_recall"] for share in ("10%", "20%", "50%")]
-    assert held[0] < held[1] < held[2] < rows["found"]["mask_recall"] == 1
+    assert held[0] < held[1] < held[2] < rows["changed"]["mask_recall"] == 1
     assert "mask recall" in (tmp_path / "table.md").read_text()
 
 
@@ -192,10 +192,10 @@ def test_a_set_by_another_runs_mask_is_measured_against_the_full_runs(options, t
     rows = {
         row["arm"]: row
         for row in run_experiment(
-            "masks", options(eval_size=4, steps=2, reward=VARIED), tmp_path, density=0.2, arms=["found by rlvr"]
+            "masks", options(eval_size=4, steps=2, reward=VARIED), tmp_path, density=0.2, arms=["changed by rlvr"]
         )["rows"]
     }
-    assert rows["found by rlvr"]["mask_recall"] < 0.9
+    assert rows["changed by rlvr"]["mask_recall"] < 0.9
 
 
 def test_an_arm_that_changes_nothing_keeps_the_table(options, tmp_path):
@@ -211,7 +211,7 @@ def test_an_arm_that_changes_nothing_keeps_the_table(options, tmp_path):
     ("given", "name", "arm", "message"),
     [
         ({"on_policy": 0.5}, "masks", "rlvr", "of the arm rlvr: .*set on_policy=1"),
-        ({"lora_rank": 4}, "masks", "found", "of the arm found: .*choose one"),
+        ({"lora_rank": 4}, "masks", "changed", "of the arm found: .*choose one"),
         (
             {"steps": 12},
             "trajectory",
@@ -236,30 +236,30 @@ def test_a_run_without_the_marks_that_masks_are_made_from_is_named(options, tmp_
 
 
 def test_masks_of_the_size_of_lora(options, tmp_path):
-    arm = "early mask lr x 1.0"
+    arm = "early-changed lr x 1.0"
     rows = {
         row["arm"]: row
         for row in run_experiment(
-            "subspace", options(eval_size=4, steps=10), tmp_path, arms=[arm, "early subspace of rank 16 lr x 3.0"]
+            "subspace", options(eval_size=4, steps=10), tmp_path, arms=[arm, "early subspace rank 16 lr x 3.0"]
         )["rows"]
     }
-    assert list(rows) == ["start", "full", "lora of rank 8 lr x 3.0", "early subspace of rank 16 lr x 3.0", arm]
+    assert list(rows) == ["start", "full", "lora rank 8 lr x 3.0", "early subspace rank 16 lr x 3.0", arm]
     linear = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)] * 2
     total = 2 * 15 * 32 + sum(m * n for m, n in linear) + 5 * 32 + 2 * (32 + 16 + 16)
-    assert rows["lora of rank 8 lr x 3.0"]["trained"] == pytest.approx(sum(8 * (m + n) for m, n in linear) / total)
-    assert rows["early subspace of rank 16 lr x 3.0"]["trained"] == pytest.approx(
+    assert rows["lora rank 8 lr x 3.0"]["trained"] == pytest.approx(sum(8 * (m + n) for m, n in linear) / total)
+    assert rows["early subspace rank 16 lr x 3.0"]["trained"] == pytest.approx(
         sum(16 * m for m, _ in linear) / total
     )
-    assert rows[arm]["trained"] == pytest.approx(rows["lora of rank 8 lr x 3.0"]["trained"], abs=1 / total)
+    assert rows[arm]["trained"] == pytest.approx(rows["lora rank 8 lr x 3.0"]["trained"], abs=1 / total)
 
 
 def test_an_arm_whose_mask_would_be_empty_has_no_row(options, tmp_path):
     result = run_experiment(
-        "masks", options(eval_size=4, steps=2), tmp_path, arms=["found by rlvr"]
+        "masks", options(eval_size=4, steps=2), tmp_path, arms=["changed by rlvr"]
     )  # no completion is right, so that RLVR changes nothing
     assert [row["arm"] for row in result["rows"]] == ["start", "full", "rlvr"]
     still = options(eval_size=4, steps=2, teacher="", kl_weight=0, reward_weight=1, samples=2)
-    result = run_experiment("masks", still, tmp_path / "still", arms=["found", "random", "near zero"])
+    result = run_experiment("masks", still, tmp_path / "still", arms=["changed", "random", "near zero"])
     assert [row["arm"] for row in result["rows"]] == ["start", "full"]
 
 
@@ -270,13 +270,13 @@ def test_results_of_another_experiment_are_not_replaced(options, tmp_path):
     with pytest.raises(
         UsageError, match="holds results of the experiment masks; choose another folder, or --overwrite them"
     ):
-        run_experiment("interventions", chosen, tmp_path)
+        run_experiment("grafts", chosen, tmp_path)
     assert (tmp_path / "results.json").read_text() == before
     assert (
-        run_experiment("interventions", options(eval_size=4, steps=2, overwrite=True), tmp_path, arms=["mlp alone"])[
+        run_experiment("grafts", options(eval_size=4, steps=2, overwrite=True), tmp_path, arms=["mlp alone"])[
             "experiment"
         ]
-        == "interventions"
+        == "grafts"
     )
     for bad in ("{}", "[]", "{"):
         (tmp_path / "results.json").write_text(bad)
@@ -285,11 +285,11 @@ def test_results_of_another_experiment_are_not_replaced(options, tmp_path):
 
 
 def test_progress_goes_to_the_error_stream(options, tmp_path, capfd):
-    run_experiment("masks", options(eval_size=4, steps=2), tmp_path, arms=["found by rlvr"], quiet=False)
+    run_experiment("masks", options(eval_size=4, steps=2), tmp_path, arms=["changed by rlvr"], quiet=False)
     said = capfd.readouterr()
     assert said.out == ""
     assert "masks, seed 0: full\n" in said.err
-    assert "found by rlvr is left out: nothing had changed\n" in said.err
+    assert "changed by rlvr is left out: nothing had changed\n" in said.err
 
 
 def test_seeds_are_counted_from_the_one_that_is_given(options, tmp_path):
@@ -297,13 +297,13 @@ def test_seeds_are_counted_from_the_one_that_is_given(options, tmp_path):
     result = run_experiment("masks", chosen, tmp_path / "a", seeds=2, arms=["full"])
     assert sorted(path.name for path in (tmp_path / "a").glob("seed-*")) == ["seed-3", "seed-4"]
     assert (result["seeds"], result["options"]["seed"]) == (2, 3)
-    assert result["along"] == run_experiment("masks", chosen, tmp_path / "b", arms=["full"])["along"]
+    assert result["snapshots"] == run_experiment("masks", chosen, tmp_path / "b", arms=["full"])["snapshots"]
     assert experiments.pair_of(tmp_path / "a", result)[1] == tmp_path / "a" / "seed-3" / "full" / "checkpoint-2"
 
 
 def test_options_of_other_arms_do_not_keep_those_that_have_no_use_for_them_from_running(options, tmp_path):
     chosen = options(eval_size=4, steps=2, divergence="jsd", beta=0.3, k=3, temperature=0.5, precision="nearest")
-    for name, arm in (("masks", "rlvr"), ("subspace", "lora of rank 8 lr x 3.0")):
+    for name, arm in (("masks", "rlvr"), ("subspace", "lora rank 8 lr x 3.0")):
         assert arm in [row["arm"] for row in run_experiment(name, chosen, tmp_path / name, arms=[arm])["rows"]]
 
 
@@ -312,13 +312,13 @@ def test_parts_of_a_change_are_scored_as_the_run_scores_itself(options, tmp_path
     every = arms.Part(where="attention,mlp,embedding,lm_head,norm")
     arm = arms.Arm("all of it", part=every)
     lacking = arms.Arm("routers", part=arms.Part(where="router"))
-    parts = EXPERIMENTS["interventions"]
+    parts = EXPERIMENTS["grafts"]
     monkeypatch.setitem(
         experiments.EXPERIMENTS,
-        "interventions",
+        "grafts",
         arms.Experiment(parts.about, [*parts.arms, arm, lacking], density=parts.density),
     )
-    rows = {row["arm"]: row for row in run_experiment("interventions", chosen, tmp_path)["rows"]}
+    rows = {row["arm"]: row for row in run_experiment("grafts", chosen, tmp_path)["rows"]}
     assert rows["all of it"]["score"] == rows["full"]["score"] != rows["start"]["score"]
     full = tmp_path / "seed-0" / "full"
     assert json.loads((full / "made-of-3" / "all-of-it.json").read_text())["scores"] == scores_of(full, 3)
@@ -332,12 +332,12 @@ def test_parts_of_a_change_are_scored_as_the_run_scores_itself(options, tmp_path
 
 
 def test_what_is_made_from_a_run_is_made_again_when_it_goes_on(options, tmp_path):
-    first = run_experiment("masks", options(eval_size=4, steps=2), tmp_path / "a", density=0.2, arms=["found"])
+    first = run_experiment("masks", options(eval_size=4, steps=2), tmp_path / "a", density=0.2, arms=["changed"])
     with pytest.raises(UsageError, match="holds another run"):
-        run_experiment("masks", options(eval_size=4, steps=4), tmp_path / "a", density=0.2, arms=["found"])
+        run_experiment("masks", options(eval_size=4, steps=4), tmp_path / "a", density=0.2, arms=["changed"])
     with pytest.raises(UsageError, match="has taken 4 steps and steps is 2"):
-        run_experiment("masks", options(eval_size=4, steps=2), tmp_path / "a", density=0.2, arms=["found"])
-    run_experiment("masks", options(eval_size=4, steps=4, overwrite=True), tmp_path / "a", density=0.2, arms=["found"])
+        run_experiment("masks", options(eval_size=4, steps=2), tmp_path / "a", density=0.2, arms=["changed"])
+    run_experiment("masks", options(eval_size=4, steps=4, overwrite=True), tmp_path / "a", density=0.2, arms=["changed"])
     masks = [
         MaskSet.load(tmp_path / "a" / "seed-0" / "full" / f"made-of-{step}" / "changed-0.2.masks.safetensors")
         for step in (2, 4)
@@ -353,12 +353,12 @@ def test_intervals_hold_as_often_as_they_say():
     for _ in range(200):
         scores = {
             name: [(rng.random(150) < rate).astype(float).tolist()]
-            for name, rate in (("start", 0.2), ("full", 0.7), ("found", 0.6))
+            for name, rate in (("start", 0.2), ("full", 0.7), ("changed", 0.6))
         }
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(experiments, "RESAMPLES", 400)
-            rows = {row["arm"]: row for row in table_rows(scores, {"full": [end], "found": [end]}, "full")}
-        held += rows["found"]["gain_retained_low"] <= 0.8 <= rows["found"]["gain_retained_high"]
+            rows = {row["arm"]: row for row in table_rows(scores, {"full": [end], "changed": [end]}, "full")}
+        held += rows["changed"]["gain_retained_low"] <= 0.8 <= rows["changed"]["gain_retained_high"]
     assert 0.9 <= held / 200 <= 0.99
 
 
@@ -370,13 +370,13 @@ def test_a_gain_that_may_be_none_has_no_share():
 
 
 def test_all_arms_alike_keep_all_of_the_gain():
-    scores = {"start": [[0.0] * 30], "full": [[1.0, 1.0, 0.0] * 10], "found": [[1.0, 1.0, 0.0] * 10]}
-    row = table_rows(scores, {"full": [{"trained": 1.0}], "found": [{"trained": 0.2}]}, "full")[2]
+    scores = {"start": [[0.0] * 30], "full": [[1.0, 1.0, 0.0] * 10], "changed": [[1.0, 1.0, 0.0] * 10]}
+    row = table_rows(scores, {"full": [{"trained": 1.0}], "changed": [{"trained": 0.2}]}, "full")[2]
     assert (row["gain_retained"], row["gain_retained_low"], row["gain_retained_high"]) == (1.0, 1.0, 1.0)
 
 
 def test_an_arm_brings_those_that_it_is_made_from():
-    assert [arm.name for arm in needed(EXPERIMENTS["masks"], ["found by rlvr"])] == ["full", "rlvr", "found by rlvr"]
+    assert [arm.name for arm in needed(EXPERIMENTS["masks"], ["changed by rlvr"])] == ["full", "rlvr", "changed by rlvr"]
     with pytest.raises(UsageError, match="there is no arm magic"):
         needed(EXPERIMENTS["masks"], ["magic"])
 
@@ -409,11 +409,11 @@ def test_a_signal_stops_the_experiment_and_not_an_arm_alone(options, tmp_path, m
     monkeypatch.setattr(loop, "train", signalled)
     chosen = options(eval_size=4, steps=3)
     with pytest.raises(KeyboardInterrupt):
-        run_experiment("masks", chosen, tmp_path, density=0.2, arms=["found"])
+        run_experiment("masks", chosen, tmp_path, density=0.2, arms=["changed"])
     assert not list((tmp_path / "seed-0").rglob("*.masks.safetensors"))
     monkeypatch.undo()
-    assert [row["arm"] for row in run_experiment("masks", chosen, tmp_path, density=0.2, arms=["found"])["rows"]] == [
+    assert [row["arm"] for row in run_experiment("masks", chosen, tmp_path, density=0.2, arms=["changed"])["rows"]] == [
         "start",
         "full",
-        "found",
+        "changed",
     ]

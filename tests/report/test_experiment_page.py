@@ -35,7 +35,7 @@ def result(experiment, rows, against="full", along=()):
         "task": "addition",
         "options": {"lr": 0.1},
         "rows": [row("start", 0.2), *rows],
-        "along": list(along),
+        "snapshots": list(along),
     }
 
 
@@ -47,7 +47,7 @@ FULL = row("full", 0.7, 1.0, trained=1.0, changed_visible=0.3, changed_stored=0.
     [
         (
             "masks",
-            [FULL, row("found", 0.6, 0.8, trained=0.2)],
+            [FULL, row("changed", 0.6, 0.8, trained=0.2)],
             "full",
             "Training 20.00 % of the weights, those that the full run changed most, keeps 80.00 % of its gain (full: 20.00 % to 70.00 %)",
         ),
@@ -59,7 +59,7 @@ FULL = row("full", 0.7, 1.0, trained=1.0, changed_visible=0.3, changed_stored=0.
             "The mask at 10% of the steps holds 55.00 % of the final one; by chance it would hold 20.00 %",
         ),
         (
-            "interventions",
+            "grafts",
             [
                 FULL,
                 row("largest alone", 0.6, 0.8, update_fraction=0.2),
@@ -68,12 +68,12 @@ FULL = row("full", 0.7, 1.0, trained=1.0, changed_visible=0.3, changed_stored=0.
             "full",
             "The largest 20.00 % of the changes alone keep 80.00 % of the gain, all others 20.00 %",
         ),
-        ("interventions", [FULL, row("mlp alone", 0.6, 0.8, update_fraction=0.2)], "full", "full: from"),
+        ("grafts", [FULL, row("mlp alone", 0.6, 0.8, update_fraction=0.2)], "full", "full: from"),
         (
             "precision",
-            [row("bf16 exact", 0.7, 1.0, changed_stored=0.3), row("fp32", 0.7, 1.0, changed_stored=1.0)],
-            "bf16 exact",
-            "Changed as stored: 30.00 % with bf16 exact, 100 % with fp32",
+            [row("bf16 split-master", 0.7, 1.0, changed_stored=0.3), row("fp32", 0.7, 1.0, changed_stored=1.0)],
+            "bf16 split-master",
+            "Changed as stored: 30.00 % with bf16 split-master, 100 % with fp32",
         ),
         (
             "sgd",
@@ -88,9 +88,9 @@ FULL = row("full", 0.7, 1.0, trained=1.0, changed_visible=0.3, changed_stored=0.
         ),
         (
             "subspace",
-            [FULL, row("lora of rank 8 lr x 3.0", 0.5, 0.6)],
+            [FULL, row("lora rank 8 lr x 3.0", 0.5, 0.6)],
             "full",
-            "At the best of its rates: lora of rank 8 50.00 %",
+            "At the best of its rates: lora rank 8 50.00 %",
         ),
     ],
 )
@@ -99,14 +99,14 @@ def test_the_headline_says_what_was_found(experiment, rows, against, expected):
 
 
 def test_the_table_has_the_columns_that_some_arm_has():
-    found = content(result("interventions", [FULL, row("mlp alone", 0.6, 0.8, update_fraction=0.2)]))
+    found = content(result("grafts", [FULL, row("mlp alone", 0.6, 0.8, update_fraction=0.2)]))
     keys = [column.key for column in found["table"].columns]
     assert keys == ["arm", "score", "gain_retained", "update_fraction", "trained", "changed_visible", "changed_stored"]
     found = content(
         result(
             "precision",
-            [row("bf16 exact", 0.7, 1.0, changed_visible=0.3, changed_null=0.31, changed_stored=0.3)],
-            "bf16 exact",
+            [row("bf16 split-master", 0.7, 1.0, changed_visible=0.3, changed_null=0.31, changed_stored=0.3)],
+            "bf16 split-master",
         )
     )
     assert [column.key for column in found["table"].columns][-3:] == [
@@ -133,7 +133,7 @@ def test_intervals_lie_on_the_drawing_whatever_their_sign(shift):
 
 
 def test_one_seed_is_said_to_be_one():
-    rows = [FULL, row("found", 0.6, 0.8, trained=0.2)]
+    rows = [FULL, row("changed", 0.6, 0.8, trained=0.2)]
     assert not any("One seed" in line for line in content(result("masks", rows))["reading"])
     assert any("prompts alone" in line for line in content({**result("masks", rows), "seeds": 1})["reading"])
 
@@ -155,7 +155,7 @@ def test_a_run_that_changed_nothing_has_no_curve_of_its_final_set():
 
 
 def test_a_page_is_written_again(tmp_path):
-    found = result("masks", [FULL, row("found", 0.6, 0.8, trained=0.2)])
+    found = result("masks", [FULL, row("changed", 0.6, 0.8, trained=0.2)])
     (tmp_path / "results.json").write_text(json.dumps(found))
     assert "keeps 80.00" in write_report(tmp_path).read_text()
     for bad in ("{}", "[]", "{"):
@@ -165,7 +165,7 @@ def test_a_page_is_written_again(tmp_path):
 
 
 def test_a_gain_that_may_be_none_is_said():
-    found = content(result("masks", [row("full", 0.21), row("found", 0.22, trained=0.2)]))
+    found = content(result("masks", [row("full", 0.21), row("changed", 0.22, trained=0.2)]))
     assert found["reading"] == [
         "The gain of full may be nothing at this number of seeds and prompts, so that no share of it is given."
     ]
