@@ -101,9 +101,7 @@ class Processor:
         self.tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    ("name", "density"), [("masks", 0.0), ("masks", 0.2), ("grafts", 0.0), ("grafts", 0.2)]
-)
+@pytest.mark.parametrize(("name", "density"), [("masks", 0.0), ("masks", 0.2), ("grafts", 0.0), ("grafts", 0.2)])
 def test_experiments_find_the_tensors_of_a_model_whose_files_name_them_otherwise(folders, tmp_path, name, density):
     """Checkpoints of this model have another prefix than its parameters."""
     chosen = validate_options(

@@ -56,7 +56,9 @@ def test_a_table_has_every_arm_seed_and_mask(options, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == result
     assert (tmp_path / "table.md").read_text() == markdown(result)
     before = (tmp_path / "seed-0" / "found-0.2" / "checkpoint-10" / "model.safetensors").stat().st_mtime_ns
-    assert run_experiment("masks", chosen, tmp_path, seeds=2, density=0.2, arms=["changed"])["rows"][2] == rows["changed"]
+    assert (
+        run_experiment("masks", chosen, tmp_path, seeds=2, density=0.2, arms=["changed"])["rows"][2] == rows["changed"]
+    )
     assert (tmp_path / "seed-0" / "found-0.2" / "checkpoint-10" / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -124,7 +126,12 @@ def test_parts_are_scored_as_their_seed_is(options, tmp_path, monkeypatch):
     assert seen == [3, 4]
 
 
-FILES = {"changed": "changed", "random": "random", "magnitude-matched": "random-like", "early-changed": "changed-at-0.1"}
+FILES = {
+    "changed": "changed",
+    "random": "random",
+    "magnitude-matched": "random-like",
+    "early-changed": "changed-at-0.1",
+}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -247,9 +254,7 @@ def test_masks_of_the_size_of_lora(options, tmp_path):
     linear = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)] * 2
     total = 2 * 15 * 32 + sum(m * n for m, n in linear) + 5 * 32 + 2 * (32 + 16 + 16)
     assert rows["lora rank 8 lr x 3.0"]["trained"] == pytest.approx(sum(8 * (m + n) for m, n in linear) / total)
-    assert rows["early subspace rank 16 lr x 3.0"]["trained"] == pytest.approx(
-        sum(16 * m for m, _ in linear) / total
-    )
+    assert rows["early subspace rank 16 lr x 3.0"]["trained"] == pytest.approx(sum(16 * m for m, _ in linear) / total)
     assert rows[arm]["trained"] == pytest.approx(rows["lora rank 8 lr x 3.0"]["trained"], abs=1 / total)
 
 
@@ -337,7 +342,9 @@ def test_what_is_made_from_a_run_is_made_again_when_it_goes_on(options, tmp_path
         run_experiment("masks", options(eval_size=4, steps=4), tmp_path / "a", density=0.2, arms=["changed"])
     with pytest.raises(UsageError, match="has taken 4 steps and steps is 2"):
         run_experiment("masks", options(eval_size=4, steps=2), tmp_path / "a", density=0.2, arms=["changed"])
-    run_experiment("masks", options(eval_size=4, steps=4, overwrite=True), tmp_path / "a", density=0.2, arms=["changed"])
+    run_experiment(
+        "masks", options(eval_size=4, steps=4, overwrite=True), tmp_path / "a", density=0.2, arms=["changed"]
+    )
     masks = [
         MaskSet.load(tmp_path / "a" / "seed-0" / "full" / f"made-of-{step}" / "changed-0.2.masks.safetensors")
         for step in (2, 4)
@@ -376,7 +383,11 @@ def test_all_arms_alike_keep_all_of_the_gain():
 
 
 def test_an_arm_brings_those_that_it_is_made_from():
-    assert [arm.name for arm in needed(EXPERIMENTS["masks"], ["changed by rlvr"])] == ["full", "rlvr", "changed by rlvr"]
+    assert [arm.name for arm in needed(EXPERIMENTS["masks"], ["changed by rlvr"])] == [
+        "full",
+        "rlvr",
+        "changed by rlvr",
+    ]
     with pytest.raises(UsageError, match="there is no arm magic"):
         needed(EXPERIMENTS["masks"], ["magic"])
 
