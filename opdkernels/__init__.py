@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from opdkernels import patch
     from opdkernels.analysis.overlap import Overlaps
     from opdkernels.analysis.result import Analysis, load
-    from opdkernels.analysis.trajectory import Trend
-    from opdkernels.api import analyze, overlap, trend
+    from opdkernels.analysis.trajectory import Trajectory
+    from opdkernels.api import analyze, overlap, trajectory
 
 WHERE = {
     "analyze": "opdkernels.api",
     "overlap": "opdkernels.api",
-    "trend": "opdkernels.api",
+    "trajectory": "opdkernels.api",
     "Overlaps": "opdkernels.analysis.overlap",
-    "Trend": "opdkernels.analysis.trajectory",
+    "Trajectory": "opdkernels.analysis.trajectory",
     "Analysis": "opdkernels.analysis.result",
     "load": "opdkernels.analysis.result",
 }
@@ -30,14 +30,14 @@ __all__ = [
     "Analysis",
     "InputError",
     "Overlaps",
-    "Trend",
+    "Trajectory",
     "UsageError",
     "__version__",
     "analyze",
     "load",
     "overlap",
     "patch",
-    "trend",
+    "trajectory",
 ]
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from opdkernels import report
 from opdkernels.analysis import overlap as overlaps
 from opdkernels.analysis import run
-from opdkernels.analysis import trajectory as trends
+from opdkernels.analysis import trajectory as trajectories
 from opdkernels.analysis.overlap import Overlaps, run_overlap
 from opdkernels.analysis.result import Analysis, load
-from opdkernels.analysis.trajectory import Trend
-from opdkernels.config import AnalyzeOptions, OverlapOptions, TrendOptions, validate_options
+from opdkernels.analysis.trajectory import Trajectory
+from opdkernels.config import AnalyzeOptions, OverlapOptions, TrajectoryOptions, validate_options
 from opdkernels.errors import InputError, printable
 from opdkernels.progress import Progress
 from opdkernels.runs.run_dir import finished
@@ -39,7 +39,7 @@ def analyze(
     source, trained: folders, files or hub ids. out: the folder of the run, where tables, summary and report go and from
     which a killed run goes on; without it nothing is written. progress: called with bytes done, bytes in all and the
     tensor at hand. options: the fields of `opdkernels.config.AnalyzeOptions` (memory="4GB", threads=None, io="auto",
-    revision=None, allow_missing=False, device="cpu", spectra="exact", csv=False, authors_csv=False, report=True,
+    revision=None, allow_missing=False, device="cpu", spectra="exact", csv=False, paper_csv=False, report=True,
     overwrite=False); device="cuda" counts on a GPU, to the same bits.
 
     Raises InputError for input that cannot be read and a GPU that is not there, UsageError for options that make no sense. Source of the figures:
@@ -75,30 +75,30 @@ def overlap(
     return result
 
 
-def trend(
+def trajectory(
     base: str | os.PathLike[str],
     *checkpoints: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     **options: Any,
-) -> Trend:
+) -> Trajectory:
     """Follow a run over two or more of its checkpoints: every figure of `analyze` at each, and how far each is the last.
 
     base: the source; checkpoints: taken in the order of the steps in their names (checkpoint-200, step_0040), those without
     last. out: the folder to write to, each checkpoint's own analysis in steps/ below it; the same call with more
     checkpoints goes on, and what depends on the source alone is kept in factors/ (a fifth to four fifths of the source's
-    size, the more the squarer its matrices; free to delete between runs). options: the fields of `opdkernels.config.TrendOptions` (spectra="exact", atol=1e-5, memory="4GB",
+    size, the more the squarer its matrices; free to delete between runs). options: the fields of `opdkernels.config.TrajectoryOptions` (spectra="exact", atol=1e-5, memory="4GB",
     threads=None, io="auto", revision=None, allow_missing=False, csv=False, report=True, overwrite=False).
 
     Raises InputError for input that cannot be read, UsageError for options that make no sense. docs/outputs.md defines
     each column.
     """
-    chosen = validate_options(TrendOptions, options)
-    result = trends.run_trend(base, checkpoints, out, chosen, progress or (lambda done, total, name: None))
+    chosen = validate_options(TrajectoryOptions, options)
+    result = trajectories.run_trajectory(base, checkpoints, out, chosen, progress or (lambda done, total, name: None))
     if result.path is not None and chosen.report:
         for folder in result.folders:
             report.write(folder, load(folder))
-        report.write_trend(result.path, result)
+        report.write_trajectory(result.path, result)
     return result
 
 
@@ -154,6 +154,6 @@ def write_report(out: str | os.PathLike[str]) -> Path:
     run = finished(folder)
     if run["command"] == "overlap":
         return report.write_overlap(folder, overlaps.load(folder, run))
-    if run["command"] == "trend":
-        return report.write_trend(folder, trends.load(folder, run))
+    if run["command"] == "trajectory":
+        return report.write_trajectory(folder, trajectories.load(folder, run))
     return report.write(folder, load(folder))

@@ -78,7 +78,7 @@ class AnalyzeOptions(Options):
         "spectrum alone, with bounds and in less memory; or off.",
     )
     csv: bool = Field(False, description="Also write the tables as CSV.")
-    authors_csv: bool = Field(
+    paper_csv: bool = Field(
         False, description="Also write the files of the paper's analysis script (tensor_metrics.csv and others)."
     )
     report: bool = Field(True, description="Write report.html.")
@@ -101,7 +101,7 @@ class OverlapOptions(Options):
     overwrite: bool = Field(False, description="Replace another run in the output folder.")
 
 
-class TrendOptions(Options):
+class TrajectoryOptions(Options):
     memory: Bytes = Field(4 * 10**9, description="Most memory to use, such as 2GB; mapped files do not count.")
     threads: int | None = Field(
         None, ge=1, le=4096, description="Threads of the kernels; torch's own number if not given."

@@ -221,7 +221,7 @@ def test_files_that_the_base_lacks_end_with_status_3(pair, tmp_path):  # noqa: F
         "overlap",
         "report",
         "doctor",
-        "trend",
+        "trajectory",
         "distill",
         "experiment",
         "graft",

@@ -82,7 +82,7 @@ def inspect(a: str, b: str | None = None, *, memory: str | int = "4GB", **option
 def plan_spectra(pair: Pair, chosen: AnalyzeOptions) -> dict[str, Any]:
     """What exact spectra take: floating-point operations, time on one core, memory of the largest matrix, and how many
     matrices need more memory than is allowed."""
-    wanted = [(matrix, len(views_of(matrix.match, chosen.authors_csv))) for matrix in matrices(pair)]
+    wanted = [(matrix, len(views_of(matrix.match, chosen.paper_csv))) for matrix in matrices(pair)]
     flops = sum(matrix.cost * views for matrix, views in wanted)
     return {
         "matrices": len(wanted),

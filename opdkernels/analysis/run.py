@@ -54,8 +54,8 @@ def analyze(
     progress: Progress,
 ) -> Analysis:
     """`opdkernels.analyze` without the page."""
-    if out is None and (chosen.csv or chosen.authors_csv):
-        raise UsageError("csv and authors_csv write files; give an output folder")
+    if out is None and (chosen.csv or chosen.paper_csv):
+        raise UsageError("csv and paper_csv write files; give an output folder")
     device = ready(chosen.device)
     with contextlib.closing(open_pair(source, trained, **chosen.opening)) as pair, threads(chosen.threads):
         about = describe("analyze", chosen.model_dump(mode="json"), {"source": pair.source, "trained": pair.trained})
@@ -66,7 +66,7 @@ def analyze(
             try:
                 count_all(pair, records, chosen.memory, progress, device)
                 if chosen.spectra != "off":
-                    rules = Rules(chosen.spectra, chosen.memory, chosen.authors_csv, device=device)
+                    rules = Rules(chosen.spectra, chosen.memory, chosen.paper_csv, device=device)
                     compute_all([Job(pair, facts(records), spectra)], rules, progress)
                 pair.check()
             finally:
@@ -108,7 +108,7 @@ def conclude(
     result.path = folder
     if folder is not None:
         write(folder, result, chosen)
-        if chosen.authors_csv:
+        if chosen.paper_csv:
             authors.write(folder, pair, result)
     return result
 

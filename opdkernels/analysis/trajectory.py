@@ -1,4 +1,4 @@
-"""`trend`: checkpoints of one run against their source: what changed when, and whether it is what stays changed.
+"""`trajectory`: checkpoints of one run against their source: what changed when, and whether it is what stays changed.
 
 Every checkpoint gets all figures of `analyze`; beside them stand those that take more than one: how its changed set covers
 that of the last checkpoint T and back, the cosine of its update with the last, Sim_K of their top directions, and what
@@ -32,7 +32,7 @@ from opdkernels.analysis.run import conclude, count_all, facts, slices, threads
 from opdkernels.checkpoint.base import open_source
 from opdkernels.checkpoint.match import Match, Pair, match
 from opdkernels.checkpoint.names import Place, place
-from opdkernels.config import AnalyzeOptions, TrendOptions
+from opdkernels.config import AnalyzeOptions, TrajectoryOptions
 from opdkernels.errors import UsageError, printable
 from opdkernels.metrics import groups as tables
 from opdkernels.metrics.coordinates import VIEWS, to_bf16_pattern
@@ -64,7 +64,7 @@ STEP = re.compile(r"(?:step|steps|checkpoint|ckpt|iter|iteration|epoch)[-_]?0*(\
 
 
 @dataclass
-class Trend:
+class Trajectory:
     """Checkpoints of one run. `table`: one row a checkpoint, group and view; `summary`: the whole model, checkpoint by
     checkpoint; `path`: where it was written, the analysis of each checkpoint in `folders`. Columns and keys: docs/outputs.md."""
 
@@ -84,11 +84,11 @@ class Trend:
         return max([3 if self.summary["excluded"] else 0, *(step["exit_status"] for step in self.summary["steps"])])
 
 
-def load(folder: Path, run: dict[str, Any]) -> Trend:
-    """The finished trend in a folder, whose run.json is `run`."""
+def load(folder: Path, run: dict[str, Any]) -> Trajectory:
+    """The finished trajectory in a folder, whose run.json is `run`."""
     with readable(folder):
-        return Trend(
-            pq.read_table(folder / "trend.parquet"), json.loads((folder / "summary.json").read_text()), run, folder
+        return Trajectory(
+            pq.read_table(folder / "trajectory.parquet"), json.loads((folder / "summary.json").read_text()), run, folder
         )
 
 
@@ -117,16 +117,16 @@ def in_order(paths: Sequence[str]) -> tuple[list[tuple[int, str]], list[str]]:
     return known + unnamed, [f"{printable(path)} names no step: it is taken as step {step}" for step, path in unnamed]
 
 
-def run_trend(
+def run_trajectory(
     base: str | os.PathLike[str],
     checkpoints: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str] | None,
-    chosen: TrendOptions,
+    chosen: TrajectoryOptions,
     progress: Progress,
-) -> Trend:
-    """`opdkernels.trend` without the page."""
+) -> Trajectory:
+    """`opdkernels.trajectory` without the page."""
     if len(checkpoints) < 2:
-        raise UsageError("trend follows two or more checkpoints of a run; analyze looks at one")
+        raise UsageError("trajectory follows two or more checkpoints of a run; analyze looks at one")
     if out is None and chosen.csv:
         raise UsageError("csv writes files; give an output folder")
     numbered, notes = in_order([os.fspath(path) for path in checkpoints])
@@ -139,7 +139,7 @@ def run_trend(
         pairs = [match(source, one) for one in trained]
         numbers = [number for number, _ in numbered]
         about = describe(
-            "trend",
+            "trajectory",
             chosen.model_dump(mode="json"),
             {"source": source, **dict(zip(map(str, numbers), trained, strict=True))},
         )
@@ -179,19 +179,19 @@ def run_trend(
             "excluded": excluded,
             "notes": notes,
         }
-        result = Trend(tables.rows_to_arrow(rows), summary, about, folder)
+        result = Trajectory(tables.rows_to_arrow(rows), summary, about, folder)
         if folder is not None:
             write(folder, result, rows, chosen)
     return result
 
 
-def write(folder: Path, result: Trend, rows: Sequence[Row], chosen: TrendOptions) -> None:
-    tables.write_parquet(folder / "trend.parquet", result.table)
+def write(folder: Path, result: Trajectory, rows: Sequence[Row], chosen: TrajectoryOptions) -> None:
+    tables.write_parquet(folder / "trajectory.parquet", result.table)
     write_json(folder / "summary.json", result.summary)
     if chosen.csv:
-        tables.write_csv(folder / "trend.csv", rows, result.table.column_names)
+        tables.write_csv(folder / "trajectory.csv", rows, result.table.column_names)
     else:
-        (folder / "trend.csv").unlink(missing_ok=True)
+        (folder / "trajectory.csv").unlink(missing_ok=True)
     if not chosen.report:
         (folder / "report.html").unlink(missing_ok=True)
 
@@ -241,10 +241,10 @@ class StepRun:
 
 
 @contextlib.contextmanager
-def step_run(folder: Path | None, number: int, pair: Pair, chosen: TrendOptions) -> Iterator[StepRun]:
+def step_run(folder: Path | None, number: int, pair: Pair, chosen: TrajectoryOptions) -> Iterator[StepRun]:
     """The analysis of one checkpoint, in a folder of its own that `analyze` could have made."""
     options = AnalyzeOptions(
-        **{name: getattr(chosen, name) for name in AnalyzeOptions.model_fields if name in TrendOptions.model_fields}
+        **{name: getattr(chosen, name) for name in AnalyzeOptions.model_fields if name in TrajectoryOptions.model_fields}
     )
     about = describe("analyze", options.model_dump(mode="json"), {"source": pair.source, "trained": pair.trained})
     with opened(step_folder(folder, number, about["identity"]) if folder is not None else None, about, False) as own:
@@ -269,14 +269,14 @@ def step_folder(folder: Path, number: int, identity: str) -> Path:
     return steps / (f"{name}-{identity[:8]}" if (steps / name).exists() else name)
 
 
-def count_each(runs: Sequence[StepRun], chosen: TrendOptions, progress: Progress) -> None:
+def count_each(runs: Sequence[StepRun], chosen: TrajectoryOptions, progress: Progress) -> None:
     total, done = sum(run.job.pair.nbytes for run in runs), 0
     for run in runs:
         run.count(chosen.memory, lambda at, _, name, done=done: progress(done + at, total, name))  # type: ignore[misc]
         done += run.job.pair.nbytes
 
 
-def compute(folder: Path | None, runs: Sequence[StepRun], chosen: TrendOptions, progress: Progress) -> list[Similarity]:
+def compute(folder: Path | None, runs: Sequence[StepRun], chosen: TrajectoryOptions, progress: Progress) -> list[Similarity]:
     """The spectra of every checkpoint, and how like the last update's top directions those of the others are."""
     if chosen.spectra == "off":
         return []
@@ -378,7 +378,7 @@ class Counter:
 
 
 def count_along(
-    runs: Sequence[StepRun], together: list[list[Match]], chosen: TrendOptions, progress: Progress
+    runs: Sequence[StepRun], together: list[list[Match]], chosen: TrajectoryOptions, progress: Progress
 ) -> list[Along]:
     """What takes several checkpoints at once. Tensors that failed, or hold NaN or Inf anywhere, are left out."""
     pairs = [run.job.pair for run in runs]
@@ -489,8 +489,8 @@ def whole_model(rows: Sequence[Row]) -> dict[str, Row]:
     }
 
 
-def lines(result: Trend) -> list[str]:
-    """A finished trend in a few lines, for the terminal."""
+def lines(result: Trajectory) -> list[str]:
+    """A finished trajectory in a few lines, for the terminal."""
     summary, percent, number = result.summary, text.percent, text.number
     found = [f"source: {printable(summary['source'])}"]
     found.append(

@@ -140,10 +140,10 @@ def analyze(
         ),
     ] = "exact",
     csv: Csv = False,
-    authors_csv: Annotated[
+    paper_csv: Annotated[
         bool,
         typer.Option(
-            "--authors-csv", help="Also write the files of the paper's analysis script (tensor_metrics.csv and others)."
+            "--paper-csv", help="Also write the files of the paper's analysis script (tensor_metrics.csv and others)."
         ),
     ] = False,
     no_report: NoReport = False,
@@ -174,7 +174,7 @@ def analyze(
         "device": device,
         "spectra": spectra,
         "csv": csv,
-        "authors_csv": authors_csv,
+        "paper_csv": paper_csv,
         "report": not no_report,
         "overwrite": overwrite,
     }
@@ -237,7 +237,7 @@ def overlap(
 
 
 @app.command()
-def trend(
+def trajectory(
     base: Annotated[
         str, typer.Argument(metavar="BASE", help="Checkpoint that the run was trained from.", show_default=False)
     ],
@@ -264,13 +264,13 @@ def trend(
     """Follow a run over its checkpoints: sparsity, norm, stable rank, and when the final directions and coordinates are found.
 
     Checkpoints are taken in the order of the steps that their names end with (checkpoint-200, step_0040), those without one
-    last. Each gets all that analyze gives, in OUT/steps; trend.parquet and report.html follow them. The same command with
+    last. Each gets all that analyze gives, in OUT/steps; trajectory.parquet and report.html follow them. The same command with
     more checkpoints goes on. Factorisations of BASE are kept in OUT/factors for that; the folder may be deleted.
 
-    Example: opdkernels trend Qwen2.5-0.5B my-run/checkpoint-* -o out
+    Example: opdkernels trajectory Qwen2.5-0.5B my-run/checkpoint-* -o out
     """
     from opdkernels.analysis.trajectory import lines
-    from opdkernels.api import trend
+    from opdkernels.api import trajectory
     from opdkernels.progress import reporting
 
     options = {
@@ -286,7 +286,7 @@ def trend(
         "overwrite": overwrite,
     }
     with reporting(quiet) as progress:
-        result = trend(base, *checkpoints, out=out, progress=progress, **options)
+        result = trajectory(base, *checkpoints, out=out, progress=progress, **options)
     if not quiet:
         show(result.summary, lines(result), json)
     raise typer.Exit(result.exit_status)

@@ -506,5 +506,5 @@ def lines(outcome: Outcome) -> list[str]:
             f"changed: {100 * (1 - visible['frac_zero']):.2f} % of the weights visibly to bf16, {100 * (1 - stored['frac_zero']):.2f} % as stored, {100 * mark['changed_ever']:.2f} % at any mark"
         )
     if outcome.step == outcome.steps:
-        text.append(f"next: opdkernels trend {where}/checkpoint-0 {where}/checkpoint-[1-9]* -o {where}/trend")
+        text.append(f"next: opdkernels trajectory {where}/checkpoint-0 {where}/checkpoint-[1-9]* -o {where}/trajectory")
     return text

@@ -2,7 +2,7 @@
 set, the set of all that ever changed, and what the optimizer's moments say.
 
 The start and the last mark are copies in mapped files beside the run, as large as the weights; what changed is a file of masks a
-mark, so that `opdkernels mask` and MaskedAdamW take it. Figures are those of `opdkernels trend`.
+mark, so that `opdkernels mask` and MaskedAdamW take it. Figures are those of `opdkernels trajectory`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 
 from opdkernels.analysis.overlap import Overlaps
 from opdkernels.analysis.result import Analysis
-from opdkernels.analysis.trajectory import Trend
+from opdkernels.analysis.trajectory import Trajectory
 from opdkernels.files import write_atomically
 from opdkernels.report import formatting as format
 from opdkernels.version import __version__
@@ -51,18 +51,18 @@ def render_overlap(result: Overlaps) -> str:
     return render_page("overlap.html", content(result))
 
 
-def write_trend(folder: Path, result: Trend) -> Path:
-    """Writes report.html to the folder of a `trend` run and returns its path."""
+def write_trajectory(folder: Path, result: Trajectory) -> Path:
+    """Writes report.html to the folder of a `trajectory` run and returns its path."""
     path = folder / "report.html"
-    write_atomically(path, render_trend(result).encode())
+    write_atomically(path, render_trajectory(result).encode())
     return path
 
 
-def render_trend(result: Trend) -> str:
-    """The page of a `trend` run as HTML; the same bytes for the same result."""
+def render_trajectory(result: Trajectory) -> str:
+    """The page of a `trajectory` run as HTML; the same bytes for the same result."""
     from opdkernels.report.trajectory import content
 
-    return render_page("trend.html", content(result))
+    return render_page("trajectory.html", content(result))
 
 
 def write_experiment(folder: Path, result: dict[str, Any]) -> Path:

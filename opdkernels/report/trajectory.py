@@ -1,11 +1,11 @@
-"""What the page of a `trend` run holds."""
+"""What the page of a `trajectory` run holds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from opdkernels.analysis.trajectory import SIMILARITY, Trend, mean
+from opdkernels.analysis.trajectory import SIMILARITY, Trajectory, mean
 from opdkernels.metrics.similarity import TOP
 from opdkernels.report import charts
 from opdkernels.report import formatting as format
@@ -36,7 +36,7 @@ FIGURES = [
 ]
 
 
-def content(result: Trend) -> dict[str, Any]:
+def content(result: Trajectory) -> dict[str, Any]:
     """The template's variables."""
     summary, run = result.summary, result.run
     steps = [joined(step["views"], step["step"], step["path"]) for step in summary["steps"]]
@@ -74,7 +74,7 @@ def joined(views: dict[str, Any], number: int, path: str = "", **about: Any) -> 
     }
 
 
-def by_module(result: Trend) -> list[dict[str, Any]]:
+def by_module(result: Trajectory) -> list[dict[str, Any]]:
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for row in result.table.to_pylist():
         if row["by"] == "module":

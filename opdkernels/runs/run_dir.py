@@ -44,8 +44,8 @@ OWN_FILES = (
     "geometry.parquet",
     "spectra.csv",
     "geometry.csv",
-    "trend.parquet",
-    "trend.csv",
+    "trajectory.parquet",
+    "trajectory.csv",
     *authors.FILES,
     *OWN_FOLDERS,
     "run.json",
@@ -53,13 +53,13 @@ OWN_FILES = (
 
 
 def describe(command: str, options: dict[str, Any], sources: dict[str, Source]) -> dict[str, Any]:
-    """What run.json says at the start. `identity` covers what decides the result: the inputs and the version; of a trend
+    """What run.json says at the start. `identity` covers what decides the result: the inputs and the version; of a trajectory
     the source alone, as checkpoints may be added, and each is a run of its own."""
     inputs: dict[str, dict[str, Any]] = {
         role: {"path": source.path, "kind": source.kind, "files": [vars(fact) for fact in source.files]}
         for role, source in sources.items()
     }
-    deciding = {"source": inputs["source"]} if command == "trend" else inputs
+    deciding = {"source": inputs["source"]} if command == "trajectory" else inputs
     facts = [
         command,
         __version__,

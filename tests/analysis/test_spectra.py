@@ -215,8 +215,8 @@ def test_a_run_that_goes_on_for_the_authors_gets_the_masks_of_still_matrices(tmp
     paths = save(tmp_path / "a", source), save(tmp_path / "b", after)
     analyze(*paths, tmp_path / "grown")
     grown, whole = (
-        analyze(*paths, tmp_path / "grown", authors_csv=True),
-        analyze(*paths, tmp_path / "whole", authors_csv=True),
+        analyze(*paths, tmp_path / "grown", paper_csv=True),
+        analyze(*paths, tmp_path / "whole", paper_csv=True),
     )
     assert without_time(grown.geometry) == without_time(whole.geometry)
     assert (tmp_path / "grown" / "mask_overlap_metrics.csv").read_text() == (
@@ -314,7 +314,7 @@ def test_odd_pairs_end_as_they_should(tmp_path):
     for name, ((source, after), status, reasons) in cases.items():
         for spectra in ("exact", "topk"):
             paths = [save(tmp_path / name / side, {"w.weight": t.clone()}) for side, t in (("a", source), ("b", after))]
-            result = analyze(*paths, spectra=spectra, authors_csv=False)
+            result = analyze(*paths, spectra=spectra, paper_csv=False)
             found = {row["reason"] for row in rows(result.spectra) if row["view"] == "stored"}
             assert (name, result.exit_status, found) == (name, status, reasons)
             assert lines(result)

@@ -1,4 +1,4 @@
-"""`trend` against plain PyTorch on the checkpoints themselves, and the same after a kill, with one more, in any order."""
+"""`trajectory` against plain PyTorch on the checkpoints themselves, and the same after a kill, with one more, in any order."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import opdkernels
-from opdkernels import InputError, UsageError, analyze, trend
+from opdkernels import InputError, UsageError, analyze, trajectory
 from opdkernels.analysis import compute
-from opdkernels.analysis import trajectory as trends
+from opdkernels.analysis import trajectory as trajectories
 from tests.analysis.conftest import save, weights
 
 K = 16
@@ -62,7 +62,7 @@ def row_of(result, step, view, **where):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_takes_several_checkpoints_is_what_torch_says(tmp_path, dtype):
     source, checkpoints = run_of(dtype)
-    result = trend(
+    result = trajectory(
         save(tmp_path / "base", source), *(save(tmp_path / f"checkpoint-{t}", c) for t, c in enumerate(checkpoints, 1))
     )
     flat = torch.cat([w.flatten() for w in source.values()])
@@ -89,7 +89,7 @@ def test_what_takes_several_checkpoints_is_what_torch_says(tmp_path, dtype):
 @pytest.mark.parametrize("spectra", ["exact", "topk"])
 def test_top_directions_are_those_of_an_svd(run, tmp_path, spectra):
     base, checkpoints = run
-    result = trend(base, *checkpoints, spectra=spectra)
+    result = trajectory(base, *checkpoints, spectra=spectra)
     source, steps = run_of()
     for module in ("gate_proj", "down_proj", "o_proj"):
         for t, checkpoint in enumerate(steps):
@@ -113,7 +113,7 @@ def test_top_directions_are_those_of_an_svd(run, tmp_path, spectra):
 
 def test_every_checkpoint_has_what_analyze_gives(run, tmp_path):
     base, checkpoints = run
-    result = trend(base, *checkpoints, out=tmp_path / "out")
+    result = trajectory(base, *checkpoints, out=tmp_path / "out")
     assert [folder.name for folder in result.folders] == ["000010", "000020", "000030"]
     for folder, checkpoint in zip(result.folders, checkpoints, strict=True):
         own, alone = opdkernels.load(folder), analyze(base, checkpoint)
@@ -138,34 +138,34 @@ def test_one_more_checkpoint_goes_on_and_factors_nothing_twice(run, tmp_path, mo
     monkeypatch.setattr(
         compute, "factor_of", lambda matrix, *rest: made.append(matrix.match.name) or real(matrix, *rest)
     )
-    trend(base, *checkpoints[:2], out=tmp_path / "out")
+    trajectory(base, *checkpoints[:2], out=tmp_path / "out")
     factored = len(made)
     assert factored == sum(w.ndim == 2 for w in weights().values())  # once for both checkpoints
     kept = sorted((tmp_path / "out" / "factors").iterdir())
     before = {path: path.stat().st_mtime_ns for path in kept}
-    grown = trend(base, *checkpoints, out=tmp_path / "out")
+    grown = trajectory(base, *checkpoints, out=tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "out" / "factors").iterdir())} == before
-    whole = trend(base, *checkpoints)
+    whole = trajectory(base, *checkpoints)
     assert grown.table == whole.table
 
 
 def test_a_damaged_or_deleted_factor_is_made_again(run, tmp_path):
     base, checkpoints = run
-    trend(base, *checkpoints[:2], out=tmp_path / "out")
+    trajectory(base, *checkpoints[:2], out=tmp_path / "out")
     one, other, *_ = sorted((tmp_path / "out" / "factors").iterdir())
     one.write_bytes(one.read_bytes()[:100])
     other.unlink()
-    assert trend(base, *checkpoints, out=tmp_path / "out").table == trend(base, *checkpoints).table
+    assert trajectory(base, *checkpoints, out=tmp_path / "out").table == trajectory(base, *checkpoints).table
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(run, tmp_path):
     base, checkpoints = run
     out = tmp_path / "out"
     script = (
-        "import sys, time; from opdkernels.analysis import compute; from opdkernels.runs import records; from opdkernels import trend\n"
+        "import sys, time; from opdkernels.analysis import compute; from opdkernels.runs import records; from opdkernels import trajectory\n"
         "records.FLUSH_EVERY_S = 0; made = compute.spectrum\n"
         "def slow(*a): time.sleep(0.1); return made(*a)\n"
-        "compute.spectrum = slow; trend(sys.argv[1], *sys.argv[3:], out=sys.argv[2], threads=1)"
+        "compute.spectrum = slow; trajectory(sys.argv[1], *sys.argv[3:], out=sys.argv[2], threads=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", script, base, str(out), *checkpoints])
     deadline = time.monotonic() + 60
@@ -175,21 +175,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(run, tmp_path):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert trend(base, *checkpoints, out=out).table == trend(base, *checkpoints).table
+    assert trajectory(base, *checkpoints, out=out).table == trajectory(base, *checkpoints).table
 
 
 def test_more_checkpoints_than_the_kernel_takes_at_once(tmp_path):
     source, checkpoints = run_of(steps=18)
     paths = [save(tmp_path / f"step_{t:02d}", c) for t, c in enumerate(checkpoints, 1)]
     base = save(tmp_path / "base", source)
-    many, few = trend(base, *paths, spectra="off"), trend(base, paths[0], paths[-1], spectra="off")
+    many, few = trajectory(base, *paths, spectra="off"), trajectory(base, paths[0], paths[-1], spectra="off")
     for name in ("coverage_final", "coverage_step", "shared_over_magnitude"):
         assert row_of(many, 1, "visible", by="model")[name] == row_of(few, 1, "visible", by="model")[name]
 
 
 def test_order_is_that_of_the_steps_in_the_names():
     def order(*paths):
-        return trends.in_order(paths)[0]
+        return trajectories.in_order(paths)[0]
 
     assert order("r/checkpoint-1000", "r/checkpoint-200") == [(200, "r/checkpoint-200"), (1000, "r/checkpoint-1000")]
     assert order("global_step_20/actor", "global_step_5/actor") == [
@@ -209,20 +209,20 @@ def test_order_is_that_of_the_steps_in_the_names():
         (("a", "b"), "in the order given"),
         (("a/step_1", "b/step_1"), "same step"),
     ):
-        assert note in trends.in_order(paths)[1][0]
-    assert not trends.in_order(("step_1", "step_2"))[1]
+        assert note in trajectories.in_order(paths)[1][0]
+    assert not trajectories.in_order(("step_1", "step_2"))[1]
 
 
 def test_a_checkpoint_that_changed_nothing_has_null_figures(tmp_path):
     source, checkpoints = run_of(steps=2)
-    result = trend(
+    result = trajectory(
         *(save(tmp_path / name, c) for name, c in (("base", source), ("step_1", source), ("step_2", checkpoints[1])))
     )
     first = row_of(result, 1, "stored", by="model")
     assert (first["cosine_final"], first["similarity_left_16"], first["relative_norm"]) == (None, None, 0)
     visible = row_of(result, 1, "visible", by="model")
     assert (visible["coverage_final"], visible["coverage_step"]) == (0, None)
-    still = trend(*(save(tmp_path / name, source) for name in ("base", "step_1", "step_2")))
+    still = trajectory(*(save(tmp_path / name, source) for name in ("base", "step_1", "step_2")))
     assert row_of(still, 2, "visible", by="model")["coverage_final"] is None
     assert still.exit_status == 0
 
@@ -232,7 +232,7 @@ def test_gaps_are_told_and_the_rest_goes_on(tmp_path):
     checkpoints[0]["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
     del checkpoints[1]["model.layers.1.self_attn.o_proj.weight"]
     checkpoints[2]["lm_head.weight"] = torch.zeros(3, 3, dtype=torch.bfloat16)
-    result = trend(
+    result = trajectory(
         save(tmp_path / "base", source), *(save(tmp_path / f"step_{t}", c) for t, c in enumerate(checkpoints, 1))
     )
     assert result.exit_status == 3
@@ -253,10 +253,10 @@ def test_similarities_are_of_the_tensors_they_name(tmp_path, lacking):
         save(tmp_path / "base", source),
         [save(tmp_path / f"step_{t}", c) for t, c in enumerate(checkpoints, 1)],
     )
-    whole = trend(base, *paths)
+    whole = trajectory(base, *paths)
     del checkpoints[lacking]["model.embed_tokens.weight"]
     save(tmp_path / f"step_{lacking + 1}", checkpoints[lacking])
-    gappy = trend(base, *paths)
+    gappy = trajectory(base, *paths)
     assert gappy.exit_status == 3
     assert f"step {lacking + 1}" in gappy.summary["excluded"][0]["reason"]
     for module in ("q_proj", "gate_proj", "lm_head"):
@@ -282,28 +282,28 @@ def test_equal_matrices_are_factored_by_threads_at_once(tmp_path):
         for name, c in (("base", source), ("step_1", checkpoints[0]), ("step_2", checkpoints[1]))
     ]
     for i in range(4):
-        assert trend(*paths, out=tmp_path / f"out{i}", threads=2).exit_status == 0
+        assert trajectory(*paths, out=tmp_path / f"out{i}", threads=2).exit_status == 0
 
 
 def test_bad_input_is_one_line(run, tmp_path):
     base, checkpoints = run
     with pytest.raises(UsageError, match="two or more checkpoints"):
-        trend(base, checkpoints[0])
+        trajectory(base, checkpoints[0])
     with pytest.raises(UsageError, match="option spectra"):
-        trend(base, *checkpoints, spectra="all")
+        trajectory(base, *checkpoints, spectra="all")
     with pytest.raises(InputError, match="nowhere"):
-        trend(base, checkpoints[0], str(tmp_path / "nowhere"))
+        trajectory(base, checkpoints[0], str(tmp_path / "nowhere"))
     analyze(base, checkpoints[0], tmp_path / "other")
     with pytest.raises(InputError, match="holds another run"):
-        trend(base, *checkpoints, out=tmp_path / "other")
+        trajectory(base, *checkpoints, out=tmp_path / "other")
 
 
 def test_a_checkpoint_that_changed_on_disk_is_analysed_anew(run, tmp_path):
     base, checkpoints = run
-    before = trend(base, *checkpoints, out=tmp_path / "out")
+    before = trajectory(base, *checkpoints, out=tmp_path / "out")
     save(tmp_path / "step_0020", run_of(seed=5)[1][0])
-    after = trend(base, *checkpoints, out=tmp_path / "out")
-    assert after.table == trend(base, *checkpoints).table
+    after = trajectory(base, *checkpoints, out=tmp_path / "out")
+    assert after.table == trajectory(base, *checkpoints).table
     names = [[folder.name for folder in one.folders] for one in (before, after)]
     assert names[0][::2] == names[1][::2]
     assert names[1][1].startswith("000020-")
@@ -317,9 +317,9 @@ def test_inputs_and_folders_that_are_not_of_a_run_are_left_alone(run, tmp_path, 
     inside = save(mine / "step_0010", run_of()[1][0])
     for overwrite in (False, True):
         with pytest.raises(InputError, match=r"lies in .*steps"):
-            trend(base, inside, checkpoints[1], out=".", overwrite=overwrite)
+            trajectory(base, inside, checkpoints[1], out=".", overwrite=overwrite)
         with pytest.raises(InputError, match="has a steps that is not of a run"):
-            trend(base, *checkpoints, out=".", overwrite=overwrite)
+            trajectory(base, *checkpoints, out=".", overwrite=overwrite)
         with pytest.raises(InputError, match="not of a run"):
             analyze(base, checkpoints[0], ".", overwrite=overwrite)
     assert (mine / "step_0010" / "model.safetensors").exists()
@@ -328,7 +328,7 @@ def test_inputs_and_folders_that_are_not_of_a_run_are_left_alone(run, tmp_path, 
 def test_damage_is_told_or_mended_and_never_a_figure(run, tmp_path):
     base, checkpoints = run
     out = tmp_path / "out"
-    whole = trend(base, *checkpoints, out=out).table
+    whole = trajectory(base, *checkpoints, out=out).table
 
     def flip(path):
         content = bytearray(path.read_bytes())
@@ -338,20 +338,20 @@ def test_damage_is_told_or_mended_and_never_a_figure(run, tmp_path):
     for path in (out / "factors").iterdir():
         flip(path)
     shutil.rmtree(out / "steps")
-    assert trend(base, *checkpoints, out=out).table == whole
+    assert trajectory(base, *checkpoints, out=out).table == whole
     for folder in ("similarity", "steps/000010/tallies", "steps/000010/spectra"):
         (path,) = (out / folder).glob("*.arrow")
         kept = path.read_bytes()
         flip(path)
         with pytest.raises(InputError, match="not those that were written"):
-            trend(base, *checkpoints, out=out)
+            trajectory(base, *checkpoints, out=out)
         path.write_bytes(kept)
 
 
 def test_what_this_run_does_not_write_does_not_stay(run, tmp_path):
     base, checkpoints = run
-    trend(base, *checkpoints, out=tmp_path / "out", csv=True)
-    trend(base, *checkpoints, out=tmp_path / "out", report=False)
+    trajectory(base, *checkpoints, out=tmp_path / "out", csv=True)
+    trajectory(base, *checkpoints, out=tmp_path / "out", report=False)
     left = {path.name for path in (tmp_path / "out").rglob("*") if path.suffix in (".csv", ".html")}
     assert not left
 
@@ -362,7 +362,7 @@ def test_the_command_writes_what_it_says(run, tmp_path):
         sys.executable,
         "-m",
         "opdkernels",
-        "trend",
+        "trajectory",
         base,
         *reversed(checkpoints),
         "-o",
@@ -375,8 +375,8 @@ def test_the_command_writes_what_it_says(run, tmp_path):
     assert "100 %" in lines[4]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [step["step"] for step in summary["steps"]] == [10, 20, 30]
-    table = pq.read_table(tmp_path / "out" / "trend.parquet")
-    assert len((tmp_path / "out" / "trend.csv").read_text().splitlines()) == len(table) + 1
+    table = pq.read_table(tmp_path / "out" / "trajectory.parquet")
+    assert len((tmp_path / "out" / "trajectory.csv").read_text().splitlines()) == len(table) + 1
     assert (tmp_path / "out" / "report.html").exists()
     again = subprocess.run([*command[:3], "report", str(tmp_path / "out")], capture_output=True, text=True, check=True)
     assert again.stdout.strip().endswith("report.html")

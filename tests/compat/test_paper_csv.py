@@ -1,4 +1,4 @@
-"""`--authors-csv` writes the figures of the documented semantics, computed here from the coordinates with torch."""
+"""`--paper-csv` writes the figures of the documented semantics, computed here from the coordinates with torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(folder, source, after, **options):
     """Tables by file name, as text; the output folder is under "folder"."""
     out = folder / "out"
     paths = [save(folder / side, {n: t.clone() for n, t in w.items()}) for side, w in (("a", source), ("b", after))]
-    analyze(*paths, out, authors_csv=True, report=False, **options)
+    analyze(*paths, out, paper_csv=True, report=False, **options)
     found = {path.name: list(csv.DictReader(path.open(encoding="utf-8"))) for path in out.glob("*.csv")}
     return {**found, "folder": out}
 
@@ -138,7 +138,7 @@ def test_near_zero_rows_are_the_mean_over_the_ways_to_break_ties(dtype, tmp_path
 
 
 def test_columns_are_the_documented_ones(pair, tmp_path):
-    analyze(*pair, tmp_path, authors_csv=True, report=False)
+    analyze(*pair, tmp_path, paper_csv=True, report=False)
 
     def header(name):
         with open(tmp_path / name, encoding="utf-8") as file:
@@ -419,7 +419,7 @@ def test_tensors_of_one_storage_have_a_row_each(tmp_path):
         torch.save(
             {"model.embed_tokens.weight": shared, "lm_head.weight": shared, "x": torch.ones(2)}, tmp_path / f"{side}.pt"
         )
-    analyze(tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "out", authors_csv=True, report=False)
+    analyze(tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "out", paper_csv=True, report=False)
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "out" / "tensor_metrics.csv").open())}
     assert list(rows) == ["lm_head.weight", "model.embed_tokens.weight", "x"]
     own = ("name", "module_type", "block_type")
@@ -496,9 +496,9 @@ def test_summary_agrees_with_the_tables(tmp_path):
 
 
 def test_bytes_do_not_depend_on_threads_or_on_earlier_runs_and_overwriting_clears_them(pair, tmp_path):
-    analyze(*pair, tmp_path / "a", authors_csv=True, report=False, threads=1)
-    analyze(*pair, tmp_path / "b", authors_csv=True, report=False, threads=2, io="read")
-    analyze(*pair, tmp_path / "b", authors_csv=True, report=False)
+    analyze(*pair, tmp_path / "a", paper_csv=True, report=False, threads=1)
+    analyze(*pair, tmp_path / "b", paper_csv=True, report=False, threads=2, io="read")
+    analyze(*pair, tmp_path / "b", paper_csv=True, report=False)
     for name in authors.FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     analyze(*pair, tmp_path / "c", report=False)

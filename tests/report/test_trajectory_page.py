@@ -1,11 +1,11 @@
-"""The page of a trend: inert, complete in every case, and right in a real browser."""
+"""The page of a trajectory: inert, complete in every case, and right in a real browser."""
 
 from __future__ import annotations
 
 import pytest
 from safetensors.torch import save_file
 
-from opdkernels import report, trend
+from opdkernels import report, trajectory
 from opdkernels.report.charts import axis_ticks
 from tests.report.test_overlap_page import CASES, sources
 from tests.report.test_report import EXPECTED_TAGS, Page, brightness, browser, probe, update
@@ -17,7 +17,7 @@ SECTIONS = ["answer", "along", "steps", "groups", "left-out", "run", "glossary"]
 def pages(tmp_path_factory) -> dict[str, str]:
     found = {}
     for case in CASES:
-        folder, paths = tmp_path_factory.mktemp("trend"), []
+        folder, paths = tmp_path_factory.mktemp("trajectory"), []
         source = sources(case)
         for i, tensors in enumerate(
             [source, *(source if case == "identical" else update(source, 4e-5, seed) for seed in (11, 12, 13))]
@@ -26,9 +26,9 @@ def pages(tmp_path_factory) -> dict[str, str]:
             path.mkdir()
             save_file(tensors, path / "model.safetensors")
             paths.append(path)
-        result = trend(*paths)
-        found[case] = report.render_trend(result)
-        assert report.render_trend(result) == found[case]
+        result = trajectory(*paths)
+        found[case] = report.render_trajectory(result)
+        assert report.render_trajectory(result) == found[case]
     return found
 
 

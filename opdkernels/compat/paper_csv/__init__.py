@@ -1,4 +1,4 @@
-"""`--authors-csv`: the files of the paper's own script, for what was written to read them.
+"""`--paper-csv`: the files of the paper's own script, for what was written to read them.
 
 Columns and metrics are those of `analyze_opd_delta.py --dtype bf16` (SydCS/OPD-Param-Analysis, arXiv 2606.13657),
 made from the tallies: the visible view, fractions of all coordinates, its matching, and its names of layers, modules
