@@ -118,7 +118,16 @@ def main(folder: Path) -> int:
     if not (folder / f"checkpoint-{STEPS}").exists():
         tune(folder)
     steps = [str(folder / f"checkpoint-{step}") for step in range(EVERY, STEPS + 1, EVERY)]
-    command = [sys.executable, "-m", "opdkernels", "trajectory", str(folder / "base"), *steps, "-o", str(folder / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "opdkernels",
+        "trajectory",
+        str(folder / "base"),
+        *steps,
+        "-o",
+        str(folder / "out"),
+    ]
     print("$ opdkernels", *command[3:], flush=True)
     return subprocess.run(command, check=False).returncode
 

@@ -244,7 +244,11 @@ class StepRun:
 def step_run(folder: Path | None, number: int, pair: Pair, chosen: TrajectoryOptions) -> Iterator[StepRun]:
     """The analysis of one checkpoint, in a folder of its own that `analyze` could have made."""
     options = AnalyzeOptions(
-        **{name: getattr(chosen, name) for name in AnalyzeOptions.model_fields if name in TrajectoryOptions.model_fields}
+        **{
+            name: getattr(chosen, name)
+            for name in AnalyzeOptions.model_fields
+            if name in TrajectoryOptions.model_fields
+        }
     )
     about = describe("analyze", options.model_dump(mode="json"), {"source": pair.source, "trained": pair.trained})
     with opened(step_folder(folder, number, about["identity"]) if folder is not None else None, about, False) as own:
@@ -276,7 +280,9 @@ def count_each(runs: Sequence[StepRun], chosen: TrajectoryOptions, progress: Pro
         done += run.job.pair.nbytes
 
 
-def compute(folder: Path | None, runs: Sequence[StepRun], chosen: TrajectoryOptions, progress: Progress) -> list[Similarity]:
+def compute(
+    folder: Path | None, runs: Sequence[StepRun], chosen: TrajectoryOptions, progress: Progress
+) -> list[Similarity]:
     """The spectra of every checkpoint, and how like the last update's top directions those of the others are."""
     if chosen.spectra == "off":
         return []
