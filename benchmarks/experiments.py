@@ -21,9 +21,9 @@ PAGE = ROOT / "docs" / "experiments.md"
 
 MARKS = {
     "changed_visible": "changed",
-    "changed_ever": "at any mark",
-    "coverage_of_final": "of the final set",
-    "stays_changed": "of what was changed, stays",
+    "changed_any": "at any mark",
+    "recall_vs_final": "of the final set",
+    "precision_vs_final": "of what was changed, stays",
     "sqrt_v_cv": "√v's coefficient",
     "gradient_momentum_cosine": "momentum and gradient",
 }

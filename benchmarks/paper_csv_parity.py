@@ -1,4 +1,4 @@
-"""Compares `--paper-csv` with the output of the authors' own script, column by column, on pairs of checkpoints.
+"""Compares `--paper-csv` with the output of the paper's reference script, column by column, on pairs of checkpoints.
 
     python benchmarks/paper_csv_parity.py CHECKOUT PYTHON FOLDER [SOURCE TRAINED ...]
 

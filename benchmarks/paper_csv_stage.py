@@ -1,4 +1,4 @@
-"""Runs one stage of the authors' scripts, from a checkout at a path, and prints its seconds and a result to compare.
+"""Runs one stage of the paper's reference scripts, from a checkout at a path, and prints its seconds and a result to compare.
 
 python benchmarks/paper_csv_stage.py CHECKOUT elementwise SOURCE TRAINED THREADS
 python benchmarks/paper_csv_stage.py CHECKOUT overlap SOURCE RUN_A RUN_B THREADS

@@ -279,7 +279,7 @@ def pooled(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def whole_model(rows: list[dict[str, Any]], finite: int) -> list[dict[str, Any]]:
-    """Pair by pair. `expected_uniform` is stratified by tensor; `expected_uniform_global` is the authors', by the density
+    """Pair by pair. `expected_uniform` is stratified by tensor; `expected_uniform_global` is the paper's, by the density
     of the whole model."""
     found = []
     for pair in dict.fromkeys((r["run_a"], r["run_b"]) for r in rows):

@@ -21,7 +21,7 @@ from opdkernels.backends.devices import device_of
 from opdkernels.checkpoint import streaming as feed
 from opdkernels.checkpoint.match import Pair, open_pair
 from opdkernels.checkpoint.names import place
-from opdkernels.compat import paper_csv as authors
+from opdkernels.compat import paper_csv
 from opdkernels.config import AnalyzeOptions
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.metrics import groups as tables
@@ -109,7 +109,7 @@ def conclude(
     if folder is not None:
         write(folder, result, chosen)
         if chosen.paper_csv:
-            authors.write(folder, pair, result)
+            paper_csv.write(folder, pair, result)
     return result
 
 

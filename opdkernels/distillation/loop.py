@@ -503,7 +503,7 @@ def lines(outcome: Outcome) -> list[str]:
     for mark in outcome.marks[-1:]:
         visible, stored = (mark["views"][view] for view in ("visible", "stored"))
         text.append(
-            f"changed: {100 * (1 - visible['frac_zero']):.2f} % of the weights visibly to bf16, {100 * (1 - stored['frac_zero']):.2f} % as stored, {100 * mark['changed_ever']:.2f} % at any mark"
+            f"changed: {100 * (1 - visible['frac_zero']):.2f} % of the weights visibly to bf16, {100 * (1 - stored['frac_zero']):.2f} % as stored, {100 * mark['changed_any']:.2f} % at any mark"
         )
     if outcome.step == outcome.steps:
         text.append(f"next: opdkernels trajectory {where}/checkpoint-0 {where}/checkpoint-[1-9]* -o {where}/trajectory")

@@ -170,7 +170,7 @@ class Tracker:
             "views": in_views(reduce(Tally.merge, merged.values())),
             "since_last": in_views(reduce(Tally.merge, self.ranks.all(since_last))),
             "modules": {name: in_views(tally) for name, tally in merged.items()},
-            "changed_ever": ever / total if total else 0.0,
+            "changed_any": ever / total if total else 0.0,
             "trained": self.trained / total if total else 0.0,
             **moments,
         }
@@ -197,8 +197,8 @@ class Tracker:
             for row, path in zip(rows, files, strict=True):
                 mark = MaskSet.load(path)
                 both = (mark & final).nnz
-                row["coverage_of_final"] = both / final.nnz if final.nnz else None
-                row["stays_changed"] = both / mark.nnz if mark.nnz else None
+                row["recall_vs_final"] = both / final.nnz if final.nnz else None
+                row["precision_vs_final"] = both / mark.nnz if mark.nnz else None
         self.ranks.wait()
         if self.ranks.first:
             write_rows(self.path, rows)

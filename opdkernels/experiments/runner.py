@@ -270,7 +270,7 @@ def changed_options(options: DistillOptions) -> dict[str, Any]:
 def along(place: Path) -> list[dict[str, Any]]:
     """What had changed at each mark of a run."""
     rows = read_rows(place / "track.jsonl")
-    kept = ("coverage_of_final", "stays_changed", "changed_ever", "sqrt_v_cv", "gradient_momentum_cosine")
+    kept = ("recall_vs_final", "precision_vs_final", "changed_any", "sqrt_v_cv", "gradient_momentum_cosine")
     return [
         {
             "step": row["step"],

@@ -158,7 +158,7 @@ def float_patterns(values: np.ndarray) -> np.ndarray:
 
 def sparsity(batch: Batch, view: str) -> Columns:
     """Shares of coordinates below thresholds: `frac_zero` delta = 0; `frac_lt_1e-5` |delta| < 1e-5, `frac_le_1e-5` <=;
-    `frac_lt_rel_1e-3` |delta| < 1e-3 rms(W); `unchanged_eta` |w - w'| <= 1e-3 max(|w|, |w'|) (Zhu et al., arXiv 2511.08567).
+    `frac_lt_rel_1e-3` |delta| < 1e-3 rms(W); `unchanged_rtol_1e-3` |w - w'| <= 1e-3 max(|w|, |w'|) (Zhu et al., arXiv 2511.08567).
 
     Visible thresholds are rounded to bf16 (1e-5 becomes 1.00136e-5). A relative threshold in the stored view comes as
     an interval, since the tally holds |delta| by its top 16 bits: `_lower` and `_upper` stand beside its middle.
@@ -189,7 +189,7 @@ def sparsity(batch: Batch, view: str) -> Columns:
         else:
             lower, upper = below[:, k] / n, upto[:, k] / n
             found[label], found[f"{label}_lower"], found[f"{label}_upper"] = (lower + upper) / 2, lower, upper
-    found["unchanged_eta"] = batch.counts[:, 3] / n if view == "stored" else found["frac_zero"]
+    found["unchanged_rtol_1e-3"] = batch.counts[:, 3] / n if view == "stored" else found["frac_zero"]
     return found
 
 
@@ -271,7 +271,7 @@ def near_zero(batch: Batch, changed: np.ndarray, ratios: Sequence[float] = RATIO
     """Changed coordinates among the ceil(ratio n) smallest |W|; `changed` is a |W| table of the batch."""
     source = batch.table(SOURCE)
     before, changed_before = running(source), running(changed)
-    # In floating point, as the authors' masks are: ceil(0.1 * 30) may be 4.
+    # In floating point, as the paper's masks are: ceil(0.1 * 30) may be 4.
     size = np.array([[min(n, max(1, math.ceil(r * n))) for r in ratios] for n in batch.finite.tolist()])
     cut = np.searchsorted(before[1:], before[batch.start][:, None] + size)
     empty = size == 0

@@ -138,7 +138,7 @@ def group_columns(members: Members, nulls: bool) -> dict[str, np.ndarray]:
             "relative_norm": np.sqrt(total(energy) / total(column["source_energy"])),
         }
         for name in column:
-            if name.startswith("frac_") or name == "unchanged_eta":
+            if name.startswith("frac_") or name == "unchanged_rtol_1e-3":
                 found[name] = members.mean(name, numel - nonfinite)
         for p in TOP_SHARES:
             found[f"top_energy_{ratio_label(p)}"] = members.mean(f"top_energy_{ratio_label(p)}", energy)

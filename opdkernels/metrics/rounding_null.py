@@ -263,7 +263,7 @@ class _Expected:
 
 def _cuts(tables: _Tables, ratio: float) -> tuple[np.ndarray, np.ndarray]:
     """The used bin where the ceil(ratio n) smallest |W| of each tensor end [T], and how many they take of it [T]."""
-    # In floating point, as the authors' masks are: ceil(0.1 * 30) is 4 there.
+    # In floating point, as the paper's masks are: ceil(0.1 * 30) is 4 there.
     taken = np.array([min(n, math.ceil(ratio * n)) for n in tables.numel.tolist()], np.int64)
     below = np.concatenate([[0], np.cumsum(tables.count)])
     target = below[np.searchsorted(tables.tensor, np.arange(len(tables.numel)))] + taken

@@ -77,7 +77,7 @@ def content(result: Analysis) -> dict[str, Any]:
                 "changed",
                 "frac_zero",
                 "frac_le_1e-5",
-                "unchanged_eta",
+                "unchanged_rtol_1e-3",
                 "relative_norm",
                 "top_energy_1pct",
                 COVERAGE,
@@ -109,11 +109,11 @@ def figures(
         null = {
             "changed": 1 - unchanged,
             "frac_le_1e-5": curve["null"][curve["eps"].index(1e-5)],
-            "unchanged_eta": unchanged,
+            "unchanged_rtol_1e-3": unchanged,
             COVERAGE: visible[f"{COVERAGE}_null"],
         }
     rows = []
-    for key in ("changed", "frac_le_1e-5", "unchanged_eta", "relative_norm", "top_energy_1pct", COVERAGE):
+    for key in ("changed", "frac_le_1e-5", "unchanged_rtol_1e-3", "relative_norm", "top_energy_1pct", COVERAGE):
         pair = [
             None if view["frac_zero"] is None else 1 - view["frac_zero"] if key == "changed" else view[key]
             for view in (stored, visible)

@@ -111,7 +111,7 @@ def curves(along: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         (
             "The final set.",
             "How much of what is changed in bf16 at the end was changed at a step, and how much of what was changed then stays so.",
-            [("visible", "of the final set", "coverage_of_final"), ("stored", "stays changed", "stays_changed")],
+            [("visible", "of the final set", "recall_vs_final"), ("stored", "stays changed", "precision_vs_final")],
         ),
     ):
         drawn = [

@@ -59,7 +59,7 @@ FIGURES: dict[str, Figure] = {
         "rounded to bf16, 1.00136e-5",
         PAPER,
     ),
-    "unchanged_eta": Figure(
+    "unchanged_rtol_1e-3": Figure(
         "unchanged, bf16-aware",
         "share of coordinates with |w − w′| ≤ 1e-3 · max(|w|, |w′|), which for bf16 is equality of bits",
         "arXiv 2511.08567",

@@ -19,7 +19,7 @@ import torch
 
 from opdkernels.backends import cpu
 from opdkernels.checkpoint.base import Source
-from opdkernels.compat import paper_csv as authors
+from opdkernels.compat import paper_csv
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.runs.records import SCHEMA_VERSION, write_json
 from opdkernels.version import __version__
@@ -46,7 +46,7 @@ OWN_FILES = (
     "geometry.csv",
     "trajectory.parquet",
     "trajectory.csv",
-    *authors.FILES,
+    *paper_csv.FILES,
     *OWN_FOLDERS,
     "run.json",
 )

@@ -208,7 +208,7 @@ def test_topk_bounds_hold_and_exact_replaces_it(pair, tmp_path):
     assert {row["method"] for row in rows(again.spectra)} <= {"gram", "gram_mixed"}
 
 
-def test_a_run_that_goes_on_for_the_authors_gets_the_masks_of_still_matrices(tmp_path):
+def test_resume_with_paper_csv_adds_masks_of_unchanged_matrices(tmp_path):
     source = weights()
     after = trained(source)
     after["lm_head.weight"] = source["lm_head.weight"]

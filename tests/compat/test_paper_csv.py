@@ -12,7 +12,7 @@ import torch
 
 from opdkernels import analyze
 from opdkernels.checkpoint.match import open_pair
-from opdkernels.compat import paper_csv as authors
+from opdkernels.compat import paper_csv
 from tests.analysis.conftest import save, trained, weights
 
 THRESHOLDS, RELATIVE = ("1e-8", "1e-7", "1e-6", "1e-5", "1e-4"), ("1e-4", "1e-3", "1e-2")
@@ -316,8 +316,8 @@ def test_largest_tensors_come_first_and_no_more_than_a_hundred(tmp_path):
         ("", (-1, "other", "other")),
     ],
 )
-def test_places_are_found_as_the_authors_find_them(name, where):
-    assert tuple(authors.place(name).values()) == where
+def test_module_names_follow_the_paper_script(name, where):
+    assert tuple(paper_csv.place(name).values()) == where
 
 
 def test_matching_is_by_name_and_three_prefixes_and_all_else_is_reported(tmp_path):
@@ -376,7 +376,7 @@ def test_matching_is_by_name_and_three_prefixes_and_all_else_is_reported(tmp_pat
 
 
 def test_names_with_several_candidates_are_reported_and_not_paired():
-    found, report = authors.match_names(["language_model.a", "model.language_model.a", "b"], ["model.a", "b"])
+    found, report = paper_csv.match_names(["language_model.a", "model.language_model.a", "b"], ["model.a", "b"])
     assert found == [("b", "b")]
     assert report["ambiguous_alias_matches"] == [
         {
@@ -409,7 +409,7 @@ def test_non_finite_tensors_keep_their_shares_and_have_no_norms(side, value, tmp
     layers = {row["layer_id"]: row for row in found["layer_summary.csv"]}
     finite = math.fsum(float(r["delta_energy"]) for r in rows.values() if r["layer_id"] == "0" and r["delta_energy"])
     assert float(layers["0"]["total_delta_energy"]) == pytest.approx(finite)
-    summary = json.loads((found["folder"] / "authors_summary.json").read_text(), parse_constant=pytest.fail)
+    summary = json.loads((found["folder"] / "paper_summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["warnings"]["failed_tensors"] == 1
 
 
@@ -436,7 +436,7 @@ def test_tensors_that_failed_or_were_counted_once_are_listed(pair, tmp_path):
             dataclasses.replace(second, how="tied"),
             *rest,
         ]
-        authors.write(tmp_path, opened, result)
+        paper_csv.write(tmp_path, opened, result)
     finally:
         opened.close()
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "failed_tensors.csv").open())}
@@ -458,7 +458,7 @@ def test_names_stay_one_cell_and_run_as_no_formula(name, tmp_path):
     plain = "'" + name if name[0] in "=+-@" else name
     for file in ("tensor_metrics.csv", "mask_overlap_metrics.csv", "top_delta_tensors.csv"):
         assert plain in {row["name"] for row in found[file]}
-    summary = json.loads((found["folder"] / "authors_summary.json").read_text())
+    summary = json.loads((found["folder"] / "paper_summary.json").read_text())
     assert summary["top_20_tensors_by_delta_energy_share"][0]["name"] == name  # JSON runs nothing
 
 
@@ -472,7 +472,7 @@ def test_nothing_to_show_is_a_header(tmp_path):
 
 def test_summary_agrees_with_the_tables(tmp_path):
     found = run(tmp_path, *mixed(torch.bfloat16))
-    summary = json.loads((found["folder"] / "authors_summary.json").read_text())
+    summary = json.loads((found["folder"] / "paper_summary.json").read_text())
     tensors, masks = found["tensor_metrics.csv"], found["mask_overlap_metrics.csv"]
     numel = sum(int(row["numel"]) for row in tensors)
     assert (summary["total_tensors_analyzed"], summary["total_parameters_analyzed"]) == (len(tensors), numel)
@@ -499,10 +499,10 @@ def test_bytes_do_not_depend_on_threads_or_on_earlier_runs_and_overwriting_clear
     analyze(*pair, tmp_path / "a", paper_csv=True, report=False, threads=1)
     analyze(*pair, tmp_path / "b", paper_csv=True, report=False, threads=2, io="read")
     analyze(*pair, tmp_path / "b", paper_csv=True, report=False)
-    for name in authors.FILES:
+    for name in paper_csv.FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     analyze(*pair, tmp_path / "c", report=False)
     written = {path.name for path in (tmp_path / "a").iterdir()} - {path.name for path in (tmp_path / "c").iterdir()}
-    assert written == set(authors.FILES)
+    assert written == set(paper_csv.FILES)
     analyze(*pair, tmp_path / "a", report=False, overwrite=True)
     assert not written & {path.name for path in (tmp_path / "a").iterdir()}

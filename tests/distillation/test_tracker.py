@@ -32,14 +32,14 @@ def test_figures_are_those_of_plain_tensors(tmp_path):
         assert row["since_last"]["visible"]["frac_zero"] == pytest.approx(
             (copies[-1] == copies[-2]).double().mean().item(), rel=1e-12
         )
-        assert row["changed_ever"] == pytest.approx(torch.stack(changed).any(0).double().mean().item(), rel=1e-12)
+        assert row["changed_any"] == pytest.approx(torch.stack(changed).any(0).double().mean().item(), rel=1e-12)
         assert sum(one["visible"]["numel"] for one in row["modules"].values()) == len(copies[0])
         assert row["trained"] == pytest.approx(10 / len(copies[0]), rel=1e-12)
     rows = tracker.finish()
     for row, here in zip(rows, changed, strict=True):
         both = (here & changed[-1]).sum().item()
-        assert row["coverage_of_final"] == pytest.approx(both / changed[-1].sum().item(), rel=1e-12)
-        assert row["stays_changed"] == pytest.approx(both / here.sum().item(), rel=1e-12)
+        assert row["recall_vs_final"] == pytest.approx(both / changed[-1].sum().item(), rel=1e-12)
+        assert row["precision_vs_final"] == pytest.approx(both / here.sum().item(), rel=1e-12)
     assert read_rows(tmp_path / "track.jsonl") == rows
     assert MaskSet.load(tmp_path / "masks" / "step-000003.safetensors").nnz == changed[-1].sum().item()
     assert not list((tmp_path / "weights").iterdir())
@@ -153,7 +153,7 @@ def test_a_model_that_does_not_move_has_no_change(tmp_path):
     tracker = Tracker(tmp_path, own, 0, lambda: None, 10, ALONE)
     row = tracker.mark(1, own, {})
     assert row["views"]["stored"]["frac_zero"] == 1
-    assert row["changed_ever"] == 0
+    assert row["changed_any"] == 0
     (finished,) = tracker.finish()
-    assert finished["coverage_of_final"] is None
-    assert finished["stays_changed"] is None
+    assert finished["recall_vs_final"] is None
+    assert finished["precision_vs_final"] is None

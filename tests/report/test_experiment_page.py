@@ -148,7 +148,13 @@ def test_the_analysis_is_linked_without_marks_too(tmp_path):
 
 def test_a_run_that_changed_nothing_has_no_curve_of_its_final_set():
     along = [
-        {"step": step, "changed_visible": 0.0, "changed_stored": 0.0, "coverage_of_final": None, "stays_changed": None}
+        {
+            "step": step,
+            "changed_visible": 0.0,
+            "changed_stored": 0.0,
+            "recall_vs_final": None,
+            "precision_vs_final": None,
+        }
         for step in (5, 10)
     ]
     assert [one["heading"] for one in content(result("masks", [FULL], along=along))["curves"]] == ["What has changed."]

@@ -6,12 +6,12 @@ and blocks, which it finds as substrings (`qkv_proj` is filed under `v_proj`). W
 
 - Sums are exact and rounded once, theirs are summed in fp32: energies and norms agree to about 1e-6, fractions wholly.
 - Near-zero masks: where equal |W| straddle the cut, their top-k takes arbitrary ones; here stands the expected value.
-- Spectra are exact for every matrix (authors_spectra.py); with `--spectra off` what needs them is left out, not left
+- Spectra are exact for every matrix (spectra.py); with `--spectra off` what needs them is left out, not left
   empty. `mask_overlap_mode` is always `exact`, also for the large matrices that their script skips.
 - Tensors with non-finite coordinates: those are left out of tallies, and their sums then have no counterpart. Norms,
   energies and what depends on them are NaN (an empty cell); shares below fixed thresholds are theirs still. Such a
   matrix has no near-zero rows and stands in `failed_tensors.csv`, as it does when their singular values fail on it.
-- Their `summary.json` is `authors_summary.json` here, without `run_metadata` (`run.json` has it) and spectral keys.
+- Their `summary.json` is `paper_summary.json` here, without `run_metadata` (`run.json` has it) and spectral keys.
 - Text that a spreadsheet would run as a formula has an apostrophe in front.
 """
 
@@ -72,7 +72,7 @@ FILES: tuple[str, ...] = (
     "top_delta_tensors.csv",
     "mismatch_report.json",
     "failed_tensors.csv",
-    "authors_summary.json",
+    "paper_summary.json",
 )
 LARGEST_SHOWN = 100  # rows of top_delta_tensors.csv
 # Their masks compare |delta|, widened to fp32, with the threshold unrounded: 1e-5 lies between 0x3727 and 0x3728.
@@ -184,7 +184,7 @@ def write(folder: Path, pair: Pair, result: Analysis) -> None:
     for name, (rows, columns) in tables.items():
         write_csv(folder / f"{name}.csv", map(blank, rows), columns)
     write_json(folder / "mismatch_report.json", report)
-    write_json(folder / "authors_summary.json", blank(summarise(tensors, masks, groups, largest, report, failed)))
+    write_json(folder / "paper_summary.json", blank(summarise(tensors, masks, groups, largest, report, failed)))
 
 
 def blank(content: Any) -> Any:
@@ -230,7 +230,7 @@ def without_wrapper(name: str) -> str:
 
 
 def place(name: str) -> dict[str, Any]:
-    """Layer, module and block by the authors' rules.
+    """Layer, module and block by the rules of the paper's script.
 
     >>> place("model.layers.3.self_attn.qkv_proj.weight")
     {'layer_id': 3, 'module_type': 'v_proj', 'block_type': 'attention'}

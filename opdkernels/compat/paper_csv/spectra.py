@@ -1,4 +1,4 @@
-"""The authors' `svd_metrics.csv`, `base_geometry_metrics.csv` and the principal columns of `mask_overlap_metrics.csv`.
+"""The paper's `svd_metrics.csv`, `base_geometry_metrics.csv` and the principal columns of `mask_overlap_metrics.csv`.
 
 From records of the visible view, whose delta is theirs, and whose W' is, as in their script, W + delta. They take fp32 SVDs,
 we Gram matrices in fp64: their rotations and drifts are rounding noise where delta is small (at 1e-3 of W off by a third).

@@ -26,7 +26,7 @@ import torch
 from opdkernels.ops import localise, register
 from opdkernels.ops.delta import BINS, DTYPES, NONFINITE, NUMEL, pattern
 
-DEFAULT_CUT = 0x3728  # bf16(1e-5) = 1.00136e-5, to which the authors' comparison rounds its threshold
+DEFAULT_CUT = 0x3728  # bf16(1e-5) = 1.00136e-5, to which the paper's reference script rounds its threshold
 MAX_RUNS = 16
 STRATA = ("row", "column")
 CLASS_SHIFT = 6  # a bf16 magnitude without six mantissa bits: its exponent and top mantissa bit
@@ -180,7 +180,7 @@ class Overlap:
         return share(self.n_changed(a) - self.n_both(a, b), self.finite)
 
     def expected_uniform(self, a: int, b: int) -> float:
-        """Expected count changed in both, were the changes placed at random in the tensor (the authors' chance)."""
+        """Expected count changed in both, were the changes placed at random in the tensor (the paper's chance level)."""
         return float(expected_uniform(self.n_changed(a), self.n_changed(b), self.finite))
 
     def expected_magnitude(self, a: int, b: int) -> float:
