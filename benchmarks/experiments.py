@@ -1,7 +1,7 @@
-"""Puts the tables of experiments that were run into docs/experiments.md, from the results.json of each that is kept here:
+"""Update the tables in docs/experiments.md from the results of experiments under benchmarks/results/experiments.
 
-python -m benchmarks.experiments                        # the page again, from what is kept
-python -m benchmarks.experiments addition-sgd=FOLDER    # with the results in FOLDER, of `opdkernels experiment`, as addition-sgd
+python -m benchmarks.experiments                        # regenerate the page
+python -m benchmarks.experiments addition-sgd=FOLDER    # take the results of `opdkernels experiment` in FOLDER first
 """
 
 from __future__ import annotations
@@ -12,55 +12,61 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from opdkernels.experiments.runner import percent, table
+from opdkernels.experiments.table import percent, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "experiments"
 PAGE = ROOT / "docs" / "experiments.md"
 
 
-MARKS = {
+SNAPSHOT_COLUMNS = {
     "changed_visible": "changed",
-    "changed_any": "at any mark",
-    "recall_vs_final": "of the final set",
-    "precision_vs_final": "of what was changed, stays",
-    "sqrt_v_cv": "√v's coefficient",
-    "gradient_momentum_cosine": "momentum and gradient",
+    "changed_any": "changed at any snapshot",
+    "recall_vs_final": "recall of the final set",
+    "precision_vs_final": "precision for the final set",
+    "sqrt_v_cv": "coefficient of variation of √v",
+    "gradient_momentum_cosine": "cosine of gradient and momentum",
 }
 RATIOS = ("sqrt_v_cv", "gradient_momentum_cosine")
 
 
-def marks_table(marks: list[dict[str, Any]]) -> list[str]:
-    """What changed along the run that the others are measured against, of the first seed."""
-    lines = [f"| step | {' | '.join(MARKS.values())} |", "|---:" * (1 + len(MARKS)) + "|"]
+def snapshot_table(snapshots: list[dict[str, Any]]) -> list[str]:
+    """Lines of Markdown: what had changed at each snapshot of the reference arm's first seed."""
+    lines = [
+        f"| step | {' | '.join(SNAPSHOT_COLUMNS.values())} |",
+        "|---:" * (1 + len(SNAPSHOT_COLUMNS)) + "|",
+    ]
 
-    def cell(key, value):
-        return "" if value is None else f"{value:.2f}" if key in RATIOS else percent(value, 1)
+    def cell(column: str, value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}" if column in RATIOS else percent(value, 1)
 
-    return lines + [f"| {mark['step']} | {' | '.join(cell(key, mark[key]) for key in MARKS)} |" for mark in marks]
-
-
-def show() -> str:
-    """The page with every table made again."""
-
-    def again(found: re.Match[str]) -> str:
-        result = json.loads((RESULTS / f"{found[2]}.json").read_text())
-        lines = marks_table(result["snapshots"]) if found[3] else table(result["rows"])
-        return "\n".join([f"<!-- {found[1]} -->", *lines, f"<!-- /{found[1]} -->"])
-
-    return re.sub(r"<!-- (([\w-]+)( along)?) -->\n(?:.*?\n)?<!-- /\1 -->", again, PAGE.read_text(), flags=re.DOTALL)
+    for row in snapshots:
+        lines.append(f"| {row['step']} | {' | '.join(cell(column, row[column]) for column in SNAPSHOT_COLUMNS)} |")
+    return lines
 
 
-def keep(name: str, folder: Path) -> None:
-    """A copy of results that names no folder of the machine that made them."""
-    found = json.loads((folder / "results.json").read_text())
+def render() -> str:
+    """The page with every table regenerated."""
+
+    def regenerate(match: re.Match[str]) -> str:
+        results = json.loads((RESULTS / f"{match[2]}.json").read_text())
+        lines = snapshot_table(results["snapshots"]) if match[3] else table(results["rows"])
+        return "\n".join([f"<!-- {match[1]} -->", *lines, f"<!-- /{match[1]} -->"])
+
+    pattern = r"<!-- (([\w-]+)( snapshots)?) -->\n(?:.*?\n)?<!-- /\1 -->"
+    return re.sub(pattern, regenerate, PAGE.read_text(), flags=re.DOTALL)
+
+
+def store(name: str, folder: Path) -> None:
+    """Copy an experiment's results, without the paths of the machine that ran it."""
+    results = json.loads((folder / "results.json").read_text())
     for side in ("student", "teacher"):
-        found[side] = Path(found[side]).name
+        results[side] = Path(results[side]).name
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     for name, _, folder in (argument.partition("=") for argument in sys.argv[1:]):
-        keep(name, Path(folder))
-    PAGE.write_text(show())
+        store(name, Path(folder))
+    PAGE.write_text(render())

@@ -120,11 +120,11 @@ def experiment(
 
     Raises InputError for input that cannot be read, UsageError for options that make no sense.
     """
-    from opdkernels.experiments.runner import pair_of, run_experiment
+    from opdkernels.experiments.runner import reference_pair, run_experiment
 
     folder = Path(out)
     result = run_experiment(name, options, folder, seeds=seeds, density=density, arms=arms, quiet=quiet)
-    start, end = pair_of(folder, result)
+    start, end = reference_pair(folder, result)
     spectra = "exact" if sum(path.stat().st_size for path in end.glob("*.safetensors")) < SMALL else "off"
     analyze(start, end, folder / "analysis", spectra=spectra, overwrite=True)
     report.write_experiment(folder, {**result, "analysis": True})

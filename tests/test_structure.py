@@ -107,18 +107,18 @@ def test_readme_quotes_the_committed_measurements():
         assert table(json.loads(results.read_text())) in (ROOT / "README.md").read_text()
 
 
-def test_marks_without_a_figure_have_an_empty_cell():
-    from benchmarks.experiments import MARKS, marks_table
+def test_missing_snapshot_metrics_give_empty_cells():
+    from benchmarks.experiments import SNAPSHOT_COLUMNS, snapshot_table
 
     assert (
-        marks_table([{"step": 5, **dict.fromkeys(MARKS), "changed_visible": 0.5}])[-1]
+        snapshot_table([{"step": 5, **dict.fromkeys(SNAPSHOT_COLUMNS), "changed_visible": 0.5}])[-1]
         == "| 5 | 50.0 % |  |  |  |  |  |"
     )
 
 
-def test_the_page_of_experiments_quotes_the_results_that_are_kept():
-    from benchmarks.experiments import PAGE, RESULTS, show
+def test_experiments_page_agrees_with_committed_results():
+    from benchmarks.experiments import PAGE, RESULTS, render
 
-    assert show() == PAGE.read_text(), "run python -m benchmarks.experiments"
+    assert render() == PAGE.read_text(), "run python -m benchmarks.experiments"
     for results in RESULTS.glob("*.json"):
         assert f"<!-- {results.stem} -->" in PAGE.read_text()

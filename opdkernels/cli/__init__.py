@@ -682,7 +682,7 @@ def experiment(
     """
     from opdkernels.api import experiment
     from opdkernels.distillation.options import options_from
-    from opdkernels.experiments.runner import markdown
+    from opdkernels.experiments.table import markdown
 
     options = options_from(
         config, {**({} if config else shipped()), **{name: value for name, value in given.items() if value is not None}}

@@ -51,7 +51,7 @@ def content(result: Mapping[str, Any]) -> dict[str, Any]:
         "kept": kept(rows),
         "table": build("arms", "Arms", [Column("arm"), *columns], [{"": told(row)} for row in rows]),
         "curves": curves(along),
-        "against": result["against"],
+        "reference_arm": result["reference_arm"],
         "analysis": result.get("analysis"),
         "run": {"command": f"experiment {result['experiment']}"},
         "facts": [
@@ -144,11 +144,11 @@ def headline(result: Mapping[str, Any]) -> str:
         "precision": told_changes,
     }
     sentence = told[result["experiment"]](rows) if result["experiment"] in told else told_best(rows)
-    gain = f"{format.percent(rows['start']['score'])} to {format.percent(rows[result['against']]['score'])}"
+    gain = f"{format.percent(rows['start']['score'])} to {format.percent(rows[result['reference_arm']]['score'])}"
     return (
-        f"{sentence} ({result['against']}: {gain})"
+        f"{sentence} ({result['reference_arm']}: {gain})"
         if sentence
-        else f"{result['against']}: from {gain} on held-out prompts"
+        else f"{result['reference_arm']}: from {gain} on held-out prompts"
     )
 
 
@@ -198,13 +198,13 @@ def told_best(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def reading(result: Mapping[str, Any]) -> list[str]:
     """What the intervals say of each arm beside the one that all are measured against."""
     rows = {row["arm"]: row for row in result["rows"]}
-    if rows[result["against"]].get("gain_retained") is None:
+    if rows[result["reference_arm"]].get("gain_retained") is None:
         return [
-            f"The gain of {result['against']} may be nothing at this number of seeds and prompts, so that no share of it is given."
+            f"The gain of {result['reference_arm']} may be nothing at this number of seeds and prompts, so that no share of it is given."
         ]
     found = []
     for arm, row in rows.items():
-        if arm in ("start", result["against"]) or row.get("gain_retained") is None:
+        if arm in ("start", result["reference_arm"]) or row.get("gain_retained") is None:
             continue
         verdict = (
             "less than all"

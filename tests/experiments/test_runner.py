@@ -1,3 +1,5 @@
+"""Experiments run every arm, resume, refuse bad requests before anything runs, and report what the runs hold."""
+
 from __future__ import annotations
 
 import json
@@ -10,9 +12,11 @@ import pytest
 from opdkernels.api import analyze
 from opdkernels.distillation.tracker import read_rows
 from opdkernels.errors import UsageError
-from opdkernels.experiments import arms
-from opdkernels.experiments import runner as experiments
-from opdkernels.experiments.runner import EXPERIMENTS, markdown, needed, run_experiment, table, table_rows
+from opdkernels.experiments import arms, bootstrap, runner
+from opdkernels.experiments.bootstrap import table_rows
+from opdkernels.experiments.catalog import EXPERIMENTS
+from opdkernels.experiments.runner import resolve_arms, run_experiment
+from opdkernels.experiments.table import markdown, table
 from opdkernels.masks import MaskSet
 from tests.distillation.conftest import model, tokenizer
 
@@ -29,7 +33,7 @@ def scores_of(folder, step):
     return next(row["scores"] for row in read_rows(folder / "scores.jsonl") if row["step"] == step)
 
 
-def test_a_table_has_every_arm_seed_and_mask(options, tmp_path):
+def test_results_have_a_row_for_every_arm(options, tmp_path):
     chosen = options(eval_size=6, steps=10, lr=1e-2, reward=VARIED)
     result = run_experiment(
         "masks",
@@ -46,7 +50,7 @@ def test_a_table_has_every_arm_seed_and_mask(options, tmp_path):
         assert rows[name]["changed_stored"] <= rows[name]["trained"]
         assert rows[name]["score"] != rows["start"]["score"]
     made = {
-        name: MaskSet.load(tmp_path / "seed-1" / "full" / "made-of-10" / f"{file}-0.2.masks.safetensors")
+        name: MaskSet.load(tmp_path / "seed-1" / "full" / "derived-at-10" / f"{file}-0.2.masks.safetensors")
         for name, file in FILES.items()
     }
     for name in ("random", "magnitude-matched"):
@@ -55,14 +59,14 @@ def test_a_table_has_every_arm_seed_and_mask(options, tmp_path):
     assert rows["early-changed"]["mask_recall"] < rows["changed"]["mask_recall"] == 1
     assert json.loads((tmp_path / "results.json").read_text()) == result
     assert (tmp_path / "table.md").read_text() == markdown(result)
-    before = (tmp_path / "seed-0" / "found-0.2" / "checkpoint-10" / "model.safetensors").stat().st_mtime_ns
+    before = (tmp_path / "seed-0" / "changed-0.2" / "checkpoint-10" / "model.safetensors").stat().st_mtime_ns
     assert (
         run_experiment("masks", chosen, tmp_path, seeds=2, density=0.2, arms=["changed"])["rows"][2] == rows["changed"]
     )
-    assert (tmp_path / "seed-0" / "found-0.2" / "checkpoint-10" / "model.safetensors").stat().st_mtime_ns == before
+    assert (tmp_path / "seed-0" / "changed-0.2" / "checkpoint-10" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_table_shows_what_tells_something():
+def test_table_drops_uninformative_columns():
     row = {
         "score": 0.5,
         "score_low": 0.25,
@@ -84,8 +88,8 @@ def test_a_table_shows_what_tells_something():
     assert last == r"| like \|W\| | 0.500 (0.250 to 0.750) | 0 % (-12 to 150) | 50.0 % | 0.032 % |"
     wider = table([start, {**full, "trained": 0.2}, {**other, "changed_stored": 0.75, "mask_recall": 0.5}])
     assert (
-        wider[0]
-        == "| arm | score | gain retained | trained | mask recall | changed in bf16 | changed as stored | relative norm |"
+        wider[0] == "| arm | score | gain retained | trained | mask recall | changed in bf16 | changed as stored "
+        "| relative norm |"
     )
     assert (
         table(
@@ -95,7 +99,7 @@ def test_a_table_shows_what_tells_something():
     )
 
 
-def test_one_arm_alone_keeps_its_figures():
+def test_table_of_one_arm_keeps_its_metrics():
     row = {"arm": "full", "score": 0.5, "score_low": 0.25, "score_high": 0.75, "changed_visible": 0.5}
     assert (
         table([{**row, "arm": "start", "changed_visible": None}, row])[0]
@@ -104,24 +108,24 @@ def test_one_arm_alone_keeps_its_figures():
     assert table([row, row])[1].count("---") == table([row, row])[0].count("|") - 1
 
 
-def test_deviations_of_seeds_are_stretched():
+def test_deviations_between_seeds_are_scaled():
     scores = np.repeat(np.array([[0.0], [1.0], [2.0], [3.0]]), 10, axis=1)  # prompts all alike
-    means = experiments.resampled({"a": scores})["a"]
+    means = bootstrap.resample_means({"a": scores})["a"]
     assert means.mean() == pytest.approx(1.5, abs=0.03)
     assert means.std() == pytest.approx(scores[:, 0].std(ddof=1) / 2, rel=0.03)
-    assert experiments.resampled({"a": scores[:1]})["a"].std() == 0
+    assert bootstrap.resample_means({"a": scores[:1]})["a"].std() == 0
 
 
 @pytest.mark.parametrize(("seeds", "density"), [(0, None), (1, 1.5), (1, float("nan"))])
-def test_sizes_that_make_no_sense_are_refused_before_anything_runs(options, tmp_path, seeds, density):
+def test_invalid_sizes_are_rejected_before_anything_runs(options, tmp_path, seeds, density):
     with pytest.raises(UsageError, match=r"a seed or more and masks of a density in 0 \.\. 1"):
         run_experiment("masks", options(eval_size=4), tmp_path, seeds=seeds, density=density)
     assert not list(tmp_path.iterdir())
 
 
-def test_parts_are_scored_as_their_seed_is(options, tmp_path, monkeypatch):
+def test_parts_are_scored_with_the_seed_of_their_run(options, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(experiments, "score", lambda options, folder: seen.append(options.seed) or [0.5] * 4)
+    monkeypatch.setattr(runner, "score", lambda options, folder: seen.append(options.seed) or [0.5] * 4)
     run_experiment("grafts", options(eval_size=4, steps=2, seed=3), tmp_path, seeds=2, arms=["mlp alone"])
     assert seen == [3, 4]
 
@@ -129,13 +133,13 @@ def test_parts_are_scored_as_their_seed_is(options, tmp_path, monkeypatch):
 FILES = {
     "changed": "changed",
     "random": "random",
-    "magnitude-matched": "random-like",
+    "magnitude-matched": "magnitude-matched",
     "early-changed": "changed-at-0.1",
 }
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_runs_at_its_own_density(options, tmp_path, name):
+def test_every_experiment_runs_at_its_default_density(options, tmp_path, name):
     result = run_experiment(name, options(eval_size=4, steps=10, reward=VARIED), tmp_path, seeds=1)
     assert result["density"] == EXPERIMENTS[name].density
     assert [row["arm"] for row in result["rows"]] == [
@@ -144,7 +148,7 @@ def test_every_experiment_runs_at_its_own_density(options, tmp_path, name):
     ]  # of two layers
 
 
-def test_what_rounding_alone_would_show_is_beside_what_changed(options, tmp_path):
+def test_precision_reports_change_expected_from_rounding(options, tmp_path):
     rows = {
         row["arm"]: row for row in run_experiment("precision", options(eval_size=4, steps=2, lr=1e-4), tmp_path)["rows"]
     }
@@ -162,7 +166,7 @@ def test_what_rounding_alone_would_show_is_beside_what_changed(options, tmp_path
     assert "expected from bf16 rounding alone" in (tmp_path / "table.md").read_text()
 
 
-def test_weights_that_lie_between_those_of_bf16_have_a_null_of_their_own(options, tmp_path):
+def test_fp32_weights_between_bf16_values_have_their_own_null(options, tmp_path):
     own = model(0, initializer_range=0.2)
     own.save_pretrained(tmp_path / "s")
     tokenizer().save_pretrained(tmp_path / "s")
@@ -178,7 +182,7 @@ def test_weights_that_lie_between_those_of_bf16_have_a_null_of_their_own(options
 
 
 @pytest.mark.parametrize("density", [0.2, 0.0])
-def test_masks_of_a_trajectory_hold_more_and_more_of_the_final_set(options, tmp_path, density):
+def test_mask_recall_increases_along_the_trajectory(options, tmp_path, density):
     chosen = options(eval_size=4, steps=10, lr=1e-4, track_every=10)
     run_experiment(
         "trajectory", chosen, tmp_path, density=density, arms=["full"]
@@ -195,7 +199,7 @@ def test_masks_of_a_trajectory_hold_more_and_more_of_the_final_set(options, tmp_
     assert "mask recall" in (tmp_path / "table.md").read_text()
 
 
-def test_a_set_by_another_runs_mask_is_measured_against_the_full_runs(options, tmp_path):
+def test_mask_of_another_run_is_compared_with_the_full_run(options, tmp_path):
     rows = {
         row["arm"]: row
         for row in run_experiment(
@@ -205,7 +209,7 @@ def test_a_set_by_another_runs_mask_is_measured_against_the_full_runs(options, t
     assert rows["changed by rlvr"]["mask_recall"] < 0.9
 
 
-def test_an_arm_that_changes_nothing_keeps_the_table(options, tmp_path):
+def test_arm_without_changes_keeps_the_table(options, tmp_path):
     rows = {
         row["arm"]: row
         for row in run_experiment("masks", options(eval_size=4, steps=2), tmp_path, density=0.2, arms=["rlvr"])["rows"]
@@ -217,32 +221,32 @@ def test_an_arm_that_changes_nothing_keeps_the_table(options, tmp_path):
 @pytest.mark.parametrize(
     ("given", "name", "arm", "message"),
     [
-        ({"on_policy": 0.5}, "masks", "rlvr", "of the arm rlvr: .*set on_policy=1"),
-        ({"lora_rank": 4}, "masks", "changed", "of the arm found: .*choose one"),
+        ({"on_policy": 0.5}, "masks", "rlvr", "arm rlvr: .*set on_policy=1"),
+        ({"lora_rank": 4}, "masks", "changed", "arm changed: .*choose one"),
         (
             {"steps": 12},
             "trajectory",
             "mask at 20% of the steps",
-            "mask at 20% of the steps looks at a share of 12 steps; take a multiple of 10",
+            "mask at 20% of the steps is derived from a fraction of 12 steps; take a multiple of 10",
         ),
     ],
 )
-def test_arms_that_make_no_sense_are_refused_before_any_runs(options, tmp_path, given, name, arm, message):
+def test_invalid_arms_are_rejected_before_any_runs(options, tmp_path, given, name, arm, message):
     with pytest.raises(UsageError, match=message):
         run_experiment(name, options(eval_size=4, **given), tmp_path, arms=[arm])
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_without_the_marks_that_masks_are_made_from_is_named(options, tmp_path):
+def test_missing_snapshot_is_named(options, tmp_path):
     chosen = options(eval_size=4, steps=12, track_every=5)
     run_experiment("masks", chosen, tmp_path, arms=["full"])
     folder = tmp_path / "seed-0" / "full"
     for density in (0.0, 0.2):
         with pytest.raises(UsageError, match="run the experiment in another folder, or --overwrite"):
-            arms.changed(arms.Made(folder, 0.5, density, 0))
+            arms.changed(arms.MaskContext(folder, 0.5, density, 0))
 
 
-def test_masks_of_the_size_of_lora(options, tmp_path):
+def test_masks_train_as_many_parameters_as_lora(options, tmp_path):
     arm = "early-changed lr x 1.0"
     rows = {
         row["arm"]: row
@@ -258,7 +262,7 @@ def test_masks_of_the_size_of_lora(options, tmp_path):
     assert rows[arm]["trained"] == pytest.approx(rows["lora rank 8 lr x 3.0"]["trained"], abs=1 / total)
 
 
-def test_an_arm_whose_mask_would_be_empty_has_no_row(options, tmp_path):
+def test_arm_with_an_empty_mask_has_no_row(options, tmp_path):
     result = run_experiment(
         "masks", options(eval_size=4, steps=2), tmp_path, arms=["changed by rlvr"]
     )  # no completion is right, so that RLVR changes nothing
@@ -268,7 +272,7 @@ def test_an_arm_whose_mask_would_be_empty_has_no_row(options, tmp_path):
     assert [row["arm"] for row in result["rows"]] == ["start", "full"]
 
 
-def test_results_of_another_experiment_are_not_replaced(options, tmp_path):
+def test_results_of_another_experiment_are_kept(options, tmp_path):
     chosen = options(eval_size=4, steps=2)
     run_experiment("masks", chosen, tmp_path, arms=["full"])
     before = (tmp_path / "results.json").read_text()
@@ -289,7 +293,7 @@ def test_results_of_another_experiment_are_not_replaced(options, tmp_path):
             run_experiment("masks", chosen, tmp_path)
 
 
-def test_progress_goes_to_the_error_stream(options, tmp_path, capfd):
+def test_progress_goes_to_stderr(options, tmp_path, capfd):
     run_experiment("masks", options(eval_size=4, steps=2), tmp_path, arms=["changed by rlvr"], quiet=False)
     said = capfd.readouterr()
     assert said.out == ""
@@ -297,46 +301,46 @@ def test_progress_goes_to_the_error_stream(options, tmp_path, capfd):
     assert "changed by rlvr is left out: nothing had changed\n" in said.err
 
 
-def test_seeds_are_counted_from_the_one_that_is_given(options, tmp_path):
+def test_seeds_count_up_from_the_given_seed(options, tmp_path):
     chosen = options(eval_size=4, steps=2, seed=3, reward=VARIED)
     result = run_experiment("masks", chosen, tmp_path / "a", seeds=2, arms=["full"])
     assert sorted(path.name for path in (tmp_path / "a").glob("seed-*")) == ["seed-3", "seed-4"]
     assert (result["seeds"], result["options"]["seed"]) == (2, 3)
     assert result["snapshots"] == run_experiment("masks", chosen, tmp_path / "b", arms=["full"])["snapshots"]
-    assert experiments.pair_of(tmp_path / "a", result)[1] == tmp_path / "a" / "seed-3" / "full" / "checkpoint-2"
+    assert runner.reference_pair(tmp_path / "a", result)[1] == tmp_path / "a" / "seed-3" / "full" / "checkpoint-2"
 
 
-def test_options_of_other_arms_do_not_keep_those_that_have_no_use_for_them_from_running(options, tmp_path):
+def test_arm_ignores_options_of_other_arms(options, tmp_path):
     chosen = options(eval_size=4, steps=2, divergence="jsd", beta=0.3, k=3, temperature=0.5, precision="nearest")
     for name, arm in (("masks", "rlvr"), ("subspace", "lora rank 8 lr x 3.0")):
         assert arm in [row["arm"] for row in run_experiment(name, chosen, tmp_path / name, arms=[arm])["rows"]]
 
 
-def test_parts_of_a_change_are_scored_as_the_run_scores_itself(options, tmp_path, monkeypatch):
+def test_full_update_grafted_scores_like_the_run(options, tmp_path, monkeypatch):
     chosen = options(eval_size=8, steps=3, lr=1e-2, reward=VARIED)
-    every = arms.Part(where="attention,mlp,embedding,lm_head,norm")
+    every = arms.UpdateSlice(select="attention,mlp,embedding,lm_head,norm")
     arm = arms.Arm("all of it", part=every)
-    lacking = arms.Arm("routers", part=arms.Part(where="router"))
+    lacking = arms.Arm("routers", part=arms.UpdateSlice(select="router"))
     parts = EXPERIMENTS["grafts"]
     monkeypatch.setitem(
-        experiments.EXPERIMENTS,
+        EXPERIMENTS,
         "grafts",
         arms.Experiment(parts.about, [*parts.arms, arm, lacking], density=parts.density),
     )
     rows = {row["arm"]: row for row in run_experiment("grafts", chosen, tmp_path)["rows"]}
     assert rows["all of it"]["score"] == rows["full"]["score"] != rows["start"]["score"]
     full = tmp_path / "seed-0" / "full"
-    assert json.loads((full / "made-of-3" / "all-of-it.json").read_text())["scores"] == scores_of(full, 3)
+    assert json.loads((full / "derived-at-3" / "all-of-it.json").read_text())["scores"] == scores_of(full, 3)
     assert rows["without mlp"]["score"] not in (rows["full"]["score"], rows["start"]["score"])
     assert rows["all of it"]["update_fraction"] == 1
     assert rows["largest alone"]["update_fraction"] + rows["all but the largest"]["update_fraction"] == pytest.approx(1)
     assert rows["mlp alone"]["update_fraction"] + rows["without mlp"]["update_fraction"] == pytest.approx(1)
     assert "without the middle third of layers" not in rows  # of two layers
     assert "routers" not in rows
-    assert not [path for path in (tmp_path / "seed-0" / "full" / "made-of-3").iterdir() if path.is_dir()]
+    assert not [path for path in (tmp_path / "seed-0" / "full" / "derived-at-3").iterdir() if path.is_dir()]
 
 
-def test_what_is_made_from_a_run_is_made_again_when_it_goes_on(options, tmp_path):
+def test_derived_masks_are_rebuilt_when_a_run_continues(options, tmp_path):
     first = run_experiment("masks", options(eval_size=4, steps=2), tmp_path / "a", density=0.2, arms=["changed"])
     with pytest.raises(UsageError, match="holds another run"):
         run_experiment("masks", options(eval_size=4, steps=4), tmp_path / "a", density=0.2, arms=["changed"])
@@ -346,14 +350,14 @@ def test_what_is_made_from_a_run_is_made_again_when_it_goes_on(options, tmp_path
         "masks", options(eval_size=4, steps=4, overwrite=True), tmp_path / "a", density=0.2, arms=["changed"]
     )
     masks = [
-        MaskSet.load(tmp_path / "a" / "seed-0" / "full" / f"made-of-{step}" / "changed-0.2.masks.safetensors")
+        MaskSet.load(tmp_path / "a" / "seed-0" / "full" / f"derived-at-{step}" / "changed-0.2.masks.safetensors")
         for step in (2, 4)
     ]
     assert masks[0] != masks[1]
     assert first["steps"] == 2
 
 
-def test_intervals_hold_as_often_as_they_say():
+def test_intervals_have_their_nominal_coverage():
     """Prompts drawn anew 200 times from known rates: some 95 % of the intervals hold the truth."""
     rng, held = np.random.default_rng(0), 0
     end = {"trained": 1.0}
@@ -363,36 +367,36 @@ def test_intervals_hold_as_often_as_they_say():
             for name, rate in (("start", 0.2), ("full", 0.7), ("changed", 0.6))
         }
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(experiments, "RESAMPLES", 400)
+            patch.setattr(bootstrap, "RESAMPLES", 400)
             rows = {row["arm"]: row for row in table_rows(scores, {"full": [end], "changed": [end]}, "full")}
         held += rows["changed"]["gain_retained_low"] <= 0.8 <= rows["changed"]["gain_retained_high"]
     assert 0.9 <= held / 200 <= 0.99
 
 
-def test_a_gain_that_may_be_none_has_no_share():
+def test_gain_near_zero_has_no_retained_fraction():
     scores = {"start": [[0.0, 1.0] * 10], "full": [[1.0, 0.0] * 10]}
     rows = table_rows(scores, {"full": [{"trained": 1.0}]}, "full")
     assert "gain_retained" not in rows[1]
     assert rows[1]["score"] == 0.5
 
 
-def test_all_arms_alike_keep_all_of_the_gain():
+def test_equal_arms_retain_the_whole_gain():
     scores = {"start": [[0.0] * 30], "full": [[1.0, 1.0, 0.0] * 10], "changed": [[1.0, 1.0, 0.0] * 10]}
     row = table_rows(scores, {"full": [{"trained": 1.0}], "changed": [{"trained": 0.2}]}, "full")[2]
     assert (row["gain_retained"], row["gain_retained_low"], row["gain_retained_high"]) == (1.0, 1.0, 1.0)
 
 
-def test_an_arm_brings_those_that_it_is_made_from():
-    assert [arm.name for arm in needed(EXPERIMENTS["masks"], ["changed by rlvr"])] == [
+def test_arm_brings_the_arms_it_needs():
+    assert [arm.name for arm in resolve_arms(EXPERIMENTS["masks"], ["changed by rlvr"])] == [
         "full",
         "rlvr",
         "changed by rlvr",
     ]
     with pytest.raises(UsageError, match="there is no arm magic"):
-        needed(EXPERIMENTS["masks"], ["magic"])
+        resolve_arms(EXPERIMENTS["masks"], ["magic"])
 
 
-def test_what_cannot_be_run_is_refused(options, tmp_path, monkeypatch):
+def test_invalid_requests_are_rejected(options, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="there is no experiment magic; there are masks"):
         run_experiment("magic", options(), tmp_path)
     with pytest.raises(UsageError, match="set eval_size and track_every"):
@@ -407,7 +411,7 @@ def test_what_cannot_be_run_is_refused(options, tmp_path, monkeypatch):
         run_experiment("masks", options(eval_size=4), tmp_path)
 
 
-def test_a_signal_stops_the_experiment_and_not_an_arm_alone(options, tmp_path, monkeypatch):
+def test_signal_stops_the_whole_experiment(options, tmp_path, monkeypatch):
     from opdkernels.distillation import loop
 
     train = loop.train

@@ -29,7 +29,7 @@ def result(experiment, rows, against="full", along=()):
         "prompts": 50,
         "steps": 10,
         "density": 0.2,
-        "against": against,
+        "reference_arm": against,
         "student": "a",
         "teacher": "b",
         "task": "addition",

@@ -1,0 +1,3 @@
+"""Experiments run on the tiny models of the distillation tests."""
+
+from tests.distillation.conftest import options, places  # noqa: F401
