@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opdkernels.distillation.options import shipped
+from opdkernels.distillation.options import demo_options
 
 ROUNDS = 3
 
@@ -46,7 +46,7 @@ def models(folder: Path) -> tuple[Path, Path]:
             pad_token_id=0,
         )
         Qwen2ForCausalLM(config).save_pretrained(folder / name)
-        AutoTokenizer.from_pretrained(shipped()["student"]).save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(demo_options()["student"]).save_pretrained(folder / name)
     return folder / "student", folder / "teacher"
 
 
@@ -57,7 +57,9 @@ def test_loop_against_trl(benchmark, row, request, tmp_path, kind, steps, batch,
     python = request.config.getoption("--trl-python")
     if not python:
         pytest.skip("give --trl-python PYTHON to measure against TRL")
-    student, teacher = models(tmp_path) if kind == "vocabulary" else (shipped()["student"], shipped()["teacher"])
+    student, teacher = (
+        models(tmp_path) if kind == "vocabulary" else (demo_options()["student"], demo_options()["teacher"])
+    )
     data = prompts(tmp_path / "prompts.jsonl", "12+13=25\n41+29=70\n" if kind == "vocabulary" else "")
     command = [python, str(Path(__file__).with_name("distill_stage.py"))]
     arguments = [

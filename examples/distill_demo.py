@@ -20,7 +20,7 @@ COMMAND = [
     "0.2",
     "--arms",
     "changed,random,magnitude-matched",
-    "--steps",
+    "--max-steps",
     "60",
     "--overwrite",
 ]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 from pydantic import BaseModel
 
-from opdkernels.distillation.options import DistillOptions, shipped
+from opdkernels.distillation.options import DistillOptions, demo_options
 from opdkernels.errors import InputError, UsageError, printable
 
 EXIT_STATUS = (
@@ -615,9 +615,9 @@ def distill(
 
     OUT gets checkpoint-N folders (transformers' format, checkpoint-0 the start), log.jsonl with a line a step, track.jsonl with a
     line a mark, and masks of what had changed at each mark. A run that was killed goes on from its last
-    checkpoint (--save-every) with the same command.
+    checkpoint (--save-steps) with the same command.
 
-    Example: opdkernels distill --student Qwen2.5-0.5B --teacher Qwen2.5-1.5B --prompts prompts.jsonl --steps 200 -o run
+    Example: opdkernels distill --student Qwen2.5-0.5B --teacher Qwen2.5-1.5B --prompts prompts.jsonl --max-steps 200 -o run
     """
     from opdkernels.distillation.loop import distill, lines, summary
     from opdkernels.distillation.options import options_from
@@ -685,7 +685,8 @@ def experiment(
     from opdkernels.experiments.table import markdown
 
     options = options_from(
-        config, {**({} if config else shipped()), **{name: value for name, value in given.items() if value is not None}}
+        config,
+        {**({} if config else demo_options()), **{name: value for name, value in given.items() if value is not None}},
     )
     result = experiment(
         name,
@@ -702,7 +703,7 @@ def experiment(
 
 app.command("experiment")(
     with_options(
-        experiment, DistillOptions, {**shipped(), "student": "the one that ships", "teacher": "the one that ships"}
+        experiment, DistillOptions, {**demo_options(), "student": "the one that ships", "teacher": "the one that ships"}
     )
 )
 

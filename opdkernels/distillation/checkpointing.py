@@ -49,9 +49,9 @@ OF_MODELS = {
 }  # of a checkpoint's folder; a run's own state comes and goes
 PIECES, PIECE_BYTES = 256, 1 << 16  # of a large file that are looked at
 FREE = {
-    "steps",
-    "save_every",
-    "eval_every",
+    "max_steps",
+    "save_steps",
+    "eval_steps",
     "tensorboard",
     "wandb",
     "threads",
@@ -66,7 +66,7 @@ def identity(options: DistillOptions) -> str:
         for name, value in options.model_dump(mode="json", exclude_defaults=True).items()
         if name not in FREE
     }
-    for name in ("prompts", "held_out", "masks"):
+    for name in ("prompts", "eval_prompts", "masks"):
         if kept.get(name) and Path(kept[name]).is_file():
             kept[name] = content_of(Path(kept[name]))
     if kept.get("subspace") and Path(kept["subspace"]).is_dir():
@@ -124,10 +124,10 @@ def standing(folder: Path, options: DistillOptions) -> tuple[Path, tuple[int, Pa
     if other is not None and not options.overwrite and begun(folder):
         raise other
     if found and other is None:
-        if not (options.overwrite and lacks(folder, found[0], options.save_every)):
+        if not (options.overwrite and lacks(folder, found[0], options.save_steps)):
             return folder, found
         warnings.warn(
-            f"{named} has taken {found[0]} steps and lacks checkpoints that save_every asks for; it is overwritten",
+            f"{named} has taken {found[0]} steps and lacks checkpoints that save_steps asks for; it is overwritten",
             stacklevel=2,
         )
     keep_apart(folder, options)
@@ -162,9 +162,9 @@ def refusal(folder: Path, options: DistillOptions, before: dict[str, Any]) -> Ex
             return InputError(
                 f"{printable(other)} in {printable(place)} is not what it was when the run in {named} began; put it back, choose another folder, or --overwrite the run"
             )
-    if found and found[0] > options.steps:
+    if found and found[0] > options.max_steps:
         return UsageError(
-            f"{named} has taken {found[0]} steps and steps is {options.steps}; give as many, or overwrite it"
+            f"{named} has taken {found[0]} steps and steps is {options.max_steps}; give as many, or overwrite it"
         )
     return None
 
@@ -184,10 +184,10 @@ def begun(folder: Path) -> bool:
     return newest(folder) is not None or any(row["step"] for row in read_rows(folder / "log.jsonl"))
 
 
-def lacks(folder: Path, step: int, save_every: int) -> bool:
+def lacks(folder: Path, step: int, save_steps: int) -> bool:
     """Whether a run up to a step has not all the checkpoints that it is asked for."""
-    return bool(save_every) and not all(
-        (folder / f"checkpoint-{one}").exists() for one in range(save_every, step + 1, save_every)
+    return bool(save_steps) and not all(
+        (folder / f"checkpoint-{one}").exists() for one in range(save_steps, step + 1, save_steps)
     )
 
 
@@ -197,7 +197,7 @@ def keep_apart(folder: Path, options: DistillOptions) -> None:
     given = [
         ("student", options.student),
         *(("teacher", place) for place in options.teachers.values() if place != SELF),
-        *((name, getattr(options, name)) for name in ("prompts", "held_out", "masks", "subspace")),
+        *((name, getattr(options, name)) for name in ("prompts", "eval_prompts", "masks", "subspace")),
     ]
     for name, place in given:
         if place and os.path.exists(place) and (os.path.realpath(place) + os.sep).startswith(own + os.sep):

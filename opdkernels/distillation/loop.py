@@ -149,9 +149,9 @@ def loaded(options: DistillOptions, task: Task, checkpoint: Path | None, device:
 def take_steps(run: Run, folder: Path, step: int, quiet: bool, opened: Sequence[Board]) -> Outcome:
     """Takes a run from a step to its end, or to a signal, with what is logged, marked and saved on the way."""
     options, model, text, ranks, device = run.options, run.model, run.text, run.ranks, run.device
-    log = Log(folder, step, options.steps, quiet, ranks, opened)
+    log = Log(folder, step, options.max_steps, quiet, ranks, opened)
     tracker = None
-    if options.track_every and (step < options.steps or any((folder / "weights").glob("*.bin"))):
+    if options.snapshot_every and (step < options.max_steps or any((folder / "weights").glob("*.bin"))):
         place = device if ranks.size > 1 else torch.device("cpu")
         tracker = Tracker(
             folder,
@@ -163,13 +163,13 @@ def take_steps(run: Run, folder: Path, step: int, quiet: bool, opened: Sequence[
         )
     if not step:
         save(folder, 0, model, text, None, ranks)
-        if options.eval_size:
+        if options.num_eval_prompts:
             log.row({"step": 0, **evaluate(run)})
     skipped = 0
     with stopping() as stop:
         stopped = False
-        while step < options.steps and not stopped:
-            look = tracker is not None and (step + 1) % options.track_every == 0
+        while step < options.max_steps and not stopped:
+            look = tracker is not None and (step + 1) % options.snapshot_every == 0
             row = train(run, step, look)
             step += 1
             skipped = skipped + 1 if row["skipped"] else 0
@@ -177,25 +177,25 @@ def take_steps(run: Run, folder: Path, step: int, quiet: bool, opened: Sequence[
                 raise InputError(
                     f"{MOST_SKIPPED} steps in a row had no finite loss ({row['skipped']}); {'look at the teacher, or ' if run.teachers else ''}take a smaller lr"
                 )
-            last, moments = step == options.steps, row.pop("moments")
+            last, moments = step == options.max_steps, row.pop("moments")
             if tracker and (look or last):
                 with run.clock.phase("track"):
                     mark = tracker.mark(step, model, moments or {})
                 row["changed"] = 1 - mark["views"]["visible"]["frac_zero"]
                 row["changed_since_mark"] = 1 - mark["since_last"]["visible"]["frac_zero"]
-            if options.eval_size and (last or (options.eval_every and step % options.eval_every == 0)):
+            if options.num_eval_prompts and (last or (options.eval_steps and step % options.eval_steps == 0)):
                 with run.clock.phase("evaluate"):
                     row |= evaluate(run)
             log.row(
                 {"step": step, **row, **run.clock.row()}
             )  # first: a run that goes on from before the checkpoint lets it go
             stopped = bool(ranks.total({"stop": len(stop)}, device)["stop"])
-            if last or stopped or (options.save_every and step % options.save_every == 0):
+            if last or stopped or (options.save_steps and step % options.save_steps == 0):
                 save(folder, step, model, text, state_of(run, step), ranks)
                 if tracker:
                     tracker.saved()
-    marks = tracker.finish() if tracker and step == options.steps else read_rows(folder / "track.jsonl")
-    return Outcome(folder, step, options.steps, stop[0] if stop else 0, log.accuracies(), marks, ranks.first)
+    marks = tracker.finish() if tracker and step == options.max_steps else read_rows(folder / "track.jsonl")
+    return Outcome(folder, step, options.max_steps, stop[0] if stop else 0, log.accuracies(), marks, ranks.first)
 
 
 def prepared(options: DistillOptions) -> torch.device:
@@ -207,16 +207,16 @@ def prepared(options: DistillOptions) -> torch.device:
 
 
 def task_of(options: DistillOptions) -> Task:
-    task = open_task(options.prompts, options.held_out, options.seed, options.reward)
-    held_out = task.held_out(options.eval_size)
+    task = open_task(options.prompts, options.eval_prompts, options.seed, options.reward)
+    held_out = task.held_out(options.num_eval_prompts)
     found = len(held_out)
-    if options.eval_size and not found:
+    if options.num_eval_prompts and not found:
         raise UsageError(
-            "eval_size is not 0 and there are no held-out prompts; name a file of them as held_out, or set eval_size=0"
+            "num_eval_prompts is not 0 and there are no held-out prompts; name a file of them as eval_prompts, or set num_eval_prompts=0"
         )
-    if found < options.eval_size:
+    if found < options.num_eval_prompts:
         raise UsageError(
-            f"eval_size is {options.eval_size} and there are {found} held-out prompts; set eval_size={found}"
+            f"num_eval_prompts is {options.num_eval_prompts} and there are {found} held-out prompts; set num_eval_prompts={found}"
         )
     refuse_images(held_out)
     refuse_answers(held_out, task.reward)
@@ -232,7 +232,7 @@ def player(
         "task": task,
         "text": text,
         "model": model,
-        "ends": end_tokens(model, text, options.stop),
+        "ends": end_tokens(model, text, options.stop_token),
         "vocab": shared_ids(model, teachers),
         "longest_prompt": longest_prompt(options, [model, *teachers]),
         "ranks": ranks,
@@ -263,7 +263,7 @@ def train(run: Run, step: int, look: bool) -> dict[str, Any]:
     rewards, advantage = None, None
     if options.reward_weight:
         rewards = scores_of(run, rollout)
-        advantage = advantages(rewards, options.samples).to(run.device)
+        advantage = advantages(rewards, options.num_generations).to(run.device)
     found = run.ranks.total(facts | counts(rollout, rewards), run.device)
     row = {"skipped": "", "moments": None, "on_policy": rollout.own, **means(found)}
     tokens = row["tokens"]
@@ -274,7 +274,7 @@ def train(run: Run, step: int, look: bool) -> dict[str, Any]:
     for teacher, rows in scored_at_once:
         part = rollout.rows(rows)
         taught = None
-        if teacher is not None and options.kl_weight:
+        if teacher is not None and options.divergence_weight:
             with clock.phase("score"):
                 taught = teacher.score(part)
         with clock.phase("train"):
@@ -289,7 +289,7 @@ def train(run: Run, step: int, look: bool) -> dict[str, Any]:
     with clock.phase("step"):
         for group in run.optimizer.param_groups:
             group["lr"] = rate(options, step)
-        norm = run.optimizer.clip_grad_norm_(options.clip or float("inf"))
+        norm = run.optimizer.clip_grad_norm_(options.max_grad_norm or float("inf"))
         row |= {"grad_norm": float(norm), "lr": rate(options, step)}
         if run.whole is not None:
             norm_of_all = run.whole.take(run.ranks, run.device)
@@ -310,13 +310,13 @@ def train(run: Run, step: int, look: bool) -> dict[str, Any]:
 def completions(run: Run, entries: list[Entry], step: int) -> tuple[Rollout, dict[str, float]]:
     """The step's completions: the student's own, or, by the coin that the share on-policy weighs, recorded or the teacher's ones."""
     options = run.options
-    own = random.Random(f"{options.seed}/{step}/coin").random() < options.on_policy
-    prompts = encode(run.text, entries, run.longest_prompt).repeated(options.samples)
+    own = random.Random(f"{options.seed}/{step}/coin").random() < options.on_policy_fraction
+    prompts = encode(run.text, entries, run.longest_prompt).repeated(options.num_generations)
     facts: dict[str, float] = {"prompts_cut": prompts.cut}
     if own:
         return sampled(run, run.model, prompts, options.sampling_temperature, own), facts
     if prompts.entries[0].completion is not None:  # as of all
-        return recorded(run.text, prompts, most=options.max_new_tokens, ends=run.ends, device=run.device), facts
+        return recorded(run.text, prompts, most=options.max_completion_length, ends=run.ends, device=run.device), facts
     teacher = next(iter(run.teachers.values()))
     return sampled(run, teacher.model, prompts, options.sampling_temperature, own), facts
 
@@ -326,7 +326,7 @@ def sampled(run: Player, model: Any, prompts: Prompts, temperature: float, own: 
         model,
         run.text,
         prompts,
-        most=run.options.max_new_tokens,
+        most=run.options.max_completion_length,
         ends=run.ends,
         vocab=run.vocab,
         temperature=temperature,
@@ -336,14 +336,14 @@ def sampled(run: Player, model: Any, prompts: Prompts, temperature: float, own: 
 
 
 def parts(run: Run, rollout: Rollout) -> Iterator[tuple[Teacher | None, list[int]]]:
-    """Rows to score at once, each part with the teacher that its prompts' tag names."""
+    """Rows to score at once, each part with the teacher that its prompts' teacher_id names."""
     by_teacher: defaultdict[str, list[int]] = defaultdict(list)
     for i, entry in enumerate(rollout.entries):
-        by_teacher[entry.tag if entry.tag in run.teachers else ""].append(i)
-    for tag, rows in by_teacher.items():
-        size = run.options.micro_batch or len(rows)
+        by_teacher[entry.teacher_id if entry.teacher_id in run.teachers else ""].append(i)
+    for teacher_id, rows in by_teacher.items():
+        size = run.options.micro_batch_size or len(rows)
         for first in range(0, len(rows), size):
-            yield run.teachers.get(tag), rows[first : first + size]
+            yield run.teachers.get(teacher_id), rows[first : first + size]
 
 
 def figures(found: Objective, tokens: float) -> dict[str, float]:
@@ -386,10 +386,10 @@ def scores_of(run: Player, rollout: Rollout) -> torch.Tensor:
 
 def evaluate(run: Player) -> dict[str, Any]:
     """Rewards of greedy completions of the held-out prompts, in order, and their mean."""
-    entries = run.task.held_out(run.options.eval_size)
+    entries = run.task.held_out(run.options.num_eval_prompts)
     ours = entries[run.ranks.rank :: run.ranks.size]
     filled = ours + entries[:1] * (-(-len(entries) // run.ranks.size) - len(ours))  # every process samples as often
-    size, scores = run.options.micro_batch or run.options.batch_size, []
+    size, scores = run.options.micro_batch_size or run.options.batch_size, []
     for first in range(0, len(filled), size):
         prompts = encode(run.text, filled[first : first + size], run.longest_prompt)
         scores += scores_of(run, sampled(run, run.model, prompts, 0.0, True)).tolist()
@@ -406,11 +406,11 @@ def set_seed(seed: int, step: int, ranks: Ranks) -> None:
 def longest_prompt(options: DistillOptions, models: Sequence[Any]) -> int:
     """How long a prompt may be, in tokens, that a completion finds places after it in every model."""
     places = min(map(positions, models))
-    if options.max_new_tokens >= places:
+    if options.max_completion_length >= places:
         raise UsageError(
-            f"max_new_tokens is {options.max_new_tokens} and the models have {places} positions in all; take fewer"
+            f"max_completion_length is {options.max_completion_length} and the models have {places} positions in all; take fewer"
         )
-    return min(options.max_prompt, places - options.max_new_tokens)
+    return min(options.max_prompt_length, places - options.max_completion_length)
 
 
 def refuse_processes(options: DistillOptions, ranks: Ranks) -> None:
@@ -442,7 +442,7 @@ def state_of(run: Run, step: int) -> dict[str, Any]:
         "processes": run.ranks.size,
         "optimizer": optimizer,
         "trained": trained,
-        "teachers": {tag: t.state_dict() for tag, t in run.teachers.items()},
+        "teachers": {teacher_id: t.state_dict() for teacher_id, t in run.teachers.items()},
     }
 
 
@@ -454,8 +454,8 @@ def resume(run: Run, path: Path) -> int:
     with torch.no_grad():
         for name, value in state["trained"].items():
             params[name].copy_(value)
-    for tag, teacher in run.teachers.items():
-        teacher.load_state_dict(state["teachers"][tag])
+    for teacher_id, teacher in run.teachers.items():
+        teacher.load_state_dict(state["teachers"][teacher_id])
     return int(state["step"])
 
 

@@ -200,14 +200,16 @@ def refuse_other_tokens(student: Any, teacher: Any, named: str) -> None:
     )
 
 
-def end_tokens(model: torch.nn.Module, text: Text, stop: str) -> list[int]:
-    """Ids that end a completion: the model's own, the tokenizer's, and that of `stop`."""
+def end_tokens(model: torch.nn.Module, text: Text, stop_token: str) -> list[int]:
+    """Ids that end a completion: the model's own, the tokenizer's, and that of `stop_token`."""
     own = getattr(model.generation_config, "eos_token_id", None)
     found = set(own if isinstance(own, (list, tuple)) else [own]) | {text.tokenizer.eos_token_id}
-    if stop:
-        ids = text.ids(stop, add_special_tokens=False)
+    if stop_token:
+        ids = text.ids(stop_token, add_special_tokens=False)
         if len(ids) != 1:
-            raise UsageError(f"stop is {stop!r}, which is {len(ids)} tokens of the student; choose a text of one token")
+            raise UsageError(
+                f"stop_token is {stop_token!r}, which is {len(ids)} tokens of the student; choose a text of one token"
+            )
         found.add(ids[0])
     return sorted(i for i in found if i is not None)
 

@@ -41,11 +41,11 @@ def objective(
         hidden = states_at_completions(model, rollout)
     head, ids = head_of(model, vocab), rollout.tokens
     loss, scores, log_prob = hidden.sum().float() * 0, None, None  # connected, whatever there is
-    if taught is not None and options.kl_weight:
+    if taught is not None and options.divergence_weight:
         divergence, scores = linear_divergence(
-            hidden, head, *taught, options.spec, tokens=ids, normalizer=tokens, scores=True
+            hidden, head, *taught, options.divergence_spec, tokens=ids, normalizer=tokens, scores=True
         )
-        loss = loss + options.kl_weight * divergence
+        loss = loss + options.divergence_weight * divergence
     weight = options.reward_weight if advantage is not None else 0 if rollout.own else options.sft_weight
     if weight:
         of_tokens = linear_log_prob(hidden, head, ids)

@@ -46,7 +46,7 @@ def optimizer_of(options: DistillOptions, model: torch.nn.Module) -> MaskedOptim
         if options.optimizer == "sgd":
             return MaskedSGD(
                 named,
-                lr=options.lr,
+                lr=options.learning_rate,
                 momentum=options.momentum,
                 weight_decay=options.weight_decay,
                 masks=masks,
@@ -56,7 +56,7 @@ def optimizer_of(options: DistillOptions, model: torch.nn.Module) -> MaskedOptim
             )
         return MaskedAdamW(
             named,
-            lr=options.lr,
+            lr=options.learning_rate,
             betas=options.betas,
             eps=options.eps,
             weight_decay=options.weight_decay,
@@ -140,4 +140,4 @@ def take_inputs(module: Any, name: str, later: Source, rank: int) -> None:
 
 def rate(options: DistillOptions, step: int) -> float:
     """Learning rate of step 0, 1, …: rises over the warm-up, then stays."""
-    return options.lr * min(1.0, (step + 1) / (options.warmup + 1))
+    return options.learning_rate * min(1.0, (step + 1) / (options.warmup_steps + 1))

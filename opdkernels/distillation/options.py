@@ -1,4 +1,4 @@
-"""What a run of distillation is: one model of options, read from a TOML file, a command line or Python."""
+"""Options of a distillation run: one model, filled from a TOML file, the command line or Python."""
 
 from __future__ import annotations
 
@@ -16,281 +16,324 @@ from opdkernels.errors import InputError, UsageError, printable
 if TYPE_CHECKING:
     from opdkernels.ops.divergence import Divergence
 
-SELF = "self"
+SELF = "self"  # as a teacher: the student's own weights
 
 
-def pair_of_numbers(given: Any) -> Any:
-    """Two numbers, or a text of two with a comma between."""
-    pair = given.split(",") if isinstance(given, str) else given
+def parse_pair(value: Any) -> Any:
+    """Two numbers, from a pair or from a text such as "0.9,0.999"."""
+    pair = value.split(",") if isinstance(value, str) else value
     if not isinstance(pair, (list, tuple)) or len(pair) != 2:
         raise ValueError("give two numbers, such as 0.9,0.999")
     return tuple(pair)
 
 
-Pair = Annotated[tuple[float, float], BeforeValidator(pair_of_numbers)]
+Pair = Annotated[tuple[float, float], BeforeValidator(parse_pair)]
+
+
+def option(panel: str, description: str, default: Any = ..., **constraints: Any) -> Any:
+    """A field of `DistillOptions`; `panel` is the heading that `--help` lists it under."""
+    return Field(default, description=description, json_schema_extra={"panel": panel}, **constraints)
+
+
+model_option = functools.partial(option, "Models")
+data_option = functools.partial(option, "Data")
+objective_option = functools.partial(option, "Objective")
+optimizer_option = functools.partial(option, "Optimizer")
+run_option = functools.partial(option, "Run")
 
 
 class DistillOptions(BaseModel):
-    """Every option of `opdkernels distill`; names and meanings are those of its `--help`."""
+    """Every option of `opdkernels distill`. Training options have the names of TRL and Hugging Face.
+
+    Example:
+        >>> DistillOptions(student="Qwen2.5-0.5B", teacher="Qwen2.5-1.5B", prompts="sums", max_steps=200).learning_rate
+        1e-06
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    # models
-    student: str = Field(
-        description="Folder or hub id of the model to train: a causal or an image-text model of transformers."
-    )
-    teacher: str = Field(
+    student: str = model_option("Model to train: folder or hub id of a causal or image-text model of transformers.")
+    teacher: str = model_option(
+        "Teacher: folder or hub id. Several teachers, selected by the teacher_id of each prompt: math=A,code=B. "
+        "self: the student's own weights, conditioned on the prompt's `teacher_context`. "
+        "Empty if divergence_weight is 0.",
         "",
-        description="Folder or hub id of the teacher; several by a prompt's tag as math=A,code=B; self: the student's own weights, with what a prompt's `privileged` adds to it; empty where kl_weight is 0.",
     )
-    ema: float = Field(
-        1.0,
-        ge=0,
-        le=1,
-        description="Of teacher=self: how much of its weights each step keeps; 1: those that the student began with.",
+    ema_decay: float = model_option(
+        "EMA decay of the weights of teacher=self; 1 freezes them at the student's initial weights.", 1.0, ge=0, le=1
     )
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="How weights are stored.")
-    device: DeviceOrAuto = Field("auto", description="cpu, cuda, cuda:1; auto: a GPU if there is one.")
-    lora_rank: int = Field(
-        0, ge=0, description="Train LoRA factors of this rank (peft) in place of the weights; 0: the weights."
+    dtype: Literal["bfloat16", "float32"] = model_option("Storage dtype of the weights.", "bfloat16")
+    device: DeviceOrAuto = model_option("Device: cpu, cuda or cuda:N; auto uses a GPU if there is one.", "auto")
+    lora_rank: int = model_option(
+        "Train LoRA factors of this rank (peft) instead of the weights; 0 trains the weights.", 0, ge=0
     )
-    subspace: str = Field(
+    subspace: str = model_option(
+        "Later checkpoint of the student that fixes LoRA's inputs (lora_rank > 0): the top right singular vectors of "
+        "each matrix's update (the early subspace of arXiv 2606.07082); only the outputs are trained.",
         "",
-        description="Of lora_rank: a later checkpoint of this student; LoRA's inputs are the top right singular vectors of what had changed in each matrix there, and stay (the early subspace of arXiv 2606.07082); the outputs alone are trained.",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Compute activations again in backward: less memory, a third more time."
+    gradient_checkpointing: bool = model_option(
+        "Recompute activations in the backward pass: less memory, about a third more time.", False
     )
 
-    # data
-    prompts: str = Field(
-        description="JSON lines with `prompt` (text or messages) and, where wanted, `answer`, `tag`, `privileged`, `images`, `completion`; or a task: addition, sums, reasoning_gym:NAME."
+    prompts: str = data_option(
+        "JSON lines with `prompt` (text or messages) and optionally `answer`, `teacher_id`, `teacher_context`, "
+        "`images`, `completion`; or a task: addition, sums, reasoning_gym:NAME."
     )
-    held_out: str = Field("", description="Prompts to evaluate on, as JSON lines; a task has its own.")
-    reward: str = Field(
+    eval_prompts: str = data_option(
+        "Held-out prompts for evaluation, as JSON lines; the tasks have their own held-out prompts.", ""
+    )
+    reward: str = data_option(
+        "Reward of a completion: exact (its first line equals the answer), or package.module:function, called with "
+        "(prompt, answer, completion).",
         "exact",
-        description="What scores a completion: exact (its first line is the answer), or package.module:function of (prompt, answer, completion).",
     )
-    batch_size: int = Field(16, ge=1, description="Prompts a step, over all processes.")
-    samples: int = Field(1, ge=1, description="Completions a prompt; a group of GRPO's where reward_weight is not 0.")
-    micro_batch: int = Field(0, ge=0, description="Completions scored at once; 0: all of a step.")
-    max_prompt: int = Field(
+    batch_size: int = data_option("Prompts per step, summed over all processes.", 16, ge=1)
+    num_generations: int = data_option(
+        "Completions per prompt; they form one GRPO group if reward_weight is not 0.", 1, ge=1
+    )
+    micro_batch_size: int = data_option(
+        "Completions per forward and backward pass; 0 takes all completions of a step.", 0, ge=0
+    )
+    max_prompt_length: int = data_option(
+        "Maximum length of a prompt, in tokens; longer prompts are truncated at their start before sampling.",
         512,
         ge=1,
-        description="Longest prompt, in tokens; longer ones lose their beginning, before anything is sampled.",
     )
-    max_new_tokens: int = Field(128, ge=1, description="Longest completion, in tokens.")
-    stop: str = Field("", description="Text, of one token, that ends a completion beside the model's own end tokens.")
-    on_policy: float = Field(
+    max_completion_length: int = data_option("Maximum length of a completion, in tokens.", 128, ge=1)
+    stop_token: str = data_option(
+        "Text of one token that ends a completion, in addition to the model's end tokens.", ""
+    )
+    on_policy_fraction: float = data_option(
+        "Fraction of steps that train on the student's own samples; the other steps use the `completion` of the "
+        "prompts, or samples of the teacher.",
         1.0,
         ge=0,
         le=1,
-        description="Share of the steps on the student's own samples; the others take `completion` of the prompts, or the teacher's samples.",
     )
-    sampling_temperature: float = Field(1.0, gt=0, description="Temperature of sampling.")
+    sampling_temperature: float = data_option("Temperature of sampling.", 1.0, gt=0)
 
-    # objective
-    divergence: str = Field(
+    divergence: str = objective_option(
+        "Divergence from the teacher: forward_kl, reverse_kl, jsd, total_variation, topk_forward_kl, topk_reverse_kl, "
+        "sampled_reverse_kl (policy gradient) or sampled_reverse_kl_k2.",
         "reverse_kl",
-        description="forward_kl, reverse_kl, jsd, total_variation, topk_forward_kl, topk_reverse_kl, sampled_reverse_kl (policy gradient) or sampled_reverse_kl_k2.",
     )
-    beta: float = Field(
-        0.5, ge=0, le=1, description="Of jsd: the teacher's share of the mixture; 0 is forward KL, 1 reverse KL."
+    beta: float = objective_option(
+        "Weight of the teacher in the mixture of jsd; 0 is forward KL, 1 is reverse KL.", 0.5, ge=0, le=1
     )
-    k: int = Field(0, ge=0, description="Of the top-k divergences: how many ids; the rest is one tail bucket.")
-    temperature: float = Field(1.0, gt=0, description="Temperature of both distributions in the divergence.")
-    kl_weight: float = Field(1.0, ge=0, description="Weight of the divergence.")
-    reward_weight: float = Field(
-        0.0, ge=0, description="Weight of the task's reward, as the policy gradient of GRPO: with kl_weight 0, RLVR."
+    k: int = objective_option("Number of ids of the top-k divergences; all other ids form one tail category.", 0, ge=0)
+    temperature: float = objective_option("Temperature of both distributions in the divergence.", 1.0, gt=0)
+    divergence_weight: float = objective_option("Weight of the divergence in the loss.", 1.0, ge=0)
+    reward_weight: float = objective_option(
+        "Weight of the reward's policy gradient (GRPO) in the loss; with divergence_weight 0 this is RLVR.", 0.0, ge=0
     )
-    sft_weight: float = Field(
+    sft_weight: float = objective_option(
+        "Weight of the negative log-likelihood of completions that the student did not sample; with "
+        "divergence_weight 0 and on_policy_fraction 0 this is offline distillation.",
         0.0,
         ge=0,
-        description="Weight of the log-likelihood of completions that are not the student's own: with kl_weight 0 and on_policy 0, offline distillation.",
     )
 
-    # optimizer
-    optimizer: Literal["adamw", "sgd"] = Field(
-        "adamw", description="MaskedAdamW or MaskedSGD; without masks every coordinate is active."
+    optimizer: Literal["adamw", "sgd"] = optimizer_option(
+        "Optimizer: MaskedAdamW or MaskedSGD; without masks every coordinate is active.", "adamw"
     )
-    masks: str = Field(
-        "", description="File of masks (opdkernels mask): only what is active there is trained; empty: everything."
+    masks: str = optimizer_option(
+        "File of masks (opdkernels mask): only active coordinates are trained; empty trains all.", ""
     )
-    lr: float = Field(1e-6, gt=0, description="Learning rate, after warm-up.")
-    warmup: int = Field(0, ge=0, description="Steps over which the rate rises from 0.")
-    betas: Pair = Field((0.9, 0.999), description="Of adamw.")
-    eps: float = Field(1e-8, gt=0, description="Of adamw.")
-    momentum: float = Field(0.0, ge=0, lt=1, description="Of sgd.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled with adamw; towards zero.")
-    precision: Literal["exact", "kahan", "stochastic", "nearest"] = Field(
+    learning_rate: float = optimizer_option("Learning rate after warm-up.", 1e-6, gt=0)
+    warmup_steps: int = optimizer_option("Steps over which the learning rate rises linearly from 0.", 0, ge=0)
+    betas: Pair = optimizer_option("Moment decay rates of adamw.", (0.9, 0.999))
+    eps: float = optimizer_option("Denominator epsilon of adamw.", 1e-8, gt=0)
+    momentum: float = optimizer_option("Momentum of sgd.", 0.0, ge=0, lt=1)
+    weight_decay: float = optimizer_option("Weight decay towards zero; decoupled for adamw.", 0.0, ge=0)
+    precision: Literal["exact", "kahan", "stochastic", "nearest"] = optimizer_option(
+        "How updates of bf16 weights are kept: exact stores 16 more bits per active coordinate, which together with "
+        "the weight form an fp32 master.",
         "exact",
-        description="How steps of bf16 weights are kept: exact has 16 more bits an active coordinate, an fp32 master in all but name.",
     )
-    clip: float = Field(1.0, ge=0, description="Largest norm of the active gradient; 0: any.")
+    max_grad_norm: float = optimizer_option(
+        "Maximum norm of the gradient of the active coordinates; 0 does not clip.", 1.0, ge=0
+    )
 
-    # run
-    steps: int = Field(100, ge=1, description="Steps in all.")
-    seed: int = Field(0, ge=0, lt=1 << 63, description="Of prompts, coins and samples.")
-    save_every: int = Field(
+    max_steps: int = run_option("Number of optimizer steps.", 100, ge=1)
+    seed: int = run_option(
+        "Seed of the prompt order, the on-policy or off-policy choice and the samples.", 0, ge=0, lt=1 << 63
+    )
+    save_steps: int = run_option(
+        "Steps between checkpoints; an interrupted run resumes from its last one. 0 saves only at the end and on "
+        "SIGTERM or SIGINT; a run that is killed otherwise starts again.",
         0,
         ge=0,
-        description="Steps between checkpoints; a run that was killed goes on from its last one. 0: at the end alone, and at SIGTERM or SIGINT; one that was killed otherwise begins anew.",
     )
-    track_every: int = Field(10, ge=0, description="Steps between looks at what changed in the weights; 0: never.")
-    eval_every: int = Field(
-        0, ge=0, description="Steps between greedy evaluations on held-out prompts; 0: before and after alone."
+    snapshot_every: int = run_option("Steps between snapshots of which weights changed; 0 takes none.", 10, ge=0)
+    eval_steps: int = run_option(
+        "Steps between evaluations by greedy decoding; 0 evaluates only before and after training.", 0, ge=0
     )
-    eval_size: int = Field(0, ge=0, description="Held-out prompts to evaluate on; 0: no evaluation.")
-    tensorboard: bool = Field(False, description="Also write TensorBoard's event files, where it is installed.")
-    wandb: str = Field(
-        "", description="Project of Weights & Biases to log to as well, where it is installed; empty: none."
-    )
-    threads: int | None = Field(None, ge=1, le=4096, description="Threads; torch's own number if not given.")
-    overwrite: bool = Field(False, description="Replace another run in the output folder.")
+    num_eval_prompts: int = run_option("Number of held-out prompts to evaluate on; 0 does not evaluate.", 0, ge=0)
+    tensorboard: bool = run_option("Also write TensorBoard event files (needs tensorboard).", False)
+    wandb: str = run_option("Weights & Biases project to also log to (needs wandb); empty for none.", "")
+    threads: int | None = run_option("Number of CPU threads; torch's default if not given.", None, ge=1, le=4096)
+    overwrite: bool = run_option("Replace another run in the output folder.", False)
 
     @model_validator(mode="after")
-    def fit_together(self) -> DistillOptions:
-        self.spec  # noqa: B018  refuses what is ill-posed
-        if not (self.kl_weight or self.reward_weight or self.sft_weight):
-            raise ValueError("all three weights are 0: nothing is trained; set kl_weight, reward_weight or sft_weight")
-        if self.kl_weight and not self.teacher:
-            raise ValueError("kl_weight is not 0 and there is no teacher; name one, or set kl_weight=0")
-        if self.reward_weight and self.samples < 2:
+    def validate_combination(self) -> DistillOptions:
+        """Raises ValueError for options that contradict each other or have no effect together."""
+        self.divergence_spec  # noqa: B018  raises for an ill-posed divergence
+        if not (self.divergence_weight or self.reward_weight or self.sft_weight):
             raise ValueError(
-                f"reward_weight compares completions of one prompt and samples is {self.samples}; take 2 or more"
+                "all three weights are 0, so nothing is trained; set divergence_weight, reward_weight or sft_weight"
             )
-        if self.reward_weight and self.on_policy < 1:
-            raise ValueError("reward_weight needs the student's own samples; set on_policy=1")
-        tags = [tag for tag, _ in self.tagged]
-        if again := next((tag for tag in tags if tags.count(tag) > 1), None):
-            raise ValueError(f"teacher gives the tag {again} twice; give each tag once")
-        if self.on_policy and not (self.kl_weight or self.reward_weight):
+        if self.divergence_weight and not self.teacher:
+            raise ValueError("divergence_weight is not 0 and there is no teacher; name one or set divergence_weight=0")
+        if self.reward_weight and self.num_generations < 2:
             raise ValueError(
-                f"sft_weight teaches completions that are not the student's, and on_policy is {self.on_policy:g}: steps on its own would train nothing; set on_policy=0"
+                f"reward_weight compares completions of one prompt and num_generations is {self.num_generations}; "
+                "set num_generations to 2 or more"
             )
-        if self.sft_weight and self.on_policy == 1:
+        if self.reward_weight and self.on_policy_fraction < 1:
+            raise ValueError("reward_weight needs the student's own samples; set on_policy_fraction=1")
+        ids = [teacher_id for teacher_id, _ in self.teacher_pairs]
+        if duplicate := next((teacher_id for teacher_id in ids if ids.count(teacher_id) > 1), None):
+            raise ValueError(f"teacher gives the teacher_id {duplicate} twice; give each teacher_id once")
+        if self.on_policy_fraction and not (self.divergence_weight or self.reward_weight):
             raise ValueError(
-                "sft_weight teaches completions that are not the student's, and on_policy is 1: there are none; set on_policy below 1"
+                "sft_weight trains only on completions that the student did not sample, and on_policy_fraction is "
+                f"{self.on_policy_fraction:g}: on-policy steps would train nothing; set on_policy_fraction=0"
+            )
+        if self.sft_weight and self.on_policy_fraction == 1:
+            raise ValueError(
+                "sft_weight trains on completions that the student did not sample, and on_policy_fraction is 1: "
+                "there are none; set on_policy_fraction below 1"
             )
         if (
-            self.spec.sampled
-            and self.kl_weight
-            and (self.on_policy < 1 or self.sampling_temperature != self.temperature)
+            self.divergence_spec.sampled
+            and self.divergence_weight
+            and (self.on_policy_fraction < 1 or self.sampling_temperature != self.temperature)
         ):
             raise ValueError(
-                f"{self.divergence} holds for tokens of the student's own distribution alone; set on_policy=1 and sampling_temperature to temperature"
+                f"{self.divergence} is valid only for tokens sampled from the student's own distribution; "
+                "set on_policy_fraction=1 and sampling_temperature equal to temperature"
             )
         if self.reward_weight and self.sampling_temperature != 1:
             raise ValueError(
                 "reward_weight is the policy gradient of samples at temperature 1; set sampling_temperature=1"
             )
         if self.masks and self.lora_rank:
-            raise ValueError("masks and lora_rank are two ways to train a part; choose one")
-        for name, used, why in self.uses:
-            if not used and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} would change nothing: it is {why}; leave it out")
+            raise ValueError("masks and lora_rank both select what is trained; set only one of them")
+        for name, has_effect, scope in self.conditional_options:
+            if not has_effect and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect: it applies only to {scope}; remove it")
         return self
 
     @property
-    def uses(self) -> tuple[tuple[str, bool, str], ...]:
-        """Options that count only beside others: whether they do here, and of what they are."""
-        adamw, kl, evaluated = self.optimizer == "adamw", self.kl_weight > 0, self.eval_size > 0
+    def conditional_options(self) -> tuple[tuple[str, bool, str], ...]:
+        """Options that need others: name, whether it has an effect in this run, what it applies to."""
+        adamw, evaluates = self.optimizer == "adamw", self.num_eval_prompts > 0
+        uses_divergence = self.divergence_weight > 0
         return (
-            ("teacher", kl or self.on_policy < 1, "what scores with kl_weight, or samples with on_policy below 1"),
-            ("ema", SELF in self.teachers.values(), "of teacher=self"),
-            ("subspace", self.lora_rank > 0, "of lora_rank"),
+            (
+                "teacher",
+                uses_divergence or self.on_policy_fraction < 1,
+                "a divergence_weight above 0 or an on_policy_fraction below 1",
+            ),
+            ("ema_decay", SELF in self.teachers.values(), "teacher=self"),
+            ("subspace", self.lora_rank > 0, "a lora_rank above 0"),
             (
                 "reward",
-                evaluated or self.reward_weight > 0,
-                "what reward_weight and evaluations score by, and eval_size is 0",
+                evaluates or self.reward_weight > 0,
+                "a reward_weight above 0 or evaluations, and num_eval_prompts is 0",
             ),
-            ("held_out", evaluated, "of evaluations, and eval_size is 0"),
-            ("eval_every", evaluated, "of evaluations, and eval_size is 0"),
-            ("divergence", kl, "of kl_weight"),
-            ("beta", kl and self.divergence == "jsd", "of the divergence jsd"),
-            ("k", kl, "of kl_weight"),
-            ("temperature", kl, "of kl_weight"),
-            ("betas", adamw, "of the optimizer adamw"),
-            ("eps", adamw, "of the optimizer adamw"),
-            ("momentum", not adamw, "of the optimizer sgd"),
+            ("eval_prompts", evaluates, "evaluations, and num_eval_prompts is 0"),
+            ("eval_steps", evaluates, "evaluations, and num_eval_prompts is 0"),
+            ("divergence", uses_divergence, "a divergence_weight above 0"),
+            ("beta", uses_divergence and self.divergence == "jsd", "the divergence jsd"),
+            ("k", uses_divergence, "a divergence_weight above 0"),
+            ("temperature", uses_divergence, "a divergence_weight above 0"),
+            ("betas", adamw, "the optimizer adamw"),
+            ("eps", adamw, "the optimizer adamw"),
+            ("momentum", not adamw, "the optimizer sgd"),
             (
                 "precision",
                 self.dtype == "bfloat16" and not self.lora_rank,
-                "of weights in bfloat16, which LoRA's factors are not",
+                "bfloat16 weights (LoRA factors are fp32)",
             ),
         )
 
-    @functools.cached_property  # it warns once
-    def spec(self) -> Divergence:
-        """The divergence that the options name."""
+    @functools.cached_property  # cached: a beta near 0 or 1 warns only once
+    def divergence_spec(self) -> Divergence:
+        """The divergence as `linear_divergence` takes it."""
         from opdkernels.ops.divergence import Divergence
 
         return Divergence(self.divergence, beta=self.beta, k=self.k, temperature=self.temperature)
 
     @property
     def teachers(self) -> dict[str, str]:
-        """Teachers' places by tag; one alone has the empty tag."""
-        return dict(self.tagged)
+        """Folder or hub id of each teacher by teacher_id; a single teacher has the empty teacher_id."""
+        return dict(self.teacher_pairs)
 
     @property
-    def tagged(self) -> list[tuple[str, str]]:
-        """Tags and places of the teachers, as they are given."""
+    def teacher_pairs(self) -> list[tuple[str, str]]:
+        """(teacher_id, folder or hub id) of each teacher, in the order given."""
         if not re.fullmatch(r"[\w.\- ]+=[^,]+(,[\w.\- ]+=[^,]+)*", self.teacher):
             return [("", self.teacher)] if self.teacher else []
-        pairs = [part.partition("=") for part in self.teacher.split(",")]
-        return [(tag.strip(), place.strip()) for tag, _, place in pairs]
+        pairs = [pair.partition("=") for pair in self.teacher.split(",")]
+        return [(teacher_id.strip(), path.strip()) for teacher_id, _, path in pairs]
 
 
-def options_from(path: str | os.PathLike[str] | None, given: dict[str, Any]) -> DistillOptions:
-    """Options of a TOML file, and over them those that are `given`.
+def options_from(path: str | os.PathLike[str] | None, overrides: dict[str, Any]) -> DistillOptions:
+    """Reads options from a TOML file and applies overrides.
 
-    Raises InputError for a file that cannot be read, UsageError for a field that does not exist or a value that makes no sense.
+    Args:
+        path: TOML file whose keys are fields of `DistillOptions`; None for no file.
+        overrides: Values that replace those of the file.
+
+    Returns:
+        The validated options.
+
+    Raises:
+        InputError: The file cannot be read.
+        UsageError: A field does not exist, is missing or has an invalid value.
     """
-    found: dict[str, Any] = {}
-    if path is not None:
-        found = read_toml(path)
-    values = {**found, **given}
-    missing = [
-        name for name, field in DistillOptions.model_fields.items() if field.is_required() and name not in values
-    ]
+    values = {**(read_toml(path) if path is not None else {}), **overrides}
+    fields = DistillOptions.model_fields
+    missing = [name for name, field in fields.items() if field.is_required() and name not in values]
     if missing:
-        raise UsageError(
-            f"there is no {missing[0]}; give it in the configuration or as --{missing[0].replace('_', '-')}"
-        )
+        flag = missing[0].replace("_", "-")
+        raise UsageError(f"there is no {missing[0]}; set it in the configuration or as --{flag}")
     return validate_options(DistillOptions, values)
 
 
-def shipped() -> dict[str, Any]:
-    """Options of the addition task with the student (0.4 M parameters) and the teacher (3.2 M) that come with this package: some ten
-    seconds a run on two cores."""
+def demo_options() -> dict[str, Any]:
+    """Options of the addition task with the student (0.4 M parameters) and the teacher (3.2 M) that are part of this
+    package; a run takes about ten seconds on two cores."""
     folder = Path(__file__).parent / "addition"
     return {
         "student": os.fspath(folder / "student"),
         "teacher": os.fspath(folder / "teacher"),
         "prompts": "addition",
         "batch_size": 128,
-        "max_new_tokens": 4,
-        "steps": 60,
-        "lr": 3e-4,
-        "warmup": 10,
-        "save_every": 10,
-        "eval_size": 1000,
+        "max_completion_length": 4,
+        "max_steps": 60,
+        "learning_rate": 3e-4,
+        "warmup_steps": 10,
+        "save_steps": 10,
+        "num_eval_prompts": 1000,
     }
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a TOML file. Raises InputError if it cannot be read."""
     try:
         import tomllib
     except ImportError:  # Python 3.10
         import tomli as tomllib  # type: ignore[no-redef]
+    name = printable(os.fspath(path))
     try:
         with open(path, "rb") as file:
             return tomllib.load(file)
     except FileNotFoundError:
-        raise InputError(f"{printable(os.fspath(path))} does not exist; give a TOML file of options") from None
+        raise InputError(f"{name} does not exist; give a TOML file of options") from None
     except OSError as error:
-        raise InputError(
-            f"{printable(os.fspath(path))} cannot be read ({error.strerror}); give a TOML file of options"
-        ) from None
+        raise InputError(f"{name} cannot be read ({error.strerror}); give a TOML file of options") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{printable(os.fspath(path))} is not TOML ({printable(str(error))})") from None
+        raise InputError(f"{name} is not TOML ({printable(str(error))})") from None

@@ -123,11 +123,11 @@ def together(extras: Extras, length: int, left: bool) -> dict[str, torch.Tensor]
     return {name: torch.cat(values) for name, values in found.items()}
 
 
-def encode(text: Text, entries: Sequence[Entry], most: int, privileged: bool = False) -> Prompts:
+def encode(text: Text, entries: Sequence[Entry], most: int, teacher_context: bool = False) -> Prompts:
     """Prompts as ids, the last `most` tokens of each."""
     rows, extras, cut = [], [], 0
     for entry in entries:
-        ids, extra = text.encode(with_privilege(entry) if privileged else entry.prompt, entry.images)
+        ids, extra = text.encode(prepend_teacher_context(entry) if teacher_context else entry.prompt, entry.images)
         if not ids:
             raise InputError(f"the prompt {printable(str(entry.prompt))[:80]!r} has no token; give another")
         if len(ids) > most and not extra:
@@ -137,13 +137,13 @@ def encode(text: Text, entries: Sequence[Entry], most: int, privileged: bool = F
     return Prompts(list(entries), rows, extras, cut)
 
 
-def with_privilege(entry: Entry) -> Any:
+def prepend_teacher_context(entry: Entry) -> Any:
     """The prompt with what only the teacher sees before it."""
-    if entry.privileged is None:
+    if entry.teacher_context is None:
         return entry.prompt
     if isinstance(entry.prompt, str):
-        return entry.privileged + entry.prompt
-    return [{"role": "system", "content": entry.privileged}, *entry.prompt]
+        return entry.teacher_context + entry.prompt
+    return [{"role": "system", "content": entry.teacher_context}, *entry.prompt]
 
 
 def beside(

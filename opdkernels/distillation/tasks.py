@@ -31,13 +31,13 @@ PAIRS, TRAINED_PAIRS = 10_000, 8_000  # of two-digit numbers, 00 to 99
 
 @dataclass(frozen=True)
 class Entry:
-    """One prompt. `prompt`: text, or messages as chat templates take them; `privileged`: what a teacher that is the student itself
+    """One prompt. `prompt`: text, or messages as chat templates take them; `teacher_context`: what a teacher that is the student itself
     sees before it; `completion`: a recorded answer, for steps that are not on-policy."""
 
     prompt: Any
     answer: str | None = None
-    tag: str = ""
-    privileged: str | None = None
+    teacher_id: str = ""
+    teacher_context: str | None = None
     images: tuple[str, ...] = ()
     completion: str | None = None
 
@@ -78,10 +78,10 @@ class Task(ABC):
 class Lines(Task):
     """JSON lines, in an order that each pass over them draws anew."""
 
-    def __init__(self, path: str, held_out: str, seed: int, reward: str):
+    def __init__(self, path: str, eval_prompts: str, seed: int, reward: str):
         super().__init__(reward)
         self.entries, self.seed = read_lines(path), seed
-        self.others = read_lines(held_out) if held_out else []
+        self.others = read_lines(eval_prompts) if eval_prompts else []
 
     def entry(self, i: int) -> Entry:
         epoch, place = divmod(i, len(self.entries))
@@ -176,18 +176,18 @@ class ReasoningGym(Task):
         return [self.of(self.others[i]) for i in range(n)]
 
 
-def open_task(prompts: str, held_out: str = "", seed: int = 0, reward: str = "exact") -> Task:
+def open_task(prompts: str, eval_prompts: str = "", seed: int = 0, reward: str = "exact") -> Task:
     """The task that `prompts` names. Raises InputError for a file that cannot be read, UsageError for a task that does not exist."""
     kind, _, name = prompts.partition(":")
-    if held_out and (prompts in ("addition", "sums") or kind == "reasoning_gym"):
-        raise UsageError(f"the task {prompts} has held-out prompts of its own; leave held_out out")
+    if eval_prompts and (prompts in ("addition", "sums") or kind == "reasoning_gym"):
+        raise UsageError(f"the task {prompts} has held-out prompts of its own; leave eval_prompts out")
     if reward != "exact" and kind == "reasoning_gym":
         raise UsageError(f"the task {prompts} scores by itself; leave reward out")
     if prompts in ("addition", "sums"):
         return (Addition if prompts == "addition" else Sums)(seed, reward)
     if kind == "reasoning_gym":
         return ReasoningGym(name, seed)
-    return Lines(prompts, held_out, seed, reward)
+    return Lines(prompts, eval_prompts, seed, reward)
 
 
 def read_lines(path: str) -> list[Entry]:
@@ -225,7 +225,7 @@ def parse(line: str, place: str, folder: Path) -> Entry:
         isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt)
     ):
         raise InputError(f"{place} has no prompt; it takes a text, or messages with role and content")
-    texts = {name: given.get(name) for name in ("answer", "tag", "privileged", "completion")}
+    texts = {name: given.get(name) for name in ("answer", "teacher_id", "teacher_context", "completion")}
     for name, value in texts.items():
         if value is not None and not isinstance(value, str):
             raise InputError(f"{place} has {name} of {type(value).__name__}; it takes text")
@@ -233,18 +233,20 @@ def parse(line: str, place: str, folder: Path) -> Entry:
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise InputError(f"{place} has images that are no list of files")
     places = tuple(os.fspath(folder / image) for image in images)
-    return Entry(prompt, texts["answer"], texts["tag"] or "", texts["privileged"], places, texts["completion"])
+    return Entry(
+        prompt, texts["answer"], texts["teacher_id"] or "", texts["teacher_context"], places, texts["completion"]
+    )
 
 
 def refuse_prompts(options: DistillOptions, task: Task) -> None:
     """Raises InputError for training prompts that would end a run on its way, or be answered now from here, now from there."""
     entries, teachers = task.examples(), options.teachers
     for entry in entries:
-        if teachers and not teachers.keys() & {entry.tag, ""}:
+        if teachers and not teachers.keys() & {entry.teacher_id, ""}:
             raise InputError(
-                f"{called(entry)} has the tag {printable(entry.tag)!r} and no teacher has it; the teachers are {', '.join(map(printable, teachers))}"
+                f"{called(entry)} has the teacher_id {printable(entry.teacher_id)!r} and no teacher has it; the teachers are {', '.join(map(printable, teachers))}"
             )
-    if options.on_policy < 1:
+    if options.on_policy_fraction < 1:
         lacking = [entry for entry in entries if entry.completion is None]
         if lacking and len(lacking) < len(entries):
             raise InputError(

@@ -31,7 +31,7 @@ from opdkernels.optim.active import active_of, put_active
 from opdkernels.optim.binding import Shard, local_part
 from opdkernels.optim.masked import MaskedOptimizer
 
-UNCUT = 1 << 60  # tokens of a prompt with what is privileged
+UNCUT = 1 << 60  # tokens of a prompt with what is teacher_context
 
 
 class Teacher(Protocol):
@@ -84,7 +84,7 @@ class OwnWeights:
     """The student itself with other active values: those it began with (ema 1), or their average over its steps.
 
     Values are kept as fp32 where they are averaged, else as the weights are, [active] of each parameter that is trained. With
-    `privileged` in a prompt it reads that first; the completion's tokens, `longest` at most, are the same.
+    `teacher_context` in a prompt it reads that first; the completion's tokens, `longest` at most, are the same.
     """
 
     def __init__(self, model: Any, optimizer: MaskedOptimizer, ema: float, text: Text, longest: int):
@@ -115,12 +115,12 @@ class OwnWeights:
                     put_active(param, shard, values.float())
 
     def score(self, rollout: Rollout) -> tuple[torch.Tensor, Head]:
-        if any(entry.privileged is not None for entry in rollout.entries):
-            prompts = encode(self.text, rollout.entries, UNCUT, privileged=True)
+        if any(entry.teacher_context is not None for entry in rollout.entries):
+            prompts = encode(self.text, rollout.entries, UNCUT, teacher_context=True)
             tokens, entry = max(zip(map(len, prompts.ids), rollout.entries, strict=True), key=itemgetter(0))
             if tokens > self.places:
                 raise InputError(
-                    f"the prompt {printable(str(entry.prompt))[:80]!r} is {tokens} tokens with its `privileged`, and the student has {self.places} positions beside a completion; shorten it"
+                    f"the prompt {printable(str(entry.prompt))[:80]!r} is {tokens} tokens with its `teacher_context`, and the student has {self.places} positions beside a completion; shorten it"
                 )
             rollout = beside(
                 prompts, rollout.completions(), rollout.ended.tolist(), rollout.own, self.text.pad, rollout.ids.device
@@ -153,7 +153,7 @@ def teachers_of(
         if place in loaded:
             continue
         if place == SELF:
-            loaded[place] = OwnWeights(model, optimizer, options.ema, text, options.max_new_tokens)
+            loaded[place] = OwnWeights(model, optimizer, options.ema_decay, text, options.max_completion_length)
         else:
             refuse_other_tokens(text.tokenizer, load_text(place).tokenizer, f"the teacher {printable(place)}")
             loaded[place] = ModelTeacher(load_model(place, options.dtype, device))

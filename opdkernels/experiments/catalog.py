@@ -14,11 +14,11 @@ from opdkernels.experiments.arms import (
 )
 
 RLVR = {
-    "kl_weight": 0.0,
+    "divergence_weight": 0.0,
     "reward_weight": 1.0,
     "teacher": "",
-    "ema": 1.0,
-    "samples": 4,
+    "ema_decay": 1.0,
+    "num_generations": 4,
     "divergence": "reverse_kl",
     "beta": 0.5,
     "k": 0,
@@ -48,14 +48,14 @@ EXPERIMENTS = {
     "sgd": Experiment(
         "Is AdamW needed, or does SGD at its best learning rate do as well?",
         [
-            *(Arm(f"adamw lr x {k}", {**ADAMW, "lr": k}) for k in (0.3, 1.0, 3.0, 10.0)),
-            *(Arm(f"sgd lr {lr}", {**SGD, "lr": lr}) for lr in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+            *(Arm(f"adamw lr x {k}", {**ADAMW, "learning_rate": k}) for k in (0.3, 1.0, 3.0, 10.0)),
+            *(Arm(f"sgd lr {lr}", {**SGD, "learning_rate": lr}) for lr in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
         ],
         reference_arm="adamw lr x 1.0",
     ),
     "on-policy": Experiment(
         "Do on-policy samples make the update sparse?",
-        [Arm(f"on-policy {share}", {"on_policy": share}) for share in (0.0, 0.25, 0.5, 1.0)],
+        [Arm(f"on-policy {share}", {"on_policy_fraction": share}) for share in (0.0, 0.25, 0.5, 1.0)],
         reference_arm="on-policy 1.0",
     ),
     "precision": Experiment(
@@ -84,22 +84,31 @@ EXPERIMENTS = {
         "LoRA, and LoRA in the subspace of the early update, against masks with as many trained parameters as LoRA.",
         [
             FULL,
-            *(Arm(f"{LORA} lr x {k}", {"lora_rank": 8, "precision": "exact", "lr": k}) for k in (3.0, 10.0, 30.0)),
+            *(
+                Arm(f"{LORA} lr x {k}", {"lora_rank": 8, "precision": "exact", "learning_rate": k})
+                for k in (3.0, 10.0, 30.0)
+            ),
             *(
                 Arm(
                     f"early subspace rank 16 lr x {k}",
-                    {"lora_rank": 16, "precision": "exact", "lr": k},
+                    {"lora_rank": 16, "precision": "exact", "learning_rate": k},
                     subspace=True,
                     at=0.2,
                 )
                 for k in (3.0, 10.0, 30.0)
             ),
             *(
-                Arm(f"early-changed lr x {k}", {"lr": k}, mask=changed, at=0.2, size_of=f"{LORA} lr x 3.0")
+                Arm(f"early-changed lr x {k}", {"learning_rate": k}, mask=changed, at=0.2, size_of=f"{LORA} lr x 3.0")
                 for k in (1.0, 3.0, 10.0)
             ),
-            *(Arm(f"changed lr x {k}", {"lr": k}, mask=changed, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0)),
-            *(Arm(f"random lr x {k}", {"lr": k}, mask=random, size_of=f"{LORA} lr x 3.0") for k in (1.0, 3.0, 10.0)),
+            *(
+                Arm(f"changed lr x {k}", {"learning_rate": k}, mask=changed, size_of=f"{LORA} lr x 3.0")
+                for k in (1.0, 3.0, 10.0)
+            ),
+            *(
+                Arm(f"random lr x {k}", {"learning_rate": k}, mask=random, size_of=f"{LORA} lr x 3.0")
+                for k in (1.0, 3.0, 10.0)
+            ),
         ],
     ),
     "grafts": Experiment(

@@ -103,7 +103,7 @@ def run_experiment(
         "about": experiment.about,
         "seeds": seeds,
         "prompts": len(scores[START][0]),
-        "steps": options.steps,
+        "steps": options.max_steps,
         "density": density,
         "reference_arm": experiment.reference_arm,
         "student": options.student,
@@ -124,9 +124,9 @@ def validate_request(
     """Raise UsageError for options that no experiment can run with."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("an experiment runs in one process; leave torchrun out, or run its arms with distill")
-    if not options.eval_size or not options.track_every:
+    if not options.num_eval_prompts or not options.snapshot_every:
         raise UsageError(
-            "an experiment scores its arms on held-out prompts and says what changed; set eval_size and track_every"
+            "an experiment scores its arms on held-out prompts and says what changed; set num_eval_prompts and snapshot_every"
         )
     if seeds < 1 or (density is not None and not 0 <= density <= 1):
         raise UsageError(
@@ -153,8 +153,10 @@ def validate_folder(folder: Path, name: str, overwrite: bool) -> None:
 
 def validate_arm(arm: Arm, options: DistillOptions) -> None:
     """Raise UsageError if the arm cannot run with these options, before any arm runs."""
-    if arm.at < 1 and options.steps % PIECES:
-        raise UsageError(f"{arm.name} is derived from a fraction of {options.steps} steps; take a multiple of {PIECES}")
+    if arm.at < 1 and options.max_steps % PIECES:
+        raise UsageError(
+            f"{arm.name} is derived from a fraction of {options.max_steps} steps; take a multiple of {PIECES}"
+        )
     if arm.part is None:
         placeholder = START  # the file does not exist yet
         options_of(
@@ -195,8 +197,8 @@ class SeedRunner:
         """Train the arm; None if its mask would be empty because the run that it is built from changed nothing."""
         run, derived_from = self.run_dir(arm), self.folder / slug(arm.of)
         overrides: dict[str, Any] = {"seed": self.seed}
-        if interval := self.experiment.checkpoint_interval(arm, self.options.steps):
-            overrides |= {"save_every": interval, "track_every": interval}
+        if interval := self.experiment.checkpoint_interval(arm, self.options.max_steps):
+            overrides |= {"save_steps": interval, "snapshot_every": interval}
         density = self.trained[arm.size_of] if arm.size_of else self.density
         if arm.mask is not None:
             if not MaskSet.load(self.mask_file(changed, derived_from, arm.at, density)).nnz:
@@ -258,8 +260,8 @@ def options_of(arm: Arm, options: DistillOptions, **overrides: Any) -> DistillOp
     Raises UsageError if they do not fit together.
     """
     arm_options = dict(arm.options)
-    if "lr" in arm_options and arm_options.get("optimizer") != "sgd":
-        arm_options["lr"] *= options.lr
+    if "learning_rate" in arm_options and arm_options.get("optimizer") != "sgd":
+        arm_options["learning_rate"] *= options.learning_rate
     try:
         return validate_options(DistillOptions, {**options.model_dump(), **arm_options, **overrides})
     except UsageError as error:

@@ -64,11 +64,11 @@ def options(places):
             "student": str(places / "student"),
             "teacher": str(places / "teacher"),
             "prompts": "addition",
-            "steps": 3,
+            "max_steps": 3,
             "batch_size": 8,
-            "max_new_tokens": 4,
-            "lr": 1e-3,
-            "track_every": 1,
+            "max_completion_length": 4,
+            "learning_rate": 1e-3,
+            "snapshot_every": 1,
             "threads": 1,
         }
         return options_from(None, {**usual, **given})

@@ -51,16 +51,16 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_lasts(options, tmp_
         return train(*given)
 
     monkeypatch.setattr(loop, "train", waits)
-    first = threading.Thread(target=distill, args=(options(steps=1), tmp_path))
+    first = threading.Thread(target=distill, args=(options(max_steps=1), tmp_path))
     first.start()
     assert inside.wait(60)
     before = everything(tmp_path)
     with pytest.raises(InputError, match="another process is writing to"):
-        distill(options(steps=1, overwrite=True), tmp_path)
+        distill(options(max_steps=1, overwrite=True), tmp_path)
     assert everything(tmp_path) == before
     go_on.set()
     first.join()
-    assert distill(options(steps=2), tmp_path).step == 2
+    assert distill(options(max_steps=2), tmp_path).step == 2
 
 
 def test_a_folder_is_free_after_an_error_and_after_a_kill(options, places, tmp_path):
@@ -90,7 +90,7 @@ def test_a_folder_without_a_name_is_refused(options):
 
 
 def test_parents_of_a_folder_are_made_and_what_cannot_be_is_named(options, tmp_path):
-    assert distill(options(steps=1), tmp_path / "a" / "b").step == 1
+    assert distill(options(max_steps=1), tmp_path / "a" / "b").step == 1
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot write to .*file/run: Not a directory; choose another folder"):
         distill(options(), tmp_path / "file" / "run")
@@ -99,22 +99,22 @@ def test_parents_of_a_folder_are_made_and_what_cannot_be_is_named(options, tmp_p
 # What is replaced
 
 
-@pytest.mark.parametrize("wrong", ["student", "teacher", "masks", "tag", "prompts"])
+@pytest.mark.parametrize("wrong", ["student", "teacher", "masks", "teacher_id", "prompts"])
 def test_input_that_cannot_be_used_writes_nothing_and_the_corrected_command_runs(options, tmp_path, wrong):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "tag": "b"}')
-    given = {"tag": {"prompts": str(tmp_path / "p.jsonl"), "teacher": f"a={options().teacher}"}}.get(
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "teacher_id": "b"}')
+    given = {"teacher_id": {"prompts": str(tmp_path / "p.jsonl"), "teacher": f"a={options().teacher}"}}.get(
         wrong, {wrong: str(tmp_path / "none")}
     )
     with pytest.raises(InputError):
         distill(options(**given), tmp_path / "run")
     assert not list(tmp_path.glob("run/*"))
-    assert distill(options(steps=1), tmp_path / "run").step == 1
+    assert distill(options(max_steps=1), tmp_path / "run").step == 1
 
 
 def test_a_run_that_took_no_step_gives_way_to_the_corrected_command(options, tmp_path):
     sums = tmp_path / "p.jsonl"
     sums.write_text('{"prompt": "1+1=", "answer": "2"}')
-    rewarded = {"teacher": "", "kl_weight": 0, "reward_weight": 1, "samples": 2, "prompts": str(sums)}
+    rewarded = {"teacher": "", "divergence_weight": 0, "reward_weight": 1, "num_generations": 2, "prompts": str(sums)}
     with pytest.raises(InputError, match="failed on"):
         distill(options(reward=f"{__name__}:fails", **rewarded), tmp_path / "run")
     assert (tmp_path / "run" / "checkpoint-0").exists()
@@ -129,7 +129,7 @@ def fails(prompt, answer, completion):
 
 @pytest.mark.parametrize("wrong", ["student", "teacher"])
 def test_overwrite_replaces_nothing_before_all_is_loaded(options, tmp_path, wrong):
-    distill(options(steps=1), tmp_path / "run")
+    distill(options(max_steps=1), tmp_path / "run")
     before = everything(tmp_path / "run")
     with pytest.raises(InputError, match=r"can(not)? be loaded"):
         distill(options(**{wrong: str(tmp_path / "none"), "overwrite": True}), tmp_path / "run")
@@ -138,7 +138,7 @@ def test_overwrite_replaces_nothing_before_all_is_loaded(options, tmp_path, wron
 
 @pytest.mark.parametrize("name", ["student", "teacher", "subspace", "masks"])
 def test_overwrite_refuses_to_clear_away_what_the_run_reads(options, tmp_path, name):
-    distill(options(steps=1), tmp_path / "run")
+    distill(options(max_steps=1), tmp_path / "run")
     before = everything(tmp_path / "run")
     place = {"masks": "masks/step-000001.safetensors"}.get(name, "checkpoint-1")
     more = {"lora_rank": 2} if name == "subspace" else {}
@@ -160,46 +160,46 @@ def test_a_folder_that_is_not_of_distill_is_never_replaced(options, tmp_path, co
 
 
 def test_overwrite_replaces_what_runs_write_and_nothing_else(options, tmp_path):
-    distill(options(steps=3, save_every=1), tmp_path / "run")
+    distill(options(max_steps=3, save_steps=1), tmp_path / "run")
     (tmp_path / "run" / "notes").write_text("mine")
-    distill(options(steps=2, seed=1, overwrite=True), tmp_path / "run")
-    distill(options(steps=2, seed=1), tmp_path / "fresh")
+    distill(options(max_steps=2, seed=1, overwrite=True), tmp_path / "run")
+    distill(options(max_steps=2, seed=1), tmp_path / "fresh")
     assert sorted(everything(tmp_path / "run")) == sorted([*everything(tmp_path / "fresh"), "notes"])
     assert log(tmp_path / "run") == log(tmp_path / "fresh")
 
 
 def test_an_overwrite_that_is_cut_short_leaves_no_mixture(options, tmp_path, monkeypatch):
-    distill(options(steps=2), tmp_path)
+    distill(options(max_steps=2), tmp_path)
     monkeypatch.setattr(saving, "remove", lambda path: sys.exit("killed"))
     with pytest.raises(SystemExit):
-        distill(options(steps=2, seed=1, overwrite=True), tmp_path)
+        distill(options(max_steps=2, seed=1, overwrite=True), tmp_path)
     monkeypatch.undo()
     with pytest.raises(UsageError, match="holds another run"):
-        distill(options(steps=2), tmp_path)
-    assert distill(options(steps=2, seed=1, overwrite=True), tmp_path).step == 2
+        distill(options(max_steps=2), tmp_path)
+    assert distill(options(max_steps=2, seed=1, overwrite=True), tmp_path).step == 2
 
 
 def test_fewer_steps_than_were_taken_begin_anew_with_overwrite(options, tmp_path):
-    distill(options(steps=2), tmp_path / "run")
-    assert distill(options(steps=1, overwrite=True), tmp_path / "run").step == 1
-    distill(options(steps=1), tmp_path / "fresh")
+    distill(options(max_steps=2), tmp_path / "run")
+    assert distill(options(max_steps=1, overwrite=True), tmp_path / "run").step == 1
+    distill(options(max_steps=1), tmp_path / "fresh")
     assert log(tmp_path / "run") == log(tmp_path / "fresh")
     assert not (tmp_path / "run" / "checkpoint-2").exists()
 
 
 def test_a_run_goes_on_with_overwrite_unless_it_lacks_checkpoints(options, tmp_path):
-    distill(options(steps=2), tmp_path)
-    assert distill(options(steps=3, overwrite=True), tmp_path).step == 3
+    distill(options(max_steps=2), tmp_path)
+    assert distill(options(max_steps=3, overwrite=True), tmp_path).step == 3
     assert (tmp_path / "checkpoint-2").exists()
     with pytest.warns(
-        UserWarning, match="has taken 3 steps and lacks checkpoints that save_every asks for; it is overwritten"
+        UserWarning, match="has taken 3 steps and lacks checkpoints that save_steps asks for; it is overwritten"
     ):
-        distill(options(steps=3, save_every=1, overwrite=True), tmp_path)
+        distill(options(max_steps=3, save_steps=1, overwrite=True), tmp_path)
     assert (tmp_path / "checkpoint-1").exists()
 
 
 def test_an_experiment_finds_its_checkpoints_with_overwrite(options, tmp_path):
-    chosen = {"eval_size": 4, "steps": 20, "track_every": 2, "lr": 1e-4}
+    chosen = {"num_eval_prompts": 4, "max_steps": 20, "snapshot_every": 2, "learning_rate": 1e-4}
     run_experiment("grafts", options(**chosen), tmp_path, arms=["random alone"])
     arm = "mask at 10% of the steps"
     with pytest.raises(UsageError, match=r"holds results of the experiment grafts; .*--overwrite them"):
@@ -215,19 +215,19 @@ def test_an_experiment_finds_its_checkpoints_with_overwrite(options, tmp_path):
 def test_a_model_that_changed_meanwhile_is_noticed(options, places, tmp_path, side):
     place = copied(places / side, tmp_path / side)
     chosen = {side: str(place)}
-    distill(options(steps=2, **chosen), tmp_path / "run")
+    distill(options(max_steps=2, **chosen), tmp_path / "run")
     kept = everything(place)
     trained_further(place)
     with pytest.raises(
         InputError, match=rf"model\.safetensors in .*{side} is not what it was when the run in .*run began; put it back"
     ):
-        distill(options(steps=3, **chosen), tmp_path / "run")
+        distill(options(max_steps=3, **chosen), tmp_path / "run")
     for name, content in kept.items():
         (place / name).write_bytes(content)
     (place / "training.pt").write_bytes(b"of another run, which comes and goes")
-    assert distill(options(steps=3, **chosen), tmp_path / "run").step == 3
+    assert distill(options(max_steps=3, **chosen), tmp_path / "run").step == 3
     trained_further(place)
-    assert distill(options(steps=3, overwrite=True, **chosen), tmp_path / "run").step == 3
+    assert distill(options(max_steps=3, overwrite=True, **chosen), tmp_path / "run").step == 3
     assert len(log(tmp_path / "run")) == 3
 
 
@@ -248,11 +248,11 @@ def test_of_a_large_file_pieces_are_read_and_no_time(tmp_path, monkeypatch):
 
 
 def test_a_run_of_earlier_date_goes_on(options, tmp_path):
-    distill(options(steps=1), tmp_path)
+    distill(options(max_steps=1), tmp_path)
     about = json.loads((tmp_path / "run.json").read_text())
     del about["models"]
     (tmp_path / "run.json").write_text(json.dumps(about))
-    assert distill(options(steps=2), tmp_path).step == 2
+    assert distill(options(max_steps=2), tmp_path).step == 2
 
 
 # What the disk holds
@@ -267,7 +267,7 @@ def test_a_checkpoint_is_on_the_disk_before_an_earlier_state_goes(options, tmp_p
         sync(path)
 
     monkeypatch.setattr(saving, "sync", watched)
-    distill(options(steps=2, save_every=1), tmp_path)
+    distill(options(max_steps=2, save_steps=1), tmp_path)
     assert not earlier.exists()
     in_time = {name for name, there in synced if there}
     assert {f".checkpoint-2.part/{path.name}" for path in (tmp_path / "checkpoint-2").iterdir()} | {

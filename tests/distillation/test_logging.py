@@ -13,7 +13,7 @@ from opdkernels.errors import UsageError
 
 
 def test_tokens_a_second_are_those_of_each_phase(options, tmp_path):
-    distill(options(eval_size=2), tmp_path)
+    distill(options(num_eval_prompts=2), tmp_path)
     start, *rows = read_rows(tmp_path / "log.jsonl")
     assert "tokens_per_s" not in start
     for row in rows:
@@ -69,7 +69,7 @@ def test_wandb_takes_every_number_of_a_step_and_ends_with_the_run(options, tmp_p
         Log(tmp_path, 2, 9, True, Ranks(), opened).row(dict(ROW))
     assert taken[1:] == [(3, FLAT), "finished"]
     taken.clear()
-    distill(options(wandb="sparse", steps=1), tmp_path / "run")
+    distill(options(wandb="sparse", max_steps=1), tmp_path / "run")
     assert taken[0] == {"project": "sparse", "group": "run", "dir": str(tmp_path / "run")}
     assert [one[0] for one in taken[1:-1]] == [1]
     assert taken[-1] == "finished"
@@ -93,9 +93,9 @@ def cannot_begin(**given):
     ],
 )
 def test_a_board_that_cannot_be_had_costs_no_earlier_run(options, tmp_path, monkeypatch, module, stands, given, said):
-    distill(options(steps=1), tmp_path)
+    distill(options(max_steps=1), tmp_path)
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     monkeypatch.setitem(sys.modules, module, stands)
     with pytest.raises(UsageError, match=said):
-        distill(options(steps=1, seed=1, overwrite=True, **given), tmp_path)
+        distill(options(max_steps=1, seed=1, overwrite=True, **given), tmp_path)
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before

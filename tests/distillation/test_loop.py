@@ -35,7 +35,7 @@ def log(folder: Path) -> list[dict]:
 
 
 def test_the_student_comes_nearer_to_the_teacher(options, tmp_path):
-    distill(options(steps=60, batch_size=32, lr=5e-3, track_every=0), tmp_path)
+    distill(options(max_steps=60, batch_size=32, learning_rate=5e-3, snapshot_every=0), tmp_path)
     rows = log(tmp_path)
     assert sum(row["reverse_kl"] for row in rows[-5:]) < 0.5 * sum(row["reverse_kl"] for row in rows[:5])
     assert all(row["loss"] == pytest.approx(row["reverse_kl"], rel=1e-5) for row in rows)
@@ -45,21 +45,22 @@ def test_the_student_comes_nearer_to_the_teacher(options, tmp_path):
     "more",
     [
         {},
-        {"optimizer": "sgd", "momentum": 0.9, "lr": 0.1},
-        {"teacher": "self", "ema": 0.5, "prompts": "hints"},
+        {"optimizer": "sgd", "momentum": 0.9, "learning_rate": 0.1},
+        {"teacher": "self", "ema_decay": 0.5, "prompts": "hints"},
         {"lora_rank": 2},
-        {"on_policy": 0.5},
+        {"on_policy_fraction": 0.5},
         {"precision": "stochastic"},
     ],
 )
 def test_a_run_that_was_cut_ends_bit_for_bit_as_one_that_was_not(options, tmp_path, more):
-    chosen = {"steps": 6, "save_every": 2, "eval_size": 4, "track_every": 2, "batch_size": 4, **more}
+    chosen = {"max_steps": 6, "save_steps": 2, "num_eval_prompts": 4, "snapshot_every": 2, "batch_size": 4, **more}
     if "prompts" in more:
         lines = [
-            json.dumps({"prompt": f"{a}+1=", "answer": str(a + 1), "privileged": f"{a}+1={a + 1}\n"}) for a in range(9)
+            json.dumps({"prompt": f"{a}+1=", "answer": str(a + 1), "teacher_context": f"{a}+1={a + 1}\n"})
+            for a in range(9)
         ]
         (tmp_path / "hints").write_text("\n".join(lines))
-        chosen |= {"prompts": str(tmp_path / "hints"), "held_out": str(tmp_path / "hints")}
+        chosen |= {"prompts": str(tmp_path / "hints"), "eval_prompts": str(tmp_path / "hints")}
     distill(options(**chosen), tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
         train = loop.train
@@ -78,7 +79,10 @@ def test_micro_batches_change_the_order_of_sums_alone(options, tmp_path):
     found = []
     for size in (0, 3):
         distill(
-            options(steps=1, dtype="float32", optimizer="sgd", lr=1.0, micro_batch=size, clip=0), tmp_path / str(size)
+            options(
+                max_steps=1, dtype="float32", optimizer="sgd", learning_rate=1.0, micro_batch_size=size, max_grad_norm=0
+            ),
+            tmp_path / str(size),
         )
         found.append(
             (load_file(tmp_path / str(size) / "checkpoint-1" / "model.safetensors"), log(tmp_path / str(size)))
@@ -93,7 +97,7 @@ def test_frozen_coordinates_keep_their_bits(options, places, tmp_path):
 
     chosen = masks.random(places / "student", 0.1, seed=1)
     chosen.save(tmp_path / "m.safetensors")
-    distill(options(masks=str(tmp_path / "m.safetensors"), lr=0.1), tmp_path / "run")
+    distill(options(masks=str(tmp_path / "m.safetensors"), learning_rate=0.1), tmp_path / "run")
     assert all(row["grad_norm_full"] > 2 * row["grad_norm"] for row in log(tmp_path / "run"))
     before, after = (load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors") for step in (0, 3))
     for name, mask in chosen.items():
@@ -106,12 +110,12 @@ def test_a_reward_teaches_without_a_teacher(options, tmp_path):
     result = distill(
         options(
             teacher="",
-            kl_weight=0,
+            divergence_weight=0,
             reward_weight=1,
-            samples=4,
+            num_generations=4,
             batch_size=16,
-            steps=25,
-            lr=3e-3,
+            max_steps=25,
+            learning_rate=3e-3,
             reward=f"{__name__}:begins_with_one",
         ),
         tmp_path,
@@ -130,37 +134,42 @@ def test_recorded_completions_are_learnt(options, tmp_path):
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     chosen = options(
         prompts=str(tmp_path / "p.jsonl"),
-        held_out=str(tmp_path / "p.jsonl"),
+        eval_prompts=str(tmp_path / "p.jsonl"),
         teacher="",
-        kl_weight=0,
+        divergence_weight=0,
         sft_weight=1,
-        on_policy=0,
-        steps=80,
-        lr=1e-2,
-        eval_size=8,
+        on_policy_fraction=0,
+        max_steps=80,
+        learning_rate=1e-2,
+        num_eval_prompts=8,
     )
     assert distill(chosen, tmp_path / "run").accuracy[-1] == (80, 1.0)
 
 
 def test_the_teachers_samples_are_learnt(options, tmp_path):
-    distill(options(kl_weight=0, sft_weight=1, on_policy=0, steps=30, batch_size=32, lr=3e-3), tmp_path)
+    distill(
+        options(
+            divergence_weight=0, sft_weight=1, on_policy_fraction=0, max_steps=30, batch_size=32, learning_rate=3e-3
+        ),
+        tmp_path,
+    )
     rows = log(tmp_path)
     assert not any(row["on_policy"] for row in rows)
     assert sum(row["log_prob"] for row in rows[-5:]) > sum(row["log_prob"] for row in rows[:5]) + 0.5
 
 
 def test_teachers_are_chosen_by_the_prompts_tags(options, places, tmp_path):
-    lines = [json.dumps({"prompt": "1+1=", "tag": tag}) for tag in ("a", "b")]
+    lines = [json.dumps({"prompt": "1+1=", "teacher_id": name}) for name in ("a", "b")]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     teachers = f"a={places / 'teacher'},b={places / 'other'}"
     distill(options(prompts=str(tmp_path / "p.jsonl"), teacher=teachers), tmp_path / "run")
-    with pytest.raises(InputError, match="tag 'b' and no teacher has it"):
+    with pytest.raises(InputError, match="teacher_id 'b' and no teacher has it"):
         distill(options(prompts=str(tmp_path / "p.jsonl"), teacher=f"a={places / 'teacher'}"), tmp_path / "one")
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(options, tmp_path):
     command = [sys.executable, "-m", "opdkernels", "distill", "-o", str(tmp_path / "cut")]
-    chosen = options(steps=4000)
+    chosen = options(max_steps=4000)
     for name, value in chosen.model_dump().items():
         if value not in ("", None) and value != type(chosen).model_fields[name].default:
             command += [f"--{name.replace('_', '-')}", str(value)]
@@ -172,8 +181,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(options, tmp_path):
     assert process.wait(60) == 128 + signal.SIGTERM
     stopped = log(tmp_path / "cut")[-1]["step"]
     assert (tmp_path / "cut" / f"checkpoint-{stopped}" / "training.pt").exists()
-    assert distill(options(steps=stopped + 2), tmp_path / "cut").step == stopped + 2
-    distill(options(steps=stopped + 2), tmp_path / "whole")
+    assert distill(options(max_steps=stopped + 2), tmp_path / "cut").step == stopped + 2
+    distill(options(max_steps=stopped + 2), tmp_path / "whole")
     assert digest(tmp_path / "cut" / f"checkpoint-{stopped + 2}") == digest(
         tmp_path / "whole" / f"checkpoint-{stopped + 2}"
     )
@@ -188,7 +197,7 @@ def test_a_teacher_of_nan_ends_the_run_and_spoils_nothing(options, places, tmp_p
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "nan" / file).write_bytes((places / "teacher" / file).read_bytes())
     with pytest.raises(InputError, match=r"3 steps in a row had no finite loss.*look at the teacher"):
-        distill(options(teacher=str(tmp_path / "nan"), steps=9, save_every=1), tmp_path / "run")
+        distill(options(teacher=str(tmp_path / "nan"), max_steps=9, save_steps=1), tmp_path / "run")
     rows = log(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2]
     assert all("loss nan" in row["skipped"] and row["loss"] is None for row in rows)
@@ -196,7 +205,7 @@ def test_a_teacher_of_nan_ends_the_run_and_spoils_nothing(options, places, tmp_p
 
 
 def test_a_full_disk_leaves_the_checkpoints_that_are(options, tmp_path, monkeypatch):
-    distill(options(steps=2, save_every=1), tmp_path)
+    distill(options(max_steps=2, save_steps=1), tmp_path)
     before = digest(tmp_path / "checkpoint-2")
 
     def full(state, path):
@@ -205,14 +214,14 @@ def test_a_full_disk_leaves_the_checkpoints_that_are(options, tmp_path, monkeypa
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space left"):
-        distill(options(steps=3, save_every=1), tmp_path)
+        distill(options(max_steps=3, save_steps=1), tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == [
         "checkpoint-0",
         "checkpoint-1",
         "checkpoint-2",
     ]
     monkeypatch.undo()
-    assert distill(options(steps=3, save_every=1), tmp_path).step == 3
+    assert distill(options(max_steps=3, save_steps=1), tmp_path).step == 3
     assert digest(tmp_path / "checkpoint-2") == before
 
 
@@ -222,7 +231,12 @@ def test_a_reward_that_raises_is_named(options, tmp_path):
     ):
         distill(
             options(
-                teacher="", kl_weight=0, reward_weight=1, samples=2, prompts=sums(tmp_path), reward=f"{__name__}:fails"
+                teacher="",
+                divergence_weight=0,
+                reward_weight=1,
+                num_generations=2,
+                prompts=sums(tmp_path),
+                reward=f"{__name__}:fails",
             ),
             tmp_path / "run",
         )
@@ -273,14 +287,14 @@ def mixed(folder: Path) -> str:
 
 
 def test_prompts_are_cut_before_anything_is_sampled(options, tmp_path):
-    distill(options(prompts=mixed(tmp_path), max_prompt=3, batch_size=3, steps=1), tmp_path / "run")
+    distill(options(prompts=mixed(tmp_path), max_prompt_length=3, batch_size=3, max_steps=1), tmp_path / "run")
     assert log(tmp_path / "run")[0]["prompts_cut"] == 2
 
 
 def test_fewer_steps_than_were_taken_are_refused(options, tmp_path):
-    distill(options(steps=2), tmp_path / "run")
+    distill(options(max_steps=2), tmp_path / "run")
     with pytest.raises(UsageError, match="has taken 2 steps and steps is 1; give as many, or overwrite it"):
-        distill(options(steps=1), tmp_path / "run")
+        distill(options(max_steps=1), tmp_path / "run")
 
 
 def test_a_folder_in_place_of_a_configuration_is_named(tmp_path):
@@ -289,18 +303,18 @@ def test_a_folder_in_place_of_a_configuration_is_named(tmp_path):
 
 
 def test_another_run_in_the_folder_is_refused(options, tmp_path):
-    distill(options(steps=1), tmp_path)
+    distill(options(max_steps=1), tmp_path)
     with pytest.raises(UsageError, match="holds another run"):
-        distill(options(steps=1, seed=1), tmp_path)
-    assert distill(options(steps=1, seed=1, overwrite=True), tmp_path).step == 1
+        distill(options(max_steps=1, seed=1), tmp_path)
+    assert distill(options(max_steps=1, seed=1, overwrite=True), tmp_path).step == 1
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "thesis.tex").write_text("x")
     with pytest.raises(UsageError, match="is not empty"):
-        distill(options(steps=1), tmp_path / "else")
+        distill(options(max_steps=1), tmp_path / "else")
 
 
 def test_a_run_that_was_cut_before_its_first_checkpoint_begins_anew(options, tmp_path, monkeypatch):
-    chosen = options(steps=2, eval_size=4)
+    chosen = options(max_steps=2, num_eval_prompts=4)
     train = loop.train
     monkeypatch.setattr(
         loop, "train", lambda run, step, look: train(run, step, look) if step < 1 else sys.exit("killed")
@@ -317,7 +331,7 @@ def test_a_run_that_was_cut_before_its_first_checkpoint_begins_anew(options, tmp
 def test_a_run_that_was_cut_before_its_last_word_says_it_again(options, tmp_path, monkeypatch):
     from opdkernels.distillation.tracker import Tracker
 
-    chosen = options(steps=2, eval_size=4, save_every=1, track_every=1)
+    chosen = options(max_steps=2, num_eval_prompts=4, save_steps=1, snapshot_every=1)
     distill(chosen, tmp_path / "whole")
     monkeypatch.setattr(Tracker, "finish", lambda self: sys.exit("killed"))
     with pytest.raises(SystemExit):
@@ -334,17 +348,17 @@ def test_a_log_is_written_before_the_checkpoint_that_ends_it(options, tmp_path, 
         loop, "save", lambda folder, step, *rest: save(folder, step, *rest) if step < 2 else sys.exit("killed")
     )
     with pytest.raises(SystemExit):
-        distill(options(steps=2, eval_size=4, save_every=1), tmp_path / "cut")
+        distill(options(max_steps=2, num_eval_prompts=4, save_steps=1), tmp_path / "cut")
     monkeypatch.undo()
     assert (
-        distill(options(steps=2, eval_size=4, save_every=1), tmp_path / "cut").accuracy
-        == distill(options(steps=2, eval_size=4, save_every=1), tmp_path / "whole").accuracy
+        distill(options(max_steps=2, num_eval_prompts=4, save_steps=1), tmp_path / "cut").accuracy
+        == distill(options(max_steps=2, num_eval_prompts=4, save_steps=1), tmp_path / "whole").accuracy
     )
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
 
 
 def test_other_prompts_in_the_same_file_are_another_run(options, tmp_path):
-    chosen = options(prompts=mixed(tmp_path), steps=1)
+    chosen = options(prompts=mixed(tmp_path), max_steps=1)
     distill(chosen, tmp_path / "run")
     (tmp_path / "m.jsonl").write_text(json.dumps({"prompt": "9="}))
     with pytest.raises(UsageError, match="holds another run"):
@@ -379,7 +393,7 @@ def test_a_head_that_is_not_known_is_refused(options, places, tmp_path, monkeypa
 
 def test_positions_bound_what_is_sampled(options, tmp_path):
     with pytest.raises(UsageError, match="have 64 positions"):
-        distill(options(max_new_tokens=64), tmp_path)
+        distill(options(max_completion_length=64), tmp_path)
 
 
 def test_masks_by_other_names_are_refused(options, tmp_path):
@@ -394,20 +408,20 @@ def test_masks_by_other_names_are_refused(options, tmp_path):
 
 def test_the_student_itself_is_no_source_of_the_teachers_samples(options, tmp_path):
     with pytest.raises(InputError, match="one teacher that is a model of its own"):
-        distill(options(teacher="self", on_policy=0), tmp_path)
+        distill(options(teacher="self", on_policy_fraction=0), tmp_path)
 
 
 def test_a_damaged_state_is_named(options, tmp_path):
-    distill(options(steps=1), tmp_path)
+    distill(options(max_steps=1), tmp_path)
     (tmp_path / "checkpoint-1" / "training.pt").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"training\.pt cannot be read .*delete checkpoint-1"):
-        distill(options(steps=2), tmp_path)
+        distill(options(max_steps=2), tmp_path)
 
 
 def test_a_subspace_is_what_an_update_stays_in(options, tmp_path):
     first = tmp_path / "first"
-    distill(options(steps=2, lr=1e-2), first)
-    chosen = options(lora_rank=4, subspace=str(first / "checkpoint-2"), lr=1e-2, steps=3, save_every=1)
+    distill(options(max_steps=2, learning_rate=1e-2), first)
+    chosen = options(lora_rank=4, subspace=str(first / "checkpoint-2"), learning_rate=1e-2, max_steps=3, save_steps=1)
     distill(chosen, tmp_path / "run")
     start, early, end = (
         load_file(folder / "model.safetensors")
@@ -428,7 +442,8 @@ def test_a_subspace_is_what_an_update_stays_in(options, tmp_path):
     same = tmp_path / "moved"
     first.rename(same)
     distill(
-        options(lora_rank=4, subspace=str(same / "checkpoint-2"), lr=1e-2, steps=3, save_every=1), tmp_path / "run"
+        options(lora_rank=4, subspace=str(same / "checkpoint-2"), learning_rate=1e-2, max_steps=3, save_steps=1),
+        tmp_path / "run",
     )  # by content
     with pytest.raises(InputError, match="give a later checkpoint of this student"):
         distill(options(lora_rank=4, subspace=options().teacher), tmp_path / "other")

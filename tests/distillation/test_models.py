@@ -90,13 +90,13 @@ def test_a_processor_that_cannot_be_loaded_is_none(student):
 
 @pytest.mark.parametrize(
     "given",
-    [{"prompt": "1\ud800="}, {"prompt": "1=", "privileged": "\udfff"}, {"prompt": "1=", "completion": "\ud800"}],
+    [{"prompt": "1\ud800="}, {"prompt": "1=", "teacher_context": "\udfff"}, {"prompt": "1=", "completion": "\ud800"}],
 )
 def test_text_that_is_not_unicode_is_one_line(given):
     message = refused(
         lambda: recorded(
             TEXT,
-            encode(TEXT, [Entry(**{"completion": "1", **given})], 9, privileged=True),
+            encode(TEXT, [Entry(**{"completion": "1", **given})], 9, teacher_context=True),
             most=9,
             ends=[1],
             device=CPU,

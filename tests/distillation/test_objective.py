@@ -42,7 +42,7 @@ def same(a, b):
 
 def test_recorded_tokens_are_made_likelier(options):
     student, part = model(0, initializer_range=0.2).eval(), rollout(own=False)
-    chosen = options(kl_weight=0, sft_weight=2, teacher="", on_policy=0)
+    chosen = options(divergence_weight=0, sft_weight=2, teacher="", on_policy_fraction=0)
     found = objective(student, part, None, None, 5, 15, chosen)
     expected = -2 * expected_log_probs(student, part).sum() / 5
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -53,7 +53,7 @@ def test_recorded_tokens_are_made_likelier(options):
 
 def test_a_reward_is_the_policy_gradient(options):
     student, part = model(0, initializer_range=0.2).eval(), rollout()
-    chosen = options(kl_weight=0, reward_weight=0.5, samples=2, teacher="")
+    chosen = options(divergence_weight=0, reward_weight=0.5, num_generations=2, teacher="")
     found = objective(student, part, None, torch.tensor([1.0, -2.0]), 5, 15, chosen)
     expected = -0.5 * (expected_log_probs(student, part) * torch.tensor([1.0, 1, -2, -2, -2])).sum() / 5
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -69,7 +69,7 @@ def test_a_divergence_is_that_of_whole_logits(options):
         model(1, 48, initializer_range=0.2).eval(),
         rollout(),
     )
-    found = objective(student, part, ModelTeacher(teacher).score(part), None, 5, 15, options(kl_weight=3))
+    found = objective(student, part, ModelTeacher(teacher).score(part), None, 5, 15, options(divergence_weight=3))
     ours, losses, grads = gradients(student, found.loss), [], []
     for dtype in (torch.float32, torch.float64):
         p, q = (
@@ -98,7 +98,13 @@ def test_recomputed_activations_give_the_same_gradients(options):
         if more:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         loss = objective(
-            student, part, None, None, 5, 15, options(kl_weight=0, sft_weight=1, teacher="", on_policy=0, **more)
+            student,
+            part,
+            None,
+            None,
+            5,
+            15,
+            options(divergence_weight=0, sft_weight=1, teacher="", on_policy_fraction=0, **more),
         ).loss
         found.append(gradients(student, loss))
     assert len(forwards) == 3

@@ -2,17 +2,19 @@ from __future__ import annotations
 
 import pytest
 
-from opdkernels.distillation.options import DistillOptions, options_from, shipped
+from opdkernels.distillation.options import DistillOptions, demo_options, options_from
 from opdkernels.errors import InputError, UsageError
 
 LEAST = {"student": "s", "teacher": "t", "prompts": "addition"}
-RLVR = {"kl_weight": 0, "reward_weight": 1, "samples": 2, "teacher": ""}
+RLVR = {"divergence_weight": 0, "reward_weight": 1, "num_generations": 2, "teacher": ""}
 
 
 def test_a_file_is_read_and_the_command_line_goes_before_it(tmp_path):
-    (tmp_path / "c.toml").write_text('student = "s"\nteacher = "t"\nprompts = "sums"\nlr = 1e-5\nbetas = [0.9, 0.95]\n')
-    chosen = options_from(tmp_path / "c.toml", {"lr": "2e-6", "steps": "7"})
-    assert (chosen.lr, chosen.steps, chosen.betas, chosen.prompts) == (2e-6, 7, (0.9, 0.95), "sums")
+    (tmp_path / "c.toml").write_text(
+        'student = "s"\nteacher = "t"\nprompts = "sums"\nlearning_rate = 1e-5\nbetas = [0.9, 0.95]\n'
+    )
+    chosen = options_from(tmp_path / "c.toml", {"learning_rate": "2e-6", "max_steps": "7"})
+    assert (chosen.learning_rate, chosen.max_steps, chosen.betas, chosen.prompts) == (2e-6, 7, (0.9, 0.95), "sums")
 
 
 def test_betas_of_a_command_line_have_a_comma():
@@ -22,41 +24,44 @@ def test_betas_of_a_command_line_have_a_comma():
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"learning_rate": "1"}, "no option 'learning_rate'"),
+        ({"lr": "1"}, "no option 'lr'"),
         ({"batchsize": 3}, "did you mean batch_size?"),
-        ({"lr": "fast"}, "option lr is 'fast'"),
-        ({"lr": 0}, "option lr is 0"),
+        ({"learning_rate": "fast"}, "option learning_rate is 'fast'"),
+        ({"learning_rate": 0}, "option learning_rate is 0"),
         ({"divergence": "k1"}, "no expected gradient"),
         ({"divergence": "k3"}, "forward KL"),
         ({"divergence": "topk_reverse_kl"}, "k"),
-        ({"kl_weight": 0, "teacher": ""}, "nothing is trained"),
+        ({"divergence_weight": 0, "teacher": ""}, "nothing is trained"),
         ({"teacher": ""}, "there is no teacher"),
-        ({"reward_weight": 1}, "take 2 or more"),
-        ({"reward_weight": 1, "samples": 2, "on_policy": 0.5}, "set on_policy=1"),
-        ({"masks": "m", "lora_rank": 4}, "choose one"),
-        ({"sft_weight": 1}, "set on_policy below 1"),
-        ({"divergence": "sampled_reverse_kl", "on_policy": 0.5}, "own distribution alone"),
-        ({"divergence": "sampled_reverse_kl", "sampling_temperature": 0.5}, "own distribution alone"),
-        ({"reward_weight": 1, "samples": 2, "sampling_temperature": 0.5}, "set sampling_temperature=1"),
-        ({"ema": 0.9}, "ema would change nothing: it is of teacher=self; leave it out"),
-        ({"teacher": "self", "beta": 0.3}, "beta would change nothing: it is of the divergence jsd"),
-        ({"optimizer": "sgd", "eps": 1e-6}, "eps would change nothing"),
-        ({"optimizer": "sgd", "betas": "0.8,0.9"}, "betas would change nothing"),
-        ({"momentum": 0.5}, "momentum would change nothing: it is of the optimizer sgd"),
-        ({"dtype": "float32", "precision": "nearest"}, "precision would change nothing: it is of weights in bfloat16"),
-        ({"subspace": "x"}, "subspace would change nothing: it is of lora_rank"),
-        ({"kl_weight": 0, "reward_weight": 1, "samples": 2}, "teacher would change nothing"),
+        ({"reward_weight": 1}, "set num_generations to 2 or more"),
+        ({"reward_weight": 1, "num_generations": 2, "on_policy_fraction": 0.5}, "set on_policy_fraction=1"),
+        ({"masks": "m", "lora_rank": 4}, "set only one of them"),
+        ({"sft_weight": 1}, "set on_policy_fraction below 1"),
+        ({"divergence": "sampled_reverse_kl", "on_policy_fraction": 0.5}, "the student's own distribution"),
+        ({"divergence": "sampled_reverse_kl", "sampling_temperature": 0.5}, "the student's own distribution"),
+        ({"reward_weight": 1, "num_generations": 2, "sampling_temperature": 0.5}, "set sampling_temperature=1"),
+        ({"ema_decay": 0.9}, "ema_decay has no effect: it applies only to teacher=self; remove it"),
+        ({"teacher": "self", "beta": 0.3}, "beta has no effect: it applies only to the divergence jsd"),
+        ({"optimizer": "sgd", "eps": 1e-6}, "eps has no effect"),
+        ({"optimizer": "sgd", "betas": "0.8,0.9"}, "betas has no effect"),
+        ({"momentum": 0.5}, "momentum has no effect: it applies only to the optimizer sgd"),
+        ({"dtype": "float32", "precision": "nearest"}, "precision has no effect: it applies only to bfloat16 weights"),
+        ({"subspace": "x"}, "subspace has no effect: it applies only to a lora_rank above 0"),
+        ({"divergence_weight": 0, "reward_weight": 1, "num_generations": 2}, "teacher has no effect"),
         (
-            {"kl_weight": 0, "sft_weight": 1, "on_policy": 0.5},
-            "on_policy is 0.5: steps on its own would train nothing; set on_policy=0",
+            {"divergence_weight": 0, "sft_weight": 1, "on_policy_fraction": 0.5},
+            "on_policy_fraction is 0.5: on-policy steps would train nothing; set on_policy_fraction=0",
         ),
-        ({"teacher": "a=x,b=z,a=y"}, "the tag a twice; give each tag once"),
-        ({"held_out": "h"}, "held_out would change nothing: it is of evaluations, and eval_size is 0"),
-        ({"eval_every": 1}, "eval_every would change nothing"),
-        ({"reward": "m:f"}, "reward would change nothing"),
-        ({"lora_rank": 4, "precision": "nearest"}, "precision would change nothing"),
+        ({"teacher": "a=x,b=z,a=y"}, "the teacher_id a twice; give each teacher_id once"),
+        (
+            {"eval_prompts": "h"},
+            "eval_prompts has no effect: it applies only to evaluations, and num_eval_prompts is 0",
+        ),
+        ({"eval_steps": 1}, "eval_steps has no effect"),
+        ({"reward": "m:f"}, "reward has no effect"),
+        ({"lora_rank": 4, "precision": "nearest"}, "precision has no effect"),
         *(
-            ({**RLVR, name: value}, f"{name} would change nothing")
+            ({**RLVR, name: value}, f"{name} has no effect")
             for name, value in (("divergence", "jsd"), ("k", 3), ("temperature", 0.5))
         ),
         *(
@@ -78,7 +83,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(given, says):
 def test_options_that_count_are_taken():
     for given in (
         {**RLVR, "reward": "m:f"},
-        {"eval_size": 1, "reward": "m:f", "held_out": "h", "eval_every": 1},
+        {"num_eval_prompts": 1, "reward": "m:f", "eval_prompts": "h", "eval_steps": 1},
         {"divergence": "jsd", "beta": 0.1, "k": 3, "temperature": 0.5},
     ):
         made = options_from(None, {**LEAST, **given})
@@ -86,7 +91,7 @@ def test_options_that_count_are_taken():
 
 
 def test_what_is_missing_is_named():
-    with pytest.raises(UsageError, match="there is no prompts; give it in the configuration or as --prompts"):
+    with pytest.raises(UsageError, match="there is no prompts; set it in the configuration or as --prompts"):
         options_from(None, {"student": "s"})
 
 
@@ -122,7 +127,7 @@ def test_help_says_what_an_experiment_takes_without_a_configuration():
         " ".join(CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output.split())
         for command in ("experiment", "distill")
     )
-    for name, value in shipped().items():
+    for name, value in demo_options().items():
         told = "the one that ships" if name in ("student", "teacher") else shown(value)
         start = own.index(f"--{name.replace('_', '-')} VALUE")
         assert f"without a configuration: {told}]" in own[start : own.index(" --", start + 1)]

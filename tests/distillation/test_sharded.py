@@ -38,21 +38,23 @@ def started(chosen, out, processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{}, {"teacher": "self", "ema": 0.5, "lr": 0.5, "clip": 0, "sft_weight": 1.0}])
+@pytest.mark.parametrize(
+    "more", [{}, {"teacher": "self", "ema_decay": 0.5, "learning_rate": 0.5, "max_grad_norm": 0, "sft_weight": 1.0}]
+)
 def test_two_processes_train_as_one_does(options, tmp_path, more):
     """Recorded completions, so that what is learnt does not depend on who samples what: all but the order of sums is alike."""
     chosen = {
         "device": "cpu",
         "prompts": recorded(tmp_path),
-        "on_policy": 0,
+        "on_policy_fraction": 0,
         "dtype": "float32",
-        "steps": 3,
-        "lr": 1e-3,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
         "optimizer": "sgd",
-        "track_every": 1,
-        "held_out": recorded(tmp_path),
-        "eval_size": 3,
-        "clip": 0.05,
+        "snapshot_every": 1,
+        "eval_prompts": recorded(tmp_path),
+        "num_eval_prompts": 3,
+        "max_grad_norm": 0.05,
         **more,
     }
     run(options(**chosen), tmp_path / "two", 2)
@@ -74,10 +76,10 @@ def test_two_processes_train_as_one_does(options, tmp_path, more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{}, {"teacher": "self", "ema": 0.9}])
+@pytest.mark.parametrize("more", [{}, {"teacher": "self", "ema_decay": 0.9}])
 def test_two_processes_go_on_from_where_they_were(options, places, tmp_path, more):
-    chosen = {"device": "cpu", "steps": 4, "save_every": 2, "track_every": 2, **more}
-    run(options(**{**chosen, "steps": 2}), tmp_path / "cut", 2)
+    chosen = {"device": "cpu", "max_steps": 4, "save_steps": 2, "snapshot_every": 2, **more}
+    run(options(**{**chosen, "max_steps": 2}), tmp_path / "cut", 2)
     run(options(**chosen), tmp_path / "cut", 2)
     run(options(**chosen), tmp_path / "whole", 2)
     assert digest(tmp_path / "cut" / "checkpoint-4") == digest(tmp_path / "whole" / "checkpoint-4")
@@ -86,8 +88,8 @@ def test_two_processes_go_on_from_where_they_were(options, places, tmp_path, mor
 
 @pytest.mark.slow
 def test_what_the_first_process_refuses_ends_all(options, tmp_path):
-    distill(options(steps=1, device="cpu"), tmp_path)
-    done = started(options(steps=1, seed=1, device="cpu"), tmp_path, 2)
+    distill(options(max_steps=1, device="cpu"), tmp_path)
+    done = started(options(max_steps=1, seed=1, device="cpu"), tmp_path, 2)
     assert done.returncode != 0
     assert done.stderr.count("holds another run; choose another folder, or --overwrite it") == 2
 

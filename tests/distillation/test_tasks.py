@@ -117,8 +117,8 @@ def test_space_around_an_answer_is_no_part_of_it(answer):
 
 
 def test_what_a_task_would_ignore_is_refused():
-    with pytest.raises(UsageError, match="leave held_out out"):
-        open_task("addition", held_out="x.jsonl")
+    with pytest.raises(UsageError, match="leave eval_prompts out"):
+        open_task("addition", eval_prompts="x.jsonl")
     with pytest.raises(UsageError, match="leave reward out"):
         open_task("reasoning_gym:chain_sum", reward="math:exp")
 
@@ -177,8 +177,8 @@ def test_a_reward_that_leaves_the_process_is_named():
 
 
 OWN_SAMPLES = {"teacher": "t"}
-OTHERS = {"teacher": "t", "on_policy": 0.5}
-REWARDED = {"kl_weight": 0, "reward_weight": 1, "samples": 2}
+OTHERS = {"teacher": "t", "on_policy_fraction": 0.5}
+REWARDED = {"divergence_weight": 0, "reward_weight": 1, "num_generations": 2}
 
 
 @pytest.mark.parametrize(
@@ -186,13 +186,21 @@ REWARDED = {"kl_weight": 0, "reward_weight": 1, "samples": 2}
     [
         (
             {"teacher": "a=x,b=y"},
-            [{}, {"tag": "a"}],
-            "'1=' has the tag '' and no teacher has it; the teachers are a, b",
+            [{}, {"teacher_id": "a"}],
+            "'1=' has the teacher_id '' and no teacher has it; the teachers are a, b",
         ),
-        ({"teacher": "a=x"}, [{"tag": "a"}, {"tag": "c"}], "'2=' has the tag 'c' and no teacher has it"),
+        (
+            {"teacher": "a=x"},
+            [{"teacher_id": "a"}, {"teacher_id": "c"}],
+            "'2=' has the teacher_id 'c' and no teacher has it",
+        ),
         (OTHERS, [{"completion": "3"}, {}], "'2=' has no `completion` and others have one"),
         ({**OTHERS, "teacher": "self"}, [{}, {}], "or one teacher that is a model of its own"),
-        ({**OTHERS, "teacher": "a=x,b=y"}, [{"tag": "a"}, {"tag": "b"}], "or one teacher that is a model of its own"),
+        (
+            {**OTHERS, "teacher": "a=x,b=y"},
+            [{"teacher_id": "a"}, {"teacher_id": "b"}],
+            "or one teacher that is a model of its own",
+        ),
         (
             OWN_SAMPLES,
             [{}, {"images": ["gone.png"]}],
@@ -210,8 +218,8 @@ def test_prompts_that_would_end_a_run_on_its_way_are_refused_before_it(tmp_path,
 @pytest.mark.parametrize(
     ("given", "rows"),
     [
-        ({"teacher": "a=x,b=y"}, [{"tag": "b"}, {"tag": "a"}]),
-        (OWN_SAMPLES, [{"tag": "c", "answer": "1\n2"}, {"completion": "3"}]),
+        ({"teacher": "a=x,b=y"}, [{"teacher_id": "b"}, {"teacher_id": "a"}]),
+        (OWN_SAMPLES, [{"teacher_id": "c", "answer": "1\n2"}, {"completion": "3"}]),
         (OTHERS, [{}, {}]),
         ({**OTHERS, "teacher": "self"}, [{"completion": "3"}, {"completion": ""}]),
         (REWARDED, [{"answer": "1\n"}, {"answer": ""}]),
@@ -241,8 +249,8 @@ def test_held_out_prompts_are_looked_at_as_far_as_they_are_used(tmp_path, row, s
         "student": "s",
         "teacher": "t",
         "prompts": str(tmp_path / "h.jsonl"),
-        "held_out": str(tmp_path / "h.jsonl"),
+        "eval_prompts": str(tmp_path / "h.jsonl"),
     }
-    task_of(options_from(None, {**given, "eval_size": 1}))
+    task_of(options_from(None, {**given, "num_eval_prompts": 1}))
     with pytest.raises(InputError, match=says):
-        task_of(options_from(None, {**given, "eval_size": 2}))
+        task_of(options_from(None, {**given, "num_eval_prompts": 2}))

@@ -30,8 +30,8 @@ def step(own, optimizer, teacher):
     teacher.after_step()
 
 
-def rollout(privileged=None):
-    entries = [Entry("1+1=", privileged=privileged), Entry("12+13=", privileged=privileged)]
+def rollout(teacher_context=None):
+    entries = [Entry("1+1=", teacher_context=teacher_context), Entry("12+13=", teacher_context=teacher_context)]
     return beside(encode(TEXT, entries, 32), [[4, 1], [5, 6, 7]], [True, False], True, 0, torch.device("cpu"))
 
 
@@ -110,6 +110,6 @@ def test_what_is_privileged_must_find_places_in_the_student():
     teacher.score(rollout("1" * (64 - 3 - len("12+13="))))
     with pytest.raises(
         InputError,
-        match=r"the prompt '12\+13=' is 62 tokens with its `privileged`, and the student has 61 positions beside a completion; shorten it",
+        match=r"the prompt '12\+13=' is 62 tokens with its `teacher_context`, and the student has 61 positions beside a completion; shorten it",
     ):
         teacher.score(rollout("1" * (65 - 3 - len("12+13="))))

@@ -34,7 +34,7 @@ def scores_of(folder, step):
 
 
 def test_results_have_a_row_for_every_arm(options, tmp_path):
-    chosen = options(eval_size=6, steps=10, lr=1e-2, reward=VARIED)
+    chosen = options(num_eval_prompts=6, max_steps=10, learning_rate=1e-2, reward=VARIED)
     result = run_experiment(
         "masks",
         chosen,
@@ -119,14 +119,14 @@ def test_deviations_between_seeds_are_scaled():
 @pytest.mark.parametrize(("seeds", "density"), [(0, None), (1, 1.5), (1, float("nan"))])
 def test_invalid_sizes_are_rejected_before_anything_runs(options, tmp_path, seeds, density):
     with pytest.raises(UsageError, match=r"a seed or more and masks of a density in 0 \.\. 1"):
-        run_experiment("masks", options(eval_size=4), tmp_path, seeds=seeds, density=density)
+        run_experiment("masks", options(num_eval_prompts=4), tmp_path, seeds=seeds, density=density)
     assert not list(tmp_path.iterdir())
 
 
 def test_parts_are_scored_with_the_seed_of_their_run(options, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(runner, "score", lambda options, folder: seen.append(options.seed) or [0.5] * 4)
-    run_experiment("grafts", options(eval_size=4, steps=2, seed=3), tmp_path, seeds=2, arms=["mlp alone"])
+    run_experiment("grafts", options(num_eval_prompts=4, max_steps=2, seed=3), tmp_path, seeds=2, arms=["mlp alone"])
     assert seen == [3, 4]
 
 
@@ -140,7 +140,7 @@ FILES = {
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_at_its_default_density(options, tmp_path, name):
-    result = run_experiment(name, options(eval_size=4, steps=10, reward=VARIED), tmp_path, seeds=1)
+    result = run_experiment(name, options(num_eval_prompts=4, max_steps=10, reward=VARIED), tmp_path, seeds=1)
     assert result["density"] == EXPERIMENTS[name].density
     assert [row["arm"] for row in result["rows"]] == [
         "start",
@@ -150,7 +150,10 @@ def test_every_experiment_runs_at_its_default_density(options, tmp_path, name):
 
 def test_precision_reports_change_expected_from_rounding(options, tmp_path):
     rows = {
-        row["arm"]: row for row in run_experiment("precision", options(eval_size=4, steps=2, lr=1e-4), tmp_path)["rows"]
+        row["arm"]: row
+        for row in run_experiment("precision", options(num_eval_prompts=4, max_steps=2, learning_rate=1e-4), tmp_path)[
+            "rows"
+        ]
     }
     for arm in ("bf16-split-master", "bf16-nearest", "fp32"):  # weights of bf16 all, whatever they are stored in
         visible = analyze(
@@ -173,7 +176,9 @@ def test_fp32_weights_between_bf16_values_have_their_own_null(options, tmp_path)
     rows = {
         row["arm"]: row
         for row in run_experiment(
-            "precision", options(student=str(tmp_path / "s"), eval_size=4, steps=2, lr=1e-4), tmp_path / "run"
+            "precision",
+            options(student=str(tmp_path / "s"), num_eval_prompts=4, max_steps=2, learning_rate=1e-4),
+            tmp_path / "run",
         )["rows"]
     }
     fp32 = tmp_path / "run" / "seed-0" / "fp32"
@@ -183,7 +188,7 @@ def test_fp32_weights_between_bf16_values_have_their_own_null(options, tmp_path)
 
 @pytest.mark.parametrize("density", [0.2, 0.0])
 def test_mask_recall_increases_along_the_trajectory(options, tmp_path, density):
-    chosen = options(eval_size=4, steps=10, lr=1e-4, track_every=10)
+    chosen = options(num_eval_prompts=4, max_steps=10, learning_rate=1e-4, snapshot_every=10)
     run_experiment(
         "trajectory", chosen, tmp_path, density=density, arms=["full"]
     )  # its marks do not depend on what else is asked for
@@ -203,7 +208,11 @@ def test_mask_of_another_run_is_compared_with_the_full_run(options, tmp_path):
     rows = {
         row["arm"]: row
         for row in run_experiment(
-            "masks", options(eval_size=4, steps=2, reward=VARIED), tmp_path, density=0.2, arms=["changed by rlvr"]
+            "masks",
+            options(num_eval_prompts=4, max_steps=2, reward=VARIED),
+            tmp_path,
+            density=0.2,
+            arms=["changed by rlvr"],
         )["rows"]
     }
     assert rows["changed by rlvr"]["mask_recall"] < 0.9
@@ -212,7 +221,9 @@ def test_mask_of_another_run_is_compared_with_the_full_run(options, tmp_path):
 def test_arm_without_changes_keeps_the_table(options, tmp_path):
     rows = {
         row["arm"]: row
-        for row in run_experiment("masks", options(eval_size=4, steps=2), tmp_path, density=0.2, arms=["rlvr"])["rows"]
+        for row in run_experiment(
+            "masks", options(num_eval_prompts=4, max_steps=2), tmp_path, density=0.2, arms=["rlvr"]
+        )["rows"]
     }
     assert rows["rlvr"]["changed_stored"] == 0  # no completion is right, so that nothing is learnt
     assert rows["rlvr"]["near_zero_coverage_10pct"] is None
@@ -221,10 +232,10 @@ def test_arm_without_changes_keeps_the_table(options, tmp_path):
 @pytest.mark.parametrize(
     ("given", "name", "arm", "message"),
     [
-        ({"on_policy": 0.5}, "masks", "rlvr", "arm rlvr: .*set on_policy=1"),
-        ({"lora_rank": 4}, "masks", "changed", "arm changed: .*choose one"),
+        ({"on_policy_fraction": 0.5}, "masks", "rlvr", "arm rlvr: .*set on_policy_fraction=1"),
+        ({"lora_rank": 4}, "masks", "changed", "arm changed: .*set only one of them"),
         (
-            {"steps": 12},
+            {"max_steps": 12},
             "trajectory",
             "mask at 20% of the steps",
             "mask at 20% of the steps is derived from a fraction of 12 steps; take a multiple of 10",
@@ -233,12 +244,12 @@ def test_arm_without_changes_keeps_the_table(options, tmp_path):
 )
 def test_invalid_arms_are_rejected_before_any_runs(options, tmp_path, given, name, arm, message):
     with pytest.raises(UsageError, match=message):
-        run_experiment(name, options(eval_size=4, **given), tmp_path, arms=[arm])
+        run_experiment(name, options(num_eval_prompts=4, **given), tmp_path, arms=[arm])
     assert not list(tmp_path.iterdir())
 
 
 def test_missing_snapshot_is_named(options, tmp_path):
-    chosen = options(eval_size=4, steps=12, track_every=5)
+    chosen = options(num_eval_prompts=4, max_steps=12, snapshot_every=5)
     run_experiment("masks", chosen, tmp_path, arms=["full"])
     folder = tmp_path / "seed-0" / "full"
     for density in (0.0, 0.2):
@@ -251,7 +262,10 @@ def test_masks_train_as_many_parameters_as_lora(options, tmp_path):
     rows = {
         row["arm"]: row
         for row in run_experiment(
-            "subspace", options(eval_size=4, steps=10), tmp_path, arms=[arm, "early subspace rank 16 lr x 3.0"]
+            "subspace",
+            options(num_eval_prompts=4, max_steps=10),
+            tmp_path,
+            arms=[arm, "early subspace rank 16 lr x 3.0"],
         )["rows"]
     }
     assert list(rows) == ["start", "full", "lora rank 8 lr x 3.0", "early subspace rank 16 lr x 3.0", arm]
@@ -264,16 +278,18 @@ def test_masks_train_as_many_parameters_as_lora(options, tmp_path):
 
 def test_arm_with_an_empty_mask_has_no_row(options, tmp_path):
     result = run_experiment(
-        "masks", options(eval_size=4, steps=2), tmp_path, arms=["changed by rlvr"]
+        "masks", options(num_eval_prompts=4, max_steps=2), tmp_path, arms=["changed by rlvr"]
     )  # no completion is right, so that RLVR changes nothing
     assert [row["arm"] for row in result["rows"]] == ["start", "full", "rlvr"]
-    still = options(eval_size=4, steps=2, teacher="", kl_weight=0, reward_weight=1, samples=2)
+    still = options(
+        num_eval_prompts=4, max_steps=2, teacher="", divergence_weight=0, reward_weight=1, num_generations=2
+    )
     result = run_experiment("masks", still, tmp_path / "still", arms=["changed", "random", "near zero"])
     assert [row["arm"] for row in result["rows"]] == ["start", "full"]
 
 
 def test_results_of_another_experiment_are_kept(options, tmp_path):
-    chosen = options(eval_size=4, steps=2)
+    chosen = options(num_eval_prompts=4, max_steps=2)
     run_experiment("masks", chosen, tmp_path, arms=["full"])
     before = (tmp_path / "results.json").read_text()
     with pytest.raises(
@@ -282,9 +298,9 @@ def test_results_of_another_experiment_are_kept(options, tmp_path):
         run_experiment("grafts", chosen, tmp_path)
     assert (tmp_path / "results.json").read_text() == before
     assert (
-        run_experiment("grafts", options(eval_size=4, steps=2, overwrite=True), tmp_path, arms=["mlp alone"])[
-            "experiment"
-        ]
+        run_experiment(
+            "grafts", options(num_eval_prompts=4, max_steps=2, overwrite=True), tmp_path, arms=["mlp alone"]
+        )["experiment"]
         == "grafts"
     )
     for bad in ("{}", "[]", "{"):
@@ -294,7 +310,7 @@ def test_results_of_another_experiment_are_kept(options, tmp_path):
 
 
 def test_progress_goes_to_stderr(options, tmp_path, capfd):
-    run_experiment("masks", options(eval_size=4, steps=2), tmp_path, arms=["changed by rlvr"], quiet=False)
+    run_experiment("masks", options(num_eval_prompts=4, max_steps=2), tmp_path, arms=["changed by rlvr"], quiet=False)
     said = capfd.readouterr()
     assert said.out == ""
     assert "masks, seed 0: full\n" in said.err
@@ -302,7 +318,7 @@ def test_progress_goes_to_stderr(options, tmp_path, capfd):
 
 
 def test_seeds_count_up_from_the_given_seed(options, tmp_path):
-    chosen = options(eval_size=4, steps=2, seed=3, reward=VARIED)
+    chosen = options(num_eval_prompts=4, max_steps=2, seed=3, reward=VARIED)
     result = run_experiment("masks", chosen, tmp_path / "a", seeds=2, arms=["full"])
     assert sorted(path.name for path in (tmp_path / "a").glob("seed-*")) == ["seed-3", "seed-4"]
     assert (result["seeds"], result["options"]["seed"]) == (2, 3)
@@ -311,13 +327,15 @@ def test_seeds_count_up_from_the_given_seed(options, tmp_path):
 
 
 def test_arm_ignores_options_of_other_arms(options, tmp_path):
-    chosen = options(eval_size=4, steps=2, divergence="jsd", beta=0.3, k=3, temperature=0.5, precision="nearest")
+    chosen = options(
+        num_eval_prompts=4, max_steps=2, divergence="jsd", beta=0.3, k=3, temperature=0.5, precision="nearest"
+    )
     for name, arm in (("masks", "rlvr"), ("subspace", "lora rank 8 lr x 3.0")):
         assert arm in [row["arm"] for row in run_experiment(name, chosen, tmp_path / name, arms=[arm])["rows"]]
 
 
 def test_full_update_grafted_scores_like_the_run(options, tmp_path, monkeypatch):
-    chosen = options(eval_size=8, steps=3, lr=1e-2, reward=VARIED)
+    chosen = options(num_eval_prompts=8, max_steps=3, learning_rate=1e-2, reward=VARIED)
     every = arms.UpdateSlice(select="attention,mlp,embedding,lm_head,norm")
     arm = arms.Arm("all of it", part=every)
     lacking = arms.Arm("routers", part=arms.UpdateSlice(select="router"))
@@ -341,13 +359,15 @@ def test_full_update_grafted_scores_like_the_run(options, tmp_path, monkeypatch)
 
 
 def test_derived_masks_are_rebuilt_when_a_run_continues(options, tmp_path):
-    first = run_experiment("masks", options(eval_size=4, steps=2), tmp_path / "a", density=0.2, arms=["changed"])
+    first = run_experiment(
+        "masks", options(num_eval_prompts=4, max_steps=2), tmp_path / "a", density=0.2, arms=["changed"]
+    )
     with pytest.raises(UsageError, match="holds another run"):
-        run_experiment("masks", options(eval_size=4, steps=4), tmp_path / "a", density=0.2, arms=["changed"])
+        run_experiment("masks", options(num_eval_prompts=4, max_steps=4), tmp_path / "a", density=0.2, arms=["changed"])
     with pytest.raises(UsageError, match="has taken 4 steps and steps is 2"):
-        run_experiment("masks", options(eval_size=4, steps=2), tmp_path / "a", density=0.2, arms=["changed"])
+        run_experiment("masks", options(num_eval_prompts=4, max_steps=2), tmp_path / "a", density=0.2, arms=["changed"])
     run_experiment(
-        "masks", options(eval_size=4, steps=4, overwrite=True), tmp_path / "a", density=0.2, arms=["changed"]
+        "masks", options(num_eval_prompts=4, max_steps=4, overwrite=True), tmp_path / "a", density=0.2, arms=["changed"]
     )
     masks = [
         MaskSet.load(tmp_path / "a" / "seed-0" / "full" / f"derived-at-{step}" / "changed-0.2.masks.safetensors")
@@ -399,16 +419,16 @@ def test_arm_brings_the_arms_it_needs():
 def test_invalid_requests_are_rejected(options, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="there is no experiment magic; there are masks"):
         run_experiment("magic", options(), tmp_path)
-    with pytest.raises(UsageError, match="set eval_size and track_every"):
+    with pytest.raises(UsageError, match="set num_eval_prompts and snapshot_every"):
         run_experiment("masks", options(), tmp_path)
     for name in ("sgd", "subspace"):
         with pytest.raises(
             UsageError, match=f"density would change nothing: {name} has no masks of a size of their own; leave it out"
         ):
-            run_experiment(name, options(eval_size=4), tmp_path, density=0.2)
+            run_experiment(name, options(num_eval_prompts=4), tmp_path, density=0.2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="leave torchrun out"):
-        run_experiment("masks", options(eval_size=4), tmp_path)
+        run_experiment("masks", options(num_eval_prompts=4), tmp_path)
 
 
 def test_signal_stops_the_whole_experiment(options, tmp_path, monkeypatch):
@@ -422,7 +442,7 @@ def test_signal_stops_the_whole_experiment(options, tmp_path, monkeypatch):
         return train(run, step, look)
 
     monkeypatch.setattr(loop, "train", signalled)
-    chosen = options(eval_size=4, steps=3)
+    chosen = options(num_eval_prompts=4, max_steps=3)
     with pytest.raises(KeyboardInterrupt):
         run_experiment("masks", chosen, tmp_path, density=0.2, arms=["changed"])
     assert not list((tmp_path / "seed-0").rglob("*.masks.safetensors"))

@@ -33,7 +33,7 @@ def result(experiment, rows, against="full", along=()):
         "student": "a",
         "teacher": "b",
         "task": "addition",
-        "options": {"lr": 0.1},
+        "options": {"learning_rate": 0.1},
         "rows": [row("start", 0.2), *rows],
         "snapshots": list(along),
     }
