@@ -1,4 +1,4 @@
-"""Fixtures: each compiled instruction set, and pairs of tensors that hold every kind of value."""
+"""Fixtures: each compiled instruction set, thread counts; and the summary of what the tests of GPU kernels show."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
 )  # read when torch is loaded; on a busy machine waiting threads must not spin
 
-import numpy as np
 import pytest
 import torch
 
@@ -36,35 +35,6 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
-
-
-def make_pair(n: int, source_dtype=torch.bfloat16, trained_dtype=None, *, seed=0, hostile=True):
-    """A pair like a small update of a weight matrix; `hostile` sprinkles NaN, Inf, signed zeros, subnormals and extremes."""
-    rng = np.random.default_rng(seed)
-    source = rng.normal(0, 0.02, n) * np.exp(rng.normal(0, 1, n))
-    trained = source + 1e-5 * rng.normal(0, 1, n) * np.exp(2 * rng.normal(0, 1, n))
-    trained[::2] = source[::2]
-    if hostile:
-        for side in (source, trained):
-            for start, step, value in (
-                (0, 97, np.nan),
-                (5, 101, np.inf),
-                (6, 103, -np.inf),
-                (7, 89, 0.0),
-                (8, 93, -0.0),
-                (9, 91, 3.3e38),
-                (10, 95, -3.3e38),
-                (11, 87, 1e-40),
-                (12, 85, 1.0),
-                (13, 83, 2.0**-7),
-            ):
-                side[start::step] = value
-            rng.shuffle(side[: n // 3])
-
-    def as_tensor(x, dtype):
-        return torch.from_numpy(x.copy()).to(dtype)
-
-    return as_tensor(source, source_dtype), as_tensor(trained, trained_dtype or source_dtype)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -10,12 +10,9 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.gpu.families import Family, Kernel
 from opdkernels.backends import cpu, dispatch, triton
 from opdkernels.backends.cuda import launch
-from opdkernels.ops import all_operators
-
-OPERATORS = all_operators()
+from tests.ops.conformance import OPERATORS, Family, Kernel, backend_kernel, dispatched, reference
 
 
 @dataclass(frozen=True)
@@ -30,11 +27,6 @@ class Backend:
         return all(self.serves(operator) for operator in family.operators)
 
 
-def kernel_of(backend: str) -> Kernel:
-    """The package's kernels for one backend."""
-    return lambda operator: dispatch.load_kernel(OPERATORS[operator].family, backend, operator)
-
-
 def serves(backend: str) -> Callable[[str], bool]:
     return lambda operator: dispatch.has_kernels(OPERATORS[operator].family, backend)
 
@@ -45,31 +37,22 @@ def started_by(kernels: Any) -> Kernel:
     def kernel(operator: str) -> Callable:
         def call(*arguments: Any) -> Any:
             with patch.object(launch, "kernels", lambda: kernels):
-                return kernel_of("cuda")(operator)(*arguments)
+                return backend_kernel("cuda")(operator)(*arguments)
 
         return call
 
     return kernel
 
 
-def dispatched(operator: str) -> Callable:
-    """As the public functions call it: through torch's dispatcher."""
-    return getattr(torch.ops.opdkernels, operator)
-
-
-def reference(operator: str) -> Callable:
-    return OPERATORS[operator].reference
-
-
 def on_the_cpu(operator: str) -> Callable:
     """What serves the CPU: of `divergence`, whose time goes into torch's own products, the reference."""
-    return kernel_of("cpu")(operator) if serves("cpu")(operator) else reference(operator)
+    return backend_kernel("cpu")(operator) if serves("cpu")(operator) else reference(operator)
 
 
 REFERENCE = Backend("reference", reference, OPERATORS.__contains__)
 CPU = Backend("CPU", on_the_cpu, OPERATORS.__contains__) if cpu._C is not None else REFERENCE
 PACKAGE = Backend("package", dispatched, OPERATORS.__contains__)
-TRITON = Backend("Triton", kernel_of("triton"), serves("triton"))
+TRITON = Backend("Triton", backend_kernel("triton"), serves("triton"))
 
 
 def found(device: torch.device) -> tuple[list[Backend], list[str]]:

@@ -1,27 +1,38 @@
-"""What must hold of every kernel on every device: each check is a function of a family, a backend and a device."""
+"""Checks of kernels on a device: each is a function of a family, a backend, a device and input sizes."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 
 import torch
 
 from benchmarks.gpu.backends import CPU, Backend
-from benchmarks.gpu.families import Allocator, Case, Family, pair
 from opdkernels.checkpoint import streaming as feed
 from opdkernels.ops import delta, gram
 from opdkernels.spectral.exact import from_grams
+from tests.ops.conformance import (
+    MILLION,
+    MISALIGNED,
+    SIZES,
+    Allocator,
+    Case,
+    Family,
+    check_case,
+    expected_outputs,
+    inputs_of,
+    make_pair,
+)
 
-SIZES = (0, 1, 31, 1023, 1025, 70_001, 1_000_003)
+SIZES = (*SIZES, MILLION)
 RUNS = 20
 SLEEP_CYCLES = 1 << 30  # over half a second
-BEYOND, TILE = 2**31, 1 << 20  # elements beyond which 32 bits do not reach; what is repeated up to there
+BEYOND, TILE = 2**31, 1 << 20  # elements that 32 bits cannot index; elements that are repeated until there are as many
 
 
 class Inconclusive(Exception):
-    """A check that says nothing here, and why."""
+    """A check that cannot be decided on this machine, and why."""
 
 
 def on_gpu(device: torch.device) -> bool:
@@ -33,28 +44,27 @@ def cases(family: Family, n: int) -> tuple[Case, ...]:
     return tuple(family.cases(n))
 
 
-@functools.lru_cache(maxsize=1024)
-def expected(case: Case) -> list[torch.Tensor]:
-    allocator = Allocator("cpu")
-    return case.call(CPU.kernel, allocator, *allocator.put(case.inputs))
+@functools.lru_cache(maxsize=8)
+def special_cases(family: Family) -> tuple[Case, ...]:
+    return tuple(family.special_cases())
 
 
-def run(case: Case, backend: Backend, device: torch.device, off: int = 0) -> None:
-    """Runs a case and compares what it leaves, and what lies beside that."""
-    allocator = Allocator(device, off)
-    inputs = allocator.put(case.inputs)
-    found = case.call(backend.kernel, allocator, *inputs)
-    try:
-        case.compare(found, expected(case), case.inputs)
-        allocator.check()
-    except AssertionError as error:
-        raise AssertionError(f"{case.label}: {error}") from None
+def check(case: Case, backend: Backend, device: torch.device, offsets: Sequence[int] = (0,)) -> None:
+    check_case(case, backend.kernel, device, offsets, expected_by=CPU.kernel)
 
 
 def matches_cpu(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
     for n in sizes:
         for case in cases(family, n):
-            run(case, backend, device)
+            check(case, backend, device)
+
+
+def matches_cpu_on_special_cases(
+    family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES
+) -> None:
+    """Hostile values, options and edge cases, which have sizes of their own."""
+    for case in special_cases(family):
+        check(case, backend, device)
 
 
 def accepts_misaligned_views(
@@ -62,52 +72,50 @@ def accepts_misaligned_views(
 ) -> None:
     for n in sizes[:-1]:
         for case in cases(family, n):
-            run(case, backend, device, off=1)
+            check(case, backend, device, offsets=(1,))
     for case in cases(family, sizes[-1])[:1]:
-        run(case, backend, device, off=3)
+        check(case, backend, device, offsets=MISALIGNED)
 
 
 def is_deterministic(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
-    """The same bits in every of many runs: no order of threads or blocks shows. `gram` too, whose sums have an order."""
+    """Every run gives the same bits: the order of threads and blocks has no effect. `gram` too, whose sums have an order."""
     case = cases(family, sizes[-1])[0]
-    once: list[torch.Tensor] | None = None
+    first: list[torch.Tensor] | None = None
     for i in range(RUNS):
         allocator = Allocator(device)
-        found = [one.cpu() for one in case.call(backend.kernel, allocator, *allocator.put(case.inputs))]
-        once = once or found
-        for a, b in zip(found, once, strict=True):
-            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), (
-                f"run {i} differs from the first: {case.label}"
-            )
+        outputs = [output.cpu() for output in case.call(backend.kernel, allocator, *allocator.put(inputs_of(case)))]
+        first = first or outputs
+        for a, b in zip(outputs, first, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), f"run {i} differs from the first: {case.name}"
 
 
 def uses_current_stream(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
-    """The default stream sleeps: what was started there has not run when another stream is done. And inputs that come late on
-    that other stream are waited for."""
+    """While the default stream sleeps, another stream finishes; and inputs that arrive late on that stream are waited for."""
     case = cases(family, sizes[-1])[0]
+    inputs, expected = inputs_of(case), expected_outputs(case, CPU.kernel)
     allocator = Allocator(device)
-    good = allocator.put(case.inputs)
+    ready = allocator.put(inputs)
     if not on_gpu(device):
-        return case.compare(case.call(backend.kernel, allocator, *good), expected(case), case.inputs)
+        return case.compare(case.call(backend.kernel, allocator, *ready), expected, inputs)
     stream = torch.cuda.Stream(device)
     torch.cuda.synchronize(device)
     with torch.cuda.stream(stream):
-        run(case, backend, device)  # what is compiled, loaded or allocated once would wait for every stream
+        check(case, backend, device)  # compiling, loading or allocating for the first time would wait for every stream
         stream.synchronize()
     torch.cuda._sleep(SLEEP_CYCLES)
-    asleep = torch.cuda.Event()
-    asleep.record()
+    default_stream_done = torch.cuda.Event()
+    default_stream_done.record()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(SLEEP_CYCLES >> 5)
         late = Allocator(device)
-        found = case.call(backend.kernel, late, *late.put(good))
-        found = [one.cpu() for one in found]
-    early = asleep.query()
+        outputs = case.call(backend.kernel, late, *late.put(ready))
+        outputs = [output.cpu() for output in outputs]
+    waited = default_stream_done.query()
     torch.cuda.synchronize(device)
-    case.compare(found, expected(case), case.inputs)
-    if early:
+    case.compare(outputs, expected, inputs)
+    if waited:
         raise Inconclusive(
-            "the default stream was done first: memory was allocated, or the operator waited for all streams"
+            "the default stream finished first: memory was allocated, or the operator waited for all streams"
         )
     return None
 
@@ -121,18 +129,18 @@ def indexes_beyond_32_bits(
         torch.cuda.empty_cache()
         free, needed = torch.cuda.mem_get_info(device)[0], tile * times * family.bytes_per_coordinate + (4 << 30)
         if backend.name == "reference":
-            raise Inconclusive("the reference takes int64 copies of everything: too much memory")
+            raise Inconclusive("the reference makes int64 copies of every tensor: too much memory")
         if free < needed:
             raise Inconclusive(f"{free / 1e9:.0f} GB of {needed / 1e9:.0f} GB are free")
     else:
         times = 3
-    family.repeated(backend.kernel, CPU.kernel, device, tile, times)
+    family.check_repeated(backend.kernel, CPU.kernel, device, tile, times)
     if on_gpu(device):
         torch.cuda.empty_cache()
 
 
 def passes_opcheck(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
-    """torch's opcheck of every operator: schema, mutations, and the fake kernel that torch.compile sees."""
+    """torch's opcheck of every operator: schema, mutations, and the fake kernel that torch.compile uses."""
     tests = ("test_schema", "test_faketensor")
 
     def kernel(operator: str) -> Callable:
@@ -143,14 +151,14 @@ def passes_opcheck(family: Family, backend: Backend, device: torch.device, sizes
         return call
 
     for case in cases(family, min(1025, sizes[-1]))[:2]:
-        run(case, Backend(backend.name, kernel, backend.serves), device)
+        check(case, Backend(backend.name, kernel, backend.serves), device)
 
 
 def matches_cpu_when_streamed(
     family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES
 ) -> None:
     """Slices that are read, copied and counted side by side, as `analyze` does: every tensor's tally is that of the CPU."""
-    sides = [pair(n, dtype, seed=n) for n in sizes for dtype in (torch.bfloat16, torch.float32)]
+    sides = [make_pair(n, dtype, seed=n) for n in sizes for dtype in (torch.bfloat16, torch.float32)]
     info = {torch.bfloat16: SimpleNamespace(dtype="bf16"), torch.float32: SimpleNamespace(dtype="fp32")}
     matches = [
         (i, SimpleNamespace(numel=w.numel(), source=info[w.dtype], trained=info[v.dtype]))
@@ -170,7 +178,7 @@ def matches_cpu_when_streamed(
 
 def matches_cpu_spectra(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
     """Gram matrices and their eigenproblems on the device: every figure that of the CPU, as near as the figures are asked to be."""
-    w, v = (side.view(-1, 128) for side in pair(1 << 16, hostile=False))
+    w, v = (side.view(-1, 128) for side in make_pair(1 << 16, hostile=False))
     found, wanted = (
         from_grams(gram.symmetric(gram.gram(w.to(to), v.to(to))).unbind(), tall=True)
         for to in (device, torch.device("cpu"))
@@ -193,6 +201,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         matches_cpu,
+        matches_cpu_on_special_cases,
         accepts_misaligned_views,
         is_deterministic,
         uses_current_stream,
@@ -207,7 +216,7 @@ PACKAGE_CHECKS = {
     matches_cpu_when_streamed.__name__: "delta",
     matches_cpu_spectra.__name__: "gram",
 }
-"""Checks of what the package does with whoever serves, and of which family."""
+"""Checks of the package itself, whichever backend it selects, and the family that they concern (None: every one)."""
 
 
 def concerns(check: str, family: Family, backend: Backend) -> bool:
@@ -217,7 +226,7 @@ def concerns(check: str, family: Family, backend: Backend) -> bool:
 
 
 def units(families: list[Family], backends: list[Backend]) -> Iterator[tuple[str, Family, Backend]]:
-    """What there is to check, the most telling first."""
+    """Every check to run, the most informative first."""
     for check in CHECKS:
         for family in families:
             for backend in backends:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,71 +15,29 @@ import torch
 from opdkernels.ops import gram, overlap, patch, step
 from opdkernels.ops.delta import BINS, COUNTS, DEFAULT_CUTS, SUM_LIMBS, THRESHOLDS, from_limbs, to_limbs
 from opdkernels.ops.divergence import tiles
-
-BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-INT64, BYTES = torch.int64, torch.uint8
-SENTINEL = 85
-GUARD = 16  # elements between a tensor and the ends of its memory
-
-Kernel = Callable[[str], Callable]  # what serves an operator
-
-
-class Allocator:
-    """Where the tensors of a call lie: on a device, each `off` elements beyond alignment and between sentinels."""
-
-    def __init__(self, device: torch.device | str, off: int = 0):
-        self.device, self.off = torch.device(device), off
-        self.rooms: list[tuple[torch.Tensor, int, int]] = []
-
-    def alloc(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        start, size = GUARD + self.off, math.prod(shape)
-        memory = torch.full(((size + start + GUARD) * dtype.itemsize,), SENTINEL, dtype=BYTES, device=self.device)
-        self.rooms.append((memory, start * dtype.itemsize, (start + size) * dtype.itemsize))
-        return memory.view(dtype).narrow(0, start, size).view(tuple(shape))
-
-    def zeros(self, *shape: int, dtype: torch.dtype = INT64) -> torch.Tensor:
-        return self.alloc(shape, dtype).zero_()
-
-    def put(self, tree: Any) -> Any:
-        """Copies of all tensors of nested lists, with their strides where they are the transposes of contiguous ones."""
-        if isinstance(tree, torch.Tensor):
-            if tree.ndim == 2 and not tree.is_contiguous():
-                return self.put(tree.T).T
-            return self.alloc(tree.shape, tree.dtype).copy_(tree)
-        return [self.put(one) for one in tree] if isinstance(tree, (list, tuple)) else tree
-
-    def check(self) -> None:
-        for memory, start, stop in self.rooms:
-            assert bool((memory[:start] == SENTINEL).all() & (memory[stop:] == SENTINEL).all()), (
-                "memory beside a tensor was written"
-            )
+from tests.ops.conformance import (
+    BF16,
+    BYTES,
+    FP16,
+    FP32,
+    FP64,
+    INT64,
+    Allocator,
+    Case,
+    Family,
+    Kernel,
+    assert_equal,
+    load_families,
+    pack_bits,
+)
 
 
-@dataclass(frozen=True, eq=False)
-class Case:
-    """Inputs on the CPU, and the call of the operators that leaves tensors to compare, by default bit for bit."""
-
-    label: str
-    inputs: list[Any]
-    call: Callable[..., list[torch.Tensor]]
-    compare: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], list[Any]], None]
+def fixed(name: str, inputs: list[Any], call: Callable, compare: Callable) -> Case:
+    return Case(name, lambda: inputs, call, compare)
 
 
-def assert_equal(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], inputs: list[Any]) -> None:
-    """Equal bits; of what is no number, its payload may differ."""
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        a = a.cpu()
-        assert a.dtype == b.dtype, f"output {i} is {a.dtype}, not {b.dtype}"
-        assert a.shape == b.shape, f"output {i} is {list(a.shape)}, not {list(b.shape)}"
-        if a.is_floating_point():
-            number = ~b.isnan()
-            assert torch.equal(~a.isnan(), number), f"output {i} is no number where it should be one"
-            integers = {2: torch.int16, 4: torch.int32, 8: INT64}[a.itemsize]
-            a, b = a[number].view(integers), b[number].view(integers)
-        wrong = a != b
-        assert not wrong.any(), (
-            f"output {i}: {int(wrong.sum())} of {wrong.numel()} differ, the first at {int(wrong.flatten().nonzero()[0])}"
-        )
+def none() -> tuple[()]:
+    return ()
 
 
 def pair(
@@ -105,13 +62,6 @@ def pair(
     return [w.to(source), v.to(trained or source)]
 
 
-def bits_of(flags: torch.Tensor) -> torch.Tensor:
-    """uint8 [ceil(n / 8)]: flags as bits, little-endian."""
-    padded = flags.new_zeros((len(flags) + 7) // 8 * 8)
-    padded[: len(flags)] = flags
-    return (padded.view(-1, 8).int() << torch.arange(8)).sum(1).to(BYTES)
-
-
 # delta
 
 PAIRS = ((BF16, BF16), (FP32, FP32), (FP64, FP64), (FP16, FP16), (BF16, FP32))
@@ -129,7 +79,7 @@ def run_delta(
 
 def delta_cases(n: int) -> Iterator[Case]:
     for source, trained in PAIRS:
-        yield Case(f"{source} {trained}", pair(n, source, trained, seed=n), run_delta, assert_equal)
+        yield fixed(f"{source} {trained}", pair(n, source, trained, seed=n), run_delta, assert_equal)
 
 
 def repeated_delta(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
@@ -162,7 +112,7 @@ def several(n: int, dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
 
 def overlap_cases(n: int) -> Iterator[Case]:
     for dtypes in ((BF16, BF16, BF16), (FP32, FP32, BF16), (BF16, FP64, FP16, BF16, FP32, BF16)):
-        yield Case(f"{len(dtypes) - 1} runs of {dtypes[0]}", several(n, dtypes), run_overlap, assert_equal)
+        yield fixed(f"{len(dtypes) - 1} runs of {dtypes[0]}", several(n, dtypes), run_overlap, assert_equal)
 
 
 def repeated_overlap(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
@@ -170,37 +120,6 @@ def repeated_overlap(kernel: Kernel, expected: Kernel, device: torch.device, til
     once = run_overlap(expected, Allocator("cpu"), *sides)
     found = run_overlap(kernel, Allocator(device), *(side.to(device).repeat(times) for side in sides))
     assert_equal(found, [times * one for one in once], [])
-
-
-# quantile
-
-
-def run_quantile(
-    kernel: Kernel,
-    allocator: Allocator,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    ranks: list[int],
-    largest: bool,
-) -> list[torch.Tensor]:
-    return list(kernel("quantile")(values, ranks, largest, mask))
-
-
-def quantile_cases(n: int) -> Iterator[Case]:
-    ranks = sorted({rank for rank in (1, n // 100, n // 10, n // 2, n) if 1 <= rank <= n})
-    mask = torch.randint(0, 256, ((n + 7) // 8,), dtype=BYTES, generator=torch.Generator().manual_seed(n))
-    for dtype, largest in itertools.product((BF16, FP16, FP32, FP64), (True, False)):
-        inputs = [pair(n, dtype, seed=n)[1], mask if largest else None, ranks, largest]
-        yield Case(f"{dtype} {'largest' if largest else 'smallest'}", inputs, run_quantile, assert_equal)
-
-
-def repeated_quantile(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
-    values, ranks = pair(tile + 3)[1], [tile // 10, tile // 2]
-    cuts, counts = run_quantile(expected, Allocator("cpu"), values, None, ranks, True)
-    found = run_quantile(
-        kernel, Allocator(device), values.to(device).repeat(times), None, [times * rank for rank in ranks], True
-    )
-    assert_equal(found, [cuts, times * counts], [])
 
 
 # gram
@@ -244,14 +163,14 @@ def gram_cases(n: int) -> Iterator[Case]:
     for dtype, shape in itertools.product((BF16, FP32), ((n // COLUMNS, min(n, COLUMNS)), (side, min(side, 512)))):
         w, v = (one[: math.prod(shape)].view(shape) for one in pair(n, dtype, seed=n, hostile=False))
         for visible, block in ((False, 0), (False, 64), (True, 64)):
-            yield Case(
+            yield fixed(
                 f"{dtype} {list(shape)} visible {visible} block {block}", [w, v, visible, block], run_gram, assert_close
             )
-        yield Case(
+        yield fixed(
             f"{dtype} {list(shape)} across", [w.T.contiguous().T, v.T.contiguous().T, False, 0], run_gram, assert_close
         )
     w, v = (one[: n // COLUMNS * COLUMNS].view(-1, COLUMNS) for one in pair(n, FP32, seed=n))
-    yield Case("not finite", [w, v, False, 0], run_gram, assert_spreads)
+    yield fixed("not finite", [w, v, False, 0], run_gram, assert_spreads)
 
 
 def repeated_gram(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
@@ -297,7 +216,7 @@ def changed_bits(n: int, dtype: torch.dtype, density: float) -> list[torch.Tenso
 
 def patch_cases(n: int) -> Iterator[Case]:
     for dtype, density in itertools.product(patch.BITS.values(), (0.01, 0.17)):
-        yield Case(f"{dtype} {density}", [*changed_bits(n, dtype, density), density < 0.1], run_patch, assert_equal)
+        yield fixed(f"{dtype} {density}", [*changed_bits(n, dtype, density), density < 0.1], run_patch, assert_equal)
 
 
 def repeated_patch(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
@@ -335,7 +254,7 @@ def mask_tensors(flags: torch.Tensor, places: torch.Tensor | None) -> list[torch
         return [flags.nonzero().flatten().to(places.dtype), torch.zeros(0, dtype=INT64)]
     padded = flags.new_zeros((len(flags) + step.BLOCK - 1) // step.BLOCK * step.BLOCK)
     padded[: len(flags)] = flags
-    return [bits_of(flags), torch.cat([torch.zeros(1, dtype=INT64), padded.view(-1, step.BLOCK).sum(1).cumsum(0)])]
+    return [pack_bits(flags), torch.cat([torch.zeros(1, dtype=INT64), padded.view(-1, step.BLOCK).sum(1).cumsum(0)])]
 
 
 def run_step(
@@ -423,7 +342,7 @@ def step_cases(n: int) -> Iterator[Case]:
                 sizes, dtype, BF16 if precision in ("nearest", "kahan") else FP32, precision, places, adamw
             )
             label = f"{'AdamW' if adamw else 'SGD'} {dtype} {precision} by {'bits' if places is None else 'places'}"
-            yield Case(
+            yield fixed(
                 label, [state, rows_of_scalars(len(sizes), adamw), precision, {"add": adamw}], run_step, assert_equal
             )
 
@@ -526,7 +445,7 @@ def divergence_cases(n: int) -> Iterator[Case]:
         (FP32, "forward_kl", 0.0),
         (FP32, "total_variation", 0.0),
     ):
-        yield Case(
+        yield fixed(
             f"{dtype} {kind}", [*sides_of(tokens, vocab, dtype), ids, kind, softcap], run_divergence, assert_near
         )
 
@@ -554,34 +473,30 @@ def repeated_divergence(kernel: Kernel, expected: Kernel, device: torch.device, 
             )
 
 
-@dataclass(frozen=True)
-class Family:
-    """operators: those that its calls need. bytes_per_coordinate: of memory that `repeated` takes."""
-
-    name: str
-    operators: tuple[str, ...]
-    cases: Callable[[int], Iterator[Case]]
-    repeated: Callable[[Kernel, Kernel, torch.device, int, int], None]
-    bytes_per_coordinate: int
-
-
-FAMILIES = {
+FAMILIES = load_families() | {
     one.name: one
     for one in (
-        Family("delta", ("delta_",), delta_cases, repeated_delta, 6),
-        Family("overlap", ("overlap_",), overlap_cases, repeated_overlap, 8),
-        Family("quantile", ("quantile",), quantile_cases, repeated_quantile, 4),
-        Family("gram", ("gram_",), gram_cases, repeated_gram, 6),
+        Family("delta", ("delta_",), delta_cases, none, repeated_delta, 6),
+        Family("overlap", ("overlap_",), overlap_cases, none, repeated_overlap, 8),
+        Family("gram", ("gram_",), gram_cases, none, repeated_gram, 6),
         Family(
-            "patch", ("patch_gather_", "patch_scatter_", "patch_check", "patch_digest"), patch_cases, repeated_patch, 14
+            "patch",
+            ("patch_gather_", "patch_scatter_", "patch_check", "patch_digest"),
+            patch_cases,
+            none,
+            repeated_patch,
+            14,
         ),
         Family(
             "divergence",
             ("divergence_scan", "divergence_means", "divergence_backward", "divergence_top"),
             divergence_cases,
+            none,
             repeated_divergence,
             8,
         ),
-        Family("step", ("masked_adamw_", "masked_sgd_", "masked_take_", "masked_put_"), step_cases, repeated_step, 8),
+        Family(
+            "step", ("masked_adamw_", "masked_sgd_", "masked_take_", "masked_put_"), step_cases, none, repeated_step, 8
+        ),
     )
 }

@@ -17,11 +17,12 @@ import torch
 from benchmarks.gpu import families
 from benchmarks.gpu.backends import Backend
 from benchmarks.gpu.checks import on_gpu
-from benchmarks.gpu.families import BF16, BINS, FP32, FP64, Allocator, Kernel
+from benchmarks.gpu.families import FAMILIES
 from benchmarks.gpu.record import sources_of
 from opdkernels.ops import gram, patch, step
-from opdkernels.ops.delta import THRESHOLDS, pattern
+from opdkernels.ops.delta import BINS, THRESHOLDS, pattern
 from opdkernels.ops.divergence import Divergence, divergence, tiles
+from tests.ops.conformance import BF16, FP32, FP64, Allocator, Kernel
 
 ROUNDS = 7
 LARGEST = 1 << 28  # coordinates
@@ -205,7 +206,7 @@ def quantile_of(dtype: torch.dtype) -> Callable:
         ranks = [n // 20, n // 10, n // 5]
 
         def call(kernel):
-            return families.run_quantile(kernel, Allocator(device), values, mask, ranks, True)
+            return list(kernel("quantile")(values, ranks, True, mask))
 
         return Timed(call, lambda: values.abs().sort(), values.nbytes + mask.nbytes)
 
@@ -354,7 +355,7 @@ def time_workload(
     timed = workload.make(n or coordinates(device), device)
     first: list[torch.Tensor] | None = None
     for backend in backends:
-        if backend.name in ("package", "reference") or not backend.serves_all(families.FAMILIES[workload.family]):
+        if backend.name in ("package", "reference") or not backend.serves_all(FAMILIES[workload.family]):
             continue
         timed.reset()
         found = [one.clone() for one in timed.call(backend.kernel)]

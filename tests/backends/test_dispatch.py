@@ -16,7 +16,8 @@ from opdkernels.backends.cuda import sources
 from opdkernels.errors import UsageError
 from opdkernels.ops import all_operators
 from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS, Tally
-from tests.conftest import ISAS, make_pair
+from tests.conftest import ISAS
+from tests.ops.conformance import make_pair
 
 ARRAYS = ("tables", "counts", "sums", "maximum")
 OPERATORS = all_operators()

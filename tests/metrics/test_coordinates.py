@@ -22,7 +22,7 @@ from opdkernels.metrics.coordinates import (
     to_bf16_pattern,
 )
 from opdkernels.ops.delta import THRESHOLDS, Tally, delta
-from tests.conftest import make_pair
+from tests.ops.conformance import make_pair
 
 
 def sparse(source, trained) -> SparseTally:

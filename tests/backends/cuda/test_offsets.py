@@ -23,7 +23,7 @@ from opdkernels.ops.patch.gpu_common import VALID, blocks_of, starts_of
 from opdkernels.ops.quantile import cuda as quantile
 from opdkernels.ops.step import cuda as step
 from tests.backends.cuda.host import compiled, needs_compiler, run_on, source_of
-from tests.conftest import make_pair
+from tests.ops.conformance import make_pair
 from tests.ops.delta.test_delta_cuda import tally_of
 from tests.ops.overlap.test_overlap import by_reference, make_runs
 from tests.ops.overlap.test_overlap_cuda import by_kernel

@@ -10,7 +10,7 @@ import pytest
 
 from opdkernels.ops.quantile import cuda as quantile
 from tests.backends.cuda.host import COMPILER, ROOT, SANITIZER, compiled, run_on, source_of
-from tests.conftest import make_pair
+from tests.ops.conformance import make_pair
 
 pytestmark = pytest.mark.skipif(COMPILER is None or SANITIZER == "address", reason="no g++")
 FAMILIES = [str(path) for path in sorted((ROOT / "tests" / "ops").glob("*/test_*_cuda.py"))]
@@ -21,7 +21,7 @@ import pytest
 from opdkernels.backends.cuda import launch
 from opdkernels.ops.quantile import cuda as quantile
 from tests.backends.cuda.host import compiled, source_of
-from tests.conftest import make_pair
+from tests.ops.conformance import make_pair
 
 assert pytest.main(["-k", "misaligned or (little_shared_memory and 163)", *sys.argv[1:]]) == 0
 print("sound", flush=True)

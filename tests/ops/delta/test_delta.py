@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from opdkernels.ops import delta as ops
 from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS, Tally, delta, exact_float
-from tests.conftest import ISAS, make_pair
+from tests.conftest import ISAS
+from tests.ops.conformance import make_pair
 
 SIZES = (0, 1, 31, 1023, 1025, 2049, 70_001)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

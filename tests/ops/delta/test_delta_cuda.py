@@ -12,7 +12,7 @@ from opdkernels.ops import delta as ops
 from opdkernels.ops.delta import DEFAULT_CUTS, DTYPES, THRESHOLDS, Tally
 from opdkernels.ops.delta import cuda as delta
 from tests.backends.cuda.host import ORDERS, compiled, needs_compiler, run_on, source_of
-from tests.conftest import make_pair
+from tests.ops.conformance import make_pair
 
 pytestmark = needs_compiler
 ARRAYS = ("tables", "counts", "sums", "maximum")

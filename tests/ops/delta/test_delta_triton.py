@@ -11,7 +11,7 @@ from opdkernels.backends import gpu
 from opdkernels.ops import delta as ops
 from opdkernels.ops.delta import DEFAULT_CUTS, DTYPES, THRESHOLDS, Tally
 from opdkernels.ops.delta import triton as kernels
-from tests.conftest import make_pair
+from tests.ops.conformance import make_pair
 
 ARRAYS = ("tables", "counts", "sums", "maximum")
 SIZES = (0, 1, 31, 1023, 1025)

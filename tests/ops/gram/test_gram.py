@@ -10,7 +10,8 @@ import torch
 
 from opdkernels.ops import gram as ops
 from opdkernels.ops.gram import gram, symmetric
-from tests.conftest import ISAS, make_pair
+from tests.conftest import ISAS
+from tests.ops.conformance import make_pair
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SHAPES = ((1, 1), (3, 7), (1, 31), (700, 1), (1025, 25), (130, 97), (513, 48), (257, 240))

@@ -25,7 +25,8 @@ from opdkernels.ops.overlap import (
     variance_uniform,
     z_score,
 )
-from tests.conftest import ISAS, make_pair
+from tests.conftest import ISAS
+from tests.ops.conformance import make_pair
 
 SIZES = (0, 1, 31, 1023, 1025, 2049, 70_001)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from opdkernels.ops import patch as ops
 from opdkernels.ops.patch import BLOCK, Changes, Room, bits, check, digest, gather, scatter
-from tests.conftest import ISAS, make_pair
+from tests.conftest import ISAS
+from tests.ops.conformance import make_pair
 
 SIZES = (0, 1, 31, 1023, 1025, 70_001)
 DTYPES = (

@@ -13,22 +13,10 @@ from hypothesis import strategies as st
 
 from opdkernels.ops import quantile as ops
 from opdkernels.ops.quantile import Quantile, quantile, quantiles
-from tests.conftest import make_pair
+from tests.ops.conformance import DTYPES, MILLION, MISALIGNED, SIZES, check_case, dispatched, make_pair
+from tests.ops.quantile.cases import FAMILY, hostile_arrays, make_mask, ranks
 
-SIZES = (1, 31, 1023, 1025, 2049, 70_001)
 SAMPLED = 140_003  # beyond the size from which the kernel samples
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def make_mask(n: int, seed=0) -> torch.Tensor:
-    """Random bits; those beyond n are set, and must not count."""
-    bits = np.ones((n + 7) // 8 * 8, np.uint8)
-    bits[:n] = np.random.default_rng(seed).random(n) < 0.3
-    return torch.from_numpy(np.packbits(bits, bitorder="little"))
-
-
-def ranks(n: int) -> list[int]:
-    return sorted({k for k in (1, 2, n // 100, n // 20, n // 10, n // 5, n // 2, n - 1, n) if 1 <= k <= n})
 
 
 class Oracle:
@@ -84,24 +72,6 @@ def test_reference_equals_oracle(dtype):
 @pytest.mark.parametrize("n", [*SIZES, SAMPLED])
 def test_kernel_equals_oracle(isa, threads, dtype, n):
     assert_exact(make_pair(n, dtype, seed=n)[0])
-
-
-def hostile_arrays(n: int):
-    """Data for which a sampled bracket misses, or holds too much."""
-    rng = np.random.default_rng(0)
-    ramp = np.arange(n, dtype=np.float64)
-    yield "equal", np.full(n, -0.5)
-    yield "zeros", np.where(rng.random(n) < 0.5, 0.0, -0.0)
-    yield "ascending", ramp
-    yield "descending", -ramp[::-1]
-    yield "few values", rng.integers(0, 4, n).astype(np.float64)
-    yield "almost all zero", np.where(ramp % 1000 == 0, ramp, 0.0)
-    yield "one value beside many ties", np.where(rng.random(n) < 0.199, 1.0, rng.random(n) + 1)
-    yield "sorted with large steps", np.where(ramp < n // 5 + 3, ramp * 1e-300, ramp)
-    yield "infinite", np.where(ramp % 3 == 0, np.inf, -ramp)
-    yield "not a number", np.where(ramp % 2 == 0, np.nan, np.where(rng.random(n) < 0.5, -np.nan, ramp))
-    yield "subnormal", rng.integers(0, 100, n) * 1e-45
-    yield "every scale", np.exp(rng.uniform(-100, 80, n)) * rng.choice([-1, 1], n)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -239,11 +209,16 @@ def test_operator_is_registered_as_torch_expects():
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("largest", [True, False])
-def test_a_million_values(isa, threads, largest):
-    values, mask = make_pair(1_000_003, torch.float32)[0], make_mask(1_000_003)
-    (cuts, counts), (expected_cuts, expected) = (
-        by(values, [1000, 100_000], largest, mask) for by in (torch.ops.opdkernels.quantile, ops.reference)
-    )
-    assert torch.equal(counts, expected)
-    assert torch.equal(cuts.view(torch.int64), expected_cuts.view(torch.int64))
+@pytest.mark.parametrize("case", FAMILY.collect(SIZES, special=True), ids=str)
+def test_matches_reference(isa, threads, case):
+    check_case(case, dispatched)
+
+
+@pytest.mark.parametrize("case", FAMILY.collect([3001]), ids=str)
+def test_misaligned(isa, case):
+    check_case(case, dispatched, offsets=MISALIGNED)
+
+
+@pytest.mark.parametrize("case", FAMILY.collect([MILLION], only="float32"), ids=str)
+def test_a_million_values(isa, threads, case):
+    check_case(case, dispatched)
