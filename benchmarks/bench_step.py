@@ -96,18 +96,18 @@ def test_bits_against_places(benchmark, row):
     figures = {}
     for percent in (0.1, 0.5, 1, 2, 3, 5, 10, 20):
         mask = Mask.from_bool(chance < percent / 100)
-        m, v = torch.zeros(mask.nnz), torch.zeros(mask.nnz)
+        m, v = torch.zeros(mask.num_active), torch.zeros(mask.num_active)
 
         def step(held, offsets, m=m, v=v):
             masked_adamw([param], [grad], [held], [offsets], [m], [v], scalars)
 
         seconds = paired(
             {
-                "bits": lambda mask=mask, step=step: step(mask.bits, mask.offsets),
+                "bits": lambda mask=mask, step=step: step(mask.bitmap, mask.block_counts),
                 "places": lambda mask=mask, step=step: step(mask.indices, none),
             },
             rounds=5,
         )
         figures[f"places over bits at {percent} %"] = seconds["places"] / seconds["bits"]
-    benchmark.pedantic(lambda: step(mask.bits, mask.offsets), rounds=3)
+    benchmark.pedantic(lambda: step(mask.bitmap, mask.block_counts), rounds=3)
     row(**figures)

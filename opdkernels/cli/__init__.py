@@ -333,7 +333,7 @@ def mask_most_changed(base: Source, tuned: Trained, out: MaskOut, share: Share =
     """
     from opdkernels import masks
 
-    save_masks(masks.most_changed(base, tuned, share, per=per), out)
+    save_masks(masks.top_changed(base, tuned, share, scope=per), out)
 
 
 @mask_app.command("near-zero")
@@ -344,7 +344,7 @@ def mask_near_zero(base: Base, out: MaskOut, share: Share = 0.1, per: Per = "ten
     """
     from opdkernels import masks
 
-    save_masks(masks.near_zero(base, share, per=per), out)
+    save_masks(masks.near_zero(base, share, scope=per), out)
 
 
 @mask_app.command("principal")
@@ -377,7 +377,7 @@ def mask_random(base: Base, out: MaskOut, share: Share = 0.1, per: Per = "tensor
     """
     from opdkernels import masks
 
-    save_masks(masks.random(base, share, per=per, seed=seed), out)
+    save_masks(masks.random_subset(base, share, scope=per, seed=seed), out)
 
 
 @mask_app.command("random-like")
@@ -388,7 +388,7 @@ def mask_random_like(masks_file: MaskFile, base: Base, out: MaskOut, seed: Seed 
     """
     from opdkernels import masks
 
-    save_masks(masks.random_like(masks.MaskSet.load(masks_file), base, seed=seed), out)
+    save_masks(masks.magnitude_matched(masks.MaskSet.load(masks_file), base, seed=seed), out)
 
 
 @mask_app.command("combine")
@@ -424,11 +424,10 @@ def mask_show(masks_file: MaskFile, json: Json = False) -> None:
     Example: opdkernels mask show changed.safetensors
     """
     from opdkernels.masks import MaskSet
-    from opdkernels.masks.stats import lines
-    from opdkernels.masks.stats import show as facts
+    from opdkernels.masks.stats import format_stats, mask_stats
 
-    found = facts(MaskSet.load(masks_file))
-    show(found, lines(found), json)
+    stats = mask_stats(MaskSet.load(masks_file))
+    show(stats, format_stats(stats), json)
 
 
 @mask_app.command("overlap")
@@ -442,20 +441,20 @@ def mask_overlap(
     Example: opdkernels mask overlap changed.safetensors near-zero.safetensors
     """
     from opdkernels.masks import MaskSet
-    from opdkernels.masks.stats import overlap, overlap_lines
+    from opdkernels.masks.stats import compare_masks, format_comparison
 
     first, second = MaskSet.load(a), MaskSet.load(b)
     try:
-        found = overlap(first, second)
+        comparison = compare_masks(first, second)
     except ValueError as error:
         raise InputError(str(error)) from None
-    show(found, overlap_lines(found), json)
+    show(comparison, format_comparison(comparison), json)
 
 
 def save_masks(masks: Any, out: str) -> None:
     masks.save(out)
     typer.echo(
-        f"{masks.nnz:,} of {masks.numel:,} coordinates of {len(masks)} tensors ({100 * masks.density:.4g} %) are active; written to {printable(out)}"
+        f"{masks.num_active:,} of {masks.numel:,} coordinates of {len(masks)} tensors ({100 * masks.density:.4g} %) are active; written to {printable(out)}"
     )
 
 

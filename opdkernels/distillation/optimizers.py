@@ -38,7 +38,7 @@ def optimizer_of(options: DistillOptions, model: torch.nn.Module) -> MaskedOptim
         raise InputError(
             f"there is a mask of {printable(other)} and no such parameter is trained; take masks by the student's own names, such as a run's masks/"
         )
-    if isinstance(masks, MaskSet) and not masks.nnz:
+    if isinstance(masks, MaskSet) and not masks.num_active:
         raise InputError(
             f"{printable(options.masks)} has no active coordinate, so that nothing would be trained; give masks that have some"
         )

@@ -56,10 +56,10 @@ def here(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def whole_mask(bits: torch.Tensor, weight: torch.Tensor) -> Mask:
     """The mask of a weight from bits of what of it lives here; of a sharded one every process must call this."""
     if not is_dtensor(weight):
-        return Mask.from_bits(bits, weight.shape)
+        return Mask.from_bitmap(bits, weight.shape)
     from torch.distributed.tensor import DTensor
 
-    local = Mask.from_bits(bits, local_part(weight)[0].shape).to_bool().to(weight.device)
+    local = Mask.from_bitmap(bits, local_part(weight)[0].shape).to_bool().to(weight.device)
     spread = DTensor.from_local(
         local, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
     )  # type: ignore[attr-defined]
@@ -140,7 +140,7 @@ class Tracker:
         ever: dict[str, np.ndarray] = {}
         for path in self.masks():
             for name, mask in MaskSet.load(path).items():
-                bits = mask.bits.numpy()
+                bits = mask.bitmap.numpy()
                 ever[name] = ever[name] | bits if name in ever else bits.copy()
         return ever
 
@@ -158,7 +158,7 @@ class Tracker:
                 delta(self.last.held[name], local, into=since_last)
                 write(local)
                 masks[name] = whole_mask(bits, weight)
-                own = masks[name].bits.numpy()
+                own = masks[name].bitmap.numpy()
                 self.ever[name] = self.ever[name] | own if name in self.ever else own.copy()
                 total += masks[name].numel
                 ever += popcount(self.ever[name])
@@ -196,9 +196,9 @@ class Tracker:
             final = MaskSet.load(files[-1])
             for row, path in zip(rows, files, strict=True):
                 mark = MaskSet.load(path)
-                both = (mark & final).nnz
-                row["recall_vs_final"] = both / final.nnz if final.nnz else None
-                row["precision_vs_final"] = both / mark.nnz if mark.nnz else None
+                both = (mark & final).num_active
+                row["recall_vs_final"] = both / final.num_active if final.num_active else None
+                row["precision_vs_final"] = both / mark.num_active if mark.num_active else None
         self.ranks.wait()
         if self.ranks.first:
             write_rows(self.path, rows)

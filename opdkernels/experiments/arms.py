@@ -171,7 +171,7 @@ def changed(context: MaskContext) -> MaskSet:
     """The coordinates that a run changed visibly; with a density, at most that fraction, by largest |delta|."""
     if context.density:
         trained = checkpoint_at(context.run, context.at)
-        return masks.most_changed(context.start, trained, context.density, per="model")
+        return masks.top_changed(context.start, trained, context.density, scope="model")
     step = round(context.at * end_checkpoint(context.run)[0])
     file = context.run / "masks" / f"step-{step:06}.safetensors"
     if not file.exists():
@@ -184,12 +184,12 @@ def changed(context: MaskContext) -> MaskSet:
 
 def random(context: MaskContext) -> MaskSet:
     """As many coordinates of the model, drawn uniformly."""
-    return masks.random(context.start, context.size(), per="model", seed=context.seed)
+    return masks.random_subset(context.start, context.size(), scope="model", seed=context.seed)
 
 
 def magnitude_matched(context: MaskContext) -> MaskSet:
     """As many coordinates of each magnitude in each tensor, drawn uniformly."""
-    return masks.random_like(context.changed, context.start, seed=context.seed)
+    return masks.magnitude_matched(context.changed, context.start, seed=context.seed)
 
 
 def near_zero(context: MaskContext) -> MaskSet:

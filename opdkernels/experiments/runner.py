@@ -201,7 +201,7 @@ class SeedRunner:
             overrides |= {"save_steps": interval, "snapshot_every": interval}
         density = self.trained[arm.size_of] if arm.size_of else self.density
         if arm.mask is not None:
-            if not MaskSet.load(self.mask_file(changed, derived_from, arm.at, density)).nnz:
+            if not MaskSet.load(self.mask_file(changed, derived_from, arm.at, density)).num_active:
                 return None
             overrides["masks"] = os.fspath(self.mask_file(arm.mask, derived_from, arm.at, density))
         if arm.subspace:
@@ -213,7 +213,7 @@ class SeedRunner:
         reference_run = self.folder / slug(self.experiment.reference_arm)
         if arm.mask is not None:
             final_set = MaskSet.load(self.mask_file(changed, reference_run, 1.0, density))
-            metrics["mask_recall"] = count_common(MaskSet.load(overrides["masks"]), final_set) / max(final_set.nnz, 1)
+            metrics["mask_recall"] = count_common(MaskSet.load(overrides["masks"]), final_set) / max(final_set.num_active, 1)
         if self.experiment.null:
             metrics["changed_null"] = expected_from_rounding(run, reference_run)
         return read_rows(run / "scores.jsonl")[-1]["scores"], metrics
@@ -236,7 +236,7 @@ class SeedRunner:
         select = part.resolve(start_checkpoint(run))
         if select is None:
             return None
-        if part.mask and not MaskSet.load(self.mask_file(changed, run, 1.0, self.density)).nnz:
+        if part.mask and not MaskSet.load(self.mask_file(changed, run, 1.0, self.density)).num_active:
             return None
         suffix = f"-{self.density:g}" if part.mask is not None else ""
         file = derived_dir(run) / f"{slug(arm.name)}{suffix}.json"
@@ -270,7 +270,7 @@ def options_of(arm: Arm, options: DistillOptions, **overrides: Any) -> DistillOp
 
 def count_common(a: MaskSet, b: MaskSet) -> int:
     """Number of coordinates that are active in both sets, whatever the order of their tensors."""
-    return sum((mask & b[name]).nnz for name, mask in a.items() if name in b)
+    return sum((mask & b[name]).num_active for name, mask in a.items() if name in b)
 
 
 def derived_dir(run: Path) -> Path:

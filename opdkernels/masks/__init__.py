@@ -1,6 +1,15 @@
-"""Which coordinates of a model are active: one mask a tensor, sets of them on disk, and ways to make them."""
+"""Which coordinates of a model are active: one mask per tensor, mask sets on disk, and ways to build them."""
 
-from opdkernels.masks.build import changed, largest, most_changed, near_zero, principal, random, random_like, safe
+from opdkernels.masks.build import (
+    changed,
+    largest,
+    magnitude_matched,
+    near_zero,
+    principal,
+    random_subset,
+    safe,
+    top_changed,
+)
 from opdkernels.masks.mask import Mask
 from opdkernels.masks.mask_set import MaskSet
 
@@ -9,10 +18,10 @@ __all__ = [
     "MaskSet",
     "changed",
     "largest",
-    "most_changed",
+    "magnitude_matched",
     "near_zero",
     "principal",
-    "random",
-    "random_like",
+    "random_subset",
     "safe",
+    "top_changed",
 ]

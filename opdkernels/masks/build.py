@@ -1,7 +1,7 @@
 """Ways to make masks: from what a run changed, from the weights, from chance.
 
 Weights are a checkpoint (a path or a hub id) or tensors by name, such as a state_dict. A share of a tensor, of the tensors of
-a module type or of the model is ceil(share * n) coordinates; of those that tie at the cut, which in bf16 may be many, a draw decides,
+a module type or of the model is ceil(density * n) coordinates; of those that tie at the cut, which in bf16 may be many, a draw decides,
 the same each time. Tensors that are one (tied embeddings) are taken once. Sources: arXiv 2606.13657 (near-zero, principal, safe masks).
 """
 
@@ -29,7 +29,7 @@ from opdkernels.spectral import principal as selection
 from opdkernels.spectral.exact import GRAM_LIMIT, factorise, factorise_matrix, top_ranks
 
 Given = str | os.PathLike[str] | Mapping[str, torch.Tensor]
-PER = ("tensor", "module", "model")
+SCOPES = ("tensor", "module", "model")
 VIEWS = ("visible", "stored")
 STEP = 1 << 24  # coordinates at a time
 HALF = 1 << 16
@@ -73,11 +73,11 @@ def weights_of(given: Given) -> Iterator[dict[str, Weight]]:
         source.check()
 
 
-def check(share: float, per: str) -> None:
-    if not 0 < share <= 1:
-        raise UsageError(f"the share of active coordinates must lie in 0 .. 1, not {share}")
-    if per not in PER:
-        raise UsageError(f"per must be one of {', '.join(PER)}, not {per}")
+def check(density: float, scope: str) -> None:
+    if not 0 < density <= 1:
+        raise UsageError(f"the share of active coordinates must lie in 0 .. 1, not {density}")
+    if scope not in SCOPES:
+        raise UsageError(f"scope must be one of {', '.join(SCOPES)}, not {scope}")
 
 
 def changed(
@@ -106,17 +106,17 @@ def changed(
                     moved = change(w, v, False)[1].abs()
                     part = torch.from_numpy(np.packbits(((moved > atol) & moved.isfinite()).numpy(), bitorder="little"))
                 bits[first // 8 : first // 8 + len(part)] = part.numpy()
-            masks[match.name] = Mask.from_bits(torch.from_numpy(bits), match.shape)
+            masks[match.name] = Mask.from_bitmap(torch.from_numpy(bits), match.shape)
         pair.check()
     return MaskSet(masks)
 
 
-def most_changed(
-    base: str | os.PathLike[str], tuned: str | os.PathLike[str], share: float, *, per: str = "tensor"
+def top_changed(
+    base: str | os.PathLike[str], tuned: str | os.PathLike[str], density: float, *, scope: str = "tensor"
 ) -> MaskSet:
     """The share of the largest |delta| between two checkpoints as stored, of each tensor, module type or of the model, and never what
     did not change, however large the share; read in pieces, three times over. Raises InputError for what cannot be read."""
-    check(share, per)
+    check(density, scope)
     with contextlib.closing(open_pair(base, tuned)) as pair:
 
         def reader(match: Match) -> Callable[[int, int], torch.Tensor]:
@@ -128,8 +128,8 @@ def most_changed(
 
         found = extremes(
             {match.name: Weight(match.shape, reader(match)) for match in pair.matches},
-            share,
-            per,
+            density,
+            scope,
             largest=True,
             zeros=False,
         )
@@ -137,23 +137,23 @@ def most_changed(
     return found
 
 
-def near_zero(base: Given, share: float, *, per: str = "tensor") -> MaskSet:
+def near_zero(base: Given, density: float, *, scope: str = "tensor") -> MaskSet:
     """The share of the smallest |W| of each tensor, module type or of the model."""
-    check(share, per)
+    check(density, scope)
     with weights_of(base) as weights:
-        return extremes(weights, share, per, largest=False)
+        return extremes(weights, density, scope, largest=False)
 
 
-def largest(values: Mapping[str, torch.Tensor], share: float, *, per: str = "tensor") -> MaskSet:
+def largest(values: Mapping[str, torch.Tensor], density: float, *, scope: str = "tensor") -> MaskSet:
     """The share of the largest magnitudes of tensors by name: updates, gradients, or an optimizer's second moments."""
-    check(share, per)
+    check(density, scope)
     with weights_of(values) as weights:
-        return extremes(weights, share, per, largest=True)
+        return extremes(weights, density, scope, largest=True)
 
 
-def random(base: Given, share: float, *, per: str = "tensor", seed: int = 0) -> MaskSet:
+def random_subset(base: Given, density: float, *, scope: str = "tensor", seed: int = 0) -> MaskSet:
     """A share chosen at random; the same for a seed and a tensor's name, whatever the other tensors."""
-    check(share, per)
+    check(density, scope)
 
     def keys(name: str, numel: int) -> Callable[[int, int], torch.Tensor]:
         def read(first: int, stop: int) -> torch.Tensor:
@@ -163,10 +163,10 @@ def random(base: Given, share: float, *, per: str = "tensor", seed: int = 0) -> 
 
     with weights_of(base) as weights:
         drawn = {name: Weight(one.shape, keys(name, one.numel)) for name, one in weights.items()}
-        return extremes(drawn, share, per, largest=True)
+        return extremes(drawn, density, scope, largest=True)
 
 
-def random_like(masks: MaskSet, base: Given, *, seed: int = 0) -> MaskSet:
+def magnitude_matched(masks: MaskSet, base: Given, *, seed: int = 0) -> MaskSet:
     """As many coordinates of each tensor as its mask has, chosen at random among those of the same |W| in bf16: the control
     for what magnitudes alone explain. Takes 10 bytes a coordinate of the largest tensor."""
     found = {}
@@ -191,22 +191,22 @@ def random_like(masks: MaskSet, base: Given, *, seed: int = 0) -> MaskSet:
     return MaskSet(found)
 
 
-def principal(base: Given, share: float) -> MaskSet:
-    """Of each matrix the share of the largest |U_k S_k V_k^T|, k = max(1, int(share * min(m, n))): where the top singular
+def principal(base: Given, density: float) -> MaskSet:
+    """Of each matrix the share of the largest |U_k S_k V_k^T|, k = max(1, int(density * min(m, n))): where the top singular
     vectors of W put its weight. Nothing of other tensors."""
-    check(share, "tensor")
+    check(density, "tensor")
     with weights_of(base) as weights:
-        return MaskSet({name: principal_mask(name, one, share) for name, one in weights.items()})
+        return MaskSet({name: principal_mask(name, one, density) for name, one in weights.items()})
 
 
-def safe(base: Given, share: float) -> MaskSet:
+def safe(base: Given, density: float) -> MaskSet:
     """What is not principal or near zero at the share: where, after arXiv 2606.13657, updates do the least harm."""
     with weights_of(base) as weights:
-        main = MaskSet({name: principal_mask(name, one, share) for name, one in weights.items()})
-        return ~main | extremes(weights, share, "tensor", largest=False)
+        main = MaskSet({name: principal_mask(name, one, density) for name, one in weights.items()})
+        return ~main | extremes(weights, density, "tensor", largest=False)
 
 
-def principal_mask(name: str, weight: Weight, share: float) -> Mask:
+def principal_mask(name: str, weight: Weight, density: float) -> Mask:
     if len(weight.shape) != 2 or not weight.numel:
         return Mask.from_indices(torch.zeros(0, dtype=torch.int64), weight.shape)
     w = weight.read(0, weight.numel).view(weight.shape)
@@ -214,11 +214,11 @@ def principal_mask(name: str, weight: Weight, share: float) -> Mask:
         raise UsageError(f"{printable(name)} holds NaN or Inf; it has no principal mask")
     tall = w.shape[0] >= w.shape[1]
     long = w if tall else w.T
-    ranks = top_ranks(long.shape[1], (share,))
+    ranks = top_ranks(long.shape[1], (density,))
     factor = factorise(symmetric(gram(long))[0], ranks[-1])
     if float(factor.sigma[ranks[-1] - 1]) <= GRAM_LIMIT * float(factor.sigma[0]):
         factor = factorise_matrix(w, ranks[-1])
-    (found,) = selection.masks(long, factor.vectors, ranks, visible=False, ratios=(share,))
+    (found,) = selection.masks(long, factor.vectors, ranks, visible=False, ratios=(density,))
     flags = np.unpackbits(found.sure, count=weight.numel, bitorder="little").astype(bool)
     flags[found.above] = True
     flags[found.tied[: found.taken]] = True
@@ -234,16 +234,18 @@ def matching(weights: Mapping[str, Weight], name: str, mask: Mask) -> Weight:
     return weights[name]
 
 
-def extremes(weights: Mapping[str, Weight], share: float, per: str, largest: bool, zeros: bool = True) -> MaskSet:
+def extremes(weights: Mapping[str, Weight], density: float, scope: str, largest: bool, zeros: bool = True) -> MaskSet:
     """The share of the largest or smallest magnitudes of each group, without `zeros` never 0; exact for values that fp32 holds."""
     groups: dict[str, list[str]] = {}
     for name in weights:
-        groups.setdefault(name if per == "tensor" else place(name).module if per == "module" else "", []).append(name)
+        groups.setdefault(name if scope == "tensor" else place(name).module if scope == "module" else "", []).append(
+            name
+        )
     found = {}
     for names in groups.values():
         sizes = {name: weights[name].numel for name in names}
         cut, wanted, tied = cut_of(
-            {name: weights[name] for name in names}, math.ceil(share * sum(sizes.values())), largest
+            {name: weights[name] for name in names}, math.ceil(density * sum(sizes.values())), largest
         )
         if cut == 0 and not zeros:
             wanted = 0

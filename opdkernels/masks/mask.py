@@ -1,9 +1,9 @@
-"""A mask: the active coordinates of one tensor, as a bit each or, where few are active, as their sorted places.
+"""A mask: the active coordinates of one tensor, stored as a bitmap or, where few are active, as sorted indices.
 
-Bits are little-endian, as `ops.delta` writes them; with them go the counts before each block of 2048 coordinates, so that the
-active coordinates of any block are found in the compact arrays that hold one value an active coordinate. Places are flat,
-int32, or int64 in a tensor of 2^31 coordinates or more. A place takes 32 times a bit, so that places are the smaller below
-a density of one in 32.
+Bitmaps have one bit per coordinate, little-endian, as `ops.delta` writes them. `block_counts` goes with a bitmap: the
+number of active coordinates before each block of 2,048, so that a kernel finds the values of any block in a compact
+array, which has one element per active coordinate. Indices are flat: int32, or int64 for a tensor of 2^31 coordinates
+or more. An int32 index takes as much memory as 32 bits, so indices are smaller below a density of 1/32.
 """
 
 from __future__ import annotations
@@ -18,44 +18,66 @@ import torch
 
 from opdkernels.bits import bit_counts, popcount
 
-BLOCK = 2048
-SPARSE = 1 / 32  # density below which places take less than bits
+BLOCK = 2048  # coordinates per element of block_counts
+SPARSE = 1 / 32  # density below which indices are smaller than a bitmap
 
 
 class Mask:
-    """Active coordinates of a tensor of `shape`. Made by `from_bits`, `from_bool` or `from_indices`; never changed.
+    """The active coordinates of a tensor of `shape`; immutable. Built by `from_bitmap`, `from_bool` or `from_indices`.
 
-    Masks of one shape combine by `&`, `|`, `^`, `-` and `~`. Equal masks are equal whichever way they are held.
+    Masks of one shape combine with `&`, `|`, `^`, `-` and `~`. Equality and `digest` do not depend on the layout.
+
+    Example:
+        >>> mask = Mask.from_bool(torch.tensor([[True, False], [False, True]]))
+        >>> mask.num_active, mask.density, mask.layout, mask.indices.tolist()
+        (2, 0.5, 'bitmap', [0, 3])
     """
 
-    def __init__(self, shape: Sequence[int], bits: torch.Tensor | None, indices: torch.Tensor | None):
+    def __init__(self, shape: Sequence[int], bitmap: torch.Tensor | None, indices: torch.Tensor | None):
         self.shape = tuple(int(n) for n in shape)
         self.numel = math.prod(self.shape)
-        self._bits, self._indices = bits, indices
+        self._bitmap, self._indices = bitmap, indices
 
     @classmethod
-    def from_bits(cls, bits: torch.Tensor, shape: Sequence[int]) -> Mask:
-        """From uint8 [ceil(numel / 8)], one bit a coordinate; what lies beyond the last coordinate must be 0."""
+    def from_bitmap(cls, bitmap: torch.Tensor, shape: Sequence[int]) -> Mask:
+        """A mask from one bit per coordinate.
+
+        Args:
+            bitmap: uint8 [ceil(numel / 8)], little-endian; the bits beyond the last coordinate must be 0.
+            shape: Shape of the tensor.
+
+        Raises:
+            ValueError: Another dtype or size, or a bit is set beyond the last coordinate.
+        """
         numel = math.prod(shape)
-        if bits.dtype != torch.uint8 or bits.shape != ((numel + 7) // 8,):
+        if bitmap.dtype != torch.uint8 or bitmap.shape != ((numel + 7) // 8,):
             raise ValueError(
-                f"bits must be uint8 [{(numel + 7) // 8}] for shape {list(shape)}, not {bits.dtype} {list(bits.shape)}"
+                f"a bitmap for shape {list(shape)} is uint8 [{(numel + 7) // 8}], not {bitmap.dtype} {list(bitmap.shape)}"
             )
-        if numel % 8 and int(bits[-1]) >> numel % 8:
-            raise ValueError(f"bits beyond the last of {numel} coordinates are set")
-        return cls(shape, bits.cpu().clone(memory_format=torch.contiguous_format), None).compact()
+        if numel % 8 and int(bitmap[-1]) >> numel % 8:
+            raise ValueError(f"the bitmap has bits set beyond the last of {numel} coordinates")
+        return cls(shape, bitmap.cpu().clone(memory_format=torch.contiguous_format), None).compact()
 
     @classmethod
     def from_bool(cls, active: torch.Tensor) -> Mask:
-        """From a bool tensor of the tensor's shape."""
+        """A mask from a bool tensor of the tensor's shape. Raises TypeError for another dtype."""
         if active.dtype != torch.bool:
             raise TypeError(f"the mask is {active.dtype}; give a bool tensor")
-        bits = np.packbits(active.detach().cpu().contiguous().view(-1).numpy(), bitorder="little")
-        return cls(active.shape, torch.from_numpy(bits), None).compact()
+        bitmap = np.packbits(active.detach().cpu().contiguous().view(-1).numpy(), bitorder="little")
+        return cls(active.shape, torch.from_numpy(bitmap), None).compact()
 
     @classmethod
     def from_indices(cls, indices: torch.Tensor, shape: Sequence[int]) -> Mask:
-        """From flat places, int32 or int64 [active], strictly ascending."""
+        """A mask from flat indices.
+
+        Args:
+            indices: int32 or int64 [num_active], strictly ascending.
+            shape: Shape of the tensor.
+
+        Raises:
+            TypeError: Another dtype or more than one dimension.
+            ValueError: An index is outside of the tensor, repeated, or not in ascending order.
+        """
         numel = math.prod(shape)
         if indices.dtype not in (torch.int32, torch.int64) or indices.ndim != 1:
             raise TypeError(f"indices are {indices.dtype} {list(indices.shape)}; give int32 or int64, one dimension")
@@ -63,109 +85,114 @@ class Mask:
         if len(indices):
             low, high = int(indices.min()), int(indices.max())
             if low < 0 or high >= numel:
-                raise ValueError(f"index {low if low < 0 else high} lies outside a tensor of {numel} coordinates")
-            wrong = torch.nonzero(indices[1:] <= indices[:-1])
-            if len(wrong):
-                at = int(wrong[0])
+                raise ValueError(f"index {low if low < 0 else high} is outside of a tensor of {numel} coordinates")
+            unsorted = torch.nonzero(indices[1:] <= indices[:-1])
+            if len(unsorted):
+                at = int(unsorted[0])
                 what = "twice" if indices[at] == indices[at + 1] else f"after {int(indices[at])}"
-                raise ValueError(f"index {int(indices[at + 1])} comes {what}; give sorted indices, each once")
+                raise ValueError(f"index {int(indices[at + 1])} comes {what}; give sorted indices without duplicates")
         return cls(shape, None, indices.to(index_dtype(numel), copy=True).contiguous()).compact()
 
     def compact(self) -> Mask:
-        """The same mask held the smaller way."""
-        sparse = self.nnz < SPARSE * self.numel
-        return Mask(self.shape, None, self.indices) if sparse else Mask(self.shape, self.bits, None)
+        """The same mask in the smaller layout."""
+        sparse = self.num_active < SPARSE * self.numel
+        return Mask(self.shape, None, self.indices) if sparse else Mask(self.shape, self.bitmap, None)
+
+    @property
+    def layout(self) -> str:
+        """How the mask is stored: "bitmap" or "indices"."""
+        return "bitmap" if self._bitmap is not None else "indices"
+
+    @property
+    def payload(self) -> torch.Tensor:
+        """The stored tensor: `bitmap` or `indices`, according to `layout`."""
+        payload = self._bitmap if self._bitmap is not None else self._indices
+        assert payload is not None
+        return payload
 
     @cached_property
-    def bits(self) -> torch.Tensor:
-        """uint8 [ceil(numel / 8)]."""
+    def bitmap(self) -> torch.Tensor:
+        """uint8 [ceil(numel / 8)]: one bit per coordinate."""
         return self._packed()
 
     def _packed(self) -> torch.Tensor:
-        """`bits`, which are not kept where they are not what is held."""
-        if self._bits is not None:
-            return self._bits
-        assert self._indices is not None
-        bits = np.zeros((self.numel + 7) // 8, np.uint8)
-        places = self._indices.numpy()
-        np.bitwise_or.at(bits, places >> 3, (1 << (places & 7)).astype(np.uint8))
-        return torch.from_numpy(bits)
+        """`bitmap`, not cached where the layout is "indices"."""
+        if self._bitmap is not None:
+            return self._bitmap
+        bitmap = np.zeros((self.numel + 7) // 8, np.uint8)
+        indices = self.payload.numpy()
+        np.bitwise_or.at(bitmap, indices >> 3, (1 << (indices & 7)).astype(np.uint8))
+        return torch.from_numpy(bitmap)
 
     @cached_property
     def indices(self) -> torch.Tensor:
-        """Flat places, ascending: int32, or int64 where the tensor has 2^31 coordinates or more."""
+        """Flat indices [num_active], ascending: int32, or int64 for a tensor of 2^31 coordinates or more."""
         if self._indices is not None:
             return self._indices
-        bits, step = self.bits.numpy(), 1 << 20  # bytes at a time
-        parts = [
-            np.flatnonzero(np.unpackbits(bits[i : i + step], bitorder="little")) + 8 * i
-            for i in range(0, len(bits), step)
+        bitmap, step = self.bitmap.numpy(), 1 << 20  # bytes unpacked at a time
+        chunks = [
+            np.flatnonzero(np.unpackbits(bitmap[i : i + step], bitorder="little")) + 8 * i
+            for i in range(0, len(bitmap), step)
         ]
-        places = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-        return torch.from_numpy(places).to(index_dtype(self.numel))
-
-    @property
-    def held_as(self) -> str:
-        """ "bits" or "indices"."""
-        return "bits" if self._bits is not None else "indices"
+        indices = np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
+        return torch.from_numpy(indices).to(index_dtype(self.numel))
 
     @property
     def nbytes(self) -> int:
-        """Bytes it is held in, and stored in."""
-        held = self._bits if self._bits is not None else self._indices
-        assert held is not None
-        return held.nbytes
+        """Bytes of `payload`, in memory and on disk."""
+        return self.payload.nbytes
 
     @cached_property
-    def nnz(self) -> int:
-        """Active coordinates."""
-        return len(self._indices) if self._indices is not None else popcount(self.bits.numpy())
+    def num_active(self) -> int:
+        """Number of active coordinates."""
+        return len(self._indices) if self._indices is not None else popcount(self.bitmap.numpy())
 
     @property
     def density(self) -> float:
-        """Share of the coordinates that is active; 0 of an empty tensor."""
-        return self.nnz / self.numel if self.numel else 0.0
+        """Fraction of the coordinates that is active; 0 for an empty tensor."""
+        return self.num_active / self.numel if self.numel else 0.0
 
     @cached_property
-    def offsets(self) -> torch.Tensor:
-        """int64 [blocks + 1]: active coordinates before each block of 2048, and of all."""
+    def block_counts(self) -> torch.Tensor:
+        """int64 [blocks + 1]: active coordinates before each block of 2,048 coordinates, and in total."""
         bits = np.zeros(-(-self.numel // BLOCK) * (BLOCK // 8), np.uint8)
-        bits[: len(self.bits)] = self.bits.numpy()
+        bits[: len(self.bitmap)] = self.bitmap.numpy()
         counts = bit_counts(bits.reshape(-1, BLOCK // 8)).sum(1, dtype=np.int64) if len(bits) else np.zeros(0, np.int64)
         return torch.from_numpy(np.concatenate(([0], np.cumsum(counts))))
 
     @cached_property
     def digest(self) -> str:
-        """64 bits of the shape and the active coordinates, in hexadecimal; the same whichever way they are held."""
-        found = hashlib.blake2b(f"{list(self.shape)}".encode(), digest_size=8)
-        found.update(self._packed().numpy().data)
-        return found.hexdigest()
+        """64 bits of a hash of the shape and the active coordinates, in hexadecimal; the same for both layouts."""
+        digest = hashlib.blake2b(f"{list(self.shape)}".encode(), digest_size=8)
+        digest.update(self._packed().numpy().data)
+        return digest.hexdigest()
 
     def to_bool(self) -> torch.Tensor:
-        """A bool tensor of the shape."""
-        flags = np.unpackbits(self.bits.numpy(), count=self.numel, bitorder="little").astype(bool)
+        """A bool tensor of `shape`."""
+        flags = np.unpackbits(self.bitmap.numpy(), count=self.numel, bitorder="little").astype(bool)
         return torch.from_numpy(flags).view(self.shape)
 
     def flat(self, start: int, stop: int) -> Mask:
-        """The mask of coordinates [start, stop), as of a tensor of one dimension: a shard along the first."""
-        if not 0 <= start <= stop <= self.numel:
-            raise ValueError(f"[{start}, {stop}) does not lie in a tensor of {self.numel} coordinates")
-        if self._indices is not None:
-            first, last = torch.searchsorted(
-                self._indices, torch.tensor([start, stop], dtype=self._indices.dtype)
-            ).tolist()
-            return Mask((stop - start,), None, self._indices[first:last] - start)
-        part = np.unpackbits(self.bits.numpy()[start // 8 : -(-stop // 8)], bitorder="little")[start % 8 :][
-            : stop - start
-        ]
-        return Mask((stop - start,), torch.from_numpy(np.packbits(part, bitorder="little")), None)
+        """The mask of coordinates [start, stop) of the flattened tensor, with one dimension: a shard along dimension 0.
 
-    def _combined(self, other: Mask, how: np.ufunc) -> Mask:
+        Raises ValueError where the range is not inside of the tensor.
+        """
+        if not 0 <= start <= stop <= self.numel:
+            raise ValueError(f"[{start}, {stop}) is not a range of a tensor of {self.numel} coordinates")
+        if self._indices is not None:
+            bounds = torch.tensor([start, stop], dtype=self._indices.dtype)
+            first, last = torch.searchsorted(self._indices, bounds).tolist()
+            return Mask((stop - start,), None, self._indices[first:last] - start)
+        unpacked = np.unpackbits(self.bitmap.numpy()[start // 8 : -(-stop // 8)], bitorder="little")
+        bits = unpacked[start % 8 :][: stop - start]
+        return Mask((stop - start,), torch.from_numpy(np.packbits(bits, bitorder="little")), None)
+
+    def _combined(self, other: Mask, operation: np.ufunc) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         if self.shape != other.shape:
             raise ValueError(f"masks of shapes {list(self.shape)} and {list(other.shape)} do not combine")
-        return Mask(self.shape, torch.from_numpy(how(self.bits.numpy(), other.bits.numpy())), None).compact()
+        return Mask(self.shape, torch.from_numpy(operation(self.bitmap.numpy(), other.bitmap.numpy())), None).compact()
 
     def __and__(self, other: Mask) -> Mask:
         return self._combined(other, np.bitwise_and)
@@ -180,19 +207,20 @@ class Mask:
         return self & ~other
 
     def __invert__(self) -> Mask:
-        bits = np.bitwise_not(self.bits.numpy())
+        bitmap = np.bitwise_not(self.bitmap.numpy())
         if self.numel % 8:
-            bits[-1] &= (1 << self.numel % 8) - 1
-        return Mask(self.shape, torch.from_numpy(bits), None).compact()
+            bitmap[-1] &= (1 << self.numel % 8) - 1
+        return Mask(self.shape, torch.from_numpy(bitmap), None).compact()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mask) and self.shape == other.shape and torch.equal(self.bits, other.bits)
+        return isinstance(other, Mask) and self.shape == other.shape and torch.equal(self.bitmap, other.bitmap)
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"Mask({list(self.shape)}, {self.nnz:,} active, {100 * self.density:.3g} %)"
+        return f"Mask({list(self.shape)}, {self.num_active:,} active, {100 * self.density:.3g} %)"
 
 
 def index_dtype(numel: int) -> torch.dtype:
+    """int32, or int64 where int32 cannot index so many coordinates."""
     return torch.int32 if numel < 1 << 31 else torch.int64

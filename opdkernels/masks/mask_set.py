@@ -58,11 +58,12 @@ class MaskSet(Mapping[str, Mask]):
         """Active coordinates and all of them, by name; nothing is read for it."""
         known = ((name, self._facts.get(name)) for name in self)
         return {
-            name: (fact["nnz"], fact["numel"]) if fact else (self[name].nnz, self[name].numel) for name, fact in known
+            name: (fact["num_active"], fact["numel"]) if fact else (self[name].num_active, self[name].numel)
+            for name, fact in known
         }
 
     @property
-    def nnz(self) -> int:
+    def num_active(self) -> int:
         """Active coordinates of all tensors."""
         return sum(active for active, _ in self.counts().values())
 
@@ -74,7 +75,7 @@ class MaskSet(Mapping[str, Mask]):
     @property
     def density(self) -> float:
         """Share of all coordinates that is active."""
-        return self.nnz / self.numel if self.numel else 0.0
+        return self.num_active / self.numel if self.numel else 0.0
 
     @property
     def digest(self) -> str:
@@ -86,9 +87,15 @@ class MaskSet(Mapping[str, Mask]):
         """Writes the set as one safetensors file, whole or not at all."""
         tensors, facts = {}, []
         for i, (name, mask) in enumerate(self.items()):
-            tensors[f"{i}.{mask.held_as}"] = mask.bits if mask.held_as == "bits" else mask.indices
+            tensors[f"{i}.{mask.layout}"] = mask.payload
             facts.append(
-                {"name": name, "shape": list(mask.shape), "numel": mask.numel, "nnz": mask.nnz, "digest": mask.digest}
+                {
+                    "name": name,
+                    "shape": list(mask.shape),
+                    "numel": mask.numel,
+                    "num_active": mask.num_active,
+                    "digest": mask.digest,
+                }
             )
         metadata = {"format": FORMAT, "version": VERSION, "digest": self.digest, "masks": json.dumps(facts)}
         if self.in_model_order:
@@ -142,12 +149,12 @@ class MaskSet(Mapping[str, Mask]):
         try:
             key = next(
                 f"{fact['place']}.{kind}"
-                for kind in ("bits", "indices")
+                for kind in ("bitmap", "indices")
                 if f"{fact['place']}.{kind}" in file.keys()  # noqa: SIM118
             )
-            make = Mask.from_bits if key.endswith("bits") else Mask.from_indices
+            make = Mask.from_bitmap if key.endswith("bitmap") else Mask.from_indices
             mask = make(file.get_tensor(key), fact["shape"])
-            if (mask.digest, mask.nnz, mask.numel) != (fact["digest"], fact["nnz"], fact["numel"]):
+            if (mask.digest, mask.num_active, mask.numel) != (fact["digest"], fact["num_active"], fact["numel"]):
                 raise ValueError("its bits are not those that were written")
         except (SafetensorError, StopIteration, ValueError, TypeError, KeyError) as error:
             raise InputError(
@@ -188,7 +195,7 @@ class MaskSet(Mapping[str, Mask]):
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"MaskSet({len(self)} tensors, {self.nnz:,} of {self.numel:,} active, {100 * self.density:.3g} %)"
+        return f"MaskSet({len(self)} tensors, {self.num_active:,} of {self.numel:,} active, {100 * self.density:.3g} %)"
 
 
 def from_bools(active: Mapping[str, torch.Tensor]) -> MaskSet:

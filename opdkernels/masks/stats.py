@@ -1,4 +1,4 @@
-"""What a set of masks holds, by layer and module, and how two of them overlap."""
+"""Statistics of a mask set by block, module and layer, and the overlap of two sets."""
 
 from __future__ import annotations
 
@@ -10,47 +10,72 @@ from opdkernels.errors import printable
 from opdkernels.masks.mask_set import MaskSet
 
 GROUPS = ("block", "module", "layer")
-MOST_LISTED = 20
+MAX_TENSORS_LISTED = 20
 
 
-def show(masks: MaskSet) -> dict[str, Any]:
-    """Active coordinates and density of the set, of its groups and of every tensor; no mask is read for it."""
+def mask_stats(masks: MaskSet) -> dict[str, Any]:
+    """Active coordinates and density of the set, of its groups and of every tensor. A set on disk is not read for it.
+
+    Example:
+        >>> import torch
+        >>> from opdkernels.masks import Mask
+        >>> mask_stats(MaskSet({"w": Mask.from_bool(torch.tensor([True, False]))}))["density"]
+        0.5
+    """
     counts = masks.counts()
-    found: dict[str, Any] = {"digest": masks.digest, "tensors": len(masks), **share(list(counts.values()))}
+    result: dict[str, Any] = {"digest": masks.digest, "tensors": len(masks), **totals(list(counts.values()))}
     for group in GROUPS:
         members: dict[Any, list[tuple[int, int]]] = {}
         for name, count in counts.items():
             members.setdefault(getattr(place(name), group), []).append(count)
-        found[f"by_{group}"] = [
-            {group: key, "tensors": len(own), **share(own)}
-            for key, own in sorted(members.items(), key=lambda item: str(item[0]).rjust(9))
+        result[f"by_{group}"] = [
+            {group: key, "tensors": len(group_counts), **totals(group_counts)}
+            for key, group_counts in sorted(members.items(), key=lambda item: str(item[0]).rjust(9))
         ]
-    found["by_tensor"] = [
-        {"name": name, "shape": list(masks.shapes[name]), **share([count])} for name, count in counts.items()
+    result["by_tensor"] = [
+        {"name": name, "shape": list(masks.shapes[name]), **totals([count])} for name, count in counts.items()
     ]
-    return found
+    return result
 
 
-def share(counts: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def totals(counts: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Active coordinates, all coordinates and density of tensors with these (active, all) counts."""
     active, numel = (sum(count[i] for count in counts) for i in (0, 1))
     return {"active": active, "numel": numel, "density": active / numel if numel else 0.0}
 
 
-def overlap(a: MaskSet, b: MaskSet) -> dict[str, Any]:
-    """How two sets of the same tensors overlap: |A & B|, its share of A and of B, Jaccard, and over chance: `over_uniform` by
-    the densities tensor by tensor, `over_uniform_global` by those of the whole set. None where a share has no whole."""
+def compare_masks(a: MaskSet, b: MaskSet) -> dict[str, Any]:
+    """How much two mask sets of the same tensors overlap.
+
+    Returns:
+        |A & B|, its fractions of A and of B, Jaccard, and its ratios to chance: `over_uniform` from the densities per
+        tensor, `over_uniform_global` from those of the model. None where a denominator is 0.
+
+    Raises:
+        ValueError: The sets name other tensors, or the same tensors in another order.
+
+    Example:
+        >>> import torch
+        >>> from opdkernels.masks import Mask
+        >>> masks = MaskSet({"w": Mask.from_bool(torch.tensor([True, False]))})
+        >>> compare_masks(masks, masks)["over_uniform"]
+        2.0
+    """
     both = a & b
-    rows = [
-        {"name": name, **overlap_metrics(both[name].nnz, a[name].nnz, b[name].nnz, a[name].nnz * b[name].density)}
-        for name in a
-    ]
-    expected = sum(a[name].nnz * b[name].density for name in a)
-    whole = overlap_metrics(both.nnz, a.nnz, b.nnz, expected)
-    whole["over_uniform_global"] = ratio(both.nnz, a.nnz * b.density)
-    return {**whole, "by_tensor": rows}
+    rows, expected_total = [], 0.0
+    for name in a:
+        expected = a[name].num_active * b[name].density
+        expected_total += expected
+        rows.append(
+            {"name": name, **overlap_metrics(both[name].num_active, a[name].num_active, b[name].num_active, expected)}
+        )
+    result = overlap_metrics(both.num_active, a.num_active, b.num_active, expected_total)
+    result["over_uniform_global"] = ratio(both.num_active, a.num_active * b.density)
+    return {**result, "by_tensor": rows}
 
 
 def overlap_metrics(both: int, a: int, b: int, expected: float) -> dict[str, Any]:
+    """Overlap metrics from active counts and the number of common coordinates expected by chance."""
     return {
         "active_a": a,
         "active_b": b,
@@ -63,44 +88,49 @@ def overlap_metrics(both: int, a: int, b: int, expected: float) -> dict[str, Any
 
 
 def ratio(a: float, b: float) -> float | None:
+    """a / b; None where b is 0."""
     return a / b if b else None
 
 
 def percent(value: float | None) -> str:
+    """A fraction as a percentage with four digits; "-" for None."""
     return "-" if value is None else f"{100 * value:.4g} %"
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """`show` for people."""
+def format_stats(stats: dict[str, Any]) -> list[str]:
+    """The result of `mask_stats` as lines of text."""
     text = [
-        f"{found['tensors']} tensors, {found['active']:,} of {found['numel']:,} coordinates active: {percent(found['density'])}; digest {found['digest']}"
+        f"{stats['tensors']} tensors, {stats['active']:,} of {stats['numel']:,} coordinates active: "
+        f"{percent(stats['density'])}; digest {stats['digest']}"
     ]
     for group in GROUPS:
         text.append(f"{group:16}{'tensors':>9}{'active':>15}{'density':>11}")
-        for row in found[f"by_{group}"][: 4 * MOST_LISTED]:
+        for row in stats[f"by_{group}"][: 4 * MAX_TENSORS_LISTED]:
             label = "-" if row[group] in (-1, None) else str(row[group])
             text.append(f"{label:16}{row['tensors']:9}{row['active']:15,}{percent(row['density']):>11}")
-    extreme = sorted(found["by_tensor"], key=lambda row: -row["density"])
-    text.append("densest and sparsest tensors" if len(extreme) > MOST_LISTED else "tensors, densest first")
-    shown = extreme if len(extreme) <= MOST_LISTED else extreme[: MOST_LISTED // 2] + extreme[-MOST_LISTED // 2 :]
-    return text + [f"{percent(row['density']):>11}  {printable(row['name'])} {row['shape']}" for row in shown]
+    rows = sorted(stats["by_tensor"], key=lambda row: -row["density"])
+    text.append("densest and sparsest tensors" if len(rows) > MAX_TENSORS_LISTED else "tensors, densest first")
+    if len(rows) > MAX_TENSORS_LISTED:
+        rows = rows[: MAX_TENSORS_LISTED // 2] + rows[-MAX_TENSORS_LISTED // 2 :]
+    return text + [f"{percent(row['density']):>11}  {printable(row['name'])} {row['shape']}" for row in rows]
 
 
-def overlap_lines(found: dict[str, Any]) -> list[str]:
-    """`overlap` for people."""
-    over = ", ".join(
-        f"{found[key]:.4g} times {what}"
-        for key, what in (("over_uniform", "chance tensor by tensor"), ("over_uniform_global", "chance over the whole"))
-        if found[key] is not None
+def format_comparison(comparison: dict[str, Any]) -> list[str]:
+    """The result of `compare_masks` as lines of text."""
+    over_chance = ", ".join(
+        f"{comparison[key]:.4g} times {reference}"
+        for key, reference in (
+            ("over_uniform", "chance per tensor"),
+            ("over_uniform_global", "chance over the model"),
+        )
+        if comparison[key] is not None
     )
     text = [
-        f"A: {found['active_a']:,} active, B: {found['active_b']:,}, both: {found['active_both']:,}",
-        f"{percent(found['coverage_a'])} of A is in B, {percent(found['coverage_b'])} of B in A, Jaccard {percent(found['jaccard'])}"
-        + (f"; {over}" if over else ""),
+        f"A: {comparison['active_a']:,} active, B: {comparison['active_b']:,}, both: {comparison['active_both']:,}",
+        f"{percent(comparison['coverage_a'])} of A is in B, {percent(comparison['coverage_b'])} of B in A, "
+        f"Jaccard {percent(comparison['jaccard'])}" + (f"; {over_chance}" if over_chance else ""),
     ]
-    known = sorted(
-        (row for row in found["by_tensor"] if row["over_uniform"] is not None), key=lambda row: -row["over_uniform"]
-    )
-    for row in known[:MOST_LISTED]:
+    rows = [row for row in comparison["by_tensor"] if row["over_uniform"] is not None]
+    for row in sorted(rows, key=lambda row: -row["over_uniform"])[:MAX_TENSORS_LISTED]:
         text.append(f"{row['over_uniform']:11.4g}  {percent(row['coverage_a']):>9}  {printable(row['name'])}")
     return text

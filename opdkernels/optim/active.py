@@ -11,7 +11,7 @@ from opdkernels.optim.binding import Shard, local_part
 def active_of(tensor: torch.Tensor, shard: Shard) -> torch.Tensor:
     """fp32 [active]: a local tensor's active values."""
     into = torch.empty(shard.active, dtype=torch.float32, device=tensor.device)
-    torch.ops.opdkernels.masked_take_(tensor.detach().contiguous(), shard.mask, shard.offsets, into, False)
+    torch.ops.opdkernels.masked_take_(tensor.detach().contiguous(), shard.mask, shard.block_counts, into, False)
     return into
 
 
@@ -19,7 +19,7 @@ def put_active(tensor: torch.Tensor, shard: Shard, values: torch.Tensor) -> None
     """Sets a local tensor's active values, in place."""
     tensor = tensor.detach()
     whole = tensor.contiguous()
-    torch.ops.opdkernels.masked_put_(whole, shard.mask, shard.offsets, values)
+    torch.ops.opdkernels.masked_put_(whole, shard.mask, shard.block_counts, values)
     if whole.data_ptr() != tensor.data_ptr():
         tensor.copy_(whole)
 

@@ -31,7 +31,7 @@ class Shard:
     """What of a mask lives here: kernels' arguments, and the place of its first coordinate in the whole tensor."""
 
     mask: torch.Tensor
-    offsets: torch.Tensor
+    block_counts: torch.Tensor
     active: int
     start: int | None  # None where the shard is not one range of places
 
@@ -73,10 +73,10 @@ class Binding:
                     part = Mask.from_bool(
                         self.mask.to_bool()[tuple(slice(a, a + n) for a, n in zip(at, local.shape, strict=True))]
                     )
-            bits = part.held_as == "bits"
-            held = part.bits if bits else part.indices
-            offsets = part.offsets if bits else torch.zeros(0, dtype=torch.int64)
-            self.held, self.key = Shard(held.to(local.device), offsets.to(local.device), part.nnz, start), key
+            bits = part.layout == "bitmap"
+            held = part.bitmap if bits else part.indices
+            offsets = part.block_counts if bits else torch.zeros(0, dtype=torch.int64)
+            self.held, self.key = Shard(held.to(local.device), offsets.to(local.device), part.num_active, start), key
         return self.held
 
 
@@ -187,7 +187,7 @@ class Binder:
             raise ValueError(
                 f"{named} is {list(param.shape)}, its mask {list(found.shape)}: these are another model's masks"
             )
-        if found.nnz and param.dtype not in DTYPES:
+        if found.num_active and param.dtype not in DTYPES:
             raise TypeError(f"{named} is {param.dtype}; masked optimizers step float32 and bfloat16")
         return Binding(found, name or "", ordinal)
 

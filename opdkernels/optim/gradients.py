@@ -53,7 +53,7 @@ def compact_gradients(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hoo
         if gathered is None:
             stepping._compact[place] = active_of(local, shard)
         else:
-            torch.ops.opdkernels.masked_take_(local, shard.mask, shard.offsets, gathered, True)
+            torch.ops.opdkernels.masked_take_(local, shard.mask, shard.block_counts, gathered, True)
         param.grad = None
 
     hooks = Hooks(hook_each(model, optimizer, gather), owner)

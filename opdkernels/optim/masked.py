@@ -565,7 +565,11 @@ class MaskedAdamW(MaskedOptimizer):
         grad_scale: torch.Tensor | None,
         clip: torch.Tensor | None,
     ) -> None:
-        masks, offsets, options = [s.mask for s in call.shards], [s.offsets for s in call.shards], call.common(group)
+        masks, offsets, options = (
+            [s.mask for s in call.shards],
+            [s.block_counts for s in call.shards],
+            call.common(group),
+        )
         torch.ops.opdkernels.masked_adamw_(
             call.params,
             call.grads,
@@ -649,7 +653,11 @@ class MaskedSGD(MaskedOptimizer):
         scalars[torch.tensor(call.fresh, device=scalars.device), FIRST] = (
             1.0  # a buffer that was made now, whatever the count
         )
-        masks, offsets, options = [s.mask for s in call.shards], [s.offsets for s in call.shards], call.common(group)
+        masks, offsets, options = (
+            [s.mask for s in call.shards],
+            [s.block_counts for s in call.shards],
+            call.common(group),
+        )
         torch.ops.opdkernels.masked_sgd_(
             call.params,
             call.grads,

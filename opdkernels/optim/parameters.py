@@ -40,7 +40,7 @@ class MaskedParameters(torch.nn.Module):
         me = weakref.ref(self)  # a hook's closure keeps what it holds as long as the model lives
         for name, weight in model.named_parameters():
             (binding,) = binder.bind([weight], [name])
-            if not binding.mask.nnz or not weight.requires_grad:
+            if not binding.mask.num_active or not weight.requires_grad:
                 weight.requires_grad_(False)
                 continue
             if is_dtensor(weight):

@@ -185,7 +185,7 @@ def of_tensor(
         return lambda start, stop: torch.tensor(revert)
     if masks is None:
         return lambda start, stop: torch.tensor(not revert)
-    bits = masks[info.name].bits.numpy()
+    bits = masks[info.name].bitmap.numpy()
 
     def read(start: int, stop: int) -> torch.Tensor:
         part = torch.from_numpy(

@@ -95,7 +95,7 @@ def test_micro_batches_change_the_order_of_sums_alone(options, tmp_path):
 def test_frozen_coordinates_keep_their_bits(options, places, tmp_path):
     from opdkernels import masks
 
-    chosen = masks.random(places / "student", 0.1, seed=1)
+    chosen = masks.random_subset(places / "student", 0.1, seed=1)
     chosen.save(tmp_path / "m.safetensors")
     distill(options(masks=str(tmp_path / "m.safetensors"), learning_rate=0.1), tmp_path / "run")
     assert all(row["grad_norm_full"] > 2 * row["grad_norm"] for row in log(tmp_path / "run"))

@@ -41,7 +41,7 @@ def test_figures_are_those_of_plain_tensors(tmp_path):
         assert row["recall_vs_final"] == pytest.approx(both / changed[-1].sum().item(), rel=1e-12)
         assert row["precision_vs_final"] == pytest.approx(both / here.sum().item(), rel=1e-12)
     assert read_rows(tmp_path / "track.jsonl") == rows
-    assert MaskSet.load(tmp_path / "masks" / "step-000003.safetensors").nnz == changed[-1].sum().item()
+    assert MaskSet.load(tmp_path / "masks" / "step-000003.safetensors").num_active == changed[-1].sum().item()
     assert not list((tmp_path / "weights").iterdir())
 
 

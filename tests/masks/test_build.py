@@ -10,7 +10,17 @@ import torch
 
 from opdkernels.checkpoint.names import place
 from opdkernels.errors import UsageError
-from opdkernels.masks import MaskSet, changed, largest, most_changed, near_zero, principal, random, random_like, safe
+from opdkernels.masks import (
+    MaskSet,
+    changed,
+    largest,
+    magnitude_matched,
+    near_zero,
+    principal,
+    random_subset,
+    safe,
+    top_changed,
+)
 from opdkernels.masks import build as make
 from tests.analysis.conftest import save, trained, weights
 
@@ -33,7 +43,7 @@ def assert_extreme(flags: list[np.ndarray], values: list[np.ndarray], share: flo
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("per", make.PER)
+@pytest.mark.parametrize("per", make.SCOPES)
 @pytest.mark.parametrize("share", [0.001, 0.1, 1.0])
 def test_extremes_are_those_of_sorting(dtype, per, share, monkeypatch):
     monkeypatch.setattr(make, "STEP", 1000)
@@ -42,7 +52,7 @@ def test_extremes_are_those_of_sorting(dtype, per, share, monkeypatch):
     for name in source:
         key = {"tensor": name, "module": place(name).module, "model": ""}[per]
         groups.setdefault(key, []).append(name)
-    for found, big in ((near_zero(source, share, per=per), False), (largest(source, share, per=per), True)):
+    for found, big in ((near_zero(source, share, scope=per), False), (largest(source, share, scope=per), True)):
         assert list(found) == list(source)
         for names in groups.values():
             assert_extreme(
@@ -56,7 +66,7 @@ def test_extremes_are_those_of_sorting(dtype, per, share, monkeypatch):
 def test_ties_are_drawn_and_drawn_alike_again():
     """Not the first ones, nor every second: half of equal values, as spread as chance spreads them."""
     alike = {name: torch.ones(200, 100) for name in ("a", "b")}
-    once, again = (largest(alike, 0.5, per="model") for _ in range(2))
+    once, again = (largest(alike, 0.5, scope="model") for _ in range(2))
     assert {n: m.digest for n, m in once.items()} == {n: m.digest for n, m in again.items()}
     for mask in once.values():
         flags = mask.to_bool()
@@ -67,14 +77,14 @@ def test_ties_are_drawn_and_drawn_alike_again():
     assert not torch.equal(once["a"].to_bool(), once["b"].to_bool())
 
 
-@pytest.mark.parametrize("per", make.PER)
-def test_the_most_changed_are_the_largest_differences(per, tmp_path, monkeypatch):
+@pytest.mark.parametrize("per", make.SCOPES)
+def test_the_top_changed_are_the_largest_differences(per, tmp_path, monkeypatch):
     monkeypatch.setattr(make, "STEP", 1000)
     source = weights()
     after = trained(source)
-    found = most_changed(save(tmp_path / "a", source), save(tmp_path / "b", after), 0.15, per=per)
+    found = top_changed(save(tmp_path / "a", source), save(tmp_path / "b", after), 0.15, scope=per)
     moved = {name: (after[name].float() - source[name].float()).abs() for name in found}
-    expected = largest(moved, 0.15, per=per)
+    expected = largest(moved, 0.15, scope=per)
     for name, mask in found.items():
         assert torch.equal(mask.to_bool(), expected[name].to_bool() & (moved[name] > 0))
 
@@ -83,17 +93,17 @@ def test_a_control_does_not_draw_as_ties_are_drawn():
     w = torch.randn(200, 200, generator=torch.Generator().manual_seed(0))
     w[:100] = 0
     found = near_zero({"w": w}, 0.2)
-    both = (found & random_like(found, {"w": w}))["w"].nnz
+    both = (found & magnitude_matched(found, {"w": w}))["w"].num_active
     assert 2800 < both < 3600  # 8,000 of 20,000 twice: 3,200 by chance
 
 
-def test_what_did_not_change_is_never_of_the_most_changed(tmp_path):
+def test_what_did_not_change_is_never_of_the_top_changed(tmp_path):
     source = {"a": torch.zeros(40, 50), "b": torch.zeros(40, 50)}
     after = {name: w.clone() for name, w in source.items()}
     after["b"][3, :7] = 1.0
-    for per in make.PER:
-        found = most_changed(save(tmp_path / "a", source), save(tmp_path / "b", after), 0.5, per=per)
-        assert (found["a"].nnz, found["b"].nnz) == (0, 7)
+    for per in make.SCOPES:
+        found = top_changed(save(tmp_path / "a", source), save(tmp_path / "b", after), 0.5, scope=per)
+        assert (found["a"].num_active, found["b"].num_active) == (0, 7)
 
 
 def test_a_checkpoint_gives_the_masks_of_its_tensors(tmp_path):
@@ -128,8 +138,8 @@ def test_principal_and_safe_are_those_of_an_svd():
     main, rest, low = principal(source, 0.1), safe(source, 0.1), near_zero(source, 0.1)
     for name, w in source.items():
         if w.ndim != 2:
-            assert main[name].nnz == 0
-            assert rest[name].nnz == w.numel()
+            assert main[name].num_active == 0
+            assert rest[name].num_active == w.numel()
             continue
         u, s, vh = torch.linalg.svd(w.double(), full_matrices=False)
         k = max(1, int(0.1 * min(w.shape)))
@@ -142,26 +152,30 @@ def test_principal_and_safe_are_those_of_an_svd():
 
 def test_random_depends_on_the_seed_and_the_name_alone(monkeypatch):
     source = weights()
-    one, same, other = random(source, 0.2), random(dict(reversed(source.items())), 0.2), random(source, 0.2, seed=1)
+    one, same, other = (
+        random_subset(source, 0.2),
+        random_subset(dict(reversed(source.items())), 0.2),
+        random_subset(source, 0.2, seed=1),
+    )
     for name, w in source.items():
-        assert one[name].nnz == math.ceil(0.2 * w.numel())
+        assert one[name].num_active == math.ceil(0.2 * w.numel())
         assert one[name] == same[name]
         if w.numel() > 100:
             assert one[name] != other[name]
-    whole = random(source, 0.2, per="model")
-    assert whole.nnz == math.ceil(0.2 * whole.numel)
+    whole = random_subset(source, 0.2, scope="model")
+    assert whole.num_active == math.ceil(0.2 * whole.numel)
 
 
 def test_random_is_uniform():
     source = {"w": torch.zeros(64)}
-    hits = sum(random(source, 0.25, seed=seed)["w"].to_bool().double() for seed in range(800))
+    hits = sum(random_subset(source, 0.25, seed=seed)["w"].to_bool().double() for seed in range(800))
     assert abs(hits - 200).max() < 5 * math.sqrt(800 * 0.25 * 0.75)
 
 
 def test_the_control_has_the_magnitudes_of_the_mask():
     source = weights()
-    masks = near_zero(source, 0.3) & random(source, 0.5)
-    found, other = random_like(masks, source), random_like(masks, source, seed=1)
+    masks = near_zero(source, 0.3) & random_subset(source, 0.5)
+    found, other = magnitude_matched(masks, source), magnitude_matched(masks, source, seed=1)
     for name, w in source.items():
         a, b = (w.flatten().abs()[m[name].to_bool().flatten()].sort().values for m in (masks, found))
         assert torch.equal(a, b)
@@ -172,7 +186,7 @@ def test_the_control_has_the_magnitudes_of_the_mask():
 def test_the_control_is_uniform_within_a_magnitude():
     source = {"w": torch.tensor([1.0, -1, 1, -1, 2, 2, 2, 2])}
     masks = MaskSet({"w": near_zero(source, 0.25)["w"]})
-    hits = sum(random_like(masks, source, seed=seed)["w"].to_bool().double() for seed in range(800))
+    hits = sum(magnitude_matched(masks, source, seed=seed)["w"].to_bool().double() for seed in range(800))
     assert hits[4:].sum() == 0
     assert abs(hits[:4] - 400).max() < 5 * math.sqrt(800 * 0.25)
 
@@ -188,13 +202,13 @@ def test_bad_input_is_refused_by_name():
     for call, message in (
         (lambda: near_zero(source, 0), "share of active coordinates"),
         (lambda: near_zero(source, 1.5), "share of active coordinates"),
-        (lambda: near_zero(source, 0.1, per="layer"), "per must be one of tensor, module, model"),
+        (lambda: near_zero(source, 0.1, scope="layer"), "scope must be one of tensor, module, model"),
         (lambda: near_zero(broken, 0.5), "w holds NaN"),
         (lambda: principal({"w": torch.full((3, 3), float("inf"))}, 0.5), "w holds NaN or Inf"),
         (lambda: changed("a", "b", view="both"), "view must be one of"),
         (lambda: changed("a", "b", atol=-1), "atol must lie"),
-        (lambda: random_like(near_zero(source, 0.1), {"x": torch.ones(2)}), "has no tensor"),
-        (lambda: random_like(near_zero({"w": torch.ones(2)}, 0.5), {"w": torch.ones(3)}), "its mask"),
+        (lambda: magnitude_matched(near_zero(source, 0.1), {"x": torch.ones(2)}), "has no tensor"),
+        (lambda: magnitude_matched(near_zero({"w": torch.ones(2)}, 0.5), {"w": torch.ones(3)}), "its mask"),
     ):
         with pytest.raises(UsageError, match=message):
             call()

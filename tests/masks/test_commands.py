@@ -10,7 +10,7 @@ import pytest
 
 from opdkernels import masks
 from opdkernels.masks import MaskSet
-from opdkernels.masks.stats import overlap, show
+from opdkernels.masks.stats import compare_masks, mask_stats
 
 
 def run(*arguments, status=0):
@@ -26,19 +26,22 @@ def test_commands_write_what_the_functions_make(pair, tmp_path):
     assert "are active; written to" in run("changed", *pair, "-o", a).stdout
     assert MaskSet.load(a) == masks.changed(*pair)
     run("near-zero", pair[0], "--share", 0.2, "--per", "model", "-o", b)
-    assert MaskSet.load(b) == masks.near_zero(pair[0], 0.2, per="model")
+    assert MaskSet.load(b) == masks.near_zero(pair[0], 0.2, scope="model")
     run("combine", a, "minus", b, "-o", c)
     assert MaskSet.load(c) == MaskSet.load(a) - MaskSet.load(b)
     run("random-like", a, pair[0], "--seed", 3, "-o", d)
-    assert MaskSet.load(d) == masks.random_like(MaskSet.load(a), pair[0], seed=3)
+    assert MaskSet.load(d) == masks.magnitude_matched(MaskSet.load(a), pair[0], seed=3)
     found = json.loads(run("show", a, "--json").stdout)
-    assert found == json.loads(json.dumps(show(MaskSet.load(a))))
+    assert found == json.loads(json.dumps(mask_stats(MaskSet.load(a))))
     assert "q_proj" in run("show", a).stdout
-    assert json.loads(run("overlap", a, b, "--json").stdout)["active_both"] == (MaskSet.load(a) & MaskSet.load(b)).nnz
+    assert (
+        json.loads(run("overlap", a, b, "--json").stdout)["active_both"]
+        == (MaskSet.load(a) & MaskSet.load(b)).num_active
+    )
 
 
 @pytest.mark.parametrize(
-    ("kind", "make"), [("principal", masks.principal), ("safe", masks.safe), ("random", masks.random)]
+    ("kind", "make"), [("principal", masks.principal), ("safe", masks.safe), ("random", masks.random_subset)]
 )
 def test_other_kinds(pair, tmp_path, kind, make):
     run(kind, pair[0], "--share", 0.1, "-o", tmp_path / "m")
@@ -46,17 +49,17 @@ def test_other_kinds(pair, tmp_path, kind, make):
 
 
 def test_groups_add_up(pair):
-    found = show(masks.changed(*pair))
+    found = mask_stats(masks.changed(*pair))
     for group in ("block", "module", "layer", "tensor"):
         assert sum(row["active"] for row in found[f"by_{group}"]) == found["active"]
 
 
 def test_overlap_with_itself_and_with_nothing(pair):
     own = masks.near_zero(pair[0], 0.25)
-    found = overlap(own, own)
+    found = compare_masks(own, own)
     assert (found["coverage_a"], found["coverage_b"], found["jaccard"]) == (1, 1, 1)
     assert found["over_uniform"] == pytest.approx(4, rel=0.02)
-    nothing = overlap(own, own - own)
+    nothing = compare_masks(own, own - own)
     assert (nothing["active_both"], nothing["coverage_b"], nothing["over_uniform"]) == (0, None, None)
 
 

@@ -28,24 +28,24 @@ def test_every_way_to_make_a_mask_gives_the_same(numel, density):
         Mask.from_bool(flags),
         Mask.from_indices(places, (numel,)),
         Mask.from_indices(places.int(), (numel,)),
-        Mask.from_bits(bits, (numel,)),
+        Mask.from_bitmap(bits, (numel,)),
     ]
     for mask in masks:
         assert mask == masks[0]
         assert mask.digest == masks[0].digest
-        assert mask.held_as == masks[0].held_as
+        assert mask.layout == masks[0].layout
         assert torch.equal(mask.to_bool(), flags)
         assert torch.equal(mask.indices.long(), places)
-        assert (mask.nnz, mask.numel) == (len(places), numel)
+        assert (mask.num_active, mask.numel) == (len(places), numel)
         assert mask.density == (len(places) / numel if numel else 0)
         blocks = [int(flags[i : i + BLOCK].sum()) for i in range(0, numel, BLOCK)]
-        assert mask.offsets.tolist() == np.concatenate(([0], np.cumsum(blocks))).tolist()
+        assert mask.block_counts.tolist() == np.concatenate(([0], np.cumsum(blocks))).tolist()
 
 
 def test_it_is_held_the_smaller_way():
     sparse, dense = Mask.from_bool(flags_of(10_000, 0.02)), Mask.from_bool(flags_of(10_000, 0.2))
-    assert (sparse.held_as, dense.held_as) == ("indices", "bits")
-    assert sparse.nbytes == 4 * sparse.nnz
+    assert (sparse.layout, dense.layout) == ("indices", "bitmap")
+    assert sparse.nbytes == 4 * sparse.num_active
     assert dense.nbytes == 1250
 
 
@@ -57,7 +57,7 @@ def test_shards_are_ranges_of_the_whole(numel, density, seed, data):
     stop = data.draw(st.integers(start, numel))
     shard = Mask.from_bool(flags).flat(start, stop)
     assert torch.equal(shard.to_bool(), flags[start:stop])
-    assert shard.nnz == int(flags[start:stop].sum())
+    assert shard.num_active == int(flags[start:stop].sum())
     assert shard == Mask.from_bool(flags[start:stop])
 
 
@@ -96,8 +96,8 @@ def test_what_is_no_mask_is_refused_by_name():
         (lambda: Mask.from_indices(torch.tensor([0.0]), (5,)), TypeError, "give int32 or int64"),
         (lambda: Mask.from_indices(torch.tensor([[0]]), (5,)), TypeError, "one dimension"),
         (lambda: Mask.from_bool(torch.ones(4)), TypeError, "give a bool tensor"),
-        (lambda: Mask.from_bits(torch.zeros(2, dtype=torch.uint8), (5,)), ValueError, r"uint8 \[1\]"),
-        (lambda: Mask.from_bits(torch.tensor([32], dtype=torch.uint8), (5,)), ValueError, "beyond the last of 5"),
+        (lambda: Mask.from_bitmap(torch.zeros(2, dtype=torch.uint8), (5,)), ValueError, r"uint8 \[1\]"),
+        (lambda: Mask.from_bitmap(torch.tensor([32], dtype=torch.uint8), (5,)), ValueError, "beyond the last of 5"),
         (lambda: Mask.from_bool(flags_of(5, 0.5)) & Mask.from_bool(flags_of(6, 0.5)), ValueError, "do not combine"),
         (lambda: Mask.from_bool(flags_of(5, 0.5)).flat(2, 6), ValueError, "does not lie"),
     ):

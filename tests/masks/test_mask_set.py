@@ -31,10 +31,10 @@ def test_what_was_saved_is_loaded(tmp_path):
     assert found == masks
     assert list(found) == list(masks)
     assert found.shapes == masks.shapes
-    assert (found.nnz, found.numel, found.density) == (masks.nnz, masks.numel, masks.density)
+    assert (found.num_active, found.numel, found.density) == (masks.num_active, masks.numel, masks.density)
     for name in masks:
         assert found[name] == masks[name]
-        assert found[name].held_as == masks[name].held_as
+        assert found[name].layout == masks[name].layout
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
@@ -42,7 +42,7 @@ def test_facts_need_no_mask_to_be_read(tmp_path, monkeypatch):
     sample().save(tmp_path / "m.safetensors")
     found = MaskSet.load(tmp_path / "m.safetensors")
     monkeypatch.setattr(MaskSet, "_read", None)
-    assert found.nnz == sample().nnz
+    assert found.num_active == sample().num_active
     assert found.digest == sample().digest
 
 
@@ -109,7 +109,7 @@ def test_damage_to_bits_is_found_when_they_are_read(tmp_path):
 def test_masks_that_a_header_promises_and_lacks(tmp_path):
     masks = sample()
     fact = [
-        {"name": name, "shape": list(m.shape), "numel": m.numel, "nnz": m.nnz, "digest": m.digest}
+        {"name": name, "shape": list(m.shape), "numel": m.numel, "num_active": m.num_active, "digest": m.digest}
         for name, m in masks.items()
     ]
     save_file(

@@ -199,7 +199,7 @@ def test_only_whole_parts_of_names_are_dropped():
         [("emb_module.w", a), ("emb_w", b), ("submodule.w", c)],
         masks={"emb_w": all_of(4), "emb_module.w": ~all_of(4), "submodule.w": all_of(4)},
     )
-    assert [binding.mask.nnz for binding in optimizer._bound[0]] == [0, 4, 4]
+    assert [binding.mask.num_active for binding in optimizer._bound[0]] == [0, 4, 4]
     with pytest.raises(ValueError, match=r"norm\.weight has no mask"):
         MaskedAdamW([("layers.0.norm.weight", a), ("norm.weight", b)], masks={"layers.0.norm.weight": all_of(4)})
 
@@ -248,9 +248,9 @@ def test_masks_take_what_their_docstring_says():
     assert sum(t.nbytes for t in {t.data_ptr(): t for t in held}.values()) == 4 * int(flags.sum())
     assert all(isinstance(one, Mask) for one in optimizer._binder.in_order)
     bits = torch.full((8,), 0xFF, dtype=torch.uint8)
-    kept = Mask.from_bits(bits, (64,))
+    kept = Mask.from_bitmap(bits, (64,))
     bits.zero_()
-    assert kept.nnz == int(kept.to_bool().sum()) == 64
+    assert kept.num_active == int(kept.to_bool().sum()) == 64
 
 
 def test_a_refused_remap_changes_nothing():
@@ -262,7 +262,7 @@ def test_a_refused_remap_changes_nothing():
     with pytest.raises(ValueError, match="no start to go back to"):
         optimizer.remap([~all_of(8), ~all_of(8)], dropped="restore")
     assert torch.equal(a, before)
-    assert optimizer._bound[0][0].mask.nnz == 8
+    assert optimizer._bound[0][0].mask.num_active == 8
 
 
 def test_options_that_change_on_the_way_are_followed_or_refused():

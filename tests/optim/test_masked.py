@@ -135,7 +135,7 @@ def test_state_is_of_the_active_coordinates(dtype, limit):
     give_grads([weight], 0)
     optimizer.step()
     shard = optimizer._bound[0][0].held
-    held = sum(t.nbytes for t in optimizer.state[weight].values()) + shard.mask.nbytes + shard.offsets.nbytes
+    held = sum(t.nbytes for t in optimizer.state[weight].values()) + shard.mask.nbytes + shard.block_counts.nbytes
     assert held / weight.numel() <= limit
     active = int(shard.active)
     assert all(t.numel() in (1, active) for t in optimizer.state[weight].values())
@@ -355,7 +355,7 @@ def test_the_operator_compiles_whole():
             [param],
             [grad],
             [shard.mask],
-            [shard.offsets],
+            [shard.block_counts],
             [m],
             [v],
             [],

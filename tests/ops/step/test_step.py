@@ -46,12 +46,12 @@ class State:
         self.params = [(0.02 * torch.randn(n, generator=self.generator)).to(dtype) for n in sizes]
         self.masks = [Mask.from_bool(torch.rand(n, generator=self.generator) < density) for n in sizes]
         self.precision, self.steps = precision, 0
-        self.held = [(m.indices if places else m.bits) for m in self.masks]
-        self.offsets = [torch.zeros(0, dtype=torch.int64) if places else m.offsets for m in self.masks]
-        self.m, self.v = ([torch.zeros(m.nnz) for m in self.masks] for _ in range(2))
-        self.most = [torch.zeros(m.nnz) for m in self.masks] if amsgrad else []
+        self.held = [(m.indices if places else m.bitmap) for m in self.masks]
+        self.block_counts = [torch.zeros(0, dtype=torch.int64) if places else m.block_counts for m in self.masks]
+        self.m, self.v = ([torch.zeros(m.num_active) for m in self.masks] for _ in range(2))
+        self.most = [torch.zeros(m.num_active) for m in self.masks] if amsgrad else []
         kind = ops.EXTRA_DTYPES.get(precision) if dtype == torch.bfloat16 else None
-        self.extras = [torch.zeros(m.nnz, dtype=kind) for m in self.masks] if kind else []
+        self.extras = [torch.zeros(m.num_active, dtype=kind) for m in self.masks] if kind else []
 
     def grads(self, dtype=torch.float32):
         return [(1e-3 * torch.randn(len(p), generator=self.generator)).to(dtype) for p in self.params]
@@ -63,7 +63,7 @@ class State:
             self.params,
             grads,
             self.held,
-            self.offsets,
+            self.block_counts,
             self.m,
             self.v,
             scalars,
@@ -150,7 +150,7 @@ def assert_taken_and_put_alike(take, put, sizes, dtype, places) -> None:
     """Between sentinels and at any alignment; two times two bits of a bf16 are lost in rounding, and ties go to even."""
     for n in sizes:
         state = State((n,), dtype=dtype, places=places)
-        held, offsets, active = state.held[0], state.offsets[0], state.masks[0].nnz
+        held, offsets, active = state.held[0], state.block_counts[0], state.masks[0].num_active
         results = []
         for taking, putting in ((take, put), (ops.reference_take, ops.reference_put)):
             values, compact = torch.full((n + 9,), 7.0, dtype=dtype), torch.full((active + 9,), 7.0)
@@ -174,26 +174,26 @@ class Mixed(State):
         for i in (1, 5):
             self.params[i] = self.params[i].float()
         for i, mask in enumerate(self.masks):
-            self.held[i], self.offsets[i] = (
-                (mask.bits, mask.offsets)
+            self.held[i], self.block_counts[i] = (
+                (mask.bitmap, mask.block_counts)
                 if i % 3
-                else (mask.indices.to((torch.int32, torch.int64)[i % 2]), mask.offsets[:0])
+                else (mask.indices.to((torch.int32, torch.int64)[i % 2]), mask.block_counts[:0])
             )
             self.m[i], self.v[i], self.extras[i] = (
-                torch.zeros(mask.nnz),
-                torch.zeros(mask.nnz),
-                torch.zeros(mask.nnz, dtype=torch.int16),
+                torch.zeros(mask.num_active),
+                torch.zeros(mask.num_active),
+                torch.zeros(mask.num_active, dtype=torch.int16),
             )
 
         def draw(n):
             return torch.randn(n, generator=self.generator)
 
         self.inits = [
-            draw(m.nnz).to(p.dtype) if i == 3 else p[:0]
+            draw(m.num_active).to(p.dtype) if i == 3 else p[:0]
             for i, (m, p) in enumerate(zip(self.masks, self.params, strict=True))
         ]
         self.cohorts = [
-            torch.arange(m.nnz).remainder(2).to(torch.uint8) if i == 6 else torch.zeros(0, dtype=torch.uint8)
+            torch.arange(m.num_active).remainder(2).to(torch.uint8) if i == 6 else torch.zeros(0, dtype=torch.uint8)
             for i, m in enumerate(self.masks)
         ]
 
@@ -203,7 +203,7 @@ class Mixed(State):
             self.params,
             self.grads(torch.bfloat16),
             self.held,
-            self.offsets,
+            self.block_counts,
             self.m,
             self.v,
             scalars,
@@ -220,7 +220,7 @@ class Windows(State):
 
     def __init__(self, places):
         super().__init__((5003,), dtype=torch.bfloat16, precision="kahan", amsgrad=True, places=places)
-        active = self.masks[0].nnz
+        active = self.masks[0].num_active
         self.rooms = [
             torch.full((n + 11,), 7.0, dtype=dtype)
             for n, dtype in ((5003, torch.bfloat16), *[(active, torch.float32)] * 3, (active, torch.bfloat16))
@@ -315,7 +315,7 @@ def test_active_coordinates_are_torchs_sgd_bit_for_bit(isa, weight_decay, moment
             state.params,
             grads,
             state.held,
-            state.offsets,
+            state.block_counts,
             scalars,
             momentum_buffers=state.m if momentum else (),
             nesterov=nesterov,
@@ -332,9 +332,11 @@ def test_active_coordinates_are_torchs_sgd_bit_for_bit(isa, weight_decay, moment
 
 def with_cohorts(state) -> dict:
     """Three cohorts in every tensor, and where each weight began."""
-    state.cohorts = [torch.randint(0, 3, (m.nnz,), generator=state.generator).to(torch.uint8) for m in state.masks]
+    state.cohorts = [
+        torch.randint(0, 3, (m.num_active,), generator=state.generator).to(torch.uint8) for m in state.masks
+    ]
     state.inits = [
-        torch.randn(m.nnz, generator=state.generator).to(p.dtype)
+        torch.randn(m.num_active, generator=state.generator).to(p.dtype)
         for m, p in zip(state.masks, state.params, strict=True)
     ]
     return {
@@ -357,7 +359,7 @@ def test_cohorts_and_starts_are_the_references_bit_for_bit(isa, family, precisio
     for step in range(1, 4):
         steps = [step + 2 * c for _ in SIZES for c in range(3)]
         for state, how in ((ours, contextlib.nullcontext()), (theirs, by_reference())):
-            common = (state.params, state.grads(dtype), state.held, state.offsets)
+            common = (state.params, state.grads(dtype), state.held, state.block_counts)
             with how:
                 if family == "adamw":
                     masked_adamw(
@@ -386,7 +388,7 @@ def test_each_cohort_is_an_optimizer_of_its_own_age():
             state.params,
             [grad],
             state.held,
-            state.offsets,
+            state.block_counts,
             state.m,
             state.v,
             adamw_scalars(ages, 1e-3, BETAS, EPS, 0.1),
@@ -394,7 +396,13 @@ def test_each_cohort_is_an_optimizer_of_its_own_age():
         )
         for one, age in zip(alone, ages, strict=True):
             masked_adamw(
-                one.params, [grad], one.held, one.offsets, one.m, one.v, adamw_scalars([age], 1e-3, BETAS, EPS, 0.1)
+                one.params,
+                [grad],
+                one.held,
+                one.block_counts,
+                one.m,
+                one.v,
+                adamw_scalars([age], 1e-3, BETAS, EPS, 0.1),
             )
     places = state.masks[0].indices.long()
     for c, one in enumerate(alone):
@@ -405,14 +413,14 @@ def test_each_cohort_is_an_optimizer_of_its_own_age():
 def test_decay_draws_to_where_the_weights_began():
     """With no gradient only decay moves a weight, each step by its share of the distance: against fp64."""
     state = State((5000,))
-    w0 = [torch.randn(state.masks[0].nnz)]
+    w0 = [torch.randn(state.masks[0].num_active)]
     started = state.params[0][state.masks[0].to_bool()].double()
     for step in range(1, 11):
         masked_adamw(
             state.params,
             [torch.zeros(5000)],
             state.held,
-            state.offsets,
+            state.block_counts,
             state.m,
             state.v,
             adamw_scalars([step], 0.1, BETAS, EPS, 0.5),
@@ -524,8 +532,12 @@ def test_stochastic_rounding_does_not_show_how_tensors_are_cut(isa):
         for part, (a, b) in zip(parts, ((0, cut), (cut, 70_001)), strict=True):
             mask = part.masks[0].flat(a, b)
             mask = Mask.from_bool(mask.to_bool())
-            part.params, part.held, part.offsets = [part.params[0][a:b].clone()], [mask.bits], [mask.offsets]
-            part.m, part.v = [torch.zeros(mask.nnz)], [torch.zeros(mask.nnz)]
+            part.params, part.held, part.block_counts = (
+                [part.params[0][a:b].clone()],
+                [mask.bitmap],
+                [mask.block_counts],
+            )
+            part.m, part.v = [torch.zeros(mask.num_active)], [torch.zeros(mask.num_active)]
             part.step([grad[a:b].clone()], seed=5, starts=[a])
         fresh = State((70_001,), dtype=torch.bfloat16, precision="stochastic")
         fresh.step([grad], seed=5)
@@ -566,17 +578,17 @@ def test_threads_change_no_bit():
 @pytest.mark.parametrize("places", [False, True])
 def test_active_values_are_taken_added_and_put_back(isa, dtype, places):
     state = State(SIZES, dtype=dtype, places=places)
-    for p, mask, held, offsets in zip(state.params, state.masks, state.held, state.offsets, strict=True):
+    for p, mask, held, offsets in zip(state.params, state.masks, state.held, state.block_counts, strict=True):
         active, before = mask.to_bool(), p.clone()
-        taken = masked_take(p, held, offsets, torch.full((mask.nnz,), float("nan")))
+        taken = masked_take(p, held, offsets, torch.full((mask.num_active,), float("nan")))
         assert torch.equal(taken, p[active].float())
         assert torch.equal(masked_take(p, held, offsets, taken.clone(), add=True), 2 * taken)
-        values = torch.randn(mask.nnz)
+        values = torch.randn(mask.num_active)
         masked_put(p, held, offsets, values)
         assert torch.equal(p[active], values.to(dtype))
         assert torch.equal(bits(p)[~active], bits(before)[~active])
         with pytest.raises(ValueError, match="a moment of param 0"):
-            masked_take(p, held, offsets, torch.zeros(mask.nnz + 1))
+            masked_take(p, held, offsets, torch.zeros(mask.num_active + 1))
 
 
 def test_fused_multiply_add_is_rounded_once():
@@ -600,7 +612,7 @@ def test_bad_input_is_refused_by_name():
         "params": state.params,
         "grads": [grad],
         "masks": state.held,
-        "offsets": state.offsets,
+        "offsets": state.block_counts,
         "exp_avgs": state.m,
         "exp_avg_sqs": state.v,
     }
@@ -613,7 +625,7 @@ def test_bad_input_is_refused_by_name():
         ({"exp_avgs": [state.m[0][1:].clone()]}, {}, ValueError, "a moment of param 0"),
         ({"exp_avg_sqs": [state.v[0].double()]}, {}, ValueError, "a moment of param 0"),
         ({"masks": [state.held[0][1:].clone()]}, {}, ValueError, "mask of param 0"),
-        ({"offsets": [state.offsets[0] + 1]}, {}, ValueError, "the offsets of param 0 are not the counts"),
+        ({"offsets": [state.block_counts[0] + 1]}, {}, ValueError, "the offsets of param 0 are not the counts"),
         ({"masks": [state.held[0] | 0xF0]}, {}, ValueError, "bits beyond the last of its 100"),
         (
             {"masks": [torch.tensor([5, 1 << 28])], "offsets": [torch.zeros(0, dtype=torch.int64)]},
@@ -642,7 +654,7 @@ def test_operator_is_registered_as_torch_wants_it(dtype, precision):
             state.params,
             state.grads(dtype),
             state.held,
-            state.offsets,
+            state.block_counts,
             state.m,
             state.extras,
             [],
@@ -666,7 +678,7 @@ def test_operator_is_registered_as_torch_wants_it(dtype, precision):
             state.params,
             state.grads(dtype),
             state.held,
-            state.offsets,
+            state.block_counts,
             state.m,
             state.v,
             state.most,

@@ -85,7 +85,7 @@ def test_sgd(monkeypatch, weight_decay, momentum, dampening, nesterov, maximize)
                 state.params,
                 state.grads(BF16),
                 state.held,
-                state.offsets,
+                state.block_counts,
                 scalars,
                 momentum_buffers=state.m if momentum else (),
                 nesterov=nesterov,
@@ -104,8 +104,8 @@ def test_sgd(monkeypatch, weight_decay, momentum, dampening, nesterov, maximize)
 def test_cohorts_and_starts(monkeypatch, family, precision, dtype, places):
     def make():
         state = State(SIZES, dtype=dtype, precision=precision, places=places)
-        cohorts = [torch.randint(0, 3, (m.nnz,), generator=state.generator).to(torch.uint8) for m in state.masks]
-        inits = [torch.randn(m.nnz, generator=state.generator).to(dtype) for m in state.masks]
+        cohorts = [torch.randint(0, 3, (m.num_active,), generator=state.generator).to(torch.uint8) for m in state.masks]
+        inits = [torch.randn(m.num_active, generator=state.generator).to(dtype) for m in state.masks]
         state.options = {
             "cohorts": cohorts,
             "inits": inits,
@@ -117,7 +117,7 @@ def test_cohorts_and_starts(monkeypatch, family, precision, dtype, places):
     def twice(state):
         for t in (1, 2):
             steps = [t + 2 * c for _ in SIZES for c in range(3)]
-            common = (state.params, state.grads(dtype), state.held, state.offsets)
+            common = (state.params, state.grads(dtype), state.held, state.block_counts)
             options = {**state.options, "extras": state.extras, "precision": precision, "seed": -9}
             if family == "adamw":
                 masked_adamw(*common, state.m, state.v, adamw_scalars(steps, 1e-3, (0.9, 0.999), 1e-8, 0.1), **options)
