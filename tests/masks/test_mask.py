@@ -91,15 +91,15 @@ def test_what_is_no_mask_is_refused_by_name():
     for make, error, message in (
         (lambda: Mask.from_indices(torch.tensor([3, 1]), (5,)), ValueError, "index 1 comes after 3"),
         (lambda: Mask.from_indices(torch.tensor([1, 1]), (5,)), ValueError, "index 1 comes twice"),
-        (lambda: Mask.from_indices(torch.tensor([0, 5]), (5,)), ValueError, "index 5 lies outside a tensor of 5"),
-        (lambda: Mask.from_indices(torch.tensor([-1]), (5,)), ValueError, "index -1 lies outside"),
+        (lambda: Mask.from_indices(torch.tensor([0, 5]), (5,)), ValueError, "index 5 is outside of a tensor of 5"),
+        (lambda: Mask.from_indices(torch.tensor([-1]), (5,)), ValueError, "index -1 is outside"),
         (lambda: Mask.from_indices(torch.tensor([0.0]), (5,)), TypeError, "give int32 or int64"),
         (lambda: Mask.from_indices(torch.tensor([[0]]), (5,)), TypeError, "one dimension"),
         (lambda: Mask.from_bool(torch.ones(4)), TypeError, "give a bool tensor"),
         (lambda: Mask.from_bitmap(torch.zeros(2, dtype=torch.uint8), (5,)), ValueError, r"uint8 \[1\]"),
         (lambda: Mask.from_bitmap(torch.tensor([32], dtype=torch.uint8), (5,)), ValueError, "beyond the last of 5"),
         (lambda: Mask.from_bool(flags_of(5, 0.5)) & Mask.from_bool(flags_of(6, 0.5)), ValueError, "do not combine"),
-        (lambda: Mask.from_bool(flags_of(5, 0.5)).flat(2, 6), ValueError, "does not lie"),
+        (lambda: Mask.from_bool(flags_of(5, 0.5)).flat(2, 6), ValueError, "is not a range"),
     ):
         with pytest.raises(error, match=message):
             make()
