@@ -213,7 +213,9 @@ class SeedRunner:
         reference_run = self.folder / slug(self.experiment.reference_arm)
         if arm.mask is not None:
             final_set = MaskSet.load(self.mask_file(changed, reference_run, 1.0, density))
-            metrics["mask_recall"] = count_common(MaskSet.load(overrides["masks"]), final_set) / max(final_set.num_active, 1)
+            metrics["mask_recall"] = count_common(MaskSet.load(overrides["masks"]), final_set) / max(
+                final_set.num_active, 1
+            )
         if self.experiment.null:
             metrics["changed_null"] = expected_from_rounding(run, reference_run)
         return read_rows(run / "scores.jsonl")[-1]["scores"], metrics
