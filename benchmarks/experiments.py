@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from opdkernels.experiments.table import percent, table
+from opdkernels.experiments.table import table
+from opdkernels.formatting import percent
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "experiments"

@@ -8,22 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 
 from opdkernels.errors import printable
+from opdkernels.formatting import byte_size
 
 PLAIN_EVERY_S = 5.0
 Progress = Callable[[int, int, str], None]
-
-
-def amount(size: float) -> str:
-    """Bytes for people: 988 MB.
-
-    >>> amount(988_000_000)
-    '988 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(size) < 999.5 or unit == "TB":
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    raise AssertionError("unreachable")
 
 
 @contextlib.contextmanager
@@ -66,7 +54,9 @@ def plain() -> Progress:
         now = time.monotonic()
         if now - last >= PLAIN_EVERY_S:
             last = now
-            speed = amount(done / (now - began))
-            print(f"{amount(done)} of {amount(total)}, {speed}/s, at {printable(name)}", file=sys.stderr, flush=True)
+            speed = byte_size(done / (now - began))
+            print(
+                f"{byte_size(done)} of {byte_size(total)}, {speed}/s, at {printable(name)}", file=sys.stderr, flush=True
+            )
 
     return show

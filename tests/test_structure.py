@@ -24,7 +24,7 @@ LAYERS = [
     {"ops"},
     {"checkpoint"},
     {"backends"},
-    {"config", "progress", "bits", "files"},
+    {"config", "progress", "formatting", "bits", "files"},
     {"errors", "version", "_C"},
 ]
 FAMILIES = ("delta", "overlap", "quantile", "gram", "patch", "step", "divergence")

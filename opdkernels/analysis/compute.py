@@ -21,10 +21,11 @@ import torch
 from opdkernels.analysis.factors import Factors
 from opdkernels.analysis.matrices import TOPK, Matrix, matrices, views_of
 from opdkernels.checkpoint.match import ITEM_BYTES, Pair
+from opdkernels.formatting import byte_size
 from opdkernels.metrics.similarity import DEFICIENT, TOP, Similarity, Vectors, to_the_last
 from opdkernels.metrics.spectra import FINAL, SUBSPACE, UNDERFLOW, SpectrumRecord
 from opdkernels.ops.gram import change, gram, symmetric
-from opdkernels.progress import Progress, amount
+from opdkernels.progress import Progress
 from opdkernels.runs.records import Record, Records
 from opdkernels.spectral import principal
 from opdkernels.spectral.exact import (
@@ -256,7 +257,7 @@ def hopeless(work: Work, rules: Rules) -> str:
 
 def too_large(matrix: Matrix, rules: Rules, needed: int) -> str:
     least = f"pass --memory {needed // 10**6 + 1}MB" + (" or --spectra topk" if matrix.topk_memory < needed else "")
-    return f"memory: {matrix.m} x {matrix.n} needs {amount(needed)}, {amount(rules.limit)} are allowed; {least}"
+    return f"memory: {matrix.m} x {matrix.n} needs {byte_size(needed)}, {byte_size(rules.limit)} are allowed; {least}"
 
 
 @dataclass
@@ -416,7 +417,7 @@ def alone(matrix: Matrix, rules: Rules) -> Iterator[None]:
     """Of the SVDs that matrices near to singular need, one runs at a time, beyond the memory that was taken for Gram matrices."""
     if matrix.svd_memory > rules.limit:
         raise MemoryError(
-            f"{matrix.m} x {matrix.n} is near to singular: its SVD needs {amount(matrix.svd_memory)}, {amount(rules.limit)} are "
+            f"{matrix.m} x {matrix.n} is near to singular: its SVD needs {byte_size(matrix.svd_memory)}, {byte_size(rules.limit)} are "
             f"allowed; pass --memory {matrix.svd_memory // 10**6 + 1}MB"
         )
     with one_at_a_time:

@@ -11,7 +11,7 @@ from opdkernels.checkpoint.base import Source, open_source
 from opdkernels.checkpoint.match import ITEM_BYTES, Pair, match
 from opdkernels.config import AnalyzeOptions, validate_options
 from opdkernels.errors import printable
-from opdkernels.progress import amount
+from opdkernels.formatting import byte_size
 
 FIXED_MEMORY_BYTES = 40 * 10**6  # tables of the kernels and of the records in flight
 ASSUMED_FLOPS_S = 40e9  # fp64 matrix products of one core with AVX2
@@ -100,7 +100,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         if side in found:
             one = found[side]
             dtypes = ", ".join(f"{count} {dtype}" for dtype, count in one["dtypes"].items())
-            text.append(f"{printable(one['path'])}: {one['kind']}, {one['files']} files, {amount(one['bytes'])}")
+            text.append(f"{printable(one['path'])}: {one['kind']}, {one['files']} files, {byte_size(one['bytes'])}")
             text.append(f"  {one['tensors']} tensors ({dtypes}), {one['parameters']:,} parameters")
     if "plan" in found:
         how = ", ".join(f"{count} {way}" for way, count in found["how"].items())
@@ -112,14 +112,14 @@ def lines(found: dict[str, Any]) -> list[str]:
         text += [f"note: {printable(note)}" for note in found["notes"]]
         plan = found["plan"]
         text.append(
-            f"analyze would read {amount(plan['bytes'])}, hold up to {amount(plan['memory_bytes'])} beyond torch itself, "
+            f"analyze would read {byte_size(plan['bytes'])}, hold up to {byte_size(plan['memory_bytes'])} beyond torch itself, "
             f"and take about {plan['seconds_one_core']:g} s on one core once the files are in memory"
         )
         spectra = plan["spectra"]
         if spectra["matrices"]:
             text.append(
                 f"spectra of {spectra['matrices']} matrices: about {duration(spectra['seconds_one_core'])} more on one core "
-                f"({spectra['flops']:.2g} operations), {amount(spectra['memory_bytes'])} for the largest; --spectra off leaves them out"
+                f"({spectra['flops']:.2g} operations), {byte_size(spectra['memory_bytes'])} for the largest; --spectra off leaves them out"
             )
         if spectra["beyond_memory"]:
             text.append(

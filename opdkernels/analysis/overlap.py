@@ -21,6 +21,7 @@ from opdkernels.checkpoint.match import ITEM_BYTES, Match, Pair, match
 from opdkernels.checkpoint.names import place
 from opdkernels.config import OverlapOptions
 from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.formatting import measure, percent, times
 from opdkernels.metrics import groups as tables
 from opdkernels.metrics.coordinates import to_bf16_pattern
 from opdkernels.ops.overlap import (
@@ -316,13 +317,13 @@ def lines(result: Overlaps) -> list[str]:
         densities = f"{percent(share(p['changed_a'], summary['coordinates']))} {percent(share(p['changed_b'], summary['coordinates']))}"
         coverage = f"{percent(p['coverage_a'])} {percent(p['coverage_b'])}"
         text.append(
-            f"{p['run_a']} {p['run_b']:4}{densities:>18}{coverage:>20}{number(p['jaccard']):>9}{number(p['over_uniform_global']):>14}"
-            f"{number(p['over_magnitude']):>10}{number(p['z_magnitude']):>10}"
+            f"{p['run_a']} {p['run_b']:4}{densities:>18}{coverage:>20}{percent(p['jaccard']):>9}{times(p['over_uniform_global']):>14}"
+            f"{times(p['over_magnitude']):>10}{measure(p['z_magnitude']):>10}"
         )
         for strata in ("row", "column"):
             if f"over_{strata}" in p:
                 text.append(
-                    f"  within {strata}s and |W|: {number(p[f'over_{strata}'])} times chance, z {number(p[f'z_{strata}'])}"
+                    f"  within {strata}s and |W|: {times(p[f'over_{strata}'])} chance, z {measure(p[f'z_{strata}'])}"
                 )
     text += [f"excluded: {printable(e['name'])}: {printable(e['reason'])}" for e in summary["excluded"][:10]]
     text += [
@@ -332,11 +333,3 @@ def lines(result: Overlaps) -> list[str]:
     if result.path is not None:
         text.append(f"{result.run['seconds']:.2f} s; written to {printable(str(result.path))}")
     return text
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.3g} %"
-
-
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"

@@ -6,17 +6,9 @@ from typing import Any
 
 from opdkernels.analysis.result import Analysis
 from opdkernels.errors import printable
-from opdkernels.progress import amount
+from opdkernels.formatting import byte_size, measure, percent, times
 
 MOST_LISTED = 10
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.4g} %"
-
-
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
 
 
 def spectral(spectra: dict[str, Any] | None) -> list[str]:
@@ -25,7 +17,7 @@ def spectral(spectra: dict[str, Any] | None) -> list[str]:
         return []
     metrics = {name: centre["median"] for name, centre in spectra["metrics"].items()}
     rows = [
-        ("stable rank, and of a random update", "stable_rank", number, metrics["stable_rank_null"]),
+        ("stable rank, and of a random update", "stable_rank", measure, metrics["stable_rank_null"]),
         ("energy of the 16 top directions", "energy_16", percent, metrics["energy_16_null"]),
         ("energy within the top tenths of W", "projection_10pct", percent, metrics.get("projection_10pct_chance")),
         ("principal coverage at 10 %", "principal_coverage_10pct", percent, 0.1),
@@ -62,10 +54,10 @@ def lines(result: Analysis) -> list[str]:
                 text.append(f"{label:34}{show(stored[key]):>12}{show(visible[key]):>12}")
             kinds = ", ".join(f"{kind} in {count}" for kind, count in summary["null_kinds"].items())
             text.append(
-                f"{'changed, over rounding alone':34}{'':>12}{number(visible['changed_over_null']):>12}   (nearest null: {kinds} tensors)"
+                f"{'changed, over rounding alone':34}{'':>12}{times(visible['changed_over_null']):>12}   (nearest null: {kinds} tensors)"
             )
             text.append(
-                f"{'near-zero coverage, the same':34}{'':>12}{number(visible['near_zero_coverage_10pct_over_null']):>12}"
+                f"{'near-zero coverage, the same':34}{'':>12}{times(visible['near_zero_coverage_10pct_over_null']):>12}"
             )
     text += spectral(summary.get("spectra"))
     for title, items in (
@@ -81,5 +73,5 @@ def lines(result: Analysis) -> list[str]:
             text.append(f"{title}: {len(items) - MOST_LISTED} more in summary.json")
     if result.path is not None:
         size = sum(fact["bytes"] for side in result.run["inputs"].values() for fact in side["files"])
-        text.append(f"{amount(size)} in {result.run['seconds']:.2f} s; written to {printable(str(result.path))}")
+        text.append(f"{byte_size(size)} in {result.run['seconds']:.2f} s; written to {printable(str(result.path))}")
     return text

@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from opdkernels.analysis import text
 from opdkernels.analysis.compute import Job, Rules, compute_all
 from opdkernels.analysis.factors import Factors
 from opdkernels.analysis.overlap import bytes_each, in_all, place_of, read_all
@@ -34,6 +33,7 @@ from opdkernels.checkpoint.match import Match, Pair, match
 from opdkernels.checkpoint.names import Place, place
 from opdkernels.config import AnalyzeOptions, TrajectoryOptions
 from opdkernels.errors import UsageError, printable
+from opdkernels.formatting import measure, percent
 from opdkernels.metrics import groups as tables
 from opdkernels.metrics.coordinates import VIEWS, to_bf16_pattern
 from opdkernels.metrics.groups import Row
@@ -497,7 +497,7 @@ def whole_model(rows: Sequence[Row]) -> dict[str, Row]:
 
 def lines(result: Trajectory) -> list[str]:
     """A finished trajectory in a few lines, for the terminal."""
-    summary, percent, number = result.summary, text.percent, text.number
+    summary = result.summary
     found = [f"source: {printable(summary['source'])}"]
     found.append(
         f"{'step':>8}{'unchanged':>11}{'visible':>10}{'rel. norm':>11}{'stable rank':>13}{'cosine':>9}{'Sim_16':>8}{'coverage':>10}{'since':>9}  checkpoint"
@@ -506,7 +506,7 @@ def lines(result: Trajectory) -> list[str]:
         stored, visible = (step["views"].get(view, {}) for view in VIEWS)
         found.append(
             f"{step['step']:8}{percent(stored.get('frac_zero')):>11}{percent(visible.get('frac_zero')):>10}{percent(stored.get('relative_norm')):>11}"
-            f"{number(stored.get('stable_rank')):>13}{number(stored.get('cosine_final')):>9}{number(mean([stored.get(name) for name in SIMILARITY])):>8}"
+            f"{measure(stored.get('stable_rank')):>13}{measure(stored.get('cosine_final')):>9}{measure(mean([stored.get(name) for name in SIMILARITY])):>8}"
             f"{percent(visible.get('coverage_final')):>10}{percent(visible.get('frac_changed_since_previous')):>9}  {printable(step['path'])}"
         )
     found.append(

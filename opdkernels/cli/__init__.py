@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from opdkernels.distillation.options import DistillOptions, demo_options
 from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.formatting import percent
 
 EXIT_STATUS = (
     "Exit status: 0 done, 2 usage, 3 done but some tensors were excluded, failed or hold NaN or Inf, 4 bad input."
@@ -454,7 +455,7 @@ def mask_overlap(
 def save_masks(masks: Any, out: str) -> None:
     masks.save(out)
     typer.echo(
-        f"{masks.num_active:,} of {masks.numel:,} coordinates of {len(masks)} tensors ({100 * masks.density:.4g} %) are active; written to {printable(out)}"
+        f"{masks.num_active:,} of {masks.numel:,} coordinates of {len(masks)} tensors ({percent(masks.density)}) are active; written to {printable(out)}"
     )
 
 
@@ -586,9 +587,9 @@ def graft_command(
             progress=progress,
         )
     if not quiet:
-        share = 100 * found["kept"] / found["changed"] if found["changed"] else 0.0
+        share = found["kept"] / found["changed"] if found["changed"] else 0.0
         text = [
-            f"{printable(out)}: {found['kept']:,} of the {found['changed']:,} changed coordinates are TUNED's ({share:.3g} %)"
+            f"{printable(out)}: {found['kept']:,} of the {found['changed']:,} changed coordinates are TUNED's ({percent(share)})"
         ]
         show(
             found,

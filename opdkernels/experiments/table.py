@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from opdkernels.formatting import percent
+
 COLUMNS = {
     "update_fraction": "update fraction",
     "trained": "trained",
@@ -49,7 +51,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         cells = [
             row["arm"].replace("|", r"\|"),
             with_interval(row, "score", "{:.3f}".format),
-            with_interval(row, "gain_retained", percent),
+            with_interval(row, "gain_retained", lambda value: percent(value, 0)),
             *(cell(column, row.get(column)) for column in columns),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -60,15 +62,6 @@ def cell(column: str, value: float | None) -> str:
     if value is None:
         return ""
     return f"{100 * value:.2g} %" if column == "relative_norm" else percent(value, 1)
-
-
-def percent(fraction: float, digits: int = 0) -> str:
-    """A fraction in percent, rounded to `digits` decimals.
-
-    >>> percent(0.1234), percent(-0.004), percent(1, 1)
-    ('12 %', '0 %', '100.0 %')
-    """
-    return f"{round(100 * fraction, digits) + 0.0:.{digits}f} %"
 
 
 def with_interval(row: Mapping[str, Any], name: str, text: Callable[[float], str]) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from opdkernels.bits import bit_counts, popcount
+from opdkernels.formatting import percent
 
 BLOCK = 2048  # coordinates per element of block_counts
 SPARSE = 1 / 32  # density below which indices are smaller than a bitmap
@@ -218,7 +219,7 @@ class Mask:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"Mask({list(self.shape)}, {self.num_active:,} active, {100 * self.density:.3g} %)"
+        return f"Mask({list(self.shape)}, {self.num_active:,} active, {percent(self.density)})"
 
 
 def index_dtype(numel: int) -> torch.dtype:

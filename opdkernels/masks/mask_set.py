@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from opdkernels.errors import InputError, printable
+from opdkernels.formatting import percent
 from opdkernels.masks.mask import Mask
 
 FORMAT, VERSION = "opdkernels masks", "1"
@@ -195,7 +196,7 @@ class MaskSet(Mapping[str, Mask]):
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"MaskSet({len(self)} tensors, {self.num_active:,} of {self.numel:,} active, {100 * self.density:.3g} %)"
+        return f"MaskSet({len(self)} tensors, {self.num_active:,} of {self.numel:,} active, {percent(self.density)})"
 
 
 def from_bools(active: Mapping[str, torch.Tensor]) -> MaskSet:

@@ -7,6 +7,7 @@ from typing import Any
 
 from opdkernels.checkpoint.names import place
 from opdkernels.errors import printable
+from opdkernels.formatting import percent, times
 from opdkernels.masks.mask_set import MaskSet
 
 GROUPS = ("block", "module", "layer")
@@ -92,11 +93,6 @@ def ratio(a: float, b: float) -> float | None:
     return a / b if b else None
 
 
-def percent(value: float | None) -> str:
-    """A fraction as a percentage with four digits; "-" for None."""
-    return "-" if value is None else f"{100 * value:.4g} %"
-
-
 def format_stats(stats: dict[str, Any]) -> list[str]:
     """The result of `mask_stats` as lines of text."""
     text = [
@@ -118,7 +114,7 @@ def format_stats(stats: dict[str, Any]) -> list[str]:
 def format_comparison(comparison: dict[str, Any]) -> list[str]:
     """The result of `compare_masks` as lines of text."""
     over_chance = ", ".join(
-        f"{comparison[key]:.4g} times {reference}"
+        f"{times(comparison[key])} {reference}"
         for key, reference in (
             ("over_uniform", "chance per tensor"),
             ("over_uniform_global", "chance over the model"),
@@ -132,5 +128,5 @@ def format_comparison(comparison: dict[str, Any]) -> list[str]:
     ]
     rows = [row for row in comparison["by_tensor"] if row["over_uniform"] is not None]
     for row in sorted(rows, key=lambda row: -row["over_uniform"])[:MAX_TENSORS_LISTED]:
-        text.append(f"{row['over_uniform']:11.4g}  {percent(row['coverage_a']):>9}  {printable(row['name'])}")
+        text.append(f"{times(row['over_uniform']):>11}  {percent(row['coverage_a']):>9}  {printable(row['name'])}")
     return text

@@ -17,7 +17,7 @@ from opdkernels.checkpoint.base import TensorInfo
 from opdkernels.checkpoint.openfile import Buffer, choose_io
 from opdkernels.checkpoint.safetensors import DuplicateKey, SafetensorsFile, dtype_name, stored_dtype, unique_keys
 from opdkernels.errors import InputError, printable
-from opdkernels.progress import amount
+from opdkernels.formatting import byte_size, percent
 
 FORMAT, VERSION = "opdkernels.patch", "1"
 BESIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
@@ -302,10 +302,10 @@ def lines(found: dict[str, Any]) -> list[str]:
     """The same for people."""
     whole = found["tensors_whole"]
     text = [
-        f"{printable(found['path'])}: {amount(found['bytes'])}, {100 * found['share']:.3g} % of the {amount(found['bytes_trained'])} it makes",
+        f"{printable(found['path'])}: {byte_size(found['bytes'])}, {percent(found['share'])} of the {byte_size(found['bytes_trained'])} it makes",
         f"from   {found['source_digest']}",
         f"makes  {found['trained_digest']}: {', '.join(map(printable, found['files']))}",
-        f"changed {found['changed']:,} of {found['items']:,} ({100 * found['density']:.3g} %), {found['tensors']} tensors, {found['tensors_unchanged']} of them unchanged",
+        f"changed {found['changed']:,} of {found['items']:,} ({percent(found['density'])}), {found['tensors']} tensors, {found['tensors_unchanged']} of them unchanged",
     ]
     if whole:
         text.append(

@@ -1,6 +1,6 @@
 """The page of a run: one file of HTML that needs nothing else, made from an Analysis alone.
 
-Everything from files passes through `format.name` or jinja2's escaping, and a content security policy lets the browser
+Everything from files passes through `typography.name` or jinja2's escaping, and a content security policy lets the browser
 run and apply only the script and style that this package ships.
 """
 
@@ -16,11 +16,11 @@ from opdkernels.analysis.overlap import Overlaps
 from opdkernels.analysis.result import Analysis
 from opdkernels.analysis.trajectory import Trajectory
 from opdkernels.files import write_atomically
-from opdkernels.report import formatting as format
+from opdkernels.report import typography
 from opdkernels.version import __version__
 
 HERE = Path(__file__).parent
-FILTERS = ("percent", "times", "measure", "count", "size", "plural", "name", "breakable")
+FILTERS = ("percent", "times", "measure", "count", "plural", "name", "breakable")
 
 
 def write(folder: Path, result: Analysis) -> Path:
@@ -102,7 +102,7 @@ def _environment() -> Any:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update({name: getattr(format, name) for name in FILTERS})
+    environment.filters.update({name: getattr(typography, name) for name in FILTERS})
     return environment
 
 

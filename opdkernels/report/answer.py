@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from opdkernels.metrics.rounding_null import KINDS
-from opdkernels.report.formatting import count, name, percent, plural, times
+from opdkernels.report.typography import count, name, percent, plural, times
 
 WITHIN = 0.1  # a ratio to the null within a tenth of 1 counts as explained by rounding
 POOR_FIT = 0.25  # nearest null off by this share of the changed coordinates: its ratios are rough

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from opdkernels.report.formatting import MISSING, count, percent, significant, times
+from opdkernels.report.typography import MISSING, count, format_range, percent, significant, times
 
 SEQUENTIAL_STEPS = 9
 DIVERGING_STEPS = 11
@@ -122,7 +122,7 @@ def sparsity_curve(curve: dict[str, list[float | None]], frame: Frame = FRAMES[0
     )
     width = frame.inner[0] / (len(eps) - 1)
     for i, e in enumerate(eps):
-        told = f"ε = {significant(e, 3)}: visible {percent(series['visible'][i])}, stored {band(series['stored_lower'][i], series['stored_upper'][i])}, rounding alone {percent(series['null'][i])}"
+        told = f"ε = {significant(e, 3)}: visible {percent(series['visible'][i])}, stored {format_range(series['stored_lower'][i], series['stored_upper'][i])}, rounding alone {percent(series['null'][i])}"
         parts.append(
             Markup('<g class="probe"><title>{}</title><rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
                 told, _n(x(e) - width / 2), frame.top, _n(width), frame.inner[1]
@@ -138,12 +138,6 @@ def sparsity_curve(curve: dict[str, list[float | None]], frame: Frame = FRAMES[0
     )
     label = f"Share of coordinates with |Δ| at most ε. At 1e-5: visible {percent(series['visible'][marked])}, rounding alone {percent(series['null'][marked])}."
     return _svg(frame.width, frame.height, label, parts, f"chart {frame.kind}")
-
-
-def band(lower: float | None, upper: float | None) -> str:
-    """An interval as text; one number where both ends read the same."""
-    low, high = percent(lower), percent(upper)
-    return low if low == high else f"{low} to {high}"
 
 
 def spectrum_curve(

@@ -10,8 +10,7 @@ import pyarrow.compute as pc
 
 from opdkernels.analysis.result import Analysis
 from opdkernels.metrics.coordinates import RATIOS, VIEWS, ratio_label
-from opdkernels.report import charts
-from opdkernels.report import formatting as format
+from opdkernels.report import charts, typography
 from opdkernels.report.answer import COVERAGE, WITHIN, answer, fit
 from opdkernels.report.facts import MOST_LISTED as MOST_LISTED
 from opdkernels.report.facts import facts, files, left_out
@@ -46,7 +45,7 @@ def content(result: Analysis) -> dict[str, Any]:
         "answer": answer(
             summary, fitted, [r for r in result.groups.to_pylist() if r["by"] == "module" and r["view"] == "visible"]
         ),
-        "sides": [(role, format.name(summary[role])) for role in ("source", "trained")],
+        "sides": [(role, typography.name(summary[role])) for role in ("source", "trained")],
         "matched": summary["matched"],
         "figures": figures(views, summary["curve"]),
         "gauges": gauges(views.get("visible", {})),

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opdkernels.report import charts
-from opdkernels.report import formatting as format
+from opdkernels.report import charts, typography
 from opdkernels.report.glossary import glossary
 from opdkernels.report.tables import Cell, Column, build
 
@@ -31,9 +30,9 @@ def content(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": f"Experiment {result['experiment']}",
         "sides": [
-            ("student", format.name(result["student"])),
-            ("teacher", format.name(result["teacher"] or "none")),
-            ("task", format.name(result["task"])),
+            ("student", typography.name(result["student"])),
+            ("teacher", typography.name(result["teacher"] or "none")),
+            ("task", typography.name(result["task"])),
         ],
         "headline": headline(result),
         "about": result["about"],
@@ -41,7 +40,7 @@ def content(result: Mapping[str, Any]) -> dict[str, Any]:
         "scores": [
             charts.interval_chart(
                 [(row["arm"], row["score"], row["score_low"], row["score_high"]) for row in rows],
-                format.percent,
+                typography.percent,
                 "Scores:",
                 "score",
                 frame,
@@ -56,10 +55,10 @@ def content(result: Mapping[str, Any]) -> dict[str, Any]:
         "run": {"command": f"experiment {result['experiment']}"},
         "facts": [
             ("seeds", str(result["seeds"])),
-            ("held-out prompts", format.count(result["prompts"])),
-            ("steps", format.count(result["steps"])),
-            ("density", format.percent(result["density"]) if result["density"] else "what shows in bf16"),
-            *((name, format.name(str(value))) for name, value in result["options"].items()),
+            ("held-out prompts", typography.count(result["prompts"])),
+            ("steps", typography.count(result["steps"])),
+            ("density", typography.percent(result["density"]) if result["density"] else "what shows in bf16"),
+            *((name, typography.name(str(value))) for name, value in result["options"].items()),
         ],
         "glossary": glossary(["stored", "visible", *(column.key for column in columns)]),
     }
@@ -70,13 +69,13 @@ def told(row: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(row)
     for name in ("score", "gain_retained"):
         if row.get(name) is not None:
-            found[name] = Cell(interval(row, name), format.exact(row[name]))
+            found[name] = Cell(interval(row, name), typography.sort_value(row[name]))
     return {column.key: found.get(column.key) for column in COLUMNS} | {"arm": row["arm"]}
 
 
 def interval(row: Mapping[str, Any], name: str) -> str:
     """A value with its interval, in words."""
-    value, low, high = (format.percent(row[key]) for key in (name, f"{name}_low", f"{name}_high"))
+    value, low, high = (typography.percent(row[key]) for key in (name, f"{name}_low", f"{name}_high"))
     return f"{value} ({low} to {high})"
 
 
@@ -88,7 +87,7 @@ def kept(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
     ]
     return (
         [
-            charts.interval_chart(known, format.percent, "Share of the gain kept:", "share of the gain kept", frame)
+            charts.interval_chart(known, typography.percent, "Share of the gain kept:", "share of the gain kept", frame)
             for frame in charts.FRAMES
         ]
         if known
@@ -126,7 +125,7 @@ def curves(along: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "note": note,
                     "keys": [(kind, name) for kind, name, _ in drawn],
                     "drawings": [
-                        charts.step_curve(steps, drawn, format.percent, heading, frame) for frame in charts.FRAMES
+                        charts.step_curve(steps, drawn, typography.percent, heading, frame) for frame in charts.FRAMES
                     ],
                 }
             )
@@ -144,7 +143,7 @@ def headline(result: Mapping[str, Any]) -> str:
         "precision": told_changes,
     }
     sentence = told[result["experiment"]](rows) if result["experiment"] in told else told_best(rows)
-    gain = f"{format.percent(rows['start']['score'])} to {format.percent(rows[result['reference_arm']]['score'])}"
+    gain = f"{typography.percent(rows['start']['score'])} to {typography.percent(rows[result['reference_arm']]['score'])}"
     return (
         f"{sentence} ({result['reference_arm']}: {gain})"
         if sentence
@@ -156,13 +155,13 @@ def told_masks(rows: Mapping[str, Mapping[str, Any]]) -> str:
     found = rows.get("changed", {})
     if found.get("gain_retained") is None:
         return ""
-    return f"Training {format.percent(found['trained'])} of the weights, those that the full run changed most, keeps {format.percent(found['gain_retained'])} of its gain"
+    return f"Training {typography.percent(found['trained'])} of the weights, those that the full run changed most, keeps {typography.percent(found['gain_retained'])} of its gain"
 
 
 def told_trajectory(rows: Mapping[str, Mapping[str, Any]]) -> str:
     first = next((row for row in rows.values() if row["arm"].startswith("mask at")), None)
     return (
-        f"The {first['arm']} holds {format.percent(first['mask_recall'])} of the final one; by chance it would hold {format.percent(first['trained'])}"
+        f"The {first['arm']} holds {typography.percent(first['mask_recall'])} of the final one; by chance it would hold {typography.percent(first['trained'])}"
         if first
         else ""
     )
@@ -172,12 +171,14 @@ def told_grafts(rows: Mapping[str, Mapping[str, Any]]) -> str:
     alone, rest = rows.get("largest alone", {}), rows.get("all but the largest", {})
     if alone.get("gain_retained") is None or rest.get("gain_retained") is None:
         return ""
-    return f"The largest {format.percent(alone['update_fraction'])} of the changes alone keep {format.percent(alone['gain_retained'])} of the gain, all others {format.percent(rest['gain_retained'])}"
+    return f"The largest {typography.percent(alone['update_fraction'])} of the changes alone keep {typography.percent(alone['gain_retained'])} of the gain, all others {typography.percent(rest['gain_retained'])}"
 
 
 def told_changes(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "Changed as stored: " + ", ".join(
-        f"{format.percent(row['changed_stored'])} with {arm}" for arm, row in rows.items() if "changed_stored" in row
+        f"{typography.percent(row['changed_stored'])} with {arm}"
+        for arm, row in rows.items()
+        if "changed_stored" in row
     )
 
 
@@ -189,7 +190,8 @@ def told_best(rows: Mapping[str, Mapping[str, Any]]) -> str:
         if rate and (way not in best or row["score"] > best[way]["score"]):
             best[way] = row
     return (
-        "At the best of its rates: " + ", ".join(f"{way} {format.percent(row['score'])}" for way, row in best.items())
+        "At the best of its rates: "
+        + ", ".join(f"{way} {typography.percent(row['score'])}" for way, row in best.items())
         if best
         else ""
     )

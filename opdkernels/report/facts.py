@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opdkernels.errors import printable
-from opdkernels.report import formatting as format
+from opdkernels.report import typography
 
 MOST_LISTED = 200
 
@@ -17,7 +17,7 @@ def left_out(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     def unmatched(items: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
         return [
             (
-                format.name(u["name"]),
+                typography.name(u["name"]),
                 f"{u['side']}, {u['dtype']} {' × '.join(map(str, u['shape'])) or 'scalar'}"
                 if u["dtype"]
                 else u["side"],
@@ -37,14 +37,14 @@ def left_out(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             "Failed",
             "Could not be counted; the run ends with status 3. The same command again retries them.",
             len(summary["failed"]),
-            [(format.name(f["name"]), "", printable(f["reason"])) for f in summary["failed"][:MOST_LISTED]],
+            [(typography.name(f["name"]), "", printable(f["reason"])) for f in summary["failed"][:MOST_LISTED]],
         ),
         (
             "NaN or Inf",
             "These coordinates are left out of every figure; the run ends with status 3.",
             len(summary["nonfinite"]),
             [
-                (format.name(f["name"]), "", format.plural(f["coordinates"], "coordinate"))
+                (typography.name(f["name"]), "", typography.plural(f["coordinates"], "coordinate"))
                 for f in summary["nonfinite"][:MOST_LISTED]
             ],
         ),
@@ -58,7 +58,7 @@ def left_out(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             "Tied",
             "The same matrix under two names, counted once.",
             len(summary["tied"]),
-            [(format.name(t), "", "") for t in summary["tied"][:MOST_LISTED]],
+            [(typography.name(t), "", "") for t in summary["tied"][:MOST_LISTED]],
         ),
         ("Notes", "", len(summary["notes"]), [("", "", printable(n)) for n in summary["notes"][:MOST_LISTED]]),
     ]
@@ -73,10 +73,10 @@ def files(run: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         {
             "role": role,
-            "name": format.name(f["name"]),
-            "size": format.size(f["bytes"]),
-            "time": format.moment(f["mtime_ns"]),
-            "digest": format.name(f["header_digest"]),
+            "name": typography.name(f["name"]),
+            "size": typography.byte_size(f["bytes"]),
+            "time": typography.timestamp(f["mtime_ns"]),
+            "digest": typography.name(f["header_digest"]),
         }
         for role, side in run["inputs"].items()
         for f in side["files"][:MOST_LISTED]
@@ -91,44 +91,47 @@ def facts(summary: Mapping[str, Any], run: Mapping[str, Any]) -> list[tuple[str,
     found = [
         (
             role,
-            f"{format.name(side['path'])} ({format.name(side['kind'])}, "
-            f"{format.plural(len(side['files']), 'file')}, "
-            f"{format.size(sum(f['bytes'] for f in side['files']))})",
+            f"{typography.name(side['path'])} ({typography.name(side['kind'])}, "
+            f"{typography.plural(len(side['files']), 'file')}, "
+            f"{typography.byte_size(sum(f['bytes'] for f in side['files']))})",
         )
         for role, side in inputs.items()
     ]
     found += [
         (
             "matched",
-            ", ".join(f"{format.count(n)} {format.name(how)}" for how, n in summary["matched"]["how"].items())
-            or format.MISSING,
+            ", ".join(f"{typography.count(n)} {typography.name(how)}" for how, n in summary["matched"]["how"].items())
+            or typography.MISSING,
         ),
         (
             "dtypes",
-            ", ".join(f"{format.name(dtype)} in {format.count(n)}" for dtype, n in summary["matched"]["dtypes"].items())
-            or format.MISSING,
+            ", ".join(
+                f"{typography.name(dtype)} in {typography.count(n)}"
+                for dtype, n in summary["matched"]["dtypes"].items()
+            )
+            or typography.MISSING,
         ),
         ("started", run["started"].replace("T", " ").replace("+00:00", " UTC")),
         (
             "took",
-            f"{format.duration(run.get('seconds'))} for {format.size(bytes_read)}"
-            + (f"; {format.plural(resumed, 'tensor')} from an earlier start" if resumed else ""),
+            f"{typography.duration(run.get('seconds'))} for {typography.byte_size(bytes_read)}"
+            + (f"; {typography.plural(resumed, 'tensor')} from an earlier start" if resumed else ""),
         ),
         (
             "machine",
-            f"{format.name(machine['processor'])}, {format.plural(machine['threads'], 'thread')}, "
-            f"{format.name(machine['instruction_set'])}",
+            f"{typography.name(machine['processor'])}, {typography.plural(machine['threads'], 'thread')}, "
+            f"{typography.name(machine['instruction_set'])}",
         ),
         ("versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items())),
         (
             "options",
             ", ".join(
-                f"{k} {format.size(v) if k == 'memory' else format.name(str(v))}"
+                f"{k} {typography.byte_size(v) if k == 'memory' else typography.name(str(v))}"
                 for k, v in run["options"].items()
                 if v not in (None, False)
             )
-            or format.MISSING,
+            or typography.MISSING,
         ),
-        ("identity", format.name(run["identity"])),
+        ("identity", typography.name(run["identity"])),
     ]
     return found

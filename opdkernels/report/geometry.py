@@ -12,8 +12,8 @@ from opdkernels.analysis.result import Analysis
 from opdkernels.metrics.coordinates import RATIOS, ratio_label
 from opdkernels.metrics.geometry import TOP, random_decay, random_spectrum
 from opdkernels.report import charts
-from opdkernels.report.formatting import percent, plural, significant
 from opdkernels.report.order import MODULE_ORDER
+from opdkernels.report.typography import percent, plural, significant
 
 SHARES = np.linspace(0, 1, 51)
 MOST_LAYERS = 200

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from opdkernels.analysis.overlap import Overlaps
-from opdkernels.report import charts
-from opdkernels.report import formatting as format
+from opdkernels.errors import printable
+from opdkernels.report import charts, typography
 from opdkernels.report.content import MODULE_ORDER
 from opdkernels.report.facts import MOST_LISTED, files
 from opdkernels.report.glossary import glossary
@@ -71,12 +71,12 @@ def content(result: Overlaps) -> dict[str, Any]:
     return {
         "title": "What runs changed together",
         "sides": [
-            ("source", format.name(summary["source"])),
-            *((f"run {k}", format.name(v)) for k, v in summary["runs"].items()),
+            ("source", typography.name(summary["source"])),
+            *((f"run {k}", typography.name(v)) for k, v in summary["runs"].items()),
         ],
         "headline": headline(summary),
-        "detail": f"{format.count(summary['coordinates'])} coordinates in {format.plural(summary['tensors'], 'tensor')}; "
-        f"changed where the visible |Δ| exceeds {format.measure(summary['atol'])}.",
+        "detail": f"{typography.count(summary['coordinates'])} coordinates in {typography.plural(summary['tensors'], 'tensor')}; "
+        f"changed where the visible |Δ| exceeds {typography.measure(summary['atol'])}.",
         "reading": reading(summary, finer),
         "exactly": exactly(summary),
         "maps": maps(rows),
@@ -95,14 +95,14 @@ def named(row: dict[str, Any]) -> dict[str, Any]:
 
 def by_layer(row: dict[str, Any]) -> dict[str, Any]:
     layer = row["layer"]
-    return {**named(row), "layer": Cell(str(layer) if layer >= 0 else format.MISSING, str(layer))}
+    return {**named(row), "layer": Cell(str(layer) if layer >= 0 else typography.MISSING, str(layer))}
 
 
 def headline(summary: dict[str, Any]) -> str:
     first = summary["pairs"][0]
     if first["coverage_a"] is None or first["coverage_b"] is None:
         return "A run changed nothing"
-    share = format.percent(first["coverage_a"])
+    share = typography.percent(first["coverage_a"])
     return f"{share} of what run {first['run_a']} changed, run {first['run_b']} changed too"
 
 
@@ -112,15 +112,15 @@ def reading(summary: dict[str, Any], finer: list[str]) -> list[str]:
     if p["over_magnitude"] is None:
         return ["Nothing that both runs could share was changed."]
     said = [
-        f"By uniform chance, the paper's baseline, that is {format.times(p['over_uniform_global'])}. But in bf16 only small weights visibly move, so two "
-        f"unrelated runs overlap too: among coordinates of the same |W| it is {format.times(p['over_magnitude'])}, z = {format.measure(p['z_magnitude'])}."
+        f"By uniform chance, the paper's baseline, that is {typography.times(p['over_uniform_global'])}. But in bf16 only small weights visibly move, so two "
+        f"unrelated runs overlap too: among coordinates of the same |W| it is {typography.times(p['over_magnitude'])}, z = {typography.measure(p['z_magnitude'])}."
     ]
     if p["over_magnitude"] < SHARED:
         said.append("So most of the overlap is that of magnitudes, not a choice that the runs share.")
     else:
         said.append("So the runs share more than the magnitudes of the weights explain.")
     said += [
-        f"Within the {s}s of each matrix, and |W| in them: {format.times(p[f'over_{s}'])}, z = {format.measure(p[f'z_{s}'])}."
+        f"Within the {s}s of each matrix, and |W| in them: {typography.times(p[f'over_{s}'])}, z = {typography.measure(p[f'z_{s}'])}."
         for s in finer
         if p.get(f"over_{s}") is not None
     ]
@@ -130,7 +130,7 @@ def reading(summary: dict[str, Any], finer: list[str]) -> list[str]:
 def exactly(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     total = summary["coordinates"] or 1
     return [
-        (format.plural(int(j), "run"), format.count(n), format.percent(n / total))
+        (typography.plural(int(j), "run"), typography.count(n), typography.percent(n / total))
         for j, n in summary["changed_in_exactly"].items()
     ]
 
@@ -168,12 +168,15 @@ def left_out(summary: dict[str, Any]) -> list[dict[str, Any]]:
         (
             "Excluded",
             "Not in every run in the same shape; the run ends with status 3.",
-            [(format.name(e["name"]), "", format.printable(e["reason"])) for e in summary["excluded"]],
+            [(typography.name(e["name"]), "", printable(e["reason"])) for e in summary["excluded"]],
         ),
         (
             "NaN or Inf",
             "These coordinates are left out of every figure; the run ends with status 3.",
-            [(format.name(e["name"]), "", format.plural(e["coordinates"], "coordinate")) for e in summary["nonfinite"]],
+            [
+                (typography.name(e["name"]), "", typography.plural(e["coordinates"], "coordinate"))
+                for e in summary["nonfinite"]
+            ],
         ),
     ]
     return [
@@ -188,16 +191,16 @@ def facts(run: dict[str, Any]) -> list[tuple[str, str]]:
         *(
             (
                 role,
-                f"{format.name(side['path'])} ({format.name(side['kind'])}, {format.plural(len(side['files']), 'file')})",
+                f"{typography.name(side['path'])} ({typography.name(side['kind'])}, {typography.plural(len(side['files']), 'file')})",
             )
             for role, side in run["inputs"].items()
         ),
         ("started", run["started"].replace("T", " ").replace("+00:00", " UTC")),
-        ("took", format.duration(run.get("seconds"))),
+        ("took", typography.duration(run.get("seconds"))),
         (
             "machine",
-            f"{format.name(run['machine']['processor'])}, {format.plural(run['machine']['threads'], 'thread')}, {format.name(run['machine']['instruction_set'])}",
+            f"{typography.name(run['machine']['processor'])}, {typography.plural(run['machine']['threads'], 'thread')}, {typography.name(run['machine']['instruction_set'])}",
         ),
         ("versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items())),
-        ("identity", format.name(run["identity"])),
+        ("identity", typography.name(run["identity"])),
     ]

@@ -7,7 +7,7 @@ import json
 import pyarrow as pa
 
 from opdkernels.metrics.coordinates import VIEWS
-from opdkernels.report import formatting as format
+from opdkernels.report import typography
 from opdkernels.report.answer import COVERAGE
 from opdkernels.report.tables import Cell, Column, Table, build
 
@@ -68,7 +68,7 @@ def group_tables(groups: pa.Table) -> list[Table]:
 
 
 def layer_cell(layer: int) -> Cell:
-    return Cell(str(layer) if layer >= 0 else format.MISSING, str(layer))
+    return Cell(str(layer) if layer >= 0 else typography.MISSING, str(layer))
 
 
 TENSOR_COLUMNS = [
@@ -120,7 +120,7 @@ def tensor_tables(tensors: pa.Table) -> list[Table]:
         about = dict(pair["visible"])
         renamed = about["trained_name"] != about["name"]
         about["name"] = Cell(
-            format.name(about["name"]), None, f"→ {format.name(about['trained_name'])}" if renamed else ""
+            typography.name(about["name"]), None, f"→ {typography.name(about['trained_name'])}" if renamed else ""
         )
         about["layer"] = layer_cell(about["layer"])
         about["shape"] = Cell(" × ".join(map(str, json.loads(about["shape"]))) or "scalar", None)

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from opdkernels.report import formatting as format
+from opdkernels.report import typography
 from opdkernels.report.glossary import FIGURES
 
 FORMATS: dict[str, Callable[[Any], str]] = {
-    "count": format.count,
-    "percent": format.percent,
-    "times": format.times,
-    "measure": format.measure,
+    "count": typography.count,
+    "percent": typography.percent,
+    "times": typography.times,
+    "measure": typography.measure,
 }
 
 
@@ -51,8 +51,8 @@ class Column:
         if isinstance(value, Cell):
             return value
         if self.kind == "text":
-            return Cell(format.name(value) if value is not None else format.MISSING, None)
-        return Cell(FORMATS[self.kind](value), format.exact(value))
+            return Cell(typography.name(value) if value is not None else typography.MISSING, None)
+        return Cell(FORMATS[self.kind](value), typography.sort_value(value))
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from opdkernels.analysis.trajectory import SIMILARITY, Trajectory, mean
+from opdkernels.errors import printable
 from opdkernels.metrics.similarity import TOP
-from opdkernels.report import charts
-from opdkernels.report import formatting as format
+from opdkernels.report import charts, typography
 from opdkernels.report.facts import MOST_LISTED, files
 from opdkernels.report.glossary import glossary
 from opdkernels.report.order import MODULE_ORDER
@@ -44,8 +44,8 @@ def content(result: Trajectory) -> dict[str, Any]:
     return {
         "title": "How a run changed its weights",
         "sides": [
-            ("source", format.name(summary["source"])),
-            *((f"step {s['step']}", format.name(s["path"])) for s in (summary["steps"][0], summary["steps"][-1])),
+            ("source", typography.name(summary["source"])),
+            *((f"step {s['step']}", typography.name(s["path"])) for s in (summary["steps"][0], summary["steps"][-1])),
         ],
         "headline": headline(steps, summary["atol"]),
         "reading": reading(steps),
@@ -67,7 +67,7 @@ def joined(views: dict[str, Any], number: int, path: str = "", **about: Any) -> 
     stored, visible = (dict(views.get(view, {})) for view in ("stored", "visible"))
     stored["similarity"] = mean([stored.get(name) for name in SIMILARITY])
     return {
-        "": {"step": Cell(str(number), str(number), format.name(path)), **about},
+        "": {"step": Cell(str(number), str(number), typography.name(path)), **about},
         "stored": stored,
         "visible": visible,
         "step": number,
@@ -95,7 +95,7 @@ def drawings(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         (
             "Unchanged coordinates.",
             "Share with Δ = 0 against the source.",
-            format.percent,
+            typography.percent,
             [
                 line(steps, "visible", "visible", "visible", "frac_zero"),
                 line(steps, "stored", "stored", "stored", "frac_zero"),
@@ -104,7 +104,7 @@ def drawings(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         (
             "Size of the update.",
             "Relative norm ‖Δ‖ / ‖W‖.",
-            format.percent,
+            typography.percent,
             [
                 line(steps, "stored", "against the source", "stored", "relative_norm"),
                 line(steps, "null", "against the checkpoint before", "stored", "relative_norm_since_previous"),
@@ -113,7 +113,7 @@ def drawings(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         (
             "Stable rank.",
             "Mean over matrices, beside that of a random update of the same shapes.",
-            format.measure,
+            typography.measure,
             [
                 line(steps, "stored", "update", "stored", "stable_rank"),
                 line(steps, "null", "random", "stored", "stable_rank_null"),
@@ -122,7 +122,7 @@ def drawings(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         (
             f"The top {TOP} directions.",
             "Sim₁₆ to those of the last checkpoint: 1 once training only goes further along directions it has found.",
-            format.measure,
+            typography.measure,
             [
                 line(steps, "stored", "Sim₁₆", "stored", "similarity"),
                 ("null", "by chance", [chance] * len(steps)),
@@ -132,7 +132,7 @@ def drawings(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         (
             "The final set of changed coordinates.",
             "How much of it is changed at a step, and how much of what is changed then stays so.",
-            format.percent,
+            typography.percent,
             [
                 line(steps, "visible", "of the final set, changed so far", "visible", "coverage_final"),
                 line(steps, "stored", "of what is changed, kept to the end", "visible", "coverage_step"),
@@ -141,7 +141,7 @@ def drawings(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         (
             "From step to step.",
             "Share of the coordinates visibly other than at the checkpoint before.",
-            format.percent,
+            typography.percent,
             [line(steps, "visible", "changed since the checkpoint before", "visible", "frac_changed_since_previous")],
         ),
     ]
@@ -167,7 +167,7 @@ def headline(steps: Sequence[dict[str, Any]], atol: float) -> str:
         return "Nothing changed visibly by the end"
     if first is None:
         return "The checkpoints cannot be compared with the last"
-    return f"At step {steps[0]['step']} of {last}, {format.percent(first)} of the coordinates that the run changes by more than {atol:g} were changed"
+    return f"At step {steps[0]['step']} of {last}, {typography.percent(first)} of the coordinates that the run changes by more than {atol:g} were changed"
 
 
 def reading(steps: Sequence[dict[str, Any]]) -> list[str]:
@@ -177,25 +177,25 @@ def reading(steps: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     if None not in zero:
         found.append(
-            f"From step {first['step']} to {last['step']} the share of visibly unchanged coordinates went from {format.percent(zero[0])} to {format.percent(zero[1])}, "
-            f"the relative norm of the update from {format.percent(first['stored'].get('relative_norm'))} to {format.percent(last['stored'].get('relative_norm'))}."
+            f"From step {first['step']} to {last['step']} the share of visibly unchanged coordinates went from {typography.percent(zero[0])} to {typography.percent(zero[1])}, "
+            f"the relative norm of the update from {typography.percent(first['stored'].get('relative_norm'))} to {typography.percent(last['stored'].get('relative_norm'))}."
         )
     covered = next((s for s in steps if (s["visible"].get("coverage_final") or 0) >= SETTLED), None)
     if covered is not None and covered is not last:
         kept = covered["visible"]["coverage_step"]
         found.append(
-            f"{format.percent(SETTLED)} of the final set is changed by step {covered['step']}; of what is changed there, {format.percent(kept)} stays changed."
+            f"{typography.percent(SETTLED)} of the final set is changed by step {covered['step']}; of what is changed there, {typography.percent(kept)} stays changed."
         )
     over = first["visible"].get("shared_over_magnitude")
     if over is not None and max(1 - z for z in zero if z is not None) < CROWDED:
         found.append(
-            f"What step {first['step']} and the end share is {format.times(over)} what independent changes of the same weights' sizes would: "
+            f"What step {first['step']} and the end share is {typography.times(over)} what independent changes of the same weights' sizes would: "
             + ("the set is chosen early." if over > 1.5 else "most of it follows from the sizes of the weights.")
         )
     alike = first["stored"].get("similarity")
     if alike is not None:
         found.append(
-            f"The {TOP} top directions of the update at step {first['step']} hold {format.percent(alike)} of those at the end (Sim₁₆); the cosine of the whole update is {format.measure(first['stored'].get('cosine_final'))}."
+            f"The {TOP} top directions of the update at step {first['step']} hold {typography.percent(alike)} of those at the end (Sim₁₆); the cosine of the whole update is {typography.measure(first['stored'].get('cosine_final'))}."
         )
     return found
 
@@ -205,12 +205,12 @@ def left_out(summary: dict[str, Any]) -> list[dict[str, Any]]:
         (
             "Excluded",
             "Not in every checkpoint in the same shape; the run ends with status 3.",
-            [(format.name(e["name"]), "", format.printable(e["reason"])) for e in summary["excluded"]],
+            [(typography.name(e["name"]), "", printable(e["reason"])) for e in summary["excluded"]],
         ),
         (
             "Checkpoints with gaps",
             "Tensors were excluded, failed or hold NaN or Inf; their own reports name them.",
-            [(format.name(s["path"]), f"step {s['step']}", "") for s in summary["steps"] if s["exit_status"]],
+            [(typography.name(s["path"]), f"step {s['step']}", "") for s in summary["steps"] if s["exit_status"]],
         ),
         ("Notes", "", [("", "", note) for note in summary["notes"]]),
     ]

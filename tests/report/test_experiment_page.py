@@ -9,8 +9,7 @@ import pytest
 
 from opdkernels.api import write_report
 from opdkernels.errors import InputError
-from opdkernels.report import charts
-from opdkernels.report import formatting as format
+from opdkernels.report import charts, typography
 from opdkernels.report.experiment import content, headline
 
 
@@ -120,7 +119,7 @@ def test_the_table_has_the_columns_that_some_arm_has():
 def test_intervals_lie_on_the_drawing_whatever_their_sign(shift):
     rows = [("a", 0.1 + shift, -0.2 + shift, 0.4 + shift), ("b", 1.0 + shift, 0.9 + shift, 1.3 + shift)]
     for frame in charts.FRAMES:
-        drawing = str(charts.interval_chart(rows, format.percent, "", "", frame))
+        drawing = str(charts.interval_chart(rows, typography.percent, "", "", frame))
         places = [float(x) for x in re.findall(r'circle class="stored-dot" cx="([-\d.]+)"', drawing)]
         ends = [
             tuple(map(float, found))

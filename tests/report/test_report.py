@@ -24,7 +24,7 @@ from opdkernels.analysis import run
 from opdkernels.analysis.result import Analysis, load
 from opdkernels.config import AnalyzeOptions
 from opdkernels.errors import printable
-from opdkernels.report import formatting as format
+from opdkernels.report import typography
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -220,7 +220,7 @@ def test_hostile_names_are_shown_as_text(pages):
     page = Page(pages["hostile"])
     names = {e["text"] for e in page.all("th", scope="row")}
     for name in HOSTILE:
-        assert format.name(name) in names
+        assert typography.name(name) in names
     assert "only<b>here" in page.section("left-out")
     assert "turned<i>" in page.section("left-out")
     shown = "".join(e["text"] for e in page.all("html"))
@@ -250,7 +250,7 @@ def test_left_out_names_tensors_and_reasons(results, pages):
     page = Page(pages["non-finite"])
     for entry in results["non-finite"].summary["nonfinite"]:
         assert entry["name"] in page.section("left-out")
-    assert "NaN or Inf 2" in page.section("answer").replace(format.THIN, " ")
+    assert "NaN or Inf 2" in page.section("answer").replace(typography.THIN, " ")
     assert "Nothing: every tensor" in Page(pages["layers"]).section("left-out")
 
 
@@ -277,7 +277,7 @@ def test_tensor_rows_are_those_of_the_table(results, pages, case):
         stored, visible = table[row[0]["text"], "stored"], table[row[0]["text"], "visible"]
         for cell, value in zip(unchanged, (stored["frac_zero"], visible["frac_zero"]), strict=True):
             assert close(cell, value)
-            assert cell["text"] == format.percent(value)
+            assert cell["text"] == typography.percent(value)
         for head, key in (
             ("changed / null", "changed_over_null"),
             ("near-zero / null", "near_zero_coverage_10pct_over_null"),
@@ -299,11 +299,11 @@ def test_group_rows_and_answer_are_those_of_the_tables(results, pages):
     answer = page.section("answer")
     for view in ("stored", "visible"):
         figures = result.summary["views"][view]
-        assert format.percent(1 - figures["frac_zero"]) in answer
-        assert format.percent(figures["relative_norm"]) in answer
+        assert typography.percent(1 - figures["frac_zero"]) in answer
+        assert typography.percent(figures["relative_norm"]) in answer
     visible = result.summary["views"]["visible"]
-    assert format.times(visible["changed_over_null"]) in answer
-    assert format.times(visible["near_zero_coverage_10pct_over_null"]) in answer
+    assert typography.times(visible["changed_over_null"]) in answer
+    assert typography.times(visible["near_zero_coverage_10pct_over_null"]) in answer
 
 
 def test_heat_maps_hold_every_cell_of_the_groups(results, pages):
@@ -311,9 +311,9 @@ def test_heat_maps_hold_every_cell_of_the_groups(results, pages):
     for row in results["layers"].groups.to_pylist():
         if row["by"] == "layer_module" and row["view"] == "visible" and row["layer"] >= 0:
             place = f"layer {row['layer']}, {row['module']}: "
-            assert place + format.percent(row["frac_zero"]) in titles
-            assert place + format.times(row["energy_over_parameters"]) in titles
-            assert place + format.times(row["near_zero_coverage_10pct_over_null"]) in titles
+            assert place + typography.percent(row["frac_zero"]) in titles
+            assert place + typography.times(row["energy_over_parameters"]) in titles
+            assert place + typography.times(row["near_zero_coverage_10pct_over_null"]) in titles
 
 
 def test_models_without_layers_have_no_map_and_say_so(pages):
@@ -359,7 +359,7 @@ def test_two_thousand_tensors_fit_and_more_are_cut(results):
 
 @pytest.mark.parametrize("value", [0.0, 1e-12, 3.3e-7, 0.00999, 0.01, 0.5, 0.99, 0.999999, 1 - 1e-12, 1.0, 1.5, 12.0])
 def test_a_percentage_reads_as_all_or_nothing_only_when_it_is(value):
-    shown = format.percent(value).replace(format.THIN, "").rstrip("%")
+    shown = typography.percent(value).replace(typography.THIN, "").rstrip("%")
     number = float(shown.lstrip(">"))
     assert (number == 0) == (value == 0)
     assert (number == 100) == (value == 1)
@@ -367,14 +367,14 @@ def test_a_percentage_reads_as_all_or_nothing_only_when_it_is(value):
 
 
 def test_missing_figures_are_a_dash():
-    for show in (format.percent, format.times, format.measure, format.count, format.duration):
-        assert show(None) == format.MISSING
-    assert format.percent(float("nan")) == format.MISSING
+    for show in (typography.percent, typography.times, typography.measure, typography.count, typography.duration):
+        assert show(None) == typography.MISSING
+    assert typography.percent(float("nan")) == typography.MISSING
 
 
 def test_names_are_short_and_printable():
-    assert len(format.name("n" * 10_000)) <= format.LONGEST_NAME + 4
-    assert format.name("a\x00b") == printable("a\x00b")
+    assert len(typography.name("n" * 10_000)) <= typography.LONGEST_NAME + 4
+    assert typography.name("a\x00b") == printable("a\x00b")
 
 
 def test_the_script_parses(tmp_path):
