@@ -1,20 +1,41 @@
-"""Coordinate-wise figures of tensors, from their tallies alone (metrics: arXiv 2606.13657 and its script; see each function).
+"""Metrics per coordinate of tensors, from their tallies alone (source: arXiv 2606.13657 and its script; see each metric).
 
-Both views, always: `stored` is what training did, `visible` what a bf16 deployment sees. Figures are columns, float64
-with one entry a tensor, computed for many tensors at once: a model may have twenty thousand experts. NaN stands for a
-figure that the tally cannot give. Fractions are of the finite coordinates; norms and maxima are in the units of the weights.
+Both views, always: `stored` is what training did, `visible` is what a bf16 deployment sees. A metric is a column, float64
+with one entry per tensor, computed for many tensors at once, since a model may have twenty thousand experts. NaN is a
+metric that the tally cannot give. Fractions are of the finite coordinates; norms and maxima are in the units of the
+weights.
+
+`@formula(*metrics)` registers a function of a batch and a view that returns these columns.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from opdkernels.metrics.aggregation import (
+    MEAN_BY_CHANGED,
+    MEAN_BY_COORDINATES,
+    MEAN_BY_ENERGY,
+    SUM,
+    recomputed,
+)
+from opdkernels.metrics.registry import (
+    COUNT,
+    NON_NEGATIVE,
+    NOT_AGGREGATED,
+    PAPER,
+    VIEWS,
+    WEIGHT_UNITS,
+    Aggregation,
+    Metric,
+    family,
+)
 from opdkernels.ops.delta import (
     CHANGED,
     DELTA,
@@ -29,33 +50,32 @@ from opdkernels.ops.delta import (
     magnitudes,
 )
 
-VIEWS = ("stored", "visible")
 RELATIVE = (1e-4, 1e-3, 1e-2)
-TOP_SHARES = (0.001, 0.01, 0.05)
+TOP_FRACTIONS = (0.001, 0.01, 0.05)
 RATIOS = (0.01, 0.05, 0.1, 0.2)
 EPSILON = 1e-12
 
 
 def threshold_label(value: float) -> str:
-    """How thresholds are printed: 1e-5, not 1e-05."""
+    """A threshold as in column names: 1e-5, not 1e-05."""
     mantissa, exponent = f"{value:.0e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 
 
 def ratio_label(ratio: float) -> str:
-    """10pct, 0.1pct."""
+    """A ratio as in column names: 10pct, 0.1pct."""
     return f"{ratio * 100:g}pct"
 
 
 def to_bf16_pattern(value: float) -> int:
-    """Magnitude pattern of a threshold rounded to bf16, as torch rounds a scalar beside a bf16 tensor."""
+    """bf16 bits of a threshold, rounded as torch rounds a scalar that is compared with a bf16 tensor."""
     bits = int(np.float32(value).view(np.uint32))
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
 
 
 @dataclass(frozen=True)
 class SparseTally:
-    """A tally with only the bins in use: `tables` [5 + cuts, bins] int64 at ascending `patterns` [bins]."""
+    """A tally with only the bins in use: `tables` int64 [5 + cuts, bins] at ascending bf16 bits `patterns` [bins]."""
 
     cuts: tuple[int, ...]
     patterns: np.ndarray
@@ -87,25 +107,25 @@ class SparseTally:
     ulp = property(lambda self: self.counts[14:])
 
     def changed(self, view: str) -> np.ndarray:
-        """|W| table of the coordinates whose delta is not 0."""
+        """Histogram of |W| over the coordinates whose delta is not 0, int64 [bins]."""
         return self.tables[MOVED if view == "stored" else CHANGED]
 
     @cached_property
     def energies(self) -> dict[str, tuple[float, float, float, float]]:
-        """view -> sum W^2, sum W'^2, sum delta^2, sum |delta|."""
+        """view -> (sum W^2, sum W'^2, sum delta^2, sum |delta|)."""
         values = magnitudes[self.patterns]
         squares = values**2
         trained = self.source - self.tables[CHANGED] + self.tables[TRAINED]
         visible = ((self.source, squares), (trained, squares), (self.delta, squares), (self.delta, values))
         return {
             "stored": tuple(exact_float(from_limbs(row)) for row in self.sums),  # type: ignore[dict-item]
-            # Not through BLAS, whose order of summation depends on the machine and its threads.
+            # Not by BLAS, whose summation order depends on the machine and the number of threads.
             "visible": tuple(float((counts * v).sum()) for counts, v in visible),  # type: ignore[dict-item]
         }
 
 
 class Batch:
-    """Tallies side by side: the bins of all in one row, tensor after tensor, at `start[t] .. stop[t]`."""
+    """Tallies of several tensors, concatenated: the bins of tensor t are at `start[t]` .. `stop[t]`."""
 
     def __init__(self, tallies: Sequence[SparseTally]):
         self.tallies = tallies
@@ -118,30 +138,32 @@ class Batch:
         counts = np.stack([t.counts for t in tallies])
         self.counts, self.numel, self.nonfinite, self.bit_equal = counts, counts[:, 0], counts[:, 1], counts[:, 2]
         self.finite = self.numel - self.nonfinite
-        self.n = np.where(self.finite > 0, self.finite, np.nan)  # a share of nothing is NaN
+        self.n = np.where(self.finite > 0, self.finite, np.nan)  # a fraction of nothing is NaN
 
     def table(self, row: int) -> np.ndarray:
+        """One histogram of all tensors, int64 [bins]."""
         return np.concatenate([t.tables[row] for t in self.tallies])
 
     def changed(self, view: str) -> np.ndarray:
+        """Histogram of |W| over the coordinates whose delta is not 0, int64 [bins]."""
         return self.table(MOVED if view == "stored" else CHANGED)
 
     def energies(self, view: str) -> np.ndarray:
-        """[4, tensors]: sum W^2, sum W'^2, sum delta^2, sum |delta|."""
+        """float64 [4, tensors]: sum W^2, sum W'^2, sum delta^2, sum |delta|."""
         return np.array([t.energies[view] for t in self.tallies]).T
 
     def find(self, patterns: np.ndarray) -> np.ndarray:
-        """Where in the row each tensor's bins reach a pattern; patterns [tensors or 1, k]."""
+        """Index of the first bin of each tensor at or above bf16 bits `patterns` [tensors or 1, k] -> [tensors, k]."""
         return np.searchsorted(self.key, (np.arange(len(self.tallies)) << 16)[:, None] + patterns)
 
     def sums(self, values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """Sum of values over bins begin .. end, tensor by tensor, in their order."""
+        """Sum of values over bins begin .. end of each tensor, in bin order -> [tensors]."""
         edges = np.stack([begin, end], 1).ravel()
         return np.where(begin < end, np.add.reduceat(np.append(values, 0), edges)[::2], 0)
 
 
-def running(counts: np.ndarray) -> np.ndarray:
-    """Sums of what stands before each bin, and of all."""
+def prefix_sums(counts: np.ndarray) -> np.ndarray:
+    """Exclusive prefix sums and the total [bins] -> [bins + 1]."""
     return np.concatenate(([0], np.cumsum(counts)))
 
 
@@ -149,27 +171,195 @@ THRESHOLD_LABELS = [threshold_label(t) for t in THRESHOLDS]
 VISIBLE_EDGES = np.array([to_bf16_pattern(t) + side for side in (0, 1) for t in THRESHOLDS])  # below them: <, then <=
 RELATIVE_LABELS = [f"frac_lt_rel_{threshold_label(tau)}" for tau in RELATIVE]
 RATIO_LABELS = [ratio_label(r) for r in RATIOS]
-Columns = dict[str, np.ndarray]
+TOP_LABELS = [ratio_label(p) for p in TOP_FRACTIONS]
+TOP_ENERGY = [f"top_energy_{label}" for label in TOP_LABELS]
+Columns = dict[str, np.ndarray]  # metric name -> [tensors]
+
+ALL_TABLES = ("tensors", "groups")
 
 
-def float_patterns(values: np.ndarray) -> np.ndarray:
+@dataclass(frozen=True)
+class Formula:
+    """A function that computes `metrics` of a batch of tensors in one view."""
+
+    compute: Callable[[Batch, str], Columns]
+    metrics: tuple[Metric, ...]
+
+
+FORMULAS: list[Formula] = []
+
+
+def formula(*metrics: Metric) -> Callable:
+    """Registers a function (batch, view) -> columns of `metrics`, in their order."""
+
+    def register(compute: Callable[[Batch, str], Columns]) -> Callable[[Batch, str], Columns]:
+        FORMULAS.append(Formula(compute, metrics))
+        return compute
+
+    return register
+
+
+def float_bits(values: np.ndarray) -> np.ndarray:
+    """Bits of values rounded to fp32, as int64."""
     return values.astype(np.float32).view(np.uint32).astype(np.int64)
 
 
-def sparsity(batch: Batch, view: str) -> Columns:
-    """Shares of coordinates below thresholds: `frac_zero` delta = 0; `frac_lt_1e-5` |delta| < 1e-5, `frac_le_1e-5` <=;
-    `frac_lt_rel_1e-3` |delta| < 1e-3 rms(W); `unchanged_rtol_1e-3` |w - w'| <= 1e-3 max(|w|, |w'|) (Zhu et al., arXiv 2511.08567).
+def interleave(*families: list[Metric]) -> list[Metric]:
+    """The first metric of each family, the second of each, and so on."""
+    return [metric for group in zip(*families, strict=True) for metric in group]
 
-    Visible thresholds are rounded to bf16 (1e-5 becomes 1.00136e-5). A relative threshold in the stored view comes as
-    an interval, since the tally holds |delta| by its top 16 bits: `_lower` and `_upper` stand beside its middle.
+
+def bounded_family(
+    pattern: Metric,
+    values: Sequence[str],
+    symbol: str,
+    bounds: Aggregation | None,
+    shown: Mapping[str, Mapping] | None = None,
+) -> list[Metric]:
+    """A family with guaranteed bounds `_lower` and `_upper`, which groups combine by `bounds`; None: groups have none."""
+    sides = [
+        family(
+            replace(
+                pattern,
+                name=f"{pattern.name}_{side}",
+                label=f"{pattern.label}, {side} bound",
+                definition=f"guaranteed {side} bound of `{pattern.name}`",
+                aggregation=bounds or NOT_AGGREGATED,
+                tables=pattern.tables if bounds else ("tensors",),
+            ),
+            values,
+            symbol,
+        )
+        for side in ("lower", "upper")
+    ]
+    return interleave(family(pattern, values, symbol, shown), *sides)
+
+
+@formula(
+    Metric(
+        "numel",
+        "parameters",
+        "coordinates compared",
+        COUNT,
+        "count",
+        SUM,
+        tables=(*ALL_TABLES, "overlap"),
+        pages={"groups": ("",), "tensors": ("",)},
+    ),
+    Metric(
+        "nonfinite",
+        "NaN or Inf",
+        "coordinates where W, W′ or the visible Δ is not finite; they are left out of every other metric",
+        COUNT,
+        "count",
+        SUM,
+        tables=(*ALL_TABLES, "overlap"),
+    ),
+    Metric(
+        "bit_equal",
+        "bit-identical",
+        "coordinates whose stored bits are equal; +0 and −0 differ, a NaN equals itself",
+        COUNT,
+        "count",
+        SUM,
+        tables=ALL_TABLES,
+    ),
+    Metric(
+        "changed",
+        "changed",
+        "finite coordinates with Δ ≠ 0",
+        COUNT,
+        "count",
+        SUM,
+        PAPER,
+        ALL_TABLES,
+        pages={"overview": VIEWS},
+    ),
+)
+def counts(batch: Batch, view: str) -> Columns:
+    """Coordinates of each kind, int64."""
+    return {
+        "numel": batch.numel,
+        "nonfinite": batch.nonfinite,
+        "bit_equal": batch.bit_equal,
+        "changed": batch.sums(batch.changed(view), batch.start, batch.stop),
+    }
+
+
+@formula(
+    Metric(
+        "frac_zero",
+        "unchanged",
+        "fraction of the finite coordinates with Δ = 0, the sparsity at ε = 0",
+        aggregation=MEAN_BY_COORDINATES,
+        source=PAPER,
+        tables=ALL_TABLES,
+        pages={"groups": VIEWS, "tensors": VIEWS, "trajectory": VIEWS},
+    ),
+    *interleave(
+        family(
+            Metric(
+                "frac_lt_{}",
+                "|Δ| < {}",
+                "fraction of the finite coordinates with |Δ| < {}; in the visible view the threshold is rounded to bf16",
+                aggregation=MEAN_BY_COORDINATES,
+                source=PAPER,
+                tables=ALL_TABLES,
+            ),
+            THRESHOLD_LABELS,
+            "ε",
+        ),
+        family(
+            Metric(
+                "frac_le_{}",
+                "|Δ| ≤ {}",
+                "fraction of the finite coordinates with |Δ| ≤ {}, the paper's sparsity; in the visible view the "
+                "threshold is rounded to bf16 (1e-5 becomes 1.00136e-5)",
+                aggregation=MEAN_BY_COORDINATES,
+                source=PAPER,
+                tables=ALL_TABLES,
+            ),
+            THRESHOLD_LABELS,
+            "ε",
+            {"1e-5": {"overview": VIEWS, "groups": VIEWS, "tensors": ("visible",)}},
+        ),
+    ),
+    *bounded_family(
+        Metric(
+            "frac_lt_rel_{}",
+            "|Δ| < {} rms(W)",
+            "fraction of the finite coordinates with |Δ| < {} · rms(W); in the stored view the tally holds |Δ| by its "
+            "top 16 bits, and this is the middle of `_lower` and `_upper`",
+            aggregation=MEAN_BY_COORDINATES,
+            source=PAPER,
+            tables=ALL_TABLES,
+        ),
+        [threshold_label(tau) for tau in RELATIVE],
+        "τ",
+        MEAN_BY_COORDINATES,
+    ),
+    Metric(
+        "unchanged_rtol_1e-3",
+        "unchanged within rtol",
+        "fraction of the finite coordinates with |w − w′| ≤ 1e-3 · max(|w|, |w′|), which for bf16 is equality of bits",
+        aggregation=MEAN_BY_COORDINATES,
+        source="Zhu et al., arXiv 2511.08567",
+        tables=ALL_TABLES,
+        pages={"overview": VIEWS},
+    ),
+)
+def sparsity(batch: Batch, view: str) -> Columns:
+    """Fractions of coordinates below thresholds.
+
+    Visible thresholds are rounded to bf16 (1e-5 becomes 1.00136e-5). A relative threshold in the stored view is an
+    interval, since the tally holds |delta| by its top 16 bits.
     """
     n = batch.n
     changed = batch.sums(batch.changed(view), batch.start, batch.stop)
-    found = {"frac_zero": (batch.finite - changed) / n}
+    columns = {"frac_zero": (batch.finite - changed) / n}
     rms = np.sqrt(batch.energies(view)[0] / n)
-    limits = float_patterns(np.maximum(np.nan_to_num(rms), EPSILON)[:, None] * np.array(RELATIVE))
-    table = batch.table(DELTA if view == "visible" else STORED)
-    before = running(table)
+    limits = float_bits(np.maximum(np.nan_to_num(rms), EPSILON)[:, None] * np.array(RELATIVE))  # [tensors, RELATIVE]
+    before = prefix_sums(batch.table(DELTA if view == "visible" else STORED))
     if view == "visible":
         rounded = (limits + 0x7FFF + (limits >> 16 & 1)) >> 16
         edges = np.concatenate([np.broadcast_to(VISIBLE_EDGES, (len(n), len(VISIBLE_EDGES))), rounded], 1)
@@ -177,29 +367,67 @@ def sparsity(batch: Batch, view: str) -> Columns:
         counts, below = counts[:, : 2 * len(THRESHOLDS)], counts[:, 2 * len(THRESHOLDS) :]
     else:
         counts = batch.counts[:, 4 : 4 + 2 * len(THRESHOLDS)]
-        at = batch.find(limits >> 16)
-        below = before[at] - before[batch.start][:, None]
-        upto = before[batch.find((limits >> 16) + 1)] - before[batch.start][:, None]
+        below = before[batch.find(limits >> 16)] - before[batch.start][:, None]
+        up_to = before[batch.find((limits >> 16) + 1)] - before[batch.start][:, None]
     for k, label in enumerate(THRESHOLD_LABELS):
-        found[f"frac_lt_{label}"], found[f"frac_le_{label}"] = counts[:, k] / n, counts[:, k + len(THRESHOLDS)] / n
+        columns[f"frac_lt_{label}"] = counts[:, k] / n
+        columns[f"frac_le_{label}"] = counts[:, k + len(THRESHOLDS)] / n
     for k, label in enumerate(RELATIVE_LABELS):
         if view == "visible":
-            found[label] = below[:, k] / n
-            found[f"{label}_lower"] = found[f"{label}_upper"] = np.full(len(n), np.nan)
+            columns[label] = below[:, k] / n
+            columns[f"{label}_lower"] = columns[f"{label}_upper"] = np.full(len(n), np.nan)
         else:
-            lower, upper = below[:, k] / n, upto[:, k] / n
-            found[label], found[f"{label}_lower"], found[f"{label}_upper"] = (lower + upper) / 2, lower, upper
-    found["unchanged_rtol_1e-3"] = batch.counts[:, 3] / n if view == "stored" else found["frac_zero"]
-    return found
+            lower, upper = below[:, k] / n, up_to[:, k] / n
+            columns[label], columns[f"{label}_lower"], columns[f"{label}_upper"] = (lower + upper) / 2, lower, upper
+    columns["unchanged_rtol_1e-3"] = batch.counts[:, 3] / n if view == "stored" else columns["frac_zero"]
+    return columns
 
 
+@formula(
+    Metric(
+        "relative_norm",
+        "relative norm",
+        "‖Δ‖ / ‖W‖, Frobenius norms",
+        NON_NEGATIVE,
+        aggregation=recomputed(
+            "from the sums of both energies",
+            lambda members: np.sqrt(members.sum("delta_energy") / members.sum("source_energy")),
+        ),
+        source=PAPER,
+        tables=ALL_TABLES,
+        pages={"overview": VIEWS, "groups": VIEWS, "tensors": VIEWS, "trajectory": ("stored",)},
+    ),
+    Metric("rms_source", "rms W", "root mean square of W", WEIGHT_UNITS, "measure"),
+    Metric("rms_trained", "rms W′", "root mean square of W′", WEIGHT_UNITS, "measure"),
+    Metric("rms_delta", "rms Δ", "root mean square of Δ", WEIGHT_UNITS, "measure"),
+    Metric("mean_abs", "mean |Δ|", "mean |Δ|", WEIGHT_UNITS, "measure"),
+    Metric(
+        "max_abs",
+        "largest |Δ|",
+        "the largest |Δ|",
+        WEIGHT_UNITS,
+        "measure",
+        source=PAPER,
+        pages={"tensors": ("stored",)},
+    ),
+    Metric("source_energy", "energy of W", "‖W‖²", f"{WEIGHT_UNITS}, squared", "measure", SUM, tables=ALL_TABLES),
+    Metric(
+        "delta_energy",
+        "energy of Δ",
+        "‖Δ‖²",
+        f"{WEIGHT_UNITS}, squared",
+        "measure",
+        SUM,
+        tables=(*ALL_TABLES, "spectra"),
+    ),
+)
 def norms(batch: Batch, view: str) -> Columns:
-    """Frobenius norm of delta over that of W; root mean squares; mean and largest |delta|; both energies."""
+    """Norms of W, W' and delta, in the units of the weights."""
     n = batch.n
     source, trained, delta, absolute = batch.energies(view)
     if view == "visible":
-        seen = running(batch.table(DELTA))
-        last = np.searchsorted(seen, seen[batch.stop]) - 1  # the last bin in use
+        before = prefix_sums(batch.table(DELTA))
+        last = np.searchsorted(before, before[batch.stop]) - 1  # the last bin in use
         largest = np.where(batch.finite > 0, np.append(batch.values, 0)[last], np.nan)
     else:
         largest = np.where(batch.finite > 0, [t.max_delta for t in batch.tallies], np.nan)
@@ -217,49 +445,68 @@ def norms(batch: Batch, view: str) -> Columns:
     }
 
 
+@formula(
+    *bounded_family(
+        Metric(
+            "top_energy_{}",
+            "top {} energy",
+            "fraction of the update energy ‖Δ‖² in the ⌈p·n⌉ coordinates with the largest |Δ|, p = {}, chosen in each "
+            "tensor; null where nothing changed. In the stored view estimated at the middle of the tally's bins",
+            aggregation=MEAN_BY_ENERGY,
+            source=PAPER,
+            tables=ALL_TABLES,
+        ),
+        TOP_LABELS,
+        "p",
+        None,
+        {"1pct": {"overview": VIEWS, "tensors": ("visible",)}},
+    )
+)
 def top_energy(batch: Batch, view: str) -> Columns:
-    """Share of the energy of delta in its ceil(p n) largest |delta|, p = 0.1, 1, 5 %. NaN where nothing changed.
+    """Fraction of the energy of delta in its ceil(p n) largest |delta|, p = 0.1, 1, 5 %. NaN where nothing changed.
 
-    Exact in the visible view. In the stored view the tally holds |delta| to the top 16 bits: the share is estimated at
-    the middle of each bin, with guaranteed bounds beside it.
+    Exact in the visible view. In the stored view the tally holds |delta| by its top 16 bits: the fraction is estimated
+    at the middle of each bin, with guaranteed bounds.
     """
     energy = batch.energies(view)[2]
     energy = np.where(energy > 0, energy, np.nan)
     counts = batch.table(DELTA if view == "visible" else STORED)
-    before = running(counts)
+    before = prefix_sums(counts)
     low = batch.values**2
     high = magnitudes[np.minimum(batch.patterns + 1, 0x7F7F)] ** 2
     middle = (low + high) / 2
-    whole_middle = batch.sums(counts * middle, batch.start, batch.stop)
-    found = {}
-    for p in TOP_SHARES:
-        label = f"top_energy_{ratio_label(p)}"
+    energy_at_middle = batch.sums(counts * middle, batch.start, batch.stop)
+    columns = {}
+    for p, label in zip(TOP_FRACTIONS, TOP_ENERGY, strict=True):
         size = np.array([max(1, math.ceil(p * n)) for n in batch.finite.tolist()])
-        # The bin that is taken in part: those above it hold fewer than `size`.
-        part = np.searchsorted(before[1:], before[batch.stop] - np.minimum(size, batch.finite), side="right")
-        rest = size - (before[batch.stop] - np.append(before[1:], 0)[part])
+        # The bin of which a part is taken: those above it hold fewer than `size` coordinates.
+        split = np.searchsorted(before[1:], before[batch.stop] - np.minimum(size, batch.finite), side="right")
+        from_split = size - (before[batch.stop] - np.append(before[1:], 0)[split])
 
-        def taken(values: np.ndarray, part: np.ndarray = part, rest: np.ndarray = rest) -> np.ndarray:
+        def top_sum(values: np.ndarray, split: np.ndarray = split, from_split: np.ndarray = from_split) -> np.ndarray:
             return (
-                batch.sums(counts * values, np.minimum(part + 1, batch.stop), batch.stop)
-                + rest * np.append(values, 0)[part]
+                batch.sums(counts * values, np.minimum(split + 1, batch.stop), batch.stop)
+                + from_split * np.append(values, 0)[split]
             )
 
         if view == "visible":
-            found[label] = taken(low) / energy
-            found[f"{label}_lower"] = found[f"{label}_upper"] = np.full(len(energy), np.nan)
+            columns[label] = top_sum(low) / energy
+            columns[f"{label}_lower"] = columns[f"{label}_upper"] = np.full(len(energy), np.nan)
         else:
-            lower, upper = np.minimum(taken(low) / energy, 1), np.minimum(taken(high) / energy, 1)
+            lower, upper = np.minimum(top_sum(low) / energy, 1), np.minimum(top_sum(high) / energy, 1)
             with np.errstate(invalid="ignore", divide="ignore"):
-                found[label] = np.clip(np.where(energy > 0, taken(middle) / whole_middle, np.nan), lower, upper)
-            found[f"{label}_lower"], found[f"{label}_upper"] = lower, upper
-    return found
+                estimate = np.where(energy > 0, top_sum(middle) / energy_at_middle, np.nan)
+            columns[label] = np.clip(estimate, lower, upper)
+            columns[f"{label}_lower"], columns[f"{label}_upper"] = lower, upper
+    return columns
 
 
 @dataclass(frozen=True)
 class NearZero:
-    """How the `size` smallest |W| of each tensor share its changed coordinates [tensors, ratios]; ties at the cut in
-    expectation and as bounds. Zero throughout where a tensor is empty."""
+    """The `size` coordinates with the smallest |W| of each tensor, and how many of them changed [tensors, ratios].
+
+    Ties at the threshold are counted in expectation (`expected`) and as bounds. All are 0 where a tensor is empty.
+    """
 
     size: np.ndarray
     expected: np.ndarray
@@ -268,70 +515,122 @@ class NearZero:
 
 
 def near_zero(batch: Batch, changed: np.ndarray, ratios: Sequence[float] = RATIOS) -> NearZero:
-    """Changed coordinates among the ceil(ratio n) smallest |W|; `changed` is a |W| table of the batch."""
+    """Changed coordinates among the ceil(ratio n) smallest |W|; `changed` is a histogram of |W| of the batch [bins]."""
     source = batch.table(SOURCE)
-    before, changed_before = running(source), running(changed)
-    # In floating point, as the paper's masks are: ceil(0.1 * 30) may be 4.
+    before, changed_before = prefix_sums(source), prefix_sums(changed)
+    # In floating point, as in the paper's masks: ceil(0.1 * 30) may be 4.
     size = np.array([[min(n, max(1, math.ceil(r * n))) for r in ratios] for n in batch.finite.tolist()])
-    cut = np.searchsorted(before[1:], before[batch.start][:, None] + size)
+    threshold = np.searchsorted(before[1:], before[batch.start][:, None] + size)
     empty = size == 0
-    cut = np.where(empty, len(source), cut)
-    need = size - (before[cut] - before[batch.start][:, None])
-    inside = changed_before[cut] - changed_before[batch.start][:, None]
-    tied, tied_changed = np.append(source, 1)[cut], np.append(changed, 0)[cut]
+    threshold = np.where(empty, len(source), threshold)
+    need = size - (before[threshold] - before[batch.start][:, None])
+    inside = changed_before[threshold] - changed_before[batch.start][:, None]
+    tied, tied_changed = np.append(source, 1)[threshold], np.append(changed, 0)[threshold]
     expected = inside + tied_changed * (need / tied)
     lower = inside + np.maximum(0, need - (tied - tied_changed))
     upper = inside + np.minimum(need, tied_changed)
     return NearZero(size, *(np.where(empty, 0, x) for x in (expected, lower, upper)))
 
 
+@formula(
+    *interleave(
+        *(
+            family(Metric(f"near_zero_{name}", label, definition, **more), RATIO_LABELS, "r", shown)
+            for name, label, definition, more, shown in (
+                (
+                    "coverage_{}",
+                    "near-zero coverage at {}",
+                    "fraction of the changed coordinates that are in the near-zero mask, the ⌈r·n⌉ smallest |W| of "
+                    "each tensor, r = {}; by chance r. Ties at the threshold count in expectation",
+                    {"aggregation": MEAN_BY_CHANGED, "source": PAPER, "tables": ALL_TABLES},
+                    {
+                        "10pct": {
+                            "overview": VIEWS,
+                            "groups": VIEWS,
+                            "tensors": ("visible",),
+                            "trajectory": ("visible",),
+                        }
+                    },
+                ),
+                *(
+                    (
+                        f"coverage_{{}}_{side}",
+                        f"near-zero coverage at {{}}, {side} bound",
+                        f"{side} bound of `near_zero_coverage_{{}}` over all ways to break ties",
+                        {"aggregation": MEAN_BY_CHANGED, "tables": ALL_TABLES},
+                        None,
+                    )
+                    for side in ("lower", "upper")
+                ),
+                (
+                    "coverage_{}_enrichment",
+                    "near-zero enrichment at {}",
+                    "`near_zero_coverage_{}` over the density of the mask",
+                    {"range": NON_NEGATIVE, "format": "times", "source": PAPER},
+                    None,
+                ),
+                (
+                    "mask_changed_{}",
+                    "near-zero mask changed at {}",
+                    "fraction of the near-zero mask that changed, |mask ∩ changed| / |mask|, r = {}",
+                    {"source": PAPER},
+                    None,
+                ),
+            )
+        )
+    )
+)
 def near_zero_coverage(batch: Batch, view: str) -> Columns:
-    """|mask & changed| / |changed| for the near-zero mask at 1, 5, 10, 20 %; `_enrichment` is coverage over the mask's
-    density, `mask_changed` |mask & changed| / |mask|. Ties at the cut: the expected value under random tie-breaking,
-    and both bounds. In the stored view |W| is resolved to bf16, so more coordinates tie.
+    """|mask & changed| / |changed| for the near-zero mask at 1, 5, 10, 20 %, and |mask & changed| / |mask|.
+
+    In the stored view |W| is resolved to bf16, so more coordinates tie.
     """
     changed = batch.changed(view)
     total = batch.sums(changed, batch.start, batch.stop)
     total = np.where(total > 0, total, np.nan)
-    found, mask = {}, near_zero(batch, changed)
+    columns, mask = {}, near_zero(batch, changed)
     for k, label in enumerate(RATIO_LABELS):
         size = np.where(mask.size[:, k] > 0, mask.size[:, k], np.nan)
-        found[f"near_zero_coverage_{label}"] = mask.expected[:, k] / total
-        found[f"near_zero_coverage_{label}_lower"] = mask.lower[:, k] / total
-        found[f"near_zero_coverage_{label}_upper"] = mask.upper[:, k] / total
-        found[f"near_zero_coverage_{label}_enrichment"] = mask.expected[:, k] * batch.finite / (total * size)
-        found[f"near_zero_mask_changed_{label}"] = mask.expected[:, k] / size
-    return found
+        columns[f"near_zero_coverage_{label}"] = mask.expected[:, k] / total
+        columns[f"near_zero_coverage_{label}_lower"] = mask.lower[:, k] / total
+        columns[f"near_zero_coverage_{label}_upper"] = mask.upper[:, k] / total
+        columns[f"near_zero_coverage_{label}_enrichment"] = mask.expected[:, k] * batch.finite / (total * size)
+        columns[f"near_zero_mask_changed_{label}"] = mask.expected[:, k] / size
+    return columns
 
 
-INTEGER_FIGURES = ("numel", "nonfinite", "bit_equal", "changed")
+METRICS = tuple(metric for entry in FORMULAS for metric in entry.metrics)
 BATCH = 128  # tensors at a time: bounds the memory
 
 
 def compute_metrics(tallies: Sequence[SparseTally], view: str) -> Columns:
-    """Every coordinate-wise figure of the tensors in one view, by column name; counts are int64."""
-    parts = []
+    """All registered metrics per coordinate of the tensors.
+
+    Args:
+        tallies: One per tensor.
+        view: "stored" or "visible".
+
+    Returns:
+        Metric name -> [tensors], int64 for counts and float64 otherwise, NaN where a tensor lacks the metric.
+
+    >>> import torch
+    >>> from opdkernels.ops.delta import delta
+    >>> tally = SparseTally.of(delta(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 2.0])))
+    >>> compute_metrics([tally], "visible")["frac_zero"].tolist()
+    [0.75]
+    """
+    parts: list[Columns] = []
     for first in range(0, len(tallies), BATCH):
         batch = Batch(tallies[first : first + BATCH])
-        parts.append(
-            {
-                "numel": batch.numel,
-                "nonfinite": batch.nonfinite,
-                "bit_equal": batch.bit_equal,
-                "changed": batch.sums(batch.changed(view), batch.start, batch.stop),
-                **sparsity(batch, view),
-                **norms(batch, view),
-                **top_energy(batch, view),
-                **near_zero_coverage(batch, view),
-            }
-        )
+        parts.append({name: column for entry in FORMULAS for name, column in entry.compute(batch, view).items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 def tensor_metrics(tally: SparseTally, view: str) -> dict[str, float | int | None]:
-    """The figures of one tensor, None where there is none."""
+    """The metrics of one tensor; None for those it lacks."""
     return {name: none_for_nan(column[0]) for name, column in compute_metrics([tally], view).items()}
 
 
 def none_for_nan(value: Any) -> float | int | None:
+    """A NumPy scalar as a Python number; None for NaN."""
     return int(value) if isinstance(value, np.integer) else None if math.isnan(value) else float(value)

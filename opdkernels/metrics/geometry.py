@@ -19,7 +19,7 @@ from opdkernels.spectral.exact import RATIOS, top_ranks
 from opdkernels.spectral.principal import COUNTS
 
 TOP = (1, 2, 4, 8, 16, 32, 64)
-TOP_SHARES = (0.01, 0.05, 0.1)
+TOP_FRACTIONS = (0.01, 0.05, 0.1)
 RANK_TOLERANCES = (1e-6, 1e-5, 1e-4)
 Row = dict[str, Any]
 
@@ -30,12 +30,12 @@ def spectrum(sigma: np.ndarray) -> Row:
     `effective_rank` exp of the entropy of s / sum s (Roy and Vetterli 2007); `rank_t` how many exceed t s_1, and
     `rank_share_t` that over r = min(m, n). All None for a matrix of zeros."""
     energy, r = float((sigma**2).sum()), len(sigma)
-    names = [f"energy_{k}" for k in TOP] + [f"energy_pct_{100 * p:g}" for p in TOP_SHARES]
+    names = [f"energy_{k}" for k in TOP] + [f"energy_pct_{100 * p:g}" for p in TOP_FRACTIONS]
     if not energy:
         ranks = [f"rank{share}_{threshold_label(t)}" for t in RANK_TOLERANCES for share in ("", "_share")]
         return dict.fromkeys(["spectral_norm", "delta_energy", "stable_rank", *names, "effective_rank", *ranks])
     captured = np.cumsum(sigma**2)
-    counts = [min(k, r) for k in TOP] + [max(1, int(p * r)) for p in TOP_SHARES]
+    counts = [min(k, r) for k in TOP] + [max(1, int(p * r)) for p in TOP_FRACTIONS]
     share = sigma[sigma > 0] / sigma.sum()
     found: Row = {
         "spectral_norm": float(sigma[0]),

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opdkernels.files import write_atomically
-from opdkernels.metrics.coordinates import RATIOS, TOP_SHARES, ratio_label
+from opdkernels.metrics.coordinates import RATIOS, TOP_FRACTIONS, ratio_label
 
 TABLE_VERSION = 1
 GROUPINGS: dict[str, tuple[str, ...]] = {
@@ -140,7 +140,7 @@ def group_columns(members: Members, nulls: bool) -> dict[str, np.ndarray]:
         for name in column:
             if name.startswith("frac_") or name == "unchanged_rtol_1e-3":
                 found[name] = members.mean(name, numel - nonfinite)
-        for p in TOP_SHARES:
+        for p in TOP_FRACTIONS:
             found[f"top_energy_{ratio_label(p)}"] = members.mean(f"top_energy_{ratio_label(p)}", energy)
         for r in RATIOS:
             label = f"near_zero_coverage_{ratio_label(r)}"

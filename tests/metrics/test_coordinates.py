@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from opdkernels.metrics.coordinates import (
     RATIOS,
-    TOP_SHARES,
+    TOP_FRACTIONS,
     Batch,
     SparseTally,
     compute_metrics,
@@ -64,7 +64,7 @@ def test_figures_equal_those_of_the_coordinates(view, dtype, hostile):
     assert close(row["mean_abs"], math.fsum(size) / n)
     assert row["max_abs"] == size.max()
     order = np.sort(size)[::-1]
-    for p in TOP_SHARES:
+    for p in TOP_FRACTIONS:
         label, k = f"top_energy_{ratio_label(p)}", math.ceil(p * n)
         exact = math.fsum(order[:k] ** 2) / math.fsum(d * d)
         if view == "visible":

@@ -40,7 +40,7 @@ from opdkernels.metrics.coordinates import (
     EPSILON,
     RATIOS,
     RELATIVE,
-    TOP_SHARES,
+    TOP_FRACTIONS,
     Batch,
     SparseTally,
     near_zero,
@@ -81,7 +81,7 @@ UPDATE_ATOLS = {0.0: DEFAULT_CUTS.index(0), 1e-5: DEFAULT_CUTS.index(0x3727)}
 BELOW = tuple(f"frac_abs_delta_lt_{threshold_label(t)}" for t in THRESHOLDS)
 CLOSE = tuple(f"frac_isclose_zero_atol_{threshold_label(t)}" for t in THRESHOLDS)
 BELOW_RMS = tuple(f"frac_abs_delta_lt_{threshold_label(t)}_src_rms" for t in RELATIVE)
-TOP = tuple(f"coord_top_{ratio_label(p).replace('.', 'p')}_energy_ratio" for p in TOP_SHARES)
+TOP = tuple(f"coord_top_{ratio_label(p).replace('.', 'p')}_energy_ratio" for p in TOP_FRACTIONS)
 PLACE = ("layer_id", "module_type", "block_type")
 TENSOR_COLUMNS = (
     "name",
@@ -339,7 +339,7 @@ def tensor_row(name: str, shape: tuple[int, ...], tally: SparseTally) -> Row:
         row[lt], row[close] = below(tally, pattern) / n, below(tally, pattern + 1) / n
     for tau, lt in zip(RELATIVE, BELOW_RMS, strict=True):
         row[lt] = math.nan if tally.nonfinite else below(tally, to_bf16_pattern(tau * max(source_rms, EPSILON))) / n
-    for p, top in zip(TOP_SHARES, TOP, strict=True):
+    for p, top in zip(TOP_FRACTIONS, TOP, strict=True):
         share = metrics[f"top_energy_{ratio_label(p)}"]
         row[top] = math.nan if share is None or tally.nonfinite else share
     return row

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from opdkernels.metrics.coordinates import EPSILON, ratio_label, threshold_label
-from opdkernels.metrics.geometry import RANK_TOLERANCES, TOP, TOP_SHARES, shared, spectrum
+from opdkernels.metrics.geometry import RANK_TOLERANCES, TOP, TOP_FRACTIONS, shared, spectrum
 from opdkernels.metrics.spectra import SUBSPACE, SpectrumRecord
 from opdkernels.spectral.exact import RATIOS, top_ranks
 
@@ -29,7 +29,7 @@ SVD_COLUMNS = (
     "effective_rank_entropy",
     *(f"rank{pct}_tol_{t}" for t in TOLERANCES for pct in ("", "_pct")),
     *(f"top{k}_energy_ratio" for k in TOP),
-    *(f"top{100 * p:g}pct_energy_ratio" for p in TOP_SHARES),
+    *(f"top{100 * p:g}pct_energy_ratio" for p in TOP_FRACTIONS),
     "svd_mode",
 )
 PROJECTIONS = (
@@ -74,7 +74,7 @@ def svd_row(record: SpectrumRecord) -> Row:
         rank = found[f"rank_{threshold_label(tolerance)}"]
         row |= {f"rank_tol_{name}": rank, f"rank_pct_tol_{name}": rank / r}
     row |= {f"top{k}_energy_ratio": found[f"energy_{k}"] for k in TOP}
-    row |= {f"top{100 * share:g}pct_energy_ratio": found[f"energy_pct_{100 * share:g}"] for share in TOP_SHARES}
+    row |= {f"top{100 * share:g}pct_energy_ratio": found[f"energy_pct_{100 * share:g}"] for share in TOP_FRACTIONS}
     return row | {"svd_mode": "exact"}
 
 

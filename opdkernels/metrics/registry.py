@@ -1,0 +1,113 @@
+"""What a metric is: name, definition, aggregation over tensors, format and the tables that show it.
+
+Every column of the tables of `analyze`, `overlap` and `trajectory` is registered as one `Metric`, next to its formula.
+The aggregation into groups, the JSON schema of summary.json, the columns and the glossary of report pages and the
+column tables of docs/outputs.md are generated from these entries (`opdkernels.metrics.catalog` lists them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from opdkernels.metrics.aggregation import Members
+
+PAPER = "arXiv 2606.13657"
+THIS_PACKAGE = "this package"
+VIEWS = ("stored", "visible")
+
+Format = Literal["count", "percent", "times", "measure", "text"]
+FRACTION = "0 to 1"
+COUNT = "count"
+NON_NEGATIVE = "≥ 0"
+WEIGHT_UNITS = "units of the weights"
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """How the values of tensors become the value of a group.
+
+    Attributes:
+        description: The rule in words, for docs/outputs.md.
+        compute: From the tensors of one view and the metric's name to float64 [groups]; None where groups have no value.
+    """
+
+    description: str
+    compute: Callable[[Members, str], np.ndarray] | None = None
+
+
+NOT_AGGREGATED = Aggregation("")
+MEAN_OVER_MATRICES = Aggregation("mean over matrices")  # summary.json has mean, median and mean weighted by m n
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column of a table.
+
+    Attributes:
+        name: Column name in parquet, CSV and JSON.
+        label: Name on pages.
+        definition: One line without a final period: the tooltip, the glossary entry and the cell in docs/outputs.md.
+        range: Unit or range of the values.
+        format: How values are printed, a function of `opdkernels.formatting`; "count" columns are int64.
+        aggregation: How groups of tensors combine the values.
+        source: Where the metric comes from.
+        tables: Tables with this column: tensors, groups, spectra, geometry, overlap, trajectory.
+        views: Views that have the metric.
+        pages: Tables of report pages that show it (overview, groups, tensors, trajectory, overlap), each with the views.
+        section: Heading above the label on pages, instead of the view.
+        family: Metrics that differ in a parameter only share one row in docs/outputs.md: "frac_le_1e-8 … frac_le_1e-3".
+        family_definition: The definition with the parameter as a symbol.
+    """
+
+    name: str
+    label: str
+    definition: str
+    range: str = FRACTION
+    format: Format = "percent"
+    aggregation: Aggregation = NOT_AGGREGATED
+    source: str = THIS_PACKAGE
+    tables: tuple[str, ...] = ("tensors",)
+    views: tuple[str, ...] = VIEWS
+    pages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    section: str = ""
+    family: str = ""
+    family_definition: str = ""
+
+
+def family(
+    pattern: Metric, values: Sequence[str], symbol: str, shown: Mapping[str, Mapping] | None = None
+) -> list[Metric]:
+    """Metrics that differ in a parameter only; `{}` in name, label and definition stands for its value.
+
+    Args:
+        pattern: The metric with `{}` instead of the parameter.
+        values: Values of the parameter, as in column names.
+        symbol: What stands for the parameter in docs/outputs.md.
+        shown: For the values on report pages, the value of `Metric.pages`.
+
+    >>> [metric.name for metric in family(Metric("energy_{}", "top {}", "energy of the {} largest"), ["1", "2"], "k")]
+    ['energy_1', 'energy_2']
+    """
+    names = [pattern.name.format(value) for value in values]
+    return [
+        replace(
+            pattern,
+            name=name,
+            label=pattern.label.format(readable(value)),
+            definition=pattern.definition.format(readable(value)),
+            family=f"{names[0]} … {names[-1]}" if len(names) > 1 else names[0],
+            family_definition=pattern.definition.format(symbol),
+            pages=(shown or {}).get(value, {}),
+        )
+        for name, value in zip(names, values, strict=True)
+    ]
+
+
+def readable(value: str) -> str:
+    """A parameter in a column name as readers write it: 10pct -> 10 %."""
+    return value.replace("pct", " %")
