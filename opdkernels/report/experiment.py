@@ -143,7 +143,9 @@ def headline(result: Mapping[str, Any]) -> str:
         "precision": told_changes,
     }
     sentence = told[result["experiment"]](rows) if result["experiment"] in told else told_best(rows)
-    gain = f"{typography.percent(rows['start']['score'])} to {typography.percent(rows[result['reference_arm']]['score'])}"
+    gain = (
+        f"{typography.percent(rows['start']['score'])} to {typography.percent(rows[result['reference_arm']]['score'])}"
+    )
     return (
         f"{sentence} ({result['reference_arm']}: {gain})"
         if sentence
