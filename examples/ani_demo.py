@@ -1,7 +1,7 @@
-"""A real pair, small enough for a minute: ANI-1x and ANI-1ccx, the same networks before and after transfer learning.
+"""Analyse a real pair in one minute: ANI-1x and ANI-1ccx, the same networks before and after transfer learning.
 
-Takes the package torchani 1.2 (MIT) from the package index, turns its parameter files into two safetensors folders,
-analyses the pair and prints where the report lies.
+Downloads torchani 1.2 (MIT) from the package index, converts its parameter files to two safetensors checkpoints,
+analyses the pair and prints the path of the report.
 
     python examples/ani_demo.py demo
 """
@@ -16,36 +16,24 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+PIP_DOWNLOAD = ("-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d")
 PACKAGE = "torchani==1.2"
 MEMBERS, ELEMENTS, LAYERS = 8, "HCNO", 4
 
 
 def download(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    found = sorted(folder.glob("torchani-1.2-*.whl"))
-    if not found:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "--no-cache-dir",
-            "-d",
-            str(folder),
-            PACKAGE,
-        ]
+    wheels = sorted(folder.glob("torchani-1.2-*.whl"))
+    if not wheels:
+        command = [sys.executable, *PIP_DOWNLOAD, str(folder), PACKAGE]
         if subprocess.run(command, check=False).returncode:
-            sys.exit(
-                f"the demo takes {PACKAGE} from the package index, which cannot be reached; connect, and run it again"
-            )
-        found = sorted(folder.glob("torchani-1.2-*.whl"))
-    return found[0]
+            sys.exit(f"{PACKAGE} could not be downloaded from the package index; connect and run the demo again")
+        wheels = sorted(folder.glob("torchani-1.2-*.whl"))
+    return wheels[0]
 
 
 def parameters(wheel: zipfile.ZipFile, model: str) -> dict[str, torch.Tensor]:
-    """Raw little-endian fp32: biases (out), weights (out, in)."""
+    """The parameters of a model, fp32: biases [out], weights [out, in]."""
     tensors = {}
     for member in range(MEMBERS):
         for element in ELEMENTS:
@@ -70,16 +58,8 @@ def main(folder: Path) -> None:
     with zipfile.ZipFile(download(folder / "download")) as wheel:
         for model in ("ani-1x", "ani-1ccx"):
             write(wheel, model, folder / model)
-    command = [
-        "-m",
-        "opdkernels",
-        "analyze",
-        str(folder / "ani-1x"),
-        str(folder / "ani-1ccx"),
-        "-o",
-        str(folder / "out"),
-        "--overwrite",
-    ]
+    base, trained, out = (str(folder / name) for name in ("ani-1x", "ani-1ccx", "out"))
+    command = ["-m", "opdkernels", "analyze", base, trained, "-o", out, "--overwrite"]
     print("$ python", *command, flush=True)
     status = subprocess.run([sys.executable, *command], check=False).returncode
     if status == 0:

