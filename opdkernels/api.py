@@ -15,10 +15,11 @@ from opdkernels.analysis import trajectory as trajectories
 from opdkernels.analysis.overlap import Overlaps, run_overlap
 from opdkernels.analysis.result import Analysis, load
 from opdkernels.analysis.trajectory import Trajectory
+from opdkernels.compat import paper_csv
 from opdkernels.config import AnalyzeOptions, OverlapOptions, TrajectoryOptions, validate_options
 from opdkernels.errors import InputError, printable
 from opdkernels.progress import Progress
-from opdkernels.runs.run_dir import finished
+from opdkernels.runs.run_dir import load_finished
 
 if TYPE_CHECKING:
     from opdkernels.distillation.options import DistillOptions
@@ -46,7 +47,8 @@ def analyze(
     arXiv 2606.13657; docs/outputs.md defines each.
     """
     chosen = validate_options(AnalyzeOptions, options)
-    result = run.analyze(source, trained, out, chosen, progress or (lambda done, total, name: None))
+    write_more = paper_csv.write if chosen.paper_csv else None
+    result = run.analyze(source, trained, out, chosen, progress or (lambda done, total, name: None), write_more)
     if result.path is not None and chosen.report:
         report.write(result.path, result)
     return result
@@ -151,7 +153,7 @@ def write_report(out: str | os.PathLike[str]) -> Path:
         return report.write_experiment(
             folder, {**read_results(folder), "analysis": (folder / "analysis" / "report.html").exists()}
         )
-    run = finished(folder)
+    run = load_finished(folder)
     if run["command"] == "overlap":
         return report.write_overlap(folder, overlaps.load(folder, run))
     if run["command"] == "trajectory":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import pyarrow as pa
+from dataclasses import dataclass
+
 import pytest
 import torch
 from pydantic import BaseModel, field_validator
@@ -15,8 +16,8 @@ from opdkernels.distillation.options import DistillOptions
 from opdkernels.errors import InputError, UsageError
 from opdkernels.masks import MaskSet
 from opdkernels.masks.mask_set import FORMAT
-from opdkernels.runs.records import Records
-from opdkernels.runs.run_dir import readable
+from opdkernels.runs.run_dir import as_input_error
+from opdkernels.runs.store import ArrowStore
 
 
 @pytest.mark.parametrize("error", [InputError, UsageError])
@@ -44,22 +45,30 @@ def test_mask_file_keeps_its_own_message(tmp_path, metadata, message):
 
 
 def test_run_files_keep_their_own_message(tmp_path):
-    with pytest.raises(InputError, match=r"^it is damaged$"), readable(tmp_path):
+    with pytest.raises(InputError, match=r"^it is damaged$"), as_input_error(tmp_path):
         raise InputError("it is damaged")
-    with pytest.raises(InputError, match=r"is damaged .it is not a table.; run the command again"), readable(tmp_path):
+    with (
+        pytest.raises(InputError, match=r"is damaged .it is not a table.; run the command again"),
+        as_input_error(tmp_path),
+    ):
         raise ValueError("it is not a table")
 
 
-def test_records_keep_their_own_message(tmp_path):
-    records = Records(tmp_path, lambda rows: pa.table({"x": [row.key for row in rows]}), lambda table: iter(()))
-    records.add(type("Row", (), {"key": 1})())
-    records.flush()
+def test_records_keep_their_own_message(tmp_path, monkeypatch):
+    @dataclass(frozen=True)
+    class Row:
+        key: int
 
-    def read(table):
+    store = ArrowStore(tmp_path, Row, schema_version=1)
+    store.add(Row(1))
+    store.flush()
+
+    def decode(self, content):
         raise InputError("another version wrote it")
 
+    monkeypatch.setattr(ArrowStore, "decode", decode)
     with pytest.raises(InputError, match=r"^another version wrote it$"):
-        Records(tmp_path, records.write, read)
+        ArrowStore(tmp_path, Row, schema_version=1)
 
 
 @pytest.mark.parametrize("error", [InputError, UsageError])

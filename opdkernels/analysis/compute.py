@@ -24,9 +24,10 @@ from opdkernels.checkpoint.match import ITEM_BYTES, Pair
 from opdkernels.formatting import byte_size
 from opdkernels.metrics.similarity import DEFICIENT, TOP, Similarity, Vectors, to_the_last
 from opdkernels.metrics.spectra import FINAL, SUBSPACE, UNDERFLOW, SpectrumRecord
+from opdkernels.metrics.tallies import TallyRecord
 from opdkernels.ops.gram import change, gram, symmetric
 from opdkernels.progress import Progress
-from opdkernels.runs.records import Record, Records
+from opdkernels.runs.store import ArrowStore
 from opdkernels.spectral import principal
 from opdkernels.spectral.exact import (
     BLOCK,
@@ -57,7 +58,7 @@ class Facts:
     moved: bool
 
     @classmethod
-    def of(cls, record: Record) -> Facts:
+    def of(cls, record: TallyRecord) -> Facts:
         tally = record.tally
         return (
             cls("", tally.nonfinite, bool(tally.changed("stored").any()))
@@ -72,7 +73,7 @@ class Job:
 
     pair: Pair
     facts: dict[int, Facts]
-    spectra: Records[SpectrumRecord]
+    spectra: ArrowStore[SpectrumRecord]
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def compute_all(
     jobs: Sequence[Job],
     rules: Rules,
     progress: Progress,
-    similarities: Records[Similarity] | None = None,
+    similarities: ArrowStore[Similarity] | None = None,
     run: str = "",
 ) -> None:
     """Spectra of every matrix that has no record yet; one that fails is recorded and the rest goes on.
@@ -168,21 +169,23 @@ def compute_all(
             raise
 
 
-def plan(jobs: Sequence[Job], rules: Rules, similarities: Records[Similarity] | None, run: str) -> list[Task]:
+def plan(jobs: Sequence[Job], rules: Rules, similarities: ArrowStore[Similarity] | None, run: str) -> list[Task]:
     """What is left to do, matrix by matrix of the source."""
     by_place: dict[tuple, list[Work]] = {}
     for job in jobs:
         for matrix in matrices(job.pair):
             views = views_of(matrix.match, rules.both)
             missing = (
-                view for view in views if not satisfies(job.spectra.done.get((matrix.index, matrix.part, view)), rules)
+                view
+                for view in views
+                if not satisfies(job.spectra.records.get((matrix.index, matrix.part, view)), rules)
             )
             place = (matrix.match.source.name, matrix.match.source_start + matrix.start, matrix.m, matrix.n)
             by_place.setdefault(place, []).append(Work(job, matrix, tuple(missing)))
     tasks = []
     for works in by_place.values():
         last = works[-1].matrix
-        known = similarities.done.get((last.index, last.part)) if similarities is not None else None
+        known = similarities.records.get((last.index, last.part)) if similarities is not None else None
         similar = similarities is not None and len(works) == len(jobs) and (known is None or known.run != run)
         if similar or any(work.views for work in works):
             tasks.append(Task(works, similar))

@@ -15,15 +15,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from opdkernels.analysis.outputs import OUTPUTS
 from opdkernels.analysis.run import slices, threads
 from opdkernels.checkpoint.base import open_source
 from opdkernels.checkpoint.match import ITEM_BYTES, Match, Pair, match
 from opdkernels.checkpoint.names import place
 from opdkernels.config import OverlapOptions
 from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.files import write_json
 from opdkernels.formatting import measure, percent, times
 from opdkernels.metrics import groups as tables
 from opdkernels.metrics.coordinates import to_bf16_pattern
+from opdkernels.metrics.tallies import SCHEMA_VERSION
 from opdkernels.ops.overlap import (
     MAX_RUNS,
     Overlap,
@@ -34,8 +37,7 @@ from opdkernels.ops.overlap import (
     z_score,
 )
 from opdkernels.progress import Progress
-from opdkernels.runs.records import write_json
-from opdkernels.runs.run_dir import describe, opened, readable
+from opdkernels.runs.run_dir import as_input_error, describe_run, open_run_dir
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Overlaps:
 
 def load(folder: Path, run: dict[str, Any]) -> Overlaps:
     """The finished overlap in a folder, whose run.json is `run`."""
-    with readable(folder):
+    with as_input_error(folder):
         return Overlaps(
             pq.read_table(folder / "overlap.parquet"), json.loads((folder / "summary.json").read_text()), run, folder
         )
@@ -87,10 +89,14 @@ def run_overlap(
         ]
         stack.enter_context(threads(chosen.threads))
         pairs = [match(sources[0], source) for source in sources[1:]]
-        about = describe(
-            "overlap", chosen.model_dump(mode="json"), dict(zip(("source", *names(len(runs))), sources, strict=True))
+        about = describe_run(
+            "overlap",
+            chosen.model_dump(mode="json"),
+            dict(zip(("source", *names(len(runs))), sources, strict=True)),
+            schema_version=SCHEMA_VERSION,
+            identity_options=("atol", "strata"),
         )
-        with opened(out, about, chosen.overwrite) as folder:
+        with open_run_dir(out, about, chosen.overwrite, OUTPUTS) as folder:
             together, excluded = in_all(pairs, [f"run {name}" for name in names(len(runs))])
             counted = count(pairs, together, chosen, progress)
             for source in sources:

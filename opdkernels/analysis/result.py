@@ -14,11 +14,10 @@ import pyarrow.parquet as pq
 from opdkernels.errors import InputError, printable
 from opdkernels.metrics import geometry as geometry_of
 from opdkernels.metrics import groups as tables
-from opdkernels.metrics.spectra import FINAL, SpectrumRecord
-from opdkernels.metrics.spectra import spectra as spectrum_records
+from opdkernels.metrics.spectra import FINAL, SpectrumRecord, open_spectra
+from opdkernels.metrics.tallies import TallyRecord, open_tallies
 from opdkernels.ops.delta import Tally
-from opdkernels.runs.records import Record, tallies
-from opdkernels.runs.run_dir import finished, readable
+from opdkernels.runs.run_dir import as_input_error, load_finished
 
 
 @dataclass
@@ -33,7 +32,7 @@ class Analysis:
     groups: pa.Table
     summary: dict[str, Any]
     run: dict[str, Any]
-    records: list[Record]
+    records: list[TallyRecord]
     path: Path | None = None
     spectra: pa.Table | None = None
     geometry: pa.Table | None = None
@@ -92,11 +91,11 @@ class Analysis:
 def load(path: str | Path) -> Analysis:
     """The finished `analyze` run in a folder. Raises InputError where there is none."""
     folder = Path(path)
-    run = finished(folder)
+    run = load_finished(folder)
     if run["command"] != "analyze":
         raise InputError(f"{printable(str(folder))} holds a run of {run['command']}; give the folder of an analyze run")
-    records, spectra = tallies(folder / "tallies"), spectrum_records(folder / "spectra")
-    with readable(folder):
+    records, spectra = open_tallies(folder / "tallies"), open_spectra(folder / "spectra")
+    with as_input_error(folder):
         of_matrices = (
             pq.read_table(path) if (path := folder / f"{name}.parquet").exists() else None
             for name in ("spectra", "geometry")
@@ -106,9 +105,9 @@ def load(path: str | Path) -> Analysis:
             pq.read_table(folder / "groups.parquet"),
             json.loads((folder / "summary.json").read_text()),
             run,
-            [records.done[i] for i in sorted(records.done)],
+            [records.records[i] for i in sorted(records.records)],
             folder,
             next(of_matrices),
             next(of_matrices),
-            [spectra.done[key] for key in sorted(spectra.done)],
+            [spectra.records[key] for key in sorted(spectra.records)],
         )

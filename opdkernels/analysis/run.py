@@ -16,14 +16,15 @@ import numpy as np
 import torch
 
 from opdkernels.analysis.compute import Facts, Job, Rules, compute_all
+from opdkernels.analysis.outputs import OUTPUTS
 from opdkernels.analysis.result import Analysis
 from opdkernels.backends.devices import device_of
 from opdkernels.checkpoint import streaming as feed
 from opdkernels.checkpoint.match import Pair, open_pair
 from opdkernels.checkpoint.names import place
-from opdkernels.compat import paper_csv
 from opdkernels.config import AnalyzeOptions
 from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.files import write_json
 from opdkernels.metrics import groups as tables
 from opdkernels.metrics import rounding_null as null
 from opdkernels.metrics.coordinates import (
@@ -35,12 +36,12 @@ from opdkernels.metrics.coordinates import (
     ratio_label,
     to_bf16_pattern,
 )
-from opdkernels.metrics.spectra import SpectrumRecord
-from opdkernels.metrics.spectra import spectra as spectra_records
+from opdkernels.metrics.spectra import SpectrumRecord, open_spectra
+from opdkernels.metrics.tallies import SCHEMA_VERSION, TallyRecord, open_tallies
 from opdkernels.ops.delta import DEFAULT_CUTS, STORED, ULP_REACH, Tally, delta
 from opdkernels.progress import Progress
-from opdkernels.runs.records import Record, Records, tallies, write_json
-from opdkernels.runs.run_dir import describe, opened
+from opdkernels.runs.run_dir import describe_run, open_run_dir
+from opdkernels.runs.store import ArrowStore
 
 CPU = torch.device("cpu")
 CURVE = [float(f"{10 ** (k / 10):.4g}") for k in range(-90, -9)]  # 1e-9 .. 1e-1
@@ -52,17 +53,18 @@ def analyze(
     out: str | os.PathLike[str] | None,
     chosen: AnalyzeOptions,
     progress: Progress,
+    write_more: Callable[[Path, Pair, Analysis], None] | None = None,
 ) -> Analysis:
     """`opdkernels.analyze` without the page."""
     if out is None and (chosen.csv or chosen.paper_csv):
         raise UsageError("csv and paper_csv write files; give an output folder")
     device = ready(chosen.device)
     with contextlib.closing(open_pair(source, trained, **chosen.opening)) as pair, threads(chosen.threads):
-        about = describe("analyze", chosen.model_dump(mode="json"), {"source": pair.source, "trained": pair.trained})
-        with opened(out, about, chosen.overwrite) as folder:
-            records = tallies(folder / "tallies" if folder is not None else None)
-            spectra = spectra_records(folder / "spectra" if folder is not None else None)
-            about["resumed_tensors"] = len(records.done)
+        about = describe_pair(pair, chosen)
+        with open_run_dir(out, about, chosen.overwrite, OUTPUTS) as folder:
+            records = open_tallies(folder / "tallies" if folder is not None else None)
+            spectra = open_spectra(folder / "spectra" if folder is not None else None)
+            about["resumed_tensors"] = len(records.records)
             try:
                 count_all(pair, records, chosen.memory, progress, device)
                 if chosen.spectra != "off":
@@ -72,7 +74,16 @@ def analyze(
             finally:
                 records.flush()
                 spectra.flush()
-            return conclude(pair, records, spectra, about, folder, chosen)
+            result = conclude(pair, records, spectra, about, folder, chosen)
+            if folder is not None and write_more is not None:
+                write_more(folder, pair, result)
+            return result
+
+
+def describe_pair(pair: Pair, options: AnalyzeOptions) -> dict[str, Any]:
+    """The initial run.json of the analysis of a pair."""
+    inputs = {"source": pair.source, "trained": pair.trained}
+    return describe_run("analyze", options.model_dump(mode="json"), inputs, schema_version=SCHEMA_VERSION)
 
 
 def ready(name: str) -> torch.device:
@@ -89,27 +100,25 @@ def ready(name: str) -> torch.device:
     return device
 
 
-def facts(records: Records[Record]) -> dict[int, Facts]:
-    return {index: Facts.of(record) for index, record in records.done.items()}
+def facts(records: ArrowStore[TallyRecord]) -> dict[int, Facts]:
+    return {index: Facts.of(record) for index, record in records.records.items()}
 
 
 def conclude(
     pair: Pair,
-    records: Records[Record],
-    spectra: Records[SpectrumRecord],
+    records: ArrowStore[TallyRecord],
+    spectra: ArrowStore[SpectrumRecord],
     about: dict[str, Any],
     folder: Path | None,
     chosen: AnalyzeOptions,
 ) -> Analysis:
     """Every metric of a pair whose records are complete, and its files."""
-    result = assemble(pair, [records.done[i] for i in range(len(pair.matches))], about)
+    result = assemble(pair, [records.records[i] for i in range(len(pair.matches))], about)
     if chosen.spectra != "off":
-        result.add_spectra(list(spectra.done.values()))
+        result.add_spectra(list(spectra.records.values()))
     result.path = folder
     if folder is not None:
         write(folder, result, chosen)
-        if chosen.paper_csv:
-            paper_csv.write(folder, pair, result)
     return result
 
 
@@ -131,14 +140,14 @@ def slices(numel: int, bytes_each: int, memory: int) -> Iterator[tuple[int, int]
 
 
 def count_all(
-    pair: Pair, records: Records[Record], memory: int, progress: Progress, device: torch.device = CPU
+    pair: Pair, records: ArrowStore[TallyRecord], memory: int, progress: Progress, device: torch.device = CPU
 ) -> None:
     """Tallies every match that has no record yet; a tensor that fails is recorded and the rest goes on. Out of a device's memory,
     it goes on from that tensor in smaller slices, and only then does the tensor fail."""
     tally, done, total = Tally.empty(DEFAULT_CUTS), 0, pair.nbytes
     wanted = []
     for index, match in enumerate(pair.matches):
-        known = records.done.get(index)
+        known = records.records.get(index)
         if known is None or known.failure:
             wanted.append((index, match))
         else:
@@ -161,7 +170,7 @@ def count_all(
                     failure = f"{type(error).__name__}: {error}".splitlines()[0]
                 counted = None if failure else SparseTally.of(tally)
                 records.add(
-                    Record(
+                    TallyRecord(
                         index,
                         match.name,
                         match.trained_name,
@@ -181,7 +190,7 @@ def count_all(
             torch.cuda.empty_cache()
 
 
-def assemble(pair: Pair, records: list[Record], run: dict[str, Any]) -> Analysis:
+def assemble(pair: Pair, records: list[TallyRecord], run: dict[str, Any]) -> Analysis:
     """Every metric, from the records alone."""
     counted = [r for r in records if r.tally is not None]
     tallies = [r.tally for r in records if r.tally is not None]
@@ -203,7 +212,7 @@ def assemble(pair: Pair, records: list[Record], run: dict[str, Any]) -> Analysis
     return Analysis(tables.interleave(about, views), tables.rows_to_arrow(groups), summary, run, records)
 
 
-def fit_nulls(records: list[Record]) -> list[dict[str, null.Null]]:
+def fit_nulls(records: list[TallyRecord]) -> list[dict[str, null.Null]]:
     """Of each counted record its nulls; of a tensor that did not visibly change the one that expects nothing."""
 
     def used(tally: SparseTally, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -266,7 +275,7 @@ def nonzero(values: np.ndarray) -> np.ndarray:
     return np.where(values == 0, np.nan, values)
 
 
-def curve(records: list[Record], nulls: list[dict[str, null.Null]]) -> dict[str, list[float | None]]:
+def curve(records: list[TallyRecord], nulls: list[dict[str, null.Null]]) -> dict[str, list[float | None]]:
     """Share of coordinates with |delta| <= epsilon: visible, stored (bounds) and expected of the null."""
     visible, stored, expected = np.zeros(1 << 15), np.zeros(1 << 15), np.zeros(1 << 15)
     for record, fitted in zip(records, nulls, strict=True):
@@ -294,7 +303,7 @@ def curve(records: list[Record], nulls: list[dict[str, null.Null]]) -> dict[str,
     }
 
 
-def summarise(pair: Pair, records: list[Record], groups: list[dict], nulls: list[dict]) -> dict[str, Any]:
+def summarise(pair: Pair, records: list[TallyRecord], groups: list[dict], nulls: list[dict]) -> dict[str, Any]:
     counted = [r for r in records if r.tally is not None]
     views = {
         view: {k: v for k, v in g.items() if k not in ("by", "view", "tower", "block", "module", "layer")}

@@ -25,25 +25,28 @@ import torch
 
 from opdkernels.analysis.compute import Job, Rules, compute_all
 from opdkernels.analysis.factors import Factors
+from opdkernels.analysis.outputs import OUTPUTS
 from opdkernels.analysis.overlap import bytes_each, in_all, place_of, read_all
 from opdkernels.analysis.result import Analysis
-from opdkernels.analysis.run import conclude, count_all, facts, slices, threads
+from opdkernels.analysis.run import conclude, count_all, describe_pair, facts, slices, threads
 from opdkernels.checkpoint.base import open_source
 from opdkernels.checkpoint.match import Match, Pair, match
 from opdkernels.checkpoint.names import Place, place
 from opdkernels.config import AnalyzeOptions, TrajectoryOptions
 from opdkernels.errors import UsageError, printable
+from opdkernels.files import write_json
 from opdkernels.formatting import measure, percent
 from opdkernels.metrics import groups as tables
 from opdkernels.metrics.coordinates import VIEWS, to_bf16_pattern
 from opdkernels.metrics.groups import Row
-from opdkernels.metrics.similarity import TOP, Similarity, similarities
-from opdkernels.metrics.spectra import spectra
+from opdkernels.metrics.similarity import TOP, Similarity, open_similarities
+from opdkernels.metrics.spectra import open_spectra
+from opdkernels.metrics.tallies import SCHEMA_VERSION, TallyRecord, open_tallies
 from opdkernels.ops.delta import DEFAULT_CUTS, Tally, delta, exact_float, from_limbs
 from opdkernels.ops.overlap import MAX_RUNS, Overlap, overlap
 from opdkernels.progress import Progress
-from opdkernels.runs.records import Record, Records, tallies, write_json
-from opdkernels.runs.run_dir import describe, opened, read_run, readable
+from opdkernels.runs.run_dir import as_input_error, describe_run, open_run_dir, read_run
+from opdkernels.runs.store import ArrowStore
 
 MEANS = (
     "stable_rank",
@@ -86,7 +89,7 @@ class Trajectory:
 
 def load(folder: Path, run: dict[str, Any]) -> Trajectory:
     """The finished trajectory in a folder, whose run.json is `run`."""
-    with readable(folder):
+    with as_input_error(folder):
         return Trajectory(
             pq.read_table(folder / "trajectory.parquet"), json.loads((folder / "summary.json").read_text()), run, folder
         )
@@ -138,12 +141,14 @@ def run_trajectory(
         stack.enter_context(threads(chosen.threads))
         pairs = [match(source, one) for one in trained]
         numbers = [number for number, _ in numbered]
-        about = describe(
+        about = describe_run(
             "trajectory",
             chosen.model_dump(mode="json"),
             {"source": source, **dict(zip(map(str, numbers), trained, strict=True))},
+            schema_version=SCHEMA_VERSION,
+            identity_inputs=["source"],  # checkpoints may be added
         )
-        folder = stack.enter_context(opened(out, about, chosen.overwrite))
+        folder = stack.enter_context(open_run_dir(out, about, chosen.overwrite, OUTPUTS))
         runs = [
             stack.enter_context(step_run(folder, number, pair, chosen))
             for number, pair in zip(numbers, pairs, strict=True)
@@ -207,7 +212,7 @@ class Counted:
     delta_sq: int
 
     @classmethod
-    def of(cls, record: Record) -> Counted | None:
+    def of(cls, record: TallyRecord) -> Counted | None:
         tally = record.tally
         if tally is None or tally.nonfinite:
             return None
@@ -221,7 +226,7 @@ class StepRun:
     """One checkpoint's analysis under way. Its tallies are kept on disk, where there is a folder, and read again at the end."""
 
     job: Job
-    records: Records[Record]
+    records: ArrowStore[TallyRecord]
     about: dict[str, Any]
     folder: Path | None
     options: AnalyzeOptions
@@ -230,13 +235,13 @@ class StepRun:
     def count(self, memory: int, progress: Progress) -> None:
         count_all(self.job.pair, self.records, memory, progress)
         self.job.facts.update(facts(self.records))
-        self.counted = {place_of(m): Counted.of(self.records.done[i]) for i, m in enumerate(self.job.pair.matches)}
+        self.counted = {place_of(m): Counted.of(self.records.records[i]) for i, m in enumerate(self.job.pair.matches)}
         self.records.flush()
         if self.folder is not None:
-            self.records.done.clear()
+            self.records.records.clear()
 
     def conclude(self) -> Analysis:
-        records = tallies(self.folder / "tallies") if self.folder is not None else self.records
+        records = open_tallies(self.folder / "tallies") if self.folder is not None else self.records
         return conclude(self.job.pair, records, self.job.spectra, self.about, self.folder, self.options)
 
 
@@ -250,11 +255,13 @@ def step_run(folder: Path | None, number: int, pair: Pair, chosen: TrajectoryOpt
             if name in TrajectoryOptions.model_fields
         }
     )
-    about = describe("analyze", options.model_dump(mode="json"), {"source": pair.source, "trained": pair.trained})
-    with opened(step_folder(folder, number, about["identity"]) if folder is not None else None, about, False) as own:
-        records = tallies(own / "tallies" if own is not None else None)
-        about["resumed_tensors"] = len(records.done)
-        job = Job(pair, {}, spectra(own / "spectra" if own is not None else None))
+    about = describe_pair(pair, options)
+    with open_run_dir(
+        step_folder(folder, number, about["identity"]) if folder is not None else None, about, False, OUTPUTS
+    ) as own:
+        records = open_tallies(own / "tallies" if own is not None else None)
+        about["resumed_tensors"] = len(records.records)
+        job = Job(pair, {}, open_spectra(own / "spectra" if own is not None else None))
         try:
             yield StepRun(job, records, about, own, options, {})
         finally:
@@ -286,7 +293,7 @@ def compute(
     """The spectra of every checkpoint, and how like the last update's top directions those of the others are."""
     if chosen.spectra == "off":
         return []
-    alike = similarities(folder / "similarity" if folder is not None else None)
+    alike = open_similarities(folder / "similarity" if folder is not None else None)
     identity = hashlib.blake2b(
         " ".join([chosen.spectra, *(run.about["identity"] for run in runs)]).encode(), digest_size=16
     ).hexdigest()
@@ -301,7 +308,7 @@ def compute(
         )
     finally:
         alike.flush()
-    return [alike.done[key] for key in sorted(alike.done) if alike.done[key].run == identity]
+    return [alike.records[key] for key in sorted(alike.records) if alike.records[key].run == identity]
 
 
 @dataclass

@@ -23,9 +23,8 @@ from opdkernels.distillation.options import SELF, DistillOptions
 from opdkernels.distillation.tracker import effective, read_rows, step_of_mask
 from opdkernels.distillation.world import Ranks, full_state
 from opdkernels.errors import InputError, UsageError, printable
-from opdkernels.files import sync
-from opdkernels.runs.records import write_json
-from opdkernels.runs.run_dir import locked, remove
+from opdkernels.files import sync, write_json
+from opdkernels.runs.run_dir import lock_dir, remove_path
 from opdkernels.version import __version__
 
 ABOUT = "run.json"
@@ -103,7 +102,7 @@ def open_folder(
     """The folder of a run, locked for a while, and the checkpoint that the run goes on from, if any; nothing in it changes before
     `begin`. Raises InputError where another process writes to it, UsageError where another run is in it."""
     with contextlib.ExitStack() as held:
-        yield ranks.told(lambda: standing(held.enter_context(locked(out)), options))
+        yield ranks.told(lambda: standing(held.enter_context(lock_dir(out)), options))
 
 
 def standing(folder: Path, options: DistillOptions) -> tuple[Path, tuple[int, Path] | None]:
@@ -212,7 +211,7 @@ def begin(folder: Path, options: DistillOptions) -> None:
     write_json(folder / ABOUT, about)
     for pattern in OWN_FILES:
         for path in list(folder.glob(pattern)):
-            remove(path)
+            remove_path(path)
     write_json(
         folder / ABOUT,
         {

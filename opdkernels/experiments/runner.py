@@ -35,9 +35,9 @@ from opdkernels.experiments.arms import (
 from opdkernels.experiments.bootstrap import START, table_rows
 from opdkernels.experiments.catalog import EXPERIMENTS
 from opdkernels.experiments.table import markdown
+from opdkernels.files import write_json
 from opdkernels.masks import MaskSet
 from opdkernels.patch import graft
-from opdkernels.runs.records import write_json
 
 ArmResult = tuple[list[float], dict[str, Any]]  # the score of each eval prompt, and the arm's final metrics
 

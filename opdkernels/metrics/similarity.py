@@ -6,19 +6,18 @@ only grows along directions that it has found, K / n for unrelated ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 
-from opdkernels.runs.records import Records
+from opdkernels.runs.store import ArrowStore
 
 TOP = 16
 DEFICIENT = 1e-6  # s_K / s_1 below which the last of the K vectors are any
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Vectors = tuple[torch.Tensor, torch.Tensor]  # left [m, K] and right [n, K]
 
 
@@ -54,21 +53,6 @@ def to_the_last(tops: Sequence[Vectors | None]) -> tuple[np.ndarray, np.ndarray]
     return np.array(sides[0]), np.array(sides[1])
 
 
-def to_table(records: list[Similarity]) -> pa.Table:
-    columns = {name: pa.array([getattr(r, name) for r in records]) for name in ("index", "part", "m", "n", "run")}
-    columns |= {
-        name: pa.array([getattr(r, name) for r in records], pa.list_(pa.float64())) for name in ("left", "right")
-    }
-    return pa.table(columns, metadata={"opdkernels_similarity": str(SCHEMA_VERSION)})
-
-
-def from_table(table: pa.Table) -> Iterator[Similarity]:
-    if (table.schema.metadata or {}).get(b"opdkernels_similarity") != str(SCHEMA_VERSION).encode():
-        raise ValueError("written by another version of opdkernels")
-    for row in table.to_pylist():
-        yield Similarity(**{**row, "left": np.array(row["left"], float), "right": np.array(row["right"], float)})
-
-
-def similarities(folder: Path | None) -> Records[Similarity]:
-    """The similarities of a run, kept in `folder`."""
-    return Records(folder, to_table, from_table)
+def open_similarities(folder: Path | None) -> ArrowStore[Similarity]:
+    """The similarities of a run, stored in `folder` or, if it is None, in memory only."""
+    return ArrowStore(folder, Similarity, SCHEMA_VERSION)

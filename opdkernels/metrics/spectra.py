@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
-from opdkernels.runs.records import Records
-from opdkernels.spectral import principal
-from opdkernels.spectral.exact import RATIOS
+from opdkernels.runs.store import ArrowStore
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SUBSPACE = ("projection", "projection_left", "projection_right", "rotation_left", "rotation_right")
-ARRAYS = ("source", "trained", "delta", "bounds", "subspace", "masks", "mask_sizes")
 NOTHING = np.zeros(0)
 UNDERFLOW = "delta is below 1e-154: fp64 does not hold its squares"
 FINAL = ("delta is zero", "delta is below", "non-finite")  # reasons that will not change
@@ -55,36 +50,6 @@ class SpectrumRecord:
         return self.index, self.part, self.view
 
 
-def to_table(records: list[SpectrumRecord]) -> pa.Table:
-    columns: dict[str, pa.Array] = {
-        name: pa.array([getattr(r, name) for r in records])
-        for name in ("index", "part", "view", "m", "n", "method", "reason", "seconds", "energy", "remainder")
-    }
-    for name in ARRAYS:
-        arrays = [getattr(r, name).ravel() for r in records]
-        offsets = np.concatenate(([0], np.cumsum([a.size for a in arrays])))
-        columns[name] = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(np.concatenate(arrays)))
-    return pa.table(columns, metadata={"opdkernels_spectra": str(SCHEMA_VERSION)})
-
-
-def from_table(table: pa.Table) -> Iterator[SpectrumRecord]:
-    if (table.schema.metadata or {}).get(b"opdkernels_spectra") != str(SCHEMA_VERSION).encode():
-        raise ValueError("written by another version of opdkernels")
-    lists = {name: table[name].combine_chunks() for name in ARRAYS}
-    plain = table.drop_columns(list(ARRAYS)).to_pylist()
-    shapes = {
-        "bounds": (2, -1),
-        "subspace": (len(SUBSPACE), -1),
-        "masks": (len(RATIOS), len(principal.SUBSETS), -1),
-        "mask_sizes": (len(RATIOS), -1),
-    }
-    for i, row in enumerate(plain):
-        arrays = {name: lists[name][i].values.to_numpy(zero_copy_only=False) for name in ARRAYS}
-        yield SpectrumRecord(
-            **row, **{name: a.reshape(shapes[name]) if name in shapes and a.size else a for name, a in arrays.items()}
-        )
-
-
-def spectra(folder: Path | None) -> Records[SpectrumRecord]:
-    """The spectra of a run, kept in `folder`."""
-    return Records(folder, to_table, from_table)
+def open_spectra(folder: Path | None) -> ArrowStore[SpectrumRecord]:
+    """The spectra of a run, stored in `folder` or, if it is None, in memory only."""
+    return ArrowStore(folder, SpectrumRecord, SCHEMA_VERSION)

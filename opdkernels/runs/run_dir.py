@@ -1,4 +1,4 @@
-"""The output folder of a run: whose it is, what run.json says, and that no two processes write to it at once."""
+"""The directory of a run: its identity, run.json, and a lock so that only one process writes to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,61 +20,66 @@ import torch
 
 from opdkernels.backends import cpu
 from opdkernels.checkpoint.base import Source
-from opdkernels.compat import paper_csv
 from opdkernels.errors import InputError, UsageError, printable
-from opdkernels.runs.records import SCHEMA_VERSION, write_json
+from opdkernels.files import write_json
 from opdkernels.version import __version__
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where two writers are not noticed
+except ImportError:  # Windows has no fcntl: two writers are not detected there
     fcntl = None  # type: ignore[assignment]
 
-OWN_FOLDERS = ("tallies", "spectra", "steps", "similarity", "factors")
-# run.json goes last: until then an interrupted --overwrite is known for what it is.
-OWN_FILES = (
-    "summary.json",
-    "tensors.parquet",
-    "groups.parquet",
-    "tensors.csv",
-    "groups.csv",
-    "report.html",
-    "overlap.parquet",
-    "overlap.csv",
-    "spectra.parquet",
-    "geometry.parquet",
-    "spectra.csv",
-    "geometry.csv",
-    "trajectory.parquet",
-    "trajectory.csv",
-    *paper_csv.FILES,
-    *OWN_FOLDERS,
-    "run.json",
-)
+
+@dataclass(frozen=True)
+class RunOutputs:
+    """Names of the files and folders that runs write to their directory besides run.json."""
+
+    files: tuple[str, ...]
+    folders: tuple[str, ...]
 
 
-def describe(command: str, options: dict[str, Any], sources: dict[str, Source]) -> dict[str, Any]:
-    """What run.json says at the start. `identity` covers what decides the result: the inputs and the version; of a trajectory
-    the source alone, as checkpoints may be added, and each is a run of its own."""
-    inputs: dict[str, dict[str, Any]] = {
+def describe_run(
+    command: str,
+    options: dict[str, Any],
+    inputs: Mapping[str, Source],
+    *,
+    schema_version: int,
+    identity_inputs: Sequence[str] | None = None,
+    identity_options: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The initial content of run.json.
+
+    `identity` is a digest of what determines the result; a directory resumes only a run of the same identity.
+
+    Args:
+        command: Name of the command.
+        options: All options of the command, as JSON.
+        inputs: The open checkpoints by role ("source", "trained", "A").
+        schema_version: Version of the stored records; part of the identity.
+        identity_inputs: Roles whose files are part of the identity; None for all.
+        identity_options: Options that are part of the identity.
+
+    Returns:
+        status, command, identity, options, inputs, versions, machine and start time.
+    """
+    described: dict[str, dict[str, Any]] = {
         role: {"path": source.path, "kind": source.kind, "files": [vars(fact) for fact in source.files]}
-        for role, source in sources.items()
+        for role, source in inputs.items()
     }
-    deciding = {"source": inputs["source"]} if command == "trajectory" else inputs
-    facts = [
+    roles = described if identity_inputs is None else identity_inputs
+    identity = [
         command,
         __version__,
-        SCHEMA_VERSION,
-        {r: [os.path.realpath(i["path"]), i["files"]] for r, i in deciding.items()},
+        schema_version,
+        {role: [os.path.realpath(described[role]["path"]), described[role]["files"]] for role in roles},
+        *([[options[name] for name in identity_options]] if identity_options else []),
     ]
-    if command == "overlap":
-        facts.append([options["atol"], options["strata"]])
     return {
         "status": "running",
         "command": command,
-        "identity": hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest(),
+        "identity": hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest(),
         "options": options,
-        "inputs": inputs,
+        "inputs": described,
         "versions": {
             "opdkernels": __version__,
             "torch": torch.__version__,
@@ -90,6 +96,7 @@ def describe(command: str, options: dict[str, Any], sources: dict[str, Source]) 
 
 
 def processor() -> str:
+    """The processor's model name."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -98,33 +105,49 @@ def processor() -> str:
 
 
 @contextlib.contextmanager
-def opened(out: str | os.PathLike[str] | None, run: dict[str, Any], overwrite: bool) -> Iterator[Path | None]:
-    """The folder for the time of a run, locked, with run.json in it: new, or of the same run, which then goes on.
+def open_run_dir(
+    out: str | os.PathLike[str] | None, run: dict[str, Any], overwrite: bool, outputs: RunOutputs
+) -> Iterator[Path | None]:
+    """Locks the directory of a run and writes run.json; a directory with a run of the same identity resumes it.
 
-    run.json says `complete` at the end, `failed` after bad input, and stays `running` after anything else. Raises
-    InputError where the folder holds another run, is being written to, or cannot be.
+    The status in run.json becomes `complete` at the end, `failed` after an InputError, and stays `running` otherwise.
+
+    Args:
+        out: The directory, created if absent; None to write nothing.
+        run: The content of run.json from `describe_run`; "status" and "seconds" are updated in place.
+        overwrite: Remove the outputs of an earlier run first.
+        outputs: Names that runs write there.
+
+    Yields:
+        The directory, or None.
+
+    Raises:
+        InputError: The directory contains another run, is locked by another process, or cannot be written.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     if out is None:
         yield None
-        run |= {"status": "complete", "seconds": round(time.monotonic() - began, 3)}
+        run |= {"status": "complete", "seconds": round(time.monotonic() - started, 3)}
         return
-    with locked(out) as folder:
-        claim(folder, run, overwrite)
+    with lock_dir(out) as folder:
+        acquire(folder, run, overwrite, outputs)
         try:
             yield folder
         except InputError:
-            write_json(folder / "run.json", run | {"status": "failed", "seconds": round(time.monotonic() - began, 3)})
+            seconds = round(time.monotonic() - started, 3)
+            write_json(folder / "run.json", run | {"status": "failed", "seconds": seconds})
             raise
-        run |= {"status": "complete", "seconds": round(time.monotonic() - began, 3)}
+        run |= {"status": "complete", "seconds": round(time.monotonic() - started, 3)}
         write_json(folder / "run.json", run)
 
 
 @contextlib.contextmanager
-def locked(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder, made where there is none, that no other process may lock for a while.
+def lock_dir(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """Creates a directory if absent and holds an exclusive lock on it.
 
-    Raises InputError where another process has locked it, or it cannot be written to, UsageError where it has no name.
+    Raises:
+        InputError: Another process holds the lock, or the directory cannot be written.
+        UsageError: `out` is empty.
     """
     if not os.fspath(out):
         raise UsageError("the output folder has no name; give one to -o")
@@ -152,50 +175,53 @@ def locked(out: str | os.PathLike[str]) -> Iterator[Path]:
         os.close(lock)
 
 
-def claim(folder: Path, run: dict[str, Any], overwrite: bool) -> None:
+def acquire(folder: Path, run: dict[str, Any], overwrite: bool, outputs: RunOutputs) -> None:
+    """Writes run.json to a locked directory. Raises InputError if it contains another run or cannot be written."""
     named = printable(str(folder))
     try:
-        keep_apart(folder, run)
+        check_paths_disjoint(folder, run, outputs.folders)
         if overwrite:
-            clear(folder)
-        before = read_run(folder)
-        if before is not None and before["identity"] != run["identity"]:
+            remove_outputs(folder, outputs)
+        existing = read_run(folder)
+        if existing is not None and existing["identity"] != run["identity"]:
             raise InputError(
-                f"{named} holds another run ({before['command']}, {before['status']}, of other inputs, options or another version); "
-                "choose another folder, or pass --overwrite"
+                f"{named} holds another run ({existing['command']}, {existing['status']}, of other inputs, options "
+                "or another version); choose another folder, or pass --overwrite"
             )
         write_json(folder / "run.json", run)
     except OSError as error:
         raise InputError(f"cannot write to {named}: {error.strerror}; choose another folder") from None
 
 
-def keep_apart(folder: Path, run: dict[str, Any]) -> None:
-    """Raises InputError where the run would write into, or clear away, a folder that no run made."""
+def check_paths_disjoint(folder: Path, run: dict[str, Any], folders: Sequence[str]) -> None:
+    """Raises InputError if the run would write to or remove an input, or a folder that no run created."""
     named = printable(str(folder))
-    written = [os.path.realpath(folder / name) for name in OWN_FOLDERS]
-    for role, given in run["inputs"].items():
-        path = os.path.realpath(given["path"])
-        for own in written:
-            if os.path.exists(path) and (path == own or path.startswith(own + os.sep)):
+    written_paths = [os.path.realpath(folder / name) for name in folders]
+    for role, described in run["inputs"].items():
+        path = os.path.realpath(described["path"])
+        for written in written_paths:
+            if os.path.exists(path) and (path == written or path.startswith(written + os.sep)):
                 raise InputError(
-                    f"{role} {printable(given['path'])} lies in {printable(own)}, which the run writes to; choose another folder than {named}"
+                    f"{role} {printable(described['path'])} is inside {printable(written)}, which the run writes to; "
+                    f"choose another folder than {named}"
                 )
     if not (folder / "run.json").exists():
-        for name in OWN_FOLDERS:
+        for name in folders:
             if (folder / name).exists() or (folder / name).is_symlink():
                 raise InputError(
-                    f"{named} has a {name} that is not of a run, as there is no run.json; choose another folder"
+                    f"{named} has a folder {name} that no run created, as there is no run.json; choose another folder"
                 )
 
 
-def clear(folder: Path) -> None:
-    """Removes what runs write, from the folder of one; whatever else lies there stays."""
-    for name in OWN_FILES:
-        remove(folder / name)
+def remove_outputs(folder: Path, outputs: RunOutputs) -> None:
+    """Removes what runs write and leaves every other file. run.json goes last: an interrupted --overwrite is still
+    recognised as a run."""
+    for name in (*outputs.files, *outputs.folders, "run.json"):
+        remove_path(folder / name)
 
 
-def remove(path: Path) -> None:
-    """Removes a folder with all in it, a file or a link, where there is one."""
+def remove_path(path: Path) -> None:
+    """Removes a file, a link or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -203,7 +229,7 @@ def remove(path: Path) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """run.json of a folder, or None."""
+    """run.json of a directory, or None if there is none. Raises InputError if it cannot be read."""
     path = folder / "run.json"
     if not path.exists():
         return None
@@ -216,8 +242,8 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         ) from None
 
 
-def finished(folder: Path) -> dict[str, Any]:
-    """run.json of a finished run. Raises InputError where there is none."""
+def load_finished(folder: Path) -> dict[str, Any]:
+    """run.json of a finished run. Raises InputError if there is none."""
     run = read_run(folder)
     if run is None:
         raise InputError(
@@ -231,14 +257,14 @@ def finished(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def readable(folder: Path) -> Iterator[None]:
-    """Turns what goes wrong in reading a run's files into bad input."""
+def as_input_error(folder: Path) -> Iterator[None]:
+    """Turns errors in reading the files of a run into InputError."""
     try:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are of these kinds
-        what = printable(str(error).splitlines()[0])
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors derive from these
+        reason = printable(str(error).splitlines()[0])
         raise InputError(
-            f"{printable(str(folder))} is damaged ({what}); run the command again with --overwrite"
+            f"{printable(str(folder))} is damaged ({reason}); run the command again with --overwrite"
         ) from None

@@ -13,7 +13,7 @@ from opdkernels.analysis import compute, run
 from opdkernels.backends import devices
 from opdkernels.checkpoint import streaming as feed
 from opdkernels.ops.delta import delta
-from tests.analysis.conftest import pair, save, trained, weights  # noqa: F401
+from tests.analysis.conftest import save, trained
 from tests.analysis.test_run import contents
 from tests.test_cli import run as command
 
@@ -116,7 +116,7 @@ def test_a_tensor_that_fails_whatever_the_slices_fails_alone(large, tmp_path, st
     assert result.tally("layers.0.w").numel == 300
 
 
-def test_gram_matrices_are_made_where_the_rules_say_and_masks_on_the_cpu(pair, monkeypatch):  # noqa: F811
+def test_gram_matrices_are_made_where_the_rules_say_and_masks_on_the_cpu(pair, monkeypatch):
     """Every move between the host and the device, with "meta" standing in for a GPU where nothing can be computed."""
     asked = []
     device = torch.device("meta")
@@ -195,7 +195,7 @@ def test_a_gpu_that_is_not_there_is_bad_input(monkeypatch, count, error, built, 
     assert "\n" not in str(found.value)
 
 
-def test_kernels_that_the_driver_is_too_old_for_are_bad_input_before_any_tensor(pair, tmp_path, monkeypatch):  # noqa: F811
+def test_kernels_that_the_driver_is_too_old_for_are_bad_input_before_any_tensor(pair, tmp_path, monkeypatch):
     def too_old(*sides):
         raise RuntimeError(
             "delta_count_bf16 did not start on cuda:0: CUDA driver version is insufficient; update NVIDIA's driver\ndetails"
@@ -212,13 +212,13 @@ def test_kernels_that_the_driver_is_too_old_for_are_bad_input_before_any_tensor(
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:", "cuda:-1", "cuda:99999", "meta", "cuda:0\n"])
-def test_a_device_that_makes_no_sense_is_a_usage_error(pair, name):  # noqa: F811
+def test_a_device_that_makes_no_sense_is_a_usage_error(pair, name):
     with pytest.raises(UsageError, match=r"option device is .*: give cpu, cuda or cuda:1"):
         analyze(*pair, device=name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_command_says_it_in_one_line(pair, tmp_path):  # noqa: F811
+def test_the_command_says_it_in_one_line(pair, tmp_path):
     done = command("analyze", *pair, "-o", tmp_path / "out", "--device", "cuda")
     assert done.returncode == 4
     assert done.stderr.count("\n") == 1
@@ -238,7 +238,7 @@ def test_a_gpu_counts_the_same_bits(large, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("spectra", ["exact", "topk"])
-def test_a_gpu_gives_the_same_spectra_to_their_rounding(pair, spectra):  # noqa: F811
+def test_a_gpu_gives_the_same_spectra_to_their_rounding(pair, spectra):
     there, here = (analyze(*pair, spectra=spectra, device=device) for device in ("cuda", "cpu"))
     for a, b in zip(there.spectra.to_pylist(), here.spectra.to_pylist(), strict=True):
         assert a["stable_rank"] == pytest.approx(b["stable_rank"], rel=1e-6)

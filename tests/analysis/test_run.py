@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from opdkernels import InputError, UsageError, analyze, load
+from opdkernels.files import write_json
+from opdkernels.metrics.tallies import TallyRecord, open_tallies
 from opdkernels.ops.delta import delta, exact_float
-from opdkernels.runs import records
 from tests.analysis.conftest import save, trained, weights
 
 DETERMINISTIC = ("tensors.parquet", "groups.parquet", "summary.json")
@@ -103,8 +104,8 @@ def test_a_run_killed_at_any_tensor_goes_on_to_the_same_bits(pair, tmp_path, see
     """SIGKILL after some tensors, wherever that falls: in a count, in a write, between the two."""
     program = (
         "import sys, time\n"
-        "from opdkernels.runs import records\n"
-        "records.FLUSH_EVERY_S = 0\n"
+        "from opdkernels.runs import store\n"
+        "store.FLUSH_EVERY_S = 0\n"
         "from opdkernels import analyze\n"
         "def show(done, total, name):\n"
         "    print(name, flush=True)\n"
@@ -273,14 +274,14 @@ def test_names_are_data_in_csv_and_on_the_terminal(tmp_path):
 
 def test_atomic_writes_leave_the_old_content_when_they_fail(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
-    records.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        records.write_json(path, {"a": 2})
+        write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 
@@ -321,6 +322,7 @@ def test_records_keep_counts_of_any_size():
     tally = delta(torch.ones(4), torch.tensor([1.0, 1, 1, 2]))
     for factor in (1, 1 << 40):
         tally.tables *= factor
-        record = records.Record(0, "w", "w", (4,), "fp32", "fp32", "exact", SparseTally.of(tally))
-        (back,) = records.from_table(records.to_table([record]))
+        record = TallyRecord(0, "w", "w", (4,), "fp32", "fp32", "exact", SparseTally.of(tally))
+        store = open_tallies(None)
+        (back,) = store.decode(store.encode([record]))
         assert back.tally.dense() == tally

@@ -109,8 +109,8 @@ def test_threads_change_no_bit(pair):
 def test_a_run_killed_among_its_spectra_goes_on_to_the_same_bits(pair, tmp_path):
     out = tmp_path / "out"
     script = (
-        "import sys, time; from opdkernels.analysis import compute; from opdkernels.runs import records; from opdkernels import analyze\n"
-        "records.FLUSH_EVERY_S = 0; made = compute.spectrum\n"
+        "import sys, time; from opdkernels.analysis import compute; from opdkernels.runs import store; from opdkernels import analyze\n"
+        "store.FLUSH_EVERY_S = 0; made = compute.spectrum\n"
         "def slow(*a): time.sleep(0.1); return made(*a)\n"
         "compute.spectrum = slow; analyze(*sys.argv[1:], threads=1)"
     )

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from opdkernels import analyze
+from opdkernels.analysis.outputs import PAPER_CSV_FILES
 from opdkernels.checkpoint.match import open_pair
 from opdkernels.compat import paper_csv
 from tests.analysis.conftest import save, trained, weights
@@ -499,10 +500,10 @@ def test_bytes_do_not_depend_on_threads_or_on_earlier_runs_and_overwriting_clear
     analyze(*pair, tmp_path / "a", paper_csv=True, report=False, threads=1)
     analyze(*pair, tmp_path / "b", paper_csv=True, report=False, threads=2, io="read")
     analyze(*pair, tmp_path / "b", paper_csv=True, report=False)
-    for name in paper_csv.FILES:
+    for name in PAPER_CSV_FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     analyze(*pair, tmp_path / "c", report=False)
     written = {path.name for path in (tmp_path / "a").iterdir()} - {path.name for path in (tmp_path / "c").iterdir()}
-    assert written == set(paper_csv.FILES)
+    assert written == set(PAPER_CSV_FILES)
     analyze(*pair, tmp_path / "a", report=False, overwrite=True)
     assert not written & {path.name for path in (tmp_path / "a").iterdir()}

@@ -36,6 +36,7 @@ from opdkernels.compat.paper_csv.spectra import (
     principal_columns,
     svd_row,
 )
+from opdkernels.files import write_json
 from opdkernels.metrics.coordinates import (
     EPSILON,
     RATIOS,
@@ -51,8 +52,8 @@ from opdkernels.metrics.coordinates import (
 )
 from opdkernels.metrics.groups import Row, write_csv
 from opdkernels.metrics.spectra import SpectrumRecord
+from opdkernels.metrics.tallies import TallyRecord
 from opdkernels.ops.delta import CHANGED, DEFAULT_CUTS, THRESHOLDS
-from opdkernels.runs.records import Record, write_json
 
 if TYPE_CHECKING:
     from opdkernels.analysis.result import Analysis
@@ -63,17 +64,6 @@ SUMMARIES = {
     "block_summary": ("block_type",),
     "layer_module_summary": ("layer_id", "module_type"),
 }
-FILES: tuple[str, ...] = (
-    "tensor_metrics.csv",
-    "svd_metrics.csv",
-    "base_geometry_metrics.csv",
-    "mask_overlap_metrics.csv",
-    *(f"{name}.csv" for name in SUMMARIES),
-    "top_delta_tensors.csv",
-    "mismatch_report.json",
-    "failed_tensors.csv",
-    "paper_summary.json",
-)
 LARGEST_SHOWN = 100  # rows of top_delta_tensors.csv
 # Their masks compare |delta|, widened to fp32, with the threshold unrounded: 1e-5 lies between 0x3727 and 0x3728.
 UPDATE_ATOLS = {0.0: DEFAULT_CUTS.index(0), 1e-5: DEFAULT_CUTS.index(0x3727)}
@@ -163,7 +153,7 @@ ALIASES = (("model.language_model.", "model."), ("language_model.", "model."), (
 
 
 def write(folder: Path, pair: Pair, result: Analysis) -> None:
-    """Writes FILES into `folder`, from the tallies of a finished run."""
+    """Writes PAPER_CSV_FILES into `folder`, from the tallies of a finished run."""
     found, report = match_names(pair.source.tensors, pair.trained.tensors)
     spectra = {r.index: r for r in result.spectrum_records if r.view == "visible" and r.part < 0}
     tensors, svds, bases, masks, failed = tabulate(pair, result.records, found, report, spectra)
@@ -248,7 +238,7 @@ def place(name: str) -> dict[str, Any]:
 
 def tabulate(
     pair: Pair,
-    records: Sequence[Record],
+    records: Sequence[TallyRecord],
     found: Sequence[tuple[str, str]],
     report: dict[str, Any],
     spectra: dict[int, SpectrumRecord],

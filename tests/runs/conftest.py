@@ -1,0 +1,5 @@
+"""The pair of checkpoints of the analysis tests."""
+
+from tests.analysis.conftest import pair
+
+__all__ = ["pair"]
