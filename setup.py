@@ -94,7 +94,7 @@ def build_cuda_where_nvcc_is(library):
     """Never fails: others serve GPUs without it."""
     home = os.environ.get("CUDA_HOME")
     nvcc = (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which("nvcc")
-    if nvcc is None or load_sources().made(library):
+    if nvcc is None or load_sources().is_built_from_sources(library):
         return
     try:
         build_cuda(nvcc, library)

@@ -16,15 +16,16 @@ import torch
 from benchmarks.harness import anonymous_bytes, paired
 from opdkernels import analyze
 from opdkernels.backends.cpu import _C
-from opdkernels.ops.delta import BINS, THRESHOLDS, delta, exact_float, pattern
+from opdkernels.backends.layout import BINS
+from opdkernels.ops.delta import THRESHOLDS, bf16_bits, delta, exact_float
 
 EAGER_COORDINATES = 4_358_144  # one 896 x 4864 matrix: eager PyTorch gains nothing from more
 
 
-def bincounts(source: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def bincounts(base: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The best eager formulation: three tables, from which everything visible follows."""
-    visible = pattern(trained - source) & 0x7FFF
-    magnitude = pattern(source) & 0x7FFF
+    visible = bf16_bits(trained - base) & 0x7FFF
+    magnitude = bf16_bits(base) & 0x7FFF
     return (
         torch.bincount(magnitude, minlength=BINS),
         torch.bincount(visible, minlength=BINS),
@@ -32,9 +33,9 @@ def bincounts(source: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor
     )
 
 
-def counts(source: torch.Tensor, trained: torch.Tensor) -> list[float]:
+def counts(base: torch.Tensor, trained: torch.Tensor) -> list[float]:
     """The straightforward eager formulation: sums and a count a threshold."""
-    w, v = source.float(), trained.float()
+    w, v = base.float(), trained.float()
     d = (v - w).abs()
     found = [w.square().sum().item(), v.square().sum().item(), d.square().sum().item(), d.sum().item(), d.max().item()]
     found.append((d == 0).sum().item())
@@ -46,16 +47,16 @@ def counts(source: torch.Tensor, trained: torch.Tensor) -> list[float]:
 @pytest.mark.parametrize("isa", _C.available_isas())
 @pytest.mark.parametrize("threads", [1, 2])
 def test_tally_of_a_bf16_pair(benchmark, row, embedding, bandwidth, isa, threads):
-    source, trained, _ = embedding
+    base, trained, _ = embedding
     before, cores = _C.current_isa(), torch.get_num_threads()
     _C.use_isa(isa)
     torch.set_num_threads(threads)
-    tally = benchmark.pedantic(lambda: delta(source, trained), rounds=7, warmup_rounds=1)
+    tally = benchmark.pedantic(lambda: delta(base, trained), rounds=7, warmup_rounds=1)
     _C.use_isa(before)
     torch.set_num_threads(cores)
-    assert tally.numel == source.numel()
-    assert tally.bit_equal == int((source == trained).sum())
-    rate = source.numel() / benchmark.stats.stats.median
+    assert tally.numel == base.numel()
+    assert tally.bit_equal == int((base == trained).sum())
+    rate = base.numel() / benchmark.stats.stats.median
     row(
         pairs_per_s=rate,
         bytes_per_s=4 * rate,
@@ -65,18 +66,20 @@ def test_tally_of_a_bf16_pair(benchmark, row, embedding, bandwidth, isa, threads
 
 
 def test_tally_against_eager(benchmark, row, embedding, one_thread):
-    source, trained = (t[:EAGER_COORDINATES] for t in embedding[:2])
+    base, trained = (t[:EAGER_COORDINATES] for t in embedding[:2])
     seconds = paired(
         {
-            "tally": lambda: delta(source, trained),
-            "bincounts": lambda: bincounts(source, trained),
-            "counts": lambda: counts(source, trained),
+            "tally": lambda: delta(base, trained),
+            "bincounts": lambda: bincounts(base, trained),
+            "counts": lambda: counts(base, trained),
         }
     )
-    tally = benchmark.pedantic(lambda: delta(source, trained), rounds=3)
-    for found, table in zip(bincounts(source, trained), (tally.source, tally.delta, tally.changed[0]), strict=True):
+    tally = benchmark.pedantic(lambda: delta(base, trained), rounds=3)
+    for found, table in zip(
+        bincounts(base, trained), (tally.hist_base, tally.hist_delta, tally.hist_base_over[0]), strict=True
+    ):
         np.testing.assert_array_equal(found.numpy(), table)
-    assert counts(source, trained)[5] == tally.bit_equal
+    assert counts(base, trained)[5] == tally.bit_equal
     row(
         tally_s=seconds["tally"],
         over_bincounts=seconds["bincounts"] / seconds["tally"],
@@ -88,15 +91,15 @@ def test_tally_against_eager(benchmark, row, embedding, one_thread):
 def test_tally_of_wider_pairs(benchmark, row, embedding, one_thread, dtype):
     n = 8_000_000
     generator = torch.Generator().manual_seed(0)
-    source = (embedding[0][:n].double() + 1e-6 * torch.randn(n, generator=generator)).to(dtype)
-    trained = (source.double() + 1e-5 * torch.randn(n, generator=generator)).to(dtype)
-    tally = benchmark.pedantic(lambda: delta(source, trained), rounds=5, warmup_rounds=1)
-    assert tally.delta[0] == int((source.bfloat16() == trained.bfloat16()).sum())
+    base = (embedding[0][:n].double() + 1e-6 * torch.randn(n, generator=generator)).to(dtype)
+    trained = (base.double() + 1e-5 * torch.randn(n, generator=generator)).to(dtype)
+    tally = benchmark.pedantic(lambda: delta(base, trained), rounds=5, warmup_rounds=1)
+    assert tally.hist_delta[0] == int((base.bfloat16() == trained.bfloat16()).sum())
     assert exact_float(tally.sum_delta_abs) == pytest.approx(
-        float((trained.double() - source.double()).abs().sum()), rel=1e-6
+        float((trained.double() - base.double()).abs().sum()), rel=1e-6
     )
     rate = n / benchmark.stats.stats.median
-    row(pairs_per_s=rate, bytes_per_s=2 * source.element_size() * rate)
+    row(pairs_per_s=rate, bytes_per_s=2 * base.element_size() * rate)
 
 
 def test_analyze_the_whole_pair(benchmark, row, folder, tmp_path, one_thread):

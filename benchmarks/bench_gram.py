@@ -10,9 +10,9 @@ from benchmarks.harness import paired
 from opdkernels.ops.gram import gram, symmetric
 
 
-def products(source: torch.Tensor, trained: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    w = source.to(dtype)
-    d = (trained.float() - source.float()).to(dtype)
+def products(base: torch.Tensor, trained: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    w = base.to(dtype)
+    d = (trained.float() - base.float()).to(dtype)
     return torch.stack([w.T @ w, w.T @ d, d.T @ d])
 
 
@@ -20,25 +20,25 @@ def products(source: torch.Tensor, trained: torch.Tensor, dtype: torch.dtype) ->
 @pytest.mark.parametrize("wide", [False, True], ids=["tall", "wide"])
 def test_gram_matrices_against_products(benchmark, row, one_thread, wide, block):
     generator = torch.Generator().manual_seed(0)
-    source = data.weight((data.INTERMEDIATE, data.HIDDEN), generator)
-    trained = data.updated(source, generator)
+    base = data.weight((data.INTERMEDIATE, data.HIDDEN), generator)
+    trained = data.updated(base, generator)
     if wide:
-        source, trained = source.T.contiguous().T, trained.T.contiguous().T
+        base, trained = base.T.contiguous().T, trained.T.contiguous().T
     seconds = paired(
         {
-            "gram": lambda: gram(source, trained, block=block),
-            "fp64": lambda: products(source, trained, torch.float64),
-            "fp32": lambda: products(source, trained, torch.float32),
+            "gram": lambda: gram(base, trained, block=block),
+            "fp64": lambda: products(base, trained, torch.float64),
+            "fp32": lambda: products(base, trained, torch.float32),
         },
         rounds=5,
     )
     found, exact = (
-        symmetric(benchmark.pedantic(lambda: gram(source, trained, block=block), rounds=5)),
-        products(source, trained, torch.float64),
+        symmetric(benchmark.pedantic(lambda: gram(base, trained, block=block), rounds=5)),
+        products(base, trained, torch.float64),
     )
     for ours, theirs in zip(found, exact, strict=True):
         assert (ours - theirs).norm() <= (1e-8 if block else 1e-14) * theirs.norm()
-    flops = 2 * source.numel() * source.shape[1] * 2  # two halves and a whole
+    flops = 2 * base.numel() * base.shape[1] * 2  # two halves and a whole
     row(
         flops_per_s=flops / seconds["gram"],
         over_fp64_products=seconds["fp64"] / seconds["gram"],

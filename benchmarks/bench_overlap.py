@@ -15,14 +15,14 @@ from opdkernels.ops.overlap import Overlap, overlap
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_overlap_of_two_bf16_runs(benchmark, row, embedding, bandwidth, threads):
-    source, *runs = embedding
+    base, *runs = embedding
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    found = benchmark.pedantic(lambda: overlap(source, runs), rounds=7, warmup_rounds=1)
+    found = benchmark.pedantic(lambda: overlap(base, runs), rounds=7, warmup_rounds=1)
     torch.set_num_threads(before)
-    a, b = ((r - source).abs() > 1e-5 for r in runs)
+    a, b = ((r - base).abs() > 1e-5 for r in runs)
     assert found.n_both(0, 1) == int((a & b).sum())
-    rate = source.numel() / benchmark.stats.stats.median
+    rate = base.numel() / benchmark.stats.stats.median
     row(coordinates_per_s=rate, bytes_per_s=6 * rate, fraction_of_read=6 * rate / bandwidth[threads])
 
 
@@ -40,8 +40,8 @@ def test_overlap_loop_against_the_paper_script(benchmark, row, folder, paper_scr
         def loop():
             found = Overlap.empty(2)
             for name, info in base.tensors.items():
-                w, *trained = (source.read(name, 0, info.numel) for source in (base, *runs))
-                overlap(w, trained, into=found)
+                w, *trained = (base.read(name, 0, info.numel) for base in (base, *runs))
+                overlap(w, trained, out=found)
             return found
 
         before = torch.get_num_threads()

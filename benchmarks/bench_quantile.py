@@ -31,7 +31,7 @@ def test_cut_and_overlap_against_topk(benchmark, row, one_thread, dtype, largest
     seconds = paired({"quantile": lambda: quantiles(values, ranks, largest=largest, mask=mask), "topk": topk}, rounds=3)
     found = benchmark.pedantic(lambda: quantiles(values, ranks, largest=largest, mask=mask), rounds=5)
     for ours, (cut, inside) in zip(found, topk(), strict=True):
-        assert ours.cut == cut
+        assert ours.threshold == cut
         assert ours.lower <= inside <= ours.upper
     row(
         quantile_s=seconds["quantile"],

@@ -29,17 +29,17 @@ def cuda_kernels() -> str:
     if dispatch.forced_backend() == dispatch.REFERENCE:
         return "not used: OPDKERNELS_BACKEND=reference asks for the reference"
     passed_over = [
-        f"not {name}: {why}" for name, why in (("CUDA C++", cuda.why_not()), ("Triton", triton.why_not())) if why
+        f"not {name}: {why}"
+        for name, why in (("CUDA C++", cuda.unavailable_reason()), ("Triton", triton.unavailable_reason()))
+        if why
     ]
-    if dispatch.forced_backend() == "triton" and not triton.why_not():
+    if dispatch.forced_backend() == "triton" and not triton.unavailable_reason():
         return "Triton serves tensors on a GPU: OPDKERNELS_BACKEND=triton"
-    if not cuda.why_not():
-        origin = (
-            "built at install" if cuda.launch.source_at_hand() == "built" else "compiled by NVRTC at the first call"
-        )
+    if not cuda.unavailable_reason():
+        origin = "built at install" if cuda.launch.kernel_source() == "built" else "compiled by NVRTC at the first call"
         who = f"CUDA C++, {origin}, serves tensors on a GPU, Triton what it lacks"
     else:
-        who = "the plain PyTorch reference serves" if triton.why_not() else "Triton serves tensors on a GPU"
+        who = "the plain PyTorch reference serves" if triton.unavailable_reason() else "Triton serves tensors on a GPU"
     return "; ".join([who, *passed_over])
 
 
@@ -58,8 +58,8 @@ def examine() -> dict[str, Any]:
     module = cpu._C
     forced = os.environ.get("OPDKERNELS_BACKEND")
     if module is None:
-        why = f"not used: {cpu.WHY_NOT}; install g++ and reinstall opdkernels"
-    elif not cpu.wanted():
+        why = f"not used: {cpu.UNAVAILABLE_REASON}; install g++ and reinstall opdkernels"
+    elif not cpu.is_enabled():
         why = f"built, but OPDKERNELS_BACKEND={forced} asks for the reference"
     else:
         why = "built and used"
@@ -80,14 +80,16 @@ def examine() -> dict[str, Any]:
         "instruction_sets": module.available_isas() if module is not None else [],
         "instruction_set_used": module.current_isa() if module is not None else None,
         "compiler_here": shutil.which("g++") or shutil.which("c++"),
-        "cuda_library": cuda.launch.cuda_of_library(),
+        "cuda_library": cuda.launch.library_cuda_major(),
         "cuda_library_is_stale": cuda.launch.library_is_stale(),
-        "cupy": cuda.launch.cuda_of_cupy(),
+        "cupy": cuda.launch.cupy_cuda_major(),
         "nvcc_here": shutil.which("nvcc"),
         "triton": installed("triton"),
         "cuda_built_into_torch": torch.version.cuda,
         "cuda_devices": gpus(),
-        "cuda_devices_why_none": "" if torch.cuda.is_available() or not torch.version.cuda else devices.why_none(),
+        "cuda_devices_why_none": ""
+        if torch.cuda.is_available() or not torch.version.cuda
+        else devices.cuda_unavailable_reason(),
         "cuda_kernels": cuda_kernels(),
         "cuda_operators": {name: dispatch.select_backend(operators[name].family, "cuda") for name in sorted(operators)},
         "huggingface_hub": installed("huggingface_hub"),

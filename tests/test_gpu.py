@@ -233,17 +233,17 @@ def test_the_backends_of_a_gpu_are_those_that_are_there(monkeypatch):
 
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(launch, "Built", lambda path: "built")
-    monkeypatch.setattr(launch, "Compiled", lambda: "compiled")
+    monkeypatch.setattr(launch, "LibraryKernels", lambda path: "built")
+    monkeypatch.setattr(launch, "NvrtcKernels", lambda: "compiled")
     monkeypatch.setattr(launch, "library_is_stale", lambda: False)
-    monkeypatch.setattr(triton, "why_not", lambda: "")
+    monkeypatch.setattr(triton, "unavailable_reason", lambda: "")
     for library, cupy, names in (
         (13, 13, ["CUDA library", "NVRTC", "Triton"]),
         (12, None, ["Triton"]),
         (None, 13, ["NVRTC", "Triton"]),
     ):
-        monkeypatch.setattr(launch, "cuda_of_library", lambda library=library: library)
-        monkeypatch.setattr(launch, "cuda_of_cupy", lambda cupy=cupy: cupy)
+        monkeypatch.setattr(launch, "library_cuda_major", lambda library=library: library)
+        monkeypatch.setattr(launch, "cupy_cuda_major", lambda cupy=cupy: cupy)
         here, missing = backends.found(gpu)
         assert [one.name for one in here] == [*names, "reference", "package"]
         assert len(missing) == 3 - len(names)
@@ -252,8 +252,8 @@ def test_the_backends_of_a_gpu_are_those_that_are_there(monkeypatch):
     def broken():
         raise OSError("no libnvrtc")
 
-    monkeypatch.setattr(launch, "Compiled", broken)
-    monkeypatch.setattr(triton, "why_not", lambda: "Triton is not installed")
+    monkeypatch.setattr(launch, "NvrtcKernels", broken)
+    monkeypatch.setattr(triton, "unavailable_reason", lambda: "Triton is not installed")
     assert backends.found(gpu)[1] == [
         "CUDA library: not here, torch is for CUDA 13",
         "NVRTC: no libnvrtc",

@@ -66,10 +66,10 @@ def found(device: torch.device) -> tuple[list[Backend], list[str]]:
     origins: Iterable[tuple[str, int | None, Callable[[], Any]]] = (
         (
             "CUDA library",
-            None if launch.library_is_stale() else launch.cuda_of_library(),
-            lambda: launch.Built(launch.LIBRARY),
+            None if launch.library_is_stale() else launch.library_cuda_major(),
+            lambda: launch.LibraryKernels(launch.LIBRARY),
         ),
-        ("NVRTC", launch.cuda_of_cupy(), launch.Compiled),
+        ("NVRTC", launch.cupy_cuda_major(), launch.NvrtcKernels),
     )
     for name, found_major, make in origins:
         if major and found_major == major:
@@ -81,8 +81,8 @@ def found(device: torch.device) -> tuple[list[Backend], list[str]]:
             missing.append(
                 f"{name}: {'not here' if found_major is None else f'for CUDA {found_major}'}, torch is for CUDA {major or 'no version'}"
             )
-    if triton.why_not():
-        missing.append(triton.why_not())
+    if triton.unavailable_reason():
+        missing.append(triton.unavailable_reason())
     else:
         backends.append(TRITON)
     return [*backends, REFERENCE, PACKAGE], missing

@@ -171,7 +171,7 @@ def matches_cpu_when_streamed(
     )
     tallies = [delta.Tally.empty() for _ in sides]
     for one, ready in feed.staged(source, feed.cut(matches, 1), feed.least(matches), device):  # type: ignore[arg-type]
-        delta.delta(*ready(), into=tallies[one.index])
+        delta.delta(*ready(), out=tallies[one.index])
     for (w, v), tally in zip(sides, tallies, strict=True):
         assert tally == delta.delta(w, v), f"another tally of {w.numel()} coordinates of {w.dtype}"
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from opdkernels.ops import gram, overlap, patch, step
-from opdkernels.ops.delta import BINS, COUNTS, DEFAULT_CUTS, SUM_LIMBS, THRESHOLDS, from_limbs, to_limbs
+from opdkernels.backends.layout import BINS, SUM_LIMBS
+from opdkernels.ops import overlap, patch, step
+from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS, base_and_delta, from_limbs, to_limbs
+from opdkernels.ops.delta.layout import HIST_BASE_OVER, NUM_COUNTS
 from opdkernels.ops.divergence import tiles
 from tests.ops.conformance import (
     BF16,
@@ -70,10 +72,10 @@ PAIRS = ((BF16, BF16), (FP32, FP32), (FP64, FP64), (FP16, FP16), (BF16, FP32))
 def run_delta(
     kernel: Kernel, allocator: Allocator, w: torch.Tensor, v: torch.Tensor, with_mask: bool = True
 ) -> list[torch.Tensor]:
-    shapes = (5 + len(DEFAULT_CUTS), BINS), (COUNTS,), (4, SUM_LIMBS)
+    shapes = (HIST_BASE_OVER + len(DEFAULT_THRESHOLD_BITS), BINS), (NUM_COUNTS,), (4, SUM_LIMBS)
     outputs = [*(allocator.zeros(*shape) for shape in shapes), allocator.zeros(1, dtype=FP64)]
     mask = allocator.zeros((w.numel() + 7) // 8, dtype=BYTES) if with_mask else None
-    kernel("delta_")(w, v, list(DEFAULT_CUTS), list(THRESHOLDS), *outputs, mask)
+    kernel("delta_")(w, v, list(DEFAULT_THRESHOLD_BITS), list(THRESHOLDS), *outputs, mask)
     return outputs if mask is None else [*outputs, mask]
 
 
@@ -96,7 +98,7 @@ def repeated_delta(kernel: Kernel, expected: Kernel, device: torch.device, tile:
 def run_overlap(kernel: Kernel, allocator: Allocator, w: torch.Tensor, *runs: torch.Tensor) -> list[torch.Tensor]:
     shapes = (BINS,), (len(runs), BINS), (len(runs), len(runs)), (len(runs) + 1,), (2,)
     outputs = [allocator.zeros(*shape) for shape in shapes]
-    kernel("overlap_")(w, list(runs), overlap.DEFAULT_CUT, *outputs)
+    kernel("overlap_")(w, list(runs), overlap.DEFAULT_THRESHOLD_BITS, *outputs)
     return outputs
 
 
@@ -139,7 +141,7 @@ def assert_close(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
     """Right to the rounding of sums in their order: of the sum of the products' sizes, in fp64, or fp32 within a block. Below the
     diagonal of a symmetric matrix nothing is written."""
     w, v, visible, block = inputs
-    sizes = [side.double().abs() for side in gram.change(w, v, visible)]
+    sizes = [side.double().abs() for side in base_and_delta(w, v, visible)]
     unit, rows = 2.0**-52, len(w) + 2
     for k, (x, y) in enumerate(((0, 0), (0, 1), (1, 1))):
         limit = (2 * unit * rows + (2.0**-22 * (min(block, len(w)) + 1) if block and k == 1 else 0)) * (

@@ -19,8 +19,9 @@ from benchmarks.gpu.backends import Backend
 from benchmarks.gpu.checks import on_gpu
 from benchmarks.gpu.families import FAMILIES
 from benchmarks.gpu.record import sources_of
-from opdkernels.ops import gram, patch, step
-from opdkernels.ops.delta import BINS, THRESHOLDS, pattern
+from opdkernels.backends.layout import BINS
+from opdkernels.ops import patch, step
+from opdkernels.ops.delta import THRESHOLDS, base_and_delta, bf16_bits
 from opdkernels.ops.divergence import Divergence, divergence, tiles
 from tests.ops.conformance import BF16, FP32, FP64, Allocator, Kernel
 
@@ -133,13 +134,13 @@ def eager_counts(w: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
 
 def eager_tables(w: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
     """Three tables, from which everything visible follows."""
-    visible, magnitude = pattern(v - w) & 0x7FFF, pattern(w) & 0x7FFF
+    visible, magnitude = bf16_bits(v - w) & 0x7FFF, bf16_bits(w) & 0x7FFF
     return [torch.bincount(one, minlength=BINS) for one in (magnitude, visible, magnitude[visible > 0])]
 
 
 def eager_overlap(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
     x, y = ((run - w).abs() > 1e-5 for run in (a, b))
-    magnitude = pattern(w) & 0x7FFF
+    magnitude = bf16_bits(w) & 0x7FFF
     return [
         (x & y).sum(),
         x.sum(),
@@ -220,7 +221,7 @@ def make_gram(n: int, device: torch.device) -> Timed:
     )
 
     def eager():
-        a, b = gram.change(w, v, False)
+        a, b = base_and_delta(w, v, False)
         a, b = a.double(), b.double()
         return a.T @ a, a.T @ b, b.T @ b
 

@@ -25,7 +25,8 @@ from opdkernels.formatting import byte_size
 from opdkernels.metrics.similarity import DEFICIENT, TOP, Similarity, Vectors, to_the_last
 from opdkernels.metrics.spectra import FINAL, SUBSPACE, UNDERFLOW, SpectrumRecord
 from opdkernels.metrics.tallies import TallyRecord
-from opdkernels.ops.gram import change, gram, symmetric
+from opdkernels.ops.delta import base_and_delta
+from opdkernels.ops.gram import gram, symmetric
 from opdkernels.progress import Progress
 from opdkernels.runs.store import ArrowStore
 from opdkernels.spectral import principal
@@ -300,7 +301,7 @@ def top_directions(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, rules: Rule
     if rules.kind == "topk":
         return top_spectrum(matrix, w, v, "stored")[1]
     long_w, long_v = (w, v) if matrix.m >= matrix.n else (w.T, v.T)
-    (c,) = symmetric(gram(long_w, long_v, of=("change",)), ("change",))
+    (c,) = symmetric(gram(long_w, long_v, parts=("delta",)), ("delta",))
     return directions(matrix, w, v, factorise(c, min(TOP, matrix.short)))
 
 
@@ -313,7 +314,7 @@ def directions(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, top: Factor) ->
     long_w, long_v = (w, v) if tall else (w.T, v.T)
     blocks = principal.row_blocks(*long_w.shape)
     long = (
-        torch.cat([change(long_w[rows], long_v[rows], False)[1].double() @ top.vectors for rows in blocks])
+        torch.cat([base_and_delta(long_w[rows], long_v[rows], False)[1].double() @ top.vectors for rows in blocks])
         / top.sigma[:k]
     )
     return (long, top.vectors) if tall else (top.vectors, long)
@@ -353,12 +354,12 @@ def by_grams(
     to singular; delta's top where it is wanted; why there are none. What is left is on the CPU."""
     tall = matrix.m >= matrix.n
     long_w, long_v = (one.to(rules.device) for one in ((w, v) if tall else (w.T, v.T)))
-    parts = ("source", "change") if side.gram is None else ("change",)
-    *own, c = symmetric(gram(long_w, long_v, of=parts, visible=visible), parts)
+    parts = ("base", "delta") if side.gram is None else ("delta",)
+    *own, c = symmetric(gram(long_w, long_v, parts=parts, visible=visible), parts)
     side.gram = own[0].to(CPU) if own else side.gram
     assert side.gram is not None
     moved = bool(c.diagonal().sum())
-    if not moved and change(w, v, visible)[1].any():
+    if not moved and base_and_delta(w, v, visible)[1].any():
         return None, 0, None, UNDERFLOW
     if not moved and not rules.both:
         return None, 0, None, "delta is zero"
@@ -373,7 +374,7 @@ def by_grams(
         if matrix.m * matrix.n >= LARGE and max(w.shape) >= LONG * matrix.short and not singular and not wide
         else 0
     )
-    (b,) = gram(long_w, long_v, of=("cross",), visible=visible, block=block)
+    (b,) = gram(long_w, long_v, parts=("cross",), visible=visible, block=block)
     delta = factorise(c, min(TOP, matrix.short)) if rules.similar and not visible else None
     found = from_grams((a, b, c), tall=tall, source=side.factor.to(rules.device), delta=delta) or by_svd(
         matrix, w, v, visible, rules
@@ -404,10 +405,10 @@ def small(matrix: Matrix, w: torch.Tensor, v: torch.Tensor, visible: bool) -> tu
     """W and delta in fp64, or, of a long matrix, what an orthonormal factor leaves of them."""
     m, n = matrix.m, matrix.n
     if max(m, n) < 3 * matrix.short:
-        return change(w, v, visible)
+        return base_and_delta(w, v, visible)
     long_w, long_v = (w, v) if m >= n else (w.T, v.T)
     step = max(2 * matrix.short, principal.BLOCK // matrix.short)
-    blocks = (change(long_w[i : i + step], long_v[i : i + step], visible) for i in range(0, max(m, n), step))
+    blocks = (base_and_delta(long_w[i : i + step], long_v[i : i + step], visible) for i in range(0, max(m, n), step))
     found = compressed(blocks)
     return found if m >= n else (found[0].T, found[1].T)
 
@@ -432,7 +433,7 @@ def top_spectrum(
 ) -> tuple[SpectrumRecord, Vectors | None]:
     """The record of one view with the top of delta's spectrum alone, by block Krylov, and its top directions."""
     empty = SpectrumRecord(matrix.index, matrix.part, view, matrix.m, matrix.n, reason="delta is zero")
-    delta = change(w, v, view == "visible")[1]
+    delta = base_and_delta(w, v, view == "visible")[1]
     with turn_on(device):
         found = randomized_svd(delta.to(device), min(TOPK, matrix.short), names=[f"{matrix.match.name} {matrix.part}"])
         assert not isinstance(found, list)

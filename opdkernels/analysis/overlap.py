@@ -25,14 +25,14 @@ from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.files import write_json
 from opdkernels.formatting import measure, percent, times
 from opdkernels.metrics import groups as tables
-from opdkernels.metrics.coordinates import to_bf16_pattern
+from opdkernels.metrics.coordinates import to_bf16_bits
 from opdkernels.metrics.tallies import SCHEMA_VERSION
 from opdkernels.ops.overlap import (
     MAX_RUNS,
     Overlap,
     expected_uniform,
+    fraction,
     overlap,
-    share,
     strata_chance,
     z_score,
 )
@@ -169,7 +169,7 @@ def read_all(pairs: Sequence[Pair], matches: Sequence[Match], begin: int, end: i
 
 
 def count(pairs: list[Pair], together: list[list[Match]], chosen: OverlapOptions, progress: Progress) -> list[Counted]:
-    cut = to_bf16_pattern(chosen.atol)
+    cut = to_bf16_bits(chosen.atol)
     total, done = sum(ms[0].numel * bytes_each(ms) for ms in together), 0
     counted = []
     for matches in together:
@@ -177,13 +177,13 @@ def count(pairs: list[Pair], together: list[list[Match]], chosen: OverlapOptions
         found = Overlap.empty(len(pairs), cut)
         for begin, end in slices(first.numel, each, chosen.memory):
             w, *trained = read_all(pairs, matches, begin, end)
-            overlap(w, trained, cut=cut, into=found)
+            overlap(w, trained, threshold_bits=cut, out=found)
             progress(done + end * each, total, first.name)
         one = Counted(first, found)
         if chosen.strata and len(first.shape) == 2 and first.numel:
             w, *trained = (t.reshape(first.shape) for t in read_all(pairs, matches, 0, first.numel))
             for strata in chosen.strata:
-                one.strata[strata] = strata_chance(w, trained, strata, cut=cut)
+                one.strata[strata] = strata_chance(w, trained, strata, threshold_bits=cut)
         done += first.numel * each
         counted.append(one)
     return counted
@@ -250,7 +250,7 @@ def summarise(
     chosen: OverlapOptions,
 ) -> dict[str, Any]:
     n_runs = counted[0].found.n_runs
-    exactly = sum((c.found.runs for c in counted), np.zeros(n_runs + 1, np.int64))
+    exactly = sum((c.found.hist_num_runs for c in counted), np.zeros(n_runs + 1, np.int64))
     finite = int(exactly.sum())
     return {
         "schema_version": tables.TABLE_VERSION,
@@ -320,7 +320,7 @@ def lines(result: Overlaps) -> list[str]:
     )
     text.append(f"{'runs':6}{'changed':>18}{'coverage':>20}{'Jaccard':>9}{'over uniform':>14}{'over |W|':>10}{'z':>10}")
     for p in summary["pairs"]:
-        densities = f"{percent(share(p['changed_a'], summary['coordinates']))} {percent(share(p['changed_b'], summary['coordinates']))}"
+        densities = f"{percent(fraction(p['changed_a'], summary['coordinates']))} {percent(fraction(p['changed_b'], summary['coordinates']))}"
         coverage = f"{percent(p['coverage_a'])} {percent(p['coverage_b'])}"
         text.append(
             f"{p['run_a']} {p['run_b']:4}{densities:>18}{coverage:>20}{percent(p['jaccard']):>9}{times(p['over_uniform_global']):>14}"

@@ -18,7 +18,7 @@ import torch
 from opdkernels.analysis.compute import Facts, Job, Rules, compute_all
 from opdkernels.analysis.outputs import OUTPUTS
 from opdkernels.analysis.result import Analysis
-from opdkernels.backends.devices import device_of
+from opdkernels.backends.devices import resolve_device
 from opdkernels.checkpoint import streaming as feed
 from opdkernels.checkpoint.match import Pair, open_pair
 from opdkernels.checkpoint.names import place
@@ -34,11 +34,12 @@ from opdkernels.metrics.coordinates import (
     SparseTally,
     compute_metrics,
     ratio_label,
-    to_bf16_pattern,
+    to_bf16_bits,
 )
 from opdkernels.metrics.spectra import SpectrumRecord, open_spectra
 from opdkernels.metrics.tallies import SCHEMA_VERSION, TallyRecord, open_tallies
-from opdkernels.ops.delta import DEFAULT_CUTS, STORED, ULP_REACH, Tally, delta
+from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, Tally, delta
+from opdkernels.ops.delta.layout import HIST_DELTA_STORED, ULP_REACH
 from opdkernels.progress import Progress
 from opdkernels.runs.run_dir import describe_run, open_run_dir
 from opdkernels.runs.store import ArrowStore
@@ -89,7 +90,7 @@ def describe_pair(pair: Pair, options: AnalyzeOptions) -> dict[str, Any]:
 def ready(name: str) -> torch.device:
     """The device of a name, once it has counted: a driver that is too old for the kernels is bad input, not the failure of every
     tensor."""
-    device = device_of(name)
+    device = resolve_device(name)
     try:
         delta(*(torch.zeros(1, dtype=torch.bfloat16, device=device) for _ in range(2)))
     except (RuntimeError, ImportError, OSError) as error:
@@ -144,7 +145,7 @@ def count_all(
 ) -> None:
     """Tallies every match that has no record yet; a tensor that fails is recorded and the rest goes on. Out of a device's memory,
     it goes on from that tensor in smaller slices, and only then does the tensor fail."""
-    tally, done, total = Tally.empty(DEFAULT_CUTS), 0, pair.nbytes
+    tally, done, total = Tally.empty(DEFAULT_THRESHOLD_BITS), 0, pair.nbytes
     wanted = []
     for index, match in enumerate(pair.matches):
         known = records.records.get(index)
@@ -158,11 +159,11 @@ def count_all(
         with contextlib.closing(feed.feed(pair, tuple(wanted), limit, device)) as flow:  # type: ignore[type-var]
             for index, parts in itertools.groupby(flow, key=lambda part: part[0].index):
                 match = wanted[0][1]
-                tally.clear()
+                tally.reset()
                 failure = ""
                 try:
                     for one, sides in parts:
-                        delta(*sides(), into=tally)
+                        delta(*sides(), out=tally)
                         progress(done + one.end * feed.pair_bytes(match), total, match.name)
                 except (MemoryError, RuntimeError) as error:
                     if isinstance(error, torch.OutOfMemoryError) and limit > feed.LEAST_SLOT:
@@ -282,13 +283,13 @@ def curve(records: list[TallyRecord], nulls: list[dict[str, null.Null]]) -> dict
         tally = record.tally
         assert tally is not None
         visible[tally.patterns] += tally.delta
-        stored[tally.patterns] += tally.tables[STORED]
+        stored[tally.patterns] += tally.tables[HIST_DELTA_STORED]
         chosen = fitted["chosen"]
         expected[chosen.first : chosen.first + len(chosen.values)] += chosen.values
         expected[0] += chosen.unchanged
     n = visible.sum()
     # In 32-bit steps: |delta| <= eps covers every truncated bin below that of eps, and some of that bin itself.
-    at = np.array([to_bf16_pattern(e) for e in CURVE])
+    at = np.array([to_bf16_bits(e) for e in CURVE])
     floor = np.array([int(np.float32(e).view(np.uint32)) >> 16 for e in CURVE])
 
     def upto(table: np.ndarray, patterns: np.ndarray) -> list[float | None]:

@@ -37,12 +37,12 @@ from opdkernels.errors import UsageError, printable
 from opdkernels.files import write_json
 from opdkernels.formatting import measure, percent
 from opdkernels.metrics import groups as tables
-from opdkernels.metrics.coordinates import VIEWS, to_bf16_pattern
+from opdkernels.metrics.coordinates import VIEWS, to_bf16_bits
 from opdkernels.metrics.groups import Row
 from opdkernels.metrics.similarity import TOP, Similarity, open_similarities
 from opdkernels.metrics.spectra import open_spectra
 from opdkernels.metrics.tallies import SCHEMA_VERSION, TallyRecord, open_tallies
-from opdkernels.ops.delta import DEFAULT_CUTS, Tally, delta, exact_float, from_limbs
+from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, Tally, delta, exact_float, from_limbs
 from opdkernels.ops.overlap import MAX_RUNS, Overlap, overlap
 from opdkernels.progress import Progress
 from opdkernels.runs.run_dir import as_input_error, describe_run, open_run_dir, read_run
@@ -339,23 +339,23 @@ class Counter:
         others = range(steps - 1)
         self.groups = [[*others[i : i + MAX_RUNS - 1], steps - 1] for i in range(0, steps - 1, MAX_RUNS - 1)]
         self.cut, self.overlaps = cut, [Overlap.empty(len(group), cut) for group in self.groups]
-        self.to_last = [Tally.empty(DEFAULT_CUTS) for _ in others]
-        self.since = [Tally.empty(DEFAULT_CUTS) for _ in others[1:]]
+        self.to_last = [Tally.empty(DEFAULT_THRESHOLD_BITS) for _ in others]
+        self.since = [Tally.empty(DEFAULT_THRESHOLD_BITS) for _ in others[1:]]
 
     def clear(self) -> None:
         for tally in (*self.to_last, *self.since):
-            tally.clear()
+            tally.reset()
         for found in self.overlaps:
             for array in found.arrays:
                 array.fill(0)
 
     def add(self, w: torch.Tensor, trained: Sequence[torch.Tensor]) -> None:
         for group, found in zip(self.groups, self.overlaps, strict=True):
-            overlap(w, [trained[i] for i in group], cut=self.cut, into=found)
+            overlap(w, [trained[i] for i in group], threshold_bits=self.cut, out=found)
         for one, tally in zip(trained, self.to_last, strict=False):
-            delta(one, trained[-1], into=tally)
+            delta(one, trained[-1], out=tally)
         for one, after, tally in zip(trained, trained[1:], self.since, strict=False):
-            delta(one, after, into=tally)
+            delta(one, after, out=tally)
 
     def along(self, match: Match, counted: Sequence[Counted]) -> Along:
         """Of the whole tensor, of which `counted` is known against the source."""
@@ -378,7 +378,7 @@ class Counter:
             changed,
             shared,
             expected,
-            np.array([counted[0].changed, *(int(tally.changed[0].sum()) for tally in since)]),
+            np.array([counted[0].changed, *(int(tally.hist_base_over[0].sum()) for tally in since)]),
             np.array([exact_float(energy) for energy in energies]),
             np.array(
                 [
@@ -396,7 +396,7 @@ def count_along(
     """What takes several checkpoints at once. Tensors that failed, or hold NaN or Inf anywhere, are left out."""
     pairs = [run.job.pair for run in runs]
     total, done, found = sum(ms[0].numel * bytes_each(ms) for ms in together), 0, []
-    counter = Counter(len(runs), to_bf16_pattern(chosen.atol))
+    counter = Counter(len(runs), to_bf16_bits(chosen.atol))
     for matches in together:
         first, each = matches[0], bytes_each(matches)
         whole = [one for run in runs if (one := run.counted[place_of(first)]) is not None]

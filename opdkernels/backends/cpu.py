@@ -11,37 +11,36 @@ import torch
 
 
 def load_extension() -> tuple[Any, str]:
-    """The extension module, or None and why it cannot be imported."""
+    """The extension module and "", or None and the reason why it cannot be imported."""
     try:
         return importlib.import_module("opdkernels._C"), ""
-    except ModuleNotFoundError:  # no compiler at installation, or a build for another Python
+    except ModuleNotFoundError:  # no compiler at install, or a build for another Python
         return None, "none was built at install"
     except ImportError as error:
         return None, str(error)
 
 
-_C, WHY_NOT = load_extension()
-DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+_C, UNAVAILABLE_REASON = load_extension()
 
 
-def wanted() -> bool:
+def is_enabled() -> bool:
     """Whether OPDKERNELS_BACKEND allows the compiled kernels."""
     return os.environ.get("OPDKERNELS_BACKEND", "cpu") != "reference"
 
 
-def why_not() -> str:
-    """Why the compiled kernels cannot be used; empty if they can. Warns once if they could have been built."""
-    if not wanted():
+def unavailable_reason() -> str:
+    """Why the compiled kernels cannot be used; empty if they can. Warns once if they are missing."""
+    if not is_enabled():
         return "OPDKERNELS_BACKEND=reference"
     if _C is None:
         warnings.warn(
-            f"opdkernels runs on its plain PyTorch reference, tens of times slower: no compiled kernels ({WHY_NOT}). "
-            "Install g++ and reinstall opdkernels; `opdkernels doctor` explains.",
+            "opdkernels runs on its plain PyTorch reference, tens of times slower: no compiled kernels "
+            f"({UNAVAILABLE_REASON}). Install g++ and reinstall opdkernels; `opdkernels doctor` explains.",
             RuntimeWarning,
             stacklevel=2,
         )
         warnings.filterwarnings("ignore", message="opdkernels runs on its plain PyTorch reference")
-    return WHY_NOT
+    return UNAVAILABLE_REASON
 
 
 def address(tensor: torch.Tensor | None) -> int:

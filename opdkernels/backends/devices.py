@@ -1,4 +1,4 @@
-"""The device that a name means, and why it cannot be had."""
+"""Device names as users give them, and why a device is not available."""
 
 from __future__ import annotations
 
@@ -8,30 +8,40 @@ import torch
 
 from opdkernels.errors import InputError, printable
 
-WITHOUT = "or leave --device out"
+REMEDY = "or omit --device"
 
 
-def device_of(name: str) -> torch.device:
-    """cpu, cuda or cuda:N; `cuda` alone is the GPU of LOCAL_RANK, which launchers set, else the first. Raises InputError where
-    there is none."""
+def resolve_device(name: str) -> torch.device:
+    """The device that a name means.
+
+    Args:
+        name: cpu, cuda or cuda:N. Plain `cuda` is the GPU of LOCAL_RANK, which launchers set, else the first.
+
+    Returns:
+        The device, with its index.
+
+    Raises:
+        InputError: The device is not available.
+    """
     device = torch.device(name)
     if device.type == "cpu":
         return device
     if torch.version.cuda is None and torch.version.hip is None:
         raise InputError(
-            f"--device {name}: torch {torch.__version__} is built without CUDA; install a build of torch for this machine's GPU, {WITHOUT}"
+            f"--device {name}: torch {torch.__version__} is built without CUDA; "
+            f"install a build of torch for this machine's GPU, {REMEDY}"
         )
     if not torch.cuda.is_available():
-        raise InputError(f"--device {name}: {why_none()}; see what nvidia-smi says, {WITHOUT}")
+        raise InputError(f"--device {name}: {cuda_unavailable_reason()}; check nvidia-smi, {REMEDY}")
     count = torch.cuda.device_count()
     index = local_rank() % count if device.index is None else device.index
     if index >= count:
-        raise InputError(f"--device {name}: this machine shows {count} GPUs; give cuda:{count - 1} or less, {WITHOUT}")
+        raise InputError(f"--device {name}: only {count} GPUs are visible; use cuda:{count - 1} or lower, {REMEDY}")
     return torch.device("cuda", index)
 
 
-def why_none() -> str:
-    """What torch says of a GPU that it cannot use, such as a driver older than its CUDA."""
+def cuda_unavailable_reason() -> str:
+    """Torch's error about a GPU that it cannot use, such as a driver that is too old for its CUDA."""
     try:
         torch.cuda.init()
     except Exception as error:
@@ -40,5 +50,6 @@ def why_none() -> str:
 
 
 def local_rank() -> int:
+    """LOCAL_RANK of this process; 0 if it is not set."""
     rank = os.environ.get("LOCAL_RANK", "0")
     return int(rank) if rank.isdecimal() else 0

@@ -1,6 +1,6 @@
 """Which backend implements an operator on a device: the first available one in a fixed order; OPDKERNELS_BACKEND may name one.
 
-A backend is a module of this package that says `why_not` it cannot be used here. Its kernels of a family are the
+A backend is a module of this package that says `unavailable_reason` it cannot be used here. Its kernels of a family are the
 functions of `opdkernels.ops.<family>.<backend>`, one per operator, with the operator's name; a family without that
 module has no kernels for the backend. If no backend has a kernel, the plain PyTorch reference runs.
 """
@@ -49,7 +49,7 @@ def select_backend(family: str, device: str) -> str:
     if forced == REFERENCE:
         return REFERENCE
     candidates = sorted(PRIORITY[device], key=lambda backend: backend != forced)
-    usable = (name for name in candidates if has_kernels(family, name) and not BACKENDS[name].why_not())
+    usable = (name for name in candidates if has_kernels(family, name) and not BACKENDS[name].unavailable_reason())
     return next(usable, REFERENCE)
 
 

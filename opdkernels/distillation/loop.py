@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from opdkernels.backends.devices import device_of
+from opdkernels.backends.devices import resolve_device
 from opdkernels.distillation.checkpointing import begin, load_state, open_folder, save
 from opdkernels.distillation.logging import Board, Clock, Log, boards
 from opdkernels.distillation.models import (
@@ -203,7 +203,9 @@ def prepared(options: DistillOptions) -> torch.device:
     if options.threads:
         torch.set_num_threads(options.threads)
     transformers().utils.logging.disable_progress_bar()
-    return device_of(options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    return resolve_device(
+        options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
 
 
 def task_of(options: DistillOptions) -> Task:

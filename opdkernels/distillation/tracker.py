@@ -154,8 +154,8 @@ class Tracker:
             for name, weight in effective(model):
                 local = local_part(weight)[0].cpu()
                 bits = torch.zeros((local.numel() + 7) // 8, dtype=torch.uint8)
-                delta(self.start.held[name], local, into=modules[place(name).module or "other"], mask=bits)
-                delta(self.last.held[name], local, into=since_last)
+                delta(self.start.held[name], local, out=modules[place(name).module or "other"], mask=bits)
+                delta(self.last.held[name], local, out=since_last)
                 write(local)
                 masks[name] = whole_mask(bits, weight)
                 own = masks[name].bitmap.numpy()

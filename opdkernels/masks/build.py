@@ -23,8 +23,8 @@ from opdkernels.checkpoint.names import place
 from opdkernels.errors import UsageError, printable
 from opdkernels.masks.mask import Mask
 from opdkernels.masks.mask_set import MaskSet
-from opdkernels.ops.delta import delta
-from opdkernels.ops.gram import change, gram, symmetric
+from opdkernels.ops.delta import base_and_delta, delta
+from opdkernels.ops.gram import gram, symmetric
 from opdkernels.spectral import principal as selection
 from opdkernels.spectral.exact import GRAM_LIMIT, factorise, factorise_matrix, top_ranks
 
@@ -101,9 +101,9 @@ def changed(
                 w, v = pair.read(match, first, min(first + STEP, match.numel))
                 part = torch.zeros((len(w) + 7) // 8, dtype=torch.uint8)
                 if view == "visible":
-                    delta(w, v, cuts=(cut,), mask=part)
+                    delta(w, v, threshold_bits=(cut,), mask=part)
                 else:
-                    moved = change(w, v, False)[1].abs()
+                    moved = base_and_delta(w, v, False)[1].abs()
                     part = torch.from_numpy(np.packbits(((moved > atol) & moved.isfinite()).numpy(), bitorder="little"))
                 bits[first // 8 : first // 8 + len(part)] = part.numpy()
             masks[match.name] = Mask.from_bitmap(torch.from_numpy(bits), match.shape)

@@ -36,18 +36,20 @@ from opdkernels.metrics.registry import (
     Metric,
     family,
 )
-from opdkernels.ops.delta import (
-    CHANGED,
-    DELTA,
-    MOVED,
-    SOURCE,
-    STORED,
-    THRESHOLDS,
-    TRAINED,
-    Tally,
-    exact_float,
-    from_limbs,
-    magnitudes,
+from opdkernels.ops.delta import THRESHOLDS, Tally, exact_float, from_limbs, magnitudes
+from opdkernels.ops.delta.layout import (
+    COUNT_BIT_EQUAL,
+    COUNT_LT,
+    COUNT_NONFINITE,
+    COUNT_NUMEL,
+    COUNT_ULP,
+    COUNT_UNCHANGED_RTOL,
+    HIST_BASE,
+    HIST_BASE_CHANGED,
+    HIST_BASE_OVER,
+    HIST_DELTA,
+    HIST_DELTA_STORED,
+    HIST_TRAINED_CHANGED,
 )
 
 RELATIVE = (1e-4, 1e-3, 1e-2)
@@ -67,7 +69,7 @@ def ratio_label(ratio: float) -> str:
     return f"{ratio * 100:g}pct"
 
 
-def to_bf16_pattern(value: float) -> int:
+def to_bf16_bits(value: float) -> int:
     """bf16 bits of a threshold, rounded as torch rounds a scalar that is compared with a bf16 tensor."""
     bits = int(np.float32(value).view(np.uint32))
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
@@ -75,9 +77,9 @@ def to_bf16_pattern(value: float) -> int:
 
 @dataclass(frozen=True)
 class SparseTally:
-    """A tally with only the bins in use: `tables` int64 [5 + cuts, bins] at ascending bf16 bits `patterns` [bins]."""
+    """A tally with only the bins in use: `tables` int64 [5 + len(threshold_bits), bins] at ascending bf16 bits `patterns` [bins]."""
 
-    cuts: tuple[int, ...]
+    threshold_bits: tuple[int, ...]
     patterns: np.ndarray
     tables: np.ndarray
     counts: np.ndarray
@@ -87,35 +89,39 @@ class SparseTally:
     @classmethod
     def of(cls, tally: Tally) -> SparseTally:
         tables = tally.tables  # moved and changed are parts of source
-        used = np.flatnonzero(tables[SOURCE] | tables[DELTA] | tables[TRAINED] | tables[STORED])
-        return cls(tally.cuts, used, tally.tables[:, used], tally.counts.copy(), tally.sums.copy(), tally.max_delta)
+        used = np.flatnonzero(
+            tables[HIST_BASE] | tables[HIST_DELTA] | tables[HIST_TRAINED_CHANGED] | tables[HIST_DELTA_STORED]
+        )
+        return cls(
+            tally.threshold_bits, used, tally.tables[:, used], tally.counts.copy(), tally.sums.copy(), tally.max_delta
+        )
 
     def dense(self) -> Tally:
-        tally = Tally.empty(self.cuts)
+        tally = Tally.empty(self.threshold_bits)
         tally.tables[:, self.patterns] = self.tables
         tally.counts[:], tally.sums[:], tally.maximum[:] = self.counts, self.sums, self.max_delta
         return tally
 
-    numel = property(lambda self: int(self.counts[0]))
-    nonfinite = property(lambda self: int(self.counts[1]))
-    bit_equal = property(lambda self: int(self.counts[2]))
+    numel = property(lambda self: int(self.counts[COUNT_NUMEL]))
+    nonfinite = property(lambda self: int(self.counts[COUNT_NONFINITE]))
+    bit_equal = property(lambda self: int(self.counts[COUNT_BIT_EQUAL]))
     finite = property(lambda self: self.numel - self.nonfinite)
-    source = property(lambda self: self.tables[SOURCE])
-    delta = property(lambda self: self.tables[DELTA])
-    moved = property(lambda self: self.tables[MOVED])
-    stored = property(lambda self: self.tables[STORED])
-    ulp = property(lambda self: self.counts[14:])
+    source = property(lambda self: self.tables[HIST_BASE])
+    delta = property(lambda self: self.tables[HIST_DELTA])
+    moved = property(lambda self: self.tables[HIST_BASE_CHANGED])
+    stored = property(lambda self: self.tables[HIST_DELTA_STORED])
+    ulp = property(lambda self: self.counts[COUNT_ULP:])
 
     def changed(self, view: str) -> np.ndarray:
         """Histogram of |W| over the coordinates whose delta is not 0, int64 [bins]."""
-        return self.tables[MOVED if view == "stored" else CHANGED]
+        return self.tables[HIST_BASE_CHANGED if view == "stored" else HIST_BASE_OVER]
 
     @cached_property
     def energies(self) -> dict[str, tuple[float, float, float, float]]:
         """view -> (sum W^2, sum W'^2, sum delta^2, sum |delta|)."""
         values = magnitudes[self.patterns]
         squares = values**2
-        trained = self.source - self.tables[CHANGED] + self.tables[TRAINED]
+        trained = self.source - self.tables[HIST_BASE_OVER] + self.tables[HIST_TRAINED_CHANGED]
         visible = ((self.source, squares), (trained, squares), (self.delta, squares), (self.delta, values))
         return {
             "stored": tuple(exact_float(from_limbs(row)) for row in self.sums),  # type: ignore[dict-item]
@@ -136,7 +142,9 @@ class Batch:
         self.values = magnitudes[self.patterns]
         self.key = np.repeat(np.arange(len(tallies)) << 16, sizes) + self.patterns
         counts = np.stack([t.counts for t in tallies])
-        self.counts, self.numel, self.nonfinite, self.bit_equal = counts, counts[:, 0], counts[:, 1], counts[:, 2]
+        self.counts = counts
+        self.numel, self.nonfinite = counts[:, COUNT_NUMEL], counts[:, COUNT_NONFINITE]
+        self.bit_equal = counts[:, COUNT_BIT_EQUAL]
         self.finite = self.numel - self.nonfinite
         self.n = np.where(self.finite > 0, self.finite, np.nan)  # a fraction of nothing is NaN
 
@@ -146,7 +154,7 @@ class Batch:
 
     def changed(self, view: str) -> np.ndarray:
         """Histogram of |W| over the coordinates whose delta is not 0, int64 [bins]."""
-        return self.table(MOVED if view == "stored" else CHANGED)
+        return self.table(HIST_BASE_CHANGED if view == "stored" else HIST_BASE_OVER)
 
     def energies(self, view: str) -> np.ndarray:
         """float64 [4, tensors]: sum W^2, sum W'^2, sum delta^2, sum |delta|."""
@@ -168,7 +176,7 @@ def prefix_sums(counts: np.ndarray) -> np.ndarray:
 
 
 THRESHOLD_LABELS = [threshold_label(t) for t in THRESHOLDS]
-VISIBLE_EDGES = np.array([to_bf16_pattern(t) + side for side in (0, 1) for t in THRESHOLDS])  # below them: <, then <=
+VISIBLE_EDGES = np.array([to_bf16_bits(t) + side for side in (0, 1) for t in THRESHOLDS])  # below them: <, then <=
 RELATIVE_LABELS = [f"frac_lt_rel_{threshold_label(tau)}" for tau in RELATIVE]
 RATIO_LABELS = [ratio_label(r) for r in RATIOS]
 TOP_LABELS = [ratio_label(p) for p in TOP_FRACTIONS]
@@ -359,14 +367,14 @@ def sparsity(batch: Batch, view: str) -> Columns:
     columns = {"frac_zero": (batch.finite - changed) / n}
     rms = np.sqrt(batch.energies(view)[0] / n)
     limits = float_bits(np.maximum(np.nan_to_num(rms), EPSILON)[:, None] * np.array(RELATIVE))  # [tensors, RELATIVE]
-    before = prefix_sums(batch.table(DELTA if view == "visible" else STORED))
+    before = prefix_sums(batch.table(HIST_DELTA if view == "visible" else HIST_DELTA_STORED))
     if view == "visible":
         rounded = (limits + 0x7FFF + (limits >> 16 & 1)) >> 16
         edges = np.concatenate([np.broadcast_to(VISIBLE_EDGES, (len(n), len(VISIBLE_EDGES))), rounded], 1)
         counts = before[batch.find(edges)] - before[batch.start][:, None]
         counts, below = counts[:, : 2 * len(THRESHOLDS)], counts[:, 2 * len(THRESHOLDS) :]
     else:
-        counts = batch.counts[:, 4 : 4 + 2 * len(THRESHOLDS)]
+        counts = batch.counts[:, COUNT_LT:COUNT_ULP]
         below = before[batch.find(limits >> 16)] - before[batch.start][:, None]
         up_to = before[batch.find((limits >> 16) + 1)] - before[batch.start][:, None]
     for k, label in enumerate(THRESHOLD_LABELS):
@@ -379,7 +387,9 @@ def sparsity(batch: Batch, view: str) -> Columns:
         else:
             lower, upper = below[:, k] / n, up_to[:, k] / n
             columns[label], columns[f"{label}_lower"], columns[f"{label}_upper"] = (lower + upper) / 2, lower, upper
-    columns["unchanged_rtol_1e-3"] = batch.counts[:, 3] / n if view == "stored" else columns["frac_zero"]
+    columns["unchanged_rtol_1e-3"] = (
+        batch.counts[:, COUNT_UNCHANGED_RTOL] / n if view == "stored" else columns["frac_zero"]
+    )
     return columns
 
 
@@ -426,7 +436,7 @@ def norms(batch: Batch, view: str) -> Columns:
     n = batch.n
     source, trained, delta, absolute = batch.energies(view)
     if view == "visible":
-        before = prefix_sums(batch.table(DELTA))
+        before = prefix_sums(batch.table(HIST_DELTA))
         last = np.searchsorted(before, before[batch.stop]) - 1  # the last bin in use
         largest = np.where(batch.finite > 0, np.append(batch.values, 0)[last], np.nan)
     else:
@@ -470,7 +480,7 @@ def top_energy(batch: Batch, view: str) -> Columns:
     """
     energy = batch.energies(view)[2]
     energy = np.where(energy > 0, energy, np.nan)
-    counts = batch.table(DELTA if view == "visible" else STORED)
+    counts = batch.table(HIST_DELTA if view == "visible" else HIST_DELTA_STORED)
     before = prefix_sums(counts)
     low = batch.values**2
     high = magnitudes[np.minimum(batch.patterns + 1, 0x7F7F)] ** 2
@@ -516,7 +526,7 @@ class NearZero:
 
 def near_zero(batch: Batch, changed: np.ndarray, ratios: Sequence[float] = RATIOS) -> NearZero:
     """Changed coordinates among the ceil(ratio n) smallest |W|; `changed` is a histogram of |W| of the batch [bins]."""
-    source = batch.table(SOURCE)
+    source = batch.table(HIST_BASE)
     before, changed_before = prefix_sums(source), prefix_sums(changed)
     # In floating point, as in the paper's masks: ceil(0.1 * 30) may be 4.
     size = np.array([[min(n, max(1, math.ceil(r * n))) for r in ratios] for n in batch.finite.tolist()])

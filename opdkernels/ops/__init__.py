@@ -68,7 +68,7 @@ def all_operators() -> dict[str, Operator]:
     return dict(OPERATORS)
 
 
-def localise(tensor: torch.Tensor) -> torch.Tensor:
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
     """The shard of a DTensor that lives here, detached and contiguous; any other tensor likewise."""
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local.detach().contiguous()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from opdkernels.bits import popcount
-from opdkernels.ops.gram import change
+from opdkernels.ops.delta import base_and_delta
 from opdkernels.ops.quantile import quantile, quantiles
 from opdkernels.spectral.exact import RATIOS
 from opdkernels.spectral.randomized import unit
@@ -121,10 +121,16 @@ def masks(
     for block in where:
         torch.mm(weights[block].double(), basis, out=projected[block])
     magnitudes = (wide(weights[block]).abs_().numpy().ravel() for block in where)  # NumPy compares six times as fast
-    low = packed(source.numel(), ([flags for c in cuts for flags in (w < c.cut, w == c.cut)] for w in magnitudes))
+    low = packed(
+        source.numel(), ([flags for c in cuts for flags in (w < c.threshold, w == c.threshold)] for w in magnitudes)
+    )
     return [
         Masks(
-            size, *select(projected[:, :rank], basis[:, :rank], where, size), low[2 * i], low[2 * i + 1], cuts[i].taken
+            size,
+            *select(projected[:, :rank], basis[:, :rank], where, size),
+            low[2 * i],
+            low[2 * i + 1],
+            cuts[i].ties_taken,
         )
         for i, (size, rank) in enumerate(zip(sizes, ranks, strict=True))
     ]
@@ -190,11 +196,13 @@ def select(
 def bracket(sample: np.ndarray, share: float) -> tuple[float, float]:
     """Between which scores the cut of the `share` largest lies, most likely, from whole rows of them."""
     numel, values = sample.size, torch.from_numpy(sample)
-    middle = quantile(values, min(numel, int(share * numel) + 1)).cut
+    middle = quantile(values, min(numel, int(share * numel) + 1)).threshold
     each = (sample > middle).mean(1)
     spread = DEVIATIONS * float(each.std(ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else 1.0
     most, least = int((share - spread) * numel) - 1, int((share + spread) * numel) + 2
-    return quantile(values, least).cut if least < numel else -1.0, quantile(values, most).cut if most > 0 else math.inf
+    return quantile(values, least).threshold if least < numel else -1.0, quantile(
+        values, most
+    ).threshold if most > 0 else math.inf
 
 
 def around(
@@ -205,14 +213,15 @@ def around(
     for sign in (-1, 1):
         for rows in where:
             every[rows] = np.maximum(scores(rows) + sign * error[rows], 0)
-        ends.append(quantile(torch.from_numpy(every), size).cut)
+        ends.append(quantile(torch.from_numpy(every), size).threshold)
     return ends[0] * (1 - MARGIN) - TINY, ends[1] * (1 + MARGIN) + TINY
 
 
 def overlaps(masks: Sequence[Masks], source: torch.Tensor, trained: torch.Tensor, *, visible: bool) -> list[Overlaps]:
     """What the masks of W share with all and with the changed coordinates. source, trained: [long, short] views."""
     deltas = (
-        change(source[block], trained[block], visible)[1].abs_().numpy().ravel() for block in row_blocks(*source.shape)
+        base_and_delta(source[block], trained[block], visible)[1].abs_().numpy().ravel()
+        for block in row_blocks(*source.shape)
     )
     changed = packed(source.numel(), ([d > cut for cut in CUTS] for d in deltas))
     return [Overlaps(count(one, changed, source.numel()), one.size, one.taken, one.low_taken) for one in masks]

@@ -155,12 +155,12 @@ def with_gpus(monkeypatch, count: int, error: str = "", built: str | None = "13.
 def test_the_gpu_is_that_of_the_rank_or_the_one_named(monkeypatch):
     with_gpus(monkeypatch, 4)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert devices.device_of("cuda") == torch.device("cuda", 0)
-    assert devices.device_of("cuda:3") == torch.device("cuda", 3)
+    assert devices.resolve_device("cuda") == torch.device("cuda", 0)
+    assert devices.resolve_device("cuda:3") == torch.device("cuda", 3)
     for rank, index in (("2", 2), ("5", 1), ("x", 0)):  # a launcher may show each rank one GPU alone
         monkeypatch.setenv("LOCAL_RANK", rank)
-        assert devices.device_of("cuda") == torch.device("cuda", index)
-    assert devices.device_of("cpu") == HERE
+        assert devices.resolve_device("cuda") == torch.device("cuda", index)
+    assert devices.resolve_device("cpu") == HERE
 
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver."
@@ -174,37 +174,37 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Pl
             "",
             None,
             "cuda",
-            r"torch .* is built without CUDA; install a build of torch for this machine's GPU, or leave --device out",
+            r"torch .* is built without CUDA; install a build of torch for this machine's GPU, or omit --device",
         ),
         (
             0,
             "Found no NVIDIA driver on your system. Please check.",
             "13.0",
             "cuda",
-            "Found no NVIDIA driver on your system; see what nvidia-smi says, or leave --device out",
+            "Found no NVIDIA driver on your system; check nvidia-smi, or omit --device",
         ),
-        (0, TOO_OLD, "13.0", "cuda", r"too old \(found version 11040\); see what nvidia-smi says"),
-        (0, "", "13.0", "cuda", "no GPU is visible; see what nvidia-smi says"),
-        (2, "", "13.0", "cuda:2", "this machine shows 2 GPUs; give cuda:1 or less, or leave --device out"),
+        (0, TOO_OLD, "13.0", "cuda", r"too old \(found version 11040\); check nvidia-smi"),
+        (0, "", "13.0", "cuda", "no GPU is visible; check nvidia-smi"),
+        (2, "", "13.0", "cuda:2", "only 2 GPUs are visible; use cuda:1 or lower, or omit --device"),
     ],
 )
 def test_a_gpu_that_is_not_there_is_bad_input(monkeypatch, count, error, built, name, said):
     with_gpus(monkeypatch, count, error, built)
     with pytest.raises(InputError, match=rf"^--device {name}: .*{said}") as found:
-        devices.device_of(name)
+        devices.resolve_device(name)
     assert "\n" not in str(found.value)
 
 
 def test_kernels_that_the_driver_is_too_old_for_are_bad_input_before_any_tensor(pair, tmp_path, monkeypatch):
     def too_old(*sides):
         raise RuntimeError(
-            "delta_count_bf16 did not start on cuda:0: CUDA driver version is insufficient; update NVIDIA's driver\ndetails"
+            "delta_count_bf16 did not start on cuda:0: CUDA driver version is insufficient; update the NVIDIA driver\ndetails"
         )
 
     monkeypatch.setattr(run, "delta", too_old)
     with pytest.raises(
         InputError,
-        match=r"^--device cpu: delta_count_bf16 did not start .* update NVIDIA's driver; `opdkernels doctor`",
+        match=r"^--device cpu: delta_count_bf16 did not start .* update the NVIDIA driver; `opdkernels doctor`",
     ) as found:
         analyze(*pair, tmp_path / "out")
     assert "\n" not in str(found.value)
@@ -223,7 +223,7 @@ def test_the_command_says_it_in_one_line(pair, tmp_path):
     assert done.returncode == 4
     assert done.stderr.count("\n") == 1
     assert "--device cuda: " in done.stderr
-    assert "or leave --device out" in done.stderr
+    assert "or omit --device" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -52,7 +52,7 @@ def test_group_figures_are_those_of_their_tensors_together(pair):
         tally = delta(torch.cat([source[n].flatten() for n in names]), torch.cat([after[n].flatten() for n in names]))
         assert group["numel"] == tally.numel
         assert group["delta_energy"] == pytest.approx(exact_float(tally.sum_delta_sq), rel=1e-12)
-        assert group["frac_zero"] == pytest.approx(tally.delta[0] / tally.numel, rel=1e-12)
+        assert group["frac_zero"] == pytest.approx(tally.hist_delta[0] / tally.numel, rel=1e-12)
         assert group["parameter_share"] == pytest.approx(tally.numel / sum(w.numel() for w in source.values()))
     model = result.summary["views"]["stored"]
     assert model["energy_share"] == model["energy_over_parameters"] == 1.0
@@ -295,7 +295,7 @@ def test_a_repository_of_tallies_answers_thresholds_chosen_later(pair, tmp_path)
 
     for threshold in (2e-6, 3.7e-5):
         visible = (after - source).abs()
-        assert tally.delta[magnitudes <= float(torch.tensor(threshold).bfloat16())].sum() == int(
+        assert tally.hist_delta[magnitudes <= float(torch.tensor(threshold).bfloat16())].sum() == int(
             (visible <= threshold).sum()
         )
 

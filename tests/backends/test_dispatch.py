@@ -15,7 +15,7 @@ from opdkernels.backends import cuda, dispatch, triton
 from opdkernels.backends.cuda import sources
 from opdkernels.errors import UsageError
 from opdkernels.ops import all_operators
-from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS, Tally
+from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS, Tally
 from tests.conftest import ISAS
 from tests.ops.conformance import make_pair
 
@@ -48,8 +48,8 @@ def with_cuda(
     stale: bool = False,
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", torch_for)
-    monkeypatch.setattr(cuda.launch, "cuda_of_library", lambda: library)
-    monkeypatch.setattr(cuda.launch, "cuda_of_cupy", lambda: cupy)
+    monkeypatch.setattr(cuda.launch, "library_cuda_major", lambda: library)
+    monkeypatch.setattr(cuda.launch, "cupy_cuda_major", lambda: cupy)
     monkeypatch.setattr(cuda.launch, "library_is_stale", lambda: stale)
 
 
@@ -138,20 +138,20 @@ def test_a_library_of_other_sources_is_passed_over(monkeypatch):
     )
     assert "library built from other sources; rebuild" in "\n".join(doctor.lines(found))
     with_cuda(monkeypatch, library=13, cupy=13, stale=True)
-    assert cuda.launch.source_at_hand() == "nvrtc"
+    assert cuda.launch.kernel_source() == "nvrtc"
     assert "library built from other sources; rebuild" in "\n".join(doctor.lines(doctor.examine()))
 
 
 def test_a_library_holds_the_digest_of_every_source_it_is_built_from(monkeypatch, tmp_path):
-    root = sources.folder()
+    root = sources.source_dir()
     copied = tmp_path / "csrc"
     shutil.copytree(root, copied)
-    monkeypatch.setattr(sources, "FOLDERS", (copied,))
+    monkeypatch.setattr(sources, "SOURCE_DIRS", (copied,))
     digest = sources.digest.__wrapped__
     before = digest()
     library = tmp_path / "library"
     library.write_bytes(b"\0" + sources.digest().encode() + b"\0")
-    assert sources.made(library)
+    assert sources.is_built_from_sources(library)
     assert before == sources.digest()
     for name in ("delta/cuda.cu", "common/cuda/grid.h", "common/cuda/runtime.cpp", "delta/delta.h", "common/numeric.h"):
         text = (copied / name).read_text()
@@ -159,8 +159,8 @@ def test_a_library_holds_the_digest_of_every_source_it_is_built_from(monkeypatch
         assert digest() != before
         (copied / name).write_text(text)
     library.write_bytes(library.read_bytes().swapcase())
-    assert not sources.made(library)
-    assert not sources.made(tmp_path / "none")
+    assert not sources.is_built_from_sources(library)
+    assert not sources.is_built_from_sources(tmp_path / "none")
 
 
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels")
@@ -202,7 +202,7 @@ def test_the_dispatcher_hands_cuda_tensors_to_triton(monkeypatch):
     outputs = [torch.from_numpy(getattr(Tally.empty(), a)) for a in ARRAYS]
     key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     torch.ops.opdkernels.delta_.default.redispatch(
-        key, source, trained, list(DEFAULT_CUTS), list(THRESHOLDS), *outputs, None
+        key, source, trained, list(DEFAULT_THRESHOLD_BITS), list(THRESHOLDS), *outputs, None
     )
     assert started == ["count", "fold", "carry"]
     for operator in OPERATORS:

@@ -19,7 +19,7 @@ from opdkernels.metrics.coordinates import (
     near_zero,
     ratio_label,
     tensor_metrics,
-    to_bf16_pattern,
+    to_bf16_bits,
 )
 from opdkernels.ops.delta import THRESHOLDS, Tally, delta
 from tests.ops.conformance import make_pair
@@ -146,7 +146,7 @@ def test_figures_of_many_tensors_are_those_of_each(view):
 
 def test_thresholds_round_as_torch_rounds_them():
     for value in (1e-8, 1e-5, 3.3e-7, 0.1, 1.0, 2.0**-133, 1e30):
-        assert to_bf16_pattern(value) == int(torch.tensor(value).bfloat16().view(torch.int16))
+        assert to_bf16_bits(value) == int(torch.tensor(value).bfloat16().view(torch.int16))
 
 
 @pytest.mark.parametrize("view", ["stored", "visible"])

@@ -1,8 +1,8 @@
-"""CUDA C++ kernels (csrc/cuda), for NVIDIA GPUs: one file a family. The operators check their arguments before they come here.
+"""CUDA C++ kernels for NVIDIA GPUs (csrc/<family>/cuda.cu). The operators validate their arguments before they call these.
 
-Kernels come from a library that the install builds where nvcc is: machine code for sm_80, sm_90 and sm_100 and PTX for what
-comes after. Without it NVRTC compiles them at the first call, through CuPy; the result is kept in the user's cache by source and
-architecture. Where neither is at hand this backend serves nothing.
+The kernels come from a library that the install builds if nvcc is present: machine code for sm_80, sm_90 and sm_100, and
+PTX for later GPUs. Otherwise NVRTC compiles them at the first call, through CuPy; the result is cached in the user's
+cache directory by source and architecture. Without either, this backend is unavailable.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import torch
 from opdkernels.backends.cuda import launch
 
 
-def why_not() -> str:
-    """Why CUDA C++ kernels cannot serve here, and the remedy; empty where they can."""
+def unavailable_reason() -> str:
+    """Why CUDA C++ kernels cannot be used, and the remedy; empty if they can."""
     if torch.version.hip is not None:
-        return "torch is built for AMD's GPUs, which Triton serves"
+        return "torch is built for AMD GPUs, which Triton serves"
     if torch.version.cuda is None:
         return "torch is built without CUDA: install a CUDA build of torch"
-    if launch.source_at_hand():
+    if launch.kernel_source():
         return ""
     major = torch.version.cuda.split(".")[0]
-    library, cupy = launch.cuda_of_library(), launch.cuda_of_cupy()
+    library, cupy = launch.library_cuda_major(), launch.cupy_cuda_major()
     built = (
         f"the kernels built at install are for CUDA {library}"
         if library
@@ -30,4 +30,7 @@ def why_not() -> str:
     if launch.library_is_stale():
         built = "the library was built from other sources"
     other = f"CuPy is for CUDA {cupy}" if cupy else "CuPy is not installed"
-    return f"torch is built for CUDA {major}, {built} and {other}: pip install cupy-cuda{major}x, or reinstall with CUDA {major}'s nvcc"
+    return (
+        f"torch is built for CUDA {major}, {built} and {other}: "
+        f"pip install cupy-cuda{major}x, or reinstall with CUDA {major}'s nvcc"
+    )

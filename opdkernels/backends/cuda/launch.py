@@ -1,4 +1,7 @@
-"""How CUDA C++ kernels are found and started: on the tensors' device and its current stream, with arguments of eight bytes each."""
+"""How CUDA C++ kernels are found and launched: on the tensors' device and its current stream.
+
+Every argument of a kernel has eight bytes: a pointer or an integer.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +22,16 @@ import numpy as np
 import torch
 
 from opdkernels.backends import gpu
-from opdkernels.backends.cuda.sources import made, source_of
+from opdkernels.backends.cuda.sources import family_source, is_built_from_sources
+from opdkernels.backends.layout import QUEUE_BLOCKS_PER_SM, QUEUE_SIZE, SMEM_HEADER_BYTES, SMEM_TABLE_BYTES, WARP
 from opdkernels.files import write_atomically
 
 LIBRARY = Path(__file__).parents[2] / "_cuda.so"
-OPTIONS = ("-std=c++17", "--fmad=false")  # products and sums are never fused, each rounds as on the CPU
-
-DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
-BINS = 1 << 15
-SMALL_BYTES = 35 << 10  # of shared memory, before the tables (csrc/common/cuda/grid.h)
-TABLE_BYTES = 4 << 12  # of a table of magnitudes there, of which near_rows says how many there is room for
-WARP = 32
-QUEUE, QUEUE_BLOCKS = (
-    2048,
-    4,
-)  # coordinates that a warp queues at a time, blocks a multiprocessor (csrc/common/cuda/active.h)
+OPTIONS = ("-std=c++17", "--fmad=false")  # no fused multiply-add: every product and sum is rounded as on the CPU
 
 
-class Built:
-    """The library that the install built, or another of its interface."""
+class LibraryKernels:
+    """Kernels of the library that the install built, or of another library with its interface."""
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
@@ -46,6 +40,7 @@ class Built:
     def launch(
         self, name: str, arguments: Sequence[int], blocks: int, threads: int, shared_bytes: int, device: torch.device
     ) -> None:
+        """Launch a kernel on the current stream; raises RuntimeError if the launch fails."""
         on_gpu = device.type == "cuda"
         stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
         status = getattr(self.library, f"{name}_launch")(
@@ -60,50 +55,56 @@ class Built:
         if status:
             raise RuntimeError(
                 f"{name} did not start on {device}: {self.library.opd_cuda_error(status).decode()}; "
-                "update NVIDIA's driver, or set OPDKERNELS_BACKEND=triton"
+                "update the NVIDIA driver, or set OPDKERNELS_BACKEND=triton"
             )
 
 
-class Compiled:
-    """Kernels that NVRTC compiles for the device at hand, through CuPy; kept on disk by source, options, device and compiler."""
+class NvrtcKernels:
+    """Kernels that NVRTC compiles for the current device, through CuPy.
+
+    They are cached on disk by source, options, device and compiler version.
+    """
 
     def __init__(self) -> None:
         self.cupy: Any = importlib.import_module("cupy")
         self.functions: dict[tuple[str, int], Any] = {}
 
     def function(self, name: str, device: int) -> Any:
-        """Called within the device's guard: CuPy compiles for the current one, and loads into it."""
+        """A kernel of a device. Call it with that device current: CuPy compiles for it and loads into it."""
         if (name, device) not in self.functions:
-            code = self.machine_code(name.split("_", 1)[0], self.cupy.cuda.Device(device).compute_capability)
-            self.functions[name, device] = self.cupy.RawModule(path=str(code)).get_function(name)
+            cubin = self.cubin(name.split("_", 1)[0], self.cupy.cuda.Device(device).compute_capability)
+            self.functions[name, device] = self.cupy.RawModule(path=str(cubin)).get_function(name)
         return self.functions[name, device]
 
-    def machine_code(self, family: str, capability: str) -> Path:
-        """A family's kernels for a device, compiled or as an earlier process left them. RawModule's own compilation would flush
-        subnormals to zero, whatever the options."""
-        source, version = source_of(family), self.cupy.cuda.nvrtc.getVersion()
+    def cubin(self, family: str, capability: str) -> Path:
+        """The file with a family's machine code, from the cache or compiled.
+
+        It is not RawModule that compiles: its options would flush subnormals to zero.
+        """
+        source, nvrtc_version = family_source(family), self.cupy.cuda.nvrtc.getVersion()
         key = hashlib.blake2b(
-            "\0".join(map(str, (source, OPTIONS, capability, version))).encode(), digest_size=16
+            "\0".join(map(str, (source, OPTIONS, capability, nvrtc_version))).encode(), digest_size=16
         ).hexdigest()
         name = f"{family}-{key}.cubin"
-        kept = cache_folder() / name
-        if os.access(kept, os.R_OK):
-            return kept
+        path = cache_dir() / name
+        if os.access(path, os.R_OK):
+            return path
         code, _ = importlib.import_module("cupy.cuda.compiler").compile_using_nvrtc(
             source, OPTIONS, filename=f"{family}.cu"
         )
         code = code.encode() if isinstance(code, str) else code
         try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(kept, code)
-        except OSError:  # no room, no right to write
-            kept = own_folder() / name
-            write_atomically(kept, code)
-        return kept
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, code)
+        except OSError:  # the disk is full, or the cache is not writable
+            path = process_dir() / name
+            write_atomically(path, code)
+        return path
 
     def launch(
         self, name: str, arguments: Sequence[int], blocks: int, threads: int, shared_bytes: int, device: torch.device
     ) -> None:
+        """Launch a kernel on the current stream; CuPy raises what fails."""
         index = torch.cuda.current_device() if device.index is None else device.index
         stream = self.cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, index)
         with self.cupy.cuda.Device(index), stream:
@@ -113,25 +114,25 @@ class Compiled:
 
 
 @functools.cache
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: the user's cache."""
+def cache_dir() -> Path:
+    """Where compiled kernels are cached: the user's cache directory."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opdkernels"
-    except RuntimeError:  # no home
-        return own_folder()
+    except RuntimeError:  # no home directory
+        return process_dir()
 
 
 @functools.cache
-def own_folder() -> Path:
-    """This process's, gone with it."""
+def process_dir() -> Path:
+    """A temporary directory of this process, removed when it exits."""
     folder = tempfile.mkdtemp(prefix="opdkernels-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
 
 @functools.cache
-def cuda_of_library() -> int | None:
-    """CUDA's major version of the library that the install built, if it did and it loads."""
+def library_cuda_major() -> int | None:
+    """CUDA's major version of the library that the install built; None if there is none or it does not load."""
     try:
         return ctypes.CDLL(str(LIBRARY)).opd_cuda_major() if LIBRARY.is_file() else None
     except OSError:
@@ -140,12 +141,12 @@ def cuda_of_library() -> int | None:
 
 @functools.cache
 def library_is_stale() -> bool:
-    """Whether the library was built from other sources than those here: its kernels may take other arguments."""
-    return LIBRARY.is_file() and not made(LIBRARY)
+    """Whether the library was built from other sources than the installed ones: its kernels may take other arguments."""
+    return LIBRARY.is_file() and not is_built_from_sources(LIBRARY)
 
 
-def cuda_of_cupy() -> int | None:
-    """CUDA's major version of the CuPy installed, the latest where there are several."""
+def cupy_cuda_major() -> int | None:
+    """CUDA's major version of the installed CuPy, the latest if there are several; None without CuPy."""
     for major in (13, 12):
         try:
             version(f"cupy-cuda{major}x")
@@ -155,45 +156,51 @@ def cuda_of_cupy() -> int | None:
     return None
 
 
-def source_at_hand() -> str | None:
-    """Where kernels for torch's CUDA come from, "built" or "nvrtc"."""
-    wanted = int((torch.version.cuda or "0").split(".")[0])
-    if torch.version.hip is not None or not wanted:
+def kernel_source() -> str | None:
+    """Where kernels for torch's CUDA version come from: "built", "nvrtc" or None."""
+    torch_major = int((torch.version.cuda or "0").split(".")[0])
+    if torch.version.hip is not None or not torch_major:
         return None
-    built = cuda_of_library() == wanted and not library_is_stale()
-    return "built" if built else "nvrtc" if cuda_of_cupy() == wanted else None
+    built = library_cuda_major() == torch_major and not library_is_stale()
+    return "built" if built else "nvrtc" if cupy_cuda_major() == torch_major else None
 
 
 @functools.cache
-def kernels() -> Built | Compiled:
-    return Built(LIBRARY) if source_at_hand() == "built" else Compiled()
+def kernels() -> LibraryKernels | NvrtcKernels:
+    """The kernels that this process launches."""
+    return LibraryKernels(LIBRARY) if kernel_source() == "built" else NvrtcKernels()
 
 
-def room(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors of a device, and the most shared memory of a block, bytes."""
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """Number of SMs of a device, and the most shared memory of a block in bytes."""
     properties = torch.cuda.get_device_properties(device)
-    least = properties.shared_memory_per_block  # what a kernel has unasked
-    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", least)
+    default = properties.shared_memory_per_block  # what a kernel gets without opting in
+    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", default)
 
 
-def near_rows(device: torch.device, wanted: int, table_bytes: int = TABLE_BYTES) -> int:
-    """How many tables a block has shared memory for."""
-    return max(0, min(wanted, (room(device)[1] - SMALL_BYTES) // table_bytes))
+def smem_rows(device: torch.device, max_rows: int, table_bytes: int = SMEM_TABLE_BYTES) -> int:
+    """How many tables of `table_bytes`, at most `max_rows`, fit the shared memory of a block."""
+    return max(0, min(max_rows, (device_limits(device)[1] - SMEM_HEADER_BYTES) // table_bytes))
 
 
-def blocks_for(device: torch.device, elements: int, threads: int, each: int, a_processor: int = 1) -> int:
-    """Blocks that share the tiles in turn: as many a multiprocessor as its shared memory and registers hold."""
-    return min(-(-elements // (threads * each)), room(device)[0] * a_processor)
+def num_blocks(
+    device: torch.device, elements: int, threads: int, values_per_thread: int, blocks_per_sm: int = 1
+) -> int:
+    """Blocks of a grid-stride kernel: `blocks_per_sm` on every SM, and no more than there are tiles.
+
+    `blocks_per_sm` is as many as the shared memory and registers of an SM hold.
+    """
+    return min(-(-elements // (threads * values_per_thread)), device_limits(device)[0] * blocks_per_sm)
 
 
-def blocks_of_queues(device: torch.device, tiles: int, threads: int) -> int:
-    """Blocks whose warps take tiles of QUEUE coordinates in turn."""
-    return blocks_for(device, tiles, threads // WARP, 1, QUEUE_BLOCKS)
+def num_queue_blocks(device: torch.device, tiles: int, threads: int) -> int:
+    """Blocks of a grid-stride kernel whose warps each take tiles of QUEUE_SIZE coordinates."""
+    return num_blocks(device, tiles, threads // WARP, 1, QUEUE_BLOCKS_PER_SM)
 
 
 def queue_bytes(threads: int) -> int:
-    """Shared memory for the places that each warp of a block queues, two bytes each."""
-    return threads // WARP * QUEUE * 2
+    """Shared memory for the queues of a block's warps: QUEUE_SIZE indices of two bytes each."""
+    return threads // WARP * QUEUE_SIZE * 2
 
 
 def run(
@@ -204,7 +211,16 @@ def run(
     device: torch.device,
     *arguments: torch.Tensor | list[torch.Tensor] | int | None,
 ) -> None:
-    """Start a kernel on the device and its current stream. Tensors go as addresses, a list of them as a table on the device."""
-    tables = [gpu.on_device([gpu.address(t) for t in a], device) if isinstance(a, list) else a for a in arguments]
+    """Launch a kernel on a device and its current stream.
+
+    Args:
+        name: The kernel.
+        blocks: Blocks of the grid.
+        threads: Threads per block.
+        shared_bytes: Dynamic shared memory per block.
+        device: The device of the tensors.
+        arguments: Tensors are passed as addresses, a list of tensors as a table of addresses on the device.
+    """
+    scalars = [gpu.on_device([gpu.address(t) for t in a], device) if isinstance(a, list) else a for a in arguments]
     with torch.cuda.device(-1 if device.index is None else device.index):
-        kernels().launch(name, [gpu.address(a) for a in tables], blocks, threads, shared_bytes, device)
+        kernels().launch(name, [gpu.address(a) for a in scalars], blocks, threads, shared_bytes, device)

@@ -1,4 +1,4 @@
-"""The sources of CUDA C++ kernels, as one text a family. Needs nothing but Python: the build reads it too."""
+"""The sources of the CUDA C++ kernels, as one text per family. Needs only Python: setup.py loads it too."""
 
 from __future__ import annotations
 
@@ -8,40 +8,43 @@ import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2]
-FOLDERS = (PACKAGE / "csrc", PACKAGE.parent / "csrc")  # installed, in a checkout
+SOURCE_DIRS = (PACKAGE / "csrc", PACKAGE.parent / "csrc")  # of an install, of a checkout
 
 
-def flattened(source: Path, seen: set[Path] | None = None) -> str:
-    """A source with its own headers in place, each once: a compiler without files, and a cache that sees every change."""
+def inline_includes(source: Path, seen: set[Path] | None = None) -> str:
+    """A source with the project's own headers inlined, each once: NVRTC needs no files, and a cache key covers them."""
     seen = set() if seen is None else seen
 
-    def included(match: re.Match) -> str:
+    def header_text(match: re.Match) -> str:
         header = (source.parent / match[1]).resolve()
         if header in seen:
             return ""
         seen.add(header)
-        return flattened(header, seen)
+        return inline_includes(header, seen)
 
-    return re.sub(r'^#include "(.+)"$', included, source.read_text().replace("#pragma once\n", ""), flags=re.MULTILINE)
+    text = source.read_text().replace("#pragma once\n", "")
+    return re.sub(r'^#include "(.+)"$', header_text, text, flags=re.MULTILINE)
 
 
-def folder() -> Path:
-    return next((one for one in FOLDERS if one.is_dir()), FOLDERS[-1])
+def source_dir() -> Path:
+    """The directory with the sources."""
+    return next((folder for folder in SOURCE_DIRS if folder.is_dir()), SOURCE_DIRS[-1])
 
 
 @functools.cache
-def source_of(family: str) -> str:
-    return flattened(folder() / family / "cuda.cu")
+def family_source(family: str) -> str:
+    """The CUDA source of a kernel family, as one text."""
+    return inline_includes(source_dir() / family / "cuda.cu")
 
 
 @functools.cache
 def digest() -> str:
-    """SHA-256 of all that a library is built from."""
-    compiled = [*sorted(folder().glob("*/cuda.cu")), folder() / "common" / "cuda" / "runtime.cpp"]
-    text = "".join(f"{path.parent.name}/{path.name}{flattened(path)}" for path in compiled)
+    """SHA-256 of everything that the library is built from."""
+    compiled = [*sorted(source_dir().glob("*/cuda.cu")), source_dir() / "common" / "cuda" / "runtime.cpp"]
+    text = "".join(f"{path.parent.name}/{path.name}{inline_includes(path)}" for path in compiled)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def made(library: Path) -> bool:
-    """Whether a library was built from these sources: it holds their digest (csrc/common/cuda/runtime.cpp)."""
+def is_built_from_sources(library: Path) -> bool:
+    """Whether a library was built from these sources: it contains their digest (csrc/common/cuda/runtime.cpp)."""
     return library.is_file() and digest().encode() in library.read_bytes()

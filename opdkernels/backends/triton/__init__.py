@@ -1,20 +1,20 @@
-"""Triton kernels, for GPUs: one file a family. Triton is loaded with the first call, not with the package."""
+"""Triton kernels for GPUs (opdkernels/ops/<family>/triton.py). Triton is imported at the first call, not with the package."""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-LEAST = (3, 6)
+MIN_VERSION = (3, 6)
 
 
-def why_not() -> str:
-    """Why Triton kernels cannot serve here, and the remedy; empty where they can."""
-    least = ".".join(map(str, LEAST))
-    remedy = f"pip install 'triton>={least}'"
+def unavailable_reason() -> str:
+    """Why Triton kernels cannot be used, and the remedy; empty if they can."""
+    minimum = ".".join(map(str, MIN_VERSION))
+    remedy = f"pip install 'triton>={minimum}'"
     try:
         installed = version("triton")
     except PackageNotFoundError:
         return f"Triton is not installed: {remedy}"
-    if tuple(int(part) for part in installed.split(".")[:2]) < LEAST:
-        return f"Triton {installed} is older than {least}: {remedy}"
+    if tuple(int(number) for number in installed.split(".")[:2]) < MIN_VERSION:
+        return f"Triton {installed} is older than {minimum}: {remedy}"
     return ""

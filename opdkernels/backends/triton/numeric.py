@@ -20,13 +20,13 @@ def multiple(x, UNIT: tl.constexpr):
 
 
 @triton.jit
-def from_pattern(pattern):
+def from_bf16_bits(pattern):
     """fp32 of bf16 patterns."""
     return (pattern.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def to_pattern(x):
+def to_bf16_bits(x):
     """bf16 patterns of fp32, int32, to nearest even. A NaN stays one, quieted."""
     bits = x.to(tl.uint32, bitcast=True)
     nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -37,18 +37,18 @@ def to_pattern(x):
 def widen(raw, WIDE: tl.constexpr):
     """Values as they are loaded, in fp32 or fp64."""
     if raw.dtype == tl.bfloat16:
-        return from_pattern(raw.to(tl.uint16, bitcast=True)).to(WIDE)
+        return from_bf16_bits(raw.to(tl.uint16, bitcast=True)).to(WIDE)
     else:
         return raw.to(WIDE)
 
 
 @triton.jit
-def pattern_of(raw):
+def bf16_bits_of(raw):
     """bf16 patterns of values as they are loaded, int32; a double goes through float, as in torch."""
     if raw.dtype == tl.bfloat16:
         return raw.to(tl.uint16, bitcast=True).to(tl.int32)
     else:
-        return to_pattern(raw.to(tl.float32))
+        return to_bf16_bits(raw.to(tl.float32))
 
 
 @triton.jit

@@ -48,12 +48,13 @@ from opdkernels.metrics.coordinates import (
     ratio_label,
     tensor_metrics,
     threshold_label,
-    to_bf16_pattern,
+    to_bf16_bits,
 )
 from opdkernels.metrics.groups import Row, write_csv
 from opdkernels.metrics.spectra import SpectrumRecord
 from opdkernels.metrics.tallies import TallyRecord
-from opdkernels.ops.delta import CHANGED, DEFAULT_CUTS, THRESHOLDS
+from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS
+from opdkernels.ops.delta.layout import HIST_BASE_OVER
 
 if TYPE_CHECKING:
     from opdkernels.analysis.result import Analysis
@@ -66,7 +67,7 @@ SUMMARIES = {
 }
 LARGEST_SHOWN = 100  # rows of top_delta_tensors.csv
 # Their masks compare |delta|, widened to fp32, with the threshold unrounded: 1e-5 lies between 0x3727 and 0x3728.
-UPDATE_ATOLS = {0.0: DEFAULT_CUTS.index(0), 1e-5: DEFAULT_CUTS.index(0x3727)}
+UPDATE_ATOLS = {0.0: DEFAULT_THRESHOLD_BITS.index(0), 1e-5: DEFAULT_THRESHOLD_BITS.index(0x3727)}
 
 BELOW = tuple(f"frac_abs_delta_lt_{threshold_label(t)}" for t in THRESHOLDS)
 CLOSE = tuple(f"frac_isclose_zero_atol_{threshold_label(t)}" for t in THRESHOLDS)
@@ -325,10 +326,10 @@ def tensor_row(name: str, shape: tuple[int, ...], tally: SparseTally) -> Row:
         "frac_delta_eq_0": below(tally, 1) / n,
     }
     for threshold, lt, close in zip(THRESHOLDS, BELOW, CLOSE, strict=True):
-        pattern = to_bf16_pattern(threshold)
+        pattern = to_bf16_bits(threshold)
         row[lt], row[close] = below(tally, pattern) / n, below(tally, pattern + 1) / n
     for tau, lt in zip(RELATIVE, BELOW_RMS, strict=True):
-        row[lt] = math.nan if tally.nonfinite else below(tally, to_bf16_pattern(tau * max(source_rms, EPSILON))) / n
+        row[lt] = math.nan if tally.nonfinite else below(tally, to_bf16_bits(tau * max(source_rms, EPSILON))) / n
     for p, top in zip(TOP_FRACTIONS, TOP, strict=True):
         share = metrics[f"top_energy_{ratio_label(p)}"]
         row[top] = math.nan if share is None or tally.nonfinite else share
@@ -342,7 +343,7 @@ def below(tally: SparseTally, pattern: int) -> int:
 
 def mask_row(name: str, shape: tuple[int, ...], tally: SparseTally, atol: float) -> Row:
     """The ceil(r n) smallest |W| against the coordinates with |delta| > atol, for every r."""
-    changed = tally.tables[CHANGED + UPDATE_ATOLS[atol]]
+    changed = tally.tables[HIST_BASE_OVER + UPDATE_ATOLS[atol]]
     n, updates = tally.numel, int(changed.sum())
     row: Row = {
         "name": name,

@@ -1,16 +1,16 @@
-r"""`delta`: every coordinate-wise figure of a pair of tensors from one pass.
+r"""`delta`: every per-coordinate metric of a pair of tensors, from one pass over both.
 
-For W (source) and W' (trained), per coordinate:
+For W (base) and W' (trained), per coordinate:
 
-    stored view    delta = W' - W in fp32 (fp64 where either side is fp64)
+    stored view    delta = W' - W in fp32 (fp64 where either tensor is fp64)
     visible view   delta = bf16(bf16(W') - bf16(W)): what a bf16 deployment sees
 
-A bf16 magnitude has 2^15 values, so integer tables of |W|, |delta| and |W| of the changed hold every figure at any
-threshold chosen later, without sorting. Sums are exact integers, so the result, the *tally*, is a commutative monoid:
-threads, slices, machines and resumed runs merge to the same bits. A coordinate is left out, and counted as non-finite,
-where W, W' or their visible delta is not finite.
+bf16 has 2^15 magnitudes. Integer histograms of |W|, of |delta| and of |W| of the changed coordinates, over these
+magnitudes, therefore give every metric at any threshold that is chosen later, without sorting. Sums are exact integers.
+The result, the *tally*, is a commutative monoid: tallies of threads, slices, machines and resumed runs merge to the
+same bits. A coordinate is excluded, and counted as non-finite, where W, W' or their visible delta is not finite.
 
-Source: arXiv 2606.13657 (the metrics); the tables are this project's.
+Source: arXiv 2606.13657 (the metrics); the histograms are this project's.
 """
 
 from __future__ import annotations
@@ -21,40 +21,72 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opdkernels.ops import localise, register
+from opdkernels.backends.layout import BINS, INFINITY_BITS, SUM_LIMBS, SUM_SHIFT
+from opdkernels.ops import register, to_local
+from opdkernels.ops.delta.layout import (
+    COUNT_BIT_EQUAL,
+    COUNT_LE,
+    COUNT_LT,
+    COUNT_NONFINITE,
+    COUNT_NUMEL,
+    COUNT_ULP,
+    COUNT_UNCHANGED_RTOL,
+    HIST_BASE,
+    HIST_BASE_CHANGED,
+    HIST_BASE_OVER,
+    HIST_DELTA,
+    HIST_DELTA_STORED,
+    HIST_TRAINED_CHANGED,
+    MAX_VISIBLE_THRESHOLDS,
+    NUM_COUNTS,
+    NUM_SUMS,
+    SUM_BASE_SQ,
+    SUM_DELTA_ABS,
+    SUM_DELTA_SQ,
+    SUM_TRAINED_SQ,
+    ULP_BINS,
+    ULP_REACH,
+)
 
-BINS = 1 << 15
-SUM_LIMBS, SUM_SHIFT = 44, 1074  # exact sums: signed int64 limbs of radix 2^32, in units of 2^-1074
-THRESHOLDS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
-DEFAULT_CUTS = (0, 0x3727, 0x3728)  # |delta| > 0, > 1e-5, > bf16(1e-5) = 1.00136e-5
-MAX_CUTS = 4
-ULP_REACH = 16
-ULP_BINS = 2 * ULP_REACH + 3
-NUMEL, NONFINITE, BIT_EQUAL, ETA, LT, LE, ULP = 0, 1, 2, 3, 4, 9, 14
-COUNTS = ULP + ULP_BINS
-SOURCE, DELTA, TRAINED, MOVED, STORED, CHANGED = range(6)
+THRESHOLDS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)  # of stored |delta|
+DEFAULT_THRESHOLD_BITS = (0, 0x3727, 0x3728)  # visible |delta| > 0, > 1e-5, > bf16(1e-5) = 1.00136e-5
+RTOL = 1e-3  # of `unchanged_rtol`
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-with np.errstate(invalid="ignore"):  # the last bins are NaN patterns
+with np.errstate(invalid="ignore"):  # the last bins are NaN
+    # float64 [BINS]: the magnitude that each bin counts.
     magnitudes: np.ndarray = (np.arange(BINS, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
 
 SCHEMA = (
-    "delta_(Tensor source, Tensor trained, int[] cuts, float[] thresholds, Tensor(a!) tables, Tensor(b!) counts, "
-    "Tensor(c!) sums, Tensor(d!) maximum, Tensor(e!)? mask) -> ()"
+    "delta_(Tensor base, Tensor trained, int[] threshold_bits, float[] thresholds, Tensor(a!) tables, "
+    "Tensor(b!) counts, Tensor(c!) sums, Tensor(d!) maximum, Tensor(e!)? mask) -> ()"
 )
 
 
-def fake(source, trained, cuts, thresholds, tables, counts, sums, maximum, mask) -> None:
-    torch._check(source.numel() == trained.numel(), lambda: f"sizes differ: {source.shape} and {trained.shape}")
+def fake(
+    base: torch.Tensor,
+    trained: torch.Tensor,
+    threshold_bits: Sequence[int],
+    thresholds: Sequence[float],
+    tables: torch.Tensor,
+    counts: torch.Tensor,
+    sums: torch.Tensor,
+    maximum: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> None:
+    torch._check(base.numel() == trained.numel(), lambda: f"sizes differ: {base.shape} and {trained.shape}")
 
 
-def pattern(x: torch.Tensor) -> torch.Tensor:
-    """Bits of a bf16 tensor as int64."""
+def bf16_bits(x: torch.Tensor) -> torch.Tensor:
+    """The bits of a bf16 tensor, int64 of the same shape."""
     return x.contiguous().view(torch.int16).to(torch.int64) & 0xFFFF
 
 
 def same_bits(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Equal patterns. Of two dtypes: after widening, where a NaN keeps no payload to compare and so equals nothing."""
+    """Where the bits are equal, bool.
+
+    Two dtypes are compared after widening, where a NaN has no payload to compare and so equals nothing.
+    """
     if x.dtype != y.dtype:
         wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
         return same_bits(x.to(wide), y.to(wide)) & ~x.isnan()
@@ -62,11 +94,21 @@ def same_bits(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return x.view(integers) == y.view(integers)
 
 
+def base_and_delta(base: torch.Tensor, trained: torch.Tensor, visible: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """W and delta of one view: fp32, or fp64 in the stored view where either tensor is fp64."""
+    if visible:
+        w = base.bfloat16().float()
+        return w, (trained.bfloat16().float() - w).bfloat16().float()
+    wide = torch.float64 if torch.float64 in (base.dtype, trained.dtype) else torch.float32
+    w = base.to(wide)
+    return w, trained.to(wide) - w
+
+
 def exact_total(values: torch.Tensor) -> int:
-    """Sum of fp64 values as an integer in units of 2^-1074."""
+    """The sum of fp64 values as an integer in units of 2^-1074."""
     mantissa, exponent = torch.frexp(values)
     integer, shift = (mantissa * 2.0**53).to(torch.int64), exponent.to(torch.int64) + SUM_SHIFT - 53
-    integer = integer >> (-shift).clamp(min=0)  # subnormals carry their zeros in front
+    integer = integer >> (-shift).clamp(min=0)  # subnormals have trailing zeros
     total = 0
     for s in shift.clamp(min=0).unique().tolist():
         chosen = integer[shift.clamp(min=0) == s]
@@ -75,51 +117,69 @@ def exact_total(values: torch.Tensor) -> int:
 
 
 def to_limbs(total: int) -> list[int]:
+    """The SUM_LIMBS limbs of an exact sum."""
     return [total >> 32 * i & 0xFFFFFFFF for i in range(SUM_LIMBS - 1)] + [total >> 32 * (SUM_LIMBS - 1)]
 
 
 def from_limbs(limbs: Sequence[int]) -> int:
+    """The exact sum that limbs hold, as an integer in units of 2^-1074."""
     return sum(int(limb) << 32 * i for i, limb in enumerate(limbs) if limb)
 
 
-def reference(source, trained, cuts, thresholds, tables, counts, sums, maximum, mask) -> None:
-    """The definition, in plain PyTorch. Adds to `tables`, `counts`, `sums`, `maximum`; writes `mask`."""
-    source, trained = source.flatten(), trained.flatten()
-    wide = torch.float64 if torch.float64 in (source.dtype, trained.dtype) else torch.float32
-    x, y = source.to(wide), trained.to(wide)
+def reference(
+    base: torch.Tensor,
+    trained: torch.Tensor,
+    threshold_bits: Sequence[int],
+    thresholds: Sequence[float],
+    tables: torch.Tensor,  # int64 [HIST_BASE_OVER + len(threshold_bits), BINS]
+    counts: torch.Tensor,  # int64 [NUM_COUNTS]
+    sums: torch.Tensor,  # int64 [NUM_SUMS, SUM_LIMBS]
+    maximum: torch.Tensor,  # fp64 [1]
+    mask: torch.Tensor | None,  # uint8 [ceil(n / 8)]
+) -> None:
+    """The definition, in plain PyTorch. Adds to `tables`, `counts`, `sums` and `maximum`; writes `mask`."""
+    base, trained = base.flatten(), trained.flatten()
+    wide = torch.float64 if torch.float64 in (base.dtype, trained.dtype) else torch.float32
+    x, y = base.to(wide), trained.to(wide)
     w, v = x.float().bfloat16(), y.float().bfloat16()
-    abs_w, abs_v = pattern(w) & 0x7FFF, pattern(v) & 0x7FFF
-    visible = pattern((v.float() - w.float()).bfloat16()) & 0x7FFF
-    finite = (abs_w < 0x7F80) & (abs_v < 0x7F80) & (visible < 0x7F80)
+    abs_w, abs_v = bf16_bits(w) & 0x7FFF, bf16_bits(v) & 0x7FFF
+    visible = bf16_bits((v.float() - w.float()).bfloat16()) & 0x7FFF
+    finite = (abs_w < INFINITY_BITS) & (abs_v < INFINITY_BITS) & (visible < INFINITY_BITS)
     if mask is not None:
-        bits = torch.zeros(mask.numel() * 8, dtype=torch.int64, device=source.device)
-        bits[: source.numel()] = (visible > cuts[0]) & finite
-        mask.copy_((bits.view(-1, 8) << torch.arange(8, device=source.device)).sum(1))
-    counts[NUMEL] += source.numel()
-    counts[NONFINITE] += (~finite).sum()
-    counts[BIT_EQUAL] += same_bits(source, trained).sum()
+        bits = torch.zeros(mask.numel() * 8, dtype=torch.int64, device=base.device)
+        bits[: base.numel()] = (visible > threshold_bits[0]) & finite
+        mask.copy_((bits.view(-1, 8) << torch.arange(8, device=base.device)).sum(1))
+    counts[COUNT_NUMEL] += base.numel()
+    counts[COUNT_NONFINITE] += (~finite).sum()
+    counts[COUNT_BIT_EQUAL] += same_bits(base, trained).sum()
     x, y, abs_w, abs_v, visible = x[finite], y[finite], abs_w[finite], abs_v[finite], visible[finite]
 
-    def count(row: int, patterns: torch.Tensor) -> None:
-        tables[row] += torch.bincount(patterns, minlength=BINS)
+    def add_histogram(row: int, magnitude_bits: torch.Tensor) -> None:
+        tables[row] += torch.bincount(magnitude_bits, minlength=BINS)
 
     stored = (y - x).abs()
-    count(SOURCE, abs_w)
-    count(DELTA, visible)
-    count(TRAINED, abs_v[visible > 0])
-    count(MOVED, abs_w[stored > 0])
-    count(STORED, stored.float().view(torch.int32).to(torch.int64) >> 16)
-    for k, cut in enumerate(cuts):
-        count(CHANGED + k, abs_w[visible > cut])
-    counts[ETA] += (stored <= torch.tensor(1e-3, dtype=wide) * torch.maximum(x.abs(), y.abs())).sum()
+    add_histogram(HIST_BASE, abs_w)
+    add_histogram(HIST_DELTA, visible)
+    add_histogram(HIST_TRAINED_CHANGED, abs_v[visible > 0])
+    add_histogram(HIST_BASE_CHANGED, abs_w[stored > 0])
+    add_histogram(HIST_DELTA_STORED, stored.float().view(torch.int32).to(torch.int64) >> 16)
+    for k, bits in enumerate(threshold_bits):
+        add_histogram(HIST_BASE_OVER + k, abs_w[visible > bits])
+    limit = torch.tensor(RTOL, dtype=wide) * torch.maximum(x.abs(), y.abs())
+    counts[COUNT_UNCHANGED_RTOL] += (stored <= limit).sum()
     for k, threshold in enumerate(thresholds):
-        counts[LT + k] += (stored.double() < threshold).sum()
-        counts[LE + k] += (stored.double() <= threshold).sum()
+        counts[COUNT_LT + k] += (stored.double() < threshold).sum()
+        counts[COUNT_LE + k] += (stored.double() <= threshold).sum()
     ordered_w = torch.where(w[finite].signbit(), -abs_w, abs_w)
     ordered_v = torch.where(v[finite].signbit(), -abs_v, abs_v)
     distance = (ordered_v - ordered_w).clamp(-ULP_REACH - 1, ULP_REACH + 1) + ULP_REACH + 1
-    counts[ULP:] += torch.bincount(distance, minlength=ULP_BINS)
-    for row, values in enumerate((x.double().square(), y.double().square(), stored.double().square(), stored.double())):
+    counts[COUNT_ULP:] += torch.bincount(distance, minlength=ULP_BINS)
+    for row, values in (
+        (SUM_BASE_SQ, x.double().square()),
+        (SUM_TRAINED_SQ, y.double().square()),
+        (SUM_DELTA_SQ, stored.double().square()),
+        (SUM_DELTA_ABS, stored.double()),
+    ):
         total = from_limbs(sums[row].tolist()) + exact_total(values)
         sums[row] = torch.tensor(to_limbs(total))
     if stored.numel():
@@ -131,80 +191,109 @@ register("delta", SCHEMA, reference, fake)
 
 @dataclass
 class Tally:
-    """What `delta` counts. All integers but the maximum, so `merge` is exact, associative and commutative.
+    """The counts of `delta`. All are integers but the maximum, so `merge` is exact, associative and commutative.
 
-    `tables` int64 [5 + cuts, 32768] and `counts` int64 [49] are indexed as the properties show, `sums` int64 [4, 44]
-    holds the exact sums; sums are in units of the weights squared (|delta|: of the weights), stored view.
+    Attributes:
+        threshold_bits: Increasing bf16 bits of the thresholds of visible |delta|.
+        tables: Histograms over bf16 magnitudes, int64 [5 + len(threshold_bits), 32768]; rows are the `hist_*` properties.
+        counts: int64 [49]; the properties name its elements.
+        sums: Exact sums of the stored view as limbs, int64 [4, 44]; the `sum_*` properties join them.
+        maximum: Largest stored |delta|, float64 [1].
     """
 
-    cuts: tuple[int, ...]
+    threshold_bits: tuple[int, ...]
     tables: np.ndarray
     counts: np.ndarray
     sums: np.ndarray
     maximum: np.ndarray
 
     @classmethod
-    def empty(cls, cuts: Sequence[int] = DEFAULT_CUTS) -> Tally:
-        tables = np.zeros((CHANGED + len(cuts), BINS), np.int64)
-        return cls(tuple(cuts), tables, np.zeros(COUNTS, np.int64), np.zeros((4, SUM_LIMBS), np.int64), np.zeros(1))
+    def empty(cls, threshold_bits: Sequence[int] = DEFAULT_THRESHOLD_BITS) -> Tally:
+        """A tally of no coordinates: the neutral element of `merge`."""
+        return cls(
+            tuple(threshold_bits),
+            np.zeros((HIST_BASE_OVER + len(threshold_bits), BINS), np.int64),
+            np.zeros(NUM_COUNTS, np.int64),
+            np.zeros((NUM_SUMS, SUM_LIMBS), np.int64),
+            np.zeros(1),
+        )
 
-    numel = property(lambda self: int(self.counts[NUMEL]), doc="Coordinates, non-finite ones included.")
-    nonfinite = property(lambda self: int(self.counts[NONFINITE]), doc="Coordinates left out of every table and sum.")
-    finite = property(lambda self: self.numel - self.nonfinite, doc="Coordinates that the tables count.")
+    numel = property(lambda self: int(self.counts[COUNT_NUMEL]), doc="Coordinates, non-finite ones included.")
+    nonfinite = property(
+        lambda self: int(self.counts[COUNT_NONFINITE]), doc="Coordinates excluded from every histogram and sum."
+    )
+    finite = property(lambda self: self.numel - self.nonfinite, doc="Coordinates that the histograms count.")
     bit_equal = property(
-        lambda self: int(self.counts[BIT_EQUAL]), doc="Equal bit patterns: a NaN equals itself, +0 is not -0."
+        lambda self: int(self.counts[COUNT_BIT_EQUAL]), doc="Equal bits: a NaN equals itself, +0 does not equal -0."
     )
-    eta_unchanged = property(
-        lambda self: int(self.counts[ETA]), doc="Stored |w - w'| <= 1e-3 max(|w|, |w'|) (Zhu et al.)."
+    unchanged_rtol = property(
+        lambda self: int(self.counts[COUNT_UNCHANGED_RTOL]),
+        doc="Stored |W' - W| <= 1e-3 max(|W|, |W'|) (Zhu et al., arXiv 2511.08567).",
     )
-    lt = property(lambda self: self.counts[LT:LE], doc="int64 [5]: stored |delta| < 1e-8 .. 1e-4.")
-    le = property(lambda self: self.counts[LE:ULP], doc="int64 [5]: stored |delta| <= 1e-8 .. 1e-4.")
+    lt = property(lambda self: self.counts[COUNT_LT:COUNT_LE], doc="int64 [5]: stored |delta| < 1e-8 .. 1e-4.")
+    le = property(lambda self: self.counts[COUNT_LE:COUNT_ULP], doc="int64 [5]: stored |delta| <= 1e-8 .. 1e-4.")
     ulp = property(
-        lambda self: self.counts[ULP:], doc="int64 [35]: signed bf16 ULP distance; '< -16', -16 .. 16, '> 16'."
+        lambda self: self.counts[COUNT_ULP:],
+        doc="int64 [35]: signed distance in bf16 ULP: '< -16', -16 .. 16, '> 16'.",
     )
-    source = property(lambda self: self.tables[SOURCE], doc="Counts of |W|, rounded to bf16.")
-    delta = property(lambda self: self.tables[DELTA], doc="Counts of visible |delta|; bin 0 holds the unchanged.")
-    trained = property(lambda self: self.tables[TRAINED], doc="Counts of |W'| where the visible delta is not 0.")
-    moved = property(lambda self: self.tables[MOVED], doc="Counts of |W| where the stored delta is not 0.")
-    delta_stored = property(
-        lambda self: self.tables[STORED], doc="Counts of stored |delta| by the top 16 bits of its fp32 value."
+    hist_base = property(lambda self: self.tables[HIST_BASE], doc="Histogram of |W|, rounded to bf16.")
+    hist_delta = property(
+        lambda self: self.tables[HIST_DELTA], doc="Histogram of visible |delta|; bin 0 counts unchanged coordinates."
     )
-    changed = property(
-        lambda self: self.tables[CHANGED:], doc="[cuts, 32768]: counts of |W| where visible |delta| exceeds each cut."
+    hist_trained_changed = property(
+        lambda self: self.tables[HIST_TRAINED_CHANGED], doc="Histogram of |W'| where the visible delta is not 0."
     )
-    sum_source_sq = property(lambda self: from_limbs(self.sums[0]), doc="Sum of W^2, exact, in units of 2^-1074.")
-    sum_trained_sq = property(lambda self: from_limbs(self.sums[1]), doc="Sum of W'^2, exact, in units of 2^-1074.")
+    hist_base_changed = property(
+        lambda self: self.tables[HIST_BASE_CHANGED], doc="Histogram of |W| where the stored delta is not 0."
+    )
+    hist_delta_stored = property(
+        lambda self: self.tables[HIST_DELTA_STORED],
+        doc="Histogram of stored |delta| by the top 16 bits of its fp32 value.",
+    )
+    hist_base_over = property(
+        lambda self: self.tables[HIST_BASE_OVER:],
+        doc="[len(threshold_bits), 32768]: histogram of |W| where visible |delta| exceeds each threshold.",
+    )
+    sum_base_sq = property(
+        lambda self: from_limbs(self.sums[SUM_BASE_SQ]), doc="Sum of W^2, exact, in units of 2^-1074."
+    )
+    sum_trained_sq = property(
+        lambda self: from_limbs(self.sums[SUM_TRAINED_SQ]), doc="Sum of W'^2, exact, in units of 2^-1074."
+    )
     sum_delta_sq = property(
-        lambda self: from_limbs(self.sums[2]), doc="Sum of stored delta^2, exact, in units of 2^-1074."
+        lambda self: from_limbs(self.sums[SUM_DELTA_SQ]), doc="Sum of stored delta^2, exact, in units of 2^-1074."
     )
     sum_delta_abs = property(
-        lambda self: from_limbs(self.sums[3]), doc="Sum of stored |delta|, exact, in units of 2^-1074."
+        lambda self: from_limbs(self.sums[SUM_DELTA_ABS]), doc="Sum of stored |delta|, exact, in units of 2^-1074."
     )
     max_delta = property(lambda self: float(self.maximum[0]), doc="Largest stored |delta|.")
 
     def merge(self, other: Tally) -> Tally:
-        """The tally of both inputs' coordinates together."""
-        if self.cuts != other.cuts:
-            raise ValueError(f"tallies of different cuts do not merge: {self.cuts} and {other.cuts}")
+        """The tally of the coordinates of both; raises ValueError if the thresholds differ."""
+        if self.threshold_bits != other.threshold_bits:
+            raise ValueError(
+                f"tallies with different thresholds do not merge: {self.threshold_bits} and {other.threshold_bits}"
+            )
         sums = np.array(
             [to_limbs(from_limbs(a) + from_limbs(b)) for a, b in zip(self.sums, other.sums, strict=True)], np.int64
         )
         return Tally(
-            self.cuts,
+            self.threshold_bits,
             self.tables + other.tables,
             self.counts + other.counts,
             sums,
             np.maximum(self.maximum, other.maximum),
         )
 
-    def clear(self) -> None:
+    def reset(self) -> None:
+        """Set every count to zero."""
         for array in (self.tables, self.counts, self.sums, self.maximum):
             array.fill(0)
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Tally)
-            and self.cuts == other.cuts
+            and self.threshold_bits == other.threshold_bits
             and all(
                 np.array_equal(a, b)
                 for a, b in zip(
@@ -225,49 +314,73 @@ def exact_float(total: int) -> float:
     return total / (1 << SUM_SHIFT)
 
 
+def validate_pair(base: torch.Tensor, trained: torch.Tensor) -> None:
+    """Raise TypeError or ValueError unless both tensors have supported dtypes, one shape and one device."""
+    for name, tensor in (("base", base), ("trained", trained)):
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} is {tensor.dtype}; delta takes bfloat16, float16, float32 and float64")
+    if base.shape != trained.shape:
+        raise ValueError(f"shapes differ: base {tuple(base.shape)}, trained {tuple(trained.shape)}")
+    if base.device != trained.device:
+        raise ValueError(f"base is on {base.device}, trained on {trained.device}; move one of them")
+
+
+def validate_threshold_bits(threshold_bits: Sequence[int]) -> None:
+    """Raise ValueError unless there are 1 to 4 increasing bits of finite bf16 magnitudes."""
+    bits = list(threshold_bits)
+    increasing = bits == sorted(set(bits))
+    if not 1 <= len(bits) <= MAX_VISIBLE_THRESHOLDS or not increasing or bits[0] < 0 or bits[-1] >= INFINITY_BITS:
+        raise ValueError(
+            f"threshold_bits must be 1 to {MAX_VISIBLE_THRESHOLDS} increasing bf16 magnitudes below 0x7F80, "
+            f"not {tuple(bits)}"
+        )
+
+
 def delta(
-    source: torch.Tensor,
+    base: torch.Tensor,
     trained: torch.Tensor,
     *,
-    cuts: Sequence[int] = DEFAULT_CUTS,
-    into: Tally | None = None,
+    threshold_bits: Sequence[int] = DEFAULT_THRESHOLD_BITS,
+    out: Tally | None = None,
     mask: torch.Tensor | None = None,
 ) -> Tally:
-    """Tally of a pair of tensors, from one pass over both.
+    """Count every per-coordinate metric of a pair of tensors in one pass over both.
 
-    source, trained: bf16, fp16, fp32 or fp64 (they may differ), same shape, same device; copied only if not contiguous.
-    cuts: up to 4 increasing bf16 magnitude patterns; `changed[k]` counts |W| where visible |delta| exceeds `cuts[k]`.
-    into: a tally of the same cuts, added to in place and returned.
-    mask: uint8 [ceil(n / 8)], receives one bit a coordinate (little-endian), set where visible |delta| exceeds `cuts[0]`.
+    Args:
+        base: W: bf16, fp16, fp32 or fp64, any shape. Copied only if not contiguous; of a DTensor, the local shard.
+        trained: W': same shape and device as `base`; the dtype may differ.
+        threshold_bits: 1 to 4 increasing bf16 magnitudes, as bits (0x3728 is 1.00136e-5); `Tally.hist_base_over[k]`
+            counts |W| where visible |delta| exceeds `threshold_bits[k]`.
+        out: A tally with the same `threshold_bits` that is added to in place and returned.
+        mask: uint8 [ceil(n / 8)], overwritten: one bit per coordinate, least significant first, set where visible
+            |delta| exceeds `threshold_bits[0]`.
 
-    Raises TypeError for other dtypes, ValueError for shapes, devices, cuts or masks that do not fit.
+    Returns:
+        The tally of the pair.
 
-    >>> tally = delta(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5]))
-    >>> tally.bit_equal, tally.max_delta, exact_float(tally.sum_delta_sq)
-    (1, 0.5, 0.25)
+    Raises:
+        TypeError: Another dtype.
+        ValueError: Shapes or devices differ, or `threshold_bits`, `out` or `mask` do not fit.
+
+    Example:
+        >>> tally = delta(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5]))
+        >>> tally.bit_equal, tally.max_delta, exact_float(tally.sum_delta_sq)
+        (1, 0.5, 0.25)
     """
-    source, trained = localise(source), localise(trained)
-    for side, tensor in (("source", source), ("trained", trained)):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{side} is {tensor.dtype}; delta takes bfloat16, float16, float32 and float64")
-    if source.shape != trained.shape:
-        raise ValueError(f"shapes differ: source {tuple(source.shape)}, trained {tuple(trained.shape)}")
-    if source.device != trained.device:
-        raise ValueError(f"source is on {source.device}, trained on {trained.device}; move one of them")
-    cuts = tuple(int(c) for c in cuts)
-    if not 1 <= len(cuts) <= MAX_CUTS or list(cuts) != sorted(set(cuts)) or cuts[0] < 0 or cuts[-1] >= 0x7F80:
-        raise ValueError(f"cuts must be 1 to {MAX_CUTS} increasing bf16 magnitude patterns below 0x7F80, not {cuts}")
-    if into is not None and into.cuts != cuts:
-        raise ValueError(f"the tally to add to has cuts {into.cuts}, not {cuts}")
-    if mask is not None and (
-        mask.dtype != torch.uint8 or mask.shape != ((source.numel() + 7) // 8,) or not mask.is_contiguous()
-    ):
-        raise ValueError(f"mask must be a contiguous uint8 tensor of {(source.numel() + 7) // 8} elements")
-    tally = Tally.empty(cuts) if into is None else into
+    base, trained = to_local(base), to_local(trained)
+    validate_pair(base, trained)
+    threshold_bits = tuple(int(bits) for bits in threshold_bits)
+    validate_threshold_bits(threshold_bits)
+    if out is not None and out.threshold_bits != threshold_bits:
+        raise ValueError(f"out has threshold_bits {out.threshold_bits}, not {threshold_bits}")
+    mask_bytes = (base.numel() + 7) // 8
+    if mask is not None and (mask.dtype != torch.uint8 or mask.shape != (mask_bytes,) or not mask.is_contiguous()):
+        raise ValueError(f"mask must be a contiguous uint8 tensor of {mask_bytes} elements")
+    tally = Tally.empty(threshold_bits) if out is None else out
     arrays = [torch.from_numpy(a) for a in (tally.tables, tally.counts, tally.sums, tally.maximum)]
-    outputs = [a.to(source.device) for a in arrays]
-    torch.ops.opdkernels.delta_(source, trained, cuts, THRESHOLDS, *outputs, mask)
-    if source.device.type != "cpu":
+    outputs = [a.to(base.device) for a in arrays]
+    torch.ops.opdkernels.delta_(base, trained, threshold_bits, THRESHOLDS, *outputs, mask)
+    if base.device.type != "cpu":
         for array, output in zip(arrays, outputs, strict=True):
             array.copy_(output)
     return tally

@@ -1,4 +1,4 @@
-"""`delta` on the CPU: raw pointers to csrc/delta/cpu.cpp. The public functions check the arguments."""
+"""`delta` on the CPU: raw pointers to csrc/delta/cpu.cpp. The public function validates the arguments."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from opdkernels.backends import cpu
+from opdkernels.backends.layout import DTYPE_CODES
 
 
 def delta_(
-    source: torch.Tensor,
+    base: torch.Tensor,
     trained: torch.Tensor,
-    cuts: Sequence[int],
+    threshold_bits: Sequence[int],
     thresholds: Sequence[float],
     tables: torch.Tensor,
     counts: torch.Tensor,
@@ -21,12 +22,12 @@ def delta_(
     mask: torch.Tensor | None,
 ) -> None:
     cpu._C.delta(
-        source.data_ptr(),
-        cpu.DTYPE_CODES[source.dtype],
+        base.data_ptr(),
+        DTYPE_CODES[base.dtype],
         trained.data_ptr(),
-        cpu.DTYPE_CODES[trained.dtype],
-        source.numel(),
-        list(cuts),
+        DTYPE_CODES[trained.dtype],
+        base.numel(),
+        list(threshold_bits),
         list(thresholds),
         torch.get_num_threads(),
         tables.data_ptr(),

@@ -9,25 +9,27 @@ import torch
 
 from opdkernels.backends import gpu
 from opdkernels.backends.cuda import launch
-from opdkernels.ops.delta.gpu_common import rules_of
+from opdkernels.backends.layout import BINS, DTYPE_CODES, SMEM_HEADER_BYTES, SMEM_TABLE_BYTES, WARP
+from opdkernels.ops.delta.gpu_common import kernel_params
+from opdkernels.ops.delta.layout import MANTISSAS
 
-WORK_ROWS, LOW_ROWS = 10, 2  # work tables, sums of low halves
-MANTISSAS = 128
+WORK_ROWS = 10  # of the work tables, 32-bit [WORK_ROWS, BINS] (`enum Work` of csrc/delta/cuda.cu)
+LOW_ROWS = 2  # sums of the low halves of bf16 differences and of their squares, int64 [LOW_ROWS, BINS]
 
 
-def shape_of(source: torch.dtype, trained: torch.dtype) -> tuple[str, int, int]:
-    """The kernel of a pair, its threads a block, and the coordinates a thread takes at a time."""
-    if source == trained == torch.bfloat16:
+def launch_shape(base: torch.dtype, trained: torch.dtype) -> tuple[str, int, int]:
+    """The kernel for a pair of dtypes, its threads per block, and the coordinates that a thread takes per step."""
+    if base == trained == torch.bfloat16:
         return "delta_count_bf16", 768, 8
-    if torch.float64 in (source, trained):
+    if torch.float64 in (base, trained):
         return "delta_count_double", 512, 2
     return "delta_count_float", 512, 4
 
 
 def delta_(
-    source: torch.Tensor,
+    base: torch.Tensor,
     trained: torch.Tensor,
-    cuts: Sequence[int],
+    threshold_bits: Sequence[int],
     thresholds: Sequence[float],
     tables: torch.Tensor,
     counts: torch.Tensor,
@@ -35,40 +37,41 @@ def delta_(
     maximum: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> None:
-    device, n = source.device, source.numel()
-    name, threads, each = shape_of(source.dtype, trained.dtype)
-    kind = np.float64 if name == "delta_count_double" else np.float32
-    rules = gpu.on_device(rules_of(cuts, thresholds, kind), device)
-    rows = launch.near_rows(device, WORK_ROWS)
-    codes = launch.DTYPE_CODES[source.dtype], launch.DTYPE_CODES[trained.dtype]
-    source, trained = source.view(-1), trained.view(-1)
+    """The operator, for contiguous tensors on one device."""
+    device, n = base.device, base.numel()
+    kernel, threads, values_per_thread = launch_shape(base.dtype, trained.dtype)
+    float_type = np.float64 if kernel == "delta_count_double" else np.float32
+    params = gpu.on_device(kernel_params(threshold_bits, thresholds, float_type), device)
+    smem_rows = launch.smem_rows(device, WORK_ROWS)
+    base_code, trained_code = DTYPE_CODES[base.dtype], DTYPE_CODES[trained.dtype]
+    base, trained = base.view(-1), trained.view(-1)
     for start, size in gpu.slices(n):
-        work = torch.zeros(WORK_ROWS, launch.BINS, dtype=torch.int32, device=device)
-        low_sums = torch.zeros(LOW_ROWS, launch.BINS, dtype=torch.int64, device=device)
+        work = torch.zeros(WORK_ROWS, BINS, dtype=torch.int32, device=device)
+        low_sums = torch.zeros(LOW_ROWS, BINS, dtype=torch.int64, device=device)
         launch.run(
-            name,
-            launch.blocks_for(device, size, threads, each),
+            kernel,
+            launch.num_blocks(device, size, threads, values_per_thread),
             threads,
-            launch.SMALL_BYTES + rows * launch.TABLE_BYTES,
+            SMEM_HEADER_BYTES + smem_rows * SMEM_TABLE_BYTES,
             device,
-            source.narrow(0, start, size),
-            codes[0],
+            base.narrow(0, start, size),
+            base_code,
             trained.narrow(0, start, size),
-            codes[1],
+            trained_code,
             gpu.mask_from(mask, start),
             work,
             low_sums,
-            rules,
+            params,
             tables,
             counts,
             sums,
             maximum,
             size,
-            rows,
+            smem_rows,
         )
         launch.run(
             "delta_fold",
-            launch.BINS // MANTISSAS,
+            BINS // MANTISSAS,
             MANTISSAS,
             0,
             device,
@@ -76,8 +79,8 @@ def delta_(
             low_sums,
             tables,
             sums,
-            len(cuts),
-            name == "delta_count_bf16",
+            len(threshold_bits),
+            kernel == "delta_count_bf16",
         )
     if n:
-        launch.run("delta_carry", 1, 32, 0, device, sums)
+        launch.run("delta_carry", 1, WARP, 0, device, sums)

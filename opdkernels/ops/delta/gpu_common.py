@@ -1,4 +1,4 @@
-"""What the Triton and the CUDA launchers of `delta` share: thresholds as bit patterns."""
+"""What the Triton and the CUDA launchers of `delta` share: thresholds as bits."""
 
 from __future__ import annotations
 
@@ -6,30 +6,37 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MAX_CUTS, MAX_THRESHOLDS = 4, 5
-NEVER = 0x7FFF  # no finite magnitude exceeds this pattern
-LT, LE = 4, 9  # places among the operator's counts
+from opdkernels.ops.delta.layout import COUNT_LE, COUNT_LT, MAX_VISIBLE_THRESHOLDS, NUM_STORED_THRESHOLDS
+
+NEVER = 0x7FFF  # no finite magnitude exceeds these bits
 
 
-def limits(threshold: float, kind: type[np.floating]) -> tuple[int, int]:
-    """The patterns from which a magnitude is not below a threshold, and from which it is beyond it.
+def threshold_limits(threshold: float, float_type: type[np.floating]) -> tuple[int, int]:
+    """The least magnitude, as bits of `float_type`, that is not below a threshold, and the least that exceeds it.
 
-    >>> [hex(limit) for limit in limits(0.5, np.float32)]
+    >>> [hex(limit) for limit in threshold_limits(0.5, np.float32)]
     ['0x3f000000', '0x3f000001']
     """
     if not threshold > 0:
         return 0, int(threshold == 0)
     with np.errstate(over="ignore"):
-        nearest = kind(threshold)
-    pattern = int(nearest.view(np.int64 if kind is np.float64 else np.int32))
-    return pattern + int(float(nearest) < threshold), pattern + int(float(nearest) <= threshold)
+        nearest = float_type(threshold)
+    bits = int(nearest.view(np.int64 if float_type is np.float64 else np.int32))
+    return bits + int(float(nearest) < threshold), bits + int(float(nearest) <= threshold)
 
 
-def rules_of(cuts: Sequence[int], thresholds: Sequence[float], kind: type[np.floating]) -> list[int]:
-    """What a kernel compares with, as data: four cuts, ten limits in order, the count that each limit belongs to."""
-    bounds = [(0, LT)] * 2 * (MAX_THRESHOLDS - len(thresholds))  # nothing is below zero
+def kernel_params(
+    threshold_bits: Sequence[int], thresholds: Sequence[float], float_type: type[np.floating]
+) -> list[int]:
+    """The thresholds as the kernels read them, int [NUM_PARAMS] (layout.py)."""
+    limits = [(0, COUNT_LT)] * 2 * (NUM_STORED_THRESHOLDS - len(thresholds))  # nothing is below zero
     for k, threshold in enumerate(thresholds):
-        below, beyond = limits(threshold, kind)
-        bounds += [(below, LT + k), (beyond, LE + k)]
-    bounds.sort()
-    return [*cuts, *[NEVER] * (MAX_CUTS - len(cuts)), *(limit for limit, _ in bounds), *(slot for _, slot in bounds)]
+        not_below, above = threshold_limits(threshold, float_type)
+        limits += [(not_below, COUNT_LT + k), (above, COUNT_LE + k)]
+    limits.sort()
+    return [
+        *threshold_bits,
+        *[NEVER] * (MAX_VISIBLE_THRESHOLDS - len(threshold_bits)),
+        *(limit for limit, _ in limits),
+        *(count for _, count in limits),
+    ]

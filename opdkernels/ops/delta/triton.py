@@ -34,14 +34,14 @@ from opdkernels.backends.triton.numeric import (
     LIMBS,
     add_exactly,
     add_units,
+    bf16_bits_of,
     bits_of,
     carry,
-    from_pattern,
+    from_bf16_bits,
     magnitude_bits,
-    pattern_of,
     widen,
 )
-from opdkernels.ops.delta.gpu_common import rules_of
+from opdkernels.ops.delta.gpu_common import kernel_params
 
 WARPS, REGISTERS = 4, 160  # registers a thread: three programs a multiprocessor
 EXPONENTS = 2  # that a program of `fold` takes: 128 programs
@@ -58,7 +58,7 @@ LOW, LOW_SQUARE, LOWS = tl.constexpr(0), tl.constexpr(1), 2
 # Flags of a coordinate, counted together.
 FLAG_NONFINITE, FLAG_EQUAL, FLAG_ETA, FLAG_ZERO, FLAGS = (tl.constexpr(x) for x in (1, 2, 4, 8, 16))
 
-# Rules (`rules_of`): another cut or threshold compiles nothing.
+# Rules (`kernel_params`): another cut or threshold compiles nothing.
 CUT, LIMIT, SLOT, LIMITS, LIMIT_LANES = (tl.constexpr(x) for x in (0, 4, 14, 10, 16))
 
 # The tally, as opdkernels/ops/delta/__init__.py lays it out.
@@ -83,7 +83,7 @@ def same_bits(a, b, x, y):
 
 
 @triton.jit
-def within_eta(x, y, stored):
+def within_rtol(x, y, stored):
     """|w - w'| <= 1e-3 max(|w|, |w'|), the factor rounded to the dtype of the comparison."""
     factor = tl.full([1], 1e-3, x.dtype)
     return stored <= factor * tl.maximum(tl.abs(x), tl.abs(y))
@@ -113,12 +113,12 @@ def packed(pairs):
 
 @triton.jit
 def count_half(
-    a, b, inside, work, low_sums, rules, flags, ranks, ulps, largest, limbs, WIDE: tl.constexpr, BF16: tl.constexpr
+    a, b, inside, work, low_sums, params, flags, ranks, ulps, largest, limbs, WIDE: tl.constexpr, BF16: tl.constexpr
 ):
     """Counts coordinates: tables in memory, the rest in what is returned: their change bits, flags, ranks, ulps, largest, limbs."""
-    w, v = pattern_of(a), pattern_of(b)
+    w, v = bf16_bits_of(a), bf16_bits_of(b)
     abs_w, abs_v = w & 0x7FFF, v & 0x7FFF
-    visible = pattern_of(from_pattern(v) - from_pattern(w)) & 0x7FFF
+    visible = bf16_bits_of(from_bf16_bits(v) - from_bf16_bits(w)) & 0x7FFF
     finite = (abs_w < INFINITE) & (abs_v < INFINITE) & (visible < INFINITE)
     counted = finite & inside
     steps = tl.minimum(tl.maximum(ordered(v) - ordered(w), -ULP_REACH), ULP_REACH) + ULP_REACH
@@ -129,15 +129,15 @@ def count_half(
     stored = size.to(WIDE, bitcast=True)
     moved, shown = size > 0, counted & (visible > 0)
     largest = tl.maximum(largest, size)
-    ranks += tl.histogram(tl.where(counted, rank_among(size, rules + LIMIT), LIMIT_LANES - 1), LIMIT_LANES)
+    ranks += tl.histogram(tl.where(counted, rank_among(size, params + LIMIT), LIMIT_LANES - 1), LIMIT_LANES)
 
     group = moved.to(tl.int32) + shown.to(tl.int32)
     for k in tl.static_range(4):
-        group += (shown & (visible > tl.load(rules + CUT + k))).to(tl.int32)
+        group += (shown & (visible > tl.load(params + CUT + k))).to(tl.int32)
     cell = group * BINS + abs_w
     flag = (inside & (finite == 0)).to(tl.int32) * FLAG_NONFINITE
     flag += (inside & same_bits(a, b, x, y)).to(tl.int32) * FLAG_EQUAL
-    flag += (counted & within_eta(x, y, stored)).to(tl.int32) * FLAG_ETA
+    flag += (counted & within_rtol(x, y, stored)).to(tl.int32) * FLAG_ETA
     flag += (counted & (cell == 0)).to(tl.int32) * FLAG_ZERO
     flags += tl.histogram(flag, FLAGS)
 
@@ -159,18 +159,18 @@ def count_half(
             add_exactly(d * d, limbs[2]),
             add_exactly(d, limbs[3]),
         )
-    return shown & (visible > tl.load(rules + CUT)), flags, ranks, ulps, largest, limbs
+    return shown & (visible > tl.load(params + CUT)), flags, ranks, ulps, largest, limbs
 
 
 @triton.jit
 def count_tile(
-    source,
+    base,
     trained,
     mask,
     work,
     low_sums,
-    rules,
-    base,
+    params,
+    tile_start,
     n,
     flags,
     ranks,
@@ -183,13 +183,13 @@ def count_tile(
     TILE: tl.constexpr,
 ):
     """Counts one tile, in halves: eight bf16 coordinates a thread, what a 16-byte load brings, would not fit its registers."""
-    i = base + tl.arange(0, TILE)
+    i = tile_start + tl.arange(0, TILE)
     if TAIL:
         inside = i < n
-        a, b = tl.load(source + i, inside, 0.0), tl.load(trained + i, inside, 0.0)
+        a, b = tl.load(base + i, inside, 0.0), tl.load(trained + i, inside, 0.0)
     else:
         inside = tl.full([TILE], 1, tl.int1)
-        a, b = tl.load(source + i), tl.load(trained + i)
+        a, b = tl.load(base + i), tl.load(trained + i)
     even_a, odd_a = halves(a)
     even_b, odd_b = halves(b)
     even_inside, odd_inside = halves(inside)
@@ -203,7 +203,7 @@ def count_tile(
             tl.where(part == 0, even_inside, odd_inside),
             work,
             low_sums,
-            rules,
+            params,
             flags,
             ranks,
             ulps,
@@ -214,7 +214,7 @@ def count_tile(
         )
         pairs |= changed.to(tl.int32) << part
     if mask is not None:
-        byte = base // 8 + tl.arange(0, TILE // 8)
+        byte = tile_start // 8 + tl.arange(0, TILE // 8)
         if TAIL:
             tl.store(mask + byte, packed(pairs), byte * 8 < n)
         else:
@@ -229,12 +229,12 @@ def flags_with(flags, FLAG: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "copies"])
 def count(
-    source,
+    base,
     trained,
     mask,
     work,
     low_sums,
-    rules,
+    params,
     counts,
     sums,
     maximum,
@@ -258,15 +258,15 @@ def count(
     limbs = (zero, zero, zero, zero)
 
     whole, step = n.to(tl.int64) // TILE * TILE, tl.num_programs(0).to(tl.int64) * TILE
-    for base in range(program * TILE, whole, step):
+    for tile_start in range(program * TILE, whole, step):
         flags, ranks, ulps, largest, limbs = count_tile(
-            source,
+            base,
             trained,
             mask,
             work,
             low_sums,
-            rules,
-            base,
+            params,
+            tile_start,
             n,
             flags,
             ranks,
@@ -280,12 +280,12 @@ def count(
         )
     if (whole < n) & (whole % step == program * TILE):
         flags, ranks, ulps, largest, limbs = count_tile(
-            source,
+            base,
             trained,
             mask,
             work,
             low_sums,
-            rules,
+            params,
             whole,
             n,
             flags,
@@ -306,7 +306,7 @@ def count(
     tl.atomic_add(counts + C_ETA, flags_with(flags, FLAG_ETA).to(tl.int64), sem="relaxed")
     tl.atomic_add(work, flags_with(flags, FLAG_ZERO), sem="relaxed")
     lane = tl.arange(0, LIMIT_LANES)
-    slot = tl.load(rules + SLOT + lane, lane < LIMITS, 0)
+    slot = tl.load(params + SLOT + lane, lane < LIMITS, 0)
     tl.atomic_add(
         counts + slot, tl.cumsum(ranks).to(tl.int64), lane < LIMITS, sem="relaxed"
     )  # below a limit: of lower ranks
@@ -334,36 +334,36 @@ def add_to(tables, row, bins, count):
     tl.atomic_add(tables + row * BINS + bins, count, count != 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["copies", "cuts"])
-def fold(work, low_sums, tables, sums, copies, cuts, BF16: tl.constexpr, EXPONENTS: tl.constexpr):
+@triton.jit(do_not_specialize=["copies", "threshold_bits"])
+def fold(work, low_sums, tables, sums, copies, threshold_bits, BF16: tl.constexpr, EXPONENTS: tl.constexpr):
     """Adds the work tables to the tally's, and a bf16 pair's sums. A row of its tile is one exponent: one scale."""
     exponent = tl.program_id(0) * EXPONENTS + tl.arange(0, EXPONENTS)
     mantissa = tl.arange(0, MANTISSAS)
     bins = exponent[:, None] * MANTISSAS + mantissa[None, :]
     stride: tl.constexpr = (WORK_STORED + 1) * BINS
 
-    source = tl.zeros([EXPONENTS, MANTISSAS], tl.int64)
-    moved, unseen = source, source
+    base = tl.zeros([EXPONENTS, MANTISSAS], tl.int64)
+    moved, unseen = base, base
     for k in tl.static_range(GROUPS):
         group = GROUPS - 1 - k
         count = copies_sum(work, bins + group * BINS, copies, stride)
-        source += count  # of this group and those above
+        base += count  # of this group and those above
         if group > VISIBLE:
-            if group - VISIBLE <= cuts:
-                add_to(tables, T_CHANGED + group - VISIBLE - 1, bins, source)
+            if group - VISIBLE <= threshold_bits:
+                add_to(tables, T_CHANGED + group - VISIBLE - 1, bins, base)
         elif group < VISIBLE:
             unseen += count
             if group == MOVED:
-                add_to(tables, T_MOVED, bins, source)
-                moved = source
+                add_to(tables, T_MOVED, bins, base)
+                moved = base
     trained = copies_sum(work, bins + WORK_TRAINED * BINS, copies, stride)
     stored = copies_sum(work, bins + WORK_STORED * BINS, copies, stride)
-    add_to(tables, T_SOURCE, bins, source)
+    add_to(tables, T_SOURCE, bins, base)
     add_to(tables, T_DELTA, bins, copies_sum(work, bins + WORK_DELTA * BINS, copies, stride))
     add_to(tables, T_TRAINED, bins, trained)
     add_to(tables, T_STORED, bins, stored)
     tl.atomic_add(tables + T_DELTA * BINS, tl.sum(unseen), sem="relaxed")
-    tl.atomic_add(tables + T_STORED * BINS, tl.sum(source - moved), sem="relaxed")
+    tl.atomic_add(tables + T_STORED * BINS, tl.sum(base - moved), sem="relaxed")
 
     if BF16:
         # A bf16 magnitude is t * 2^(e - 134), e at least 1; a stored delta is (t * 2^16 + low) * 2^(e - 150).
@@ -373,8 +373,8 @@ def fold(work, low_sums, tables, sums, copies, cuts, BF16: tl.constexpr, EXPONEN
         low_square = copies_sum(low_sums, bins + LOW_SQUARE * BINS, copies, (LOW_SQUARE + 1) * BINS)
         square: tl.constexpr = 1074 - 2 * 134
         square_low: tl.constexpr = 1074 - 2 * 150
-        add_units(sums, tl.sum(source * t * t, 1), 2 * e + square)
-        add_units(sums + LIMBS, tl.sum((source - moved + trained) * t * t, 1), 2 * e + square)
+        add_units(sums, tl.sum(base * t * t, 1), 2 * e + square)
+        add_units(sums + LIMBS, tl.sum((base - moved + trained) * t * t, 1), 2 * e + square)
         add_units(sums + 2 * LIMBS, tl.sum(stored * t * t, 1), 2 * e + square_low + 32)
         add_units(sums + 2 * LIMBS, tl.sum(low * t, 1), 2 * e + square_low + 17)
         add_units(sums + 2 * LIMBS, tl.sum(low_square, 1), 2 * e + square_low)
@@ -382,17 +382,17 @@ def fold(work, low_sums, tables, sums, copies, cuts, BF16: tl.constexpr, EXPONEN
         add_units(sums + 3 * LIMBS, tl.sum(low, 1), e + 1074 - 150)
 
 
-def shape_of(source: torch.dtype, trained: torch.dtype) -> tuple[int, int | None]:
+def launch_shape(base: torch.dtype, trained: torch.dtype) -> tuple[int, int | None]:
     """Coordinates of a tile, so many that either side is loaded 16 bytes wide, and the bound of registers a thread."""
-    if min(source.itemsize, trained.itemsize) > 2:
+    if min(base.itemsize, trained.itemsize) > 2:
         return 512, REGISTERS
-    return 1024, REGISTERS if source == trained == torch.bfloat16 else None
+    return 1024, REGISTERS if base == trained == torch.bfloat16 else None
 
 
 def delta_(
-    source: torch.Tensor,
+    base: torch.Tensor,
     trained: torch.Tensor,
-    cuts: Sequence[int],
+    threshold_bits: Sequence[int],
     thresholds: Sequence[float],
     tables: torch.Tensor,
     counts: torch.Tensor,
@@ -401,36 +401,36 @@ def delta_(
     mask: torch.Tensor | None,
 ) -> None:
     """The operator, for contiguous tensors of one device."""
-    device, n = source.device, source.numel()
-    wide = torch.float64 in (source.dtype, trained.dtype)
-    bf16 = source.dtype == trained.dtype == torch.bfloat16
-    tile, registers = shape_of(source.dtype, trained.dtype)
-    rules = torch.tensor(
-        rules_of(cuts, thresholds, np.float64 if wide else np.float32),
+    device, n = base.device, base.numel()
+    wide = torch.float64 in (base.dtype, trained.dtype)
+    bf16 = base.dtype == trained.dtype == torch.bfloat16
+    tile, registers = launch_shape(base.dtype, trained.dtype)
+    params = torch.tensor(
+        kernel_params(threshold_bits, thresholds, np.float64 if wide else np.float32),
         dtype=torch.int64 if wide else torch.int32,
         device=device,
     )
-    source, trained = source.view(-1), trained.view(-1)
+    base, trained = base.view(-1), trained.view(-1)
     for start, size in gpu.slices(n):
         copies = max(1, min(MAX_COPIES, size // COORDINATES_A_COPY))
         work = torch.zeros(copies, WORK, BINS.value, dtype=torch.int32, device=device)
         low_sums = torch.zeros(copies, LOWS, BINS.value, dtype=torch.int64, device=device) if bf16 else None
         launch.run(
             count,
-            (launch.programs(device, triton.cdiv(size, tile)),),
-            source.narrow(0, start, size),
+            (launch.num_programs(device, triton.cdiv(size, tile)),),
+            base.narrow(0, start, size),
             trained.narrow(0, start, size),
             gpu.mask_from(mask, start),
             work,
             low_sums,
-            rules,
+            params,
             counts,
             sums,
             maximum.view(torch.int64),
             size,
             copies,
-            warps=WARPS,
-            registers=registers,
+            num_warps=WARPS,
+            maxnreg=registers,
             WIDE=tl.float64 if wide else tl.float32,
             BF16=bf16,
             TILE=tile,
@@ -443,10 +443,10 @@ def delta_(
             tables,
             sums,
             copies,
-            len(cuts),
-            warps=4,
+            len(threshold_bits),
+            num_warps=4,
             BF16=bf16,
             EXPONENTS=EXPONENTS,
         )
     if n:
-        launch.run(carry, (1,), sums, warps=1, ROWS=4)
+        launch.run(carry, (1,), sums, num_warps=1, ROWS=4)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from opdkernels.backends.triton import launch
-from opdkernels.backends.triton.numeric import multiple, to_pattern, widen
+from opdkernels.backends.triton.numeric import multiple, to_bf16_bits, widen
 from opdkernels.ops.divergence import logits as plain
 
 COLUMNS, LEAST_COLUMNS = 4096, 256  # ids that a program takes at a time
@@ -355,7 +355,7 @@ def gradient(
 def narrow(x, into):
     """To what a pointer points to, to nearest even."""
     if into.dtype.element_ty == tl.bfloat16:
-        return to_pattern(x).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return to_bf16_bits(x).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(into.dtype.element_ty)
 
 
@@ -424,7 +424,7 @@ def divergence_scan(student, teacher, ids, rest: int, vocab: int, numbers, tops:
             first,
             size,
             *numbers[:5],
-            warps=WARPS,
+            num_warps=WARPS,
             **capped(numbers),
             EVEN=size % 16 == 0,
             BEST=tops,
@@ -469,7 +469,7 @@ def divergence_means(student, teacher, moments, vocab: int, numbers, kind: int):
             size,
             numbers[5],
             *numbers[:5],
-            warps=WARPS,
+            num_warps=WARPS,
             KIND=kind,
             **capped(numbers),
             EVEN=size % 16 == 0,
@@ -519,7 +519,7 @@ def chunk_gradient(student, teacher, scalars, ids, at, first: int, size: int, nu
         ids.shape[1],
         numbers[5],
         *numbers[:5],
-        warps=WARPS,
+        num_warps=WARPS,
         KIND=kind,
         **capped(numbers),
         EVEN=size % 16 == 0,

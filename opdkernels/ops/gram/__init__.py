@@ -1,18 +1,20 @@
-r"""`gram`: the Gram matrices of a pair, or of one matrix, from row blocks, in fp64.
+r"""`gram`: the Gram matrices of a pair of matrices, or of one matrix, from row blocks, in fp64.
 
-For row blocks of W (source) and W' (trained), [rows, n]:
+For row blocks of W (base) and W' (trained), [rows, n]:
 
     W^T W,   W^T delta,   delta^T delta        summed over the rows
 
-With n the smaller side of a matrix they hold every spectrum, projection and rotation of the pair: the eigenvalues of
-W^T W are the squares of the singular values of W, and W'^T W' = W^T W + W^T delta + delta^T W + delta^T delta. They add
-up over row blocks, so a matrix of any length streams through in bounded memory.
+If n is the smaller side of a matrix, they determine every spectrum, projection and rotation of the pair: the eigenvalues
+of W^T W are the squares of the singular values of W, and W'^T W' = W^T W + W^T delta + delta^T W + delta^T delta. They
+add up over row blocks, so a matrix with any number of rows streams through bounded memory.
 
-delta is W' - W in fp32 (fp64 where either side is fp64), or bf16(bf16(W') - bf16(W)) in the visible view, where W is
+delta is W' - W in fp32 (fp64 where either matrix is fp64), or bf16(bf16(W') - bf16(W)) in the visible view, where W is
 rounded to bf16 too. Sums are in fp64, where products of fp32 values are exact. W^T delta may be summed in fp32 over
-`block` rows and only then in fp64: twice as fast, and enough where delta is small beside W, to whose squares it is added.
+`block` rows before fp64: twice as fast, and accurate enough where delta is small compared with W, to whose squares it is
+added.
 
-Source: Golub and Van Loan, Matrix Computations, 8.6 (normal equations and their condition); arXiv 2606.13657 (the figures).
+Source: Golub and Van Loan, Matrix Computations, 8.6 (normal equations and their condition); arXiv 2606.13657 (the
+metrics).
 """
 
 from __future__ import annotations
@@ -22,105 +24,115 @@ from collections.abc import Sequence
 import torch
 
 from opdkernels.ops import register
-from opdkernels.ops.delta import DTYPES
+from opdkernels.ops.delta import DTYPES, base_and_delta
+from opdkernels.ops.gram.layout import MAX_BLOCK, PART_BASE, PART_CROSS, PART_DELTA
 
-SCHEMA = "gram_(Tensor source, Tensor trained, int parts, bool visible, int block, Tensor(a!) into) -> ()"
-PARTS = ("source", "cross", "change")  # W^T W, W^T delta, delta^T delta; `parts` holds a bit for each
-MAX_BLOCK = 256
-PANEL = 224  # columns at a time: what is below the diagonal of a symmetric matrix is never computed
-
-
-def fake(source, trained, parts, visible, block, into) -> None:
-    torch._check(source.shape == trained.shape, lambda: f"shapes differ: {source.shape} and {trained.shape}")
+SCHEMA = "gram_(Tensor base, Tensor trained, int parts, bool visible, int block, Tensor(a!) out) -> ()"
+PARTS = ("base", "cross", "delta")  # W^T W, W^T delta, delta^T delta; bit i of the operator's `parts` asks for part i
+PANEL = 224  # columns at a time; nothing below the diagonal panel of a symmetric matrix is computed
 
 
-def change(source: torch.Tensor, trained: torch.Tensor, visible: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """W and delta of one view, in fp32, or fp64 where a side is (never in the visible view)."""
-    if visible:
-        w = source.bfloat16().float()
-        return w, (trained.bfloat16().float() - w).bfloat16().float()
-    wide = torch.float64 if torch.float64 in (source.dtype, trained.dtype) else torch.float32
-    w = source.to(wide)
-    return w, trained.to(wide) - w
+def fake(base: torch.Tensor, trained: torch.Tensor, parts: int, visible: bool, block: int, out: torch.Tensor) -> None:
+    torch._check(base.shape == trained.shape, lambda: f"shapes differ: {base.shape} and {trained.shape}")
 
 
-def reference(source, trained, parts, visible, block, into) -> None:
-    """The definition, in plain PyTorch. Adds to `into`, fp64 [parts, n, n], of the symmetric ones the upper triangles."""
-    w, d = change(source, trained, visible)
-    matrices = iter(into)
-    if parts & 1:
-        upper(next(matrices), w.double())
-    if parts & 2:
+def reference(
+    base: torch.Tensor,  # [rows, n]
+    trained: torch.Tensor,  # [rows, n]
+    parts: int,
+    visible: bool,
+    block: int,
+    out: torch.Tensor,  # fp64 [number of parts, n, n]
+) -> None:
+    """The definition, in plain PyTorch. Adds to `out`; of the symmetric matrices only to the upper triangle."""
+    w, d = base_and_delta(base, trained, visible)
+    matrices = iter(out)
+    if parts & PART_BASE:
+        add_upper(next(matrices), w.double())
+    if parts & PART_CROSS:
         cross = next(matrices)
         for x, y in zip(w.split(block), d.split(block), strict=True) if block else [(w.double(), d.double())]:
             cross += x.T @ y
-    if parts & 4:
-        upper(next(matrices), d.double())
+    if parts & PART_DELTA:
+        add_upper(next(matrices), d.double())
 
 
-def upper(into: torch.Tensor, x: torch.Tensor) -> None:
-    """Adds the upper triangle of x^T x, panel by panel."""
+def add_upper(matrix: torch.Tensor, x: torch.Tensor) -> None:
+    """Add the upper triangle of x^T x, panel by panel."""
     for j in range(0, x.shape[1], PANEL):
-        into[: j + PANEL, j : j + PANEL] += x[:, : j + PANEL].T @ x[:, j : j + PANEL]
+        matrix[: j + PANEL, j : j + PANEL] += x[:, : j + PANEL].T @ x[:, j : j + PANEL]
 
 
 register("gram", SCHEMA, reference, fake)
 
 
 def gram(
-    source: torch.Tensor,
+    base: torch.Tensor,
     trained: torch.Tensor | None = None,
     *,
-    of: Sequence[str] | None = None,
+    parts: Sequence[str] | None = None,
     visible: bool = False,
     block: int = 0,
-    into: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """fp64 [of, n, n]: W^T W ("source"), W^T delta ("cross") and delta^T delta ("change") of row blocks, in this order.
+    """Add up the Gram matrices of row blocks of a pair, or of one matrix.
 
-    source, trained: [rows, n], bf16, fp16, fp32 or fp64, any strides. of: which of them; by default all, or "source" of a
-    matrix without `trained`. visible: the visible view. block: rows of W^T delta summed in fp32 before fp64, 0 for fp64
-    throughout, at most 256; an fp64 input allows 0 only. into: a result to go on with, added to; only its upper triangles
-    are read and written, except that of W^T delta, which is whole. `symmetric` completes it.
+    Args:
+        base: W [rows, n]: bf16, fp16, fp32 or fp64, any strides.
+        trained: W' [rows, n], on the same device; the dtype may differ. None: the Gram matrix of `base` alone.
+        parts: Names among "base" (W^T W), "cross" (W^T delta) and "delta" (delta^T delta), in this order. Default: all,
+            or "base" without `trained`.
+        visible: Whether W and delta are those of the visible view.
+        block: Rows of W^T delta that are summed in fp32 before fp64, at most 256; 0: fp64 throughout, as fp64 inputs
+            need.
+        out: fp64 [len(parts), n, n], contiguous: a result to add to. Of the symmetric matrices only the upper triangle
+            is read and written; `symmetric` completes them.
 
-    Raises TypeError for other dtypes, ValueError for shapes, devices, parts or a block that do not fit. NaN and Inf spread.
+    Returns:
+        fp64 [len(parts), n, n]. NaN and Inf of the inputs propagate.
 
-    >>> w = torch.tensor([[1.0, 2], [3, 4]])
-    >>> symmetric(gram(w, w + torch.eye(2), of=["change"])).tolist()
-    [[[1.0, 0.0], [0.0, 1.0]]]
+    Raises:
+        TypeError: Another dtype.
+        ValueError: Shapes, devices, `parts`, `block` or `out` do not fit.
+
+    Example:
+        >>> w = torch.tensor([[1.0, 2], [3, 4]])
+        >>> symmetric(gram(w, w + torch.eye(2), parts=["delta"])).tolist()
+        [[[1.0, 0.0], [0.0, 1.0]]]
     """
-    of = list(of) if of is not None else list(PARTS if trained is not None else PARTS[:1])
-    if not of or of != [part for part in PARTS if part in of] or (trained is None and of != ["source"]):
+    names = list(parts) if parts is not None else list(PARTS if trained is not None else PARTS[:1])
+    if not names or names != [part for part in PARTS if part in names] or (trained is None and names != ["base"]):
         raise ValueError(
-            f"of must name parts among {', '.join(PARTS)}, in this order, and without trained only source; not {of}"
+            f"parts must be names among {', '.join(PARTS)}, in this order, and without trained only base; not {names}"
         )
-    trained = source if trained is None else trained
-    source, trained = (t.to_local().detach() if hasattr(t, "to_local") else t.detach() for t in (source, trained))
-    for side, tensor in (("source", source), ("trained", trained)):
+    trained = base if trained is None else trained
+    base, trained = (t.to_local().detach() if hasattr(t, "to_local") else t.detach() for t in (base, trained))
+    for name, tensor in (("base", base), ("trained", trained)):
         if tensor.dtype not in DTYPES:
-            raise TypeError(f"{side} is {tensor.dtype}; gram takes bfloat16, float16, float32 and float64")
-    if source.ndim != 2 or source.shape != trained.shape:
+            raise TypeError(f"{name} is {tensor.dtype}; gram takes bfloat16, float16, float32 and float64")
+    if base.ndim != 2 or base.shape != trained.shape:
         raise ValueError(
-            f"source and trained must be matrices of one shape, not {list(source.shape)} and {list(trained.shape)}"
+            f"base and trained must be matrices of one shape, not {list(base.shape)} and {list(trained.shape)}"
         )
-    if source.device != trained.device:
-        raise ValueError(f"source is on {source.device}, trained on {trained.device}; move one of them")
+    if base.device != trained.device:
+        raise ValueError(f"base is on {base.device}, trained on {trained.device}; move one of them")
     if not 0 <= block <= MAX_BLOCK:
-        raise ValueError(f"block must lie in 0 .. {MAX_BLOCK}, not {block}")
-    if block and not visible and torch.float64 in (source.dtype, trained.dtype):
+        raise ValueError(f"block must be in 0 .. {MAX_BLOCK}, not {block}")
+    if block and not visible and torch.float64 in (base.dtype, trained.dtype):
         raise ValueError("fp64 tensors are summed in fp64; pass block=0")
-    shape = (len(of), source.shape[1], source.shape[1])
-    if into is None:
-        into = torch.zeros(shape, dtype=torch.float64, device=source.device)
-    elif into.shape != shape or into.dtype != torch.float64 or not into.is_contiguous() or into.device != source.device:
-        raise ValueError(f"into must be a contiguous float64 tensor {list(shape)} on {source.device}")
-    torch.ops.opdkernels.gram_(source, trained, sum(1 << PARTS.index(part) for part in of), visible, block, into)
-    return into
+    shape = (len(names), base.shape[1], base.shape[1])
+    if out is None:
+        out = torch.zeros(shape, dtype=torch.float64, device=base.device)
+    elif out.shape != shape or out.dtype != torch.float64 or not out.is_contiguous() or out.device != base.device:
+        raise ValueError(f"out must be a contiguous float64 tensor {list(shape)} on {base.device}")
+    part_bits = sum(1 << PARTS.index(name) for name in names)
+    torch.ops.opdkernels.gram_(base, trained, part_bits, visible, block, out)
+    return out
 
 
-def symmetric(grams: torch.Tensor, of: Sequence[str] = PARTS) -> torch.Tensor:
-    """The result of `gram` with the lower triangles of "source" and "change" filled in, in place."""
-    for matrix, part in zip(grams, of, strict=False):
+def symmetric(grams: torch.Tensor, parts: Sequence[str] = PARTS) -> torch.Tensor:
+    """Fill in the lower triangles of "base" and "delta" in the result of `gram`, in place; returns it."""
+    for matrix, part in zip(grams, parts, strict=False):
         if part != "cross":
             upper = matrix.triu(1)
             matrix.triu_().add_(upper.T)

@@ -1,26 +1,25 @@
-"""`gram` on the CPU: raw pointers to csrc/gram/cpu.cpp. The public functions check the arguments."""
+"""`gram` on the CPU: raw pointers to csrc/gram/cpu.cpp. The public function validates the arguments."""
 
 from __future__ import annotations
 
 import torch
 
 from opdkernels.backends import cpu
+from opdkernels.backends.layout import DTYPE_CODES
 
 
-def gram_(
-    source: torch.Tensor, trained: torch.Tensor, parts: int, visible: bool, block: int, into: torch.Tensor
-) -> None:
+def gram_(base: torch.Tensor, trained: torch.Tensor, parts: int, visible: bool, block: int, out: torch.Tensor) -> None:
     cpu._C.gram(
-        source.data_ptr(),
-        cpu.DTYPE_CODES[source.dtype],
-        *source.stride(),
+        base.data_ptr(),
+        DTYPE_CODES[base.dtype],
+        *base.stride(),
         trained.data_ptr(),
-        cpu.DTYPE_CODES[trained.dtype],
+        DTYPE_CODES[trained.dtype],
         *trained.stride(),
-        *source.shape,
+        *base.shape,
         parts,
         visible,
         block,
         torch.get_num_threads(),
-        into.data_ptr(),
+        out.data_ptr(),
     )

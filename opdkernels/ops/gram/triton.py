@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from opdkernels.backends.triton import launch
-from opdkernels.backends.triton.numeric import bits_of, from_pattern, multiple, pattern_of, widen
+from opdkernels.backends.triton.numeric import bf16_bits_of, bits_of, from_bf16_bits, multiple, widen
 
 SIDE = 64  # of a tile of the result
 DEPTH = 32  # rows that one product takes
@@ -40,11 +40,11 @@ def truncated(x):
 
 @triton.jit
 def store_pieces(planes, at, stride, x, PIECES: tl.constexpr):
-    """Cuts x into bf16 pieces, the largest first. What is left of a value that is not finite is 0."""
+    """Cuts x out bf16 pieces, the largest first. What is left of a value that is not finite is 0."""
     for piece in tl.static_range(PIECES):
         pattern = truncated(x)
         tl.store(planes + piece * stride + at, pattern.to(tl.uint16).to(tl.bfloat16, bitcast=True))
-        x = tl.where((pattern & 0x7F80) == 0x7F80, 0.0, x - from_pattern(pattern))
+        x = tl.where((pattern & 0x7F80) == 0x7F80, 0.0, x - from_bf16_bits(pattern))
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def load_tile(data, line, place, line_stride, stride, inside, UNIT: tl.constexpr
 
 @triton.jit
 def pack_tile(
-    source,
+    base,
     trained,
     w64,
     d64,
@@ -87,11 +87,11 @@ def pack_tile(
     line = (line0 + tl.arange(0, LINES)).to(tl.int64)[:, None]
     place = (place0 + tl.arange(0, LENGTH)).to(tl.int64)[None, :]
     inside = (line < lines) & (place < length)
-    a = load_tile(source, line, place, source_line, source_place, inside, SOURCE_UNIT, WHOLE)
+    a = load_tile(base, line, place, source_line, source_place, inside, SOURCE_UNIT, WHOLE)
     b = load_tile(trained, line, place, trained_line, trained_place, inside, TRAINED_UNIT, WHOLE)
     if VISIBLE:
-        w = from_pattern(pattern_of(a))
-        d = from_pattern(pattern_of(from_pattern(pattern_of(b)) - w))
+        w = from_bf16_bits(bf16_bits_of(a))
+        d = from_bf16_bits(bf16_bits_of(from_bf16_bits(bf16_bits_of(b)) - w))
     else:
         w = widen(a, WIDE)
         d = widen(b, WIDE) - w
@@ -118,7 +118,7 @@ def pack_tile(
     ]
 )
 def pack(
-    source,
+    base,
     trained,
     w64,
     d64,
@@ -153,7 +153,7 @@ def pack(
         source_line, trained_line = multiple(source_line, 16), multiple(trained_line, 16)
     if (line0 + LINES <= lines) & (place0 + LENGTH <= length):
         pack_tile(
-            source,
+            base,
             trained,
             w64,
             d64,
@@ -182,7 +182,7 @@ def pack(
         )
     else:
         pack_tile(
-            source,
+            base,
             trained,
             w64,
             d64,
@@ -212,10 +212,10 @@ def pack(
 
 
 @triton.jit
-def add_tile(into, tile, i, j, n):
+def add_tile(out, tile, i, j, n):
     """Adds a tile of one share to its matrix, fp64 [shares, n, n]."""
     n = n.to(tl.int64)
-    at = into + tl.program_id(2) * n * n + i[:, None] * n + j[None, :]
+    at = out + tl.program_id(2) * n * n + i[:, None] * n + j[None, :]
     inside = (i[:, None] < n) & (j[None, :] < n)
     tl.store(at, tl.load(at, inside, 0.0) + tile, inside)
 
@@ -224,7 +224,7 @@ def add_tile(into, tile, i, j, n):
 def multiply_blocks(
     x,
     y,
-    into,
+    out,
     rows,
     share,
     block,
@@ -254,7 +254,7 @@ def multiply_blocks(
                         b = tl.load(y + q * plane + row * pitch + j[None, :], row < end, 0.0)
                         part = tl.dot(a, b, part)
         total += part.to(tl.float64)
-    add_tile(into, total, i, j, n)
+    add_tile(out, total, i, j, n)
 
 
 def whole(size: int, unit: int) -> int:
@@ -267,27 +267,25 @@ def pieces(dtype: torch.dtype, visible: bool) -> tuple[int, int]:
     return (1 if visible or dtype == torch.bfloat16 else 3), (1 if visible else 3)
 
 
-def gram_(
-    source: torch.Tensor, trained: torch.Tensor, parts: int, visible: bool, block: int, into: torch.Tensor
-) -> None:
+def gram_(base: torch.Tensor, trained: torch.Tensor, parts: int, visible: bool, block: int, out: torch.Tensor) -> None:
     """The operator, for matrices of one device with any strides."""
-    rows, n = source.shape
-    wide = torch.float64 in (source.dtype, trained.dtype) and not visible
+    rows, n = base.shape
+    wide = torch.float64 in (base.dtype, trained.dtype) and not visible
     block = 0 if wide else block
     for start in range(0, rows if n else 0, step := ROWS // block * block if block else ROWS):
         size = min(step, rows - start)
-        add_rows(source.narrow(0, start, size), trained.narrow(0, start, size), parts, visible, wide, block, into)
+        add_rows(base.narrow(0, start, size), trained.narrow(0, start, size), parts, visible, wide, block, out)
 
 
 def add_rows(
-    source: torch.Tensor, trained: torch.Tensor, parts: int, visible: bool, wide: bool, block: int, into: torch.Tensor
+    base: torch.Tensor, trained: torch.Tensor, parts: int, visible: bool, wide: bool, block: int, out: torch.Tensor
 ) -> None:
     """Packs rows and adds their products to the matrices asked for."""
-    (rows, n), device = source.shape, source.device
+    (rows, n), device = base.shape, base.device
     height, pitch = whole(rows, PACK_LENGTH), whole(n, PACK_LENGTH)
     in_blocks = bool(block and parts & 2)
     in_fp64 = parts & 5 or not in_blocks
-    w_pieces, d_pieces = pieces(source.dtype, visible)
+    w_pieces, d_pieces = pieces(base.dtype, visible)
 
     def fp64(wanted):
         return torch.empty(height, pitch, dtype=torch.float64, device=device) if wanted else None
@@ -297,9 +295,9 @@ def add_rows(
 
     w64, d64 = fp64(in_fp64 and parts & (1 if in_blocks else 3)), fp64(in_fp64 and parts & (4 if in_blocks else 6))
     w16, d16 = bf16(w_pieces), bf16(d_pieces)
-    pack_rows(source, trained, w64, d64, w16, d16, visible, wide, w_pieces, d_pieces)
+    pack_rows(base, trained, w64, d64, w16, d16, visible, wide, w_pieces, d_pieces)
 
-    for matrix, part in zip(into, (p for p in (1, 2, 4) if parts & p), strict=True):
+    for matrix, part in zip(out, (p for p in (1, 2, 4) if parts & p), strict=True):
         if part == 2 and in_blocks:
             tiles = triton.cdiv(n, SIDE)
             share = whole(triton.cdiv(rows, max(1, SHARES // tiles**2)), block)
@@ -339,9 +337,9 @@ def add_product(matrix: torch.Tensor, x: torch.Tensor, y: torch.Tensor, panel: i
         matrix.narrow(0, 0, stop).narrow(1, start, stop - start).add_(part)
 
 
-def pack_rows(source, trained, w64, d64, w16, d16, visible: bool, wide: bool, w_pieces: int, d_pieces: int) -> None:
-    across = source.stride(1) != 1 and source.stride(0) == 1
-    a, b = (source.T, trained.T) if across else (source, trained)
+def pack_rows(base, trained, w64, d64, w16, d16, visible: bool, wide: bool, w_pieces: int, d_pieces: int) -> None:
+    across = base.stride(1) != 1 and base.stride(0) == 1
+    a, b = (base.T, trained.T) if across else (base, trained)
     lines, length = a.shape
     aligned = all(t.stride(0) % 16 == 0 for t in (a, b))
     packed = w64 if w64 is not None else d64 if d64 is not None else w16

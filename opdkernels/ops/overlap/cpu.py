@@ -1,4 +1,4 @@
-"""`overlap` on the CPU: raw pointers to csrc/overlap/cpu.cpp. The public functions check the arguments."""
+"""`overlap` on the CPU: raw pointers to csrc/overlap/cpu.cpp. The public function validates the arguments."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ from collections.abc import Sequence
 import torch
 
 from opdkernels.backends import cpu
+from opdkernels.backends.layout import DTYPE_CODES
 
 
 def overlap_(
-    source: torch.Tensor,
+    base: torch.Tensor,
     trained: Sequence[torch.Tensor],
-    cut: int,
-    source_table: torch.Tensor,
-    changed: torch.Tensor,
+    threshold_bits: int,
+    hist_base: torch.Tensor,
+    hist_changed: torch.Tensor,
     both: torch.Tensor,
-    runs: torch.Tensor,
+    hist_num_runs: torch.Tensor,
     counts: torch.Tensor,
 ) -> None:
     cpu._C.overlap(
-        source.data_ptr(),
-        cpu.DTYPE_CODES[source.dtype],
+        base.data_ptr(),
+        DTYPE_CODES[base.dtype],
         [tensor.data_ptr() for tensor in trained],
-        [cpu.DTYPE_CODES[tensor.dtype] for tensor in trained],
-        source.numel(),
-        cut,
+        [DTYPE_CODES[tensor.dtype] for tensor in trained],
+        base.numel(),
+        threshold_bits,
         torch.get_num_threads(),
-        source_table.data_ptr(),
-        changed.data_ptr(),
+        hist_base.data_ptr(),
+        hist_changed.data_ptr(),
         both.data_ptr(),
-        runs.data_ptr(),
+        hist_num_runs.data_ptr(),
         counts.data_ptr(),
     )

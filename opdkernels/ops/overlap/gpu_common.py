@@ -1,4 +1,4 @@
-"""What the Triton and the CUDA launchers of `overlap` share: joint counts of sets of runs."""
+"""What the Triton and the CUDA launchers of `overlap` share: the comparison threshold and the reduction of joint counts."""
 
 from __future__ import annotations
 
@@ -6,37 +6,42 @@ from collections.abc import Sequence
 
 import torch
 
-GROUP, GROUP_SETS = 4, 16  # runs that share a joint table, and the sets of them
+from opdkernels.ops.overlap.layout import GROUP
 
 
-def change_limit(cut: int) -> int:
-    """The least difference, as fp32 bits, whose rounding exceeds a cut: midpoints go to the even neighbour.
+def change_limit(threshold_bits: int) -> int:
+    """The least difference, as fp32 bits, whose bf16 rounding exceeds a threshold: midpoints round to even.
 
     >>> hex(change_limit(0)), hex(change_limit(1))
     ('0x8001', '0x18000')
     """
-    return (cut << 16) + 0x8001 - (cut & 1)
+    return (threshold_bits << 16) + 0x8001 - (threshold_bits & 1)
 
 
-def members(runs: int, device: torch.device) -> torch.Tensor:
-    """Which runs each of the 2^runs sets holds, fp64 [2^runs, runs]: counts below 2^53 add up exactly in it."""
-    places = torch.arange(runs, device=device)
-    return ((torch.arange(1 << runs, device=device).unsqueeze(1) >> places) & 1).double()
+def set_members(n_runs: int, device: torch.device) -> torch.Tensor:
+    """Which runs each of the 2^n_runs sets holds, fp64 [2^n_runs, n_runs]: sums of counts below 2^53 are exact in it."""
+    runs = torch.arange(n_runs, device=device)
+    return ((torch.arange(1 << n_runs, device=device).unsqueeze(1) >> runs) & 1).double()
 
 
 def fold_overlap(joint: torch.Tensor, sets: torch.Tensor | None, outputs: Sequence[torch.Tensor]) -> None:
-    """Adds joint counts int64 [groups, 16, 32768] to the operator's outputs.
+    """Add joint counts to the operator's outputs.
 
-    sets: int64 [2^runs], counts of whole sets other than the empty one; None of one group, whose table holds them.
+    Args:
+        joint: Counts by set of runs and |W|, int64 [groups, GROUP_SETS, BINS].
+        sets: Counts by set of all runs, int64 [2^R], its element 0 unset; None for one group, whose table has them.
+        outputs: hist_base, hist_changed, both and hist_num_runs of the operator, added to.
     """
-    source_table, changed, both, runs = outputs
-    source_table += joint.select(0, 0).sum(0)
-    of_group = members(GROUP, joint.device)
-    changed += torch.matmul(of_group.T, joint.double()).long().flatten(0, 1).narrow(0, 0, len(changed))
-    of_set = members(len(changed), joint.device)
+    hist_base, hist_changed, both, hist_num_runs = outputs
+    n_runs = len(hist_changed)
+    hist_base += joint.select(0, 0).sum(0)
+    group_members = set_members(GROUP, joint.device)
+    per_run = torch.matmul(group_members.T, joint.double()).long()  # [groups, GROUP, BINS]
+    hist_changed += per_run.flatten(0, 1).narrow(0, 0, n_runs)
+    members = set_members(n_runs, joint.device)
     if sets is None:
-        sets = joint.sum((0, 2)).narrow(0, 0, len(of_set))
+        sets = joint.sum((0, 2)).narrow(0, 0, len(members))
     else:
-        sets.narrow(0, 0, 1).add_(joint.select(0, 0).sum() - sets.sum())  # those that no run changed
-    both += torch.matmul(of_set.T, of_set * sets.double().unsqueeze(1)).long()
-    runs.index_add_(0, of_set.sum(1).long(), sets)
+        sets.narrow(0, 0, 1).add_(joint.select(0, 0).sum() - sets.sum())  # coordinates that no run changed
+    both += torch.matmul(members.T, members * sets.double().unsqueeze(1)).long()
+    hist_num_runs.index_add_(0, members.sum(1).long(), sets)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from opdkernels.ops import localise, register
+from opdkernels.ops import register, to_local
 
 BLOCK = 1 << 16
 UNIT = 1024  # bytes of the digest between two scrambles: 16 stripes of 8 words
@@ -248,7 +248,7 @@ class Room:
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The flat bits of a tensor of any dtype of 1, 2, 4 or 8 bytes, as integers; raises TypeError for others."""
-    tensor = localise(tensor)
+    tensor = to_local(tensor)
     if tensor.is_quantized or tensor.element_size() not in BITS:
         raise TypeError(f"{tensor.dtype} has no coordinates of 1, 2, 4 or 8 bytes")
     return tensor.flatten().view(BITS[tensor.element_size()])
@@ -350,7 +350,7 @@ def scatter(
             f"the values are {changes.values.dtype} on {changes.values.device}; source needs {w.dtype} on {w.device}"
         )
     if out is None:
-        out = torch.empty_like(localise(source))
+        out = torch.empty_like(to_local(source))
     if out.dtype != source.dtype or out.shape != source.shape or out.device != w.device or not out.is_contiguous():
         raise ValueError(
             f"out must be a contiguous tensor like the source: {source.dtype}, {tuple(source.shape)} on {w.device}"

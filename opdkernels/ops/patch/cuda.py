@@ -9,7 +9,7 @@ from opdkernels.ops.patch.gpu_common import PATCH_BLOCK, blocks_of, first_unfit,
 
 THREADS = 512  # a block, of coordinates too
 QUEUE_THREADS = 256  # a block of `compress`
-CHUNKS = PATCH_BLOCK // launch.QUEUE  # of a block, whose changes are counted each
+CHUNKS = PATCH_BLOCK // launch.QUEUE_SIZE  # of a block, whose changes are counted each
 SUMS_BYTES = 64 * PATCH_BLOCK // 1024  # of shared memory: a block's units of the digest, a byte a coordinate
 DECODED_BYTES = PATCH_BLOCK // 8 + 8  # a block's change bits, and two numbers
 
@@ -47,7 +47,7 @@ def patch_gather_(
     torch.sum(chunk_counts, 1, dtype=torch.int32, out=counts)
     launch.run(
         f"patch_compress_{width}",
-        launch.blocks_of_queues(device, -(-n // launch.QUEUE), QUEUE_THREADS),
+        launch.num_queue_blocks(device, -(-n // launch.QUEUE_SIZE), QUEUE_THREADS),
         QUEUE_THREADS,
         launch.queue_bytes(QUEUE_THREADS),
         device,

@@ -401,7 +401,7 @@ def finish_digests(sums: torch.Tensor, table: torch.Tensor, values: torch.Tensor
         rows,
         blocks_of(values.numel()),
         units_of(values),
-        warps=1,
+        num_warps=1,
         UNITS=BLOCK.value * values.itemsize // UNIT.value,
         ROWS=ROWS,
         STEPS=STEPS,
@@ -425,7 +425,7 @@ def patch_gather_(
     mask = torch.empty(blocks * BLOCK.value // 8, dtype=torch.uint8, device=device)
     tile_counts = torch.zeros(blocks, BLOCK.value // tile, dtype=torch.int32, device=device)
     sums = torch.empty(2, units, 8, dtype=torch.int64, device=device)
-    grid = (launch.programs(device, triton.cdiv(n, tile)),)
+    grid = (launch.num_programs(device, triton.cdiv(n, tile)),)
     launch.run(compare, grid, source, trained, table, mask, tile_counts, sums, n, units, TILE=tile)
     torch.sum(tile_counts, 1, dtype=torch.int32, out=counts)
     starts = starts_of(position_bytes(counts, n))
@@ -470,7 +470,7 @@ def decoded(
             tile_counts,
             bad,
             numel,
-            warps=4,
+            num_warps=4,
             TILE=tile,
             CHUNK=CHUNK,
         )
@@ -498,7 +498,7 @@ def patch_scatter_(
         table, sums = key_table(device), torch.empty(units, 8, dtype=torch.int64, device=device)
         launch.run(
             restore,
-            (launch.programs(device, triton.cdiv(n, tile)),),
+            (launch.num_programs(device, triton.cdiv(n, tile)),),
             source,
             mask,
             starts_of(tile_counts),
@@ -522,6 +522,8 @@ def patch_digest(values: torch.Tensor) -> torch.Tensor:
     digests = torch.empty(blocks_of(n), 2, dtype=torch.int64, device=device)
     if n:
         table, sums = key_table(device), torch.empty(units, 8, dtype=torch.int64, device=device)
-        launch.run(digest, (launch.programs(device, triton.cdiv(n, tile)),), values, table, sums, n, units, TILE=tile)
+        launch.run(
+            digest, (launch.num_programs(device, triton.cdiv(n, tile)),), values, table, sums, n, units, TILE=tile
+        )
         finish_digests(sums, table, values, digests)
     return digests

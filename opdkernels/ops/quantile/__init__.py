@@ -1,12 +1,13 @@
-r"""`quantile`: the exact cut at the top or bottom k magnitudes of an array, and its overlap with a mask, without sorting.
+r"""`quantile`: the exact threshold of the top or bottom k magnitudes of an array, and their overlap with a mask.
 
-The cut is the k-th largest (smallest) |x|; `above` values lie strictly beyond it and `tied` at it, so
-above < k <= above + tied. Which of the tied belong to the k chosen is arbitrary: what a mask shares with them is given by
-bounds and by its expectation under random tie-breaking.
+The threshold is the k-th largest (smallest) |x|, found without sorting; `above` values are strictly beyond it and `tied`
+equal it, so above < k <= above + tied. Which of the tied values belong to the top k is arbitrary: their overlap with a
+mask is given by bounds and by its expectation under random tie-breaking.
 
-NaN is no magnitude: it is left out and counted. Infinity is the largest one. -0 and +0 are tied.
+NaN has no magnitude: it is excluded and counted. Infinity is the largest magnitude. -0 and +0 are tied.
 
-Source: arXiv 2606.13657 (near-zero and principal masks); Blum et al. 1973 and Floyd and Rivest 1975 (selection by sampling).
+Source: arXiv 2606.13657 (near-zero and principal masks); Blum et al. 1973 and Floyd and Rivest 1975 (selection by
+sampling).
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from dataclasses import dataclass
 
 import torch
 
-from opdkernels.ops import localise, register
+from opdkernels.ops import register, to_local
 from opdkernels.ops.delta import DTYPES
+from opdkernels.ops.quantile.layout import COUNT_NAN, NUM_COUNTS
 
-SCHEMA = "quantile(Tensor values, int[] k, bool largest, Tensor? mask) -> (Tensor cuts, Tensor counts)"
+SCHEMA = "quantile(Tensor values, int[] k, bool largest, Tensor? mask) -> (Tensor thresholds, Tensor counts)"
 
 
-def fake(values, k, largest, mask) -> tuple[torch.Tensor, torch.Tensor]:
-    return values.new_empty(len(k), dtype=torch.float64), values.new_empty((len(k), 5), dtype=torch.int64)
+def fake(
+    values: torch.Tensor, k: Sequence[int], largest: bool, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return values.new_empty(len(k), dtype=torch.float64), values.new_empty((len(k), NUM_COUNTS), dtype=torch.int64)
 
 
 def unpack(mask: torch.Tensor, n: int) -> torch.Tensor:
@@ -32,24 +36,37 @@ def unpack(mask: torch.Tensor, n: int) -> torch.Tensor:
     return (mask[:, None] >> shifts & 1).flatten()[:n].bool()
 
 
-def reference(values, k, largest, mask) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, in plain PyTorch. cuts fp64 [K]; counts int64 [K, 5]: above, tied, the same within the mask, NaN."""
-    cuts, counts = fake(values, k, largest, mask)
-    size = values.flatten().abs()
-    number = ~size.isnan()
-    ordered = size[number].sort(descending=largest).values
-    bits = torch.zeros_like(number) if mask is None else unpack(mask, len(size))
-    cuts.fill_(float("nan"))
+def reference(
+    values: torch.Tensor, k: Sequence[int], largest: bool, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, in plain PyTorch.
+
+    Args:
+        values: [n], any shape; flattened.
+        k: Ranks, from 1. A rank beyond the number of values that are not NaN means all of them.
+        largest: Whether ranks count from the largest magnitude.
+        mask: uint8 [ceil(n / 8)], one bit per value, or None.
+
+    Returns:
+        thresholds, fp64 [K], NaN where no value is a number; counts, int64 [K, NUM_COUNTS]: values above the threshold,
+        tied with it, both again within the mask, and NaN.
+    """
+    thresholds, counts = fake(values, k, largest, mask)
+    magnitudes = values.flatten().abs()
+    is_number = ~magnitudes.isnan()
+    ordered = magnitudes[is_number].sort(descending=largest).values
+    bits = torch.zeros_like(is_number) if mask is None else unpack(mask, len(magnitudes))
+    thresholds.fill_(float("nan"))
     counts.zero_()
-    counts[:, 4] = (~number).sum()
+    counts[:, COUNT_NAN] = (~is_number).sum()
     for j, rank in enumerate(k):
         if not len(ordered):
             continue
-        cut = ordered[min(rank, len(ordered)) - 1]  # more than there are: all of them
-        above, tied = size > cut if largest else size < cut, size == cut
-        cuts[j] = cut.double()
-        counts[j, :4] = torch.stack([above.sum(), tied.sum(), (above & bits).sum(), (tied & bits).sum()])
-    return cuts, counts
+        threshold = ordered[min(rank, len(ordered)) - 1]
+        above, tied = magnitudes > threshold if largest else magnitudes < threshold, magnitudes == threshold
+        thresholds[j] = threshold.double()
+        counts[j, :COUNT_NAN] = torch.stack([above.sum(), tied.sum(), (above & bits).sum(), (tied & bits).sum()])
+    return thresholds, counts
 
 
 register("quantile", SCHEMA, reference, fake)
@@ -57,14 +74,20 @@ register("quantile", SCHEMA, reference, fake)
 
 @dataclass(frozen=True)
 class Quantile:
-    """The k largest or smallest magnitudes of an array: their cut, and how many lie beyond and at it.
+    """The k largest or smallest magnitudes of an array.
 
-    `nan` values were left out. `above_masked` and `tied_masked` are those of `above` and `tied` whose mask bit is set,
-    None without a mask.
+    Attributes:
+        k: The rank.
+        threshold: The k-th magnitude.
+        above: Values strictly beyond the threshold: larger, or smaller for the smallest magnitudes.
+        tied: Values equal to the threshold.
+        nan: Values that are NaN, and excluded.
+        above_masked: Values of `above` whose mask bit is set; None without a mask.
+        tied_masked: Values of `tied` whose mask bit is set; None without a mask.
     """
 
     k: int
-    cut: float
+    threshold: float
     above: int
     tied: int
     nan: int
@@ -72,72 +95,97 @@ class Quantile:
     tied_masked: int | None = None
 
     @property
-    def taken(self) -> int:
-        """How many of the tied belong to the k chosen."""
+    def ties_taken(self) -> int:
+        """How many of the tied values belong to the top k."""
         return self.k - self.above
 
     @property
     def masked(self) -> tuple[int, int]:
+        """`above_masked` and `tied_masked`; raises ValueError without a mask."""
         if self.above_masked is None or self.tied_masked is None:
-            raise ValueError("this quantile was taken without a mask")
+            raise ValueError("this quantile was computed without a mask")
         return self.above_masked, self.tied_masked
 
     @property
     def lower(self) -> int:
-        """Least count of the chosen in the mask: tied ones outside it are taken first."""
+        """Least count of the top k in the mask: ties are taken outside it first."""
         above, tied = self.masked
-        return above + max(0, self.taken - (self.tied - tied))
+        return above + max(0, self.ties_taken - (self.tied - tied))
 
     @property
     def upper(self) -> int:
-        """Greatest count of the chosen in the mask: tied ones inside it are taken first."""
+        """Greatest count of the top k in the mask: ties are taken inside it first."""
         above, tied = self.masked
-        return above + min(self.taken, tied)
+        return above + min(self.ties_taken, tied)
 
     @property
     def expected(self) -> float:
-        """Expected count of the chosen in the mask under random tie-breaking."""
+        """Expected count of the top k in the mask under random tie-breaking."""
         above, tied = self.masked
-        return above + self.taken * tied / self.tied
+        return above + self.ties_taken * tied / self.tied
 
 
 def quantiles(
     values: torch.Tensor, k: Sequence[int], *, largest: bool = True, mask: torch.Tensor | None = None
 ) -> list[Quantile]:
-    """The cut for each k, from one pass: as `quantile`, for several k."""
-    values = localise(values)
-    n, wanted = values.numel(), [int(rank) for rank in k]
+    """As `quantile`, for several ranks from one pass.
+
+    Args:
+        values: As `quantile`.
+        k: Ranks, each from 1 to the number of values that are not NaN.
+        largest: As `quantile`.
+        mask: As `quantile`.
+
+    Returns:
+        One `Quantile` per rank, in order.
+
+    Raises:
+        TypeError: As `quantile`.
+        ValueError: As `quantile`.
+    """
+    values = to_local(values)
+    n, ranks = values.numel(), [int(rank) for rank in k]
     if values.dtype not in DTYPES:
         raise TypeError(f"values are {values.dtype}; quantile takes bfloat16, float16, float32 and float64")
-    for rank in wanted:
+    for rank in ranks:
         if not 1 <= rank <= n:
-            raise ValueError(f"k must lie in 1 .. {n}, the number of values, not {rank}")
+            raise ValueError(f"k must be in 1 .. {n}, the number of values, not {rank}")
     if mask is not None and (mask.dtype != torch.uint8 or mask.shape != ((n + 7) // 8,) or not mask.is_contiguous()):
         raise ValueError(f"mask must be a contiguous uint8 tensor of {(n + 7) // 8} elements")
     if mask is not None and mask.device != values.device:
         raise ValueError(f"values are on {values.device}, mask on {mask.device}; move one of them")
-    cuts, counts = torch.ops.opdkernels.quantile(values, wanted, largest, mask)
-    found = []
-    for rank, cut, (above, tied, above_masked, tied_masked, nan) in zip(
-        wanted, cuts.tolist(), counts.tolist(), strict=True
+    thresholds, counts = torch.ops.opdkernels.quantile(values, ranks, largest, mask)
+    results = []
+    for rank, threshold, (above, tied, above_masked, tied_masked, nan) in zip(
+        ranks, thresholds.tolist(), counts.tolist(), strict=True
     ):
         if rank > n - nan:
             raise ValueError(f"k is {rank}, but of {n} values {nan} are NaN")
-        inside = (above_masked, tied_masked) if mask is not None else (None, None)
-        found.append(Quantile(rank, cut, above, tied, nan, *inside))
-    return found
+        masked = (above_masked, tied_masked) if mask is not None else (None, None)
+        results.append(Quantile(rank, threshold, above, tied, nan, *masked))
+    return results
 
 
 def quantile(values: torch.Tensor, k: int, *, largest: bool = True, mask: torch.Tensor | None = None) -> Quantile:
-    """The exact k-th largest (or smallest) magnitude, and what lies beyond and at it, in the mask too.
+    """Find the exact k-th largest or smallest magnitude, and count the values beyond it and tied with it.
 
-    values: bf16, fp16, fp32 or fp64, any shape; copied only if not contiguous. k: 1 .. the number of values that are not NaN.
-    mask: uint8 [ceil(n / 8)], one bit a value (little-endian), as `delta` writes it; what lies beyond bit n is ignored.
+    Args:
+        values: bf16, fp16, fp32 or fp64, any shape. Copied only if not contiguous; of a DTensor, the local shard.
+        k: Rank, from 1 to the number of values that are not NaN.
+        largest: Whether the rank counts from the largest magnitude.
+        mask: uint8 [ceil(n / 8)], one bit per value, least significant first, as `delta` writes it; bits from n on are
+            ignored. Counts are then also taken within it.
 
-    Raises TypeError for other dtypes, ValueError for a k or a mask that does not fit.
+    Returns:
+        The threshold and the counts.
 
-    >>> found = quantile(torch.tensor([3.0, -1, 2, -2]), 2, mask=torch.tensor([0b0101], dtype=torch.uint8))
-    >>> found.cut, found.above, found.tied, found.lower, found.upper, found.expected
-    (2.0, 1, 2, 1, 2, 1.5)
+    Raises:
+        TypeError: Another dtype.
+        ValueError: `k` or `mask` does not fit.
+
+    Example:
+        >>> top = quantile(torch.tensor([3.0, -1, 2, -2]), 2, mask=torch.tensor([0b0101], dtype=torch.uint8))
+        >>> top.threshold, top.above, top.tied, top.lower, top.upper, top.expected
+        (2.0, 1, 2, 1, 2, 1.5)
     """
     return quantiles(values, [k], largest=largest, mask=mask)[0]

@@ -1,4 +1,4 @@
-"""`quantile` in CUDA C++: the launches of csrc/quantile/cuda.cu, one a digit."""
+"""`quantile` in CUDA C++: the launches of csrc/quantile/cuda.cu, one pass per digit."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ import torch
 
 from opdkernels.backends import gpu
 from opdkernels.backends.cuda import launch
-from opdkernels.ops.quantile.gpu_common import DIGIT_BITS, DIGITS, cut_by_digits
+from opdkernels.backends.layout import SMEM_HEADER_BYTES
+from opdkernels.ops.quantile.gpu_common import select_by_digits
+from opdkernels.ops.quantile.layout import DIGIT_BITS, DIGITS, SMEM_DIGIT_BYTES
 
-THREADS = 1024  # a block
-DIGIT_BYTES = 4 << 14  # of a table in shared memory: one for values outside the mask, one for those inside
+THREADS = 1024  # per block
 
 
 def digit_table(values: torch.Tensor, mask: torch.Tensor | None, prefixes: torch.Tensor, shift: int) -> torch.Tensor:
-    """Counts of the digit at `shift`, int64 [prefixes, 2, 2^16], outside and inside the mask."""
-    ranks, device, each = len(prefixes), values.device, 16 // values.itemsize
+    """Counts of the digit at `shift`, int64 [len(prefixes), 2, DIGITS], outside and inside the mask."""
+    n_prefixes, device, values_per_thread = len(prefixes), values.device, 16 // values.itemsize
     first = shift == 8 * values.itemsize - DIGIT_BITS
-    rows = launch.near_rows(device, 1 if mask is None else 2, DIGIT_BYTES) if first else 0
-    total = torch.zeros(ranks, 2, DIGITS, dtype=torch.int64, device=device)
+    smem_rows = launch.smem_rows(device, 1 if mask is None else 2, SMEM_DIGIT_BYTES) if first else 0
+    total = torch.zeros(n_prefixes, 2, DIGITS, dtype=torch.int64, device=device)
     for start, size in gpu.slices(values.numel()):
-        table = torch.zeros(ranks, 2, DIGITS, dtype=torch.int32, device=device)
+        table = torch.zeros(n_prefixes, 2, DIGITS, dtype=torch.int32, device=device)
         launch.run(
             f"quantile_count_{values.itemsize}",
-            launch.blocks_for(device, size, THREADS, each),
+            launch.num_blocks(device, size, THREADS, values_per_thread),
             THREADS,
-            launch.SMALL_BYTES + rows * DIGIT_BYTES,
+            SMEM_HEADER_BYTES + smem_rows * SMEM_DIGIT_BYTES,
             device,
             values.narrow(0, start, size),
             gpu.mask_from(mask, start),
@@ -34,8 +35,8 @@ def digit_table(values: torch.Tensor, mask: torch.Tensor | None, prefixes: torch
             table,
             size,
             shift,
-            ranks,
-            rows,
+            n_prefixes,
+            smem_rows,
         )
         total += table
     return total
@@ -44,4 +45,5 @@ def digit_table(values: torch.Tensor, mask: torch.Tensor | None, prefixes: torch
 def quantile(
     values: torch.Tensor, k: Sequence[int], largest: bool, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return cut_by_digits(digit_table, values, k, largest, mask)
+    """The operator, for contiguous tensors on one device."""
+    return select_by_digits(digit_table, values, k, largest, mask)

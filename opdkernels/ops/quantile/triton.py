@@ -23,7 +23,8 @@ import triton.language as tl
 from opdkernels.backends import gpu
 from opdkernels.backends.triton import launch
 from opdkernels.backends.triton.numeric import magnitude_bits
-from opdkernels.ops.quantile.gpu_common import DIGITS, cut_by_digits
+from opdkernels.ops.quantile.gpu_common import select_by_digits
+from opdkernels.ops.quantile.layout import DIGITS
 
 TILE = 2048
 TABLE = tl.constexpr(DIGITS)
@@ -41,19 +42,30 @@ def keys_of(x):
 
 
 @triton.jit
-def bits_of_mask(mask, base, n, TILE: tl.constexpr):
+def bits_of_mask(mask, tile_start, n, TILE: tl.constexpr):
     """The mask's bits of a tile, int32: a byte is read once for its eight values."""
-    byte = base // 8 + tl.arange(0, TILE // 8)
+    byte = tile_start // 8 + tl.arange(0, TILE // 8)
     eight = tl.load(mask + byte, byte * 8 < n, 0).to(tl.int32)
     return tl.reshape((eight[:, None] >> tl.arange(0, 8)[None, :]) & 1, [TILE])
 
 
 @triton.jit
 def count_tile(
-    values, mask, prefixes, table, base, n, shift, ranks, zeros, masked_zeros, TAIL: tl.constexpr, TILE: tl.constexpr
+    values,
+    mask,
+    prefixes,
+    table,
+    tile_start,
+    n,
+    shift,
+    ranks,
+    zeros,
+    masked_zeros,
+    TAIL: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Counts one tile; returns the counts of zeros, which stay in registers."""
-    i = base + tl.arange(0, TILE)
+    i = tile_start + tl.arange(0, TILE)
     if TAIL:
         inside = i < n
         key = keys_of(tl.load(values + i, inside, 0.0))
@@ -64,7 +76,7 @@ def count_tile(
     zeros += zero.to(tl.int32)
     digit = (key >> shift).to(tl.int32) & 0xFFFF
     if mask is not None:
-        bit = bits_of_mask(mask, base, n, TILE)
+        bit = bits_of_mask(mask, tile_start, n, TILE)
         masked_zeros += zero.to(tl.int32) * bit
         digit += bit << 16
     upper = (key >> shift) >> 16
@@ -85,9 +97,9 @@ def count_digits(values, mask, prefixes, tables, n, shift, ranks, copies, TILE: 
     zeros = tl.zeros([TILE], tl.int32)
     masked_zeros = tl.zeros([TILE], tl.int32)
     whole, step = n.to(tl.int64) // TILE * TILE, tl.num_programs(0).to(tl.int64) * TILE
-    for base in range(program * TILE, whole, step):
+    for tile_start in range(program * TILE, whole, step):
         zeros, masked_zeros = count_tile(
-            values, mask, prefixes, table, base, n, shift, ranks, zeros, masked_zeros, False, TILE
+            values, mask, prefixes, table, tile_start, n, shift, ranks, zeros, masked_zeros, False, TILE
         )
     if (whole < n) & (whole % step == program * TILE):
         zeros, masked_zeros = count_tile(
@@ -110,7 +122,7 @@ def digit_table(values: torch.Tensor, mask: torch.Tensor | None, prefixes: torch
         tables = torch.zeros(copies, ranks, 2, DIGITS, dtype=torch.int32, device=device)
         launch.run(
             count_digits,
-            (launch.programs(device, triton.cdiv(size, TILE)),),
+            (launch.num_programs(device, triton.cdiv(size, TILE)),),
             values.narrow(0, start, size),
             gpu.mask_from(mask, start),
             prefixes,
@@ -129,4 +141,4 @@ def quantile(
     values: torch.Tensor, k: Sequence[int], largest: bool, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The operator, for contiguous tensors of one device."""
-    return cut_by_digits(digit_table, values, k, largest, mask)
+    return select_by_digits(digit_table, values, k, largest, mask)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from opdkernels.backends import cpu
+from opdkernels.backends.layout import DTYPE_CODES
 
 ADAMW, SGD, TAKE, ADD, PUT = range(5)  # StepKind in csrc/common/cpu/kernels.h
 
@@ -122,8 +123,8 @@ def step_table(
                 param.numel(),
                 active,
                 starts[i],
-                cpu.DTYPE_CODES[param.dtype],
-                cpu.DTYPE_CODES[grad.dtype],
+                DTYPE_CODES[param.dtype],
+                DTYPE_CODES[grad.dtype],
                 mask.dtype == torch.int64,
                 compact,
                 rows[i],

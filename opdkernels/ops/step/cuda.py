@@ -33,11 +33,11 @@ def start(
     table = [[*row, flags(kind), 0] for kind, row in rows]
     if not table:
         return
-    ends = list(itertools.accumulate(-(-row[13] // launch.QUEUE) for row in table))
+    ends = list(itertools.accumulate(-(-row[13] // launch.QUEUE_SIZE) for row in table))
     numbers = gpu.on_device([*itertools.chain.from_iterable(table), *ends], device)
     launch.run(
         name,
-        launch.blocks_of_queues(device, ends[-1], THREADS),
+        launch.num_queue_blocks(device, ends[-1], THREADS),
         THREADS,
         launch.queue_bytes(THREADS),
         device,

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from opdkernels.backends import gpu
 from opdkernels.backends.triton import launch
-from opdkernels.backends.triton.numeric import bits_of, bits_set, from_pattern, to_pattern, widen
+from opdkernels.backends.triton.numeric import bits_of, bits_set, from_bf16_bits, to_bf16_bits, widen
 from opdkernels.ops.step.gpu_common import StepKind, step_rows, step_size
 
 TILE, WARPS, REGISTERS = 512, 4, 128  # four coordinates a thread, four programs a multiprocessor
@@ -47,7 +47,7 @@ def data_of(tensor, COLUMN: tl.constexpr, ELEMENT: tl.constexpr):
 def load_wide(tensor, COLUMN: tl.constexpr, base, at, active, BF16: tl.constexpr):
     """fp32 of fp32 or bf16 values."""
     if BF16:
-        return from_pattern(tl.load(data_of(tensor, COLUMN, tl.uint16) + base + at, active, 0))
+        return from_bf16_bits(tl.load(data_of(tensor, COLUMN, tl.uint16) + base + at, active, 0))
     return tl.load(data_of(tensor, COLUMN, tl.float32) + base + at, active, 0.0)
 
 
@@ -57,10 +57,10 @@ def widen_weights(stored, extra, PRECISION: tl.constexpr):
     if PRECISION == EXACT:
         upper, low = stored.to(tl.int32), extra.to(tl.int32)
         low = tl.where(((upper & 0x7FFF) == 0) & (low >= 0x8000), 0, low)  # a weight that someone else set to zero
-        return from_pattern((upper - (low >> 15)) & 0xFFFF).to(tl.int32, bitcast=True) | low
+        return from_bf16_bits((upper - (low >> 15)) & 0xFFFF).to(tl.int32, bitcast=True) | low
     if PRECISION == KAHAN:
-        return bits_of(from_pattern(stored) + from_pattern(extra))
-    return bits_of(from_pattern(stored))
+        return bits_of(from_bf16_bits(stored) + from_bf16_bits(extra))
+    return bits_of(from_bf16_bits(stored))
 
 
 @triton.jit
@@ -107,14 +107,14 @@ def store_weights(
     """Puts weights back where they belong; what a bf16 weight lacks goes to its slot."""
     if PARAM_BF16:
         param, extra = data_of(tensor, PARAM, tl.uint16) + base, data_of(tensor, EXTRA, tl.uint16) + slots
-        pattern, bits = to_pattern(new), new.to(tl.uint32, bitcast=True)
+        pattern, bits = to_bf16_bits(new), new.to(tl.uint32, bitcast=True)
         magnitude = bits & 0x7FFFFFFF
         if PRECISION == EXACT:  # to nearest, ties away from zero, so that the remainder's sign says which way
             number = magnitude <= 0x7F800000
             pattern = tl.where(number, ((bits + 0x8000) >> 16).to(tl.int32), pattern)
             tl.store(extra + slot, tl.where(number, bits & 0xFFFF, 0).to(tl.uint16), active)
         elif PRECISION == KAHAN:
-            tl.store(extra + slot, to_pattern(new - from_pattern(pattern)).to(tl.uint16), active)
+            tl.store(extra + slot, to_bf16_bits(new - from_bf16_bits(pattern)).to(tl.uint16), active)
         elif PRECISION == STOCHASTIC:
             place = tl.load(tensor + START) + base + at
             ordinal = tl.load(tensor + ORDINAL).to(tl.uint32)
@@ -311,7 +311,7 @@ def put(values, mask, offsets, compact, size, TILE: tl.constexpr):
             first, at, slots, slot, active = active_of(mask, offsets, base, size, TILE)
             new = tl.load(compact + slots + slot, active, 0.0)
             if values.dtype.element_ty == tl.bfloat16:
-                tl.store(values + first + at, to_pattern(new).to(tl.uint16).to(tl.bfloat16, bitcast=True), active)
+                tl.store(values + first + at, to_bf16_bits(new).to(tl.uint16).to(tl.bfloat16, bitcast=True), active)
             else:
                 tl.store(values + first + at, new, active)
 
@@ -349,7 +349,7 @@ def launch_kinds(
         device, tiles = params[0].device, table[-1][END.value]
         launch.run(
             step,
-            (launch.programs(device, tiles),),
+            (launch.num_programs(device, tiles),),
             gpu.on_device(table, device),
             scalars.to(device, non_blocking=True).contiguous(),
             grad_scale,
@@ -369,8 +369,8 @@ def launch_kinds(
             NESTEROV=nesterov,
             MAXIMIZE=maximize,
             PRECISION=precision,
-            warps=WARPS,
-            registers=REGISTERS,
+            num_warps=WARPS,
+            maxnreg=REGISTERS,
             TILE=TILE,
         )
 
@@ -477,13 +477,13 @@ def masked_take_(
     if size:
         launch.run(
             take,
-            (launch.programs(values.device, triton.cdiv(size, TILE)),),
+            (launch.num_programs(values.device, triton.cdiv(size, TILE)),),
             values,
             mask,
             offsets,
             into,
             size,
-            warps=WARPS,
+            num_warps=WARPS,
             ADD=add,
             TILE=TILE,
         )
@@ -495,12 +495,12 @@ def masked_put_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor,
     if size:
         launch.run(
             put,
-            (launch.programs(values.device, triton.cdiv(size, TILE)),),
+            (launch.num_programs(values.device, triton.cdiv(size, TILE)),),
             values,
             mask,
             offsets,
             compact,
             size,
-            warps=WARPS,
+            num_warps=WARPS,
             TILE=TILE,
         )

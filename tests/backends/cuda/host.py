@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from opdkernels.backends.cuda import launch
-from opdkernels.backends.cuda.sources import flattened
+from opdkernels.backends.cuda.sources import inline_includes
 
 ROOT = Path(__file__).parents[3]
 SHIM = Path(__file__).with_name("host_shim.h")
@@ -54,7 +54,7 @@ def folder() -> Path:
 
 
 @functools.cache
-def compiled(family: str, spoilt: str | None = None, build: str | None = None) -> launch.Built:
+def compiled(family: str, spoilt: str | None = None, build: str | None = None) -> launch.LibraryKernels:
     """A family's kernels, compiled once; or those of a spoilt source."""
     text = spoilt or source_of(family)
     flags = BUILDS[build or ("quick" if spoilt else SANITIZER)]
@@ -75,18 +75,18 @@ def compiled(family: str, spoilt: str | None = None, build: str | None = None) -
     }  # the sanitizer watches kernels, not the compiler
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return launch.Built(path.with_suffix(".so"))
+    return launch.LibraryKernels(path.with_suffix(".so"))
 
 
 def source_of(family: str) -> str:
     """The source as NVRTC takes it: one text."""
-    return flattened(ROOT / "csrc" / family / "cuda.cu")
+    return inline_includes(ROOT / "csrc" / family / "cuda.cu")
 
 
 def run_on(
-    monkeypatch, kernels: launch.Built, *, order: int = 0, processors: int = 2, shared_bytes: int = 227 << 10
+    monkeypatch, kernels: launch.LibraryKernels, *, order: int = 0, processors: int = 2, shared_bytes: int = 227 << 10
 ) -> None:
     """Lets the backend's launchers start these kernels on tensors of the CPU, as on a device of this size."""
     kernels.library.shim_order(order)
     monkeypatch.setattr(launch, "kernels", lambda: kernels)
-    monkeypatch.setattr(launch, "room", lambda device: (processors, shared_bytes))
+    monkeypatch.setattr(launch, "device_limits", lambda device: (processors, shared_bytes))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opdkernels.backends.cuda import launch
-from opdkernels.backends.cuda.sources import made, source_of
+from opdkernels.backends.cuda.sources import family_source, is_built_from_sources
 from tests.backends import shown
 from tests.backends.cuda.host import ROOT, folder
 
@@ -52,7 +52,7 @@ def nvrtc() -> ctypes.CDLL | None:
 @functools.cache
 def library() -> Path:
     """The library of the install, or another like it where the sources have changed since."""
-    if made(launch.LIBRARY):
+    if is_built_from_sources(launch.LIBRARY):
         return launch.LIBRARY
     path = folder() / "_cuda.so"
     build = "import sys; sys.path.insert(0, '.'); import setup; setup.build_cuda(sys.argv[1], sys.argv[2])"
@@ -130,7 +130,7 @@ def by_nvrtc(family: str, target: str) -> dict[str, Code]:
     library = nvrtc()
     assert library
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    library.nvrtcCreateProgram(ctypes.byref(program), source_of(family).encode(), b"kernel.cu", 0, None, None)
+    library.nvrtcCreateProgram(ctypes.byref(program), family_source(family).encode(), b"kernel.cu", 0, None, None)
     options = [f"--gpu-architecture={target}".encode(), *(option.encode() for option in launch.OPTIONS)]
     status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     library.nvrtcGetProgramLogSize(program, ctypes.byref(size))

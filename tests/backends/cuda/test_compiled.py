@@ -106,9 +106,9 @@ def test_the_library_has_code_for_later_gpus_and_says_what_is_wrong_without_one(
     if not torch.cuda.is_available():
         with pytest.raises(
             RuntimeError,
-            match=r"delta_carry did not start on cpu: .*(driver|device).*; update NVIDIA's driver, or set OPDKERNELS_BACKEND=triton",
+            match=r"delta_carry did not start on cpu: .*(driver|device).*; update the NVIDIA driver, or set OPDKERNELS_BACKEND=triton",
         ):
-            launch.Built(machine_code.library()).launch("delta_carry", [0], 1, 32, 0, torch.device("cpu"))
+            launch.LibraryKernels(machine_code.library()).launch("delta_carry", [0], 1, 32, 0, torch.device("cpu"))
 
 
 @needs_nvrtc

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opdkernels.backends import gpu
 from opdkernels.backends.cuda import launch
-from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS
+from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS
 from opdkernels.ops.delta import cuda as delta
 from opdkernels.ops.overlap import cuda as overlap
 from opdkernels.ops.patch import cuda as patch
@@ -33,7 +33,7 @@ def on_cuda(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
 def launches(monkeypatch, call: Callable[[], Any], shared_bytes: int = HOPPER) -> list[tuple]:
     started: list[tuple] = []
     monkeypatch.setattr(launch, "run", lambda *one: started.append(one))
-    monkeypatch.setattr(launch, "room", lambda device: (132, shared_bytes))
+    monkeypatch.setattr(launch, "device_limits", lambda device: (132, shared_bytes))
     with FakeTensorMode():
         call()
     return started
@@ -47,7 +47,7 @@ def call_delta(source: torch.dtype, trained: torch.dtype, n: int) -> None:
         on_cuda(1, dtype=FP64),
         on_cuda((n + 7) // 8, dtype=torch.uint8),
     )
-    delta.delta_(on_cuda(n, dtype=source), on_cuda(n, dtype=trained), DEFAULT_CUTS, THRESHOLDS, *outputs)
+    delta.delta_(on_cuda(n, dtype=source), on_cuda(n, dtype=trained), DEFAULT_THRESHOLD_BITS, THRESHOLDS, *outputs)
 
 
 def call_quantile(dtype: torch.dtype, n: int) -> None:
@@ -166,12 +166,12 @@ def test_a_block_takes_the_shared_memory_that_there_is(monkeypatch, shared_bytes
     for call, wanted in calls:
         _, blocks, _, asked, *_, rows = launches(monkeypatch, call, shared_bytes)[0]
         assert (blocks, rows) == (132, min(tables, wanted))
-        assert asked == launch.SMALL_BYTES + rows * launch.TABLE_BYTES <= shared_bytes
+        assert asked == launch.SMEM_HEADER_BYTES + rows * launch.SMEM_TABLE_BYTES <= shared_bytes
 
 
 def test_a_kernel_starts_on_the_current_stream_of_its_device(monkeypatch):
     started = []
-    kernels = launch.Built.__new__(launch.Built)  # without a library
+    kernels = launch.LibraryKernels.__new__(launch.LibraryKernels)  # without a library
     kernels.library = SimpleNamespace(delta_carry_launch=lambda *one: started.append(one) or 0)
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1 << 40 | device.index)
@@ -183,12 +183,12 @@ def test_a_kernel_starts_on_the_current_stream_of_its_device(monkeypatch):
 
 
 def test_an_error_names_the_kernel_the_device_and_the_remedy():
-    kernels = launch.Built.__new__(launch.Built)
+    kernels = launch.LibraryKernels.__new__(launch.LibraryKernels)
     kernels.library = SimpleNamespace(
         delta_carry_launch=lambda *launch: 35, opd_cuda_error=lambda status: b"driver too old" * (status == 35)
     )
     with pytest.raises(
         RuntimeError,
-        match="delta_carry did not start on cpu: driver too old; update NVIDIA's driver, or set OPDKERNELS_BACKEND=triton",
+        match="delta_carry did not start on cpu: driver too old; update the NVIDIA driver, or set OPDKERNELS_BACKEND=triton",
     ):
         kernels.launch("delta_carry", [0], 1, 32, 0, torch.device("cpu"))

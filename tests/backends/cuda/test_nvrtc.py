@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from opdkernels.backends.cuda import launch, sources
-from opdkernels.backends.cuda.sources import source_of
+from opdkernels.backends.cuda.sources import family_source
 
 
 @pytest.fixture
@@ -51,14 +51,14 @@ def started(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    launch.cache_folder.cache_clear()
+    launch.cache_dir.cache_clear()
     yield log
-    launch.cache_folder.cache_clear()
+    launch.cache_dir.cache_clear()
 
 
 def test_a_kernel_is_compiled_once_and_started_with_eight_byte_arguments(started):
     """By NVRTC itself: CuPy's own compilation of a module adds an option that flushes subnormals to zero."""
-    kernels = launch.Compiled()
+    kernels = launch.NvrtcKernels()
     for n in (5, 6):
         kernels.launch("delta_carry", [n, 0], 3, 64, 70_000, torch.device("cuda", 0))
     launches = started.launches
@@ -72,24 +72,24 @@ def test_a_kernel_is_compiled_once_and_started_with_eight_byte_arguments(started
 
 def test_another_process_finds_what_one_compiled(started):
     for _ in range(2):
-        launch.Compiled().launch("delta_carry", [1, 0], 1, 32, 0, torch.device("cuda", 0))
+        launch.NvrtcKernels().launch("delta_carry", [1, 0], 1, 32, 0, torch.device("cuda", 0))
     assert len(started.compiled) == 1
     assert len(started.launches) == 2
-    assert [path.suffix for path in launch.cache_folder().iterdir()] == [".cubin"]
+    assert [path.suffix for path in launch.cache_dir().iterdir()] == [".cubin"]
 
 
 def test_without_a_cache_to_write_to_a_process_has_its_own(started, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    launch.Compiled().launch("delta_carry", [1, 0], 1, 32, 0, torch.device("cuda", 0))
-    (kept,) = launch.own_folder().glob("delta-*.cubin")
+    launch.NvrtcKernels().launch("delta_carry", [1, 0], 1, 32, 0, torch.device("cuda", 0))
+    (kept,) = launch.process_dir().glob("delta-*.cubin")
     assert "delta_carry" in kept.read_text()
     assert len(started.launches) == 1
 
 
-@pytest.mark.parametrize("family", [path.parent.name for path in sorted(sources.folder().glob("*/cuda.cu"))])
+@pytest.mark.parametrize("family", [path.parent.name for path in sorted(sources.source_dir().glob("*/cuda.cu"))])
 def test_the_source_is_one_text_so_that_a_cache_sees_every_change(family):
-    source = source_of(family)
+    source = family_source(family)
     assert not re.search(r'^#include "', source, flags=re.MULTILINE)
     assert source.count("float_to_bf16(float x) {") == 1
     assert f"{family}_" in source

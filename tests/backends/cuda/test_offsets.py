@@ -14,8 +14,8 @@ from opdkernels.backends import gpu
 from opdkernels.ops import delta as delta_ops
 from opdkernels.ops import quantile as quantile_ops
 from opdkernels.ops import step as step_ops
-from opdkernels.ops.delta import NUMEL
 from opdkernels.ops.delta import cuda as delta
+from opdkernels.ops.delta.layout import COUNT_NUMEL
 from opdkernels.ops.overlap import cuda as overlap
 from opdkernels.ops.patch import BLOCK
 from opdkernels.ops.patch import cuda as patch
@@ -40,10 +40,10 @@ N, THREADS = 2**31 + 1000, 64
 @pytest.fixture(autouse=True)
 def one_launch(monkeypatch):
     """A block a tile, and no slices."""
-    shape = delta.shape_of
+    shape = delta.launch_shape
     for family in (quantile, overlap, step):
         monkeypatch.setattr(family, "THREADS", THREADS)
-    monkeypatch.setattr(delta, "shape_of", lambda *dtypes: (shape(*dtypes)[0], THREADS, shape(*dtypes)[2]))
+    monkeypatch.setattr(delta, "launch_shape", lambda *dtypes: (shape(*dtypes)[0], THREADS, shape(*dtypes)[2]))
     monkeypatch.setattr(gpu, "SLICE", 1 << 40)
 
 
@@ -105,7 +105,7 @@ def test_overlap(monkeypatch):
     source, runs = make_runs(last_two_tiles(8), dtypes)
     found = by_kernel(reserved(N, BF16, source), [reserved(N, run.dtype, run) for run in runs])
     expected = by_reference(source, runs)
-    expected.counts[NUMEL] = 0  # which the first block adds
+    expected.counts[COUNT_NUMEL] = 0  # which the first block adds
     assert found == expected
 
 

@@ -26,7 +26,7 @@ from tests.ops.conformance import make_pair
 assert pytest.main(["-k", "misaligned or (little_shared_memory and 163)", *sys.argv[1:]]) == 0
 print("sound", flush=True)
 kernels = compiled("quantile", source_of("quantile").replace("i + V <= n && ", ""), "address")
-launch.kernels, launch.room, quantile.THREADS = (lambda: kernels), (lambda device: (2, 1 << 17)), 64
+launch.kernels, launch.device_limits, quantile.THREADS = (lambda: kernels), (lambda device: (2, 1 << 17)), 64
 quantile.quantile(make_pair(3001)[0], [5], True, None)
 """
 

@@ -45,8 +45,8 @@ class Launch:
     kernel: Any
     grid: tuple[int, ...]
     arguments: tuple
-    warps: int
-    registers: int | None
+    num_warps: int
+    maxnreg: int | None
     constants: dict[str, Any]
 
     @property
@@ -58,11 +58,11 @@ def launches(monkeypatch, call: Callable[[], Any]) -> list[Launch]:
     """What a launcher starts, called where tensors on "cuda" have shapes, dtypes and strides only."""
     recorded = []
 
-    def record(kernel, grid, *arguments, warps=8, registers=None, **constants):
-        recorded.append(Launch(kernel, grid, arguments, warps, registers, constants))
+    def record(kernel, grid, *arguments, num_warps=8, maxnreg=None, **constants):
+        recorded.append(Launch(kernel, grid, arguments, num_warps, maxnreg, constants))
 
     monkeypatch.setattr(launch, "run", record)
-    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    monkeypatch.setattr(launch, "num_sms", lambda device: 132)
     with monkeypatch.context() as patched, FakeTensorMode():
         patched.setattr(torch.Tensor, "copy_", lambda self, other: self)  # needs the device
         call()
@@ -116,7 +116,7 @@ def machine_code(one: Launch, target: str) -> Compiled:
     signature = {name: signature.get(name, "constexpr") for name in names}
     attributes = {k: v for i, name in enumerate(names) for k, v in aligned(signature[name], (i,)).items()}
     gpu = TARGETS[target]
-    options = launch.options(one.warps, one.registers, amd=gpu.backend == "hip")
+    options = launch.compile_options(one.num_warps, one.maxnreg, amd=gpu.backend == "hip")
     asm = triton.compile(ASTSource(one.kernel, signature, constants, attributes), target=gpu, options=options).asm
     if gpu.backend == "hip":
         code = asm["amdgcn"]
@@ -158,5 +158,5 @@ def assert_64_bit_offsets(code: Compiled, element: str) -> None:
 
 def assert_each_byte_is_read_once(code: Compiled, one: Launch, tile_bytes: int) -> None:
     """A tile's loads are 16 bytes wide, and as many as its bytes need. (AMD's wide loads are of other things too.)"""
-    found, needed = code.wide_loads, tile_bytes // (16 * 32 * one.warps)
+    found, needed = code.wide_loads, tile_bytes // (16 * 32 * one.num_warps)
     assert found == needed if "ptx" in code.asm else found >= needed

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from opdkernels.backends import gpu
-from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS
+from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS
 from opdkernels.ops.delta import triton as delta
 from opdkernels.ops.divergence import triton as divergence
 from opdkernels.ops.gram import triton as gram
@@ -42,7 +42,7 @@ def on_cuda(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
 def call_delta(source: torch.dtype, trained: torch.dtype, n: int = N) -> None:
     mask = on_cuda((n + 7) // 8, dtype=torch.uint8)
     outputs = (on_cuda(8, 32768), on_cuda(49), on_cuda(4, 44), on_cuda(1, dtype=FP64), mask)
-    delta.delta_(on_cuda(n, dtype=source), on_cuda(n, dtype=trained), DEFAULT_CUTS, THRESHOLDS, *outputs)
+    delta.delta_(on_cuda(n, dtype=source), on_cuda(n, dtype=trained), DEFAULT_THRESHOLD_BITS, THRESHOLDS, *outputs)
 
 
 DELTA = [
@@ -400,7 +400,7 @@ def test_divergence(monkeypatch, target, dtype, options):
         code = compiled(one, target)
         assert_fits(code, 128)
         sides = 1 if name == "gradient" and kind == 4 else 2
-        assert code.wide_loads >= sides * one.constants["COLUMNS"] * 4 // (16 * 32 * one.warps)
+        assert code.wide_loads >= sides * one.constants["COLUMNS"] * 4 // (16 * 32 * one.num_warps)
         assert_64_bit_offsets(code, "f32")
 
 

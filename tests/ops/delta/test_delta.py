@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdkernels.ops import delta as ops
-from opdkernels.ops.delta import DEFAULT_CUTS, THRESHOLDS, Tally, delta, exact_float
+from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS, Tally, delta, exact_float
 from tests.conftest import ISAS
 from tests.ops.conformance import make_pair
 
@@ -21,9 +21,11 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ARRAYS = ("tables", "counts", "sums", "maximum")
 
 
-def by_reference(source, trained, cuts=DEFAULT_CUTS, mask=None) -> Tally:
-    tally = Tally.empty(cuts)
-    ops.reference(source, trained, cuts, THRESHOLDS, *(torch.from_numpy(getattr(tally, a)) for a in ARRAYS), mask)
+def by_reference(base, trained, threshold_bits=DEFAULT_THRESHOLD_BITS, mask=None) -> Tally:
+    tally = Tally.empty(threshold_bits)
+    ops.reference(
+        base, trained, threshold_bits, THRESHOLDS, *(torch.from_numpy(getattr(tally, a)) for a in ARRAYS), mask
+    )
     return tally
 
 
@@ -49,9 +51,9 @@ def value(patterns: np.ndarray) -> np.ndarray:
 class Oracle:
     """The figures that a tally must hold, computed coordinate by coordinate in NumPy."""
 
-    def __init__(self, source: torch.Tensor, trained: torch.Tensor):
-        fp64 = torch.float64 in (source.dtype, trained.dtype)
-        x, y = (t.double().numpy() if fp64 else t.float().numpy() for t in (source, trained))
+    def __init__(self, base: torch.Tensor, trained: torch.Tensor):
+        fp64 = torch.float64 in (base.dtype, trained.dtype)
+        x, y = (t.double().numpy() if fp64 else t.float().numpy() for t in (base, trained))
         w, v = rounded(x), rounded(y)
         with np.errstate(over="ignore", invalid="ignore"):
             d = rounded(value(v) - value(w)) & 0x7FFF
@@ -79,25 +81,25 @@ def assert_matches(tally: Tally, oracle: Oracle, n: int) -> None:
         return np.bincount(patterns, minlength=ops.BINS)
 
     assert (tally.numel, tally.nonfinite) == (n, oracle.nonfinite)
-    np.testing.assert_array_equal(tally.source, table(oracle.w))
-    np.testing.assert_array_equal(tally.delta, table(oracle.visible))
-    np.testing.assert_array_equal(tally.trained, table(oracle.v[oracle.visible > 0]))
-    np.testing.assert_array_equal(tally.moved, table(oracle.w[oracle.stored != 0]))
+    np.testing.assert_array_equal(tally.hist_base, table(oracle.w))
+    np.testing.assert_array_equal(tally.hist_delta, table(oracle.visible))
+    np.testing.assert_array_equal(tally.hist_trained_changed, table(oracle.v[oracle.visible > 0]))
+    np.testing.assert_array_equal(tally.hist_base_changed, table(oracle.w[oracle.stored != 0]))
     np.testing.assert_array_equal(
-        tally.delta_stored, table(oracle.stored.astype(np.float32).view(np.uint32).astype(np.int64) >> 16)
+        tally.hist_delta_stored, table(oracle.stored.astype(np.float32).view(np.uint32).astype(np.int64) >> 16)
     )
-    for k, cut in enumerate(tally.cuts):
-        np.testing.assert_array_equal(tally.changed[k], table(oracle.w[oracle.visible > cut]))
+    for k, bits in enumerate(tally.threshold_bits):
+        np.testing.assert_array_equal(tally.hist_base_over[k], table(oracle.w[oracle.visible > bits]))
     ends = np.clip(oracle.steps, -17, 17).astype(int) + 17 if n else np.zeros(0, int)
     np.testing.assert_array_equal(tally.ulp, np.bincount(ends, minlength=35))
     for k, threshold in enumerate(THRESHOLDS):
         assert tally.lt[k] == (oracle.stored.astype(np.float64) < threshold).sum()
         assert tally.le[k] == (oracle.stored.astype(np.float64) <= threshold).sum()
     limit = oracle.stored.dtype.type(1e-3) * np.maximum(np.abs(oracle.x), np.abs(oracle.y))
-    assert tally.eta_unchanged == (oracle.stored <= limit).sum()
+    assert tally.unchanged_rtol == (oracle.stored <= limit).sum()
     assert tally.max_delta == (oracle.stored.max() if len(oracle.stored) else 0)
     for total, values in (
-        (tally.sum_source_sq, oracle.x.astype(np.float64) ** 2),
+        (tally.sum_base_sq, oracle.x.astype(np.float64) ** 2),
         (tally.sum_trained_sq, oracle.y.astype(np.float64) ** 2),
         (tally.sum_delta_sq, oracle.stored.astype(np.float64) ** 2),
         (tally.sum_delta_abs, oracle.stored.astype(np.float64)),
@@ -105,28 +107,28 @@ def assert_matches(tally: Tally, oracle: Oracle, n: int) -> None:
         assert exact_float(total) == math.fsum(values)  # fsum rounds the exact sum once
 
 
-@pytest.mark.parametrize(("source_dtype", "trained_dtype"), list(itertools.product(DTYPES, DTYPES)))
-def test_reference_equals_oracle(source_dtype, trained_dtype):
+@pytest.mark.parametrize(("base_dtype", "trained_dtype"), list(itertools.product(DTYPES, DTYPES)))
+def test_reference_equals_oracle(base_dtype, trained_dtype):
     for n in SIZES[:-1]:
-        pair = make_pair(n, source_dtype, trained_dtype)
+        pair = make_pair(n, base_dtype, trained_dtype)
         assert_matches(by_reference(*pair), Oracle(*pair), n)
 
 
-@pytest.mark.parametrize(("source_dtype", "trained_dtype"), list(itertools.product(DTYPES, DTYPES)))
-def test_kernel_equals_reference(isa, threads, source_dtype, trained_dtype):
+@pytest.mark.parametrize(("base_dtype", "trained_dtype"), list(itertools.product(DTYPES, DTYPES)))
+def test_kernel_equals_reference(isa, threads, base_dtype, trained_dtype):
     for n in SIZES:
-        source, trained = make_pair(n, source_dtype, trained_dtype, seed=n)
+        base, trained = make_pair(n, base_dtype, trained_dtype, seed=n)
         masks = [torch.full(((n + 7) // 8,), 255, dtype=torch.uint8) for _ in range(2)]
-        assert delta(source, trained, mask=masks[0]) == by_reference(source, trained, mask=masks[1])
+        assert delta(base, trained, mask=masks[0]) == by_reference(base, trained, mask=masks[1])
         assert torch.equal(*masks)
 
 
 def test_bit_equal_compares_patterns():
     nan = float("nan")
-    source = torch.tensor([nan, 0.0, 1.0, float("inf"), 2.0], dtype=torch.bfloat16)
+    base = torch.tensor([nan, 0.0, 1.0, float("inf"), 2.0], dtype=torch.bfloat16)
     trained = torch.tensor([nan, -0.0, 1.0, float("inf"), 3.0], dtype=torch.bfloat16)
-    tally = delta(source, trained)
-    assert (tally.bit_equal, tally.nonfinite, tally.delta[0]) == (3, 2, 2)
+    tally = delta(base, trained)
+    assert (tally.bit_equal, tally.nonfinite, tally.hist_delta[0]) == (3, 2, 2)
 
 
 def test_all_bf16_patterns_against_shuffles(isa):
@@ -138,10 +140,10 @@ def test_all_bf16_patterns_against_shuffles(isa):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_misaligned_views_and_what_lies_beside_them(isa, dtype):
-    source, trained = make_pair(5000, dtype)
+    base, trained = make_pair(5000, dtype)
     for offset in range(5):
         n, bits = 4800, torch.full((1000,), 42, dtype=torch.uint8)
-        w, v = source[offset : offset + n], trained[offset + 3 : offset + 3 + n]
+        w, v = base[offset : offset + n], trained[offset + 3 : offset + 3 + n]
         window = bits[offset : offset + n // 8]
         assert delta(w, v, mask=window) == by_reference(w, v)
         assert (bits[:offset] == 42).all()
@@ -149,22 +151,22 @@ def test_misaligned_views_and_what_lies_beside_them(isa, dtype):
 
 
 def test_mask_is_the_visible_change():
-    source, trained = make_pair(4001)
+    base, trained = make_pair(4001)
     mask = torch.empty(501, dtype=torch.uint8)
-    delta(source, trained, mask=mask)
+    delta(base, trained, mask=mask)
     bits = np.unpackbits(mask.numpy(), bitorder="little")
-    np.testing.assert_array_equal(bits[:4001].astype(bool), Oracle(source, trained).changed)
+    np.testing.assert_array_equal(bits[:4001].astype(bool), Oracle(base, trained).changed)
     assert not bits[4001:].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=25, deadline=None)
-@given(cuts=st.lists(st.integers(0, 3000), max_size=4), seed=st.integers(0, 99))
-def test_every_split_merges_to_the_same_tally(dtype, cuts, seed):
-    source, trained = make_pair(3000, dtype, seed=seed)
-    whole = delta(source, trained)
-    edges = [0, *sorted(cuts), 3000]
-    parts = [delta(source[a:b], trained[a:b]) for a, b in itertools.pairwise(edges)]
+@given(splits=st.lists(st.integers(0, 3000), max_size=4), seed=st.integers(0, 99))
+def test_every_split_merges_to_the_same_tally(dtype, splits, seed):
+    base, trained = make_pair(3000, dtype, seed=seed)
+    whole = delta(base, trained)
+    edges = [0, *sorted(splits), 3000]
+    parts = [delta(base[a:b], trained[a:b]) for a, b in itertools.pairwise(edges)]
     np.random.default_rng(seed).shuffle(parts)
     merged = Tally.empty()
     for part in parts:
@@ -174,27 +176,27 @@ def test_every_split_merges_to_the_same_tally(dtype, cuts, seed):
     for part in parts[1:]:
         nested = part.merge(nested)
     assert nested == whole
-    into = Tally.empty()
+    out = Tally.empty()
     for a, b in itertools.pairwise(edges):
-        delta(source[a:b], trained[a:b], into=into)
-    assert into == whole
+        delta(base[a:b], trained[a:b], out=out)
+    assert out == whole
 
 
 def test_cuts_follow_their_order(isa):
-    source, trained = make_pair(3000)
-    for cuts in ((0,), (5,), (0, 0x3728), (0, 1, 2, 0x7F7F)):
-        tally = delta(source, trained, cuts=cuts)
-        assert tally == by_reference(source, trained, cuts=cuts)
-        assert (np.diff(tally.changed.sum(1)) <= 0).all()
+    base, trained = make_pair(3000)
+    for threshold_bits in ((0,), (5,), (0, 0x3728), (0, 1, 2, 0x7F7F)):
+        tally = delta(base, trained, threshold_bits=threshold_bits)
+        assert tally == by_reference(base, trained, threshold_bits=threshold_bits)
+        assert (np.diff(tally.hist_base_over.sum(1)) <= 0).all()
 
 
 def test_subnormals_count_whatever_torch_flushes(isa, threads):
-    source, trained = make_pair(100_000)
-    expected = by_reference(source, trained)
+    base, trained = make_pair(100_000)
+    expected = by_reference(base, trained)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals")
     try:
-        found = delta(source, trained)
+        found = delta(base, trained)
     finally:
         torch.set_flush_denormal(False)
     assert found == expected
@@ -203,43 +205,43 @@ def test_subnormals_count_whatever_torch_flushes(isa, threads):
 @pytest.mark.parametrize("size", [5e-324, 1e-310, 1e-308, 1e-300, 1e-290, 1e-155, 1e-150, 1e-100])
 def test_sums_of_the_smallest_doubles_are_exact_and_end(isa, size):
     rng = np.random.default_rng(0)
-    source = torch.from_numpy(size * rng.normal(size=3000))
+    base = torch.from_numpy(size * rng.normal(size=3000))
     trained = torch.from_numpy(size * rng.normal(size=3000) * 1e-3)
-    assert delta(source, trained) == by_reference(source, trained)
+    assert delta(base, trained) == by_reference(base, trained)
     assert delta(torch.zeros(3, dtype=torch.float64), torch.full((3,), size, dtype=torch.float64)).max_delta == size
-    assert_matches(delta(source, trained), Oracle(source, trained), 3000)
+    assert_matches(delta(base, trained), Oracle(base, trained), 3000)
 
 
 def test_strided_and_high_dimensional_inputs():
-    source, trained = make_pair(6000, hostile=False)
-    assert delta(source.view(2, 30, 100).mT, trained.view(2, 30, 100).mT) == delta(source, trained)
-    assert delta(source[::3], trained[::3]) == by_reference(source[::3], trained[::3])
+    base, trained = make_pair(6000, hostile=False)
+    assert delta(base.view(2, 30, 100).mT, trained.view(2, 30, 100).mT) == delta(base, trained)
+    assert delta(base[::3], trained[::3]) == by_reference(base[::3], trained[::3])
 
 
 def test_arguments_that_do_not_fit_are_refused():
     a = torch.zeros(4)
     with pytest.raises(TypeError, match=r"trained is torch\.int64"):
         delta(a, torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"shapes differ: source \(4,\), trained \(5,\)"):
+    with pytest.raises(ValueError, match=r"shapes differ: base \(4,\), trained \(5,\)"):
         delta(a, torch.zeros(5))
-    with pytest.raises(ValueError, match="source is on cpu, trained on meta"):
+    with pytest.raises(ValueError, match="base is on cpu, trained on meta"):
         delta(a, torch.zeros(4, device="meta"))
-    for cuts in ((), (1, 0), (0, 0), (0, 1, 2, 3, 4), (0x7F80,), (-1,)):
-        with pytest.raises(ValueError, match="cuts must be"):
-            delta(a, a, cuts=cuts)
+    for threshold_bits in ((), (1, 0), (0, 0), (0, 1, 2, 3, 4), (0x7F80,), (-1,)):
+        with pytest.raises(ValueError, match="threshold_bits must be"):
+            delta(a, a, threshold_bits=threshold_bits)
     with pytest.raises(ValueError, match="mask must be"):
         delta(a, a, mask=torch.zeros(4, dtype=torch.uint8))
     with pytest.raises(ValueError, match="do not merge"):
-        delta(a, a).merge(delta(a, a, cuts=(0,)))
+        delta(a, a).merge(delta(a, a, threshold_bits=(0,)))
 
 
 def test_operator_is_registered_as_torch_expects():
-    source, trained = make_pair(100)
+    base, trained = make_pair(100)
     tally = Tally.empty()
     arguments = (
-        source,
+        base,
         trained,
-        list(DEFAULT_CUTS),
+        list(DEFAULT_THRESHOLD_BITS),
         list(THRESHOLDS),
         *(torch.from_numpy(getattr(tally, a)) for a in ARRAYS),
         None,
@@ -247,12 +249,14 @@ def test_operator_is_registered_as_torch_expects():
     torch.library.opcheck(torch.ops.opdkernels.delta_.default, arguments)
 
     def count(w, v, tables, counts, sums, maximum):
-        torch.ops.opdkernels.delta_(w, v, list(DEFAULT_CUTS), list(THRESHOLDS), tables, counts, sums, maximum, None)
+        torch.ops.opdkernels.delta_(
+            w, v, list(DEFAULT_THRESHOLD_BITS), list(THRESHOLDS), tables, counts, sums, maximum, None
+        )
         return tables.sum()
 
     outputs = [torch.from_numpy(getattr(Tally.empty(), a)) for a in ARRAYS]
     compiled = torch.compile(count, fullgraph=True, backend="aot_eager")
-    assert compiled(source, trained, *outputs) == by_reference(source, trained).tables.sum()
+    assert compiled(base, trained, *outputs) == by_reference(base, trained).tables.sum()
 
 
 @pytest.mark.slow
@@ -263,14 +267,14 @@ def test_more_than_two_billion_coordinates():
 
     n = 2**31 + 11
     with mmap.mmap(-1, 2 * n) as zeros, mmap.mmap(-1, 2 * n) as edges:
-        source, trained = (torch.frombuffer(m, dtype=torch.bfloat16) for m in (zeros, edges))
+        base, trained = (torch.frombuffer(m, dtype=torch.bfloat16) for m in (zeros, edges))
         trained[0] = trained[2**31] = trained[n - 1] = 1.0
-        tally = delta(source, trained)
-        assert (tally.numel, tally.bit_equal, tally.delta[0x3F80], tally.source[0]) == (n, n - 3, 3, n)
+        tally = delta(base, trained)
+        assert (tally.numel, tally.bit_equal, tally.hist_delta[0x3F80], tally.hist_base[0]) == (n, n - 3, 3, n)
         assert exact_float(tally.sum_delta_sq) == 3.0
-        del source, trained
+        del base, trained
 
 
 def test_a_million_coordinates(isa, threads):
-    source, trained = make_pair(1_000_003)
-    assert delta(source, trained) == by_reference(source, trained)
+    base, trained = make_pair(1_000_003)
+    assert delta(base, trained) == by_reference(base, trained)

@@ -9,7 +9,7 @@ import torch
 
 from opdkernels.backends import gpu
 from opdkernels.ops import delta as ops
-from opdkernels.ops.delta import DEFAULT_CUTS, DTYPES, THRESHOLDS, Tally
+from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, DTYPES, THRESHOLDS, Tally
 from opdkernels.ops.delta import cuda as delta
 from tests.backends.cuda.host import ORDERS, compiled, needs_compiler, run_on, source_of
 from tests.ops.conformance import make_pair
@@ -24,29 +24,29 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 def fibers(monkeypatch):
     """Blocks of two warps: a fiber costs more than a coordinate."""
     run_on(monkeypatch, compiled("delta"))
-    shape = delta.shape_of
-    monkeypatch.setattr(delta, "shape_of", lambda *dtypes: (shape(*dtypes)[0], 64, shape(*dtypes)[2]))
+    shape = delta.launch_shape
+    monkeypatch.setattr(delta, "launch_shape", lambda *dtypes: (shape(*dtypes)[0], 64, shape(*dtypes)[2]))
 
 
 def tally_of(
-    source, trained, *, cuts=DEFAULT_CUTS, thresholds=THRESHOLDS, mask=None, into=None, by=delta.delta_
+    base, trained, *, threshold_bits=DEFAULT_THRESHOLD_BITS, thresholds=THRESHOLDS, mask=None, out=None, by=delta.delta_
 ) -> Tally:
-    tally = into or Tally.empty(cuts)
-    by(source, trained, cuts, thresholds, *(torch.from_numpy(getattr(tally, a)) for a in ARRAYS), mask)
+    tally = out or Tally.empty(threshold_bits)
+    by(base, trained, threshold_bits, thresholds, *(torch.from_numpy(getattr(tally, a)) for a in ARRAYS), mask)
     return tally
 
 
-def assert_equal(source, trained, **options):
-    masks = [torch.full(((source.numel() + 7) // 8,), 255, dtype=torch.uint8) for _ in range(2)]
-    found = tally_of(source, trained, mask=masks[0], **options)
-    assert found == tally_of(source, trained, mask=masks[1], by=ops.reference, **options)
+def assert_equal(base, trained, **options):
+    masks = [torch.full(((base.numel() + 7) // 8,), 255, dtype=torch.uint8) for _ in range(2)]
+    found = tally_of(base, trained, mask=masks[0], **options)
+    assert found == tally_of(base, trained, mask=masks[1], by=ops.reference, **options)
     assert torch.equal(*masks)
 
 
-@pytest.mark.parametrize(("source_dtype", "trained_dtype"), list(itertools.product(DTYPES, DTYPES)), ids=str)
-def test_every_pair_of_dtypes(source_dtype, trained_dtype):
-    for n in SIZES if source_dtype == trained_dtype else SIZES[-1:]:
-        assert_equal(*make_pair(n, source_dtype, trained_dtype, seed=n))
+@pytest.mark.parametrize(("base_dtype", "trained_dtype"), list(itertools.product(DTYPES, DTYPES)), ids=str)
+def test_every_pair_of_dtypes(base_dtype, trained_dtype):
+    for n in SIZES if base_dtype == trained_dtype else SIZES[-1:]:
+        assert_equal(*make_pair(n, base_dtype, trained_dtype, seed=n))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -71,9 +71,9 @@ def test_a_million_coordinates():
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_parts_of_little_shared_memory_count_the_same(monkeypatch, dtype, kib):
     run_on(monkeypatch, compiled("delta"), shared_bytes=kib << 10)
-    source, trained = make_pair(3000, dtype)
-    source[::3] *= 1000  # magnitudes beyond the tables in shared memory
-    assert_equal(source, trained)
+    base, trained = make_pair(3000, dtype)
+    base[::3] *= 1000  # magnitudes beyond the tables in shared memory
+    assert_equal(base, trained)
 
 
 def test_all_bf16_patterns_against_a_shuffle():
@@ -89,9 +89,9 @@ def test_slices_change_no_bit(dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_misaligned_views_and_what_lies_beside_them(dtype):
-    source, trained = make_pair(5000, dtype)
+    base, trained = make_pair(5000, dtype)
     bits = torch.full((300,), 42, dtype=torch.uint8)
-    w, v, window = source[3:2103], trained[1:2101], bits[5 : 5 + 263]
+    w, v, window = base[3:2103], trained[1:2101], bits[5 : 5 + 263]
     expected = torch.empty_like(window)
     assert tally_of(w, v, mask=window) == tally_of(w, v, mask=expected, by=ops.reference)
     assert torch.equal(window, expected)
@@ -100,43 +100,43 @@ def test_misaligned_views_and_what_lies_beside_them(dtype):
 
 
 def test_it_adds_to_what_is_there():
-    source, trained = make_pair(3000)
-    into = tally_of(source[:1000], trained[:1000])
-    assert tally_of(source[1000:], trained[1000:], into=into) == tally_of(source, trained, by=ops.reference)
+    base, trained = make_pair(3000)
+    out = tally_of(base[:1000], trained[:1000])
+    assert tally_of(base[1000:], trained[1000:], out=out) == tally_of(base, trained, by=ops.reference)
 
 
-@pytest.mark.parametrize("cuts", [(0,), (5,), (0, 1, 2, 0x7F7F)])
-def test_cuts(cuts):
-    assert_equal(*make_pair(2000), cuts=cuts)
+@pytest.mark.parametrize("threshold_bits", [(0,), (5,), (0, 1, 2, 0x7F7F)])
+def test_cuts(threshold_bits):
+    assert_equal(*make_pair(2000), threshold_bits=threshold_bits)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
 def test_any_threshold(dtype):
     """Exact in fp32 or not, in no order, subnormal, beyond fp32, not a magnitude at all."""
-    source, trained = make_pair(2000, dtype)
+    base, trained = make_pair(2000, dtype)
     for thresholds in ((2.0**-7, 1e-40, 1e300, 0.0, 5e-324), (-1.0, float("nan"), float("inf"))):
-        assert_equal(source, trained, thresholds=thresholds)
+        assert_equal(base, trained, thresholds=thresholds)
 
 
 @pytest.mark.parametrize("size", [5e-324, 1e-310, 1e-290, 1e-150, 1e38])
 def test_sums_of_extreme_doubles_are_exact(size):
-    source, trained = (size * torch.randn(1500, dtype=FP64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
-    assert_equal(source, trained)
+    base, trained = (size * torch.randn(1500, dtype=FP64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    assert_equal(base, trained)
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
 def test_one_outlier_among_small_values_costs_no_bit(dtype):
     """Windows hold 128 bits; what lies below them, here beside 1e30, is added on its own."""
-    source, trained = (
+    base, trained = (
         1e-20 * torch.randn(60_000, dtype=dtype, generator=torch.Generator().manual_seed(i)) for i in (0, 1)
     )
-    source[[5, 30_000]] = 1e30
+    base[[5, 30_000]] = 1e30
     trained[700] = -3e38
-    assert_equal(source, trained)
+    assert_equal(base, trained)
 
 
 def bf16_only() -> str:
-    """The source without the kernels of other dtypes, which a spoilt one need not compile."""
+    """The base without the kernels of other dtypes, which a spoilt one need not compile."""
     others = ("OPD_DELTA_COUNT(delta_count_float", "OPD_DELTA_COUNT(delta_count_double")
     return "\n".join(line for line in source_of("delta").splitlines() if not line.startswith(others))
 

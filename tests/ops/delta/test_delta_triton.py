@@ -9,7 +9,7 @@ import torch
 
 from opdkernels.backends import gpu
 from opdkernels.ops import delta as ops
-from opdkernels.ops.delta import DEFAULT_CUTS, DTYPES, THRESHOLDS, Tally
+from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, DTYPES, THRESHOLDS, Tally
 from opdkernels.ops.delta import triton as kernels
 from tests.ops.conformance import make_pair
 
@@ -22,26 +22,28 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 def few_tiles(monkeypatch):
     """The interpreter takes its time a program and a tile, not an element."""
     monkeypatch.setattr(kernels, "EXPONENTS", 128)
-    monkeypatch.setattr(kernels, "shape_of", lambda *dtypes: (8192, None))
+    monkeypatch.setattr(kernels, "launch_shape", lambda *dtypes: (8192, None))
 
 
-def tally_by(function, source, trained, *, cuts=DEFAULT_CUTS, thresholds=THRESHOLDS, mask=None, into=None) -> Tally:
-    tally = into or Tally.empty(cuts)
-    function(source, trained, cuts, thresholds, *(torch.from_numpy(getattr(tally, a)) for a in ARRAYS), mask)
+def tally_by(
+    function, base, trained, *, threshold_bits=DEFAULT_THRESHOLD_BITS, thresholds=THRESHOLDS, mask=None, out=None
+) -> Tally:
+    tally = out or Tally.empty(threshold_bits)
+    function(base, trained, threshold_bits, thresholds, *(torch.from_numpy(getattr(tally, a)) for a in ARRAYS), mask)
     return tally
 
 
-def assert_equal(source, trained, **options):
-    masks = [torch.full(((source.numel() + 7) // 8,), 255, dtype=torch.uint8) for _ in range(2)]
-    found = tally_by(kernels.delta_, source, trained, mask=masks[0], **options)
-    assert found == tally_by(ops.reference, source, trained, mask=masks[1], **options)
+def assert_equal(base, trained, **options):
+    masks = [torch.full(((base.numel() + 7) // 8,), 255, dtype=torch.uint8) for _ in range(2)]
+    found = tally_by(kernels.delta_, base, trained, mask=masks[0], **options)
+    assert found == tally_by(ops.reference, base, trained, mask=masks[1], **options)
     assert torch.equal(*masks)
 
 
-@pytest.mark.parametrize(("source_dtype", "trained_dtype"), list(itertools.product(DTYPES, DTYPES)), ids=str)
-def test_every_pair_of_dtypes(source_dtype, trained_dtype):
-    for n in SIZES if source_dtype == trained_dtype else SIZES[-1:]:
-        assert_equal(*make_pair(n, source_dtype, trained_dtype, seed=n))
+@pytest.mark.parametrize(("base_dtype", "trained_dtype"), list(itertools.product(DTYPES, DTYPES)), ids=str)
+def test_every_pair_of_dtypes(base_dtype, trained_dtype):
+    for n in SIZES if base_dtype == trained_dtype else SIZES[-1:]:
+        assert_equal(*make_pair(n, base_dtype, trained_dtype, seed=n))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
@@ -56,7 +58,7 @@ def test_all_bf16_patterns_against_a_shuffle():
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_copies_and_slices_change_no_bit(dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "shape_of", lambda *dtypes: (512, None))
+    monkeypatch.setattr(kernels, "launch_shape", lambda *dtypes: (512, None))
     monkeypatch.setattr(kernels, "COORDINATES_A_COPY", 1024)
     monkeypatch.setattr(gpu, "SLICE", 2048)
     assert_equal(*make_pair(4501, dtype))
@@ -64,9 +66,9 @@ def test_copies_and_slices_change_no_bit(dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_misaligned_views_and_what_lies_beside_them(dtype):
-    source, trained = make_pair(5000, dtype)
+    base, trained = make_pair(5000, dtype)
     bits = torch.full((300,), 42, dtype=torch.uint8)
-    w, v, window = source[3:2103], trained[1:2101], bits[5 : 5 + 263]
+    w, v, window = base[3:2103], trained[1:2101], bits[5 : 5 + 263]
     expected = torch.empty_like(window)
     assert tally_by(kernels.delta_, w, v, mask=window) == tally_by(ops.reference, w, v, mask=expected)
     assert torch.equal(window, expected)
@@ -75,39 +77,37 @@ def test_misaligned_views_and_what_lies_beside_them(dtype):
 
 
 def test_it_adds_to_what_is_there():
-    source, trained = make_pair(3000)
-    into = tally_by(kernels.delta_, source[:1000], trained[:1000])
-    assert tally_by(kernels.delta_, source[1000:], trained[1000:], into=into) == tally_by(
-        ops.reference, source, trained
-    )
+    base, trained = make_pair(3000)
+    out = tally_by(kernels.delta_, base[:1000], trained[:1000])
+    assert tally_by(kernels.delta_, base[1000:], trained[1000:], out=out) == tally_by(ops.reference, base, trained)
 
 
-@pytest.mark.parametrize("cuts", [(0,), (5,), (0, 1, 2, 0x7F7F)])
-def test_cuts(cuts):
-    assert_equal(*make_pair(2000), cuts=cuts)
+@pytest.mark.parametrize("threshold_bits", [(0,), (5,), (0, 1, 2, 0x7F7F)])
+def test_cuts(threshold_bits):
+    assert_equal(*make_pair(2000), threshold_bits=threshold_bits)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
 def test_any_threshold(dtype):
     """Exact in fp32 or not, in no order, subnormal, beyond fp32, not a magnitude at all."""
-    source, trained = make_pair(2000, dtype)
+    base, trained = make_pair(2000, dtype)
     for thresholds in ((2.0**-7, 1e-40, 1e300, 0.0, 5e-324), (-1.0, float("nan"), float("inf"))):
-        assert_equal(source, trained, thresholds=thresholds)
+        assert_equal(base, trained, thresholds=thresholds)
 
 
 @pytest.mark.parametrize("size", [5e-324, 1e-310, 1e-290, 1e-150, 1e38])
 def test_sums_of_extreme_doubles_are_exact_and_end(size):
-    source, trained = (size * torch.randn(1500, dtype=FP64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
-    assert_equal(source, trained)
+    base, trained = (size * torch.randn(1500, dtype=FP64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    assert_equal(base, trained)
 
 
 @pytest.mark.parametrize("n_zero", [0, 900])
 def test_zeros_that_stay_are_counted_apart(n_zero):
-    source, trained = make_pair(1800, hostile=False)
-    source[:n_zero] = trained[:n_zero] = 0
-    assert_equal(source, trained)
+    base, trained = make_pair(1800, hostile=False)
+    base[:n_zero] = trained[:n_zero] = 0
+    assert_equal(base, trained)
 
 
 def test_a_million_coordinates(monkeypatch):
-    monkeypatch.setattr(kernels, "shape_of", lambda *dtypes: (1 << 16, None))
+    monkeypatch.setattr(kernels, "launch_shape", lambda *dtypes: (1 << 16, None))
     assert_equal(*make_pair(1_000_003))

@@ -17,8 +17,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SHAPES = ((1, 1), (3, 7), (1, 31), (700, 1), (1025, 25), (130, 97), (513, 48), (257, 240))
 
 
-def make_matrices(shape, source_dtype=torch.bfloat16, trained_dtype=None, seed=0):
-    pair = make_pair(shape[0] * shape[1], source_dtype, trained_dtype, seed=seed, hostile=False)
+def make_matrices(shape, base_dtype=torch.bfloat16, trained_dtype=None, seed=0):
+    pair = make_pair(shape[0] * shape[1], base_dtype, trained_dtype, seed=seed, hostile=False)
     return tuple(t.reshape(shape) for t in pair)
 
 
@@ -27,10 +27,10 @@ def bf16(x: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).view(np.float32)
 
 
-def oracle(source, trained, visible=False) -> tuple[np.ndarray, np.ndarray]:
+def oracle(base, trained, visible=False) -> tuple[np.ndarray, np.ndarray]:
     """In long double, and the same of absolute values, by which rounding is judged."""
-    wide = np.float64 if torch.float64 in (source.dtype, trained.dtype) and not visible else np.float32
-    w, v = source.double().numpy().astype(wide), trained.double().numpy().astype(wide)
+    wide = np.float64 if torch.float64 in (base.dtype, trained.dtype) and not visible else np.float32
+    w, v = base.double().numpy().astype(wide), trained.double().numpy().astype(wide)
     if visible:
         w, v = bf16(w), bf16(v)
     d = bf16(v - w) if visible else v - w
@@ -38,11 +38,11 @@ def oracle(source, trained, visible=False) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([w.T @ w, w.T @ d, d.T @ d]), np.stack([abs(x).T @ abs(y) for x, y in ((w, w), (w, d), (d, d))])
 
 
-def assert_close(found, source, trained, *, visible=False, block=0):
-    exact, size = oracle(source, trained, visible)
-    relative = np.full(3, 2.0**-52 * (len(source) + 2))
+def assert_close(found, base, trained, *, visible=False, block=0):
+    exact, size = oracle(base, trained, visible)
+    relative = np.full(3, 2.0**-52 * (len(base) + 2))
     if block:
-        relative[1] += 2.0**-23 * (min(block, len(source)) + 1)
+        relative[1] += 2.0**-23 * (min(block, len(base)) + 1)
     difference = abs(found.numpy() - exact)
     for k, limit in enumerate(relative):
         compared = np.triu(difference[k]) if k != 1 else difference[k]
@@ -53,18 +53,18 @@ def assert_close(found, source, trained, *, visible=False, block=0):
 @pytest.mark.parametrize("visible", [False, True])
 @pytest.mark.parametrize("block", [0, 1, 64, 256])
 def test_kernel_and_reference_are_right_to_their_rounding(isa, shape, visible, block):
-    source, trained = make_matrices(shape)
-    assert_close(gram(source, trained, visible=visible, block=block), source, trained, visible=visible, block=block)
-    into = torch.zeros(3, shape[1], shape[1], dtype=torch.float64)
-    ops.reference(source, trained, 7, visible, block, into)
-    assert_close(into, source, trained, visible=visible, block=block)
+    base, trained = make_matrices(shape)
+    assert_close(gram(base, trained, visible=visible, block=block), base, trained, visible=visible, block=block)
+    out = torch.zeros(3, shape[1], shape[1], dtype=torch.float64)
+    ops.reference(base, trained, 7, visible, block, out)
+    assert_close(out, base, trained, visible=visible, block=block)
 
 
 @pytest.mark.parametrize(("a", "b"), list(itertools.product(DTYPES, DTYPES)), ids=str)
 @pytest.mark.parametrize("visible", [False, True])
 def test_every_pair_of_dtypes(isa, a, b, visible):
-    source, trained = make_matrices((300, 37), a, b)
-    assert_close(gram(source, trained, visible=visible), source, trained, visible=visible)
+    base, trained = make_matrices((300, 37), a, b)
+    assert_close(gram(base, trained, visible=visible), base, trained, visible=visible)
 
 
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels")
@@ -73,15 +73,15 @@ def test_threads_strides_and_instruction_sets_change_no_bit_of_bf16(block):
     """Products of bf16 are exact, and every kernel sums in one order. Of delta only where it fits bf16: the visible view."""
     from opdkernels import _C
 
-    source, trained = make_matrices((1500, 130))
+    base, trained = make_matrices((1500, 130))
     before, threads = _C.current_isa(), torch.get_num_threads()
     found = []
     for name, count in itertools.product(_C.available_isas(), (1, 2, 3)):
         _C.use_isa(name)
         torch.set_num_threads(count)
-        found.append(gram(source, trained, visible=True, block=block))
-        found.append(gram(source.T.contiguous().T, trained.T.contiguous().T, visible=True, block=block))
-        found.append(gram(torch.cat([source, source], 1)[:, :130], trained, visible=True, block=block))
+        found.append(gram(base, trained, visible=True, block=block))
+        found.append(gram(base.T.contiguous().T, trained.T.contiguous().T, visible=True, block=block))
+        found.append(gram(torch.cat([base, base], 1)[:, :130], trained, visible=True, block=block))
     _C.use_isa(before)
     torch.set_num_threads(threads)
     for other in found[1:]:
@@ -89,50 +89,50 @@ def test_threads_strides_and_instruction_sets_change_no_bit_of_bf16(block):
 
 
 def test_row_blocks_add_up(isa):
-    source, trained = make_matrices((1024, 60))
-    whole = gram(source, trained)
-    parts = gram(source[:512], trained[:512])
-    assert gram(source[512:], trained[512:], into=parts) is parts
+    base, trained = make_matrices((1024, 60))
+    whole = gram(base, trained)
+    parts = gram(base[:512], trained[:512])
+    assert gram(base[512:], trained[512:], out=parts) is parts
     assert torch.equal(symmetric(whole), symmetric(parts))
 
 
 @pytest.mark.parametrize("block", [0, 64])
 @pytest.mark.parametrize(
-    "of", [parts for count in (1, 2) for parts in itertools.combinations(ops.PARTS, count)], ids="+".join
+    "parts", [parts for count in (1, 2) for parts in itertools.combinations(ops.PARTS, count)], ids="+".join
 )
-def test_parts_are_those_of_the_whole(isa, of, block):
-    source, trained = make_matrices((700, 60))
-    whole = dict(zip(ops.PARTS, symmetric(gram(source, trained, visible=True, block=block)), strict=True))
-    found = symmetric(gram(source, trained, of=of, visible=True, block=block), of)
-    assert len(found) == len(of)
-    for part, one in zip(of, found, strict=True):
-        assert torch.equal(one, whole[part])
-    by_definition = torch.zeros_like(found)
-    ops.reference(source, trained, sum(1 << ops.PARTS.index(part) for part in of), True, block, by_definition)
-    torch.testing.assert_close(symmetric(by_definition, of), found, rtol=1e-5, atol=1e-9)
+def test_parts_equal_those_of_the_full_result(isa, parts, block):
+    base, trained = make_matrices((700, 60))
+    full = dict(zip(ops.PARTS, symmetric(gram(base, trained, visible=True, block=block)), strict=True))
+    result = symmetric(gram(base, trained, parts=parts, visible=True, block=block), parts)
+    assert len(result) == len(parts)
+    for part, matrix in zip(parts, result, strict=True):
+        assert torch.equal(matrix, full[part])
+    by_definition = torch.zeros_like(result)
+    ops.reference(base, trained, sum(1 << ops.PARTS.index(part) for part in parts), True, block, by_definition)
+    torch.testing.assert_close(symmetric(by_definition, parts), result, rtol=1e-5, atol=1e-9)
 
 
 def test_of_one_matrix_it_is_its_own(isa):
-    source, _ = make_matrices((300, 37))
-    (found,) = symmetric(gram(source))
-    torch.testing.assert_close(found, source.double().T @ source.double(), rtol=1e-13, atol=0)
+    base, _ = make_matrices((300, 37))
+    (found,) = symmetric(gram(base))
+    torch.testing.assert_close(found, base.double().T @ base.double(), rtol=1e-13, atol=0)
 
 
 def test_symmetric_fills_the_lower_triangles():
-    source, trained = make_matrices((50, 30), torch.float64)
-    a, b, c = symmetric(gram(source, trained))
-    d = trained - source
-    for found, exact in ((a, source.T @ source), (b, source.T @ d), (c, d.T @ d)):
+    base, trained = make_matrices((50, 30), torch.float64)
+    a, b, c = symmetric(gram(base, trained))
+    d = trained - base
+    for found, exact in ((a, base.T @ base), (b, base.T @ d), (c, d.T @ d)):
         torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-25)
     assert torch.equal(a, a.T)
     assert torch.equal(c, c.T)
 
 
 def test_nothing_beyond_the_result_is_written(isa):
-    source, trained = make_matrices((70, 23))
+    base, trained = make_matrices((70, 23))
     room = torch.full((3 * 23 * 23 + 2,), 7.0, dtype=torch.float64)
-    into = room[1:-1].view(3, 23, 23).zero_()
-    gram(source, trained, block=64, into=into)
+    out = room[1:-1].view(3, 23, 23).zero_()
+    gram(base, trained, block=64, out=out)
     assert room[0] == room[-1] == 7
 
 
@@ -145,23 +145,23 @@ def test_of_nothing_is_zero(isa, shape):
 def test_extremes_keep_their_scale(isa):
     """fp64 holds the squares of every fp32 value, subnormal ones too."""
     for scale in (1e-40, 1e-30, 1e30):
-        source = torch.full((4, 2), scale)
-        assert gram(source, 2 * source)[2][0, 0].item() == pytest.approx(4 * float(source[0, 0]) ** 2, rel=1e-12)
+        base = torch.full((4, 2), scale)
+        assert gram(base, 2 * base)[2][0, 0].item() == pytest.approx(4 * float(base[0, 0]) ** 2, rel=1e-12)
 
 
 def test_bad_input_is_refused_by_name():
     good = torch.zeros(4, 3)
     for call, error, message in (
-        (lambda: gram(good.int(), good), TypeError, "source is torch.int32"),
+        (lambda: gram(good.int(), good), TypeError, "base is torch.int32"),
         (lambda: gram(good, good[:3]), ValueError, "one shape"),
         (lambda: gram(good[0], good[0]), ValueError, "matrices"),
-        (lambda: gram(good, good, block=257), ValueError, "block must lie in"),
-        (lambda: gram(good, good, block=-1), ValueError, "block must lie in"),
+        (lambda: gram(good, good, block=257), ValueError, "block must be in"),
+        (lambda: gram(good, good, block=-1), ValueError, "block must be in"),
         (lambda: gram(good.double(), good, block=64), ValueError, "block=0"),
-        (lambda: gram(good, of=["change"]), ValueError, "of must name parts"),
-        (lambda: gram(good, good, of=["change", "source"]), ValueError, "in this order"),
-        (lambda: gram(good, good, of=[]), ValueError, "of must name parts"),
-        (lambda: gram(good, good, into=torch.zeros(3, 3, 4)), ValueError, "into must be"),
+        (lambda: gram(good, parts=["delta"]), ValueError, "parts must be names"),
+        (lambda: gram(good, good, parts=["delta", "base"]), ValueError, "in this order"),
+        (lambda: gram(good, good, parts=[]), ValueError, "parts must be names"),
+        (lambda: gram(good, good, out=torch.zeros(3, 3, 4)), ValueError, "out must be"),
     ):
         with pytest.raises(error, match=message):
             call()
@@ -169,6 +169,6 @@ def test_bad_input_is_refused_by_name():
 
 @pytest.mark.parametrize("block", [0, 64])
 def test_operator_is_registered_as_torch_wants_it(block):
-    source, trained = make_matrices((40, 9))
-    into = torch.zeros(3, 9, 9, dtype=torch.float64)
-    torch.library.opcheck(torch.ops.opdkernels.gram_, (source, trained, 7, False, block, into))
+    base, trained = make_matrices((40, 9))
+    out = torch.zeros(3, 9, 9, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.opdkernels.gram_, (base, trained, 7, False, block, out))

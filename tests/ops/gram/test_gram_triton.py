@@ -52,70 +52,70 @@ def multiply_bf16(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 
 
-def gram(source, trained, parts=7, visible=False, block=0, into=None):
-    n = source.shape[1]
-    into = torch.zeros(parts.bit_count(), n, n, dtype=FP64) if into is None else into
-    kernels.gram_(source, trained, parts, visible, block, into)
-    return into
+def gram(base, trained, parts=7, visible=False, block=0, out=None):
+    n = base.shape[1]
+    out = torch.zeros(parts.bit_count(), n, n, dtype=FP64) if out is None else out
+    kernels.gram_(base, trained, parts, visible, block, out)
+    return out
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("visible", [False, True])
 @pytest.mark.parametrize("block", [0, 64])
 def test_right_to_its_rounding(shape, visible, block):
-    source, trained = make_matrices(shape)
-    assert_close(gram(source, trained, visible=visible, block=block), source, trained, visible=visible, block=block)
+    base, trained = make_matrices(shape)
+    assert_close(gram(base, trained, visible=visible, block=block), base, trained, visible=visible, block=block)
 
 
 @pytest.mark.parametrize(("a", "b"), list(itertools.product(DTYPES, DTYPES)), ids=str)
 def test_every_pair_of_dtypes(a, b):
-    source, trained = make_matrices((130, 37), a, b)
+    base, trained = make_matrices((130, 37), a, b)
     for visible, block in ((False, 0 if FP64 in (a, b) else 50), (True, 50)):
-        assert_close(gram(source, trained, visible=visible, block=block), source, trained, visible=visible, block=block)
+        assert_close(gram(base, trained, visible=visible, block=block), base, trained, visible=visible, block=block)
 
 
 @pytest.mark.parametrize("block", [1, 100, 256])
 def test_any_block(block):
-    source, trained = make_matrices((2 * block + 5, 33), torch.float32)
-    assert_close(gram(source, trained, block=block), source, trained, block=block)
+    base, trained = make_matrices((2 * block + 5, 33), torch.float32)
+    assert_close(gram(base, trained, block=block), base, trained, block=block)
 
 
 @pytest.mark.parametrize("block", [0, 48])
 def test_shares_and_rows_packed_apart(block, monkeypatch):
-    source, trained = make_matrices((500, 140))
+    base, trained = make_matrices((500, 140))
     monkeypatch.setattr(kernels, "ROWS", 256)
     monkeypatch.setattr(kernels, "SHARES", 12)
-    found = gram(source, trained, block=block)
-    assert_close(found, source, trained, block=block)
-    assert torch.equal(found, gram(source, trained, block=block))
+    found = gram(base, trained, block=block)
+    assert_close(found, base, trained, block=block)
+    assert torch.equal(found, gram(base, trained, block=block))
 
 
 @pytest.mark.parametrize("block", [0, 64])
 def test_parts_are_those_of_the_whole(block):
-    source, trained = make_matrices((100, 130))
-    whole = gram(source, trained, visible=True, block=block)
+    base, trained = make_matrices((100, 130))
+    whole = gram(base, trained, visible=True, block=block)
     for parts in range(1, 7):
-        found = gram(source, trained, parts, visible=True, block=block)
+        found = gram(base, trained, parts, visible=True, block=block)
         for one, k in zip(found, (k for k in range(3) if parts >> k & 1), strict=True):
             assert torch.equal(one.triu() if k != 1 else one, whole[k].triu() if k != 1 else whole[k])
 
 
 def test_strides_change_no_bit():
-    source, trained = make_matrices((150, 70))
-    expected = symmetric(gram(source, trained, block=64))
-    across = [t.T.contiguous().T for t in (source, trained)]
-    apart = torch.cat([source, source], 1)[:, :70], torch.stack([trained, trained], 2)[:, :, 1]
-    for w, v in (across, apart, (source, across[1]), (across[0], trained)):
+    base, trained = make_matrices((150, 70))
+    expected = symmetric(gram(base, trained, block=64))
+    across = [t.T.contiguous().T for t in (base, trained)]
+    apart = torch.cat([base, base], 1)[:, :70], torch.stack([trained, trained], 2)[:, :, 1]
+    for w, v in (across, apart, (base, across[1]), (across[0], trained)):
         assert torch.equal(symmetric(gram(w, v, block=64)), expected)
 
 
 def test_it_adds_to_what_is_there_and_nothing_beyond():
-    source, trained = make_matrices((200, 23))
+    base, trained = make_matrices((200, 23))
     room = torch.full((3 * 23 * 23 + 2,), 7.0, dtype=FP64)
-    into = room[1:-1].view(3, 23, 23).zero_()
-    gram(source[:128], trained[:128], into=into)
-    gram(source[128:], trained[128:], into=into)
-    assert_close(into, source, trained)
+    out = room[1:-1].view(3, 23, 23).zero_()
+    gram(base[:128], trained[:128], out=out)
+    gram(base[128:], trained[128:], out=out)
+    assert_close(out, base, trained)
     assert room[0] == room[-1] == 7
 
 
@@ -127,18 +127,18 @@ def test_of_nothing_is_zero(shape):
 
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30, 3.4e38])
 def test_extremes_keep_their_scale(scale):
-    source = torch.full((4, 2), scale)
-    trained = source / 2
+    base = torch.full((4, 2), scale)
+    trained = base / 2
     for block in (0, 4) if 1e-20 < scale < 1e20 else (0,):
-        assert_close(gram(source, trained, block=block), source, trained, block=block)
+        assert_close(gram(base, trained, block=block), base, trained, block=block)
 
 
 @pytest.mark.parametrize("block", [0, 16])
 def test_what_is_not_finite_spreads_where_the_reference_says(block):
-    source, trained = make_matrices((40, 5), torch.float32)
-    source[3, 1], trained[7, 2] = float("nan"), float("inf")
+    base, trained = make_matrices((40, 5), torch.float32)
+    base[3, 1], trained[7, 2] = float("nan"), float("inf")
     expected = torch.zeros(3, 5, 5, dtype=FP64)
-    ops.reference(source, trained, 7, False, block, expected)
-    found = gram(source, trained, block=block)
+    ops.reference(base, trained, 7, False, block, expected)
+    found = gram(base, trained, block=block)
     for a, b in ((found[0].triu(), expected[0].triu()), (found[1], expected[1]), (found[2].triu(), expected[2].triu())):
         assert torch.equal(a.isfinite(), b.isfinite())

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opdkernels.backends.layout import BINS
 from opdkernels.ops import overlap as ops
 from opdkernels.ops.overlap import (
-    BINS,
-    DEFAULT_CUT,
+    DEFAULT_THRESHOLD_BITS,
     Overlap,
     expected_magnitude,
     expected_uniform,
@@ -33,38 +33,38 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def make_runs(n: int, dtypes=(torch.bfloat16,) * 3, *, seed=0, hostile=True):
-    """A source and several runs; the first and the last share what they leave unchanged."""
-    source = make_pair(n, torch.float64, seed=seed, hostile=hostile)[0]
+    """A base and several runs; the first and the last share what they leave unchanged."""
+    base = make_pair(n, torch.float64, seed=seed, hostile=hostile)[0]
     runs = []
     for r in range(len(dtypes) - 1):
-        base, trained = make_pair(n, torch.float64, seed=seed, hostile=False)
-        update = (trained - base) * torch.from_numpy(np.random.default_rng([seed, r]).normal(0, 2, n))
-        run = source + update.roll(r % 2)
+        before, after = make_pair(n, torch.float64, seed=seed, hostile=False)
+        update = (after - before) * torch.from_numpy(np.random.default_rng([seed, r]).normal(0, 2, n))
+        run = base + update.roll(r % 2)
         if hostile and n:
             run[r::211] = math.nan
             run[r + 1 :: 223] = math.inf
             run[r + 2 :: 227] = 3.3e38
             run[r + 3 :: 229] = -0.0
         runs.append(run.to(dtypes[r + 1]))
-    return source.to(dtypes[0]), runs
+    return base.to(dtypes[0]), runs
 
 
-def by_reference(source, runs, cut=DEFAULT_CUT) -> Overlap:
-    found = Overlap.empty(len(runs), cut)
-    ops.reference(source, runs, cut, *(torch.from_numpy(array) for array in found.arrays))
+def by_reference(base, runs, threshold_bits=DEFAULT_THRESHOLD_BITS) -> Overlap:
+    found = Overlap.empty(len(runs), threshold_bits)
+    ops.reference(base, runs, threshold_bits, *(torch.from_numpy(array) for array in found.arrays))
     return found
 
 
 class Oracle:
     """Each coordinate's |W| and set of runs, with numbers instead of bit patterns and differences in double."""
 
-    def __init__(self, source: torch.Tensor, runs: list[torch.Tensor], cut: int):
-        threshold = float(np.uint32(cut << 16).view(np.float32))
+    def __init__(self, base: torch.Tensor, runs: list[torch.Tensor], threshold_bits: int):
+        threshold = float(np.uint32(threshold_bits << 16).view(np.float32))
 
         def as_bf16(t):
             return t.float().bfloat16().double().numpy()
 
-        w = as_bf16(source)
+        w = as_bf16(base)
         self.finite, self.changed = np.isfinite(w), []
         for run in runs:
             with np.errstate(invalid="ignore", over="ignore"):
@@ -79,50 +79,50 @@ class Oracle:
 
     def check(self, found: Overlap, n: int) -> None:
         assert (found.numel, found.nonfinite) == (n, n - self.finite.sum())
-        np.testing.assert_array_equal(found.source, np.bincount(self.magnitude, minlength=BINS))
+        np.testing.assert_array_equal(found.hist_base, np.bincount(self.magnitude, minlength=BINS))
         for a, row in enumerate(self.changed):
-            np.testing.assert_array_equal(found.changed[a], np.bincount(self.magnitude[row], minlength=BINS))
+            np.testing.assert_array_equal(found.hist_changed[a], np.bincount(self.magnitude[row], minlength=BINS))
             for b, other in enumerate(self.changed):
                 assert found.n_both(a, b) == (row & other).sum()
         np.testing.assert_array_equal(
-            found.runs, [(self.changed.sum(0) == j).sum() for j in range(len(self.changed) + 1)]
+            found.hist_num_runs, [(self.changed.sum(0) == j).sum() for j in range(len(self.changed) + 1)]
         )
 
 
 @pytest.mark.parametrize("dtypes", [(d, e, d) for d, e in itertools.product(DTYPES, DTYPES)])
 def test_reference_equals_oracle(dtypes):
     for n in SIZES[:-1]:
-        for cut in (0, DEFAULT_CUT - 1, DEFAULT_CUT, 0x7F7F):
-            source, runs = make_runs(n, dtypes)
-            Oracle(source, runs, cut).check(by_reference(source, runs, cut), n)
+        for threshold_bits in (0, DEFAULT_THRESHOLD_BITS - 1, DEFAULT_THRESHOLD_BITS, 0x7F7F):
+            base, runs = make_runs(n, dtypes)
+            Oracle(base, runs, threshold_bits).check(by_reference(base, runs, threshold_bits), n)
 
 
 @pytest.mark.parametrize("dtypes", [(d, e, d) for d, e in itertools.product(DTYPES, DTYPES)])
 def test_kernel_equals_reference(isa, threads, dtypes):
     for n in SIZES:
         for hostile in (False, True)[n == SIZES[-1] :]:
-            source, runs = make_runs(n, dtypes, seed=n, hostile=hostile)
-            assert overlap(source, runs) == by_reference(source, runs)
+            base, runs = make_runs(n, dtypes, seed=n, hostile=hostile)
+            assert overlap(base, runs) == by_reference(base, runs)
 
 
 @pytest.mark.parametrize("n_runs", [3, 4, 5, 16])
 def test_many_runs(isa, threads, n_runs):
     for n in (1, 70_001):
-        source, runs = make_runs(n, (torch.bfloat16,) * (n_runs + 1))
-        found = overlap(source, runs)
-        assert found == by_reference(source, runs)
-        assert found.runs.sum() == found.finite
-        assert (found.runs * np.arange(n_runs + 1)).sum() == np.trace(found.both)
+        base, runs = make_runs(n, (torch.bfloat16,) * (n_runs + 1))
+        found = overlap(base, runs)
+        assert found == by_reference(base, runs)
+        assert found.hist_num_runs.sum() == found.finite
+        assert (found.hist_num_runs * np.arange(n_runs + 1)).sum() == np.trace(found.both)
 
 
 def test_every_cut_of_few_bits_rounds_as_the_definition(isa):
     """Differences at, beside and half way between bf16 neighbours: the kernel compares before rounding."""
-    source = torch.tensor([1.0, 256.0], dtype=torch.bfloat16).repeat(512)
+    base = torch.tensor([1.0, 256.0], dtype=torch.bfloat16).repeat(512)
     steps = torch.arange(512).repeat_interleave(2)
-    runs = [source + steps * 2.0**-7, source - steps * 1.0, source * (1 + steps * 2.0**-9)]
-    for cut in (*range(0x3B80, 0x3B88), *range(0x3F7E, 0x3F88), *range(0x42FE, 0x4306)):
+    runs = [base + steps * 2.0**-7, base - steps * 1.0, base * (1 + steps * 2.0**-9)]
+    for threshold_bits in (*range(0x3B80, 0x3B88), *range(0x3F7E, 0x3F88), *range(0x42FE, 0x4306)):
         for chosen in (runs, runs[:2]):
-            assert overlap(source, chosen, cut=cut) == by_reference(source, chosen, cut)
+            assert overlap(base, chosen, threshold_bits=threshold_bits) == by_reference(base, chosen, threshold_bits)
 
 
 def test_all_bf16_patterns_against_shuffles(isa):
@@ -134,57 +134,57 @@ def test_all_bf16_patterns_against_shuffles(isa):
 
 def test_magnitudes_from_two_on_and_large_changes(isa):
     """|w| >= 2 and |delta| >= 2 leave the fast path of two runs, also within a tensor that otherwise takes it."""
-    source, runs = make_runs(40_000, hostile=False)
+    base, runs = make_runs(40_000, hostile=False)
     for at, values in (
         (5_000, (2.0, 2.0, 2.5)),
         (9_000, (0.1, 3.0, 0.1)),
         (30_000, (-1e38, 3e38, 1.0)),
         (39_999, (7.0, 7.0, 7.0)),
     ):
-        source[at], runs[0][at], runs[1][at] = values
-        assert overlap(source, runs) == by_reference(source, runs)
-    assert overlap(source * 100, [run * 100 for run in runs]) == by_reference(source * 100, [run * 100 for run in runs])
+        base[at], runs[0][at], runs[1][at] = values
+        assert overlap(base, runs) == by_reference(base, runs)
+    assert overlap(base * 100, [run * 100 for run in runs]) == by_reference(base * 100, [run * 100 for run in runs])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_misaligned_views(isa, dtype):
-    source, runs = make_runs(5000, (dtype,) * 3)
+    base, runs = make_runs(5000, (dtype,) * 3)
     for offset in range(5):
-        views = source[offset : offset + 4800], [runs[0][3 : 3 + 4800], runs[1][offset + 1 : offset + 1 + 4800]]
+        views = base[offset : offset + 4800], [runs[0][3 : 3 + 4800], runs[1][offset + 1 : offset + 1 + 4800]]
         assert overlap(*views) == by_reference(*views)
 
 
 def test_strided_and_high_dimensional_inputs():
-    source, runs = make_runs(6000, hostile=False)
-    turned = [tensor.view(2, 30, 100).mT for tensor in (source, *runs)]
-    assert overlap(turned[0], turned[1:]) == overlap(source, runs)
-    assert overlap(source[::3], [run[::3] for run in runs]) == by_reference(source[::3], [run[::3] for run in runs])
+    base, runs = make_runs(6000, hostile=False)
+    turned = [tensor.view(2, 30, 100).mT for tensor in (base, *runs)]
+    assert overlap(turned[0], turned[1:]) == overlap(base, runs)
+    assert overlap(base[::3], [run[::3] for run in runs]) == by_reference(base[::3], [run[::3] for run in runs])
 
 
 @settings(max_examples=40, deadline=None)
-@given(cuts=st.lists(st.integers(0, 5000), max_size=4), n_runs=st.integers(2, 6), seed=st.integers(0, 99))
-def test_every_split_merges_to_the_same_overlap(cuts, n_runs, seed):
-    source, runs = make_runs(5000, (torch.bfloat16,) * (n_runs + 1), seed=seed)
-    whole = overlap(source, runs)
-    edges = [0, *sorted(cuts), 5000]
-    into, parts = Overlap.empty(n_runs), []
+@given(splits=st.lists(st.integers(0, 5000), max_size=4), n_runs=st.integers(2, 6), seed=st.integers(0, 99))
+def test_every_split_merges_to_the_same_overlap(splits, n_runs, seed):
+    base, runs = make_runs(5000, (torch.bfloat16,) * (n_runs + 1), seed=seed)
+    whole = overlap(base, runs)
+    edges = [0, *sorted(splits), 5000]
+    out, parts = Overlap.empty(n_runs), []
     for a, b in itertools.pairwise(edges):
-        piece = source[a:b], [run[a:b] for run in runs]
+        piece = base[a:b], [run[a:b] for run in runs]
         parts.append(overlap(*piece))
-        overlap(*piece, into=into)
+        overlap(*piece, out=out)
     np.random.default_rng(seed).shuffle(parts)
     forward = backward = Overlap.empty(n_runs)
     for part in parts:
         forward, backward = forward.merge(part), part.merge(backward)
-    assert whole == forward == backward == into
-    into.clear()
-    assert into == Overlap.empty(n_runs)
+    assert whole == forward == backward == out
+    out.reset()
+    assert out == Overlap.empty(n_runs)
 
 
 def test_properties_of_a_small_case():
-    source = torch.zeros(8)
+    base = torch.zeros(8)
     runs = [torch.tensor([1.0, 1, 1, 1, 0, 0, 0, math.nan]), torch.tensor([0.0, 0, 1, 1, 1, 0, 0, 0])]
-    found = overlap(source, runs)
+    found = overlap(base, runs)
     assert (
         found.numel,
         found.finite,
@@ -214,33 +214,33 @@ def test_chance_is_the_mean_and_variance_over_all_placements(n, n_a, n_b):
 
 
 def test_chance_adds_up_over_bins():
-    source, a, b = np.array([0, 1, 4, 10]), np.array([0, 1, 2, 5]), np.array([0, 1, 3, 4])
-    assert expected_magnitude(source, a, b) == 1 + 6 / 4 + 20 / 10
-    assert variance_magnitude(source, a, b) == pytest.approx(2 * 3 * 2 * 1 / (16 * 3) + 5 * 4 * 5 * 6 / (100 * 9))
+    base, a, b = np.array([0, 1, 4, 10]), np.array([0, 1, 2, 5]), np.array([0, 1, 3, 4])
+    assert expected_magnitude(base, a, b) == 1 + 6 / 4 + 20 / 10
+    assert variance_magnitude(base, a, b) == pytest.approx(2 * 3 * 2 * 1 / (16 * 3) + 5 * 4 * 5 * 6 / (100 * 9))
     assert z_score(5, 3, 4) == 1.0
     assert z_score(3, 3, 0) == 0.0
 
 
 def dense_runs(n=1 << 20, shared=0.0, seed=0):
-    """Dense updates of a bf16 source, stored in bf16: unrelated, or with a share of both confined to the same random mask."""
+    """Dense updates of a bf16 base, stored in bf16: unrelated, or with a share of both confined to the same random mask."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal():
         return torch.randn(n, generator=generator)
 
-    source = (0.02 * normal()).bfloat16()
+    base = (0.02 * normal()).bfloat16()
     mask = torch.rand(n, generator=generator) < 0.3 if shared else torch.ones(n, dtype=torch.bool)
-    return source, [(source.float() + 3e-5 * normal() * mask).bfloat16() for _ in range(2)]
+    return base, [(base.float() + 3e-5 * normal() * mask).bfloat16() for _ in range(2)]
 
 
 def test_unrelated_dense_updates_are_explained_by_magnitude_and_not_by_uniform_chance():
-    source, runs = dense_runs()
-    found = overlap(source, runs)
+    base, runs = dense_runs()
+    found = overlap(base, runs)
     assert found.over_uniform(0, 1) >= 1.6
     assert found.over_magnitude(0, 1) == pytest.approx(1.0, abs=0.02)
     assert abs(found.z_magnitude(0, 1)) < 5
     for strata in ops.STRATA:
-        expected, variance = strata_chance(source.view(1024, 1024), [run.view(1024, 1024) for run in runs], strata)
+        expected, variance = strata_chance(base.view(1024, 1024), [run.view(1024, 1024) for run in runs], strata)
         assert found.n_both(0, 1) / expected[0, 1] == pytest.approx(
             1.0, abs=0.05
         )  # two classes to a power of two: coarser
@@ -259,8 +259,8 @@ def test_strata_chance_equals_a_loop_over_lines_and_classes(strata, shape, monke
     monkeypatch.setattr(ops, "STRATA_LINES", 64)
     monkeypatch.setattr(ops, "STRATA_TILE", 64 * 32)
     n = shape[0] * shape[1]
-    source, runs = make_runs(n)
-    oracle = Oracle(source, runs, DEFAULT_CUT)
+    base, runs = make_runs(n)
+    oracle = Oracle(base, runs, DEFAULT_THRESHOLD_BITS)
     magnitude, changed = np.full(n, -1), np.zeros((2, n), bool)
     magnitude[oracle.finite] = oracle.magnitude >> 6
     changed[:, oracle.finite] = oracle.changed
@@ -271,20 +271,20 @@ def test_strata_chance_equals_a_loop_over_lines_and_classes(strata, shape, monke
         size, a, b = int(inside.sum()), int(changed[0][inside].sum()), int(changed[1][inside].sum())
         mean += a * b / size
         variance += a * b * (size - a) * (size - b) / (size**2 * (size - 1)) if size > 1 else 0
-    got = strata_chance(source.view(shape), [run.view(shape) for run in runs], strata)
+    got = strata_chance(base.view(shape), [run.view(shape) for run in runs], strata)
     assert got[0][0, 1] == got[0][1, 0] == pytest.approx(mean, rel=1e-12)
     assert got[1][0, 1] == pytest.approx(variance, rel=1e-12)
 
 
 def test_changes_confined_to_shared_rows_are_explained_by_rows():
     """Runs that touch the same rows (tokens in use) overlap beyond chance within |W|, not beyond chance within rows."""
-    source, runs = dense_runs(seed=1)
-    source, runs = source.view(1024, 1024), [run.view(1024, 1024) for run in runs]
+    base, runs = dense_runs(seed=1)
+    base, runs = base.view(1024, 1024), [run.view(1024, 1024) for run in runs]
     for run in runs:
-        run[100:] = source[100:]
-    found = overlap(source, runs)
+        run[100:] = base[100:]
+    found = overlap(base, runs)
     assert found.over_magnitude(0, 1) > 5
-    assert found.n_both(0, 1) / strata_chance(source, runs, "row")[0][0, 1] == pytest.approx(1.0, abs=0.05)
+    assert found.n_both(0, 1) / strata_chance(base, runs, "row")[0][0, 1] == pytest.approx(1.0, abs=0.05)
 
 
 def test_arguments_that_do_not_fit_are_refused():
@@ -294,37 +294,37 @@ def test_arguments_that_do_not_fit_are_refused():
             overlap(a, runs)
     with pytest.raises(TypeError, match=r"run 1 is torch.int64"):
         overlap(a, [a, a.long()])
-    with pytest.raises(ValueError, match=r"shapes differ: source \(4,\), run 0 \(5,\)"):
+    with pytest.raises(ValueError, match=r"shapes differ: base \(4,\), run 0 \(5,\)"):
         overlap(a, [torch.zeros(5), a])
-    with pytest.raises(ValueError, match="source is on cpu, run 1 on meta"):
+    with pytest.raises(ValueError, match="base is on cpu, run 1 on meta"):
         overlap(a, [a, torch.zeros(4, device="meta")])
-    for cut in (-1, 0x7F80):
-        with pytest.raises(ValueError, match="cut must be"):
-            overlap(a, [a, a], cut=cut)
-    with pytest.raises(ValueError, match="to add to has cut"):
-        overlap(a, [a, a], into=Overlap.empty(3))
+    for threshold_bits in (-1, 0x7F80):
+        with pytest.raises(ValueError, match="threshold_bits must be"):
+            overlap(a, [a, a], threshold_bits=threshold_bits)
+    with pytest.raises(ValueError, match="out has threshold_bits"):
+        overlap(a, [a, a], out=Overlap.empty(3))
     with pytest.raises(ValueError, match="do not merge"):
-        overlap(a, [a, a]).merge(overlap(a, [a, a], cut=0))
+        overlap(a, [a, a]).merge(overlap(a, [a, a], threshold_bits=0))
     with pytest.raises(ValueError, match="strata must be one of row, column"):
         strata_chance(a, [a, a], "diagonal")
-    with pytest.raises(ValueError, match="those of a matrix"):
+    with pytest.raises(ValueError, match="rows or columns of a matrix"):
         strata_chance(a, [a, a], "row")
 
 
 def test_operator_is_registered_as_torch_expects():
-    source, runs = make_runs(100)
+    base, runs = make_runs(100)
 
     def arguments():
-        return (source, runs, DEFAULT_CUT, *(torch.from_numpy(array) for array in Overlap.empty(2).arrays))
+        return (base, runs, DEFAULT_THRESHOLD_BITS, *(torch.from_numpy(array) for array in Overlap.empty(2).arrays))
 
     torch.library.opcheck(torch.ops.opdkernels.overlap_.default, arguments())
 
-    def count(w, trained, cut, table, *outputs):
-        torch.ops.opdkernels.overlap_(w, trained, cut, table, *outputs)
+    def count(w, trained, threshold_bits, table, *outputs):
+        torch.ops.opdkernels.overlap_(w, trained, threshold_bits, table, *outputs)
         return table.sum()
 
     compiled = torch.compile(count, fullgraph=True, backend="aot_eager")
-    assert compiled(*arguments()) == by_reference(source, runs).finite
+    assert compiled(*arguments()) == by_reference(base, runs).finite
 
 
 @pytest.mark.slow
@@ -335,13 +335,18 @@ def test_more_than_two_billion_coordinates():
 
     n = 2**31 + 11
     with mmap.mmap(-1, 2 * n) as zeros, mmap.mmap(-1, 2 * n) as edges:
-        source, run = (torch.frombuffer(m, dtype=torch.bfloat16) for m in (zeros, edges))
+        base, run = (torch.frombuffer(m, dtype=torch.bfloat16) for m in (zeros, edges))
         run[0] = run[2**31] = run[n - 1] = 1.0
-        found = overlap(source, [run, run])
-        assert (found.numel, found.n_both(0, 1), found.source[0], found.runs.tolist()) == (n, 3, n, [n - 3, 0, 3])
-        del source, run
+        found = overlap(base, [run, run])
+        assert (found.numel, found.n_both(0, 1), found.hist_base[0], found.hist_num_runs.tolist()) == (
+            n,
+            3,
+            n,
+            [n - 3, 0, 3],
+        )
+        del base, run
 
 
 def test_a_million_coordinates(isa, threads):
-    source, runs = make_runs(1_000_003)
-    assert overlap(source, runs) == by_reference(source, runs)
+    base, runs = make_runs(1_000_003)
+    assert overlap(base, runs) == by_reference(base, runs)

@@ -9,7 +9,7 @@ import torch
 
 from opdkernels.backends import gpu
 from opdkernels.ops.delta import DTYPES
-from opdkernels.ops.overlap import DEFAULT_CUT, Overlap
+from opdkernels.ops.overlap import DEFAULT_THRESHOLD_BITS, Overlap
 from opdkernels.ops.overlap import cuda as overlap
 from tests.backends.cuda.host import ORDERS, compiled, needs_compiler, run_on, source_of
 from tests.ops.overlap.test_overlap import by_reference, make_runs
@@ -25,16 +25,16 @@ def fibers(monkeypatch):
     monkeypatch.setattr(overlap, "THREADS", 64)
 
 
-def by_kernel(source, runs, cut=DEFAULT_CUT) -> Overlap:
-    found = Overlap.empty(len(runs), cut)
-    overlap.overlap_(source, runs, cut, *(torch.from_numpy(array) for array in found.arrays))
+def by_kernel(base, runs, threshold_bits=DEFAULT_THRESHOLD_BITS) -> Overlap:
+    found = Overlap.empty(len(runs), threshold_bits)
+    overlap.overlap_(base, runs, threshold_bits, *(torch.from_numpy(array) for array in found.arrays))
     return found
 
 
-@pytest.mark.parametrize(("source", "trained"), list(itertools.product(DTYPES, DTYPES)), ids=str)
-def test_every_pair_of_dtypes(source, trained):
+@pytest.mark.parametrize(("base", "trained"), list(itertools.product(DTYPES, DTYPES)), ids=str)
+def test_every_pair_of_dtypes(base, trained):
     for n in (0, 1, 31, 1023, 1025):
-        tensors = make_runs(n, (source, trained, source), seed=n, hostile=n % 2 == 1)
+        tensors = make_runs(n, (base, trained, base), seed=n, hostile=n % 2 == 1)
         assert by_kernel(*tensors) == by_reference(*tensors)
 
 
@@ -61,18 +61,18 @@ def test_a_million_coordinates_in_blocks_as_large_as_on_a_device(monkeypatch):
 @pytest.mark.parametrize("kib", [48, 99, 163])
 def test_parts_of_little_shared_memory_count_the_same(monkeypatch, kib):
     run_on(monkeypatch, compiled("overlap"), shared_bytes=kib << 10)
-    source, runs = make_runs(3000)
-    source[::3] *= 1000  # magnitudes beyond the tables in shared memory
-    assert by_kernel(source, runs) == by_reference(source, runs)
+    base, runs = make_runs(3000)
+    base[::3] *= 1000  # magnitudes beyond the tables in shared memory
+    assert by_kernel(base, runs) == by_reference(base, runs)
 
 
 def test_every_cut_of_few_bits_rounds_as_the_definition():
     """Differences at, beside and half way between bf16 neighbours: the kernel compares before rounding."""
-    source = torch.tensor([1.0, 256.0], dtype=BF16).repeat(512)
+    base = torch.tensor([1.0, 256.0], dtype=BF16).repeat(512)
     steps = torch.arange(512).repeat_interleave(2)
-    runs = [source + steps * 2.0**-7, source - steps * 1.0, source * (1 + steps * 2.0**-9)]
-    for cut in (0, 1, 0x3B80, 0x3B81, *range(0x3F7E, 0x3F84), 0x42FF, 0x7F7F):
-        assert by_kernel(source, runs, cut) == by_reference(source, runs, cut)
+    runs = [base + steps * 2.0**-7, base - steps * 1.0, base * (1 + steps * 2.0**-9)]
+    for threshold_bits in (0, 1, 0x3B80, 0x3B81, *range(0x3F7E, 0x3F84), 0x42FF, 0x7F7F):
+        assert by_kernel(base, runs, threshold_bits) == by_reference(base, runs, threshold_bits)
 
 
 @pytest.mark.parametrize("n_runs", [2, 5])
@@ -84,18 +84,21 @@ def test_slices_change_no_count(monkeypatch, n_runs):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_misaligned_views(dtype):
-    source, runs = make_runs(3000, (dtype,) * 3)
-    views = source[3:2504], [runs[0][1:2502], runs[1][5:2506]]
+    base, runs = make_runs(3000, (dtype,) * 3)
+    views = base[3:2504], [runs[0][1:2502], runs[1][5:2506]]
     assert by_kernel(*views) == by_reference(*views)
 
 
 def test_it_adds_to_what_is_there():
-    source, runs = make_runs(2000)
-    found = by_kernel(source[:700], [run[:700] for run in runs])
+    base, runs = make_runs(2000)
+    found = by_kernel(base[:700], [run[:700] for run in runs])
     overlap.overlap_(
-        source[700:], [run[700:] for run in runs], DEFAULT_CUT, *(torch.from_numpy(array) for array in found.arrays)
+        base[700:],
+        [run[700:] for run in runs],
+        DEFAULT_THRESHOLD_BITS,
+        *(torch.from_numpy(array) for array in found.arrays),
     )
-    assert found == by_reference(source, runs)
+    assert found == by_reference(base, runs)
 
 
 BARRIER = "__syncthreads();"

@@ -45,7 +45,7 @@ def test_many_tiles_a_block_and_many_programs(monkeypatch):
     """As on a GPU: tiles are taken in turn, values and positions begin where earlier tiles end."""
     for name, size in (("TILE_BYTES", 1 << 14), ("CHUNK", 1024), ("ROWS", 2), ("STEPS", 8)):
         monkeypatch.setattr(kernels, name, size)
-    monkeypatch.setattr(launch, "PROGRAMS_PER_PROCESSOR", 3)
+    monkeypatch.setattr(launch, "PROGRAMS_PER_SM", 3)
     w, v = make_bits(2 * BLOCK + 5000, torch.int16, 0.02)
     v[: BLOCK // 2] = ~w[
         : BLOCK // 2

@@ -63,7 +63,7 @@ def test_reference_equals_oracle(dtype):
                 one = oracle(k, largest)
                 cuts, counts = ops.reference(values, [k], largest, mask)
                 assert (cuts.item(), counts.tolist()) == (
-                    one.cut,
+                    one.threshold,
                     [[one.above, one.tied, one.above_masked, one.tied_masked, one.nan]],
                 )
 
@@ -177,9 +177,9 @@ def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match=r"values are torch.int64"):
         quantile(values.long(), 1)
     for k in (0, 10, -1):
-        with pytest.raises(ValueError, match=r"k must lie in 1 \.\. 9"):
+        with pytest.raises(ValueError, match=r"k must be in 1 \.\. 9"):
             quantile(values, k)
-    with pytest.raises(ValueError, match=r"k must lie in 1 \.\. 0"):
+    with pytest.raises(ValueError, match=r"k must be in 1 \.\. 0"):
         quantile(torch.zeros(0), 1)
     assert quantiles(torch.zeros(0), []) == []
     for mask in (

@@ -147,7 +147,7 @@ def test_a_launch_for_each_kind_of_tensors(monkeypatch):
     monkeypatch.setattr(
         launch, "run", lambda *arguments, **options: started.append(options) or run(*arguments, **options)
     )
-    monkeypatch.setattr(launch, "PROGRAMS_PER_PROCESSOR", 2)
+    monkeypatch.setattr(launch, "PROGRAMS_PER_SM", 2)
     assert_as_the_reference(monkeypatch, Mixed, Mixed.step_all)
     assert len(started) == 4  # bf16 with bits; fp32 with bits; int64 places and starts; int32 places and cohorts
 
@@ -155,7 +155,7 @@ def test_a_launch_for_each_kind_of_tensors(monkeypatch):
 @pytest.mark.parametrize("tile", [512, 1024])
 def test_many_tiles_a_block_and_many_programs(monkeypatch, tile):
     monkeypatch.setattr(kernels, "TILE", tile)
-    monkeypatch.setattr(launch, "PROGRAMS_PER_PROCESSOR", 3)
+    monkeypatch.setattr(launch, "PROGRAMS_PER_SM", 3)
     for places in (False, True):
         assert_as_the_reference(
             monkeypatch,
