@@ -35,6 +35,7 @@ from opdkernels.metrics.registry import (
     Aggregation,
     Metric,
     family,
+    interleave,
 )
 from opdkernels.ops.delta import THRESHOLDS, Tally, exact_float, from_limbs, magnitudes
 from opdkernels.ops.delta.layout import (
@@ -212,17 +213,12 @@ def float_bits(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float32).view(np.uint32).astype(np.int64)
 
 
-def interleave(*families: list[Metric]) -> list[Metric]:
-    """The first metric of each family, the second of each, and so on."""
-    return [metric for group in zip(*families, strict=True) for metric in group]
-
-
 def bounded_family(
     pattern: Metric,
     values: Sequence[str],
     symbol: str,
     bounds: Aggregation | None,
-    shown: Mapping[str, Mapping] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Metric]:
     """A family with guaranteed bounds `_lower` and `_upper`, which groups combine by `bounds`; None: groups have none."""
     sides = [
@@ -240,7 +236,7 @@ def bounded_family(
         )
         for side in ("lower", "upper")
     ]
-    return interleave(family(pattern, values, symbol, shown), *sides)
+    return interleave(family(pattern, values, symbol, overrides), *sides)
 
 
 @formula(
@@ -329,7 +325,7 @@ def counts(batch: Batch, view: str) -> Columns:
             ),
             THRESHOLD_LABELS,
             "ε",
-            {"1e-5": {"overview": VIEWS, "groups": VIEWS, "tensors": ("visible",)}},
+            {"1e-5": {"pages": {"overview": VIEWS, "groups": VIEWS, "tensors": ("visible",)}}},
         ),
     ),
     *bounded_family(
@@ -469,7 +465,7 @@ def norms(batch: Batch, view: str) -> Columns:
         TOP_LABELS,
         "p",
         None,
-        {"1pct": {"overview": VIEWS, "tensors": ("visible",)}},
+        {"1pct": {"pages": {"overview": VIEWS, "tensors": ("visible",)}}},
     )
 )
 def top_energy(batch: Batch, view: str) -> Columns:
@@ -545,8 +541,8 @@ def near_zero(batch: Batch, changed: np.ndarray, ratios: Sequence[float] = RATIO
 @formula(
     *interleave(
         *(
-            family(Metric(f"near_zero_{name}", label, definition, **more), RATIO_LABELS, "r", shown)
-            for name, label, definition, more, shown in (
+            family(Metric(f"near_zero_{name}", label, definition, **more), RATIO_LABELS, "r", overrides)
+            for name, label, definition, more, overrides in (
                 (
                     "coverage_{}",
                     "near-zero coverage at {}",
@@ -555,10 +551,12 @@ def near_zero(batch: Batch, changed: np.ndarray, ratios: Sequence[float] = RATIO
                     {"aggregation": MEAN_BY_CHANGED, "source": PAPER, "tables": ALL_TABLES},
                     {
                         "10pct": {
-                            "overview": VIEWS,
-                            "groups": VIEWS,
-                            "tensors": ("visible",),
-                            "trajectory": ("visible",),
+                            "pages": {
+                                "overview": VIEWS,
+                                "groups": VIEWS,
+                                "tensors": ("visible",),
+                                "trajectory": ("visible",),
+                            }
                         }
                     },
                 ),

@@ -1,12 +1,13 @@
-"""Figures of matrices from the records of their spectra (metrics: arXiv 2606.13657 and its script; see each function).
+"""Metrics of matrices from the records of their spectra (source: arXiv 2606.13657 and its script; see each function).
 
-A figure that a record cannot give is None. Energies and norms are in the units of the weights, squared or not.
+A metric that a record cannot give is None. Energies and norms are in the units of the weights, squared or not.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,17 @@ import numpy as np
 
 from opdkernels.checkpoint.names import place
 from opdkernels.metrics.coordinates import ratio_label, threshold_label
+from opdkernels.metrics.registry import (
+    COUNT,
+    MEAN_OVER_MATRICES,
+    NON_NEGATIVE,
+    NOT_AGGREGATED,
+    PAPER,
+    WEIGHT_UNITS,
+    Metric,
+    family,
+    interleave,
+)
 from opdkernels.metrics.spectra import NOTHING, SUBSPACE, SpectrumRecord
 from opdkernels.spectral.exact import RATIOS, top_ranks
 from opdkernels.spectral.principal import COUNTS
@@ -24,35 +36,157 @@ RANK_TOLERANCES = (1e-6, 1e-5, 1e-4)
 Row = dict[str, Any]
 
 
+RATIO_LABELS = [ratio_label(ratio) for ratio in RATIOS]
+TOLERANCE_LABELS = [threshold_label(tolerance) for tolerance in RANK_TOLERANCES]
+RANK_RANGE = "1 to min(m, n)"
+MATRIX_GROUPS = {"aggregation": MEAN_OVER_MATRICES, "tables": ("spectra", "trajectory")}
+
+ENERGY = Metric(
+    "energy_{}",
+    "energy of the top {}",
+    "fraction of ‖Δ‖² in the {} largest singular values of Δ",
+    source=PAPER,
+    tables=("spectra",),
+)
+SPECTRAL_NORM = Metric(
+    "spectral_norm",
+    "spectral norm",
+    "σ₁(Δ), the largest singular value",
+    WEIGHT_UNITS,
+    "measure",
+    MEAN_OVER_MATRICES,
+    PAPER,
+    ("spectra",),
+)
+STABLE_RANK = Metric(
+    "stable_rank",
+    "stable rank",
+    "‖Δ‖² / σ₁², mean over matrices in groups",
+    RANK_RANGE,
+    "measure",
+    source=PAPER,
+    pages={"trajectory": ("stored",)},
+    **MATRIX_GROUPS,
+)
+
+
+def bounds_of(metric: Metric, side: str) -> Metric:
+    """The guaranteed bound of a metric under method "topk"."""
+    return replace(
+        metric,
+        name=f"{side}_{metric.name}",
+        label=f"{metric.label}, {side} bound",
+        definition=f"guaranteed {side} bound of `{metric.name}` (method `topk` only)",
+        aggregation=NOT_AGGREGATED,
+        tables=("spectra",),
+        pages={},
+    )
+
+
+SPECTRUM_METRICS = (
+    SPECTRAL_NORM,
+    STABLE_RANK,
+    *family(ENERGY, [str(k) for k in TOP], "k", {"16": MATRIX_GROUPS}),
+    *family(
+        Metric(
+            "energy_pct_{}",
+            "energy of the top {} %",
+            "fraction of ‖Δ‖² in the max(1, int(p·r)) largest singular values, r = min(m, n), p = {} %",
+            source=PAPER,
+            tables=("spectra",),
+        ),
+        [f"{100 * p:g}" for p in TOP_FRACTIONS],
+        "p",
+    ),
+    Metric(
+        "effective_rank",
+        "effective rank",
+        "exp(−Σ pᵢ ln pᵢ), pᵢ = σᵢ / Σσ",
+        RANK_RANGE,
+        "measure",
+        source="Roy and Vetterli 2007",
+        **MATRIX_GROUPS,
+    ),
+    *interleave(
+        family(
+            Metric(
+                "rank_{}",
+                "rank at {}",
+                "number of singular values above {} · σ₁",
+                COUNT,
+                "count",
+                source=PAPER,
+                tables=("spectra",),
+            ),
+            TOLERANCE_LABELS,
+            "tol",
+        ),
+        family(
+            Metric("rank_share_{}", "rank share at {}", "`rank_{}` over min(m, n)", source=PAPER, tables=("spectra",)),
+            TOLERANCE_LABELS,
+            "tol",
+            {"1e-5": {"aggregation": MEAN_OVER_MATRICES}},
+        ),
+    ),
+    *(bounds_of(metric, side) for metric in (SPECTRAL_NORM, STABLE_RANK) for side in ("lower", "upper")),
+    *interleave(
+        *(family(bounds_of(replace(ENERGY, pages={}), side), [str(k) for k in TOP], "k") for side in ("lower", "upper"))
+    ),
+    Metric(
+        "stable_rank_null",
+        "stable rank of a random update",
+        "`stable_rank` of a matrix of the same shape with independent entries, whichever of them are zero",
+        RANK_RANGE,
+        "measure",
+        source="Marchenko and Pastur 1967",
+        **MATRIX_GROUPS,
+    ),
+    Metric(
+        "energy_16_null",
+        "energy of the top 16 of a random update",
+        "`energy_16` of a matrix of the same shape with independent entries, whichever of them are zero",
+        source="Marchenko and Pastur 1967",
+        **MATRIX_GROUPS,
+    ),
+)
+
+
 def spectrum(sigma: np.ndarray) -> Row:
-    """Figures of one spectrum, singular values descending: `spectral_norm` s_1; `delta_energy` sum s^2; `stable_rank`
-    sum s^2 / s_1^2; `energy_k` share of the k largest in the energy, `energy_pct_p` of the max(1, int(p r)) largest;
-    `effective_rank` exp of the entropy of s / sum s (Roy and Vetterli 2007); `rank_t` how many exceed t s_1, and
-    `rank_share_t` that over r = min(m, n). All None for a matrix of zeros."""
+    """Metrics of one spectrum: norm, energies and ranks (`SPECTRUM_METRICS`).
+
+    Args:
+        sigma: Singular values in descending order, fp64 [min(m, n)].
+
+    Returns:
+        Metric name -> value; all None for a matrix of zeros.
+    """
     energy, r = float((sigma**2).sum()), len(sigma)
     names = [f"energy_{k}" for k in TOP] + [f"energy_pct_{100 * p:g}" for p in TOP_FRACTIONS]
     if not energy:
-        ranks = [f"rank{share}_{threshold_label(t)}" for t in RANK_TOLERANCES for share in ("", "_share")]
+        ranks = [f"rank{share}_{label}" for label in TOLERANCE_LABELS for share in ("", "_share")]
         return dict.fromkeys(["spectral_norm", "delta_energy", "stable_rank", *names, "effective_rank", *ranks])
     captured = np.cumsum(sigma**2)
     counts = [min(k, r) for k in TOP] + [max(1, int(p * r)) for p in TOP_FRACTIONS]
-    share = sigma[sigma > 0] / sigma.sum()
-    found: Row = {
+    p = sigma[sigma > 0] / sigma.sum()
+    metrics: Row = {
         "spectral_norm": float(sigma[0]),
         "delta_energy": energy,
         "stable_rank": energy / float(sigma[0]) ** 2,
     }
-    found |= {name: float(captured[k - 1]) / energy for name, k in zip(names, counts, strict=True)}
-    found["effective_rank"] = math.exp(-float((share * np.log(share)).sum()))
-    for tolerance in RANK_TOLERANCES:
+    metrics |= {name: float(captured[k - 1]) / energy for name, k in zip(names, counts, strict=True)}
+    metrics["effective_rank"] = math.exp(-float((p * np.log(p)).sum()))
+    for tolerance, label in zip(RANK_TOLERANCES, TOLERANCE_LABELS, strict=True):
         rank = int((sigma > tolerance * sigma[0]).sum())
-        found |= {f"rank_{threshold_label(tolerance)}": rank, f"rank_share_{threshold_label(tolerance)}": rank / r}
-    return found
+        metrics |= {f"rank_{label}": rank, f"rank_share_{label}": rank / r}
+    return metrics
 
 
 @cache
 def marchenko_pastur(y: float) -> tuple[np.ndarray, np.ndarray]:
-    """Of y = short / long: angles t, 0 .. pi, of the eigenvalues 1 + y + 2 sqrt(y) cos t, and the share of them above each."""
+    """The Marchenko-Pastur law for y = short / long.
+
+    Returns angles t in 0 .. pi, each for the eigenvalue 1 + y + 2 sqrt(y) cos t, and the fraction of eigenvalues above it.
+    """
     t = np.linspace(0, math.pi, 20_001)
     with np.errstate(invalid="ignore", divide="ignore"):
         density = np.nan_to_num(2 * np.sin(t) ** 2 / (math.pi * (1 + y + 2 * math.sqrt(y) * np.cos(t))), posinf=0)
@@ -60,18 +194,20 @@ def marchenko_pastur(y: float) -> tuple[np.ndarray, np.ndarray]:
     return t, above / above[-1]
 
 
-def random_decay(m: int, n: int, shares: np.ndarray) -> np.ndarray:
-    """s_i / s_1 of a matrix of independent entries at i = share * min(m, n), in the limit of large matrices."""
+def random_decay(m: int, n: int, positions: np.ndarray) -> np.ndarray:
+    """s_i / s_1 of a random [m, n] matrix at i = position * min(m, n), positions in 0 .. 1, for large m and n."""
     y = min(m, n) / max(m, n)
     t, above = marchenko_pastur(y)
     root = math.sqrt(y)
-    return np.sqrt(np.maximum(1 + y + 2 * root * np.cos(np.interp(shares, above, t)), 0)) / (1 + root)
+    return np.sqrt(np.maximum(1 + y + 2 * root * np.cos(np.interp(positions, above, t)), 0)) / (1 + root)
 
 
 @cache
 def random_spectrum(m: int, n: int) -> tuple[float, dict[int, float]]:
-    """Stable rank and top-k energy of a matrix of independent entries of one size, whichever of them are zero: what an
-    update without direction shows (Marchenko and Pastur 1967). In the limit of large matrices.
+    """Stable rank, and fraction of the energy in the top k, of a random [m, n] matrix, for large m and n.
+
+    Its entries are independent with one variance, whichever of them are zero: an update without direction (Marchenko
+    and Pastur 1967).
 
     >>> stable_rank, energy = random_spectrum(896, 4864)
     >>> round(stable_rank), round(energy[16], 4)
@@ -79,86 +215,228 @@ def random_spectrum(m: int, n: int) -> tuple[float, dict[int, float]]:
     """
     short, long = sorted((m, n))
     t, above = marchenko_pastur(short / long)
-    energy = (t - np.sin(t) * np.cos(t)) / math.pi  # of the eigenvalues above t
-    shares = {k: float(np.interp(min(k / short, 1), above, energy)) for k in TOP}
-    return m * n / (math.sqrt(m) + math.sqrt(n)) ** 2, shares
+    energy = (t - np.sin(t) * np.cos(t)) / math.pi  # in the eigenvalues above t
+    top_energy = {k: float(np.interp(min(k / short, 1), above, energy)) for k in TOP}
+    return m * n / (math.sqrt(m) + math.sqrt(n)) ** 2, top_energy
 
 
 def spectrum_row(record: SpectrumRecord) -> Row:
-    """A row of spectra.parquet: figures of delta's spectrum, and beside two of them what a random update shows."""
-    found = spectrum(NOTHING if record.method == "topk" else record.delta) | bounded(record)
+    """A row of spectra.parquet: metrics of delta's spectrum, and two of them for a random update of the same shape."""
+    metrics = spectrum(NOTHING if record.method == "topk" else record.delta) | topk_metrics(record)
     stable_rank, energy = random_spectrum(record.m, record.n) if record.method else (None, {})
-    return found | {"stable_rank_null": stable_rank, "energy_16_null": energy.get(16)}
+    return metrics | {"stable_rank_null": stable_rank, "energy_16_null": energy.get(16)}
 
 
-def bounded(record: SpectrumRecord) -> Row:
-    """Of method "topk": figures of the top of the spectrum, with `lower_` and `upper_` that hold for certain; else the
-    bounds are None, and the figures exact."""
+def topk_metrics(record: SpectrumRecord) -> Row:
+    """Metrics of the top of the spectrum with guaranteed bounds, under method "topk".
+
+    Under the other methods the metrics are exact and the bounds None.
+    """
     names = ["spectral_norm", "stable_rank", *(f"energy_{k}" for k in TOP)]
-    found: Row = dict.fromkeys(f"{side}_{name}" for name in names for side in ("lower", "upper"))
+    metrics: Row = dict.fromkeys(f"{side}_{name}" for name in names for side in ("lower", "upper"))
     if record.method != "topk":
-        return found
+        return metrics
     energy, (lower, upper) = record.energy, record.bounds
-    found |= {
+    metrics |= {
         "delta_energy": energy,
         "spectral_norm": float(record.delta[0]),
         "stable_rank": energy / float(record.delta[0]) ** 2,
     }
-    found |= {"lower_spectral_norm": float(lower[0]), "upper_spectral_norm": float(upper[0])}
-    found |= {
+    metrics |= {"lower_spectral_norm": float(lower[0]), "upper_spectral_norm": float(upper[0])}
+    metrics |= {
         "lower_stable_rank": energy / float(upper[0]) ** 2,
         "upper_stable_rank": energy / float(lower[0]) ** 2 if lower[0] else None,
     }
     for k in (k for k in TOP if min(k, record.m, record.n) <= len(lower)):
-        shares = [float((values[:k] ** 2).sum()) / energy for values in (record.delta, lower, upper)]
-        found[f"energy_{k}"], found[f"lower_energy_{k}"] = min(shares[0], 1.0), shares[1]
-        found[f"upper_energy_{k}"] = min(shares[0] + record.remainder, shares[2], 1.0)
-    return found
+        estimate, at_least, at_most = (float((sigma[:k] ** 2).sum()) / energy for sigma in (record.delta, lower, upper))
+        metrics[f"energy_{k}"], metrics[f"lower_energy_{k}"] = min(estimate, 1.0), at_least
+        metrics[f"upper_energy_{k}"] = min(estimate + record.remainder, at_most, 1.0)
+    return metrics
+
+
+def over_matrices(*shown: str) -> dict[str, dict[str, Any]]:
+    """Overrides of a family that is averaged over matrices; `shown` are also in the trajectory table."""
+    return {
+        label: {
+            "aggregation": MEAN_OVER_MATRICES,
+            "tables": ("geometry", "trajectory") if label in shown else ("geometry",),
+        }
+        for label in RATIO_LABELS
+    }
+
+
+def ratios_of(
+    name: str, label: str, definition: str, overrides: dict[str, dict[str, Any]] | None = None, **fields: Any
+) -> list[Metric]:
+    """A metric of geometry.parquet at each ratio."""
+    pattern = Metric(
+        f"{name}_{{}}", f"{label} at {{}}", definition, **{"source": PAPER, "tables": ("geometry",), **fields}
+    )
+    return family(pattern, RATIO_LABELS, "p", overrides)
+
+
+GEOMETRY_METRICS = (
+    *interleave(
+        ratios_of(
+            "projection",
+            "energy within",
+            "‖U_kᵀ Δ V_k‖² / ‖Δ‖², the fraction of the energy of Δ between the top k = max(1, int(p·r)) left and right "
+            "singular vectors of W, r = min(m, n), p = {}",
+            over_matrices("10pct"),
+        ),
+        [
+            replace(
+                metric,
+                name=f"{metric.name}_chance",
+                family=f"projection_{RATIO_LABELS[0]}_chance … projection_{RATIO_LABELS[-1]}_chance",
+            )
+            for metric in ratios_of("projection", "energy within by chance", "k² / (m n)", over_matrices("10pct"))
+        ],
+    ),
+    *(
+        metric
+        for side, formula, chance in (("left", "‖U_kᵀ Δ‖² / ‖Δ‖²", "k / m"), ("right", "‖Δ V_k‖² / ‖Δ‖²", "k / n"))
+        for metric in interleave(
+            ratios_of(f"projection_{side}", f"energy within, {side}", formula, over_matrices()),
+            [
+                replace(
+                    metric,
+                    name=f"{metric.name}_chance",
+                    family=f"projection_{side}_{RATIO_LABELS[0]}_chance …",
+                )
+                for metric in ratios_of(f"projection_{side}", f"energy within by chance, {side}", chance)
+            ],
+        )
+    ),
+    *(
+        metric
+        for side in ("left", "right")
+        for metric in ratios_of(
+            f"rotation_{side}",
+            f"rotation, {side}",
+            f"mean sine of the principal angles between the top {side} singular subspaces of W and W′",
+            over_matrices("10pct"),
+            format="measure",
+        )
+    ),
+    Metric(
+        "drift",
+        "drift",
+        "‖σ(W′) − σ(W)‖ / ‖σ(W)‖",
+        NON_NEGATIVE,
+        "measure",
+        MEAN_OVER_MATRICES,
+        PAPER,
+        ("geometry", "trajectory"),
+    ),
+    Metric(
+        "drift_over_delta",
+        "drift over Δ",
+        "‖σ(W′) − σ(W)‖ / ‖Δ‖",
+        NON_NEGATIVE,
+        "measure",
+        MEAN_OVER_MATRICES,
+        PAPER,
+        ("geometry",),
+    ),
+    *interleave(
+        ratios_of(
+            "principal_coverage",
+            "principal coverage",
+            "fraction of the changed coordinates in the principal mask, the ⌈p·m·n⌉ largest |U_k S_k V_kᵀ|, p = {}; by "
+            "chance p. Ties count in expectation",
+            {
+                label: fields | ({"pages": {"trajectory": ("stored",)}} if label == "10pct" else {})
+                for label, fields in over_matrices("10pct").items()
+            },
+        ),
+        ratios_of(
+            "principal_not_low_coverage",
+            "principal, not near-zero coverage",
+            "fraction of the changed coordinates in the principal mask and not in the near-zero mask",
+        ),
+        ratios_of(
+            "nonprincipal_or_low_coverage",
+            "not principal or near-zero coverage",
+            "fraction of the changed coordinates outside the principal mask or in the near-zero mask",
+        ),
+        *(
+            [
+                replace(metric, name=f"{metric.name}_{end}", family=f"principal_coverage_{RATIO_LABELS[0]}_{end} …")
+                for metric in ratios_of("principal_coverage", f"principal coverage, {end}", text, **fields)
+            ]
+            for end, text, fields in (
+                ("lower", "lower bound of `principal_coverage` over all ways to break ties", {}),
+                ("upper", "upper bound of `principal_coverage` over all ways to break ties", {}),
+                (
+                    "enrichment",
+                    "`principal_coverage` over the density of the mask",
+                    {"range": NON_NEGATIVE, "format": "times"},
+                ),
+            )
+        ),
+        ratios_of(
+            "principal_mask_changed",
+            "principal mask changed",
+            "fraction of the principal mask that changed, |mask ∩ changed| / |mask|",
+        ),
+        ratios_of(
+            "principal_low_density",
+            "principal and near-zero",
+            "fraction of the coordinates in both the principal and the near-zero mask",
+        ),
+    ),
+)
+METRICS = (*SPECTRUM_METRICS, *GEOMETRY_METRICS)
+SUMMARY_METRICS = tuple(metric.name for metric in METRICS if metric.aggregation is MEAN_OVER_MATRICES)
+TRAJECTORY_METRICS = tuple(metric.name for metric in METRICS if "trajectory" in metric.tables)
 
 
 def geometry_row(record: SpectrumRecord) -> Row:
-    """A row of geometry.parquet: where delta lies in the geometry of W.
-
-    `projection_r` ||U_k^T delta V_k||^2 / ||delta||^2, `projection_left_r`, `projection_right_r` one side alone, each with
-    its `_chance` k^2 / (m n), k / m, k / n; `rotation_left_r`, `rotation_right_r` mean sine between the top subspaces of W
-    and W'; `drift` ||s(W') - s(W)|| / ||s(W)||, `drift_over_delta` the same over ||delta||.
-    """
+    """A row of geometry.parquet: how delta relates to the singular vectors of W (`GEOMETRY_METRICS`)."""
     known = record.subspace.size > 0
-    found: Row = {}
+    metrics: Row = {}
     for name, values in zip(
         SUBSPACE, record.subspace if known else [[None] * len(RATIOS)] * len(SUBSPACE), strict=True
     ):
-        for ratio, k, value in zip(RATIOS, top_ranks(min(record.m, record.n)), values, strict=True):
-            found[f"{name}_{ratio_label(ratio)}"] = None if value is None else float(value)
+        for label, k, value in zip(RATIO_LABELS, top_ranks(min(record.m, record.n)), values, strict=True):
+            metrics[f"{name}_{label}"] = None if value is None else float(value)
             chance = {
                 "projection": k * k / (record.m * record.n),
                 "projection_left": k / record.m,
                 "projection_right": k / record.n,
             }
             if name in chance:
-                found[f"{name}_{ratio_label(ratio)}_chance"] = chance[name]
-    moved = float(np.linalg.norm(record.trained - record.source)) if known else 0.0
-    sizes = [float(np.linalg.norm(s)) for s in (record.source, record.delta)]
-    found["drift"], found["drift_over_delta"] = (moved / size if known and size else None for size in sizes)
-    return found | mask_figures(record)
+                metrics[f"{name}_{label}_chance"] = chance[name]
+    drift = float(np.linalg.norm(record.trained - record.source)) if known else 0.0
+    sizes = [float(np.linalg.norm(sigma)) for sigma in (record.source, record.delta)]
+    metrics["drift"], metrics["drift_over_delta"] = (drift / size if known and size else None for size in sizes)
+    return metrics | mask_metrics(record)
 
 
 MASKS = ("principal", "low_magnitude", "principal_not_low", "nonprincipal_or_low", "principal_and_low")
 
 
 def shared(counts: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
-    """Expected counts of each mask within each subset, [ratios, subsets], ties broken at random; `total` of the subset, and
-    the bounds of the principal mask. counts, sizes: `masks` and `mask_sizes` of a record."""
+    """Expected counts of each mask within each subset, with ties broken at random.
+
+    Args:
+        counts: `masks` of a record [ratios, subsets, counts].
+        sizes: `mask_sizes` of a record [ratios, 3].
+
+    Returns:
+        Name of the mask -> [ratios, subsets]; `total` is the size of the subset; bounds of the principal mask.
+    """
     count = {name: counts[:, :, i].astype(float) for i, name in enumerate(COUNTS)}
-    share, low_share = (
+    taken, low_taken = (  # fractions of the tied coordinates that the masks contain
         sizes[:, 1 + i, None] / count[name][:, :1] for i, name in enumerate(("principal_tied", "low_tied"))
     )
-    principal = count["principal"] + share * count["principal_tied"]
-    low = count["low"] + low_share * count["low_tied"]
+    principal = count["principal"] + taken * count["principal_tied"]
+    low = count["low"] + low_taken * count["low_tied"]
     both = (
         count["both"]
-        + low_share * count["principal_and_low_tied"]
-        + share * (count["principal_tied_and_low"] + low_share * count["both_tied"])
+        + low_taken * count["principal_and_low_tied"]
+        + taken * (count["principal_tied_and_low"] + low_taken * count["both_tied"])
     )
     outside = count["principal_tied"][:, :1] - count["principal_tied"]
     return {
@@ -173,36 +451,33 @@ def shared(counts: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def mask_figures(record: SpectrumRecord) -> Row:
-    """`principal_coverage_r` |mask & changed| / |changed| with `_lower`, `_upper` for ties and `_enrichment` over the mask's
-    density, `principal_mask_changed_r` |mask & changed| / |mask|; the coverage of `principal_not_low` and
-    `nonprincipal_or_low`; `principal_low_density_r`, the share of coordinates in the principal and the near-zero mask."""
-    found: Row = {}
+def mask_metrics(record: SpectrumRecord) -> Row:
+    """Coverage of the changed coordinates by the principal mask and its combinations with the near-zero mask."""
+    metrics: Row = {}
     count = shared(record.masks, record.mask_sizes) if record.masks.size else None
-    for i, ratio in enumerate(RATIOS):
-        label = ratio_label(ratio)
+    for i, label in enumerate(RATIO_LABELS):
         names = ["principal_coverage", "principal_not_low_coverage", "nonprincipal_or_low_coverage"]
         columns = [f"principal_coverage_{label}{end}" for end in ("_lower", "_upper", "_enrichment")]
         columns += [f"principal_mask_changed_{label}", f"principal_low_density_{label}"]
-        found |= dict.fromkeys([*(f"{name}_{label}" for name in names), *columns])
+        metrics |= dict.fromkeys([*(f"{name}_{label}" for name in names), *columns])
         if count is None:
             continue
         numel, changed = count["total"][i, :2]
-        found[f"principal_mask_changed_{label}"] = count["principal"][i, 1] / count["principal"][i, 0]
-        found[f"principal_low_density_{label}"] = count["principal_and_low"][i, 0] / numel
+        metrics[f"principal_mask_changed_{label}"] = count["principal"][i, 1] / count["principal"][i, 0]
+        metrics[f"principal_low_density_{label}"] = count["principal_and_low"][i, 0] / numel
         if changed:
             for name in names:
-                found[f"{name}_{label}"] = count[name.removesuffix("_coverage")][i, 1] / changed
+                metrics[f"{name}_{label}"] = count[name.removesuffix("_coverage")][i, 1] / changed
             for end in ("_lower", "_upper"):
-                found[f"principal_coverage_{label}{end}"] = count["principal" + end][i, 1] / changed
-            found[f"principal_coverage_{label}_enrichment"] = found[f"principal_coverage_{label}"] / (
+                metrics[f"principal_coverage_{label}{end}"] = count["principal" + end][i, 1] / changed
+            metrics[f"principal_coverage_{label}_enrichment"] = metrics[f"principal_coverage_{label}"] / (
                 count["principal"][i, 0] / numel
             )
-    return {name: None if value is None else float(value) for name, value in found.items()}
+    return {name: None if value is None else float(value) for name, value in metrics.items()}
 
 
-def about(record: SpectrumRecord, name: str) -> Row:
-    """What every row starts with; a matrix of a stack of experts has its number in `part`."""
+def identity(record: SpectrumRecord, name: str) -> Row:
+    """The first columns of a row; a matrix of a stack of experts has its number in `part`."""
     where = place(name)
     return {
         "name": name,
@@ -218,49 +493,40 @@ def about(record: SpectrumRecord, name: str) -> Row:
 
 
 def tables(records: Iterable[SpectrumRecord], names: dict[int, str]) -> tuple[list[Row], list[Row]]:
-    """Rows of spectra.parquet and of geometry.parquet, matrix by matrix in the order of the source."""
+    """Rows of spectra.parquet and of geometry.parquet, one per matrix and view, in the order of the base checkpoint."""
     spectra, geometry = [], []
     for record in sorted(records, key=lambda r: r.key):
-        first = about(record, names[record.index])
+        first = identity(record, names[record.index])
         last = {"method": record.method or None, "reason": record.reason or None, "seconds": record.seconds}
         spectra.append(first | spectrum_row(record) | last)
         geometry.append(first | geometry_row(record) | last)
     return spectra, geometry
 
 
-SUMMARISED = (
-    *(
-        "stable_rank",
-        "stable_rank_null",
-        "energy_16",
-        "energy_16_null",
-        "effective_rank",
-        "rank_share_1e-5",
-        "spectral_norm",
-    ),
-    *(f"{name}_{ratio_label(r)}" for name in (*SUBSPACE, "principal_coverage") for r in RATIOS),
-    *(f"projection_{ratio_label(r)}_chance" for r in RATIOS),
-    *("drift", "drift_over_delta"),
-)
-
-
 def summarise(spectra: list[Row], geometry: list[Row]) -> dict[str, Any]:
-    """Over the matrices of the stored view that have figures: mean, median and mean weighted by size of each; how many
-    have none, by reason."""
-    found: dict[str, Any] = {"matrices": 0, "without": {}, "metrics": {}}
+    """Mean, median and size-weighted mean over the matrices of the stored view, and the number without spectra.
+
+    Args:
+        spectra: Rows of spectra.parquet.
+        geometry: Rows of geometry.parquet, in the same order.
+
+    Returns:
+        matrices: their number; without: reason -> number of matrices without spectra; metrics: name -> mean, median,
+        weighted (by m n).
+    """
     rows = [a | b for a, b in zip(spectra, geometry, strict=True) if a["view"] == "stored"]
-    found["matrices"] = len(rows)
+    summary: dict[str, Any] = {"matrices": len(rows), "without": {}, "metrics": {}}
     for row in rows:
         if row["reason"]:
             reason = row["reason"].split(":")[0]
-            found["without"][reason] = found["without"].get(reason, 0) + 1
-    for name in SUMMARISED:
+            summary["without"][reason] = summary["without"].get(reason, 0) + 1
+    for name in SUMMARY_METRICS:
         values = [(row[name], row["m"] * row["n"]) for row in rows if row["method"] and row[name] is not None]
         if values:
             value, size = np.array(values, float).T
-            found["metrics"][name] = {
+            summary["metrics"][name] = {
                 "mean": float(value.mean()),
                 "median": float(np.median(value)),
                 "weighted": float((value * size).sum() / size.sum()),
             }
-    return found
+    return summary

@@ -1,4 +1,4 @@
-"""Tables of a run: rows of tensors, groups of them, and how they are written."""
+"""Tables of a run: one row per tensor, one row per group of tensors, and how tables are written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opdkernels.files import write_atomically
-from opdkernels.metrics.coordinates import RATIOS, TOP_FRACTIONS, ratio_label
+from opdkernels.metrics import coordinates, null_metrics
+from opdkernels.metrics.aggregation import Members, median_of, recomputed
+from opdkernels.metrics.coordinates import RATIO_LABELS
+from opdkernels.metrics.registry import COUNT, NON_NEGATIVE, PAPER, VIEWS, Metric, family
 
 TABLE_VERSION = 1
 GROUPINGS: dict[str, tuple[str, ...]] = {
@@ -28,23 +32,23 @@ GROUPINGS: dict[str, tuple[str, ...]] = {
 Row = dict[str, Any]
 
 
-def interleave(about: dict[str, list], views: dict[str, dict[str, Any]]) -> pa.Table:
-    """One row a tensor and view, from what both views share and the columns of each; a figure of one view is null in the other."""
-    columns = {name: twice(values, values) for name, values in about.items()}
-    count = len(about["name"])
+def interleave(tensors: dict[str, list], views: dict[str, dict[str, Any]]) -> pa.Table:
+    """One row per tensor and view, from the columns of both views; a metric of one view is null in the other."""
+    columns = {name: twice(values, values) for name, values in tensors.items()}
+    count = len(tensors["name"])
     columns["view"] = pa.array([view for _ in range(count) for view in views])
     first, second = views.values()
     for name in dict.fromkeys([*first, *second]):
-        none = [None] * count if isinstance(first.get(name, second.get(name)), list) else np.full(count, np.nan)
-        columns[name] = twice(first.get(name, none), second.get(name, none))
+        nulls = [None] * count if isinstance(first.get(name, second.get(name)), list) else np.full(count, np.nan)
+        columns[name] = twice(first.get(name, nulls), second.get(name, nulls))
     return pa.table(columns, metadata={"opdkernels_table": str(TABLE_VERSION)})
 
 
-def twice(one: list | np.ndarray, other: list | np.ndarray) -> pa.Array:
-    """Two columns, entry by entry in turn; NaN becomes null."""
-    if isinstance(one, list):
-        return pa.array([value for pair in zip(one, other, strict=True) for value in pair])
-    values = np.stack([one, other], 1).ravel()
+def twice(first: list | np.ndarray, second: list | np.ndarray) -> pa.Array:
+    """Two columns interleaved, entry by entry; NaN becomes null."""
+    if isinstance(first, list):
+        return pa.array([value for pair in zip(first, second, strict=True) for value in pair])
+    values = np.stack([first, second], 1).ravel()
     if values.dtype != float:
         return pa.array(values)
     known = np.packbits(~np.isnan(values), bitorder="little")
@@ -52,9 +56,9 @@ def twice(one: list | np.ndarray, other: list | np.ndarray) -> pa.Array:
 
 
 def rows_to_arrow(rows: Sequence[Row]) -> pa.Table:
-    """Columns in the order of their first appearance; a column of nothing but None is float."""
+    """Columns in the order of their first appearance; a column that is None throughout is float64."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    # One conversion for all columns: each call of pa.array looks for pandas anew.
+    # One conversion for all columns: every call of pa.array tries to import pandas.
     structs = pa.array(rows) if rows else pa.array([], pa.struct([]))
     arrays = [structs.field(name) for name in names]
     arrays = [a.cast(pa.float64()) if pa.types.is_null(a.type) else a for a in arrays]
@@ -62,19 +66,21 @@ def rows_to_arrow(rows: Sequence[Row]) -> pa.Table:
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
+    """Writes a table atomically, compressed with zstd."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     write_atomically(path, sink.getvalue())
 
 
 def plain_cell(value: Any) -> Any:
-    """A cell that no spreadsheet runs as a formula: text that starts like one gets an apostrophe in front."""
+    """A cell that no spreadsheet runs as a formula: text that starts like a formula is prefixed with an apostrophe."""
     if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
         return "'" + value
     return value
 
 
 def write_csv(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
+    """Writes rows atomically as CSV; None is an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -83,96 +89,119 @@ def write_csv(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
     write_atomically(path, text.getvalue().encode("utf-8", "surrogatepass"))
 
 
-def ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b else None
+def ratio(numerator: float | None, denominator: float | None) -> float | None:
+    """numerator / denominator; None where either is missing or the denominator is 0."""
+    return numerator / denominator if numerator is not None and denominator else None
 
 
-class Members:
-    """The rows of one view as columns, and sums of them by group. Sums run in the order of the rows: the same on any machine."""
+GROUP_METRICS = (
+    Metric(
+        "tensors",
+        "tensors",
+        "matched tensors in the group",
+        COUNT,
+        "count",
+        recomputed("count", lambda members: members.total(np.ones(len(members.group)))),
+        tables=("groups",),
+        pages={"groups": ("",)},
+    ),
+    Metric(
+        "bit_equal_tensors",
+        "bit-identical tensors",
+        "tensors of the group whose coordinates are all bit-identical",
+        COUNT,
+        "count",
+        recomputed("count", lambda members: members.total(members.columns["bit_equal"] == members.columns["numel"])),
+        tables=("groups",),
+    ),
+    Metric(
+        "parameter_share",
+        "parameter share",
+        "the group's fraction of the compared coordinates",
+        aggregation=recomputed("over the model", lambda members: fraction_of_model(members, "numel")),
+        tables=("groups",),
+        pages={"groups": ("",)},
+    ),
+    Metric(
+        "energy_share",
+        "energy share",
+        "the group's fraction of the update energy, the sum of Δ²",
+        aggregation=recomputed("over the model", lambda members: fraction_of_model(members, "delta_energy")),
+        source=PAPER,
+        tables=("groups",),
+        pages={"groups": VIEWS},
+    ),
+    Metric(
+        "energy_over_parameters",
+        "energy / parameters",
+        "energy share over parameter share: above 1× the group changed more than its size alone would give",
+        NON_NEGATIVE,
+        "times",
+        recomputed(
+            "over the model",
+            lambda members: fraction_of_model(members, "delta_energy") / fraction_of_model(members, "numel"),
+        ),
+        tables=("groups",),
+        pages={"groups": VIEWS},
+    ),
+    *(
+        replace(metric, aggregation=median_of(f"near_zero_coverage_{label}"))
+        for label, metric in zip(
+            RATIO_LABELS,
+            family(
+                Metric(
+                    "near_zero_coverage_{}_median",
+                    "near-zero coverage at {}, median",
+                    "`near_zero_coverage_{}`, median over the tensors of the group",
+                    tables=("groups",),
+                ),
+                RATIO_LABELS,
+                "r",
+            ),
+            strict=True,
+        )
+    ),
+)
+METRICS = tuple(
+    metric for metric in (*coordinates.METRICS, *null_metrics.METRICS, *GROUP_METRICS) if "groups" in metric.tables
+)
 
-    def __init__(self, columns: dict[str, np.ndarray], keys: Sequence[tuple]):
-        self.columns = columns
-        number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        self.groups, self.group = list(number), np.array([number[key] for key in keys], np.int64)
 
-    def sum(self, values: np.ndarray) -> np.ndarray:
-        return np.bincount(self.group, weights=values, minlength=len(self.groups))
-
-    def mean(self, name: str, weight: np.ndarray) -> np.ndarray:
-        """Weighted mean by group over the rows that have the figure; NaN where none has weight."""
-        values = self.columns[name]
-        used = ~np.isnan(values) & (weight > 0)
-        total = self.sum(np.where(used, weight, 0))
-        with np.errstate(invalid="ignore"):
-            return self.sum(np.where(used, values * weight, 0)) / np.where(total > 0, total, np.nan)
-
-    def median(self, name: str) -> np.ndarray:
-        values = self.columns[name]
-        known = ~np.isnan(values)
-        order = np.lexsort((values[known], self.group[known]))
-        ranked = np.append(values[known][order], np.nan)
-        sizes = np.bincount(self.group[known], minlength=len(self.groups))
-        starts = np.cumsum(sizes) - sizes
-        low, high = starts + np.maximum(sizes - 1, 0) // 2, starts + sizes // 2
-        return np.where(sizes > 0, (ranked[low] + ranked[np.minimum(high, len(ranked) - 1)]) / 2, np.nan)
+def fraction_of_model(members: Members, name: str) -> np.ndarray:
+    """The groups' fractions of the sum over all tensors [groups]."""
+    return members.sum(name) / members.columns[name].sum()
 
 
-def group_columns(members: Members, nulls: bool) -> dict[str, np.ndarray]:
-    """Figures of each group in one view: sums, coordinate-weighted fractions, energy-weighted top energy, near-zero
-    coverage over all changed coordinates, and the share of energy over the share of parameters."""
-    column, total = members.columns, members.sum
-    numel, nonfinite, changed, energy = (column[c] for c in ("numel", "nonfinite", "changed", "delta_energy"))
+def group_columns(members: Members, view: str) -> dict[str, np.ndarray]:
+    """Metrics of each group in one view, as their aggregations give them [groups]."""
+    columns = {}
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = {
-            "tensors": total(np.ones(len(numel))),
-            "numel": total(numel),
-            "nonfinite": total(nonfinite),
-            "bit_equal": total(column["bit_equal"]),
-            "bit_equal_tensors": total(column["bit_equal"] == numel),
-            "changed": total(changed),
-            "delta_energy": total(energy),
-            "source_energy": total(column["source_energy"]),
-            "energy_share": total(energy) / energy.sum(),
-            "parameter_share": total(numel) / numel.sum(),
-            "energy_over_parameters": total(energy) / energy.sum() / (total(numel) / numel.sum()),
-            "relative_norm": np.sqrt(total(energy) / total(column["source_energy"])),
-        }
-        for name in column:
-            if name.startswith("frac_") or name == "unchanged_rtol_1e-3":
-                found[name] = members.mean(name, numel - nonfinite)
-        for p in TOP_FRACTIONS:
-            found[f"top_energy_{ratio_label(p)}"] = members.mean(f"top_energy_{ratio_label(p)}", energy)
-        for r in RATIOS:
-            label = f"near_zero_coverage_{ratio_label(r)}"
-            for suffix in ("", "_lower", "_upper"):
-                found[label + suffix] = members.mean(label + suffix, changed)
-            if nulls:
-                found[f"{label}_null"] = members.mean(f"{label}_null", column["changed_null"])
-                found[f"{label}_over_null"] = found[label] / found[f"{label}_null"]
-            found[f"{label}_median"] = members.median(label)
-        if nulls:
-            found["changed_null"] = total(column["changed_null"])
-            found["changed_over_null"] = found["changed"] / found["changed_null"]
-    return found
+        for metric in METRICS:
+            if view in metric.views:
+                assert metric.aggregation.compute is not None, metric.name
+                columns[metric.name] = metric.aggregation.compute(members, metric.name)
+    return columns
 
 
-INTEGER_COLUMNS = ("tensors", "numel", "nonfinite", "bit_equal", "bit_equal_tensors", "changed")
+INTEGER_COLUMNS = frozenset(metric.name for metric in METRICS if metric.format == "count")
 
 
-def group_rows(about: dict[str, list], views: dict[str, dict[str, Any]]) -> list[Row]:
-    """Groups by model, tower, block, module, layer and layer × module, in both views; within a grouping in order of energy."""
-    found: list[Row] = []
-    if not about["name"]:
-        return found
-    for view, figures in views.items():
-        table = {name: values.astype(float) for name, values in figures.items() if isinstance(values, np.ndarray)}
+def group_rows(tensors: dict[str, list], views: dict[str, dict[str, Any]]) -> list[Row]:
+    """Groups by model, tower, block, module, layer and layer x module, in both views; in each grouping by energy.
+
+    Args:
+        tensors: Name, layer, module, block and tower of each tensor [tensors].
+        views: View -> metric name -> [tensors].
+    """
+    rows: list[Row] = []
+    if not tensors["name"]:
+        return rows
+    for view, metrics in views.items():
+        table = {name: values.astype(float) for name, values in metrics.items() if isinstance(values, np.ndarray)}
         for grouping, keys in GROUPINGS.items():
-            members = Members(
-                table, list(zip(*(about[k] for k in keys), strict=True)) if keys else [()] * len(about["name"])
-            )
-            columns = {
-                name: values.tolist() for name, values in group_columns(members, nulls=view == "visible").items()
-            }
+            group_of = list(zip(*(tensors[key] for key in keys), strict=True)) if keys else [()] * len(tensors["name"])
+            members = Members(table, group_of)
+            columns = {name: values.tolist() for name, values in group_columns(members, view).items()}
             groups = []
             for g, key in enumerate(members.groups):
                 row: Row = {"by": grouping, "view": view, **dict.fromkeys(("tower", "block", "module", "layer"))}
@@ -182,5 +211,5 @@ def group_rows(about: dict[str, list], views: dict[str, dict[str, Any]]) -> list
                         int(values[g]) if name in INTEGER_COLUMNS else values[g] if math.isfinite(values[g]) else None
                     )
                 groups.append(row)
-            found += sorted(groups, key=lambda row: -row["delta_energy"])
-    return found
+            rows += sorted(groups, key=lambda row: -row["delta_energy"])
+    return rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class Metric:
 
 
 def family(
-    pattern: Metric, values: Sequence[str], symbol: str, shown: Mapping[str, Mapping] | None = None
+    pattern: Metric, values: Sequence[str], symbol: str, overrides: Mapping[str, Mapping[str, Any]] | None = None
 ) -> list[Metric]:
     """Metrics that differ in a parameter only; `{}` in name, label and definition stands for its value.
 
@@ -88,7 +88,7 @@ def family(
         pattern: The metric with `{}` instead of the parameter.
         values: Values of the parameter, as in column names.
         symbol: What stands for the parameter in docs/outputs.md.
-        shown: For the values on report pages, the value of `Metric.pages`.
+        overrides: Value of the parameter -> fields of `Metric` that differ from the pattern.
 
     >>> [metric.name for metric in family(Metric("energy_{}", "top {}", "energy of the {} largest"), ["1", "2"], "k")]
     ['energy_1', 'energy_2']
@@ -102,10 +102,15 @@ def family(
             definition=pattern.definition.format(readable(value)),
             family=f"{names[0]} … {names[-1]}" if len(names) > 1 else names[0],
             family_definition=pattern.definition.format(symbol),
-            pages=(shown or {}).get(value, {}),
+            **(overrides or {}).get(value, {}),
         )
         for name, value in zip(names, values, strict=True)
     ]
+
+
+def interleave(*families: Sequence[Metric]) -> list[Metric]:
+    """The first metric of each family, the second of each, and so on: the order of columns."""
+    return [metric for group in zip(*families, strict=True) for metric in group]
 
 
 def readable(value: str) -> str:
