@@ -26,6 +26,7 @@ from opdkernels.files import write_json
 from opdkernels.formatting import measure, percent, times
 from opdkernels.metrics import groups as tables
 from opdkernels.metrics.coordinates import to_bf16_bits
+from opdkernels.metrics.overlap import chance_metrics, pair_metrics
 from opdkernels.metrics.tallies import SCHEMA_VERSION
 from opdkernels.ops.overlap import (
     MAX_RUNS,
@@ -34,7 +35,6 @@ from opdkernels.ops.overlap import (
     fraction,
     overlap,
     strata_chance,
-    z_score,
 )
 from opdkernels.progress import Progress
 from opdkernels.runs.run_dir import as_input_error, describe_run, open_run_dir
@@ -189,27 +189,6 @@ def count(pairs: list[Pair], together: list[list[Match]], chosen: OverlapOptions
     return counted
 
 
-def pair_metrics(both: float, a: float, b: float, n: float) -> dict[str, Any]:
-    """Shares of one pair of runs; None where they have no whole."""
-    either = a + b - both
-    return {
-        "coverage_a": tables.ratio(both, a),
-        "coverage_b": tables.ratio(both, b),
-        "jaccard": tables.ratio(both, either),
-        "both_zero": tables.ratio(n - either, n),
-        "only_a": tables.ratio(a - both, n),
-        "only_b": tables.ratio(b - both, n),
-    }
-
-
-def chance(name: str, both: float, expected: float, variance: float) -> dict[str, float | None]:
-    return {
-        f"expected_{name}": expected,
-        f"over_{name}": tables.ratio(both, expected),
-        f"z_{name}": z_score(both, expected, variance) if variance > 0 else None,
-    }
-
-
 def tensor_rows(one: Counted) -> list[dict[str, Any]]:
     found, where = one.found, place(one.match.name)
     rows = []
@@ -232,11 +211,11 @@ def tensor_rows(one: Counted) -> list[dict[str, Any]]:
             **pair_metrics(both, found.n_changed(a), found.n_changed(b), found.finite),
             "expected_uniform": found.expected_uniform(a, b),
             "over_uniform": tables.ratio(both, found.expected_uniform(a, b)),
-            **chance("magnitude", both, found.expected_magnitude(a, b), found.variance_magnitude(a, b)),
+            **chance_metrics("magnitude", both, found.expected_magnitude(a, b), found.variance_magnitude(a, b)),
             "variance_magnitude": found.variance_magnitude(a, b),
         }
         for strata, (expected, variance) in one.strata.items():
-            row |= chance(strata, both, float(expected[a, b]), float(variance[a, b]))
+            row |= chance_metrics(strata, both, float(expected[a, b]), float(variance[a, b]))
             row[f"variance_{strata}"] = float(variance[a, b])
         rows.append(row)
     return rows
@@ -279,7 +258,7 @@ def pooled(rows: list[dict[str, Any]]) -> dict[str, Any]:
         known = [r for r in rows if f"variance_{name}" in r]
         if known:
             part = sum(r["changed_both"] for r in known)
-            found |= chance(
+            found |= chance_metrics(
                 name, part, sum(r[f"expected_{name}"] for r in known), sum(r[f"variance_{name}"] for r in known)
             )
     return found

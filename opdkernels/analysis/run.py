@@ -8,7 +8,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,11 @@ from opdkernels.metrics import rounding_null as null
 from opdkernels.metrics.coordinates import (
     RATIOS,
     VIEWS,
-    Columns,
     SparseTally,
     compute_metrics,
-    ratio_label,
     to_bf16_bits,
 )
+from opdkernels.metrics.null_metrics import null_metrics
 from opdkernels.metrics.spectra import SpectrumRecord, open_spectra
 from opdkernels.metrics.tallies import SCHEMA_VERSION, TallyRecord, open_tallies
 from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, Tally, delta
@@ -198,7 +196,7 @@ def assemble(pair: Pair, records: list[TallyRecord], run: dict[str, Any]) -> Ana
     nulls = fit_nulls(counted)
     views = {view: compute_metrics(tallies, view) for view in VIEWS}
     if counted:
-        views["visible"] |= null_columns(views["visible"], nulls)
+        views["visible"] |= null_metrics(views["visible"], nulls)
     places = [place(r.name) for r in counted]
     about: dict[str, list] = {
         "name": [r.name for r in counted],
@@ -234,46 +232,6 @@ def fit_nulls(records: list[TallyRecord]) -> list[dict[str, null.Null]]:
     for (i, _), found in zip(moved, nulls, strict=True):
         fitted[i] = found
     return fitted
-
-
-def null_columns(columns: Columns, fitted: list[dict[str, null.Null]]) -> dict[str, Any]:
-    """What rounding alone would show, beside what was observed: `_null` is the nearest kind, the others by their names."""
-    chosen = [one["chosen"] for one in fitted]
-    moved = columns["changed"] > 0
-
-    def of(kind: str, figure: Callable[[null.Null], float]) -> np.ndarray:
-        return np.array([figure(one[kind]) if kind in one else np.nan for one in fitted])
-
-    found: dict[str, Any] = {
-        "null_kind": [one.kind if m else None for one, m in zip(chosen, moved, strict=True)],
-        "null_size": np.where(moved, of("chosen", lambda one: one.size), np.nan),
-        "null_distance": np.where(moved, of("chosen", lambda one: one.distance), np.nan),
-    }
-    with np.errstate(divide="ignore", invalid="ignore"):
-        changed = {kind: of(kind, lambda one: one.changed) for kind in ("chosen", *null.KINDS)}
-        found |= {
-            "changed_null": changed["chosen"],
-            "changed_over_null": columns["changed"] / nonzero(changed["chosen"]),
-        }
-        found |= {f"changed_null_{kind}": changed[kind] for kind in null.KINDS}
-        for ratio in RATIOS:
-            label = f"near_zero_coverage_{ratio_label(ratio)}"
-            coverage = {kind: of(kind, partial(covered, ratio)) / nonzero(changed[kind]) for kind in changed}
-            found |= {
-                f"{label}_null": coverage["chosen"],
-                f"{label}_over_null": columns[label] / nonzero(coverage["chosen"]),
-            }
-            found |= {f"{label}_null_{kind}": coverage[kind] for kind in null.KINDS}
-    return found
-
-
-def covered(ratio: float, one: null.Null) -> float:
-    return one.near_zero[ratio]
-
-
-def nonzero(values: np.ndarray) -> np.ndarray:
-    """NaN instead of 0: nothing is compared with nothing."""
-    return np.where(values == 0, np.nan, values)
 
 
 def curve(records: list[TallyRecord], nulls: list[dict[str, null.Null]]) -> dict[str, list[float | None]]:

@@ -38,31 +38,18 @@ from opdkernels.files import write_json
 from opdkernels.formatting import measure, percent
 from opdkernels.metrics import groups as tables
 from opdkernels.metrics.coordinates import VIEWS, to_bf16_bits
+from opdkernels.metrics.geometry import TRAJECTORY_METRICS
 from opdkernels.metrics.groups import Row
 from opdkernels.metrics.similarity import TOP, Similarity, open_similarities
 from opdkernels.metrics.spectra import open_spectra
 from opdkernels.metrics.tallies import SCHEMA_VERSION, TallyRecord, open_tallies
+from opdkernels.metrics.trajectory import CHANCE, SIMILARITY
 from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, Tally, delta, exact_float, from_limbs
 from opdkernels.ops.overlap import MAX_RUNS, Overlap, overlap
 from opdkernels.progress import Progress
 from opdkernels.runs.run_dir import as_input_error, describe_run, open_run_dir, read_run
 from opdkernels.runs.store import ArrowStore
 
-MEANS = (
-    "stable_rank",
-    "stable_rank_null",
-    "energy_16",
-    "energy_16_null",
-    "effective_rank",
-    "projection_10pct",
-    "projection_10pct_chance",
-    "rotation_left_10pct",
-    "rotation_right_10pct",
-    "drift",
-    "principal_coverage_10pct",
-)
-CHANCE = (f"similarity_left_{TOP}_chance", f"similarity_right_{TOP}_chance")
-SIMILARITY = (f"similarity_left_{TOP}", f"similarity_right_{TOP}")
 STEP = re.compile(r"(?:step|steps|checkpoint|ckpt|iter|iteration|epoch)[-_]?0*(\d{1,15})(?!\d)(?!.*\d)", re.IGNORECASE)
 
 
@@ -456,7 +443,10 @@ def step_rows(
         key = (group["by"], *(group[name] for name in tables.GROUPINGS[group["by"]]))
         row = {"step": number, **group, **along_figures(along.get(key, []), step, group["view"])}
         if group["view"] == "stored":
-            row |= {name: mean([m[name] for m in spectral.get(key, [])]) for name in (*MEANS, *SIMILARITY, *CHANCE)}
+            row |= {
+                name: mean([m[name] for m in spectral.get(key, [])])
+                for name in (*TRAJECTORY_METRICS, *SIMILARITY, *CHANCE)
+            }
         rows.append(row)
     return rows
 
@@ -477,7 +467,7 @@ def matrix_rows(step: int, analysis: Analysis, alike: Sequence[tuple[str, Simila
     for name, one in alike:
         yield {
             "name": name,
-            **dict.fromkeys(MEANS),
+            **dict.fromkeys(TRAJECTORY_METRICS),
             **dict(zip(SIMILARITY, (float(one.left[step]), float(one.right[step])), strict=True)),
             **dict(zip(CHANCE, (TOP / one.m, TOP / one.n), strict=True)),
         }
@@ -487,7 +477,7 @@ def matrix_rows(step: int, analysis: Analysis, alike: Sequence[tuple[str, Simila
         if a["view"] == "stored" and a["method"]:
             yield {
                 "name": a["name"],
-                **{name: (a | b)[name] for name in MEANS},
+                **{name: (a | b)[name] for name in TRAJECTORY_METRICS},
                 **dict.fromkeys((*SIMILARITY, *CHANCE)),
             }
 

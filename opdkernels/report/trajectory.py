@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from opdkernels.analysis.trajectory import SIMILARITY, Trajectory, mean
+from opdkernels.analysis.trajectory import Trajectory, mean
 from opdkernels.errors import printable
 from opdkernels.metrics.similarity import TOP
+from opdkernels.metrics.trajectory import SIMILARITY
 from opdkernels.report import charts, typography
 from opdkernels.report.facts import MOST_LISTED, files
 from opdkernels.report.glossary import glossary
