@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from smollm2_run import batch, load, weights
 
 from opdkernels.masks.mask_set import from_bools
-from opdkernels.optim import MaskedAdamW, compact_gradients
+from opdkernels.optim import MaskedAdamW, gather_active_grads
 
 MAX_STEPS, LEARNING_RATE, MAX_GRAD_NORM = 50, 1e-6, 1.0
 RUNS = ("full", "masked", "nearest")
@@ -72,7 +72,7 @@ class Masked:
         self.optimizer = MaskedAdamW(
             model.named_parameters(), masks=masks, lr=LEARNING_RATE, weight_decay=0.0, precision=precision
         )
-        compact_gradients(model, self.optimizer)
+        gather_active_grads(model, self.optimizer)
 
     def step(self) -> None:
         self.optimizer.clip_grad_norm_(MAX_GRAD_NORM)
@@ -88,7 +88,7 @@ def train(run: str, folder: Path) -> None:
         stepper: FullPrecisionMasters | Masked = FullPrecisionMasters(model)
     elif run == "masked":
         full = torch.load(folder / "full.pt")
-        stepper = Masked(model, from_bools({name: full[name] != p for name, p in base.items()}), "exact")
+        stepper = Masked(model, from_bools({name: full[name] != p for name, p in base.items()}), "split_master")
     else:
         stepper = Masked(
             model, {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}, "nearest"

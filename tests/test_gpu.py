@@ -117,8 +117,8 @@ def broken(name: str, spoil) -> Backend:
         ("divergence", "divergence_means", lambda a, r: r[1].mul_(1.2)),
         ("divergence", "divergence_backward", lambda a, r: r[1][-1:].fill_(1)),
         ("divergence", "divergence_top", lambda a, r: r[:, -1:].zero_()),
-        ("step", "masked_put_", lambda a, r: a[0][-1:].add_(1)),
-        ("step", "masked_take_", lambda a, r: a[3][-1:].add_(1)),
+        ("step", "masked_scatter_", lambda a, r: a[0][-1:].add_(1)),
+        ("step", "masked_gather_", lambda a, r: a[3][-1:].add_(1)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

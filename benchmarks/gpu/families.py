@@ -284,8 +284,8 @@ def run_step(
             params, grads, masks, offsets, *moments, extras, [], [], *common, *last
         )
     for param, mask, offset, into in zip(params, masks, offsets, first, strict=True):
-        kernel("masked_take_")(param, mask, offset, into, options["add"])
-        kernel("masked_put_")(param, mask, offset, into)
+        kernel("masked_gather_")(param, mask, offset, into, options["add"])
+        kernel("masked_scatter_")(param, mask, offset, into)
     return [one for held in (params, first, second, most, extras) for one in held]
 
 
@@ -313,7 +313,7 @@ def state_of(
     def zeros(kind=FP32):
         return [torch.zeros(k, dtype=kind) for k in active]
 
-    extra = step.EXTRA_DTYPES.get(precision) if dtype == BF16 else None
+    extra = step.RESIDUAL_DTYPES.get(precision) if dtype == BF16 else None
     return [
         params,
         grads,
@@ -498,7 +498,12 @@ FAMILIES = load_families() | {
             8,
         ),
         Family(
-            "step", ("masked_adamw_", "masked_sgd_", "masked_take_", "masked_put_"), step_cases, none, repeated_step, 8
+            "step",
+            ("masked_adamw_", "masked_sgd_", "masked_gather_", "masked_scatter_"),
+            step_cases,
+            none,
+            repeated_step,
+            8,
         ),
     )
 }

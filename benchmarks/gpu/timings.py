@@ -266,7 +266,7 @@ def step_of(dtype: torch.dtype, precision: str) -> Callable:
         mask, offsets = (one.to(device) for one in families.mask_tensors(active.cpu(), None))
         count = int(offsets[-1])
         m, v = torch.zeros(count, device=device), torch.zeros(count, device=device)
-        kind = step.EXTRA_DTYPES.get(precision) if dtype == BF16 else None
+        kind = step.RESIDUAL_DTYPES.get(precision) if dtype == BF16 else None
         extras = [torch.zeros(count, dtype=kind, device=device)] if kind else []
         scalars = step.adamw_scalars([1], 1e-5, (0.9, 0.999), 1e-8, 0.01).to(device)
         common = ([], [], scalars, [0], [0], [0], None, None, None, False, step.PRECISIONS.index(precision), 0)
@@ -330,7 +330,7 @@ WORKLOADS = (
     Workload("quantile of bf16 and a mask", "quantile", quantile_of(BF16)),
     Workload("gather of a bf16 pair", "patch", make_gather),
     Workload("scatter of a bf16 pair", "patch", make_scatter),
-    Workload("AdamW step of bf16, exact", "step", step_of(BF16, "exact"), fuses=True),
+    Workload("AdamW step of bf16, exact", "step", step_of(BF16, "split_master"), fuses=True),
     Workload("AdamW step of fp32", "step", step_of(FP32, "nearest"), fuses=True),
     Workload("gram of a bf16 pair", "gram", make_gram, "fp64 product"),
     Workload("reverse KL and its gradients", "divergence", divergence_of("reverse_kl"), "bf16 product", fuses=True),

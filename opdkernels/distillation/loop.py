@@ -47,7 +47,7 @@ from opdkernels.distillation.teachers import Teacher, scored, teachers_of
 from opdkernels.distillation.tracker import Tracker, moments_of, read_rows, trained_by
 from opdkernels.distillation.world import Ranks, bind
 from opdkernels.errors import InputError, UsageError, printable
-from opdkernels.optim import compact_gradients
+from opdkernels.optim import gather_active_grads
 from opdkernels.optim.masked import MaskedOptimizer
 
 MOST_SKIPPED = 3  # steps in a row without a finite loss, after which a run stops
@@ -133,7 +133,7 @@ def loaded(options: DistillOptions, task: Task, checkpoint: Path | None, device:
     bind(model, ranks, {"objective": objective, "scored": scored})
     optimizer = optimizer_of(options, model)
     whole = WholeNorm(model) if options.masks else None
-    compact_gradients(model, optimizer)
+    gather_active_grads(model, optimizer)
     teachers = teachers_of(options, model, optimizer, text, device)
     scorers = [teacher.model for teacher in teachers.values()]
     return Run(

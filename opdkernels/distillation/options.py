@@ -146,10 +146,10 @@ class DistillOptions(BaseModel):
     eps: float = optimizer_option("Denominator epsilon of adamw.", 1e-8, gt=0)
     momentum: float = optimizer_option("Momentum of sgd.", 0.0, ge=0, lt=1)
     weight_decay: float = optimizer_option("Weight decay towards zero; decoupled for adamw.", 0.0, ge=0)
-    precision: Literal["exact", "kahan", "stochastic", "nearest"] = optimizer_option(
-        "How updates of bf16 weights are kept: exact stores 16 more bits per active coordinate, which together with "
-        "the weight form an fp32 master.",
-        "exact",
+    precision: Literal["split_master", "kahan", "stochastic", "nearest"] = optimizer_option(
+        "How updates of bf16 weights are kept: split_master stores 16 more bits per active coordinate, which "
+        "together with the weight form an fp32 master.",
+        "split_master",
     )
     max_grad_norm: float = optimizer_option(
         "Maximum norm of the gradient of the active coordinates; 0 does not clip.", 1.0, ge=0

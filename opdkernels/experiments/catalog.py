@@ -26,7 +26,7 @@ RLVR = {
 }
 ADAMW = {"optimizer": "adamw", "momentum": 0.0}
 SGD = {"optimizer": "sgd", "betas": (0.9, 0.999), "eps": 1e-8}
-BF16 = {"dtype": "bfloat16", "precision": "exact"}
+BF16 = {"dtype": "bfloat16", "precision": "split_master"}
 FULL = Arm("full")
 MATCHED = "magnitude-matched"
 LORA = "lora rank 8"
@@ -64,7 +64,7 @@ EXPERIMENTS = {
         [
             Arm("bf16 split-master", BF16),
             Arm("bf16 nearest", {**BF16, "precision": "nearest"}),
-            Arm("fp32", {"dtype": "float32", "precision": "exact"}),
+            Arm("fp32", {"dtype": "float32", "precision": "split_master"}),
         ],
         reference_arm="bf16 split-master",
         null=True,
@@ -85,13 +85,13 @@ EXPERIMENTS = {
         [
             FULL,
             *(
-                Arm(f"{LORA} lr x {k}", {"lora_rank": 8, "precision": "exact", "learning_rate": k})
+                Arm(f"{LORA} lr x {k}", {"lora_rank": 8, "precision": "split_master", "learning_rate": k})
                 for k in (3.0, 10.0, 30.0)
             ),
             *(
                 Arm(
                     f"early subspace rank 16 lr x {k}",
-                    {"lora_rank": 16, "precision": "exact", "learning_rate": k},
+                    {"lora_rank": 16, "precision": "split_master", "learning_rate": k},
                     subspace=True,
                     at=0.2,
                 )

@@ -2,7 +2,7 @@
 
 from opdkernels.optim.adapters import optimizer_cls_and_kwargs
 from opdkernels.optim.binding import in_model_order
-from opdkernels.optim.gradients import compact_gradients, mask_gradients
+from opdkernels.optim.gradients import gather_active_grads, zero_frozen_grads
 from opdkernels.optim.masked import MaskedAdamW, MaskedSGD
 from opdkernels.optim.parameters import MaskedParameters
 
@@ -10,8 +10,8 @@ __all__ = [
     "MaskedAdamW",
     "MaskedParameters",
     "MaskedSGD",
-    "compact_gradients",
+    "gather_active_grads",
     "in_model_order",
-    "mask_gradients",
     "optimizer_cls_and_kwargs",
+    "zero_frozen_grads",
 ]

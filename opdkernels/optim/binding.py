@@ -129,7 +129,7 @@ class Binder:
     """Hands out the masks that were given, each parameter its own."""
 
     def __init__(self, masks: Masks, unmasked: str):
-        if unmasked not in ("refuse", "freeze", "train"):
+        if unmasked not in ("error", "freeze", "train"):
             raise ValueError(f"unmasked must be refuse, freeze or train, not {unmasked}")
         if isinstance(masks, (str, os.PathLike)):
             masks = MaskSet.load(masks)
@@ -177,7 +177,7 @@ class Binder:
             found = self._numbered(ordinal, named)
         self.found += found is not None
         if found is None:
-            if self.unmasked == "refuse":
+            if self.unmasked == "error":
                 raise ValueError(
                     f'{named} has no mask; give one, leave the parameter out, or pass unmasked="freeze" or "train"'
                 )
@@ -219,7 +219,7 @@ def in_model_order(masks: Masks, model: torch.nn.Module) -> MaskSet:
     A set of these, or the file that its `save` writes, may be given for unnamed parameters: all of them, in that order, in one
     group. Raises ValueError for a parameter without a mask.
     """
-    binder = Binder(masks, "refuse")
+    binder = Binder(masks, "error")
     named = list(model.named_parameters())
     bindings = binder.bind([param for _, param in named], [name for name, _ in named])
     found = MaskSet({plain_name(name): one.mask for (name, _), one in zip(named, bindings, strict=True)})

@@ -11,7 +11,10 @@ import torch
 from opdkernels.ops.step import STEP
 from opdkernels.optim.binding import Binding, Shard
 
-EXTRAS = {"exact": "remainder", "kahan": "compensation"}  # what the state of a bf16 weight holds beside its moments
+EXTRAS = {
+    "split_master": "remainder",
+    "kahan": "compensation",
+}  # what the state of a bf16 weight holds beside its moments
 
 
 @dataclass
@@ -49,7 +52,7 @@ class Call:
         self.ordinals.append(one.binding.ordinal)
         self.states.append(state)
         self.rows.append(len(self.steps))
-        steps = state["cohort_steps"].tolist() if "cohort_steps" in state else [float(state["step"])]
+        steps = state["group_steps"].tolist() if "group_steps" in state else [float(state["step"])]
         self.steps += steps
         self.taken += len(steps) * [float(state["step"])]
         self.fresh += len(steps) * [fresh]
@@ -72,8 +75,8 @@ class Call:
         extra = EXTRAS.get(group["precision"])
         return {
             "extras": self.of_each(extra) if extra else [],
-            "inits": self.of_each("init"),
-            "cohorts": self.of_each("cohort"),
+            "inits": self.of_each("init_value"),
+            "cohorts": self.of_each("step_group"),
             "rows": self.rows,
             "starts": [shard.start or 0 for shard in self.shards],
             "ordinals": self.ordinals,

@@ -30,7 +30,7 @@ class Hooks:
         self.gathering = None
 
 
-def compact_gradients(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hooks:
+def gather_active_grads(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hooks:
     """Gathers the active gradients of each parameter, fp32, as soon as backward has them, and frees the dense gradient: at any time
     about one layer's lives. Micro-batches add up; `optimizer.step` takes what was gathered, `zero_grad` forgets it.
 
@@ -53,7 +53,7 @@ def compact_gradients(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hoo
         if gathered is None:
             stepping._compact[place] = active_of(local, shard)
         else:
-            torch.ops.opdkernels.masked_take_(local, shard.mask, shard.block_counts, gathered, True)
+            torch.ops.opdkernels.masked_gather_(local, shard.mask, shard.block_counts, gathered, True)
         param.grad = None
 
     hooks = Hooks(hook_each(model, optimizer, gather), owner)
@@ -61,7 +61,7 @@ def compact_gradients(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hoo
     return hooks
 
 
-def mask_gradients(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hooks:
+def zero_frozen_grads(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hooks:
     """Sets frozen gradients to zero, NaN and Inf too, as soon as backward has them, so that any trainer's clipping, logging and
     GradScaler see the active ones alone.
 

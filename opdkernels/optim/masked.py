@@ -2,7 +2,7 @@
 
 State of a parameter, all of it [active] unless said: `step`, how many were taken (fp32, one number);
 `exp_avg`, `exp_avg_sq`, `max_exp_avg_sq` or `momentum_buffer`, fp32; of bf16 parameters `remainder` (int16) or `compensation`
-(bf16); `init`, where a weight began, of the parameter's dtype; after `remap`, `cohort` (uint8) and `cohort_steps`, how many steps each
+(bf16); `init_value`, where a weight began, of the parameter's dtype; after `set_masks`, `step_group` (uint8) and `group_steps`, how many steps each
 cohort took; `mask`, the mask's digest (int64, one number). It is made at the first step, from the parameter that is live then.
 
 Of DTensors `state_dict` gives all that is [active] as DTensors of the parameter's shape, zero where nothing is active, and
@@ -22,11 +22,11 @@ import torch
 from opdkernels.errors import InputError, printable
 from opdkernels.ops.step import (
     COHORTS,
-    EXTRA_DTYPES,
     FIRST,
     PRECISIONS,
+    RESIDUAL_DTYPES,
+    active_indices,
     adamw_scalars,
-    places_of,
     sgd_scalars,
 )
 from opdkernels.optim.active import active_of, restore
@@ -48,7 +48,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._binder = Binder(masks, unmasked)
         self._bound: list[list[Binding]] = []
         self._compact: dict[Place, torch.Tensor] = {}
-        self._gathers = 0  # how often compact_gradients is at work, which leaves no gradient on the parameters
+        self._gathers = 0  # how often gather_active_grads is at work, which leaves no gradient on the parameters
         self._clip: torch.Tensor | None = None
         super().__init__(params, defaults)
         self._binder.check()
@@ -82,7 +82,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._gathers and found_inf is not None:
             raise RuntimeError(
-                "a GradScaler cannot see gradients that compact_gradients gathers; train in bfloat16 without one, or use mask_gradients"
+                "a GradScaler cannot see gradients that gather_active_grads gathers; train in bfloat16 without one, or use zero_frozen_grads"
             )
         try:
             if found_inf is None or not bool(found_inf):
@@ -123,7 +123,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 and param.dtype == torch.bfloat16
             ):
                 raise ValueError(
-                    f'{named(binding)} is not sharded along its first dimension; precision "stochastic" needs it, choose "exact"'
+                    f'{named(binding)} is not sharded along its first dimension; precision "stochastic" needs it, choose "split_master"'
                 )
             if self.state.get(param):
                 self._refuse_state(self.state[param], local, shard, binding, group)
@@ -136,8 +136,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
             state = self.state[one.param]
             fresh = self._begin(state, one.local, one.shard, one.binding, group)
             state["step"] += 1
-            if "cohort_steps" in state:
-                state["cohort_steps"] += 1
+            if "group_steps" in state:
+                state["group_steps"] += 1
             if one.shard.active:
                 calls[one.local.device].add(one, state, fresh)
         for device, call in calls.items():
@@ -162,10 +162,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["mask"] = torch.tensor(binding.digest, dtype=torch.int64, device="cpu")
-            if group["decay"] == "toward_init":
-                state["init"] = active_of(local, shard).to(local.dtype)
+            if group["weight_decay_target"] == "init":
+                state["init_value"] = active_of(local, shard).to(local.dtype)
         for name, dtype in self._kept(group, local.dtype).items():
-            if name not in state and name != "init":
+            if name not in state and name != "init_value":
                 state[name] = torch.zeros(shard.active, dtype=dtype, device=local.device)
         return fresh
 
@@ -173,9 +173,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """The dtypes of what a parameter's state holds of each active coordinate."""
         found = dict.fromkeys(self._moments_of(group), torch.float32)
         if dtype == torch.bfloat16 and group["precision"] in EXTRAS:
-            found[EXTRAS[group["precision"]]] = EXTRA_DTYPES[group["precision"]]
-        if group["decay"] == "toward_init":
-            found["init"] = dtype
+            found[EXTRAS[group["precision"]]] = RESIDUAL_DTYPES[group["precision"]]
+        if group["weight_decay_target"] == "init":
+            found["init_value"] = dtype
         return found
 
     def _refuse_state(
@@ -183,11 +183,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Kernels take pointers: raises InputError for a state that is not what they will read."""
         wanted = self._kept(group, local.dtype)
-        if "init" in wanted and "init" not in state:
+        if "init_value" in wanted and "init_value" not in state:
             raise refused(
-                binding, 'lacks where the weights began, which decay="toward_init" needs from the first step on'
+                binding, 'lacks where the weights began, which weight_decay_target="init" needs from the first step on'
             )
-        wanted |= {"cohort": torch.uint8} if "cohort" in state else {}
+        wanted |= {"step_group": torch.uint8} if "step_group" in state else {}
         for name, dtype in wanted.items():
             held = state.get(name)
             if held is not None and (
@@ -267,7 +267,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for key, (_, param, binding) in zip(keys, self._live(), strict=True):
             if key in found["state"] and is_dtensor(param):
                 own = dict(found["state"][key])
-                ages, cohort = own.pop("cohort_steps", own["step"].view(1)), own.pop("cohort", None)
+                ages, cohort = own.pop("group_steps", own["step"].view(1)), own.pop("step_group", None)
                 active = binding.shard(param).active
                 own["steps"] = (
                     ages[cohort.long().cpu()].to(cohort.device)
@@ -283,7 +283,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             return value
         (local, _), shard = local_part(param), binding.shard(param)
         dense = torch.zeros(local.shape, dtype=value.dtype, device=value.device)
-        dense.view(-1)[places_of(shard.mask, dense.numel())] = value
+        dense.view(-1)[active_indices(shard.mask, dense.numel())] = value
         if not is_dtensor(param):
             return dense
         from torch.distributed.tensor import DTensor
@@ -351,7 +351,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for name, value in given.items():
             value = torch.as_tensor(value)
             own = local_part(value)[0]
-            if name in ("step", "mask", "cohort_steps"):
+            if name in ("step", "mask", "group_steps"):
                 state[name] = own.to("cpu", torch.int64 if name == "mask" else torch.float32, copy=True)
                 continue
             if value.shape == param.shape and value.shape != (shard.active,):
@@ -359,7 +359,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     raise refused(
                         binding, f"is sharded otherwise than its parameter ({list(own.shape)} for {list(local.shape)})"
                     )
-                own = own.reshape(-1)[places_of(shard.mask, local.numel()).to(own.device)]
+                own = own.reshape(-1)[active_indices(shard.mask, local.numel()).to(own.device)]
             if own.shape != (shard.active,):
                 raise refused(
                     binding, f"has {list(own.shape)} values in {printable(name)} for {shard.active} active coordinates"
@@ -367,8 +367,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
             wide = name in self.moments and own.is_floating_point()  # trainers may have cast them
             state[name] = own.to(local.device, torch.float32 if wide else own.dtype, copy=True).contiguous()
         if "steps" in state:
-            state |= cohorts_of(state.pop("steps"), state["step"], binding)
-        if len(state.get("cohort", ())) and int(state["cohort"].max()) >= len(state.get("cohort_steps", ())):
+            state |= step_groups_of(state.pop("steps"), state["step"], binding)
+        if len(state.get("step_group", ())) and int(state["step_group"].max()) >= len(state.get("group_steps", ())):
             raise refused(binding, "has cohorts without a step count")
         self._refuse_state(state, local, shard, binding, group)
         return state
@@ -377,7 +377,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def dense_state_dict(self) -> dict[str, Any]:
         """The state as torch's own AdamW or SGD holds it: moments of the parameters' shapes, zero where nothing is active.
 
-        Raises ValueError after a `remap`, where coordinates have counts of their own.
+        Raises ValueError after a `set_masks`, where coordinates have counts of their own.
         """
         found = super().state_dict()
         keys = [key for group in found["param_groups"] for key in group["params"]]
@@ -386,13 +386,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if key not in found["state"]:
                 continue
             own = found["state"][key]
-            if "cohort" in own:
+            if "step_group" in own:
                 raise ValueError(
                     f"coordinates of {named(binding)} have been in the mask for different times; a dense state has one step count"
                 )
             own = {name: value for name, value in own.items() if name in ("step", *self.moments)}
             state[key] = {name: self._spread(name, value, param, binding).clone() for name, value in own.items()}
-        ours = ("precision", "decay", "seed")
+        ours = ("precision", "weight_decay_target", "seed")
         groups = [
             {**{key: value for key, value in group.items() if key not in ours}, **self.dense_options}
             for group in found["param_groups"]
@@ -429,21 +429,21 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 "mask": torch.tensor(binding.digest),
                 **moments,
             }
-            if group["decay"] == "toward_init":
-                fresh["init"] = active_of(local_part(param)[0], binding.shard(param)).to(param.dtype)
+            if group["weight_decay_target"] == "init":
+                fresh["init_value"] = active_of(local_part(param)[0], binding.shard(param)).to(param.dtype)
             state[key] = fresh
         self.load_state_dict({"state": state, "param_groups": groups})
 
     @torch.no_grad()
-    def remap(self, masks: Masks, *, dropped: str = "keep") -> None:
+    def set_masks(self, masks: Masks, *, on_drop: str = "keep") -> None:
         """Changes the masks: coordinates that stay active keep their moments and age, new ones begin at zero with an age of their
-        own, and those that leave keep their value or, where `dropped` is "restore" and decay is "toward_init", go back to where
+        own, and those that leave keep their value or, where `on_drop` is "restore" and weight_decay_target is "init", go back to where
         they began.
 
         Masks bind as at construction. Raises ValueError, with nothing changed, where they do not fit.
         """
-        if dropped not in ("keep", "restore"):
-            raise ValueError(f"dropped must be keep or restore, not {dropped}")
+        if on_drop not in ("keep", "restore"):
+            raise ValueError(f"on_drop must be keep or restore, not {on_drop}")
         if self._compact:
             raise RuntimeError("gradients have been gathered for the masks that are; step or zero_grad() first")
         binder = Binder(masks, self._binder.unmasked)
@@ -454,14 +454,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
             new, state = bound[index][j], self.state.get(param)
             if not state:
                 continue
-            if dropped == "restore" and "init" not in state:
-                raise ValueError(f'{named(old)} has no start to go back to; construct with decay="toward_init"')
+            if on_drop == "restore" and "init_value" not in state:
+                raise ValueError(f'{named(old)} has no start to go back to; construct with weight_decay_target="init"')
             self._refuse_state(state, local_part(param)[0], old.shard(param), old, self.param_groups[index])
             moved[param] = self._remapped(state, param, old, new, self.param_groups[index])
-        if dropped == "restore":
+        if on_drop == "restore":
             for (index, j), param, old in self._live():
                 if param in moved:
-                    restore(param, self.state[param]["init"], old.shard(param), bound[index][j].shard(param))
+                    restore(param, self.state[param]["init_value"], old.shard(param), bound[index][j].shard(param))
         self._binder, self._bound = binder, bound
         self.state.update(moved)
 
@@ -469,7 +469,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self, state: dict[str, Any], param: torch.Tensor, old: Binding, new: Binding, group: dict[str, Any]
     ) -> dict[str, Any]:
         local, before, after = local_part(param)[0], old.shard(param), new.shard(param)
-        was, now = (places_of(shard.mask, local.numel()) for shard in (before, after))
+        was, now = (active_indices(shard.mask, local.numel()) for shard in (before, after))
         at = torch.searchsorted(was, now).clamp(max=max(len(was) - 1, 0))
         stays = was[at] == now if len(was) else torch.zeros(len(now), dtype=torch.bool, device=local.device)
         fresh: dict[str, Any] = {}
@@ -477,13 +477,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for name, value in fresh.items():
             if name in state and name not in ("step", "mask") and len(was):
                 value[stays] = state[name][at[stays]]
-        steps = state.get("cohort_steps", state["step"].view(1))
-        cohort = state.get("cohort", torch.zeros(len(was), dtype=torch.uint8, device=local.device))
+        steps = state.get("group_steps", state["step"].view(1))
+        cohort = state.get("step_group", torch.zeros(len(was), dtype=torch.uint8, device=local.device))
         of_each = torch.zeros(len(now), dtype=torch.int64, device=local.device)
         if len(was):
             of_each[stays] = cohort[at[stays]].long() + 1
         ages = torch.cat([torch.zeros(1), steps]).to(local.device)[of_each]  # new ones have none
-        return {**fresh, "step": state["step"].clone(), **cohorts_of(ages, state["step"], old)}
+        return {**fresh, "step": state["step"].clone(), **step_groups_of(ages, state["step"], old)}
 
 
 class MaskedAdamW(MaskedOptimizer):
@@ -491,14 +491,14 @@ class MaskedAdamW(MaskedOptimizer):
 
     params: as `torch.optim.AdamW` takes them, fp32 or bf16, best named (`model.named_parameters()`). masks: a MaskSet, the path of one, a
     mapping of names to Masks or bool tensors, or a list in parameter order. unmasked: what becomes of a parameter without a mask:
-    "refuse" (the default), "freeze" or "train" it whole. precision, of bf16 parameters: "exact" keeps 16 bits a coordinate, so
+    "error" (the default), "freeze" or "train" it whole. precision, of bf16 parameters: "split_master" keeps 16 bits a coordinate, so
     that weight and remainder are an fp32 master; "kahan", "stochastic" (by `seed`) and "nearest" as `opdkernels.ops.step` says.
-    decay: weight decay draws to "zero", or "toward_init", to where a weight was when it last became active.
+    decay: weight decay draws to "zero", or "init", to where a weight was when it last became active.
 
     lr, betas, eps, weight_decay, amsgrad and maximize as torch has them: fp32 parameters move bit for bit as
     `torch.optim.AdamW(foreach=False)` moves them, but for its square root, which on the CPU may be off by one unit. `fused=True`
     takes a GradScaler's scale in the step itself; `foreach` changes nothing. State takes 8 bytes an active coordinate (12 with
-    amsgrad, 2 more for bf16 by "exact" or "kahan") and a bit a coordinate for the mask, or 4 bytes an active one below 1 in 32.
+    amsgrad, 2 more for bf16 by "split_master" or "kahan") and a bit a coordinate for the mask, or 4 bytes an active one below 1 in 32.
 
     Raises ValueError or TypeError for parameters without a mask or with another shape's.
 
@@ -523,9 +523,9 @@ class MaskedAdamW(MaskedOptimizer):
         amsgrad: bool = False,
         *,
         masks: Masks,
-        unmasked: str = "refuse",
-        precision: str = "exact",
-        decay: str = "zero",
+        unmasked: str = "error",
+        precision: str = "split_master",
+        weight_decay_target: str = "zero",
         seed: int = 0,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -540,7 +540,7 @@ class MaskedAdamW(MaskedOptimizer):
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
             "precision": precision,
-            "decay": decay,
+            "weight_decay_target": weight_decay_target,
             "seed": seed,
             "maximize": maximize,
             "foreach": foreach,
@@ -611,9 +611,9 @@ class MaskedSGD(MaskedOptimizer):
         nesterov: bool = False,
         *,
         masks: Masks,
-        unmasked: str = "refuse",
-        precision: str = "exact",
-        decay: str = "zero",
+        unmasked: str = "error",
+        precision: str = "split_master",
+        weight_decay_target: str = "zero",
         seed: int = 0,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -627,7 +627,7 @@ class MaskedSGD(MaskedOptimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "precision": precision,
-            "decay": decay,
+            "weight_decay_target": weight_decay_target,
             "seed": seed,
             "maximize": maximize,
             "foreach": foreach,
@@ -677,7 +677,7 @@ class MaskedSGD(MaskedOptimizer):
         )
 
 
-def cohorts_of(steps: torch.Tensor, taken: torch.Tensor, binding: Binding) -> dict[str, torch.Tensor]:
+def step_groups_of(steps: torch.Tensor, taken: torch.Tensor, binding: Binding) -> dict[str, torch.Tensor]:
     """Cohorts of coordinates that took so many steps each, fp32 [active]; none where all took what the parameter did."""
     if bool((steps == taken.to(steps.device)).all()):
         return {}
@@ -686,7 +686,7 @@ def cohorts_of(steps: torch.Tensor, taken: torch.Tensor, binding: Binding) -> di
         raise ValueError(
             f"the masks of {named(binding)} have changed too often: {len(counts)} step counts, of {COHORTS} at most; make the optimizer again"
         )
-    return {"cohort": cohort.to(torch.uint8), "cohort_steps": counts.cpu()}
+    return {"step_group": cohort.to(torch.uint8), "group_steps": counts.cpu()}
 
 
 def named(binding: Binding) -> str:

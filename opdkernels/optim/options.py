@@ -9,7 +9,7 @@ import torch
 
 from opdkernels.ops.step import PRECISIONS
 
-DECAYS = ("zero", "toward_init")
+WEIGHT_DECAY_TARGETS = ("zero", "init")
 
 
 def is_number(value: Any) -> bool:
@@ -33,7 +33,7 @@ def refuse_options(options: dict[str, Any]) -> None:
         or not all((is_number(b) or isinstance(b, torch.Tensor)) and 0 <= float(b) < 1 for b in betas)
     ):
         raise ValueError(f"betas is {betas!r}; give two numbers in [0, 1)")
-    for name, choices in (("precision", PRECISIONS), ("decay", DECAYS)):
+    for name, choices in (("precision", PRECISIONS), ("weight_decay_target", WEIGHT_DECAY_TARGETS)):
         if options[name] not in choices:
             raise ValueError(f"{name} is {options[name]!r}; choose one of {', '.join(choices)}")
     if (

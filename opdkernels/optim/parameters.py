@@ -19,15 +19,15 @@ class MaskedParameters(torch.nn.Module):
     """The active values of a model's masked parameters as fp32 Parameters [active], one a masked parameter, for any optimizer.
 
     Backward's gradient of a weight is gathered into its compact Parameter and freed; after each step of an optimizer that
-    `follow`s, or by `write`, the compact values go back into the weights, a bf16 weight rounded to nearest from what is its fp32
+    is `attach`ed, or by `push_to_model`, the compact values go back into the weights, a bf16 weight rounded to nearest from what is its fp32
     master. Frozen coordinates are never written. Weights without a mask, and with an empty one, are frozen. A state dict that is
-    loaded into this shows in the weights after `write`, one loaded into the model here after `read`.
+    loaded into this shows in the weights after `push_to_model`, one loaded into the model here after `pull_from_model`.
 
     Raises ValueError where no parameter of the model has a mask, and for DTensors: there MaskedAdamW itself serves.
 
     >>> layer = torch.nn.Linear(2, 1, bias=False)
     >>> compact = MaskedParameters(layer, {"weight": torch.tensor([[True, False]])})
-    >>> optimizer = compact.follow(torch.optim.SGD(compact.parameters(), lr=1.0))
+    >>> optimizer = compact.attach(torch.optim.SGD(compact.parameters(), lr=1.0))
     """
 
     def __init__(self, model: torch.nn.Module, masks: Masks):
@@ -56,20 +56,20 @@ class MaskedParameters(torch.nn.Module):
             )
 
     @torch.no_grad()
-    def write(self) -> None:
+    def push_to_model(self) -> None:
         """Puts the compact values into the weights."""
         for (weight, binding), value in zip(self._weights, self.values, strict=True):
             put_active(weight, binding.shard(weight), value.detach().float().contiguous())
 
     @torch.no_grad()
-    def read(self) -> None:
+    def pull_from_model(self) -> None:
         """Takes the compact values from the weights, after something else has set these."""
         for (weight, binding), value in zip(self._weights, self.values, strict=True):
             value.copy_(active_of(weight, binding.shard(weight)))
 
-    def follow(self, optimizer: Any) -> Any:
-        """Has every step of the optimizer end with `write`. Returns the optimizer."""
-        self._handles.append(optimizer.register_step_post_hook(lambda *_: self.write()))
+    def attach(self, optimizer: Any) -> Any:
+        """Has every step of the optimizer end with `push_to_model`. Returns the optimizer."""
+        self._handles.append(optimizer.register_step_post_hook(lambda *_: self.push_to_model()))
         return optimizer
 
     def remove(self) -> None:

@@ -15,9 +15,9 @@ CALLS = {
     "gram": lambda: gram.gram(HERE, THERE),
     "gather": lambda: patch.gather(HERE, THERE),
     "quantile": lambda: quantile.quantile(HERE, 1, mask=torch.zeros(1, dtype=torch.uint8, device="meta")),
-    "take": lambda: step.masked_take(HERE.view(-1), PLACES, NONE, torch.zeros(2, device="meta")),
+    "take": lambda: step.masked_gather(HERE.view(-1), PLACES, NONE, torch.zeros(2, device="meta")),
     "divergence": lambda: divergence.linear_divergence(HERE, divergence.Head(HERE), HERE, divergence.Head(THERE)),
-    "put": lambda: step.masked_put(HERE.view(-1), PLACES.to("meta"), NONE, torch.zeros(2)),
+    "put": lambda: step.masked_scatter(HERE.view(-1), PLACES.to("meta"), NONE, torch.zeros(2)),
 }
 
 

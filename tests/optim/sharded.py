@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from opdkernels.distillation.world import leave
-from opdkernels.optim import MaskedAdamW, MaskedSGD, compact_gradients
+from opdkernels.optim import MaskedAdamW, MaskedSGD, gather_active_grads
 
 
 def model_of(dtype: torch.dtype) -> torch.nn.Sequential:
@@ -82,7 +82,7 @@ def main(job: str, folder: Path, dtype_name: str, precision: str) -> None:
         train(model, optimizer, range(6), dtype)
         other = sharded_model(dtype)
         gathering = optimizer_of(other, masks, precision)
-        compact_gradients(other, gathering)
+        gather_active_grads(other, gathering)
         train(other, gathering, range(6), dtype)
         active = sum(state["exp_avg"].numel() for state in optimizer.state.values())
         result = {
@@ -93,7 +93,7 @@ def main(job: str, folder: Path, dtype_name: str, precision: str) -> None:
         }
     elif job == "save":
         train(model, optimizer, range(3), dtype)
-        optimizer.remap(masks_for(model_of(dtype), seed=2))
+        optimizer.set_masks(masks_for(model_of(dtype), seed=2))
         train(model, optimizer, range(3, 6), dtype)
         weights, state = get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / "checkpoint")

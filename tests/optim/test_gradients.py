@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkernels.optim import MaskedAdamW, MaskedParameters, compact_gradients, mask_gradients
+from opdkernels.optim import MaskedAdamW, MaskedParameters, gather_active_grads, zero_frozen_grads
 from tests.optim.test_masked import bits
 
 
@@ -30,7 +30,7 @@ def test_gathered_gradients_take_the_same_steps(dtype):
     """Point 5: bit for bit, clipping included, and no dense gradient stays."""
     plain, gathered = small_model(dtype), small_model(dtype)
     optimizers = [MaskedAdamW(m.named_parameters(), masks=masks_for(m), lr=1e-3) for m in (plain, gathered)]
-    hooks = compact_gradients(gathered, optimizers[1])
+    hooks = gather_active_grads(gathered, optimizers[1])
     for step in range(5):
         norms = []
         for model, optimizer in zip((plain, gathered), optimizers, strict=True):
@@ -55,7 +55,7 @@ def test_micro_batches_add_up_in_fp32():
     masks = masks_for(model)
     optimizer = MaskedAdamW(model.named_parameters(), masks=masks)
     dense = small_model()
-    compact_gradients(model, optimizer)
+    gather_active_grads(model, optimizer)
     for step in range(3):
         backward(model, step)
         backward(dense, step)
@@ -74,15 +74,15 @@ def test_gathering_refuses_what_it_cannot_serve():
     model = small_model()
     optimizer = MaskedAdamW(model.named_parameters(), masks=masks_for(model))
     with pytest.raises(ValueError, match="no parameter of this model"):
-        compact_gradients(small_model(), optimizer)
-    compact_gradients(model, optimizer)
+        gather_active_grads(small_model(), optimizer)
+    gather_active_grads(model, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     scaler.scale(model(torch.ones(1, 32)).sum()).backward()
     with pytest.raises(RuntimeError, match="a GradScaler cannot see"):
         scaler.step(optimizer)
     scaler.scale(model(torch.ones(1, 32)).sum()).backward()
     with pytest.raises(RuntimeError, match="gathered for the masks that are"):
-        optimizer.remap(masks_for(model, seed=2))
+        optimizer.set_masks(masks_for(model, seed=2))
 
 
 def test_distributed_data_parallel_is_refused(tmp_path):
@@ -90,7 +90,7 @@ def test_distributed_data_parallel_is_refused(tmp_path):
     try:
         model = torch.nn.parallel.DistributedDataParallel(small_model())
         optimizer = MaskedAdamW(model.named_parameters(), masks=masks_for(small_model()))
-        for hook in (compact_gradients, mask_gradients):
+        for hook in (gather_active_grads, zero_frozen_grads):
             with pytest.raises(RuntimeError, match="DistributedDataParallel reduces gradients after"):
                 hook(model, optimizer)
         backward(model, 0)
@@ -104,7 +104,7 @@ def test_any_clipping_sees_the_active_gradients():
     model, plain = small_model(), small_model()
     masks = masks_for(model)
     optimizer = MaskedAdamW(model.named_parameters(), masks=masks)
-    mask_gradients(model, optimizer)
+    zero_frozen_grads(model, optimizer)
     name, weight = next(iter(model.named_parameters()))
     frozen = torch.nonzero(~masks[name])[0].tolist()
     weight.register_hook(
@@ -128,7 +128,7 @@ def test_compact_parameters_serve_any_optimizer(dtype):
     start = {name: p.detach().clone() for name, p in theirs.named_parameters()}
     optimizer = MaskedAdamW(ours.named_parameters(), masks=masks, lr=1e-3)
     compact = MaskedParameters(theirs, masks)
-    other = compact.follow(torch.optim.AdamW(compact.parameters(), lr=1e-3, foreach=False))
+    other = compact.attach(torch.optim.AdamW(compact.parameters(), lr=1e-3, foreach=False))
     for step in range(5):
         for model, one in ((ours, optimizer), (theirs, other)):
             backward(model, step)

@@ -12,7 +12,14 @@ import torch
 
 from opdkernels.errors import InputError
 from opdkernels.masks import Mask, MaskSet
-from opdkernels.optim import MaskedAdamW, MaskedParameters, MaskedSGD, compact_gradients, in_model_order, mask_gradients
+from opdkernels.optim import (
+    MaskedAdamW,
+    MaskedParameters,
+    MaskedSGD,
+    gather_active_grads,
+    in_model_order,
+    zero_frozen_grads,
+)
 
 P = torch.nn.Parameter
 
@@ -43,7 +50,7 @@ def test_moments_are_fp32_whatever_torch_would_make_them():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        other = stepped(P(torch.zeros(4096, dtype=torch.float32)), decay="toward_init")
+        other = stepped(P(torch.zeros(4096, dtype=torch.float32)), weight_decay_target="init")
         assert {t.dtype for t in other.state_dict()["state"][0].values()} <= {torch.float32, torch.int64}
         assert other.clip_grad_norm_(1.0).dtype == torch.float32
     finally:
@@ -62,12 +69,12 @@ def test_a_state_of_another_dtype_gets_what_it_lacks_or_is_refused():
     cast["state"][0]["exp_avg"] = cast["state"][0]["exp_avg"].bfloat16()
     wide.load_state_dict(cast)
     assert wide.state[wide.param_groups[0]["params"][0]]["exp_avg"].dtype == torch.float32
-    drawn = stepped(P(torch.ones(64)), decay="toward_init")
-    other = MaskedAdamW([P(torch.ones(64).bfloat16())], masks=[all_of(64)], decay="toward_init")
+    drawn = stepped(P(torch.ones(64)), weight_decay_target="init")
+    other = MaskedAdamW([P(torch.ones(64).bfloat16())], masks=[all_of(64)], weight_decay_target="init")
     with pytest.raises(InputError, match=r"has init of torch\.float32"):
         other.load_state_dict(drawn.state_dict())
     broken = copy.deepcopy(wide.state_dict())
-    broken["state"][0] |= {"cohort": torch.full((64,), 200, dtype=torch.uint8), "cohort_steps": torch.ones(1)}
+    broken["state"][0] |= {"step_group": torch.full((64,), 200, dtype=torch.uint8), "group_steps": torch.ones(1)}
     with pytest.raises(InputError, match="cohorts without a step count"):
         wide.load_state_dict(broken)
 
@@ -103,7 +110,7 @@ def test_a_loaded_rate_is_a_copy():
 
 
 def test_hooks_follow_the_mask():
-    for hook in (compact_gradients, mask_gradients):
+    for hook in (gather_active_grads, zero_frozen_grads):
         layer, plain = (torch.nn.Linear(64, 64, bias=False) for _ in range(2))
         plain.load_state_dict(layer.state_dict())
         first = torch.zeros(64, 64, dtype=torch.bool)
@@ -111,7 +118,7 @@ def test_hooks_follow_the_mask():
         optimizers = [MaskedSGD(one.named_parameters(), masks={"weight": first}, lr=1.0) for one in (layer, plain)]
         hook(layer, optimizers[0])
         for one, optimizer in zip((layer, plain), optimizers, strict=True):
-            optimizer.remap({"weight": ~first})
+            optimizer.set_masks({"weight": ~first})
             one(torch.ones(1, 64)).sum().backward()
             optimizer.step()
         assert torch.equal(layer.weight, plain.weight)
@@ -121,7 +128,7 @@ def test_a_step_takes_what_was_gathered_and_forgets_it():
     """Hugging Face's Trainer calls model.zero_grad, never the optimizer's."""
     layer = torch.nn.Linear(4, 1, bias=False)
     optimizer = MaskedSGD(layer.named_parameters(), masks={"weight": all_of(4).view(1, 4)}, lr=1.0)
-    hooks = compact_gradients(layer, optimizer)
+    hooks = gather_active_grads(layer, optimizer)
     start = layer.weight.detach().clone()
     for _ in range(3):
         layer(torch.ones(1, 4)).sum().backward()
@@ -212,7 +219,7 @@ def test_unnamed_parameters_must_be_all_of_the_model():
 
 
 def test_what_was_deleted_is_freed():
-    for make in (compact_gradients, mask_gradients):
+    for make in (gather_active_grads, zero_frozen_grads):
         model = torch.nn.Linear(8, 8)
         optimizer = MaskedAdamW(
             model.named_parameters(), masks={name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters()}
@@ -255,12 +262,14 @@ def test_masks_take_what_their_docstring_says():
 
 def test_a_refused_remap_changes_nothing():
     a, b = P(torch.zeros(8)), P(torch.zeros(8))
-    optimizer = MaskedAdamW([{"params": [a], "decay": "toward_init"}, {"params": [b]}], masks=[all_of(8), all_of(8)])
+    optimizer = MaskedAdamW(
+        [{"params": [a], "weight_decay_target": "init"}, {"params": [b]}], masks=[all_of(8), all_of(8)]
+    )
     a.grad, b.grad = torch.ones(8), torch.ones(8)
     optimizer.step()
     before = a.detach().clone()
     with pytest.raises(ValueError, match="no start to go back to"):
-        optimizer.remap([~all_of(8), ~all_of(8)], dropped="restore")
+        optimizer.set_masks([~all_of(8), ~all_of(8)], on_drop="restore")
     assert torch.equal(a, before)
     assert optimizer._bound[0][0].mask.num_active == 8
 
@@ -272,10 +281,10 @@ def test_options_that_change_on_the_way_are_followed_or_refused():
     weight.grad = torch.ones(8)
     optimizer.step()
     assert "max_exp_avg_sq" in optimizer.state[weight]
-    optimizer.param_groups[0]["decay"] = "toward_init"
+    optimizer.param_groups[0]["weight_decay_target"] = "init"
     with pytest.raises(InputError, match="lacks where the weights began"):
         optimizer.step()
-    optimizer.param_groups[0].update(decay="zero", lr="oops")
+    optimizer.param_groups[0].update(weight_decay_target="zero", lr="oops")
     count = float(optimizer.state[weight]["step"])
     with pytest.raises(ValueError, match="lr is 'oops'"):
         optimizer.step()
@@ -305,12 +314,12 @@ def test_compact_parameters_have_hooks_that_fire():
         copy.deepcopy(compact)
     with torch.no_grad():
         model.weight.fill_(3.0)
-    compact.read()
+    compact.pull_from_model()
     assert torch.equal(compact.values[0], torch.full_like(compact.values[0], 3.0))
 
 
 def test_sparse_gradients_are_refused_alike():
-    for serve in (compact_gradients, mask_gradients):
+    for serve in (gather_active_grads, zero_frozen_grads):
         table = torch.nn.Embedding(8, 4, sparse=True)
         optimizer = MaskedAdamW(table.named_parameters(), masks={"weight": all_of(32).view(8, 4)})
         serve(table, optimizer)

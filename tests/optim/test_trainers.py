@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from opdkernels.optim import MaskedAdamW, MaskedSGD, in_model_order, mask_gradients, optimizer_cls_and_kwargs
+from opdkernels.optim import MaskedAdamW, MaskedSGD, in_model_order, optimizer_cls_and_kwargs, zero_frozen_grads
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; `make trainers` installs it")
@@ -184,7 +184,7 @@ def test_lightning(tmp_path, masked_clip):
         def configure_optimizers(self):
             optimizer = MaskedAdamW(self.model.named_parameters(), masks=self.masks, lr=1e-2)
             if masked_clip:
-                mask_gradients(self.model, optimizer)
+                zero_frozen_grads(self.model, optimizer)
             return optimizer
 
     def run(folder, resume=None):

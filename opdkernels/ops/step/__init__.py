@@ -15,7 +15,7 @@ and SGD, with momentum mu, dampening d and, where nesterov, g + mu m for m:
 
 in fp32, operation by operation as `torch.optim.AdamW` and `SGD` round them with `foreach=False`, with a square root that is
 rounded right (torch's own on the CPU may be off by one unit). Weight decay may draw to where a weight began instead of to zero. A
-bf16 weight is kept in one of four ways: "exact" with the 16 bits that it lacks of an fp32 master; "kahan" with a bf16
+bf16 weight is kept in one of four ways: "split_master" with the 16 bits that it lacks of an fp32 master; "kahan" with a bf16
 compensation; "stochastic", rounded up or down by Philox, keyed by seed, step, tensor and global coordinate, so that no sharding
 shows; "nearest", where updates below half a unit are lost.
 
@@ -45,11 +45,11 @@ SGD = (
     "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor[] masks, Tensor[] offsets, Tensor(b!)[] momentum_buffers, Tensor(c!)[] extras, "
     f"{COMMON}, bool nesterov, int precision, int seed) -> ()"
 )
-TAKE = "masked_take_(Tensor values, Tensor mask, Tensor offsets, Tensor(a!) into, bool add) -> ()"
-PUT = "masked_put_(Tensor(a!) values, Tensor mask, Tensor offsets, Tensor compact) -> ()"
-PRECISIONS = ("nearest", "exact", "kahan", "stochastic")
+TAKE = "masked_gather_(Tensor values, Tensor mask, Tensor offsets, Tensor(a!) into, bool add) -> ()"
+PUT = "masked_scatter_(Tensor(a!) values, Tensor mask, Tensor offsets, Tensor compact) -> ()"
+PRECISIONS = ("nearest", "split_master", "kahan", "stochastic")
 DTYPES = (torch.float32, torch.bfloat16)
-EXTRA_DTYPES = {"exact": torch.int16, "kahan": torch.bfloat16}
+RESIDUAL_DTYPES = {"split_master": torch.int16, "kahan": torch.bfloat16}
 BLOCK = 2048  # coordinates between the counts that go with a bitmask
 COHORTS = 256  # of one tensor, at most
 DECAY, WEIGHT, BETA2, SQUARE, BIAS, EPS, SIZE, STEP = range(8)  # columns of AdamW's scalars
@@ -151,13 +151,13 @@ def reference_sgd(
     )
 
 
-def reference_take(values, mask, offsets, into, add) -> None:
-    taken = values.view(-1)[places_of(mask, values.numel())].float()
+def reference_gather(values, mask, offsets, into, add) -> None:
+    taken = values.view(-1)[active_indices(mask, values.numel())].float()
     into.copy_(into + taken if add else taken)
 
 
-def reference_put(values, mask, offsets, compact) -> None:
-    values.view(-1)[places_of(mask, values.numel())] = compact.to(values.dtype)
+def reference_scatter(values, mask, offsets, compact) -> None:
+    values.view(-1)[active_indices(mask, values.numel())] = compact.to(values.dtype)
 
 
 def each_active(
@@ -184,7 +184,7 @@ def each_active(
     if found_inf is not None and bool(found_inf):
         return
     for i, param in enumerate(params):
-        flat, places = param.view(-1), places_of(masks[i], param.numel())
+        flat, places = param.view(-1), active_indices(masks[i], param.numel())
         grad = grads[i].view(-1)
         g = (grad if is_compact(grad.numel(), param.numel(), len(places)) else grad[places]).float()
         g = g if grad_scale is None else g / grad_scale
@@ -234,7 +234,7 @@ def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     return odd.view(torch.float64).float()
 
 
-def places_of(mask: torch.Tensor, numel: int) -> torch.Tensor:
+def active_indices(mask: torch.Tensor, numel: int) -> torch.Tensor:
     """Flat places of the active coordinates, int64, from bits (uint8) or places."""
     if mask.dtype != torch.uint8:
         return mask.long()
@@ -249,7 +249,7 @@ def is_compact(grads: int, numel: int, active: int) -> bool:
 
 def widened(stored: torch.Tensor, extra: torch.Tensor | None, precision: int) -> torch.Tensor:
     """fp32 values of stored weights."""
-    if stored.dtype == torch.float32 or PRECISIONS[precision] not in EXTRA_DTYPES:
+    if stored.dtype == torch.float32 or PRECISIONS[precision] not in RESIDUAL_DTYPES:
         return stored.float()
     if PRECISIONS[precision] == "kahan":
         return stored.float() + extra.float()  # type: ignore[union-attr]
@@ -274,7 +274,7 @@ def narrowed(
         return new.bfloat16()
     bits = new.view(torch.int32).long() & 0xFFFFFFFF
     special = ~new.isfinite() if kind == "stochastic" else new.isnan()
-    if kind == "exact":
+    if kind == "split_master":
         extra.copy_(torch.where(special, 0, bits & 0xFFFF))  # type: ignore[union-attr]
         up = bits + 0x8000
     else:
@@ -305,8 +305,8 @@ def wide_product(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tens
 
 register("step", ADAMW, reference_adamw)
 register("step", SGD, reference_sgd)
-register("step", TAKE, reference_take)
-register("step", PUT, reference_put)
+register("step", TAKE, reference_gather)
+register("step", PUT, reference_scatter)
 
 
 def adamw_scalars(
@@ -360,7 +360,7 @@ def masked_adamw(
     params: fp32 or bf16, contiguous. grads: fp32 or bf16, of the param's shape and contiguous, or fp32 [active], already gathered.
     masks: uint8 [ceil(n / 8)], a bit a coordinate (little-endian), with offsets int64 [ceil(n / 2048) + 1], the active
     coordinates before each 2048; or int32 or int64 [active], ascending places, with empty offsets. exp_avgs, exp_avg_sqs,
-    max_exp_avg_sqs (amsgrad): fp32 [active]. extras, of bf16 params: int16 [active] for "exact", bf16 for "kahan", else
+    max_exp_avg_sqs (amsgrad): fp32 [active]. extras, of bf16 params: int16 [active] for "split_master", bf16 for "kahan", else
     none; of fp32 params empty. inits: [active] of the param's dtype, what weight decay draws to instead of zero, or none.
     scalars: of `adamw_scalars`; tensor i uses row rows[i], by default i, or, where it has cohorts, uint8 [active], row
     rows[i] + cohort of each coordinate: coordinates that joined later have a step count of their own. starts: the global place
@@ -469,7 +469,7 @@ def masked_sgd(
     )
 
 
-def masked_take(
+def masked_gather(
     values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, into: torch.Tensor, *, add: bool = False
 ) -> torch.Tensor:
     """`into`, fp32 [active], with the active of `values`, fp32 or bf16 and contiguous, or, where `add`, with those added to it.
@@ -478,18 +478,18 @@ def masked_take(
     Raises TypeError for other dtypes, ValueError for what does not fit.
     """
     check(0, values, values, mask, offsets, [into], None, None, None, 0, "nearest")
-    torch.ops.opdkernels.masked_take_(values, mask, offsets, into, add)
+    torch.ops.opdkernels.masked_gather_(values, mask, offsets, into, add)
     return into
 
 
-def masked_put(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, compact: torch.Tensor) -> None:
+def masked_scatter(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, compact: torch.Tensor) -> None:
     """Sets the active of `values`, fp32 or bf16 and contiguous, in place, to `compact`, fp32 [active], rounded to nearest. mask and
     offsets as `masked_adamw` takes them.
 
     Raises TypeError for other dtypes, ValueError for what does not fit.
     """
     check(0, values, values, mask, offsets, [compact], None, None, None, 0, "nearest")
-    torch.ops.opdkernels.masked_put_(values, mask, offsets, compact)
+    torch.ops.opdkernels.masked_scatter_(values, mask, offsets, compact)
 
 
 def checked(
@@ -546,7 +546,7 @@ def check(i, param, grad, mask, offset, moments, extra, init, cohort, rows, prec
     refuse_others(i, param, fits)
     active = active_in(i, mask, offset, n)
     fits = [("a moment", moment, (torch.float32,), active) for moment in moments]
-    wanted = EXTRA_DTYPES.get(precision) if param.dtype == torch.bfloat16 else None
+    wanted = RESIDUAL_DTYPES.get(precision) if param.dtype == torch.bfloat16 else None
     if wanted is not None and extra is None:
         raise ValueError(f"precision {precision} needs a contiguous {wanted} [{active}] beside param {i}")
     if extra is not None:

@@ -79,14 +79,14 @@ def masked_sgd_(
     masked_step(table, scalars, grad_scale, clip, found_inf, maximize, SGD, nesterov, precision, seed)
 
 
-def masked_take_(
+def masked_gather_(
     values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, into: torch.Tensor, add: bool
 ) -> None:
     table = step_table([values], [values], [mask], [offsets], [into], (), (), (), (), (), [0], [0], [0])
     masked_step(table, into, None, None, None, False, ADD if add else TAKE, False, 0, 0)
 
 
-def masked_put_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, compact: torch.Tensor) -> None:
+def masked_scatter_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, compact: torch.Tensor) -> None:
     table = step_table([values], [values], [mask], [offsets], [compact], (), (), (), (), (), [0], [0], [0])
     masked_step(table, compact, None, None, None, False, PUT, False, 0, 0)
 

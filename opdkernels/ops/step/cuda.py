@@ -147,11 +147,11 @@ def row_of(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, comp
     return step_rows([values], [values], [mask], [offsets], [[compact]], [], [], [], [0], [0], [0])
 
 
-def masked_take_(
+def masked_gather_(
     values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, into: torch.Tensor, add: bool
 ) -> None:
     start("step_take", row_of(values, mask, offsets, into), values.device, add)
 
 
-def masked_put_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, compact: torch.Tensor) -> None:
+def masked_scatter_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, compact: torch.Tensor) -> None:
     start("step_put", row_of(values, mask, offsets, compact), values.device)

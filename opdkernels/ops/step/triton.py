@@ -469,7 +469,7 @@ def masked_sgd_(
     )
 
 
-def masked_take_(
+def masked_gather_(
     values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, into: torch.Tensor, add: bool
 ) -> None:
     """The operator, for contiguous tensors of one device."""
@@ -489,7 +489,7 @@ def masked_take_(
         )
 
 
-def masked_put_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, compact: torch.Tensor) -> None:
+def masked_scatter_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, compact: torch.Tensor) -> None:
     """The operator, for contiguous tensors of one device."""
     size = step_size(values, mask)
     if size:

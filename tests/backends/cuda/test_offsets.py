@@ -162,9 +162,9 @@ def test_places_of_step(monkeypatch):
     values, taken = reserved(N, BF16, torch.zeros(2000, dtype=BF16)), torch.empty(4)
     values[places] = torch.tensor([1.0, 2, 3, 4], dtype=BF16)
     none = torch.zeros(0, dtype=torch.int64)
-    step.masked_take_(values, places, none, taken, False)
+    step.masked_gather_(values, places, none, taken, False)
     assert taken.tolist() == [1, 2, 3, 4]
-    step.masked_put_(values, places, none, taken + 4)
+    step.masked_scatter_(values, places, none, taken + 4)
     assert values[places].tolist() == [5, 6, 7, 8]
 
 

@@ -333,8 +333,8 @@ def call_take_and_put(dtype: torch.dtype, masks: torch.dtype = torch.uint8, n: i
         on_cuda(n // 2048 + 1 if bits else 0),
     )
     for add in (False, True):
-        step.masked_take_(*held, on_cuda(n // 5, dtype=FP32), add)
-    step.masked_put_(*held, on_cuda(n // 5, dtype=FP32))
+        step.masked_gather_(*held, on_cuda(n // 5, dtype=FP32), add)
+    step.masked_scatter_(*held, on_cuda(n // 5, dtype=FP32))
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from opdkernels.ops.step import (
     PRECISIONS,
     adamw_scalars,
     masked_adamw,
-    masked_put,
+    masked_gather,
+    masked_scatter,
     masked_sgd,
-    masked_take,
     sgd_scalars,
 )
 from tests.conftest import ISAS
@@ -50,7 +50,7 @@ class State:
         self.block_counts = [torch.zeros(0, dtype=torch.int64) if places else m.block_counts for m in self.masks]
         self.m, self.v = ([torch.zeros(m.num_active) for m in self.masks] for _ in range(2))
         self.most = [torch.zeros(m.num_active) for m in self.masks] if amsgrad else []
-        kind = ops.EXTRA_DTYPES.get(precision) if dtype == torch.bfloat16 else None
+        kind = ops.RESIDUAL_DTYPES.get(precision) if dtype == torch.bfloat16 else None
         self.extras = [torch.zeros(m.num_active, dtype=kind) for m in self.masks] if kind else []
 
     def grads(self, dtype=torch.float32):
@@ -152,7 +152,7 @@ def assert_taken_and_put_alike(take, put, sizes, dtype, places) -> None:
         state = State((n,), dtype=dtype, places=places)
         held, offsets, active = state.held[0], state.block_counts[0], state.masks[0].num_active
         results = []
-        for taking, putting in ((take, put), (ops.reference_take, ops.reference_put)):
+        for taking, putting in ((take, put), (ops.reference_gather, ops.reference_scatter)):
             values, compact = torch.full((n + 9,), 7.0, dtype=dtype), torch.full((active + 9,), 7.0)
             values[3 : 3 + n] = state.params[0]
             into = compact[1 : 1 + active]
@@ -169,7 +169,7 @@ class Mixed(State):
     """Tensors of several kinds, some without an active coordinate or any coordinate at all, in no order."""
 
     def __init__(self):
-        super().__init__((0, 3000, 700, 5000, 9, 4097, 64), density=0.3, dtype=torch.bfloat16, precision="exact")
+        super().__init__((0, 3000, 700, 5000, 9, 4097, 64), density=0.3, dtype=torch.bfloat16, precision="split_master")
         self.masks[4] = Mask.from_bool(torch.zeros(9, dtype=torch.bool))
         for i in (1, 5):
             self.params[i] = self.params[i].float()
@@ -211,7 +211,7 @@ class Mixed(State):
             inits=self.inits,
             cohorts=self.cohorts,
             rows=[0] * len(self.params),
-            precision="exact",
+            precision="split_master",
         )
 
 
@@ -433,7 +433,7 @@ def test_decay_draws_to_where_the_weights_began():
 @pytest.mark.parametrize("hostile", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", ops.DTYPES)
 def test_what_is_frozen_is_neither_read_nor_written(isa, hostile, dtype):
-    state = State(SIZES, dtype=dtype, precision="exact" if dtype == torch.bfloat16 else "nearest")
+    state = State(SIZES, dtype=dtype, precision="split_master" if dtype == torch.bfloat16 else "nearest")
     clean = State(SIZES, dtype=dtype, precision=state.precision)
     grads = state.grads(dtype)
     poisoned = [torch.where(m.to_bool(), g, hostile) for g, m in zip(grads, state.masks, strict=True)]
@@ -472,7 +472,7 @@ def test_all_and_nothing(isa, density):
 
 def test_an_exact_remainder_makes_the_weight_a_master(isa):
     """bf16 weight and remainder are the fp32 master that torch's AdamW would keep, at a rate that plain rounding loses."""
-    state = State(SIZES, dtype=torch.bfloat16, precision="exact")
+    state = State(SIZES, dtype=torch.bfloat16, precision="split_master")
     masters = [torch.nn.Parameter(p.float()) for p in state.params]
     optimizer = torch.optim.AdamW(masters, lr=1e-6, betas=BETAS, eps=EPS, weight_decay=0.01, foreach=False)
     for _ in range(20):
@@ -498,12 +498,12 @@ def test_every_pattern_goes_through_the_remainder_and_back():
     masters = torch.where(masters >= 1 << 31, masters - (1 << 32), masters).int().view(torch.float32)
     masters = masters[~masters.isnan()]
     extra = torch.empty(len(masters), dtype=torch.int16)
-    weight = ops.narrowed(masters, torch.bfloat16, extra, PRECISIONS.index("exact"), ())
-    back = ops.widened(weight, extra, PRECISIONS.index("exact"))
+    weight = ops.narrowed(masters, torch.bfloat16, extra, PRECISIONS.index("split_master"), ())
+    back = ops.widened(weight, extra, PRECISIONS.index("split_master"))
     assert torch.equal(bits(back), bits(masters))
 
 
-@pytest.mark.parametrize("precision", ["nearest", "exact", "kahan", "stochastic"])
+@pytest.mark.parametrize("precision", ["nearest", "split_master", "kahan", "stochastic"])
 def test_how_much_of_small_updates_is_kept(precision):
     """At a rate of 1e-6 rounding loses nearly the whole run, the others do not."""
     state = State((20_000,), density=1.0, dtype=torch.bfloat16, precision=precision)
@@ -518,7 +518,9 @@ def test_how_much_of_small_updates_is_kept(precision):
     wanted = full.params[0] - start
     got = ops.widened(state.params[0], state.extras[0] if state.extras else None, PRECISIONS.index(precision)) - start
     error = float((got - wanted).norm() / wanted.norm())
-    low, high = {"nearest": (0.8, 1.2), "exact": (0, 1e-6), "kahan": (0, 0.1), "stochastic": (0.3, 1.5)}[precision]
+    low, high = {"nearest": (0.8, 1.2), "split_master": (0, 1e-6), "kahan": (0, 0.1), "stochastic": (0.3, 1.5)}[
+        precision
+    ]
     assert low <= error <= high
     if precision == "stochastic":
         assert float((got * wanted).sum() / wanted.square().sum()) == pytest.approx(1, abs=0.05)  # on average all of it
@@ -565,7 +567,7 @@ def test_threads_change_no_bit():
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        state = State((300_000, 5, 70_001), dtype=torch.bfloat16, precision="exact")
+        state = State((300_000, 5, 70_001), dtype=torch.bfloat16, precision="split_master")
         for _ in range(2):
             state.step(state.grads(torch.bfloat16))
         results.append(state.copies())
@@ -580,15 +582,15 @@ def test_active_values_are_taken_added_and_put_back(isa, dtype, places):
     state = State(SIZES, dtype=dtype, places=places)
     for p, mask, held, offsets in zip(state.params, state.masks, state.held, state.block_counts, strict=True):
         active, before = mask.to_bool(), p.clone()
-        taken = masked_take(p, held, offsets, torch.full((mask.num_active,), float("nan")))
+        taken = masked_gather(p, held, offsets, torch.full((mask.num_active,), float("nan")))
         assert torch.equal(taken, p[active].float())
-        assert torch.equal(masked_take(p, held, offsets, taken.clone(), add=True), 2 * taken)
+        assert torch.equal(masked_gather(p, held, offsets, taken.clone(), add=True), 2 * taken)
         values = torch.randn(mask.num_active)
-        masked_put(p, held, offsets, values)
+        masked_scatter(p, held, offsets, values)
         assert torch.equal(p[active], values.to(dtype))
         assert torch.equal(bits(p)[~active], bits(before)[~active])
         with pytest.raises(ValueError, match="a moment of param 0"):
-            masked_take(p, held, offsets, torch.zeros(mask.num_active + 1))
+            masked_gather(p, held, offsets, torch.zeros(mask.num_active + 1))
 
 
 def test_fused_multiply_add_is_rounded_once():
@@ -638,7 +640,7 @@ def test_bad_input_is_refused_by_name():
         ({}, {"cohorts": [torch.ones_like(state.m[0], dtype=torch.uint8)]}, ValueError, "a cohort 1 and 1 rows"),
         ({"grads": []}, {}, ValueError, "as many gradients"),
         ({}, {"precision": "double"}, ValueError, "precision must be one of"),
-        ({"params": [state.params[0].bfloat16()]}, {"precision": "exact"}, ValueError, "precision exact needs"),
+        ({"params": [state.params[0].bfloat16()]}, {"precision": "split_master"}, ValueError, "precision exact needs"),
     ):
         with pytest.raises(error, match=message):
             masked_adamw(*({**fits, **changes}.values()), scalars, **options)
@@ -701,7 +703,7 @@ def test_operator_is_registered_as_torch_wants_it(dtype, precision):
 
 def test_a_million_coordinates(isa, threads, monkeypatch):
     def make():
-        return State((1_000_003, 70_001), dtype=torch.bfloat16, precision="exact")
+        return State((1_000_003, 70_001), dtype=torch.bfloat16, precision="split_master")
 
     kernels = {name: getattr(torch.ops.opdkernels, name) for name in ("masked_adamw_", "masked_sgd_")}
     step_alike(kernels, monkeypatch, make, lambda state: state.step(state.grads(torch.bfloat16)))

@@ -91,10 +91,10 @@ def test_sgd(monkeypatch, weight_decay, momentum, dampening, nesterov, maximize)
                 nesterov=nesterov,
                 maximize=maximize,
                 extras=state.extras,
-                precision="exact",
+                precision="split_master",
             )
 
-    assert_as_the_reference(monkeypatch, lambda: State(SIZES, dtype=BF16, precision="exact"), twice)
+    assert_as_the_reference(monkeypatch, lambda: State(SIZES, dtype=BF16, precision="split_master"), twice)
 
 
 @pytest.mark.parametrize("family", ["adamw", "sgd"])
@@ -174,7 +174,7 @@ def test_a_million_coordinates_in_blocks_as_large_as_on_a_device(monkeypatch):
     monkeypatch.setattr(step, "THREADS", 256)
 
     def make():
-        return State((1_000_003, 70_001), dtype=BF16, precision="exact")
+        return State((1_000_003, 70_001), dtype=BF16, precision="split_master")
 
     assert_as_the_reference(monkeypatch, make, lambda state: state.step(state.grads(BF16)))
 
@@ -227,7 +227,7 @@ def test_what_is_frozen_or_beyond_misaligned_views_is_not_written(monkeypatch, p
 @pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
 @pytest.mark.parametrize("places", [False, True])
 def test_taken_and_put_of_misaligned_views(dtype, places):
-    assert_taken_and_put_alike(step.masked_take_, step.masked_put_, (*SIZES, 70_001), dtype, places)
+    assert_taken_and_put_alike(step.masked_gather_, step.masked_scatter_, (*SIZES, 70_001), dtype, places)
 
 
 MEETING = "__syncwarp();"

@@ -104,10 +104,10 @@ def test_sgd(monkeypatch, weight_decay, momentum, dampening, nesterov, maximize)
                 nesterov=nesterov,
                 maximize=maximize,
                 extras=state.extras,
-                precision="exact",
+                precision="split_master",
             )
 
-    assert_as_the_reference(monkeypatch, lambda: State(SIZES, dtype=BF16, precision="exact"), step)
+    assert_as_the_reference(monkeypatch, lambda: State(SIZES, dtype=BF16, precision="split_master"), step)
 
 
 @pytest.mark.parametrize("family", ["adamw", "sgd"])
@@ -202,7 +202,7 @@ def test_what_is_frozen_or_beyond_misaligned_views_is_not_written(monkeypatch, p
 def test_taken_and_put(monkeypatch, dtype, places, tile):
     """Between sentinels and at any alignment; two times two bits of a bf16 are lost in rounding, and ties go to even."""
     monkeypatch.setattr(kernels, "TILE", tile)
-    assert_taken_and_put_alike(kernels.masked_take_, kernels.masked_put_, (0, 1, 31, 2049, 5000), dtype, places)
+    assert_taken_and_put_alike(kernels.masked_gather_, kernels.masked_scatter_, (0, 1, 31, 2049, 5000), dtype, places)
 
 
 def test_places_beyond_two_billion(monkeypatch):
@@ -218,7 +218,7 @@ def test_places_beyond_two_billion(monkeypatch):
     common = ([], [], [], scalars, [0], [0], [0], None, None, None, False, 0, 0)
     kernels.masked_adamw_([param], [gradients], [places], [none], [m], [v], [], *common)
     taken = torch.empty(5)
-    kernels.masked_take_(param, places, none, taken, False)
+    kernels.masked_gather_(param, places, none, taken, False)
     small = expected.to(BF16)
     ops.reference_adamw(
         [small], [gradients], [torch.arange(5)], [none], [torch.zeros(5)], [torch.zeros(5)], [], *common
@@ -231,6 +231,6 @@ def test_a_million_coordinates(monkeypatch):
     monkeypatch.setattr(kernels, "TILE", 1 << 17)
 
     def make():
-        return State((1_000_003, 70_001), dtype=BF16, precision="exact")
+        return State((1_000_003, 70_001), dtype=BF16, precision="split_master")
 
     assert_as_the_reference(monkeypatch, make, lambda state: state.step(state.grads(BF16)))
