@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 
-from opdkernels.checkpoint.base import open_source
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.ops.overlap import Overlap, overlap
 
 
@@ -35,7 +35,7 @@ def test_overlap_loop_against_the_paper_script(benchmark, row, folder, paper_scr
     )
     theirs = json.loads(ran.stdout.splitlines()[-1])
     with contextlib.ExitStack() as stack:
-        base, *runs = (stack.enter_context(contextlib.closing(open_source(path))) for path in paths)
+        base, *runs = (stack.enter_context(contextlib.closing(open_checkpoint(path))) for path in paths)
 
         def loop():
             found = Overlap.empty(2)

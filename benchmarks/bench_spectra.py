@@ -17,7 +17,7 @@ from benchmarks.harness import paired
 from opdkernels import analyze
 from opdkernels.analysis.headers import ASSUMED_FLOPS_S
 from opdkernels.analysis.matrices import cost, memory
-from opdkernels.checkpoint.base import open_source
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.ops.gram import gram, symmetric
 from opdkernels.spectral import randomized_svd
 from opdkernels.spectral.exact import singular_values
@@ -27,7 +27,7 @@ from tests.analysis.test_spectra import oracle
 @pytest.mark.parametrize("part", ["layers.3.mlp.down_proj", "layers.3.self_attn.q_proj", "layers.3."])
 def test_every_figure_against_the_paper_script(benchmark, row, folder, paper_script, one_thread, tmp_path, part):
     for run in ("source", "run_a"):
-        source = open_source(folder / run)
+        source = open_checkpoint(folder / run)
         tensors = {
             name: source.read(name, 0, info.numel).clone().view(info.shape)
             for name, info in source.tensors.items()
@@ -106,7 +106,7 @@ def test_accuracy_against_svd_in_fp64(benchmark, row, folder, tmp_path):
     names = [f"model.layers.3.{part}_proj.weight" for part in ("mlp.down", "self_attn.k", "self_attn.q")]
     pair = []
     for run in ("source", "run_a"):
-        source = open_source(folder / run)
+        source = open_checkpoint(folder / run)
         pair.append(
             {
                 name: source.read(name, 0, source.tensors[name].numel).clone().view(source.tensors[name].shape)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import data, harness
-from opdkernels.checkpoint.base import open_source
+from opdkernels.checkpoint.open import open_checkpoint
 
 
 def pytest_addoption(parser):
@@ -35,7 +35,7 @@ def embedding(folder) -> list[torch.Tensor]:
     """136 M coordinates of source, run A and run B, in memory."""
     found = []
     for run in ("source", "run_a", "run_b"):
-        source = open_source(folder / run)
+        source = open_checkpoint(folder / run)
         info = source.tensors["model.embed_tokens.weight"]
         found.append(source.read(info.name, 0, info.numel).clone())
         source.close()

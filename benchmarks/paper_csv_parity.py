@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import data
 from opdkernels import load
-from opdkernels.checkpoint.base import open_source
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.compat.paper_csv.spectra import LABELS
 from opdkernels.metrics.spectra import SpectrumRecord
 from opdkernels.spectral.exact import RATIOS
@@ -146,7 +146,7 @@ def truth(source: torch.Tensor, trained: torch.Tensor) -> dict[str, float]:
 
 def compare_geometry(name: str, source: Path, trained: Path, mine: dict, yours: dict) -> int:
     """Columns of base geometry that differ: who is nearer to fp64, over matrices small enough for it."""
-    sides = [open_source(path) for path in (source, trained)]
+    sides = [open_checkpoint(path) for path in (source, trained)]
     off: dict[str, list[tuple[float, float]]] = {}
     for key in mine.keys() & yours.keys():
         info = sides[0].tensors.get(key[0])

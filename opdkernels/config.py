@@ -60,7 +60,7 @@ class Options(BaseModel):
 
     @property
     def opening(self) -> dict[str, Any]:
-        """The options of `open_source`."""
+        """The options of `open_checkpoint`."""
         return {"io": self.io, "revision": self.revision, "allow_missing": self.allow_missing}
 
 

@@ -161,7 +161,7 @@ def matches_cpu_when_streamed(
     sides = [make_pair(n, dtype, seed=n) for n in sizes for dtype in (torch.bfloat16, torch.float32)]
     info = {torch.bfloat16: SimpleNamespace(dtype="bf16"), torch.float32: SimpleNamespace(dtype="fp32")}
     matches = [
-        (i, SimpleNamespace(numel=w.numel(), source=info[w.dtype], trained=info[v.dtype]))
+        (i, SimpleNamespace(numel=w.numel(), base=info[w.dtype], trained=info[v.dtype]))
         for i, (w, v) in enumerate(sides)
     ]
     source = SimpleNamespace(

@@ -148,7 +148,7 @@ def compute_all(
     tasks = plan(jobs, rules, similarities, run)
     every = [matrix for job in jobs for matrix in matrices(job.pair)]
     total_cost = sum(m.cost for m in every) or 1.0
-    total_bytes = sum(m.m * m.n * (ITEM_BYTES[m.match.source.dtype] + ITEM_BYTES[m.match.trained.dtype]) for m in every)
+    total_bytes = sum(m.m * m.n * (ITEM_BYTES[m.match.base.dtype] + ITEM_BYTES[m.match.trained.dtype]) for m in every)
     done = total_cost - sum(task.cost for task in tasks)
     memory = Memory(rules.limit)
     workers = torch.get_num_threads()
@@ -181,7 +181,7 @@ def plan(jobs: Sequence[Job], rules: Rules, similarities: ArrowStore[Similarity]
                 for view in views
                 if not satisfies(job.spectra.records.get((matrix.index, matrix.part, view)), rules)
             )
-            place = (matrix.match.source.name, matrix.match.source_start + matrix.start, matrix.m, matrix.n)
+            place = (matrix.match.base.name, matrix.match.base_start + matrix.start, matrix.m, matrix.n)
             by_place.setdefault(place, []).append(Work(job, matrix, tuple(missing)))
     tasks = []
     for works in by_place.values():
@@ -287,7 +287,7 @@ def examine_one(
         if rules.kind == "topk":
             record, found = top_spectrum(matrix, w, v, view, rules.device)
         else:
-            side = sides.setdefault(view == "visible" and matrix.match.source.dtype != "bf16", Side())
+            side = sides.setdefault(view == "visible" and matrix.match.base.dtype != "bf16", Side())
             record, found = spectrum(matrix, w, v, view, side, rules)
         records.append(replace(record, seconds=time.perf_counter() - began))
         top = found if view == "stored" else top

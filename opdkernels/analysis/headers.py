@@ -7,8 +7,9 @@ from collections import Counter
 from typing import Any
 
 from opdkernels.analysis.matrices import matrices, views_of
-from opdkernels.checkpoint.base import Source, open_source
+from opdkernels.checkpoint.base import Checkpoint
 from opdkernels.checkpoint.match import ITEM_BYTES, Pair, match
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.config import AnalyzeOptions, validate_options
 from opdkernels.errors import printable
 from opdkernels.formatting import byte_size
@@ -30,7 +31,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2g} s"
 
 
-def holdings(source: Source) -> dict[str, Any]:
+def holdings(source: Checkpoint) -> dict[str, Any]:
     tensors = source.tensors.values()
     return {
         "path": source.path,
@@ -50,20 +51,20 @@ def inspect(a: str, b: str | None = None, *, memory: str | int = "4GB", **option
     chosen = validate_options(AnalyzeOptions, {"memory": memory, **options})
     assert isinstance(chosen, AnalyzeOptions)
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(contextlib.closing(open_source(a, **chosen.opening)))
+        first = stack.enter_context(contextlib.closing(open_checkpoint(a, **chosen.opening)))
         found: dict[str, Any] = {"a": holdings(first)}
         if b is None:
             return found
-        second = stack.enter_context(contextlib.closing(open_source(b, **chosen.opening)))
+        second = stack.enter_context(contextlib.closing(open_checkpoint(b, **chosen.opening)))
         found["b"] = holdings(second)
         pair = match(first, second)
         coordinates = sum(m.numel for m in pair.matches)
         largest = max(
-            (m.numel * (ITEM_BYTES[m.source.dtype] + ITEM_BYTES[m.trained.dtype]) for m in pair.matches), default=0
+            (m.numel * (ITEM_BYTES[m.base.dtype] + ITEM_BYTES[m.trained.dtype]) for m in pair.matches), default=0
         )
         found |= {
             "matched": len(pair.matches),
-            "how": dict(Counter(m.how for m in pair.matches)),
+            "how": dict(Counter(m.match_kind for m in pair.matches)),
             "coordinates": coordinates,
             "unmatched": [vars(u) | {"shape": list(u.shape)} for u in pair.unmatched],
             "excluded": [u.name for u in pair.unmatched if u.kind in ("shape", "shard")],

@@ -74,5 +74,5 @@ def matrices(pair: Pair) -> Iterator[Matrix]:
 
 def views_of(match: Match, both: bool) -> tuple[str, ...]:
     """The views of which spectra are made. In a bf16 pair both have one W and one W', and delta differs by its rounding alone."""
-    bf16 = match.source.dtype == match.trained.dtype == "bf16"
+    bf16 = match.base.dtype == match.trained.dtype == "bf16"
     return ("stored", "visible") if both or not bf16 else ("stored",)

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from opdkernels.analysis.outputs import OUTPUTS
 from opdkernels.analysis.run import slices, threads
-from opdkernels.checkpoint.base import open_source
 from opdkernels.checkpoint.match import ITEM_BYTES, Match, Pair, match
-from opdkernels.checkpoint.names import place
+from opdkernels.checkpoint.names import parse_tensor_name
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.config import OverlapOptions
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.files import write_json
@@ -85,7 +85,7 @@ def run_overlap(
         raise UsageError(f"overlap compares 2 to {MAX_RUNS} runs of one source, not {len(runs)}")
     with contextlib.ExitStack() as stack:
         sources = [
-            stack.enter_context(contextlib.closing(open_source(path, **chosen.opening))) for path in (base, *runs)
+            stack.enter_context(contextlib.closing(open_checkpoint(path, **chosen.opening))) for path in (base, *runs)
         ]
         stack.enter_context(threads(chosen.threads))
         pairs = [match(sources[0], source) for source in sources[1:]]
@@ -119,14 +119,14 @@ def names(count: int) -> list[str]:
 
 def place_of(match: Match) -> tuple[str, int, int]:
     """Which elements of the source a match compares."""
-    return match.source.name, match.source_start, match.numel
+    return match.base.name, match.base_start, match.numel
 
 
 def in_all(pairs: Sequence[Pair], names: Sequence[str]) -> tuple[list[list[Match]], list[dict[str, str]]]:
     """Matches of the source that every run has, a list of one match a run; and what some run lacks."""
     by_place = [{place_of(m): m for m in pair.matches} for pair in pairs]
-    held = [{m.source.name for m in pair.matches} for pair in pairs]
-    order = {name: i for i, name in enumerate(pairs[0].source.tensors)}
+    held = [{m.base.name for m in pair.matches} for pair in pairs]
+    order = {name: i for i, name in enumerate(pairs[0].base.tensors)}
     first = {place_of(m): m for pair in reversed(pairs) for m in pair.matches}
     together, excluded = [], []
     for where, one in sorted(first.items(), key=lambda item: (order[item[0][0]], item[0][1:])):
@@ -135,7 +135,7 @@ def in_all(pairs: Sequence[Pair], names: Sequence[str]) -> tuple[list[list[Match
             together.append(found)
             continue
         lacking = [i for i, matches in enumerate(by_place) if where not in matches]
-        cut = all(one.source.name in held[i] for i in lacking)
+        cut = all(one.base.name in held[i] for i in lacking)
         absent = ", ".join(names[i] for i in lacking)
         excluded.append(
             {
@@ -156,13 +156,13 @@ def in_all(pairs: Sequence[Pair], names: Sequence[str]) -> tuple[list[list[Match
 
 def bytes_each(matches: Sequence[Match]) -> int:
     """Of one coordinate in the source and every run."""
-    return ITEM_BYTES[matches[0].source.dtype] + sum(ITEM_BYTES[m.trained.dtype] for m in matches)
+    return ITEM_BYTES[matches[0].base.dtype] + sum(ITEM_BYTES[m.trained.dtype] for m in matches)
 
 
 def read_all(pairs: Sequence[Pair], matches: Sequence[Match], begin: int, end: int) -> list[Any]:
     """Elements [begin, end) of a tensor of the source, and of it in every run."""
     first = matches[0]
-    tensors = [pairs[0].source.read(first.source.name, first.source_start + begin, first.source_start + end)]
+    tensors = [pairs[0].base.read(first.base.name, first.base_start + begin, first.base_start + end)]
     for pair, m in zip(pairs, matches, strict=True):
         tensors.append(pair.trained.read(m.trained.name, m.trained_start + begin, m.trained_start + end))
     return tensors
@@ -190,7 +190,7 @@ def count(pairs: list[Pair], together: list[list[Match]], chosen: OverlapOptions
 
 
 def tensor_rows(one: Counted) -> list[dict[str, Any]]:
-    found, where = one.found, place(one.match.name)
+    found, where = one.found, parse_tensor_name(one.match.name)
     rows = []
     runs = names(found.n_runs)
     for a, b in itertools.combinations(range(found.n_runs), 2):

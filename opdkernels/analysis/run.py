@@ -20,7 +20,7 @@ from opdkernels.analysis.result import Analysis
 from opdkernels.backends.devices import resolve_device
 from opdkernels.checkpoint import streaming as feed
 from opdkernels.checkpoint.match import Pair, open_pair
-from opdkernels.checkpoint.names import place
+from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.config import AnalyzeOptions
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.files import write_json
@@ -81,7 +81,7 @@ def analyze(
 
 def describe_pair(pair: Pair, options: AnalyzeOptions) -> dict[str, Any]:
     """The initial run.json of the analysis of a pair."""
-    inputs = {"source": pair.source, "trained": pair.trained}
+    inputs = {"source": pair.base, "trained": pair.trained}
     return describe_run("analyze", options.model_dump(mode="json"), inputs, schema_version=SCHEMA_VERSION)
 
 
@@ -174,9 +174,9 @@ def count_all(
                         match.name,
                         match.trained_name,
                         match.shape,
-                        match.source.dtype,
+                        match.base.dtype,
                         match.trained.dtype,
-                        match.how,
+                        match.match_kind,
                         counted,
                         failure,
                     )
@@ -197,7 +197,7 @@ def assemble(pair: Pair, records: list[TallyRecord], run: dict[str, Any]) -> Ana
     views = {view: compute_metrics(tallies, view) for view in VIEWS}
     if counted:
         views["visible"] |= null_metrics(views["visible"], nulls)
-    places = [place(r.name) for r in counted]
+    places = [parse_tensor_name(r.name) for r in counted]
     about: dict[str, list] = {
         "name": [r.name for r in counted],
         "trained_name": [r.trained_name for r in counted],
@@ -273,7 +273,7 @@ def summarise(pair: Pair, records: list[TallyRecord], groups: list[dict], nulls:
     ulp = sum((r.tally.ulp for r in counted if r.tally), np.zeros(2 * ULP_REACH + 3, np.int64))
     return {
         "schema_version": tables.TABLE_VERSION,
-        "source": pair.source.path,
+        "source": pair.base.path,
         "trained": pair.trained.path,
         "matched": {
             "tensors": len(records),

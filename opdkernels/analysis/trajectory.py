@@ -29,9 +29,9 @@ from opdkernels.analysis.outputs import OUTPUTS
 from opdkernels.analysis.overlap import bytes_each, in_all, place_of, read_all
 from opdkernels.analysis.result import Analysis
 from opdkernels.analysis.run import conclude, count_all, describe_pair, facts, slices, threads
-from opdkernels.checkpoint.base import open_source
 from opdkernels.checkpoint.match import Match, Pair, match
-from opdkernels.checkpoint.names import Place, place
+from opdkernels.checkpoint.names import TensorRole, parse_tensor_name
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.config import AnalyzeOptions, TrajectoryOptions
 from opdkernels.errors import UsageError, printable
 from opdkernels.files import write_json
@@ -122,7 +122,7 @@ def run_trajectory(
     numbered, notes = in_order([os.fspath(path) for path in checkpoints])
     with contextlib.ExitStack() as stack:
         source, *trained = (
-            stack.enter_context(contextlib.closing(open_source(path, **chosen.opening)))
+            stack.enter_context(contextlib.closing(open_checkpoint(path, **chosen.opening)))
             for path in (base, *(path for _, path in numbered))
         )
         stack.enter_context(threads(chosen.threads))
@@ -432,11 +432,11 @@ def step_rows(
     """The rows of one checkpoint: its groups, with what takes several checkpoints, and the means of what its matrices show."""
     along: dict[tuple, list[Along]] = {}
     for one in paths:
-        for key in keys_of(place(one.match.name)):
+        for key in keys_of(parse_tensor_name(one.match.name)):
             along.setdefault(key, []).append(one)
     spectral: dict[tuple, list[Row]] = {}
     for row in matrix_rows(step, analysis, alike):
-        for key in keys_of(place(row["name"])):
+        for key in keys_of(parse_tensor_name(row["name"])):
             spectral.setdefault(key, []).append(row)
     rows = []
     for group in analysis.groups.to_pylist():
@@ -451,7 +451,7 @@ def step_rows(
     return rows
 
 
-def keys_of(where: Place) -> Iterator[tuple]:
+def keys_of(where: TensorRole) -> Iterator[tuple]:
     """The groups that a tensor belongs to."""
     for grouping, names in tables.GROUPINGS.items():
         yield (grouping, *(getattr(where, name) for name in names))

@@ -1,12 +1,9 @@
-"""A checkpoint as named, typed ranges of bytes: the protocol, and `open_source`, which finds out what a path holds."""
+"""A checkpoint as named, typed ranges of bytes: the protocol that every format implements."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
-
-from opdkernels.errors import InputError, UsageError, printable
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +39,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class FileFact:
+class FileFingerprint:
     """What tells one state of a file from another; `header_digest` is a blake2b-128 in hexadecimal.
 
     It covers the header of a safetensors file, and the first and last MiB of a torch file.
@@ -54,7 +51,7 @@ class FileFact:
     header_digest: str
 
 
-class Source(Protocol):
+class Checkpoint(Protocol):
     """An open checkpoint. `tensors` is in file order, so that reading it in that order is sequential.
 
     `aliases` names the tensors that share all their bytes with an earlier one, `missing` those whose shard is absent.
@@ -67,7 +64,7 @@ class Source(Protocol):
     kind: str
     tensors: dict[str, TensorInfo]
     config: dict
-    files: list[FileFact]
+    files: list[FileFingerprint]
     aliases: dict[str, str]
     missing: dict[str, str]
 
@@ -86,46 +83,3 @@ class Source(Protocol):
     def close(self) -> None:
         """Lets go of the files."""
         ...
-
-
-def open_source(
-    path: str | os.PathLike[str],
-    *,
-    io: str = "auto",
-    revision: str | None = None,
-    allow_missing: bool = False,
-    any_tensors: bool = False,
-) -> Source:
-    """Opens the checkpoint at a folder, a file, an index file or a hub id; reads headers only.
-
-    `io` is "mmap", "read" or "auto": mapped on local file systems where a mapping can be guarded, else positioned reads.
-    `allow_missing` turns an absent shard from an error into entries of `Source.missing`. `any_tensors` also opens what
-    holds quantised or adapter tensors, for `read_bits`: their values mean nothing by themselves, their bits do.
-    Raises InputError, before any tensor is read, for everything that cannot be read in full.
-    """
-    from opdkernels.checkpoint import folder, hub
-    from opdkernels.checkpoint.openfile import choose_io
-
-    if io not in ("auto", "mmap", "read"):
-        raise UsageError(f"io is {printable(repr(io))}; give 'auto', 'mmap' or 'read'")
-    given = os.fspath(path)
-    if os.path.isdir(given):
-        where = given
-    elif os.path.exists(given):
-        if not os.path.isfile(given):
-            raise InputError(f"{printable(given)} is neither a file nor a folder; give the path of a checkpoint")
-        where = given
-    elif "://" in given:
-        scheme = printable(given.split("://", 1)[0])
-        raise InputError(
-            f"{printable(given)}: {scheme}:// addresses are not read; download the checkpoint and give its folder"
-        )
-    elif hub.looks_like_id(given) and not os.path.isdir(given.split("/")[0]):
-        where = hub.download(given, revision)
-    else:
-        raise InputError(
-            f"{printable(given)} does not exist; give a folder, a checkpoint file or a hub id such as org/name@revision"
-        )
-    if revision is not None and where == given:
-        raise UsageError(f"{printable(given)} is a local path and has no revision; leave --revision out")
-    return folder.open_local(where, given, choose_io(io, where), allow_missing, any_tensors)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from opdkernels.checkpoint import fused
-from opdkernels.checkpoint.base import DTYPES, Source, TensorInfo, open_source
-from opdkernels.checkpoint.names import place
-from opdkernels.checkpoint.tied import Side, count_once, lone_heads
+from opdkernels.checkpoint.base import DTYPES, Checkpoint, TensorInfo
+from opdkernels.checkpoint.names import parse_tensor_name
+from opdkernels.checkpoint.open import open_checkpoint
+from opdkernels.checkpoint.tied import Side, drop_tied, unpaired_heads
 from opdkernels.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 @dataclass(frozen=True)
 class Match:
-    """Flat elements [source_start, source_start + numel) of one tensor against as many of another.
+    """Flat elements [base_start, base_start + numel) of one tensor against as many of another.
 
     `name` is the source's name, or the split side's where one side is fused; `how` is "exact", "prefix", "fused",
     "common rows" (of a resized vocabulary) or "tied" (an embedding against the head that is the same matrix).
@@ -29,13 +30,13 @@ class Match:
 
     name: str
     trained_name: str
-    source: TensorInfo
+    base: TensorInfo
     trained: TensorInfo
     numel: int
     shape: tuple[int, ...]
-    source_start: int
+    base_start: int
     trained_start: int
-    how: str
+    match_kind: str
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Unmatched:
 class Pair:
     """Two open checkpoints and what was found in both, in the source's file order."""
 
-    source: Source
-    trained: Source
+    base: Checkpoint
+    trained: Checkpoint
     matches: list[Match]
     unmatched: list[Unmatched] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)
@@ -69,33 +70,33 @@ class Pair:
     @property
     def nbytes(self) -> int:
         """The bytes of both sides that reading every match takes."""
-        return sum(m.numel * (ITEM_BYTES[m.source.dtype] + ITEM_BYTES[m.trained.dtype]) for m in self.matches)
+        return sum(m.numel * (ITEM_BYTES[m.base.dtype] + ITEM_BYTES[m.trained.dtype]) for m in self.matches)
 
     def read(self, match: Match, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Elements [start, stop) of a match on both sides, 1-D, in the stored dtypes; valid until the next read of this thread."""
-        source = self.source.read(match.source.name, match.source_start + start, match.source_start + stop)
+        source = self.base.read(match.base.name, match.base_start + start, match.base_start + stop)
         trained = self.trained.read(match.trained.name, match.trained_start + start, match.trained_start + stop)
         return source, trained
 
     def check(self) -> None:
         """Raises InputError if a file of either side changed since it was opened."""
-        self.source.check()
+        self.base.check()
         self.trained.check()
 
     def close(self) -> None:
         """Closes both sides."""
-        self.source.close()
+        self.base.close()
         self.trained.close()
 
 
 def open_pair(source: str | os.PathLike[str], trained: str | os.PathLike[str], **options: Any) -> Pair:
-    """Opens and matches two checkpoints; `options` are those of `open_source`, for both.
+    """Opens and matches two checkpoints; `options` are those of `open_checkpoint`, for both.
 
     Raises InputError, before any tensor is read, where a side cannot be read, nothing matches, or a name is ambiguous.
     """
-    first = open_source(source, **options)
+    first = open_checkpoint(source, **options)
     try:
-        second = open_source(trained, **options)
+        second = open_checkpoint(trained, **options)
     except BaseException:
         first.close()
         raise
@@ -107,7 +108,7 @@ def open_pair(source: str | os.PathLike[str], trained: str | os.PathLike[str], *
         raise
 
 
-def match(source: Source, trained: Source) -> Pair:
+def match(source: Checkpoint, trained: Checkpoint) -> Pair:
     """Matches by exact name, by name without wrapper prefixes, and fused against split; every coordinate at most once.
 
     Raises InputError where a name has several candidates, or nothing at all matches.
@@ -116,7 +117,7 @@ def match(source: Source, trained: Source) -> Pair:
     pair = Pair(source, trained, [])
     for side in (a, b):
         pair.unmatched.extend(_without_delta(side))
-    pair.tied = count_once(a, b, pair.notes)
+    pair.tied = drop_tied(a, b, pair.notes)
     for name, trained_name, how in _same_names(a, b):
         _compare(pair, a.rest.pop(name), b.rest.pop(trained_name), how)
     for side, other in ((a, b), (b, a)):
@@ -124,7 +125,7 @@ def match(source: Source, trained: Source) -> Pair:
     for side, other in ((a, b), (b, a)):
         pair.unmatched.extend(_left_over(side, other))
     order = {name: index for index, name in enumerate(source.tensors)}
-    pair.matches.sort(key=lambda m: (order[m.source.name], m.source_start))
+    pair.matches.sort(key=lambda m: (order[m.base.name], m.base_start))
     if not pair.matches:
         raise InputError(_nothing(pair))
     pair.notes.extend(_remarks(pair.matches))
@@ -150,10 +151,10 @@ def _same_names(a: Side, b: Side) -> Iterator[tuple[str, str, str]]:
             yield names[0], others[0], "prefix"
         elif others:
             raise InputError(
-                f"{printable(key)} is ambiguous: {', '.join(map(printable, names))} in {printable(a.source.path)} may"
-                f" each be {' or '.join(map(printable, others))} in {printable(b.source.path)}; rename one of them"
+                f"{printable(key)} is ambiguous: {', '.join(map(printable, names))} in {printable(a.checkpoint.path)} may"
+                f" each be {' or '.join(map(printable, others))} in {printable(b.checkpoint.path)}; rename one of them"
             )
-    lone = lone_heads(a, b)
+    lone = unpaired_heads(a, b)
     if lone is not None:
         yield lone[0], lone[1], "tied"
 
@@ -191,7 +192,7 @@ def _compare(pair: Pair, one: TensorInfo, other: TensorInfo, how: str) -> None:
 
 
 def _in_vocabulary(name: str) -> bool:
-    where = place(name)
+    where = parse_tensor_name(name)
     words = where.module == "embed_tokens" or where.block == "lm_head"
     return words and where.tower == "language"
 
@@ -218,18 +219,18 @@ def _match_fused(pair: Pair, side: Side, other: Side) -> None:
 
 
 def _left_over(side: Side, other: Side) -> Iterator[Unmatched]:
-    absent = {fused.key(name): shard for name, shard in other.source.missing.items()}
+    absent = {fused.key(name): shard for name, shard in other.checkpoint.missing.items()}
     for name, info in side.rest.items():
         reason = side.reasons.get(name, f"not in the {other.label} checkpoint")
         kind = "missing"
-        if name in other.held_by:
-            keeper = printable(other.held_by[name])
+        if name in other.tied_to:
+            keeper = printable(other.tied_to[name])
             reason = f"the {other.label} checkpoint holds it as one with {keeper}, which is compared"
         elif fused.key(name) in absent:
             reason = f"in {printable(absent[fused.key(name)])} of the {other.label} checkpoint, which is missing"
             kind = "shard"
         yield _unmatched(side.label, info, reason, kind)
-    for name, shard in side.source.missing.items():
+    for name, shard in side.checkpoint.missing.items():
         yield Unmatched(side.label, name, f"in {printable(shard)}, which is missing", (), "", 0, kind="shard")
 
 
@@ -238,14 +239,14 @@ def _unmatched(side: str, info: TensorInfo, reason: str, kind: str) -> Unmatched
 
 
 def _nothing(pair: Pair) -> str:
-    paths = f"{printable(pair.source.path)} and {printable(pair.trained.path)}"
+    paths = f"{printable(pair.base.path)} and {printable(pair.trained.path)}"
     for entry in pair.unmatched:
         if entry.kind in ("shape", "dtype"):
             return (
                 f"{paths} have nothing that can be compared: {printable(entry.name)}: {entry.reason};"
                 " give two checkpoints of one model"
             )
-    names = [printable(next(iter(side.tensors), "none")) for side in (pair.source, pair.trained)]
+    names = [printable(next(iter(side.tensors), "none")) for side in (pair.base, pair.trained)]
     return f"{paths} have no tensor in common ({names[0]} against {names[1]}); give two checkpoints of one model"
 
 
@@ -253,12 +254,12 @@ def _remarks(matches: list[Match]) -> Iterator[str]:
     """What a reader of the figures should know of how they were matched."""
     counts: dict[tuple[str, str], int] = {}
     for m in matches:
-        if m.source.dtype != m.trained.dtype:
-            counts[m.source.dtype, m.trained.dtype] = counts.get((m.source.dtype, m.trained.dtype), 0) + 1
+        if m.base.dtype != m.trained.dtype:
+            counts[m.base.dtype, m.trained.dtype] = counts.get((m.base.dtype, m.trained.dtype), 0) + 1
     for (one, other), count in counts.items():
         yield f"{count} tensors are {one} in the source and {other} in the trained checkpoint"
     for how, text in (("prefix", "matched under other names"), ("fused", "matched as parts of fused ones")):
-        found = [m for m in matches if m.how == how]
+        found = [m for m in matches if m.match_kind == how]
         if found:
-            names = f"{printable(found[0].source.name)} with {printable(found[0].trained.name)}"
+            names = f"{printable(found[0].base.name)} with {printable(found[0].trained.name)}"
             yield f"{len(found)} tensors were {text}, as {names}"

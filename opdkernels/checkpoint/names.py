@@ -65,7 +65,7 @@ ATTENTION_MODULES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorRole:
     """Where a tensor belongs: `layer` is -1 outside the layers, `tower` is "language" or "vision"."""
 
     layer: int
@@ -87,13 +87,13 @@ def canonical(name: str) -> str:
     return ".".join(tokens[front:]) or name
 
 
-def twins(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+def match_names(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
     """Of each name the other that is the same tensor's: the same, or the only one that differs by prefixes of wrappers and is no other
     name's.
 
-    >>> twins(["model.norm.weight", "head"], ["model.language_model.norm.weight", "norm.bias"])
+    >>> match_names(["model.norm.weight", "head"], ["model.language_model.norm.weight", "norm.bias"])
     {'model.norm.weight': 'model.language_model.norm.weight'}
-    >>> twins(["model.norm.weight", "norm.weight"], ["model.norm.weight"])
+    >>> match_names(["model.norm.weight", "norm.weight"], ["model.norm.weight"])
     {'model.norm.weight': 'model.norm.weight'}
     """
     names, others = list(names), list(others)
@@ -110,11 +110,11 @@ def twins(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
     return found | {claims[0]: other for other, claims in alike.items() if len(claims) == 1}
 
 
-def place(name: str) -> Place:
+def parse_tensor_name(name: str) -> TensorRole:
     """Layer, module, block and tower of a tensor. `mlp.gate` is a router, `gate_proj` is not.
 
-    >>> place("model.layers.3.self_attn.qkv_proj.weight")
-    Place(layer=3, module='qkv_proj', block='attention', tower='language')
+    >>> parse_tensor_name("model.layers.3.self_attn.qkv_proj.weight")
+    TensorRole(layer=3, module='qkv_proj', block='attention', tower='language')
     """
     tokens = [token.lower() for token in canonical(name).split(".")]
     parameter = tokens[-1] if tokens[-1] in PARAMETERS and len(tokens) > 1 else ""
@@ -123,8 +123,8 @@ def place(name: str) -> Place:
     if parameter == "bias" and module not in ("norm", "router", "experts"):
         module = "bias"
     if VISION.intersection(tokens):
-        return Place(_layer(tokens), module, "vision", "vision")
-    return Place(_layer(tokens), module, block, "language")
+        return TensorRole(_layer(tokens), module, "vision", "vision")
+    return TensorRole(_layer(tokens), module, block, "language")
 
 
 def _layer(tokens: list[str]) -> int:

@@ -11,8 +11,8 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, FileFact, TensorInfo
-from opdkernels.checkpoint.openfile import TOO_MANY_FILES, Buffer, OpenFile, bits_dtype, exhausted, torch_dtype
+from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, FileFingerprint, TensorInfo
+from opdkernels.checkpoint.io import TOO_MANY_FILES, Buffer, OpenFile, bits_dtype, exhausted, torch_dtype
 from opdkernels.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class SafetensorsFile:
             raise
         self.aliases: dict[str, str] = {}
         digest = hashlib.blake2b(header, digest_size=16).hexdigest()
-        self.fact = FileFact(self._file.name, self._file.size, self._file.mtime_ns, digest)
+        self.fact = FileFingerprint(self._file.name, self._file.size, self._file.mtime_ns, digest)
 
     def _add(self, name: str, entry: dict[str, Any], data_start: int) -> None:
         begin, end = entry["data_offsets"]

@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, FileFact, TensorInfo
-from opdkernels.checkpoint.openfile import Buffer
+from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, FileFingerprint, TensorInfo
+from opdkernels.checkpoint.io import Buffer
 from opdkernels.checkpoint.safetensors import DuplicateKey, unique_keys
 from opdkernels.errors import InputError, printable
 
@@ -21,7 +21,7 @@ class Shard(Protocol):
 
     tensors: dict[str, TensorInfo]
     aliases: dict[str, str]
-    fact: FileFact
+    fact: FileFingerprint
 
     def read(self, name: str, start: int, stop: int, buffer: Buffer) -> torch.Tensor: ...
     def read_bits(self, name: str, start: int, stop: int, buffer: Buffer) -> torch.Tensor: ...
@@ -30,8 +30,8 @@ class Shard(Protocol):
     def close(self) -> None: ...
 
 
-class FileSource:
-    """A Source over open files. Raises InputError where two of them hold the same tensor."""
+class ShardedCheckpoint:
+    """A Checkpoint over open files. Raises InputError where two of them hold the same tensor."""
 
     def __init__(
         self, path: str, kind: str, shards: list[Shard], config: dict[str, Any], missing: dict[str, str] | None = None

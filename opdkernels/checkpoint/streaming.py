@@ -38,7 +38,7 @@ class Slice:
 
 def pair_bytes(match: Match) -> int:
     """Bytes of a coordinate on both sides."""
-    return ITEM_BYTES[match.source.dtype] + ITEM_BYTES[match.trained.dtype]
+    return ITEM_BYTES[match.base.dtype] + ITEM_BYTES[match.trained.dtype]
 
 
 def cut(matches: Sequence[tuple[int, Match]], limit: int) -> Iterator[Slice]:

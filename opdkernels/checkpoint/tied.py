@@ -6,8 +6,8 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from opdkernels.checkpoint.base import Source, TensorInfo
-from opdkernels.checkpoint.names import place
+from opdkernels.checkpoint.base import Checkpoint, TensorInfo
+from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.errors import printable
 
 
@@ -16,37 +16,37 @@ class Side:
     """One checkpoint while it is being matched: what is left of it, and what is held by another of its tensors."""
 
     label: str
-    source: Source
+    checkpoint: Checkpoint
     rest: dict[str, TensorInfo]
-    held_by: dict[str, str] = field(default_factory=dict)
+    tied_to: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     heads: list[TensorInfo] = field(default_factory=list)
     embeddings: list[TensorInfo] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name, info in self.rest.items():
-            where = place(name)
+            where = parse_tensor_name(name)
             if where.tower == "language" and where.module == "lm_head" and len(info.shape) == 2:
                 self.heads.append(info)
             elif where.tower == "language" and where.module == "embed_tokens":
                 self.embeddings.append(info)
 
     def drop(self, name: str, keeper: str) -> None:
-        self.held_by[name] = keeper
+        self.tied_to[name] = keeper
         del self.rest[name]
 
 
-def count_once(a: Side, b: Side, notes: list[str]) -> list[str]:
+def drop_tied(a: Side, b: Side, notes: list[str]) -> list[str]:
     """Takes every tensor that repeats another one out of both sides; returns the names taken out, each once."""
     for one, other in ((a, b), (b, a)):
-        _drop_aliases(one, other.source.tensors)
+        _drop_aliases(one, other.checkpoint.tensors)
     _drop_heads(a, b, notes)
-    return list(dict.fromkeys([*a.held_by, *b.held_by]))
+    return list(dict.fromkeys([*a.tied_to, *b.tied_to]))
 
 
 def _drop_aliases(side: Side, other: Container[str]) -> None:
     groups: dict[str, list[str]] = {}
-    for name, first in side.source.aliases.items():
+    for name, first in side.checkpoint.aliases.items():
         groups.setdefault(first, [first]).append(name)
     for names in groups.values():
         names = [name for name in names if name in side.rest]
@@ -77,7 +77,7 @@ def _embedding(side: Side, head: TensorInfo) -> TensorInfo | None:
 
 def _drop_heads(a: Side, b: Side, notes: list[str]) -> None:
     heads = _head(a), _head(b)
-    ties = tie_word_embeddings(a.source.config), tie_word_embeddings(b.source.config)
+    ties = tie_word_embeddings(a.checkpoint.config), tie_word_embeddings(b.checkpoint.config)
     head_a, head_b = heads
     if head_a is not None and head_b is not None:
         _both(a, b, head_a, head_b, ties, notes)
@@ -129,13 +129,13 @@ def _one(one: Side, other: Side, head: TensorInfo, ties: tuple[bool | None, bool
         )
 
 
-def lone_heads(a: Side, b: Side) -> tuple[str, str] | None:
+def unpaired_heads(a: Side, b: Side) -> tuple[str, str] | None:
     """The names of an embedding and a head that are one tied matrix, where each side stored only one of the two."""
     for one, other, swap in ((a, b, False), (b, a, True)):
         head = _head(one)
         if head is None or other.heads or any(e.shape[1:] == head.shape[1:] for e in one.embeddings):
             continue
         keeper = _embedding(other, head)
-        if keeper is not None and tie_word_embeddings(other.source.config) is not False:
+        if keeper is not None and tie_word_embeddings(other.checkpoint.config) is not False:
             return (keeper.name, head.name) if swap else (head.name, keeper.name)
     return None

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from opdkernels.checkpoint.base import Source, open_source
-from opdkernels.checkpoint.names import twins
+from opdkernels.checkpoint.base import Checkpoint
+from opdkernels.checkpoint.names import match_names
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.distillation.options import DistillOptions
 from opdkernels.distillation.world import Ranks
 from opdkernels.errors import InputError, UsageError, printable
@@ -27,7 +28,7 @@ def optimizer_of(options: DistillOptions, model: torch.nn.Module) -> MaskedOptim
     unmasked = "freeze" if options.masks else "train"
     names = {plain_name(name) for name, _ in named}
     if isinstance(masks, MaskSet):  # of a checkpoint, whose names may not be those of parameters
-        own = twins(masks, names)
+        own = match_names(masks, names)
         masks = MaskSet({own.get(name, name): mask for name, mask in masks.items()})
     other = (
         next((name for name, (active, _) in masks.counts().items() if active and name not in names), None)
@@ -110,7 +111,7 @@ def with_lora(options: DistillOptions, model: torch.nn.Module) -> torch.nn.Modul
     )
     wrapped = get_peft_model(model, config).eval()
     if options.subspace:
-        with contextlib.closing(open_source(options.subspace)) as later:
+        with contextlib.closing(open_checkpoint(options.subspace)) as later:
             for name, module in wrapped.get_base_model().named_modules():
                 if hasattr(module, "lora_A"):
                     take_inputs(module, f"{name}.weight", later, options.lora_rank)
@@ -118,7 +119,7 @@ def with_lora(options: DistillOptions, model: torch.nn.Module) -> torch.nn.Modul
 
 
 @torch.no_grad()
-def take_inputs(module: Any, name: str, later: Source, rank: int) -> None:
+def take_inputs(module: Any, name: str, later: Checkpoint, rank: int) -> None:
     """Fixes the inputs of a LoRA layer to the top right singular vectors of what its weight had changed in a checkpoint; zeros
     where nothing had. Raises InputError for a checkpoint of another model."""
     weight, factor = module.base_layer.weight, module.lora_A["default"].weight

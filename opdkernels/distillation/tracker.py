@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from opdkernels.bits import popcount
-from opdkernels.checkpoint.names import place
+from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.distillation.world import Ranks
 from opdkernels.masks import MaskSet
 from opdkernels.masks.mask import Mask
@@ -154,7 +154,7 @@ class Tracker:
             for name, weight in effective(model):
                 local = local_part(weight)[0].cpu()
                 bits = torch.zeros((local.numel() + 7) // 8, dtype=torch.uint8)
-                delta(self.start.held[name], local, out=modules[place(name).module or "other"], mask=bits)
+                delta(self.start.held[name], local, out=modules[parse_tensor_name(name).module or "other"], mask=bits)
                 delta(self.last.held[name], local, out=since_last)
                 write(local)
                 masks[name] = whole_mask(bits, weight)

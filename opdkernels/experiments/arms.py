@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from opdkernels import masks
-from opdkernels.checkpoint.base import open_source
-from opdkernels.checkpoint.names import place, twins
+from opdkernels.checkpoint.names import match_names, parse_tensor_name
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.distillation.checkpointing import checkpoints
 from opdkernels.errors import UsageError, printable
 from opdkernels.masks import MaskSet
@@ -70,11 +70,11 @@ class UpdateSlice:
 
     def resolve(self, start: Path) -> str | None:
         """The terms that select the part in a model; None if the model has no such part."""
-        with contextlib.closing(open_source(start)) as checkpoint:
+        with contextlib.closing(open_checkpoint(start)) as checkpoint:
             names = list(checkpoint.tensors)
         select = self.select
         if self.third is not None:
-            num_layers = 1 + max(place(name).layer for name in names)
+            num_layers = 1 + max(parse_tensor_name(name).layer for name in names)
             first, stop = ((num_layers * k + 1) // 3 for k in (self.third, self.third + 1))
             if first == stop:
                 return None
@@ -177,8 +177,8 @@ def changed(context: MaskContext) -> MaskSet:
     if not file.exists():
         raise UsageError(f"{printable(os.fspath(context.run))} has no snapshot at step {step}; {RERUN}")
     by_parameter = MaskSet.load(file)  # parameters may have other names than the tensors of the files
-    with contextlib.closing(open_source(context.start)) as checkpoint:
-        names = twins(by_parameter, checkpoint.tensors)
+    with contextlib.closing(open_checkpoint(context.start)) as checkpoint:
+        names = match_names(by_parameter, checkpoint.tensors)
     return MaskSet({names.get(name, name): mask for name, mask in by_parameter.items()})
 
 

@@ -17,9 +17,10 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
-from opdkernels.checkpoint.base import DTYPES, open_source
+from opdkernels.checkpoint.base import DTYPES
 from opdkernels.checkpoint.match import Match, open_pair
-from opdkernels.checkpoint.names import place
+from opdkernels.checkpoint.names import parse_tensor_name
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.errors import UsageError, printable
 from opdkernels.masks.mask import Mask
 from opdkernels.masks.mask_set import MaskSet
@@ -64,7 +65,7 @@ def weights_of(given: Given) -> Iterator[dict[str, Weight]]:
                 found[name] = Weight(tuple(tensor.shape), lambda a, b, flat=flat: flat[a:b])  # type: ignore[misc]
         yield found
         return
-    with contextlib.closing(open_source(given)) as source:
+    with contextlib.closing(open_checkpoint(given)) as source:
         yield {
             name: Weight(info.shape, lambda a, b, name=name: source.read(name, a, b))  # type: ignore[misc]
             for name, info in source.tensors.items()
@@ -238,9 +239,9 @@ def extremes(weights: Mapping[str, Weight], density: float, scope: str, largest:
     """The share of the largest or smallest magnitudes of each group, without `zeros` never 0; exact for values that fp32 holds."""
     groups: dict[str, list[str]] = {}
     for name in weights:
-        groups.setdefault(name if scope == "tensor" else place(name).module if scope == "module" else "", []).append(
-            name
-        )
+        groups.setdefault(
+            name if scope == "tensor" else parse_tensor_name(name).module if scope == "module" else "", []
+        ).append(name)
     found = {}
     for names in groups.values():
         sizes = {name: weights[name].numel for name in names}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from opdkernels.checkpoint.names import place
+from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.errors import printable
 from opdkernels.formatting import percent, times
 from opdkernels.masks.mask_set import MaskSet
@@ -28,7 +28,7 @@ def mask_stats(masks: MaskSet) -> dict[str, Any]:
     for group in GROUPS:
         members: dict[Any, list[tuple[int, int]]] = {}
         for name, count in counts.items():
-            members.setdefault(getattr(place(name), group), []).append(count)
+            members.setdefault(getattr(parse_tensor_name(name), group), []).append(count)
         result[f"by_{group}"] = [
             {group: key, "tensors": len(group_counts), **totals(group_counts)}
             for key, group_counts in sorted(members.items(), key=lambda item: str(item[0]).rjust(9))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from opdkernels.checkpoint.names import place
+from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.metrics.coordinates import ratio_label, threshold_label
 from opdkernels.metrics.registry import (
     COUNT,
@@ -478,7 +478,7 @@ def mask_metrics(record: SpectrumRecord) -> Row:
 
 def identity(record: SpectrumRecord, name: str) -> Row:
     """The first columns of a row; a matrix of a stack of experts has its number in `part`."""
-    where = place(name)
+    where = parse_tensor_name(name)
     return {
         "name": name,
         "part": record.part if record.part >= 0 else None,

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from opdkernels.checkpoint.base import TensorInfo, open_source
+from opdkernels.checkpoint.base import TensorInfo
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.checkpoint.safetensors import SafetensorsFile, stored_dtype
-from opdkernels.checkpoint.sharded import FileSource
-from opdkernels.checkpoint.torchfile import torch_dtype_name
+from opdkernels.checkpoint.sharded import ShardedCheckpoint
+from opdkernels.checkpoint.torch_pickle import torch_dtype_name
 from opdkernels.errors import InputError, printable
 from opdkernels.ops.patch import BITS, BLOCK, Changes, bits, digest, scatter
 from opdkernels.patch import output, segments
@@ -45,8 +46,8 @@ def apply(
     """
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(contextlib.closing(Patch(patch)))
-        before = stack.enter_context(contextlib.closing(open_source(source, io=io, any_tensors=True)))
-        assert isinstance(before, FileSource)
+        before = stack.enter_context(contextlib.closing(open_checkpoint(source, io=io, any_tensors=True)))
+        assert isinstance(before, ShardedCheckpoint)
         if not os.fspath(out):
             raise InputError("the output folder has no name; give one to -o")
         workers = stack.enter_context(contextlib.closing(output.Workers()))
@@ -332,7 +333,7 @@ def is_small(piece: Piece) -> bool:
     return piece.stop - piece.start < output.SMALL
 
 
-def write_beside(patch: Patch, source: FileSource, folder: Path) -> list[str]:
+def write_beside(patch: Patch, source: ShardedCheckpoint, folder: Path) -> list[str]:
     """Writes the files beside the weights; returns those that the source's folder does not have as they were."""
     left_out = []
     for name, beside in patch.manifest.beside.items():

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, open_source
+from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.checkpoint.safetensors import stored_dtype
-from opdkernels.checkpoint.sharded import FileSource
+from opdkernels.checkpoint.sharded import ShardedCheckpoint
 from opdkernels.errors import InputError, printable
 from opdkernels.ops.patch import Room, digest, gather
 from opdkernels.patch import output, segments
@@ -68,10 +69,10 @@ def create(
     Raises InputError for input that cannot be read, OSError for an output that cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        before = stack.enter_context(contextlib.closing(open_source(source, io=io, any_tensors=True)))
-        after = stack.enter_context(contextlib.closing(open_source(trained, io=io, any_tensors=True)))
-        assert isinstance(before, FileSource)
-        assert isinstance(after, FileSource)
+        before = stack.enter_context(contextlib.closing(open_checkpoint(source, io=io, any_tensors=True)))
+        after = stack.enter_context(contextlib.closing(open_checkpoint(trained, io=io, any_tensors=True)))
+        assert isinstance(before, ShardedCheckpoint)
+        assert isinstance(after, ShardedCheckpoint)
         if not os.fspath(out):
             raise InputError("the patch has no name; give one to -o")
         temporary = stack.enter_context(output.new_file(Path(out), overwrite))
@@ -113,7 +114,12 @@ class Creation:
     """A patch to be written: entries follow each other behind room for the header, which comes last."""
 
     def __init__(
-        self, source: FileSource, trained: FileSource, workers: output.Workers, zstd: bool, progress: Progress | None
+        self,
+        source: ShardedCheckpoint,
+        trained: ShardedCheckpoint,
+        workers: output.Workers,
+        zstd: bool,
+        progress: Progress | None,
     ) -> None:
         self.source, self.trained, self.workers, self.zstd = source, trained, workers, zstd
         self.progress = progress or (lambda done, total, name: None)
@@ -227,7 +233,7 @@ def patch_header(entries: dict[str, dict[str, Any]], manifest: Manifest, size: i
     return header_bytes(metadata_of(manifest), entries, size)
 
 
-def planned(source: FileSource, trained: FileSource) -> list[Planned]:
+def planned(source: ShardedCheckpoint, trained: ShardedCheckpoint) -> list[Planned]:
     """What is stored of each trained tensor, in the order of the bytes of the files that `apply` will write."""
     found = []
     for info in in_order(trained):
@@ -240,7 +246,7 @@ def planned(source: FileSource, trained: FileSource) -> list[Planned]:
     return found
 
 
-def in_order(trained: FileSource) -> list[TensorInfo]:
+def in_order(trained: ShardedCheckpoint) -> list[TensorInfo]:
     infos = list(trained.tensors.values())
     if trained.kind != "torch":
         return infos
@@ -248,7 +254,7 @@ def in_order(trained: FileSource) -> list[TensorInfo]:
     return sorted(infos, key=lambda info: (order[info.file], -info.item_bytes))  # aligned, as safetensors writes them
 
 
-def headers_of(trained: FileSource, infos: list[TensorInfo]) -> dict[str, bytes]:
+def headers_of(trained: ShardedCheckpoint, infos: list[TensorInfo]) -> dict[str, bytes]:
     """What begins each file that `apply` writes: as it is in the trained checkpoint, or made where that is no safetensors."""
     found: dict[str, bytes] = {}
     for name, header in trained.headers().items():
@@ -284,7 +290,9 @@ def made_header(infos: list[TensorInfo], path: str) -> bytes:
     return header_bytes({"format": "pt"}, entries)
 
 
-def beside_of(source: FileSource, trained: FileSource, files: list[str]) -> tuple[dict[str, Beside], dict[str, bytes]]:
+def beside_of(
+    source: ShardedCheckpoint, trained: ShardedCheckpoint, files: list[str]
+) -> tuple[dict[str, Beside], dict[str, bytes]]:
     """The files that go with the weights, and the content of those that the source's folder does not have alike."""
     names = beside_names(trained)
     content = {name: small_file(trained.folder, name) for name in names}
@@ -301,7 +309,7 @@ def beside_of(source: FileSource, trained: FileSource, files: list[str]) -> tupl
     return found, stored
 
 
-def beside_names(trained: FileSource) -> list[str]:
+def beside_names(trained: ShardedCheckpoint) -> list[str]:
     """Configuration and tokenizer, and the index of these weights but of no others."""
     index = [trained.index] if trained.index is not None and trained.kind != "torch" else []
     if os.path.isfile(trained.path):  # a file was given, not its folder
@@ -324,7 +332,7 @@ def small_file(folder: str, name: str) -> bytes | None:
         return None
 
 
-def made_index(trained: FileSource) -> bytes:
+def made_index(trained: ShardedCheckpoint) -> bytes:
     weights = {info.name: weights_name(info.file) for info in trained.tensors.values()}
     total = sum(info.nbytes for info in trained.tensors.values())
     return (json.dumps({"metadata": {"total_size": total}, "weight_map": weights}, indent=2) + "\n").encode()

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdkernels.checkpoint.base import TensorInfo, open_source
-from opdkernels.checkpoint.names import place, twins
+from opdkernels.checkpoint.base import TensorInfo
+from opdkernels.checkpoint.names import match_names, parse_tensor_name
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.checkpoint.safetensors import SafetensorsFile
-from opdkernels.checkpoint.sharded import FileSource
+from opdkernels.checkpoint.sharded import ShardedCheckpoint
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.masks import MaskSet
 from opdkernels.patch import output, segments
@@ -54,10 +55,10 @@ def graft(
     if not os.fspath(out):
         raise InputError("the output folder has no name; give one to -o")
     with contextlib.ExitStack() as stack:
-        before = stack.enter_context(contextlib.closing(open_source(source, io=io, any_tensors=True)))
-        after = stack.enter_context(contextlib.closing(open_source(trained, io=io, any_tensors=True)))
-        assert isinstance(before, FileSource)
-        assert isinstance(after, FileSource)
+        before = stack.enter_context(contextlib.closing(open_checkpoint(source, io=io, any_tensors=True)))
+        after = stack.enter_context(contextlib.closing(open_checkpoint(trained, io=io, any_tensors=True)))
+        assert isinstance(before, ShardedCheckpoint)
+        assert isinstance(after, ShardedCheckpoint)
         infos = in_order(after)
         twins = twins_of(before, after, infos)
         names = chosen_names([info.name for info in infos], terms)
@@ -104,9 +105,9 @@ def graft(
     }
 
 
-def twins_of(before: FileSource, after: FileSource, infos: list[TensorInfo]) -> dict[str, str]:
+def twins_of(before: ShardedCheckpoint, after: ShardedCheckpoint, infos: list[TensorInfo]) -> dict[str, str]:
     """The source's name of each trained tensor that it has too. Raises InputError where the two are not of one model."""
-    found = twins([info.name for info in infos], before.tensors)
+    found = match_names([info.name for info in infos], before.tensors)
     if not found:
         raise InputError(
             f"{printable(before.path)} and {printable(after.path)} have no tensor of one name; give two checkpoints of one model"
@@ -122,7 +123,7 @@ def twins_of(before: FileSource, after: FileSource, infos: list[TensorInfo]) -> 
 
 
 def refuse_others(
-    after: FileSource, infos: list[TensorInfo], twins: Mapping[str, str], names: set[str], masks: MaskSet | None
+    after: ShardedCheckpoint, infos: list[TensorInfo], twins: Mapping[str, str], names: set[str], masks: MaskSet | None
 ) -> None:
     """Raises InputError for masks of another model, and for a part with a tensor that the source lacks."""
     held = {info.name: info for info in infos}
@@ -149,7 +150,7 @@ def chosen_names(names: list[str], terms: Sequence[str]) -> set[str]:
     >>> sorted(chosen_names(names, ["mlp", "layers=1-5"]))
     ['model.layers.1.mlp.up_proj.weight']
     """
-    places = {name: place(name) for name in names}
+    places = {name: parse_tensor_name(name) for name in names}
     blocks, modules = {one.block for one in places.values()}, {one.module for one in places.values()}
     kinds: dict[str, set[str]] = {}
     for term in terms:
@@ -196,7 +197,7 @@ def of_tensor(
     return read
 
 
-def write_beside(trained: FileSource, folder: Path) -> None:
+def write_beside(trained: ShardedCheckpoint, folder: Path) -> None:
     """Configuration, tokenizer and index go with the weights."""
     for name in beside_names(trained):
         content = small_file(trained.folder, name)

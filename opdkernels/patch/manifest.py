@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from opdkernels.checkpoint.base import TensorInfo
-from opdkernels.checkpoint.openfile import Buffer, choose_io
+from opdkernels.checkpoint.io import Buffer, choose_io
 from opdkernels.checkpoint.safetensors import DuplicateKey, SafetensorsFile, dtype_name, stored_dtype, unique_keys
 from opdkernels.errors import InputError, printable
 from opdkernels.formatting import byte_size, percent
@@ -197,7 +197,7 @@ class Patch:
         return info
 
     def read(self, key: str, start: int, stop: int) -> torch.Tensor:
-        """Items [start, stop) of an entry, as `Source.read_bits`."""
+        """Items [start, stop) of an entry, as `Checkpoint.read_bits`."""
         return self._file.read_bits(key, start, stop, self._buffer)
 
     def keep(self, key: str, start: int, stop: int) -> torch.Tensor:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from opdkernels.backends import cpu
-from opdkernels.checkpoint.base import Source
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.files import write_json
 from opdkernels.version import __version__

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from opdkernels.checkpoint.base import FileFact, TensorInfo
+from opdkernels.checkpoint.base import FileFingerprint, TensorInfo
 
 
 def encode(header: dict[str, Any] | bytes | str, data: bytes = b"", length: int | None = None) -> bytes:
@@ -84,7 +84,7 @@ class FakeSource:
     ) -> None:
         self.path, self.config = path, config or {}
         self.aliases, self.missing = aliases or {}, missing or {}
-        self.files: list[FileFact] = []
+        self.files: list[FileFingerprint] = []
         self.tensors = {}
         for name, shape in tensors.items():
             dtype = (dtypes or {}).get(name, "bf16")

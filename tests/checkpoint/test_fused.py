@@ -28,7 +28,7 @@ def assert_ranges_hold(whole: dict[str, torch.Tensor], parts: dict[str, torch.Te
     for pair, source, trained in ((forward, whole, parts), (backward, parts, whole)):
         assert not pair.unmatched
         for m in pair.matches:
-            one = source[m.source.name].reshape(-1)[m.source_start : m.source_start + m.numel]
+            one = source[m.base.name].reshape(-1)[m.base_start : m.base_start + m.numel]
             other = trained[m.trained.name].reshape(-1)[m.trained_start : m.trained_start + m.numel]
             assert torch.equal(one, other), m.name
     names = set(parts) if len(parts) > len(whole) else set(whole)
@@ -43,7 +43,7 @@ def test_qkv_is_split_by_the_rows_of_its_parts(prefix: str) -> None:
     for n, w, b in zip("qkv", weight.split([Q, K, V]), bias.split([Q, K, V]), strict=True):
         parts[f"{prefix}{ATTN}.{n}_proj.weight"], parts[f"{prefix}{ATTN}.{n}_proj.bias"] = w, b
     matches = assert_ranges_hold({f"{ATTN}.qkv_proj.weight": weight, f"{ATTN}.qkv_proj.bias": bias}, parts)
-    assert [m.how for m in matches] == ["fused"] * 6
+    assert [m.match_kind for m in matches] == ["fused"] * 6
     assert [m.shape for m in matches][:3] == [(Q, 5), (K, 5), (V, 5)]
 
 

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from opdkernels.checkpoint import hub
-from opdkernels.checkpoint.base import open_source
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.errors import InputError, UsageError
 
 pytestmark = pytest.mark.usefixtures("no_guard")
@@ -53,7 +53,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 
 
 def test_one_format_is_downloaded(fake: FakeHub) -> None:
-    opened = open_source("org/name@v1.0")
+    opened = open_checkpoint("org/name@v1.0")
     assert opened.path == "org/name@v1.0"
     assert list(opened.tensors) == ["w"]
     assert fake.fetched == {"config.json", "model.safetensors"}
@@ -62,7 +62,7 @@ def test_one_format_is_downloaded(fake: FakeHub) -> None:
 
 def test_torch_files_are_downloaded_where_there_is_nothing_else(fake: FakeHub) -> None:
     del fake.files["model.safetensors"]
-    open_source("org/name", revision="abc")
+    open_checkpoint("org/name", revision="abc")
     assert fake.fetched == {"config.json", "pytorch_model.bin"}
     assert fake.revisions == {"abc"}
 
@@ -71,33 +71,33 @@ def test_an_index_says_what_is_downloaded(fake: FakeHub) -> None:
     shard = "model-00001-of-00001.safetensors"
     index = json.dumps({"weight_map": {"w": shard}}).encode()
     fake.files |= {shard: W, "model.safetensors.index.json": index, "consolidated.safetensors": W}
-    open_source("org/name")
+    open_checkpoint("org/name")
     assert fake.fetched == {"config.json", shard, "model.safetensors.index.json"}
 
 
 def test_a_hostile_index_is_refused_before_its_shards_are_asked_for(fake: FakeHub) -> None:
     fake.files["model.safetensors.index.json"] = b'{"weight_map": {"w": "../../x"}}'
     with pytest.raises(InputError, match="not a plain file name"):
-        open_source("org/name")
+        open_checkpoint("org/name")
 
 
 def test_a_failed_download_is_one_line(fake: FakeHub) -> None:
     fake.fail = ConnectionError("no route\nto\x1b host")
     with pytest.raises(InputError) as caught:
-        open_source("org/name")
+        open_checkpoint("org/name")
     assert str(caught.value).isprintable()
     assert "ConnectionError: no route" in str(caught.value)
 
 
 def test_two_revisions_are_refused(fake: FakeHub) -> None:
     with pytest.raises(UsageError, match="give one of them"):
-        open_source("org/name@v1", revision="v2")
+        open_checkpoint("org/name@v1", revision="v2")
 
 
 def test_without_the_library_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match="pip install huggingface_hub"):
-        open_source("org/name")
+        open_checkpoint("org/name")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def ranges(pair: Pair) -> set[tuple[str, int, str, int, int]]:
-    return {(m.source.name, m.source_start, m.trained.name, m.trained_start, m.numel) for m in pair.matches}
+    return {(m.base.name, m.base_start, m.trained.name, m.trained_start, m.numel) for m in pair.matches}
 
 
 def only(pair: Pair, kind: str) -> list[tuple[str, str]]:
@@ -32,7 +32,11 @@ def only(pair: Pair, kind: str) -> list[tuple[str, str]]:
 def test_equal_names_match_in_the_order_of_the_source() -> None:
     shapes: Shapes = {"z": (2, 3), "a": (4,), "m": ()}
     pair = match(FakeSource(shapes), FakeSource(dict(reversed(shapes.items()))))
-    assert [(m.name, m.how, m.numel) for m in pair.matches] == [("z", "exact", 6), ("a", "exact", 4), ("m", "exact", 1)]
+    assert [(m.name, m.match_kind, m.numel) for m in pair.matches] == [
+        ("z", "exact", 6),
+        ("a", "exact", 4),
+        ("m", "exact", 1),
+    ]
     assert (pair.unmatched, pair.tied, pair.notes, pair.nbytes) == ([], [], [], 2 * 2 * 11)
 
 
@@ -49,7 +53,7 @@ def test_equal_names_match_in_the_order_of_the_source() -> None:
 )
 def test_names_match_without_the_prefixes_of_wrappers(name: str, other: str) -> None:
     pair = match(FakeSource({name: (2, 2)}), FakeSource({other: (2, 2)}))
-    assert [(m.name, m.trained_name, m.how) for m in pair.matches] == [(name, other, "prefix")]
+    assert [(m.name, m.trained_name, m.match_kind) for m in pair.matches] == [(name, other, "prefix")]
     assert any(name in note and other in note for note in pair.notes)
 
 
@@ -84,7 +88,7 @@ def test_a_resized_vocabulary_is_compared_on_the_common_rows(name: str) -> None:
     for a, b, side in ((small, large, "trained"), (large, small, "source")):
         pair = match(a, b)
         (found,) = pair.matches
-        assert (found.how, found.shape, found.numel) == ("common rows", (100, *rest), 100 * width)
+        assert (found.match_kind, found.shape, found.numel) == ("common rows", (100, *rest), 100 * width)
         (added,) = pair.unmatched
         assert (added.side, added.kind, added.shape, added.numel) == (side, "rows", (4, *rest), 4 * width)
         assert "4 rows beyond the vocabulary of 100" in added.reason
@@ -145,7 +149,7 @@ def test_reading_gives_both_sides_of_a_range(tmp_path: Path) -> None:
             for start, stop in [(0, m.numel), (1, m.numel - 1), (m.numel, m.numel)]:
                 source, trained = pair.read(m, start, stop)
                 # The parts were written one higher than the fused tensor; the embedding as it is.
-                expected = 0 if m.how != "fused" else 1 if first == "a" else -1
+                expected = 0 if m.match_kind != "fused" else 1 if first == "a" else -1
                 assert (trained - source == expected).all()
         pair.check()
         pair.close()
@@ -246,7 +250,7 @@ def test_every_coordinate_is_used_once_or_listed(a: FakeSource, b: FakeSource) -
     for side, source in (("source", a), ("trained", b)):
         used: dict[str, list[tuple[int, int]]] = {name: [] for name in source.tensors}
         for m in pair.matches:
-            info, start = (m.source, m.source_start) if side == "source" else (m.trained, m.trained_start)
+            info, start = (m.base, m.base_start) if side == "source" else (m.trained, m.trained_start)
             assert info is source.tensors[info.name]
             assert 0 <= start <= start + m.numel <= info.numel
             assert m.numel == math.prod(m.shape)
@@ -260,7 +264,7 @@ def test_every_coordinate_is_used_once_or_listed(a: FakeSource, b: FakeSource) -
             assert accounted == source.tensors[name].numel or (name in pair.tied and not spans)
             assert spans or name in listed or name in pair.tied
     order = list(a.tensors)
-    positions = [(order.index(m.source.name), m.source_start) for m in pair.matches]
+    positions = [(order.index(m.base.name), m.base_start) for m in pair.matches]
     assert positions == sorted(positions)
 
 
@@ -272,7 +276,7 @@ def test_matching_is_symmetric(a: FakeSource, b: FakeSource) -> None:
     if one is None:
         return
     assert ranges(one) == {(s, i, t, j, n) for t, j, s, i, n in ranges(other)}
-    assert {m.how for m in one.matches} == {m.how for m in other.matches}
+    assert {m.match_kind for m in one.matches} == {m.match_kind for m in other.matches}
     assert set(one.tied) == set(other.tied)
     flipped = {"source": "trained", "trained": "source"}
     assert {(u.side, u.name, u.kind) for u in one.unmatched} == {
@@ -284,5 +288,5 @@ def test_matching_is_symmetric(a: FakeSource, b: FakeSource) -> None:
 def test_a_checkpoint_matches_itself_in_full(a: FakeSource) -> None:
     pair = attempt(lambda: match(a, a))
     if pair is not None:
-        assert all((m.name, m.how) == (m.trained_name, "exact") for m in pair.matches)
+        assert all((m.name, m.match_kind) == (m.trained_name, "exact") for m in pair.matches)
         assert {u.kind for u in pair.unmatched} <= {"dtype"}

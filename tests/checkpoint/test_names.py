@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opdkernels.checkpoint.names import Place, canonical, place
+from opdkernels.checkpoint.names import TensorRole, canonical, parse_tensor_name
 
 MODULES = {
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2", "w1", "w2", "w3"),
@@ -96,12 +96,12 @@ VISION = [
 
 @pytest.mark.parametrize(("name", "layer", "module", "block"), TABLE)
 def test_a_name_is_classed_by_its_tokens(name: str, layer: int, module: str, block: str) -> None:
-    assert place(name) == Place(layer, module, block, "language")
+    assert parse_tensor_name(name) == TensorRole(layer, module, block, "language")
 
 
 @pytest.mark.parametrize(("name", "layer", "module"), VISION)
 def test_a_vision_tower_is_a_block_of_its_own(name: str, layer: int, module: str) -> None:
-    assert place(name) == Place(layer, module, "vision", "vision")
+    assert parse_tensor_name(name) == TensorRole(layer, module, "vision", "vision")
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,8 @@ def test_prefixes_of_wrappers_are_dropped(name: str, expected: str) -> None:
 )
 def test_any_name_has_a_place_and_wrapping_does_not_move_it(tokens: list[str]) -> None:
     name = ".".join(tokens)
-    where = place(name)
+    where = parse_tensor_name(name)
     assert where.module in MODULES
     assert where.block in BLOCKS
-    assert where == place(canonical(name)) == place("module._orig_mod." + name)
+    assert where == parse_tensor_name(canonical(name)) == parse_tensor_name("module._orig_mod." + name)
     assert canonical(canonical(name)) == canonical(name)

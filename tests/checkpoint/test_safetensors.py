@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdkernels.checkpoint import base as limits
-from opdkernels.checkpoint.base import open_source
-from opdkernels.checkpoint.openfile import torch_dtype
+from opdkernels.checkpoint.io import torch_dtype
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("no_guard")
@@ -35,7 +35,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 def refused(path: Path) -> str:
     with pytest.raises(InputError) as caught:
-        open_source(path)
+        open_checkpoint(path)
     message = str(caught.value)
     assert len(message.splitlines()) == 1, message
     assert message.isprintable(), message
@@ -58,7 +58,7 @@ def test_slices_are_bit_identical_to_the_library(tmp_path: Path, dtype: torch.dt
     }
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(saved, path)
-    opened = open_source(path)
+    opened = open_checkpoint(path)
     expected = safetensors.torch.load_file(path)
     assert opened.kind == "safetensors"
     assert set(opened.tensors) == set(expected)
@@ -77,7 +77,7 @@ def test_slices_are_bit_identical_to_the_library(tmp_path: Path, dtype: torch.dt
 
 def test_tensors_are_in_the_order_of_their_bytes(write_raw: Callable[..., Path]) -> None:
     header = {"z": entry("F32", [1], 4, 8), "a": entry("BF16", [1], 8, 10), "m": entry("F32", [1], 0, 4)}
-    assert list(open_source(write_raw(header, bytes(10))).tensors) == ["m", "z", "a"]
+    assert list(open_checkpoint(write_raw(header, bytes(10))).tensors) == ["m", "z", "a"]
 
 
 @pytest.mark.parametrize("shift", range(8))
@@ -88,7 +88,7 @@ def test_data_that_is_not_aligned_is_read_aligned(tmp_path: Path, fake_guard: ob
     text += " " * ((shift - len(text)) % 8)  # the library pads to 8; the format does not ask for it
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + bits(values))
-    opened = open_source(path, io=io)
+    opened = open_checkpoint(path, io=io)
     for start in range(4):
         part = opened.read("w", start, 4)
         assert part.data_ptr() % 4 == 0
@@ -97,7 +97,7 @@ def test_data_that_is_not_aligned_is_read_aligned(tmp_path: Path, fake_guard: ob
 
 
 def test_reads_use_one_buffer_again(write_raw: Callable[..., Path]) -> None:
-    opened = open_source(write_raw({"w": entry("U8", [64], 0, 64)}, bytes(range(64))))
+    opened = open_checkpoint(write_raw({"w": entry("U8", [64], 0, 64)}, bytes(range(64))))
     first = opened.read("w", 0, 64)
     second = opened.read("w", 8, 24)
     assert second.data_ptr() == first.data_ptr()
@@ -105,7 +105,7 @@ def test_reads_use_one_buffer_again(write_raw: Callable[..., Path]) -> None:
 
 
 def test_an_element_outside_the_tensor_is_never_read(write_raw: Callable[..., Path]) -> None:
-    opened = open_source(write_raw({"w": entry("F32", [2], 0, 8)}, bytes(8)))
+    opened = open_checkpoint(write_raw({"w": entry("F32", [2], 0, 8)}, bytes(8)))
     for start, stop in [(0, 3), (-1, 1), (2, 1)]:
         with pytest.raises(ValueError, match="which has 2"):
             opened.read("w", start, stop)
@@ -124,7 +124,7 @@ def test_a_sparse_terabyte_opens_at_once_and_reads_beyond_2_31_elements(tmp_path
         at = 2**31 + 11
         file.seek(8 + len(header) + 2 * at)
         file.write(b"\x80\x3f")
-    opened = open_source(path)
+    opened = open_checkpoint(path)
     assert opened.tensors["w"].numel == count
     assert opened.read("w", at - 1, at + 2).tolist() == [0.0, 1.0, 0.0]
     assert opened.read("w", count - 2, count).tolist() == [0.0, 0.0]
@@ -132,7 +132,7 @@ def test_a_sparse_terabyte_opens_at_once_and_reads_beyond_2_31_elements(tmp_path
 
 def test_shapes_that_overflow_64_bits_beside_a_zero_stay_exact(write_raw: Callable[..., Path]) -> None:
     header = {"a": entry("F32", [2**62, 0], 0, 0), "b": entry("BF16", [0, 2**63, 7], 0, 0), "c": entry("F32", [], 0, 4)}
-    opened = open_source(write_raw(header, bytes(4)))
+    opened = open_checkpoint(write_raw(header, bytes(4)))
     assert [(i.numel, i.nbytes) for i in opened.tensors.values()] == [(0, 0), (0, 0), (1, 4)]
     assert opened.tensors["a"].shape == (2**62, 0)
     assert opened.read("a", 0, 0).numel() == 0
@@ -149,7 +149,7 @@ def test_names_are_data(write_raw: Callable[..., Path]) -> None:
         "\u202eevil",
     ]
     header = {name: entry("BF16", [1], 2 * i, 2 * i + 2) for i, name in enumerate(names)}
-    opened = open_source(write_raw(header, bytes(2 * len(names))))
+    opened = open_checkpoint(write_raw(header, bytes(2 * len(names))))
     assert list(opened.tensors) == names
 
 
@@ -240,9 +240,9 @@ def test_too_many_tensors_are_refused_before_they_are_parsed(
 
 def test_the_digest_is_that_of_the_header(write_raw: Callable[..., Path]) -> None:
     header = {"w": entry("F32", [1], 0, 4)}
-    first = open_source(write_raw(header, bytes(4))).files[0]
-    same = open_source(write_raw(header, b"\x01\x00\x00\x00")).files[0]
-    other = open_source(write_raw({"v": entry("F32", [1], 0, 4)}, bytes(4))).files[0]
+    first = open_checkpoint(write_raw(header, bytes(4))).files[0]
+    same = open_checkpoint(write_raw(header, b"\x01\x00\x00\x00")).files[0]
+    other = open_checkpoint(write_raw({"v": entry("F32", [1], 0, 4)}, bytes(4))).files[0]
     assert first.header_digest == same.header_digest != other.header_digest
     assert len(first.header_digest) == 32
     assert first.bytes == 8 + len(json.dumps(header)) + 4
@@ -289,7 +289,7 @@ def test_a_damaged_file_is_read_as_the_library_reads_it_or_refused(content: byte
         path = os.path.join(folder, "model.safetensors")
         with open(path, "wb") as file:
             file.write(content)
-        opened = or_refused(lambda: open_source(path))
+        opened = or_refused(lambda: open_checkpoint(path))
         if opened is None:
             return
         expected = safetensors.torch.load(content)
@@ -307,7 +307,7 @@ def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path, header):
     entry = '{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
     path = tmp_path / "model.safetensors"
     path.write_bytes(header.to_bytes(8, "little") + entry.ljust(header).encode() + bytes(8))
-    source = open_source(path)
+    source = open_checkpoint(path)
     assert source.read("w", 0, 2).tolist() == [0.0, 0.0]
     source.close()
 
@@ -318,7 +318,7 @@ def test_bits_of_any_dtype_and_the_header_as_it_stands(write_raw: Callable[..., 
     path = write_raw(
         {"f": entry("F8_E4M3", [3], 0, 3), "w": entry("BF16", [4], 3, 11), "c": entry("C64", [2], 11, 27)}, data
     )
-    source = open_source(path, any_tensors=True)
+    source = open_checkpoint(path, any_tensors=True)
     assert source.read_bits("f", 1, 3).tolist() == [2, 3]
     assert bits(source.read_bits("w", 1, 4)) == data[5:11]
     assert source.read_bits("w", 0, 4).dtype == torch.int16

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from opdkernels.checkpoint.base import open_source
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("no_guard")
@@ -41,7 +41,7 @@ class Shards:
 
     def refused(self, **options: Any) -> str:
         with pytest.raises(InputError) as caught:
-            open_source(self.folder, **options)
+            open_checkpoint(self.folder, **options)
         message = str(caught.value)
         assert message.isprintable(), message
         assert ";" in message, message
@@ -55,7 +55,7 @@ def shards(request: pytest.FixtureRequest, tmp_path: Path) -> Shards:
 
 def test_a_folder_and_its_index_file_are_the_same_checkpoint(shards: Shards) -> None:
     for path in (shards.folder, shards.index):
-        opened = open_source(path)
+        opened = open_checkpoint(path)
         assert next(iter(opened.tensors)) == "c"  # the index's order of shards, then the order of the bytes
         assert {name: info.file for name, info in opened.tensors.items()} == shards.map
         assert [fact.name for fact in opened.files] == shards.names[::-1]
@@ -67,14 +67,14 @@ def test_a_folder_and_its_index_file_are_the_same_checkpoint(shards: Shards) -> 
 
 
 def test_a_single_shard_can_be_opened_by_its_path(shards: Shards) -> None:
-    opened = open_source(shards.folder / shards.names[1])
+    opened = open_checkpoint(shards.folder / shards.names[1])
     assert list(opened.tensors) == ["c"]
 
 
 def test_files_that_the_index_does_not_list_are_never_read(shards: Shards) -> None:
     shards.save(f"{FORMATS[shards.suffix]}-00003-of-00003.{shards.suffix}", {"a": torch.full((3,), 9.0)})
     (shards.folder / f"consolidated.{shards.suffix}").write_bytes(b"stale")
-    opened = open_source(shards.folder)
+    opened = open_checkpoint(shards.folder)
     assert opened.read("a", 0, 3).tolist() == [0.0, 0.0, 0.0]
     assert set(opened.tensors) == {"a", "b", "c"}
 
@@ -82,8 +82,8 @@ def test_files_that_the_index_does_not_list_are_never_read(shards: Shards) -> No
 def test_an_index_wins_over_a_whole_file_beside_it(shards: Shards) -> None:
     whole = "model.safetensors" if shards.suffix == "safetensors" else "pytorch_model.bin"
     shards.save(whole, {"a": torch.full((3,), 9.0)})
-    assert set(open_source(shards.folder).tensors) == {"a", "b", "c"}
-    assert open_source(shards.folder / whole).read("a", 0, 1).tolist() == [9.0]
+    assert set(open_checkpoint(shards.folder).tensors) == {"a", "b", "c"}
+    assert open_checkpoint(shards.folder / whole).read("a", 0, 1).tolist() == [9.0]
     (shards.folder / shards.names[0]).unlink()
     assert f"give the path of {whole}" in shards.refused()
 
@@ -97,7 +97,7 @@ def test_a_missing_shard_is_an_error_that_names_it(shards: Shards) -> None:
 
 def test_a_missing_shard_can_be_allowed_and_its_tensors_are_listed(shards: Shards) -> None:
     (shards.folder / shards.names[0]).unlink()
-    opened = open_source(shards.folder, allow_missing=True)
+    opened = open_checkpoint(shards.folder, allow_missing=True)
     assert list(opened.tensors) == ["c"]
     assert opened.missing == {"a": shards.names[0], "b": shards.names[0]}
 

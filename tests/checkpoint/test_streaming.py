@@ -80,7 +80,7 @@ def test_whoever_stops_leaves_no_thread(error):
 
 def matches_of(*sizes: int, dtype: str = "bf16") -> list:
     info = SimpleNamespace(dtype=dtype)
-    return [(i, SimpleNamespace(numel=n, source=info, trained=info)) for i, n in enumerate(sizes)]
+    return [(i, SimpleNamespace(numel=n, base=info, trained=info)) for i, n in enumerate(sizes)]
 
 
 @pytest.mark.parametrize("limit", [1, 1 << 18, 1 << 30])

@@ -19,7 +19,7 @@ YES, NO, SILENT = {"tie_word_embeddings": True}, {"tie_word_embeddings": False},
 def both_ways(a: FakeSource, b: FakeSource) -> Any:
     """The match of a and b, after seeing that the other way round gives the same."""
     one, other = match(a, b), match(b, a)
-    assert [m.source.name for m in one.matches] == [m.trained.name for m in other.matches]
+    assert [m.base.name for m in one.matches] == [m.trained.name for m in other.matches]
     assert (set(one.tied), len(one.unmatched)) == (set(other.tied), len(other.unmatched))
     return one
 
@@ -56,13 +56,13 @@ def test_a_head_on_one_side_is_listed_where_it_is_its_own(with_head: dict[str, A
 
 def test_a_resized_vocabulary_may_be_tied_too() -> None:
     pair = both_ways(FakeSource(LONE, config=YES), FakeSource({EMBED: (12, 4), HEAD: (12, 4)}, config=YES))
-    assert ([m.how for m in pair.matches], pair.tied) == (["common rows"], [HEAD])
+    assert ([m.match_kind for m in pair.matches], pair.tied) == (["common rows"], [HEAD])
     assert [u.kind for u in pair.unmatched] == ["rows"]
 
 
 def test_an_embedding_and_a_head_that_are_each_all_that_was_stored_are_compared() -> None:
     pair = both_ways(FakeSource({EMBED: (9, 4)}, config=YES), FakeSource({HEAD: (9, 4)}, config=YES))
-    assert [(m.source.name, m.trained.name, m.how) for m in pair.matches] == [(EMBED, HEAD, "tied")]
+    assert [(m.base.name, m.trained.name, m.match_kind) for m in pair.matches] == [(EMBED, HEAD, "tied")]
     pair = both_ways(FakeSource(BOTH, config=YES), FakeSource({HEAD: (9, 4)}, config=YES))
     assert ([m.name for m in pair.matches], pair.tied, pair.unmatched) == ([HEAD], [EMBED], [])
 

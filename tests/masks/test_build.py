@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from opdkernels.checkpoint.names import place
+from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.errors import UsageError
 from opdkernels.masks import (
     MaskSet,
@@ -50,7 +50,7 @@ def test_extremes_are_those_of_sorting(dtype, per, share, monkeypatch):
     source = weights(dtype)
     groups = {}
     for name in source:
-        key = {"tensor": name, "module": place(name).module, "model": ""}[per]
+        key = {"tensor": name, "module": parse_tensor_name(name).module, "model": ""}[per]
         groups.setdefault(key, []).append(name)
     for found, big in ((near_zero(source, share, scope=per), False), (largest(source, share, scope=per), True)):
         assert list(found) == list(source)

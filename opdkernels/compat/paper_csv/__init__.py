@@ -155,7 +155,7 @@ ALIASES = (("model.language_model.", "model."), ("language_model.", "model."), (
 
 def write(folder: Path, pair: Pair, result: Analysis) -> None:
     """Writes PAPER_CSV_FILES into `folder`, from the tallies of a finished run."""
-    found, report = match_names(pair.source.tensors, pair.trained.tensors)
+    found, report = match_names(pair.base.tensors, pair.trained.tensors)
     spectra = {r.index: r for r in result.spectrum_records if r.view == "visible" and r.part < 0}
     tensors, svds, bases, masks, failed = tabulate(pair, result.records, found, report, spectra)
     groups = {name: group(tensors, keys) for name, keys in SUMMARIES.items()}
@@ -250,7 +250,7 @@ def tabulate(
     """
 
     def key(name: str, trained_name: str) -> tuple[str, str]:  # one for all names of a storage, which is counted once
-        return pair.source.aliases.get(name, name), pair.trained.aliases.get(trained_name, trained_name)
+        return pair.base.aliases.get(name, name), pair.trained.aliases.get(trained_name, trained_name)
 
     whole = {key(r.name, r.trained_name): r for r in records if r.how in ("exact", "prefix")}
     tensors: list[Row] = []
@@ -259,7 +259,7 @@ def tabulate(
     masks: list[Row] = []
     failed: list[Row] = []
     for name, trained_name in found:
-        source, trained = pair.source.tensors[name], pair.trained.tensors[trained_name]
+        source, trained = pair.base.tensors[name], pair.trained.tensors[trained_name]
         record = whole.get(key(name, trained_name))
         if source.shape != trained.shape:
             shapes = {"src_shape": list(source.shape), "opd_shape": list(trained.shape)}

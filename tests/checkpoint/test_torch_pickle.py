@@ -13,8 +13,8 @@ import numpy
 import pytest
 import torch
 
-from opdkernels.checkpoint import torchfile
-from opdkernels.checkpoint.base import open_source
+from opdkernels.checkpoint import torch_pickle
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("no_guard")
@@ -29,7 +29,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 def refused(path: Path) -> str:
     with pytest.raises(InputError) as caught:
-        open_source(path)
+        open_checkpoint(path)
     message = str(caught.value)
     assert message.isprintable(), message
     assert path.name in message, message
@@ -60,7 +60,7 @@ def test_slices_are_bit_identical_to_torch_load(path: Path, dtype: torch.dtype, 
         "parameter": torch.nn.Parameter(matrix.clone()),
     }
     torch.save(saved, path, **options)
-    opened = open_source(path)
+    opened = open_checkpoint(path)
     expected = torch.load(path, weights_only=True)
     assert opened.kind == "torch"
     assert set(opened.tensors) == set(expected)
@@ -80,22 +80,22 @@ def test_slices_are_bit_identical_to_torch_load(path: Path, dtype: torch.dtype, 
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="the system does not count the bytes a process reads")
 def test_opening_reads_no_storage(path: Path) -> None:
     torch.save({"w": torch.ones(5_000_000)}, path)
-    open_source(path).close()  # what is imported on the way is read here
+    open_checkpoint(path).close()  # what is imported on the way is read here
 
     def bytes_read() -> int:
         return int(Path("/proc/self/io").read_text().split()[1])
 
     before = bytes_read()
-    open_source(path).close()
-    assert bytes_read() - before < 3 * torchfile.EDGE_BYTES
+    open_checkpoint(path).close()
+    assert bytes_read() - before < 3 * torch_pickle.EDGE_BYTES
 
 
 def test_tensors_of_one_storage_are_aliases_of_the_first(path: Path) -> None:
     embedding = torch.randn(7, 4)
     torch.save({"wte.weight": embedding, "x": torch.ones(4), "lm_head.weight": embedding, "part": embedding[1:]}, path)
-    assert open_source(path).aliases == {"lm_head.weight": "wte.weight"}
+    assert open_checkpoint(path).aliases == {"lm_head.weight": "wte.weight"}
     torch.save({"wte.weight": embedding, "lm_head.weight": embedding}, path, **LEGACY)
-    assert open_source(path).aliases == {"lm_head.weight": "wte.weight"}
+    assert open_checkpoint(path).aliases == {"lm_head.weight": "wte.weight"}
 
 
 @pytest.mark.parametrize("options", [{}, LEGACY], ids=["archive", "legacy"])
@@ -152,14 +152,14 @@ def test_a_nested_state_dict_is_found(path: Path, nest: tuple[str, ...]) -> None
     for key in reversed(nest):
         content = {key: content, "optimizer": {"state": {}}, "rng": torch.get_rng_state(), "epoch": 2}
     torch.save(content, path)
-    opened = open_source(path)
+    opened = open_checkpoint(path)
     assert list(opened.tensors) == ["w"]
     assert opened.read("w", 1, 3).tolist() == [1.0, 2.0]
 
 
 def test_shapes_that_overflow_64_bits_beside_a_zero_stay_exact(path: Path) -> None:
     torch.save({"w": torch.empty(2**62, 0), "v": torch.ones(1)}, path)
-    info = open_source(path).tensors["w"]
+    info = open_checkpoint(path).tensors["w"]
     assert (info.shape, info.numel, info.nbytes) == ((2**62, 0), 0, 0)
 
 
@@ -218,14 +218,14 @@ def test_archives_that_torch_does_not_write_are_refused(path: Path) -> None:
 
 def test_a_large_legacy_file_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"w": torch.ones(100)}, path, **LEGACY)
-    monkeypatch.setattr(torchfile, "MAX_LEGACY_BYTES", 100)
+    monkeypatch.setattr(torch_pickle, "MAX_LEGACY_BYTES", 100)
     assert "before torch 1.6" in refused(path)
 
 
 def test_a_mapped_archive_is_viewed_in_place(path: Path, fake_guard: object) -> None:
     values = torch.arange(300, dtype=torch.float32)
     torch.save({"w": values, "t": values.reshape(20, 15).t()}, path)
-    opened = open_source(path, io="mmap")
+    opened = open_checkpoint(path, io="mmap")
     ((address, nbytes),) = fake_guard.live.values()
     view = opened.read("w", 7, 90)
     assert address <= view.data_ptr() < address + nbytes
@@ -244,7 +244,7 @@ def test_bits_of_any_dtype_and_stride(tmp_path: Path, options: dict[str, Any]) -
         "b": torch.tensor([True, False, True]),
     }
     torch.save(tensors, tmp_path / "pytorch_model.bin", **options)
-    source = open_source(tmp_path)
+    source = open_checkpoint(tmp_path)
     for name, tensor in tensors.items():
         info = source.tensors[name]
         assert info.items * info.item_bytes == tensor.numel() * tensor.element_size()

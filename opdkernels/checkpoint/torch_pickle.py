@@ -14,9 +14,9 @@ import struct
 import zipfile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, FileFact, TensorInfo
-from opdkernels.checkpoint.openfile import TORCH_DTYPES, Buffer, OpenFile, bits_dtype, torch_dtype
-from opdkernels.checkpoint.statedict import find_state_dict
+from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, FileFingerprint, TensorInfo
+from opdkernels.checkpoint.io import TORCH_DTYPES, Buffer, OpenFile, bits_dtype, torch_dtype
+from opdkernels.checkpoint.state_dict import find_state_dict
 from opdkernels.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class TorchFile:
                 self._open_archive()
             else:
                 self._open_legacy()
-            self.fact = FileFact(self._file.name, self._file.size, self._file.mtime_ns, _digest(self._file))
+            self.fact = FileFingerprint(self._file.name, self._file.size, self._file.mtime_ns, _digest(self._file))
         except BaseException:
             self._file.close()
             raise

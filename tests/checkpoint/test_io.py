@@ -10,9 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from opdkernels.checkpoint import openfile
-from opdkernels.checkpoint.base import open_source
-from opdkernels.checkpoint.openfile import Buffer, OpenFile
+from opdkernels.checkpoint import io as checkpoint_io
+from opdkernels.checkpoint.io import Buffer, OpenFile
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.errors import InputError, UsageError
 
 VALUES = torch.arange(5000, dtype=torch.float32)
@@ -42,7 +42,7 @@ def refusal(call: object, *arguments: object) -> str:
 def test_a_file_cut_off_before_it_is_opened_is_refused_with_its_bytes(saved: Path) -> None:
     size = saved.stat().st_size
     os.truncate(saved, size - 100)
-    message = refusal(open_source, saved)
+    message = refusal(open_checkpoint, saved)
     assert str(size - 100) in message
     assert saved.name in message
     if saved.suffix == ".safetensors":  # a zip archive's table is at its end: gone, and with it the length
@@ -51,7 +51,7 @@ def test_a_file_cut_off_before_it_is_opened_is_refused_with_its_bytes(saved: Pat
 
 @pytest.mark.usefixtures("no_guard")
 def test_a_file_cut_off_while_open_is_refused_with_expected_and_actual_bytes(saved: Path) -> None:
-    opened = open_source(saved)
+    opened = open_checkpoint(saved)
     size = saved.stat().st_size
     opened.read("w", 0, 10)
     opened.check()
@@ -62,7 +62,7 @@ def test_a_file_cut_off_while_open_is_refused_with_expected_and_actual_bytes(sav
 
 @pytest.mark.usefixtures("no_guard")
 def test_a_file_replaced_while_open_is_noticed_and_the_old_one_still_read(saved: Path, tmp_path: Path) -> None:
-    opened = open_source(saved)
+    opened = open_checkpoint(saved)
     before = saved.stat()
     other = tmp_path / "other"
     other.write_bytes(saved.read_bytes())
@@ -74,7 +74,7 @@ def test_a_file_replaced_while_open_is_noticed_and_the_old_one_still_read(saved:
 
 @pytest.mark.usefixtures("no_guard")
 def test_a_file_written_to_or_removed_while_open_is_noticed(saved: Path) -> None:
-    opened = open_source(saved)
+    opened = open_checkpoint(saved)
     status = saved.stat()
     os.utime(saved, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert "changed while it was open" in refusal(opened.check)
@@ -83,7 +83,7 @@ def test_a_file_written_to_or_removed_while_open_is_noticed(saved: Path) -> None
 
 
 def test_a_mapping_is_guarded_for_as_long_as_a_view_of_it_lives(saved: Path, fake_guard: object) -> None:
-    opened = open_source(saved, io="mmap")
+    opened = open_checkpoint(saved, io="mmap")
     ((address, nbytes),) = fake_guard.live.values()
     assert nbytes == saved.stat().st_size
     view = opened.read("w", 1, 4000)
@@ -100,7 +100,7 @@ def test_a_mapping_is_guarded_for_as_long_as_a_view_of_it_lives(saved: Path, fak
 
 
 def test_a_fault_in_a_mapping_is_an_error_of_the_file(saved: Path, fake_guard: object) -> None:
-    opened = open_source(saved, io="mmap")
+    opened = open_checkpoint(saved, io="mmap")
     opened.check()
     fake_guard.faults = 1
     assert "was cut off while it was open" in refusal(opened.check)
@@ -111,7 +111,7 @@ def test_a_file_that_is_refused_leaves_no_mapping_and_no_open_file(tmp_path: Pat
     path = tmp_path / "model.safetensors"
     path.write_bytes((9).to_bytes(8, "little") + b"{" + b"x" * 8)
     before = set(os.listdir("/proc/self/fd"))
-    refusal(lambda: open_source(path, io="mmap"))
+    refusal(lambda: open_checkpoint(path, io="mmap"))
     gc.collect()
     assert not fake_guard.live
     assert set(os.listdir("/proc/self/fd")) == before
@@ -119,11 +119,11 @@ def test_a_file_that_is_refused_leaves_no_mapping_and_no_open_file(tmp_path: Pat
 
 @pytest.mark.usefixtures("no_guard")
 def test_without_a_guard_nothing_is_mapped(saved: Path) -> None:
-    assert openfile.choose_io("auto", str(saved)) == "read"
+    assert checkpoint_io.choose_io("auto", str(saved)) == "read"
     with pytest.raises(UsageError, match="io='read'"):
-        open_source(saved, io="mmap")
+        open_checkpoint(saved, io="mmap")
     with pytest.raises(UsageError, match="give 'auto', 'mmap' or 'read'"):
-        open_source(saved, io="direct")
+        open_checkpoint(saved, io="direct")
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_network_file_systems_are_read_and_local_ones_mapped(
         "21 1 999:999 / / rw - nfs elsewhere rw\n"
         f"22 21 {os.major(device)}:{os.minor(device)} / /data\\040x rw,relatime shared:1 - {kind} server:/data rw\n"
     )
-    monkeypatch.setattr(openfile, "MOUNT_TABLE", str(table))
-    assert openfile.choose_io("auto", str(tmp_path)) == io
+    monkeypatch.setattr(checkpoint_io, "MOUNT_TABLE", str(table))
+    assert checkpoint_io.choose_io("auto", str(tmp_path)) == io
 
 
 def test_a_buffer_grows_and_is_used_again() -> None:
@@ -155,4 +155,4 @@ def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
     path = tmp_path / "pipe.safetensors"
     os.mkfifo(path)
     assert "not a regular file" in refusal(OpenFile, str(path), "read")
-    assert "neither a file nor a folder" in refusal(open_source, path)
+    assert "neither a file nor a folder" in refusal(open_checkpoint, path)

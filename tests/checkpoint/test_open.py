@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from opdkernels.checkpoint.base import open_source
+from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.errors import InputError, UsageError
 
 pytestmark = pytest.mark.usefixtures("no_guard")
@@ -20,7 +20,7 @@ W = {"w": torch.ones(2)}
 
 def refused(path: Any) -> str:
     with pytest.raises(InputError) as caught:
-        open_source(path)
+        open_checkpoint(path)
     message = str(caught.value)
     assert message.isprintable(), message
     assert ";" in message, message
@@ -50,7 +50,7 @@ def save(folder: Path, *names: str) -> None:
 )
 def test_the_model_of_a_folder_is_found(tmp_path: Path, names: list[str], chosen: str) -> None:
     save(tmp_path, *names)
-    opened = open_source(tmp_path)
+    opened = open_checkpoint(tmp_path)
     assert [fact.name for fact in opened.files] == [chosen]
     assert opened.path == str(tmp_path)
 
@@ -65,16 +65,16 @@ def test_two_models_in_a_folder_are_ambiguous(tmp_path: Path, names: list[str]) 
 
 def test_a_file_is_known_by_content_and_not_by_its_name(tmp_path: Path) -> None:
     torch.save(W, tmp_path / "odd.safetensors")
-    assert open_source(tmp_path / "odd.safetensors").kind == "torch"
+    assert open_checkpoint(tmp_path / "odd.safetensors").kind == "torch"
     safetensors.torch.save_file(W, tmp_path / "odd.weights")
-    assert open_source(tmp_path / "odd.weights").kind == "safetensors"
+    assert open_checkpoint(tmp_path / "odd.weights").kind == "safetensors"
 
 
 def test_config_comes_from_beside_the_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, "model.safetensors")
-    assert open_source(tmp_path).config == {}
+    assert open_checkpoint(tmp_path).config == {}
     (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
-    assert open_source(tmp_path).config == open_source(tmp_path / "model.safetensors").config != {}
+    assert open_checkpoint(tmp_path).config == open_checkpoint(tmp_path / "model.safetensors").config != {}
     (tmp_path / "config.json").write_text("{")
     assert "config.json is not JSON" in refused(tmp_path)
 
@@ -156,7 +156,7 @@ def test_tensors_that_mean_nothing_alone_are_refused_by_name(
 def test_scales_that_are_no_quantisation_are_read(tmp_path: Path) -> None:
     tensors = {"l.k_scale": W["w"], "norm.scale": torch.ones(3), "conv_blocks": torch.ones(1)}
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
-    assert set(open_source(tmp_path).tensors) == set(tensors)
+    assert set(open_checkpoint(tmp_path).tensors) == set(tensors)
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/model", "hf://org/name", "https://example.org/x\x1b[31m"])
@@ -178,4 +178,4 @@ def test_a_missing_path_under_an_existing_folder_is_no_hub_id(tmp_path: Path, mo
 def test_a_local_path_has_no_revision(tmp_path: Path) -> None:
     save(tmp_path, "model.safetensors")
     with pytest.raises(UsageError, match="no revision"):
-        open_source(tmp_path, revision="main")
+        open_checkpoint(tmp_path, revision="main")

@@ -1,21 +1,62 @@
-"""Which files of a folder are the checkpoint, by content and by index, and which one format they are of."""
+"""`open_checkpoint`: finds which files of a folder are the checkpoint and in which format they are, and opens them."""
 
 from __future__ import annotations
 
 import os
 import re
 
-from opdkernels.checkpoint import formats
-from opdkernels.checkpoint.base import MAX_HEADER_BYTES
+from opdkernels.checkpoint import formats, hub
+from opdkernels.checkpoint.base import MAX_HEADER_BYTES, Checkpoint
+from opdkernels.checkpoint.io import choose_io
 from opdkernels.checkpoint.safetensors import SafetensorsFile
-from opdkernels.checkpoint.sharded import FileSource, Shard, open_sharded, read_json
-from opdkernels.checkpoint.torchfile import TorchFile
-from opdkernels.errors import InputError, printable
+from opdkernels.checkpoint.sharded import Shard, ShardedCheckpoint, open_sharded, read_json
+from opdkernels.checkpoint.torch_pickle import TorchFile
+from opdkernels.errors import InputError, UsageError, printable
 
 PART_OF_MANY = re.compile(r".*-\d+-of-\d+\.(safetensors|bin|pt|pth)")
 
 
-def open_local(where: str, given: str, io: str, allow_missing: bool, any_tensors: bool = False) -> FileSource:
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    io: str = "auto",
+    revision: str | None = None,
+    allow_missing: bool = False,
+    any_tensors: bool = False,
+) -> Checkpoint:
+    """Opens the checkpoint at a folder, a file, an index file or a hub id; reads headers only.
+
+    `io` is "mmap", "read" or "auto": mapped on local file systems where a mapping can be guarded, else positioned reads.
+    `allow_missing` turns an absent shard from an error into entries of `Checkpoint.missing`. `any_tensors` also opens what
+    holds quantised or adapter tensors, for `read_bits`: their values mean nothing by themselves, their bits do.
+    Raises InputError, before any tensor is read, for everything that cannot be read in full.
+    """
+    if io not in ("auto", "mmap", "read"):
+        raise UsageError(f"io is {printable(repr(io))}; give 'auto', 'mmap' or 'read'")
+    given = os.fspath(path)
+    if os.path.isdir(given):
+        where = given
+    elif os.path.exists(given):
+        if not os.path.isfile(given):
+            raise InputError(f"{printable(given)} is neither a file nor a folder; give the path of a checkpoint")
+        where = given
+    elif "://" in given:
+        scheme = printable(given.split("://", 1)[0])
+        raise InputError(
+            f"{printable(given)}: {scheme}:// addresses are not read; download the checkpoint and give its folder"
+        )
+    elif hub.looks_like_id(given) and not os.path.isdir(given.split("/")[0]):
+        where = hub.download(given, revision)
+    else:
+        raise InputError(
+            f"{printable(given)} does not exist; give a folder, a checkpoint file or a hub id such as org/name@revision"
+        )
+    if revision is not None and where == given:
+        raise UsageError(f"{printable(given)} is a local path and has no revision; leave --revision out")
+    return open_local(where, given, choose_io(io, where), allow_missing, any_tensors)
+
+
+def open_local(where: str, given: str, io: str, allow_missing: bool, any_tensors: bool = False) -> ShardedCheckpoint:
     """Opens the checkpoint in the folder or file `where`; `given` is what the user called it."""
     if os.path.isdir(where):
         names = _names(where)
@@ -39,7 +80,7 @@ def open_local(where: str, given: str, io: str, allow_missing: bool, any_tensors
     return source
 
 
-def _open(file: str, given: str, io: str, allow_missing: bool, config: dict) -> FileSource:
+def _open(file: str, given: str, io: str, allow_missing: bool, config: dict) -> ShardedCheckpoint:
     sharded = _format(file) == "index"
     missing: dict[str, str] = {}
     if sharded:
@@ -48,7 +89,7 @@ def _open(file: str, given: str, io: str, allow_missing: bool, config: dict) -> 
         shards = [_open_file(file, io)]
     kind = "torch" if isinstance(shards[0], TorchFile) else "safetensors sharded" if sharded else "safetensors"
     try:
-        source = FileSource(given, kind, shards, config, missing)
+        source = ShardedCheckpoint(given, kind, shards, config, missing)
         source.folder, source.index = os.path.dirname(file) or ".", os.path.basename(file) if sharded else None
         if not source.tensors:
             raise InputError(f"{printable(file)} holds no tensors; give a model's checkpoint")
