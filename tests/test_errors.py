@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, field_validator
 from safetensors.torch import save_file
 
-from opdkernels.checkpoint import sharded
+from opdkernels.checkpoint import strict_json
 from opdkernels.config import validate_options
 from opdkernels.distillation.models import taken
 from opdkernels.distillation.options import DistillOptions
@@ -28,9 +28,9 @@ def test_errors_are_value_errors(error):
 def test_json_file_keeps_its_own_message(tmp_path, monkeypatch):
     path = tmp_path / "index.json"
     path.write_text("{}" + " " * 20)
-    monkeypatch.setattr(sharded, "MAX_HEADER_BYTES", 10)
+    monkeypatch.setattr(strict_json, "MAX_HEADER_BYTES", 10)
     with pytest.raises(InputError, match=r"has 22 bytes, more than the 10 allowed; download it again$"):
-        sharded.read_json(str(path))
+        strict_json.read_json(str(path))
 
 
 @pytest.mark.parametrize(

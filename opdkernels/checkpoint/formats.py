@@ -1,104 +1,24 @@
-"""Formats that are recognised by their content and refused by name, with what to do instead."""
+"""The file formats that are read. CONTRIBUTING.md, "Add a checkpoint format", describes how to add one."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from opdkernels.checkpoint import safetensors, torch_pickle
+from opdkernels.checkpoint.base import FileFormat
 
-from opdkernels.checkpoint.base import TensorInfo
-from opdkernels.errors import InputError, printable
-
-FSDP_SHARD = re.compile(r"(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt")
-# Files that a trainer leaves beside the model and that are not models.
-TRAINER_FILES = re.compile(
-    r"(training_args|optimizer|optim|scheduler|scaler|rng_state|random_states|extra_state|trainer_state|dataloader)"
-    r"([._-].*)?\.(bin|pt|pth)"
-)
-LORA_TOKENS = frozenset({"lora_a", "lora_b", "lora_embedding_a", "lora_embedding_b", "lora_magnitude_vector"})
-OPTIMIZER_TOKENS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"})
-QUANTISED_TOKENS = frozenset(
-    {"weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "qweight", "qzeros", "g_idx"}
-    | {"scb", "absmax", "quant_map", "nested_absmax"}
-)
-MAGIC = {
-    b"GGUF": "a GGUF file",
-    b"\x89HDF": "an HDF5 file",
-    b"\x93NUM": "a NumPy file",
-}
+# A safetensors header of 640 bytes begins with the bytes of a pickle: safetensors must be the first.
+FORMATS: tuple[FileFormat, ...] = (safetensors.FORMAT, torch_pickle.FORMAT)
+"""In order of preference, where a folder or a repository holds several formats."""
 
 
-def refuse_folder(folder: str, names: Iterable[str], model: str | None) -> None:
-    """Raises InputError where the names in a folder are those of a format that is not read yet.
+def format_by_content(first_bytes: bytes) -> FileFormat | None:
+    """Returns the format whose signature the first 16 bytes of a file have, or None."""
+    return next((format for format in FORMATS if format.recognizes(first_bytes)), None)
 
-    `model` is the file that would be read otherwise: a folder that holds both needs the user's word.
+
+def format_by_name(name: str) -> FileFormat | None:
+    """Returns the format that a file name's suffix belongs to, or None.
+
+    >>> format_by_name("pytorch_model.bin").name
+    'torch'
     """
-    names = set(names)
-    shown = printable(folder)
-    shards = sorted(filter(None, map(FSDP_SHARD.fullmatch, names)), key=lambda found: found.string)
-    models = [found for found in shards if found[1] == "model"]
-    if "adapter_config.json" in names or (model is None and any(n.startswith("adapter_model.") for n in names)):
-        kind, remedy = (
-            "a LoRA adapter (adapter_config.json or adapter_model.*)",
-            "merge it with peft's merge_and_unload() and save that",
-        )
-    elif models:
-        sizes = sorted({int(found[2]) for found in models})
-        kind = f"FSDP shards (world size {', '.join(map(str, sizes))})"
-        remedy = "merge them into safetensors, for verl with `python -m verl.model_merger merge`"
-    elif shards and model is None:
-        raise InputError(
-            f"{shown} holds an optimizer's state ({shards[0].string}), not a model; give the model's folder"
-        )
-    elif ".metadata" in names:
-        kind = "a torch.distributed.checkpoint (.metadata)"
-        remedy = "convert it with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch`"
-    else:
-        return
-    if model is not None:
-        raise InputError(
-            f"{shown} holds {kind} and a model ({printable(model)}); give the path of {printable(model)} if that is meant"
-        )
-    raise InputError(f"{shown} holds {kind}, which is not read yet; {remedy}")
-
-
-def refuse_file(path: str, name: str) -> None:
-    """Raises InputError where a file's name alone says that it is part of something that is not read."""
-    found = FSDP_SHARD.fullmatch(name)
-    if found and found[1] == "model":
-        raise InputError(
-            f"{printable(path)} is one of {int(found[2])} FSDP shards, which are not read yet; merge them into"
-            " safetensors, for verl with `python -m verl.model_merger merge`"
-        )
-    if name.endswith(".distcp") or name == ".metadata":
-        raise InputError(
-            f"{printable(path)} is part of a torch.distributed.checkpoint, which is not read yet; convert it with"
-            " `python -m torch.distributed.checkpoint.format_utils dcp_to_torch`"
-        )
-    if TRAINER_FILES.fullmatch(name):
-        raise InputError(
-            f"{printable(path)} is by its name a trainer's or optimizer's state, not a model; give the model's file"
-        )
-
-
-def refuse_tensors(tensors: dict[str, TensorInfo], path: str) -> None:
-    """Raises InputError where tensors are a LoRA adapter's, an optimizer's, or quantised, and names the first."""
-    mxfp4 = {name.removesuffix("_blocks") for name in tensors if name.endswith("_blocks")}
-    for name, info in tensors.items():
-        # Adapters may be named inside the token list, as lora_A.default.weight; scales are always last.
-        tokens = name.lower().split(".")
-        if LORA_TOKENS.intersection(tokens):
-            what = "belongs to a LoRA adapter, which is not read yet; merge it with peft's merge_and_unload() and save that"
-        elif OPTIMIZER_TOKENS.intersection(tokens):
-            what = "belongs to an optimizer's state, not a model; give the model's file"
-        elif (
-            tokens[-1] in QUANTISED_TOKENS
-            or info.dtype.startswith(("f8_", "f6_", "f4"))
-            or (name.endswith("_scales") and name.removesuffix("_scales") in mxfp4)
-        ):
-            what = (
-                f"({printable(info.dtype)}) is that of an fp8 or quantised model, which is not read yet;"
-                " dequantise it to bf16 first: its codes mean nothing without their scales"
-            )
-        else:
-            continue
-        raise InputError(f"{printable(path)}: tensor {printable(name)} in {printable(info.file)} {what}")
+    return next((format for format in FORMATS if name.endswith(format.suffixes)), None)

@@ -1,4 +1,4 @@
-"""Fused against split tensors: rows are contiguous, so each part of a fused tensor is a flat range of it."""
+"""Fused against split tensors: rows are contiguous, therefore each part of a fused tensor is a flat range of it."""
 
 from __future__ import annotations
 
@@ -6,52 +6,43 @@ import math
 from collections.abc import Mapping
 
 from opdkernels.checkpoint.base import TensorInfo
-from opdkernels.checkpoint.names import canonical
+from opdkernels.checkpoint.names import canonical_name
 
-# Only what is concatenated along the rows, part after part. GPT-NeoX's query_key_value is interleaved by head and
-# GPT-2's c_attn is concatenated along the columns: their parts are no ranges.
+# Only tensors that are concatenated along the rows. GPT-NeoX's query_key_value is interleaved by head and GPT-2's
+# c_attn is concatenated along the columns: their parts are not ranges.
 PARTS = {
     "qkv_proj": (("q_proj", "k_proj", "v_proj"),),
     "qkv": (("q_proj", "k_proj", "v_proj"), ("q", "k", "v")),
     "gate_up_proj": (("gate_proj", "up_proj"),),
 }
-MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-
-
-def key(name: str) -> str:
-    """The canonical name, with Mixtral's names for experts turned into those that every other model uses.
-
-    >>> key("model.layers.0.block_sparse_moe.experts.3.w1.weight")
-    'layers.0.mlp.experts.3.gate_proj.weight'
-    """
-    tokens = ["mlp" if token == "block_sparse_moe" else token for token in canonical(name).split(".")]
-    for index in range(2, len(tokens)):
-        if tokens[index - 2] == "experts" and tokens[index - 1].isdecimal():
-            tokens[index] = MIXTRAL.get(tokens[index], tokens[index])
-    return ".".join(tokens)
 
 
 def split(fused: TensorInfo, others: Mapping[str, TensorInfo]) -> list[tuple[TensorInfo, int]] | str | None:
-    """The tensors of `others` (by key) that make up `fused`, each with the element of `fused` it begins at.
+    """Finds the tensors that are concatenated in a fused one.
 
-    None where `others` has none of them; the reason, where it has some and they do not fit.
+    Args:
+        fused: The tensor that may be fused.
+        others: Tensors of the other checkpoint by canonical name (`unify_experts=True`).
+
+    Returns:
+        The parts in order, each with the element of `fused` at which it begins; None if `others` has none of them; the
+        reason, for messages, if it has some and they do not fit.
     """
     reason: str | None = None
     for groups in _candidates(fused, len(others)):
         names = [name for group in groups for name in group]
-        found = [name for name in names if name in others]
-        if not found:
+        absent = [name for name in names if name not in others]
+        if len(absent) == len(names):
             continue
-        if len(found) < len(names):
-            lost = next(name for name in names if name not in others)
-            reason = f"fused from {len(names)} tensors, of which {lost} is not there"
+        if absent:
+            reason = f"fused from {len(names)} tensors, of which {absent[0]} is missing"
             continue
         parts = [[others[name] for name in group] for group in groups]
-        # Experts are a dimension of their own in front of the rows.
+        # Experts are an additional dimension before the rows.
         row_dim = fused.shape[-2:] if len(groups) > 1 or len(fused.shape) == 3 else fused.shape
         if not all(_fits(row_dim, group) for group in parts):
             shapes = ", ".join(str(list(part.shape)) for part in parts[0])
-            reason = f"its shape {list(fused.shape)} is not that of its parts {shapes} one after the other"
+            reason = f"its shape {list(fused.shape)} is not the concatenation of its parts {shapes}"
             continue
         ranges, start = [], 0
         for part in (part for group in parts for part in group):
@@ -67,13 +58,13 @@ def _fits(shape: tuple[int, ...], parts: list[TensorInfo]) -> bool:
 
 
 def _candidates(fused: TensorInfo, limit: int) -> list[list[list[str]]]:
-    """The keys that may make up `fused`, one list an expert (a single list where there are no experts)."""
-    tokens = key(fused.name).split(".")
+    """Returns lists of canonical names that may make up `fused`, one list per expert (one list without experts)."""
+    tokens = canonical_name(fused.name, unify_experts=True).split(".")
     parameter = tokens.pop() if tokens[-1] in ("weight", "bias") and len(tokens) > 1 else ""
     leaf, parents = tokens[-1], tokens[:-1]
     splits = PARTS.get(leaf, ())
     if parents[-1:] == ["experts"]:
-        # `limit` first: the number of experts is whatever the header says.
+        # Bounded by `limit` before the lists are made: the number of experts in the header is untrusted.
         if parameter == "bias" or len(fused.shape) != 3 or not 0 < fused.shape[0] <= limit:
             return []
         stem = ".".join(parents)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import re
 
+from opdkernels.checkpoint import formats
 from opdkernels.checkpoint.sharded import read_index
 from opdkernels.errors import InputError, UsageError, printable
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,200})?", re.ASCII)
-FACTS = ["config.json", "adapter_config.json", "*.safetensors.index.json", "*.bin.index.json"]
-# One after the other: a repository often holds the same weights in several formats, and one of them is enough.
-WHOLE = (["model.safetensors"], ["*.safetensors"], ["pytorch_model.bin"])
+SMALL_FILES = ["config.json", "adapter_config.json", *(f"*{format.index_suffix}" for format in formats.FORMATS)]
 
 
 def looks_like_id(text: str) -> bool:
-    """Whether `text` has the form of a hub id; a path that exists is none, which the caller sees to.
+    """Whether `text` has the form of a hub id. The caller checks first that it is not an existing path.
 
     >>> looks_like_id("Qwen/Qwen2.5-0.5B@main"), looks_like_id("runs/step 20"), looks_like_id("./a/b")
     (True, False, False)
@@ -24,7 +23,19 @@ def looks_like_id(text: str) -> bool:
 
 
 def download(text: str, revision: str | None) -> str:
-    """The local folder of a repository's config, index and weights. Raises InputError where it cannot be had."""
+    """Downloads a repository's config, index and weights.
+
+    Args:
+        text: Hub id, "org/name" or "org/name@revision".
+        revision: Revision, if the id has none.
+
+    Returns:
+        The local folder.
+
+    Raises:
+        InputError: The download fails.
+        UsageError: Two different revisions.
+    """
     name, _, pinned = text.partition("@")
     if pinned and revision is not None and pinned != revision:
         raise UsageError(f"{printable(text)} names a revision and --revision another; give one of them")
@@ -39,29 +50,30 @@ def download(text: str, revision: str | None) -> str:
         return snapshot_download(name, revision=pinned or revision, allow_patterns=patterns)
 
     try:
-        folder = fetch(FACTS)
-        weights = _listed(folder)
-        if weights:
-            return fetch([*FACTS, *weights])
-        for patterns in WHOLE:
-            folder = fetch([*FACTS, *patterns])
-            if any(entry.endswith((".safetensors", ".bin")) for entry in os.listdir(folder)):
+        folder = fetch(SMALL_FILES)
+        shards = _indexed_shards(folder)
+        if shards:
+            return fetch([*SMALL_FILES, *shards])
+        # In turn: a repository often holds the same weights in several formats, and one of them is enough.
+        for pattern in (pattern for format in formats.FORMATS for pattern in format.hub_patterns):
+            folder = fetch([*SMALL_FILES, pattern])
+            if any(name.endswith(format.suffixes[0]) for name in os.listdir(folder) for format in formats.FORMATS):
                 break
         return folder
     except InputError:
         raise
-    except Exception as error:  # no network, no such repository, no access, a full disk: each in its own class
+    except Exception as error:  # network, repository, access, disk: each has its own exception class
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"{printable(text)} does not exist here and cannot be had from the hub ({type(error).__name__}:"
+            f"{printable(text)} does not exist here and cannot be downloaded from the hub ({type(error).__name__}:"
             f" {printable(lines[0][:160])}); check the id and the network, or give a folder"
         ) from error
 
 
-def _listed(folder: str) -> list[str]:
-    """The shards that the repository's index lists, safetensors before torch; empty where it has no index."""
-    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        index = os.path.join(folder, name)
+def _indexed_shards(folder: str) -> list[str]:
+    """Returns the shards that the repository's index lists, formats in order; empty if there is no index."""
+    for format in formats.FORMATS:
+        index = os.path.join(folder, format.main_index)
         if os.path.exists(index):
             return list(read_index(index))
     return []

@@ -1,4 +1,4 @@
-"""One open file: its identity, its bytes by positioned reads or a guarded mapping, and the notice when it changes."""
+"""One open file: its identity, positioned reads or a guarded mapping, and detection of changes while it is open."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from opdkernels.errors import InputError, UsageError, printable
 if TYPE_CHECKING:
     import torch
 
-# A page fault on these costs a round trip to a server, one page after the other: mapped reads are 30 to 50 times slower.
+# A page fault on these costs a round trip to a server, one page at a time: mapped reads are 30 to 50 times slower.
 NETWORK_FILE_SYSTEMS = frozenset(
     {"9p", "afs", "beegfs", "ceph", "cifs", "fhgfs", "gfs", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs"}
     | {"nfs4", "ocfs2", "panfs", "pvfs2", "smb3", "smbfs", "wekafs"}
@@ -47,7 +47,7 @@ TORCH_DTYPES = {
 
 
 def guard() -> ModuleType | None:
-    """The compiled module if it can guard mappings, so that a file cut off while mapped does not kill the process."""
+    """Returns the compiled module if it can guard mappings: a file truncated while mapped then does not kill the process."""
     try:
         module = importlib.import_module("opdkernels._C")
     except ImportError:
@@ -56,7 +56,7 @@ def guard() -> ModuleType | None:
 
 
 def on_network(path: str) -> bool:
-    """Whether `path` lies on a network or user-space file system, as the mount table says; False where there is none."""
+    """Whether `path` is on a network or user-space file system, by the mount table; False if there is no table."""
     try:
         device = os.stat(path).st_dev
         with open(MOUNT_TABLE, encoding="utf-8", errors="surrogateescape") as table:
@@ -71,10 +71,10 @@ def on_network(path: str) -> bool:
 
 
 def choose_io(io: str, path: str) -> str:
-    """'mmap' or 'read' for `io`; raises UsageError where a mapping is asked for and cannot be guarded."""
+    """Returns "mmap" or "read" for `io`. Raises UsageError if "mmap" is requested and mappings cannot be guarded."""
     if io == "mmap" and guard() is None:
         raise UsageError(
-            "io='mmap' needs the compiled module opdkernels._C, which is not built: without it a file that is cut off"
+            "io='mmap' needs the compiled module opdkernels._C, which is not built: without it a file that is truncated"
             " while it is mapped kills the process; use io='read', or install a C++ compiler and reinstall opdkernels"
         )
     if io == "auto":
@@ -83,26 +83,27 @@ def choose_io(io: str, path: str) -> str:
 
 
 class Buffer(threading.local):
-    """Memory that positioned reads of one thread go to; it grows to the largest read and is used again for the next one."""
+    """Memory of one thread for positioned reads; it grows to the largest read and is reused by the next one."""
 
     def __init__(self) -> None:
         self._memory: torch.Tensor | None = None
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """The first `nbytes` of the buffer as uint8, 64-byte aligned; whatever was read before is overwritten."""
+        """Returns the first `nbytes` of the buffer, uint8, 64-byte aligned; the next read overwrites them."""
         import torch
 
         if self._memory is None or self._memory.numel() < nbytes:
-            self._memory = None  # let go first: never hold the old and the new one together
+            self._memory = None  # release first: never hold the old and the new memory together
             self._memory = torch.empty(nbytes, dtype=torch.uint8)
         return self._memory[:nbytes]
 
     def clear(self) -> None:
+        """Releases the memory of this thread."""
         self._memory = None
 
 
 class OpenFile:
-    """A regular file held open; `path` is what messages call it."""
+    """A regular file held open. Raises InputError, naming `path`, if it cannot be opened, read or mapped."""
 
     def __init__(self, path: str, io: str) -> None:
         self.path = path
@@ -137,10 +138,10 @@ class OpenFile:
             mapping = mmap.mmap(self.fd, self.size, access=mmap.ACCESS_READ)
         except (OSError, ValueError, OverflowError) as error:
             self.close()
-            reason = TOO_MANY_FILES if exhausted() else f"{printable(str(error))}; use --io read"
+            reason = TOO_MANY_FILES if out_of_descriptors() else f"{printable(str(error))}; use --io read"
             raise InputError(f"{self} cannot be mapped: {reason}") from error
         address = numpy.frombuffer(mapping, dtype=numpy.uint8).ctypes.data
-        # torch warns of read-only buffers; an array over the address is taken as it is, and keeps the mapping alive.
+        # torch warns about read-only buffers, not about an array over the address, which keeps the mapping alive.
         block: Any = (ctypes.c_uint8 * self.size).from_address(address)
         block.mapping = mapping
         handle = module.guard_mapping(address, self.size)
@@ -150,7 +151,7 @@ class OpenFile:
         self._faults = functools.partial(module.mapping_faults, handle)
 
     def bytes_at(self, offset: int, nbytes: int) -> bytes:
-        """`nbytes` at `offset` by a positioned read, for headers."""
+        """Returns `nbytes` at `offset` by a positioned read, for headers."""
         content = bytearray(nbytes)
         self._read_into(memoryview(content), offset)
         return bytes(content)
@@ -164,13 +165,13 @@ class OpenFile:
                 raise InputError(f"{self} cannot be read at byte {offset + done}: {_why(error)}") from error
             if count == 0:
                 raise InputError(
-                    f"{self} was cut off: {offset + len(target)} bytes expected, it has {offset + done};"
+                    f"{self} was truncated: {offset + len(target)} bytes expected, it has {offset + done};"
                     " copy or download it again"
                 )
             done += count
 
     def elements(self, offset: int, count: int, dtype: torch.dtype, buffer: Buffer) -> torch.Tensor:
-        """`count` elements of `dtype` at byte `offset`: a view of the mapping, or a copy in `buffer`."""
+        """Returns `count` elements of `dtype` at byte `offset`: a view of the mapping, or a copy in `buffer`."""
         import torch
 
         if count == 0:
@@ -179,7 +180,7 @@ class OpenFile:
         if self._block is not None:
             if (self._address + offset) % dtype.itemsize == 0:
                 return torch.frombuffer(self._block, dtype=dtype, count=count, offset=offset)
-            # Kernels may take elements to be aligned, as torch's are; a file need not be.
+            # Kernels may assume aligned elements, as in torch's tensors; those of a file may not be aligned.
             memory = buffer.take(nbytes)
             memory.copy_(torch.frombuffer(self._block, dtype=torch.uint8, count=nbytes, offset=offset))
         else:
@@ -188,27 +189,27 @@ class OpenFile:
         return memory.view(dtype)
 
     def check(self) -> None:
-        """Raises InputError if the file at `path` is not the one, or not in the state, that was opened."""
+        """Raises InputError if the file at `path` is another one, or in another state, than when it was opened."""
         try:
-            now = os.stat(self.path)
-            here = os.fstat(self.fd)
+            by_path = os.stat(self.path)
+            opened = os.fstat(self.fd)
         except OSError as error:
             raise InputError(
-                f"{self} went away while it was open ({_why(error)}); put it back and start again"
+                f"{self} was removed while it was open ({_why(error)}); restore it and start again"
             ) from error
-        if here.st_size < self.size or (self._faults is not None and self._faults()):
+        if opened.st_size < self.size or (self._faults is not None and self._faults()):
             raise InputError(
-                f"{self} was cut off while it was open: {self.size} bytes expected, it has {here.st_size};"
+                f"{self} was truncated while it was open: {self.size} bytes expected, it has {opened.st_size};"
                 " copy or download it again"
             )
-        if _identity(now) != _identity(self._opened) or _identity(here) != _identity(self._opened):
+        if _identity(by_path) != _identity(self._opened) or _identity(opened) != _identity(self._opened):
             raise InputError(
-                f"{self} changed while it was open ({self.size} bytes when opened, {now.st_size} now);"
+                f"{self} changed while it was open ({self.size} bytes when opened, {by_path.st_size} now);"
                 " start again once nothing writes to it"
             )
 
     def close(self) -> None:
-        """Closes the file; views of the mapping that are still held stay readable."""
+        """Closes the file; existing views of the mapping stay readable."""
         self._block = self._faults = None
         if self.fd >= 0:
             os.close(self.fd)
@@ -222,8 +223,8 @@ def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
 TOO_MANY_FILES = "too many open files; raise the limit with `ulimit -n 4096`"
 
 
-def exhausted() -> bool:
-    """Whether no file can be opened for want of descriptors; libraries report that in odd ways."""
+def out_of_descriptors() -> bool:
+    """Whether the process has no file descriptor left, which libraries report in many ways."""
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:
@@ -240,14 +241,14 @@ def _why(error: OSError) -> str:
 
 
 def bits_dtype(item_bytes: int) -> torch.dtype:
-    """The torch dtype that takes items of 1, 2, 4 or 8 bytes as integers."""
+    """Returns the integer dtype of items of 1, 2, 4 or 8 bytes."""
     import torch
 
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[item_bytes]
 
 
 def torch_dtype(name: str) -> torch.dtype | None:
-    """The torch dtype of a dtype name, or None where this torch has none."""
+    """Returns the torch dtype of a dtype name, or None if this version of torch has none."""
     import torch
 
     return getattr(torch, TORCH_DTYPES.get(name, ""), None)

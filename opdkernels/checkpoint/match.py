@@ -1,4 +1,4 @@
-"""Two checkpoints, matched tensor by tensor from their headers: what is compared with what, and what is not."""
+"""Matches two checkpoints tensor by tensor from their headers: what is compared with what, and what is not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from opdkernels.checkpoint import fused
 from opdkernels.checkpoint.base import DTYPES, Checkpoint, TensorInfo
-from opdkernels.checkpoint.names import parse_tensor_name
+from opdkernels.checkpoint.names import canonical_name, parse_tensor_name
 from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.checkpoint.tied import Side, drop_tied, unpaired_heads
 from opdkernels.errors import InputError, printable
@@ -22,10 +22,19 @@ ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 @dataclass(frozen=True)
 class Match:
-    """Flat elements [base_start, base_start + numel) of one tensor against as many of another.
+    """Flat elements [base_start, base_start + numel) of a base tensor against as many of a trained tensor.
 
-    `name` is the source's name, or the split side's where one side is fused; `how` is "exact", "prefix", "fused",
-    "common rows" (of a resized vocabulary) or "tied" (an embedding against the head that is the same matrix).
+    Attributes:
+        name: Name in the base; where one side is fused, the name of the split side.
+        trained_name: Name in the trained checkpoint.
+        base: Header entry of the base tensor.
+        trained: Header entry of the trained tensor.
+        numel: Number of compared elements.
+        shape: Shape of the compared elements.
+        base_start: First compared element of the base tensor.
+        trained_start: First compared element of the trained tensor.
+        match_kind: "exact", "prefix", "fused", "common rows" (of a resized vocabulary), or "tied" (an embedding against
+            the head that is the same matrix).
     """
 
     name: str
@@ -41,10 +50,17 @@ class Match:
 
 @dataclass(frozen=True)
 class Unmatched:
-    """A tensor, or the added rows of one, that is compared with nothing, and why.
+    """A tensor, or the added rows of one, that is compared with nothing.
 
-    `kind` is "missing" on the other side, "shape", "rows" added to a vocabulary, "dtype" without a delta, or "shard",
-    the file that would hold it being absent (its shape is not known then).
+    Attributes:
+        side: "base" or "trained".
+        name: Name of the tensor.
+        reason: Why it has no match, for messages.
+        shape: Shape; empty if the shard is absent.
+        dtype: Name of the dtype; empty if the shard is absent.
+        numel: Number of elements; 0 if the shard is absent.
+        kind: "missing" on the other side, "shape", "rows" added to a vocabulary, "dtype" without a delta, or "shard" if
+            the file that holds it is absent.
     """
 
     side: str
@@ -58,7 +74,16 @@ class Unmatched:
 
 @dataclass
 class Pair:
-    """Two open checkpoints and what was found in both, in the source's file order."""
+    """Two open checkpoints and their matches, in the base's file order.
+
+    Attributes:
+        base: The checkpoint before training.
+        trained: The checkpoint after training.
+        matches: What is compared; every coordinate at most once.
+        unmatched: What is not compared, and why.
+        tied: Names of tensors that repeat another tensor and are counted once.
+        notes: Remarks for the reader of the results.
+    """
 
     base: Checkpoint
     trained: Checkpoint
@@ -69,14 +94,17 @@ class Pair:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of both sides that reading every match takes."""
+        """Bytes of both sides that reading every match takes."""
         return sum(m.numel * (ITEM_BYTES[m.base.dtype] + ITEM_BYTES[m.trained.dtype]) for m in self.matches)
 
     def read(self, match: Match, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Elements [start, stop) of a match on both sides, 1-D, in the stored dtypes; valid until the next read of this thread."""
-        source = self.base.read(match.base.name, match.base_start + start, match.base_start + stop)
+        """Returns elements [start, stop) of a match on both sides, 1-D, in the stored dtypes.
+
+        The result is valid until the next read of the same thread.
+        """
+        base = self.base.read(match.base.name, match.base_start + start, match.base_start + stop)
         trained = self.trained.read(match.trained.name, match.trained_start + start, match.trained_start + stop)
-        return source, trained
+        return base, trained
 
     def check(self) -> None:
         """Raises InputError if a file of either side changed since it was opened."""
@@ -89,145 +117,173 @@ class Pair:
         self.trained.close()
 
 
-def open_pair(source: str | os.PathLike[str], trained: str | os.PathLike[str], **options: Any) -> Pair:
-    """Opens and matches two checkpoints; `options` are those of `open_checkpoint`, for both.
+def open_pair(base: str | os.PathLike[str], trained: str | os.PathLike[str], **options: Any) -> Pair:
+    """Opens and matches two checkpoints.
 
-    Raises InputError, before any tensor is read, where a side cannot be read, nothing matches, or a name is ambiguous.
+    Args:
+        base: The checkpoint before training: folder, file or hub id.
+        trained: The checkpoint after training.
+        **options: Options of `open_checkpoint`, for both.
+
+    Returns:
+        The open pair; close it after use.
+
+    Raises:
+        InputError: A side cannot be read, nothing matches, or a name is ambiguous. Raised before any tensor is read.
     """
-    first = open_checkpoint(source, **options)
+    base_checkpoint = open_checkpoint(base, **options)
     try:
-        second = open_checkpoint(trained, **options)
+        trained_checkpoint = open_checkpoint(trained, **options)
     except BaseException:
-        first.close()
+        base_checkpoint.close()
         raise
     try:
-        return match(first, second)
+        return match(base_checkpoint, trained_checkpoint)
     except BaseException:
-        first.close()
-        second.close()
+        base_checkpoint.close()
+        trained_checkpoint.close()
         raise
 
 
-def match(source: Checkpoint, trained: Checkpoint) -> Pair:
-    """Matches by exact name, by name without wrapper prefixes, and fused against split; every coordinate at most once.
+def match(base: Checkpoint, trained: Checkpoint) -> Pair:
+    """Matches by exact name, by canonical name, and fused against split; every coordinate at most once.
 
-    Raises InputError where a name has several candidates, or nothing at all matches.
+    Args:
+        base: The open checkpoint before training.
+        trained: The open checkpoint after training.
+
+    Returns:
+        The pair; it closes both checkpoints when it is closed.
+
+    Raises:
+        InputError: A name has several candidates, or nothing matches.
     """
-    a, b = Side("source", source, dict(source.tensors)), Side("trained", trained, dict(trained.tensors))
-    pair = Pair(source, trained, [])
+    a, b = Side("base", base, dict(base.tensors)), Side("trained", trained, dict(trained.tensors))
+    pair = Pair(base, trained, [])
     for side in (a, b):
         pair.unmatched.extend(_without_delta(side))
     pair.tied = drop_tied(a, b, pair.notes)
-    for name, trained_name, how in _same_names(a, b):
-        _compare(pair, a.rest.pop(name), b.rest.pop(trained_name), how)
+    for name, trained_name, match_kind in _same_names(a, b):
+        _compare(pair, a.remaining.pop(name), b.remaining.pop(trained_name), match_kind)
     for side, other in ((a, b), (b, a)):
         _match_fused(pair, side, other)
     for side, other in ((a, b), (b, a)):
         pair.unmatched.extend(_left_over(side, other))
-    order = {name: index for index, name in enumerate(source.tensors)}
+    order = {name: index for index, name in enumerate(base.tensors)}
     pair.matches.sort(key=lambda m: (order[m.base.name], m.base_start))
     if not pair.matches:
-        raise InputError(_nothing(pair))
-    pair.notes.extend(_remarks(pair.matches))
+        raise InputError(_no_match_message(pair))
+    pair.notes.extend(_notes(pair.matches))
     return pair
 
 
 def _without_delta(side: Side) -> Iterator[Unmatched]:
-    for name, info in list(side.rest.items()):
+    for name, info in list(side.remaining.items()):
         if info.dtype not in DTYPES:
-            del side.rest[name]
+            del side.remaining[name]
             reason = f"{printable(info.dtype)} is no floating dtype that has a delta"
             yield _unmatched(side.label, info, reason, "dtype")
 
 
 def _same_names(a: Side, b: Side) -> Iterator[tuple[str, str, str]]:
-    """Pairs of names, and how: those that are equal, then those whose keys are, then an embedding with a tied head."""
-    for name in [name for name in a.rest if name in b.rest]:
+    """Yields name, other name and match kind: equal names, equal canonical names, then an embedding and a tied head."""
+    for name in [name for name in a.remaining if name in b.remaining]:
         yield name, name, "exact"
-    keys_a, keys_b = _by_key(a), _by_key(b)
-    for key, names in keys_a.items():
-        others = keys_b.get(key, [])
+    names_a, names_b = _by_canonical_name(a), _by_canonical_name(b)
+    for canonical, names in names_a.items():
+        others = names_b.get(canonical, [])
         if len(names) == 1 and len(others) == 1:
             yield names[0], others[0], "prefix"
         elif others:
             raise InputError(
-                f"{printable(key)} is ambiguous: {', '.join(map(printable, names))} in {printable(a.checkpoint.path)} may"
-                f" each be {' or '.join(map(printable, others))} in {printable(b.checkpoint.path)}; rename one of them"
+                f"{printable(canonical)} is ambiguous: {', '.join(map(printable, names))} in"
+                f" {printable(a.checkpoint.path)} may each be {' or '.join(map(printable, others))} in"
+                f" {printable(b.checkpoint.path)}; rename one of them"
             )
-    lone = unpaired_heads(a, b)
-    if lone is not None:
-        yield lone[0], lone[1], "tied"
+    unpaired = unpaired_heads(a, b)
+    if unpaired is not None:
+        yield unpaired[0], unpaired[1], "tied"
 
 
-def _by_key(side: Side) -> dict[str, list[str]]:
-    keys: dict[str, list[str]] = {}
-    for name in side.rest:
-        keys.setdefault(fused.key(name), []).append(name)
-    return keys
+def _canonical(name: str) -> str:
+    return canonical_name(name, unify_experts=True)
 
 
-def _compare(pair: Pair, one: TensorInfo, other: TensorInfo, how: str) -> None:
-    """Two tensors of one name: a match, a match of the common rows, or a mismatch of shapes."""
-    if one.shape == other.shape:
-        pair.matches.append(Match(one.name, other.name, one, other, one.numel, one.shape, 0, 0, how))
+def _by_canonical_name(side: Side) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for name in side.remaining:
+        names.setdefault(_canonical(name), []).append(name)
+    return names
+
+
+def _compare(pair: Pair, base: TensorInfo, trained: TensorInfo, match_kind: str) -> None:
+    """Adds two tensors of one name: a match, a match of the common rows, or a mismatch of shapes."""
+    if base.shape == trained.shape:
+        match = Match(base.name, trained.name, base, trained, base.numel, base.shape, 0, 0, match_kind)
+        pair.matches.append(match)
         return
-    rows = min(one.shape[:1] + other.shape[:1], default=0)
-    same_columns = len(one.shape) == len(other.shape) and one.shape[1:] == other.shape[1:]
-    if same_columns and rows > 0 and _in_vocabulary(one.name):
-        longer, side = (one, "source") if one.shape[0] > other.shape[0] else (other, "trained")
-        shape, numel = (rows, *one.shape[1:]), min(one.numel, other.numel)
-        pair.matches.append(Match(one.name, other.name, one, other, numel, shape, 0, 0, "common rows"))
+    rows = min(base.shape[:1] + trained.shape[:1], default=0)
+    same_columns = len(base.shape) == len(trained.shape) and base.shape[1:] == trained.shape[1:]
+    if same_columns and rows > 0 and _in_vocabulary(base.name):
+        longer, side = (base, "base") if base.shape[0] > trained.shape[0] else (trained, "trained")
+        shape, numel = (rows, *base.shape[1:]), min(base.numel, trained.numel)
+        pair.matches.append(Match(base.name, trained.name, base, trained, numel, shape, 0, 0, "common rows"))
         added = longer.shape[0] - rows
         reason = f"{added} rows beyond the vocabulary of {rows} that both have"
-        extra = (added, *longer.shape[1:])
+        added_shape = (added, *longer.shape[1:])
         pair.unmatched.append(
-            Unmatched(side, longer.name, reason, extra, longer.dtype, longer.numel - numel, kind="rows")
+            Unmatched(side, longer.name, reason, added_shape, longer.dtype, longer.numel - numel, kind="rows")
         )
         return
-    reason = f"shape {list(one.shape)} in the source against {list(other.shape)} in the trained checkpoint"
-    if len(one.shape) == 2 and one.shape == other.shape[::-1]:
+    reason = f"shape {list(base.shape)} in the base against {list(trained.shape)} in the trained checkpoint"
+    if len(base.shape) == 2 and base.shape == trained.shape[::-1]:
         reason += "; it fits transposed: transpose it on one side"
-    pair.unmatched.append(_unmatched("source", one, reason, "shape"))
-    pair.unmatched.append(_unmatched("trained", other, reason, "shape"))
+    pair.unmatched.append(_unmatched("base", base, reason, "shape"))
+    pair.unmatched.append(_unmatched("trained", trained, reason, "shape"))
 
 
 def _in_vocabulary(name: str) -> bool:
-    where = parse_tensor_name(name)
-    words = where.module == "embed_tokens" or where.block == "lm_head"
-    return words and where.tower == "language"
+    role = parse_tensor_name(name)
+    has_token_rows = role.module == "embed_tokens" or role.block == "lm_head"
+    return has_token_rows and role.tower == "language"
 
 
 def _match_fused(pair: Pair, side: Side, other: Side) -> None:
-    """Matches what is fused in `side` and split in `other`."""
-    # A key that two tensors share could be either: it stands for none.
-    keys = {key: other.rest[names[0]] for key, names in _by_key(other).items() if len(names) == 1}
-    for whole in list(side.rest.values()):
-        parts = fused.split(whole, keys)
+    """Matches the tensors that are fused in `side` and split in `other`."""
+    # A canonical name of two tensors could be either of them and is left out.
+    split_tensors = {
+        canonical: other.remaining[names[0]]
+        for canonical, names in _by_canonical_name(other).items()
+        if len(names) == 1
+    }
+    for fused_info in list(side.remaining.values()):
+        parts = fused.split(fused_info, split_tensors)
         if isinstance(parts, str):
-            side.reasons[whole.name] = printable(parts)
+            side.reasons[fused_info.name] = printable(parts)
         if not isinstance(parts, list):
             continue
-        del side.rest[whole.name]
+        del side.remaining[fused_info.name]
         for part, start in parts:
-            del other.rest[part.name]
-            del keys[fused.key(part.name)]
-            if side.label == "source":
-                found = Match(part.name, part.name, whole, part, part.numel, part.shape, start, 0, "fused")
+            del other.remaining[part.name]
+            del split_tensors[_canonical(part.name)]
+            if side.label == "base":
+                match = Match(part.name, part.name, fused_info, part, part.numel, part.shape, start, 0, "fused")
             else:
-                found = Match(part.name, whole.name, part, whole, part.numel, part.shape, 0, start, "fused")
-            pair.matches.append(found)
+                match = Match(part.name, fused_info.name, part, fused_info, part.numel, part.shape, 0, start, "fused")
+            pair.matches.append(match)
 
 
 def _left_over(side: Side, other: Side) -> Iterator[Unmatched]:
-    absent = {fused.key(name): shard for name, shard in other.checkpoint.missing.items()}
-    for name, info in side.rest.items():
+    """Yields the tensors of a side that have no match, and those of its absent shards."""
+    absent = {_canonical(name): shard for name, shard in other.checkpoint.missing.items()}
+    for name, info in side.remaining.items():
         reason = side.reasons.get(name, f"not in the {other.label} checkpoint")
         kind = "missing"
         if name in other.tied_to:
             keeper = printable(other.tied_to[name])
             reason = f"the {other.label} checkpoint holds it as one with {keeper}, which is compared"
-        elif fused.key(name) in absent:
-            reason = f"in {printable(absent[fused.key(name)])} of the {other.label} checkpoint, which is missing"
+        elif _canonical(name) in absent:
+            reason = f"in {printable(absent[_canonical(name)])} of the {other.label} checkpoint, which is missing"
             kind = "shard"
         yield _unmatched(side.label, info, reason, kind)
     for name, shard in side.checkpoint.missing.items():
@@ -238,7 +294,7 @@ def _unmatched(side: str, info: TensorInfo, reason: str, kind: str) -> Unmatched
     return Unmatched(side, info.name, reason, info.shape, info.dtype, info.numel, kind)
 
 
-def _nothing(pair: Pair) -> str:
+def _no_match_message(pair: Pair) -> str:
     paths = f"{printable(pair.base.path)} and {printable(pair.trained.path)}"
     for entry in pair.unmatched:
         if entry.kind in ("shape", "dtype"):
@@ -250,16 +306,16 @@ def _nothing(pair: Pair) -> str:
     return f"{paths} have no tensor in common ({names[0]} against {names[1]}); give two checkpoints of one model"
 
 
-def _remarks(matches: list[Match]) -> Iterator[str]:
-    """What a reader of the figures should know of how they were matched."""
+def _notes(matches: list[Match]) -> Iterator[str]:
+    """Yields remarks on the matching for the reader of the metrics."""
     counts: dict[tuple[str, str], int] = {}
     for m in matches:
         if m.base.dtype != m.trained.dtype:
             counts[m.base.dtype, m.trained.dtype] = counts.get((m.base.dtype, m.trained.dtype), 0) + 1
-    for (one, other), count in counts.items():
-        yield f"{count} tensors are {one} in the source and {other} in the trained checkpoint"
-    for how, text in (("prefix", "matched under other names"), ("fused", "matched as parts of fused ones")):
-        found = [m for m in matches if m.match_kind == how]
-        if found:
-            names = f"{printable(found[0].base.name)} with {printable(found[0].trained.name)}"
-            yield f"{len(found)} tensors were {text}, as {names}"
+    for (base_dtype, trained_dtype), count in counts.items():
+        yield f"{count} tensors are {base_dtype} in the base and {trained_dtype} in the trained checkpoint"
+    for match_kind, text in (("prefix", "matched under other names"), ("fused", "matched as parts of fused ones")):
+        of_kind = [m for m in matches if m.match_kind == match_kind]
+        if of_kind:
+            names = f"{printable(of_kind[0].base.name)} with {printable(of_kind[0].trained.name)}"
+            yield f"{len(of_kind)} tensors were {text}, such as {names}"

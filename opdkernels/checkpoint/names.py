@@ -1,4 +1,7 @@
-"""What a tensor's name says: layer, module, block and tower, from whole tokens of the name (metrics.md, 7)."""
+"""Tensor names: the canonical form that is the same in every checkpoint, matching of two sets of names, and roles.
+
+Names are compared by tokens (the parts between dots), never by substrings.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Dropped wherever they stand: torch.compile, FSDP, activation checkpointing.
-TRANSPARENT = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# Dropped from the front: DDP, PEFT, and the names under which a model with a head, or with a vision tower, holds the rest.
+# Removed at any position: torch.compile, FSDP, activation checkpointing.
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# Removed at the front: DDP, PEFT, and the names under which a model with a head, or with a vision tower, has its base.
 PREFIXES = frozenset({"module", "base_model", "model", "transformer", "language_model", "gpt_neox"})
 
 LAYERS = frozenset({"layers", "layer", "h", "blocks", "block", "resblocks"})
@@ -41,7 +44,7 @@ OTHER_EMBEDDINGS = _words(
 )
 HEADS = frozenset({"lm_head", "embed_out"})
 
-# One name for what the model families call differently; names that mean one thing wherever they stand.
+# One name per module that model families name differently; these names mean the same at any position.
 MODULES = {
     **{name: name for name in _words("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj fc1 fc2 w1 w2 w3")},
     **{name: name for name in ("qkv_proj", "gate_up_proj")},
@@ -53,7 +56,7 @@ MODULES = {
     **dict.fromkeys(("c_fc", "dense_h_to_4h", "linear_fc1"), "fc1"),
     **dict.fromkeys(("dense_4h_to_h", "linear_fc2"), "fc2"),
 }
-# Names that mean something only inside attention: GPT-2's c_proj, Phi's dense, BERT's query, T5's single letters.
+# Names with a meaning only inside attention: GPT-2's c_proj, Phi's dense, BERT's query, T5's single letters.
 IN_ATTENTION = {
     **dict.fromkeys(("c_proj", "dense", "proj", "out_proj", "o"), "o_proj"),
     **dict.fromkeys(("query", "q"), "q_proj"),
@@ -61,12 +64,20 @@ IN_ATTENTION = {
     **dict.fromkeys(("value", "v"), "v_proj"),
     "in_proj": "qkv_proj",
 }
+MIXTRAL_EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 ATTENTION_MODULES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"})
 
 
 @dataclass(frozen=True)
 class TensorRole:
-    """Where a tensor belongs: `layer` is -1 outside the layers, `tower` is "language" or "vision"."""
+    """What a tensor is in the model.
+
+    Attributes:
+        layer: Index of the layer; -1 outside the layers.
+        module: Kind of module, such as "q_proj", "norm" or "other".
+        block: Kind of block, such as "attention", "mlp" or "vision".
+        tower: "language" or "vision".
+    """
 
     layer: int
     module: str
@@ -74,22 +85,49 @@ class TensorRole:
     tower: str
 
 
-def canonical(name: str) -> str:
-    """The name without the prefixes of wrappers, so that one tensor has one name in every checkpoint.
+def canonical_name(name: str, *, keep_prefixes: bool = False, unify_experts: bool = False) -> str:
+    """Returns a name without the tokens that wrappers add, so that a tensor has one name in every checkpoint.
 
-    >>> canonical("model.language_model.layers.0.mlp.gate.weight")
+    Args:
+        name: Name of a tensor or a parameter.
+        keep_prefixes: Keeps the tokens of `PREFIXES` at the front, and removes "module" at any position: the name of a
+            parameter in the model that a trainer wrapped.
+        unify_experts: Replaces Mixtral's names of experts by those of all other models.
+
+    >>> canonical_name("model.language_model.layers.0.mlp.gate.weight")
     'layers.0.mlp.gate.weight'
+    >>> canonical_name("model.layers.0.module._orig_mod.w", keep_prefixes=True)
+    'model.layers.0.w'
+    >>> canonical_name("model.layers.0.block_sparse_moe.experts.3.w1.weight", unify_experts=True)
+    'layers.0.mlp.experts.3.gate_proj.weight'
     """
-    tokens = [token for token in name.split(".") if token not in TRANSPARENT]
+    tokens = [token for token in name.split(".") if token not in WRAPPERS]
+    if keep_prefixes:
+        return ".".join(token for token in tokens if token != "module")
     front = 0
     while front < len(tokens) - 1 and tokens[front] in PREFIXES:
         front += 1
-    return ".".join(tokens[front:]) or name
+    tokens = tokens[front:]
+    if unify_experts:
+        tokens = ["mlp" if token == "block_sparse_moe" else token for token in tokens]
+        for index in range(2, len(tokens)):
+            if tokens[index - 2] == "experts" and tokens[index - 1].isdecimal():
+                tokens[index] = MIXTRAL_EXPERTS.get(tokens[index], tokens[index])
+    return ".".join(tokens) or name
 
 
 def match_names(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
-    """Of each name the other that is the same tensor's: the same, or the only one that differs by prefixes of wrappers and is no other
-    name's.
+    """Matches names that differ only by the prefixes of wrappers.
+
+    A name matches the equal name, else the only other name with the same canonical name, if that is matched by no
+    second name.
+
+    Args:
+        names: Names to match.
+        others: Names to match them with.
+
+    Returns:
+        The matching name in `others` of each name in `names` that has one.
 
     >>> match_names(["model.norm.weight", "head"], ["model.language_model.norm.weight", "norm.bias"])
     {'model.norm.weight': 'model.language_model.norm.weight'}
@@ -97,26 +135,26 @@ def match_names(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
     {'model.norm.weight': 'model.norm.weight'}
     """
     names, others = list(names), list(others)
-    held: set[str] = set(others)
+    other_names: set[str] = set(others)
     by_canonical: dict[str, list[str]] = defaultdict(list)
     for other in others:
-        by_canonical[canonical(other)].append(other)
-    found = {name: name for name in names if name in held}
-    alike = defaultdict(list)
+        by_canonical[canonical_name(other)].append(other)
+    equal = {name: name for name in names if name in other_names}
+    claims = defaultdict(list)
     for name in names:
-        others = by_canonical.get(canonical(name), [])
-        if name not in held and len(others) == 1 and others[0] not in found:
-            alike[others[0]].append(name)
-    return found | {claims[0]: other for other, claims in alike.items() if len(claims) == 1}
+        candidates = by_canonical.get(canonical_name(name), [])
+        if name not in other_names and len(candidates) == 1 and candidates[0] not in equal:
+            claims[candidates[0]].append(name)
+    return equal | {claimants[0]: other for other, claimants in claims.items() if len(claimants) == 1}
 
 
 def parse_tensor_name(name: str) -> TensorRole:
-    """Layer, module, block and tower of a tensor. `mlp.gate` is a router, `gate_proj` is not.
+    """Returns layer, module, block and tower of a tensor. `mlp.gate` is a router, `gate_proj` is not.
 
     >>> parse_tensor_name("model.layers.3.self_attn.qkv_proj.weight")
     TensorRole(layer=3, module='qkv_proj', block='attention', tower='language')
     """
-    tokens = [token.lower() for token in canonical(name).split(".")]
+    tokens = [token.lower() for token in canonical_name(name).split(".")]
     parameter = tokens[-1] if tokens[-1] in PARAMETERS and len(tokens) > 1 else ""
     path = tokens[:-1] if parameter else tokens
     module, block = _module(path, tokens)
@@ -135,7 +173,7 @@ def _layer(tokens: list[str]) -> int:
 
 
 def _module(path: list[str], tokens: list[str]) -> tuple[str, str]:
-    """Module and block, before biases are set apart. `path` is the name without `weight` or `bias`."""
+    """Returns module and block, before biases become a module of their own; `path` excludes `weight` or `bias`."""
     leaf = path[-1]
     if _is_router(path):
         return "router", "router"
@@ -154,7 +192,7 @@ def _module(path: list[str], tokens: list[str]) -> tuple[str, str]:
     if in_attention and module == "other":
         module = IN_ATTENTION.get(leaf, "other")
     elif module == "other" and leaf in ("c_proj", "dense"):
-        # GPT-2's mlp.c_proj; BERT's intermediate.dense, and its output.dense beside the attention.
+        # GPT-2's mlp.c_proj; BERT's intermediate.dense, and its output.dense outside the attention.
         module = "fc1" if "intermediate" in path else "fc2" if in_mlp or path[-2:-1] == ["output"] else "other"
     return module, _block(module, in_attention, in_mlp)
 
@@ -168,5 +206,5 @@ def _block(module: str, in_attention: bool, in_mlp: bool) -> str:
 def _is_router(path: list[str]) -> bool:
     if "router" in path or "shared_expert_gate" in path:
         return True
-    # `gate` alone routes only as a child of the feed-forward part: other models gate attention with that name.
+    # `gate` alone is a router only as a child of the feed-forward block: other models have such a gate in attention.
     return any(parent in MLP and token == "gate" for parent, token in itertools.pairwise(path))

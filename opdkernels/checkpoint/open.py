@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import re
 
-from opdkernels.checkpoint import formats, hub
-from opdkernels.checkpoint.base import MAX_HEADER_BYTES, Checkpoint
+from opdkernels.checkpoint import formats, hub, unsupported
+from opdkernels.checkpoint.base import Checkpoint, FileFormat, Shard
 from opdkernels.checkpoint.io import choose_io
-from opdkernels.checkpoint.safetensors import SafetensorsFile
-from opdkernels.checkpoint.sharded import Shard, ShardedCheckpoint, open_sharded, read_json
-from opdkernels.checkpoint.torch_pickle import TorchFile
+from opdkernels.checkpoint.sharded import ShardedCheckpoint, open_sharded
+from opdkernels.checkpoint.strict_json import read_json
 from opdkernels.errors import InputError, UsageError, printable
 
-PART_OF_MANY = re.compile(r".*-\d+-of-\d+\.(safetensors|bin|pt|pth)")
+NUMBERED_SHARD = re.compile(r".*-\d+-of-\d+\.[^.]+")
 
 
 def open_checkpoint(
@@ -24,123 +23,158 @@ def open_checkpoint(
     allow_missing: bool = False,
     any_tensors: bool = False,
 ) -> Checkpoint:
-    """Opens the checkpoint at a folder, a file, an index file or a hub id; reads headers only.
+    """Opens a checkpoint; reads headers only.
 
-    `io` is "mmap", "read" or "auto": mapped on local file systems where a mapping can be guarded, else positioned reads.
-    `allow_missing` turns an absent shard from an error into entries of `Checkpoint.missing`. `any_tensors` also opens what
-    holds quantised or adapter tensors, for `read_bits`: their values mean nothing by themselves, their bits do.
-    Raises InputError, before any tensor is read, for everything that cannot be read in full.
+    Args:
+        path: A folder, a checkpoint file, an index file, or a hub id such as "org/name@revision".
+        io: "mmap", "read" (positioned reads), or "auto": mmap on local file systems if the compiled module, which
+            guards mappings, is installed, else read.
+        revision: Revision of a hub id.
+        allow_missing: Lists the tensors of absent shards in `Checkpoint.missing` instead of raising.
+        any_tensors: Also opens quantised and adapter tensors, for `read_bits`: their values mean nothing by themselves,
+            their bits do.
+
+    Returns:
+        The open checkpoint; close it after use.
+
+    Raises:
+        InputError: The checkpoint cannot be read in full. Raised before any tensor is read.
+        UsageError: An option does not apply.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from safetensors.torch import save_file
+        >>> path = tempfile.mkdtemp() + "/model.safetensors"
+        >>> save_file({"w": torch.arange(4.0)}, path)
+        >>> checkpoint = open_checkpoint(path)
+        >>> checkpoint.tensors["w"].shape, checkpoint.read("w", 1, 3)
+        ((4,), tensor([1., 2.]))
+        >>> checkpoint.close()
     """
     if io not in ("auto", "mmap", "read"):
         raise UsageError(f"io is {printable(repr(io))}; give 'auto', 'mmap' or 'read'")
-    given = os.fspath(path)
-    if os.path.isdir(given):
-        where = given
-    elif os.path.exists(given):
-        if not os.path.isfile(given):
-            raise InputError(f"{printable(given)} is neither a file nor a folder; give the path of a checkpoint")
-        where = given
-    elif "://" in given:
-        scheme = printable(given.split("://", 1)[0])
+    given_path = os.fspath(path)
+    if os.path.isdir(given_path):
+        local_path = given_path
+    elif os.path.exists(given_path):
+        if not os.path.isfile(given_path):
+            raise InputError(f"{printable(given_path)} is neither a file nor a folder; give the path of a checkpoint")
+        local_path = given_path
+    elif "://" in given_path:
+        scheme = printable(given_path.split("://", 1)[0])
         raise InputError(
-            f"{printable(given)}: {scheme}:// addresses are not read; download the checkpoint and give its folder"
+            f"{printable(given_path)}: {scheme}:// addresses are not read; download the checkpoint and give its folder"
         )
-    elif hub.looks_like_id(given) and not os.path.isdir(given.split("/")[0]):
-        where = hub.download(given, revision)
+    elif hub.looks_like_id(given_path) and not os.path.isdir(given_path.split("/")[0]):
+        local_path = hub.download(given_path, revision)
     else:
         raise InputError(
-            f"{printable(given)} does not exist; give a folder, a checkpoint file or a hub id such as org/name@revision"
+            f"{printable(given_path)} does not exist;"
+            " give a folder, a checkpoint file or a hub id such as org/name@revision"
         )
-    if revision is not None and where == given:
-        raise UsageError(f"{printable(given)} is a local path and has no revision; leave --revision out")
-    return open_local(where, given, choose_io(io, where), allow_missing, any_tensors)
+    if revision is not None and local_path == given_path:
+        raise UsageError(f"{printable(given_path)} is a local path and has no revision; leave --revision out")
+    return _open_local(local_path, given_path, choose_io(io, local_path), allow_missing, any_tensors)
 
 
-def open_local(where: str, given: str, io: str, allow_missing: bool, any_tensors: bool = False) -> ShardedCheckpoint:
-    """Opens the checkpoint in the folder or file `where`; `given` is what the user called it."""
-    if os.path.isdir(where):
-        names = _names(where)
-        model = _find(where, names)
-        formats.refuse_folder(where, names, model)
+def checkpoint_bytes(path: str | os.PathLike[str]) -> int:
+    """Returns the size of a checkpoint's files in bytes. Raises InputError as `open_checkpoint`."""
+    checkpoint = open_checkpoint(path, io="read", any_tensors=True)
+    checkpoint.close()
+    return sum(file.bytes for file in checkpoint.files)
+
+
+def _open_local(local_path: str, given_path: str, io: str, allow_missing: bool, any_tensors: bool) -> ShardedCheckpoint:
+    """Opens the checkpoint in a folder or file; `given_path` is what the user wrote, for messages."""
+    if os.path.isdir(local_path):
+        names = _list_names(local_path)
+        model = _find_model(local_path, names)
+        unsupported.validate_folder(local_path, names, model)
         if model is None:
-            raise InputError(_nothing(where, names))
-        file = os.path.join(where, model)
+            raise InputError(_no_model_message(local_path, names))
+        file = os.path.join(local_path, model)
     else:
-        file = where
-        formats.refuse_file(file, os.path.basename(file))
+        file = local_path
+        unsupported.validate_file(file, os.path.basename(file))
     config_path = os.path.join(os.path.dirname(file), "config.json")
     config = read_json(config_path) if os.path.exists(config_path) else {}
-    source = _open(file, given, io, allow_missing, config)
+    checkpoint = _open_files(file, given_path, io, allow_missing, config)
     try:
         if not any_tensors:
-            formats.refuse_tensors(source.tensors, given)
+            unsupported.validate_tensors(checkpoint.tensors, given_path)
     except BaseException:
-        source.close()
+        checkpoint.close()
         raise
-    return source
+    return checkpoint
 
 
-def _open(file: str, given: str, io: str, allow_missing: bool, config: dict) -> ShardedCheckpoint:
-    sharded = _format(file) == "index"
+def _open_files(file: str, given_path: str, io: str, allow_missing: bool, config: dict) -> ShardedCheckpoint:
+    """Opens a single file, or the shards that an index file lists."""
+    format = _detect_format(file)
     missing: dict[str, str] = {}
-    if sharded:
-        shards, missing = open_sharded(file, lambda shard: _open_file(shard, io), allow_missing)
+    if format is None:
+        opened, missing = open_sharded(file, _main_file(file), lambda shard: _open_shard(shard, io), allow_missing)
+        kind = opened[0][0].sharded_name
     else:
-        shards = [_open_file(file, io)]
-    kind = "torch" if isinstance(shards[0], TorchFile) else "safetensors sharded" if sharded else "safetensors"
+        opened = [(format, format.open(file, io))]
+        kind = format.name
+    shards = [shard for _, shard in opened]
     try:
-        source = ShardedCheckpoint(given, kind, shards, config, missing)
-        source.folder, source.index = os.path.dirname(file) or ".", os.path.basename(file) if sharded else None
-        if not source.tensors:
+        checkpoint = ShardedCheckpoint(given_path, kind, shards, config, missing)
+        checkpoint.folder = os.path.dirname(file) or "."
+        checkpoint.index = os.path.basename(file) if format is None else None
+        if not checkpoint.tensors:
             raise InputError(f"{printable(file)} holds no tensors; give a model's checkpoint")
     except BaseException:
         for shard in shards:
             shard.close()
         raise
-    return source
+    return checkpoint
 
 
-def _open_file(path: str, io: str) -> Shard:
-    kind = _format(path)
-    if kind == "index":
+def _open_shard(path: str, io: str) -> tuple[FileFormat, Shard]:
+    format = _detect_format(path)
+    if format is None:
         raise InputError(f"{printable(path)} is an index and not a shard; correct the index that lists it")
-    return SafetensorsFile(path, io) if kind == "safetensors" else TorchFile(path, io)
+    return format, format.open(path, io)
 
 
-def _format(path: str) -> str:
-    """'safetensors', 'torch' or 'index', from the first bytes; the name decides only what they leave open."""
+def _main_file(index: str) -> str:
+    """The usual name of the file that holds all that an index lists."""
+    matches = (format.main_file for format in formats.FORMATS if index.endswith(format.index_suffix))
+    return next(matches, formats.FORMATS[-1].main_file)
+
+
+def _detect_format(path: str) -> FileFormat | None:
+    """Returns a file's format, None for an index. The content decides; the name only where the content is ambiguous."""
     try:
         if not os.path.isfile(path):
             raise InputError(f"{printable(path)} is not a regular file; give the path of a checkpoint file")
         with open(path, "rb") as file:
-            start = file.read(16)
+            first_bytes = file.read(16)
     except OSError as error:
         raise InputError(
             f"{printable(path)} cannot be read: {printable(error.strerror or str(error))}; make it readable"
         ) from error
-    if not start:
+    if not first_bytes:
         raise InputError(f"{printable(path)} is empty; copy or download it again")
-    length = int.from_bytes(start[:8], "little")
-    if len(start) > 8 and start[8:9] == b"{" and length <= MAX_HEADER_BYTES:
-        return "safetensors"  # first: a header of 640 bytes begins as a pickle does
-    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
-        return "torch"
-    for magic, name in formats.MAGIC.items():
-        if start.startswith(magic):
+    format = formats.format_by_content(first_bytes)
+    if format is not None:
+        return format
+    for magic, name in unsupported.MAGIC.items():
+        if first_bytes.startswith(magic):
             raise InputError(f"{printable(path)} is {name}, which is not read; convert it to safetensors")
-    if path.endswith(".safetensors"):
-        return "safetensors"
-    if path.endswith(".json"):
-        return "index"
-    if path.endswith((".bin", ".pt", ".pth")):
-        return "torch"
-    raise InputError(
-        f"{printable(path)} is not a checkpoint: it is neither safetensors nor a PyTorch file nor an index;"
-        " give a folder or file that is"
-    )
+    format = formats.format_by_name(path)
+    if format is None and not path.endswith(".json"):
+        supported = ", ".join(format.name for format in formats.FORMATS)
+        raise InputError(
+            f"{printable(path)} is not a checkpoint: it is no index and of no supported format ({supported});"
+            " give a folder or file that is"
+        )
+    return format
 
 
-def _names(folder: str) -> list[str]:
+def _list_names(folder: str) -> list[str]:
     try:
         return sorted(os.listdir(folder))
     except OSError as error:
@@ -149,53 +183,56 @@ def _names(folder: str) -> list[str]:
         ) from error
 
 
-def _find(folder: str, names: list[str]) -> str | None:
-    """The index or the one file that is the checkpoint, safetensors before torch, an index before a file."""
-    rest = [name for name in names if not name.startswith(("adapter_model.", "."))]
-    for suffix, preferred in ((".safetensors", "model.safetensors"), (".bin", "pytorch_model.bin")):
-        index = _one(
-            folder, [name for name in rest if name.endswith(suffix + ".index.json")], preferred + ".index.json"
-        )
+def _find_model(folder: str, names: list[str]) -> str | None:
+    """Returns the index or the single file of the checkpoint: formats in order, an index before a file."""
+    candidates = [name for name in names if not name.startswith(("adapter_model.", "."))]
+    for format in formats.FORMATS:
+        indexes = [name for name in candidates if name.endswith(format.index_suffix)]
+        index = _choose(folder, indexes, format.main_index)
         if index is not None:
             return index
-        suffixes = (suffix,) if suffix == ".safetensors" else (".bin", ".pt", ".pth")
         files = [
             name
-            for name in rest
-            if name.endswith(suffixes)
-            and not formats.TRAINER_FILES.fullmatch(name)
-            and not formats.FSDP_SHARD.fullmatch(name)
+            for name in candidates
+            if name.endswith(format.suffixes)
+            and not unsupported.TRAINER_FILES.fullmatch(name)
+            and not unsupported.FSDP_SHARD.fullmatch(name)
         ]
-        parts = [name for name in files if PART_OF_MANY.fullmatch(name)]
-        if parts and preferred not in files:
+        shards = [name for name in files if NUMBERED_SHARD.fullmatch(name)]
+        if shards and format.main_file not in files:
             raise InputError(
-                f"{printable(os.path.join(folder, parts[0]))} is one shard of several but {preferred}.index.json, which"
+                f"{printable(os.path.join(folder, shards[0]))} is one shard of several but {format.main_index}, which"
                 " lists them, is missing; download the index"
             )
-        file = _one(folder, files, preferred)
+        file = _choose(folder, files, format.main_file)
         if file is not None:
             return file
     return None
 
 
-def _one(folder: str, candidates: list[str], preferred: str) -> str | None:
+def _choose(folder: str, candidates: list[str], preferred: str) -> str | None:
+    """Returns the preferred name, or the only candidate, or None. Raises InputError if the choice is ambiguous."""
     if preferred in candidates or not candidates:
         return preferred if candidates else None
     if len(candidates) > 1:
         listed = ", ".join(printable(name) for name in candidates[:4]) + (", ..." if len(candidates) > 4 else "")
         raise InputError(
             f"{printable(folder)} holds {len(candidates)} checkpoints ({listed}) and no {preferred};"
-            " give the path of the one that is meant"
+            " give the path of one of them"
         )
     return candidates[0]
 
 
-def _nothing(folder: str, names: list[str]) -> str:
+def _no_model_message(folder: str, names: list[str]) -> str:
     shown = printable(folder)
-    trainer = next((name for name in names if formats.TRAINER_FILES.fullmatch(name)), None)
-    if trainer is not None:
-        return f"{shown} holds {printable(trainer)}, a trainer's or optimizer's state, and no model; give the model's folder"
+    trainer_file = next((name for name in names if unsupported.TRAINER_FILES.fullmatch(name)), None)
+    if trainer_file is not None:
+        return (
+            f"{shown} holds {printable(trainer_file)}, the state of a trainer or an optimizer, and no model;"
+            " give the model's folder"
+        )
     for name in names:
         if name.endswith((".gguf", ".h5", ".msgpack", ".npz", ".onnx")):
             return f"{shown} holds {printable(name)}, a format that is not read; convert it to safetensors"
-    return f"{shown} holds no checkpoint: no *.safetensors, *.bin, *.pt or index; give a folder or file that is one"
+    suffixes = ", ".join(f"*{suffix}" for format in formats.FORMATS for suffix in format.suffixes)
+    return f"{shown} holds no checkpoint: no {suffixes} or index; give a folder or file that is a checkpoint"

@@ -1,37 +1,33 @@
-"""A source of one or more files, and the index file that says which files count."""
+"""A checkpoint of one or more files, and the index file that lists them."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, FileFingerprint, TensorInfo
+from opdkernels.checkpoint.base import MAX_TENSORS, FileFormat, Shard, TensorInfo
 from opdkernels.checkpoint.io import Buffer
-from opdkernels.checkpoint.safetensors import DuplicateKey, unique_keys
+from opdkernels.checkpoint.strict_json import read_json
 from opdkernels.errors import InputError, printable
 
 if TYPE_CHECKING:
     import torch
 
 
-class Shard(Protocol):
-    """One open file, of either format."""
-
-    tensors: dict[str, TensorInfo]
-    aliases: dict[str, str]
-    fact: FileFingerprint
-
-    def read(self, name: str, start: int, stop: int, buffer: Buffer) -> torch.Tensor: ...
-    def read_bits(self, name: str, start: int, stop: int, buffer: Buffer) -> torch.Tensor: ...
-    def header(self) -> bytes | None: ...
-    def check(self) -> None: ...
-    def close(self) -> None: ...
-
-
 class ShardedCheckpoint:
-    """A Checkpoint over open files. Raises InputError where two of them hold the same tensor."""
+    """A `Checkpoint` of open files.
+
+    Args:
+        path: Path or hub id as the user wrote it.
+        kind: Format, for display.
+        shards: The open files, in the order in which they are read.
+        config: Content of config.json.
+        missing: Tensors whose shard is absent, and the name of that shard.
+
+    Raises:
+        InputError: Two files hold the same tensor, or there are more than `MAX_TENSORS` tensors.
+    """
 
     def __init__(
         self, path: str, kind: str, shards: list[Shard], config: dict[str, Any], missing: dict[str, str] | None = None
@@ -60,28 +56,31 @@ class ShardedCheckpoint:
                 " it is not a checkpoint, or split it"
             )
         self.missing = {name: shard for name, shard in (missing or {}).items() if name not in self.tensors}
-        self.files = [shard.fact for shard in shards]
+        self.files = [shard.fingerprint for shard in shards]
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Flat elements [start, stop) of a tensor, 1-D, in the stored dtype; valid until the next read."""
+        """Returns flat elements [start, stop) of a tensor, 1-D, in the stored dtype; valid until the next read."""
         numel = self.tensors[name].numel
         if not 0 <= start <= stop <= numel:
             raise ValueError(f"elements {start} to {stop} of {printable(name)}, which has {numel}")
         return self._shard_of[name].read(name, start, stop, self._buffer)
 
     def read_bits(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Items [start, stop) of a tensor of any dtype, 1-D, as integers of the same bits; valid until the next read."""
+        """Returns items [start, stop) of a tensor of any dtype, 1-D, as integers with the same bits.
+
+        The result is valid until the next read of the same thread.
+        """
         items = self.tensors[name].items
         if not 0 <= start <= stop <= items:
             raise ValueError(f"items {start} to {stop} of {printable(name)}, which has {items}")
         return self._shard_of[name].read_bits(name, start, stop, self._buffer)
 
     def headers(self) -> dict[str, bytes | None]:
-        """What stands before the tensors in each file, by name and in order; None where that is no safetensors header."""
-        return {shard.fact.name: shard.header() for shard in self._shards}
+        """Returns the bytes before the tensors of each file, by name and in order; None if not a safetensors header."""
+        return {shard.fingerprint.name: shard.header() for shard in self._shards}
 
     def check(self) -> None:
-        """Raises InputError if a file was changed, replaced or cut off since it was opened."""
+        """Raises InputError if a file was changed, replaced or truncated since it was opened."""
         for shard in self._shards:
             shard.check()
 
@@ -94,32 +93,8 @@ class ShardedCheckpoint:
         self._buffer.clear()
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """The object in a JSON file that came with a checkpoint. Raises InputError where it is anything else."""
-    shown = printable(path)
-    try:
-        size = os.stat(path).st_size
-        if size > MAX_HEADER_BYTES:
-            raise InputError(f"{shown} has {size} bytes, more than the {MAX_HEADER_BYTES} allowed; download it again")
-        with open(path, "rb") as file:
-            table = json.loads(file.read(MAX_HEADER_BYTES), object_pairs_hook=unique_keys)
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(
-            f"{shown} cannot be read: {printable(error.strerror or str(error))}; make it readable, or download it again"
-        ) from error
-    except DuplicateKey as error:
-        raise InputError(f"{shown}: key {printable(str(error))} stands twice; download it again") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{shown} is not JSON ({printable(str(error))}); download it again") from error
-    if not isinstance(table, dict):
-        raise InputError(f"{shown} holds no JSON object; download it again")
-    return table
-
-
 def read_index(path: str) -> dict[str, list[str]]:
-    """The tensors that an index file lists, by shard, in the index's order. Names of shards are plain base names."""
+    """Returns the tensors that an index file lists, by shard, in the index's order. Names of shards are base names."""
     shown = printable(path)
     weights = read_json(path).get("weight_map")
     if not isinstance(weights, dict) or not weights:
@@ -139,39 +114,49 @@ def read_index(path: str) -> dict[str, list[str]]:
 
 
 def open_sharded(
-    index: str, open_shard: Callable[[str], Shard], allow_missing: bool
-) -> tuple[list[Shard], dict[str, str]]:
-    """The shards that an index lists, open, and the tensors whose shard is absent (with `allow_missing` only)."""
+    index: str, main_file: str, open_shard: Callable[[str], tuple[FileFormat, Shard]], allow_missing: bool
+) -> tuple[list[tuple[FileFormat, Shard]], dict[str, str]]:
+    """Opens the shards that an index file lists.
+
+    Args:
+        index: Path of the index file.
+        main_file: Usual name of a file that holds all tensors of the index, for the error message.
+        open_shard: Opens the shard at a path.
+        allow_missing: Whether some shards may be absent.
+
+    Returns:
+        The open shards with their formats, and the names of the tensors whose shard is absent, each with its shard.
+    """
     listed = read_index(index)
     folder = os.path.dirname(index)
     absent = [shard for shard in listed if not os.path.exists(os.path.join(folder, shard))]
     if absent and not (allow_missing and len(absent) < len(listed)):
-        raise InputError(_absent(index, absent, len(listed), folder))
-    shards: list[Shard] = []
+        raise InputError(_absent_message(absent, len(listed), folder, main_file))
+    opened: list[tuple[FileFormat, Shard]] = []
     try:
-        for shard, names in listed.items():
-            if shard in absent:
+        for name, tensors in listed.items():
+            if name in absent:
                 continue
-            opened = open_shard(os.path.join(folder, shard))
-            shards.append(opened)
-            lost = next((name for name in names if name not in opened.tensors), None)
+            path = os.path.join(folder, name)
+            format, shard = open_shard(path)
+            opened.append((format, shard))
+            lost = next((tensor for tensor in tensors if tensor not in shard.tensors), None)
             if lost is not None:
                 raise InputError(
-                    f"{printable(os.path.join(folder, shard))} does not hold tensor {printable(lost)}, which the index"
-                    f" {printable(os.path.basename(index))} says it does; download both from the same revision"
+                    f"{printable(path)} does not hold tensor {printable(lost)}, contrary to the index"
+                    f" {printable(os.path.basename(index))}; download both from the same revision"
                 )
     except BaseException:
-        for opened in shards:
-            opened.close()
+        for _, shard in opened:
+            shard.close()
         raise
-    return shards, {name: shard for shard in absent for name in listed[shard]}
+    return opened, {tensor: name for name in absent for tensor in listed[name]}
 
 
-def _absent(index: str, absent: list[str], count: int, folder: str) -> str:
-    one = printable(os.path.join(folder, absent[0]))
-    more = f" (and {len(absent) - 1} more of {count})" if len(absent) > 1 else ""
-    whole = "model.safetensors" if index.endswith(".safetensors.index.json") else "pytorch_model.bin"
-    text = f"{one}{more} is listed in the index but missing; download it"
-    if whole not in absent and os.path.isfile(os.path.join(folder, whole)):
-        return f"{text}, or give the path of {whole} to read that file alone"
-    return f"{text}, or pass --allow-missing" if len(absent) < count else f"{text}: no shard is there"
+def _absent_message(absent: list[str], num_shards: int, folder: str, main_file: str) -> str:
+    first = printable(os.path.join(folder, absent[0]))
+    more = f" (and {len(absent) - 1} more of {num_shards})" if len(absent) > 1 else ""
+    text = f"{first}{more} is listed in the index but missing; download it"
+    if main_file not in absent and os.path.isfile(os.path.join(folder, main_file)):
+        return f"{text}, or give the path of {main_file} to read that file alone"
+    return f"{text}, or pass --allow-missing" if len(absent) < num_shards else f"{text}: no shard is there"

@@ -1,4 +1,4 @@
-"""What a PyTorch file's object is: a state dict, one inside a training checkpoint, or something that is refused."""
+"""The object in a PyTorch file: a state dict, a training checkpoint with one inside, or something that is rejected."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ OPTIMIZER_KEYS = frozenset(
 
 
 def find_state_dict(loaded: Any, file: str) -> dict[str, torch.Tensor]:
-    """The named tensors of a state dict, at the top or under `state_dict`, `model_state_dict`, `model` or `module`.
+    """Returns the named tensors of a state dict, which may be nested in the keys of `WRAPPERS`.
 
-    Values that are no tensors (steps, versions) are left out. Raises InputError where there is no state dict, where
-    two candidates are found, or where a tensor is of a kind that has no plain bytes.
+    Values that are not tensors (steps, versions) are left out.
+
+    Args:
+        loaded: The object that torch.load returned.
+        file: Name of the file, for messages.
+
+    Raises:
+        InputError: There is no state dict or more than one, or a tensor is of a kind without plain bytes.
     """
     import torch
 
@@ -29,18 +35,20 @@ def find_state_dict(loaded: Any, file: str) -> dict[str, torch.Tensor]:
         raise InputError(f"{file} holds a {_kind(loaded)}, not a state dict; save model.state_dict()")
     table = loaded
     where = ""
-    for _ in range(4):  # wrappers in wrappers, as when a trainer wraps what a parallel engine saved
-        found = [key for key in WRAPPERS if isinstance(table.get(key), dict) and table[key]]
-        if len(found) > 1:
+    for _ in range(4):  # nested wrappers: a trainer wraps what a parallel engine saved
+        candidates = [key for key in WRAPPERS if isinstance(table.get(key), dict) and table[key]]
+        if len(candidates) > 1:
             raise InputError(
-                f"{file} holds more than one state dict ({', '.join(where + key for key in found)});"
-                " save the one that is meant alone"
+                f"{file} holds more than one state dict ({', '.join(where + key for key in candidates)});"
+                " save one of them alone"
             )
-        if not found:
+        if not candidates:
             break
-        table, where = table[found[0]], f"{where}{found[0]}."
+        table, where = table[candidates[0]], f"{where}{candidates[0]}."
     if "param_groups" in table or (not where and _is_optimizer(table)):
-        raise InputError(f"{file} holds an optimizer's state, not a model; give the model's file, as model.safetensors")
+        raise InputError(
+            f"{file} holds an optimizer's state, not a model; give the model's file, such as model.safetensors"
+        )
     tensors = {}
     for name, value in table.items():
         if isinstance(value, torch.Tensor):
@@ -53,7 +61,7 @@ def find_state_dict(loaded: Any, file: str) -> dict[str, torch.Tensor]:
 
 
 def _is_optimizer(table: dict[Any, Any]) -> bool:
-    """Whether a table that is no wrapper speaks of an optimizer: one of its keys, or all entries of `state`."""
+    """Whether a table without a nested state dict has a key of an optimizer's state."""
     return any(isinstance(key, str) and key in OPTIMIZER_KEYS for key in table)
 
 
@@ -68,7 +76,7 @@ def _plain(tensor: torch.Tensor, name: str, file: str) -> torch.Tensor:
         )
     if tensor.is_quantized or kind not in ("Tensor", "Parameter", "Buffer"):
         raise InputError(
-            f"{file}: tensor {printable(name)} is quantised or of a special kind ({kind}), which is not read yet;"
+            f"{file}: tensor {printable(name)} is quantised or of an unsupported type ({kind}), which is not read yet;"
             " dequantise the model to bf16 and save it as safetensors"
         )
     if tensor.layout != torch.strided:

@@ -1,4 +1,4 @@
-"""Tensors that are one and the same under two names: shared storages, and heads tied to the embedding."""
+"""Tensors that are stored under two names: shared storages, and heads tied to the embedding."""
 
 from __future__ import annotations
 
@@ -13,33 +13,53 @@ from opdkernels.errors import printable
 
 @dataclass
 class Side:
-    """One checkpoint while it is being matched: what is left of it, and what is held by another of its tensors."""
+    """One checkpoint during matching.
+
+    Attributes:
+        label: "base" or "trained".
+        checkpoint: The open checkpoint.
+        remaining: Tensors that have no match yet.
+        tied_to: Tensors that were dropped because they repeat another tensor, and the name of that tensor.
+        reasons: Why a tensor has no match, for messages.
+        heads: The language model's 2-D head tensors.
+        embeddings: The language model's token embeddings.
+    """
 
     label: str
     checkpoint: Checkpoint
-    rest: dict[str, TensorInfo]
+    remaining: dict[str, TensorInfo]
     tied_to: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     heads: list[TensorInfo] = field(default_factory=list)
     embeddings: list[TensorInfo] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name, info in self.rest.items():
-            where = parse_tensor_name(name)
-            if where.tower == "language" and where.module == "lm_head" and len(info.shape) == 2:
+        for name, info in self.remaining.items():
+            role = parse_tensor_name(name)
+            if role.tower == "language" and role.module == "lm_head" and len(info.shape) == 2:
                 self.heads.append(info)
-            elif where.tower == "language" and where.module == "embed_tokens":
+            elif role.tower == "language" and role.module == "embed_tokens":
                 self.embeddings.append(info)
 
     def drop(self, name: str, keeper: str) -> None:
+        """Removes a tensor that repeats the tensor `keeper`."""
         self.tied_to[name] = keeper
-        del self.rest[name]
+        del self.remaining[name]
 
 
 def drop_tied(a: Side, b: Side, notes: list[str]) -> list[str]:
-    """Takes every tensor that repeats another one out of both sides; returns the names taken out, each once."""
-    for one, other in ((a, b), (b, a)):
-        _drop_aliases(one, other.checkpoint.tensors)
+    """Removes every tensor that repeats another one from both sides.
+
+    Args:
+        a: One side; modified.
+        b: The other side; modified.
+        notes: Receives remarks for the reader.
+
+    Returns:
+        The removed names, without duplicates.
+    """
+    for side, other in ((a, b), (b, a)):
+        _drop_aliases(side, other.checkpoint.tensors)
     _drop_heads(a, b, notes)
     return list(dict.fromkeys([*a.tied_to, *b.tied_to]))
 
@@ -49,8 +69,8 @@ def _drop_aliases(side: Side, other: Container[str]) -> None:
     for name, first in side.checkpoint.aliases.items():
         groups.setdefault(first, [first]).append(name)
     for names in groups.values():
-        names = [name for name in names if name in side.rest]
-        # The other side may have kept another one of the names.
+        names = [name for name in names if name in side.remaining]
+        # The other side may have stored another one of the names.
         keeper = next((name for name in names if name in other), names[0] if names else "")
         for name in names:
             if name != keeper:
@@ -58,7 +78,7 @@ def _drop_aliases(side: Side, other: Container[str]) -> None:
 
 
 def tie_word_embeddings(config: Mapping[str, Any]) -> bool | None:
-    """What config.json says of the head, itself or its text_config; None where it is silent."""
+    """Returns `tie_word_embeddings` of config.json or of its text_config; None if neither has it."""
     for table in (config, config.get("text_config")):
         if isinstance(table, Mapping) and isinstance(table.get("tie_word_embeddings"), bool):
             return table["tie_word_embeddings"]
@@ -66,31 +86,33 @@ def tie_word_embeddings(config: Mapping[str, Any]) -> bool | None:
 
 
 def _head(side: Side) -> TensorInfo | None:
-    found = [head for head in side.heads if head.name in side.rest]
-    return found[0] if len(found) == 1 else None
+    """Returns the only head that remains, or None."""
+    heads = [head for head in side.heads if head.name in side.remaining]
+    return heads[0] if len(heads) == 1 else None
 
 
 def _embedding(side: Side, head: TensorInfo) -> TensorInfo | None:
-    found = [e for e in side.embeddings if e.name in side.rest and e.shape[1:] == head.shape[1:]]
-    return found[0] if found else None
+    """Returns the embedding with the columns of a head, or None."""
+    embeddings = [e for e in side.embeddings if e.name in side.remaining and e.shape[1:] == head.shape[1:]]
+    return embeddings[0] if embeddings else None
 
 
 def _drop_heads(a: Side, b: Side, notes: list[str]) -> None:
-    heads = _head(a), _head(b)
+    head_a, head_b = _head(a), _head(b)
     ties = tie_word_embeddings(a.checkpoint.config), tie_word_embeddings(b.checkpoint.config)
-    head_a, head_b = heads
     if head_a is not None and head_b is not None:
-        _both(a, b, head_a, head_b, ties, notes)
+        _drop_both_heads(a, b, head_a, head_b, ties, notes)
     elif head_a is not None:
-        _one(a, b, head_a, ties, notes)
+        _drop_one_head(a, b, head_a, ties, notes)
     elif head_b is not None:
-        _one(b, a, head_b, ties[::-1], notes)
+        _drop_one_head(b, a, head_b, ties[::-1], notes)
 
 
-def _both(
+def _drop_both_heads(
     a: Side, b: Side, head_a: TensorInfo, head_b: TensorInfo, ties: tuple[bool | None, bool | None], notes: list[str]
 ) -> None:
-    keepers = _embedding(a, head_a), _embedding(b, head_b)
+    """Drops the tied heads of two sides that both have a head."""
+    embeddings = _embedding(a, head_a), _embedding(b, head_b)
     if True not in ties:
         return
     if False in ties:
@@ -99,43 +121,49 @@ def _both(
             f"the {tied.label}'s config ties {printable(head_a.name)} to the embedding, the {untied.label}'s does not:"
             " both are compared as they are stored"
         )
-    elif keepers[0] is not None and keepers[1] is not None:
-        a.drop(head_a.name, keepers[0].name)
-        b.drop(head_b.name, keepers[1].name)
-    elif keepers[0] is not None or keepers[1] is not None:
-        # One side stored the tied matrix as its head alone: heads are compared, the other side's embedding repeats it.
-        side, keeper, head = (a, keepers[0], head_a) if keepers[0] is not None else (b, keepers[1], head_b)
-        assert keeper is not None
-        side.drop(keeper.name, head.name)
+    elif embeddings[0] is not None and embeddings[1] is not None:
+        a.drop(head_a.name, embeddings[0].name)
+        b.drop(head_b.name, embeddings[1].name)
+    elif embeddings[0] is not None or embeddings[1] is not None:
+        # One side stored the tied matrix only as its head: heads are compared, the other side's embedding repeats it.
+        side, embedding, head = (a, embeddings[0], head_a) if embeddings[0] is not None else (b, embeddings[1], head_b)
+        assert embedding is not None
+        side.drop(embedding.name, head.name)
 
 
-def _one(one: Side, other: Side, head: TensorInfo, ties: tuple[bool | None, bool | None], notes: list[str]) -> None:
-    """`one` has a head and `other` has none."""
-    own, keeper = _embedding(one, head), _embedding(other, head)
-    if keeper is None or ties[1] is False:
+def _drop_one_head(
+    side: Side, other: Side, head: TensorInfo, ties: tuple[bool | None, bool | None], notes: list[str]
+) -> None:
+    """Drops the head of a side if the other side has none because its head is tied."""
+    embedding, other_embedding = _embedding(side, head), _embedding(other, head)
+    if other_embedding is None or ties[1] is False:
         return
-    if own is None:
-        return  # the head is all that `one` stored of the tied matrix: pair.match compares it with the embedding
+    if embedding is None:
+        return  # `side` stored the tied matrix only as its head: `match` compares it with the other side's embedding
     if ties[0] is False:
-        one.reasons[head.name] = (
-            f"the {other.label}'s head is tied to {printable(keeper.name)}, which is compared as the embedding"
+        side.reasons[head.name] = (
+            f"the {other.label}'s head is tied to {printable(other_embedding.name)}, which is compared as the embedding"
         )
         return
-    one.drop(head.name, own.name)
-    if ties[0] is None and own.name != head.name:
+    side.drop(head.name, embedding.name)
+    if ties[0] is None and embedding.name != head.name:
         notes.append(
-            f"{printable(head.name)} is in the {one.label} only and the {other.label}'s head is tied: it is taken for a"
-            f" copy of {printable(own.name)} and counted once"
+            f"{printable(head.name)} is in the {side.label} only and the {other.label}'s head is tied: it is treated as"
+            f" a copy of {printable(embedding.name)} and counted once"
         )
 
 
 def unpaired_heads(a: Side, b: Side) -> tuple[str, str] | None:
-    """The names of an embedding and a head that are one tied matrix, where each side stored only one of the two."""
-    for one, other, swap in ((a, b, False), (b, a, True)):
-        head = _head(one)
-        if head is None or other.heads or any(e.shape[1:] == head.shape[1:] for e in one.embeddings):
+    """Finds a tied matrix that one side stored only as embedding and the other only as head.
+
+    Returns:
+        Its names in `a` and `b`, or None.
+    """
+    for side, other, swapped in ((a, b, False), (b, a, True)):
+        head = _head(side)
+        if head is None or other.heads or any(e.shape[1:] == head.shape[1:] for e in side.embeddings):
             continue
-        keeper = _embedding(other, head)
-        if keeper is not None and tie_word_embeddings(other.checkpoint.config) is not False:
-            return (keeper.name, head.name) if swap else (head.name, keeper.name)
+        embedding = _embedding(other, head)
+        if embedding is not None and tie_word_embeddings(other.checkpoint.config) is not False:
+            return (embedding.name, head.name) if swapped else (head.name, embedding.name)
     return None

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from opdkernels.checkpoint.base import Checkpoint
-from opdkernels.checkpoint.names import match_names
+from opdkernels.checkpoint.names import canonical_name, match_names
 from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.distillation.options import DistillOptions
 from opdkernels.distillation.world import Ranks
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.masks import MaskSet
 from opdkernels.optim import MaskedAdamW, MaskedSGD
-from opdkernels.optim.binding import local_part, plain_name
+from opdkernels.optim.binding import local_part
 from opdkernels.optim.masked import MaskedOptimizer
 from opdkernels.spectral.randomized import RandomizedSVD, randomized_svd
 
@@ -26,7 +26,7 @@ def optimizer_of(options: DistillOptions, model: torch.nn.Module) -> MaskedOptim
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     masks = MaskSet.load(Path(options.masks)) if options.masks else {}
     unmasked = "freeze" if options.masks else "train"
-    names = {plain_name(name) for name, _ in named}
+    names = {canonical_name(name, keep_prefixes=True) for name, _ in named}
     if isinstance(masks, MaskSet):  # of a checkpoint, whose names may not be those of parameters
         own = match_names(masks, names)
         masks = MaskSet({own.get(name, name): mask for name, mask in masks.items()})

@@ -12,18 +12,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from opdkernels.checkpoint.names import canonical_name
 from opdkernels.errors import printable
 from opdkernels.masks.mask import Mask
 from opdkernels.masks.mask_set import MaskSet
 from opdkernels.ops.step import DTYPES
 
 Masks = MaskSet | str | os.PathLike[str] | Mapping[str, Mask | torch.Tensor] | Sequence[Mask | torch.Tensor]
-WRAPPERS = (
-    "module",
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-)  # parts that trainers put into names
 
 
 @dataclass
@@ -120,11 +115,6 @@ def as_sharded(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return grad
 
 
-def plain_name(name: str) -> str:
-    """A parameter's name without what trainers wrap it in."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
 class Binder:
     """Hands out the masks that were given, each parameter its own."""
 
@@ -172,7 +162,11 @@ class Binder:
         ordinal, self.count = self.count, self.count + 1
         named = printable(name) if name else f"parameter {ordinal}"
         if self.by_name is not None and name:
-            found = self.by_name[name] if name in self.by_name else self.by_name.get(plain_name(name))
+            found = (
+                self.by_name[name]
+                if name in self.by_name
+                else self.by_name.get(canonical_name(name, keep_prefixes=True))
+            )
         else:
             found = self._numbered(ordinal, named)
         self.found += found is not None
@@ -222,6 +216,8 @@ def in_model_order(masks: Masks, model: torch.nn.Module) -> MaskSet:
     binder = Binder(masks, "error")
     named = list(model.named_parameters())
     bindings = binder.bind([param for _, param in named], [name for name, _ in named])
-    found = MaskSet({plain_name(name): one.mask for (name, _), one in zip(named, bindings, strict=True)})
+    found = MaskSet(
+        {canonical_name(name, keep_prefixes=True): one.mask for (name, _), one in zip(named, bindings, strict=True)}
+    )
     found.in_model_order = True
     return found

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from opdkernels.checkpoint.names import canonical_name
 from opdkernels.errors import printable
 from opdkernels.optim.active import active_of, put_active
-from opdkernels.optim.binding import Binder, Binding, Masks, is_dtensor, local_gradient, plain_name
+from opdkernels.optim.binding import Binder, Binding, Masks, is_dtensor, local_gradient
 
 
 class MaskedParameters(torch.nn.Module):
@@ -47,7 +48,7 @@ class MaskedParameters(torch.nn.Module):
                 raise ValueError(f"{printable(name)} is a DTensor; give MaskedAdamW the sharded parameters")
             number = len(self.values)
             self.values.append(torch.nn.Parameter(active_of(weight, binding.shard(weight))))
-            self.names.append(plain_name(name))
+            self.names.append(canonical_name(name, keep_prefixes=True))
             self._weights.append((weight, binding))
             self._handles.append(weight.register_post_accumulate_grad_hook(partial(gather, me, number)))
         if not self.values:

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from opdkernels.checkpoint.base import TensorInfo
 from opdkernels.checkpoint.io import Buffer, choose_io
-from opdkernels.checkpoint.safetensors import DuplicateKey, SafetensorsFile, dtype_name, stored_dtype, unique_keys
+from opdkernels.checkpoint.safetensors import SafetensorsFile, dtype_name, stored_dtype
+from opdkernels.checkpoint.strict_json import DuplicateKeyError, unique_keys
 from opdkernels.errors import InputError, printable
 from opdkernels.formatting import byte_size, percent
 
@@ -125,7 +126,7 @@ class Patch:
             raise
 
     difference = property(lambda self: self.manifest.values == "difference")
-    nbytes = property(lambda self: self._file.fact.bytes)
+    nbytes = property(lambda self: self._file.fingerprint.bytes)
 
     def bad(self, what: str) -> InputError:
         return InputError(f"{printable(self.path)} {what}: it is damaged or no patch; copy or create it again")
@@ -145,7 +146,7 @@ class Patch:
             raise self.bad("has a manifest that is not of the digest written with it")
         try:
             manifest = Manifest.model_validate(json.loads(text, object_pairs_hook=unique_keys))
-        except DuplicateKey as error:
+        except DuplicateKeyError as error:
             raise self.bad(f"names {printable(str(error))} twice in its manifest") from None
         except ValidationError as error:
             where = ".".join(map(str, error.errors()[0]["loc"]))

@@ -1,4 +1,4 @@
-"""Checkpoints made byte by byte, and a stand-in for the compiled guard of mappings."""
+"""Files written byte by byte, a fake of the compiled mapping guard, and checkpoints that have headers only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from opdkernels.checkpoint.base import FileFingerprint, TensorInfo
 
 
 def encode(header: dict[str, Any] | bytes | str, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file from a header as it stands, so that hostile ones can be made."""
+    """A safetensors file with any header, so that tests can write hostile ones."""
     if isinstance(header, dict):
         header = json.dumps(header)
     text = header.encode() if isinstance(header, str) else header
@@ -34,7 +34,7 @@ def write_raw(tmp_path: Path) -> Callable[..., Path]:
 
 
 class FakeGuard(types.ModuleType):
-    """Counts faults as it is told to; `live` are the handles that are guarded."""
+    """A mapping guard that reports `faults`; `live` holds the guarded handles."""
 
     def __init__(self) -> None:
         super().__init__("opdkernels._C")
@@ -67,7 +67,7 @@ def no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opdkernels._C", None)
 
 
-class FakeSource:
+class FakeCheckpoint:
     """Headers without files, for matching."""
 
     kind = "fake"
@@ -100,5 +100,5 @@ class FakeSource:
 
 
 @pytest.fixture
-def fake_source() -> type[FakeSource]:
-    return FakeSource
+def fake_checkpoint() -> type[FakeCheckpoint]:
+    return FakeCheckpoint

@@ -1,4 +1,4 @@
-"""Hub ids: only what is needed is downloaded, and whatever goes wrong is one line."""
+"""Hub ids: only the needed files are downloaded, and every error is one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("no_guard")
 
 
 class FakeHub(types.ModuleType):
-    """`snapshot_download` out of a dictionary of files; remembers what it was asked for."""
+    """`snapshot_download` from a dictionary of files; records the requested revisions."""
 
     def __init__(self, folder: Path, files: dict[str, bytes]) -> None:
         super().__init__("huggingface_hub")
@@ -52,7 +52,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     return module
 
 
-def test_one_format_is_downloaded(fake: FakeHub) -> None:
+def test_only_one_format_is_downloaded(fake: FakeHub) -> None:
     opened = open_checkpoint("org/name@v1.0")
     assert opened.path == "org/name@v1.0"
     assert list(opened.tensors) == ["w"]
@@ -60,14 +60,14 @@ def test_one_format_is_downloaded(fake: FakeHub) -> None:
     assert fake.revisions == {"v1.0"}
 
 
-def test_torch_files_are_downloaded_where_there_is_nothing_else(fake: FakeHub) -> None:
+def test_torch_files_are_downloaded_if_there_is_no_safetensors(fake: FakeHub) -> None:
     del fake.files["model.safetensors"]
     open_checkpoint("org/name", revision="abc")
     assert fake.fetched == {"config.json", "pytorch_model.bin"}
     assert fake.revisions == {"abc"}
 
 
-def test_an_index_says_what_is_downloaded(fake: FakeHub) -> None:
+def test_an_index_determines_what_is_downloaded(fake: FakeHub) -> None:
     shard = "model-00001-of-00001.safetensors"
     index = json.dumps({"weight_map": {"w": shard}}).encode()
     fake.files |= {shard: W, "model.safetensors.index.json": index, "consolidated.safetensors": W}
@@ -75,7 +75,7 @@ def test_an_index_says_what_is_downloaded(fake: FakeHub) -> None:
     assert fake.fetched == {"config.json", shard, "model.safetensors.index.json"}
 
 
-def test_a_hostile_index_is_refused_before_its_shards_are_asked_for(fake: FakeHub) -> None:
+def test_a_hostile_index_is_rejected_before_its_shards_are_requested(fake: FakeHub) -> None:
     fake.files["model.safetensors.index.json"] = b'{"weight_map": {"w": "../../x"}}'
     with pytest.raises(InputError, match="not a plain file name"):
         open_checkpoint("org/name")
@@ -89,12 +89,12 @@ def test_a_failed_download_is_one_line(fake: FakeHub) -> None:
     assert "ConnectionError: no route" in str(caught.value)
 
 
-def test_two_revisions_are_refused(fake: FakeHub) -> None:
+def test_two_revisions_are_rejected(fake: FakeHub) -> None:
     with pytest.raises(UsageError, match="give one of them"):
         open_checkpoint("org/name@v1", revision="v2")
 
 
-def test_without_the_library_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match="pip install huggingface_hub"):
         open_checkpoint("org/name")
@@ -115,5 +115,5 @@ def test_without_the_library_one_line_says_what_to_install(monkeypatch: pytest.M
         ("org/name\n", False),
     ],
 )
-def test_what_looks_like_an_id(text: str, expected: bool) -> None:
+def test_looks_like_id(text: str, expected: bool) -> None:
     assert hub.looks_like_id(text) is expected

@@ -1,4 +1,4 @@
-"""Files that change while they are open, and mappings that are guarded."""
+"""Files that change while they are open, and guarded mappings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
-def refusal(call: object, *arguments: object) -> str:
+def error_message(call: object, *arguments: object) -> str:
     with pytest.raises(InputError) as caught:
         call(*arguments)  # type: ignore[operator]
     message = str(caught.value)
@@ -39,29 +39,29 @@ def refusal(call: object, *arguments: object) -> str:
 
 
 @pytest.mark.usefixtures("no_guard")
-def test_a_file_cut_off_before_it_is_opened_is_refused_with_its_bytes(saved: Path) -> None:
+def test_a_truncated_file_is_rejected_with_its_size(saved: Path) -> None:
     size = saved.stat().st_size
     os.truncate(saved, size - 100)
-    message = refusal(open_checkpoint, saved)
+    message = error_message(open_checkpoint, saved)
     assert str(size - 100) in message
     assert saved.name in message
-    if saved.suffix == ".safetensors":  # a zip archive's table is at its end: gone, and with it the length
+    if saved.suffix == ".safetensors":  # a zip archive's table is at its end: the expected length is lost with it
         assert f"{size} bytes expected" in message
 
 
 @pytest.mark.usefixtures("no_guard")
-def test_a_file_cut_off_while_open_is_refused_with_expected_and_actual_bytes(saved: Path) -> None:
+def test_truncation_while_open_is_reported_with_expected_and_actual_bytes(saved: Path) -> None:
     opened = open_checkpoint(saved)
     size = saved.stat().st_size
     opened.read("w", 0, 10)
     opened.check()
     os.truncate(saved, 4000)
-    assert "bytes expected, it has 4000" in refusal(opened.read, "w", 0, 5000)
-    assert f"{size} bytes expected, it has 4000" in refusal(opened.check)
+    assert "bytes expected, it has 4000" in error_message(opened.read, "w", 0, 5000)
+    assert f"{size} bytes expected, it has 4000" in error_message(opened.check)
 
 
 @pytest.mark.usefixtures("no_guard")
-def test_a_file_replaced_while_open_is_noticed_and_the_old_one_still_read(saved: Path, tmp_path: Path) -> None:
+def test_replacement_while_open_is_detected_and_the_old_file_still_read(saved: Path, tmp_path: Path) -> None:
     opened = open_checkpoint(saved)
     before = saved.stat()
     other = tmp_path / "other"
@@ -69,20 +69,20 @@ def test_a_file_replaced_while_open_is_noticed_and_the_old_one_still_read(saved:
     os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
     os.replace(other, saved)
     assert torch.equal(opened.read("w", 0, 5000), VALUES)
-    assert "changed while it was open" in refusal(opened.check)
+    assert "changed while it was open" in error_message(opened.check)
 
 
 @pytest.mark.usefixtures("no_guard")
-def test_a_file_written_to_or_removed_while_open_is_noticed(saved: Path) -> None:
+def test_modification_and_removal_while_open_are_detected(saved: Path) -> None:
     opened = open_checkpoint(saved)
     status = saved.stat()
     os.utime(saved, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert "changed while it was open" in refusal(opened.check)
+    assert "changed while it was open" in error_message(opened.check)
     saved.unlink()
-    assert "went away" in refusal(opened.check)
+    assert "was removed while it was open" in error_message(opened.check)
 
 
-def test_a_mapping_is_guarded_for_as_long_as_a_view_of_it_lives(saved: Path, fake_guard: object) -> None:
+def test_a_mapping_is_guarded_as_long_as_a_view_of_it_exists(saved: Path, fake_guard: object) -> None:
     opened = open_checkpoint(saved, io="mmap")
     ((address, nbytes),) = fake_guard.live.values()
     assert nbytes == saved.stat().st_size
@@ -99,19 +99,19 @@ def test_a_mapping_is_guarded_for_as_long_as_a_view_of_it_lives(saved: Path, fak
     assert not fake_guard.live
 
 
-def test_a_fault_in_a_mapping_is_an_error_of_the_file(saved: Path, fake_guard: object) -> None:
+def test_a_fault_in_a_mapping_is_an_input_error(saved: Path, fake_guard: object) -> None:
     opened = open_checkpoint(saved, io="mmap")
     opened.check()
     fake_guard.faults = 1
-    assert "was cut off while it was open" in refusal(opened.check)
+    assert "was truncated while it was open" in error_message(opened.check)
     opened.close()
 
 
-def test_a_file_that_is_refused_leaves_no_mapping_and_no_open_file(tmp_path: Path, fake_guard: object) -> None:
+def test_a_rejected_file_leaves_no_mapping_and_no_open_file(tmp_path: Path, fake_guard: object) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes((9).to_bytes(8, "little") + b"{" + b"x" * 8)
     before = set(os.listdir("/proc/self/fd"))
-    refusal(lambda: open_checkpoint(path, io="mmap"))
+    error_message(lambda: open_checkpoint(path, io="mmap"))
     gc.collect()
     assert not fake_guard.live
     assert set(os.listdir("/proc/self/fd")) == before
@@ -129,7 +129,7 @@ def test_without_a_guard_nothing_is_mapped(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "io"), [("nfs4", "read"), ("fuse.sshfs", "read"), ("ext4", "mmap"), ("overlay", "mmap")]
 )
-def test_network_file_systems_are_read_and_local_ones_mapped(
+def test_network_file_systems_are_read_and_local_ones_are_mapped(
     tmp_path: Path, fake_guard: object, monkeypatch: pytest.MonkeyPatch, kind: str, io: str
 ) -> None:
     device = os.stat(tmp_path).st_dev
@@ -142,7 +142,7 @@ def test_network_file_systems_are_read_and_local_ones_mapped(
     assert checkpoint_io.choose_io("auto", str(tmp_path)) == io
 
 
-def test_a_buffer_grows_and_is_used_again() -> None:
+def test_a_buffer_grows_and_is_reused() -> None:
     buffer = Buffer()
     first = buffer.take(100)
     assert first.numel() == 100
@@ -151,8 +151,8 @@ def test_a_buffer_grows_and_is_used_again() -> None:
     assert buffer.take(1000).numel() == 1000
 
 
-def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
+def test_a_pipe_is_rejected_without_waiting_for_a_writer(tmp_path: Path) -> None:
     path = tmp_path / "pipe.safetensors"
     os.mkfifo(path)
-    assert "not a regular file" in refusal(OpenFile, str(path), "read")
-    assert "neither a file nor a folder" in refusal(open_checkpoint, path)
+    assert "not a regular file" in error_message(OpenFile, str(path), "read")
+    assert "neither a file nor a folder" in error_message(open_checkpoint, path)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from opdkernels.checkpoint.match import Pair, match, open_pair
 from opdkernels.errors import InputError
-from tests.checkpoint.conftest import FakeSource
+from tests.checkpoint.conftest import FakeCheckpoint
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -29,9 +29,9 @@ def only(pair: Pair, kind: str) -> list[tuple[str, str]]:
     return [(u.side, u.name) for u in pair.unmatched if u.kind == kind]
 
 
-def test_equal_names_match_in_the_order_of_the_source() -> None:
+def test_equal_names_match_in_the_order_of_the_base() -> None:
     shapes: Shapes = {"z": (2, 3), "a": (4,), "m": ()}
-    pair = match(FakeSource(shapes), FakeSource(dict(reversed(shapes.items()))))
+    pair = match(FakeCheckpoint(shapes), FakeCheckpoint(dict(reversed(shapes.items()))))
     assert [(m.name, m.match_kind, m.numel) for m in pair.matches] == [
         ("z", "exact", 6),
         ("a", "exact", 4),
@@ -51,22 +51,23 @@ def test_equal_names_match_in_the_order_of_the_source() -> None:
         ("model.layers.0.block_sparse_moe.gate.weight", "model.layers.0.mlp.gate.weight"),
     ],
 )
-def test_names_match_without_the_prefixes_of_wrappers(name: str, other: str) -> None:
-    pair = match(FakeSource({name: (2, 2)}), FakeSource({other: (2, 2)}))
+def test_names_match_without_wrapper_prefixes(name: str, other: str) -> None:
+    pair = match(FakeCheckpoint({name: (2, 2)}), FakeCheckpoint({other: (2, 2)}))
     assert [(m.name, m.trained_name, m.match_kind) for m in pair.matches] == [(name, other, "prefix")]
     assert any(name in note and other in note for note in pair.notes)
 
 
-def test_an_equal_name_comes_before_an_alias() -> None:
-    pair = match(FakeSource({"model.w": (2,)}), FakeSource({"language_model.w": (2,), "model.w": (2,)}))
+def test_an_equal_name_takes_precedence_over_a_prefix_match() -> None:
+    pair = match(FakeCheckpoint({"model.w": (2,)}), FakeCheckpoint({"language_model.w": (2,), "model.w": (2,)}))
     assert ranges(pair) == {("model.w", 0, "model.w", 0, 2)}
     assert only(pair, "missing") == [("trained", "language_model.w")]
 
 
-def test_an_ambiguous_alias_is_an_error_that_names_the_candidates() -> None:
+def test_an_ambiguous_prefix_match_is_an_error_that_names_the_candidates() -> None:
     with pytest.raises(InputError) as caught:
         match(
-            FakeSource({"model.w": (2,)}), FakeSource({"language_model.w": (2,), "transformer.w\x1b": (2,), "w": (2,)})
+            FakeCheckpoint({"model.w": (2,)}),
+            FakeCheckpoint({"language_model.w": (2,), "transformer.w\x1b": (2,), "w": (2,)}),
         )
     message = str(caught.value)
     assert message.isprintable()
@@ -75,17 +76,17 @@ def test_an_ambiguous_alias_is_an_error_that_names_the_candidates() -> None:
 
 def test_nothing_in_common_is_an_error() -> None:
     with pytest.raises(InputError, match=r"no tensor in common \(a against b\); give"):
-        match(FakeSource({"a": (2,)}), FakeSource({"b": (2,)}))
+        match(FakeCheckpoint({"a": (2,)}), FakeCheckpoint({"b": (2,)}))
     with pytest.raises(InputError, match=r"a: shape \[2\].*\[3\]"):
-        match(FakeSource({"a": (2,)}), FakeSource({"a": (3,)}))
+        match(FakeCheckpoint({"a": (2,)}), FakeCheckpoint({"a": (3,)}))
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "wte.weight", "lm_head.weight", "lm_head.bias"])
 def test_a_resized_vocabulary_is_compared_on_the_common_rows(name: str) -> None:
     rest = () if name.endswith("bias") else (4,)
-    small, large = FakeSource({name: (100, *rest)}), FakeSource({name: (104, *rest)})
+    small, large = FakeCheckpoint({name: (100, *rest)}), FakeCheckpoint({name: (104, *rest)})
     width = math.prod(rest)
-    for a, b, side in ((small, large, "trained"), (large, small, "source")):
+    for a, b, side in ((small, large, "trained"), (large, small, "base")):
         pair = match(a, b)
         (found,) = pair.matches
         assert (found.match_kind, found.shape, found.numel) == ("common rows", (100, *rest), 100 * width)
@@ -98,39 +99,39 @@ def test_a_resized_vocabulary_is_compared_on_the_common_rows(name: str) -> None:
     ("name", "a", "b", "says"),
     [
         ("h.0.mlp.c_fc.weight", (4, 8), (8, 4), "it fits transposed"),
-        ("layers.0.q_proj.weight", (4, 8), (5, 8), "shape [4, 8] in the source against [5, 8]"),
+        ("layers.0.q_proj.weight", (4, 8), (5, 8), "shape [4, 8] in the base against [5, 8]"),
         ("wpe.weight", (100, 4), (104, 4), "shape [100, 4]"),
         ("model.embed_tokens.weight", (100, 4), (104, 8), "shape [100, 4]"),
         ("model.embed_tokens.weight", (0, 4), (104, 4), "shape [0, 4]"),
         ("visual.embed_tokens.weight", (100, 4), (104, 4), "shape [100, 4]"),
-        ("w", (), (1,), "shape [] in the source against [1]"),
+        ("w", (), (1,), "shape [] in the base against [1]"),
     ],
 )
-def test_other_mismatches_of_shape_are_listed_on_both_sides(
+def test_shape_mismatches_are_listed_on_both_sides(
     name: str, a: tuple[int, ...], b: tuple[int, ...], says: str
 ) -> None:
-    pair = match(FakeSource({name: a, "x": (1,)}), FakeSource({name: b, "x": (1,)}))
-    assert [(u.side, u.name, u.shape) for u in pair.unmatched] == [("source", name, a), ("trained", name, b)]
+    pair = match(FakeCheckpoint({name: a, "x": (1,)}), FakeCheckpoint({name: b, "x": (1,)}))
+    assert [(u.side, u.name, u.shape) for u in pair.unmatched] == [("base", name, a), ("trained", name, b)]
     assert all(says in u.reason and u.kind == "shape" for u in pair.unmatched)
 
 
 def test_dtypes_without_a_delta_are_listed_and_mixed_floats_are_noted() -> None:
     shapes: Shapes = {"w": (2,), "position_ids": (3,)}
-    a = FakeSource(shapes, dtypes={"position_ids": "i64", "w": "fp32"})
-    pair = match(a, FakeSource(shapes, dtypes={"position_ids": "i64"}))
-    assert only(pair, "dtype") == [("source", "position_ids"), ("trained", "position_ids")]
-    assert pair.notes == ["1 tensors are fp32 in the source and bf16 in the trained checkpoint"]
+    a = FakeCheckpoint(shapes, dtypes={"position_ids": "i64", "w": "fp32"})
+    pair = match(a, FakeCheckpoint(shapes, dtypes={"position_ids": "i64"}))
+    assert only(pair, "dtype") == [("base", "position_ids"), ("trained", "position_ids")]
+    assert pair.notes == ["1 tensors are fp32 in the base and bf16 in the trained checkpoint"]
     assert pair.nbytes == 2 * (4 + 2)
 
 
 def test_tensors_of_a_missing_shard_are_listed_on_both_sides() -> None:
-    a = FakeSource({"x": (1,)}, missing={"model.w": "model-00002-of-00002.safetensors"})
-    pair = match(a, FakeSource({"x": (1,), "w": (2,)}))
-    assert only(pair, "shard") == [("source", "model.w"), ("trained", "w")]
+    a = FakeCheckpoint({"x": (1,)}, missing={"model.w": "model-00002-of-00002.safetensors"})
+    pair = match(a, FakeCheckpoint({"x": (1,), "w": (2,)}))
+    assert only(pair, "shard") == [("base", "model.w"), ("trained", "w")]
     assert all("model-00002-of-00002.safetensors" in u.reason for u in pair.unmatched)
 
 
-def test_reading_gives_both_sides_of_a_range(tmp_path: Path) -> None:
+def test_read_returns_the_same_range_of_both_sides(tmp_path: Path) -> None:
     a = {
         "model.layers.0.self_attn.qkv_proj.weight": torch.arange(24.0).reshape(8, 3),
         "model.embed_tokens.weight": torch.arange(15.0).reshape(5, 3),
@@ -147,15 +148,15 @@ def test_reading_gives_both_sides_of_a_range(tmp_path: Path) -> None:
         assert len(pair.matches) == 4
         for m in pair.matches:
             for start, stop in [(0, m.numel), (1, m.numel - 1), (m.numel, m.numel)]:
-                source, trained = pair.read(m, start, stop)
-                # The parts were written one higher than the fused tensor; the embedding as it is.
+                base, trained = pair.read(m, start, stop)
+                # The parts were written with 1 added to the fused tensor; the embedding unchanged.
                 expected = 0 if m.match_kind != "fused" else 1 if first == "a" else -1
-                assert (trained - source == expected).all()
+                assert (trained - base == expected).all()
         pair.check()
         pair.close()
 
 
-def test_a_side_that_cannot_be_read_leaves_no_file_open(tmp_path: Path) -> None:
+def test_a_failed_open_leaves_no_file_open(tmp_path: Path) -> None:
     safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
     safetensors.torch.save_file({"v": torch.ones(2)}, tmp_path / "b.safetensors")
     descriptors = Path("/proc/self/fd")
@@ -181,7 +182,7 @@ NAMES = [
 
 
 @st.composite
-def sources(draw: st.DrawFn) -> FakeSource:
+def arbitrary_checkpoints(draw: st.DrawFn) -> FakeCheckpoint:
     names = draw(st.lists(st.sampled_from(NAMES), unique=True))
     shapes: Shapes = {}
     for name in names:
@@ -192,16 +193,16 @@ def sources(draw: st.DrawFn) -> FakeSource:
     same = [name for name in plain if shapes[name] == shapes[plain[0]]]
     aliases = dict.fromkeys(same[1:], same[0]) if same and draw(st.booleans()) else {}
     dtypes = {"i": "i64", **({names[0]: "fp32"} if names else {})}
-    return FakeSource(shapes, config=tie, aliases=aliases, dtypes=dtypes)
+    return FakeCheckpoint(shapes, config=tie, aliases=aliases, dtypes=dtypes)
 
 
-def one_of_layouts(draw: st.DrawFn, layouts: list[Shapes]) -> Shapes:
+def draw_layout(draw: st.DrawFn, layouts: list[Shapes]) -> Shapes:
     return draw(st.sampled_from([*layouts, {}]))
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> FakeSource:
-    """One model as different programs save it: prefixes, fused or split, tied or not, with a vocabulary of 5 or 6."""
+def saved_layouts(draw: st.DrawFn) -> FakeCheckpoint:
+    """One model in the layouts of different programs: prefixes, fused or split, tied or not, vocabulary of 5 or 6."""
     prefix = draw(st.sampled_from(["model.", "", "model.language_model.", "language_model.model."]))
     rows, columns, experts = draw(st.sampled_from([5, 6])), 4, 3
     attn, mlp, moe = (f"{prefix}layers.0.{part}" for part in ("self_attn", "mlp", "block_sparse_moe"))
@@ -217,18 +218,18 @@ def layouts(draw: st.DrawFn) -> FakeSource:
         mixtral[f"{moe}.experts.{e}.w2.weight"] = (4, 3)
         halves[f"{mlp}.experts.{e}.gate_up_proj.weight"] = (6, 4)
     shapes: Shapes = {"x": (2,)}
-    shapes |= one_of_layouts(draw, [qkv, {f"{attn}.qkv_proj.weight": (8, 4)}])
-    shapes |= one_of_layouts(draw, [fused, split, mixtral, halves])
-    shapes |= one_of_layouts(draw, [{f"{prefix}embed_tokens.weight": (rows, columns)}])
-    shapes |= one_of_layouts(draw, [{"lm_head.weight": (rows, columns)}])
+    shapes |= draw_layout(draw, [qkv, {f"{attn}.qkv_proj.weight": (8, 4)}])
+    shapes |= draw_layout(draw, [fused, split, mixtral, halves])
+    shapes |= draw_layout(draw, [{f"{prefix}embed_tokens.weight": (rows, columns)}])
+    shapes |= draw_layout(draw, [{"lm_head.weight": (rows, columns)}])
     for name in draw(st.lists(st.sampled_from(sorted(shapes)), max_size=1)):
         shapes[name] = shapes[name][::-1]
     names = draw(st.permutations(sorted(shapes)))
     tie = draw(st.sampled_from([{}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}]))
-    return FakeSource({name: shapes[name] for name in names}, config=tie)
+    return FakeCheckpoint({name: shapes[name] for name in names}, config=tie)
 
 
-PAIRS = st.one_of(sources(), layouts()), st.one_of(sources(), layouts())
+PAIRS = st.one_of(arbitrary_checkpoints(), saved_layouts()), st.one_of(arbitrary_checkpoints(), saved_layouts())
 
 
 def attempt(call: Callable[[], Any]) -> Any:
@@ -243,15 +244,15 @@ def attempt(call: Callable[[], Any]) -> Any:
 
 @settings(max_examples=600, deadline=None)
 @given(*PAIRS)
-def test_every_coordinate_is_used_once_or_listed(a: FakeSource, b: FakeSource) -> None:
+def test_every_coordinate_is_used_once_or_listed(a: FakeCheckpoint, b: FakeCheckpoint) -> None:
     pair = attempt(lambda: match(a, b))
     if pair is None:
         return
-    for side, source in (("source", a), ("trained", b)):
-        used: dict[str, list[tuple[int, int]]] = {name: [] for name in source.tensors}
+    for side, checkpoint in (("base", a), ("trained", b)):
+        used: dict[str, list[tuple[int, int]]] = {name: [] for name in checkpoint.tensors}
         for m in pair.matches:
-            info, start = (m.base, m.base_start) if side == "source" else (m.trained, m.trained_start)
-            assert info is source.tensors[info.name]
+            info, start = (m.base, m.base_start) if side == "base" else (m.trained, m.trained_start)
+            assert info is checkpoint.tensors[info.name]
             assert 0 <= start <= start + m.numel <= info.numel
             assert m.numel == math.prod(m.shape)
             used[info.name].append((start, start + m.numel))
@@ -261,7 +262,7 @@ def test_every_coordinate_is_used_once_or_listed(a: FakeSource, b: FakeSource) -
             assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
             accounted = sum(stop - start for start, stop in spans)
             accounted += sum(u.numel for u in pair.unmatched if u.side == side and u.name == name)
-            assert accounted == source.tensors[name].numel or (name in pair.tied and not spans)
+            assert accounted == checkpoint.tensors[name].numel or (name in pair.tied and not spans)
             assert spans or name in listed or name in pair.tied
     order = list(a.tensors)
     positions = [(order.index(m.base.name), m.base_start) for m in pair.matches]
@@ -270,7 +271,7 @@ def test_every_coordinate_is_used_once_or_listed(a: FakeSource, b: FakeSource) -
 
 @settings(max_examples=600, deadline=None)
 @given(*PAIRS)
-def test_matching_is_symmetric(a: FakeSource, b: FakeSource) -> None:
+def test_matching_is_symmetric(a: FakeCheckpoint, b: FakeCheckpoint) -> None:
     one, other = attempt(lambda: match(a, b)), attempt(lambda: match(b, a))
     assert (one is None) == (other is None)
     if one is None:
@@ -278,14 +279,14 @@ def test_matching_is_symmetric(a: FakeSource, b: FakeSource) -> None:
     assert ranges(one) == {(s, i, t, j, n) for t, j, s, i, n in ranges(other)}
     assert {m.match_kind for m in one.matches} == {m.match_kind for m in other.matches}
     assert set(one.tied) == set(other.tied)
-    flipped = {"source": "trained", "trained": "source"}
+    flipped = {"base": "trained", "trained": "base"}
     assert {(u.side, u.name, u.kind) for u in one.unmatched} == {
         (flipped[u.side], u.name, u.kind) for u in other.unmatched
     }
 
 
-@given(st.one_of(sources(), layouts()))
-def test_a_checkpoint_matches_itself_in_full(a: FakeSource) -> None:
+@given(st.one_of(arbitrary_checkpoints(), saved_layouts()))
+def test_a_checkpoint_matches_itself_completely(a: FakeCheckpoint) -> None:
     pair = attempt(lambda: match(a, a))
     if pair is not None:
         assert all((m.name, m.match_kind) == (m.trained_name, "exact") for m in pair.matches)

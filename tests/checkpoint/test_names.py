@@ -1,4 +1,4 @@
-"""Names are classed by whole tokens: one table of names as the model families write them."""
+"""Names are classified by whole tokens: a table of the names that model families use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opdkernels.checkpoint.names import TensorRole, canonical, parse_tensor_name
+from opdkernels.checkpoint.names import TensorRole, canonical_name, parse_tensor_name
 
 MODULES = {
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2", "w1", "w2", "w3"),
@@ -95,12 +95,12 @@ VISION = [
 
 
 @pytest.mark.parametrize(("name", "layer", "module", "block"), TABLE)
-def test_a_name_is_classed_by_its_tokens(name: str, layer: int, module: str, block: str) -> None:
+def test_a_name_is_classified_by_its_tokens(name: str, layer: int, module: str, block: str) -> None:
     assert parse_tensor_name(name) == TensorRole(layer, module, block, "language")
 
 
 @pytest.mark.parametrize(("name", "layer", "module"), VISION)
-def test_a_vision_tower_is_a_block_of_its_own(name: str, layer: int, module: str) -> None:
+def test_vision_towers_are_a_separate_block(name: str, layer: int, module: str) -> None:
     assert parse_tensor_name(name) == TensorRole(layer, module, "vision", "vision")
 
 
@@ -120,8 +120,8 @@ def test_a_vision_tower_is_a_block_of_its_own(name: str, layer: int, module: str
         ("encoder.model.w", "encoder.model.w"),
     ],
 )
-def test_prefixes_of_wrappers_are_dropped(name: str, expected: str) -> None:
-    assert canonical(name) == expected
+def test_wrapper_prefixes_are_removed(name: str, expected: str) -> None:
+    assert canonical_name(name) == expected
 
 
 @given(
@@ -131,10 +131,10 @@ def test_prefixes_of_wrappers_are_dropped(name: str, expected: str) -> None:
         )
     )
 )
-def test_any_name_has_a_place_and_wrapping_does_not_move_it(tokens: list[str]) -> None:
+def test_any_name_has_a_role_that_wrappers_do_not_change(tokens: list[str]) -> None:
     name = ".".join(tokens)
-    where = parse_tensor_name(name)
-    assert where.module in MODULES
-    assert where.block in BLOCKS
-    assert where == parse_tensor_name(canonical(name)) == parse_tensor_name("module._orig_mod." + name)
-    assert canonical(canonical(name)) == canonical(name)
+    role = parse_tensor_name(name)
+    assert role.module in MODULES
+    assert role.block in BLOCKS
+    assert role == parse_tensor_name(canonical_name(name)) == parse_tensor_name("module._orig_mod." + name)
+    assert canonical_name(canonical_name(name)) == canonical_name(name)

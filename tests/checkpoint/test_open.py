@@ -1,4 +1,4 @@
-"""What a path holds is decided by content, and every format that is not read is refused by its name."""
+"""The content decides the format of a file, and every format that is not read is rejected by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("no_guard")
 W = {"w": torch.ones(2)}
 
 
-def refused(path: Any) -> str:
+def open_error(path: Any) -> str:
     with pytest.raises(InputError) as caught:
         open_checkpoint(path)
     message = str(caught.value)
@@ -48,7 +48,7 @@ def save(folder: Path, *names: str) -> None:
         (["final.pt", "optimizer.pt"], "final.pt"),
     ],
 )
-def test_the_model_of_a_folder_is_found(tmp_path: Path, names: list[str], chosen: str) -> None:
+def test_the_model_file_of_a_folder_is_found(tmp_path: Path, names: list[str], chosen: str) -> None:
     save(tmp_path, *names)
     opened = open_checkpoint(tmp_path)
     assert [fact.name for fact in opened.files] == [chosen]
@@ -58,25 +58,25 @@ def test_the_model_of_a_folder_is_found(tmp_path: Path, names: list[str], chosen
 @pytest.mark.parametrize("names", [["a.safetensors", "b.safetensors"], ["a.pt", "b.pt"], ["a.bin", "b.pth"]])
 def test_two_models_in_a_folder_are_ambiguous(tmp_path: Path, names: list[str]) -> None:
     save(tmp_path, *names)
-    message = refused(tmp_path)
+    message = open_error(tmp_path)
     assert all(name in message for name in names)
     assert "give the path" in message
 
 
-def test_a_file_is_known_by_content_and_not_by_its_name(tmp_path: Path) -> None:
+def test_the_content_decides_the_format_not_the_name(tmp_path: Path) -> None:
     torch.save(W, tmp_path / "odd.safetensors")
     assert open_checkpoint(tmp_path / "odd.safetensors").kind == "torch"
     safetensors.torch.save_file(W, tmp_path / "odd.weights")
     assert open_checkpoint(tmp_path / "odd.weights").kind == "safetensors"
 
 
-def test_config_comes_from_beside_the_checkpoint(tmp_path: Path) -> None:
+def test_config_is_read_from_the_folder_of_the_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, "model.safetensors")
     assert open_checkpoint(tmp_path).config == {}
     (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
     assert open_checkpoint(tmp_path).config == open_checkpoint(tmp_path / "model.safetensors").config != {}
     (tmp_path / "config.json").write_text("{")
-    assert "config.json is not JSON" in refused(tmp_path)
+    assert "config.json is not JSON" in open_error(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -98,10 +98,10 @@ def test_config_comes_from_beside_the_checkpoint(tmp_path: Path) -> None:
         ([], "holds no checkpoint"),
     ],
 )
-def test_folders_of_other_formats_are_refused_by_name(tmp_path: Path, names: list[str], says: str) -> None:
+def test_folders_of_other_formats_are_rejected_by_name(tmp_path: Path, names: list[str], says: str) -> None:
     for name in names:
         (tmp_path / name).write_bytes(b"x")
-    assert says in refused(tmp_path)
+    assert says in open_error(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,9 @@ def test_folders_of_other_formats_are_refused_by_name(tmp_path: Path, names: lis
         ("empty.safetensors", b"", "is empty"),
     ],
 )
-def test_files_of_other_formats_are_refused_by_name(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+def test_files_of_other_formats_are_rejected_by_name(tmp_path: Path, name: str, content: bytes, says: str) -> None:
     (tmp_path / name).write_bytes(content)
-    message = refused(tmp_path / name)
+    message = open_error(tmp_path / name)
     assert says in message
     assert name in message
 
@@ -140,39 +140,39 @@ def test_files_of_other_formats_are_refused_by_name(tmp_path: Path, name: str, c
     ],
 )
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_tensors_that_mean_nothing_alone_are_refused_by_name(
+def test_adapter_optimizer_and_quantised_tensors_are_rejected_by_name(
     tmp_path: Path, tensors: dict[str, torch.Tensor], says: str, name: str
 ) -> None:
     if name.endswith(".bin"):
         torch.save(tensors, tmp_path / name)
     else:
         safetensors.torch.save_file(tensors, tmp_path / name)
-    message = refused(tmp_path)
+    message = open_error(tmp_path)
     assert says in message
     assert name in message
     assert "tensor " in message
 
 
-def test_scales_that_are_no_quantisation_are_read(tmp_path: Path) -> None:
+def test_scales_without_quantisation_are_read(tmp_path: Path) -> None:
     tensors = {"l.k_scale": W["w"], "norm.scale": torch.ones(3), "conv_blocks": torch.ones(1)}
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     assert set(open_checkpoint(tmp_path).tensors) == set(tensors)
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/model", "hf://org/name", "https://example.org/x\x1b[31m"])
-def test_addresses_are_refused(path: str) -> None:
-    assert "addresses are not read" in refused(path)
+def test_urls_are_rejected(path: str) -> None:
+    assert "addresses are not read" in open_error(path)
 
 
 @pytest.mark.parametrize("path", ["no/such/deep/path", "/no/such", "nothing", "bad\0path", "x\x1b]0;title\x07"])
-def test_a_path_that_does_not_exist_is_refused(path: str) -> None:
-    assert "does not exist; give" in refused(path)
+def test_a_path_that_does_not_exist_is_rejected(path: str) -> None:
+    assert "does not exist; give" in open_error(path)
 
 
 def test_a_missing_path_under_an_existing_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert "runs/step20 does not exist; give" in refused("runs/step20")
+    assert "runs/step20 does not exist; give" in open_error("runs/step20")
 
 
 def test_a_local_path_has_no_revision(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: the index alone says which files count."""
+"""Sharded checkpoints: the index alone determines which files are read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Shards:
     def write_index(self, **extra: Any) -> None:
         self.index.write_text(json.dumps({"metadata": {"total_size": 36}, "weight_map": self.map, **extra}))
 
-    def refused(self, **options: Any) -> str:
+    def open_error(self, **options: Any) -> str:
         with pytest.raises(InputError) as caught:
             open_checkpoint(self.folder, **options)
         message = str(caught.value)
@@ -71,7 +71,7 @@ def test_a_single_shard_can_be_opened_by_its_path(shards: Shards) -> None:
     assert list(opened.tensors) == ["c"]
 
 
-def test_files_that_the_index_does_not_list_are_never_read(shards: Shards) -> None:
+def test_files_outside_the_index_are_never_read(shards: Shards) -> None:
     shards.save(f"{FORMATS[shards.suffix]}-00003-of-00003.{shards.suffix}", {"a": torch.full((3,), 9.0)})
     (shards.folder / f"consolidated.{shards.suffix}").write_bytes(b"stale")
     opened = open_checkpoint(shards.folder)
@@ -79,18 +79,18 @@ def test_files_that_the_index_does_not_list_are_never_read(shards: Shards) -> No
     assert set(opened.tensors) == {"a", "b", "c"}
 
 
-def test_an_index_wins_over_a_whole_file_beside_it(shards: Shards) -> None:
-    whole = "model.safetensors" if shards.suffix == "safetensors" else "pytorch_model.bin"
-    shards.save(whole, {"a": torch.full((3,), 9.0)})
+def test_an_index_takes_precedence_over_a_single_file(shards: Shards) -> None:
+    main_file = "model.safetensors" if shards.suffix == "safetensors" else "pytorch_model.bin"
+    shards.save(main_file, {"a": torch.full((3,), 9.0)})
     assert set(open_checkpoint(shards.folder).tensors) == {"a", "b", "c"}
-    assert open_checkpoint(shards.folder / whole).read("a", 0, 1).tolist() == [9.0]
+    assert open_checkpoint(shards.folder / main_file).read("a", 0, 1).tolist() == [9.0]
     (shards.folder / shards.names[0]).unlink()
-    assert f"give the path of {whole}" in shards.refused()
+    assert f"give the path of {main_file}" in shards.open_error()
 
 
 def test_a_missing_shard_is_an_error_that_names_it(shards: Shards) -> None:
     (shards.folder / shards.names[0]).unlink()
-    message = shards.refused()
+    message = shards.open_error()
     assert f"{shards.names[0]} is listed in the index but missing; download it" in message
     assert "--allow-missing" in message
 
@@ -102,15 +102,15 @@ def test_a_missing_shard_can_be_allowed_and_its_tensors_are_listed(shards: Shard
     assert opened.missing == {"a": shards.names[0], "b": shards.names[0]}
 
 
-def test_a_checkpoint_without_any_of_its_shards_is_refused(shards: Shards) -> None:
+def test_a_checkpoint_without_any_shard_is_rejected(shards: Shards) -> None:
     for name in shards.names:
         (shards.folder / name).unlink()
-    assert "no shard is there" in shards.refused(allow_missing=True)
+    assert "no shard is there" in shards.open_error(allow_missing=True)
 
 
 def test_a_tensor_in_two_listed_shards_is_an_error(shards: Shards) -> None:
     shards.save(shards.names[1], {"c": torch.ones(4), "b": torch.ones(2)})
-    message = shards.refused()
+    message = shards.open_error()
     assert "tensor b is in" in message
     assert all(name in message for name in shards.names)
 
@@ -118,14 +118,14 @@ def test_a_tensor_in_two_listed_shards_is_an_error(shards: Shards) -> None:
 def test_a_tensor_that_the_index_puts_in_the_wrong_shard_is_an_error(shards: Shards) -> None:
     shards.map["a"] = shards.names[1]
     shards.write_index()
-    assert f"{shards.names[1]} does not hold tensor a" in shards.refused()
+    assert f"{shards.names[1]} does not hold tensor a" in shards.open_error()
 
 
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "..", ".", "", "a\\b", "a\0b", 3, None, ["x"]])
-def test_an_index_that_points_outside_the_folder_is_refused(shards: Shards, shard: object) -> None:
+def test_an_index_that_points_outside_the_folder_is_rejected(shards: Shards, shard: object) -> None:
     shards.map["a"] = shard  # type: ignore[assignment]
     shards.write_index()
-    assert "not a plain file name inside the folder" in shards.refused()
+    assert "not a plain file name inside the folder" in shards.open_error()
 
 
 @pytest.mark.parametrize(
@@ -137,14 +137,14 @@ def test_an_index_that_points_outside_the_folder_is_refused(shards: Shards, shar
         (b"{}", "no weight_map"),
         (b'{"weight_map": {}}', "no weight_map"),
         (b'{"weight_map": ["a"]}', "no weight_map"),
-        (b'{"weight_map": {"a": "x", "a": "y"}}', "key a stands twice"),
+        (b'{"weight_map": {"a": "x", "a": "y"}}', "key a appears twice"),
         (b"\xff\xfe{", "is not JSON"),
         (b'{"a":' * 50_000, "is not JSON"),
     ],
 )
-def test_an_index_that_is_none_is_refused(shards: Shards, text: bytes, says: str) -> None:
+def test_an_invalid_index_is_rejected(shards: Shards, text: bytes, says: str) -> None:
     shards.index.write_bytes(text)
-    message = shards.refused()
+    message = shards.open_error()
     assert says in message
     assert shards.index.name in message
 
@@ -152,17 +152,17 @@ def test_an_index_that_is_none_is_refused(shards: Shards, text: bytes, says: str
 def test_a_damaged_shard_is_named_and_leaves_no_file_open(shards: Shards) -> None:
     (shards.folder / shards.names[0]).write_bytes(b"\x80\x02")
     descriptors = set(Path("/proc/self/fd").iterdir()) if Path("/proc/self/fd").exists() else set()
-    assert shards.names[0] in shards.refused()
+    assert shards.names[0] in shards.open_error()
     assert not descriptors or len(set(Path("/proc/self/fd").iterdir())) == len(descriptors)
 
 
 def test_an_index_is_no_shard(shards: Shards) -> None:
     shards.map["a"] = shards.index.name
     shards.write_index()
-    assert "is an index and not a shard" in shards.refused()
+    assert "is an index and not a shard" in shards.open_error()
 
 
 def test_names_of_shards_are_escaped_in_messages(shards: Shards) -> None:
     shards.map["a"] = "x\x1b[31m.safetensors"
     shards.write_index()
-    assert "x\\x1b[31m.safetensors" in shards.refused()
+    assert "x\\x1b[31m.safetensors" in shards.open_error()

@@ -1,4 +1,4 @@
-"""Tied tensors are counted once, whichever side stored them how."""
+"""Tied tensors are counted once, independent of how each side stored them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from opdkernels.checkpoint.match import match
 from opdkernels.checkpoint.tied import tie_word_embeddings
-from tests.checkpoint.conftest import FakeSource
+from tests.checkpoint.conftest import FakeCheckpoint
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BOTH = {EMBED: (9, 4), HEAD: (9, 4)}
@@ -16,8 +16,8 @@ LONE = {EMBED: (9, 4)}
 YES, NO, SILENT = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}, {}
 
 
-def both_ways(a: FakeSource, b: FakeSource) -> Any:
-    """The match of a and b, after seeing that the other way round gives the same."""
+def match_both_ways(a: FakeCheckpoint, b: FakeCheckpoint) -> Any:
+    """Matches a and b, and asserts that matching b and a gives the same."""
     one, other = match(a, b), match(b, a)
     assert [m.base.name for m in one.matches] == [m.trained.name for m in other.matches]
     assert (set(one.tied), len(one.unmatched)) == (set(other.tied), len(other.unmatched))
@@ -25,66 +25,66 @@ def both_ways(a: FakeSource, b: FakeSource) -> Any:
 
 
 @pytest.mark.parametrize(("a", "b"), [(YES, YES), (YES, SILENT)])
-def test_a_head_on_both_sides_is_counted_once_where_the_config_ties_it(a: dict[str, Any], b: dict[str, Any]) -> None:
-    pair = both_ways(FakeSource(BOTH, config=a), FakeSource(BOTH, config=b))
+def test_two_heads_that_the_config_ties_are_counted_once(a: dict[str, Any], b: dict[str, Any]) -> None:
+    pair = match_both_ways(FakeCheckpoint(BOTH, config=a), FakeCheckpoint(BOTH, config=b))
     assert ([m.name for m in pair.matches], pair.tied, pair.unmatched) == ([EMBED], [HEAD], [])
 
 
 @pytest.mark.parametrize(("a", "b"), [(NO, NO), (SILENT, SILENT), (YES, NO), (NO, SILENT)])
-def test_a_head_on_both_sides_is_compared_where_it_may_be_its_own(a: dict[str, Any], b: dict[str, Any]) -> None:
-    pair = both_ways(FakeSource(BOTH, config=a), FakeSource(BOTH, config=b))
+def test_two_heads_that_may_be_untied_are_compared(a: dict[str, Any], b: dict[str, Any]) -> None:
+    pair = match_both_ways(FakeCheckpoint(BOTH, config=a), FakeCheckpoint(BOTH, config=b))
     assert ([m.name for m in pair.matches], pair.tied, pair.unmatched) == ([EMBED, HEAD], [], [])
     assert any("not" in note and HEAD in note for note in pair.notes) == (YES in (a, b))
 
 
 @pytest.mark.parametrize(("with_head", "without"), [(YES, YES), (SILENT, YES), (YES, SILENT), (SILENT, SILENT)])
-def test_a_head_on_one_side_is_a_copy_where_the_other_is_tied(
-    with_head: dict[str, Any], without: dict[str, Any]
-) -> None:
-    pair = both_ways(FakeSource(LONE, config=without), FakeSource(BOTH, config=with_head))
+def test_a_single_head_is_a_copy_if_the_other_side_is_tied(with_head: dict[str, Any], without: dict[str, Any]) -> None:
+    pair = match_both_ways(FakeCheckpoint(LONE, config=without), FakeCheckpoint(BOTH, config=with_head))
     assert ([m.name for m in pair.matches], pair.tied, pair.unmatched) == ([EMBED], [HEAD], [])
 
 
 @pytest.mark.parametrize(("with_head", "without"), [(NO, YES), (NO, SILENT), (SILENT, NO), (YES, NO)])
-def test_a_head_on_one_side_is_listed_where_it_is_its_own(with_head: dict[str, Any], without: dict[str, Any]) -> None:
-    pair = both_ways(FakeSource(LONE, config=without), FakeSource(BOTH, config=with_head))
+def test_a_single_untied_head_is_listed(with_head: dict[str, Any], without: dict[str, Any]) -> None:
+    pair = match_both_ways(FakeCheckpoint(LONE, config=without), FakeCheckpoint(BOTH, config=with_head))
     assert ([m.name for m in pair.matches], pair.tied) == ([EMBED], [])
     (head,) = pair.unmatched
     assert (head.side, head.name) == ("trained", HEAD)
     assert ("is tied to" in head.reason) == (without is not NO)
 
 
-def test_a_resized_vocabulary_may_be_tied_too() -> None:
-    pair = both_ways(FakeSource(LONE, config=YES), FakeSource({EMBED: (12, 4), HEAD: (12, 4)}, config=YES))
+def test_a_resized_vocabulary_may_be_tied() -> None:
+    pair = match_both_ways(
+        FakeCheckpoint(LONE, config=YES), FakeCheckpoint({EMBED: (12, 4), HEAD: (12, 4)}, config=YES)
+    )
     assert ([m.match_kind for m in pair.matches], pair.tied) == (["common rows"], [HEAD])
     assert [u.kind for u in pair.unmatched] == ["rows"]
 
 
-def test_an_embedding_and_a_head_that_are_each_all_that_was_stored_are_compared() -> None:
-    pair = both_ways(FakeSource({EMBED: (9, 4)}, config=YES), FakeSource({HEAD: (9, 4)}, config=YES))
+def test_an_unpaired_embedding_and_head_are_compared() -> None:
+    pair = match_both_ways(FakeCheckpoint({EMBED: (9, 4)}, config=YES), FakeCheckpoint({HEAD: (9, 4)}, config=YES))
     assert [(m.base.name, m.trained.name, m.match_kind) for m in pair.matches] == [(EMBED, HEAD, "tied")]
-    pair = both_ways(FakeSource(BOTH, config=YES), FakeSource({HEAD: (9, 4)}, config=YES))
+    pair = match_both_ways(FakeCheckpoint(BOTH, config=YES), FakeCheckpoint({HEAD: (9, 4)}, config=YES))
     assert ([m.name for m in pair.matches], pair.tied, pair.unmatched) == ([HEAD], [EMBED], [])
 
 
 def test_tensors_that_share_a_storage_are_counted_once() -> None:
-    shared = FakeSource(BOTH, aliases={HEAD: EMBED})
-    for other in (shared, FakeSource(LONE), FakeSource(BOTH, config=YES)):
-        pair = both_ways(shared, other)
+    shared = FakeCheckpoint(BOTH, aliases={HEAD: EMBED})
+    for other in (shared, FakeCheckpoint(LONE), FakeCheckpoint(BOTH, config=YES)):
+        pair = match_both_ways(shared, other)
         assert ([m.name for m in pair.matches], pair.tied, pair.unmatched) == ([EMBED], [HEAD], [])
 
 
-def test_the_name_of_a_shared_storage_is_the_one_that_the_other_side_kept() -> None:
+def test_a_shared_storage_has_the_name_that_the_other_side_stored() -> None:
     names = {"shared.weight": (9, 4), "encoder.embed_tokens.weight": (9, 4), "decoder.embed_tokens.weight": (9, 4)}
     first, *rest = names
-    shared = FakeSource(names, aliases=dict.fromkeys(rest, first))
-    pair = both_ways(shared, FakeSource({rest[1]: (9, 4)}))
+    shared = FakeCheckpoint(names, aliases=dict.fromkeys(rest, first))
+    pair = match_both_ways(shared, FakeCheckpoint({rest[1]: (9, 4)}))
     assert ([m.name for m in pair.matches], set(pair.tied)) == ([rest[1]], {first, rest[0]})
 
 
-def test_a_tensor_that_only_one_side_holds_as_its_own_is_listed_with_the_reason() -> None:
+def test_a_tensor_that_only_one_side_shares_is_listed_with_the_reason() -> None:
     names = {"a.weight": (2, 2), "b.weight": (2, 2)}
-    pair = both_ways(FakeSource(names, aliases={"b.weight": "a.weight"}), FakeSource(names))
+    pair = match_both_ways(FakeCheckpoint(names, aliases={"b.weight": "a.weight"}), FakeCheckpoint(names))
     (entry,) = pair.unmatched
     assert (entry.side, entry.name) == ("trained", "b.weight")
     assert "holds it as one with a.weight" in entry.reason
@@ -100,5 +100,5 @@ def test_a_tensor_that_only_one_side_holds_as_its_own_is_listed_with_the_reason(
         ({"tie_word_embeddings": "yes", "text_config": []}, None),
     ],
 )
-def test_the_config_may_be_silent_or_nested(config: dict[str, Any], expected: bool | None) -> None:
+def test_tie_word_embeddings_may_be_absent_or_nested(config: dict[str, Any], expected: bool | None) -> None:
     assert tie_word_embeddings(config) is expected

@@ -1,4 +1,4 @@
-"""PyTorch files: read bit for bit without loading them, never by running what they hold."""
+"""PyTorch files: read bit for bit without loading them, and without executing code from them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def bits(tensor: torch.Tensor) -> bytes:
     return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def refused(path: Path) -> str:
+def open_error(path: Path) -> str:
     with pytest.raises(InputError) as caught:
         open_checkpoint(path)
     message = str(caught.value)
@@ -80,7 +80,7 @@ def test_slices_are_bit_identical_to_torch_load(path: Path, dtype: torch.dtype, 
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="the system does not count the bytes a process reads")
 def test_opening_reads_no_storage(path: Path) -> None:
     torch.save({"w": torch.ones(5_000_000)}, path)
-    open_checkpoint(path).close()  # what is imported on the way is read here
+    open_checkpoint(path).close()  # imports read files too
 
     def bytes_read() -> int:
         return int(Path("/proc/self/io").read_text().split()[1])
@@ -99,7 +99,7 @@ def test_tensors_of_one_storage_are_aliases_of_the_first(path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, LEGACY], ids=["archive", "legacy"])
-def test_code_is_never_run(path: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_code_is_never_executed(path: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     mark = tmp_path / "ran"
 
     class Bomb:
@@ -108,7 +108,7 @@ def test_code_is_never_run(path: Path, tmp_path: Path, options: dict[str, Any]) 
 
     for content in ({"w": Bomb()}, {"w": torch.ones(2), "args": argparse.Namespace(lr=1)}, torch.nn.Linear(2, 2)):
         torch.save(content, path, **options)
-        assert "wants to run code" in refused(path)
+        assert "runs code" in open_error(path)
     assert not mark.exists()
 
 
@@ -135,15 +135,15 @@ def quantised() -> torch.Tensor:
         ({"layer.lora_A.weight": torch.ones(2)}, "LoRA adapter"),
     ],
 )
-def test_what_is_no_model_is_refused(path: Path, content: Any, says: str) -> None:
+def test_files_without_a_model_are_rejected(path: Path, content: Any, says: str) -> None:
     torch.save(content, path)
-    assert says in refused(path)
+    assert says in open_error(path)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_quantised_tensors_are_refused(path: Path) -> None:
+def test_quantised_tensors_are_rejected(path: Path) -> None:
     torch.save({"w": quantised()}, path)
-    assert "quantised" in refused(path)
+    assert "quantised" in open_error(path)
 
 
 @pytest.mark.parametrize("nest", [("state_dict",), ("model",), ("module",), ("model_state_dict",), ("model", "module")])
@@ -157,16 +157,16 @@ def test_a_nested_state_dict_is_found(path: Path, nest: tuple[str, ...]) -> None
     assert opened.read("w", 1, 3).tolist() == [1.0, 2.0]
 
 
-def test_shapes_that_overflow_64_bits_beside_a_zero_stay_exact(path: Path) -> None:
+def test_shapes_with_a_product_beyond_64_bits_stay_exact(path: Path) -> None:
     torch.save({"w": torch.empty(2**62, 0), "v": torch.ones(1)}, path)
     info = open_checkpoint(path).tensors["w"]
     assert (info.shape, info.numel, info.nbytes) == ((2**62, 0), 0, 0)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torchscript_is_refused(path: Path) -> None:
+def test_torchscript_is_rejected(path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
-    assert "TorchScript" in refused(path)
+    assert "TorchScript" in open_error(path)
 
 
 @pytest.mark.parametrize(
@@ -175,17 +175,17 @@ def test_torchscript_is_refused(path: Path) -> None:
         (b"", "is empty"),
         (b"PK\x03\x04garbage", "not a complete zip archive"),
         (b"\x80\x02garbage", "not a PyTorch checkpoint"),
-        (b"\x80\x02cos\nsystem\n(S'true'\ntR.", "wants to run code (os.system)"),
+        (b"\x80\x02cos\nsystem\n(S'true'\ntR.", "runs code (os.system)"),
         (b"hello, world", "not a PyTorch checkpoint"),
     ],
 )
-def test_garbage_is_refused(path: Path, content: bytes, says: str) -> None:
+def test_garbage_is_rejected(path: Path, content: bytes, says: str) -> None:
     path.write_bytes(content)
-    assert says in refused(path)
+    assert says in open_error(path)
 
 
 def rewrite(path: Path, change: Callable[[zipfile.ZipFile, zipfile.ZipInfo, bytes], None], **options: Any) -> None:
-    """Writes the archive at `path` again, each record as `change` does it."""
+    """Rewrites the archive at `path`, each record by `change`."""
     copy = path.with_suffix(".copy")
     path.rename(copy)
     with zipfile.ZipFile(copy) as old, zipfile.ZipFile(path, "w", **options) as new:
@@ -193,10 +193,10 @@ def rewrite(path: Path, change: Callable[[zipfile.ZipFile, zipfile.ZipInfo, byte
             change(new, entry, old.read(entry))
 
 
-def test_archives_that_torch_does_not_write_are_refused(path: Path) -> None:
+def test_archives_not_written_by_torch_are_rejected(path: Path) -> None:
     torch.save({"w": torch.ones(100), "v": torch.zeros(3)}, path)
     rewrite(path, lambda new, e, data: new.writestr(e.filename, data), compression=zipfile.ZIP_DEFLATED)
-    assert "compressed" in refused(path)
+    assert "compressed" in open_error(path)
 
     torch.save({"w": torch.ones(100), "v": torch.zeros(3)}, path)
     rewrite(
@@ -205,21 +205,21 @@ def test_archives_that_torch_does_not_write_are_refused(path: Path) -> None:
         if "/data/" in e.filename
         else new.writestr(e.filename, data),
     )
-    refused(path)
+    open_error(path)
 
     torch.save({"w": torch.ones(100)}, path)
     rewrite(path, lambda new, e, data: new.writestr(e.filename, b"big" if "byteorder" in e.filename else data))
-    assert "big-endian" in refused(path)
+    assert "big-endian" in open_error(path)
 
     with open(path, "wb") as file:
         numpy.savez(file, a=numpy.ones(2))
-    assert "no PyTorch file" in refused(path)
+    assert "no PyTorch file" in open_error(path)
 
 
-def test_a_large_legacy_file_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_legacy_file_is_rejected(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"w": torch.ones(100)}, path, **LEGACY)
     monkeypatch.setattr(torch_pickle, "MAX_LEGACY_BYTES", 100)
-    assert "before torch 1.6" in refused(path)
+    assert "before torch 1.6" in open_error(path)
 
 
 def test_a_mapped_archive_is_viewed_in_place(path: Path, fake_guard: object) -> None:
@@ -236,7 +236,7 @@ def test_a_mapped_archive_is_viewed_in_place(path: Path, fake_guard: object) -> 
 
 @pytest.mark.parametrize("options", [{}, LEGACY], ids=["zip", "legacy"])
 def test_bits_of_any_dtype_and_stride(tmp_path: Path, options: dict[str, Any]) -> None:
-    """A complex number of 16 bytes is two items; rows of a transposed matrix are put together."""
+    """A complex number of 16 bytes is two items; rows of a transposed matrix are gathered."""
     tensors = {
         "c": torch.arange(12.0).to(torch.complex128).mul(1 + 2j),
         "t": torch.arange(12.0).view(3, 4).T,
