@@ -15,6 +15,7 @@ from opdkernels.analysis import trajectory as trajectories
 from opdkernels.analysis.overlap import Overlaps, run_overlap
 from opdkernels.analysis.result import Analysis, load
 from opdkernels.analysis.trajectory import Trajectory
+from opdkernels.checkpoint.open import checkpoint_bytes
 from opdkernels.compat import paper_csv
 from opdkernels.config import AnalyzeOptions, OverlapOptions, TrajectoryOptions, validate_options
 from opdkernels.errors import InputError, printable
@@ -127,7 +128,7 @@ def experiment(
     folder = Path(out)
     result = run_experiment(name, options, folder, seeds=seeds, density=density, arms=arms, quiet=quiet)
     start, end = reference_pair(folder, result)
-    spectra = "exact" if sum(path.stat().st_size for path in end.glob("*.safetensors")) < SMALL else "off"
+    spectra = "exact" if checkpoint_bytes(end) < SMALL else "off"
     analyze(start, end, folder / "analysis", spectra=spectra, overwrite=True)
     report.write_experiment(folder, {**result, "analysis": True})
     return result

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from opdkernels.backends import cpu
+from opdkernels.checkpoint.base import Checkpoint
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.files import write_json
 from opdkernels.version import __version__
@@ -40,7 +41,7 @@ class RunOutputs:
 def describe_run(
     command: str,
     options: dict[str, Any],
-    inputs: Mapping[str, Source],
+    inputs: Mapping[str, Checkpoint],
     *,
     schema_version: int,
     identity_inputs: Sequence[str] | None = None,
