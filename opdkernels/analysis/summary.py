@@ -1,31 +1,46 @@
-"""The published form of summary.json. `python -m opdkernels.analysis.summary` prints its JSON schema."""
+"""The structure of summary.json; its metrics come from the registry.
+
+`python -m opdkernels.analysis.summary` writes the JSON schema to summary.schema.json.
+"""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from opdkernels.metrics.catalog import metrics_of
+from opdkernels.metrics.geometry import SUMMARY_METRICS
+from opdkernels.metrics.registry import VIEWS
+
+SCHEMA = Path(__file__).with_name("summary.schema.json")
+
 
 class Part(BaseModel):
+    """A part of summary.json; unknown keys are errors."""
+
     model_config = ConfigDict(extra="forbid")
 
 
 class Matched(Part):
     tensors: int
     parameters: int
-    how: dict[str, int] = Field(description="How tensors were matched: exact, prefix, fused, common rows, tied.")
+    how: dict[str, int] = Field(
+        description="How many tensors were matched in which way: exact, prefix, fused, common rows, tied."
+    )
     dtypes: dict[str, int] = Field(description="'source → trained' dtypes and how many tensors have them.")
 
 
 class Curve(Part):
-    """Share of coordinates with |delta| <= eps. The stored view has bounds, since its tally holds |delta| to 16 bits."""
+    """Fraction of coordinates with |delta| <= eps. The stored view has bounds: its tally holds |delta| to 16 bits."""
 
     eps: list[float]
     visible: list[float | None]
     stored_lower: list[float | None]
     stored_upper: list[float | None]
-    null: list[float | None] = Field(description="Expected of the nearest null of each tensor.")
+    null: list[float | None] = Field(description="Expected under the nearest null of each tensor.")
 
 
 class Ulp(Part):
@@ -61,12 +76,23 @@ class Centre(Part):
     weighted: float = Field(description="Mean weighted by m n.")
 
 
+def view_schema(view: str) -> dict[str, Any]:
+    """The JSON schema of the metrics of the whole model in one view: one property per metric, with its definition."""
+    metrics = [metric for metric in metrics_of("groups") if view in metric.views]
+    return {
+        "type": "object",
+        "properties": {m.name: {"description": m.definition, "type": ["number", "null"]} for m in metrics},
+        "required": [metric.name for metric in metrics],
+        "additionalProperties": False,
+    }
+
+
 class Spectra(Part):
-    """Matrices, stored view. Columns: docs/outputs.md."""
+    """Matrices in the stored view. A metric that no matrix has is absent."""
 
     matrices: int
     without: dict[str, int] = Field(description="Why matrices have no spectra, and how many.")
-    metrics: dict[str, Centre]
+    metrics: dict[str, Centre] = Field(json_schema_extra={"propertyNames": {"enum": [*SUMMARY_METRICS]}})
 
 
 class Summary(Part):
@@ -78,14 +104,18 @@ class Summary(Part):
     matched: Matched
     identical: bool = Field(description="Every compared coordinate has the same bits.")
     views: dict[str, dict[str, float | int | None]] = Field(
-        description="stored, visible: metrics of the whole model; docs/outputs.md."
+        description="Metrics of the whole model by view; empty if no tensor was compared.",
+        json_schema_extra={
+            "properties": {view: view_schema(view) for view in VIEWS},
+            "additionalProperties": False,
+        },
     )
     null_kinds: dict[str, int] = Field(description="Which null was nearest, and in how many tensors that changed.")
     curve: Curve
     ulp: Ulp
-    excluded: list[Uncompared] = Field(description="In both checkpoints, yet not compared; the run ends with status 3.")
+    excluded: list[Uncompared] = Field(description="In both checkpoints but not compared; the run ends with status 3.")
     unmatched: list[Uncompared] = Field(description="In one checkpoint only, or of a dtype without a delta.")
-    tied: list[str] = Field(description="Heads that are the embedding and are counted once.")
+    tied: list[str] = Field(description="Output heads that are tied to the embedding and counted once.")
     notes: list[str]
     failed: list[Failed]
     nonfinite: list[NonFinite]
@@ -93,8 +123,9 @@ class Summary(Part):
 
 
 def schema() -> str:
+    """The JSON schema of summary.json, as text."""
     return json.dumps(Summary.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":
-    print(schema(), end="")
+    SCHEMA.write_text(schema(), encoding="utf-8")

@@ -20,7 +20,13 @@ METRICS: dict[str, Metric] = {
 
 
 def metrics_of(table: str) -> list[Metric]:
-    """The metrics of a table (tensors, groups, spectra, geometry, overlap, trajectory), in the order of registration."""
+    """The metrics of a table, in the order of registration.
+
+    Args:
+        table: tensors, groups, spectra, geometry, overlap or trajectory; group_only: those of groups that tensors lack.
+    """
+    if table == "group_only":
+        return [metric for metric in METRICS.values() if metric.tables == ("groups",)]
     return [metric for metric in METRICS.values() if table in metric.tables]
 
 

@@ -180,6 +180,7 @@ THRESHOLD_LABELS = [threshold_label(t) for t in THRESHOLDS]
 VISIBLE_EDGES = np.array([to_bf16_bits(t) + side for side in (0, 1) for t in THRESHOLDS])  # below them: <, then <=
 RELATIVE_LABELS = [f"frac_lt_rel_{threshold_label(tau)}" for tau in RELATIVE]
 RATIO_LABELS = [ratio_label(r) for r in RATIOS]
+RATIO_SYMBOL = "1, 5, 10 or 20 %"  # in docs/outputs.md
 TOP_LABELS = [ratio_label(p) for p in TOP_FRACTIONS]
 TOP_ENERGY = [f"top_energy_{label}" for label in TOP_LABELS]
 Columns = dict[str, np.ndarray]  # metric name -> [tensors]
@@ -227,7 +228,7 @@ def bounded_family(
                 pattern,
                 name=f"{pattern.name}_{side}",
                 label=f"{pattern.label}, {side} bound",
-                definition=f"guaranteed {side} bound of `{pattern.name}`",
+                definition=f"guaranteed {side} bound of the fraction",
                 aggregation=bounds or NOT_AGGREGATED,
                 tables=pattern.tables if bounds else ("tensors",),
             ),
@@ -463,7 +464,7 @@ def norms(batch: Batch, view: str) -> Columns:
             tables=ALL_TABLES,
         ),
         TOP_LABELS,
-        "p",
+        "0.1, 1 or 5 %",
         None,
         {"1pct": {"pages": {"overview": VIEWS, "tensors": ("visible",)}}},
     )
@@ -540,52 +541,73 @@ def near_zero(batch: Batch, changed: np.ndarray, ratios: Sequence[float] = RATIO
 
 @formula(
     *interleave(
-        *(
-            family(Metric(f"near_zero_{name}", label, definition, **more), RATIO_LABELS, "r", overrides)
-            for name, label, definition, more, overrides in (
-                (
-                    "coverage_{}",
-                    "near-zero coverage at {}",
-                    "fraction of the changed coordinates that are in the near-zero mask, the ⌈r·n⌉ smallest |W| of "
-                    "each tensor, r = {}; by chance r. Ties at the threshold count in expectation",
-                    {"aggregation": MEAN_BY_CHANGED, "source": PAPER, "tables": ALL_TABLES},
-                    {
-                        "10pct": {
-                            "pages": {
-                                "overview": VIEWS,
-                                "groups": VIEWS,
-                                "tensors": ("visible",),
-                                "trajectory": ("visible",),
-                            }
-                        }
-                    },
-                ),
-                *(
-                    (
-                        f"coverage_{{}}_{side}",
-                        f"near-zero coverage at {{}}, {side} bound",
-                        f"{side} bound of `near_zero_coverage_{{}}` over all ways to break ties",
-                        {"aggregation": MEAN_BY_CHANGED, "tables": ALL_TABLES},
-                        None,
-                    )
-                    for side in ("lower", "upper")
-                ),
-                (
-                    "coverage_{}_enrichment",
-                    "near-zero enrichment at {}",
-                    "`near_zero_coverage_{}` over the density of the mask",
-                    {"range": NON_NEGATIVE, "format": "times", "source": PAPER},
-                    None,
-                ),
-                (
-                    "mask_changed_{}",
-                    "near-zero mask changed at {}",
-                    "fraction of the near-zero mask that changed, |mask ∩ changed| / |mask|, r = {}",
-                    {"source": PAPER},
-                    None,
-                ),
-            )
-        )
+        family(
+            Metric(
+                "near_zero_coverage_{}",
+                "near-zero coverage at {}",
+                "fraction of the changed coordinates that are in the near-zero mask, the ⌈r·n⌉ smallest |W| of each tensor, "
+                "r = {}; by chance r. Ties at the threshold count in expectation",
+                aggregation=MEAN_BY_CHANGED,
+                source=PAPER,
+                tables=ALL_TABLES,
+            ),
+            RATIO_LABELS,
+            RATIO_SYMBOL,
+            {
+                "10pct": {
+                    "pages": {
+                        "overview": VIEWS,
+                        "groups": VIEWS,
+                        "tensors": ("visible",),
+                        "trajectory": ("visible",),
+                    }
+                }
+            },
+        ),
+        family(
+            Metric(
+                "near_zero_coverage_{}_lower",
+                "near-zero coverage at {}, lower bound",
+                "lower bound of the near-zero coverage over all ways to break ties",
+                aggregation=MEAN_BY_CHANGED,
+                tables=ALL_TABLES,
+            ),
+            RATIO_LABELS,
+            RATIO_SYMBOL,
+        ),
+        family(
+            Metric(
+                "near_zero_coverage_{}_upper",
+                "near-zero coverage at {}, upper bound",
+                "upper bound of the near-zero coverage over all ways to break ties",
+                aggregation=MEAN_BY_CHANGED,
+                tables=ALL_TABLES,
+            ),
+            RATIO_LABELS,
+            RATIO_SYMBOL,
+        ),
+        family(
+            Metric(
+                "near_zero_coverage_{}_enrichment",
+                "near-zero enrichment at {}",
+                "near-zero coverage over the density of the mask",
+                NON_NEGATIVE,
+                "times",
+                source=PAPER,
+            ),
+            RATIO_LABELS,
+            RATIO_SYMBOL,
+        ),
+        family(
+            Metric(
+                "near_zero_mask_changed_{}",
+                "near-zero mask changed at {}",
+                "fraction of the near-zero mask that changed, |mask ∩ changed| / |mask|, r = {}",
+                source=PAPER,
+            ),
+            RATIO_LABELS,
+            RATIO_SYMBOL,
+        ),
     )
 )
 def near_zero_coverage(batch: Batch, view: str) -> Columns:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from opdkernels.checkpoint.names import parse_tensor_name
-from opdkernels.metrics.coordinates import ratio_label, threshold_label
+from opdkernels.metrics.coordinates import RATIO_SYMBOL, ratio_label, threshold_label
 from opdkernels.metrics.registry import (
     COUNT,
     MEAN_OVER_MATRICES,
@@ -39,7 +39,7 @@ Row = dict[str, Any]
 RATIO_LABELS = [ratio_label(ratio) for ratio in RATIOS]
 TOLERANCE_LABELS = [threshold_label(tolerance) for tolerance in RANK_TOLERANCES]
 RANK_RANGE = "1 to min(m, n)"
-MATRIX_GROUPS = {"aggregation": MEAN_OVER_MATRICES, "tables": ("spectra", "trajectory")}
+MATRIX_GROUPS: dict[str, Any] = {"aggregation": MEAN_OVER_MATRICES, "tables": ("spectra", "trajectory")}
 
 ENERGY = Metric(
     "energy_{}",
@@ -96,7 +96,7 @@ SPECTRUM_METRICS = (
             tables=("spectra",),
         ),
         [f"{100 * p:g}" for p in TOP_FRACTIONS],
-        "p",
+        "1, 5 or 10",
     ),
     Metric(
         "effective_rank",
@@ -272,47 +272,33 @@ def ratios_of(
     pattern = Metric(
         f"{name}_{{}}", f"{label} at {{}}", definition, **{"source": PAPER, "tables": ("geometry",), **fields}
     )
-    return family(pattern, RATIO_LABELS, "p", overrides)
+    return family(pattern, RATIO_LABELS, RATIO_SYMBOL, overrides)
 
 
 GEOMETRY_METRICS = (
     *interleave(
         ratios_of(
-            "projection",
+            "projection_{}",
             "energy within",
             "‖U_kᵀ Δ V_k‖² / ‖Δ‖², the fraction of the energy of Δ between the top k = max(1, int(p·r)) left and right "
             "singular vectors of W, r = min(m, n), p = {}",
             over_matrices("10pct"),
         ),
-        [
-            replace(
-                metric,
-                name=f"{metric.name}_chance",
-                family=f"projection_{RATIO_LABELS[0]}_chance … projection_{RATIO_LABELS[-1]}_chance",
-            )
-            for metric in ratios_of("projection", "energy within by chance", "k² / (m n)", over_matrices("10pct"))
-        ],
+        ratios_of("projection_{}_chance", "energy within by chance", "k² / (m n)", over_matrices("10pct")),
     ),
     *(
         metric
         for side, formula, chance in (("left", "‖U_kᵀ Δ‖² / ‖Δ‖²", "k / m"), ("right", "‖Δ V_k‖² / ‖Δ‖²", "k / n"))
         for metric in interleave(
-            ratios_of(f"projection_{side}", f"energy within, {side}", formula, over_matrices()),
-            [
-                replace(
-                    metric,
-                    name=f"{metric.name}_chance",
-                    family=f"projection_{side}_{RATIO_LABELS[0]}_chance …",
-                )
-                for metric in ratios_of(f"projection_{side}", f"energy within by chance, {side}", chance)
-            ],
+            ratios_of(f"projection_{side}_{{}}", f"energy within, {side}", formula, over_matrices()),
+            ratios_of(f"projection_{side}_{{}}_chance", f"energy within by chance, {side}", chance),
         )
     ),
     *(
         metric
         for side in ("left", "right")
         for metric in ratios_of(
-            f"rotation_{side}",
+            f"rotation_{side}_{{}}",
             f"rotation, {side}",
             f"mean sine of the principal angles between the top {side} singular subspaces of W and W′",
             over_matrices("10pct"),
@@ -341,7 +327,7 @@ GEOMETRY_METRICS = (
     ),
     *interleave(
         ratios_of(
-            "principal_coverage",
+            "principal_coverage_{}",
             "principal coverage",
             "fraction of the changed coordinates in the principal mask, the ⌈p·m·n⌉ largest |U_k S_k V_kᵀ|, p = {}; by "
             "chance p. Ties count in expectation",
@@ -351,37 +337,37 @@ GEOMETRY_METRICS = (
             },
         ),
         ratios_of(
-            "principal_not_low_coverage",
+            "principal_not_low_coverage_{}",
             "principal, not near-zero coverage",
             "fraction of the changed coordinates in the principal mask and not in the near-zero mask",
         ),
         ratios_of(
-            "nonprincipal_or_low_coverage",
+            "nonprincipal_or_low_coverage_{}",
             "not principal or near-zero coverage",
             "fraction of the changed coordinates outside the principal mask or in the near-zero mask",
         ),
         *(
-            [
-                replace(metric, name=f"{metric.name}_{end}", family=f"principal_coverage_{RATIO_LABELS[0]}_{end} …")
-                for metric in ratios_of("principal_coverage", f"principal coverage, {end}", text, **fields)
-            ]
-            for end, text, fields in (
-                ("lower", "lower bound of `principal_coverage` over all ways to break ties", {}),
-                ("upper", "upper bound of `principal_coverage` over all ways to break ties", {}),
-                (
-                    "enrichment",
-                    "`principal_coverage` over the density of the mask",
-                    {"range": NON_NEGATIVE, "format": "times"},
-                ),
+            ratios_of(
+                f"principal_coverage_{{}}_{side}",
+                f"principal coverage, {side} bound,",
+                f"{side} bound of the principal coverage over all ways to break ties",
             )
+            for side in ("lower", "upper")
         ),
         ratios_of(
-            "principal_mask_changed",
+            "principal_coverage_{}_enrichment",
+            "principal enrichment",
+            "principal coverage over the density of the mask",
+            range=NON_NEGATIVE,
+            format="times",
+        ),
+        ratios_of(
+            "principal_mask_changed_{}",
             "principal mask changed",
             "fraction of the principal mask that changed, |mask ∩ changed| / |mask|",
         ),
         ratios_of(
-            "principal_low_density",
+            "principal_low_density_{}",
             "principal and near-zero",
             "fraction of the coordinates in both the principal and the near-zero mask",
         ),

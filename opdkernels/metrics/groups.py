@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from opdkernels.files import write_atomically
 from opdkernels.metrics import coordinates, null_metrics
 from opdkernels.metrics.aggregation import Members, median_of, recomputed
-from opdkernels.metrics.coordinates import RATIO_LABELS
+from opdkernels.metrics.coordinates import RATIO_LABELS, RATIO_SYMBOL
 from opdkernels.metrics.registry import COUNT, NON_NEGATIVE, PAPER, VIEWS, Metric, family
 
 TABLE_VERSION = 1
@@ -152,11 +152,11 @@ GROUP_METRICS = (
                 Metric(
                     "near_zero_coverage_{}_median",
                     "near-zero coverage at {}, median",
-                    "`near_zero_coverage_{}`, median over the tensors of the group",
+                    "near-zero coverage at {}, median over the tensors of the group",
                     tables=("groups",),
                 ),
                 RATIO_LABELS,
-                "r",
+                RATIO_SYMBOL,
             ),
             strict=True,
         )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from opdkernels.metrics.aggregation import MEAN_BY_CHANGED_NULL, SUM, Members, recomputed
-from opdkernels.metrics.coordinates import RATIO_LABELS, RATIOS, Columns
+from opdkernels.metrics.coordinates import RATIO_LABELS, RATIO_SYMBOL, RATIOS, Columns
 from opdkernels.metrics.registry import NON_NEGATIVE, Aggregation, Metric, family, interleave
 from opdkernels.metrics.rounding_null import KINDS, Null
 
@@ -65,7 +65,7 @@ COVERAGE_NULL = family(
         views=VISIBLE,
     ),
     RATIO_LABELS,
-    "r",
+    RATIO_SYMBOL,
 )
 COVERAGE_OVER_NULL = family(
     Metric(
@@ -79,7 +79,7 @@ COVERAGE_OVER_NULL = family(
         section=SECTION,
     ),
     RATIO_LABELS,
-    "r",
+    RATIO_SYMBOL,
     {"10pct": {"pages": {"groups": VISIBLE, "tensors": VISIBLE}}},
 )
 METRICS = (

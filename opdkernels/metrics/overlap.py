@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from opdkernels.metrics.groups import ratio
 from opdkernels.metrics.registry import COUNT, NON_NEGATIVE, PAPER, Metric
 from opdkernels.ops.overlap import z_score
 
-PAGE = {"pages": {"overlap": ("",)}}
-CHANCE = {"section": "over chance", **PAGE}
+PAGE: dict[str, Any] = {"pages": {"overlap": ("",)}}
+CHANCE: dict[str, Any] = {"section": "over chance", **PAGE}
 
 COUNTS = (
     Metric("changed_a", "changed by A", "coordinates with visible |Δ| > atol in run A", COUNT, "count", source=PAPER),
