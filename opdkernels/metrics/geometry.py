@@ -268,10 +268,9 @@ def over_matrices(*shown: str) -> dict[str, dict[str, Any]]:
 def ratios_of(
     name: str, label: str, definition: str, overrides: dict[str, dict[str, Any]] | None = None, **fields: Any
 ) -> list[Metric]:
-    """A metric of geometry.parquet at each ratio."""
-    pattern = Metric(
-        f"{name}_{{}}", f"{label} at {{}}", definition, **{"source": PAPER, "tables": ("geometry",), **fields}
-    )
+    """A metric of geometry.parquet at each ratio; `{}` in the name stands for the ratio."""
+    fields = {"source": PAPER, "tables": ("geometry",), **fields}
+    pattern = Metric(name, f"{label} at {{}}", definition, **fields)
     return family(pattern, RATIO_LABELS, RATIO_SYMBOL, overrides)
 
 
