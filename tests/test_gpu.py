@@ -18,10 +18,11 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import backends, build, checks, record, timings
 from benchmarks.gpu.backends import CPU, REFERENCE, Backend, serves, started_by
 from benchmarks.gpu.checks import CHECKS, Inconclusive
-from benchmarks.gpu.families import FAMILIES, run_delta
+from benchmarks.gpu.families import FAMILIES
 from benchmarks.gpu.worker import lost as worker_lost
 from tests.backends.cuda.host import compiled, needs_compiler, run_on
 from tests.ops.conformance import Allocator
+from tests.ops.delta.cases import call_delta
 from tests.test_structure import FAMILIES as WORDS
 
 ROOT = Path(__file__).parent.parent
@@ -315,7 +316,7 @@ def test_a_wrong_result_has_no_figure():
 
 def test_eager_tables_are_those_of_the_kernel():
     w, v = timings.make_inputs(5000, HERE)
-    tables = run_delta(REFERENCE.kernel, Allocator(HERE), w, v)[0]
+    tables = call_delta(REFERENCE.kernel, Allocator(HERE), w, v)[0]
     for found, row in zip(timings.eager_tables(w, v), (0, 1, 5), strict=True):
         assert torch.equal(found, tables[row])
 

@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 
-from opdkernels.backends.layout import BINS, SUM_LIMBS
-from opdkernels.ops import overlap, patch, step
-from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS, base_and_delta, from_limbs, to_limbs
-from opdkernels.ops.delta.layout import HIST_BASE_OVER, NUM_COUNTS
+from opdkernels.ops import patch, step
+from opdkernels.ops.delta import base_and_delta
 from opdkernels.ops.divergence import tiles
 from tests.ops.conformance import (
     BF16,
@@ -30,6 +28,7 @@ from tests.ops.conformance import (
     Kernel,
     assert_equal,
     load_families,
+    make_pair,
     pack_bits,
 )
 
@@ -40,88 +39,6 @@ def fixed(name: str, inputs: list[Any], call: Callable, compare: Callable) -> Ca
 
 def none() -> tuple[()]:
     return ()
-
-
-def pair(
-    n: int, source: torch.dtype = BF16, trained: torch.dtype | None = None, *, seed: int = 0, hostile: bool = True
-) -> list[torch.Tensor]:
-    """A weight and its update, half of it unchanged; `hostile` sprinkles NaN, Inf, signed zeros, subnormals and extremes."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random():
-        return torch.randn(n, generator=generator, dtype=FP64)
-
-    w = 0.02 * random() * random().exp()
-    v = w + 1e-5 * random() * (2 * random()).exp()
-    v[::2] = w[::2]
-    if hostile:
-        nan, inf = float("nan"), float("inf")
-        for side, shift in ((w, 0), (v, 3)):
-            for i, value in enumerate(
-                (nan, inf, -inf, 0.0, -0.0, 3.3e38, -3.3e38, 1e-40, -1e-45, 1.0, 2.0**-7, 65504.0)
-            ):
-                side[i * 5 + shift :: 83 + 2 * i] = value
-    return [w.to(source), v.to(trained or source)]
-
-
-# delta
-
-PAIRS = ((BF16, BF16), (FP32, FP32), (FP64, FP64), (FP16, FP16), (BF16, FP32))
-
-
-def run_delta(
-    kernel: Kernel, allocator: Allocator, w: torch.Tensor, v: torch.Tensor, with_mask: bool = True
-) -> list[torch.Tensor]:
-    shapes = (HIST_BASE_OVER + len(DEFAULT_THRESHOLD_BITS), BINS), (NUM_COUNTS,), (4, SUM_LIMBS)
-    outputs = [*(allocator.zeros(*shape) for shape in shapes), allocator.zeros(1, dtype=FP64)]
-    mask = allocator.zeros((w.numel() + 7) // 8, dtype=BYTES) if with_mask else None
-    kernel("delta_")(w, v, list(DEFAULT_THRESHOLD_BITS), list(THRESHOLDS), *outputs, mask)
-    return outputs if mask is None else [*outputs, mask]
-
-
-def delta_cases(n: int) -> Iterator[Case]:
-    for source, trained in PAIRS:
-        yield fixed(f"{source} {trained}", pair(n, source, trained, seed=n), run_delta, assert_equal)
-
-
-def repeated_delta(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
-    sides = pair(tile + 3)  # of no round size
-    tables, counts, sums, maximum = run_delta(expected, Allocator("cpu"), *sides, with_mask=False)
-    sums = torch.tensor([to_limbs(times * from_limbs(row.tolist())) for row in sums])
-    found = run_delta(kernel, Allocator(device), *(side.to(device).repeat(times) for side in sides), with_mask=False)
-    assert_equal(found, [times * tables, times * counts, sums, maximum], [])
-
-
-# overlap
-
-
-def run_overlap(kernel: Kernel, allocator: Allocator, w: torch.Tensor, *runs: torch.Tensor) -> list[torch.Tensor]:
-    shapes = (BINS,), (len(runs), BINS), (len(runs), len(runs)), (len(runs) + 1,), (2,)
-    outputs = [allocator.zeros(*shape) for shape in shapes]
-    kernel("overlap_")(w, list(runs), overlap.DEFAULT_THRESHOLD_BITS, *outputs)
-    return outputs
-
-
-def several(n: int, dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
-    """A source and a run for each other dtype."""
-    source = pair(n, dtypes[0], seed=n)[0]
-    runs = [
-        pair(n, dtype, seed=n + i)[1].double() - pair(n, dtype, seed=n + i)[0].double()
-        for i, dtype in enumerate(dtypes[1:])
-    ]
-    return [source, *((source.double() + run).to(dtype) for run, dtype in zip(runs, dtypes[1:], strict=True))]
-
-
-def overlap_cases(n: int) -> Iterator[Case]:
-    for dtypes in ((BF16, BF16, BF16), (FP32, FP32, BF16), (BF16, FP64, FP16, BF16, FP32, BF16)):
-        yield fixed(f"{len(dtypes) - 1} runs of {dtypes[0]}", several(n, dtypes), run_overlap, assert_equal)
-
-
-def repeated_overlap(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
-    sides = several(tile + 3, (BF16, BF16, BF16))
-    once = run_overlap(expected, Allocator("cpu"), *sides)
-    found = run_overlap(kernel, Allocator(device), *(side.to(device).repeat(times) for side in sides))
-    assert_equal(found, [times * one for one in once], [])
 
 
 # gram
@@ -163,7 +80,7 @@ def assert_spreads(found: Sequence[torch.Tensor], expected: Sequence[torch.Tenso
 def gram_cases(n: int) -> Iterator[Case]:
     side = math.isqrt(n)
     for dtype, shape in itertools.product((BF16, FP32), ((n // COLUMNS, min(n, COLUMNS)), (side, min(side, 512)))):
-        w, v = (one[: math.prod(shape)].view(shape) for one in pair(n, dtype, seed=n, hostile=False))
+        w, v = (one[: math.prod(shape)].view(shape) for one in make_pair(n, dtype, seed=n, hostile=False))
         for visible, block in ((False, 0), (False, 64), (True, 64)):
             yield fixed(
                 f"{dtype} {list(shape)} visible {visible} block {block}", [w, v, visible, block], run_gram, assert_close
@@ -171,12 +88,12 @@ def gram_cases(n: int) -> Iterator[Case]:
         yield fixed(
             f"{dtype} {list(shape)} across", [w.T.contiguous().T, v.T.contiguous().T, False, 0], run_gram, assert_close
         )
-    w, v = (one[: n // COLUMNS * COLUMNS].view(-1, COLUMNS) for one in pair(n, FP32, seed=n))
+    w, v = (one[: n // COLUMNS * COLUMNS].view(-1, COLUMNS) for one in make_pair(n, FP32, seed=n))
     yield fixed("not finite", [w, v, False, 0], run_gram, assert_spreads)
 
 
 def repeated_gram(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
-    sides = [side.view(-1, 64) for side in pair(tile // 64 * 64, hostile=False)]
+    sides = [side.view(-1, 64) for side in make_pair(tile // 64 * 64, hostile=False)]
     (once,) = run_gram(expected, Allocator("cpu"), *sides, False, 0)
     (found,) = run_gram(kernel, Allocator(device), *(side.to(device).repeat(times, 1) for side in sides), False, 0)
     for k, (a, b) in enumerate(zip(found.cpu(), times * once, strict=True)):
@@ -478,8 +395,6 @@ def repeated_divergence(kernel: Kernel, expected: Kernel, device: torch.device, 
 FAMILIES = load_families() | {
     one.name: one
     for one in (
-        Family("delta", ("delta_",), delta_cases, none, repeated_delta, 6),
-        Family("overlap", ("overlap_",), overlap_cases, none, repeated_overlap, 8),
         Family("gram", ("gram_",), gram_cases, none, repeated_gram, 6),
         Family(
             "patch",

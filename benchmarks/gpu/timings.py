@@ -24,6 +24,8 @@ from opdkernels.ops import patch, step
 from opdkernels.ops.delta import THRESHOLDS, base_and_delta, bf16_bits
 from opdkernels.ops.divergence import Divergence, divergence, tiles
 from tests.ops.conformance import BF16, FP32, FP64, Allocator, Kernel
+from tests.ops.delta.cases import call_delta
+from tests.ops.overlap.cases import call_overlap
 
 ROUNDS = 7
 LARGEST = 1 << 28  # coordinates
@@ -183,7 +185,7 @@ def delta_of(dtype: torch.dtype, eager: Callable[..., Any]) -> Callable:
     def make(n: int, device: torch.device) -> Timed:
         w, v = make_inputs(n, device, dtype)
         return Timed(
-            lambda kernel: families.run_delta(kernel, Allocator(device), w, v, with_mask=False),
+            lambda kernel: call_delta(kernel, Allocator(device), w, v, split=0),
             lambda: eager(w, v),
             w.nbytes + v.nbytes,
         )
@@ -194,7 +196,7 @@ def delta_of(dtype: torch.dtype, eager: Callable[..., Any]) -> Callable:
 def make_overlap(n: int, device: torch.device) -> Timed:
     sides = make_inputs(n, device, runs=2)
     return Timed(
-        lambda kernel: families.run_overlap(kernel, Allocator(device), *sides),
+        lambda kernel: call_overlap(kernel, Allocator(device), sides[0], sides[1:]),
         lambda: eager_overlap(*sides),
         sum(side.nbytes for side in sides),
     )

@@ -25,7 +25,8 @@ from opdkernels.ops.step import cuda as step
 from tests.backends.cuda.host import compiled, needs_compiler, run_on, source_of
 from tests.ops.conformance import make_pair
 from tests.ops.delta.test_delta_cuda import tally_of
-from tests.ops.overlap.test_overlap import by_reference, make_runs
+from tests.ops.overlap.cases import make_runs
+from tests.ops.overlap.test_overlap import by_reference
 from tests.ops.overlap.test_overlap_cuda import by_kernel
 from tests.ops.patch.test_patch import by_reference as gathered_by_reference
 from tests.ops.patch.test_patch import make_bits

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from opdkernels.ops import delta as ops
 from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS, Tally, delta, exact_float
 from tests.conftest import ISAS
-from tests.ops.conformance import make_pair
+from tests.ops.conformance import DTYPES, MILLION, MISALIGNED, SIZES, check_case, dispatched, make_pair
+from tests.ops.delta.cases import FAMILY, pair_case
 
-SIZES = (0, 1, 31, 1023, 1025, 2049, 70_001)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ARRAYS = ("tables", "counts", "sums", "maximum")
 
 
@@ -114,13 +113,20 @@ def test_reference_equals_oracle(base_dtype, trained_dtype):
         assert_matches(by_reference(*pair), Oracle(*pair), n)
 
 
-@pytest.mark.parametrize(("base_dtype", "trained_dtype"), list(itertools.product(DTYPES, DTYPES)))
-def test_kernel_equals_reference(isa, threads, base_dtype, trained_dtype):
+@pytest.mark.parametrize("pair", list(itertools.product(DTYPES, DTYPES)), ids=str)
+def test_every_pair_of_dtypes(isa, threads, pair):
     for n in SIZES:
-        base, trained = make_pair(n, base_dtype, trained_dtype, seed=n)
-        masks = [torch.full(((n + 7) // 8,), 255, dtype=torch.uint8) for _ in range(2)]
-        assert delta(base, trained, mask=masks[0]) == by_reference(base, trained, mask=masks[1])
-        assert torch.equal(*masks)
+        check_case(pair_case(n, *pair), dispatched)
+
+
+@pytest.mark.parametrize("case", FAMILY.collect(special=True), ids=str)
+def test_matches_reference(isa, threads, case):
+    check_case(case, dispatched)
+
+
+@pytest.mark.parametrize("case", FAMILY.collect([4801]), ids=str)
+def test_misaligned(isa, case):
+    check_case(case, dispatched, offsets=MISALIGNED)
 
 
 def test_bit_equal_compares_patterns():
@@ -129,13 +135,6 @@ def test_bit_equal_compares_patterns():
     trained = torch.tensor([nan, -0.0, 1.0, float("inf"), 3.0], dtype=torch.bfloat16)
     tally = delta(base, trained)
     assert (tally.bit_equal, tally.nonfinite, tally.hist_delta[0]) == (3, 2, 2)
-
-
-def test_all_bf16_patterns_against_shuffles(isa):
-    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    for seed in range(3):
-        trained = every[torch.randperm(65536, generator=torch.Generator().manual_seed(seed))]
-        assert delta(every, trained) == by_reference(every, trained)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -275,6 +274,6 @@ def test_more_than_two_billion_coordinates():
         del base, trained
 
 
-def test_a_million_coordinates(isa, threads):
-    base, trained = make_pair(1_000_003)
-    assert delta(base, trained) == by_reference(base, trained)
+@pytest.mark.parametrize("case", FAMILY.collect([MILLION], only="bfloat16, torch.bfloat16"), ids=str)
+def test_a_million_coordinates(isa, threads, case):
+    check_case(case, dispatched)

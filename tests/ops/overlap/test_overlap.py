@@ -26,27 +26,8 @@ from opdkernels.ops.overlap import (
     z_score,
 )
 from tests.conftest import ISAS
-from tests.ops.conformance import make_pair
-
-SIZES = (0, 1, 31, 1023, 1025, 2049, 70_001)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def make_runs(n: int, dtypes=(torch.bfloat16,) * 3, *, seed=0, hostile=True):
-    """A base and several runs; the first and the last share what they leave unchanged."""
-    base = make_pair(n, torch.float64, seed=seed, hostile=hostile)[0]
-    runs = []
-    for r in range(len(dtypes) - 1):
-        before, after = make_pair(n, torch.float64, seed=seed, hostile=False)
-        update = (after - before) * torch.from_numpy(np.random.default_rng([seed, r]).normal(0, 2, n))
-        run = base + update.roll(r % 2)
-        if hostile and n:
-            run[r::211] = math.nan
-            run[r + 1 :: 223] = math.inf
-            run[r + 2 :: 227] = 3.3e38
-            run[r + 3 :: 229] = -0.0
-        runs.append(run.to(dtypes[r + 1]))
-    return base.to(dtypes[0]), runs
+from tests.ops.conformance import DTYPES, MILLION, MISALIGNED, SIZES, check_case, dispatched
+from tests.ops.overlap.cases import FAMILY, case, dtype_cases, make_runs
 
 
 def by_reference(base, runs, threshold_bits=DEFAULT_THRESHOLD_BITS) -> Overlap:
@@ -98,11 +79,23 @@ def test_reference_equals_oracle(dtypes):
 
 
 @pytest.mark.parametrize("dtypes", [(d, e, d) for d, e in itertools.product(DTYPES, DTYPES)])
-def test_kernel_equals_reference(isa, threads, dtypes):
-    for n in SIZES:
-        for hostile in (False, True)[n == SIZES[-1] :]:
-            base, runs = make_runs(n, dtypes, seed=n, hostile=hostile)
-            assert overlap(base, runs) == by_reference(base, runs)
+@pytest.mark.parametrize("n", [2049, 70_001])
+def test_every_pair_of_dtypes(isa, threads, dtypes, n):
+    check_case(case(n, dtypes), dispatched)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*FAMILY.collect([2049, 70_001], special=True), *(c for n in SIZES[:-1] for c in dtype_cases(n, hostile=False))],
+    ids=str,
+)
+def test_matches_reference(isa, threads, case):
+    check_case(case, dispatched)
+
+
+@pytest.mark.parametrize("case", FAMILY.collect([2501]), ids=str)
+def test_misaligned(isa, case):
+    check_case(case, dispatched, offsets=MISALIGNED)
 
 
 @pytest.mark.parametrize("n_runs", [3, 4, 5, 16])
@@ -347,6 +340,6 @@ def test_more_than_two_billion_coordinates():
         del base, run
 
 
-def test_a_million_coordinates(isa, threads):
-    base, runs = make_runs(1_000_003)
-    assert overlap(base, runs) == by_reference(base, runs)
+@pytest.mark.parametrize("case", FAMILY.collect([MILLION], only="bfloat16, torch.bfloat16"), ids=str)
+def test_a_million_coordinates(isa, threads, case):
+    check_case(case, dispatched)
