@@ -12,15 +12,12 @@ from typing import Any
 
 import torch
 
-from opdkernels.ops import patch, step
-from opdkernels.ops.delta import base_and_delta
+from opdkernels.ops import step
 from opdkernels.ops.divergence import tiles
 from tests.ops.conformance import (
     BF16,
-    BYTES,
     FP16,
     FP32,
-    FP64,
     INT64,
     Allocator,
     Case,
@@ -28,7 +25,6 @@ from tests.ops.conformance import (
     Kernel,
     assert_equal,
     load_families,
-    make_pair,
     pack_bits,
 )
 
@@ -39,112 +35,6 @@ def fixed(name: str, inputs: list[Any], call: Callable, compare: Callable) -> Ca
 
 def none() -> tuple[()]:
     return ()
-
-
-# gram
-
-COLUMNS = 37
-
-
-def run_gram(
-    kernel: Kernel, allocator: Allocator, w: torch.Tensor, v: torch.Tensor, visible: bool, block: int
-) -> list[torch.Tensor]:
-    into = allocator.zeros(3, w.shape[1], w.shape[1], dtype=FP64)
-    kernel("gram_")(w, v, 7, visible, block, into)
-    return [into]
-
-
-def assert_close(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], inputs: list[Any]) -> None:
-    """Right to the rounding of sums in their order: of the sum of the products' sizes, in fp64, or fp32 within a block. Below the
-    diagonal of a symmetric matrix nothing is written."""
-    w, v, visible, block = inputs
-    sizes = [side.double().abs() for side in base_and_delta(w, v, visible)]
-    unit, rows = 2.0**-52, len(w) + 2
-    for k, (x, y) in enumerate(((0, 0), (0, 1), (1, 1))):
-        limit = (2 * unit * rows + (2.0**-22 * (min(block, len(w)) + 1) if block and k == 1 else 0)) * (
-            sizes[x].T @ sizes[y]
-        )
-        difference = (found[0][k].cpu() - expected[0][k]).abs()
-        assert bool(((difference if k == 1 else difference.triu()) <= limit).all()), (
-            f"matrix {k} is off beyond its rounding"
-        )
-
-
-def assert_spreads(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], inputs: list[Any]) -> None:
-    """What is not finite is so in the same places."""
-    for k, (a, b) in enumerate(zip(found[0].cpu(), expected[0], strict=True)):
-        a, b = (a, b) if k == 1 else (a.triu(), b.triu())
-        assert torch.equal(a.isfinite(), b.isfinite()), f"matrix {k} is finite elsewhere"
-
-
-def gram_cases(n: int) -> Iterator[Case]:
-    side = math.isqrt(n)
-    for dtype, shape in itertools.product((BF16, FP32), ((n // COLUMNS, min(n, COLUMNS)), (side, min(side, 512)))):
-        w, v = (one[: math.prod(shape)].view(shape) for one in make_pair(n, dtype, seed=n, hostile=False))
-        for visible, block in ((False, 0), (False, 64), (True, 64)):
-            yield fixed(
-                f"{dtype} {list(shape)} visible {visible} block {block}", [w, v, visible, block], run_gram, assert_close
-            )
-        yield fixed(
-            f"{dtype} {list(shape)} across", [w.T.contiguous().T, v.T.contiguous().T, False, 0], run_gram, assert_close
-        )
-    w, v = (one[: n // COLUMNS * COLUMNS].view(-1, COLUMNS) for one in make_pair(n, FP32, seed=n))
-    yield fixed("not finite", [w, v, False, 0], run_gram, assert_spreads)
-
-
-def repeated_gram(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
-    sides = [side.view(-1, 64) for side in make_pair(tile // 64 * 64, hostile=False)]
-    (once,) = run_gram(expected, Allocator("cpu"), *sides, False, 0)
-    (found,) = run_gram(kernel, Allocator(device), *(side.to(device).repeat(times, 1) for side in sides), False, 0)
-    for k, (a, b) in enumerate(zip(found.cpu(), times * once, strict=True)):
-        a, b = (a, b) if k == 1 else (a.triu(), b.triu())
-        assert (a - b).norm() <= 1e-9 * b.norm(), f"matrix {k} is off"
-
-
-# patch
-
-
-def run_patch(
-    kernel: Kernel, allocator: Allocator, w: torch.Tensor, v: torch.Tensor, difference: bool
-) -> list[torch.Tensor]:
-    """Gathers, checks, scatters; digests of both sides, of what came back, and of the source once more."""
-    n, blocks = w.numel(), patch.blocks_of(w.numel())
-    counts, positions = allocator.zeros(blocks, dtype=torch.int32), allocator.zeros((n + 7) // 8, dtype=BYTES)
-    values, digests = allocator.zeros(n, dtype=w.dtype), allocator.zeros(2, blocks, 2)
-    kernel("patch_gather_")(w, v, difference, counts, positions, values, digests)
-    listed = counts.tolist()
-    positions = positions[
-        : sum(
-            patch.position_bytes(count, min(patch.BLOCK, n - block * patch.BLOCK)) for block, count in enumerate(listed)
-        )
-    ]
-    values = values[: sum(listed)]
-    fits = kernel("patch_check")(counts, positions, n, values.numel())
-    out, after = allocator.zeros(n, dtype=w.dtype), allocator.zeros(blocks, 2)
-    status = kernel("patch_scatter_")(w, counts, positions, values, difference, out, after)
-    return [counts, positions, values, digests, fits, status, out, after, kernel("patch_digest")(w)]
-
-
-def changed_bits(n: int, dtype: torch.dtype, density: float) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(n)
-    limit = 1 << min(8 * dtype.itemsize, 62)
-    w = torch.randint(0, limit, (n,), generator=generator).to(dtype)
-    flips = torch.randint(1, limit, (n,), generator=generator).to(dtype)
-    return [w, torch.where(torch.rand(n, generator=generator) < density, w ^ flips, w)]
-
-
-def patch_cases(n: int) -> Iterator[Case]:
-    for dtype, density in itertools.product(patch.BITS.values(), (0.01, 0.17)):
-        yield fixed(f"{dtype} {density}", [*changed_bits(n, dtype, density), density < 0.1], run_patch, assert_equal)
-
-
-def repeated_patch(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
-    sides = changed_bits(tile // patch.BLOCK * patch.BLOCK, torch.int16, 0.17)
-    once = run_patch(expected, Allocator("cpu"), *sides, False)
-    found = run_patch(kernel, Allocator(device), *(side.to(device).repeat(times) for side in sides), False)
-    for i, (many, one) in enumerate(zip(found, once, strict=True)):
-        parts = many.unflatten(1 if i == 3 else 0, (times, -1)) if i not in (4, 5) else many
-        assert bool((parts == one.to(device).unsqueeze(1 if i == 3 else 0)).all()), f"output {i} is not that of a part"
 
 
 # step
@@ -395,15 +285,6 @@ def repeated_divergence(kernel: Kernel, expected: Kernel, device: torch.device, 
 FAMILIES = load_families() | {
     one.name: one
     for one in (
-        Family("gram", ("gram_",), gram_cases, none, repeated_gram, 6),
-        Family(
-            "patch",
-            ("patch_gather_", "patch_scatter_", "patch_check", "patch_digest"),
-            patch_cases,
-            none,
-            repeated_patch,
-            14,
-        ),
         Family(
             "divergence",
             ("divergence_scan", "divergence_means", "divergence_backward", "divergence_top"),

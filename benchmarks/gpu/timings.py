@@ -25,6 +25,7 @@ from opdkernels.ops.delta import THRESHOLDS, base_and_delta, bf16_bits
 from opdkernels.ops.divergence import Divergence, divergence, tiles
 from tests.ops.conformance import BF16, FP32, FP64, Allocator, Kernel
 from tests.ops.delta.cases import call_delta
+from tests.ops.gram.cases import call_gram
 from tests.ops.overlap.cases import call_overlap
 
 ROUNDS = 7
@@ -228,7 +229,7 @@ def make_gram(n: int, device: torch.device) -> Timed:
         return a.T @ a, a.T @ b, b.T @ b
 
     return Timed(
-        lambda kernel: families.run_gram(kernel, Allocator(device), w, v, False, 0), eager, 4 * w.numel() * w.shape[1]
+        lambda kernel: call_gram(kernel, Allocator(device), w, v, False, 0), eager, 4 * w.numel() * w.shape[1]
     )  # two halves and a whole
 
 

@@ -11,25 +11,23 @@ import pytest
 import torch
 
 from opdkernels.backends import gpu
-from opdkernels.ops import delta as delta_ops
 from opdkernels.ops import quantile as quantile_ops
 from opdkernels.ops import step as step_ops
+from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS
 from opdkernels.ops.delta import cuda as delta
-from opdkernels.ops.delta.layout import COUNT_NUMEL
 from opdkernels.ops.overlap import cuda as overlap
+from opdkernels.ops.overlap.layout import COUNT_NUMEL
 from opdkernels.ops.patch import BLOCK
 from opdkernels.ops.patch import cuda as patch
 from opdkernels.ops.patch.gpu_common import VALID, blocks_of, starts_of
 from opdkernels.ops.quantile import cuda as quantile
 from opdkernels.ops.step import cuda as step
 from tests.backends.cuda.host import compiled, needs_compiler, run_on, source_of
-from tests.ops.conformance import make_pair
-from tests.ops.delta.test_delta_cuda import tally_of
-from tests.ops.overlap.cases import make_runs
-from tests.ops.overlap.test_overlap import by_reference
-from tests.ops.overlap.test_overlap_cuda import by_kernel
+from tests.ops.conformance import Allocator, backend_kernel, make_pair, reference
+from tests.ops.delta.cases import call_delta, empty_tally
+from tests.ops.overlap.cases import call_overlap, make_runs
+from tests.ops.patch.cases import make_bits
 from tests.ops.patch.test_patch import by_reference as gathered_by_reference
-from tests.ops.patch.test_patch import make_bits
 from tests.ops.step.test_step import State, bits
 
 pytestmark = needs_compiler
@@ -69,11 +67,13 @@ def use(monkeypatch, family: str, spoilt: str | None = None) -> None:
 def test_delta(monkeypatch, dtype, each):
     use(monkeypatch, "delta")
     size = last_two_tiles(each)
-    source, trained = make_pair(size, dtype)
-    expected_bits = torch.empty((size + 7) // 8, dtype=torch.uint8)
-    expected = tally_of(source, trained, mask=expected_bits, by=delta_ops.reference)
-    bits = reserved((N + 7) // 8, torch.uint8, torch.zeros(1, dtype=torch.uint8))
-    assert tally_of(reserved(N, dtype, source), reserved(N, dtype, trained), mask=bits) == expected
+    base, trained = make_pair(size, dtype)
+    *expected, expected_bits = call_delta(reference, Allocator(), base, trained)
+    outputs, bits = empty_tally(Allocator()), reserved((N + 7) // 8, torch.uint8, torch.zeros(1, dtype=torch.uint8))
+    delta.delta_(
+        reserved(N, dtype, base), reserved(N, dtype, trained), DEFAULT_THRESHOLD_BITS, THRESHOLDS, *outputs, bits
+    )
+    assert all(map(torch.equal, outputs, expected))
     assert torch.equal(bits[-len(expected_bits) :], expected_bits)
 
 
@@ -103,11 +103,13 @@ def test_an_offset_of_32_bits_is_caught(monkeypatch):
 def test_overlap(monkeypatch):
     use(monkeypatch, "overlap")
     dtypes = (BF16, FP32, FP64)
-    source, runs = make_runs(last_two_tiles(8), dtypes)
-    found = by_kernel(reserved(N, BF16, source), [reserved(N, run.dtype, run) for run in runs])
-    expected = by_reference(source, runs)
-    expected.counts[COUNT_NUMEL] = 0  # which the first block adds
-    assert found == expected
+    base, runs = make_runs(last_two_tiles(8), dtypes)
+    outputs = call_overlap(
+        backend_kernel("cuda"), Allocator(), reserved(N, BF16, base), [reserved(N, run.dtype, run) for run in runs]
+    )
+    expected = call_overlap(reference, Allocator(), base, runs)
+    expected[-1][COUNT_NUMEL] = 0  # the first block adds it
+    assert all(map(torch.equal, outputs, expected))
 
 
 def stepped_at_the_end() -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -30,6 +30,12 @@ from tests.ops.conformance import (
 PAIRS = ((BF16, BF16), (FP32, FP32), (FP64, FP64), (FP16, FP16), (BF16, FP32))
 
 
+def empty_tally(allocator: Allocator, num_thresholds: int = len(DEFAULT_THRESHOLD_BITS)) -> list[torch.Tensor]:
+    """Tables, counts, sums and maximum, to which the operator adds."""
+    shapes = (HIST_BASE_OVER + num_thresholds, BINS), (NUM_COUNTS,), (NUM_SUMS, SUM_LIMBS)
+    return [*(allocator.zeros(*shape) for shape in shapes), allocator.zeros(1, dtype=FP64)]
+
+
 def call_delta(
     kernel: Kernel,
     allocator: Allocator,
@@ -43,8 +49,7 @@ def call_delta(
 
     With `split`, counts the coordinates before it, then adds the rest, without change bits.
     """
-    shapes = (HIST_BASE_OVER + len(threshold_bits), BINS), (NUM_COUNTS,), (NUM_SUMS, SUM_LIMBS)
-    outputs = [*(allocator.zeros(*shape) for shape in shapes), allocator.zeros(1, dtype=FP64)]
+    outputs = empty_tally(allocator, len(threshold_bits))
     if split is not None:
         for part in (slice(0, split), slice(split, None)) if split else (slice(None),):
             kernel("delta_")(base[part], trained[part], list(threshold_bits), list(thresholds), *outputs, None)

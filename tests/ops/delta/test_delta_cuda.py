@@ -73,7 +73,7 @@ def counts(kernel) -> list:
 
 
 def bf16_only() -> str:
-    """The base without the kernels of other dtypes, which a spoilt one need not compile."""
+    """The source without the kernels of other dtypes, which a broken one does not need."""
     others = ("OPD_DELTA_COUNT(delta_count_float", "OPD_DELTA_COUNT(delta_count_double")
     return "\n".join(line for line in source_of("delta").splitlines() if not line.startswith(others))
 

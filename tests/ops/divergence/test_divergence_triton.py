@@ -10,6 +10,8 @@ import torch
 from opdkernels.ops import divergence as ops
 from opdkernels.ops.divergence import KINDS, Divergence, Head, linear_divergence
 from opdkernels.ops.divergence import triton as kernels
+from tests.ops.conformance import backend_kernel, check_case
+from tests.ops.divergence.cases import FAMILY
 from tests.ops.divergence.test_divergence import (
     BF16,
     FP16,
@@ -39,6 +41,11 @@ def few_steps(monkeypatch):
 def test_every_kind(spec):
     """With cap, scale, bias, temperature and unlike widths that are not whole tiles."""
     assert_twice_plain(make_case(n=9, vocab=300, width=20, dtype=FP32), spec)
+
+
+@pytest.mark.parametrize("case", FAMILY.collect((0, 1, 31, 1025)), ids=str)
+def test_operators_match_reference(case):
+    check_case(case, backend_kernel("triton"))
 
 
 HALVES = [

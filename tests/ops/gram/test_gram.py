@@ -4,67 +4,34 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 
 from opdkernels.ops import gram as ops
 from opdkernels.ops.gram import gram, symmetric
 from tests.conftest import ISAS
-from tests.ops.conformance import make_pair
+from tests.ops.conformance import MISALIGNED, SIZES, check_case, dispatched, reference
+from tests.ops.gram.cases import FAMILY, make_matrices, shape_cases
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SHAPES = ((1, 1), (3, 7), (1, 31), (700, 1), (1025, 25), (130, 97), (513, 48), (257, 240))
 
 
-def make_matrices(shape, base_dtype=torch.bfloat16, trained_dtype=None, seed=0):
-    pair = make_pair(shape[0] * shape[1], base_dtype, trained_dtype, seed=seed, hostile=False)
-    return tuple(t.reshape(shape) for t in pair)
+CASES = [*shape_cases(SHAPES, (0, 1, 64, 256)), *FAMILY.collect(SIZES, special=True)]
 
 
-def bf16(x: np.ndarray) -> np.ndarray:
-    bits = x.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).view(np.float32)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_exact_to_rounding(isa, case):
+    check_case(case, dispatched)
 
 
-def oracle(base, trained, visible=False) -> tuple[np.ndarray, np.ndarray]:
-    """In long double, and the same of absolute values, by which rounding is judged."""
-    wide = np.float64 if torch.float64 in (base.dtype, trained.dtype) and not visible else np.float32
-    w, v = base.double().numpy().astype(wide), trained.double().numpy().astype(wide)
-    if visible:
-        w, v = bf16(w), bf16(v)
-    d = bf16(v - w) if visible else v - w
-    w, d = w.astype(np.longdouble), d.astype(np.longdouble)
-    return np.stack([w.T @ w, w.T @ d, d.T @ d]), np.stack([abs(x).T @ abs(y) for x, y in ((w, w), (w, d), (d, d))])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_is_exact_to_rounding(case):
+    check_case(case, reference)
 
 
-def assert_close(found, base, trained, *, visible=False, block=0):
-    exact, size = oracle(base, trained, visible)
-    relative = np.full(3, 2.0**-52 * (len(base) + 2))
-    if block:
-        relative[1] += 2.0**-23 * (min(block, len(base)) + 1)
-    difference = abs(found.numpy() - exact)
-    for k, limit in enumerate(relative):
-        compared = np.triu(difference[k]) if k != 1 else difference[k]
-        assert (compared <= limit * size[k]).all(), f"matrix {k}"
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("visible", [False, True])
-@pytest.mark.parametrize("block", [0, 1, 64, 256])
-def test_kernel_and_reference_are_right_to_their_rounding(isa, shape, visible, block):
-    base, trained = make_matrices(shape)
-    assert_close(gram(base, trained, visible=visible, block=block), base, trained, visible=visible, block=block)
-    out = torch.zeros(3, shape[1], shape[1], dtype=torch.float64)
-    ops.reference(base, trained, 7, visible, block, out)
-    assert_close(out, base, trained, visible=visible, block=block)
-
-
-@pytest.mark.parametrize(("a", "b"), list(itertools.product(DTYPES, DTYPES)), ids=str)
-@pytest.mark.parametrize("visible", [False, True])
-def test_every_pair_of_dtypes(isa, a, b, visible):
-    base, trained = make_matrices((300, 37), a, b)
-    assert_close(gram(base, trained, visible=visible), base, trained, visible=visible)
+@pytest.mark.parametrize("case", FAMILY.collect([4800]), ids=str)
+def test_misaligned(isa, case):
+    check_case(case, dispatched, offsets=MISALIGNED)
 
 
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels")
@@ -134,12 +101,6 @@ def test_nothing_beyond_the_result_is_written(isa):
     out = room[1:-1].view(3, 23, 23).zero_()
     gram(base, trained, block=64, out=out)
     assert room[0] == room[-1] == 7
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)], ids=str)
-def test_of_nothing_is_zero(isa, shape):
-    empty = torch.empty(shape, dtype=torch.bfloat16)
-    assert torch.equal(gram(empty, empty), torch.zeros(3, shape[1], shape[1], dtype=torch.float64))
 
 
 def test_extremes_keep_their_scale(isa):

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from opdkernels.ops import patch as ops
 from opdkernels.ops.patch import BLOCK, Changes, Room, bits, check, digest, gather, scatter
 from tests.conftest import ISAS
-from tests.ops.conformance import make_pair
+from tests.ops.conformance import MILLION, MISALIGNED, SIZES, check_case, dispatched, make_pair
+from tests.ops.patch.cases import FAMILY, MALFORMED, make_bits
 
-SIZES = (0, 1, 31, 1023, 1025, 70_001)
 DTYPES = (
     torch.uint8,
     torch.float8_e4m3fn,
@@ -31,19 +31,6 @@ DTYPES = (
 )
 DENSITIES = (0.0, 0.01, 1 / 16, 0.17, 1.0)
 MASK = (1 << 64) - 1
-
-
-def make_bits(n: int, dtype: torch.dtype, density: float, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Any patterns at all, NaN with payloads among them; about a share `density` of them changed."""
-    rng = np.random.default_rng([seed, n])
-    width = dtype.itemsize
-    w = rng.integers(0, 256, (n, width), np.uint8)
-    v = w.copy()
-    moved = rng.random(n) < density
-    v[moved, rng.integers(0, width)] ^= rng.integers(1, 256, int(moved.sum()), np.uint8)
-    if dtype == torch.bool:
-        w, v = w & 1, v & 1
-    return tuple(torch.from_numpy(side.ravel()).view(dtype) for side in (w, v))
 
 
 class Xxh3:
@@ -144,137 +131,6 @@ def by_reference(w: torch.Tensor, v: torch.Tensor, difference: bool) -> tuple[Ch
     return Changes(room.counts, room.positions[:used], room.values[: int(room.counts.sum())]), digests
 
 
-BAD_OFFSETS = {(5, 5): "repeated", (7, 3): "unsorted", (5, 999): "beyond", (5, 65535): "far beyond", (5, 998): "last"}
-
-
-class Operators:
-    """A backend's operators, called as the public functions call them, and what holds of every backend's."""
-
-    def __init__(self, module):
-        self.module = module
-
-    def gather(self, w, v, difference=False) -> tuple[Changes, torch.Tensor]:
-        room = Room.of(w.numel(), w.itemsize)
-        digests = torch.empty(2, len(room.counts), 2, dtype=torch.int64)
-        self.module.patch_gather_(w, v, difference, room.counts, room.positions, room.values, digests)
-        lengths = [
-            ops.position_bytes(count, min(BLOCK, w.numel() - block * BLOCK))
-            for block, count in enumerate(room.counts.tolist())
-        ]
-        return Changes(room.counts, room.positions[: sum(lengths)], room.values[: int(room.counts.sum())]), digests
-
-    def scatter(self, w, changes, difference=False, out=None) -> tuple[int, torch.Tensor, torch.Tensor]:
-        out = torch.empty_like(w) if out is None else out
-        digests = torch.empty(len(changes.counts), 2, dtype=torch.int64)
-        status = self.module.patch_scatter_(
-            w, changes.counts, changes.positions, changes.values, difference, out, digests
-        )
-        return int(status), out, digests
-
-    def check(self, changes, n) -> int:
-        return int(self.module.patch_check(changes.counts, changes.positions, n, changes.values.numel()))
-
-    def assert_there_and_back(self, w, v, difference) -> None:
-        expected, digests = by_reference(w, v, difference)
-        changes, found = self.gather(w, v, difference)
-        assert plain(changes) == plain(expected)
-        assert torch.equal(found, digests)
-        status, out, after = self.scatter(w, changes, difference)
-        assert status == -1
-        assert torch.equal(out, v)
-        assert torch.equal(after, digests[1])
-
-    def assert_bits_count(self) -> None:
-        """A NaN of another payload and a zero of another sign are changes; a NaN is equal to itself."""
-        sides = [0x7FC0, 0x7FC0, 0, 0x8000, 0x3F80], [0x7FC0, 0x7FC1, 0x8000, 0x8000, 0x3F80]
-        changes, _ = self.gather(*(torch.tensor(side, dtype=torch.int32).to(torch.int16) for side in sides))
-        assert changes.values.tolist() == [0x7FC1, -0x8000]
-        assert changes.positions.tolist() == [0b00110]
-
-    def assert_the_shorter_form_is_taken(self) -> None:
-        """At one in sixteen both are equal, and the mask is taken; one fewer makes offsets."""
-        w = torch.zeros(BLOCK, dtype=torch.int16)
-        for changed, expected in ((BLOCK // 16, BLOCK // 8), (BLOCK // 16 - 1, 2 * (BLOCK // 16 - 1))):
-            v = w.clone()
-            v[-changed:] = 1
-            changes, _ = self.gather(w, v)
-            assert changes.positions.numel() == expected
-            assert self.scatter(w, changes)[0] == -1
-
-    def assert_nothing_beyond_views_is_touched(self, dtype) -> None:
-        n = 5003
-        w, v = make_bits(n + 8, dtype, 0.3)
-        a, b = w[3 : 3 + n], v[1 : 1 + n]
-        room, untouched = (make_bits(n + 40, dtype, 0, seed=9)[0] for _ in range(2))
-        counts, positions, digests = (
-            torch.full((3,), 7, dtype=torch.int32),
-            torch.full((n,), 7, dtype=torch.uint8),
-            torch.full((3, 1, 2), 7),
-        )
-        self.module.patch_gather_(
-            a, b, False, counts[1:2], positions[3 : 3 + (n + 7) // 8], room[5 : 5 + n], digests[:2]
-        )
-        expected, expected_digests = by_reference(a, b, False)
-        used, changed = len(expected.positions), expected.changed
-        assert counts.tolist() == [7, *expected.counts.tolist(), 7]
-        assert torch.equal(positions[3 : 3 + used], expected.positions)
-        assert set(positions[:3].tolist() + positions[3 + used :].tolist()) == {7}
-        assert torch.equal(room[5 : 5 + changed], expected.values)
-        for part in (slice(0, 5), slice(5 + changed, None)):
-            assert torch.equal(room[part], untouched[part])
-        assert torch.equal(digests[:2], expected_digests)
-        assert set(digests[2].flatten().tolist()) == {7}
-
-        room.copy_(untouched)
-        found = Changes(counts[1:2], positions[3 : 3 + used], expected.values)
-        assert self.scatter(a, found, out=room[7 : 7 + n])[0] == -1
-        assert torch.equal(room[7 : 7 + n], b)
-        for part in (slice(0, 7), slice(7 + n, None)):
-            assert torch.equal(room[part], untouched[part])
-
-    def assert_the_source_may_be_written(self) -> None:
-        for difference in (False, True):
-            w, v = make_bits(BLOCK + 77, torch.int16, 0.17)
-            changes, _ = self.gather(w, v, difference)
-            assert self.scatter(w, changes, difference, out=w)[0] == -1
-            assert torch.equal(w, v)
-
-    def assert_refuses(self, n, density) -> None:
-        """What no gather gives; and nothing is written then."""
-        w, v = (bits(side) for side in make_bits(n, torch.bfloat16, density))
-        changes = by_reference(w, v, False)[0]
-        for name, bad in hostile(changes, n):
-            expected = int(ops.reference_check(bad.counts, bad.positions, n, bad.values.numel()))
-            assert self.check(bad, n) == expected, name
-            out = torch.zeros_like(w)
-            assert self.scatter(w, bad, out=out)[0] == expected, name
-            if expected >= 0:
-                assert not out.any()
-
-    def assert_refuses_offsets(self, offsets) -> None:
-        coded = torch.tensor([byte for offset in offsets for byte in (offset & 255, offset >> 8)], dtype=torch.uint8)
-        bad = Changes(torch.tensor([2], dtype=torch.int32), coded, torch.zeros(2, dtype=torch.int16))
-        expected = int(ops.reference_check(bad.counts, coded, 999, 2))
-        assert self.check(bad, 999) == self.scatter(torch.zeros(999, dtype=torch.int16), bad)[0] == expected
-
-    def assert_a_mask_beyond_the_end_is_refused(self) -> None:
-        for last, expected in ((0b100000, 0), (0b10000, -1)):
-            changes = Changes(
-                torch.tensor([2], dtype=torch.int32),
-                torch.tensor([1, last], dtype=torch.uint8),
-                torch.zeros(2, dtype=torch.int16),
-            )
-            assert self.scatter(torch.zeros(13, dtype=torch.int16), changes)[0] == expected
-
-    def assert_the_first_bad_block_is_named(self) -> None:
-        w, v = make_bits(4 * BLOCK, torch.uint8, 0.3)
-        changes = by_reference(w, v, False)[0]
-        positions = changes.positions.clone()
-        for block in (3, 1, 2):
-            positions[block * BLOCK // 8] ^= 1
-        assert self.check(replace(changes, positions=positions), 4 * BLOCK) == 1
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", SIZES)
 def test_reference_equals_oracle(dtype, n):
@@ -357,24 +213,6 @@ def test_the_shorter_form_of_positions_is_taken(isa, n):
         assert torch.equal(scatter(w, changes)[0], v)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_nothing_beyond_misaligned_views_is_touched(isa, dtype):
-    n = 5003
-    w, v = make_bits(n + 8, dtype, 0.3)
-    for start in (1, 3):
-        a, b = w[start : start + n], v[start + 1 : start + 1 + n]
-        changes, digests = gather(a, b)
-        expected, _ = by_reference(a.clone(), b.clone(), False)
-        assert plain(changes) == plain(expected)
-        room = make_bits(n + 40, dtype, 0)[0]
-        before = bits(room).clone()
-        _, after = scatter(a, changes, out=room[start : start + n])
-        assert torch.equal(bits(room)[start : start + n], bits(b))
-        assert torch.equal(bits(room)[:start], before[:start])
-        assert torch.equal(bits(room)[start + n :], before[start + n :])
-        assert torch.equal(after, digests[1])
-
-
 def test_values_are_not_read_beyond_their_end(isa, tmp_path):
     """The values end where a page does, and what follows cannot be read."""
     import ctypes
@@ -426,39 +264,13 @@ def test_room_is_used_again(isa):
     assert plain(gather(w[:99], v[:99], room=room)[0]) == expected
 
 
-def hostile(changes: Changes, n: int):
-    """Changes that no `gather` gives, by name."""
-    counts, positions, values = changes.counts, changes.positions, changes.values
-    last = len(counts) - 1
-
-    def with_counts(block, by):
-        out = counts.clone()
-        out[block] += by
-        return replace(changes, counts=out)
-
-    def with_positions(at, value):
-        out = positions.clone()
-        out[at] = value
-        return replace(changes, positions=out)
-
-    yield "one more counted", with_counts(0, 1)
-    yield "one fewer counted", with_counts(0, -1)
-    yield "negative count", with_counts(last, -1_000_000)
-    yield "more than the block has", with_counts(0, BLOCK)
-    yield "positions cut off", replace(changes, positions=positions[:-1].clone())
-    yield "positions too long", replace(changes, positions=torch.cat([positions, positions[:1]]))
-    yield "values cut off", replace(changes, values=values[:-1].clone())
-    yield "values too many", replace(changes, values=torch.cat([values, values[:1]]))
-    yield "no positions", replace(changes, positions=positions[:0].clone())
-    yield "a bit flipped", with_positions(0, int(positions[0]) ^ 1)
-
-
 @pytest.mark.parametrize("n", [999, BLOCK + 1001])
 @pytest.mark.parametrize("density", [0.01, 0.3])
 def test_changes_that_no_gather_gives_are_refused(isa, threads, n, density):
     w, v = make_bits(n, torch.bfloat16, density)
     changes, _ = gather(w, v)
-    for name, bad in hostile(changes, n):
+    for name, make_malformed in MALFORMED.items():
+        bad = make_malformed(changes)
         if name == "a bit flipped" and density < 0.1:
             continue  # an offset of another value may still be in order
         for refused in (lambda bad=bad: check(bad, n), lambda bad=bad: scatter(w, bad)):
@@ -595,10 +407,16 @@ def test_more_than_two_billion_coordinates():
         del source, run, room, changes
 
 
-def test_a_million_coordinates(isa, threads):
-    w, v = make_bits(1_000_003, torch.int16, 0.17)
-    expected, digests = by_reference(w, v, False)
-    changes, found = gather(w, v)
-    assert plain(changes) == plain(expected)
-    assert torch.equal(found, digests)
-    assert torch.equal(bits(scatter(w, changes)[0]), bits(v))
+@pytest.mark.parametrize("case", FAMILY.collect(SIZES, special=True), ids=str)
+def test_matches_reference(isa, threads, case):
+    check_case(case, dispatched)
+
+
+@pytest.mark.parametrize("case", FAMILY.collect([5003]), ids=str)
+def test_misaligned(isa, case):
+    check_case(case, dispatched, offsets=MISALIGNED)
+
+
+@pytest.mark.parametrize("case", FAMILY.collect([MILLION], only="int16 1000003 changed 0.17"), ids=str)
+def test_a_million_coordinates(isa, threads, case):
+    check_case(case, dispatched)

@@ -1,4 +1,4 @@
-"""`patch` in CUDA C++ on fibers: positions, values and digests of the reference, and what is refused, exactly, in every order of threads."""
+"""`patch` in CUDA C++ on fibers: bit-identical to the reference in every order of threads, and refuses the same changes."""
 
 from __future__ import annotations
 
@@ -7,88 +7,45 @@ import re
 import pytest
 import torch
 
-from opdkernels.ops import patch as ops
-from opdkernels.ops.patch import BLOCK
-from opdkernels.ops.patch import cuda as patch
+from opdkernels.ops.patch import cuda
 from tests.backends.cuda.host import ORDERS, compiled, needs_compiler, run_on, source_of
-from tests.ops.patch.test_patch import BAD_OFFSETS, Operators, by_reference, make_bits, plain
+from tests.ops.conformance import MILLION, MISALIGNED, SIZES, Allocator, backend_kernel, check_case, reference
+from tests.ops.patch.cases import FAMILY, gather, make_bits, scatter
 
 pytestmark = needs_compiler
-WIDTHS = (torch.uint8, torch.int16, torch.int32, torch.int64)
-by = Operators(patch)
+KERNEL = backend_kernel("cuda")
 
 
 @pytest.fixture(autouse=True)
 def fibers(monkeypatch):
-    """Blocks of two warps: a fiber costs more than a coordinate."""
+    """Blocks of two warps: the time grows with fibers, not with coordinates."""
     run_on(monkeypatch, compiled("patch"))
-    monkeypatch.setattr(patch, "THREADS", 64)
-    monkeypatch.setattr(patch, "QUEUE_THREADS", 64)
+    monkeypatch.setattr(cuda, "THREADS", 64)
+    monkeypatch.setattr(cuda, "QUEUE_THREADS", 64)
 
 
-@pytest.mark.parametrize("dtype", WIDTHS, ids=str)
-@pytest.mark.parametrize("n", [0, 1, 31, 1023, 1025, 2048, 70_001])
-def test_every_width_and_size(dtype, n):
-    for density, difference in ((0.17, False), (0.01, True)):
-        by.assert_there_and_back(*make_bits(n, dtype, density), difference)
-    v = make_bits(n, dtype, 0)[1]
-    assert torch.equal(patch.patch_digest(v), ops.reference_digest(v))
+@pytest.mark.parametrize("case", FAMILY.collect(SIZES, special=True), ids=str)
+def test_matches_reference(case):
+    check_case(case, KERNEL)
 
 
-@pytest.mark.parametrize("dtype", WIDTHS, ids=str)
+@pytest.mark.parametrize("case", FAMILY.collect([5003]), ids=str)
+def test_misaligned(case):
+    check_case(case, KERNEL, offsets=MISALIGNED)
+
+
 @pytest.mark.parametrize("order", ORDERS)
-def test_no_order_of_threads_shows(monkeypatch, dtype, order):
+@pytest.mark.parametrize("case", FAMILY.collect(special=True, only=" mask, offsets"), ids=str)
+def test_thread_order_changes_no_bit(monkeypatch, case, order):
     run_on(monkeypatch, compiled("patch"), order=order, processors=1 + order)
-    w, v = make_bits(BLOCK + 5000, dtype, 0.02)
-    v[: BLOCK // 2] = ~w[: BLOCK // 2]  # a block with a mask, then one with offsets
-    by.assert_there_and_back(w, v, True)
+    check_case(case, KERNEL)
 
 
-@pytest.mark.parametrize("density", [0.0, 1 / 16, 1.0])
-def test_every_density(density):
-    by.assert_there_and_back(*make_bits(2 * BLOCK + 77, torch.int16, density), False)
-
-
-def test_a_million_coordinates_in_blocks_as_large_as_on_a_device(monkeypatch):
-    monkeypatch.setattr(patch, "THREADS", 512)
-    monkeypatch.setattr(patch, "QUEUE_THREADS", 256)
-    by.assert_there_and_back(*make_bits(1_000_003, torch.int16, 0.17), False)
-
-
-def test_bits_count_not_values():
-    by.assert_bits_count()
-
-
-def test_the_shorter_form_of_positions_is_taken():
-    by.assert_the_shorter_form_is_taken()
-
-
-@pytest.mark.parametrize("dtype", WIDTHS, ids=str)
-def test_nothing_beyond_misaligned_views_is_touched(dtype):
-    by.assert_nothing_beyond_views_is_touched(dtype)
-
-
-def test_the_source_may_be_what_is_written():
-    by.assert_the_source_may_be_written()
-
-
-@pytest.mark.parametrize("n", [999, BLOCK + 1001])
-@pytest.mark.parametrize("density", [0.01, 0.3])
-def test_changes_that_no_gather_gives_are_refused(n, density):
-    by.assert_refuses(n, density)
-
-
-@pytest.mark.parametrize("offsets", BAD_OFFSETS, ids=BAD_OFFSETS.get)
-def test_offsets_out_of_order_or_range_are_refused(offsets):
-    by.assert_refuses_offsets(offsets)
-
-
-def test_a_mask_with_bits_beyond_the_end_is_refused():
-    by.assert_a_mask_beyond_the_end_is_refused()
-
-
-def test_the_first_bad_block_is_named():
-    by.assert_the_first_bad_block_is_named()
+@pytest.mark.parametrize("case", FAMILY.collect([MILLION], only="int16 1000003 changed 0.17"), ids=str)
+def test_a_million_coordinates_in_blocks_of_device_size(monkeypatch, case):
+    monkeypatch.setattr(cuda, "THREADS", 512)
+    monkeypatch.setattr(cuda, "QUEUE_THREADS", 256)
+    check_case(case, KERNEL)
 
 
 BARRIER, MEETING = "__syncthreads();", "__syncwarp();"
@@ -106,18 +63,19 @@ def spoilt_at(text: str, which: int, of: int) -> str:
     return text.join(parts[: which + 1]) + text.join(parts[which + 1 :])
 
 
-def gathered(w, v) -> tuple:
-    changes, digests = by.gather(w, v)
-    return plain(changes), digests.tolist()
+def gathered(kernel) -> list:
+    w, v = make_bits(9000, torch.int16, 0.3)
+    return [output.tolist() for output in gather(kernel, Allocator(), w, v)]
 
 
-def scattered(w, changes) -> tuple:
-    status, out, digests = by.scatter(w, changes)
-    return status, out.tolist(), digests.tolist()
+def scattered(kernel) -> list:
+    w, v = make_bits(9000, torch.int16, 0.02)
+    changes = gather(reference, Allocator(), w, v)[:3]
+    return [output.tolist() for output in scatter(kernel, Allocator(), w, changes)]
 
 
-def digested(w) -> list:
-    return patch.patch_digest(w).tolist()
+def digested(kernel) -> list:
+    return kernel("patch_digest")(make_bits(9000, torch.int16, 0.02)[0]).tolist()
 
 
 # What a kernel leaves, of which each barrier is a part.
@@ -135,15 +93,13 @@ LEFT = {
 @pytest.mark.parametrize("name", LEFT)
 def test_a_missing_barrier_is_caught(monkeypatch, name):
     """Without it some order of threads leaves something else. (The second meeting of a warp only orders memory.)"""
-    text, which, left = LEFT[name]
-    w, v = make_bits(9000, torch.int16, 0.3 if left is gathered else 0.02)
-    arguments = {gathered: (w, v), scattered: (w, by_reference(w, v, False)[0]), digested: (w,)}[left]
-    expected = left(*arguments)
+    text, which, outputs = LEFT[name]
+    expected = outputs(reference)
     kernels = compiled("patch", spoilt_at(text, which, 2 if text == MEETING else 6))
     found = []
     for order in ORDERS:
         run_on(monkeypatch, kernels, order=order)
-        found.append(left(*arguments))
+        found.append(outputs(KERNEL))
     assert any(one != expected for one in found)
 
 
@@ -163,4 +119,4 @@ def test_divergent_threads_are_refused(monkeypatch, text, spoilt, said):
     with pytest.raises(
         RuntimeError, match=rf"patch_compare_2 did not start on cpu: block \d+, thread \d+, line \d+: .*({said})"
     ):
-        by.gather(*make_bits(9000, torch.int16, 0.02))
+        gathered(KERNEL)
