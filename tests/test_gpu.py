@@ -16,9 +16,8 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import backends, build, checks, record, timings
-from benchmarks.gpu.backends import CPU, REFERENCE, Backend, serves, started_by
+from benchmarks.gpu.backends import CPU, FAMILIES, REFERENCE, Backend, serves, started_by
 from benchmarks.gpu.checks import CHECKS, Inconclusive
-from benchmarks.gpu.families import FAMILIES
 from benchmarks.gpu.worker import lost as worker_lost
 from tests.backends.cuda.host import compiled, needs_compiler, run_on
 from tests.ops.conformance import Allocator

@@ -12,7 +12,9 @@ import torch
 
 from opdkernels.backends import cpu, dispatch, triton
 from opdkernels.backends.cuda import launch
-from tests.ops.conformance import OPERATORS, Family, Kernel, backend_kernel, dispatched, reference
+from tests.ops.conformance import OPERATORS, Family, Kernel, backend_kernel, dispatched, load_families, reference
+
+FAMILIES = load_families()
 
 
 @dataclass(frozen=True)

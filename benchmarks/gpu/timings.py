@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import families
-from benchmarks.gpu.backends import Backend
+from benchmarks.gpu.backends import FAMILIES, Backend
 from benchmarks.gpu.checks import on_gpu
-from benchmarks.gpu.families import FAMILIES
 from benchmarks.gpu.record import sources_of
 from opdkernels.backends.layout import BINS
 from opdkernels.ops import patch, step
@@ -25,8 +23,10 @@ from opdkernels.ops.delta import THRESHOLDS, base_and_delta, bf16_bits
 from opdkernels.ops.divergence import Divergence, divergence, tiles
 from tests.ops.conformance import BF16, FP32, FP64, Allocator, Kernel
 from tests.ops.delta.cases import call_delta
+from tests.ops.divergence.cases import KIND_CODES
 from tests.ops.gram.cases import call_gram
 from tests.ops.overlap.cases import call_overlap
+from tests.ops.step.cases import mask_tensors
 
 ROUNDS = 7
 LARGEST = 1 << 28  # coordinates
@@ -266,7 +266,7 @@ def step_of(dtype: torch.dtype, precision: str) -> Callable:
     def make(n: int, device: torch.device) -> Timed:
         param, grad = make_inputs(n, device, dtype)
         before, active = param.clone(), chosen(n, device, ACTIVE)
-        mask, offsets = (one.to(device) for one in families.mask_tensors(active.cpu(), None))
+        mask, offsets = (one.to(device) for one in mask_tensors(active.cpu()))
         count = int(offsets[-1])
         m, v = torch.zeros(count, device=device), torch.zeros(count, device=device)
         kind = step.RESIDUAL_DTYPES.get(precision) if dtype == BF16 else None
@@ -304,7 +304,7 @@ def divergence_of(kind: str) -> Callable:
         ids, numbers, code = (
             torch.zeros(tokens, 0, dtype=torch.int64, device=device),
             [1.0, 0.0, 1.0, 0.0, 1.0, 0.5],
-            families.KIND_CODES[kind],
+            KIND_CODES[kind],
         )
 
         def call(kernel: Kernel):

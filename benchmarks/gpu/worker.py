@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import checks, timings
-from benchmarks.gpu.backends import CPU, OPERATORS, found
-from benchmarks.gpu.families import FAMILIES
+from benchmarks.gpu.backends import CPU, FAMILIES, OPERATORS, found
 from opdkernels.backends import dispatch
 
 SMALL = (0, 31, 1025, 5001)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
 from opdkernels.ops import step
-from tests.ops.conformance import BF16, FP32, INT64, Allocator, Case, Kernel, assert_equal, pack_bits
+from tests.ops.conformance import BF16, FP32, INT64, Allocator, Case, Family, Kernel, assert_equal, pack_bits
 
 INF, NAN = float("inf"), float("nan")
 EXTREMES = (0.0, -0.0, 1e-45, 1e-40, 3e-39, 1.2e-38, 1e-30, 1.0, 1e19, 3e38, -3.39e38, INF, -INF, NAN)
@@ -24,114 +24,106 @@ def mask_tensors(flags: torch.Tensor, index_dtype: torch.dtype | None = None) ->
     return [pack_bits(flags), torch.cat([torch.zeros(1, dtype=INT64), padded.view(-1, step.BLOCK).sum(1).cumsum(0)])]
 
 
-def run_step(
+def call_step(
     kernel: Kernel,
     allocator: Allocator,
     state: list[list[torch.Tensor]],
     scalars: list[torch.Tensor],
+    factors: list[torch.Tensor],
     precision: str,
-    options: dict[str, Any],
+    add: bool,
 ) -> list[torch.Tensor]:
-    """Two steps of AdamW, or SGD; then what is active is taken, added and put back."""
-    params, grads, masks, offsets, first, second, most, extras = state
-    many = range(len(params))
-    for t in (1, 2):
-        mine = scalars[t - 1]
-        factors = [allocator.put(torch.tensor([factor])) for factor in (3.0, 0.7)] + [None]
-        common = (mine, list(many), [7 * i for i in many], list(many), *factors)
-        moments = (first, second, most) if second else (first,)
-        last = (
-            (False, step.PRECISIONS.index(precision), 11)
-            if second
-            else (False, True, step.PRECISIONS.index(precision), 11)
-        )
-        kernel("masked_adamw_" if second else "masked_sgd_")(
-            params, grads, masks, offsets, *moments, extras, [], [], *common, *last
-        )
-    for param, mask, offset, into in zip(params, masks, offsets, first, strict=True):
-        kernel("masked_take_")(param, mask, offset, into, options["add"])
-        kernel("masked_put_")(param, mask, offset, into)
-    return [one for held in (params, first, second, most, extras) for one in held]
+    """Two steps of AdamW, or of SGD where there is no second moment; then active weights are gathered and scattered."""
+    params, grads, masks, offsets, first, second, largest, residuals = state
+    ids = list(range(len(params)))
+    for rows in scalars:
+        common = (residuals, [], [], rows, ids, [7 * i for i in ids], ids, *factors, None, False)
+        code = step.PRECISIONS.index(precision)
+        if second:
+            kernel("masked_adamw_")(params, grads, masks, offsets, first, second, largest, *common, code, 11)
+        else:
+            kernel("masked_sgd_")(params, grads, masks, offsets, first, *common, True, code, 11)
+    for param, mask, offset, values in zip(params, masks, offsets, first, strict=True):
+        kernel("masked_gather_")(param, mask, offset, values, add)
+        kernel("masked_scatter_")(param, mask, offset, values)
+    return [tensor for tensors in (params, first, second, largest, residuals) for tensor in tensors]
 
 
-def state_of(
+def make_state(
     sizes: Sequence[int],
     dtype: torch.dtype,
-    grad: torch.dtype,
+    grad_dtype: torch.dtype,
     precision: str,
-    places: torch.Tensor | None,
+    index_dtype: torch.dtype | None,
     adamw: bool,
     density: float = 0.2,
 ) -> list[list[torch.Tensor]]:
+    """Parameters and gradients with extremes among them, masks, and a state of zeros."""
     generator = torch.Generator().manual_seed(sum(sizes))
     params, grads = (
         [(scale * torch.randn(n, generator=generator)).to(kind) for n in sizes]
-        for scale, kind in ((0.02, dtype), (1e-3, grad))
+        for scale, kind in ((0.02, dtype), (1e-3, grad_dtype))
     )
-    for one, every in itertools.product((*params, *grads), range(len(EXTREMES))):
-        one[every :: 199 + every] = EXTREMES[every]
+    for tensor, (i, value) in itertools.product((*params, *grads), enumerate(EXTREMES)):
+        tensor[i :: 199 + i] = value
     masks, offsets = zip(
-        *(mask_tensors(torch.rand(n, generator=generator) < density, places) for n in sizes), strict=True
+        *(mask_tensors(torch.rand(n, generator=generator) < density, index_dtype) for n in sizes), strict=True
     )
     active = [int(offset[-1]) if len(offset) else len(mask) for mask, offset in zip(masks, offsets, strict=True)]
 
-    def zeros(kind=FP32):
-        return [torch.zeros(k, dtype=kind) for k in active]
+    def zeros(kind: torch.dtype = FP32) -> list[torch.Tensor]:
+        return [torch.zeros(count, dtype=kind) for count in active]
 
-    extra = step.EXTRA_DTYPES.get(precision) if dtype == BF16 else None
-    return [
-        params,
-        grads,
-        list(masks),
-        list(offsets),
-        zeros(),
-        *([zeros(), zeros()] if adamw else [[], []]),
-        zeros(extra) if extra else [],
-    ]
+    residual = step.RESIDUAL_DTYPES.get(precision) if dtype == BF16 else None
+    moments = [zeros(), zeros(), zeros()] if adamw else [zeros(), [], []]
+    return [params, grads, list(masks), list(offsets), *moments, zeros(residual) if residual else []]
 
 
-def rows_of_scalars(count: int, adamw: bool) -> list[torch.Tensor]:
-    return [
-        step.adamw_scalars([t] * count, 1e-3, (0.9, 0.999), 1e-8, 0.01)
-        if adamw
-        else step.sgd_scalars([t] * count, 1e-2, 0.9, 0.1, 0.01)
-        for t in (1, 2)
-    ]
+def two_steps(count: int, adamw: bool) -> list[torch.Tensor]:
+    """The scalars of steps 1 and 2."""
+    if adamw:
+        return [step.adamw_scalars([t] * count, 1e-3, (0.9, 0.999), 1e-8, 0.01) for t in (1, 2)]
+    return [step.sgd_scalars([t] * count, 1e-2, 0.9, 0.1, 0.01) for t in (1, 2)]
 
 
-def step_cases(n: int) -> Iterator[Case]:
+def factors() -> list[torch.Tensor]:
+    return [torch.tensor([3.0]), torch.tensor([0.7])]
+
+
+def cases(n: int) -> Iterator[Case]:
     sizes = (n, 31, 0, 2048)
-    for adamw, dtype, precision in itertools.product((True, False), (FP32, BF16), step.PRECISIONS):
-        if dtype == FP32 and precision != "nearest":
-            continue
-        for places in (None, torch.zeros(0, dtype=torch.int32)):
-            state = state_of(
-                sizes, dtype, BF16 if precision in ("nearest", "kahan") else FP32, precision, places, adamw
-            )
-            label = f"{'AdamW' if adamw else 'SGD'} {dtype} {precision} by {'bits' if places is None else 'places'}"
-            yield fixed(
-                label, [state, rows_of_scalars(len(sizes), adamw), precision, {"add": adamw}], run_step, assert_equal
-            )
+    kinds = [(FP32, "nearest"), *((BF16, precision) for precision in step.PRECISIONS)]
+    for adamw, (dtype, precision), index_dtype in itertools.product((True, False), kinds, (None, torch.int32)):
+        grad = BF16 if precision in ("nearest", "kahan") else FP32
+        state = functools.partial(make_state, sizes, dtype, grad, precision, index_dtype, adamw)
+        yield Case(
+            f"{'AdamW' if adamw else 'SGD'} {dtype} {precision} {'indices' if index_dtype else 'bitmap'} {n}",
+            lambda state=state, a=adamw, p=precision: [state(), two_steps(len(sizes), a), factors(), p, a],
+            call_step,
+        )
 
 
-def repeated_step(kernel: Kernel, expected: Kernel, device: torch.device, tile: int, times: int) -> None:
+def check_repeated(kernel: Kernel, expected_by: Kernel, device: torch.device, tile: int, times: int) -> None:
     n = tile // step.BLOCK * step.BLOCK
-    state = state_of((n,), BF16, BF16, "nearest", None, True, density=0.05)
-    inputs = Allocator(device).put(rows_of_scalars(1, True)), "nearest", {"add": False}
-    big = [[one.to(device).repeat(times) for one in held] for held in state]
-    (once,) = state[3]
-    big[3] = [
-        torch.cat([torch.zeros(1, dtype=INT64), (once[1:] + once[-1] * torch.arange(times).unsqueeze(1)).flatten()]).to(
-            device
-        )
-    ]
-    found = run_step(kernel, Allocator(device), big, *inputs)
-    for i, (many, one) in enumerate(
-        zip(found, run_step(expected, Allocator("cpu"), state, rows_of_scalars(1, True), *inputs[1:]), strict=True)
-    ):
-        parts, one = (
-            side.view(torch.int16 if side.itemsize == 2 else torch.int32)
-            for side in (many.view(times, -1), one.to(device))
-        )
+    state = make_state((n,), BF16, BF16, "nearest", None, True, density=0.05)
+    repeated = [[tensor.to(device).repeat(times) for tensor in tensors] for tensors in state]
+    (counts,) = state[3]
+    blocks = (counts[1:] + counts[-1] * torch.arange(times).unsqueeze(1)).flatten()
+    repeated[3] = [torch.cat([torch.zeros(1, dtype=INT64), blocks]).to(device)]
+    on_device = Allocator(device).put([two_steps(1, True), factors()])
+    outputs = call_step(kernel, Allocator(device), repeated, *on_device, "nearest", False)
+    expected = call_step(expected_by, Allocator(), state, two_steps(1, True), factors(), "nearest", False)
+    for i, (output, once) in enumerate(zip(outputs, expected, strict=True)):
+        parts = output.view(torch.int16 if output.itemsize == 2 else torch.int32).view(times, -1)
         assert bool((parts == parts[:1]).all()), f"output {i} is not the same in every part"
-        assert_equal([many[: len(one)]], [one.cpu().view(many.dtype)], [])
+        assert_equal([output[: len(once)]], [once], [])
+
+
+FAMILY = Family(
+    "step",
+    ("masked_adamw_", "masked_sgd_", "masked_gather_", "masked_scatter_"),
+    cases,
+    tuple,
+    check_repeated,
+    bytes_per_coordinate=8,
+)
