@@ -1,4 +1,7 @@
-"""`delta`, and `analyze` around it: pairs a second, share of the read bandwidth, against eager PyTorch and the paper's reference script."""
+"""`delta` and `analyze`: pairs per second and fraction of the read bandwidth.
+
+Compared with eager PyTorch and with the paper's reference script.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from opdkernels.backends.cpu import _C
 from opdkernels.backends.layout import BINS
 from opdkernels.ops.delta import THRESHOLDS, bf16_bits, delta, exact_float
 
-EAGER_COORDINATES = 4_358_144  # one 896 x 4864 matrix: eager PyTorch gains nothing from more
+EAGER_COORDINATES = 4_358_144  # one 896 x 4864 matrix: larger inputs do not make eager PyTorch faster
 
 
 def bincounts(base: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -34,7 +37,7 @@ def bincounts(base: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def counts(base: torch.Tensor, trained: torch.Tensor) -> list[float]:
-    """The straightforward eager formulation: sums and a count a threshold."""
+    """The straightforward eager formulation: sums, and a count per threshold."""
     w, v = base.float(), trained.float()
     d = (v - w).abs()
     found = [w.square().sum().item(), v.square().sum().item(), d.square().sum().item(), d.sum().item(), d.max().item()]
@@ -130,7 +133,7 @@ def test_analyze_against_the_paper_elementwise_stage(benchmark, row, folder, pap
 
 
 def run_watched(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak anonymous bytes of a process."""
+    """Runs a command and returns its seconds and its peak anonymous memory in bytes."""
     began, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
@@ -158,8 +161,8 @@ def test_anonymous_memory_of_analyze(benchmark, row, folder, tmp_path):
     assert peak < 500e6
 
 
-def forget(path) -> None:
-    """Drops a file from the page cache."""
+def drop_from_page_cache(path) -> None:
+    """Drops a file from the page cache (Linux)."""
     import os
 
     file = os.open(path, os.O_RDONLY)
@@ -184,9 +187,9 @@ def test_cold_files_against_cat(benchmark, row, folder, tmp_path):
 
     for implementation in (cat_cold, analyze_cold) * 5:
         for file in files:
-            forget(file)
+            drop_from_page_cache(file)
         implementation()
     cat, ours = (statistics.median(times[name]) for name in ("cat", "analyze"))
-    benchmark.pedantic(analyze_cold, rounds=1)  # warm by now; the row holds the cold figures
+    benchmark.pedantic(analyze_cold, rounds=1)  # warm by now; the row has the cold times
     assert cat > 0
     row(cat_s=cat, analyze_s=ours, over_cat=ours / cat)

@@ -1,7 +1,9 @@
-"""`divergence`: forward and backward from hidden states, at the sizes of Qwen2.5-0.5B, against plain PyTorch with full logits.
+"""`divergence`: forward and backward from hidden states, Qwen2.5-0.5B sizes, against full logits.
 
-Each implementation runs in a process of its own, with its peak of anonymous memory beyond what was there before; times are paired in one.
-Errors are those of the gradients against fp64, on fewer tokens. Liger's fused JSD publishes 4 to 23 % for its own (its issue 1432).
+Peak memory is measured in one process per implementation, beyond the memory held before; times are paired in
+one process.
+Errors are those of the gradients against fp64, on fewer tokens. Liger
+reports 4 to 23 % for its fused JSD (its issue 1432).
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ BUDGET_BYTES = 300e6
 
 
 def make(tokens: int = TOKENS, vocabulary: int = data.VOCABULARY, seed: int = 0) -> list[torch.Tensor]:
-    """Hidden states and head of a student, then of a teacher not far from it, bf16; the student's have gradients."""
+    """Hidden states and head of a student, then of a teacher close to it, bf16; the student's tensors require gradients."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, data.HIDDEN, generator=generator)
     weight = torch.empty(vocabulary, data.HIDDEN, dtype=torch.bfloat16)
     other = torch.empty_like(weight)
-    for rows in range(0, vocabulary, 4096):  # in fp32 a head would be a larger peak than what is measured
+    for rows in range(0, vocabulary, 4096):  # a head in fp32 would be a larger peak than the measured one
         part = torch.randn(min(4096, vocabulary - rows), data.HIDDEN, generator=generator) * 0.1
         weight[rows : rows + 4096] = part
         other[rows : rows + 4096] = part + 0.02 * torch.randn(part.shape, generator=generator)
@@ -61,7 +63,7 @@ def gradients(inputs: list[torch.Tensor], loss: torch.Tensor) -> list[torch.Tens
 
 
 def peak_bytes(name: str, kind: str) -> int:
-    """Beyond inputs and gradients, of forward and backward in a process of its own."""
+    """Peak memory of forward and backward beyond inputs and gradients, measured in a new process."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.bench_divergence", name, kind],
         capture_output=True,
@@ -79,8 +81,8 @@ def high_water_bytes() -> int:
 
 def measure(name: str, kind: str) -> int:
     inputs = make()
-    step(name, make(8, 64), Divergence(kind))  # what torch loads and sets up
-    ctypes.CDLL(None).malloc_trim(0)  # else what is freed and kept would be had for nothing
+    step(name, make(8, 64), Divergence(kind))  # torch loads libraries at the first step
+    ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator keeps would not count
     Path("/proc/self/clear_refs").write_text("5")
     before = high_water_bytes()
     step(name, inputs, Divergence(kind))

@@ -1,4 +1,4 @@
-"""`gram`: the three Gram matrices of an MLP matrix of Qwen2.5-0.5B and its update, against fp64 and fp32 matrix products."""
+"""`gram`: the three Gram matrices of an MLP matrix of Qwen2.5-0.5B and its update, against matrix products."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_gram_matrices_against_products(benchmark, row, one_thread, wide, block)
     )
     for ours, theirs in zip(found, exact, strict=True):
         assert (ours - theirs).norm() <= (1e-8 if block else 1e-14) * theirs.norm()
-    flops = 2 * base.numel() * base.shape[1] * 2  # two halves and a whole
+    flops = 2 * base.numel() * base.shape[1] * 2  # two triangles and a full matrix
     row(
         flops_per_s=flops / seconds["gram"],
         over_fp64_products=seconds["fp64"] / seconds["gram"],

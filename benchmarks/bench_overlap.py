@@ -1,4 +1,4 @@
-"""`overlap` of two runs: pairs a second, share of the read bandwidth, against the loop of the paper's reference script."""
+"""`overlap` of two runs: coordinates per second, fraction of the read bandwidth, ratio to the paper's reference script."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_overlap_of_two_bf16_runs(benchmark, row, embedding, bandwidth, threads)
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_overlap_loop_against_the_paper_script(benchmark, row, folder, paper_script, threads):
-    """Their loop over all tensors, files in memory, against ours: reading and counting, without what either writes."""
+    """The loops over all tensors, files in memory: reading and counting, without writing results."""
     paths = [folder / name for name in ("source", "run_a", "run_b")]
     ran = subprocess.run(
         [*paper_script, "overlap", *map(str, paths), str(threads)], capture_output=True, text=True, check=True

@@ -1,4 +1,7 @@
-"""`patch` at 17 % changed coordinates: gather and scatter against eager PyTorch, create and apply against copying, sizes against zstd."""
+"""`patch` at 17 % changed coordinates.
+
+Gather and scatter against eager PyTorch, create and apply against copying, sizes against zstd.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,16 @@ def pair(embedding) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def thinned(source: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
-    """The trained tensor, changes taken back so that 17 % of the coordinates are left changed."""
+    """The trained tensor with changes reverted until 17 % of the coordinates are changed."""
     changed = bits(source) != bits(trained)
-    share = DENSITY * source.numel() / max(int(changed.sum()), 1)
-    keep = torch.rand(source.shape, generator=torch.Generator().manual_seed(0)) < share
+    fraction = DENSITY * source.numel() / max(int(changed.sum()), 1)
+    keep = torch.rand(source.shape, generator=torch.Generator().manual_seed(0)) < fraction
     return torch.where(keep, trained, source)
 
 
 @pytest.fixture(scope="session")
 def checkpoints(folder, tmp_path_factory) -> tuple[Path, Path]:
-    """The source, and a run of which 17 % of the coordinates changed; 1 GB each."""
+    """The source, and a run with 17 % of the coordinates changed; 1 GB each."""
     out = tmp_path_factory.mktemp("thinned")
     for file in sorted((folder / "source").glob("*.safetensors")):
         source, trained = load_file(file), load_file(folder / "run_a" / file.name)
@@ -48,7 +51,7 @@ def checkpoints(folder, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def eager_gather(source: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices as int32 and values: what one would write in PyTorch."""
+    """Indices as int32 and values: the usual PyTorch code."""
     changed = (bits(source) != bits(trained)).nonzero().flatten()
     return changed.int(), trained[changed]
 
@@ -130,7 +133,10 @@ def zstd_bytes(folder: Path) -> int:
 
 @pytest.mark.parametrize("zstd", [False, True], ids=["plain", "zstd"])
 def test_create_and_apply_a_checkpoint(benchmark, row, checkpoints, bandwidth, tmp_path, zstd):
-    """The whole call, files in memory. Bytes: both sides or source and patch read, patch or trained side written, each once."""
+    """The complete call, files in memory.
+
+    Bytes: both sides or source and patch read, patch or trained side written, each once.
+    """
     source, trained = checkpoints
     path, out, copy = tmp_path / "p", tmp_path / "out", tmp_path / "copy"
 

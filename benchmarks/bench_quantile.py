@@ -1,4 +1,4 @@
-"""`quantile`: the exact cut at the top or bottom 5 to 20 % of a matrix, and its overlap with a mask, against torch.topk."""
+"""`quantile`: the exact threshold of the top or bottom 5 to 20 % of a matrix and its overlap with a mask, vs torch.topk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.harness import paired
 from opdkernels.ops.quantile import quantiles
 
 ROWS, COLUMNS = 896, 4864
-SHARES = (0.05, 0.1, 0.2)
+FRACTIONS = (0.05, 0.1, 0.2)
 
 
 @pytest.mark.parametrize("largest", [True, False], ids=["top", "bottom"])
@@ -18,7 +18,7 @@ def test_cut_and_overlap_against_topk(benchmark, row, one_thread, dtype, largest
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(ROWS * COLUMNS, generator=generator).to(dtype)
     mask = torch.randint(0, 256, (values.numel() // 8,), dtype=torch.uint8, generator=generator)
-    ranks = [int(share * values.numel()) for share in SHARES]
+    ranks = [int(fraction * values.numel()) for fraction in FRACTIONS]
     bits = (mask[:, None] >> torch.arange(8)).flatten() & 1
 
     def topk():

@@ -1,5 +1,7 @@
-"""Every figure of `analyze`, spectra included: one matrix, one layer and the whole pair against the paper's reference script; Gram
-and eigenvalues against torch.linalg.svdvals; randomized SVD against torch.svd_lowrank at equal accuracy."""
+"""All metrics of `analyze`, spectra included: one matrix, one layer and the full pair against the paper's reference script.
+
+Gram matrices and eigenvalues against torch.linalg.svdvals; randomized SVD against torch.svd_lowrank at equal accuracy.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,7 @@ def test_every_figure_of_the_whole_pair(benchmark, row, folder, tmp_path, paper_
     assert peak < 1.5e9
 
 
-# Hidden size, intermediate size, keys and values, layers, vocabulary, head of its own (their config.json).
+# Hidden size, intermediate size, key-value size, layers, vocabulary, untied head (from config.json).
 MODELS = {"8B": (4096, 12288, 1024, 36, 151936, True), "70B": (8192, 28672, 1024, 80, 128256, True)}
 H100_FLOPS, H100_BYTES = 67e12, 3.35e12  # fp64 matrix products and memory, NVIDIA's data sheet
 
@@ -102,7 +104,7 @@ ACCURACY = {
 
 
 def test_accuracy_against_svd_in_fp64(benchmark, row, folder, tmp_path):
-    """The worst of each kind of figure over three matrices of a layer, tall, wide and square."""
+    """The largest error of each kind of metric over three matrices of a layer: tall, wide and square."""
     names = [f"model.layers.3.{part}_proj.weight" for part in ("mlp.down", "self_attn.k", "self_attn.q")]
     pair = []
     for run in ("source", "run_a"):
@@ -146,8 +148,11 @@ def test_cost_model_against_a_layer(benchmark, row, one_thread, tmp_path, hidden
 
 @pytest.mark.parametrize("name", MODELS)
 def test_cost_of_large_models(benchmark, row, name):
-    """From the cost model, nothing is run. The roofline of an H100: every operation at the speed of fp64 matrix products,
-    one read of the pair, and of what is left of a matrix at each column of its three tridiagonalisations."""
+    """From the cost model; nothing is run.
+
+    H100 roofline: all operations at the speed of fp64 matrix products; the pair read once, and the remaining part of a
+    matrix read at each column of its three tridiagonalizations.
+    """
     hidden, wide, narrow, layers, vocabulary, head = MODELS[name]
     shapes = layer_shapes(hidden, wide, narrow) * layers + [(vocabulary, hidden)] * (1 + head)
     flops = benchmark.pedantic(lambda: sum(cost(*shape) for shape in shapes), rounds=1)
@@ -179,7 +184,7 @@ def test_gram_and_eigenvalues_against_svdvals(benchmark, row, one_thread, wide):
 
 
 def test_randomized_svd_of_a_model_at_equal_accuracy(benchmark, row):
-    """24 updates of one shape at once, against the others one by one with the least work that makes them as right."""
+    """24 updates of one shape in one call, against the others one by one with the fewest iterations of equal accuracy."""
     sklearn = pytest.importorskip("sklearn.utils.extmath")
     generator = torch.Generator().manual_seed(0)
     source = data.weight((data.HIDDEN, data.INTERMEDIATE), generator)

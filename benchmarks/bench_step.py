@@ -1,4 +1,4 @@
-"""`step`: one step of MaskedAdamW over 105 M parameters at 20 % density, against eager PyTorch and torch's dense fused step."""
+"""`step`: one step of MaskedAdamW over 105 M parameters at 20 % density, against eager and fused PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HYPER = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
 
 def eager_step(params, grads, masks, optimizer) -> None:
-    """Mask the gradients, step, put back what is frozen: momentum and decay would move it."""
+    """Masks the gradients, steps, restores frozen weights: momentum and weight decay would change them."""
     with torch.no_grad():
         kept = [p.detach().clone() for p in params]
         for p, g, mask in zip(params, grads, masks, strict=True):
@@ -30,7 +30,7 @@ def eager_step(params, grads, masks, optimizer) -> None:
 
 
 def live_bytes() -> int:
-    """Anonymous memory of this process, what it has freed given back."""
+    """Anonymous memory of this process, after freed memory is returned to the system."""
     gc.collect()
     trim()
     return anonymous_bytes(os.getpid())
@@ -51,7 +51,7 @@ def test_masked_adamw_against_eager_and_fused(benchmark, row, dtype):
     warm.grad = torch.ones(8)
     MaskedAdamW(
         [warm], masks=[torch.ones(8, dtype=torch.bool)]
-    ).step()  # torch loads what its optimizers need at the first step
+    ).step()  # torch loads libraries at the first step of an optimizer
     before = live_bytes()
     masked = MaskedAdamW(
         [(f"{i}", p) for i, p in enumerate(ours)],
@@ -74,7 +74,7 @@ def test_masked_adamw_against_eager_and_fused(benchmark, row, dtype):
     numel, item = sum(p.numel() for p in source), source[0].itemsize
     active = sum(int(b.sum()) for b in bools)
     extra = 2 if dtype == torch.bfloat16 else 0
-    # Weights there and back and gradients once, by whole lines; moments and remainders there and back; the mask.
+    # Weights read and written and gradients read, by full cache lines; moments and residuals read and written; the mask.
     moved = numel * 3 * item + active * 2 * (8 + extra) + numel / 8
     row(
         step_s=seconds["ours"],

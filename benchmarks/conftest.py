@@ -1,4 +1,4 @@
-"""The benchmark's data and options. `make bench` runs everything here; rows go to benchmarks/results and the README."""
+"""Data and options of the benchmarks. `make bench` runs them all; results go to benchmarks/results and the README."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from opdkernels.checkpoint.open import open_checkpoint
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--bench-data", default="bench-data", help="Folder of the checkpoints; made if it is not there (3 GB)."
+        "--bench-data", default="bench-data", help="Folder of the checkpoints; created if missing (3 GB)."
     )
     parser.addoption("--paper-checkout", help="A checkout of SydCS/OPD-Param-Analysis to measure against.")
     parser.addoption(
         "--trl-python",
-        help="A Python with trl and what opdkernels[distill] needs, to measure its trainer against the loop.",
+        help="A Python with trl and the requirements of opdkernels[distill], to measure its trainer.",
     )
-    parser.addoption("--paper-python", help="A Python that has what it needs (torch, pandas, tqdm, safetensors).")
+    parser.addoption("--paper-python", help="A Python with torch, pandas, tqdm and safetensors, to run --paper-checkout.")
 
 
 @pytest.fixture(scope="session")
@@ -68,9 +68,9 @@ def paper_script(request) -> list[str]:
 
 @pytest.fixture
 def row(benchmark):
-    """Adds figures to the benchmark's record, which benchmarks/table.py prints."""
+    """Adds metrics to the benchmark's result, which benchmarks/run.py prints."""
 
-    def add(**figures):
-        benchmark.extra_info.update(figures)
+    def add(**metrics):
+        benchmark.extra_info.update(metrics)
 
     return add

@@ -1,6 +1,7 @@
-"""Makes the benchmark's checkpoints: the shapes of Qwen2.5-0.5B, a source and two runs trained from it, about 79 % of
-their coordinates bit-identical. Synthetic: weights are a scale mixture with row and column scales, updates are dense,
-heavy-tailed and small (200 steps of 1e-6), stored in bf16.
+"""Writes the checkpoints of the benchmarks: Qwen2.5-0.5B shapes, a source and two runs trained from it.
+
+About 79 % of their coordinates are bit-identical. The data are synthetic: weights are a scale mixture with row and column
+scales, updates are dense, heavy-tailed and small (200 steps of 1e-6), stored in bf16.
 
     python benchmarks/data.py bench-data          # about 3 GB: source/, run_a/, run_b/
 """
@@ -50,7 +51,7 @@ def updated(source: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def write(folder: Path, layers: int = LAYERS, vocabulary: int = VOCABULARY) -> None:
-    """Writes source, run_a and run_b as sharded safetensors, unless they are complete already."""
+    """Writes source, run_a and run_b as sharded safetensors, unless they are complete."""
     if (folder / "done.json").exists():
         return
     torch.manual_seed(0)

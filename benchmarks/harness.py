@@ -1,5 +1,8 @@
-"""Paired timing, the machine, and its limits. Every figure is a median of rounds taken in turn, so that a drift of the
-machine's speed meets all implementations alike."""
+"""Paired timing, and the machine with its bandwidth limits.
+
+Every time is the median of rounds in which the implementations take turns, so that a drift of the machine's speed affects
+all of them equally.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,20 @@ from opdkernels.runs.run_dir import processor
 
 
 def paired(implementations: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
-    """Median seconds of each, run in turn after one warm-up."""
+    """Median seconds of each implementation. They take turns, after one warm-up."""
     times: dict[str, list[float]] = {name: [] for name in implementations}
     for call in implementations.values():
         call()
     for _ in range(rounds):
         for name, call in implementations.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             call()
-            times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(found) for name, found in times.items()}
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes a second of reading one large array of integers, by torch's own sum: this machine's limit for a pass."""
+    """Bytes per second of reading a 1 GiB array with torch's sum: the machine's limit for a read-only pass."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     data = torch.ones(1 << 27, dtype=torch.int64)
@@ -39,7 +42,7 @@ def read_bandwidth(threads: int) -> float:
 
 
 def update_bandwidth(threads: int) -> float:
-    """Bytes a second, read and written, of adding to one large array in place: this machine's limit for a step."""
+    """Bytes per second, read and written, of an in-place addition to a 1 GiB array: the machine's limit for a step."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     data = torch.ones(1 << 28)
@@ -57,7 +60,7 @@ def instruction_set() -> str:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Anonymous memory of a process now (Linux)."""
+    """Anonymous memory of a process (Linux)."""
     with open(f"/proc/{pid}/status") as status:
         for line in status:
             if line.startswith("RssAnon"):

@@ -1,5 +1,6 @@
-"""Runs the benchmarks, writes benchmarks/results/<machine>.json, puts its table into the README and prints it. Arguments go on to
-pytest; where they choose some of the benchmarks, the figures of the others stay as this machine gave them before.
+"""Runs the benchmarks, writes benchmarks/results/<machine>.json, updates the README's tables and prints the machine's table.
+
+Arguments are passed to pytest. If they select some of the benchmarks, the earlier results of the others are kept.
 
     python benchmarks/run.py --paper-checkout CHECKOUT --paper-python PYTHON
     python benchmarks/run.py benchmarks/bench_step.py
@@ -57,25 +58,25 @@ def format_metric(name: str, value: float) -> str:
 
 
 def table(results: dict) -> str:
-    """Markdown, one row a benchmark."""
+    """A Markdown table with one row per benchmark."""
     rows = [f"{results['machine']}", "", "| benchmark | median | metrics |", "|---|---:|---|"]
-    for one in results["benchmarks"]:
-        metrics = ", ".join(format_metric(k, v) for k, v in one["metrics"].items())
-        rows.append(f"| {one['name']} | {1000 * one['median_s']:.4g} ms | {metrics} |")
+    for row in results["benchmarks"]:
+        metrics = ", ".join(format_metric(k, v) for k, v in row["metrics"].items())
+        rows.append(f"| {row['name']} | {1000 * row['median_s']:.4g} ms | {metrics} |")
     return "\n".join(rows)
 
 
-def show() -> None:
-    """Puts the table of every machine measured into the README, between its marks."""
+def update_readme() -> None:
+    """Writes the tables of all measured machines into the README, between its markers."""
     before, rest = README.read_text().split("<!-- benchmarks -->")
     after = rest.split("<!-- /benchmarks -->")[1]
     tables = "\n\n".join(table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json")))
     README.write_text(f"{before}<!-- benchmarks -->\n{tables}\n<!-- /benchmarks -->{after}")
 
 
-def merged(before: list[dict], now: list[dict]) -> list[dict]:
-    """Every benchmark once, its latest figures, where it first stood."""
-    latest = {one["name"]: one for one in (*before, *now)}
+def merge_results(before: list[dict], now: list[dict]) -> list[dict]:
+    """Every benchmark once, with its latest results, in the order of first appearance."""
+    latest = {row["name"]: row for row in (*before, *now)}
     return list(latest.values())
 
 
@@ -96,7 +97,7 @@ def main() -> int:
         )
         if not raw.exists() or not raw.stat().st_size:
             return int(status)
-        found = json.loads(raw.read_text())["benchmarks"]
+        measured = json.loads(raw.read_text())["benchmarks"]
     name = re.sub(r"[^a-z0-9]+", "-", f"{harness.processor()}-{harness.instruction_set()}".lower()).strip("-")
     path = RESULTS / f"{name}.json"
     results = {
@@ -109,14 +110,14 @@ def main() -> int:
                 "rounds": b["stats"]["rounds"],
                 "metrics": b["extra_info"],
             }
-            for b in found
+            for b in measured
         ],
     }
     if path.exists():
-        results["benchmarks"] = merged(json.loads(path.read_text())["benchmarks"], results["benchmarks"])
+        results["benchmarks"] = merge_results(json.loads(path.read_text())["benchmarks"], results["benchmarks"])
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    show()
+    update_readme()
     print(table(results))
     return int(status)
 

@@ -113,7 +113,7 @@ def special_cases() -> Iterator[Case]:
         yield case(f"magnitudes over {threshold_bits}", functools.partial(make_pair, 2000), threshold_bits)
     # Exact in fp32 or not, in no order, subnormal, beyond fp32, not a magnitude at all.
     for dtype in (BF16, FP32, FP64):
-        for limits in ((2.0**-7, 1e-40, 1e300, 0.0, 5e-324), (-1.0, float("nan"), float("inf"))):
+        for limits in ((2.0**-7, 1e-40, 1e300, 0.0, 5e-324), (-1.0, float("nan"), float("inf"), -0.0, 1e-5)):
             yield case(
                 f"{dtype} below {limits}", functools.partial(make_pair, 2000, dtype), DEFAULT_THRESHOLD_BITS, limits
             )

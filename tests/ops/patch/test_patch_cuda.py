@@ -10,7 +10,7 @@ import torch
 from opdkernels.ops.patch import cuda
 from tests.backends.cuda.host import ORDERS, compiled, needs_compiler, run_on, source_of
 from tests.ops.conformance import MILLION, MISALIGNED, SIZES, Allocator, backend_kernel, check_case, reference
-from tests.ops.patch.cases import FAMILY, gather, make_bits, scatter
+from tests.ops.patch.cases import FAMILY, assert_refusal_writes_nothing, gather, make_bits, malformed_cases, scatter
 
 pytestmark = needs_compiler
 KERNEL = backend_kernel("cuda")
@@ -27,6 +27,11 @@ def fibers(monkeypatch):
 @pytest.mark.parametrize("case", FAMILY.collect(SIZES, special=True), ids=str)
 def test_matches_reference(case):
     check_case(case, KERNEL)
+
+
+@pytest.mark.parametrize("case", malformed_cases(), ids=str)
+def test_refused_changes_write_nothing(case):
+    assert_refusal_writes_nothing(KERNEL, case)
 
 
 @pytest.mark.parametrize("case", FAMILY.collect([5003]), ids=str)

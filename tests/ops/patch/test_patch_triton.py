@@ -8,7 +8,7 @@ from opdkernels.backends.triton import launch
 from opdkernels.ops import patch as ops
 from opdkernels.ops.patch import triton
 from tests.ops.conformance import MILLION, MISALIGNED, SIZES, backend_kernel, check_case
-from tests.ops.patch.cases import FAMILY
+from tests.ops.patch.cases import FAMILY, assert_refusal_writes_nothing, malformed_cases
 
 KERNEL = backend_kernel("triton")
 # A unit of a digest is a step of the interpreter: of the widest dtypes, one density.
@@ -29,6 +29,11 @@ def test_matches_reference(case):
     check_case(case, KERNEL)
 
 
+@pytest.mark.parametrize("case", malformed_cases(), ids=str)
+def test_refused_changes_write_nothing(case):
+    assert_refusal_writes_nothing(KERNEL, case)
+
+
 @pytest.mark.parametrize("case", FAMILY.collect([5003]), ids=str)
 def test_misaligned(case):
     check_case(case, KERNEL, offsets=MISALIGNED)
@@ -39,7 +44,7 @@ def test_many_tiles_per_block_and_many_programs(monkeypatch, case):
     """As on a GPU: tiles are taken in turn, values and positions begin where earlier tiles end."""
     for name, size in (("TILE_BYTES", 1 << 14), ("CHUNK", 1024), ("ROWS", 2), ("STEPS", 8)):
         monkeypatch.setattr(triton, name, size)
-    monkeypatch.setattr(launch, "PROGRAMS_PER_PROCESSOR", 3)
+    monkeypatch.setattr(launch, "PROGRAMS_PER_SM", 3)
     check_case(case, KERNEL)
 
 
