@@ -12,15 +12,15 @@ from opdkernels.checkpoint.open import open_checkpoint
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--bench-data", default="bench-data", help="Folder of the checkpoints; created if missing (3 GB)."
-    )
+    parser.addoption("--bench-data", default="bench-data", help="Folder of the checkpoints; created if missing (3 GB).")
     parser.addoption("--paper-checkout", help="A checkout of SydCS/OPD-Param-Analysis to measure against.")
     parser.addoption(
         "--trl-python",
         help="A Python with trl and the requirements of opdkernels[distill], to measure its trainer.",
     )
-    parser.addoption("--paper-python", help="A Python with torch, pandas, tqdm and safetensors, to run --paper-checkout.")
+    parser.addoption(
+        "--paper-python", help="A Python with torch, pandas, tqdm and safetensors, to run --paper-checkout."
+    )
 
 
 @pytest.fixture(scope="session")
