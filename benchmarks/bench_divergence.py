@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import data
 from benchmarks.harness import paired
-from opdkernels.ops.divergence import Divergence, Head, divergence, linear_divergence
+from opdkernels.ops.divergence import Divergence, LMHead, divergence, linear_divergence
 
 TOKENS = 1024
 BUDGET_BYTES = 300e6
@@ -40,7 +40,7 @@ def make(tokens: int = TOKENS, vocabulary: int = data.VOCABULARY, seed: int = 0)
 
 
 def tiled(hidden, weight, teacher, other, spec):
-    return linear_divergence(hidden, Head(weight), teacher, Head(other), spec)
+    return linear_divergence(hidden, LMHead(weight), teacher, LMHead(other), spec)
 
 
 def full(hidden, weight, teacher, other, spec, dtype=torch.float32):

@@ -32,7 +32,7 @@ def loop(
     out: str,
 ) -> dict[str, float]:
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from opdkernels.distillation.loop import distill
+    from opdkernels.distillation.loop import train
     from opdkernels.distillation.options import options_from
 
     given = {
@@ -48,7 +48,7 @@ def loop(
         "threads": threads,
         "device": "cpu",
     }
-    distill(options_from(None, given), out)
+    train(options_from(None, given), out)
     rows = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
     # the step, its log and what lies between; without the checkpoints at both ends
     seconds = [row["seconds"]["all"] - row["seconds"].get("save", 0) for row in rows]

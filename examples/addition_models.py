@@ -68,20 +68,20 @@ def make_model(which: str):
 
 def make_batch(task: Addition, tokenizer, step: int) -> torch.Tensor:
     """Token ids of one batch of sums, [batch_size, 10]."""
-    entries = [task.entry(step * BATCH_SIZE + i) for i in range(BATCH_SIZE)]
+    examples = [task.example(step * BATCH_SIZE + i) for i in range(BATCH_SIZE)]
     return torch.tensor(
-        [[*tokenizer(entry.prompt + entry.answer)["input_ids"], tokenizer.eos_token_id] for entry in entries]
+        [[*tokenizer(example.prompt + example.answer)["input_ids"], tokenizer.eos_token_id] for example in examples]
     )
 
 
 def accuracy(model, tokenizer, task: Addition) -> float:
-    entries = task.held_out(2000)
-    prompts = torch.tensor([tokenizer(entry.prompt)["input_ids"] for entry in entries])
+    examples = task.eval_examples(2000)
+    prompts = torch.tensor([tokenizer(example.prompt)["input_ids"] for example in examples])
     completions = model.generate(prompts, max_new_tokens=4, do_sample=False)[:, prompts.shape[1] :]
     return sum(
-        tokenizer.decode(row, skip_special_tokens=True) == entry.answer
-        for row, entry in zip(completions, entries, strict=True)
-    ) / len(entries)
+        tokenizer.decode(row, skip_special_tokens=True) == example.answer
+        for row, example in zip(completions, examples, strict=True)
+    ) / len(examples)
 
 
 def train(which: str, folder: Path) -> None:

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from opdkernels.checkpoint import strict_json
 from opdkernels.config import validate_options
-from opdkernels.distillation.models import taken
 from opdkernels.distillation.options import DistillOptions
+from opdkernels.distillation.text import image_input_errors
 from opdkernels.errors import InputError, UsageError
 from opdkernels.masks import MaskSet
 from opdkernels.masks.mask_set import FORMAT
@@ -73,7 +73,7 @@ def test_records_keep_their_own_message(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [InputError, UsageError])
 def test_model_inputs_keep_their_own_message(error):
-    with pytest.raises(error, match=r"^no such head$"), taken({"pixel_values": torch.zeros(1)}):
+    with pytest.raises(error, match=r"^no such head$"), image_input_errors({"pixel_values": torch.zeros(1)}):
         raise error("no such head")
 
 

@@ -613,21 +613,21 @@ def distill(
 ) -> None:
     """Train a student on its own samples from a teacher's view of every token, and follow what that does to the weights.
 
-    OUT gets checkpoint-N folders (transformers' format, checkpoint-0 the start), log.jsonl with a line a step, track.jsonl with a
-    line a mark, and masks of what had changed at each mark. A run that was killed goes on from its last
+    OUT gets checkpoint-N folders (transformers' format, checkpoint-0 the start), log.jsonl with a line a step, snapshots.jsonl with a
+    line per snapshot, and masks of what had changed at each snapshot. A run that was killed goes on from its last
     checkpoint (--save-steps) with the same command.
 
     Example: opdkernels distill --student Qwen2.5-0.5B --teacher Qwen2.5-1.5B --prompts prompts.jsonl --max-steps 200 -o run
     """
-    from opdkernels.distillation.loop import distill, lines, summary
+    from opdkernels.distillation.loop import format_text, summary, train
     from opdkernels.distillation.options import options_from
-    from opdkernels.distillation.world import leave
+    from opdkernels.distillation.world import shutdown
 
     options = options_from(config, {name: value for name, value in given.items() if value is not None})
-    result = distill(options, out, quiet=quiet)
-    if not quiet and result.first:
-        show(summary(result), lines(result), json)
-    leave(result.exit_status)
+    result = train(options, out, quiet=quiet)
+    if not quiet and result.is_main:
+        show(summary(result), format_text(result), json)
+    shutdown(result.exit_status)
     raise typer.Exit(result.exit_status)
 
 

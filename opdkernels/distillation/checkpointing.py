@@ -1,6 +1,7 @@
-"""Checkpoints of a run: weights and tokenizer as transformers reads them, and the state that a killed run goes on from.
+"""The run directory: whose run it holds, what a run resumes from, and its checkpoints.
 
-A checkpoint is a folder `checkpoint-N` after N steps; it is written beside and renamed, so that there is a whole one or none.
+A checkpoint is a folder `checkpoint-N` after N steps, with weights and tokenizer as transformers reads them and the state
+that a run resumes from. It is written under a temporary name and renamed, so that it is complete or absent.
 """
 
 from __future__ import annotations
@@ -13,312 +14,330 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from opdkernels.distillation.models import Text
+from opdkernels.distillation.jsonl import read_rows
 from opdkernels.distillation.options import SELF, DistillOptions
-from opdkernels.distillation.tracker import effective, read_rows, step_of_mask
-from opdkernels.distillation.world import Ranks, full_state
+from opdkernels.distillation.text import TextProcessor
+from opdkernels.distillation.tracker import effective_weights, step_of_mask
+from opdkernels.distillation.world import World, full_state
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.files import sync, write_json
 from opdkernels.runs.run_dir import lock_dir, remove_path
 from opdkernels.version import __version__
 
-ABOUT = "run.json"
-STATE = "training.pt"
-OWN_FILES = (
+RUN_FILE = "run.json"
+STATE_FILE = "training.pt"
+# everything that a run writes, which a new run with --overwrite removes
+RUN_OUTPUTS = (
     "checkpoint-[0-9]*",
     ".checkpoint-[0-9]*.part",
-    "made-of-[0-9]*",
+    "derived-at-[0-9]*",
     "masks",
     "weights",
     "tensorboard",
-    *(f"{name}.{kind}" for name in ("log", "scores", "track") for kind in ("jsonl", "part")),
+    *(f"{name}.{kind}" for name in ("log", "scores", "snapshots") for kind in ("jsonl", "part")),
 )
-OF_MODELS = {
-    ".safetensors",
-    ".bin",
-    ".json",
-    ".jinja",
-    ".model",
-    ".txt",
-}  # of a checkpoint's folder; a run's own state comes and goes
-PIECES, PIECE_BYTES = 256, 1 << 16  # of a large file that are looked at
-FREE = {
-    "max_steps",
-    "save_steps",
-    "eval_steps",
-    "tensorboard",
-    "wandb",
-    "threads",
-    "overwrite",
-}  # may change when a run goes on
+# files that make up a model; a checkpoint's training state may appear and disappear
+MODEL_SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
+NUM_SAMPLES, SAMPLE_BYTES = 256, 1 << 16  # pieces of a large file that its digest covers
+# options that may change when a run resumes
+MUTABLE_OPTIONS = {"max_steps", "save_steps", "eval_steps", "tensorboard", "wandb", "threads", "overwrite"}
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """The checkpoint that a run resumes from."""
+
+    step: int
+    path: Path
 
 
 def identity(options: DistillOptions) -> str:
-    """What two runs must share for one to go on from the other; options that are as by default count alike, known or not yet."""
-    kept = {
+    """Digest of what two runs must share for one to resume the other; options with default values do not count, so that
+    a new option changes no digest."""
+    values = {
         name: value
         for name, value in options.model_dump(mode="json", exclude_defaults=True).items()
-        if name not in FREE
+        if name not in MUTABLE_OPTIONS
     }
     for name in ("prompts", "eval_prompts", "masks"):
-        if kept.get(name) and Path(kept[name]).is_file():
-            kept[name] = content_of(Path(kept[name]))
-    if kept.get("subspace") and Path(kept["subspace"]).is_dir():
-        kept["subspace"] = [content_of(path) for path in sorted(Path(kept["subspace"]).glob("*.safetensors"))]
-    return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).hexdigest()
+        if values.get(name) and Path(values[name]).is_file():
+            values[name] = file_digest(Path(values[name]))
+    if values.get("subspace") and Path(values["subspace"]).is_dir():
+        values["subspace"] = [file_digest(path) for path in sorted(Path(values["subspace"]).glob("*.safetensors"))]
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def content_of(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Digest of a file's content."""
+    digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        found = hashlib.blake2b(digest_size=16)
         while block := file.read(1 << 22):
-            found.update(block)
-    return found.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def glimpse_of(path: Path) -> str:
-    """A digest of a file's size and content; of a large one's, pieces from its beginning to its end: training changes nearly all of them."""
-    size, found = path.stat().st_size, hashlib.blake2b(digest_size=16)
-    found.update(str(size).encode())
-    whole = size <= PIECES * PIECE_BYTES
+def sampled_digest(path: Path) -> str:
+    """Digest of a file's size and content; of a large file only evenly spaced pieces, as training changes nearly all of
+    them."""
+    size, digest = path.stat().st_size, hashlib.blake2b(digest_size=16)
+    digest.update(str(size).encode())
+    if size <= NUM_SAMPLES * SAMPLE_BYTES:
+        offsets = list(range(0, size, SAMPLE_BYTES))
+    else:
+        offsets = [i * (size - SAMPLE_BYTES) // (NUM_SAMPLES - 1) for i in range(NUM_SAMPLES)]
     with open(path, "rb") as file:
-        for start in (
-            range(0, size, PIECE_BYTES) if whole else (i * (size - PIECE_BYTES) // (PIECES - 1) for i in range(PIECES))
-        ):
-            file.seek(start)
-            found.update(file.read(PIECE_BYTES))
-    return found.hexdigest()
+        for offset in offsets:
+            file.seek(offset)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
-def open_folder(
-    out: str | os.PathLike[str], options: DistillOptions, ranks: Ranks
-) -> Iterator[tuple[Path, tuple[int, Path] | None]]:
-    """The folder of a run, locked for a while, and the checkpoint that the run goes on from, if any; nothing in it changes before
-    `begin`. Raises InputError where another process writes to it, UsageError where another run is in it."""
-    with contextlib.ExitStack() as held:
-        yield ranks.told(lambda: standing(held.enter_context(lock_dir(out)), options))
+def open_run_dir(
+    out: str | os.PathLike[str], options: DistillOptions, world: World
+) -> Iterator[tuple[Path, ResumePoint | None]]:
+    """Locks the folder of a run and finds what to resume; nothing in it changes before `start_run`.
+
+    Raises InputError if another process writes to the folder, UsageError if it holds another run."""
+    with contextlib.ExitStack() as stack:
+        yield world.run_on_main(lambda: find_resume_point(stack.enter_context(lock_dir(out)), options))
 
 
-def standing(folder: Path, options: DistillOptions) -> tuple[Path, tuple[int, Path] | None]:
-    """A folder and the checkpoint that a run with these options goes on from there; None where it begins, and may clear the folder."""
-    named, about = printable(os.fspath(folder)), folder / ABOUT
-    if not about.exists():
-        if any(
-            not path.name.startswith(f".{ABOUT}.") for path in folder.iterdir()
-        ):  # but for what a run that was killed at once left
-            raise UsageError(f"{named} is not empty and holds no run of distill; choose another folder")
+def find_resume_point(folder: Path, options: DistillOptions) -> tuple[Path, ResumePoint | None]:
+    """The folder, and the checkpoint in it that a run with these options resumes from; None if the run starts from the
+    beginning, where it may remove what another run wrote."""
+    name, run_file = printable(os.fspath(folder)), folder / RUN_FILE
+    if not run_file.exists():
+        # a run that was killed at its start leaves only a temporary run.json
+        if any(not path.name.startswith(f".{RUN_FILE}.") for path in folder.iterdir()):
+            raise UsageError(f"{name} is not empty and holds no run of distill; choose another folder")
         return folder, None
-    before, found = read_about(about), newest(folder)
-    if before.get("command") != "distill":
+    previous, latest = read_run_file(run_file), latest_checkpoint(folder)
+    if previous.get("command") != "distill":
         raise UsageError(
-            f"{named} has a {ABOUT} that is not of distill, which replaces its own runs alone; choose another folder"
+            f"{name} has a {RUN_FILE} that is not of distill, which replaces only its own runs; choose another folder"
         )
-    other = refusal(folder, options, before)
-    if other is not None and not options.overwrite and begun(folder):
-        raise other
-    if found and other is None:
-        if not (options.overwrite and lacks(folder, found[0], options.save_steps)):
-            return folder, found
+    conflict = resume_conflict(folder, options, previous)
+    if conflict is not None and not options.overwrite and has_progress(folder):
+        raise conflict
+    if latest and conflict is None:
+        if not (options.overwrite and missing_checkpoints(folder, latest.step, options.save_steps)):
+            return folder, latest
         warnings.warn(
-            f"{named} has taken {found[0]} steps and lacks checkpoints that save_steps asks for; it is overwritten",
+            f"{name} has taken {latest.step} steps and lacks checkpoints that save_steps asks for; it is overwritten",
             stacklevel=2,
         )
-    keep_apart(folder, options)
+    check_paths_disjoint(folder, options)
     return folder, None
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """What a folder says of its run; nothing where that cannot be read."""
+def read_run_file(path: Path) -> dict[str, Any]:
+    """Content of run.json; empty if it cannot be read."""
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def refusal(folder: Path, options: DistillOptions, before: dict[str, Any]) -> Exception | None:
-    """Why a run with these options cannot go on from the one in a folder, if it cannot."""
-    named, found = printable(os.fspath(folder)), newest(folder)
-    if before.get("identity") != identity(options):
-        return UsageError(f"{named} holds another run; choose another folder, or --overwrite it")
-    known = before.get("models", {})  # a run of earlier date did not look at them
-    for place, files in models_of(options).items():
-        other = next(
-            (
-                name
-                for name in sorted({*known.get(place, files), *files})
-                if known.get(place, files).get(name) != files.get(name)
-            ),
-            None,
-        )
-        if other is not None:
+def resume_conflict(folder: Path, options: DistillOptions, previous: dict[str, Any]) -> Exception | None:
+    """Why a run with these options cannot resume the run in a folder; None if it can."""
+    name, latest = printable(os.fspath(folder)), latest_checkpoint(folder)
+    if previous.get("identity") != identity(options):
+        return UsageError(f"{name} holds another run; choose another folder, or --overwrite it")
+    known = previous.get("models", {})  # absent in runs of early versions
+    for path, files in model_fingerprints(options).items():
+        before = known.get(path, files)
+        changed = next((file for file in sorted({*before, *files}) if before.get(file) != files.get(file)), None)
+        if changed is not None:
             return InputError(
-                f"{printable(other)} in {printable(place)} is not what it was when the run in {named} began; put it back, choose another folder, or --overwrite the run"
+                f"{printable(changed)} in {printable(path)} has changed since the run in {name} started; "
+                "restore it, choose another folder, or --overwrite the run"
             )
-    if found and found[0] > options.max_steps:
+    if latest and latest.step > options.max_steps:
         return UsageError(
-            f"{named} has taken {found[0]} steps and steps is {options.max_steps}; give as many, or overwrite it"
+            f"{name} has taken {latest.step} steps and max_steps is {options.max_steps}; "
+            "set it to at least as many, or overwrite the run"
         )
     return None
 
 
-def models_of(options: DistillOptions) -> dict[str, dict[str, Any]]:
-    """What tells one state of the models' folders from another, by place and file."""
-    found: dict[str, dict[str, Any]] = {}
-    for place in (options.student, *options.teachers.values()):
-        if place != SELF and Path(place).is_dir():
-            files = sorted(path for path in Path(place).iterdir() if path.suffix in OF_MODELS and path.is_file())
-            found[place] = {path.name: glimpse_of(path) for path in files}
-    return found
+def model_fingerprints(options: DistillOptions) -> dict[str, dict[str, Any]]:
+    """Digests of the files of each model folder, by folder and file name."""
+    fingerprints: dict[str, dict[str, Any]] = {}
+    for path in (options.student, *options.teachers.values()):
+        if path != SELF and Path(path).is_dir():
+            files = sorted(file for file in Path(path).iterdir() if file.suffix in MODEL_SUFFIXES and file.is_file())
+            fingerprints[path] = {file.name: sampled_digest(file) for file in files}
+    return fingerprints
 
 
-def begun(folder: Path) -> bool:
-    """Whether the run in a folder has taken a step: until then nothing is lost with it."""
-    return newest(folder) is not None or any(row["step"] for row in read_rows(folder / "log.jsonl"))
+def has_progress(folder: Path) -> bool:
+    """Whether the run in a folder has taken a step; otherwise nothing is lost if it is replaced."""
+    return latest_checkpoint(folder) is not None or any(row["step"] for row in read_rows(folder / "log.jsonl"))
 
 
-def lacks(folder: Path, step: int, save_steps: int) -> bool:
-    """Whether a run up to a step has not all the checkpoints that it is asked for."""
+def missing_checkpoints(folder: Path, step: int, save_steps: int) -> bool:
+    """Whether a run up to `step` lacks a checkpoint that save_steps asks for."""
     return bool(save_steps) and not all(
-        (folder / f"checkpoint-{one}").exists() for one in range(save_steps, step + 1, save_steps)
+        (folder / f"checkpoint-{saved}").exists() for saved in range(save_steps, step + 1, save_steps)
     )
 
 
-def keep_apart(folder: Path, options: DistillOptions) -> None:
-    """Raises UsageError where what a run reads lies in the folder that it would clear."""
-    own = os.path.realpath(folder)
-    given = [
+def check_paths_disjoint(folder: Path, options: DistillOptions) -> None:
+    """Raises UsageError if an input of the run is inside the folder whose content the run removes."""
+    root = os.path.realpath(folder)
+    inputs = [
         ("student", options.student),
-        *(("teacher", place) for place in options.teachers.values() if place != SELF),
+        *(("teacher", path) for path in options.teachers.values() if path != SELF),
         *((name, getattr(options, name)) for name in ("prompts", "eval_prompts", "masks", "subspace")),
     ]
-    for name, place in given:
-        if place and os.path.exists(place) and (os.path.realpath(place) + os.sep).startswith(own + os.sep):
+    for name, path in inputs:
+        if path and os.path.exists(path) and (os.path.realpath(path) + os.sep).startswith(root + os.sep):
             raise UsageError(
-                f"the {name} {printable(place)} lies in {printable(os.fspath(folder))}, which the run would clear; choose another folder"
+                f"the {name} {printable(path)} is inside {printable(os.fspath(folder))}, whose content the run would "
+                "remove; choose another folder"
             )
 
 
-def begin(folder: Path, options: DistillOptions) -> None:
-    """Makes a folder that of a new run. Until all that another left is gone it says that it is of no run in particular."""
-    about = {"command": "distill", "version": __version__}
-    write_json(folder / ABOUT, about)
-    for pattern in OWN_FILES:
+def start_run(folder: Path, options: DistillOptions) -> None:
+    """Removes what an earlier run wrote and writes run.json. Until the removal is complete, run.json has no identity and
+    matches no run."""
+    header = {"command": "distill", "version": __version__}
+    write_json(folder / RUN_FILE, header)
+    for pattern in RUN_OUTPUTS:
         for path in list(folder.glob(pattern)):
             remove_path(path)
     write_json(
-        folder / ABOUT,
+        folder / RUN_FILE,
         {
-            **about,
+            **header,
             "identity": identity(options),
-            "models": models_of(options),
+            "models": model_fingerprints(options),
             "options": options.model_dump(mode="json"),
         },
     )
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Steps and folders of the checkpoints, in order."""
-    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
-    return sorted((int(match[1]), path) for match, path in found if match)
+    """(step, folder) of each checkpoint, in order."""
+    matches = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
-def newest(folder: Path) -> tuple[int, Path] | None:
-    """The last checkpoint that a run can go on from."""
-    whole = [(step, path) for step, path in checkpoints(folder) if (path / STATE).exists()]
-    return whole[-1] if whole else None
+def latest_checkpoint(folder: Path) -> ResumePoint | None:
+    """The last checkpoint with a training state."""
+    resumable = [ResumePoint(step, path) for step, path in checkpoints(folder) if (path / STATE_FILE).exists()]
+    return resumable[-1] if resumable else None
 
 
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """A folder to write in that takes its place when all is written and on the disk, and is gone where that fails."""
-    part = partial(path)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+def write_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that is synced and renamed to `path` at the end, or removed on an exception."""
+    temporary = temporary_path(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        yield part
-        for one in (*part.rglob("*"), part):
-            sync(one)
+        yield temporary
+        for file in (*temporary.rglob("*"), temporary):
+            sync(file)
         shutil.rmtree(path, ignore_errors=True)
-        part.rename(path)
+        temporary.rename(path)
         sync(path.parent)
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def save(folder: Path, step: int, model: Any, text: Text, state: dict[str, Any] | None, ranks: Ranks) -> None:
-    """Writes a checkpoint; states of earlier ones, which no run needs once this and what was logged and marked are on the disk, are let
-    go. With LoRA the factors are beside the merged weights. Every process must call this; each keeps its own part of the state."""
-    sync_marks(folder, ranks)
-    place, whole = folder / f"checkpoint-{step}", full_state(model, ranks)
-    if not ranks.first:
-        ranks.wait()
+def save(folder: Path, step: int, model: Any, text: TextProcessor, state: dict[str, Any] | None, world: World) -> Path:
+    """Writes a checkpoint and deletes the training state of earlier ones. Every process must call this.
+
+    Args:
+        folder: The run's folder.
+        step: Number of steps taken.
+        model: Model of transformers; with LoRA the merged weights are saved, and the factors in `adapter`.
+        text: Tokenizer, saved with the model.
+        state: This process's training state; None for the start of a run, which nothing resumes from.
+        world: Processes of the run.
+
+    Returns:
+        The folder of the checkpoint.
+    """
+    sync_metrics(folder, world)
+    path, weights = folder / f"checkpoint-{step}", full_state(model, world)
+    if not world.is_main:
+        world.barrier()
         if state is not None:
-            torch.save(state, partial(place) / state_name(ranks))
-            sync(partial(place) / state_name(ranks))
-        ranks.wait()
-        return
-    with written(place) as part:
-        ranks.wait()
+            torch.save(state, temporary_path(path) / state_file(world))
+            sync(temporary_path(path) / state_file(world))
+        world.barrier()
+        return path
+    with write_folder(path) as temporary:
+        world.barrier()
         if hasattr(model, "get_base_model"):
-            save_merged(model, part)
+            save_merged(model, temporary)
         else:
-            model.save_pretrained(part, state_dict=whole)
-        (text.processor or text.tokenizer).save_pretrained(part)
+            model.save_pretrained(temporary, state_dict=weights)
+        (text.processor or text.tokenizer).save_pretrained(temporary)
         if state is not None:
-            torch.save(state, part / state_name(ranks))
-        ranks.wait()
-    for other, path in checkpoints(folder):
-        if other != step and state is not None:
-            for old in path.glob("training*.pt"):
-                old.unlink()
+            torch.save(state, temporary / state_file(world))
+        world.barrier()
+    # The new checkpoint, and the metrics up to it, are on disk: no run needs earlier states.
+    for other_step, other in checkpoints(folder):
+        if other_step != step and state is not None:
+            for old_state in other.glob("training*.pt"):
+                old_state.unlink()
+    return path
 
 
-def sync_marks(folder: Path, ranks: Ranks) -> None:
-    """Has the disk hold what this process logged and marked since the last checkpoint."""
-    before = max((one for one, _ in checkpoints(folder)), default=0)
-    written = [*folder.glob(f"weights/*-{ranks.rank}.bin"), folder / "weights"]
-    if ranks.first:
-        masks = [path for path in (folder / "masks").glob("step-*.safetensors") if step_of_mask(path) > before]
-        written += [*folder.glob("*.jsonl"), *masks, folder / "masks"]
-    for path in written:
+def sync_metrics(folder: Path, world: World) -> None:
+    """Syncs to disk what this process has logged since the last checkpoint."""
+    previous_step = max((step for step, _ in checkpoints(folder)), default=0)
+    paths = [*folder.glob(f"weights/*-{world.rank}.bin"), folder / "weights"]
+    if world.is_main:
+        masks = [path for path in (folder / "masks").glob("step-*.safetensors") if step_of_mask(path) > previous_step]
+        paths += [*folder.glob("*.jsonl"), *masks, folder / "masks"]
+    for path in paths:
         if path.exists():
             sync(path)
 
 
-def partial(place: Path) -> Path:
-    return place.with_name(f".{place.name}.part")
+def temporary_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
-def state_name(ranks: Ranks) -> str:
-    return STATE if ranks.first else f"training-{ranks.rank}.pt"
+def state_file(world: World) -> str:
+    return STATE_FILE if world.is_main else f"training-{world.rank}.pt"
 
 
-def save_merged(model: Any, part: Path) -> None:
-    """A peft model's factors in `adapter`, and the plain model with them multiplied out."""
-    model.save_pretrained(part / "adapter")
-    model.get_base_model().save_pretrained(part, state_dict=dict(effective(model)))
+def save_merged(model: Any, folder: Path) -> None:
+    """Saves a peft model with its factors multiplied out, and the factors in `adapter`."""
+    model.save_pretrained(folder / "adapter")
+    model.get_base_model().save_pretrained(folder, state_dict=dict(effective_weights(model)))
 
 
-def load_state(path: Path, ranks: Ranks) -> dict[str, Any]:
-    """This process's part of a checkpoint's state."""
+def load_state(path: Path, world: World) -> dict[str, Any]:
+    """This process's training state of a checkpoint. Raises InputError if it cannot be read, UsageError for another
+    number of processes."""
     try:
-        state = torch.load(path / state_name(ranks), weights_only=True)
-        if state["processes"] != ranks.size:
+        state = torch.load(path / state_file(world), weights_only=True)
+        if state["processes"] != world.size:
             raise UsageError(
-                f"the run was of {state['processes']} processes and is now of {ranks.size}; go on with as many as before"
+                f"the run used {state['processes']} processes and has {world.size} now; "
+                f"resume it with {state['processes']}"
             )
         return state
     except UsageError:
         raise
     except Exception as error:
+        reason = printable(str(error).splitlines()[0])[:200]
         raise InputError(
-            f"{printable(os.fspath(path / STATE))} cannot be read ({printable(str(error).splitlines()[0])[:200]}); delete {printable(path.name)}, and run the same command again"
+            f"{printable(os.fspath(path / STATE_FILE))} cannot be read ({reason}); "
+            f"delete {printable(path.name)} and run the same command again"
         ) from None

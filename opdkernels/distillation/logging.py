@@ -1,8 +1,7 @@
-"""A run's log: one JSON line a step, TensorBoard and Weights & Biases where asked for, and a line on the terminal."""
+"""Metrics of a run: one JSON line per step, TensorBoard and Weights & Biases on request, and a line on the terminal."""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,180 +11,192 @@ from typing import Any, NamedTuple
 
 import torch
 
-from opdkernels.distillation.tracker import finite, read_rows, write_rows
-from opdkernels.distillation.world import Ranks
+from opdkernels.distillation.jsonl import append_row, finite, read_rows, write_rows
+from opdkernels.distillation.world import World
 from opdkernels.errors import UsageError, printable
 
-LINE_EVERY_S = 2.0
-SHOWN = (
+CONSOLE_INTERVAL_S = 2.0
+CONSOLE_METRICS = (
     ("loss", "loss {:.4f}"),
     ("reverse_kl", "KL {:.4f}"),
-    ("agreement", "agreement {:.2f}"),
+    ("top1_agreement", "top-1 agreement {:.2f}"),
     ("reward", "reward {:.2f}"),
     ("accuracy", "accuracy {:.3f}"),
 )
 
 
-class Board(NamedTuple):
-    """Where a step's figures go beside the log."""
+class LogSink(NamedTuple):
+    """A receiver of a step's metrics, in addition to log.jsonl."""
 
-    write: Callable[[dict[str, float], int], None]
+    write: Callable[[dict[str, float], int], None]  # (metrics, step)
     close: Callable[[], Any]
 
 
-class Log:
-    """Writes rows of figures; rows after `step`, of a run that was killed there, are let go, and from 0 on all."""
+class MetricsLogger:
+    """Writes a row of metrics per step to log.jsonl, scores.jsonl, the sinks and the terminal.
 
-    def __init__(self, folder: Path, step: int, total: int, quiet: bool, ranks: Ranks, boards: Sequence[Board] = ()):
-        self.path, self.scores, self.total, self.quiet = folder / "log.jsonl", folder / "scores.jsonl", total, quiet
-        self.first_rank = ranks.first
-        if ranks.first:
-            for path in (self.path, self.scores):
+    Rows after `step`, which the run resumes from, are removed; if `step` is 0, all rows are.
+    """
+
+    def __init__(
+        self, folder: Path, step: int, max_steps: int, *, quiet: bool, world: World, sinks: Sequence[LogSink] = ()
+    ):
+        self.log_path, self.scores_path = folder / "log.jsonl", folder / "scores.jsonl"
+        self.first_step, self.max_steps, self.quiet, self.sinks = step, max_steps, quiet, sinks
+        self.is_main = world.is_main
+        self.start_time, self.last_printed = time.monotonic(), 0.0
+        if self.is_main:
+            for path in (self.log_path, self.scores_path):
                 write_rows(path, [row for row in read_rows(path) if step and row["step"] <= step])
-        self.shown, self.began, self.first = 0.0, time.monotonic(), step
-        self.boards = boards
 
-    def row(self, row: dict[str, Any]) -> None:
-        if not self.first_rank:
+    def log(self, row: dict[str, Any]) -> None:
+        """Writes the metrics of a step; `scores` of an evaluation go to scores.jsonl."""
+        if not self.is_main:
             return
-        scores, row = row.pop("scores", None), row | rates(row)
-        for path, content in ((self.path, row), (self.scores, {"step": row["step"], "scores": scores})):
-            if content.get("scores", ()) is not None:
-                with open(path, "a") as file:
-                    file.write(json.dumps(finite(content), allow_nan=False) + "\n")
-        for board in self.boards:
-            board.write(dict(flat(row)), row["step"])
-        self.show(row)
+        scores, row = row.pop("scores", None), row | tokens_per_second(row)
+        append_row(self.log_path, finite(row))
+        if scores is not None:
+            append_row(self.scores_path, {"step": row["step"], "scores": scores})
+        for sink in self.sinks:
+            sink.write(dict(flatten(row)), row["step"])
+        self.print_progress(row)
 
     def accuracies(self) -> list[tuple[int, float]]:
-        """Steps and accuracies of the evaluations so far."""
-        return [(row["step"], row["accuracy"]) for row in read_rows(self.path) if "accuracy" in row]
+        """Step and accuracy of each evaluation so far."""
+        return [(row["step"], row["accuracy"]) for row in read_rows(self.log_path) if "accuracy" in row]
 
-    def show(self, row: dict[str, Any]) -> None:
-        now, live = time.monotonic(), sys.stderr.isatty()
-        last = row["step"] == self.total or "accuracy" in row
-        if self.quiet or not (live or last or now - self.shown >= LINE_EVERY_S):
+    def print_progress(self, row: dict[str, Any]) -> None:
+        """Prints a progress line to stderr; on a terminal the next line replaces it."""
+        now, is_terminal = time.monotonic(), sys.stderr.isatty()
+        keep_line = row["step"] == self.max_steps or "accuracy" in row
+        if self.quiet or not (is_terminal or keep_line or now - self.last_printed >= CONSOLE_INTERVAL_S):
             return
-        self.shown = now
-        done = row["step"] - self.first
-        left = (now - self.began) / done * (self.total - row["step"]) if done else 0
-        facts = [text.format(row[name]) for name, text in SHOWN if row.get(name) is not None]
-        line = f"step {row['step']} of {self.total}: {', '.join(facts)}, {left:.0f} s left"
-        print(f"\r\x1b[K{line}" if live else line, end="\n" if last or not live else "", file=sys.stderr, flush=True)
+        self.last_printed = now
+        steps_done = row["step"] - self.first_step
+        seconds_left = (now - self.start_time) / steps_done * (self.max_steps - row["step"]) if steps_done else 0
+        metrics = [text.format(row[name]) for name, text in CONSOLE_METRICS if row.get(name) is not None]
+        line = f"step {row['step']} of {self.max_steps}: {', '.join(metrics)}, {seconds_left:.0f} s left"
+        end = "\n" if keep_line or not is_terminal else ""
+        print(f"\r\x1b[K{line}" if is_terminal else line, end=end, file=sys.stderr, flush=True)
 
 
-def rates(row: dict[str, Any]) -> dict[str, Any]:
-    """A step's tokens a second: of completions, by the phase that makes, scores or learns them, and in all."""
-    known = {
+def tokens_per_second(row: dict[str, Any]) -> dict[str, Any]:
+    """Completion tokens per second of a step, by phase and in total (`all`)."""
+    rates = {
         name: row["tokens"] / seconds
         for name, seconds in row.get("seconds", {}).items()
         if name in ("generate", "score", "train", "all") and seconds
     }
-    return {"tokens_per_s": known} if known else {}
+    return {"tokens_per_s": rates} if rates else {}
 
 
-@contextmanager
-def boards(
-    folder: Path, step: int, ranks: Ranks, *, tensorboard: bool = False, wandb: str = ""
-) -> Iterator[list[Board]]:
-    """TensorBoard's and Weights & Biases's, of the first process, for a while; nothing in the folder of a run is touched by opening them.
-
-    Raises UsageError on every process for what is not installed or cannot begin."""
-    opened: list[Board] = []
-    if tensorboard:
-        ranks.told(lambda: opened.append(tensorboard_of(folder, step)))
-    if wandb:
-        ranks.told(lambda: opened.append(wandb_of(folder, wandb)))
-    try:
-        yield opened
-    finally:
-        for board in opened:
-            board.close()
-
-
-def tensorboard_of(folder: Path, step: int) -> Board:
-    """TensorBoard's event files in the folder, of steps after `step` anew; made with the first figures."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UsageError(
-            "tensorboard is asked for and not installed; pip install tensorboard, or leave it out"
-        ) from None
-    made: list[Any] = []
-
-    def write(figures: dict[str, float], at: int) -> None:
-        if not made:
-            made.append(SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1))
-        for name, value in figures.items():
-            made[0].add_scalar(name, value, at)
-        made[0].flush()
-
-    return Board(write, lambda: [writer.close() for writer in made])
-
-
-def wandb_of(folder: Path, project: str) -> Board:
-    """A run of Weights & Biases; what goes on from a checkpoint is another of the same group."""
-    try:
-        import wandb  # type: ignore[import-not-found]
-    except ImportError:
-        raise UsageError("wandb is asked for and not installed; pip install wandb, or leave it out") from None
-    try:
-        run = wandb.init(project=project, group=folder.resolve().name, dir=str(folder))
-    except Exception as error:  # of its server, its key, its settings
-        raise UsageError(
-            f"wandb cannot begin a run ({printable(str(error).splitlines()[0] if str(error) else type(error).__name__)[:200]}); set WANDB_MODE=offline, or leave it out"
-        ) from None
-    return Board(lambda figures, at: run.log(figures, step=at), run.finish)
-
-
-def flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def flatten(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers of a nested row, with names such as seconds/train."""
     for name, value in row.items():
         if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}/")
+            yield from flatten(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and name != "step":
             yield f"{prefix}{name}", value
 
 
-class Clock:
-    """Seconds and peak memory of a step's phases."""
+@contextmanager
+def log_sinks(
+    folder: Path, step: int, world: World, *, tensorboard: bool = False, wandb: str = ""
+) -> Iterator[list[LogSink]]:
+    """Opens TensorBoard and Weights & Biases on the main process and closes them at the end. Opening them writes nothing
+    to the run's folder.
+
+    Raises UsageError on every process for a package that is not installed or cannot start."""
+    sinks: list[LogSink] = []
+    if tensorboard:
+        world.run_on_main(lambda: sinks.append(tensorboard_sink(folder, step)))
+    if wandb:
+        world.run_on_main(lambda: sinks.append(wandb_sink(folder, wandb)))
+    try:
+        yield sinks
+    finally:
+        for sink in sinks:
+            sink.close()
+
+
+def tensorboard_sink(folder: Path, step: int) -> LogSink:
+    """TensorBoard event files in the run's folder; events after `step` are purged. Created with the first metrics."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError(
+            "the option tensorboard needs tensorboard, which is not installed; pip install tensorboard, or remove it"
+        ) from None
+    writers: list[Any] = []
+
+    def write(metrics: dict[str, float], step_number: int) -> None:
+        if not writers:
+            writers.append(SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1))
+        for name, value in metrics.items():
+            writers[0].add_scalar(name, value, step_number)
+        writers[0].flush()
+
+    return LogSink(write, lambda: [writer.close() for writer in writers])
+
+
+def wandb_sink(folder: Path, project: str) -> LogSink:
+    """A run of Weights & Biases; a resumed run is another run of the same group."""
+    try:
+        import wandb  # type: ignore[import-not-found]
+    except ImportError:
+        raise UsageError(
+            "the option wandb needs wandb, which is not installed; pip install wandb, or remove it"
+        ) from None
+    try:
+        run = wandb.init(project=project, group=folder.resolve().name, dir=str(folder))
+    except Exception as error:  # server, key or settings
+        reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)[:200]
+        raise UsageError(f"wandb cannot start a run ({reason}); set WANDB_MODE=offline, or remove it") from None
+    return LogSink(lambda metrics, step_number: run.log(metrics, step=step_number), run.finish)
+
+
+class PhaseTimer:
+    """Seconds and peak memory of each phase of a step."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.clear()
+        self.reset()
 
-    def clear(self) -> None:
-        self.began = time.perf_counter()
+    def reset(self) -> None:
+        self.start_time = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        self.peak: dict[str, int] = {}
+        self.peak_bytes: dict[str, int] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start_peak(self.device)
-        began = time.perf_counter()
+        reset_peak_memory(self.device)
+        start_time = time.perf_counter()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-        self.peak[name] = max(self.peak.get(name, 0), peak_bytes(self.device))
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start_time
+        self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak_memory_bytes(self.device))
 
-    def row(self) -> dict[str, Any]:
-        """Seconds by phase and in all, and, where it is known, the peak of memory by phase, in bytes: the device's, or the process's."""
-        known = {name: size for name, size in self.peak.items() if size}
+    def metrics(self) -> dict[str, Any]:
+        """`seconds` by phase and in total (`all`), and, where known, `peak_bytes` by phase: memory of the GPU, or resident
+        memory of the process."""
+        peak_bytes = {name: size for name, size in self.peak_bytes.items() if size}
         return {
-            "seconds": {**self.seconds, "all": time.perf_counter() - self.began},
-            **({"peak_bytes": known} if known else {}),
+            "seconds": {**self.seconds, "all": time.perf_counter() - self.start_time},
+            **({"peak_bytes": peak_bytes} if peak_bytes else {}),
         }
 
 
-def start_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
 
 
-def peak_bytes(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory since the last reset, in bytes; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

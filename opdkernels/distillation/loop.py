@@ -1,11 +1,9 @@
-"""On-policy distillation (arXiv 2306.13649, 2606.13657): prompts, completions of the student, the teacher's view of the same tokens,
-a divergence, a step; and, on the way, what that does to the weights.
+"""On-policy distillation (arXiv 2306.13649, 2606.13657): the student samples completions, the teacher scores their tokens,
+the student minimises a divergence from the teacher; snapshots record what that changes in the weights.
 
-    for each step:  entries -> rollout -> [taught -> objective -> backward] for each micro-batch -> step -> log, mark, save
-
-All that is drawn at a step follows from the seed and the step's number, so that a run which was killed ends with the weights of one
-that was not, bit for bit on one process. Every token counts alike: losses are sums over a micro-batch's tokens divided by the
-tokens of the whole step.
+Read `train_step` first. All random draws of a step follow from the seed and the number of the step, so that a resumed run
+is bit-identical to an uninterrupted one (on one process). Every token of a step counts alike: the loss of a micro-batch is
+a sum over its tokens, divided by the number of tokens of the whole step.
 """
 
 from __future__ import annotations
@@ -18,495 +16,663 @@ import random
 import signal
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from opdkernels.backends.devices import resolve_device
-from opdkernels.distillation.checkpointing import begin, load_state, open_folder, save
-from opdkernels.distillation.logging import Board, Clock, Log, boards
+from opdkernels.distillation.checkpointing import ResumePoint, load_state, open_run_dir, save, start_run
+from opdkernels.distillation.jsonl import read_rows
+from opdkernels.distillation.logging import LogSink, MetricsLogger, PhaseTimer, log_sinks
 from opdkernels.distillation.models import (
-    Text,
-    end_tokens,
+    DTYPES,
+    common_vocab_size,
+    end_token_ids,
     load_config,
     load_model,
-    load_text,
-    positions,
-    shared_ids,
-    transformers,
+    max_positions,
+    validate_lm_head,
 )
-from opdkernels.distillation.objective import Objective, advantages, objective
-from opdkernels.distillation.optimizers import WholeNorm, optimizer_of, rate, with_lora
+from opdkernels.distillation.objective import DistillLoss, distill_loss, grpo_advantages
+from opdkernels.distillation.optimizers import FullGradNorm, build_optimizer, lr_at, with_lora
 from opdkernels.distillation.options import SELF, DistillOptions
-from opdkernels.distillation.rollout import Prompts, Rollout, encode, recorded, sample
-from opdkernels.distillation.tasks import Entry, Task, open_task, refuse_answers, refuse_images, refuse_prompts
-from opdkernels.distillation.teachers import Teacher, scored, teachers_of
-from opdkernels.distillation.tracker import Tracker, moments_of, read_rows, trained_by
-from opdkernels.distillation.world import Ranks, bind
+from opdkernels.distillation.rollout import Prompts, Rollout, encode, load_completions
+from opdkernels.distillation.sampling import sample
+from opdkernels.distillation.tasks import (
+    Task,
+    open_task,
+    validate_answers,
+    validate_images,
+    validate_prompts,
+)
+from opdkernels.distillation.teachers import Teacher, load_teachers
+from opdkernels.distillation.text import TextProcessor, load_text_processor, transformers
+from opdkernels.distillation.tracker import SNAPSHOTS_FILE, Tracker, count_trainable, optimizer_stats
+from opdkernels.distillation.world import Student, World
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.optim import gather_active_grads
 from opdkernels.optim.masked import MaskedOptimizer
 
-MOST_SKIPPED = 3  # steps in a row without a finite loss, after which a run stops
+MAX_SKIPPED = 3  # consecutive steps without a finite loss, after which a run stops
 
 
-@dataclass
-class Outcome:
-    """Where a run stands: `step` of `steps`; the signal that `stopped` it, or 0; steps and accuracies of its evaluations; rows of its
-    marks; whether this is the `first` process."""
+@dataclass(frozen=True)
+class RunInputs:
+    """Objects that replace files named in the options.
 
-    folder: Path
+    Attributes:
+        models: Loaded models, by the names that stand for them as student or teacher in the options.
+        text: Tokenizer of a student in `models`.
+        task: Prompts and reward.
+        callbacks: Objects with any of on_step_end(step, metrics), on_save(step, path), on_train_end(result).
+    """
+
+    models: Mapping[str, Any] = field(default_factory=dict)
+    text: TextProcessor | None = None
+    task: Task | None = None
+    callbacks: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run ended.
+
+    Attributes:
+        path: The run's folder; None if it was temporary.
+        step: Number of steps taken.
+        max_steps: Number of steps asked for.
+        signal: The signal that stopped the run, or 0.
+        accuracy: (step, mean reward of greedy completions of held-out prompts) of each evaluation.
+        snapshots: Rows of snapshots.jsonl.
+        is_main: Whether this is the main process.
+    """
+
+    path: Path | None
     step: int
-    steps: int
-    stopped: int
+    max_steps: int
+    signal: int
     accuracy: list[tuple[int, float]]
-    marks: list[dict[str, Any]]
-    first: bool = True
+    snapshots: list[dict[str, Any]]
+    is_main: bool = True
 
     @property
     def exit_status(self) -> int:
-        """0, or 128 and the number of the signal that stopped it."""
-        return 128 + self.stopped if self.stopped else 0
+        """0, or 128 plus the number of the signal that stopped the run."""
+        return 128 + self.signal if self.signal else 0
 
 
 @dataclass
-class Player:
-    """A model that completes a task's prompts."""
+class Sampler:
+    """The student, and what limits its completions."""
+
+    student: Student
+    text: TextProcessor
+    end_ids: list[int]
+    vocab_size: int
+    max_prompt_length: int
+    max_completion_length: int
+    world: World
+
+    def encode(self, examples: Sequence[Any]) -> Prompts:
+        """Token ids of prompts, truncated to the maximum length."""
+        return encode(self.text, examples, self.max_prompt_length)
+
+    def sample(self, prompts: Prompts, temperature: float) -> Rollout:
+        """Samples completions from the student, on all processes."""
+        return self.student(
+            sample,
+            self.text,
+            prompts,
+            max_length=self.max_completion_length,
+            end_ids=self.end_ids,
+            vocab_size=self.vocab_size,
+            temperature=temperature,
+            on_policy=True,
+            num_processes=self.world.size,
+        )
+
+    def sample_teacher(self, model: Any, prompts: Prompts, temperature: float) -> Rollout:
+        """Samples completions from a teacher, which every process holds."""
+        return sample(
+            model,
+            self.text,
+            prompts,
+            max_length=self.max_completion_length,
+            end_ids=self.end_ids,
+            vocab_size=self.vocab_size,
+            temperature=temperature,
+            on_policy=False,
+        )
+
+
+@dataclass
+class TrainState:
+    """Everything that the steps of a run share."""
 
     options: DistillOptions
+    world: World
+    device: torch.device
     task: Task
-    text: Text
-    model: Any
-    ends: list[int]
-    vocab: int
-    longest_prompt: int
-    ranks: Ranks
-
-
-@dataclass
-class Run(Player):
-    """What the steps share."""
-
+    student: Student
+    sampler: Sampler
     optimizer: MaskedOptimizer
     teachers: dict[str, Teacher]
-    device: torch.device
-    clock: Clock
-    whole: WholeNorm | None
+    timer: PhaseTimer
+    full_grad_norm: FullGradNorm | None  # with masks: norm of the gradient with the frozen coordinates
 
 
-def distill(options: DistillOptions, out: str | os.PathLike[str], *, quiet: bool = True) -> Outcome:
-    """Trains a student from a teacher, in a folder from which a killed run goes on; the start is its `checkpoint-0`.
+def train_step(state: TrainState, step: int, *, with_optimizer_stats: bool = False) -> dict[str, Any]:
+    """One optimizer step.
 
-    Raises InputError for models, prompts, masks and rewards that cannot be used, UsageError for options that make no sense.
+    Args:
+        state: The run; its student, optimizer and teachers change.
+        step: Number of steps taken before.
+        with_optimizer_stats: Whether to compute statistics of the optimizer's moments.
+
+    Returns:
+        Metrics of the step, and `optimizer_stats` (None unless asked for).
     """
-    device = prepared(options)
-    ranks = Ranks.join(device)
-    refuse_processes(options, ranks)
-    task = task_of(options)
-    refuse_prompts(options, task)
-    with open_folder(out, options, ranks) as (folder, found):
-        run = loaded(options, task, found[1] if found else None, device, ranks)
-        step = resume(run, found[1]) if found else 0
-        with boards(folder, step, ranks, tensorboard=options.tensorboard, wandb=options.wandb) as opened:
-            if not found:  # all that is given can be used: now something may be written
-                ranks.told(lambda: begin(folder, options))
-            outcome = take_steps(run, folder, step, quiet, opened)
-    del run
-    gc.collect()  # the model and what was bound to it hold each other
-    return outcome
+    options, student, optimizer, timer = state.options, state.student, state.optimizer, state.timer
+    timer.reset()
+    seed_step(options.seed, step, state.world)
+
+    rollout, advantages, metrics = generate(state, step)
+    num_tokens = metrics["tokens"]  # of the step, over all processes
+    if not num_tokens:
+        return {**metrics, "skipped": "every completion is empty"}
+
+    sums: defaultdict[str, float] = defaultdict(float)
+    micro_batches = list(split_rows(rollout, state.teachers, options.micro_batch_size))
+    tokens_per_rank = num_tokens / state.world.size  # FSDP averages gradients over processes
+    for teacher_id, rows in micro_batches:
+        micro_batch, teacher_out = rollout.select(rows), None
+        if options.divergence_weight:
+            with timer.phase("score"):
+                teacher_out = state.teachers[teacher_id].score(micro_batch)
+        with timer.phase("train"):
+            out = distill_loss(
+                student,
+                micro_batch,
+                teacher_out,
+                None if advantages is None else advantages[rows],
+                num_tokens=tokens_per_rank,
+                vocab_size=state.sampler.vocab_size,
+                options=options,
+            )
+            out.loss.backward()
+        for name, value in sum_metrics(out, tokens_per_rank).items():
+            sums[name] += value
+    metrics |= {name: total / num_tokens for name, total in state.world.all_reduce(sums, state.device).items()}
+
+    with timer.phase("step"):
+        learning_rate = lr_at(options, step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        grad_norm = optimizer.clip_grad_norm_(options.max_grad_norm or math.inf)
+        metrics |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+        if state.full_grad_norm is not None:
+            full_grad_norm = state.full_grad_norm.pop(state.world, state.device)
+            metrics |= {"grad_norm_full": full_grad_norm} if len(micro_batches) == 1 else {}
+        if with_optimizer_stats:
+            metrics["optimizer_stats"] = optimizer_stats(optimizer, state.world)
+        if not (torch.isfinite(grad_norm) and math.isfinite(metrics["loss"])):
+            metrics["skipped"] = f"loss {metrics['loss']}, gradient norm {float(grad_norm)}"
+            optimizer.zero_grad()
+            return metrics
+        optimizer.step()
+        optimizer.zero_grad()
+        for teacher in set(state.teachers.values()):
+            teacher.after_step()
+    return metrics
 
 
-def loaded(options: DistillOptions, task: Task, checkpoint: Path | None, device: torch.device, ranks: Ranks) -> Run:
-    """All that a run needs, with the weights of a checkpoint where it goes on from one."""
-    model = load_model(
-        os.fspath(checkpoint) if checkpoint and not options.lora_rank else options.student, options.dtype, device
+def generate(state: TrainState, step: int) -> tuple[Rollout, torch.Tensor | None, dict[str, Any]]:
+    """The rollout of a step, advantages [num_rows] if there is a reward, and metrics of the completions."""
+    options, world = state.options, state.world
+    first = step * options.batch_size
+    examples = [state.task.example(first + i) for i in range(world.rank, options.batch_size, world.size)]
+    with state.timer.phase("generate"):
+        prompts = state.sampler.encode(examples).repeat(options.num_generations)
+        rollout = complete(state, prompts, step)
+    rewards = advantages = None
+    if options.reward_weight:
+        rewards = reward_completions(state.task, state.sampler.text, rollout)  # [num_rows]
+        advantages = grpo_advantages(rewards, options.num_generations).to(state.device)
+    totals = world.all_reduce(
+        {"prompts_truncated": prompts.num_truncated, **count_completions(rollout, rewards)}, state.device
     )
-    text = load_text(options.student)
+    metrics = {"skipped": "", "optimizer_stats": None, "on_policy": rollout.on_policy, **completion_metrics(totals)}
+    return rollout, advantages, metrics
+
+
+def complete(state: TrainState, prompts: Prompts, step: int) -> Rollout:
+    """Completions of a step: sampled by the student with probability on_policy_fraction, else those of the data set, else
+    sampled by the teacher."""
+    options, sampler = state.options, state.sampler
+    on_policy = random.Random(f"{options.seed}/{step}/coin").random() < options.on_policy_fraction
+    if on_policy:
+        return sampler.sample(prompts, options.sampling_temperature)
+    if prompts.examples[0].completion is not None:  # then every prompt has one
+        return load_completions(
+            sampler.text,
+            prompts,
+            max_length=sampler.max_completion_length,
+            end_ids=sampler.end_ids,
+            device=state.device,
+        )
+    teacher = next(iter(state.teachers.values()))
+    return sampler.sample_teacher(teacher.model, prompts, options.sampling_temperature)
+
+
+def split_rows(
+    rollout: Rollout, teachers: Mapping[str, Teacher], micro_batch_size: int
+) -> Iterator[tuple[str, list[int]]]:
+    """(teacher_id, rows) of each micro-batch: the rows of one teacher, at most `micro_batch_size` (0: all) of them."""
+    rows_of: defaultdict[str, list[int]] = defaultdict(list)
+    for row, example in enumerate(rollout.examples):
+        rows_of[example.teacher_id if example.teacher_id in teachers else ""].append(row)
+    for teacher_id, rows in rows_of.items():
+        size = micro_batch_size or len(rows)
+        for first in range(0, len(rows), size):
+            yield teacher_id, rows[first : first + size]
+
+
+def sum_metrics(out: DistillLoss, num_tokens: float) -> dict[str, float]:
+    """Sums over the tokens of a micro-batch of the loss and of the metrics per token."""
+    sums = {"loss": float(out.loss.detach()) * num_tokens}
+    if out.scores is not None:
+        for name, values in out.scores._asdict().items():
+            if name != "loss" and values is not None:
+                sums[name] = float(values.double().sum())
+    if out.log_prob is not None:
+        sums["log_prob"] = float(out.log_prob.double().sum())
+    return sums
+
+
+def count_completions(rollout: Rollout, rewards: torch.Tensor | None) -> dict[str, float]:
+    """Counts and sums over the completions of this process."""
+    counts: dict[str, float] = {
+        "rows": len(rollout.examples),
+        "tokens": int(rollout.lengths.sum()),
+        "finished": int(rollout.finished.sum()),
+    }
+    return counts if rewards is None else {**counts, "reward": float(rewards.double().sum())}
+
+
+def completion_metrics(totals: dict[str, float]) -> dict[str, Any]:
+    """Total tokens and truncated prompts; means per completion of the others."""
+    metrics = {
+        "tokens": int(totals["tokens"]),
+        "prompts_truncated": int(totals["prompts_truncated"]),
+        "completion_length": totals["tokens"] / totals["rows"],
+    }
+    return metrics | {name: totals[name] / totals["rows"] for name in ("finished", "reward") if name in totals}
+
+
+def reward_completions(task: Task, text: TextProcessor, rollout: Rollout) -> torch.Tensor:
+    """Rewards [num_rows]."""
+    completions = [text.decode(ids) for ids in rollout.completions()]
+    pairs = zip(rollout.examples, completions, strict=True)
+    return torch.tensor([task.score(example, completion) for example, completion in pairs])
+
+
+def train_loop(
+    state: TrainState, folder: Path, step: int, *, quiet: bool, sinks: Sequence[LogSink], callbacks: Sequence[Any]
+) -> RunResult:
+    """Takes steps from `step` to max_steps, or until a signal, with evaluations, snapshots, metrics and checkpoints."""
+    options, model, world = state.options, state.student.model, state.world
+    logger = MetricsLogger(folder, step, options.max_steps, quiet=quiet, world=world, sinks=sinks)
+    tracker = open_tracker(state, folder, step)
+    if not step:
+        save(folder, 0, model, state.sampler.text, None, world)
+        if options.num_eval_prompts:
+            logger.log({"step": 0, **evaluate(state.sampler, state.task, options)})
+    num_skipped = 0
+    with catch_stop_signals() as signals:
+        stopped = False
+        while step < options.max_steps and not stopped:
+            snapshot_due = tracker is not None and (step + 1) % options.snapshot_every == 0
+            row = train_step(state, step, with_optimizer_stats=snapshot_due)
+            step += 1
+            num_skipped = num_skipped + 1 if row["skipped"] else 0
+            if num_skipped == MAX_SKIPPED:
+                causes = "check the teacher, or " if state.teachers else ""
+                raise InputError(
+                    f"{MAX_SKIPPED} consecutive steps had no finite loss ({row['skipped']}); "
+                    f"{causes}reduce learning_rate"
+                )
+            is_last, stats = step == options.max_steps, row.pop("optimizer_stats")
+            if tracker and (snapshot_due or is_last):
+                with state.timer.phase("snapshot"):
+                    snapshot = tracker.snapshot(step, model, stats or {})
+                row["changed"] = 1 - snapshot["views"]["visible"]["frac_zero"]
+                row["changed_since_snapshot"] = 1 - snapshot["since_last"]["visible"]["frac_zero"]
+            if options.num_eval_prompts and (is_last or (options.eval_steps and step % options.eval_steps == 0)):
+                with state.timer.phase("evaluate"):
+                    row |= evaluate(state.sampler, state.task, options)
+            # before the checkpoint: a run that resumes from an earlier one removes this row
+            row = {"step": step, **row, **state.timer.metrics()}
+            logger.log(dict(row))
+            notify(callbacks, world, "on_step_end", step, row)
+            stopped = bool(world.all_reduce({"stop": len(signals)}, state.device)["stop"])
+            if is_last or stopped or (options.save_steps and step % options.save_steps == 0):
+                path = save(folder, step, model, state.sampler.text, training_state(state, step), world)
+                if tracker:
+                    tracker.on_save()
+                notify(callbacks, world, "on_save", step, path)
+    finished = tracker is not None and step == options.max_steps
+    snapshots = tracker.finish() if tracker and finished else read_rows(folder / SNAPSHOTS_FILE)
+    result = RunResult(
+        path=folder,
+        step=step,
+        max_steps=options.max_steps,
+        signal=signals[0] if signals else 0,
+        accuracy=logger.accuracies(),
+        snapshots=snapshots,
+        is_main=world.is_main,
+    )
+    notify(callbacks, world, "on_train_end", result)
+    return result
+
+
+def notify(callbacks: Sequence[Any], world: World, method: str, *args: Any) -> None:
+    """Calls a method of each callback that has it, on the main process."""
+    for callback in callbacks if world.is_main else ():
+        if (call := getattr(callback, method, None)) is not None:
+            call(*args)
+
+
+def open_tracker(state: TrainState, folder: Path, step: int) -> Tracker | None:
+    """The tracker of a run; None without snapshots, and for a finished run whose copies are gone."""
+    options, world = state.options, state.world
+    unfinished = step < options.max_steps or any((folder / "weights").glob("*.bin"))
+    if not (options.snapshot_every and unfinished):
+        return None
+    device = state.device if world.size > 1 else torch.device("cpu")
+
+    def load_start() -> Any:
+        return Student(load_model(os.fspath(folder / "checkpoint-0"), options.dtype, device), world).model
+
+    return Tracker(
+        folder,
+        state.student.model,
+        step=step,
+        load_start=load_start,
+        num_trainable=count_trainable(state.optimizer, world, state.device),
+        world=world,
+    )
+
+
+def evaluate(sampler: Sampler, task: Task, options: DistillOptions) -> dict[str, Any]:
+    """Rewards of greedy completions of the held-out prompts (`scores`), and their mean (`accuracy`)."""
+    world, examples = sampler.world, task.eval_examples(options.num_eval_prompts)
+    local = examples[world.rank :: world.size]
+    per_rank = -(-len(examples) // world.size)
+    local = local + examples[:1] * (per_rank - len(local))  # every process samples equally often
+    size, scores = options.micro_batch_size or options.batch_size, []
+    for first in range(0, len(local), size):
+        rollout = sampler.sample(sampler.encode(local[first : first + size]), temperature=0.0)
+        scores += reward_completions(task, sampler.text, rollout).tolist()
+    gathered = world.all_gather(scores)
+    ordered = [gathered[i % world.size][i // world.size] for i in range(len(examples))]
+    return {"accuracy": sum(ordered) / len(examples), "scores": ordered}
+
+
+def evaluate_checkpoint(options: DistillOptions, path: str | os.PathLike[str]) -> list[float]:
+    """The reward of each held-out prompt for greedy completions of a checkpoint, as a run with these options evaluates it.
+
+    Raises InputError for a model, prompts or a reward that cannot be used.
+    """
+    device, world = setup_device(options), World()
+    model, text = load_model(os.fspath(path), options.dtype, device), load_text_processor(os.fspath(path))
+    teachers = [load_config(teacher) for teacher in options.teachers.values() if teacher != SELF]
+    sampler = build_sampler(options, Student(model, world), text, teachers, world)
+    return evaluate(sampler, build_task(options), options)["scores"]
+
+
+def train(
+    options: DistillOptions, out: str | os.PathLike[str], *, inputs: RunInputs | None = None, quiet: bool = True
+) -> RunResult:
+    """Runs or resumes distillation in a folder; its `checkpoint-0` is the start.
+
+    Args:
+        options: Options of the run.
+        out: The run's folder. If it holds a run with these options, that run resumes.
+        inputs: Objects that replace files named in the options.
+        quiet: Whether to print no progress.
+
+    Returns:
+        Where the run ended.
+
+    Raises:
+        InputError: Models, prompts, masks or rewards cannot be used.
+        UsageError: Options contradict each other, or the folder holds another run.
+    """
+    inputs = inputs or RunInputs()
+    device = setup_device(options)
+    world = World.join(device)
+    validate_world(options, world)
+    task = build_task(options, inputs.task)
+    validate_prompts(options, task)
+    with open_run_dir(out, options, world) as (folder, resume_point), contextlib.ExitStack() as cleanup:
+        state = build_state(options, task, inputs, resume_point, device, world, cleanup)
+        step = load_training_state(state, resume_point.path) if resume_point else 0
+        with log_sinks(folder, step, world, tensorboard=options.tensorboard, wandb=options.wandb) as sinks:
+            if not resume_point:  # all inputs have been validated: now the folder may change
+                world.run_on_main(lambda: start_run(folder, options))
+            result = train_loop(state, folder, step, quiet=quiet, sinks=sinks, callbacks=inputs.callbacks)
+    del state
+    gc.collect()  # the model and what is bound to its parameters refer to each other
+    return result
+
+
+def build_state(
+    options: DistillOptions,
+    task: Task,
+    inputs: RunInputs,
+    resume_point: ResumePoint | None,
+    device: torch.device,
+    world: World,
+    cleanup: contextlib.ExitStack,
+) -> TrainState:
+    """Loads models and builds the optimizer; the student has the weights of `resume_point`. `cleanup` removes hooks from
+    the student's parameters."""
+    model = load_student(options, inputs, resume_point, device)
+    text = inputs.text or load_text_processor(options.student)
     if options.lora_rank:
         torch.manual_seed(options.seed)
         model = with_lora(options, model)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    bind(model, ranks, {"objective": objective, "scored": scored})
-    optimizer = optimizer_of(options, model)
-    whole = WholeNorm(model) if options.masks else None
-    gather_active_grads(model, optimizer)
-    teachers = teachers_of(options, model, optimizer, text, device)
-    scorers = [teacher.model for teacher in teachers.values()]
-    return Run(
-        **player(options, task, text, model, scorers, ranks),
+    student = Student(model, world)
+    optimizer = build_optimizer(options, model)
+    full_grad_norm = FullGradNorm(model) if options.masks else None
+    if full_grad_norm:
+        cleanup.callback(full_grad_norm.remove)
+    cleanup.callback(gather_active_grads(model, optimizer).remove)
+    teachers = load_teachers(options, student, optimizer, text, device, inputs.models)
+    teacher_models = [teacher.model for teacher in teachers.values()]
+    return TrainState(
+        options=options,
+        world=world,
+        device=device,
+        task=task,
+        student=student,
+        sampler=build_sampler(options, student, text, teacher_models, world),
         optimizer=optimizer,
         teachers=teachers,
-        device=device,
-        clock=Clock(device),
-        whole=whole,
+        timer=PhaseTimer(device),
+        full_grad_norm=full_grad_norm,
     )
 
 
-def take_steps(run: Run, folder: Path, step: int, quiet: bool, opened: Sequence[Board]) -> Outcome:
-    """Takes a run from a step to its end, or to a signal, with what is logged, marked and saved on the way."""
-    options, model, text, ranks, device = run.options, run.model, run.text, run.ranks, run.device
-    log = Log(folder, step, options.max_steps, quiet, ranks, opened)
-    tracker = None
-    if options.snapshot_every and (step < options.max_steps or any((folder / "weights").glob("*.bin"))):
-        place = device if ranks.size > 1 else torch.device("cpu")
-        tracker = Tracker(
-            folder,
-            model,
-            step,
-            lambda: bind(load_model(os.fspath(folder / "checkpoint-0"), options.dtype, place), ranks, {}),
-            trained_by(run.optimizer, ranks, device),
-            ranks,
-        )
-    if not step:
-        save(folder, 0, model, text, None, ranks)
-        if options.num_eval_prompts:
-            log.row({"step": 0, **evaluate(run)})
-    skipped = 0
-    with stopping() as stop:
-        stopped = False
-        while step < options.max_steps and not stopped:
-            look = tracker is not None and (step + 1) % options.snapshot_every == 0
-            row = train(run, step, look)
-            step += 1
-            skipped = skipped + 1 if row["skipped"] else 0
-            if skipped == MOST_SKIPPED:
-                raise InputError(
-                    f"{MOST_SKIPPED} steps in a row had no finite loss ({row['skipped']}); {'look at the teacher, or ' if run.teachers else ''}take a smaller lr"
-                )
-            last, moments = step == options.max_steps, row.pop("moments")
-            if tracker and (look or last):
-                with run.clock.phase("track"):
-                    mark = tracker.mark(step, model, moments or {})
-                row["changed"] = 1 - mark["views"]["visible"]["frac_zero"]
-                row["changed_since_mark"] = 1 - mark["since_last"]["visible"]["frac_zero"]
-            if options.num_eval_prompts and (last or (options.eval_steps and step % options.eval_steps == 0)):
-                with run.clock.phase("evaluate"):
-                    row |= evaluate(run)
-            log.row(
-                {"step": step, **row, **run.clock.row()}
-            )  # first: a run that goes on from before the checkpoint lets it go
-            stopped = bool(ranks.total({"stop": len(stop)}, device)["stop"])
-            if last or stopped or (options.save_steps and step % options.save_steps == 0):
-                save(folder, step, model, text, state_of(run, step), ranks)
-                if tracker:
-                    tracker.saved()
-    marks = tracker.finish() if tracker and step == options.max_steps else read_rows(folder / "track.jsonl")
-    return Outcome(folder, step, options.max_steps, stop[0] if stop else 0, log.accuracies(), marks, ranks.first)
+def load_student(
+    options: DistillOptions, inputs: RunInputs, resume_point: ResumePoint | None, device: torch.device
+) -> Any:
+    """The student with the weights of a checkpoint. With LoRA the weights are those of the start: the factors are part of
+    the training state."""
+    checkpoint = os.fspath(resume_point.path) if resume_point and not options.lora_rank else None
+    if options.student not in inputs.models:
+        return load_model(checkpoint or options.student, options.dtype, device)
+    model = inputs.models[options.student].to(device).eval()
+    for param in model.parameters():  # not buffers: rotary frequencies stay in fp32
+        param.data = param.data.to(DTYPES[options.dtype])
+    validate_lm_head(model, options.student)
+    if checkpoint:
+        model.load_state_dict(load_model(checkpoint, options.dtype, device).state_dict())
+    return model
 
 
-def prepared(options: DistillOptions) -> torch.device:
-    """Sets threads and keeps transformers' bars away. Returns the device."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    transformers().utils.logging.disable_progress_bar()
-    return resolve_device(
-        options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+def build_sampler(
+    options: DistillOptions, student: Student, text: TextProcessor, teachers: Sequence[Any], world: World
+) -> Sampler:
+    """A sampler whose completions `teachers` (models or configurations) can score."""
+    return Sampler(
+        student=student,
+        text=text,
+        end_ids=end_token_ids(student.model, text, options.stop_token),
+        vocab_size=common_vocab_size(student.model, teachers),
+        max_prompt_length=max_prompt_length(options, [student.model, *teachers]),
+        max_completion_length=options.max_completion_length,
+        world=world,
     )
 
 
-def task_of(options: DistillOptions) -> Task:
-    task = open_task(options.prompts, options.eval_prompts, options.seed, options.reward)
-    held_out = task.held_out(options.num_eval_prompts)
-    found = len(held_out)
-    if options.num_eval_prompts and not found:
+def build_task(options: DistillOptions, task: Task | None = None) -> Task:
+    """The task of a run, with validated held-out prompts. Raises InputError or UsageError if they cannot be used."""
+    if task is None:
+        task = open_task(options.prompts, options.eval_prompts, seed=options.seed, reward=options.reward)
+    examples = task.eval_examples(options.num_eval_prompts)
+    if options.num_eval_prompts and not examples:
         raise UsageError(
-            "num_eval_prompts is not 0 and there are no held-out prompts; name a file of them as eval_prompts, or set num_eval_prompts=0"
+            "num_eval_prompts is not 0 and there are no held-out prompts; name a file of them as eval_prompts, or set "
+            "num_eval_prompts=0"
         )
-    if found < options.num_eval_prompts:
+    if len(examples) < options.num_eval_prompts:
         raise UsageError(
-            f"num_eval_prompts is {options.num_eval_prompts} and there are {found} held-out prompts; set num_eval_prompts={found}"
+            f"num_eval_prompts is {options.num_eval_prompts} and there are {len(examples)} held-out prompts; "
+            f"set num_eval_prompts={len(examples)}"
         )
-    refuse_images(held_out)
-    refuse_answers(held_out, task.reward)
+    validate_images(examples)
+    validate_answers(examples, task.reward)
     return task
 
 
-def player(
-    options: DistillOptions, task: Task, text: Text, model: Any, teachers: Sequence[Any], ranks: Ranks
-) -> dict[str, Any]:
-    """The fields of a Player, whose completions can be scored by models `teachers`, or by their configurations."""
-    return {
-        "options": options,
-        "task": task,
-        "text": text,
-        "model": model,
-        "ends": end_tokens(model, text, options.stop_token),
-        "vocab": shared_ids(model, teachers),
-        "longest_prompt": longest_prompt(options, [model, *teachers]),
-        "ranks": ranks,
-    }
+def setup_device(options: DistillOptions) -> torch.device:
+    """Sets the number of threads and disables progress bars of transformers. Returns the device of the run."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    transformers().utils.logging.disable_progress_bar()
+    if options.device == "auto":
+        return resolve_device("cuda" if torch.cuda.is_available() else "cpu")
+    return resolve_device(options.device)
 
 
-def score(options: DistillOptions, place: str | os.PathLike[str]) -> list[float]:
-    """The reward of each held-out prompt, for a checkpoint's greedy completions: as a run with these options evaluates it.
-
-    Raises InputError for a model, prompts and rewards that cannot be used.
-    """
-    device = prepared(options)
-    model, text = load_model(os.fspath(place), options.dtype, device), load_text(os.fspath(place))
-    teachers = [load_config(one) for one in options.teachers.values() if one != SELF]
-    return evaluate(Player(**player(options, task_of(options), text, model, teachers, Ranks())))["scores"]
+def seed_step(seed: int, step: int, world: World) -> None:
+    """Seeds torch for the draws of a step on this process."""
+    torch.manual_seed(random.Random(f"{seed}/{step}/{world.rank}").getrandbits(63))
 
 
-def train(run: Run, step: int, look: bool) -> dict[str, Any]:
-    """One step. Returns its figures; with `look` also what the optimizer's moments say, as `moments`."""
-    options, clock = run.options, run.clock
-    clock.clear()
-    set_seed(options.seed, step, run.ranks)
-    entries = [
-        run.task.entry(step * options.batch_size + i) for i in range(run.ranks.rank, options.batch_size, run.ranks.size)
-    ]
-    with clock.phase("generate"):
-        rollout, facts = completions(run, entries, step)
-    rewards, advantage = None, None
-    if options.reward_weight:
-        rewards = scores_of(run, rollout)
-        advantage = advantages(rewards, options.num_generations).to(run.device)
-    found = run.ranks.total(facts | counts(rollout, rewards), run.device)
-    row = {"skipped": "", "moments": None, "on_policy": rollout.own, **means(found)}
-    tokens = row["tokens"]
-    if not tokens:
-        return row | {"skipped": "every completion is empty"}
-    sums: defaultdict[str, float] = defaultdict(float)
-    scored_at_once = list(parts(run, rollout))
-    for teacher, rows in scored_at_once:
-        part = rollout.rows(rows)
-        taught = None
-        if teacher is not None and options.divergence_weight:
-            with clock.phase("score"):
-                taught = teacher.score(part)
-        with clock.phase("train"):
-            share = tokens / run.ranks.size  # FSDP takes the mean over processes
-            loss = run.model.objective(
-                part, taught, None if advantage is None else advantage[rows], share, run.vocab, options
-            )
-            loss.loss.backward()
-        for name, value in figures(loss, share).items():
-            sums[name] += value
-    row |= {name: value / tokens for name, value in run.ranks.total(sums, run.device).items()}
-    with clock.phase("step"):
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate(options, step)
-        norm = run.optimizer.clip_grad_norm_(options.max_grad_norm or float("inf"))
-        row |= {"grad_norm": float(norm), "lr": rate(options, step)}
-        if run.whole is not None:
-            norm_of_all = run.whole.take(run.ranks, run.device)
-            row |= {"grad_norm_full": norm_of_all} if len(scored_at_once) == 1 else {}
-        if look:
-            row["moments"] = moments_of(run.optimizer, run.ranks)
-        if not (torch.isfinite(norm) and math.isfinite(row["loss"])):
-            row["skipped"] = f"loss {row['loss']}, norm of the gradient {float(norm)}"
-            run.optimizer.zero_grad()
-            return row
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        for teacher in set(run.teachers.values()):
-            teacher.after_step()
-    return row
-
-
-def completions(run: Run, entries: list[Entry], step: int) -> tuple[Rollout, dict[str, float]]:
-    """The step's completions: the student's own, or, by the coin that the share on-policy weighs, recorded or the teacher's ones."""
-    options = run.options
-    own = random.Random(f"{options.seed}/{step}/coin").random() < options.on_policy_fraction
-    prompts = encode(run.text, entries, run.longest_prompt).repeated(options.num_generations)
-    facts: dict[str, float] = {"prompts_cut": prompts.cut}
-    if own:
-        return sampled(run, run.model, prompts, options.sampling_temperature, own), facts
-    if prompts.entries[0].completion is not None:  # as of all
-        return recorded(run.text, prompts, most=options.max_completion_length, ends=run.ends, device=run.device), facts
-    teacher = next(iter(run.teachers.values()))
-    return sampled(run, teacher.model, prompts, options.sampling_temperature, own), facts
-
-
-def sampled(run: Player, model: Any, prompts: Prompts, temperature: float, own: bool) -> Rollout:
-    return sample(
-        model,
-        run.text,
-        prompts,
-        most=run.options.max_completion_length,
-        ends=run.ends,
-        vocab=run.vocab,
-        temperature=temperature,
-        own=own,
-        together_with=run.ranks.size if own else 1,
-    )
-
-
-def parts(run: Run, rollout: Rollout) -> Iterator[tuple[Teacher | None, list[int]]]:
-    """Rows to score at once, each part with the teacher that its prompts' teacher_id names."""
-    by_teacher: defaultdict[str, list[int]] = defaultdict(list)
-    for i, entry in enumerate(rollout.entries):
-        by_teacher[entry.teacher_id if entry.teacher_id in run.teachers else ""].append(i)
-    for teacher_id, rows in by_teacher.items():
-        size = run.options.micro_batch_size or len(rows)
-        for first in range(0, len(rows), size):
-            yield run.teachers.get(teacher_id), rows[first : first + size]
-
-
-def figures(found: Objective, tokens: float) -> dict[str, float]:
-    """Sums over a part's tokens of the loss and of what is logged."""
-    sums = {"loss": float(found.loss.detach()) * tokens}
-    if found.scores is not None:
-        for name, values in found.scores._asdict().items():
-            if name != "loss" and values is not None:
-                sums[name] = float(values.double().sum())
-    if found.log_prob is not None:
-        sums["log_prob"] = float(found.log_prob.double().sum())
-    return sums
-
-
-def counts(rollout: Rollout, rewards: torch.Tensor | None) -> dict[str, float]:
-    """What of a step's completions adds up over processes."""
-    found: dict[str, float] = {
-        "rows": len(rollout.entries),
-        "tokens": int(rollout.sizes.sum()),
-        "ended": int(rollout.ended.sum()),
-    }
-    return found if rewards is None else {**found, "reward": float(rewards.double().sum())}
-
-
-def means(found: dict[str, float]) -> dict[str, Any]:
-    """`counts` as they are logged: tokens in all, the rest a completion."""
-    row = {
-        "tokens": int(found["tokens"]),
-        "prompts_cut": int(found["prompts_cut"]),
-        "length": found["tokens"] / found["rows"],
-    }
-    return row | {name: found[name] / found["rows"] for name in ("ended", "reward") if name in found}
-
-
-def scores_of(run: Player, rollout: Rollout) -> torch.Tensor:
-    """Rewards [rows]."""
-    texts = [run.text.decode(row) for row in rollout.completions()]
-    return torch.tensor([run.task.score(entry, text) for entry, text in zip(rollout.entries, texts, strict=True)])
-
-
-def evaluate(run: Player) -> dict[str, Any]:
-    """Rewards of greedy completions of the held-out prompts, in order, and their mean."""
-    entries = run.task.held_out(run.options.num_eval_prompts)
-    ours = entries[run.ranks.rank :: run.ranks.size]
-    filled = ours + entries[:1] * (-(-len(entries) // run.ranks.size) - len(ours))  # every process samples as often
-    size, scores = run.options.micro_batch_size or run.options.batch_size, []
-    for first in range(0, len(filled), size):
-        prompts = encode(run.text, filled[first : first + size], run.longest_prompt)
-        scores += scores_of(run, sampled(run, run.model, prompts, 0.0, True)).tolist()
-    every = run.ranks.all(scores)
-    ordered = [every[i % run.ranks.size][i // run.ranks.size] for i in range(len(entries))]
-    return {"accuracy": sum(ordered) / len(entries), "scores": ordered}
-
-
-def set_seed(seed: int, step: int, ranks: Ranks) -> None:
-    """Everything that torch draws at a step follows from these."""
-    torch.manual_seed(random.Random(f"{seed}/{step}/{ranks.rank}").getrandbits(63))
-
-
-def longest_prompt(options: DistillOptions, models: Sequence[Any]) -> int:
-    """How long a prompt may be, in tokens, that a completion finds places after it in every model."""
-    places = min(map(positions, models))
-    if options.max_completion_length >= places:
+def max_prompt_length(options: DistillOptions, models: Sequence[Any]) -> int:
+    """Maximum length of a prompt, in tokens, that leaves room for a completion in every model."""
+    num_positions = min(map(max_positions, models))
+    if options.max_completion_length >= num_positions:
         raise UsageError(
-            f"max_completion_length is {options.max_completion_length} and the models have {places} positions in all; take fewer"
+            f"max_completion_length is {options.max_completion_length} and the models have {num_positions} positions; "
+            "reduce it"
         )
-    return min(options.max_prompt_length, places - options.max_completion_length)
+    return min(options.max_prompt_length, num_positions - options.max_completion_length)
 
 
-def refuse_processes(options: DistillOptions, ranks: Ranks) -> None:
-    """Raises UsageError for what several processes cannot do together."""
-    if ranks.size == 1:
+def validate_world(options: DistillOptions, world: World) -> None:
+    """Raises UsageError for options that need a single process."""
+    if world.size == 1:
         return
-    if options.batch_size % ranks.size:
-        raise UsageError(f"batch_size is {options.batch_size} over {ranks.size} processes; take a multiple")
+    if options.batch_size % world.size:
+        raise UsageError(f"batch_size is {options.batch_size} with {world.size} processes; use a multiple")
     if len(options.teachers) > 1:
         raise UsageError(
-            "several teachers are chosen row by row, which several processes cannot do in step; run one process, or one teacher"
+            "several teachers split a batch by prompt, so that processes would gather layers a different number of "
+            "times; use one process, or one teacher"
         )
     if options.lora_rank:
-        raise UsageError(
-            "lora_rank is for one process; the factors are small enough for it, or train a mask on several"
-        )
+        raise UsageError("lora_rank works on one process only; use one process, or train a mask on several")
 
 
-def state_of(run: Run, step: int) -> dict[str, Any]:
-    """What, beside the weights, a run goes on from."""
-    trained = (
-        {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
-        if run.options.lora_rank
-        else {}
-    )
-    optimizer = torch.optim.Optimizer.state_dict(run.optimizer)  # what lives here, compact
+def training_state(state: TrainState, step: int) -> dict[str, Any]:
+    """What a run resumes from, besides the weights; this process's part."""
+    lora = {}
+    if state.options.lora_rank:
+        lora = {name: p.detach() for name, p in state.student.model.named_parameters() if p.requires_grad}
     return {
         "step": step,
-        "processes": run.ranks.size,
-        "optimizer": optimizer,
-        "trained": trained,
-        "teachers": {teacher_id: t.state_dict() for teacher_id, t in run.teachers.items()},
+        "processes": state.world.size,
+        "optimizer": torch.optim.Optimizer.state_dict(state.optimizer),  # local and compact
+        "lora": lora,
+        "teachers": {teacher_id: teacher.state_dict() for teacher_id, teacher in state.teachers.items()},
     }
 
 
-def resume(run: Run, path: Path) -> int:
-    """Takes on a checkpoint's state, its weights being loaded. Returns its step."""
-    state = load_state(path, run.ranks)
-    run.optimizer.load_state_dict(state["optimizer"])
-    params = dict(run.model.named_parameters())
+def load_training_state(state: TrainState, path: Path) -> int:
+    """Restores the training state of a checkpoint, whose weights are loaded already. Returns its step."""
+    saved = load_state(path, state.world)
+    state.optimizer.load_state_dict(saved["optimizer"])
+    params = dict(state.student.model.named_parameters())
     with torch.no_grad():
-        for name, value in state["trained"].items():
+        for name, value in saved["lora"].items():
             params[name].copy_(value)
-    for teacher_id, teacher in run.teachers.items():
-        teacher.load_state_dict(state["teachers"][teacher_id])
-    return int(state["step"])
+    for teacher_id, teacher in state.teachers.items():
+        teacher.load_state_dict(saved["teachers"][teacher_id])
+    return int(saved["step"])
 
 
 @contextlib.contextmanager
-def stopping() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT put their number into: a step that is under way ends, then the run saves and stops."""
-    caught: list[int] = []
+def catch_stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT in a list: the current step ends, and then the run saves and stops."""
+    signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield caught
+        yield signals
         return
-    before = {
-        number: signal.signal(number, lambda number, _: caught.append(number))
+    handlers = {
+        number: signal.signal(number, lambda number, _: signals.append(number))
         for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
-        yield caught
+        yield signals
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def summary(outcome: Outcome) -> dict[str, Any]:
-    """The outcome as data."""
+def summary(result: RunResult) -> dict[str, Any]:
+    """The result as data."""
     return {
-        "folder": os.fspath(outcome.folder),
-        "step": outcome.step,
-        "steps": outcome.steps,
-        "stopped": outcome.stopped,
-        "accuracy": outcome.accuracy,
-        "marks": outcome.marks,
+        "path": None if result.path is None else os.fspath(result.path),
+        "step": result.step,
+        "max_steps": result.max_steps,
+        "signal": result.signal,
+        "accuracy": result.accuracy,
+        "snapshots": result.snapshots,
     }
 
 
-def lines(outcome: Outcome) -> list[str]:
-    """The outcome for people."""
-    where = printable(os.fspath(outcome.folder))
-    text = [
-        f"step {outcome.step} of {outcome.steps}{': stopped by a signal; the same command goes on' if outcome.stopped else ''}; {where}"
-    ]
-    if outcome.accuracy:
+def format_text(result: RunResult) -> list[str]:
+    """The result as lines of text."""
+    path = printable(os.fspath(result.path or ""))
+    interrupted = ": stopped by a signal; rerun the same command to resume" if result.signal else ""
+    text = [f"step {result.step} of {result.max_steps}{interrupted}; {path}"]
+    if result.accuracy:
+        evaluations = ", ".join(f"{value:.3f} at step {step}" for step, value in result.accuracy)
+        text.append(f"accuracy on held-out prompts: {evaluations}")
+    for snapshot in result.snapshots[-1:]:
+        visible, stored = (1 - snapshot["views"][view]["frac_zero"] for view in ("visible", "stored"))
         text.append(
-            "accuracy on held-out prompts: "
-            + ", ".join(f"{value:.3f} at step {step}" for step, value in outcome.accuracy)
+            f"changed weights: {100 * visible:.2f} % visible in bf16, {100 * stored:.2f} % as stored, "
+            f"{100 * snapshot['changed_any']:.2f} % in any snapshot"
         )
-    for mark in outcome.marks[-1:]:
-        visible, stored = (mark["views"][view] for view in ("visible", "stored"))
-        text.append(
-            f"changed: {100 * (1 - visible['frac_zero']):.2f} % of the weights visibly to bf16, {100 * (1 - stored['frac_zero']):.2f} % as stored, {100 * mark['changed_any']:.2f} % at any mark"
-        )
-    if outcome.step == outcome.steps:
-        text.append(f"next: opdkernels trajectory {where}/checkpoint-0 {where}/checkpoint-[1-9]* -o {where}/trajectory")
+    if result.step == result.max_steps:
+        text.append(f"next: opdkernels trajectory {path}/checkpoint-0 {path}/checkpoint-[1-9]* -o {path}/trajectory")
     return text

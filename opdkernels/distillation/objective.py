@@ -1,5 +1,5 @@
-"""What a step minimises: a divergence from the teacher, the policy gradient of a reward, the likelihood of recorded answers, each
-with its weight, over the tokens of completions."""
+"""The loss of a distillation step: weighted sum of a divergence from the teacher, the policy gradient of a reward, and
+the likelihood of completions that the student did not sample, over the tokens of completions."""
 
 from __future__ import annotations
 
@@ -7,61 +7,103 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
+from torch import Tensor
 
-from opdkernels.distillation.models import head_of, states_at_completions
+from opdkernels.distillation.forward import completion_hidden_states
+from opdkernels.distillation.models import lm_head_of
 from opdkernels.distillation.options import DistillOptions
 from opdkernels.distillation.rollout import Rollout
-from opdkernels.ops.divergence import Head, Scores, linear_divergence, linear_log_prob
+from opdkernels.distillation.world import Student
+from opdkernels.ops.divergence import LMHead, Scores, linear_divergence, linear_log_prob
 
 
-class Objective(NamedTuple):
-    """`loss`: a number with a gradient; `scores`: per token, where there is a teacher; `log_prob`: the student's of each token,
-    where a reward or a likelihood needs it, detached."""
+class TeacherOutput(NamedTuple):
+    """The teacher's view of the tokens of completions."""
 
-    loss: torch.Tensor
-    scores: Scores | None
-    log_prob: torch.Tensor | None
+    hidden: Tensor  # [num_tokens, teacher_hidden_size]
+    head: LMHead
 
 
-def objective(
-    model: torch.nn.Module,
+class DistillLoss(NamedTuple):
+    """Result of `distill_loss`."""
+
+    loss: Tensor  # scalar with a gradient
+    scores: Scores | None  # per token, if there is a teacher; detached
+    log_prob: (
+        Tensor | None
+    )  # [num_tokens], the student's log-probabilities if a reward or sft_weight needs them; detached
+
+
+def distill_loss(
+    student: Student,
     rollout: Rollout,
-    taught: tuple[torch.Tensor, Head] | None,
-    advantage: torch.Tensor | None,
-    tokens: float,
-    vocab: int,
+    teacher_out: TeacherOutput | None,
+    advantages: Tensor | None,
+    *,
+    num_tokens: float,
+    vocab_size: int,
     options: DistillOptions,
-) -> Objective:
-    """The loss of some rows, a sum over their tokens divided by `tokens`, those of the whole step.
+) -> DistillLoss:
+    """The loss of a micro-batch, as a forward pass of the student.
 
-    taught: the teacher's hidden states and head; advantage [rows]: of each completion; vocab: how many ids all models have.
+    Args:
+        student: The trained model.
+        rollout: Prompts and completions of the micro-batch.
+        teacher_out: Hidden states and head of the teacher at the completions' tokens; None without a divergence.
+        advantages: Advantage of each completion, [num_rows]; None without a reward.
+        num_tokens: Divisor of the sum over tokens: the tokens of the whole step, so that each counts alike.
+        vocab_size: Number of ids that all models have.
+        options: Weights and divergence.
+
+    Returns:
+        Loss, scores and log-probabilities.
     """
-    with recomputing(model, options.gradient_checkpointing):
-        hidden = states_at_completions(model, rollout)
-    head, ids = head_of(model, vocab), rollout.tokens
-    loss, scores, log_prob = hidden.sum().float() * 0, None, None  # connected, whatever there is
-    if taught is not None and options.divergence_weight:
+    return student(
+        compute_loss, rollout, teacher_out, advantages, num_tokens=num_tokens, vocab_size=vocab_size, options=options
+    )
+
+
+def compute_loss(
+    model: Any,
+    rollout: Rollout,
+    teacher_out: TeacherOutput | None,
+    advantages: Tensor | None,
+    *,
+    num_tokens: float,
+    vocab_size: int,
+    options: DistillOptions,
+) -> DistillLoss:
+    """`distill_loss` of a model whose parameters are gathered."""
+    with activation_checkpointing(model, options.gradient_checkpointing):
+        hidden = completion_hidden_states(model, rollout)  # [num_tokens, hidden_size]
+    head, tokens = lm_head_of(model, vocab_size), rollout.tokens
+    loss, scores, log_prob = hidden.sum().float() * 0, None, None  # 0 with a gradient, so that backward always runs
+    if teacher_out is not None and options.divergence_weight:
         divergence, scores = linear_divergence(
-            hidden, head, *taught, options.divergence_spec, tokens=ids, normalizer=tokens, scores=True
+            hidden, head, *teacher_out, options.divergence_spec, tokens=tokens, normalizer=num_tokens, scores=True
         )
         loss = loss + options.divergence_weight * divergence
-    weight = options.reward_weight if advantage is not None else 0 if rollout.own else options.sft_weight
+    if advantages is not None:
+        weight = options.reward_weight
+    else:
+        weight = 0 if rollout.on_policy else options.sft_weight
     if weight:
-        of_tokens = linear_log_prob(hidden, head, ids)
-        log_prob = of_tokens.detach()
-        gain = of_tokens if advantage is None else of_tokens * advantage.repeat_interleave(rollout.sizes)
-        loss = loss - weight * gain.sum() / tokens
-    return Objective(loss, scores, log_prob)
+        token_log_prob = linear_log_prob(hidden, head, tokens)  # [num_tokens]
+        log_prob = token_log_prob.detach()
+        objective = token_log_prob
+        if advantages is not None:
+            objective = token_log_prob * advantages.repeat_interleave(rollout.lengths)
+        loss = loss - weight * objective.sum() / num_tokens
+    return DistillLoss(loss, scores, log_prob)
 
 
 @contextlib.contextmanager
-def recomputing(model: Any, wanted: bool) -> Iterator[None]:
-    """Has a model's layers drop their activations, for a while: transformers does so of layers that are in training, which with dropout
-    and without a cache none is otherwise."""
+def activation_checkpointing(model: Any, enabled: bool) -> Iterator[None]:
+    """Lets a model's layers drop their activations. transformers does this only for layers in training mode, which is
+    otherwise off (no dropout, no cache)."""
     from transformers.modeling_layers import GradientCheckpointingLayer  # type: ignore[import-not-found]
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if enabled else []
     for layer in layers:
         layer.training = True
     try:
@@ -71,13 +113,22 @@ def recomputing(model: Any, wanted: bool) -> Iterator[None]:
             layer.training = False
 
 
-def advantages(rewards: torch.Tensor, samples: int) -> torch.Tensor:
-    """GRPO's, fp32: rewards [prompts * samples] less the mean of their prompt's, over its deviation; 0 where all are alike.
+def grpo_advantages(rewards: Tensor, num_generations: int) -> Tensor:
+    """Advantages of GRPO: each reward minus the mean of its group, divided by the group's standard deviation.
 
-    >>> advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2)
-    tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
+    Args:
+        rewards: [num_prompts * num_generations]; completions of one prompt are adjacent.
+        num_generations: Completions per prompt.
+
+    Returns:
+        fp32 [num_prompts * num_generations]; 0 if all rewards of a group are equal.
+
+    Example:
+        >>> grpo_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2)
+        tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
     """
-    groups = rewards.double().view(-1, samples)
+    groups = rewards.double().view(-1, num_generations)
     scaled = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
-    alike = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)  # whose mean may be rounded to another number
-    return scaled.masked_fill(alike, 0).view(-1).float()
+    # the mean of equal rewards may round to another number
+    equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
+    return scaled.masked_fill(equal, 0).view(-1).float()

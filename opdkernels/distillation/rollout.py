@@ -1,4 +1,5 @@
-"""Completions: sampled by a model or recorded, as token ids that are never made again from text."""
+"""Prompts and completions as token ids. Completions are sampled by a model or read from the data set; sampled ids are
+never recomputed from text."""
 
 from __future__ import annotations
 
@@ -7,255 +8,196 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from opdkernels.distillation.models import Text, begin, taken, unwrapped
-from opdkernels.distillation.tasks import Entry
+from opdkernels.distillation.tasks import Example
+from opdkernels.distillation.text import TextProcessor
 from opdkernels.errors import InputError, printable
 
 PER_TOKEN = ("mm_token_type_ids", "token_type_ids")
-Extras = list[dict[str, torch.Tensor]]  # what a model takes beside ids, row by row
+ModelInputs = list[dict[str, Tensor]]  # per row: what the model takes besides ids, such as pixel_values
 
 
 @dataclass
 class Prompts:
-    """Token ids of prompts, cut to what a run allows."""
+    """Token ids of prompts, truncated to the maximum length."""
 
-    entries: list[Entry]
+    examples: list[Example]
     ids: list[list[int]]
-    extras: Extras
-    cut: int  # how many lost their beginning
+    model_inputs: ModelInputs
+    num_truncated: int
 
-    def repeated(self, times: int) -> Prompts:
-        """Each prompt several times, side by side."""
+    def repeat(self, times: int) -> Prompts:
+        """Each prompt `times` times in a row."""
 
-        def again(rows):
+        def repeat(rows: list[Any]) -> list[Any]:
             return [row for row in rows for _ in range(times)]
 
-        return Prompts(again(self.entries), again(self.ids), again(self.extras), self.cut)
+        return Prompts(repeat(self.examples), repeat(self.ids), repeat(self.model_inputs), self.num_truncated)
 
 
 @dataclass
 class Rollout:
-    """Prompts and completions side by side.
+    """Prompts and their completions, one row each."""
 
-    `ids` int64 [rows, length], right-padded; `prompt` and `length` int64 [rows]: where a row's completion begins and ends;
-    `ended` bool [rows]: whether by an end token; `own` whether the student sampled it.
-    """
-
-    entries: list[Entry]
-    ids: torch.Tensor
-    prompt: torch.Tensor
-    length: torch.Tensor
-    ended: torch.Tensor
-    extras: Extras
-    own: bool
+    examples: list[Example]
+    ids: Tensor  # int64 [num_rows, max_row_length], right-padded
+    prompt_lengths: Tensor  # int64 [num_rows]
+    row_lengths: Tensor  # int64 [num_rows], prompt and completion
+    finished: Tensor  # bool [num_rows]: whether the completion ends with an end token
+    model_inputs: ModelInputs
+    on_policy: bool  # whether the student sampled the completions
 
     @property
-    def attention(self) -> torch.Tensor:
-        """bool [rows, length]: what is not padding."""
-        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.length.unsqueeze(1)
+    def attention_mask(self) -> Tensor:
+        """bool [num_rows, max_row_length]: False for padding."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.row_lengths.unsqueeze(1)
 
     @property
-    def targets(self) -> torch.Tensor:
-        """bool [rows, length - 1]: the positions whose next token is of the completion."""
-        place = torch.arange(self.ids.shape[1], device=self.ids.device)[1:]
-        return (place >= self.prompt.unsqueeze(1)) & (place < self.length.unsqueeze(1))
+    def completion_mask(self) -> Tensor:
+        """bool [num_rows, max_row_length - 1]: positions whose next token belongs to the completion."""
+        next_position = torch.arange(self.ids.shape[1], device=self.ids.device)[1:]
+        return (next_position >= self.prompt_lengths.unsqueeze(1)) & (next_position < self.row_lengths.unsqueeze(1))
 
     @property
-    def tokens(self) -> torch.Tensor:
-        """int64 [n]: the completions' tokens, row after row."""
-        return self.ids[:, 1:][self.targets]
+    def tokens(self) -> Tensor:
+        """int64 [num_tokens]: tokens of all completions, row after row."""
+        return self.ids[:, 1:][self.completion_mask]
 
     @property
-    def shared(self) -> int:
-        """How many tokens all rows begin with that come before the last of their prompts; 0 of one row, and beside images."""
-        return 0 if any(self.extras) or not len(self.ids) else alike(self.ids[:, : int(self.prompt.min()) - 1])
+    def lengths(self) -> Tensor:
+        """int64 [num_rows]: tokens per completion."""
+        return self.row_lengths - self.prompt_lengths
 
     @property
-    def sizes(self) -> torch.Tensor:
-        """int64 [rows]: tokens of each completion."""
-        return self.length - self.prompt
+    def shared_prefix_length(self) -> int:
+        """Number of leading tokens that all rows share, at most all but the last token of the shortest prompt; 0 for one
+        row and for prompts with images."""
+        if any(self.model_inputs) or not len(self.ids):
+            return 0
+        return common_prefix_length(self.ids[:, : int(self.prompt_lengths.min()) - 1])
 
-    def rows(self, chosen: Sequence[int]) -> Rollout:
-        """Some of the rows, no longer than they need be."""
-        at = torch.tensor(list(chosen), dtype=torch.long, device=self.ids.device)
-        longest = int(self.length[at].max()) if len(at) else 0
+    def select(self, rows: Sequence[int]) -> Rollout:
+        """Some of the rows, without padding that all of them share."""
+        index = torch.tensor(list(rows), dtype=torch.long, device=self.ids.device)
+        longest = int(self.row_lengths[index].max()) if len(index) else 0
         return Rollout(
-            [self.entries[i] for i in chosen],
-            self.ids[at, :longest],
-            self.prompt[at],
-            self.length[at],
-            self.ended[at],
-            [self.extras[i] for i in chosen],
-            self.own,
+            [self.examples[i] for i in rows],
+            self.ids[index, :longest],
+            self.prompt_lengths[index],
+            self.row_lengths[index],
+            self.finished[index],
+            [self.model_inputs[i] for i in rows],
+            self.on_policy,
         )
 
     def completions(self) -> list[list[int]]:
-        return [
-            self.ids[i, p:n].tolist()
-            for i, (p, n) in enumerate(zip(self.prompt.tolist(), self.length.tolist(), strict=True))
-        ]
+        """Token ids of each completion."""
+        bounds = zip(self.prompt_lengths.tolist(), self.row_lengths.tolist(), strict=True)
+        return [self.ids[i, start:stop].tolist() for i, (start, stop) in enumerate(bounds)]
 
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """What `hidden_states` takes."""
-        return self.ids, self.attention, together(self.extras, self.ids.shape[1], left=False)
+    def batch(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """ids, attention mask and further inputs of the model, as `hidden_states` takes them."""
+        return self.ids, self.attention_mask, collate(self.model_inputs, self.ids.shape[1], pad_left=False)
 
 
-def alike(ids: torch.Tensor) -> int:
-    """With how many equal ids rows [rows, length] begin; 0 of one row."""
+def common_prefix_length(ids: Tensor) -> int:
+    """Number of leading tokens that all rows of ids [num_rows, length] share; 0 for one row."""
     return int((ids == ids[:1]).all(0).int().cumprod(0).sum()) if len(ids) > 1 else 0
 
 
-def together(extras: Extras, length: int, left: bool) -> dict[str, torch.Tensor]:
-    """What rows take beside ids as one batch: per token ([1, prompt]) padded with zeros, else one row's after another's."""
-    if not any(extras):
+def collate(model_inputs: ModelInputs, length: int, pad_left: bool) -> dict[str, Tensor]:
+    """One batch of the rows' model inputs: per-token tensors [1, prompt_length] are padded with zeros to `length`, all
+    others are concatenated."""
+    if not any(model_inputs):
         return {}
-    found: dict[str, list[torch.Tensor]] = {}
-    none = {
-        name: value[:, :0] for row in extras for name, value in row.items() if name in PER_TOKEN
-    }  # of rows without an image
-    for row in extras:
-        for name, value in (none | row).items():
+    batch: dict[str, list[Tensor]] = {}
+    # rows without an image have empty per-token inputs
+    empty = {name: value[:, :0] for row in model_inputs for name, value in row.items() if name in PER_TOKEN}
+    for row in model_inputs:
+        for name, value in (empty | row).items():
             if name in PER_TOKEN:
-                space = (length - value.shape[1], 0) if left else (0, length - value.shape[1])
-                value = torch.nn.functional.pad(value, space)
-            found.setdefault(name, []).append(value)
-    return {name: torch.cat(values) for name, values in found.items()}
+                missing = length - value.shape[1]
+                value = torch.nn.functional.pad(value, (missing, 0) if pad_left else (0, missing))
+            batch.setdefault(name, []).append(value)
+    return {name: torch.cat(values) for name, values in batch.items()}
 
 
-def encode(text: Text, entries: Sequence[Entry], most: int, teacher_context: bool = False) -> Prompts:
-    """Prompts as ids, the last `most` tokens of each."""
-    rows, extras, cut = [], [], 0
-    for entry in entries:
-        ids, extra = text.encode(prepend_teacher_context(entry) if teacher_context else entry.prompt, entry.images)
+def encode(
+    text: TextProcessor, examples: Sequence[Example], max_length: int, with_teacher_context: bool = False
+) -> Prompts:
+    """Tokenizes prompts and keeps the last `max_length` tokens of each; prompts with images are not truncated."""
+    rows, model_inputs, num_truncated = [], [], 0
+    for example in examples:
+        prompt = prepend_teacher_context(example) if with_teacher_context else example.prompt
+        ids, inputs = text.encode(prompt, example.images)
         if not ids:
-            raise InputError(f"the prompt {printable(str(entry.prompt))[:80]!r} has no token; give another")
-        if len(ids) > most and not extra:
-            ids, cut = ids[-most:], cut + 1
+            raise InputError(f"the prompt {printable(str(example.prompt))[:80]!r} has no token; give another")
+        if len(ids) > max_length and not inputs:
+            ids, num_truncated = ids[-max_length:], num_truncated + 1
         rows.append(ids)
-        extras.append(extra)
-    return Prompts(list(entries), rows, extras, cut)
+        model_inputs.append(inputs)
+    return Prompts(list(examples), rows, model_inputs, num_truncated)
 
 
-def prepend_teacher_context(entry: Entry) -> Any:
-    """The prompt with what only the teacher sees before it."""
-    if entry.teacher_context is None:
-        return entry.prompt
-    if isinstance(entry.prompt, str):
-        return entry.teacher_context + entry.prompt
-    return [{"role": "system", "content": entry.teacher_context}, *entry.prompt]
+def prepend_teacher_context(example: Example) -> Any:
+    """The prompt of the self-teacher: `teacher_context` and then the prompt, as text or as a system message."""
+    if example.teacher_context is None:
+        return example.prompt
+    if isinstance(example.prompt, str):
+        return example.teacher_context + example.prompt
+    return [{"role": "system", "content": example.teacher_context}, *example.prompt]
 
 
-def beside(
+def pad_rollout(
     prompts: Prompts,
     completions: Sequence[Sequence[int]],
-    ended: Sequence[bool],
-    own: bool,
-    pad: int,
+    finished: Sequence[bool],
+    *,
+    on_policy: bool,
+    pad_id: int,
     device: torch.device,
 ) -> Rollout:
     """Prompts and completions as right-padded rows."""
-    rows = [[*p, *c] for p, c in zip(prompts.ids, completions, strict=True)]
+    rows = [[*prompt, *completion] for prompt, completion in zip(prompts.ids, completions, strict=True)]
     longest = max(map(len, rows), default=0)
-    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], dtype=torch.long, device=device).view(
-        len(rows), longest
+    padded = [row + [pad_id] * (longest - len(row)) for row in rows]
+    ids = torch.tensor(padded, dtype=torch.long, device=device).view(len(rows), longest)
+    prompt_lengths, row_lengths = (
+        torch.tensor([len(row) for row in token_rows], dtype=torch.long, device=device)
+        for token_rows in (prompts.ids, rows)
     )
-    prompt, length = (
-        torch.tensor([len(one) for one in many], dtype=torch.long, device=device) for many in (prompts.ids, rows)
-    )
-    extras = [{name: value.to(device) for name, value in row.items()} for row in prompts.extras]
     return Rollout(
-        prompts.entries, ids, prompt, length, torch.tensor(list(ended), dtype=torch.bool, device=device), extras, own
+        prompts.examples,
+        ids,
+        prompt_lengths,
+        row_lengths,
+        torch.tensor(list(finished), dtype=torch.bool, device=device),
+        [{name: value.to(device) for name, value in row.items()} for row in prompts.model_inputs],
+        on_policy,
     )
 
 
-@torch.no_grad()
-def sample(
-    model: Any,
-    text: Text,
-    prompts: Prompts,
-    *,
-    most: int,
-    ends: Sequence[int],
-    vocab: int,
-    temperature: float,
-    own: bool,
-    together_with: int = 1,
+def load_completions(
+    text: TextProcessor, prompts: Prompts, *, max_length: int, end_ids: Sequence[int], device: torch.device
 ) -> Rollout:
-    """Completions from a model by transformers' `generate`, of ids below `vocab`; temperature 0 is greedy. A completion holds its end
-    token. Of several processes that share a model all go on until each has ended."""
-    device = next(model.parameters()).device
-    longest = max(map(len, prompts.ids))
-    ids = torch.tensor([[text.pad] * (longest - len(row)) + list(row) for row in prompts.ids], device=device)
-    attention = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts.ids], device=device)
-    extras = {name: value.to(device) for name, value in together(prompts.extras, longest, left=True).items()}
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
-        else {"do_sample": False}
-    )
-    from transformers import GenerationConfig  # type: ignore[import-not-found]
-
-    unpadded = len(set(map(len, prompts.ids))) == 1 and not extras and together_with == 1
-    begun = begin(model, ids[:1, : alike(ids[:, :-1])], len(ids)) if unpadded else {}
-    own_model, config = (
-        unwrapped(model),
-        GenerationConfig(
-            suppress_tokens=never_sampled(model, vocab) or None,
-            max_new_tokens=most,
-            eos_token_id=list(ends) or None,
-            pad_token_id=text.pad,
-            use_cache=True,
-            **sampling,
-        ),
-    )
-    kept, own_model.generation_config = (
-        own_model.generation_config,
-        GenerationConfig(),
-    )  # whose penalties would fill what is not set here
-    try:
-        with taken(extras):
-            found = model.generate(
-                input_ids=ids,
-                attention_mask=attention,
-                generation_config=config,
-                synced_gpus=together_with > 1,
-                **extras,
-                **begun,
-            )
-    finally:
-        own_model.generation_config = kept
-    cut = [until_end(row, ends) for row in found[:, longest:].tolist()]
-    return beside(prompts, [row for row, _ in cut], [ended for _, ended in cut], own, text.pad, device)
+    """The completions of the data set, each with an end token unless `max_length` truncates it."""
+    rows = [text.ids(example.completion or "", add_special_tokens=False) for example in prompts.examples]
+    eos = text.tokenizer.eos_token_id
+    end = [eos if eos in end_ids else end_ids[0]] if end_ids else []
+    rows = [row + end * (not row or row[-1] not in end_ids) for row in rows]
+    truncated = [until_end(row[:max_length], end_ids) for row in rows]
+    completions, finished = [row for row, _ in truncated], [ends for _, ends in truncated]
+    return pad_rollout(prompts, completions, finished, on_policy=False, pad_id=text.pad_id, device=device)
 
 
-def never_sampled(model: Any, vocab: int) -> list[int]:
-    """Ids that another model lacks, and those that stand for an image or a video, which a completion has none of."""
-    own = unwrapped(model)
-    places = (getattr(own.config, f"{kind}_token_id", None) for kind in ("image", "video"))
-    return [
-        *range(vocab, own.get_output_embeddings().weight.shape[0]),
-        *(place for place in places if place is not None and place < vocab),
-    ]
-
-
-def recorded(text: Text, prompts: Prompts, *, most: int, ends: Sequence[int], device: torch.device) -> Rollout:
-    """The completions that the prompts came with, ended where they are whole."""
-    rows = [text.ids(entry.completion or "", add_special_tokens=False) for entry in prompts.entries]
-    own = text.tokenizer.eos_token_id
-    end = [own if own in ends else ends[0]] if ends else []
-    rows = [row + end * (not row or row[-1] not in ends) for row in rows]
-    cut = [until_end(row[:most], ends) for row in rows]
-    return beside(prompts, [row for row, _ in cut], [ended for _, ended in cut], False, text.pad, device)
-
-
-def until_end(row: Sequence[int], ends: Sequence[int]) -> tuple[list[int], bool]:
-    """A completion up to its first end token, that included, and whether there is one.
+def until_end(row: Sequence[int], end_ids: Sequence[int]) -> tuple[list[int], bool]:
+    """A completion up to and including its first end token, and whether there is one.
 
     >>> until_end([5, 6, 2, 0, 0], [2])
     ([5, 6, 2], True)
     """
     for i, token in enumerate(row):
-        if token in ends:
+        if token in end_ids:
             return list(row[: i + 1]), True
     return list(row), False

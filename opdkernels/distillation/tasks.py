@@ -1,6 +1,7 @@
-"""Where prompts come from, what scores a completion: JSON lines, two tasks of sums, and reasoning_gym's.
+"""Sources of prompts and rewards: JSON lines, examples in memory, two addition tasks, and the tasks of reasoning_gym.
 
-A task is a sequence without end: entry i is the same on every machine, so that a run goes on from a step's number alone.
+A task is an endless sequence of examples: example i is the same on every machine, so that a run resumes from the number of
+its step alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import random
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,24 @@ import torch
 from opdkernels.distillation.options import SELF, DistillOptions
 from opdkernels.errors import InputError, UsageError, printable
 
-Score = Callable[[Any, str | None, str], float]
-SHOTS = "12+13+20=45\n41+29+11=81\n"
-LARGEST = torch.finfo(torch.float32).max
-PAIRS, TRAINED_PAIRS = 10_000, 8_000  # of two-digit numbers, 00 to 99
+Reward = Callable[[Any, str | None, str], float]  # (prompt, answer, completion) -> reward
+WORKED_LINES = "12+13+20=45\n41+29+11=81\n"
+MAX_REWARD = torch.finfo(torch.float32).max
+NUM_PAIRS, NUM_TRAIN_PAIRS = 10_000, 8_000  # pairs of two-digit numbers, 00 to 99
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One prompt. `prompt`: text, or messages as chat templates take them; `teacher_context`: what a teacher that is the student itself
-    sees before it; `completion`: a recorded answer, for steps that are not on-policy."""
+class Example:
+    """One prompt and what belongs to it.
+
+    Attributes:
+        prompt: Text, or messages as chat templates take them.
+        answer: Reference answer for the reward.
+        teacher_id: Selects the teacher, if there are several.
+        teacher_context: Text that only the self-teacher sees, before the prompt.
+        images: Image files.
+        completion: Completion of the data set, for off-policy steps.
+    """
 
     prompt: Any
     answer: str | None = None
@@ -43,110 +52,130 @@ class Entry:
 
 
 class Task(ABC):
-    """Prompts to train on and to evaluate on."""
+    """Prompts to train on, held-out prompts, and the reward of a completion."""
 
-    def __init__(self, reward: str = "exact"):
-        self.reward, self._score = reward, scorer(reward)
-
-    @abstractmethod
-    def entry(self, i: int) -> Entry:
-        """Training prompt i, from 0 on, without end."""
+    def __init__(self, reward: str = "exact", reward_fn: Reward | None = None):
+        """`reward` is the name of the reward, `reward_fn` the function if it is not found by its name."""
+        self.reward, self._score = reward, reward_fn or find_reward(reward)
 
     @abstractmethod
-    def held_out(self, n: int) -> list[Entry]:
-        """The first n prompts that training does not see, or as many as there are."""
+    def example(self, i: int) -> Example:
+        """Training example i = 0, 1, ..., without end."""
 
-    def examples(self) -> list[Entry]:
-        """Training prompts that say what all are like: those of a file, or the first that is drawn."""
-        return [self.entry(0)]
+    @abstractmethod
+    def eval_examples(self, n: int) -> list[Example]:
+        """The first n held-out examples, or as many as there are."""
 
-    def score(self, entry: Entry, completion: str) -> float:
-        """What a completion is worth, 0 to 1 of the tasks here. Raises InputError where the reward itself fails."""
+    def representative_examples(self) -> list[Example]:
+        """Training examples to validate: all examples of a file, the first one of a generated task."""
+        return [self.example(0)]
+
+    def score(self, example: Example, completion: str) -> float:
+        """Reward of a completion. Raises InputError if the reward function fails or is not finite."""
+        name, prompt = self.reward, printable(str(example.prompt))[:80]
         try:
-            value = float(self._score(entry.prompt, entry.answer, completion))
+            value = float(self._score(example.prompt, example.answer, completion))
         except (Exception, SystemExit) as error:
             raise InputError(
-                f"the reward {self.reward} failed on {printable(str(entry.prompt))[:80]} ({type(error).__name__}: {printable(str(error))[:200]}); mend it, and run the same command again"
+                f"the reward {name} failed on {prompt} ({type(error).__name__}: {printable(str(error))[:200]}); "
+                "fix it and run the same command again"
             ) from None
-        if not abs(value) <= LARGEST:
-            raise InputError(
-                f"the reward {self.reward} gave {value} on {printable(str(entry.prompt))[:80]}; it must be a finite number in fp32's range"
-            )
+        if not abs(value) <= MAX_REWARD:
+            raise InputError(f"the reward {name} gave {value} on {prompt}; it must be a finite number in fp32's range")
         return value
 
 
-class Lines(Task):
-    """JSON lines, in an order that each pass over them draws anew."""
+class ExamplesTask(Task):
+    """Examples in memory, in an order that each epoch draws anew."""
 
-    def __init__(self, path: str, eval_prompts: str, seed: int, reward: str):
-        super().__init__(reward)
-        self.entries, self.seed = read_lines(path), seed
-        self.others = read_lines(eval_prompts) if eval_prompts else []
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        eval_examples: Sequence[Example] = (),
+        *,
+        seed: int = 0,
+        reward: str = "exact",
+        reward_fn: Reward | None = None,
+    ):
+        super().__init__(reward, reward_fn)
+        self.train, self.held_out, self.seed = list(examples), list(eval_examples), seed
 
-    def entry(self, i: int) -> Entry:
-        epoch, place = divmod(i, len(self.entries))
-        return self.entries[permuted(place, len(self.entries), f"{self.seed}/{epoch}")]
+    def example(self, i: int) -> Example:
+        epoch, index = divmod(i, len(self.train))
+        return self.train[permuted(index, len(self.train), f"{self.seed}/{epoch}")]
 
-    def held_out(self, n: int) -> list[Entry]:
-        return self.others[:n]
+    def eval_examples(self, n: int) -> list[Example]:
+        return self.held_out[:n]
 
-    def examples(self) -> list[Entry]:
-        return self.entries
+    def representative_examples(self) -> list[Example]:
+        return self.train
+
+
+class JsonlTask(ExamplesTask):
+    """Examples from files of JSON lines."""
+
+    def __init__(
+        self, path: str, eval_path: str, *, seed: int = 0, reward: str = "exact", reward_fn: Reward | None = None
+    ):
+        held_out = read_examples(eval_path) if eval_path else []
+        super().__init__(read_examples(path), held_out, seed=seed, reward=reward, reward_fn=reward_fn)
 
 
 class Addition(Task):
-    """Two numbers of two digits, "07+45=", whose sum has three, "052": 8,000 pairs to train on, 2,000 held out."""
+    """Two two-digit numbers, "07+45=", with the three-digit sum "052": 8,000 pairs to train on, 2,000 held out."""
 
-    def __init__(self, seed: int, reward: str):
-        super().__init__(reward)
+    def __init__(self, seed: int, reward: str = "exact", reward_fn: Reward | None = None):
+        super().__init__(reward, reward_fn)
         self.seed = seed
 
     @staticmethod
-    def of(pair: int) -> Entry:
+    def example_of_pair(pair: int) -> Example:
         a, b = divmod(pair, 100)
-        return Entry(f"{a:02}+{b:02}=", f"{a + b:03}")
+        return Example(f"{a:02}+{b:02}=", f"{a + b:03}")
 
-    def entry(self, i: int) -> Entry:
-        epoch, place = divmod(i, TRAINED_PAIRS)
-        return self.of(permuted(permuted(place, TRAINED_PAIRS, f"{self.seed}/{epoch}"), PAIRS, "pairs"))
+    def example(self, i: int) -> Example:
+        epoch, index = divmod(i, NUM_TRAIN_PAIRS)
+        index = permuted(index, NUM_TRAIN_PAIRS, f"{self.seed}/{epoch}")
+        return self.example_of_pair(permuted(index, NUM_PAIRS, "pairs"))
 
-    def held_out(self, n: int) -> list[Entry]:
-        return [
-            self.of(permuted(place, PAIRS, "pairs")) for place in range(TRAINED_PAIRS, min(PAIRS, TRAINED_PAIRS + n))
-        ]
+    def eval_examples(self, n: int) -> list[Example]:
+        indices = range(NUM_TRAIN_PAIRS, min(NUM_PAIRS, NUM_TRAIN_PAIRS + n))
+        return [self.example_of_pair(permuted(index, NUM_PAIRS, "pairs")) for index in indices]
 
 
 class Sums(Task):
     """Three numbers from 10 to 99 after two worked lines; a ninth of all triples is held out."""
 
-    def __init__(self, seed: int, reward: str):
-        super().__init__(reward)
+    def __init__(self, seed: int, reward: str = "exact", reward_fn: Reward | None = None):
+        super().__init__(reward, reward_fn)
         self.seed = seed
 
     @staticmethod
-    def draw(key: str, held_out: bool) -> Entry:
-        drawn = random.Random(key)
+    def draw(key: str, held_out: bool) -> Example:
+        generator = random.Random(key)
         while True:
-            a, b, c = (drawn.randrange(10, 100) for _ in range(3))
+            a, b, c = (generator.randrange(10, 100) for _ in range(3))
             if ((a + 7 * b + 31 * c) % 9 == 0) == held_out:
-                return Entry(f"{SHOTS}{a}+{b}+{c}=", str(a + b + c))
+                return Example(f"{WORKED_LINES}{a}+{b}+{c}=", str(a + b + c))
 
-    def entry(self, i: int) -> Entry:
+    def example(self, i: int) -> Example:
         return self.draw(f"{self.seed}/{i}", False)
 
-    def held_out(self, n: int) -> list[Entry]:
+    def eval_examples(self, n: int) -> list[Example]:
         return [self.draw(f"held out/{i}", True) for i in range(n)]
 
 
 class ReasoningGym(Task):
-    """A task of reasoning_gym, drawn and scored by it, which makes item i of a dataset from its seed + i: each seed of a run has items
-    of its own, the held-out ones are others again and the same for all."""
+    """A task of reasoning_gym, with its own reward.
+
+    reasoning_gym draws item i of a data set from its seed + i. Each seed of a run therefore gets a range of its own; the
+    held-out items are another range, the same for all seeds.
+    """
 
     SIZE = 1 << 20
-    SEEDS = (1 << 32) // SIZE - 1  # below what NumPy takes
+    SEEDS = (1 << 32) // SIZE - 1  # NumPy takes seeds below 2^32
 
-    def __init__(self, name: str, seed: int):
-        super().__init__()
+    def __init__(self, name: str, seed: int, reward: str = "", reward_fn: Reward | None = None):
         try:
             from reasoning_gym import create_dataset  # type: ignore[import-not-found]
         except ImportError:
@@ -157,191 +186,236 @@ class ReasoningGym(Task):
             raise UsageError(f"reasoning_gym takes seeds below {self.SEEDS} here, not {seed}")
         try:
             self.data = create_dataset(name, size=self.SIZE, seed=(seed + 1) * self.SIZE)
-            self.others = create_dataset(name, size=self.SIZE, seed=0)
+            self.held_out = create_dataset(name, size=self.SIZE, seed=0)
         except ValueError as error:
             raise UsageError(f"reasoning_gym has no task {printable(name)} ({printable(str(error))[:200]})") from None
-        self.reward, self._score = (
-            f"reasoning_gym:{name}",
-            lambda prompt, answer, text: self.data.score_answer(text.strip(), json.loads(answer or "{}")),
-        )
+        super().__init__(reward or f"reasoning_gym:{name}", reward_fn or self.score_answer)
+
+    def score_answer(self, prompt: Any, answer: str | None, completion: str) -> float:
+        return self.data.score_answer(completion.strip(), json.loads(answer or "{}"))
 
     @staticmethod
-    def of(found: dict[str, Any]) -> Entry:
-        return Entry([{"role": "user", "content": found["question"]}], json.dumps(found, default=str))
+    def example_of_item(item: dict[str, Any]) -> Example:
+        return Example([{"role": "user", "content": item["question"]}], json.dumps(item, default=str))
 
-    def entry(self, i: int) -> Entry:
-        return self.of(self.data[i % len(self.data)])
+    def example(self, i: int) -> Example:
+        return self.example_of_item(self.data[i % len(self.data)])
 
-    def held_out(self, n: int) -> list[Entry]:
-        return [self.of(self.others[i]) for i in range(n)]
+    def eval_examples(self, n: int) -> list[Example]:
+        return [self.example_of_item(self.held_out[i]) for i in range(n)]
 
 
-def open_task(prompts: str, eval_prompts: str = "", seed: int = 0, reward: str = "exact") -> Task:
-    """The task that `prompts` names. Raises InputError for a file that cannot be read, UsageError for a task that does not exist."""
+def open_task(
+    prompts: str,
+    eval_prompts: str = "",
+    *,
+    seed: int = 0,
+    reward: str = "exact",
+    reward_fn: Reward | None = None,
+) -> Task:
+    """The task that `prompts` names.
+
+    Args:
+        prompts: File of JSON lines, or addition, sums or reasoning_gym:NAME.
+        eval_prompts: File of held-out prompts, if `prompts` is a file.
+        seed: Seed of the order of examples.
+        reward: Name of the reward.
+        reward_fn: The reward if `reward` is not the name of an importable function.
+
+    Raises:
+        InputError: A file cannot be read.
+        UsageError: The task or the reward does not exist.
+    """
     kind, _, name = prompts.partition(":")
     if eval_prompts and (prompts in ("addition", "sums") or kind == "reasoning_gym"):
-        raise UsageError(f"the task {prompts} has held-out prompts of its own; leave eval_prompts out")
-    if reward != "exact" and kind == "reasoning_gym":
-        raise UsageError(f"the task {prompts} scores by itself; leave reward out")
+        raise UsageError(f"the task {prompts} has its own held-out prompts; remove eval_prompts")
+    if reward != "exact" and reward_fn is None and kind == "reasoning_gym":
+        raise UsageError(f"the task {prompts} has its own reward; remove reward")
     if prompts in ("addition", "sums"):
-        return (Addition if prompts == "addition" else Sums)(seed, reward)
+        return (Addition if prompts == "addition" else Sums)(seed, reward, reward_fn)
     if kind == "reasoning_gym":
-        return ReasoningGym(name, seed)
-    return Lines(prompts, eval_prompts, seed, reward)
+        return ReasoningGym(name, seed, reward if reward_fn else "", reward_fn)
+    return JsonlTask(prompts, eval_prompts, seed=seed, reward=reward, reward_fn=reward_fn)
 
 
-def read_lines(path: str) -> list[Entry]:
-    named = printable(path)
+def read_examples(path: str) -> list[Example]:
+    """The examples in a file of JSON lines. Raises InputError with the number of a bad line."""
+    name = printable(path)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(
-            f"{named} does not exist; give JSON lines, or a task: addition, sums, reasoning_gym:NAME"
+            f"{name} does not exist; give JSON lines, or a task: addition, sums, reasoning_gym:NAME"
         ) from None
-    except (OSError, ValueError) as error:  # no text, or a path with a NUL
-        raise InputError(f"{named} cannot be read as JSON lines ({printable(str(error))})") from None
-    found = [
-        parse(line, f"{named} line {number}", Path(path).parent)
-        for number, line in enumerate(text.split("\n"), 1)
-        if line.strip()
-    ]
-    if not found:
-        raise InputError(f"{named} holds no prompt")
-    return found
+    except (OSError, ValueError) as error:  # not UTF-8, or a path with a NUL
+        raise InputError(f"{name} cannot be read as JSON lines ({printable(str(error))})") from None
+    folder = Path(path).parent
+    lines = enumerate(text.split("\n"), 1)
+    examples = [parse_line(line, f"{name} line {number}", folder) for number, line in lines if line.strip()]
+    if not examples:
+        raise InputError(f"{name} holds no prompt")
+    return examples
 
 
-def parse(line: str, place: str, folder: Path) -> Entry:
+def parse_line(line: str, where: str, folder: Path) -> Example:
+    """The example in a line of JSON. `where` names the line in errors."""
     try:
-        given = json.loads(line)
-        json.dumps(given, ensure_ascii=False).encode()
+        row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"{place} has half of a surrogate pair, {printable(error.object[error.start])}, which is no text"
-        ) from None
+        surrogate = printable(error.object[error.start])
+        raise InputError(f"{where} has an unpaired surrogate, {surrogate}, which is not Unicode text") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{place} is not JSON ({printable(str(error))})") from None
-    prompt = given.get("prompt") if isinstance(given, dict) else None
+        raise InputError(f"{where} is not JSON ({printable(str(error))})") from None
+    return example_of(row, where, folder)
+
+
+def example_of(row: Any, where: str, folder: Path) -> Example:
+    """The example in a row of a data set: a dictionary with the fields of `Example`.
+
+    Args:
+        row: The row; other fields are ignored.
+        where: Names the row in errors.
+        folder: Folder that image paths are relative to.
+
+    Raises:
+        InputError: A field has the wrong type, or there is no prompt.
+    """
+    prompt = row.get("prompt") if isinstance(row, Mapping) else None
     if not (isinstance(prompt, str) and prompt) and not (
-        isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt)
+        isinstance(prompt, list)
+        and prompt
+        and all(isinstance(message, Mapping) and "role" in message for message in prompt)
     ):
-        raise InputError(f"{place} has no prompt; it takes a text, or messages with role and content")
-    texts = {name: given.get(name) for name in ("answer", "teacher_id", "teacher_context", "completion")}
+        raise InputError(f"{where} has no prompt; it takes a text, or messages with role and content")
+    texts = {name: row.get(name) for name in ("answer", "teacher_id", "teacher_context", "completion")}
     for name, value in texts.items():
         if value is not None and not isinstance(value, str):
-            raise InputError(f"{place} has {name} of {type(value).__name__}; it takes text")
-    images = given.get("images", [])
+            raise InputError(f"{where} has {name} of type {type(value).__name__}; it takes text")
+    images = row.get("images", [])
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise InputError(f"{place} has images that are no list of files")
-    places = tuple(os.fspath(folder / image) for image in images)
-    return Entry(
-        prompt, texts["answer"], texts["teacher_id"] or "", texts["teacher_context"], places, texts["completion"]
+        raise InputError(f"{where} has images that are not a list of file names")
+    return Example(
+        prompt=prompt,
+        answer=texts["answer"],
+        teacher_id=texts["teacher_id"] or "",
+        teacher_context=texts["teacher_context"],
+        images=tuple(os.fspath(folder / image) for image in images),
+        completion=texts["completion"],
     )
 
 
-def refuse_prompts(options: DistillOptions, task: Task) -> None:
-    """Raises InputError for training prompts that would end a run on its way, or be answered now from here, now from there."""
-    entries, teachers = task.examples(), options.teachers
-    for entry in entries:
-        if teachers and not teachers.keys() & {entry.teacher_id, ""}:
+def validate_prompts(options: DistillOptions, task: Task) -> None:
+    """Raises InputError for training prompts that would stop the run later, or that mix two sources of completions."""
+    examples, teachers = task.representative_examples(), options.teachers
+    for example in examples:
+        if teachers and not teachers.keys() & {example.teacher_id, ""}:
             raise InputError(
-                f"{called(entry)} has the teacher_id {printable(entry.teacher_id)!r} and no teacher has it; the teachers are {', '.join(map(printable, teachers))}"
+                f"{describe(example)} has the teacher_id {printable(example.teacher_id)!r} and no teacher has it; "
+                f"the teachers are {', '.join(map(printable, teachers))}"
             )
     if options.on_policy_fraction < 1:
-        lacking = [entry for entry in entries if entry.completion is None]
-        if lacking and len(lacking) < len(entries):
+        missing = [example for example in examples if example.completion is None]
+        if missing and len(missing) < len(examples):
             raise InputError(
-                f"{called(lacking[0])} has no `completion` and others have one; give every prompt one, or none"
+                f"{describe(missing[0])} has no `completion` and others have one; give every prompt one, or none"
             )
-        if lacking and (len(teachers) != 1 or SELF in teachers.values()):
+        if missing and (len(teachers) != 1 or SELF in teachers.values()):
             raise InputError(
-                "a step that is not on-policy needs `completion` in every prompt, or one teacher that is a model of its own"
+                "an off-policy step needs `completion` in every prompt, or exactly one teacher that is not self"
             )
-    refuse_images(entries)
+    validate_images(examples)
     if options.reward_weight:
-        refuse_answers(entries, task.reward)
+        validate_answers(examples, task.reward)
 
 
-def refuse_images(entries: Sequence[Entry]) -> None:
-    """Raises InputError for an image that is not there."""
-    for place in dict.fromkeys(place for entry in entries for place in entry.images):
-        if not os.path.isfile(place):
-            raise InputError(f"an image of a prompt cannot be read ({printable(place)} is no file)")
+def validate_images(examples: Sequence[Example]) -> None:
+    """Raises InputError for an image file that does not exist."""
+    for path in dict.fromkeys(path for example in examples for path in example.images):
+        if not os.path.isfile(path):
+            raise InputError(f"an image of a prompt cannot be read ({printable(path)} is not a file)")
 
 
-def refuse_answers(entries: Sequence[Entry], reward: str) -> None:
-    """Raises InputError for a prompt that `exact` cannot find answered."""
-    for entry in entries if reward == "exact" else ():
-        if entry.answer is None:
+def validate_answers(examples: Sequence[Example], reward: str) -> None:
+    """Raises InputError for an example whose answer the reward `exact` cannot compare."""
+    for example in examples if reward == "exact" else ():
+        if example.answer is None:
             raise InputError(
-                f"{called(entry)} has no `answer`, which the reward exact compares with; give it one, or another reward"
+                f"{describe(example)} has no `answer`, which the reward exact needs; add it, or choose another reward"
             )
-        if "\n" in entry.answer.strip():
+        if "\n" in example.answer.strip():
             raise InputError(
-                f"{called(entry)} has an `answer` of several lines, and the reward exact looks at one line; give one, or another reward"
+                f"{describe(example)} has an `answer` of several lines, and the reward exact compares one line; "
+                "shorten it, or choose another reward"
             )
 
 
-def called(entry: Entry) -> str:
-    return f"the prompt {printable(str(entry.prompt))[:80]!r}"
+def describe(example: Example) -> str:
+    return f"the prompt {printable(str(example.prompt))[:80]!r}"
 
 
-def permuted(place: int, n: int, key: str) -> int:
-    """Where a permutation of n, drawn by a key, puts a place: a Feistel network over the next square, walked until it is inside.
+def permuted(index: int, n: int, key: str) -> int:
+    """The image of `index` under a permutation of range(n) that `key` selects: a Feistel network over the next square
+    number, repeated until the result is below n.
 
     >>> sorted(permuted(i, 10, "a") for i in range(10)) == list(range(10))
     True
     """
     half = max(1, math.ceil(math.sqrt(n)))
     while True:
-        left, right = divmod(place, half)
-        for turn in turns(key):
-            left, right = right, (left + mix(right ^ turn)) % half
-        place = left * half + right
-        if place < n:
-            return place
+        left, right = divmod(index, half)
+        for round_key in round_keys(key):
+            left, right = right, (left + splitmix64(right ^ round_key)) % half
+        index = left * half + right
+        if index < n:
+            return index
 
 
 @functools.lru_cache(maxsize=64)
-def turns(key: str) -> tuple[int, ...]:
-    """The numbers that a key puts into each turn of `permuted`."""
-    return tuple(random.Random(f"{key}/{turn}").getrandbits(64) for turn in range(4))
+def round_keys(key: str) -> tuple[int, ...]:
+    """Keys of the four rounds of `permuted`."""
+    return tuple(random.Random(f"{key}/{i}").getrandbits(64) for i in range(4))
 
 
-def mix(x: int) -> int:
+def splitmix64(x: int) -> int:
     """The finaliser of SplitMix64."""
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
     x = (x ^ x >> 27) * 0x94D049BB133111EB & (1 << 64) - 1
     return x ^ x >> 31
 
 
-def scorer(name: str) -> Score:
-    """The function that a reward's name stands for. Raises UsageError where there is none."""
+def find_reward(name: str) -> Reward:
+    """The reward function of a name: exact, or package.module:function, also from the working directory.
+
+    Raises UsageError if there is no such function.
+    """
     if name == "exact":
         return exact
     module, _, function = name.partition(":")
     if not all(module.split(".")):
-        raise UsageError(f"there is no reward {printable(name)}; it is exact or package.module:function")
-    here = os.getcwd()
-    sys.path.insert(0, here)  # which an installed command does not look into
+        raise UsageError(f"there is no reward {printable(name)}; give exact or package.module:function")
+    cwd = os.getcwd()
+    sys.path.insert(0, cwd)  # not on the path of an installed command
     try:
-        found = getattr(importlib.import_module(module), function)
+        reward = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UsageError(
-            f"there is no reward {printable(name)} ({printable(str(error))}); it is exact or package.module:function"
+            f"there is no reward {printable(name)} ({printable(str(error))}); give exact or package.module:function"
         ) from None
     except (Exception, SystemExit) as error:
         raise UsageError(
-            f"the reward {printable(name)} cannot be imported ({type(error).__name__}: {printable(str(error))[:200]}); mend {printable(module)}, and run the same command again"
+            f"the reward {printable(name)} cannot be imported ({type(error).__name__}: {printable(str(error))[:200]}); "
+            f"fix {printable(module)} and run the same command again"
         ) from None
     finally:
-        sys.path.remove(here)
-    if not callable(found):
+        sys.path.remove(cwd)
+    if not callable(reward):
         raise UsageError(f"the reward {printable(name)} is not a function")
-    return found
+    return reward
 
 
 def exact(prompt: Any, answer: str | None, completion: str) -> float:
-    """1 where the completion's first line is the answer.
+    """1 if the completion's first line equals the answer, else 0; surrounding white space is ignored.
 
     >>> exact("1+1=", "2", " 2\\n3+4=7"), exact("1+1=", "2", "23")
     (1.0, 0.0)

@@ -1,63 +1,59 @@
-"""Teachers: what says, at each token of a completion, what should have come: hidden states, and the head that reads them.
+"""Teachers: the next-token distribution at each token of a completion, as hidden states and the head that reads them.
 
-A model of its own, one of several by a prompt's tag, or the student itself: the weights that it began with, or an average over its
-steps, swapped in for as long as it scores; that takes no second model, and a copy of the active coordinates alone.
+A teacher is a model, one of several models that a prompt's teacher_id selects, or the student itself: with its initial
+weights or an average of its weights over the steps. The self-teacher swaps these weights in while it scores; it needs no
+second model, only a copy of the active coordinates.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
 
-from opdkernels.distillation.models import (
-    Text,
-    head_of,
-    load_model,
-    load_text,
-    positions,
-    refuse_other_tokens,
-    states_at_completions,
-)
+from opdkernels.distillation.forward import completion_hidden_states
+from opdkernels.distillation.models import lm_head_of, load_model, max_positions
+from opdkernels.distillation.objective import TeacherOutput
 from opdkernels.distillation.options import SELF, DistillOptions
-from opdkernels.distillation.rollout import Rollout, beside, encode
+from opdkernels.distillation.rollout import Rollout, encode, pad_rollout
+from opdkernels.distillation.tasks import describe
+from opdkernels.distillation.text import TextProcessor, load_text_processor, validate_same_tokenizer
+from opdkernels.distillation.world import Student
 from opdkernels.errors import InputError, printable
-from opdkernels.ops.divergence import Head
 from opdkernels.optim.active import active_of, put_active
 from opdkernels.optim.binding import Shard, local_part
 from opdkernels.optim.masked import MaskedOptimizer
 
-UNCUT = 1 << 60  # tokens of a prompt with what is teacher_context
+UNLIMITED = 1 << 60  # maximum length of a prompt with teacher_context, which is validated instead of truncated
 
 
 class Teacher(Protocol):
-    """What the loop asks of a teacher."""
+    """What the training loop needs of a teacher."""
 
     model: torch.nn.Module
 
-    def score(self, rollout: Rollout) -> tuple[torch.Tensor, Head]:
-        """Hidden states [n, width] at the n tokens of the completions, and the head, neither with a gradient."""
+    def score(self, rollout: Rollout) -> TeacherOutput:
+        """Hidden states at the tokens of the completions, and the head; without a gradient."""
 
     def after_step(self) -> None:
-        """Called when the student has taken a step."""
+        """Called after each optimizer step of the student."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that goes on needs."""
+        """State that a resumed run needs."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @torch.no_grad()
-def scored(model: Any, rollout: Rollout) -> tuple[torch.Tensor, Head]:
-    """Hidden states [n, width] at the tokens of the completions, and a copy of the head that is there now."""
-    hidden, head = states_at_completions(model, rollout), head_of(model)
-    return hidden, replace(
-        head, weight=head.weight.detach().clone(), bias=None if head.bias is None else head.bias.detach().clone()
-    )
+def score_with(model: Any, rollout: Rollout) -> TeacherOutput:
+    """The output of a model whose weights change afterwards: its head is copied."""
+    hidden, head = completion_hidden_states(model, rollout), lm_head_of(model)
+    bias = None if head.bias is None else head.bias.detach().clone()
+    return TeacherOutput(hidden, replace(head, weight=head.weight.detach().clone(), bias=bias))
 
 
 class ModelTeacher:
@@ -66,9 +62,9 @@ class ModelTeacher:
     def __init__(self, model: torch.nn.Module):
         self.model = model.requires_grad_(False)
 
-    def score(self, rollout: Rollout) -> tuple[torch.Tensor, Head]:
+    def score(self, rollout: Rollout) -> TeacherOutput:
         with torch.no_grad():
-            return states_at_completions(self.model, rollout), head_of(self.model)
+            return TeacherOutput(completion_hidden_states(self.model, rollout), lm_head_of(self.model))
 
     def after_step(self) -> None:
         pass
@@ -80,61 +76,78 @@ class ModelTeacher:
         pass
 
 
-class OwnWeights:
-    """The student itself with other active values: those it began with (ema 1), or their average over its steps.
+class SelfTeacher:
+    """The student with other weights: its initial ones (ema_decay 1), or their exponential moving average.
 
-    Values are kept as fp32 where they are averaged, else as the weights are, [active] of each parameter that is trained. With
-    `teacher_context` in a prompt it reads that first; the completion's tokens, `longest` at most, are the same.
+    If a prompt has `teacher_context`, the teacher reads it before the prompt; the completion's tokens are the same.
     """
 
-    def __init__(self, model: Any, optimizer: MaskedOptimizer, ema: float, text: Text, longest: int):
-        self.model, self.optimizer, self.ema, self.text = model, optimizer, ema, text
-        self.places = positions(model) - longest
-        self.values = [self._kept(active_of(local, shard), local) for local, shard in self._parts()]
+    def __init__(
+        self,
+        student: Student,
+        optimizer: MaskedOptimizer,
+        *,
+        ema_decay: float,
+        text: TextProcessor,
+        max_completion_length: int,
+    ):
+        self.student, self.model, self.optimizer = student, student.model, optimizer
+        self.ema_decay, self.text = ema_decay, text
+        self.max_prompt_length = max_positions(self.model) - max_completion_length
+        # [num_active] per trained parameter; fp32 for an average, else the dtype of the parameter
+        self.values = [
+            active_of(param, shard) if ema_decay < 1 else active_of(param, shard).to(param.dtype)
+            for param, shard in self._local_params()
+        ]
 
-    def _parts(self) -> list[tuple[torch.Tensor, Shard]]:
-        """What of each trained parameter lives here."""
+    def _local_params(self) -> list[tuple[torch.Tensor, Shard]]:
+        """The local part of each trained parameter."""
         return [(local_part(param)[0], binding.shard(param)) for _, param, binding in self.optimizer._live()]
 
-    def _kept(self, values: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-        return values if self.ema < 1 else values.to(param.dtype)
-
     @contextlib.contextmanager
-    def swapped(self) -> Iterator[None]:
-        """The student with the teacher's weights, for a while."""
-        parts = self._parts()
+    def with_teacher_weights(self) -> Iterator[None]:
+        """Swaps the teacher's weights into the student, and the student's back in at the end."""
+        params = self._local_params()
         with torch.no_grad():
-            own = [active_of(param, shard).to(param.dtype) for param, shard in parts]
-            for (param, shard), values in zip(parts, self.values, strict=True):
+            student_values = [active_of(param, shard).to(param.dtype) for param, shard in params]
+            for (param, shard), values in zip(params, self.values, strict=True):
                 put_active(param, shard, values.float())
         try:
             yield
         finally:
             with torch.no_grad():
-                for (param, shard), values in zip(parts, own, strict=True):
+                for (param, shard), values in zip(params, student_values, strict=True):
                     put_active(param, shard, values.float())
 
-    def score(self, rollout: Rollout) -> tuple[torch.Tensor, Head]:
-        if any(entry.teacher_context is not None for entry in rollout.entries):
-            prompts = encode(self.text, rollout.entries, UNCUT, teacher_context=True)
-            tokens, entry = max(zip(map(len, prompts.ids), rollout.entries, strict=True), key=itemgetter(0))
-            if tokens > self.places:
-                raise InputError(
-                    f"the prompt {printable(str(entry.prompt))[:80]!r} is {tokens} tokens with its `teacher_context`, and the student has {self.places} positions beside a completion; shorten it"
-                )
-            rollout = beside(
-                prompts, rollout.completions(), rollout.ended.tolist(), rollout.own, self.text.pad, rollout.ids.device
+    def score(self, rollout: Rollout) -> TeacherOutput:
+        if any(example.teacher_context is not None for example in rollout.examples):
+            rollout = self._with_teacher_context(rollout)
+        with self.with_teacher_weights():
+            return self.student(score_with, rollout)
+
+    def _with_teacher_context(self, rollout: Rollout) -> Rollout:
+        prompts = encode(self.text, rollout.examples, UNLIMITED, with_teacher_context=True)
+        length, example = max(zip(map(len, prompts.ids), rollout.examples, strict=True), key=itemgetter(0))
+        if length > self.max_prompt_length:
+            raise InputError(
+                f"{describe(example)} is {length} tokens with its `teacher_context`, and the student has "
+                f"{self.max_prompt_length} positions before the completion; shorten it"
             )
-        with self.swapped():
-            hidden, head = self.model.scored(rollout)
-        return hidden, head
+        return pad_rollout(
+            prompts,
+            rollout.completions(),
+            rollout.finished.tolist(),
+            on_policy=rollout.on_policy,
+            pad_id=self.text.pad_id,
+            device=rollout.ids.device,
+        )
 
     @torch.no_grad()
     def after_step(self) -> None:
-        if self.ema == 1:
+        if self.ema_decay == 1:
             return
-        for values, (local, shard) in zip(self.values, self._parts(), strict=True):
-            values.lerp_(active_of(local, shard), 1 - self.ema)
+        for values, (param, shard) in zip(self.values, self._local_params(), strict=True):
+            values.lerp_(active_of(param, shard), 1 - self.ema_decay)
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": self.values}
@@ -144,17 +157,34 @@ class OwnWeights:
             values.copy_(saved)
 
 
-def teachers_of(
-    options: DistillOptions, model: torch.nn.Module, optimizer: MaskedOptimizer, text: Text, device: torch.device
+def load_teachers(
+    options: DistillOptions,
+    student: Student,
+    optimizer: MaskedOptimizer,
+    text: TextProcessor,
+    device: torch.device,
+    models: Mapping[str, Any],
 ) -> dict[str, Teacher]:
-    """Teachers by tag. Raises InputError for a tokenizer that is not the student's."""
-    loaded: dict[str, Teacher] = {}
-    for place in options.teachers.values():
-        if place in loaded:
+    """Teachers by teacher_id. `models`: loaded models, by the name that stands for each in the options.
+
+    Raises InputError for a teacher that cannot be loaded, or whose tokenizer is not the student's.
+    """
+    teachers: dict[str, Teacher] = {}
+    for path in options.teachers.values():
+        if path in teachers:
             continue
-        if place == SELF:
-            loaded[place] = OwnWeights(model, optimizer, options.ema_decay, text, options.max_completion_length)
+        if path == SELF:
+            teachers[path] = SelfTeacher(
+                student,
+                optimizer,
+                ema_decay=options.ema_decay,
+                text=text,
+                max_completion_length=options.max_completion_length,
+            )
+        elif path in models:
+            teachers[path] = ModelTeacher(models[path].to(device).eval())
         else:
-            refuse_other_tokens(text.tokenizer, load_text(place).tokenizer, f"the teacher {printable(place)}")
-            loaded[place] = ModelTeacher(load_model(place, options.dtype, device))
-    return {tag: loaded[place] for tag, place in options.teachers.items()}
+            tokenizer = load_text_processor(path).tokenizer
+            validate_same_tokenizer(text.tokenizer, tokenizer, f"the teacher {printable(path)}")
+            teachers[path] = ModelTeacher(load_model(path, options.dtype, device))
+    return {teacher_id: teachers[path] for teacher_id, path in options.teachers.items()}

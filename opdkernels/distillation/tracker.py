@@ -1,13 +1,13 @@
-"""What training does to the weights while it does it: at marks, the tally against the start and since the last mark, the changed
-set, the set of all that ever changed, and what the optimizer's moments say.
+"""Snapshots of what training changes in the weights: metrics against the start and since the last snapshot, the changed
+set, the set of all coordinates that ever changed, and statistics of the optimizer's moments.
 
-The start and the last mark are copies in mapped files beside the run, as large as the weights; what changed is a file of masks a
-mark, so that `opdkernels mask` and MaskedAdamW take it. Figures are those of `opdkernels trajectory`.
+The start and the last snapshot are copies in memory-mapped files in the run's folder, as large as the weights. The changed
+set of each snapshot is a file of masks, as `opdkernels mask` and MaskedAdamW take it. The metrics are those of
+`opdkernels trajectory`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -21,7 +21,8 @@ import torch
 
 from opdkernels.bits import popcount
 from opdkernels.checkpoint.names import parse_tensor_name
-from opdkernels.distillation.world import Ranks
+from opdkernels.distillation.jsonl import append_row, finite, read_rows, write_rows
+from opdkernels.distillation.world import World
 from opdkernels.masks import MaskSet
 from opdkernels.masks.mask import Mask
 from opdkernels.metrics.coordinates import VIEWS, SparseTally, tensor_metrics
@@ -30,70 +31,79 @@ from opdkernels.optim.active import active_of
 from opdkernels.optim.binding import is_dtensor, local_part
 from opdkernels.optim.masked import MaskedOptimizer
 
-ALIGNED = 64
-SLICE = 1 << 18  # numbers that stay near a core while several sums are taken of them
+SNAPSHOTS_FILE = "snapshots.jsonl"
+ALIGNMENT = 64  # bytes
+SLICE = 1 << 18  # values that stay in cache while several sums are taken of them
 
 
-def effective(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights that a model computes with, by the names of the plain model: LoRA's factors multiplied out, one at a time."""
+def effective_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that a model computes with, by the names of the model without LoRA; factors are multiplied out one
+    weight at a time."""
     if not hasattr(model, "get_base_model"):
         yield from ((name, param.detach()) for name, param in model.named_parameters())
         return
     for name, param in model.get_base_model().named_parameters():
         if ".base_layer." in name:
             module = model.get_base_model().get_submodule(name.rpartition(".base_layer.")[0])
-            change = module.get_delta_weight("default").detach() if name.endswith("weight") else 0
-            yield name.replace(".base_layer", ""), (param.detach().float() + change).to(param.dtype)
+            update = module.get_delta_weight("default").detach() if name.endswith("weight") else 0
+            yield name.replace(".base_layer", ""), (param.detach().float() + update).to(param.dtype)
         elif "lora_" not in name:
             yield name, param.detach()
 
 
-def here(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """What of `effective` weights lives on this process."""
-    return ((name, local_part(weight)[0]) for name, weight in effective(model))
+def local_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """This process's part of the effective weights."""
+    return ((name, local_part(weight)[0]) for name, weight in effective_weights(model))
 
 
-def whole_mask(bits: torch.Tensor, weight: torch.Tensor) -> Mask:
-    """The mask of a weight from bits of what of it lives here; of a sharded one every process must call this."""
+def gather_mask(local_bits: torch.Tensor, weight: torch.Tensor) -> Mask:
+    """The mask of a weight from the bits of its local part; every process must call this for a sharded weight."""
     if not is_dtensor(weight):
-        return Mask.from_bitmap(bits, weight.shape)
+        return Mask.from_bitmap(local_bits, weight.shape)
     from torch.distributed.tensor import DTensor
 
-    local = Mask.from_bitmap(bits, local_part(weight)[0].shape).to_bool().to(weight.device)
-    spread = DTensor.from_local(
-        local, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
-    )  # type: ignore[attr-defined]
-    return Mask.from_bool(spread.full_tensor())
+    local = Mask.from_bitmap(local_bits, local_part(weight)[0].shape).to_bool().to(weight.device)
+    sharded = DTensor.from_local(
+        local,
+        weight.device_mesh,  # type: ignore[attr-defined]
+        weight.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=weight.shape,
+        stride=weight.stride(),
+    )
+    return Mask.from_bool(sharded.full_tensor())
 
 
-class Copies:
-    """Copies of a model's weights in one mapped file."""
+class WeightCopy:
+    """A copy of a model's local weights in one memory-mapped file."""
 
     def __init__(self, path: Path, model: Any):
-        """Those in the file, or, where there is none, of the weights as they are now."""
+        """Opens the file, or creates it from the model's current weights."""
         if not path.exists():
-            with writing(path) as write:
-                for _, weight in here(model):
+            with write_weights(path) as write:
+                for _, weight in local_weights(model):
                     write(weight.cpu())
-        self.path, self.held, place = path, {}, 0
-        whole = np.memmap(path, np.uint8, "c")  # torch wants memory it could write to
-        for name, weight in here(model):
-            stop = place + weight.numel() * weight.element_size()
-            self.held[name] = torch.from_numpy(whole[place:stop]).view(weight.dtype).view(weight.shape)
-            place = stop + padding(stop)
+        self.path, self.tensors, start = path, {}, 0
+        data = np.memmap(path, np.uint8, "c")  # copy-on-write: torch wants writable memory
+        for name, weight in local_weights(model):
+            stop = start + weight.numel() * weight.element_size()
+            self.tensors[name] = torch.from_numpy(data[start:stop]).view(weight.dtype).view(weight.shape)
+            start = stop + padding(stop)
 
 
 def padding(size: int) -> int:
-    return -size % ALIGNED
+    """Bytes from the end of a tensor to the next aligned offset."""
+    return -size % ALIGNMENT
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Callable[[torch.Tensor], None]]:
-    """Takes weights, one after another, for a file of copies, which is whole or not there. (Written: pages that are new to a mapping
-    take several times as long.)"""
-    part = path.with_suffix(".part")
+def write_weights(path: Path) -> Iterator[Callable[[torch.Tensor], None]]:
+    """A function that appends a weight to a new file; the file appears when all are written.
+
+    It is written, not mapped: page faults of a new mapping take several times as long."""
+    temporary = path.with_suffix(".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "wb") as file:
+    with open(temporary, "wb") as file:
 
         def write(weight: torch.Tensor) -> None:
             data = weight.contiguous().view(-1).view(torch.uint8).numpy()
@@ -101,184 +111,175 @@ def writing(path: Path) -> Iterator[Callable[[torch.Tensor], None]]:
             file.write(bytes(padding(len(data))))
 
         yield write
-    part.replace(path)
+    temporary.replace(path)
 
 
 class Tracker:
-    """Follows a model from its start; `mark` is a look at it."""
+    """Takes snapshots of a model from the start of its run."""
 
     def __init__(
-        self, folder: Path, model: torch.nn.Module, step: int, start: Callable[[], Any], trained: int, ranks: Ranks
+        self,
+        folder: Path,
+        model: torch.nn.Module,
+        *,
+        step: int,
+        load_start: Callable[[], Any],
+        num_trainable: int,
+        world: World,
     ):
-        """`step`: how many the model has taken; `start()`: the model that the run began with, should its copy be gone; `trained`:
-        how many numbers are."""
-        self.trained = trained
-        self.folder, self.path, self.ranks = folder, folder / "track.jsonl", ranks
+        """Opens the snapshots of a run, without those after `step`.
+
+        Args:
+            folder: The run's folder.
+            model: The trained model after `step` steps.
+            step: Steps that the model has taken.
+            load_start: Loads the model at the start of the run, if its copy is missing.
+            num_trainable: Number of trainable values.
+            world: Processes of the run.
+        """
+        self.folder, self.path, self.world = folder, folder / SNAPSHOTS_FILE, world
+        self.num_trainable = num_trainable
         rows = [row for row in read_rows(self.path) if row["step"] <= step]
-        if ranks.first:
+        if world.is_main:
             (folder / "masks").mkdir(parents=True, exist_ok=True)
             write_rows(self.path, rows)
-            for path in self.masks():
+            for path in self.mask_files():
                 if step_of_mask(path) > step:
                     path.unlink()
-        ranks.wait()
-        marks = [row["step"] for row in rows]
-        first = self._weights("start")
-        self.start = Copies(first, model if first.exists() or not step else start())
-        self.last = Copies(self._weights(f"mark-{marks[-1]:06}"), model) if marks else self.start
-        self.ever = self._union()
-        self.resumable = self.last.path  # what the last checkpoint goes on from
+        world.barrier()
+        start_path = self._weights_path("start")
+        self.start = WeightCopy(start_path, model if start_path.exists() or not step else load_start())
+        self.last = WeightCopy(self._snapshot_path(rows[-1]["step"]), model) if rows else self.start
+        self.changed_any = self._load_changed_any()
+        self.resume_path = self.last.path  # the copy that a run resumed from the last checkpoint needs
 
-    def _weights(self, name: str) -> Path:
-        return self.folder / "weights" / f"{name}-{self.ranks.rank}.bin"
+    def _weights_path(self, name: str) -> Path:
+        return self.folder / "weights" / f"{name}-{self.world.rank}.bin"
 
-    def masks(self) -> list[Path]:
-        """The files of what had changed at each mark, in order."""
+    def _snapshot_path(self, step: int) -> Path:
+        return self._weights_path(f"snapshot-{step:06}")
+
+    def mask_files(self) -> list[Path]:
+        """The changed set of each snapshot, in order."""
         return sorted((self.folder / "masks").glob("step-*.safetensors"))
 
-    def _union(self) -> dict[str, np.ndarray]:
-        ever: dict[str, np.ndarray] = {}
-        for path in self.masks():
+    def _load_changed_any(self) -> dict[str, np.ndarray]:
+        """Bits of all coordinates that had changed at any snapshot, by weight."""
+        changed_any: dict[str, np.ndarray] = {}
+        for path in self.mask_files():
             for name, mask in MaskSet.load(path).items():
                 bits = mask.bitmap.numpy()
-                ever[name] = ever[name] | bits if name in ever else bits.copy()
-        return ever
+                changed_any[name] = changed_any[name] | bits if name in changed_any else bits.copy()
+        return changed_any
 
-    def mark(self, step: int, model: Any, moments: dict[str, float | None]) -> dict[str, Any]:
-        """Looks at the weights after `step` steps. Returns the mark's row, which is also written."""
+    def snapshot(self, step: int, model: Any, optimizer_metrics: dict[str, float | None]) -> dict[str, Any]:
+        """Compares the weights after `step` steps with the start and the last snapshot. Returns the row that it writes."""
         since_last, modules = Tally.empty(), defaultdict[str, Tally](Tally.empty)
         masks: dict[str, Mask] = {}
-        ever = total = 0
-        before, path = self.last.path, self._weights(f"mark-{step:06}")
-        with writing(path) as write:
-            for name, weight in effective(model):
+        num_changed_any = numel = 0
+        previous_path, path = self.last.path, self._snapshot_path(step)
+        with write_weights(path) as write:
+            for name, weight in effective_weights(model):
                 local = local_part(weight)[0].cpu()
-                bits = torch.zeros((local.numel() + 7) // 8, dtype=torch.uint8)
-                delta(self.start.held[name], local, out=modules[parse_tensor_name(name).module or "other"], mask=bits)
-                delta(self.last.held[name], local, out=since_last)
+                local_bits = torch.zeros((local.numel() + 7) // 8, dtype=torch.uint8)
+                module = parse_tensor_name(name).module or "other"
+                delta(self.start.tensors[name], local, out=modules[module], mask=local_bits)
+                delta(self.last.tensors[name], local, out=since_last)
                 write(local)
-                masks[name] = whole_mask(bits, weight)
-                own = masks[name].bitmap.numpy()
-                self.ever[name] = self.ever[name] | own if name in self.ever else own.copy()
-                total += masks[name].numel
-                ever += popcount(self.ever[name])
-        if self.ranks.first:
+                masks[name] = gather_mask(local_bits, weight)
+                bits = masks[name].bitmap.numpy()
+                self.changed_any[name] = self.changed_any[name] | bits if name in self.changed_any else bits.copy()
+                numel += masks[name].numel
+                num_changed_any += popcount(self.changed_any[name])
+        if self.world.is_main:
             MaskSet(masks).save(self.folder / "masks" / f"step-{step:06}.safetensors")
-        merged = {name: reduce(Tally.merge, self.ranks.all(tally)) for name, tally in sorted(modules.items())}
+        merged = {name: self._merge(tally) for name, tally in sorted(modules.items())}
         row = {
             "step": step,
-            "views": in_views(reduce(Tally.merge, merged.values())),
-            "since_last": in_views(reduce(Tally.merge, self.ranks.all(since_last))),
-            "modules": {name: in_views(tally) for name, tally in merged.items()},
-            "changed_any": ever / total if total else 0.0,
-            "trained": self.trained / total if total else 0.0,
-            **moments,
+            "views": metrics_by_view(reduce(Tally.merge, merged.values())),
+            "since_last": metrics_by_view(self._merge(since_last)),
+            "modules": {name: metrics_by_view(tally) for name, tally in merged.items()},
+            "changed_any": num_changed_any / numel if numel else 0.0,
+            "trained": self.num_trainable / numel if numel else 0.0,
+            **optimizer_metrics,
         }
-        self.last = Copies(path, model)
-        if before not in (self.start.path, self.resumable):
-            before.unlink(missing_ok=True)
-        if self.ranks.first:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+        self.last = WeightCopy(path, model)
+        if previous_path not in (self.start.path, self.resume_path):
+            previous_path.unlink(missing_ok=True)
+        if self.world.is_main:
+            append_row(self.path, row)
         return row
 
-    def saved(self) -> None:
-        """Called after a checkpoint: marks that no run can go on from are let go."""
-        for path in (self.folder / "weights").glob(f"mark-*-{self.ranks.rank}.bin"):
+    def _merge(self, tally: Tally) -> Tally:
+        """The tally of all processes."""
+        return reduce(Tally.merge, self.world.all_gather(tally))
+
+    def on_save(self) -> None:
+        """Deletes copies that no run can resume from; called after a checkpoint."""
+        for path in (self.folder / "weights").glob(f"snapshot-*-{self.world.rank}.bin"):
             if path != self.last.path:
                 path.unlink()
-        self.resumable = self.last.path
+        self.resume_path = self.last.path
 
     def finish(self) -> list[dict[str, Any]]:
-        """The rows of all marks, with how each one's changed set covers the last one's, and is covered by it."""
-        rows, files = read_rows(self.path), self.masks()
+        """Adds recall and precision against the final changed set to every row, and deletes the copies. Returns the
+        rows."""
+        rows, files = read_rows(self.path), self.mask_files()
         if files:
             final = MaskSet.load(files[-1])
             for row, path in zip(rows, files, strict=True):
-                mark = MaskSet.load(path)
-                both = (mark & final).num_active
-                row["recall_vs_final"] = both / final.num_active if final.num_active else None
-                row["precision_vs_final"] = both / mark.num_active if mark.num_active else None
-        self.ranks.wait()
-        if self.ranks.first:
+                changed = MaskSet.load(path)
+                in_both = (changed & final).num_active
+                row["recall_vs_final"] = in_both / final.num_active if final.num_active else None
+                row["precision_vs_final"] = in_both / changed.num_active if changed.num_active else None
+        self.world.barrier()
+        if self.world.is_main:
             write_rows(self.path, rows)
-        for path in (self.folder / "weights").glob(f"*-{self.ranks.rank}.bin"):
+        for path in (self.folder / "weights").glob(f"*-{self.world.rank}.bin"):
             path.unlink()
         return rows
 
 
-def in_views(tally: Tally) -> dict[str, Any]:
-    """Every figure of a tally, as stored and as a bf16 deployment sees it."""
+def metrics_by_view(tally: Tally) -> dict[str, Any]:
+    """All metrics of a tally, as stored and as visible to a bf16 deployment."""
     sparse = SparseTally.of(tally)
     return {view: tensor_metrics(sparse, view) for view in VIEWS}
 
 
-def trained_by(optimizer: MaskedOptimizer, ranks: Ranks, device: torch.device) -> int:
-    """How many numbers an optimizer may move, over all processes."""
-    return int(
-        ranks.total({"active": sum(binding.shard(param).active for _, param, binding in optimizer._live())}, device)[
-            "active"
-        ]
-    )
+def count_trainable(optimizer: MaskedOptimizer, world: World, device: torch.device) -> int:
+    """Number of values that an optimizer may change, over all processes."""
+    num_active = sum(binding.shard(param).active for _, param, binding in optimizer._live())
+    return int(world.all_reduce({"active": num_active}, device)["active"])
 
 
-def moments_of(optimizer: MaskedOptimizer, ranks: Ranks) -> dict[str, float | None]:
-    """Before a step: the coefficient of variation of sqrt(v) over the active coordinates, and the cosine of the gradient with the
-    momentum; of SGD the latter alone."""
+def optimizer_stats(optimizer: MaskedOptimizer, world: World) -> dict[str, float | None]:
+    """Statistics of the moments before a step, over the active coordinates of all processes.
+
+    Returns:
+        sqrt_v_cv: coefficient of variation of sqrt(exp_avg_sq); None for SGD.
+        gradient_momentum_cosine: cosine of the gradient with the momentum; None if there is none yet.
+    """
     sums = dict.fromkeys(("n", "root", "square", "dot", "momentum", "gradient"), 0.0)
-    for at, param, binding in optimizer._live():
+    for index, param, binding in optimizer._live():
         state = optimizer.state.get(param, {})
-        for squares in state.get("exp_avg_sq", torch.empty(0)).split(SLICE):
-            add(
-                sums,
-                n=squares.numel(),
-                root=squares.sqrt().sum(dtype=torch.float64),
-                square=squares.sum(dtype=torch.float64),
-            )
-        held, grad = state.get("exp_avg", state.get("momentum_buffer")), optimizer._gradient(at, param)
-        if held is not None and grad is not None:
-            values = grad if at in optimizer._compact else active_of(grad, binding.shard(param))
-            for momentum, gradient in zip(held.split(SLICE), values.split(SLICE), strict=True):
-                a, b = momentum.double(), gradient.double()
-                add(sums, dot=a @ b, momentum=a @ a, gradient=b @ b)
-    found = ranks.total(sums, param.device)
-    mean = found["root"] / found["n"] if found["n"] else 0
-    spread = math.sqrt(max(found["square"] / found["n"] - mean**2, 0)) / mean if mean else None
-    sizes = math.sqrt(found["momentum"] * found["gradient"])
-    return finite({"sqrt_v_cv": spread, "gradient_momentum_cosine": found["dot"] / sizes if sizes else None})
-
-
-def add(sums: dict[str, float], **more: Any) -> None:
-    for name, value in more.items():
-        sums[name] += float(value)
+        for exp_avg_sq in state.get("exp_avg_sq", torch.empty(0)).split(SLICE):
+            sums["n"] += exp_avg_sq.numel()
+            sums["root"] += float(exp_avg_sq.sqrt().sum(dtype=torch.float64))
+            sums["square"] += float(exp_avg_sq.sum(dtype=torch.float64))
+        momentum, grad = state.get("exp_avg", state.get("momentum_buffer")), optimizer._gradient(index, param)
+        if momentum is not None and grad is not None:
+            active_grad = grad if index in optimizer._compact else active_of(grad, binding.shard(param))
+            for momentum_slice, grad_slice in zip(momentum.split(SLICE), active_grad.split(SLICE), strict=True):
+                m, g = momentum_slice.double(), grad_slice.double()
+                sums["dot"] += float(m @ g)
+                sums["momentum"] += float(m @ m)
+                sums["gradient"] += float(g @ g)
+    totals = world.all_reduce(sums, param.device)
+    mean = totals["root"] / totals["n"] if totals["n"] else 0
+    cv = math.sqrt(max(totals["square"] / totals["n"] - mean**2, 0)) / mean if mean else None
+    norms = math.sqrt(totals["momentum"] * totals["gradient"])
+    return finite({"sqrt_v_cv": cv, "gradient_momentum_cosine": totals["dot"] / norms if norms else None})
 
 
 def step_of_mask(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
-
-
-def finite(value: Any) -> Any:
-    """A row as JSON takes it: None for what is no number."""
-    if isinstance(value, dict):
-        return {name: finite(one) for name, one in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines; a last line that was cut short is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Replaces a file of JSON lines at once."""
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    part.replace(path)

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those of torchrun with the student sharded over them by FSDP2."""
+"""The processes of a run: one, or those that torchrun started, with the student sharded over them by FSDP2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -16,10 +15,13 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-def leave(status: int) -> None:
-    """Ends this process where torchrun started it and its work is done; does nothing otherwise. At once: a thread of gloo's that
-    still holds a tensor of its last collective needs the interpreter to let go of it, and aborts the process if that is being torn
-    down (github.com/pytorch/pytorch/pull/179291)."""
+def shutdown(status: int) -> None:
+    """Ends this process with an exit status if torchrun started it; does nothing otherwise.
+
+    `os._exit` skips the teardown of the interpreter: a gloo thread that still holds a tensor of its last collective
+    needs the interpreter to release it, and aborts the process during teardown
+    (github.com/pytorch/pytorch/pull/179291).
+    """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
@@ -28,15 +30,15 @@ def leave(status: int) -> None:
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """How many processes there are, and which this is."""
+class World:
+    """Number of processes, and the rank of this one."""
 
     size: int = 1
     rank: int = 0
 
     @classmethod
-    def join(cls, device: torch.device) -> Ranks:
-        """Those that torchrun started, or this one alone."""
+    def join(cls, device: torch.device) -> World:
+        """The processes that torchrun started, or this one alone."""
         if "WORLD_SIZE" not in os.environ:
             return cls()
         if not dist.is_initialized():
@@ -45,66 +47,69 @@ class Ranks:
         return cls(dist.get_world_size(), dist.get_rank())
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all processes."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
-
-    def total(self, values: Mapping[str, float], device: torch.device) -> dict[str, float]:
-        """Sums over all processes, by name; every process has the same names."""
+    def all_reduce(self, values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+        """Sums over all processes, by name; every process passes the same names."""
         if self.size == 1:
             return dict(values)
-        return dict(
-            zip(
-                values,
-                self.sum(torch.tensor(list(values.values()), dtype=torch.float64, device=device)).tolist(),
-                strict=True,
-            )
-        )
+        sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        return dict(zip(values, sums.tolist(), strict=True))
 
-    def all(self, held: Any) -> list[Any]:
-        """What each process holds, in order."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """The value of each process, in order of ranks."""
         if self.size == 1:
-            return [held]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, held)
-        return found
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
-    def told(self, find: Callable[[], T]) -> T:
-        """What the first process finds, on every one; what it raises is raised on every one, so that none waits for it."""
-        found: Any = None
+    def run_on_main(self, fn: Callable[[], T]) -> T:
+        """Runs `fn` on rank 0 and broadcasts its result; raises its exception on every rank, so that none deadlocks."""
+        result: Any = None
         error: Exception | None = None
-        if self.first:
+        if self.is_main:
             try:
-                found = find()
+                result = fn()
             except Exception as raised:
                 error = raised
-        found, error = self.all((found, error))[0]
+        result, error = self.all_gather((result, error))[0]
         if error is not None:
             raise error
-        return found
+        return result
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
 
 
-def bind(model: Any, ranks: Ranks, functions: dict[str, Callable[..., Any]]) -> Any:
-    """Gives a model of transformers methods that compute with its weights; of several processes, shards it over them: its layers
-    one by one, the rest together, gathered for these methods and for `generate`. Returns the model."""
-    for name, function in functions.items():
-        setattr(model, name, MethodType(function, model))
-    if ranks.size == 1:
-        return model
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+class Student(torch.nn.Module):
+    """The trained model as the root module of FSDP2.
 
-    mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.size,))
-    for module in list(model.modules()):
+    `student(fn, *args)` is `fn(student.model, *args)`, called as the forward pass of the root module: FSDP2's hooks
+    gather the sharded parameters for the duration of `fn`, and again for the backward pass of what it returns. On one
+    process it only calls `fn`. The names of the parameters are those of `student.model`.
+    """
+
+    def __init__(self, model: Any, world: World):
+        super().__init__()
+        self.model = model
+        if world.size > 1:
+            shard(self, world)
+
+    def forward(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        return fn(self.model, *args, **kwargs)
+
+
+def shard(student: Student, world: World) -> None:
+    """Shards each transformer layer as its own FSDP2 group, and all other parameters as the group of the root."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(next(student.parameters()).device.type, (world.size,))
+    for module in list(student.modules()):
         if (
             isinstance(module, torch.nn.ModuleList)
             and len(module)
@@ -112,17 +117,13 @@ def bind(model: Any, ranks: Ranks, functions: dict[str, Callable[..., Any]]) -> 
         ):
             for layer in module:
                 fully_shard(layer, mesh=mesh)
-    fully_shard(
-        model, mesh=mesh, reshard_after_forward=True
-    )  # else a teacher that swaps weights would score with those gathered before
-    for name in ("generate", *functions):
-        register_fsdp_forward_method(model, name)
-    return model
+    # Without reshard_after_forward a teacher that swaps weights would score with parameters gathered before the swap.
+    fully_shard(student, mesh=mesh, reshard_after_forward=True)
 
 
-def full_state(model: Any, ranks: Ranks) -> dict[str, Any] | None:
-    """Of several processes, the whole state dict on the first; None where the model has it all itself."""
-    if ranks.size == 1:
+def full_state(model: Any, world: World) -> dict[str, Any] | None:
+    """The unsharded state dict on rank 0 (empty on the others); None on one process, where the model holds it."""
+    if world.size == 1:
         return None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from opdkernels.analysis.run import analyze
 from opdkernels.config import AnalyzeOptions, validate_options
-from opdkernels.distillation.loop import distill, score
+from opdkernels.distillation.jsonl import finite, read_rows
+from opdkernels.distillation.loop import evaluate_checkpoint, train
 from opdkernels.distillation.options import DistillOptions
-from opdkernels.distillation.tracker import finite, read_rows
 from opdkernels.errors import UsageError, printable
 from opdkernels.experiments.arms import (
     PIECES,
@@ -206,7 +206,7 @@ class SeedRunner:
             overrides["masks"] = os.fspath(self.mask_file(arm.mask, derived_from, arm.at, density))
         if arm.subspace:
             overrides["subspace"] = os.fspath(checkpoint_at(derived_from, arm.at))
-        if distill(options_of(arm, self.options, **overrides), run, quiet=self.quiet).stopped:
+        if train(options_of(arm, self.options, **overrides), run, quiet=self.quiet).signal:
             raise KeyboardInterrupt
         metrics = final_metrics(run)
         self.trained[arm.name] = metrics["trained"]
@@ -249,7 +249,7 @@ class SeedRunner:
             start, end = start_checkpoint(run), end_checkpoint(run)[1]
             grafted = graft(start, end, scratch / "part", masks=mask, where=select, revert=part.invert)
             fraction = grafted["kept"] / max(grafted["changed"], 1)
-            prompt_scores = score(self.options.model_copy(update={"seed": self.seed}), scratch / "part")
+            prompt_scores = evaluate_checkpoint(self.options.model_copy(update={"seed": self.seed}), scratch / "part")
             write_json(file, {"update_fraction": fraction, "scores": prompt_scores})
             shutil.rmtree(scratch)
         row = json.loads(file.read_text())
@@ -299,7 +299,7 @@ def snapshots(run: Path) -> list[dict[str, Any]]:
             **{f"changed_{view}": 1 - row["views"][view]["frac_zero"] for view in ("visible", "stored")},
             **finite({name: row.get(name) for name in metrics}),
         }
-        for row in read_rows(run / "track.jsonl")
+        for row in read_rows(run / "snapshots.jsonl")
     ]
 
 
@@ -336,7 +336,7 @@ def slug(name: str) -> str:
 
 def final_metrics(run: Path) -> dict[str, Any]:
     """What changed in the weights by the end of a run, and the fraction of them that was trained."""
-    row = read_rows(run / "track.jsonl")[-1]
+    row = read_rows(run / "snapshots.jsonl")[-1]
     visible, stored = row["views"]["visible"], row["views"]["stored"]
     return {
         "trained": row["trained"],

@@ -13,9 +13,8 @@ import threading
 import pytest
 import torch
 
-from opdkernels.distillation import checkpointing as saving
-from opdkernels.distillation import loop
-from opdkernels.distillation.loop import distill
+from opdkernels.distillation import checkpointing, loop
+from opdkernels.distillation.loop import train
 from opdkernels.errors import InputError, UsageError
 from opdkernels.experiments.runner import run_experiment
 from tests.distillation.test_loop import log
@@ -43,35 +42,35 @@ def trained_further(place):
 
 
 def test_a_second_run_in_a_folder_is_refused_while_the_first_lasts(options, tmp_path, monkeypatch):
-    train, inside, go_on = loop.train, threading.Event(), threading.Event()
+    train_step, inside, go_on = loop.train_step, threading.Event(), threading.Event()
 
-    def waits(*given):
+    def waits(*args, **kwargs):
         inside.set()
         assert go_on.wait(60)
-        return train(*given)
+        return train_step(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "train", waits)
-    first = threading.Thread(target=distill, args=(options(max_steps=1), tmp_path))
+    monkeypatch.setattr(loop, "train_step", waits)
+    first = threading.Thread(target=train, args=(options(max_steps=1), tmp_path))
     first.start()
     assert inside.wait(60)
     before = everything(tmp_path)
     with pytest.raises(InputError, match="another process is writing to"):
-        distill(options(max_steps=1, overwrite=True), tmp_path)
+        train(options(max_steps=1, overwrite=True), tmp_path)
     assert everything(tmp_path) == before
     go_on.set()
     first.join()
-    assert distill(options(max_steps=2), tmp_path).step == 2
+    assert train(options(max_steps=2), tmp_path).step == 2
 
 
 def test_a_folder_is_free_after_an_error_and_after_a_kill(options, places, tmp_path):
     with pytest.raises(InputError, match=r"can(not)? be loaded"):
-        distill(options(teacher=str(tmp_path / "none")), tmp_path / "run")
+        train(options(teacher=str(tmp_path / "none")), tmp_path / "run")
     program = (
         "import os, signal, sys\n"
         "from opdkernels.distillation import loop\n"
         "from opdkernels.distillation.options import DistillOptions\n"
-        "loop.train = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "loop.distill(DistillOptions.model_validate_json(sys.argv[1]), sys.argv[2])\n"
+        "loop.train_step = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "loop.train(DistillOptions.model_validate_json(sys.argv[1]), sys.argv[2])\n"
     )
     chosen = options()
     killed = subprocess.run(
@@ -81,19 +80,19 @@ def test_a_folder_is_free_after_an_error_and_after_a_kill(options, places, tmp_p
     )
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "run" / "checkpoint-0").exists()
-    assert distill(chosen, tmp_path / "run").step == 3
+    assert train(chosen, tmp_path / "run").step == 3
 
 
 def test_a_folder_without_a_name_is_refused(options):
     with pytest.raises(UsageError, match="no name"):
-        distill(options(), "")
+        train(options(), "")
 
 
 def test_parents_of_a_folder_are_made_and_what_cannot_be_is_named(options, tmp_path):
-    assert distill(options(max_steps=1), tmp_path / "a" / "b").step == 1
+    assert train(options(max_steps=1), tmp_path / "a" / "b").step == 1
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot write to .*file/run: Not a directory; choose another folder"):
-        distill(options(), tmp_path / "file" / "run")
+        train(options(), tmp_path / "file" / "run")
 
 
 # What is replaced
@@ -106,9 +105,9 @@ def test_input_that_cannot_be_used_writes_nothing_and_the_corrected_command_runs
         wrong, {wrong: str(tmp_path / "none")}
     )
     with pytest.raises(InputError):
-        distill(options(**given), tmp_path / "run")
+        train(options(**given), tmp_path / "run")
     assert not list(tmp_path.glob("run/*"))
-    assert distill(options(max_steps=1), tmp_path / "run").step == 1
+    assert train(options(max_steps=1), tmp_path / "run").step == 1
 
 
 def test_a_run_that_took_no_step_gives_way_to_the_corrected_command(options, tmp_path):
@@ -116,10 +115,10 @@ def test_a_run_that_took_no_step_gives_way_to_the_corrected_command(options, tmp
     sums.write_text('{"prompt": "1+1=", "answer": "2"}')
     rewarded = {"teacher": "", "divergence_weight": 0, "reward_weight": 1, "num_generations": 2, "prompts": str(sums)}
     with pytest.raises(InputError, match="failed on"):
-        distill(options(reward=f"{__name__}:fails", **rewarded), tmp_path / "run")
+        train(options(reward=f"{__name__}:fails", **rewarded), tmp_path / "run")
     assert (tmp_path / "run" / "checkpoint-0").exists()
-    distill(options(**rewarded), tmp_path / "run")
-    distill(options(**rewarded), tmp_path / "whole")
+    train(options(**rewarded), tmp_path / "run")
+    train(options(**rewarded), tmp_path / "whole")
     assert log(tmp_path / "run") == log(tmp_path / "whole")
 
 
@@ -129,23 +128,24 @@ def fails(prompt, answer, completion):
 
 @pytest.mark.parametrize("wrong", ["student", "teacher"])
 def test_overwrite_replaces_nothing_before_all_is_loaded(options, tmp_path, wrong):
-    distill(options(max_steps=1), tmp_path / "run")
+    train(options(max_steps=1), tmp_path / "run")
     before = everything(tmp_path / "run")
     with pytest.raises(InputError, match=r"can(not)? be loaded"):
-        distill(options(**{wrong: str(tmp_path / "none"), "overwrite": True}), tmp_path / "run")
+        train(options(**{wrong: str(tmp_path / "none"), "overwrite": True}), tmp_path / "run")
     assert everything(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("name", ["student", "teacher", "subspace", "masks"])
 def test_overwrite_refuses_to_clear_away_what_the_run_reads(options, tmp_path, name):
-    distill(options(max_steps=1), tmp_path / "run")
+    train(options(max_steps=1), tmp_path / "run")
     before = everything(tmp_path / "run")
     place = {"masks": "masks/step-000001.safetensors"}.get(name, "checkpoint-1")
     more = {"lora_rank": 2} if name == "subspace" else {}
     with pytest.raises(
-        UsageError, match=rf"the {name} .*run/{place} lies in .*run, which the run would clear; choose another folder"
+        UsageError,
+        match=rf"the {name} .*run/{place} is inside .*run, whose content the run would remove; choose another folder",
     ):
-        distill(options(**{name: str(tmp_path / "run" / place), "overwrite": True}, **more), tmp_path / "run")
+        train(options(**{name: str(tmp_path / "run" / place), "overwrite": True}, **more), tmp_path / "run")
     assert everything(tmp_path / "run") == before
 
 
@@ -155,46 +155,46 @@ def test_a_folder_that_is_not_of_distill_is_never_replaced(options, tmp_path, co
     (tmp_path / "run.json").write_text(content)
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UsageError, match=r"has a run\.json that is not of distill"):
-        distill(options(overwrite=overwrite), tmp_path)
+        train(options(overwrite=overwrite), tmp_path)
     assert sorted(everything(tmp_path)) == ["run.json", "thesis.tex"]
 
 
 def test_overwrite_replaces_what_runs_write_and_nothing_else(options, tmp_path):
-    distill(options(max_steps=3, save_steps=1), tmp_path / "run")
+    train(options(max_steps=3, save_steps=1), tmp_path / "run")
     (tmp_path / "run" / "notes").write_text("mine")
-    distill(options(max_steps=2, seed=1, overwrite=True), tmp_path / "run")
-    distill(options(max_steps=2, seed=1), tmp_path / "fresh")
+    train(options(max_steps=2, seed=1, overwrite=True), tmp_path / "run")
+    train(options(max_steps=2, seed=1), tmp_path / "fresh")
     assert sorted(everything(tmp_path / "run")) == sorted([*everything(tmp_path / "fresh"), "notes"])
     assert log(tmp_path / "run") == log(tmp_path / "fresh")
 
 
 def test_an_overwrite_that_is_cut_short_leaves_no_mixture(options, tmp_path, monkeypatch):
-    distill(options(max_steps=2), tmp_path)
-    monkeypatch.setattr(saving, "remove", lambda path: sys.exit("killed"))
+    train(options(max_steps=2), tmp_path)
+    monkeypatch.setattr(checkpointing, "remove_path", lambda path: sys.exit("killed"))
     with pytest.raises(SystemExit):
-        distill(options(max_steps=2, seed=1, overwrite=True), tmp_path)
+        train(options(max_steps=2, seed=1, overwrite=True), tmp_path)
     monkeypatch.undo()
     with pytest.raises(UsageError, match="holds another run"):
-        distill(options(max_steps=2), tmp_path)
-    assert distill(options(max_steps=2, seed=1, overwrite=True), tmp_path).step == 2
+        train(options(max_steps=2), tmp_path)
+    assert train(options(max_steps=2, seed=1, overwrite=True), tmp_path).step == 2
 
 
 def test_fewer_steps_than_were_taken_begin_anew_with_overwrite(options, tmp_path):
-    distill(options(max_steps=2), tmp_path / "run")
-    assert distill(options(max_steps=1, overwrite=True), tmp_path / "run").step == 1
-    distill(options(max_steps=1), tmp_path / "fresh")
+    train(options(max_steps=2), tmp_path / "run")
+    assert train(options(max_steps=1, overwrite=True), tmp_path / "run").step == 1
+    train(options(max_steps=1), tmp_path / "fresh")
     assert log(tmp_path / "run") == log(tmp_path / "fresh")
     assert not (tmp_path / "run" / "checkpoint-2").exists()
 
 
 def test_a_run_goes_on_with_overwrite_unless_it_lacks_checkpoints(options, tmp_path):
-    distill(options(max_steps=2), tmp_path)
-    assert distill(options(max_steps=3, overwrite=True), tmp_path).step == 3
+    train(options(max_steps=2), tmp_path)
+    assert train(options(max_steps=3, overwrite=True), tmp_path).step == 3
     assert (tmp_path / "checkpoint-2").exists()
     with pytest.warns(
         UserWarning, match="has taken 3 steps and lacks checkpoints that save_steps asks for; it is overwritten"
     ):
-        distill(options(max_steps=3, save_steps=1, overwrite=True), tmp_path)
+        train(options(max_steps=3, save_steps=1, overwrite=True), tmp_path)
     assert (tmp_path / "checkpoint-1").exists()
 
 
@@ -215,63 +215,63 @@ def test_an_experiment_finds_its_checkpoints_with_overwrite(options, tmp_path):
 def test_a_model_that_changed_meanwhile_is_noticed(options, places, tmp_path, side):
     place = copied(places / side, tmp_path / side)
     chosen = {side: str(place)}
-    distill(options(max_steps=2, **chosen), tmp_path / "run")
+    train(options(max_steps=2, **chosen), tmp_path / "run")
     kept = everything(place)
     trained_further(place)
     with pytest.raises(
-        InputError, match=rf"model\.safetensors in .*{side} is not what it was when the run in .*run began; put it back"
+        InputError, match=rf"model\.safetensors in .*{side} has changed since the run in .*run started; restore it"
     ):
-        distill(options(max_steps=3, **chosen), tmp_path / "run")
+        train(options(max_steps=3, **chosen), tmp_path / "run")
     for name, content in kept.items():
         (place / name).write_bytes(content)
     (place / "training.pt").write_bytes(b"of another run, which comes and goes")
-    assert distill(options(max_steps=3, **chosen), tmp_path / "run").step == 3
+    assert train(options(max_steps=3, **chosen), tmp_path / "run").step == 3
     trained_further(place)
-    assert distill(options(max_steps=3, overwrite=True, **chosen), tmp_path / "run").step == 3
+    assert train(options(max_steps=3, overwrite=True, **chosen), tmp_path / "run").step == 3
     assert len(log(tmp_path / "run")) == 3
 
 
 def test_of_a_large_file_pieces_are_read_and_no_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "PIECES", 5)
-    monkeypatch.setattr(saving, "PIECE_BYTES", 10)
+    monkeypatch.setattr(checkpointing, "NUM_SAMPLES", 5)
+    monkeypatch.setattr(checkpointing, "SAMPLE_BYTES", 10)
     path = tmp_path / "model.safetensors"
     content = bytes(i % 251 for i in range(1003))
     path.write_bytes(content)
-    known = saving.glimpse_of(path)
+    known = checkpointing.sampled_digest(path)
     os.utime(path, ns=(1, 1))
-    assert saving.glimpse_of(path) == known
+    assert checkpointing.sampled_digest(path) == known
     for place, seen in ((0, True), (12, False), (500, True), (1002, True)):
         path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
-        assert (saving.glimpse_of(path) != known) == seen
+        assert (checkpointing.sampled_digest(path) != known) == seen
     path.write_bytes(content[:12] + content[13:])
-    assert saving.glimpse_of(path) != known
+    assert checkpointing.sampled_digest(path) != known
 
 
 def test_a_run_of_earlier_date_goes_on(options, tmp_path):
-    distill(options(max_steps=1), tmp_path)
+    train(options(max_steps=1), tmp_path)
     about = json.loads((tmp_path / "run.json").read_text())
     del about["models"]
     (tmp_path / "run.json").write_text(json.dumps(about))
-    assert distill(options(max_steps=2), tmp_path).step == 2
+    assert train(options(max_steps=2), tmp_path).step == 2
 
 
 # What the disk holds
 
 
 def test_a_checkpoint_is_on_the_disk_before_an_earlier_state_goes(options, tmp_path, monkeypatch):
-    synced, sync = [], saving.sync
+    synced, sync = [], checkpointing.sync
     earlier = tmp_path / "checkpoint-1" / "training.pt"
 
     def watched(path):
         synced.append((os.fspath(path.relative_to(tmp_path)), earlier.exists()))
         sync(path)
 
-    monkeypatch.setattr(saving, "sync", watched)
-    distill(options(max_steps=2, save_steps=1), tmp_path)
+    monkeypatch.setattr(checkpointing, "sync", watched)
+    train(options(max_steps=2, save_steps=1), tmp_path)
     assert not earlier.exists()
     in_time = {name for name, there in synced if there}
     assert {f".checkpoint-2.part/{path.name}" for path in (tmp_path / "checkpoint-2").iterdir()} | {
         ".checkpoint-2.part",
         ".",
     } <= in_time
-    assert {"log.jsonl", "track.jsonl", "masks/step-000002.safetensors", "weights/mark-000002-0.bin"} <= in_time
+    assert {"log.jsonl", "snapshots.jsonl", "masks/step-000002.safetensors", "weights/snapshot-000002-0.bin"} <= in_time

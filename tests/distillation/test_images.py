@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from opdkernels.config import validate_options
 from opdkernels.distillation import loop
-from opdkernels.distillation.loop import distill
+from opdkernels.distillation.loop import train
 from opdkernels.distillation.options import DistillOptions
 from opdkernels.experiments.runner import run_experiment
 from tests.distillation.conftest import CHARACTERS, tokenizer
@@ -134,14 +134,14 @@ def test_experiments_find_the_tensors_of_a_model_whose_files_name_them_otherwise
 
 @pytest.fixture(autouse=True)
 def processors(monkeypatch):
-    plain = loop.load_text
+    plain = loop.load_text_processor
 
     def with_images(place):
         text = plain(place)
         text.processor = Processor(text.tokenizer)
         return text
 
-    monkeypatch.setattr(loop, "load_text", with_images)
+    monkeypatch.setattr(loop, "load_text_processor", with_images)
 
 
 def test_an_image_text_model_learns_through_its_images(options, folders, tmp_path):
@@ -156,7 +156,7 @@ def test_an_image_text_model_learns_through_its_images(options, folders, tmp_pat
         micro_batch_size=2,
         num_eval_prompts=3,
     )
-    distill(chosen, tmp_path)
+    train(chosen, tmp_path)
     before, after = (load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in (0, 3))
     vision = [name for name in before if "visual" in name and name.endswith("weight")]
     assert vision
@@ -170,7 +170,7 @@ def test_a_missing_image_is_named(options, folders, tmp_path):
 
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "<image>1=", "images": ["gone.png"]}))
     with pytest.raises(InputError, match=r"an image of a prompt cannot be read .*gone\.png"):
-        distill(
+        train(
             options(
                 student=str(folders / "student"), teacher=str(folders / "teacher"), prompts=str(tmp_path / "p.jsonl")
             ),
@@ -212,7 +212,7 @@ def test_images_that_do_not_go_with_a_prompt_are_one_line(
     completion = {"completion": "2"} if recorded else {}
     (tmp_path / "p.jsonl").write_text(json.dumps({"images": ["0.png"], **given, **completion}))
     with pytest.raises(InputError, match=message) as caught:
-        distill(
+        train(
             options(
                 student=str(folders / "student"),
                 teacher=str(folders / "teacher"),
@@ -228,7 +228,7 @@ def test_images_that_do_not_go_with_a_prompt_are_one_line(
 def test_prompts_of_text_alone_that_begin_alike_train_an_image_text_model(options, folders, tmp_path):
     rows = [{"prompt": f"12+13=25+41+29=70+{i}+1=", "answer": "1"} for i in range(6)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    distill(
+    train(
         options(
             student=str(folders / "student"),
             teacher=str(folders / "teacher"),

@@ -5,15 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from opdkernels.distillation.logging import Log, boards
-from opdkernels.distillation.loop import distill
-from opdkernels.distillation.tracker import read_rows
-from opdkernels.distillation.world import Ranks
+from opdkernels.distillation.jsonl import read_rows
+from opdkernels.distillation.logging import MetricsLogger, log_sinks
+from opdkernels.distillation.loop import train
+from opdkernels.distillation.world import World
 from opdkernels.errors import UsageError
 
 
 def test_tokens_a_second_are_those_of_each_phase(options, tmp_path):
-    distill(options(num_eval_prompts=2), tmp_path)
+    train(options(num_eval_prompts=2), tmp_path)
     start, *rows = read_rows(tmp_path / "log.jsonl")
     assert "tokens_per_s" not in start
     for row in rows:
@@ -23,8 +23,8 @@ def test_tokens_a_second_are_those_of_each_phase(options, tmp_path):
 
 
 def test_a_phase_that_took_no_time_has_no_rate(tmp_path):
-    Log(tmp_path, 0, 2, True, Ranks()).row(
-        {"step": 1, "tokens": 7, "seconds": {"generate": 0.0, "track": 0.1, "all": 0.5}}
+    MetricsLogger(tmp_path, 0, 2, quiet=True, world=World()).log(
+        {"step": 1, "tokens": 7, "seconds": {"generate": 0.0, "snapshot": 0.1, "all": 0.5}}
     )
     assert read_rows(tmp_path / "log.jsonl")[0]["tokens_per_s"] == {"all": 14}
 
@@ -52,9 +52,9 @@ def test_tensorboard_takes_every_number_of_a_step(tmp_path, monkeypatch):
             taken.append("closed")
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    with boards(tmp_path, 2, Ranks(), tensorboard=True) as opened:
+    with log_sinks(tmp_path, 2, World(), tensorboard=True) as opened:
         assert not made
-        Log(tmp_path, 2, 9, True, Ranks(), opened).row(dict(ROW))
+        MetricsLogger(tmp_path, 2, 9, quiet=True, world=World(), sinks=opened).log(dict(ROW))
     assert made == [(str(tmp_path / "tensorboard"), 3)]
     assert taken == [*((name, value, 3) for name, value in FLAT.items()), "closed"]
 
@@ -65,11 +65,11 @@ def test_wandb_takes_every_number_of_a_step_and_ends_with_the_run(options, tmp_p
         log=lambda figures, step: taken.append((step, figures)), finish=lambda: taken.append("finished")
     )
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: taken.append(given) or run))
-    with boards(tmp_path, 2, Ranks(), wandb="sparse") as opened:
-        Log(tmp_path, 2, 9, True, Ranks(), opened).row(dict(ROW))
+    with log_sinks(tmp_path, 2, World(), wandb="sparse") as opened:
+        MetricsLogger(tmp_path, 2, 9, quiet=True, world=World(), sinks=opened).log(dict(ROW))
     assert taken[1:] == [(3, FLAT), "finished"]
     taken.clear()
-    distill(options(wandb="sparse", max_steps=1), tmp_path / "run")
+    train(options(wandb="sparse", max_steps=1), tmp_path / "run")
     assert taken[0] == {"project": "sparse", "group": "run", "dir": str(tmp_path / "run")}
     assert [one[0] for one in taken[1:-1]] == [1]
     assert taken[-1] == "finished"
@@ -82,20 +82,25 @@ def cannot_begin(**given):
 @pytest.mark.parametrize(
     ("module", "stands", "given", "said"),
     [
-        ("torch.utils.tensorboard", None, {"tensorboard": True}, "tensorboard is asked for and not installed"),
-        ("wandb", None, {"wandb": "sparse"}, "wandb is asked for and not installed"),
+        (
+            "torch.utils.tensorboard",
+            None,
+            {"tensorboard": True},
+            "tensorboard needs tensorboard, which is not installed",
+        ),
+        ("wandb", None, {"wandb": "sparse"}, "wandb needs wandb, which is not installed"),
         (
             "wandb",
             SimpleNamespace(init=cannot_begin),
             {"wandb": "sparse"},
-            r"wandb cannot begin a run \(api_key not configured\); set WANDB_MODE=offline",
+            r"wandb cannot start a run \(api_key not configured\); set WANDB_MODE=offline",
         ),
     ],
 )
 def test_a_board_that_cannot_be_had_costs_no_earlier_run(options, tmp_path, monkeypatch, module, stands, given, said):
-    distill(options(max_steps=1), tmp_path)
+    train(options(max_steps=1), tmp_path)
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     monkeypatch.setitem(sys.modules, module, stands)
     with pytest.raises(UsageError, match=said):
-        distill(options(max_steps=1, seed=1, overwrite=True, **given), tmp_path)
+        train(options(max_steps=1, seed=1, overwrite=True, **given), tmp_path)
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before

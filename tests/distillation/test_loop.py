@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from opdkernels.distillation import loop
-from opdkernels.distillation.loop import distill
+from opdkernels.distillation.jsonl import read_rows
+from opdkernels.distillation.loop import train
 from opdkernels.distillation.options import options_from
-from opdkernels.distillation.tracker import read_rows
 from opdkernels.errors import InputError, UsageError
 
 
@@ -35,7 +35,7 @@ def log(folder: Path) -> list[dict]:
 
 
 def test_the_student_comes_nearer_to_the_teacher(options, tmp_path):
-    distill(options(max_steps=60, batch_size=32, learning_rate=5e-3, snapshot_every=0), tmp_path)
+    train(options(max_steps=60, batch_size=32, learning_rate=5e-3, snapshot_every=0), tmp_path)
     rows = log(tmp_path)
     assert sum(row["reverse_kl"] for row in rows[-5:]) < 0.5 * sum(row["reverse_kl"] for row in rows[:5])
     assert all(row["loss"] == pytest.approx(row["reverse_kl"], rel=1e-5) for row in rows)
@@ -61,24 +61,28 @@ def test_a_run_that_was_cut_ends_bit_for_bit_as_one_that_was_not(options, tmp_pa
         ]
         (tmp_path / "hints").write_text("\n".join(lines))
         chosen |= {"prompts": str(tmp_path / "hints"), "eval_prompts": str(tmp_path / "hints")}
-    distill(options(**chosen), tmp_path / "whole")
+    train(options(**chosen), tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        train = loop.train
-        patch.setattr(loop, "train", lambda run, step, look: train(run, step, look) if step < 5 else sys.exit("killed"))
+        train_step = loop.train_step
+        patch.setattr(
+            loop,
+            "train_step",
+            lambda state, step, **more: train_step(state, step, **more) if step < 5 else sys.exit("killed"),
+        )
         with pytest.raises(SystemExit):
-            distill(options(**chosen), tmp_path / "cut")
-    assert distill(options(**chosen), tmp_path / "cut").step == 6
+            train(options(**chosen), tmp_path / "cut")
+    assert train(options(**chosen), tmp_path / "cut").step == 6
     for step in (0, 2, 4, 6):
         assert digest(tmp_path / "cut" / f"checkpoint-{step}") == digest(tmp_path / "whole" / f"checkpoint-{step}")
     assert digest(tmp_path / "whole" / "checkpoint-6") != digest(tmp_path / "whole" / "checkpoint-0")
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
-    assert read_rows(tmp_path / "cut" / "track.jsonl") == read_rows(tmp_path / "whole" / "track.jsonl")
+    assert read_rows(tmp_path / "cut" / "snapshots.jsonl") == read_rows(tmp_path / "whole" / "snapshots.jsonl")
 
 
 def test_micro_batches_change_the_order_of_sums_alone(options, tmp_path):
     found = []
     for size in (0, 3):
-        distill(
+        train(
             options(
                 max_steps=1, dtype="float32", optimizer="sgd", learning_rate=1.0, micro_batch_size=size, max_grad_norm=0
             ),
@@ -97,7 +101,7 @@ def test_frozen_coordinates_keep_their_bits(options, places, tmp_path):
 
     chosen = masks.random_subset(places / "student", 0.1, seed=1)
     chosen.save(tmp_path / "m.safetensors")
-    distill(options(masks=str(tmp_path / "m.safetensors"), learning_rate=0.1), tmp_path / "run")
+    train(options(masks=str(tmp_path / "m.safetensors"), learning_rate=0.1), tmp_path / "run")
     assert all(row["grad_norm_full"] > 2 * row["grad_norm"] for row in log(tmp_path / "run"))
     before, after = (load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors") for step in (0, 3))
     for name, mask in chosen.items():
@@ -107,7 +111,7 @@ def test_frozen_coordinates_keep_their_bits(options, places, tmp_path):
 
 
 def test_a_reward_teaches_without_a_teacher(options, tmp_path):
-    result = distill(
+    result = train(
         options(
             teacher="",
             divergence_weight=0,
@@ -143,11 +147,11 @@ def test_recorded_completions_are_learnt(options, tmp_path):
         learning_rate=1e-2,
         num_eval_prompts=8,
     )
-    assert distill(chosen, tmp_path / "run").accuracy[-1] == (80, 1.0)
+    assert train(chosen, tmp_path / "run").accuracy[-1] == (80, 1.0)
 
 
 def test_the_teachers_samples_are_learnt(options, tmp_path):
-    distill(
+    train(
         options(
             divergence_weight=0, sft_weight=1, on_policy_fraction=0, max_steps=30, batch_size=32, learning_rate=3e-3
         ),
@@ -162,9 +166,9 @@ def test_teachers_are_chosen_by_the_prompts_tags(options, places, tmp_path):
     lines = [json.dumps({"prompt": "1+1=", "teacher_id": name}) for name in ("a", "b")]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     teachers = f"a={places / 'teacher'},b={places / 'other'}"
-    distill(options(prompts=str(tmp_path / "p.jsonl"), teacher=teachers), tmp_path / "run")
+    train(options(prompts=str(tmp_path / "p.jsonl"), teacher=teachers), tmp_path / "run")
     with pytest.raises(InputError, match="teacher_id 'b' and no teacher has it"):
-        distill(options(prompts=str(tmp_path / "p.jsonl"), teacher=f"a={places / 'teacher'}"), tmp_path / "one")
+        train(options(prompts=str(tmp_path / "p.jsonl"), teacher=f"a={places / 'teacher'}"), tmp_path / "one")
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(options, tmp_path):
@@ -181,8 +185,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(options, tmp_path):
     assert process.wait(60) == 128 + signal.SIGTERM
     stopped = log(tmp_path / "cut")[-1]["step"]
     assert (tmp_path / "cut" / f"checkpoint-{stopped}" / "training.pt").exists()
-    assert distill(options(max_steps=stopped + 2), tmp_path / "cut").step == stopped + 2
-    distill(options(max_steps=stopped + 2), tmp_path / "whole")
+    assert train(options(max_steps=stopped + 2), tmp_path / "cut").step == stopped + 2
+    train(options(max_steps=stopped + 2), tmp_path / "whole")
     assert digest(tmp_path / "cut" / f"checkpoint-{stopped + 2}") == digest(
         tmp_path / "whole" / f"checkpoint-{stopped + 2}"
     )
@@ -196,8 +200,8 @@ def test_a_teacher_of_nan_ends_the_run_and_spoils_nothing(options, places, tmp_p
     teacher.save_pretrained(tmp_path / "nan")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "nan" / file).write_bytes((places / "teacher" / file).read_bytes())
-    with pytest.raises(InputError, match=r"3 steps in a row had no finite loss.*look at the teacher"):
-        distill(options(teacher=str(tmp_path / "nan"), max_steps=9, save_steps=1), tmp_path / "run")
+    with pytest.raises(InputError, match=r"3 consecutive steps had no finite loss.*check the teacher"):
+        train(options(teacher=str(tmp_path / "nan"), max_steps=9, save_steps=1), tmp_path / "run")
     rows = log(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2]
     assert all("loss nan" in row["skipped"] and row["loss"] is None for row in rows)
@@ -205,7 +209,7 @@ def test_a_teacher_of_nan_ends_the_run_and_spoils_nothing(options, places, tmp_p
 
 
 def test_a_full_disk_leaves_the_checkpoints_that_are(options, tmp_path, monkeypatch):
-    distill(options(max_steps=2, save_steps=1), tmp_path)
+    train(options(max_steps=2, save_steps=1), tmp_path)
     before = digest(tmp_path / "checkpoint-2")
 
     def full(state, path):
@@ -214,14 +218,14 @@ def test_a_full_disk_leaves_the_checkpoints_that_are(options, tmp_path, monkeypa
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space left"):
-        distill(options(max_steps=3, save_steps=1), tmp_path)
+        train(options(max_steps=3, save_steps=1), tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == [
         "checkpoint-0",
         "checkpoint-1",
         "checkpoint-2",
     ]
     monkeypatch.undo()
-    assert distill(options(max_steps=3, save_steps=1), tmp_path).step == 3
+    assert train(options(max_steps=3, save_steps=1), tmp_path).step == 3
     assert digest(tmp_path / "checkpoint-2") == before
 
 
@@ -229,7 +233,7 @@ def test_a_reward_that_raises_is_named(options, tmp_path):
     with pytest.raises(
         InputError, match=r"the reward .*:fails failed on 12\+.*KeyError: 'x'.*run the same command again"
     ):
-        distill(
+        train(
             options(
                 teacher="",
                 divergence_weight=0,
@@ -257,8 +261,10 @@ def test_another_vocabulary_is_refused(options, places, tmp_path):
     characters = "9876543210+=\n"
     model(5, characters=characters).save_pretrained(tmp_path / "t")
     tokenizer(characters).save_pretrained(tmp_path / "t")
-    with pytest.raises(InputError, match=r"has another tokenizer: '0' is 2 of the student's and 11 of the teacher's"):
-        distill(options(teacher=str(tmp_path / "t")), tmp_path / "run")
+    with pytest.raises(
+        InputError, match=r"has another tokenizer: token '0' is 2 for the student and 11 for the teacher"
+    ):
+        train(options(teacher=str(tmp_path / "t")), tmp_path / "run")
 
 
 @pytest.mark.parametrize("side", ["teacher", "student"])
@@ -269,7 +275,7 @@ def test_heads_of_one_tokenizer_padded_to_other_sizes_share_their_ids(options, t
     padded.lm_head.weight.data[15:] += 1  # likely, were they not left out
     padded.save_pretrained(tmp_path / "padded")
     tokenizer().save_pretrained(tmp_path / "padded")
-    distill(options(**{side: str(tmp_path / "padded")}), tmp_path / "run")
+    train(options(**{side: str(tmp_path / "padded")}), tmp_path / "run")
     assert all(math.isfinite(row["loss"]) and row["tokens"] for row in log(tmp_path / "run"))
 
 
@@ -278,7 +284,7 @@ def test_no_pad_token_is_needed(options, places, tmp_path):
 
     model(0, initializer_range=0.2).bfloat16().save_pretrained(tmp_path / "s")
     tokenizer(pad_token=None).save_pretrained(tmp_path / "s")
-    assert distill(options(student=str(tmp_path / "s"), prompts=mixed(tmp_path)), tmp_path / "run").step == 3
+    assert train(options(student=str(tmp_path / "s"), prompts=mixed(tmp_path)), tmp_path / "run").step == 3
 
 
 def mixed(folder: Path) -> str:
@@ -287,14 +293,16 @@ def mixed(folder: Path) -> str:
 
 
 def test_prompts_are_cut_before_anything_is_sampled(options, tmp_path):
-    distill(options(prompts=mixed(tmp_path), max_prompt_length=3, batch_size=3, max_steps=1), tmp_path / "run")
-    assert log(tmp_path / "run")[0]["prompts_cut"] == 2
+    train(options(prompts=mixed(tmp_path), max_prompt_length=3, batch_size=3, max_steps=1), tmp_path / "run")
+    assert log(tmp_path / "run")[0]["prompts_truncated"] == 2
 
 
 def test_fewer_steps_than_were_taken_are_refused(options, tmp_path):
-    distill(options(max_steps=2), tmp_path / "run")
-    with pytest.raises(UsageError, match="has taken 2 steps and steps is 1; give as many, or overwrite it"):
-        distill(options(max_steps=1), tmp_path / "run")
+    train(options(max_steps=2), tmp_path / "run")
+    with pytest.raises(
+        UsageError, match="has taken 2 steps and max_steps is 1; set it to at least as many, or overwrite the run"
+    ):
+        train(options(max_steps=1), tmp_path / "run")
 
 
 def test_a_folder_in_place_of_a_configuration_is_named(tmp_path):
@@ -303,27 +311,29 @@ def test_a_folder_in_place_of_a_configuration_is_named(tmp_path):
 
 
 def test_another_run_in_the_folder_is_refused(options, tmp_path):
-    distill(options(max_steps=1), tmp_path)
+    train(options(max_steps=1), tmp_path)
     with pytest.raises(UsageError, match="holds another run"):
-        distill(options(max_steps=1, seed=1), tmp_path)
-    assert distill(options(max_steps=1, seed=1, overwrite=True), tmp_path).step == 1
+        train(options(max_steps=1, seed=1), tmp_path)
+    assert train(options(max_steps=1, seed=1, overwrite=True), tmp_path).step == 1
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "thesis.tex").write_text("x")
     with pytest.raises(UsageError, match="is not empty"):
-        distill(options(max_steps=1), tmp_path / "else")
+        train(options(max_steps=1), tmp_path / "else")
 
 
 def test_a_run_that_was_cut_before_its_first_checkpoint_begins_anew(options, tmp_path, monkeypatch):
     chosen = options(max_steps=2, num_eval_prompts=4)
-    train = loop.train
+    train_step = loop.train_step
     monkeypatch.setattr(
-        loop, "train", lambda run, step, look: train(run, step, look) if step < 1 else sys.exit("killed")
+        loop,
+        "train_step",
+        lambda state, step, **more: train_step(state, step, **more) if step < 1 else sys.exit("killed"),
     )
     with pytest.raises(SystemExit):
-        distill(chosen, tmp_path / "cut")
+        train(chosen, tmp_path / "cut")
     monkeypatch.undo()
-    distill(chosen, tmp_path / "cut")
-    distill(chosen, tmp_path / "whole")
+    train(chosen, tmp_path / "cut")
+    train(chosen, tmp_path / "whole")
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
     assert read_rows(tmp_path / "cut" / "scores.jsonl") == read_rows(tmp_path / "whole" / "scores.jsonl")
 
@@ -332,13 +342,13 @@ def test_a_run_that_was_cut_before_its_last_word_says_it_again(options, tmp_path
     from opdkernels.distillation.tracker import Tracker
 
     chosen = options(max_steps=2, num_eval_prompts=4, save_steps=1, snapshot_every=1)
-    distill(chosen, tmp_path / "whole")
+    train(chosen, tmp_path / "whole")
     monkeypatch.setattr(Tracker, "finish", lambda self: sys.exit("killed"))
     with pytest.raises(SystemExit):
-        distill(chosen, tmp_path / "cut")
+        train(chosen, tmp_path / "cut")
     monkeypatch.undo()
-    assert distill(chosen, tmp_path / "cut").accuracy == distill(chosen, tmp_path / "whole").accuracy
-    assert read_rows(tmp_path / "cut" / "track.jsonl") == read_rows(tmp_path / "whole" / "track.jsonl")
+    assert train(chosen, tmp_path / "cut").accuracy == train(chosen, tmp_path / "whole").accuracy
+    assert read_rows(tmp_path / "cut" / "snapshots.jsonl") == read_rows(tmp_path / "whole" / "snapshots.jsonl")
     assert not list((tmp_path / "cut" / "weights").iterdir())
 
 
@@ -348,21 +358,21 @@ def test_a_log_is_written_before_the_checkpoint_that_ends_it(options, tmp_path, 
         loop, "save", lambda folder, step, *rest: save(folder, step, *rest) if step < 2 else sys.exit("killed")
     )
     with pytest.raises(SystemExit):
-        distill(options(max_steps=2, num_eval_prompts=4, save_steps=1), tmp_path / "cut")
+        train(options(max_steps=2, num_eval_prompts=4, save_steps=1), tmp_path / "cut")
     monkeypatch.undo()
     assert (
-        distill(options(max_steps=2, num_eval_prompts=4, save_steps=1), tmp_path / "cut").accuracy
-        == distill(options(max_steps=2, num_eval_prompts=4, save_steps=1), tmp_path / "whole").accuracy
+        train(options(max_steps=2, num_eval_prompts=4, save_steps=1), tmp_path / "cut").accuracy
+        == train(options(max_steps=2, num_eval_prompts=4, save_steps=1), tmp_path / "whole").accuracy
     )
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
 
 
 def test_other_prompts_in_the_same_file_are_another_run(options, tmp_path):
     chosen = options(prompts=mixed(tmp_path), max_steps=1)
-    distill(chosen, tmp_path / "run")
+    train(chosen, tmp_path / "run")
     (tmp_path / "m.jsonl").write_text(json.dumps({"prompt": "9="}))
     with pytest.raises(UsageError, match="holds another run"):
-        distill(chosen, tmp_path / "run")
+        train(chosen, tmp_path / "run")
 
 
 def test_weights_that_a_file_lacks_are_named(options, places, tmp_path):
@@ -374,26 +384,26 @@ def test_weights_that_a_file_lacks_are_named(options, places, tmp_path):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
-        distill(options(student=str(tmp_path)), tmp_path / "run")
+        train(options(student=str(tmp_path)), tmp_path / "run")
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:999])
     with pytest.raises(InputError, match="cannot be loaded as a model"):
-        distill(options(student=str(tmp_path)), tmp_path / "run")
+        train(options(student=str(tmp_path)), tmp_path / "run")
 
 
 def test_a_head_that_is_not_known_is_refused(options, places, tmp_path, monkeypatch):
     from opdkernels.distillation import models
 
-    known = models.head_of
+    known = models.lm_head_of
     monkeypatch.setattr(
-        models, "head_of", lambda model, vocab=None: dataclasses.replace(known(model, vocab), scale=2.0)
+        models, "lm_head_of", lambda model, vocab=None: dataclasses.replace(known(model, vocab), scale=2.0)
     )
-    with pytest.raises(InputError, match="makes its logits in a way that is not known"):
-        distill(options(), tmp_path)
+    with pytest.raises(InputError, match="computes its logits in an unsupported way"):
+        train(options(), tmp_path)
 
 
 def test_positions_bound_what_is_sampled(options, tmp_path):
     with pytest.raises(UsageError, match="have 64 positions"):
-        distill(options(max_completion_length=64), tmp_path)
+        train(options(max_completion_length=64), tmp_path)
 
 
 def test_masks_by_other_names_are_refused(options, tmp_path):
@@ -403,26 +413,26 @@ def test_masks_by_other_names_are_refused(options, tmp_path):
         {"lm_head.weight": torch.ones(15, 32, dtype=torch.bool), "model.other.weight": torch.ones(3, dtype=torch.bool)}
     ).save(tmp_path / "m.safetensors")
     with pytest.raises(InputError, match=r"mask of model\.other\.weight and no such parameter"):
-        distill(options(masks=str(tmp_path / "m.safetensors")), tmp_path / "run")
+        train(options(masks=str(tmp_path / "m.safetensors")), tmp_path / "run")
 
 
 def test_the_student_itself_is_no_source_of_the_teachers_samples(options, tmp_path):
-    with pytest.raises(InputError, match="one teacher that is a model of its own"):
-        distill(options(teacher="self", on_policy_fraction=0), tmp_path)
+    with pytest.raises(InputError, match="exactly one teacher that is not self"):
+        train(options(teacher="self", on_policy_fraction=0), tmp_path)
 
 
 def test_a_damaged_state_is_named(options, tmp_path):
-    distill(options(max_steps=1), tmp_path)
+    train(options(max_steps=1), tmp_path)
     (tmp_path / "checkpoint-1" / "training.pt").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"training\.pt cannot be read .*delete checkpoint-1"):
-        distill(options(max_steps=2), tmp_path)
+        train(options(max_steps=2), tmp_path)
 
 
 def test_a_subspace_is_what_an_update_stays_in(options, tmp_path):
     first = tmp_path / "first"
-    distill(options(max_steps=2, learning_rate=1e-2), first)
+    train(options(max_steps=2, learning_rate=1e-2), first)
     chosen = options(lora_rank=4, subspace=str(first / "checkpoint-2"), learning_rate=1e-2, max_steps=3, save_steps=1)
-    distill(chosen, tmp_path / "run")
+    train(chosen, tmp_path / "run")
     start, early, end = (
         load_file(folder / "model.safetensors")
         for folder in (first / "checkpoint-0", first / "checkpoint-2", tmp_path / "run" / "checkpoint-3")
@@ -441,12 +451,12 @@ def test_a_subspace_is_what_an_update_stays_in(options, tmp_path):
         assert torch.equal(start[name], end[name])
     same = tmp_path / "moved"
     first.rename(same)
-    distill(
+    train(
         options(lora_rank=4, subspace=str(same / "checkpoint-2"), learning_rate=1e-2, max_steps=3, save_steps=1),
         tmp_path / "run",
     )  # by content
     with pytest.raises(InputError, match="give a later checkpoint of this student"):
-        distill(options(lora_rank=4, subspace=options().teacher), tmp_path / "other")
+        train(options(lora_rank=4, subspace=options().teacher), tmp_path / "other")
 
 
 def test_a_subspace_of_layers_that_keep_their_weights_transposed(tmp_path):

@@ -7,14 +7,15 @@ import shutil
 import pytest
 import torch
 
-from opdkernels.distillation.models import ANOTHER, Text, bad_input, load_config, load_model, load_text
-from opdkernels.distillation.rollout import encode, recorded
-from opdkernels.distillation.tasks import Entry
+from opdkernels.distillation.models import load_config, load_model
+from opdkernels.distillation.rollout import encode, load_completions
+from opdkernels.distillation.tasks import Example
+from opdkernels.distillation.text import MODEL_REMEDY, TextProcessor, input_errors, load_text_processor
 from opdkernels.errors import InputError
 from tests.distillation.conftest import tokenizer
 
 CPU = torch.device("cpu")
-TEXT = Text(tokenizer(), None, 0)
+TEXT = TextProcessor(tokenizer(), None, 0)
 
 
 class Code:
@@ -72,7 +73,7 @@ def test_a_configuration_that_makes_no_sense_is_one_line(student, change):
     assert "/s cannot be loaded as a model" in refused(load_model, str(student), "bfloat16", CPU)
     if "hidden_size" in change:
         assert "cannot be loaded as a model" in refused(load_config, str(student))
-        assert "has no tokenizer that can be loaded" in refused(load_text, str(student))
+        assert "has no tokenizer that can be loaded" in refused(load_text_processor, str(student))
 
 
 @pytest.mark.parametrize(
@@ -80,12 +81,12 @@ def test_a_configuration_that_makes_no_sense_is_one_line(student, change):
 )
 def test_a_tokenizer_of_other_json_is_one_line(student, file, content):
     (student / file).write_text(content)
-    assert "/s has no tokenizer that can be loaded" in refused(load_text, str(student))
+    assert "/s has no tokenizer that can be loaded" in refused(load_text_processor, str(student))
 
 
 def test_a_processor_that_cannot_be_loaded_is_none(student):
     (student / "preprocessor_config.json").write_text("[]")
-    assert load_text(str(student)).processor is None
+    assert load_text_processor(str(student)).processor is None
 
 
 @pytest.mark.parametrize(
@@ -94,11 +95,11 @@ def test_a_processor_that_cannot_be_loaded_is_none(student):
 )
 def test_text_that_is_not_unicode_is_one_line(given):
     message = refused(
-        lambda: recorded(
+        lambda: load_completions(
             TEXT,
-            encode(TEXT, [Entry(**{"completion": "1", **given})], 9, teacher_context=True),
-            most=9,
-            ends=[1],
+            encode(TEXT, [Example(**{"completion": "1", **given})], 9, with_teacher_context=True),
+            max_length=9,
+            end_ids=[1],
             device=CPU,
         )
     )
@@ -110,12 +111,12 @@ def test_text_that_is_not_unicode_is_one_line(given):
     "template", ["{{ messages[0]['content'] + 'x' }}", "{{ 1 // 0 }}", "{{ raise_exception('no') }}", "{%"]
 )
 def test_a_chat_template_that_does_not_take_a_prompt_is_one_line(template):
-    own = Text(tokenizer(chat_template=template), None, 0)
+    own = TextProcessor(tokenizer(chat_template=template), None, 0)
     message = refused(own.encode, [{"role": "user", "content": [{"type": "text", "text": "1+1="}]}])
     assert "the student's chat template does not take a prompt" in message
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError()], ids=lambda error: type(error).__name__)
 def test_memory_that_is_out_is_not_laid_to_the_files(error):
-    with pytest.raises(type(error)), bad_input("m cannot be loaded as a model", ANOTHER):
+    with pytest.raises(type(error)), input_errors("m cannot be loaded as a model", MODEL_REMEDY):
         raise error

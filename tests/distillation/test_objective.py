@@ -3,28 +3,29 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkernels.distillation.models import Text, head_of
-from opdkernels.distillation.objective import advantages, objective
-from opdkernels.distillation.rollout import beside, encode
-from opdkernels.distillation.tasks import Entry
+from opdkernels.distillation.models import lm_head_of
+from opdkernels.distillation.objective import compute_loss, grpo_advantages
+from opdkernels.distillation.rollout import encode, pad_rollout
+from opdkernels.distillation.tasks import Example
+from opdkernels.distillation.text import TextProcessor
 from tests.distillation.conftest import model, tokenizer
 
-TEXT = Text(tokenizer(), None, 0)
+TEXT = TextProcessor(tokenizer(), None, 0)
 
 
 def rollout(own=True):
-    return beside(
-        encode(TEXT, [Entry("1+1="), Entry("12+13=")], 32),
+    return pad_rollout(
+        encode(TEXT, [Example("1+1="), Example("12+13=")], 32),
         [[4, 1], [5, 6, 7]],
         [True, False],
-        own,
-        0,
-        torch.device("cpu"),
+        on_policy=own,
+        pad_id=0,
+        device=torch.device("cpu"),
     )
 
 
 def expected_log_probs(student, part):
-    logits = student(part.ids, attention_mask=part.attention.long()).logits[:, :-1][part.targets]
+    logits = student(part.ids, attention_mask=part.attention_mask.long()).logits[:, :-1][part.completion_mask]
     return logits.double().log_softmax(1).gather(1, part.tokens[:, None]).squeeze(1)
 
 
@@ -43,18 +44,18 @@ def same(a, b):
 def test_recorded_tokens_are_made_likelier(options):
     student, part = model(0, initializer_range=0.2).eval(), rollout(own=False)
     chosen = options(divergence_weight=0, sft_weight=2, teacher="", on_policy_fraction=0)
-    found = objective(student, part, None, None, 5, 15, chosen)
+    found = compute_loss(student, part, None, None, num_tokens=5, vocab_size=15, options=chosen)
     expected = -2 * expected_log_probs(student, part).sum() / 5
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     same(gradients(student, found.loss), gradients(student, expected))
-    own = objective(student, rollout(own=True), None, None, 5, 15, chosen)
+    own = compute_loss(student, rollout(own=True), None, None, num_tokens=5, vocab_size=15, options=chosen)
     assert own.loss.item() == 0  # the student's own samples are not taught to it
 
 
 def test_a_reward_is_the_policy_gradient(options):
     student, part = model(0, initializer_range=0.2).eval(), rollout()
     chosen = options(divergence_weight=0, reward_weight=0.5, num_generations=2, teacher="")
-    found = objective(student, part, None, torch.tensor([1.0, -2.0]), 5, 15, chosen)
+    found = compute_loss(student, part, None, torch.tensor([1.0, -2.0]), num_tokens=5, vocab_size=15, options=chosen)
     expected = -0.5 * (expected_log_probs(student, part) * torch.tensor([1.0, 1, -2, -2, -2])).sum() / 5
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     same(gradients(student, found.loss), gradients(student, expected))
@@ -69,11 +70,21 @@ def test_a_divergence_is_that_of_whole_logits(options):
         model(1, 48, initializer_range=0.2).eval(),
         rollout(),
     )
-    found = objective(student, part, ModelTeacher(teacher).score(part), None, 5, 15, options(divergence_weight=3))
+    found = compute_loss(
+        student,
+        part,
+        ModelTeacher(teacher).score(part),
+        None,
+        num_tokens=5,
+        vocab_size=15,
+        options=options(divergence_weight=3),
+    )
     ours, losses, grads = gradients(student, found.loss), [], []
     for dtype in (torch.float32, torch.float64):
         p, q = (
-            (one(part.ids, attention_mask=part.attention.long()).logits[:, :-1][part.targets]).log_softmax(1)
+            (one(part.ids, attention_mask=part.attention_mask.long()).logits[:, :-1][part.completion_mask]).log_softmax(
+                1
+            )
             for one in (teacher.to(dtype), student.to(dtype))
         )
         losses.append(3 * (q.exp() * (q - p.detach())).sum() / 5)
@@ -97,14 +108,14 @@ def test_recomputed_activations_give_the_same_gradients(options):
     for more in ({}, {"gradient_checkpointing": True}):
         if more:
             student.gradient_checkpointing_enable({"use_reentrant": False})
-        loss = objective(
+        loss = compute_loss(
             student,
             part,
             None,
             None,
-            5,
-            15,
-            options(divergence_weight=0, sft_weight=1, teacher="", on_policy_fraction=0, **more),
+            num_tokens=5,
+            vocab_size=15,
+            options=options(divergence_weight=0, sft_weight=1, teacher="", on_policy_fraction=0, **more),
         ).loss
         found.append(gradients(student, loss))
     assert len(forwards) == 3
@@ -113,8 +124,12 @@ def test_recomputed_activations_give_the_same_gradients(options):
 
 def test_nothing_to_learn_is_a_connected_zero(options):
     student = model(0).eval()
-    empty = beside(encode(TEXT, [Entry("1+1=")], 32), [[]], [False], True, 0, torch.device("cpu"))
-    found = objective(student, empty, (torch.zeros(0, 32), head_of(student)), None, 1, 15, options())
+    empty = pad_rollout(
+        encode(TEXT, [Example("1+1=")], 32), [[]], [False], on_policy=True, pad_id=0, device=torch.device("cpu")
+    )
+    found = compute_loss(
+        student, empty, (torch.zeros(0, 32), lm_head_of(student)), None, num_tokens=1, vocab_size=15, options=options()
+    )
     found.loss.backward()
     assert found.loss.item() == 0
     assert all(not p.grad.any() for p in student.parameters() if p.grad is not None)
@@ -124,8 +139,8 @@ def test_nothing_to_learn_is_a_connected_zero(options):
 def test_advantages_of_equal_rewards_are_zero(dtype):
     for value in (0.1, 0.3, 1000.1, -1e-30):
         for samples in (3, 7):
-            assert not advantages(torch.full((2 * samples,), value, dtype=dtype), samples).any()
-    found = advantages(torch.tensor([0.0, 1.0, 5.0, 5.0], dtype=dtype), 2)
+            assert not grpo_advantages(torch.full((2 * samples,), value, dtype=dtype), samples).any()
+    found = grpo_advantages(torch.tensor([0.0, 1.0, 5.0, 5.0], dtype=dtype), 2)
     assert found.dtype == torch.float32
     assert found[:2].sum().abs() < 1e-6
     assert found[1] > 0 > found[0]

@@ -3,46 +3,68 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkernels.distillation import models
-from opdkernels.distillation.models import Text, begin, hidden_states, plain_cache, states_at_completions, unwrapped
-from opdkernels.distillation.rollout import Prompts, beside, encode, recorded, sample, until_end
-from opdkernels.distillation.tasks import Entry
+from opdkernels.distillation import forward
+from opdkernels.distillation.forward import (
+    completion_hidden_states,
+    hidden_states,
+    make_kv_cache,
+    prefill_shared_prefix,
+)
+from opdkernels.distillation.models import unwrap_peft
+from opdkernels.distillation.rollout import Prompts, collate, encode, load_completions, pad_rollout, until_end
+from opdkernels.distillation.sampling import sample
+from opdkernels.distillation.tasks import Example
+from opdkernels.distillation.text import TextProcessor
 from opdkernels.errors import InputError
 from tests.distillation.conftest import model, tokenizer
 
-TEXT = Text(tokenizer(), None, 0)
+TEXT = TextProcessor(tokenizer(), None, 0)
 CPU = torch.device("cpu")
 
 
 def prompts(*texts):
-    return encode(TEXT, [Entry(text) for text in texts], 100)
+    return encode(TEXT, [Example(text) for text in texts], 100)
 
 
 def test_targets_are_the_tokens_of_completions():
-    rollout = beside(prompts("1+1=", "12+13="), [[4, 1], [5, 6, 7]], [True, False], True, 0, CPU)
+    rollout = pad_rollout(
+        prompts("1+1=", "12+13="), [[4, 1], [5, 6, 7]], [True, False], on_policy=True, pad_id=0, device=CPU
+    )
     assert rollout.tokens.tolist() == [4, 1, 5, 6, 7]
-    assert rollout.attention.sum(1).tolist() == [6, 9]
+    assert rollout.attention_mask.sum(1).tolist() == [6, 9]
     assert rollout.completions() == [[4, 1], [5, 6, 7]]
-    part = rollout.rows([0])
+    part = rollout.select([0])
     assert part.ids.shape == (1, 6)
     assert part.tokens.tolist() == [4, 1]
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
 def test_empty_completions_have_no_target(lengths):
-    rollout = beside(prompts(*["1="] * len(lengths)), [[] for _ in lengths], [False] * len(lengths), True, 0, CPU)
+    rollout = pad_rollout(
+        prompts(*["1="] * len(lengths)),
+        [[] for _ in lengths],
+        [False] * len(lengths),
+        on_policy=True,
+        pad_id=0,
+        device=CPU,
+    )
     assert rollout.tokens.tolist() == []
-    assert rollout.sizes.tolist() == lengths
+    assert rollout.lengths.tolist() == lengths
 
 
 def test_rows_beside_each_other_see_only_themselves():
     own, rollout = (
         model(0).eval(),
-        beside(prompts("1+1=", "12+13=25+1="), [[4, 1], [5, 6, 7]], [True, False], True, 0, CPU),
+        pad_rollout(
+            prompts("1+1=", "12+13=25+1="), [[4, 1], [5, 6, 7]], [True, False], on_policy=True, pad_id=0, device=CPU
+        ),
     )
-    together = hidden_states(own, *rollout.inputs())[:, :-1][rollout.targets]
+    together = hidden_states(own, *rollout.batch())[:, :-1][rollout.completion_mask]
     alone = torch.cat(
-        [hidden_states(own, *part.inputs())[:, :-1][part.targets] for part in (rollout.rows([0]), rollout.rows([1]))]
+        [
+            hidden_states(own, *part.batch())[:, :-1][part.completion_mask]
+            for part in (rollout.select([0]), rollout.select([1]))
+        ]
     )
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
@@ -52,7 +74,9 @@ PREFIX = "12+13=25\n41+29=70\n"
 
 def with_examples(*, prefix=PREFIX):
     texts = [prefix + "1+1=", prefix + "12+13=", prefix + "1+10="]
-    return beside(prompts(*texts), [[4, 1], [5, 6, 7], [5]], [True, False, False], True, 0, CPU)
+    return pad_rollout(
+        prompts(*texts), [[4, 1], [5, 6, 7], [5]], [True, False, False], on_policy=True, pad_id=0, device=CPU
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,7 +92,12 @@ def with_examples(*, prefix=PREFIX):
     ],
 )
 def test_what_prompts_begin_with_alike(texts, shared):
-    assert beside(prompts(*texts), [[4, 5]] * len(texts), [False] * len(texts), True, 0, CPU).shared == shared
+    assert (
+        pad_rollout(
+            prompts(*texts), [[4, 5]] * len(texts), [False] * len(texts), on_policy=True, pad_id=0, device=CPU
+        ).shared_prefix_length
+        == shared
+    )
 
 
 def lora(own):
@@ -82,12 +111,12 @@ def lora(own):
 def test_a_shared_beginning_runs_once_and_changes_nothing(wrap, monkeypatch):
     own, rollout = wrap(model(0).eval()), with_examples()
     found, lengths = {}, []
-    unwrapped(own).base_model.register_forward_hook(
+    unwrap_peft(own).base_model.register_forward_hook(
         lambda module, args, given, out: lengths.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
     for least in (16, 1000):
-        monkeypatch.setattr(models, "LEAST_SHARED", least)
-        hidden = states_at_completions(own, rollout)
+        monkeypatch.setattr(forward, "MIN_SHARED_PREFIX", least)
+        hidden = completion_hidden_states(own, rollout)
         trained = [p for p in own.parameters() if p.requires_grad]
         found[least] = [
             hidden,
@@ -110,18 +139,18 @@ def test_samples_go_on_from_a_shared_beginning(temperature, monkeypatch):
         lambda module, args, given, out: lengths.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
     for least, texts in ((16, ("12", "34", "56")), (1000, ("12", "34", "56")), (16, ("1", "34", "56"))):
-        monkeypatch.setattr(models, "LEAST_SHARED", least)
+        monkeypatch.setattr(forward, "MIN_SHARED_PREFIX", least)
         torch.manual_seed(0)
         found.append(
             sample(
                 own,
                 TEXT,
                 prompts(*(PREFIX + text + "+1=" for text in texts)),
-                most=3,
-                ends=[],
-                vocab=15,
+                max_length=3,
+                end_ids=[],
+                vocab_size=15,
                 temperature=temperature,
-                own=True,
+                on_policy=True,
             )
         )
     assert found[0].completions() == found[1].completions()
@@ -132,13 +161,13 @@ def test_samples_go_on_from_a_shared_beginning(temperature, monkeypatch):
 
 def test_a_shared_beginning_is_not_split_off_where_the_model_would_not_keep_it():
     sliding = model(0, use_sliding_window=True, sliding_window=4, max_window_layers=0).eval()
-    assert plain_cache(sliding) is None
-    assert plain_cache(model(0).eval()) is not None
+    assert make_kv_cache(sliding) is None
+    assert make_kv_cache(model(0).eval()) is not None
     scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    assert plain_cache(model(0, rope_parameters=scaled).eval()) is None
+    assert make_kv_cache(model(0, rope_parameters=scaled).eval()) is None
     recomputing = model(0)
     recomputing.gradient_checkpointing_enable()
-    assert plain_cache(recomputing) is None
+    assert make_kv_cache(recomputing) is None
 
 
 def test_a_model_that_keeps_its_past_elsewhere_runs_whole():
@@ -155,12 +184,12 @@ def test_a_model_that_keeps_its_past_elsewhere_runs_whole():
             context_length=64,
         )
     ).eval()
-    assert begin(own, torch.ones(1, 20, dtype=torch.long), 3) == {}
+    assert prefill_shared_prefix(own, torch.ones(1, 20, dtype=torch.long), 3) == {}
 
 
 def test_greedy_samples_are_those_of_each_prompt_alone():
     own, texts = model(3, initializer_range=0.3).eval(), ("1+1=", "12+13=", "7=")
-    limits = {"most": 6, "ends": [1], "vocab": 15, "temperature": 0.0, "own": True}
+    limits = {"max_length": 6, "end_ids": [1], "vocab_size": 15, "temperature": 0.0, "on_policy": True}
     together = sample(own, TEXT, prompts(*texts), **limits)
     for i, text in enumerate(texts):
         assert sample(own, TEXT, prompts(text), **limits).completions()[0] == together.completions()[i]
@@ -168,7 +197,9 @@ def test_greedy_samples_are_those_of_each_prompt_alone():
 
 def test_sampled_tokens_have_the_models_probabilities():
     own = model(3, initializer_range=0.3).eval()
-    rollout = sample(own, TEXT, prompts(*["1+1="] * 4000), most=1, ends=[], vocab=15, temperature=1.0, own=True)
+    rollout = sample(
+        own, TEXT, prompts(*["1+1="] * 4000), max_length=1, end_ids=[], vocab_size=15, temperature=1.0, on_policy=True
+    )
     ids = torch.tensor([prompts("1+1=").ids[0]])
     expected = own(ids).logits[0, -1].double().softmax(0).detach()
     seen = torch.bincount(rollout.tokens, minlength=15) / 4000
@@ -178,7 +209,7 @@ def test_sampled_tokens_have_the_models_probabilities():
 def test_penalties_that_a_model_ships_are_left_out():
     own = model(3, initializer_range=0.3).eval()
     own.generation_config.update(repetition_penalty=1.5, min_p=0.2, no_repeat_ngram_size=2)
-    limits = {"most": 1, "ends": [], "vocab": 15, "own": True}
+    limits = {"max_length": 1, "end_ids": [], "vocab_size": 15, "on_policy": True}
     rollout = sample(own, TEXT, prompts(*["1+1="] * 4000), temperature=1.0, **limits)
     expected = own(torch.tensor([prompts("1+1=").ids[0]])).logits[0, -1].double().softmax(0).detach()
     assert (torch.bincount(rollout.tokens, minlength=15) / 4000 - expected).abs().max() < 5 * (0.25 / 4000) ** 0.5
@@ -191,12 +222,14 @@ def test_a_prompt_without_tokens_is_refused():
 
 
 def test_recorded_completions_end_as_the_tokenizer_ends_them():
-    given = encode(TEXT, [Entry("1=", completion="12")], 100)
-    assert recorded(TEXT, given, most=9, ends=[0, 1, 14], device=CPU).completions() == [[3, 4, 1]]
+    given = encode(TEXT, [Example("1=", completion="12")], 100)
+    assert load_completions(TEXT, given, max_length=9, end_ids=[0, 1, 14], device=CPU).completions() == [[3, 4, 1]]
 
 
 def test_ids_that_others_lack_are_never_sampled():
-    rollout = sample(model(3), TEXT, prompts(*["1+1="] * 64), most=4, ends=[], vocab=5, temperature=1.0, own=True)
+    rollout = sample(
+        model(3), TEXT, prompts(*["1+1="] * 64), max_length=4, end_ids=[], vocab_size=5, temperature=1.0, on_policy=True
+    )
     assert int(rollout.tokens.max()) < 5
 
 
@@ -214,37 +247,35 @@ def test_completions_end_with_their_first_end_token(row, ends, kept):
 
 
 def test_recorded_completions_are_ended():
-    given = encode(TEXT, [Entry("1=", completion="12"), Entry("1=", completion="")], 100)
-    rollout = recorded(TEXT, given, most=9, ends=[1], device=CPU)
+    given = encode(TEXT, [Example("1=", completion="12"), Example("1=", completion="")], 100)
+    rollout = load_completions(TEXT, given, max_length=9, end_ids=[1], device=CPU)
     assert rollout.completions() == [[3, 4, 1], [1]]
-    assert rollout.ended.tolist() == [True, True]
-    assert recorded(TEXT, given, most=2, ends=[1], device=CPU).ended.tolist() == [False, True]
+    assert rollout.finished.tolist() == [True, True]
+    assert load_completions(TEXT, given, max_length=2, end_ids=[1], device=CPU).finished.tolist() == [False, True]
 
 
 def test_the_end_of_a_long_prompt_is_kept():
-    found = encode(TEXT, [Entry("123+456="), Entry("1=")], 3)
-    assert found.cut == 1
+    found = encode(TEXT, [Example("123+456="), Example("1=")], 3)
+    assert found.num_truncated == 1
     assert TEXT.decode(found.ids[0]) == "56="
 
 
 def test_images_are_not_taken_by_a_model_of_text():
     with pytest.raises(InputError, match="give an image-text model"):
-        encode(TEXT, [Entry("1=", images=("x.png",))], 9)
+        encode(TEXT, [Example("1=", images=("x.png",))], 9)
 
 
 def test_per_token_inputs_are_padded_on_the_side_of_the_ids():
-    from opdkernels.distillation.rollout import together
-
     rows = [
         {"mm_token_type_ids": torch.ones(1, 2, dtype=torch.long), "pixel_values": torch.ones(3, 4)},
         {"mm_token_type_ids": torch.ones(1, 3, dtype=torch.long), "pixel_values": torch.ones(1, 4)},
     ]
-    found = together(rows, 4, left=True)
+    found = collate(rows, 4, pad_left=True)
     assert found["mm_token_type_ids"].tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
     assert found["pixel_values"].shape == (4, 4)
-    assert together(rows, 4, left=False)["mm_token_type_ids"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
-    assert together([{}, {}], 4, left=True) == {}
-    assert together([{}, rows[0]], 4, left=True)["mm_token_type_ids"].tolist() == [[0, 0, 0, 0], [0, 0, 1, 1]]
+    assert collate(rows, 4, pad_left=False)["mm_token_type_ids"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
+    assert collate([{}, {}], 4, pad_left=True) == {}
+    assert collate([{}, rows[0]], 4, pad_left=True)["mm_token_type_ids"].tolist() == [[0, 0, 0, 0], [0, 0, 1, 1]]
 
 
 def test_prompts_hold_what_was_given():

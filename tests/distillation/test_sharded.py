@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opdkernels.distillation.loop import distill
-from opdkernels.distillation.tracker import read_rows
+from opdkernels.distillation.jsonl import read_rows
+from opdkernels.distillation.loop import train
 from opdkernels.masks import MaskSet
 from tests.distillation.test_loop import digest, log
 
@@ -45,20 +45,20 @@ def test_two_processes_train_as_one_does(options, tmp_path, more):
     """Recorded completions, so that what is learnt does not depend on who samples what: all but the order of sums is alike."""
     chosen = {
         "device": "cpu",
-        "prompts": recorded(tmp_path),
+        "prompts": load_completions(tmp_path),
         "on_policy_fraction": 0,
         "dtype": "float32",
         "max_steps": 3,
         "learning_rate": 1e-3,
         "optimizer": "sgd",
         "snapshot_every": 1,
-        "eval_prompts": recorded(tmp_path),
+        "eval_prompts": load_completions(tmp_path),
         "num_eval_prompts": 3,
         "max_grad_norm": 0.05,
         **more,
     }
     run(options(**chosen), tmp_path / "two", 2)
-    distill(options(**chosen), tmp_path / "one")
+    train(options(**chosen), tmp_path / "one")
     one, two = (load_file(tmp_path / name / "checkpoint-3" / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, value in one.items():
@@ -68,7 +68,7 @@ def test_two_processes_train_as_one_does(options, tmp_path, more):
         assert b["step"] == a["step"]
         assert b.get("loss", 0) == pytest.approx(a.get("loss", 0), rel=1e-5)
         assert b.get("grad_norm", 0) == pytest.approx(a.get("grad_norm", 0), rel=1e-4)
-    marks = [read_rows(tmp_path / name / "track.jsonl")[-1] for name in ("one", "two")]
+    marks = [read_rows(tmp_path / name / "snapshots.jsonl")[-1] for name in ("one", "two")]
     assert marks[0]["views"]["stored"]["numel"] == marks[1]["views"]["stored"]["numel"]
     assert marks[1]["views"]["stored"]["rms_delta"] == pytest.approx(marks[0]["views"]["stored"]["rms_delta"], rel=1e-4)
     files = [MaskSet.load(tmp_path / name / "masks" / "step-000003.safetensors") for name in ("one", "two")]
@@ -88,13 +88,13 @@ def test_two_processes_go_on_from_where_they_were(options, places, tmp_path, mor
 
 @pytest.mark.slow
 def test_what_the_first_process_refuses_ends_all(options, tmp_path):
-    distill(options(max_steps=1, device="cpu"), tmp_path)
+    train(options(max_steps=1, device="cpu"), tmp_path)
     done = started(options(max_steps=1, seed=1, device="cpu"), tmp_path, 2)
     assert done.returncode != 0
     assert done.stderr.count("holds another run; choose another folder, or --overwrite it") == 2
 
 
-def recorded(folder):
+def load_completions(folder):
     import json
 
     lines = [json.dumps({"prompt": f"{a}+1=", "answer": str(a + 1), "completion": str(a + 1)}) for a in range(1, 9)]

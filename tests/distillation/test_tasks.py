@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from opdkernels.distillation.loop import task_of
+from opdkernels.distillation.loop import build_task
 from opdkernels.distillation.options import options_from
-from opdkernels.distillation.tasks import Addition, exact, open_task, permuted, refuse_prompts, scorer
+from opdkernels.distillation.tasks import Addition, exact, find_reward, open_task, permuted, validate_prompts
 from opdkernels.errors import InputError, UsageError
 
 
@@ -21,27 +21,27 @@ def test_a_permutation_takes_every_place_once(n):
 
 def test_held_out_sums_are_never_trained_on():
     task = Addition(0, "exact")
-    trained = {task.entry(i).prompt for i in range(8000)}
-    held_out = {entry.prompt for entry in task.held_out(5000)}
+    trained = {task.example(i).prompt for i in range(8000)}
+    held_out = {entry.prompt for entry in task.eval_examples(5000)}
     assert (len(trained), len(held_out)) == (8000, 2000)
     assert not trained & held_out
     assert all(
         eval(entry.prompt[:2].lstrip("0") + "+" + entry.prompt[3:5].lstrip("0") or "0") == int(entry.answer)
-        for entry in task.held_out(20)
+        for entry in task.eval_examples(20)
         if "0" not in entry.prompt
     )
     sums = open_task("sums")
-    assert not {sums.entry(i).prompt for i in range(3000)} & {entry.prompt for entry in sums.held_out(300)}
+    assert not {sums.example(i).prompt for i in range(3000)} & {entry.prompt for entry in sums.eval_examples(300)}
 
 
 def test_every_pass_over_lines_takes_each_once_in_another_order(tmp_path):
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": str(i)}) for i in range(20)))
     task = open_task(str(tmp_path / "p.jsonl"))
-    passes = [[task.entry(20 * epoch + i).prompt for i in range(20)] for epoch in range(2)]
+    passes = [[task.example(20 * epoch + i).prompt for i in range(20)] for epoch in range(2)]
     assert sorted(passes[0]) == sorted(passes[1]) == sorted(map(str, range(20)))
     assert passes[0] != passes[1]
     other = open_task(str(tmp_path / "p.jsonl"), seed=1)
-    assert [other.entry(i).prompt for i in range(20)] != passes[0]
+    assert [other.example(i).prompt for i in range(20)] != passes[0]
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,10 @@ def test_every_pass_over_lines_takes_each_once_in_another_order(tmp_path):
         ("[]", "line 2 has no prompt"),
         ('{"prompt": ""}', "line 2 has no prompt"),
         ('{"prompt": ["a"]}', "line 2 has no prompt"),
-        ('{"prompt": "a", "answer": 3}', "line 2 has answer of int"),
-        ('{"prompt": "a", "images": "x.png"}', "images that are no list"),
-        ('{"prompt": "\\ud800"}', r"line 2 has half of a surrogate pair, \\ud800"),
-        ('{"prompt": [{"role": "user", "content": "a\\udc00"}]}', "line 2 has half of a surrogate pair"),
+        ('{"prompt": "a", "answer": 3}', "line 2 has answer of type int"),
+        ('{"prompt": "a", "images": "x.png"}', "images that are not a list"),
+        ('{"prompt": "\\ud800"}', r"line 2 has an unpaired surrogate, \\ud800"),
+        ('{"prompt": [{"role": "user", "content": "a\\udc00"}]}', "line 2 has an unpaired surrogate"),
         ("[" * 100_000, "line 2 is not JSON"),
         ('{"prompt": "a", "answer": ' + "1" * 5000 + "}", "line 2 is not JSON"),
     ],
@@ -81,7 +81,7 @@ def test_files_that_hold_nothing_are_named(tmp_path):
 @pytest.mark.parametrize("name", ["nothing", "no.such.module:f", "math:nothing", "math:pi", ".:f", ":f", "a..b:f", ""])
 def test_rewards_that_do_not_exist_are_refused(name):
     with pytest.raises(UsageError, match="reward"):
-        scorer(name)
+        find_reward(name)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_rewards_that_cannot_be_imported_are_named(tmp_path, monkeypatch, text, 
     (tmp_path / "broken_reward.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=f"reward broken_reward:f .*{says}"):
-        scorer("broken_reward:f")
+        find_reward("broken_reward:f")
 
 
 def test_a_reward_in_the_working_directory_is_found(tmp_path, monkeypatch):
@@ -107,7 +107,7 @@ def test_a_reward_in_the_working_directory_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
     before = list(sys.path)
-    assert scorer("reward_here:f")("", "", "") == 0.5
+    assert find_reward("reward_here:f")("", "", "") == 0.5
     assert sys.path == before
 
 
@@ -117,9 +117,9 @@ def test_space_around_an_answer_is_no_part_of_it(answer):
 
 
 def test_what_a_task_would_ignore_is_refused():
-    with pytest.raises(UsageError, match="leave eval_prompts out"):
+    with pytest.raises(UsageError, match="remove eval_prompts"):
         open_task("addition", eval_prompts="x.jsonl")
-    with pytest.raises(UsageError, match="leave reward out"):
+    with pytest.raises(UsageError, match="remove reward"):
         open_task("reasoning_gym:chain_sum", reward="math:exp")
 
 
@@ -140,11 +140,11 @@ def test_held_out_prompts_of_reasoning_gym_are_never_trained_on_and_the_same_for
         sys.modules, "reasoning_gym", SimpleNamespace(create_dataset=lambda name, size, seed: Data(name, size, seed))
     )
     tasks = [open_task("reasoning_gym:any", seed=seed) for seed in (0, 1, 2, 4094)]
-    held_out = [[entry.prompt[0]["content"] for entry in task.held_out(3000)] for task in tasks]
+    held_out = [[entry.prompt[0]["content"] for entry in task.eval_examples(3000)] for task in tasks]
     assert all(one == held_out[0] for one in held_out)
     seen = set(held_out[0])
     for task in tasks:
-        trained = {task.entry(i).prompt[0]["content"] for i in (*range(3000), (1 << 20) - 1)}
+        trained = {task.example(i).prompt[0]["content"] for i in (*range(3000), (1 << 20) - 1)}
         assert not trained & seen
         seen |= trained
     assert max(map(int, seen)) < 1 << 32  # what NumPy takes as a seed
@@ -154,26 +154,26 @@ def test_held_out_prompts_of_reasoning_gym_are_never_trained_on_and_the_same_for
 
 def test_a_line_may_hold_any_separator_but_its_end(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b"}\n', encoding="utf-8")
-    assert open_task(str(tmp_path / "p.jsonl")).entry(0).prompt == "a\u2028b"
+    assert open_task(str(tmp_path / "p.jsonl")).example(0).prompt == "a\u2028b"
 
 
 def test_a_reward_that_is_no_number_is_refused(tmp_path):
     task = open_task("addition", reward="math:exp")
     with pytest.raises(InputError, match="the reward math:exp failed"):
-        task.score(task.entry(0), "1")
+        task.score(task.example(0), "1")
     for value in ("nan", "-inf", "1e+39", "-1e+300"):
         task._score = lambda prompt, answer, text, value=value: float(value)
         with pytest.raises(InputError, match=f"gave {value}".replace("+", r"\+")):
-            task.score(task.entry(0), "1")
+            task.score(task.example(0), "1")
     task._score = lambda prompt, answer, text: -3.4e38
-    assert task.score(task.entry(0), "1") == -3.4e38
+    assert task.score(task.example(0), "1") == -3.4e38
 
 
 def test_a_reward_that_leaves_the_process_is_named():
     task = open_task("addition")
     task._score = lambda prompt, answer, text: sys.exit(3)
     with pytest.raises(InputError, match=r"the reward exact failed on .*SystemExit: 3"):
-        task.score(task.entry(0), "1")
+        task.score(task.example(0), "1")
 
 
 OWN_SAMPLES = {"teacher": "t"}
@@ -195,24 +195,24 @@ REWARDED = {"divergence_weight": 0, "reward_weight": 1, "num_generations": 2}
             "'2=' has the teacher_id 'c' and no teacher has it",
         ),
         (OTHERS, [{"completion": "3"}, {}], "'2=' has no `completion` and others have one"),
-        ({**OTHERS, "teacher": "self"}, [{}, {}], "or one teacher that is a model of its own"),
+        ({**OTHERS, "teacher": "self"}, [{}, {}], "or exactly one teacher that is not self"),
         (
             {**OTHERS, "teacher": "a=x,b=y"},
             [{"teacher_id": "a"}, {"teacher_id": "b"}],
-            "or one teacher that is a model of its own",
+            "or exactly one teacher that is not self",
         ),
         (
             OWN_SAMPLES,
             [{}, {"images": ["gone.png"]}],
-            r"an image of a prompt cannot be read \(.*gone\.png is no file\)",
+            r"an image of a prompt cannot be read \(.*gone\.png is not a file\)",
         ),
-        (REWARDED, [{"answer": "1"}, {}], "'2=' has no `answer`, which the reward exact compares with"),
+        (REWARDED, [{"answer": "1"}, {}], "'2=' has no `answer`, which the reward exact needs"),
         (REWARDED, [{"answer": "1"}, {"answer": "1\n2"}], "'2=' has an `answer` of several lines"),
     ],
 )
 def test_prompts_that_would_end_a_run_on_its_way_are_refused_before_it(tmp_path, given, rows, says):
     with pytest.raises(InputError, match=says):
-        refuse_prompts(*run_of(tmp_path, given, rows))
+        validate_prompts(*run_of(tmp_path, given, rows))
 
 
 @pytest.mark.parametrize(
@@ -228,8 +228,8 @@ def test_prompts_that_would_end_a_run_on_its_way_are_refused_before_it(tmp_path,
 )
 def test_prompts_that_a_run_can_use_are_taken(tmp_path, given, rows):
     options, task = run_of(tmp_path, given, rows)
-    assert len(task.examples()) == len(rows)
-    assert refuse_prompts(options, task) is None
+    assert len(task.representative_examples()) == len(rows)
+    assert validate_prompts(options, task) is None
 
 
 def run_of(folder, given, rows):
@@ -239,7 +239,7 @@ def run_of(folder, given, rows):
 
 
 @pytest.mark.parametrize(
-    ("row", "says"), [({}, "has no `answer`"), ({"answer": "1", "images": ["gone.png"]}, r"gone\.png is no file")]
+    ("row", "says"), [({}, "has no `answer`"), ({"answer": "1", "images": ["gone.png"]}, r"gone\.png is not a file")]
 )
 def test_held_out_prompts_are_looked_at_as_far_as_they_are_used(tmp_path, row, says):
     (tmp_path / "h.jsonl").write_text(
@@ -251,6 +251,6 @@ def test_held_out_prompts_are_looked_at_as_far_as_they_are_used(tmp_path, row, s
         "prompts": str(tmp_path / "h.jsonl"),
         "eval_prompts": str(tmp_path / "h.jsonl"),
     }
-    task_of(options_from(None, {**given, "num_eval_prompts": 1}))
+    build_task(options_from(None, {**given, "num_eval_prompts": 1}))
     with pytest.raises(InputError, match=says):
-        task_of(options_from(None, {**given, "num_eval_prompts": 2}))
+        build_task(options_from(None, {**given, "num_eval_prompts": 2}))

@@ -3,24 +3,29 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkernels.distillation.models import Text
-from opdkernels.distillation.rollout import beside, encode
-from opdkernels.distillation.tasks import Entry
-from opdkernels.distillation.teachers import OwnWeights, scored
+from opdkernels.distillation import teachers
+from opdkernels.distillation.rollout import encode, pad_rollout
+from opdkernels.distillation.tasks import Example
+from opdkernels.distillation.teachers import SelfTeacher, score_with
+from opdkernels.distillation.text import TextProcessor
+from opdkernels.distillation.world import Student, World
 from opdkernels.errors import InputError
 from opdkernels.optim import MaskedAdamW
 from tests.distillation.conftest import model, tokenizer
 
-TEXT = Text(tokenizer(), None, 0)
+TEXT = TextProcessor(tokenizer(), None, 0)
 
 
 def setup(ema: float, dtype=torch.bfloat16, density: float = 0.3):
     torch.manual_seed(0)
     own = model(0, initializer_range=0.2).to(dtype).eval()
-    own.scored = lambda rollout: scored(own, rollout)
     masks = {name: torch.rand(p.shape) < density for name, p in own.named_parameters()}
     optimizer = MaskedAdamW(own.named_parameters(), masks=masks, lr=0.05)
-    return own, optimizer, OwnWeights(own, optimizer, ema, TEXT, 3)
+    return (
+        own,
+        optimizer,
+        SelfTeacher(Student(own, World()), optimizer, ema_decay=ema, text=TEXT, max_completion_length=3),
+    )
 
 
 def step(own, optimizer, teacher):
@@ -31,8 +36,15 @@ def step(own, optimizer, teacher):
 
 
 def rollout(teacher_context=None):
-    entries = [Entry("1+1=", teacher_context=teacher_context), Entry("12+13=", teacher_context=teacher_context)]
-    return beside(encode(TEXT, entries, 32), [[4, 1], [5, 6, 7]], [True, False], True, 0, torch.device("cpu"))
+    entries = [Example("1+1=", teacher_context=teacher_context), Example("12+13=", teacher_context=teacher_context)]
+    return pad_rollout(
+        encode(TEXT, entries, 32),
+        [[4, 1], [5, 6, 7]],
+        [True, False],
+        on_policy=True,
+        pad_id=0,
+        device=torch.device("cpu"),
+    )
 
 
 def weights(own):
@@ -54,15 +66,15 @@ def test_the_first_weights_are_swapped_in_and_out_bit_for_bit(dtype):
     assert not torch.equal(trained["lm_head.weight"], start["lm_head.weight"])
 
 
-def test_weights_are_put_back_when_scoring_fails():
+def test_student_weights_are_restored_if_scoring_fails(monkeypatch):
     own, optimizer, teacher = setup(1.0)
     step(own, optimizer, teacher)
     trained = weights(own)
 
-    def fails(rollout):
+    def fails(model, rollout):
         raise RuntimeError("out of memory")
 
-    own.scored = fails
+    monkeypatch.setattr(teachers, "score_with", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         teacher.score(rollout())
     assert all(torch.equal(p, trained[name]) for name, p in own.named_parameters())
@@ -75,7 +87,7 @@ def test_the_average_is_that_of_plain_tensors():
         step(own, optimizer, teacher)
         for name, value in weights(own).items():
             expected[name] = 0.9 * expected[name] + 0.1 * value
-    with teacher.swapped():
+    with teacher.with_teacher_weights():
         for name, value in own.named_parameters():
             torch.testing.assert_close(value.detach(), expected[name], rtol=1e-5, atol=1e-7)
 
@@ -84,7 +96,7 @@ def test_state_is_all_that_a_teacher_needs_to_go_on():
     own, optimizer, teacher = setup(0.5)
     for _ in range(3):
         step(own, optimizer, teacher)
-    other = OwnWeights(own, optimizer, 0.5, TEXT, 3)
+    other = SelfTeacher(Student(own, World()), optimizer, ema_decay=0.5, text=TEXT, max_completion_length=3)
     other.load_state_dict(teacher.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(other.values, teacher.values, strict=True))
 
@@ -92,15 +104,15 @@ def test_state_is_all_that_a_teacher_needs_to_go_on():
 def test_what_is_privileged_comes_before_the_same_completion():
     own, _, teacher = setup(1.0)
     hidden, _ = teacher.score(rollout("9+9=18\n"))
-    direct = beside(
-        encode(TEXT, [Entry("9+9=18\n1+1="), Entry("9+9=18\n12+13=")], 64),
+    direct = pad_rollout(
+        encode(TEXT, [Example("9+9=18\n1+1="), Example("9+9=18\n12+13=")], 64),
         [[4, 1], [5, 6, 7]],
         [True, False],
-        True,
-        0,
-        torch.device("cpu"),
+        on_policy=True,
+        pad_id=0,
+        device=torch.device("cpu"),
     )
-    assert torch.equal(hidden, scored(own, direct)[0])
+    assert torch.equal(hidden, score_with(own, direct)[0])
     assert hidden.shape == teacher.score(rollout())[0].shape
     assert not torch.equal(hidden, teacher.score(rollout())[0])
 
@@ -110,6 +122,6 @@ def test_what_is_privileged_must_find_places_in_the_student():
     teacher.score(rollout("1" * (64 - 3 - len("12+13="))))
     with pytest.raises(
         InputError,
-        match=r"the prompt '12\+13=' is 62 tokens with its `teacher_context`, and the student has 61 positions beside a completion; shorten it",
+        match=r"the prompt '12\+13=' is 62 tokens with its `teacher_context`, and the student has 61 positions before the completion; shorten it",
     ):
         teacher.score(rollout("1" * (65 - 3 - len("12+13="))))

@@ -3,13 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkernels.distillation.tracker import Tracker, effective, moments_of, read_rows
-from opdkernels.distillation.world import Ranks
+from opdkernels.distillation.jsonl import read_rows
+from opdkernels.distillation.tracker import Tracker, effective_weights, optimizer_stats
+from opdkernels.distillation.world import World
 from opdkernels.masks import MaskSet
 from opdkernels.optim import MaskedAdamW
 from tests.distillation.conftest import model
 
-ALONE = Ranks()
+ALONE = World()
 
 
 def moved(own, share, seed):
@@ -22,10 +23,10 @@ def moved(own, share, seed):
 def test_figures_are_those_of_plain_tensors(tmp_path):
     own = model(0, initializer_range=0.2).bfloat16()
     copies = [torch.cat([p.detach().flatten().clone() for p in own.parameters()])]
-    tracker = Tracker(tmp_path, own, 0, lambda: None, 10, ALONE)
+    tracker = Tracker(tmp_path, own, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
     for step in (1, 2, 3):
         moved(own, 0.1, step)
-        row = tracker.mark(step, own, {})
+        row = tracker.snapshot(step, own, {})
         copies.append(torch.cat([p.detach().flatten().clone() for p in own.parameters()]))
         changed = [copy != copies[0] for copy in copies[1:]]
         assert row["views"]["visible"]["frac_zero"] == pytest.approx(1 - changed[-1].double().mean().item(), rel=1e-12)
@@ -40,27 +41,27 @@ def test_figures_are_those_of_plain_tensors(tmp_path):
         both = (here & changed[-1]).sum().item()
         assert row["recall_vs_final"] == pytest.approx(both / changed[-1].sum().item(), rel=1e-12)
         assert row["precision_vs_final"] == pytest.approx(both / here.sum().item(), rel=1e-12)
-    assert read_rows(tmp_path / "track.jsonl") == rows
+    assert read_rows(tmp_path / "snapshots.jsonl") == rows
     assert MaskSet.load(tmp_path / "masks" / "step-000003.safetensors").num_active == changed[-1].sum().item()
     assert not list((tmp_path / "weights").iterdir())
 
 
 def test_marks_after_the_step_that_a_run_goes_on_from_are_let_go(tmp_path):
     own = model(0, initializer_range=0.2).bfloat16()
-    tracker = Tracker(tmp_path, own, 0, lambda: None, 10, ALONE)
+    tracker = Tracker(tmp_path, own, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
     moved(own, 0.1, 1)
-    first = tracker.mark(1, own, {})
-    tracker.saved()
+    first = tracker.snapshot(1, own, {})
+    tracker.on_save()
     saved = {name: p.detach().clone() for name, p in own.named_parameters()}
     moved(own, 0.1, 2)
-    second = tracker.mark(2, own, {})
+    second = tracker.snapshot(2, own, {})
     with torch.no_grad():
         for name, p in own.named_parameters():
             p.copy_(saved[name])
-    again = Tracker(tmp_path, own, 1, lambda: None, 10, ALONE)
-    assert read_rows(tmp_path / "track.jsonl") == [first]
+    again = Tracker(tmp_path, own, step=1, load_start=lambda: None, num_trainable=10, world=ALONE)
+    assert read_rows(tmp_path / "snapshots.jsonl") == [first]
     moved(own, 0.1, 2)
-    assert again.mark(2, own, {}) == second
+    assert again.snapshot(2, own, {}) == second
 
 
 def test_a_copy_that_was_cut_short_is_made_again(tmp_path, monkeypatch):
@@ -69,30 +70,35 @@ def test_a_copy_that_was_cut_short_is_made_again(tmp_path, monkeypatch):
     own, calls = model(0, initializer_range=0.2).bfloat16(), []
 
     def cut(model):
-        for one in track.effective(model):
+        for one in track.effective_weights(model):
             calls.append(one)
             if len(calls) == 13:  # of 27 weights
                 raise KeyboardInterrupt
             yield one
 
-    monkeypatch.setattr(track, "here", cut)
+    monkeypatch.setattr(track, "local_weights", cut)
     with pytest.raises(KeyboardInterrupt):
-        Tracker(tmp_path, own, 0, lambda: None, 10, ALONE)
+        Tracker(tmp_path, own, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
     monkeypatch.undo()
-    assert Tracker(tmp_path, own, 0, lambda: None, 10, ALONE).mark(1, own, {})["views"]["stored"]["frac_zero"] == 1
+    assert (
+        Tracker(tmp_path, own, step=0, load_start=lambda: None, num_trainable=10, world=ALONE).snapshot(1, own, {})[
+            "views"
+        ]["stored"]["frac_zero"]
+        == 1
+    )
 
 
 def test_marks_keep_two_copies_beside_the_start(tmp_path):
     own = model(0, initializer_range=0.2).bfloat16()
-    tracker = Tracker(tmp_path, own, 0, lambda: None, 10, ALONE)
+    tracker = Tracker(tmp_path, own, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
     for step in range(1, 6):
         moved(own, 0.1, step)
-        tracker.mark(step, own, {})
+        tracker.snapshot(step, own, {})
         if step == 2:
-            tracker.saved()
+            tracker.on_save()
     assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == [
-        "mark-000002-0.bin",
-        "mark-000005-0.bin",
+        "snapshot-000002-0.bin",
+        "snapshot-000005-0.bin",
         "start-0.bin",
     ]
 
@@ -101,7 +107,7 @@ def test_the_start_is_made_again_where_its_copy_is_gone(tmp_path):
     own = model(0, initializer_range=0.2).bfloat16()
     start = model(0, initializer_range=0.2).bfloat16()
     moved(own, 0.1, 1)
-    row = Tracker(tmp_path, own, 1, lambda: start, 10, ALONE).mark(2, own, {})
+    row = Tracker(tmp_path, own, step=1, load_start=lambda: start, num_trainable=10, world=ALONE).snapshot(2, own, {})
     assert 0.05 < 1 - row["views"]["visible"]["frac_zero"] < 0.15
 
 
@@ -112,7 +118,7 @@ def test_lora_is_seen_as_what_the_model_computes_with(options, tmp_path):
     names = [name for name, _ in plain.named_parameters()]
     before = {name: p.detach().clone() for name, p in plain.named_parameters()}
     own = get_peft_model(plain, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    found = dict(effective(own))
+    found = dict(effective_weights(own))
     assert sorted(found) == sorted(names)
     merged = dict(own.merge_and_unload().named_parameters())
     for name, value in found.items():
@@ -127,7 +133,7 @@ def test_moments_of_a_gradient_that_is_not_finite_are_no_number():
     optimizer.step()
     for wrong in (float("inf"), float("nan")):
         weight.grad[3] = wrong
-        assert moments_of(optimizer, ALONE)["gradient_momentum_cosine"] is None
+        assert optimizer_stats(optimizer, ALONE)["gradient_momentum_cosine"] is None
 
 
 def test_moments_are_those_of_plain_tensors():
@@ -135,12 +141,12 @@ def test_moments_are_those_of_plain_tensors():
     weight = torch.nn.Parameter(torch.randn(50))
     active = torch.rand(50) < 0.5
     optimizer = MaskedAdamW([("w", weight)], masks={"w": active}, lr=0.1)
-    assert moments_of(optimizer, ALONE) == {"sqrt_v_cv": None, "gradient_momentum_cosine": None}
+    assert optimizer_stats(optimizer, ALONE) == {"sqrt_v_cv": None, "gradient_momentum_cosine": None}
     for _ in range(3):
         weight.grad = torch.randn(50)
         optimizer.step()
     weight.grad = torch.randn(50)
-    state, found = optimizer.state[weight], moments_of(optimizer, ALONE)
+    state, found = optimizer.state[weight], optimizer_stats(optimizer, ALONE)
     root = state["exp_avg_sq"].sqrt()
     assert found["sqrt_v_cv"] == pytest.approx((root.std(correction=0) / root.mean()).item(), rel=1e-5)
     assert found["gradient_momentum_cosine"] == pytest.approx(
@@ -150,8 +156,8 @@ def test_moments_are_those_of_plain_tensors():
 
 def test_a_model_that_does_not_move_has_no_change(tmp_path):
     own = model(0)
-    tracker = Tracker(tmp_path, own, 0, lambda: None, 10, ALONE)
-    row = tracker.mark(1, own, {})
+    tracker = Tracker(tmp_path, own, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
+    row = tracker.snapshot(1, own, {})
     assert row["views"]["stored"]["frac_zero"] == 1
     assert row["changed_any"] == 0
     (finished,) = tracker.finish()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from opdkernels.api import analyze
-from opdkernels.distillation.tracker import read_rows
+from opdkernels.distillation.jsonl import read_rows
 from opdkernels.errors import UsageError
 from opdkernels.experiments import arms, bootstrap, runner
 from opdkernels.experiments.bootstrap import table_rows
@@ -364,7 +364,7 @@ def test_derived_masks_are_rebuilt_when_a_run_continues(options, tmp_path):
     )
     with pytest.raises(UsageError, match="holds another run"):
         run_experiment("masks", options(num_eval_prompts=4, max_steps=4), tmp_path / "a", density=0.2, arms=["changed"])
-    with pytest.raises(UsageError, match="has taken 4 steps and steps is 2"):
+    with pytest.raises(UsageError, match="has taken 4 steps and max_steps is 2"):
         run_experiment("masks", options(num_eval_prompts=4, max_steps=2), tmp_path / "a", density=0.2, arms=["changed"])
     run_experiment(
         "masks", options(num_eval_prompts=4, max_steps=4, overwrite=True), tmp_path / "a", density=0.2, arms=["changed"]
@@ -434,14 +434,14 @@ def test_invalid_requests_are_rejected(options, tmp_path, monkeypatch):
 def test_signal_stops_the_whole_experiment(options, tmp_path, monkeypatch):
     from opdkernels.distillation import loop
 
-    train = loop.train
+    train_step = loop.train_step
 
-    def signalled(run, step, look):
+    def signalled(state, step, **more):
         if step == 1:
             signal.raise_signal(signal.SIGTERM)
-        return train(run, step, look)
+        return train_step(state, step, **more)
 
-    monkeypatch.setattr(loop, "train", signalled)
+    monkeypatch.setattr(loop, "train_step", signalled)
     chosen = options(num_eval_prompts=4, max_steps=3)
     with pytest.raises(KeyboardInterrupt):
         run_experiment("masks", chosen, tmp_path, density=0.2, arms=["changed"])

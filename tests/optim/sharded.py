@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from opdkernels.distillation.world import leave
+from opdkernels.distillation.world import shutdown
 from opdkernels.optim import MaskedAdamW, MaskedSGD, gather_active_grads
 
 
@@ -110,7 +110,7 @@ def main(job: str, folder: Path, dtype_name: str, precision: str) -> None:
     if dist.get_rank() == 0:
         torch.save(result, folder / f"{job}-{dist.get_world_size()}.pt")
     dist.barrier()
-    leave(0)
+    shutdown(0)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ DEFAULT = Divergence()
 
 
 @dataclass(frozen=True)
-class Head:
+class LMHead:
     """How logits come from hidden states: softcap(scale * (hidden @ weight.T + bias)), softcap(x) being c tanh(x / c).
 
     weight: [rows, width]; bias: [rows] or None; softcap: 0 for none; vocab: rows beyond it are padding and have no probability.
@@ -153,7 +153,7 @@ class Scores(NamedTuple):
     reverse_kl: Tensor
     student_entropy: Tensor
     teacher_entropy: Tensor
-    agreement: Tensor  # 1 where both find the same id likeliest
+    top1_agreement: Tensor  # 1 where both have the same most likely id
     student_logp: Tensor | None  # of the tokens, where given
     teacher_logp: Tensor | None
     student_mass: Tensor | None  # on the k ids, where k is given
@@ -191,7 +191,7 @@ def divergence(
         rest = (
             [floored(x.scatter(-1, ids, 2 * FLOOR).logsumexp(-1)) for x in (lq, lp)] if spec.topk and spec.tail else []
         )
-        return at_ids(spec, lq.gather(-1, ids), lp.gather(-1, ids), *rest)
+        return loss_at_ids(spec, lq.gather(-1, ids), lp.gather(-1, ids), *rest)
     q, p = lq.exp(), lp.exp()
     if spec.code == FORWARD:
         return (p * (lp - lq)).sum(-1)
@@ -203,8 +203,8 @@ def divergence(
     return (spec.beta * p * over_p + (1 - spec.beta) * q * over_q).sum(-1)
 
 
-def at_ids(spec: Divergence, lq: Tensor, lp: Tensor, *rest: Tensor) -> Tensor:
-    """The kinds that see log-probabilities [..., k] at ids only, the tokens or the k likeliest, and, with a tail, the logs of what lies
+def loss_at_ids(spec: Divergence, lq: Tensor, lp: Tensor, *rest: Tensor) -> Tensor:
+    """The kinds that see log-probabilities [..., k] at ids only, the tokens or the k argmax_ids, and, with a tail, the logs of what lies
     outside, the student's first [...]: a sum of its own, as 1 - mass is noise, without a gradient, where the mass is nearly 1."""
     if spec.sampled:
         ratio = (lq - lp).squeeze(-1)
@@ -245,7 +245,7 @@ class Linear(torch.autograd.Function):
         tops,
     ):
         student, teacher = side(hidden, weight, bias), side(teacher_hidden, teacher_weight, teacher_bias)
-        moments, at, outside, likeliest = operator("divergence_scan", student)(
+        moments, at, outside, argmax_ids = operator("divergence_scan", student)(
             student, teacher, ids, rest, vocab, numbers, tops
         )
         forward = moments[MEAN_FORWARD] - moments[TEACHER_LOG] + moments[STUDENT_LOG]
@@ -269,8 +269,8 @@ class Linear(torch.autograd.Function):
                 moments[TEACHER_LOG] - moments[TEACHER_MEAN],
             ]
         )
-        ctx.mark_non_differentiable(lp, rest_p, scores, likeliest)
-        return loss.clone(), lq, lp, rest_q, rest_p, scores, likeliest
+        ctx.mark_non_differentiable(lp, rest_p, scores, argmax_ids)
+        return loss.clone(), lq, lp, rest_q, rest_p, scores, argmax_ids
 
     @staticmethod
     def backward(ctx: Any, loss_grad, lq_grad, lp_grad, rest_grad, *_):
@@ -307,9 +307,9 @@ def operator(name: str, student: Sequence[Tensor]) -> Any:
 
 def linear_divergence(
     student_hidden: Tensor,
-    student_head: Head,
+    student_head: LMHead,
     teacher_hidden: Tensor,
-    teacher_head: Head,
+    teacher_head: LMHead,
     spec: Divergence = DEFAULT,
     *,
     tokens: Tensor | None = None,
@@ -333,7 +333,7 @@ def linear_divergence(
 
     Raises ValueError and TypeError for what does not fit, naming it.
 
-    >>> head = Head(torch.eye(3))
+    >>> head = LMHead(torch.eye(3))
     >>> round(linear_divergence(torch.zeros(2, 3), head, torch.eye(3)[:2], head).item(), 4)
     0.1195
     """
@@ -360,7 +360,7 @@ def linear_divergence(
     return (total, found) if found is not None else total
 
 
-def linear_log_prob(hidden: Tensor, head: Head, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
+def linear_log_prob(hidden: Tensor, head: LMHead, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of tokens from hidden states, in memory that does not grow with the vocabulary; differentiable once.
 
     hidden: [..., width], bf16, fp16, fp32 or fp64, any strides; tokens: int64 of the leading shape. Returns nats of the leading shape,
@@ -368,12 +368,12 @@ def linear_log_prob(hidden: Tensor, head: Head, tokens: Tensor, *, temperature: 
 
     Raises ValueError and TypeError for what does not fit, naming it, UsageError for a temperature that makes no sense.
 
-    >>> round(linear_log_prob(torch.zeros(1, 3), Head(torch.eye(3)), torch.tensor([2])).item(), 4)
+    >>> round(linear_log_prob(torch.zeros(1, 3), LMHead(torch.eye(3)), torch.tensor([2])).item(), 4)
     -1.0986
     """
     shape, vocab = hidden.shape[:-1], common_vocabulary(head, head)
     nothing, rows = hidden.new_zeros(*shape, 1), hidden.new_zeros(vocab, 1)  # what stands where a teacher's would
-    check(hidden, head, nothing, Head(rows), None, None, "none")
+    check(hidden, head, nothing, LMHead(rows), None, None, "none")
     check_tokens(DEFAULT, tokens, shape)
     check_temperature(temperature)
     numbers = [float(head.scale), float(head.softcap), 1.0, 0.0, temperature, 0.0]
@@ -417,31 +417,31 @@ def of_tokens(hidden, student_head, teacher, teacher_head, vocab, spec, tokens, 
         of_student = spec.kind == "topk_reverse_kl"
         one = side(hidden, weight, bias) if of_student else side(teacher, teacher_weight, teacher_bias)
         with torch.no_grad():
-            likeliest = operator("divergence_top", one)(
+            argmax_ids = operator("divergence_top", one)(
                 one, vocab, k, numbers if of_student else [*numbers[2:4], *numbers[2:]]
             )
-        ids = torch.cat([likeliest, ids], 1)
+        ids = torch.cat([argmax_ids, ids], 1)
     arguments = hidden, weight, bias, teacher, teacher_weight, teacher_bias, ids
-    loss, lq, lp, rest_q, rest_p, figures, likeliest = Linear.apply(
+    loss, lq, lp, rest_q, rest_p, figures, argmax_ids = Linear.apply(
         *arguments, k if spec.topk and spec.tail else 0, vocab, numbers, spec.code, scores
     )
     if spec.code == AT_IDS:
         mine = slice(k, None) if spec.sampled else slice(k)
-        loss = at_ids(spec, lq[:, mine], lp[:, mine], rest_q, rest_p)
+        loss = loss_at_ids(spec, lq[:, mine], lp[:, mine], rest_q, rest_p)
     if not scores:
         return loss, None
     at = (lq.detach(), lp)
     forward, reverse, student_entropy, teacher_entropy = figures
     student_logp, teacher_logp = (None if tokens is None else x[:, -1] for x in at)
     student_mass, teacher_mass = (x[:, :k].exp().sum(1) if k else None for x in at)
-    agreement = (likeliest[0] == likeliest[1]).to(lp.dtype)
+    top1_agreement = (argmax_ids[0] == argmax_ids[1]).to(lp.dtype)
     return loss, Scores(
         loss.detach(),
         forward,
         reverse,
         student_entropy,
         teacher_entropy,
-        agreement,
+        top1_agreement,
         student_logp,
         teacher_logp,
         student_mass,
@@ -454,7 +454,7 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def common_vocabulary(student: Head, teacher: Head) -> int:
+def common_vocabulary(student: LMHead, teacher: LMHead) -> int:
     for name, head in (("student", student), ("teacher", teacher)):
         if head.vocab is not None and not 1 <= head.vocab <= len(head.weight):
             raise ValueError(
@@ -463,7 +463,7 @@ def common_vocabulary(student: Head, teacher: Head) -> int:
     sizes = [len(head.weight) if head.vocab is None else head.vocab for head in (student, teacher)]
     if sizes[0] != sizes[1] and student.vocab is None and teacher.vocab is None:
         raise ValueError(
-            f"the student's head has {sizes[0]} rows, the teacher's {sizes[1]}; set Head.vocab if they share the first {min(sizes)} ids"
+            f"the student's head has {sizes[0]} rows, the teacher's {sizes[1]}; set LMHead.vocab if they share the first {min(sizes)} ids"
         )
     return min(sizes)
 

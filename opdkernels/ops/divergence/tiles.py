@@ -134,7 +134,7 @@ def row_slices(n: int) -> list[slice]:
 
 def divergence_scan(student, teacher, ids, rest, vocab, numbers, tops):
     """moments [8, N]; both sides' logits at ids [N, K], NaN at ids beyond the vocabulary, [2, N, K]; logs of the sums of exponentials
-    outside the first `rest` ids, [2, N], summed and not what is left of all, of which a confident token leaves nothing; the likeliest
+    outside the first `rest` ids, [2, N], summed and not what is left of all, of which a confident token leaves nothing; the argmax_ids
     ids [2, N].
 
     The sums of a tile are about its own maximum; `merged` brings them together."""
@@ -142,7 +142,7 @@ def divergence_scan(student, teacher, ids, rest, vocab, numbers, tops):
     at = student[0].new_full((2, *ids.shape), math.nan, dtype=wide_of(student[0]))
     partial, best, outside = [], [], []
     for here, heads in tiles((student, teacher), vocab, work):
-        sums, likeliest, others = at.new_empty(MOMENTS, n), ids.new_empty(2, n), at.new_empty(2, n if rest else 0)
+        sums, argmax_ids, others = at.new_empty(MOMENTS, n), ids.new_empty(2, n), at.new_empty(2, n if rest else 0)
         for rows in row_slices(n):
             both = tile_logits((student, teacher), heads, rows, numbers, work)
             inside, local = local_ids(ids[rows], here)
@@ -153,10 +153,10 @@ def divergence_scan(student, teacher, ids, rest, vocab, numbers, tops):
                         work("others", x.shape).copy_(x), inside[:, :rest], local[:, :rest]
                     ).logsumexp(1)
                 if tops:
-                    likeliest[k, rows] = x.argmax(1) + here.start
+                    argmax_ids[k, rows] = x.argmax(1) + here.start
             sums[:, rows] = torch.stack(tile_sums(both[0], both[1], work))
         partial.append(sums)
-        best.append(likeliest)
+        best.append(argmax_ids)
         outside.append(others)
     sums = torch.stack(partial)
     return (

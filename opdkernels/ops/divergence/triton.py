@@ -408,7 +408,7 @@ def divergence_scan(student, teacher, ids, rest: int, vocab: int, numbers, tops:
     )
     sums.select(0, 0).fill_(FLOOR.value)
     sums.select(0, 2).fill_(FLOOR.value)
-    likeliest = new((2, n if tops else 0), dtype=torch.int64)
+    argmax_ids = new((2, n if tops else 0), dtype=torch.int64)
     bias, outside = biases(student, teacher), sums.new_full((2, n if rest else 0), float("-inf"))
     for first, size in chunks(vocab, student, teacher):
         both = products(student, first, size), products(teacher, first, size)
@@ -418,7 +418,7 @@ def divergence_scan(student, teacher, ids, rest: int, vocab: int, numbers, tops:
             *both,
             *bias,
             sums,
-            likeliest,
+            argmax_ids,
             n,
             vocab,
             first,
@@ -449,7 +449,7 @@ def divergence_scan(student, teacher, ids, rest: int, vocab: int, numbers, tops:
                         local.narrow(1, 0, rest),
                     )
                     outside.select(0, k).copy_(torch.logaddexp(outside.select(0, k), others.logsumexp(1)))
-    return sums, at, outside, likeliest
+    return sums, at, outside, argmax_ids
 
 
 def divergence_means(student, teacher, moments, vocab: int, numbers, kind: int):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opdkernels.errors import UsageError
 from opdkernels.ops import divergence as ops
-from opdkernels.ops.divergence import KINDS, Divergence, Head, divergence, linear_divergence, linear_log_prob, tiles
+from opdkernels.ops.divergence import KINDS, Divergence, LMHead, divergence, linear_divergence, linear_log_prob, tiles
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 SPECS = [
@@ -66,12 +66,12 @@ def make_case(n=7, vocab=33, width=5, dtype=FP64, *, teacher_width=None, bias=Tr
     sides = []
     for w in (width, teacher_width or width + 3):
         weight = (random(vocab, w).double() * spread / math.sqrt(w)).to(dtype)
-        head = Head(weight, random(vocab) if bias else None, *((0.8, 6.0) if shaped else (1.0, 0.0)))
+        head = LMHead(weight, random(vocab) if bias else None, *((0.8, 6.0) if shaped else (1.0, 0.0)))
         sides += [random(n, w), head]
     return (*sides, torch.randint(vocab, (n,), generator=generator))
 
 
-def leaves_of(hidden: torch.Tensor, head: Head) -> list[torch.Tensor]:
+def leaves_of(hidden: torch.Tensor, head: LMHead) -> list[torch.Tensor]:
     return [t.requires_grad_() for t in (hidden, head.weight, head.bias) if t is not None]
 
 
@@ -89,7 +89,7 @@ def expected(case, spec, dtype=FP64, weights=1.0):
         for t in (hidden, head.weight, head.bias)
         if t is not None
     ]
-    mine = Head(leaves[1], leaves[2] if len(leaves) > 2 else None, head.scale, head.softcap)
+    mine = LMHead(leaves[1], leaves[2] if len(leaves) > 2 else None, head.scale, head.softcap)
     logits = logits_in(dtype, leaves[0], mine), logits_in(dtype, teacher, teacher_head).detach()
     loss = oracle(spec, *logits, tokens) if dtype == FP64 else divergence(*logits, spec, tokens=tokens)
     return loss, torch.autograd.grad((loss * weights).sum(), leaves)
@@ -170,7 +170,7 @@ def test_gradients_from_hidden_states_are_the_losses_own(kind):
 
     def loss(hidden, weight, bias):
         return linear_divergence(
-            hidden, Head(weight, bias, head.scale, head.softcap), teacher, teacher_head, spec, tokens=tokens
+            hidden, LMHead(weight, bias, head.scale, head.softcap), teacher, teacher_head, spec, tokens=tokens
         )
 
     assert torch.autograd.gradcheck(loss, leaves_of(hidden, head))
@@ -195,7 +195,7 @@ def assert_log_prob(case, temperature=1.0):
             for t in (hidden, head.weight, head.bias)
             if t is not None
         ]
-        mine = Head(leaves[1], leaves[2] if len(leaves) > 2 else None, head.scale, head.softcap)
+        mine = LMHead(leaves[1], leaves[2] if len(leaves) > 2 else None, head.scale, head.softcap)
         found = (
             (logits_in(dtype, leaves[0], mine) / temperature)[:, : head.vocab]
             .log_softmax(1)
@@ -220,7 +220,7 @@ def assert_log_prob(case, temperature=1.0):
 def test_log_probabilities_of_tokens(dtype, temperature):
     assert_log_prob(make_case(n=8, vocab=37, bias=True, dtype=dtype), temperature)
     hidden, head, teacher, teacher_head, tokens = make_case(n=8, vocab=37, dtype=dtype)
-    assert_log_prob((hidden, Head(head.weight, vocab=30), teacher, teacher_head, tokens % 30), temperature)
+    assert_log_prob((hidden, LMHead(head.weight, vocab=30), teacher, teacher_head, tokens % 30), temperature)
 
 
 def test_log_probabilities_of_no_token_and_of_any_shape():
@@ -331,11 +331,11 @@ def test_estimators_have_the_gradient_they_are_named_by():
 def test_a_truncated_reverse_kl_would_fall_as_mass_leaves_and_the_tail_prevents_it():
     teacher = torch.tensor([[2.0, 1.0, 0.0, 0.0, 0.0]], dtype=FP64)
     losses = []
-    for away in (0.0, 3.0, 6.0):  # the student moves its mass to an id outside its k likeliest of before
+    for away in (0.0, 3.0, 6.0):  # the student moves its mass to an id outside its k argmax_ids of before
         both = [x.log_softmax(1) for x in (teacher + torch.tensor([[0, 0, 0, 0, away]], dtype=FP64), teacher)]
         (lq, lp), rest = [x[:, :2] for x in both], [x[:, 2:].logsumexp(1) for x in both]
         losses.append(
-            ((lq.exp() * (lq - lp)).sum(), ops.at_ids(Divergence("topk_reverse_kl", k=2), lq, lp, *rest).sum())
+            ((lq.exp() * (lq - lp)).sum(), ops.loss_at_ids(Divergence("topk_reverse_kl", k=2), lq, lp, *rest).sum())
         )
     truncated, whole = zip(*losses, strict=True)
     assert min(truncated) < 0
@@ -373,7 +373,7 @@ def test_jsd_is_discontinuous_at_its_ends():
             Divergence("jsd", beta=b)
 
 
-IDENTITY = Head(torch.eye(4))
+IDENTITY = LMHead(torch.eye(4))
 
 
 @pytest.mark.parametrize("kind", KINDS[:4])
@@ -395,9 +395,9 @@ def test_nothing_finite_becomes_nan(kind, student, teacher):
     bias, zero = student[0].clone().requires_grad_(), torch.zeros(1, 4, requires_grad=True)
     loss = linear_divergence(
         zero,
-        Head(torch.eye(4), bias),
+        LMHead(torch.eye(4), bias),
         zero.detach(),
-        Head(torch.eye(4), teacher[0]),
+        LMHead(torch.eye(4), teacher[0]),
         Divergence(kind),
         reduction="none",
     )
@@ -490,7 +490,7 @@ def test_padding_of_the_vocabulary_has_no_probability():
     hidden, head, teacher, teacher_head, _ = make_case(n=5, vocab=30, bias=False)
 
     def padded(head, rows, vocab):
-        return Head(
+        return LMHead(
             torch.cat([head.weight, torch.full((rows, head.weight.shape[1]), 9.0, dtype=FP64)]),
             None,
             head.scale,
@@ -527,21 +527,21 @@ def test_a_frozen_head_and_frozen_hidden_states_have_no_gradient_computed(monkey
         leaves = [
             t.detach().requires_grad_(want) for t, want in zip((hidden, head.weight, head.bias), wanted, strict=True)
         ]
-        linear_divergence(leaves[0], Head(leaves[1], leaves[2]), teacher, teacher_head).backward()
+        linear_divergence(leaves[0], LMHead(leaves[1], leaves[2]), teacher, teacher_head).backward()
         assert tuple(asked[-1]) == wanted
         assert [t.grad is not None for t in leaves] == list(wanted)
     with torch.no_grad():
-        assert not linear_divergence(leaves[0], Head(leaves[1], leaves[2]), teacher, teacher_head).requires_grad
+        assert not linear_divergence(leaves[0], LMHead(leaves[1], leaves[2]), teacher, teacher_head).requires_grad
 
 
 def test_the_teacher_has_no_gradient_and_a_shared_head_only_the_students():
     hidden, head, teacher, _, _ = make_case(teacher_width=5)
     teacher.requires_grad_()
     weight = head.weight.requires_grad_()
-    loss = linear_divergence(hidden, Head(weight), teacher, Head(weight))
+    loss = linear_divergence(hidden, LMHead(weight), teacher, LMHead(weight))
     (grad,) = torch.autograd.grad(loss, weight, retain_graph=True)
     (apart,) = torch.autograd.grad(
-        linear_divergence(hidden, Head(weight), teacher, Head(weight.detach().clone())), weight
+        linear_divergence(hidden, LMHead(weight), teacher, LMHead(weight.detach().clone())), weight
     )
     assert torch.equal(grad, apart)
     assert torch.autograd.grad(loss, teacher, allow_unused=True) == (None,)
@@ -552,7 +552,7 @@ def test_strides_change_no_bit():
     expected_loss, grads = None, None
     for view in (lambda t: t, lambda t: t.T.contiguous().T, lambda t: torch.cat([t, t], 1)[:, : t.shape[1]]):
         leaves = [view(t).detach().requires_grad_() for t in (hidden, head.weight)]
-        loss = linear_divergence(leaves[0], Head(leaves[1]), view(teacher), Head(view(teacher_head.weight)))
+        loss = linear_divergence(leaves[0], LMHead(leaves[1]), view(teacher), LMHead(view(teacher_head.weight)))
         found = torch.autograd.grad(loss, leaves)
         if grads is None:
             expected_loss, grads = loss, found
@@ -647,7 +647,7 @@ def test_bad_input_is_refused_by_name():
     for call, kind, message in (
         (lambda: bad(hidden=hidden[:, :-1]), ValueError, "student_hidden is .* last sizes must be equal"),
         (lambda: bad(teacher=teacher[:-1]), ValueError, "score the same tokens"),
-        (lambda: bad(head=Head(head.weight, head.bias[:-1])), ValueError, "the bias of student_head"),
+        (lambda: bad(head=LMHead(head.weight, head.bias[:-1])), ValueError, "the bias of student_head"),
         (lambda: bad(hidden=hidden.long()), TypeError, "must be floating"),
         (lambda: bad(valid=tokens), TypeError, "valid is torch.int64; pass bool"),
         (lambda: bad(valid=torch.ones(3).bool()), ValueError, "valid is"),
@@ -698,7 +698,7 @@ def assert_bucket(kind: str, dtype: torch.dtype, gap: float, whole_logits: bool 
     exact = z.double().requires_grad_()
     wanted = bucketed(exact, u, ids, kind)
     (slope,) = torch.autograd.grad(wanted.sum(), exact)
-    leaf, head = z.to(dtype).requires_grad_(), Head(torch.eye(40, dtype=dtype))
+    leaf, head = z.to(dtype).requires_grad_(), LMHead(torch.eye(40, dtype=dtype))
     spec = Divergence(kind, k=3)
     for found in (
         *([divergence(leaf, u.to(dtype), spec)] if whole_logits else []),
@@ -772,7 +772,7 @@ def test_total_variation_from_a_teacher_of_nan_has_no_gradient_that_could_be_tak
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
 def test_log_probabilities_of_no_temperature_are_refused(temperature):
     with pytest.raises(UsageError, match="choose one above 0"):
-        linear_log_prob(torch.zeros(1, 3), Head(torch.eye(3)), torch.tensor([0]), temperature=temperature)
+        linear_log_prob(torch.zeros(1, 3), LMHead(torch.eye(3)), torch.tensor([0]), temperature=temperature)
 
 
 @pytest.mark.parametrize("vocab", [0, -5, 34])
@@ -829,7 +829,7 @@ def test_it_compiles_whole(kind):
     spec = Divergence(kind, k=3 if "topk" in kind else 0)
 
     def loss(hidden, weight, bias):
-        mine = Head(weight, bias, head.scale, head.softcap)
+        mine = LMHead(weight, bias, head.scale, head.softcap)
         return linear_divergence(hidden, mine, teacher, teacher_head, spec, tokens=tokens, scores=True)
 
     leaves = leaves_of(hidden, head)

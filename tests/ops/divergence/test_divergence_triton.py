@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opdkernels.ops import divergence as ops
-from opdkernels.ops.divergence import KINDS, Divergence, Head, linear_divergence
+from opdkernels.ops.divergence import KINDS, Divergence, LMHead, linear_divergence
 from opdkernels.ops.divergence import triton as kernels
 from tests.ops.conformance import backend_kernel, check_case
 from tests.ops.divergence.cases import FAMILY
@@ -109,12 +109,12 @@ def test_what_underflows_or_is_masked_is_the_references(monkeypatch, kind):
     hidden, masked = torch.tensor([[max(x, -2e4) for x in row] for row in rows]), torch.tensor([0.0, 0, 0, -math.inf])
     found = {}
     for name in ("triton", "reference"):
-        leaves = leaves_of(hidden.detach().clone(), Head(torch.eye(4), torch.zeros(4)))
+        leaves = leaves_of(hidden.detach().clone(), LMHead(torch.eye(4), torch.zeros(4)))
         loss = linear_divergence(
             leaves[0],
-            Head(*leaves[1:]),
+            LMHead(*leaves[1:]),
             hidden.flip(0).detach(),
-            Head(torch.eye(4), masked),
+            LMHead(torch.eye(4), masked),
             Divergence(kind),
             reduction="none",
         )
