@@ -1,4 +1,4 @@
-"""The public functions that write a run and its page."""
+"""Functions that write a run directory and its report; docs/outputs.md defines every file and column."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from opdkernels import report
+from opdkernels import report as reports
 from opdkernels.analysis import overlap as overlaps
 from opdkernels.analysis import run
 from opdkernels.analysis import trajectory as trajectories
@@ -16,42 +16,97 @@ from opdkernels.analysis.overlap import Overlaps, run_overlap
 from opdkernels.analysis.result import Analysis, load
 from opdkernels.analysis.trajectory import Trajectory
 from opdkernels.checkpoint.open import checkpoint_bytes
-from opdkernels.compat import paper_csv
+from opdkernels.compat import paper_csv as paper_files
 from opdkernels.config import AnalyzeOptions, OverlapOptions, TrajectoryOptions, validate_options
 from opdkernels.errors import InputError, printable
-from opdkernels.progress import Progress
+from opdkernels.progress import Progress, no_progress
 from opdkernels.runs.run_dir import load_finished
 
 if TYPE_CHECKING:
     from opdkernels.distillation.options import DistillOptions
 
-SMALL = 100 * 10**6  # bytes of a checkpoint whose spectra take seconds
+MAX_EXACT_BYTES = 100 * 10**6  # size of a checkpoint up to which exact spectra take seconds
 
 
 def analyze(
-    source: str | os.PathLike[str],
+    base: str | os.PathLike[str],
     trained: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
+    memory: str | int = "4GB",
+    threads: int | None = None,
+    device: str = "cpu",
+    spectra: Literal["exact", "topk", "off"] = "exact",
+    io: Literal["auto", "mmap", "read"] = "auto",
+    revision: str | None = None,
+    allow_missing: bool = False,
+    csv: bool = False,
+    paper_csv: bool = False,
+    report: bool = True,
+    overwrite: bool = False,
     progress: Progress | None = None,
-    **options: Any,
 ) -> Analysis:
-    """Analyse what training changed between two checkpoints, coordinate by coordinate.
+    """Measure what training changed between two checkpoints, per coordinate.
 
-    source, trained: folders, files or hub ids. out: the folder of the run, where tables, summary and report go and from
-    which a killed run goes on; without it nothing is written. progress: called with bytes done, bytes in all and the
-    tensor at hand. options: the fields of `opdkernels.config.AnalyzeOptions` (memory="4GB", threads=None, io="auto",
-    revision=None, allow_missing=False, device="cpu", spectra="exact", csv=False, paper_csv=False, report=True,
-    overwrite=False); device="cuda" counts on a GPU, to the same bits.
+    Source of the metrics: arXiv 2606.13657.
 
-    Raises InputError for input that cannot be read and a GPU that is not there, UsageError for options that make no sense. Source of the figures:
-    arXiv 2606.13657; docs/outputs.md defines each.
+    Args:
+        base: Checkpoint before training: a folder, a file or a hub id (org/name@revision).
+        trained: Checkpoint after training.
+        out: Run directory for tables, summary and report; the same call resumes an interrupted run. Without it,
+            nothing is written.
+        memory: Memory limit, such as "2GB" or a number of bytes; memory-mapped files do not count.
+        threads: Threads of the kernels, 1 to 4096; torch's own number if None.
+        device: "cpu", "cuda" or "cuda:N": where coordinates are counted and Gram matrices are computed. Counts are
+            bit-identical on every device.
+        spectra: "exact": spectra of every matrix, and where its update lies in the geometry of the base; "topk": only
+            the top of the update's spectrum, with bounds and in less memory; "off": no spectra.
+        io: How files are read: "mmap", "read" (positioned reads), or "auto".
+        revision: Revision of hub ids.
+        allow_missing: Continue without shards that the index lists but the folder does not contain.
+        csv: Also write the tables as CSV.
+        paper_csv: Also write the files of the paper's reference script.
+        report: Write report.html.
+        overwrite: Replace another run in `out`.
+        progress: Called with bytes done, total bytes and the name of the current tensor.
+
+    Returns:
+        The result, with Arrow tables per tensor, group and matrix, and a summary.
+
+    Raises:
+        InputError: Input is missing, unreadable or not comparable, or there is no such GPU.
+        UsageError: An option is not valid.
+
+    Example:
+        >>> import tempfile, torch, opdkernels
+        >>> from safetensors.torch import save_file
+        >>> folder = tempfile.mkdtemp()
+        >>> save_file({"w": torch.ones(4)}, f"{folder}/base.safetensors")
+        >>> save_file({"w": torch.tensor([1.0, 1.0, 1.0, 2.0])}, f"{folder}/trained.safetensors")
+        >>> result = opdkernels.analyze(f"{folder}/base.safetensors", f"{folder}/trained.safetensors")
+        >>> result.tensors.select(["name", "view", "changed_any"]).to_pylist()[0]
+        {'name': 'w', 'view': 'stored', 'changed_any': 1}
     """
-    chosen = validate_options(AnalyzeOptions, options)
-    write_more = paper_csv.write if chosen.paper_csv else None
-    result = run.analyze(source, trained, out, chosen, progress or (lambda done, total, name: None), write_more)
-    if result.path is not None and chosen.report:
-        report.write(result.path, result)
+    options = validate_options(
+        AnalyzeOptions,
+        {
+            "memory": memory,
+            "threads": threads,
+            "device": device,
+            "spectra": spectra,
+            "io": io,
+            "revision": revision,
+            "allow_missing": allow_missing,
+            "csv": csv,
+            "paper_csv": paper_csv,
+            "report": report,
+            "overwrite": overwrite,
+        },
+    )
+    write_more = paper_files.write if options.paper_csv else None
+    result = run.analyze(base, trained, out, options, progress or no_progress, write_more)
+    if result.path is not None and options.report:
+        reports.write(result.path, result)
     return result
 
 
@@ -59,22 +114,74 @@ def overlap(
     base: str | os.PathLike[str],
     *runs: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
+    atol: float = 1e-5,
+    strata: Sequence[Literal["row", "column"]] = (),
+    memory: str | int = "4GB",
+    threads: int | None = None,
+    io: Literal["auto", "mmap", "read"] = "auto",
+    revision: str | None = None,
+    allow_missing: bool = False,
+    csv: bool = False,
+    report: bool = True,
+    overwrite: bool = False,
     progress: Progress | None = None,
-    **options: Any,
 ) -> Overlaps:
-    """Compare which coordinates 2 to 16 runs of one source changed, with chance alone beside it.
+    """Compare which coordinates several runs from one base changed, with the chance level next to each overlap.
 
-    base: the source; runs: checkpoints trained from it; each a folder, a file or a hub id. out: the folder to write to;
-    without it nothing is written. options: the fields of `opdkernels.config.OverlapOptions` (atol=1e-5, strata=(),
-    memory="4GB", threads=None, io="auto", revision=None, allow_missing=False, csv=False, report=True, overwrite=False).
+    Source of coverage and of the uniform chance level: arXiv 2606.13657.
 
-    Raises InputError for input that cannot be read, UsageError for options that make no sense. Source of coverage and
-    uniform chance: arXiv 2606.13657; docs/outputs.md defines each column.
+    Args:
+        base: Checkpoint that the runs were trained from: a folder, a file or a hub id.
+        *runs: 2 to 16 trained checkpoints.
+        out: Run directory; the same call resumes an interrupted run. Without it, nothing is written.
+        atol: A coordinate is changed if its visible |delta| exceeds this threshold, which is rounded to bf16.
+        strata: Also condition the chance level on |W| within the rows ("row") or columns ("column") of each matrix.
+        memory: Memory limit, such as "2GB" or a number of bytes; memory-mapped files do not count.
+        threads: Threads of the kernels, 1 to 4096; torch's own number if None.
+        io: How files are read: "mmap", "read" (positioned reads), or "auto".
+        revision: Revision of hub ids.
+        allow_missing: Continue without shards that the index lists but the folder does not contain.
+        csv: Also write the tables as CSV.
+        report: Write report.html.
+        overwrite: Replace another run in `out`.
+        progress: Called with bytes done, total bytes and the name of the current tensor.
+
+    Returns:
+        The result, with an Arrow table with one row per pair of runs and tensor or group, and a summary.
+
+    Raises:
+        InputError: Input is missing, unreadable or not comparable.
+        UsageError: An option is not valid, or there are not 2 to 16 runs.
+
+    Example:
+        >>> import tempfile, torch, opdkernels
+        >>> from safetensors.torch import save_file
+        >>> folder = tempfile.mkdtemp()
+        >>> weights = {"base": [1.0, 1.0, 1.0], "a": [2.0, 2.0, 1.0], "b": [1.0, 2.0, 2.0]}
+        >>> for name, values in weights.items():
+        ...     save_file({"w": torch.tensor(values)}, f"{folder}/{name}.safetensors")
+        >>> result = opdkernels.overlap(*(f"{folder}/{name}.safetensors" for name in weights))
+        >>> result.summary["pairs"][0]["jaccard"]
+        0.3333333333333333
     """
-    chosen = validate_options(OverlapOptions, options)
-    result = run_overlap(base, runs, out, chosen, progress or (lambda done, total, name: None))
-    if result.path is not None and chosen.report:
-        report.write_overlap(result.path, result)
+    options = validate_options(
+        OverlapOptions,
+        {
+            "atol": atol,
+            "strata": strata,
+            "memory": memory,
+            "threads": threads,
+            "io": io,
+            "revision": revision,
+            "allow_missing": allow_missing,
+            "csv": csv,
+            "report": report,
+            "overwrite": overwrite,
+        },
+    )
+    result = run_overlap(base, runs, out, options, progress or no_progress)
+    if result.path is not None and options.report:
+        reports.write_overlap(result.path, result)
     return result
 
 
@@ -82,26 +189,77 @@ def trajectory(
     base: str | os.PathLike[str],
     *checkpoints: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
+    spectra: Literal["exact", "topk", "off"] = "exact",
+    atol: float = 1e-5,
+    memory: str | int = "4GB",
+    threads: int | None = None,
+    io: Literal["auto", "mmap", "read"] = "auto",
+    revision: str | None = None,
+    allow_missing: bool = False,
+    csv: bool = False,
+    report: bool = True,
+    overwrite: bool = False,
     progress: Progress | None = None,
-    **options: Any,
 ) -> Trajectory:
-    """Follow a run over two or more of its checkpoints: every figure of `analyze` at each, and how far each is the last.
+    """Follow a run over two or more of its checkpoints: all metrics of `analyze`, and how similar each is to the last.
 
-    base: the source; checkpoints: taken in the order of the steps in their names (checkpoint-200, step_0040), those without
-    last. out: the folder to write to, each checkpoint's own analysis in steps/ below it; the same call with more
-    checkpoints goes on, and what depends on the source alone is kept in factors/ (a fifth to four fifths of the source's
-    size, the more the squarer its matrices; free to delete between runs). options: the fields of `opdkernels.config.TrajectoryOptions` (spectra="exact", atol=1e-5, memory="4GB",
-    threads=None, io="auto", revision=None, allow_missing=False, csv=False, report=True, overwrite=False).
+    Args:
+        base: Checkpoint that the run was trained from: a folder, a file or a hub id.
+        *checkpoints: Checkpoints of the run. They are sorted by the step in their names (checkpoint-200, step_0040);
+            those without a step come last.
+        out: Run directory, with the analysis of each checkpoint in steps/. The same call with more checkpoints extends
+            the run. factors/ caches what depends only on the base: 0.2 to 0.8 times the size of the base, more for
+            square matrices; it may be deleted between runs. Without `out`, nothing is written.
+        spectra: As in `analyze`, for every checkpoint.
+        atol: A coordinate is changed if its visible |delta| exceeds this threshold, which is rounded to bf16.
+        memory: Memory limit, such as "2GB" or a number of bytes; memory-mapped files do not count.
+        threads: Threads of the kernels, 1 to 4096; torch's own number if None.
+        io: How files are read: "mmap", "read" (positioned reads), or "auto".
+        revision: Revision of hub ids.
+        allow_missing: Continue without shards that the index lists but the folder does not contain.
+        csv: Also write the tables as CSV.
+        report: Write report.html, also for every checkpoint.
+        overwrite: Replace another run in `out`.
+        progress: Called with bytes done, total bytes and the name of the current tensor.
 
-    Raises InputError for input that cannot be read, UsageError for options that make no sense. docs/outputs.md defines
-    each column.
+    Returns:
+        The result, with an Arrow table with one row per checkpoint, group and view, and a summary.
+
+    Raises:
+        InputError: Input is missing, unreadable or not comparable.
+        UsageError: An option is not valid, or there are fewer than two checkpoints.
+
+    Example:
+        >>> import tempfile, torch, opdkernels
+        >>> from safetensors.torch import save_file
+        >>> folder = tempfile.mkdtemp()
+        >>> weights = {"base": [1.0, 1.0, 1.0], "step_1": [2.0, 1.0, 1.0], "step_2": [2.0, 2.0, 1.0]}
+        >>> for name, values in weights.items():
+        ...     save_file({"w": torch.tensor(values)}, f"{folder}/{name}.safetensors")
+        >>> result = opdkernels.trajectory(*(f"{folder}/{name}.safetensors" for name in weights))
+        >>> [step["step"] for step in result.summary["steps"]]
+        [1, 2]
     """
-    chosen = validate_options(TrajectoryOptions, options)
-    result = trajectories.run_trajectory(base, checkpoints, out, chosen, progress or (lambda done, total, name: None))
-    if result.path is not None and chosen.report:
+    options = validate_options(
+        TrajectoryOptions,
+        {
+            "spectra": spectra,
+            "atol": atol,
+            "memory": memory,
+            "threads": threads,
+            "io": io,
+            "revision": revision,
+            "allow_missing": allow_missing,
+            "csv": csv,
+            "report": report,
+            "overwrite": overwrite,
+        },
+    )
+    result = trajectories.run_trajectory(base, checkpoints, out, options, progress or no_progress)
+    if result.path is not None and options.report:
         for folder in result.folders:
-            report.write(folder, load(folder))
-        report.write_trajectory(result.path, result)
+            reports.write(folder, load(folder))
+        reports.write_trajectory(result.path, result)
     return result
 
 
@@ -115,48 +273,90 @@ def experiment(
     arms: Sequence[str] = (),
     quiet: bool = True,
 ) -> dict[str, Any]:
-    """Run an experiment on what on-policy distillation does to weights, analyse the pair that it makes, and write its page.
+    """Run an experiment on how on-policy distillation changes weights, analyse one of its runs, and write a report.
 
-    name: masks, sgd, on-policy, precision, trajectory, subspace or grafts; options: of the runs; out: the folder, where
-    finished runs are not made again; density: how large masks are, 0 for all that a run changed visibly, None for the
-    experiment's own. Returns what results.json holds.
+    Args:
+        name: "masks", "sgd", "on-policy", "precision", "trajectory", "subspace" or "grafts".
+        options: Options of the runs.
+        out: Output folder; finished runs in it are reused.
+        seeds: Number of seeds, starting at `options.seed`.
+        density: Fraction of the coordinates in each mask, 0 to 1; 0: all that a run changed visibly in bf16; None: the
+            default of the experiment.
+        arms: Names of the arms to run; empty: all.
+        quiet: Print no progress.
 
-    Raises InputError for input that cannot be read, UsageError for options that make no sense.
+    Returns:
+        The content of results.json: `experiment`, `rows` (one per arm) and the settings.
+
+    Raises:
+        InputError: Input is missing or unreadable.
+        UsageError: An option is not valid, or options do not fit together.
+
+    Example:
+        options = DistillOptions(student="Qwen2.5-0.5B", teacher="Qwen2.5-1.5B", prompts="prompts.jsonl")
+        rows = opdkernels.experiment("masks", options, "masks", density=0.2)["rows"]
     """
     from opdkernels.experiments.runner import reference_pair, run_experiment
 
     folder = Path(out)
     result = run_experiment(name, options, folder, seeds=seeds, density=density, arms=arms, quiet=quiet)
     start, end = reference_pair(folder, result)
-    spectra = "exact" if checkpoint_bytes(end) < SMALL else "off"
-    analyze(start, end, folder / "analysis", spectra=spectra, overwrite=True)
-    report.write_experiment(folder, {**result, "analysis": True})
+    analyze(
+        start,
+        end,
+        folder / "analysis",
+        spectra="exact" if checkpoint_bytes(end) < MAX_EXACT_BYTES else "off",
+        overwrite=True,
+    )
+    reports.write_experiment(folder, {**result, "analysis": True})
     return result
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """What an experiment found. Raises InputError where its file cannot be read."""
+    """The content of an experiment's results.json.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
     try:
-        found = json.loads((folder / "results.json").read_text())
-        if "experiment" in found and "rows" in found:
-            return found
+        results = json.loads((folder / "results.json").read_text())
+        if "experiment" in results and "rows" in results:
+            return results
     except (OSError, ValueError, TypeError):
         pass
     raise InputError(
-        f"{printable(str(folder))}/results.json is not what an experiment writes; run the experiment again"
+        f"{printable(str(folder))}/results.json is not the output of an experiment; run the experiment again"
     )
 
 
 def write_report(out: str | os.PathLike[str]) -> Path:
-    """Write report.html again from the tables of a finished run, of any command. Raises InputError where there is none."""
+    """Write report.html again from the tables of a finished run.
+
+    Args:
+        out: Run directory of `analyze`, `overlap` or `trajectory`, or output folder of `experiment`.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        InputError: `out` contains no finished run, or its files are damaged.
+
+    Example:
+        >>> import tempfile, torch, opdkernels
+        >>> from safetensors.torch import save_file
+        >>> folder = tempfile.mkdtemp()
+        >>> save_file({"w": torch.ones(4)}, f"{folder}/base.safetensors")
+        >>> _ = opdkernels.analyze(f"{folder}/base.safetensors", f"{folder}/base.safetensors", f"{folder}/out")
+        >>> opdkernels.write_report(f"{folder}/out").name
+        'report.html'
+    """
     folder = Path(out)
     if (folder / "results.json").is_file():
-        return report.write_experiment(
-            folder, {**read_results(folder), "analysis": (folder / "analysis" / "report.html").exists()}
-        )
-    run = load_finished(folder)
-    if run["command"] == "overlap":
-        return report.write_overlap(folder, overlaps.load(folder, run))
-    if run["command"] == "trajectory":
-        return report.write_trajectory(folder, trajectories.load(folder, run))
-    return report.write(folder, load(folder))
+        has_analysis = (folder / "analysis" / "report.html").exists()
+        return reports.write_experiment(folder, {**read_results(folder), "analysis": has_analysis})
+    about = load_finished(folder)
+    if about["command"] == "overlap":
+        return reports.write_overlap(folder, overlaps.load(folder, about))
+    if about["command"] == "trajectory":
+        return reports.write_trajectory(folder, trajectories.load(folder, about))
+    return reports.write(folder, load(folder))

@@ -1,4 +1,8 @@
-"""The options of each command: one model, shared by the command line and the Python API."""
+"""The options of each command: one model per command, shared by the command line and the Python API.
+
+The command line is generated from these models (opdkernels/cli/options.py): a field's type gives choices and range, its
+description is the help, and its panel is the group of `--help` that lists it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from opdkernels.errors import InputError, UsageError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-LEAST_MEMORY = 64 * 10**6
+MIN_MEMORY = 64 * 10**6
 
 
 def parse_bytes(text: str | int) -> int:
@@ -20,109 +24,239 @@ def parse_bytes(text: str | int) -> int:
     >>> parse_bytes("2GB"), parse_bytes("512MiB")
     (2000000000, 536870912)
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(text).upper())
-    if not found:
+    parsed = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(text).upper())
+    if not parsed:
         raise ValueError(f"{text!r} is not a size; write it like 2GB or 512MiB")
-    if len(found[1]) > 18:
+    if len(parsed[1]) > 18:
         raise ValueError(f"{text!r} is too large; write it like 2GB or 512MiB")
-    size = int(float(found[1]) * UNITS[found[2]])
-    if size < LEAST_MEMORY:
-        raise ValueError(f"{text} is too little; 64MB is the least")
+    size = int(float(parsed[1]) * UNITS[parsed[2]])
+    if size < MIN_MEMORY:
+        raise ValueError(f"{text} is too little; the minimum is 64MB")
     return size
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-
-
-def device_name(text: str) -> str:
-    """cpu, cuda or cuda:N."""
+def parse_device(text: str) -> str:
+    """A device name: cpu, cuda or cuda:N."""
     if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", str(text)):
         raise ValueError("give cpu, cuda or cuda:1")
     return str(text)
 
 
-def device_or_auto(text: str) -> str:
-    return text if text == "auto" else device_name(text)
+def parse_device_or_auto(text: str) -> str:
+    """A device name, or auto."""
+    return text if text == "auto" else parse_device(text)
 
 
-DeviceName = Annotated[str, BeforeValidator(device_name)]
-DeviceOrAuto = Annotated[str, BeforeValidator(device_or_auto)]
+def split_commas(value: Any) -> Any:
+    """The items of a text with commas between them; anything else as it is.
+
+    >>> split_commas("row, column"), split_commas("")
+    (('row', 'column'), ())
+    """
+    return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+DeviceName = Annotated[str, BeforeValidator(parse_device)]
+DeviceOrAuto = Annotated[str, BeforeValidator(parse_device_or_auto)]
+
+
+def option(panel: str, description: str, default: Any = ..., *, metavar: str | None = None, **constraints: Any) -> Any:
+    """A pydantic field with what the command line needs.
+
+    Args:
+        panel: The group of `--help` that lists the option.
+        description: The help text.
+        default: The default, which is validated like a value that a user gives; required if omitted.
+        metavar: What `--help` shows for the value, where the type alone does not say it, such as FILE.
+        constraints: Those of `pydantic.Field`, such as ge and le.
+
+    Returns:
+        The field.
+    """
+    extra: dict[str, Any] = {"panel": panel, **({"metavar": metavar} if metavar else {})}
+    return Field(default, description=description, json_schema_extra=extra, validate_default=True, **constraints)
+
+
+def io_option() -> Any:
+    return option(
+        "Input",
+        "How files are read: memory-mapped, by positioned reads, or whichever is faster on the disk (auto).",
+        "auto",
+    )
+
+
+def density_option() -> Any:
+    return option("Mask", "Fraction of the coordinates that are active.", 0.1, gt=0, le=1)
+
+
+def seed_option() -> Any:
+    return option("Mask", "Seed of the random choice.", 0)
 
 
 class Options(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
-    io: Literal["auto", "mmap", "read"] = Field(
-        "auto", description="How bytes come in: mapped files, positioned reads, or the better of the two for the disk."
+
+class CheckpointOptions(Options):
+    """How checkpoints are opened."""
+
+    io: Literal["auto", "mmap", "read"] = io_option()
+    revision: str | None = option("Input", "Revision of hub ids.", None)
+    allow_missing: bool = option(
+        "Input", "Continue without shards that the index lists but the folder does not contain.", False
     )
-    revision: str | None = Field(None, description="Revision of hub ids.")
-    allow_missing: bool = Field(False, description="Go on without shards that the index lists and the folder lacks.")
 
     @property
-    def opening(self) -> dict[str, Any]:
-        """The options of `open_checkpoint`."""
+    def open_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of `open_checkpoint`."""
         return {"io": self.io, "revision": self.revision, "allow_missing": self.allow_missing}
 
 
-class AnalyzeOptions(Options):
-    memory: Bytes = Field(4 * 10**9, description="Most memory to use, such as 2GB; mapped files do not count.")
-    threads: int | None = Field(
-        None, ge=1, le=4096, description="Threads of the kernels; torch's own number if not given."
+class InspectOptions(CheckpointOptions):
+    memory: Bytes = option("Computation", "Memory limit that the plan assumes, such as 2GB.", "4GB", metavar="SIZE")
+
+
+class RunOptions(CheckpointOptions):
+    """What every command has that writes a run directory."""
+
+    memory: Bytes = option(
+        "Computation", "Memory limit, such as 2GB; memory-mapped files do not count.", "4GB", metavar="SIZE"
     )
-    device: DeviceName = Field(
-        "cpu", description="cpu, cuda or cuda:N: where coordinates are counted and Gram matrices made."
+    threads: int | None = option(
+        "Computation", "Threads of the kernels; torch's own number if not given.", None, ge=1, le=4096
     )
-    spectra: Literal["exact", "topk", "off"] = Field(
+    csv: bool = option("Output", "Also write the tables as CSV.", False)
+    report: bool = option("Output", "Write report.html.", True)
+    overwrite: bool = option("Output", "Replace another run in the output folder.", False)
+
+
+class AnalyzeOptions(RunOptions):
+    device: DeviceName = option(
+        "Computation",
+        "cpu, cuda or cuda:N: where coordinates are counted and Gram matrices are computed; results are bit-identical. "
+        "cuda alone is the GPU of LOCAL_RANK, or the first one.",
+        "cpu",
+        metavar="DEVICE",
+    )
+    spectra: Literal["exact", "topk", "off"] = option(
+        "Computation",
+        "exact: spectra of every matrix, and where its update lies in the geometry of the base; topk: only the top of "
+        "the update's spectrum, with bounds and in less memory; off: no spectra.",
         "exact",
-        description="Spectra of every matrix and its place in the geometry of the source: exact; topk, the top of the update's "
-        "spectrum alone, with bounds and in less memory; or off.",
     )
-    csv: bool = Field(False, description="Also write the tables as CSV.")
-    paper_csv: bool = Field(
-        False, description="Also write the files of the paper's analysis script (tensor_metrics.csv and others)."
+    paper_csv: bool = option(
+        "Output", "Also write the files of the paper's reference script (tensor_metrics.csv and others).", False
     )
-    report: bool = Field(True, description="Write report.html.")
-    overwrite: bool = Field(False, description="Replace another run in the output folder.")
 
 
-class OverlapOptions(Options):
-    atol: float = Field(
-        1e-5, ge=0, le=1e30, description="A coordinate changed where visible |delta| exceeds this (rounded to bf16)."
-    )
-    strata: tuple[Literal["row", "column"], ...] = Field(
-        (), description="Also condition chance on |W| within the rows or columns of each matrix."
-    )
-    memory: Bytes = Field(4 * 10**9, description="Most memory to use, such as 2GB; mapped files do not count.")
-    threads: int | None = Field(
-        None, ge=1, le=4096, description="Threads of the kernels; torch's own number if not given."
-    )
-    csv: bool = Field(False, description="Also write overlap.csv.")
-    report: bool = Field(True, description="Write report.html.")
-    overwrite: bool = Field(False, description="Replace another run in the output folder.")
-
-
-class TrajectoryOptions(Options):
-    memory: Bytes = Field(4 * 10**9, description="Most memory to use, such as 2GB; mapped files do not count.")
-    threads: int | None = Field(
-        None, ge=1, le=4096, description="Threads of the kernels; torch's own number if not given."
-    )
-    spectra: Literal["exact", "topk", "off"] = Field("exact", description="As of analyze, for every checkpoint.")
-    atol: float = Field(
+class OverlapOptions(RunOptions):
+    atol: float = option(
+        "Computation",
+        "A coordinate is changed if its visible |delta| exceeds this threshold, which is rounded to bf16.",
         1e-5,
         ge=0,
         le=1e30,
-        description="The changed set: coordinates whose visible |delta| exceeds this (rounded to bf16).",
     )
-    csv: bool = Field(False, description="Also write the tables as CSV.")
-    report: bool = Field(True, description="Write report.html, and one for every checkpoint.")
-    overwrite: bool = Field(False, description="Replace another run in the output folder.")
+    strata: Annotated[tuple[Literal["row", "column"], ...], BeforeValidator(split_commas)] = option(
+        "Computation",
+        "Also condition the chance level on |W| within the rows or columns of each matrix.",
+        (),
+        metavar="row|column|row,column",
+    )
+
+
+class TrajectoryOptions(RunOptions):
+    spectra: Literal["exact", "topk", "off"] = option("Computation", "As in analyze, for every checkpoint.", "exact")
+    atol: float = option(
+        "Computation",
+        "A coordinate is changed if its visible |delta| exceeds this threshold, which is rounded to bf16.",
+        1e-5,
+        ge=0,
+        le=1e30,
+    )
+
+
+class ChangedMaskOptions(Options):
+    atol: float = option("Mask", "A coordinate is active if |delta| exceeds this threshold.", 0.0, ge=0, le=1e30)
+    view: Literal["visible", "stored"] = option(
+        "Mask", "Compare both checkpoints rounded to bf16 (visible) or as stored.", "visible"
+    )
+
+
+class TopChangedMaskOptions(Options):
+    density: float = density_option()
+    scope: Literal["tensor", "module", "model"] = option("Mask", "What the density refers to.", "model")
+
+
+class NearZeroMaskOptions(Options):
+    density: float = density_option()
+    scope: Literal["tensor", "module", "model"] = option("Mask", "What the density refers to.", "tensor")
+
+
+class PrincipalMaskOptions(Options):
+    density: float = density_option()
+
+
+class RandomMaskOptions(NearZeroMaskOptions):
+    seed: int = seed_option()
+
+
+class MagnitudeMatchedMaskOptions(Options):
+    seed: int = seed_option()
+
+
+class PatchCreateOptions(Options):
+    zstd: bool = option(
+        "Output", "Store compressed differences of values: less than half the size, but several times slower.", False
+    )
+    io: Literal["auto", "mmap", "read"] = io_option()
+    overwrite: bool = option("Output", "Replace an existing file.", False)
+
+
+class PatchApplyOptions(Options):
+    io: Literal["auto", "mmap", "read"] = io_option()
+
+
+class GraftOptions(Options):
+    masks: str | None = option(
+        "Selection", "Select the coordinates that are active in this file of `opdkernels mask`.", None, metavar="FILE"
+    )
+    select: str = option(
+        "Selection",
+        "Select tensors by comma-separated terms: attention, mlp, embedding, lm_head, norm, q_proj, layers=0-7, ... "
+        "Blocks and modules add up; with layers, both must match.",
+        "",
+        metavar="TERMS",
+    )
+    invert: bool = option("Selection", "Graft everything but the selection.", False)
+    io: Literal["auto", "mmap", "read"] = io_option()
+
+
+class ExperimentOptions(Options):
+    seeds: int = option("Experiment", "Number of seeds, starting at --seed.", 1, ge=1)
+    density: float | None = option(
+        "Experiment",
+        "Fraction of the coordinates in each mask; 0: all coordinates that a run changed visibly in bf16. If not "
+        "given: 0.2 for trajectory and grafts, 0 for the others.",
+        None,
+        ge=0,
+        le=1,
+    )
+    arms: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = option(
+        "Experiment", "Run only these arms, named as in the table and separated by commas.", (), metavar="ARM,..."
+    )
 
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def validate_options(model: type[Model], values: dict) -> Model:
-    """The options, or a UsageError of one line that names the option, its value and what is allowed."""
+def validate_options(model: type[Model], values: dict[str, Any]) -> Model:
+    """An options model from values.
+
+    Raises:
+        UsageError: A value is not valid; one line names the option, its value and what is allowed.
+    """
     from pydantic import ValidationError
 
     try:

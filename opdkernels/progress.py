@@ -1,4 +1,4 @@
-"""Progress in bytes and GB/s: a live bar on a terminal, a plain line now and then elsewhere; on the error stream."""
+"""Progress in bytes and GB/s on the error stream: a live bar on a terminal, otherwise a line every few seconds."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from collections.abc import Callable, Iterator
 from opdkernels.errors import printable
 from opdkernels.formatting import byte_size
 
-PLAIN_EVERY_S = 5.0
+PLAIN_INTERVAL_S = 5.0
 Progress = Callable[[int, int, str], None]
+"""A function of bytes done, total bytes and the name of the current tensor."""
+
+
+def no_progress(done: int, total: int, name: str) -> None:
+    """Shows nothing."""
 
 
 @contextlib.contextmanager
 def reporting(quiet: bool = False) -> Iterator[Progress]:
-    """A function (bytes done, bytes in all, what is at hand) that shows how far the work is."""
+    """A progress function that shows nothing if quiet, a bar on a terminal, and otherwise lines."""
     if quiet:
-        yield lambda done, total, name: None
+        yield no_progress
     elif sys.stderr.isatty():
         with live() as show:
             yield show
@@ -28,6 +33,7 @@ def reporting(quiet: bool = False) -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def live() -> Iterator[Progress]:
+    """A progress function that shows a bar."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
@@ -47,14 +53,15 @@ def live() -> Iterator[Progress]:
 
 
 def plain() -> Progress:
-    began = last = time.monotonic()
+    """A progress function that prints a line every few seconds."""
+    start = last = time.monotonic()
 
     def show(done: int, total: int, name: str) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= PLAIN_EVERY_S:
+        if now - last >= PLAIN_INTERVAL_S:
             last = now
-            speed = byte_size(done / (now - began))
+            speed = byte_size(done / (now - start))
             print(
                 f"{byte_size(done)} of {byte_size(total)}, {speed}/s, at {printable(name)}", file=sys.stderr, flush=True
             )

@@ -97,7 +97,7 @@ def test_divergence_error_of_distill_options_is_a_usage_error():
 
 
 def test_validation_error_names_the_option():
-    with pytest.raises(UsageError, match=r"^option steps is 0: Input should be greater"):
-        validate_options(DistillOptions, {"student": "a", "teacher": "b", "prompts": "addition", "steps": 0})
-    with pytest.raises(UsageError, match=r"^there is no option 'step'; did you mean steps"):
-        validate_options(DistillOptions, {"student": "a", "teacher": "b", "prompts": "addition", "step": 1})
+    with pytest.raises(UsageError, match=r"^option max_steps is 0: Input should be greater"):
+        validate_options(DistillOptions, {"student": "a", "teacher": "b", "prompts": "addition", "max_steps": 0})
+    with pytest.raises(UsageError, match=r"^there is no option 'max_step'; did you mean max_steps"):
+        validate_options(DistillOptions, {"student": "a", "teacher": "b", "prompts": "addition", "max_step": 1})

@@ -51,11 +51,11 @@ def inspect(a: str, b: str | None = None, *, memory: str | int = "4GB", **option
     chosen = validate_options(AnalyzeOptions, {"memory": memory, **options})
     assert isinstance(chosen, AnalyzeOptions)
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(contextlib.closing(open_checkpoint(a, **chosen.opening)))
+        first = stack.enter_context(contextlib.closing(open_checkpoint(a, **chosen.open_kwargs)))
         found: dict[str, Any] = {"a": holdings(first)}
         if b is None:
             return found
-        second = stack.enter_context(contextlib.closing(open_checkpoint(b, **chosen.opening)))
+        second = stack.enter_context(contextlib.closing(open_checkpoint(b, **chosen.open_kwargs)))
         found["b"] = holdings(second)
         pair = match(first, second)
         coordinates = sum(m.numel for m in pair.matches)

@@ -85,7 +85,8 @@ def run_overlap(
         raise UsageError(f"overlap compares 2 to {MAX_RUNS} runs of one source, not {len(runs)}")
     with contextlib.ExitStack() as stack:
         sources = [
-            stack.enter_context(contextlib.closing(open_checkpoint(path, **chosen.opening))) for path in (base, *runs)
+            stack.enter_context(contextlib.closing(open_checkpoint(path, **chosen.open_kwargs)))
+            for path in (base, *runs)
         ]
         stack.enter_context(threads(chosen.threads))
         pairs = [match(sources[0], source) for source in sources[1:]]

@@ -58,7 +58,7 @@ def analyze(
     if out is None and (chosen.csv or chosen.paper_csv):
         raise UsageError("csv and paper_csv write files; give an output folder")
     device = ready(chosen.device)
-    with contextlib.closing(open_pair(source, trained, **chosen.opening)) as pair, threads(chosen.threads):
+    with contextlib.closing(open_pair(source, trained, **chosen.open_kwargs)) as pair, threads(chosen.threads):
         about = describe_pair(pair, chosen)
         with open_run_dir(out, about, chosen.overwrite, OUTPUTS) as folder:
             records = open_tallies(folder / "tallies" if folder is not None else None)

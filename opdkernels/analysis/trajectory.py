@@ -122,7 +122,7 @@ def run_trajectory(
     numbered, notes = in_order([os.fspath(path) for path in checkpoints])
     with contextlib.ExitStack() as stack:
         source, *trained = (
-            stack.enter_context(contextlib.closing(open_checkpoint(path, **chosen.opening)))
+            stack.enter_context(contextlib.closing(open_checkpoint(path, **chosen.open_kwargs)))
             for path in (base, *(path for _, path in numbered))
         )
         stack.enter_context(threads(chosen.threads))

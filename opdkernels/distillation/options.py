@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
-from opdkernels.config import DeviceOrAuto, validate_options
+from opdkernels.config import DeviceOrAuto, option, validate_options
 from opdkernels.errors import InputError, UsageError, printable
 
 if TYPE_CHECKING:
@@ -30,11 +30,6 @@ def parse_pair(value: Any) -> Any:
 Pair = Annotated[tuple[float, float], BeforeValidator(parse_pair)]
 
 
-def option(panel: str, description: str, default: Any = ..., **constraints: Any) -> Any:
-    """A field of `DistillOptions`; `panel` is the heading that `--help` lists it under."""
-    return Field(default, description=description, json_schema_extra={"panel": panel}, **constraints)
-
-
 model_option = functools.partial(option, "Models")
 data_option = functools.partial(option, "Data")
 objective_option = functools.partial(option, "Objective")
@@ -50,7 +45,7 @@ class DistillOptions(BaseModel):
         1e-06
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     student: str = model_option("Model to train: folder or hub id of a causal or image-text model of transformers.")
     teacher: str = model_option(

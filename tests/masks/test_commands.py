@@ -25,17 +25,17 @@ def test_commands_write_what_the_functions_make(pair, tmp_path):
     a, b, c, d = (tmp_path / f"{name}.safetensors" for name in "abcd")
     assert "are active; written to" in run("changed", *pair, "-o", a).stdout
     assert MaskSet.load(a) == masks.changed(*pair)
-    run("near-zero", pair[0], "--share", 0.2, "--per", "model", "-o", b)
+    run("near-zero", pair[0], "--density", 0.2, "--scope", "model", "-o", b)
     assert MaskSet.load(b) == masks.near_zero(pair[0], 0.2, scope="model")
     run("combine", a, "minus", b, "-o", c)
     assert MaskSet.load(c) == MaskSet.load(a) - MaskSet.load(b)
-    run("random-like", a, pair[0], "--seed", 3, "-o", d)
+    run("magnitude-matched", a, pair[0], "--seed", 3, "-o", d)
     assert MaskSet.load(d) == masks.magnitude_matched(MaskSet.load(a), pair[0], seed=3)
-    found = json.loads(run("show", a, "--json").stdout)
+    found = json.loads(run("stats", a, "--json").stdout)
     assert found == json.loads(json.dumps(mask_stats(MaskSet.load(a))))
-    assert "q_proj" in run("show", a).stdout
+    assert "q_proj" in run("stats", a).stdout
     assert (
-        json.loads(run("overlap", a, b, "--json").stdout)["active_both"]
+        json.loads(run("compare", a, b, "--json").stdout)["active_both"]
         == (MaskSet.load(a) & MaskSet.load(b)).num_active
     )
 
@@ -44,7 +44,7 @@ def test_commands_write_what_the_functions_make(pair, tmp_path):
     ("kind", "make"), [("principal", masks.principal), ("safe", masks.safe), ("random", masks.random_subset)]
 )
 def test_other_kinds(pair, tmp_path, kind, make):
-    run(kind, pair[0], "--share", 0.1, "-o", tmp_path / "m")
+    run(kind, pair[0], "--density", 0.1, "-o", tmp_path / "m")
     assert MaskSet.load(tmp_path / "m") == make(pair[0], 0.1)
 
 
@@ -67,10 +67,14 @@ def test_bad_input_is_one_line(pair, tmp_path):
     a = tmp_path / "a"
     run("near-zero", pair[0], "-o", a)
     for arguments, status, message in (
-        (("show", pair[0]), 4, "cannot be read as masks"),
-        (("show", tmp_path / "x"), 4, "does not exist"),
-        (("near-zero", pair[0], "--share", 2, "-o", a), 2, "share of active coordinates"),
-        (("combine", a, "nand", a, "-o", a), 2, "no way 'nand'"),
+        (("stats", pair[0]), 4, "cannot be read as masks"),
+        (("stats", tmp_path / "x"), 4, "does not exist"),
+        (
+            ("near-zero", pair[0], "--density", 2, "-o", a),
+            2,
+            "Invalid value for '--density': 2.0 is not in the range 0<x<=1",
+        ),
+        (("combine", a, "nand", a, "-o", a), 2, "'nand' is not one of 'and', 'or', 'xor', 'minus'"),
         (("near-zero", pair[0], "-o", tmp_path / "no" / "a"), 4, "cannot write"),
     ):
         error = run(*arguments, status=status).stderr
