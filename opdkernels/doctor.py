@@ -98,7 +98,7 @@ def examine() -> dict[str, Any]:
     }
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def format_text(found: dict[str, Any]) -> list[str]:
     """The same for people."""
     sets = ", ".join(found["instruction_sets"]) or "none"
     library = f"for CUDA {found['cuda_library']}" if found["cuda_library"] else "no"

@@ -459,7 +459,7 @@ def test_it_needs_torch_and_numpy_alone():
         "for path in [*pathlib.Path('opdkernels/ops').glob('[a-z]*.py'), *pathlib.Path('opdkernels/backends').glob('[a-z]*.py')]:\n"
         "    importlib.import_module('.'.join(path.with_suffix('').parts))\n"
         "from opdkernels import doctor\n"
-        "print(len(doctor.lines(doctor.examine())), len(worker.plan(worker.options(['--device', 'cpu', '--small']), worker.torch.device('cpu'))))\n"
+        "print(len(doctor.format_text(doctor.examine())), len(worker.plan(worker.options(['--device', 'cpu', '--small']), worker.torch.device('cpu'))))\n"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True, check=False

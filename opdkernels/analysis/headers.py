@@ -94,7 +94,7 @@ def plan_spectra(pair: Pair, chosen: AnalyzeOptions) -> dict[str, Any]:
     }
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def format_text(found: dict[str, Any]) -> list[str]:
     """The same for people."""
     text = []
     for side in ("a", "b"):

@@ -291,7 +291,7 @@ def grouped(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     return [{"run_a": a, "run_b": b, key: value, **pooled(members)} for (a, b, value), members in groups.items()]
 
 
-def lines(result: Overlaps) -> list[str]:
+def format_text(result: Overlaps) -> list[str]:
     """A finished overlap in a few lines, for the terminal."""
     summary = result.summary
     text = [f"run {name}: {printable(path)}" for name, path in summary["runs"].items()]

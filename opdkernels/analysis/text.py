@@ -29,7 +29,7 @@ def spectral(spectra: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def lines(result: Analysis) -> list[str]:
+def format_text(result: Analysis) -> list[str]:
     """Both views side by side, what rounding alone would show, and what was left out."""
     summary, views = result.summary, result.summary["views"]
     names = {record.index: record.name for record in result.records}

@@ -492,7 +492,7 @@ def whole_model(rows: Sequence[Row]) -> dict[str, Row]:
     }
 
 
-def lines(result: Trajectory) -> list[str]:
+def format_text(result: Trajectory) -> list[str]:
     """A finished trajectory in a few lines, for the terminal."""
     summary = result.summary
     found = [f"source: {printable(summary['source'])}"]

@@ -27,10 +27,10 @@ def inspect(
 
     Example: opdkernels inspect Qwen2.5-0.5B my-run/step-200
     """
-    from opdkernels.analysis.headers import inspect, lines
+    from opdkernels.analysis.headers import format_text, inspect
 
     result = inspect(base, trained, **options)
-    emit(result, lines(result), as_json=json)
+    emit(result, format_text(result), as_json=json)
     raise typer.Exit(ExitStatus.PARTIAL if result.get("excluded") else ExitStatus.DONE)
 
 
@@ -48,13 +48,13 @@ def analyze(
 
     Example: opdkernels analyze Qwen2.5-0.5B my-run/step-200 -o out
     """
-    from opdkernels.analysis.text import lines
+    from opdkernels.analysis.text import format_text
     from opdkernels.api import analyze
     from opdkernels.progress import reporting
 
     with reporting(quiet) as progress:
         result = analyze(base, trained, out, progress=progress, **options)
-    emit(result.summary, lines(result), as_json=json, quiet=quiet)
+    emit(result.summary, format_text(result), as_json=json, quiet=quiet)
     raise typer.Exit(result.exit_status)
 
 
@@ -78,13 +78,13 @@ def overlap(
 
     Example: opdkernels overlap Qwen2.5-0.5B opd-run rl-run -o out --strata row,column
     """
-    from opdkernels.analysis.overlap import lines
+    from opdkernels.analysis.overlap import format_text
     from opdkernels.api import overlap
     from opdkernels.progress import reporting
 
     with reporting(quiet) as progress:
         result = overlap(base, *runs, out=out, progress=progress, **options)
-    emit(result.summary, lines(result), as_json=json, quiet=quiet)
+    emit(result.summary, format_text(result), as_json=json, quiet=quiet)
     raise typer.Exit(result.exit_status)
 
 
@@ -112,13 +112,13 @@ def trajectory(
 
     Example: opdkernels trajectory Qwen2.5-0.5B my-run/checkpoint-* -o out
     """
-    from opdkernels.analysis.trajectory import lines
+    from opdkernels.analysis.trajectory import format_text
     from opdkernels.api import trajectory
     from opdkernels.progress import reporting
 
     with reporting(quiet) as progress:
         result = trajectory(base, *checkpoints, out=out, progress=progress, **options)
-    emit(result.summary, lines(result), as_json=json, quiet=quiet)
+    emit(result.summary, format_text(result), as_json=json, quiet=quiet)
     raise typer.Exit(result.exit_status)
 
 

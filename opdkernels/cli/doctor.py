@@ -12,7 +12,7 @@ def doctor(*, json: Json = False) -> None:
 
     Example: opdkernels doctor
     """
-    from opdkernels.doctor import examine, lines
+    from opdkernels.doctor import examine, format_text
 
     result = examine()
-    emit(result, lines(result), as_json=json)
+    emit(result, format_text(result), as_json=json)

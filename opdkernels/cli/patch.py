@@ -27,12 +27,12 @@ def create(
 
     Example: opdkernels patch create Qwen2.5-0.5B my-run/step-200 -o step-200.patch
     """
-    from opdkernels.patch import create, lines
+    from opdkernels.patch import create, format_text
     from opdkernels.progress import reporting
 
     with reporting(quiet) as progress:
         result = create(base, trained, out, progress=progress, **options)
-    emit(result, lines(result), as_json=json, quiet=quiet)
+    emit(result, format_text(result), as_json=json, quiet=quiet)
 
 
 @command(PatchApplyOptions)
@@ -53,12 +53,12 @@ def apply(
 
     Example: opdkernels patch apply Qwen2.5-0.5B step-200.patch -o step-200
     """
-    from opdkernels.patch import apply, lines
+    from opdkernels.patch import apply, format_text
     from opdkernels.progress import reporting
 
     with reporting(quiet) as progress:
         result = apply(base, patch, out, progress=progress, **options)
-    emit(result, lines(result), as_json=json, quiet=quiet)
+    emit(result, format_text(result), as_json=json, quiet=quiet)
     raise typer.Exit(ExitStatus.PARTIAL if result["left_out"] else ExitStatus.DONE)
 
 
@@ -68,10 +68,10 @@ def info(patch: Patch, *, json: Json = False) -> None:
 
     Example: opdkernels patch info step-200.patch
     """
-    from opdkernels.patch import info, lines
+    from opdkernels.patch import format_text, info
 
     result = info(patch)
-    emit(result, lines(result), as_json=json)
+    emit(result, format_text(result), as_json=json)
 
 
 @command(GraftOptions)

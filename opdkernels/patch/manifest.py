@@ -299,7 +299,7 @@ def summary(patch: Patch) -> dict[str, Any]:
     }
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def format_text(found: dict[str, Any]) -> list[str]:
     """The same for people."""
     whole = found["tensors_whole"]
     text = [

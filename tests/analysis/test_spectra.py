@@ -286,7 +286,7 @@ def test_a_random_update_has_the_figures_of_its_null_and_a_low_rank_one_has_not(
 
 def test_odd_pairs_end_as_they_should(tmp_path):
     """No matrix at all, nothing changed, one column, rank two, the ends of the range: a page and a summary each."""
-    from opdkernels.analysis.text import lines
+    from opdkernels.analysis.text import format_text
     from opdkernels.report import render
 
     generator = torch.Generator().manual_seed(0)
@@ -317,5 +317,5 @@ def test_odd_pairs_end_as_they_should(tmp_path):
             result = analyze(*paths, spectra=spectra, paper_csv=False)
             found = {row["reason"] for row in rows(result.spectra) if row["view"] == "stored"}
             assert (name, result.exit_status, found) == (name, status, reasons)
-            assert lines(result)
+            assert format_text(result)
             assert "<h1" in render(result)

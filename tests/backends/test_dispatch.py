@@ -87,7 +87,7 @@ def test_cuda_kernels_serve_before_triton(monkeypatch, family):
 def test_doctor_says_why_cuda_kernels_do_not_serve(monkeypatch):
     with_triton(monkeypatch, "3.7.1")
     with_cuda(monkeypatch, library=12, cupy=12)
-    said = "\n".join(doctor.lines(doctor.examine()))
+    said = "\n".join(doctor.format_text(doctor.examine()))
     assert "Triton serves" in said
     assert (
         "torch is built for CUDA 13, the kernels built at install are for CUDA 12 and CuPy is for CUDA 12: pip install cupy-cuda13x"
@@ -109,7 +109,7 @@ def test_doctor_names_the_gpus_or_why_there_is_none(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name=f"GPU\x1b{i}", major=9, minor=i)
     )
-    said = "\n".join(doctor.lines(doctor.examine()))
+    said = "\n".join(doctor.format_text(doctor.examine()))
     assert "GPU\\x1b0 (9.0), GPU\\x1b1 (9.1); torch is built for CUDA 13.0" in said
     assert "Triton serves tensors on a GPU; not CUDA C++: torch is built for CUDA 13" in said
     assert "CuPy is for CUDA 12: pip install cupy-cuda13x" in said
@@ -123,7 +123,7 @@ def test_doctor_names_the_gpus_or_why_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", none)
     assert "no devices: The NVIDIA driver on your system is too old (found version 11040); torch" in "\n".join(
-        doctor.lines(doctor.examine())
+        doctor.format_text(doctor.examine())
     )
 
 
@@ -136,10 +136,10 @@ def test_a_library_of_other_sources_is_passed_over(monkeypatch):
         "torch is built for CUDA 13, the library was built from other sources and CuPy is not installed"
         in found["cuda_kernels"]
     )
-    assert "library built from other sources; rebuild" in "\n".join(doctor.lines(found))
+    assert "library built from other sources; rebuild" in "\n".join(doctor.format_text(found))
     with_cuda(monkeypatch, library=13, cupy=13, stale=True)
     assert cuda.launch.kernel_source() == "nvrtc"
-    assert "library built from other sources; rebuild" in "\n".join(doctor.lines(doctor.examine()))
+    assert "library built from other sources; rebuild" in "\n".join(doctor.format_text(doctor.examine()))
 
 
 def test_a_library_holds_the_digest_of_every_source_it_is_built_from(monkeypatch, tmp_path):
@@ -190,7 +190,7 @@ def test_doctor_says_who_serves_and_why(monkeypatch):
     with_triton(monkeypatch, None)
     found = doctor.examine()
     assert found["cuda_operators"] == dict.fromkeys(sorted(OPERATORS), "reference")
-    assert "pip install 'triton>=3.6'" in "\n".join(doctor.lines(found))
+    assert "pip install 'triton>=3.6'" in "\n".join(doctor.format_text(found))
 
 
 def test_the_dispatcher_hands_cuda_tensors_to_triton(monkeypatch):
