@@ -84,8 +84,8 @@ def analyze(
         >>> save_file({"w": torch.ones(4)}, f"{folder}/base.safetensors")
         >>> save_file({"w": torch.tensor([1.0, 1.0, 1.0, 2.0])}, f"{folder}/trained.safetensors")
         >>> result = opdkernels.analyze(f"{folder}/base.safetensors", f"{folder}/trained.safetensors")
-        >>> result.tensors.select(["name", "view", "changed_any"]).to_pylist()[0]
-        {'name': 'w', 'view': 'stored', 'changed_any': 1}
+        >>> result.tensors.select(["name", "view", "changed"]).to_pylist()[0]
+        {'name': 'w', 'view': 'stored', 'changed': 1}
     """
     options = validate_options(
         AnalyzeOptions,
@@ -106,7 +106,7 @@ def analyze(
     write_more = paper_files.write if options.paper_csv else None
     result = run.analyze(base, trained, out, options, progress or no_progress, write_more)
     if result.path is not None and options.report:
-        reports.write(result.path, result)
+        reports.write(result.path, "analyze", result)
     return result
 
 
@@ -181,7 +181,7 @@ def overlap(
     )
     result = run_overlap(base, runs, out, options, progress or no_progress)
     if result.path is not None and options.report:
-        reports.write_overlap(result.path, result)
+        reports.write(result.path, "overlap", result)
     return result
 
 
@@ -258,8 +258,8 @@ def trajectory(
     result = trajectories.run_trajectory(base, checkpoints, out, options, progress or no_progress)
     if result.path is not None and options.report:
         for folder in result.folders:
-            reports.write(folder, load(folder))
-        reports.write_trajectory(result.path, result)
+            reports.write(folder, "analyze", load(folder))
+        reports.write(result.path, "trajectory", result)
     return result
 
 
@@ -308,7 +308,7 @@ def experiment(
         spectra="exact" if checkpoint_bytes(end) < MAX_EXACT_BYTES else "off",
         overwrite=True,
     )
-    reports.write_experiment(folder, {**result, "analysis": True})
+    reports.write(folder, "experiment", {**result, "analysis": True})
     return result
 
 
@@ -353,10 +353,10 @@ def write_report(out: str | os.PathLike[str]) -> Path:
     folder = Path(out)
     if (folder / "results.json").is_file():
         has_analysis = (folder / "analysis" / "report.html").exists()
-        return reports.write_experiment(folder, {**read_results(folder), "analysis": has_analysis})
+        return reports.write(folder, "experiment", {**read_results(folder), "analysis": has_analysis})
     about = load_finished(folder)
     if about["command"] == "overlap":
-        return reports.write_overlap(folder, overlaps.load(folder, about))
+        return reports.write(folder, "overlap", overlaps.load(folder, about))
     if about["command"] == "trajectory":
-        return reports.write_trajectory(folder, trajectories.load(folder, about))
-    return reports.write(folder, load(folder))
+        return reports.write(folder, "trajectory", trajectories.load(folder, about))
+    return reports.write(folder, "analyze", load(folder))

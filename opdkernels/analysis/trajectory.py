@@ -402,7 +402,7 @@ def count_along(
 def along_figures(members: Sequence[Along], step: int, view: str) -> Row:
     """Of a group of tensors at one checkpoint; None where there is no whole to take a share of.
 
-    visible: `coverage_final` |S_t & S_T| / |S_T|, `coverage_step` the same over |S_t|, S the coordinates with visible |delta| >
+    visible: `recall_vs_final` |S_t & S_T| / |S_T|, `precision_vs_final` the same over |S_t|, S the coordinates with visible |delta| >
     atol; `shared_over_magnitude` |S_t & S_T| over what independent changes within each |W| of each tensor would share;
     `frac_changed_since_previous`. stored: `cosine_final` of the update with the last one, `relative_norm_since_previous` of
     what changed since the checkpoint before, over ||W||.
@@ -413,8 +413,8 @@ def along_figures(members: Sequence[Along], step: int, view: str) -> Row:
     }
     if view == "visible":
         return {
-            "coverage_final": tables.ratio(total["shared"], float(sum(one.changed[-1] for one in members))),
-            "coverage_step": tables.ratio(total["shared"], total["changed"]),
+            "recall_vs_final": tables.ratio(total["shared"], float(sum(one.changed[-1] for one in members))),
+            "precision_vs_final": tables.ratio(total["shared"], total["changed"]),
             "shared_over_magnitude": tables.ratio(total["shared"], total["expected"]),  # None of the last with itself
             "frac_changed_since_previous": tables.ratio(total["moved"], sum(one.finite for one in members)),
         }
@@ -504,7 +504,7 @@ def format_text(result: Trajectory) -> list[str]:
         found.append(
             f"{step['step']:8}{percent(stored.get('frac_zero')):>11}{percent(visible.get('frac_zero')):>10}{percent(stored.get('relative_norm')):>11}"
             f"{measure(stored.get('stable_rank')):>13}{measure(stored.get('cosine_final')):>9}{measure(mean([stored.get(name) for name in SIMILARITY])):>8}"
-            f"{percent(visible.get('coverage_final')):>10}{percent(visible.get('frac_changed_since_previous')):>9}  {printable(step['path'])}"
+            f"{percent(visible.get('recall_vs_final')):>10}{percent(visible.get('frac_changed_since_previous')):>9}  {printable(step['path'])}"
         )
     found.append(
         f"unchanged: stored and visible view; cosine, Sim_16 (mean of left and right) and coverage (of what the last changed by more than {summary['atol']:g}): with the last checkpoint;"

@@ -52,7 +52,7 @@ METRICS = (
         for name, side in zip(CHANCE, ("left", "right"), strict=True)
     ),
     Metric(
-        "coverage_final",
+        "recall_vs_final",
         "recall vs final",
         "fraction of the coordinates changed at the end that are changed at this checkpoint, |S_t ∩ S_T| / |S_T|",
         tables=TABLE,
@@ -61,7 +61,7 @@ METRICS = (
         section=WITH_LAST,
     ),
     Metric(
-        "coverage_step",
+        "precision_vs_final",
         "precision vs final",
         "fraction of the coordinates changed at this checkpoint that are changed at the end, |S_t ∩ S_T| / |S_t|",
         tables=TABLE,

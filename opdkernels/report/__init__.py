@@ -1,7 +1,10 @@
-"""The page of a run: one file of HTML that needs nothing else, made from an Analysis alone.
+"""The report of a run: one self-contained HTML file, rendered from the result alone.
 
-Everything from files passes through `typography.name` or jinja2's escaping, and a content security policy lets the browser
-run and apply only the script and style that this package ships.
+Everything from files passes through `typography.name` or jinja2's escaping, and a content security policy allows the
+browser only the script and style of this package.
+
+>>> from opdkernels import report
+>>> html = report.render("analyze", opdkernels.load("out"))  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -9,94 +12,63 @@ from __future__ import annotations
 import base64
 import hashlib
 from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from opdkernels.analysis.overlap import Overlaps
-from opdkernels.analysis.result import Analysis
-from opdkernels.analysis.trajectory import Trajectory
 from opdkernels.files import write_atomically
 from opdkernels.report import typography
 from opdkernels.version import __version__
 
-HERE = Path(__file__).parent
+Kind = Literal["analyze", "overlap", "trajectory", "experiment"]
+TEMPLATES = Path(__file__).parent
 FILTERS = ("percent", "times", "measure", "count", "plural", "name", "breakable")
 
 
-def write(folder: Path, result: Analysis) -> Path:
-    """Writes report.html to the folder of a run and returns its path."""
+def write(folder: Path, kind: Kind, result: Any) -> Path:
+    """Writes the report to report.html in a folder.
+
+    Args:
+        folder: The folder of the run.
+        kind: The command that made the result.
+        result: `Analysis`, `Overlaps`, `Trajectory`, or the content of an experiment's results.json.
+
+    Returns:
+        The path of the page.
+    """
     path = folder / "report.html"
-    write_atomically(path, render(result).encode())
+    write_atomically(path, render(kind, result).encode())
     return path
 
 
-def render(result: Analysis) -> str:
-    """The page of an `analyze` run as HTML; the same bytes for the same result."""
-    from opdkernels.report.content import content
+def render(kind: Kind, result: Any) -> str:
+    """The report as HTML, byte-identical for the same result; arguments as for `write`.
 
-    return render_page("page.html", content(result))
-
-
-def write_overlap(folder: Path, result: Overlaps) -> Path:
-    """Writes report.html to the folder of an `overlap` run and returns its path."""
-    path = folder / "report.html"
-    write_atomically(path, render_overlap(result).encode())
-    return path
-
-
-def render_overlap(result: Overlaps) -> str:
-    """The page of an `overlap` run as HTML; the same bytes for the same result."""
-    from opdkernels.report.overlap import content
-
-    return render_page("overlap.html", content(result))
-
-
-def write_trajectory(folder: Path, result: Trajectory) -> Path:
-    """Writes report.html to the folder of a `trajectory` run and returns its path."""
-    path = folder / "report.html"
-    write_atomically(path, render_trajectory(result).encode())
-    return path
-
-
-def render_trajectory(result: Trajectory) -> str:
-    """The page of a `trajectory` run as HTML; the same bytes for the same result."""
-    from opdkernels.report.trajectory import content
-
-    return render_page("trajectory.html", content(result))
-
-
-def write_experiment(folder: Path, result: dict[str, Any]) -> Path:
-    """Writes report.html to the folder of an experiment and returns its path."""
-    from opdkernels.report.experiment import content
-
-    path = folder / "report.html"
-    write_atomically(path, render_page("experiment.html", content(result)).encode())
-    return path
-
-
-def render_page(template: str, variables: dict[str, Any]) -> str:
-    """A page from a template that extends base.html."""
+    Each kind has a module `opdkernels.report.KIND` with `page_context(result)`, the variables of template KIND.html.
+    """
+    context = import_module(f"opdkernels.report.{kind}").page_context(result)
     style, script = _asset("style.css"), _asset("page.js")
     return (
         _environment()
-        .get_template(template)
+        .get_template(f"{kind}.html")
         .render(
             style=style,
             script=script,
-            style_hash=_digest(style),
-            script_hash=_digest(script),
+            style_hash=_csp_hash(style),
+            script_hash=_csp_hash(script),
             version=__version__,
-            **variables,
+            **context,
         )
     )
 
 
 @cache
 def _environment() -> Any:
+    """The jinja2 environment of the templates."""
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -108,11 +80,12 @@ def _environment() -> Any:
 
 @cache
 def _asset(name: str) -> Any:
+    """A file of this package as markup that is not escaped."""
     from markupsafe import Markup
 
-    return Markup((HERE / name).read_text(encoding="utf-8"))
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
-def _digest(text: str) -> str:
-    """As a content security policy names a script or style."""
+def _csp_hash(text: str) -> str:
+    """The name of a script or style in a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""Charts as inline SVG. Colours are classes of the style sheet, so that one drawing serves light, dark and print."""
+"""Charts as inline SVG. Colours are classes of the style sheet, so one drawing serves light, dark and print."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from markupsafe import Markup
 
@@ -17,7 +18,7 @@ DIVERGING_STEPS = 11
 
 @dataclass(frozen=True)
 class Frame:
-    """Size and margins of a drawing, and every how many-th decade has a label. Text is 13 pixels high in both."""
+    """Size and margins of a drawing; every `stride`-th tick has a label. Text is 13 pixels high in both frames."""
 
     kind: str
     width: int
@@ -37,7 +38,7 @@ class Frame:
         return self.height - self.bottom
 
 
-FRAMES = (Frame("wide", 860, 400, 58, 20, 1), Frame("slim", 330, 300, 48, 20, 2))  # desk and phone
+FRAMES = (Frame("wide", 860, 400, 58, 20, 1), Frame("slim", 330, 300, 48, 20, 2))  # desktop and phone
 
 
 def _join(parts: Sequence[Markup]) -> Markup:
@@ -49,7 +50,7 @@ def _n(value: float) -> str:
 
 
 def _svg(width: float, height: float, label: str, content: Sequence[Markup], kind: str = "map") -> Markup:
-    """A drawing of its own size, or with the class `chart` one that takes the width there is."""
+    """A drawing of fixed size, or, with the class `chart`, one that fills the available width."""
     scaled = kind.startswith("chart")
     return Markup(
         '<svg viewBox="0 0 {w} {h}"{size} role="img" aria-label="{label}" class="{kind}">{content}</svg>'
@@ -77,7 +78,10 @@ def _path(kind: str, points: Sequence[tuple[float, float]], close: bool = False)
 
 
 def sparsity_curve(curve: dict[str, list[float | None]], frame: Frame = FRAMES[0]) -> Markup | None:
-    """Share of coordinates with |Δ| ≤ ε against ε: visible, the stored band, the null. None without coordinates."""
+    """Fraction of coordinates with |Δ| ≤ ε as a function of ε: visible, the stored bounds, the null.
+
+    Returns None without coordinates.
+    """
     series = {
         key: [min(1.0, v) for v in curve[key] if v is not None]
         for key in ("visible", "stored_lower", "stored_upper", "null")
@@ -92,16 +96,16 @@ def sparsity_curve(curve: dict[str, list[float | None]], frame: Frame = FRAMES[0
     def x(e: float) -> float:
         return frame.left + (math.log10(e) - low) / (high - low) * frame.inner[0]
 
-    def y(share: float) -> float:
-        return frame.top + (1 - share) / (1 - bottom) * frame.inner[1]
+    def y(fraction: float) -> float:
+        return frame.top + (1 - fraction) / (1 - bottom) * frame.inner[1]
 
     parts: list[Markup] = []
     step = 0.2 if bottom == 0 else 0.1 if bottom < 0.85 else 0.05
     for k in range(round((1 - bottom) / step) + 1):
-        share = bottom + k * step
+        fraction = bottom + k * step
         parts += [
-            _line("grid", frame.left, y(share), frame.width - frame.right, y(share)),
-            _text("tick end", frame.left - 8, y(share) + 4, f"{100 * share:.0f} %"),
+            _line("grid", frame.left, y(fraction), frame.width - frame.right, y(fraction)),
+            _text("tick end", frame.left - 8, y(fraction) + 4, f"{100 * fraction:.0f} %"),
         ]
     for exponent in range(round(low), round(high) + 1, frame.stride):
         parts += [
@@ -122,10 +126,14 @@ def sparsity_curve(curve: dict[str, list[float | None]], frame: Frame = FRAMES[0
     )
     width = frame.inner[0] / (len(eps) - 1)
     for i, e in enumerate(eps):
-        told = f"ε = {significant(e, 3)}: visible {percent(series['visible'][i])}, stored {format_range(series['stored_lower'][i], series['stored_upper'][i])}, rounding alone {percent(series['null'][i])}"
+        tooltip = (
+            f"ε = {significant(e, 3)}: visible {percent(series['visible'][i])}, "
+            f"stored {format_range(series['stored_lower'][i], series['stored_upper'][i])}, "
+            f"expected {percent(series['null'][i])}"
+        )
         parts.append(
             Markup('<g class="probe"><title>{}</title><rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
-                told, _n(x(e) - width / 2), frame.top, _n(width), frame.inner[1]
+                tooltip, _n(x(e) - width / 2), frame.top, _n(width), frame.inner[1]
             )
         )
     parts.append(
@@ -136,7 +144,10 @@ def sparsity_curve(curve: dict[str, list[float | None]], frame: Frame = FRAMES[0
             "ε, in the units of the weights",
         )
     )
-    label = f"Share of coordinates with |Δ| at most ε. At 1e-5: visible {percent(series['visible'][marked])}, rounding alone {percent(series['null'][marked])}."
+    label = (
+        f"Fraction of coordinates with |Δ| at most ε. At 1e-5: visible {percent(series['visible'][marked])}, "
+        f"expected from bf16 rounding alone {percent(series['null'][marked])}."
+    )
     return _svg(frame.width, frame.height, label, parts, f"chart {frame.kind}")
 
 
@@ -146,12 +157,19 @@ def spectrum_curve(
     series: Mapping[str, Sequence[float]],
     axis: str,
     label: str,
-    told: Sequence[str],
+    tooltips: Sequence[str],
     frame: Frame,
 ) -> Markup:
-    """A share against x: the mean over matrices ("mean"), their middle four fifths ("low", "high"), and the null ("null").
+    """A fraction as a function of x: mean and middle 80 % over matrices, and the null.
 
-    xs: ascending, at least two; ticks: some places on the axis and their text; told: what a pointer at each x is told.
+    Args:
+        xs: Ascending positions, at least two.
+        ticks: Positions on the axis and their labels.
+        series: Values at `xs` by name: "mean", "low", "high" and "null".
+        axis: Label of the axis.
+        label: Text alternative of the drawing.
+        tooltips: Text for each x.
+        frame: Size of the drawing.
     """
     top = max(max(values) for values in series.values())
     top = 1.0 if top > 0.5 else math.ceil(top * 10 + 1e-9) / 10
@@ -159,15 +177,15 @@ def spectrum_curve(
     def x(value: float) -> float:
         return frame.left + (value - xs[0]) / (xs[-1] - xs[0]) * frame.inner[0]
 
-    def y(share: float) -> float:
-        return frame.top + (1 - share / top) * frame.inner[1]
+    def y(fraction: float) -> float:
+        return frame.top + (1 - fraction / top) * frame.inner[1]
 
     parts: list[Markup] = []
     for k in range(6):
-        share = top * k / 5
+        fraction = top * k / 5
         parts += [
-            _line("grid", frame.left, y(share), frame.width - frame.right, y(share)),
-            _text("tick end", frame.left - 8, y(share) + 4, f"{100 * share:.0f} %"),
+            _line("grid", frame.left, y(fraction), frame.width - frame.right, y(fraction)),
+            _text("tick end", frame.left - 8, y(fraction) + 4, f"{100 * fraction:.0f} %"),
         ]
     for value, text in ticks:
         parts += [
@@ -181,7 +199,7 @@ def spectrum_curve(
         _path("visible-line", at["mean"]),
     ]
     width = frame.inner[0] / (len(xs) - 1)
-    for value, text in zip(xs, told, strict=True):
+    for value, text in zip(xs, tooltips, strict=True):
         parts.append(
             Markup('<g class="probe"><title>{}</title><rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
                 text, _n(x(value) - width / 2), frame.top, _n(width), frame.inner[1]
@@ -191,13 +209,21 @@ def spectrum_curve(
     return _svg(frame.width, frame.height, label, parts, f"chart {frame.kind}")
 
 
-Line = tuple[str, str, Sequence[float | None]]  # its class (visible, stored, null), its name, a value a step or None
+Line = tuple[str, str, Sequence[float | None]]  # style class (visible, stored, null), name, one value per step
 
 
 def step_curve(
     steps: Sequence[int], lines: Sequence[Line], text: Callable[[float | None], str], what: str, frame: Frame
 ) -> Markup:
-    """Figures along a run of two steps or more. text: how a value reads; percents have percents on the axis."""
+    """Metrics over the steps of a run, two or more.
+
+    Args:
+        steps: Ascending step numbers.
+        lines: What to draw.
+        text: Formatter of the values; with `percent` the axis is in percent.
+        what: Text alternative, to which the first and last values are added.
+        frame: Size of the drawing.
+    """
     known = [v for _, _, values in lines for v in values if v is not None]
     ticks = axis_ticks(min(known), max(known))
     low, high = ticks[0], ticks[-1]
@@ -217,7 +243,7 @@ def step_curve(
             _line("grid", frame.left, y(value), frame.width - frame.right, y(value)),
             _text("tick end", frame.left - 8, y(value) + 4, name),
         ]
-    for step in apart([*steps], x, 52):
+    for step in thin_labels([*steps], x, 52):
         parts += [
             _line("tickmark", x(step), frame.floor, x(step), frame.floor + 5),
             _text("tick middle", x(step), frame.floor + 22, str(step)),
@@ -233,10 +259,10 @@ def step_curve(
         ]
     edges = [x(steps[0]), *((x(a) + x(b)) / 2 for a, b in pairwise(steps)), x(steps[-1])]
     for i, step in enumerate(steps):
-        told = f"step {step}: " + ", ".join(f"{name} {text(values[i])}" for _, name, values in lines)
+        tooltip = f"step {step}: " + ", ".join(f"{name} {text(values[i])}" for _, name, values in lines)
         parts.append(
             Markup('<g class="probe"><title>{}</title><rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
-                told, _n(edges[i]), frame.top, _n(edges[i + 1] - edges[i]), frame.inner[1]
+                tooltip, _n(edges[i]), frame.top, _n(edges[i + 1] - edges[i]), frame.inner[1]
             )
         )
     parts.append(_text("axis middle", (frame.left + frame.width - frame.right) / 2, frame.height - 8, "step"))
@@ -244,18 +270,30 @@ def step_curve(
     return _svg(frame.width, frame.height, f"{what} {ends}", parts, f"chart {frame.kind}")
 
 
-Interval = tuple[str, float, float, float]  # what it is of, its value, its lower and its upper end
+def step_figure(
+    heading: str, note: str, steps: Sequence[int], lines: Sequence[Line], text: Callable[[float | None], str]
+) -> dict[str, Any]:
+    """A figure of `macros.html` with one step curve per frame; arguments as for `step_curve`."""
+    return {
+        "heading": heading,
+        "note": note,
+        "keys": [(f"{style}-line-key", name) for style, name, _ in lines],
+        "drawings": [step_curve(steps, lines, text, heading, frame) for frame in FRAMES],
+    }
+
+
+Interval = tuple[str, float, float, float]  # name, value, lower and upper end
 
 
 def interval_chart(
     rows: Sequence[Interval], text: Callable[[float | None], str], what: str, axis: str, frame: Frame
 ) -> Markup:
-    """Values with their intervals, one under another, with zero on the axis."""
-    room = 30
+    """Values with their intervals, one row each, with zero on the axis."""
+    row_height = 30
     frame = replace(
         frame,
         left=min(frame.width // 2, 24 + 7 * max(len(name) for name, *_ in rows)),
-        height=frame.top + frame.bottom + room * len(rows),
+        height=frame.top + frame.bottom + row_height * len(rows),
     )
     least, most = min(0.0, *(low for *_, low, _ in rows)), max(0.0, *(high for *_, high in rows))
     ticks = axis_ticks(least, most if most > least else least + 1.0)
@@ -270,14 +308,14 @@ def interval_chart(
             _text("tick middle", x(tick), frame.floor + 22, f"{100 * tick:g} %" if text is percent else f"{tick:g}"),
         ]
     for i, (name, value, low, high) in enumerate(rows):
-        y = frame.top + room * (i + 0.5)
-        told = f"{name}: {text(value)}, 95 % interval {text(low)} to {text(high)}"
+        y = frame.top + row_height * (i + 0.5)
+        tooltip = f"{name}: {text(value)}, 95 % interval {text(low)} to {text(high)}"
         parts += [
             _text("tick end", frame.left - 10, y + 4, name),
             _path("stored-line", [(x(low), y), (x(high), y)]),
             Markup('<circle class="stored-dot" cx="{}" cy="{}" r="5"/>').format(_n(x(value)), _n(y)),
             Markup('<g class="probe"><title>{}</title><rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
-                told, frame.left, _n(y - room / 2), frame.inner[0], room
+                tooltip, frame.left, _n(y - row_height / 2), frame.inner[0], row_height
             ),
         ]
     parts.append(_text("axis middle", (frame.left + frame.width - frame.right) / 2, frame.height - 8, axis))
@@ -290,17 +328,17 @@ def interval_chart(
     )
 
 
-def apart(steps: list[int], x: Callable[[float], float], room: float) -> list[int]:
-    """Those of the steps whose labels do not touch, the last of them for certain."""
-    kept = [steps[-1]]
+def thin_labels(steps: list[int], x: Callable[[float], float], distance: float) -> list[int]:
+    """The last step, and earlier ones whose labels are at least `distance` apart."""
+    labelled = [steps[-1]]
     for step in reversed(steps[:-1]):
-        if x(kept[-1]) - x(step) >= room:
-            kept.append(step)
-    return kept
+        if x(labelled[-1]) - x(step) >= distance:
+            labelled.append(step)
+    return labelled
 
 
 def axis_ticks(least: float, most: float) -> list[float]:
-    """Three to six round values that cover least .. most, from zero unless the values lie close together.
+    """Three to six round values that cover least .. most, from zero unless the values are close together.
 
     >>> axis_ticks(0.7, 0.73), axis_ticks(3, 146)
     ([0.7, 0.71, 0.72, 0.73], [0.0, 50.0, 100.0, 150.0])
@@ -324,7 +362,7 @@ def ulp_histogram(distance: Sequence[str], counts: Sequence[int], frame: Frame =
     decades = max(1, math.ceil(math.log10(most * 1.02)))
     width = frame.inner[0] / len(counts)
 
-    def y(n: float) -> float:  # a count of 1 stands half a decade above the floor
+    def y(n: float) -> float:  # a count of 1 is half a decade above the floor
         return frame.floor - (math.log10(n) + 0.5) / (decades + 0.5) * frame.inner[1]
 
     parts: list[Markup] = []
@@ -335,10 +373,11 @@ def ulp_histogram(distance: Sequence[str], counts: Sequence[int], frame: Frame =
             _text("tick end", frame.left - 8, y(10**exponent) + 4, "1" if not exponent else f"1e{exponent}"),
         ]
     parts.append(_line("baseline", frame.left, frame.floor, frame.width - frame.right, frame.floor))
-    whole = sum(counts)
+    total = sum(counts)
     for i, (name, n) in enumerate(zip(distance, counts, strict=True)):
         x = frame.left + i * width
-        told = f"{name.replace('-', '−')} {'step' if name in ('1', '-1') else 'steps'}: {count(n)} coordinates, {percent(n / whole)}"
+        steps = "step" if name in ("1", "-1") else "steps"
+        tooltip = f"{name.replace('-', '−')} {steps}: {count(n)} coordinates, {percent(n / total)}"
         bar = Markup("")
         if n:
             bar = Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}"/>').format(
@@ -350,7 +389,7 @@ def ulp_histogram(distance: Sequence[str], counts: Sequence[int], frame: Frame =
             )
         parts.append(
             Markup('<g class="probe"><title>{}</title>{}<rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
-                told, bar, _n(x), frame.top, _n(width), frame.inner[1]
+                tooltip, bar, _n(x), frame.top, _n(width), frame.inner[1]
             )
         )
         if name.removeprefix("-") in STEP_LABELS[frame.kind]:
@@ -360,7 +399,7 @@ def ulp_histogram(distance: Sequence[str], counts: Sequence[int], frame: Frame =
             "axis middle",
             (frame.left + frame.width - frame.right) / 2,
             frame.height - 8,
-            "bf16 steps, source to trained",
+            "bf16 steps, base to trained",
         )
     )
     return _svg(
@@ -374,7 +413,7 @@ def ulp_histogram(distance: Sequence[str], counts: Sequence[int], frame: Frame =
 
 @dataclass(frozen=True)
 class Scale:
-    """Values to colour classes. `stops` are the legend's ends and middle, as text."""
+    """Maps values to colour classes. `stops`: text of the legend's ends and middle."""
 
     classes: Callable[[float], str]
     text: Callable[[float | None], str]
@@ -383,26 +422,28 @@ class Scale:
     stops: Sequence[str]
 
 
-def share_scale(values: Sequence[float]) -> Scale:
+def fraction_scale(values: Sequence[float]) -> Scale:
     """Nine steps of one hue over the range of the values."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     reach = high - low
 
     def step(value: float) -> str:
-        return f"q{min(SEQUENTIAL_STEPS - 1, int((value - low) / reach * SEQUENTIAL_STEPS)) if reach > 1e-12 else SEQUENTIAL_STEPS // 2}"
+        if reach <= 1e-12:
+            return f"q{SEQUENTIAL_STEPS // 2}"
+        return f"q{min(SEQUENTIAL_STEPS - 1, int((value - low) / reach * SEQUENTIAL_STEPS))}"
 
-    one = reach <= 1e-12
+    single = reach <= 1e-12
     return Scale(
         step,
         percent,
         lambda v: f"{100 * v:.0f}" if 0.005 <= v <= 0.995 or v in (0, 1) else f"{100 * v:.1f}",
-        [f"q{SEQUENTIAL_STEPS // 2}"] if one else [f"q{k}" for k in range(SEQUENTIAL_STEPS)],
-        [percent(low)] if one else [percent(low), percent((low + high) / 2), percent(high)],
+        [f"q{SEQUENTIAL_STEPS // 2}"] if single else [f"q{k}" for k in range(SEQUENTIAL_STEPS)],
+        [percent(low)] if single else [percent(low), percent((low + high) / 2), percent(high)],
     )
 
 
 def ratio_scale(values: Sequence[float], least_reach: float = 1.25, most_reach: float = 16.0) -> Scale:
-    """Eleven steps around 1, logarithmic and symmetric; the middle one is neutral. Values beyond the reach share its end."""
+    """Eleven steps around 1, logarithmic and symmetric; the middle one is neutral. Larger ratios get the end colours."""
     most = max([v for v in values if v > 0] + [1 / v for v in values if v > 0] + [least_reach])
     reach = math.log(min(most_reach, most) * (1 + 1e-9))
 
@@ -422,7 +463,7 @@ def ratio_scale(values: Sequence[float], least_reach: float = 1.25, most_reach: 
 
 
 def _short_ratio(value: float) -> str:
-    return "<.01" if 0 < value < 0.005 else f"{value:.2f}" if value < 9.95 else f"{value:.0f}"
+    return "<0.01" if 0 < value < 0.005 else f"{value:.2f}" if value < 9.95 else f"{value:.0f}"
 
 
 ROW, HEAD, GAP = 26, 24, 2
@@ -431,7 +472,7 @@ ROW, HEAD, GAP = 26, 24, 2
 def heat_map(
     cells: dict[tuple[str, int], float | None], modules: Sequence[str], layers: Sequence[int], scale: Scale, what: str
 ) -> tuple[Markup, Markup]:
-    """Row names and cells, as two drawings of one height: the first stays in sight while the second scrolls."""
+    """Row names and cells, as two drawings of one height: the first stays visible while the second scrolls."""
     width = max(16, min(72, 880 // max(1, len(layers))))
     every = next(k for k in (1, 2, 5, 10, 20, 50, 100) if k * width >= 26)
     height = HEAD + ROW * len(modules)
@@ -447,7 +488,7 @@ def heat_map(
             if (module, layer) not in cells:
                 continue
             value = cells[module, layer]
-            place = f"layer {layer}" if layer >= 0 else "no layer"
+            location = f"layer {layer}" if layer >= 0 else "no layer"
             inner = Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="2"/>').format(
                 i * width, HEAD + ROW * j, width - GAP, ROW - GAP
             )
@@ -458,7 +499,7 @@ def heat_map(
             parts.append(
                 Markup('<g class="{}"><title>{}</title>{}</g>').format(
                     scale.classes(value) if value is not None else "none",
-                    f"{place}, {module}: {scale.text(value)}",
+                    f"{location}, {module}: {scale.text(value)}",
                     inner,
                 )
             )
@@ -477,17 +518,17 @@ def legend(scale: Scale) -> Markup:
         )
         for k, kind in enumerate(scale.steps)
     ]
-    places = (
+    positions = (
         [("start", 0.0), ("middle", width / 2), ("end", float(width))]
         if len(scale.stops) == 3
         else [("middle", width / 2)]
     )
-    parts += [_text(f"tick {anchor}", x, 28, stop) for (anchor, x), stop in zip(places, scale.stops, strict=True)]
+    parts += [_text(f"tick {anchor}", x, 28, stop) for (anchor, x), stop in zip(positions, scale.stops, strict=True)]
     return _svg(width, 34, "colours from " + " to ".join(scale.stops), parts)
 
 
 def gauge(value: float, tolerance: float, what: str) -> Markup:
-    """Where a ratio lies around 1 on a logarithmic axis; the shaded band is 1 within the tolerance."""
+    """A ratio on a logarithmic axis around 1; the shaded band is 1 within the tolerance."""
     width, middle, reach = 300, 22, math.log(4)
 
     def x(ratio: float) -> float:
@@ -506,4 +547,4 @@ def gauge(value: float, tolerance: float, what: str) -> Markup:
             _text("tick middle", x(ratio), middle + 26, text),
         ]
     parts.append(Markup('<circle class="visible-dot" cx="{}" cy="{}" r="7"/>').format(_n(x(value)), middle))
-    return _svg(width, 54, f"{what}: {times(value)} of what rounding alone would show", parts)
+    return _svg(width, 54, f"{what}: {times(value)} of what is expected from bf16 rounding alone", parts)

@@ -1,31 +1,36 @@
-"""What the page of an experiment holds."""
+"""The page of an experiment."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from opdkernels.report import charts, typography
 from opdkernels.report.glossary import glossary
 from opdkernels.report.tables import Cell, Column, build
+from opdkernels.report.typography import percent
 
+Row = Mapping[str, Any]
 COLUMNS = [
-    Column("score", "percent"),
-    Column("gain_retained", "percent"),
-    Column("update_fraction", "percent"),
-    Column("trained", "percent"),
-    Column("mask_recall", "percent"),
-    Column("changed_visible", "percent"),
-    Column("changed_null", "percent"),
-    Column("changed_stored", "percent"),
-    Column("relative_norm", "percent"),
-    Column("near_zero_coverage_10pct", "percent"),
+    Column(key, "percent")
+    for key in (
+        "score",
+        "gain_retained",
+        "update_fraction",
+        "trained",
+        "mask_recall",
+        "changed_visible",
+        "changed_null",
+        "changed_stored",
+        "relative_norm",
+        "near_zero_coverage_10pct",
+    )
 ]
 
 
-def content(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The template's variables."""
-    rows, along = result["rows"], result["snapshots"]
+def page_context(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of experiment.html; `result` is the content of results.json."""
+    rows = result["rows"]
     columns = [column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)]
     return {
         "title": f"Experiment {result['experiment']}",
@@ -35,205 +40,182 @@ def content(result: Mapping[str, Any]) -> dict[str, Any]:
             ("task", typography.name(result["task"])),
         ],
         "headline": headline(result),
-        "about": result["about"],
-        "reading": reading(result),
-        "scores": [
-            charts.interval_chart(
-                [(row["arm"], row["score"], row["score_low"], row["score_high"]) for row in rows],
-                typography.percent,
-                "Scores:",
-                "score",
-                frame,
-            )
-            for frame in charts.FRAMES
-        ],
-        "kept": kept(rows),
-        "table": build("arms", "Arms", [Column("arm"), *columns], [{"": told(row)} for row in rows]),
-        "curves": curves(along),
+        "detail": result["about"],
+        "interpretation": interpretation(result),
+        "scores": interval_charts(rows, "score", "Scores:", "score"),
+        "gains": interval_charts(rows, "gain_retained", "Fraction of the gain retained:", "gain retained"),
+        "table": build("arms", "Arms", [Column("arm"), *columns], [{"": cells(row)} for row in rows]),
+        "curves": curves(result["snapshots"]),
         "reference_arm": result["reference_arm"],
         "analysis": result.get("analysis"),
         "run": {"command": f"experiment {result['experiment']}"},
-        "facts": [
+        "run_info": [
             ("seeds", str(result["seeds"])),
             ("held-out prompts", typography.count(result["prompts"])),
             ("steps", typography.count(result["steps"])),
-            ("density", typography.percent(result["density"]) if result["density"] else "what shows in bf16"),
+            ("density", percent(result["density"]) if result["density"] else "all visible changes"),
             *((name, typography.name(str(value))) for name, value in result["options"].items()),
         ],
         "glossary": glossary(["stored", "visible", *(column.key for column in columns)]),
     }
 
 
-def told(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row as the table takes it: values with their intervals."""
-    found = dict(row)
+def cells(row: Row) -> dict[str, Any]:
+    """A row of the table; score and gain with their intervals."""
+    values = {column.key: row.get(column.key) for column in COLUMNS}
     for name in ("score", "gain_retained"):
         if row.get(name) is not None:
-            found[name] = Cell(interval(row, name), typography.sort_value(row[name]))
-    return {column.key: found.get(column.key) for column in COLUMNS} | {"arm": row["arm"]}
+            values[name] = Cell(interval(row, name), typography.sort_value(row[name]))
+    return values | {"arm": row["arm"]}
 
 
-def interval(row: Mapping[str, Any], name: str) -> str:
-    """A value with its interval, in words."""
-    value, low, high = (typography.percent(row[key]) for key in (name, f"{name}_low", f"{name}_high"))
+def interval(row: Row, name: str) -> str:
+    """A value with its interval: 80 % (70 % to 90 %)."""
+    value, low, high = (percent(row[key]) for key in (name, f"{name}_low", f"{name}_high"))
     return f"{value} ({low} to {high})"
 
 
-def kept(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+def interval_charts(rows: Sequence[Row], name: str, label: str, axis: str) -> list[Any]:
+    """A metric of all arms that have it, with intervals, for each frame."""
     known = [
-        (row["arm"], row["gain_retained"], row["gain_retained_low"], row["gain_retained_high"])
-        for row in rows
-        if row.get("gain_retained") is not None
+        (row["arm"], row[name], row[f"{name}_low"], row[f"{name}_high"]) for row in rows if row.get(name) is not None
     ]
-    return (
-        [
-            charts.interval_chart(known, typography.percent, "Share of the gain kept:", "share of the gain kept", frame)
-            for frame in charts.FRAMES
-        ]
-        if known
-        else []
-    )
+    return [charts.interval_chart(known, percent, label, axis, frame) for frame in charts.FRAMES] if known else []
 
 
-def curves(along: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What changed along one run, mark by mark."""
-    if len(along) < 2:
+def curves(snapshots: Sequence[Row]) -> list[dict[str, Any]]:
+    """What changed along one run, at each snapshot."""
+    if len(snapshots) < 2:
         return []
-    steps = [row["step"] for row in along]
-    found = []
+    steps = [row["step"] for row in snapshots]
+    figures = []
     for heading, note, lines in (
         (
             "What has changed.",
-            "Share of the coordinates other than at the start.",
+            "Fraction of the coordinates that differ from the start.",
             [("visible", "in bf16", "changed_visible"), ("stored", "as stored", "changed_stored")],
         ),
         (
             "The final set.",
-            "How much of what is changed in bf16 at the end was changed at a step, and how much of what was changed then stays so.",
-            [("visible", "of the final set", "recall_vs_final"), ("stored", "stays changed", "precision_vs_final")],
+            "Recall: how much of what is changed in bf16 at the end was changed at a step. Precision: how much of what "
+            "was changed at a step is changed at the end.",
+            [("visible", "recall", "recall_vs_final"), ("stored", "precision", "precision_vs_final")],
         ),
     ):
-        drawn = [
-            (kind, name, [row[key] for row in along])
-            for kind, name, key in lines
-            if any(row[key] is not None for row in along)
+        known = [
+            (style, name, [row[key] for row in snapshots])
+            for style, name, key in lines
+            if any(row[key] is not None for row in snapshots)
         ]
-        if drawn:
-            found.append(
-                {
-                    "heading": heading,
-                    "note": note,
-                    "keys": [(kind, name) for kind, name, _ in drawn],
-                    "drawings": [
-                        charts.step_curve(steps, drawn, typography.percent, heading, frame) for frame in charts.FRAMES
-                    ],
-                }
-            )
-    return found
+        if known:
+            figures.append(charts.step_figure(heading, note, steps, known, percent))
+    return figures
 
 
 def headline(result: Mapping[str, Any]) -> str:
-    """What an experiment found, in one sentence; of its arms alone that were run."""
+    """The main result in one sentence, from the arms that were run."""
     rows = {row["arm"]: row for row in result["rows"]}
-    told = {
-        "masks": told_masks,
-        "trajectory": told_trajectory,
-        "grafts": told_grafts,
-        "on-policy": told_changes,
-        "precision": told_changes,
-    }
-    sentence = told[result["experiment"]](rows) if result["experiment"] in told else told_best(rows)
-    gain = (
-        f"{typography.percent(rows['start']['score'])} to {typography.percent(rows[result['reference_arm']]['score'])}"
-    )
-    return (
-        f"{sentence} ({result['reference_arm']}: {gain})"
-        if sentence
-        else f"{result['reference_arm']}: from {gain} on held-out prompts"
-    )
+    sentence = HEADLINES.get(result["experiment"], sweep_headline)(rows)
+    reference = result["reference_arm"]
+    gain = f"{percent(rows['start']['score'])} to {percent(rows[reference]['score'])}"
+    return f"{sentence} ({reference}: {gain})" if sentence else f"{reference}: from {gain} on held-out prompts"
 
 
-def told_masks(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    found = rows.get("changed", {})
-    if found.get("gain_retained") is None:
+def masks_headline(rows: Mapping[str, Row]) -> str:
+    """The gain of training the coordinates that the full run changed most."""
+    changed = rows.get("changed", {})
+    if changed.get("gain_retained") is None:
         return ""
-    return f"Training {typography.percent(found['trained'])} of the weights, those that the full run changed most, keeps {typography.percent(found['gain_retained'])} of its gain"
+    return (
+        f"Training {percent(changed['trained'])} of the weights, those that the full run changed most, retains "
+        f"{percent(changed['gain_retained'])} of its gain"
+    )
 
 
-def told_trajectory(rows: Mapping[str, Mapping[str, Any]]) -> str:
+def trajectory_headline(rows: Mapping[str, Row]) -> str:
+    """How much of the final mask the earliest mask contains."""
     first = next((row for row in rows.values() if row["arm"].startswith("mask at")), None)
-    return (
-        f"The {first['arm']} holds {typography.percent(first['mask_recall'])} of the final one; by chance it would hold {typography.percent(first['trained'])}"
-        if first
-        else ""
-    )
-
-
-def told_grafts(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    alone, rest = rows.get("largest alone", {}), rows.get("all but the largest", {})
-    if alone.get("gain_retained") is None or rest.get("gain_retained") is None:
+    if first is None:
         return ""
-    return f"The largest {typography.percent(alone['update_fraction'])} of the changes alone keep {typography.percent(alone['gain_retained'])} of the gain, all others {typography.percent(rest['gain_retained'])}"
-
-
-def told_changes(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    return "Changed as stored: " + ", ".join(
-        f"{typography.percent(row['changed_stored'])} with {arm}"
-        for arm, row in rows.items()
-        if "changed_stored" in row
-    )
-
-
-def told_best(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The best rate of each way that was swept over rates."""
-    best: dict[str, Mapping[str, Any]] = {}
-    for arm, row in rows.items():
-        way, _, rate = arm.partition(" lr ")
-        if rate and (way not in best or row["score"] > best[way]["score"]):
-            best[way] = row
     return (
-        "At the best of its rates: "
-        + ", ".join(f"{way} {typography.percent(row['score'])}" for way, row in best.items())
-        if best
-        else ""
+        f"The {first['arm']} contains {percent(first['mask_recall'])} of the final one; by chance it would contain "
+        f"{percent(first['trained'])}"
     )
 
 
-def reading(result: Mapping[str, Any]) -> list[str]:
-    """What the intervals say of each arm beside the one that all are measured against."""
-    rows = {row["arm"]: row for row in result["rows"]}
-    if rows[result["reference_arm"]].get("gain_retained") is None:
-        return [
-            f"The gain of {result['reference_arm']} may be nothing at this number of seeds and prompts, so that no share of it is given."
-        ]
-    found = []
+def grafts_headline(rows: Mapping[str, Row]) -> str:
+    """The gain of the largest changes, and of all others."""
+    largest, others = rows.get("largest alone", {}), rows.get("all but the largest", {})
+    if largest.get("gain_retained") is None or others.get("gain_retained") is None:
+        return ""
+    return (
+        f"The largest {percent(largest['update_fraction'])} of the changes alone retain "
+        f"{percent(largest['gain_retained'])} of the gain, all others {percent(others['gain_retained'])}"
+    )
+
+
+def changes_headline(rows: Mapping[str, Row]) -> str:
+    """The fraction of coordinates that each arm changed."""
+    changes = [f"{percent(row['changed_stored'])} with {arm}" for arm, row in rows.items() if "changed_stored" in row]
+    return f"Changed as stored: {', '.join(changes)}"
+
+
+def sweep_headline(rows: Mapping[str, Row]) -> str:
+    """The score of each method at the best of its learning rates."""
+    best: dict[str, Row] = {}
     for arm, row in rows.items():
-        if arm in ("start", result["reference_arm"]) or row.get("gain_retained") is None:
+        method, _, rate = arm.partition(" lr ")
+        if rate and (method not in best or row["score"] > best[method]["score"]):
+            best[method] = row
+    scores = ", ".join(f"{method} {percent(row['score'])}" for method, row in best.items())
+    return f"At the best learning rate: {scores}" if best else ""
+
+
+HEADLINES: dict[str, Callable[[Mapping[str, Row]], str]] = {
+    "masks": masks_headline,
+    "trajectory": trajectory_headline,
+    "grafts": grafts_headline,
+    "on-policy": changes_headline,
+    "precision": changes_headline,
+}
+
+
+def interpretation(result: Mapping[str, Any]) -> list[str]:
+    """What the intervals say about each arm, relative to the reference arm."""
+    rows = {row["arm"]: row for row in result["rows"]}
+    reference = result["reference_arm"]
+    if rows[reference].get("gain_retained") is None:
+        return [
+            f"The gain of {reference} may be zero at this number of seeds and prompts, so fractions of it are not given."
+        ]
+    sentences = []
+    for arm, row in rows.items():
+        if arm in ("start", reference) or row.get("gain_retained") is None:
             continue
-        verdict = (
-            "less than all"
+        comparison = (
+            "less than all of it"
             if row["gain_retained_high"] < 1
-            else "more than all"
+            else "more than all of it"
             if row["gain_retained_low"] > 1
-            else "not told apart from all"
+            else "not distinguishable from all of it"
         )
-        found.append(f"{arm}: keeps {interval(row, 'gain_retained')} of the gain, {verdict} of it.")
+        sentences.append(f"{arm}: retains {interval(row, 'gain_retained')} of the gain, {comparison}.")
     if result["seeds"] == 1:
-        found.append(
-            "One seed: the intervals are those of the held-out prompts alone, and another seed may lie outside them."
+        sentences.append(
+            "One seed: the intervals cover the held-out prompts only, and another seed may be outside them."
         )
-    ours, like = rows.get("changed", {}), rows.get("magnitude-matched", {})
-    if ours.get("gain_retained") is not None and like.get("gain_retained") is not None:
-        apart = (
-            ours["gain_retained_low"] > like["gain_retained_high"]
-            or ours["gain_retained_high"] < like["gain_retained_low"]
+    changed, matched = rows.get("changed", {}), rows.get("magnitude-matched", {})
+    if changed.get("gain_retained") is not None and matched.get("gain_retained") is not None:
+        differ = (
+            changed["gain_retained_low"] > matched["gain_retained_high"]
+            or changed["gain_retained_high"] < matched["gain_retained_low"]
         )
-        found.append(
-            "The found set and a random one of the same |W| "
+        sentences.append(
+            "The changed set and a random one of the same |W| "
             + (
-                "differ: which coordinates are trained matters."
-                if apart
-                else "are not told apart by these intervals: size and |W| may be all that matters."
+                "differ: it matters which coordinates are trained."
+                if differ
+                else "are not distinguishable by these intervals: size and |W| may be all that matters."
             )
         )
-    return found
+    return sentences

@@ -1,160 +1,148 @@
-"""What the page of an `overlap` run holds."""
+"""The page of an `overlap` run."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from opdkernels.analysis.overlap import Overlaps
-from opdkernels.errors import printable
+from opdkernels.metrics.catalog import METRICS
 from opdkernels.report import charts, typography
-from opdkernels.report.content import MODULE_ORDER
-from opdkernels.report.facts import MOST_LISTED, files
 from opdkernels.report.glossary import glossary
-from opdkernels.report.tables import Cell, Column, build
+from opdkernels.report.run_info import files, non_empty, nonfinite, run_info, section, tensor
+from opdkernels.report.tables import Column, build, columns_of, layer_cell, sorted_modules
+from opdkernels.report.typography import measure, percent, times
 
-MOST_ROWS, MOST_LAYERS = 2000, 200
+MAX_ROWS, MAX_LAYERS = 2000, 200
 STRATA = ("row", "column")
-SHARED = 1.2  # over chance within |W|: below, the overlap is not far from what magnitudes give
-
-COUNTS = [
-    Column("changed_a", "count"),
-    Column("changed_b", "count"),
-    Column("coverage_a", "percent"),
-    Column("coverage_b", "percent"),
-    Column("jaccard", "percent"),
-]
-CHANCE = [
-    Column("over_uniform", "times", span="over chance"),
-    Column("over_magnitude", "times", span="over chance"),
-    Column("z_magnitude", "measure", span="over chance"),
-]
+NEAR_CHANCE = 1.2  # ratio to the magnitude-conditioned chance level below which magnitudes explain most of the overlap
 
 
-def content(result: Overlaps) -> dict[str, Any]:
-    """The template's variables."""
+def metric_columns(strata: list[str], model: bool = False) -> list[Column]:
+    """The registered metrics of the page; with those of the strata that the run has, and of the whole model."""
+    absent = tuple(f"_{name}" for name in STRATA if name not in strata)
+    columns = [column for column in columns_of("overlap") if not column.key.endswith(absent)]
+    if model:
+        metric = METRICS["over_uniform_global"]
+        first = next(i for i, column in enumerate(columns) if column.section)
+        columns.insert(first, Column(metric.name, metric.format, "", metric.section))
+    return columns
+
+
+def page_context(result: Overlaps) -> dict[str, Any]:
+    """The variables of overlap.html."""
     summary, run = result.summary, result.run
     rows = result.tensors.to_pylist()
-    finer = [s for s in STRATA if any(f"over_{s}" in p for p in summary["pairs"])]
-    extra = [
-        Column(f"{kind}_{s}", "times" if kind == "over" else "measure", span="over chance")
-        for s in finer
-        for kind in ("over", "z")
-    ]
-    columns = [*COUNTS, Column("over_uniform_global", "times", span="over chance"), *CHANCE, *extra]
-    pair = Column("pair")
-    listed = sorted(rows, key=lambda r: -r["changed_both"])[:MOST_ROWS]
+    strata = [name for name in STRATA if any(f"over_{name}" in pair for pair in summary["pairs"])]
+    columns, pair = metric_columns(strata), Column("pair")
+    by_size = sorted(rows, key=lambda row: -row["changed_both"])[:MAX_ROWS]
+    layers = [{**row, "layer": layer_cell(row["layer"])} for row in summary["by_layer"]]
     tables = {
         "pairs": build(
-            "pairs", "Pairs of runs, whole model", [pair, *columns], [{"": named(p)} for p in summary["pairs"]]
+            "pairs",
+            "Pairs of runs, whole model",
+            [pair, *metric_columns(strata, model=True)],
+            with_pair(summary["pairs"]),
         ),
-        "modules": build(
-            "modules",
-            "By module",
-            [Column("module"), pair, *COUNTS, *CHANCE, *extra],
-            [{"": named(p)} for p in summary["by_module"]],
-        ),
-        "layers": build(
-            "layers",
-            "By layer",
-            [Column("layer"), pair, *COUNTS, *CHANCE, *extra],
-            [{"": by_layer(p)} for p in summary["by_layer"]],
-        ),
+        "modules": build("modules", "By module", [Column("module"), pair, *columns], with_pair(summary["by_module"])),
+        "layers": build("layers", "By layer", [Column("layer"), pair, *columns], with_pair(layers)),
         "tensors": build(
             "tensors",
             "Tensors, largest overlap first",
-            [Column("name"), pair, Column("numel", "count"), *COUNTS, *CHANCE, *extra],
-            [{"": named(r)} for r in listed],
-            len(rows) - len(listed),
+            [Column("name"), pair, Column("numel", "count"), *columns],
+            with_pair(by_size),
+            len(rows) - len(by_size),
         ),
     }
-    used = [c.key for t in tables.values() for c in t.columns]
     return {
         "title": "What runs changed together",
         "sides": [
             ("source", typography.name(summary["source"])),
-            *((f"run {k}", typography.name(v)) for k, v in summary["runs"].items()),
+            *((f"run {name}", typography.name(path)) for name, path in summary["runs"].items()),
         ],
         "headline": headline(summary),
-        "detail": f"{typography.count(summary['coordinates'])} coordinates in {typography.plural(summary['tensors'], 'tensor')}; "
-        f"changed where the visible |Δ| exceeds {typography.measure(summary['atol'])}.",
-        "reading": reading(summary, finer),
-        "exactly": exactly(summary),
+        "detail": f"{typography.count(summary['coordinates'])} coordinates in "
+        f"{typography.plural(summary['tensors'], 'tensor')}; changed means visible |Δ| > {measure(summary['atol'])}.",
+        "interpretation": interpretation(summary, strata),
+        "run_counts": run_counts(summary),
         "maps": maps(rows),
         "left_out": left_out(summary),
         "run": run,
         "files": files(run),
-        "facts": facts(run),
-        "glossary": glossary(["visible", *used]),
+        "run_info": run_info(run),
+        "glossary": glossary(["visible", *(column.key for table in tables.values() for column in table.columns)]),
         **tables,
     }
 
 
-def named(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "pair": f"{row['run_a']} {row['run_b']}"}
-
-
-def by_layer(row: dict[str, Any]) -> dict[str, Any]:
-    layer = row["layer"]
-    return {**named(row), "layer": Cell(str(layer) if layer >= 0 else typography.MISSING, str(layer))}
+def with_pair(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a table, each with the names of its two runs."""
+    return [{"": {**row, "pair": f"{row['run_a']} {row['run_b']}"}} for row in rows]
 
 
 def headline(summary: dict[str, Any]) -> str:
+    """The coverage of the first pair, as a sentence."""
     first = summary["pairs"][0]
     if first["coverage_a"] is None or first["coverage_b"] is None:
         return "A run changed nothing"
-    share = typography.percent(first["coverage_a"])
-    return f"{share} of what run {first['run_a']} changed, run {first['run_b']} changed too"
+    return f"{percent(first['coverage_a'])} of what run {first['run_a']} changed, run {first['run_b']} changed too"
 
 
-def reading(summary: dict[str, Any], finer: list[str]) -> list[str]:
-    """How to take the first pair's figures."""
-    p = summary["pairs"][0]
-    if p["over_magnitude"] is None:
-        return ["Nothing that both runs could share was changed."]
-    said = [
-        f"By uniform chance, the paper's baseline, that is {typography.times(p['over_uniform_global'])}. But in bf16 only small weights visibly move, so two "
-        f"unrelated runs overlap too: among coordinates of the same |W| it is {typography.times(p['over_magnitude'])}, z = {typography.measure(p['z_magnitude'])}."
+def interpretation(summary: dict[str, Any], strata: list[str]) -> list[str]:
+    """How to read the metrics of the first pair, in sentences."""
+    pair = summary["pairs"][0]
+    if pair["over_magnitude"] is None:
+        return ["No coordinate changed that both runs could share."]
+    conclusion = (
+        "So most of the overlap follows from the magnitudes, not from a choice that the runs share."
+        if pair["over_magnitude"] < NEAR_CHANCE
+        else "So the runs share more than the magnitudes of the weights explain."
+    )
+    return [
+        f"That is {times(pair['over_uniform_global'])} uniform chance, the paper's baseline. But in bf16 only small "
+        "weights change visibly, so two unrelated runs overlap as well: relative to the magnitude-conditioned chance "
+        f"level it is {times(pair['over_magnitude'])}, z = {measure(pair['z_magnitude'])}.",
+        conclusion,
+        *(
+            f"Within the {name}s of each matrix, conditioned on |W|: {times(pair[f'over_{name}'])}, "
+            f"z = {measure(pair[f'z_{name}'])}."
+            for name in strata
+            if pair.get(f"over_{name}") is not None
+        ),
     ]
-    if p["over_magnitude"] < SHARED:
-        said.append("So most of the overlap is that of magnitudes, not a choice that the runs share.")
-    else:
-        said.append("So the runs share more than the magnitudes of the weights explain.")
-    said += [
-        f"Within the {s}s of each matrix, and |W| in them: {typography.times(p[f'over_{s}'])}, z = {typography.measure(p[f'z_{s}'])}."
-        for s in finer
-        if p.get(f"over_{s}") is not None
-    ]
-    return said
 
 
-def exactly(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+def run_counts(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Coordinates by the number of runs that changed them, and their fraction."""
     total = summary["coordinates"] or 1
     return [
-        (typography.plural(int(j), "run"), typography.count(n), typography.percent(n / total))
-        for j, n in summary["changed_in_exactly"].items()
+        (typography.plural(int(runs), "run"), typography.count(n), percent(n / total))
+        for runs, n in summary["changed_in_exactly"].items()
     ]
 
 
 def maps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Layer × module, for each pair: overlap over chance within |W|, pooled over a module's tensors."""
-    layers = sorted({r["layer"] for r in rows})[:MOST_LAYERS]
-    modules = sorted({r["module"] for r in rows}, key=lambda m: (MODULE_ORDER.get(m, 99), m))
+    """For each pair the overlap relative to the magnitude-conditioned chance level, by layer and module."""
+    layers = sorted({row["layer"] for row in rows})[:MAX_LAYERS]
+    modules = sorted_modules(row["module"] for row in rows)
     found = []
-    for pair in dict.fromkeys((r["run_a"], r["run_b"]) for r in rows):
+    for pair in dict.fromkeys((row["run_a"], row["run_b"]) for row in rows):
         sums: dict[tuple[str, int], list[float]] = {}
-        for r in rows:
-            if (r["run_a"], r["run_b"]) == pair:
-                total = sums.setdefault((r["module"], r["layer"]), [0.0, 0.0])
-                total[0] += r["changed_both"]
-                total[1] += r["expected_magnitude"]
-        cells = {at: both / expected if expected else None for at, (both, expected) in sums.items()}
-        values = [v for v in cells.values() if v]
+        for row in rows:
+            if (row["run_a"], row["run_b"]) == pair:
+                total = sums.setdefault((row["module"], row["layer"]), [0.0, 0.0])
+                total[0] += row["changed_both"]
+                total[1] += row["expected_magnitude"]
+        cells = {cell: both / expected if expected else None for cell, (both, expected) in sums.items()}
+        values = [value for value in cells.values() if value]
         if values and layers[-1] >= 0:
             scale = charts.ratio_scale(values)
-            names, drawing = charts.heat_map(cells, modules, layers, scale, "Overlap over chance within |W|")
+            label = "Overlap relative to the magnitude-conditioned chance level"
+            names, drawing = charts.heat_map(cells, modules, layers, scale, label)
+            note = f"{label}. 1× is explained by magnitudes alone; orange is more, blue is less."
             found.append(
                 {
                     "heading": f"{pair[0]} and {pair[1]}",
+                    "note": note,
                     "names": names,
                     "drawing": drawing,
                     "legend": charts.legend(scale),
@@ -164,43 +152,12 @@ def maps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def left_out(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    lists = [
-        (
+    """What the metrics of the run do not cover, and why."""
+    return non_empty(
+        section(
             "Excluded",
             "Not in every run in the same shape; the run ends with status 3.",
-            [(typography.name(e["name"]), "", printable(e["reason"])) for e in summary["excluded"]],
+            [tensor(entry["name"], entry["reason"]) for entry in summary["excluded"]],
         ),
-        (
-            "NaN or Inf",
-            "These coordinates are left out of every figure; the run ends with status 3.",
-            [
-                (typography.name(e["name"]), "", typography.plural(e["coordinates"], "coordinate"))
-                for e in summary["nonfinite"]
-            ],
-        ),
-    ]
-    return [
-        {"heading": h, "note": n, "total": len(r), "rows": r[:MOST_LISTED], "more": len(r) - len(r[:MOST_LISTED])}
-        for h, n, r in lists
-        if r
-    ]
-
-
-def facts(run: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
-        *(
-            (
-                role,
-                f"{typography.name(side['path'])} ({typography.name(side['kind'])}, {typography.plural(len(side['files']), 'file')})",
-            )
-            for role, side in run["inputs"].items()
-        ),
-        ("started", run["started"].replace("T", " ").replace("+00:00", " UTC")),
-        ("took", typography.duration(run.get("seconds"))),
-        (
-            "machine",
-            f"{typography.name(run['machine']['processor'])}, {typography.plural(run['machine']['threads'], 'thread')}, {typography.name(run['machine']['instruction_set'])}",
-        ),
-        ("versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items())),
-        ("identity", typography.name(run["identity"])),
-    ]
+        nonfinite(summary["nonfinite"]),
+    )

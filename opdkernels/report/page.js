@@ -2,7 +2,7 @@
 (() => {
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
-  // Values: the number behind the cell where there is one, else its text. What is missing comes last, both ways.
+  // The number behind a cell if it has one, otherwise its text. Missing values come last in both directions.
   const key = (cell) => {
     const value = cell.dataset.v;
     if (value === undefined) return cell.textContent.trim() === "–" ? null : cell.textContent.trim();
@@ -54,7 +54,7 @@
     apply();
   }
 
-  // Switches: one shows either a view of the heat maps or one of the panels beside it.
+  // A switch selects the view of the heat maps or one of the panels of its section.
   for (const group of all(".switch")) {
     const section = group.closest("section");
     const choose = (value) => {
@@ -67,16 +67,16 @@
     group.hidden = false;
   }
 
-  // What a tooltip says, also where there is no pointer: a tap writes it under the drawing.
+  // Tooltips without a pointer: a tap writes the tooltip below the drawing.
   for (const figure of all("figure")) {
-    const told = figure.querySelector(".told");
+    const tooltip = figure.querySelector(".tooltip");
     figure.addEventListener("click", (event) => {
       const title = event.target.closest("g")?.querySelector("title");
-      if (!title || !told) return;
+      if (!title || !tooltip) return;
       for (const marked of all(".picked", figure)) marked.classList.remove("picked");
       title.parentNode.classList.add("picked");
-      told.textContent = title.textContent;
-      told.classList.remove("quiet");
+      tooltip.textContent = title.textContent;
+      tooltip.classList.remove("quiet");
     });
   }
 })();

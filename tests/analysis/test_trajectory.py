@@ -73,8 +73,8 @@ def test_what_takes_several_checkpoints_is_what_torch_says(tmp_path, dtype):
     deltas = [w.double() - flat.double() for w in run]
     for t, (own, delta) in enumerate(zip(sets, deltas, strict=True)):
         stored, visible = (row_of(result, t + 1, view, by="model") for view in ("stored", "visible"))
-        assert visible["coverage_final"] == (own & sets[-1]).sum().item() / sets[-1].sum().item()
-        assert visible["coverage_step"] == (own & sets[-1]).sum().item() / own.sum().item()
+        assert visible["recall_vs_final"] == (own & sets[-1]).sum().item() / sets[-1].sum().item()
+        assert visible["precision_vs_final"] == (own & sets[-1]).sum().item() / own.sum().item()
         moved = visible_change(run[t - 1] if t else flat, run[t]) > 0
         assert visible["frac_changed_since_previous"] == moved.double().mean().item()
         assert stored["cosine_final"] == pytest.approx(
@@ -184,7 +184,7 @@ def test_more_checkpoints_than_the_kernel_takes_at_once(tmp_path):
     paths = [save(tmp_path / f"step_{t:02d}", c) for t, c in enumerate(checkpoints, 1)]
     base = save(tmp_path / "base", source)
     many, few = trajectory(base, *paths, spectra="off"), trajectory(base, paths[0], paths[-1], spectra="off")
-    for name in ("coverage_final", "coverage_step", "shared_over_magnitude"):
+    for name in ("recall_vs_final", "precision_vs_final", "shared_over_magnitude"):
         assert row_of(many, 1, "visible", by="model")[name] == row_of(few, 1, "visible", by="model")[name]
 
 
@@ -222,9 +222,9 @@ def test_a_checkpoint_that_changed_nothing_has_null_figures(tmp_path):
     first = row_of(result, 1, "stored", by="model")
     assert (first["cosine_final"], first["similarity_left_16"], first["relative_norm"]) == (None, None, 0)
     visible = row_of(result, 1, "visible", by="model")
-    assert (visible["coverage_final"], visible["coverage_step"]) == (0, None)
+    assert (visible["recall_vs_final"], visible["precision_vs_final"]) == (0, None)
     still = trajectory(*(save(tmp_path / name, source) for name in ("base", "step_1", "step_2")))
-    assert row_of(still, 2, "visible", by="model")["coverage_final"] is None
+    assert row_of(still, 2, "visible", by="model")["recall_vs_final"] is None
     assert still.exit_status == 0
 
 
@@ -242,7 +242,7 @@ def test_gaps_are_told_and_the_rest_goes_on(tmp_path):
     assert "step 2" in reasons["model.layers.1.self_attn.o_proj.weight"]
     assert "step 3" in reasons["lm_head.weight"]
     for step in (1, 2, 3):
-        assert 0 < row_of(result, step, "visible", by="model")["coverage_final"] <= 1
+        assert 0 < row_of(result, step, "visible", by="model")["recall_vs_final"] <= 1
         assert row_of(result, step, "stored", by="model")["similarity_left_16"] > 0
 
 

@@ -10,7 +10,7 @@ import pytest
 from opdkernels.api import write_report
 from opdkernels.errors import InputError
 from opdkernels.report import charts, typography
-from opdkernels.report.experiment import content, headline
+from opdkernels.report.experiment import headline, page_context
 
 
 def row(arm, score, kept=None, **more):
@@ -48,14 +48,14 @@ FULL = row("full", 0.7, 1.0, trained=1.0, changed_visible=0.3, changed_stored=0.
             "masks",
             [FULL, row("changed", 0.6, 0.8, trained=0.2)],
             "full",
-            "Training 20.00 % of the weights, those that the full run changed most, keeps 80.00 % of its gain (full: 20.00 % to 70.00 %)",
+            "Training 20.00 % of the weights, those that the full run changed most, retains 80.00 % of its gain (full: 20.00 % to 70.00 %)",
         ),
         ("masks", [FULL], "full", "full: from 20.00 % to 70.00 % on held-out prompts"),
         (
             "trajectory",
             [FULL, row("mask at 10% of the steps", 0.6, 0.8, trained=0.2, mask_recall=0.55)],
             "full",
-            "The mask at 10% of the steps holds 55.00 % of the final one; by chance it would hold 20.00 %",
+            "The mask at 10% of the steps contains 55.00 % of the final one; by chance it would contain 20.00 %",
         ),
         (
             "grafts",
@@ -65,7 +65,7 @@ FULL = row("full", 0.7, 1.0, trained=1.0, changed_visible=0.3, changed_stored=0.
                 row("all but the largest", 0.3, 0.2, update_fraction=0.8),
             ],
             "full",
-            "The largest 20.00 % of the changes alone keep 80.00 % of the gain, all others 20.00 %",
+            "The largest 20.00 % of the changes alone retain 80.00 % of the gain, all others 20.00 %",
         ),
         ("grafts", [FULL, row("mlp alone", 0.6, 0.8, update_fraction=0.2)], "full", "full: from"),
         (
@@ -83,13 +83,13 @@ FULL = row("full", 0.7, 1.0, trained=1.0, changed_visible=0.3, changed_stored=0.
                 row("sgd lr 1.0", 0.5),
             ],
             "adamw lr x 1.0",
-            "At the best of its rates: adamw 70.00 %, sgd 50.00 %",
+            "At the best learning rate: adamw 70.00 %, sgd 50.00 %",
         ),
         (
             "subspace",
             [FULL, row("lora rank 8 lr x 3.0", 0.5, 0.6)],
             "full",
-            "At the best of its rates: lora rank 8 50.00 %",
+            "At the best learning rate: lora rank 8 50.00 %",
         ),
     ],
 )
@@ -98,10 +98,10 @@ def test_the_headline_says_what_was_found(experiment, rows, against, expected):
 
 
 def test_the_table_has_the_columns_that_some_arm_has():
-    found = content(result("grafts", [FULL, row("mlp alone", 0.6, 0.8, update_fraction=0.2)]))
+    found = page_context(result("grafts", [FULL, row("mlp alone", 0.6, 0.8, update_fraction=0.2)]))
     keys = [column.key for column in found["table"].columns]
     assert keys == ["arm", "score", "gain_retained", "update_fraction", "trained", "changed_visible", "changed_stored"]
-    found = content(
+    found = page_context(
         result(
             "precision",
             [row("bf16 split-master", 0.7, 1.0, changed_visible=0.3, changed_null=0.31, changed_stored=0.3)],
@@ -133,8 +133,10 @@ def test_intervals_lie_on_the_drawing_whatever_their_sign(shift):
 
 def test_one_seed_is_said_to_be_one():
     rows = [FULL, row("changed", 0.6, 0.8, trained=0.2)]
-    assert not any("One seed" in line for line in content(result("masks", rows))["reading"])
-    assert any("prompts alone" in line for line in content({**result("masks", rows), "seeds": 1})["reading"])
+    assert not any("One seed" in line for line in page_context(result("masks", rows))["interpretation"])
+    assert any(
+        "prompts only" in line for line in page_context({**result("masks", rows), "seeds": 1})["interpretation"]
+    )
 
 
 def test_the_analysis_is_linked_without_marks_too(tmp_path):
@@ -156,13 +158,15 @@ def test_a_run_that_changed_nothing_has_no_curve_of_its_final_set():
         }
         for step in (5, 10)
     ]
-    assert [one["heading"] for one in content(result("masks", [FULL], along=along))["curves"]] == ["What has changed."]
+    assert [one["heading"] for one in page_context(result("masks", [FULL], along=along))["curves"]] == [
+        "What has changed."
+    ]
 
 
 def test_a_page_is_written_again(tmp_path):
     found = result("masks", [FULL, row("changed", 0.6, 0.8, trained=0.2)])
     (tmp_path / "results.json").write_text(json.dumps(found))
-    assert "keeps 80.00" in write_report(tmp_path).read_text()
+    assert "retains 80.00" in write_report(tmp_path).read_text()
     for bad in ("{}", "[]", "{"):
         (tmp_path / "results.json").write_text(bad)
         with pytest.raises(InputError, match="run the experiment again"):
@@ -170,7 +174,7 @@ def test_a_page_is_written_again(tmp_path):
 
 
 def test_a_gain_that_may_be_none_is_said():
-    found = content(result("masks", [row("full", 0.21), row("changed", 0.22, trained=0.2)]))
-    assert found["reading"] == [
-        "The gain of full may be nothing at this number of seeds and prompts, so that no share of it is given."
+    found = page_context(result("masks", [row("full", 0.21), row("changed", 0.22, trained=0.2)]))
+    assert found["interpretation"] == [
+        "The gain of full may be zero at this number of seeds and prompts, so fractions of it are not given."
     ]

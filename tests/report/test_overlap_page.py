@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from opdkernels import overlap, report
 from tests.report.test_report import EXPECTED_TAGS, HOSTILE, Page, brightness, browser, model, probe, update
 
-SECTIONS = ["answer", "pairs-of-runs", "where", "groups", "all", "left-out", "run", "glossary"]
+SECTIONS = ["summary", "pairs-of-runs", "where", "groups", "all", "left-out", "run", "glossary"]
 CASES = ["layers", "no layers", "hostile", "identical"]
 
 
@@ -38,8 +38,8 @@ def pages(tmp_path_factory) -> dict[str, str]:
             save_file(tensors, folder / str(i) / "model.safetensors")
             paths.append(folder / str(i))
         result = overlap(*paths, strata=("row", "column"))
-        found[case] = report.render_overlap(result)
-        assert report.render_overlap(result) == found[case]
+        found[case] = report.render("overlap", result)
+        assert report.render("overlap", result) == found[case]
     return found
 
 
@@ -63,10 +63,10 @@ def test_the_page_needs_and_runs_nothing_but_itself(pages, case):
 
 
 def test_the_first_pair_is_told_in_words(pages):
-    answer = Page(pages["layers"]).section("answer")
+    answer = Page(pages["layers"]).section("summary")
     assert re.search(r"of what run A changed, run B changed too", answer)
-    assert "most of the overlap is that of magnitudes" in answer
-    assert "A run changed nothing" in Page(pages["identical"]).section("answer")
+    assert "most of the overlap follows from the magnitudes" in answer
+    assert "A run changed nothing" in Page(pages["identical"]).section("summary")
 
 
 @browser

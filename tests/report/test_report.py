@@ -40,7 +40,7 @@ HOSTILE = [
     "x" * 450,
 ]
 SECTIONS = [
-    "answer",
+    "summary",
     "sparsity",
     "near-zero",
     "where",
@@ -129,7 +129,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Analysis]:
 
 @pytest.fixture(scope="module")
 def pages(results: dict[str, Analysis]) -> dict[str, str]:
-    return {case: report.render(result) for case, result in results.items()}
+    return {case: report.render("analyze", result) for case, result in results.items()}
 
 
 class Element(dict):
@@ -243,14 +243,14 @@ def test_the_headline_says_what_the_case_is(pages, case, headline):
 
 
 def test_an_invisible_change_is_called_so(pages):
-    assert "No change is visible in bf16" in Page(pages["invisible"]).section("answer")
+    assert "No change is visible in bf16" in Page(pages["invisible"]).section("summary")
 
 
 def test_left_out_names_tensors_and_reasons(results, pages):
     page = Page(pages["non-finite"])
     for entry in results["non-finite"].summary["nonfinite"]:
         assert entry["name"] in page.section("left-out")
-    assert "NaN or Inf 2" in page.section("answer").replace(typography.THIN, " ")
+    assert "NaN or Inf 2" in page.section("summary").replace(typography.THIN, " ")
     assert "Nothing: every tensor" in Page(pages["layers"]).section("left-out")
 
 
@@ -279,8 +279,8 @@ def test_tensor_rows_are_those_of_the_table(results, pages, case):
             assert close(cell, value)
             assert cell["text"] == typography.percent(value)
         for head, key in (
-            ("changed / null", "changed_over_null"),
-            ("near-zero / null", "near_zero_coverage_10pct_over_null"),
+            ("changed / expected", "changed_over_null"),
+            ("near-zero / expected", "near_zero_coverage_10pct_over_null"),
             ("|Δ| ≤ 1e-5", "frac_le_1e-5"),
         ):
             assert close(at[head], visible[key])
@@ -294,9 +294,9 @@ def test_group_rows_and_answer_are_those_of_the_tables(results, pages):
         assert len(rows) == len(groups)
         for row in rows:
             name = row[0]["attrs"].get("data-v", row[0]["text"])
-            assert close(row[heads.index("changed / null")], groups[name]["changed_over_null"])
+            assert close(row[heads.index("changed / expected")], groups[name]["changed_over_null"])
             assert close(row[heads.index("parameters")], groups[name]["numel"])
-    answer = page.section("answer")
+    answer = page.section("summary")
     for view in ("stored", "visible"):
         figures = result.summary["views"][view]
         assert typography.percent(1 - figures["frac_zero"]) in answer
@@ -317,18 +317,18 @@ def test_heat_maps_hold_every_cell_of_the_groups(results, pages):
 
 
 def test_models_without_layers_have_no_map_and_say_so(pages):
-    assert "No change in numbered layers" in Page(pages["no layers"]).section("where")
+    assert "no numbered layer changed" in Page(pages["no layers"]).section("where")
 
 
 def test_the_same_run_gives_the_same_bytes_also_from_its_folder(results, pages):
     result = results["layers"]
-    assert report.render(result) == pages["layers"]
-    assert report.render(load(result.path)) == pages["layers"]
+    assert report.render("analyze", result) == pages["layers"]
+    assert report.render("analyze", load(result.path)) == pages["layers"]
 
 
 def test_write_replaces_the_page_whole(results, pages, tmp_path):
     (tmp_path / "report.html").write_text("old")
-    path = report.write(tmp_path, results["layers"])
+    path = report.write(tmp_path, "analyze", results["layers"])
     assert path == tmp_path / "report.html"
     assert path.read_text(encoding="utf-8") == pages["layers"]
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
@@ -345,14 +345,14 @@ def large(result: Analysis, count: int) -> Analysis:
 
 
 def test_two_thousand_tensors_fit_and_more_are_cut(results):
-    text = report.render(large(results["layers"], 2000))
+    text = report.render("analyze", large(results["layers"], 2000))
     assert len(text.encode()) < 3_000_000
     _, rows = rows_of(Page(text), "tensors")
     assert len(rows) == 2000
     energies = results["layers"].tensors.to_pylist()
     first = max((r for r in energies if r["view"] == "stored"), key=lambda r: r["delta_energy"])
     assert rows[0][0]["text"].endswith(first["name"])
-    text = report.render(large(results["layers"], 2400))
+    text = report.render("analyze", large(results["layers"], 2400))
     assert len(rows_of(Page(text), "tensors")[1]) == 2000
     assert "more in the parquet table" in text
 
@@ -432,7 +432,7 @@ found.kept = [...table.tBodies[0].rows].filter((r) => !r.hidden).map((r) => r.ce
 }
 const shown = () => [...document.querySelectorAll("#where .view")].filter((v) => v.getClientRects().length).map((v) => v.className);
 found.before = shown(); const stored = document.querySelector('.switch button[value="stored"]'); if (stored) stored.click(); found.after = shown();
-const cell = document.querySelector("#where g title"); if (cell) { cell.parentNode.querySelector("rect").dispatchEvent(new Event("click", {bubbles: true})); found.told = document.querySelector("#where .told").textContent; found.title = cell.textContent; }
+const cell = document.querySelector("#where g title"); if (cell) { cell.parentNode.querySelector("rect").dispatchEvent(new Event("click", {bubbles: true})); found.tooltip = document.querySelector("#where .tooltip").textContent; found.title = cell.textContent; }
 found.panels = [...document.querySelectorAll(".panel")].filter((p) => p.getClientRects().length).length;
 const pre = document.createElement("pre"); pre.id = "probe"; pre.textContent = JSON.stringify(found); document.body.append(pre);
 </script></body>"""
@@ -478,7 +478,7 @@ def test_in_a_browser_nothing_overflows_and_the_controls_work(pages, tmp_path, c
         assert all("view-visible" in v for v in found["before"])
         assert all("view-stored" in v for v in found["after"])
         assert len(found["after"]) == len(found["before"]) == 2
-        assert found["told"] == found["title"]
+        assert found["tooltip"] == found["title"]
 
 
 @browser
@@ -495,21 +495,22 @@ def page_with(tmp_path, spectra: str) -> str:
     for side, tensors in zip(("source", "trained"), pairs()["layers"], strict=True):
         save_file(tensors, tmp_path / f"{side}.safetensors")
     return report.render(
+        "analyze",
         run.analyze(
             tmp_path / "source.safetensors",
             tmp_path / "trained.safetensors",
             None,
             AnalyzeOptions(spectra=spectra),
             lambda *_: None,
-        )
+        ),
     )
 
 
-def test_geometry_stands_on_the_first_screen_and_in_its_section(pages):
+def test_geometry_is_in_the_summary_and_in_its_own_section(pages):
     first, rest = pages["layers"].split("<nav", 1)
     assert "median stable rank of" in first
     assert "between their top tenths" in first
-    assert "Stable rank over that of a random update" in Page(pages["layers"]).section("geometry")
+    assert "Stable rank relative to a random update" in Page(pages["layers"]).section("geometry")
     assert rest.count("#geometry") == 1
 
 

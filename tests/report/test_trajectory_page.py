@@ -10,7 +10,7 @@ from opdkernels.report.charts import axis_ticks
 from tests.report.test_overlap_page import CASES, sources
 from tests.report.test_report import EXPECTED_TAGS, Page, brightness, browser, probe, update
 
-SECTIONS = ["answer", "along", "steps", "groups", "left-out", "run", "glossary"]
+SECTIONS = ["summary", "along", "steps", "groups", "left-out", "run", "glossary"]
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def pages(tmp_path_factory) -> dict[str, str]:
             save_file(tensors, path / "model.safetensors")
             paths.append(path)
         result = trajectory(*paths)
-        found[case] = report.render_trajectory(result)
-        assert report.render_trajectory(result) == found[case]
+        found[case] = report.render("trajectory", result)
+        assert report.render("trajectory", result) == found[case]
     return found
 
 
@@ -52,10 +52,10 @@ def test_the_page_needs_and_runs_nothing_but_itself(pages, case):
 
 
 def test_the_run_is_told_in_words(pages):
-    answer = Page(pages["layers"]).section("answer")
+    answer = Page(pages["layers"]).section("summary")
     assert "At step 100 of 300" in answer
-    assert "most of it follows from the sizes of the weights" in answer  # independent updates share nothing more
-    assert "Nothing changed visibly by the end" in Page(pages["identical"]).section("answer")
+    assert "most of it follows from the magnitudes of the weights" in answer  # independent updates share nothing more
+    assert "Nothing changed visibly by the end" in Page(pages["identical"]).section("summary")
 
 
 @pytest.mark.parametrize(("case", "figures"), [("layers", 6), ("identical", 3)])

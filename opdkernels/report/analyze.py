@@ -1,0 +1,207 @@
+"""The page of an `analyze` run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from opdkernels.analysis.result import Analysis
+from opdkernels.metrics.catalog import metrics_on_page
+from opdkernels.metrics.coordinates import RATIOS, ratio_label
+from opdkernels.metrics.registry import VIEWS
+from opdkernels.report import charts, typography
+from opdkernels.report.geometry import geometry_context
+from opdkernels.report.glossary import glossary, term
+from opdkernels.report.rows import group_tables, tensor_table
+from opdkernels.report.run_info import files, left_out, run_info
+from opdkernels.report.tables import sorted_modules
+from opdkernels.report.verdict import COVERAGE, TOLERANCE, fit_of, summarize
+
+MAX_LAYERS = 200
+INCOMPLETE = ("Excluded", "Failed", "NaN or Inf")  # sections of what was left out that make a run incomplete
+# Published values for comparison: arXiv 2606.13657, table 2 and its ranges.
+PUBLISHED = {
+    "frac_le_1e-5": ("66.7 to 89.5 %", "3.1 %"),
+    "relative_norm": ("0.036 to 0.142 %", "11.9 %"),
+    COVERAGE: ("25 to 49 %", "10.1 %"),
+}
+
+
+def page_context(result: Analysis) -> dict[str, Any]:
+    """The variables of analyze.html."""
+    summary, run = result.summary, result.run
+    views, curve, ulp = summary["views"], summary["curve"], summary["ulp"]
+    visible = (
+        result.tensors.filter(pc.equal(result.tensors["view"], "visible"))
+        if "view" in result.tensors.column_names
+        else result.tensors
+    )
+    fit = fit_of(visible)
+    modules = [row for row in result.groups.to_pylist() if row["by"] == "module" and row["view"] == "visible"]
+    groups, tensors = group_tables(result.groups), tensor_table(result.tensors)
+    sections = left_out(summary)
+    overview = metrics_on_page("overview")
+    columns = [column.key for table in (*groups, tensors) for column in table.columns]
+    terms = ["stored", "visible", *(m.name for m in overview), "null", "null_kind", "null_distance"]
+    terms += ["changed_over_null", f"{COVERAGE}_over_null", "ulp", "bit_equal"]
+    return {
+        "title": "What training changed",
+        **vars(summarize(summary, fit, modules)),
+        "sides": [(role, typography.name(summary[role])) for role in ("source", "trained")],
+        "overview": overview_rows(views, curve),
+        "gauges": gauges(views.get("visible", {})),
+        "fit": fit,
+        "null_kinds": [kind for kind in fit.kinds if kind.changed is not None],
+        "curve": [drawing for frame in charts.FRAMES if (drawing := charts.sparsity_curve(curve, frame))],
+        "curve_rows": [{key: curve[key][i] for key in curve} for i in range(0, len(curve["eps"]), 10)],
+        "near_zero": near_zero_rows(views) if views and views["visible"]["changed"] else [],
+        "maps": maps(result.groups) if views and views["stored"]["changed"] else [],
+        "ulp": [
+            drawing
+            for frame in charts.FRAMES
+            if (drawing := charts.ulp_histogram(ulp["distance"], ulp["count"], frame))
+        ],
+        "ulp_rows": list(zip(ulp["distance"], ulp["count"], strict=True)),
+        "geometry": geometry_context(result),
+        "groups": groups,
+        "tensors": tensors,
+        "blocks": sorted(set(result.tensors["block"].to_pylist())) if len(result.tensors) else [],
+        "left_out": sections,
+        "incomplete": [section for section in sections if section["heading"] in INCOMPLETE],
+        "run": run,
+        "files": files(run),
+        "run_info": run_info(run, summary["matched"]),
+        "glossary": glossary([*terms, *columns]),
+        "term": term,
+    }
+
+
+def overview_rows(
+    views: Mapping[str, Mapping[str, Any]], curve: Mapping[str, Sequence[float | None]]
+) -> list[dict[str, Any]]:
+    """The rows of the first table: both views, what is expected from bf16 rounding alone, and published values."""
+    if not views:
+        return []
+    visible = views["visible"]
+    finite = visible["numel"] - visible["nonfinite"]
+    expected: dict[str, float | None] = {}
+    if finite and visible["changed"]:
+        unchanged = 1 - visible["changed_null"] / finite
+        expected = {
+            "changed": 1 - unchanged,
+            "frac_le_1e-5": curve["null"][curve["eps"].index(1e-5)],
+            "unchanged_rtol_1e-3": unchanged,
+            COVERAGE: visible[f"{COVERAGE}_null"],
+        }
+
+    def value(view: str, name: str) -> float | None:
+        metrics = views[view]
+        if metrics["frac_zero"] is None:
+            return None
+        return 1 - metrics["frac_zero"] if name == "changed" else metrics[name]  # a fraction instead of a count
+
+    return [
+        {
+            "metric": metric,
+            "stored": value("stored", metric.name),
+            "visible": value("visible", metric.name),
+            "null": expected.get(metric.name),
+            "published": PUBLISHED.get(metric.name, ("", "")),
+        }
+        for metric in metrics_on_page("overview")
+    ]
+
+
+def gauges(visible: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The two ratios to the null, as drawings."""
+    found = []
+    for name, label in (
+        ("changed_over_null", "Changed coordinates"),
+        (f"{COVERAGE}_over_null", "Near-zero coverage at 10 %"),
+    ):
+        value = visible.get(name)
+        if value is not None:
+            drawing = charts.gauge(value, TOLERANCE, label)
+            found.append({"label": label, "value": value, "drawing": drawing, "metric": term(name)})
+    return found
+
+
+def near_zero_rows(views: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the near-zero table, one per size of the mask."""
+    stored, visible = views["stored"], views["visible"]
+    rows = []
+    for ratio in RATIOS:
+        name = f"near_zero_coverage_{ratio_label(ratio)}"
+        rows.append(
+            {
+                "ratio": ratio,
+                "stored": stored[name],
+                "stored_range": typography.format_range(stored[f"{name}_lower"], stored[f"{name}_upper"]),
+                "visible": visible[name],
+                "visible_range": typography.format_range(visible[f"{name}_lower"], visible[f"{name}_upper"]),
+                "null": visible.get(f"{name}_null"),
+                "over_null": visible.get(f"{name}_over_null"),
+            }
+        )
+    return rows
+
+
+def maps(groups: pa.Table) -> list[dict[str, Any]]:
+    """Heat maps by layer and module."""
+    rows = [row for row in groups.to_pylist() if row["by"] == "layer_module"]
+    layers = sorted({row["layer"] for row in rows})
+    if not any(layer >= 0 for layer in layers):
+        return []
+    shown = layers[:MAX_LAYERS]
+    modules = sorted_modules(row["module"] for row in rows)
+    found: list[dict[str, Any]] = []
+    for name, heading, note, scale_of, views in (
+        (
+            "frac_zero",
+            "Unchanged coordinates",
+            "Fraction of coordinates with Δ = 0. Numbers in cells are percent.",
+            charts.fraction_scale,
+            VIEWS,
+        ),
+        (
+            "energy_over_parameters",
+            "Energy share over parameter share",
+            "1× changed as much as its size alone would give; orange changed more, blue less.",
+            charts.ratio_scale,
+            VIEWS,
+        ),
+        (
+            f"{COVERAGE}_over_null",
+            "Near-zero coverage at 10 %, relative to bf16 rounding alone",
+            "1× is expected from bf16 rounding alone; orange is more, blue is less. Visible view only: the null is a "
+            "model of what is visible.",
+            charts.ratio_scale,
+            ("visible",),
+        ),
+    ):
+        drawings = []
+        for view in views:
+            cells = {
+                (row["module"], row["layer"]): row[name]
+                for row in rows
+                if row["view"] == view and row["layer"] in set(shown)
+            }
+            values = [value for value in cells.values() if value is not None]
+            if values:
+                scale = scale_of(values)
+                names, drawing = charts.heat_map(cells, modules, shown, scale, heading)
+                drawings.append({"view": view, "names": names, "drawing": drawing, "legend": charts.legend(scale)})
+        if drawings:
+            found.append(
+                {
+                    "heading": heading,
+                    "note": note,
+                    "drawings": drawings,
+                    "both": len(views) == 2,
+                    "left_out": len(layers) - len(shown),
+                }
+            )
+    return found
