@@ -134,9 +134,7 @@ def test_intervals_lie_on_the_drawing_whatever_their_sign(shift):
 def test_one_seed_is_said_to_be_one():
     rows = [FULL, row("changed", 0.6, 0.8, trained=0.2)]
     assert not any("One seed" in line for line in page_context(result("masks", rows))["interpretation"])
-    assert any(
-        "prompts only" in line for line in page_context({**result("masks", rows), "seeds": 1})["interpretation"]
-    )
+    assert any("prompts only" in line for line in page_context({**result("masks", rows), "seeds": 1})["interpretation"])
 
 
 def test_the_analysis_is_linked_without_marks_too(tmp_path):
