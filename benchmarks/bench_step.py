@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.harness import anonymous_bytes, paired, update_bandwidth
-from opdkernels.analysis.compute import trim
+from opdkernels.analysis.spectra_schedule import trim_heap
 from opdkernels.masks import Mask, MaskSet
 from opdkernels.ops.step import adamw_scalars, masked_adamw
 from opdkernels.optim import MaskedAdamW
@@ -32,7 +32,7 @@ def eager_step(params, grads, masks, optimizer) -> None:
 def live_bytes() -> int:
     """Anonymous memory of this process, after freed memory is returned to the system."""
     gc.collect()
-    trim()
+    trim_heap()
     return anonymous_bytes(os.getpid())
 
 

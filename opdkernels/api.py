@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from opdkernels import report as reports
-from opdkernels.analysis import overlap as overlaps
-from opdkernels.analysis import run
-from opdkernels.analysis import trajectory as trajectories
-from opdkernels.analysis.overlap import Overlaps, run_overlap
+from opdkernels.analysis.analyze import run_analyze
+from opdkernels.analysis.overlap import Overlaps, load_overlap, run_overlap
 from opdkernels.analysis.result import Analysis, load
-from opdkernels.analysis.trajectory import Trajectory
+from opdkernels.analysis.trajectory import Trajectory, load_trajectory, run_trajectory
 from opdkernels.checkpoint.open import checkpoint_bytes
 from opdkernels.compat import paper_csv as paper_files
 from opdkernels.config import AnalyzeOptions, OverlapOptions, TrajectoryOptions, validate_options
@@ -103,8 +101,8 @@ def analyze(
             "overwrite": overwrite,
         },
     )
-    write_more = paper_files.write if options.paper_csv else None
-    result = run.analyze(base, trained, out, options, progress or no_progress, write_more)
+    write_extra = paper_files.write if options.paper_csv else None
+    result = run_analyze(base, trained, out, options, progress or no_progress, write_extra)
     if result.path is not None and options.report:
         reports.write(result.path, "analyze", result)
     return result
@@ -255,7 +253,7 @@ def trajectory(
             "overwrite": overwrite,
         },
     )
-    result = trajectories.run_trajectory(base, checkpoints, out, options, progress or no_progress)
+    result = run_trajectory(base, checkpoints, out, options, progress or no_progress)
     if result.path is not None and options.report:
         for folder in result.folders:
             reports.write(folder, "analyze", load(folder))
@@ -356,7 +354,7 @@ def write_report(out: str | os.PathLike[str]) -> Path:
         return reports.write(folder, "experiment", {**read_results(folder), "analysis": has_analysis})
     about = load_finished(folder)
     if about["command"] == "overlap":
-        return reports.write(folder, "overlap", overlaps.load(folder, about))
+        return reports.write(folder, "overlap", load_overlap(folder, about))
     if about["command"] == "trajectory":
-        return reports.write(folder, "trajectory", trajectories.load(folder, about))
+        return reports.write(folder, "trajectory", load_trajectory(folder, about))
     return reports.write(folder, "analyze", load(folder))

@@ -1,5 +1,5 @@
-"""Factorisations of source matrices on disk, found again by the content of the matrix: a run with one more checkpoint, or
-one that goes on after a kill, does not make them twice."""
+"""Factorisations of base matrices on disk, keyed by the content of the matrix: a run with one more checkpoint, or a
+resumed run, does not compute them again."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from safetensors.torch import load, save
 from opdkernels.files import write_atomically
 from opdkernels.spectral.exact import Factor
 
-VERSION = "1"  # of how they are made
+VERSION = "1"  # of the computation
 
 
-class Factors:
-    """The folder's factorisations: one file a matrix, its name the digest of the matrix. May be deleted between runs."""
+class FactorCache:
+    """Factorisations in a folder: one file per matrix, named by the digest of the matrix. It may be deleted between
+    runs."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -26,27 +27,28 @@ class Factors:
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink()
 
-    def of(self, w: torch.Tensor, visible: bool, keep: int, make: Callable[[], Factor]) -> Factor:
-        """The factor of w [m, n], stored and contiguous, in a view, with `keep` vectors: from the folder, or made and kept there."""
-        facts = f"{VERSION} {w.dtype} {list(w.shape)} {visible} {keep}".encode()
-        digest = hashlib.blake2b(facts, digest_size=20)
+    def get(self, w: torch.Tensor, visible: bool, num_vectors: int, compute: Callable[[], Factor]) -> Factor:
+        """The factor of w [m, n], stored and contiguous, in a view: loaded, or computed and stored."""
+        description = f"{VERSION} {w.dtype} {list(w.shape)} {visible} {num_vectors}".encode()
+        digest = hashlib.blake2b(description, digest_size=20)
         digest.update(w.view(-1).view(torch.uint8).numpy().data)
         path = self.folder / f"{digest.hexdigest()}.safetensors"
         short = min(w.shape)
         try:
-            kept = load(path.read_bytes())
-            factor = Factor(kept["sigma"], kept["vectors"])
-            whole = factor.sigma.shape == (short,) and factor.vectors.shape == (short, keep)
-            if whole and torch.equal(kept["digest"], digest_of(factor)):
+            stored = load(path.read_bytes())
+            factor = Factor(stored["sigma"], stored["vectors"])
+            complete = factor.sigma.shape == (short,) and factor.vectors.shape == (short, num_vectors)
+            if complete and torch.equal(stored["digest"], digest_of(factor)):
                 return factor
-        except (OSError, KeyError, SafetensorError):  # not there, or damaged: made again
+        except (OSError, KeyError, SafetensorError):  # absent or damaged: computed again
             pass
-        factor = make()
+        factor = compute()
         write_atomically(path, save({"sigma": factor.sigma, "vectors": factor.vectors, "digest": digest_of(factor)}))
         return factor
 
 
 def digest_of(factor: Factor) -> torch.Tensor:
+    """uint8 [16]."""
     digest = hashlib.blake2b(factor.sigma.numpy().data, digest_size=16)
     digest.update(factor.vectors.numpy().data)
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)

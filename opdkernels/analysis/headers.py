@@ -1,4 +1,4 @@
-"""`inspect`: what a checkpoint holds and what analysing a pair would take, from headers alone."""
+"""`inspect`: the content of checkpoints and the cost of analysing a pair, from headers alone."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from opdkernels.checkpoint.base import Checkpoint
 from opdkernels.checkpoint.match import ITEM_BYTES, Pair, match
 from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.config import AnalyzeOptions, validate_options
-from opdkernels.errors import printable
-from opdkernels.formatting import byte_size
 
-FIXED_MEMORY_BYTES = 40 * 10**6  # tables of the kernels and of the records in flight
+FIXED_MEMORY_BYTES = 40 * 10**6  # tables of the kernels and pending records
 ASSUMED_FLOPS_S = 40e9  # fp64 matrix products of one core with AVX2
-ASSUMED_PAIRS_S = 0.5e9  # coordinates a second and core, a cautious figure for any instruction set with vectors
+ASSUMED_PAIRS_S = 0.5e9  # coordinates per second and core, a cautious value for any instruction set with vectors
 
 
-def duration(seconds: float) -> str:
-    """Time for people.
+def rough_duration(seconds: float) -> str:
+    """An estimated duration, two significant digits.
 
-    >>> duration(7000)
+    >>> rough_duration(7000)
     '1.9 h'
     """
     for size, unit in ((3600, "h"), (60, "min")):
@@ -31,99 +29,80 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2g} s"
 
 
-def holdings(source: Checkpoint) -> dict[str, Any]:
-    tensors = source.tensors.values()
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Path, format, sizes and dtypes of an open checkpoint."""
+    tensors = checkpoint.tensors.values()
     return {
-        "path": source.path,
-        "kind": source.kind,
-        "files": len(source.files),
-        "bytes": sum(fact.bytes for fact in source.files),
-        "tensors": len(source.tensors),
-        "parameters": sum(t.numel for t in tensors if t.name not in source.aliases),
-        "dtypes": dict(Counter(t.dtype for t in tensors)),
-        "missing": sorted(source.missing),
+        "path": checkpoint.path,
+        "kind": checkpoint.kind,
+        "files": len(checkpoint.files),
+        "bytes": sum(file.bytes for file in checkpoint.files),
+        "tensors": len(checkpoint.tensors),
+        "parameters": sum(tensor.numel for tensor in tensors if tensor.name not in checkpoint.aliases),
+        "dtypes": dict(Counter(tensor.dtype for tensor in tensors)),
+        "missing": sorted(checkpoint.missing),
     }
 
 
 def inspect(a: str, b: str | None = None, *, memory: str | int = "4GB", **options: Any) -> dict[str, Any]:
-    """Formats, dtypes and sizes of one checkpoint; of two also what matches, what does not, and the planned bytes, memory
-    and time of `analyze`. Reads headers only. Raises InputError as `analyze` would."""
-    chosen = validate_options(AnalyzeOptions, {"memory": memory, **options})
-    assert isinstance(chosen, AnalyzeOptions)
+    """Inspects one checkpoint, or a pair of checkpoints, reading headers only.
+
+    Args:
+        a: A folder, a file or a hub id.
+        b: A second checkpoint to match with the first.
+        memory: As in `analyze`, for the plan.
+        **options: Further fields of `opdkernels.config.AnalyzeOptions`.
+
+    Returns:
+        Format, dtypes and sizes of "a" (and "b"); for a pair also what matches, what does not, and under "plan" the
+        bytes, memory and time that `analyze` would take.
+
+    Raises:
+        InputError: A checkpoint cannot be read.
+        UsageError: An option is invalid.
+    """
+    analyze_options = validate_options(AnalyzeOptions, {"memory": memory, **options})
+    assert isinstance(analyze_options, AnalyzeOptions)
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(contextlib.closing(open_checkpoint(a, **chosen.open_kwargs)))
-        found: dict[str, Any] = {"a": holdings(first)}
+        first = stack.enter_context(contextlib.closing(open_checkpoint(a, **analyze_options.open_kwargs)))
+        content: dict[str, Any] = {"a": describe_checkpoint(first)}
         if b is None:
-            return found
-        second = stack.enter_context(contextlib.closing(open_checkpoint(b, **chosen.open_kwargs)))
-        found["b"] = holdings(second)
-        pair = match(first, second)
-        coordinates = sum(m.numel for m in pair.matches)
-        largest = max(
-            (m.numel * (ITEM_BYTES[m.base.dtype] + ITEM_BYTES[m.trained.dtype]) for m in pair.matches), default=0
-        )
-        found |= {
-            "matched": len(pair.matches),
-            "how": dict(Counter(m.match_kind for m in pair.matches)),
-            "coordinates": coordinates,
-            "unmatched": [vars(u) | {"shape": list(u.shape)} for u in pair.unmatched],
-            "excluded": [u.name for u in pair.unmatched if u.kind in ("shape", "shard")],
-            "tied": pair.tied,
-            "notes": pair.notes,
-            "plan": {
-                "bytes": pair.nbytes,
-                "memory_bytes": FIXED_MEMORY_BYTES + min(largest, chosen.memory // 2),
-                "seconds_one_core": round(coordinates / ASSUMED_PAIRS_S, 2),
-                "spectra": plan_spectra(pair, chosen),
-            },
-        }
-        return found
+            return content
+        second = stack.enter_context(contextlib.closing(open_checkpoint(b, **analyze_options.open_kwargs)))
+        content["b"] = describe_checkpoint(second)
+        return content | describe_match(match(first, second), analyze_options)
 
 
-def plan_spectra(pair: Pair, chosen: AnalyzeOptions) -> dict[str, Any]:
-    """What exact spectra take: floating-point operations, time on one core, memory of the largest matrix, and how many
-    matrices need more memory than is allowed."""
-    wanted = [(matrix, len(views_of(matrix.match, chosen.paper_csv))) for matrix in matrices(pair)]
-    flops = sum(matrix.cost * views for matrix, views in wanted)
+def describe_match(pair: Pair, options: AnalyzeOptions) -> dict[str, Any]:
+    """What matches, what does not, and the planned cost of `analyze`."""
+    coordinates = sum(match.numel for match in pair.matches)
+    sizes = (match.numel * (ITEM_BYTES[match.base.dtype] + ITEM_BYTES[match.trained.dtype]) for match in pair.matches)
     return {
-        "matrices": len(wanted),
-        "flops": flops,
-        "seconds_one_core": round(flops / ASSUMED_FLOPS_S, 1),
-        "memory_bytes": max((matrix.memory for matrix, _ in wanted), default=0),
-        "beyond_memory": sum(matrix.memory > chosen.memory for matrix, _ in wanted),
+        "matched": len(pair.matches),
+        "how": dict(Counter(match.match_kind for match in pair.matches)),
+        "coordinates": coordinates,
+        "unmatched": [vars(tensor) | {"shape": list(tensor.shape)} for tensor in pair.unmatched],
+        "excluded": [tensor.name for tensor in pair.unmatched if tensor.kind in ("shape", "shard")],
+        "tied": pair.tied,
+        "notes": pair.notes,
+        "plan": {
+            "bytes": pair.nbytes,
+            "memory_bytes": FIXED_MEMORY_BYTES + min(max(sizes, default=0), options.memory // 2),
+            "seconds_one_core": round(coordinates / ASSUMED_PAIRS_S, 2),
+            "spectra": plan_spectra(pair, options),
+        },
     }
 
 
-def format_text(found: dict[str, Any]) -> list[str]:
-    """The same for people."""
-    text = []
-    for side in ("a", "b"):
-        if side in found:
-            one = found[side]
-            dtypes = ", ".join(f"{count} {dtype}" for dtype, count in one["dtypes"].items())
-            text.append(f"{printable(one['path'])}: {one['kind']}, {one['files']} files, {byte_size(one['bytes'])}")
-            text.append(f"  {one['tensors']} tensors ({dtypes}), {one['parameters']:,} parameters")
-    if "plan" in found:
-        how = ", ".join(f"{count} {way}" for way, count in found["how"].items())
-        text.append(f"matched: {found['matched']} tensors ({how}), {found['coordinates']:,} coordinates")
-        text += [
-            f"not compared: {printable(u['name'])} ({u['side']}): {printable(u['reason'])}" for u in found["unmatched"]
-        ]
-        text += [f"tied, counted once: {printable(name)}" for name in found["tied"]]
-        text += [f"note: {printable(note)}" for note in found["notes"]]
-        plan = found["plan"]
-        text.append(
-            f"analyze would read {byte_size(plan['bytes'])}, hold up to {byte_size(plan['memory_bytes'])} beyond torch itself, "
-            f"and take about {plan['seconds_one_core']:g} s on one core once the files are in memory"
-        )
-        spectra = plan["spectra"]
-        if spectra["matrices"]:
-            text.append(
-                f"spectra of {spectra['matrices']} matrices: about {duration(spectra['seconds_one_core'])} more on one core "
-                f"({spectra['flops']:.2g} operations), {byte_size(spectra['memory_bytes'])} for the largest; --spectra off leaves them out"
-            )
-        if spectra["beyond_memory"]:
-            text.append(
-                f"{spectra['beyond_memory']} matrices need more than the memory allowed; raise --memory, or take --spectra topk"
-            )
-    return text
+def plan_spectra(pair: Pair, options: AnalyzeOptions) -> dict[str, Any]:
+    """The cost of exact spectra: floating-point operations, seconds on one core, bytes of the largest matrix, and how
+    many matrices need more memory than is allowed."""
+    planned = [(matrix, len(views_of(matrix.match, options.paper_csv))) for matrix in matrices(pair)]
+    flops = sum(matrix.cost * views for matrix, views in planned)
+    return {
+        "matrices": len(planned),
+        "flops": flops,
+        "seconds_one_core": round(flops / ASSUMED_FLOPS_S, 1),
+        "memory_bytes": max((matrix.memory for matrix, _ in planned), default=0),
+        "beyond_memory": sum(matrix.memory > options.memory for matrix, _ in planned),
+    }

@@ -48,8 +48,8 @@ class Matrix:
 
 
 def cost(m: int, n: int) -> float:
-    """Floating-point operations of the exact spectra of one matrix: two Gram halves and a whole, three eigenproblems, the
-    principal masks; and what the passes over coordinates take, in the same coin."""
+    """Floating-point operations of the exact spectra of one matrix: two Gram halves and a whole, three eigenproblems,
+    the principal masks; and what the passes over coordinates take, in the same coin."""
     short = min(m, n)
     return m * n * (5.3 * short + 900) + 26 * short**3
 
@@ -73,6 +73,7 @@ def matrices(pair: Pair) -> Iterator[Matrix]:
 
 
 def views_of(match: Match, both: bool) -> tuple[str, ...]:
-    """The views of which spectra are made. In a bf16 pair both have one W and one W', and delta differs by its rounding alone."""
+    """The views of which spectra are made. In a bf16 pair both have one W and one W', and delta differs by its
+    rounding alone."""
     bf16 = match.base.dtype == match.trained.dtype == "bf16"
     return ("stored", "visible") if both or not bf16 else ("stored",)

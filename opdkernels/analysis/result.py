@@ -6,12 +6,14 @@ import html
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from opdkernels.analysis.frames import format_path, to_pandas
 from opdkernels.errors import InputError, printable
+from opdkernels.formatting import percent
 from opdkernels.metrics import geometry as geometry_of
 from opdkernels.metrics import groups as tables
 from opdkernels.metrics.spectra import FINAL, SpectrumRecord, open_spectra
@@ -19,13 +21,24 @@ from opdkernels.metrics.tallies import TallyRecord, open_tallies
 from opdkernels.ops.delta import Tally
 from opdkernels.runs.run_dir import as_input_error, load_finished
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-@dataclass
+
+@dataclass(repr=False)
 class Analysis:
     """What changed between two checkpoints.
 
-    `tensors`: one row a tensor and view; `groups`: one a group and view; `summary`: the whole model; `run`: when, where,
-    with what; `spectra` and `geometry`: one a matrix and view, None where they are off. Columns and keys: docs/outputs.md.
+    Attributes:
+        tensors: One row per tensor and view; columns in docs/outputs.md.
+        groups: One row per group and view.
+        summary: The whole model; its form is `opdkernels.analysis.summary.Summary`.
+        run: The content of run.json: when, where and with which options.
+        records: The tally of each tensor.
+        path: The run directory, or None.
+        spectra: One row per matrix and view; None if spectra are off.
+        geometry: One row per matrix and view; None if spectra are off.
+        spectrum_records: The spectra of each matrix.
     """
 
     tensors: pa.Table
@@ -40,24 +53,47 @@ class Analysis:
 
     @property
     def exit_status(self) -> int:
-        """0, or 3 where tensors were excluded, failed or hold non-finite coordinates."""
+        """0, or 3 if tensors were excluded, failed or contain non-finite coordinates, or a matrix has no spectra."""
         summary = self.summary
         return 3 if summary["excluded"] or summary["failed"] or summary["nonfinite"] or self.uncomputed else 0
 
     @property
     def uncomputed(self) -> list[SpectrumRecord]:
-        """Matrices whose spectra could not be had, for want of memory or after an error."""
-        return [r for r in self.spectrum_records if r.reason and not r.reason.startswith(FINAL)]
+        """Matrices without spectra because of too little memory or an error."""
+        return [record for record in self.spectrum_records if record.reason and not record.reason.startswith(FINAL)]
+
+    def to_pandas(self, table: Literal["tensors", "groups", "spectra", "geometry"] = "tensors") -> pd.DataFrame:
+        """One of the tables as a DataFrame.
+
+        Raises:
+            ImportError: pandas is not installed.
+            ValueError: The run has no such table.
+        """
+        if (content := getattr(self, table)) is None:
+            raise ValueError(f"this analysis has no table {table!r}; run it with spectra='exact' or 'topk'")
+        return to_pandas(content)
+
+    def __repr__(self) -> str:
+        summary = self.summary
+        unchanged = {view: metrics["frac_zero"] for view, metrics in summary["views"].items()}
+        changed = [f"{view} {percent(None if x is None else 1 - x)}" for view, x in unchanged.items()]
+        return (
+            f"Analysis(base={summary['source']!r}, trained={summary['trained']!r}, "
+            f"tensors={summary['matched']['tensors']}, parameters={summary['matched']['parameters']:,}, "
+            f"changed: {', '.join(changed) or 'no tensors'}, path={format_path(self.path)})"
+        )
 
     def add_spectra(self, records: list[SpectrumRecord]) -> None:
-        """Completes tables and summary with the spectra of the matrices."""
-        self.spectrum_records = sorted(records, key=lambda r: r.key)
-        spectra, geometry = geometry_of.tables(self.spectrum_records, {r.index: r.name for r in self.records})
+        """Adds the tables and the summary of the spectra."""
+        self.spectrum_records = sorted(records, key=lambda record: record.key)
+        spectra, geometry = geometry_of.tables(
+            self.spectrum_records, {record.index: record.name for record in self.records}
+        )
         self.spectra, self.geometry = tables.rows_to_arrow(spectra), tables.rows_to_arrow(geometry)
         self.summary["spectra"] = geometry_of.summarise(spectra, geometry)
 
     def tally(self, name: str) -> Tally:
-        """The tally of one tensor, by its name in the source. Raises KeyError where there is none."""
+        """The tally of one tensor, by its name in the base. Raises KeyError if there is none."""
         for record in self.records:
             if record.name == name and record.tally is not None:
                 return record.tally.dense()
@@ -89,25 +125,31 @@ class Analysis:
 
 
 def load(path: str | Path) -> Analysis:
-    """The finished `analyze` run in a folder. Raises InputError where there is none."""
+    """Loads the finished `analyze` run in a folder.
+
+    Args:
+        path: The run directory.
+
+    Raises:
+        InputError: The folder contains no finished `analyze` run, or is damaged.
+    """
     folder = Path(path)
     run = load_finished(folder)
     if run["command"] != "analyze":
         raise InputError(f"{printable(str(folder))} holds a run of {run['command']}; give the folder of an analyze run")
-    records, spectra = open_tallies(folder / "tallies"), open_spectra(folder / "spectra")
+    tallies, spectra = open_tallies(folder / "tallies").records, open_spectra(folder / "spectra").records
     with as_input_error(folder):
-        of_matrices = (
-            pq.read_table(path) if (path := folder / f"{name}.parquet").exists() else None
+        tables = {
+            name: pq.read_table(file) if (file := folder / f"{name}.parquet").exists() else None
             for name in ("spectra", "geometry")
-        )
+        }
         return Analysis(
             pq.read_table(folder / "tensors.parquet"),
             pq.read_table(folder / "groups.parquet"),
             json.loads((folder / "summary.json").read_text()),
             run,
-            [records.records[i] for i in sorted(records.records)],
+            [tallies[index] for index in sorted(tallies)],
             folder,
-            next(of_matrices),
-            next(of_matrices),
-            [spectra.records[key] for key in sorted(spectra.records)],
+            **tables,
+            spectrum_records=[spectra[key] for key in sorted(spectra)],
         )

@@ -1,77 +1,210 @@
-"""A finished run in a few lines, for the terminal."""
+"""Results as lines of text for the terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from opdkernels.analysis.headers import rough_duration
+from opdkernels.analysis.overlap import Overlaps
 from opdkernels.analysis.result import Analysis
+from opdkernels.analysis.trajectory import Trajectory
+from opdkernels.analysis.trajectory_tables import mean
 from opdkernels.errors import printable
 from opdkernels.formatting import byte_size, measure, percent, times
+from opdkernels.metrics.coordinates import VIEWS
+from opdkernels.metrics.trajectory import SIMILARITY
 
-MOST_LISTED = 10
+MAX_LISTED = 10
 
 
-def spectral(spectra: dict[str, Any] | None) -> list[str]:
-    """Medians over matrices, and what chance would show."""
+def format_analysis(result: Analysis) -> list[str]:
+    """Both views in columns, what is expected from bf16 rounding alone, and what was left out."""
+    summary, names = result.summary, {record.index: record.name for record in result.records}
+    matched = summary["matched"]
+    text = [f"{matched['tensors']} tensors, {matched['parameters']:,} parameters"]
+    if summary["views"]:
+        text += ["identical: every coordinate has the same bits"] if summary["identical"] else format_views(summary)
+    text += format_spectra(summary.get("spectra"))
+    for title, items in (
+        ("excluded", [f"{tensor['name']} ({tensor['side']}): {tensor['reason']}" for tensor in summary["excluded"]]),
+        (
+            "not in both",
+            [f"{tensor['name']} ({tensor['side']}): {tensor['reason']}" for tensor in summary["unmatched"]],
+        ),
+        ("failed", [f"{tensor['name']}: {tensor['reason']}" for tensor in summary["failed"]]),
+        ("without spectra", [f"{names[record.index]}: {record.reason}" for record in result.uncomputed]),
+        ("NaN or Inf", [nonfinite_line(tensor) for tensor in summary["nonfinite"]]),
+        ("note", summary["notes"]),
+    ):
+        text += [f"{title}: {printable(item)}" for item in items[:MAX_LISTED]]
+        if len(items) > MAX_LISTED:
+            text.append(f"{title}: {len(items) - MAX_LISTED} more in summary.json")
+    if result.path is not None:
+        num_bytes = sum(file["bytes"] for checkpoint in result.run["inputs"].values() for file in checkpoint["files"])
+        text.append(f"{byte_size(num_bytes)} in {result.run['seconds']:.2f} s; {written_to(result)}")
+    return text
+
+
+def format_views(summary: dict[str, Any]) -> list[str]:
+    """The main metrics of the whole model in the stored and the visible view."""
+    stored, visible = summary["views"]["stored"], summary["views"]["visible"]
+    bit_equal = percent(stored["bit_equal"] / max(1, stored["numel"]))
+    text = [
+        f"{stored['bit_equal_tensors']} of {stored['tensors']} tensors are bit-identical, "
+        f"and {bit_equal} of the coordinates",
+        f"{'':34}{'stored':>12}{'visible':>12}   (visible: both rounded to bf16)",
+    ]
+    for label, key in (
+        ("unchanged", "frac_zero"),
+        ("|delta| <= 1e-5", "frac_le_1e-5"),
+        ("relative norm", "relative_norm"),
+        ("energy of the top 1 %", "top_energy_1pct"),
+        ("near-zero coverage at 10 %", "near_zero_coverage_10pct"),
+    ):
+        text.append(f"{label:34}{percent(stored[key]):>12}{percent(visible[key]):>12}")
+    kinds = ", ".join(f"{kind} in {count}" for kind, count in summary["null_kinds"].items())
+    changed, coverage = visible["changed_over_null"], visible["near_zero_coverage_10pct_over_null"]
+    return [
+        *text,
+        f"{'changed, over rounding alone':34}{'':>12}{times(changed):>12}   (nearest null: {kinds} tensors)",
+        f"{'near-zero coverage, the same':34}{'':>12}{times(coverage):>12}",
+    ]
+
+
+def format_spectra(spectra: dict[str, Any] | None) -> list[str]:
+    """Medians over matrices, and their chance levels."""
     if not spectra or not spectra["metrics"]:
         return []
-    metrics = {name: centre["median"] for name, centre in spectra["metrics"].items()}
-    rows = [
-        ("stable rank, and of a random update", "stable_rank", measure, metrics["stable_rank_null"]),
-        ("energy of the 16 top directions", "energy_16", percent, metrics["energy_16_null"]),
-        ("energy within the top tenths of W", "projection_10pct", percent, metrics.get("projection_10pct_chance")),
+    medians = {name: centre["median"] for name, centre in spectra["metrics"].items()}
+    rows: list[tuple[str, str, Callable[[float | None], str], float | None]] = [
+        ("stable rank, and of a random update", "stable_rank", measure, medians["stable_rank_null"]),
+        ("energy of the 16 top directions", "energy_16", percent, medians["energy_16_null"]),
+        ("energy within the top tenths of W", "projection_10pct", percent, medians.get("projection_10pct_chance")),
         ("principal coverage at 10 %", "principal_coverage_10pct", percent, 0.1),
     ]
     known = spectra["matrices"] - sum(spectra["without"].values())
-    text = [f"{f'median over {known} matrices':34}{'stored':>12}{'by chance':>12}"]
-    return text + [
-        f"{label:34}{show(metrics[key]):>12}{show(chance):>12}" for label, key, show, chance in rows if key in metrics
+    return [
+        f"{f'median over {known} matrices':34}{'stored':>12}{'by chance':>12}",
+        *(
+            f"{label:34}{show(medians[key]):>12}{show(chance):>12}"
+            for label, key, show, chance in rows
+            if key in medians
+        ),
     ]
 
 
-def format_text(result: Analysis) -> list[str]:
-    """Both views side by side, what rounding alone would show, and what was left out."""
-    summary, views = result.summary, result.summary["views"]
-    names = {record.index: record.name for record in result.records}
-    matched = summary["matched"]
-    text = [f"{matched['tensors']} tensors, {matched['parameters']:,} parameters"]
-    if views:
-        stored, visible = views["stored"], views["visible"]
-        if summary["identical"]:
-            text.append("identical: every coordinate has the same bits")
-        else:
-            text.append(
-                f"{stored['bit_equal_tensors']} of {stored['tensors']} tensors are bit-identical, and {percent(stored['bit_equal'] / max(1, stored['numel']))} of the coordinates"
-            )
-            text.append(f"{'':34}{'stored':>12}{'visible':>12}   (visible: both rounded to bf16)")
-            for label, key, show in (
-                ("unchanged", "frac_zero", percent),
-                ("|delta| <= 1e-5", "frac_le_1e-5", percent),
-                ("relative norm", "relative_norm", percent),
-                ("energy of the top 1 %", "top_energy_1pct", percent),
-                ("near-zero coverage at 10 %", "near_zero_coverage_10pct", percent),
-            ):
-                text.append(f"{label:34}{show(stored[key]):>12}{show(visible[key]):>12}")
-            kinds = ", ".join(f"{kind} in {count}" for kind, count in summary["null_kinds"].items())
-            text.append(
-                f"{'changed, over rounding alone':34}{'':>12}{times(visible['changed_over_null']):>12}   (nearest null: {kinds} tensors)"
-            )
-            text.append(
-                f"{'near-zero coverage, the same':34}{'':>12}{times(visible['near_zero_coverage_10pct_over_null']):>12}"
-            )
-    text += spectral(summary.get("spectra"))
-    for title, items in (
-        ("excluded", [f"{u['name']} ({u['side']}): {u['reason']}" for u in summary["excluded"]]),
-        ("not in both", [f"{u['name']} ({u['side']}): {u['reason']}" for u in summary["unmatched"]]),
-        ("failed", [f"{f['name']}: {f['reason']}" for f in summary["failed"]]),
-        ("without spectra", [f"{names[r.index]}: {r.reason}" for r in result.uncomputed]),
-        ("NaN or Inf", [f"{f['name']}: {f['coordinates']} coordinates left out" for f in summary["nonfinite"]]),
-        ("note", summary["notes"]),
-    ):
-        text += [f"{title}: {printable(item)}" for item in items[:MOST_LISTED]]
-        if len(items) > MOST_LISTED:
-            text.append(f"{title}: {len(items) - MOST_LISTED} more in summary.json")
-    if result.path is not None:
-        size = sum(fact["bytes"] for side in result.run["inputs"].values() for fact in side["files"])
-        text.append(f"{byte_size(size)} in {result.run['seconds']:.2f} s; written to {printable(str(result.path))}")
+def format_overlap(result: Overlaps) -> list[str]:
+    """One line per pair of runs, and what was left out."""
+    summary = result.summary
+    numel = summary["coordinates"]
+    text = [f"run {name}: {printable(path)}" for name, path in summary["runs"].items()]
+    text.append(f"{summary['tensors']} tensors, {numel:,} coordinates; changed: visible |delta| > {summary['atol']:g}")
+    text.append(f"{'runs':6}{'changed':>18}{'coverage':>20}{'Jaccard':>9}{'over uniform':>14}{'over |W|':>10}{'z':>10}")
+    for pair in summary["pairs"]:
+        densities = " ".join(percent(pair[name] / numel if numel else None) for name in ("changed_a", "changed_b"))
+        coverage = f"{percent(pair['coverage_a'])} {percent(pair['coverage_b'])}"
+        text.append(
+            f"{pair['run_a']} {pair['run_b']:4}{densities:>18}{coverage:>20}{percent(pair['jaccard']):>9}"
+            f"{times(pair['over_uniform_global']):>14}{times(pair['over_magnitude']):>10}"
+            f"{measure(pair['z_magnitude']):>10}"
+        )
+        text += [
+            f"  within {stratum}s and |W|: {times(pair[f'over_{stratum}'])} chance, z {measure(pair[f'z_{stratum}'])}"
+            for stratum in ("row", "column")
+            if f"over_{stratum}" in pair
+        ]
+    text += excluded_lines(summary["excluded"])
+    text += [f"NaN or Inf: {printable(nonfinite_line(tensor))}" for tensor in summary["nonfinite"][:MAX_LISTED]]
+    return text + finished_line(result)
+
+
+def format_trajectory(result: Trajectory) -> list[str]:
+    """One line per checkpoint, and what was left out."""
+    summary = result.summary
+    text = [
+        f"base: {printable(summary['source'])}",
+        f"{'step':>8}{'unchanged':>11}{'visible':>10}{'rel. norm':>11}{'stable rank':>13}{'cosine':>9}{'Sim_16':>8}"
+        f"{'coverage':>10}{'since':>9}  checkpoint",
+    ]
+    for step in summary["steps"]:
+        stored, visible = (step["views"].get(view, {}) for view in VIEWS)
+        similarity = mean([stored.get(name) for name in SIMILARITY])
+        text.append(
+            f"{step['step']:8}{percent(stored.get('frac_zero')):>11}{percent(visible.get('frac_zero')):>10}"
+            f"{percent(stored.get('relative_norm')):>11}{measure(stored.get('stable_rank')):>13}"
+            f"{measure(stored.get('cosine_final')):>9}{measure(similarity):>8}"
+            f"{percent(visible.get('recall_vs_final')):>10}{percent(visible.get('frac_changed_since_previous')):>9}"
+            f"  {printable(step['path'])}"
+        )
+    text += [
+        "unchanged: in the stored and in the visible view; cosine, Sim_16 (mean of left and right) and coverage "
+        f"(of what the last checkpoint changed by more than {summary['atol']:g}): with the last checkpoint;",
+        "since: fraction of coordinates that visibly changed since the previous checkpoint",
+    ]
+    text += [f"note: {note}" for note in summary["notes"]]
+    text += excluded_lines(summary["excluded"])
+    text += [
+        f"step {step['step']}: tensors were excluded, failed or contain NaN or Inf; see its own report"
+        for step in summary["steps"]
+        if step["exit_status"]
+    ]
+    return text + finished_line(result)
+
+
+def format_inspection(content: dict[str, Any]) -> list[str]:
+    """What `inspect` returns."""
+    text = []
+    for side in ("a", "b"):
+        if side in content:
+            checkpoint = content[side]
+            dtypes = ", ".join(f"{count} {dtype}" for dtype, count in checkpoint["dtypes"].items())
+            size = f"{checkpoint['files']} files, {byte_size(checkpoint['bytes'])}"
+            text.append(f"{printable(checkpoint['path'])}: {checkpoint['kind']}, {size}")
+            text.append(f"  {checkpoint['tensors']} tensors ({dtypes}), {checkpoint['parameters']:,} parameters")
+    return text + format_plan(content) if "plan" in content else text
+
+
+def format_plan(content: dict[str, Any]) -> list[str]:
+    """What matches between two checkpoints, and the planned cost of `analyze`."""
+    plan, spectra = content["plan"], content["plan"]["spectra"]
+    how = ", ".join(f"{count} {kind}" for kind, count in content["how"].items())
+    text = [f"matched: {content['matched']} tensors ({how}), {content['coordinates']:,} coordinates"]
+    text += [
+        f"not compared: {printable(tensor['name'])} ({tensor['side']}): {printable(tensor['reason'])}"
+        for tensor in content["unmatched"]
+    ]
+    text += [f"tied, counted once: {printable(name)}" for name in content["tied"]]
+    text += [f"note: {printable(note)}" for note in content["notes"]]
+    text.append(
+        f"analyze would read {byte_size(plan['bytes'])}, use up to {byte_size(plan['memory_bytes'])} "
+        "besides torch itself, "
+        f"and take about {plan['seconds_one_core']:g} s on one core once the files are in memory"
+    )
+    if spectra["matrices"]:
+        text.append(
+            f"spectra of {spectra['matrices']} matrices: about {rough_duration(spectra['seconds_one_core'])} "
+            f"more on one core ({spectra['flops']:.2g} operations), {byte_size(spectra['memory_bytes'])} for the largest; "
+            "--spectra off omits them"
+        )
+    if spectra["beyond_memory"]:
+        text.append(
+            f"{spectra['beyond_memory']} matrices need more memory than allowed; raise --memory, or pass --spectra topk"
+        )
     return text
+
+
+def nonfinite_line(tensor: dict[str, Any]) -> str:
+    return f"{tensor['name']}: {tensor['coordinates']} coordinates left out"
+
+
+def excluded_lines(excluded: Sequence[dict[str, str]]) -> list[str]:
+    return [f"excluded: {printable(tensor['name'])}: {printable(tensor['reason'])}" for tensor in excluded[:MAX_LISTED]]
+
+
+def finished_line(result: Overlaps | Trajectory) -> list[str]:
+    return [] if result.path is None else [f"{result.run['seconds']:.2f} s; {written_to(result)}"]
+
+
+def written_to(result: Analysis | Overlaps | Trajectory) -> str:
+    return f"written to {printable(str(result.path))}"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+from collections.abc import Callable
 
 import torch
 
 from opdkernels.errors import InputError, printable
 
 REMEDY = "or omit --device"
+CPU = torch.device("cpu")
+gpu_lock = threading.Lock()
 
 
 def resolve_device(name: str) -> torch.device:
@@ -53,3 +58,28 @@ def local_rank() -> int:
     """LOCAL_RANK of this process; 0 if it is not set."""
     rank = os.environ.get("LOCAL_RANK", "0")
     return int(rank) if rank.isdecimal() else 0
+
+
+def probed_device(name: str, probe: Callable[[torch.device], None]) -> torch.device:
+    """The device that a name means, after `probe` has run a kernel on it. Raises InputError if the device is not available
+    or the kernel fails."""
+    device = resolve_device(name)
+    try:
+        probe(device)
+    except (RuntimeError, ImportError, OSError) as error:
+        reason = printable(str(error).splitlines()[0])
+        raise InputError(
+            f"--device {name}: {reason}; `opdkernels doctor` lists the kernels of this machine, {REMEDY}"
+        ) from error
+    return device
+
+
+def device_lock(device: torch.device) -> contextlib.AbstractContextManager:
+    """A lock for work that fills a GPU, so that threads use it one at a time; no lock on the CPU."""
+    return contextlib.nullcontext() if device.type == "cpu" else gpu_lock
+
+
+def empty_cache(device: torch.device) -> None:
+    """Returns the allocator's unused blocks to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -27,10 +27,11 @@ def inspect(
 
     Example: opdkernels inspect Qwen2.5-0.5B my-run/step-200
     """
-    from opdkernels.analysis.headers import format_text, inspect
+    from opdkernels.analysis.headers import inspect
+    from opdkernels.analysis.text import format_inspection
 
     result = inspect(base, trained, **options)
-    emit(result, format_text(result), as_json=json)
+    emit(result, format_inspection(result), as_json=json)
     raise typer.Exit(ExitStatus.PARTIAL if result.get("excluded") else ExitStatus.DONE)
 
 
@@ -48,13 +49,13 @@ def analyze(
 
     Example: opdkernels analyze Qwen2.5-0.5B my-run/step-200 -o out
     """
-    from opdkernels.analysis.text import format_text
+    from opdkernels.analysis.text import format_analysis
     from opdkernels.api import analyze
     from opdkernels.progress import reporting
 
     with reporting(quiet) as progress:
         result = analyze(base, trained, out, progress=progress, **options)
-    emit(result.summary, format_text(result), as_json=json, quiet=quiet)
+    emit(result.summary, format_analysis(result), as_json=json, quiet=quiet)
     raise typer.Exit(result.exit_status)
 
 
@@ -78,13 +79,13 @@ def overlap(
 
     Example: opdkernels overlap Qwen2.5-0.5B opd-run rl-run -o out --strata row,column
     """
-    from opdkernels.analysis.overlap import format_text
+    from opdkernels.analysis.text import format_overlap
     from opdkernels.api import overlap
     from opdkernels.progress import reporting
 
     with reporting(quiet) as progress:
         result = overlap(base, *runs, out=out, progress=progress, **options)
-    emit(result.summary, format_text(result), as_json=json, quiet=quiet)
+    emit(result.summary, format_overlap(result), as_json=json, quiet=quiet)
     raise typer.Exit(result.exit_status)
 
 
@@ -112,13 +113,13 @@ def trajectory(
 
     Example: opdkernels trajectory Qwen2.5-0.5B my-run/checkpoint-* -o out
     """
-    from opdkernels.analysis.trajectory import format_text
+    from opdkernels.analysis.text import format_trajectory
     from opdkernels.api import trajectory
     from opdkernels.progress import reporting
 
     with reporting(quiet) as progress:
         result = trajectory(base, *checkpoints, out=out, progress=progress, **options)
-    emit(result.summary, format_text(result), as_json=json, quiet=quiet)
+    emit(result.summary, format_trajectory(result), as_json=json, quiet=quiet)
     raise typer.Exit(result.exit_status)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opdkernels.analysis.run import analyze
+from opdkernels.analysis.analyze import run_analyze
 from opdkernels.config import AnalyzeOptions, validate_options
 from opdkernels.distillation.jsonl import finite, read_rows
 from opdkernels.distillation.loop import evaluate_checkpoint, train
@@ -368,4 +368,4 @@ def expected_from_rounding(run: Path, reference_run: Path) -> float | None:
 def compare(base: Path, trained: Path) -> dict[str, Any]:
     """The summary of what changed between two checkpoints, by view."""
     options = validate_options(AnalyzeOptions, {"spectra": "off"})
-    return analyze(base, trained, None, options, lambda done, total, name: None).summary["views"]
+    return run_analyze(base, trained, None, options, lambda done, total, name: None).summary["views"]

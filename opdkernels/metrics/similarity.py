@@ -46,7 +46,7 @@ def similar(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.T @ b).square().sum()) / a.shape[1]
 
 
-def to_the_last(tops: Sequence[Vectors | None]) -> tuple[np.ndarray, np.ndarray]:
+def similarity_to_last(tops: Sequence[Vectors | None]) -> tuple[np.ndarray, np.ndarray]:
     """Sim_K of each to the last, left and right."""
     last = tops[-1]
     sides = [[similar(top[side], last[side]) if top and last else float("nan") for top in tops] for side in (0, 1)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from opdkernels.analysis.trajectory import Trajectory, mean
+from opdkernels.analysis.trajectory import Trajectory
+from opdkernels.analysis.trajectory_tables import mean
 from opdkernels.errors import printable
 from opdkernels.metrics.similarity import TOP
 from opdkernels.metrics.trajectory import SIMILARITY

@@ -1,7 +1,8 @@
 """Append-only storage of finished records in Arrow files, from which an interrupted run resumes.
 
-Records are written in numbered fragments of about one second of work. Each fragment is written to a temporary file, synced and
-renamed, so that a fragment is either complete or absent. Tensor names are data: no file is named after a tensor.
+Records are written in numbered fragments of about one second of work. Each fragment is written to a temporary file,
+synced and renamed, so that a fragment is either complete or absent. Tensor names are data: no file is named after a
+tensor.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ R = TypeVar("R", bound=Keyed)
 
 
 class ArrowStore(Generic[R]):
-    """The records of a run, by their `key`. With a folder they are also appended there, and loaded from there at the start.
+    """The records of a run, by their `key`. With a folder they are also appended there, and loaded from there at the
+    start.
 
-    The columns follow from the dataclass: `int`, `float` and `str` fields are plain columns; a `tuple[int, ...]` is a list;
-    an `np.ndarray` is a list of values and a list with its shape; an optional dataclass is a boolean column and the columns of
-    its fields under "name.". Integer arrays come back as int64.
+    The columns follow from the dataclass: `int`, `float` and `str` fields are plain columns; a `tuple[int, ...]` is a
+    list; an `np.ndarray` is a list of values and a list with its shape; an optional dataclass is a boolean column and
+    the columns of its fields under "name.". Integer arrays come back as int64.
 
     The name of a fragment holds its number and the digest of its content, so that damage is detected when it is loaded.
 

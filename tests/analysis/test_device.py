@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from opdkernels import InputError, UsageError, analyze
-from opdkernels.analysis import compute, run
+from opdkernels.analysis import analyze as analyze_module
+from opdkernels.analysis import matrix_spectra, tallying
+from opdkernels.analysis.matrix_spectra import SpectraConfig
 from opdkernels.backends import devices
 from opdkernels.checkpoint import streaming as feed
 from opdkernels.ops.delta import delta
@@ -94,7 +96,7 @@ def out_of_memory(beyond: int, fails: str = "", error=torch.OutOfMemoryError):
 
 def test_out_of_memory_slices_get_smaller_and_the_bits_stay(large, tmp_path, staging, monkeypatch):
     counted = out_of_memory(300_000)
-    monkeypatch.setattr(run, "delta", counted)
+    monkeypatch.setattr(tallying, "delta", counted)
     result = analyze(*large, tmp_path / "out", spectra="off")
     assert result.exit_status == 0
     assert max(counted.sizes) > 300_000
@@ -106,7 +108,7 @@ def test_out_of_memory_slices_get_smaller_and_the_bits_stay(large, tmp_path, sta
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
 def test_a_tensor_that_fails_whatever_the_slices_fails_alone(large, tmp_path, staging, monkeypatch, error):
-    monkeypatch.setattr(run, "delta", out_of_memory(1000, error=error))
+    monkeypatch.setattr(tallying, "delta", out_of_memory(1000, error=error))
     result = analyze(*large, tmp_path / "out", spectra="off")
     assert result.exit_status == 3
     assert {one["name"] for one in result.summary["failed"]} == {"layers.1.w", "layers.4.w"}
@@ -125,19 +127,20 @@ def test_gram_matrices_are_made_where_the_rules_say_and_masks_on_the_cpu(pair, m
         asked.append(source.device.type)
         raise RuntimeError("no kernel here")
 
-    monkeypatch.setattr(run, "ready", lambda name: HERE)
+    monkeypatch.setattr(analyze_module, "probe_device", lambda name: HERE)
     monkeypatch.setattr(
-        run, "Rules", lambda *arguments, **options: compute.Rules(*arguments, **{**options, "device": device})
+        analyze_module, "SpectraConfig", lambda *args, **options: SpectraConfig(*args, **{**options, "device": device})
     )
-    monkeypatch.setattr(compute, "gram", refuse)
+    monkeypatch.setattr(matrix_spectra, "gram", refuse)
     result = analyze(*pair)
     assert set(asked) == {"meta"}
     assert {record.reason for record in result.spectrum_records} == {"RuntimeError: no kernel here"}
 
 
 def test_one_matrix_at_a_time_is_on_a_gpu():
-    assert compute.turn_on(torch.device("cuda", 0)) is compute.turn_on(torch.device("cuda", 0)) is compute.device_turn
-    with compute.turn_on(HERE), compute.turn_on(HERE):
+    gpu = torch.device("cuda", 0)
+    assert devices.device_lock(gpu) is devices.device_lock(gpu) is devices.gpu_lock
+    with devices.device_lock(HERE), devices.device_lock(HERE):
         pass
 
 
@@ -201,7 +204,7 @@ def test_kernels_that_the_driver_is_too_old_for_are_bad_input_before_any_tensor(
             "delta_count_bf16 did not start on cuda:0: CUDA driver version is insufficient; update the NVIDIA driver\ndetails"
         )
 
-    monkeypatch.setattr(run, "delta", too_old)
+    monkeypatch.setattr(tallying, "delta", too_old)
     with pytest.raises(
         InputError,
         match=r"^--device cpu: delta_count_bf16 did not start .* update the NVIDIA driver; `opdkernels doctor`",

@@ -199,14 +199,14 @@ def test_non_finite_coordinates_are_counted_listed_and_left_out(tmp_path):
 
 
 def test_a_tensor_that_fails_is_recorded_and_the_rest_goes_on(pair, tmp_path, monkeypatch):
-    from opdkernels.analysis import run
+    from opdkernels.analysis import tallying
 
     def failing(source, trained, **options):
         if source.numel() == 96 * 32:
             raise MemoryError("no room")
         return delta(source, trained, **options)
 
-    monkeypatch.setattr(run, "delta", failing)
+    monkeypatch.setattr(tallying, "delta", failing)
     result = analyze(*pair, tmp_path / "out")
     assert result.exit_status == 3
     assert len(result.summary["failed"]) == 4

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from opdkernels import analyze
-from opdkernels.analysis import compute
+from opdkernels.analysis import matrix_spectra
 from opdkernels.analysis.matrices import Matrix
 from opdkernels.metrics.geometry import random_spectrum
 from tests.analysis.conftest import save, trained, weights
@@ -68,9 +68,9 @@ def oracle(w: torch.Tensor, v: torch.Tensor) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("large", [compute.LARGE, 0], ids=["fp64", "fp32 blocks"])
+@pytest.mark.parametrize("large", [matrix_spectra.LARGE, 0], ids=["fp64", "fp32 blocks"])
 def test_figures_are_those_of_fp64_svd(dtype, large, tmp_path, monkeypatch):
-    monkeypatch.setattr(compute, "LARGE", large)
+    monkeypatch.setattr(matrix_spectra, "LARGE", large)
     source = weights(dtype)
     after = trained(source, size=1e-4)
     result = analyze(save(tmp_path / "a", source), save(tmp_path / "b", after))
@@ -109,10 +109,10 @@ def test_threads_change_no_bit(pair):
 def test_a_run_killed_among_its_spectra_goes_on_to_the_same_bits(pair, tmp_path):
     out = tmp_path / "out"
     script = (
-        "import sys, time; from opdkernels.analysis import compute; from opdkernels.runs import store; from opdkernels import analyze\n"
-        "store.FLUSH_EVERY_S = 0; made = compute.spectrum\n"
-        "def slow(*a): time.sleep(0.1); return made(*a)\n"
-        "compute.spectrum = slow; analyze(*sys.argv[1:], threads=1)"
+        "import sys, time; from opdkernels.analysis import matrix_spectra; from opdkernels.runs import store; from opdkernels import analyze\n"
+        "store.FLUSH_EVERY_S = 0; compute = matrix_spectra.exact_spectrum\n"
+        "def slow(*a): time.sleep(0.1); return compute(*a)\n"
+        "matrix_spectra.exact_spectrum = slow; analyze(*sys.argv[1:], threads=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", script, *pair, str(out)])
     deadline = time.monotonic() + 60
@@ -286,7 +286,7 @@ def test_a_random_update_has_the_figures_of_its_null_and_a_low_rank_one_has_not(
 
 def test_odd_pairs_end_as_they_should(tmp_path):
     """No matrix at all, nothing changed, one column, rank two, the ends of the range: a page and a summary each."""
-    from opdkernels.analysis.text import format_text
+    from opdkernels.analysis.text import format_analysis
     from opdkernels.report import render
 
     generator = torch.Generator().manual_seed(0)
@@ -317,5 +317,5 @@ def test_odd_pairs_end_as_they_should(tmp_path):
             result = analyze(*paths, spectra=spectra, paper_csv=False)
             found = {row["reason"] for row in rows(result.spectra) if row["view"] == "stored"}
             assert (name, result.exit_status, found) == (name, status, reasons)
-            assert format_text(result)
+            assert format_analysis(result)
             assert "<h1" in render(result)

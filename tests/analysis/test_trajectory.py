@@ -16,8 +16,8 @@ import torch
 
 import opdkernels
 from opdkernels import InputError, UsageError, analyze, trajectory
-from opdkernels.analysis import compute
-from opdkernels.analysis import trajectory as trajectories
+from opdkernels.analysis import matrix_spectra
+from opdkernels.analysis.trajectory import sort_by_step
 from opdkernels.runs import store
 from tests.analysis.conftest import save, weights
 
@@ -134,13 +134,15 @@ def test_every_checkpoint_has_what_analyze_gives(run, tmp_path):
 
 def test_one_more_checkpoint_goes_on_and_factors_nothing_twice(run, tmp_path, monkeypatch):
     base, checkpoints = run
-    made = []
-    real = compute.factor_of
+    factored_names = []
+    factor_of = matrix_spectra.factor_of
     monkeypatch.setattr(
-        compute, "factor_of", lambda matrix, *rest: made.append(matrix.match.name) or real(matrix, *rest)
+        matrix_spectra,
+        "factor_of",
+        lambda matrix, *rest: factored_names.append(matrix.match.name) or factor_of(matrix, *rest),
     )
     trajectory(base, *checkpoints[:2], out=tmp_path / "out")
-    factored = len(made)
+    factored = len(factored_names)
     assert factored == sum(w.ndim == 2 for w in weights().values())  # once for both checkpoints
     kept = sorted((tmp_path / "out" / "factors").iterdir())
     before = {path: path.stat().st_mtime_ns for path in kept}
@@ -163,10 +165,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(run, tmp_path):
     base, checkpoints = run
     out = tmp_path / "out"
     script = (
-        "import sys, time; from opdkernels.analysis import compute; from opdkernels.runs import store; from opdkernels import trajectory\n"
-        "store.FLUSH_EVERY_S = 0; made = compute.spectrum\n"
-        "def slow(*a): time.sleep(0.1); return made(*a)\n"
-        "compute.spectrum = slow; trajectory(sys.argv[1], *sys.argv[3:], out=sys.argv[2], threads=1)"
+        "import sys, time; from opdkernels.analysis import matrix_spectra; from opdkernels.runs import store; from opdkernels import trajectory\n"
+        "store.FLUSH_EVERY_S = 0; compute = matrix_spectra.exact_spectrum\n"
+        "def slow(*a): time.sleep(0.1); return compute(*a)\n"
+        "matrix_spectra.exact_spectrum = slow; trajectory(sys.argv[1], *sys.argv[3:], out=sys.argv[2], threads=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", script, base, str(out), *checkpoints])
     deadline = time.monotonic() + 60
@@ -190,7 +192,7 @@ def test_more_checkpoints_than_the_kernel_takes_at_once(tmp_path):
 
 def test_order_is_that_of_the_steps_in_the_names():
     def order(*paths):
-        return trajectories.in_order(paths)[0]
+        return sort_by_step(paths)[0]
 
     assert order("r/checkpoint-1000", "r/checkpoint-200") == [(200, "r/checkpoint-200"), (1000, "r/checkpoint-1000")]
     assert order("global_step_20/actor", "global_step_5/actor") == [
@@ -210,8 +212,8 @@ def test_order_is_that_of_the_steps_in_the_names():
         (("a", "b"), "in the order given"),
         (("a/step_1", "b/step_1"), "same step"),
     ):
-        assert note in trajectories.in_order(paths)[1][0]
-    assert not trajectories.in_order(("step_1", "step_2"))[1]
+        assert note in sort_by_step(paths)[1][0]
+    assert not sort_by_step(("step_1", "step_2"))[1]
 
 
 def test_a_checkpoint_that_changed_nothing_has_null_figures(tmp_path):

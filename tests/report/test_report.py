@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from opdkernels import report
-from opdkernels.analysis import run
+from opdkernels.analysis.analyze import run_analyze
 from opdkernels.analysis.result import Analysis, load
 from opdkernels.config import AnalyzeOptions
 from opdkernels.errors import printable
@@ -117,7 +117,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Analysis]:
         folder = tmp_path_factory.mktemp("pair")
         for side, tensors in zip(("source", "trained"), sides, strict=True):
             save_file(tensors, folder / f"{side}.safetensors")
-        found[case] = run.analyze(
+        found[case] = run_analyze(
             folder / "source.safetensors",
             folder / "trained.safetensors",
             folder / "out",
@@ -496,7 +496,7 @@ def page_with(tmp_path, spectra: str) -> str:
         save_file(tensors, tmp_path / f"{side}.safetensors")
     return report.render(
         "analyze",
-        run.analyze(
+        run_analyze(
             tmp_path / "source.safetensors",
             tmp_path / "trained.safetensors",
             None,

@@ -1,0 +1,171 @@
+"""The tables and the summary of `analyze`, from the records of a pair alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from opdkernels.analysis.result import Analysis
+from opdkernels.checkpoint.match import Pair
+from opdkernels.checkpoint.names import parse_tensor_name
+from opdkernels.metrics import groups, rounding_null
+from opdkernels.metrics.coordinates import (
+    RATIOS,
+    VIEWS,
+    SparseTally,
+    compute_metrics,
+    to_bf16_bits,
+)
+from opdkernels.metrics.null_metrics import null_metrics
+from opdkernels.metrics.rounding_null import Null
+from opdkernels.metrics.tallies import TallyRecord
+from opdkernels.ops.delta.layout import HIST_DELTA_STORED, ULP_REACH
+
+CURVE = [float(f"{10 ** (k / 10):.4g}") for k in range(-90, -9)]  # 1e-9 .. 1e-1
+EXCLUDED = ("shape", "shard")  # kinds of tensors in both checkpoints that are not compared: exit status 3
+
+
+def build_analysis(pair: Pair, records: list[TallyRecord], run_info: dict[str, Any]) -> Analysis:
+    """Every metric per coordinate, from the records alone; one record per match, in order."""
+    counted = [record for record in records if record.tally is not None]
+    tallies = [record.tally for record in records if record.tally is not None]
+    nulls = fit_nulls(counted)
+    views = {view: compute_metrics(tallies, view) for view in VIEWS}
+    if counted:
+        views["visible"] |= null_metrics(views["visible"], nulls)
+    roles = [parse_tensor_name(record.name) for record in counted]
+    labels: dict[str, list] = {
+        "name": [record.name for record in counted],
+        "trained_name": [record.trained_name for record in counted],
+        "shape": [json.dumps(list(record.shape)) for record in counted],
+        "dtype_source": [record.dtype_source for record in counted],
+        "dtype_trained": [record.dtype_trained for record in counted],
+        **{key: [getattr(role, key) for role in roles] for key in ("layer", "module", "block", "tower")},
+    }
+    group_rows = groups.group_rows(labels, views)
+    summary = summarize(pair, records, group_rows, nulls)
+    tensors = groups.interleave(labels, views)
+    return Analysis(tensors, groups.rows_to_arrow(group_rows), summary, run_info, records)
+
+
+def fit_nulls(records: list[TallyRecord]) -> list[dict[str, Null]]:
+    """The null updates fitted to each counted record, by kind; a tensor without visible changes has one that expects
+    none."""
+
+    def bins(tally: SparseTally, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return tally.patterns[table > 0], table[table > 0]
+
+    none_near_zero = dict.fromkeys(RATIOS, 0.0)
+    fitted: list[dict[str, Null]] = [
+        {
+            "chosen": Null(
+                "sign",
+                0.0,
+                0.0,
+                0.0,
+                none_near_zero,
+                float(record.tally.finite) if record.tally else 0.0,
+                0,
+                np.zeros(0),
+            )
+        }
+        for record in records
+    ]
+    changed = [
+        (i, record.tally)
+        for i, record in enumerate(records)
+        if record.tally is not None and record.tally.changed("visible").any()
+    ]
+    nulls = rounding_null.fit_many(
+        [bins(tally, tally.source) for _, tally in changed],
+        [bins(tally, tally.delta) for _, tally in changed],
+        RATIOS,
+        ["grid" if records[i].dtype_source == "bf16" else "uniform" for i, _ in changed],
+    )
+    for (i, _), null in zip(changed, nulls, strict=True):
+        fitted[i] = null
+    return fitted
+
+
+def curve(records: list[TallyRecord], nulls: list[dict[str, Null]]) -> dict[str, list[float | None]]:
+    """Fraction of coordinates with |delta| <= epsilon: visible, stored (bounds) and expected from the null."""
+    visible, stored, expected = np.zeros(1 << 15), np.zeros(1 << 15), np.zeros(1 << 15)
+    for record, fitted in zip(records, nulls, strict=True):
+        tally = record.tally
+        assert tally is not None
+        visible[tally.patterns] += tally.delta
+        stored[tally.patterns] += tally.tables[HIST_DELTA_STORED]
+        chosen = fitted["chosen"]
+        expected[chosen.first : chosen.first + len(chosen.values)] += chosen.values
+        expected[0] += chosen.unchanged
+    n = visible.sum()
+    # In 32-bit steps: |delta| <= eps covers every truncated bin below that of eps, and part of that bin itself.
+    rounded = np.array([to_bf16_bits(eps) for eps in CURVE])
+    truncated = np.array([int(np.float32(eps).view(np.uint32)) >> 16 for eps in CURVE])
+
+    def cumulative(table: np.ndarray, patterns: np.ndarray) -> list[float | None]:
+        return [None if not n else float(x) for x in np.cumsum(table)[patterns] / max(n, 1)]
+
+    return {
+        "eps": list(CURVE),
+        "visible": cumulative(visible, rounded),
+        "stored_lower": cumulative(stored, np.maximum(truncated - 1, 0)),
+        "stored_upper": cumulative(stored, truncated),
+        "null": cumulative(expected, rounded),
+    }
+
+
+def summarize(
+    pair: Pair, records: list[TallyRecord], group_rows: list[dict], nulls: list[dict[str, Null]]
+) -> dict[str, Any]:
+    """The content of summary.json; its form is `opdkernels.analysis.summary.Summary`."""
+    counted = [record for record in records if record.tally is not None]
+    group_labels = ("by", "view", "tower", "block", "module", "layer")
+    views = {
+        view: {key: value for key, value in row.items() if key not in group_labels}
+        for view in VIEWS
+        for row in group_rows
+        if row["by"] == "model" and row["view"] == view
+    }
+    ulp = sum((record.tally.ulp for record in counted if record.tally), np.zeros(2 * ULP_REACH + 3, np.int64))
+    unmatched = [vars(tensor) | {"shape": list(tensor.shape)} for tensor in pair.unmatched]
+    return {
+        "schema_version": groups.TABLE_VERSION,
+        "source": pair.base.path,
+        "trained": pair.trained.path,
+        "matched": {
+            "tensors": len(records),
+            "parameters": sum(record.tally.numel for record in counted if record.tally),
+            "how": dict(Counter(record.how for record in records)),
+            "dtypes": dict(Counter(f"{record.dtype_source} → {record.dtype_trained}" for record in records)),
+        },
+        "identical": all(
+            record.tally is not None and record.tally.bit_equal == record.tally.numel for record in records
+        ),
+        "views": views,
+        "null_kinds": dict(
+            Counter(
+                null["chosen"].kind
+                for record, null in zip(counted, nulls, strict=True)
+                if record.tally and record.tally.changed("visible").any()
+            )
+        ),
+        "curve": curve(counted, nulls),
+        "ulp": {
+            "distance": [f"< -{ULP_REACH}", *(str(d) for d in range(-ULP_REACH, ULP_REACH + 1)), f"> {ULP_REACH}"],
+            "count": ulp.tolist(),
+        },
+        "excluded": [tensor for tensor in unmatched if tensor["kind"] in EXCLUDED],
+        "unmatched": [tensor for tensor in unmatched if tensor["kind"] not in EXCLUDED],
+        "tied": pair.tied,
+        "notes": pair.notes,
+        "failed": [{"name": record.name, "reason": record.failure} for record in records if record.failure],
+        "nonfinite": [
+            {"name": record.name, "coordinates": record.tally.nonfinite}
+            for record in counted
+            if record.tally and record.tally.nonfinite
+        ],
+    }
