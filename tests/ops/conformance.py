@@ -72,11 +72,13 @@ class Allocator:
         return self.alloc(shape, dtype).zero_()
 
     def put(self, tree: Any) -> Any:
-        """Copies of all tensors of nested lists; the transpose of a contiguous matrix keeps its strides."""
+        """Copies of all tensors of nested lists and dicts; the transpose of a contiguous matrix keeps its strides."""
         if isinstance(tree, torch.Tensor):
             if tree.ndim == 2 and not tree.is_contiguous():
                 return self.put(tree.T).T
             return self.alloc(tree.shape, tree.dtype).copy_(tree)
+        if isinstance(tree, dict):
+            return {name: self.put(item) for name, item in tree.items()}
         return [self.put(item) for item in tree] if isinstance(tree, (list, tuple)) else tree
 
     def check_guards(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 
 import numpy as np
@@ -22,9 +21,12 @@ from opdkernels.ops.step import (
     sgd_scalars,
 )
 from tests.conftest import ISAS
+from tests.ops.conformance import MISALIGNED, check_case, dispatched, expected_outputs, inputs_of
+from tests.ops.step.cases import FAMILY, call_steps, million, special_cases, unmoved_cases
 
 SIZES = (1, 31, 1023, 2048, 2049, 70_001)
 BETAS, EPS = (0.9, 0.999), 1e-8
+MILLION = million()
 
 
 class RightSqrt(TorchDispatchMode):
@@ -85,163 +87,6 @@ def same(a, b) -> bool:
     return all(torch.equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True))
 
 
-@contextlib.contextmanager
-def by_reference():
-    real = torch.ops.opdkernels.masked_adamw_, torch.ops.opdkernels.masked_sgd_
-    try:
-        torch.ops.opdkernels.masked_adamw_, torch.ops.opdkernels.masked_sgd_ = ops.reference_adamw, ops.reference_sgd
-        yield
-    finally:
-        torch.ops.opdkernels.masked_adamw_, torch.ops.opdkernels.masked_sgd_ = real
-
-
-REFERENCES = {"masked_adamw_": ops.reference_adamw, "masked_sgd_": ops.reference_sgd}
-
-
-def step_alike(kernels: dict, monkeypatch, make, step, moves=True) -> None:
-    """Steps two states that are made alike, one by these kernels and one by the reference: nothing differs."""
-    ours, theirs = make(), make()
-    for state, serving in ((ours, kernels), (theirs, REFERENCES)):
-        with monkeypatch.context() as patched:
-            for name, kernel in serving.items():
-                patched.setattr(torch.ops.opdkernels, name, kernel, raising=False)
-            step(state)
-    assert same(ours.copies(), theirs.copies())
-    assert same(ours.copies(), make().copies()) != moves
-
-
-def assert_extremes_alike(kernels: dict, monkeypatch, precision, dtype) -> None:
-    """Subnormal, huge, infinite and no number; payloads of what is no number may differ."""
-    values = torch.tensor(
-        [
-            0.0,
-            -0.0,
-            1e-45,
-            1e-40,
-            3e-39,
-            1.2e-38,
-            1e-30,
-            1.0,
-            1e19,
-            3e38,
-            -3.39e38,
-            float("inf"),
-            -float("inf"),
-            float("nan"),
-        ]
-    )
-    found = []
-    for serving in (kernels, REFERENCES):
-        with monkeypatch.context() as patched:
-            for operator, kernel in serving.items():
-                patched.setattr(torch.ops.opdkernels, operator, kernel, raising=False)
-            state = State((len(values) ** 2,), density=1.0, dtype=dtype, precision=precision, amsgrad=True)
-            state.params = [values.repeat_interleave(len(values)).to(dtype)]
-            for _ in range(2):
-                state.step([values.repeat(len(values))], seed=3)
-        found.append([*state.params, *state.m, *state.v, *state.most, *state.extras])
-    for a, b in zip(*found, strict=True):
-        number = torch.ones(len(a), dtype=torch.bool) if a.dtype == torch.int16 else ~a.isnan()
-        assert torch.equal(number, torch.ones(len(b), dtype=torch.bool) if b.dtype == torch.int16 else ~b.isnan())
-        assert torch.equal(bits(a)[number], bits(b)[number])
-
-
-def assert_taken_and_put_alike(take, put, sizes, dtype, places) -> None:
-    """Between sentinels and at any alignment; two times two bits of a bf16 are lost in rounding, and ties go to even."""
-    for n in sizes:
-        state = State((n,), dtype=dtype, places=places)
-        held, offsets, active = state.held[0], state.block_counts[0], state.masks[0].num_active
-        results = []
-        for taking, putting in ((take, put), (ops.reference_gather, ops.reference_scatter)):
-            values, compact = torch.full((n + 9,), 7.0, dtype=dtype), torch.full((active + 9,), 7.0)
-            values[3 : 3 + n] = state.params[0]
-            into = compact[1 : 1 + active]
-            taking(values[3 : 3 + n], held, offsets, into, False)
-            taking(values[3 : 3 + n], held, offsets, into, True)
-            results += [values.clone(), compact.clone()]
-            into += torch.arange(active) * 2.0**-10
-            putting(values[3 : 3 + n], held, offsets, into)
-            results += [values, compact]
-        assert same(results[:4], results[4:])
-
-
-class Mixed(State):
-    """Tensors of several kinds, some without an active coordinate or any coordinate at all, in no order."""
-
-    def __init__(self):
-        super().__init__((0, 3000, 700, 5000, 9, 4097, 64), density=0.3, dtype=torch.bfloat16, precision="split_master")
-        self.masks[4] = Mask.from_bool(torch.zeros(9, dtype=torch.bool))
-        for i in (1, 5):
-            self.params[i] = self.params[i].float()
-        for i, mask in enumerate(self.masks):
-            self.held[i], self.block_counts[i] = (
-                (mask.bitmap, mask.block_counts)
-                if i % 3
-                else (mask.indices.to((torch.int32, torch.int64)[i % 2]), mask.block_counts[:0])
-            )
-            self.m[i], self.v[i], self.extras[i] = (
-                torch.zeros(mask.num_active),
-                torch.zeros(mask.num_active),
-                torch.zeros(mask.num_active, dtype=torch.int16),
-            )
-
-        def draw(n):
-            return torch.randn(n, generator=self.generator)
-
-        self.inits = [
-            draw(m.num_active).to(p.dtype) if i == 3 else p[:0]
-            for i, (m, p) in enumerate(zip(self.masks, self.params, strict=True))
-        ]
-        self.cohorts = [
-            torch.arange(m.num_active).remainder(2).to(torch.uint8) if i == 6 else torch.zeros(0, dtype=torch.uint8)
-            for i, m in enumerate(self.masks)
-        ]
-
-    def step_all(self):
-        scalars = adamw_scalars([3, 4], 1e-3, BETAS, EPS, 0.1)
-        masked_adamw(
-            self.params,
-            self.grads(torch.bfloat16),
-            self.held,
-            self.block_counts,
-            self.m,
-            self.v,
-            scalars,
-            extras=self.extras,
-            inits=self.inits,
-            cohorts=self.cohorts,
-            rows=[0] * len(self.params),
-            precision="split_master",
-        )
-
-
-class Windows(State):
-    """A tensor and its state between sentinels, at addresses of no alignment, and what is frozen no number."""
-
-    def __init__(self, places):
-        super().__init__((5003,), dtype=torch.bfloat16, precision="kahan", amsgrad=True, places=places)
-        active = self.masks[0].num_active
-        self.rooms = [
-            torch.full((n + 11,), 7.0, dtype=dtype)
-            for n, dtype in ((5003, torch.bfloat16), *[(active, torch.float32)] * 3, (active, torch.bfloat16))
-        ]
-        for start, room, one in zip(
-            (1, 3, 5, 2, 7), self.rooms, (self.params, self.m, self.v, self.most, self.extras), strict=True
-        ):
-            view = room[start : start + len(one[0])]
-            one[0] = view.copy_(one[0])
-        self.held[0] = torch.cat([self.held[0][:3], self.held[0]])[3:]
-        self.params[0][~self.masks[0].to_bool()] = float("nan")
-
-    def step_poisoned(self):
-        (grad,) = self.grads(torch.bfloat16)
-        poisoned = torch.where(self.masks[0].to_bool(), grad, float("nan"))
-        self.step([torch.cat([poisoned[:3], poisoned])[3:]])
-
-    def copies(self):
-        return [room.clone() for room in self.rooms]
-
-
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.4, 0.9)])
@@ -265,35 +110,6 @@ def test_active_coordinates_are_torchs_adamw_bit_for_bit(isa, amsgrad, maximize,
         active = mask.to_bool()
         assert torch.equal(bits(p)[active], bits(d.detach())[active])
         assert torch.equal(bits(p)[~active], bits(old)[~active])
-
-
-@pytest.mark.skipif(not ISAS, reason="no compiled kernels")
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(
-    "dtypes",
-    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
-    ids=str,
-)
-@pytest.mark.parametrize("places", [False, True])
-@pytest.mark.parametrize("compact", [False, True])
-def test_kernels_are_the_reference_bit_for_bit(isa, precision, dtypes, places, compact):
-    ours, theirs = (State(SIZES, dtype=dtypes[0], precision=precision, amsgrad=True, places=places) for _ in range(2))
-    scale, clip = torch.tensor(3.0), torch.tensor(0.7)
-    for _ in range(3):
-        grads = ours.grads(dtypes[1])
-        theirs.grads()
-        if compact:
-            grads = [g[m.to_bool()].float() for g, m in zip(grads, ours.masks, strict=True)]
-        options = {
-            "grad_scale": scale,
-            "clip": clip,
-            "seed": 7 << 40 | 3,
-            "starts": [2**33 + 5 * i for i in range(len(SIZES))],
-        }
-        ours.step(grads, **options)
-        with by_reference():
-            theirs.step(grads, **options)
-        assert same(ours.copies(), theirs.copies())
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
@@ -345,35 +161,6 @@ def with_cohorts(state) -> dict:
         "rows": [3 * i for i in range(len(SIZES))],
         "ordinals": [5 * i for i in range(len(SIZES))],
     }
-
-
-@pytest.mark.skipif(not ISAS, reason="no compiled kernels")
-@pytest.mark.parametrize("family", ["adamw", "sgd"])
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
-@pytest.mark.parametrize("places", [False, True])
-def test_cohorts_and_starts_are_the_references_bit_for_bit(isa, family, precision, dtype, places):
-    ours, theirs = (State(SIZES, dtype=dtype, precision=precision, places=places) for _ in range(2))
-    for state in (ours, theirs):
-        state.options = {**with_cohorts(state), "extras": state.extras, "precision": precision, "seed": 9}
-    for step in range(1, 4):
-        steps = [step + 2 * c for _ in SIZES for c in range(3)]
-        for state, how in ((ours, contextlib.nullcontext()), (theirs, by_reference())):
-            common = (state.params, state.grads(dtype), state.held, state.block_counts)
-            with how:
-                if family == "adamw":
-                    masked_adamw(
-                        *common, state.m, state.v, adamw_scalars(steps, 1e-3, BETAS, EPS, 0.1), **state.options
-                    )
-                else:
-                    masked_sgd(
-                        *common,
-                        sgd_scalars(steps, 1e-2, 0.9, 0.1, 0.1),
-                        momentum_buffers=state.m,
-                        nesterov=True,
-                        **state.options,
-                    )
-        assert same(ours.copies(), theirs.copies())
 
 
 def test_each_cohort_is_an_optimizer_of_its_own_age():
@@ -701,9 +488,24 @@ def test_operator_is_registered_as_torch_wants_it(dtype, precision):
     )
 
 
-def test_a_million_coordinates(isa, threads, monkeypatch):
-    def make():
-        return State((1_000_003, 70_001), dtype=torch.bfloat16, precision="split_master")
+@pytest.mark.parametrize("case", [*special_cases(SIZES), *FAMILY.collect((0, 1025))], ids=str)
+def test_matches_reference(isa, threads, case):
+    check_case(case, dispatched)
 
-    kernels = {name: getattr(torch.ops.opdkernels, name) for name in ("masked_adamw_", "masked_sgd_")}
-    step_alike(kernels, monkeypatch, make, lambda state: state.step(state.grads(torch.bfloat16)))
+
+@pytest.mark.parametrize("case", FAMILY.collect([1025]), ids=str)
+def test_misaligned(isa, case):
+    check_case(case, dispatched, offsets=MISALIGNED)
+
+
+def test_cases_change_weights_unless_they_must_not():
+    unmoved = {case.name for case in unmoved_cases(SIZES)}
+    for case in special_cases():
+        if case.call is call_steps:
+            params = inputs_of(case)[0]["params"]
+            moved = any(not torch.equal(bits(a), bits(b)) for a, b in zip(expected_outputs(case), params, strict=False))
+            assert moved == (case.name not in unmoved), case.name
+
+
+def test_a_million_coordinates(isa, threads):
+    check_case(MILLION, dispatched)
