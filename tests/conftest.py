@@ -6,12 +6,12 @@ import os
 
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
-)  # read when torch is loaded; on a busy machine waiting threads must not spin
+)  # read when torch is loaded: waiting threads must not spin on a busy machine
 
 import pytest
 import torch
 
-from tests.backends import shown
+from tests.backends import summary
 
 try:
     from opdkernels import _C
@@ -38,9 +38,9 @@ def threads(request):
 
 
 def pytest_terminal_summary(terminalreporter):
-    for line in shown.lines(report.nodeid for report in terminalreporter.getreports("passed")):
+    for line in summary.summary_lines(report.nodeid for report in terminalreporter.getreports("passed")):
         terminalreporter.write_line(line)
     if not torch.cuda.is_available():
         terminalreporter.write_line(
-            "not proved here, for want of a GPU: speed, races between threads, the order of atomics, launches through a driver (docs/gpu.md)"
+            "not tested without a GPU: speed, races, the order of atomics, launches through a driver (docs/gpu.md)"
         )

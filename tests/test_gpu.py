@@ -16,10 +16,10 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import backends, build, checks, record, timings
-from benchmarks.gpu.backends import CPU, FAMILIES, REFERENCE, Backend, serves, started_by
+from benchmarks.gpu.backends import CPU, FAMILIES, REFERENCE, Backend, launched_by, serves
 from benchmarks.gpu.checks import CHECKS, Inconclusive
-from benchmarks.gpu.worker import lost as worker_lost
-from tests.backends.cuda.host import compiled, needs_compiler, run_on
+from benchmarks.gpu.worker import gpu_is_lost
+from tests.backends.cuda.fibers import launch_on_fibers, load_kernels, needs_compiler
 from tests.ops.conformance import Allocator
 from tests.ops.delta.cases import call_delta
 from tests.test_structure import FAMILIES as WORDS
@@ -27,7 +27,7 @@ from tests.test_structure import FAMILIES as WORDS
 ROOT = Path(__file__).parent.parent
 HERE = torch.device("cpu")
 SIZES = (0, 1, 31, 1025)
-BACKENDS = {one.name: one for one in backends.found(HERE)[0]}
+BACKENDS = {one.name: one for one in backends.available_backends(HERE)[0]}
 UNITS = [
     (check, family.name, backend.name)
     for check, family, backend in checks.units(list(FAMILIES.values()), list(BACKENDS.values()))
@@ -52,7 +52,7 @@ BLOCKED = (
 @pytest.mark.parametrize(("check", "family"), [(check, name) for check, name, backend in UNITS if backend == "package"])
 def test_on_the_gpu(check, family):
     device = torch.device("cuda", torch.cuda.current_device())
-    for name, one, backend in checks.units([FAMILIES[family]], backends.found(device)[0]):
+    for name, one, backend in checks.units([FAMILIES[family]], backends.available_backends(device)[0]):
         if name == check:
             try:
                 CHECKS[check](one, backend, device)
@@ -71,9 +71,9 @@ def test_cuda_kernels_on_fibers(monkeypatch, family):
     """The checks start CUDA C++ as they will on a GPU, from the origin that they name."""
     from opdkernels.backends.cuda import launch
 
-    kernels = compiled(family)
-    run_on(monkeypatch, kernels)
-    backend = Backend("fibers", started_by(kernels), serves("cuda"))
+    kernels = load_kernels(family)
+    launch_on_fibers(monkeypatch, kernels)
+    backend = Backend("fibers", launched_by(kernels), serves("cuda"))
     monkeypatch.setattr(launch, "kernels", lambda: pytest.fail("another origin was started"))
     assert backend.serves_all(FAMILIES[family])
     checks.matches_cpu(FAMILIES[family], backend, HERE, (0, 31, 300))
@@ -122,12 +122,12 @@ def broken(name: str, spoil) -> Backend:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_another_result_is_caught(family, operator, spoil):
+def test_another_result_is_detected(family, operator, spoil):
     with pytest.raises(AssertionError, match=r"differ|off|NaN|finite"):
         checks.matches_cpu(FAMILIES[family], broken(operator, spoil), HERE, (1025,))
 
 
-def test_what_is_written_beside_a_tensor_is_caught():
+def test_what_is_written_beside_a_tensor_is_detected():
     def beyond(arguments, result):
         mask = arguments[8]
         torch.as_strided(mask, (1,), (1,), mask.storage_offset() + mask.numel()).fill_(7)
@@ -136,7 +136,7 @@ def test_what_is_written_beside_a_tensor_is_caught():
         checks.accepts_misaligned_views(FAMILIES["delta"], broken("delta_", beyond), HERE, (31, 300))
 
 
-def test_a_result_that_varies_is_caught():
+def test_a_result_that_varies_is_detected():
     calls = []
 
     def every_seventh(arguments, result):
@@ -147,7 +147,7 @@ def test_a_result_that_varies_is_caught():
         checks.is_deterministic(FAMILIES["delta"], broken("delta_", every_seventh), HERE, SIZES)
 
 
-def test_a_part_that_is_not_reached_is_caught():
+def test_a_part_that_is_not_reached_is_detected():
     def last_part(arguments, result):
         arguments[0][0][-5:] = 7
 
@@ -217,7 +217,7 @@ def test_what_is_said_to_a_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("gpu_of_the_cpu")
-def test_inputs_that_are_not_waited_for_are_caught():
+def test_inputs_that_are_not_waited_for_are_detected():
     """A kernel that ran on another stream has counted what was there before."""
 
     def too_early(arguments, result):
@@ -244,18 +244,18 @@ def test_the_backends_of_a_gpu_are_those_that_are_there(monkeypatch):
     ):
         monkeypatch.setattr(launch, "library_cuda_major", lambda library=library: library)
         monkeypatch.setattr(launch, "cupy_cuda_major", lambda cupy=cupy: cupy)
-        here, missing = backends.found(gpu)
+        here, missing = backends.available_backends(gpu)
         assert [one.name for one in here] == [*names, "reference", "package"]
         assert len(missing) == 3 - len(names)
-    assert missing == ["CUDA library: not here, torch is for CUDA 13"]
+    assert missing == ["CUDA library: not installed, torch is for CUDA 13"]
 
     def broken():
         raise OSError("no libnvrtc")
 
     monkeypatch.setattr(launch, "NvrtcKernels", broken)
     monkeypatch.setattr(triton, "unavailable_reason", lambda: "Triton is not installed")
-    assert backends.found(gpu)[1] == [
-        "CUDA library: not here, torch is for CUDA 13",
+    assert backends.available_backends(gpu)[1] == [
+        "CUDA library: not installed, torch is for CUDA 13",
         "NVRTC: no libnvrtc",
         "Triton is not installed",
     ]
@@ -277,14 +277,14 @@ def test_a_unit_says_what_became_of_it(monkeypatch):
         (line,) = worker.run(unit, HERE)
         assert (line["status"], line["name"]) == (status, "a")
         assert str(error or "") in line["detail"]
-    monkeypatch.setattr(worker, "lost", lambda device: True)
+    monkeypatch.setattr(worker, "gpu_is_lost", lambda device: True)
     lines = worker.run(unit, HERE)
     assert next(lines)["status"] == "inconclusive"
     with pytest.raises(SystemExit) as left:
         next(lines)
-    assert left.value.code == worker.LOST == command.LOST
-    assert not worker_lost(HERE)
-    assert worker_lost(torch.device("cuda", 99))
+    assert left.value.code == worker.GPU_LOST == command.GPU_LOST
+    assert not gpu_is_lost(HERE)
+    assert gpu_is_lost(torch.device("cuda", 99))
 
 
 @pytest.mark.parametrize("workload", timings.WORKLOADS, ids=lambda workload: workload.name)
@@ -309,7 +309,7 @@ def test_every_contender_is_timed_and_compared(workload):
 
 def test_a_wrong_result_has_no_figure():
     wrong = broken("delta_", lambda arguments, result: arguments[4][0, 5].add_(1))
-    with pytest.raises(AssertionError, match="broken gives another result for delta of a bf16 pair"):
+    with pytest.raises(AssertionError, match="broken gives a different result for delta of a bf16 pair"):
         list(timings.time_workload(timings.WORKLOADS[0], [CPU, wrong], HERE, {"copy": 1.0}, 4096))
 
 
@@ -342,7 +342,7 @@ def test_the_command_checks_measures_and_writes_one_file(tmp_path, capfd):
         assert line in printed
 
 
-def test_checks_side_by_side_are_those_of_one_process(tmp_path):
+def test_checks_supervise_parallel_are_those_of_one_process(tmp_path):
     """Each once, the whole GPU for those that need it, and no measurement among them."""
     found = []
     for jobs in ("1", "3"):
@@ -379,12 +379,12 @@ def test_checks_that_took_all_the_time_are_kept(tmp_path, monkeypatch, capfd):
         )
         return results, ""
 
-    monkeypatch.setattr(command, "side_by_side", checked)
+    monkeypatch.setattr(command, "supervise_parallel", checked)
     monkeypatch.setattr(command, "supervise", lambda *_: "late")
     assert command.main(["--device", "cpu", "--small", "--no-build", "--jobs", "2", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     assert [unit["status"] for unit in json.loads(path.read_text())["units"]] == ["passed"]
-    assert "not reached: what runs alone: late" in capfd.readouterr().out
+    assert "not reached: units that run alone: late" in capfd.readouterr().out
 
 
 def test_without_a_gpu_it_is_one_line_and_status_4(tmp_path):
@@ -474,8 +474,8 @@ def test_setup_takes_torchs_headers_where_pybind11_is_not_installed():
         "sys.modules['pybind11'] = sys.modules['pybind11.setup_helpers'] = None\n"
         "sys.path.insert(0, '.')\n"
         "import setup\n"
-        "(folder,) = setup.module().include_dirs\n"
-        "print(folder)\n"
+        "(build_dir,) = setup.module().include_dirs\n"
+        "print(build_dir)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -492,13 +492,13 @@ def test_a_build_that_fails_is_said_and_goes_on(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     build.build(said.append, 5)
-    assert any("no nvcc: NVRTC or Triton serves" in line for line in said)
+    assert any("no nvcc: NVRTC or Triton is used" in line for line in said)
     assert any("no compiled kernels (no space)" in line for line in said)
     assert "exit status 1" in said[-1]
 
 
 def test_readme_quotes_every_gpu_measured_or_says_that_none_is():
-    assert record.show() == record.README.read_text(), (
+    assert record.readme_with_tables() == record.README.read_text(), (
         "run python3 -m benchmarks.gpu.record: kernels or results have changed"
     )
 
@@ -511,7 +511,7 @@ def test_checks_in_a_line_name_what_does_not_hold():
     ]
     (line,) = record.checks_line([*units, {"group": "time", "status": "passed"}])
     assert line.startswith(
-        "2 of 5 checks hold; **failed**: check 2 (Triton); inconclusive: check 3 (Triton); not reached: check 4 (Triton) ("
+        "2 of 5 checks passed; **failed**: check 2 (Triton); inconclusive: check 3 (Triton); not reached: check 4 (Triton) ("
     )
     assert not record.checks_line([{"group": "time", "status": "passed"}])
 

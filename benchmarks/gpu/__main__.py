@@ -1,10 +1,11 @@
-"""What only a GPU can prove, by one command that needs torch, Triton and CuPy alone:
+"""Checks and measures the kernels on a GPU. Needs torch and NumPy; uses Triton, CuPy and nvcc where installed.
 
-    python3 -m benchmarks.gpu            # builds, checks, measures; prints a table, writes one JSON; under eight minutes
-    python3 -m benchmarks.gpu --tests    # the checks alone
-    python3 -m benchmarks.gpu --bench    # the measurements alone
+    python3 -m benchmarks.gpu            # builds, checks, measures; under eight minutes
+    python3 -m benchmarks.gpu --tests    # only the checks
+    python3 -m benchmarks.gpu --bench    # only the measurements
 
-Exit status: 0 all that was reached holds, 1 something failed, 4 there is no GPU. What was not reached in time is printed as such.
+Prints a table and writes one JSON file. Exit status: 0 if every check that ran passed, 1 if one failed, 4 if there is no
+GPU. Checks that the deadline does not reach are reported as not reached.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from typing import Any
 from benchmarks.gpu import build, record
 
 DEADLINE_S = 450.0
-UNIT_LIMIT_S = 120.0  # without a line: it hangs
+UNIT_LIMIT_S = 120.0  # a unit that takes longer is stuck
 GROUPS = {"tests": "check,sanitizer", "bench": "time"}
-LOSSES = 24  # workers that may be lost
-LOST = 3  # as of benchmarks/gpu/worker.py, which needs torch
-JOBS = max(1, min(7, (os.cpu_count() or 1) // 2))  # a family of kernels each; what takes time is to compile them
+MAX_RESTARTS = 24  # of workers that crashed
+GPU_LOST = 3  # exit status, as in benchmarks/gpu/worker.py, which imports torch
+JOBS = max(
+    1, min(7, (os.cpu_count() or 1) // 2)
+)  # processes that check different families; most of the time is compilation
 
 
 def say(text: str) -> None:
@@ -39,12 +42,15 @@ def say(text: str) -> None:
 BEGAN = time.monotonic()
 
 
-def ended(status: int) -> str:
+def exit_reason(status: int) -> str:
     return f"the process ended with status {status}"
 
 
 def follow(process: subprocess.Popen, seconds: Callable[[], float], take: Callable[[dict], None]) -> str:
-    """Hands on each line of JSON that a process prints; kills it where none comes for so long. Why it ended, if it did not finish."""
+    """Passes each line of JSON that a process prints to `take`; kills the process if no line comes for `seconds()`.
+
+    Returns why the process stopped, or "" if it finished.
+    """
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -60,16 +66,16 @@ def follow(process: subprocess.Popen, seconds: Callable[[], float], take: Callab
         except queue.Empty:
             process.kill()
             process.wait()
-            return "hangs" if seconds() >= UNIT_LIMIT_S else "late"
+            return "stuck" if seconds() >= UNIT_LIMIT_S else "late"
         if line is None:
             status = process.wait()
-            return "" if status == 0 else ended(status)
+            return "" if status == 0 else exit_reason(status)
         if line.startswith("{"):
             take(json.loads(line))
 
 
 class Results:
-    """What the workers have found so far: facts of the machine, the plan, a result for each unit that was reached."""
+    """Results of the workers so far: the machine, the plan, and a result for each unit that has run."""
 
     def __init__(self) -> None:
         self.about: dict[str, Any] = {}
@@ -85,7 +91,7 @@ class Results:
         what = f"{line['name']} of {line['workload']} by {line['backend']}".replace("_", " ")
         say(f"{what}: {line['status']}{', ' + line['detail'] if line['detail'] else ''} ({line['seconds']:.1f} s)")
 
-    def lose(self, why: str) -> None:
+    def fail_next(self, why: str) -> None:
         self.take({**self.plan[len(self.done)], "status": "failed", "rows": [], "detail": why, "seconds": 0.0})
 
     def join(self, others: list[Results]) -> None:
@@ -103,8 +109,11 @@ class Results:
 
 
 def supervise(command: list[str], deadline: float, results: Results) -> str:
-    """Workers, one after the other where one is lost, until all is done or the time is over. Why nothing could begin, if so."""
-    for _ in range(LOSSES):
+    """Runs workers, a new one after each crash, until all units are done or the deadline passes.
+
+    Returns why no unit could start, or "".
+    """
+    for _ in range(MAX_RESTARTS):
         process = subprocess.Popen(
             [*command, "--first", str(len(results.done))],
             stdout=subprocess.PIPE,
@@ -114,22 +123,24 @@ def supervise(command: list[str], deadline: float, results: Results) -> str:
             env={
                 "OMP_WAIT_POLICY": "PASSIVE",
                 **os.environ,
-            },  # what is compared with is made on the CPU, of which others may be busy
+            },  # expected outputs are computed on the CPU, which other processes use too
         )
-        said: list[str] = []
-        threading.Thread(target=lambda process=process, said=said: said.extend(process.stderr), daemon=True).start()
+        stderr: list[str] = []
+        threading.Thread(
+            target=lambda process=process, stderr=stderr: stderr.extend(process.stderr), daemon=True
+        ).start()
         why = follow(process, lambda: min(UNIT_LIMIT_S, deadline - time.monotonic()), results.take)
         if not results.about:
-            return (said[-1].strip() if said else why) or "nothing was planned"
+            return (stderr[-1].strip() if stderr else why) or "nothing was planned"
         if not why or time.monotonic() >= deadline or len(results.done) >= len(results.plan):
             break
-        if why != ended(LOST):  # that one has told of its unit
-            results.lose(why)
+        if why != exit_reason(GPU_LOST):  # a worker without its GPU has reported its unit
+            results.fail_next(why)
     return ""
 
 
-def side_by_side(command: list[str], jobs: int, deadline: float) -> tuple[Results, str]:
-    """As `supervise`, by several processes at once."""
+def supervise_parallel(command: list[str], jobs: int, deadline: float) -> tuple[Results, str]:
+    """As `supervise`, with several processes at a time."""
     parts = [Results() for _ in range(jobs)]
     with ThreadPoolExecutor(jobs) as pool:
         why = pool.map(lambda i: supervise([*command, "--share", f"{i}/{jobs}"], deadline, parts[i]), range(jobs))
@@ -145,20 +156,20 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tests", action="store_true", help="only the checks")
     parser.add_argument("--bench", action="store_true", help="only the measurements")
     parser.add_argument(
-        "--deadline", type=float, default=DEADLINE_S, metavar="S", help="seconds in all (%(default).0f)"
+        "--deadline", type=float, default=DEADLINE_S, metavar="S", help="time limit in seconds (%(default).0f)"
     )
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to try the command itself")
-    parser.add_argument("--out", type=Path, default=record.RESULTS, help="the folder of the JSON")
-    parser.add_argument("--small", action="store_true", help="small inputs: to try the command itself")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to test the command itself")
+    parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the JSON file")
+    parser.add_argument("--small", action="store_true", help="small inputs, to test the command itself")
     parser.add_argument(
         "--jobs",
         type=int,
         default=JOBS,
         metavar="N",
-        help="processes that check side by side (%(default)d here); measurements run alone",
+        help="processes that run checks in parallel (default: %(default)d); measurements run alone",
     )
     parser.add_argument("--only", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--no-build", action="store_true", help="with what is built already")
+    parser.add_argument("--no-build", action="store_true", help="use the existing build")
     return parser.parse_args(arguments)
 
 
@@ -172,29 +183,29 @@ def main(arguments: list[str] | None = None) -> int:
     command += [*(["--small"] if chosen.small else []), *(["--only", chosen.only] if chosen.only else [])]
     results, rest, why = Results(), Results(), ""
     if chosen.jobs > 1 and GROUPS["tests"] in groups:
-        results, why = side_by_side([*command, "--groups", "check"], chosen.jobs, deadline)
+        results, why = supervise_parallel([*command, "--groups", "check"], chosen.jobs, deadline)
         command += ["--share", "alone"]
     if results.about or not why:
         late = supervise([*command, "--groups", ",".join(groups)], deadline, rest)
         results.join([rest])
-        why = "; ".join(filter(None, (why, late and f"what runs alone: {late}" if results.about else late)))
+        why = "; ".join(filter(None, (why, late and f"units that run alone: {late}" if results.about else late)))
     if not results.about:
         print(
             f"nothing was checked on {chosen.device}: {why}; see `nvidia-smi`, and `python3 -m opdkernels doctor`",
             file=sys.stderr,
         )
         return 4
-    found = results.finish()
-    path = record.write(chosen.out, found)
-    print(f"\n{record.table(found)}\n")
-    for reason in found["missing"]:
-        print(f"not here: {reason}")
+    report = results.finish()
+    path = record.write(chosen.out, report)
+    print(f"\n{record.table(report)}\n")
+    for reason in report["missing"]:
+        print(f"unavailable: {reason}")
     if why:
         print(f"not reached: {why}")
-    failed = [unit for unit in found["units"] if unit["status"] == "failed"]
+    failed = [unit for unit in report["units"] if unit["status"] == "failed"]
     for unit in failed:
         print(f"failed: {unit['name']} of {unit['workload']} by {unit['backend']}: {unit['detail']}")
-    counts = {status: sum(unit["status"] == status for unit in found["units"]) for status in record.MARKS}
+    counts = {status: sum(unit["status"] == status for unit in report["units"]) for status in record.MARKS}
     print(f"{', '.join(f'{count} {status}' for status, count in counts.items() if count)}; written to {path}")
     return int(bool(failed))
 

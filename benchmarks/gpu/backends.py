@@ -1,4 +1,4 @@
-"""Who can serve operators on a device here: each backend, each of its origins, and what the package itself would choose."""
+"""The backends that can run operators on a device here, and the one that the package selects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAMILIES = load_families()
 
 @dataclass(frozen=True)
 class Backend:
-    """`kernel` gives what serves an operator; `serves` says whether there is one."""
+    """`kernel` returns the implementation of an operator; `serves` says whether there is one."""
 
     name: str
     kernel: Kernel
@@ -33,8 +33,8 @@ def serves(backend: str) -> Callable[[str], bool]:
     return lambda operator: dispatch.has_kernels(OPERATORS[operator].family, backend)
 
 
-def started_by(kernels: Any) -> Kernel:
-    """CUDA C++ from one origin: the library of the install, or NVRTC."""
+def launched_by(kernels: Any) -> Kernel:
+    """CUDA C++ kernels from one source: the installed library, or NVRTC."""
 
     def kernel(operator: str) -> Callable:
         def call(*arguments: Any) -> Any:
@@ -46,19 +46,19 @@ def started_by(kernels: Any) -> Kernel:
     return kernel
 
 
-def on_the_cpu(operator: str) -> Callable:
-    """What serves the CPU: of `divergence`, whose time goes into torch's own products, the reference."""
+def cpu_kernel(operator: str) -> Callable:
+    """The CPU kernel of an operator; for `divergence`, which spends its time in torch's matrix products, the reference."""
     return backend_kernel("cpu")(operator) if serves("cpu")(operator) else reference(operator)
 
 
 REFERENCE = Backend("reference", reference, OPERATORS.__contains__)
-CPU = Backend("CPU", on_the_cpu, OPERATORS.__contains__) if cpu._C is not None else REFERENCE
+CPU = Backend("CPU", cpu_kernel, OPERATORS.__contains__) if cpu._C is not None else REFERENCE
 PACKAGE = Backend("package", dispatched, OPERATORS.__contains__)
 TRITON = Backend("Triton", backend_kernel("triton"), serves("triton"))
 
 
-def found(device: torch.device) -> tuple[list[Backend], list[str]]:
-    """The backends of a device, in the order of the tables, and why others are missing."""
+def available_backends(device: torch.device) -> tuple[list[Backend], list[str]]:
+    """The backends of a device in the order of the tables, and why others are unavailable."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda":
         others = [TRITON] if interpreted else []
@@ -73,15 +73,15 @@ def found(device: torch.device) -> tuple[list[Backend], list[str]]:
         ),
         ("NVRTC", launch.cupy_cuda_major(), launch.NvrtcKernels),
     )
-    for name, found_major, make in origins:
-        if major and found_major == major:
+    for name, cuda_major, make in origins:
+        if major and cuda_major == major:
             try:
-                backends.append(Backend(name, started_by(make()), serves("cuda")))
+                backends.append(Backend(name, launched_by(make()), serves("cuda")))
             except Exception as error:
                 missing.append(f"{name}: {error}")
         else:
             missing.append(
-                f"{name}: {'not here' if found_major is None else f'for CUDA {found_major}'}, torch is for CUDA {major or 'no version'}"
+                f"{name}: {'not installed' if cuda_major is None else f'for CUDA {cuda_major}'}, torch is for CUDA {major or 'none'}"
             )
     if triton.unavailable_reason():
         missing.append(triton.unavailable_reason())

@@ -78,7 +78,7 @@ def accepts_misaligned_views(
 
 
 def is_deterministic(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
-    """Every run gives the same bits: the order of threads and blocks has no effect. `gram` too, whose sums have an order."""
+    """Every run gives the same bits, whatever the order of threads and blocks; also for `gram` and `divergence`."""
     case = cases(family, sizes[-1])[0]
     first: list[torch.Tensor] | None = None
     for i in range(RUNS):
@@ -90,7 +90,7 @@ def is_deterministic(family: Family, backend: Backend, device: torch.device, siz
 
 
 def uses_current_stream(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
-    """While the default stream sleeps, another stream finishes; and inputs that arrive late on that stream are waited for."""
+    """Another stream finishes while the default stream sleeps, and waits for its own late inputs."""
     case = cases(family, sizes[-1])[0]
     inputs, expected = inputs_of(case), expected_outputs(case, CPU.kernel)
     allocator = Allocator(device)
@@ -157,7 +157,7 @@ def passes_opcheck(family: Family, backend: Backend, device: torch.device, sizes
 def matches_cpu_when_streamed(
     family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES
 ) -> None:
-    """Slices that are read, copied and counted side by side, as `analyze` does: every tensor's tally is that of the CPU."""
+    """Slices that are read, copied and counted concurrently, as in `analyze`: every tally equals that of the CPU."""
     sides = [make_pair(n, dtype, seed=n) for n in sizes for dtype in (torch.bfloat16, torch.float32)]
     info = {torch.bfloat16: SimpleNamespace(dtype="bf16"), torch.float32: SimpleNamespace(dtype="fp32")}
     matches = [
@@ -177,7 +177,7 @@ def matches_cpu_when_streamed(
 
 
 def matches_cpu_spectra(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
-    """Gram matrices and their eigenproblems on the device: every figure that of the CPU, as near as the figures are asked to be."""
+    """Gram matrices and their eigenproblems on the device: every metric equals that of the CPU within its tolerance."""
     w, v = (side.view(-1, 128) for side in make_pair(1 << 16, hostile=False))
     found, wanted = (
         from_grams(gram.symmetric(gram.gram(w.to(to), v.to(to))).unbind(), tall=True)
@@ -185,7 +185,7 @@ def matches_cpu_spectra(family: Family, backend: Backend, device: torch.device, 
     )
     assert found is not None
     assert wanted is not None
-    for name, off in (
+    for name, tolerance in (
         ("source", 1e-8),
         ("trained", 1e-8),
         ("delta", 1e-8),
@@ -194,7 +194,7 @@ def matches_cpu_spectra(family: Family, backend: Backend, device: torch.device, 
         ("rotation_left", 1e-4),
     ):
         a, b = getattr(found, name).cpu(), getattr(wanted, name)
-        assert float((a - b).abs().max()) <= off * max(1.0, float(b.abs().max())), f"{name} is off"
+        assert float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max())), f"{name} is off"
 
 
 CHECKS = {

@@ -1,4 +1,4 @@
-"""The results as one JSON a machine, and as the table that is printed and that the README quotes."""
+"""Results: one JSON file per machine, and the tables printed and copied into the README."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- gpu -->", "<!-- /gpu -->"
-UNMEASURED = "Not yet measured on a GPU: `make gpu` does, and writes the table that belongs here."
+UNMEASURED = "Not measured on a GPU yet; `make gpu` measures and writes this table."
 MARKS = {"passed": "yes", "failed": "**failed**", "inconclusive": "inconclusive", "not reached": "not reached"}
 
 
@@ -34,12 +34,12 @@ KERNELS = {
         "opdkernels/backends/triton/numeric.py",
         "opdkernels/backends/triton/launch.py",
     ),
-}  # the files that make a family's machine code, by who serves
+}  # the files from which an implementation of a family is compiled
 CHANGED = "†"
 
 
 def sources_of(family: str, implementation: str, root: Path = ROOT) -> str:
-    """A digest of the kernels that were timed; empty of eager PyTorch."""
+    """A digest of the kernel sources that were timed; "" for eager PyTorch."""
     files = [root / name.format(family) for name in KERNELS.get(implementation, ())]
     return (
         hashlib.blake2b(b"".join(path.read_bytes() for path in files if path.exists()), digest_size=8).hexdigest()
@@ -53,7 +53,7 @@ def slug(name: str) -> str:
 
 
 def write(folder: Path, results: dict[str, Any]) -> Path:
-    """The JSON of a machine; of units that this run left out, what an earlier one found stays."""
+    """Writes the JSON of a machine. Units that this run left out keep their earlier results."""
     path = folder / f"{slug(results['machine']['name'])}.json"
     if path.exists():
         ran = {group for unit in results["units"] for group in [unit["group"]]}
@@ -68,37 +68,37 @@ def write(folder: Path, results: dict[str, Any]) -> Path:
 
 
 def checks_table(units: list[dict[str, Any]]) -> list[str]:
-    """One row a family and backend, one column a check."""
-    mine = [unit for unit in units if unit["group"] == "check"]
-    names = list(dict.fromkeys(unit["name"] for unit in mine))
+    """One row per family and backend, one column per check."""
+    checks = [unit for unit in units if unit["group"] == "check"]
+    names = list(dict.fromkeys(unit["name"] for unit in checks))
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for unit in mine:
+    for unit in checks:
         rows.setdefault((unit["workload"], unit["backend"]), {})[unit["name"]] = MARKS[unit["status"]]
     lines = [
         f"| family | backend | {' | '.join(name.replace('_', ' ') for name in names)} |",
         f"|---|---|{'---|' * len(names)}",
     ]
     lines += [
-        f"| {family} | {backend} | {' | '.join(found.get(name, '') for name in names)} |"
-        for (family, backend), found in rows.items()
+        f"| {family} | {backend} | {' | '.join(marks.get(name, '') for name in names)} |"
+        for (family, backend), marks in rows.items()
     ]
-    return lines if mine else []
+    return lines if checks else []
 
 
 def checks_line(units: list[dict[str, Any]]) -> list[str]:
-    """The same in a line or two: how many held, and by name what did not, was not shown or not reached."""
-    mine = [unit for unit in units if unit["group"] != "time"]
-    parts = [f"{sum(unit['status'] == 'passed' for unit in mine)} of {len(mine)} checks hold"]
+    """How many checks passed, and the names of those that failed, were inconclusive or were not reached."""
+    checks = [unit for unit in units if unit["group"] != "time"]
+    parts = [f"{sum(unit['status'] == 'passed' for unit in checks)} of {len(checks)} checks passed"]
     for status, mark in list(MARKS.items())[1:]:
         what = dict.fromkeys(
-            f"{unit['name'].replace('_', ' ')} ({unit['backend']})" for unit in mine if unit["status"] == status
+            f"{unit['name'].replace('_', ' ')} ({unit['backend']})" for unit in checks if unit["status"] == status
         )
         parts += [f"{mark}: {', '.join(what)}"] if what else []
-    return [f"{'; '.join(parts)} ([what they are](docs/gpu.md))."] if mine else []
+    return [f"{'; '.join(parts)} ([list](docs/gpu.md))."] if checks else []
 
 
 def timings_table(units: list[dict[str, Any]]) -> list[str]:
-    """One row a workload and implementation, beside eager PyTorch of the same workload."""
+    """One row per workload and implementation, compared with eager PyTorch."""
     rows = [row for unit in units for row in unit.get("rows", []) if "workload" in row]
     eager = {row["workload"]: row["median_s"] for row in rows if row["implementation"] == "eager PyTorch"}
     lines = [
@@ -124,18 +124,12 @@ def timings_table(units: list[dict[str, Any]]) -> list[str]:
         for unit in units
         if unit["group"] == "time" and unit["status"] == "not reached"
     ]
-    lines += (
-        [
-            f"\n{CHANGED} The kernels, or what they share with others, have changed since; the figures are of those that were there."
-        ]
-        if marked
-        else []
-    )
+    lines += [f"\n{CHANGED} The kernels or their shared code have changed since this measurement."] if marked else []
     return (lines if rows else []) + ([f"\nNot reached in time: {', '.join(late)}."] if late else [])
 
 
 def table(results: dict[str, Any], checks: Callable[[list[dict[str, Any]]], list[str]] = checks_table) -> str:
-    """Markdown: the machine, its limits, the checks and the timings."""
+    """Markdown: machine, limits, checks and timings."""
     units, machine = results["units"], results["machine"]
     limits = {row["limit"]: row["per_s"] for unit in units for row in unit.get("rows", []) if "limit" in row}
     about = f"{machine['name']}, torch {machine['torch']}, CUDA {machine['cuda'] or 'none'}"
@@ -145,13 +139,13 @@ def table(results: dict[str, Any], checks: Callable[[list[dict[str, Any]]], list
     return "\n".join([about, *(line for part in parts if part for line in ("", *part))])
 
 
-def show() -> str:
-    """The README with the tables of every GPU measured between its marks."""
+def readme_with_tables() -> str:
+    """The README with the tables of every measured GPU between its markers."""
     before, rest = README.read_text().split(BEGIN)
-    found = [table(json.loads(path.read_text()), checks_line) for path in sorted(RESULTS.glob("*.json"))]
-    return f"{before}{BEGIN}\n" + ("\n\n".join(found) or UNMEASURED) + f"\n{END}{rest.split(END)[1]}"
+    tables = [table(json.loads(path.read_text()), checks_line) for path in sorted(RESULTS.glob("*.json"))]
+    return f"{before}{BEGIN}\n" + ("\n\n".join(tables) or UNMEASURED) + f"\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":
-    README.write_text(show())
+    README.write_text(readme_with_tables())
     sys.exit(0)

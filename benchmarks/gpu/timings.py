@@ -1,7 +1,7 @@
-"""How fast each family is on a device: bytes a second beside a copy of the device's memory, and times eager and compiled PyTorch.
+"""Speed of each family on a device: bytes per second compared with a device copy, and with eager and compiled PyTorch.
 
-A implementation is timed by events of the device, in rounds after a warm-up; the median counts. Every backend's result is compared with
-the first one's, so that a fast wrong kernel has no figure.
+Implementations are timed with device events, in rounds after a warm-up; the median counts. The outputs of every backend are
+compared with those of the first one, so a fast but wrong kernel has no result.
 """
 
 from __future__ import annotations
@@ -32,14 +32,20 @@ ROUNDS = 7
 LARGEST = 1 << 28  # coordinates
 GRAM_ROWS, GRAM_COLUMNS = 4864, 896
 TOKENS, VOCABULARY, WIDTHS = 4096, 151_936, (896, 1536)  # Qwen2.5: 0.5B from 1.5B
-SUMMED = ("gram", "divergence")  # families whose sums have an order that backends choose
+SUMMED = ("gram", "divergence")  # families in which backends choose the order of sums
 ACTIVE, CHANGED = 0.2, 0.17
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A call with its inputs on a device, the same in eager PyTorch, and its `work`: bytes that it must move, or operations.
-    `reset` takes back what calls did to the inputs."""
+    """A workload on a device.
+
+    Args:
+        call: Runs a kernel on the inputs.
+        eager: The same in eager PyTorch.
+        work: Bytes that must be moved, or operations.
+        reset: Restores the inputs that calls change.
+    """
 
     call: Callable[[Kernel], list[torch.Tensor]]
     eager: Callable[[], Any]
@@ -49,8 +55,13 @@ class Timed:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed, of so many coordinates on a device; `limit`: of the device's, which bounds it. `fuses`: a compiler may join its
-    passes."""
+    """What is timed.
+
+    Args:
+        make: Returns the workload for a number of coordinates on a device.
+        limit: The limit of the device that bounds it.
+        fuses: A compiler may fuse its passes.
+    """
 
     name: str
     family: str
@@ -60,14 +71,14 @@ class Workload:
 
     @property
     def unit(self) -> str:
-        """Of its work, a second."""
+        """Unit of its work per second."""
         return "bytes_per_s" if self.limit == "copy" else "flops_per_s"
 
 
 def seconds(call: Callable[[], Any], device: torch.device, rounds: int = ROUNDS) -> float:
-    """Median of the rounds after one warm-up."""
+    """Median seconds of the rounds after one warm-up."""
     call()
-    found = []
+    times = []
     for _ in range(rounds):
         if on_gpu(device):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -75,23 +86,23 @@ def seconds(call: Callable[[], Any], device: torch.device, rounds: int = ROUNDS)
             call()
             end.record()
             torch.cuda.synchronize(device)
-            found.append(begin.elapsed_time(end) / 1000)
+            times.append(begin.elapsed_time(end) / 1000)
         else:
-            began = time.perf_counter()
+            start = time.perf_counter()
             call()
-            found.append(time.perf_counter() - began)
-    return statistics.median(found)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def copy_bandwidth(device: torch.device, n: int) -> float:
-    """Bytes a second, read and written, of copying n * 4 bytes within the device: its limit for a pass."""
+    """Bytes per second, read and written, of a copy of 4 n bytes within the device: the limit of a memory-bound pass."""
     source = torch.ones(n, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds(lambda: target.copy_(source), device)
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Most memory of the device that a call holds beyond what is there, its results among it; None of a CPU."""
+    """Peak device memory of a call beyond the memory held before, results included; None on a CPU."""
     if not on_gpu(device):
         return None
     torch.cuda.reset_peak_memory_stats(device)
@@ -101,13 +112,13 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def product_flops(device: torch.device, n: int, dtype: torch.dtype) -> float:
-    """Operations a second of torch's product of n x n matrices."""
+    """Operations per second of torch's product of n x n matrices."""
     a = torch.randn(n, n, device=device).to(dtype)
     return 2 * n**3 / seconds(lambda: a @ a, device)
 
 
 def make_inputs(n: int, device: torch.device, dtype: torch.dtype = BF16, runs: int = 1) -> list[torch.Tensor]:
-    """A weight and updates of it, four coordinates of five unchanged in bf16; made on the device."""
+    """A weight and updates of it, made on the device; in bf16, four of five coordinates are unchanged."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random():
@@ -117,16 +128,16 @@ def make_inputs(n: int, device: torch.device, dtype: torch.dtype = BF16, runs: i
     return [source, *((source.float() + 1e-5 * random()).to(dtype) for _ in range(runs))]
 
 
-def chosen(n: int, device: torch.device, share: float) -> torch.Tensor:
-    """Flags of so many of the coordinates."""
-    return torch.rand(n, generator=torch.Generator(device).manual_seed(1), device=device) < share
+def random_flags(n: int, device: torch.device, density: float) -> torch.Tensor:
+    """Flags of which about a fraction `density` is set."""
+    return torch.rand(n, generator=torch.Generator(device).manual_seed(1), device=device) < density
 
 
-# eager PyTorch: what one would write
+# eager PyTorch: the usual code
 
 
 def eager_counts(w: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
-    """Sums and a count a threshold: no table at all."""
+    """Sums, and a count per threshold: no histogram."""
     w, v = w.float(), v.float()
     d = (v - w).abs()
     found = [w.square().sum(), v.square().sum(), d.square().sum(), d.sum(), d.max(), (d == 0).sum()]
@@ -136,7 +147,7 @@ def eager_counts(w: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
 
 
 def eager_tables(w: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
-    """Three tables, from which everything visible follows."""
+    """Three histograms, from which every visible metric follows."""
     visible, magnitude = bf16_bits(v - w) & 0x7FFF, bf16_bits(w) & 0x7FFF
     return [torch.bincount(one, minlength=BINS) for one in (magnitude, visible, magnitude[visible > 0])]
 
@@ -158,7 +169,7 @@ def eager_gather(w: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def eager_step(param: torch.Tensor, grad: torch.Tensor, active: torch.Tensor, m: torch.Tensor, v: torch.Tensor) -> None:
-    """Dense AdamW, and what is frozen put back."""
+    """Dense AdamW, then frozen weights are restored."""
     g = grad.float()
     m.lerp_(g, 0.1)
     v.mul_(0.999).addcmul_(g, g, value=0.001)
@@ -173,7 +184,7 @@ def eager_divergence(
     teacher_weight: torch.Tensor,
     spec: Divergence,
 ) -> tuple[torch.Tensor, ...]:
-    """All logits, rounded to the dtype of the products as trainers do, then the definition in fp32; gradients of hidden states and head."""
+    """Full logits in the dtype of the products, as in trainers, then the definition in fp32; returns gradients."""
     hidden, weight = (one.detach().requires_grad_() for one in (hidden, weight))
     loss = divergence(hidden @ weight.T, teacher_hidden @ teacher_weight.T, spec).sum()
     return torch.autograd.grad(loss, (hidden, weight))
@@ -206,7 +217,7 @@ def make_overlap(n: int, device: torch.device) -> Timed:
 def quantile_of(dtype: torch.dtype) -> Callable:
     def make(n: int, device: torch.device) -> Timed:
         values = make_inputs(n, device, dtype)[0]
-        mask = chosen(n, device, 0.5).view(-1, 8)[:, 0].mul(255).to(torch.uint8)
+        mask = random_flags(n, device, 0.5).view(-1, 8)[:, 0].mul(255).to(torch.uint8)
         ranks = [n // 20, n // 10, n // 5]
 
         def call(kernel):
@@ -230,12 +241,12 @@ def make_gram(n: int, device: torch.device) -> Timed:
 
     return Timed(
         lambda kernel: call_gram(kernel, Allocator(device), w, v, False, 0), eager, 4 * w.numel() * w.shape[1]
-    )  # two halves and a whole
+    )  # two triangles and a full matrix
 
 
 def changed_pair(n: int, device: torch.device) -> list[torch.Tensor]:
     w, v = (patch.bits(side) for side in make_inputs(n, device))
-    return [w, torch.where(chosen(n, device, CHANGED), v ^ 1, w)]
+    return [w, torch.where(random_flags(n, device, CHANGED), v ^ 1, w)]
 
 
 def make_gather(n: int, device: torch.device) -> Timed:
@@ -265,7 +276,7 @@ def make_scatter(n: int, device: torch.device) -> Timed:
 def step_of(dtype: torch.dtype, precision: str) -> Callable:
     def make(n: int, device: torch.device) -> Timed:
         param, grad = make_inputs(n, device, dtype)
-        before, active = param.clone(), chosen(n, device, ACTIVE)
+        before, active = param.clone(), random_flags(n, device, ACTIVE)
         mask, offsets = (one.to(device) for one in mask_tensors(active.cpu()))
         count = int(offsets[-1])
         m, v = torch.zeros(count, device=device), torch.zeros(count, device=device)
@@ -283,7 +294,7 @@ def step_of(dtype: torch.dtype, precision: str) -> Callable:
                 one.copy_(to) if isinstance(to, torch.Tensor) else one.zero_()
 
         dense = [torch.zeros(n, device=device) for _ in range(2)]
-        # Weights there and back and gradients once, by whole lines; moments and what weights lack there and back; the mask.
+        # Weights read and written, gradients read, by full lines; moments and residuals read and written; the mask.
         moved = 3 * param.nbytes + count * 2 * (8 + (2 if kind else 0)) + n / 8
         return Timed(call, lambda: eager_step(param, grad, active, *dense), moved, reset)
 
@@ -321,7 +332,7 @@ def divergence_of(kind: str) -> Callable:
 
         least = (
             2 * tokens * vocabulary * (sum(WIDTHS) + 2 * WIDTHS[0])
-        )  # of both sides' logits and of the student's two gradients, each once
+        )  # logits of both sides and the student's two gradients, once each
         return Timed(call, lambda: eager_divergence(*student, *teacher, Divergence(kind)), least)
 
     return make
@@ -345,7 +356,7 @@ WORKLOADS = (
 
 
 def coordinates(device: torch.device) -> int:
-    """As many as leave eager PyTorch its copies."""
+    """As many as leave memory for the copies of eager PyTorch."""
     if not on_gpu(device):
         return 1 << 16
     free = torch.cuda.mem_get_info(device)[0]
@@ -355,18 +366,18 @@ def coordinates(device: torch.device) -> int:
 def time_workload(
     workload: Workload, backends: list[Backend], device: torch.device, limits: dict[str, float], n: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """A row for each backend and for eager PyTorch. (The reference is a definition, whose speed tells nothing.)"""
+    """A row for each backend and for eager PyTorch. The reference is not timed: it is a definition."""
     timed = workload.make(n or coordinates(device), device)
     first: list[torch.Tensor] | None = None
     for backend in backends:
         if backend.name in ("package", "reference") or not backend.serves_all(FAMILIES[workload.family]):
             continue
         timed.reset()
-        found = [one.clone() for one in timed.call(backend.kernel)]
-        first = first or found
+        outputs = [output.clone() for output in timed.call(backend.kernel)]
+        first = first or outputs
         if workload.family not in SUMMED:
-            same = [torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, first, strict=True)]
-            assert all(same), f"{backend.name} gives another result for {workload.name}"
+            same = [torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(outputs, first, strict=True)]
+            assert all(same), f"{backend.name} gives a different result for {workload.name}"
         yield row(workload, backend.name, lambda backend=backend: timed.call(backend.kernel), device, timed, limits)
     yield row(workload, "eager PyTorch", timed.eager, device, timed, limits)
 
@@ -374,7 +385,7 @@ def time_workload(
 def time_compiled(
     workload: Workload, device: torch.device, limits: dict[str, float], compiled: Callable, n: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The row of the eager formulation, compiled."""
+    """The row of the compiled eager code."""
     timed = workload.make(n or coordinates(device), device)
     yield row(workload, "torch.compile", compiled(timed.eager), device, timed, limits)
 
@@ -387,14 +398,14 @@ def row(
     timed: Timed,
     limits: dict[str, float],
 ) -> dict[str, Any]:
-    took = seconds(call, device)
-    rate = timed.work / took
+    median_s = seconds(call, device)
+    rate = timed.work / median_s
     return {
         "workload": workload.name,
         "family": workload.family,
         "implementation": implementation,
         "sources": sources_of(workload.family, implementation),
-        "median_s": took,
+        "median_s": median_s,
         workload.unit: rate,
         "fraction_of_limit": rate / limits[workload.limit],
         "extra_bytes": peak_bytes(call, device),
@@ -402,7 +413,7 @@ def row(
 
 
 def measured_limits(device: torch.device, n: int | None = None) -> dict[str, float]:
-    """What the device itself reaches: bytes a second of a copy, operations a second of products in fp64 and bf16."""
+    """Limits of the device: bytes per second of a copy, operations per second of products in fp64 and bf16."""
     side = 4096 if on_gpu(device) else 128
     return {
         "copy": copy_bandwidth(device, n or coordinates(device)),

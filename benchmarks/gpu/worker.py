@@ -1,7 +1,7 @@
-"""Runs units one after another and prints a line of JSON for each: started by `python -m benchmarks.gpu`, which outlives it.
+"""Runs units one after another and prints a line of JSON for each; started by `python -m benchmarks.gpu`.
 
-A kernel that reads where it must not leaves the process without its GPU, or without itself. So the units are numbered, and another
-worker goes on after the one that was lost.
+An illegal memory access of a kernel costs the process its GPU, or crashes it. So the units are numbered, and a new worker
+continues after the failed unit.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import checks, timings
-from benchmarks.gpu.backends import CPU, FAMILIES, OPERATORS, found
+from benchmarks.gpu.backends import CPU, FAMILIES, OPERATORS, available_backends
 from opdkernels.backends import dispatch
 
 SMALL = (0, 31, 1025, 5001)
 ALONE = (
     "uses_current_stream",
     "indexes_beyond_32_bits",
-)  # which other processes' work or memory on the GPU would spoil
+)  # checks that other processes on the GPU would disturb
 SANITIZED = ("memcheck", "racecheck")
-LOST = 3  # exit status of a worker whose last unit cost it the GPU
+GPU_LOST = 3  # exit status of a worker that cannot use the GPU any more
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of the run: its group is "check", "sanitizer" or "time". `run` gives rows, and raises what is wrong."""
+    """A part of the run, of group "check", "sanitizer" or "time". `run` returns rows, and raises what is wrong."""
 
     group: str
     name: str
@@ -54,10 +54,10 @@ def sanitizer() -> str | None:
 
 
 def sanitized(tool: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The checks of equality on small inputs under NVIDIA's compute-sanitizer, in a process of their own."""
+    """The equality checks on small inputs under NVIDIA's compute-sanitizer, in another process."""
     program = sanitizer()
     if program is None:
-        raise checks.Inconclusive("compute-sanitizer is not here")
+        raise checks.Inconclusive("compute-sanitizer is not installed")
     command = [
         program,
         "--tool",
@@ -74,17 +74,17 @@ def sanitized(tool: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]
     command += ["--small", "--only", "matches_cpu", "--without", "reference,package"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=arguments.limit)
-    said = [line for line in done.stdout.splitlines() if line.startswith("=========")]
-    assert done.returncode != 9, "; ".join(line.removeprefix("=========").strip() for line in said[:6])
+    reports = [line for line in done.stdout.splitlines() if line.startswith("=========")]
+    assert done.returncode != 9, "; ".join(line.removeprefix("=========").strip() for line in reports[:6])
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    failed = [one for one in results if one.get("status") == "failed"]
-    assert done.returncode == 0, done.stderr[-500:] or "the process was lost"
+    failed = [result for result in results if result.get("status") == "failed"]
+    assert done.returncode == 0, done.stderr[-500:] or "the process crashed"
     assert not failed, f"{failed[0]['workload']} {failed[0]['backend']}: {failed[0]['detail']}"
     return []
 
 
-def shared(share: str, name: str, family: int) -> bool:
-    """Whether a check of a family is of a worker's share: "2/4", the third of four workers, "alone", or "" for all."""
+def in_share(share: str, name: str, family: int) -> bool:
+    """Whether a worker runs a check of a family. Shares: "2/4" for the third of four workers, "alone", or "" for all."""
     if not share or share == "alone":
         return not share or name in ALONE
     which, of = map(int, share.split("/"))
@@ -92,7 +92,9 @@ def shared(share: str, name: str, family: int) -> bool:
 
 
 def plan(arguments: argparse.Namespace, device: torch.device) -> list[Unit]:
-    backends = [one for one in found(device)[0] if one.name not in arguments.without.split(",")]
+    backends = [
+        backend for backend in available_backends(device)[0] if backend.name not in arguments.without.split(",")
+    ]
     families = list(FAMILIES.values())
     sizes = SMALL if arguments.small else checks.SIZES
     n = 1 << 12 if arguments.small else None
@@ -116,7 +118,7 @@ def plan(arguments: argparse.Namespace, device: torch.device) -> list[Unit]:
         return lambda: list(timings.time_compiled(workload, device, limit(), torch.compile, n))
 
     for name, family, backend in checks.units(families, backends):
-        if shared(arguments.share, name, families.index(family)):
+        if in_share(arguments.share, name, families.index(family)):
             listed.append(Unit("check", name, family.name, backend.name, check(name, family, backend)))
     listed.append(Unit("time", "limits", "the device", "PyTorch", measure))
     listed += [
@@ -148,7 +150,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         }
     else:
         about = {"name": platform.machine()}
-    backends, missing = found(device)
+    backends, missing = available_backends(device)
     served = {
         operator: dispatch.select_backend(OPERATORS[operator].family, device.type)
         for family in FAMILIES.values()
@@ -157,15 +159,15 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         "machine": about
         | {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
-        "backends": [one.name for one in backends],
+        "backends": [backend.name for backend in backends],
         "missing": missing,
         "served_by": served,
         "compared_with": CPU.name,
     }
 
 
-def lost(device: torch.device) -> bool:
-    """Whether a kernel has left the process without its GPU."""
+def gpu_is_lost(device: torch.device) -> bool:
+    """Whether the GPU fails every call after an illegal access of a kernel."""
     try:
         torch.ones(1, device=device).item()
         torch.cuda.empty_cache()
@@ -175,18 +177,18 @@ def lost(device: torch.device) -> bool:
 
 
 def run(unit: Unit, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The unit's line. Ends the process where the GPU is lost."""
-    began = time.monotonic()
+    """Yields the result of a unit. Exits the process if the GPU is lost."""
+    start = time.monotonic()
     result: dict[str, Any] = {"status": "passed", "rows": [], "detail": ""}
     try:
         result["rows"] = unit.run()
     except (checks.Inconclusive, subprocess.TimeoutExpired, torch.OutOfMemoryError) as error:
         result |= {"status": "inconclusive", "detail": str(error).splitlines()[0]}
-    except Exception as error:  # whatever it is, the rest goes on
+    except Exception as error:  # the other units still run
         result |= {"status": "failed", "detail": f"{type(error).__name__}: {error}"[:600]}
-    yield {**unit.title, **result, "seconds": round(time.monotonic() - began, 2)}
-    if result["status"] != "passed" and lost(device):
-        sys.exit(LOST)
+    yield {**unit.title, **result, "seconds": round(time.monotonic() - start, 2)}
+    if result["status"] != "passed" and gpu_is_lost(device):
+        sys.exit(GPU_LOST)
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -197,8 +199,10 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--without", default="")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--share", default="")
-    parser.add_argument("--first", type=int, default=0, help="The unit to begin with.")
-    parser.add_argument("--limit", type=float, default=60.0, help="Most seconds of a process under the sanitizer.")
+    parser.add_argument("--first", type=int, default=0, help="Index of the first unit to run.")
+    parser.add_argument(
+        "--limit", type=float, default=60.0, help="Time limit of a process under the sanitizer, in seconds."
+    )
     return parser.parse_args(arguments)
 
 

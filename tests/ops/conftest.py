@@ -1,8 +1,8 @@
-"""The tests of a kernel family: its reference and CPU kernels, and its GPU kernels in processes of their own.
+"""The tests of a kernel family: reference, CPU kernels and GPU kernels.
 
 `test_<family>_triton.py` runs in Triton's interpreter, which Triton enables when a kernel is decorated:
-tests/backends/triton/test_interpreter.py starts a pytest process for these files. In `test_<family>_cuda.py`, a test
-that breaks a kernel runs in a forked process (tests/backends/cuda/conftest.py).
+tests/backends/triton/test_interpreter.py starts a pytest process for these files. A test in `test_<family>_cuda.py` that
+breaks a kernel runs in a forked process (tests/backends/cuda/conftest.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ collect_ignore_glob = [] if INTERPRETED else ["*/test_*_triton.py"]
 
 @pytest.fixture(scope="session", autouse=True)
 def patched_interpreter():
-    """Patch `triton.language` once: the interpreter patches it again at every call in a kernel, most of its time."""
+    """Patches `triton.language` once: the interpreter spends most of its time patching it at every call."""
     if not INTERPRETED:
         return
     import triton.language as tl

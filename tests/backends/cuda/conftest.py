@@ -1,4 +1,4 @@
-"""Spoilt kernels run in processes of their own: what they write beyond a tensor must not be found later, by another test."""
+"""Tests that break a kernel run in forked processes, so that their out-of-bounds writes cannot affect other tests."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import traceback
 import pytest
 import torch
 
-from tests.backends.cuda.host import ROOT, folder
-from tests.backends.shown import NEGATIVE
+from tests.backends.cuda.fibers import ROOT, build_dir
+from tests.backends.summary import BROKEN_KERNEL_WORD
 
-MOST_S = 300
+TIMEOUT_S = 300
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Forks for a test that is named after a fault that it makes; one whose kernel crashes has caught it too."""
+    """Forks for a test with BROKEN_KERNEL_WORD in its name; a crash of the kernel counts as detection."""
     if (
         sys.platform != "linux"
         or "cuda" not in str(pyfuncitem.path.relative_to(ROOT))
-        or not any(word in pyfuncitem.name for word in NEGATIVE)
+        or BROKEN_KERNEL_WORD not in pyfuncitem.name
     ):
         return None
-    folder()  # made, and removed, by this process
+    build_dir()  # created and removed by the parent process
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            signal.alarm(MOST_S)
+            signal.alarm(TIMEOUT_S)
             torch.set_num_threads(1)  # threads do not outlive a fork
             pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames})
             status = 0

@@ -1,4 +1,4 @@
-"""Machine code for GPUs that are not here: the library that the install builds, and what NVRTC makes of the same sources."""
+"""Machine code for GPUs that the machine lacks: of the installed library, and of NVRTC from the same sources."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from pathlib import Path
 
 from opdkernels.backends.cuda import launch
 from opdkernels.backends.cuda.sources import family_source, is_built_from_sources
-from tests.backends import shown
-from tests.backends.cuda.host import ROOT, folder
+from tests.backends import summary
+from tests.backends.cuda.fibers import ROOT, build_dir
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 NVCC = shutil.which("nvcc")
 WIDE_LOAD = r"\bLDG\.E\.(?:\w+\.)*128\b"
 SPILL = r"\b(?:STL|LDL)\b"
-FMA = r"\b[FDH]FMA\b"  # HFMA2 only moves constants here
-UNROUNDED = r"\b(?:add|sub|mul)\.f(?:32|64)\b|\.ftz\b|\.approx\b"  # what an assembler may fuse, what loses subnormals, what is not rounded right
+FMA = r"\b[FDH]FMA\b"  # HFMA2 only moves constants
+# PTX that an assembler may fuse, that flushes subnormals, or that is not correctly rounded.
+UNROUNDED = r"\b(?:add|sub|mul)\.f(?:32|64)\b|\.ftz\b|\.approx\b"
 
 
 def tools() -> Path | None:
@@ -54,7 +55,7 @@ def library() -> Path:
     """The library of the install, or another like it where the sources have changed since."""
     if is_built_from_sources(launch.LIBRARY):
         return launch.LIBRARY
-    path = folder() / "_cuda.so"
+    path = build_dir() / "_cuda.so"
     build = "import sys; sys.path.insert(0, '.'); import setup; setup.build_cuda(sys.argv[1], sys.argv[2])"
     subprocess.run([sys.executable, "-c", build, str(NVCC), str(path)], cwd=ROOT, check=True)
     return path
@@ -98,7 +99,7 @@ def kernels_of(cubin: Path) -> dict[str, Code]:
 @functools.cache
 def built(target: str) -> dict[str, Code]:
     """Every kernel of the library for one GPU."""
-    place = folder() / "elf"
+    place = build_dir() / "elf"
     if not place.exists():
         place.mkdir()
         run_tool("cuobjdump", "-xelf", "all", library(), cwd=place)
@@ -112,8 +113,8 @@ def built(target: str) -> dict[str, Code]:
 def show(compiler: str, target: str, kernels: dict[str, Code]) -> None:
     for name, code in kernels.items():
         spills = code.count(SPILL)
-        shown.CODE.append(
-            shown.Code(name.split("_")[0], compiler, target, code.registers, spills, code.count(WIDE_LOAD))
+        summary.COMPILED.append(
+            summary.CompiledKernel(name.split("_")[0], compiler, target, code.registers, spills, code.count(WIDE_LOAD))
         )
 
 
@@ -140,7 +141,7 @@ def by_nvrtc(family: str, target: str) -> dict[str, Code]:
     library.nvrtcGetCUBINSize(program, ctypes.byref(size))
     cubin = ctypes.create_string_buffer(size.value)
     library.nvrtcGetCUBIN(program, cubin)
-    path = folder() / f"{family}-{target}.cubin"
+    path = build_dir() / f"{family}-{target}.cubin"
     path.write_bytes(cubin.raw)
     found = kernels_of(path)
     show("NVRTC", target, found)

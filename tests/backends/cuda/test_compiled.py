@@ -1,4 +1,4 @@
-"""Every CUDA kernel as nvcc and NVRTC compile it for GPUs that are not here: registers, spills, loads, rounding, addresses."""
+"""Every CUDA kernel as nvcc and NVRTC compile it: registers, spills, loads, rounding, addresses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from opdkernels.backends.cuda import launch
 from tests.backends.cuda import machine_code
-from tests.backends.cuda.host import ROOT
+from tests.backends.cuda.fibers import ROOT
 from tests.backends.cuda.machine_code import NVCC, TARGETS, Code
 
 pytestmark = [
@@ -19,9 +19,9 @@ pytestmark = [
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 needs_nvrtc = pytest.mark.skipif(machine_code.nvrtc() is None, reason="no NVRTC (pip install nvidia-cuda-nvrtc)")
 
-# Registers a thread, so that a block's threads fit the 65,536 of a multiprocessor, and the least of 16-byte loads: a
-# vector of each tensor at two places, before the loop and in it, or of both halves of a unit. What is gathered is loaded a
-# coordinate a lane.
+# Registers per thread, so that a block fits the 65,536 of a multiprocessor; and the minimum of 16-byte loads: a vector of
+# each tensor at two places, before the loop and in it, or of both halves of a unit. Gathered values are loaded one
+# coordinate per lane.
 KERNELS = {
     "delta_count_bf16": (80, 4),
     "delta_count_float": (128, 4),
@@ -42,7 +42,8 @@ KERNELS = {
     "patch_decode": (64, 0),
     "patch_digest": (64, 2),
 }
-FUSING = ("step_adamw", "step_sgd")  # where the reference does; their quotients and roots are made of fused steps too
+# As the reference; quotients and square roots consist of fused steps too.
+FUSING = ("step_adamw", "step_sgd")
 FAMILIES = sorted({name.split("_")[0] for name in KERNELS})
 GLOBAL_ACCESS = r"\b(?:LDG|STG|RED|REDG|ATOMG)\b\S*"
 FLUSHED = r"\b(?:FADD|FMUL|FSETP|FMNMX|F2F)\S*\.FTZ\b"  # not F2I, by which integers are divided
@@ -71,27 +72,27 @@ def test_nvcc(kernel, target):
 @needs_nvcc
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
-def test_what_is_restored_is_stored_sixteen_bytes_at_a_time(width, target):
+def test_restored_values_take_16_byte_stores(width, target):
     assert machine_code.built(target)[f"patch_restore_{width}"].count(r"\bSTG\.E\.(?:\w+\.)*128\b") >= 1
 
 
 @needs_nvcc
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_kernel_is_looked_at(target):
+def test_every_kernel_is_checked(target):
     assert set(machine_code.built(target)) == set(KERNELS)
 
 
 @needs_nvcc
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_only_what_the_source_fuses_is_fused(kernel):
-    """Every product, sum, quotient and root says how it is rounded, which also forbids an assembler to fuse it."""
+def test_no_fusion_beyond_the_source(kernel):
+    """Every product, sum, quotient and root names its rounding, which also forbids an assembler to fuse it."""
     code = machine_code.ptx()[kernel]
     assert not re.findall(machine_code.UNROUNDED, code)
     assert ("fma.rn" in code) == (kernel in FUSING)
 
 
 @needs_nvcc
-def test_a_build_that_may_fuse_is_caught(tmp_path):
+def test_contraction_is_detected(tmp_path):
     made = tmp_path / "step.ptx"
     subprocess.run(
         [NVCC, "-std=c++17", "--fmad=true", "-arch=sm_80", "-ptx", str(ROOT / "csrc/step/cuda.cu"), "-o", str(made)],
@@ -101,7 +102,7 @@ def test_a_build_that_may_fuse_is_caught(tmp_path):
 
 
 @needs_nvcc
-def test_the_library_has_code_for_later_gpus_and_says_what_is_wrong_without_one():
+def test_library_has_ptx_for_later_gpus_and_reports_missing_driver():
     assert "sm_80.ptx" in machine_code.run_tool("cuobjdump", "-lptx", machine_code.library())
     if not torch.cuda.is_available():
         with pytest.raises(

@@ -1,4 +1,4 @@
-"""What the launchers start, recorded on tensors on "cuda" that have shapes, dtypes and strides only."""
+"""The launches of the CUDA launchers, recorded on fake "cuda" tensors that have shapes, dtypes and strides only."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def call_adamw(sizes: list[int], active: int) -> None:
 @pytest.mark.parametrize(
     ("dtype", "name"), [(BF16, "delta_count_bf16"), (FP32, "delta_count_float"), (FP64, "delta_count_double")], ids=str
 )
-def test_more_than_2_to_the_31_coordinates_go_in_slices(monkeypatch, dtype, name):
+def test_more_than_2_31_coordinates_take_slices(monkeypatch, dtype, name):
     started = launches(monkeypatch, lambda: call_delta(dtype, dtype, BEYOND))
     assert [one[0] for one in started] == [*[name, "delta_fold"] * 3, "delta_carry"]
     sizes = [n for (kernel, *_, n, _) in started if kernel == name]
@@ -112,7 +112,7 @@ def test_more_than_2_to_the_31_coordinates_go_in_slices(monkeypatch, dtype, name
     assert launches(monkeypatch, lambda: call_delta(dtype, dtype, 0)) == []
 
 
-def test_quantile_takes_a_pass_a_digit_and_overlap_one_of_all(monkeypatch):
+def test_quantile_takes_one_pass_per_digit_and_overlap_one(monkeypatch):
     for dtype, passes in ((BF16, 1), (FP32, 2), (FP64, 4)):
         started = launches(monkeypatch, lambda dtype=dtype: call_quantile(dtype, 1 << 20))
         assert [one[0] for one in started] == [f"quantile_count_{dtype.itemsize}"] * passes
@@ -123,7 +123,7 @@ def test_quantile_takes_a_pass_a_digit_and_overlap_one_of_all(monkeypatch):
         assert (name, len(trained), sets is None, size) == ("overlap_count", runs, runs == 2, 1 << 20)
 
 
-def test_a_step_of_many_tensors_is_one_launch_that_fills_the_device(monkeypatch):
+def test_step_of_many_tensors_is_one_launch(monkeypatch):
     monkeypatch.setattr(gpu, "address", lambda tensor: 16)
     for sizes, blocks in (([BEYOND, 5, 0, 4096], 4 * 132), ([1], 1), ([BLOCK] * 9, 2)):
         ((name, grid, threads, shared_bytes, device, table, ends, count, scalars, *_),) = launches(
@@ -137,7 +137,7 @@ def test_a_step_of_many_tensors_is_one_launch_that_fills_the_device(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
-def test_patch_reads_a_pair_twice_and_goes_back_in_one_pass(monkeypatch, dtype):
+def test_patch_gathers_in_two_passes_and_scatters_in_one(monkeypatch, dtype):
     width, blocks = dtype.itemsize, -(-BEYOND // 2**16)
     started = launches(monkeypatch, lambda: call_patch(dtype, BEYOND))
     names = [
@@ -150,14 +150,14 @@ def test_patch_reads_a_pair_twice_and_goes_back_in_one_pass(monkeypatch, dtype):
     ]
     assert [one[0] for one in started] == names
     assert [one[1] for one in started] == [blocks, 4 * 132, *[blocks] * 4]
-    sums, change_bits = 4096 * width, 8200  # of a unit 64 bytes, in shared memory
+    sums, change_bits = 4096 * width, 8200  # bytes in shared memory: 64 per unit
     assert [one[3] for one in started] == [2 * sums, 8 * 4096, change_bits, sums, sums, change_bits]
     assert max(one[3] for one in started) <= ADA
     assert launches(monkeypatch, lambda: call_patch(dtype, 0)) == []
 
 
 @pytest.mark.parametrize(("shared_bytes", "tables"), [(HOPPER, 10), (AMPERE, 8), (ADA, 4), (48 << 10, 0)])
-def test_a_block_takes_the_shared_memory_that_there_is(monkeypatch, shared_bytes, tables):
+def test_blocks_use_the_available_shared_memory(monkeypatch, shared_bytes, tables):
     calls = (
         (lambda: call_delta(BF16, BF16, 1 << 24), 10),
         (lambda: call_delta(FP32, FP32, 1 << 24), 10),
@@ -169,7 +169,7 @@ def test_a_block_takes_the_shared_memory_that_there_is(monkeypatch, shared_bytes
         assert asked == launch.SMEM_HEADER_BYTES + rows * launch.SMEM_TABLE_BYTES <= shared_bytes
 
 
-def test_a_kernel_starts_on_the_current_stream_of_its_device(monkeypatch):
+def test_kernels_launch_on_the_current_stream(monkeypatch):
     started = []
     kernels = launch.LibraryKernels.__new__(launch.LibraryKernels)  # without a library
     kernels.library = SimpleNamespace(delta_carry_launch=lambda *one: started.append(one) or 0)
@@ -182,7 +182,7 @@ def test_a_kernel_starts_on_the_current_stream_of_its_device(monkeypatch):
     assert (blocks.value, shape, device, stream.value) == (2**31, [32, 70_000], 3, 1 << 40 | 3)
 
 
-def test_an_error_names_the_kernel_the_device_and_the_remedy():
+def test_launch_error_names_kernel_device_and_remedy():
     kernels = launch.LibraryKernels.__new__(launch.LibraryKernels)
     kernels.library = SimpleNamespace(
         delta_carry_launch=lambda *launch: 35, opd_cuda_error=lambda status: b"driver too old" * (status == 35)

@@ -1,4 +1,4 @@
-"""Kernels without a library: what is handed to CuPy, of which only NVRTC could be here."""
+"""Kernels through NVRTC: the calls of CuPy, recorded."""
 
 from __future__ import annotations
 

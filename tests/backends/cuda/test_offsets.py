@@ -1,4 +1,4 @@
-"""Elements beyond 2^31 and bytes beyond 2^32 are where they should be: the last two blocks of a grid that covers so many.
+"""Offsets beyond 2^31 elements and 2^32 bytes: the last two blocks of a grid over that many elements.
 
 The memory before them is reserved and never touched.
 """
@@ -22,7 +22,7 @@ from opdkernels.ops.patch import cuda as patch
 from opdkernels.ops.patch.gpu_common import VALID, blocks_of, starts_of
 from opdkernels.ops.quantile import cuda as quantile
 from opdkernels.ops.step import cuda as step
-from tests.backends.cuda.host import compiled, needs_compiler, run_on, source_of
+from tests.backends.cuda.fibers import kernel_source, launch_on_fibers, load_kernels, needs_compiler
 from tests.ops.conformance import Allocator, backend_kernel, make_pair, reference
 from tests.ops.delta.cases import call_delta, empty_tally
 from tests.ops.overlap.cases import call_overlap, make_runs
@@ -38,7 +38,7 @@ N, THREADS = 2**31 + 1000, 64
 
 @pytest.fixture(autouse=True)
 def one_launch(monkeypatch):
-    """A block a tile, and no slices."""
+    """One block per tile, and no slices."""
     shape = delta.launch_shape
     for family in (quantile, overlap, step):
         monkeypatch.setattr(family, "THREADS", THREADS)
@@ -47,7 +47,7 @@ def one_launch(monkeypatch):
 
 
 def reserved(n: int, dtype: torch.dtype, end: torch.Tensor) -> torch.Tensor:
-    """A tensor [n] of which only the end takes memory."""
+    """A tensor [n] of which only the end uses memory."""
     room = mmap.mmap(-1, n * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
     tensor = torch.frombuffer(room, dtype=dtype)
     tensor[n - len(end) :] = end
@@ -59,8 +59,8 @@ def last_two_tiles(each: int) -> int:
     return N - (-(-N // tile) - 2) * tile
 
 
-def use(monkeypatch, family: str, spoilt: str | None = None) -> None:
-    run_on(monkeypatch, compiled(family, spoilt), processors=1 << 40)
+def use(monkeypatch, family: str, broken: str | None = None) -> None:
+    launch_on_fibers(monkeypatch, load_kernels(family, broken), num_sms=1 << 40)
 
 
 @pytest.mark.parametrize(("dtype", "each"), [(BF16, 8), (FP32, 4), (FP64, 2)], ids=str)
@@ -92,10 +92,10 @@ def test_quantile(monkeypatch, dtype):
     assert all(map(torch.equal, found, expected))
 
 
-def test_an_offset_of_32_bits_is_caught(monkeypatch):
+def test_32_bit_offset_is_detected(monkeypatch):
     offset = "(const char*)data + i * bytes"
-    assert offset in source_of("quantile")
-    use(monkeypatch, "quantile", source_of("quantile").replace(offset, "(const char*)data + (opd_u32)(i * bytes)"))
+    assert offset in kernel_source("quantile")
+    use(monkeypatch, "quantile", kernel_source("quantile").replace(offset, "(const char*)data + (opd_u32)(i * bytes)"))
     found, expected = quantiles_of_the_end(BF16)
     assert not torch.equal(found[1], expected[1])
 
@@ -151,15 +151,15 @@ def test_step(monkeypatch):
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found, expected, strict=True))
 
 
-def test_a_moment_at_32_bits_is_caught(monkeypatch):
+def test_32_bit_moment_offset_is_detected(monkeypatch):
     slot = "const opd_i64 slot = slots + k;"
-    assert slot in source_of("step")
-    use(monkeypatch, "step", source_of("step").replace(slot, "const opd_i64 slot = (opd_u32)(slots + k);"))
+    assert slot in kernel_source("step")
+    use(monkeypatch, "step", kernel_source("step").replace(slot, "const opd_i64 slot = (opd_u32)(slots + k);"))
     found, expected = stepped_at_the_end()
     assert not torch.equal(found[1], expected[1])
 
 
-def test_places_of_step(monkeypatch):
+def test_indices_of_step(monkeypatch):
     use(monkeypatch, "step")
     places = torch.tensor([5, 2**31 - 1, 2**31, N - 1])
     values, taken = reserved(N, BF16, torch.zeros(2000, dtype=BF16)), torch.empty(4)
@@ -216,10 +216,10 @@ def test_patch(monkeypatch):
     assert torch.equal(patch.patch_digest(out)[-2:], expected[3][1])
 
 
-def test_a_position_at_32_bits_is_caught(monkeypatch):
+def test_32_bit_position_offset_is_detected(monkeypatch):
     start = "opd_u8* to = positions + starts[block];"
-    assert start in source_of("patch")
-    use(monkeypatch, "patch", source_of("patch").replace(start, "opd_u8* to = positions + (opd_u32)starts[block];"))
+    assert start in kernel_source("patch")
+    use(monkeypatch, "patch", kernel_source("patch").replace(start, "opd_u8* to = positions + (opd_u32)starts[block];"))
     found, expected, _ = gathered_at_the_end(monkeypatch)
     assert torch.equal(found[1], expected[1])
     assert not torch.equal(found[0], expected[0])

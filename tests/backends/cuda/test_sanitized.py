@@ -1,4 +1,4 @@
-"""Kernels on fibers under sanitizers: undefined behaviour in every test of theirs, addresses in a process that loads its library first."""
+"""Kernels on fibers under sanitizers: undefined behaviour in all their tests, addresses in a process with ASan preloaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from opdkernels.ops.quantile import cuda as quantile
-from tests.backends.cuda.host import COMPILER, ROOT, SANITIZER, compiled, run_on, source_of
+from tests.backends.cuda.fibers import COMPILER, ROOT, SANITIZER, kernel_source, launch_on_fibers, load_kernels
 from tests.ops.conformance import make_pair
 
 pytestmark = pytest.mark.skipif(COMPILER is None or SANITIZER == "address", reason="no g++")
@@ -20,19 +20,19 @@ import sys
 import pytest
 from opdkernels.backends.cuda import launch
 from opdkernels.ops.quantile import cuda as quantile
-from tests.backends.cuda.host import compiled, source_of
+from tests.backends.cuda.fibers import load_kernels, kernel_source
 from tests.ops.conformance import make_pair
 
-assert pytest.main(["-k", "misaligned or (little_shared_memory and 163)", *sys.argv[1:]]) == 0
+assert pytest.main(["-k", "misaligned or (shared_memory_size and 163)", *sys.argv[1:]]) == 0
 print("sound", flush=True)
-kernels = compiled("quantile", source_of("quantile").replace("i + V <= n && ", ""), "address")
+kernels = load_kernels("quantile", kernel_source("quantile").replace("i + V <= n && ", ""), "address")
 launch.kernels, launch.device_limits, quantile.THREADS = (lambda: kernels), (lambda device: (2, 1 << 17)), 64
 quantile.quantile(make_pair(3001)[0], [5], True, None)
 """
 
 
 def test_kernels_stay_within_tensors_tables_and_shared_memory():
-    """Their tests pass; then a wide load without a masked tail is caught."""
+    """Their tests pass; then a wide load without a masked tail is reported."""
     library = subprocess.run(
         [str(COMPILER), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -52,10 +52,10 @@ def test_kernels_stay_within_tensors_tables_and_shared_memory():
     assert "heap-buffer-overflow" in done.stderr
 
 
-def test_a_wide_load_at_any_address_is_caught(monkeypatch, capfd):
+def test_a_wide_load_at_any_address_is_detected(monkeypatch, capfd):
     aligned = " && ((opd_u64)at & (width - 1)) == 0"
-    assert aligned in source_of("quantile")
-    run_on(monkeypatch, compiled("quantile", source_of("quantile").replace(aligned, "")))
+    assert aligned in kernel_source("quantile")
+    launch_on_fibers(monkeypatch, load_kernels("quantile", kernel_source("quantile").replace(aligned, "")))
     monkeypatch.setattr(quantile, "THREADS", 64)
     quantile.quantile(make_pair(3000)[0][1:], [5], True, None)
     assert "misaligned address" in capfd.readouterr().err

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from opdkernels.backends.triton import launch
-from tests.backends import shown
+from tests.backends import summary
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -105,7 +105,9 @@ def run_tool(name: str, *arguments: str) -> str:
 def compiled(one: Launch, target: str) -> Compiled:
     code = machine_code(one, target)
     family = one.kernel.fn.__module__.rsplit(".", 1)[-1].replace("numeric", "delta")  # whose sums it carries
-    shown.CODE.append(shown.Code(family, "Triton", target, code.registers, code.spills, code.wide_loads))
+    summary.COMPILED.append(
+        summary.CompiledKernel(family, "Triton", target, code.registers, code.spills, code.wide_loads)
+    )
     return code
 
 

@@ -1,4 +1,4 @@
-"""Tests that need Triton's compiler, and the one that starts the tests in Triton's interpreter (tests/ops/conftest.py)."""
+"""Tests of Triton's compiler, and the test that starts those in its interpreter (tests/ops/conftest.py)."""
 
 from __future__ import annotations
 

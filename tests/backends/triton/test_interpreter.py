@@ -1,4 +1,4 @@
-"""Every Triton kernel in Triton's interpreter, in a process where it is enabled."""
+"""Every Triton kernel in Triton's interpreter, in a process that enables it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
-from tests.backends import shown
+from tests.backends import summary
 
 ROOT = Path(__file__).parents[3]
 
 
 def test_kernels_equal_their_references(tmp_path):
-    """One process for all families: loading torch and Triton takes seconds."""
+    """One process for all families, because loading torch and Triton takes seconds."""
     families = [path.parent.name for path in (ROOT / "opdkernels" / "ops").glob("*/triton.py")]
     files = [f"tests/ops/{family}/test_{family}_triton.py" for family in families]
     command = [sys.executable, "-m", "pytest", "-W", "ignore", f"--junitxml={tmp_path / 'tests.xml'}", *files]
@@ -24,5 +24,5 @@ def test_kernels_equal_their_references(tmp_path):
     assert " passed" in done.stdout
     for test in xml.parse(tmp_path / "tests.xml").iter("testcase"):
         if not len(test):  # neither failed nor skipped
-            shown.INTERPRETED[test.attrib["classname"].split(".")[2]] += 1
-    assert set(shown.INTERPRETED) == set(families)
+            summary.INTERPRETED[test.attrib["classname"].split(".")[2]] += 1
+    assert set(summary.INTERPRETED) == set(families)

@@ -6,7 +6,7 @@ import pytest
 
 from opdkernels.backends import gpu
 from opdkernels.ops.delta import cuda
-from tests.backends.cuda.host import ORDERS, compiled, needs_compiler, run_on, source_of
+from tests.backends.cuda.fibers import ORDERS, kernel_source, launch_on_fibers, load_kernels, needs_compiler
 from tests.ops.conformance import MILLION, MISALIGNED, Allocator, backend_kernel, check_case, make_pair, reference
 from tests.ops.delta.cases import FAMILY, call_delta
 
@@ -18,7 +18,7 @@ SAME_DTYPES = [f"{dtype}, torch.{dtype} " for dtype in ("bfloat16", "float32", "
 @pytest.fixture(autouse=True)
 def fibers(monkeypatch):
     """Blocks of two warps: the time grows with fibers, not with coordinates."""
-    run_on(monkeypatch, compiled("delta"))
+    launch_on_fibers(monkeypatch, load_kernels("delta"))
     shape = cuda.launch_shape
     monkeypatch.setattr(cuda, "launch_shape", lambda *dtypes: (shape(*dtypes)[0], 64, shape(*dtypes)[2]))
 
@@ -36,7 +36,7 @@ def test_misaligned(case):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("only", SAME_DTYPES)
 def test_thread_order_changes_no_bit(monkeypatch, only, order):
-    run_on(monkeypatch, compiled("delta"), order=order, processors=1 + order)
+    launch_on_fibers(monkeypatch, load_kernels("delta"), order=order, num_sms=1 + order)
     for case in FAMILY.collect([5001], only=only):
         check_case(case, KERNEL)
 
@@ -44,7 +44,7 @@ def test_thread_order_changes_no_bit(monkeypatch, only, order):
 @pytest.mark.parametrize("only", SAME_DTYPES)
 def test_blocks_of_device_size(monkeypatch, only):
     monkeypatch.undo()
-    run_on(monkeypatch, compiled("delta"), order=2)
+    launch_on_fibers(monkeypatch, load_kernels("delta"), order=2)
     for case in FAMILY.collect([70_001], only=only):
         check_case(case, KERNEL)
 
@@ -57,7 +57,7 @@ def test_a_million_coordinates():
 @pytest.mark.parametrize("kib", [48, 99, 163, 227])
 @pytest.mark.parametrize("case", FAMILY.collect(special=True, only="large"), ids=str)
 def test_shared_memory_size_changes_no_count(monkeypatch, case, kib):
-    run_on(monkeypatch, compiled("delta"), shared_bytes=kib << 10)
+    launch_on_fibers(monkeypatch, load_kernels("delta"), shared_bytes=kib << 10)
     check_case(case, KERNEL)
 
 
@@ -75,33 +75,33 @@ def counts(kernel) -> list:
 def bf16_only() -> str:
     """The source without the kernels of other dtypes, which a broken one does not need."""
     others = ("OPD_DELTA_COUNT(delta_count_float", "OPD_DELTA_COUNT(delta_count_double")
-    return "\n".join(line for line in source_of("delta").splitlines() if not line.startswith(others))
+    return "\n".join(line for line in kernel_source("delta").splitlines() if not line.startswith(others))
 
 
-BARRIER, MEETING = "__syncthreads();", "__syncwarp();"
+BARRIER, SYNCWARP = "__syncthreads();", "__syncwarp();"
 SHUFFLE = """const int before = __shfl_up_sync(OPD_ALL_LANES, place, d);
       place += lane >= d ? before : 0;"""
 
 
 @pytest.mark.parametrize(
     ("text", "which", "of"),
-    [(BARRIER, 0, 3), (BARRIER, 1, 3), (BARRIER, 2, 3), (MEETING, 0, 2)],
+    [(BARRIER, 0, 3), (BARRIER, 1, 3), (BARRIER, 2, 3), (SYNCWARP, 0, 2)],
     ids=["0", "1", "2", "warp"],
 )
-def test_a_missing_barrier_is_caught(monkeypatch, text, which, of):
-    """Without it some order of threads gives another tally. (The second meeting of a warp only orders memory.)"""
+def test_missing_barrier_is_detected(monkeypatch, text, which, of):
+    """Without it some order of threads gives another tally. (The second __syncwarp only orders memory.)"""
     parts = bf16_only().split(text)
     assert len(parts) == of + 1
-    kernels = compiled("delta", text.join(parts[: which + 1]) + text.join(parts[which + 1 :]))
+    kernels = load_kernels("delta", text.join(parts[: which + 1]) + text.join(parts[which + 1 :]))
     expected, found = counts(reference), []
     for order in ORDERS:
-        run_on(monkeypatch, kernels, order=order)
+        launch_on_fibers(monkeypatch, kernels, order=order)
         found.append(counts(KERNEL))
     assert any(output != expected for output in found)
 
 
 @pytest.mark.parametrize(
-    ("text", "spoilt", "said"),
+    ("text", "broken", "said"),
     [
         (
             SHUFFLE,
@@ -113,9 +113,9 @@ def test_a_missing_barrier_is_caught(monkeypatch, text, which, of):
     ],
     ids=["shuffle", "mask", "barrier"],
 )
-def test_divergent_threads_are_refused(monkeypatch, text, spoilt, said):
+def test_divergent_threads_are_detected(monkeypatch, text, broken, said):
     assert text in bf16_only()
-    run_on(monkeypatch, compiled("delta", bf16_only().replace(text, spoilt, 1)), order=2)
+    launch_on_fibers(monkeypatch, load_kernels("delta", bf16_only().replace(text, broken, 1)), order=2)
     with pytest.raises(
         RuntimeError, match=rf"delta_count_bf16 did not start on cpu: block \d+, thread \d+, line \d+: .*({said})"
     ):

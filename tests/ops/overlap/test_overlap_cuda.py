@@ -6,7 +6,7 @@ import pytest
 
 from opdkernels.backends import gpu
 from opdkernels.ops.overlap import cuda
-from tests.backends.cuda.host import ORDERS, compiled, needs_compiler, run_on, source_of
+from tests.backends.cuda.fibers import ORDERS, kernel_source, launch_on_fibers, load_kernels, needs_compiler
 from tests.ops.conformance import MILLION, MISALIGNED, Allocator, backend_kernel, check_case, reference
 from tests.ops.overlap.cases import FAMILY, call_overlap, make_runs
 
@@ -17,7 +17,7 @@ KERNEL = backend_kernel("cuda")
 @pytest.fixture(autouse=True)
 def fibers(monkeypatch):
     """Blocks of two warps: the time grows with fibers, not with coordinates."""
-    run_on(monkeypatch, compiled("overlap"))
+    launch_on_fibers(monkeypatch, load_kernels("overlap"))
     monkeypatch.setattr(cuda, "THREADS", 64)
 
 
@@ -34,7 +34,7 @@ def test_misaligned(case):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("case", FAMILY.collect([5001]), ids=str)
 def test_thread_order_changes_no_count(monkeypatch, case, order):
-    run_on(monkeypatch, compiled("overlap"), order=order, processors=1 + order)
+    launch_on_fibers(monkeypatch, load_kernels("overlap"), order=order, num_sms=1 + order)
     check_case(case, KERNEL)
 
 
@@ -47,7 +47,7 @@ def test_a_million_coordinates_in_blocks_of_device_size(monkeypatch, case):
 @pytest.mark.parametrize("kib", [48, 99, 163])
 @pytest.mark.parametrize("case", FAMILY.collect(special=True, only="large"), ids=str)
 def test_shared_memory_size_changes_no_count(monkeypatch, case, kib):
-    run_on(monkeypatch, compiled("overlap"), shared_bytes=kib << 10)
+    launch_on_fibers(monkeypatch, load_kernels("overlap"), shared_bytes=kib << 10)
     check_case(case, KERNEL)
 
 
@@ -65,21 +65,23 @@ def counts(kernel) -> list:
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_missing_barrier_is_caught(monkeypatch, which):
-    parts = source_of("overlap").split(BARRIER)
+def test_missing_barrier_is_detected(monkeypatch, which):
+    parts = kernel_source("overlap").split(BARRIER)
     assert len(parts) == 3
-    kernels = compiled("overlap", BARRIER.join(parts[: which + 1]) + BARRIER.join(parts[which + 1 :]))
+    kernels = load_kernels("overlap", BARRIER.join(parts[: which + 1]) + BARRIER.join(parts[which + 1 :]))
     expected, found = counts(reference), []
     for order in ORDERS:
-        run_on(monkeypatch, kernels, order=order)
+        launch_on_fibers(monkeypatch, kernels, order=order)
         found.append(counts(KERNEL))
     assert any(output != expected for output in found)
 
 
-def test_a_divergent_shuffle_is_refused(monkeypatch):
+def test_divergent_shuffle_is_detected(monkeypatch):
     line = "lost = warp_sum(lost);"
-    assert line in source_of("overlap")
-    run_on(monkeypatch, compiled("overlap", source_of("overlap").replace(line, f"if (threadIdx.x & 1) {line}")))
+    assert line in kernel_source("overlap")
+    launch_on_fibers(
+        monkeypatch, load_kernels("overlap", kernel_source("overlap").replace(line, f"if (threadIdx.x & 1) {line}"))
+    )
     with pytest.raises(
         RuntimeError, match=r"overlap_count did not start on cpu: .*(different places|a lane of the mask|barrier)"
     ):

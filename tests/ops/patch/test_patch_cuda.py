@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opdkernels.ops.patch import cuda
-from tests.backends.cuda.host import ORDERS, compiled, needs_compiler, run_on, source_of
+from tests.backends.cuda.fibers import ORDERS, kernel_source, launch_on_fibers, load_kernels, needs_compiler
 from tests.ops.conformance import MILLION, MISALIGNED, SIZES, Allocator, backend_kernel, check_case, reference
 from tests.ops.patch.cases import FAMILY, assert_refusal_writes_nothing, gather, make_bits, malformed_cases, scatter
 
@@ -19,7 +19,7 @@ KERNEL = backend_kernel("cuda")
 @pytest.fixture(autouse=True)
 def fibers(monkeypatch):
     """Blocks of two warps: the time grows with fibers, not with coordinates."""
-    run_on(monkeypatch, compiled("patch"))
+    launch_on_fibers(monkeypatch, load_kernels("patch"))
     monkeypatch.setattr(cuda, "THREADS", 64)
     monkeypatch.setattr(cuda, "QUEUE_THREADS", 64)
 
@@ -42,7 +42,7 @@ def test_misaligned(case):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("case", FAMILY.collect(special=True, only=" mask, offsets"), ids=str)
 def test_thread_order_changes_no_bit(monkeypatch, case, order):
-    run_on(monkeypatch, compiled("patch"), order=order, processors=1 + order)
+    launch_on_fibers(monkeypatch, load_kernels("patch"), order=order, num_sms=1 + order)
     check_case(case, KERNEL)
 
 
@@ -53,17 +53,17 @@ def test_a_million_coordinates_in_blocks_of_device_size(monkeypatch, case):
     check_case(case, KERNEL)
 
 
-BARRIER, MEETING = "__syncthreads();", "__syncwarp();"
+BARRIER, SYNCWARP = "__syncthreads();", "__syncwarp();"
 
 
 def of_two_bytes(source: str) -> str:
-    """Without the kernels of other widths, which a spoilt source need not compile."""
+    """Without the kernels of other widths, which a broken source need not compile."""
     return re.sub(r"^OPD_PATCH_WIDTH\((?!2,).*$", "", source, flags=re.MULTILINE)
 
 
-def spoilt_at(text: str, which: int, of: int) -> str:
+def without_barrier(text: str, which: int, of: int) -> str:
     """The source without one of its barriers."""
-    parts = of_two_bytes(source_of("patch")).split(text)
+    parts = of_two_bytes(kernel_source("patch")).split(text)
     assert len(parts) == of + 1
     return text.join(parts[: which + 1]) + text.join(parts[which + 1 :])
 
@@ -85,7 +85,7 @@ def digested(kernel) -> list:
 
 # What a kernel leaves, of which each barrier is a part.
 LEFT = {
-    "queue": (MEETING, 0, gathered),
+    "queue": (SYNCWARP, 0, gathered),
     "compared": (BARRIER, 0, gathered),
     "zeros before offsets": (BARRIER, 1, scattered),
     "offsets before counts": (BARRIER, 2, scattered),
@@ -96,20 +96,20 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_a_missing_barrier_is_caught(monkeypatch, name):
-    """Without it some order of threads leaves something else. (The second meeting of a warp only orders memory.)"""
+def test_missing_barrier_is_detected(monkeypatch, name):
+    """Without it some order of threads leaves something else. (The second __syncwarp only orders memory.)"""
     text, which, outputs = LEFT[name]
     expected = outputs(reference)
-    kernels = compiled("patch", spoilt_at(text, which, 2 if text == MEETING else 6))
+    kernels = load_kernels("patch", without_barrier(text, which, 2 if text == SYNCWARP else 6))
     found = []
     for order in ORDERS:
-        run_on(monkeypatch, kernels, order=order)
+        launch_on_fibers(monkeypatch, kernels, order=order)
         found.append(outputs(KERNEL))
     assert any(one != expected for one in found)
 
 
 @pytest.mark.parametrize(
-    ("text", "spoilt", "said"),
+    ("text", "broken", "said"),
     [
         ("even += __shfl_xor_sync", "if (lane & 4) even += __shfl_xor_sync", "different places|a lane of the mask"),
         ("bits |= __shfl_xor_sync", "if (bits) bits |= __shfl_xor_sync", "different places|a lane of the mask"),
@@ -117,10 +117,10 @@ def test_a_missing_barrier_is_caught(monkeypatch, name):
     ],
     ids=["sums", "bits", "barrier"],
 )
-def test_divergent_threads_are_refused(monkeypatch, text, spoilt, said):
-    source = of_two_bytes(source_of("patch"))
+def test_divergent_threads_are_detected(monkeypatch, text, broken, said):
+    source = of_two_bytes(kernel_source("patch"))
     assert text in source
-    run_on(monkeypatch, compiled("patch", source.replace(text, spoilt, 1)), order=2)
+    launch_on_fibers(monkeypatch, load_kernels("patch", source.replace(text, broken, 1)), order=2)
     with pytest.raises(
         RuntimeError, match=rf"patch_compare_2 did not start on cpu: block \d+, thread \d+, line \d+: .*({said})"
     ):

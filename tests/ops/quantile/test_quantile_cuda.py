@@ -8,7 +8,7 @@ import torch
 from opdkernels.backends import gpu
 from opdkernels.ops import quantile as ops
 from opdkernels.ops.quantile import cuda
-from tests.backends.cuda.host import ORDERS, compiled, needs_compiler, run_on, source_of
+from tests.backends.cuda.fibers import ORDERS, kernel_source, launch_on_fibers, load_kernels, needs_compiler
 from tests.ops.conformance import MILLION, MISALIGNED, SIZES, backend_kernel, check_case, make_pair
 from tests.ops.quantile.cases import FAMILY
 
@@ -19,7 +19,7 @@ KERNEL = backend_kernel("cuda")
 @pytest.fixture(autouse=True)
 def fibers(monkeypatch):
     """Blocks of two warps: the time grows with fibers, not with values."""
-    run_on(monkeypatch, compiled("quantile"))
+    launch_on_fibers(monkeypatch, load_kernels("quantile"))
     monkeypatch.setattr(cuda, "THREADS", 64)
 
 
@@ -36,7 +36,7 @@ def test_misaligned(case):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("case", FAMILY.collect([5001]), ids=str)
 def test_thread_order_changes_no_count(monkeypatch, case, order):
-    run_on(monkeypatch, compiled("quantile"), order=order, processors=1 + order)
+    launch_on_fibers(monkeypatch, load_kernels("quantile"), order=order, num_sms=1 + order)
     check_case(case, KERNEL)
 
 
@@ -49,7 +49,7 @@ def test_a_million_values_in_blocks_of_device_size(monkeypatch, case):
 @pytest.mark.parametrize("kib", [48, 99, 163])
 @pytest.mark.parametrize("case", FAMILY.collect(special=True, only="large"), ids=str)
 def test_shared_memory_size_changes_no_count(monkeypatch, case, kib):
-    run_on(monkeypatch, compiled("quantile"), shared_bytes=kib << 10)
+    launch_on_fibers(monkeypatch, load_kernels("quantile"), shared_bytes=kib << 10)
     check_case(case, KERNEL)
 
 
@@ -63,26 +63,26 @@ BARRIER = "__syncthreads();"
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_missing_barrier_is_caught(monkeypatch, which):
-    parts = source_of("quantile").split(BARRIER)
+def test_missing_barrier_is_detected(monkeypatch, which):
+    parts = kernel_source("quantile").split(BARRIER)
     assert len(parts) == 3
-    kernels = compiled("quantile", BARRIER.join(parts[: which + 1]) + BARRIER.join(parts[which + 1 :]))
+    kernels = load_kernels("quantile", BARRIER.join(parts[: which + 1]) + BARRIER.join(parts[which + 1 :]))
     values = make_pair(3000)[0]
     expected = ops.reference(values, [700], True, None)[1]
     found = []
     for order in ORDERS:
-        run_on(monkeypatch, kernels, order=order)
+        launch_on_fibers(monkeypatch, kernels, order=order)
         found.append(cuda.quantile(values, [700], True, None)[1])
     assert any(not torch.equal(counts, expected) for counts in found)
 
 
-def test_a_divergent_shuffle_is_refused(monkeypatch):
+def test_divergent_shuffle_is_detected(monkeypatch):
     line = "const opd_u32 total = warp_sum(zeros[inside]);"
-    assert line in source_of("quantile")
-    spoilt = source_of("quantile").replace(
+    assert line in kernel_source("quantile")
+    broken = kernel_source("quantile").replace(
         line, "opd_u32 total = zeros[inside]; if (threadIdx.x & 1) total = warp_sum(total);"
     )
-    run_on(monkeypatch, compiled("quantile", spoilt))
+    launch_on_fibers(monkeypatch, load_kernels("quantile", broken))
     with pytest.raises(
         RuntimeError, match=r"quantile_count_2 did not start on cpu: .*(different places|a lane of the mask)"
     ):

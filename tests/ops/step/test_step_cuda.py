@@ -6,7 +6,7 @@ import pytest
 
 from opdkernels.backends.cuda import launch
 from opdkernels.ops.step import cuda
-from tests.backends.cuda.host import ORDERS, compiled, needs_compiler, run_on, source_of
+from tests.backends.cuda.fibers import ORDERS, kernel_source, launch_on_fibers, load_kernels, needs_compiler
 from tests.ops.conformance import MISALIGNED, Allocator, backend_kernel, check_case, reference
 from tests.ops.step.cases import FAMILY, Inputs, call_steps, copy_cases, million, stochastic_cases
 
@@ -17,7 +17,7 @@ KERNEL = backend_kernel("cuda")
 @pytest.fixture(autouse=True)
 def fibers(monkeypatch):
     """Blocks of two warps: the time grows with fibers, not with coordinates."""
-    run_on(monkeypatch, compiled("step"))
+    launch_on_fibers(monkeypatch, load_kernels("step"))
     monkeypatch.setattr(cuda, "THREADS", 64)
 
 
@@ -54,18 +54,18 @@ def test_no_launch_without_coordinates(monkeypatch, case):
     assert names == []
 
 
-@pytest.mark.parametrize("processors", [1, 40])
+@pytest.mark.parametrize("num_sms", [1, 40])
 @pytest.mark.parametrize("case", FAMILY.collect(special=True, only="many tensors"), ids=str)
-def test_more_tensors_than_a_warp_has_lanes(monkeypatch, case, processors):
+def test_more_tensors_than_a_warp_has_lanes(monkeypatch, case, num_sms):
     """Warps skip many tensors from one tile to the next."""
-    run_on(monkeypatch, compiled("step"), processors=processors)
+    launch_on_fibers(monkeypatch, load_kernels("step"), num_sms=num_sms)
     check_case(case, KERNEL)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("case", stochastic_cases(), ids=str)
 def test_thread_order_changes_no_bit(monkeypatch, case, order):
-    run_on(monkeypatch, compiled("step"), order=order, processors=1 + order)
+    launch_on_fibers(monkeypatch, load_kernels("step"), order=order, num_sms=1 + order)
     check_case(case, KERNEL)
 
 
@@ -74,17 +74,17 @@ def test_a_million_coordinates_in_blocks_of_device_size(monkeypatch):
     check_case(million(), KERNEL)
 
 
-MEETING = "__syncwarp();"
+SYNCWARP = "__syncwarp();"
 
 
-def test_a_missing_meeting_of_a_warp_is_caught(monkeypatch):
+def test_missing_syncwarp_is_detected(monkeypatch):
     """Without it some order of threads steps other coordinates. (The second one only orders memory.)"""
-    parts = source_of("step").split(MEETING)
+    parts = kernel_source("step").split(SYNCWARP)
     assert len(parts) == 3
-    kernels = compiled("step", parts[0] + parts[1] + MEETING + parts[2])
+    kernels = load_kernels("step", parts[0] + parts[1] + SYNCWARP + parts[2])
     expected, found = stepped(reference), []
     for order in ORDERS:
-        run_on(monkeypatch, kernels, order=order)
+        launch_on_fibers(monkeypatch, kernels, order=order)
         found.append(stepped(KERNEL))
     assert any(weights != expected for weights in found)
 
@@ -94,7 +94,7 @@ def stepped(kernel) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("text", "spoilt"),
+    ("text", "broken"),
     [
         (
             "const opd_u32 word = __shfl_sync(OPD_ALL_LANES, mine, w);",
@@ -107,9 +107,9 @@ def stepped(kernel) -> list[float]:
     ],
     ids=["shuffle", "ballot"],
 )
-def test_divergent_lanes_are_refused(monkeypatch, text, spoilt):
-    assert text in source_of("step")
-    run_on(monkeypatch, compiled("step", source_of("step").replace(text, spoilt)), order=2)
+def test_divergent_lanes_are_detected(monkeypatch, text, broken):
+    assert text in kernel_source("step")
+    launch_on_fibers(monkeypatch, load_kernels("step", kernel_source("step").replace(text, broken)), order=2)
     with pytest.raises(
         RuntimeError,
         match=r"step_adamw did not start on cpu: block \d+, thread \d+, line \d+: .*(different places|a lane of the mask)",
