@@ -76,24 +76,13 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     gram(input, rows, n, parts, visible, block, threads, pointer<double>(into));
   });
-  m.def("masked_step", [](uintptr_t table, int64_t count, uintptr_t scalars, uintptr_t grad_scale, uintptr_t clip, bool maximize, int kind,
-                          bool nesterov, int precision, int64_t seed, int threads) {
-    std::vector<StepTensor> tensors(count);
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t* row = pointer<int64_t>(table) + 20 * i;
-      StepTensor& t = tensors[i];
-      t.param = pointer<void>(row[0]), t.grad = pointer<void>(row[1]);
-      t.bits = pointer<unsigned char>(row[2]), t.offsets = (const opd_i64*)pointer<int64_t>(row[3]), t.places = pointer<void>(row[4]);
-      t.exp_avg = pointer<float>(row[5]), t.exp_avg_sq = pointer<float>(row[6]), t.most = pointer<float>(row[7]), t.extra = pointer<void>(row[8]);
-      t.init = pointer<void>(row[9]), t.cohort = pointer<unsigned char>(row[10]);
-      t.n = row[11], t.active = row[12], t.start = row[13], t.seed = seed;
-      t.param_dtype = (int)row[14], t.grad_dtype = (int)row[15], t.wide_places = (int)row[16], t.compact = (int)row[17];
-      t.scalars = pointer<float>(scalars) + OPD_STEP_SCALARS * row[18], t.ordinal = (int)row[19];
-      t.grad_scale = pointer<float>(grad_scale), t.clip = pointer<float>(clip);
-      t.maximize = maximize, t.precision = precision, t.kind = kind, t.nesterov = nesterov;
-    }
+  // rows: [count] StepRow (opdkernels/ops/step/layout.py: STEP_ROW).
+  m.def("masked_step", [](uintptr_t rows, int64_t count, uintptr_t scalars, uintptr_t grad_scale, uintptr_t clip, bool maximize,
+                          int kind, bool nesterov, int precision, int64_t seed, int threads) {
+    const StepOptions options{pointer<float>(scalars), pointer<float>(grad_scale), pointer<float>(clip),
+                              maximize, precision, seed, nesterov, kind};
     py::gil_scoped_release release;
-    masked_step(tensors, threads);
+    masked_step(pointer<StepRow>(rows), count, options, threads);
   });
   m.def("patch_gather", [](uintptr_t source, uintptr_t trained, int bytes, int64_t n, bool difference, int threads, uintptr_t counts,
                            uintptr_t positions, uintptr_t values, uintptr_t digests) {

@@ -280,7 +280,7 @@ def step_of(dtype: torch.dtype, precision: str) -> Callable:
         mask, offsets = (one.to(device) for one in mask_tensors(active.cpu()))
         count = int(offsets[-1])
         m, v = torch.zeros(count, device=device), torch.zeros(count, device=device)
-        kind = step.RESIDUAL_DTYPES.get(precision) if dtype == BF16 else None
+        kind = step.validation.RESIDUAL_DTYPES.get(precision) if dtype == BF16 else None
         extras = [torch.zeros(count, dtype=kind, device=device)] if kind else []
         scalars = step.adamw_scalars([1], 1e-5, (0.9, 0.999), 1e-8, 0.01).to(device)
         common = ([], [], scalars, [0], [0], [0], None, None, None, False, step.PRECISIONS.index(precision), 0)

@@ -1,22 +1,25 @@
-// `step` over the blocks of all tensors, shared by the threads as they come: every block is one thread's, so threads change nothing.
+// `step` over the blocks of all tensors, taken by the threads dynamically. One thread processes a block, so results are
+// bit-identical for any number of threads.
 #include "../common/cpu/dispatch.h"
 #include "../common/cpu/parallel.h"
 
-void masked_step(const std::vector<StepTensor>& tensors, int threads) {
+void masked_step(const StepRow* rows, int64_t count, const StepOptions& options, int threads) {
   const Kernels& kernel = kernels();
-  std::vector<int64_t> first(tensors.size() + 1, 0);
+  std::vector<int64_t> first(count + 1, 0);
   int64_t active = 0;
-  for (size_t i = 0; i < tensors.size(); i++) {
-    const StepTensor& t = tensors[i];
-    first[i + 1] = first[i] + ((t.bits ? t.n : t.active) + OPD_STEP_BLOCK - 1) / OPD_STEP_BLOCK;
-    active += t.active;
+  for (int64_t i = 0; i < count; i++) {
+    const StepRow& t = rows[i];
+    const int64_t blocks = (t.size + OPD_STEP_BLOCK - 1) / OPD_STEP_BLOCK;
+    first[i + 1] = first[i] + blocks;
+    active += t.flags & STEP_MASK_INDICES ? t.size : t.block_counts[blocks];
   }
-  // Ranges of whole blocks; the tensor of a block is looked up once a range.
-  parallel_ranges(first.back() * OPD_STEP_BLOCK, active < SERIAL_BELOW ? 1 : threads, OPD_STEP_BLOCK, [&](int, int64_t start, int64_t stop) {
+  // Ranges of complete blocks; the tensor of a block is looked up once per range.
+  const int64_t coordinates = first.back() * OPD_STEP_BLOCK;
+  parallel_ranges(coordinates, active < SERIAL_BELOW ? 1 : threads, OPD_STEP_BLOCK, [&](int, int64_t start, int64_t stop) {
     size_t i = 0;
     for (int64_t block = start / OPD_STEP_BLOCK; block < stop / OPD_STEP_BLOCK; block++) {
       while (block >= first[i + 1]) i++;
-      kernel.step_block(&tensors[i], block - first[i]);
+      kernel.step_block(&rows[i], &options, block - first[i]);
     }
   });
 }

@@ -1,167 +1,162 @@
-// `step` on a CUDA device: one launch steps the active coordinates of all tensors of a group, of whatever dtypes and masks,
-// through a table of their addresses. A warp takes tiles, blocks of 2,048 coordinates or as many places, in turn, and goes along
-// the table as it does. What differs between tensors is the same for all lanes of a warp, so that branches cost little.
+// `step` on a CUDA device: one launch updates the active coordinates of all tensors of a group, of any dtypes and masks,
+// through a table of their addresses. Warps take tiles in turn, blocks of 2,048 coordinates or as many indices, and advance
+// along the table as they do. What differs between tensors is the same for all lanes of a warp, so that branches cost little.
 //
-// Nothing comes back to the host: `found_inf`, `grad_scale` and `clip` are read on the device.
+// Nothing is copied back to the host: `found_inf`, `grad_scale` and `clip` are read on the device.
 #include "step.h"
 #include "../common/cuda/active.h"
 
-enum Kind { PARAM_BF16 = 1, GRAD_BF16 = 2, COMPACT = 4, PLACES = 8, WIDE_PLACES = 16 };
+static_assert(OPD_STEP_BLOCK == OPD_MASK_BLOCK, "a tile is one block of block_counts and one queue");
 
-struct Tensor {  // a row of the table: opdkernels/backends/gpu.py
-  void* param;
-  const void* grad;
-  const void* mask;  // bits, or places
-  const opd_i64* offsets;
-  float *first, *second, *most;  // moments; of SGD the momentum buffer; null where there is none
-  opd_u16* extra;
-  const void* init;
-  const opd_u8* cohort;
-  opd_i64 row, start, ordinal, size, kind, unused;
-};
-
-struct Options {
-  const float *scalars, *grad_scale, *clip;
-  opd_i64 maximize, precision, seed;
-};
-
-// The tensor of a tile, from that of an earlier one: the ends of 32 are looked at at once.
-__device__ __forceinline__ opd_i64 find_tensor(const opd_i64* ends, opd_i64 i, opd_i64 tensors, opd_i64 tile) {
+// The tensor of a tile, found from that of an earlier one by looking at the ends of 32 tensors at once.
+__device__ __forceinline__ opd_i64 find_tensor(const opd_i64* end_tiles, opd_i64 i, opd_i64 tensors, opd_i64 tile) {
   for (;;) {
     const opd_i64 at = i + threadIdx.x % OPD_WARP;
-    const int passed = __popc(__ballot_sync(OPD_ALL_LANES, at < tensors && tile >= ends[at]));
+    const int passed = __popc(__ballot_sync(OPD_ALL_LANES, at < tensors && tile >= end_tiles[at]));
     i += passed;
     if (passed < OPD_WARP) return i;
   }
 }
 
-// Calls one(place, slot) for the active of a tile: where a coordinate is, and which of the compact it is.
-template <class One>
-__device__ __forceinline__ void each_active(const Tensor& t, opd_i64 tile, opd_u16* queue, One one) {
-  const opd_i64 first = tile * OPD_MASK_BLOCK;
-  opd_i64 slots = first, count = t.size - first < OPD_MASK_BLOCK ? t.size - first : OPD_MASK_BLOCK;
-  if (!(t.kind & PLACES)) {
-    slots = t.offsets[tile];
-    if (t.offsets[tile + 1] == slots) return;
+// Calls body(index, slot) for the active coordinates of a tile: the flat index, and the position in compact arrays.
+template <class Body>
+__device__ __forceinline__ void for_active(const StepRow& t, opd_i64 tile, opd_u16* queue, Body body) {
+  const opd_i64 first = tile * OPD_STEP_BLOCK;
+  opd_i64 first_slot = first, count = t.size - first < OPD_STEP_BLOCK ? t.size - first : OPD_STEP_BLOCK;
+  if (!(t.flags & STEP_MASK_INDICES)) {
+    first_slot = t.block_counts[tile];
+    if (t.block_counts[tile + 1] == first_slot) return;
     count = queue_active((const opd_u8*)t.mask, tile, t.size, queue);
   }
   for (int k = threadIdx.x % OPD_WARP; k < (int)count; k += OPD_WARP) {
-    const opd_i64 slot = slots + k;
-    one(!(t.kind & PLACES) ? first + queue[k] : t.kind & WIDE_PLACES ? ((const opd_i64*)t.mask)[slot] : ((const int*)t.mask)[slot], slot);
+    const opd_i64 slot = first_slot + k;
+    body(!(t.flags & STEP_MASK_INDICES) ? first + queue[k]
+         : t.flags & STEP_MASK_INDICES_64 ? ((const opd_i64*)t.mask)[slot] : ((const int*)t.mask)[slot], slot);
   }
-  __syncwarp();  // the next tile's queue goes where some lanes may still read
+  __syncwarp();  // the next tile overwrites the queue, which some lanes may still read
 }
 
-// Calls one(tensor, place, slot) for every active coordinate of all tensors. ends: [tensors], of their tiles among all.
-template <class One>
-__device__ __forceinline__ void each_of_all(const Tensor* tensors, const opd_i64* ends, opd_i64 count, const float* found_inf, One one) {
+// Calls body(row, index, slot) for every active coordinate of all tensors. end_tiles_ptr: [count], that of each row.
+template <class Body>
+__device__ __forceinline__ void for_all_active(const StepRow* rows_ptr, const opd_i64* end_tiles_ptr, opd_i64 count,
+                                               const float* found_inf_ptr, Body body) {
   OPD_DYNAMIC_SHARED(shared);
-  if (found_inf && *found_inf != 0.0f) return;
+  if (found_inf_ptr && *found_inf_ptr != 0.0f) return;
   const opd_i64 warps = blockDim.x / OPD_WARP, step = gridDim.x * warps;
   opd_i64 i = 0;
-  for (opd_i64 tile = blockIdx.x * warps + threadIdx.x / OPD_WARP; tile < ends[count - 1]; tile += step) {
-    i = find_tensor(ends, i, count, tile);
-    const Tensor& t = tensors[i];
-    each_active(t, tile - (i ? ends[i - 1] : 0), warp_queue(shared), [&](opd_i64 place, opd_i64 slot) { one(t, place, slot); });
+  for (opd_i64 tile = blockIdx.x * warps + threadIdx.x / OPD_WARP; tile < end_tiles_ptr[count - 1]; tile += step) {
+    i = find_tensor(end_tiles_ptr, i, count, tile);
+    const StepRow& t = rows_ptr[i];
+    for_active(t, tile - (i ? end_tiles_ptr[i - 1] : 0), warp_queue(shared),
+               [&](opd_i64 index, opd_i64 slot) { body(t, index, slot); });
   }
 }
 
-__device__ __forceinline__ float load_dense(const void* values, bool bf16, opd_i64 place) {
-  return bf16 ? bf16_to_float(((const opd_u16*)values)[place]) : ((const float*)values)[place];
+__device__ __forceinline__ float load_dense(const void* values, bool bf16, opd_i64 index) {
+  return bf16 ? bf16_to_float(((const opd_u16*)values)[index]) : ((const float*)values)[index];
 }
 
-__device__ __forceinline__ float load_grad(const Tensor& t, const Options& o, opd_i64 place, opd_i64 slot) {
-  float g = t.kind & COMPACT ? ((const float*)t.grad)[slot] : load_dense(t.grad, t.kind & GRAD_BF16, place);
+__device__ __forceinline__ float load_grad(const StepRow& t, const StepOptions& o, opd_i64 index, opd_i64 slot) {
+  float g = t.flags & STEP_GRAD_COMPACT ? ((const float*)t.grad)[slot] : load_dense(t.grad, t.flags & STEP_GRAD_BF16, index);
   if (o.grad_scale) g /= *o.grad_scale;
   if (o.clip) g *= *o.clip;
   return o.maximize ? -g : g;
 }
 
-__device__ __forceinline__ float load_weight(const Tensor& t, const Options& o, opd_i64 place, opd_i64 slot) {
-  if (!(t.kind & PARAM_BF16)) return ((const float*)t.param)[place];
-  const opd_u16 weight = ((const opd_u16*)t.param)[place];
-  if (o.precision == STEP_EXACT) return step_master(weight, t.extra[slot]);
-  return o.precision == STEP_KAHAN ? bf16_to_float(weight) + bf16_to_float(t.extra[slot]) : bf16_to_float(weight);
+__device__ __forceinline__ float load_weight(const StepRow& t, const StepOptions& o, opd_i64 index, opd_i64 slot) {
+  if (!(t.flags & STEP_PARAM_BF16)) return ((const float*)t.param)[index];
+  const opd_u16 weight = ((const opd_u16*)t.param)[index];
+  if (o.precision == STEP_SPLIT_MASTER) return step_master(weight, t.residual[slot]);
+  return o.precision == STEP_KAHAN ? bf16_to_float(weight) + bf16_to_float(t.residual[slot]) : bf16_to_float(weight);
 }
 
-__device__ __forceinline__ void store_weight(const Tensor& t, const Options& o, opd_i64 place, opd_i64 slot, float p) {
-  if (!(t.kind & PARAM_BF16)) {
-    ((float*)t.param)[place] = p;
+__device__ __forceinline__ void store_weight(const StepRow& t, const StepOptions& o, opd_i64 index, opd_i64 slot, float p) {
+  if (!(t.flags & STEP_PARAM_BF16)) {
+    ((float*)t.param)[index] = p;
     return;
   }
   opd_u16 weight;
-  if (o.precision == STEP_EXACT) {
-    weight = step_weight(p, t.extra + slot);
+  if (o.precision == STEP_SPLIT_MASTER) {
+    weight = step_weight(p, t.residual + slot);
   } else if (o.precision == STEP_STOCHASTIC) {
-    const opd_u64 global = (opd_u64)(t.start + place);
-    const opd_u32 step = (opd_u32)o.scalars[OPD_STEP_SCALARS * t.row + OPD_STEP_SCALARS - 1];
-    weight = step_stochastic(p, step_philox((opd_u32)global, (opd_u32)(global >> 32), (opd_u32)t.ordinal, step, (opd_u32)o.seed, (opd_u32)(o.seed >> 32)));
+    const opd_u32 step = step_count(o.scalars + OPD_STEP_SCALARS * t.scalar_row);
+    weight = step_stochastic(p, step_random(t.shard_offset + index, t.param_id, step, o.seed));
   } else {
     weight = float_to_bf16(p);
-    if (o.precision == STEP_KAHAN) t.extra[slot] = float_to_bf16(p - bf16_to_float(weight));
+    if (o.precision == STEP_KAHAN) t.residual[slot] = float_to_bf16(p - bf16_to_float(weight));
   }
-  ((opd_u16*)t.param)[place] = weight;
+  ((opd_u16*)t.param)[index] = weight;
 }
 
-__device__ __forceinline__ const float* scalars_of(const Tensor& t, const Options& o, opd_i64 slot) {
-  return o.scalars + OPD_STEP_SCALARS * (t.row + (t.cohort ? t.cohort[slot] : 0));
+// The scalars of a coordinate: those of its step group.
+__device__ __forceinline__ const float* scalars_of(const StepRow& t, const StepOptions& o, opd_i64 slot) {
+  return o.scalars + OPD_STEP_SCALARS * (t.scalar_row + (t.step_group ? t.step_group[slot] : 0));
 }
 
-// tensors: [count] rows; scalars: [steps][OPD_STEP_SCALARS]; grad_scale, clip, found_inf: one number each, or null.
+// AdamW.
 extern "C" __global__ void __launch_bounds__(OPD_QUEUE_THREADS, OPD_QUEUE_BLOCKS)
-step_adamw(const Tensor* tensors, const opd_i64* ends, opd_i64 count, const float* scalars, const float* grad_scale, const float* clip,
-           const float* found_inf, opd_i64 maximize, opd_i64 precision, opd_i64 seed) {
-  const Options o = {scalars, grad_scale, clip, maximize, precision, seed};
-  each_of_all(tensors, ends, count, found_inf, [&](const Tensor& t, opd_i64 place, opd_i64 slot) {
-    const float g = load_grad(t, o, place, slot);
-    float p = load_weight(t, o, place, slot), m = t.first[slot], v = t.second[slot];
-    float most = t.most ? t.most[slot] : bits_float(0xFF800000u);  // of none -Inf: every v is larger
+step_adamw(const StepRow* rows_ptr,           // [count]
+           const opd_i64* end_tiles_ptr,      // [count], end_tile of each row
+           opd_i64 count,
+           const float* scalars_ptr,          // [scalar rows][OPD_STEP_SCALARS]
+           const float* grad_scale_ptr,       // one element, or null
+           const float* clip_ptr,             // one element, or null
+           const float* found_inf_ptr,        // one element, or null
+           opd_i64 maximize, opd_i64 precision, opd_i64 seed) {
+  const StepOptions o = {scalars_ptr, grad_scale_ptr, clip_ptr, maximize, precision, seed, 0, STEP_ADAMW};
+  for_all_active(rows_ptr, end_tiles_ptr, count, found_inf_ptr, [&](const StepRow& t, opd_i64 index, opd_i64 slot) {
+    const float g = load_grad(t, o, index, slot);
+    float p = load_weight(t, o, index, slot), m = t.exp_avg[slot], v = t.exp_avg_sq[slot];
+    float v_max = t.max_exp_avg_sq ? t.max_exp_avg_sq[slot] : bits_float(0xFF800000u);  // without: -Inf, below every v
     AdamWScalars s = step_adamw_scalars(scalars_of(t, o, slot));
-    if (t.init) {
-      const float w0 = load_dense(t.init, t.kind & PARAM_BF16, slot);
-      p = OPD_FMA(s.decay, p - w0, w0);
-      s.decay = 1.0f;
+    if (t.init_value) {
+      const float w0 = load_dense(t.init_value, t.flags & STEP_PARAM_BF16, slot);
+      p = OPD_FMA(s.decay_factor, p - w0, w0);
+      s.decay_factor = 1.0f;
     }
-    p = step_adamw(p, g, &m, &v, &most, s);
-    t.first[slot] = m;
-    t.second[slot] = v;
-    if (t.most) t.most[slot] = most;
-    store_weight(t, o, place, slot, p);
+    p = step_adamw(p, g, &m, &v, &v_max, s);
+    t.exp_avg[slot] = m;
+    t.exp_avg_sq[slot] = v;
+    if (t.max_exp_avg_sq) t.max_exp_avg_sq[slot] = v_max;
+    store_weight(t, o, index, slot, p);
   });
 }
 OPD_LAUNCHER(step_adamw)
 
-// As above; what is `first` of a tensor is its momentum buffer.
+// SGD; arguments as for step_adamw. exp_avg of a row is its momentum buffer.
 extern "C" __global__ void __launch_bounds__(OPD_QUEUE_THREADS, OPD_QUEUE_BLOCKS)
-step_sgd(const Tensor* tensors, const opd_i64* ends, opd_i64 count, const float* scalars, const float* grad_scale, const float* clip,
-         const float* found_inf, opd_i64 maximize, opd_i64 precision, opd_i64 seed, opd_i64 nesterov) {
-  const Options o = {scalars, grad_scale, clip, maximize, precision, seed};
-  each_of_all(tensors, ends, count, found_inf, [&](const Tensor& t, opd_i64 place, opd_i64 slot) {
-    const float g = load_grad(t, o, place, slot), p = load_weight(t, o, place, slot);
-    const float pull = t.init ? p - load_dense(t.init, t.kind & PARAM_BF16, slot) : p;
+step_sgd(const StepRow* rows_ptr, const opd_i64* end_tiles_ptr, opd_i64 count, const float* scalars_ptr,
+         const float* grad_scale_ptr, const float* clip_ptr, const float* found_inf_ptr, opd_i64 maximize, opd_i64 precision,
+         opd_i64 seed, opd_i64 nesterov) {
+  const StepOptions o = {scalars_ptr, grad_scale_ptr, clip_ptr, maximize, precision, seed, nesterov, STEP_SGD};
+  for_all_active(rows_ptr, end_tiles_ptr, count, found_inf_ptr, [&](const StepRow& t, opd_i64 index, opd_i64 slot) {
+    const float g = load_grad(t, o, index, slot), p = load_weight(t, o, index, slot);
+    const float pull = t.init_value ? p - load_dense(t.init_value, t.flags & STEP_PARAM_BF16, slot) : p;
     const SgdScalars s = step_sgd_scalars(scalars_of(t, o, slot));
-    if (!t.first) return store_weight(t, o, place, slot, step_sgd(p, g, pull, 0, 0, s));
-    float buffer = t.first[slot];
-    store_weight(t, o, place, slot, step_sgd(p, g, pull, &buffer, (int)nesterov, s));
-    t.first[slot] = buffer;
+    if (!t.exp_avg) return store_weight(t, o, index, slot, step_sgd(p, g, pull, 0, 0, s));
+    float buffer = t.exp_avg[slot];
+    store_weight(t, o, index, slot, step_sgd(p, g, pull, &buffer, (int)nesterov, s));
+    t.exp_avg[slot] = buffer;
   });
 }
 OPD_LAUNCHER(step_sgd)
 
-// The active of a tensor's values to its `first`, added to what that holds where `add`.
+// Writes the active values of each param to its exp_avg, or adds them to it.
 extern "C" __global__ void __launch_bounds__(OPD_QUEUE_THREADS, OPD_QUEUE_BLOCKS)
-step_take(const Tensor* tensors, const opd_i64* ends, opd_i64 count, opd_i64 add) {
-  each_of_all(tensors, ends, count, 0, [&](const Tensor& t, opd_i64 place, opd_i64 slot) {
-    const float taken = load_dense(t.param, t.kind & PARAM_BF16, place);
-    t.first[slot] = add ? t.first[slot] + taken : taken;
+step_gather(const StepRow* rows_ptr, const opd_i64* end_tiles_ptr, opd_i64 count, opd_i64 add) {
+  for_all_active(rows_ptr, end_tiles_ptr, count, 0, [&](const StepRow& t, opd_i64 index, opd_i64 slot) {
+    const float value = load_dense(t.param, t.flags & STEP_PARAM_BF16, index);
+    t.exp_avg[slot] = add ? t.exp_avg[slot] + value : value;
   });
 }
-OPD_LAUNCHER(step_take)
+OPD_LAUNCHER(step_gather)
 
-// The active of a tensor's values from its `first`, rounded to nearest.
+// Writes exp_avg of each row to the active values of its param, rounded to nearest.
 extern "C" __global__ void __launch_bounds__(OPD_QUEUE_THREADS, OPD_QUEUE_BLOCKS)
-step_put(const Tensor* tensors, const opd_i64* ends, opd_i64 count) {
-  const Options o = {0, 0, 0, 0, STEP_NEAREST, 0};
-  each_of_all(tensors, ends, count, 0, [&](const Tensor& t, opd_i64 place, opd_i64 slot) { store_weight(t, o, place, slot, t.first[slot]); });
+step_scatter(const StepRow* rows_ptr, const opd_i64* end_tiles_ptr, opd_i64 count) {
+  const StepOptions o = {0, 0, 0, 0, STEP_NEAREST, 0, 0, STEP_SCATTER};
+  for_all_active(rows_ptr, end_tiles_ptr, count, 0, [&](const StepRow& t, opd_i64 index, opd_i64 slot) {
+    store_weight(t, o, index, slot, t.exp_avg[slot]);
+  });
 }
-OPD_LAUNCHER(step_put)
+OPD_LAUNCHER(step_scatter)

@@ -54,7 +54,7 @@ from opdkernels.distillation.tracker import SNAPSHOTS_FILE, Tracker, count_train
 from opdkernels.distillation.world import Student, World
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.optim import gather_active_grads
-from opdkernels.optim.masked import MaskedOptimizer
+from opdkernels.optim.base import MaskedOptimizer
 
 MAX_SKIPPED = 3  # consecutive steps without a finite loss, after which a run stops
 

@@ -16,8 +16,8 @@ from opdkernels.distillation.world import World
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.masks import MaskSet
 from opdkernels.optim import MaskedAdamW, MaskedSGD
+from opdkernels.optim.base import MaskedOptimizer
 from opdkernels.optim.binding import local_part
-from opdkernels.optim.masked import MaskedOptimizer
 from opdkernels.spectral.randomized import RandomizedSVD, randomized_svd
 
 

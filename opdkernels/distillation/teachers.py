@@ -24,9 +24,9 @@ from opdkernels.distillation.tasks import describe
 from opdkernels.distillation.text import TextProcessor, load_text_processor, validate_same_tokenizer
 from opdkernels.distillation.world import Student
 from opdkernels.errors import InputError, printable
-from opdkernels.optim.active import active_of, put_active
+from opdkernels.optim.active import gather_active, scatter_active
+from opdkernels.optim.base import MaskedOptimizer
 from opdkernels.optim.binding import Shard, local_part
-from opdkernels.optim.masked import MaskedOptimizer
 
 UNLIMITED = 1 << 60  # maximum length of a prompt with teacher_context, which is validated instead of truncated
 
@@ -96,28 +96,28 @@ class SelfTeacher:
         self.max_prompt_length = max_positions(self.model) - max_completion_length
         # [num_active] per trained parameter; fp32 for an average, else the dtype of the parameter
         self.values = [
-            active_of(param, shard) if ema_decay < 1 else active_of(param, shard).to(param.dtype)
+            gather_active(param, shard) if ema_decay < 1 else gather_active(param, shard).to(param.dtype)
             for param, shard in self._local_params()
         ]
 
     def _local_params(self) -> list[tuple[torch.Tensor, Shard]]:
         """The local part of each trained parameter."""
-        return [(local_part(param)[0], binding.shard(param)) for _, param, binding in self.optimizer._live()]
+        return [(local_part(param)[0], binding.shard(param)) for _, param, binding in self.optimizer._bindings()]
 
     @contextlib.contextmanager
     def with_teacher_weights(self) -> Iterator[None]:
         """Swaps the teacher's weights into the student, and the student's back in at the end."""
         params = self._local_params()
         with torch.no_grad():
-            student_values = [active_of(param, shard).to(param.dtype) for param, shard in params]
+            student_values = [gather_active(param, shard).to(param.dtype) for param, shard in params]
             for (param, shard), values in zip(params, self.values, strict=True):
-                put_active(param, shard, values.float())
+                scatter_active(param, shard, values.float())
         try:
             yield
         finally:
             with torch.no_grad():
                 for (param, shard), values in zip(params, student_values, strict=True):
-                    put_active(param, shard, values.float())
+                    scatter_active(param, shard, values.float())
 
     def score(self, rollout: Rollout) -> TeacherOutput:
         if any(example.teacher_context is not None for example in rollout.examples):
@@ -147,7 +147,7 @@ class SelfTeacher:
         if self.ema_decay == 1:
             return
         for values, (param, shard) in zip(self.values, self._local_params(), strict=True):
-            values.lerp_(active_of(param, shard), 1 - self.ema_decay)
+            values.lerp_(gather_active(param, shard), 1 - self.ema_decay)
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": self.values}

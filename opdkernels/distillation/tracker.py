@@ -27,9 +27,9 @@ from opdkernels.masks import MaskSet
 from opdkernels.masks.mask import Mask
 from opdkernels.metrics.coordinates import VIEWS, SparseTally, tensor_metrics
 from opdkernels.ops.delta import Tally, delta
-from opdkernels.optim.active import active_of
+from opdkernels.optim.active import gather_active
+from opdkernels.optim.base import MaskedOptimizer
 from opdkernels.optim.binding import is_dtensor, local_part
-from opdkernels.optim.masked import MaskedOptimizer
 
 SNAPSHOTS_FILE = "snapshots.jsonl"
 ALIGNMENT = 64  # bytes
@@ -248,7 +248,7 @@ def metrics_by_view(tally: Tally) -> dict[str, Any]:
 
 def count_trainable(optimizer: MaskedOptimizer, world: World, device: torch.device) -> int:
     """Number of values that an optimizer may change, over all processes."""
-    num_active = sum(binding.shard(param).active for _, param, binding in optimizer._live())
+    num_active = sum(binding.shard(param).num_active for _, param, binding in optimizer._bindings())
     return int(world.all_reduce({"active": num_active}, device)["active"])
 
 
@@ -260,7 +260,7 @@ def optimizer_stats(optimizer: MaskedOptimizer, world: World) -> dict[str, float
         gradient_momentum_cosine: cosine of the gradient with the momentum; None if there is none yet.
     """
     sums = dict.fromkeys(("n", "root", "square", "dot", "momentum", "gradient"), 0.0)
-    for index, param, binding in optimizer._live():
+    for index, param, binding in optimizer._bindings():
         state = optimizer.state.get(param, {})
         for exp_avg_sq in state.get("exp_avg_sq", torch.empty(0)).split(SLICE):
             sums["n"] += exp_avg_sq.numel()
@@ -268,7 +268,7 @@ def optimizer_stats(optimizer: MaskedOptimizer, world: World) -> dict[str, float
             sums["square"] += float(exp_avg_sq.sum(dtype=torch.float64))
         momentum, grad = state.get("exp_avg", state.get("momentum_buffer")), optimizer._gradient(index, param)
         if momentum is not None and grad is not None:
-            active_grad = grad if index in optimizer._compact else active_of(grad, binding.shard(param))
+            active_grad = grad if index in optimizer._compact else gather_active(grad, binding.shard(param))
             for momentum_slice, grad_slice in zip(momentum.split(SLICE), active_grad.split(SLICE), strict=True):
                 m, g = momentum_slice.double(), grad_slice.double()
                 sums["dot"] += float(m @ g)

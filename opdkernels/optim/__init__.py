@@ -1,10 +1,11 @@
-"""Optimizers that train the active coordinates of a mask alone, with state for these alone, and what plugs them into trainers."""
+"""Optimizers that train only the active coordinates of a mask, with state for these alone, and adapters for trainers."""
 
+from opdkernels.optim.adamw import MaskedAdamW
 from opdkernels.optim.adapters import optimizer_cls_and_kwargs
 from opdkernels.optim.binding import in_model_order
 from opdkernels.optim.gradients import gather_active_grads, zero_frozen_grads
-from opdkernels.optim.masked import MaskedAdamW, MaskedSGD
 from opdkernels.optim.parameters import MaskedParameters
+from opdkernels.optim.sgd import MaskedSGD
 
 __all__ = [
     "MaskedAdamW",

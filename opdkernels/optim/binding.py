@@ -1,7 +1,7 @@
-"""Which mask is whose: masks of a set, a file, a mapping or a list, bound to an optimizer's parameters, and cut to what of them
-lives here.
+"""Binds masks to the parameters of an optimizer and cuts them to the local shards.
 
-Nothing here holds a Parameter: trainers replace them. A mask is bound to a place among the groups, a name and a global shape.
+The masks are a set, a file, a mapping or a list. Nothing here holds a Parameter, since trainers replace them: a mask is bound to
+a position in the groups, a name and a global shape.
 """
 
 from __future__ import annotations
@@ -16,67 +16,79 @@ from opdkernels.checkpoint.names import canonical_name
 from opdkernels.errors import printable
 from opdkernels.masks.mask import Mask
 from opdkernels.masks.mask_set import MaskSet
-from opdkernels.ops.step import DTYPES
+from opdkernels.ops.step.validation import DTYPES
 
 Masks = MaskSet | str | os.PathLike[str] | Mapping[str, Mask | torch.Tensor] | Sequence[Mask | torch.Tensor]
 
 
 @dataclass
 class Shard:
-    """What of a mask lives here: kernels' arguments, and the place of its first coordinate in the whole tensor."""
+    """The local part of a mask, on the device of the parameter."""
 
-    mask: torch.Tensor
-    block_counts: torch.Tensor
-    active: int
-    start: int | None  # None where the shard is not one range of places
+    mask: torch.Tensor  # uint8 [ceil(numel / 8)], or int32 or int64 [num_active]
+    block_counts: torch.Tensor  # int64 [blocks + 1] of a bitmap, else [0]
+    num_active: int
+    offset: (
+        int | None
+    )  # flat index in the unsharded tensor of the first coordinate; None where the shard is no flat range
 
 
 @dataclass
 class Binding:
-    """The mask of one parameter. `ordinal` is its number among all of the optimizer's."""
+    """The mask of one parameter. `param_id` is its position among all parameters of the optimizer."""
 
     mask: Mask
     name: str
-    ordinal: int
-    key: tuple | None = field(default=None, compare=False)
-    held: Shard | None = field(default=None, compare=False)
+    param_id: int
+    cache_key: tuple | None = field(default=None, compare=False)
+    cached_shard: Shard | None = field(default=None, compare=False)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "key": None, "held": None}
+        return {**self.__dict__, "cache_key": None, "cached_shard": None}
 
     @property
     def digest(self) -> int:
-        """That of the mask, as a signed 64-bit number, which a tensor can hold."""
+        """The digest of the mask as a signed 64-bit number, which a tensor can hold."""
         return int.from_bytes(bytes.fromhex(self.mask.digest), "big", signed=True)
 
+    @property
+    def display_name(self) -> str:
+        """The name of the parameter for messages."""
+        return printable(self.name) or f"parameter {self.param_id}"
+
     def shard(self, param: torch.Tensor) -> Shard:
-        """The mask of what `param` holds here; made again only where that has changed."""
+        """The mask of the local part of `param`; cached until the shape, the position or the device changes."""
         if tuple(param.shape) != self.mask.shape:
             raise ValueError(
-                f"{printable(self.name)} is now {list(param.shape)}; its mask is {list(self.mask.shape)}: make the optimizer again"
+                f"{printable(self.name)} is now {list(param.shape)}; its mask is {list(self.mask.shape)}: "
+                "create the optimizer again"
             )
         local, at = local_part(param)
         key = (tuple(local.shape), at, local.device)
-        if self.held is None or key != self.key:
-            part, start = self.mask, 0 if at is None else None
-            if at is not None:
-                rows = self.mask.numel // self.mask.shape[0] if self.mask.shape and self.mask.shape[0] else 0
-                if tuple(local.shape[1:]) == self.mask.shape[1:]:  # a range of places
-                    start = at[0] * rows if at else 0
-                    part = self.mask.flat(start, start + local.numel())
-                else:
-                    part = Mask.from_bool(
-                        self.mask.to_bool()[tuple(slice(a, a + n) for a, n in zip(at, local.shape, strict=True))]
-                    )
-            bits = part.layout == "bitmap"
-            held = part.bitmap if bits else part.indices
-            offsets = part.block_counts if bits else torch.zeros(0, dtype=torch.int64)
-            self.held, self.key = Shard(held.to(local.device), offsets.to(local.device), part.num_active, start), key
-        return self.held
+        if self.cached_shard is None or key != self.cache_key:
+            mask, offset = self._local_mask(local, at)
+            none = torch.zeros(0, dtype=torch.int64)
+            block_counts = mask.block_counts if mask.layout == "bitmap" else none
+            self.cached_shard = Shard(
+                mask.payload.to(local.device), block_counts.to(local.device), mask.num_active, offset
+            )
+            self.cache_key = key
+        return self.cached_shard
+
+    def _local_mask(self, local: torch.Tensor, at: tuple[int, ...] | None) -> tuple[Mask, int | None]:
+        """The mask of a local tensor that begins at these coordinates, and its flat offset, if it is a flat range."""
+        if at is None:
+            return self.mask, 0
+        if tuple(local.shape[1:]) != self.mask.shape[1:]:
+            region = tuple(slice(first, first + n) for first, n in zip(at, local.shape, strict=True))
+            return Mask.from_bool(self.mask.to_bool()[region]), None
+        row = self.mask.numel // self.mask.shape[0] if self.mask.shape and self.mask.shape[0] else 0
+        offset = at[0] * row if at else 0
+        return self.mask.flat(offset, offset + local.numel()), offset
 
 
 def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...] | None]:
-    """What of a tensor lives here, and, of a DTensor, where in it that begins."""
+    """The local shard of a tensor, and, for a DTensor, the coordinates where it begins."""
     if not is_dtensor(tensor):
         return tensor, None
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -90,18 +102,17 @@ def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...] | No
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
     return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
 
 
-def local_gradient(param: torch.Tensor, grad: torch.Tensor, named: str) -> torch.Tensor:
-    """What of a gradient belongs to what of its parameter lives here: contiguous, fp32 or bf16."""
+def local_gradient(param: torch.Tensor, grad: torch.Tensor, name: str) -> torch.Tensor:
+    """The gradient of the local shard of a parameter: contiguous, fp32 or bf16. `name` is for messages."""
     if grad.is_sparse or grad.is_complex():
-        raise RuntimeError(
-            f"{named} has a {'sparse' if grad.is_sparse else 'complex'} gradient; give a dense, real one"
-        )
+        raise RuntimeError(f"{name} has a {'sparse' if grad.is_sparse else 'complex'} gradient; give a dense, real one")
     if grad.shape != param.shape:
         raise ValueError(
-            f"{named} is {list(param.shape)}, its gradient {list(grad.shape)}; zero_grad() after a parameter has changed"
+            f"{name} is {list(param.shape)}, its gradient {list(grad.shape)}; zero_grad() after a parameter has changed"
         )
     local = as_sharded(param, grad)
     local = local_part(local)[0].detach().contiguous()
@@ -109,18 +120,18 @@ def local_gradient(param: torch.Tensor, grad: torch.Tensor, named: str) -> torch
 
 
 def as_sharded(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """A DTensor's gradient, placed as the DTensor is: that of a replicated weight may still be a sum to be taken."""
+    """A gradient with the placements of its DTensor: that of a replicated weight may be a sum that is still pending."""
     if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
         return grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
     return grad
 
 
 class Binder:
-    """Hands out the masks that were given, each parameter its own."""
+    """Binds the masks that were passed to an optimizer to its parameters, group by group."""
 
     def __init__(self, masks: Masks, unmasked: str):
         if unmasked not in ("error", "freeze", "train"):
-            raise ValueError(f"unmasked must be refuse, freeze or train, not {unmasked}")
+            raise ValueError(f"unmasked must be error, freeze or train, not {unmasked}")
         if isinstance(masks, (str, os.PathLike)):
             masks = MaskSet.load(masks)
         self.by_name: Mapping[str, Mask] | None = None
@@ -133,91 +144,110 @@ class Binder:
             self.in_order = [as_mask(mask, f"mask {i}") for i, mask in enumerate(masks)]
         else:
             raise TypeError(
-                f"masks are {type(masks).__name__}; give a MaskSet, its path, a mapping of names to masks or bool tensors, or a list of them"
+                f"masks are {type(masks).__name__}; "
+                "give a MaskSet, its path, a mapping of names to masks or bool tensors, or a list of them"
             )
         self.unmasked = unmasked
-        self.count = self.found = self.numbered = 0
+        self.num_params = self.num_masked = self.num_by_position = 0
 
     def bind(self, params: Iterable[torch.Tensor], names: Sequence[str] | None) -> list[Binding]:
-        """Bindings of a group's parameters. Raises TypeError or ValueError with the parameter that has none or another's."""
-        before = self.count, self.found, self.numbered
+        """The bindings of a group's parameters.
+
+        Raises TypeError or ValueError that names the parameter without a mask, or with one that does not fit.
+        """
+        before = self.num_params, self.num_masked, self.num_by_position
         try:
             return [self._bind(param, names[i] if names else None) for i, param in enumerate(params)]
         except Exception:
-            self.count, self.found, self.numbered = before
+            self.num_params, self.num_masked, self.num_by_position = before
             raise
 
     def check(self) -> None:
-        """Raises ValueError where the masks are clearly not of the parameters that were bound."""
-        if self.by_name and not self.found:
+        """Raise ValueError where the masks clearly belong to other parameters than those that were bound."""
+        if self.by_name and not self.num_masked:
             raise ValueError(
-                f"none of the {len(self.by_name)} masks, {printable(next(iter(self.by_name)))} and so on, is of a parameter here; name them alike"
+                f"none of the {len(self.by_name)} masks, {printable(next(iter(self.by_name)))} and so on, "
+                "is of a parameter here; name them alike"
             )
-        if self.by_name is not None and self.numbered and self.numbered != len(self.by_name):
+        if self.by_name is not None and self.num_by_position and self.num_by_position != len(self.by_name):
             raise ValueError(
-                f"{self.numbered} parameters without names and {len(self.by_name)} masks in a model's order; give all of model.parameters(), or names"
+                f"{self.num_by_position} parameters without names and {len(self.by_name)} masks in a model's order; "
+                "give all of model.parameters(), or names"
             )
 
     def _bind(self, param: torch.Tensor, name: str | None) -> Binding:
-        ordinal, self.count = self.count, self.count + 1
-        named = printable(name) if name else f"parameter {ordinal}"
+        param_id, self.num_params = self.num_params, self.num_params + 1
+        display_name = printable(name) if name else f"parameter {param_id}"
         if self.by_name is not None and name:
-            found = (
-                self.by_name[name]
-                if name in self.by_name
-                else self.by_name.get(canonical_name(name, keep_prefixes=True))
-            )
+            key = name if name in self.by_name else canonical_name(name, keep_prefixes=True)
+            mask = self.by_name.get(key)
         else:
-            found = self._numbered(ordinal, named)
-        self.found += found is not None
-        if found is None:
+            mask = self._by_position(param_id, display_name)
+        self.num_masked += mask is not None
+        if mask is None:
             if self.unmasked == "error":
                 raise ValueError(
-                    f'{named} has no mask; give one, leave the parameter out, or pass unmasked="freeze" or "train"'
+                    f"{display_name} has no mask; give one, leave the parameter out, "
+                    'or pass unmasked="freeze" or "train"'
                 )
             none = Mask.from_indices(torch.zeros(0, dtype=torch.int64), param.shape)
-            found = ~none if self.unmasked == "train" else none
-        if found.shape != tuple(param.shape):
+            mask = ~none if self.unmasked == "train" else none
+        if mask.shape != tuple(param.shape):
             raise ValueError(
-                f"{named} is {list(param.shape)}, its mask {list(found.shape)}: these are another model's masks"
+                f"{display_name} is {list(param.shape)}, its mask {list(mask.shape)}: these are another model's masks"
             )
-        if found.num_active and param.dtype not in DTYPES:
-            raise TypeError(f"{named} is {param.dtype}; masked optimizers step float32 and bfloat16")
-        return Binding(found, name or "", ordinal)
+        if mask.num_active and param.dtype not in DTYPES:
+            raise TypeError(f"{display_name} is {param.dtype}; masked optimizers step float32 and bfloat16")
+        return Binding(mask, name or "", param_id)
 
-    def _numbered(self, ordinal: int, named: str) -> Mask | None:
+    def _by_position(self, param_id: int, display_name: str) -> Mask | None:
+        """The mask of a parameter without a name, if there are so many."""
         if self.by_name is None:
             assert self.in_order is not None
-            return self.in_order[ordinal] if ordinal < len(self.in_order) else None
+            return self.in_order[param_id] if param_id < len(self.in_order) else None
         if not getattr(self.by_name, "in_model_order", False):
             raise ValueError(
-                f"{named} has no name, and masks in a checkpoint's order would go to the wrong ones; give model.named_parameters(), "
-                "or masks of opdkernels.optim.in_model_order(masks, model)"
+                f"{display_name} has no name, and masks in a checkpoint's order would go to the wrong ones; "
+                "give model.named_parameters(), or masks of opdkernels.optim.in_model_order(masks, model)"
             )
-        self.numbered += 1
+        self.num_by_position += 1
         names = list(self.by_name)
-        return self.by_name[names[ordinal]] if ordinal < len(names) else None
+        return self.by_name[names[param_id]] if param_id < len(names) else None
 
 
-def as_mask(given: object, named: str) -> Mask:
-    if isinstance(given, Mask):
-        return given
-    if not isinstance(given, torch.Tensor) or given.dtype != torch.bool:
-        raise TypeError(f"{named} is {getattr(given, 'dtype', type(given).__name__)}; give a Mask or a bool tensor")
-    return Mask.from_bool(given)
+def as_mask(value: object, name: str) -> Mask:
+    """A Mask, or one from a bool tensor. Raises TypeError for anything else; `name` is for the message."""
+    if isinstance(value, Mask):
+        return value
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+        raise TypeError(f"{name} is {getattr(value, 'dtype', type(value).__name__)}; give a Mask or a bool tensor")
+    return Mask.from_bool(value)
 
 
 def in_model_order(masks: Masks, model: torch.nn.Module) -> MaskSet:
-    """The masks of a model's parameters in the order of `model.parameters()`, for trainers that hand over parameters without names.
+    """The masks of a model's parameters in the order of `model.parameters()`, for trainers that pass parameters without names.
 
-    A set of these, or the file that its `save` writes, may be given for unnamed parameters: all of them, in that order, in one
-    group. Raises ValueError for a parameter without a mask.
+    Args:
+        masks: As for `MaskedAdamW`, by the names of the model.
+        model: The model; every parameter needs a mask.
+
+    Returns:
+        A set that may be given, itself or as the file that its `save` writes, for unnamed parameters: all of them, in that
+        order, in one group.
+
+    Raises:
+        ValueError: A parameter has no mask.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> masks = {"bias": torch.tensor([True]), "weight": torch.tensor([[True, False]])}
+        >>> list(in_model_order(masks, layer))
+        ['weight', 'bias']
     """
     binder = Binder(masks, "error")
     named = list(model.named_parameters())
     bindings = binder.bind([param for _, param in named], [name for name, _ in named])
-    found = MaskSet(
-        {canonical_name(name, keep_prefixes=True): one.mask for (name, _), one in zip(named, bindings, strict=True)}
-    )
-    found.in_model_order = True
-    return found
+    names = (canonical_name(name, keep_prefixes=True) for name, _ in named)
+    ordered = MaskSet({name: binding.mask for name, binding in zip(names, bindings, strict=True)})
+    ordered.in_model_order = True
+    return ordered

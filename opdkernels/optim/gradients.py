@@ -1,4 +1,4 @@
-"""Gradients of the active coordinates alone: gathered as backward goes, or dense with zeros where nothing is active."""
+"""Hooks on the gradients of a backward pass: gather the active ones, or set the frozen ones to zero."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from functools import partial
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from opdkernels.optim.active import active_of, put_active
+from opdkernels.ops.step import masked_gather
+from opdkernels.optim.active import gather_active, scatter_active
+from opdkernels.optim.base import MaskedOptimizer, ParamKey
 from opdkernels.optim.binding import as_sharded, local_gradient, local_part
-from opdkernels.optim.masked import MaskedOptimizer, Place, named
 
 
 class Hooks:
-    """What was registered; `remove` takes it off again, and forgets what was gathered."""
+    """Installed hooks. `remove` removes them and discards what was gathered."""
 
     def __init__(self, handles: list[RemovableHandle], gathering: weakref.ref[MaskedOptimizer] | None = None):
         self.handles, self.gathering = handles, gathering
 
     def remove(self) -> None:
+        """Remove the hooks and discard gathered gradients."""
         for handle in self.handles:
             handle.remove()
         optimizer = self.gathering() if self.gathering else None
@@ -31,71 +33,115 @@ class Hooks:
 
 
 def gather_active_grads(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hooks:
-    """Gathers the active gradients of each parameter, fp32, as soon as backward has them, and frees the dense gradient: at any time
-    about one layer's lives. Micro-batches add up; `optimizer.step` takes what was gathered, `zero_grad` forgets it.
+    """Gather the active gradients of each parameter during the backward pass and free the dense gradient.
 
-    `p.grad` is then None after backward, so that a trainer's own clipping sees nothing: use `optimizer.clip_grad_norm_`. Raises
-    RuntimeError for DistributedDataParallel, whose gradients are views of buckets that are reduced after the hook.
+    At any time the dense gradients of about one layer exist. Gathered gradients are fp32; micro-batches add up;
+    `optimizer.step` uses them and `zero_grad` discards them. After the backward pass `p.grad` is None, so that a trainer's
+    own clipping sees nothing: use `optimizer.clip_grad_norm_`.
+
+    Args:
+        model: The model that is trained, wrapped as it is trained.
+        optimizer: An optimizer of its parameters.
+
+    Returns:
+        The installed hooks.
+
+    Raises:
+        RuntimeError: The model is a DistributedDataParallel, whose gradients are views of buckets that are reduced
+            after the hook.
+        ValueError: The optimizer has no trainable parameter of the model.
+
+    Example:
+        >>> from opdkernels.optim import MaskedAdamW
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> optimizer = MaskedAdamW(layer.named_parameters(), masks={"weight": torch.tensor([[True, False]])})
+        >>> hooks = gather_active_grads(layer, optimizer)
+        >>> layer(torch.ones(1, 2)).sum().backward()
+        >>> layer.weight.grad is None
+        True
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise RuntimeError(
-            "DistributedDataParallel reduces gradients after the hook that gathers them; use FSDP2 (fully_shard), or leave gradients dense"
+            "DistributedDataParallel reduces gradients after the hook that gathers them; "
+            "use FSDP2 (fully_shard), or leave gradients dense"
         )
-    owner = weakref.ref(optimizer)  # a hook's closure keeps what it holds as long as the model lives
+    owner = weakref.ref(optimizer)  # the hook's closure lives as long as the model
 
-    def gather(place: Place, param: torch.Tensor) -> None:
-        stepping = owner()
-        if param.grad is None or stepping is None:
+    def gather(key: ParamKey, param: torch.Tensor) -> None:
+        optimizer = owner()
+        if param.grad is None or optimizer is None:
             return
-        binding = stepping._bound[place[0]][place[1]]
-        local, shard = local_gradient(param, param.grad, named(binding)), binding.shard(param)
-        gathered = stepping._compact.get(place)
+        binding = optimizer._bound[key[0]][key[1]]
+        local, shard = local_gradient(param, param.grad, binding.display_name), binding.shard(param)
+        gathered = optimizer._compact.get(key)
         if gathered is None:
-            stepping._compact[place] = active_of(local, shard)
+            optimizer._compact[key] = gather_active(local, shard)
         else:
-            torch.ops.opdkernels.masked_gather_(local, shard.mask, shard.block_counts, gathered, True)
+            masked_gather(local, shard.mask, shard.block_counts, gathered, add=True)
         param.grad = None
 
-    hooks = Hooks(hook_each(model, optimizer, gather), owner)
+    hooks = Hooks(register_hooks(model, optimizer, gather), owner)
     optimizer._gathers += 1
     return hooks
 
 
 def zero_frozen_grads(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hooks:
-    """Sets frozen gradients to zero, NaN and Inf too, as soon as backward has them, so that any trainer's clipping, logging and
-    GradScaler see the active ones alone.
+    """Set frozen gradients to zero during the backward pass, NaN and Inf too.
 
-    Raises RuntimeError for DistributedDataParallel, whose gradients are views of buckets that are reduced after the hook.
+    A trainer's own clipping, logging and GradScaler then see the active gradients only.
+
+    Args:
+        model: The model that is trained, wrapped as it is trained.
+        optimizer: An optimizer of its parameters.
+
+    Returns:
+        The installed hooks.
+
+    Raises:
+        RuntimeError: The model is a DistributedDataParallel, whose gradients are views of buckets that are reduced
+            after the hook.
+        ValueError: The optimizer has no trainable parameter of the model.
+
+    Example:
+        >>> from opdkernels.optim import MaskedAdamW
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> optimizer = MaskedAdamW(layer.named_parameters(), masks={"weight": torch.tensor([[True, False]])})
+        >>> hooks = zero_frozen_grads(layer, optimizer)
+        >>> layer(torch.ones(1, 2)).sum().backward()
+        >>> layer.weight.grad
+        tensor([[1., 0.]])
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise RuntimeError(
-            "DistributedDataParallel reduces gradients after the hook that masks them; use FSDP2 (fully_shard), or optimizer.clip_grad_norm_"
+            "DistributedDataParallel reduces gradients after the hook that masks them; "
+            "use FSDP2 (fully_shard), or optimizer.clip_grad_norm_"
         )
-    owner = weakref.ref(optimizer)
+    owner = weakref.ref(optimizer)  # the hook's closure lives as long as the model
 
-    def mask(place: Place, param: torch.Tensor) -> None:
-        masking = owner()
-        if param.grad is None or masking is None:
+    def zero_frozen(key: ParamKey, param: torch.Tensor) -> None:
+        optimizer = owner()
+        if param.grad is None or optimizer is None:
             return
-        binding = masking._bound[place[0]][place[1]]
+        binding = optimizer._bound[key[0]][key[1]]
         param.grad = as_sharded(param, param.grad)
-        active, shard = local_gradient(param, param.grad, named(binding)), binding.shard(param)
+        shard = binding.shard(param)
+        active = gather_active(local_gradient(param, param.grad, binding.display_name), shard)
         local = local_part(param.grad)[0].detach()
-        active = active_of(active, shard)
         local.zero_()
-        put_active(local, shard, active)
+        scatter_active(local, shard, active)
 
-    return Hooks(hook_each(model, optimizer, mask))
+    return Hooks(register_hooks(model, optimizer, zero_frozen))
 
 
-def hook_each(
-    model: torch.nn.Module, optimizer: MaskedOptimizer, hook: Callable[[Place, torch.Tensor], None]
+def register_hooks(
+    model: torch.nn.Module, optimizer: MaskedOptimizer, hook: Callable[[ParamKey, torch.Tensor], None]
 ) -> list[RemovableHandle]:
-    """Has `hook(place, parameter)` called when a parameter of both has its gradient."""
-    ours = {param: place for place, param, _ in optimizer._live()}
-    params = [param for param in model.parameters() if param in ours and param.requires_grad]
+    """Call `hook(key, parameter)` when a parameter of both model and optimizer has its gradient. Returns the handles."""
+    keys = {param: key for key, param, _ in optimizer._bindings()}
+    params = [param for param in model.parameters() if param in keys and param.requires_grad]
     if not params:
         raise ValueError(
-            "the optimizer has no parameter of this model that needs a gradient; give the model that it was made for, wrapped as it is trained"
+            "the optimizer has no parameter of this model that needs a gradient; "
+            "give the model that it was created for, wrapped as it is trained"
         )
-    return [param.register_post_accumulate_grad_hook(partial(hook, ours[param])) for param in params]
+    return [param.register_post_accumulate_grad_hook(partial(hook, keys[param])) for param in params]

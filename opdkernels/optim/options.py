@@ -1,4 +1,4 @@
-"""The hyperparameters that masked optimizers take, and what is said of others."""
+"""Validation of the options of masked optimizers."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Any
 
 import torch
 
-from opdkernels.ops.step import PRECISIONS
+from opdkernels.ops.step.layout import PRECISIONS
 
 WEIGHT_DECAY_TARGETS = ("zero", "init")
 
 
 def is_number(value: Any) -> bool:
+    """Whether a value is an int or a float, and not NaN."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
-def refuse_options(options: dict[str, Any]) -> None:
-    """Raises ValueError for a hyperparameter that is no number or out of its range, TypeError for a flag that masked optimizers do
-    not have."""
+def validate_options(options: dict[str, Any]) -> None:
+    """Raise ValueError for an option that is out of range, TypeError for a flag that masked optimizers do not support."""
     for name in ("lr", "eps", "weight_decay", "momentum", "dampening"):
         value = options.get(name, 0.0)
         if name == "lr" and isinstance(value, torch.Tensor) and value.numel() == 1:
             value = float(value)
         if not is_number(value) or not 0 <= value < math.inf:
             hint = "; write 1.0e-6, with a point, in YAML" if isinstance(value, str) else ""
-            raise ValueError(f"{name} is {options[name]!r}; give a finite number from 0 on{hint}")
+            raise ValueError(f"{name} is {options[name]!r}; give a finite number that is not negative{hint}")
     betas = options.get("betas", (0.0, 0.0))
     if (
         not isinstance(betas, (tuple, list))
@@ -36,14 +36,11 @@ def refuse_options(options: dict[str, Any]) -> None:
     for name, choices in (("precision", PRECISIONS), ("weight_decay_target", WEIGHT_DECAY_TARGETS)):
         if options[name] not in choices:
             raise ValueError(f"{name} is {options[name]!r}; choose one of {', '.join(choices)}")
-    if (
-        isinstance(options["seed"], bool)
-        or not isinstance(options["seed"], int)
-        or not -(1 << 63) <= options["seed"] < 1 << 63
-    ):
-        raise ValueError(f"seed is {options['seed']!r}; give an integer of 64 bits")
+    seed = options["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"seed is {seed!r}; give an integer of 64 bits")
     if options.get("nesterov") and not (options["momentum"] > 0 and options["dampening"] == 0):
         raise ValueError("nesterov needs momentum and no dampening")
     for flag in ("capturable", "differentiable"):
         if options.get(flag):
-            raise TypeError(f"{flag}=True is not offered by masked optimizers; leave it out")
+            raise TypeError(f"masked optimizers do not support {flag}=True; leave it out")

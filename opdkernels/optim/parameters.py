@@ -1,5 +1,5 @@
-"""Mode B: the active values as Parameters of their own, for trainers whose optimizer state must be as large as the parameters
-(DeepSpeed ZeRO, Megatron), and for any optimizer."""
+"""The active values as Parameters, for any optimizer, and for trainers whose optimizer state must have the size of the
+parameters (DeepSpeed ZeRO, Megatron)."""
 
 from __future__ import annotations
 
@@ -12,23 +12,30 @@ from torch.utils.hooks import RemovableHandle
 
 from opdkernels.checkpoint.names import canonical_name
 from opdkernels.errors import printable
-from opdkernels.optim.active import active_of, put_active
+from opdkernels.optim.active import gather_active, scatter_active
 from opdkernels.optim.binding import Binder, Binding, Masks, is_dtensor, local_gradient
 
 
 class MaskedParameters(torch.nn.Module):
-    """The active values of a model's masked parameters as fp32 Parameters [active], one a masked parameter, for any optimizer.
+    """The active values of a model's masked weights as fp32 Parameters [num_active], one per weight, for any optimizer.
 
-    Backward's gradient of a weight is gathered into its compact Parameter and freed; after each step of an optimizer that
-    is `attach`ed, or by `push_to_model`, the compact values go back into the weights, a bf16 weight rounded to nearest from what is its fp32
-    master. Frozen coordinates are never written. Weights without a mask, and with an empty one, are frozen. A state dict that is
-    loaded into this shows in the weights after `push_to_model`, one loaded into the model here after `pull_from_model`.
+    During the backward pass the gradient of a weight is gathered into its compact Parameter and freed. After each step of an
+    `attach`ed optimizer, or by `push_to_model`, the compact values are written to the weights; a bf16 weight is rounded to
+    nearest from its compact value, which is its fp32 master. Frozen coordinates are never written. Weights without a mask or
+    without an active coordinate are frozen. After loading a state dict into this module call `push_to_model`; after loading
+    one into the model, `pull_from_model`.
 
-    Raises ValueError where no parameter of the model has a mask, and for DTensors: there MaskedAdamW itself serves.
+    Args:
+        model: The model that is trained. Its weights must not be DTensors.
+        masks: As for `MaskedAdamW`, by the names of the model.
 
-    >>> layer = torch.nn.Linear(2, 1, bias=False)
-    >>> compact = MaskedParameters(layer, {"weight": torch.tensor([[True, False]])})
-    >>> optimizer = compact.attach(torch.optim.SGD(compact.parameters(), lr=1.0))
+    Raises:
+        ValueError: No weight has an active coordinate, or a masked weight is a DTensor (use MaskedAdamW).
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> compact = MaskedParameters(layer, {"weight": torch.tensor([[True, False]])})
+        >>> optimizer = compact.attach(torch.optim.SGD(compact.parameters(), lr=1.0))
     """
 
     def __init__(self, model: torch.nn.Module, masks: Masks):
@@ -38,7 +45,7 @@ class MaskedParameters(torch.nn.Module):
         self.values = torch.nn.ParameterList()
         self.names: list[str] = []
         self._handles: list[RemovableHandle] = []
-        me = weakref.ref(self)  # a hook's closure keeps what it holds as long as the model lives
+        owner = weakref.ref(self)  # the hook's closure lives as long as the model
         for name, weight in model.named_parameters():
             (binding,) = binder.bind([weight], [name])
             if not binding.mask.num_active or not weight.requires_grad:
@@ -46,11 +53,11 @@ class MaskedParameters(torch.nn.Module):
                 continue
             if is_dtensor(weight):
                 raise ValueError(f"{printable(name)} is a DTensor; give MaskedAdamW the sharded parameters")
-            number = len(self.values)
-            self.values.append(torch.nn.Parameter(active_of(weight, binding.shard(weight))))
+            index = len(self.values)
+            self.values.append(torch.nn.Parameter(gather_active(weight, binding.shard(weight))))
             self.names.append(canonical_name(name, keep_prefixes=True))
             self._weights.append((weight, binding))
-            self._handles.append(weight.register_post_accumulate_grad_hook(partial(gather, me, number)))
+            self._handles.append(weight.register_post_accumulate_grad_hook(partial(gather_gradient, owner, index)))
         if not self.values:
             raise ValueError(
                 "no parameter of the model has a mask with an active coordinate; give masks by the model's names"
@@ -58,41 +65,43 @@ class MaskedParameters(torch.nn.Module):
 
     @torch.no_grad()
     def push_to_model(self) -> None:
-        """Puts the compact values into the weights."""
+        """Write the compact values to the weights."""
         for (weight, binding), value in zip(self._weights, self.values, strict=True):
-            put_active(weight, binding.shard(weight), value.detach().float().contiguous())
+            scatter_active(weight, binding.shard(weight), value.detach().float().contiguous())
 
     @torch.no_grad()
     def pull_from_model(self) -> None:
-        """Takes the compact values from the weights, after something else has set these."""
+        """Read the compact values from the weights."""
         for (weight, binding), value in zip(self._weights, self.values, strict=True):
-            value.copy_(active_of(weight, binding.shard(weight)))
+            value.copy_(gather_active(weight, binding.shard(weight)))
 
     def attach(self, optimizer: Any) -> Any:
-        """Has every step of the optimizer end with `push_to_model`. Returns the optimizer."""
+        """Call `push_to_model` after every step of an optimizer. Returns the optimizer."""
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self.push_to_model()))
         return optimizer
 
     def remove(self) -> None:
-        """Takes the hooks off the weights and the optimizer."""
+        """Remove the hooks from the weights and the optimizer."""
         for handle in self._handles:
             handle.remove()
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "MaskedParameters are bound to their model; save their state_dict() and make them again from the copied or loaded model"
+            "MaskedParameters are bound to their model; save their state_dict() "
+            "and create them again from the copied or loaded model"
         )
 
     def __deepcopy__(self, memo: dict) -> Any:
         return self.__reduce__()
 
 
-def gather(owner: weakref.ref[MaskedParameters], number: int, weight: torch.Tensor) -> None:
-    """Hands a weight's active gradients to its compact Parameter by a backward of its own, so that its hooks see them."""
+def gather_gradient(owner: weakref.ref[MaskedParameters], index: int, weight: torch.Tensor) -> None:
+    """Pass a weight's active gradients to its compact Parameter by a backward pass, so that hooks of that one run."""
     compact = owner()
     if weight.grad is None or compact is None:
         return
-    value, (_, binding) = compact.values[number], compact._weights[number]
-    active = active_of(local_gradient(weight, weight.grad, printable(binding.name)), binding.shard(weight))
+    value, (_, binding) = compact.values[index], compact._weights[index]
+    gradient = local_gradient(weight, weight.grad, printable(binding.name))
+    active = gather_active(gradient, binding.shard(weight))
     weight.grad = None
     torch.autograd.backward([value], [active.to(value.dtype)])

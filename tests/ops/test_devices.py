@@ -28,15 +28,16 @@ def test_both_devices_are_named(call):
 
 
 @pytest.mark.parametrize(
-    "moved", ["grads", "masks", "offsets", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "inits", "cohorts"]
+    "moved",
+    ["grads", "masks", "block_counts", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "init_values", "step_groups"],
 )
 def test_whatever_a_step_takes_lies_beside_its_weights(moved):
-    moments = {name: [torch.zeros(2)] for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "inits")}
+    moments = {name: [torch.zeros(2)] for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "init_values")}
     held = {
         "grads": [torch.zeros(4)],
         "masks": [PLACES],
-        "offsets": [NONE],
-        "cohorts": [torch.zeros(2, dtype=torch.uint8)],
+        "block_counts": [NONE],
+        "step_groups": [torch.zeros(2, dtype=torch.uint8)],
         **moments,
     }
     held[moved] = [held[moved][0].to("meta")]

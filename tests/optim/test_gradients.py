@@ -81,7 +81,7 @@ def test_gathering_refuses_what_it_cannot_serve():
     with pytest.raises(RuntimeError, match="a GradScaler cannot see"):
         scaler.step(optimizer)
     scaler.scale(model(torch.ones(1, 32)).sum()).backward()
-    with pytest.raises(RuntimeError, match="gathered for the masks that are"):
+    with pytest.raises(RuntimeError, match="gathered for the current masks"):
         optimizer.set_masks(masks_for(model, seed=2))
 
 

@@ -71,11 +71,11 @@ def test_a_state_of_another_dtype_gets_what_it_lacks_or_is_refused():
     assert wide.state[wide.param_groups[0]["params"][0]]["exp_avg"].dtype == torch.float32
     drawn = stepped(P(torch.ones(64)), weight_decay_target="init")
     other = MaskedAdamW([P(torch.ones(64).bfloat16())], masks=[all_of(64)], weight_decay_target="init")
-    with pytest.raises(InputError, match=r"has init of torch\.float32"):
+    with pytest.raises(InputError, match=r"has init_value of torch\.float32"):
         other.load_state_dict(drawn.state_dict())
     broken = copy.deepcopy(wide.state_dict())
     broken["state"][0] |= {"step_group": torch.full((64,), 200, dtype=torch.uint8), "group_steps": torch.ones(1)}
-    with pytest.raises(InputError, match="cohorts without a step count"):
+    with pytest.raises(InputError, match="step groups without a step count"):
         wide.load_state_dict(broken)
 
 
@@ -268,7 +268,7 @@ def test_a_refused_remap_changes_nothing():
     a.grad, b.grad = torch.ones(8), torch.ones(8)
     optimizer.step()
     before = a.detach().clone()
-    with pytest.raises(ValueError, match="no start to go back to"):
+    with pytest.raises(ValueError, match="no initial values to restore"):
         optimizer.set_masks([~all_of(8), ~all_of(8)], on_drop="restore")
     assert torch.equal(a, before)
     assert optimizer._bound[0][0].mask.num_active == 8
@@ -282,7 +282,7 @@ def test_options_that_change_on_the_way_are_followed_or_refused():
     optimizer.step()
     assert "max_exp_avg_sq" in optimizer.state[weight]
     optimizer.param_groups[0]["weight_decay_target"] = "init"
-    with pytest.raises(InputError, match="lacks where the weights began"):
+    with pytest.raises(InputError, match="lacks the initial weights"):
         optimizer.step()
     optimizer.param_groups[0].update(weight_decay_target="zero", lr="oops")
     count = float(optimizer.state[weight]["step"])

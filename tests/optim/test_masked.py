@@ -134,10 +134,10 @@ def test_state_is_of_the_active_coordinates(dtype, limit):
     optimizer = MaskedAdamW([("w", weight)], masks={"w": torch.rand(1024, 1024) < 0.2})
     give_grads([weight], 0)
     optimizer.step()
-    shard = optimizer._bound[0][0].held
+    shard = optimizer._bound[0][0].cached_shard
     held = sum(t.nbytes for t in optimizer.state[weight].values()) + shard.mask.nbytes + shard.block_counts.nbytes
     assert held / weight.numel() <= limit
-    active = int(shard.active)
+    active = int(shard.num_active)
     assert all(t.numel() in (1, active) for t in optimizer.state[weight].values())
 
 
@@ -342,7 +342,7 @@ def test_the_operator_compiles_whole():
     binding = optimizer._bound[0][0]
     weight = params["embed.weight"].detach()
     shard = binding.shard(weight)
-    m, v = (torch.zeros(shard.active) for _ in range(2))
+    m, v = (torch.zeros(shard.num_active) for _ in range(2))
     graphs = []
 
     def backend(graph, inputs):
@@ -414,7 +414,7 @@ def test_a_changed_mask_keeps_what_stays():
     again = MaskedAdamW(model_of().items(), masks=second, lr=1e-2)
     again.load_state_dict(state)
     assert same_state(optimizer, again)
-    with pytest.raises(ValueError, match="different times"):
+    with pytest.raises(ValueError, match="different step counts"):
         optimizer.dense_state_dict()
 
 
@@ -434,7 +434,7 @@ def test_dropped_coordinates_may_go_back():
     plain = MaskedAdamW(model_of().items(), masks=first)
     give_grads(plain.param_groups[0]["params"], 0)
     plain.step()
-    with pytest.raises(ValueError, match="no start to go back to"):
+    with pytest.raises(ValueError, match="no initial values to restore"):
         plain.set_masks(second, on_drop="restore")
 
 

@@ -27,8 +27,8 @@ void overlap(const void* source, int source_dtype, const std::vector<const void*
 // `block` rows of W^T delta are summed in fp32 before they are in fp64, 0: all in fp64.
 void gram(const GramInput& input, int64_t rows, int64_t n, int parts, bool visible, int block, int threads, double* into);
 
-// One masked step of all tensors.
-void masked_step(const std::vector<StepTensor>& tensors, int threads);
+// One masked step of all tensors, or a gather or a scatter of theirs (options.kind).
+void masked_step(const StepRow* rows, int64_t count, const StepOptions& options, int threads);
 
 struct QuantileResult {
   double cut;                                         // NaN where every value is

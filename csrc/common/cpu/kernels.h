@@ -58,27 +58,6 @@ struct GramInput {
   opd_i64 source_row, source_column, trained_row, trained_column;
 };
 
-#define OPD_STEP_BLOCK 2048                           // coordinates, or places, that are worked on at a time
-
-enum StepKind { STEP_ADAMW = 0, STEP_SGD = 1, STEP_TAKE = 2, STEP_ADD = 3, STEP_PUT = 4 };
-
-// One tensor of a masked step, or of a gather of its grad into exp_avg, or of a scatter of exp_avg into its param. Active coordinates are bits, with the counts before each block, or places.
-struct StepTensor {
-  void* param;
-  const void* grad;
-  const unsigned char* bits;
-  const opd_i64* offsets;
-  const void* places;
-  float *exp_avg, *exp_avg_sq, *most;                 // the last is null without amsgrad; of SGD the first is its buffer or null
-  void* extra;
-  const void* init;                                   // in the param's dtype, of the active coordinates, or null
-  const unsigned char* cohort;                        // of each active coordinate its row of the scalars, or null: the first
-  const float* scalars;
-  const float *grad_scale, *clip;                     // one number each, or null
-  opd_i64 n, active, start, seed;
-  int param_dtype, grad_dtype, wide_places, compact, maximize, precision, ordinal, kind, nesterov;
-};
-
 enum Dtype { BF16 = 0, FP16 = 1, FP32 = 2, FP64 = 3 };
 
 struct Kernels {
@@ -101,8 +80,8 @@ struct Kernels {
   // they are in fp64.
   void (*gram_columns)(int wide, const void* x, const void* y, int upper, int rows, int block, opd_i64 n, int panel, double* into);
   int gram_panel_bytes;                               // of one row of a panel
-  // Steps the active coordinates of one block.
-  void (*step_block)(const StepTensor* tensor, opd_i64 block);
+  // Updates the active coordinates of one block of a tensor.
+  void (*step_block)(const StepRow* row, const StepOptions* options, opd_i64 block);
   // One block of n coordinates of `bytes` bytes: receives its positions, what is stored of the changed and the digests of both
   // sides; values must have room for all n. Returns how many changed.
   int (*patch_gather)(const void* source, const void* trained, int bytes, int n, int difference, unsigned char* positions, void* values,

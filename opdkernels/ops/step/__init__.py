@@ -1,23 +1,24 @@
-r"""`step`: masked AdamW and SGD, in place, on the active coordinates of many tensors; the others are neither read nor written.
+r"""`step`: masked AdamW and SGD, in place, on the active coordinates of many tensors. Others are neither read nor written.
 
-Of an active coordinate, with moments m, v that exist for active ones only, at step t, AdamW:
+For each active coordinate with weight w and gradient g, AdamW at step t is
 
     w <- w (1 - lr wd)
     m <- m + (1 - b1) (g - m)
     v <- b2 v + (1 - b2) g^2
     w <- w - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
-and SGD, with momentum mu, dampening d and, where nesterov, g + mu m for m:
+and SGD with momentum mu and dampening d is
 
     g <- g + wd w
-    m <- mu m + (1 - d) g, at t = 1 g
-    w <- w - lr m
+    m <- mu m + (1 - d) g, at t = 1 m <- g
+    w <- w - lr m, with nesterov w <- w - lr (g + mu m)
 
-in fp32, operation by operation as `torch.optim.AdamW` and `SGD` round them with `foreach=False`, with a square root that is
-rounded right (torch's own on the CPU may be off by one unit). Weight decay may draw to where a weight began instead of to zero. A
-bf16 weight is kept in one of four ways: "split_master" with the 16 bits that it lacks of an fp32 master; "kahan" with a bf16
-compensation; "stochastic", rounded up or down by Philox, keyed by seed, step, tensor and global coordinate, so that no sharding
-shows; "nearest", where updates below half a unit are lost.
+in fp32, operation by operation as `torch.optim.AdamW` and `SGD` round them with `foreach=False`, with a correctly rounded
+square root (torch's on the CPU may be off by one unit in the last place). The moments m and v exist for active coordinates
+only. Weight decay pulls towards zero or towards an initial value. A bf16 weight is kept in one of four precisions:
+"split_master" stores the 16 bits that it lacks of an fp32 master; "kahan" stores a bf16 compensation; "stochastic" rounds up
+or down by Philox, keyed by seed, step, tensor and global coordinate, so that the result does not depend on the sharding;
+"nearest" loses updates below half a unit in the last place.
 
 Sources: Loshchilov and Hutter 2019 (AdamW); Sutskever et al. 2013 (Nesterov); Salmon et al. 2011 (Philox); arXiv 2606.13657.
 """
@@ -27,198 +28,127 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
-from opdkernels.bits import bit_counts
 from opdkernels.ops import register
+from opdkernels.ops.step import validation
+from opdkernels.ops.step.args import ADAMW_FIELDS, SGD_FIELDS, StepArgs, adamw_operator, flatten, schema, sgd_operator
+from opdkernels.ops.step.layout import (
+    IS_FIRST,
+    MOMENTUM,
+    NEG_STEP_SIZE,
+    NUM_SCALARS,
+    ONE_MINUS_DAMPENING,
+    PRECISIONS,
+    STEP,
+    WEIGHT_DECAY,
+)
+from opdkernels.ops.step.validation import RESIDUAL_DTYPES
 
-COMMON = (
-    "Tensor[] inits, Tensor[] cohorts, Tensor scalars, int[] rows, int[] starts, int[] ordinals, Tensor? grad_scale, Tensor? clip, "
-    "Tensor? found_inf, bool maximize"
-)
-ADAMW = (
-    "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor[] masks, Tensor[] offsets, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    f"Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] extras, {COMMON}, int precision, int seed) -> ()"
-)
-SGD = (
-    "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor[] masks, Tensor[] offsets, Tensor(b!)[] momentum_buffers, Tensor(c!)[] extras, "
-    f"{COMMON}, bool nesterov, int precision, int seed) -> ()"
-)
-TAKE = "masked_gather_(Tensor values, Tensor mask, Tensor offsets, Tensor(a!) into, bool add) -> ()"
-PUT = "masked_scatter_(Tensor(a!) values, Tensor mask, Tensor offsets, Tensor compact) -> ()"
-PRECISIONS = ("nearest", "split_master", "kahan", "stochastic")
-DTYPES = (torch.float32, torch.bfloat16)
-RESIDUAL_DTYPES = {"split_master": torch.int16, "kahan": torch.bfloat16}
-BLOCK = 2048  # coordinates between the counts that go with a bitmask
-COHORTS = 256  # of one tensor, at most
-DECAY, WEIGHT, BETA2, SQUARE, BIAS, EPS, SIZE, STEP = range(8)  # columns of AdamW's scalars
-MOMENTUM, DAMP, FIRST = range(1, 4)  # of SGD's, which share DECAY, SIZE and STEP
+GATHER = "masked_gather_(Tensor values, Tensor mask, Tensor block_counts, Tensor(a!) out, bool add) -> ()"
+SCATTER = "masked_scatter_(Tensor(a!) values, Tensor mask, Tensor block_counts, Tensor compact) -> ()"
 
 
-def reference_adamw(
-    params,
-    grads,
-    masks,
-    offsets,
-    exp_avgs,
-    exp_avg_sqs,
-    max_exp_avg_sqs,
-    extras,
-    inits,
-    cohorts,
-    scalars,
-    rows,
-    starts,
-    ordinals,
-    grad_scale,
-    clip,
-    found_inf,
-    maximize,
-    precision,
-    seed,
-) -> None:
-    """The definition of AdamW's step, in plain PyTorch, tensor by tensor."""
+@adamw_operator
+def reference_adamw(args: StepArgs) -> None:
+    """The definition of the AdamW step in plain PyTorch."""
 
     def update(i, p, g, w0, columns):
-        return adamw(p, g, w0, exp_avgs[i], exp_avg_sqs[i], max_exp_avg_sqs[i] if max_exp_avg_sqs else None, columns)
+        v_max = args.max_exp_avg_sqs[i] if args.max_exp_avg_sqs and args.max_exp_avg_sqs[i].numel() else None
+        return adamw(p, g, w0, args.exp_avgs[i], args.exp_avg_sqs[i], v_max, columns)
 
-    each_active(
-        update,
-        params,
-        grads,
-        masks,
-        extras,
-        inits,
-        cohorts,
-        scalars,
-        rows,
-        starts,
-        ordinals,
-        grad_scale,
-        clip,
-        found_inf,
-        maximize,
-        precision,
-        seed,
-    )
+    update_active(args, update)
 
 
-def reference_sgd(
-    params,
-    grads,
-    masks,
-    offsets,
-    momentum_buffers,
-    extras,
-    inits,
-    cohorts,
-    scalars,
-    rows,
-    starts,
-    ordinals,
-    grad_scale,
-    clip,
-    found_inf,
-    maximize,
-    nesterov,
-    precision,
-    seed,
-) -> None:
-    """The definition of SGD's step, in plain PyTorch, tensor by tensor."""
+@sgd_operator
+def reference_sgd(args: StepArgs) -> None:
+    """The definition of the SGD step in plain PyTorch."""
 
     def update(i, p, g, w0, columns):
-        return sgd(p, g, w0, momentum_buffers[i] if momentum_buffers else None, columns, nesterov)
+        buffer = args.momentum_buffers[i] if args.momentum_buffers else None
+        return sgd(p, g, w0, buffer, columns, args.nesterov)
 
-    each_active(
-        update,
-        params,
-        grads,
-        masks,
-        extras,
-        inits,
-        cohorts,
-        scalars,
-        rows,
-        starts,
-        ordinals,
-        grad_scale,
-        clip,
-        found_inf,
-        maximize,
-        precision,
-        seed,
-    )
+    update_active(args, update)
 
 
-def reference_gather(values, mask, offsets, into, add) -> None:
-    taken = values.view(-1)[active_indices(mask, values.numel())].float()
-    into.copy_(into + taken if add else taken)
+def reference_gather(
+    values: torch.Tensor, mask: torch.Tensor, block_counts: torch.Tensor, out: torch.Tensor, add: bool
+) -> None:
+    """The definition of `masked_gather_` in plain PyTorch."""
+    active = values.view(-1)[active_indices(mask, values.numel())].float()
+    out.copy_(out + active if add else active)
 
 
-def reference_scatter(values, mask, offsets, compact) -> None:
+def reference_scatter(
+    values: torch.Tensor, mask: torch.Tensor, block_counts: torch.Tensor, compact: torch.Tensor
+) -> None:
+    """The definition of `masked_scatter_` in plain PyTorch."""
     values.view(-1)[active_indices(mask, values.numel())] = compact.to(values.dtype)
 
 
-def each_active(
-    update: Callable,
-    params,
-    grads,
-    masks,
-    extras,
-    inits,
-    cohorts,
-    scalars,
-    rows,
-    starts,
-    ordinals,
-    grad_scale,
-    clip,
-    found_inf,
-    maximize,
-    precision,
-    seed,
-) -> None:
-    """Takes what is active of each tensor, widened, lets `update(tensor, weights, gradients, weights at the start, columns of
-    scalars)` make new weights of it, and puts them back, narrowed."""
-    if found_inf is not None and bool(found_inf):
+def update_active(args: StepArgs, update: Callable[..., torch.Tensor]) -> None:
+    """Update the active coordinates of each tensor.
+
+    Args:
+        args: Arguments of the operator.
+        update: Called with the position of the tensor, its active weights and gradients in fp32, their initial values
+            or None, and the columns of scalars; returns the new weights in fp32.
+    """
+    if args.found_inf is not None and bool(args.found_inf):
         return
-    for i, param in enumerate(params):
-        flat, places = param.view(-1), active_indices(masks[i], param.numel())
-        grad = grads[i].view(-1)
-        g = (grad if is_compact(grad.numel(), param.numel(), len(places)) else grad[places]).float()
-        g = g if grad_scale is None else g / grad_scale
-        g = g if clip is None else g * clip
-        stored = flat[places]
-        extra, w0 = extras[i] if extras else None, inits[i] if inits and inits[i].numel() else None
-        mine = scalars[rows[i]]
-        columns = list((scalars[rows[i] + cohorts[i].long()].T if cohorts and cohorts[i].numel() else mine).unbind())
-        new = update(
-            i, widened(stored, extra, precision), -g if maximize else g, None if w0 is None else w0.float(), columns
-        )
-        flat[places] = narrowed(
-            new, param.dtype, extra, precision, (seed, int(mine[STEP]), ordinals[i], places + starts[i])
-        )
+    for i, param in enumerate(args.params):
+        flat, indices = param.view(-1), active_indices(args.masks[i], param.numel())
+        grad = args.grads[i].view(-1)
+        g = (grad if is_compact(grad.numel(), param.numel(), len(indices)) else grad[indices]).float()
+        g = g if args.grad_scale is None else g / args.grad_scale
+        g = g if args.clip is None else g * args.clip
+        residual = args.residuals[i] if args.residuals else None
+        w0 = args.init_values[i].float() if args.init_values and args.init_values[i].numel() else None
+        first_row = args.scalars[args.scalar_rows[i]]
+        rows = first_row
+        if args.step_groups and args.step_groups[i].numel():
+            rows = args.scalars[args.scalar_rows[i] + args.step_groups[i].long()].T
+        p = to_fp32(flat[indices], residual, args.precision)
+        new = update(i, p, -g if args.maximize else g, w0, list(rows.unbind()))
+        key = (args.seed, int(first_row[STEP]), args.param_ids[i], indices + args.shard_offsets[i])
+        flat[indices] = round_to_storage(new, param.dtype, residual, args.precision, key)
 
 
-def adamw(p, g, w0, m, v, most, columns) -> torch.Tensor:
-    """The new fp32 values; m, v and the largest v so far move on in place. Every scalar is an fp32 number."""
-    decay, weight, beta2, square, bias, eps, size = columns[:STEP]
-    p = p * decay if w0 is None else fma(decay, p - w0, w0)
-    m.copy_(torch.where(weight < 0.5, fma(weight, g - m, m), fma(weight - 1, g - m, g)))
-    v.copy_(fma(square * g, g, v * beta2))
-    second = v if most is None else most.copy_(torch.maximum(most, v))
-    return p + size * m / (second.double().sqrt().float() / bias + eps)
+def adamw(
+    p: torch.Tensor,
+    g: torch.Tensor,
+    w0: torch.Tensor | None,
+    m: torch.Tensor,
+    v: torch.Tensor,
+    v_max: torch.Tensor | None,
+    columns: list[torch.Tensor],
+) -> torch.Tensor:
+    """New fp32 weights. Updates the moments m and v, and the largest v so far, in place. Every scalar is fp32."""
+    decay_factor, one_minus_beta1, beta2, one_minus_beta2, bias_correction, eps, neg_step_size = columns[:STEP]
+    p = p * decay_factor if w0 is None else fma(decay_factor, p - w0, w0)
+    m.copy_(torch.where(one_minus_beta1 < 0.5, fma(one_minus_beta1, g - m, m), fma(one_minus_beta1 - 1, g - m, g)))
+    v.copy_(fma(one_minus_beta2 * g, g, v * beta2))
+    second = v if v_max is None else v_max.copy_(torch.maximum(v_max, v))
+    return p + neg_step_size * m / (second.double().sqrt().float() / bias_correction + eps)
 
 
-def sgd(p, g, w0, buffer, columns, nesterov) -> torch.Tensor:
-    """The new fp32 values; the momentum buffer, if any, moves on in place."""
-    decay, momentum, damp, first, size = (columns[j] for j in (DECAY, MOMENTUM, DAMP, FIRST, SIZE))
-    g = torch.where(decay != 0, fma(decay, p if w0 is None else p - w0, g), g)
+def sgd(
+    p: torch.Tensor,
+    g: torch.Tensor,
+    w0: torch.Tensor | None,
+    buffer: torch.Tensor | None,
+    columns: list[torch.Tensor],
+    nesterov: bool,
+) -> torch.Tensor:
+    """New fp32 weights. Updates the momentum buffer, if any, in place."""
+    weight_decay, momentum, one_minus_dampening, is_first, neg_step_size = (
+        columns[j] for j in (WEIGHT_DECAY, MOMENTUM, ONE_MINUS_DAMPENING, IS_FIRST, NEG_STEP_SIZE)
+    )
+    g = torch.where(weight_decay != 0, fma(weight_decay, p if w0 is None else p - w0, g), g)
     if buffer is not None:
-        buffer.copy_(torch.where(first != 0, g, fma(damp, g, buffer * momentum)))
+        buffer.copy_(torch.where(is_first != 0, g, fma(one_minus_dampening, g, buffer * momentum)))
         g = fma(momentum, buffer, g) if nesterov else buffer
-    return fma(size, g, p)
+    return fma(neg_step_size, g, p)
 
 
 def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -235,47 +165,52 @@ def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
 
 
 def active_indices(mask: torch.Tensor, numel: int) -> torch.Tensor:
-    """Flat places of the active coordinates, int64, from bits (uint8) or places."""
+    """Flat indices of the active coordinates, int64 [num_active], from a bitmap (uint8) or indices."""
     if mask.dtype != torch.uint8:
         return mask.long()
     bits = (mask.unsqueeze(1) >> torch.arange(8, device=mask.device)) & 1
     return torch.nonzero(bits.view(-1)[:numel]).view(-1)
 
 
-def is_compact(grads: int, numel: int, active: int) -> bool:
-    """Whether so many gradients are those of the active coordinates alone."""
-    return grads == active != numel
+def is_compact(num_grads: int, numel: int, num_active: int) -> bool:
+    """Whether a gradient of `num_grads` elements has one element per active coordinate."""
+    return num_grads == num_active != numel
 
 
-def widened(stored: torch.Tensor, extra: torch.Tensor | None, precision: int) -> torch.Tensor:
-    """fp32 values of stored weights."""
+def to_fp32(stored: torch.Tensor, residual: torch.Tensor | None, precision: int) -> torch.Tensor:
+    """fp32 values of stored weights and their residuals."""
     if stored.dtype == torch.float32 or PRECISIONS[precision] not in RESIDUAL_DTYPES:
         return stored.float()
     if PRECISIONS[precision] == "kahan":
-        return stored.float() + extra.float()  # type: ignore[union-attr]
-    low, upper = extra.int() & 0xFFFF, stored.view(torch.int16).int() & 0xFFFF  # type: ignore[union-attr]
-    low = torch.where((upper & 0x7FFF == 0) & (low >= 0x8000), 0, low)  # a weight that someone else set to zero
+        return stored.float() + residual.float()  # type: ignore[union-attr]
+    low, upper = residual.int() & 0xFFFF, stored.view(torch.int16).int() & 0xFFFF  # type: ignore[union-attr]
+    low = torch.where(
+        (upper & 0x7FFF == 0) & (low >= 0x8000), 0, low
+    )  # a weight that was set to zero outside of a step
     high = (upper - (low >> 15)) & 0xFFFF
     return (high << 16 | low).view(torch.float32)
 
 
-def narrowed(
-    new: torch.Tensor, dtype: torch.dtype, extra: torch.Tensor | None, precision: int, key: tuple
+def round_to_storage(
+    new: torch.Tensor, dtype: torch.dtype, residual: torch.Tensor | None, precision: int, key: tuple
 ) -> torch.Tensor:
-    """New values as they are stored; what a bf16 weight lacks goes to `extra`."""
+    """New fp32 values rounded to the dtype of the param. Writes what a bf16 weight lacks to `residual`.
+
+    `key` is (seed, step, param id, global coordinates [num_active]), for stochastic rounding.
+    """
     if dtype == torch.float32:
         return new
-    kind = PRECISIONS[precision]
-    if kind == "kahan":
+    name = PRECISIONS[precision]
+    if name == "kahan":
         weight = new.bfloat16()
-        extra.copy_(new - weight.float())  # type: ignore[union-attr]
+        residual.copy_(new - weight.float())  # type: ignore[union-attr]
         return weight
-    if kind == "nearest":
+    if name == "nearest":
         return new.bfloat16()
     bits = new.view(torch.int32).long() & 0xFFFFFFFF
-    special = ~new.isfinite() if kind == "stochastic" else new.isnan()
-    if kind == "split_master":
-        extra.copy_(torch.where(special, 0, bits & 0xFFFF))  # type: ignore[union-attr]
+    special = ~new.isfinite() if name == "stochastic" else new.isnan()
+    if name == "split_master":
+        residual.copy_(torch.where(special, 0, bits & 0xFFFF))  # type: ignore[union-attr]
         up = bits + 0x8000
     else:
         up = bits + (philox(*key) & 0xFFFF)
@@ -283,11 +218,11 @@ def narrowed(
     return torch.where(special, new.bfloat16(), weight)
 
 
-def philox(seed: int, step: int, tensor: int, places: torch.Tensor) -> torch.Tensor:
-    """A 32-bit word for each place, int64: the first of Philox4x32-10 at counter (place, tensor, step)."""
+def philox(seed: int, step: int, param_id: int, indices: torch.Tensor) -> torch.Tensor:
+    """A random 32-bit word per index, int64: the first word of Philox4x32-10 with counter (index, param id, step)."""
     mask = 0xFFFFFFFF
-    c0, c1 = places & mask, places >> 32 & mask
-    c2, c3 = torch.full_like(places, tensor), torch.full_like(places, step)
+    c0, c1 = indices & mask, indices >> 32 & mask
+    c2, c3 = torch.full_like(indices, param_id), torch.full_like(indices, step)
     k0, k1 = seed & mask, seed >> 32 & mask
     for _ in range(10):
         (a_high, a_low), (b_high, b_low) = wide_product(c0, 0xD2511F53), wide_product(c2, 0xCD9E8D57)
@@ -303,51 +238,67 @@ def wide_product(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tens
     return middle >> 16, (middle & 0xFFFF) << 16 | (low & 0xFFFF)
 
 
-register("step", ADAMW, reference_adamw)
-register("step", SGD, reference_sgd)
-register("step", TAKE, reference_gather)
-register("step", PUT, reference_scatter)
+register("step", schema("masked_adamw_", ADAMW_FIELDS), reference_adamw)
+register("step", schema("masked_sgd_", SGD_FIELDS), reference_sgd)
+register("step", GATHER, reference_gather)
+register("step", SCATTER, reference_scatter)
 
 
 def adamw_scalars(
     steps: Sequence[float], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.Tensor:
-    """fp32 [steps, 8]: what `masked_adamw` multiplies with, computed in double and rounded once, as torch's scalars are.
+    """The scalars of `masked_adamw`, computed in double precision and rounded once, as torch's scalars are.
 
-    >>> adamw_scalars([1], 0.1, (0.9, 0.99), 1e-8, 0.5)[0, 0].item() == torch.tensor(0.95).item()
-    True
+    Args:
+        steps: Step count per row, from 1.
+        lr: Learning rate.
+        betas: Decay rates of the two moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay.
+
+    Returns:
+        fp32 [len(steps), NUM_SCALARS], columns as in `opdkernels.ops.step.layout`.
+
+    Example:
+        >>> adamw_scalars([1], 0.1, (0.9, 0.99), 1e-8, 0.5)[0, 0].item() == torch.tensor(0.95).item()
+        True
     """
     b1, b2 = betas
     rows = [
         [1 - lr * weight_decay, 1 - b1, b2, 1 - b2, math.sqrt(1 - b2**t), eps, -(lr / (1 - b1**t)), t] for t in steps
     ]
-    return torch.tensor(rows, dtype=torch.float64).float().view(-1, 8)
+    return torch.tensor(rows, dtype=torch.float64).float().view(-1, NUM_SCALARS)
 
 
 def sgd_scalars(
     steps: Sequence[float], lr: float, momentum: float, dampening: float, weight_decay: float
 ) -> torch.Tensor:
-    """fp32 [steps, 8]: what `masked_sgd` multiplies with, computed in double and rounded once, as torch's scalars are."""
+    """The scalars of `masked_sgd`, fp32 [len(steps), NUM_SCALARS]; arguments and rounding as for `adamw_scalars`.
+
+    Example:
+        >>> sgd_scalars([1, 2], 0.5, 0.75, 0.0, 0.0)[:, IS_FIRST].tolist()
+        [1.0, 0.0]
+    """
     rows = [[weight_decay, momentum, 1 - dampening, t == 1, 0, 0, -lr, t] for t in steps]
-    return torch.tensor(rows, dtype=torch.float64).float().view(-1, 8)
+    return torch.tensor(rows, dtype=torch.float64).float().view(-1, NUM_SCALARS)
 
 
 def masked_adamw(
     params: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor],
     masks: Sequence[torch.Tensor],
-    offsets: Sequence[torch.Tensor],
+    block_counts: Sequence[torch.Tensor],
     exp_avgs: Sequence[torch.Tensor],
     exp_avg_sqs: Sequence[torch.Tensor],
     scalars: torch.Tensor,
     *,
     max_exp_avg_sqs: Sequence[torch.Tensor] = (),
-    extras: Sequence[torch.Tensor] = (),
-    inits: Sequence[torch.Tensor] = (),
-    cohorts: Sequence[torch.Tensor] = (),
-    rows: Sequence[int] | None = None,
-    starts: Sequence[int] | None = None,
-    ordinals: Sequence[int] | None = None,
+    residuals: Sequence[torch.Tensor] = (),
+    init_values: Sequence[torch.Tensor] = (),
+    step_groups: Sequence[torch.Tensor] = (),
+    scalar_rows: Sequence[int] | None = None,
+    shard_offsets: Sequence[int] | None = None,
+    param_ids: Sequence[int] | None = None,
     grad_scale: torch.Tensor | None = None,
     clip: torch.Tensor | None = None,
     found_inf: torch.Tensor | None = None,
@@ -355,72 +306,90 @@ def masked_adamw(
     precision: str = "nearest",
     seed: int = 0,
 ) -> None:
-    """One step of AdamW on the active coordinates of all tensors, in place.
+    """One AdamW step on the active coordinates of all tensors, in place.
 
-    params: fp32 or bf16, contiguous. grads: fp32 or bf16, of the param's shape and contiguous, or fp32 [active], already gathered.
-    masks: uint8 [ceil(n / 8)], a bit a coordinate (little-endian), with offsets int64 [ceil(n / 2048) + 1], the active
-    coordinates before each 2048; or int32 or int64 [active], ascending places, with empty offsets. exp_avgs, exp_avg_sqs,
-    max_exp_avg_sqs (amsgrad): fp32 [active]. extras, of bf16 params: int16 [active] for "split_master", bf16 for "kahan", else
-    none; of fp32 params empty. inits: [active] of the param's dtype, what weight decay draws to instead of zero, or none.
-    scalars: of `adamw_scalars`; tensor i uses row rows[i], by default i, or, where it has cohorts, uint8 [active], row
-    rows[i] + cohort of each coordinate: coordinates that joined later have a step count of their own. starts: the global place
-    of each tensor's first coordinate; ordinals: its number in the model, by default i (both for "stochastic"). grad_scale divides
-    gradients, clip multiplies them; where found_inf is not 0 nothing is done: each fp32 with one element.
+    Args:
+        params: fp32 or bf16, contiguous.
+        grads: fp32 or bf16, contiguous and of the shape of the param, or fp32 [num_active], already gathered.
+        masks: uint8 [ceil(numel / 8)], one bit per coordinate (little-endian), or int32 or int64 [num_active],
+            ascending flat indices. Checked completely at the first use of a tensor and after every in-place operation
+            of torch on it; do not change it in another way.
+        block_counts: int64 [ceil(numel / 2048) + 1], the active coordinates before each block of 2,048 of a bitmap;
+            empty for indices.
+        exp_avgs: First moments, fp32 [num_active].
+        exp_avg_sqs: Second moments, fp32 [num_active].
+        scalars: fp32 [rows, 8] from `adamw_scalars`.
+        max_exp_avg_sqs: Largest second moments so far, fp32 [num_active], for amsgrad; an empty tensor for none
+            (default: none).
+        residuals: int16 [num_active] for "split_master" and bf16 [num_active] for "kahan", of bf16 params; empty tensors
+            for fp32 params (default: none).
+        init_values: What weight decay pulls towards instead of zero, dtype of the param [num_active]; an empty tensor
+            for zero (default: none).
+        step_groups: uint8 [num_active]; coordinates that became active later have their own step count and use row
+            scalar_row + step_group; an empty tensor for none (default: none).
+        scalar_rows: The first row of `scalars` of each tensor (default: its position).
+        shard_offsets: Flat index of each tensor's first coordinate in the unsharded tensor, for "stochastic"
+            (default: 0).
+        param_ids: Number of each param in the model, for "stochastic" (default: its position).
+        grad_scale: fp32, one element; divides the gradients (default: none).
+        clip: fp32, one element; multiplies the gradients (default: none).
+        found_inf: fp32, one element; where it is not 0, nothing is done (default: none).
+        maximize: Ascend instead of descend (default: False).
+        precision: How bf16 weights are kept: "nearest", "split_master", "kahan" or "stochastic" (default: "nearest").
+        seed: Seed of "stochastic", 64 bits (default: 0).
 
-    Raises TypeError for other dtypes, ValueError for what does not fit.
+    Raises:
+        TypeError: A param or a gradient is neither fp32 nor bf16.
+        ValueError: Another dtype, shape, device or mask than above.
+
+    Example:
+        >>> param, grad, mask = torch.zeros(4), torch.ones(4), torch.tensor([0, 3])
+        >>> moments = torch.zeros(2), torch.zeros(2)
+        >>> scalars = adamw_scalars([1], 0.5, (0.9, 0.99), 1e-8, 0.0)
+        >>> masked_adamw([param], [grad], [mask], [mask[:0]], [moments[0]], [moments[1]], scalars)
+        >>> param
+        tensor([-0.5000,  0.0000,  0.0000, -0.5000])
     """
-    common = checked(
-        params,
-        grads,
-        masks,
-        offsets,
-        [exp_avgs, exp_avg_sqs, max_exp_avg_sqs],
-        2,
-        extras,
-        inits,
-        cohorts,
-        scalars,
-        rows,
-        starts,
-        ordinals,
-        precision,
+    args = StepArgs(
+        params=params,
+        grads=grads,
+        masks=masks,
+        block_counts=block_counts,
+        exp_avgs=exp_avgs,
+        exp_avg_sqs=exp_avg_sqs,
+        max_exp_avg_sqs=max_exp_avg_sqs,
+        residuals=residuals,
+        init_values=init_values,
+        step_groups=step_groups,
+        scalars=scalars,
+        scalar_rows=range(len(params)) if scalar_rows is None else scalar_rows,
+        shard_offsets=[0] * len(params) if shard_offsets is None else shard_offsets,
+        param_ids=range(len(params)) if param_ids is None else param_ids,
+        grad_scale=grad_scale,
+        clip=clip,
+        found_inf=found_inf,
+        maximize=maximize,
+        precision=validation.precision_code(precision),
+        seed=seed,
     )
-    torch.ops.opdkernels.masked_adamw_(
-        list(params),
-        list(grads),
-        list(masks),
-        list(offsets),
-        list(exp_avgs),
-        list(exp_avg_sqs),
-        list(max_exp_avg_sqs),
-        list(extras),
-        list(inits),
-        list(cohorts),
-        scalars,
-        *common,
-        grad_scale,
-        clip,
-        found_inf,
-        maximize,
-        PRECISIONS.index(precision),
-        seed,
-    )
+    validation.validate_step(args, required=("exp_avgs", "exp_avg_sqs"))
+    torch.ops.opdkernels.masked_adamw_(*flatten(args, ADAMW_FIELDS))
 
 
 def masked_sgd(
     params: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor],
     masks: Sequence[torch.Tensor],
-    offsets: Sequence[torch.Tensor],
+    block_counts: Sequence[torch.Tensor],
     scalars: torch.Tensor,
     *,
     momentum_buffers: Sequence[torch.Tensor] = (),
-    extras: Sequence[torch.Tensor] = (),
-    inits: Sequence[torch.Tensor] = (),
-    cohorts: Sequence[torch.Tensor] = (),
-    rows: Sequence[int] | None = None,
-    starts: Sequence[int] | None = None,
-    ordinals: Sequence[int] | None = None,
+    residuals: Sequence[torch.Tensor] = (),
+    init_values: Sequence[torch.Tensor] = (),
+    step_groups: Sequence[torch.Tensor] = (),
+    scalar_rows: Sequence[int] | None = None,
+    shard_offsets: Sequence[int] | None = None,
+    param_ids: Sequence[int] | None = None,
     grad_scale: torch.Tensor | None = None,
     clip: torch.Tensor | None = None,
     found_inf: torch.Tensor | None = None,
@@ -429,168 +398,93 @@ def masked_sgd(
     precision: str = "nearest",
     seed: int = 0,
 ) -> None:
-    """One step of SGD on the active coordinates of all tensors, in place. scalars: of `sgd_scalars`; momentum_buffers: fp32
-    [active], or none without momentum; all else as `masked_adamw` takes it, and raises.
+    """One SGD step on the active coordinates of all tensors, in place.
+
+    Args:
+        scalars: fp32 [rows, 8] from `sgd_scalars`.
+        momentum_buffers: fp32 [num_active] (default: none, without momentum).
+        nesterov: Nesterov momentum (default: False).
+        **others: As for `masked_adamw`.
+
+    Raises:
+        TypeError, ValueError: As `masked_adamw`.
+
+    Example:
+        >>> param, mask = torch.zeros(4), torch.tensor([0, 3])
+        >>> masked_sgd([param], [torch.ones(4)], [mask], [mask[:0]], sgd_scalars([1], 0.5, 0.0, 0.0, 0.0))
+        >>> param
+        tensor([-0.5000,  0.0000,  0.0000, -0.5000])
     """
-    common = checked(
-        params,
-        grads,
-        masks,
-        offsets,
-        [momentum_buffers],
-        0,
-        extras,
-        inits,
-        cohorts,
-        scalars,
-        rows,
-        starts,
-        ordinals,
-        precision,
+    args = StepArgs(
+        params=params,
+        grads=grads,
+        masks=masks,
+        block_counts=block_counts,
+        momentum_buffers=momentum_buffers,
+        residuals=residuals,
+        init_values=init_values,
+        step_groups=step_groups,
+        scalars=scalars,
+        scalar_rows=range(len(params)) if scalar_rows is None else scalar_rows,
+        shard_offsets=[0] * len(params) if shard_offsets is None else shard_offsets,
+        param_ids=range(len(params)) if param_ids is None else param_ids,
+        grad_scale=grad_scale,
+        clip=clip,
+        found_inf=found_inf,
+        maximize=maximize,
+        nesterov=nesterov,
+        precision=validation.precision_code(precision),
+        seed=seed,
     )
-    torch.ops.opdkernels.masked_sgd_(
-        list(params),
-        list(grads),
-        list(masks),
-        list(offsets),
-        list(momentum_buffers),
-        list(extras),
-        list(inits),
-        list(cohorts),
-        scalars,
-        *common,
-        grad_scale,
-        clip,
-        found_inf,
-        maximize,
-        nesterov,
-        PRECISIONS.index(precision),
-        seed,
-    )
+    validation.validate_step(args, required=())
+    torch.ops.opdkernels.masked_sgd_(*flatten(args, SGD_FIELDS))
 
 
 def masked_gather(
-    values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, into: torch.Tensor, *, add: bool = False
+    values: torch.Tensor, mask: torch.Tensor, block_counts: torch.Tensor, out: torch.Tensor, *, add: bool = False
 ) -> torch.Tensor:
-    """`into`, fp32 [active], with the active of `values`, fp32 or bf16 and contiguous, or, where `add`, with those added to it.
-    mask and offsets as `masked_adamw` takes them.
+    """Gather the active coordinates of a tensor.
 
-    Raises TypeError for other dtypes, ValueError for what does not fit.
+    Args:
+        values: fp32 or bf16, contiguous.
+        mask: As for `masked_adamw`.
+        block_counts: As for `masked_adamw`.
+        out: fp32 [num_active], overwritten.
+        add: Add to `out` instead of overwriting it (default: False).
+
+    Returns:
+        `out`.
+
+    Raises:
+        TypeError, ValueError: As `masked_adamw`.
+
+    Example:
+        >>> mask = torch.tensor([0, 3])
+        >>> masked_gather(torch.arange(4.0), mask, mask[:0], torch.empty(2))
+        tensor([0., 3.])
     """
-    check(0, values, values, mask, offsets, [into], None, None, None, 0, "nearest")
-    torch.ops.opdkernels.masked_gather_(values, mask, offsets, into, add)
-    return into
+    validation.validate_compact(values, mask, block_counts, out)
+    torch.ops.opdkernels.masked_gather_(values, mask, block_counts, out, add)
+    return out
 
 
-def masked_scatter(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, compact: torch.Tensor) -> None:
-    """Sets the active of `values`, fp32 or bf16 and contiguous, in place, to `compact`, fp32 [active], rounded to nearest. mask and
-    offsets as `masked_adamw` takes them.
+def masked_scatter(values: torch.Tensor, mask: torch.Tensor, block_counts: torch.Tensor, compact: torch.Tensor) -> None:
+    """Set the active coordinates of a tensor, in place.
 
-    Raises TypeError for other dtypes, ValueError for what does not fit.
+    Args:
+        values: fp32 or bf16, contiguous.
+        mask: As for `masked_adamw`.
+        block_counts: As for `masked_adamw`.
+        compact: fp32 [num_active], rounded to nearest.
+
+    Raises:
+        TypeError, ValueError: As `masked_adamw`.
+
+    Example:
+        >>> values, mask = torch.zeros(4), torch.tensor([0, 3])
+        >>> masked_scatter(values, mask, mask[:0], torch.tensor([1.0, 2.0]))
+        >>> values
+        tensor([1., 0., 0., 2.])
     """
-    check(0, values, values, mask, offsets, [compact], None, None, None, 0, "nearest")
-    torch.ops.opdkernels.masked_scatter_(values, mask, offsets, compact)
-
-
-def checked(
-    params, grads, masks, offsets, moments, needed, extras, inits, cohorts, scalars, rows, starts, ordinals, precision
-) -> tuple[list[int], list[int], list[int]]:
-    """rows, starts and ordinals, where everything fits. The first `needed` of the lists of moments must be there."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision}")
-    count = len(params)
-    rows, ordinals = (list(range(count)) if one is None else list(one) for one in (rows, ordinals))
-    starts = [0] * count if starts is None else list(starts)
-    must = (grads, masks, offsets, rows, starts, ordinals, *moments[:needed])
-    may = (extras, inits, cohorts, *moments[needed:])
-    if any(len(one) != count for one in must) or any(len(one) not in (0, count) for one in may):
-        raise ValueError(f"{count} params need as many gradients, masks, offsets, moments and places")
-    if (
-        scalars.dtype != torch.float32
-        or scalars.ndim != 2
-        or scalars.shape[1] != 8
-        or any(not 0 <= row < len(scalars) for row in rows)
-    ):
-        raise ValueError(
-            f"scalars must be float32 [steps, 8] with a row for each of {count} params, not {scalars.dtype} {list(scalars.shape)}"
-        )
-    for i, param in enumerate(params):
-        extra, init, cohort = (one[i] if one else None for one in (extras, inits, cohorts))
-        check(
-            i,
-            param,
-            grads[i],
-            masks[i],
-            offsets[i],
-            [one[i] for one in moments if one],
-            extra,
-            init,
-            cohort,
-            len(scalars) - rows[i],
-            precision,
-        )
-    return rows, starts, ordinals
-
-
-def check(i, param, grad, mask, offset, moments, extra, init, cohort, rows, precision) -> None:
-    if param.dtype not in DTYPES or grad.dtype not in DTYPES:
-        raise TypeError(f"param {i} is {param.dtype}, its gradient {grad.dtype}; step takes float32 and bfloat16")
-    if grad.device != param.device:
-        raise ValueError(elsewhere(i, param, "its gradient", grad))
-    n, bits = param.numel(), mask.dtype == torch.uint8
-    blocks = -(-n // BLOCK) + 1 if bits else 0
-    fits = [
-        ("mask", mask, (torch.uint8, torch.int32, torch.int64), (n + 7) // 8 if bits else mask.numel()),
-        ("offsets", offset, (torch.int64,), blocks),
-    ]
-    refuse_others(i, param, fits)
-    active = active_in(i, mask, offset, n)
-    fits = [("a moment", moment, (torch.float32,), active) for moment in moments]
-    wanted = RESIDUAL_DTYPES.get(precision) if param.dtype == torch.bfloat16 else None
-    if wanted is not None and extra is None:
-        raise ValueError(f"precision {precision} needs a contiguous {wanted} [{active}] beside param {i}")
-    if extra is not None:
-        fits.append(("what a bf16 weight lacks", extra, (wanted or extra.dtype,), active if wanted else extra.numel()))
-    if init is not None and init.numel():
-        fits.append(("the start", init, (param.dtype,), active))
-    if cohort is not None and cohort.numel():
-        fits.append(("the cohorts", cohort, (torch.uint8,), active))
-    refuse_others(i, param, fits)
-    if cohort is not None and cohort.numel() and int(cohort.max()) >= rows:
-        raise ValueError(f"param {i} has a cohort {int(cohort.max())} and {rows} rows of scalars")
-    if not param.is_contiguous() or not grad.is_contiguous() or grad.shape not in (param.shape, (active,)):
-        raise ValueError(
-            f"param {i} and its gradient must be contiguous and of one shape, not {list(param.shape)} and {list(grad.shape)}"
-        )
-    if grad.shape != param.shape and grad.dtype != torch.float32:
-        raise ValueError(f"the gathered gradient of param {i} must be float32, not {grad.dtype}")
-
-
-def active_in(i: int, mask: torch.Tensor, offset: torch.Tensor, n: int) -> int:
-    """Active coordinates of a mask, all of it looked at: a kernel would follow a wrong place anywhere."""
-    if mask.dtype != torch.uint8:
-        if mask.numel() and (int(mask[0]) < 0 or int(mask[-1]) >= n or bool((mask[1:] <= mask[:-1]).any())):
-            raise ValueError(f"the places of param {i} must ascend within its {n} coordinates")
-        return mask.numel()
-    if n % 8 and int(mask[-1]) >> n % 8:
-        raise ValueError(f"the mask of param {i} has bits beyond the last of its {n} coordinates")
-    padded = np.zeros((offset.numel() - 1) * BLOCK // 8, np.uint8)
-    padded[: mask.numel()] = mask.cpu().numpy()
-    counts = bit_counts(padded.reshape(-1, BLOCK // 8)).sum(1, dtype=np.int64)
-    if not np.array_equal(offset.cpu().numpy(), np.concatenate(([0], np.cumsum(counts)))):
-        raise ValueError(f"the offsets of param {i} are not the counts of its mask")
-    return int(offset[-1])
-
-
-def elsewhere(i, param, what, tensor) -> str:
-    return f"param {i} is on {param.device}, {what} on {tensor.device}; move one of them"
-
-
-def refuse_others(i, param, fits) -> None:
-    for what, tensor, dtypes, size in fits:
-        if tensor.device != param.device:
-            raise ValueError(elsewhere(i, param, what, tensor))
-        if tensor.dtype not in dtypes or tensor.shape != (size,) or not tensor.is_contiguous():
-            raise ValueError(
-                f"{what} of param {i} must be contiguous {dtypes[0]} [{size}], not {tensor.dtype} {list(tensor.shape)}"
-            )
+    validation.validate_compact(values, mask, block_counts, compact)
+    torch.ops.opdkernels.masked_scatter_(values, mask, block_counts, compact)

@@ -1,164 +1,53 @@
-"""`step` on the CPU: raw pointers to csrc/step/cpu.cpp. The public functions check the arguments."""
+"""`step` on the CPU: passes raw pointers to csrc/step/cpu.cpp. The public functions validate the arguments."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 
 from opdkernels.backends import cpu
-from opdkernels.backends.layout import DTYPE_CODES
+from opdkernels.ops.step.args import StepArgs, adamw_operator, sgd_operator
+from opdkernels.ops.step.rows import compact_args, step_rows
 
-ADAMW, SGD, TAKE, ADD, PUT = range(5)  # StepKind in csrc/common/cpu/kernels.h
-
-
-def masked_adamw_(
-    params,
-    grads,
-    masks,
-    offsets,
-    exp_avgs,
-    exp_avg_sqs,
-    max_exp_avg_sqs,
-    extras,
-    inits,
-    cohorts,
-    scalars,
-    rows,
-    starts,
-    ordinals,
-    grad_scale,
-    clip,
-    found_inf,
-    maximize,
-    precision,
-    seed,
-) -> None:
-    table = step_table(
-        params,
-        grads,
-        masks,
-        offsets,
-        exp_avgs,
-        exp_avg_sqs,
-        max_exp_avg_sqs,
-        extras,
-        inits,
-        cohorts,
-        rows,
-        starts,
-        ordinals,
-    )
-    masked_step(table, scalars, grad_scale, clip, found_inf, maximize, ADAMW, False, precision, seed)
+ADAMW, SGD, GATHER, GATHER_ADD, SCATTER = range(5)  # StepKind in csrc/step/step.h
 
 
-def masked_sgd_(
-    params,
-    grads,
-    masks,
-    offsets,
-    momentum_buffers,
-    extras,
-    inits,
-    cohorts,
-    scalars,
-    rows,
-    starts,
-    ordinals,
-    grad_scale,
-    clip,
-    found_inf,
-    maximize,
-    nesterov,
-    precision,
-    seed,
-) -> None:
-    table = step_table(
-        params, grads, masks, offsets, momentum_buffers, (), (), extras, inits, cohorts, rows, starts, ordinals
-    )
-    masked_step(table, scalars, grad_scale, clip, found_inf, maximize, SGD, nesterov, precision, seed)
+@adamw_operator
+def masked_adamw_(args: StepArgs) -> None:
+    run(ADAMW, args)
+
+
+@sgd_operator
+def masked_sgd_(args: StepArgs) -> None:
+    run(SGD, args)
 
 
 def masked_gather_(
-    values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, into: torch.Tensor, add: bool
+    values: torch.Tensor, mask: torch.Tensor, block_counts: torch.Tensor, out: torch.Tensor, add: bool
 ) -> None:
-    table = step_table([values], [values], [mask], [offsets], [into], (), (), (), (), (), [0], [0], [0])
-    masked_step(table, into, None, None, None, False, ADD if add else TAKE, False, 0, 0)
+    run(GATHER_ADD if add else GATHER, compact_args(values, mask, block_counts, out))
 
 
-def masked_scatter_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, compact: torch.Tensor) -> None:
-    table = step_table([values], [values], [mask], [offsets], [compact], (), (), (), (), (), [0], [0], [0])
-    masked_step(table, compact, None, None, None, False, PUT, False, 0, 0)
-
-
-def step_table(
-    params: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    masks: Sequence[torch.Tensor],
-    offsets: Sequence[torch.Tensor],
-    first: Sequence[torch.Tensor],
-    second: Sequence[torch.Tensor],
-    most: Sequence[torch.Tensor],
-    extras: Sequence[torch.Tensor],
-    inits: Sequence[torch.Tensor],
-    cohorts: Sequence[torch.Tensor],
-    rows: Sequence[int],
-    starts: Sequence[int],
-    ordinals: Sequence[int],
-) -> torch.Tensor:
-    """int64 [tensors, 20]: what csrc/bindings.cpp reads of each tensor."""
-    table = []
-    for i, (param, grad, mask, offset) in enumerate(zip(params, grads, masks, offsets, strict=True)):
-        at, bits = mask.data_ptr(), mask.dtype == torch.uint8
-        active = int(offset[-1]) if bits else mask.numel()
-        compact = grad.numel() == active != param.numel()
-        table.append(
-            (
-                param.data_ptr(),
-                grad.data_ptr(),
-                at if bits else 0,
-                offset.data_ptr(),
-                0 if bits else at,
-                *(cpu.address(one[i] if one else None) for one in (first, second, most, extras, inits, cohorts)),
-                param.numel(),
-                active,
-                starts[i],
-                DTYPE_CODES[param.dtype],
-                DTYPE_CODES[grad.dtype],
-                mask.dtype == torch.int64,
-                compact,
-                rows[i],
-                ordinals[i],
-            )
-        )
-    return torch.tensor(table, dtype=torch.int64)
-
-
-def masked_step(
-    table: torch.Tensor,
-    scalars: torch.Tensor,
-    grad_scale: torch.Tensor | None,
-    clip: torch.Tensor | None,
-    found_inf: torch.Tensor | None,
-    maximize: bool,
-    kind: int,
-    nesterov: bool,
-    precision: int,
-    seed: int,
+def masked_scatter_(
+    values: torch.Tensor, mask: torch.Tensor, block_counts: torch.Tensor, compact: torch.Tensor
 ) -> None:
-    if found_inf is not None and bool(found_inf):
+    run(SCATTER, compact_args(values, mask, block_counts, compact))
+
+
+def run(kind: int, args: StepArgs) -> None:
+    """Run one kind of kernel on all tensors, unless an infinite gradient was found."""
+    if args.found_inf is not None and bool(args.found_inf):
         return
-    scalars = scalars.contiguous()
+    rows, scalars = step_rows(args), args.scalars.contiguous()
     cpu._C.masked_step(
-        table.data_ptr(),
-        len(table),
+        rows.ctypes.data,
+        len(rows),
         scalars.data_ptr(),
-        cpu.address(grad_scale),
-        cpu.address(clip),
-        maximize,
+        cpu.address(args.grad_scale),
+        cpu.address(args.clip),
+        args.maximize,
         kind,
-        nesterov,
-        precision,
-        seed,
+        args.nesterov,
+        args.precision,
+        args.seed,
         torch.get_num_threads(),
     )

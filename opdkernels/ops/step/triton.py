@@ -1,18 +1,21 @@
-"""`step` in Triton: one launch steps the active coordinates of all tensors of one kind, through a table of their addresses.
+"""`step` in Triton: one launch updates the active coordinates of all tensors with equal flags, through a table of addresses.
 
-A program takes tiles of coordinates, or of places, in turn, and goes along the table as it does: the tiles of a tensor follow
-those of the one before. Of a bitmask, a lane is a coordinate; the bits before it in its block of 2,048 say where its moments are.
-Lanes without a bit read and write nothing, so a lane loads one coordinate at a time, beside its neighbours'. Tensors are of one
-kind where their dtypes, their masks' form and what goes with them are alike; a model has one or two kinds.
+Programs take tiles of coordinates or indices in turn and advance along the table as they do: the tiles of a tensor follow
+those of the one before. For a bitmap, a lane is a coordinate; the bits before it in its block of 2,048 give the position of
+its moments. Lanes without a bit read and write nothing; a lane loads one coordinate at a time, next to those of its neighbours.
+Tensors have equal flags where their dtypes, the layout of their masks and their optional values agree; a model has one or two
+such groups.
 
-Nothing comes back to the host: how many coordinates are active, `found_inf`, `grad_scale` and `clip` are read on the device.
+Nothing is copied back to the host: the number of active coordinates, `found_inf`, `grad_scale` and `clip` are read on the
+device.
 
-Rounding. Quotients and square roots are rounded right, sums and products are fused where the reference says so and nowhere else.
-The arithmetic of a coordinate is that of csrc/step/step.h.
+Rounding: quotients and square roots are correctly rounded; products and sums are fused where the reference fuses them and
+nowhere else. The arithmetic of a coordinate is that of csrc/step/step.h.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -20,118 +23,156 @@ import triton.language as tl
 from opdkernels.backends import gpu
 from opdkernels.backends.triton import launch
 from opdkernels.backends.triton.numeric import bits_of, bits_set, from_bf16_bits, to_bf16_bits, widen
-from opdkernels.ops.step.gpu_common import StepKind, step_rows, step_size
+from opdkernels.ops.step import layout
+from opdkernels.ops.step.args import StepArgs, adamw_operator, sgd_operator
+from opdkernels.ops.step.layout import STEP_ROW
+from opdkernels.ops.step.rows import step_rows, step_size, with_tiles
 
-TILE, WARPS, REGISTERS = 512, 4, 128  # four coordinates a thread, four programs a multiprocessor
-BLOCK = tl.constexpr(2048)  # coordinates between the counts that go with a bitmask
+TILE, NUM_WARPS, MAXNREG = 512, 4, 128  # four coordinates per thread, four programs per multiprocessor
+BLOCK = tl.constexpr(layout.BLOCK)
 
-# Columns of the table, int64 [tensors, 16]. FIRST and SECOND are the moments, of SGD the momentum buffer; SIZE is how many
-# coordinates, or places; BEGIN and END are the tensor's tiles among all.
-PARAM, GRAD, MASK, OFFSETS, FIRST, SECOND, MOST, EXTRA = (tl.constexpr(x) for x in range(8))
-INIT, COHORT, ROW, START, ORDINAL, SIZE, BEGIN, END, COLUMNS = (tl.constexpr(x) for x in range(8, 17))
 
-# Columns of the scalars, as opdkernels/ops/step/__init__.py lays them out: those of AdamW, then those of SGD that have other names.
-DECAY, WEIGHT, BETA2, SQUARE, BIAS, EPS, SIZE_OF_STEP, STEP, SCALARS = (tl.constexpr(x) for x in range(9))
-MOMENTUM, DAMP, FRESH = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-NEAREST, EXACT, KAHAN, STOCHASTIC = (tl.constexpr(x) for x in range(4))
+def column(field: str) -> tl.constexpr:
+    """Column of a field where a row is read as int64 [COLUMNS]; param_id is the low half of its column."""
+    return tl.constexpr(STEP_ROW.fields[field][1] // 8)
 
-ELEMENTS = {torch.uint8: tl.uint8, torch.int32: tl.int32, torch.int64: tl.int64}
+
+# Columns of a row.
+COLUMNS = tl.constexpr(STEP_ROW.itemsize // 8)
+PARAM, GRAD, MASK, BLOCK_COUNTS = column("param"), column("grad"), column("mask"), column("block_counts")
+EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ = column("exp_avg"), column("exp_avg_sq"), column("max_exp_avg_sq")
+RESIDUAL, INIT_VALUE, STEP_GROUP = column("residual"), column("init_value"), column("step_group")
+SCALAR_ROW, SHARD_OFFSET, SIZE, PARAM_ID = (
+    column("scalar_row"),
+    column("shard_offset"),
+    column("size"),
+    column("param_id"),
+)
+FIRST_TILE, END_TILE = column("first_tile"), column("end_tile")
+
+# Columns of the scalars.
+NUM_SCALARS = tl.constexpr(layout.NUM_SCALARS)
+DECAY_FACTOR, ONE_MINUS_BETA1 = tl.constexpr(layout.DECAY_FACTOR), tl.constexpr(layout.ONE_MINUS_BETA1)
+BETA2, ONE_MINUS_BETA2 = tl.constexpr(layout.BETA2), tl.constexpr(layout.ONE_MINUS_BETA2)
+BIAS_CORRECTION2_SQRT, EPS = tl.constexpr(layout.BIAS_CORRECTION2_SQRT), tl.constexpr(layout.EPS)
+NEG_STEP_SIZE, STEP = tl.constexpr(layout.NEG_STEP_SIZE), tl.constexpr(layout.STEP)
+WEIGHT_DECAY, MOMENTUM = tl.constexpr(layout.WEIGHT_DECAY), tl.constexpr(layout.MOMENTUM)
+ONE_MINUS_DAMPENING, IS_FIRST = tl.constexpr(layout.ONE_MINUS_DAMPENING), tl.constexpr(layout.IS_FIRST)
+
+SPLIT_MASTER, KAHAN, STOCHASTIC = (
+    tl.constexpr(layout.PRECISIONS.index(name)) for name in ("split_master", "kahan", "stochastic")
+)
 
 
 @triton.jit
-def data_of(tensor, COLUMN: tl.constexpr, ELEMENT: tl.constexpr):
-    return tl.load(tensor + COLUMN).to(tl.pointer_type(ELEMENT))
+def array_ptr(row_ptr, COLUMN: tl.constexpr, ELEMENT: tl.constexpr):
+    """The address in a column of a row, as a pointer to elements of a type."""
+    return tl.load(row_ptr + COLUMN).to(tl.pointer_type(ELEMENT))
 
 
 @triton.jit
-def load_wide(tensor, COLUMN: tl.constexpr, base, at, active, BF16: tl.constexpr):
-    """fp32 of fp32 or bf16 values."""
+def load_fp32(row_ptr, COLUMN: tl.constexpr, base, at, active, BF16: tl.constexpr):
+    """Elements base + at of an fp32 or bf16 array, as fp32."""
     if BF16:
-        return from_bf16_bits(tl.load(data_of(tensor, COLUMN, tl.uint16) + base + at, active, 0))
-    return tl.load(data_of(tensor, COLUMN, tl.float32) + base + at, active, 0.0)
+        return from_bf16_bits(tl.load(array_ptr(row_ptr, COLUMN, tl.uint16) + base + at, active, 0))
+    return tl.load(array_ptr(row_ptr, COLUMN, tl.float32) + base + at, active, 0.0)
 
 
 @triton.jit
-def widen_weights(stored, extra, PRECISION: tl.constexpr):
-    """fp32 of bf16 weights, and of what they lack: patterns."""
-    if PRECISION == EXACT:
-        upper, low = stored.to(tl.int32), extra.to(tl.int32)
-        low = tl.where(((upper & 0x7FFF) == 0) & (low >= 0x8000), 0, low)  # a weight that someone else set to zero
+def to_fp32_bits(stored, residual, PRECISION: tl.constexpr):
+    """The bits of the fp32 values of bf16 weights and their residuals, both as 16-bit patterns."""
+    if PRECISION == SPLIT_MASTER:
+        upper, low = stored.to(tl.int32), residual.to(tl.int32)
+        low = tl.where(
+            ((upper & 0x7FFF) == 0) & (low >= 0x8000), 0, low
+        )  # a weight that was set to zero outside of a step
         return from_bf16_bits((upper - (low >> 15)) & 0xFFFF).to(tl.int32, bitcast=True) | low
     if PRECISION == KAHAN:
-        return bits_of(from_bf16_bits(stored) + from_bf16_bits(extra))
+        return bits_of(from_bf16_bits(stored) + from_bf16_bits(residual))
     return bits_of(from_bf16_bits(stored))
 
 
 @triton.jit
-def adamw(p, g, w0, m, v, most, scalars, INIT: tl.constexpr, AMSGRAD: tl.constexpr):
-    """New weights and moments, and the largest second moments so far."""
-    decay, weight = tl.load(scalars + DECAY), tl.load(scalars + WEIGHT)
-    if INIT:
-        p = tl.fma(decay, p - w0, w0)
+def adamw(p, g, w0, m, v, v_max, scalars_ptr, HAS_INIT_VALUE: tl.constexpr, AMSGRAD: tl.constexpr):
+    """New weights and moments, and the largest second moments so far. scalars_ptr: a row, per lane or for all."""
+    decay_factor, one_minus_beta1 = tl.load(scalars_ptr + DECAY_FACTOR), tl.load(scalars_ptr + ONE_MINUS_BETA1)
+    if HAS_INIT_VALUE:
+        p = tl.fma(decay_factor, p - w0, w0)
     else:
-        p = p * decay
-    near = weight < 0.5
-    m = tl.fma(tl.where(near, weight, weight - 1.0), g - m, tl.where(near, m, g))
-    v = tl.fma(tl.load(scalars + SQUARE) * g, g, v * tl.load(scalars + BETA2))
+        p = p * decay_factor
+    below_half = one_minus_beta1 < 0.5
+    m = tl.fma(tl.where(below_half, one_minus_beta1, one_minus_beta1 - 1.0), g - m, tl.where(below_half, m, g))
+    v = tl.fma(tl.load(scalars_ptr + ONE_MINUS_BETA2) * g, g, v * tl.load(scalars_ptr + BETA2))
     second = v
     if AMSGRAD:
-        most = tl.maximum(most, v, propagate_nan=tl.PropagateNan.ALL)
-        second = most
-    root = tl.div_rn(tl.sqrt_rn(second), tl.load(scalars + BIAS)) + tl.load(scalars + EPS)
-    return p + tl.div_rn(tl.load(scalars + SIZE_OF_STEP) * m, root), m, v, most
+        v_max = tl.maximum(v_max, v, propagate_nan=tl.PropagateNan.ALL)
+        second = v_max
+    root = tl.div_rn(tl.sqrt_rn(second), tl.load(scalars_ptr + BIAS_CORRECTION2_SQRT))
+    denominator = root + tl.load(scalars_ptr + EPS)
+    return p + tl.div_rn(tl.load(scalars_ptr + NEG_STEP_SIZE) * m, denominator), m, v, v_max
 
 
 @triton.jit
-def sgd(p, g, w0, buffer, scalars, INIT: tl.constexpr, WITH_BUFFER: tl.constexpr, NESTEROV: tl.constexpr):
+def sgd(
+    p,
+    g,
+    w0,
+    buffer,
+    scalars_ptr,
+    HAS_INIT_VALUE: tl.constexpr,
+    WITH_BUFFER: tl.constexpr,
+    NESTEROV: tl.constexpr,
+):
     """New weights, and the momentum buffer."""
-    decay, momentum = tl.load(scalars + DECAY), tl.load(scalars + MOMENTUM)
-    if INIT:
+    weight_decay, momentum = tl.load(scalars_ptr + WEIGHT_DECAY), tl.load(scalars_ptr + MOMENTUM)
+    if HAS_INIT_VALUE:
         pull = p - w0
     else:
         pull = p
-    g = tl.where(decay != 0, tl.fma(decay, pull, g), g)
+    g = tl.where(weight_decay != 0, tl.fma(weight_decay, pull, g), g)
     if WITH_BUFFER:
-        buffer = tl.where(tl.load(scalars + FRESH) != 0, g, tl.fma(tl.load(scalars + DAMP), g, buffer * momentum))
+        damped = tl.fma(tl.load(scalars_ptr + ONE_MINUS_DAMPENING), g, buffer * momentum)
+        buffer = tl.where(tl.load(scalars_ptr + IS_FIRST) != 0, g, damped)
         if NESTEROV:
             g = tl.fma(momentum, buffer, g)
         else:
             g = buffer
-    return tl.fma(tl.load(scalars + SIZE_OF_STEP), g, p), buffer
+    return tl.fma(tl.load(scalars_ptr + NEG_STEP_SIZE), g, p), buffer
 
 
 @triton.jit
 def store_weights(
-    tensor, new, base, at, slots, slot, active, step, seed, PARAM_BF16: tl.constexpr, PRECISION: tl.constexpr
+    row_ptr, new, base, at, slots, slot, active, step, seed, PARAM_BF16: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Puts weights back where they belong; what a bf16 weight lacks goes to its slot."""
+    """Store weights rounded to their dtype, and the residuals of bf16 weights."""
     if PARAM_BF16:
-        param, extra = data_of(tensor, PARAM, tl.uint16) + base, data_of(tensor, EXTRA, tl.uint16) + slots
-        pattern, bits = to_bf16_bits(new), new.to(tl.uint32, bitcast=True)
+        param_ptr = array_ptr(row_ptr, PARAM, tl.uint16) + base
+        residual_ptr = array_ptr(row_ptr, RESIDUAL, tl.uint16) + slots
+        bf16_bits, bits = to_bf16_bits(new), new.to(tl.uint32, bitcast=True)
         magnitude = bits & 0x7FFFFFFF
-        if PRECISION == EXACT:  # to nearest, ties away from zero, so that the remainder's sign says which way
-            number = magnitude <= 0x7F800000
-            pattern = tl.where(number, ((bits + 0x8000) >> 16).to(tl.int32), pattern)
-            tl.store(extra + slot, tl.where(number, bits & 0xFFFF, 0).to(tl.uint16), active)
+        if PRECISION == SPLIT_MASTER:  # to nearest, ties away from zero: the top bit of the remainder says which way
+            not_nan = magnitude <= 0x7F800000
+            bf16_bits = tl.where(not_nan, ((bits + 0x8000) >> 16).to(tl.int32), bf16_bits)
+            tl.store(residual_ptr + slot, tl.where(not_nan, bits & 0xFFFF, 0).to(tl.uint16), active)
         elif PRECISION == KAHAN:
-            tl.store(extra + slot, to_bf16_bits(new - from_bf16_bits(pattern)).to(tl.uint16), active)
+            tl.store(residual_ptr + slot, to_bf16_bits(new - from_bf16_bits(bf16_bits)).to(tl.uint16), active)
         elif PRECISION == STOCHASTIC:
-            place = tl.load(tensor + START) + base + at
-            ordinal = tl.load(tensor + ORDINAL).to(tl.uint32)
-            low, high = place.to(tl.uint32), (place >> 32).to(tl.uint32)
-            random, _, _, _ = tl.philox(seed, low, high, ordinal, step)
-            pattern = tl.where(magnitude < 0x7F800000, ((bits + (random & 0xFFFF)) >> 16).to(tl.int32), pattern)
-        tl.store(param + at, pattern.to(tl.uint16), active)
+            index = tl.load(row_ptr + SHARD_OFFSET) + base + at
+            param_id = tl.load(row_ptr + PARAM_ID).to(tl.uint32)  # the low half of the column
+            low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
+            random, _, _, _ = tl.philox(seed, low, high, param_id, step)
+            bf16_bits = tl.where(magnitude < 0x7F800000, ((bits + (random & 0xFFFF)) >> 16).to(tl.int32), bf16_bits)
+        tl.store(param_ptr + at, bf16_bits.to(tl.uint16), active)
     else:
-        tl.store(data_of(tensor, PARAM, tl.float32) + base + at, new, active)
+        tl.store(array_ptr(row_ptr, PARAM, tl.float32) + base + at, new, active)
 
 
 @triton.jit
 def step_active(
-    tensor,
-    table,
-    grad_scale,
-    clip,
+    row_ptr,
+    scalars_ptr,
+    grad_scale_ptr,
+    clip_ptr,
     base,
     at,
     slots,
@@ -140,9 +181,9 @@ def step_active(
     seed,
     PARAM_BF16: tl.constexpr,
     GRAD_BF16: tl.constexpr,
-    COMPACT: tl.constexpr,
-    INITS: tl.constexpr,
-    COHORTS: tl.constexpr,
+    GRAD_COMPACT: tl.constexpr,
+    HAS_INIT_VALUE: tl.constexpr,
+    HAS_STEP_GROUP: tl.constexpr,
     AMSGRAD: tl.constexpr,
     SGD: tl.constexpr,
     WITH_BUFFER: tl.constexpr,
@@ -150,100 +191,103 @@ def step_active(
     MAXIMIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Steps the active of the coordinates base + at, whose moments are at slots + slot."""
-    if COMPACT:
-        g = load_wide(tensor, GRAD, slots, slot, active, False)
+    """Update the active of the coordinates base + at; their elements in compact arrays are slots + slot."""
+    if GRAD_COMPACT:
+        g = load_fp32(row_ptr, GRAD, slots, slot, active, False)
     else:
-        g = load_wide(tensor, GRAD, base, at, active, GRAD_BF16)
-    if grad_scale is not None:
-        g = tl.div_rn(g, tl.load(grad_scale))
-    if clip is not None:
-        g = g * tl.load(clip)
+        g = load_fp32(row_ptr, GRAD, base, at, active, GRAD_BF16)
+    if grad_scale_ptr is not None:
+        g = tl.div_rn(g, tl.load(grad_scale_ptr))
+    if clip_ptr is not None:
+        g = g * tl.load(clip_ptr)
     if MAXIMIZE:
         g = -g
 
     if PARAM_BF16:
-        stored = tl.load(data_of(tensor, PARAM, tl.uint16) + base + at, active, 0)
-        lacking = stored
-        if (PRECISION == EXACT) | (PRECISION == KAHAN):
-            lacking = tl.load(data_of(tensor, EXTRA, tl.uint16) + slots + slot, active, 0)
-        p = widen_weights(stored, lacking, PRECISION).to(tl.float32, bitcast=True)
+        stored = tl.load(array_ptr(row_ptr, PARAM, tl.uint16) + base + at, active, 0)
+        residual = stored
+        if (PRECISION == SPLIT_MASTER) | (PRECISION == KAHAN):
+            residual = tl.load(array_ptr(row_ptr, RESIDUAL, tl.uint16) + slots + slot, active, 0)
+        p = to_fp32_bits(stored, residual, PRECISION).to(tl.float32, bitcast=True)
     else:
-        p = load_wide(tensor, PARAM, base, at, active, False)
+        p = load_fp32(row_ptr, PARAM, base, at, active, False)
     w0 = p
-    if INITS:
-        w0 = load_wide(tensor, INIT, slots, slot, active, PARAM_BF16)
-    scalars = table + tl.load(tensor + ROW) * SCALARS
-    step = tl.load(scalars + STEP).to(tl.int32).to(tl.uint32)
-    if COHORTS:
-        scalars += tl.load(data_of(tensor, COHORT, tl.uint8) + slots + slot, active, 0).to(tl.int32) * SCALARS
+    if HAS_INIT_VALUE:
+        w0 = load_fp32(row_ptr, INIT_VALUE, slots, slot, active, PARAM_BF16)
+    scalars_ptr += tl.load(row_ptr + SCALAR_ROW) * NUM_SCALARS
+    step = tl.load(scalars_ptr + STEP).to(tl.int32).to(tl.uint32)
+    if HAS_STEP_GROUP:
+        scalars_ptr += (
+            tl.load(array_ptr(row_ptr, STEP_GROUP, tl.uint8) + slots + slot, active, 0).to(tl.int32) * NUM_SCALARS
+        )
 
+    exp_avg_ptr = array_ptr(row_ptr, EXP_AVG, tl.float32) + slots
     if SGD:
         buffer = p
         if WITH_BUFFER:
-            first = data_of(tensor, FIRST, tl.float32) + slots
-            buffer = tl.load(first + slot, active, 0.0)
-        p, buffer = sgd(p, g, w0, buffer, scalars, INITS, WITH_BUFFER, NESTEROV)
+            buffer = tl.load(exp_avg_ptr + slot, active, 0.0)
+        p, buffer = sgd(p, g, w0, buffer, scalars_ptr, HAS_INIT_VALUE, WITH_BUFFER, NESTEROV)
         if WITH_BUFFER:
-            tl.store(first + slot, buffer, active)
+            tl.store(exp_avg_ptr + slot, buffer, active)
     else:
-        first, second = data_of(tensor, FIRST, tl.float32) + slots, data_of(tensor, SECOND, tl.float32) + slots
-        m, v = tl.load(first + slot, active, 0.0), tl.load(second + slot, active, 0.0)
-        most = v
+        exp_avg_sq_ptr = array_ptr(row_ptr, EXP_AVG_SQ, tl.float32) + slots
+        m, v = tl.load(exp_avg_ptr + slot, active, 0.0), tl.load(exp_avg_sq_ptr + slot, active, 0.0)
+        v_max = v
         if AMSGRAD:
-            most = load_wide(tensor, MOST, slots, slot, active, False)
-        p, m, v, most = adamw(p, g, w0, m, v, most, scalars, INITS, AMSGRAD)
-        tl.store(first + slot, m, active)
-        tl.store(second + slot, v, active)
+            v_max = load_fp32(row_ptr, MAX_EXP_AVG_SQ, slots, slot, active, False)
+        p, m, v, v_max = adamw(p, g, w0, m, v, v_max, scalars_ptr, HAS_INIT_VALUE, AMSGRAD)
+        tl.store(exp_avg_ptr + slot, m, active)
+        tl.store(exp_avg_sq_ptr + slot, v, active)
         if AMSGRAD:
-            tl.store(data_of(tensor, MOST, tl.float32) + slots + slot, most, active)
-    store_weights(tensor, p, base, at, slots, slot, active, step, seed, PARAM_BF16, PRECISION)
+            tl.store(array_ptr(row_ptr, MAX_EXP_AVG_SQ, tl.float32) + slots + slot, v_max, active)
+    store_weights(row_ptr, p, base, at, slots, slot, active, step, seed, PARAM_BF16, PRECISION)
 
 
 @triton.jit
-def count_before(bits, base, TILE: tl.constexpr):
-    """Bits of the block of a tile that lie before the tile."""
+def count_before(bitmap_ptr, base, TILE: tl.constexpr):
+    """Set bits of the block of a tile before the tile."""
     block = base // BLOCK * BLOCK
     byte = tl.arange(0, BLOCK // 8)
-    return tl.sum(bits_set(tl.load(bits + block // 8 + byte, byte < (base - block) // 8, 0).to(tl.int32)))
+    return tl.sum(bits_set(tl.load(bitmap_ptr + block // 8 + byte, byte < (base - block) // 8, 0).to(tl.int32)))
 
 
 @triton.jit
-def some_active(mask, offsets, base):
-    """Whether anything of a tile's block is active; places are."""
-    if mask.dtype.element_ty == tl.uint8:
-        return tl.load(offsets + base // BLOCK + 1) > tl.load(offsets + base // BLOCK)
+def any_active(mask_ptr, block_counts_ptr, base):
+    """Whether any coordinate of a tile's block is active; always true for indices."""
+    if mask_ptr.dtype.element_ty == tl.uint8:
+        return tl.load(block_counts_ptr + base // BLOCK + 1) > tl.load(block_counts_ptr + base // BLOCK)
     return True
 
 
 @triton.jit
-def active_of(mask, offsets, base, size, TILE: tl.constexpr):
-    """Of a tile's lanes: where coordinates begin, and each lane's; where their moments begin, and each lane's; which lanes count."""
+def active_lanes(mask_ptr, block_counts_ptr, base, size, TILE: tl.constexpr):
+    """The lanes of a tile: first coordinate, that of each lane relative to it; first element in compact arrays, that of each
+    lane relative to it; which lanes are active."""
     lane = tl.arange(0, TILE)
     inside = lane < size - base
-    if mask.dtype.element_ty == tl.uint8:
-        bit = (tl.load(mask + base // 8 + lane // 8, inside, 0).to(tl.int32) >> (lane & 7)) & 1
-        slots = tl.load(offsets + base // BLOCK) + count_before(mask, base, TILE)
+    if mask_ptr.dtype.element_ty == tl.uint8:
+        bit = (tl.load(mask_ptr + base // 8 + lane // 8, inside, 0).to(tl.int32) >> (lane & 7)) & 1
+        slots = tl.load(block_counts_ptr + base // BLOCK) + count_before(mask_ptr, base, TILE)
         return base, lane, slots, tl.cumsum(bit) - bit, bit > 0
-    return base * 0, tl.load(mask + base + lane, inside, 0).to(tl.int64), base, lane, inside
+    return base * 0, tl.load(mask_ptr + base + lane, inside, 0).to(tl.int64), base, lane, inside
 
 
 @triton.jit(do_not_specialize=["tiles", "seed"])
 def step(
-    tensors,
-    table,
-    grad_scale,
-    clip,
-    found_inf,
+    rows_ptr,  # int64 [tensors, COLUMNS]: STEP_ROW
+    scalars_ptr,  # fp32 [scalar rows, NUM_SCALARS]
+    grad_scale_ptr,  # fp32 [1], or None
+    clip_ptr,  # fp32 [1], or None
+    found_inf_ptr,  # fp32 [1], or None
     tiles,
     seed,
     TILE: tl.constexpr,
-    MASKS: tl.constexpr,
+    MASK_ELEMENT: tl.constexpr,  # uint8 for bitmaps, else the integer type of the indices
     PARAM_BF16: tl.constexpr,
     GRAD_BF16: tl.constexpr,
-    COMPACT: tl.constexpr,
-    INITS: tl.constexpr,
-    COHORTS: tl.constexpr,
+    GRAD_COMPACT: tl.constexpr,
+    HAS_INIT_VALUE: tl.constexpr,
+    HAS_STEP_GROUP: tl.constexpr,
     AMSGRAD: tl.constexpr,
     SGD: tl.constexpr,
     WITH_BUFFER: tl.constexpr,
@@ -251,24 +295,26 @@ def step(
     MAXIMIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """tensors: int64 [tensors, 16], as above; table: fp32 [steps, 8], the scalars. MASKS: of bits, or the integers that places are."""
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    """AdamW or SGD on the active coordinates of all tensors with equal flags."""
+    program, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     seed = seed.to(tl.int64)
-    if found_inf is not None:
-        tiles = tl.where(tl.load(found_inf) == 0, tiles, 0)
-    tensor = tensors
-    for tile in range(program, tiles, programs):
-        while tile >= tl.load(tensor + END):
-            tensor += COLUMNS
-        base = (tile - tl.load(tensor + BEGIN)) * TILE
-        mask, offsets = data_of(tensor, MASK, MASKS), data_of(tensor, OFFSETS, tl.int64)
-        if some_active(mask, offsets, base):
-            first, at, slots, slot, active = active_of(mask, offsets, base, tl.load(tensor + SIZE), TILE)
+    if found_inf_ptr is not None:
+        tiles = tl.where(tl.load(found_inf_ptr) == 0, tiles, 0)
+    row_ptr = rows_ptr
+    for tile in range(program, tiles, num_programs):
+        while tile >= tl.load(row_ptr + END_TILE):
+            row_ptr += COLUMNS
+        base = (tile - tl.load(row_ptr + FIRST_TILE)) * TILE
+        mask_ptr = array_ptr(row_ptr, MASK, MASK_ELEMENT)
+        block_counts_ptr = array_ptr(row_ptr, BLOCK_COUNTS, tl.int64)
+        if any_active(mask_ptr, block_counts_ptr, base):
+            size = tl.load(row_ptr + SIZE)
+            first, at, slots, slot, active = active_lanes(mask_ptr, block_counts_ptr, base, size, TILE)
             step_active(
-                tensor,
-                table,
-                grad_scale,
-                clip,
+                row_ptr,
+                scalars_ptr,
+                grad_scale_ptr,
+                clip_ptr,
                 first,
                 at,
                 slots,
@@ -277,9 +323,9 @@ def step(
                 seed,
                 PARAM_BF16,
                 GRAD_BF16,
-                COMPACT,
-                INITS,
-                COHORTS,
+                GRAD_COMPACT,
+                HAS_INIT_VALUE,
+                HAS_STEP_GROUP,
                 AMSGRAD,
                 SGD,
                 WITH_BUFFER,
@@ -290,217 +336,114 @@ def step(
 
 
 @triton.jit(do_not_specialize=["size"])
-def take(values, mask, offsets, into, size, ADD: tl.constexpr, TILE: tl.constexpr):
-    """The active of `values`, added to or in place of what `into` holds. Programs take tiles in turn."""
+def gather(
+    values_ptr,  # fp32 or bf16 [numel]
+    mask_ptr,  # uint8 [ceil(numel / 8)], or int32 or int64 [num_active]
+    block_counts_ptr,  # int64 [ceil(numel / BLOCK) + 1]
+    out_ptr,  # fp32 [num_active]
+    size,  # coordinates of a bitmap, or number of indices
+    ADD: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Write the active values to `out`, or add them to it. Programs take tiles in turn."""
     size, step = size.to(tl.int64), tl.num_programs(0).to(tl.int64) * TILE
     for base in range(tl.program_id(0).to(tl.int64) * TILE, size, step):
-        if some_active(mask, offsets, base):
-            first, at, slots, slot, active = active_of(mask, offsets, base, size, TILE)
-            taken = widen(tl.load(values + first + at, active, 0.0), tl.float32)
+        if any_active(mask_ptr, block_counts_ptr, base):
+            first, at, slots, slot, active = active_lanes(mask_ptr, block_counts_ptr, base, size, TILE)
+            gathered = widen(tl.load(values_ptr + first + at, active, 0.0), tl.float32)
             if ADD:
-                taken = tl.load(into + slots + slot, active, 0.0) + taken
-            tl.store(into + slots + slot, taken, active)
+                gathered = tl.load(out_ptr + slots + slot, active, 0.0) + gathered
+            tl.store(out_ptr + slots + slot, gathered, active)
 
 
 @triton.jit(do_not_specialize=["size"])
-def put(values, mask, offsets, compact, size, TILE: tl.constexpr):
-    """The active of `values` set to `compact`, rounded to nearest. Programs take tiles in turn."""
+def scatter(
+    values_ptr,  # fp32 or bf16 [numel]
+    mask_ptr,  # uint8 [ceil(numel / 8)], or int32 or int64 [num_active]
+    block_counts_ptr,  # int64 [ceil(numel / BLOCK) + 1]
+    compact_ptr,  # fp32 [num_active]
+    size,  # coordinates of a bitmap, or number of indices
+    TILE: tl.constexpr,
+):
+    """Set the active values to `compact`, rounded to nearest. Programs take tiles in turn."""
     size, step = size.to(tl.int64), tl.num_programs(0).to(tl.int64) * TILE
     for base in range(tl.program_id(0).to(tl.int64) * TILE, size, step):
-        if some_active(mask, offsets, base):
-            first, at, slots, slot, active = active_of(mask, offsets, base, size, TILE)
-            new = tl.load(compact + slots + slot, active, 0.0)
-            if values.dtype.element_ty == tl.bfloat16:
-                tl.store(values + first + at, to_bf16_bits(new).to(tl.uint16).to(tl.bfloat16, bitcast=True), active)
+        if any_active(mask_ptr, block_counts_ptr, base):
+            first, at, slots, slot, active = active_lanes(mask_ptr, block_counts_ptr, base, size, TILE)
+            new = tl.load(compact_ptr + slots + slot, active, 0.0)
+            if values_ptr.dtype.element_ty == tl.bfloat16:
+                bf16_bits = to_bf16_bits(new).to(tl.uint16)
+                tl.store(values_ptr + first + at, bf16_bits.to(tl.bfloat16, bitcast=True), active)
             else:
-                tl.store(values + first + at, new, active)
+                tl.store(values_ptr + first + at, new, active)
 
 
-def launch_kinds(
-    params,
-    grads,
-    masks,
-    offsets,
-    moments,
-    extras,
-    inits,
-    cohorts,
-    scalars,
-    rows,
-    starts,
-    ordinals,
-    grad_scale,
-    clip,
-    found_inf,
-    maximize,
-    precision,
-    seed,
-    *,
-    is_sgd,
-    nesterov,
-) -> None:
-    """Starts a launch for each kind of tensors; `moments` are up to three lists, in the order of the table."""
-    kinds: dict[StepKind, list[list[int]]] = {}
-    for kind, row in step_rows(params, grads, masks, offsets, moments, extras, inits, cohorts, rows, starts, ordinals):
-        before = kinds.setdefault(kind, [])
-        begin = before[-1][END.value] if before else 0
-        before.append([*row, begin, begin + triton.cdiv(row[SIZE.value], TILE)])
-    for kind, table in kinds.items():
-        device, tiles = params[0].device, table[-1][END.value]
-        launch.run(
-            step,
-            (launch.num_programs(device, tiles),),
-            gpu.on_device(table, device),
-            scalars.to(device, non_blocking=True).contiguous(),
-            grad_scale,
-            clip,
-            found_inf,
-            tiles,
-            seed,
-            MASKS=ELEMENTS[kind.masks],
-            PARAM_BF16=kind.param_bf16,
-            GRAD_BF16=kind.grad_bf16,
-            COMPACT=kind.compact,
-            INITS=kind.inits,
-            COHORTS=kind.cohorts,
-            AMSGRAD=len(moments) == 3,
-            SGD=is_sgd,
-            WITH_BUFFER=len(moments) == 1,
-            NESTEROV=nesterov,
-            MAXIMIZE=maximize,
-            PRECISION=precision,
-            num_warps=WARPS,
-            maxnreg=REGISTERS,
-            TILE=TILE,
-        )
+def run(args: StepArgs, *, is_sgd: bool) -> None:
+    """One launch for each group of tensors with equal flags."""
+    rows = step_rows(args)
+    for flags in dict.fromkeys(rows["flags"].tolist()):
+        launch_group(args, with_tiles(rows[rows["flags"] == flags], TILE), flags, is_sgd)
 
 
-def masked_adamw_(
-    params,
-    grads,
-    masks,
-    offsets,
-    exp_avgs,
-    exp_avg_sqs,
-    max_exp_avg_sqs,
-    extras,
-    inits,
-    cohorts,
-    scalars,
-    rows,
-    starts,
-    ordinals,
-    grad_scale,
-    clip,
-    found_inf,
-    maximize,
-    precision,
-    seed,
-) -> None:
-    """The operator, for contiguous tensors of one device."""
-    moments = [exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if max_exp_avg_sqs else [])]
-    launch_kinds(
-        params,
-        grads,
-        masks,
-        offsets,
-        moments,
-        extras,
-        inits,
-        cohorts,
-        scalars,
-        rows,
-        starts,
-        ordinals,
-        grad_scale,
-        clip,
-        found_inf,
-        maximize,
-        precision,
-        seed,
-        is_sgd=False,
-        nesterov=False,
+def launch_group(args: StepArgs, rows: np.ndarray, flags: int, is_sgd: bool) -> None:
+    """Launch the kernel on tensors with these flags."""
+    device, tiles = args.params[0].device, int(rows["end_tile"][-1])
+    index_type = tl.int64 if flags & layout.MASK_INDICES_64 else tl.int32
+    launch.run(
+        step,
+        (launch.num_programs(device, tiles),),
+        gpu.on_device(rows.view(np.int64).reshape(len(rows), -1).tolist(), device),
+        args.scalars.to(device, non_blocking=True).contiguous(),
+        args.grad_scale,
+        args.clip,
+        args.found_inf,
+        tiles,
+        args.seed,
+        MASK_ELEMENT=index_type if flags & layout.MASK_INDICES else tl.uint8,
+        PARAM_BF16=bool(flags & layout.PARAM_BF16),
+        GRAD_BF16=bool(flags & layout.GRAD_BF16),
+        GRAD_COMPACT=bool(flags & layout.GRAD_COMPACT),
+        HAS_INIT_VALUE=bool(flags & layout.HAS_INIT_VALUE),
+        HAS_STEP_GROUP=bool(flags & layout.HAS_STEP_GROUP),
+        AMSGRAD=bool(flags & layout.HAS_MAX_EXP_AVG_SQ),
+        SGD=is_sgd,
+        WITH_BUFFER=bool(args.momentum_buffers),
+        NESTEROV=args.nesterov,
+        MAXIMIZE=args.maximize,
+        PRECISION=args.precision,
+        num_warps=NUM_WARPS,
+        maxnreg=MAXNREG,
+        TILE=TILE,
     )
 
 
-def masked_sgd_(
-    params,
-    grads,
-    masks,
-    offsets,
-    momentum_buffers,
-    extras,
-    inits,
-    cohorts,
-    scalars,
-    rows,
-    starts,
-    ordinals,
-    grad_scale,
-    clip,
-    found_inf,
-    maximize,
-    nesterov,
-    precision,
-    seed,
-) -> None:
-    """The operator, for contiguous tensors of one device."""
-    launch_kinds(
-        params,
-        grads,
-        masks,
-        offsets,
-        [momentum_buffers] if momentum_buffers else [],
-        extras,
-        inits,
-        cohorts,
-        scalars,
-        rows,
-        starts,
-        ordinals,
-        grad_scale,
-        clip,
-        found_inf,
-        maximize,
-        precision,
-        seed,
-        is_sgd=True,
-        nesterov=nesterov,
-    )
+@adamw_operator
+def masked_adamw_(args: StepArgs) -> None:
+    """The operator, for contiguous tensors on one device."""
+    run(args, is_sgd=False)
+
+
+@sgd_operator
+def masked_sgd_(args: StepArgs) -> None:
+    """The operator, for contiguous tensors on one device."""
+    run(args, is_sgd=True)
 
 
 def masked_gather_(
-    values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, into: torch.Tensor, add: bool
+    values: torch.Tensor, mask: torch.Tensor, block_counts: torch.Tensor, out: torch.Tensor, add: bool
 ) -> None:
-    """The operator, for contiguous tensors of one device."""
+    """The operator, for contiguous tensors on one device."""
     size = step_size(values, mask)
     if size:
-        launch.run(
-            take,
-            (launch.num_programs(values.device, triton.cdiv(size, TILE)),),
-            values,
-            mask,
-            offsets,
-            into,
-            size,
-            num_warps=WARPS,
-            ADD=add,
-            TILE=TILE,
-        )
+        grid = (launch.num_programs(values.device, triton.cdiv(size, TILE)),)
+        launch.run(gather, grid, values, mask, block_counts, out, size, num_warps=NUM_WARPS, ADD=add, TILE=TILE)
 
 
-def masked_scatter_(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, compact: torch.Tensor) -> None:
-    """The operator, for contiguous tensors of one device."""
+def masked_scatter_(
+    values: torch.Tensor, mask: torch.Tensor, block_counts: torch.Tensor, compact: torch.Tensor
+) -> None:
+    """The operator, for contiguous tensors on one device."""
     size = step_size(values, mask)
     if size:
-        launch.run(
-            put,
-            (launch.num_programs(values.device, triton.cdiv(size, TILE)),),
-            values,
-            mask,
-            offsets,
-            compact,
-            size,
-            num_warps=WARPS,
-            TILE=TILE,
-        )
+        grid = (launch.num_programs(values.device, triton.cdiv(size, TILE)),)
+        launch.run(scatter, grid, values, mask, block_counts, compact, size, num_warps=NUM_WARPS, TILE=TILE)

@@ -34,8 +34,8 @@ KERNELS = {
     "overlap_count": (64, 14),  # source and run; bf16 or fp16, fp32 and fp64, of which eight are 1, 2 and 4 loads
     "step_adamw": (64, 0),
     "step_sgd": (64, 0),
-    "step_take": (64, 0),
-    "step_put": (64, 0),
+    "step_gather": (64, 0),
+    "step_scatter": (64, 0),
     **{f"patch_compare_{width}": (64, 4) for width in (1, 2, 4, 8)},
     **{f"patch_compress_{width}": (64, 0) for width in (1, 2, 4, 8)},
     **{f"patch_restore_{width}": (64, 2) for width in (1, 2, 4, 8)},

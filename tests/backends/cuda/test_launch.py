@@ -18,8 +18,9 @@ from opdkernels.ops.overlap import cuda as overlap
 from opdkernels.ops.patch import cuda as patch
 from opdkernels.ops.patch.gpu_common import blocks_of
 from opdkernels.ops.quantile import cuda as quantile
-from opdkernels.ops.step import BLOCK, adamw_scalars
+from opdkernels.ops.step import adamw_scalars
 from opdkernels.ops.step import cuda as step
+from opdkernels.ops.step.layout import BLOCK
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 BEYOND = 2**31 + 11

@@ -118,7 +118,7 @@ def stepped_at_the_end() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     tiles, before = -(-N // step_ops.BLOCK), 2**32 + 7
     size = N - (tiles - 2) * step_ops.BLOCK
     small, (grad,) = State((size,), dtype=BF16, precision="stochastic"), State((size,)).grads(BF16)
-    mask, (offsets,), active = small.held[0], small.block_counts, small.masks[0].num_active
+    mask, (offsets,), active = small.payloads[0], small.block_counts, small.masks[0].num_active
     param, m, v = (
         reserved(N, BF16, small.params[0]),
         reserved(before + active, FP32, small.m[0]),

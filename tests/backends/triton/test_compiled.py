@@ -260,7 +260,7 @@ def call_step(
     tensors=1,
     n: int = N,
 ) -> None:
-    """AdamW with amsgrad, or SGD with momentum, cohorts and starts; or without what may be left out."""
+    """AdamW with amsgrad, or SGD with momentum, step groups and initial values; or without what may be left out."""
     active, bits = n // 5, masks == torch.uint8
 
     def many(size, dtype=FP32, there=True):
@@ -325,7 +325,7 @@ def test_step_launches_once_whatever_the_number_of_tensors(monkeypatch):
     assert (tuple(tensors.shape), tiles) == ((5, step.COLUMNS.value), 5 * N // step.TILE)
 
 
-def call_take_and_put(dtype: torch.dtype, masks: torch.dtype = torch.uint8, n: int = N) -> None:
+def call_gather_and_scatter(dtype: torch.dtype, masks: torch.dtype = torch.uint8, n: int = N) -> None:
     bits = masks == torch.uint8
     held = (
         on_cuda(n, dtype=dtype),
@@ -343,7 +343,7 @@ def call_take_and_put(dtype: torch.dtype, masks: torch.dtype = torch.uint8, n: i
     ids=str,
 )
 def test_take_and_put(monkeypatch, target, dtype, masks):
-    launched = launches(monkeypatch, lambda: call_take_and_put(dtype, masks))
+    launched = launches(monkeypatch, lambda: call_gather_and_scatter(dtype, masks))
     assert [one.name for one in launched] == ["take", "take", "put"]
     for one in launched[1:]:
         code = compiled(one, target)
@@ -428,7 +428,7 @@ def test_divergence_keeps_its_workspace_bounded(monkeypatch):
 
 CALLS = {
     "divergence": lambda: call_divergence(BF16, **EVERYTHING),
-    "take and put": lambda: call_take_and_put(BF16),
+    "take and put": lambda: call_gather_and_scatter(BF16),
     "step": lambda: call_step(),
     "patch": lambda: call_patch(torch.int16),
     "delta": lambda: call_delta(BF16, FP32),

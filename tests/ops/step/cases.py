@@ -30,9 +30,12 @@ def mask_tensors(flags: torch.Tensor, index_dtype: torch.dtype | None = None) ->
     """A mask and its block counts: a bitmap and the active coordinates before each block, or indices of a dtype."""
     if index_dtype:
         return [flags.nonzero().flatten().to(index_dtype), torch.zeros(0, dtype=INT64)]
-    padded = flags.new_zeros((len(flags) + step.BLOCK - 1) // step.BLOCK * step.BLOCK)
+    padded = flags.new_zeros((len(flags) + step.layout.BLOCK - 1) // step.layout.BLOCK * step.layout.BLOCK)
     padded[: len(flags)] = flags
-    return [pack_bits(flags), torch.cat([torch.zeros(1, dtype=INT64), padded.view(-1, step.BLOCK).sum(1).cumsum(0)])]
+    return [
+        pack_bits(flags),
+        torch.cat([torch.zeros(1, dtype=INT64), padded.view(-1, step.layout.BLOCK).sum(1).cumsum(0)]),
+    ]
 
 
 class Inputs:
@@ -61,7 +64,7 @@ class Inputs:
         self.exp_avgs, self.exp_avg_sqs = (self.zeros(), self.zeros()) if adamw else ([], [])
         self.max_exp_avg_sqs = self.zeros() if amsgrad else []
         self.momentum_buffers = [] if adamw or not momentum else self.zeros()
-        residual = step.RESIDUAL_DTYPES.get(precision) if dtype == BF16 else None
+        residual = step.validation.RESIDUAL_DTYPES.get(precision) if dtype == BF16 else None
         self.residuals = self.zeros(residual) if residual else []
         self.init_values: list[torch.Tensor] = []
         self.step_groups: list[torch.Tensor] = []
@@ -290,7 +293,7 @@ def copies(n: int, dtype: torch.dtype, index_dtype: torch.dtype | None) -> list[
 
 
 def copy_cases(sizes: Sequence[int]) -> Iterator[Case]:
-    for n, dtype, layout in itertools.product(sizes, step.DTYPES, LAYOUTS):
+    for n, dtype, layout in itertools.product(sizes, step.validation.DTYPES, LAYOUTS):
         make = functools.partial(copies, n, dtype, layout)
         yield Case(f"gather and scatter {dtype} {layout_name(layout)} {n}", make, call_copies, assert_identical)
 
@@ -322,7 +325,9 @@ def special_cases(sizes: Sequence[int] = SIZES) -> Iterator[Case]:
     for decay, momentum, maximize in itertools.product((0.0, 0.01), momenta, (False, True)):
         name = f"SGD decay {decay} momentum, dampening, nesterov {momentum}{' maximize' * maximize}"
         yield case(name, functools.partial(sgd_options, sizes, decay, *momentum, maximize))
-    for adamw, precision, dtype, layout in itertools.product((True, False), step.PRECISIONS, step.DTYPES, LAYOUTS):
+    for adamw, precision, dtype, layout in itertools.product(
+        (True, False), step.PRECISIONS, step.validation.DTYPES, LAYOUTS
+    ):
         name = f"{'AdamW' if adamw else 'SGD'} step groups {dtype} {precision} {layout_name(layout)}"
         build = functools.partial(groups_and_init_values, sizes, adamw, dtype, precision=precision, index_dtype=layout)
         yield case(name, build)
@@ -336,7 +341,7 @@ def special_cases(sizes: Sequence[int] = SIZES) -> Iterator[Case]:
         )
         yield case(f"frozen NaN {layout_name(layout)}", functools.partial(frozen_nan, layout))
     yield case("found_inf 0.0", lambda: Inputs(sizes).add_step(found_inf=torch.tensor(0.0)))
-    for precision, dtype in itertools.product(step.PRECISIONS, step.DTYPES):
+    for precision, dtype in itertools.product(step.PRECISIONS, step.validation.DTYPES):
         name = f"extremes {dtype} {precision}"
         yield case(name, functools.partial(extremes, dtype, precision), compare=assert_equal)
     for amsgrad in (False, True):
@@ -362,7 +367,9 @@ def million() -> Case:
 
 
 def check_repeated(kernel: Kernel, expected_by: Kernel, device: torch.device, tile: int, times: int) -> None:
-    inputs = Inputs((tile // step.BLOCK * step.BLOCK,), dtype=BF16, density=0.05, amsgrad=True, hostile=True)
+    inputs = Inputs(
+        (tile // step.layout.BLOCK * step.layout.BLOCK,), dtype=BF16, density=0.05, amsgrad=True, hostile=True
+    )
     state, steps, adamw = inputs.add_step(BF16).add_step(BF16).finish()
     allocator = Allocator(device)
     repeated = {name: [tensor.to(device).repeat(times) for tensor in tensors] for name, tensors in state.items()}

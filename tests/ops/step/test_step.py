@@ -20,6 +20,7 @@ from opdkernels.ops.step import (
     masked_sgd,
     sgd_scalars,
 )
+from opdkernels.ops.step.validation import DTYPES, RESIDUAL_DTYPES
 from tests.conftest import ISAS
 from tests.ops.conformance import MISALIGNED, check_case, dispatched, expected_outputs, inputs_of
 from tests.ops.step.cases import FAMILY, call_steps, million, special_cases, unmoved_cases
@@ -48,12 +49,12 @@ class State:
         self.params = [(0.02 * torch.randn(n, generator=self.generator)).to(dtype) for n in sizes]
         self.masks = [Mask.from_bool(torch.rand(n, generator=self.generator) < density) for n in sizes]
         self.precision, self.steps = precision, 0
-        self.held = [(m.indices if places else m.bitmap) for m in self.masks]
+        self.payloads = [(m.indices if places else m.bitmap) for m in self.masks]
         self.block_counts = [torch.zeros(0, dtype=torch.int64) if places else m.block_counts for m in self.masks]
         self.m, self.v = ([torch.zeros(m.num_active) for m in self.masks] for _ in range(2))
-        self.most = [torch.zeros(m.num_active) for m in self.masks] if amsgrad else []
-        kind = ops.RESIDUAL_DTYPES.get(precision) if dtype == torch.bfloat16 else None
-        self.extras = [torch.zeros(m.num_active, dtype=kind) for m in self.masks] if kind else []
+        self.v_max = [torch.zeros(m.num_active) for m in self.masks] if amsgrad else []
+        kind = RESIDUAL_DTYPES.get(precision) if dtype == torch.bfloat16 else None
+        self.residuals = [torch.zeros(m.num_active, dtype=kind) for m in self.masks] if kind else []
 
     def grads(self, dtype=torch.float32):
         return [(1e-3 * torch.randn(len(p), generator=self.generator)).to(dtype) for p in self.params]
@@ -64,19 +65,19 @@ class State:
         masked_adamw(
             self.params,
             grads,
-            self.held,
+            self.payloads,
             self.block_counts,
             self.m,
             self.v,
             scalars,
-            max_exp_avg_sqs=self.most,
-            extras=self.extras,
+            max_exp_avg_sqs=self.v_max,
+            residuals=self.residuals,
             precision=self.precision,
             **options,
         )
 
     def copies(self):
-        return [t.clone() for t in (*self.params, *self.m, *self.v, *self.most, *self.extras)]
+        return [t.clone() for t in (*self.params, *self.m, *self.v, *self.v_max, *self.residuals)]
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -130,7 +131,7 @@ def test_active_coordinates_are_torchs_sgd_bit_for_bit(isa, weight_decay, moment
         masked_sgd(
             state.params,
             grads,
-            state.held,
+            state.payloads,
             state.block_counts,
             scalars,
             momentum_buffers=state.m if momentum else (),
@@ -146,27 +147,27 @@ def test_active_coordinates_are_torchs_sgd_bit_for_bit(isa, weight_decay, moment
         assert torch.equal(bits(p)[~active], bits(old)[~active])
 
 
-def with_cohorts(state) -> dict:
-    """Three cohorts in every tensor, and where each weight began."""
-    state.cohorts = [
+def with_step_groups(state) -> dict:
+    """Three step_groups in every tensor, and where each weight began."""
+    state.step_groups = [
         torch.randint(0, 3, (m.num_active,), generator=state.generator).to(torch.uint8) for m in state.masks
     ]
-    state.inits = [
+    state.init_values = [
         torch.randn(m.num_active, generator=state.generator).to(p.dtype)
         for m, p in zip(state.masks, state.params, strict=True)
     ]
     return {
-        "cohorts": state.cohorts,
-        "inits": state.inits,
-        "rows": [3 * i for i in range(len(SIZES))],
-        "ordinals": [5 * i for i in range(len(SIZES))],
+        "step_groups": state.step_groups,
+        "init_values": state.init_values,
+        "scalar_rows": [3 * i for i in range(len(SIZES))],
+        "param_ids": [5 * i for i in range(len(SIZES))],
     }
 
 
 def test_each_cohort_is_an_optimizer_of_its_own_age():
     """A coordinate of cohort c moves as if its tensor had its step count alone."""
     state = State((5000,), density=0.5)
-    options = with_cohorts(state)
+    options = with_step_groups(state)
     alone = [State((5000,), density=0.5) for _ in range(3)]
     for step in range(1, 4):
         (grad,) = state.grads()
@@ -174,18 +175,18 @@ def test_each_cohort_is_an_optimizer_of_its_own_age():
         masked_adamw(
             state.params,
             [grad],
-            state.held,
+            state.payloads,
             state.block_counts,
             state.m,
             state.v,
             adamw_scalars(ages, 1e-3, BETAS, EPS, 0.1),
-            cohorts=options["cohorts"],
+            step_groups=options["step_groups"],
         )
         for one, age in zip(alone, ages, strict=True):
             masked_adamw(
                 one.params,
                 [grad],
-                one.held,
+                one.payloads,
                 one.block_counts,
                 one.m,
                 one.v,
@@ -193,7 +194,7 @@ def test_each_cohort_is_an_optimizer_of_its_own_age():
             )
     places = state.masks[0].indices.long()
     for c, one in enumerate(alone):
-        mine = options["cohorts"][0] == c
+        mine = options["step_groups"][0] == c
         assert torch.equal(bits(state.params[0])[places[mine]], bits(one.params[0])[places[mine]])
 
 
@@ -206,19 +207,19 @@ def test_decay_draws_to_where_the_weights_began():
         masked_adamw(
             state.params,
             [torch.zeros(5000)],
-            state.held,
+            state.payloads,
             state.block_counts,
             state.m,
             state.v,
             adamw_scalars([step], 0.1, BETAS, EPS, 0.5),
-            inits=w0,
+            init_values=w0,
         )
     wanted = w0[0].double() + (started - w0[0].double()) * 0.95**10
     torch.testing.assert_close(state.params[0][state.masks[0].to_bool()].double(), wanted, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("hostile", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", ops.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_frozen_is_neither_read_nor_written(isa, hostile, dtype):
     state = State(SIZES, dtype=dtype, precision="split_master" if dtype == torch.bfloat16 else "nearest")
     clean = State(SIZES, dtype=dtype, precision=state.precision)
@@ -269,8 +270,8 @@ def test_an_exact_remainder_makes_the_weight_a_master(isa):
             p.grad = g.float()
         with RightSqrt():
             optimizer.step()
-    for p, master, extra, mask in zip(state.params, masters, state.extras, state.masks, strict=True):
-        active, low = mask.to_bool(), extra.int() & 0xFFFF
+    for p, master, residual, mask in zip(state.params, masters, state.residuals, state.masks, strict=True):
+        active, low = mask.to_bool(), residual.int() & 0xFFFF
         high = ((bits(p)[active].int() & 0xFFFF) - (low >> 15)) & 0xFFFF
         assert torch.equal((high << 16 | low).view(torch.float32), master.detach()[active])
         nearest = master.detach()[active].bfloat16()
@@ -284,9 +285,9 @@ def test_every_pattern_goes_through_the_remainder_and_back():
     masters = (torch.arange(1 << 16).unsqueeze(1) << 16 | lows).view(-1)
     masters = torch.where(masters >= 1 << 31, masters - (1 << 32), masters).int().view(torch.float32)
     masters = masters[~masters.isnan()]
-    extra = torch.empty(len(masters), dtype=torch.int16)
-    weight = ops.narrowed(masters, torch.bfloat16, extra, PRECISIONS.index("split_master"), ())
-    back = ops.widened(weight, extra, PRECISIONS.index("split_master"))
+    residual = torch.empty(len(masters), dtype=torch.int16)
+    weight = ops.round_to_storage(masters, torch.bfloat16, residual, PRECISIONS.index("split_master"), ())
+    back = ops.to_fp32(weight, residual, PRECISIONS.index("split_master"))
     assert torch.equal(bits(back), bits(masters))
 
 
@@ -303,7 +304,10 @@ def test_how_much_of_small_updates_is_kept(precision):
         state.step(grads, lr=1e-6, seed=i)
         full.step(grads, lr=1e-6)
     wanted = full.params[0] - start
-    got = ops.widened(state.params[0], state.extras[0] if state.extras else None, PRECISIONS.index(precision)) - start
+    got = (
+        ops.to_fp32(state.params[0], state.residuals[0] if state.residuals else None, PRECISIONS.index(precision))
+        - start
+    )
     error = float((got - wanted).norm() / wanted.norm())
     low, high = {"nearest": (0.8, 1.2), "split_master": (0, 1e-6), "kahan": (0, 0.1), "stochastic": (0.3, 1.5)}[
         precision
@@ -321,13 +325,13 @@ def test_stochastic_rounding_does_not_show_how_tensors_are_cut(isa):
         for part, (a, b) in zip(parts, ((0, cut), (cut, 70_001)), strict=True):
             mask = part.masks[0].flat(a, b)
             mask = Mask.from_bool(mask.to_bool())
-            part.params, part.held, part.block_counts = (
+            part.params, part.payloads, part.block_counts = (
                 [part.params[0][a:b].clone()],
                 [mask.bitmap],
                 [mask.block_counts],
             )
             part.m, part.v = [torch.zeros(mask.num_active)], [torch.zeros(mask.num_active)]
-            part.step([grad[a:b].clone()], seed=5, starts=[a])
+            part.step([grad[a:b].clone()], seed=5, shard_offsets=[a])
         fresh = State((70_001,), dtype=torch.bfloat16, precision="stochastic")
         fresh.step([grad], seed=5)
         assert torch.equal(bits(torch.cat([part.params[0] for part in parts])), bits(fresh.params[0]))
@@ -363,11 +367,11 @@ def test_threads_change_no_bit():
     assert same(results[0], results[2])
 
 
-@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("places", [False, True])
 def test_active_values_are_taken_added_and_put_back(isa, dtype, places):
     state = State(SIZES, dtype=dtype, places=places)
-    for p, mask, held, offsets in zip(state.params, state.masks, state.held, state.block_counts, strict=True):
+    for p, mask, held, offsets in zip(state.params, state.masks, state.payloads, state.block_counts, strict=True):
         active, before = mask.to_bool(), p.clone()
         taken = masked_gather(p, held, offsets, torch.full((mask.num_active,), float("nan")))
         assert torch.equal(taken, p[active].float())
@@ -376,7 +380,7 @@ def test_active_values_are_taken_added_and_put_back(isa, dtype, places):
         masked_scatter(p, held, offsets, values)
         assert torch.equal(p[active], values.to(dtype))
         assert torch.equal(bits(p)[~active], bits(before)[~active])
-        with pytest.raises(ValueError, match="a moment of param 0"):
+        with pytest.raises(ValueError, match="compact values of param 0"):
             masked_gather(p, held, offsets, torch.zeros(mask.num_active + 1))
 
 
@@ -400,8 +404,8 @@ def test_bad_input_is_refused_by_name():
     fits = {
         "params": state.params,
         "grads": [grad],
-        "masks": state.held,
-        "offsets": state.block_counts,
+        "masks": state.payloads,
+        "block_counts": state.block_counts,
         "exp_avgs": state.m,
         "exp_avg_sqs": state.v,
     }
@@ -411,29 +415,44 @@ def test_bad_input_is_refused_by_name():
         ({"grads": [grad.half()]}, {}, TypeError, "its gradient torch.float16"),
         ({"grads": [grad[:50].clone()]}, {}, ValueError, "of one shape"),
         ({"grads": [grad.repeat(2)[::2]]}, {}, ValueError, "contiguous"),
-        ({"exp_avgs": [state.m[0][1:].clone()]}, {}, ValueError, "a moment of param 0"),
-        ({"exp_avg_sqs": [state.v[0].double()]}, {}, ValueError, "a moment of param 0"),
-        ({"masks": [state.held[0][1:].clone()]}, {}, ValueError, "mask of param 0"),
-        ({"offsets": [state.block_counts[0] + 1]}, {}, ValueError, "the offsets of param 0 are not the counts"),
-        ({"masks": [state.held[0] | 0xF0]}, {}, ValueError, "bits beyond the last of its 100"),
+        ({"exp_avgs": [state.m[0][1:].clone()]}, {}, ValueError, "exp_avgs of param 0"),
+        ({"exp_avg_sqs": [state.v[0].double()]}, {}, ValueError, "exp_avg_sqs of param 0"),
+        ({"masks": [state.payloads[0][1:].clone()]}, {}, ValueError, "masks of param 0"),
         (
-            {"masks": [torch.tensor([5, 1 << 28])], "offsets": [torch.zeros(0, dtype=torch.int64)]},
+            {"block_counts": [state.block_counts[0] + 1]},
             {},
             ValueError,
-            "must ascend within its 100",
+            "block_counts are not the prefix popcounts of the mask of param 0",
         ),
-        ({}, {"rows": [1]}, ValueError, "a row for each"),
-        ({}, {"inits": [state.m[0].bfloat16()]}, ValueError, "the start of param 0"),
-        ({}, {"cohorts": [torch.ones_like(state.m[0], dtype=torch.uint8)]}, ValueError, "a cohort 1 and 1 rows"),
-        ({"grads": []}, {}, ValueError, "as many gradients"),
+        (
+            {"masks": [state.payloads[0] | 0xF0]},
+            {},
+            ValueError,
+            "bits beyond the last of the 100 coordinates of param 0",
+        ),
+        (
+            {"masks": [torch.tensor([5, 1 << 28])], "block_counts": [torch.zeros(0, dtype=torch.int64)]},
+            {},
+            ValueError,
+            "must ascend within the 100 coordinates of param 0",
+        ),
+        ({}, {"scalar_rows": [1]}, ValueError, "a row for each"),
+        ({}, {"init_values": [state.m[0].bfloat16()]}, ValueError, "init_values of param 0"),
+        ({}, {"step_groups": [torch.ones_like(state.m[0], dtype=torch.uint8)]}, ValueError, "step group 1 and 1 rows"),
+        ({"grads": []}, {}, ValueError, "as many grads"),
         ({}, {"precision": "double"}, ValueError, "precision must be one of"),
-        ({"params": [state.params[0].bfloat16()]}, {"precision": "split_master"}, ValueError, "precision exact needs"),
+        (
+            {"params": [state.params[0].bfloat16()]},
+            {"precision": "split_master"},
+            ValueError,
+            "precision split_master needs residuals",
+        ),
     ):
         with pytest.raises(error, match=message):
             masked_adamw(*({**fits, **changes}.values()), scalars, **options)
 
 
-@pytest.mark.parametrize(("dtype", "precision"), list(itertools.product(ops.DTYPES, PRECISIONS)), ids=str)
+@pytest.mark.parametrize(("dtype", "precision"), list(itertools.product(DTYPES, PRECISIONS)), ids=str)
 def test_operator_is_registered_as_torch_wants_it(dtype, precision):
     state = State((40, 9), dtype=dtype, precision=precision)
     scalars = adamw_scalars([1, 1], 1e-3, BETAS, EPS, 0.0)
@@ -442,10 +461,10 @@ def test_operator_is_registered_as_torch_wants_it(dtype, precision):
         (
             state.params,
             state.grads(dtype),
-            state.held,
+            state.payloads,
             state.block_counts,
             state.m,
-            state.extras,
+            state.residuals,
             [],
             [],
             scalars,
@@ -466,12 +485,12 @@ def test_operator_is_registered_as_torch_wants_it(dtype, precision):
         (
             state.params,
             state.grads(dtype),
-            state.held,
+            state.payloads,
             state.block_counts,
             state.m,
             state.v,
-            state.most,
-            state.extras,
+            state.v_max,
+            state.residuals,
             [],
             [],
             scalars,

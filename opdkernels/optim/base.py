@@ -1,0 +1,553 @@
+"""What MaskedAdamW and MaskedSGD share: stepping, clipping, state dicts and changes of the masks.
+
+State of a parameter, created at its first step from the parameter that exists then. Every tensor is [num_active] unless noted:
+
+- `step`: steps taken, fp32, one element
+- `exp_avg`, `exp_avg_sq`, `max_exp_avg_sq` or `momentum_buffer`: fp32
+- `remainder` (int16) or `compensation` (bf16): for bf16 parameters, by precision
+- `init_value`: initial weights, dtype of the parameter
+- `step_group` (uint8) and `group_steps` (fp32 [groups]): after `set_masks`, the steps that each group of coordinates took
+- `mask`: digest of the mask, int64, one element
+
+For DTensors `state_dict` gives every [num_active] tensor as a DTensor of the parameter's shape, zero where nothing is active,
+and step groups as the `steps` of each coordinate, so that torch.distributed.checkpoint saves and loads it at any world size.
+Both forms can be loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from opdkernels.errors import InputError, printable
+from opdkernels.ops.step import active_indices
+from opdkernels.ops.step.layout import MAX_STEP_GROUPS
+from opdkernels.ops.step.validation import RESIDUAL_DTYPES
+from opdkernels.optim.active import gather_active, restore_dropped
+from opdkernels.optim.batch import RESIDUALS, Batch, PendingStep
+from opdkernels.optim.binding import Binder, Binding, Masks, Shard, is_dtensor, local_gradient, local_part
+from opdkernels.optim.options import is_number, validate_options
+
+ParamKey = tuple[int, int]  # group, parameter
+
+
+class MaskedOptimizer(torch.optim.Optimizer):
+    """Base class of MaskedAdamW and MaskedSGD."""
+
+    moments: tuple[str, ...] = ()
+    dense_options: dict[str, Any] = {}  # noqa: RUF012  options that only torch's own optimizer has in its groups
+
+    def __init__(self, params: Any, masks: Masks, unmasked: str, defaults: dict[str, Any]):
+        validate_options(defaults)
+        self._binder = Binder(masks, unmasked)
+        self._bound: list[list[Binding]] = []
+        self._compact: dict[ParamKey, torch.Tensor] = {}
+        self._gathers = 0  # installed hooks of gather_active_grads, which leave no gradient on the parameters
+        self._clip: torch.Tensor | None = None
+        super().__init__(params, defaults)
+        self._binder.check()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as `torch.optim.Optimizer`. Its masks are those given at construction."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            validate_options(group)
+            self._bound.append(self._binder.bind(group["params"], group.get("param_names")))
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves unscaling to `step`: with `fused=True`, and with gathered gradients, where it would find
+        no gradient and `step` raises an error."""
+        return bool(self.defaults["fused"] or self._gathers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {key: self.__dict__[key] for key in ("_binder", "_bound")}
+        return {**super().__getstate__(), **own, "_compact": {}, "_gathers": 0, "_clip": None}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of the parameters that have a gradient. Returns the loss of the closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if self._gathers and found_inf is not None:
+            raise RuntimeError(
+                "a GradScaler cannot see gradients that gather_active_grads gathers; train in bfloat16 without one, "
+                "or use zero_frozen_grads"
+            )
+        try:
+            if found_inf is None or not bool(found_inf):
+                # Every group is validated before any parameter changes.
+                pending = [self._pending(index, group) for index, group in enumerate(self.param_groups)]
+                for group, steps in zip(self.param_groups, pending, strict=True):
+                    self._step_group(group, steps, grad_scale)
+        finally:
+            self._clip = None
+        self._compact.clear()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, gathered ones too, and the clipping of the next step."""
+        super().zero_grad(set_to_none)
+        self._compact.clear()
+        self._clip = None
+
+    def _bindings(self) -> Iterable[tuple[ParamKey, torch.Tensor, Binding]]:
+        """Key, current parameter and binding of every parameter."""
+        for index, group in enumerate(self.param_groups):
+            for j, (param, binding) in enumerate(zip(group["params"], self._bound[index], strict=True)):
+                yield (index, j), param, binding
+
+    def _pending(self, index: int, group: dict[str, Any]) -> list[PendingStep]:
+        """The parameters of a group that have a gradient, validated."""
+        validate_options(group)
+        pending = []
+        for j, (param, binding) in enumerate(zip(group["params"], self._bound[index], strict=True)):
+            grad = self._gradient((index, j), param)
+            if grad is None:
+                continue
+            shard, local = binding.shard(param), local_part(param)[0]
+            if (
+                shard.num_active
+                and group["precision"] == "stochastic"
+                and shard.offset is None
+                and param.dtype == torch.bfloat16
+            ):
+                raise ValueError(
+                    f'{binding.display_name} is not sharded along its first dimension; precision "stochastic" needs it, '
+                    'choose "split_master"'
+                )
+            if self.state.get(param):
+                self._validate_state(self.state[param], local, shard, binding, group)
+            pending.append(PendingStep(param, local, grad, shard, binding))
+        return pending
+
+    def _step_group(self, group: dict[str, Any], pending: list[PendingStep], grad_scale: torch.Tensor | None) -> None:
+        batches: defaultdict[torch.device, Batch] = defaultdict(Batch)
+        for item in pending:
+            state = self.state[item.param]
+            is_first = self._init_state(state, item.local, item.shard, item.binding, group)
+            state["step"] += 1
+            if "group_steps" in state:
+                state["group_steps"] += 1
+            if item.shard.num_active:
+                batches[item.local.device].add(item, state, is_first)
+        for device, batch in batches.items():
+            scale, clip = (
+                None if factor is None else factor.to(device, torch.float32) for factor in (grad_scale, self._clip)
+            )
+            scalars = batch.scalars(lambda steps: self._scalars(steps, group)).to(device)
+            self._launch(batch, group, scalars, scale, clip)
+            for local, weights in zip(batch.locals, batch.params, strict=True):
+                if weights.data_ptr() != local.data_ptr():
+                    local.copy_(weights)
+
+    def _gradient(self, key: ParamKey, param: torch.Tensor) -> torch.Tensor | None:
+        """The local gradient, contiguous: of the shape of the local parameter, or fp32 [num_active] where gathered."""
+        compact, binding = self._compact.get(key), self._bound[key[0]][key[1]]
+        if compact is not None:
+            return compact
+        return None if param.grad is None else local_gradient(param, param.grad, binding.display_name)
+
+    def _init_state(
+        self, state: dict[str, Any], local: torch.Tensor, shard: Shard, binding: Binding, group: dict[str, Any]
+    ) -> bool:
+        """Create missing state. Returns whether moments were created: SGD's first step copies the gradient to its buffer."""
+        is_first = any(name not in state for name in self._moment_names(group))
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+            state["mask"] = torch.tensor(binding.digest, dtype=torch.int64, device="cpu")
+            if group["weight_decay_target"] == "init":
+                state["init_value"] = gather_active(local, shard).to(local.dtype)
+        for name, dtype in self._state_dtypes(group, local.dtype).items():
+            if name not in state and name != "init_value":
+                state[name] = torch.zeros(shard.num_active, dtype=dtype, device=local.device)
+        return is_first
+
+    def _state_dtypes(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """The dtypes of the [num_active] state of a parameter of this dtype."""
+        dtypes = dict.fromkeys(self._moment_names(group), torch.float32)
+        if dtype == torch.bfloat16 and group["precision"] in RESIDUALS:
+            dtypes[RESIDUALS[group["precision"]]] = RESIDUAL_DTYPES[group["precision"]]
+        if group["weight_decay_target"] == "init":
+            dtypes["init_value"] = dtype
+        return dtypes
+
+    def _validate_state(
+        self, state: dict[str, Any], local: torch.Tensor, shard: Shard, binding: Binding, group: dict[str, Any]
+    ) -> None:
+        """Raise InputError for state that does not fit the parameter, before anything changes."""
+        dtypes = self._state_dtypes(group, local.dtype)
+        if "init_value" in dtypes and "init_value" not in state:
+            raise state_error(
+                binding, 'lacks the initial weights, which weight_decay_target="init" needs from the first step on'
+            )
+        if "step_group" in state:
+            dtypes["step_group"] = torch.uint8
+        for name, dtype in dtypes.items():
+            value = state.get(name)
+            if value is not None and (
+                value.dtype != dtype
+                or value.shape != (shard.num_active,)
+                or value.device != local.device
+                or not value.is_contiguous()
+            ):
+                raise state_error(
+                    binding,
+                    f"has {name} of {value.dtype} {list(value.shape)} on {value.device}, "
+                    f"not {dtype} [{shard.num_active}] on {local.device}",
+                )
+
+    @abstractmethod
+    def _moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the moments that a group keeps."""
+
+    @abstractmethod
+    def _scalars(self, steps: list[float], group: dict[str, Any]) -> torch.Tensor:
+        """fp32 [len(steps), NUM_SCALARS]: the scalars of the operator at each step count."""
+
+    @abstractmethod
+    def _launch(
+        self,
+        batch: Batch,
+        group: dict[str, Any],
+        scalars: torch.Tensor,
+        grad_scale: torch.Tensor | None,
+        clip: torch.Tensor | None,
+    ) -> None:
+        """Step the parameters of a batch."""
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Have the next step scale the gradients so that the norm of the active ones is at most `max_norm`.
+
+        Frozen coordinates do not count: the norm of the full gradient, which trainers clip by, is about 1 / sqrt(density)
+        larger. The gradients themselves do not change. With a GradScaler, call `scaler.unscale_` first. For DTensors, every
+        rank of their mesh must call this.
+
+        Args:
+            max_norm: Maximum norm, not negative.
+            norm_type: Must be 2 (default: 2).
+
+        Returns:
+            The norm of the active gradients before clipping, fp32, one element.
+
+        Raises:
+            ValueError: Another norm type, or `max_norm` is negative or no number.
+        """
+        if norm_type != 2.0:
+            raise ValueError(f"the norm must be of type 2, not {norm_type}")
+        if not is_number(max_norm) or not max_norm >= 0:
+            raise ValueError(f"max_norm is {max_norm!r}; give a number that is not negative")
+        total = torch.zeros((), dtype=torch.float64)
+        sharded: dict[Any, torch.Tensor] = {}
+        for key, param, binding in self._bindings():
+            grad = self._gradient(key, param)
+            dims = sharded_dims(param)
+            shard = binding.shard(param)
+            square = torch.zeros((), dtype=torch.float64)
+            if grad is not None and shard.num_active:
+                values = grad if key in self._compact else gather_active(grad, shard)
+                square = torch.linalg.vector_norm(values, dtype=torch.float64).square().cpu()
+            if dims:
+                sharded[dims] = sharded.get(dims, torch.zeros((), dtype=torch.float64)) + square
+            else:
+                total += square
+        for dims, square in sharded.items():
+            for mesh, dim in dims:
+                square = square.to(mesh.device_type)
+                torch.distributed.all_reduce(square, group=mesh.get_group(dim))
+            total += square.cpu()
+        norm = total.sqrt()
+        self._clip = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
+        return norm.float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as `torch.optim.Optimizer` gives it; for DTensors, compact state as DTensors of the parameter's shape."""
+        result = super().state_dict()
+        dense_states: dict[Any, dict[str, Any]] = {}
+        keys = [key for group in result["param_groups"] for key in group["params"]]
+        for key, (_, param, binding) in zip(keys, self._bindings(), strict=True):
+            if key in result["state"] and is_dtensor(param):
+                state = dict(result["state"][key])
+                steps, step_group = state.pop("group_steps", state["step"].view(1)), state.pop("step_group", None)
+                if step_group is not None:
+                    state["steps"] = steps[step_group.long().cpu()].to(step_group.device)
+                else:
+                    state["steps"] = steps.to(local_part(param)[0].device).expand(binding.shard(param).num_active)
+                dense_states[key] = {name: self._to_dense(name, value, param, binding) for name, value in state.items()}
+        return {**result, "state": {**result["state"], **dense_states}}
+
+    def _to_dense(self, name: str, value: Any, param: torch.Tensor, binding: Binding) -> Any:
+        """[num_active] state as a tensor or DTensor of the parameter's shape; other state unchanged."""
+        if name in ("step", "mask"):
+            return value
+        (local, _), shard = local_part(param), binding.shard(param)
+        dense = torch.zeros(local.shape, dtype=value.dtype, device=value.device)
+        dense.view(-1)[active_indices(shard.mask, dense.numel())] = value
+        if not is_dtensor(param):
+            return dense
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            dense, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+        )  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of `state_dict`, compact or of the parameters' shapes, to the parameters' devices, with its dtypes.
+
+        Args:
+            state_dict: What `state_dict` returned, for the same masks.
+
+        Raises:
+            InputError: The state belongs to other masks or does not fit; nothing has changed.
+        """
+        for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):  # type: ignore[attr-defined]
+            state_dict = hook(self, state_dict) or state_dict
+        try:
+            groups, states = copy.deepcopy(state_dict["param_groups"]), state_dict["state"]
+            sizes = [len(group["params"]) for group in groups]
+            keys = [key for group in groups for key in group["params"]]
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"this is no optimizer state ({printable(repr(error))}); give what state_dict() returned"
+            ) from None
+        if sizes != [len(group["params"]) for group in self.param_groups]:
+            raise InputError(
+                f"the optimizer state has groups of {sizes} parameters, "
+                f"this optimizer of {[len(g['params']) for g in self.param_groups]}"
+            )
+        new_groups = [self._loaded_group(*both) for both in zip(self.param_groups, groups, strict=True)]
+        loaded = {}
+        for key, ((index, _), param, binding) in zip(keys, self._bindings(), strict=True):
+            if states.get(key):
+                loaded[param] = self._loaded_state(states[key], param, binding, new_groups[index])
+        for group, new_group in zip(self.param_groups, new_groups, strict=True):
+            group.update(new_group)
+        self.state.clear()
+        self.state.update(loaded)
+        self._clip = None
+        for post in list(self._optimizer_load_state_dict_post_hooks.values()):  # type: ignore[attr-defined]
+            post(self)
+
+    def _loaded_group(self, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        """A group with the options of a saved one. Raises InputError where these are not valid."""
+        missing = [name for name in self.defaults if name not in saved]
+        if missing:
+            raise InputError(
+                f"the optimizer state has no {missing[0]}: it is another optimizer's; give one of {type(self).__name__}, "
+                "or a dense one to load_dense_state_dict"
+            )
+        merged = {**group, **{key: value for key, value in saved.items() if key not in ("params", "param_names")}}
+        try:
+            validate_options(merged)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the optimizer state cannot be loaded: {error}") from None
+        return merged
+
+    def _loaded_state(
+        self, saved: dict[str, Any], param: torch.Tensor, binding: Binding, group: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The compact state of a parameter from a saved one, validated."""
+        shard, local = binding.shard(param), local_part(param)[0]
+        if "mask" not in saved:
+            raise state_error(binding, "has no mask: it is a dense optimizer's, which load_dense_state_dict takes")
+        if int(saved["mask"]) != binding.digest:
+            raise state_error(binding, "belongs to another mask")
+        if "step" not in saved:
+            raise state_error(binding, "has no step count")
+        state: dict[str, Any] = {}
+        for name, value in saved.items():
+            value = torch.as_tensor(value)
+            tensor = local_part(value)[0]
+            if name in ("step", "mask", "group_steps"):
+                state[name] = tensor.to("cpu", torch.int64 if name == "mask" else torch.float32, copy=True)
+                continue
+            if value.shape == param.shape and value.shape != (shard.num_active,):
+                if tensor.shape != local.shape:
+                    raise state_error(
+                        binding,
+                        f"is sharded differently from its parameter ({list(tensor.shape)} for {list(local.shape)})",
+                    )
+                tensor = tensor.reshape(-1)[active_indices(shard.mask, local.numel()).to(tensor.device)]
+            if tensor.shape != (shard.num_active,):
+                raise state_error(
+                    binding,
+                    f"has {list(tensor.shape)} values in {printable(name)} for {shard.num_active} active coordinates",
+                )
+            widen = name in self.moments and tensor.is_floating_point()  # trainers may have cast them
+            state[name] = tensor.to(local.device, torch.float32 if widen else tensor.dtype, copy=True).contiguous()
+        if "steps" in state:
+            state |= step_groups_of(state.pop("steps"), state["step"], binding)
+        if len(state.get("step_group", ())) and int(state["step_group"].max()) >= len(state.get("group_steps", ())):
+            raise state_error(binding, "has step groups without a step count")
+        self._validate_state(state, local, shard, binding, group)
+        return state
+
+    @torch.no_grad()
+    def dense_state_dict(self) -> dict[str, Any]:
+        """The state as torch's own AdamW or SGD has it: moments of the parameters' shapes, zero where nothing is active.
+
+        Raises:
+            ValueError: The masks have changed, so that coordinates have different step counts.
+        """
+        result = super().state_dict()
+        keys = [key for group in result["param_groups"] for key in group["params"]]
+        dense_states = {}
+        for key, (_, param, binding) in zip(keys, self._bindings(), strict=True):
+            if key not in result["state"]:
+                continue
+            state = result["state"][key]
+            if "step_group" in state:
+                raise ValueError(
+                    f"coordinates of {binding.display_name} have different step counts; a dense state has a single one"
+                )
+            names = [name for name in state if name in ("step", *self.moments)]
+            dense_states[key] = {name: self._to_dense(name, state[name], param, binding).clone() for name in names}
+        own_options = ("precision", "weight_decay_target", "seed")
+        groups = [
+            {**{key: value for key, value in group.items() if key not in own_options}, **self.dense_options}
+            for group in result["param_groups"]
+        ]
+        return {"state": dense_states, "param_groups": groups}
+
+    @torch.no_grad()
+    def load_dense_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of torch's own AdamW or SGD; only what is active is kept. bf16 weights start without a remainder.
+
+        Raises:
+            InputError: The state does not fit; nothing has changed.
+        """
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        sizes = [
+            [len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], self.param_groups)
+        ]
+        if sizes[0] != sizes[1]:
+            raise InputError(f"the dense state has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}")
+        options = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "amsgrad", "maximize")
+        groups = [
+            {**group, **{key: value for key, value in saved.items() if key in options and key in group}}
+            for group, saved in zip(super().state_dict()["param_groups"], state_dict["param_groups"], strict=True)
+        ]
+        states = {}
+        for key, ((index, _), param, binding) in zip(keys, self._bindings(), strict=True):
+            dense = {name: value for name, value in (state_dict["state"].get(key) or {}).items() if value is not None}
+            if not dense:
+                continue
+            group = groups[index]
+            moments = {name: dense[name] for name in self._moment_names(group) if name in dense}
+            if not moments and self._moment_names(group):
+                raise state_error(binding, f"has no {self._moment_names(group)[0]}: it is another optimizer's")
+            state: dict[str, Any] = {
+                "step": torch.as_tensor(dense.get("step", 1.0)),
+                "mask": torch.tensor(binding.digest),
+                **moments,
+            }
+            if group["weight_decay_target"] == "init":
+                state["init_value"] = gather_active(local_part(param)[0], binding.shard(param)).to(param.dtype)
+            states[key] = state
+        self.load_state_dict({"state": states, "param_groups": groups})
+
+    @torch.no_grad()
+    def set_masks(self, masks: Masks, *, on_drop: str = "keep") -> None:
+        """Change the masks.
+
+        Coordinates that stay active keep their moments and step count; new ones start at zero, with a step count of their
+        own.
+
+        Args:
+            masks: As at construction.
+            on_drop: What happens to coordinates that are no longer active: "keep" their value, or "restore" the initial
+                one, which needs weight_decay_target="init" (default: "keep").
+
+        Raises:
+            ValueError: The masks or `on_drop` do not fit; nothing has changed.
+            RuntimeError: Gradients have been gathered for the current masks.
+        """
+        if on_drop not in ("keep", "restore"):
+            raise ValueError(f"on_drop must be keep or restore, not {on_drop}")
+        if self._compact:
+            raise RuntimeError("gradients have been gathered for the current masks; step or zero_grad() first")
+        binder = Binder(masks, self._binder.unmasked)
+        bound = [binder.bind(group["params"], group.get("param_names")) for group in self.param_groups]
+        binder.check()
+        new_states: dict[torch.Tensor, dict[str, Any]] = {}
+        for (index, j), param, old in self._bindings():
+            new, state = bound[index][j], self.state.get(param)
+            if not state:
+                continue
+            if on_drop == "restore" and "init_value" not in state:
+                raise ValueError(
+                    f'{old.display_name} has no initial values to restore; construct with weight_decay_target="init"'
+                )
+            group = self.param_groups[index]
+            self._validate_state(state, local_part(param)[0], old.shard(param), old, group)
+            new_states[param] = self._remapped_state(state, param, old, new, group)
+        if on_drop == "restore":
+            for (index, j), param, old in self._bindings():
+                if param in new_states:
+                    init_value = self.state[param]["init_value"]
+                    restore_dropped(param, init_value, old.shard(param), bound[index][j].shard(param))
+        self._binder, self._bound = binder, bound
+        self.state.update(new_states)
+
+    def _remapped_state(
+        self, state: dict[str, Any], param: torch.Tensor, old: Binding, new: Binding, group: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The state of a parameter for a new mask."""
+        local, before, after = local_part(param)[0], old.shard(param), new.shard(param)
+        was, now = (active_indices(shard.mask, local.numel()) for shard in (before, after))
+        at = torch.searchsorted(was, now).clamp(max=max(len(was) - 1, 0))
+        stays = was[at] == now if len(was) else torch.zeros(len(now), dtype=torch.bool, device=local.device)
+        new_state: dict[str, Any] = {}
+        self._init_state(new_state, local, after, new, group)
+        for name, value in new_state.items():
+            if name in state and name not in ("step", "mask") and len(was):
+                value[stays] = state[name][at[stays]]
+        group_steps = state.get("group_steps", state["step"].view(1))
+        step_group = state.get("step_group", torch.zeros(len(was), dtype=torch.uint8, device=local.device))
+        row = torch.zeros(len(now), dtype=torch.int64, device=local.device)  # 0: new coordinates, which took no step
+        if len(was):
+            row[stays] = step_group[at[stays]].long() + 1
+        steps = torch.cat([torch.zeros(1), group_steps]).to(local.device)[row]
+        return {**new_state, "step": state["step"].clone(), **step_groups_of(steps, state["step"], old)}
+
+
+def sharded_dims(param: torch.Tensor) -> tuple[tuple[Any, int], ...]:
+    """(device mesh, mesh dimension) for each dimension that a DTensor is sharded over; empty for a plain tensor."""
+    if not is_dtensor(param):
+        return ()
+    return tuple((param.device_mesh, i) for i, p in enumerate(param.placements) if not p.is_replicate())  # type: ignore[attr-defined]
+
+
+def step_groups_of(steps: torch.Tensor, param_steps: torch.Tensor, binding: Binding) -> dict[str, torch.Tensor]:
+    """The step groups of coordinates with these step counts, fp32 [num_active]; {} where all equal that of the parameter."""
+    if bool((steps == param_steps.to(steps.device)).all()):
+        return {}
+    group_steps, step_group = torch.unique(steps, return_inverse=True)
+    if len(group_steps) > MAX_STEP_GROUPS:
+        raise ValueError(
+            f"the masks of {binding.display_name} have changed too often: {len(group_steps)} step counts, "
+            f"of {MAX_STEP_GROUPS} at most; create the optimizer again"
+        )
+    return {"step_group": step_group.to(torch.uint8), "group_steps": group_steps.cpu()}
+
+
+def state_error(binding: Binding, problem: str) -> InputError:
+    """An error for the state of one parameter."""
+    return InputError(
+        f"the optimizer state of {binding.display_name} {problem}; load the state that was saved with these masks, "
+        "or start without one"
+    )

@@ -1,0 +1,92 @@
+"""The parameters of a group that one launch steps, and its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from opdkernels.ops.step.layout import STEP
+from opdkernels.optim.binding import Binding, Shard
+
+RESIDUALS = {"split_master": "remainder", "kahan": "compensation"}  # state of a bf16 parameter next to its moments
+
+
+@dataclass
+class PendingStep:
+    """A parameter that is about to be stepped."""
+
+    param: torch.Tensor
+    local: torch.Tensor  # the shard of `param` on this rank
+    grad: torch.Tensor  # of the shape of `local`, or fp32 [num_active]
+    shard: Shard
+    binding: Binding
+
+
+class Batch:
+    """The parameters of a group on one device, and the arguments of the launch that steps them."""
+
+    def __init__(self) -> None:
+        self.locals: list[torch.Tensor] = []
+        self.params: list[torch.Tensor] = []  # `locals`, made contiguous where they are not
+        self.grads: list[torch.Tensor] = []
+        self.shards: list[Shard] = []
+        self.param_ids: list[int] = []
+        self.states: list[dict[str, Any]] = []
+        self.scalar_rows: list[int] = []
+        self.steps: list[float] = []  # step count per row of scalars
+        self.param_steps: list[float] = []  # steps of the parameter, per row of scalars
+        self.is_first: list[bool] = []  # whether the moments were created for this step, per row of scalars
+
+    def add(self, pending: PendingStep, state: dict[str, Any], is_first: bool) -> None:
+        local = pending.local.detach()
+        self.locals.append(local)
+        self.params.append(local if local.is_contiguous() else local.contiguous())
+        self.grads.append(pending.grad)
+        self.shards.append(pending.shard)
+        self.param_ids.append(pending.binding.param_id)
+        self.states.append(state)
+        self.scalar_rows.append(len(self.steps))
+        steps = state["group_steps"].tolist() if "group_steps" in state else [float(state["step"])]
+        self.steps += steps
+        self.param_steps += len(steps) * [float(state["step"])]
+        self.is_first += len(steps) * [is_first]
+
+    def scalars(self, compute: Callable[[list[float]], torch.Tensor]) -> torch.Tensor:
+        """fp32 [rows, NUM_SCALARS]: `compute` is called once with the distinct step counts.
+
+        Stochastic rounding is keyed by the steps of the parameter, so the column STEP holds these.
+        """
+        distinct = sorted(set(self.steps))
+        rows = compute(distinct)[torch.tensor([distinct.index(step) for step in self.steps])]
+        rows[:, STEP] = torch.tensor(self.param_steps)
+        return rows
+
+    def state_tensors(self, name: str) -> list[torch.Tensor]:
+        """One tensor of the state per parameter, empty where it has none; an empty list where no parameter has it."""
+        if not any(name in state for state in self.states):
+            return []
+        empty = torch.empty(0, dtype=torch.uint8)
+        return [state.get(name, empty.to(param.device)) for state, param in zip(self.states, self.params, strict=True)]
+
+    def options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments that `masked_adamw` and `masked_sgd` share."""
+        residual = RESIDUALS.get(group["precision"])
+        return {
+            "residuals": self.state_tensors(residual) if residual else [],
+            "init_values": self.state_tensors("init_value"),
+            "step_groups": self.state_tensors("step_group"),
+            "scalar_rows": self.scalar_rows,
+            "shard_offsets": [shard.offset or 0 for shard in self.shards],
+            "param_ids": self.param_ids,
+            "maximize": group["maximize"],
+            "precision": group["precision"],
+            "seed": group["seed"],
+        }
+
+    def arguments(self) -> tuple[list[torch.Tensor], ...]:
+        """params, grads, masks and block_counts."""
+        masks, block_counts = [s.mask for s in self.shards], [s.block_counts for s in self.shards]
+        return self.params, self.grads, masks, block_counts
