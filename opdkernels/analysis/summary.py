@@ -1,12 +1,11 @@
 """The structure of summary.json; its metrics come from the registry.
 
-`python -m opdkernels.analysis.summary` writes the JSON schema to summary.schema.json.
+`python -m opdkernels.analysis.summary` prints the JSON schema.
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,8 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from opdkernels.metrics.catalog import metrics_of
 from opdkernels.metrics.geometry import SUMMARY_METRICS
 from opdkernels.metrics.registry import VIEWS
-
-SCHEMA = Path(__file__).with_name("summary.schema.json")
 
 
 class Part(BaseModel):
@@ -128,4 +125,4 @@ def schema() -> str:
 
 
 if __name__ == "__main__":
-    SCHEMA.write_text(schema(), encoding="utf-8")
+    print(schema(), end="")

@@ -1,9 +1,9 @@
-"""Metrics per coordinate of tensors, from their tallies alone (source: arXiv 2606.13657 and its script; see each metric).
+"""Metrics per coordinate of tensors, computed from their tallies alone.
 
-Both views, always: `stored` is what training did, `visible` is what a bf16 deployment sees. A metric is a column, float64
-with one entry per tensor, computed for many tensors at once, since a model may have twenty thousand experts. NaN is a
-metric that the tally cannot give. Fractions are of the finite coordinates; norms and maxima are in the units of the
-weights.
+Source: arXiv 2606.13657 and its script, if a metric names no other. Both views, always: `stored` is what training did,
+`visible` is what a bf16 deployment sees. A metric is a column, float64 [tensors], computed for many tensors at once,
+since a model may have twenty thousand experts; NaN where the tally cannot give it. Fractions are of the finite
+coordinates; norms and maxima are in the units of the weights.
 
 `@formula(*metrics)` registers a function of a batch and a view that returns these columns.
 """
@@ -78,7 +78,16 @@ def to_bf16_bits(value: float) -> int:
 
 @dataclass(frozen=True)
 class SparseTally:
-    """A tally with only the bins in use: `tables` int64 [5 + len(threshold_bits), bins] at ascending bf16 bits `patterns` [bins]."""
+    """A tally with only the bins in use.
+
+    Attributes:
+        threshold_bits: bf16 bits of the thresholds that visible |delta| was compared with.
+        patterns: bf16 bits of the magnitude of each bin, ascending, int64 [bins].
+        tables: Histograms, int64 [5 + len(threshold_bits), bins], rows as in `ops.delta.layout`.
+        counts: int64 [NUM_COUNTS], as in `ops.delta.layout`.
+        sums: Exact sums as int64 limbs [NUM_SUMS, SUM_LIMBS].
+        max_delta: The largest stored |delta|.
+    """
 
     threshold_bits: tuple[int, ...]
     patterns: np.ndarray
@@ -89,7 +98,8 @@ class SparseTally:
 
     @classmethod
     def of(cls, tally: Tally) -> SparseTally:
-        tables = tally.tables  # moved and changed are parts of source
+        """The bins in use of a dense tally."""
+        tables = tally.tables  # HIST_BASE_CHANGED and HIST_BASE_OVER are subsets of HIST_BASE
         used = np.flatnonzero(
             tables[HIST_BASE] | tables[HIST_DELTA] | tables[HIST_TRAINED_CHANGED] | tables[HIST_DELTA_STORED]
         )
@@ -98,6 +108,7 @@ class SparseTally:
         )
 
     def dense(self) -> Tally:
+        """The dense tally."""
         tally = Tally.empty(self.threshold_bits)
         tally.tables[:, self.patterns] = self.tables
         tally.counts[:], tally.sums[:], tally.maximum[:] = self.counts, self.sums, self.max_delta
@@ -107,10 +118,8 @@ class SparseTally:
     nonfinite = property(lambda self: int(self.counts[COUNT_NONFINITE]))
     bit_equal = property(lambda self: int(self.counts[COUNT_BIT_EQUAL]))
     finite = property(lambda self: self.numel - self.nonfinite)
-    source = property(lambda self: self.tables[HIST_BASE])
-    delta = property(lambda self: self.tables[HIST_DELTA])
-    moved = property(lambda self: self.tables[HIST_BASE_CHANGED])
-    stored = property(lambda self: self.tables[HIST_DELTA_STORED])
+    hist_base = property(lambda self: self.tables[HIST_BASE])
+    hist_delta = property(lambda self: self.tables[HIST_DELTA])
     ulp = property(lambda self: self.counts[COUNT_ULP:])
 
     def changed(self, view: str) -> np.ndarray:
@@ -122,8 +131,13 @@ class SparseTally:
         """view -> (sum W^2, sum W'^2, sum delta^2, sum |delta|)."""
         values = magnitudes[self.patterns]
         squares = values**2
-        trained = self.source - self.tables[HIST_BASE_OVER] + self.tables[HIST_TRAINED_CHANGED]
-        visible = ((self.source, squares), (trained, squares), (self.delta, squares), (self.delta, values))
+        trained = self.hist_base - self.tables[HIST_BASE_OVER] + self.tables[HIST_TRAINED_CHANGED]
+        visible = (
+            (self.hist_base, squares),
+            (trained, squares),
+            (self.hist_delta, squares),
+            (self.hist_delta, values),
+        )
         return {
             "stored": tuple(exact_float(from_limbs(row)) for row in self.sums),  # type: ignore[dict-item]
             # Not by BLAS, whose summation order depends on the machine and the number of threads.
@@ -221,7 +235,7 @@ def bounded_family(
     bounds: Aggregation | None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Metric]:
-    """A family with guaranteed bounds `_lower` and `_upper`, which groups combine by `bounds`; None: groups have none."""
+    """A family with guaranteed bounds `_lower` and `_upper`; `bounds` aggregates them, None: groups have no bounds."""
     sides = [
         family(
             replace(
@@ -306,7 +320,8 @@ def counts(batch: Batch, view: str) -> Columns:
             Metric(
                 "frac_lt_{}",
                 "|Δ| < {}",
-                "fraction of the finite coordinates with |Δ| < {}; in the visible view the threshold is rounded to bf16",
+                "fraction of the finite coordinates with |Δ| < {}; in the visible view the threshold is rounded to "
+                "bf16",
                 aggregation=MEAN_BY_COORDINATES,
                 source=PAPER,
                 tables=ALL_TABLES,
@@ -545,8 +560,8 @@ def near_zero(batch: Batch, changed: np.ndarray, ratios: Sequence[float] = RATIO
             Metric(
                 "near_zero_coverage_{}",
                 "near-zero coverage at {}",
-                "fraction of the changed coordinates that are in the near-zero mask, the ⌈r·n⌉ smallest |W| of each tensor, "
-                "r = {}; by chance r. Ties at the threshold count in expectation",
+                "fraction of the changed coordinates that are in the near-zero mask, the ⌈r·n⌉ smallest |W| of each "
+                "tensor, r = {}; by chance r. Ties at the threshold count in expectation",
                 aggregation=MEAN_BY_CHANGED,
                 source=PAPER,
                 tables=ALL_TABLES,

@@ -26,7 +26,7 @@ from opdkernels.metrics.registry import (
     family,
     interleave,
 )
-from opdkernels.metrics.spectra import NOTHING, SUBSPACE, SpectrumRecord
+from opdkernels.metrics.spectra import NO_VALUES, SUBSPACE, SpectrumRecord
 from opdkernels.spectral.exact import RATIOS, top_ranks
 from opdkernels.spectral.principal import COUNTS
 
@@ -185,7 +185,8 @@ def spectrum(sigma: np.ndarray) -> Row:
 def marchenko_pastur(y: float) -> tuple[np.ndarray, np.ndarray]:
     """The Marchenko-Pastur law for y = short / long.
 
-    Returns angles t in 0 .. pi, each for the eigenvalue 1 + y + 2 sqrt(y) cos t, and the fraction of eigenvalues above it.
+    Returns angles t in 0 .. pi, each for the eigenvalue 1 + y + 2 sqrt(y) cos t, and the fraction of eigenvalues above
+    it.
     """
     t = np.linspace(0, math.pi, 20_001)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -222,7 +223,7 @@ def random_spectrum(m: int, n: int) -> tuple[float, dict[int, float]]:
 
 def spectrum_row(record: SpectrumRecord) -> Row:
     """A row of spectra.parquet: metrics of delta's spectrum, and two of them for a random update of the same shape."""
-    metrics = spectrum(NOTHING if record.method == "topk" else record.delta) | topk_metrics(record)
+    metrics = spectrum(NO_VALUES if record.method == "topk" else record.delta) | topk_metrics(record)
     stable_rank, energy = random_spectrum(record.m, record.n) if record.method else (None, {})
     return metrics | {"stable_rank_null": stable_rank, "energy_16_null": energy.get(16)}
 

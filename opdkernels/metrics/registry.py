@@ -33,7 +33,7 @@ class Aggregation:
 
     Attributes:
         description: The rule in words, for docs/outputs.md.
-        compute: From the tensors of one view and the metric's name to float64 [groups]; None where groups have no value.
+        compute: From the tensors of one view and the metric's name to float64 [groups]; None: groups have no value.
     """
 
     description: str
@@ -58,7 +58,7 @@ class Metric:
         source: Where the metric comes from.
         tables: Tables with this column: tensors, groups, spectra, geometry, overlap, trajectory.
         views: Views that have the metric.
-        pages: Tables of report pages that show it (overview, groups, tensors, trajectory, overlap), each with the views.
+        pages: Tables of report pages that show it (overview, groups, tensors, trajectory, overlap) -> views.
         section: Heading above the label on pages, instead of the view.
         family: Metrics that differ in a parameter only share one row in docs/outputs.md: "frac_le_1e-8 … frac_le_1e-3".
         family_definition: The definition with the parameter as a symbol.

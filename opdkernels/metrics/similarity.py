@@ -1,7 +1,7 @@
-"""How near the top directions of an update are to those of the last checkpoint of its run, matrix by matrix.
+"""Similarity of the top directions of an update to those of the last checkpoint of its run, per matrix.
 
-Sim_K(t, T) = ||V_K(t)^T V_K(T)||^2 / K, of the K = 16 top singular vectors of delta at t and at the end T: 1 once training
-only grows along directions that it has found, K / n for unrelated ones.
+Sim_K(t, T) = ||V_K(t)^T V_K(T)||^2 / K for the K = 16 top singular vectors of delta at checkpoint t and at the last one,
+T. It is 1 when training only continues along directions it already has, and K / n for unrelated directions.
 """
 
 from __future__ import annotations
@@ -16,16 +16,23 @@ import torch
 from opdkernels.runs.store import ArrowStore
 
 TOP = 16
-DEFICIENT = 1e-6  # s_K / s_1 below which the last of the K vectors are any
+DEFICIENT = 1e-6  # s_K / s_1 below which the last of the K vectors are arbitrary
 SCHEMA_VERSION = 2
 Vectors = tuple[torch.Tensor, torch.Tensor]  # left [m, K] and right [n, K]
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """Of one matrix of the source, at each checkpoint: Sim_K to the last; NaN where an update has fewer than K directions.
+    """Sim_K of one matrix to the last checkpoint, at each checkpoint.
 
-    `run`: which checkpoints these were. `left`, `right` [checkpoints].
+    Attributes:
+        index: Number of the tensor in the pair.
+        part: Number of the matrix in a stack of experts, -1 for a single matrix.
+        m: Rows.
+        n: Columns.
+        run: Digest of the checkpoints that were compared.
+        left: Sim_K of the left vectors, NaN where an update has fewer than K directions, float64 [checkpoints].
+        right: The same for the right vectors.
     """
 
     index: int
@@ -41,16 +48,19 @@ class Similarity:
         return self.index, self.part
 
 
-def similar(a: torch.Tensor, b: torch.Tensor) -> float:
-    """||A^T B||^2 / K of orthonormal [n, K]."""
+def subspace_similarity(a: torch.Tensor, b: torch.Tensor) -> float:
+    """||A^T B||^2 / K of orthonormal A, B [n, K]."""
     return float((a.T @ b).square().sum()) / a.shape[1]
 
 
 def similarity_to_last(tops: Sequence[Vectors | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Sim_K of each to the last, left and right."""
+    """Sim_K of the vectors of each checkpoint to those of the last, left and right [checkpoints]."""
     last = tops[-1]
-    sides = [[similar(top[side], last[side]) if top and last else float("nan") for top in tops] for side in (0, 1)]
-    return np.array(sides[0]), np.array(sides[1])
+
+    def similarities(side: int) -> np.ndarray:
+        return np.array([subspace_similarity(top[side], last[side]) if top and last else np.nan for top in tops])
+
+    return similarities(0), similarities(1)
 
 
 def open_similarities(folder: Path | None) -> ArrowStore[Similarity]:

@@ -1,4 +1,4 @@
-"""The record of a matrix's spectra, from which its figures follow in geometry.py; compute.py makes it."""
+"""The record of a matrix's spectra: analysis/compute.py fills it, geometry.py computes its metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from opdkernels.runs.store import ArrowStore
 
 SCHEMA_VERSION = 2
 SUBSPACE = ("projection", "projection_left", "projection_right", "rotation_left", "rotation_right")
-NOTHING = np.zeros(0)
+NO_VALUES = np.zeros(0)
 UNDERFLOW = "delta is below 1e-154: fp64 does not hold its squares"
 FINAL = ("delta is zero", "delta is below", "non-finite")  # reasons that will not change
 
@@ -20,11 +20,25 @@ FINAL = ("delta is zero", "delta is below", "non-finite")  # reasons that will n
 class SpectrumRecord:
     """Spectra of one matrix in one view, or the reason why there are none.
 
-    `source`, `trained`, `delta`: singular values; of method "topk" only the top of `delta`, with guaranteed `bounds`
-    [2, top] and the share of the energy, `remainder`, that may be missing from their squares. `energy`: that of delta.
-    `method`: "gram", fp64 Gram matrices; "gram_mixed", W^T delta of them in fp32 blocks; "svd"; "topk"; "" for none.
-    `subspace` [5, ratios] as SUBSPACE names them. `masks` int64 [ratios, subsets, counts] as in spectral.principal,
-    `mask_sizes` [ratios, 3] their size and what they take of ties.
+    Attributes:
+        index: Number of the tensor in the pair.
+        part: Number of the matrix in a stack of experts, -1 for a single matrix.
+        view: "stored" or "visible".
+        m: Rows.
+        n: Columns.
+        method: "gram": fp64 Gram matrices; "gram_mixed": the same with W^T delta in fp32 blocks; "svd"; "topk"; or ""
+            if there are none.
+        reason: Why there are no spectra.
+        seconds: Computing time.
+        energy: Sum of delta^2.
+        remainder: Method "topk": fraction of the energy that may be missing from the squares of `delta`.
+        source: Singular values of W, descending.
+        trained: Singular values of W'.
+        delta: Singular values of delta; method "topk": only the largest.
+        bounds: Method "topk": guaranteed lower and upper bounds of `delta` [2, top].
+        subspace: The metrics named by SUBSPACE [5, ratios].
+        masks: Mask counts as in `spectral.principal`, int64 [ratios, subsets, counts].
+        mask_sizes: Size of the masks, and how many tied coordinates each takes [ratios, 3].
     """
 
     index: int
@@ -37,13 +51,13 @@ class SpectrumRecord:
     seconds: float = 0.0
     energy: float = 0.0
     remainder: float = 0.0
-    source: np.ndarray = field(default_factory=lambda: NOTHING)
-    trained: np.ndarray = field(default_factory=lambda: NOTHING)
-    delta: np.ndarray = field(default_factory=lambda: NOTHING)
-    bounds: np.ndarray = field(default_factory=lambda: NOTHING)
-    subspace: np.ndarray = field(default_factory=lambda: NOTHING)
-    masks: np.ndarray = field(default_factory=lambda: NOTHING.astype(np.int64))
-    mask_sizes: np.ndarray = field(default_factory=lambda: NOTHING.astype(np.int64))
+    source: np.ndarray = field(default_factory=lambda: NO_VALUES)
+    trained: np.ndarray = field(default_factory=lambda: NO_VALUES)
+    delta: np.ndarray = field(default_factory=lambda: NO_VALUES)
+    bounds: np.ndarray = field(default_factory=lambda: NO_VALUES)
+    subspace: np.ndarray = field(default_factory=lambda: NO_VALUES)
+    masks: np.ndarray = field(default_factory=lambda: NO_VALUES.astype(np.int64))
+    mask_sizes: np.ndarray = field(default_factory=lambda: NO_VALUES.astype(np.int64))
 
     @property
     def key(self) -> tuple[int, int, str]:

@@ -443,7 +443,7 @@ def fraction_scale(values: Sequence[float]) -> Scale:
 
 
 def ratio_scale(values: Sequence[float], least_reach: float = 1.25, most_reach: float = 16.0) -> Scale:
-    """Eleven steps around 1, logarithmic and symmetric; the middle one is neutral. Larger ratios get the end colours."""
+    """Eleven steps around 1, logarithmic and symmetric, the middle neutral. Larger ratios get the end colours."""
     most = max([v for v in values if v > 0] + [1 / v for v in values if v > 0] + [least_reach])
     reach = math.log(min(most_reach, most) * (1 + 1e-9))
 

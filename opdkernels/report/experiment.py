@@ -186,7 +186,8 @@ def interpretation(result: Mapping[str, Any]) -> list[str]:
     reference = result["reference_arm"]
     if rows[reference].get("gain_retained") is None:
         return [
-            f"The gain of {reference} may be zero at this number of seeds and prompts, so fractions of it are not given."
+            f"The gain of {reference} may be zero at this number of seeds and prompts, so fractions of it are not "
+            "given."
         ]
     sentences = []
     for arm, row in rows.items():

@@ -1,4 +1,4 @@
-"""The geometry section of an `analyze` page: the rank of the update, and how it relates to the singular vectors of W."""
+"""The geometry section of an `analyze` page: rank of the update, and its relation to the singular vectors of W."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def sentences(rows: Sequence[Row], exact: Sequence[Row]) -> list[str]:
         else "no direction stands out"
     )
     found = [
-        f"The update of {plural(len(rows), 'matrix', 'matrices')} has a median stable rank of {significant(stable, 3)}; "
-        f"a random update has {significant(random, 3)}. Its 16 largest directions contain {percent(energy)} of the "
-        f"energy, those of a random update {percent(random_energy)}: {conclusion}."
+        f"The update of {plural(len(rows), 'matrix', 'matrices')} has a median stable rank of "
+        f"{significant(stable, 3)}; a random update has {significant(random, 3)}. Its 16 largest directions contain "
+        f"{percent(energy)} of the energy, those of a random update {percent(random_energy)}: {conclusion}."
     ]
     if exact:
         within, chance = (float(column(exact, name).mean()) for name in ("projection_10pct", "projection_10pct_chance"))
@@ -180,7 +180,8 @@ def maps(rows: Sequence[Row], exact: Sequence[Row]) -> list[dict[str, Any]]:
             exact,
             lambda row: None if row["principal_coverage_10pct"] is None else row["principal_coverage_10pct"] / 0.1,
             "Principal coverage at 10 % relative to chance",
-            "Blue: the update avoids the coordinates that the top singular vectors make large; orange: it prefers them.",
+            "Blue: the update avoids the coordinates that the top singular vectors make large; orange: it prefers "
+            "them.",
         ),
     ]
     found = []

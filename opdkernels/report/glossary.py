@@ -66,8 +66,8 @@ TERMS: dict[str, Metric] = {
         Metric(
             "update_fraction",
             "update fraction",
-            "fraction of the coordinates changed by the full run that have their values from that run; the others are as "
-            "at the start",
+            "fraction of the coordinates changed by the full run that have their values from that run; the others are "
+            "as at the start",
         ),
         Metric(
             "mask_recall",

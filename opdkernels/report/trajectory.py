@@ -170,8 +170,8 @@ def interpretation(steps: Sequence[dict[str, Any]]) -> list[str]:
     if None not in zero:
         sentences.append(
             f"From step {first['step']} to {last['step']} the fraction of visibly unchanged coordinates went from "
-            f"{percent(zero[0])} to {percent(zero[1])}, and the relative norm of the update from {percent(norms[0])} to "
-            f"{percent(norms[1])}."
+            f"{percent(zero[0])} to {percent(zero[1])}, and the relative norm of the update from "
+            f"{percent(norms[0])} to {percent(norms[1])}."
         )
     settled = next((step for step in steps if (step["visible"].get(RECALL) or 0) >= SETTLED), None)
     if settled is not None and settled is not last:

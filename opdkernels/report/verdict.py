@@ -152,8 +152,8 @@ def summarize(summary: dict[str, Any], fit: Fit, modules: Sequence[dict[str, Any
     if not visible["changed"]:
         conclusion = "No change is visible in bf16" if stored["changed"] else "No finite coordinate changed"
         sentence = (
-            "The bf16 copies of both checkpoints are equal in every finite coordinate, so there is no visible update to "
-            "compare with rounding."
+            "The bf16 copies of both checkpoints are equal in every finite coordinate, so there is no visible update "
+            "to compare with rounding."
         )
         return Summary(headline, detail, conclusion, [sentence])
     return Summary(headline, detail, *verdict(visible, fit, modules))
@@ -169,8 +169,8 @@ def verdict(visible: dict[str, Any], fit: Fit, modules: Sequence[dict[str, Any]]
     same_changed, same_coverage = abs(changed - 1) <= TOLERANCE, abs(coverage - 1) <= TOLERANCE
     setting = (
         "A dense update that is independent of the weights, has the same visible energy and is stored in bf16 would "
-        f"change {expected_changed} of the coordinates, with {expected_coverage} of its visible changes in the tenth of "
-        "the weights nearest to zero."
+        f"change {expected_changed} of the coordinates, with {expected_coverage} of its visible changes in the tenth "
+        "of the weights nearest to zero."
     )
     if same_changed and same_coverage:
         conclusion = "Over the whole model, bf16 rounding alone explains both metrics"

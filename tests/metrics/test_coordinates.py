@@ -1,4 +1,4 @@
-"""Figures of a tensor equal those computed from its coordinates."""
+"""Metrics of a tensor equal those computed from its coordinates."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def coordinates(source, trained, view):
 @pytest.mark.parametrize("view", ["stored", "visible"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("hostile", [True, False])
-def test_figures_equal_those_of_the_coordinates(view, dtype, hostile):
+def test_metrics_equal_those_computed_from_the_coordinates(view, dtype, hostile):
     source, trained = make_pair(20_001, dtype, hostile=hostile)
     row = tensor_metrics(sparse(source, trained), view)
     w, v, d = coordinates(source, trained, view)
@@ -75,7 +75,7 @@ def test_figures_equal_those_of_the_coordinates(view, dtype, hostile):
 
 
 @pytest.mark.parametrize("view", ["stored", "visible"])
-def test_relative_thresholds_lie_within_their_bounds(view):
+def test_relative_thresholds_are_within_their_bounds(view):
     source, trained = make_pair(20_001, torch.float32, hostile=False)
     row = tensor_metrics(sparse(source, trained), view)
     w, _, d = coordinates(source, trained, view)
@@ -92,7 +92,7 @@ def test_relative_thresholds_lie_within_their_bounds(view):
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 400), levels=st.integers(1, 30))
-def test_near_zero_mask_of_any_tie_break_lies_within_the_bounds(seed, n, levels):
+def test_bounds_of_the_near_zero_mask_hold_for_any_tie_break(seed, n, levels):
     rng = np.random.default_rng(seed)
     source = torch.from_numpy(rng.integers(-levels, levels + 1, n) / 64).bfloat16()
     trained = torch.where(torch.from_numpy(rng.random(n) < 0.4), source + 1, source)
@@ -123,8 +123,8 @@ def test_expected_near_zero_count_is_the_mean_over_tie_breaks():
 
 
 @pytest.mark.parametrize("view", ["stored", "visible"])
-def test_figures_of_many_tensors_are_those_of_each(view):
-    """Empty, unmoved, all non-finite and ordinary tensors side by side, more than one batch of them."""
+def test_a_batch_gives_the_metrics_of_each_tensor(view):
+    """Empty, unmoved, all non-finite and ordinary tensors together, in more than one batch."""
     kinds = [
         sparse(*make_pair(n, dtype, seed=n, hostile=hostile))
         for n, dtype, hostile in (
@@ -150,7 +150,7 @@ def test_thresholds_round_as_torch_rounds_them():
 
 
 @pytest.mark.parametrize("view", ["stored", "visible"])
-def test_an_unmoved_and_an_empty_tensor_have_no_invented_figures(view):
+def test_undefined_metrics_are_none(view):
     same = torch.ones(10)
     row = tensor_metrics(sparse(same, same), view)
     assert (row["frac_zero"], row["relative_norm"], row["top_energy_1pct"], row["near_zero_coverage_10pct"]) == (
@@ -169,7 +169,7 @@ def test_an_unmoved_and_an_empty_tensor_have_no_invented_figures(view):
     assert all(v is None or not (isinstance(v, float) and math.isnan(v)) for v in row.values())
 
 
-def test_a_sparse_tally_holds_the_whole_tally():
+def test_a_sparse_tally_round_trips():
     tally = delta(*make_pair(3000, torch.float32))
     assert SparseTally.of(tally).dense() == tally
     assert SparseTally.of(Tally.empty()).dense() == Tally.empty()

@@ -69,7 +69,7 @@ def dense(kind: str, remainder: str, shape: str, relative: float, n: int = 1_000
 @pytest.mark.parametrize("relative", [5e-4, 1e-3, 2e-3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", ["normal", "student"])
-def test_a_dense_update_is_explained_and_named(shape, kind, relative, remainder):
+def test_a_dense_update_is_explained_by_its_kind_of_null(shape, kind, relative, remainder):
     source, delta, changed = dense(kind, remainder, shape, relative)
     null = fit(source, delta, remainder=remainder)["chosen"]
     assert null.kind == kind
@@ -93,7 +93,7 @@ def test_a_heavy_tail_is_nearer_to_empirical_than_to_normal(remainder):
     assert nulls["empirical"].distance < nulls["normal"].distance / 20
 
 
-def test_small_weights_that_move_more_are_not_explained():
+def test_larger_updates_of_small_weights_are_not_explained():
     """The empirical null has its distribution from small weights, not the visible share of each |W|: it can fail."""
     generator = torch.Generator().manual_seed(3)
     source = weights("normal", 1_000_000, generator).bfloat16().float()
@@ -204,7 +204,7 @@ def test_huge_updates_change_everything_and_keep_their_energy():
     assert null.near_zero[0.1] == pytest.approx(10_000, abs=1)
 
 
-def test_ties_at_the_cut_count_in_expectation():
+def test_ties_at_the_threshold_count_in_expectation():
     source, delta = np.zeros(1 << 15, np.int64), np.zeros(1 << 15, np.int64)
     source[0x3F81], delta[0], delta[0x3C00] = 1000, 600, 400
     null = fit(source, delta)["normal"]
@@ -230,7 +230,7 @@ def test_a_batch_equals_its_tensors_dense_or_sparse():
                 assert np.abs(batch[kind].delta - null.delta).sum() < 0.01
 
 
-def test_bad_tables_are_refused():
+def test_invalid_tables_are_rejected():
     source, delta = np.zeros(1 << 15, np.int64), np.zeros(1 << 15, np.int64)
     source[5] = 1
     with pytest.raises(ValueError, match="different numbers of coordinates"):
@@ -283,7 +283,7 @@ def test_expected_counts_are_counts(pair, remainder):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(-30, 30), st.sampled_from(KINDS), st.sampled_from(["grid", "uniform"]))
-def test_a_power_of_two_scales_the_size_and_nothing_else(shift, kind, remainder):
+def test_scaling_by_a_power_of_two_only_scales_the_size(shift, kind, remainder):
     source, delta, _ = dense(kind, remainder, "normal", 1e-3, 30_000)
     # Each table is moved by whole exponents; the few bins that would become subnormal are left out on both sides.
     keep = delta.copy()
@@ -306,7 +306,7 @@ def test_a_power_of_two_scales_the_size_and_nothing_else(shift, kind, remainder)
 
 @pytest.mark.parametrize("remainder", ["grid", "uniform"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tensor_twice_has_twice_the_counts_and_the_same_size(kind, remainder):
+def test_duplicating_a_tensor_doubles_the_counts_at_the_same_size(kind, remainder):
     source, delta, _ = dense(kind, remainder, "student", 1e-3, 100_000)
     once, twice = fit(source, delta, remainder=remainder), fit(2 * source, 2 * delta, remainder=remainder)
     for name in ("sign", "normal"):  # the empirical density resolves finer with more coordinates

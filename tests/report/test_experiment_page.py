@@ -1,4 +1,4 @@
-"""The page of an experiment, from results written by hand."""
+"""The report of an experiment, from handwritten results."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ FULL = row("full", 0.7, 1.0, trained=1.0, changed_visible=0.3, changed_stored=0.
             "masks",
             [FULL, row("changed", 0.6, 0.8, trained=0.2)],
             "full",
-            "Training 20.00 % of the weights, those that the full run changed most, retains 80.00 % of its gain (full: 20.00 % to 70.00 %)",
+            "Training 20.00 % of the weights, those that the full run changed most, retains 80.00 % of its gain "
+            "(full: 20.00 % to 70.00 %)",
         ),
         ("masks", [FULL], "full", "full: from 20.00 % to 70.00 % on held-out prompts"),
         (
@@ -93,11 +94,11 @@ FULL = row("full", 0.7, 1.0, trained=1.0, changed_visible=0.3, changed_stored=0.
         ),
     ],
 )
-def test_the_headline_says_what_was_found(experiment, rows, against, expected):
+def test_headline_states_the_result(experiment, rows, against, expected):
     assert headline(result(experiment, rows, against)).replace("\u202f", " ").startswith(expected)
 
 
-def test_the_table_has_the_columns_that_some_arm_has():
+def test_table_columns_are_those_that_some_arm_has():
     found = page_context(result("grafts", [FULL, row("mlp alone", 0.6, 0.8, update_fraction=0.2)]))
     keys = [column.key for column in found["table"].columns]
     assert keys == ["arm", "score", "gain_retained", "update_fraction", "trained", "changed_visible", "changed_stored"]
@@ -116,7 +117,7 @@ def test_the_table_has_the_columns_that_some_arm_has():
 
 
 @pytest.mark.parametrize("shift", [0.0, -0.75, -2.0])
-def test_intervals_lie_on_the_drawing_whatever_their_sign(shift):
+def test_intervals_of_any_sign_are_inside_the_drawing(shift):
     rows = [("a", 0.1 + shift, -0.2 + shift, 0.4 + shift), ("b", 1.0 + shift, 0.9 + shift, 1.3 + shift)]
     for frame in charts.FRAMES:
         drawing = str(charts.interval_chart(rows, typography.percent, "", "", frame))
@@ -131,13 +132,13 @@ def test_intervals_lie_on_the_drawing_whatever_their_sign(shift):
         assert places[0] < places[1]
 
 
-def test_one_seed_is_said_to_be_one():
+def test_a_single_seed_is_mentioned():
     rows = [FULL, row("changed", 0.6, 0.8, trained=0.2)]
     assert not any("One seed" in line for line in page_context(result("masks", rows))["interpretation"])
     assert any("prompts only" in line for line in page_context({**result("masks", rows), "seeds": 1})["interpretation"])
 
 
-def test_the_analysis_is_linked_without_marks_too(tmp_path):
+def test_the_analysis_is_linked_without_snapshots(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(result("masks", [FULL])))
     (tmp_path / "analysis").mkdir()
     (tmp_path / "analysis" / "report.html").touch()
@@ -145,7 +146,7 @@ def test_the_analysis_is_linked_without_marks_too(tmp_path):
     assert 'href="analysis/report.html"' in (tmp_path / "report.html").read_text()
 
 
-def test_a_run_that_changed_nothing_has_no_curve_of_its_final_set():
+def test_a_run_without_changes_has_no_curve_of_its_final_set():
     along = [
         {
             "step": step,
@@ -161,7 +162,7 @@ def test_a_run_that_changed_nothing_has_no_curve_of_its_final_set():
     ]
 
 
-def test_a_page_is_written_again(tmp_path):
+def test_a_page_can_be_rewritten_from_results(tmp_path):
     found = result("masks", [FULL, row("changed", 0.6, 0.8, trained=0.2)])
     (tmp_path / "results.json").write_text(json.dumps(found))
     assert "retains 80.00" in write_report(tmp_path).read_text()
@@ -171,7 +172,7 @@ def test_a_page_is_written_again(tmp_path):
             write_report(tmp_path)
 
 
-def test_a_gain_that_may_be_none_is_said():
+def test_a_gain_that_may_be_zero_is_mentioned():
     found = page_context(result("masks", [row("full", 0.21), row("changed", 0.22, trained=0.2)]))
     assert found["interpretation"] == [
         "The gain of full may be zero at this number of seeds and prompts, so fractions of it are not given."

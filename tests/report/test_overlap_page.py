@@ -1,4 +1,4 @@
-"""The page of an overlap: inert, complete in every case, and right in a real browser."""
+"""The report of `overlap`: self-contained, complete in every case, and correct in a real browser."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pages(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_case_has_every_section_and_nests(pages, case):
+def test_every_case_has_every_section_and_valid_nesting(pages, case):
     page = Page(pages[case])
     assert [e["attrs"]["id"] for e in page.all("section")] == SECTIONS
     assert {e["tag"] for e in page.elements} <= EXPECTED_TAGS
@@ -52,7 +52,7 @@ def test_every_case_has_every_section_and_nests(pages, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_page_needs_and_runs_nothing_but_itself(pages, case):
+def test_the_page_is_self_contained(pages, case):
     page = Page(pages[case])
     assert len(page.all("script")) == 1
     for element in page.elements:
@@ -62,7 +62,7 @@ def test_the_page_needs_and_runs_nothing_but_itself(pages, case):
                 assert value.startswith(("#", "data:"))
 
 
-def test_the_first_pair_is_told_in_words(pages):
+def test_the_summary_describes_the_first_pair(pages):
     answer = Page(pages["layers"]).section("summary")
     assert re.search(r"of what run A changed, run B changed too", answer)
     assert "most of the overlap follows from the magnitudes" in answer
@@ -73,7 +73,7 @@ def test_the_first_pair_is_told_in_words(pages):
 @pytest.mark.parametrize(
     ("case", "width", "dark"), [("layers", 360, True), ("layers", 1280, False), ("hostile", 360, False)]
 )
-def test_in_a_browser_nothing_overflows_and_tables_sort(pages, tmp_path, case, width, dark):
+def test_browser_no_overflow_and_sorted_tables(pages, tmp_path, case, width, dark):
     found = probe(pages[case], tmp_path, width, dark)
     assert found["scroll"] <= width
     assert (brightness(found["paper"]) < brightness(found["ink"])) == dark

@@ -1,4 +1,4 @@
-"""The page of a run: inert, self-contained, complete in every special case, and right in a real browser."""
+"""The report of `analyze`: self-contained, complete in every special case, and correct in a real browser."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ VOID = {"meta", "link", "br", "img", "input", "hr", "wbr", "rect", "line", "path
 EXPECTED_TAGS = set(
     re.findall(
         r"\w+",
-        """html head meta link title style body a header p dl div dt dd main section h1 h2 h3 table caption thead tbody tr th
-    td sup b svg g rect line path circle text nav ul li figure figcaption span details summary button form label input
-    select option output small wbr code footer script""",
+        """html head meta link title style body a header p dl div dt dd main section h1 h2 h3 table caption thead tbody
+    tr th td sup b svg g rect line path circle text nav ul li figure figcaption span details summary button form label
+    input select option output small wbr code footer script""",
     )
 )
 
@@ -179,7 +179,7 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_case_has_every_section_and_nests(pages, results, case):
+def test_every_case_has_every_section_and_valid_nesting(pages, results, case):
     page = Page(pages[case])
     known = any(record.method for record in results[case].spectrum_records)
     expected = [name for name in SECTIONS if known or name != "geometry"]
@@ -195,7 +195,7 @@ def test_every_case_has_every_section_and_nests(pages, results, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_page_needs_and_runs_nothing_but_itself(pages, case):
+def test_the_page_is_self_contained(pages, case):
     text = pages[case]
     page = Page(text)
     assert {e["tag"] for e in page.elements} <= EXPECTED_TAGS
@@ -238,15 +238,15 @@ def test_hostile_names_are_shown_as_text(pages):
         ("fp32", "visibly in bf16"),
     ],
 )
-def test_the_headline_says_what_the_case_is(pages, case, headline):
+def test_headline_of_each_case(pages, case, headline):
     assert headline in Page(pages[case]).all("h1")[0]["text"]
 
 
-def test_an_invisible_change_is_called_so(pages):
+def test_an_invisible_change_is_reported_as_invisible(pages):
     assert "No change is visible in bf16" in Page(pages["invisible"]).section("summary")
 
 
-def test_left_out_names_tensors_and_reasons(results, pages):
+def test_left_out_lists_tensors_and_reasons(results, pages):
     page = Page(pages["non-finite"])
     for entry in results["non-finite"].summary["nonfinite"]:
         assert entry["name"] in page.section("left-out")
@@ -267,7 +267,7 @@ def close(cell: dict, value: float | None) -> bool:
 
 
 @pytest.mark.parametrize("case", ["layers", "fp32", "no layers", "non-finite", "identical"])
-def test_tensor_rows_are_those_of_the_table(results, pages, case):
+def test_tensor_rows_equal_the_table(results, pages, case):
     heads, rows = rows_of(Page(pages[case]), "tensors")
     table = {(r["name"], r["view"]): r for r in results[case].tensors.to_pylist()}
     assert len(rows) == len(table) // 2
@@ -286,7 +286,7 @@ def test_tensor_rows_are_those_of_the_table(results, pages, case):
             assert close(at[head], visible[key])
 
 
-def test_group_rows_and_answer_are_those_of_the_tables(results, pages):
+def test_group_rows_and_summary_equal_the_tables(results, pages):
     page, result = Page(pages["layers"]), results["layers"]
     for by in ("block", "module", "layer"):
         heads, rows = rows_of(page, f"by-{by}")
@@ -306,7 +306,7 @@ def test_group_rows_and_answer_are_those_of_the_tables(results, pages):
     assert typography.times(visible["near_zero_coverage_10pct_over_null"]) in answer
 
 
-def test_heat_maps_hold_every_cell_of_the_groups(results, pages):
+def test_heat_maps_contain_every_cell_of_the_groups(results, pages):
     titles = [e["text"] for e in Page(pages["layers"]).all("title")]
     for row in results["layers"].groups.to_pylist():
         if row["by"] == "layer_module" and row["view"] == "visible" and row["layer"] >= 0:
@@ -316,17 +316,17 @@ def test_heat_maps_hold_every_cell_of_the_groups(results, pages):
             assert place + typography.times(row["near_zero_coverage_10pct_over_null"]) in titles
 
 
-def test_models_without_layers_have_no_map_and_say_so(pages):
+def test_models_without_layers_have_no_heat_map(pages):
     assert "no numbered layer changed" in Page(pages["no layers"]).section("where")
 
 
-def test_the_same_run_gives_the_same_bytes_also_from_its_folder(results, pages):
+def test_rendering_is_byte_identical_from_result_and_from_folder(results, pages):
     result = results["layers"]
     assert report.render("analyze", result) == pages["layers"]
     assert report.render("analyze", load(result.path)) == pages["layers"]
 
 
-def test_write_replaces_the_page_whole(results, pages, tmp_path):
+def test_write_replaces_the_page(results, pages, tmp_path):
     (tmp_path / "report.html").write_text("old")
     path = report.write(tmp_path, "analyze", results["layers"])
     assert path == tmp_path / "report.html"
@@ -344,7 +344,7 @@ def large(result: Analysis, count: int) -> Analysis:
     return Analysis(pa.concat_tables(tables), result.groups, result.summary, result.run, [])
 
 
-def test_two_thousand_tensors_fit_and_more_are_cut(results):
+def test_pages_list_at_most_two_thousand_tensors(results):
     text = report.render("analyze", large(results["layers"], 2000))
     assert len(text.encode()) < 3_000_000
     _, rows = rows_of(Page(text), "tensors")
@@ -358,7 +358,7 @@ def test_two_thousand_tensors_fit_and_more_are_cut(results):
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-12, 3.3e-7, 0.00999, 0.01, 0.5, 0.99, 0.999999, 1 - 1e-12, 1.0, 1.5, 12.0])
-def test_a_percentage_reads_as_all_or_nothing_only_when_it_is(value):
+def test_only_0_and_1_print_as_0_and_100_percent(value):
     shown = typography.percent(value).replace(typography.THIN, "").rstrip("%")
     number = float(shown.lstrip(">"))
     assert (number == 0) == (value == 0)
@@ -366,7 +366,7 @@ def test_a_percentage_reads_as_all_or_nothing_only_when_it_is(value):
     assert number == pytest.approx(100 * value, rel=5e-3)
 
 
-def test_missing_figures_are_a_dash():
+def test_missing_values_are_a_dash():
     for show in (typography.percent, typography.times, typography.measure, typography.count, typography.duration):
         assert show(None) == typography.MISSING
     assert typography.percent(float("nan")) == typography.MISSING
@@ -418,23 +418,33 @@ def show(page: Path, profile: Path, width: int, dark: bool) -> tuple[str, str]:
 
 
 PROBE = """<script>
-const found = {width: innerWidth, scroll: document.documentElement.scrollWidth, dark: matchMedia("(prefers-color-scheme: dark)").matches,
+const found = {width: innerWidth, scroll: document.documentElement.scrollWidth,
+  dark: matchMedia("(prefers-color-scheme: dark)").matches,
   paper: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color};
 const table = document.getElementById("tensors"), heads = table ? [...table.querySelectorAll("th[aria-sort]")] : [];
 if (table) {
 const index = heads.findIndex((h) => h.textContent === "parameters");
 const column = () => [...table.tBodies[0].rows].map((r) => Number(r.cells[index].dataset.v));
-heads[index].querySelector("button").click(); found.down = column(); found.sort = heads[index].getAttribute("aria-sort");
+heads[index].querySelector("button").click(); found.down = column();
+found.sort = heads[index].getAttribute("aria-sort");
 heads[index].querySelector("button").click(); found.up = column();
 heads[0].querySelector("button").click(); found.names = [...table.tBodies[0].rows].map((r) => r.cells[0].textContent);
-const search = document.querySelector(".filter input"); if (search) { search.value = "layers.1. up"; search.dispatchEvent(new Event("input")); }
+const search = document.querySelector(".filter input");
+if (search) { search.value = "layers.1. up"; search.dispatchEvent(new Event("input")); }
 found.kept = [...table.tBodies[0].rows].filter((r) => !r.hidden).map((r) => r.cells[0].textContent);
 }
-const shown = () => [...document.querySelectorAll("#where .view")].filter((v) => v.getClientRects().length).map((v) => v.className);
-found.before = shown(); const stored = document.querySelector('.switch button[value="stored"]'); if (stored) stored.click(); found.after = shown();
-const cell = document.querySelector("#where g title"); if (cell) { cell.parentNode.querySelector("rect").dispatchEvent(new Event("click", {bubbles: true})); found.tooltip = document.querySelector("#where .tooltip").textContent; found.title = cell.textContent; }
-found.panels = [...document.querySelectorAll(".panel")].filter((p) => p.getClientRects().length).length;
-const pre = document.createElement("pre"); pre.id = "probe"; pre.textContent = JSON.stringify(found); document.body.append(pre);
+const visible = (selector) => [...document.querySelectorAll(selector)].filter((v) => v.getClientRects().length);
+const shown = () => visible("#where .view").map((v) => v.className);
+found.before = shown(); const stored = document.querySelector('.switch button[value="stored"]');
+if (stored) stored.click(); found.after = shown();
+const cell = document.querySelector("#where g title");
+if (cell) {
+cell.parentNode.querySelector("rect").dispatchEvent(new Event("click", {bubbles: true}));
+found.tooltip = document.querySelector("#where .tooltip").textContent; found.title = cell.textContent;
+}
+found.panels = visible(".panel").length;
+const pre = document.createElement("pre"); pre.id = "probe"; pre.textContent = JSON.stringify(found);
+document.body.append(pre);
 </script></body>"""
 
 
@@ -462,7 +472,7 @@ def brightness(colour: str) -> float:
     ("case", "width", "dark"),
     [("layers", 360, True), ("layers", 1280, False), ("hostile", 360, False), ("identical", 360, False)],
 )
-def test_in_a_browser_nothing_overflows_and_the_controls_work(pages, tmp_path, case, width, dark):
+def test_browser_no_overflow_and_working_controls(pages, tmp_path, case, width, dark):
     found = probe(pages[case], tmp_path, width, dark)
     assert found["width"] == width
     assert found["scroll"] <= width
@@ -483,7 +493,7 @@ def test_in_a_browser_nothing_overflows_and_the_controls_work(pages, tmp_path, c
 
 @browser
 @pytest.mark.parametrize("case", ["layers", "hostile"])
-def test_in_a_browser_the_page_as_written_logs_nothing(pages, tmp_path, case):
+def test_browser_logs_nothing(pages, tmp_path, case):
     page = tmp_path / "report.html"
     page.write_text(pages[case], encoding="utf-8")
     dom, log = show(page, tmp_path / "profile", 1280, False)
@@ -520,7 +530,7 @@ def test_without_spectra_the_page_has_no_geometry(tmp_path):
     assert 'id="geometry"' not in page
 
 
-def test_of_the_top_alone_the_page_shows_the_top_alone(tmp_path):
+def test_topk_spectra_show_only_the_top(tmp_path):
     page = page_with(tmp_path, "topk")
     assert "Energy of the largest directions" in page
     assert "Decay of the singular values" not in page

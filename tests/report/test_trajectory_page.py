@@ -1,4 +1,4 @@
-"""The page of a trajectory: inert, complete in every case, and right in a real browser."""
+"""The report of `trajectory`: self-contained, complete in every case, and correct in a real browser."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pages(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_case_has_every_section_and_nests(pages, case):
+def test_every_case_has_every_section_and_valid_nesting(pages, case):
     page = Page(pages[case])
     assert [e["attrs"]["id"] for e in page.all("section")] == SECTIONS
     assert {e["tag"] for e in page.elements} <= EXPECTED_TAGS
@@ -41,7 +41,7 @@ def test_every_case_has_every_section_and_nests(pages, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_page_needs_and_runs_nothing_but_itself(pages, case):
+def test_the_page_is_self_contained(pages, case):
     page = Page(pages[case])
     assert len(page.all("script")) == 1
     for element in page.elements:
@@ -51,7 +51,7 @@ def test_the_page_needs_and_runs_nothing_but_itself(pages, case):
                 assert value.startswith(("#", "data:"))
 
 
-def test_the_run_is_told_in_words(pages):
+def test_the_summary_describes_the_run(pages):
     answer = Page(pages["layers"]).section("summary")
     assert "At step 100 of 300" in answer
     assert "most of it follows from the magnitudes of the weights" in answer  # independent updates share nothing more
@@ -59,7 +59,7 @@ def test_the_run_is_told_in_words(pages):
 
 
 @pytest.mark.parametrize(("case", "figures"), [("layers", 6), ("identical", 3)])
-def test_there_is_a_drawing_for_every_question_that_has_an_answer(pages, case, figures):
+def test_every_question_with_known_values_has_a_figure(pages, case, figures):
     assert len(Page(pages[case]).all("figure")) == figures
 
 
@@ -74,7 +74,7 @@ def test_an_axis_covers_its_values_with_round_numbers():
 @pytest.mark.parametrize(
     ("case", "width", "dark"), [("layers", 360, True), ("layers", 1280, False), ("hostile", 360, False)]
 )
-def test_in_a_browser_nothing_overflows(pages, tmp_path, case, width, dark):
+def test_browser_no_overflow(pages, tmp_path, case, width, dark):
     found = probe(pages[case], tmp_path, width, dark)
     assert found["scroll"] <= width
     assert (brightness(found["paper"]) < brightness(found["ink"])) == dark

@@ -338,7 +338,7 @@ def tensor_row(name: str, shape: tuple[int, ...], tally: SparseTally) -> Row:
 
 def below(tally: SparseTally, pattern: int) -> int:
     """Coordinates whose visible |delta| is less than that of a bf16 pattern."""
-    return int(tally.delta[: np.searchsorted(tally.patterns, pattern)].sum())
+    return int(tally.hist_delta[: np.searchsorted(tally.patterns, pattern)].sum())
 
 
 def mask_row(name: str, shape: tuple[int, ...], tally: SparseTally, atol: float) -> Row:
