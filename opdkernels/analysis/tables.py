@@ -80,8 +80,8 @@ def fit_nulls(records: list[TallyRecord]) -> list[dict[str, Null]]:
         if record.tally is not None and record.tally.changed("visible").any()
     ]
     nulls = rounding_null.fit_many(
-        [bins(tally, tally.source) for _, tally in changed],
-        [bins(tally, tally.delta) for _, tally in changed],
+        [bins(tally, tally.hist_base) for _, tally in changed],
+        [bins(tally, tally.hist_delta) for _, tally in changed],
         RATIOS,
         ["grid" if records[i].dtype_source == "bf16" else "uniform" for i, _ in changed],
     )
@@ -96,7 +96,7 @@ def curve(records: list[TallyRecord], nulls: list[dict[str, Null]]) -> dict[str,
     for record, fitted in zip(records, nulls, strict=True):
         tally = record.tally
         assert tally is not None
-        visible[tally.patterns] += tally.delta
+        visible[tally.patterns] += tally.hist_delta
         stored[tally.patterns] += tally.tables[HIST_DELTA_STORED]
         chosen = fitted["chosen"]
         expected[chosen.first : chosen.first + len(chosen.values)] += chosen.values

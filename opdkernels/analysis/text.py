@@ -67,8 +67,8 @@ def format_views(summary: dict[str, Any]) -> list[str]:
     changed, coverage = visible["changed_over_null"], visible["near_zero_coverage_10pct_over_null"]
     return [
         *text,
-        f"{'changed, over rounding alone':34}{'':>12}{times(changed):>12}   (nearest null: {kinds} tensors)",
-        f"{'near-zero coverage, the same':34}{'':>12}{times(coverage):>12}",
+        f"{'changed / expected from rounding':34}{'':>12}{times(changed):>12}   (nearest null: {kinds} tensors)",
+        f"{'near-zero coverage / expected':34}{'':>12}{times(coverage):>12}",
     ]
 
 

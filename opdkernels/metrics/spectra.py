@@ -1,4 +1,4 @@
-"""The record of a matrix's spectra: analysis/compute.py fills it, geometry.py computes its metrics."""
+"""The record of a matrix's spectra: analysis/matrix_spectra.py fills it, geometry.py computes its metrics."""
 
 from __future__ import annotations
 
