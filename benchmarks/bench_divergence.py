@@ -26,7 +26,7 @@ BUDGET_BYTES = 300e6
 
 
 def make(tokens: int = TOKENS, vocabulary: int = data.VOCABULARY, seed: int = 0) -> list[torch.Tensor]:
-    """Hidden states and head of a student, then of a teacher close to it, bf16; the student's tensors require gradients."""
+    """Hidden states and head of a student, then of a teacher close to it, bf16; the student's require gradients."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, data.HIDDEN, generator=generator)
     weight = torch.empty(vocabulary, data.HIDDEN, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""`overlap` of two runs: coordinates per second, fraction of the read bandwidth, ratio to the paper's reference script."""
+"""`overlap` of two runs: coordinates per second, fraction of the read bandwidth, ratio to the paper's script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`quantile`: the exact threshold of the top or bottom 5 to 20 % of a matrix and its overlap with a mask, vs torch.topk."""
+"""`quantile`: the exact threshold of the top or bottom 5 to 20 % of a matrix, against torch.topk."""
 
 from __future__ import annotations
 

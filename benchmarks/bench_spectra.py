@@ -1,4 +1,4 @@
-"""All metrics of `analyze`, spectra included: one matrix, one layer and the full pair against the paper's reference script.
+"""All metrics of `analyze`, with spectra: one matrix, one layer and the full pair against the paper's script.
 
 Gram matrices and eigenvalues against torch.linalg.svdvals; randomized SVD against torch.svd_lowrank at equal accuracy.
 """
@@ -184,7 +184,7 @@ def test_gram_and_eigenvalues_against_svdvals(benchmark, row, one_thread, wide):
 
 
 def test_randomized_svd_of_a_model_at_equal_accuracy(benchmark, row):
-    """24 updates of one shape in one call, against the others one by one with the fewest iterations of equal accuracy."""
+    """24 updates of one shape in one call, against peers one by one with the fewest iterations of equal accuracy."""
     sklearn = pytest.importorskip("sklearn.utils.extmath")
     generator = torch.Generator().manual_seed(0)
     source = data.weight((data.HIDDEN, data.INTERMEDIATE), generator)

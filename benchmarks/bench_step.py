@@ -74,7 +74,7 @@ def test_masked_adamw_against_eager_and_fused(benchmark, row, dtype):
     numel, item = sum(p.numel() for p in source), source[0].itemsize
     active = sum(int(b.sum()) for b in bools)
     extra = 2 if dtype == torch.bfloat16 else 0
-    # Weights read and written and gradients read, by full cache lines; moments and residuals read and written; the mask.
+    # Weights read and written, gradients read, by full cache lines; moments and residuals read and written; the mask.
     moved = numel * 3 * item + active * 2 * (8 + extra) + numel / 8
     row(
         step_s=seconds["ours"],

@@ -1,7 +1,7 @@
 """Writes the checkpoints of the benchmarks: Qwen2.5-0.5B shapes, a source and two runs trained from it.
 
-About 79 % of their coordinates are bit-identical. The data are synthetic: weights are a scale mixture with row and column
-scales, updates are dense, heavy-tailed and small (200 steps of 1e-6), stored in bf16.
+About 79 % of their coordinates are bit-identical. The data are synthetic: weights are a scale mixture with row and
+column scales, updates are dense, heavy-tailed and small (200 steps of 1e-6), stored in bf16.
 
     python benchmarks/data.py bench-data          # about 3 GB: source/, run_a/, run_b/
 """

@@ -1,7 +1,7 @@
 """Paired timing, and the machine with its bandwidth limits.
 
-Every time is the median of rounds in which the implementations take turns, so that a drift of the machine's speed affects
-all of them equally.
+Every time is the median of rounds in which the implementations take turns, so that a drift of the machine's speed
+affects all of them equally.
 """
 
 from __future__ import annotations

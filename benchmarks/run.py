@@ -1,4 +1,4 @@
-"""Runs the benchmarks, writes benchmarks/results/<machine>.json, updates the README's tables and prints the machine's table.
+"""Runs the benchmarks, writes benchmarks/results/<machine>.json, updates the README and prints the machine's table.
 
 Arguments are passed to pytest. If they select some of the benchmarks, the earlier results of the others are kept.
 

@@ -1,5 +1,7 @@
-"""The command for machines with a GPU: its checks hold on the CPU and on fibers, catch what is wrong, and need little; and, where
-there is a GPU, they hold on it."""
+"""The GPU command: its checks pass on the CPU and on fibers, detect broken kernels and need few packages.
+
+Where there is a GPU, they also run on it.
+"""
 
 from __future__ import annotations
 
@@ -406,7 +408,8 @@ for i in range(first, 5):
     if i == 1: os._exit(7)
     if i == HANGS: time.sleep(600)
     failed = i == 3
-    print(json.dumps({**unit(i), "status": "failed" if failed else "passed", "rows": [], "detail": "lost" * failed, "seconds": 0}), flush=True)
+    status = "failed" if failed else "passed"
+    print(json.dumps({**unit(i), "status": status, "rows": [], "detail": "lost" * failed, "seconds": 0}), flush=True)
     if failed: sys.exit(3)
 """
 
@@ -450,16 +453,18 @@ def test_a_sanitizer_runs_the_checks_of_equality(tmp_path, monkeypatch):
 
 
 def test_it_needs_torch_and_numpy_alone():
-    """A machine with a GPU may have nothing else: neither the packages that the analysis needs, nor pytest, nor pybind11."""
+    """A machine with a GPU may have nothing else: no packages of the analysis, no pytest, no pybind11."""
     program = (
         "import sys\n"
         f"sys.modules.update(dict.fromkeys({BLOCKED!r}))\n"
         "from benchmarks.gpu import __main__, worker, record\n"
         "import importlib, pathlib\n"
-        "for path in [*pathlib.Path('opdkernels/ops').glob('[a-z]*.py'), *pathlib.Path('opdkernels/backends').glob('[a-z]*.py')]:\n"
+        "folders = 'opdkernels/ops', 'opdkernels/backends'\n"
+        "for path in (path for folder in folders for path in pathlib.Path(folder).glob('[a-z]*.py')):\n"
         "    importlib.import_module('.'.join(path.with_suffix('').parts))\n"
         "from opdkernels import doctor\n"
-        "print(len(doctor.format_text(doctor.examine())), len(worker.plan(worker.options(['--device', 'cpu', '--small']), worker.torch.device('cpu'))))\n"
+        "units = worker.plan(worker.options(['--device', 'cpu', '--small']), worker.torch.device('cpu'))\n"
+        "print(len(doctor.format_text(doctor.examine())), len(units))\n"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
@@ -511,7 +516,8 @@ def test_checks_in_a_line_name_what_does_not_hold():
     ]
     (line,) = record.checks_line([*units, {"group": "time", "status": "passed"}])
     assert line.startswith(
-        "2 of 5 checks passed; **failed**: check 2 (Triton); inconclusive: check 3 (Triton); not reached: check 4 (Triton) ("
+        "2 of 5 checks passed; **failed**: check 2 (Triton); inconclusive: check 3 (Triton); "
+        "not reached: check 4 (Triton) ("
     )
     assert not record.checks_line([{"group": "time", "status": "passed"}])
 

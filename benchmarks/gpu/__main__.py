@@ -4,8 +4,8 @@
     python3 -m benchmarks.gpu --tests    # only the checks
     python3 -m benchmarks.gpu --bench    # only the measurements
 
-Prints a table and writes one JSON file. Exit status: 0 if every check that ran passed, 1 if one failed, 4 if there is no
-GPU. Checks that the deadline does not reach are reported as not reached.
+Prints a table and writes one JSON file. Exit status: 0 if every check that ran passed, 1 if one failed, 4 if there is
+no GPU. Checks that the deadline does not reach are reported as not reached.
 """
 
 from __future__ import annotations

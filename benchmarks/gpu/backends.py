@@ -47,7 +47,7 @@ def launched_by(kernels: Any) -> Kernel:
 
 
 def cpu_kernel(operator: str) -> Callable:
-    """The CPU kernel of an operator; for `divergence`, which spends its time in torch's matrix products, the reference."""
+    """The CPU kernel of an operator; the reference for `divergence`, which spends its time in torch's products."""
     return backend_kernel("cpu")(operator) if serves("cpu")(operator) else reference(operator)
 
 
@@ -80,9 +80,8 @@ def available_backends(device: torch.device) -> tuple[list[Backend], list[str]]:
             except Exception as error:
                 missing.append(f"{name}: {error}")
         else:
-            missing.append(
-                f"{name}: {'not installed' if cuda_major is None else f'for CUDA {cuda_major}'}, torch is for CUDA {major or 'none'}"
-            )
+            built_for = "not installed" if cuda_major is None else f"for CUDA {cuda_major}"
+            missing.append(f"{name}: {built_for}, torch is for CUDA {major or 'none'}")
     if triton.unavailable_reason():
         missing.append(triton.unavailable_reason())
     else:

@@ -1,4 +1,4 @@
-"""Builds the CPU kernels and the CUDA library in place, as far as the machine can; reports what is missing and continues."""
+"""Builds the CPU kernels and the CUDA library in place; reports what the machine lacks and continues."""
 
 from __future__ import annotations
 

@@ -116,9 +116,16 @@ def timings_table(units: list[dict[str, Any]]) -> list[str]:
         memory = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:,.0f} MB"
         mark = CHANGED if row["sources"] != sources_of(row["family"], row["implementation"]) else ""
         marked = marked or bool(mark)
-        lines.append(
-            f"| {row['workload']} | {row['implementation']}{mark} | {1000 * row['median_s']:.4g} ms | {rate} | {100 * row['fraction_of_limit']:.0f} % | {times} | {memory} |"
-        )
+        cells = [
+            row["workload"],
+            f"{row['implementation']}{mark}",
+            f"{1000 * row['median_s']:.4g} ms",
+            rate,
+            f"{100 * row['fraction_of_limit']:.0f} %",
+            times,
+            memory,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     late = [
         f"{unit['workload']} ({unit['name']})"
         for unit in units
@@ -134,7 +141,8 @@ def table(results: dict[str, Any], checks: Callable[[list[dict[str, Any]]], list
     limits = {row["limit"]: row["per_s"] for unit in units for row in unit.get("rows", []) if "limit" in row}
     about = f"{machine['name']}, torch {machine['torch']}, CUDA {machine['cuda'] or 'none'}"
     if limits:
-        about += f"; limits: {limits['copy'] / 1e9:.4g} GB/s by a copy, {' and '.join(f'{limits[one] / 1e12:.3g} TFLOP/s by a product in {one.split()[0]}' for one in limits if one != 'copy')}"
+        products = [f"{limits[name] / 1e12:.3g} TFLOP/s by a product in {name.split()[0]}" for name in list(limits)[1:]]
+        about += f"; limits: {limits['copy'] / 1e9:.4g} GB/s by a copy, {' and '.join(products)}"
     parts = [checks(units), timings_table(units)]
     return "\n".join([about, *(line for part in parts if part for line in ("", *part))])
 

@@ -1,7 +1,7 @@
 """Speed of each family on a device: bytes per second compared with a device copy, and with eager and compiled PyTorch.
 
-Implementations are timed with device events, in rounds after a warm-up; the median counts. The outputs of every backend are
-compared with those of the first one, so a fast but wrong kernel has no result.
+Implementations are timed with device events, in rounds after a warm-up; the median counts. The outputs of every backend
+are compared with those of the first one, so a fast but wrong kernel has no result.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def seconds(call: Callable[[], Any], device: torch.device, rounds: int = ROUNDS)
 
 
 def copy_bandwidth(device: torch.device, n: int) -> float:
-    """Bytes per second, read and written, of a copy of 4 n bytes within the device: the limit of a memory-bound pass."""
+    """Bytes per second, read and written, of a copy of 4 n bytes within the device: the memory limit."""
     source = torch.ones(n, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds(lambda: target.copy_(source), device)

@@ -1,7 +1,7 @@
 """Runs units one after another and prints a line of JSON for each; started by `python -m benchmarks.gpu`.
 
-An illegal memory access of a kernel costs the process its GPU, or crashes it. So the units are numbered, and a new worker
-continues after the failed unit.
+An illegal memory access of a kernel costs the process its GPU, or crashes it. So the units are numbered, and a new
+worker continues after the failed unit.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def sanitized(tool: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def in_share(share: str, name: str, family: int) -> bool:
-    """Whether a worker runs a check of a family. Shares: "2/4" for the third of four workers, "alone", or "" for all."""
+    """Whether a worker runs a check of a family. `share`: "2/4" (the third of four workers), "alone", or "" for all."""
     if not share or share == "alone":
         return not share or name in ALONE
     which, of = map(int, share.split("/"))

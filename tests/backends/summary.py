@@ -1,4 +1,4 @@
-"""A summary of what the tests of GPU kernels covered in this process; tests/conftest.py prints it, one line per family."""
+"""Summarizes what the tests of GPU kernels covered, one line per family; tests/conftest.py prints it."""
 
 from __future__ import annotations
 

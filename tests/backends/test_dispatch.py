@@ -1,4 +1,4 @@
-"""Which backend serves: the measured order, what the environment names, what is not installed; and the dispatcher follows."""
+"""Backend selection: the measured order, OPDKERNELS_BACKEND, missing packages; torch's dispatcher follows it."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_doctor_says_why_cuda_kernels_do_not_serve(monkeypatch):
     said = "\n".join(doctor.format_text(doctor.examine()))
     assert "Triton serves" in said
     assert (
-        "torch is built for CUDA 13, the kernels built at install are for CUDA 12 and CuPy is for CUDA 12: pip install cupy-cuda13x"
-        in said
+        "torch is built for CUDA 13, the kernels built at install are for CUDA 12 and CuPy is for CUDA 12: "
+        "pip install cupy-cuda13x" in said
     )
     for has, origin in (({"library": 13}, "built at install"), ({"cupy": 13}, "compiled by NVRTC at the first call")):
         with_cuda(monkeypatch, **has)

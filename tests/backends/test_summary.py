@@ -24,7 +24,8 @@ def test_one_line_per_family(monkeypatch):
     monkeypatch.setattr(summary, "COMPILED", code)
     monkeypatch.setattr(summary, "INTERPRETED", Counter({"delta": 39}))
     assert summary.summary_lines(PASSED) == [
-        "delta: 39 tests in Triton's interpreter; nvcc for sm_80, sm_90: at most 122 registers, no spills, 16-byte loads; "
+        "delta: 39 tests in Triton's interpreter; "
+        "nvcc for sm_80, sm_90: at most 122 registers, no spills, 16-byte loads; "
         "1 tests of CUDA C++ on fibers; 2 of broken kernels",
         "gram: Triton for sm_80: at most 90 registers, 3 spills, no 16-byte loads",
     ]

@@ -100,9 +100,8 @@ def assert_equal(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tenso
             integers = {2: torch.int16, 4: torch.int32, 8: INT64}[a.itemsize]
             a, b = a[valid].view(integers), b[valid].view(integers)
         wrong = a != b
-        assert not wrong.any(), (
-            f"output {i}: {int(wrong.sum())} of {wrong.numel()} differ, the first at {int(wrong.flatten().nonzero()[0])}"
-        )
+        first = int(wrong.flatten().nonzero()[0]) if wrong.any() else 0
+        assert not wrong.any(), f"output {i}: {int(wrong.sum())} of {wrong.numel()} differ, the first at {first}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +167,8 @@ class Family:
         operators: The operators that its cases call.
         cases: Yields the cases with inputs of a given number of coordinates.
         special_cases: Yields the cases whose inputs have a size of their own: hostile values, options, edge cases.
-        check_repeated: `check_repeated(kernel, expected_by, device, tile, times)` repeats `tile` coordinates `times` times
-            on a device, beyond what 32 bits can index, and compares with the outputs for one tile.
+        check_repeated: `check_repeated(kernel, expected_by, device, tile, times)` repeats `tile` coordinates `times`
+            times on a device, beyond what 32 bits can index, and compares with the outputs for one tile.
         bytes_per_coordinate: Device memory that `check_repeated` takes, per coordinate.
     """
 

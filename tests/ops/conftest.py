@@ -1,8 +1,8 @@
 """The tests of a kernel family: reference, CPU kernels and GPU kernels.
 
 `test_<family>_triton.py` runs in Triton's interpreter, which Triton enables when a kernel is decorated:
-tests/backends/triton/test_interpreter.py starts a pytest process for these files. A test in `test_<family>_cuda.py` that
-breaks a kernel runs in a forked process (tests/backends/cuda/conftest.py).
+tests/backends/triton/test_interpreter.py starts a pytest process for these files. A test in `test_<family>_cuda.py`
+that breaks a kernel runs in a forked process (tests/backends/cuda/conftest.py).
 """
 
 from __future__ import annotations

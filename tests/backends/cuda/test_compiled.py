@@ -19,8 +19,8 @@ pytestmark = [
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 needs_nvrtc = pytest.mark.skipif(machine_code.nvrtc() is None, reason="no NVRTC (pip install nvidia-cuda-nvrtc)")
 
-# Registers per thread, so that a block fits the 65,536 of a multiprocessor; and the minimum of 16-byte loads: a vector of
-# each tensor at two places, before the loop and in it, or of both halves of a unit. Gathered values are loaded one
+# Registers per thread, so that a block fits the 65,536 of a multiprocessor; and the minimum of 16-byte loads: a vector
+# of each tensor at two places, before the loop and in it, or of both halves of a unit. Gathered values are loaded one
 # coordinate per lane.
 KERNELS = {
     "delta_count_bf16": (80, 4),
@@ -107,7 +107,8 @@ def test_library_has_ptx_for_later_gpus_and_reports_missing_driver():
     if not torch.cuda.is_available():
         with pytest.raises(
             RuntimeError,
-            match=r"delta_carry did not start on cpu: .*(driver|device).*; update the NVIDIA driver, or set OPDKERNELS_BACKEND=triton",
+            match=r"delta_carry did not start on cpu: .*(driver|device).*; update the NVIDIA driver, "
+            r"or set OPDKERNELS_BACKEND=triton",
         ):
             launch.LibraryKernels(machine_code.library()).launch("delta_carry", [0], 1, 32, 0, torch.device("cpu"))
 

@@ -190,6 +190,7 @@ def test_launch_error_names_kernel_device_and_remedy():
     )
     with pytest.raises(
         RuntimeError,
-        match="delta_carry did not start on cpu: driver too old; update the NVIDIA driver, or set OPDKERNELS_BACKEND=triton",
+        match="delta_carry did not start on cpu: driver too old; update the NVIDIA driver, "
+        "or set OPDKERNELS_BACKEND=triton",
     ):
         kernels.launch("delta_carry", [0], 1, 32, 0, torch.device("cpu"))

@@ -113,8 +113,11 @@ def test_overlap(monkeypatch):
 
 
 def stepped_at_the_end() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Weights and moments by the kernel, of a tensor of which only the last two tiles have active coordinates, more than 2^32 of
-    whose moments come before; and by the reference from its end, rounded by where a coordinate is."""
+    """Weights and moments by the kernel, and by the reference from the end of the tensor.
+
+    Only the last two tiles have active coordinates, and more than 2^32 moments come before theirs. Stochastic rounding
+    depends on the index of a coordinate.
+    """
     tiles, before = -(-N // step_ops.BLOCK), 2**32 + 7
     size = N - (tiles - 2) * step_ops.BLOCK
     small, (grad,) = State((size,), dtype=BF16, precision="stochastic"), State((size,)).grads(BF16)

@@ -1,4 +1,4 @@
-"""Kernels on fibers under sanitizers: undefined behaviour in all their tests, addresses in a process with ASan preloaded."""
+"""Kernels on fibers under sanitizers: undefined behaviour in all tests, addresses in a process with ASan preloaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kernel compiled as its launcher starts it, for GPUs that are not here: registers, spills, loads, rounding, addresses."""
+"""Every Triton kernel compiled as its launcher starts it: registers, spills, loads, rounding, addresses."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_delta_launches_what_fits(monkeypatch):
     assert launches(monkeypatch, lambda: call_delta(BF16, BF16, 0)) == []
 
 
-def handed_on(source: str) -> list[str]:
+def copied_carried_values(source: str) -> list[str]:
     """What loops assign from a name that they give a new value further down."""
     found = []
     for loop in (node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.For, ast.While))):
@@ -100,15 +100,18 @@ def handed_on(source: str) -> list[str]:
     [delta, divergence, gram, overlap, patch, quantile, step],
     ids=lambda module: module.__name__.rsplit(".", 1)[-1],
 )
-def test_no_loop_hands_a_name_on_to_another(module):
-    """Where `a = b` comes before b's new value and both begin alike, Triton's compiler, which tries the loop's body once, finds a
-    unchanged and does not carry it: its interpreter does."""
-    assert handed_on(inspect.getsource(module)) == []
+def test_no_loop_copies_a_carried_value(module):
+    """No loop assigns `a = b` before b's new value.
+
+    Where both start equal, Triton's compiler, which traces the body once, takes a for constant and does not carry it from one
+    iteration to the next; its interpreter does.
+    """
+    assert copied_carried_values(inspect.getsource(module)) == []
 
 
-def test_a_name_that_is_handed_on_is_seen():
-    assert handed_on("for part in range(2):\n    even = odd\n    odd, n = count(part)\n") == ["even = odd"]
-    assert handed_on("for part in range(2):\n    odd, n = count(part)\n    even = odd\n") == []
+def test_copied_carried_value_is_found():
+    assert copied_carried_values("for part in range(2):\n    even = odd\n    odd, n = count(part)\n") == ["even = odd"]
+    assert copied_carried_values("for part in range(2):\n    odd, n = count(part)\n    even = odd\n") == []
 
 
 def call_quantile(dtype: torch.dtype, ranks: int = 3) -> None:
@@ -298,7 +301,7 @@ STEP = [  # and how many products of a coordinate are fused with a sum
 
 
 def assert_fuses(code: Compiled, products: int) -> None:
-    """So many products are fused with a sum and no more are by the compiler; quotients and roots are rounded right, subnormals kept."""
+    """The compiler fuses no more products with sums than the source; quotients, roots and subnormals are correct."""
     llir = code.asm["llir"]
     assert len(re.findall(r"\bmath\.fma\b", code.asm["ttir"])) == products
     assert not re.search(r"llvm\.fmuladd|\b(?:fast|contract|reassoc|afn|arcp)\b|!fpmath", llir)

@@ -1,4 +1,4 @@
-"""`delta`: the kernel equals the reference equals an oracle in NumPy, whatever the size, dtype, instruction set and split."""
+"""`delta`: kernel, reference and an oracle in NumPy agree for every size, dtype, instruction set and split."""
 
 from __future__ import annotations
 

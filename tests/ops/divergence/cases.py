@@ -1,4 +1,4 @@
-"""The inputs on which every backend of `divergence` must match the reference, to the rounding of its sums and products."""
+"""The inputs on which every backend of `divergence` must match the reference, to the rounding of sums and products."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def call_divergence(
     kind: str,
     softcap: float,
 ) -> list[torch.Tensor]:
-    """Forward and backward: moments, both sides' logits at ids, and gradients of the student's hidden states, weight and bias."""
+    """Forward and backward: moments, both sides' logits at ids, top ids, gradients of hidden states, weight, bias."""
     vocab, code, numbers = len(student[1]), KIND_CODES[kind], [0.8, softcap, 1.1, softcap, 1.3, 0.3]
     moments, at, outside, _ = kernel("divergence_scan")(student, teacher, ids, 1, vocab, numbers, True)
     center = moments[5] - moments[1] + moments[3]
@@ -49,7 +49,7 @@ def call_divergence(
 
 
 def assert_near(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], inputs: list[Any]) -> None:
-    """Sums to their rounding in fp32; gradients too, or to that of bf16 in half precision; top ids but for near ties."""
+    """Sums to their rounding in fp32; gradients too, in half precision to that of bf16; top ids but for near ties."""
     half = inputs[0][0].dtype != FP32
     for i, (a, b) in enumerate(zip(outputs, expected, strict=True)):
         a, b = a.cpu().double(), b.double()

@@ -1,4 +1,4 @@
-"""The inputs on which every backend of `gram` must be exact to the rounding of its sums, whose order backends choose."""
+"""The inputs on which every backend of `gram` must be exact to the rounding of sums, whose order backends choose."""
 
 from __future__ import annotations
 

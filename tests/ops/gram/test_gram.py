@@ -1,4 +1,4 @@
-"""`gram`: the three Gram matrices, by the kernel of each instruction set and by the reference, against exact arithmetic."""
+"""`gram`: the three Gram matrices, by every instruction set and by the reference, against exact arithmetic."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_misaligned(isa, case):
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels")
 @pytest.mark.parametrize("block", [0, 64])
 def test_threads_strides_and_instruction_sets_change_no_bit_of_bf16(block):
-    """Products of bf16 are exact, and every kernel sums in one order. Of delta only where it fits bf16: the visible view."""
+    """Products of bf16 are exact, and all kernels sum in one order. The visible delta is bf16."""
     from opdkernels import _C
 
     base, trained = make_matrices((1500, 130))

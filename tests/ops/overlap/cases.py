@@ -32,7 +32,7 @@ from tests.ops.conformance import (
 def make_runs(
     n: int, dtypes: Sequence[torch.dtype] = (BF16,) * 3, *, seed: int = 0, hostile: bool = True
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """A base of the first dtype and a run of each other dtype; the first and the third run change the same coordinates."""
+    """A base of the first dtype, a run of each other dtype; the first and the third run change the same coordinates."""
     base = make_pair(n, FP64, seed=seed, hostile=hostile)[0]
     runs = []
     for r in range(len(dtypes) - 1):

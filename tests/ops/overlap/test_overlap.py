@@ -1,4 +1,4 @@
-"""`overlap`: the kernel equals the reference equals an oracle in NumPy; chance within |W| explains unrelated dense updates."""
+"""`overlap`: kernel, reference and an oracle in NumPy agree; magnitude-conditioned chance explains unrelated ones."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_chance_adds_up_over_bins():
 
 
 def dense_runs(n=1 << 20, shared=0.0, seed=0):
-    """Dense updates of a bf16 base, stored in bf16: unrelated, or with a share of both confined to the same random mask."""
+    """Dense updates of a bf16 base, stored in bf16: unrelated, or both confined to the same random mask."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal():

@@ -21,7 +21,7 @@ BAD_OFFSETS = {(5, 5): "repeated", (7, 3): "unsorted", (5, 999): "beyond", (5, 6
 def make_bits(
     n: int, dtype: torch.dtype, density: float, seed: int = 0, every_byte: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Any bit patterns, NaN with payloads among them; about a fraction `density` of them changed, in one byte or in every byte."""
+    """Any bit patterns, NaN payloads included; about a fraction `density` is changed, in one byte or in every byte."""
     rng = np.random.default_rng([seed, n])
     width = dtype.itemsize
     w = rng.integers(0, 256, (n, width), np.uint8)

@@ -1,4 +1,4 @@
-"""`patch`: positions and values of what changed, by bits; kernel, reference and an oracle that takes one coordinate at a time agree."""
+"""`patch`: positions and values of changed bits; kernel, reference and an oracle of one coordinate at a time agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`patch` in CUDA C++ on fibers: bit-identical to the reference in every order of threads, and refuses the same changes."""
+"""`patch` in CUDA C++ on fibers: bit-identical to the reference in every order of threads; refuses the same changes."""
 
 from __future__ import annotations
 

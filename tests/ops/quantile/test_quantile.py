@@ -1,4 +1,4 @@
-"""`quantile`: the cut is the k-th magnitude exactly, whatever the data; kernel, reference and an oracle that sorts agree."""
+"""`quantile`: the threshold is exactly the k-th magnitude; kernel, reference and an oracle that sorts agree."""
 
 from __future__ import annotations
 

@@ -112,6 +112,7 @@ def test_divergent_lanes_are_detected(monkeypatch, text, broken):
     launch_on_fibers(monkeypatch, load_kernels("step", kernel_source("step").replace(text, broken)), order=2)
     with pytest.raises(
         RuntimeError,
-        match=r"step_adamw did not start on cpu: block \d+, thread \d+, line \d+: .*(different places|a lane of the mask)",
+        match=r"step_adamw did not start on cpu: block \d+, thread \d+, line \d+: .*"
+        r"(different places|a lane of the mask)",
     ):
         stepped(KERNEL)
