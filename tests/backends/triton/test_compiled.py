@@ -103,7 +103,7 @@ def copied_carried_values(source: str) -> list[str]:
 def test_no_loop_copies_a_carried_value(module):
     """No loop assigns `a = b` before b's new value.
 
-    Where both start equal, Triton's compiler, which traces the body once, takes a for constant and does not carry it from one
+    Where both start equal, the compiler, which traces the body once, takes a for constant and does not carry it from one
     iteration to the next; its interpreter does.
     """
     assert copied_carried_values(inspect.getsource(module)) == []
