@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from opdkernels.ops import step
+from opdkernels.ops.step.args import ADAMW_FIELDS, SGD_FIELDS
+from opdkernels.ops.step.layout import BLOCK
+from opdkernels.ops.step.validation import DTYPES, RESIDUAL_DTYPES
 from tests.ops.conformance import BF16, BYTES, FP32, INT64, Allocator, Case, Family, Kernel, assert_equal, pack_bits
 
 INF, NAN = float("inf"), float("nan")
@@ -18,23 +21,17 @@ SIZES = (0, 31, 2049, 1, 2048, 1023, 1025)
 BETAS, EPS = (0.9, 0.999), 1e-8
 LAYOUTS = (None, torch.int32)  # of a mask: a bitmap, or indices of a dtype
 STATE = ["exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "momentum_buffers", "residuals"]
-# Arguments of the operators, in order.
-COMMON = ["scalars", "scalar_rows", "shard_offsets", "param_ids", "grad_scale", "clip", "found_inf", "maximize"]
-TENSORS = ["params", "grads", "masks", "block_counts"]
-OPTIONAL = ["residuals", "init_values", "step_groups"]
-ADAMW = [*TENSORS, *STATE[:3], *OPTIONAL, *COMMON, "precision", "seed"]
-SGD = [*TENSORS, STATE[3], *OPTIONAL, *COMMON, "nesterov", "precision", "seed"]
 
 
 def mask_tensors(flags: torch.Tensor, index_dtype: torch.dtype | None = None) -> list[torch.Tensor]:
     """A mask and its block counts: a bitmap and the active coordinates before each block, or indices of a dtype."""
     if index_dtype:
         return [flags.nonzero().flatten().to(index_dtype), torch.zeros(0, dtype=INT64)]
-    padded = flags.new_zeros((len(flags) + step.layout.BLOCK - 1) // step.layout.BLOCK * step.layout.BLOCK)
+    padded = flags.new_zeros((len(flags) + BLOCK - 1) // BLOCK * BLOCK)
     padded[: len(flags)] = flags
     return [
         pack_bits(flags),
-        torch.cat([torch.zeros(1, dtype=INT64), padded.view(-1, step.layout.BLOCK).sum(1).cumsum(0)]),
+        torch.cat([torch.zeros(1, dtype=INT64), padded.view(-1, BLOCK).sum(1).cumsum(0)]),
     ]
 
 
@@ -64,7 +61,7 @@ class Inputs:
         self.exp_avgs, self.exp_avg_sqs = (self.zeros(), self.zeros()) if adamw else ([], [])
         self.max_exp_avg_sqs = self.zeros() if amsgrad else []
         self.momentum_buffers = [] if adamw or not momentum else self.zeros()
-        residual = step.validation.RESIDUAL_DTYPES.get(precision) if dtype == BF16 else None
+        residual = RESIDUAL_DTYPES.get(precision) if dtype == BF16 else None
         self.residuals = self.zeros(residual) if residual else []
         self.init_values: list[torch.Tensor] = []
         self.step_groups: list[torch.Tensor] = []
@@ -106,7 +103,7 @@ class Inputs:
 
     def finish(self) -> list[Any]:
         """The inputs of a case."""
-        names = {*TENSORS, *OPTIONAL, *STATE} - {"grads"}
+        names = ("params", "masks", "block_counts", "init_values", "step_groups", *STATE)
         return [{name: getattr(self, name) for name in names}, self.steps, self.adamw]
 
 
@@ -115,8 +112,8 @@ def call_steps(
 ) -> list[torch.Tensor]:
     """Parameters and state after the steps."""
     for options in steps:
-        operator, names = ("masked_adamw_", ADAMW) if adamw else ("masked_sgd_", SGD)
-        kernel(operator)(*((state | options)[name] for name in names))
+        operator, fields = ("masked_adamw_", ADAMW_FIELDS) if adamw else ("masked_sgd_", SGD_FIELDS)
+        kernel(operator)(*((state | options)[field] for field in fields))
     return [tensor for name in ("params", *STATE) for tensor in state[name]]
 
 
@@ -293,7 +290,7 @@ def copies(n: int, dtype: torch.dtype, index_dtype: torch.dtype | None) -> list[
 
 
 def copy_cases(sizes: Sequence[int]) -> Iterator[Case]:
-    for n, dtype, layout in itertools.product(sizes, step.validation.DTYPES, LAYOUTS):
+    for n, dtype, layout in itertools.product(sizes, DTYPES, LAYOUTS):
         make = functools.partial(copies, n, dtype, layout)
         yield Case(f"gather and scatter {dtype} {layout_name(layout)} {n}", make, call_copies, assert_identical)
 
@@ -325,9 +322,7 @@ def special_cases(sizes: Sequence[int] = SIZES) -> Iterator[Case]:
     for decay, momentum, maximize in itertools.product((0.0, 0.01), momenta, (False, True)):
         name = f"SGD decay {decay} momentum, dampening, nesterov {momentum}{' maximize' * maximize}"
         yield case(name, functools.partial(sgd_options, sizes, decay, *momentum, maximize))
-    for adamw, precision, dtype, layout in itertools.product(
-        (True, False), step.PRECISIONS, step.validation.DTYPES, LAYOUTS
-    ):
+    for adamw, precision, dtype, layout in itertools.product((True, False), step.PRECISIONS, DTYPES, LAYOUTS):
         name = f"{'AdamW' if adamw else 'SGD'} step groups {dtype} {precision} {layout_name(layout)}"
         build = functools.partial(groups_and_init_values, sizes, adamw, dtype, precision=precision, index_dtype=layout)
         yield case(name, build)
@@ -341,7 +336,7 @@ def special_cases(sizes: Sequence[int] = SIZES) -> Iterator[Case]:
         )
         yield case(f"frozen NaN {layout_name(layout)}", functools.partial(frozen_nan, layout))
     yield case("found_inf 0.0", lambda: Inputs(sizes).add_step(found_inf=torch.tensor(0.0)))
-    for precision, dtype in itertools.product(step.PRECISIONS, step.validation.DTYPES):
+    for precision, dtype in itertools.product(step.PRECISIONS, DTYPES):
         name = f"extremes {dtype} {precision}"
         yield case(name, functools.partial(extremes, dtype, precision), compare=assert_equal)
     for amsgrad in (False, True):
@@ -367,9 +362,7 @@ def million() -> Case:
 
 
 def check_repeated(kernel: Kernel, expected_by: Kernel, device: torch.device, tile: int, times: int) -> None:
-    inputs = Inputs(
-        (tile // step.layout.BLOCK * step.layout.BLOCK,), dtype=BF16, density=0.05, amsgrad=True, hostile=True
-    )
+    inputs = Inputs((tile // BLOCK * BLOCK,), dtype=BF16, density=0.05, amsgrad=True, hostile=True)
     state, steps, adamw = inputs.add_step(BF16).add_step(BF16).finish()
     allocator = Allocator(device)
     repeated = {name: [tensor.to(device).repeat(times) for tensor in tensors] for name, tensors in state.items()}
