@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from opdkernels.distillation.text import TextProcessor
 from opdkernels.distillation.tracker import effective_weights, step_of_mask
 from opdkernels.distillation.world import World, full_state
 from opdkernels.errors import InputError, UsageError, printable
-from opdkernels.files import sync, write_json
+from opdkernels.files import atomic_folder, sync, write_json
 from opdkernels.runs.run_dir import lock_dir, remove_path
 from opdkernels.version import __version__
 
@@ -237,24 +236,6 @@ def latest_checkpoint(folder: Path) -> ResumePoint | None:
     return resumable[-1] if resumable else None
 
 
-@contextlib.contextmanager
-def write_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that is synced and renamed to `path` at the end, or removed on an exception."""
-    temporary = temporary_path(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for file in (*temporary.rglob("*"), temporary):
-            sync(file)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-        sync(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
 def save(folder: Path, step: int, model: Any, text: TextProcessor, state: dict[str, Any] | None, world: World) -> Path:
     """Writes a checkpoint and deletes the training state of earlier ones. Every process must call this.
 
@@ -278,7 +259,7 @@ def save(folder: Path, step: int, model: Any, text: TextProcessor, state: dict[s
             sync(temporary_path(path) / state_file(world))
         world.barrier()
         return path
-    with write_folder(path) as temporary:
+    with atomic_folder(path, temporary=temporary_path(path), overwrite=True) as temporary:
         world.barrier()
         if hasattr(model, "get_base_model"):
             save_merged(model, temporary)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from opdkernels.files import write_atomically
+
 
 def finite(value: Any) -> Any:
     """A row that JSON can hold: NaN and infinities become None."""
@@ -30,10 +32,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Replaces a file in one step."""
-    temporary = path.with_suffix(".part")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    temporary.replace(path)
+    """Replaces a file atomically."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from opdkernels.bits import popcount
 from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.distillation.jsonl import append_row, finite, read_rows, write_rows
 from opdkernels.distillation.world import World
+from opdkernels.files import atomic_file
 from opdkernels.masks import MaskSet
 from opdkernels.masks.mask import Mask
 from opdkernels.metrics.coordinates import VIEWS, SparseTally, tensor_metrics
@@ -101,9 +102,8 @@ def write_weights(path: Path) -> Iterator[Callable[[torch.Tensor], None]]:
     """A function that appends a weight to a new file; the file appears when all are written.
 
     It is written, not mapped: page faults of a new mapping take several times as long."""
-    temporary = path.with_suffix(".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "wb") as file:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
 
         def write(weight: torch.Tensor) -> None:
             data = weight.contiguous().view(-1).view(torch.uint8).numpy()
@@ -111,7 +111,6 @@ def write_weights(path: Path) -> Iterator[Callable[[torch.Tensor], None]]:
             file.write(bytes(padding(len(data))))
 
         yield write
-    temporary.replace(path)
 
 
 class Tracker:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from opdkernels.errors import InputError, printable
+from opdkernels.files import write_atomically
 from opdkernels.formatting import percent
 from opdkernels.masks.mask import Mask
 
@@ -101,15 +102,10 @@ class MaskSet(Mapping[str, Mask]):
         metadata = {"format": FORMAT, "version": VERSION, "digest": self.digest, "masks": json.dumps(facts)}
         if self.in_model_order:
             metadata["order"] = "model"
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_bytes(save(tensors, metadata))
-            os.replace(temporary, target)
+            write_atomically(Path(path), save(tensors, metadata))
         except OSError as error:
             raise InputError(f"cannot write {printable(str(path))}: {error.strerror}; choose another place") from None
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MaskSet:

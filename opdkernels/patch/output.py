@@ -6,7 +6,6 @@ import contextlib
 import errno
 import io
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from opdkernels.errors import InputError, printable
+from opdkernels.files import atomic_file, atomic_folder
 
 SMALL = 1 << 16  # items of a segment that is done with sooner than handed over
 MOST_WORKERS = 8  # memory has no more bandwidth for more, and each holds a segment or two
@@ -141,13 +141,8 @@ def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
             + (", or pass --overwrite" if not path.is_dir() else "")
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
+    with atomic_file(path) as temporary:
         yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -156,11 +151,5 @@ def new_folder(path: Path) -> Iterator[Path]:
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{printable(str(path))} exists and is not an empty folder; choose another one")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with atomic_folder(path) as temporary:
         yield temporary
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
