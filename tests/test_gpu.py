@@ -24,7 +24,7 @@ from benchmarks.gpu.worker import gpu_is_lost
 from tests.backends.cuda.fibers import launch_on_fibers, load_kernels, needs_compiler
 from tests.ops.conformance import Allocator
 from tests.ops.delta.cases import call_delta
-from tests.test_structure import FAMILIES as WORDS
+from tests.test_structure import FAMILIES as FAMILY_NAMES
 
 ROOT = Path(__file__).parent.parent
 HERE = torch.device("cpu")
@@ -52,7 +52,7 @@ BLOCKED = (
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: `make gpu` on a machine that has one")
 @pytest.mark.parametrize(("check", "family"), [(check, name) for check, name, backend in UNITS if backend == "package"])
-def test_on_the_gpu(check, family):
+def test_checks_on_gpu(check, family):
     device = torch.device("cuda", torch.cuda.current_device())
     for name, one, backend in checks.units([FAMILIES[family]], backends.available_backends(device)[0]):
         if name == check:
@@ -63,32 +63,32 @@ def test_on_the_gpu(check, family):
 
 
 @pytest.mark.parametrize(("check", "family", "backend"), UNITS)
-def test_on_the_cpu(check, family, backend):
+def test_checks_on_cpu(check, family, backend):
     CHECKS[check](FAMILIES[family], BACKENDS[backend], HERE, SIZES)
 
 
 @needs_compiler
 @pytest.mark.parametrize("family", [name for name in FAMILIES if (ROOT / f"csrc/{name}/cuda.cu").is_file()])
-def test_cuda_kernels_on_fibers(monkeypatch, family):
-    """The checks start CUDA C++ as they will on a GPU, from the origin that they name."""
+def test_checks_on_fibers(monkeypatch, family):
+    """The checks launch CUDA C++ as on a GPU, from the library that they name."""
     from opdkernels.backends.cuda import launch
 
     kernels = load_kernels(family)
     launch_on_fibers(monkeypatch, kernels)
     backend = Backend("fibers", launched_by(kernels), serves("cuda"))
-    monkeypatch.setattr(launch, "kernels", lambda: pytest.fail("another origin was started"))
+    monkeypatch.setattr(launch, "kernels", lambda: pytest.fail("another library was launched"))
     assert backend.serves_all(FAMILIES[family])
     checks.matches_cpu(FAMILIES[family], backend, HERE, (0, 31, 300))
     checks.accepts_misaligned_views(FAMILIES[family], backend, HERE, (31, 300))
 
 
-def test_every_family_has_its_checks():
-    assert set(FAMILIES) == set(WORDS)
+def test_every_family_and_operator_has_cases():
+    assert set(FAMILIES) == set(FAMILY_NAMES)
     assert {operator for family in FAMILIES.values() for operator in family.operators} == set(backends.OPERATORS)
 
 
 def broken(name: str, spoil) -> Backend:
-    """A backend that is right but for what `spoil` does after the operator `name`."""
+    """A correct backend, except that `spoil` changes the outputs of the operator `name`."""
 
     def kernel(operator):
         def call(*arguments):
@@ -124,12 +124,12 @@ def broken(name: str, spoil) -> Backend:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_another_result_is_detected(family, operator, spoil):
+def test_wrong_output_is_detected(family, operator, spoil):
     with pytest.raises(AssertionError, match=r"differ|off|NaN|finite"):
         checks.matches_cpu(FAMILIES[family], broken(operator, spoil), HERE, (1025,))
 
 
-def test_what_is_written_beside_a_tensor_is_detected():
+def test_out_of_bounds_write_is_detected():
     def beyond(arguments, result):
         mask = arguments[8]
         torch.as_strided(mask, (1,), (1,), mask.storage_offset() + mask.numel()).fill_(7)
@@ -138,7 +138,7 @@ def test_what_is_written_beside_a_tensor_is_detected():
         checks.accepts_misaligned_views(FAMILIES["delta"], broken("delta_", beyond), HERE, (31, 300))
 
 
-def test_a_result_that_varies_is_detected():
+def test_nondeterminism_is_detected():
     calls = []
 
     def every_seventh(arguments, result):
@@ -149,7 +149,7 @@ def test_a_result_that_varies_is_detected():
         checks.is_deterministic(FAMILIES["delta"], broken("delta_", every_seventh), HERE, SIZES)
 
 
-def test_a_part_that_is_not_reached_is_detected():
+def test_unprocessed_part_is_detected():
     def last_part(arguments, result):
         arguments[0][0][-5:] = 7
 
@@ -157,7 +157,7 @@ def test_a_part_that_is_not_reached_is_detected():
         checks.indexes_beyond_32_bits(FAMILIES["step"], broken("masked_adamw_", last_part), HERE, SIZES)
 
 
-def test_misaligned_places_are_misaligned():
+def test_allocator_offsets_misalign_tensors():
     allocator = Allocator(HERE, (1,))
     (w,) = allocator.put([torch.arange(9, dtype=torch.bfloat16)])
     assert w.data_ptr() % 16 == 2
@@ -165,8 +165,8 @@ def test_misaligned_places_are_misaligned():
     assert allocator.put(torch.arange(6.0).view(2, 3).T).stride() == (1, 3)
 
 
-class Stands:
-    """For a stream or an event of a GPU: whatever is asked of it is done at once."""
+class FakeStream:
+    """A stream or an event of a GPU; all work is complete at once."""
 
     def __init__(self, *arguments, **options):
         pass
@@ -185,13 +185,13 @@ class Stands:
 
 
 @pytest.fixture
-def gpu_of_the_cpu(monkeypatch):
-    """What is said to a GPU is said, and the CPU does it."""
+def fake_gpu(monkeypatch):
+    """GPU calls are replaced by fakes, and the CPU computes."""
     monkeypatch.setattr(checks, "on_gpu", lambda device: True)
     monkeypatch.setattr(timings, "on_gpu", lambda device: True)
     for name, stand in (
-        ("Stream", Stands),
-        ("Event", Stands),
+        ("Stream", FakeStream),
+        ("Event", FakeStream),
         ("stream", contextlib.nullcontext),
         ("mem_get_info", lambda device: (1 << 33, 1 << 34)),
     ):
@@ -200,8 +200,8 @@ def gpu_of_the_cpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
 
 
-@pytest.mark.usefixtures("gpu_of_the_cpu")
-def test_what_is_said_to_a_gpu(monkeypatch):
+@pytest.mark.usefixtures("fake_gpu")
+def test_calls_to_a_gpu(monkeypatch):
     family = FAMILIES["delta"]
     checks.uses_current_stream(family, CPU, HERE, SIZES)
     monkeypatch.setattr(checks, "BEYOND", 1 << 18)
@@ -213,14 +213,14 @@ def test_what_is_said_to_a_gpu(monkeypatch):
         checks.indexes_beyond_32_bits(family, CPU, HERE, SIZES)
     assert timings.seconds(lambda: None, HERE) == 0.002
     assert timings.coordinates(HERE) == 1 << 22
-    monkeypatch.setattr(Stands, "query", lambda event: True)
+    monkeypatch.setattr(FakeStream, "query", lambda event: True)
     with pytest.raises(Inconclusive, match="the default stream finished first"):
         checks.uses_current_stream(family, CPU, HERE, SIZES)
 
 
-@pytest.mark.usefixtures("gpu_of_the_cpu")
-def test_inputs_that_are_not_waited_for_are_detected():
-    """A kernel that ran on another stream has counted what was there before."""
+@pytest.mark.usefixtures("fake_gpu")
+def test_missing_stream_synchronization_is_detected():
+    """A kernel on another stream would count the previous contents."""
 
     def too_early(arguments, result):
         arguments[4].zero_()
@@ -229,7 +229,7 @@ def test_inputs_that_are_not_waited_for_are_detected():
         checks.uses_current_stream(FAMILIES["delta"], broken("delta_", too_early), HERE, SIZES)
 
 
-def test_the_backends_of_a_gpu_are_those_that_are_there(monkeypatch):
+def test_available_backends_of_a_gpu(monkeypatch):
     from opdkernels.backends import triton
     from opdkernels.backends.cuda import launch
 
@@ -263,7 +263,7 @@ def test_the_backends_of_a_gpu_are_those_that_are_there(monkeypatch):
     ]
 
 
-def test_a_unit_says_what_became_of_it(monkeypatch):
+def test_unit_reports_its_status(monkeypatch):
     from benchmarks.gpu import worker
 
     def raises(error):
@@ -290,7 +290,7 @@ def test_a_unit_says_what_became_of_it(monkeypatch):
 
 
 @pytest.mark.parametrize("workload", timings.WORKLOADS, ids=lambda workload: workload.name)
-def test_every_contender_is_timed_and_compared(workload):
+def test_every_implementation_is_timed_and_compared(workload):
     limits = dict.fromkeys(("copy", "fp64 product", "bf16 product"), 1e9)
     rows = [*timings.time_workload(workload, list(BACKENDS.values()), HERE, limits, 4096)]
     rows += (
@@ -309,13 +309,13 @@ def test_every_contender_is_timed_and_compared(workload):
         assert rate * row["median_s"] == pytest.approx(rows[0][workload.unit] * rows[0]["median_s"])
 
 
-def test_a_wrong_result_has_no_figure():
+def test_wrong_output_is_not_timed():
     wrong = broken("delta_", lambda arguments, result: arguments[4][0, 5].add_(1))
     with pytest.raises(AssertionError, match="broken gives a different result for delta of a bf16 pair"):
         list(timings.time_workload(timings.WORKLOADS[0], [CPU, wrong], HERE, {"copy": 1.0}, 4096))
 
 
-def test_eager_tables_are_those_of_the_kernel():
+def test_eager_tables_equal_the_kernel():
     w, v = timings.make_inputs(5000, HERE)
     tables = call_delta(REFERENCE.kernel, Allocator(HERE), w, v)[0]
     for found, row in zip(timings.eager_tables(w, v), (0, 1, 5), strict=True):
@@ -323,15 +323,15 @@ def test_eager_tables_are_those_of_the_kernel():
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
-def test_eager_gradients_are_those_of_the_kernel(kind):
+def test_eager_gradients_match_the_kernel(kind):
     timed = timings.divergence_of(kind)(4096, HERE)
     for found, expected in zip(timed.call(CPU.kernel), timed.eager(), strict=True):
         assert found.dtype == expected.dtype
         assert (found.float() - expected.float()).norm() <= 0.05 * expected.float().norm()  # whose logits are rounded
 
 
-def test_the_command_checks_measures_and_writes_one_file(tmp_path, capfd):
-    """As on a GPU, and as two halves: what one leaves out stays as the other found it."""
+def test_command_checks_measures_and_writes_one_file(tmp_path, capfd):
+    """As on a GPU, in two halves: each keeps the results of the other."""
     common = ["--device", "cpu", "--small", "--no-build", "--out", str(tmp_path)]
     assert command.main([*common, "--tests", "--only", "uses_current_stream,memcheck"]) == 0
     assert command.main([*common, "--bench", "--only", "limits,backends"]) == 0
@@ -344,8 +344,8 @@ def test_the_command_checks_measures_and_writes_one_file(tmp_path, capfd):
         assert line in printed
 
 
-def test_checks_supervise_parallel_are_those_of_one_process(tmp_path):
-    """Each once, the whole GPU for those that need it, and no measurement among them."""
+def test_parallel_checks_equal_those_of_one_process(tmp_path):
+    """Each check runs once, some of them alone, and no measurement runs in parallel."""
     found = []
     for jobs in ("1", "3"):
         arguments = ["--device", "cpu", "--small", "--no-build", "--jobs", jobs, "--out", str(tmp_path / jobs)]
@@ -361,8 +361,8 @@ def test_checks_supervise_parallel_are_those_of_one_process(tmp_path):
     assert {name for name, *_ in found[1][: -3 * len(FAMILIES) - 1]} == {"matches_cpu"}
 
 
-def test_checks_that_took_all_the_time_are_kept(tmp_path, monkeypatch, capfd):
-    """And what could not begin after them is said."""
+def test_checks_that_use_all_the_time_are_kept(tmp_path, monkeypatch, capfd):
+    """And units that could not start after them are reported."""
 
     def checked(command_line, jobs, deadline):
         results = command.Results()
@@ -389,7 +389,7 @@ def test_checks_that_took_all_the_time_are_kept(tmp_path, monkeypatch, capfd):
     assert "not reached: units that run alone: late" in capfd.readouterr().out
 
 
-def test_without_a_gpu_it_is_one_line_and_status_4(tmp_path):
+def test_without_gpu_one_line_and_status_4(tmp_path):
     arguments = [sys.executable, "-m", "benchmarks.gpu", "--no-build", "--out", str(tmp_path)]
     if not torch.cuda.is_available():
         done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -425,18 +425,18 @@ def supervised(hangs: int, seconds: float) -> list[str]:
     return [unit["status"] for unit in results.finish()["units"]]
 
 
-def test_a_worker_that_is_lost_or_hangs_costs_one_unit(monkeypatch):
+def test_crash_or_hang_costs_one_unit(monkeypatch):
     assert supervised(-1, 60) == ["passed", "failed", "passed", "failed", "passed"]
     monkeypatch.setattr(command, "UNIT_LIMIT_S", 2.0)
     assert supervised(2, 60) == ["passed", "failed", "failed", "failed", "passed"]
 
 
-def test_what_the_time_does_not_reach_is_said():
+def test_units_beyond_the_deadline_are_reported():
     assert supervised(2, 4)[2:] == ["not reached"] * 3
 
 
-def test_a_sanitizer_runs_the_checks_of_equality(tmp_path, monkeypatch):
-    """With a stand-in for the tool: its complaint fails the unit, and so does a check that fails under it."""
+def test_sanitizer_runs_the_equality_checks(tmp_path, monkeypatch):
+    """With a fake tool: its error fails the unit, and so does a failed check."""
     from benchmarks.gpu import worker
 
     tool = tmp_path / "compute-sanitizer"
@@ -452,7 +452,7 @@ def test_a_sanitizer_runs_the_checks_of_equality(tmp_path, monkeypatch):
             assert worker.sanitized("memcheck", arguments) == []
 
 
-def test_it_needs_torch_and_numpy_alone():
+def test_command_needs_torch_and_numpy_only():
     """A machine with a GPU may have nothing else: no packages of the analysis, no pytest, no pybind11."""
     program = (
         "import sys\n"
@@ -473,7 +473,7 @@ def test_it_needs_torch_and_numpy_alone():
     assert int(done.stdout.split()[1]) > 50
 
 
-def test_setup_takes_torchs_headers_where_pybind11_is_not_installed():
+def test_setup_uses_torch_headers_without_pybind11():
     program = (
         "import sys\n"
         "sys.modules['pybind11'] = sys.modules['pybind11.setup_helpers'] = None\n"
@@ -487,7 +487,7 @@ def test_setup_takes_torchs_headers_where_pybind11_is_not_installed():
     assert (Path(done.stdout.strip()) / "pybind11" / "pybind11.h").is_file()
 
 
-def test_a_build_that_fails_is_said_and_goes_on(monkeypatch):
+def test_failed_build_is_reported_and_continues(monkeypatch):
     said = []
     monkeypatch.setattr(
         build.subprocess,
@@ -502,13 +502,13 @@ def test_a_build_that_fails_is_said_and_goes_on(monkeypatch):
     assert "exit status 1" in said[-1]
 
 
-def test_readme_quotes_every_gpu_measured_or_says_that_none_is():
+def test_readme_quotes_every_measured_gpu():
     assert record.readme_with_tables() == record.README.read_text(), (
         "run python3 -m benchmarks.gpu.record: kernels or results have changed"
     )
 
 
-def test_checks_in_a_line_name_what_does_not_hold():
+def test_checks_line_names_what_did_not_pass():
     statuses = ("passed", "passed", "failed", "inconclusive", "not reached")
     units = [
         {"group": "check", "name": f"check_{i}", "workload": "delta", "backend": "Triton", "status": status}
@@ -522,7 +522,7 @@ def test_checks_in_a_line_name_what_does_not_hold():
     assert not record.checks_line([{"group": "time", "status": "passed"}])
 
 
-def test_a_figure_of_kernels_that_have_changed_since_is_marked():
+def test_row_of_changed_kernels_is_marked():
     row = {
         "workload": "a pass",
         "family": "delta",

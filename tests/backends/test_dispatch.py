@@ -54,7 +54,7 @@ def with_cuda(
 
 
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=list(OPERATORS))
-def test_triton_serves_on_cuda(monkeypatch, operator):
+def test_triton_is_selected_on_cuda(monkeypatch, operator):
     for version, backend in (
         ("3.6.0", "triton"),
         ("3.10.0+git1", "triton"),
@@ -67,7 +67,7 @@ def test_triton_serves_on_cuda(monkeypatch, operator):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cuda_kernels_serve_before_triton(monkeypatch, family):
+def test_cuda_kernels_precede_triton(monkeypatch, family):
     with_triton(monkeypatch, "3.7.1")
     first = "cuda" if family in ON_CUDA else "triton"
     for has, backend in (
@@ -84,7 +84,7 @@ def test_cuda_kernels_serve_before_triton(monkeypatch, family):
     assert dispatch.select_backend(family, "cuda") == "triton"
 
 
-def test_doctor_says_why_cuda_kernels_do_not_serve(monkeypatch):
+def test_doctor_reports_why_cuda_kernels_are_unavailable(monkeypatch):
     with_triton(monkeypatch, "3.7.1")
     with_cuda(monkeypatch, library=12, cupy=12)
     said = "\n".join(doctor.format_text(doctor.examine()))
@@ -100,7 +100,7 @@ def test_doctor_says_why_cuda_kernels_do_not_serve(monkeypatch):
     assert "OPDKERNELS_BACKEND=triton" in doctor.examine()["cuda_kernels"]
 
 
-def test_doctor_names_the_gpus_or_why_there_is_none(monkeypatch):
+def test_doctor_lists_gpus_or_the_reason_for_none(monkeypatch):
     """With a CuPy for another CUDA than torch's, Triton serves, and the remedy stands beside it."""
     with_triton(monkeypatch, "3.7.1")
     with_cuda(monkeypatch, cupy=12)
@@ -127,7 +127,7 @@ def test_doctor_names_the_gpus_or_why_there_is_none(monkeypatch):
     )
 
 
-def test_a_library_of_other_sources_is_passed_over(monkeypatch):
+def test_library_of_other_sources_is_ignored(monkeypatch):
     with_triton(monkeypatch, "3.7.1")
     with_cuda(monkeypatch, library=13, stale=True)
     assert dispatch.select_backend("delta", "cuda") == "triton"
@@ -142,7 +142,7 @@ def test_a_library_of_other_sources_is_passed_over(monkeypatch):
     assert "library built from other sources; rebuild" in "\n".join(doctor.format_text(doctor.examine()))
 
 
-def test_a_library_holds_the_digest_of_every_source_it_is_built_from(monkeypatch, tmp_path):
+def test_library_contains_the_digest_of_its_sources(monkeypatch, tmp_path):
     root = sources.source_dir()
     copied = tmp_path / "csrc"
     shutil.copytree(root, copied)
@@ -164,7 +164,7 @@ def test_a_library_holds_the_digest_of_every_source_it_is_built_from(monkeypatch
 
 
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels")
-def test_the_cpu_has_its_own_whatever_is_named_for_gpus(monkeypatch):
+def test_gpu_backend_names_do_not_affect_the_cpu(monkeypatch):
     for name in (None, "cpu", "triton"):
         if name:
             monkeypatch.setenv("OPDKERNELS_BACKEND", name)
@@ -172,19 +172,19 @@ def test_the_cpu_has_its_own_whatever_is_named_for_gpus(monkeypatch):
             assert dispatch.select_backend(family, "cpu") == ("reference" if family == "divergence" else "cpu")
 
 
-def test_the_reference_serves_everywhere_when_it_is_named(monkeypatch):
+def test_reference_is_used_everywhere_if_named(monkeypatch):
     monkeypatch.setenv("OPDKERNELS_BACKEND", "reference")
     assert all(dispatch.kernels(operator.family, operator.name) == {} for operator in OPERATORS.values())
     assert "OPDKERNELS_BACKEND=reference" in doctor.examine()["cuda_kernels"]
 
 
-def test_an_unknown_name_is_refused(monkeypatch):
+def test_unknown_backend_name_raises(monkeypatch):
     monkeypatch.setenv("OPDKERNELS_BACKEND", "cudnn")
     with pytest.raises(UsageError, match="OPDKERNELS_BACKEND is cudnn; choose one of cpu, cuda, triton, reference"):
         dispatch.select_backend("delta", "cuda")
 
 
-def test_doctor_says_who_serves_and_why(monkeypatch):
+def test_doctor_reports_backends_and_reasons(monkeypatch):
     with_triton(monkeypatch, "3.7.1")
     assert doctor.examine()["cuda_operators"] == dict.fromkeys(sorted(OPERATORS), "triton")
     with_triton(monkeypatch, None)
@@ -193,7 +193,7 @@ def test_doctor_says_who_serves_and_why(monkeypatch):
     assert "pip install 'triton>=3.6'" in "\n".join(doctor.format_text(found))
 
 
-def test_the_dispatcher_hands_cuda_tensors_to_triton(monkeypatch):
+def test_dispatcher_passes_cuda_tensors_to_triton(monkeypatch):
     pytest.importorskip("triton")
     launch = importlib.import_module("opdkernels.backends.triton.launch")
     started = []
@@ -210,7 +210,7 @@ def test_the_dispatcher_hands_cuda_tensors_to_triton(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
-def test_a_backend_has_a_kernel_of_every_operator_of_its_families(backend):
+def test_backends_implement_every_operator_of_their_families(backend):
     if backend == "triton":
         pytest.importorskip("triton")
     for operator in OPERATORS.values():

@@ -56,7 +56,7 @@ def started(monkeypatch, tmp_path):
     launch.cache_dir.cache_clear()
 
 
-def test_a_kernel_is_compiled_once_and_started_with_eight_byte_arguments(started):
+def test_kernel_is_compiled_once_and_gets_8_byte_arguments(started):
     """By NVRTC itself: CuPy's own compilation of a module adds an option that flushes subnormals to zero."""
     kernels = launch.NvrtcKernels()
     for n in (5, 6):
@@ -70,7 +70,7 @@ def test_a_kernel_is_compiled_once_and_started_with_eight_byte_arguments(started
     assert launches[1][4] == 70_000
 
 
-def test_another_process_finds_what_one_compiled(started):
+def test_compiled_kernels_are_cached_for_other_processes(started):
     for _ in range(2):
         launch.NvrtcKernels().launch("delta_carry", [1, 0], 1, 32, 0, torch.device("cuda", 0))
     assert len(started.compiled) == 1
@@ -78,7 +78,7 @@ def test_another_process_finds_what_one_compiled(started):
     assert [path.suffix for path in launch.cache_dir().iterdir()] == [".cubin"]
 
 
-def test_without_a_cache_to_write_to_a_process_has_its_own(started, monkeypatch, tmp_path):
+def test_without_a_writable_cache_a_process_has_its_own(started, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     launch.NvrtcKernels().launch("delta_carry", [1, 0], 1, 32, 0, torch.device("cuda", 0))
@@ -88,7 +88,7 @@ def test_without_a_cache_to_write_to_a_process_has_its_own(started, monkeypatch,
 
 
 @pytest.mark.parametrize("family", [path.parent.name for path in sorted(sources.source_dir().glob("*/cuda.cu"))])
-def test_the_source_is_one_text_so_that_a_cache_sees_every_change(family):
+def test_source_includes_everything_the_cache_key_must_cover(family):
     source = family_source(family)
     assert not re.search(r'^#include "', source, flags=re.MULTILINE)
     assert source.count("float_to_bf16(float x) {") == 1

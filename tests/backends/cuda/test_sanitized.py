@@ -31,7 +31,7 @@ quantile.quantile(make_pair(3001)[0], [5], True, None)
 """
 
 
-def test_kernels_stay_within_tensors_tables_and_shared_memory():
+def test_no_access_outside_tensors_tables_and_shared_memory():
     """Their tests pass; then a wide load without a masked tail is reported."""
     library = subprocess.run(
         [str(COMPILER), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
@@ -52,7 +52,7 @@ def test_kernels_stay_within_tensors_tables_and_shared_memory():
     assert "heap-buffer-overflow" in done.stderr
 
 
-def test_a_wide_load_at_any_address_is_detected(monkeypatch, capfd):
+def test_unaligned_wide_load_is_detected(monkeypatch, capfd):
     aligned = " && ((opd_u64)at & (width - 1)) == 0"
     assert aligned in kernel_source("quantile")
     launch_on_fibers(monkeypatch, load_kernels("quantile", kernel_source("quantile").replace(aligned, "")))

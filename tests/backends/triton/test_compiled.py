@@ -66,7 +66,7 @@ def test_delta(monkeypatch, target, source, trained, registers):
         assert_fits(compiled(carry, target), 96)
 
 
-def test_delta_launches_what_fits(monkeypatch):
+def test_delta_launches_fit_the_registers(monkeypatch):
     launched = launches(monkeypatch, lambda: call_delta(BF16, BF16, 2**31 + 11))
     assert [one.name for one in launched] == ["count", "fold", "count", "fold", "count", "fold", "carry"]
     sizes = [one.arguments[9] for one in launched if one.name == "count"]
@@ -322,7 +322,7 @@ def test_step(monkeypatch, target, options, fused):
     assert_fuses(code, fused)
 
 
-def test_step_launches_once_whatever_the_number_of_tensors(monkeypatch):
+def test_step_of_any_number_of_tensors_is_one_launch(monkeypatch):
     (one,) = launches(monkeypatch, lambda: call_step(tensors=5))
     tensors, tiles = one.arguments[0], one.arguments[5]
     assert (tuple(tensors.shape), tiles) == ((5, step.COLUMNS.value), 5 * N // step.TILE)
@@ -345,7 +345,7 @@ def call_gather_and_scatter(dtype: torch.dtype, masks: torch.dtype = torch.uint8
     [("sm_80", BF16, torch.uint8), ("sm_90", FP32, torch.int32), ("gfx942", BF16, torch.uint8)],
     ids=str,
 )
-def test_take_and_put(monkeypatch, target, dtype, masks):
+def test_gather_and_scatter(monkeypatch, target, dtype, masks):
     launched = launches(monkeypatch, lambda: call_gather_and_scatter(dtype, masks))
     assert [one.name for one in launched] == ["take", "take", "put"]
     for one in launched[1:]:
@@ -416,7 +416,7 @@ def test_divergence_of_an_odd_vocabulary(monkeypatch, dtype):
         assert_fits(compiled(one, "sm_90"), 128)
 
 
-def test_divergence_keeps_its_workspace_bounded(monkeypatch):
+def test_divergence_workspace_is_bounded(monkeypatch):
     for n in (10, 4096, 1 << 17):
         launched = launches(monkeypatch, lambda n=n: call_divergence(BF16, n=n))
         sizes = [one.arguments[0].shape[1] for one in launched if one.name == "gradient"]
@@ -442,7 +442,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_no_number_is_compiled_in(monkeypatch, call):
+def test_no_argument_is_specialized(monkeypatch, call):
     """Another size, cut or threshold starts the same machine code."""
     for one in launches(monkeypatch, call):
         numbers = [

@@ -13,7 +13,7 @@ from tests.backends import summary
 ROOT = Path(__file__).parents[3]
 
 
-def test_kernels_equal_their_references(tmp_path):
+def test_kernels_match_their_references(tmp_path):
     """One process for all families, because loading torch and Triton takes seconds."""
     families = [path.parent.name for path in (ROOT / "opdkernels" / "ops").glob("*/triton.py")]
     files = [f"tests/ops/{family}/test_{family}_triton.py" for family in families]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ def call_overlap(
     return outputs
 
 
-def case(n: int, dtypes: Sequence[torch.dtype], hostile: bool = True) -> Case:
+def runs_case(n: int, dtypes: Sequence[torch.dtype], hostile: bool = True) -> Case:
     name = f"{', '.join(map(str, dtypes)) if len(dtypes) <= 3 else f'{len(dtypes) - 1} runs of {dtypes[1]}'} {n}"
     return Case(
         name if hostile else f"{name} finite",
@@ -75,18 +75,18 @@ def case(n: int, dtypes: Sequence[torch.dtype], hostile: bool = True) -> Case:
 
 def cases(n: int) -> Iterator[Case]:
     for dtypes in ((BF16, BF16, BF16), (FP32, FP32, BF16), (BF16, FP64, FP16, BF16, FP32, BF16)):
-        yield case(n, dtypes)
+        yield runs_case(n, dtypes)
 
 
 def dtype_cases(n: int, hostile: bool = True) -> Iterator[Case]:
     """Every pair of dtypes."""
     for base, run in itertools.product(DTYPES, DTYPES):
-        yield case(n, (base, run, base), hostile)
+        yield runs_case(n, (base, run, base), hostile)
 
 
 def many_runs(n: int) -> Iterator[Case]:
     for count in (3, 4, 5, 16):
-        yield case(n, (BF16,) * (count + 1))
+        yield runs_case(n, (BF16,) * (count + 1))
 
 
 def large(n: int = 3000) -> list[Any]:
@@ -104,15 +104,29 @@ def neighbours(count: int, threshold_bits: int) -> list[Any]:
     return [base, runs[:count], threshold_bits]
 
 
+def neighbour_cases(count: int, thresholds: Iterable[int]) -> Iterator[Case]:
+    for threshold_bits in thresholds:
+        name = f"threshold {threshold_bits:#06x} of {count} runs"
+        yield Case(name, functools.partial(neighbours, count, threshold_bits), call_overlap)
+
+
+def bf16_patterns(count: int) -> list[Any]:
+    """Every bf16 bit pattern against permutations of them."""
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(BF16)
+    seeds = range(count)
+    return [every, [every[torch.randperm(65536, generator=torch.Generator().manual_seed(seed))] for seed in seeds]]
+
+
 def special_cases() -> Iterator[Case]:
     for n in (0, 1, 31, 1023, 1025):
         yield from dtype_cases(n)
     yield from many_runs(20_001)
     for count in (2, 5):
-        yield case(5001, (BF16, FP32, *(BF16,) * (count - 1)))
+        yield runs_case(5001, (BF16, FP32, *(BF16,) * (count - 1)))
     yield Case("large", large, call_overlap)
-    for threshold_bits in (0, 1, 0x3B80, 0x3B81, *range(0x3F7E, 0x3F84), 0x42FF, 0x7F7F):
-        yield Case(f"threshold {threshold_bits:#06x}", functools.partial(neighbours, 3, threshold_bits), call_overlap)
+    yield from neighbour_cases(3, (0, 1, 0x3B80, 0x3B81, *range(0x3F7E, 0x3F84), 0x42FF, 0x7F7F))
+    for count in (2, 3):
+        yield Case(f"bf16 patterns {count}", functools.partial(bf16_patterns, count), call_overlap)
     yield Case("added to counts", lambda: [*make_runs(2000), DEFAULT_THRESHOLD_BITS, 700], call_overlap)
 
 

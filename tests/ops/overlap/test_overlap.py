@@ -26,8 +26,8 @@ from opdkernels.ops.overlap import (
     z_score,
 )
 from tests.conftest import ISAS
-from tests.ops.conformance import DTYPES, MILLION, MISALIGNED, SIZES, check_case, dispatched
-from tests.ops.overlap.cases import FAMILY, case, dtype_cases, make_runs
+from tests.ops.conformance import DTYPES, MILLION, SIZES, check_case, dispatched
+from tests.ops.overlap.cases import FAMILY, dtype_cases, make_runs, neighbour_cases, runs_case
 
 
 def by_reference(base, runs, threshold_bits=DEFAULT_THRESHOLD_BITS) -> Overlap:
@@ -81,7 +81,7 @@ def test_reference_equals_oracle(dtypes):
 @pytest.mark.parametrize("dtypes", [(d, e, d) for d, e in itertools.product(DTYPES, DTYPES)])
 @pytest.mark.parametrize("n", [2049, 70_001])
 def test_every_pair_of_dtypes(isa, threads, dtypes, n):
-    check_case(case(n, dtypes), dispatched)
+    check_case(runs_case(n, dtypes), dispatched)
 
 
 @pytest.mark.parametrize(
@@ -93,9 +93,16 @@ def test_matches_reference(isa, threads, case):
     check_case(case, dispatched)
 
 
-@pytest.mark.parametrize("case", FAMILY.collect([2501]), ids=str)
-def test_misaligned(isa, case):
-    check_case(case, dispatched, offsets=MISALIGNED)
+@pytest.mark.parametrize("offset", range(5))
+@pytest.mark.parametrize("case", [*FAMILY.collect([2501]), *dtype_cases(2501)], ids=str)
+def test_misaligned(isa, case, offset):
+    check_case(case, dispatched, offsets=(offset, offset + 3, offset + 1))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_differences_between_bf16_neighbours(isa, count):
+    for case in neighbour_cases(count, (*range(0x3B80, 0x3B88), *range(0x3F7E, 0x3F88), *range(0x42FE, 0x4306))):
+        check_case(case, dispatched)
 
 
 @pytest.mark.parametrize("n_runs", [3, 4, 5, 16])
@@ -106,23 +113,6 @@ def test_many_runs(isa, threads, n_runs):
         assert found == by_reference(base, runs)
         assert found.hist_num_runs.sum() == found.finite
         assert (found.hist_num_runs * np.arange(n_runs + 1)).sum() == np.trace(found.both)
-
-
-def test_every_cut_of_few_bits_rounds_as_the_definition(isa):
-    """Differences at, beside and half way between bf16 neighbours: the kernel compares before rounding."""
-    base = torch.tensor([1.0, 256.0], dtype=torch.bfloat16).repeat(512)
-    steps = torch.arange(512).repeat_interleave(2)
-    runs = [base + steps * 2.0**-7, base - steps * 1.0, base * (1 + steps * 2.0**-9)]
-    for threshold_bits in (*range(0x3B80, 0x3B88), *range(0x3F7E, 0x3F88), *range(0x42FE, 0x4306)):
-        for chosen in (runs, runs[:2]):
-            assert overlap(base, chosen, threshold_bits=threshold_bits) == by_reference(base, chosen, threshold_bits)
-
-
-def test_all_bf16_patterns_against_shuffles(isa):
-    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    runs = [every[torch.randperm(65536, generator=torch.Generator().manual_seed(seed))] for seed in range(3)]
-    for chosen in (runs[:2], runs):
-        assert overlap(every, chosen) == by_reference(every, chosen)
 
 
 def test_magnitudes_from_two_on_and_large_changes(isa):
@@ -137,14 +127,6 @@ def test_magnitudes_from_two_on_and_large_changes(isa):
         base[at], runs[0][at], runs[1][at] = values
         assert overlap(base, runs) == by_reference(base, runs)
     assert overlap(base * 100, [run * 100 for run in runs]) == by_reference(base * 100, [run * 100 for run in runs])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_misaligned_views(isa, dtype):
-    base, runs = make_runs(5000, (dtype,) * 3)
-    for offset in range(5):
-        views = base[offset : offset + 4800], [runs[0][3 : 3 + 4800], runs[1][offset + 1 : offset + 1 + 4800]]
-        assert overlap(*views) == by_reference(*views)
 
 
 def test_strided_and_high_dimensional_inputs():
