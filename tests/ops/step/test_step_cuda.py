@@ -97,12 +97,12 @@ def stepped(kernel) -> list[float]:
     ("text", "broken"),
     [
         (
-            "const opd_u32 word = __shfl_sync(OPD_ALL_LANES, mine, w);",
-            "opd_u32 word = mine; if (mine >> lane & 1) word = __shfl_sync(OPD_ALL_LANES, mine, w);",
+            "const opd_u32 word = __shfl_sync(OPD_ALL_LANES, lane_word, w);",
+            "opd_u32 word = lane_word; if (lane_word >> lane & 1) word = __shfl_sync(OPD_ALL_LANES, lane_word, w);",
         ),
         (
-            "__popc(__ballot_sync(OPD_ALL_LANES, at < tensors && tile >= ends[at]))",
-            "at < tensors ? __popc(__ballot_sync(OPD_ALL_LANES, tile >= ends[at])) : 0",
+            "__popc(__ballot_sync(OPD_ALL_LANES, at < tensors && tile >= end_tiles[at]))",
+            "at < tensors ? __popc(__ballot_sync(OPD_ALL_LANES, tile >= end_tiles[at])) : 0",
         ),
     ],
     ids=["shuffle", "ballot"],
