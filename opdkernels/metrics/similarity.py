@@ -1,7 +1,7 @@
 """Similarity of the top directions of an update to those of the last checkpoint of its run, per matrix.
 
-Sim_K(t, T) = ||V_K(t)^T V_K(T)||^2 / K for the K = 16 top singular vectors of delta at checkpoint t and at the last one,
-T. It is 1 when training only continues along directions it already has, and K / n for unrelated directions.
+Sim_K(t, T) = ||V_K(t)^T V_K(T)||^2 / K for the K = 16 top singular vectors of delta at checkpoint t and at the last
+one, T. It is 1 when training only continues along directions it already has, and K / n for unrelated directions.
 """
 
 from __future__ import annotations

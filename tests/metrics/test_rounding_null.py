@@ -10,7 +10,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from opdkernels.metrics.rounding_null import INFINITY, KINDS, RATIOS, fit, fit_many
+from opdkernels.metrics.rounding_null import KINDS, RATIOS, fit, fit_many
+from opdkernels.metrics.rounding_null.histograms import INFINITY
 
 STD = 0.03
 
