@@ -1,4 +1,5 @@
-// The Python edge: pointers and sizes in, counts out, the GIL released. The callers check devices, dtypes and contiguity.
+// The Python interface: addresses and sizes in, counts out, the GIL released. The callers validate devices, dtypes and
+// contiguity. Dtypes are codes of `enum Dtype`, strides are in elements.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,12 +13,14 @@ namespace py = pybind11;
 namespace {
 template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
-DeltaOptions delta_options(const std::vector<int>& cuts, const std::vector<double>& thresholds) {
-  if (cuts.size() > OPD_MAX_CUTS || thresholds.size() != OPD_THRESHOLDS) throw std::invalid_argument("at most 4 cuts, exactly 5 thresholds");
+DeltaOptions delta_options(const std::vector<int>& threshold_bits, const std::vector<double>& thresholds) {
+  if (threshold_bits.size() > OPD_MAX_VISIBLE_THRESHOLDS || thresholds.size() != OPD_STORED_THRESHOLDS)
+    throw std::invalid_argument("at most 4 threshold_bits, exactly 5 thresholds");
   DeltaOptions options;
-  options.n_cuts = (int)cuts.size();
-  for (int i = 0; i < OPD_MAX_CUTS; i++) options.cuts[i] = i < options.n_cuts ? cuts[i] : 0x7FFF;
-  for (int i = 0; i < OPD_THRESHOLDS; i++) options.thresholds[i] = thresholds[i];
+  options.n_thresholds = (int)threshold_bits.size();
+  for (int i = 0; i < OPD_MAX_VISIBLE_THRESHOLDS; i++)
+    options.threshold_bits[i] = i < options.n_thresholds ? threshold_bits[i] : 0x7FFF;
+  for (int i = 0; i < OPD_STORED_THRESHOLDS; i++) options.thresholds[i] = thresholds[i];
   return options;
 }
 }  // namespace
@@ -39,42 +42,53 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &available_isas);
   m.def("current_isa", &current_isa);
   m.def("use_isa", &use_isa);
-  m.def("delta", [](uintptr_t source, int source_dtype, uintptr_t trained, int trained_dtype, int64_t n, const std::vector<int>& cuts,
-                    const std::vector<double>& thresholds, int threads, uintptr_t tables, uintptr_t counts, uintptr_t sums,
-                    uintptr_t maximum, uintptr_t mask) {
-    DeltaOptions options = delta_options(cuts, thresholds);
+  // base, trained: [n]; tables: int64 [HIST_BASE_OVER + thresholds][OPD_BINS]; counts: int64 [NUM_COUNTS]; sums: int64
+  // [NUM_SUMS][OPD_SUM_LIMBS]; maximum: double [1]; mask: uint8 [(n + 7) / 8] or 0.
+  m.def("delta", [](uintptr_t base, int base_dtype, uintptr_t trained, int trained_dtype, int64_t n,
+                    const std::vector<int>& threshold_bits, const std::vector<double>& thresholds, int threads,
+                    uintptr_t tables, uintptr_t counts, uintptr_t sums, uintptr_t maximum, uintptr_t mask) {
+    DeltaOptions options = delta_options(threshold_bits, thresholds);
     py::gil_scoped_release release;
-    delta(pointer<void>(source), source_dtype, pointer<void>(trained), trained_dtype, n, options, threads, pointer<int64_t>(tables),
-          pointer<int64_t>(counts), pointer<int64_t>(sums), pointer<double>(maximum), pointer<unsigned char>(mask));
+    delta(pointer<void>(base), base_dtype, pointer<void>(trained), trained_dtype, n, options, threads,
+          pointer<int64_t>(tables), pointer<int64_t>(counts), pointer<int64_t>(sums), pointer<double>(maximum),
+          pointer<unsigned char>(mask));
   });
-  m.def("overlap", [](uintptr_t source, int source_dtype, const std::vector<uintptr_t>& trained, const std::vector<int>& trained_dtypes,
-                      int64_t n, int cut, int threads, uintptr_t source_table, uintptr_t changed, uintptr_t both, uintptr_t exactly,
+  // base, each of trained: [n]; hist_base: int64 [OPD_BINS]; hist_changed: int64 [runs][OPD_BINS]; both: int64
+  // [runs][runs]; hist_num_runs: int64 [runs + 1]; counts: int64 [OVERLAP_NUM_COUNTS].
+  m.def("overlap", [](uintptr_t base, int base_dtype, const std::vector<uintptr_t>& trained,
+                      const std::vector<int>& trained_dtypes, int64_t n, int threshold_bits, int threads,
+                      uintptr_t hist_base, uintptr_t hist_changed, uintptr_t both, uintptr_t hist_num_runs,
                       uintptr_t counts) {
-    if (trained.empty() || trained.size() > OPD_MAX_RUNS || trained.size() != trained_dtypes.size()) throw std::invalid_argument("1 to 16 runs, each with its dtype");
+    if (trained.empty() || trained.size() > OPD_MAX_RUNS || trained.size() != trained_dtypes.size())
+      throw std::invalid_argument("1 to 16 runs, each with its dtype");
     std::vector<const void*> runs;
     for (uintptr_t address : trained) runs.push_back(pointer<void>(address));
     py::gil_scoped_release release;
-    overlap(pointer<void>(source), source_dtype, runs, trained_dtypes, n, cut, threads, pointer<int64_t>(source_table),
-            pointer<int64_t>(changed), pointer<int64_t>(both), pointer<int64_t>(exactly), pointer<int64_t>(counts));
+    overlap(pointer<void>(base), base_dtype, runs, trained_dtypes, n, threshold_bits, threads,
+            pointer<int64_t>(hist_base), pointer<int64_t>(hist_changed), pointer<int64_t>(both),
+            pointer<int64_t>(hist_num_runs), pointer<int64_t>(counts));
   });
-  m.def("quantile", [](uintptr_t values, int dtype, int64_t n, const std::vector<int64_t>& k, bool largest, uintptr_t mask, int threads,
-                       uintptr_t cuts, uintptr_t counts) {
+  // values: [n]; mask: uint8 [(n + 7) / 8] or 0; thresholds: double [K]; counts: int64 [K][QUANTILE_NUM_COUNTS].
+  m.def("quantile", [](uintptr_t values, int dtype, int64_t n, const std::vector<int64_t>& k, bool largest,
+                       uintptr_t mask, int threads, uintptr_t thresholds, uintptr_t counts) {
     py::gil_scoped_release release;
     std::vector<QuantileResult> results(k.size());
     quantile(pointer<void>(values), dtype, n, k, largest, pointer<unsigned char>(mask), threads, results.data());
     for (size_t j = 0; j < k.size(); j++) {
       const QuantileResult& r = results[j];
-      pointer<double>(cuts)[j] = r.cut;
-      const int64_t row[5] = {r.above, r.tied, r.above_masked, r.tied_masked, r.nan};
-      std::copy(row, row + 5, pointer<int64_t>(counts) + 5 * j);
+      pointer<double>(thresholds)[j] = r.threshold;
+      const int64_t row[QUANTILE_NUM_COUNTS] = {r.above, r.tied, r.above_masked, r.tied_masked, r.nan};
+      std::copy(row, row + QUANTILE_NUM_COUNTS, pointer<int64_t>(counts) + QUANTILE_NUM_COUNTS * j);
     }
   });
-  m.def("gram", [](uintptr_t source, int source_dtype, int64_t source_row, int64_t source_column, uintptr_t trained, int trained_dtype,
-                   int64_t trained_row, int64_t trained_column, int64_t rows, int64_t n, int parts, bool visible, int block, int threads,
-                   uintptr_t into) {
-    const GramInput input{pointer<void>(source), pointer<void>(trained), source_dtype, trained_dtype, source_row, source_column, trained_row, trained_column};
+  // base, trained: [rows][n] with strides *_row and *_column; out: double [number of parts][n][n], added to.
+  m.def("gram", [](uintptr_t base, int base_dtype, int64_t base_row, int64_t base_column, uintptr_t trained,
+                   int trained_dtype, int64_t trained_row, int64_t trained_column, int64_t rows, int64_t n, int parts,
+                   bool visible, int block, int threads, uintptr_t out) {
+    const GramInput input{pointer<void>(base), pointer<void>(trained), base_dtype, trained_dtype,
+                          base_row, base_column, trained_row, trained_column};
     py::gil_scoped_release release;
-    gram(input, rows, n, parts, visible, block, threads, pointer<double>(into));
+    gram(input, rows, n, parts, visible, block, threads, pointer<double>(out));
   });
   // rows: [count] StepRow (opdkernels/ops/step/layout.py: STEP_ROW).
   m.def("masked_step", [](uintptr_t rows, int64_t count, uintptr_t scalars, uintptr_t grad_scale, uintptr_t clip, bool maximize,

@@ -1,32 +1,32 @@
 // CPU loops of `delta`. Included once per instruction set, inside that set's namespace.
 //
-// A bfloat16 magnitude has 2^15 values, so integer tables hold every coordinate-wise figure. The increments are scalar
-// (about one a cycle) and are the limit, not memory: so |w| is counted for every coordinate, everything else only for
-// those whose bits differ, which a vector comparison picks out (`collect`).
-#define OPD_BLOCK 2048
+// bfloat16 has 2^15 magnitudes, so integer histograms hold every per-coordinate metric. The increments are scalar
+// (about one per cycle) and they are the limit, not memory: so |w| is counted for every coordinate, everything else
+// only for the coordinates whose bits differ, which a vector comparison selects (`collect`).
+#define OPD_DELTA_BLOCK 2048
 
-struct Changed {                 // coordinates whose bits differ, waiting to be counted
-  opd_u16 w[2 * OPD_BLOCK + 64], v[2 * OPD_BLOCK + 64];
+struct ChangedQueue {  // coordinates whose bits differ, waiting to be counted
+  opd_u16 w[2 * OPD_DELTA_BLOCK + 64], v[2 * OPD_DELTA_BLOCK + 64];
   int n;
 };
 
-struct Inexact {                 // bfloat16 pairs: differences that bfloat16 rounds
-  float d[2 * OPD_BLOCK + 64];
+struct InexactQueue {  // bfloat16 pairs: differences that bfloat16 rounds
+  float d[2 * OPD_DELTA_BLOCK + 64];
 };
 
 static int largest_magnitude(const opd_u16* w, const opd_u16* v, int n) {
-  short most = 0;                // signed: magnitudes fit, and SSE2 has no unsigned 16-bit maximum
-  OPD_SIMD(reduction(max : most))
+  short largest = 0;                // signed: magnitudes fit, and SSE2 has no unsigned 16-bit maximum
+  OPD_SIMD(reduction(max : largest))
   for (int i = 0; i < n; i++) {
     short a = (short)(w[i] & 0x7FFF), b = (short)(v[i] & 0x7FFF);
     short m = a > b ? a : b;
-    most = m > most ? m : most;
+    largest = m > largest ? m : largest;
   }
-  return most;
+  return largest;
 }
 
-// Meanwhile the next block is fetched from memory: the increments leave the memory ports idle.
-static void count_source(const opd_u16* w, int n, opd_u32* table, const opd_u16* next_w, const opd_u16* next_v) {
+// Counts |w|, and prefetches the next block meanwhile: the increments leave the memory ports idle.
+static void count_base(const opd_u16* w, int n, opd_u32* table, const opd_u16* next_w, const opd_u16* next_v) {
   int i = 0;
   for (; i + 32 <= n; i += 32) {
     __builtin_prefetch(next_w + i);
@@ -44,9 +44,9 @@ static void count_source(const opd_u16* w, int n, opd_u32* table, const opd_u16*
 }
 
 #if defined(OPD_AVX512) || defined(OPD_AVX2)
-static int larger(int most, const short* lanes, int n) {
-  for (int i = 0; i < n; i++) most = lanes[i] > most ? lanes[i] : most;
-  return most;
+static int larger(int largest, const short* lanes, int n) {
+  for (int i = 0; i < n; i++) largest = lanes[i] > largest ? lanes[i] : largest;
+  return largest;
 }
 #endif
 
@@ -56,31 +56,36 @@ static int larger(int most, const short* lanes, int n) {
 static int collect(const opd_u16* w, const opd_u16* v, int n, opd_u16* out_w, opd_u16* out_v, int* largest) {
   int k = 0, i = 0;
   const __m512i magnitude = _mm512_set1_epi16(0x7FFF);
-  __m512i most = _mm512_setzero_si512();
+  __m512i lane_max = _mm512_setzero_si512();
   for (; i + 32 <= n; i += 32) {
     __m512i a = _mm512_loadu_si512(w + i), b = _mm512_loadu_si512(v + i);
     __mmask32 differ = _mm512_cmpneq_epi16_mask(a, b);
-    most = _mm512_max_epi16(most, _mm512_max_epi16(_mm512_and_si512(a, magnitude), _mm512_and_si512(b, magnitude)));
+    lane_max = _mm512_max_epi16(lane_max, _mm512_max_epi16(_mm512_and_si512(a, magnitude),
+                                                           _mm512_and_si512(b, magnitude)));
     // Compress in registers: with a memory operand the instruction is microcoded on Zen 4.
     _mm512_storeu_si512(out_w + k, _mm512_maskz_compress_epi16(differ, a));
     _mm512_storeu_si512(out_v + k, _mm512_maskz_compress_epi16(differ, b));
     k += __builtin_popcount(differ);
   }
   short lanes[32];
-  _mm512_storeu_si512(lanes, most);
+  _mm512_storeu_si512(lanes, lane_max);
   *largest = larger(largest_magnitude(w + i, v + i, n - i), lanes, 32);
   for (; i < n; i++) { out_w[k] = w[i]; out_v[k] = v[i]; k += w[i] != v[i]; }
   return k;
 }
 #elif defined(OPD_AVX2)
-// Byte shuffles that move the chosen 16-bit lanes of eight to the front, one for each of the 256 choices.
+// Byte shuffles that move the selected ones of eight 16-bit lanes to the front, one for each of the 256 selections.
 struct CompressTable {
   unsigned char shuffle[256][16];
   CompressTable() {
     for (int mask = 0; mask < 256; mask++) {
       int k = 0;
       for (int lane = 0; lane < 8; lane++)
-        if (mask >> lane & 1) { shuffle[mask][2 * k] = (unsigned char)(2 * lane); shuffle[mask][2 * k + 1] = (unsigned char)(2 * lane + 1); k++; }
+        if (mask >> lane & 1) {
+          shuffle[mask][2 * k] = (unsigned char)(2 * lane);
+          shuffle[mask][2 * k + 1] = (unsigned char)(2 * lane + 1);
+          k++;
+        }
       for (; k < 8; k++) shuffle[mask][2 * k] = shuffle[mask][2 * k + 1] = 0x80;
     }
   }
@@ -90,11 +95,12 @@ static const CompressTable compress_table;
 static int collect(const opd_u16* w, const opd_u16* v, int n, opd_u16* out_w, opd_u16* out_v, int* largest) {
   int k = 0, i = 0;
   const __m256i magnitude = _mm256_set1_epi16(0x7FFF);
-  __m256i most = _mm256_setzero_si256();
+  __m256i lane_max = _mm256_setzero_si256();
   for (; i + 16 <= n; i += 16) {
     __m256i a = _mm256_loadu_si256((const __m256i*)(w + i)), b = _mm256_loadu_si256((const __m256i*)(v + i));
     __m256i equal = _mm256_cmpeq_epi16(a, b);
-    most = _mm256_max_epi16(most, _mm256_max_epi16(_mm256_and_si256(a, magnitude), _mm256_and_si256(b, magnitude)));
+    lane_max = _mm256_max_epi16(lane_max, _mm256_max_epi16(_mm256_and_si256(a, magnitude),
+                                                           _mm256_and_si256(b, magnitude)));
     __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(equal), _mm256_extracti128_si256(equal, 1));
     unsigned differ = ~(unsigned)_mm_movemask_epi8(bytes) & 0xFFFFu;
     if (!differ) continue;
@@ -109,7 +115,7 @@ static int collect(const opd_u16* w, const opd_u16* v, int n, opd_u16* out_w, op
     k += __builtin_popcount(high);
   }
   short lanes[16];
-  _mm256_storeu_si256((__m256i*)lanes, most);
+  _mm256_storeu_si256((__m256i*)lanes, lane_max);
   *largest = larger(largest_magnitude(w + i, v + i, n - i), lanes, 16);
   for (; i < n; i++) { out_w[k] = w[i]; out_v[k] = v[i]; k += w[i] != v[i]; }
   return k;
@@ -153,20 +159,20 @@ static int collect_inexact(const float* difference, const opd_u16* delta, int n,
   return k;
 }
 
-// bfloat16 pairs: what the stored view sees beyond the visible one, from the differences that rounding changed.
-static void count_inexact(const Inexact& inexact, int n, const DeltaOptions& options, DeltaWork& work) {
+// bfloat16 pairs: the corrections of the stored view to the visible one, from the differences that rounding changed.
+static void count_inexact(const InexactQueue& inexact, int n, const DeltaOptions& options, DeltaWork& work) {
   double exact[OPD_EXACT_BLOCK], rounded[OPD_EXACT_BLOCK];
   for (int start = 0; start < n; start += OPD_EXACT_BLOCK) {
     int m = n - start < OPD_EXACT_BLOCK ? n - start : OPD_EXACT_BLOCK;
     const float* d = inexact.d + start;
     for (int i = 0; i < m; i++) {
       opd_u32 magnitude = float_to_bf16(d[i]) & 0x7FFFu, top = float_bits(d[i]) >> 16 & 0x7FFFu;
-      work.stored[magnitude]--;
-      work.stored[top]++;
+      work.hist_delta_stored[magnitude]--;
+      work.hist_delta_stored[top]++;
       exact[i] = __builtin_fabsf(d[i]);
       rounded[i] = bf16_to_float((opd_u16)magnitude);
     }
-    for (int k = 0; k < OPD_THRESHOLDS; k++) {
+    for (int k = 0; k < OPD_STORED_THRESHOLDS; k++) {
       double threshold = options.thresholds[k];
       int lt = 0, le = 0;
       for (int i = 0; i < m; i++) {
@@ -178,34 +184,35 @@ static void count_inexact(const Inexact& inexact, int n, const DeltaOptions& opt
     }
     double squares[OPD_EXACT_BLOCK];
     for (int i = 0; i < m; i++) squares[i] = exact[i] * exact[i];
-    exact_sum(squares, m, work.sums[2], 1);
+    exact_sum(squares, m, work.sums[SUM_DELTA_SQ], 1);
     for (int i = 0; i < m; i++) squares[i] = rounded[i] * rounded[i];
-    exact_sum(squares, m, work.sums[2], -1);
-    exact_sum(exact, m, work.sums[3], 1);
-    exact_sum(rounded, m, work.sums[3], -1);
+    exact_sum(squares, m, work.sums[SUM_DELTA_SQ], -1);
+    exact_sum(exact, m, work.sums[SUM_DELTA_ABS], 1);
+    exact_sum(rounded, m, work.sums[SUM_DELTA_ABS], -1);
   }
 }
 
-// Counts coordinates whose bits differ. With `stored` the pair is bfloat16 and differences are passed on to the stored view.
-static void count_changed(const Changed& changed, const DeltaOptions& options, DeltaWork& work, bool stored) {
+// Counts coordinates whose bits differ. With `stored` the pair is bfloat16 and the stored view is counted too.
+static void count_changed(const ChangedQueue& changed, const DeltaOptions& options, DeltaWork& work, bool stored) {
   const int n = changed.n;
-  opd_u16 delta[2 * OPD_BLOCK], trained[2 * OPD_BLOCK], group[2 * OPD_BLOCK];
-  opd_u32 joint[2 * OPD_BLOCK];
-  float difference[2 * OPD_BLOCK];
-  unsigned char ulp[2 * OPD_BLOCK];
+  opd_u16 delta[2 * OPD_DELTA_BLOCK], trained[2 * OPD_DELTA_BLOCK], group[2 * OPD_DELTA_BLOCK];
+  opd_u32 joint[2 * OPD_DELTA_BLOCK];
+  float difference[2 * OPD_DELTA_BLOCK];
+  unsigned char ulp[2 * OPD_DELTA_BLOCK];
   float largest = 0;
   OPD_SIMD(reduction(max : largest))
   for (int i = 0; i < n; i++) {
     opd_u16 w = changed.w[i], v = changed.v[i];
     delta[i] = (opd_u16)visible_delta(w, v);
     difference[i] = bf16_to_float(v) - bf16_to_float(w);
-    float size = bits_float(float_bits(difference[i]) & 0x7FFFFFFFu);
-    largest = size > largest ? size : largest;
+    float abs_delta = bits_float(float_bits(difference[i]) & 0x7FFFFFFFu);
+    largest = abs_delta > largest ? abs_delta : largest;
   }
   // Sixteen-bit lanes from here: twice as many at once.
-  const opd_u16 cuts[4] = {(opd_u16)options.cuts[0], (opd_u16)options.cuts[1], (opd_u16)options.cuts[2], (opd_u16)options.cuts[3]};
+  const opd_u32* bits = options.threshold_bits;
+  const opd_u16 threshold_bits[4] = {(opd_u16)bits[0], (opd_u16)bits[1], (opd_u16)bits[2], (opd_u16)bits[3]};
   OPD_SIMD()
-  for (int i = 0; i < n; i++) group[i] = change_class(delta[i], cuts);
+  for (int i = 0; i < n; i++) group[i] = change_class(delta[i], threshold_bits);
   OPD_SIMD()
   for (int i = 0; i < n; i++) trained[i] = (opd_u16)(delta[i] ? changed.v[i] & 0x7FFF : OPD_BINS);
   OPD_SIMD()
@@ -213,25 +220,25 @@ static void count_changed(const Changed& changed, const DeltaOptions& options, D
   OPD_SIMD()
   for (int i = 0; i < n; i++) joint[i] = (opd_u32)group[i] * OPD_BINS + (changed.w[i] & 0x7FFFu);
   for (int i = 0; i < n; i++) {
-    work.delta[delta[i]]++;
-    work.changed[joint[i]]++;
-    work.trained[trained[i]]++;
+    work.hist_delta[delta[i]]++;
+    work.hist_base_by_class[joint[i]]++;
+    work.hist_trained_changed[trained[i]]++;
     work.ulp[i & 3][ulp[i]]++;
   }
   if (!stored) return;
   if (largest > work.max_delta) work.max_delta = largest;
-  static thread_local Inexact inexact;
+  static thread_local InexactQueue inexact;
   int k = collect_inexact(difference, delta, n, inexact.d);
   if (k) count_inexact(inexact, k, options, work);
 }
 
-struct Block {                   // one block of finite coordinates, as bfloat16 patterns
-  opd_u16 w[OPD_BLOCK], v[OPD_BLOCK];
+struct FiniteBlock {  // one block of finite coordinates, as bfloat16 bits
+  opd_u16 w[OPD_DELTA_BLOCK], v[OPD_DELTA_BLOCK];
 };
 
-// Keeps the finite coordinates of a block and counts the others. Returns how many are left.
+// Keeps the finite coordinates of a block and counts the others. Returns the number kept.
 template <class T>
-static int drop_nonfinite(Block& block, T* x, T* y, const bool* equal, int n, DeltaWork& work) {
+static int drop_nonfinite(FiniteBlock& block, T* x, T* y, const bool* equal, int n, DeltaWork& work) {
   int k = 0;
   for (int i = 0; i < n; i++) {
     if (coordinate_finite(block.w[i], block.v[i])) {
@@ -245,27 +252,28 @@ static int drop_nonfinite(Block& block, T* x, T* y, const bool* equal, int n, De
   return k;
 }
 
-static void delta_bf16(const opd_u16* source, const opd_u16* trained, opd_i64 n, const DeltaOptions& options, DeltaWork& work) {
-  static thread_local Changed changed;
-  static thread_local Block kept;
+static void delta_bf16(const opd_u16* base, const opd_u16* trained, opd_i64 n, const DeltaOptions& options,
+                       DeltaWork& work) {
+  static thread_local ChangedQueue changed;
+  static thread_local FiniteBlock finite_block;
   changed.n = 0;
-  for (opd_i64 start = 0; start < n; start += OPD_BLOCK) {
-    int m = n - start < OPD_BLOCK ? (int)(n - start) : OPD_BLOCK;
-    const opd_u16 *w = source + start, *v = trained + start, *next_w = w + OPD_BLOCK, *next_v = v + OPD_BLOCK;
+  for (opd_i64 start = 0; start < n; start += OPD_DELTA_BLOCK) {
+    int m = n - start < OPD_DELTA_BLOCK ? (int)(n - start) : OPD_DELTA_BLOCK;
+    const opd_u16 *w = base + start, *v = trained + start, *next_w = w + OPD_DELTA_BLOCK, *next_v = v + OPD_DELTA_BLOCK;
     int largest, k = collect(w, v, m, changed.w + changed.n, changed.v + changed.n, &largest);
     if (largest >= 0x7F00) {
       int left = 0;
       for (int i = 0; i < m; i++) {
-        if (coordinate_finite(w[i], v[i])) { kept.w[left] = w[i]; kept.v[left] = v[i]; left++; }
+        if (coordinate_finite(w[i], v[i])) { finite_block.w[left] = w[i]; finite_block.v[left] = v[i]; left++; }
         else { work.nonfinite++; work.bit_equal += w[i] == v[i]; }
       }
-      w = kept.w; v = kept.v; m = left;
+      w = finite_block.w; v = finite_block.v; m = left;
       k = collect(w, v, m, changed.w + changed.n, changed.v + changed.n, &largest);
     }
-    count_source(w, m, work.source, next_w, next_v);
+    count_base(w, m, work.hist_base, next_w, next_v);
     work.bit_equal += m - k;
     changed.n += k;
-    if (changed.n >= OPD_BLOCK) { count_changed(changed, options, work, true); changed.n = 0; }
+    if (changed.n >= OPD_DELTA_BLOCK) { count_changed(changed, options, work, true); changed.n = 0; }
   }
   count_changed(changed, options, work, true);
 }
@@ -273,63 +281,65 @@ static void delta_bf16(const opd_u16* source, const opd_u16* trained, opd_i64 n,
 OPD_FN float absolute(float x) { return __builtin_fabsf(x); }
 OPD_FN double absolute(double x) { return __builtin_fabs(x); }
 
-// The stored view of a block of finite coordinates that are not both bfloat16; T is float, or double where either side is.
+// The stored view of a block of finite coordinates. The pair is not bfloat16; T is double if either side is, else
+// float.
 template <class T>
-static void count_stored(const Block& block, const T* x, const T* y, int n, const DeltaOptions& options, DeltaWork& work) {
-  static thread_local double size[OPD_BLOCK], values[OPD_BLOCK];
-  static thread_local opd_u16 top[OPD_BLOCK];
+static void count_stored(const FiniteBlock& block, const T* x, const T* y, int n, const DeltaOptions& options,
+                         DeltaWork& work) {
+  static thread_local double abs_delta[OPD_DELTA_BLOCK], values[OPD_DELTA_BLOCK];
+  static thread_local opd_u16 top[OPD_DELTA_BLOCK];
   double largest = work.max_delta;
-  int eta = 0;
-  OPD_SIMD(reduction(max : largest) reduction(+ : eta))
+  int unchanged_rtol = 0;
+  OPD_SIMD(reduction(max : largest) reduction(+ : unchanged_rtol))
   for (int i = 0; i < n; i++) {
-    T d = absolute(y[i] - x[i]);                    // by its bits: -0 has to become +0
+    T d = absolute(y[i] - x[i]);                    // clears the sign bit: -0 becomes +0
     T a = absolute(x[i]), b = absolute(y[i]);
-    eta += d <= (T)1e-3 * (a > b ? a : b);
-    size[i] = d;
+    unchanged_rtol += d <= (T)1e-3 * (a > b ? a : b);
+    abs_delta[i] = d;
     top[i] = (opd_u16)(float_bits((float)d) >> 16);
-    largest = size[i] > largest ? size[i] : largest;
+    largest = abs_delta[i] > largest ? abs_delta[i] : largest;
   }
   work.max_delta = largest;
-  work.eta_unchanged += eta;
-  for (int k = 0; k < OPD_THRESHOLDS; k++) {
+  work.unchanged_rtol += unchanged_rtol;
+  for (int k = 0; k < OPD_STORED_THRESHOLDS; k++) {
     double threshold = options.thresholds[k];
     int lt = 0, le = 0;
     OPD_SIMD(reduction(+ : lt, le))
-    for (int i = 0; i < n; i++) { lt += size[i] < threshold; le += size[i] <= threshold; }
+    for (int i = 0; i < n; i++) { lt += abs_delta[i] < threshold; le += abs_delta[i] <= threshold; }
     work.lt[k] += lt;
     work.le[k] += le;
   }
   for (int i = 0; i < n; i++) {
-    work.stored[top[i]]++;
-    work.moved[block.w[i] & 0x7FFF] += size[i] != 0;
+    work.hist_delta_stored[top[i]]++;
+    work.hist_base_changed[block.w[i] & 0x7FFF] += abs_delta[i] != 0;
   }
   for (int start = 0; start < n; start += OPD_EXACT_BLOCK) {
     int m = n - start < OPD_EXACT_BLOCK ? n - start : OPD_EXACT_BLOCK;
     const T *p = x + start, *q = y + start;
     OPD_SIMD()
     for (int i = 0; i < m; i++) values[i] = (double)p[i] * (double)p[i];
-    exact_sum(values, m, work.sums[0], 1);
+    exact_sum(values, m, work.sums[SUM_BASE_SQ], 1);
     OPD_SIMD()
     for (int i = 0; i < m; i++) values[i] = (double)q[i] * (double)q[i];
-    exact_sum(values, m, work.sums[1], 1);
+    exact_sum(values, m, work.sums[SUM_TRAINED_SQ], 1);
     OPD_SIMD()
-    for (int i = 0; i < m; i++) values[i] = size[start + i] * size[start + i];
-    exact_sum(values, m, work.sums[2], 1);
-    exact_sum(size + start, m, work.sums[3], 1);
+    for (int i = 0; i < m; i++) values[i] = abs_delta[start + i] * abs_delta[start + i];
+    exact_sum(values, m, work.sums[SUM_DELTA_SQ], 1);
+    exact_sum(abs_delta + start, m, work.sums[SUM_DELTA_ABS], 1);
   }
 }
 
-// Loads as T, with the bfloat16 pattern (a double goes through float, as in torch).
+// Loads as T, with the bfloat16 bits (a double is rounded to float first, as in torch).
 template <class T> OPD_FN T load_bf16(opd_u16 x) { return (T)bf16_to_float(x); }
 template <class T> OPD_FN T load_fp16(opd_u16 x) { return (T)fp16_to_float(x); }
 template <class T> OPD_FN T load_fp32(float x) { return (T)x; }
 template <class T> OPD_FN T load_fp64(double x) { return (T)x; }
 
 template <class T>
-static void load_block(const void* data, int dtype, opd_i64 start, int n, T* x, opd_u16* pattern) {
+static void load_block(const void* data, int dtype, opd_i64 start, int n, T* x, opd_u16* bits) {
   if (dtype == BF16) {
     const opd_u16* p = (const opd_u16*)data + start;
-    OPD_SIMD() for (int i = 0; i < n; i++) { x[i] = load_bf16<T>(p[i]); pattern[i] = p[i]; }
+    OPD_SIMD() for (int i = 0; i < n; i++) { x[i] = load_bf16<T>(p[i]); bits[i] = p[i]; }
     return;
   }
   if (dtype == FP16) {
@@ -342,55 +352,59 @@ static void load_block(const void* data, int dtype, opd_i64 start, int n, T* x, 
     const double* p = (const double*)data + start;
     OPD_SIMD() for (int i = 0; i < n; i++) x[i] = load_fp64<T>(p[i]);
   }
-  OPD_SIMD() for (int i = 0; i < n; i++) pattern[i] = float_to_bf16((float)x[i]);
+  OPD_SIMD() for (int i = 0; i < n; i++) bits[i] = float_to_bf16((float)x[i]);
 }
 
 OPD_FN opd_u64 bits_of(float x) { return float_bits(x); }
 OPD_FN opd_u64 bits_of(double x) { return double_bits(x); }
 
 template <class T>
-static void delta_wide(const void* source, int source_dtype, const void* trained, int trained_dtype, opd_i64 n,
+static void delta_wide(const void* base, int base_dtype, const void* trained, int trained_dtype, opd_i64 n,
                        const DeltaOptions& options, DeltaWork& work) {
-  static thread_local Changed changed;
-  static thread_local Block block;
-  static thread_local T x[OPD_BLOCK], y[OPD_BLOCK];
-  static thread_local bool equal[OPD_BLOCK];
+  static thread_local ChangedQueue changed;
+  static thread_local FiniteBlock block;
+  static thread_local T x[OPD_DELTA_BLOCK], y[OPD_DELTA_BLOCK];
+  static thread_local bool equal[OPD_DELTA_BLOCK];
   changed.n = 0;
-  for (opd_i64 start = 0; start < n; start += OPD_BLOCK) {
-    int m = n - start < OPD_BLOCK ? (int)(n - start) : OPD_BLOCK;
-    load_block(source, source_dtype, start, m, x, block.w);
+  for (opd_i64 start = 0; start < n; start += OPD_DELTA_BLOCK) {
+    int m = n - start < OPD_DELTA_BLOCK ? (int)(n - start) : OPD_DELTA_BLOCK;
+    load_block(base, base_dtype, start, m, x, block.w);
     load_block(trained, trained_dtype, start, m, y, block.v);
     int same = 0;
-    const bool one_dtype = source_dtype == trained_dtype;   // of two dtypes, a NaN equals nothing: widening keeps no payload
+    const bool one_dtype = base_dtype == trained_dtype;  // else a NaN equals nothing: widening drops its payload
     OPD_SIMD(reduction(+ : same))
-    for (int i = 0; i < m; i++) { equal[i] = (bits_of(x[i]) == bits_of(y[i])) & (one_dtype | (x[i] == x[i])); same += equal[i]; }
+    for (int i = 0; i < m; i++) {
+      equal[i] = (bits_of(x[i]) == bits_of(y[i])) & (one_dtype | (x[i] == x[i]));
+      same += equal[i];
+    }
     if (largest_magnitude(block.w, block.v, m) >= 0x7F00) m = drop_nonfinite(block, x, y, equal, m, work);
     else work.bit_equal += same;
-    count_source(block.w, m, work.source, block.w, block.v);
+    count_base(block.w, m, work.hist_base, block.w, block.v);
     int largest;
     changed.n += collect(block.w, block.v, m, changed.w + changed.n, changed.v + changed.n, &largest);
-    if (changed.n >= OPD_BLOCK) { count_changed(changed, options, work, false); changed.n = 0; }
+    if (changed.n >= OPD_DELTA_BLOCK) { count_changed(changed, options, work, false); changed.n = 0; }
     count_stored(block, x, y, m, options, work);
   }
   count_changed(changed, options, work, false);
 }
 
-// One bit a coordinate: does the visible delta exceed the first cut?
-static void change_bits(const void* source, int source_dtype, const void* trained, int trained_dtype, opd_i64 n,
+// One bit per coordinate: whether the visible delta exceeds the first threshold.
+static void change_bits(const void* base, int base_dtype, const void* trained, int trained_dtype, opd_i64 n,
                         const DeltaOptions& options, unsigned char* mask) {
-  static thread_local opd_u16 w[OPD_BLOCK], v[OPD_BLOCK];
-  static thread_local float x[OPD_BLOCK];
-  static thread_local unsigned char bit[OPD_BLOCK];
-  const opd_u32 cut = options.cuts[0];
-  for (opd_i64 start = 0; start < n; start += OPD_BLOCK) {
-    int m = n - start < OPD_BLOCK ? (int)(n - start) : OPD_BLOCK;
-    load_block(source, source_dtype, start, m, x, w);
+  static thread_local opd_u16 w[OPD_DELTA_BLOCK], v[OPD_DELTA_BLOCK];
+  static thread_local float x[OPD_DELTA_BLOCK];
+  static thread_local unsigned char bit[OPD_DELTA_BLOCK];
+  const opd_u32 threshold_bits = options.threshold_bits[0];
+  for (opd_i64 start = 0; start < n; start += OPD_DELTA_BLOCK) {
+    int m = n - start < OPD_DELTA_BLOCK ? (int)(n - start) : OPD_DELTA_BLOCK;
+    load_block(base, base_dtype, start, m, x, w);
     load_block(trained, trained_dtype, start, m, x, v);
     OPD_SIMD()
     for (int i = 0; i < m; i++) {
       opd_u32 magnitude = visible_delta(w[i], v[i]);
-      opd_u32 finite = (opd_u32)((w[i] & 0x7FFFu) < 0x7F80u) & (opd_u32)((v[i] & 0x7FFFu) < 0x7F80u) & (opd_u32)(magnitude < 0x7F80u);
-      bit[i] = (unsigned char)((opd_u32)(magnitude > cut) & finite);
+      opd_u32 finite = (opd_u32)((w[i] & 0x7FFFu) < OPD_INFINITY_BITS) & (opd_u32)(magnitude < OPD_INFINITY_BITS) &
+                       (opd_u32)((v[i] & 0x7FFFu) < OPD_INFINITY_BITS);
+      bit[i] = (unsigned char)((opd_u32)(magnitude > threshold_bits) & finite);
     }
     for (int i = m; i & 7; i++) bit[i] = 0;
     for (int i = 0; i < m; i += 8) {
@@ -401,13 +415,13 @@ static void change_bits(const void* source, int source_dtype, const void* traine
   }
 }
 
-static void delta(const void* source, int source_dtype, const void* trained, int trained_dtype, opd_i64 n,
+static void delta(const void* base, int base_dtype, const void* trained, int trained_dtype, opd_i64 n,
                   const DeltaOptions* options, DeltaWork* work, unsigned char* mask) {
-  if (mask) change_bits(source, source_dtype, trained, trained_dtype, n, *options, mask);
-  if (source_dtype == BF16 && trained_dtype == BF16)
-    delta_bf16((const opd_u16*)source, (const opd_u16*)trained, n, *options, *work);
-  else if (source_dtype == FP64 || trained_dtype == FP64)
-    delta_wide<double>(source, source_dtype, trained, trained_dtype, n, *options, *work);
+  if (mask) change_bits(base, base_dtype, trained, trained_dtype, n, *options, mask);
+  if (base_dtype == BF16 && trained_dtype == BF16)
+    delta_bf16((const opd_u16*)base, (const opd_u16*)trained, n, *options, *work);
+  else if (base_dtype == FP64 || trained_dtype == FP64)
+    delta_wide<double>(base, base_dtype, trained, trained_dtype, n, *options, *work);
   else
-    delta_wide<float>(source, source_dtype, trained, trained_dtype, n, *options, *work);
+    delta_wide<float>(base, base_dtype, trained, trained_dtype, n, *options, *work);
 }

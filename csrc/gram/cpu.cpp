@@ -1,17 +1,17 @@
-// `gram` over rows and threads: rows are packed a few hundred at a time, widened and differenced once, and every panel of
-// columns of the result is one thread's, so that threads change neither what is summed nor its order.
+// `gram` over rows and threads: rows are packed a few hundred at a time, widened and differenced once. One thread
+// computes each panel of columns of the result, so the number of threads changes neither what is summed nor the order.
 #include <new>
 
 #include "../common/cpu/dispatch.h"
 #include "../common/cpu/parallel.h"
 
 namespace {
-struct Aligned {
+struct AlignedBuffer {
   void* data;
-  explicit Aligned(size_t bytes) : data(::operator new(bytes, std::align_val_t(64))) {}
-  ~Aligned() { ::operator delete(data, std::align_val_t(64)); }
-  Aligned(const Aligned&) = delete;
-  Aligned& operator=(const Aligned&) = delete;
+  explicit AlignedBuffer(size_t bytes) : data(::operator new(bytes, std::align_val_t(64))) {}
+  ~AlignedBuffer() { ::operator delete(data, std::align_val_t(64)); }
+  AlignedBuffer(const AlignedBuffer&) = delete;
+  AlignedBuffer& operator=(const AlignedBuffer&) = delete;
 };
 
 template <class Body>
@@ -31,29 +31,34 @@ void each_panel(int panels, int threads, Body body) {
 }
 }  // namespace
 
-void gram(const GramInput& input, int64_t rows, int64_t n, int parts, bool visible, int block, int threads, double* into) {
+void gram(const GramInput& input, int64_t rows, int64_t n, int parts, bool visible, int block, int threads,
+          double* out) {
   if (!rows || !n) return;
   const Kernels& kernel = kernels();
-  const int width = kernel.gram_panel_bytes / 8, panels = (int)((n + width - 1) / width), narrow = block && parts & 2 ? (panels + 1) / 2 : 0;
+  const int width = kernel.gram_panel_bytes / 8, panels = (int)((n + width - 1) / width);
+  const int fp32_panels = block && parts & GRAM_PART_CROSS ? (panels + 1) / 2 : 0;
   threads = threads_for(rows * n, threads);
   const size_t panel = (size_t)OPD_GRAM_ROWS * kernel.gram_panel_bytes;
-  const bool wide = parts & 5 || !block;  // anything in fp64
-  double *source = into, *cross = source + (parts & 1 ? n * n : 0), *change = cross + (parts & 2 ? n * n : 0);
-  Aligned w(wide * panels * panel), d(wide * panels * panel), narrow_w(narrow * panel), narrow_d(narrow * panel);
+  const bool fp64 = parts & (GRAM_PART_BASE | GRAM_PART_DELTA) || !block;  // anything in fp64
+  double *base = out, *cross = base + (parts & GRAM_PART_BASE ? n * n : 0);
+  double* delta = cross + (parts & GRAM_PART_CROSS ? n * n : 0);
+  AlignedBuffer w(fp64 * panels * panel), d(fp64 * panels * panel), fp32_w(fp32_panels * panel),
+      fp32_d(fp32_panels * panel);
   for (int64_t first = 0; first < rows; first += OPD_GRAM_ROWS) {
     const int count = (int)(rows - first < OPD_GRAM_ROWS ? rows - first : OPD_GRAM_ROWS);
     GramInput at = input;
-    at.source = (const char*)input.source + first * input.source_row * element_bytes(input.source_dtype);
+    at.base = (const char*)input.base + first * input.base_row * element_bytes(input.base_dtype);
     at.trained = (const char*)input.trained + first * input.trained_row * element_bytes(input.trained_dtype);
     each_panel(panels, threads, [&](int p) {
-      if (wide) kernel.gram_pack(&at, true, visible, count, n, p, w.data, d.data);
-      if (p < narrow) kernel.gram_pack(&at, false, visible, count, n, p, narrow_w.data, narrow_d.data);
+      if (fp64) kernel.gram_pack(&at, true, visible, count, n, p, w.data, d.data);
+      if (p < fp32_panels) kernel.gram_pack(&at, false, visible, count, n, p, fp32_w.data, fp32_d.data);
     });
     each_panel(panels, threads, [&](int p) {
-      if (parts & 1) kernel.gram_columns(true, w.data, w.data, true, count, OPD_GRAM_BLOCK, n, p, source);
-      if (parts & 2 && !block) kernel.gram_columns(true, w.data, d.data, false, count, OPD_GRAM_BLOCK, n, p, cross);
-      if (p < narrow) kernel.gram_columns(false, narrow_w.data, narrow_d.data, false, count, block, n, p, cross);
-      if (parts & 4) kernel.gram_columns(true, d.data, d.data, true, count, OPD_GRAM_BLOCK, n, p, change);
+      if (parts & GRAM_PART_BASE) kernel.gram_columns(true, w.data, w.data, true, count, OPD_GRAM_BLOCK, n, p, base);
+      if (parts & GRAM_PART_CROSS && !block) kernel.gram_columns(true, w.data, d.data, false, count, OPD_GRAM_BLOCK, n,
+                                                                 p, cross);
+      if (p < fp32_panels) kernel.gram_columns(false, fp32_w.data, fp32_d.data, false, count, block, n, p, cross);
+      if (parts & GRAM_PART_DELTA) kernel.gram_columns(true, d.data, d.data, true, count, OPD_GRAM_BLOCK, n, p, delta);
     });
   }
 }

@@ -1,6 +1,7 @@
-// Gram matrices of packed panels. A panel holds OPD_GRAM_ROWS rows of three vectors of columns; a tile of the result is as
-// many rows as registers allow by one panel, and stays in registers down the rows. Products are exact where the dtype says
-// so (gram.py), so that fused and separate multiply-add round alike there, and every instruction set sums in one order.
+// Gram matrices of packed panels. A panel holds OPD_GRAM_ROWS rows of three vectors of columns; a tile of the result is
+// as many rows as registers allow by one panel, and stays in registers for all rows. Products are exact where the dtype
+// allows it (opdkernels/ops/gram/__init__.py), so that fused and separate multiply-add round alike there, and every
+// instruction set sums in the same order.
 
 #if defined(OPD_AVX512)
 #define OPD_GRAM_BYTES 64
@@ -55,10 +56,10 @@ static inline void gram_sum(const T* x, const T* y, int rows, double* tile) {
   }
 }
 
-// Adds panel i by panel j, `rows` deep, to the result [n][n]; `block` rows are summed in T before they are in fp64. Within a
-// block both panels and the tile of all their columns lie in the first cache.
+// Adds panel i times panel j, `rows` deep, to the result [n][n]; `block` rows are summed in T before they are added in
+// fp64. Both panels of a block and the tile of all their columns fit the L1 cache.
 template <class T>
-static void gram_panels(const T* x, const T* y, int rows, int block, opd_i64 n, int i_panel, int j_panel, double* into) {
+static void gram_panels(const T* x, const T* y, int rows, int block, opd_i64 n, int i_panel, int j_panel, double* out) {
   constexpr int width = gram_width<T>;
   const opd_i64 top = (opd_i64)i_panel * width, left = (opd_i64)j_panel * width;
   const int height = n - top < width ? (int)(n - top) : width, columns = n - left < width ? (int)(n - left) : width;
@@ -67,7 +68,7 @@ static void gram_panels(const T* x, const T* y, int rows, int block, opd_i64 n, 
     for (int i = 0; i < height; i += OPD_GRAM_TILE)
       gram_sum(x + k * width + i, y + k * width, rows - k < block ? rows - k : block, tile + i * width);
   for (int i = 0; i < height; i++) {
-    double* row = into + (top + i) * n + left;
+    double* row = out + (top + i) * n + left;
     if (columns == width) {  // a constant count: vectors
       OPD_SIMD()
       for (int j = 0; j < width; j++) row[j] += tile[i * width + j];
@@ -77,34 +78,36 @@ static void gram_panels(const T* x, const T* y, int rows, int block, opd_i64 n, 
   }
 }
 
-// The panels that make column panel `panel` of one Gram matrix x^T y, or of its upper triangle.
+// Adds column panel `panel` of one Gram matrix x^T y, or of its upper triangle.
 template <class T>
-static void gram_column(const void* x, const void* y, bool upper, int rows, int block, opd_i64 n, int panel, double* into) {
+static void gram_column(const void* x, const void* y, bool upper, int rows, int block, opd_i64 n, int panel,
+                        double* out) {
   const opd_i64 size = (opd_i64)OPD_GRAM_ROWS * gram_width<T>;
   const int panels = (int)((n + gram_width<T> - 1) / gram_width<T>);
   for (int i = 0; i < (upper ? panel + 1 : panels); i++)
-    gram_panels((const T*)x + i * size, (const T*)y + panel * size, rows, block, n, i, panel, into);
+    gram_panels((const T*)x + i * size, (const T*)y + panel * size, rows, block, n, i, panel, out);
 }
 
-static void gram_columns(int wide, const void* x, const void* y, int upper, int rows, int block, opd_i64 n, int panel, double* into) {
-  if (wide) gram_column<double>(x, y, upper, rows, block, n, panel, into);
-  else gram_column<float>(x, y, upper, rows, block, n, panel, into);
+static void gram_columns(int fp64, const void* x, const void* y, int upper, int rows, int block, opd_i64 n, int panel,
+                         double* out) {
+  if (fp64) gram_column<double>(x, y, upper, rows, block, n, panel, out);
+  else gram_column<float>(x, y, upper, rows, block, n, panel, out);
 }
 
-// Packing of w and of its change. Columns beyond n are zero.
+// Packing of w and of delta. Columns from n on are zero.
 OPD_FN double gram_load(const void* p, int dtype, opd_i64 at) {
   return dtype == BF16 ? bf16_to_float(((const opd_u16*)p)[at]) : dtype == FP16 ? fp16_to_float(((const opd_u16*)p)[at])
        : dtype == FP32 ? ((const float*)p)[at] : ((const double*)p)[at];
 }
 
-template <class T, int SOURCE, int TRAINED>
-OPD_FN void gram_value(const GramInput* in, int visible, opd_i64 source, opd_i64 trained, T* w, T* d) {
-  const double s = gram_load(in->source, SOURCE, source), t = gram_load(in->trained, TRAINED, trained);
+template <class T, int BASE, int TRAINED>
+OPD_FN void gram_value(const GramInput* in, int visible, opd_i64 base, opd_i64 trained, T* w, T* d) {
+  const double s = gram_load(in->base, BASE, base), t = gram_load(in->trained, TRAINED, trained);
   if (visible) {
     const GramValue value = gram_visible((float)s, (float)t);
     *w = value.w, *d = value.d;
-  } else if (SOURCE == FP64 || TRAINED == FP64) {
-    const GramWide value = gram_stored(s, t);
+  } else if (BASE == FP64 || TRAINED == FP64) {
+    const GramValue64 value = gram_stored(s, t);
     *w = (T)value.w, *d = (T)value.d;
   } else {
     const GramValue value = gram_stored((float)s, (float)t);
@@ -112,28 +115,34 @@ OPD_FN void gram_value(const GramInput* in, int visible, opd_i64 source, opd_i64
   }
 }
 
-template <class T, int SOURCE, int TRAINED>
+template <class T, int BASE, int TRAINED>
 static void gram_pack_as(const GramInput* in, int visible, int rows, opd_i64 n, int panel, T* w, T* d) {
   constexpr int width = gram_width<T>;
   const opd_i64 left = (opd_i64)panel * width;
   const int columns = n - left < width ? (int)(n - left) : width;
-  if (columns < width) __builtin_memset(w, 0, sizeof(T) * rows * width), __builtin_memset(d, 0, sizeof(T) * rows * width);
-  if (in->source_column == 1 && in->trained_column == 1) {
+  if (columns < width) {
+    __builtin_memset(w, 0, sizeof(T) * rows * width);
+    __builtin_memset(d, 0, sizeof(T) * rows * width);
+  }
+  if (in->base_column == 1 && in->trained_column == 1) {
     for (int k = 0; k < rows; k++) {
-      const opd_i64 source = k * in->source_row + left, trained = k * in->trained_row + left;
+      const opd_i64 base = k * in->base_row + left, trained = k * in->trained_row + left;
       if (columns == width) {  // a constant count: vectors
         OPD_SIMD()
-        for (int c = 0; c < width; c++) gram_value<T, SOURCE, TRAINED>(in, visible, source + c, trained + c, w + k * width + c, d + k * width + c);
+        for (int c = 0; c < width; c++)
+          gram_value<T, BASE, TRAINED>(in, visible, base + c, trained + c, w + k * width + c, d + k * width + c);
       } else {
-        for (int c = 0; c < columns; c++) gram_value<T, SOURCE, TRAINED>(in, visible, source + c, trained + c, w + k * width + c, d + k * width + c);
+        for (int c = 0; c < columns; c++)
+          gram_value<T, BASE, TRAINED>(in, visible, base + c, trained + c, w + k * width + c, d + k * width + c);
       }
     }
     return;
   }
   for (int c = 0; c < columns; c++) {
-    const opd_i64 source = (left + c) * in->source_column, trained = (left + c) * in->trained_column;
+    const opd_i64 base = (left + c) * in->base_column, trained = (left + c) * in->trained_column;
     for (int k = 0; k < rows; k++)
-      gram_value<T, SOURCE, TRAINED>(in, visible, source + k * in->source_row, trained + k * in->trained_row, w + k * width + c, d + k * width + c);
+      gram_value<T, BASE, TRAINED>(in, visible, base + k * in->base_row, trained + k * in->trained_row,
+                                   w + k * width + c, d + k * width + c);
   }
 }
 
@@ -143,14 +152,18 @@ static void gram_pack_panel(const GramInput* in, int visible, int rows, opd_i64 
   T *to_w = (T*)w + at, *to_d = (T*)d + at;
   typedef void (*Pack)(const GramInput*, int, int, opd_i64, int, T*, T*);
   static const Pack packs[4][4] = {
-      {gram_pack_as<T, BF16, BF16>, gram_pack_as<T, BF16, FP16>, gram_pack_as<T, BF16, FP32>, gram_pack_as<T, BF16, FP64>},
-      {gram_pack_as<T, FP16, BF16>, gram_pack_as<T, FP16, FP16>, gram_pack_as<T, FP16, FP32>, gram_pack_as<T, FP16, FP64>},
-      {gram_pack_as<T, FP32, BF16>, gram_pack_as<T, FP32, FP16>, gram_pack_as<T, FP32, FP32>, gram_pack_as<T, FP32, FP64>},
-      {gram_pack_as<T, FP64, BF16>, gram_pack_as<T, FP64, FP16>, gram_pack_as<T, FP64, FP32>, gram_pack_as<T, FP64, FP64>}};
-  packs[in->source_dtype][in->trained_dtype](in, visible, rows, n, panel, to_w, to_d);
+      {gram_pack_as<T, BF16, BF16>, gram_pack_as<T, BF16, FP16>,
+       gram_pack_as<T, BF16, FP32>, gram_pack_as<T, BF16, FP64>},
+      {gram_pack_as<T, FP16, BF16>, gram_pack_as<T, FP16, FP16>,
+       gram_pack_as<T, FP16, FP32>, gram_pack_as<T, FP16, FP64>},
+      {gram_pack_as<T, FP32, BF16>, gram_pack_as<T, FP32, FP16>,
+       gram_pack_as<T, FP32, FP32>, gram_pack_as<T, FP32, FP64>},
+      {gram_pack_as<T, FP64, BF16>, gram_pack_as<T, FP64, FP16>,
+       gram_pack_as<T, FP64, FP32>, gram_pack_as<T, FP64, FP64>}};
+  packs[in->base_dtype][in->trained_dtype](in, visible, rows, n, panel, to_w, to_d);
 }
 
-static void gram_pack(const GramInput* in, int wide, int visible, int rows, opd_i64 n, int panel, void* w, void* d) {
-  if (wide) gram_pack_panel<double>(in, visible, rows, n, panel, w, d);
+static void gram_pack(const GramInput* in, int fp64, int visible, int rows, opd_i64 n, int panel, void* w, void* d) {
+  if (fp64) gram_pack_panel<double>(in, visible, rows, n, panel, w, d);
   else gram_pack_panel<float>(in, visible, rows, n, panel, w, d);
 }

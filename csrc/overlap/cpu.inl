@@ -1,12 +1,12 @@
 // CPU loops of `overlap`. Included once per instruction set, inside that set's namespace.
 //
-// A coordinate's |w| and the set of runs that changed it make one table index, so that one increment counts everything.
-// Sets of four runs fit a table; more runs take one table per four, and a table of whole sets without |w|.
+// The |w| of a coordinate and the set of runs that changed it form one table index, so that one increment counts
+// everything. Sets of four runs fit a table; more runs take one table per four, and a table of all sets without |w|.
 #define OPD_OVERLAP_BLOCK 1024
-#define OPD_OVERLAP_CHUNK 32   // coordinates indexed, then as many counted
-#define OPD_OVERLAP_AHEAD 1024 // coordinates from one to what is fetched from memory meanwhile
+#define OPD_OVERLAP_CHUNK 32    // coordinates that are indexed, then as many counted
+#define OPD_OVERLAP_AHEAD 1024  // prefetch distance, in coordinates
 
-typedef opd_u32 opd_pair __attribute__((aligned(2), may_alias));  // two neighbouring bfloat16: no widening, no shuffles
+typedef opd_u32 opd_pair __attribute__((aligned(2), may_alias));  // two adjacent bfloat16: no widening, no shuffles
 
 static void count_indices(const opd_u16* index, int n, opd_u32* table) {
   for (int i = 0; i < n; i += 4) {
@@ -19,17 +19,18 @@ static void count_indices(const opd_u16* index, int n, opd_u32* table) {
   }
 }
 
-// Two runs, |w| < 2: 14 bits of |w| and two change bits fit the 16 of a coordinate. Finds the indices of a block and
-// meanwhile counts those of the block before (`ready`): vector units, scalar increments and memory work side by side.
-// Returns non-zero where the indices do not hold: some |w| reaches 2, or some difference, which then may not be finite.
-static opd_u32 index_two(const opd_u16* source, const opd_u16* first, const opd_u16* second, opd_u32 limit, opd_u16* index,
-                         const opd_u16* ready, opd_u32* table) {
+// Two runs, |w| < 2: 14 bits of |w| and two change bits fit 16 bits. Computes the indices of a block and meanwhile
+// counts those of the block before (`ready`): vector units, scalar increments and memory work at the same time. Returns
+// nonzero if the indices are not valid: some |w| reaches 2, or some difference does, which then may not be finite.
+static opd_u32 index_two(const opd_u16* base, const opd_u16* first, const opd_u16* second, opd_u32 limit,
+                         opd_u16* index, const opd_u16* ready, opd_u32* table) {
   const opd_u32 last = limit - 1, upper = 0xFFFF0000u, magnitude = 0x7FFFFFFFu;
   opd_u32 wide[OPD_OVERLAP_CHUNK / 2] = {}, large[OPD_OVERLAP_CHUNK / 2] = {};
   for (int start = 0; start < OPD_OVERLAP_BLOCK; start += OPD_OVERLAP_CHUNK) {
-    const opd_pair *w = (const opd_pair*)(source + start), *a = (const opd_pair*)(first + start), *b = (const opd_pair*)(second + start);
+    const opd_pair *w = (const opd_pair*)(base + start), *a = (const opd_pair*)(first + start);
+    const opd_pair* b = (const opd_pair*)(second + start);
     opd_pair* out = (opd_pair*)(index + start);
-    __builtin_prefetch(source + start + OPD_OVERLAP_AHEAD);
+    __builtin_prefetch(base + start + OPD_OVERLAP_AHEAD);
     __builtin_prefetch(first + start + OPD_OVERLAP_AHEAD);
     __builtin_prefetch(second + start + OPD_OVERLAP_AHEAD);
     OPD_SIMD()
@@ -40,8 +41,8 @@ static opd_u32 index_two(const opd_u16* source, const opd_u16* first, const opd_
       opd_u32 b0 = float_bits(bits_float(z << 16) - bits_float(x << 16)) & magnitude;
       opd_u32 b1 = float_bits(bits_float(z & upper) - bits_float(x & upper)) & magnitude;
       // The sign of last - difference is the change bit.
-      out[i] = (x & 0x3FFF3FFFu) | ((last - a0) >> 17 & 0x4000u) | ((last - a1) >> 1 & 0x40000000u) | ((last - b0) >> 16 & 0x8000u) |
-               ((last - b1) & 0x80000000u);
+      out[i] = (x & 0x3FFF3FFFu) | ((last - a0) >> 17 & 0x4000u) | ((last - a1) >> 1 & 0x40000000u) |
+               ((last - b0) >> 16 & 0x8000u) | ((last - b1) & 0x80000000u);
       wide[i] |= x;
       large[i] |= a0 | a1 | b0 | b1;
     }
@@ -52,7 +53,7 @@ static opd_u32 index_two(const opd_u16* source, const opd_u16* first, const opd_
   return (any_wide & 0x40004000u) | (any_large & 0x40000000u);
 }
 
-// Marks run r's changes; returns non-zero where a difference reaches 2 and so may not be finite.
+// Marks the changes of run r; returns nonzero if a difference reaches 2 and so may not be finite.
 static opd_u32 mark_changed(const opd_u16* w, const opd_u16* v, int n, opd_u32 limit, int r, opd_u16* changed_in) {
   opd_u32 large = 0;
   OPD_SIMD(reduction(| : large))
@@ -65,7 +66,7 @@ static opd_u32 mark_changed(const opd_u16* w, const opd_u16* v, int n, opd_u32 l
 }
 
 static void count_runs(const opd_u16* w, const opd_u16* const* v, int runs, int n, opd_u32 limit, OverlapWork& work) {
-  opd_u16 changed_in[OPD_OVERLAP_BLOCK], kept[OPD_OVERLAP_BLOCK];
+  opd_u16 changed_in[OPD_OVERLAP_BLOCK], finite_w[OPD_OVERLAP_BLOCK];
   opd_u32 index[OPD_OVERLAP_BLOCK], large = 0;
   __builtin_memset(changed_in, 0, sizeof(opd_u16) * n);
   for (int r = 0; r < runs; r++) large |= mark_changed(w, v[r], n, limit, r, changed_in);
@@ -74,27 +75,31 @@ static void count_runs(const opd_u16* w, const opd_u16* const* v, int runs, int 
     for (int i = 0; i < n; i++) {
       int finite = 1;
       for (int r = 0; r < runs; r++) finite &= difference_finite(difference_bits(w[i], v[r][i]));
-      kept[k] = w[i];
+      finite_w[k] = w[i];
       changed_in[k] = changed_in[i];
       k += finite;
     }
     work.nonfinite += n - k;
-    w = kept;
+    w = finite_w;
     n = k;
   }
-  for (int group = 0; group * 4 < runs; group++) {
+  for (int group = 0; group * OPD_GROUP < runs; group++) {
     opd_u32* table = work.groups + group * OPD_GROUP_BINS;
     OPD_SIMD()
-    for (int i = 0; i < n; i++) index[i] = ((opd_u32)changed_in[i] >> 4 * group & 15u) << 15 | (w[i] & 0x7FFFu);
+    for (int i = 0; i < n; i++) {
+      const opd_u32 set = (opd_u32)changed_in[i] >> OPD_GROUP * group & (OPD_GROUP_SETS - 1);
+      index[i] = set << 15 | (w[i] & 0x7FFFu);
+    }
     for (int i = 0; i < n; i++) table[index[i]]++;
   }
-  if (runs > 4)
+  if (runs > OPD_GROUP)
     for (int i = 0; i < n; i++) work.sets[changed_in[i]]++;
   work.groups_used = true;
 }
 
-// bfloat16 patterns of [start, start + n): the data themselves, or their rounding in `scratch` (a double goes through float, as in torch).
-static const opd_u16* patterns(const void* data, int dtype, opd_i64 start, int n, opd_u16* scratch) {
+// bfloat16 bits of [start, start + n): the data themselves, or their rounding in `scratch` (a double is rounded to
+// float first, as in torch).
+static const opd_u16* bf16_bits(const void* data, int dtype, opd_i64 start, int n, opd_u16* scratch) {
   if (dtype == BF16) return (const opd_u16*)data + start;
   if (dtype == FP16) {
     const opd_u16* p = (const opd_u16*)data + start;
@@ -115,26 +120,26 @@ static const opd_u16* fill(const opd_u16* from, int n, opd_u16* to) {
   return to;
 }
 
-static void overlap(const void* source, int source_dtype, const void* const* trained, const int* trained_dtypes, int runs, opd_i64 n,
-                    opd_u32 cut, OverlapWork* work) {
+static void overlap(const void* base, int base_dtype, const void* const* trained, const int* trained_dtypes, int runs,
+                    opd_i64 n, opd_u32 threshold_bits, OverlapWork* work) {
   static thread_local opd_u16 scratch[OPD_MAX_RUNS + 1][OPD_OVERLAP_BLOCK], index[2][OPD_OVERLAP_BLOCK];
   static thread_local opd_u16 padded[3][OPD_OVERLAP_BLOCK];
-  const opd_u32 limit = change_limit(cut);
+  const opd_u32 limit = change_limit(threshold_bits);
   opd_u16 *ready = nullptr, *next = index[0];
   for (opd_i64 start = 0; start < n; start += OPD_OVERLAP_BLOCK) {
     const int m = n - start < OPD_OVERLAP_BLOCK ? (int)(n - start) : OPD_OVERLAP_BLOCK;
-    const opd_u16 *w = patterns(source, source_dtype, start, m, scratch[OPD_MAX_RUNS]), *v[OPD_MAX_RUNS];
-    for (int r = 0; r < runs; r++) v[r] = patterns(trained[r], trained_dtypes[r], start, m, scratch[r]);
+    const opd_u16 *w = bf16_bits(base, base_dtype, start, m, scratch[OPD_MAX_RUNS]), *v[OPD_MAX_RUNS];
+    for (int r = 0; r < runs; r++) v[r] = bf16_bits(trained[r], trained_dtypes[r], start, m, scratch[r]);
     if (runs == 2) {
       const opd_u16 *block_w = w, *block_v[2] = {v[0], v[1]};
-      if (m < OPD_OVERLAP_BLOCK) {                   // filled up with zeros that no run changed, taken back below
+      if (m < OPD_OVERLAP_BLOCK) {                   // padded with zeros that no run changed, subtracted below
         block_w = fill(w, m, padded[0]);
         for (int r = 0; r < 2; r++) block_v[r] = fill(v[r], m, padded[r + 1]);
       }
-      const opd_u32 unfit = index_two(block_w, block_v[0], block_v[1], limit, next, ready, work->two);
-      ready = unfit ? nullptr : next;
+      const opd_u32 out_of_range = index_two(block_w, block_v[0], block_v[1], limit, next, ready, work->two);
+      ready = out_of_range ? nullptr : next;
       next = index[next == index[0]];
-      if (!unfit) {
+      if (!out_of_range) {
         work->two[0] -= OPD_OVERLAP_BLOCK - m;
         continue;
       }

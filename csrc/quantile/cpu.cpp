@@ -1,6 +1,7 @@
-// `quantile` over threads. A sample brackets the cut; one pass counts what lies beyond the bracket and keeps what lies in it,
-// where the cut is then found exactly. A bracket that misses, or holds too much, is answered by narrowing histograms over
-// the whole array: slower, never wrong. Every figure is exact, so neither sample nor threads can change one.
+// `quantile` over threads. A sample brackets the threshold; one pass counts the values beyond the bracket and collects
+// those inside, where the threshold is then found exactly. A bracket that misses, or collects too much, is replaced by
+// narrowing histograms over the whole array: slower, never wrong. The result is exact, so neither the sample nor the
+// threads change it.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -9,14 +10,15 @@
 #include "../common/cpu/parallel.h"
 
 namespace {
-constexpr int64_t COLLECT_ALL_BELOW = 1 << 17;    // no sample: every key is kept
+constexpr int64_t COLLECT_ALL_BELOW = 1 << 17;    // no sample: every key is collected
 constexpr int64_t LEAST_SAMPLE = 1 << 13, MOST_SAMPLE = 1 << 16, SAMPLE_ONE_IN = 256;
-constexpr int64_t KEEP_ONE_IN = 8;                // room for this share of the keys in a bracket, which expects 1 to 5 %
+// Space for this fraction of the keys of a bracket, of which 1 to 5 % are expected inside.
+constexpr int64_t KEEP_ONE_IN = 8;
 constexpr double DEVIATIONS = 4;                  // half width of a bracket, in standard deviations of the sampled rank
-constexpr double MARGIN = 8;                      // and some ranks for small k, where the rank is not normal
+constexpr double MARGIN = 8;                      // plus some ranks for small k, where the rank is not normal
 constexpr int64_t SLACK = 64;                     // keys that a vector store may write beyond the last
 
-uint64_t scatter(uint64_t i) {                    // splitmix64: where in its stratum a sample is taken
+uint64_t scatter(uint64_t i) {                    // splitmix64: the position of a sample in its stratum
   i = (i + 1) * 0x9E3779B97F4A7C15ull;
   i = (i ^ (i >> 30)) * 0xBF58476D1CE4E5B9ull;
   i = (i ^ (i >> 27)) * 0x94D049BB133111EBull;
@@ -28,7 +30,7 @@ template <class Histogram>
 uint64_t descend(uint64_t low, uint64_t high, int64_t rank, Histogram histogram) {
   while (high - low > 1) {
     int bits = 64 - __builtin_clzll(high - low), shift = bits > OPD_QUANTILE_BITS ? bits - OPD_QUANTILE_BITS : 1;
-    opd_i64 bins[OPD_QUANTILE_BINS + 1] = {};     // the last one takes what lies outside
+    opd_i64 bins[OPD_QUANTILE_BINS + 1] = {};     // the last one counts the values outside
     histogram(low, high, shift, bins);
     int bin = OPD_QUANTILE_BINS - 1;
     while (bin > 0 && bins[bin] < rank) rank -= bins[bin--];
@@ -47,18 +49,20 @@ void count_keys(const Key* keys, int64_t n, uint64_t low, uint64_t high, int shi
   }
 }
 
-struct Sought { uint64_t low, high; };            // a bracket; high is odd: it includes the mask bit
+struct Bracket { uint64_t low, high; };  // of keys; high is odd: it includes the mask bit
 
 template <class F, class Key>
-std::vector<Sought> brackets(const F* values, int64_t n, bool smallest, const std::vector<int64_t>& k, uint64_t top) {
-  std::vector<Sought> found(k.size(), Sought{0, top | 1});
-  if (n <= COLLECT_ALL_BELOW) return found;
+std::vector<Bracket> find_brackets(const F* values, int64_t n, bool smallest, const std::vector<int64_t>& k,
+                                   uint64_t top) {
+  std::vector<Bracket> brackets(k.size(), Bracket{0, top | 1});
+  if (n <= COLLECT_ALL_BELOW) return brackets;
   const int64_t size = std::clamp(n / SAMPLE_ONE_IN, LEAST_SAMPLE, MOST_SAMPLE);
   const double stratum = (double)n / (double)size;
   std::vector<Key> sample;
   for (int64_t i = 0; i < size; i++) {
     int64_t first = (int64_t)(stratum * (double)i), last = std::min((int64_t)(stratum * (double)(i + 1)), n);
-    Key key = magnitude_key(values[first + (int64_t)((scatter((uint64_t)i) >> 32) * (uint64_t)(last - first) >> 32)], smallest);
+    Key key = magnitude_key(values[first + (int64_t)((scatter((uint64_t)i) >> 32) * (uint64_t)(last - first) >> 32)],
+                            smallest);
     if (key <= (Key)(top | 1)) sample.push_back(key);
   }
   const double valid = (double)sample.size();
@@ -66,40 +70,40 @@ std::vector<Sought> brackets(const F* values, int64_t n, bool smallest, const st
     count_keys(sample.data(), (int64_t)sample.size(), low, high, shift, bins);
   };
   for (size_t j = 0; j < k.size() && !sample.empty(); j++) {
-    double share = std::min(1.0, (double)k[j] / ((double)n * valid / (double)size));
-    double rank = share * valid, width = DEVIATIONS * std::sqrt(rank * (1 - share)) + MARGIN;
-    if (rank - width >= 1) found[j].high = descend(0, top | 1, (int64_t)(rank - width), histogram) | 1;
-    if (rank + width < valid) found[j].low = descend(0, top | 1, (int64_t)(rank + width) + 1, histogram);
+    double fraction = std::min(1.0, (double)k[j] / ((double)n * valid / (double)size));
+    double rank = fraction * valid, width = DEVIATIONS * std::sqrt(rank * (1 - fraction)) + MARGIN;
+    if (rank - width >= 1) brackets[j].high = descend(0, top | 1, (int64_t)(rank - width), histogram) | 1;
+    if (rank + width < valid) brackets[j].low = descend(0, top | 1, (int64_t)(rank + width) + 1, histogram);
   }
-  return found;
+  return brackets;
 }
 
 template <class F, class Key>
-void quantile_wide(const F* values, int dtype, int64_t n, const std::vector<int64_t>& wanted, bool smallest, const unsigned char* mask,
-                   int threads, uint64_t top, QuantileResult* results) {
-  const int n_k = (int)wanted.size();
-  const std::vector<Sought> sought = brackets<F, Key>(values, n, smallest, wanted, top);
-  const int64_t share = n / threads + SERIAL_BELOW;
-  const int64_t capacity = OPD_QUANTILE_GRAIN + (n <= COLLECT_ALL_BELOW ? n : share / KEEP_ONE_IN);
-  std::vector<std::unique_ptr<Key[]>> room((size_t)threads * n_k);
+void quantile_wide(const F* values, int dtype, int64_t n, const std::vector<int64_t>& ranks, bool smallest,
+                   const unsigned char* mask, int threads, uint64_t top, QuantileResult* results) {
+  const int n_k = (int)ranks.size();
+  const std::vector<Bracket> brackets = find_brackets<F, Key>(values, n, smallest, ranks, top);
+  const int64_t range = n / threads + SERIAL_BELOW;
+  const int64_t capacity = OPD_QUANTILE_GRAIN + (n <= COLLECT_ALL_BELOW ? n : range / KEEP_ONE_IN);
+  std::vector<std::unique_ptr<Key[]>> collected((size_t)threads * n_k);
   std::vector<QuantileBracket> parts((size_t)threads * n_k);
   std::vector<opd_i64> nan((size_t)threads * 2);
   for (size_t i = 0; i < parts.size(); i++) {
-    const Sought& s = sought[i % n_k];
+    const Bracket& s = brackets[i % n_k];
     const bool select = s.high - s.low > 1;
-    if (select) room[i].reset(new Key[capacity + SLACK]);  // pages come when they are touched
-    parts[i] = {s.low, s.high, room[i].get(), select ? capacity : 0, 0, 0, 0, 0, 0};
+    if (select) collected[i].reset(new Key[capacity + SLACK]);  // pages are allocated on first use
+    parts[i] = {s.low, s.high, collected[i].get(), select ? capacity : 0, 0, 0, 0, 0, 0};
   }
   parallel_ranges(n, threads, OPD_QUANTILE_GRAIN, [&](int t, int64_t start, int64_t stop) {
-    kernels().quantile_scan(values + start, dtype, mask ? mask + (start >> 3) : nullptr, stop - start, smallest, &parts[(size_t)t * n_k], n_k,
-                            &nan[(size_t)t * 2]);
+    kernels().quantile_scan(values + start, dtype, mask ? mask + (start >> 3) : nullptr, stop - start, smallest,
+                            &parts[(size_t)t * n_k], n_k, &nan[(size_t)t * 2]);
   });
-  int64_t missing = 0, missing_masked = 0;
-  for (int t = 0; t < threads; t++) { missing += nan[2 * t]; missing_masked += nan[2 * t + 1]; }
+  int64_t n_nan = 0, n_nan_masked = 0;
+  for (int t = 0; t < threads; t++) { n_nan += nan[2 * t]; n_nan_masked += nan[2 * t + 1]; }
   for (int j = 0; j < n_k; j++) {
     QuantileResult& result = results[j];
-    const int64_t k = std::min(wanted[j], n - missing);
-    result = {NAN, 0, 0, 0, 0, missing};
+    const int64_t k = std::min(ranks[j], n - n_nan);
+    result = {NAN, 0, 0, 0, 0, n_nan};
     if (k == 0) continue;
     QuantileBracket all{};
     for (int t = 0; t < threads; t++) {
@@ -108,64 +112,73 @@ void quantile_wide(const F* values, int dtype, int64_t n, const std::vector<int6
       all.inside += part.inside; all.inside_masked += part.inside_masked;
       all.overflow |= part.overflow;
     }
-    all.above -= missing;                         // a NaN's key is above every other
-    all.above_masked -= missing_masked;
-    uint64_t cut = sought[j].low;
+    all.above -= n_nan;  // the key of a NaN is above every other
+    all.above_masked -= n_nan_masked;
+    uint64_t threshold = brackets[j].low;
     if (all.overflow || k <= all.above || k > all.above + all.inside) {
-      cut = descend(0, top | 1, k, [&](uint64_t low, uint64_t high, int shift, opd_i64* bins) {
+      threshold = descend(0, top | 1, k, [&](uint64_t low, uint64_t high, int shift, opd_i64* bins) {
         std::vector<opd_i64> local((size_t)threads * (OPD_QUANTILE_BINS + 1));
         parallel_ranges(n, threads, OPD_QUANTILE_GRAIN, [&](int t, int64_t start, int64_t stop) {
-          kernels().quantile_narrow(values + start, dtype, stop - start, smallest, low, high, shift, &local[(size_t)t * (OPD_QUANTILE_BINS + 1)]);
+          kernels().quantile_narrow(values + start, dtype, stop - start, smallest, low, high, shift,
+                                    &local[(size_t)t * (OPD_QUANTILE_BINS + 1)]);
         });
         for (size_t i = 0; i < local.size(); i++) bins[i % (OPD_QUANTILE_BINS + 1)] += local[i];
       });
-      std::vector<QuantileBracket> exact((size_t)threads, QuantileBracket{cut, cut | 1, nullptr, 0, 0, 0, 0, 0, 0});
+      const QuantileBracket one_key{threshold, threshold | 1, nullptr, 0, 0, 0, 0, 0, 0};
+      std::vector<QuantileBracket> exact((size_t)threads, one_key);
       std::vector<opd_i64> again((size_t)threads * 2);
       parallel_ranges(n, threads, OPD_QUANTILE_GRAIN, [&](int t, int64_t start, int64_t stop) {
-        kernels().quantile_scan(values + start, dtype, mask ? mask + (start >> 3) : nullptr, stop - start, smallest, &exact[t], 1, &again[2 * t]);
+        kernels().quantile_scan(values + start, dtype, mask ? mask + (start >> 3) : nullptr, stop - start, smallest,
+                                &exact[t], 1, &again[2 * t]);
       });
       for (const QuantileBracket& part : exact) {
         result.above += part.above; result.above_masked += part.above_masked;
         result.tied += part.inside; result.tied_masked += part.inside_masked;
       }
-      result.above -= missing;
-      result.above_masked -= missing_masked;
-    } else if (sought[j].high - sought[j].low == 1) {
+      result.above -= n_nan;
+      result.above_masked -= n_nan_masked;
+    } else if (brackets[j].high - brackets[j].low == 1) {
       result.above = all.above; result.above_masked = all.above_masked;
       result.tied = all.inside; result.tied_masked = all.inside_masked;
     } else {
-      cut = descend(sought[j].low, sought[j].high, k - all.above, [&](uint64_t low, uint64_t high, int shift, opd_i64* bins) {
-        for (int t = 0; t < threads; t++) count_keys(room[(size_t)t * n_k + j].get(), parts[(size_t)t * n_k + j].inside, low, high, shift, bins);
-      });
+      auto histogram = [&](uint64_t low, uint64_t high, int shift, opd_i64* bins) {
+        for (int t = 0; t < threads; t++) {
+          const size_t i = (size_t)t * n_k + j;
+          count_keys(collected[i].get(), parts[i].inside, low, high, shift, bins);
+        }
+      };
+      threshold = descend(brackets[j].low, brackets[j].high, k - all.above, histogram);
       result.above = all.above; result.above_masked = all.above_masked;
       for (int t = 0; t < threads; t++) {
-        const Key* keys = room[(size_t)t * n_k + j].get();
+        const Key* keys = collected[(size_t)t * n_k + j].get();
         for (int64_t i = 0; i < parts[(size_t)t * n_k + j].inside; i++) {
-          int64_t above = keys[i] > (Key)(cut | 1), tied = (keys[i] | 1) == (Key)(cut | 1), bit = keys[i] & 1;
+          int64_t above = keys[i] > (Key)(threshold | 1), tied = (keys[i] | 1) == (Key)(threshold | 1);
+          int64_t bit = keys[i] & 1;
           result.above += above; result.above_masked += above & bit;
           result.tied += tied; result.tied_masked += tied & bit;
         }
       }
     }
-    result.cut = key_magnitude((Key)cut, smallest);
+    result.threshold = key_magnitude((Key)threshold, smallest);
   }
 }
 
-// Two bytes a value: a table of every magnitude, with and without the mask bit, answers for any k.
-void quantile_two_bytes(const opd_u16* values, int dtype, int64_t n, const std::vector<int64_t>& wanted, bool smallest,
-                           const unsigned char* mask, int threads, QuantileResult* results) {
+// Two-byte dtypes: a table of every magnitude, with and without the mask bit, gives the result for any k.
+void quantile_two_bytes(const opd_u16* values, int dtype, int64_t n, const std::vector<int64_t>& ranks, bool smallest,
+                        const unsigned char* mask, int threads, QuantileResult* results) {
   std::vector<opd_i64> tables((size_t)threads * 65536);
   parallel_ranges(n, threads, 8, [&](int t, int64_t start, int64_t stop) {
-    kernels().quantile_table(values + start, mask ? mask + (start >> 3) : nullptr, stop - start, &tables[(size_t)t * 65536]);
+    kernels().quantile_table(values + start, mask ? mask + (start >> 3) : nullptr, stop - start,
+                             &tables[(size_t)t * 65536]);
   });
   for (size_t i = 65536; i < tables.size(); i++) tables[i & 65535] += tables[i];
-  const int infinity = dtype == BF16 ? 0x7F80 : 0x7C00;
-  int64_t missing = 0;
-  for (int i = 2 * (infinity + 1); i < 65536; i++) missing += tables[i];
-  for (size_t j = 0; j < wanted.size(); j++) {
+  const int infinity = dtype == BF16 ? (int)OPD_INFINITY_BITS : 0x7C00;
+  int64_t n_nan = 0;
+  for (int i = 2 * (infinity + 1); i < 65536; i++) n_nan += tables[i];
+  for (size_t j = 0; j < ranks.size(); j++) {
     QuantileResult& result = results[j];
-    const int64_t k = std::min(wanted[j], n - missing);
-    result = {NAN, 0, 0, 0, 0, missing};
+    const int64_t k = std::min(ranks[j], n - n_nan);
+    result = {NAN, 0, 0, 0, 0, n_nan};
     if (k == 0) continue;
     int magnitude = smallest ? 0 : infinity;
     for (;; magnitude += smallest ? 1 : -1) {
@@ -174,15 +187,18 @@ void quantile_two_bytes(const opd_u16* values, int dtype, int64_t n, const std::
       result.above += count;
       result.above_masked += masked;
     }
-    result.cut = dtype == BF16 ? bf16_to_float((opd_u16)magnitude) : fp16_to_float((opd_u16)magnitude);
+    result.threshold = dtype == BF16 ? bf16_to_float((opd_u16)magnitude) : fp16_to_float((opd_u16)magnitude);
   }
 }
 }  // namespace
 
-void quantile(const void* values, int dtype, int64_t n, const std::vector<int64_t>& k, bool largest, const unsigned char* mask, int threads,
-              QuantileResult* results) {
+void quantile(const void* values, int dtype, int64_t n, const std::vector<int64_t>& k, bool largest,
+              const unsigned char* mask, int threads, QuantileResult* results) {
   threads = threads < 1 || n < SERIAL_BELOW ? 1 : threads;
-  if (dtype == FP32) quantile_wide<float, opd_u32>((const float*)values, dtype, n, k, !largest, mask, threads, OPD_TOP32, results);
-  else if (dtype == FP64) quantile_wide<double, opd_u64>((const double*)values, dtype, n, k, !largest, mask, threads, OPD_TOP64, results);
-  else quantile_two_bytes((const opd_u16*)values, dtype, n, k, !largest, mask, threads, results);
+  if (dtype == FP32)
+    quantile_wide<float, opd_u32>((const float*)values, dtype, n, k, !largest, mask, threads, OPD_TOP32, results);
+  else if (dtype == FP64)
+    quantile_wide<double, opd_u64>((const double*)values, dtype, n, k, !largest, mask, threads, OPD_TOP64, results);
+  else
+    quantile_two_bytes((const opd_u16*)values, dtype, n, k, !largest, mask, threads, results);
 }

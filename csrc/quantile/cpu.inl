@@ -4,7 +4,7 @@
 OPD_FN opd_u32 top_key(float) { return OPD_TOP32 | 1u; }
 OPD_FN opd_u64 top_key(double) { return OPD_TOP64 | 1u; }
 
-// Keys with their mask bits of the first values, as many as whole vectors hold; how many that is.
+// Loads the keys of the first values with their mask bits, as many as fill vectors. Returns their number.
 template <class F, class Key>
 static int load_marked(const F*, const unsigned char*, int, int, Key*) { return 0; }
 #if defined(OPD_AVX512)
@@ -23,7 +23,8 @@ static int load_marked(const float* values, const unsigned char* mask, int n, in
 }
 #elif defined(OPD_AVX2)
 static int load_marked(const float* values, const unsigned char* mask, int n, int smallest, opd_u32* keys) {
-  const __m256i top = _mm256_set1_epi32((int)OPD_TOP32), one = _mm256_set1_epi32(1), lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i top = _mm256_set1_epi32((int)OPD_TOP32), one = _mm256_set1_epi32(1),
+      lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   int i = 0;
   for (; i + 8 <= n; i += 8) {
     __m256i key = _mm256_loadu_si256((const __m256i*)(values + i));
@@ -47,7 +48,7 @@ static void load_keys(const F* values, const unsigned char* mask, int n, int sma
   if (!mask) return;
   for (; i + 8 <= n; i += 8) {
     const Key byte = mask[i >> 3];
-    Key* eight = keys + i;                      // constant offsets: an index would be gathered and scattered
+    Key* eight = keys + i;                      // constant offsets: an index would compile to gathers and scatters
     for (int j = 0; j < 8; j++) eight[j] |= byte >> j & 1;
   }
   for (; i < n; i++) keys[i] |= mask[i >> 3] >> (i & 7) & 1;
@@ -61,7 +62,8 @@ static int collect_between(const opd_u32* keys, int n, opd_u32 low, opd_u32 span
   for (; i + 16 <= n; i += 16) {
     __m512i key = _mm512_loadu_si512(keys + i);
     __mmask16 inside = _mm512_cmple_epu32_mask(_mm512_sub_epi32(key, base), width);
-    _mm512_storeu_si512(out + k, _mm512_maskz_compress_epi32(inside, key));  // in registers: to memory it is microcoded on Zen 4
+    // in registers: with a memory operand microcoded on Zen 4
+    _mm512_storeu_si512(out + k, _mm512_maskz_compress_epi32(inside, key));
     k += __builtin_popcount(inside);
   }
   for (; i < n; i++) { out[k] = keys[i]; k += keys[i] - low <= span; }
@@ -84,7 +86,7 @@ template <class Key>
 static int collect_between(const Key* keys, int n, Key low, Key span, Key* out) {
   int k = 0, i = 0;
 #if defined(OPD_AVX2)
-  if (sizeof(Key) == 4) {                       // few lie inside: eight at a time, and one by one only where some do
+  if (sizeof(Key) == 4) {                       // few are inside: eight at a time, and one by one only if some are
     const __m256i base = _mm256_set1_epi32((int)low), width = _mm256_set1_epi32((int)span);
     for (; i + 8 <= n; i += 8) {
       __m256i offset = _mm256_sub_epi32(_mm256_loadu_si256((const __m256i*)(keys + i)), base);
@@ -99,7 +101,7 @@ static int collect_between(const Key* keys, int n, Key low, Key span, Key* out) 
 }
 #endif
 
-// How many keys exceed the limit; of those with their mask bit set, adds the count to *masked.
+// Returns the number of keys above the limit; adds the number of those with their mask bit set to *masked.
 template <class Key>
 static opd_i64 count_above(const Key* keys, int n, Key limit, opd_i64* masked) {
   Key above = 0, both = 0;
@@ -109,21 +111,22 @@ static opd_i64 count_above(const Key* keys, int n, Key limit, opd_i64* masked) {
 }
 
 template <class F, class Key>
-static void scan(const F* values, const unsigned char* mask, opd_i64 n, int smallest, QuantileBracket* brackets, int n_brackets,
+static void scan(const F* values, const unsigned char* mask, opd_i64 n, int smallest, QuantileBracket* brackets,
+                 int n_brackets,
                  opd_i64* nan) {
   alignas(64) Key keys[OPD_QUANTILE_BLOCK];
   const Key top = top_key(F());
   for (opd_i64 start = 0; start < n; start += OPD_QUANTILE_BLOCK) {
     const int m = n - start < OPD_QUANTILE_BLOCK ? (int)(n - start) : OPD_QUANTILE_BLOCK;
     load_keys(values + start, mask ? mask + (start >> 3) : nullptr, m, smallest, keys);
-    Key most = 0;
-    for (int i = 0; i < m; i++) most = keys[i] > most ? keys[i] : most;
-    if (most > top) nan[0] += count_above(keys, m, top, &nan[1]);
+    Key largest = 0;
+    for (int i = 0; i < m; i++) largest = keys[i] > largest ? keys[i] : largest;
+    if (largest > top) nan[0] += count_above(keys, m, top, &nan[1]);
     for (int b = 0; b < n_brackets; b++) {
       QuantileBracket& bracket = brackets[b];
       const Key low = (Key)bracket.low, high = (Key)bracket.high, span = high - low;
       bracket.above += count_above(keys, m, high, &bracket.above_masked);
-      if (span == 1) {                          // one value: nothing to select from
+      if (span == 1) {                          // one value: nothing to select
         Key inside = 0, masked = 0;
         for (int i = 0; i < m; i++) { Key hit = (keys[i] | 1) == high; inside += hit; masked += hit & keys[i]; }
         bracket.inside += (opd_i64)inside;
@@ -136,7 +139,8 @@ static void scan(const F* values, const unsigned char* mask, opd_i64 n, int smal
   }
 }
 
-static void quantile_scan(const void* values, int dtype, const unsigned char* mask, opd_i64 n, int smallest, QuantileBracket* brackets,
+static void quantile_scan(const void* values, int dtype, const unsigned char* mask, opd_i64 n, int smallest,
+                          QuantileBracket* brackets,
                           int n_brackets, opd_i64* nan) {
   if (dtype == FP64) scan<double, opd_u64>((const double*)values, mask, n, smallest, brackets, n_brackets, nan);
   else scan<float, opd_u32>((const float*)values, mask, n, smallest, brackets, n_brackets, nan);
@@ -158,7 +162,8 @@ static void narrow(const F* values, opd_i64 n, int smallest, Key low, Key high, 
   }
 }
 
-static void quantile_narrow(const void* values, int dtype, opd_i64 n, int smallest, opd_u64 low, opd_u64 high, int shift, opd_i64* bins) {
+static void quantile_narrow(const void* values, int dtype, opd_i64 n, int smallest, opd_u64 low, opd_u64 high,
+                            int shift, opd_i64* bins) {
   if (dtype == FP64) narrow<double, opd_u64>((const double*)values, n, smallest, low, high, shift, bins);
   else narrow<float, opd_u32>((const float*)values, n, smallest, (opd_u32)low, (opd_u32)high, shift, bins);
 }

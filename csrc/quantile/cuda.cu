@@ -1,15 +1,14 @@
-// `quantile` on a CUDA device: one pass counts a digit of sixteen bits of the magnitudes whose upper digits are given; the cut is
-// found digit by digit, most significant first (opdkernels/backends/gpu.py), one pass for two-byte dtypes, two for fp32, four for
-// fp64. Bits of magnitudes are in the order of magnitudes.
+// `quantile` on a CUDA device: a pass counts one digit, sixteen bits, of the magnitudes whose upper digits equal a
+// prefix. The threshold is found digit by digit, most significant first (opdkernels/ops/quantile/gpu_common.py), in one
+// pass for two-byte dtypes, two for fp32, four for fp64. The order of the bits of magnitudes is the order of the
+// magnitudes.
 //
-// The first digit, which every value has, counts in shared memory where it is below that of 2, one table outside the mask and
-// one inside; later digits, of the few values that share a cut's upper ones, in the tables in memory. Zeros, which may be most
-// of a change, are counted in registers. A NaN is taken for the largest pattern, beyond infinity.
+// The first digit, which every value has, is counted in shared memory if it is below that of 2, in one table outside
+// the mask and one inside; later digits, of the few values that share a threshold's upper ones, in the tables in global
+// memory. Zeros, which may be most of a change, are counted in registers. A NaN counts as the largest magnitude bits,
+// beyond infinity.
 #include "quantile.h"
 #include "../common/cuda/grid.h"
-
-#define OPD_DIGITS 65536
-#define OPD_SHARED_DIGITS 16384  // of a table in shared memory, 64 KiB: the first digit of what is below 2, whatever the dtype
 
 template <int BYTES> struct Magnitude {};
 template <> struct Magnitude<2> {
@@ -31,15 +30,17 @@ template <> struct Magnitude<8> {
   }
 };
 
-// prefixes: [ranks]; tables: 32-bit [ranks][2][2^16], outside and inside the mask, added to. near_rows, of the first digit only.
+// values: [n]; mask: uint8 [(n + 7) / 8] or null; prefixes: int64 [n_prefixes]; tables: 32-bit
+// [n_prefixes][2][OPD_DIGITS], outside and inside the mask, added to. smem_rows is 0 but for the first digit.
 template <int BYTES>
-__device__ __forceinline__ void count(const void* values, const opd_u8* mask, const opd_i64* prefixes, opd_u32* tables, opd_i64 n, int shift,
-                                      int ranks, int near_rows) {
+__device__ __forceinline__ void count(const void* values, const opd_u8* mask, const opd_i64* prefixes, opd_u32* tables,
+                                      opd_i64 n, int shift,
+                                      int n_prefixes, int smem_rows) {
   typedef typename Magnitude<BYTES>::Key Key;
   const int V = 16 / BYTES;
   OPD_DYNAMIC_SHARED(shared);
-  opd_u32* near_by = (opd_u32*)(shared + OPD_SMALL_BYTES);
-  for (int i = threadIdx.x; i < near_rows * OPD_SHARED_DIGITS; i += blockDim.x) near_by[i] = 0;
+  opd_u32* smem_tables = (opd_u32*)(shared + OPD_SMEM_HEADER_BYTES);
+  for (int i = threadIdx.x; i < smem_rows * OPD_SMEM_DIGITS; i += blockDim.x) smem_tables[i] = 0;
   __syncthreads();
 
   opd_u32 zeros[2] = {0, 0};
@@ -59,12 +60,12 @@ __device__ __forceinline__ void count(const void* values, const opd_u8* mask, co
       if (key == 0) {
         zeros[0] += 1 - inside;
         zeros[1] += inside;
-      } else if ((int)inside < near_rows && digit < OPD_SHARED_DIGITS) {
-        atomicAdd(near_by + inside * OPD_SHARED_DIGITS + digit, 1u);
+      } else if ((int)inside < smem_rows && digit < OPD_SMEM_DIGITS) {
+        atomicAdd(smem_tables + inside * OPD_SMEM_DIGITS + digit, 1u);
       } else {
         const opd_i64 upper = (opd_i64)(key >> shift >> 16);
-        for (int rank = 0; rank < ranks; rank++)
-          if (upper == prefixes[rank]) atomicAdd(tables + ((opd_i64)2 * rank + inside) * OPD_DIGITS + digit, 1u);
+        for (int p = 0; p < n_prefixes; p++)
+          if (upper == prefixes[p]) atomicAdd(tables + ((opd_i64)2 * p + inside) * OPD_DIGITS + digit, 1u);
       }
     }
     x = next_x;
@@ -73,23 +74,23 @@ __device__ __forceinline__ void count(const void* values, const opd_u8* mask, co
   for (int inside = 0; inside < 2; inside++) {
     const opd_u32 total = warp_sum(zeros[inside]);
     if (threadIdx.x % OPD_WARP || !total) continue;
-    for (int rank = 0; rank < ranks; rank++)
-      if (prefixes[rank] == 0) atomicAdd(tables + ((opd_i64)2 * rank + inside) * OPD_DIGITS, total);
+    for (int p = 0; p < n_prefixes; p++)
+      if (prefixes[p] == 0) atomicAdd(tables + ((opd_i64)2 * p + inside) * OPD_DIGITS, total);
   }
   __syncthreads();
-  for (int row = 0; row < near_rows; row++)
-    for (int digit = threadIdx.x; digit < OPD_SHARED_DIGITS; digit += blockDim.x) {
-      const opd_u32 some = near_by[row * OPD_SHARED_DIGITS + digit];
-      if (some) atomicAdd(tables + row * OPD_DIGITS + digit, some);
+  for (int row = 0; row < smem_rows; row++)
+    for (int digit = threadIdx.x; digit < OPD_SMEM_DIGITS; digit += blockDim.x) {
+      const opd_u32 count = smem_tables[row * OPD_SMEM_DIGITS + digit];
+      if (count) atomicAdd(tables + row * OPD_DIGITS + digit, count);
     }
 }
 
-#define OPD_QUANTILE_COUNT(name, BYTES)                                                                                        \
-  extern "C" __global__ void __launch_bounds__(1024, 1)                                                                        \
-  name(const void* values, const opd_u8* mask, const opd_i64* prefixes, opd_u32* tables, opd_i64 n, opd_i64 shift, opd_i64 ranks, \
-       opd_i64 near_rows) {                                                                                                    \
-    count<BYTES>(values, mask, prefixes, tables, n, (int)shift, (int)ranks, (int)near_rows);                                   \
-  }                                                                                                                            \
+#define OPD_QUANTILE_COUNT(name, BYTES)                                                                               \
+  extern "C" __global__ void __launch_bounds__(1024, 1)                                                               \
+  name(const void* values, const opd_u8* mask, const opd_i64* prefixes, opd_u32* tables, opd_i64 n, opd_i64 shift,    \
+       opd_i64 n_prefixes, opd_i64 smem_rows) {                                                                       \
+    count<BYTES>(values, mask, prefixes, tables, n, (int)shift, (int)n_prefixes, (int)smem_rows);                     \
+  }                                                                                                                   \
   OPD_LAUNCHER(name)
 
 OPD_QUANTILE_COUNT(quantile_count_2, 2)

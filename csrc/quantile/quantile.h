@@ -1,13 +1,26 @@
-// The arithmetic of one value of `quantile`: its key, an unsigned integer in the order of magnitudes whose low bit is free
-// for a mask bit. With `smallest` the order is reversed, so that the wanted values are on top in either case.
+// The arithmetic of `quantile` for one value: its key, an unsigned integer in the order of magnitudes whose low bit is
+// free for a mask bit. With `smallest` the order is reversed, so that the top k keys are the chosen values in either
+// case. opdkernels/ops/quantile/layout.py repeats the layout (tests/ops/test_layout.py compares).
 #pragma once
 #include "../common/numeric.h"
 
-#define OPD_TOP32 0xFF000000u                 // |infinity|, the largest key (or, reversed, zero); a NaN is above either way
+#define OPD_DIGIT_BITS 16  // of a magnitude, that a pass on a GPU counts
+#define OPD_DIGITS 65536
+// Of a table in shared memory, 64 KiB: the first digit of every magnitude below 2, for any dtype.
+#define OPD_SMEM_DIGITS 16384
+
+// Columns of `counts`, int64 [K][QUANTILE_NUM_COUNTS].
+enum QuantileCount {
+  QUANTILE_COUNT_ABOVE, QUANTILE_COUNT_TIED, QUANTILE_COUNT_ABOVE_MASKED, QUANTILE_COUNT_TIED_MASKED,
+  QUANTILE_COUNT_NAN, QUANTILE_NUM_COUNTS
+};
+
+// The key of |infinity|, the largest (or, reversed, of zero); a NaN is above either way.
+#define OPD_TOP32 0xFF000000u
 #define OPD_TOP64 0xFFE0000000000000ull
 
 OPD_FN opd_u32 magnitude_key(float x, int smallest) {
-  opd_u32 doubled = float_bits(x) << 1;       // the sign falls out
+  opd_u32 doubled = float_bits(x) << 1;       // drops the sign
   return smallest ? OPD_TOP32 - doubled : doubled;
 }
 OPD_FN opd_u64 magnitude_key(double x, int smallest) {

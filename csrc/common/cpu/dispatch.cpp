@@ -1,4 +1,4 @@
-// Which instruction set runs, found by asking the processor.
+// Which instruction set is used: what the processor reports, or what the user names.
 #include "dispatch.h"
 
 #include <cstdlib>
@@ -8,16 +8,17 @@ namespace {
 struct Choice { std::string name; const Kernels* kernels; };
 
 std::vector<Choice> choices() {
-  std::vector<Choice> found{{"baseline", kernels_baseline()}};
+  std::vector<Choice> list{{"baseline", kernels_baseline()}};
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_cpu_init();  // includes whether the operating system saves the wide registers
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    found.push_back({"avx2", kernels_avx2()});
+    list.push_back({"avx2", kernels_avx2()});
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2"))
-    found.push_back({"avx512", kernels_avx512()});
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
+          __builtin_cpu_supports("avx512vbmi2"))
+    list.push_back({"avx512", kernels_avx512()});
 #endif
-  return found;
+  return list;
 }
 
 const std::vector<Choice>& known() { static const std::vector<Choice> list = choices(); return list; }
@@ -47,4 +48,3 @@ std::vector<std::string> available_isas() {
 std::string current_isa() { return current()->name; }
 void use_isa(const std::string& name) { current() = &find(name); }
 const Kernels& kernels() { return *current()->kernels; }
-int element_bytes(int dtype) { return dtype == FP64 ? 8 : dtype == FP32 ? 4 : 2; }

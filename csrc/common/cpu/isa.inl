@@ -1,5 +1,5 @@
-// Every CPU loop, compiled with the flags of one instruction set (setup.py), in a namespace of its own: an inline
-// function shared between the sets could be linked in its AVX-512 form and crash an older machine.
+// Every CPU loop, compiled with the flags of one instruction set (setup.py), in its own namespace: an inline function
+// that the sets shared could be linked in its AVX-512 version and crash an older machine.
 #if defined(__AVX512VBMI2__)
 #define OPD_AVX512 1
 #include <immintrin.h>

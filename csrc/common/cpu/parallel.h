@@ -1,4 +1,5 @@
-// Ranges of coordinates for threads. OpenMP shares torch's pool and its setting; without it, or for little work, serial.
+// Ranges of coordinates for threads. OpenMP shares torch's pool and its setting; without it, or for little work,
+// serial.
 #pragma once
 #include <cstdint>
 #ifdef _OPENMP
@@ -7,7 +8,7 @@
 
 #if defined(__SSE__)
 #include <xmmintrin.h>
-// Subnormals count here, whatever torch.set_flush_denormal asked of this thread.
+// Keeps subnormals, whatever torch.set_flush_denormal set for this thread.
 class KeepSubnormals {
   unsigned before = _mm_getcsr();
 
@@ -21,20 +22,20 @@ struct KeepSubnormals { KeepSubnormals() {} };
 
 constexpr int64_t SERIAL_BELOW = 1 << 16;
 
-// How many threads work of this size gets.
+// Threads for work of n elements.
 inline int threads_for(int64_t n, int threads) { return n < SERIAL_BELOW || threads < 1 ? 1 : threads; }
 
 // Calls body(thread, start, stop) on contiguous ranges whose starts are multiples of `grain`.
 template <class Body>
 void parallel_ranges(int64_t n, int threads, int64_t grain, Body body) {
   threads = threads_for(n, threads);
-  int64_t share = (n + threads - 1) / threads;
-  share = (share + grain - 1) / grain * grain;
+  int64_t range = (n + threads - 1) / threads;
+  range = (range + grain - 1) / grain * grain;
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int t = 0; t < threads; t++) {
-      int64_t start = t * share, stop = start + share < n ? start + share : n;
+      int64_t start = t * range, stop = start + range < n ? start + range : n;
       if (start >= stop) continue;
       KeepSubnormals keep;
       body(t, start, stop);

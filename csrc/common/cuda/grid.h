@@ -1,17 +1,18 @@
-// What the grids share: loads, sums over a warp, exact sums by atomics, and how kernels are started.
-// Compiled by nvcc and NVRTC, and by g++ behind a header that stands in for the device. Includes only numeric.h.
+// What the CUDA kernels share: loads, sums over a warp, exact sums by atomics, and the launcher. Compiled by nvcc and
+// NVRTC, and by g++ with a header that emulates the device (tests/backends/cuda/host_shim.h). Includes only numeric.h.
+// opdkernels/backends/layout.py repeats the constants (tests/ops/test_layout.py compares).
 #pragma once
 #include "../numeric.h"
 
 #define OPD_WARP 32
 #define OPD_ALL_LANES 0xFFFFFFFFu
-#define OPD_SMALL_BYTES 35840 // shared memory before the tables, for everything else
-#define OPD_NEAR_FIRST 12288  // of a table of bfloat16 magnitudes, what lies in shared memory, 16 KiB: from 2^-31 and below 2, as nearly
-#define OPD_NEAR_BINS 4096    // all weights and their changes are
+#define OPD_SMEM_HEADER_BYTES 35840  // of a block's shared memory, before the tables
+// The bins of a histogram of bfloat16 magnitudes that a table in shared memory holds, 16 KiB: from 2^-31 to below 2, as
+// nearly all weights and their changes are.
+#define OPD_SMEM_FIRST_BIN 12288
+#define OPD_SMEM_BINS 4096
 
 typedef unsigned char opd_u8;
-
-enum Dtype { BF16 = 0, FP16 = 1, FP32 = 2, FP64 = 3 };
 
 #if defined(__CUDACC__)
 #define OPD_DYNAMIC_SHARED(name) extern __shared__ __align__(16) opd_u8 name[]
@@ -20,35 +21,37 @@ enum Dtype { BF16 = 0, FP16 = 1, FP32 = 2, FP64 = 3 };
 
 // Every argument of a kernel is eight bytes, a pointer or an opd_i64, so that one launcher serves C, ctypes and CuPy.
 #if defined(__CUDACC_RTC__)
-#define OPD_LAUNCHER(kernel)  // CuPy starts a kernel by its name
+#define OPD_LAUNCHER(kernel)  // CuPy launches a kernel by its name
 #elif defined(__CUDACC__)
 template <class... P>
-int opd_start(void (*kernel)(P...), const opd_i64* arguments, int count, opd_i64 blocks, int threads, int shared_bytes, int device,
-              void* stream) {
+int opd_launch(void (*kernel)(P...), const opd_i64* arguments, int count, opd_i64 blocks, int threads, int shared_bytes,
+               int device, void* stream) {
   static_assert(((sizeof(P) == 8) && ...), "an argument of a kernel is a pointer or an opd_i64");
   if (count != (int)sizeof...(P)) return cudaErrorInvalidValue;
   void* slots[sizeof...(P)];
   for (int i = 0; i < count; i++) slots[i] = (void*)(arguments + i);
+  const void* function = (const void*)kernel;
   cudaError_t status = cudaSetDevice(device);
-  if (status == cudaSuccess) status = cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status == cudaSuccess)
-    status = cudaLaunchKernel((const void*)kernel, dim3((unsigned)blocks), dim3((unsigned)threads), slots, (size_t)shared_bytes,
+    status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (status == cudaSuccess)
+    status = cudaLaunchKernel(function, dim3((unsigned)blocks), dim3((unsigned)threads), slots, (size_t)shared_bytes,
                               (cudaStream_t)stream);
   if (status != cudaSuccess) cudaGetLastError();  // cleared: the next launch reports its own
   return status;
 }
-#define OPD_LAUNCHER(kernel)                                                                                                       \
-  extern "C" int kernel##_launch(const opd_i64* arguments, int count, opd_i64 blocks, int threads, int shared_bytes, int device, \
-                                 void* stream) {                                                                                 \
-    return opd_start(kernel, arguments, count, blocks, threads, shared_bytes, device, stream);                                   \
+#define OPD_LAUNCHER(kernel)                                                                                          \
+  extern "C" int kernel##_launch(const opd_i64* arguments, int count, opd_i64 blocks, int threads, int shared_bytes,  \
+                                 int device, void* stream) {                                                          \
+    return opd_launch(kernel, arguments, count, blocks, threads, shared_bytes, device, stream);                       \
   }
 #endif
 
-// Up to sixteen bytes of neighbouring values, as they lie in memory.
+// Up to sixteen bytes of adjacent values, as in memory.
 struct Vector { opd_u32 word[4]; };
 
-// Values [i, i + V) of `bytes` bytes each, one if V is 16, zeros from n on. One load of V * bytes bytes, which is 4, 8 or 16, where all of it is
-// there and its address allows it. Streamed: the caches are for tables.
+// Values [i, i + V) of `bytes` bytes each, bytes being 1 if V is 16; zeros from n on. One load of V * bytes bytes,
+// which is 4, 8 or 16, if all of them exist and the address is aligned to it. Streamed: the caches are for tables.
 template <int V>
 __device__ __forceinline__ Vector load(const void* data, int bytes, opd_i64 i, opd_i64 n) {
   Vector x = {{0, 0, 0, 0}};
@@ -84,31 +87,35 @@ __device__ __forceinline__ Vector load(const void* data, int bytes, opd_i64 i, o
   return x;
 }
 
-OPD_FN int element_bytes(int dtype) { return dtype == FP64 ? 8 : dtype == FP32 ? 4 : 2; }
 OPD_FN opd_u16 half_of(const Vector& x, int j) { return (opd_u16)(x.word[j >> 1 & 3] >> 16 * (j & 1)); }
 OPD_FN float single_of(const Vector& x, int j) { return bits_float(x.word[j & 3]); }
-OPD_FN double double_of(const Vector& x, int j) { return bits_double((opd_u64)x.word[(2 * j + 1) & 3] << 32 | x.word[2 * j & 3]); }
-
-// The bfloat16 pattern of value j; a double goes through float, as in torch.
-OPD_FN opd_u16 pattern_of(const Vector& x, int dtype, int j) {
-  if (dtype == BF16) return half_of(x, j);
-  return float_to_bf16(dtype == FP16 ? fp16_to_float(half_of(x, j)) : dtype == FP32 ? single_of(x, j) : (float)double_of(x, j));
+OPD_FN double double_of(const Vector& x, int j) {
+  return bits_double((opd_u64)x.word[(2 * j + 1) & 3] << 32 | x.word[2 * j & 3]);
 }
 
-// Adds to one bin of a table of bfloat16 magnitudes: of the near rows in shared memory, else of the table itself. What weights have in
-// common is a few hundred bins, a dozen lines of the L2 cache, whose atomic units take one increment after another.
-__device__ __forceinline__ void add_to_table(opd_u32* near_by, int near_rows, int row, opd_u32* table, opd_u32 bin, opd_u32 count = 1) {
-  const opd_u32 place = bin - OPD_NEAR_FIRST;
-  if (row < near_rows && place < OPD_NEAR_BINS) atomicAdd(near_by + row * OPD_NEAR_BINS + place, count);
+// The bfloat16 bits of value j; a double is rounded to float first, as in torch.
+OPD_FN opd_u16 bf16_bits_of(const Vector& x, int dtype, int j) {
+  if (dtype == BF16) return half_of(x, j);
+  if (dtype == FP16) return float_to_bf16(fp16_to_float(half_of(x, j)));
+  return float_to_bf16(dtype == FP32 ? single_of(x, j) : (float)double_of(x, j));
+}
+
+// Adds to one bin of a histogram of bfloat16 magnitudes: in shared memory for the first `smem_rows` rows, else in
+// `table` in global memory. Weights mostly use a few hundred bins, a dozen lines of the L2 cache, whose atomic units
+// take one increment after another.
+__device__ __forceinline__ void add_to_table(opd_u32* smem_tables, int smem_rows, int row, opd_u32* table, opd_u32 bin,
+                                             opd_u32 count = 1) {
+  const opd_u32 smem_bin = bin - OPD_SMEM_FIRST_BIN;
+  if (row < smem_rows && smem_bin < OPD_SMEM_BINS) atomicAdd(smem_tables + row * OPD_SMEM_BINS + smem_bin, count);
   else atomicAdd(table + bin, count);
 }
 
-// Adds the near rows to their tables, of `bins` each; all threads of a block together.
-__device__ __forceinline__ void flush_tables(const opd_u32* near_by, int near_rows, opd_u32* tables, int bins) {
-  for (int row = 0; row < near_rows; row++)
-    for (int place = threadIdx.x; place < OPD_NEAR_BINS; place += blockDim.x) {
-      const opd_u32 some = near_by[row * OPD_NEAR_BINS + place];
-      if (some) atomicAdd(tables + row * bins + OPD_NEAR_FIRST + place, some);
+// Adds the tables in shared memory to the first rows of `tables`, [][bins]; all threads of a block take part.
+__device__ __forceinline__ void flush_tables(const opd_u32* smem_tables, int smem_rows, opd_u32* tables, int bins) {
+  for (int row = 0; row < smem_rows; row++)
+    for (int bin = threadIdx.x; bin < OPD_SMEM_BINS; bin += blockDim.x) {
+      const opd_u32 count = smem_tables[row * OPD_SMEM_BINS + bin];
+      if (count) atomicAdd(tables + row * bins + OPD_SMEM_FIRST_BIN + bin, count);
     }
 }
 
@@ -129,7 +136,8 @@ __device__ __forceinline__ T warp_max(T x) {
   return x;
 }
 
-// A byte of the change bits of eight coordinates, of which each of 8 / V lanes in a row has V: in the first of these lanes.
+// A byte of the change bits of eight coordinates, of which each of 8 / V lanes in a row has V: in the first of these
+// lanes.
 template <int V>
 __device__ __forceinline__ opd_u32 byte_of_lanes(opd_u32 bits) {
 #pragma unroll
@@ -141,7 +149,7 @@ __device__ __forceinline__ void add_count(opd_i64* to, opd_i64 count) {
   if (count) atomicAdd((opd_u64*)to, (opd_u64)count);
 }
 
-// sum_add of numeric.h, by atomics: threads in any order leave the same limbs.
+// sum_add of numeric.h by atomics: the limbs are the same for any order of threads.
 __device__ __forceinline__ void sum_add_atomic(opd_i64* limbs, opd_i64 integer, int shift) {
   opd_i64 parts[3] = {0, 0, 0};
   sum_add(parts, integer, shift & 31);
