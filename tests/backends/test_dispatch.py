@@ -204,7 +204,7 @@ def test_dispatcher_passes_cuda_tensors_to_triton(monkeypatch):
     torch.ops.opdkernels.delta_.default.redispatch(
         key, source, trained, list(DEFAULT_THRESHOLD_BITS), list(THRESHOLDS), *outputs, None
     )
-    assert started == ["count", "fold", "carry"]
+    assert started == ["count", "fold", "propagate_carry"]
     for operator in OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"opdkernels::{operator}", "CUDA")
 

@@ -83,4 +83,4 @@ def delta_(
             kernel == "delta_count_bf16",
         )
     if n:
-        launch.run("delta_carry", 1, WARP, 0, device, sums)
+        launch.run("delta_propagate_carry", 1, WARP, 0, device, sums)

@@ -32,7 +32,7 @@ from opdkernels.ops.patch.gpu_common import (
     starts_of,
     status_of,
 )
-from opdkernels.ops.quantile.triton import bits_of_mask
+from opdkernels.ops.quantile.triton import load_mask_bits
 
 TILE_BYTES = 1 << 12  # of either side of a tile
 CHUNK = 1024  # offsets that are checked at a time
@@ -191,7 +191,7 @@ def compress_tile(
         byte = (start - block * BLOCK) // 8 + tl.arange(0, TILE // 8)
         tl.store(positions + byte, tl.load(mask + block * (BLOCK // 8) + byte), byte < mask_bytes)
     if after > before:
-        bits = bits_of_mask(mask, start, n, TILE)
+        bits = load_mask_bits(mask, start, n, TILE)
         rank = tl.cumsum(bits) - bits
         stored = load_tile(trained, start, n, TAIL, TILE)
         if DIFFERENCE:
@@ -344,7 +344,7 @@ def restore_tile(
     new = load_tile(source, start, n, TAIL, TILE)
     before, after = tl.load(tile_starts + start // TILE), tl.load(tile_starts + start // TILE + 1)
     if after > before:
-        bits = bits_of_mask(mask, start, n, TILE)
+        bits = load_mask_bits(mask, start, n, TILE)
         stored = tl.load((values + before) + (tl.cumsum(bits) - bits), bits > 0, 0)
         if DIFFERENCE:
             new += stored

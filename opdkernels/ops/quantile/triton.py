@@ -1,13 +1,13 @@
-"""`quantile` in Triton: the exact cut by counting digits of magnitudes, sixteen bits a pass, most significant first.
+"""`quantile` in Triton: the exact threshold by counting digits of magnitudes, 16 bits per pass, most significant first.
 
-Bits of magnitudes are in the order of magnitudes, so the cut is found digit by digit: a pass counts the next digit of those
-values whose upper digits are the cut's, inside and outside the mask, and a scan of its 2^16 bins names the digit. bfloat16 and
-fp16 take one pass, fp32 two, fp64 four, for all k together; counts are integers, so every figure is exact, and nothing comes
-back to the host in between. Later passes count the few values that share a digit with a cut.
+The order of the bits of magnitudes is the order of the magnitudes, so the threshold is found digit by digit: a pass counts the
+next digit of the values whose upper digits equal the threshold's, inside and outside the mask, and a scan of its 2^16 bins
+gives the digit. bf16 and fp16 take one pass, fp32 two, fp64 four, for all k together; counts are integers, so the result is
+exact, and nothing is copied to the host between passes. Later passes count the few values that share a digit with a threshold.
 
-Contention. The first pass meets the 1,667 bins that hold 99.9 % of a weight matrix: programs count into up to eight copies of
-the table in turn (see `delta`). Zeros, which may be most of a change, are counted in registers. A NaN is taken for the largest
-pattern, beyond infinity.
+Contention. The first pass hits the 1,667 bins that hold 99.9 % of a weight matrix: programs count into up to eight copies of
+the table in turn (see `delta`). Zeros, which may be most of a change, are counted in registers. A NaN counts as the largest
+magnitude bits, beyond infinity.
 
 Arithmetic: csrc/quantile/quantile.h.
 """
@@ -24,41 +24,42 @@ from opdkernels.backends import gpu
 from opdkernels.backends.triton import launch
 from opdkernels.backends.triton.numeric import magnitude_bits
 from opdkernels.ops.quantile.gpu_common import select_by_digits
-from opdkernels.ops.quantile.layout import DIGITS
+from opdkernels.ops.quantile.layout import DIGIT_BITS, DIGITS
 
 TILE = 2048
 TABLE = tl.constexpr(DIGITS)
-MAX_COPIES, VALUES_A_COPY = 8, 1 << 22
+DIGIT_BITS = tl.constexpr(DIGIT_BITS)
+MAX_COPIES, VALUES_PER_COPY = 8, 1 << 22
 
 
 @triton.jit
-def keys_of(x):
-    """Bits of |x|; of a NaN, whose first digit may be infinity's, all of them."""
+def magnitude_keys(x):
+    """Bits of |x|; all bits set for a NaN, whose first digit may be that of infinity."""
     key = magnitude_bits(x)
     if x.dtype.primitive_bitwidth == 16:
         return key
-    everything: tl.constexpr = (1 << (x.dtype.primitive_bitwidth - 1)) - 1
-    return tl.where(x == x, key, everything)
+    all_bits: tl.constexpr = (1 << (x.dtype.primitive_bitwidth - 1)) - 1
+    return tl.where(x == x, key, all_bits)
 
 
 @triton.jit
-def bits_of_mask(mask, tile_start, n, TILE: tl.constexpr):
-    """The mask's bits of a tile, int32: a byte is read once for its eight values."""
+def load_mask_bits(mask_ptr, tile_start, n, TILE: tl.constexpr):
+    """The mask bits of a tile, int32: a byte is read once for its eight values."""
     byte = tile_start // 8 + tl.arange(0, TILE // 8)
-    eight = tl.load(mask + byte, byte * 8 < n, 0).to(tl.int32)
+    eight = tl.load(mask_ptr + byte, byte * 8 < n, 0).to(tl.int32)
     return tl.reshape((eight[:, None] >> tl.arange(0, 8)[None, :]) & 1, [TILE])
 
 
 @triton.jit
 def count_tile(
-    values,
-    mask,
-    prefixes,
-    table,
+    values_ptr,
+    mask_ptr,
+    prefixes_ptr,
+    table_ptr,
     tile_start,
     n,
     shift,
-    ranks,
+    n_prefixes,
     zeros,
     masked_zeros,
     TAIL: tl.constexpr,
@@ -68,58 +69,76 @@ def count_tile(
     i = tile_start + tl.arange(0, TILE)
     if TAIL:
         inside = i < n
-        key = keys_of(tl.load(values + i, inside, 0.0))
+        key = magnitude_keys(tl.load(values_ptr + i, inside, 0.0))
     else:
         inside = tl.full([TILE], 1, tl.int1)
-        key = keys_of(tl.load(values + i))
+        key = magnitude_keys(tl.load(values_ptr + i))
     zero = inside & (key == 0)
     zeros += zero.to(tl.int32)
-    digit = (key >> shift).to(tl.int32) & 0xFFFF
-    if mask is not None:
-        bit = bits_of_mask(mask, tile_start, n, TILE)
+    digit = (key >> shift).to(tl.int32) & (TABLE - 1)
+    if mask_ptr is not None:
+        bit = load_mask_bits(mask_ptr, tile_start, n, TILE)
         masked_zeros += zero.to(tl.int32) * bit
-        digit += bit << 16
-    upper = (key >> shift) >> 16
-    for rank in range(ranks):
-        wanted = tl.load(prefixes + rank).to(upper.dtype)
-        tl.atomic_add(table + 2 * rank * TABLE + digit, 1, (upper == wanted) & (key > 0), sem="relaxed")
+        digit += bit << DIGIT_BITS
+    upper = (key >> shift) >> DIGIT_BITS
+    for p in range(n_prefixes):
+        prefix = tl.load(prefixes_ptr + p).to(upper.dtype)
+        tl.atomic_add(table_ptr + 2 * p * TABLE + digit, 1, (upper == prefix) & (key > 0), sem="relaxed")
     return zeros, masked_zeros
 
 
-@triton.jit(do_not_specialize=["n", "shift", "ranks", "copies"])
-def count_digits(values, mask, prefixes, tables, n, shift, ranks, copies, TILE: tl.constexpr):
-    """Counts, for each rank, the digit at `shift` of the values whose upper digits are its prefix.
-
-    prefixes int64 [ranks]; tables int32 [copies, ranks, 2, 2^16], outside and inside the mask. Programs take tiles in turn.
-    """
+@triton.jit(do_not_specialize=["n", "shift", "n_prefixes", "copies"])
+def count_digits(
+    values_ptr,  # [n]
+    mask_ptr,  # uint8 [ceil(n / 8)] or None
+    prefixes_ptr,  # int64 [n_prefixes]
+    tables_ptr,  # int32 [copies, n_prefixes, 2, DIGITS], outside and inside the mask; added to
+    n,
+    shift,
+    n_prefixes,
+    copies,
+    TILE: tl.constexpr,
+):
+    """Counts, for each prefix, the digit at `shift` of the values whose upper digits equal it; programs take tiles in turn."""
     program = tl.program_id(0).to(tl.int64)
-    table = tables + (program % copies) * ranks.to(tl.int64) * 2 * TABLE
+    table_ptr = tables_ptr + (program % copies) * n_prefixes.to(tl.int64) * 2 * TABLE
     zeros = tl.zeros([TILE], tl.int32)
     masked_zeros = tl.zeros([TILE], tl.int32)
-    whole, step = n.to(tl.int64) // TILE * TILE, tl.num_programs(0).to(tl.int64) * TILE
-    for tile_start in range(program * TILE, whole, step):
+    full, step = n.to(tl.int64) // TILE * TILE, tl.num_programs(0).to(tl.int64) * TILE
+    for tile_start in range(program * TILE, full, step):
         zeros, masked_zeros = count_tile(
-            values, mask, prefixes, table, tile_start, n, shift, ranks, zeros, masked_zeros, False, TILE
+            values_ptr,
+            mask_ptr,
+            prefixes_ptr,
+            table_ptr,
+            tile_start,
+            n,
+            shift,
+            n_prefixes,
+            zeros,
+            masked_zeros,
+            False,
+            TILE,
         )
-    if (whole < n) & (whole % step == program * TILE):
+    if (full < n) & (full % step == program * TILE):
         zeros, masked_zeros = count_tile(
-            values, mask, prefixes, table, whole, n, shift, ranks, zeros, masked_zeros, True, TILE
+            values_ptr, mask_ptr, prefixes_ptr, table_ptr, full, n, shift, n_prefixes, zeros, masked_zeros, True, TILE
         )
     n_masked = tl.sum(masked_zeros)
     n_others = tl.sum(zeros) - n_masked
-    for rank in range(ranks):
-        wanted = tl.load(prefixes + rank)
-        tl.atomic_add(table + 2 * rank * TABLE, n_others, wanted == 0, sem="relaxed")
-        tl.atomic_add(table + (2 * rank + 1) * TABLE, n_masked, wanted == 0, sem="relaxed")
+    for p in range(n_prefixes):
+        prefix = tl.load(prefixes_ptr + p)
+        tl.atomic_add(table_ptr + 2 * p * TABLE, n_others, prefix == 0, sem="relaxed")
+        tl.atomic_add(table_ptr + (2 * p + 1) * TABLE, n_masked, prefix == 0, sem="relaxed")
 
 
 def digit_table(values: torch.Tensor, mask: torch.Tensor | None, prefixes: torch.Tensor, shift: int) -> torch.Tensor:
-    """Counts of the digit at `shift`, int64 [ranks, 2, 2^16]."""
-    ranks, device = len(prefixes), values.device
-    total = torch.zeros(ranks, 2, DIGITS, dtype=torch.int64, device=device)
+    """Counts of the digit at `shift`, int64 [len(prefixes), 2, DIGITS], outside and inside the mask."""
+    n_prefixes, device = len(prefixes), values.device
+    total = torch.zeros(n_prefixes, 2, DIGITS, dtype=torch.int64, device=device)
     for start, size in gpu.slices(values.numel()):
-        copies = max(1, min(MAX_COPIES // ranks, size // VALUES_A_COPY))
-        tables = torch.zeros(copies, ranks, 2, DIGITS, dtype=torch.int32, device=device)
+        copies = max(1, min(MAX_COPIES // n_prefixes, size // VALUES_PER_COPY))
+        tables = torch.zeros(copies, n_prefixes, 2, DIGITS, dtype=torch.int32, device=device)
         launch.run(
             count_digits,
             (launch.num_programs(device, triton.cdiv(size, TILE)),),
@@ -129,7 +148,7 @@ def digit_table(values: torch.Tensor, mask: torch.Tensor | None, prefixes: torch
             tables,
             size,
             shift,
-            ranks,
+            n_prefixes,
             copies,
             TILE=TILE,
         )
@@ -140,5 +159,5 @@ def digit_table(values: torch.Tensor, mask: torch.Tensor | None, prefixes: torch
 def quantile(
     values: torch.Tensor, k: Sequence[int], largest: bool, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The operator, for contiguous tensors of one device."""
+    """The operator, for contiguous tensors on one device."""
     return select_by_digits(digit_table, values, k, largest, mask)

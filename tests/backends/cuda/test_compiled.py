@@ -27,7 +27,7 @@ KERNELS = {
     "delta_count_float": (128, 4),
     "delta_count_double": (128, 4),
     "delta_fold": (64, 0),
-    "delta_carry": (64, 0),
+    "delta_propagate_carry": (64, 0),
     "quantile_count_2": (64, 2),
     "quantile_count_4": (64, 2),
     "quantile_count_8": (64, 2),
@@ -107,10 +107,10 @@ def test_library_has_ptx_for_later_gpus_and_reports_missing_driver():
     if not torch.cuda.is_available():
         with pytest.raises(
             RuntimeError,
-            match=r"delta_carry did not start on cpu: .*(driver|device).*; update the NVIDIA driver, "
+            match=r"delta_propagate_carry did not start on cpu: .*(driver|device).*; update the NVIDIA driver, "
             r"or set OPDKERNELS_BACKEND=triton",
         ):
-            launch.LibraryKernels(machine_code.library()).launch("delta_carry", [0], 1, 32, 0, torch.device("cpu"))
+            launch.LibraryKernels(machine_code.library()).launch("delta_propagate_carry", [0], 1, 32, 0, torch.device("cpu"))
 
 
 @needs_nvrtc

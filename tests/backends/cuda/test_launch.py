@@ -107,7 +107,7 @@ def call_adamw(sizes: list[int], active: int) -> None:
 )
 def test_more_than_2_31_coordinates_take_slices(monkeypatch, dtype, name):
     started = launches(monkeypatch, lambda: call_delta(dtype, dtype, BEYOND))
-    assert [one[0] for one in started] == [*[name, "delta_fold"] * 3, "delta_carry"]
+    assert [one[0] for one in started] == [*[name, "delta_fold"] * 3, "delta_propagate_carry"]
     sizes = [n for (kernel, *_, n, _) in started if kernel == name]
     assert (sum(sizes), max(sizes)) == (BEYOND, 2**30)
     assert launches(monkeypatch, lambda: call_delta(dtype, dtype, 0)) == []
@@ -173,11 +173,11 @@ def test_blocks_use_the_available_shared_memory(monkeypatch, shared_bytes, table
 def test_kernels_launch_on_the_current_stream(monkeypatch):
     started = []
     kernels = launch.LibraryKernels.__new__(launch.LibraryKernels)  # without a library
-    kernels.library = SimpleNamespace(delta_carry_launch=lambda *one: started.append(one) or 0)
+    kernels.library = SimpleNamespace(delta_propagate_carry_launch=lambda *one: started.append(one) or 0)
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1 << 40 | device.index)
     )
-    kernels.launch("delta_carry", [1 << 45, -1], 2**31, 32, 70_000, torch.device("cuda", 3))
+    kernels.launch("delta_propagate_carry", [1 << 45, -1], 2**31, 32, 70_000, torch.device("cuda", 3))
     ((arguments, count, blocks, *shape, device, stream),) = started
     assert (list(arguments), count) == ([1 << 45, -1], 2)
     assert (blocks.value, shape, device, stream.value) == (2**31, [32, 70_000], 3, 1 << 40 | 3)
@@ -186,11 +186,11 @@ def test_kernels_launch_on_the_current_stream(monkeypatch):
 def test_launch_error_names_kernel_device_and_remedy():
     kernels = launch.LibraryKernels.__new__(launch.LibraryKernels)
     kernels.library = SimpleNamespace(
-        delta_carry_launch=lambda *launch: 35, opd_cuda_error=lambda status: b"driver too old" * (status == 35)
+        delta_propagate_carry_launch=lambda *launch: 35, opd_cuda_error=lambda status: b"driver too old" * (status == 35)
     )
     with pytest.raises(
         RuntimeError,
-        match="delta_carry did not start on cpu: driver too old; update the NVIDIA driver, "
+        match="delta_propagate_carry did not start on cpu: driver too old; update the NVIDIA driver, "
         "or set OPDKERNELS_BACKEND=triton",
     ):
-        kernels.launch("delta_carry", [0], 1, 32, 0, torch.device("cpu"))
+        kernels.launch("delta_propagate_carry", [0], 1, 32, 0, torch.device("cpu"))

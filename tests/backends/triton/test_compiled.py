@@ -68,7 +68,7 @@ def test_delta(monkeypatch, target, source, trained, registers):
 
 def test_delta_launches_fit_the_registers(monkeypatch):
     launched = launches(monkeypatch, lambda: call_delta(BF16, BF16, 2**31 + 11))
-    assert [one.name for one in launched] == ["count", "fold", "count", "fold", "count", "fold", "carry"]
+    assert [one.name for one in launched] == ["count", "fold", "count", "fold", "count", "fold", "propagate_carry"]
     sizes = [one.arguments[9] for one in launched if one.name == "count"]
     assert (sum(sizes), max(sizes) < 2**31) == (2**31 + 11, True)
     assert launches(monkeypatch, lambda: call_delta(BF16, BF16, 0)) == []

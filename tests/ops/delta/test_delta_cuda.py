@@ -79,8 +79,8 @@ def bf16_only() -> str:
 
 
 BARRIER, SYNCWARP = "__syncthreads();", "__syncwarp();"
-SHUFFLE = """const int before = __shfl_up_sync(OPD_ALL_LANES, place, d);
-      place += lane >= d ? before : 0;"""
+SHUFFLE = """const int before = __shfl_up_sync(OPD_ALL_LANES, position, d);
+      position += lane >= d ? before : 0;"""
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,10 @@ def test_missing_barrier_is_detected(monkeypatch, text, which, of):
     [
         (
             SHUFFLE,
-            "if (lane >= d) place += __shfl_up_sync(OPD_ALL_LANES, place, d);",
+            "if (lane >= d) position += __shfl_up_sync(OPD_ALL_LANES, position, d);",
             "lanes of a warp meet at different places|a lane of the mask",
         ),
-        (SHUFFLE, "place += __shfl_up_sync(OPD_ALL_LANES << d, place, d);", "not in the mask"),
+        (SHUFFLE, "position += __shfl_up_sync(OPD_ALL_LANES << d, position, d);", "not in the mask"),
         (BARRIER, "if (threadIdx.x >= 32) __syncthreads();", "barrier"),
     ],
     ids=["shuffle", "mask", "barrier"],

@@ -39,7 +39,7 @@ def test_misaligned(case):
 @pytest.mark.parametrize("only", [BF16_PAIR, FP32_PAIR])
 def test_slices_and_table_copies_change_no_bit(monkeypatch, only):
     monkeypatch.setattr(triton, "launch_shape", lambda *dtypes: (512, None))
-    monkeypatch.setattr(triton, "COORDINATES_A_COPY", 1024)
+    monkeypatch.setattr(triton, "COORDINATES_PER_COPY", 1024)
     monkeypatch.setattr(gpu, "SLICE", 2048)
     for case in FAMILY.collect([4501], only=only):
         check_case(case, KERNEL)

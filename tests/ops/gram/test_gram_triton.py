@@ -28,7 +28,7 @@ def few_steps(monkeypatch):
         ("PANEL", 16),
         ("PACK_LINES", 256),
         ("PACK_LENGTH", 256),
-        ("SHARES", 2),
+        ("SPLITS", 2),
     ):
         monkeypatch.setattr(kernels, name, size)
 
@@ -70,7 +70,7 @@ def test_misaligned(case):
 def test_shares_and_rows_packed_apart(block, monkeypatch):
     base, trained = make_matrices((500, 140))
     monkeypatch.setattr(kernels, "ROWS", 256)
-    monkeypatch.setattr(kernels, "SHARES", 12)
+    monkeypatch.setattr(kernels, "SPLITS", 12)
     found = gram(base, trained, block=block)
     assert_close(found, base, trained, block=block)
     assert torch.equal(found, gram(base, trained, block=block))

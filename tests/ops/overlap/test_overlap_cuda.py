@@ -77,7 +77,7 @@ def test_missing_barrier_is_detected(monkeypatch, which):
 
 
 def test_divergent_shuffle_is_detected(monkeypatch):
-    line = "lost = warp_sum(lost);"
+    line = "nonfinite = warp_sum(nonfinite);"
     assert line in kernel_source("overlap")
     launch_on_fibers(
         monkeypatch, load_kernels("overlap", kernel_source("overlap").replace(line, f"if (threadIdx.x & 1) {line}"))

@@ -31,7 +31,7 @@ def test_misaligned(case):
 @pytest.mark.parametrize("case", FAMILY.collect(special=True, only="many zeros"), ids=str)
 def test_slices_and_table_copies_change_no_count(monkeypatch, case):
     monkeypatch.setattr(triton, "TILE", 512)
-    monkeypatch.setattr(triton, "VALUES_A_COPY", 512)
+    monkeypatch.setattr(triton, "VALUES_PER_COPY", 512)
     monkeypatch.setattr(gpu, "SLICE", 2048)
     check_case(case, KERNEL)
 
