@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks.gpu.backends import CPU, Backend
-from opdkernels.checkpoint import streaming as feed
+from opdkernels.checkpoint import streaming
 from opdkernels.ops import delta, gram
 from opdkernels.spectral.exact import from_grams
 from tests.ops.conformance import (
@@ -170,7 +170,9 @@ def matches_cpu_when_streamed(
         )
     )
     tallies = [delta.Tally.empty() for _ in sides]
-    for one, ready in feed.staged(source, feed.cut(matches, 1), feed.least(matches), device):  # type: ignore[arg-type]
+    for one, ready in streaming.stage_slices(
+        source, streaming.split_matches(matches, 1), streaming.min_slice_bytes(matches), device
+    ):  # type: ignore[arg-type]
         delta.delta(*ready(), out=tallies[one.index])
     for (w, v), tally in zip(sides, tallies, strict=True):
         assert tally == delta.delta(w, v), f"another tally of {w.numel()} coordinates of {w.dtype}"

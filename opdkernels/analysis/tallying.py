@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from opdkernels.backends.devices import CPU, empty_cache, probed_device
-from opdkernels.checkpoint import streaming as feed
+from opdkernels.checkpoint import streaming
 from opdkernels.checkpoint.match import Match, Pair
 from opdkernels.metrics.coordinates import SparseTally
 from opdkernels.metrics.tallies import TallyRecord
@@ -41,7 +41,7 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 def slices(numel: int, bytes_per_element: int, memory: int) -> Iterator[tuple[int, int]]:
     """Bounds of slices of a tensor whose buffers for all checkpoints take at most half the memory."""
-    step = max(1 << 16, min(feed.LARGEST_SLICE, memory // 2 // bytes_per_element))
+    step = max(1 << 16, min(streaming.MAX_SLICE, memory // 2 // bytes_per_element))
     for begin in range(0, numel, step):
         yield begin, min(numel, begin + step)
 
@@ -68,11 +68,11 @@ def tally_all(
         if known is None or known.failure:
             pending.append((index, match))
         else:
-            done += match.numel * feed.pair_bytes(match)
+            done += match.numel * streaming.pair_bytes(match)
             progress(done, total, match.name)
-    limit = feed.slice_limit(memory, device)
+    limit = streaming.slice_limit(memory, device)
     while pending:
-        with contextlib.closing(feed.feed(pair, tuple(pending), limit, device)) as stream:  # type: ignore[type-var]
+        with contextlib.closing(streaming.stream_slices(pair, tuple(pending), limit, device)) as stream:  # type: ignore[type-var]
             for index, group in itertools.groupby(stream, key=lambda item: item[0].index):
                 match = pending[0][1]
                 tally.reset()
@@ -80,17 +80,17 @@ def tally_all(
                 try:
                     for piece, read_sides in group:
                         delta(*read_sides(), out=tally)
-                        progress(done + piece.end * feed.pair_bytes(match), total, match.name)
+                        progress(done + piece.end * streaming.pair_bytes(match), total, match.name)
                 except (MemoryError, RuntimeError) as error:
-                    if isinstance(error, torch.OutOfMemoryError) and limit > feed.LEAST_SLOT:
+                    if isinstance(error, torch.OutOfMemoryError) and limit > streaming.MIN_SLICE_BYTES:
                         break
                     failure = f"{type(error).__name__}: {error}".splitlines()[0]
                 tallies.add(tally_record(index, match, None if failure else SparseTally.of(tally), failure))
-                done += match.numel * feed.pair_bytes(match)
+                done += match.numel * streaming.pair_bytes(match)
                 progress(done, total, match.name)
                 pending.pop(0)
         if pending:
-            limit = max(limit // 4, feed.LEAST_SLOT)
+            limit = max(limit // 4, streaming.MIN_SLICE_BYTES)
             empty_cache(device)
 
 

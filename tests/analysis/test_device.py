@@ -13,7 +13,7 @@ from opdkernels.analysis import analyze as analyze_module
 from opdkernels.analysis import matrix_spectra, tallying
 from opdkernels.analysis.matrix_spectra import SpectraConfig
 from opdkernels.backends import devices
-from opdkernels.checkpoint import streaming as feed
+from opdkernels.checkpoint import streaming
 from opdkernels.ops.delta import delta
 from tests.analysis.conftest import save, trained
 from tests.analysis.test_run import contents
@@ -30,10 +30,10 @@ def staging(monkeypatch):
     def staged(source, slices):
         slices = list(slices)
         used.append(len(slices))
-        return feed.staged(source, slices, 1 << 21, HERE)
+        return streaming.stage_slices(source, slices, 1 << 21, HERE)
 
-    monkeypatch.setattr(feed, "read", staged)
-    monkeypatch.setattr(feed, "slice_limit", lambda memory, device: 1 << 21)
+    monkeypatch.setattr(streaming, "read_slices", staged)
+    monkeypatch.setattr(streaming, "slice_limit", lambda memory, device: 1 << 21)
     return used
 
 

@@ -110,7 +110,9 @@ def test_library_has_ptx_for_later_gpus_and_reports_missing_driver():
             match=r"delta_propagate_carry did not start on cpu: .*(driver|device).*; update the NVIDIA driver, "
             r"or set OPDKERNELS_BACKEND=triton",
         ):
-            launch.LibraryKernels(machine_code.library()).launch("delta_propagate_carry", [0], 1, 32, 0, torch.device("cpu"))
+            launch.LibraryKernels(machine_code.library()).launch(
+                "delta_propagate_carry", [0], 1, 32, 0, torch.device("cpu")
+            )
 
 
 @needs_nvrtc

@@ -186,7 +186,8 @@ def test_kernels_launch_on_the_current_stream(monkeypatch):
 def test_launch_error_names_kernel_device_and_remedy():
     kernels = launch.LibraryKernels.__new__(launch.LibraryKernels)
     kernels.library = SimpleNamespace(
-        delta_propagate_carry_launch=lambda *launch: 35, opd_cuda_error=lambda status: b"driver too old" * (status == 35)
+        delta_propagate_carry_launch=lambda *launch: 35,
+        opd_cuda_error=lambda status: b"driver too old" * (status == 35),
     )
     with pytest.raises(
         RuntimeError,
