@@ -1,54 +1,91 @@
-"""Measure what post-training changed in a model's weights, and train only that, at the speed of memory.
+"""Measure what post-training changed in a model's weights, and train only that, at memory bandwidth.
 
-Importing this loads nothing: torch comes with the first function used.
+Importing this package imports nothing else: a public name imports its module when it is first used.
+
+>>> import opdkernels
+>>> sorted(opdkernels.masks.__all__)[:3]
+['Mask', 'MaskSet', 'changed']
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from opdkernels.errors import InputError, UsageError
 from opdkernels.version import __version__
 
 if TYPE_CHECKING:
-    from opdkernels import patch
+    from opdkernels import masks, optim, patch
+    from opdkernels.analysis.headers import inspect
     from opdkernels.analysis.overlap import Overlaps
     from opdkernels.analysis.result import Analysis, load
     from opdkernels.analysis.trajectory import Trajectory
-    from opdkernels.api import analyze, overlap, trajectory
+    from opdkernels.api import analyze, experiment, overlap, trajectory, write_report
+    from opdkernels.distillation.loop import train as distill
+    from opdkernels.distillation.options import DistillOptions
+    from opdkernels.masks import Mask, MaskSet
+    from opdkernels.ops.divergence import Divergence, linear_divergence
+    from opdkernels.optim import MaskedAdamW, MaskedSGD
 
-WHERE = {
-    "analyze": "opdkernels.api",
-    "overlap": "opdkernels.api",
-    "trajectory": "opdkernels.api",
-    "Overlaps": "opdkernels.analysis.overlap",
-    "Trajectory": "opdkernels.analysis.trajectory",
-    "Analysis": "opdkernels.analysis.result",
-    "load": "opdkernels.analysis.result",
+_LAZY: dict[str, tuple[str, str | None]] = {
+    "Analysis": ("opdkernels.analysis.result", "Analysis"),
+    "DistillOptions": ("opdkernels.distillation.options", "DistillOptions"),
+    "Divergence": ("opdkernels.ops.divergence", "Divergence"),
+    "Mask": ("opdkernels.masks", "Mask"),
+    "MaskSet": ("opdkernels.masks", "MaskSet"),
+    "MaskedAdamW": ("opdkernels.optim", "MaskedAdamW"),
+    "MaskedSGD": ("opdkernels.optim", "MaskedSGD"),
+    "Overlaps": ("opdkernels.analysis.overlap", "Overlaps"),
+    "Trajectory": ("opdkernels.analysis.trajectory", "Trajectory"),
+    "analyze": ("opdkernels.api", "analyze"),
+    "distill": ("opdkernels.distillation.loop", "train"),
+    "experiment": ("opdkernels.api", "experiment"),
+    "inspect": ("opdkernels.analysis.headers", "inspect"),
+    "linear_divergence": ("opdkernels.ops.divergence", "linear_divergence"),
+    "load": ("opdkernels.analysis.result", "load"),
+    "masks": ("opdkernels.masks", None),
+    "optim": ("opdkernels.optim", None),
+    "overlap": ("opdkernels.api", "overlap"),
+    "patch": ("opdkernels.patch", None),
+    "trajectory": ("opdkernels.api", "trajectory"),
+    "write_report": ("opdkernels.api", "write_report"),
 }
+"""Module of each public name, and the attribute there; None for the module itself."""
+
 __all__ = [
     "Analysis",
+    "DistillOptions",
+    "Divergence",
     "InputError",
+    "Mask",
+    "MaskSet",
+    "MaskedAdamW",
+    "MaskedSGD",
     "Overlaps",
     "Trajectory",
     "UsageError",
     "__version__",
     "analyze",
+    "distill",
+    "experiment",
+    "inspect",
+    "linear_divergence",
     "load",
+    "masks",
+    "optim",
     "overlap",
     "patch",
     "trajectory",
+    "write_report",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
-    if name == "patch":
-        return import_module("opdkernels.patch")
-    if name in WHERE:
-        return getattr(import_module(WHERE[name]), name)
-    raise AttributeError(f"module 'opdkernels' has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'opdkernels' has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    return getattr(import_module(module), attribute) if attribute else import_module(module)
 
 
 def __dir__() -> list[str]:

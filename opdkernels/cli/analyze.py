@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ from opdkernels.config import AnalyzeOptions, InspectOptions, OverlapOptions, Tr
 def inspect(
     base: Annotated[str, typer.Argument(metavar="BASE", help="A checkpoint.", show_default=False)],
     trained: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Argument(metavar="[TRAINED]", help="A second checkpoint, to match with the first.", show_default=False),
     ] = None,
     *,

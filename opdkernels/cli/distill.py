@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import click
 import typer
@@ -19,7 +19,7 @@ EXPERIMENTS = ("masks", "sgd", "on-policy", "precision", "trajectory", "subspace
 @command(DistillOptions, config_file=True)
 def distill(
     config: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Argument(
             metavar="[CONFIG.toml]",
             help="Options as TOML; options on the command line override them.",
@@ -68,7 +68,7 @@ def experiment(
         ),
     ],
     config: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Argument(
             metavar="[CONFIG.toml]",
             help="Options of distill as TOML; without it, the addition task with the models in this package.",

@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 import typer
@@ -124,7 +124,7 @@ def parameter_of(name: str, field: FieldInfo, config_file: bool, demo: Any) -> i
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default if default is None or is_flag else text_of(default),
-        annotation=Annotated[bool if is_flag else Optional[str], option],  # noqa: UP045
+        annotation=Annotated[bool if is_flag else str | None, option],
     )
 
 

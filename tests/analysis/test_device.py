@@ -17,7 +17,7 @@ from opdkernels.checkpoint import streaming
 from opdkernels.ops.delta import delta
 from tests.analysis.conftest import save, trained
 from tests.analysis.test_run import contents
-from tests.test_cli import run as command
+from tests.cli.test_commands import run as command
 
 HERE = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""The commands as a user meets them: output, exit statuses, messages, help."""
+"""The commands in processes of their own: output, exit statuses and messages."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from opdkernels import cli
 from tests.analysis.conftest import pair, save, trained, weights  # noqa: F401
 
 
@@ -27,7 +24,7 @@ def run(*arguments, **options) -> subprocess.CompletedProcess:
     )
 
 
-def test_analyze_prints_both_views_and_writes_the_run(pair, tmp_path):  # noqa: F811
+def test_analyze_prints_both_views_and_writes_its_files(pair, tmp_path):  # noqa: F811
     done = run("analyze", *pair, "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "stored" in done.stdout
@@ -40,18 +37,18 @@ def test_analyze_prints_both_views_and_writes_the_run(pair, tmp_path):  # noqa: 
     assert again.stdout.strip() == str(tmp_path / "out" / "report.html")
 
 
-def test_json_is_the_summary_alone(pair, tmp_path):  # noqa: F811
+def test_json_is_only_the_summary(pair, tmp_path):  # noqa: F811
     done = run("analyze", *pair, "-o", tmp_path / "out", "--json")
     assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "summary.json").read_text())
 
 
-def test_identical_checkpoints(pair, tmp_path):  # noqa: F811
+def test_identical_checkpoints_are_reported(pair, tmp_path):  # noqa: F811
     done = run("analyze", pair[0], pair[0], "-o", tmp_path / "out")
     assert done.returncode == 0
     assert "identical: every coordinate has the same bits" in done.stdout
 
 
-def test_overlap_prints_a_row_a_pair(pair, tmp_path):  # noqa: F811
+def test_overlap_prints_a_row_per_pair(pair, tmp_path):  # noqa: F811
     third = save(tmp_path / "third", trained(weights(), seed=9))
     done = run("overlap", *pair, third, "-o", tmp_path / "out", "--strata", "row,column", "--atol", "0")
     assert done.returncode == 0, done.stderr
@@ -65,10 +62,10 @@ def test_overlap_prints_a_row_a_pair(pair, tmp_path):  # noqa: F811
 
 def test_inspect_reads_headers_and_plans(pair):  # noqa: F811
     done = run("inspect", *pair, "--json")
-    found = json.loads(done.stdout)
-    assert found["matched"] == 14
-    assert found["plan"]["bytes"] == 2 * sum(w.nbytes for w in weights().values())
-    spectra = found["plan"]["spectra"]
+    result = json.loads(done.stdout)
+    assert result["matched"] == 14
+    assert result["plan"]["bytes"] == 2 * sum(w.nbytes for w in weights().values())
+    spectra = result["plan"]["spectra"]
     assert spectra["matrices"] == sum(w.ndim == 2 for w in weights().values())
     assert spectra["flops"] > 0
     assert spectra["beyond_memory"] == 0
@@ -76,7 +73,7 @@ def test_inspect_reads_headers_and_plans(pair):  # noqa: F811
     assert run("inspect", pair[0]).returncode == 0
 
 
-def test_doctor_names_the_kernels_that_serve():
+def test_doctor_names_the_active_kernels():
     done = run("doctor")
     assert done.returncode == 0
     assert "CPU kernels" in done.stdout
@@ -99,7 +96,7 @@ def test_doctor_names_the_kernels_that_serve():
         ),
         (["patch", "info", "nowhere"], 4, "nowhere does not exist"),
         (["patch", "create", "a", "b"], 2, "--out"),
-        (["patch", "mend"], 2, "mend"),
+        (["patch", "repair"], 2, "repair"),
         (["graft", "nowhere", "nowhere", "--select", "mlp", "-o", "out"], 4, "nowhere does not exist"),
         (["graft", "nowhere", "nowhere", "-o", "out"], 2, "give masks, or"),
         (["analyze", "a", "b", "-o", "out", "--memory", "1"], 2, "the minimum is 64MB"),
@@ -109,13 +106,12 @@ def test_doctor_names_the_kernels_that_serve():
         (["colour"], 2, "colour"),
     ],
 )
-def test_bad_calls_get_one_line_and_their_status(tmp_path, arguments, status, message):
+def test_errors_are_one_line_with_their_exit_status(tmp_path, arguments, status, message):
     done = run(*arguments, cwd=tmp_path)
     assert done.returncode == status
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    if status == 4:
-        assert done.stderr.count("\n") == 1
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -166,23 +162,13 @@ def test_hostile_names_do_not_reach_the_terminal(tmp_path):
     assert "w\\x1b[2Jx\\u202e: 1 coordinates left out" in done.stdout
 
 
-def test_help_comes_at_once_and_without_torch():
-    began = time.perf_counter()
-    done = run("--help")
-    assert done.returncode == 0
-    assert "Exit status: 0 done, 2 usage, 3" in " ".join(done.stdout.split())
-    assert time.perf_counter() - began < 5  # a hang, not a speed
-    program = "import sys; from opdkernels import cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
-
-
-def test_a_patch_goes_and_comes_back(pair, tmp_path):  # noqa: F811
+def test_patch_round_trip_is_byte_exact(pair, tmp_path):  # noqa: F811
     done = run("patch", "create", *pair, "-o", tmp_path / "p", "--zstd")
     assert done.returncode == 0, done.stderr
     assert "changed" in done.stdout
-    found = json.loads(run("patch", "info", tmp_path / "p", "--json").stdout)
-    assert (found["tensors"], found["files"], found["tensors_whole"]) == (14, ["model.safetensors"], [])
-    assert found["source_digest"] in done.stdout
+    result = json.loads(run("patch", "info", tmp_path / "p", "--json").stdout)
+    assert (result["tensors"], result["files"], result["tensors_whole"]) == (14, ["model.safetensors"], [])
+    assert result["source_digest"] in done.stdout
     done = run("patch", "apply", pair[0], tmp_path / "p", "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     written = [(Path(folder) / "model.safetensors").read_bytes() for folder in (pair[1], tmp_path / "out")]
@@ -194,12 +180,12 @@ def test_a_patch_goes_and_comes_back(pair, tmp_path):  # noqa: F811
     assert not (tmp_path / "other").exists()
 
 
-def test_a_part_of_a_change_is_written(pair, tmp_path):  # noqa: F811
-    found = json.loads(run("graft", *pair, "--select", "mlp", "-o", tmp_path / "out", "--json").stdout)
-    assert 0 < found["kept"] < found["changed"]
+def test_graft_and_its_inverse_add_up(pair, tmp_path):  # noqa: F811
+    result = json.loads(run("graft", *pair, "--select", "mlp", "-o", tmp_path / "out", "--json").stdout)
+    assert 0 < result["kept"] < result["changed"]
     other = run("graft", *pair, "--select", "mlp", "--invert", "-o", tmp_path / "rest").stdout
     assert (
-        f"{found['changed'] - found['kept']:,} of the {found['changed']:,} changed coordinates are from TRAINED"
+        f"{result['changed'] - result['kept']:,} of the {result['changed']:,} changed coordinates are from TRAINED"
         in other
     )
 
@@ -214,29 +200,7 @@ def test_files_that_the_base_lacks_end_with_status_3(pair, tmp_path):  # noqa: F
     assert "left out: config.json" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "inspect",
-        "analyze",
-        "overlap",
-        "report",
-        "doctor",
-        "trajectory",
-        "distill",
-        "experiment",
-        "graft",
-        "patch create",
-        "patch apply",
-        "patch info",
-    ],
-)
-def test_every_command_teaches_by_example(command):
-    text = CliRunner().invoke(cli.app, [*command.split(), "--help"]).output
-    assert f"Example: opdkernels {command}" in " ".join(text.split())
-
-
-def test_a_folder_where_a_file_should_go_is_one_line(pair, tmp_path):  # noqa: F811
+def test_folder_in_place_of_a_file_is_one_line(pair, tmp_path):  # noqa: F811
     (tmp_path / "out" / "report.html").mkdir(parents=True)
     done = run("analyze", *pair, "-o", tmp_path / "out")
     assert done.returncode == 4
