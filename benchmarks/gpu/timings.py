@@ -312,21 +312,18 @@ def divergence_of(kind: str) -> Callable:
         student, teacher = (
             [random(tokens, width).to(BF16), (random(vocabulary, width) / width**0.5).to(BF16)] for width in WIDTHS
         )
-        ids, numbers, code = (
-            torch.zeros(tokens, 0, dtype=torch.int64, device=device),
-            [1.0, 0.0, 1.0, 0.0, 1.0, 0.5],
-            KIND_CODES[kind],
-        )
+        ids, code, beta = torch.zeros(tokens, 0, dtype=torch.int64, device=device), KIND_CODES[kind], 0.5
+        params = [1.0, 0.0, 1.0], [1.0, 0.0, 1.0]
 
         def call(kernel: Kernel):
-            moments, at, _, _ = kernel("divergence_scan")(student, teacher, ids, 0, vocabulary, numbers, False)
+            moments, at, _, _ = kernel("divergence_scan")(student, teacher, ids, 0, vocabulary, *params, False)
             center = moments[tiles.MEAN_REVERSE] - moments[tiles.STUDENT_LOG] + moments[tiles.TEACHER_LOG]
             if kind == "jsd":
-                center = kernel("divergence_means")(student, teacher, moments, vocabulary, numbers, code)[1]
+                center = kernel("divergence_means")(student, teacher, moments, vocabulary, *params, beta, code)[1]
             scalars = torch.stack([*moments[:4], center, torch.ones_like(center)])
             return list(
                 kernel("divergence_backward")(
-                    student, teacher, scalars, ids, at[0], vocabulary, numbers, code, [True, True, False]
+                    student, teacher, scalars, ids, at[0], vocabulary, *params, beta, code, [True, True, False]
                 )
             )[:2]
 

@@ -105,7 +105,8 @@ def distill(
         config: Options; keyword arguments override them.
         processing_class: Tokenizer or processor of a loaded student; None loads the one that belongs to it.
         reward: "exact", "package.module:function", or a function of (prompt, answer, completion) that returns a number.
-        eval_prompts: Held-out prompts, like `prompts`. Rows are all evaluated on unless num_eval_prompts says otherwise.
+        eval_prompts: Held-out prompts, like `prompts`. Rows are all evaluated on unless num_eval_prompts says
+            otherwise.
         callbacks: Objects with any of the methods on_step_end(step, metrics), on_save(step, path) and
             on_train_end(result); called on the main process.
         quiet: Whether to print no progress.

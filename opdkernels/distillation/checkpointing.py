@@ -1,7 +1,7 @@
 """The run directory: whose run it holds, what a run resumes from, and its checkpoints.
 
-A checkpoint is a folder `checkpoint-N` after N steps, with weights and tokenizer as transformers reads them and the state
-that a run resumes from. It is written under a temporary name and renamed, so that it is complete or absent.
+A checkpoint is a folder `checkpoint-N` after N steps, with weights and tokenizer as transformers reads them and the
+state that a run resumes from. It is written under a temporary name and renamed, so that it is complete or absent.
 """
 
 from __future__ import annotations
@@ -206,8 +206,8 @@ def check_paths_disjoint(folder: Path, options: DistillOptions) -> None:
 
 
 def start_run(folder: Path, options: DistillOptions) -> None:
-    """Removes what an earlier run wrote and writes run.json. Until the removal is complete, run.json has no identity and
-    matches no run."""
+    """Removes what an earlier run wrote and writes run.json. Until the removal is complete, run.json has no identity
+    and matches no run."""
     header = {"command": "distill", "version": __version__}
     write_json(folder / RUN_FILE, header)
     for pattern in RUN_OUTPUTS:

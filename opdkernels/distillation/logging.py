@@ -103,8 +103,8 @@ def flatten(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]
 def log_sinks(
     folder: Path, step: int, world: World, *, tensorboard: bool = False, wandb: str = ""
 ) -> Iterator[list[LogSink]]:
-    """Opens TensorBoard and Weights & Biases on the main process and closes them at the end. Opening them writes nothing
-    to the run's folder.
+    """Opens TensorBoard and Weights & Biases on the main process and closes them at the end. Opening them writes
+    nothing to the run's folder.
 
     Raises UsageError on every process for a package that is not installed or cannot start."""
     sinks: list[LogSink] = []
@@ -178,8 +178,8 @@ class PhaseTimer:
         self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak_memory_bytes(self.device))
 
     def metrics(self) -> dict[str, Any]:
-        """`seconds` by phase and in total (`all`), and, where known, `peak_bytes` by phase: memory of the GPU, or resident
-        memory of the process."""
+        """`seconds` by phase and in total (`all`), and, where known, `peak_bytes` by phase: memory of the GPU, or
+        resident memory of the process."""
         peak_bytes = {name: size for name, size in self.peak_bytes.items() if size}
         return {
             "seconds": {**self.seconds, "all": time.perf_counter() - self.start_time},

@@ -1,9 +1,9 @@
-"""On-policy distillation (arXiv 2306.13649, 2606.13657): the student samples completions, the teacher scores their tokens,
-the student minimises a divergence from the teacher; snapshots record what that changes in the weights.
+"""On-policy distillation (arXiv 2306.13649, 2606.13657): the student samples completions, the teacher scores their
+tokens, the student minimises a divergence from the teacher; snapshots record what that changes in the weights.
 
-Read `train_step` first. All random draws of a step follow from the seed and the number of the step, so that a resumed run
-is bit-identical to an uninterrupted one (on one process). Every token of a step counts alike: the loss of a micro-batch is
-a sum over its tokens, divided by the number of tokens of the whole step.
+Read `train_step` first. All random draws of a step follow from the seed and the number of the step, so that a resumed
+run is bit-identical to an uninterrupted one (on one process). Every token of a step counts alike: the loss of a
+micro-batch is a sum over its tokens, divided by the number of tokens of the whole step.
 """
 
 from __future__ import annotations
@@ -249,8 +249,8 @@ def generate(state: TrainState, step: int) -> tuple[Rollout, torch.Tensor | None
 
 
 def complete(state: TrainState, prompts: Prompts, step: int) -> Rollout:
-    """Completions of a step: sampled by the student with probability on_policy_fraction, else those of the data set, else
-    sampled by the teacher."""
+    """Completions of a step: sampled by the student with probability on_policy_fraction, else those of the data set,
+    else sampled by the teacher."""
     options, sampler = state.options, state.sampler
     on_policy = random.Random(f"{options.seed}/{step}/coin").random() < options.on_policy_fraction
     if on_policy:
@@ -422,7 +422,8 @@ def evaluate(sampler: Sampler, task: Task, options: DistillOptions) -> dict[str,
 
 
 def evaluate_checkpoint(options: DistillOptions, path: str | os.PathLike[str]) -> list[float]:
-    """The reward of each held-out prompt for greedy completions of a checkpoint, as a run with these options evaluates it.
+    """The reward of each held-out prompt for greedy completions of a checkpoint, as a run with these options evaluates
+    it.
 
     Raises InputError for a model, prompts or a reward that cannot be used.
     """
@@ -478,8 +479,8 @@ def build_state(
     world: World,
     cleanup: contextlib.ExitStack,
 ) -> TrainState:
-    """Loads models and builds the optimizer; the student has the weights of `resume_point`. `cleanup` removes hooks from
-    the student's parameters."""
+    """Loads models and builds the optimizer; the student has the weights of `resume_point`. `cleanup` removes hooks
+    from the student's parameters."""
     model = load_student(options, inputs, resume_point, device)
     text = inputs.text or load_text_processor(options.student)
     if options.lora_rank:
@@ -512,8 +513,8 @@ def build_state(
 def load_student(
     options: DistillOptions, inputs: RunInputs, resume_point: ResumePoint | None, device: torch.device
 ) -> Any:
-    """The student with the weights of a checkpoint. With LoRA the weights are those of the start: the factors are part of
-    the training state."""
+    """The student with the weights of a checkpoint. With LoRA the weights are those of the start: the factors are part
+    of the training state."""
     checkpoint = os.fspath(resume_point.path) if resume_point and not options.lora_rank else None
     if options.student not in inputs.models:
         return load_model(checkpoint or options.student, options.dtype, device)

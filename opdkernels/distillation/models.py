@@ -43,7 +43,8 @@ def validate_lm_head(model: Any, path: str) -> None:
     logits = head_logits(hidden[0].float(), lm_head_of(model))
     if not (logits - expected).abs().max() <= 0.02 * expected.abs().max() and torch.isfinite(expected).all():
         raise InputError(
-            f"{printable(path)} computes its logits in an unsupported way ({type(model).__name__}); choose another model"
+            f"{printable(path)} computes its logits in an unsupported way ({type(model).__name__}); "
+            "choose another model"
         )
 
 
@@ -62,7 +63,8 @@ def max_positions(model: Any) -> int:
 
 
 def common_vocab_size(student: Any, teachers: Iterable[Any]) -> int:
-    """Number of ids that all models (or configurations) have: models of one family pad their heads to different sizes."""
+    """Number of ids that all models (or configurations) have: models of one family pad their heads to different
+    sizes."""
     return min(
         len(lm_head_of(model).weight) if isinstance(model, torch.nn.Module) else text_config(model).vocab_size
         for model in (student, *teachers)

@@ -76,8 +76,8 @@ def load_masks(path: str, names: set[str]) -> MaskSet:
 
 
 class FullGradNorm:
-    """Norm of the full gradient, frozen coordinates included, taken before gradients are gathered: what trainers without
-    masks clip by.
+    """Norm of the full gradient, frozen coordinates included, taken before gradients are gathered: what trainers
+    without masks clip by.
 
     Covers one backward pass: the gradients of several micro-batches are gathered before they could be added.
     """

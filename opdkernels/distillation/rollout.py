@@ -71,8 +71,8 @@ class Rollout:
 
     @property
     def shared_prefix_length(self) -> int:
-        """Number of leading tokens that all rows share, at most all but the last token of the shortest prompt; 0 for one
-        row and for prompts with images."""
+        """Number of leading tokens that all rows share, at most all but the last token of the shortest prompt; 0 for
+        one row and for prompts with images."""
         if any(self.model_inputs) or not len(self.ids):
             return 0
         return common_prefix_length(self.ids[:, : int(self.prompt_lengths.min()) - 1])

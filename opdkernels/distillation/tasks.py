@@ -1,7 +1,7 @@
 """Sources of prompts and rewards: JSON lines, examples in memory, two addition tasks, and the tasks of reasoning_gym.
 
-A task is an endless sequence of examples: example i is the same on every machine, so that a run resumes from the number of
-its step alone.
+A task is an endless sequence of examples: example i is the same on every machine, so that a run resumes from the number
+of its step alone.
 """
 
 from __future__ import annotations
@@ -168,8 +168,8 @@ class Sums(Task):
 class ReasoningGym(Task):
     """A task of reasoning_gym, with its own reward.
 
-    reasoning_gym draws item i of a data set from its seed + i. Each seed of a run therefore gets a range of its own; the
-    held-out items are another range, the same for all seeds.
+    reasoning_gym draws item i of a data set from its seed + i. Each seed of a run therefore gets a range of its own;
+    the held-out items are another range, the same for all seeds.
     """
 
     SIZE = 1 << 20

@@ -1,8 +1,8 @@
 """Teachers: the next-token distribution at each token of a completion, as hidden states and the head that reads them.
 
 A teacher is a model, one of several models that a prompt's teacher_id selects, or the student itself: with its initial
-weights or an average of its weights over the steps. The self-teacher swaps these weights in while it scores; it needs no
-second model, only a copy of the active coordinates.
+weights or an average of its weights over the steps. The self-teacher swaps these weights in while it scores; it needs
+no second model, only a copy of the active coordinates.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ def input_errors(what: str, remedy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def image_input_errors(model_inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Raises InputError if a model rejects its image inputs, for example because no placeholder token stands for them."""
+    """Raises InputError if a model rejects its image inputs, for example because no placeholder token stands for
+    them."""
     try:
         yield
     except (ValueError, LookupError, RuntimeError, StopIteration) as error:
@@ -143,6 +144,6 @@ def validate_same_tokenizer(student: Any, teacher: Any, teacher_name: str) -> No
     ) or next(token for token in sorted(teacher_vocab) if token not in student_vocab)
     ids = [vocab.get(token, "missing") for vocab in (student_vocab, teacher_vocab)]
     raise InputError(
-        f"{teacher_name} has another tokenizer: token {printable(repr(token))} is {ids[0]} for the student and {ids[1]} "
-        "for the teacher; choose models of one family"
+        f"{teacher_name} has another tokenizer: token {printable(repr(token))} "
+        f"is {ids[0]} for the student and {ids[1]} for the teacher; choose models of one family"
     )

@@ -1,8 +1,8 @@
 """Snapshots of what training changes in the weights: metrics against the start and since the last snapshot, the changed
 set, the set of all coordinates that ever changed, and statistics of the optimizer's moments.
 
-The start and the last snapshot are copies in memory-mapped files in the run's folder, as large as the weights. The changed
-set of each snapshot is a file of masks, as `opdkernels mask` and MaskedAdamW take it. The metrics are those of
+The start and the last snapshot are copies in memory-mapped files in the run's folder, as large as the weights. The
+changed set of each snapshot is a file of masks, as `opdkernels mask` and MaskedAdamW take it. The metrics are those of
 `opdkernels trajectory`.
 """
 
@@ -172,7 +172,7 @@ class Tracker:
         return changed_any
 
     def snapshot(self, step: int, model: Any, optimizer_metrics: dict[str, float | None]) -> dict[str, Any]:
-        """Compares the weights after `step` steps with the start and the last snapshot. Returns the row that it writes."""
+        """Compares the weights after `step` steps with the start and the last snapshot. Returns the row it writes."""
         since_last, modules = Tally.empty(), defaultdict[str, Tally](Tally.empty)
         masks: dict[str, Mask] = {}
         num_changed_any = numel = 0

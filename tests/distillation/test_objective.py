@@ -62,7 +62,8 @@ def test_a_reward_is_the_policy_gradient(options):
 
 
 def test_a_divergence_is_that_of_whole_logits(options):
-    """Gradients are at most twice as far from fp64 as those through whole logits in fp32; a millionth where these are exact."""
+    """Gradients are at most twice as far from fp64 as those through whole logits in fp32; a millionth where these are
+    exact."""
     from opdkernels.distillation.teachers import ModelTeacher
 
     student, teacher, part = (

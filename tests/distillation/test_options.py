@@ -28,7 +28,7 @@ def test_betas_of_a_command_line_have_a_comma():
         ({"batchsize": 3}, "did you mean batch_size?"),
         ({"learning_rate": "fast"}, "option learning_rate is 'fast'"),
         ({"learning_rate": 0}, "option learning_rate is 0"),
-        ({"divergence": "k1"}, "no expected gradient"),
+        ({"divergence": "k1"}, "its expected gradient is 0"),
         ({"divergence": "k3"}, "forward KL"),
         ({"divergence": "topk_reverse_kl"}, "k"),
         ({"divergence_weight": 0, "teacher": ""}, "nothing is trained"),

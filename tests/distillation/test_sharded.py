@@ -42,7 +42,8 @@ def started(chosen, out, processes):
     "more", [{}, {"teacher": "self", "ema_decay": 0.5, "learning_rate": 0.5, "max_grad_norm": 0, "sft_weight": 1.0}]
 )
 def test_two_processes_train_as_one_does(options, tmp_path, more):
-    """Recorded completions, so that what is learnt does not depend on who samples what: all but the order of sums is alike."""
+    """Recorded completions, so that what is learnt does not depend on who samples what: all but the order of sums is
+    alike."""
     chosen = {
         "device": "cpu",
         "prompts": load_completions(tmp_path),

@@ -122,6 +122,7 @@ def test_what_is_privileged_must_find_places_in_the_student():
     teacher.score(rollout("1" * (64 - 3 - len("12+13="))))
     with pytest.raises(
         InputError,
-        match=r"the prompt '12\+13=' is 62 tokens with its `teacher_context`, and the student has 61 positions before the completion; shorten it",
+        match=r"the prompt '12\+13=' is 62 tokens with its `teacher_context`, and the student has 61 "
+        "positions before the completion; shorten it",
     ):
         teacher.score(rollout("1" * (65 - 3 - len("12+13="))))

@@ -1,33 +1,45 @@
-"""What becomes of a tile of logits, in plain PyTorch: shared by the reference of `divergence` and the backends."""
+"""Logits of one tile of the vocabulary, in plain PyTorch: shared by the reference of `divergence` and the backends."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-FLOOR = -1e4  # logits below count as this: log p of a masked id is about -1e4, not -inf
+FLOOR = -1e4  # smaller logits count as this: log p of a masked id is about -1e4, not -inf
 
 
-def shaped(out: Tensor, bias: Tensor | None, scale: float, softcap: float, temperature: float) -> Tensor:
-    """In place, of hidden @ weight.T."""
+class LogitParams(NamedTuple):
+    """How logits follow from z = hidden @ weight.T + bias: softcap(scale * z) / temperature, with softcap(x) =
+    c tanh(x / c). Operators take it as `float[]`."""
+
+    scale: float = 1.0
+    softcap: float = 0.0  # 0: none
+    temperature: float = 1.0
+
+
+def shape_logits(products: Tensor, bias: Tensor | None, params: LogitParams) -> Tensor:
+    """Turns products hidden @ weight.T into logits over temperature, in place; at least FLOOR, NaN stays."""
     if bias is not None:
-        out += bias
-    if scale != 1:
-        out *= scale
-    if softcap:
-        out.div_(softcap).tanh_().mul_(softcap)
-    if temperature != 1:
-        out /= temperature
-    return out.clamp_(min=FLOOR)
+        products += bias
+    if params.scale != 1:
+        products *= params.scale
+    if params.softcap:
+        products.div_(params.softcap).tanh_().mul_(params.softcap)
+    if params.temperature != 1:
+        products /= params.temperature
+    return products.clamp_(min=FLOOR)
 
 
-def local_ids(ids: Tensor, here: slice) -> tuple[Tensor, Tensor]:
-    """Which ids lie in a tile, and where; those outside at an end of it."""
-    return (ids >= here.start) & (ids < here.stop), (ids - here.start).clamp(0, here.stop - here.start - 1)
+def local_ids(ids: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+    """Whether each id is in a tile, and its column there, clamped to the tile."""
+    return (ids >= tile.start) & (ids < tile.stop), (ids - tile.start).clamp(0, tile.stop - tile.start - 1)
 
 
-def without(x: Tensor, inside: Tensor, local: Tensor) -> Tensor:
-    """A tile's logits with -inf at ids, in place."""
-    return x.scatter_add_(1, local, torch.zeros_like(local, dtype=x.dtype).masked_fill_(inside, -math.inf))
+def mask_ids(logits: Tensor, in_tile: Tensor, columns: Tensor) -> Tensor:
+    """Sets a tile's logits to -inf at ids, in place."""
+    return logits.scatter_add_(
+        1, columns, torch.zeros_like(columns, dtype=logits.dtype).masked_fill_(in_tile, -math.inf)
+    )

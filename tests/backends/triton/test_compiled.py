@@ -355,7 +355,17 @@ def test_gather_and_scatter(monkeypatch, target, dtype, masks):
 
 
 def call_divergence(
-    dtype: torch.dtype, *, kind=1, count=0, rest=0, softcap=0.0, bias=False, tops=False, width=896, n=4096, vocab=151936
+    dtype: torch.dtype,
+    *,
+    kind=1,
+    count=0,
+    tail_k=0,
+    softcap=0.0,
+    bias=False,
+    with_argmax=False,
+    width=896,
+    n=4096,
+    vocab=151936,
 ) -> None:
     """A student and a wider teacher, forward and backward."""
 
@@ -366,30 +376,32 @@ def call_divergence(
             *([on_cuda(vocab, dtype=dtype)] if bias else []),
         ]
 
-    sides, ids, numbers = (side(width), side(2 * width)), on_cuda(n, count), [1.0, softcap, 1.0, softcap, 1.0, 0.5]
-    moments, at, _, _ = divergence.divergence_scan(*sides, ids, rest, vocab, numbers, tops)
+    sides, ids = (side(width), side(2 * width)), on_cuda(n, count)
+    params, beta = ([1.0, softcap, 1.0], [1.0, softcap, 1.0]), 0.5
+    moments, at, _, _ = divergence.divergence_scan(*sides, ids, tail_k, vocab, *params, with_argmax)
     if kind in (2, 3):
-        divergence.divergence_means(*sides, moments, vocab, numbers, kind)
+        divergence.divergence_means(*sides, moments, vocab, *params, beta, kind)
     divergence.divergence_backward(
         *sides,
-        on_cuda(8 if rest else 6, n, dtype=FP32),
+        on_cuda(8 if tail_k else 6, n, dtype=FP32),
         ids,
         at.select(0, 0),
         vocab,
-        numbers,
+        *params,
+        beta,
         kind,
         [True, True, False],
     )
 
 
-EVERYTHING = {"kind": 2, "count": 20, "softcap": 30.0, "bias": True, "tops": True}
+EVERYTHING = {"kind": 2, "count": 20, "softcap": 30.0, "bias": True, "with_argmax": True}
 DIVERGENCE = [
     *((target, BF16, {}) for target in TARGETS),
     *((target, BF16, EVERYTHING) for target in TARGETS if target != "sm_80"),
     ("sm_80", FP32, {"kind": 0}),
     ("sm_90", torch.float16, {"kind": 3}),
     ("sm_90", BF16, {"kind": 4, "count": 1, "width": 450}),
-    ("sm_90", BF16, {"kind": 4, "count": 20, "rest": 20}),
+    ("sm_90", BF16, {"kind": 4, "count": 20, "tail_k": 20}),
 ]
 
 
@@ -410,7 +422,9 @@ def test_divergence(monkeypatch, target, dtype, options):
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_divergence_of_an_odd_vocabulary(monkeypatch, dtype):
     """Rows of a chunk that begin anywhere."""
-    launched = launches(monkeypatch, lambda: call_divergence(dtype, kind=2, count=1, bias=True, tops=True, vocab=4095))
+    launched = launches(
+        monkeypatch, lambda: call_divergence(dtype, kind=2, count=1, bias=True, with_argmax=True, vocab=4095)
+    )
     assert {one.name for one in launched} == {"scan", "means", "gradient"}
     for one in launched:
         assert_fits(compiled(one, "sm_90"), 128)

@@ -32,20 +32,31 @@ def call_divergence(
     softcap: float,
 ) -> list[torch.Tensor]:
     """Forward and backward: moments, both sides' logits at ids, top ids, gradients of hidden states, weight, bias."""
-    vocab, code, numbers = len(student[1]), KIND_CODES[kind], [0.8, softcap, 1.1, softcap, 1.3, 0.3]
-    moments, at, outside, _ = kernel("divergence_scan")(student, teacher, ids, 1, vocab, numbers, True)
+    vocab, code, beta = len(student[1]), KIND_CODES[kind], 0.3
+    student_params, teacher_params = [0.8, softcap, 1.3], [1.1, softcap, 1.3]
+    params = student_params, teacher_params
+    moments, logits_at_ids, tails, _ = kernel("divergence_scan")(student, teacher, ids, 1, vocab, *params, True)
     center = moments[5] - moments[1] + moments[3]
     if kind in ("jsd", "total_variation"):
-        center = kernel("divergence_means")(student, teacher, moments, vocab, numbers, code)[1]
+        center = kernel("divergence_means")(student, teacher, moments, vocab, *params, beta, code)[1]
     scalars = torch.stack([*moments[:4], center, torch.ones_like(center)])
-    outside = outside.clamp(min=tiles.FLOOR)
-    if kind == "at ids":  # and what lies outside them
-        scalars = torch.cat([scalars, (outside[0] - moments[0] - moments[1])[None], torch.ones_like(center)[None]])
-    top = kernel("divergence_top")(teacher, vocab, min(3, vocab), numbers)
+    tails = tails.clamp(min=tiles.FLOOR)
+    if kind == "at ids":  # and their tail
+        scalars = torch.cat([scalars, (tails[0] - moments[0] - moments[1])[None], torch.ones_like(center)[None]])
+    top = kernel("divergence_top")(teacher, vocab, min(3, vocab), teacher_params)
     grads = kernel("divergence_backward")(
-        student, teacher, scalars, ids, torch.ones_like(at[0]), vocab, numbers, code, [True, True, True]
+        student,
+        teacher,
+        scalars,
+        ids,
+        torch.ones_like(logits_at_ids[0]),
+        vocab,
+        *params,
+        beta,
+        code,
+        [True, True, True],
     )
-    return [moments, torch.cat([at, outside[..., None]], 2), top, *grads]
+    return [moments, torch.cat([logits_at_ids, tails[..., None]], 2), top, *grads]
 
 
 def assert_near(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], inputs: list[Any]) -> None:

@@ -1,4 +1,5 @@
-"""`divergence` in Triton's interpreter: losses and gradients at most twice as far from fp64 as through full logits in fp32."""
+"""`divergence` in Triton's interpreter: losses and gradients at most twice as far from fp64 as through full logits in
+fp32."""
 
 from __future__ import annotations
 
