@@ -1,8 +1,11 @@
-"""Builds opdkernels._C, the CPU kernels: no torch headers, so one build serves every torch. Each instruction set is one
-translation unit with its own flags, chosen at run time. Without a compiler the package installs and runs on the reference.
+"""Builds opdkernels._C, the CPU kernels, without torch headers: one build serves every torch version.
 
-Where nvcc is, builds opdkernels/_cuda.so too, the CUDA kernels: machine code for the GPUs below and PTX for later ones. It needs
-no GPU, neither here nor to be loaded; without it NVRTC or Triton serves GPUs, so that it never fails an install."""
+Each instruction set is one translation unit with its own flags, chosen at run time. Without a compiler the package
+installs and runs on the reference.
+
+If nvcc is present, also builds opdkernels/_cuda.so, the CUDA kernels: machine code for the GPUs below and PTX for later
+ones. Neither building nor loading it needs a GPU. Without it NVRTC or Triton serves GPUs, so it never fails an install.
+"""
 
 import importlib.util
 import os
@@ -31,7 +34,7 @@ ISA_FLAGS = {
         "-mpopcnt",
     ],
 }
-# No contraction: reference and every instruction set agree bit for bit.
+# No contraction: the reference and every instruction set agree bit for bit.
 FLAGS = [
     "-O3",
     "-Wall",
@@ -73,7 +76,7 @@ CUDA_DEPENDS = [
 
 
 def load_sources():
-    """opdkernels/backends/cuda/sources.py without the package, which needs torch."""
+    """Import opdkernels/backends/cuda/sources.py without the package, which needs torch."""
     spec = importlib.util.spec_from_file_location("sources", "opdkernels/backends/cuda/sources.py")
     sources = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sources)
@@ -81,17 +84,19 @@ def load_sources():
 
 
 def build_cuda(nvcc, library):
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    targets = [f"arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES if f"compute_{a}" in known]
+    """Compile the CUDA kernels; raises OSError or CalledProcessError."""
+    supported = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    targets = [f"arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES if f"compute_{a}" in supported]
     targets.append(f"arch=compute_{CUDA_ARCHITECTURES[0]},code=compute_{CUDA_ARCHITECTURES[0]}")
-    named = f'-DOPD_SOURCES="{load_sources().digest()}"'
+    sources_define = f'-DOPD_SOURCES="{load_sources().digest()}"'
     subprocess.run(
-        [nvcc, *NVCC_FLAGS, named, *(f"-gencode={t}" for t in targets), *CUDA_SOURCES, "-o", str(library)], check=True
+        [nvcc, *NVCC_FLAGS, sources_define, *(f"-gencode={t}" for t in targets), *CUDA_SOURCES, "-o", str(library)],
+        check=True,
     )
 
 
-def build_cuda_where_nvcc_is(library):
-    """Never fails: others serve GPUs without it."""
+def build_cuda_if_possible(library):
+    """Compile the CUDA kernels if nvcc is present and the library is stale. Never fails: they are optional."""
     home = os.environ.get("CUDA_HOME")
     nvcc = (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which("nvcc")
     if nvcc is None or load_sources().is_built_from_sources(library):
@@ -106,11 +111,11 @@ class Build(build_ext):
     def run(self):
         super().run()
         package = Path(self.get_ext_fullpath("opdkernels._C")).parent
-        if not self.inplace:  # what NVRTC compiles, where there was no nvcc
+        if not self.inplace:  # the sources, which NVRTC compiles if there is no nvcc
             for path in map(Path, CUDA_DEPENDS):
                 (package / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, package / path)
-        build_cuda_where_nvcc_is(package / "_cuda.so")
+        build_cuda_if_possible(package / "_cuda.so")
 
     def build_extensions(self):
         openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
@@ -132,7 +137,7 @@ class Build(build_ext):
 
 
 def module():
-    """opdkernels._C, with the headers of pybind11, or of torch's copy of them on a machine that can fetch nothing."""
+    """opdkernels._C, with the headers of pybind11, or of torch's copy of them on a machine without network."""
     depends = [str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inl")]
     options = {"depends": depends, "optional": not os.environ.get("OPDKERNELS_REQUIRE_C")}
     try:

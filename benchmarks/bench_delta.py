@@ -26,7 +26,7 @@ EAGER_COORDINATES = 4_358_144  # one 896 x 4864 matrix: larger inputs do not mak
 
 
 def bincounts(base: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The best eager formulation: three tables, from which everything visible follows."""
+    """The best eager formulation: three histograms, from which every metric of the visible view follows."""
     visible = bf16_bits(trained - base) & 0x7FFF
     magnitude = bf16_bits(base) & 0x7FFF
     return (
@@ -40,11 +40,11 @@ def counts(base: torch.Tensor, trained: torch.Tensor) -> list[float]:
     """The straightforward eager formulation: sums, and a count per threshold."""
     w, v = base.float(), trained.float()
     d = (v - w).abs()
-    found = [w.square().sum().item(), v.square().sum().item(), d.square().sum().item(), d.sum().item(), d.max().item()]
-    found.append((d == 0).sum().item())
+    results = [w.square().sum().item(), v.square().sum().item(), d.square().sum().item(), d.sum().item()]
+    results += [d.max().item(), (d == 0).sum().item()]
     for threshold in THRESHOLDS:
-        found += [(d < threshold).sum().item(), (d <= threshold).sum().item()]
-    return found
+        results += [(d < threshold).sum().item(), (d <= threshold).sum().item()]
+    return results
 
 
 @pytest.mark.parametrize("isa", _C.available_isas())
@@ -78,10 +78,10 @@ def test_tally_against_eager(benchmark, row, embedding, one_thread):
         }
     )
     tally = benchmark.pedantic(lambda: delta(base, trained), rounds=3)
-    for found, table in zip(
+    for histogram, table in zip(
         bincounts(base, trained), (tally.hist_base, tally.hist_delta, tally.hist_base_over[0]), strict=True
     ):
-        np.testing.assert_array_equal(found.numpy(), table)
+        np.testing.assert_array_equal(histogram.numpy(), table)
     assert counts(base, trained)[5] == tally.bit_equal
     row(
         tally_s=seconds["tally"],

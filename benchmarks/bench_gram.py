@@ -11,6 +11,7 @@ from opdkernels.ops.gram import gram, symmetric
 
 
 def products(base: torch.Tensor, trained: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The three Gram matrices in eager PyTorch."""
     w = base.to(dtype)
     d = (trained.float() - base.float()).to(dtype)
     return torch.stack([w.T @ w, w.T @ d, d.T @ d])
@@ -32,11 +33,11 @@ def test_gram_matrices_against_products(benchmark, row, one_thread, wide, block)
         },
         rounds=5,
     )
-    found, exact = (
+    result, exact = (
         symmetric(benchmark.pedantic(lambda: gram(base, trained, block=block), rounds=5)),
         products(base, trained, torch.float64),
     )
-    for ours, theirs in zip(found, exact, strict=True):
+    for ours, theirs in zip(result, exact, strict=True):
         assert (ours - theirs).norm() <= (1e-8 if block else 1e-14) * theirs.norm()
     flops = 2 * base.numel() * base.shape[1] * 2  # two triangles and a full matrix
     row(

@@ -18,10 +18,10 @@ def test_overlap_of_two_bf16_runs(benchmark, row, embedding, bandwidth, threads)
     base, *runs = embedding
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    found = benchmark.pedantic(lambda: overlap(base, runs), rounds=7, warmup_rounds=1)
+    counts = benchmark.pedantic(lambda: overlap(base, runs), rounds=7, warmup_rounds=1)
     torch.set_num_threads(before)
     a, b = ((r - base).abs() > 1e-5 for r in runs)
-    assert found.n_both(0, 1) == int((a & b).sum())
+    assert counts.n_both(0, 1) == int((a & b).sum())
     rate = base.numel() / benchmark.stats.stats.median
     row(coordinates_per_s=rate, bytes_per_s=6 * rate, fraction_of_read=6 * rate / bandwidth[threads])
 
@@ -38,15 +38,15 @@ def test_overlap_loop_against_the_paper_script(benchmark, row, folder, paper_scr
         base, *runs = (stack.enter_context(contextlib.closing(open_checkpoint(path))) for path in paths)
 
         def loop():
-            found = Overlap.empty(2)
+            counts = Overlap.empty(2)
             for name, info in base.tensors.items():
-                w, *trained = (base.read(name, 0, info.numel) for base in (base, *runs))
-                overlap(w, trained, out=found)
-            return found
+                w, *trained = (checkpoint.read(name, 0, info.numel) for checkpoint in (base, *runs))
+                overlap(w, trained, out=counts)
+            return counts
 
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        found = benchmark.pedantic(loop, rounds=5, warmup_rounds=1)
+        counts = benchmark.pedantic(loop, rounds=5, warmup_rounds=1)
         torch.set_num_threads(before)
-    assert theirs["found"] == found.n_both(0, 1)
+    assert theirs["found"] == counts.n_both(0, 1)
     row(paper_script_s=theirs["seconds"], over_paper_script=theirs["seconds"] / benchmark.stats.stats.median)

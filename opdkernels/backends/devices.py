@@ -61,8 +61,10 @@ def local_rank() -> int:
 
 
 def probed_device(name: str, probe: Callable[[torch.device], None]) -> torch.device:
-    """The device that a name means, after `probe` has run a kernel on it. Raises InputError if the device is not available
-    or the kernel fails."""
+    """The device that a name means, after `probe` has run a kernel on it.
+
+    Raises InputError if the device is not available or the kernel fails.
+    """
     device = resolve_device(name)
     try:
         probe(device)

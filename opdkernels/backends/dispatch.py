@@ -1,7 +1,9 @@
-"""Which backend implements an operator on a device: the first available one in a fixed order; OPDKERNELS_BACKEND may name one.
+"""Which backend implements an operator on a device: the first available one, in a fixed order.
 
-A backend is a module of this package that says `unavailable_reason` it cannot be used here. Its kernels of a family are the
-functions of `opdkernels.ops.<family>.<backend>`, one per operator, with the operator's name; a family without that
+OPDKERNELS_BACKEND may name another.
+
+A backend is a module of this package whose `unavailable_reason` says why it cannot be used. Its kernels of a family are
+the functions of `opdkernels.ops.<family>.<backend>`, one per operator, with the operator's name; a family without that
 module has no kernels for the backend. If no backend has a kernel, the plain PyTorch reference runs.
 """
 

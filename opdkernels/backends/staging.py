@@ -1,7 +1,7 @@
 """Staging of tensors on a device: a thread loads the next item while the current one is in use.
 
-For a GPU, items go through two pairs of pinned host memory and device memory in turn, copied on a stream of their own. On the
-CPU the same code runs without pinning and streams.
+For a GPU, items go through two pairs of pinned host memory and device memory in turn, copied on a stream of their own.
+On the CPU the same code runs without pinning and streams.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def prefetch(items: Iterable[Item], load: Callable[[Item, int], Loaded]) -> Iter
 
     Args:
         items: What to load, in order.
-        load: `load(item, buffer)` loads an item into one of NUM_BUFFERS buffers; a buffer is reused once the iteration has
-            moved past its item.
+        load: `load(item, buffer)` loads an item into one of NUM_BUFFERS buffers; a buffer is reused once the iteration
+            has moved past its item.
 
     Yields:
         Each item, and a call that waits for its result and raises what `load` raised.

@@ -1,7 +1,7 @@
 """Slices of matched tensors, one after another, on the device where they are counted: the CPU or a GPU.
 
-On the CPU a slice is used as it is read. For a GPU, `opdkernels.backends.staging` reads the next slice and copies it to the
-device while the current one is counted.
+On the CPU a slice is used as it is read. For a GPU, `opdkernels.backends.staging` reads the next slice and copies it to
+the device while the current one is counted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def pair_bytes(match: Match) -> int:
 
 
 def split_matches(matches: Sequence[tuple[int, Match]], max_bytes: int) -> Iterator[Slice]:
-    """The matches in slices of at most `max_bytes` of both tensors, but at least MIN_SLICE coordinates; one per empty match."""
+    """The matches in slices of at most `max_bytes`, but at least MIN_SLICE coordinates; one slice per empty match."""
     for index, match in matches:
         step = max(MIN_SLICE, min(MAX_SLICE, max_bytes // pair_bytes(match)))
         for begin in range(0, max(match.numel, 1), step):
@@ -71,8 +71,8 @@ def stream_slices(
         device: Where the tensors are needed.
 
     Yields:
-        Each slice, and a call that returns its two tensors on the device and raises what reading them raises; the tensors
-        are valid until the next slice.
+        Each slice, and a call that returns its two tensors on the device and raises what reading them raises; the
+        tensors are valid until the next slice.
     """
     slices = split_matches(matches, max_bytes)
     if device.type == "cpu":

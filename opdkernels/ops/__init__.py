@@ -1,7 +1,7 @@
 """What is computed: one folder per kernel family, and the registration of operators with PyTorch.
 
 `opdkernels/ops/<family>/__init__.py` holds the schema, the reference in plain PyTorch (the definition) and the public
-function; `cpu.py`, `cuda.py` and `triton.py` beside it hold the kernels of those backends.
+function. `cpu.py`, `cuda.py` and `triton.py` hold the kernels of those backends, `layout.py` their common constants.
 """
 
 from __future__ import annotations
@@ -69,6 +69,6 @@ def all_operators() -> dict[str, Operator]:
 
 
 def to_local(tensor: torch.Tensor) -> torch.Tensor:
-    """The shard of a DTensor that lives here, detached and contiguous; any other tensor likewise."""
+    """A tensor, or the local shard of a DTensor, detached and contiguous."""
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local.detach().contiguous()

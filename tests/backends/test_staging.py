@@ -1,4 +1,4 @@
-"""Staging: items arrive in order, one loaded ahead, errors at their item, no thread left running, buffers safe to reuse."""
+"""Staging: items arrive in order, one loaded ahead, errors at their item, no thread left, buffers safe to reuse."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""CUDA C++ kernels for NVIDIA GPUs (csrc/<family>/cuda.cu). The operators validate their arguments before they call these.
+"""CUDA C++ kernels for NVIDIA GPUs (csrc/<family>/cuda.cu). The public functions validate the arguments.
 
-The kernels come from a library that the install builds if nvcc is present: machine code for sm_80, sm_90 and sm_100, and
-PTX for later GPUs. Otherwise NVRTC compiles them at the first call, through CuPy; the result is cached in the user's
-cache directory by source and architecture. Without either, this backend is unavailable.
+The kernels come from a library that the install builds if nvcc is present: machine code for sm_80, sm_90 and sm_100,
+and PTX for later GPUs. Otherwise NVRTC compiles them at the first call, through CuPy; the result is cached in the
+user's cache directory by source and architecture. Without either, this backend is unavailable.
 """
 
 from __future__ import annotations

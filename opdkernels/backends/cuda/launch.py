@@ -141,7 +141,7 @@ def library_cuda_major() -> int | None:
 
 @functools.cache
 def library_is_stale() -> bool:
-    """Whether the library was built from other sources than the installed ones: its kernels may take other arguments."""
+    """Whether the library was built from other than the installed sources: its kernels may take other arguments."""
     return LIBRARY.is_file() and not is_built_from_sources(LIBRARY)
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels for GPUs (opdkernels/ops/<family>/triton.py). Triton is imported at the first call, not with the package."""
+"""Triton kernels for GPUs (opdkernels/ops/<family>/triton.py). Triton is imported at the first call."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How numbers are widened, rounded and summed exactly in Triton: csrc/common/numeric.h, on tiles.
 
-bfloat16 is converted by integer arithmetic. A GPU's own conversion gives the same bits; Triton's interpreter does not: it
-truncates instead of rounding and loses subnormals in both directions.
+bfloat16 is converted by integer arithmetic. A GPU's own conversion gives the same bits; Triton's interpreter does not:
+it truncates instead of rounding and loses subnormals in both directions.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def level_above(largest):
 def add_exactly(values, limbs):
     """Limbs, int64 [LIMB_LANES], plus up to 4096 non-negative doubles below 2^256, exactly, so in any order.
 
-    Adding and subtracting a large constant cuts each value at one power of two. The pieces of a level are multiples of its
-    unit and below 2^40 of them, so their sum is exact; the remainder is added at a lower level
+    Adding and subtracting a large constant cuts each value at one power of two. The pieces of a level are multiples of
+    its unit and below 2^40 of them, so their sum is exact; the remainder is added at a lower level
     (csrc/common/cpu/exact_sum.inl).
     """
     lane = tl.arange(0, LIMB_LANES)
@@ -133,7 +133,7 @@ def add_units(sums_ptr, integer, shift):
 
 @triton.jit
 def propagate_carry(sums_ptr, ROWS: tl.constexpr):
-    """Makes every limb but the last of each row less than 2^32: the canonical form. sums_ptr: int64 [ROWS, SUM_LIMBS]."""
+    """Makes every limb but the last of each sum less than 2^32, the canonical form; int64 [ROWS, SUM_LIMBS]."""
     row = sums_ptr + tl.arange(0, ROWS) * SUM_LIMBS
     above = tl.zeros([ROWS], tl.int64)
     for limb in range(SUM_LIMBS - 1):

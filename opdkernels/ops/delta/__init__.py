@@ -195,7 +195,8 @@ class Tally:
 
     Attributes:
         threshold_bits: Increasing bf16 bits of the thresholds of visible |delta|.
-        tables: Histograms over bf16 magnitudes, int64 [5 + len(threshold_bits), 32768]; rows are the `hist_*` properties.
+        tables: Histograms over bf16 magnitudes, int64 [5 + len(threshold_bits), 32768]; the `hist_*` properties are
+            its rows.
         counts: int64 [49]; the properties name its elements.
         sums: Exact sums of the stored view as limbs, int64 [4, 44]; the `sum_*` properties join them.
         maximum: Largest stored |delta|, float64 [1].

@@ -1,22 +1,22 @@
 """`delta` in Triton: a tile of both tensors is read once and everything that the tally holds is counted.
 
 Tables. A coordinate adds one to the joint table [group, |w|], where its group tells how far it changed: 0 unchanged, 1
-changed in the stored view only, 2 visibly changed, and one more for every threshold exceeded. HIST_BASE, HIST_BASE_CHANGED
-and HIST_BASE_OVER are sums of it, made by `fold`. Only changed coordinates are counted in HIST_DELTA, HIST_TRAINED_CHANGED
-and HIST_DELTA_STORED, and a zero that stayed zero, the one bin that may hold half a tensor, is counted in registers. So a
-coordinate costs one atomic increment, and three more if it changed.
+changed in the stored view only, 2 visibly changed, and one more for every threshold exceeded. HIST_BASE,
+HIST_BASE_CHANGED and HIST_BASE_OVER are sums of it, made by `fold`. Only changed coordinates are counted in HIST_DELTA,
+HIST_TRAINED_CHANGED and HIST_DELTA_STORED, and a zero that stayed zero, the one bin that may hold half a tensor, is
+counted in registers. So a coordinate costs one atomic increment, and three more if it changed.
 
-Contention. The tables stay in the L2 cache, whose atomic units take one increment per clock and address. 1,667 bins hold
-99.9 % of a weight matrix: no binade of a normal distribution holds more than a third, so the fullest of its 128 bins has
-0.4 %. A tile therefore hits a bin some four times at most, too rarely to be worth combining within the tile, but all
-multiprocessors hit it at once. Programs therefore count into up to eight copies, in turn, each folded once at the end.
-Counts with few bins (flags, limits, ULP distances) are made within the tile, by ballots (tl.histogram), and kept in
-registers.
+Contention. The tables stay in the L2 cache, whose atomic units take one increment per clock and address. 1,667 bins
+hold 99.9 % of a weight matrix: no binade of a normal distribution holds more than a third, so the fullest of its 128
+bins has 0.4 %. A tile therefore hits a bin some four times at most, too rarely to be worth combining within the tile,
+but all multiprocessors hit it at once. Programs therefore count into up to eight copies, in turn, each folded once at
+the end. Counts with few bins (flags, limits, ULP distances) are made within the tile, by ballots (tl.histogram), and
+kept in registers.
 
-Sums are exact, so the order of programs cannot change them. For a bf16 pair they follow from the tables: W^2 and W'^2 from
-the counts of their values, |delta| and delta^2 from HIST_DELTA_STORED, whose bins hold the upper 16 bits of a difference,
-with the sums of the lower 16 bits and of their squares, which few coordinates have. For other dtypes the tile is summed by
-`add_exactly`.
+Sums are exact, so the order of programs cannot change them. For a bf16 pair they follow from the tables: W^2 and W'^2
+from the counts of their values, |delta| and delta^2 from HIST_DELTA_STORED, whose bins hold the upper 16 bits of a
+difference, with the sums of the lower 16 bits and of their squares, which few coordinates have. For other dtypes the
+tile is summed by `add_exactly`.
 
 The arithmetic of a coordinate is that of csrc/delta/delta.h.
 """
@@ -215,7 +215,7 @@ def count_tile(
     TAIL: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Counts one tile, in halves: eight bf16 coordinates per thread, as a 16-byte load returns, would not fit registers."""
+    """Counts one tile, in halves: eight bf16 coordinates per thread, as a 16-byte load returns, exceed the registers."""
     i = tile_start + tl.arange(0, TILE)
     if TAIL:
         inside = i < n
@@ -378,7 +378,7 @@ def fold(
     BF16: tl.constexpr,
     EXPONENTS: tl.constexpr,
 ):
-    """Adds the work tables to the tally's, and the sums of a bf16 pair. Each row of a tile is one exponent: one scale."""
+    """Adds the work tables to the tally's, and the sums of a bf16 pair. A row of a tile has one exponent: one scale."""
     exponent = tl.program_id(0) * EXPONENTS + tl.arange(0, EXPONENTS)
     mantissa = tl.arange(0, MANTISSAS)
     bins = exponent[:, None] * MANTISSAS + mantissa[None, :]
@@ -427,7 +427,7 @@ def fold(
 
 
 def launch_shape(base: torch.dtype, trained: torch.dtype) -> tuple[int, int | None]:
-    """Coordinates per tile, so many that either tensor is loaded 16 bytes at a time, and the register limit per thread."""
+    """Coordinates per tile, so many that both tensors are loaded 16 bytes at a time, and registers per thread."""
     if min(base.itemsize, trained.itemsize) > 2:
         return 512, MAXNREG
     return 1024, MAXNREG if base == trained == torch.bfloat16 else None

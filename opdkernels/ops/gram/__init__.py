@@ -4,14 +4,14 @@ For row blocks of W (base) and W' (trained), [rows, n]:
 
     W^T W,   W^T delta,   delta^T delta        summed over the rows
 
-If n is the smaller side of a matrix, they determine every spectrum, projection and rotation of the pair: the eigenvalues
-of W^T W are the squares of the singular values of W, and W'^T W' = W^T W + W^T delta + delta^T W + delta^T delta. They
-add up over row blocks, so a matrix with any number of rows streams through bounded memory.
+If n is the smaller side of a matrix, they determine every spectrum, projection and rotation of the pair: the
+eigenvalues of W^T W are the squares of the singular values of W, and W'^T W' = W^T W + W^T delta + delta^T W + delta^T
+delta. They add up over row blocks, so a matrix with any number of rows streams through bounded memory.
 
 delta is W' - W in fp32 (fp64 where either matrix is fp64), or bf16(bf16(W') - bf16(W)) in the visible view, where W is
 rounded to bf16 too. Sums are in fp64, where products of fp32 values are exact. W^T delta may be summed in fp32 over
-`block` rows before fp64: twice as fast, and accurate enough where delta is small compared with W, to whose squares it is
-added.
+`block` rows before fp64: twice as fast, and accurate enough where delta is small compared with W, to whose squares it
+is added.
 
 Source: Golub and Van Loan, Matrix Computations, 8.6 (normal equations and their condition); arXiv 2606.13657 (the
 metrics).

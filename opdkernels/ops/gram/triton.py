@@ -1,18 +1,18 @@
 """`gram` in Triton: rows are packed once, then multiplied on tensor cores: in fp64, or in bf16 where fp32 is asked for.
 
-`pack` reads W and W' with any dtypes and strides and writes the operands of the products: W and delta in fp64, and in bf16
-pieces for the fp32 blocks, padded with zeros to full tiles.
+`pack` reads W and W' with any dtypes and strides and writes the operands of the products: W and delta in fp64, and in
+bf16 pieces for the fp32 blocks, padded with zeros to full tiles.
 
-Products in fp64 are the library's (torch.mm), of a symmetric matrix panel by panel: on an H200 Triton's own took 2.6 times as
-long as eager PyTorch's three matrices.
+Products in fp64 are the library's (torch.mm), of a symmetric matrix panel by panel: on an H200 Triton's own took 2.6
+times as long as eager PyTorch's three matrices.
 
-`multiply_blocks` computes W^T delta in fp32 blocks of rows. An fp32 number is the sum of three bf16 pieces of eight bits, cut
-off one after the other; for bf16 data and for the visible view one piece is enough. Products of pieces are exact in fp32, and
-those below 2^-24 of the full product are omitted: one, three or six bf16 products, each many times faster than one in fp32. A
-block is summed in fp32, blocks in fp64.
+`multiply_blocks` computes W^T delta in fp32 blocks of rows. An fp32 number is the sum of three bf16 pieces of eight
+bits, cut off one after the other; for bf16 data and for the visible view one piece is enough. Products of pieces are
+exact in fp32, and those below 2^-24 of the full product are omitted: one, three or six bf16 products, each many times
+faster than one in fp32. A block is summed in fp32, blocks in fp64.
 
-Each tile of such a result belongs to one program per row split, and the splits are added in order: no atomics, so the result
-is deterministic.
+Each tile of such a result belongs to one program per row split, and the splits are added in order: no atomics, so the
+result is deterministic.
 """
 
 from __future__ import annotations

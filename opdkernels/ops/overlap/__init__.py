@@ -2,8 +2,8 @@ r"""`overlap`: which coordinates two or more runs from one base model changed, f
 
 For W (base) and runs W'_r, per coordinate: run r changed it where |bf16(bf16(W'_r) - bf16(W))| > threshold, the visible
 view. The pass makes histograms of |W| over all coordinates and over those that each run changed, counts the coordinates
-that each pair of runs changed, and the coordinates that exactly j runs changed. A coordinate is excluded, and counted as
-non-finite, where any of the tensors or any visible delta is not finite.
+that each pair of runs changed, and the coordinates that exactly j runs changed. A coordinate is excluded, and counted
+as non-finite, where any of the tensors or any visible delta is not finite.
 
 Chance level: if the changes of run b were placed at random among all coordinates, or among those with the same |W|, or
 among those with nearly the same |W| in the same row or column, the count of coordinates that both runs changed would be
@@ -59,7 +59,7 @@ def fake(
 def changes(
     base: torch.Tensor, trained: Sequence[torch.Tensor], threshold_bits: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Bits of |W|, int64 [n]; which runs changed each coordinate, bool [R, n]; which coordinates are finite, bool [n]."""
+    """Bits of |W|, int64 [n]; which runs changed a coordinate, bool [R, n]; which coordinates are finite, bool [n]."""
     w = base.float().bfloat16()
     magnitude = bf16_bits(w) & 0x7FFF
     finite, changed = magnitude < INFINITY_BITS, []

@@ -1,4 +1,4 @@
-"""What the Triton and the CUDA launchers of `overlap` share: the comparison threshold and the reduction of joint counts."""
+"""What the Triton and the CUDA launchers of `overlap` share: the compared threshold, the sums of joint counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def change_limit(threshold_bits: int) -> int:
 
 
 def set_members(n_runs: int, device: torch.device) -> torch.Tensor:
-    """Which runs each of the 2^n_runs sets holds, fp64 [2^n_runs, n_runs]: sums of counts below 2^53 are exact in it."""
+    """Which runs each of the 2^n_runs sets holds, fp64 [2^n_runs, n_runs]: exact for sums of counts below 2^53."""
     runs = torch.arange(n_runs, device=device)
     return ((torch.arange(1 << n_runs, device=device).unsqueeze(1) >> runs) & 1).double()
 

@@ -1,13 +1,13 @@
-"""`overlap` in Triton: a tile of the base and of all runs is read once, and one number says which runs changed a coordinate.
+"""`overlap` in Triton: a tile of the base and all runs is read once; one number holds the runs that changed a coordinate.
 
-Runs are taken in groups of four. A coordinate adds one to the joint table [set, |w|] of a group, where the set has one bit for
-each run of the group that changed it: the histograms of |w|, and of each run's changed coordinates, are sums of it. The first
-group counts every coordinate, the others those that they changed. For at most four runs the joint counts are sums of the same
-table; for more, a table of 2^runs sets holds them. So a coordinate costs one atomic increment and, if it changed, one more for
-every four runs beyond the first four.
+Runs are taken in groups of four. A coordinate adds one to the joint table [set, |w|] of a group, where the set has one
+bit for each run of the group that changed it: the histograms of |w|, and of each run's changed coordinates, are sums of
+it. The first group counts every coordinate, the others those that they changed. For at most four runs the joint counts
+are sums of the same table; for more, a table of 2^runs sets holds them. So a coordinate costs one atomic increment and,
+if it changed, one more for every four runs beyond the first four.
 
-Contention: as in `delta`. Programs count into up to eight copies of the tables in turn, in the L2 cache; zeros that no run
-changed, and non-finite coordinates, are counted in registers.
+Contention: as in `delta`. Programs count into up to eight copies of the tables in turn, in the L2 cache; zeros that no
+run changed, and non-finite coordinates, are counted in registers.
 
 A change is compared before it is rounded (csrc/overlap/overlap.h): rounding is monotone.
 """

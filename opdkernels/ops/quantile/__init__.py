@@ -1,8 +1,8 @@
 r"""`quantile`: the exact threshold of the top or bottom k magnitudes of an array, and their overlap with a mask.
 
-The threshold is the k-th largest (smallest) |x|, found without sorting; `above` values are strictly beyond it and `tied`
-equal it, so above < k <= above + tied. Which of the tied values belong to the top k is arbitrary: their overlap with a
-mask is given by bounds and by its expectation under random tie-breaking.
+The threshold is the k-th largest (smallest) |x|, found without sorting; `above` values are strictly beyond it and
+`tied` equal it, so above < k <= above + tied. Which of the tied values belong to the top k is arbitrary: their overlap
+with a mask is given by bounds and by its expectation under random tie-breaking.
 
 NaN has no magnitude: it is excluded and counted. Infinity is the largest magnitude. -0 and +0 are tied.
 

@@ -1,13 +1,14 @@
 """`quantile` in Triton: the exact threshold by counting digits of magnitudes, 16 bits per pass, most significant first.
 
-The order of the bits of magnitudes is the order of the magnitudes, so the threshold is found digit by digit: a pass counts the
-next digit of the values whose upper digits equal the threshold's, inside and outside the mask, and a scan of its 2^16 bins
-gives the digit. bf16 and fp16 take one pass, fp32 two, fp64 four, for all k together; counts are integers, so the result is
-exact, and nothing is copied to the host between passes. Later passes count the few values that share a digit with a threshold.
+The order of the bits of magnitudes is the order of the magnitudes, so the threshold is found digit by digit: a pass
+counts the next digit of the values whose upper digits equal the threshold's, inside and outside the mask, and a scan of
+its 2^16 bins gives the digit. bf16 and fp16 take one pass, fp32 two, fp64 four, for all k together; counts are
+integers, so the result is exact, and nothing is copied to the host between passes. Later passes count the few values
+that share a digit with a threshold.
 
-Contention. The first pass hits the 1,667 bins that hold 99.9 % of a weight matrix: programs count into up to eight copies of
-the table in turn (see `delta`). Zeros, which may be most of a change, are counted in registers. A NaN counts as the largest
-magnitude bits, beyond infinity.
+Contention. The first pass hits the 1,667 bins that hold 99.9 % of a weight matrix: programs count into up to eight
+copies of the table in turn (see `delta`). Zeros, which may be most of a change, are counted in registers. A NaN counts
+as the largest magnitude bits, beyond infinity.
 
 Arithmetic: csrc/quantile/quantile.h.
 """
@@ -99,7 +100,7 @@ def count_digits(
     copies,
     TILE: tl.constexpr,
 ):
-    """Counts, for each prefix, the digit at `shift` of the values whose upper digits equal it; programs take tiles in turn."""
+    """Counts, for each prefix, the digit at `shift` of the values whose upper digits equal it."""
     program = tl.program_id(0).to(tl.int64)
     table_ptr = tables_ptr + (program % copies) * n_prefixes.to(tl.int64) * 2 * TABLE
     zeros = tl.zeros([TILE], tl.int32)
