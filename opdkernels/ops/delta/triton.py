@@ -215,7 +215,7 @@ def count_tile(
     TAIL: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Counts one tile, in halves: eight bf16 coordinates per thread, as a 16-byte load returns, exceed the registers."""
+    """Counts one tile in halves: eight bf16 coordinates per thread, as a 16-byte load returns, exceed the registers."""
     i = tile_start + tl.arange(0, TILE)
     if TAIL:
         inside = i < n

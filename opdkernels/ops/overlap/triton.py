@@ -1,4 +1,4 @@
-"""`overlap` in Triton: a tile of the base and all runs is read once; one number holds the runs that changed a coordinate.
+"""`overlap` in Triton: a tile of the base and all runs is read once; one number tells which runs changed a coordinate.
 
 Runs are taken in groups of four. A coordinate adds one to the joint table [set, |w|] of a group, where the set has one
 bit for each run of the group that changed it: the histograms of |w|, and of each run's changed coordinates, are sums of
