@@ -27,7 +27,7 @@ from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.compat.paper_csv.spectra import LABELS
 from opdkernels.metrics.spectra import SpectrumRecord
 from opdkernels.spectral.exact import RATIOS
-from opdkernels.spectral.principal import COUNTS, CUTS
+from opdkernels.spectral.principal import COUNTS, THRESHOLDS
 
 FILES = ("tensor_metrics", "svd_metrics", "base_geometry_metrics", "mask_overlap_metrics")
 LIMIT = 1e-5
@@ -111,7 +111,7 @@ def compare_masks(name: str, ours: Path, theirs: Path) -> int:
         if record is None or not row.get("principal_1pct_density"):
             continue
         for i, label in enumerate(LABELS):
-            for mask, (least, most) in tie_bounds(record, i, 1 + CUTS.index(float(atol))).items():
+            for mask, (least, most) in tie_bounds(record, i, 1 + THRESHOLDS.index(float(atol))).items():
                 found = row[f"{mask}_{label}_update_overlap_ratio"]
                 if found in (None, "") or np.isnan(found):
                     continue

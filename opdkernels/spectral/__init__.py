@@ -1,4 +1,4 @@
-"""Spectra of a pair of matrices: exact, from Gram matrices (exact.py), and randomized, of the top alone (randomized.py)."""
+"""Spectra of a pair of matrices: exact from Gram matrices (exact.py), or only the top, randomized (randomized.py)."""
 
 from opdkernels.spectral.randomized import RandomizedSVD, randomized_svd
 

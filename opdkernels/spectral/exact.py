@@ -1,16 +1,16 @@
-r"""Every spectral figure of a pair of matrices from its three Gram matrices, without an SVD.
+r"""All spectral metrics of a pair of matrices from its three Gram matrices, without an SVD.
 
-Let W = U S V^T be long, [m, n] with m >= n (of a wide matrix: its transpose). With A = W^T W, B = W^T delta and
+Let W = U S V^T be long, [m, n] with m >= n (a wide matrix is transposed). With A = W^T W, B = W^T delta and
 C = delta^T delta:
 
     sigma(W)^2 = eig A,   sigma(delta)^2 = eig C,   sigma(W')^2 = eig (A + B + B^T + C) = eig A'
-    U_k^T delta     = S_k^-1 V_k^T B            (no long vector is ever formed)
+    U_k^T delta     = S_k^-1 V_k^T B            (no long vector is formed)
     U_k^T U'_k      = S_k^-1 V_k^T (A + B) V'_k S'_k^-1
 
-In fp64 the squares resolve singular values down to about 1e-8 sqrt(n) of the largest; the top fifth, whose inverse is taken, is
-far above that in a matrix of full rank. Where it is not (`GRAM_LIMIT`), the pair is given to an SVD instead.
+In fp64 the squares resolve singular values down to about 1e-8 sqrt(n) of the largest; the top fifth, which is inverted,
+is far above that in a matrix of full rank. If it is not (`GRAM_LIMIT`), the caller uses an SVD instead.
 
-Source: arXiv 2606.13657 (the figures); Golub and Van Loan, 8.6; Bjorck and Golub 1973 (angles between subspaces).
+Source: arXiv 2606.13657 (the metrics); Golub and Van Loan, 8.6; Bjorck and Golub 1973 (angles between subspaces).
 """
 
 from __future__ import annotations
@@ -23,20 +23,25 @@ from typing import Any
 import torch
 
 RATIOS = (0.01, 0.05, 0.1, 0.2)
-BLOCK = 64  # rows of W^T delta summed in fp32, where a matrix is `LONG` times as long as it is short and has `LARGE` coordinates
+# Rows of W^T delta summed in fp32, if the long side is at least LONG times the short one and there are LARGE elements.
+BLOCK = 64
 LONG = 2
-LARGE = 1 << 18  # rounding of few blocks does not average out, and fp64 costs little
+LARGE = 1 << 18  # below, the rounding of few blocks does not average out, and fp64 costs little
 NEAR_SINGULAR = 1e-3  # sigma_min / sigma_1 of W below which the drift needs W^T delta in fp64
-GRAM_LIMIT = 1e-6  # least sigma_k / sigma_1 of the top fifth at which its vectors come from the Gram matrix
+GRAM_LIMIT = 1e-6  # smallest sigma_k / sigma_1 of the top fifth for which the Gram matrix gives its vectors
 
 
 @dataclass(frozen=True)
 class Spectra:
-    """Of a pair of matrices, r = min(m, n), with k of RATIOS `ranks` each; fp64.
+    """Spectra of a pair of matrices, fp64; r = min(m, n).
 
-    `source`, `trained`, `delta` [r]: singular values, descending. `projection`, `projection_left`, `projection_right`
-    [k]: shares of the energy of delta in the top left and right singular vectors of W. `rotation_left`,
-    `rotation_right` [k]: mean sine of the angles between the top subspaces of W and W'. `method`: "gram" or "svd".
+    Attributes:
+        source, trained, delta: Singular values of W, W' and delta [r], descending.
+        ranks: Number of top singular vectors for each of RATIOS.
+        projection, projection_left, projection_right: Fraction of the energy of delta in the top left and right, left, or
+            right singular vectors of W [ratios].
+        rotation_left, rotation_right: Mean sine of the angles between the top subspaces of W and W' [ratios].
+        method: "gram" or "svd".
     """
 
     source: torch.Tensor
@@ -51,15 +56,15 @@ class Spectra:
     method: str
 
     def to(self, device: torch.device) -> Spectra:
-        """The same on another device."""
-        moved: dict[str, Any] = {
+        """The spectra on another device."""
+        tensors: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **tensors)
 
 
 def top_ranks(short: int, ratios: Sequence[float] = RATIOS) -> tuple[int, ...]:
-    """How many singular vectors are the top share, as the paper counts: max(1, int(ratio * min(m, n))).
+    """Number of top singular vectors for each ratio, as the paper counts: max(1, int(ratio * min(m, n))).
 
     >>> top_ranks(896)
     (8, 44, 89, 179)
@@ -75,7 +80,7 @@ class Factor:
     vectors: torch.Tensor
 
     def to(self, device: torch.device) -> Factor:
-        """The same on another device."""
+        """The factor on another device."""
         return Factor(self.sigma.to(device), self.vectors.to(device))
 
 
@@ -85,7 +90,7 @@ def roots(eigenvalues: torch.Tensor) -> torch.Tensor:
 
 
 def resolved(sigma: torch.Tensor) -> torch.Tensor:
-    """Singular values with those that the rounding of their squares makes up set to zero: they would add up in an entropy."""
+    """Singular values below the rounding of their squares set to zero: they would add up in an entropy."""
     floor = math.sqrt(len(sigma) * torch.finfo(sigma.dtype).eps) * sigma[:1]
     return torch.where(sigma > floor, sigma, 0)
 
@@ -97,7 +102,7 @@ def factorise(gram: torch.Tensor, keep: int) -> Factor:
 
 
 def factorise_matrix(matrix: torch.Tensor, keep: int) -> Factor:
-    """The same from the matrix [m, n] itself, by fp64 SVD."""
+    """All singular values and the `keep` top vectors from the matrix [m, n] itself, by fp64 SVD."""
     u, sigma, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     return Factor(sigma, (vh[:keep].T if matrix.shape[0] >= matrix.shape[1] else u[:, :keep]).contiguous())
 
@@ -115,13 +120,13 @@ def leading(values: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
 def mean_sines(cosines: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
     """Mean sine of the principal angles of the first k of two bases, from their inner products [K, K].
 
-    sin^2 are the eigenvalues of 1 - M M^T, right to 1e-15; sines below 3e-8 are noise.
+    sin^2 are the eigenvalues of 1 - M M^T, accurate to 1e-15; sines below 3e-8 are noise.
     """
     means = []
     for k in ranks:
         inner = cosines[:k, :k]
-        rest = torch.eye(k, dtype=inner.dtype, device=inner.device) - inner @ inner.T
-        means.append(torch.linalg.eigvalsh(rest).clamp(0, 1).sqrt().mean())
+        sin_sq = torch.eye(k, dtype=inner.dtype, device=inner.device) - inner @ inner.T
+        means.append(torch.linalg.eigvalsh(sin_sq).clamp(0, 1).sqrt().mean())
     return torch.stack(means)
 
 
@@ -133,10 +138,17 @@ def from_grams(
     delta: Factor | None = None,
     ratios: Sequence[float] = RATIOS,
 ) -> Spectra | None:
-    """The spectra of a pair from W^T W, W^T delta, delta^T delta over its shorter side, whole and symmetric, [r, r] fp64.
+    """Computes the spectra of a pair from Gram matrices.
 
-    tall: whether the shorter side is the right one. source, delta: the factors of W and delta where they are known
-    already. None where the top fifth of W or W' is too near to singular for the Gram matrix: then ask `from_matrices`.
+    Args:
+        grams: W^T W, W^T delta and delta^T delta over the shorter side, complete and symmetric, fp64 [r, r] each.
+        tall: Whether the shorter side is the right one.
+        source: Factor of W, if known.
+        delta: Factor of delta, if known.
+        ratios: Which fractions of the singular vectors are the top.
+
+    Returns:
+        The spectra, or None if the top fifth of W or W' is too close to singular for Gram matrices: use `from_matrices`.
     """
     a, b, c = grams
     short = len(a)
@@ -172,8 +184,8 @@ def from_grams(
 
 
 def compressed(blocks: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """R_w, R_d [<= 2 n, n] fp64 of long matrices W, D [m, n] given in row blocks: W = Q R_w, D = Q R_d with one orthonormal Q, so
-    that they have every figure of W and D. By QR block after block, in memory that does not grow with m."""
+    """R_w, R_d [<= 2 n, n] fp64 of long matrices W, D [m, n] given in row blocks: W = Q R_w, D = Q R_d with one
+    orthonormal Q, so that they have all spectral metrics of W and D. QR block by block: memory does not grow with m."""
     r = None
     for w, d in blocks:
         both = torch.cat([w, d], 1).double()
@@ -184,7 +196,7 @@ def compressed(blocks: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[tor
 
 
 def from_matrices(w: torch.Tensor, d: torch.Tensor, *, ratios: Sequence[float] = RATIOS) -> Spectra:
-    """The same from W and delta [m, n] themselves, by fp64 SVD: the definition, for matrices that are near to singular."""
+    """The spectra from W and delta [m, n] by fp64 SVD: the definition, and for nearly singular matrices."""
     w, d = w.double(), d.double()
     u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
     u_trained, sigma_trained, vh_trained = torch.linalg.svd(w + d, full_matrices=False)

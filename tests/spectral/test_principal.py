@@ -10,7 +10,7 @@ import torch
 
 from opdkernels.spectral import principal
 from opdkernels.spectral.exact import RATIOS, top_ranks
-from opdkernels.spectral.principal import COUNTS, CUTS
+from opdkernels.spectral.principal import COUNTS, THRESHOLDS
 
 
 def overlaps(source, trained, basis, ranks, *, visible):
@@ -53,7 +53,9 @@ def test_counts_are_those_of_sorting(shape, dtype, visible):
         near = np.isclose(score, cut, rtol=1e-12, atol=0)  # fp64 rounding decides among these
         low, low_tied = np.abs(w) < low_cut, np.abs(w) == low_cut
         assert one.size == size
-        for subset, counts in zip((np.ones(w.size, bool), *(np.abs(d) > c for c in CUTS)), one.counts, strict=True):
+        for subset, counts in zip(
+            (np.ones(w.size, bool), *(np.abs(d) > c for c in THRESHOLDS)), one.counts, strict=True
+        ):
             count = dict(zip(COUNTS, counts.tolist(), strict=True))
             assert count["total"] == subset.sum()
             assert (count["low"], count["low_tied"]) == ((low & subset).sum(), (low_tied & subset).sum())
