@@ -1,4 +1,4 @@
-"""Which tensors are matrices, and what their spectra cost: from headers alone."""
+"""Which tensors are matrices, and the cost of their spectra, from headers alone."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from opdkernels.checkpoint.match import Match, Pair
 
-TOPK = 64  # singular values of `topk`: the largest k of the figures
+TOPK = 64  # number of singular values of "topk": the largest k of the metrics
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a match: of a stack of experts the one at `part`, else -1. [m, n] at element `start`."""
+    """One matrix [m, n] of a match, at element `start`; `part` is its position in a stack of experts, else -1."""
 
     index: int
     match: Match
@@ -38,29 +38,29 @@ class Matrix:
 
     @property
     def svd_memory(self) -> int:
-        """Bytes: the QR and SVD in fp64 that a matrix near to singular takes."""
+        """Bytes of the fp64 QR and SVD of a nearly singular matrix."""
         return 200 * self.short**2 + (1 << 24)
 
     @property
     def topk_memory(self) -> int:
-        """Bytes: delta in fp32 twice, and the blocks of the search."""
+        """Bytes of two copies of delta in fp32 and the blocks of the search."""
         return 8 * self.m * self.n + 64 * TOPK * (self.m + self.n) + (1 << 24)
 
 
 def cost(m: int, n: int) -> float:
-    """Floating-point operations of the exact spectra of one matrix: two Gram halves and a whole, three eigenproblems,
-    the principal masks; and what the passes over coordinates take, in the same coin."""
+    """Floating-point operations of the exact spectra of one matrix: two Gram matrices by halves and one complete, three
+    eigenproblems, the principal masks, and the passes over coordinates in equivalent operations."""
     short = min(m, n)
     return m * n * (5.3 * short + 900) + 26 * short**3
 
 
 def memory(m: int, n: int) -> int:
-    """Bytes that they take: Gram matrices and eigenvectors, scores and masks."""
+    """Bytes of the exact spectra of one matrix: Gram matrices, eigenvectors, scores and masks."""
     return 88 * min(m, n) ** 2 + 5 * m * n + (1 << 24)
 
 
 def matrices(pair: Pair) -> Iterator[Matrix]:
-    """Every matrix: 2-D tensors, experts one by one, other tensors of more dimensions as (out, rest)."""
+    """Every matrix of a pair: 2-D tensors, each expert of a stack, other tensors flattened to (out, rest)."""
     for index, match in enumerate(pair.matches):
         shape = match.shape
         if len(shape) < 2 or not match.numel:
@@ -73,7 +73,7 @@ def matrices(pair: Pair) -> Iterator[Matrix]:
 
 
 def views_of(match: Match, both: bool) -> tuple[str, ...]:
-    """The views of which spectra are made. In a bf16 pair both have one W and one W', and delta differs by its
-    rounding alone."""
+    """The views whose spectra are computed. In a bf16 pair, W and W' are the same in both views, and delta differs
+    only by its rounding."""
     bf16 = match.base.dtype == match.trained.dtype == "bf16"
     return ("stored", "visible") if both or not bf16 else ("stored",)

@@ -184,7 +184,8 @@ def format_plan(content: dict[str, Any]) -> list[str]:
     if spectra["matrices"]:
         text.append(
             f"spectra of {spectra['matrices']} matrices: about {rough_duration(spectra['seconds_one_core'])} "
-            f"more on one core ({spectra['flops']:.2g} operations), {byte_size(spectra['memory_bytes'])} for the largest; "
+            f"more on one core ({spectra['flops']:.2g} operations), {byte_size(spectra['memory_bytes'])} "
+            "for the largest; "
             "--spectra off omits them"
         )
     if spectra["beyond_memory"]:

@@ -56,7 +56,8 @@ def step_rows(
 def trajectory_metrics(tensors: Sequence[TensorTrajectory], step: int, view: str) -> Row:
     """Metrics of a group of tensors at one checkpoint; None where the denominator is 0.
 
-    visible: `recall_vs_final` |S_t & S_T| / |S_T|, `precision_vs_final` |S_t & S_T| / |S_t|, with S the coordinates with
+    visible: `recall_vs_final` |S_t & S_T| / |S_T|, `precision_vs_final` |S_t & S_T| / |S_t|, with S the coordinates
+    with
     visible |delta| > atol; `shared_over_magnitude` |S_t & S_T| over its expectation if changes were independent
     within each |W| of each
     tensor; `frac_changed_since_previous`. stored: `cosine_final` of the update with the last one,

@@ -37,9 +37,8 @@ class Spectra:
 
     Attributes:
         source, trained, delta: Singular values of W, W' and delta [r], descending.
-        ranks: Number of top singular vectors for each of RATIOS.
-        projection, projection_left, projection_right: Fraction of the energy of delta in the top left and right, left, or
-            right singular vectors of W [ratios].
+        ranks: Number of top singular vectors for each of RATIOS. projection, projection_left, projection_right:
+            Fraction of the energy of delta in the top left and right, left, or right singular vectors of W [ratios].
         rotation_left, rotation_right: Mean sine of the angles between the top subspaces of W and W' [ratios].
         method: "gram" or "svd".
     """
@@ -148,7 +147,8 @@ def from_grams(
         ratios: Which fractions of the singular vectors are the top.
 
     Returns:
-        The spectra, or None if the top fifth of W or W' is too close to singular for Gram matrices: use `from_matrices`.
+        The spectra, or None if the top fifth of W or W' is too close to singular for Gram matrices: use
+        `from_matrices`.
     """
     a, b, c = grams
     short = len(a)

@@ -1,9 +1,9 @@
 r"""Principal and near-zero coordinates of a matrix, and their overlap with an update.
 
-The principal mask at r contains the ceil(r m n) largest entries of |U_k S_k V_k^T|, k = max(1, int(r min(m, n))). On the
-longer side U_k S_k V_k^T = W V_k V_k^T, so it is computed in row blocks from W and the vectors on its shorter side. The
-near-zero mask at r contains the ceil(r m n) smallest |W|. Both thresholds are exact; entries that tie at a threshold are
-counted separately, so that every count has bounds and an expectation under random tie-breaking.
+The principal mask at r contains the ceil(r m n) largest entries of |U_k S_k V_k^T|, k = max(1, int(r min(m, n))). On
+the longer side U_k S_k V_k^T = W V_k V_k^T, so it is computed in row blocks from W and the vectors on its shorter
+side. The near-zero mask at r contains the ceil(r m n) smallest |W|. Both thresholds are exact; entries that tie at a
+threshold are counted separately, so that every count has bounds and an expectation under random tie-breaking.
 
 Source: arXiv 2606.13657.
 """
@@ -167,8 +167,8 @@ def select(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """The `size` largest entries of |P V^T| for P [long, k], V [short, k], accurate to fp64.
 
-    Scores are computed block by block in fp32. A sample of rows gives a bracket of the threshold: scores above it are only
-    flagged, scores inside it are kept, and those near the threshold are computed again in fp64.
+    Scores are computed block by block in fp32. A sample of rows gives a bracket of the threshold: scores above it are
+    only flagged, scores inside it are kept, and those near the threshold are computed again in fp64.
 
     Returns:
         `sure`, `above`, `tied` and `taken` of `Masks`.
@@ -222,7 +222,8 @@ def select(
 
 
 def sampled_bracket(sample: np.ndarray, fraction: float) -> tuple[float, float]:
-    """Bounds that probably contain the threshold of the largest `fraction` of scores, from a sample of complete rows."""
+    """Bounds that probably contain the threshold of the largest `fraction` of scores, from a sample of complete
+    rows."""
     numel, values = sample.size, torch.from_numpy(sample)
     middle = quantile(values, min(numel, int(fraction * numel) + 1)).threshold
     row_fractions = (sample > middle).mean(1)
@@ -247,7 +248,8 @@ def certain_bracket(
 
 
 def overlaps(masks: Sequence[Masks], source: torch.Tensor, trained: torch.Tensor, *, visible: bool) -> list[Overlaps]:
-    """Overlaps of the masks of W with all coordinates and with the changed ones. source, trained: [long, short] views."""
+    """Overlaps of the masks of W with all coordinates and with the changed ones. source, trained: [long, short]
+    views."""
     deltas = (
         base_and_delta(source[rows], trained[rows], visible)[1].abs_().numpy().ravel()
         for rows in row_blocks(*source.shape)

@@ -318,4 +318,4 @@ def test_odd_pairs_end_as_they_should(tmp_path):
             found = {row["reason"] for row in rows(result.spectra) if row["view"] == "stored"}
             assert (name, result.exit_status, found) == (name, status, reasons)
             assert format_analysis(result)
-            assert "<h1" in render(result)
+            assert "<h1" in render("analyze", result)

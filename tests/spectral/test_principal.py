@@ -68,14 +68,14 @@ def test_counts_are_those_of_sorting(shape, dtype, visible):
         assert one.counts[0, COUNTS.index("low")] + one.low_taken == size
 
 
-def test_rows_of_very_unequal_size_are_looked_at_again_only_near_the_cut(monkeypatch):
+def test_unequal_rows_are_recomputed_only_near_the_threshold(monkeypatch):
     """Each row has an error of its own: that of the largest would make candidates of half the coordinates."""
     source, _ = matrices((4000, 60), torch.float64)
     source *= torch.exp(3 * torch.randn(4000, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
     basis, rank = basis_of(source, False), top_ranks(60)[-1]
-    looked_at = []
+    recomputed = []
     monkeypatch.setattr(
-        principal.np, "divmod", lambda index, short: looked_at.append(len(index)) or (index // short, index % short)
+        principal.np, "divmod", lambda index, short: recomputed.append(len(index)) or (index // short, index % short)
     )
     sure, above, tied, taken = principal.select(source @ basis, basis, principal.row_blocks(4000, 60), 48_000)
     score = (source @ basis @ basis.T).abs().flatten().numpy()
@@ -85,7 +85,7 @@ def test_rows_of_very_unequal_size_are_looked_at_again_only_near_the_cut(monkeyp
     found[above] = True
     found[tied[:taken]] = True
     assert (found == expected).all()
-    assert sum(looked_at) < 2000
+    assert sum(recomputed) < 2000
     assert rank == 12
 
 
@@ -116,7 +116,7 @@ def test_a_matrix_of_zeros_ties_everywhere():
     assert found.taken == found.low_taken == 4
 
 
-def test_scores_near_the_cut_are_right_to_fp64(monkeypatch):
+def test_scores_near_the_threshold_are_accurate_to_fp64(monkeypatch):
     """With all scores taken as near, nothing else is counted."""
     source, trained = matrices((300, 50), torch.float32)
     basis = basis_of(source, False)
@@ -129,8 +129,8 @@ def test_scores_near_the_cut_are_right_to_fp64(monkeypatch):
 
 
 @pytest.mark.parametrize("bracket", [None, (0.0, 1e-9), (1.0, 2.0), (math.nan, math.nan)], ids=str)
-def test_blocks_and_samples_change_no_count(monkeypatch, bracket):
-    """Nor does a sample that tells where the cut lies wrongly."""
+def test_counts_do_not_depend_on_blocks_and_samples(monkeypatch, bracket):
+    """Also if the sample gives a wrong bracket of the threshold."""
     source, trained = matrices((700, 50), torch.bfloat16)
     source[100:] *= 20  # the sample's rows differ
     basis = basis_of(source, False)
@@ -138,7 +138,7 @@ def test_blocks_and_samples_change_no_count(monkeypatch, bracket):
     monkeypatch.setattr(principal, "BLOCK", 3000)
     monkeypatch.setattr(principal, "SAMPLE_ROWS", 7)
     if bracket:
-        monkeypatch.setattr(principal, "bracket", lambda sample, share: bracket)
+        monkeypatch.setattr(principal, "sampled_bracket", lambda sample, fraction: bracket)
     for one, other in zip(before, overlaps(source, trained, basis, top_ranks(50), visible=False), strict=True):
         np.testing.assert_array_equal(one.counts, other.counts)
         assert one.taken == other.taken

@@ -1,17 +1,21 @@
-"""`--paper-csv`: the files of the paper's own script, for what was written to read them.
+"""`--paper-csv`: the files of the paper's reference script, for programs that read them.
 
 Columns and metrics are those of `analyze_opd_delta.py --dtype bf16` (SydCS/OPD-Param-Analysis, arXiv 2606.13657),
-made from the tallies: the visible view, fractions of all coordinates, its matching, and its names of layers, modules
-and blocks, which it finds as substrings (`qkv_proj` is filed under `v_proj`). What differs:
+computed from the tallies: the visible view, fractions of all coordinates, the script's matching, and its names of
+layers, modules and blocks, which it finds as substrings (`qkv_proj` counts as `v_proj`). Differences:
 
-- Sums are exact and rounded once, theirs are summed in fp32: energies and norms agree to about 1e-6, fractions wholly.
-- Near-zero masks: where equal |W| straddle the cut, their top-k takes arbitrary ones; here stands the expected value.
-- Spectra are exact for every matrix (spectra.py); with `--spectra off` what needs them is left out, not left
-  empty. `mask_overlap_mode` is always `exact`, also for the large matrices that their script skips.
-- Tensors with non-finite coordinates: those are left out of tallies, and their sums then have no counterpart. Norms,
-  energies and what depends on them are NaN (an empty cell); shares below fixed thresholds are theirs still. Such a
-  matrix has no near-zero rows and stands in `failed_tensors.csv`, as it does when their singular values fail on it.
-- Their `summary.json` is `paper_summary.json` here, without `run_metadata` (`run.json` has it) and spectral keys.
+- Sums are exact and rounded once; the script sums in fp32. Energies and norms agree to about 1e-6, fractions exactly.
+- Near-zero masks: where equal |W| straddle the threshold, the script's top-k takes arbitrary ones; here it is the
+expected
+  value.
+- Spectra are exact for every matrix (spectra.py); with `--spectra off` the files and columns that need them are
+omitted.
+  `mask_overlap_mode` is always `exact`, also for the large matrices that the script skips.
+- Tensors with non-finite coordinates: tallies leave these out, so the script's sums have no counterpart. Norms,
+energies and
+  what depends on them are NaN (an empty cell); fractions below fixed thresholds are still the script's. Such a matrix
+  has no near-zero rows and is listed in `failed_tensors.csv`, as it is when the script's SVD fails on it.
+- The script's `summary.json` is `paper_summary.json` here, without `run_metadata` (run.json has it) and spectral keys.
 - Text that a spreadsheet would run as a formula has an apostrophe in front.
 """
 
@@ -66,7 +70,7 @@ SUMMARIES = {
     "layer_module_summary": ("layer_id", "module_type"),
 }
 LARGEST_SHOWN = 100  # rows of top_delta_tensors.csv
-# Their masks compare |delta|, widened to fp32, with the threshold unrounded: 1e-5 lies between 0x3727 and 0x3728.
+# The script compares |delta| in fp32 with the unrounded threshold: 1e-5 is between 0x3727 and 0x3728.
 UPDATE_ATOLS = {0.0: DEFAULT_THRESHOLD_BITS.index(0), 1e-5: DEFAULT_THRESHOLD_BITS.index(0x3727)}
 
 BELOW = tuple(f"frac_abs_delta_lt_{threshold_label(t)}" for t in THRESHOLDS)
@@ -101,7 +105,7 @@ TENSOR_COLUMNS = (
     *TOP,
 )
 LOW = {r: f"low_magnitude_{ratio_label(r)}" for r in RATIOS}
-LOW_FIGURES = ("density", "update_overlap_ratio", "covered_by_update_ratio", "enrichment_vs_random")
+LOW_METRICS = ("density", "update_overlap_ratio", "covered_by_update_ratio", "enrichment_vs_random")
 MASK_COLUMNS = (
     "name",
     "shape",
@@ -111,7 +115,7 @@ MASK_COLUMNS = (
     "numel",
     "update_count",
     "update_density",
-    *(f"{low}_{figure}" for low in LOW.values() for figure in LOW_FIGURES),
+    *(f"{low}_{metric}" for low in LOW.values() for metric in LOW_METRICS),
 )
 BY_NUMEL = (*BELOW, *BELOW_RMS, "frac_delta_eq_0", *CLOSE)  # averaged over coordinates; TOP over delta's energy
 GROUP_COLUMNS = (
@@ -126,7 +130,7 @@ GROUP_COLUMNS = (
 )
 FAILED_COLUMNS = ("name", "stage", "error_message", "traceback_short")
 
-# Their names: the first container of layers that occurs in a name counts, and the first part of a module's name.
+# The script's names: the first layer container that occurs in a name, and the first module token.
 LAYERS = tuple(
     re.compile(rf"(?:^|\.){re.escape(container)}\.(\d{{1,18}})(?:\.|$)")
     for container in (
@@ -140,7 +144,7 @@ LAYERS = tuple(
 )
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-PARTS = {part: part for part in (*ATTENTION, *MLP, "embed_tokens", "lm_head", "norm")} | {"ln_": "norm"}
+MODULE_TOKENS = {token: token for token in (*ATTENTION, *MLP, "embed_tokens", "lm_head", "norm")} | {"ln_": "norm"}
 MLP_TOKENS = ("fc1", "fc2", "w1", "w2", "w3")
 BLOCKS = {
     **dict.fromkeys(ATTENTION, "attention"),
@@ -149,15 +153,15 @@ BLOCKS = {
     "lm_head": "lm_head",
     "norm": "norm",
 }
-# A wrapper's prefix and what it stands for: two names are one where they come out equal.
+# Wrapper prefixes and their replacement: two names match if the results are equal.
 ALIASES = (("model.language_model.", "model."), ("language_model.", "model."), ("model.visual.", "visual."))
 
 
 def write(folder: Path, pair: Pair, result: Analysis) -> None:
-    """Writes PAPER_CSV_FILES into `folder`, from the tallies of a finished run."""
-    found, report = match_names(pair.base.tensors, pair.trained.tensors)
+    """Writes PAPER_CSV_FILES to `folder`, from the tallies of a finished run."""
+    matched, report = match_names(pair.base.tensors, pair.trained.tensors)
     spectra = {r.index: r for r in result.spectrum_records if r.view == "visible" and r.part < 0}
-    tensors, svds, bases, masks, failed = tabulate(pair, result.records, found, report, spectra)
+    tensors, svds, bases, masks, failed = tabulate(pair, result.records, matched, report, spectra)
     groups = {name: group(tensors, keys) for name, keys in SUMMARIES.items()}
     largest = by_energy_share(tensors)
     tables: dict[str, tuple[list[Row], tuple[str, ...]]] = {
@@ -179,7 +183,7 @@ def write(folder: Path, pair: Pair, result: Analysis) -> None:
 
 
 def blank(content: Any) -> Any:
-    """NaN as None: an empty cell of a table, null in JSON."""
+    """Replaces NaN by None: an empty cell of a table, null in JSON."""
     if isinstance(content, dict):
         return {key: blank(value) for key, value in content.items()}
     if isinstance(content, list):
@@ -188,16 +192,16 @@ def blank(content: Any) -> Any:
 
 
 def match_names(source: Collection[str], trained: Collection[str]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """Names of equal tensors, sorted by the source's, and mismatch_report.json as far as names decide it."""
+    """Pairs of matching names, sorted by the base's, and mismatch_report.json as far as names determine it."""
     exact = [(name, name) for name in source if name in trained]
-    rest = [sorted(set(side) - {name for name, _ in exact}) for side in (source, trained)]
+    unmatched = [sorted(set(side) - {name for name, _ in exact}) for side in (source, trained)]
     by_key: list[dict[str, list[str]]] = [{}, {}]
-    for names, keys in zip(rest, by_key, strict=True):
+    for names, keys in zip(unmatched, by_key, strict=True):
         for name in names:
             keys.setdefault(without_wrapper(name), []).append(name)
     common = [(key, by_key[0][key], by_key[1][key]) for key in sorted(by_key[0]) if key in by_key[1]]
     aliased = [(a[0], b[0]) for _, a, b in common if len(a) == len(b) == 1]
-    found = sorted(exact + aliased)
+    matched = sorted(exact + aliased)
     report = {
         "exact_matches": len(exact),
         "alias_matches": len(aliased),
@@ -205,12 +209,12 @@ def match_names(source: Collection[str], trained: Collection[str]) -> tuple[list
         "ambiguous_alias_matches": [
             {"canonical_key": key, "src_keys": a, "opd_keys": b} for key, a, b in common if len(a) > 1 or len(b) > 1
         ],
-        "missing_in_src": sorted(set(trained) - {b for _, b in found}),
-        "missing_in_opd": sorted(set(source) - {a for a, _ in found}),
+        "missing_in_src": sorted(set(trained) - {b for _, b in matched}),
+        "missing_in_opd": sorted(set(source) - {a for a, _ in matched}),
         "shape_mismatched": [],
         "skipped_non_floating": 0,
     }
-    return found, report
+    return matched, report
 
 
 def without_wrapper(name: str) -> str:
@@ -226,10 +230,10 @@ def place(name: str) -> dict[str, Any]:
     >>> place("model.layers.3.self_attn.qkv_proj.weight")
     {'layer_id': 3, 'module_type': 'v_proj', 'block_type': 'attention'}
     """
-    layer = next((int(found[1]) for pattern in LAYERS if (found := pattern.search(name))), -1)
+    layer = next((int(layer[1]) for pattern in LAYERS if (layer := pattern.search(name))), -1)
     lower = name.lower()
     modules = itertools.chain(
-        (module for part, module in PARTS.items() if part in lower),
+        (module for token, module in MODULE_TOKENS.items() if token in lower),
         (token for token in lower.split(".") if token in MLP_TOKENS),
         ("embed_tokens" if "wte" in lower else "other",),
     )
@@ -240,27 +244,28 @@ def place(name: str) -> dict[str, Any]:
 def tabulate(
     pair: Pair,
     records: Sequence[TallyRecord],
-    found: Sequence[tuple[str, str]],
+    matched: Sequence[tuple[str, str]],
     report: dict[str, Any],
     spectra: dict[int, SpectrumRecord],
 ) -> tuple[list[Row], list[Row], list[Row], list[Row], list[Row]]:
-    """Rows of tensors, of delta's spectra, of base geometry, of masks and of failures; completes `report`.
+    """Rows of tensors, spectra of delta, base geometry, masks and failures; completes `report`.
 
-    spectra: those of the visible view, by the index of the match.
+    Args:
+        spectra: Records of the visible view, by the index of the match.
     """
 
-    def key(name: str, trained_name: str) -> tuple[str, str]:  # one for all names of a storage, which is counted once
+    def key(name: str, trained_name: str) -> tuple[str, str]:  # the same for all names of one storage
         return pair.base.aliases.get(name, name), pair.trained.aliases.get(trained_name, trained_name)
 
-    whole = {key(r.name, r.trained_name): r for r in records if r.how in ("exact", "prefix")}
+    record_of = {key(r.name, r.trained_name): r for r in records if r.how in ("exact", "prefix")}
     tensors: list[Row] = []
     svds: list[Row] = []
     bases: list[Row] = []
     masks: list[Row] = []
     failed: list[Row] = []
-    for name, trained_name in found:
+    for name, trained_name in matched:
         source, trained = pair.base.tensors[name], pair.trained.tensors[trained_name]
-        record = whole.get(key(name, trained_name))
+        record = record_of.get(key(name, trained_name))
         if source.shape != trained.shape:
             shapes = {"src_shape": list(source.shape), "opd_shape": list(trained.shape)}
             report["shape_mismatched"].append({"src_name": name, "opd_name": trained_name, **shapes})
@@ -337,12 +342,12 @@ def tensor_row(name: str, shape: tuple[int, ...], tally: SparseTally) -> Row:
 
 
 def below(tally: SparseTally, pattern: int) -> int:
-    """Coordinates whose visible |delta| is less than that of a bf16 pattern."""
+    """Number of coordinates whose visible |delta| has smaller bf16 bits."""
     return int(tally.hist_delta[: np.searchsorted(tally.patterns, pattern)].sum())
 
 
 def mask_row(name: str, shape: tuple[int, ...], tally: SparseTally, atol: float) -> Row:
-    """The ceil(r n) smallest |W| against the coordinates with |delta| > atol, for every r."""
+    """Overlap of the ceil(r n) smallest |W| with the coordinates with |delta| > atol, for every r."""
     changed = tally.tables[HIST_BASE_OVER + UPDATE_ATOLS[atol]]
     n, updates = tally.numel, int(changed.sum())
     row: Row = {
@@ -370,24 +375,24 @@ def column(rows: Sequence[Row], name: str) -> np.ndarray:
 
 
 def weighted_mean(values: np.ndarray, weights: np.ndarray) -> float:
-    """Over the rows that have the figure and a weight above 0; NaN where none has."""
+    """Mean over the rows with a value and a weight above 0; NaN if there are none."""
     used = ~np.isnan(values) & (weights > 0)
     return float((values[used] * weights[used]).sum() / weights[used].sum()) if used.any() else math.nan
 
 
 def averages(rows: Sequence[Row]) -> dict[str, float]:
     numel, energy = column(rows, "numel"), column(rows, "delta_energy")
-    found = {name: weighted_mean(column(rows, name), numel) for name in BY_NUMEL}
-    return found | {name: weighted_mean(column(rows, name), energy) for name in TOP}
+    by_numel = {name: weighted_mean(column(rows, name), numel) for name in BY_NUMEL}
+    return by_numel | {name: weighted_mean(column(rows, name), energy) for name in TOP}
 
 
 def total(rows: Sequence[Row], name: str) -> float:
-    """The sum, NaN passed over."""
+    """The sum of the values that are not NaN."""
     return float(np.nansum(column(rows, name)))
 
 
 def group(tensors: Sequence[Row], keys: Sequence[str]) -> list[Row]:
-    """Groups of tensors, the largest energy of delta first."""
+    """Groups of tensors, sorted by energy of delta, largest first."""
     members: dict[tuple, list[Row]] = {}
     for row in tensors:
         members.setdefault(tuple(row[k] for k in keys), []).append(row)
@@ -408,7 +413,7 @@ def group(tensors: Sequence[Row], keys: Sequence[str]) -> list[Row]:
 
 
 def by_energy_share(tensors: Sequence[Row]) -> list[Row]:
-    """The largest tensors, NaN last."""
+    """The LARGEST_SHOWN tensors with the largest energy share, NaN last."""
     everything = total(tensors, "delta_energy")
     rows = [{**row, "delta_energy_share": row["delta_energy"] / (everything + EPSILON)} for row in tensors]
     return sorted(rows, key=lambda row: 1.0 if math.isnan(s := row["delta_energy_share"]) else -s)[:LARGEST_SHOWN]
@@ -445,11 +450,11 @@ def summarise(
         rows = [row for row in masks if row["update_mask_atol"] == atol and row["update_count"]]
         suffix = f"update_atol_{threshold_label(atol) if atol else '0'}"
         for low in LOW.values() if rows else ():
-            for figure in ("update_overlap_ratio", "enrichment_vs_random"):
-                values = column(rows, f"{low}_{figure}")
+            for metric in ("update_overlap_ratio", "enrichment_vs_random"):
+                values = column(rows, f"{low}_{metric}")
                 for centre, of in centres.items():
-                    summary[f"{centre}_{low}_{figure}_{suffix}"] = float(of(values))
-                if figure == "update_overlap_ratio":
+                    summary[f"{centre}_{low}_{metric}_{suffix}"] = float(of(values))
+                if metric == "update_overlap_ratio":
                     weighted = weighted_mean(values, column(rows, "update_count"))
-                    summary[f"update_weighted_mean_{low}_{figure}_{suffix}"] = weighted
+                    summary[f"update_weighted_mean_{low}_{metric}_{suffix}"] = weighted
     return summary

@@ -1,7 +1,8 @@
 """The paper's `svd_metrics.csv`, `base_geometry_metrics.csv` and the principal columns of `mask_overlap_metrics.csv`.
 
-From records of the visible view, whose delta is theirs, and whose W' is, as in their script, W + delta. They take fp32 SVDs,
-we Gram matrices in fp64: their rotations and drifts are rounding noise where delta is small (at 1e-3 of W off by a third).
+They come from records of the visible view: delta is the script's, and W' is W + delta, as there. The script uses fp32
+SVDs, this package fp64 Gram matrices: the script's rotations and drifts are rounding noise for small delta (at 1e-3
+of W they are off by a third).
 """
 
 from __future__ import annotations
@@ -45,40 +46,41 @@ BASE_COLUMNS = (
     "skipped_reason",
 )
 MASKS = ("principal", "principal_not_low", "nonprincipal_or_low")
-FIGURES = ("density", "update_overlap_ratio", "covered_by_update_ratio", "enrichment_vs_random")
+METRICS = ("density", "update_overlap_ratio", "covered_by_update_ratio", "enrichment_vs_random")
 PRINCIPAL_COLUMNS = tuple(
     column
     for label in LABELS
     for column in (
         f"principal_rank_{label}",
-        *(f"{mask}_{label}_{figure}" for mask in MASKS for figure in FIGURES),
+        *(f"{mask}_{label}_{metric}" for mask in MASKS for metric in METRICS),
         f"principal_low_intersection_density_{label}",
     )
 )
 
 
 def svd_row(record: SpectrumRecord) -> Row:
-    """Of a record with singular values of delta."""
-    found, r = spectrum(record.delta), min(record.m, record.n)
+    """The row of svd_metrics.csv, from a record with singular values of delta."""
+    metrics, r = spectrum(record.delta), min(record.m, record.n)
     p = record.delta / (record.delta.sum() + EPSILON)
     row: Row = {
         "matrix_m": record.m,
         "matrix_n": record.n,
         "min_dim": r,
-        "spectral_norm": found["spectral_norm"],
-        "spectral_fro_ratio": found["spectral_norm"] / (math.sqrt(found["delta_energy"]) + EPSILON),
-        "stable_rank": found["delta_energy"] / (found["spectral_norm"] ** 2 + EPSILON),
+        "spectral_norm": metrics["spectral_norm"],
+        "spectral_fro_ratio": metrics["spectral_norm"] / (math.sqrt(metrics["delta_energy"]) + EPSILON),
+        "stable_rank": metrics["delta_energy"] / (metrics["spectral_norm"] ** 2 + EPSILON),
         "effective_rank_entropy": math.exp(-float((p * np.log(p + EPSILON)).sum())),
     }
     for tolerance, name in zip(RANK_TOLERANCES, TOLERANCES, strict=True):
-        rank = found[f"rank_{threshold_label(tolerance)}"]
+        rank = metrics[f"rank_{threshold_label(tolerance)}"]
         row |= {f"rank_tol_{name}": rank, f"rank_pct_tol_{name}": rank / r}
-    row |= {f"top{k}_energy_ratio": found[f"energy_{k}"] for k in TOP}
-    row |= {f"top{100 * share:g}pct_energy_ratio": found[f"energy_pct_{100 * share:g}"] for share in TOP_FRACTIONS}
+    row |= {f"top{k}_energy_ratio": metrics[f"energy_{k}"] for k in TOP}
+    row |= {f"top{100 * share:g}pct_energy_ratio": metrics[f"energy_pct_{100 * share:g}"] for share in TOP_FRACTIONS}
     return row | {"svd_mode": "exact"}
 
 
 def base_row(record: SpectrumRecord) -> Row:
+    """The row of base_geometry_metrics.csv."""
     if not record.subspace.size:
         reason = "zero_delta" if record.reason == "delta is zero" else record.reason or "topk"
         return {"base_geometry_mode": "exact" if reason == "zero_delta" else "skipped", "skipped_reason": reason}
@@ -88,14 +90,15 @@ def base_row(record: SpectrumRecord) -> Row:
         for name, of in zip(PROJECTIONS, SUBSPACE[:3], strict=True):
             row[f"{name}_{label}"] = float(subspace[of][i])
         row[f"top_subspace_rotation_{label}"] = float(subspace["rotation_left"][i])
-    moved = float(np.linalg.norm(record.trained - record.source))
-    row["spectral_drift_l2_ratio"] = moved / (float(np.linalg.norm(record.source)) + EPSILON)
-    row["spectral_drift_to_delta_fro_ratio"] = moved / (float(np.linalg.norm(record.delta)) + EPSILON)
+    drift = float(np.linalg.norm(record.trained - record.source))
+    row["spectral_drift_l2_ratio"] = drift / (float(np.linalg.norm(record.source)) + EPSILON)
+    row["spectral_drift_to_delta_fro_ratio"] = drift / (float(np.linalg.norm(record.delta)) + EPSILON)
     return row
 
 
 def principal_columns(record: SpectrumRecord, subset: int) -> Row:
-    """Of a record with masks; `subset` counts from 1 in the order of the update thresholds."""
+    """Principal columns of mask_overlap_metrics.csv, from a record with masks; `subset` counts the update thresholds
+    from 1."""
     row: Row = {}
     count = shared(record.masks, record.mask_sizes)
     ranks = top_ranks(min(record.m, record.n))
@@ -106,6 +109,6 @@ def principal_columns(record: SpectrumRecord, subset: int) -> Row:
             size, both = count[mask][i, 0], count[mask][i, subset]
             density, overlap = size / numel, both / updates if updates else math.nan
             values = density, overlap, both / size if size else math.nan, overlap / (density + EPSILON)
-            row |= {f"{mask}_{label}_{figure}": float(value) for figure, value in zip(FIGURES, values, strict=True)}
+            row |= {f"{mask}_{label}_{metric}": float(value) for metric, value in zip(METRICS, values, strict=True)}
         row[f"principal_low_intersection_density_{label}"] = float(count["principal_and_low"][i, 0] / numel)
     return row
