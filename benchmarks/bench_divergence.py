@@ -110,14 +110,14 @@ def test_error_of_the_gradients(benchmark, row, kind):
     inputs, spec = make(tokens=128, vocabulary=16384), Divergence(kind)
     wide = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
     exact = gradients(wide, full(*wide, spec, torch.float64))
-    found = {
+    gradients_by = {
         "tiled": benchmark.pedantic(lambda: gradients(inputs, tiled(*inputs, spec)), rounds=1),
         "fp32_logits": gradients(inputs, full(*inputs, spec)),
         "bf16_logits": gradients(inputs, full(*inputs, spec, torch.bfloat16)),
     }
     errors = {
         name: max(float((a.double() - b).norm() / b.norm()) for a, b in zip(grads, exact, strict=True))
-        for name, grads in found.items()
+        for name, grads in gradients_by.items()
     }
     assert errors["tiled"] <= 2 * errors["fp32_logits"]
     row(**{f"error_of_{name}": error for name, error in errors.items()})

@@ -152,16 +152,16 @@ def test_create_and_apply_a_checkpoint(benchmark, row, checkpoints, bandwidth, t
         shutil.copytree(trained, copy)
 
     seconds = paired({"create": create, "apply": apply, "copy": copied}, rounds=5)
-    found = benchmark.pedantic(apply, rounds=1)
+    summary = benchmark.pedantic(apply, rounds=1)
     assert hashes(out) == hashes(trained)
-    moved = 2 * found["bytes_trained"] + found["bytes"]
+    moved = 2 * summary["bytes_trained"] + summary["bytes"]
     row(
         create_s=seconds["create"],
         apply_s=seconds["apply"],
         create_fraction_of_read=moved / seconds["create"] / bandwidth[2],
         apply_fraction_of_read=moved / seconds["apply"] / bandwidth[2],
         copy_s=seconds["copy"],
-        density=found["density"],
-        patch_over_trained=found["share"],
-        zstd_of_trained_over_trained=zstd_bytes(trained) / found["bytes_trained"],
+        density=summary["density"],
+        patch_over_trained=summary["share"],
+        zstd_of_trained_over_trained=zstd_bytes(trained) / summary["bytes_trained"],
     )

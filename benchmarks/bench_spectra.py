@@ -119,11 +119,11 @@ def test_accuracy_against_svd_in_fp64(benchmark, row, folder, tmp_path):
         save_file(pair[-1], tmp_path / run / "model.safetensors")
     result = benchmark.pedantic(lambda: analyze(tmp_path / "source", tmp_path / "run_a"), rounds=3)
     worst = dict.fromkeys(ACCURACY, 0.0)
-    for spectrum, place in zip(result.spectra.to_pylist(), result.geometry.to_pylist(), strict=True):
-        found, exact = spectrum | place, oracle(*(side[spectrum["name"]] for side in pair))
+    for spectrum, geometry in zip(result.spectra.to_pylist(), result.geometry.to_pylist(), strict=True):
+        metrics, exact = spectrum | geometry, oracle(*(side[spectrum["name"]] for side in pair))
         for name, value in exact.items():
             kind = next((kind for kind in ACCURACY if name.startswith(kind)), "spectral")
-            error = abs(found[name] - value) / (1 if kind == "rotation" else abs(value) or 1)
+            error = abs(metrics[name] - value) / (1 if kind == "rotation" else abs(value) or 1)
             worst[kind] = max(worst[kind], error)
     for kind, limit in ACCURACY.items():
         assert worst[kind] <= limit, kind
@@ -172,14 +172,14 @@ def test_gram_and_eigenvalues_against_svdvals(benchmark, row, one_thread, wide):
     source = data.weight((8960, 1536), generator)
     trained = data.updated(source, generator)
     delta = trained.float() - source.float()
-    given = delta.T.contiguous() if wide else delta
+    matrix = delta.T.contiguous() if wide else delta
 
     def ours():
         return singular_values(symmetric(gram(delta))[0])
 
-    seconds = paired({"ours": ours, "svdvals": lambda: torch.linalg.svdvals(given)}, rounds=2)
-    found = benchmark.pedantic(ours, rounds=2)
-    torch.testing.assert_close(found.float(), torch.linalg.svdvals(given), rtol=1e-4, atol=0)
+    seconds = paired({"ours": ours, "svdvals": lambda: torch.linalg.svdvals(matrix)}, rounds=2)
+    values = benchmark.pedantic(ours, rounds=2)
+    torch.testing.assert_close(values.float(), torch.linalg.svdvals(matrix), rtol=1e-4, atol=0)
     row(gram_s=seconds["ours"], over_svdvals=seconds["svdvals"] / seconds["ours"])
 
 
@@ -203,7 +203,7 @@ def test_randomized_svd_of_a_model_at_equal_accuracy(benchmark, row):
             for m in matrices
         ]
 
-    ours = error([one.sigma for one in randomized_svd(matrices, 64)])
+    ours = error([svd.sigma for svd in randomized_svd(matrices, 64)])
     assert ours < 1e-3
     implementations, errors = {"ours": lambda: randomized_svd(matrices, 64)}, {}
     for name, peer in (("lowrank", lowrank), ("sklearn", scikit)):
@@ -215,6 +215,6 @@ def test_randomized_svd_of_a_model_at_equal_accuracy(benchmark, row):
         randomized_s=seconds["ours"],
         error=ours,
         **{f"over_{name}": seconds[name] / seconds["ours"] for name in errors},
-        **{f"{name}_error": found for name, (found, _) in errors.items()},
+        **{f"{name}_error": error for name, (error, _) in errors.items()},
         **{f"{name}_steps": steps for name, (_, steps) in errors.items()},
     )

@@ -33,13 +33,13 @@ def folder(request) -> Path:
 @pytest.fixture(scope="session")
 def embedding(folder) -> list[torch.Tensor]:
     """136 M coordinates of source, run A and run B, in memory."""
-    found = []
+    tensors = []
     for run in ("source", "run_a", "run_b"):
         source = open_checkpoint(folder / run)
         info = source.tensors["model.embed_tokens.weight"]
-        found.append(source.read(info.name, 0, info.numel).clone())
+        tensors.append(source.read(info.name, 0, info.numel).clone())
         source.close()
-    return found
+    return tensors
 
 
 @pytest.fixture(scope="session")

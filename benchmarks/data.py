@@ -60,13 +60,13 @@ def write(folder: Path, layers: int = LAYERS, vocabulary: int = VOCABULARY) -> N
     size = 0
     for name, shape in shapes(layers, vocabulary):
         source = weight(shape, generators["source"])
-        made = {"source": source, **{run: updated(source, generators[run]) for run in ("run_a", "run_b")}}
+        tensors = {"source": source, **{run: updated(source, generators[run]) for run in ("run_a", "run_b")}}
         if size and size + source.nbytes > SHARD_BYTES:
             size = 0
             for parts in shards.values():
                 parts.append({})
         size += source.nbytes
-        for run, tensor in made.items():
+        for run, tensor in tensors.items():
             shards[run][-1][name] = tensor
     for run, parts in shards.items():
         (folder / run).mkdir(parents=True, exist_ok=True)

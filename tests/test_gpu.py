@@ -29,7 +29,7 @@ from tests.test_structure import FAMILIES as FAMILY_NAMES
 ROOT = Path(__file__).parent.parent
 HERE = torch.device("cpu")
 SIZES = (0, 1, 31, 1025)
-BACKENDS = {one.name: one for one in backends.available_backends(HERE)[0]}
+BACKENDS = {backend.name: backend for backend in backends.available_backends(HERE)[0]}
 UNITS = [
     (check, family.name, backend.name)
     for check, family, backend in checks.units(list(FAMILIES.values()), list(BACKENDS.values()))
@@ -54,10 +54,10 @@ BLOCKED = (
 @pytest.mark.parametrize(("check", "family"), [(check, name) for check, name, backend in UNITS if backend == "package"])
 def test_checks_on_gpu(check, family):
     device = torch.device("cuda", torch.cuda.current_device())
-    for name, one, backend in checks.units([FAMILIES[family]], backends.available_backends(device)[0]):
+    for name, tested, backend in checks.units([FAMILIES[family]], backends.available_backends(device)[0]):
         if name == check:
             try:
-                CHECKS[check](one, backend, device)
+                CHECKS[check](tested, backend, device)
             except Inconclusive as why:
                 print(f"{backend.name}: {why}")
 
@@ -246,8 +246,8 @@ def test_available_backends_of_a_gpu(monkeypatch):
     ):
         monkeypatch.setattr(launch, "library_cuda_major", lambda library=library: library)
         monkeypatch.setattr(launch, "cupy_cuda_major", lambda cupy=cupy: cupy)
-        here, missing = backends.available_backends(gpu)
-        assert [one.name for one in here] == [*names, "reference", "package"]
+        available, missing = backends.available_backends(gpu)
+        assert [backend.name for backend in available] == [*names, "reference", "package"]
         assert len(missing) == 3 - len(names)
     assert missing == ["CUDA library: not installed, torch is for CUDA 13"]
 
@@ -318,16 +318,18 @@ def test_wrong_output_is_not_timed():
 def test_eager_tables_equal_the_kernel():
     w, v = timings.make_inputs(5000, HERE)
     tables = call_delta(REFERENCE.kernel, Allocator(HERE), w, v)[0]
-    for found, row in zip(timings.eager_tables(w, v), (0, 1, 5), strict=True):
-        assert torch.equal(found, tables[row])
+    for histogram, row in zip(timings.eager_tables(w, v), (0, 1, 5), strict=True):
+        assert torch.equal(histogram, tables[row])
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
 def test_eager_gradients_match_the_kernel(kind):
     timed = timings.divergence_of(kind)(4096, HERE)
-    for found, expected in zip(timed.call(CPU.kernel), timed.eager(), strict=True):
-        assert found.dtype == expected.dtype
-        assert (found.float() - expected.float()).norm() <= 0.05 * expected.float().norm()  # whose logits are rounded
+    for gradient, expected in zip(timed.call(CPU.kernel), timed.eager(), strict=True):
+        assert gradient.dtype == expected.dtype
+        assert (
+            gradient.float() - expected.float()
+        ).norm() <= 0.05 * expected.float().norm()  # eager logits are rounded
 
 
 def test_command_checks_measures_and_writes_one_file(tmp_path, capfd):
@@ -336,29 +338,29 @@ def test_command_checks_measures_and_writes_one_file(tmp_path, capfd):
     assert command.main([*common, "--tests", "--only", "uses_current_stream,memcheck"]) == 0
     assert command.main([*common, "--bench", "--only", "limits,backends"]) == 0
     (path,) = tmp_path.iterdir()
-    found = json.loads(path.read_text())
-    assert {unit["group"] for unit in found["units"]} == {"check", "sanitizer", "time"}
+    report = json.loads(path.read_text())
+    assert {unit["group"] for unit in report["units"]} == {"check", "sanitizer", "time"}
     printed = capfd.readouterr().out
     for line in ("| delta | CPU | yes |", "| delta of a bf16 pair | eager PyTorch |"):
-        assert line in record.table(found)
+        assert line in record.table(report)
         assert line in printed
 
 
 def test_parallel_checks_equal_those_of_one_process(tmp_path):
     """Each check runs once, some of them alone, and no measurement runs in parallel."""
-    found = []
+    runs = []
     for jobs in ("1", "3"):
         arguments = ["--device", "cpu", "--small", "--no-build", "--jobs", jobs, "--out", str(tmp_path / jobs)]
         assert command.main([*arguments, "--only", "matches_cpu,uses_current_stream,limits"]) == 0
         (path,) = (tmp_path / jobs).iterdir()
-        found.append(
+        runs.append(
             [
                 (unit["name"], unit["workload"], unit["backend"], unit["status"])
                 for unit in json.loads(path.read_text())["units"]
             ]
         )
-    assert sorted(found[0]) == sorted(found[1])
-    assert {name for name, *_ in found[1][: -3 * len(FAMILIES) - 1]} == {"matches_cpu"}
+    assert sorted(runs[0]) == sorted(runs[1])
+    assert {name for name, *_ in runs[1][: -3 * len(FAMILIES) - 1]} == {"matches_cpu"}
 
 
 def test_checks_that_use_all_the_time_are_kept(tmp_path, monkeypatch, capfd):
@@ -488,7 +490,7 @@ def test_setup_uses_torch_headers_without_pybind11():
 
 
 def test_failed_build_is_reported_and_continues(monkeypatch):
-    said = []
+    messages = []
     monkeypatch.setattr(
         build.subprocess,
         "run",
@@ -496,10 +498,10 @@ def test_failed_build_is_reported_and_continues(monkeypatch):
     )
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
-    build.build(said.append, 5)
-    assert any("no nvcc: NVRTC or Triton is used" in line for line in said)
-    assert any("no compiled kernels (no space)" in line for line in said)
-    assert "exit status 1" in said[-1]
+    build.build(messages.append, 5)
+    assert any("no nvcc: NVRTC or Triton is used" in line for line in messages)
+    assert any("no compiled kernels (no space)" in line for line in messages)
+    assert "exit status 1" in messages[-1]
 
 
 def test_readme_quotes_every_measured_gpu():

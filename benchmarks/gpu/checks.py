@@ -166,14 +166,14 @@ def matches_cpu_when_streamed(
     ]
     source = SimpleNamespace(
         read=lambda match, begin, end: next(
-            tuple(one[begin:end] for one in sides[i]) for i, each in matches if each is match
+            tuple(side[begin:end] for side in sides[i]) for i, candidate in matches if candidate is match
         )
     )
     tallies = [delta.Tally.empty() for _ in sides]
-    for one, ready in streaming.stage_slices(
+    for slice_, ready in streaming.stage_slices(
         source, streaming.split_matches(matches, 1), streaming.min_slice_bytes(matches), device
     ):  # type: ignore[arg-type]
-        delta.delta(*ready(), out=tallies[one.index])
+        delta.delta(*ready(), out=tallies[slice_.index])
     for (w, v), tally in zip(sides, tallies, strict=True):
         assert tally == delta.delta(w, v), f"another tally of {w.numel()} coordinates of {w.dtype}"
 
@@ -181,12 +181,12 @@ def matches_cpu_when_streamed(
 def matches_cpu_spectra(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
     """Gram matrices and their eigenproblems on the device: every metric equals that of the CPU within its tolerance."""
     w, v = (side.view(-1, 128) for side in make_pair(1 << 16, hostile=False))
-    found, wanted = (
+    spectra, expected = (
         from_grams(gram.symmetric(gram.gram(w.to(to), v.to(to))).unbind(), tall=True)
         for to in (device, torch.device("cpu"))
     )
-    assert found is not None
-    assert wanted is not None
+    assert spectra is not None
+    assert expected is not None
     for name, tolerance in (
         ("source", 1e-8),
         ("trained", 1e-8),
@@ -195,7 +195,7 @@ def matches_cpu_spectra(family: Family, backend: Backend, device: torch.device, 
         ("projection_left", 1e-6),
         ("rotation_left", 1e-4),
     ):
-        a, b = getattr(found, name).cpu(), getattr(wanted, name)
+        a, b = getattr(spectra, name).cpu(), getattr(expected, name)
         assert float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max())), f"{name} is off"
 
 

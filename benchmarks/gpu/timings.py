@@ -140,16 +140,16 @@ def eager_counts(w: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
     """Sums, and a count per threshold: no histogram."""
     w, v = w.float(), v.float()
     d = (v - w).abs()
-    found = [w.square().sum(), v.square().sum(), d.square().sum(), d.sum(), d.max(), (d == 0).sum()]
+    results = [w.square().sum(), v.square().sum(), d.square().sum(), d.sum(), d.max(), (d == 0).sum()]
     for threshold in THRESHOLDS:
-        found += [(d < threshold).sum(), (d <= threshold).sum()]
-    return found
+        results += [(d < threshold).sum(), (d <= threshold).sum()]
+    return results
 
 
 def eager_tables(w: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
     """Three histograms, from which every visible metric follows."""
     visible, magnitude = bf16_bits(v - w) & 0x7FFF, bf16_bits(w) & 0x7FFF
-    return [torch.bincount(one, minlength=BINS) for one in (magnitude, visible, magnitude[visible > 0])]
+    return [torch.bincount(bits, minlength=BINS) for bits in (magnitude, visible, magnitude[visible > 0])]
 
 
 def eager_overlap(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
@@ -159,7 +159,7 @@ def eager_overlap(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> list[tor
         (x & y).sum(),
         x.sum(),
         y.sum(),
-        *(torch.bincount(one, minlength=BINS) for one in (magnitude, magnitude[x], magnitude[y])),
+        *(torch.bincount(bits, minlength=BINS) for bits in (magnitude, magnitude[x], magnitude[y])),
     ]
 
 
@@ -185,7 +185,7 @@ def eager_divergence(
     spec: Divergence,
 ) -> tuple[torch.Tensor, ...]:
     """Full logits in the dtype of the products, as in trainers, then the definition in fp32; returns gradients."""
-    hidden, weight = (one.detach().requires_grad_() for one in (hidden, weight))
+    hidden, weight = (tensor.detach().requires_grad_() for tensor in (hidden, weight))
     loss = divergence(hidden @ weight.T, teacher_hidden @ teacher_weight.T, spec).sum()
     return torch.autograd.grad(loss, (hidden, weight))
 
@@ -277,21 +277,22 @@ def step_of(dtype: torch.dtype, precision: str) -> Callable:
     def make(n: int, device: torch.device) -> Timed:
         param, grad = make_inputs(n, device, dtype)
         before, active = param.clone(), random_flags(n, device, ACTIVE)
-        mask, offsets = (one.to(device) for one in mask_tensors(active.cpu()))
+        mask, offsets = (tensor.to(device) for tensor in mask_tensors(active.cpu()))
         count = int(offsets[-1])
         m, v = torch.zeros(count, device=device), torch.zeros(count, device=device)
         kind = step.validation.RESIDUAL_DTYPES.get(precision) if dtype == BF16 else None
-        extras = [torch.zeros(count, dtype=kind, device=device)] if kind else []
+        residuals = [torch.zeros(count, dtype=kind, device=device)] if kind else []
         scalars = step.adamw_scalars([1], 1e-5, (0.9, 0.999), 1e-8, 0.01).to(device)
         common = ([], [], scalars, [0], [0], [0], None, None, None, False, step.PRECISIONS.index(precision), 0)
 
         def call(kernel: Kernel):
-            kernel("masked_adamw_")([param], [grad], [mask], [offsets], [m], [v], [], extras, *common)
+            kernel("masked_adamw_")([param], [grad], [mask], [offsets], [m], [v], [], residuals, *common)
             return [param, m, v]
 
         def reset():
-            for one, to in ((param, before), (m, 0), (v, 0), *((extra, 0) for extra in extras)):
-                one.copy_(to) if isinstance(to, torch.Tensor) else one.zero_()
+            param.copy_(before)
+            for tensor in (m, v, *residuals):
+                tensor.zero_()
 
         dense = [torch.zeros(n, device=device) for _ in range(2)]
         # Weights read and written, gradients read, by full lines; moments and residuals read and written; the mask.

@@ -87,11 +87,11 @@ def test_cuda_kernels_precede_triton(monkeypatch, family):
 def test_doctor_reports_why_cuda_kernels_are_unavailable(monkeypatch):
     with_triton(monkeypatch, "3.7.1")
     with_cuda(monkeypatch, library=12, cupy=12)
-    said = "\n".join(doctor.format_text(doctor.examine()))
-    assert "Triton serves" in said
+    printed = "\n".join(doctor.format_text(doctor.examine()))
+    assert "Triton serves" in printed
     assert (
         "torch is built for CUDA 13, the kernels built at install are for CUDA 12 and CuPy is for CUDA 12: "
-        "pip install cupy-cuda13x" in said
+        "pip install cupy-cuda13x" in printed
     )
     for has, origin in (({"library": 13}, "built at install"), ({"cupy": 13}, "compiled by NVRTC at the first call")):
         with_cuda(monkeypatch, **has)
@@ -101,7 +101,7 @@ def test_doctor_reports_why_cuda_kernels_are_unavailable(monkeypatch):
 
 
 def test_doctor_lists_gpus_or_the_reason_for_none(monkeypatch):
-    """With a CuPy for another CUDA than torch's, Triton serves, and the remedy stands beside it."""
+    """With a CuPy for another CUDA than torch's, Triton is used, and the remedy is printed."""
     with_triton(monkeypatch, "3.7.1")
     with_cuda(monkeypatch, cupy=12)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -109,20 +109,20 @@ def test_doctor_lists_gpus_or_the_reason_for_none(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name=f"GPU\x1b{i}", major=9, minor=i)
     )
-    said = "\n".join(doctor.format_text(doctor.examine()))
-    assert "GPU\\x1b0 (9.0), GPU\\x1b1 (9.1); torch is built for CUDA 13.0" in said
-    assert "Triton serves tensors on a GPU; not CUDA C++: torch is built for CUDA 13" in said
-    assert "CuPy is for CUDA 12: pip install cupy-cuda13x" in said
+    printed = "\n".join(doctor.format_text(doctor.examine()))
+    assert "GPU\\x1b0 (9.0), GPU\\x1b1 (9.1); torch is built for CUDA 13.0" in printed
+    assert "Triton serves tensors on a GPU; not CUDA C++: torch is built for CUDA 13" in printed
+    assert "CuPy is for CUDA 12: pip install cupy-cuda13x" in printed
     assert set(doctor.examine()["cuda_operators"].values()) == {"triton"}
 
     def none():
         raise RuntimeError(
-            "The NVIDIA driver on your system is too old (found version 11040). Please update it.\nMore."
+            "The NVIDIA driver on your system is too old (environment version 11040). Please update it.\nMore."
         )
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", none)
-    assert "no devices: The NVIDIA driver on your system is too old (found version 11040); torch" in "\n".join(
+    assert "no devices: The NVIDIA driver on your system is too old (environment version 11040); torch" in "\n".join(
         doctor.format_text(doctor.examine())
     )
 
@@ -131,12 +131,12 @@ def test_library_of_other_sources_is_ignored(monkeypatch):
     with_triton(monkeypatch, "3.7.1")
     with_cuda(monkeypatch, library=13, stale=True)
     assert dispatch.select_backend("delta", "cuda") == "triton"
-    found = doctor.examine()
+    environment = doctor.examine()
     assert (
         "torch is built for CUDA 13, the library was built from other sources and CuPy is not installed"
-        in found["cuda_kernels"]
+        in environment["cuda_kernels"]
     )
-    assert "library built from other sources; rebuild" in "\n".join(doctor.format_text(found))
+    assert "library built from other sources; rebuild" in "\n".join(doctor.format_text(environment))
     with_cuda(monkeypatch, library=13, cupy=13, stale=True)
     assert cuda.launch.kernel_source() == "nvrtc"
     assert "library built from other sources; rebuild" in "\n".join(doctor.format_text(doctor.examine()))
@@ -188,9 +188,9 @@ def test_doctor_reports_backends_and_reasons(monkeypatch):
     with_triton(monkeypatch, "3.7.1")
     assert doctor.examine()["cuda_operators"] == dict.fromkeys(sorted(OPERATORS), "triton")
     with_triton(monkeypatch, None)
-    found = doctor.examine()
-    assert found["cuda_operators"] == dict.fromkeys(sorted(OPERATORS), "reference")
-    assert "pip install 'triton>=3.6'" in "\n".join(doctor.format_text(found))
+    environment = doctor.examine()
+    assert environment["cuda_operators"] == dict.fromkeys(sorted(OPERATORS), "reference")
+    assert "pip install 'triton>=3.6'" in "\n".join(doctor.format_text(environment))
 
 
 def test_dispatcher_passes_cuda_tensors_to_triton(monkeypatch):

@@ -42,5 +42,5 @@ def pytest_pyfunc_call(pyfuncitem):
             os._exit(status)
     _, how = os.waitpid(child, 0)
     crashed = os.WIFSIGNALED(how) and os.WTERMSIG(how) in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL)
-    assert crashed or how == 0, f"the test failed in its own process ({how}); its trace is above"
+    assert crashed or how == 0, f"the test failed in its process ({how}); its trace is above"
     return True

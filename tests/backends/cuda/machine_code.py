@@ -28,15 +28,15 @@ UNROUNDED = r"\b(?:add|sub|mul)\.f(?:32|64)\b|\.ftz\b|\.approx\b"
 
 def tools() -> Path | None:
     """NVIDIA's disassembler and its companion: the toolkit may lack them, Triton's wheel brings them."""
-    found = importlib.util.find_spec("triton")
-    folders = [Path(found.origin).parent / "backends" / "nvidia" / "bin"] if found and found.origin else []
+    spec = importlib.util.find_spec("triton")
+    folders = [Path(spec.origin).parent / "backends" / "nvidia" / "bin"] if spec and spec.origin else []
     on_path = shutil.which("nvdisasm")
     folders += [Path(on_path).parent] if on_path else []
     return next((f for f in folders if (f / "nvdisasm").is_file() and (f / "cuobjdump").is_file()), None)
 
 
 def nvrtc() -> ctypes.CDLL | None:
-    """NVRTC of a wheel, which needs its built-in functions beside it, or of the system."""
+    """NVRTC of a wheel, which needs its built-in functions loaded, or of the system."""
     for place in sys.path:
         for library in Path(place or ".").glob("nvidia/**/libnvrtc.so.*"):
             if "alt" in library.name:
@@ -83,7 +83,7 @@ def run_tool(name: str, *arguments: str | Path, cwd: Path | None = None) -> str:
 
 def kernels_of(cubin: Path) -> dict[str, Code]:
     usage = run_tool("cuobjdump", "-res-usage", cubin)
-    found = dict(re.findall(r"Function (\w+):\s+(REG:.*)", usage))
+    usages = dict(re.findall(r"Function (\w+):\s+(REG:.*)", usage))
     parts = re.split(r"^\.text\.(\w+):$", run_tool("nvdisasm", cubin), flags=re.MULTILINE)
     sass = dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -92,7 +92,7 @@ def kernels_of(cubin: Path) -> dict[str, Code]:
 
     return {
         name: Code(number(line, "REG"), number(line, "STACK") + number(line, "LOCAL"), sass[name])
-        for name, line in found.items()
+        for name, line in usages.items()
     }
 
 
@@ -103,14 +103,14 @@ def built(target: str) -> dict[str, Code]:
     if not place.exists():
         place.mkdir()
         run_tool("cuobjdump", "-xelf", "all", library(), cwd=place)
-    found: dict[str, Code] = {}
+    kernels: dict[str, Code] = {}
     for cubin in place.glob(f"*.{target}.cubin"):
-        found |= kernels_of(cubin)
-    show("nvcc", target, found)
-    return found
+        kernels |= kernels_of(cubin)
+    record("nvcc", target, kernels)
+    return kernels
 
 
-def show(compiler: str, target: str, kernels: dict[str, Code]) -> None:
+def record(compiler: str, target: str, kernels: dict[str, Code]) -> None:
     for name, code in kernels.items():
         spills = code.count(SPILL)
         summary.COMPILED.append(
@@ -143,6 +143,6 @@ def by_nvrtc(family: str, target: str) -> dict[str, Code]:
     library.nvrtcGetCUBIN(program, cubin)
     path = build_dir() / f"{family}-{target}.cubin"
     path.write_bytes(cubin.raw)
-    found = kernels_of(path)
-    show("NVRTC", target, found)
-    return found
+    kernels = kernels_of(path)
+    record("NVRTC", target, kernels)
+    return kernels

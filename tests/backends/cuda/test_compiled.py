@@ -93,12 +93,12 @@ def test_no_fusion_beyond_the_source(kernel):
 
 @needs_nvcc
 def test_contraction_is_detected(tmp_path):
-    made = tmp_path / "step.ptx"
+    ptx = tmp_path / "step.ptx"
     subprocess.run(
-        [NVCC, "-std=c++17", "--fmad=true", "-arch=sm_80", "-ptx", str(ROOT / "csrc/step/cuda.cu"), "-o", str(made)],
+        [NVCC, "-std=c++17", "--fmad=true", "-arch=sm_80", "-ptx", str(ROOT / "csrc/step/cuda.cu"), "-o", str(ptx)],
         check=True,
     )
-    assert re.findall(machine_code.UNROUNDED, made.read_text())
+    assert re.findall(machine_code.UNROUNDED, ptx.read_text())
 
 
 @needs_nvcc
@@ -119,7 +119,7 @@ def test_library_has_ptx_for_later_gpus_and_reports_missing_driver():
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nvrtc(family, target):
-    found = machine_code.by_nvrtc(family, target)
-    assert set(found) == {name for name in KERNELS if name.startswith(family)}
-    for name, code in found.items():
+    kernels = machine_code.by_nvrtc(family, target)
+    assert set(kernels) == {name for name in KERNELS if name.startswith(family)}
+    for name, code in kernels.items():
         assert_kernel_holds(name, code)

@@ -33,7 +33,7 @@ def on_cuda(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
 
 def launches(monkeypatch, call: Callable[[], Any], shared_bytes: int = HOPPER) -> list[tuple]:
     started: list[tuple] = []
-    monkeypatch.setattr(launch, "run", lambda *one: started.append(one))
+    monkeypatch.setattr(launch, "run", lambda *arguments: started.append(arguments))
     monkeypatch.setattr(launch, "device_limits", lambda device: (132, shared_bytes))
     with FakeTensorMode():
         call()
@@ -107,7 +107,7 @@ def call_adamw(sizes: list[int], active: int) -> None:
 )
 def test_more_than_2_31_coordinates_take_slices(monkeypatch, dtype, name):
     started = launches(monkeypatch, lambda: call_delta(dtype, dtype, BEYOND))
-    assert [one[0] for one in started] == [*[name, "delta_fold"] * 3, "delta_propagate_carry"]
+    assert [launched[0] for launched in started] == [*[name, "delta_fold"] * 3, "delta_propagate_carry"]
     sizes = [n for (kernel, *_, n, _) in started if kernel == name]
     assert (sum(sizes), max(sizes)) == (BEYOND, 2**30)
     assert launches(monkeypatch, lambda: call_delta(dtype, dtype, 0)) == []
@@ -116,7 +116,7 @@ def test_more_than_2_31_coordinates_take_slices(monkeypatch, dtype, name):
 def test_quantile_takes_one_pass_per_digit_and_overlap_one(monkeypatch):
     for dtype, passes in ((BF16, 1), (FP32, 2), (FP64, 4)):
         started = launches(monkeypatch, lambda dtype=dtype: call_quantile(dtype, 1 << 20))
-        assert [one[0] for one in started] == [f"quantile_count_{dtype.itemsize}"] * passes
+        assert [launched[0] for launched in started] == [f"quantile_count_{dtype.itemsize}"] * passes
     for runs in (2, 16):
         ((name, *_, trained, _, _, sets, _, size, _, _, _),) = launches(
             monkeypatch, lambda runs=runs: call_overlap(runs, 1 << 20)
@@ -133,7 +133,7 @@ def test_step_of_many_tensors_is_one_launch(monkeypatch):
         some = sum(n > 0 for n in sizes)
         assert (name, grid, threads, shared_bytes) == ("step_adamw", blocks, 256, 8 * 4096)
         assert (len(table), len(ends), count) == (17 * some, some, some)
-        assert {one.device.type for one in (table, scalars)} == {device.type} == {"cuda"}
+        assert {tensor.device.type for tensor in (table, scalars)} == {device.type} == {"cuda"}
     assert launches(monkeypatch, lambda: call_adamw([0], 0)) == []
 
 
@@ -149,11 +149,11 @@ def test_patch_gathers_in_two_passes_and_scatters_in_one(monkeypatch, dtype):
         "patch_digest",
         "patch_decode",
     ]
-    assert [one[0] for one in started] == names
-    assert [one[1] for one in started] == [blocks, 4 * 132, *[blocks] * 4]
+    assert [launched[0] for launched in started] == names
+    assert [launched[1] for launched in started] == [blocks, 4 * 132, *[blocks] * 4]
     sums, change_bits = 4096 * width, 8200  # bytes in shared memory: 64 per unit
-    assert [one[3] for one in started] == [2 * sums, 8 * 4096, change_bits, sums, sums, change_bits]
-    assert max(one[3] for one in started) <= ADA
+    assert [launched[3] for launched in started] == [2 * sums, 8 * 4096, change_bits, sums, sums, change_bits]
+    assert max(launched[3] for launched in started) <= ADA
     assert launches(monkeypatch, lambda: call_patch(dtype, 0)) == []
 
 
@@ -173,7 +173,7 @@ def test_blocks_use_the_available_shared_memory(monkeypatch, shared_bytes, table
 def test_kernels_launch_on_the_current_stream(monkeypatch):
     started = []
     kernels = launch.LibraryKernels.__new__(launch.LibraryKernels)  # without a library
-    kernels.library = SimpleNamespace(delta_propagate_carry_launch=lambda *one: started.append(one) or 0)
+    kernels.library = SimpleNamespace(delta_propagate_carry_launch=lambda *arguments: started.append(arguments) or 0)
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1 << 40 | device.index)
     )

@@ -48,8 +48,8 @@ def one_launch(monkeypatch):
 
 def reserved(n: int, dtype: torch.dtype, end: torch.Tensor) -> torch.Tensor:
     """A tensor [n] of which only the end uses memory."""
-    room = mmap.mmap(-1, n * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
-    tensor = torch.frombuffer(room, dtype=dtype)
+    memory = mmap.mmap(-1, n * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+    tensor = torch.frombuffer(memory, dtype=dtype)
     tensor[n - len(end) :] = end
     return tensor
 
@@ -81,23 +81,23 @@ def quantiles_of_the_end(dtype: torch.dtype) -> tuple[list[torch.Tensor], list[t
     """By the kernel from all of a tensor, and by the reference from its end."""
     end = make_pair(last_two_tiles(16 // dtype.itemsize), dtype)[0]
     bits = torch.full(((len(end) + 7) // 8,), 0b01101001, dtype=torch.uint8)
-    found = quantile.quantile(reserved(N, dtype, end), [3, 50], True, reserved((N + 7) // 8, torch.uint8, bits))
-    return list(found), list(quantile_ops.reference(end, [3, 50], True, bits))
+    outputs = quantile.quantile(reserved(N, dtype, end), [3, 50], True, reserved((N + 7) // 8, torch.uint8, bits))
+    return list(outputs), list(quantile_ops.reference(end, [3, 50], True, bits))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
 def test_quantile(monkeypatch, dtype):
     use(monkeypatch, "quantile")
-    found, expected = quantiles_of_the_end(dtype)
-    assert all(map(torch.equal, found, expected))
+    outputs, expected = quantiles_of_the_end(dtype)
+    assert all(map(torch.equal, outputs, expected))
 
 
 def test_32_bit_offset_is_detected(monkeypatch):
     offset = "(const char*)data + i * bytes"
     assert offset in kernel_source("quantile")
     use(monkeypatch, "quantile", kernel_source("quantile").replace(offset, "(const char*)data + (opd_u32)(i * bytes)"))
-    found, expected = quantiles_of_the_end(BF16)
-    assert not torch.equal(found[1], expected[1])
+    outputs, expected = quantiles_of_the_end(BF16)
+    assert not torch.equal(outputs[1], expected[1])
 
 
 def test_overlap(monkeypatch):
@@ -149,17 +149,17 @@ def stepped_at_the_end() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 def test_step(monkeypatch):
     use(monkeypatch, "step")
-    found, expected = stepped_at_the_end()
+    outputs, expected = stepped_at_the_end()
     assert expected[1].any()
-    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(outputs, expected, strict=True))
 
 
 def test_32_bit_moment_offset_is_detected(monkeypatch):
     slot = "const opd_i64 slot = slots + k;"
     assert slot in kernel_source("step")
     use(monkeypatch, "step", kernel_source("step").replace(slot, "const opd_i64 slot = (opd_u32)(slots + k);"))
-    found, expected = stepped_at_the_end()
-    assert not torch.equal(found[1], expected[1])
+    outputs, expected = stepped_at_the_end()
+    assert not torch.equal(outputs[1], expected[1])
 
 
 def test_indices_of_step(monkeypatch):
@@ -190,18 +190,18 @@ def gathered_at_the_end(monkeypatch) -> tuple:
     monkeypatch.setattr(patch, "THREADS", THREADS)
     monkeypatch.setattr(patch, "QUEUE_THREADS", THREADS)
     w, v = pair_of_two_blocks()
-    blocks, room = blocks_of(N), 10_000
+    blocks, size = blocks_of(N), 10_000
     source, trained = reserved(N, torch.int16, w), reserved(N, torch.int16, v)
     positions, values = (
-        reserved(SHIFT + room, dtype, torch.zeros(room, dtype=dtype)) for dtype in (torch.uint8, torch.int16)
+        reserved(SHIFT + size, dtype, torch.zeros(size, dtype=dtype)) for dtype in (torch.uint8, torch.int16)
     )
     counts, digests = torch.zeros(blocks, dtype=torch.int32), torch.zeros(2, blocks, 2, dtype=torch.int64)
     patch.patch_gather_(source, trained, False, counts, positions, values, digests)
     expected, expected_digests = gathered_by_reference(w, v, False)
     used, changed = len(expected.positions), expected.changed
-    found = positions[SHIFT : SHIFT + used], values[SHIFT : SHIFT + changed], counts[-2:], digests[:, -2:]
+    outputs = positions[SHIFT : SHIFT + used], values[SHIFT : SHIFT + changed], counts[-2:], digests[:, -2:]
     return (
-        found,
+        outputs,
         (expected.positions, expected.values, expected.counts, expected_digests),
         (source, counts, positions, values, v),
     )
@@ -209,8 +209,8 @@ def gathered_at_the_end(monkeypatch) -> tuple:
 
 def test_patch(monkeypatch):
     use(monkeypatch, "patch")
-    found, expected, (source, counts, positions, values, v) = gathered_at_the_end(monkeypatch)
-    assert all(map(torch.equal, found, expected))
+    outputs, expected, (source, counts, positions, values, v) = gathered_at_the_end(monkeypatch)
+    assert all(map(torch.equal, outputs, expected))
     monkeypatch.setattr(patch, "first_unfit", lambda *lengths: torch.tensor([VALID]))
     out, digests = reserved(N, torch.int16, torch.zeros_like(v)), torch.zeros(len(counts), 2, dtype=torch.int64)
     assert int(patch.patch_scatter_(source, counts, positions, values, False, out, digests)) == -1
@@ -223,6 +223,6 @@ def test_32_bit_position_offset_is_detected(monkeypatch):
     start = "opd_u8* to = positions + starts[block];"
     assert start in kernel_source("patch")
     use(monkeypatch, "patch", kernel_source("patch").replace(start, "opd_u8* to = positions + (opd_u32)starts[block];"))
-    found, expected, _ = gathered_at_the_end(monkeypatch)
-    assert torch.equal(found[1], expected[1])
-    assert not torch.equal(found[0], expected[0])
+    outputs, expected, _ = gathered_at_the_end(monkeypatch)
+    assert torch.equal(outputs[1], expected[1])
+    assert not torch.equal(outputs[0], expected[0])

@@ -45,9 +45,9 @@ def test_no_access_outside_tensors_tables_and_shared_memory():
     done = subprocess.run(
         [sys.executable, "-c", SPOIL, *FAMILIES], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
-    said = done.stdout[-3000:] + done.stderr[-3000:]
-    assert " passed" in done.stdout, said
-    assert "sound" in done.stdout, said
+    printed = done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout, printed
+    assert "sound" in done.stdout, printed
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
 

@@ -1,4 +1,4 @@
-"""What the launchers launch, recorded on tensors that have no data, and compiled for GPUs that are not here."""
+"""Launches of the Triton launchers, recorded on tensors without data, and compiled for GPUs that the machine lacks."""
 
 from __future__ import annotations
 
@@ -160,5 +160,5 @@ def assert_64_bit_offsets(code: Compiled, element: str) -> None:
 
 def assert_each_byte_is_read_once(code: Compiled, one: Launch, tile_bytes: int) -> None:
     """A tile's loads are 16 bytes wide, and as many as its bytes need. (AMD's wide loads are of other things too.)"""
-    found, needed = code.wide_loads, tile_bytes // (16 * 32 * one.num_warps)
-    assert found == needed if "ptx" in code.asm else found >= needed
+    loads, needed = code.wide_loads, tile_bytes // (16 * 32 * one.num_warps)
+    assert loads == needed if "ptx" in code.asm else loads >= needed
