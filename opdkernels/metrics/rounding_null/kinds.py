@@ -133,7 +133,7 @@ def density(tables: Histograms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def empirical(tables: Histograms) -> Expected:
-    """The observed distribution times a fitted factor of 1/8 to 8; what small weights leave unchanged stays unchanged."""
+    """The observed distribution times a factor of 1/8 to 8; what small weights leave unchanged stays unchanged."""
     mass, row, known = density(tables)
     count = len(known)
     moved = known & (tables.energy > 0)
