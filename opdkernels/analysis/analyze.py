@@ -65,7 +65,7 @@ def run_analyze(
 
 def describe_pair(pair: Pair, options: AnalyzeOptions) -> dict[str, Any]:
     """The initial run.json of the analysis of a pair."""
-    inputs = {"source": pair.base, "trained": pair.trained}
+    inputs = {"base": pair.base, "trained": pair.trained}
     return describe_run("analyze", options.model_dump(mode="json"), inputs, schema_version=SCHEMA_VERSION)
 
 

@@ -65,7 +65,7 @@ class Overlaps:
         summary, pairs = self.summary, self.summary["pairs"]
         shown = [f"{pair['run_a']}-{pair['run_b']} {percent(pair['jaccard'])}" for pair in pairs[:3]]
         return (
-            f"Overlaps(base={summary['source']!r}, runs={len(summary['runs'])}, tensors={summary['tensors']}, "
+            f"Overlaps(base={summary['base']!r}, runs={len(summary['runs'])}, tensors={summary['tensors']}, "
             f"Jaccard: {', '.join(shown)}{', ...' if len(pairs) > 3 else ''}, path={format_path(self.path)})"
         )
 
@@ -98,7 +98,7 @@ def run_overlap(
         run_info = describe_run(
             "overlap",
             options.model_dump(mode="json"),
-            dict(zip(("source", *names), checkpoints, strict=True)),
+            dict(zip(("base", *names), checkpoints, strict=True)),
             schema_version=SCHEMA_VERSION,
             identity_options=("atol", "strata"),
         )

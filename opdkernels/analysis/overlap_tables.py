@@ -79,7 +79,7 @@ def summarize(
     finite = int(num_changed_in.sum())
     return {
         "schema_version": groups.TABLE_VERSION,
-        "source": paths[0],
+        "base": paths[0],
         "runs": dict(zip(run_names(n_runs), paths[1:], strict=True)),
         "atol": atol,
         "tensors": len(tensors),

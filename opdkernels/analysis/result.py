@@ -78,7 +78,7 @@ class Analysis:
         unchanged = {view: metrics["frac_zero"] for view, metrics in summary["views"].items()}
         changed = [f"{view} {percent(None if x is None else 1 - x)}" for view, x in unchanged.items()]
         return (
-            f"Analysis(base={summary['source']!r}, trained={summary['trained']!r}, "
+            f"Analysis(base={summary['base']!r}, trained={summary['trained']!r}, "
             f"tensors={summary['matched']['tensors']}, parameters={summary['matched']['parameters']:,}, "
             f"changed: {', '.join(changed) or 'no tensors'}, path={format_path(self.path)})"
         )

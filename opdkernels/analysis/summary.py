@@ -96,7 +96,7 @@ class Summary(Part):
     """The whole model, as `analyze` writes it to summary.json."""
 
     schema_version: int
-    source: str
+    base: str
     trained: str
     matched: Matched
     identical: bool = Field(description="Every compared coordinate has the same bits.")

@@ -41,7 +41,7 @@ def build_analysis(pair: Pair, records: list[TallyRecord], run_info: dict[str, A
         "name": [record.name for record in counted],
         "trained_name": [record.trained_name for record in counted],
         "shape": [json.dumps(list(record.shape)) for record in counted],
-        "dtype_source": [record.dtype_source for record in counted],
+        "dtype_base": [record.dtype_base for record in counted],
         "dtype_trained": [record.dtype_trained for record in counted],
         **{key: [getattr(role, key) for role in roles] for key in ("layer", "module", "block", "tower")},
     }
@@ -83,7 +83,7 @@ def fit_nulls(records: list[TallyRecord]) -> list[dict[str, Null]]:
         [bins(tally, tally.hist_base) for _, tally in changed],
         [bins(tally, tally.hist_delta) for _, tally in changed],
         RATIOS,
-        ["grid" if records[i].dtype_source == "bf16" else "uniform" for i, _ in changed],
+        ["grid" if records[i].dtype_base == "bf16" else "uniform" for i, _ in changed],
     )
     for (i, _), null in zip(changed, nulls, strict=True):
         fitted[i] = null
@@ -134,13 +134,13 @@ def summarize(
     unmatched = [vars(tensor) | {"shape": list(tensor.shape)} for tensor in pair.unmatched]
     return {
         "schema_version": groups.TABLE_VERSION,
-        "source": pair.base.path,
+        "base": pair.base.path,
         "trained": pair.trained.path,
         "matched": {
             "tensors": len(records),
             "parameters": sum(record.tally.numel for record in counted if record.tally),
             "how": dict(Counter(record.how for record in records)),
-            "dtypes": dict(Counter(f"{record.dtype_source} → {record.dtype_trained}" for record in records)),
+            "dtypes": dict(Counter(f"{record.dtype_base} → {record.dtype_trained}" for record in records)),
         },
         "identical": all(
             record.tally is not None and record.tally.bit_equal == record.tally.numel for record in records

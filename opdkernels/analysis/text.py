@@ -123,7 +123,7 @@ def format_trajectory(result: Trajectory) -> list[str]:
     """One line per checkpoint, and what was left out."""
     summary = result.summary
     text = [
-        f"base: {printable(summary['source'])}",
+        f"base: {printable(summary['base'])}",
         f"{'step':>8}{'unchanged':>11}{'visible':>10}{'rel. norm':>11}{'stable rank':>13}{'cosine':>9}{'Sim_16':>8}"
         f"{'coverage':>10}{'since':>9}  checkpoint",
     ]

@@ -87,7 +87,7 @@ class Trajectory:
         unchanged = steps[-1]["views"].get("visible", {}).get("frac_zero")
         changed = None if unchanged is None else 1 - unchanged
         return (
-            f"Trajectory(base={self.summary['source']!r}, steps={[step['step'] for step in steps]}, "
+            f"Trajectory(base={self.summary['base']!r}, steps={[step['step'] for step in steps]}, "
             f"visibly changed at the end: {percent(changed)}, path={format_path(self.path)})"
         )
 
@@ -151,9 +151,9 @@ def run_trajectory(
         run_info = describe_run(
             "trajectory",
             options.model_dump(mode="json"),
-            {"source": opened_base, **dict(zip(map(str, numbers), trained, strict=True))},
+            {"base": opened_base, **dict(zip(map(str, numbers), trained, strict=True))},
             schema_version=SCHEMA_VERSION,
-            identity_inputs=["source"],  # checkpoints may be added; each has a run directory of its own
+            identity_inputs=["base"],  # checkpoints may be added; each has a run directory of its own
         )
         folder = stack.enter_context(open_run_dir(out, run_info, options.overwrite, OUTPUTS))
         runs = [
@@ -186,7 +186,7 @@ def run_trajectory(
             )
         summary = {
             "schema_version": groups.TABLE_VERSION,
-            "source": opened_base.path,
+            "base": opened_base.path,
             "atol": options.atol,
             "steps": steps,
             "excluded": excluded,

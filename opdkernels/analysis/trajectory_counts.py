@@ -46,7 +46,7 @@ class TensorTrajectory:
     Attributes:
         match: The tensor in the first checkpoint.
         finite: Number of finite coordinates.
-        source_energy: Sum of W^2.
+        base_energy: Sum of W^2.
         changed: Coordinates with visible |delta| > atol.
         shared: Coordinates changed at this checkpoint and at the last one.
         expected: Expected `shared` if changes were independent within each |W|; 0 at the last checkpoint.
@@ -58,7 +58,7 @@ class TensorTrajectory:
 
     match: Match
     finite: int
-    source_energy: float
+    base_energy: float
     changed: np.ndarray
     shared: np.ndarray
     expected: np.ndarray

@@ -75,10 +75,10 @@ def trajectory_metrics(tensors: Sequence[TensorTrajectory], step: int, view: str
             "frac_changed_since_previous": ratio(total["changed_since"], sum(tensor.finite for tensor in tensors)),
         }
     norms = math.sqrt(total["energy"] * float(sum(tensor.energy[-1] for tensor in tensors)))
-    source_energy = sum(tensor.source_energy for tensor in tensors)
+    base_energy = sum(tensor.base_energy for tensor in tensors)
     return {
         "cosine_final": max(-1.0, min(1.0, total["dot"] / norms)) if norms else None,
-        "relative_norm_since_previous": math.sqrt(total["step_energy"] / source_energy) if source_energy else None,
+        "relative_norm_since_previous": math.sqrt(total["step_energy"] / base_energy) if base_energy else None,
     }
 
 

@@ -413,13 +413,13 @@ def sparsity(batch: Batch, view: str) -> Columns:
         NON_NEGATIVE,
         aggregation=recomputed(
             "from the sums of both energies",
-            lambda members: np.sqrt(members.sum("delta_energy") / members.sum("source_energy")),
+            lambda members: np.sqrt(members.sum("delta_energy") / members.sum("base_energy")),
         ),
         source=PAPER,
         tables=ALL_TABLES,
         pages={"overview": VIEWS, "groups": VIEWS, "tensors": VIEWS, "trajectory": ("stored",)},
     ),
-    Metric("rms_source", "rms W", "root mean square of W", WEIGHT_UNITS, "measure"),
+    Metric("rms_base", "rms W", "root mean square of W", WEIGHT_UNITS, "measure"),
     Metric("rms_trained", "rms W′", "root mean square of W′", WEIGHT_UNITS, "measure"),
     Metric("rms_delta", "rms Δ", "root mean square of Δ", WEIGHT_UNITS, "measure"),
     Metric("mean_abs", "mean |Δ|", "mean |Δ|", WEIGHT_UNITS, "measure"),
@@ -432,7 +432,7 @@ def sparsity(batch: Batch, view: str) -> Columns:
         source=PAPER,
         pages={"tensors": ("stored",)},
     ),
-    Metric("source_energy", "energy of W", "‖W‖²", f"{WEIGHT_UNITS}, squared", "measure", SUM, tables=ALL_TABLES),
+    Metric("base_energy", "energy of W", "‖W‖²", f"{WEIGHT_UNITS}, squared", "measure", SUM, tables=ALL_TABLES),
     Metric(
         "delta_energy",
         "energy of Δ",
@@ -457,12 +457,12 @@ def norms(batch: Batch, view: str) -> Columns:
         relative = np.where(source > 0, np.sqrt(delta) / np.sqrt(source), np.nan)
     return {
         "relative_norm": relative,
-        "rms_source": np.sqrt(source / n),
+        "rms_base": np.sqrt(source / n),
         "rms_trained": np.sqrt(trained / n),
         "rms_delta": np.sqrt(delta / n),
         "mean_abs": absolute / n,
         "max_abs": largest,
-        "source_energy": source,
+        "base_energy": source,
         "delta_energy": delta,
     }
 

@@ -19,7 +19,7 @@ class TallyRecord:
     name: str
     trained_name: str
     shape: tuple[int, ...]
-    dtype_source: str
+    dtype_base: str
     dtype_trained: str
     how: str
     tally: SparseTally | None

@@ -50,7 +50,7 @@ def page_context(result: Analysis) -> dict[str, Any]:
     return {
         "title": "What training changed",
         **vars(summarize(summary, fit, modules)),
-        "sides": [(role, typography.name(summary[role])) for role in ("source", "trained")],
+        "sides": [(role, typography.name(summary[role])) for role in ("base", "trained")],
         "overview": overview_rows(views, curve),
         "gauges": gauges(views.get("visible", {})),
         "fit": fit,

@@ -56,7 +56,7 @@ def page_context(result: Overlaps) -> dict[str, Any]:
     return {
         "title": "What runs changed together",
         "sides": [
-            ("source", typography.name(summary["source"])),
+            ("base", typography.name(summary["base"])),
             *((f"run {name}", typography.name(path)) for name, path in summary["runs"].items()),
         ],
         "headline": headline(summary),

@@ -51,7 +51,7 @@ def tensor_table(tensors: pa.Table) -> Table:
     if any(tensors["nonfinite"].to_pylist()):
         metrics.insert(1, Column("nonfinite", "count"))
     columns = [*TENSOR_LABELS, *metrics]
-    names = ["trained_name", "dtype_source", "dtype_trained", "view", *(column.key for column in columns)]
+    names = ["trained_name", "dtype_base", "dtype_trained", "view", *(column.key for column in columns)]
     needed = tensors.select([name for name in dict.fromkeys(names) if name in tensors.column_names])
     rows = needed.take([2 * i + k for i in order for k in (0, 1)]).to_pylist()
     joined = []
@@ -63,7 +63,7 @@ def tensor_table(tensors: pa.Table) -> Table:
         labels["name"] = Cell(typography.name(labels["name"]), None, trained_name)
         labels["layer"] = layer_cell(labels["layer"])
         labels["shape"] = Cell(" × ".join(map(str, json.loads(labels["shape"]))) or "scalar", None)
-        same = labels["dtype_source"] == labels["dtype_trained"]
-        labels["dtype"] = labels["dtype_source"] if same else f"{labels['dtype_source']} → {labels['dtype_trained']}"
+        same = labels["dtype_base"] == labels["dtype_trained"]
+        labels["dtype"] = labels["dtype_base"] if same else f"{labels['dtype_base']} → {labels['dtype_trained']}"
         joined.append({"": labels, **views})
     return build("tensors", "Tensors", columns, joined, num_tensors - len(joined))

@@ -37,7 +37,7 @@ def page_context(result: Trajectory) -> dict[str, Any]:
     return {
         "title": "How a run changed its weights",
         "sides": [
-            ("source", typography.name(summary["source"])),
+            ("base", typography.name(summary["base"])),
             *((f"step {s['step']}", typography.name(s["path"])) for s in (summary["steps"][0], summary["steps"][-1])),
         ],
         "headline": headline(steps, summary["atol"]),

@@ -54,7 +54,7 @@ def describe_run(
     Args:
         command: Name of the command.
         options: All options of the command, as JSON.
-        inputs: The open checkpoints by role ("source", "trained", "A").
+        inputs: The open checkpoints by role ("base", "trained", "A").
         schema_version: Version of the stored records; part of the identity.
         identity_inputs: Roles whose files are part of the identity; None for all.
         identity_options: Options that are part of the identity.

@@ -59,7 +59,7 @@ def test_metrics_equal_those_computed_from_the_coordinates(view, dtype, hostile)
         assert row[f"frac_le_{label}"] == (size <= limit).sum() / n
     close = lambda a, b: a == pytest.approx(b, rel=1e-12)  # noqa: E731  (sums in another order)
     assert close(row["relative_norm"], math.sqrt(math.fsum(d * d) / math.fsum(w * w)))
-    assert close(row["rms_source"], math.sqrt(math.fsum(w * w) / n))
+    assert close(row["rms_base"], math.sqrt(math.fsum(w * w) / n))
     assert close(row["rms_trained"], math.sqrt(math.fsum(v * v) / n))
     assert close(row["mean_abs"], math.fsum(size) / n)
     assert row["max_abs"] == size.max()
