@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from opdkernels.analysis.result import Analysis, load
     from opdkernels.analysis.trajectory import Trajectory
     from opdkernels.api import analyze, experiment, overlap, trajectory, write_report
-    from opdkernels.distillation.loop import train as distill
+    from opdkernels.distillation.api import distill
     from opdkernels.distillation.options import DistillOptions
     from opdkernels.masks import Mask, MaskSet
     from opdkernels.ops.divergence import Divergence, linear_divergence
@@ -39,7 +39,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "Overlaps": ("opdkernels.analysis.overlap", "Overlaps"),
     "Trajectory": ("opdkernels.analysis.trajectory", "Trajectory"),
     "analyze": ("opdkernels.api", "analyze"),
-    "distill": ("opdkernels.distillation.loop", "train"),
+    "distill": ("opdkernels.distillation.api", "distill"),
     "experiment": ("opdkernels.api", "experiment"),
     "inspect": ("opdkernels.analysis.headers", "inspect"),
     "linear_divergence": ("opdkernels.ops.divergence", "linear_divergence"),

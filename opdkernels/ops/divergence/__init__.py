@@ -263,10 +263,9 @@ class LinearDivergenceFunction(torch.autograd.Function):
     """Dense divergences, log-probabilities at ids, and log mass of the tail, from hidden states.
 
     Outputs: loss [N] (of the dense kinds), student and teacher log-probabilities at ids [N, num_ids], student and
-    teacher log mass of the tail [N or 0], scores [4, N] (forward KL, reverse KL, entropies of student and teacher), most
-    likely
-    ids [2, N or 0]. Loss, and the student's log-probabilities and tail, have a gradient by the student's inputs. With a
-    tail, only the first `tail_k` log-probabilities do.
+    teacher log mass of the tail [N or 0], scores [4, N] (forward KL, reverse KL, entropies of student and teacher),
+    most likely ids [2, N or 0]. Loss, and the student's log-probabilities and tail, have a gradient by the student's
+    inputs. With a tail, only the first `tail_k` log-probabilities do.
     """
 
     @staticmethod
