@@ -1,4 +1,4 @@
-"""`opdkernels doctor`: which backend serves on this machine, and why the others do not."""
+"""`opdkernels doctor`: which backend runs on this machine, and why the others do not."""
 
 from __future__ import annotations
 
@@ -25,42 +25,41 @@ def installed(package: str) -> str | None:
 
 
 def cuda_kernels() -> str:
-    """Who serves tensors on a GPU, and why those before it in the order do not."""
+    """Which backend runs for tensors on a GPU, and why those before it in the order do not."""
     if dispatch.forced_backend() == dispatch.REFERENCE:
-        return "not used: OPDKERNELS_BACKEND=reference asks for the reference"
-    passed_over = [
+        return "not used: OPDKERNELS_BACKEND=reference selects the reference"
+    unavailable = [
         f"not {name}: {why}"
         for name, why in (("CUDA C++", cuda.unavailable_reason()), ("Triton", triton.unavailable_reason()))
         if why
     ]
     if dispatch.forced_backend() == "triton" and not triton.unavailable_reason():
-        return "Triton serves tensors on a GPU: OPDKERNELS_BACKEND=triton"
+        return "Triton runs for tensors on a GPU: OPDKERNELS_BACKEND=triton"
     if not cuda.unavailable_reason():
         origin = "built at install" if cuda.launch.kernel_source() == "built" else "compiled by NVRTC at the first call"
-        who = f"CUDA C++, {origin}, serves tensors on a GPU, Triton what it lacks"
+        active = f"CUDA C++, {origin}, runs for tensors on a GPU, and Triton for what it does not implement"
     else:
-        who = "the plain PyTorch reference serves" if triton.unavailable_reason() else "Triton serves tensors on a GPU"
-    return "; ".join([who, *passed_over])
+        active = "the plain PyTorch reference" if triton.unavailable_reason() else "Triton"
+        active += " runs for tensors on a GPU"
+    return "; ".join([active, *unavailable])
 
 
 def gpus() -> list[str]:
     """Name and compute capability of each GPU that torch can use."""
-    found = (
-        [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        if torch.cuda.is_available()
-        else []
-    )
-    return [f"{one.name} ({one.major}.{one.minor})" for one in found]
+    if not torch.cuda.is_available():
+        return []
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [f"{device.name} ({device.major}.{device.minor})" for device in devices]
 
 
 def examine() -> dict[str, Any]:
-    """Facts of the machine and the build, as plain data."""
+    """The machine and the build, as a dictionary that JSON can represent."""
     module = cpu._C
     forced = os.environ.get("OPDKERNELS_BACKEND")
     if module is None:
         why = f"not used: {cpu.UNAVAILABLE_REASON}; install g++ and reinstall opdkernels"
     elif not cpu.is_enabled():
-        why = f"built, but OPDKERNELS_BACKEND={forced} asks for the reference"
+        why = f"built, but OPDKERNELS_BACKEND={forced} selects the reference"
     else:
         why = "built and used"
     operators = all_operators()
@@ -98,28 +97,31 @@ def examine() -> dict[str, Any]:
     }
 
 
-def format_text(found: dict[str, Any]) -> list[str]:
-    """The same for people."""
-    sets = ", ".join(found["instruction_sets"]) or "none"
-    library = f"for CUDA {found['cuda_library']}" if found["cuda_library"] else "no"
-    gpu = (
-        printable(", ".join(found["cuda_devices"]))
-        or f"no devices{': ' + found['cuda_devices_why_none'] if found['cuda_devices_why_none'] else ''}"
-    )
-    if found["cuda_library_is_stale"]:
-        library += ", passed over: library built from other sources; rebuild (reinstall opdkernels)"
-    cupy = f"CuPy for CUDA {found['cupy']}" if found["cupy"] else "no CuPy"
+def format_text(result: dict[str, Any]) -> list[str]:
+    """The result of `examine` as lines of text."""
+    instruction_sets = ", ".join(result["instruction_sets"]) or "none"
+    library = f"for CUDA {result['cuda_library']}" if result["cuda_library"] else "no"
+    if result["cuda_library_is_stale"]:
+        library += ", ignored: library built from other sources; rebuild (reinstall opdkernels)"
+    reason = f": {result['cuda_devices_why_none']}" if result["cuda_devices_why_none"] else ""
+    gpu = printable(", ".join(result["cuda_devices"])) or f"no devices{reason}"
+    torch_cuda = f"for CUDA {result['cuda_built_into_torch']}" if result["cuda_built_into_torch"] else "without CUDA"
+    cupy = f"CuPy for CUDA {result['cupy']}" if result["cupy"] else "no CuPy"
+    cuda_operators = ", ".join(f"{name} by {backend}" for name, backend in result["cuda_operators"].items())
+    hub = result["huggingface_hub"]
     return [
-        f"opdkernels {found['opdkernels']}, Python {found['python']}, torch {found['torch']}, {found['machine']}, {found['threads']} threads",
-        f"CPU kernels      {found['cpu_kernels']}",
-        f"  operators      {', '.join(found['cpu_operators']) or 'all by the reference'}",
-        f"  built with     {found['built_with'] or '-'}, OpenMP {'on' if found['openmp'] else 'off: one thread'}",
-        f"  instructions   {found['instruction_set_used'] or '-'} used; this machine and build offer {sets} (OPDKERNELS_ISA chooses)",
-        f"  compiler here  {found['compiler_here'] or 'none: a reinstall from source would run on the reference'}",
-        f"CUDA             {gpu}; torch is built {'for CUDA ' + found['cuda_built_into_torch'] if found['cuda_built_into_torch'] else 'without CUDA'}",
-        f"  kernels        {found['cuda_kernels']}",
-        f"  operators      {', '.join(f'{name} by {backend}' for name, backend in found['cuda_operators'].items())}",
-        f"  built          {library}; {cupy}; nvcc {found['nvcc_here'] or 'is not here'}",
-        f"  triton         {found['triton'] or 'not installed'}",
-        f"Hub ids          {'huggingface_hub ' + found['huggingface_hub'] if found['huggingface_hub'] else 'not read: pip install opdkernels[hub]'}",
+        f"opdkernels {result['opdkernels']}, Python {result['python']}, torch {result['torch']}, {result['machine']}, "
+        f"{result['threads']} threads",
+        f"CPU kernels      {result['cpu_kernels']}",
+        f"  operators      {', '.join(result['cpu_operators']) or 'all by the reference'}",
+        f"  built with     {result['built_with'] or '-'}, OpenMP {'on' if result['openmp'] else 'off: one thread'}",
+        f"  instructions   {result['instruction_set_used'] or '-'} in use; available here: {instruction_sets} "
+        "(select one with OPDKERNELS_ISA)",
+        f"  compiler       {result['compiler_here'] or 'none: a reinstall from source would use the reference'}",
+        f"CUDA             {gpu}; torch is built {torch_cuda}",
+        f"  kernels        {result['cuda_kernels']}",
+        f"  operators      {cuda_operators}",
+        f"  library        {library}; {cupy}; nvcc {result['nvcc_here'] or 'not found'}",
+        f"  triton         {result['triton'] or 'not installed'}",
+        f"Hub ids          {f'huggingface_hub {hub}' if hub else 'not available: pip install opdkernels[hub]'}",
     ]

@@ -88,14 +88,14 @@ def test_doctor_reports_why_cuda_kernels_are_unavailable(monkeypatch):
     with_triton(monkeypatch, "3.7.1")
     with_cuda(monkeypatch, library=12, cupy=12)
     printed = "\n".join(doctor.format_text(doctor.examine()))
-    assert "Triton serves" in printed
+    assert "Triton runs" in printed
     assert (
         "torch is built for CUDA 13, the kernels built at install are for CUDA 12 and CuPy is for CUDA 12: "
         "pip install cupy-cuda13x" in printed
     )
     for has, origin in (({"library": 13}, "built at install"), ({"cupy": 13}, "compiled by NVRTC at the first call")):
         with_cuda(monkeypatch, **has)
-        assert f"CUDA C++, {origin}, serves tensors on a GPU" in doctor.examine()["cuda_kernels"]
+        assert f"CUDA C++, {origin}, runs for tensors on a GPU" in doctor.examine()["cuda_kernels"]
     monkeypatch.setenv("OPDKERNELS_BACKEND", "triton")
     assert "OPDKERNELS_BACKEND=triton" in doctor.examine()["cuda_kernels"]
 
@@ -111,7 +111,7 @@ def test_doctor_lists_gpus_or_the_reason_for_none(monkeypatch):
     )
     printed = "\n".join(doctor.format_text(doctor.examine()))
     assert "GPU\\x1b0 (9.0), GPU\\x1b1 (9.1); torch is built for CUDA 13.0" in printed
-    assert "Triton serves tensors on a GPU; not CUDA C++: torch is built for CUDA 13" in printed
+    assert "Triton runs for tensors on a GPU; not CUDA C++: torch is built for CUDA 13" in printed
     assert "CuPy is for CUDA 12: pip install cupy-cuda13x" in printed
     assert set(doctor.examine()["cuda_operators"].values()) == {"triton"}
 
