@@ -1,4 +1,4 @@
-"""Counts of set bits in arrays of bytes, one bit a coordinate, little-endian."""
+"""Population counts of byte arrays."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ BYTE_COUNTS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 
 
 def bit_counts(bits: np.ndarray) -> np.ndarray:
-    """Set bits of each byte, uint8.
+    """The number of set bits of each byte, uint8.
 
-    >>> bit_counts(np.array([0, 7, 255], np.uint8)).tolist()
-    [0, 3, 8]
+    Example:
+        >>> bit_counts(np.array([0, 7, 255], np.uint8)).tolist()
+        [0, 3, 8]
     """
-    return np.bitwise_count(bits) if hasattr(np, "bitwise_count") else BYTE_COUNTS[bits]  # NumPy 1 has none
+    return np.bitwise_count(bits) if hasattr(np, "bitwise_count") else BYTE_COUNTS[bits]  # not in NumPy 1
 
 
 def popcount(bits: np.ndarray) -> int:
-    """Set bits of all bytes of a contiguous array [n], eight at a time."""
+    """The number of set bits of a contiguous uint8 array [n], counted in words of eight bytes.
+
+    Example:
+        >>> popcount(np.array([0, 7, 255], np.uint8))
+        11
+    """
     if not hasattr(np, "bitwise_count"):
         return int(bit_counts(bits).sum(dtype=np.int64))
-    whole = len(bits) // 8 * 8
-    words, rest = bits[:whole].view(np.uint64), bits[whole:]
-    return sum(int(np.bitwise_count(part).sum(dtype=np.int64)) for part in (words, rest))
+    end = len(bits) // 8 * 8
+    words, tail = bits[:end].view(np.uint64), bits[end:]
+    return sum(int(np.bitwise_count(array).sum(dtype=np.int64)) for array in (words, tail))

@@ -15,7 +15,8 @@ void masked_step(const StepRow* rows, int64_t count, const StepOptions& options,
   }
   // Ranges of complete blocks; the tensor of a block is looked up once per range.
   const int64_t coordinates = first.back() * OPD_STEP_BLOCK;
-  parallel_ranges(coordinates, active < SERIAL_BELOW ? 1 : threads, OPD_STEP_BLOCK, [&](int, int64_t start, int64_t stop) {
+  const int workers = active < SERIAL_BELOW ? 1 : threads;
+  parallel_ranges(coordinates, workers, OPD_STEP_BLOCK, [&](int, int64_t start, int64_t stop) {
     size_t i = 0;
     for (int64_t block = start / OPD_STEP_BLOCK; block < stop / OPD_STEP_BLOCK; block++) {
       while (block >= first[i + 1]) i++;

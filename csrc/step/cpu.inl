@@ -1,5 +1,5 @@
-// Masked steps over a block of coordinates or of indices. Active values are gathered into arrays that fit in the L1 cache,
-// updated with vectors, and scattered. Moments are compact, so they are read and written in full vectors.
+// Masked steps over a block of coordinates or of indices. Active values are gathered into arrays that fit in the L1
+// cache, updated with vectors, and scattered. Moments are compact, so they are read and written in full vectors.
 
 #define OPD_STEP_CAPACITY (OPD_STEP_BLOCK + 32)       // a full vector is written even where only its first values count
 #define OPD_STEP_AHEAD OPD_STEP_BLOCK                 // prefetch the next block during a gather: a third less time
@@ -102,7 +102,8 @@ static inline void step_scatter(const StepBitmap& at, const Value* values, Value
 }
 #endif
 
-// Loads weights and their residuals as fp32. `base`: first coordinate of the block; `slot`: first element in compact arrays.
+// Loads weights and their residuals as fp32. `base`: first coordinate of the block; `slot`: first element in compact
+// arrays.
 template <class At>
 static inline void step_load_weights(const StepRow* t, const StepOptions* o, opd_i64 base, opd_i64 slot, const At& at,
                                      StepChunk* c) {
@@ -182,10 +183,12 @@ static inline void step_load_grads(const StepRow* t, const StepOptions* o, opd_i
 }
 
 OPD_FN float step_init_value(const StepRow* t, opd_i64 k) {
-  return t->flags & STEP_PARAM_BF16 ? bf16_to_float(((const opd_u16*)t->init_value)[k]) : ((const float*)t->init_value)[k];
+  return t->flags & STEP_PARAM_BF16 ? bf16_to_float(((const opd_u16*)t->init_value)[k])
+                                    : ((const float*)t->init_value)[k];
 }
 
-static inline void step_adamw_loop(const StepRow* t, const StepOptions* o, opd_i64 slot, int count, float* p, const float* g) {
+static inline void step_adamw_loop(const StepRow* t, const StepOptions* o, opd_i64 slot, int count, float* p,
+                                   const float* g) {
   const float* scalars = o->scalars + OPD_STEP_SCALARS * t->scalar_row;
   AdamWScalars s = step_adamw_scalars(scalars);
   float *m = t->exp_avg + slot, *v = t->exp_avg_sq + slot;
@@ -212,14 +215,16 @@ static inline void step_adamw_loop(const StepRow* t, const StepOptions* o, opd_i
   }
 }
 
-static inline void step_sgd_loop(const StepRow* t, const StepOptions* o, opd_i64 slot, int count, float* p, const float* g) {
+static inline void step_sgd_loop(const StepRow* t, const StepOptions* o, opd_i64 slot, int count, float* p,
+                                 const float* g) {
   const float* scalars = o->scalars + OPD_STEP_SCALARS * t->scalar_row;
   const SgdScalars s = step_sgd_scalars(scalars);
   const int nesterov = (int)o->nesterov;
   float* buffer = t->exp_avg ? t->exp_avg + slot : 0;
   if (t->step_group || t->init_value) {
     for (int k = 0; k < count; k++) {
-      const SgdScalars group = t->step_group ? step_sgd_scalars(scalars + OPD_STEP_SCALARS * t->step_group[slot + k]) : s;
+      const SgdScalars group =
+          t->step_group ? step_sgd_scalars(scalars + OPD_STEP_SCALARS * t->step_group[slot + k]) : s;
       const float pull = t->init_value ? p[k] - step_init_value(t, slot + k) : p[k];
       p[k] = step_sgd(p[k], g[k], pull, buffer ? buffer + k : 0, nesterov, group);
     }
@@ -232,10 +237,11 @@ static inline void step_sgd_loop(const StepRow* t, const StepOptions* o, opd_i64
   }
 }
 
-// Processes the active coordinates `at` of the block that begins at coordinate `base`; the first of them is element `slot` of
-// the compact arrays.
+// Processes the active coordinates `at` of the block that begins at coordinate `base`; the first of them is element
+// `slot` of the compact arrays.
 template <class At>
-static inline void step_active(const StepRow* t, const StepOptions* o, opd_i64 base, opd_i64 slot, const At& at, StepChunk* c) {
+static inline void step_active(const StepRow* t, const StepOptions* o, opd_i64 base, opd_i64 slot, const At& at,
+                               StepChunk* c) {
   float* compact = t->exp_avg ? t->exp_avg + slot : 0;
   switch (o->kind) {
     case STEP_GATHER:

@@ -1,6 +1,7 @@
-// `step` on a CUDA device: one launch updates the active coordinates of all tensors of a group, of any dtypes and masks,
-// through a table of their addresses. Warps take tiles in turn, blocks of 2,048 coordinates or as many indices, and advance
-// along the table as they do. What differs between tensors is the same for all lanes of a warp, so that branches cost little.
+// `step` on a CUDA device: one launch updates the active coordinates of all tensors of a group, of any dtypes and
+// masks, through a table of their addresses. Warps take tiles in turn, blocks of 2,048 coordinates or as many
+// indices, and advance along the table as they do. What differs between tensors is the same for all lanes of a warp,
+// so that branches cost little.
 //
 // Nothing is copied back to the host: `found_inf`, `grad_scale` and `clip` are read on the device.
 #include "step.h"
@@ -57,7 +58,8 @@ __device__ __forceinline__ float load_dense(const void* values, bool bf16, opd_i
 }
 
 __device__ __forceinline__ float load_grad(const StepRow& t, const StepOptions& o, opd_i64 index, opd_i64 slot) {
-  float g = t.flags & STEP_GRAD_COMPACT ? ((const float*)t.grad)[slot] : load_dense(t.grad, t.flags & STEP_GRAD_BF16, index);
+  float g = t.flags & STEP_GRAD_COMPACT ? ((const float*)t.grad)[slot]
+                                        : load_dense(t.grad, t.flags & STEP_GRAD_BF16, index);
   if (o.grad_scale) g /= *o.grad_scale;
   if (o.clip) g *= *o.clip;
   return o.maximize ? -g : g;
@@ -70,7 +72,8 @@ __device__ __forceinline__ float load_weight(const StepRow& t, const StepOptions
   return o.precision == STEP_KAHAN ? bf16_to_float(weight) + bf16_to_float(t.residual[slot]) : bf16_to_float(weight);
 }
 
-__device__ __forceinline__ void store_weight(const StepRow& t, const StepOptions& o, opd_i64 index, opd_i64 slot, float p) {
+__device__ __forceinline__ void store_weight(const StepRow& t, const StepOptions& o, opd_i64 index, opd_i64 slot,
+                                             float p) {
   if (!(t.flags & STEP_PARAM_BF16)) {
     ((float*)t.param)[index] = p;
     return;
@@ -126,8 +129,8 @@ OPD_LAUNCHER(step_adamw)
 // SGD; arguments as for step_adamw. exp_avg of a row is its momentum buffer.
 extern "C" __global__ void __launch_bounds__(OPD_QUEUE_THREADS, OPD_QUEUE_BLOCKS)
 step_sgd(const StepRow* rows_ptr, const opd_i64* end_tiles_ptr, opd_i64 count, const float* scalars_ptr,
-         const float* grad_scale_ptr, const float* clip_ptr, const float* found_inf_ptr, opd_i64 maximize, opd_i64 precision,
-         opd_i64 seed, opd_i64 nesterov) {
+         const float* grad_scale_ptr, const float* clip_ptr, const float* found_inf_ptr, opd_i64 maximize,
+         opd_i64 precision, opd_i64 seed, opd_i64 nesterov) {
   const StepOptions o = {scalars_ptr, grad_scale_ptr, clip_ptr, maximize, precision, seed, nesterov, STEP_SGD};
   for_all_active(rows_ptr, end_tiles_ptr, count, found_inf_ptr, [&](const StepRow& t, opd_i64 index, opd_i64 slot) {
     const float g = load_grad(t, o, index, slot), p = load_weight(t, o, index, slot);

@@ -1,5 +1,5 @@
-// The arithmetic of one active coordinate of a masked optimizer step, as torch.optim rounds it (foreach=False, fp32): the same
-// operations in the same order, fused where torch's are.
+// The arithmetic of one active coordinate of a masked optimizer step, as torch.optim rounds it (foreach=False, fp32):
+// the same operations in the same order, fused where torch's are.
 #pragma once
 #include "../common/numeric.h"
 
@@ -11,7 +11,8 @@
 #define OPD_SQRT(x) __builtin_sqrtf(x)
 #endif
 
-// Layout shared with Python and Triton: opdkernels/ops/step/layout.py, compared with it by tests/ops/step/test_layout.py.
+// Layout shared with Python and Triton: opdkernels/ops/step/layout.py, compared with it by
+// tests/ops/step/test_layout.py.
 #define OPD_STEP_BLOCK 2048       // coordinates between the prefix popcounts of a bitmap
 #define OPD_STEP_SCALARS 8        // columns of scalars
 #define OPD_STEP_ROW_BYTES 128
@@ -29,7 +30,7 @@ struct StepRow {
   const void* grad;               // fp32 or bf16 [numel], or fp32 [num_active]
   const void* mask;               // bitmap [ceil(numel / 8)], or int32 or int64 indices [num_active]
   const opd_i64* block_counts;    // [ceil(numel / OPD_STEP_BLOCK) + 1] of a bitmap
-  float* exp_avg;                 // [num_active]; for SGD the momentum buffer; for gather and scatter the compact values
+  float* exp_avg;                 // [num_active]; SGD: the momentum buffer; gather and scatter: the compact values
   float* exp_avg_sq;              // [num_active]
   float* max_exp_avg_sq;          // [num_active]
   opd_u16* residual;              // [num_active]
@@ -54,7 +55,9 @@ struct StepOptions {
 };
 
 // Scalars, each computed in double and rounded once: the columns of a row in the order of layout.py.
-struct AdamWScalars { float decay_factor, one_minus_beta1, beta2, one_minus_beta2, bias_correction2_sqrt, eps, neg_step_size; };
+struct AdamWScalars {
+  float decay_factor, one_minus_beta1, beta2, one_minus_beta2, bias_correction2_sqrt, eps, neg_step_size;
+};
 struct SgdScalars { float weight_decay, momentum, one_minus_dampening, is_first, neg_step_size; };
 OPD_FN AdamWScalars step_adamw_scalars(const float* row) {
   return {row[0], row[1], row[2], row[3], row[4], row[5], row[6]};
@@ -74,14 +77,15 @@ OPD_FN float step_adamw(float p, float g, float* m, float* v, float* v_max, Adam
   *v = OPD_FMA(s.one_minus_beta2 * g, g, *v * s.beta2);
   float second = *v;
   if (v_max) {
-    second = *v_max != *v_max || second != second ? *v_max + second : second > *v_max ? second : *v_max;  // NaN propagates
+    const bool nan = *v_max != *v_max || second != second;
+    second = nan ? *v_max + second : second > *v_max ? second : *v_max;  // NaN propagates
     *v_max = second;
   }
   return p + s.neg_step_size * *m / (OPD_SQRT(second) / s.bias_correction2_sqrt + s.eps);
 }
 
-// The new weight. `pull` is what weight decay shrinks: the weight, or its difference from the initial value. Updates the
-// momentum buffer, which is null without momentum.
+// The new weight. `pull` is what weight decay shrinks: the weight, or its difference from the initial value. Updates
+// the momentum buffer, which is null without momentum.
 OPD_FN float step_sgd(float p, float g, float pull, float* buffer, int nesterov, SgdScalars s) {
   if (s.weight_decay != 0.0f) g = OPD_FMA(s.weight_decay, pull, g);
   if (buffer) {
@@ -91,9 +95,10 @@ OPD_FN float step_sgd(float p, float g, float pull, float* buffer, int nesterov,
   return OPD_FMA(s.neg_step_size, g, p);
 }
 
-// split_master: a bf16 weight and the 16 bits that it lacks of an fp32 master. The weight is the master rounded to nearest,
-// ties away from zero, so that the top bit of the remainder says which way it was rounded. A zero with a remainder that would
-// have rounded it up cannot come from a step: the weight was set elsewhere, and the remainder is ignored.
+// split_master: a bf16 weight and the 16 bits that it lacks of an fp32 master. The weight is the master rounded to
+// nearest, ties away from zero, so that the top bit of the remainder says which way it was rounded. A zero with a
+// remainder that would have rounded it up cannot come from a step: the weight was set elsewhere, and the remainder is
+// ignored.
 OPD_FN float step_master(opd_u16 weight, opd_u16 remainder) {
   if (!(weight & 0x7FFFu) && (remainder >> 15)) remainder = 0;
   return bits_float(((opd_u32)(opd_u16)(weight - (remainder >> 15)) << 16) | remainder);

@@ -1,8 +1,9 @@
-"""Ways to make masks: from what a run changed, from the weights, from chance.
+"""Ways to build masks: from what a run changed, from the weights, at random.
 
-Weights are a checkpoint (a path or a hub id) or tensors by name, such as a state_dict. A share of a tensor, of the tensors of
-a module type or of the model is ceil(density * n) coordinates; of those that tie at the cut, which in bf16 may be many, a draw decides,
-the same each time. Tensors that are one (tied embeddings) are taken once. Sources: arXiv 2606.13657 (near-zero, principal, safe masks).
+Weights are a checkpoint (a path or a Hub id) or tensors by name, such as a state_dict. A density d selects ceil(d * n)
+of the n coordinates of each tensor, of all tensors of a module type, or of the model. Ties at the threshold (common in
+bf16) are broken by a seeded draw. Tied tensors (embeddings) are used once. Source: arXiv 2606.13657 (near-zero,
+principal and safe masks).
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from opdkernels.ops.gram import gram, symmetric
 from opdkernels.spectral import principal as selection
 from opdkernels.spectral.exact import GRAM_LIMIT, factorise, factorise_matrix, top_ranks
 
-Given = str | os.PathLike[str] | Mapping[str, torch.Tensor]
+Weights = str | os.PathLike[str] | Mapping[str, torch.Tensor]
 SCOPES = ("tensor", "module", "model")
 VIEWS = ("visible", "stored")
-STEP = 1 << 24  # coordinates at a time
+STEP = 1 << 24  # coordinates read at a time
 HALF = 1 << 16
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor: its shape and a way to read a range of its elements, 1-D."""
+    """One tensor: its shape and a function that reads a range of its elements, 1-D."""
 
     shape: tuple[int, ...]
     read: Callable[[int, int], torch.Tensor]
@@ -47,78 +48,108 @@ class Weight:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def parts(self) -> Iterator[torch.Tensor]:
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """The elements, STEP at a time."""
         for first in range(0, self.numel, STEP):
             yield self.read(first, min(first + STEP, self.numel))
 
 
 @contextlib.contextmanager
-def weights_of(given: Given) -> Iterator[dict[str, Weight]]:
-    """The floating tensors of a checkpoint or a mapping, each once, in their order."""
-    if isinstance(given, Mapping):
-        found, seen = {}, set()
-        for name, tensor in given.items():
+def open_weights(weights: Weights) -> Iterator[dict[str, Weight]]:
+    """The floating-point tensors of a checkpoint or a mapping, tied ones once, in their order."""
+    if isinstance(weights, Mapping):
+        result, seen = {}, set()
+        for name, tensor in weights.items():
             flat = tensor.detach().cpu().contiguous().view(-1)
-            at = (tensor.data_ptr(), tensor.numel())
-            if tensor.is_floating_point() and (at not in seen or not tensor.numel()):
-                seen.add(at)
-                found[name] = Weight(tuple(tensor.shape), lambda a, b, flat=flat: flat[a:b])  # type: ignore[misc]
-        yield found
+            storage = (tensor.data_ptr(), tensor.numel())
+            if tensor.is_floating_point() and (storage not in seen or not tensor.numel()):
+                seen.add(storage)
+                result[name] = Weight(tuple(tensor.shape), lambda a, b, flat=flat: flat[a:b])  # type: ignore[misc]
+        yield result
         return
-    with contextlib.closing(open_checkpoint(given)) as source:
+    with contextlib.closing(open_checkpoint(weights)) as checkpoint:
         yield {
-            name: Weight(info.shape, lambda a, b, name=name: source.read(name, a, b))  # type: ignore[misc]
-            for name, info in source.tensors.items()
-            if info.dtype in DTYPES and name not in source.aliases
+            name: Weight(info.shape, lambda a, b, name=name: checkpoint.read(name, a, b))  # type: ignore[misc]
+            for name, info in checkpoint.tensors.items()
+            if info.dtype in DTYPES and name not in checkpoint.aliases
         }
-        source.check()
+        checkpoint.check()
 
 
-def check(density: float, scope: str) -> None:
+def validate_density(density: float, scope: str) -> None:
+    """Raise UsageError for a density or a scope that is not valid."""
     if not 0 < density <= 1:
-        raise UsageError(f"the share of active coordinates must lie in 0 .. 1, not {density}")
+        raise UsageError(f"density must be above 0 and at most 1, not {density}")
     if scope not in SCOPES:
         raise UsageError(f"scope must be one of {', '.join(SCOPES)}, not {scope}")
 
 
 def changed(
-    base: str | os.PathLike[str], tuned: str | os.PathLike[str], *, atol: float = 0.0, view: str = "visible"
+    base: str | os.PathLike[str], trained: str | os.PathLike[str], *, atol: float = 0.0, view: str = "visible"
 ) -> MaskSet:
-    """Where |delta| > atol between two checkpoints, in a view; in the visible one atol is rounded to bf16. Coordinates that are
-    NaN or Inf on either side are not.
+    """The coordinates where |delta| > atol between two checkpoints.
 
-    Raises InputError for what cannot be read, UsageError for another view or an atol that makes no sense.
+    Args:
+        base: Checkpoint before training.
+        trained: Checkpoint after training.
+        atol: Threshold of |delta|, in 0 .. 1e30; rounded to bf16 in the visible view (default: 0).
+        view: "visible", both checkpoints rounded to bf16, or "stored" (default: "visible").
+
+    Returns:
+        One mask per tensor. A coordinate that is NaN or Inf on either side is not active.
+
+    Raises:
+        InputError: A checkpoint cannot be read.
+        UsageError: Another view, or `atol` is out of range.
+
+    Example:
+        masks = changed("Qwen2.5-0.5B", "my-run/step-200")
     """
     if view not in VIEWS:
         raise UsageError(f"view must be one of {', '.join(VIEWS)}, not {view}")
     if not 0 <= atol <= 1e30:
-        raise UsageError(f"atol must lie in 0 .. 1e30, not {atol}")
-    cut = int(torch.tensor([atol]).bfloat16().view(torch.int16))
+        raise UsageError(f"atol must be in 0 .. 1e30, not {atol}")
+    threshold_bits = (int(torch.tensor([atol]).bfloat16().view(torch.int16)),)
     masks = {}
-    with contextlib.closing(open_pair(base, tuned)) as pair:
+    with contextlib.closing(open_pair(base, trained)) as pair:
         for match in pair.matches:
-            bits = np.zeros((match.numel + 7) // 8, np.uint8)
+            bitmap = np.zeros((match.numel + 7) // 8, np.uint8)
             for first in range(0, match.numel, STEP):
                 w, v = pair.read(match, first, min(first + STEP, match.numel))
-                part = torch.zeros((len(w) + 7) // 8, dtype=torch.uint8)
+                chunk = torch.zeros((len(w) + 7) // 8, dtype=torch.uint8)
                 if view == "visible":
-                    delta(w, v, threshold_bits=(cut,), mask=part)
+                    delta(w, v, threshold_bits=threshold_bits, mask=chunk)
                 else:
-                    moved = base_and_delta(w, v, False)[1].abs()
-                    part = torch.from_numpy(np.packbits(((moved > atol) & moved.isfinite()).numpy(), bitorder="little"))
-                bits[first // 8 : first // 8 + len(part)] = part.numpy()
-            masks[match.name] = Mask.from_bitmap(torch.from_numpy(bits), match.shape)
+                    size = base_and_delta(w, v, False)[1].abs()
+                    chunk = torch.from_numpy(np.packbits(((size > atol) & size.isfinite()).numpy(), bitorder="little"))
+                bitmap[first // 8 : first // 8 + len(chunk)] = chunk.numpy()
+            masks[match.name] = Mask.from_bitmap(torch.from_numpy(bitmap), match.shape)
         pair.check()
     return MaskSet(masks)
 
 
 def top_changed(
-    base: str | os.PathLike[str], tuned: str | os.PathLike[str], density: float, *, scope: str = "tensor"
+    base: str | os.PathLike[str], trained: str | os.PathLike[str], density: float, *, scope: str = "tensor"
 ) -> MaskSet:
-    """The share of the largest |delta| between two checkpoints as stored, of each tensor, module type or of the model, and never what
-    did not change, however large the share; read in pieces, three times over. Raises InputError for what cannot be read."""
-    check(density, scope)
-    with contextlib.closing(open_pair(base, tuned)) as pair:
+    """The top fraction of coordinates by |delta| between two checkpoints as stored. Reads both three times, in chunks.
+
+    Args:
+        base: Checkpoint before training.
+        trained: Checkpoint after training.
+        density: Fraction of the coordinates, above 0 and at most 1. Unchanged coordinates are never active, so that
+            fewer may be.
+        scope: What the fraction is taken of: each "tensor", all tensors of a "module" type, or the "model"
+            (default: "tensor").
+
+    Raises:
+        InputError: A checkpoint cannot be read.
+        UsageError: `density` or `scope` is not valid, or a difference is NaN.
+
+    Example:
+        masks = top_changed("Qwen2.5-0.5B", "my-run/step-200", 0.2, scope="model")
+    """
+    validate_density(density, scope)
+    with contextlib.closing(open_pair(base, trained)) as pair:
 
         def reader(match: Match) -> Callable[[int, int], torch.Tensor]:
             def read(first: int, stop: int) -> torch.Tensor:
@@ -127,87 +158,166 @@ def top_changed(
 
             return read
 
-        found = extremes(
-            {match.name: Weight(match.shape, reader(match)) for match in pair.matches},
-            density,
-            scope,
-            largest=True,
-            zeros=False,
-        )
+        weights = {match.name: Weight(match.shape, reader(match)) for match in pair.matches}
+        masks = extremes(weights, density, scope, largest=True, zeros=False)
         pair.check()
-    return found
+    return masks
 
 
-def near_zero(base: Given, density: float, *, scope: str = "tensor") -> MaskSet:
-    """The share of the smallest |W| of each tensor, module type or of the model."""
-    check(density, scope)
-    with weights_of(base) as weights:
+def near_zero(base: Weights, density: float, *, scope: str = "tensor") -> MaskSet:
+    """The fraction of coordinates with the smallest |W|.
+
+    Args:
+        base: A checkpoint or tensors by name.
+        density: As for `top_changed`.
+        scope: As for `top_changed`.
+
+    Raises:
+        InputError: The checkpoint cannot be read.
+        UsageError: `density` or `scope` is not valid, or a weight is NaN.
+
+    Example:
+        >>> near_zero({"w": torch.tensor([3.0, -1.0, 2.0, 4.0])}, 0.5)["w"].indices.tolist()
+        [1, 2]
+    """
+    validate_density(density, scope)
+    with open_weights(base) as weights:
         return extremes(weights, density, scope, largest=False)
 
 
 def largest(values: Mapping[str, torch.Tensor], density: float, *, scope: str = "tensor") -> MaskSet:
-    """The share of the largest magnitudes of tensors by name: updates, gradients, or an optimizer's second moments."""
-    check(density, scope)
-    with weights_of(values) as weights:
+    """The fraction of coordinates with the largest magnitude of any tensors: updates, gradients, second moments.
+
+    Args:
+        values: Tensors by name.
+        density: As for `top_changed`.
+        scope: As for `top_changed`.
+
+    Raises:
+        UsageError: `density` or `scope` is not valid, or a value is NaN.
+
+    Example:
+        >>> largest({"w": torch.tensor([3.0, -1.0, 2.0, 4.0])}, 0.5)["w"].indices.tolist()
+        [0, 3]
+    """
+    validate_density(density, scope)
+    with open_weights(values) as weights:
         return extremes(weights, density, scope, largest=True)
 
 
-def random_subset(base: Given, density: float, *, scope: str = "tensor", seed: int = 0) -> MaskSet:
-    """A share chosen at random; the same for a seed and a tensor's name, whatever the other tensors."""
-    check(density, scope)
+def random_subset(base: Weights, density: float, *, scope: str = "tensor", seed: int = 0) -> MaskSet:
+    """A random fraction of the coordinates.
 
-    def keys(name: str, numel: int) -> Callable[[int, int], torch.Tensor]:
+    Args:
+        base: A checkpoint or tensors by name.
+        density: As for `top_changed`.
+        scope: As for `top_changed`.
+        seed: Seed. The draw of a tensor depends on the seed and its name, not on other tensors (default: 0).
+
+    Raises:
+        InputError: The checkpoint cannot be read.
+        UsageError: `density` or `scope` is not valid.
+
+    Example:
+        >>> random_subset({"w": torch.zeros(8)}, 0.25)["w"].num_active
+        2
+    """
+    validate_density(density, scope)
+
+    def keys(name: str) -> Callable[[int, int], torch.Tensor]:
         def read(first: int, stop: int) -> torch.Tensor:
             return torch.rand(stop - first, generator=generator(seed, name, first // STEP))
 
         return read
 
-    with weights_of(base) as weights:
-        drawn = {name: Weight(one.shape, keys(name, one.numel)) for name, one in weights.items()}
-        return extremes(drawn, density, scope, largest=True)
+    with open_weights(base) as weights:
+        random_keys = {name: Weight(weight.shape, keys(name)) for name, weight in weights.items()}
+        return extremes(random_keys, density, scope, largest=True)
 
 
-def magnitude_matched(masks: MaskSet, base: Given, *, seed: int = 0) -> MaskSet:
-    """As many coordinates of each tensor as its mask has, chosen at random among those of the same |W| in bf16: the control
-    for what magnitudes alone explain. Takes 10 bytes a coordinate of the largest tensor."""
-    found = {}
-    with weights_of(base) as weights:
+def magnitude_matched(masks: MaskSet, base: Weights, *, seed: int = 0) -> MaskSet:
+    """A random control: per tensor as many coordinates as its mask has, with the same |W| in bf16.
+
+    It shows what magnitudes alone explain. Takes 10 bytes per coordinate of the largest tensor.
+
+    Args:
+        masks: The masks to match.
+        base: A checkpoint or tensors by name, with every masked tensor.
+        seed: Seed (default: 0).
+
+    Raises:
+        InputError: The checkpoint cannot be read.
+        UsageError: A masked tensor is missing or has another shape.
+
+    Example:
+        >>> weights = {"w": torch.tensor([1.0, 1.0, 2.0])}
+        >>> masks = MaskSet({"w": Mask.from_indices(torch.tensor([2]), (3,))})
+        >>> magnitude_matched(masks, weights)["w"].indices.tolist()
+        [2]
+    """
+    result = {}
+    with open_weights(base) as weights:
         for name, mask in masks.items():
-            weight = matching(weights, name, mask)
-            patterns = np.concatenate(
-                [patterns_of(part) >> 16 for part in bf16(weight)] or [np.zeros(0, np.int32)]
-            ).astype(np.uint16)
-            wanted = np.bincount(patterns[mask.to_bool().view(-1).numpy()], minlength=1 << 15)
-            order = np.argsort(patterns, kind="stable")  # a radix sort
-            ends = np.cumsum(np.bincount(patterns, minlength=1 << 15))
-            draw = np.random.default_rng(int.from_bytes(digest(seed, name, 0), "little"))
-            chosen = [
-                order[ends[b - 1] if b else 0 : ends[b]][
-                    draw.choice(ends[b] - (ends[b - 1] if b else 0), wanted[b], replace=False)
-                ]
-                for b in np.flatnonzero(wanted)
-            ]
-            places = np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
-            found[name] = Mask.from_indices(torch.from_numpy(places.astype(np.int64)), mask.shape)
-    return MaskSet(found)
+            weight = matching_weight(weights, name, mask)
+            chunks = [magnitude_bits(chunk.bfloat16()) >> 16 for chunk in weight.chunks()]
+            bf16_bits = np.concatenate(chunks or [np.zeros(0, np.int32)]).astype(np.uint16)
+            counts = np.bincount(bf16_bits[mask.to_bool().view(-1).numpy()], minlength=1 << 15)
+            order = np.argsort(bf16_bits, kind="stable")  # a radix sort
+            ends = np.cumsum(np.bincount(bf16_bits, minlength=1 << 15))
+            rng = np.random.default_rng(int.from_bytes(seed_bytes(seed, name, 0), "little"))
+            chosen = []
+            for b in np.flatnonzero(counts):
+                candidates = order[ends[b - 1] if b else 0 : ends[b]]
+                chosen.append(candidates[rng.choice(len(candidates), counts[b], replace=False)])
+            indices = np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
+            result[name] = Mask.from_indices(torch.from_numpy(indices.astype(np.int64)), mask.shape)
+    return MaskSet(result)
 
 
-def principal(base: Given, density: float) -> MaskSet:
-    """Of each matrix the share of the largest |U_k S_k V_k^T|, k = max(1, int(density * min(m, n))): where the top singular
-    vectors of W put its weight. Nothing of other tensors."""
-    check(density, "tensor")
-    with weights_of(base) as weights:
-        return MaskSet({name: principal_mask(name, one, density) for name, one in weights.items()})
+def principal(base: Weights, density: float) -> MaskSet:
+    """Per matrix, the fraction of coordinates with the largest |U_k S_k V_k^T|, k = max(1, int(density * min(m, n))).
+
+    That is where the top singular vectors of W concentrate. Tensors of other dimensions have no active coordinate.
+
+    Args:
+        base: A checkpoint or tensors by name.
+        density: Fraction of each matrix, above 0 and at most 1.
+
+    Raises:
+        InputError: The checkpoint cannot be read.
+        UsageError: `density` is not valid, or a matrix holds NaN or Inf.
+
+    Example:
+        >>> principal({"w": torch.diag(torch.tensor([3.0, 1.0]))}, 0.25)["w"].indices.tolist()
+        [0]
+    """
+    validate_density(density, "tensor")
+    with open_weights(base) as weights:
+        return MaskSet({name: principal_mask(name, weight, density) for name, weight in weights.items()})
 
 
-def safe(base: Given, density: float) -> MaskSet:
-    """What is not principal or near zero at the share: where, after arXiv 2606.13657, updates do the least harm."""
-    with weights_of(base) as weights:
-        main = MaskSet({name: principal_mask(name, one, density) for name, one in weights.items()})
-        return ~main | extremes(weights, density, "tensor", largest=False)
+def safe(base: Weights, density: float) -> MaskSet:
+    """The coordinates that are not principal, or near zero: where, after arXiv 2606.13657, updates do the least harm.
+
+    Args:
+        base: A checkpoint or tensors by name.
+        density: That of the principal and of the near-zero masks.
+
+    Raises:
+        InputError: The checkpoint cannot be read.
+        UsageError: `density` is not valid, or a tensor holds NaN or a matrix Inf.
+
+    Example:
+        >>> safe({"w": torch.diag(torch.tensor([3.0, 1.0]))}, 0.25)["w"].num_active
+        3
+    """
+    with open_weights(base) as weights:
+        principal_masks = MaskSet({name: principal_mask(name, weight, density) for name, weight in weights.items()})
+        return ~principal_masks | extremes(weights, density, "tensor", largest=False)
 
 
 def principal_mask(name: str, weight: Weight, density: float) -> Mask:
+    """The principal mask of one tensor."""
     if len(weight.shape) != 2 or not weight.numel:
         return Mask.from_indices(torch.zeros(0, dtype=torch.int64), weight.shape)
     w = weight.read(0, weight.numel).view(weight.shape)
@@ -219,101 +329,102 @@ def principal_mask(name: str, weight: Weight, density: float) -> Mask:
     factor = factorise(symmetric(gram(long))[0], ranks[-1])
     if float(factor.sigma[ranks[-1] - 1]) <= GRAM_LIMIT * float(factor.sigma[0]):
         factor = factorise_matrix(w, ranks[-1])
-    (found,) = selection.masks(long, factor.vectors, ranks, visible=False, ratios=(density,))
-    flags = np.unpackbits(found.sure, count=weight.numel, bitorder="little").astype(bool)
-    flags[found.above] = True
-    flags[found.tied[: found.taken]] = True
+    (selected,) = selection.masks(long, factor.vectors, ranks, visible=False, ratios=(density,))
+    flags = np.unpackbits(selected.sure, count=weight.numel, bitorder="little").astype(bool)
+    flags[selected.above] = True
+    flags[selected.tied[: selected.taken]] = True
     active = torch.from_numpy(flags).view(long.shape)
     return Mask.from_bool(active if tall else active.T.contiguous())
 
 
-def matching(weights: Mapping[str, Weight], name: str, mask: Mask) -> Weight:
+def matching_weight(weights: Mapping[str, Weight], name: str, mask: Mask) -> Weight:
+    """The weight of a mask. Raises UsageError where it is missing or has another shape."""
     if name not in weights:
-        raise UsageError(f"the checkpoint has no tensor {printable(name)}, of which there is a mask")
+        raise UsageError(f"the checkpoint has no tensor {printable(name)}, which has a mask")
     if weights[name].shape != mask.shape:
         raise UsageError(f"{printable(name)} has shape {list(weights[name].shape)}, its mask {list(mask.shape)}")
     return weights[name]
 
 
 def extremes(weights: Mapping[str, Weight], density: float, scope: str, largest: bool, zeros: bool = True) -> MaskSet:
-    """The share of the largest or smallest magnitudes of each group, without `zeros` never 0; exact for values that fp32 holds."""
+    """The fraction of the largest or smallest magnitudes of each group of tensors; exact for values that fp32 holds.
+
+    Where `zeros` is False, a value of 0 is never active.
+    """
     groups: dict[str, list[str]] = {}
     for name in weights:
-        groups.setdefault(
-            name if scope == "tensor" else parse_tensor_name(name).module if scope == "module" else "", []
-        ).append(name)
-    found = {}
+        group = name if scope == "tensor" else parse_tensor_name(name).module if scope == "module" else ""
+        groups.setdefault(group, []).append(name)
+    result = {}
     for names in groups.values():
         sizes = {name: weights[name].numel for name in names}
-        cut, wanted, tied = cut_of(
-            {name: weights[name] for name in names}, math.ceil(density * sum(sizes.values())), largest
-        )
-        if cut == 0 and not zeros:
-            wanted = 0
-        seen = 0  # of those that tie
+        k = math.ceil(density * sum(sizes.values()))
+        threshold, num_ties, tied = kth_magnitude({name: weights[name] for name in names}, k, largest)
+        if threshold == 0 and not zeros:
+            num_ties = 0
+        seen = 0  # ties so far
         for name in names:
             flags = np.empty(sizes[name], bool)
             first = 0
-            for part in weights[name].parts():
-                patterns = patterns_of(part)
-                flags[first : first + len(part)] = patterns > cut if largest else patterns < cut
-                ties = np.flatnonzero(patterns == cut)
-                take = (seen + len(ties)) * wanted // max(tied, 1) - seen * wanted // max(
-                    tied, 1
-                )  # as many of each part, nearly
+            for chunk in weights[name].chunks():
+                bits = magnitude_bits(chunk)
+                flags[first : first + len(chunk)] = bits > threshold if largest else bits < threshold
+                ties = np.flatnonzero(bits == threshold)
+                # Each chunk gets a proportional part of the ties, rounded.
+                take = (seen + len(ties)) * num_ties // max(tied, 1) - seen * num_ties // max(tied, 1)
                 if take:
-                    draw = np.random.default_rng(int.from_bytes(digest(0, f"ties\0{name}", first), "little"))
-                    flags[
-                        first + (ties if take == len(ties) else draw.choice(ties, take, replace=False, shuffle=False))
-                    ] = True
+                    rng = np.random.default_rng(int.from_bytes(seed_bytes(0, f"ties\0{name}", first), "little"))
+                    chosen = ties if take == len(ties) else rng.choice(ties, take, replace=False, shuffle=False)
+                    flags[first + chosen] = True
                 seen += len(ties)
-                first += len(part)
-            found[name] = Mask.from_bool(torch.from_numpy(flags).view(weights[name].shape))
-    return MaskSet({name: found[name] for name in weights})
+                first += len(chunk)
+            result[name] = Mask.from_bool(torch.from_numpy(flags).view(weights[name].shape))
+    return MaskSet({name: result[name] for name in weights})
 
 
-def cut_of(weights: Mapping[str, Weight], k: int, largest: bool) -> tuple[int, int, int]:
-    """The fp32 pattern of the k-th largest or smallest magnitude of several tensors together, how many of those that have it belong to
-    the k, and how many have it: by two histograms of 16 bits, in two passes."""
-    counts = np.zeros(1 << 15, np.int64)
+def kth_magnitude(weights: Mapping[str, Weight], k: int, largest: bool) -> tuple[int, int, int]:
+    """The k-th largest or smallest magnitude of several tensors together, by two histograms of 16 bits in two passes.
+
+    Returns its fp32 bit pattern, how many of the coordinates with that magnitude are among the k, and how many have it.
+    """
+    upper = np.zeros(1 << 15, np.int64)
     for name, weight in weights.items():
-        for part in weight.parts():
-            patterns = patterns_of(part)
-            if len(patterns) and patterns.max() > 0x7F800000:
+        for chunk in weight.chunks():
+            bits = magnitude_bits(chunk)
+            if len(bits) and bits.max() > 0x7F800000:
                 raise UsageError(f"{printable(name)} holds NaN; it has no largest or smallest values")
-            counts += np.bincount(patterns >> 16, minlength=1 << 15)
-    top, left = rank_in(counts, k, largest)
-    low = np.zeros(HALF, np.int64)
+            upper += np.bincount(bits >> 16, minlength=1 << 15)
+    upper_bin, remaining = rank_in(upper, k, largest)
+    lower = np.zeros(HALF, np.int64)
     for weight in weights.values():
-        for part in weight.parts():
-            patterns = patterns_of(part)
-            low += np.bincount(patterns[patterns >> 16 == top] & (HALF - 1), minlength=HALF)
-    bottom, ties = rank_in(low, left, largest)
-    return top << 16 | bottom, ties, int(low[bottom])
+        for chunk in weight.chunks():
+            bits = magnitude_bits(chunk)
+            lower += np.bincount(bits[bits >> 16 == upper_bin] & (HALF - 1), minlength=HALF)
+    lower_bin, num_ties = rank_in(lower, remaining, largest)
+    return upper_bin << 16 | lower_bin, num_ties, int(lower[lower_bin])
 
 
 def rank_in(counts: np.ndarray, k: int, largest: bool) -> tuple[int, int]:
-    """The bin that holds the k-th from one end, and how many of the k are in it. 0 of nothing."""
+    """The bin that holds the k-th element from one end, and how many of the k are in it. (end bin, 0)
+    for k = 0."""
     if k == 0:
         return (len(counts) - 1 if largest else 0), 0
-    upto = np.cumsum(counts[::-1] if largest else counts)
-    at = int(np.searchsorted(upto, k))
-    before = int(upto[at - 1]) if at else 0
+    cumulative = np.cumsum(counts[::-1] if largest else counts)
+    at = int(np.searchsorted(cumulative, k))
+    before = int(cumulative[at - 1]) if at else 0
     return (len(counts) - 1 - at if largest else at), k - before
 
 
-def patterns_of(part: torch.Tensor) -> np.ndarray:
-    """int32: magnitudes as fp32 bit patterns, in whose order they are."""
-    return part.float().view(torch.int32).numpy() & 0x7FFFFFFF
+def magnitude_bits(values: torch.Tensor) -> np.ndarray:
+    """The fp32 bit patterns of magnitudes, int32, which are ordered as the magnitudes are."""
+    return values.float().view(torch.int32).numpy() & 0x7FFFFFFF
 
 
-def bf16(weight: Weight) -> Iterator[torch.Tensor]:
-    return (part.bfloat16() for part in weight.parts())
+def seed_bytes(seed: int, name: str, chunk: int) -> bytes:
+    """Eight bytes that depend on a seed, the name of a tensor and a chunk of it."""
+    return blake2b(f"{seed}\0{name}\0{chunk}".encode(), digest_size=8).digest()
 
 
-def digest(seed: int, name: str, part: int) -> bytes:
-    return blake2b(f"{seed}\0{name}\0{part}".encode(), digest_size=8).digest()
-
-
-def generator(seed: int, name: str, part: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int.from_bytes(digest(seed, name, part), "little") >> 1)
+def generator(seed: int, name: str, chunk: int) -> torch.Generator:
+    """A torch generator seeded by `seed_bytes`."""
+    return torch.Generator().manual_seed(int.from_bytes(seed_bytes(seed, name, chunk), "little") >> 1)

@@ -53,7 +53,8 @@ class Mask:
         numel = math.prod(shape)
         if bitmap.dtype != torch.uint8 or bitmap.shape != ((numel + 7) // 8,):
             raise ValueError(
-                f"a bitmap for shape {list(shape)} is uint8 [{(numel + 7) // 8}], not {bitmap.dtype} {list(bitmap.shape)}"
+                f"a bitmap for shape {list(shape)} is uint8 [{(numel + 7) // 8}], "
+                f"not {bitmap.dtype} {list(bitmap.shape)}"
             )
         if numel % 8 and int(bitmap[-1]) >> numel % 8:
             raise ValueError(f"the bitmap has bits set beyond the last of {numel} coordinates")

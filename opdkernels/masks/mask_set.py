@@ -1,4 +1,4 @@
-"""Sets of masks: one a tensor, in the model's order, on disk as safetensors."""
+"""Mask sets: one mask per tensor, in the model's order, stored as safetensors."""
 
 from __future__ import annotations
 
@@ -22,28 +22,32 @@ FORMAT, VERSION = "opdkernels masks", "1"
 
 
 class MaskSet(Mapping[str, Mask]):
-    """Masks by the names of their tensors, in the model's order. From `load`, each is read when it is asked for.
+    """Masks by the names of their tensors, in the model's order. After `load`, each is read at its first access.
 
-    Sets of the same names and shapes combine by `&`, `|`, `^`, `-` and `~`, mask by mask.
+    Sets of the same names and shapes combine with `&`, `|`, `^`, `-` and `~`, mask by mask.
+
+    Example:
+        >>> masks = MaskSet({"w": Mask.from_bool(torch.tensor([True, False]))})
+        >>> masks.num_active, masks.density, (~masks)["w"].indices.tolist()
+        (1, 0.5, [1])
     """
 
-    in_model_order = (
-        False  # of `optim.in_model_order`: whether the order is that of a model's parameters, else a checkpoint's
-    )
+    # Whether the order is that of a model's parameters (`optim.in_model_order`), else a checkpoint's.
+    in_model_order = False
 
     def __init__(self, masks: Mapping[str, Mask]):
         self._masks: dict[str, Mask | None] = dict(masks)
         self._file: Any = None
-        self._facts: dict[str, dict[str, Any]] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
 
     def __getitem__(self, name: str) -> Mask:
-        found = self._masks[name]
-        if found is None:
-            found = self._masks[name] = self._read(name)
-        return found
+        result = self._masks[name]
+        if result is None:
+            result = self._masks[name] = self._read(name)
+        return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_masks": dict(self.items()), "_file": None, "_facts": {}, "in_model_order": self.in_model_order}
+        return {"_masks": dict(self.items()), "_file": None, "_entries": {}, "in_model_order": self.in_model_order}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._masks)
@@ -53,15 +57,17 @@ class MaskSet(Mapping[str, Mask]):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor, by name; nothing is read for it."""
-        return {name: tuple(self._facts[name]["shape"]) if name in self._facts else self[name].shape for name in self}
+        """The shape of every tensor, by name. Does not read masks."""
+        return {
+            name: tuple(self._entries[name]["shape"]) if name in self._entries else self[name].shape for name in self
+        }
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """Active coordinates and all of them, by name; nothing is read for it."""
-        known = ((name, self._facts.get(name)) for name in self)
+        """(active coordinates, coordinates) by name. Does not read masks."""
+        known = ((name, self._entries.get(name)) for name in self)
         return {
-            name: (fact["num_active"], fact["numel"]) if fact else (self[name].num_active, self[name].numel)
-            for name, fact in known
+            name: (entry["num_active"], entry["numel"]) if entry else (self[name].num_active, self[name].numel)
+            for name, entry in known
         }
 
     @property
@@ -76,21 +82,21 @@ class MaskSet(Mapping[str, Mask]):
 
     @property
     def density(self) -> float:
-        """Share of all coordinates that is active."""
+        """Fraction of all coordinates that is active; 0 without coordinates."""
         return self.num_active / self.numel if self.numel else 0.0
 
     @property
     def digest(self) -> str:
-        """64 bits of the names, their order, the shapes and the active coordinates, in hexadecimal."""
-        parts = [[name, self._facts[name]["digest"] if name in self._facts else self[name].digest] for name in self]
+        """64 bits of a hash of the names, their order, the shapes and the active coordinates, in hexadecimal."""
+        parts = [[name, self._entries[name]["digest"] if name in self._entries else self[name].digest] for name in self]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the set as one safetensors file, whole or not at all."""
-        tensors, facts = {}, []
+        """Write the set to one safetensors file, atomically. Raises InputError where it cannot be written."""
+        tensors, entries = {}, []
         for i, (name, mask) in enumerate(self.items()):
             tensors[f"{i}.{mask.layout}"] = mask.payload
-            facts.append(
+            entries.append(
                 {
                     "name": name,
                     "shape": list(mask.shape),
@@ -99,77 +105,84 @@ class MaskSet(Mapping[str, Mask]):
                     "digest": mask.digest,
                 }
             )
-        metadata = {"format": FORMAT, "version": VERSION, "digest": self.digest, "masks": json.dumps(facts)}
+        metadata = {"format": FORMAT, "version": VERSION, "digest": self.digest, "masks": json.dumps(entries)}
         if self.in_model_order:
             metadata["order"] = "model"
         try:
             write_atomically(Path(path), save(tensors, metadata))
         except OSError as error:
-            raise InputError(f"cannot write {printable(str(path))}: {error.strerror}; choose another place") from None
+            raise InputError(f"cannot write {printable(str(path))}: {error.strerror}; choose another path") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MaskSet:
-        """A set from a file of `save`. Raises InputError where it is none, or damaged; a mask's bits are checked when it is read."""
-        named = printable(os.fspath(path))
+        """A set from a file of `save`. Each mask is validated when it is read.
+
+        Raises:
+            InputError: The file is missing, damaged or no mask set.
+        """
+        display_name = printable(os.fspath(path))
         try:
             file = safe_open(os.fspath(path), "pt")
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise InputError(f"{named} holds no masks; give a file of `opdkernels mask create`")
+                raise InputError(f"{display_name} holds no masks; give a file of `opdkernels mask`")
             if metadata["version"] != VERSION:
                 raise InputError(
-                    f"{named} is of version {printable(metadata['version'])} of the format, not {VERSION}; make it again"
+                    f"{display_name} has version {printable(metadata['version'])} of the format, not {VERSION}; "
+                    "create it again"
                 )
-            facts = json.loads(metadata["masks"])
-            found = cls({})
-            found._file, found._facts = (
-                (file, named),
-                {fact["name"]: {**fact, "place": i} for i, fact in enumerate(facts)},
+            entries = json.loads(metadata["masks"])
+            result = cls({})
+            result._file, result._entries = (
+                (file, display_name),
+                {entry["name"]: {**entry, "position": i} for i, entry in enumerate(entries)},
             )
-            found._masks = dict.fromkeys(found._facts)
-            found.in_model_order = metadata.get("order") == "model"
-            if len(found) != len(facts) or found.digest != metadata["digest"]:
+            result._masks = dict.fromkeys(result._entries)
+            result.in_model_order = metadata.get("order") == "model"
+            if len(result) != len(entries) or result.digest != metadata["digest"]:
                 raise ValueError("digest")
         except InputError:
             raise
         except FileNotFoundError:
-            raise InputError(f"{named} does not exist; give a file of masks") from None
+            raise InputError(f"{display_name} does not exist; give a file of masks") from None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{named} cannot be read as masks ({printable(str(error).splitlines()[0][:200])}); make it again"
+                f"{display_name} cannot be read as masks ({printable(str(error).splitlines()[0][:200])}); "
+                "create it again"
             ) from None
-        return found
+        return result
 
     def _read(self, name: str) -> Mask:
-        file, named = self._file
-        fact = self._facts[name]
+        file, display_name = self._file
+        entry = self._entries[name]
         try:
             key = next(
-                f"{fact['place']}.{kind}"
+                f"{entry['position']}.{kind}"
                 for kind in ("bitmap", "indices")
-                if f"{fact['place']}.{kind}" in file.keys()  # noqa: SIM118
+                if f"{entry['position']}.{kind}" in file.keys()  # noqa: SIM118
             )
-            make = Mask.from_bitmap if key.endswith("bitmap") else Mask.from_indices
-            mask = make(file.get_tensor(key), fact["shape"])
-            if (mask.digest, mask.num_active, mask.numel) != (fact["digest"], fact["num_active"], fact["numel"]):
+            constructor = Mask.from_bitmap if key.endswith("bitmap") else Mask.from_indices
+            mask = constructor(file.get_tensor(key), entry["shape"])
+            if (mask.digest, mask.num_active, mask.numel) != (entry["digest"], entry["num_active"], entry["numel"]):
                 raise ValueError("its bits are not those that were written")
         except (SafetensorError, StopIteration, ValueError, TypeError, KeyError) as error:
             raise InputError(
-                f"the mask of {printable(name)} in {named} is damaged ({printable(str(error))}); make the file again"
+                f"the mask of {printable(name)} in {display_name} is damaged ({printable(str(error))}); "
+                "create the file again"
             ) from None
         return mask
 
-    def _combined(self, other: MaskSet, how: Callable[[Mask, Mask], Mask]) -> MaskSet:
+    def _combined(self, other: MaskSet, operation: Callable[[Mask, Mask], Mask]) -> MaskSet:
         if not isinstance(other, MaskSet):
             return NotImplemented
         if list(self) != list(other):
             lacking = [name for name in self if name not in other] + [name for name in other if name not in self]
             raise ValueError(
-                f"the sets name other tensors: {printable(lacking[0])}, …"
+                f"the sets have different tensors: {printable(lacking[0])}, …"
                 if lacking
-                else "the sets name their tensors in another order"
+                else "the sets have their tensors in different orders"
             )
-        return MaskSet({name: how(self[name], other[name]) for name in self})
+        return MaskSet({name: operation(self[name], other[name]) for name in self})
 
     def __and__(self, other: MaskSet) -> MaskSet:
         return self._combined(other, lambda a, b: a & b)
@@ -196,5 +209,10 @@ class MaskSet(Mapping[str, Mask]):
 
 
 def from_bools(active: Mapping[str, torch.Tensor]) -> MaskSet:
-    """A set from bool tensors by name."""
+    """A set from bool tensors by name.
+
+    Example:
+        >>> from_bools({"w": torch.tensor([True, False])}).num_active
+        1
+    """
     return MaskSet({name: Mask.from_bool(tensor) for name, tensor in active.items()})

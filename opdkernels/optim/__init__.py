@@ -1,4 +1,4 @@
-"""Optimizers that train only the active coordinates of a mask, with state for these alone, and adapters for trainers."""
+"""Optimizers that train and keep state for the active coordinates of a mask only, and adapters for trainers."""
 
 from opdkernels.optim.adamw import MaskedAdamW
 from opdkernels.optim.adapters import optimizer_cls_and_kwargs

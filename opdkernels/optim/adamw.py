@@ -13,12 +13,12 @@ from opdkernels.optim.binding import Masks
 
 
 class MaskedAdamW(MaskedOptimizer):
-    """AdamW on the active coordinates of `masks`. Every other one keeps its bits, whatever its gradient or weight decay.
+    """AdamW on the active coordinates of `masks`. Others keep their bits, whatever their gradient or weight decay.
 
-    Active fp32 coordinates are stepped bit for bit as `torch.optim.AdamW(foreach=False)` steps them, except for its square
-    root, which on the CPU may be off by one unit in the last place. State takes 8 bytes per active coordinate (12 with
-    amsgrad, 2 more for bf16 with "split_master" or "kahan"); a mask takes 1 bit per coordinate or, below a density of
-    1/32, 4 bytes per active coordinate.
+    Active fp32 coordinates are stepped bit for bit as `torch.optim.AdamW(foreach=False)` steps them, except for its
+    square root, which on the CPU may be off by one unit in the last place. State takes 8 bytes per active coordinate
+    (12 with amsgrad, 2 more for bf16 with "split_master" or "kahan"); a mask takes 1 bit per coordinate or, below a
+    density of 1/32, 4 bytes per active coordinate.
 
     Args:
         params: Parameters or parameter groups as `torch.optim.AdamW` takes them, fp32 or bf16, preferably named
@@ -35,8 +35,8 @@ class MaskedAdamW(MaskedOptimizer):
         precision: How updates of bf16 parameters are kept: "split_master" stores 16 more bits per coordinate, so that
             weight and remainder are an fp32 master; "kahan" stores a bf16 compensation; "stochastic" rounds randomly by
             `seed`; "nearest" rounds each step (default: "split_master").
-        weight_decay_target: What weight decay pulls towards: "zero", or "init", the value that a weight had when it last
-            became active (default: "zero").
+        weight_decay_target: What weight decay pulls towards: "zero", or "init", the value that a weight had when it
+            last became active (default: "zero").
         seed: Seed of "stochastic", 64 bits (default: 0).
         maximize: Ascend instead of descend (default: False).
         foreach: Ignored (default: None).

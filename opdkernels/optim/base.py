@@ -1,17 +1,18 @@
 """What MaskedAdamW and MaskedSGD share: stepping, clipping, state dicts and changes of the masks.
 
-State of a parameter, created at its first step from the parameter that exists then. Every tensor is [num_active] unless noted:
+State of a parameter, created at its first step from the parameter that exists then. Every tensor is [num_active] unless
+noted:
 
 - `step`: steps taken, fp32, one element
 - `exp_avg`, `exp_avg_sq`, `max_exp_avg_sq` or `momentum_buffer`: fp32
 - `remainder` (int16) or `compensation` (bf16): for bf16 parameters, by precision
 - `init_value`: initial weights, dtype of the parameter
-- `step_group` (uint8) and `group_steps` (fp32 [groups]): after `set_masks`, the steps that each group of coordinates took
+- `step_group` (uint8) and `group_steps` (fp32 [groups]): after `set_masks`, the steps of each group of coordinates
 - `mask`: digest of the mask, int64, one element
 
-For DTensors `state_dict` gives every [num_active] tensor as a DTensor of the parameter's shape, zero where nothing is active,
-and step groups as the `steps` of each coordinate, so that torch.distributed.checkpoint saves and loads it at any world size.
-Both forms can be loaded.
+For DTensors `state_dict` gives every [num_active] tensor as a DTensor of the parameter's shape, zero where nothing is
+active, and step groups as the `steps` of each coordinate, so that torch.distributed.checkpoint saves and loads it at
+any world size. Both forms can be loaded.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler leaves unscaling to `step`: with `fused=True`, and with gathered gradients, where it would find
-        no gradient and `step` raises an error."""
+        """Whether a GradScaler leaves unscaling to `step`: with `fused=True`, and with gathered gradients, where it
+        would find no gradient and `step` raises an error."""
         return bool(self.defaults["fused"] or self._gathers)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,8 +126,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 and param.dtype == torch.bfloat16
             ):
                 raise ValueError(
-                    f'{binding.display_name} is not sharded along its first dimension; precision "stochastic" needs it, '
-                    'choose "split_master"'
+                    f"{binding.display_name} is not sharded along its first dimension; "
+                    'precision "stochastic" needs it, choose "split_master"'
                 )
             if self.state.get(param):
                 self._validate_state(self.state[param], local, shard, binding, group)
@@ -163,7 +164,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def _init_state(
         self, state: dict[str, Any], local: torch.Tensor, shard: Shard, binding: Binding, group: dict[str, Any]
     ) -> bool:
-        """Create missing state. Returns whether moments were created: SGD's first step copies the gradient to its buffer."""
+        """Create missing state. Returns whether moments were created: SGD then copies the gradient to its buffer."""
         is_first = any(name not in state for name in self._moment_names(group))
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
@@ -232,9 +233,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Have the next step scale the gradients so that the norm of the active ones is at most `max_norm`.
 
-        Frozen coordinates do not count: the norm of the full gradient, which trainers clip by, is about 1 / sqrt(density)
-        larger. The gradients themselves do not change. With a GradScaler, call `scaler.unscale_` first. For DTensors, every
-        rank of their mesh must call this.
+        Frozen coordinates do not count: the norm of the full gradient, which trainers clip by, is about 1 /
+        sqrt(density) larger. The gradients themselves do not change. With a GradScaler, call `scaler.unscale_` first.
+        For DTensors, every rank of their mesh must call this.
 
         Args:
             max_norm: Maximum norm, not negative.
@@ -274,7 +275,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return norm.float()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as `torch.optim.Optimizer` gives it; for DTensors, compact state as DTensors of the parameter's shape."""
+        """The state as `torch.optim.Optimizer` gives it; for DTensors, compact state as DTensors of the parameter's
+        shape."""
         result = super().state_dict()
         dense_states: dict[Any, dict[str, Any]] = {}
         keys = [key for group in result["param_groups"] for key in group["params"]]
@@ -306,7 +308,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of `state_dict`, compact or of the parameters' shapes, to the parameters' devices, with its dtypes.
+        """Load a state of `state_dict`, compact or of the parameters' shapes, to the parameters' devices.
 
         Args:
             state_dict: What `state_dict` returned, for the same masks.
@@ -347,8 +349,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         missing = [name for name in self.defaults if name not in saved]
         if missing:
             raise InputError(
-                f"the optimizer state has no {missing[0]}: it is another optimizer's; give one of {type(self).__name__}, "
-                "or a dense one to load_dense_state_dict"
+                f"the optimizer state has no {missing[0]}: it is another optimizer's; "
+                f"give one of {type(self).__name__}, or a dense one to load_dense_state_dict"
             )
         merged = {**group, **{key: value for key, value in saved.items() if key not in ("params", "param_names")}}
         try:
@@ -398,7 +400,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def dense_state_dict(self) -> dict[str, Any]:
-        """The state as torch's own AdamW or SGD has it: moments of the parameters' shapes, zero where nothing is active.
+        """The state as torch's own AdamW or SGD has it: moments of the parameters' shapes, zero where frozen.
 
         Raises:
             ValueError: The masks have changed, so that coordinates have different step counts.
@@ -425,7 +427,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_dense_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of torch's own AdamW or SGD; only what is active is kept. bf16 weights start without a remainder.
+        """Load the active part of the state of torch's own AdamW or SGD. bf16 weights start without a remainder.
 
         Raises:
             InputError: The state does not fit; nothing has changed.
@@ -464,8 +466,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def set_masks(self, masks: Masks, *, on_drop: str = "keep") -> None:
         """Change the masks.
 
-        Coordinates that stay active keep their moments and step count; new ones start at zero, with a step count of their
-        own.
+        Coordinates that stay active keep their moments and step count; new ones start at zero, with a step count of
+        their own.
 
         Args:
             masks: As at construction.
@@ -529,11 +531,13 @@ def sharded_dims(param: torch.Tensor) -> tuple[tuple[Any, int], ...]:
     """(device mesh, mesh dimension) for each dimension that a DTensor is sharded over; empty for a plain tensor."""
     if not is_dtensor(param):
         return ()
-    return tuple((param.device_mesh, i) for i, p in enumerate(param.placements) if not p.is_replicate())  # type: ignore[attr-defined]
+    placements = enumerate(param.placements)  # type: ignore[attr-defined]
+    return tuple((param.device_mesh, i) for i, p in placements if not p.is_replicate())  # type: ignore[attr-defined]
 
 
 def step_groups_of(steps: torch.Tensor, param_steps: torch.Tensor, binding: Binding) -> dict[str, torch.Tensor]:
-    """The step groups of coordinates with these step counts, fp32 [num_active]; {} where all equal that of the parameter."""
+    """The step groups of coordinates with these step counts, fp32 [num_active]; {} where all equal that of the
+    parameter."""
     if bool((steps == param_steps.to(steps.device)).all()):
         return {}
     group_steps, step_group = torch.unique(steps, return_inverse=True)

@@ -1,7 +1,7 @@
 """Binds masks to the parameters of an optimizer and cuts them to the local shards.
 
-The masks are a set, a file, a mapping or a list. Nothing here holds a Parameter, since trainers replace them: a mask is bound to
-a position in the groups, a name and a global shape.
+The masks are a set, a file, a mapping or a list. Nothing here holds a Parameter, since trainers replace them: a mask is
+bound to a position in the groups, a name and a global shape.
 """
 
 from __future__ import annotations
@@ -225,15 +225,16 @@ def as_mask(value: object, name: str) -> Mask:
 
 
 def in_model_order(masks: Masks, model: torch.nn.Module) -> MaskSet:
-    """The masks of a model's parameters in the order of `model.parameters()`, for trainers that pass parameters without names.
+    """The masks of a model's parameters in the order of `model.parameters()`, for trainers that pass parameters without
+    names.
 
     Args:
         masks: As for `MaskedAdamW`, by the names of the model.
         model: The model; every parameter needs a mask.
 
     Returns:
-        A set that may be given, itself or as the file that its `save` writes, for unnamed parameters: all of them, in that
-        order, in one group.
+        A set that may be given, itself or as the file that its `save` writes, for unnamed parameters: all of them, in
+        that order, in one group.
 
     Raises:
         ValueError: A parameter has no mask.

@@ -36,8 +36,8 @@ def gather_active_grads(model: torch.nn.Module, optimizer: MaskedOptimizer) -> H
     """Gather the active gradients of each parameter during the backward pass and free the dense gradient.
 
     At any time the dense gradients of about one layer exist. Gathered gradients are fp32; micro-batches add up;
-    `optimizer.step` uses them and `zero_grad` discards them. After the backward pass `p.grad` is None, so that a trainer's
-    own clipping sees nothing: use `optimizer.clip_grad_norm_`.
+    `optimizer.step` uses them and `zero_grad` discards them. After the backward pass `p.grad` is None, so that a
+    trainer's own clipping sees nothing: use `optimizer.clip_grad_norm_`.
 
     Args:
         model: The model that is trained, wrapped as it is trained.
@@ -136,7 +136,8 @@ def zero_frozen_grads(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hoo
 def register_hooks(
     model: torch.nn.Module, optimizer: MaskedOptimizer, hook: Callable[[ParamKey, torch.Tensor], None]
 ) -> list[RemovableHandle]:
-    """Call `hook(key, parameter)` when a parameter of both model and optimizer has its gradient. Returns the handles."""
+    """Call `hook(key, parameter)` when a parameter of both model and optimizer has its gradient. Returns the
+    handles."""
     keys = {param: key for key, param, _ in optimizer._bindings()}
     params = [param for param in model.parameters() if param in keys and param.requires_grad]
     if not params:

@@ -18,7 +18,7 @@ def is_number(value: Any) -> bool:
 
 
 def validate_options(options: dict[str, Any]) -> None:
-    """Raise ValueError for an option that is out of range, TypeError for a flag that masked optimizers do not support."""
+    """Raise ValueError for an option that is out of range, TypeError for a flag that is not supported."""
     for name in ("lr", "eps", "weight_decay", "momentum", "dampening"):
         value = options.get(name, 0.0)
         if name == "lr" and isinstance(value, torch.Tensor) and value.numel() == 1:

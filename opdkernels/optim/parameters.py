@@ -19,11 +19,11 @@ from opdkernels.optim.binding import Binder, Binding, Masks, is_dtensor, local_g
 class MaskedParameters(torch.nn.Module):
     """The active values of a model's masked weights as fp32 Parameters [num_active], one per weight, for any optimizer.
 
-    During the backward pass the gradient of a weight is gathered into its compact Parameter and freed. After each step of an
-    `attach`ed optimizer, or by `push_to_model`, the compact values are written to the weights; a bf16 weight is rounded to
-    nearest from its compact value, which is its fp32 master. Frozen coordinates are never written. Weights without a mask or
-    without an active coordinate are frozen. After loading a state dict into this module call `push_to_model`; after loading
-    one into the model, `pull_from_model`.
+    During the backward pass the gradient of a weight is gathered into its compact Parameter and freed. After each step
+    of an `attach`ed optimizer, or by `push_to_model`, the compact values are written to the weights; a bf16 weight is
+    rounded to nearest from its compact value, which is its fp32 master. Frozen coordinates are never written. Weights
+    without a mask or without an active coordinate are frozen. After loading a state dict into this module call
+    `push_to_model`; after loading one into the model, `pull_from_model`.
 
     Args:
         model: The model that is trained. Its weights must not be DTensors.

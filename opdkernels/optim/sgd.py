@@ -16,8 +16,8 @@ from opdkernels.optim.binding import Masks
 class MaskedSGD(MaskedOptimizer):
     """SGD on the active coordinates of `masks`. Every other one keeps its bits.
 
-    Active fp32 coordinates are stepped bit for bit as `torch.optim.SGD(foreach=False)` steps them. State takes 4 bytes per
-    active coordinate with momentum and none without (2 more for bf16 with "split_master" or "kahan").
+    Active fp32 coordinates are stepped bit for bit as `torch.optim.SGD(foreach=False)` steps them. State takes 4 bytes
+    per active coordinate with momentum and none without (2 more for bf16 with "split_master" or "kahan").
 
     Args:
         params: Parameters or parameter groups as `torch.optim.SGD` takes them, fp32 or bf16, preferably named.

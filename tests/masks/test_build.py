@@ -28,8 +28,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def assert_extreme(flags: list[np.ndarray], values: list[np.ndarray], share: float, largest: bool) -> None:
-    """As many as the share says, none beyond the others, and of those that tie as much of each tensor as of all, within a coordinate a
-    part of 1,000."""
+    """As many as the share says, none beyond the others, and of those that tie as much of each tensor as of all, within
+    a coordinate a part of 1,000."""
     chosen, everything = np.concatenate(flags), np.concatenate(values)
     k = math.ceil(share * everything.size)
     assert chosen.sum() == k
@@ -200,13 +200,13 @@ def test_bad_input_is_refused_by_name():
     source = weights()
     broken = {"w": torch.tensor([1.0, float("nan")])}
     for call, message in (
-        (lambda: near_zero(source, 0), "share of active coordinates"),
-        (lambda: near_zero(source, 1.5), "share of active coordinates"),
+        (lambda: near_zero(source, 0), "density must be above 0"),
+        (lambda: near_zero(source, 1.5), "density must be above 0"),
         (lambda: near_zero(source, 0.1, scope="layer"), "scope must be one of tensor, module, model"),
         (lambda: near_zero(broken, 0.5), "w holds NaN"),
         (lambda: principal({"w": torch.full((3, 3), float("inf"))}, 0.5), "w holds NaN or Inf"),
         (lambda: changed("a", "b", view="both"), "view must be one of"),
-        (lambda: changed("a", "b", atol=-1), "atol must lie"),
+        (lambda: changed("a", "b", atol=-1), "atol must be"),
         (lambda: magnitude_matched(near_zero(source, 0.1), {"x": torch.ones(2)}), "has no tensor"),
         (lambda: magnitude_matched(near_zero({"w": torch.ones(2)}, 0.5), {"w": torch.ones(3)}), "its mask"),
     ):

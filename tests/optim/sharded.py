@@ -1,4 +1,5 @@
-"""What tests/optim/test_distributed.py starts under torchrun: a small model sharded by FSDP2 on the CPU, trained, saved and loaded."""
+"""What tests/optim/test_distributed.py starts under torchrun: a small model sharded by FSDP2 on the CPU, trained, saved
+and loaded."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def sharded_model(dtype: torch.dtype) -> torch.nn.Sequential:
 
 
 def replicated_with_partial_gradient() -> list[torch.Tensor]:
-    """Each rank's copy of a weight after a step of SGD at a rate of 1: its gradient is rank + 1 here, still to be summed."""
+    """Each rank's copy of a weight after a step of SGD at a rate of 1: its gradient is rank + 1 here, still to be
+    summed."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     weight = torch.nn.Parameter(DTensor.from_local(torch.zeros(4), mesh, [Replicate()]))
     weight.grad = DTensor.from_local(torch.full((4,), dist.get_rank() + 1.0), mesh, [Partial()])

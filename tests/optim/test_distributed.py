@@ -1,4 +1,5 @@
-"""FSDP2 on the CPU, several gloo processes: the same weights as one process, and state that loads at another world size."""
+"""FSDP2 on the CPU, several gloo processes: the same weights as one process, and state that loads at another world
+size."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ def test_two_ranks_train_as_one(dtype, precision, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "precision"), CASES[1:2])
 def test_saved_at_two_ranks_loads_at_one_and_three(dtype, precision, tmp_path):
-    """Points 9 and 13: by torch.distributed.checkpoint, with coordinates of two ages; the run goes on as if unbroken."""
+    """Points 9 and 13: by torch.distributed.checkpoint, with coordinates of two ages; the run goes on as if
+    unbroken."""
     unbroken = run("save", 2, tmp_path, dtype, precision)["weights"]
     for ranks in (1, 3):
         again = run("load", ranks, tmp_path, dtype, precision)["weights"]

@@ -1,4 +1,5 @@
-"""Gathered and masked gradients, and the active values as Parameters: the same steps as from dense gradients, with less memory."""
+"""Gathered and masked gradients, and the active values as Parameters: the same steps as from dense gradients, with less
+memory."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def test_micro_batches_add_up_in_fp32():
 
 
 def test_gathering_refuses_what_it_cannot_serve():
-    """Point 5: a GradScaler, which finds no gradients, DistributedDataParallel, which reduces later, and another model."""
+    """Point 5: a GradScaler, which finds no gradients, DistributedDataParallel, which reduces later, and another
+    model."""
     model = small_model()
     optimizer = MaskedAdamW(model.named_parameters(), masks=masks_for(model))
     with pytest.raises(ValueError, match="no parameter of this model"):

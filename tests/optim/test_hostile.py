@@ -1,4 +1,5 @@
-"""What has gone wrong around masked optimizers, or could: states, gradients and weights that are not what a kernel would read."""
+"""What has gone wrong around masked optimizers, or could: states, gradients and weights that are not what a kernel
+would read."""
 
 from __future__ import annotations
 

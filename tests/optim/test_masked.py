@@ -1,4 +1,5 @@
-"""MaskedAdamW and MaskedSGD: frozen bits stay, active ones move as torch moves them, and state is as large as what is active."""
+"""MaskedAdamW and MaskedSGD: frozen bits stay, active ones move as torch moves them, and state is as large as what is
+active."""
 
 from __future__ import annotations
 
@@ -506,7 +507,8 @@ def test_a_closure_runs_first_and_its_loss_comes_back():
 
 
 def test_masks_find_their_parameters(tmp_path):
-    """A set, a file of one, a mapping or a list; names with and without what trainers wrap them in; unnamed ones only in order."""
+    """A set, a file of one, a mapping or a list; names with and without what trainers wrap them in; unnamed ones only
+    in order."""
     params, masks = model_of(), masks_of()
     found = MaskSet({name: Mask.from_bool(mask) for name, mask in masks.items()})
     found.save(tmp_path / "m.safetensors")

@@ -1,4 +1,5 @@
-"""Real trainers on a tiny model: each trains, frozen coordinates keep their bits, and a resumed run is the unbroken one bit for bit.
+"""Real trainers on a tiny model: each trains, frozen coordinates keep their bits, and a resumed run is the unbroken one
+bit for bit.
 
 They run where the libraries are installed: `make trainers`.
 """

@@ -1,11 +1,11 @@
 // The active coordinates of a bitmap. A warp takes a block of 2,048, whose first active coordinate is element
 // block_counts[block] of the compact arrays.
 //
-// A warp reads the bits of its block, writes the positions of the set ones into a queue in shared memory, and takes 32 of the
-// queue at a time. So no lane idles at any density, compact arrays are read and written a full line at a time, and of dense
-// ones only the 32-byte sectors that hold an active coordinate. One lane per coordinate would load as much and, at a density of
-// 20 %, issue five times the instructions: more than an H100 has time for while memory delivers the bytes. Wider loads of dense
-// arrays would save instructions only where nearly everything is active.
+// A warp reads the bits of its block, writes the positions of the set ones into a queue in shared memory, and takes
+// 32 of the queue at a time. So no lane idles at any density, compact arrays are read and written a full line at a
+// time, and of dense ones only the 32-byte sectors that hold an active coordinate. One lane per coordinate would load
+// as much and, at a density of 20 %, issue five times the instructions: more than an H100 has time for while memory
+// delivers the bytes. Wider loads of dense arrays would save instructions only where nearly everything is active.
 #pragma once
 #include "grid.h"
 
@@ -30,8 +30,8 @@ __device__ __forceinline__ opd_u16* warp_queue(opd_u8* shared) {
   return (opd_u16*)(shared + threadIdx.x / OPD_WARP * OPD_QUEUE_BYTES);
 }
 
-// Queues the positions of a block's set bits in order and returns their number. All lanes take part: one word at a time, one bit
-// per lane. No two lanes access the same bank, and the time does not depend on the density.
+// Queues the positions of a block's set bits in order and returns their number. All lanes take part: one word at a
+// time, one bit per lane. No two lanes access the same bank, and the time does not depend on the density.
 __device__ __forceinline__ int queue_active(const opd_u8* mask, opd_i64 block, opd_i64 n, opd_u16* queue) {
   const int lane = threadIdx.x % OPD_WARP;
   const opd_u32 below = (1u << lane) - 1;

@@ -1,4 +1,6 @@
-r"""`step`: masked AdamW and SGD, in place, on the active coordinates of many tensors. Others are neither read nor written.
+r"""`step`: masked AdamW and SGD, in place, on the active coordinates of many tensors.
+
+Other coordinates are neither read nor written.
 
 For each active coordinate with weight w and gradient g, AdamW at step t is
 
@@ -13,14 +15,15 @@ and SGD with momentum mu and dampening d is
     m <- mu m + (1 - d) g, at t = 1 m <- g
     w <- w - lr m, with nesterov w <- w - lr (g + mu m)
 
-in fp32, operation by operation as `torch.optim.AdamW` and `SGD` round them with `foreach=False`, with a correctly rounded
-square root (torch's on the CPU may be off by one unit in the last place). The moments m and v exist for active coordinates
-only. Weight decay pulls towards zero or towards an initial value. A bf16 weight is kept in one of four precisions:
-"split_master" stores the 16 bits that it lacks of an fp32 master; "kahan" stores a bf16 compensation; "stochastic" rounds up
-or down by Philox, keyed by seed, step, tensor and global coordinate, so that the result does not depend on the sharding;
-"nearest" loses updates below half a unit in the last place.
+in fp32, operation by operation as `torch.optim.AdamW` and `SGD` round them with `foreach=False`, with a correctly
+rounded square root (torch's on the CPU may be off by one unit in the last place). The moments m and v exist for active
+coordinates only. Weight decay pulls towards zero or towards an initial value. A bf16 weight is kept in one of four
+precisions: "split_master" stores the 16 bits that it lacks of an fp32 master; "kahan" stores a bf16 compensation;
+"stochastic" rounds up or down by Philox, keyed by seed, step, tensor and global coordinate, so that the result does not
+depend on the sharding; "nearest" loses updates below half a unit in the last place.
 
-Sources: Loshchilov and Hutter 2019 (AdamW); Sutskever et al. 2013 (Nesterov); Salmon et al. 2011 (Philox); arXiv 2606.13657.
+Sources: Loshchilov and Hutter 2019 (AdamW); Sutskever et al. 2013 (Nesterov); Salmon et al. 2011 (Philox); arXiv
+2606.13657.
 """
 
 from __future__ import annotations
@@ -152,8 +155,8 @@ def sgd(
 
 
 def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """a b + c of fp32, rounded once: the product is exact in fp64; the sum there is rounded to odd, so that rounding again to fp32
-    is right (Boldo and Melquiond 2008)."""
+    """a b + c of fp32, rounded once: the product is exact in fp64; the sum there is rounded to odd, so that rounding
+    again to fp32 is right (Boldo and Melquiond 2008)."""
     product, addend = a.double() * b.double(), c.double()
     total = product + addend
     back = total - product
@@ -321,8 +324,8 @@ def masked_adamw(
         scalars: fp32 [rows, 8] from `adamw_scalars`.
         max_exp_avg_sqs: Largest second moments so far, fp32 [num_active], for amsgrad; an empty tensor for none
             (default: none).
-        residuals: int16 [num_active] for "split_master" and bf16 [num_active] for "kahan", of bf16 params; empty tensors
-            for fp32 params (default: none).
+        residuals: int16 [num_active] for "split_master" and bf16 [num_active] for "kahan", of bf16 params; empty
+            tensors for fp32 params (default: none).
         init_values: What weight decay pulls towards instead of zero, dtype of the param [num_active]; an empty tensor
             for zero (default: none).
         step_groups: uint8 [num_active]; coordinates that became active later have their own step count and use row

@@ -12,9 +12,10 @@ Tensors = Sequence[torch.Tensor]
 
 
 class StepArgs(NamedTuple):
-    """The arguments of `masked_adamw_` and `masked_sgd_`, in the order of the schemas: one element per tensor in each list.
+    """The arguments of `masked_adamw_` and `masked_sgd_`, in the order of the schemas.
 
-    A list is empty where no tensor has such a value; a tensor is empty where its parameter has none.
+    Lists have one element per tensor. A list is empty where no tensor has such a value; a tensor is empty where its
+    parameter has none.
     """
 
     params: Tensors  # fp32 or bf16

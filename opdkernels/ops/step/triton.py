@@ -1,16 +1,16 @@
-"""`step` in Triton: one launch updates the active coordinates of all tensors with equal flags, through a table of addresses.
+"""`step` in Triton: one launch for all tensors with equal flags, through a table of addresses.
 
-Programs take tiles of coordinates or indices in turn and advance along the table as they do: the tiles of a tensor follow
-those of the one before. For a bitmap, a lane is a coordinate; the bits before it in its block of 2,048 give the position of
-its moments. Lanes without a bit read and write nothing; a lane loads one coordinate at a time, next to those of its neighbours.
-Tensors have equal flags where their dtypes, the layout of their masks and their optional values agree; a model has one or two
-such groups.
+Programs take tiles of coordinates or indices in turn and advance along the table as they do: the tiles of a tensor
+follow those of the one before. For a bitmap, a lane is a coordinate; the bits before it in its block of 2,048 give the
+position of its moments. Lanes without a bit read and write nothing; a lane loads one coordinate at a time, next to
+those of its neighbours. Tensors have equal flags where their dtypes, the layout of their masks and their optional
+values agree; a model has one or two such groups.
 
-Nothing is copied back to the host: the number of active coordinates, `found_inf`, `grad_scale` and `clip` are read on the
-device.
+Nothing is copied back to the host: the number of active coordinates, `found_inf`, `grad_scale` and `clip` are read on
+the device.
 
-Rounding: quotients and square roots are correctly rounded; products and sums are fused where the reference fuses them and
-nowhere else. The arithmetic of a coordinate is that of csrc/step/step.h.
+Rounding: quotients and square roots are correctly rounded; products and sums are fused where the reference fuses them
+and nowhere else. The arithmetic of a coordinate is that of csrc/step/step.h.
 """
 
 from __future__ import annotations
@@ -261,8 +261,8 @@ def any_active(mask_ptr, block_counts_ptr, base):
 
 @triton.jit
 def active_lanes(mask_ptr, block_counts_ptr, base, size, TILE: tl.constexpr):
-    """The lanes of a tile: first coordinate, that of each lane relative to it; first element in compact arrays, that of each
-    lane relative to it; which lanes are active."""
+    """The lanes of a tile: first coordinate, that of each lane relative to it; first element in compact arrays, that of
+    each lane relative to it; which lanes are active."""
     lane = tl.arange(0, TILE)
     inside = lane < size - base
     if mask_ptr.dtype.element_ty == tl.uint8:

@@ -1,4 +1,5 @@
-"""`step`: torch's AdamW on the active coordinates bit for bit, and nothing at all on the others, by every kernel and the reference."""
+"""`step`: torch's AdamW on the active coordinates bit for bit, and nothing at all on the others, by every kernel and
+the reference."""
 
 from __future__ import annotations
 
@@ -259,7 +260,8 @@ def test_all_and_nothing(isa, density):
 
 
 def test_an_exact_remainder_makes_the_weight_a_master(isa):
-    """bf16 weight and remainder are the fp32 master that torch's AdamW would keep, at a rate that plain rounding loses."""
+    """bf16 weight and remainder are the fp32 master that torch's AdamW would keep, at a rate that plain rounding
+    loses."""
     state = State(SIZES, dtype=torch.bfloat16, precision="split_master")
     masters = [torch.nn.Parameter(p.float()) for p in state.params]
     optimizer = torch.optim.AdamW(masters, lr=1e-6, betas=BETAS, eps=EPS, weight_decay=0.01, foreach=False)
