@@ -1,7 +1,11 @@
-"""The loop beside TRL's DistillationTrainer: on-policy reverse KL, the same models, prompts and lengths, each in a process of its own, in
-turn. Shares of a step's time and, for a real vocabulary, what full logits cost.
+"""The training loop next to TRL's DistillationTrainer: on-policy reverse KL with the same models, prompts and lengths.
 
-    python benchmarks/run.py benchmarks/bench_distill.py --trl-python PYTHON    (with trl, and what opdkernels[distill] needs)
+Each runs in a process of its own, in turn. Also fractions of a step's time and, for a real vocabulary, what full logits
+cost.
+
+    python benchmarks/run.py benchmarks/bench_distill.py --trl-python PYTHON
+
+PYTHON needs trl, and the dependencies of opdkernels[distill].
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Trains a student on its own samples by reverse KL, with this package's loop or TRL's DistillationTrainer, and prints the seconds
-of a step (the median, the first two apart), the peak of memory in bytes, and the KL at the end.
+"""Trains a student on its own samples by reverse KL, with this package's loop or TRL's DistillationTrainer.
+
+Prints the seconds per step (median without the first two), the peak of memory in bytes, and the KL at the end.
 
     python benchmarks/distill_stage.py loop|trl STUDENT TEACHER PROMPTS.jsonl STEPS BATCH NEW_TOKENS DTYPE THREADS
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-RATE = 1e-5
+LEARNING_RATE = 1e-5
 
 
 def loop(
@@ -43,7 +44,7 @@ def loop(
         "batch_size": batch,
         "max_completion_length": new_tokens,
         "dtype": dtype,
-        "learning_rate": RATE,
+        "learning_rate": LEARNING_RATE,
         "snapshot_every": 0,
         "threads": threads,
         "device": "cpu",
@@ -89,7 +90,7 @@ def trl(
         max_steps=steps,
         per_device_train_batch_size=batch,
         max_completion_length=new_tokens,
-        learning_rate=RATE,
+        learning_rate=LEARNING_RATE,
         beta=1.0,
         temperature=1.0,
         lr_scheduler_type="constant",
@@ -126,10 +127,10 @@ def main() -> None:
     torch.set_num_threads(int(threads))
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as out:
-        found = {"loop": loop, "trl": trl}[which](
+        metrics = {"loop": loop, "trl": trl}[which](
             student, teacher, prompts, int(steps), int(batch), int(new_tokens), dtype, int(threads), out
         )
-    print(json.dumps({**found, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    print(json.dumps({**metrics, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
 
 main()

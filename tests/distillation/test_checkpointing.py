@@ -41,7 +41,7 @@ def trained_further(place):
 # Who writes
 
 
-def test_a_second_run_in_a_folder_is_refused_while_the_first_lasts(options, tmp_path, monkeypatch):
+def test_concurrent_run_in_a_folder_is_refused(options, tmp_path, monkeypatch):
     train_step, inside, go_on = loop.train_step, threading.Event(), threading.Event()
 
     def waits(*args, **kwargs):
@@ -62,7 +62,7 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_lasts(options, tmp_
     assert train(options(max_steps=2), tmp_path).step == 2
 
 
-def test_a_folder_is_free_after_an_error_and_after_a_kill(options, places, tmp_path):
+def test_folder_lock_is_released_after_error_and_kill(options, places, tmp_path):
     with pytest.raises(InputError, match=r"can(not)? be loaded"):
         train(options(teacher=str(tmp_path / "none")), tmp_path / "run")
     program = (
@@ -83,12 +83,12 @@ def test_a_folder_is_free_after_an_error_and_after_a_kill(options, places, tmp_p
     assert train(chosen, tmp_path / "run").step == 3
 
 
-def test_a_folder_without_a_name_is_refused(options):
+def test_empty_folder_name_is_refused(options):
     with pytest.raises(UsageError, match="no name"):
         train(options(), "")
 
 
-def test_parents_of_a_folder_are_made_and_what_cannot_be_is_named(options, tmp_path):
+def test_parent_folders_are_created(options, tmp_path):
     assert train(options(max_steps=1), tmp_path / "a" / "b").step == 1
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot write to .*file/run: Not a directory; choose another folder"):
@@ -99,7 +99,7 @@ def test_parents_of_a_folder_are_made_and_what_cannot_be_is_named(options, tmp_p
 
 
 @pytest.mark.parametrize("wrong", ["student", "teacher", "masks", "teacher_id", "prompts"])
-def test_input_that_cannot_be_used_writes_nothing_and_the_corrected_command_runs(options, tmp_path, wrong):
+def test_invalid_input_writes_nothing_and_corrected_command_runs(options, tmp_path, wrong):
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "teacher_id": "b"}')
     given = {"teacher_id": {"prompts": str(tmp_path / "p.jsonl"), "teacher": f"a={options().teacher}"}}.get(
         wrong, {wrong: str(tmp_path / "none")}
@@ -110,7 +110,7 @@ def test_input_that_cannot_be_used_writes_nothing_and_the_corrected_command_runs
     assert train(options(max_steps=1), tmp_path / "run").step == 1
 
 
-def test_a_run_that_took_no_step_gives_way_to_the_corrected_command(options, tmp_path):
+def test_run_without_steps_is_replaced_by_corrected_command(options, tmp_path):
     sums = tmp_path / "p.jsonl"
     sums.write_text('{"prompt": "1+1=", "answer": "2"}')
     rewarded = {"teacher": "", "divergence_weight": 0, "reward_weight": 1, "num_generations": 2, "prompts": str(sums)}
@@ -127,7 +127,7 @@ def fails(prompt, answer, completion):
 
 
 @pytest.mark.parametrize("wrong", ["student", "teacher"])
-def test_overwrite_replaces_nothing_before_all_is_loaded(options, tmp_path, wrong):
+def test_overwrite_removes_nothing_before_inputs_are_loaded(options, tmp_path, wrong):
     train(options(max_steps=1), tmp_path / "run")
     before = everything(tmp_path / "run")
     with pytest.raises(InputError, match=r"can(not)? be loaded"):
@@ -136,7 +136,7 @@ def test_overwrite_replaces_nothing_before_all_is_loaded(options, tmp_path, wron
 
 
 @pytest.mark.parametrize("name", ["student", "teacher", "subspace", "masks"])
-def test_overwrite_refuses_to_clear_away_what_the_run_reads(options, tmp_path, name):
+def test_overwrite_refuses_to_remove_inputs_of_the_run(options, tmp_path, name):
     train(options(max_steps=1), tmp_path / "run")
     before = everything(tmp_path / "run")
     place = {"masks": "masks/step-000001.safetensors"}.get(name, "checkpoint-1")
@@ -151,7 +151,7 @@ def test_overwrite_refuses_to_clear_away_what_the_run_reads(options, tmp_path, n
 
 @pytest.mark.parametrize("content", ['{"command": "analyze", "identity": "0"}', "[]", "3", "not json"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_that_is_not_of_distill_is_never_replaced(options, tmp_path, content, overwrite):
+def test_folder_of_another_command_is_never_replaced(options, tmp_path, content, overwrite):
     (tmp_path / "run.json").write_text(content)
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UsageError, match=r"has a run\.json that is not of distill"):
@@ -159,7 +159,7 @@ def test_a_folder_that_is_not_of_distill_is_never_replaced(options, tmp_path, co
     assert sorted(everything(tmp_path)) == ["run.json", "thesis.tex"]
 
 
-def test_overwrite_replaces_what_runs_write_and_nothing_else(options, tmp_path):
+def test_overwrite_removes_only_run_outputs(options, tmp_path):
     train(options(max_steps=3, save_steps=1), tmp_path / "run")
     (tmp_path / "run" / "notes").write_text("mine")
     train(options(max_steps=2, seed=1, overwrite=True), tmp_path / "run")
@@ -168,7 +168,7 @@ def test_overwrite_replaces_what_runs_write_and_nothing_else(options, tmp_path):
     assert log(tmp_path / "run") == log(tmp_path / "fresh")
 
 
-def test_an_overwrite_that_is_cut_short_leaves_no_mixture(options, tmp_path, monkeypatch):
+def test_interrupted_overwrite_leaves_no_mixture_of_runs(options, tmp_path, monkeypatch):
     train(options(max_steps=2), tmp_path)
     monkeypatch.setattr(checkpointing, "remove_path", lambda path: sys.exit("killed"))
     with pytest.raises(SystemExit):
@@ -179,7 +179,7 @@ def test_an_overwrite_that_is_cut_short_leaves_no_mixture(options, tmp_path, mon
     assert train(options(max_steps=2, seed=1, overwrite=True), tmp_path).step == 2
 
 
-def test_fewer_steps_than_were_taken_begin_anew_with_overwrite(options, tmp_path):
+def test_overwrite_restarts_for_fewer_steps(options, tmp_path):
     train(options(max_steps=2), tmp_path / "run")
     assert train(options(max_steps=1, overwrite=True), tmp_path / "run").step == 1
     train(options(max_steps=1), tmp_path / "fresh")
@@ -187,7 +187,7 @@ def test_fewer_steps_than_were_taken_begin_anew_with_overwrite(options, tmp_path
     assert not (tmp_path / "run" / "checkpoint-2").exists()
 
 
-def test_a_run_goes_on_with_overwrite_unless_it_lacks_checkpoints(options, tmp_path):
+def test_overwrite_resumes_unless_checkpoints_are_missing(options, tmp_path):
     train(options(max_steps=2), tmp_path)
     assert train(options(max_steps=3, overwrite=True), tmp_path).step == 3
     assert (tmp_path / "checkpoint-2").exists()
@@ -198,7 +198,7 @@ def test_a_run_goes_on_with_overwrite_unless_it_lacks_checkpoints(options, tmp_p
     assert (tmp_path / "checkpoint-1").exists()
 
 
-def test_an_experiment_finds_its_checkpoints_with_overwrite(options, tmp_path):
+def test_overwrite_lets_an_experiment_find_its_checkpoints(options, tmp_path):
     chosen = {"num_eval_prompts": 4, "max_steps": 20, "snapshot_every": 2, "learning_rate": 1e-4}
     run_experiment("grafts", options(**chosen), tmp_path, arms=["random alone"])
     arm = "mask at 10% of the steps"
@@ -212,7 +212,7 @@ def test_an_experiment_finds_its_checkpoints_with_overwrite(options, tmp_path):
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_a_model_that_changed_meanwhile_is_noticed(options, places, tmp_path, side):
+def test_changed_model_files_prevent_resume(options, places, tmp_path, side):
     place = copied(places / side, tmp_path / side)
     chosen = {side: str(place)}
     train(options(max_steps=2, **chosen), tmp_path / "run")
@@ -231,7 +231,7 @@ def test_a_model_that_changed_meanwhile_is_noticed(options, places, tmp_path, si
     assert len(log(tmp_path / "run")) == 3
 
 
-def test_of_a_large_file_pieces_are_read_and_no_time(tmp_path, monkeypatch):
+def test_sampled_digest_ignores_modification_time(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpointing, "NUM_SAMPLES", 5)
     monkeypatch.setattr(checkpointing, "SAMPLE_BYTES", 10)
     path = tmp_path / "model.safetensors"
@@ -247,7 +247,7 @@ def test_of_a_large_file_pieces_are_read_and_no_time(tmp_path, monkeypatch):
     assert checkpointing.sampled_digest(path) != known
 
 
-def test_a_run_of_earlier_date_goes_on(options, tmp_path):
+def test_run_without_model_digests_resumes(options, tmp_path):
     train(options(max_steps=1), tmp_path)
     about = json.loads((tmp_path / "run.json").read_text())
     del about["models"]
@@ -258,7 +258,7 @@ def test_a_run_of_earlier_date_goes_on(options, tmp_path):
 # What the disk holds
 
 
-def test_a_checkpoint_is_on_the_disk_before_an_earlier_state_goes(options, tmp_path, monkeypatch):
+def test_checkpoint_is_synced_before_earlier_state_is_deleted(options, tmp_path, monkeypatch):
     synced, sync = [], checkpointing.sync
     earlier = tmp_path / "checkpoint-1" / "training.pt"
 

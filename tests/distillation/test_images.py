@@ -102,7 +102,7 @@ class Processor:
 
 
 @pytest.mark.parametrize(("name", "density"), [("masks", 0.0), ("masks", 0.2), ("grafts", 0.0), ("grafts", 0.2)])
-def test_experiments_find_the_tensors_of_a_model_whose_files_name_them_otherwise(folders, tmp_path, name, density):
+def test_experiments_match_renamed_checkpoint_tensors(folders, tmp_path, name, density):
     """Checkpoints of this model have another prefix than its parameters."""
     chosen = validate_options(
         DistillOptions,
@@ -144,7 +144,7 @@ def processors(monkeypatch):
     monkeypatch.setattr(loop, "load_text_processor", with_images)
 
 
-def test_an_image_text_model_learns_through_its_images(options, folders, tmp_path):
+def test_image_text_model_trains_its_vision_weights(options, folders, tmp_path):
     chosen = options(
         student=str(folders / "student"),
         teacher=str(folders / "teacher"),
@@ -165,7 +165,7 @@ def test_an_image_text_model_learns_through_its_images(options, folders, tmp_pat
     assert all(row["tokens"] and row["reverse_kl"] > 0 for row in rows)
 
 
-def test_a_missing_image_is_named(options, folders, tmp_path):
+def test_missing_image_is_named(options, folders, tmp_path):
     from opdkernels.errors import InputError
 
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "<image>1=", "images": ["gone.png"]}))
@@ -198,9 +198,7 @@ def test_a_missing_image_is_named(options, folders, tmp_path):
     ],
 )
 @pytest.mark.parametrize("recorded", [False, True])
-def test_images_that_do_not_go_with_a_prompt_are_one_line(
-    options, folders, tmp_path, monkeypatch, given, message, recorded
-):
+def test_mismatched_images_raise_one_line_error(options, folders, tmp_path, monkeypatch, given, message, recorded):
     from PIL import Image
 
     from opdkernels.errors import InputError
@@ -225,7 +223,7 @@ def test_images_that_do_not_go_with_a_prompt_are_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_prompts_of_text_alone_that_begin_alike_train_an_image_text_model(options, folders, tmp_path):
+def test_image_text_model_trains_on_text_with_shared_prefix(options, folders, tmp_path):
     rows = [{"prompt": f"12+13=25+41+29=70+{i}+1=", "answer": "1"} for i in range(6)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     train(

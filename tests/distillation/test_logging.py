@@ -12,7 +12,7 @@ from opdkernels.distillation.world import World
 from opdkernels.errors import UsageError
 
 
-def test_tokens_a_second_are_those_of_each_phase(options, tmp_path):
+def test_tokens_per_second_of_each_phase(options, tmp_path):
     train(options(num_eval_prompts=2), tmp_path)
     start, *rows = read_rows(tmp_path / "log.jsonl")
     assert "tokens_per_s" not in start
@@ -22,7 +22,7 @@ def test_tokens_a_second_are_those_of_each_phase(options, tmp_path):
             assert rate * row["seconds"][name] == pytest.approx(row["tokens"])
 
 
-def test_a_phase_that_took_no_time_has_no_rate(tmp_path):
+def test_phase_without_time_has_no_rate(tmp_path):
     MetricsLogger(tmp_path, 0, 2, quiet=True, world=World()).log(
         {"step": 1, "tokens": 7, "seconds": {"generate": 0.0, "snapshot": 0.1, "all": 0.5}}
     )
@@ -35,7 +35,7 @@ ROW = {"step": 3, "loss": 0.5, "skipped": "", "accuracy": None, "seconds": {"tra
 FLAT = {"loss": 0.5, "seconds/train": 2.0, "tokens": 10, "tokens_per_s/train": 5.0}
 
 
-def test_tensorboard_takes_every_number_of_a_step(tmp_path, monkeypatch):
+def test_tensorboard_gets_every_metric(tmp_path, monkeypatch):
     made, taken = [], []
 
     class Writer:
@@ -59,7 +59,7 @@ def test_tensorboard_takes_every_number_of_a_step(tmp_path, monkeypatch):
     assert taken == [*((name, value, 3) for name, value in FLAT.items()), "closed"]
 
 
-def test_wandb_takes_every_number_of_a_step_and_ends_with_the_run(options, tmp_path, monkeypatch):
+def test_wandb_gets_every_metric_and_is_closed(options, tmp_path, monkeypatch):
     taken = []
     run = SimpleNamespace(
         log=lambda figures, step: taken.append((step, figures)), finish=lambda: taken.append("finished")
@@ -97,7 +97,7 @@ def cannot_begin(**given):
         ),
     ],
 )
-def test_a_board_that_cannot_be_had_costs_no_earlier_run(options, tmp_path, monkeypatch, module, stands, given, said):
+def test_unavailable_log_sink_keeps_earlier_run(options, tmp_path, monkeypatch, module, stands, given, said):
     train(options(max_steps=1), tmp_path)
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     monkeypatch.setitem(sys.modules, module, stands)

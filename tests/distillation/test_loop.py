@@ -34,7 +34,7 @@ def log(folder: Path) -> list[dict]:
     ]
 
 
-def test_the_student_comes_nearer_to_the_teacher(options, tmp_path):
+def test_reverse_kl_decreases(options, tmp_path):
     train(options(max_steps=60, batch_size=32, learning_rate=5e-3, snapshot_every=0), tmp_path)
     rows = log(tmp_path)
     assert sum(row["reverse_kl"] for row in rows[-5:]) < 0.5 * sum(row["reverse_kl"] for row in rows[:5])
@@ -52,7 +52,7 @@ def test_the_student_comes_nearer_to_the_teacher(options, tmp_path):
         {"precision": "stochastic"},
     ],
 )
-def test_a_run_that_was_cut_ends_bit_for_bit_as_one_that_was_not(options, tmp_path, more):
+def test_resume_is_bit_exact(options, tmp_path, more):
     chosen = {"max_steps": 6, "save_steps": 2, "num_eval_prompts": 4, "snapshot_every": 2, "batch_size": 4, **more}
     if "prompts" in more:
         lines = [
@@ -79,7 +79,7 @@ def test_a_run_that_was_cut_ends_bit_for_bit_as_one_that_was_not(options, tmp_pa
     assert read_rows(tmp_path / "cut" / "snapshots.jsonl") == read_rows(tmp_path / "whole" / "snapshots.jsonl")
 
 
-def test_micro_batches_change_the_order_of_sums_alone(options, tmp_path):
+def test_micro_batches_match_full_batch(options, tmp_path):
     found = []
     for size in (0, 3):
         train(
@@ -96,7 +96,7 @@ def test_micro_batches_change_the_order_of_sums_alone(options, tmp_path):
     assert found[0][1][0]["reverse_kl"] == pytest.approx(found[1][1][0]["reverse_kl"], rel=1e-6)
 
 
-def test_frozen_coordinates_keep_their_bits(options, places, tmp_path):
+def test_frozen_coordinates_are_bit_identical(options, places, tmp_path):
     from opdkernels import masks
 
     chosen = masks.random_subset(places / "student", 0.1, seed=1)
@@ -110,7 +110,7 @@ def test_frozen_coordinates_keep_their_bits(options, places, tmp_path):
         assert not (moved & ~mask.to_bool()).any()
 
 
-def test_a_reward_teaches_without_a_teacher(options, tmp_path):
+def test_reward_increases_without_teacher(options, tmp_path):
     result = train(
         options(
             teacher="",
@@ -133,7 +133,7 @@ def begins_with_one(prompt, answer, completion):
     return float(completion.startswith("1"))
 
 
-def test_recorded_completions_are_learnt(options, tmp_path):
+def test_sft_learns_completions_of_the_dataset(options, tmp_path):
     lines = [json.dumps({"prompt": f"{a}+1=", "answer": str(a + 1), "completion": str(a + 1)}) for a in range(1, 9)]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     chosen = options(
@@ -150,7 +150,7 @@ def test_recorded_completions_are_learnt(options, tmp_path):
     assert train(chosen, tmp_path / "run").accuracy[-1] == (80, 1.0)
 
 
-def test_the_teachers_samples_are_learnt(options, tmp_path):
+def test_sft_learns_samples_of_the_teacher(options, tmp_path):
     train(
         options(
             divergence_weight=0, sft_weight=1, on_policy_fraction=0, max_steps=30, batch_size=32, learning_rate=3e-3
@@ -162,7 +162,7 @@ def test_the_teachers_samples_are_learnt(options, tmp_path):
     assert sum(row["log_prob"] for row in rows[-5:]) > sum(row["log_prob"] for row in rows[:5]) + 0.5
 
 
-def test_teachers_are_chosen_by_the_prompts_tags(options, places, tmp_path):
+def test_prompts_select_teachers_by_id(options, places, tmp_path):
     lines = [json.dumps({"prompt": "1+1=", "teacher_id": name}) for name in ("a", "b")]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     teachers = f"a={places / 'teacher'},b={places / 'other'}"
@@ -171,7 +171,7 @@ def test_teachers_are_chosen_by_the_prompts_tags(options, places, tmp_path):
         train(options(prompts=str(tmp_path / "p.jsonl"), teacher=f"a={places / 'teacher'}"), tmp_path / "one")
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(options, tmp_path):
+def test_run_resumes_after_sigterm(options, tmp_path):
     command = [sys.executable, "-m", "opdkernels", "distill", "-o", str(tmp_path / "cut")]
     chosen = options(max_steps=4000)
     for name, value in chosen.model_dump().items():
@@ -192,7 +192,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(options, tmp_path):
     )
 
 
-def test_a_teacher_of_nan_ends_the_run_and_spoils_nothing(options, places, tmp_path):
+def test_nan_teacher_ends_run_without_changing_weights(options, places, tmp_path):
     from transformers import AutoModelForCausalLM
 
     teacher = AutoModelForCausalLM.from_pretrained(places / "teacher", dtype=torch.bfloat16)
@@ -208,7 +208,7 @@ def test_a_teacher_of_nan_ends_the_run_and_spoils_nothing(options, places, tmp_p
     assert digest(tmp_path / "run" / "checkpoint-2") == digest(tmp_path / "run" / "checkpoint-0")
 
 
-def test_a_full_disk_leaves_the_checkpoints_that_are(options, tmp_path, monkeypatch):
+def test_full_disk_keeps_existing_checkpoints(options, tmp_path, monkeypatch):
     train(options(max_steps=2, save_steps=1), tmp_path)
     before = digest(tmp_path / "checkpoint-2")
 
@@ -229,7 +229,7 @@ def test_a_full_disk_leaves_the_checkpoints_that_are(options, tmp_path, monkeypa
     assert digest(tmp_path / "checkpoint-2") == before
 
 
-def test_a_reward_that_raises_is_named(options, tmp_path):
+def test_failing_reward_is_named(options, tmp_path):
     with pytest.raises(
         InputError, match=r"the reward .*:fails failed on 12\+.*KeyError: 'x'.*run the same command again"
     ):
@@ -255,7 +255,7 @@ def fails(prompt, answer, completion):
     return {}["x"]
 
 
-def test_another_vocabulary_is_refused(options, places, tmp_path):
+def test_other_tokenizer_is_refused(options, places, tmp_path):
     from tests.distillation.conftest import model, tokenizer
 
     characters = "9876543210+=\n"
@@ -268,7 +268,7 @@ def test_another_vocabulary_is_refused(options, places, tmp_path):
 
 
 @pytest.mark.parametrize("side", ["teacher", "student"])
-def test_heads_of_one_tokenizer_padded_to_other_sizes_share_their_ids(options, tmp_path, side):
+def test_padded_heads_share_common_ids(options, tmp_path, side):
     from tests.distillation.conftest import CHARACTERS, model, tokenizer
 
     padded = model(5, characters=CHARACTERS + "abc")
@@ -279,7 +279,7 @@ def test_heads_of_one_tokenizer_padded_to_other_sizes_share_their_ids(options, t
     assert all(math.isfinite(row["loss"]) and row["tokens"] for row in log(tmp_path / "run"))
 
 
-def test_no_pad_token_is_needed(options, places, tmp_path):
+def test_pad_token_is_optional(options, places, tmp_path):
     from tests.distillation.conftest import model, tokenizer
 
     model(0, initializer_range=0.2).bfloat16().save_pretrained(tmp_path / "s")
@@ -292,12 +292,12 @@ def mixed(folder: Path) -> str:
     return str(folder / "m.jsonl")
 
 
-def test_prompts_are_cut_before_anything_is_sampled(options, tmp_path):
+def test_prompts_are_truncated_before_sampling(options, tmp_path):
     train(options(prompts=mixed(tmp_path), max_prompt_length=3, batch_size=3, max_steps=1), tmp_path / "run")
     assert log(tmp_path / "run")[0]["prompts_truncated"] == 2
 
 
-def test_fewer_steps_than_were_taken_are_refused(options, tmp_path):
+def test_max_steps_below_taken_steps_is_refused(options, tmp_path):
     train(options(max_steps=2), tmp_path / "run")
     with pytest.raises(
         UsageError, match="has taken 2 steps and max_steps is 1; set it to at least as many, or overwrite the run"
@@ -305,12 +305,12 @@ def test_fewer_steps_than_were_taken_are_refused(options, tmp_path):
         train(options(max_steps=1), tmp_path / "run")
 
 
-def test_a_folder_in_place_of_a_configuration_is_named(tmp_path):
+def test_folder_as_configuration_is_named(tmp_path):
     with pytest.raises(InputError, match=r"cannot be read \(Is a directory\); give a TOML file of options"):
         options_from(tmp_path, {})
 
 
-def test_another_run_in_the_folder_is_refused(options, tmp_path):
+def test_folder_with_another_run_is_refused(options, tmp_path):
     train(options(max_steps=1), tmp_path)
     with pytest.raises(UsageError, match="holds another run"):
         train(options(max_steps=1, seed=1), tmp_path)
@@ -321,7 +321,7 @@ def test_another_run_in_the_folder_is_refused(options, tmp_path):
         train(options(max_steps=1), tmp_path / "else")
 
 
-def test_a_run_that_was_cut_before_its_first_checkpoint_begins_anew(options, tmp_path, monkeypatch):
+def test_run_killed_before_first_checkpoint_restarts(options, tmp_path, monkeypatch):
     chosen = options(max_steps=2, num_eval_prompts=4)
     train_step = loop.train_step
     monkeypatch.setattr(
@@ -338,7 +338,7 @@ def test_a_run_that_was_cut_before_its_first_checkpoint_begins_anew(options, tmp
     assert read_rows(tmp_path / "cut" / "scores.jsonl") == read_rows(tmp_path / "whole" / "scores.jsonl")
 
 
-def test_a_run_that_was_cut_before_its_last_word_says_it_again(options, tmp_path, monkeypatch):
+def test_run_killed_before_finish_completes_snapshots(options, tmp_path, monkeypatch):
     from opdkernels.distillation.tracker import Tracker
 
     chosen = options(max_steps=2, num_eval_prompts=4, save_steps=1, snapshot_every=1)
@@ -352,7 +352,7 @@ def test_a_run_that_was_cut_before_its_last_word_says_it_again(options, tmp_path
     assert not list((tmp_path / "cut" / "weights").iterdir())
 
 
-def test_a_log_is_written_before_the_checkpoint_that_ends_it(options, tmp_path, monkeypatch):
+def test_log_is_written_before_final_checkpoint(options, tmp_path, monkeypatch):
     save = loop.save
     monkeypatch.setattr(
         loop, "save", lambda folder, step, *rest: save(folder, step, *rest) if step < 2 else sys.exit("killed")
@@ -367,7 +367,7 @@ def test_a_log_is_written_before_the_checkpoint_that_ends_it(options, tmp_path, 
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
 
 
-def test_other_prompts_in_the_same_file_are_another_run(options, tmp_path):
+def test_changed_prompt_file_is_another_run(options, tmp_path):
     chosen = options(prompts=mixed(tmp_path), max_steps=1)
     train(chosen, tmp_path / "run")
     (tmp_path / "m.jsonl").write_text(json.dumps({"prompt": "9="}))
@@ -375,7 +375,7 @@ def test_other_prompts_in_the_same_file_are_another_run(options, tmp_path):
         train(chosen, tmp_path / "run")
 
 
-def test_weights_that_a_file_lacks_are_named(options, places, tmp_path):
+def test_missing_weights_are_named(options, places, tmp_path):
     from safetensors.torch import save_file
 
     for file in (places / "student").iterdir():
@@ -390,7 +390,7 @@ def test_weights_that_a_file_lacks_are_named(options, places, tmp_path):
         train(options(student=str(tmp_path)), tmp_path / "run")
 
 
-def test_a_head_that_is_not_known_is_refused(options, places, tmp_path, monkeypatch):
+def test_unsupported_lm_head_is_refused(options, places, tmp_path, monkeypatch):
     from opdkernels.distillation import models
 
     known = models.lm_head_of
@@ -401,12 +401,12 @@ def test_a_head_that_is_not_known_is_refused(options, places, tmp_path, monkeypa
         train(options(), tmp_path)
 
 
-def test_positions_bound_what_is_sampled(options, tmp_path):
+def test_completion_length_must_fit_positions(options, tmp_path):
     with pytest.raises(UsageError, match="have 64 positions"):
         train(options(max_completion_length=64), tmp_path)
 
 
-def test_masks_by_other_names_are_refused(options, tmp_path):
+def test_masks_of_unknown_parameters_are_refused(options, tmp_path):
     from opdkernels.masks.mask_set import from_bools
 
     from_bools(
@@ -416,19 +416,19 @@ def test_masks_by_other_names_are_refused(options, tmp_path):
         train(options(masks=str(tmp_path / "m.safetensors")), tmp_path / "run")
 
 
-def test_the_student_itself_is_no_source_of_the_teachers_samples(options, tmp_path):
+def test_self_teacher_cannot_sample_off_policy(options, tmp_path):
     with pytest.raises(InputError, match="exactly one teacher that is not self"):
         train(options(teacher="self", on_policy_fraction=0), tmp_path)
 
 
-def test_a_damaged_state_is_named(options, tmp_path):
+def test_damaged_training_state_is_named(options, tmp_path):
     train(options(max_steps=1), tmp_path)
     (tmp_path / "checkpoint-1" / "training.pt").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"training\.pt cannot be read .*delete checkpoint-1"):
         train(options(max_steps=2), tmp_path)
 
 
-def test_a_subspace_is_what_an_update_stays_in(options, tmp_path):
+def test_update_stays_in_lora_subspace(options, tmp_path):
     first = tmp_path / "first"
     train(options(max_steps=2, learning_rate=1e-2), first)
     chosen = options(lora_rank=4, subspace=str(first / "checkpoint-2"), learning_rate=1e-2, max_steps=3, save_steps=1)
@@ -459,7 +459,7 @@ def test_a_subspace_is_what_an_update_stays_in(options, tmp_path):
         train(options(lora_rank=4, subspace=options().teacher), tmp_path / "other")
 
 
-def test_a_subspace_of_layers_that_keep_their_weights_transposed(tmp_path):
+def test_lora_subspace_of_transposed_layers(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from opdkernels.distillation.optimizers import with_lora

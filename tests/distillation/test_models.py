@@ -47,7 +47,7 @@ def refused(function, *given):
     ],
     ids=["empty", "garbage", "code"],
 )
-def test_weights_that_are_no_tensors_are_one_line(student, capfd, content, says):
+def test_invalid_weights_raise_one_line_error(student, capfd, content, says):
     (student / "model.safetensors").unlink()
     (student / "pytorch_model.bin").write_bytes(content)
     message = refused(load_model, str(student), "bfloat16", CPU)
@@ -67,7 +67,7 @@ def test_weights_that_are_no_tensors_are_one_line(student, capfd, content, says)
         {"vocab_size": 2},
     ],
 )
-def test_a_configuration_that_makes_no_sense_is_one_line(student, change):
+def test_invalid_configuration_raises_one_line_error(student, change):
     file = student / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     assert "/s cannot be loaded as a model" in refused(load_model, str(student), "bfloat16", CPU)
@@ -79,12 +79,12 @@ def test_a_configuration_that_makes_no_sense_is_one_line(student, change):
 @pytest.mark.parametrize(
     ("file", "content"), [("tokenizer.json", "[]"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "[]")]
 )
-def test_a_tokenizer_of_other_json_is_one_line(student, file, content):
+def test_invalid_tokenizer_raises_one_line_error(student, file, content):
     (student / file).write_text(content)
     assert "/s has no tokenizer that can be loaded" in refused(load_text_processor, str(student))
 
 
-def test_a_processor_that_cannot_be_loaded_is_none(student):
+def test_invalid_processor_is_none(student):
     (student / "preprocessor_config.json").write_text("[]")
     assert load_text_processor(str(student)).processor is None
 
@@ -93,7 +93,7 @@ def test_a_processor_that_cannot_be_loaded_is_none(student):
     "given",
     [{"prompt": "1\ud800="}, {"prompt": "1=", "teacher_context": "\udfff"}, {"prompt": "1=", "completion": "\ud800"}],
 )
-def test_text_that_is_not_unicode_is_one_line(given):
+def test_invalid_unicode_raises_one_line_error(given):
     message = refused(
         lambda: load_completions(
             TEXT,
@@ -110,13 +110,13 @@ def test_text_that_is_not_unicode_is_one_line(given):
 @pytest.mark.parametrize(
     "template", ["{{ messages[0]['content'] + 'x' }}", "{{ 1 // 0 }}", "{{ raise_exception('no') }}", "{%"]
 )
-def test_a_chat_template_that_does_not_take_a_prompt_is_one_line(template):
+def test_failing_chat_template_raises_one_line_error(template):
     own = TextProcessor(tokenizer(chat_template=template), None, 0)
     message = refused(own.encode, [{"role": "user", "content": [{"type": "text", "text": "1+1="}]}])
     assert "the student's chat template does not take a prompt" in message
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError()], ids=lambda error: type(error).__name__)
-def test_memory_that_is_out_is_not_laid_to_the_files(error):
+def test_out_of_memory_is_not_an_input_error(error):
     with pytest.raises(type(error)), input_errors("m cannot be loaded as a model", MODEL_REMEDY):
         raise error

@@ -41,7 +41,7 @@ def same(a, b):
         torch.testing.assert_close(value, b[name], rtol=1e-4, atol=1e-6)
 
 
-def test_recorded_tokens_are_made_likelier(options):
+def test_sft_loss_is_negative_log_likelihood(options):
     student, part = model(0, initializer_range=0.2).eval(), rollout(own=False)
     chosen = options(divergence_weight=0, sft_weight=2, teacher="", on_policy_fraction=0)
     found = compute_loss(student, part, None, None, num_tokens=5, vocab_size=15, options=chosen)
@@ -52,7 +52,7 @@ def test_recorded_tokens_are_made_likelier(options):
     assert own.loss.item() == 0  # the student's own samples are not taught to it
 
 
-def test_a_reward_is_the_policy_gradient(options):
+def test_reward_loss_is_the_policy_gradient(options):
     student, part = model(0, initializer_range=0.2).eval(), rollout()
     chosen = options(divergence_weight=0, reward_weight=0.5, num_generations=2, teacher="")
     found = compute_loss(student, part, None, torch.tensor([1.0, -2.0]), num_tokens=5, vocab_size=15, options=chosen)
@@ -61,7 +61,7 @@ def test_a_reward_is_the_policy_gradient(options):
     same(gradients(student, found.loss), gradients(student, expected))
 
 
-def test_a_divergence_is_that_of_whole_logits(options):
+def test_divergence_loss_matches_full_logits(options):
     """Gradients are at most twice as far from fp64 as those through whole logits in fp32; a millionth where these are
     exact."""
     from opdkernels.distillation.teachers import ModelTeacher
@@ -102,7 +102,7 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found.double() - exact).norm())
 
 
-def test_recomputed_activations_give_the_same_gradients(options):
+def test_gradient_checkpointing_gives_equal_gradients(options):
     student, part = model(0, initializer_range=0.2).eval(), rollout(own=False)
     forwards, found = [], []
     student.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
@@ -123,7 +123,7 @@ def test_recomputed_activations_give_the_same_gradients(options):
     same(*found)
 
 
-def test_nothing_to_learn_is_a_connected_zero(options):
+def test_loss_without_tokens_is_zero_with_gradient(options):
     student = model(0).eval()
     empty = pad_rollout(
         encode(TEXT, [Example("1+1=")], 32), [[]], [False], on_policy=True, pad_id=0, device=torch.device("cpu")

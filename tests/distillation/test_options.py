@@ -9,7 +9,7 @@ LEAST = {"student": "s", "teacher": "t", "prompts": "addition"}
 RLVR = {"divergence_weight": 0, "reward_weight": 1, "num_generations": 2, "teacher": ""}
 
 
-def test_a_file_is_read_and_the_command_line_goes_before_it(tmp_path):
+def test_command_line_overrides_toml(tmp_path):
     (tmp_path / "c.toml").write_text(
         'student = "s"\nteacher = "t"\nprompts = "sums"\nlearning_rate = 1e-5\nbetas = [0.9, 0.95]\n'
     )
@@ -17,7 +17,7 @@ def test_a_file_is_read_and_the_command_line_goes_before_it(tmp_path):
     assert (chosen.learning_rate, chosen.max_steps, chosen.betas, chosen.prompts) == (2e-6, 7, (0.9, 0.95), "sums")
 
 
-def test_betas_of_a_command_line_have_a_comma():
+def test_betas_parse_from_text():
     assert options_from(None, {**LEAST, "betas": "0.8,0.9"}).betas == (0.8, 0.9)
 
 
@@ -73,14 +73,14 @@ def test_betas_of_a_command_line_have_a_comma():
         ({"optimizer": "adam"}, "option optimizer is 'adam'"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_line(given, says):
+def test_invalid_options_raise_one_line_error(given, says):
     with pytest.raises(UsageError) as caught:
         options_from(None, {**LEAST, **given})
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_options_that_count_are_taken():
+def test_effective_options_are_accepted():
     for given in (
         {**RLVR, "reward": "m:f"},
         {"num_eval_prompts": 1, "reward": "m:f", "eval_prompts": "h", "eval_steps": 1},
@@ -90,12 +90,12 @@ def test_options_that_count_are_taken():
         assert {name: getattr(made, name) for name in given} == given
 
 
-def test_what_is_missing_is_named():
+def test_missing_option_is_named():
     with pytest.raises(UsageError, match="there is no prompts; set it in the configuration or as --prompts"):
         options_from(None, {"student": "s"})
 
 
-def test_files_that_are_not_toml_are_named(tmp_path):
+def test_unreadable_toml_is_named(tmp_path):
     (tmp_path / "c.toml").write_text("student: s")
     with pytest.raises(InputError, match=r"c\.toml is not TOML"):
         options_from(tmp_path / "c.toml", {})
@@ -106,7 +106,7 @@ def test_files_that_are_not_toml_are_named(tmp_path):
         options_from(tmp_path / "d.toml", {})
 
 
-def test_every_field_is_explained_by_help():
+def test_help_lists_every_field():
     from typer.testing import CliRunner
 
     from opdkernels.cli import app
@@ -118,7 +118,7 @@ def test_every_field_is_explained_by_help():
             assert field.description
 
 
-def test_help_says_what_an_experiment_takes_without_a_configuration():
+def test_help_shows_experiment_defaults():
     from typer.main import get_command
 
     from opdkernels.cli import app
@@ -135,7 +135,7 @@ def test_help_says_what_an_experiment_takes_without_a_configuration():
     assert experiment["batch_size"].default == distill["batch_size"].default == "16"
 
 
-def test_teachers_are_chosen_by_tag():
+def test_teacher_option_parses_teacher_ids():
     chosen = options_from(None, {**LEAST, "teacher": "math = a/b, code=c"})
     assert chosen.teachers == {"math": "a/b", "code": "c"}
     assert options_from(None, LEAST).teachers == {"": "t"}

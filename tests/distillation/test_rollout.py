@@ -26,7 +26,7 @@ def prompts(*texts):
     return encode(TEXT, [Example(text) for text in texts], 100)
 
 
-def test_targets_are_the_tokens_of_completions():
+def test_completion_mask_selects_completion_tokens():
     rollout = pad_rollout(
         prompts("1+1=", "12+13="), [[4, 1], [5, 6, 7]], [True, False], on_policy=True, pad_id=0, device=CPU
     )
@@ -39,7 +39,7 @@ def test_targets_are_the_tokens_of_completions():
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
-def test_empty_completions_have_no_target(lengths):
+def test_empty_completions_have_no_tokens(lengths):
     rollout = pad_rollout(
         prompts(*["1="] * len(lengths)),
         [[] for _ in lengths],
@@ -52,7 +52,7 @@ def test_empty_completions_have_no_target(lengths):
     assert rollout.lengths.tolist() == lengths
 
 
-def test_rows_beside_each_other_see_only_themselves():
+def test_rows_of_a_batch_are_independent():
     own, rollout = (
         model(0).eval(),
         pad_rollout(
@@ -91,7 +91,7 @@ def with_examples(*, prefix=PREFIX):
         (["1", "1"], 0),
     ],
 )
-def test_what_prompts_begin_with_alike(texts, shared):
+def test_shared_prefix_length(texts, shared):
     assert (
         pad_rollout(
             prompts(*texts), [[4, 5]] * len(texts), [False] * len(texts), on_policy=True, pad_id=0, device=CPU
@@ -108,7 +108,7 @@ def lora(own):
 
 
 @pytest.mark.parametrize("wrap", [lambda own: own, lora])
-def test_a_shared_beginning_runs_once_and_changes_nothing(wrap, monkeypatch):
+def test_shared_prefix_runs_once_with_equal_states_and_gradients(wrap, monkeypatch):
     own, rollout = wrap(model(0).eval()), with_examples()
     found, lengths = {}, []
     unwrap_peft(own).base_model.register_forward_hook(
@@ -133,7 +133,7 @@ def test_a_shared_beginning_runs_once_and_changes_nothing(wrap, monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_samples_go_on_from_a_shared_beginning(temperature, monkeypatch):
+def test_sampling_continues_from_shared_prefix(temperature, monkeypatch):
     own, lengths, found = model(3, initializer_range=0.3).eval(), [], []
     own.base_model.register_forward_hook(
         lambda module, args, given, out: lengths.append(tuple(given["input_ids"].shape)), with_kwargs=True
@@ -159,7 +159,7 @@ def test_samples_go_on_from_a_shared_beginning(temperature, monkeypatch):
     assert lengths.count((1, 18)) == 1
 
 
-def test_a_shared_beginning_is_not_split_off_where_the_model_would_not_keep_it():
+def test_no_kv_cache_for_position_dependent_models():
     sliding = model(0, use_sliding_window=True, sliding_window=4, max_window_layers=0).eval()
     assert make_kv_cache(sliding) is None
     assert make_kv_cache(model(0).eval()) is not None
@@ -170,7 +170,7 @@ def test_a_shared_beginning_is_not_split_off_where_the_model_would_not_keep_it()
     assert make_kv_cache(recomputing) is None
 
 
-def test_a_model_that_keeps_its_past_elsewhere_runs_whole():
+def test_model_without_kv_cache_has_no_shared_prefix():
     from transformers import RwkvConfig, RwkvModel
 
     torch.manual_seed(0)
@@ -187,7 +187,7 @@ def test_a_model_that_keeps_its_past_elsewhere_runs_whole():
     assert prefill_shared_prefix(own, torch.ones(1, 20, dtype=torch.long), 3) == {}
 
 
-def test_greedy_samples_are_those_of_each_prompt_alone():
+def test_greedy_samples_do_not_depend_on_the_batch():
     own, texts = model(3, initializer_range=0.3).eval(), ("1+1=", "12+13=", "7=")
     limits = {"max_length": 6, "end_ids": [1], "vocab_size": 15, "temperature": 0.0, "on_policy": True}
     together = sample(own, TEXT, prompts(*texts), **limits)
@@ -195,7 +195,7 @@ def test_greedy_samples_are_those_of_each_prompt_alone():
         assert sample(own, TEXT, prompts(text), **limits).completions()[0] == together.completions()[i]
 
 
-def test_sampled_tokens_have_the_models_probabilities():
+def test_sampled_tokens_follow_model_probabilities():
     own = model(3, initializer_range=0.3).eval()
     rollout = sample(
         own, TEXT, prompts(*["1+1="] * 4000), max_length=1, end_ids=[], vocab_size=15, temperature=1.0, on_policy=True
@@ -206,7 +206,7 @@ def test_sampled_tokens_have_the_models_probabilities():
     assert (seen - expected).abs().max() < 5 * (0.25 / 4000) ** 0.5
 
 
-def test_penalties_that_a_model_ships_are_left_out():
+def test_generation_config_penalties_are_ignored():
     own = model(3, initializer_range=0.3).eval()
     own.generation_config.update(repetition_penalty=1.5, min_p=0.2, no_repeat_ngram_size=2)
     limits = {"max_length": 1, "end_ids": [], "vocab_size": 15, "on_policy": True}
@@ -216,17 +216,17 @@ def test_penalties_that_a_model_ships_are_left_out():
     assert own.generation_config.repetition_penalty == 1.5
 
 
-def test_a_prompt_without_tokens_is_refused():
+def test_prompt_without_tokens_is_refused():
     with pytest.raises(InputError, match="has no token"):
         prompts("1=", "")
 
 
-def test_recorded_completions_end_as_the_tokenizer_ends_them():
+def test_loaded_completions_end_with_the_tokenizers_eos():
     given = encode(TEXT, [Example("1=", completion="12")], 100)
     assert load_completions(TEXT, given, max_length=9, end_ids=[0, 1, 14], device=CPU).completions() == [[3, 4, 1]]
 
 
-def test_ids_that_others_lack_are_never_sampled():
+def test_ids_beyond_common_vocabulary_are_never_sampled():
     rollout = sample(
         model(3), TEXT, prompts(*["1+1="] * 64), max_length=4, end_ids=[], vocab_size=5, temperature=1.0, on_policy=True
     )
@@ -246,7 +246,7 @@ def test_completions_end_with_their_first_end_token(row, ends, kept):
     assert until_end(row, ends) == kept
 
 
-def test_recorded_completions_are_ended():
+def test_loaded_completions_are_finished():
     given = encode(TEXT, [Example("1=", completion="12"), Example("1=", completion="")], 100)
     rollout = load_completions(TEXT, given, max_length=9, end_ids=[1], device=CPU)
     assert rollout.completions() == [[3, 4, 1], [1]]
@@ -254,18 +254,18 @@ def test_recorded_completions_are_ended():
     assert load_completions(TEXT, given, max_length=2, end_ids=[1], device=CPU).finished.tolist() == [False, True]
 
 
-def test_the_end_of_a_long_prompt_is_kept():
+def test_long_prompts_keep_their_end():
     found = encode(TEXT, [Example("123+456="), Example("1=")], 3)
     assert found.num_truncated == 1
     assert TEXT.decode(found.ids[0]) == "56="
 
 
-def test_images_are_not_taken_by_a_model_of_text():
+def test_text_model_refuses_images():
     with pytest.raises(InputError, match="give an image-text model"):
         encode(TEXT, [Example("1=", images=("x.png",))], 9)
 
 
-def test_per_token_inputs_are_padded_on_the_side_of_the_ids():
+def test_per_token_inputs_are_padded_like_ids():
     rows = [
         {"mm_token_type_ids": torch.ones(1, 2, dtype=torch.long), "pixel_values": torch.ones(3, 4)},
         {"mm_token_type_ids": torch.ones(1, 3, dtype=torch.long), "pixel_values": torch.ones(1, 4)},
@@ -278,5 +278,5 @@ def test_per_token_inputs_are_padded_on_the_side_of_the_ids():
     assert collate([{}, rows[0]], 4, pad_left=True)["mm_token_type_ids"].tolist() == [[0, 0, 0, 0], [0, 0, 1, 1]]
 
 
-def test_prompts_hold_what_was_given():
+def test_encode_returns_prompts():
     assert isinstance(prompts("1="), Prompts)

@@ -41,7 +41,7 @@ def started(chosen, out, processes):
 @pytest.mark.parametrize(
     "more", [{}, {"teacher": "self", "ema_decay": 0.5, "learning_rate": 0.5, "max_grad_norm": 0, "sft_weight": 1.0}]
 )
-def test_two_processes_train_as_one_does(options, tmp_path, more):
+def test_two_processes_match_one_process(options, tmp_path, more):
     """Recorded completions, so that what is learnt does not depend on who samples what: all but the order of sums is
     alike."""
     chosen = {
@@ -78,7 +78,7 @@ def test_two_processes_train_as_one_does(options, tmp_path, more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"teacher": "self", "ema_decay": 0.9}])
-def test_two_processes_go_on_from_where_they_were(options, places, tmp_path, more):
+def test_sharded_resume_is_bit_exact(options, places, tmp_path, more):
     chosen = {"device": "cpu", "max_steps": 4, "save_steps": 2, "snapshot_every": 2, **more}
     run(options(**{**chosen, "max_steps": 2}), tmp_path / "cut", 2)
     run(options(**chosen), tmp_path / "cut", 2)
@@ -88,7 +88,7 @@ def test_two_processes_go_on_from_where_they_were(options, places, tmp_path, mor
 
 
 @pytest.mark.slow
-def test_what_the_first_process_refuses_ends_all(options, tmp_path):
+def test_error_on_rank_0_ends_all_processes(options, tmp_path):
     train(options(max_steps=1, device="cpu"), tmp_path)
     done = started(options(max_steps=1, seed=1, device="cpu"), tmp_path, 2)
     assert done.returncode != 0

@@ -13,13 +13,13 @@ from opdkernels.errors import InputError, UsageError
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 97, 1000])
-def test_a_permutation_takes_every_place_once(n):
+def test_permuted_is_a_permutation(n):
     assert sorted(permuted(i, n, "key") for i in range(n)) == list(range(n))
     if n >= 97:
         assert [permuted(i, n, "key") for i in range(n)] != [permuted(i, n, "other") for i in range(n)]
 
 
-def test_held_out_sums_are_never_trained_on():
+def test_held_out_sums_are_disjoint_from_training():
     task = Addition(0, "exact")
     trained = {task.example(i).prompt for i in range(8000)}
     held_out = {entry.prompt for entry in task.eval_examples(5000)}
@@ -34,7 +34,7 @@ def test_held_out_sums_are_never_trained_on():
     assert not {sums.example(i).prompt for i in range(3000)} & {entry.prompt for entry in sums.eval_examples(300)}
 
 
-def test_every_pass_over_lines_takes_each_once_in_another_order(tmp_path):
+def test_each_epoch_is_another_permutation(tmp_path):
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": str(i)}) for i in range(20)))
     task = open_task(str(tmp_path / "p.jsonl"))
     passes = [[task.example(20 * epoch + i).prompt for i in range(20)] for epoch in range(2)]
@@ -65,7 +65,7 @@ def test_bad_lines_are_named_by_number(tmp_path, line, says):
         open_task(str(tmp_path / "p.jsonl"))
 
 
-def test_files_that_hold_nothing_are_named(tmp_path):
+def test_empty_and_missing_files_are_named(tmp_path):
     (tmp_path / "p.jsonl").write_text("\n")
     with pytest.raises(InputError, match="holds no prompt"):
         open_task(str(tmp_path / "p.jsonl"))
@@ -79,7 +79,7 @@ def test_files_that_hold_nothing_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nothing", "no.such.module:f", "math:nothing", "math:pi", ".:f", ":f", "a..b:f", ""])
-def test_rewards_that_do_not_exist_are_refused(name):
+def test_unknown_rewards_are_refused(name):
     with pytest.raises(UsageError, match="reward"):
         find_reward(name)
 
@@ -94,14 +94,14 @@ def test_rewards_that_do_not_exist_are_refused(name):
         ("import no_such_module", "No module named 'no_such_module'"),
     ],
 )
-def test_rewards_that_cannot_be_imported_are_named(tmp_path, monkeypatch, text, says):
+def test_failing_reward_import_is_named(tmp_path, monkeypatch, text, says):
     (tmp_path / "broken_reward.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=f"reward broken_reward:f .*{says}"):
         find_reward("broken_reward:f")
 
 
-def test_a_reward_in_the_working_directory_is_found(tmp_path, monkeypatch):
+def test_reward_in_working_directory_is_found(tmp_path, monkeypatch):
     (tmp_path / "reward_here.py").write_text("from helper_here import f")
     (tmp_path / "helper_here.py").write_text("f = lambda prompt, answer, completion: 0.5")
     monkeypatch.chdir(tmp_path)
@@ -112,18 +112,18 @@ def test_a_reward_in_the_working_directory_is_found(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("answer", ["45", " 45", "45\n", "\t45 \r\n"])
-def test_space_around_an_answer_is_no_part_of_it(answer):
+def test_exact_ignores_surrounding_space(answer):
     assert [exact("x", answer, text) for text in ("45", " 45 \n7+8=15", answer, "4 5", "450")] == [1, 1, 1, 0, 0]
 
 
-def test_what_a_task_would_ignore_is_refused():
+def test_options_that_a_task_ignores_are_refused():
     with pytest.raises(UsageError, match="remove eval_prompts"):
         open_task("addition", eval_prompts="x.jsonl")
     with pytest.raises(UsageError, match="remove reward"):
         open_task("reasoning_gym:chain_sum", reward="math:exp")
 
 
-def test_held_out_prompts_of_reasoning_gym_are_never_trained_on_and_the_same_for_every_seed(monkeypatch):
+def test_reasoning_gym_held_out_items_are_disjoint_for_every_seed(monkeypatch):
     """Its datasets make item i from their seed + i: those of neighbouring seeds are one another's, shifted."""
 
     class Data:
@@ -152,12 +152,12 @@ def test_held_out_prompts_of_reasoning_gym_are_never_trained_on_and_the_same_for
         open_task("reasoning_gym:any", seed=4095)
 
 
-def test_a_line_may_hold_any_separator_but_its_end(tmp_path):
+def test_lines_split_only_at_newline(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b"}\n', encoding="utf-8")
     assert open_task(str(tmp_path / "p.jsonl")).example(0).prompt == "a\u2028b"
 
 
-def test_a_reward_that_is_no_number_is_refused(tmp_path):
+def test_nonfinite_reward_is_refused(tmp_path):
     task = open_task("addition", reward="math:exp")
     with pytest.raises(InputError, match="the reward math:exp failed"):
         task.score(task.example(0), "1")
@@ -169,7 +169,7 @@ def test_a_reward_that_is_no_number_is_refused(tmp_path):
     assert task.score(task.example(0), "1") == -3.4e38
 
 
-def test_a_reward_that_leaves_the_process_is_named():
+def test_reward_that_exits_is_named():
     task = open_task("addition")
     task._score = lambda prompt, answer, text: sys.exit(3)
     with pytest.raises(InputError, match=r"the reward exact failed on .*SystemExit: 3"):
@@ -210,7 +210,7 @@ REWARDED = {"divergence_weight": 0, "reward_weight": 1, "num_generations": 2}
         (REWARDED, [{"answer": "1"}, {"answer": "1\n2"}], "'2=' has an `answer` of several lines"),
     ],
 )
-def test_prompts_that_would_end_a_run_on_its_way_are_refused_before_it(tmp_path, given, rows, says):
+def test_invalid_prompts_are_refused_before_the_run(tmp_path, given, rows, says):
     with pytest.raises(InputError, match=says):
         validate_prompts(*run_of(tmp_path, given, rows))
 
@@ -226,7 +226,7 @@ def test_prompts_that_would_end_a_run_on_its_way_are_refused_before_it(tmp_path,
         ({**REWARDED, "reward": "math:dist"}, [{}, {"answer": "1\n2"}]),
     ],
 )
-def test_prompts_that_a_run_can_use_are_taken(tmp_path, given, rows):
+def test_valid_prompts_are_accepted(tmp_path, given, rows):
     options, task = run_of(tmp_path, given, rows)
     assert len(task.representative_examples()) == len(rows)
     assert validate_prompts(options, task) is None
@@ -241,7 +241,7 @@ def run_of(folder, given, rows):
 @pytest.mark.parametrize(
     ("row", "says"), [({}, "has no `answer`"), ({"answer": "1", "images": ["gone.png"]}, r"gone\.png is not a file")]
 )
-def test_held_out_prompts_are_looked_at_as_far_as_they_are_used(tmp_path, row, says):
+def test_only_used_held_out_prompts_are_validated(tmp_path, row, says):
     (tmp_path / "h.jsonl").write_text(
         "\n".join(json.dumps(one) for one in ({"prompt": "1=", "answer": "1"}, {"prompt": "2=", **row}))
     )

@@ -52,7 +52,7 @@ def weights(own):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_first_weights_are_swapped_in_and_out_bit_for_bit(dtype):
+def test_initial_weights_are_swapped_in_and_out_bit_exactly(dtype):
     own, optimizer, teacher = setup(1.0, dtype)
     start, (hidden, head) = weights(own), teacher.score(rollout())
     for _ in range(3):
@@ -80,7 +80,7 @@ def test_student_weights_are_restored_if_scoring_fails(monkeypatch):
     assert all(torch.equal(p, trained[name]) for name, p in own.named_parameters())
 
 
-def test_the_average_is_that_of_plain_tensors():
+def test_ema_matches_plain_tensors():
     own, optimizer, teacher = setup(0.9, torch.float32)
     expected = weights(own)
     for _ in range(4):
@@ -92,7 +92,7 @@ def test_the_average_is_that_of_plain_tensors():
             torch.testing.assert_close(value.detach(), expected[name], rtol=1e-5, atol=1e-7)
 
 
-def test_state_is_all_that_a_teacher_needs_to_go_on():
+def test_teacher_state_dict_roundtrip():
     own, optimizer, teacher = setup(0.5)
     for _ in range(3):
         step(own, optimizer, teacher)
@@ -101,7 +101,7 @@ def test_state_is_all_that_a_teacher_needs_to_go_on():
     assert all(torch.equal(a, b) for a, b in zip(other.values, teacher.values, strict=True))
 
 
-def test_what_is_privileged_comes_before_the_same_completion():
+def test_teacher_context_precedes_the_same_completion():
     own, _, teacher = setup(1.0)
     hidden, _ = teacher.score(rollout("9+9=18\n"))
     direct = pad_rollout(
@@ -117,7 +117,7 @@ def test_what_is_privileged_comes_before_the_same_completion():
     assert not torch.equal(hidden, teacher.score(rollout())[0])
 
 
-def test_what_is_privileged_must_find_places_in_the_student():
+def test_teacher_context_must_fit_the_students_positions():
     _, _, teacher = setup(1.0)  # of 64 positions
     teacher.score(rollout("1" * (64 - 3 - len("12+13="))))
     with pytest.raises(

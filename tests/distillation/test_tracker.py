@@ -20,7 +20,7 @@ def moved(own, share, seed):
             p.mul_(1 + 0.1 * (torch.rand(p.shape) < share).to(p.dtype))
 
 
-def test_figures_are_those_of_plain_tensors(tmp_path):
+def test_snapshot_metrics_match_plain_tensors(tmp_path):
     own = model(0, initializer_range=0.2).bfloat16()
     copies = [torch.cat([p.detach().flatten().clone() for p in own.parameters()])]
     tracker = Tracker(tmp_path, own, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
@@ -46,7 +46,7 @@ def test_figures_are_those_of_plain_tensors(tmp_path):
     assert not list((tmp_path / "weights").iterdir())
 
 
-def test_marks_after_the_step_that_a_run_goes_on_from_are_let_go(tmp_path):
+def test_resume_removes_later_snapshots(tmp_path):
     own = model(0, initializer_range=0.2).bfloat16()
     tracker = Tracker(tmp_path, own, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
     moved(own, 0.1, 1)
@@ -64,7 +64,7 @@ def test_marks_after_the_step_that_a_run_goes_on_from_are_let_go(tmp_path):
     assert again.snapshot(2, own, {}) == second
 
 
-def test_a_copy_that_was_cut_short_is_made_again(tmp_path, monkeypatch):
+def test_interrupted_weight_copy_is_rewritten(tmp_path, monkeypatch):
     from opdkernels.distillation import tracker as track
 
     own, calls = model(0, initializer_range=0.2).bfloat16(), []
@@ -88,7 +88,7 @@ def test_a_copy_that_was_cut_short_is_made_again(tmp_path, monkeypatch):
     )
 
 
-def test_marks_keep_two_copies_beside_the_start(tmp_path):
+def test_snapshots_keep_two_copies_and_the_start(tmp_path):
     own = model(0, initializer_range=0.2).bfloat16()
     tracker = Tracker(tmp_path, own, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
     for step in range(1, 6):
@@ -103,7 +103,7 @@ def test_marks_keep_two_copies_beside_the_start(tmp_path):
     ]
 
 
-def test_the_start_is_made_again_where_its_copy_is_gone(tmp_path):
+def test_missing_start_copy_is_reloaded(tmp_path):
     own = model(0, initializer_range=0.2).bfloat16()
     start = model(0, initializer_range=0.2).bfloat16()
     moved(own, 0.1, 1)
@@ -111,7 +111,7 @@ def test_the_start_is_made_again_where_its_copy_is_gone(tmp_path):
     assert 0.05 < 1 - row["views"]["visible"]["frac_zero"] < 0.15
 
 
-def test_lora_is_seen_as_what_the_model_computes_with(options, tmp_path):
+def test_effective_weights_multiply_out_lora(options, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     plain = model(0, initializer_range=0.2)
@@ -126,7 +126,7 @@ def test_lora_is_seen_as_what_the_model_computes_with(options, tmp_path):
     assert not torch.equal(found["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
 
 
-def test_moments_of_a_gradient_that_is_not_finite_are_no_number():
+def test_optimizer_stats_of_nonfinite_gradients_are_none():
     weight = torch.nn.Parameter(torch.ones(8))
     optimizer = MaskedAdamW([("w", weight)], masks={}, lr=1e-3, unmasked="train")
     weight.grad = torch.ones(8)
@@ -136,7 +136,7 @@ def test_moments_of_a_gradient_that_is_not_finite_are_no_number():
         assert optimizer_stats(optimizer, ALONE)["gradient_momentum_cosine"] is None
 
 
-def test_moments_are_those_of_plain_tensors():
+def test_optimizer_stats_match_plain_tensors():
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(50))
     active = torch.rand(50) < 0.5
@@ -154,7 +154,7 @@ def test_moments_are_those_of_plain_tensors():
     )
 
 
-def test_a_model_that_does_not_move_has_no_change(tmp_path):
+def test_unchanged_model_has_no_change(tmp_path):
     own = model(0)
     tracker = Tracker(tmp_path, own, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
     row = tracker.snapshot(1, own, {})

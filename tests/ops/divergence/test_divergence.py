@@ -131,7 +131,7 @@ def small_tiles(monkeypatch):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=NAMES)
-def test_definition_is_the_formula(spec):
+def test_definition_matches_oracle(spec):
     hidden, head, teacher, teacher_head, tokens = make_case(n=20)
     student, teacher = logits_in(FP64, hidden, head).requires_grad_(), logits_in(FP64, teacher, teacher_head)
     loss, exact = divergence(student, teacher, spec, tokens=tokens), oracle(spec, student, teacher, tokens)
@@ -142,7 +142,7 @@ def test_definition_is_the_formula(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=NAMES)
-def test_gradient_is_the_losses_own(spec):
+def test_gradient_of_definition_matches_finite_differences(spec):
     """Against differences, but for the policy gradient, whose loss is no divergence."""
     hidden, head, teacher, teacher_head, tokens = make_case(n=3)
     student, teacher = logits_in(FP64, hidden, head).requires_grad_(), logits_in(FP64, teacher, teacher_head)
@@ -153,7 +153,7 @@ def test_gradient_is_the_losses_own(spec):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("spec", SPECS, ids=NAMES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_from_hidden_states_it_is_the_definition(spec, bias):
+def test_linear_divergence_matches_definition(spec, bias):
     """Every kind and option, in fp64: cap, scale, bias, temperature, unlike widths, odd tiles, weights of either
     sign."""
     case = make_case(n=8, vocab=37, bias=bias)
@@ -167,7 +167,7 @@ def test_from_hidden_states_it_is_the_definition(spec, bias):
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("kind", ["reverse_kl", "jsd", "topk_reverse_kl", "sampled_reverse_kl_k2"])
-def test_gradients_from_hidden_states_are_the_losses_own(kind):
+def test_linear_divergence_gradcheck(kind):
     hidden, head, teacher, teacher_head, tokens = make_case(n=3, vocab=19, width=3)
     spec = Divergence(kind, k=3 if "topk" in kind else 0)
 
@@ -181,7 +181,7 @@ def test_gradients_from_hidden_states_are_the_losses_own(kind):
 
 @pytest.mark.parametrize("spec", SPECS, ids=NAMES)
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
-def test_at_most_twice_the_error_of_full_logits(spec, dtype):
+def test_error_is_at_most_twice_that_of_full_logits(spec, dtype):
     assert_twice_plain(
         make_case(n=40, vocab=1025, width=64, dtype=dtype, spread=4, shaped=False, bias=dtype != BF16), spec
     )
@@ -221,13 +221,13 @@ def assert_log_prob(case, temperature=1.0):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probabilities_of_tokens(dtype, temperature):
+def test_linear_log_prob_error_is_at_most_twice_that_of_full_logits(dtype, temperature):
     assert_log_prob(make_case(n=8, vocab=37, bias=True, dtype=dtype), temperature)
     hidden, head, teacher, teacher_head, tokens = make_case(n=8, vocab=37, dtype=dtype)
     assert_log_prob((hidden, LMHead(head.weight, vocab=30), teacher, teacher_head, tokens % 30), temperature)
 
 
-def test_log_probabilities_of_no_token_and_of_any_shape():
+def test_linear_log_prob_shapes():
     hidden, head, _, _, tokens = make_case(n=6, vocab=9, dtype=FP32)
     flat = linear_log_prob(hidden, head, tokens)
     torch.testing.assert_close(linear_log_prob(hidden.view(2, 3, -1), head, tokens.view(2, 3)), flat.view(2, 3))
@@ -246,7 +246,7 @@ def test_sizes(n, vocab, kind):
     assert_twice_plain(make_case(n=n, vocab=vocab, width=8, dtype=FP32), spec)
 
 
-def test_tiles_change_nothing_but_rounding(monkeypatch):
+def test_tile_sizes_change_only_rounding(monkeypatch):
     case, found = make_case(n=9, vocab=301, width=16, dtype=FP32), []
     for width, rows in ((301, 9), (300, 4), (64, 2), (7, 1)):
         monkeypatch.setattr(tiles, "TILE", width)
@@ -259,7 +259,7 @@ def test_tiles_change_nothing_but_rounding(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_scores_are_what_they_say():
+def test_scores_match_full_logits():
     hidden, head, teacher, teacher_head, tokens = make_case(n=9, vocab=40)
     for spec in (Divergence("reverse_kl", k=6), Divergence("topk_reverse_kl", k=6)):
         _, scores = linear_divergence(hidden, head, teacher, teacher_head, spec, tokens=tokens, scores=True)
@@ -297,7 +297,7 @@ def estimator_gradient(loss_of, student, lp):
     return total
 
 
-def test_estimators_have_the_gradient_they_are_named_by():
+def test_estimators_have_their_documented_expected_gradient():
     """By enumeration of a vocabulary of 11; the table is docs/divergence.md's."""
     generator = torch.Generator().manual_seed(3)
     student, teacher = torch.randn(2, 11, generator=generator, dtype=FP64)
@@ -333,7 +333,7 @@ def test_estimators_have_the_gradient_they_are_named_by():
     }
 
 
-def test_a_truncated_reverse_kl_would_fall_as_mass_leaves_and_the_tail_prevents_it():
+def test_tail_prevents_decreasing_reverse_kl():
     teacher = torch.tensor([[2.0, 1.0, 0.0, 0.0, 0.0]], dtype=FP64)
     losses = []
     for away in (0.0, 3.0, 6.0):  # the student moves its mass to an id outside its k argmax_ids of before
@@ -348,7 +348,7 @@ def test_a_truncated_reverse_kl_would_fall_as_mass_leaves_and_the_tail_prevents_
 
 
 @pytest.mark.parametrize("k", [1, 3, 40])
-def test_with_the_tail_top_k_lies_between_nothing_and_the_whole(k):
+def test_topk_with_tail_is_bounded_by_full_divergence(k):
     hidden, head, teacher, teacher_head, _ = make_case(n=30, vocab=40)
     student, teacher = logits_in(FP64, hidden, head), logits_in(FP64, teacher, teacher_head)
     for kind, of in (("topk_forward_kl", "forward_kl"), ("topk_reverse_kl", "reverse_kl")):
@@ -394,7 +394,7 @@ IDENTITY = LMHead(torch.eye(4))
         ([3, 2, 1, 0], [3, 2, 1, 0]),
     ],
 )
-def test_nothing_finite_becomes_nan(kind, student, teacher):
+def test_finite_logits_never_give_nan(kind, student, teacher):
     """From a head whose bias is the logits; the definition and the tiles agree where log-probabilities do not fit
     fp32's exponent."""
     student, teacher = (torch.tensor([x], dtype=FP32) for x in (student, teacher))
@@ -414,12 +414,12 @@ def test_nothing_finite_becomes_nan(kind, student, teacher):
     torch.testing.assert_close(grads[1], grads[2][0], rtol=1e-4, atol=1e-6)
 
 
-def test_where_only_the_student_allows_an_id_reverse_kl_is_large_and_finite():
+def test_reverse_kl_of_masked_teacher_id_is_finite():
     loss = divergence(torch.zeros(1, 4), torch.tensor([[-math.inf, 0, 0, 0]]), Divergence("reverse_kl"))
     assert 2000 < float(loss) < 3000  # a quarter of 1e4 nats
 
 
-def test_nan_of_one_token_is_seen_there_and_nowhere_else():
+def test_nan_stays_in_its_token():
     hidden, head, teacher, teacher_head, tokens = make_case(n=5, dtype=FP32)
     for side in (teacher, hidden):
         before = side[2].clone()
@@ -434,7 +434,7 @@ def test_nan_of_one_token_is_seen_there_and_nowhere_else():
         side[2] = before
 
 
-def test_ignored_tokens_do_nothing_not_even_nan():
+def test_invalid_tokens_have_no_effect():
     hidden, head, teacher, teacher_head, tokens = (
         t.reshape(3, 4, -1) if i in (0, 2) else t for i, t in enumerate(make_case(n=12))
     )
@@ -473,7 +473,7 @@ def test_ignored_tokens_do_nothing_not_even_nan():
 @pytest.mark.parametrize("kind", ["jsd", "topk_forward_kl", "sampled_reverse_kl"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("n", [0, 4])
-def test_where_nothing_is_valid_the_loss_is_a_connected_zero(kind, reduction, n):
+def test_loss_without_valid_tokens_is_zero_with_gradient(kind, reduction, n):
     hidden, head, teacher, teacher_head, tokens = make_case(n=n, dtype=FP32)
     leaves = leaves_of(hidden, head)
     spec = Divergence(kind, k=3 if "topk" in kind else 0)
@@ -492,7 +492,7 @@ def test_where_nothing_is_valid_the_loss_is_a_connected_zero(kind, reduction, n)
         assert torch.equal(grad, torch.zeros_like(leaf))
 
 
-def test_padding_of_the_vocabulary_has_no_probability():
+def test_vocabulary_padding_has_no_probability():
     hidden, head, teacher, teacher_head, _ = make_case(n=5, vocab=30, bias=False)
 
     def padded(head, rows, vocab):
@@ -522,7 +522,7 @@ def test_padding_of_the_vocabulary_has_no_probability():
         linear_divergence(hidden, head, teacher, padded(teacher_head, 3, None))
 
 
-def test_a_frozen_head_and_frozen_hidden_states_have_no_gradient_computed(monkeypatch):
+def test_only_needed_gradients_are_computed(monkeypatch):
     hidden, head, teacher, teacher_head, _ = make_case()
     asked = []
     real = tiles.divergence_backward
@@ -540,7 +540,7 @@ def test_a_frozen_head_and_frozen_hidden_states_have_no_gradient_computed(monkey
         assert not linear_divergence(leaves[0], LMHead(leaves[1], leaves[2]), teacher, teacher_head).requires_grad
 
 
-def test_the_teacher_has_no_gradient_and_a_shared_head_only_the_students():
+def test_teacher_has_no_gradient():
     hidden, head, teacher, _, _ = make_case(teacher_width=5)
     teacher.requires_grad_()
     weight = head.weight.requires_grad_()
@@ -553,7 +553,7 @@ def test_the_teacher_has_no_gradient_and_a_shared_head_only_the_students():
     assert torch.autograd.grad(loss, teacher, allow_unused=True) == (None,)
 
 
-def test_strides_change_no_bit():
+def test_strides_do_not_change_results():
     hidden, head, teacher, teacher_head, _ = make_case(n=12, dtype=FP32)
     expected_loss, grads = None, None
     for view in (lambda t: t, lambda t: t.T.contiguous().T, lambda t: torch.cat([t, t], 1)[:, : t.shape[1]]):
@@ -599,7 +599,7 @@ def test_no_tensor_of_tokens_by_vocabulary_exists(kind):
     assert plain.most >= n * vocab
 
 
-def test_what_is_saved_for_backward_is_a_few_numbers_a_token():
+def test_saved_tensors_are_a_few_values_per_token():
     hidden, head, teacher, teacher_head, _ = make_case(n=50, vocab=400, dtype=FP32)
     leaves_of(hidden, head)
     given = {t.data_ptr() for t in (hidden, head.weight, head.bias, teacher, teacher_head.weight, teacher_head.bias)}
@@ -611,7 +611,7 @@ def test_what_is_saved_for_backward_is_a_few_numbers_a_token():
     assert 0 < sum(sizes) <= 8 * 50
 
 
-def test_differentiating_twice_is_refused():
+def test_second_derivative_is_refused():
     hidden, head, teacher, teacher_head, _ = make_case()
     leaves = leaves_of(hidden, head)
     with pytest.raises(
@@ -623,7 +623,7 @@ def test_differentiating_twice_is_refused():
     assert torch.autograd.grad(grad.sum(), hidden)[0].any()
 
 
-def test_ill_posed_choices_are_refused_with_the_remedy():
+def test_ill_posed_divergences_are_refused():
     for call, message in (
         (lambda: Divergence("k1"), "kind k1 is refused: .* its expected gradient is 0; use sampled_reverse_kl"),
         (lambda: Divergence("sampled_reverse_kl_k3"), "gradient of the forward KL, not of the reverse; use"),
@@ -638,7 +638,7 @@ def test_ill_posed_choices_are_refused_with_the_remedy():
             call()
 
 
-def test_bad_input_is_refused_by_name():
+def test_invalid_arguments_are_named():
     hidden, head, teacher, teacher_head, tokens = make_case()
 
     def bad(**o):
@@ -673,7 +673,7 @@ def test_bad_input_is_refused_by_name():
             call()
 
 
-def test_a_token_beyond_the_vocabulary_is_seen():
+def test_token_outside_vocabulary_gives_nan():
     hidden, head, teacher, teacher_head, tokens = make_case(vocab=30)
     tokens[1] = 30
     loss = linear_divergence(
@@ -719,12 +719,12 @@ def assert_bucket(kind: str, dtype: torch.dtype, gap: float, whole_logits: bool 
 @pytest.mark.parametrize("gap", [2.0, 12.0, 16.0, 25.0, 60.0])
 @pytest.mark.parametrize("kind", ["topk_forward_kl", "topk_reverse_kl"])
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
-def test_the_bucket_of_a_confident_student_has_its_gradient(dtype, kind, gap):
+def test_tail_of_confident_student_has_its_gradient(dtype, kind, gap):
     """Where 1 - Q is noise in the dtype, or less than it can tell from 0."""
     assert_bucket(kind, dtype, gap)
 
 
-def test_a_bucket_of_nothing_costs_nothing():
+def test_empty_tail_adds_nothing():
     """k of the whole vocabulary: the divergence over all of it, and its gradient."""
     hidden, head, teacher, teacher_head, _ = make_case(dtype=FP64, vocab=12)
     for kind, whole_kind in (("topk_forward_kl", "forward_kl"), ("topk_reverse_kl", "reverse_kl")):
@@ -737,7 +737,7 @@ def test_a_bucket_of_nothing_costs_nothing():
             assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_nothing_valid_over_a_normalizer_of_nothing_is_0():
+def test_zero_normalizer_without_valid_tokens_gives_zero():
     hidden, head, teacher, teacher_head, _ = make_case()
     leaf = hidden.detach().requires_grad_()
     for normalizer in (0, torch.tensor(0.0)):
@@ -749,7 +749,7 @@ def test_nothing_valid_over_a_normalizer_of_nothing_is_0():
 
 
 @pytest.mark.parametrize("kind", ["sampled_reverse_kl_k2", "reverse_kl"])
-def test_a_token_of_nan_leaves_the_gradients_of_others(kind):
+def test_nan_token_keeps_gradients_of_others(kind):
     """Where another token's id is at the floor, beside it."""
     hidden, head, teacher, teacher_head, tokens = make_case(vocab=30, shaped=False)
     head.bias[2], tokens[0] = -2e4, 2
@@ -764,7 +764,7 @@ def test_a_token_of_nan_leaves_the_gradients_of_others(kind):
     assert torch.equal(*found)
 
 
-def test_total_variation_from_a_teacher_of_nan_has_no_gradient_that_could_be_taken():
+def test_total_variation_gradient_of_nan_teacher_is_nan():
     hidden, head, teacher, teacher_head, _ = make_case()
     teacher = teacher.clone()
     teacher[1] = math.nan
@@ -776,20 +776,20 @@ def test_total_variation_from_a_teacher_of_nan_has_no_gradient_that_could_be_tak
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
-def test_log_probabilities_of_no_temperature_are_refused(temperature):
+def test_invalid_temperature_is_refused(temperature):
     with pytest.raises(UsageError, match="choose one above 0"):
         linear_log_prob(torch.zeros(1, 3), LMHead(torch.eye(3)), torch.tensor([0]), temperature=temperature)
 
 
 @pytest.mark.parametrize("vocab", [0, -5, 34])
-def test_a_vocabulary_that_the_head_has_not_is_refused(vocab):
+def test_vocab_outside_head_is_refused(vocab):
     hidden, head, teacher, teacher_head, _ = make_case(vocab=33)
     with pytest.raises(ValueError, match=f"vocab of student_head is {vocab}; it must be in 1 "):
         linear_divergence(hidden, dataclasses.replace(head, vocab=vocab), teacher, teacher_head)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_operators_are_registered_as_torch_wants_them(bias):
+def test_operators_pass_opcheck(bias):
     hidden, head, teacher, teacher_head, tokens = make_case(dtype=BF16, bias=bias)
     student, teacher = (
         ops.make_side(hidden, head.weight, head.bias),
@@ -832,7 +832,7 @@ def test_operators_are_registered_as_torch_wants_them(bias):
 
 
 @pytest.mark.parametrize("kind", ["jsd", "topk_forward_kl", "sampled_reverse_kl"])
-def test_it_compiles_whole(kind):
+def test_compiles_with_fullgraph(kind):
     hidden, head, teacher, teacher_head, tokens = make_case(dtype=BF16)
     spec = Divergence(kind, k=3 if "topk" in kind else 0)
 
@@ -851,5 +851,5 @@ def test_it_compiles_whole(kind):
         torch.testing.assert_close(a, b)
 
 
-def test_examples_are_right():
+def test_docstring_examples():
     assert doctest.testmod(ops).failed == 0

@@ -76,12 +76,12 @@ def test_sizes(n, vocab):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_log_probabilities_of_tokens(dtype):
+def test_linear_log_prob_error_is_at_most_twice_that_of_full_logits(dtype):
     assert_log_prob(make_case(n=9, vocab=300, width=40, dtype=dtype))
 
 
 @pytest.mark.parametrize("numbers", [1, 5 * 64, 5 * 192])
-def test_chunks_of_the_vocabulary_are_merged(monkeypatch, numbers):
+def test_vocabulary_chunks_are_merged(monkeypatch, numbers):
     """Of one tile, and of several tiles a chunk."""
     monkeypatch.setattr(kernels, "COLUMNS", 64)
     monkeypatch.setattr(kernels, "LEAST_COLUMNS", 64)
@@ -90,7 +90,7 @@ def test_chunks_of_the_vocabulary_are_merged(monkeypatch, numbers):
         assert_twice_plain(make_case(n=5, vocab=700, width=16, dtype=FP32), spec)
 
 
-def test_scores_are_the_references(monkeypatch):
+def test_scores_match_reference(monkeypatch):
     hidden, head, teacher, teacher_head, tokens = make_case(n=20, vocab=300, width=16, dtype=FP32)
 
     def score(spec):
@@ -105,7 +105,7 @@ def test_scores_are_the_references(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS[:4])
-def test_what_underflows_or_is_masked_is_the_references(monkeypatch, kind):
+def test_underflow_and_masked_ids_match_reference(monkeypatch, kind):
     rows = [[-math.inf, 0, 1, 2], [1e4, -9e3, 0, 0], [200, 0, 0, -150], [3, 2, 1, 0], [-9e3, 1e4, 5, 5]]
     hidden, masked = torch.tensor([[max(x, -2e4) for x in row] for row in rows]), torch.tensor([0.0, 0, 0, -math.inf])
     found = {}
@@ -126,7 +126,7 @@ def test_what_underflows_or_is_masked_is_the_references(monkeypatch, kind):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_nan_of_one_token_is_seen_there_and_nowhere_else():
+def test_nan_stays_in_its_token():
     hidden, head, teacher, teacher_head, _ = make_case(n=5, width=16, dtype=FP32)
     teacher[2] = math.nan
     for kind in KINDS[:4]:
@@ -141,14 +141,14 @@ def test_nan_of_one_token_is_seen_there_and_nowhere_else():
 
 @pytest.mark.parametrize("gap", [2.0, 16.0, 60.0])
 @pytest.mark.parametrize("kind", ["topk_forward_kl", "topk_reverse_kl"])
-def test_the_bucket_of_a_confident_student_has_its_gradient(monkeypatch, kind, gap):
+def test_tail_of_confident_student_has_its_gradient(monkeypatch, kind, gap):
     monkeypatch.setattr(kernels, "COLUMNS", 16)
     monkeypatch.setattr(kernels, "LEAST_COLUMNS", 16)
     monkeypatch.setattr(kernels, "WORKSPACE_BYTES", kernels.BYTES_AN_ID * 6 * 16)
     assert_bucket(kind, FP32, gap, whole_logits=False)
 
 
-def test_logits_at_ids_are_those_of_the_sums():
+def test_logits_at_ids_come_from_the_summed_products():
     """Of confident tokens no log-probability is above 0 by more than its own rounding, whatever the width."""
     hidden, head, *_ = make_case(n=8, vocab=300, width=1024, dtype=FP32, spread=8, shaped=False)
     tokens = (hidden @ head.weight.T + head.bias).argmax(1)
@@ -156,7 +156,7 @@ def test_logits_at_ids_are_those_of_the_sums():
     assert_log_prob((hidden, head, None, None, tokens))
 
 
-def test_total_variation_from_a_teacher_of_nan_has_no_gradient_that_could_be_taken():
+def test_total_variation_gradient_of_nan_teacher_is_nan():
     hidden, head, teacher, teacher_head, _ = make_case(n=5, width=16, dtype=FP32)
     teacher[1] = math.nan
     leaf = hidden.detach().clone().requires_grad_()
@@ -166,7 +166,7 @@ def test_total_variation_from_a_teacher_of_nan_has_no_gradient_that_could_be_tak
     assert grad.isnan().any(1).nonzero().flatten().tolist() == [1]
 
 
-def test_autocast_rounds_no_product():
+def test_autocast_does_not_round_products():
     hidden, head, teacher, teacher_head, _ = make_case(n=5, vocab=300, width=16, dtype=FP32)
     found = []
     for enabled in (False, True):
@@ -179,7 +179,7 @@ def test_autocast_rounds_no_product():
     assert torch.equal(found[0][1], found[1][1])
 
 
-def test_tokens_beyond_the_vocabulary_are_passed_over_and_seen():
+def test_tokens_outside_vocabulary_give_nan():
     hidden, head, teacher, teacher_head, tokens = make_case(vocab=30, width=16, dtype=FP32)
     tokens[1], tokens[2] = 30, -1
     loss = linear_divergence(
@@ -188,7 +188,7 @@ def test_tokens_beyond_the_vocabulary_are_passed_over_and_seen():
     assert loss.isnan().nonzero().flatten().tolist() == [1, 2]
 
 
-def test_only_what_is_wanted_is_multiplied(monkeypatch):
+def test_only_needed_products_are_computed(monkeypatch):
     hidden, head, teacher, teacher_head, _ = make_case(vocab=300, width=16, dtype=FP32)
     monkeypatch.setattr(kernels, "WORKSPACE_BYTES", 1)  # a tile a chunk
     plain, shapes = kernels.product, []
