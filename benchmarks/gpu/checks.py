@@ -203,13 +203,13 @@ CHECKS = {
     check.__name__: check
     for check in (
         matches_cpu,
-        matches_cpu_on_special_cases,
         accepts_misaligned_views,
         is_deterministic,
         uses_current_stream,
         passes_opcheck,
         matches_cpu_when_streamed,
         matches_cpu_spectra,
+        matches_cpu_on_special_cases,
         indexes_beyond_32_bits,
     )
 }

@@ -103,8 +103,8 @@ def copied_carried_values(source: str) -> list[str]:
 def test_no_loop_copies_a_carried_value(module):
     """No loop assigns `a = b` before b's new value.
 
-    Where both start equal, the compiler, which traces the body once, takes a for constant and does not carry it from one
-    iteration to the next; its interpreter does.
+    Where both start equal, the compiler, which traces the body once, takes a for constant and does not carry it to the
+    next iteration; its interpreter does.
     """
     assert copied_carried_values(inspect.getsource(module)) == []
 
