@@ -22,6 +22,7 @@ from opdkernels.ops.patch import cuda as patch
 from opdkernels.ops.patch.gpu_common import VALID, blocks_of, starts_of
 from opdkernels.ops.quantile import cuda as quantile
 from opdkernels.ops.step import cuda as step
+from opdkernels.ops.step.layout import BLOCK as STEP_BLOCK
 from tests.backends.cuda.fibers import kernel_source, launch_on_fibers, load_kernels, needs_compiler
 from tests.ops.conformance import Allocator, backend_kernel, make_pair, reference
 from tests.ops.delta.cases import call_delta, empty_tally
@@ -118,8 +119,8 @@ def stepped_at_the_end() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     Only the last two tiles have active coordinates, and more than 2^32 moments come before theirs. Stochastic rounding
     depends on the index of a coordinate.
     """
-    tiles, before = -(-N // step_ops.BLOCK), 2**32 + 7
-    size = N - (tiles - 2) * step_ops.BLOCK
+    tiles, before = -(-N // STEP_BLOCK), 2**32 + 7
+    size = N - (tiles - 2) * STEP_BLOCK
     small, (grad,) = State((size,), dtype=BF16, precision="stochastic"), State((size,)).grads(BF16)
     mask, (offsets,), active = small.payloads[0], small.block_counts, small.masks[0].num_active
     param, m, v = (
@@ -155,9 +156,9 @@ def test_step(monkeypatch):
 
 
 def test_32_bit_moment_offset_is_detected(monkeypatch):
-    slot = "const opd_i64 slot = slots + k;"
+    slot = "const opd_i64 slot = first_slot + k;"
     assert slot in kernel_source("step")
-    use(monkeypatch, "step", kernel_source("step").replace(slot, "const opd_i64 slot = (opd_u32)(slots + k);"))
+    use(monkeypatch, "step", kernel_source("step").replace(slot, "const opd_i64 slot = (opd_u32)(first_slot + k);"))
     outputs, expected = stepped_at_the_end()
     assert not torch.equal(outputs[1], expected[1])
 
