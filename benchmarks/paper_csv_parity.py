@@ -2,11 +2,11 @@
 
     python benchmarks/paper_csv_parity.py CHECKOUT PYTHON FOLDER [SOURCE TRAINED ...]
 
-FOLDER receives two synthetic pairs (bf16 with the shapes of Qwen2.5-0.5B, two layers; small fp32) and every output; more
-pairs may follow. Prints, for each file and column of each pair, the largest relative difference, and exits with 1 where
-a column is beyond its limit: equal for fractions of coordinates, 1e-5 for the rest. Overlaps of masks must lie between the
-bounds that ties at the cuts allow, but for coordinates whose scores their fp32 SVD takes across the cut. Where base geometry differs
-by more, both are held against an SVD in fp64, and ours must be the nearer.
+FOLDER receives two synthetic pairs (bf16 with the shapes of Qwen2.5-0.5B, two layers; small fp32) and every output;
+more pairs may follow. Prints, for each file and column of each pair, the largest relative difference, and exits with
+1 where a column exceeds its limit: equal for fractions of coordinates, 1e-5 for the rest. Overlaps of masks must be
+within the bounds of tie-breaking, except for coordinates whose scores the script's fp32 SVD moves across the
+threshold. If base geometry differs by more, both are compared with an fp64 SVD, and ours must be closer.
 """
 
 from __future__ import annotations
@@ -112,15 +112,16 @@ def compare_masks(name: str, ours: Path, theirs: Path) -> int:
             continue
         for i, label in enumerate(LABELS):
             for mask, (least, most) in tie_bounds(record, i, 1 + THRESHOLDS.index(float(atol))).items():
-                found = row[f"{mask}_{label}_update_overlap_ratio"]
-                if found in (None, "") or np.isnan(found):
+                overlap = row[f"{mask}_{label}_update_overlap_ratio"]
+                if overlap in (None, "") or np.isnan(overlap):
                     continue
-                shared = round(found * row["update_count"])
+                shared = round(overlap * row["update_count"])
                 size, beyond = record.mask_sizes[i, 0], max(least - shared, shared - most, 0)
                 inside, outside, worst = inside + (beyond == 0), outside + (beyond > 0), max(worst, beyond / size)
                 wrong += beyond > max(1, MASK_LIMIT * size)
     print(
-        f"{name} overlaps of masks: {inside} between the bounds of ties, {outside} outside by at most {worst:.1g} of the mask (their fp32 SVD)"
+        f"{name} overlaps of masks: {inside} within the bounds of ties, {outside} outside by at most {worst:.1g} "
+        "of the mask (fp32 SVD of the script)"
     )
     return wrong
 
@@ -130,39 +131,40 @@ def truth(source: torch.Tensor, trained: torch.Tensor) -> dict[str, float]:
     w = source.bfloat16().double()
     d = (trained.bfloat16().float() - source.bfloat16().float()).bfloat16().double()
     (u, s, vh), (u2, s2, _) = (torch.linalg.svd(x, full_matrices=False) for x in (w, w + d))
-    energy, found = d.square().sum(), {}
+    energy, metrics = d.square().sum(), {}
     for ratio, label in zip(RATIOS, LABELS, strict=True):
         k = max(1, int(ratio * min(w.shape)))
         a, b = u[:, :k], vh[:k].T
-        found[f"principal_projection_energy_ratio_{label}"] = (a.T @ d @ b).square().sum() / energy
-        found[f"left_principal_projection_energy_ratio_{label}"] = (a.T @ d).square().sum() / energy
-        found[f"right_principal_projection_energy_ratio_{label}"] = (d @ b).square().sum() / energy
+        metrics[f"principal_projection_energy_ratio_{label}"] = (a.T @ d @ b).square().sum() / energy
+        metrics[f"left_principal_projection_energy_ratio_{label}"] = (a.T @ d).square().sum() / energy
+        metrics[f"right_principal_projection_energy_ratio_{label}"] = (d @ b).square().sum() / energy
         sines = torch.linalg.svdvals(u2[:, :k] - a @ (a.T @ u2[:, :k]))
-        found[f"top_subspace_rotation_{label}"] = sines.mean()
-    found["spectral_drift_l2_ratio"] = (s2 - s).norm() / s.norm()
-    found["spectral_drift_to_delta_fro_ratio"] = (s2 - s).norm() / d.norm()
-    return {column: float(value) for column, value in found.items()}
+        metrics[f"top_subspace_rotation_{label}"] = sines.mean()
+    metrics["spectral_drift_l2_ratio"] = (s2 - s).norm() / s.norm()
+    metrics["spectral_drift_to_delta_fro_ratio"] = (s2 - s).norm() / d.norm()
+    return {column: float(value) for column, value in metrics.items()}
 
 
-def compare_geometry(name: str, source: Path, trained: Path, mine: dict, yours: dict) -> int:
+def compare_geometry(name: str, source: Path, trained: Path, our_rows: dict, their_rows: dict) -> int:
     """Columns of base geometry that differ: who is nearer to fp64, over matrices small enough for it."""
     sides = [open_checkpoint(path) for path in (source, trained)]
     off: dict[str, list[tuple[float, float]]] = {}
-    for key in mine.keys() & yours.keys():
+    for key in our_rows.keys() & their_rows.keys():
         info = sides[0].tensors.get(key[0])
-        if info is None or info.numel > LARGEST_SVD or not mine[key].get("spectral_drift_l2_ratio"):
+        if info is None or info.numel > LARGEST_SVD or not our_rows[key].get("spectral_drift_l2_ratio"):
             continue
         exact = truth(*(side.read(key[0], 0, info.numel).view(info.shape) for side in sides))
         for column, value in exact.items():
             off.setdefault(column, []).append(
-                (difference(mine[key][column], value), difference(yours[key][column], value))
+                (difference(our_rows[key][column], value), difference(their_rows[key][column], value))
             )
     wrong = 0
     for column, pairs in off.items():
         ours, theirs = (max(values) for values in zip(*pairs, strict=True))
         wrong += (bad := ours > LIMIT and ours > theirs)
         print(
-            f"{name} base_geometry_metrics.{column}: off fp64 by {ours:.1g}, theirs by {theirs:.1g}{'  beyond the limit' if bad else ''}"
+            f"{name} base_geometry_metrics.{column}: error against fp64 {ours:.1g}, of the script {theirs:.1g}"
+            f"{'  beyond the limit' if bad else ''}"
         )
     return wrong
 
@@ -170,24 +172,25 @@ def compare_geometry(name: str, source: Path, trained: Path, mine: dict, yours: 
 def compare(name: str, ours: Path, theirs: Path, source: Path, trained: Path) -> int:
     wrong = compare_masks(name, ours, theirs)
     for file in FILES:
-        mine, yours = rows(ours / f"{file}.csv"), rows(theirs / f"{file}.csv")
-        if mine.keys() != yours.keys():
+        our_rows, their_rows = rows(ours / f"{file}.csv"), rows(theirs / f"{file}.csv")
+        if our_rows.keys() != their_rows.keys():
             print(
-                f"{name} {file}: other rows, {len(mine)} and {len(yours)}; only one has {sorted(mine.keys() ^ yours.keys(), key=str)[:3]}"
+                f"{name} {file}: rows differ, {len(our_rows)} and {len(their_rows)}; "
+                f"only one has {sorted(our_rows.keys() ^ their_rows.keys(), key=str)[:3]}"
             )
             wrong += not file.startswith(("svd", "base"))
         if file.startswith("base"):
-            wrong += compare_geometry(name, source, trained, mine, yours)
+            wrong += compare_geometry(name, source, trained, our_rows, their_rows)
             continue
-        shared = mine.keys() & yours.keys()
-        columns = list(next(iter(yours.values()), {}))
-        missing = [c for c in columns if c not in next(iter(mine.values()), {})]
+        shared = our_rows.keys() & their_rows.keys()
+        columns = list(next(iter(their_rows.values()), {}))
+        missing = [c for c in columns if c not in next(iter(our_rows.values()), {})]
         if missing:
             print(f"{name} {file}: we lack {len(missing)} columns: {missing[0]}, …")
         for column in columns:
             if column in missing:
                 continue
-            worst = max((difference(mine[key][column], yours[key][column]) for key in shared), default=0.0)
+            worst = max((difference(our_rows[key][column], their_rows[key][column]) for key in shared), default=0.0)
             ties = file.startswith("mask") and column not in ("update_density", "update_count")
             bad = worst > (0 if exact(column) else LIMIT) and not ties
             wrong += bad

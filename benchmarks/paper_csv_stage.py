@@ -1,8 +1,8 @@
-"""Runs one stage of the paper's reference scripts, from a checkout at a path, and prints its seconds and a result to compare.
+"""Runs one stage of the paper's reference scripts from a checkout; prints its seconds and a result to compare.
 
-python benchmarks/paper_csv_stage.py CHECKOUT elementwise SOURCE TRAINED THREADS
-python benchmarks/paper_csv_stage.py CHECKOUT overlap SOURCE RUN_A RUN_B THREADS
-python benchmarks/paper_csv_stage.py CHECKOUT everything:PART SOURCE TRAINED THREADS   (tensors whose names hold PART)
+python benchmarks/paper_csv_stage.py CHECKOUT elementwise SOURCE TRAINED THREADS python benchmarks/paper_csv_stage.py
+CHECKOUT overlap SOURCE RUN_A RUN_B THREADS python benchmarks/paper_csv_stage.py CHECKOUT everything:PART SOURCE
+TRAINED THREADS   (tensors whose names contain PART)
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ def main() -> None:
     for store in stores:  # warm: the files in memory
         for name in names:
             store.get(name).sum()
-    began, found = time.perf_counter(), 0
+    started, total = time.perf_counter(), 0
     with torch.inference_mode():
         for name in names:
             tensors = [store.get(name) for store in stores]
             if stage == "elementwise":
                 row = script.compute_tensor_metrics(name, *tensors, torch.bfloat16)
-                found += round(row["frac_delta_eq_0"] * row["numel"])
+                total += round(row["frac_delta_eq_0"] * row["numel"])
             elif stage.startswith("everything:"):
                 if stage.split(":")[1] in name:
-                    found += everything(script, name, *tensors)
+                    total += everything(script, name, *tensors)
             else:
                 base, a, b = tensors
                 mask_a, mask_b = (a - base).abs() > 1e-5, (b - base).abs() > 1e-5
                 both, either = mask_a & mask_b, mask_a | mask_b
-                found += torch.count_nonzero(both).item()
+                total += torch.count_nonzero(both).item()
                 for mask in (mask_a, mask_b, either):  # the counts that their loop makes of each tensor
                     torch.count_nonzero(mask).item()
-    print(json.dumps({"seconds": time.perf_counter() - began, "found": found}))
+    print(json.dumps({"seconds": time.perf_counter() - started, "found": total}))
 
 
 main()

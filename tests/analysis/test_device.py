@@ -1,4 +1,4 @@
-"""`analyze --device`: what a GPU would be given, on the CPU; what is said where there is none."""
+"""`analyze --device`: the GPU code path on the CPU, and the errors without a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HERE = torch.device("cpu")
 
 @pytest.fixture
 def staging(monkeypatch):
-    """The CPU is fed as a GPU would be."""
+    """Slices are staged on the CPU as they are for a GPU."""
     used = []
 
     def staged(source, slices):
@@ -39,7 +39,7 @@ def staging(monkeypatch):
 
 @pytest.fixture
 def large(tmp_path):
-    """Tensors of several slices beside small ones."""
+    """Tensors of several slices and small ones."""
     generator = torch.Generator().manual_seed(0)
     source = {
         f"layers.{i}.w": torch.randn(n, generator=generator).bfloat16()
@@ -49,7 +49,7 @@ def large(tmp_path):
 
 
 @pytest.mark.parametrize("io", ["mmap", "read"])
-def test_staged_slices_give_the_same_bits(large, tmp_path, staging, monkeypatch, io):
+def test_staged_slices_are_bit_identical(large, tmp_path, staging, monkeypatch, io):
     analyze(*large, tmp_path / "staged", spectra="off", io=io)
     assert staging == [8]
     monkeypatch.undo()
@@ -57,7 +57,7 @@ def test_staged_slices_give_the_same_bits(large, tmp_path, staging, monkeypatch,
     assert contents(tmp_path / "staged") == contents(tmp_path / "plain")
 
 
-def test_a_file_cut_off_midway_is_bad_input(large, tmp_path, staging):
+def test_truncated_file_is_input_error(large, tmp_path, staging):
     def cut(done, total, name):
         os.truncate(tmp_path / "b" / "model.safetensors", 5000)
 
@@ -66,7 +66,7 @@ def test_a_file_cut_off_midway_is_bad_input(large, tmp_path, staging):
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
 
 
-def test_an_interrupt_keeps_what_was_counted(large, tmp_path, staging, monkeypatch):
+def test_interrupt_keeps_finished_tensors(large, tmp_path, staging, monkeypatch):
     def interrupt(done, total, name):
         if name == "layers.4.w":
             raise KeyboardInterrupt
@@ -81,7 +81,7 @@ def test_an_interrupt_keeps_what_was_counted(large, tmp_path, staging, monkeypat
 
 
 def out_of_memory(beyond: int, fails: str = "", error=torch.OutOfMemoryError):
-    """A device that has no room for more than so many elements at a time."""
+    """A device without memory for more than `beyond` elements at once."""
     sizes = []
 
     def counted(source, trained, **options):
@@ -94,7 +94,7 @@ def out_of_memory(beyond: int, fails: str = "", error=torch.OutOfMemoryError):
     return counted
 
 
-def test_out_of_memory_slices_get_smaller_and_the_bits_stay(large, tmp_path, staging, monkeypatch):
+def test_out_of_memory_retries_smaller_slices_bit_identically(large, tmp_path, staging, monkeypatch):
     counted = out_of_memory(300_000)
     monkeypatch.setattr(tallying, "delta", counted)
     result = analyze(*large, tmp_path / "out", spectra="off")
@@ -107,7 +107,7 @@ def test_out_of_memory_slices_get_smaller_and_the_bits_stay(large, tmp_path, sta
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
-def test_a_tensor_that_fails_whatever_the_slices_fails_alone(large, tmp_path, staging, monkeypatch, error):
+def test_failing_tensor_does_not_affect_others(large, tmp_path, staging, monkeypatch, error):
     monkeypatch.setattr(tallying, "delta", out_of_memory(1000, error=error))
     result = analyze(*large, tmp_path / "out", spectra="off")
     assert result.exit_status == 3
@@ -118,8 +118,8 @@ def test_a_tensor_that_fails_whatever_the_slices_fails_alone(large, tmp_path, st
     assert result.tally("layers.0.w").numel == 300
 
 
-def test_gram_matrices_are_made_where_the_rules_say_and_masks_on_the_cpu(pair, monkeypatch):
-    """Every move between the host and the device, with "meta" standing in for a GPU where nothing can be computed."""
+def test_gram_matrices_use_the_configured_device(pair, monkeypatch):
+    """Tensors are moved to the device: "meta" replaces a GPU, and nothing can be computed there."""
     asked = []
     device = torch.device("meta")
 
@@ -137,7 +137,7 @@ def test_gram_matrices_are_made_where_the_rules_say_and_masks_on_the_cpu(pair, m
     assert {record.reason for record in result.spectrum_records} == {"RuntimeError: no kernel here"}
 
 
-def test_one_matrix_at_a_time_is_on_a_gpu():
+def test_gpu_lock_is_shared_and_cpu_has_none():
     gpu = torch.device("cuda", 0)
     assert devices.device_lock(gpu) is devices.device_lock(gpu) is devices.gpu_lock
     with devices.device_lock(HERE), devices.device_lock(HERE):
@@ -155,7 +155,7 @@ def with_gpus(monkeypatch, count: int, error: str = "", built: str | None = "13.
     monkeypatch.setattr(torch.cuda, "init", init)
 
 
-def test_the_gpu_is_that_of_the_rank_or_the_one_named(monkeypatch):
+def test_device_index_is_local_rank_or_the_given_one(monkeypatch):
     with_gpus(monkeypatch, 4)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert devices.resolve_device("cuda") == torch.device("cuda", 0)
@@ -191,17 +191,18 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Pl
         (2, "", "13.0", "cuda:2", "only 2 GPUs are visible; use cuda:1 or lower, or omit --device"),
     ],
 )
-def test_a_gpu_that_is_not_there_is_bad_input(monkeypatch, count, error, built, name, said):
+def test_missing_gpu_is_input_error(monkeypatch, count, error, built, name, said):
     with_gpus(monkeypatch, count, error, built)
     with pytest.raises(InputError, match=rf"^--device {name}: .*{said}") as found:
         devices.resolve_device(name)
     assert "\n" not in str(found.value)
 
 
-def test_kernels_that_the_driver_is_too_old_for_are_bad_input_before_any_tensor(pair, tmp_path, monkeypatch):
+def test_too_old_driver_is_input_error_before_any_tensor(pair, tmp_path, monkeypatch):
     def too_old(*sides):
         raise RuntimeError(
-            "delta_count_bf16 did not start on cuda:0: CUDA driver version is insufficient; update the NVIDIA driver\ndetails"
+            "delta_count_bf16 did not start on cuda:0: CUDA driver version is insufficient; "
+            "update the NVIDIA driver\ndetails"
         )
 
     monkeypatch.setattr(tallying, "delta", too_old)
@@ -215,13 +216,13 @@ def test_kernels_that_the_driver_is_too_old_for_are_bad_input_before_any_tensor(
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:", "cuda:-1", "cuda:99999", "meta", "cuda:0\n"])
-def test_a_device_that_makes_no_sense_is_a_usage_error(pair, name):
+def test_invalid_device_name_is_usage_error(pair, name):
     with pytest.raises(UsageError, match=r"option device is .*: give cpu, cuda or cuda:1"):
         analyze(*pair, device=name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_command_says_it_in_one_line(pair, tmp_path):
+def test_command_reports_missing_gpu_in_one_line(pair, tmp_path):
     done = command("analyze", *pair, "-o", tmp_path / "out", "--device", "cuda")
     assert done.returncode == 4
     assert done.stderr.count("\n") == 1
@@ -232,7 +233,7 @@ def test_the_command_says_it_in_one_line(pair, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_gpu_counts_the_same_bits(large, tmp_path):
+def test_gpu_counts_are_bit_identical(large, tmp_path):
     analyze(*large, tmp_path / "gpu", spectra="off", device="cuda")
     analyze(*large, tmp_path / "cpu", spectra="off")
     assert contents(tmp_path / "gpu") == contents(tmp_path / "cpu")
@@ -241,7 +242,7 @@ def test_a_gpu_counts_the_same_bits(large, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("spectra", ["exact", "topk"])
-def test_a_gpu_gives_the_same_spectra_to_their_rounding(pair, spectra):
+def test_gpu_spectra_agree_within_rounding(pair, spectra):
     there, here = (analyze(*pair, spectra=spectra, device=device) for device in ("cuda", "cpu"))
     for a, b in zip(there.spectra.to_pylist(), here.spectra.to_pylist(), strict=True):
         assert a["stable_rank"] == pytest.approx(b["stable_rank"], rel=1e-6)

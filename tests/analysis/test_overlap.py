@@ -1,4 +1,4 @@
-"""`overlap` of whole checkpoints: what is compared, what chance says, what is left out."""
+"""`overlap` of checkpoints: which coordinates are compared, chance levels, exclusions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAPE = (500, 2000)
 
 
 def dense(tmp_path, *seeds, planted=None, dtype=torch.bfloat16):
-    """A source and unrelated dense updates of it stored in bf16; `planted` coordinates move in all of them."""
+    """A base and unrelated dense updates of it stored in bf16; `planted` coordinates change in all of them."""
     generator = torch.Generator().manual_seed(0)
     source = (0.03 * torch.randn(SHAPE, generator=generator)).to(dtype)
     paths = [save(tmp_path / "source", {"model.layers.0.mlp.up_proj.weight": source})]
@@ -29,7 +29,7 @@ def dense(tmp_path, *seeds, planted=None, dtype=torch.bfloat16):
     return paths
 
 
-def test_unrelated_updates_overlap_by_magnitude_and_no_more(tmp_path):
+def test_unrelated_updates_match_magnitude_chance(tmp_path):
     result = overlap(*dense(tmp_path, 1, 2))
     (pair,) = result.summary["pairs"]
     assert pair["over_uniform_global"] >= 1.6
@@ -37,7 +37,7 @@ def test_unrelated_updates_overlap_by_magnitude_and_no_more(tmp_path):
     assert abs(pair["z_magnitude"]) < 4
 
 
-def test_a_planted_shared_mask_stands_far_above_chance(tmp_path):
+def test_planted_shared_mask_is_far_above_chance(tmp_path):
     planted = torch.rand(SHAPE, generator=torch.Generator().manual_seed(9)) < 0.05
     (pair,) = overlap(*dense(tmp_path, 1, 2, planted=planted)).summary["pairs"]
     assert pair["over_magnitude"] > 1.2
@@ -53,7 +53,7 @@ def test_rows_in_common_are_explained_by_row_strata(tmp_path):
     assert pair["over_column"] > 1.2
 
 
-def test_figures_equal_those_of_the_coordinates(tmp_path):
+def test_metrics_match_direct_computation(tmp_path):
     source = weights()
     runs = [trained(source, seed=s) for s in (1, 2, 3)]
     paths = [save(tmp_path / str(i), w) for i, w in enumerate((source, *runs))]
@@ -86,7 +86,7 @@ def test_results_do_not_depend_on_threads_or_slices(tmp_path):
     assert a.tensors.equals(b.tensors)
 
 
-def test_tensors_that_a_run_lacks_are_excluded_and_named(tmp_path):
+def test_missing_tensors_are_excluded_with_reason(tmp_path):
     source = weights()
     one, two = trained(source, seed=1), trained(source, seed=2)
     del two["model.layers.0.mlp.gate_proj.weight"]
@@ -98,7 +98,7 @@ def test_tensors_that_a_run_lacks_are_excluded_and_named(tmp_path):
     assert "not in run B" in reasons["model.layers.0.mlp.gate_proj.weight"]
 
 
-def test_non_finite_coordinates_of_any_run_are_left_out(tmp_path):
+def test_non_finite_coordinates_are_excluded(tmp_path):
     source = weights()
     one, two = trained(source, seed=1), trained(source, seed=2)
     two["lm_head.weight"][0, :2] = torch.tensor([np.nan, np.inf])
@@ -108,7 +108,7 @@ def test_non_finite_coordinates_of_any_run_are_left_out(tmp_path):
     json.dumps(result.summary, allow_nan=False)
 
 
-def test_runs_that_changed_nothing_have_no_invented_figures(tmp_path):
+def test_unchanged_runs_have_null_metrics(tmp_path):
     same = save(tmp_path / "same", weights())
     result = overlap(same, same, same, out=tmp_path / "out")
     (pair,) = result.summary["pairs"]
@@ -122,7 +122,7 @@ def test_runs_that_changed_nothing_have_no_invented_figures(tmp_path):
     assert "A run changed nothing" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path):
+def test_incomparable_inputs_are_errors(tmp_path):
     a, b = save(tmp_path / "a", {"x": torch.ones(3)}), save(tmp_path / "b", {"x": torch.ones(4)})
     with pytest.raises(InputError):
         overlap(a, b, b)

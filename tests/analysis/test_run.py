@@ -1,4 +1,4 @@
-"""`analyze` as a user meets it: what is written, what survives a kill, what is said of bad input."""
+"""`analyze` end to end: outputs, resume, errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def contents(folder) -> list[bytes]:
     return [(folder / name).read_bytes() for name in DETERMINISTIC]
 
 
-def test_rows_hold_both_views_of_every_tensor_in_file_order(pair, tmp_path):
+def test_tensor_rows_have_both_views_in_file_order(pair, tmp_path):
     result = analyze(*pair, tmp_path / "out", csv=True)
     rows = result.tensors.to_pylist()
     assert [r["view"] for r in rows] == ["stored", "visible"] * 14
@@ -42,7 +42,7 @@ def test_rows_hold_both_views_of_every_tensor_in_file_order(pair, tmp_path):
     assert again.tally("lm_head.weight") == result.tally("lm_head.weight")
 
 
-def test_group_figures_are_those_of_their_tensors_together(pair):
+def test_group_metrics_match_concatenated_tensors(pair):
     result = analyze(*pair)
     source, after = weights(), trained(weights())
     for group in result.groups.to_pylist():
@@ -60,7 +60,7 @@ def test_group_figures_are_those_of_their_tensors_together(pair):
     assert sum(shares) == pytest.approx(1)
 
 
-def test_curve_agrees_with_the_rows_and_its_bounds_enclose_the_truth(tmp_path):
+def test_curve_matches_rows_and_bounds_hold(tmp_path):
     source = weights(torch.float32)
     after = trained(source)
     result = analyze(save(tmp_path / "a", source), save(tmp_path / "b", after))
@@ -74,7 +74,7 @@ def test_curve_agrees_with_the_rows_and_its_bounds_enclose_the_truth(tmp_path):
     assert all(a <= b for a, b in zip(curve["null"], curve["null"][1:], strict=False))
 
 
-def test_results_do_not_depend_on_threads_slices_or_the_way_of_reading(pair, tmp_path):
+def test_results_do_not_depend_on_threads_slices_or_io(pair, tmp_path):
     analyze(*pair, tmp_path / "a", threads=1)
     analyze(*pair, tmp_path / "b", threads=2, memory="64MB")
     analyze(*pair, tmp_path / "c", io="read")
@@ -82,7 +82,7 @@ def test_results_do_not_depend_on_threads_slices_or_the_way_of_reading(pair, tmp
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c") == contents(tmp_path / "d")
 
 
-def test_the_reference_gives_the_same_bits(pair, tmp_path):
+def test_reference_backend_is_bit_identical(pair, tmp_path):
     analyze(*pair, tmp_path / "kernels")
     program = f"import opdkernels; opdkernels.analyze({pair[0]!r}, {pair[1]!r}, {str(tmp_path / 'reference')!r})"
     subprocess.run([sys.executable, "-c", program], env={**os.environ, "OPDKERNELS_BACKEND": "reference"}, check=True)
@@ -100,8 +100,8 @@ def test_a_finished_run_is_not_read_again(pair, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_run_killed_at_any_tensor_goes_on_to_the_same_bits(pair, tmp_path, seed):
-    """SIGKILL after some tensors, wherever that falls: in a count, in a write, between the two."""
+def test_resume_is_bit_exact(pair, tmp_path, seed):
+    """SIGKILL after a random number of tensors: during a count, a write, or between the two."""
     program = (
         "import sys, time\n"
         "from opdkernels.runs import store\n"
@@ -125,7 +125,7 @@ def test_a_run_killed_at_any_tensor_goes_on_to_the_same_bits(pair, tmp_path, see
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
-def test_an_interrupted_run_keeps_what_it_had(pair, tmp_path):
+def test_interrupted_run_keeps_finished_tensors(pair, tmp_path):
     def interrupt(done, total, name):
         if done > total / 2:
             raise KeyboardInterrupt
@@ -136,7 +136,7 @@ def test_an_interrupted_run_keeps_what_it_had(pair, tmp_path):
     assert 0 < result.run["resumed_tensors"] < 14
 
 
-def test_another_runs_folder_is_refused_and_left_alone(pair, tmp_path):
+def test_directory_of_another_run_is_error_and_untouched(pair, tmp_path):
     analyze(*pair, tmp_path / "out")
     before = contents(tmp_path / "out")
     with pytest.raises(InputError, match=r"holds another run .* choose another folder, or pass --overwrite"):
@@ -154,7 +154,7 @@ def test_inputs_that_changed_are_another_run(pair, tmp_path):
         analyze(*pair, tmp_path / "out")
 
 
-def test_a_file_that_changes_meanwhile_fails_the_run(pair, tmp_path):
+def test_file_changed_during_the_run_is_input_error(pair, tmp_path):
     changed = []
 
     def touch(done, total, name):
@@ -169,7 +169,7 @@ def test_a_file_that_changes_meanwhile_fails_the_run(pair, tmp_path):
 
 
 @pytest.mark.parametrize("io", ["mmap", "read"])
-def test_a_file_cut_off_while_open_is_bad_input_not_a_crash(tmp_path, io):
+def test_file_truncated_while_open_is_input_error(tmp_path, io):
     source = {"w": torch.zeros(1 << 20, dtype=torch.bfloat16), "z": torch.zeros(1 << 20, dtype=torch.bfloat16)}
     paths = [save(tmp_path / "a", source), save(tmp_path / "b", source)]
 
@@ -180,7 +180,7 @@ def test_a_file_cut_off_while_open_is_bad_input_not_a_crash(tmp_path, io):
         analyze(*paths, tmp_path / "out", io=io, progress=cut)
 
 
-def test_identical_checkpoints_are_said_to_be(pair):
+def test_identical_checkpoints_are_reported(pair):
     result = analyze(pair[0], pair[0])
     assert result.summary["identical"]
     assert result.exit_status == 0
@@ -188,7 +188,7 @@ def test_identical_checkpoints_are_said_to_be(pair):
     assert result.summary["views"]["visible"]["changed_over_null"] is None
 
 
-def test_non_finite_coordinates_are_counted_listed_and_left_out(tmp_path):
+def test_non_finite_coordinates_are_counted_and_excluded(tmp_path):
     source = weights()
     after = trained(source)
     after["lm_head.weight"][0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
@@ -198,7 +198,7 @@ def test_non_finite_coordinates_are_counted_listed_and_left_out(tmp_path):
     json.dumps(result.summary, allow_nan=False)
 
 
-def test_a_tensor_that_fails_is_recorded_and_the_rest_goes_on(pair, tmp_path, monkeypatch):
+def test_failed_tensor_is_recorded_and_retried(pair, tmp_path, monkeypatch):
     from opdkernels.analysis import tallying
 
     def failing(source, trained, **options):
@@ -218,7 +218,7 @@ def test_a_tensor_that_fails_is_recorded_and_the_rest_goes_on(pair, tmp_path, mo
     assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
 
 
-def test_shapes_that_differ_end_with_status_3_and_are_named(tmp_path):
+def test_shape_mismatch_is_reported_with_status_3(tmp_path):
     source = weights()
     after = trained(source)
     after["model.layers.0.mlp.gate_proj.weight"] = after["model.layers.0.mlp.gate_proj.weight"].T
@@ -230,12 +230,12 @@ def test_shapes_that_differ_end_with_status_3_and_are_named(tmp_path):
 @pytest.mark.parametrize(
     "options", [{"memory": "3"}, {"memory": "lots"}, {"threads": 0}, {"io": "fast"}, {"colour": 1}]
 )
-def test_options_that_make_no_sense_are_named(pair, options):
+def test_invalid_options_are_named(pair, options):
     with pytest.raises(UsageError, match=next(iter(options))):
         analyze(*pair, **options)
 
 
-def test_records_that_cannot_be_read_are_bad_input(pair, tmp_path):
+def test_unreadable_records_are_input_error(pair, tmp_path):
     analyze(*pair, tmp_path / "out")
     next((tmp_path / "out" / "tallies").glob("*.arrow")).write_bytes(b"not arrow")
     with pytest.raises(InputError, match=r"\.arrow cannot be read"):
@@ -247,7 +247,7 @@ def test_records_that_cannot_be_read_are_bad_input(pair, tmp_path):
         load(tmp_path)
 
 
-def test_output_that_cannot_be_written_is_bad_input(pair, tmp_path):
+def test_unwritable_output_is_input_error(pair, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         analyze(*pair, tmp_path / "file")
@@ -255,7 +255,7 @@ def test_output_that_cannot_be_written_is_bad_input(pair, tmp_path):
         analyze(*pair, tmp_path / "file" / "below")
 
 
-def test_names_are_data_in_csv_and_on_the_terminal(tmp_path):
+def test_names_are_escaped_in_csv_and_html(tmp_path):
     names = ["=cmd|'/c calc'!A0", "../../escape", "<script>alert(1)</script>", "a\x1b[31mred\nline", ""]
     source = {n: torch.ones(4) for n in names}
     result = analyze(
@@ -272,7 +272,7 @@ def test_names_are_data_in_csv_and_on_the_terminal(tmp_path):
     assert "<script>" not in result._repr_html_()
 
 
-def test_atomic_writes_leave_the_old_content_when_they_fail(tmp_path, monkeypatch):
+def test_failed_atomic_write_keeps_old_content(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
     write_json(path, {"a": 1})
 
@@ -286,7 +286,7 @@ def test_atomic_writes_leave_the_old_content_when_they_fail(tmp_path, monkeypatc
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_a_repository_of_tallies_answers_thresholds_chosen_later(pair, tmp_path):
+def test_stored_tallies_answer_new_thresholds(pair, tmp_path):
     analyze(*pair, tmp_path / "out")
     shutil.rmtree(pair[0])
     tally = load(tmp_path / "out").tally("lm_head.weight")
@@ -300,7 +300,7 @@ def test_a_repository_of_tallies_answers_thresholds_chosen_later(pair, tmp_path)
         )
 
 
-def test_summary_has_its_published_form(pair, tmp_path):
+def test_summary_matches_its_schema(pair, tmp_path):
     from opdkernels.analysis import summary
 
     source = weights()

@@ -1,4 +1,4 @@
-"""Spectra and geometry as `analyze` gives them: right, the same whatever the threads or a kill, and honest where there are none."""
+"""Spectra and geometry of `analyze`: correct, bit-identical for any threads and after resume, or with a reason."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def without_time(table: pa.Table) -> pa.Table:
 
 
 def oracle(w: torch.Tensor, v: torch.Tensor) -> dict[str, float]:
-    """Figures of docs/outputs.md from fp64 SVDs."""
+    """Metrics of docs/outputs.md from fp64 SVDs."""
     w, v = w.double(), v.double()
     d = v - w
     s = torch.linalg.svdvals(d)
@@ -69,7 +69,7 @@ def oracle(w: torch.Tensor, v: torch.Tensor) -> dict[str, float]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("large", [matrix_spectra.LARGE, 0], ids=["fp64", "fp32 blocks"])
-def test_figures_are_those_of_fp64_svd(dtype, large, tmp_path, monkeypatch):
+def test_metrics_match_fp64_svd(dtype, large, tmp_path, monkeypatch):
     monkeypatch.setattr(matrix_spectra, "LARGE", large)
     source = weights(dtype)
     after = trained(source, size=1e-4)
@@ -100,16 +100,17 @@ def test_both_views_of_wider_dtypes_and_one_of_bf16(tmp_path):
         assert set(result.spectra["view"].to_pylist()) == views
 
 
-def test_threads_change_no_bit(pair):
+def test_results_do_not_depend_on_threads(pair):
     one, two = (analyze(*pair, threads=n) for n in (1, 2))
     assert without_time(one.spectra) == without_time(two.spectra)
     assert without_time(one.geometry) == without_time(two.geometry)
 
 
-def test_a_run_killed_among_its_spectra_goes_on_to_the_same_bits(pair, tmp_path):
+def test_resume_during_spectra_is_bit_exact(pair, tmp_path):
     out = tmp_path / "out"
     script = (
-        "import sys, time; from opdkernels.analysis import matrix_spectra; from opdkernels.runs import store; from opdkernels import analyze\n"
+        "import sys, time; from opdkernels.analysis import matrix_spectra\n"
+        "from opdkernels import analyze; from opdkernels.runs import store\n"
         "store.FLUSH_EVERY_S = 0; compute = matrix_spectra.exact_spectrum\n"
         "def slow(*a): time.sleep(0.1); return compute(*a)\n"
         "matrix_spectra.exact_spectrum = slow; analyze(*sys.argv[1:], threads=1)"
@@ -128,7 +129,7 @@ def test_a_run_killed_among_its_spectra_goes_on_to_the_same_bits(pair, tmp_path)
     assert resumed.summary["spectra"] == whole.summary["spectra"]
 
 
-def test_what_is_not_computed_says_why(tmp_path):
+def test_missing_spectra_have_a_reason(tmp_path):
     source = weights()
     after = trained(source)
     after["model.layers.0.mlp.gate_proj.weight"] = source["model.layers.0.mlp.gate_proj.weight"]
@@ -148,7 +149,7 @@ def test_what_is_not_computed_says_why(tmp_path):
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["spectra"] == result.summary["spectra"]
 
 
-def test_too_little_memory_names_the_matrix_and_the_least_that_would_do(tmp_path):
+def test_memory_error_names_matrix_and_required_memory(tmp_path):
     source = {"a.q_proj.weight": 0.02 * torch.randn(1100, 900), "b.q_proj.weight": 0.02 * torch.randn(30, 20)}
     paths = [save(tmp_path / side, t) for side, t in (("a", source), ("b", {n: w + 1e-4 for n, w in source.items()}))]
     result = analyze(*paths, memory="64MB")
@@ -162,7 +163,7 @@ def test_too_little_memory_names_the_matrix_and_the_least_that_would_do(tmp_path
     assert analyze(*paths, memory="64MB", spectra="topk").exit_status == 0
 
 
-def test_a_matrix_near_to_singular_has_its_figures_from_an_svd(tmp_path, monkeypatch):
+def test_nearly_singular_matrices_use_svd(tmp_path, monkeypatch):
     """Of rank 5, with twenty-four top vectors asked for; long, wide and square."""
     generator = torch.Generator().manual_seed(0)
     source = {
@@ -224,7 +225,7 @@ def test_resume_with_paper_csv_adds_masks_of_unchanged_matrices(tmp_path):
     ).read_text()
 
 
-def test_off_leaves_no_spectra(pair, tmp_path):
+def test_spectra_off_removes_spectra(pair, tmp_path):
     analyze(*pair, tmp_path / "out")
     result = analyze(*pair, tmp_path / "out", spectra="off")
     assert result.spectra is result.geometry is None
@@ -232,7 +233,7 @@ def test_off_leaves_no_spectra(pair, tmp_path):
     assert "spectra" not in result.summary
 
 
-def test_experts_are_matrices_of_their_own_and_convolutions_are_flattened(tmp_path):
+def test_experts_are_matrices_and_convolutions_flattened(tmp_path):
     generator = torch.Generator().manual_seed(0)
     source = {
         "layers.0.mlp.experts.down_proj": torch.randn(3, 20, 12, generator=generator),
@@ -252,13 +253,13 @@ def test_experts_are_matrices_of_their_own_and_convolutions_are_flattened(tmp_pa
 
 
 @pytest.mark.parametrize("io", ["read", "mmap"])
-def test_reading_by_threads_mixes_nothing_up(pair, io):
+def test_concurrent_reads_are_correct(pair, io):
     assert without_time(analyze(*pair, io=io, threads=2).spectra) == without_time(
         analyze(*pair, io=io, threads=1).spectra
     )
 
 
-def test_the_spectral_null_is_that_of_random_matrices():
+def test_spectral_null_matches_random_matrices():
     for m, n in ((300, 300), (200, 800)):
         stable_rank, energy = random_spectrum(m, n)
         s = torch.linalg.svdvals(torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
@@ -266,7 +267,7 @@ def test_the_spectral_null_is_that_of_random_matrices():
         assert energy[16] == pytest.approx(float(s[:16].square().sum() / s.square().sum()), rel=0.03)
 
 
-def test_a_random_update_has_the_figures_of_its_null_and_a_low_rank_one_has_not(tmp_path):
+def test_random_update_matches_null_and_low_rank_does_not(tmp_path):
     generator = torch.Generator().manual_seed(0)
     source = {
         name: 0.02 * torch.randn(400, 200, generator=generator) for name in ("a.q_proj.weight", "b.q_proj.weight")
@@ -284,7 +285,7 @@ def test_a_random_update_has_the_figures_of_its_null_and_a_low_rank_one_has_not(
     assert planted["stable_rank"] < 3
 
 
-def test_odd_pairs_end_as_they_should(tmp_path):
+def test_edge_cases_have_expected_status_and_reason(tmp_path):
     """No matrix at all, nothing changed, one column, rank two, the ends of the range: a page and a summary each."""
     from opdkernels.analysis.text import format_analysis
     from opdkernels.report import render

@@ -1,4 +1,4 @@
-"""`trajectory` against plain PyTorch on the checkpoints themselves, and the same after a kill, with one more, in any order."""
+"""`trajectory` against plain PyTorch on the checkpoints, and bit-identical after resume or with an added checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ K = 16
 
 
 def run_of(dtype=torch.bfloat16, steps=3, seed=0):
-    """A source and checkpoints that drift on along one direction, with noise of their own."""
+    """A base and checkpoints that drift along one direction, each with its own noise."""
     generator = torch.Generator().manual_seed(seed)
     source = weights(dtype)
     drift = {n: 2e-4 * torch.randn(w.shape, generator=generator) for n, w in source.items()}
@@ -61,7 +61,7 @@ def row_of(result, step, view, **where):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_takes_several_checkpoints_is_what_torch_says(tmp_path, dtype):
+def test_metrics_across_checkpoints_match_torch(tmp_path, dtype):
     source, checkpoints = run_of(dtype)
     result = trajectory(
         save(tmp_path / "base", source), *(save(tmp_path / f"checkpoint-{t}", c) for t, c in enumerate(checkpoints, 1))
@@ -88,7 +88,7 @@ def test_what_takes_several_checkpoints_is_what_torch_says(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("spectra", ["exact", "topk"])
-def test_top_directions_are_those_of_an_svd(run, tmp_path, spectra):
+def test_top_directions_match_svd(run, tmp_path, spectra):
     base, checkpoints = run
     result = trajectory(base, *checkpoints, spectra=spectra)
     source, steps = run_of()
@@ -112,7 +112,7 @@ def test_top_directions_are_those_of_an_svd(run, tmp_path, spectra):
             )
 
 
-def test_every_checkpoint_has_what_analyze_gives(run, tmp_path):
+def test_every_checkpoint_equals_its_own_analysis(run, tmp_path):
     base, checkpoints = run
     result = trajectory(base, *checkpoints, out=tmp_path / "out")
     assert [folder.name for folder in result.folders] == ["000010", "000020", "000030"]
@@ -132,7 +132,7 @@ def test_every_checkpoint_has_what_analyze_gives(run, tmp_path):
     assert row["relative_norm"] == alone.summary["views"]["stored"]["relative_norm"]
 
 
-def test_one_more_checkpoint_goes_on_and_factors_nothing_twice(run, tmp_path, monkeypatch):
+def test_added_checkpoint_resumes_without_refactoring(run, tmp_path, monkeypatch):
     base, checkpoints = run
     factored_names = []
     factor_of = matrix_spectra.factor_of
@@ -152,7 +152,7 @@ def test_one_more_checkpoint_goes_on_and_factors_nothing_twice(run, tmp_path, mo
     assert grown.table == whole.table
 
 
-def test_a_damaged_or_deleted_factor_is_made_again(run, tmp_path):
+def test_damaged_or_deleted_factor_is_recomputed(run, tmp_path):
     base, checkpoints = run
     trajectory(base, *checkpoints[:2], out=tmp_path / "out")
     one, other, *_ = sorted((tmp_path / "out" / "factors").iterdir())
@@ -161,11 +161,12 @@ def test_a_damaged_or_deleted_factor_is_made_again(run, tmp_path):
     assert trajectory(base, *checkpoints, out=tmp_path / "out").table == trajectory(base, *checkpoints).table
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(run, tmp_path):
+def test_resume_is_bit_exact(run, tmp_path):
     base, checkpoints = run
     out = tmp_path / "out"
     script = (
-        "import sys, time; from opdkernels.analysis import matrix_spectra; from opdkernels.runs import store; from opdkernels import trajectory\n"
+        "import sys, time; from opdkernels.analysis import matrix_spectra\n"
+        "from opdkernels import trajectory; from opdkernels.runs import store\n"
         "store.FLUSH_EVERY_S = 0; compute = matrix_spectra.exact_spectrum\n"
         "def slow(*a): time.sleep(0.1); return compute(*a)\n"
         "matrix_spectra.exact_spectrum = slow; trajectory(sys.argv[1], *sys.argv[3:], out=sys.argv[2], threads=1)"
@@ -190,7 +191,7 @@ def test_more_checkpoints_than_the_kernel_takes_at_once(tmp_path):
         assert row_of(many, 1, "visible", by="model")[name] == row_of(few, 1, "visible", by="model")[name]
 
 
-def test_order_is_that_of_the_steps_in_the_names():
+def test_checkpoints_are_sorted_by_step():
     def order(*paths):
         return sort_by_step(paths)[0]
 
@@ -216,7 +217,7 @@ def test_order_is_that_of_the_steps_in_the_names():
     assert not sort_by_step(("step_1", "step_2"))[1]
 
 
-def test_a_checkpoint_that_changed_nothing_has_null_figures(tmp_path):
+def test_unchanged_checkpoint_has_null_metrics(tmp_path):
     source, checkpoints = run_of(steps=2)
     result = trajectory(
         *(save(tmp_path / name, c) for name, c in (("base", source), ("step_1", source), ("step_2", checkpoints[1])))
@@ -230,7 +231,7 @@ def test_a_checkpoint_that_changed_nothing_has_null_figures(tmp_path):
     assert still.exit_status == 0
 
 
-def test_gaps_are_told_and_the_rest_goes_on(tmp_path):
+def test_missing_tensors_are_reported_and_excluded(tmp_path):
     source, checkpoints = run_of()
     checkpoints[0]["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
     del checkpoints[1]["model.layers.1.self_attn.o_proj.weight"]
@@ -249,8 +250,8 @@ def test_gaps_are_told_and_the_rest_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("lacking", [0, 1, 2])
-def test_similarities_are_of_the_tensors_they_name(tmp_path, lacking):
-    """A checkpoint that lacks a tensor has other places for the rest."""
+def test_similarities_belong_to_their_tensors(tmp_path, lacking):
+    """A checkpoint that lacks a tensor has other indices for the rest."""
     source, checkpoints = run_of()
     base, paths = (
         save(tmp_path / "base", source),
@@ -270,8 +271,8 @@ def test_similarities_are_of_the_tensors_they_name(tmp_path, lacking):
         assert row_of(gappy, 1, "stored", by="module", module="embed_tokens")["similarity_left_16"] is None
 
 
-def test_equal_matrices_are_factored_by_threads_at_once(tmp_path):
-    """Their factors go to one file."""
+def test_equal_matrices_share_a_factor_file_across_threads(tmp_path):
+    """Their factors are stored in one file."""
     source = {f"layers.{i}.mlp.up_proj.weight": weights()["lm_head.weight"] for i in range(8)}
     checkpoints = [
         {
@@ -301,7 +302,7 @@ def test_bad_input_is_one_line(run, tmp_path):
         trajectory(base, *checkpoints, out=tmp_path / "other")
 
 
-def test_a_checkpoint_that_changed_on_disk_is_analysed_anew(run, tmp_path):
+def test_changed_checkpoint_is_analysed_again(run, tmp_path):
     base, checkpoints = run
     before = trajectory(base, *checkpoints, out=tmp_path / "out")
     save(tmp_path / "step_0020", run_of(seed=5)[1][0])
@@ -312,7 +313,7 @@ def test_a_checkpoint_that_changed_on_disk_is_analysed_anew(run, tmp_path):
     assert names[1][1].startswith("000020-")
 
 
-def test_inputs_and_folders_that_are_not_of_a_run_are_left_alone(run, tmp_path, monkeypatch):
+def test_inputs_and_foreign_folders_are_untouched(run, tmp_path, monkeypatch):
     base, checkpoints = run
     monkeypatch.chdir(tmp_path)
     mine = tmp_path / "steps"
@@ -352,7 +353,7 @@ def test_damage_is_reported_or_repaired(run, tmp_path, monkeypatch):
         path.write_bytes(kept)
 
 
-def test_what_this_run_does_not_write_does_not_stay(run, tmp_path):
+def test_files_of_other_options_are_removed(run, tmp_path):
     base, checkpoints = run
     trajectory(base, *checkpoints, out=tmp_path / "out", csv=True)
     trajectory(base, *checkpoints, out=tmp_path / "out", report=False)
@@ -360,7 +361,7 @@ def test_what_this_run_does_not_write_does_not_stay(run, tmp_path):
     assert not left
 
 
-def test_the_command_writes_what_it_says(run, tmp_path):
+def test_command_writes_all_outputs(run, tmp_path):
     base, checkpoints = run
     command = [
         sys.executable,

@@ -86,7 +86,7 @@ def mixed(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_tensor_rows_are_those_of_comparisons_in_bf16(dtype, tmp_path):
+def test_tensor_rows_match_comparisons_in_bf16(dtype, tmp_path):
     source, after = mixed(dtype)
     rows = run(tmp_path, source, after)["tensor_metrics.csv"]
     assert [row["name"] for row in rows] == sorted(source)
@@ -104,7 +104,7 @@ def test_tensor_rows_are_those_of_comparisons_in_bf16(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_near_zero_rows_are_the_mean_over_the_ways_to_break_ties(dtype, tmp_path):
+def test_near_zero_rows_are_means_over_tie_breaks(dtype, tmp_path):
     source, after = mixed(dtype)
     rows = run(tmp_path, source, after)["mask_overlap_metrics.csv"]
     matrices = [name for name in sorted(source) if source[name].ndim == 2]
@@ -257,7 +257,7 @@ def test_columns_are_the_documented_ones(pair, tmp_path):
         ("layer_module", ["layer_id", "module_type"]),
     ],
 )
-def test_groups_sum_their_tensors_and_come_in_order_of_energy(name, keys, tmp_path):
+def test_groups_sum_tensors_and_are_sorted_by_energy(name, keys, tmp_path):
     found = run(tmp_path, *mixed(torch.bfloat16))
     tensors, groups = found["tensor_metrics.csv"], found[f"{name}_summary.csv"]
     assert len(groups) == len({tuple(row[k] for k in keys) for row in tensors})
@@ -285,7 +285,7 @@ def test_groups_sum_their_tensors_and_come_in_order_of_energy(name, keys, tmp_pa
             assert number(group[figure]) == pytest.approx(mean, nan_ok=True), figure
 
 
-def test_largest_tensors_come_first_and_no_more_than_a_hundred(tmp_path):
+def test_top_tensors_are_sorted_and_limited(tmp_path):
     source = {f"t.{i}": torch.ones(3) for i in range(120)}
     after = {name: w + (1 + i) / 128 for i, (name, w) in enumerate(source.items())}
     rows = run(tmp_path, source, after)["top_delta_tensors.csv"]
@@ -321,7 +321,7 @@ def test_module_names_follow_the_paper_script(name, where):
     assert tuple(paper_csv.place(name).values()) == where
 
 
-def test_matching_is_by_name_and_three_prefixes_and_all_else_is_reported(tmp_path):
+def test_matching_uses_names_and_three_prefixes(tmp_path):
     ones = torch.ones(4, 6)
     source = {
         "same": ones,
@@ -376,7 +376,7 @@ def test_matching_is_by_name_and_three_prefixes_and_all_else_is_reported(tmp_pat
     }
 
 
-def test_names_with_several_candidates_are_reported_and_not_paired():
+def test_ambiguous_names_are_reported():
     found, report = paper_csv.match_names(["language_model.a", "model.language_model.a", "b"], ["model.a", "b"])
     assert found == [("b", "b")]
     assert report["ambiguous_alias_matches"] == [
@@ -390,7 +390,7 @@ def test_names_with_several_candidates_are_reported_and_not_paired():
 
 @pytest.mark.parametrize("side", ["source", "trained"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_non_finite_tensors_keep_their_shares_and_have_no_norms(side, value, tmp_path):
+def test_non_finite_tensors_have_fractions_but_no_norms(side, value, tmp_path):
     source, name = weights(), "model.layers.0.mlp.down_proj.weight"
     after = trained(source)
     bias = "model.layers.1.self_attn.q_proj.bias"
@@ -414,7 +414,7 @@ def test_non_finite_tensors_keep_their_shares_and_have_no_norms(side, value, tmp
     assert summary["warnings"]["failed_tensors"] == 1
 
 
-def test_tensors_of_one_storage_have_a_row_each(tmp_path):
+def test_tensors_of_one_storage_have_one_row_each(tmp_path):
     for side, shift in (("a", 0.0), ("b", 1e-3)):
         shared = torch.linspace(-1, 1, 24).reshape(4, 6) + shift
         torch.save(
@@ -428,7 +428,7 @@ def test_tensors_of_one_storage_have_a_row_each(tmp_path):
     assert head == embedding
 
 
-def test_tensors_that_failed_or_were_counted_once_are_listed(pair, tmp_path):
+def test_failed_and_tied_tensors_are_listed(pair, tmp_path):
     opened, result = open_pair(*pair), analyze(*pair)
     try:
         first, second, *rest = result.records
@@ -452,7 +452,7 @@ def test_tensors_that_failed_or_were_counted_once_are_listed(pair, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["=cmd()|x", "+1", "-1", "@a", 'a,"b"', "a\nb", "../../x", "<b>"])
-def test_names_stay_one_cell_and_run_as_no_formula(name, tmp_path):
+def test_names_are_single_cells_and_no_formulas(name, tmp_path):
     found = run(
         tmp_path, {name: torch.ones(4, 4), "z": torch.zeros(2)}, {name: torch.full((4, 4), 2.0), "z": torch.zeros(2)}
     )
@@ -463,7 +463,7 @@ def test_names_stay_one_cell_and_run_as_no_formula(name, tmp_path):
     assert summary["top_20_tensors_by_delta_energy_share"][0]["name"] == name  # JSON runs nothing
 
 
-def test_nothing_to_show_is_a_header(tmp_path):
+def test_empty_tables_have_a_header(tmp_path):
     found = run(tmp_path, {"x": torch.zeros(3)}, {"x": torch.zeros(3)})
     assert found["mask_overlap_metrics.csv"] == []
     assert (found["folder"] / "mask_overlap_metrics.csv").read_text().startswith("name,shape,")
@@ -496,7 +496,7 @@ def test_summary_agrees_with_the_tables(tmp_path):
     ][:10]
 
 
-def test_bytes_do_not_depend_on_threads_or_on_earlier_runs_and_overwriting_clears_them(pair, tmp_path):
+def test_files_are_deterministic_and_removed_by_overwrite(pair, tmp_path):
     analyze(*pair, tmp_path / "a", paper_csv=True, report=False, threads=1)
     analyze(*pair, tmp_path / "b", paper_csv=True, report=False, threads=2, io="read")
     analyze(*pair, tmp_path / "b", paper_csv=True, report=False)

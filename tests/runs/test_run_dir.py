@@ -1,4 +1,4 @@
-"""The output folder: one writer at a time, nothing half cleared, damage named."""
+"""The run directory: one writer at a time, atomic removal, damage is reported."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 
 from opdkernels import InputError, UsageError, analyze, load, overlap
 from opdkernels.api import write_report
-from opdkernels.runs import run_dir as run_folder
+from opdkernels.runs import run_dir
 from tests.analysis.conftest import save, trained, weights
 
 
-def test_a_second_writer_is_refused_while_the_first_works(pair, tmp_path):
+def test_second_writer_is_input_error(pair, tmp_path):
     program = (
         "import sys, opdkernels\n"
         "def wait(done, total, name):\n"
@@ -33,14 +33,14 @@ def test_a_second_writer_is_refused_while_the_first_works(pair, tmp_path):
     assert analyze(*pair, tmp_path / "out").run["resumed_tensors"] == 14
 
 
-def test_a_folder_without_a_name_is_refused(pair):
+def test_empty_output_path_is_usage_error(pair):
     with pytest.raises(UsageError, match="no name"):
         analyze(*pair, "")
 
 
 @pytest.mark.parametrize("name", ["summary.json", "tensors.parquet", "groups.parquet"])
 @pytest.mark.parametrize("content", [None, b"", b"{", b"PAR1"])
-def test_a_damaged_run_is_named(pair, tmp_path, name, content):
+def test_damaged_run_is_input_error(pair, tmp_path, name, content):
     analyze(*pair, tmp_path / "out")
     (tmp_path / "out" / name).unlink()
     if content is not None:
@@ -49,7 +49,7 @@ def test_a_damaged_run_is_named(pair, tmp_path, name, content):
         load(tmp_path / "out")
 
 
-def test_overwrite_removes_whatever_stands_where_a_run_writes(pair, tmp_path):
+def test_overwrite_removes_outputs_only(pair, tmp_path):
     (tmp_path / "out" / "report.html" / "deep").mkdir(parents=True)
     (tmp_path / "out" / "run.json").write_text("not json")
     (tmp_path / "out" / "keep").write_text("me")
@@ -58,15 +58,15 @@ def test_overwrite_removes_whatever_stands_where_a_run_writes(pair, tmp_path):
     assert (tmp_path / "out" / "keep").read_text() == "me"
 
 
-def test_an_interrupted_overwrite_still_says_whose_the_folder_is(pair, tmp_path, monkeypatch):
+def test_interrupted_overwrite_keeps_run_json(pair, tmp_path, monkeypatch):
     analyze(*pair, tmp_path / "out")
-    monkeypatch.setattr(run_folder.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(run_dir.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         analyze(*pair, tmp_path / "out", overwrite=True)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["command"] == "analyze"
 
 
-def test_commands_do_not_take_each_others_folders(pair, tmp_path):
+def test_commands_reject_directories_of_other_commands(pair, tmp_path):
     third = save(tmp_path / "third", trained(weights(), seed=5))
     analyze(*pair, tmp_path / "a")
     overlap(*pair, third, out=tmp_path / "b")

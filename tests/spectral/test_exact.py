@@ -67,7 +67,7 @@ def subspace_oracle(w, d):
 )
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("wide", [False, True])
-def test_every_figure_is_as_near_to_fp64_svd_as_asked(source, block, update, wide):
+def test_metrics_match_fp64_svd(source, block, update, wide):
     w = SOURCES[source]().float()
     trained = w + 1e-3 * w.std() * UPDATES[update](w.shape).float()
     d = (trained - w).double()
@@ -90,7 +90,7 @@ def test_every_figure_is_as_near_to_fp64_svd_as_asked(source, block, update, wid
     assert relative((found.trained - found.source).norm(), drift) < 1e-5
 
 
-def test_the_definition_agrees_with_the_oracle():
+def test_definition_matches_oracle():
     w, d = random(SHAPE), 1e-3 * random(SHAPE, 1)
     for a, b in ((w, d), (w.T, d.T)):
         found = from_matrices(a, b)
@@ -103,7 +103,7 @@ def test_the_definition_agrees_with_the_oracle():
         assert factor.vectors.shape == (min(a.shape), found.ranks[-1])
 
 
-def test_a_long_pair_has_the_figures_of_what_its_orthonormal_factor_leaves():
+def test_reduced_pair_has_the_same_metrics():
     w, d = random((700, 40)), 1e-3 * random((700, 40), 1)
     long, short = (from_matrices(*pair) for pair in ((w, d), compressed(zip(w.split(90), d.split(90), strict=True))))
     for name in (
@@ -120,7 +120,7 @@ def test_a_long_pair_has_the_figures_of_what_its_orthonormal_factor_leaves():
 
 
 @pytest.mark.parametrize("rows", [1, 4, 20])
-def test_directions_that_an_update_lacks_add_nothing_to_its_entropy(rows):
+def test_missing_directions_add_no_entropy(rows):
     """Of an embedding only the rows of the tokens in use change."""
     w = random((2000, 100)).bfloat16()
     trained = w.clone()
@@ -132,7 +132,7 @@ def test_directions_that_an_update_lacks_add_nothing_to_its_entropy(rows):
     assert relative(share.log().mul(share).sum().exp(), exact_share.log().mul(exact_share).sum().exp()) < 1e-8
 
 
-def test_a_known_source_is_not_factorised_again():
+def test_known_factor_is_reused():
     w = random(SHAPE)
     grams = symmetric(gram(w, w + 1e-3 * random(SHAPE, 1)))
     factor = factorise(grams[0], top_ranks(120)[-1])
@@ -141,13 +141,13 @@ def test_a_known_source_is_not_factorised_again():
     assert given.source is factor.sigma
 
 
-def test_too_near_to_singular_is_left_to_the_svd():
+def test_nearly_singular_pair_returns_none():
     """Of rank 5, twenty-four top vectors are asked for: the Gram matrix does not hold nineteen of them."""
     w = with_spectrum(torch.ones(5, dtype=torch.float64))
     assert from_grams(symmetric(gram(w, w + 1e-9 * random(SHAPE, 1))), tall=True) is None
 
 
-def test_ranks_are_the_papers():
+def test_ranks_follow_the_paper():
     assert top_ranks(896) == (8, 44, 89, 179)
     assert top_ranks(1) == (1, 1, 1, 1)
 

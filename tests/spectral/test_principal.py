@@ -1,4 +1,4 @@
-"""Principal and near-zero masks: counts within the bounds of every way to break ties, and exact where there are none."""
+"""Principal and near-zero masks: counts are within the bounds of tie-breaking, and exact without ties."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def view_of(source, trained, visible):
 @pytest.mark.parametrize("shape", [(130, 40), (40, 40), (999, 31), (9, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("visible", [False, True])
-def test_counts_are_those_of_sorting(shape, dtype, visible):
+def test_counts_match_sorting(shape, dtype, visible):
     source, trained = matrices(shape, dtype)
     basis, ranks = basis_of(source, visible), top_ranks(shape[1])
     found = overlaps(source, trained, basis, ranks, visible=visible)
@@ -89,7 +89,7 @@ def test_unequal_rows_are_recomputed_only_near_the_threshold(monkeypatch):
     assert rank == 12
 
 
-def test_the_transpose_of_a_wide_matrix_counts_like_its_copy():
+def test_transposed_view_counts_like_its_copy():
     source, trained = matrices((30, 200), torch.bfloat16)
     basis = basis_of(source.T, False)
     views, copies = (
@@ -100,7 +100,7 @@ def test_the_transpose_of_a_wide_matrix_counts_like_its_copy():
         np.testing.assert_array_equal(one.counts, other.counts)
 
 
-def test_rows_that_are_equal_tie_at_the_cut():
+def test_equal_rows_tie_at_the_threshold():
     """Every row the same: scores come in groups, and the cut falls into one."""
     row = torch.linspace(1, 2, 10)
     source = row.repeat(50, 1)

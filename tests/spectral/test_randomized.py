@@ -76,7 +76,7 @@ def assert_sound(a: torch.Tensor, found: RandomizedSVD, sigma: torch.Tensor | No
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP64])
-def test_sparse_update_beats_its_tolerance_where_svd_lowrank_is_far_off(dtype):
+def test_sparse_update_meets_tolerance_unlike_svd_lowrank(dtype):
     a = sparse(1536, 1024).to(dtype)
     sigma = truth(a)
     found = randomized_svd(a, 64)
@@ -102,7 +102,7 @@ def test_each_sigma_meets_the_tolerance(spectrum, dtype, method):
         assert (1 - found.sigma / true).abs().max() < 1e-4
 
 
-def test_krylov_needs_far_fewer_passes_than_subspace_iteration_on_a_flat_spectrum():
+def test_krylov_needs_fewer_passes_on_flat_spectrum():
     a = sparse(600, 400)
     krylov, subspace = (randomized_svd(a, 8, method=method, block=24, max_passes=400) for method in randomized.METHODS)
     assert 3 * krylov.passes < subspace.passes
@@ -129,7 +129,7 @@ def test_bounds_hold_on_200_seeds(spectrum, dtype):
             assert_sound(a, found, sigma)
 
 
-def test_bounds_are_tight_where_little_is_left():
+def test_bounds_are_tight_for_small_remainder():
     a = with_spectrum(400, 300, [5, 4, 3, 2, 1]) + 1e-6 * noise(400, 300)
     found = randomized_svd(a, 5)
     true = assert_sound(a, found)
@@ -140,14 +140,14 @@ def test_bounds_are_tight_where_little_is_left():
     assert found.upper[0] / assert_sound(decay(400, 300), found)[0] - 1 < 1e-9
 
 
-def test_a_search_cut_short_says_so():
+def test_truncated_search_is_not_converged():
     found = randomized_svd(noise(300, 200), 5, max_passes=8)
     assert not found.converged
     assert found.passes <= 8
     assert_sound(noise(300, 200), found)
 
 
-def test_more_passes_never_make_it_worse():
+def test_more_passes_never_increase_the_error():
     a = sparse(300, 200)
     captured = [float(randomized_svd(a, 6, block=6, max_passes=p).sigma.square().sum()) for p in (4, 6, 10, 20, 40)]
     assert captured == sorted(captured)
@@ -229,7 +229,7 @@ def test_condition_of_1e8():
 
 
 @pytest.mark.parametrize("method", randomized.METHODS)
-def test_fp32_tells_singular_values_far_apart(method):
+def test_fp32_resolves_distant_singular_values(method):
     """Down to 1e-6 of the largest, whose square alone fills the digits of fp32."""
     a = with_spectrum(150, 120, torch.logspace(0, -12, 24)).float()
     found = randomized_svd(a, 12, block=14, method=method)
@@ -245,7 +245,7 @@ def test_scales(scale):
         assert (1 - found.sigma / assert_sound(a, found)).abs().max() < 1e-4
 
 
-def test_a_power_of_two_changes_nothing_but_the_scale():
+def test_power_of_two_scales_exactly():
     a = sparse(150, 120).float()
     one = randomized_svd(a, 5)
     for dtype, exponents in ((FP32, (-90, 3, 90)), (FP64, (-900, 900))):
@@ -259,7 +259,7 @@ def test_a_power_of_two_changes_nothing_but_the_scale():
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP64])
-def test_a_transpose_has_the_same_spectrum_and_its_vectors_change_sides(dtype):
+def test_transpose_swaps_vectors(dtype):
     a = spikes(150, 100).to(dtype)
     tall, wide = randomized_svd(a, 4, block=8), randomized_svd(a.T.contiguous(), 4, block=8)
     assert_sound(a.T, wide)
@@ -299,7 +299,7 @@ def test_order_and_grouping_do_not_matter(monkeypatch):
             assert_same(forward[name], other)
 
 
-def test_a_batch_whose_members_end_at_different_times():
+def test_batch_members_finish_independently():
     members = [spectrum(90, 70, seed=7) for spectrum in SPECTRA.values()] + [torch.zeros(90, 70, dtype=FP64)]
     found = randomized_svd(torch.stack(members), 3, block=4)
     assert len({one.passes for one in found}) > 2
@@ -308,7 +308,7 @@ def test_a_batch_whose_members_end_at_different_times():
         assert (one.sigma - assert_sound(a, one)).abs().max() <= 1e-4 * truth(a)[0]
 
 
-def test_results_repeat_and_the_start_depends_on_name_and_seed_alone():
+def test_start_depends_only_on_name_and_seed():
     a = noise(200, 150)
     options = {"block": 4, "max_passes": 8}
     plain = randomized_svd(a, 4, **options)
@@ -327,7 +327,7 @@ def test_half_precision_is_widened_exactly(dtype):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-def test_strided_input_and_input_that_requires_grad_are_left_alone():
+def test_strided_and_grad_inputs_are_unchanged():
     base = sparse(300, 200).float()
     view = base[::2, 1::2].requires_grad_()
     before = base.clone()
@@ -337,7 +337,7 @@ def test_strided_input_and_input_that_requires_grad_are_left_alone():
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP64])
-def test_cholesky_qr_survives_blocks_that_are_short_of_rank(dtype):
+def test_cholesky_qr_handles_rank_deficient_blocks(dtype):
     """Zero, repeated, nearly parallel or already spanned columns: orthonormal all the same, the others untouched."""
     n, width = 60, 8
     basis = torch.linalg.qr(noise(n, 20)).Q
@@ -358,7 +358,7 @@ def test_cholesky_qr_survives_blocks_that_are_short_of_rank(dtype):
         assert (rest - q @ (q.T @ rest)).abs().max() < 200 * eps
 
 
-def test_a_basis_grows_on_beyond_the_rank_of_the_matrix():
+def test_basis_grows_beyond_the_rank():
     """With a tolerance no search can meet, random directions complete the basis until it fills the space."""
     steps = torch.diag(torch.arange(60, dtype=FP64) // 20)
     for a in (noise(80, 2) @ noise(2, 60), torch.eye(80, 60, dtype=FP64), steps):
@@ -368,7 +368,7 @@ def test_a_basis_grows_on_beyond_the_rank_of_the_matrix():
 
 
 @pytest.mark.parametrize(("setting", "kept"), [("tf32", 10), ("bf16", 7)])
-def test_bounds_allow_for_the_precision_torch_may_use(monkeypatch, setting, kept):
+def test_bounds_account_for_matmul_precision(monkeypatch, setting, kept):
     """A GPU that rounds the factors of fp32 products to TF32 or bf16 is made up here."""
 
     def coarse(x: torch.Tensor) -> torch.Tensor:
@@ -421,12 +421,12 @@ def test_empty_list_has_no_results():
         ([torch.zeros(3, 3), None], TypeError, "matrix 1 is NoneType"),
         ([torch.zeros(3, 3), torch.zeros(3, 3).double()], TypeError, "matrix 1 is torch.float64, matrix 0 torch"),
         ([torch.zeros(3, 3), torch.zeros(3, 3, device="meta")], ValueError, "matrix 1 is on meta, matrix 0 on cpu"),
-        (torch.tensor([[1.0, math.nan]]), ValueError, "matrix 0 holds NaN or Inf; replace them, or leave it out"),
-        ([torch.ones(2, 2), torch.tensor([[-math.inf, 1.0]])], ValueError, "matrix 1 holds NaN or Inf"),
+        (torch.tensor([[1.0, math.nan]]), ValueError, "matrix 0 contains NaN or Inf; replace them, or leave it out"),
+        ([torch.ones(2, 2), torch.tensor([[-math.inf, 1.0]])], ValueError, "matrix 1 contains NaN or Inf"),
         ([torch.zeros(3, 3), torch.zeros(0, 5)], ValueError, "matrix 1 has shape"),
     ],
 )
-def test_matrices_that_do_not_fit_are_refused(matrices, error, message):
+def test_invalid_matrices_are_errors(matrices, error, message):
     with pytest.raises(error, match=message):
         randomized_svd(matrices, 1)
 
@@ -434,8 +434,8 @@ def test_matrices_that_do_not_fit_are_refused(matrices, error, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rank": 0}, r"rank must lie in 1 \.\. 5, the smaller side of first, not 0"),
-        ({"rank": 5}, r"rank must lie in 1 \.\. 4, the smaller side of second, not 5"),
+        ({"rank": 0}, r"rank must be in 1 \.\. 5, the smaller side of first, not 0"),
+        ({"rank": 5}, r"rank must be in 1 \.\. 4, the smaller side of second, not 5"),
         ({"rank": -1}, "not -1"),
         ({"names": ["one"]}, "1 names for 2 matrices; give one for each"),
         ({"tolerance": 0}, "tolerance must be between 0 and 1, not 0"),
@@ -445,7 +445,7 @@ def test_matrices_that_do_not_fit_are_refused(matrices, error, message):
         ({"max_passes": 3}, "max_passes must be at least 4, not 3"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(arguments, message):
+def test_invalid_arguments_are_errors(arguments, message):
     given = {"rank": 2, "names": ["first", "second"], **arguments}
     with pytest.raises(ValueError, match=message):
         randomized_svd([torch.zeros(5, 6), torch.zeros(4, 9)], **given)
@@ -453,8 +453,8 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
         randomized_svd(torch.zeros(5, 6), 1.5)
 
 
-def test_energy_beyond_the_rank_is_refused():
+def test_energy_beyond_the_rank_is_error():
     found = randomized_svd(torch.ones(3, 3), 2)
     for k in (0, 3):
-        with pytest.raises(ValueError, match=rf"k must lie in 1 \.\. 2, the rank computed, not {k}"):
+        with pytest.raises(ValueError, match=rf"k must be in 1 \.\. 2, the computed rank, not {k}"):
             found.energy(k)
