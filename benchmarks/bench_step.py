@@ -93,13 +93,13 @@ def test_bits_against_places(benchmark, row):
     scalars = adamw_scalars([1], **HYPER)
     chance = torch.rand(1 << 26, generator=generator)
     none = torch.zeros(0, dtype=torch.int64)
-    figures = {}
+    ratios = {}
     for percent in (0.1, 0.5, 1, 2, 3, 5, 10, 20):
         mask = Mask.from_bool(chance < percent / 100)
         m, v = torch.zeros(mask.num_active), torch.zeros(mask.num_active)
 
-        def step(held, offsets, m=m, v=v):
-            masked_adamw([param], [grad], [held], [offsets], [m], [v], scalars)
+        def step(payload, block_counts, m=m, v=v):
+            masked_adamw([param], [grad], [payload], [block_counts], [m], [v], scalars)
 
         seconds = paired(
             {
@@ -108,6 +108,6 @@ def test_bits_against_places(benchmark, row):
             },
             rounds=5,
         )
-        figures[f"places over bits at {percent} %"] = seconds["places"] / seconds["bits"]
+        ratios[f"places over bits at {percent} %"] = seconds["places"] / seconds["bits"]
     benchmark.pedantic(lambda: step(mask.bitmap, mask.block_counts), rounds=3)
-    row(**figures)
+    row(**ratios)

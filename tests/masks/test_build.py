@@ -45,7 +45,7 @@ def assert_extreme(flags: list[np.ndarray], values: list[np.ndarray], share: flo
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("per", make.SCOPES)
 @pytest.mark.parametrize("share", [0.001, 0.1, 1.0])
-def test_extremes_are_those_of_sorting(dtype, per, share, monkeypatch):
+def test_extremes_match_sorting(dtype, per, share, monkeypatch):
     monkeypatch.setattr(make, "STEP", 1000)
     source = weights(dtype)
     groups = {}
@@ -63,7 +63,7 @@ def test_extremes_are_those_of_sorting(dtype, per, share, monkeypatch):
             )
 
 
-def test_ties_are_drawn_and_drawn_alike_again():
+def test_ties_are_broken_randomly_and_reproducibly():
     """Not the first ones, nor every second: half of equal values, as spread as chance spreads them."""
     alike = {name: torch.ones(200, 100) for name in ("a", "b")}
     once, again = (largest(alike, 0.5, scope="model") for _ in range(2))
@@ -78,7 +78,7 @@ def test_ties_are_drawn_and_drawn_alike_again():
 
 
 @pytest.mark.parametrize("per", make.SCOPES)
-def test_the_top_changed_are_the_largest_differences(per, tmp_path, monkeypatch):
+def test_top_changed_selects_largest_differences(per, tmp_path, monkeypatch):
     monkeypatch.setattr(make, "STEP", 1000)
     source = weights()
     after = trained(source)
@@ -89,7 +89,7 @@ def test_the_top_changed_are_the_largest_differences(per, tmp_path, monkeypatch)
         assert torch.equal(mask.to_bool(), expected[name].to_bool() & (moved[name] > 0))
 
 
-def test_a_control_does_not_draw_as_ties_are_drawn():
+def test_control_is_independent_of_tie_breaking():
     w = torch.randn(200, 200, generator=torch.Generator().manual_seed(0))
     w[:100] = 0
     found = near_zero({"w": w}, 0.2)
@@ -97,7 +97,7 @@ def test_a_control_does_not_draw_as_ties_are_drawn():
     assert 2800 < both < 3600  # 8,000 of 20,000 twice: 3,200 by chance
 
 
-def test_what_did_not_change_is_never_of_the_top_changed(tmp_path):
+def test_top_changed_excludes_unchanged_coordinates(tmp_path):
     source = {"a": torch.zeros(40, 50), "b": torch.zeros(40, 50)}
     after = {name: w.clone() for name, w in source.items()}
     after["b"][3, :7] = 1.0
@@ -106,7 +106,7 @@ def test_what_did_not_change_is_never_of_the_top_changed(tmp_path):
         assert (found["a"].num_active, found["b"].num_active) == (0, 7)
 
 
-def test_a_checkpoint_gives_the_masks_of_its_tensors(tmp_path):
+def test_checkpoint_and_tensors_give_the_same_masks(tmp_path):
     source = weights()
     path = save(tmp_path / "a", source)
     assert {n: m.digest for n, m in near_zero(path, 0.1).items()} == {
@@ -116,7 +116,7 @@ def test_a_checkpoint_gives_the_masks_of_its_tensors(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("atol", [0.0, 1e-5])
-def test_changed_is_where_delta_is_beyond_atol(dtype, atol, tmp_path):
+def test_changed_is_delta_above_atol(dtype, atol, tmp_path):
     source = weights(dtype)
     after = trained(source, size=2e-5)
     after["lm_head.weight"][0, :2] = torch.tensor([float("nan"), float("inf")])
@@ -133,7 +133,7 @@ def test_changed_is_where_delta_is_beyond_atol(dtype, atol, tmp_path):
             assert torch.equal(found[name].to_bool(), (moved > cut) & moved.isfinite())
 
 
-def test_principal_and_safe_are_those_of_an_svd():
+def test_principal_and_safe_match_svd():
     source = weights(torch.float32)
     main, rest, low = principal(source, 0.1), safe(source, 0.1), near_zero(source, 0.1)
     for name, w in source.items():
@@ -150,7 +150,7 @@ def test_principal_and_safe_are_those_of_an_svd():
         assert torch.equal(rest[name].to_bool().flatten(), ~expected | low[name].to_bool().flatten())
 
 
-def test_random_depends_on_the_seed_and_the_name_alone(monkeypatch):
+def test_random_subset_depends_only_on_seed_and_name(monkeypatch):
     source = weights()
     one, same, other = (
         random_subset(source, 0.2),
@@ -166,13 +166,13 @@ def test_random_depends_on_the_seed_and_the_name_alone(monkeypatch):
     assert whole.num_active == math.ceil(0.2 * whole.numel)
 
 
-def test_random_is_uniform():
+def test_random_subset_is_uniform():
     source = {"w": torch.zeros(64)}
     hits = sum(random_subset(source, 0.25, seed=seed)["w"].to_bool().double() for seed in range(800))
     assert abs(hits - 200).max() < 5 * math.sqrt(800 * 0.25 * 0.75)
 
 
-def test_the_control_has_the_magnitudes_of_the_mask():
+def test_control_has_the_magnitudes_of_the_mask():
     source = weights()
     masks = near_zero(source, 0.3) & random_subset(source, 0.5)
     found, other = magnitude_matched(masks, source), magnitude_matched(masks, source, seed=1)
@@ -183,7 +183,7 @@ def test_the_control_has_the_magnitudes_of_the_mask():
     assert found["lm_head.weight"] != other["lm_head.weight"]
 
 
-def test_the_control_is_uniform_within_a_magnitude():
+def test_control_is_uniform_within_a_magnitude():
     source = {"w": torch.tensor([1.0, -1, 1, -1, 2, 2, 2, 2])}
     masks = MaskSet({"w": near_zero(source, 0.25)["w"]})
     hits = sum(magnitude_matched(masks, source, seed=seed)["w"].to_bool().double() for seed in range(800))
@@ -191,7 +191,7 @@ def test_the_control_is_uniform_within_a_magnitude():
     assert abs(hits[:4] - 400).max() < 5 * math.sqrt(800 * 0.25)
 
 
-def test_tied_tensors_are_taken_once():
+def test_tied_tensors_are_used_once():
     w = torch.randn(10, 4)
     assert list(near_zero({"embed": w, "head": w, "ids": torch.arange(3)}, 0.1)) == ["embed"]
 

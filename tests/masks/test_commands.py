@@ -21,7 +21,7 @@ def run(*arguments, status=0):
     return done
 
 
-def test_commands_write_what_the_functions_make(pair, tmp_path):
+def test_commands_match_functions(pair, tmp_path):
     a, b, c, d = (tmp_path / f"{name}.safetensors" for name in "abcd")
     assert "are active; written to" in run("changed", *pair, "-o", a).stdout
     assert MaskSet.load(a) == masks.changed(*pair)
@@ -54,7 +54,7 @@ def test_groups_add_up(pair):
         assert sum(row["active"] for row in found[f"by_{group}"]) == found["active"]
 
 
-def test_overlap_with_itself_and_with_nothing(pair):
+def test_comparison_with_itself_and_with_empty_set(pair):
     own = masks.near_zero(pair[0], 0.25)
     found = compare_masks(own, own)
     assert (found["coverage_a"], found["coverage_b"], found["jaccard"]) == (1, 1, 1)

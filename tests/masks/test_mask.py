@@ -20,7 +20,7 @@ def flags_of(numel, density, seed=0):
 
 @pytest.mark.parametrize("numel", SIZES)
 @pytest.mark.parametrize("density", [0.0, 0.01, 0.2, 1.0])
-def test_every_way_to_make_a_mask_gives_the_same(numel, density):
+def test_all_constructors_give_equal_masks(numel, density):
     flags = flags_of(numel, density)
     places = torch.nonzero(flags).view(-1)
     bits = torch.from_numpy(np.packbits(flags.numpy(), bitorder="little"))
@@ -42,7 +42,7 @@ def test_every_way_to_make_a_mask_gives_the_same(numel, density):
         assert mask.block_counts.tolist() == np.concatenate(([0], np.cumsum(blocks))).tolist()
 
 
-def test_it_is_held_the_smaller_way():
+def test_layout_is_the_smaller_one():
     sparse, dense = Mask.from_bool(flags_of(10_000, 0.02)), Mask.from_bool(flags_of(10_000, 0.2))
     assert (sparse.layout, dense.layout) == ("indices", "bitmap")
     assert sparse.nbytes == 4 * sparse.num_active
@@ -51,7 +51,7 @@ def test_it_is_held_the_smaller_way():
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 300), st.floats(0, 1), st.integers(0, 10**6), st.data())
-def test_shards_are_ranges_of_the_whole(numel, density, seed, data):
+def test_flat_is_a_range_of_the_mask(numel, density, seed, data):
     flags = flags_of(numel, density, seed)
     start = data.draw(st.integers(0, numel))
     stop = data.draw(st.integers(start, numel))
@@ -63,7 +63,7 @@ def test_shards_are_ranges_of_the_whole(numel, density, seed, data):
 
 @pytest.mark.parametrize("numel", [1, 9, 1000])
 @pytest.mark.parametrize("densities", [(0.3, 0.6), (0.01, 0.5), (0.0, 1.0), (0.01, 0.02)])
-def test_operations_are_those_of_sets(numel, densities):
+def test_operators_match_set_operations(numel, densities):
     a, b = (flags_of(numel, d, i).view(-1, 1) for i, d in enumerate(densities))
     one, other = Mask.from_bool(a), Mask.from_bool(b)
     for found, expected in (
@@ -77,7 +77,7 @@ def test_operations_are_those_of_sets(numel, densities):
         assert found.shape == (numel, 1)
 
 
-def test_digests_tell_shapes_and_coordinates_apart():
+def test_digest_depends_on_shape_and_coordinates():
     flags = flags_of(60, 0.5)
     other = flags.clone()
     other[3] = ~other[3]
@@ -87,7 +87,7 @@ def test_digests_tell_shapes_and_coordinates_apart():
     assert masks[0] != masks[2]
 
 
-def test_what_is_no_mask_is_refused_by_name():
+def test_invalid_masks_raise():
     for make, error, message in (
         (lambda: Mask.from_indices(torch.tensor([3, 1]), (5,)), ValueError, "index 1 comes after 3"),
         (lambda: Mask.from_indices(torch.tensor([1, 1]), (5,)), ValueError, "index 1 comes twice"),
@@ -105,7 +105,7 @@ def test_what_is_no_mask_is_refused_by_name():
             make()
 
 
-def test_places_beyond_two_to_the_31_are_64_bits():
+def test_indices_beyond_two_to_the_31_are_int64():
     mask = Mask.from_indices(torch.tensor([5, 2**31, 2**31 + 7]), (2**31 + 9,))
     assert mask.indices.dtype == torch.int64
     assert mask.flat(2**31 - 1, 2**31 + 8).indices.tolist() == [1, 8]

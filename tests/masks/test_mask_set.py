@@ -24,7 +24,7 @@ def sample(seed=0) -> MaskSet:
     )
 
 
-def test_what_was_saved_is_loaded(tmp_path):
+def test_save_and_load_round_trip(tmp_path):
     masks = sample()
     masks.save(tmp_path / "m.safetensors")
     found = MaskSet.load(tmp_path / "m.safetensors")
@@ -38,7 +38,7 @@ def test_what_was_saved_is_loaded(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
-def test_facts_need_no_mask_to_be_read(tmp_path, monkeypatch):
+def test_counts_do_not_read_masks(tmp_path, monkeypatch):
     sample().save(tmp_path / "m.safetensors")
     found = MaskSet.load(tmp_path / "m.safetensors")
     monkeypatch.setattr(MaskSet, "_read", None)
@@ -69,7 +69,7 @@ def test_sets_combine_mask_by_mask():
         a & MaskSet({name: b[name] for name in reversed(list(b))})
 
 
-def test_what_holds_no_masks_is_refused_in_one_line(tmp_path):
+def test_loading_other_files_raises_in_one_line(tmp_path):
     path = tmp_path / "m.safetensors"
     for content, message in (
         (lambda: save_file({"w": torch.ones(2)}, path), "holds no masks"),
@@ -95,7 +95,7 @@ def test_what_holds_no_masks_is_refused_in_one_line(tmp_path):
         sample().save(tmp_path / "no" / "m.safetensors")
 
 
-def test_damage_to_bits_is_found_when_they_are_read(tmp_path):
+def test_damaged_payload_raises_when_read(tmp_path):
     path = tmp_path / "m.safetensors"
     sample().save(path)
     content = bytearray(path.read_bytes())
@@ -106,7 +106,7 @@ def test_damage_to_bits_is_found_when_they_are_read(tmp_path):
         [found[name] for name in found]
 
 
-def test_masks_that_a_header_promises_and_lacks(tmp_path):
+def test_missing_payload_raises_when_read(tmp_path):
     masks = sample()
     fact = [
         {"name": name, "shape": list(m.shape), "numel": m.numel, "num_active": m.num_active, "digest": m.digest}

@@ -55,7 +55,7 @@ def alone(steps: int, dtype: str, precision: str) -> tuple[list[torch.Tensor], l
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "precision"), CASES)
-def test_two_ranks_train_as_one(dtype, precision, tmp_path):
+def test_two_ranks_match_one_process(dtype, precision, tmp_path):
     """Point 9: uneven and empty shards; what is frozen keeps its bits; random numbers do not show the sharding."""
     found = run("train", 2, tmp_path, dtype, precision)
     before, wanted, masks = alone(6, dtype, precision)
@@ -72,7 +72,7 @@ def test_two_ranks_train_as_one(dtype, precision, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "precision"), CASES[1:2])
-def test_saved_at_two_ranks_loads_at_one_and_three(dtype, precision, tmp_path):
+def test_state_loads_at_another_world_size(dtype, precision, tmp_path):
     """Points 9 and 13: by torch.distributed.checkpoint, with coordinates of two ages; the run goes on as if
     unbroken."""
     unbroken = run("save", 2, tmp_path, dtype, precision)["weights"]

@@ -27,7 +27,7 @@ def backward(model, seed) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gathered_gradients_take_the_same_steps(dtype):
+def test_gathered_gradients_give_the_same_steps(dtype):
     """Point 5: bit for bit, clipping included, and no dense gradient stays."""
     plain, gathered = small_model(dtype), small_model(dtype)
     optimizers = [MaskedAdamW(m.named_parameters(), masks=masks_for(m), lr=1e-3) for m in (plain, gathered)]
@@ -50,7 +50,7 @@ def test_gathered_gradients_take_the_same_steps(dtype):
     assert all(p.grad is not None for p in gathered.parameters())
 
 
-def test_micro_batches_add_up_in_fp32():
+def test_micro_batches_accumulate_in_fp32():
     """Point 5."""
     model = small_model()
     masks = masks_for(model)
@@ -70,7 +70,7 @@ def test_micro_batches_add_up_in_fp32():
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
-def test_gathering_refuses_what_it_cannot_serve():
+def test_gathering_raises_for_grad_scaler_and_other_models():
     """Point 5: a GradScaler, which finds no gradients, DistributedDataParallel, which reduces later, and another
     model."""
     model = small_model()
@@ -87,7 +87,7 @@ def test_gathering_refuses_what_it_cannot_serve():
         optimizer.set_masks(masks_for(model, seed=2))
 
 
-def test_distributed_data_parallel_is_refused(tmp_path):
+def test_distributed_data_parallel_raises(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = torch.nn.parallel.DistributedDataParallel(small_model())
@@ -101,7 +101,7 @@ def test_distributed_data_parallel_is_refused(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_any_clipping_sees_the_active_gradients():
+def test_torch_clipping_sees_only_active_gradients():
     """Point 6: torch's own clip_grad_norm_, with NaN in frozen coordinates."""
     model, plain = small_model(), small_model()
     masks = masks_for(model)
@@ -123,7 +123,7 @@ def test_any_clipping_sees_the_active_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compact_parameters_serve_any_optimizer(dtype):
+def test_masked_parameters_with_torch_adamw_match_masked_adamw(dtype):
     """Point 12, mode B: torch's own AdamW on the compact values is MaskedAdamW; frozen bits stay; state is compact."""
     ours, theirs = small_model(dtype), small_model(dtype)
     masks = masks_for(ours)
@@ -145,7 +145,7 @@ def test_compact_parameters_serve_any_optimizer(dtype):
     compact.remove()
 
 
-def test_compact_parameters_freeze_what_has_no_mask():
+def test_masked_parameters_freeze_unmasked_weights():
     model = small_model()
     compact = MaskedParameters(model, {"0.weight": torch.ones(64, 32, dtype=torch.bool)})
     assert compact.names == ["0.weight"]

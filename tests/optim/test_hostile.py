@@ -37,7 +37,7 @@ def stepped(param, *, optimizer=MaskedAdamW, mask=None, steps=1, **options):
     return made
 
 
-def test_moments_are_fp32_whatever_torch_would_make_them():
+def test_moments_are_fp32_for_any_default_dtype():
     dense = P(torch.randn(4096).bfloat16())
     theirs = torch.optim.AdamW([dense])
     dense.grad = torch.ones_like(dense)
@@ -58,7 +58,7 @@ def test_moments_are_fp32_whatever_torch_would_make_them():
         torch.set_default_dtype(before)
 
 
-def test_a_state_of_another_dtype_gets_what_it_lacks_or_is_refused():
+def test_state_of_another_dtype_is_completed_or_raises():
     wide = stepped(P(torch.zeros(64)))
     weight = P(torch.zeros(64).bfloat16())
     narrow = MaskedAdamW([weight], masks=[all_of(64)])
@@ -80,7 +80,7 @@ def test_a_state_of_another_dtype_gets_what_it_lacks_or_is_refused():
         wide.load_state_dict(broken)
 
 
-def test_states_that_are_none_are_refused_in_words():
+def test_invalid_state_dicts_raise():
     optimizer = stepped(P(torch.zeros(8)))
     for given, message in (
         ({}, "no optimizer state"),
@@ -101,7 +101,7 @@ def test_states_that_are_none_are_refused_in_words():
         optimizer.load_dense_state_dict(sgd.state_dict())
 
 
-def test_a_loaded_rate_is_a_copy():
+def test_loaded_learning_rate_is_a_copy():
     state = stepped(P(torch.zeros(8)), lr=torch.tensor(0.5)).state_dict()
     first, second = (MaskedAdamW([P(torch.zeros(8))], masks=[all_of(8)]) for _ in range(2))
     first.load_state_dict(state)
@@ -125,7 +125,7 @@ def test_hooks_follow_the_mask():
         assert torch.equal(layer.weight, plain.weight)
 
 
-def test_a_step_takes_what_was_gathered_and_forgets_it():
+def test_step_consumes_gathered_gradients():
     """Hugging Face's Trainer calls model.zero_grad, never the optimizer's."""
     layer = torch.nn.Linear(4, 1, bias=False)
     optimizer = MaskedSGD(layer.named_parameters(), masks={"weight": all_of(4).view(1, 4)}, lr=1.0)
@@ -143,7 +143,7 @@ def test_a_step_takes_what_was_gathered_and_forgets_it():
     assert torch.allclose(layer.weight, start - 103)
 
 
-def test_a_gradient_of_another_shape_is_refused_before_anything_moves():
+def test_gradient_of_another_shape_raises_before_any_update():
     first, second = P(torch.zeros(8)), P(torch.zeros(8))
     optimizer = MaskedSGD([first, second], masks=[all_of(8), all_of(8)], lr=1.0)
     first.grad, second.grad = torch.ones(8), torch.ones(8)
@@ -156,7 +156,7 @@ def test_a_gradient_of_another_shape_is_refused_before_anything_moves():
 
 
 @pytest.mark.parametrize("zero", [0.0, -0.0])
-def test_weights_that_are_set_to_zero_from_outside_stay_numbers(zero):
+def test_weights_zeroed_externally_stay_finite(zero):
     weight = P((torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 0.01).bfloat16())
     optimizer = stepped(weight, steps=3)
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_weights_that_are_set_to_zero_from_outside_stay_numbers(zero):
     assert float(weight.detach().abs().max()) < 0.01
 
 
-def test_momentum_goes_on_from_a_dense_optimizer_and_may_begin_late():
+def test_momentum_loads_from_dense_state_and_may_start_late():
     """As torch.optim.SGD has it, which keeps no step count."""
     for late in (False, True):
         weight, dense = P(torch.zeros(4)), P(torch.zeros(4))
@@ -187,7 +187,7 @@ def test_momentum_goes_on_from_a_dense_optimizer_and_may_begin_late():
         assert torch.equal(weight, dense)
 
 
-def test_a_clip_is_for_the_step_it_was_asked_for():
+def test_clip_applies_to_one_step():
     weight = P(torch.zeros(4))
     optimizer = MaskedSGD([weight], masks=[all_of(4)], lr=1.0)
     weight.grad = torch.full((4,), torch.nan)
@@ -201,7 +201,7 @@ def test_a_clip_is_for_the_step_it_was_asked_for():
             optimizer.clip_grad_norm_(wrong)
 
 
-def test_only_whole_parts_of_names_are_dropped():
+def test_only_complete_name_components_are_removed():
     a, b, c = P(torch.zeros(4)), P(torch.zeros(4)), P(torch.zeros(4))
     optimizer = MaskedAdamW(
         [("emb_module.w", a), ("emb_w", b), ("submodule.w", c)],
@@ -219,7 +219,7 @@ def test_unnamed_parameters_must_be_all_of_the_model():
         MaskedAdamW(list(model.parameters())[1:], masks=masks)
 
 
-def test_what_was_deleted_is_freed():
+def test_deleted_objects_are_freed():
     for make in (gather_active_grads, zero_frozen_grads):
         model = torch.nn.Linear(8, 8)
         optimizer = MaskedAdamW(
@@ -261,7 +261,7 @@ def test_masks_take_what_their_docstring_says():
     assert kept.num_active == int(kept.to_bool().sum()) == 64
 
 
-def test_a_refused_remap_changes_nothing():
+def test_failed_set_masks_changes_nothing():
     a, b = P(torch.zeros(8)), P(torch.zeros(8))
     optimizer = MaskedAdamW(
         [{"params": [a], "weight_decay_target": "init"}, {"params": [b]}], masks=[all_of(8), all_of(8)]
@@ -275,7 +275,7 @@ def test_a_refused_remap_changes_nothing():
     assert optimizer._bound[0][0].mask.num_active == 8
 
 
-def test_options_that_change_on_the_way_are_followed_or_refused():
+def test_options_changed_between_steps_apply_or_raise():
     weight = P(torch.zeros(8))
     optimizer = stepped(weight)
     optimizer.param_groups[0]["amsgrad"] = True
@@ -292,7 +292,7 @@ def test_options_that_change_on_the_way_are_followed_or_refused():
     assert float(optimizer.state[weight]["step"]) == count
 
 
-def test_a_refused_group_leaves_the_optimizer_as_it_was():
+def test_failed_add_param_group_changes_nothing():
     first, bad, good = P(torch.zeros(4)), P(torch.zeros(5)), P(torch.zeros(6))
     optimizer = MaskedAdamW([first], masks=[all_of(4), all_of(6)])
     with pytest.raises(ValueError, match=r"is \[5\], its mask \[6\]"):
@@ -301,7 +301,7 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
     assert [len(optimizer.param_groups), len(optimizer._bound)] == [2, 2]
 
 
-def test_compact_parameters_have_hooks_that_fire():
+def test_hooks_of_masked_parameters_fire():
     """Trainers that reduce gradients do so in hooks on the parameters that they were given."""
     model = torch.nn.Linear(8, 8)
     compact = MaskedParameters(model, {"weight": torch.rand(8, 8) < 0.5})
@@ -319,7 +319,7 @@ def test_compact_parameters_have_hooks_that_fire():
     assert torch.equal(compact.values[0], torch.full_like(compact.values[0], 3.0))
 
 
-def test_sparse_gradients_are_refused_alike():
+def test_sparse_gradients_raise():
     for serve in (gather_active_grads, zero_frozen_grads):
         table = torch.nn.Embedding(8, 4, sparse=True)
         optimizer = MaskedAdamW(table.named_parameters(), masks={"weight": all_of(32).view(8, 4)})

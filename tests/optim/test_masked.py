@@ -68,7 +68,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("density", [0.0, 0.01, 0.2, 1.0])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_active_coordinates_are_torchs_and_frozen_ones_keep_their_bits(kind, density):
+def test_active_match_torch_and_frozen_are_bit_identical(kind, density):
     """Points 1 and 2."""
     ours, theirs, options = OPTIMIZERS[kind]
     params, dense, masks = model_of(), model_of(), masks_of(density)
@@ -89,7 +89,7 @@ def test_active_coordinates_are_torchs_and_frozen_ones_keep_their_bits(kind, den
 @pytest.mark.parametrize("hostile", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["adamw", "momentum"])
-def test_hostile_gradients_of_frozen_coordinates_do_nothing(kind, dtype, hostile):
+def test_frozen_gradients_have_no_effect(kind, dtype, hostile):
     """Point 1: gathered, never multiplied by zero."""
     ours, _, options = OPTIMIZERS[kind]
     params, clean, masks = model_of(dtype), model_of(dtype), masks_of()
@@ -129,7 +129,7 @@ def test_bf16_is_stepped_in_fp32(precision):
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1.76), (torch.bfloat16, 2.2)], ids=str)
-def test_state_is_of_the_active_coordinates(dtype, limit):
+def test_state_has_one_element_per_active_coordinate(dtype, limit):
     """Point 3: bytes a parameter at 20 %, masks included, of the tensors that live."""
     weight = torch.nn.Parameter(torch.zeros(1024, 1024, dtype=dtype))
     optimizer = MaskedAdamW([("w", weight)], masks={"w": torch.rand(1024, 1024) < 0.2})
@@ -142,7 +142,7 @@ def test_state_is_of_the_active_coordinates(dtype, limit):
     assert all(t.numel() in (1, active) for t in optimizer.state[weight].values())
 
 
-def test_nothing_active_has_no_state_and_all_active_is_dense():
+def test_empty_mask_has_no_state_and_full_mask_is_dense():
     """Point 3."""
     none, every = (torch.nn.Parameter(torch.ones(500)) for _ in range(2))
     dense = torch.nn.Parameter(torch.ones(500))
@@ -190,7 +190,7 @@ def test_small_updates_of_bf16_weights_are_not_lost():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("how", ["load_state_dict", "weights_only", "pickle", "deepcopy"])
-def test_state_comes_back_as_it_was(dtype, how):
+def test_state_dict_round_trip_is_bit_exact(dtype, how):
     """Point 7: no dtype changes, and the run goes on bit for bit."""
     params, masks = model_of(dtype), masks_of()
     optimizer = MaskedAdamW(params.items(), masks=masks, precision="split_master", weight_decay_target="init")
@@ -216,7 +216,7 @@ def test_state_comes_back_as_it_was(dtype, how):
     assert same_state(optimizer, other)
 
 
-def test_state_of_another_mask_is_refused_and_nothing_changes():
+def test_state_of_another_mask_raises_and_changes_nothing():
     """Point 7."""
     params = model_of()
     optimizer = MaskedAdamW(params.items(), masks=masks_of())
@@ -245,7 +245,7 @@ def test_state_of_another_mask_is_refused_and_nothing_changes():
 
 
 @pytest.mark.parametrize("kind", ["adamw", "amsgrad", "momentum"])
-def test_dense_state_goes_out_and_comes_in(kind):
+def test_dense_state_dict_round_trip(kind):
     """Point 7: torch's own optimizer goes on where ours stopped, and the other way round."""
     ours, theirs, options = OPTIMIZERS[kind]
     params, dense, masks = model_of(), model_of(), masks_of()
@@ -283,7 +283,7 @@ def test_parameters_may_be_replaced():
 
 
 @pytest.mark.parametrize("found", [0.0, 1.0])
-def test_a_gradscalers_scale_and_verdict_are_taken(found):
+def test_grad_scale_and_found_inf_are_applied(found):
     """Point 10: as GradScaler sets them; a skipped step changes nothing, its count included."""
     params, plain, masks = model_of(), model_of(), masks_of()
     optimizer = MaskedAdamW(params.items(), masks=masks, fused=True)
@@ -302,7 +302,7 @@ def test_a_gradscalers_scale_and_verdict_are_taken(found):
     assert float(optimizer.state_dict()["state"][0]["step"]) == 2 + (found == 0)
 
 
-def test_gradscaler_itself_skips_and_steps():
+def test_grad_scaler_skips_and_steps():
     """Point 10, with torch's own scaler on the CPU."""
     params, masks = model_of(), masks_of()
     optimizer = MaskedAdamW(params.items(), masks=masks, fused=True)
@@ -321,7 +321,7 @@ def test_gradscaler_itself_skips_and_steps():
     assert torch.equal(weight[~mask], start[~mask])
 
 
-def test_schedulers_may_set_a_tensor_or_a_number():
+def test_learning_rate_may_be_tensor_or_number():
     """Point 11: lr as a tensor, changed in place."""
     results = []
     for lr in (1e-2, torch.tensor(1e-2, dtype=torch.float64)):
@@ -336,7 +336,7 @@ def test_schedulers_may_set_a_tensor_or_a_number():
     assert all(torch.allclose(a, b, rtol=1e-6, atol=0) for a, b in zip(*results, strict=True))
 
 
-def test_the_operator_compiles_whole():
+def test_operator_compiles_with_fullgraph():
     """Point 11: fullgraph, with scalars as a tensor, so that no step count or rate is a constant of the graph."""
     params, masks = model_of(), masks_of()
     optimizer = MaskedAdamW(params.items(), masks=masks)
@@ -381,7 +381,7 @@ def test_the_operator_compiles_whole():
     assert float(m[0]) == pytest.approx(1 - 0.9**3)
 
 
-def test_a_changed_mask_keeps_what_stays():
+def test_set_masks_keeps_state_of_remaining_coordinates():
     """Point 13: survivors keep moments and age, new ones start at zero with an age of their own, dropped ones stay."""
     params, dense = model_of(), model_of()
     first, second = masks_of(seed=1), masks_of(seed=2)
@@ -419,7 +419,7 @@ def test_a_changed_mask_keeps_what_stays():
         optimizer.dense_state_dict()
 
 
-def test_dropped_coordinates_may_go_back():
+def test_set_masks_restores_dropped_coordinates():
     """Point 13."""
     params = model_of(torch.bfloat16)
     start = {name: p.detach().clone() for name, p in params.items()}
@@ -439,7 +439,7 @@ def test_dropped_coordinates_may_go_back():
         plain.set_masks(second, on_drop="restore")
 
 
-def test_decay_is_of_active_coordinates_and_may_draw_to_the_start():
+def test_weight_decay_pulls_active_weights_to_its_target():
     """Point 14."""
     mask = {"w": torch.arange(1000) % 2 == 0}
     ends = {}
@@ -457,7 +457,7 @@ def test_decay_is_of_active_coordinates_and_may_draw_to_the_start():
     assert 0.8 < ends["init"] < 1
 
 
-def test_clipping_is_by_the_norm_of_active_gradients():
+def test_clip_uses_norm_of_active_gradients():
     """Point 6."""
     params, masks = model_of(), masks_of()
     optimizer = MaskedSGD(params.items(), masks=masks, lr=1.0)
@@ -478,7 +478,7 @@ def test_clipping_is_by_the_norm_of_active_gradients():
     )
 
 
-def test_parameters_that_are_transposed_views_are_stepped_too():
+def test_transposed_parameters_are_stepped():
     base = torch.randn(33, 20)
     weight = torch.nn.Parameter(base.t())
     dense = torch.nn.Parameter(base.t().contiguous())
@@ -492,7 +492,7 @@ def test_parameters_that_are_transposed_views_are_stepped_too():
     assert torch.equal(weight, dense)
 
 
-def test_a_closure_runs_first_and_its_loss_comes_back():
+def test_closure_runs_first_and_returns_loss():
     weight = torch.nn.Parameter(torch.ones(10))
     optimizer = MaskedSGD([weight], masks=[torch.arange(10) < 5], lr=0.5)
 
@@ -506,7 +506,7 @@ def test_a_closure_runs_first_and_its_loss_comes_back():
     assert weight.tolist() == [0.5] * 5 + [1.0] * 5
 
 
-def test_masks_find_their_parameters(tmp_path):
+def test_masks_bind_by_name_or_position(tmp_path):
     """A set, a file of one, a mapping or a list; names with and without what trainers wrap them in; unnamed ones only
     in order."""
     params, masks = model_of(), masks_of()
@@ -572,7 +572,7 @@ def test_bad_input_is_refused_by_name():
     assert all(torch.equal(p, old) for p, old in list(zip(params.values(), before, strict=True))[1:])
 
 
-def test_groups_may_be_added_and_unmasked_parameters_trained_or_frozen():
+def test_added_groups_and_unmasked_parameters():
     first, second, third = (torch.nn.Parameter(torch.ones(8)) for _ in range(3))
     optimizer = MaskedAdamW([("a", first)], masks={"a": torch.arange(8) < 4}, unmasked="train", lr=0.1)
     optimizer.add_param_group({"params": [("b", second)], "lr": 0.2})

@@ -213,7 +213,7 @@ def test_lightning(tmp_path, masked_clip):
     check(before, masks, unbroken, resumed)
 
 
-def test_verl_makes_it_from_its_configuration(tmp_path):
+def test_verl(tmp_path):
     optimizers = pytest.importorskip(
         "verl.workers.config.optimizer", reason="verl is not installed; `make trainers` installs it"
     )

@@ -165,7 +165,7 @@ def with_step_groups(state) -> dict:
     }
 
 
-def test_each_cohort_is_an_optimizer_of_its_own_age():
+def test_step_groups_match_separate_optimizers():
     """A coordinate of cohort c moves as if its tensor had its step count alone."""
     state = State((5000,), density=0.5)
     options = with_step_groups(state)
@@ -199,7 +199,7 @@ def test_each_cohort_is_an_optimizer_of_its_own_age():
         assert torch.equal(bits(state.params[0])[places[mine]], bits(one.params[0])[places[mine]])
 
 
-def test_decay_draws_to_where_the_weights_began():
+def test_weight_decay_pulls_to_initial_values():
     """With no gradient only decay moves a weight, each step by its share of the distance: against fp64."""
     state = State((5000,))
     w0 = [torch.randn(state.masks[0].num_active)]
@@ -221,7 +221,7 @@ def test_decay_draws_to_where_the_weights_began():
 
 @pytest.mark.parametrize("hostile", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_frozen_is_neither_read_nor_written(isa, hostile, dtype):
+def test_frozen_coordinates_are_neither_read_nor_written(isa, hostile, dtype):
     state = State(SIZES, dtype=dtype, precision="split_master" if dtype == torch.bfloat16 else "nearest")
     clean = State(SIZES, dtype=dtype, precision=state.precision)
     grads = state.grads(dtype)
@@ -238,7 +238,7 @@ def test_what_is_frozen_is_neither_read_nor_written(isa, hostile, dtype):
         assert torch.equal(bits(p)[~active], old[~active])
 
 
-def test_a_nan_gradient_reaches_its_own_coordinate_alone(isa):
+def test_nan_gradient_affects_only_its_coordinate(isa):
     state, clean = State((5000,)), State((5000,))
     (grad,) = state.grads()
     at = int(state.masks[0].indices[7])
@@ -252,14 +252,14 @@ def test_a_nan_gradient_reaches_its_own_coordinate_alone(isa):
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
-def test_all_and_nothing(isa, density):
+def test_empty_and_full_masks(isa, density):
     state = State(SIZES, density=density)
     before = [p.clone() for p in state.params]
     state.step(state.grads())
     assert same(state.params, before) == (density == 0)
 
 
-def test_an_exact_remainder_makes_the_weight_a_master(isa):
+def test_split_master_matches_fp32_master(isa):
     """bf16 weight and remainder are the fp32 master that torch's AdamW would keep, at a rate that plain rounding
     loses."""
     state = State(SIZES, dtype=torch.bfloat16, precision="split_master")
@@ -281,7 +281,7 @@ def test_an_exact_remainder_makes_the_weight_a_master(isa):
         assert torch.equal(p[active][~tie], nearest[~tie])
 
 
-def test_every_pattern_goes_through_the_remainder_and_back():
+def test_split_master_round_trips_every_bit_pattern():
     """Of weight and remainder in the reference: every upper half with some lower ones, NaN aside."""
     lows = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     masters = (torch.arange(1 << 16).unsqueeze(1) << 16 | lows).view(-1)
@@ -294,7 +294,7 @@ def test_every_pattern_goes_through_the_remainder_and_back():
 
 
 @pytest.mark.parametrize("precision", ["nearest", "split_master", "kahan", "stochastic"])
-def test_how_much_of_small_updates_is_kept(precision):
+def test_small_updates_are_kept_by_precision(precision):
     """At a rate of 1e-6 rounding loses nearly the whole run, the others do not."""
     state = State((20_000,), density=1.0, dtype=torch.bfloat16, precision=precision)
     full = State((20_000,), density=1.0, dtype=torch.float32)
@@ -319,7 +319,7 @@ def test_how_much_of_small_updates_is_kept(precision):
         assert float((got * wanted).sum() / wanted.square().sum()) == pytest.approx(1, abs=0.05)  # on average all of it
 
 
-def test_stochastic_rounding_does_not_show_how_tensors_are_cut(isa):
+def test_stochastic_rounding_does_not_depend_on_sharding(isa):
     whole = State((70_001,), dtype=torch.bfloat16, precision="stochastic")
     (grad,) = whole.grads(torch.bfloat16)
     for cut in (1, 1000, 4096):
@@ -339,7 +339,7 @@ def test_stochastic_rounding_does_not_show_how_tensors_are_cut(isa):
         assert torch.equal(bits(torch.cat([part.params[0] for part in parts])), bits(fresh.params[0]))
 
 
-def test_philox_is_that_of_its_paper():
+def test_philox_matches_published_vectors():
     """Known answers of Random123: counter and key all zeros, and all ones."""
     assert int(ops.philox(0, 0, 0, torch.tensor([0]))[0]) == 0x6627E8D5
     ones = (1 << 32) - 1
@@ -347,7 +347,7 @@ def test_philox_is_that_of_its_paper():
 
 
 @pytest.mark.parametrize("found", [0.0, 1.0])
-def test_found_inf_leaves_everything_as_it_was(isa, found):
+def test_found_inf_skips_the_step(isa, found):
     state = State(SIZES)
     before = state.copies()
     state.step(state.grads(), found_inf=torch.tensor(found))
@@ -355,7 +355,7 @@ def test_found_inf_leaves_everything_as_it_was(isa, found):
 
 
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels")
-def test_threads_change_no_bit():
+def test_thread_count_changes_no_bit():
     threads = torch.get_num_threads()
     results = []
     for count in (1, 2, 3):
@@ -371,7 +371,7 @@ def test_threads_change_no_bit():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("places", [False, True])
-def test_active_values_are_taken_added_and_put_back(isa, dtype, places):
+def test_gather_and_scatter(isa, dtype, places):
     state = State(SIZES, dtype=dtype, places=places)
     for p, mask, held, offsets in zip(state.params, state.masks, state.payloads, state.block_counts, strict=True):
         active, before = mask.to_bool(), p.clone()
@@ -455,7 +455,7 @@ def test_bad_input_is_refused_by_name():
 
 
 @pytest.mark.parametrize(("dtype", "precision"), list(itertools.product(DTYPES, PRECISIONS)), ids=str)
-def test_operator_is_registered_as_torch_wants_it(dtype, precision):
+def test_opcheck(dtype, precision):
     state = State((40, 9), dtype=dtype, precision=precision)
     scalars = adamw_scalars([1, 1], 1e-3, BETAS, EPS, 0.0)
     torch.library.opcheck(
@@ -530,3 +530,18 @@ def test_cases_change_weights_unless_they_must_not():
 
 def test_a_million_coordinates(isa, threads):
     check_case(MILLION, dispatched)
+
+
+def test_mask_changed_in_place_is_validated_again():
+    """A mask is validated at its first use; after an in-place change it must not be trusted."""
+    state = State((100,), places=True)
+    state.step(state.grads())
+    state.payloads[0][-1] = 100
+    with pytest.raises(ValueError, match="must ascend within the 100 coordinates"):
+        state.step(state.grads())
+    groups = [torch.zeros_like(state.m[0], dtype=torch.uint8)]
+    state.payloads[0][-1] = 99
+    state.step(state.grads(), step_groups=groups)
+    groups[0][0] = 1
+    with pytest.raises(ValueError, match="step group 1 and 1 rows"):
+        state.step(state.grads(), step_groups=groups)
