@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.harness import paired
 from opdkernels import patch
 from opdkernels.backends.cpu import _C
-from opdkernels.ops.patch import Room, bits, gather, scatter
+from opdkernels.ops.patch import GatherBuffers, bits, gather, scatter
 
 DENSITY = 0.17
 
@@ -68,10 +68,10 @@ def test_gather_and_scatter_of_a_bf16_pair(benchmark, row, pair, bandwidth, isa,
     before, cores = _C.current_isa(), torch.get_num_threads()
     _C.use_isa(isa)
     torch.set_num_threads(threads)
-    room, out = Room.of(source.numel(), 2), torch.empty_like(source)
-    changes, digests = gather(source, trained, room=room)
+    room, out = GatherBuffers.of(source.numel(), 2), torch.empty_like(source)
+    changes, digests = gather(source, trained, buffers=room)
     seconds = paired(
-        {"gather": lambda: gather(source, trained, room=room), "scatter": lambda: scatter(source, changes, out=out)}
+        {"gather": lambda: gather(source, trained, buffers=room), "scatter": lambda: scatter(source, changes, out=out)}
     )
     _, after = benchmark.pedantic(lambda: scatter(source, changes, out=out), rounds=3)
     _C.use_isa(before)
@@ -94,18 +94,18 @@ def test_gather_and_scatter_of_a_bf16_pair(benchmark, row, pair, bandwidth, isa,
 
 def test_gather_and_scatter_against_eager(benchmark, row, pair, one_thread):
     source, trained = (side[:4_358_144] for side in pair)
-    room, out = Room.of(source.numel(), 2), torch.empty_like(source)
-    changes, _ = gather(source, trained, room=room)
+    room, out = GatherBuffers.of(source.numel(), 2), torch.empty_like(source)
+    changes, _ = gather(source, trained, buffers=room)
     indices, values = eager_gather(source, trained)
     seconds = paired(
         {
-            "gather": lambda: gather(source, trained, room=room),
+            "gather": lambda: gather(source, trained, buffers=room),
             "eager gather": lambda: eager_gather(source, trained),
             "scatter": lambda: scatter(source, changes, out=out),
             "eager scatter": lambda: eager_scatter(source, indices, values),
         }
     )
-    benchmark.pedantic(lambda: gather(source, trained, room=room), rounds=3)
+    benchmark.pedantic(lambda: gather(source, trained, buffers=room), rounds=3)
     assert torch.equal(bits(values), changes.values)
     assert torch.equal(bits(eager_scatter(source, indices, values)), bits(out))
     row(
@@ -162,6 +162,6 @@ def test_create_and_apply_a_checkpoint(benchmark, row, checkpoints, bandwidth, t
         apply_fraction_of_read=moved / seconds["apply"] / bandwidth[2],
         copy_s=seconds["copy"],
         density=summary["density"],
-        patch_over_trained=summary["share"],
+        patch_over_trained=summary["fraction"],
         zstd_of_trained_over_trained=zstd_bytes(trained) / summary["bytes_trained"],
     )

@@ -96,8 +96,8 @@ def graft(
             trained,
             out,
             masks=MaskSet.load(chosen.masks) if chosen.masks else None,
-            where=chosen.select,
-            revert=chosen.invert,
+            select=chosen.select,
+            invert=chosen.invert,
             io=chosen.io,
             progress=progress,
         )

@@ -247,7 +247,7 @@ class SeedRunner:
         if not file.exists():
             mask = MaskSet.load(self.mask_file(part.mask, run, 1.0, self.density)) if part.mask else None
             start, end = start_checkpoint(run), end_checkpoint(run)[1]
-            grafted = graft(start, end, scratch / "part", masks=mask, where=select, revert=part.invert)
+            grafted = graft(start, end, scratch / "part", masks=mask, select=select, invert=part.invert)
             fraction = grafted["kept"] / max(grafted["changed"], 1)
             prompt_scores = evaluate_checkpoint(self.options.model_copy(update={"seed": self.seed}), scratch / "part")
             write_json(file, {"update_fraction": fraction, "scores": prompt_scores})

@@ -1,14 +1,14 @@
-"""Sparse patches: what training changed between two checkpoints, as one file; docs/patch.md describes the format.
+"""Sparse patches: the coordinates that training changed, as one file; docs/patch.md describes the format.
 
 >>> import tempfile, torch, opdkernels
 >>> from safetensors.torch import save_file
 >>> folder = tempfile.mkdtemp()
 >>> save_file({"w": torch.zeros(1000)}, f"{folder}/base.safetensors")
->>> save_file({"w": torch.arange(1000.0) // 999}, f"{folder}/tuned.safetensors")
->>> opdkernels.patch.create(f"{folder}/base.safetensors", f"{folder}/tuned.safetensors", f"{folder}/p.patch")["changed"]
+>>> save_file({"w": torch.arange(1000.0) // 999}, f"{folder}/trained.safetensors")
+>>> opdkernels.patch.create(f"{folder}/base.safetensors", f"{folder}/trained.safetensors", f"{folder}/p.patch")["changed"]
 1
 >>> opdkernels.patch.apply(f"{folder}/base.safetensors", f"{folder}/p.patch", f"{folder}/again")["files"]
-['tuned.safetensors']
+['trained.safetensors']
 """
 
 from opdkernels.patch.apply import apply, apply_to

@@ -1,4 +1,4 @@
-"""`patch apply`: a source and a patch to the trained checkpoint, in bounded memory; everything is verified before a byte is written."""
+"""`patch apply`: restores the trained checkpoint from a base and a patch, in bounded memory; verifies before writing."""
 
 from __future__ import annotations
 
@@ -28,73 +28,96 @@ Read = Callable[[str, int, int], torch.Tensor]
 
 
 def apply(
-    source: str | os.PathLike[str],
+    base: str | os.PathLike[str],
     patch: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     io: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write the trained checkpoint that a patch makes of its source to the folder `out`, which must be new or empty.
+    """Writes the trained checkpoint that a base and a patch give.
 
-    source: the folder, file or hub id that the patch was made from: any with the same tensors, in whatever files. Files beside
-    the weights come from the patch, or where it says so from the source's folder; one that is not there as it was is named in
-    `left_out`. progress: called with bytes done, bytes in all and the tensor at hand. Returns what `info` does, and `left_out`.
+    Args:
+        base: The checkpoint that the patch was made from: folder, file or hub id. Only its tensors must be the same, not
+            its division into files.
+        patch: File that `create` wrote.
+        out: Folder to write; must be new or empty.
+        io: How the base is read: "auto", "mmap" or "read".
+        progress: Called with bytes done, bytes in total and the name of the current tensor.
 
-    Raises InputError, with nothing written, where the patch is damaged or of another source; OSError for a full disk, after
-    which nothing is left.
+    Returns:
+        What `info` returns, and `left_out`: files of configuration and tokenizer that should come from the base's folder
+        and are missing or different there.
+
+    Raises:
+        InputError: The patch is damaged or belongs to another base; nothing is written.
+        OSError: The output cannot be written; nothing is left of it.
     """
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(contextlib.closing(Patch(patch)))
-        before = stack.enter_context(contextlib.closing(open_checkpoint(source, io=io, any_tensors=True)))
-        assert isinstance(before, ShardedCheckpoint)
+        base_checkpoint = stack.enter_context(contextlib.closing(open_checkpoint(base, io=io, any_tensors=True)))
+        assert isinstance(base_checkpoint, ShardedCheckpoint)
         if not os.fspath(out):
             raise InputError("the output folder has no name; give one to -o")
         workers = stack.enter_context(contextlib.closing(output.Workers()))
-        work = Application(opened, before.tensors, before.read_bits, printable(before.path), workers, progress)
+        work = Application(
+            opened,
+            base_checkpoint.tensors,
+            base_checkpoint.read_bits,
+            printable(base_checkpoint.path),
+            workers,
+            progress,
+        )
         work.verify()
-        before.check()
+        base_checkpoint.check()
         with output.new_folder(Path(out)) as temporary:
-            rooms = output.Ring(workers.depth, lambda width: torch.empty(segments.size_of(width), dtype=BITS[width]))
+            buffers = output.Ring(workers.depth, lambda width: torch.empty(segments.size_of(width), dtype=BITS[width]))
             for name in opened.files:
-                work.write(name, temporary, os.fspath(out), rooms)
-            left_out = write_beside(opened, before, temporary)
-            before.check()
+                work.write(name, temporary, os.fspath(out), buffers)
+            left_out = write_extra_files(opened, base_checkpoint, temporary)
+            base_checkpoint.check()
         return summary(opened) | {"left_out": left_out}
 
 
 def apply_to(state_dict: Mapping[str, torch.Tensor], patch: str | os.PathLike[str]) -> list[str]:
-    """Change the tensors of a live state dict in place into those that a patch makes; returns the names it changed.
+    """Applies a patch to a state dict in place.
 
-    Every tensor is held against its digest first: on an error nothing was changed. Tensors on any device and of any strides;
-    parameters keep their identity. Names that the patch does not have stay as they are.
+    Every tensor is verified against its digest first: after an error nothing is changed. Parameters keep their identity.
 
-    Raises InputError where the patch is damaged, or a tensor is missing, of another shape or dtype, or not the source's.
+    Args:
+        state_dict: The base's tensors, on any device, with any strides. Names that the patch does not have are unchanged.
+        patch: File that `create` wrote.
+
+    Returns:
+        The names of the changed tensors.
+
+    Raises:
+        InputError: The patch is damaged, or a tensor is missing, of another shape or dtype, or not the base's.
     """
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(contextlib.closing(Patch(patch)))
         workers = stack.enter_context(contextlib.closing(output.Workers()))
         stack.enter_context(torch.no_grad())
         live = {name: tensor for name, tensor in state_dict.items() if isinstance(tensor, torch.Tensor)}
-        held = Held(live)
+        tensors = LiveTensors(live)
         infos = {name: described(name, tensor) for name, tensor in live.items()}
-        work = Application(opened, infos, held.read, "the state dict", workers, None)
+        work = Application(opened, infos, tensors.read, "the state dict", workers, None)
         targets = changed_in_place(opened, live, infos)
         work.verify()
-        # First into memory that is thrown away: what is overwritten cannot be had back.
-        rooms = output.Ring(workers.depth, lambda width: torch.empty(segments.size_of(width), dtype=BITS[width]))
-        for _ in work.made(targets, lambda info, start, stop: rooms.next(info.item_bytes)[: stop - start]):
+        # First into memory that is discarded: overwritten tensors could not be restored.
+        buffers = output.Ring(workers.depth, lambda width: torch.empty(segments.size_of(width), dtype=BITS[width]))
+        for _ in work.restore(targets, lambda info, start, stop: buffers.next(info.item_bytes)[: stop - start]):
             pass
         for target in targets:
-            new = held.in_place(target.name)
-            for _ in work.made([target], lambda info, start, stop, new=new: new[start:stop]):  # type: ignore[misc]
+            new = tensors.in_place(target.name)
+            for _ in work.restore([target], lambda info, start, stop, new=new: new[start:stop]):  # type: ignore[misc]
                 pass
-            held.put(target.name, new)
+            tensors.put(target.name, new)
         return [info.name for info in targets]
 
 
-class Held:
-    """The bits of live tensors: views of those that lie in memory one after the other, copies of the others."""
+class LiveTensors:
+    """The bits of live tensors: views of contiguous CPU tensors, copies of the others."""
 
     def __init__(self, live: Mapping[str, torch.Tensor]) -> None:
         self.live = live
@@ -102,6 +125,7 @@ class Held:
         self._copy: tuple[str, torch.Tensor] | None = None
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Returns items [start, stop) of a tensor as integers."""
         if self._is_plain(name):
             return bits(self.live[name])[start:stop]
         with self._lock:
@@ -110,7 +134,7 @@ class Held:
             return self._copy[1][start:stop]
 
     def in_place(self, name: str) -> torch.Tensor:
-        """Memory for the new bits of a tensor: its own where it can be."""
+        """Returns memory for the new bits of a tensor: the tensor's own memory if it is contiguous on the CPU."""
         return (
             bits(self.live[name])
             if self._is_plain(name)
@@ -118,12 +142,12 @@ class Held:
         )
 
     def put(self, name: str, new: torch.Tensor) -> None:
+        """Stores the new bits of a tensor."""
         tensor = self.live[name]
         self._copy = None
         if self._is_plain(name):
-            torch.autograd.graph.increment_version(
-                tensor
-            )  # written through integer views, which autograd does not follow
+            # Written through integer views, which autograd does not track.
+            torch.autograd.graph.increment_version(tensor)
         else:
             tensor.detach().copy_(new.view(tensor.dtype).view(tensor.shape))
 
@@ -132,10 +156,10 @@ class Held:
 
 
 def described(name: str, tensor: torch.Tensor) -> TensorInfo:
-    """A live tensor as a header would describe it."""
+    """Returns the header entry of a live tensor."""
     if hasattr(tensor, "to_local"):
         raise InputError(
-            f"{printable(name)} in the state dict is a DTensor, of which only a part is here; gather the full state dict first"
+            f"{printable(name)} in the state dict is a DTensor, which holds only a shard; gather the full state dict first"
         )
     return TensorInfo(
         name,
@@ -150,36 +174,36 @@ def described(name: str, tensor: torch.Tensor) -> TensorInfo:
 def changed_in_place(
     patch: Patch, live: Mapping[str, torch.Tensor], infos: Mapping[str, TensorInfo]
 ) -> list[TensorInfo]:
-    """The tensors to change, each storage once. Raises InputError where the state dict has no place for one."""
+    """Returns the tensors to change, each storage once. Raises InputError if the state dict lacks one."""
     tensors = patch.manifest.tensors
     seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
-    found = []
+    targets = []
     for info in (info for file in patch.files.values() for info in file):
-        mine = infos.get(info.name)
-        if mine is None or (mine.dtype, mine.shape) != (info.dtype, info.shape):
+        live_info = infos.get(info.name)
+        if live_info is None or (live_info.dtype, live_info.shape) != (info.dtype, info.shape):
             raise InputError(
-                f"the state dict has no tensor {printable(info.name)} of {stored_dtype(info.dtype)} {list(info.shape)}, which the patch"
-                " makes; give the model's own state_dict()"
+                f"the state dict has no tensor {printable(info.name)} of {stored_dtype(info.dtype)} {list(info.shape)},"
+                " which the patch changes; give the model's own state_dict()"
             )
-        place = (live[info.name].data_ptr(), tuple(live[info.name].shape), live[info.name].stride())
-        first = seen.setdefault(place, info.name) if info.numel else info.name
+        storage = (live[info.name].data_ptr(), tuple(live[info.name].shape), live[info.name].stride())
+        first = seen.setdefault(storage, info.name) if info.numel else info.name
         if first == info.name:
-            found.append(info)
+            targets.append(info)
         elif tensors[first].digest != tensors[info.name].digest:
             raise InputError(
                 f"{printable(info.name)} and {printable(first)} are one tensor in the state dict and two in the patch; untie them"
             )
-    # What is made from another tensor comes before that one changes, and nothing may be made from it in turn.
-    sources = {tensor.source for tensor in tensors.values()}
-    for info in found:
-        if tensors[info.name].source not in (None, info.name) and info.name in sources:
+    # A tensor that is made from another one is written before that one changes; such chains are rejected.
+    base_tensors = {tensor.base for tensor in tensors.values()}
+    for info in targets:
+        if tensors[info.name].base not in (None, info.name) and info.name in base_tensors:
             raise patch.bad(f"makes {printable(info.name)} from a tensor that is made from it")
-    return sorted(found, key=lambda info: tensors[info.name].source == info.name)
+    return sorted(targets, key=lambda info: tensors[info.name].base == info.name)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Items [start, stop) of a trained tensor, and where the patch holds their changes (none: they are whole)."""
+    """Items [start, stop) of a trained tensor, and the segment of their changes (None: they are stored in full)."""
 
     info: TensorInfo
     start: int
@@ -188,18 +212,18 @@ class Piece:
 
 
 class Application:
-    """A patch on a source of any kind: `read` gives the bits of its tensors."""
+    """Verifies and applies a patch to a base; `read` returns the bits of the base's tensors."""
 
     def __init__(
         self,
         patch: Patch,
-        source: Mapping[str, TensorInfo],
+        base: Mapping[str, TensorInfo],
         read: Read,
         shown: str,
         workers: output.Workers,
         progress: Progress | None,
     ) -> None:
-        self.patch, self.source, self.read, self.shown, self.workers = patch, source, read, shown, workers
+        self.patch, self.base, self.read, self.shown, self.workers = patch, base, read, shown, workers
         self.progress = progress or (lambda done, total, name: None)
         self.infos = [info for file in patch.files.values() for info in file]
         self.done, self.total = 0, 2 * sum(info.nbytes for info in self.infos)
@@ -207,45 +231,46 @@ class Application:
     def _tensor(self, info: TensorInfo) -> Tensor:
         return self.patch.manifest.tensors[info.name]
 
-    def other(self, name: str, what: str) -> InputError:
+    def wrong_base(self, name: str, what: str) -> InputError:
         return InputError(
-            f"{self.shown} {what} ({printable(name)}): {printable(self.patch.path)} is a patch for another source, of digest"
-            f" {self.patch.manifest.source_digest}; give the checkpoint that it was made from"
+            f"{self.shown} {what} ({printable(name)}): {printable(self.patch.path)} is a patch for another base, with digest"
+            f" {self.patch.manifest.base_digest}; give the checkpoint that it was made from"
         )
 
     def verify(self) -> None:
-        """Raises InputError unless the source is the patch's and everything in the patch is whole and valid."""
-        for info in self.infos:  # from the headers alone: another model is told at once
-            name = self._tensor(info).source
-            held = self.source.get(name) if name is not None else info
-            if held is None:
-                raise self.other(info.name, "lacks a tensor that the patch changes")
-            if (held.dtype, held.shape, held.nbytes) != (info.dtype, info.shape, info.nbytes):
-                raise self.other(
+        """Raises InputError unless the base is the patch's and the patch is undamaged."""
+        for info in self.infos:  # from the headers: detects another model at once
+            name = self._tensor(info).base
+            base_info = self.base.get(name) if name is not None else info
+            if base_info is None:
+                raise self.wrong_base(info.name, "lacks a tensor that the patch changes")
+            if (base_info.dtype, base_info.shape, base_info.nbytes) != (info.dtype, info.shape, info.nbytes):
+                raise self.wrong_base(
                     info.name,
-                    f"has a tensor of {stored_dtype(held.dtype)} {list(held.shape)} where the patch changes {stored_dtype(info.dtype)} {list(info.shape)}",
+                    f"has a tensor of {stored_dtype(base_info.dtype)} {list(base_info.shape)} where the patch changes"
+                    f" {stored_dtype(info.dtype)} {list(info.shape)}",
                 )
         hashes = {info.name: TensorDigest(info) for info in self.infos}
-        for info, last, digests in self.workers.ahead(self._examined, self._segments(self.infos), is_small):
+        for info, last, digests in self.workers.map_ahead(self._digest_base, self._segments(self.infos), is_small):
             hashes[info.name].add(digests)
             self._show(info, digests)
             if last:
                 self._compare(info, hashes[info.name].hexdigest())
 
-    def _compare(self, info: TensorInfo, found: str) -> None:
+    def _compare(self, info: TensorInfo, hexdigest: str) -> None:
         tensor = self._tensor(info)
-        if tensor.source is None and found != tensor.digest:
-            raise self.patch.bad(f"holds a tensor {printable(info.name)} of another digest than was written with it")
-        if tensor.source is not None and found != tensor.source_digest:
-            raise self.other(
-                tensor.source, f"has a tensor of digest {found} where the patch was made from {tensor.source_digest}"
+        if tensor.base is None and hexdigest != tensor.digest:
+            raise self.patch.bad(f"holds a tensor {printable(info.name)} with a wrong digest")
+        if tensor.base is not None and hexdigest != tensor.base_digest:
+            raise self.wrong_base(
+                tensor.base, f"has a tensor of digest {hexdigest} where the patch was made from {tensor.base_digest}"
             )
 
     def _segments(self, infos: Iterable[TensorInfo]) -> Iterator[Piece]:
-        """What the tensors are made of, in order."""
+        """Yields the pieces of the tensors, in order."""
         for info in infos:
             tensor = self._tensor(info)
-            if tensor.source is None:
+            if tensor.base is None:
                 for start, stop in segments.ranges(info.items, info.item_bytes):
                     yield Piece(info, start, stop, None)
                 continue
@@ -264,9 +289,7 @@ class Application:
         try:
             yield
         except segments.Damaged as error:
-            raise self.patch.bad(
-                f"holds changes of {printable(info.name)} that are not those written: its data {error}"
-            ) from None
+            raise self.patch.bad(f"holds damaged changes of {printable(info.name)}: the data {error}") from None
 
     def _changes(self, piece: Piece) -> Changes:
         assert piece.segment is not None
@@ -274,55 +297,53 @@ class Application:
             stored = self.patch.keep(self._tensor(piece.info).data, piece.segment.start, piece.segment.stop)
             return segments.decode(stored, piece.segment, piece.info.item_bytes, self.patch.difference)
 
-    def _examined(self, piece: Piece) -> tuple[TensorInfo, bool, torch.Tensor]:
-        """The tensor, whether this was the last of it, and the digests of the source's bits, or of those stored whole."""
+    def _digest_base(self, piece: Piece) -> tuple[TensorInfo, bool, torch.Tensor]:
+        """Returns the tensor, whether this was its last piece, and digests of the base's bits, or of bits stored in full."""
         tensor = self._tensor(piece.info)
         last = piece.stop == piece.info.items
-        if tensor.source is None:
+        if tensor.base is None:
             return piece.info, last, digest(self.patch.read(tensor.data, piece.start, piece.stop))
         self._changes(piece)
-        return piece.info, last, digest(self.read(tensor.source, piece.start, piece.stop))
+        return piece.info, last, digest(self.read(tensor.base, piece.start, piece.stop))
 
-    def made(
-        self, infos: Sequence[TensorInfo], room: Callable[[TensorInfo, int, int], torch.Tensor]
+    def restore(
+        self, infos: Sequence[TensorInfo], buffer: Callable[[TensorInfo, int, int], torch.Tensor]
     ) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
-        """The trained tensors' bits, segment by segment, each in the room asked for. Raises InputError where they are not their own."""
+        """Yields the trained tensors' bits, segment by segment, in memory from `buffer`. Raises InputError for a wrong digest."""
 
-        def one(job: tuple[Piece, torch.Tensor]) -> tuple[Piece, torch.Tensor, torch.Tensor]:
+        def restore_piece(job: tuple[Piece, torch.Tensor]) -> tuple[Piece, torch.Tensor, torch.Tensor]:
             piece, target = job
             tensor = self._tensor(piece.info)
-            if tensor.source is None:
+            if tensor.base is None:
                 target.copy_(self.patch.read(tensor.data, piece.start, piece.stop))
                 return piece, target, digest(target)
             changes = self._changes(piece)
             return piece, *scatter(
-                self.read(tensor.source, piece.start, piece.stop), changes, difference=self.patch.difference, out=target
+                self.read(tensor.base, piece.start, piece.stop), changes, difference=self.patch.difference, out=target
             )
 
         hashes = {info.name: TensorDigest(info) for info in infos}
-        jobs = ((piece, room(piece.info, piece.start, piece.stop)) for piece in self._segments(infos))
-        for piece, part, digests in self.workers.ahead(one, jobs, lambda job: is_small(job[0])):
+        jobs = ((piece, buffer(piece.info, piece.start, piece.stop)) for piece in self._segments(infos))
+        for piece, part, digests in self.workers.map_ahead(restore_piece, jobs, lambda job: is_small(job[0])):
             hashes[piece.info.name].add(digests)
             self._show(piece.info, digests)
             yield piece.info, part
         for info in infos:
             if hashes[info.name].hexdigest() != self._tensor(info).digest:
-                raise self.patch.bad(
-                    f"makes a tensor {printable(info.name)} of another digest than was written with it"
-                )
+                raise self.patch.bad(f"gives a tensor {printable(info.name)} with a wrong digest")
 
-    def write(self, name: str, folder: Path, shown: str, rooms: output.Ring[torch.Tensor]) -> None:
-        """One file of the trained checkpoint."""
+    def write(self, name: str, folder: Path, shown: str, buffers: output.Ring[torch.Tensor]) -> None:
+        """Writes one file of the trained checkpoint."""
         header, infos = self.patch.headers[name], self.patch.files[name]
         size = len(header) + sum(info.nbytes for info in infos)
         with contextlib.closing(
             output.Writer(folder / name, os.path.join(shown, name), self.workers.depth, size)
         ) as writer:
             writer([header])
-            for _, part in self.made(infos, lambda info, start, stop: rooms.next(info.item_bytes)[: stop - start]):
+            for _, part in self.restore(infos, lambda info, start, stop: buffers.next(info.item_bytes)[: stop - start]):
                 writer([part.view(torch.uint8).numpy().data], small=part.numel() < output.SMALL)
             writer.finish()
-        SafetensorsFile(str(folder / name), "read").close()  # whoever reads it next has the same library
+        SafetensorsFile(str(folder / name), "read").close()  # validates the header with the library
 
     def _show(self, info: TensorInfo, digests: torch.Tensor) -> None:
         self.done += min(len(digests) * BLOCK * info.item_bytes, info.nbytes)
@@ -333,12 +354,12 @@ def is_small(piece: Piece) -> bool:
     return piece.stop - piece.start < output.SMALL
 
 
-def write_beside(patch: Patch, source: ShardedCheckpoint, folder: Path) -> list[str]:
-    """Writes the files beside the weights; returns those that the source's folder does not have as they were."""
+def write_extra_files(patch: Patch, base: ShardedCheckpoint, folder: Path) -> list[str]:
+    """Writes configuration and tokenizer; returns the files that the base's folder lacks or has with other content."""
     left_out = []
-    for name, beside in patch.manifest.beside.items():
-        content = patch.small(f"beside:{name}", beside.digest) if beside.stored else small_file(source.folder, name)
-        if content is None or digest_bytes(content) != beside.digest:
+    for name, extra in patch.manifest.extra_files.items():
+        content = patch.small(f"extra:{name}", extra.digest) if extra.stored else small_file(base.folder, name)
+        if content is None or digest_bytes(content) != extra.digest:
             left_out.append(name)
             continue
         (folder / name).write_bytes(content)

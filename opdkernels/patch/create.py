@@ -1,4 +1,4 @@
-"""`patch create`: two checkpoints to one file, read once in the trained one's order, in bounded memory."""
+"""`patch create`: writes the changes between two checkpoints to one file; reads both once, in bounded memory."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.checkpoint.safetensors import stored_dtype
 from opdkernels.checkpoint.sharded import ShardedCheckpoint
 from opdkernels.errors import InputError, printable
-from opdkernels.ops.patch import Room, digest, gather
+from opdkernels.ops.patch import GatherBuffers, digest, gather
 from opdkernels.patch import output, segments
 from opdkernels.patch.manifest import (
-    BESIDE_BYTES,
-    BESIDE_SUFFIXES,
-    Beside,
+    EXTRA_FILE_SUFFIXES,
+    MAX_EXTRA_FILE_BYTES,
+    ExtraFile,
     Manifest,
     Patch,
     Tensor,
     TensorDigest,
+    base_digests,
     digest_all,
     digest_bytes,
     metadata_of,
-    source_digests,
     summary,
 )
 from opdkernels.progress import Progress
 
 NO_DIGEST = "0" * 32
-LARGEST = 10**17  # longer in decimals than any size or offset
+LARGEST = 10**17  # has more digits than any size or offset
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A trained tensor, the source's that it is stored against (none: whole), and the entry that holds its data."""
+    """A trained tensor, the base tensor that it is stored against (None: stored in full), and the entry of its data."""
 
     info: TensorInfo
-    source: TensorInfo | None
+    base: TensorInfo | None
     data: str
 
 
 def create(
-    source: str | os.PathLike[str],
+    base: str | os.PathLike[str],
     trained: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -59,77 +59,89 @@ def create(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write what changed from source to trained to the file `out`; `apply` makes trained from source and it, bit for bit.
+    """Writes the changes from base to trained to a file, from which `apply` restores trained bit for bit.
 
-    source, trained: folders, files or hub ids, of any dtypes; tensors are matched by name, and those with another shape or
-    dtype, or without a match, are stored whole. zstd: store differences, compressed: less than half the size, at the speed of
-    zstd. overwrite: replace an existing file. progress: called with bytes done, bytes in all and the tensor at hand.
-    Returns what `info` does. `out` is there whole or not at all.
+    Tensors of any dtype are matched by name; those with another shape or dtype, or without a match, are stored in full.
 
-    Raises InputError for input that cannot be read, OSError for an output that cannot be written.
+    Args:
+        base: The checkpoint before training: folder, file or hub id.
+        trained: The checkpoint after training.
+        out: File to write, atomically.
+        zstd: Stores differences, compressed: less than half the size, at the speed of zstd.
+        io: How checkpoints are read: "auto", "mmap" or "read".
+        overwrite: Replaces an existing file.
+        progress: Called with bytes done, bytes in total and the name of the current tensor.
+
+    Returns:
+        What `info` returns.
+
+    Raises:
+        InputError: An input cannot be read.
+        OSError: The output cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        before = stack.enter_context(contextlib.closing(open_checkpoint(source, io=io, any_tensors=True)))
-        after = stack.enter_context(contextlib.closing(open_checkpoint(trained, io=io, any_tensors=True)))
-        assert isinstance(before, ShardedCheckpoint)
-        assert isinstance(after, ShardedCheckpoint)
+        base_checkpoint = stack.enter_context(contextlib.closing(open_checkpoint(base, io=io, any_tensors=True)))
+        trained_checkpoint = stack.enter_context(contextlib.closing(open_checkpoint(trained, io=io, any_tensors=True)))
+        assert isinstance(base_checkpoint, ShardedCheckpoint)
+        assert isinstance(trained_checkpoint, ShardedCheckpoint)
         if not os.fspath(out):
             raise InputError("the patch has no name; give one to -o")
         temporary = stack.enter_context(output.new_file(Path(out), overwrite))
         workers = stack.enter_context(contextlib.closing(output.Workers()))
-        work = Creation(before, after, workers, zstd, progress)
+        work = Creation(base_checkpoint, trained_checkpoint, workers, zstd, progress)
         with contextlib.closing(output.Writer(temporary, os.fspath(out), workers.depth)) as writer:
             work.write(writer)
-        before.check()
-        after.check()
+        base_checkpoint.check()
+        trained_checkpoint.check()
     with contextlib.closing(Patch(out)) as patch:
         return summary(patch)
 
 
 @dataclass
 class Stored:
-    """A planned tensor while it is stored: what its digests have seen, and the bytes of its entry."""
+    """A planned tensor while it is written: running digests of both sides, changed items, and bytes of its entry."""
 
     plan: Planned
-    before: TensorDigest
-    after: TensorDigest
+    base_digest: TensorDigest
+    trained_digest: TensorDigest
     changed: int = 0
     nbytes: int = 0
 
     @classmethod
-    def empty(cls, one: Planned) -> Stored:
-        return cls(one, TensorDigest(one.source or one.info), TensorDigest(one.info))
+    def empty(cls, plan: Planned) -> Stored:
+        return cls(plan, TensorDigest(plan.base or plan.info), TensorDigest(plan.info))
 
     def described(self, plan: Planned) -> Tensor:
-        """What the manifest says of it, under the name of `plan`."""
-        return tensor_of(plan, self.before.hexdigest(), self.after.hexdigest(), self.changed)
+        """Returns the manifest entry, under the name of `plan`."""
+        return tensor_of(plan, self.base_digest.hexdigest(), self.trained_digest.hexdigest(), self.changed)
 
 
-def tensor_of(plan: Planned, before: str, after: str, changed: int) -> Tensor:
-    name, found = (None, None) if plan.source is None else (plan.source.name, before)
-    return Tensor(source=name, source_digest=found, digest=after, data=plan.data, changed=changed)
+def tensor_of(plan: Planned, base_digest: str, trained_digest: str, changed: int) -> Tensor:
+    """Returns the manifest entry of a planned tensor."""
+    name, digest = (None, None) if plan.base is None else (plan.base.name, base_digest)
+    return Tensor(base=name, base_digest=digest, digest=trained_digest, data=plan.data, changed=changed)
 
 
 class Creation:
-    """A patch to be written: entries follow each other behind room for the header, which comes last."""
+    """Writes a patch: entries after space reserved for the header, which is written last."""
 
     def __init__(
         self,
-        source: ShardedCheckpoint,
+        base: ShardedCheckpoint,
         trained: ShardedCheckpoint,
         workers: output.Workers,
         zstd: bool,
         progress: Progress | None,
     ) -> None:
-        self.source, self.trained, self.workers, self.zstd = source, trained, workers, zstd
+        self.base, self.trained, self.workers, self.zstd = base, trained, workers, zstd
         self.progress = progress or (lambda done, total, name: None)
-        self.plan = planned(source, trained)
+        self.plan = planned(base, trained)
         self.headers = headers_of(trained, [one.info for one in self.plan])
-        self.beside, self.stored_beside = beside_of(source, trained, list(self.headers))
+        self.extra_files, self.stored_extra_files = extra_files_of(base, trained, list(self.headers))
         self.reserved = self._reserve()
 
     def _reserve(self) -> int:
-        """Bytes of a header whose numbers and digests are as long as they can get."""
+        """Returns the size of a header with the longest possible numbers and digests."""
         keys = {one.data: one.info for one in self.plan}
         entries = {
             key: entry(stored_dtype(info.dtype), list(info.shape), LARGEST, LARGEST)
@@ -137,85 +149,96 @@ class Creation:
             else entry("U8", [LARGEST], LARGEST, LARGEST)
             for key, info in keys.items()
         }
-        for key in (*(f"header:{name}" for name in self.headers), *(f"beside:{name}" for name in self.stored_beside)):
+        for key in (
+            *(f"header:{name}" for name in self.headers),
+            *(f"extra:{name}" for name in self.stored_extra_files),
+        ):
             entries[key] = entry("U8", [LARGEST], LARGEST, LARGEST)
         if len(entries) > MAX_TENSORS:
             raise InputError(
-                f"a patch of {len(self.plan)} tensors would hold more than the limit of {MAX_TENSORS} entries; split the checkpoint"
+                f"a patch of {len(self.plan)} tensors would have more than the limit of {MAX_TENSORS} entries;"
+                " split the checkpoint"
             )
         blank = {one.info.name: tensor_of(one, NO_DIGEST, NO_DIGEST, LARGEST) for one in self.plan}
         size = len(patch_header(entries, self._manifest(blank)))
         if size > MAX_HEADER_BYTES:
             raise InputError(
-                f"the header of the patch would take {size} bytes, more than the {MAX_HEADER_BYTES} that safetensors allows; split the checkpoint"
+                f"the header of the patch would take {size} bytes, more than the {MAX_HEADER_BYTES} that safetensors"
+                " allows; split the checkpoint"
             )
         return size
 
     def _manifest(self, tensors: dict[str, Tensor]) -> Manifest:
         return Manifest(
             values="difference" if self.zstd else "new",
-            source_digest=digest_all(source_digests(tensors.values())),
+            base_digest=digest_all(base_digests(tensors.values())),
             digest=digest_all({name: tensor.digest for name, tensor in tensors.items()}),
             headers={name: digest_bytes(header) for name, header in self.headers.items()},
-            beside=self.beside,
+            extra_files=self.extra_files,
             tensors=tensors,
         )
 
     def write(self, writer: output.Writer) -> None:
-        """Writes everything: segments as they come, the header when all is known."""
+        """Writes everything: segments as they are computed, the header at the end."""
         small = {f"header:{name}": header for name, header in self.headers.items()}
-        small |= {f"beside:{name}": content for name, content in self.stored_beside.items()}
+        small |= {f"extra:{name}": content for name, content in self.stored_extra_files.items()}
         writer([bytes(self.reserved), *small.values()])
-        kept: dict[str, Stored] = {}
+        entries: dict[str, Stored] = {}
         for plan in self.plan:
-            kept.setdefault(plan.data, Stored.empty(plan))  # one storage under two names is stored once
-        done, total = 0, sum(one.plan.info.nbytes * (2 if one.plan.source else 1) for one in kept.values())
-        rooms = output.Ring(self.workers.depth, lambda width: Room.of(segments.size_of(width), width))
+            entries.setdefault(plan.data, Stored.empty(plan))  # one storage with two names is stored once
+        done, total = 0, sum(one.plan.info.nbytes * (2 if one.plan.base else 1) for one in entries.values())
+        buffers = output.Ring(self.workers.depth, lambda width: GatherBuffers.of(segments.size_of(width), width))
         jobs = (
-            (one, start, stop, rooms.next(one.plan.info.item_bytes))
-            for one in kept.values()
+            (one, start, stop, buffers.next(one.plan.info.item_bytes))
+            for one in entries.values()
             for start, stop in segments.ranges(one.plan.info.items, one.plan.info.item_bytes)
         )
-        for one, digests, changed, parts, nbytes in self.workers.ahead(
+        for stored, digests, changed, parts, nbytes in self.workers.map_ahead(
             self._segment, jobs, lambda job: job[2] - job[1] < output.SMALL
         ):
-            one.before.add(digests[0])
-            one.after.add(digests[1])
-            one.changed += changed
-            one.nbytes += sum(map(len, parts))
+            stored.base_digest.add(digests[0])
+            stored.trained_digest.add(digests[1])
+            stored.changed += changed
+            stored.nbytes += sum(map(len, parts))
             writer(parts, small=nbytes < output.SMALL)
             done += nbytes
-            self.progress(done, total, one.plan.info.name)
-        tensors = {plan.info.name: kept[plan.data].described(plan) for plan in self.plan}
-        writer.rewrite(patch_header(self._entries(small, kept), self._manifest(tensors), self.reserved))
+            self.progress(done, total, stored.plan.info.name)
+        tensors = {plan.info.name: entries[plan.data].described(plan) for plan in self.plan}
+        writer.rewrite(patch_header(self._entries(small, entries), self._manifest(tensors), self.reserved))
 
     def _segment(
-        self, job: tuple[Stored, int, int, Room]
+        self, job: tuple[Stored, int, int, GatherBuffers]
     ) -> tuple[Stored, Sequence[torch.Tensor], int, list[memoryview], int]:
-        """One segment: the tensor, the digests of both sides, how many changed, the bytes to write, and how many were read."""
-        one, start, stop, room = job
+        """Returns the tensor, digests of both sides, number of changes, bytes to write, and number of bytes read."""
+        one, start, stop, buffers = job
         trained = self.trained.read_bits(one.plan.info.name, start, stop)
-        if one.plan.source is None:
-            # Copied: what was read may be a buffer that the next reading overwrites.
-            kept = room.values[: stop - start].copy_(trained)
-            digests = digest(kept)
-            return one, (digests, digests), stop - start, [memoryview(kept.view(torch.uint8).numpy().data)], kept.nbytes
-        source = self.source.read_bits(one.plan.source.name, start, stop)
-        changes, both = gather(source, trained, difference=self.zstd, room=room)
-        return one, both.unbind(), changes.changed, segments.encode(changes, self.zstd), source.nbytes + trained.nbytes
+        if one.plan.base is None:
+            # Copied: the next read may overwrite the buffer of this one.
+            values = buffers.values[: stop - start].copy_(trained)
+            digests = digest(values)
+            return (
+                one,
+                (digests, digests),
+                stop - start,
+                [memoryview(values.view(torch.uint8).numpy().data)],
+                values.nbytes,
+            )
+        base = self.base.read_bits(one.plan.base.name, start, stop)
+        changes, both = gather(base, trained, difference=self.zstd, buffers=buffers)
+        return one, both.unbind(), changes.changed, segments.encode(changes, self.zstd), base.nbytes + trained.nbytes
 
-    def _entries(self, small: dict[str, bytes], kept: dict[str, Stored]) -> dict[str, dict[str, Any]]:
-        """What the header says of what was written."""
-        found, at = {}, 0
+    def _entries(self, small: dict[str, bytes], stored: dict[str, Stored]) -> dict[str, dict[str, Any]]:
+        """Returns the header entries of everything that was written."""
+        entries, offset = {}, 0
         for key, size in [
             *((key, len(content)) for key, content in small.items()),
-            *((key, one.nbytes) for key, one in kept.items()),
+            *((key, one.nbytes) for key, one in stored.items()),
         ]:
-            whole = kept[key].plan.info if key in kept and kept[key].plan.source is None else None
-            dtype, shape = (stored_dtype(whole.dtype), list(whole.shape)) if whole else ("U8", [size])
-            found[key] = entry(dtype, shape, at, at + size)
-            at += size
-        return found
+            info = stored[key].plan.info if key in stored and stored[key].plan.base is None else None
+            dtype, shape = (stored_dtype(info.dtype), list(info.shape)) if info else ("U8", [size])
+            entries[key] = entry(dtype, shape, offset, offset + size)
+            offset += size
+        return entries
 
 
 def entry(dtype: str, shape: list[int], start: int, stop: int) -> dict[str, Any]:
@@ -223,7 +246,7 @@ def entry(dtype: str, shape: list[int], start: int, stop: int) -> dict[str, Any]
 
 
 def header_bytes(metadata: dict[str, str], entries: dict[str, dict[str, Any]], size: int = 0) -> bytes:
-    """A safetensors header with its length in front, padded to `size` bytes, or so that what follows is aligned."""
+    """Returns a safetensors header after its length, padded to `size` bytes, or to a multiple of 8."""
     text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     text = text.ljust(max(size - 8, (len(text) + 7) // 8 * 8))
     return len(text).to_bytes(8, "little") + text
@@ -233,44 +256,46 @@ def patch_header(entries: dict[str, dict[str, Any]], manifest: Manifest, size: i
     return header_bytes(metadata_of(manifest), entries, size)
 
 
-def planned(source: ShardedCheckpoint, trained: ShardedCheckpoint) -> list[Planned]:
-    """What is stored of each trained tensor, in the order of the bytes of the files that `apply` will write."""
-    found = []
+def planned(base: ShardedCheckpoint, trained: ShardedCheckpoint) -> list[Planned]:
+    """Returns what is stored of each trained tensor, in the order of the bytes of the files that `apply` writes."""
+    plans = []
     for info in in_order(trained):
         holder = trained.aliases.get(info.name, info.name)
-        twin = source.tensors.get(info.name) or source.tensors.get(holder)
-        if twin is not None and (twin.dtype, twin.shape) == (info.dtype, info.shape):
-            found.append(Planned(info, twin, f"changes:{twin.name}"))
+        base_info = base.tensors.get(info.name) or base.tensors.get(holder)
+        if base_info is not None and (base_info.dtype, base_info.shape) == (info.dtype, info.shape):
+            plans.append(Planned(info, base_info, f"changes:{base_info.name}"))
         else:
-            found.append(Planned(info, None, f"whole:{holder}"))
-    return found
+            plans.append(Planned(info, None, f"whole:{holder}"))
+    return plans
 
 
 def in_order(trained: ShardedCheckpoint) -> list[TensorInfo]:
+    """Returns the tensors in the order in which `apply` writes them."""
     infos = list(trained.tensors.values())
     if trained.kind != "torch":
         return infos
-    order = {name: place for place, name in enumerate(trained.headers())}
-    return sorted(infos, key=lambda info: (order[info.file], -info.item_bytes))  # aligned, as safetensors writes them
+    order = {name: index for index, name in enumerate(trained.headers())}
+    return sorted(infos, key=lambda info: (order[info.file], -info.item_bytes))  # aligned, in the order of safetensors
 
 
 def headers_of(trained: ShardedCheckpoint, infos: list[TensorInfo]) -> dict[str, bytes]:
-    """What begins each file that `apply` writes: as it is in the trained checkpoint, or made where that is no safetensors."""
-    found: dict[str, bytes] = {}
+    """Returns the header of each file that `apply` writes: the trained file's, or a new one if that is not safetensors."""
+    headers: dict[str, bytes] = {}
     for name, header in trained.headers().items():
         target = name if header is not None else weights_name(name)
-        if target in found:
+        if target in headers:
             raise InputError(
-                f"{printable(trained.path)}: two of its files would be written as {printable(target)}; rename one of them"
+                f"{printable(trained.path)}: two of its files would be written as {printable(target)};"
+                " rename one of them"
             )
-        found[target] = (
-            header if header is not None else made_header([info for info in infos if info.file == name], trained.path)
-        )
-    return found
+        if header is None:
+            header = make_header([info for info in infos if info.file == name], trained.path)
+        headers[target] = header
+    return headers
 
 
 def weights_name(name: str) -> str:
-    """The name under which a PyTorch file's tensors are written.
+    """Returns the name of the file that holds a PyTorch file's tensors after `apply`.
 
     >>> weights_name("pytorch_model-00001-of-00002.bin")
     'model-00001-of-00002.safetensors'
@@ -278,61 +303,64 @@ def weights_name(name: str) -> str:
     return os.path.splitext(name)[0].replace("pytorch_model", "model", 1) + ".safetensors"
 
 
-def made_header(infos: list[TensorInfo], path: str) -> bytes:
-    entries, at = {}, 0
+def make_header(infos: list[TensorInfo], path: str) -> bytes:
+    """Returns a safetensors header of the tensors."""
+    entries, offset = {}, 0
     for info in infos:
         if info.dtype == "c128":
             raise InputError(
-                f"{printable(path)}: tensor {printable(info.name)} is complex128, which safetensors does not hold; convert it"
+                f"{printable(path)}: tensor {printable(info.name)} is complex128, which safetensors does not"
+                " support; convert it"
             )
-        entries[info.name] = entry(stored_dtype(info.dtype), list(info.shape), at, at + info.nbytes)
-        at += info.nbytes
+        entries[info.name] = entry(stored_dtype(info.dtype), list(info.shape), offset, offset + info.nbytes)
+        offset += info.nbytes
     return header_bytes({"format": "pt"}, entries)
 
 
-def beside_of(
-    source: ShardedCheckpoint, trained: ShardedCheckpoint, files: list[str]
-) -> tuple[dict[str, Beside], dict[str, bytes]]:
-    """The files that go with the weights, and the content of those that the source's folder does not have alike."""
-    names = beside_names(trained)
+def extra_files_of(
+    base: ShardedCheckpoint, trained: ShardedCheckpoint, files: list[str]
+) -> tuple[dict[str, ExtraFile], dict[str, bytes]]:
+    """Returns the files that belong to the weights, and the content of those that differ in the base's folder."""
+    names = extra_file_names(trained)
     content = {name: small_file(trained.folder, name) for name in names}
     if trained.kind == "torch" and trained.index is not None:
-        content["model.safetensors.index.json"] = made_index(trained)
-    found, stored = {}, {}
+        content["model.safetensors.index.json"] = make_index(trained)
+    extra_files, stored = {}, {}
     for name, text in content.items():
         if text is None or name in files:
             continue
-        alike = small_file(source.folder, name) == text and not os.path.isfile(source.path)
-        found[name] = Beside(stored=not alike, digest=digest_bytes(text))
-        if not alike:
+        in_base = small_file(base.folder, name) == text and not os.path.isfile(base.path)
+        extra_files[name] = ExtraFile(stored=not in_base, digest=digest_bytes(text))
+        if not in_base:
             stored[name] = text
-    return found, stored
+    return extra_files, stored
 
 
-def beside_names(trained: ShardedCheckpoint) -> list[str]:
-    """Configuration and tokenizer, and the index of these weights but of no others."""
+def extra_file_names(trained: ShardedCheckpoint) -> list[str]:
+    """Returns the names of configuration, tokenizer, and the index of these weights."""
     index = [trained.index] if trained.index is not None and trained.kind != "torch" else []
-    if os.path.isfile(trained.path):  # a file was given, not its folder
+    if os.path.isfile(trained.path):  # the user gave a file, not its folder
         return index
     names = sorted(
-        name for name in os.listdir(trained.folder) if name.endswith(BESIDE_SUFFIXES) and not name.startswith(".")
+        name for name in os.listdir(trained.folder) if name.endswith(EXTRA_FILE_SUFFIXES) and not name.startswith(".")
     )
     return [*index, *(name for name in names if not name.endswith(".index.json"))]
 
 
 def small_file(folder: str, name: str) -> bytes | None:
-    """The content of a regular file of not more than 64 MiB; None for anything else."""
+    """Returns the content of a regular file of at most 64 MiB; None for anything else."""
     try:
         status = os.stat(os.path.join(folder, name))
-        if not stat.S_ISREG(status.st_mode) or status.st_size > BESIDE_BYTES:
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_EXTRA_FILE_BYTES:
             return None
         with open(os.path.join(folder, name), "rb") as file:
-            return file.read(BESIDE_BYTES)
+            return file.read(MAX_EXTRA_FILE_BYTES)
     except OSError:
         return None
 
 
-def made_index(trained: ShardedCheckpoint) -> bytes:
+def make_index(trained: ShardedCheckpoint) -> bytes:
+    """Returns the index of the safetensors files that replace PyTorch files."""
     weights = {info.name: weights_name(info.file) for info in trained.tensors.values()}
     total = sum(info.nbytes for info in trained.tensors.values())
     return (json.dumps({"metadata": {"total_size": total}, "weight_map": weights}, indent=2) + "\n").encode()

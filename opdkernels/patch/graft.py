@@ -1,4 +1,4 @@
-"""Interventions: the trained checkpoint with a part of its change alone, or without that part, to see which part carries the gain."""
+"""`graft`: a checkpoint with a selected part of the update, or without it, to measure which part carries the gain."""
 
 from __future__ import annotations
 
@@ -20,188 +20,215 @@ from opdkernels.checkpoint.sharded import ShardedCheckpoint
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.masks import MaskSet
 from opdkernels.patch import output, segments
-from opdkernels.patch.create import beside_names, headers_of, in_order, made_index, small_file, weights_name
+from opdkernels.patch.create import extra_file_names, headers_of, in_order, make_index, small_file, weights_name
 from opdkernels.progress import Progress
 
 LAYERS = re.compile(r"layers?=(\d{1,9})(?:-(\d{1,9}))?")
 
 
 def graft(
-    source: str | os.PathLike[str],
+    base: str | os.PathLike[str],
     trained: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     masks: MaskSet | None = None,
-    where: str = "",
-    revert: bool = False,
+    select: str = "",
+    invert: bool = False,
     io: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write source with a part of what training changed to the folder `out`, new or empty; with `revert`, trained without that part.
+    """Writes the base checkpoint with a selected part of the update; with `invert`, the trained one without that part.
 
-    source, trained: folders, files or hub ids of one model. The part is what both choose: `masks`, active coordinates by tensor
-    (none of tensors it does not name); `where`, terms with commas between: blocks (attention, mlp, embedding, lm_head, norm) and
-    modules (q_proj, down_proj, bias), which add up, and layers (layer=3, layers=0-7), which add up too; with both, both must hold.
-    Each coordinate has its bits from one side or the other; no arithmetic is done. Tensors are matched by name, prefixes of wrappers
-    apart; those that source lacks stay as trained has them.
+    Each coordinate has its bits from one side or the other; there is no arithmetic. Tensors are matched by canonical
+    name; tensors that the base lacks are copied from the trained checkpoint.
 
-    Returns `kept` and `changed`, coordinates whose bits are trained's and differ, and those that differ in all, `files`, and
-    `unmatched`, the tensors that source lacks. Raises InputError for input that cannot be read or does not fit, or where the part
-    has a tensor that source lacks; UsageError where nothing is chosen; OSError for a full disk, after which nothing is left.
+    Args:
+        base: The checkpoint before training: folder, file or hub id.
+        trained: The checkpoint after training, of the same model.
+        out: Folder to write; must be new or empty.
+        masks: Selected coordinates by tensor; none of the tensors that have no mask.
+        select: Comma-separated terms: blocks (attention, mlp, embedding, lm_head, norm) and modules (q_proj, down_proj,
+            bias), any of which must apply, and layers (layer=3, layers=0-7), one of which must apply. With `masks`,
+            both must select a coordinate.
+        invert: Takes the base's bits for the selected coordinates, and the trained bits for the others.
+        io: How checkpoints are read: "auto", "mmap" or "read".
+        progress: Called with bytes done, bytes in total and the name of the current tensor.
+
+    Returns:
+        `path`; `kept`, the number of coordinates that differ from the base; `changed`, the number of coordinates where
+        trained and base differ; `files`; and `unmatched`, the tensors that the base lacks.
+
+    Raises:
+        InputError: An input cannot be read or does not fit, or a selected tensor is missing from the base.
+        UsageError: Neither `masks` nor `select` is given.
+        OSError: The output cannot be written; nothing is left of it.
     """
-    terms = [term for term in map(str.strip, where.split(",")) if term]
+    terms = [term for term in map(str.strip, select.split(",")) if term]
     if masks is None and not terms:
-        raise UsageError("an intervention needs a part of the change; give masks, or where, or both")
+        raise UsageError("graft needs a part of the update; give masks, or select, or both")
     if not os.fspath(out):
         raise InputError("the output folder has no name; give one to -o")
     with contextlib.ExitStack() as stack:
-        before = stack.enter_context(contextlib.closing(open_checkpoint(source, io=io, any_tensors=True)))
-        after = stack.enter_context(contextlib.closing(open_checkpoint(trained, io=io, any_tensors=True)))
-        assert isinstance(before, ShardedCheckpoint)
-        assert isinstance(after, ShardedCheckpoint)
-        infos = in_order(after)
-        twins = twins_of(before, after, infos)
-        names = chosen_names([info.name for info in infos], terms)
-        refuse_others(after, infos, twins, names, masks)
-        headers = headers_of(after, infos)
-        files = {name: name if header is not None else weights_name(name) for name, header in after.headers().items()}
-        show: Progress = progress or (lambda done, total, name: None)
+        base_checkpoint = stack.enter_context(contextlib.closing(open_checkpoint(base, io=io, any_tensors=True)))
+        trained_checkpoint = stack.enter_context(contextlib.closing(open_checkpoint(trained, io=io, any_tensors=True)))
+        assert isinstance(base_checkpoint, ShardedCheckpoint)
+        assert isinstance(trained_checkpoint, ShardedCheckpoint)
+        infos = in_order(trained_checkpoint)
+        base_names = match_tensors(base_checkpoint, trained_checkpoint, infos)
+        selected = select_names([info.name for info in infos], terms)
+        validate_selection(trained_checkpoint, infos, base_names, selected, masks)
+        headers = headers_of(trained_checkpoint, infos)
+        files = {
+            name: name if header is not None else weights_name(name)
+            for name, header in trained_checkpoint.headers().items()
+        }
+        report: Progress = progress or (lambda done, total, name: None)
         done, total = 0, sum(info.nbytes for info in infos)
         kept = changed = 0
         with output.new_folder(Path(out)) as temporary:
             for file, header in headers.items():
-                own = [info for info in infos if files[info.file] == file]
-                with contextlib.closing(
-                    output.Writer(
-                        temporary / file,
-                        os.path.join(os.fspath(out), file),
-                        2,
-                        len(header) + sum(info.nbytes for info in own),
-                    )
-                ) as writer:
+                file_infos = [info for info in infos if files[info.file] == file]
+                size = len(header) + sum(info.nbytes for info in file_infos)
+                shown = os.path.join(os.fspath(out), file)
+                with contextlib.closing(output.Writer(temporary / file, shown, 2, size)) as writer:
                     writer([header])
-                    for info in own:
-                        part = of_tensor(info, masks, names, revert)
+                    for info in file_infos:
+                        is_trained = selection_reader(info, masks, selected, invert)
                         for start, stop in segments.ranges(info.items, info.item_bytes):
-                            ours = after.read_bits(info.name, start, stop)
-                            theirs = before.read_bits(twins[info.name], start, stop) if info.name in twins else ours
-                            taken = torch.where(part(start, stop), ours, theirs)
-                            changed += int((ours != theirs).sum())
-                            kept += int((taken != theirs).sum())
-                            writer([taken.view(torch.uint8).numpy().data])
-                            done += taken.nbytes
-                            show(done, total, info.name)
+                            trained_bits = trained_checkpoint.read_bits(info.name, start, stop)
+                            base_bits = trained_bits
+                            if info.name in base_names:
+                                base_bits = base_checkpoint.read_bits(base_names[info.name], start, stop)
+                            grafted = torch.where(is_trained(start, stop), trained_bits, base_bits)
+                            changed += int((trained_bits != base_bits).sum())
+                            kept += int((grafted != base_bits).sum())
+                            writer([grafted.view(torch.uint8).numpy().data])
+                            done += grafted.nbytes
+                            report(done, total, info.name)
                     writer.finish()
-                SafetensorsFile(str(temporary / file), "read").close()  # whoever reads it next has the same library
-            write_beside(after, temporary)
-            before.check()
-            after.check()
+                SafetensorsFile(str(temporary / file), "read").close()  # validates the header with the library
+            write_extra_files(trained_checkpoint, temporary)
+            base_checkpoint.check()
+            trained_checkpoint.check()
     return {
         "path": os.fspath(out),
         "kept": kept,
         "changed": changed,
         "files": list(headers),
-        "unmatched": [info.name for info in infos if info.name not in twins],
+        "unmatched": [info.name for info in infos if info.name not in base_names],
     }
 
 
-def twins_of(before: ShardedCheckpoint, after: ShardedCheckpoint, infos: list[TensorInfo]) -> dict[str, str]:
-    """The source's name of each trained tensor that it has too. Raises InputError where the two are not of one model."""
-    found = match_names([info.name for info in infos], before.tensors)
-    if not found:
+def match_tensors(base: ShardedCheckpoint, trained: ShardedCheckpoint, infos: list[TensorInfo]) -> dict[str, str]:
+    """Returns the base's name of each trained tensor that it has. Raises InputError for checkpoints of two models."""
+    base_names = match_names([info.name for info in infos], base.tensors)
+    if not base_names:
         raise InputError(
-            f"{printable(before.path)} and {printable(after.path)} have no tensor of one name; give two checkpoints of one model"
+            f"{printable(base.path)} and {printable(trained.path)} have no tensor name in common;"
+            " give two checkpoints of one model"
         )
     for info in infos:
-        twin = before.tensors.get(found.get(info.name, ""))
-        if twin is not None and (twin.dtype, twin.shape) != (info.dtype, info.shape):
+        base_info = base.tensors.get(base_names.get(info.name, ""))
+        if base_info is not None and (base_info.dtype, base_info.shape) != (info.dtype, info.shape):
             raise InputError(
-                f"{printable(info.name)} is {twin.dtype} {list(twin.shape)} in {printable(before.path)} and {info.dtype} {list(info.shape)} in {printable(after.path)};"
-                " save both alike"
+                f"{printable(info.name)} is {base_info.dtype} {list(base_info.shape)} in {printable(base.path)} and"
+                f" {info.dtype} {list(info.shape)} in {printable(trained.path)}; save both in one dtype and shape"
             )
-    return found
+    return base_names
 
 
-def refuse_others(
-    after: ShardedCheckpoint, infos: list[TensorInfo], twins: Mapping[str, str], names: set[str], masks: MaskSet | None
+def validate_selection(
+    trained: ShardedCheckpoint,
+    infos: list[TensorInfo],
+    base_names: Mapping[str, str],
+    selected: set[str],
+    masks: MaskSet | None,
 ) -> None:
-    """Raises InputError for masks of another model, and for a part with a tensor that the source lacks."""
-    held = {info.name: info for info in infos}
+    """Raises InputError for masks of another model, and for a selected tensor that the base lacks."""
+    by_name = {info.name: info for info in infos}
     for name, shape in (masks.shapes if masks is not None else {}).items():
-        if name not in held:
+        info = by_name.get(name)
+        if info is None:
             raise InputError(
-                f"there is a mask of {printable(name)}, which {printable(after.path)} does not hold; make the masks from this model"
+                f"there is a mask for {printable(name)}, which {printable(trained.path)} does not have;"
+                " make the masks from this model"
             )
-        if held[name].shape != shape or held[name].items != held[name].numel:
+        if info.shape != shape or info.items != info.numel:
             raise InputError(
-                f"the mask of {printable(name)} is of shape {list(shape)} and the tensor of {list(held[name].shape)}; make the masks from this model"
+                f"the mask of {printable(name)} has shape {list(shape)} and the tensor {list(info.shape)};"
+                " make the masks from this model"
             )
-    for name in sorted(names):
-        if name not in twins and (masks is None or name in masks):
+    for name in sorted(selected):
+        if name not in base_names and (masks is None or name in masks):
             raise InputError(
-                f"the source lacks {printable(name)}, which is in the part; choose another, or a source that has it"
+                f"the base lacks {printable(name)}, which is selected; select other tensors, or give a base that has it"
             )
 
 
-def chosen_names(names: list[str], terms: Sequence[str]) -> set[str]:
-    """The tensors that terms choose: of any block or module that is named and, where layers are, of one of them; all if there are none.
+def select_names(names: list[str], terms: Sequence[str]) -> set[str]:
+    """Returns the tensors that the terms select; all of them if there are no terms.
+
+    A tensor is selected if it is in one of the named blocks or modules and in one of the named layers; a group without
+    terms does not restrict. Raises UsageError if a term, or all terms together, select nothing.
 
     >>> names = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
-    >>> sorted(chosen_names(names, ["mlp", "layers=1-5"]))
+    >>> sorted(select_names(names, ["mlp", "layers=1-5"]))
     ['model.layers.1.mlp.up_proj.weight']
     """
-    places = {name: parse_tensor_name(name) for name in names}
-    blocks, modules = {one.block for one in places.values()}, {one.module for one in places.values()}
-    kinds: dict[str, set[str]] = {}
+    roles = {name: parse_tensor_name(name) for name in names}
+    blocks, modules = {role.block for role in roles.values()}, {role.module for role in roles.values()}
+    groups: dict[str, set[str]] = {}
     for term in terms:
         if layers := LAYERS.fullmatch(term):
             first, last = int(layers[1]), int(layers[2] or layers[1])
-            found = {name for name, one in places.items() if first <= one.layer <= last}
+            matching = {name for name, role in roles.items() if first <= role.layer <= last}
         elif term in blocks:
-            found = {name for name, one in places.items() if one.block == term}
+            matching = {name for name, role in roles.items() if role.block == term}
         elif term in modules:
-            found = {name for name, one in places.items() if one.module == term}
+            matching = {name for name, role in roles.items() if role.module == term}
         else:
-            found = set()
-        if not found:
-            last_layer = max(one.layer for one in places.values())
+            matching = set()
+        if not matching:
+            last_layer = max(role.layer for role in roles.values())
             raise UsageError(
-                f"nothing is {printable(term)!r} here; there are {', '.join(sorted(blocks | modules))}"
+                f"no tensor is {printable(term)!r}; give one of {', '.join(sorted(blocks | modules))}"
                 + (f", layers=0-{last_layer}" if last_layer >= 0 else "")
             )
-        kinds.setdefault("layer" if layers else "module", set()).update(found)
-    chosen = set(names)
-    for found in kinds.values():
-        chosen &= found
-    if not chosen:
-        raise UsageError(f"no tensor is all of {printable(', '.join(terms))!r}; name other layers or modules")
-    return chosen
+        groups.setdefault("layer" if layers else "module", set()).update(matching)
+    selected = set(names)
+    for matching in groups.values():
+        selected &= matching
+    if not selected:
+        raise UsageError(f"no tensor is all of {printable(', '.join(terms))!r}; give other layers or modules")
+    return selected
 
 
-def of_tensor(
-    info: TensorInfo, masks: MaskSet | None, names: set[str], revert: bool
+def selection_reader(
+    info: TensorInfo, masks: MaskSet | None, selected: set[str], invert: bool
 ) -> Callable[[int, int], torch.Tensor]:
-    """Reads which items [start, stop) of a tensor are to be the trained ones, bool; `start` is a multiple of 8."""
-    if info.name not in names or (masks is not None and info.name not in masks):
-        return lambda start, stop: torch.tensor(revert)
+    """Returns a function that reads which items [start, stop) of a tensor are trained; `start` is a multiple of 8.
+
+    Its result is bool, [stop - start] or a scalar for all items.
+    """
+    if info.name not in selected or (masks is not None and info.name not in masks):
+        return lambda start, stop: torch.tensor(invert)
     if masks is None:
-        return lambda start, stop: torch.tensor(not revert)
-    bits = masks[info.name].bitmap.numpy()
+        return lambda start, stop: torch.tensor(not invert)
+    bitmap = masks[info.name].bitmap.numpy()
 
     def read(start: int, stop: int) -> torch.Tensor:
-        part = torch.from_numpy(
-            np.unpackbits(bits[start // 8 : (stop + 7) // 8], count=stop - start, bitorder="little")
-        ).bool()
-        return ~part if revert else part
+        bits = np.unpackbits(bitmap[start // 8 : (stop + 7) // 8], count=stop - start, bitorder="little")
+        active = torch.from_numpy(bits).bool()
+        return ~active if invert else active
 
     return read
 
 
-def write_beside(trained: ShardedCheckpoint, folder: Path) -> None:
-    """Configuration, tokenizer and index go with the weights."""
-    for name in beside_names(trained):
+def write_extra_files(trained: ShardedCheckpoint, folder: Path) -> None:
+    """Writes configuration, tokenizer and index next to the weights."""
+    for name in extra_file_names(trained):
         content = small_file(trained.folder, name)
         if content is not None and not (folder / name).exists():
             (folder / name).write_bytes(content)
     if trained.kind == "torch" and trained.index is not None:
-        (folder / "model.safetensors.index.json").write_bytes(made_index(trained))
+        (folder / "model.safetensors.index.json").write_bytes(make_index(trained))

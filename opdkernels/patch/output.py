@@ -1,4 +1,4 @@
-"""Files written behind the work, and under temporary names until they are whole."""
+"""Output files written by a background thread, and worker threads for segments."""
 
 from __future__ import annotations
 
@@ -17,17 +17,23 @@ import torch
 from opdkernels.errors import InputError, printable
 from opdkernels.files import atomic_file, atomic_folder
 
-SMALL = 1 << 16  # items of a segment that is done with sooner than handed over
-MOST_WORKERS = 8  # memory has no more bandwidth for more, and each holds a segment or two
+SMALL = 1 << 16  # items: processing fewer is faster than passing them to another thread
+MOST_WORKERS = 8  # more threads do not increase memory bandwidth, and each holds one or two segments
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class Writer:
-    """A new file, written by one thread in the order of the calls; `size` reserves its room on the disk.
+    """A new file that one thread writes in the order of the calls.
 
-    At most `depth` calls wait. An error of the disk is raised, with the name `shown`, by a later call or at the end.
+    A disk error is raised by a later call, or at the end.
+
+    Args:
+        path: File to create.
+        shown: Name of the file in errors.
+        depth: Maximum number of pending calls.
+        size: Bytes of disk space to reserve.
     """
 
     def __init__(self, path: Path, shown: str, depth: int, size: int = 0) -> None:
@@ -42,7 +48,7 @@ class Writer:
             raise
 
     def __call__(self, parts: Iterable[Any], small: bool = False) -> None:
-        """Writes the parts when their turn comes."""
+        """Queues the parts; writes small ones immediately if nothing is pending."""
         while self._pending and (len(self._pending) >= self.depth or self._pending[0].done()):
             self._pending.popleft().result()
         if small and not self._pending:
@@ -58,14 +64,14 @@ class Writer:
                     view = view[self._file.write(view) or 0 :]
 
     def _reserve(self, size: int) -> None:
-        """Room that is not there is known now, and room that is there is written to faster."""
+        """GatherBuffers that is not there is known now, and room that is there is written to faster."""
         if not size or not hasattr(os, "posix_fallocate"):
             return
         try:
             with self._named():
                 os.posix_fallocate(self._file.fileno(), 0, size)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # a file system that cannot
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # not supported by the file system
                 raise
 
     @contextlib.contextmanager
@@ -81,7 +87,7 @@ class Writer:
             self._pending.popleft().result()
 
     def rewrite(self, content: bytes) -> None:
-        """Writes over the first bytes of the file."""
+        """Overwrites the first bytes of the file."""
         self.finish()
         self._file.seek(0)
         self._write([content])
@@ -92,7 +98,7 @@ class Writer:
 
 
 class Workers:
-    """Threads that make segments ahead of their use, each with kernels of one thread; segments of a checkpoint are many."""
+    """Threads that compute segments before they are used; each runs single-threaded kernels."""
 
     def __init__(self) -> None:
         self._threads = torch.get_num_threads()
@@ -100,8 +106,8 @@ class Workers:
         self.depth = count + 1
         self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
-    def ahead(self, function: Callable[[T], R], items: Iterable[T], small: Callable[[T], bool]) -> Iterator[R]:
-        """`function` of each item, in order, worked on while those before are used; of small ones when it is asked for."""
+    def map_ahead(self, function: Callable[[T], R], items: Iterable[T], small: Callable[[T], bool]) -> Iterator[R]:
+        """Yields `function(item)` in order, computed while earlier results are used; small items are computed on demand."""
         pending: deque[Future[R]] = deque()
         for item in items:
             if small(item) and not pending:
@@ -115,26 +121,27 @@ class Workers:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._threads)  # the pool's setting is also that of threads to come
+        torch.set_num_threads(self._threads)  # the pool's setting also applies to new threads
 
 
 class Ring(Generic[T]):
-    """Memory in turn, by width of item: when one comes round again, `Workers` and a `Writer` of their depth are done with it."""
+    """Reused memory, by item width: when it is returned again, `Workers` and a `Writer` of their depth no longer use it."""
 
     def __init__(self, depth: int, make: Callable[[int], T]) -> None:
         self._count, self._make = 2 * depth + 1, make
-        self._rooms: dict[int, deque[T]] = {}
+        self._buffers: dict[int, deque[T]] = {}
 
     def next(self, width: int) -> T:
-        rooms = self._rooms.setdefault(width, deque())
-        room = self._make(width) if len(rooms) < self._count else rooms.popleft()
-        rooms.append(room)
-        return room
+        """Returns memory for items of `width` bytes."""
+        buffers = self._buffers.setdefault(width, deque())
+        buffer = self._make(width) if len(buffers) < self._count else buffers.popleft()
+        buffers.append(buffer)
+        return buffer
 
 
 @contextlib.contextmanager
 def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its name if all goes well and is gone if not."""
+    """Yields a temporary path for a new file (see `atomic_file`). Raises InputError if the file exists."""
     if os.path.lexists(path) and not (overwrite and path.is_file()):
         raise InputError(
             f"{printable(str(path))} exists; choose another name"
@@ -147,7 +154,7 @@ def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, which takes its name if all goes well and is gone if not."""
+    """Yields a temporary folder (see `atomic_folder`). Raises InputError if `path` exists and is not an empty folder."""
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{printable(str(path))} exists and is not an empty folder; choose another one")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -168,7 +168,7 @@ def test_patch_round_trip_is_byte_exact(pair, tmp_path):  # noqa: F811
     assert "changed" in done.stdout
     result = json.loads(run("patch", "info", tmp_path / "p", "--json").stdout)
     assert (result["tensors"], result["files"], result["tensors_whole"]) == (14, ["model.safetensors"], [])
-    assert result["source_digest"] in done.stdout
+    assert result["base_digest"] in done.stdout
     done = run("patch", "apply", pair[0], tmp_path / "p", "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     written = [(Path(folder) / "model.safetensors").read_bytes() for folder in (pair[1], tmp_path / "out")]

@@ -62,21 +62,21 @@ def before() -> dict[str, torch.Tensor]:
     return found
 
 
-def after(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def after(base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Most tensors changed at 0.5 to 100 %; one equal, one new, one of another shape, one of another dtype."""
     found = {
         name: changed(tensor, (0.005, 0.17, 1.0)[seed % 3], seed)
-        for seed, (name, tensor) in enumerate(source.items())
+        for seed, (name, tensor) in enumerate(base.items())
         if name != "only before"
     }
-    found["equal"] = source["equal"].clone()
+    found["equal"] = base["equal"].clone()
     found["new"] = some((3, 3), torch.float32, 7)
     found["reshaped"] = some((4, 6), torch.bfloat16, 8)
     found["recast"] = some((9,), torch.float32, 9)
     return found
 
 
-def save(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1, **beside: bytes) -> str:
+def save(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1, **extra: bytes) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     names = list(tensors)
     if shards == 1:
@@ -87,7 +87,7 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1, **besi
             save_file({name: tensors[name] for name in names[i::shards]}, folder / file, metadata={"format": "pt"})
         weights = {name: files[i % shards] for i, name in enumerate(names)}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
-    for name, content in beside.items():
+    for name, content in extra.items():
         (folder / name.replace("__", ".")).write_bytes(content)
     return str(folder)
 
@@ -98,9 +98,9 @@ def hashes(folder: str | Path) -> dict[str, str]:
 
 @pytest.fixture
 def pair(tmp_path) -> tuple[str, str]:
-    source = before()
-    trained = save(tmp_path / "trained", after(source), config__json=b'{"a": 1}', tokenizer__json=b"[]")
-    return save(tmp_path / "source", source, config__json=b'{"a": 1}', tokenizer__json=b"[0]"), trained
+    base = before()
+    trained = save(tmp_path / "trained", after(base), config__json=b'{"a": 1}', tokenizer__json=b"[]")
+    return save(tmp_path / "base", base, config__json=b'{"a": 1}', tokenizer__json=b"[0]"), trained
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "zstd"])
@@ -137,15 +137,13 @@ def rewrite(path: str | Path, change: Callable[[dict[str, Any]], None]) -> None:
 
     tensors = manifest["tensors"]
     manifest["digest"] = whole({name: tensor["digest"] for name, tensor in tensors.items()})
-    manifest["source_digest"] = whole(
-        {t["source"]: t["source_digest"] for t in tensors.values() if t["source"] is not None}
-    )
+    manifest["base_digest"] = whole({t["base"]: t["base_digest"] for t in tensors.values() if t["base"] is not None})
     text = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False)
     header["__metadata__"] |= {
         "manifest": text,
         "manifest_digest": digest(text.encode()),
         "trained_digest": manifest["digest"],
-        "source_digest": manifest["source_digest"],
+        "base_digest": manifest["base_digest"],
     }
     join(path, header, data)
 

@@ -1,4 +1,4 @@
-"""A patch gives back the trained checkpoint byte for byte, from any layout of the source, on disk or alive."""
+"""A patch gives back the trained checkpoint byte for byte, from any layout of the base, on disk or alive."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("shards", [(1, 1), (1, 3), (3, 1), (2, 3)], ids=str)
 def test_files_are_the_trained_ones_byte_for_byte(tmp_path, shards, zstd, short_segments):
-    source = before()
-    a = save(tmp_path / "a", source, shards[0], config__json=b"{}")
-    b = save(tmp_path / "b", after(source), shards[1], config__json=b"{}", generation_config__json=b"{1}")
+    base = before()
+    a = save(tmp_path / "a", base, shards[0], config__json=b"{}")
+    b = save(tmp_path / "b", after(base), shards[1], config__json=b"{}", generation_config__json=b"{1}")
     create(a, b, tmp_path / "p", zstd=zstd)
     found = apply(a, tmp_path / "p", tmp_path / "out")
     assert found["left_out"] == []
@@ -78,10 +78,10 @@ def test_any_small_checkpoint_round_trips(tmp_path_factory, data):
     names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lambda name: name != "__metadata__")
     shapes = st.lists(st.integers(0, 40), max_size=3).map(tuple)
     layout = data.draw(st.dictionaries(names, st.tuples(shapes, dtypes), min_size=1, max_size=4))
-    source = {name: some(*what, 1) for name, what in layout.items()}
-    trained = {name: changed(tensor, data.draw(st.sampled_from([0.0, 0.1, 1.0])), 2) for name, tensor in source.items()}
+    base = {name: some(*what, 1) for name, what in layout.items()}
+    trained = {name: changed(tensor, data.draw(st.sampled_from([0.0, 0.1, 1.0])), 2) for name, tensor in base.items()}
     folder = tmp_path_factory.mktemp("any")
-    a, b = save(folder / "a", source), save(folder / "b", trained)
+    a, b = save(folder / "a", base), save(folder / "b", trained)
     create(a, b, folder / "p", zstd=data.draw(st.booleans()))
     apply(a, folder / "p", folder / "out")
     assert hashes(folder / "out") == hashes(b)
@@ -101,7 +101,7 @@ def test_what_is_equal_costs_nothing_and_what_differs_in_kind_is_whole(pair, tmp
 def test_files_beside_the_weights_come_from_the_patch_or_from_the_source(pair, tmp_path):
     (Path(pair[1]) / "modeling.py").write_text("import os")
     found = create(*pair, tmp_path / "p")
-    assert found["beside"] == {"config.json": "from the source", "tokenizer.json": "stored"}
+    assert found["extra_files"] == {"config.json": "from the base", "tokenizer.json": "stored"}
     (Path(pair[0]) / "config.json").write_text("{}")
     found = apply(pair[0], tmp_path / "p", tmp_path / "out")
     assert found["left_out"] == ["config.json"]
@@ -115,34 +115,34 @@ def test_a_file_given_by_its_path_brings_nothing_beside_it(pair, tmp_path):
 
 
 def test_quantised_checkpoints_and_adapters_are_bits_too(tmp_path):
-    source = {
+    base = {
         "w.weight": some((64, 64), torch.float8_e4m3fn, 0),
         "w.weight_scale_inv": some((1, 1), torch.float32, 1),
         "x.lora_A.weight": some((4, 9), torch.bfloat16, 2),
     }
-    a = save(tmp_path / "a", source)
-    b = save(tmp_path / "b", {name: changed(tensor, 0.2, 3) for name, tensor in source.items()})
+    a = save(tmp_path / "a", base)
+    b = save(tmp_path / "b", {name: changed(tensor, 0.2, 3) for name, tensor in base.items()})
     create(a, b, tmp_path / "p")
     apply(a, tmp_path / "p", tmp_path / "out")
     assert hashes(tmp_path / "out") == hashes(b)
 
 
-@pytest.mark.parametrize("which", ["source", "trained", "both"])
+@pytest.mark.parametrize("which", ["base", "trained", "both"])
 def test_pytorch_files_are_read_and_safetensors_written(tmp_path, which, short_segments):
     """What is bit for bit is then every tensor; of the file there is no header to give back."""
-    source = {name: tensor for name, tensor in before().items() if "float8" not in name}
-    trained = after(source)
+    base = {name: tensor for name, tensor in before().items() if "float8" not in name}
+    trained = after(base)
     trained["strided"] = some((40, 30), torch.float64, 6).T
-    source["strided"] = some((30, 40), torch.float64, 5)
+    base["strided"] = some((30, 40), torch.float64, 5)
     trained["tied"] = trained["equal"]
-    for name, tensors, as_torch in (("a", source, which != "trained"), ("b", trained, which != "source")):
+    for name, tensors, as_torch in (("a", base, which != "trained"), ("b", trained, which != "base")):
         if as_torch:
             (tmp_path / name).mkdir()
             torch.save(tensors, tmp_path / name / "pytorch_model.bin")
         else:
             save(tmp_path / name, {n: t.contiguous().clone() for n, t in tensors.items()})
     found = create(tmp_path / "a", tmp_path / "b", tmp_path / "p")
-    assert ("tied" in found["tensors_whole"]) == (which == "source")  # one storage under two names is stored once
+    assert ("tied" in found["tensors_whole"]) == (which == "base")  # one storage under two names is stored once
     apply(tmp_path / "a", tmp_path / "p", tmp_path / "out")
     assert sorted(hashes(tmp_path / "out")) == ["model.safetensors"]
     written = load_file(tmp_path / "out" / "model.safetensors")
@@ -151,9 +151,9 @@ def test_pytorch_files_are_read_and_safetensors_written(tmp_path, which, short_s
 
 
 def test_sharded_pytorch_files_keep_their_layout(tmp_path):
-    source = before()
-    del source["of torch.float8_e4m3fn"]
-    trained = after(source)
+    base = before()
+    del base["of torch.float8_e4m3fn"]
+    trained = after(base)
     names = list(trained)
     (tmp_path / "b").mkdir()
     files = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
@@ -162,7 +162,7 @@ def test_sharded_pytorch_files_keep_their_layout(tmp_path):
     (tmp_path / "b" / "pytorch_model.bin.index.json").write_text(
         json.dumps({"weight_map": {name: files[i % 2] for i, name in enumerate(names)}})
     )
-    a = save(tmp_path / "a", source)
+    a = save(tmp_path / "a", base)
     create(a, tmp_path / "b", tmp_path / "p")
     apply(a, tmp_path / "p", tmp_path / "out")
     assert sorted(hashes(tmp_path / "out")) == [
@@ -193,7 +193,7 @@ def flip(tensors: dict[str, torch.Tensor]) -> None:
     [
         (
             flip,
-            r"other has a tensor of digest [0-9a-f]{32} where the patch was made from [0-9a-f]{32} \(size 70001\): .*p is a patch for another source, of digest [0-9a-f]{32}",
+            r"other has a tensor of digest [0-9a-f]{32} where the patch was made from [0-9a-f]{32} \(size 70001\): .*p is a patch for another base, with digest [0-9a-f]{32}",
         ),
         (lambda tensors: tensors.pop("scalar"), r"lacks a tensor that the patch changes \(scalar\)"),
         (
@@ -284,22 +284,22 @@ def test_a_killed_command_leaves_no_output_under_its_name(pair, tmp_path, comman
     {"create": create, "apply": apply}[command](*arguments)
 
 
-def live(source: dict[str, torch.Tensor], trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def live(base: dict[str, torch.Tensor], trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a model: those that both have, as parameters where they can be."""
     names = [
         name
         for name in trained
-        if name in source and source[name].shape == trained[name].shape and source[name].dtype == trained[name].dtype
+        if name in base and base[name].shape == trained[name].shape and base[name].dtype == trained[name].dtype
     ]
-    return {name: source[name].clone() for name in names}
+    return {name: base[name].clone() for name in names}
 
 
 @pytest.fixture
 def alive(tmp_path, zstd) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Path]:
-    source, trained = before(), after(before())
-    model = live(source, trained)
+    base, trained = before(), after(before())
+    model = live(base, trained)
     wanted = {name: trained[name] for name in model}
-    create(save(tmp_path / "a", source), save(tmp_path / "b", wanted), tmp_path / "p", zstd=zstd)
+    create(save(tmp_path / "a", base), save(tmp_path / "b", wanted), tmp_path / "p", zstd=zstd)
     return model, wanted, tmp_path / "p"
 
 
@@ -317,7 +317,7 @@ def test_a_live_state_dict_changes_in_place(alive, short_segments):
     assert model["of torch.float32"]._version > version
     assert not wide[:, 1].any()
     assert model["more"].tolist() == [1, 1, 1]
-    with pytest.raises(InputError, match="another source"):
+    with pytest.raises(InputError, match="another base"):
         apply_to(model, path)
 
 
@@ -397,10 +397,10 @@ print(most - begun)
     if not Path("/proc/self/status").exists():
         pytest.skip("reads /proc")
     n = 100_000_000
-    source = torch.zeros(n, dtype=torch.bfloat16)
-    trained = source.clone()
+    base = torch.zeros(n, dtype=torch.bfloat16)
+    trained = base.clone()
     trained[::5] = 1.0
-    for name, tensor in (("a", source), ("b", trained)):
+    for name, tensor in (("a", base), ("b", trained)):
         (tmp_path / name).mkdir()
         save_file({"w": tensor}, tmp_path / name / "model.safetensors")
     paths = [str(tmp_path / name) for name in ("a", "b", "p", "out")]

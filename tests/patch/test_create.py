@@ -27,11 +27,11 @@ WIDTHS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "U8": 1, 
 class Reader:
     """Makes the files of a patch, from its documentation."""
 
-    def __init__(self, patch: str | Path, source: str | Path):
+    def __init__(self, patch: str | Path, base: str | Path):
         self.patch = safe_open(patch, framework="pt")
         self.metadata = self.patch.metadata()
         self.manifest = json.loads(self.metadata["manifest"])
-        self.source, self.hasher = Path(source), Xxh3(SECRET)
+        self.base, self.hasher = Path(base), Xxh3(SECRET)
         assert digest(self.metadata["manifest"].encode()) == self.metadata["manifest_digest"]
 
     def entry(self, key: str) -> bytes:
@@ -113,17 +113,17 @@ class Reader:
         content = header
         for tensor, described in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
             what = self.manifest["tensors"][tensor]
-            data = self.entry(what["data"]) if what["source"] is None else None
+            data = self.entry(what["data"]) if what["base"] is None else None
             if data is None:
-                old = self.old(what["source"])
-                assert self.tensor_digest(old, described["dtype"], described["shape"]) == what["source_digest"]
+                old = self.old(what["base"])
+                assert self.tensor_digest(old, described["dtype"], described["shape"]) == what["base_digest"]
                 data = self.changed(what["data"], old, WIDTHS[described["dtype"]])
             assert self.tensor_digest(data, described["dtype"], described["shape"]) == what["digest"]
             content += data
         return content
 
     def old(self, name: str) -> bytes:
-        content = (self.source / "model.safetensors").read_bytes()
+        content = (self.base / "model.safetensors").read_bytes()
         length = int.from_bytes(content[:8], "little")
         begin, end = json.loads(content[8 : 8 + length])[name]["data_offsets"]
         return content[8 + length + begin : 8 + length + end]
@@ -141,9 +141,10 @@ def test_another_reader_makes_the_same_file(pair, tmp_path, zstd):
         == reader.metadata["trained_digest"]
         == manifest["digest"]
     )
-    sources = {t["source"]: t["source_digest"] for t in manifest["tensors"].values() if t["source"] is not None}
+    base_tensors = {t["base"]: t["base_digest"] for t in manifest["tensors"].values() if t["base"] is not None}
     assert (
-        digest(json.dumps(sorted(sources.items()), separators=(",", ":")).encode()) == reader.metadata["source_digest"]
+        digest(json.dumps(sorted(base_tensors.items()), separators=(",", ":")).encode())
+        == reader.metadata["base_digest"]
     )
     assert (reader.metadata["format"], reader.metadata["version"]) == ("opdkernels.patch", "1")
 
@@ -182,6 +183,6 @@ def test_names_of_written_files(name, expected):
 def test_complex128_has_no_place_in_safetensors(tmp_path):
     (tmp_path / "b").mkdir()
     torch.save({"x": torch.zeros(3, dtype=torch.complex128)}, tmp_path / "b" / "pytorch_model.bin")
-    with pytest.raises(InputError, match="tensor x is complex128, which safetensors does not hold"):
+    with pytest.raises(InputError, match="tensor x is complex128, which safetensors does not support"):
         create(tmp_path / "b", tmp_path / "b", tmp_path / "p")
     assert not (tmp_path / "p").exists()

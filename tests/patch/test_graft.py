@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from opdkernels import InputError, UsageError
 from opdkernels.masks import Mask, MaskSet
 from opdkernels.patch import graft
-from opdkernels.patch.graft import chosen_names
+from opdkernels.patch.graft import select_names
 from tests.patch.conftest import changed, hashes, save, some
 
 NAMES = (
@@ -19,13 +19,13 @@ NAMES = (
 
 @pytest.fixture
 def pair(tmp_path, short_segments):
-    source = {name: some((400, 333), torch.bfloat16, i) for i, name in enumerate(NAMES)}
-    trained = {name: changed(tensor, 0.3, i) for i, (name, tensor) in enumerate(source.items())}
+    base = {name: some((400, 333), torch.bfloat16, i) for i, name in enumerate(NAMES)}
+    trained = {name: changed(tensor, 0.3, i) for i, (name, tensor) in enumerate(base.items())}
     folders = [
         save(tmp_path / kind, tensors, 2, config__json=b'{"model_type": "qwen2"}')
-        for kind, tensors in (("source", source), ("trained", trained))
+        for kind, tensors in (("base", base), ("trained", trained))
     ]
-    return (*folders, source, trained)
+    return (*folders, base, trained)
 
 
 def bits(tensor):
@@ -36,17 +36,17 @@ def tensors_of(folder):
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
-@pytest.mark.parametrize("revert", [False, True])
-def test_a_masks_part_of_the_change_alone_and_all_but_it(pair, tmp_path, revert):
-    source, trained, before, after = pair
+@pytest.mark.parametrize("invert", [False, True])
+def test_graft_takes_masked_coordinates_and_invert_the_others(pair, tmp_path, invert):
+    base, trained, before, after = pair
     torch.manual_seed(0)
     active = {name: torch.rand(400, 333) < 0.2 for name in NAMES[:4]}
     active[NAMES[0]][:] = False
     masks = MaskSet({name: Mask.from_bool(one) for name, one in active.items()})
-    found = graft(source, trained, tmp_path / "out", masks=masks, revert=revert)
+    found = graft(base, trained, tmp_path / "out", masks=masks, invert=invert)
     kept = 0
     for name, tensor in tensors_of(tmp_path / "out").items():
-        taken = active.get(name, torch.zeros(400, 333, dtype=torch.bool)) ^ revert
+        taken = active.get(name, torch.zeros(400, 333, dtype=torch.bool)) ^ invert
         expected = torch.where(taken, after[name].view(torch.int16), before[name].view(torch.int16))
         assert torch.equal(tensor.view(torch.int16), expected)
         kept += int((expected != before[name].view(torch.int16)).sum())
@@ -57,19 +57,19 @@ def test_a_masks_part_of_the_change_alone_and_all_but_it(pair, tmp_path, revert)
 
 
 def test_files_are_those_of_the_trained_checkpoint(pair, tmp_path):
-    source, trained, _, _ = pair
-    graft(source, trained, tmp_path / "all", where="layers=0-2,attention,mlp,embedding,norm")
-    graft(source, trained, tmp_path / "most", where="attention,mlp,embedding,norm")
-    graft(source, trained, tmp_path / "none", where="attention,mlp,embedding,norm", revert=True)
+    base, trained, _, _ = pair
+    graft(base, trained, tmp_path / "all", select="layers=0-2,attention,mlp,embedding,norm")
+    graft(base, trained, tmp_path / "most", select="attention,mlp,embedding,norm")
+    graft(base, trained, tmp_path / "none", select="attention,mlp,embedding,norm", invert=True)
     assert hashes(tmp_path / "most") == hashes(trained)
     assert {n: h for n, h in hashes(tmp_path / "none").items() if n.endswith(".safetensors")} == {
-        n: h for n, h in hashes(source).items() if n.endswith(".safetensors")
+        n: h for n, h in hashes(base).items() if n.endswith(".safetensors")
     }
     assert hashes(tmp_path / "all") != hashes(trained)
 
 
 @pytest.mark.parametrize(
-    ("where", "found"),
+    ("select", "expected"),
     [
         ("attention", [1, 3, 5]),
         ("up_proj", [2, 4, 6]),
@@ -82,47 +82,46 @@ def test_files_are_those_of_the_trained_checkpoint(pair, tmp_path):
         ("", range(8)),
     ],
 )
-def test_tensors_are_chosen_by_layer_and_module(where, found):
-    assert chosen_names(list(NAMES), where.split(",") if where else []) == {NAMES[i] for i in found}
+def test_tensors_are_selected_by_layer_and_module(select, expected):
+    assert select_names(list(NAMES), select.split(",") if select else []) == {NAMES[i] for i in expected}
 
 
-def test_help_says_how_terms_go_together():
+def test_help_says_how_terms_combine():
     from typer.testing import CliRunner
 
     from opdkernels.cli import app
 
-    assert "blocks and modules add up, with layers both must hold" in " ".join(
-        CliRunner().invoke(app, ["graft", "--help"]).output.split()
-    )
+    output = CliRunner().invoke(app, ["graft", "--help"]).output.replace("│", " ")
+    assert "Blocks and modules add up; with layers, both must match." in " ".join(output.split())
 
 
 @pytest.mark.parametrize(
-    ("where", "message"),
+    ("select", "message"),
     [
         (
             "lm_head",
-            "nothing is 'lm_head' here; there are attention, embed_tokens, embedding, mlp, norm, q_proj, up_proj, layers=0-2",
+            "no tensor is 'lm_head'; give one of attention, embed_tokens, embedding, mlp, norm, q_proj, up_proj, layers=0-2",
         ),
-        ("layers=7", "nothing is 'layers=7' here; .* layers=0-2"),
-        ("layers=2-1", "nothing is 'layers=2-1' here"),
+        ("layers=7", "no tensor is 'layers=7'; give one of .* layers=0-2"),
+        ("layers=2-1", "no tensor is 'layers=2-1'; give"),
         ("norm,layer=1", "no tensor is all of 'norm, layer=1'"),
     ],
 )
-def test_a_part_that_is_not_there_is_named(where, message):
+def test_a_selection_without_tensors_is_an_error(select, message):
     with pytest.raises(UsageError, match=message):
-        chosen_names(list(NAMES), where.split(","))
+        select_names(list(NAMES), select.split(","))
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_left(pair, tmp_path):
-    source, trained, before, _ = pair
+def test_inputs_that_do_not_fit_are_rejected_and_nothing_is_left(pair, tmp_path):
+    base, trained, before, _ = pair
     out = tmp_path / "out"
     for masks, message in (
-        ({"model.layers.9.mlp.up_proj.weight": (400, 333)}, "mask of model.layers.9.mlp.up_proj.weight, which"),
-        ({NAMES[1]: (4, 4)}, r"of shape \[4, 4\] and the tensor of \[400, 333\]"),
+        ({"model.layers.9.mlp.up_proj.weight": (400, 333)}, "mask for model.layers.9.mlp.up_proj.weight, which"),
+        ({NAMES[1]: (4, 4)}, r"has shape \[4, 4\] and the tensor \[400, 333\]"),
     ):
         with pytest.raises(InputError, match=message):
             graft(
-                source,
+                base,
                 trained,
                 out,
                 masks=MaskSet(
@@ -130,21 +129,21 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(pair, tmp_path):
                 ),
             )
     for nothing in ("", " , "):
-        with pytest.raises(UsageError, match="give masks, or where"):
-            graft(source, trained, out, where=nothing)
+        with pytest.raises(UsageError, match="give masks, or select"):
+            graft(base, trained, out, select=nothing)
     other = save(tmp_path / "other", {"x": torch.zeros(3)})
-    with pytest.raises(InputError, match="have no tensor of one name"):
-        graft(other, trained, out, where="mlp")
+    with pytest.raises(InputError, match="have no tensor name in common"):
+        graft(other, trained, out, select="mlp")
     wide = save(tmp_path / "wide", {**before, NAMES[2]: before[NAMES[2]].float()})
-    with pytest.raises(InputError, match="save both alike"):
-        graft(wide, trained, out, where="mlp")
+    with pytest.raises(InputError, match="save both in one dtype and shape"):
+        graft(wide, trained, out, select="mlp")
     with pytest.raises(InputError, match="not an empty folder"):
-        graft(source, trained, trained, where="mlp")
+        graft(base, trained, trained, select="mlp")
     assert not out.exists()
 
 
 def test_tensors_that_the_source_lacks_stay(tmp_path):
-    source = save(tmp_path / "source", {"a.mlp.up_proj.weight": some((5, 3), torch.float32, 0)})
+    base = save(tmp_path / "base", {"a.mlp.up_proj.weight": some((5, 3), torch.float32, 0)})
     trained = save(
         tmp_path / "trained",
         {
@@ -154,24 +153,24 @@ def test_tensors_that_the_source_lacks_stay(tmp_path):
             "d": some((0,), torch.bfloat16, 3),
         },
     )
-    assert graft(source, trained, tmp_path / "out", where=" mlp ,", revert=True)["unmatched"] == [
+    assert graft(base, trained, tmp_path / "out", select=" mlp ,", invert=True)["unmatched"] == [
         "b.q_proj.weight",
         "c",
         "d",
     ]
-    with pytest.raises(InputError, match=r"the source lacks b\.q_proj\.weight, which is in the part"):
-        graft(source, trained, tmp_path / "other", where="q_proj")
+    with pytest.raises(InputError, match=r"the base lacks b\.q_proj\.weight, which is selected"):
+        graft(base, trained, tmp_path / "other", select="q_proj")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(
-        bits(found["a.mlp.up_proj.weight"]), bits(load_file(f"{source}/model.safetensors")["a.mlp.up_proj.weight"])
+        bits(found["a.mlp.up_proj.weight"]), bits(load_file(f"{base}/model.safetensors")["a.mlp.up_proj.weight"])
     )
     for name in ("b.q_proj.weight", "c", "d"):
         assert torch.equal(bits(found[name]), bits(load_file(f"{trained}/model.safetensors")[name]))
 
 
 def test_prefixes_of_wrappers_do_not_part_twins(tmp_path):
-    source = save(
-        tmp_path / "source",
+    base = save(
+        tmp_path / "base",
         {
             "language_model.layers.0.mlp.up_proj.weight": some((5, 3), torch.bfloat16, 0),
             "lm_head.weight": some((2,), torch.bfloat16, 1),
@@ -184,7 +183,7 @@ def test_prefixes_of_wrappers_do_not_part_twins(tmp_path):
             "lm_head.weight": some((2,), torch.bfloat16, 3),
         },
     )
-    found = graft(source, trained, tmp_path / "out", where="mlp", revert=True)
+    found = graft(base, trained, tmp_path / "out", select="mlp", invert=True)
     assert found["unmatched"] == []
     made = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(
@@ -194,13 +193,13 @@ def test_prefixes_of_wrappers_do_not_part_twins(tmp_path):
 
 
 def test_files_of_pytorch_become_safetensors(tmp_path):
-    for seed, kind in enumerate(("source", "trained")):
+    for seed, kind in enumerate(("base", "trained")):
         (tmp_path / kind).mkdir()
         torch.save(
             {"up_proj.weight": some((30, 4), torch.bfloat16, seed), "q_proj.weight": some((3,), torch.float32, seed)},
             tmp_path / kind / "pytorch_model.bin",
         )
-    found = graft(tmp_path / "source", tmp_path / "trained", tmp_path / "out", where="mlp")
+    found = graft(tmp_path / "base", tmp_path / "trained", tmp_path / "out", select="mlp")
     assert found["files"] == ["model.safetensors"]
     made = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(bits(made["up_proj.weight"]), bits(some((30, 4), torch.bfloat16, 1)))

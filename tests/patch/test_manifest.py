@@ -1,4 +1,4 @@
-"""Patches that are damaged, cut off or made to deceive get one line, and nothing is written."""
+"""Patches that are damaged, cut off or made to deceive get one line, and no tensor is written."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from tests.patch.conftest import changed, digest, join, rewrite, save, some, spl
 
 @pytest.fixture
 def small(tmp_path, zstd) -> tuple[str, Path]:
-    """A source of three tensors and a patch for it, one of them stored whole."""
-    source = {"w": some((70_001,), torch.bfloat16, 0), "b": some((7,), torch.float32, 1)}
-    trained = {name: changed(tensor, 0.2, 2) for name, tensor in source.items()} | {"n": some((3,), torch.uint8, 3)}
-    a = save(tmp_path / "a", source)
+    """A base of three tensors and a patch for it, one of them stored whole."""
+    base = {"w": some((70_001,), torch.bfloat16, 0), "b": some((7,), torch.float32, 1)}
+    trained = {name: changed(tensor, 0.2, 2) for name, tensor in base.items()} | {"n": some((3,), torch.uint8, 3)}
+    a = save(tmp_path / "a", base)
     create(a, save(tmp_path / "b", trained, config__json=b"{}"), tmp_path / "p", zstd=zstd)
     return a, tmp_path / "p"
 
 
-def refused(source: str, patch: Path, match: str | None = None) -> str:
+def refused(base: str, patch: Path, match: str | None = None) -> str:
     """The one line with which the patch is refused on disk and alive; nothing was written."""
     folder = patch.parent
     there = sorted(folder.iterdir())
     with pytest.raises(InputError, match=match) as error:
-        apply(source, patch, folder / "out")
+        apply(base, patch, folder / "out")
     assert "\n" not in str(error.value)
     assert sorted(folder.iterdir()) == there
     model = {
@@ -46,25 +46,25 @@ def refused(source: str, patch: Path, match: str | None = None) -> str:
 
 
 def test_every_cut_is_refused(small):
-    source, patch = small
+    base, patch = small
     content = patch.read_bytes()
     for size in {0, 7, 8, 100, len(content) // 2, len(content) - 1}:
         patch.write_bytes(content[:size])
-        refused(source, patch)
+        refused(base, patch)
     patch.write_bytes(content + b"\0")
-    refused(source, patch)
+    refused(base, patch)
 
 
 def test_every_flipped_bit_is_refused(small):
     """Of the data each 97th byte; of the header, where padding is free, all that is read."""
-    source, patch = small
+    base, patch = small
     content = patch.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     for at in [*range(start, len(content), 97 if len(content) < 60_000 else 997), *range(start, start + 80)]:
         damaged = bytearray(content)
         damaged[at] ^= 1 << at % 8
         patch.write_bytes(damaged)
-        with pytest.raises(InputError) as error, Opened(source, patch):
+        with pytest.raises(InputError) as error, Opened(base, patch):
             pass
         assert "\n" not in str(error.value)
     header = content[8:start].rstrip()
@@ -72,28 +72,28 @@ def test_every_flipped_bit_is_refused(small):
         damaged = bytearray(content)
         damaged[at] ^= 2
         patch.write_bytes(damaged)
-        refused(source, patch)
+        refused(base, patch)
 
 
 class Opened:
     """Everything that is verified before a byte is written, without the writing."""
 
-    def __init__(self, source: str, patch: Path) -> None:
-        self.source, self.patch = source, patch
+    def __init__(self, base: str, patch: Path) -> None:
+        self.base, self.patch = base, patch
 
     def __enter__(self) -> None:
-        apply(self.source, self.patch, self.patch.parent / "out")
+        apply(self.base, self.patch, self.patch.parent / "out")
 
     def __exit__(self, *_) -> None:
         assert not (self.patch.parent / "out").exists()
 
 
 def test_other_files_are_no_patches(small, tmp_path):
-    source, _ = small
+    base, _ = small
     refused(
-        source,
-        Path(source) / "model.safetensors",
-        "is a safetensors file but no patch; give a file that patch create wrote",
+        base,
+        Path(base) / "model.safetensors",
+        "is a safetensors file but not a patch; give a file that patch create wrote",
     )
     with pytest.raises(InputError, match="does not exist; give a file that patch create wrote"):
         info(tmp_path / "nowhere")
@@ -102,11 +102,11 @@ def test_other_files_are_no_patches(small, tmp_path):
 
 
 def test_a_later_version_says_so(small):
-    source, patch = small
+    base, patch = small
     header, data = split(patch)
     header["__metadata__"]["version"] = "2"
     join(patch, header, data)
-    refused(source, patch, "is a patch of version 2, and this program reads version 1; update opdkernels")
+    refused(base, patch, "is a patch of version 2; this version of opdkernels reads version 1: update opdkernels")
 
 
 NAMES = [
@@ -126,12 +126,12 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
 def test_names_that_leave_the_folder_or_are_no_weights_are_refused(small, name):
-    source, patch = small
+    base, patch = small
     header, data = split(patch)
     header[f"header:{name}"] = header.pop("header:model.safetensors")
     join(patch, header, data)
     rewrite(patch, lambda manifest: manifest.update(headers={name: manifest["headers"]["model.safetensors"]}))
-    text = refused(source, patch, "is not a plain file name|whose name does not end with .safetensors")
+    text = refused(base, patch, "is not a plain file name|whose name does not end with .safetensors")
     assert text.isprintable()
 
 
@@ -139,15 +139,17 @@ def test_names_that_leave_the_folder_or_are_no_weights_are_refused(small, name):
     "name", ["../x.json", "x.py", "x.safetensors", "MODEL.safetensors", ".hidden.json", "model.bin"]
 )
 def test_files_beside_the_weights_are_held_to_their_kind(small, name):
-    source, patch = small
-    rewrite(patch, lambda manifest: manifest["beside"].update({name: {"stored": False, "digest": "0" * 32}}))
-    refused(source, patch, "is not a plain file name|is none of .json")
+    base, patch = small
+    rewrite(patch, lambda manifest: manifest["extra_files"].update({name: {"stored": False, "digest": "0" * 32}}))
+    refused(base, patch, "is not a plain file name|is none of .json")
 
 
 def test_two_files_of_one_name_are_refused(small):
-    source, patch = small
-    rewrite(patch, lambda manifest: manifest["beside"].update({"CONFIG.json": {"stored": False, "digest": "0" * 32}}))
-    refused(source, patch, "makes two files of one name")
+    base, patch = small
+    rewrite(
+        patch, lambda manifest: manifest["extra_files"].update({"CONFIG.json": {"stored": False, "digest": "0" * 32}})
+    )
+    refused(base, patch, "gives two files of one name")
 
 
 def deceive(manifest, tensor, **values):
@@ -155,32 +157,32 @@ def deceive(manifest, tensor, **values):
 
 
 DECEPTIONS = {
-    "no source digest": (lambda m: deceive(m, "w", source_digest=None), "neither whole nor as changes"),
-    "no source": (lambda m: deceive(m, "w", source=None, source_digest=None), "neither whole nor as changes"),
-    "another's data": (lambda m: deceive(m, "b", data="changes:w"), "holds what its manifest does not list"),
+    "no base digest": (lambda m: deceive(m, "w", base_digest=None), "neither in full nor as changes"),
+    "no base": (lambda m: deceive(m, "w", base=None, base_digest=None), "neither in full nor as changes"),
+    "another's data": (lambda m: deceive(m, "b", data="changes:w"), "has an entry that its manifest does not list"),
     "another's data beside its own": (
         lambda m: m["tensors"].update(
             b={**m["tensors"]["b"], "data": "changes:w"}, w={**m["tensors"]["w"], "data": "changes:b"}
         ),
-        "are not those written",
+        "holds damaged changes",
     ),
     "no such data": (lambda m: deceive(m, "b", data="changes:x"), "lacks changes:x"),
     "whole of another shape": (
-        lambda m: deceive(m, "b", source=None, source_digest=None, data="whole:n"),
-        "neither whole nor as changes",
+        lambda m: deceive(m, "b", base=None, base_digest=None, data="whole:n"),
+        "neither in full nor as changes",
     ),
-    "another source": (lambda m: deceive(m, "b", source="w"), "has a tensor of BF16"),
-    "no such source": (lambda m: deceive(m, "b", source="q"), "lacks a tensor"),
-    "another digest": (lambda m: deceive(m, "w", digest="0" * 32), "makes a tensor w of another digest"),
-    "whole of another digest": (lambda m: deceive(m, "n", digest="0" * 32), "holds a tensor n of another digest"),
-    "another source digest": (lambda m: deceive(m, "w", source_digest="0" * 32), "is a patch for another source"),
+    "another base": (lambda m: deceive(m, "b", base="w"), "has a tensor of BF16"),
+    "no such base": (lambda m: deceive(m, "b", base="q"), "lacks a tensor"),
+    "another digest": (lambda m: deceive(m, "w", digest="0" * 32), "gives a tensor w with a wrong digest"),
+    "whole with a wrong digest": (lambda m: deceive(m, "n", digest="0" * 32), "holds a tensor n with a wrong digest"),
+    "another base digest": (lambda m: deceive(m, "w", base_digest="0" * 32), "is a patch for another base"),
     "a tensor more": (
         lambda m: m["tensors"].update(x=m["tensors"]["w"]),
-        "makes other tensors than its manifest lists",
+        "gives other tensors than its manifest lists",
     ),
-    "a tensor fewer": (lambda m: m["tensors"].pop("n"), "makes other tensors than its manifest lists"),
+    "a tensor fewer": (lambda m: m["tensors"].pop("n"), "gives other tensors than its manifest lists"),
     "a file more": (lambda m: m["headers"].update({"x.safetensors": "0" * 32}), "lacks header:x.safetensors"),
-    "no file": (lambda m: m["headers"].clear(), "or none"),
+    "no file": (lambda m: m["headers"].clear(), "gives no file of weights"),
     "no such values": (lambda m: m.update(values="xor"), "no valid values in its manifest"),
     "a digest that is none": (lambda m: deceive(m, "w", digest="g" * 32), r"no valid tensors\.w\.digest"),
     "a digest and a line": (lambda m: deceive(m, "w", digest="0" * 32 + "\n"), r"no valid tensors\.w\.digest"),
@@ -192,9 +194,9 @@ DECEPTIONS = {
 @pytest.mark.parametrize("name", DECEPTIONS)
 def test_manifests_that_lie_are_refused(small, name):
     change, message = DECEPTIONS[name]
-    source, patch = small
+    base, patch = small
     rewrite(patch, change)
-    refused(source, patch, message)
+    refused(base, patch, message)
 
 
 def replace_header(patch: Path, change) -> None:
@@ -232,16 +234,16 @@ HEADERS = {
 
 @pytest.mark.parametrize("name", HEADERS)
 def test_headers_of_files_that_lie_are_refused(small, name):
-    source, patch = small
+    base, patch = small
     replace_header(patch, HEADERS[name])
-    refused(source, patch)
+    refused(base, patch)
 
 
 def test_hostile_names_are_escaped(tmp_path):
     name = "w\x1b[2Jx\u202e"
     a = save(tmp_path / "a", {name: torch.ones(3)})
     create(a, save(tmp_path / "b", {name: torch.zeros(3)}), tmp_path / "p")
-    rewrite(tmp_path / "p", lambda manifest: deceive(manifest, name, source_digest="0" * 32))
+    rewrite(tmp_path / "p", lambda manifest: deceive(manifest, name, base_digest="0" * 32))
     with pytest.raises(InputError) as error:
         apply(a, tmp_path / "p", tmp_path / "out")
     assert str(error.value).isprintable()
@@ -249,7 +251,7 @@ def test_hostile_names_are_escaped(tmp_path):
 
 def test_a_patch_that_changes_while_it_is_read_is_noticed(small, monkeypatch):
     """Between verifying and writing; what is written is held against its digest all the same."""
-    source, path = small
+    base, path = small
     content = path.read_bytes()
     verify = Application.verify
 
@@ -262,7 +264,7 @@ def test_a_patch_that_changes_while_it_is_read_is_noticed(small, monkeypatch):
     monkeypatch.setattr(Application, "verify", verify_then_damage)
     there = sorted(path.parent.iterdir())
     with pytest.raises(InputError, match="damaged"):
-        apply(source, path, path.parent / "out")
+        apply(base, path, path.parent / "out")
     assert sorted(path.parent.iterdir()) == there
 
 

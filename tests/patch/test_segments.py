@@ -80,7 +80,7 @@ def lying(content: torch.Tensor, length: int | None = None, stored: int | None =
     ("change", "message"),
     [
         (lambda c: c[:20], "ends at byte 20, before segment 0"),
-        (lambda c: c[:-1], "claims .* bytes for segment 0, more than there are"),
+        (lambda c: c[:-1], "has a length of .* bytes for segment 0, more than there are"),
         (lambda c: torch.cat([c, c[:8]]), "has 8 bytes beyond its segments"),
         (lambda c: lying(c, stored=1 << 63), "more than there are"),
         (lambda c: lying(c, length=(1 << 64) - 1), "more than|zstd frame"),
@@ -103,9 +103,9 @@ def bytes_of(content: bytes) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("counts", "rest", "message"),
     [
-        (2, bytes(300), "bytes in segment 0 where its counts give 24"),
-        (1_000_000, b"", "counts more than there are"),
-        (0xFFFFFFFF, b"", "counts more than there are"),
+        (2, bytes(300), "bytes in segment 0 ; its counts give 24"),
+        (1_000_000, b"", "counts more changes than coordinates"),
+        (0xFFFFFFFF, b"", "counts more changes than coordinates"),
         (2, struct.pack("<HH4xHH4x", 7, 7, 1, 1), "repeated, out of order"),
         (2, struct.pack("<HH4xHH4x", 9, 7, 1, 1), "repeated, out of order"),
         (2, struct.pack("<HH4xHH4x", 7, 1000, 1, 1), "positions out of range"),

@@ -229,7 +229,7 @@ class Changes:
 
 
 @dataclass(frozen=True)
-class Room:
+class GatherBuffers:
     """Memory for the changes of up to `numel` coordinates of `width` bytes, to be used again and again."""
 
     counts: torch.Tensor
@@ -237,7 +237,7 @@ class Room:
     values: torch.Tensor
 
     @classmethod
-    def of(cls, numel: int, width: int, device: torch.device | str = "cpu") -> Room:
+    def of(cls, numel: int, width: int, device: torch.device | str = "cpu") -> GatherBuffers:
         blocks = torch.empty(blocks_of(numel), dtype=torch.int32, device=device)
         return cls(
             blocks,
@@ -255,14 +255,14 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather(
-    source: torch.Tensor, trained: torch.Tensor, *, difference: bool = False, room: Room | None = None
+    source: torch.Tensor, trained: torch.Tensor, *, difference: bool = False, buffers: GatherBuffers | None = None
 ) -> tuple[Changes, torch.Tensor]:
     """What changed from source to trained, and the digests of both, int64 [2, blocks, 2]; from one pass over both.
 
     source, trained: one dtype of 1, 2, 4 or 8 bytes, one shape, one device; copied only if not contiguous. difference: store
-    trained - source modulo 2^bits instead of trained. room: memory that the changes are views of, until it is used again.
+    trained - source modulo 2^bits instead of trained. buffers: memory that the changes are views of, until it is used again.
 
-    Raises TypeError for other dtypes, ValueError for shapes, devices or room that do not fit.
+    Raises TypeError for other dtypes, ValueError for shapes, devices or buffers that do not fit.
 
     >>> changes, digests = gather(torch.tensor([1.0, 2, 3]), torch.tensor([1.0, 2, 4]))
     >>> changes.counts.tolist(), changes.positions.tolist(), changes.values.view(torch.float32).tolist()
@@ -276,17 +276,17 @@ def gather(
         raise ValueError(f"source is on {source.device}, trained on {trained.device}; move one of them")
     w, v = bits(source), bits(trained)
     numel, blocks = w.numel(), blocks_of(w.numel())
-    if room is None:
-        room = Room.of(numel, w.element_size(), w.device)
-    if room.values.dtype != w.dtype or room.values.numel() < numel or room.values.device != w.device:
+    if buffers is None:
+        buffers = GatherBuffers.of(numel, w.element_size(), w.device)
+    if buffers.values.dtype != w.dtype or buffers.values.numel() < numel or buffers.values.device != w.device:
         raise ValueError(
-            f"room is for {room.values.numel()} of {room.values.dtype} on {room.values.device}, not {numel} of {w.dtype} on {w.device}"
+            f"buffers is for {buffers.values.numel()} of {buffers.values.dtype} on {buffers.values.device}, not {numel} of {w.dtype} on {w.device}"
         )
-    counts, digests = room.counts[:blocks], w.new_empty((2, blocks, 2), dtype=torch.int64)
-    torch.ops.opdkernels.patch_gather_(w, v, difference, counts, room.positions, room.values, digests)
+    counts, digests = buffers.counts[:blocks], w.new_empty((2, blocks, 2), dtype=torch.int64)
+    torch.ops.opdkernels.patch_gather_(w, v, difference, counts, buffers.positions, buffers.values, digests)
     listed = counts.tolist()
     used = sum(position_bytes(count, min(BLOCK, numel - block * BLOCK)) for block, count in enumerate(listed))
-    return Changes(counts, room.positions[:used], room.values[: sum(listed)]), digests
+    return Changes(counts, buffers.positions[:used], buffers.values[: sum(listed)]), digests
 
 
 def fit(changes: Changes, numel: int) -> None:

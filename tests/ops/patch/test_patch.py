@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdkernels.ops import patch as ops
-from opdkernels.ops.patch import BLOCK, Changes, Room, bits, check, digest, gather, scatter
+from opdkernels.ops.patch import BLOCK, Changes, GatherBuffers, bits, check, digest, gather, scatter
 from tests.conftest import ISAS
 from tests.ops.conformance import MILLION, MISALIGNED, SIZES, check_case, dispatched, make_pair
 from tests.ops.patch.cases import FAMILY, MALFORMED, make_bits
@@ -124,7 +124,7 @@ def plain(changes: Changes) -> tuple[list[int], bytes, list[int]]:
 
 def by_reference(w: torch.Tensor, v: torch.Tensor, difference: bool) -> tuple[Changes, torch.Tensor]:
     w, v = bits(w), bits(v)
-    room = Room.of(w.numel(), w.element_size())
+    room = GatherBuffers.of(w.numel(), w.element_size())
     digests = torch.empty(2, len(room.counts), 2, dtype=torch.int64)
     ops.reference_gather(w, v, difference, room.counts, room.positions, room.values, digests)
     used = sum(min(2 * c, (min(BLOCK, w.numel() - b * BLOCK) + 7) // 8) for b, c in enumerate(room.counts.tolist()))
@@ -257,11 +257,11 @@ def test_any_pair_round_trips(width, pairs, repeat, difference):
 
 def test_room_is_used_again(isa):
     w, v = make_bits(BLOCK + 5, torch.bfloat16, 0.2)
-    room = Room.of(2 * BLOCK, 2)
-    first, _ = gather(w, v, room=room)
+    room = GatherBuffers.of(2 * BLOCK, 2)
+    first, _ = gather(w, v, buffers=room)
     assert first.values.data_ptr() == room.values.data_ptr()
     expected = plain(gather(w[:99], v[:99])[0])
-    assert plain(gather(w[:99], v[:99], room=room)[0]) == expected
+    assert plain(gather(w[:99], v[:99], buffers=room)[0]) == expected
 
 
 @pytest.mark.parametrize("n", [999, BLOCK + 1001])
@@ -327,7 +327,7 @@ def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match="no coordinates of 1, 2, 4 or 8 bytes"):
         gather(a.to(torch.complex128), a.to(torch.complex128))
     with pytest.raises(ValueError, match="room is for 3"):
-        gather(a, a, room=Room.of(3, 4))
+        gather(a, a, buffers=GatherBuffers.of(3, 4))
     changes, _ = gather(a, a + 1)
     with pytest.raises(TypeError, match="the values are"):
         scatter(a.double(), changes)
@@ -343,7 +343,7 @@ def test_arguments_that_do_not_fit_are_refused():
 
 def test_operators_are_registered_as_torch_expects():
     w, v = (bits(side) for side in make_pair(1000))
-    room = Room.of(1000, 2)
+    room = GatherBuffers.of(1000, 2)
     torch.library.opcheck(
         torch.ops.opdkernels.patch_gather_.default,
         (w, v, False, room.counts, room.positions, room.values, torch.empty(2, 1, 2, dtype=torch.int64)),
@@ -390,12 +390,12 @@ def test_more_than_two_billion_coordinates():
     with mmap.mmap(-1, n) as zeros, mmap.mmap(-1, n) as edges, mmap.mmap(-1, n) as values:
         source, run = (torch.frombuffer(m, dtype=torch.uint8) for m in (zeros, edges))
         run[0] = run[2**31] = run[n - 1] = 1
-        room = Room(
+        room = GatherBuffers(
             torch.empty(ops.blocks_of(n), dtype=torch.int32),
             torch.empty((n + 7) // 8, dtype=torch.uint8),
             torch.frombuffer(values, dtype=torch.uint8),
         )
-        changes, digests = gather(source, run, room=room)
+        changes, digests = gather(source, run, buffers=room)
         assert (changes.changed, int(changes.counts.sum()), changes.positions.numel()) == (
             3,
             3,
