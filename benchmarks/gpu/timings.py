@@ -251,7 +251,10 @@ def changed_pair(n: int, device: torch.device) -> list[torch.Tensor]:
 
 def make_gather(n: int, device: torch.device) -> Timed:
     w, v = changed_pair(n, device)
-    room, digests = patch.GatherBuffers.of(n, 2, device), torch.zeros(2, patch.blocks_of(n), 2, dtype=torch.int64, device=device)
+    room, digests = (
+        patch.GatherBuffers.of(n, 2, device),
+        torch.zeros(2, patch.blocks_of(n), 2, dtype=torch.int64, device=device),
+    )
 
     def call(kernel: Kernel):
         kernel("patch_gather_")(w, v, False, room.counts, room.positions, room.values, digests)
