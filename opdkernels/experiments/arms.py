@@ -15,7 +15,7 @@ from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.distillation.checkpointing import checkpoints
 from opdkernels.errors import UsageError, printable
 from opdkernels.masks import MaskSet
-from opdkernels.patch.graft import chosen_names
+from opdkernels.patch.graft import select_names
 
 MaskBuilder = Callable[["MaskContext"], MaskSet]
 PIECES = 10  # a run that masks are taken from before its end saves a checkpoint after each tenth of its steps
@@ -80,7 +80,7 @@ class UpdateSlice:
                 return None
             select = f"layers={first}-{stop - 1}"
         try:
-            chosen_names(names, select.split(",") if select else [])
+            select_names(names, select.split(",") if select else [])
         except UsageError:
             return None
         return select
