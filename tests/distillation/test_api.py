@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import inspect
 import typing
 
@@ -195,3 +197,10 @@ def test_missing_and_wrong_inputs_are_named(places):
     student.config._name_or_path = ""
     with pytest.raises(UsageError, match="pass it as processing_class"):
         distill(student, places / "teacher", ROWS)
+
+
+@pytest.mark.parametrize("name", ["api", "objective", "options", "rollout", "tasks"])
+def test_docstring_examples(name):
+    results = doctest.testmod(importlib.import_module(f"opdkernels.distillation.{name}"))
+    assert results.failed == 0
+    assert results.attempted
