@@ -84,7 +84,7 @@ for function in (patch.create, patch.apply, patch.info):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and ends the process with its exit status; an error or a warning is one line on the error stream."""
+    """Runs a command and ends the process with its exit status; an error or warning is one line on stderr."""
     warnings.formatwarning = lambda message, *where: f"opdkernels: warning: {printable(str(message))}\n"
     try:
         status = app(arguments, standalone_mode=False)

@@ -35,8 +35,8 @@ def distill(
     """Train a student on its own samples by on-policy distillation from a teacher, and track the weight changes.
 
     The output folder gets checkpoint-N folders in the format of transformers (checkpoint-0 is the start), log.jsonl
-    with a line per step, snapshots.jsonl with a line per snapshot, and masks of what had changed at each snapshot. Run the
-    same command again to resume an interrupted run from its last checkpoint.
+    with a line per step, snapshots.jsonl with a line per snapshot, and masks of what had changed at each snapshot. Run
+    the same command again to resume an interrupted run from its last checkpoint.
 
     Example: opdkernels distill --student Qwen2.5-0.5B --teacher Qwen2.5-1.5B --prompts prompts.jsonl -o run
     """

@@ -135,8 +135,8 @@ def test_warnings_are_one_line(tmp_path):
     assert done.returncode == 4
     first, _ = done.stderr.splitlines()
     assert (
-        first
-        == "opdkernels: warning: jsd with beta 0.01 is near 0, whatever the models: at 0 and 1 it is a KL, but not near them"
+        first == "opdkernels: warning: jsd with beta 0.01 is near 0, whatever the models: at 0 and 1 it is a KL, "
+        "but not near them"
     )
 
 
