@@ -1,7 +1,7 @@
 """Files and folders that are written atomically: complete under their name or absent, even after a power failure.
 
-Everything goes through one sequence: write under a temporary name next to the target, fsync the file, rename it, fsync the
-folder. Readers may delete files that match `.*.tmp`: they are leftovers of killed processes.
+Everything goes through one sequence: write under a temporary name next to the target, fsync the file, rename it, fsync
+the folder. Readers may delete files that match `.*.tmp`: they are leftovers of killed processes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path, *, temporary: Path | None = None, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder, which gets its name when the block ends without an exception, and is deleted otherwise.
+    """Yields a temporary folder, which gets its name if the block ends without an exception, and is deleted otherwise.
 
     Args:
         path: Final path; an empty folder is replaced.

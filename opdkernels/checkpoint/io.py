@@ -47,7 +47,7 @@ TORCH_DTYPES = {
 
 
 def guard() -> ModuleType | None:
-    """Returns the compiled module if it can guard mappings: a file truncated while mapped then does not kill the process."""
+    """Returns the compiled module if it can guard mappings, so that a truncated file does not kill the process."""
     try:
         module = importlib.import_module("opdkernels._C")
     except ImportError:

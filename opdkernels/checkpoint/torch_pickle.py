@@ -79,8 +79,8 @@ class TorchFile:
     def _open_legacy(self) -> None:
         if self._file.size > MAX_LEGACY_BYTES:
             raise InputError(
-                f"{self._file} is in the format from before torch 1.6, which is loaded in full, and its {self._file.size}"
-                f" bytes are over the limit of {MAX_LEGACY_BYTES}; load it once and torch.save() it again"
+                f"{self._file} is in the format from before torch 1.6, which is loaded in full, and its"
+                f" {self._file.size} bytes are over the limit of {MAX_LEGACY_BYTES}; load it once and torch.save() it again"
             )
         state_dict = find_state_dict(_load(self._file, "cpu"), str(self._file))
         groups: dict[tuple[Any, ...], list[str]] = {}
@@ -123,7 +123,7 @@ class TorchFile:
         return _rows(torch.as_strided(span, info.shape, location.stride), start, stop)
 
     def read_bits(self, name: str, start: int, stop: int, buffer: Buffer) -> torch.Tensor:
-        """Returns items [start, stop) of a tensor, as integers: a view of the mapping or of `buffer`, or gathered rows."""
+        """Returns items [start, stop) of a tensor as integers: a view of the mapping or of `buffer`, or rows."""
         info = self.tensors[name]
         size = info.item_bytes
         items_per_element = max(info.items // max(info.numel, 1), 1)

@@ -56,7 +56,8 @@ def validate_folder(folder: str, names: Iterable[str], model: str | None) -> Non
         return
     if model is not None:
         raise InputError(
-            f"{shown} holds {kind} and a model ({printable(model)}); give the path of {printable(model)} to read the model"
+            f"{shown} holds {kind} and a model ({printable(model)}); "
+            f"give the path of {printable(model)} to read the model"
         )
     raise InputError(f"{shown} holds {kind}, which is not read yet; {remedy}")
 
@@ -76,7 +77,8 @@ def validate_file(path: str, name: str) -> None:
         )
     if TRAINER_FILES.fullmatch(name):
         raise InputError(
-            f"{printable(path)} is the state of a trainer or an optimizer according to its name, not a model; give the model's file"
+            f"{printable(path)} is the state of a trainer or an optimizer according to its name, not a model;"
+            " give the model's file"
         )
 
 
@@ -87,7 +89,10 @@ def validate_tensors(tensors: dict[str, TensorInfo], path: str) -> None:
         # An adapter's token may be inside the name, as in lora_A.default.weight; a scale's is always the last.
         tokens = name.lower().split(".")
         if LORA_TOKENS.intersection(tokens):
-            what = "belongs to a LoRA adapter, which is not read yet; merge it with peft's merge_and_unload() and save that"
+            what = (
+                "belongs to a LoRA adapter, which is not read yet;"
+                " merge it with peft's merge_and_unload() and save that"
+            )
         elif OPTIMIZER_TOKENS.intersection(tokens):
             what = "belongs to an optimizer's state, not a model; give the model's file"
         elif (

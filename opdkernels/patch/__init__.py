@@ -5,9 +5,9 @@
 >>> folder = tempfile.mkdtemp()
 >>> save_file({"w": torch.zeros(1000)}, f"{folder}/base.safetensors")
 >>> save_file({"w": torch.arange(1000.0) // 999}, f"{folder}/trained.safetensors")
->>> opdkernels.patch.create(f"{folder}/base.safetensors", f"{folder}/trained.safetensors", f"{folder}/p.patch")["changed"]
+>>> opdkernels.patch.create(f"{folder}/base.safetensors", f"{folder}/trained.safetensors", f"{folder}/p")["changed"]
 1
->>> opdkernels.patch.apply(f"{folder}/base.safetensors", f"{folder}/p.patch", f"{folder}/again")["files"]
+>>> opdkernels.patch.apply(f"{folder}/base.safetensors", f"{folder}/p", f"{folder}/again")["files"]
 ['trained.safetensors']
 """
 

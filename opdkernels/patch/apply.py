@@ -1,4 +1,4 @@
-"""`patch apply`: restores the trained checkpoint from a base and a patch, in bounded memory; verifies before writing."""
+"""`patch apply`: restores the trained checkpoint from a base and a patch, in bounded memory; verifies first."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def apply(
     """Writes the trained checkpoint that a base and a patch give.
 
     Args:
-        base: The checkpoint that the patch was made from: folder, file or hub id. Only its tensors must be the same, not
-            its division into files.
+        base: The checkpoint that the patch was made from: folder, file or hub id. Its tensors must be the same, but
+            may be in other files.
         patch: File that `create` wrote.
         out: Folder to write; must be new or empty.
         io: How the base is read: "auto", "mmap" or "read".
         progress: Called with bytes done, bytes in total and the name of the current tensor.
 
     Returns:
-        What `info` returns, and `left_out`: files of configuration and tokenizer that should come from the base's folder
-        and are missing or different there.
+        What `info` returns, and `left_out`: files of configuration and tokenizer that should come from the base's
+        folder and are missing or different there.
 
     Raises:
         InputError: The patch is damaged or belongs to another base; nothing is written.
@@ -82,10 +82,10 @@ def apply(
 def apply_to(state_dict: Mapping[str, torch.Tensor], patch: str | os.PathLike[str]) -> list[str]:
     """Applies a patch to a state dict in place.
 
-    Every tensor is verified against its digest first: after an error nothing is changed. Parameters keep their identity.
+    Every tensor is verified against its digest first: after an error nothing is changed. Parameters keep identity.
 
     Args:
-        state_dict: The base's tensors, on any device, with any strides. Names that the patch does not have are unchanged.
+        state_dict: The base's tensors, on any device, with any strides. Names that are not in the patch are unchanged.
         patch: File that `create` wrote.
 
     Returns:
@@ -159,7 +159,8 @@ def described(name: str, tensor: torch.Tensor) -> TensorInfo:
     """Returns the header entry of a live tensor."""
     if hasattr(tensor, "to_local"):
         raise InputError(
-            f"{printable(name)} in the state dict is a DTensor, which holds only a shard; gather the full state dict first"
+            f"{printable(name)} in the state dict is a DTensor, which holds only a shard;"
+            " gather the full state dict first"
         )
     return TensorInfo(
         name,
@@ -191,7 +192,8 @@ def changed_in_place(
             targets.append(info)
         elif tensors[first].digest != tensors[info.name].digest:
             raise InputError(
-                f"{printable(info.name)} and {printable(first)} are one tensor in the state dict and two in the patch; untie them"
+                f"{printable(info.name)} and {printable(first)} are one tensor in the state dict and two in the"
+                " patch; untie them"
             )
     # A tensor that is made from another one is written before that one changes; such chains are rejected.
     base_tensors = {tensor.base for tensor in tensors.values()}
@@ -233,8 +235,8 @@ class Application:
 
     def wrong_base(self, name: str, what: str) -> InputError:
         return InputError(
-            f"{self.shown} {what} ({printable(name)}): {printable(self.patch.path)} is a patch for another base, with digest"
-            f" {self.patch.manifest.base_digest}; give the checkpoint that it was made from"
+            f"{self.shown} {what} ({printable(name)}): {printable(self.patch.path)} is a patch for another base, with"
+            f" digest {self.patch.manifest.base_digest}; give the checkpoint that it was made from"
         )
 
     def verify(self) -> None:
@@ -298,7 +300,7 @@ class Application:
             return segments.decode(stored, piece.segment, piece.info.item_bytes, self.patch.difference)
 
     def _digest_base(self, piece: Piece) -> tuple[TensorInfo, bool, torch.Tensor]:
-        """Returns the tensor, whether this was its last piece, and digests of the base's bits, or of bits stored in full."""
+        """Returns the tensor, whether this was its last piece, digests of the base's or of the fully stored bits."""
         tensor = self._tensor(piece.info)
         last = piece.stop == piece.info.items
         if tensor.base is None:
@@ -309,7 +311,7 @@ class Application:
     def restore(
         self, infos: Sequence[TensorInfo], buffer: Callable[[TensorInfo, int, int], torch.Tensor]
     ) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
-        """Yields the trained tensors' bits, segment by segment, in memory from `buffer`. Raises InputError for a wrong digest."""
+        """Yields the trained tensors' bits by segment, in memory from `buffer`. Raises InputError for a bad digest."""
 
         def restore_piece(job: tuple[Piece, torch.Tensor]) -> tuple[Piece, torch.Tensor, torch.Tensor]:
             piece, target = job

@@ -279,7 +279,7 @@ def in_order(trained: ShardedCheckpoint) -> list[TensorInfo]:
 
 
 def headers_of(trained: ShardedCheckpoint, infos: list[TensorInfo]) -> dict[str, bytes]:
-    """Returns the header of each file that `apply` writes: the trained file's, or a new one if that is not safetensors."""
+    """Returns the header of each file that `apply` writes: the trained file's, or a new one for other formats."""
     headers: dict[str, bytes] = {}
     for name, header in trained.headers().items():
         target = name if header is not None else weights_name(name)

@@ -141,8 +141,8 @@ class Patch:
             )
         if metadata.get("version") != VERSION:
             raise InputError(
-                f"{printable(self.path)} is a patch of version {printable(str(metadata.get('version')))}; this version of"
-                f" opdkernels reads version {VERSION}: update opdkernels"
+                f"{printable(self.path)} is a patch of version {printable(str(metadata.get('version')))}; this version"
+                f" of opdkernels reads version {VERSION}: update opdkernels"
             )
         text = metadata.get("manifest", "")
         if digest_bytes(text.encode("utf-8", "surrogatepass")) != metadata.get("manifest_digest"):
@@ -275,8 +275,8 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         Digests of both checkpoints, files, and numbers of tensors, items, changed items and bytes. `items` are
-        coordinates (halves of 16-byte elements, bytes of elements that share one). `density` is the fraction of items that
-        changed, `fraction` the size of the patch relative to the trained checkpoint.
+        coordinates (halves of 16-byte elements, bytes of elements that share one). `density` is the fraction of items
+        that changed, `fraction` the size of the patch relative to the trained checkpoint.
 
     Raises:
         InputError: The file is damaged or not a patch.
@@ -318,18 +318,20 @@ def format_text(found: dict[str, Any]) -> list[str]:
     """The same for people."""
     whole = found["tensors_whole"]
     text = [
-        f"{printable(found['path'])}: {byte_size(found['bytes'])}, {percent(found['share'])} of the {byte_size(found['bytes_trained'])} it makes",
+        f"{printable(found['path'])}: {byte_size(found['bytes'])}, {percent(found['fraction'])} of the"
+        f" {byte_size(found['bytes_trained'])} it gives",
         f"from   {found['base_digest']}",
         f"makes  {found['trained_digest']}: {', '.join(map(printable, found['files']))}",
-        f"changed {found['changed']:,} of {found['items']:,} ({percent(found['density'])}), {found['tensors']} tensors, {found['tensors_unchanged']} of them unchanged",
+        f"changed {found['changed']:,} of {found['items']:,} ({percent(found['density'])}),"
+        f" {found['tensors']} tensors, {found['tensors_unchanged']} of them unchanged",
     ]
     if whole:
         text.append(
-            f"whole   {', '.join(map(printable, whole[:4]))}"
+            f"in full {', '.join(map(printable, whole[:4]))}"
             + (f" and {len(whole) - 4} more" if len(whole) > 4 else "")
         )
     if found["extra_files"]:
-        text.append("beside  " + ", ".join(f"{printable(name)} ({how})" for name, how in found["extra_files"].items()))
+        text.append("files   " + ", ".join(f"{printable(name)} ({how})" for name, how in found["extra_files"].items()))
     for name in found.get("left_out", ()):
         text.append(f"left out: {printable(name)}, which the base folder lacks or has otherwise; copy it yourself")
     return text

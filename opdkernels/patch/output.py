@@ -107,7 +107,7 @@ class Workers:
         self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
     def map_ahead(self, function: Callable[[T], R], items: Iterable[T], small: Callable[[T], bool]) -> Iterator[R]:
-        """Yields `function(item)` in order, computed while earlier results are used; small items are computed on demand."""
+        """Yields `function(item)` in order, computed while earlier results are used; small items on demand."""
         pending: deque[Future[R]] = deque()
         for item in items:
             if small(item) and not pending:
@@ -125,7 +125,7 @@ class Workers:
 
 
 class Ring(Generic[T]):
-    """Reused memory, by item width: when it is returned again, `Workers` and a `Writer` of their depth no longer use it."""
+    """Memory by item width: when it is returned again, `Workers` and a `Writer` of that depth are done with it."""
 
     def __init__(self, depth: int, make: Callable[[int], T]) -> None:
         self._count, self._make = 2 * depth + 1, make
@@ -154,7 +154,7 @@ def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder (see `atomic_folder`). Raises InputError if `path` exists and is not an empty folder."""
+    """Yields a temporary folder (see `atomic_folder`). Raises InputError if `path` exists and is not empty."""
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{printable(str(path))} exists and is not an empty folder; choose another one")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """The stored changes of a tensor: segments of 8 MiB of items, each with its length and digest.
 
-A segment is a header of 32 bytes (length of its content, length of the stored bytes, digest of the stored bytes) and the
-stored bytes: the content, or a zstd frame of it if that is shorter. The content is counts, positions and values of
+A segment is a header of 32 bytes (length of its content, length of the stored bytes, digest of the stored bytes) and
+the stored bytes: the content, or a zstd frame of it if that is shorter. The content is counts, positions and values of
 `ops.patch`, each padded with zeros to a multiple of 8 bytes.
 """
 
@@ -74,7 +74,7 @@ def unfold_signs(planes: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def encode(changes: Changes, zstd: bool) -> list[memoryview]:
-    """Returns the bytes of a segment in parts, views of the changes where possible; with zstd, values are differences."""
+    """Returns the bytes of a segment in parts, views of the changes if possible; with zstd, values are differences."""
     values = fold_signs(changes.values) if zstd else changes.values
     parts = [padded(part) for part in (changes.counts, changes.positions, values)]
     length = stored = sum(map(len, parts))
@@ -100,7 +100,7 @@ class Segment:
 
 
 def find(read: Callable[[int, int], torch.Tensor], size: int, items: int, width: int) -> Iterator[Segment]:
-    """Yields the segments of an entry of `size` bytes for `items` items. Raises Damaged if they do not fill the entry."""
+    """Yields the segments of an entry of `size` bytes for `items` items. Raises Damaged unless they fill it."""
     offset = 0
     for index, (first, last) in enumerate(ranges(items, width)):
         if offset + HEADER.size > size:

@@ -315,7 +315,7 @@ def test_a_header_length_like_a_pickle_signature_is_read(tmp_path, header):
 
 
 def test_bits_of_any_dtype_and_the_unchanged_header(write_raw: Callable[..., Path]) -> None:
-    """Eight-bit floats, half of a complex number of 16 bytes, and what begins at an odd byte, are integers of their width."""
+    """8-bit floats, halves of 16-byte complex numbers, and unaligned elements are integers of their width."""
     data = bytes(range(1, 28))
     path = write_raw(
         {"f": entry("F8_E4M3", [3], 0, 3), "w": entry("BF16", [4], 3, 11), "c": entry("C64", [2], 11, 27)}, data

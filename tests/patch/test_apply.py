@@ -193,7 +193,8 @@ def flip(tensors: dict[str, torch.Tensor]) -> None:
     [
         (
             flip,
-            r"other has a tensor of digest [0-9a-f]{32} where the patch was made from [0-9a-f]{32} \(size 70001\): .*p is a patch for another base, with digest [0-9a-f]{32}",
+            r"other has a tensor of digest [0-9a-f]{32} where the patch was made from [0-9a-f]{32} \(size 70001\):"
+            r" .*p is a patch for another base, with digest [0-9a-f]{32}",
         ),
         (lambda tensors: tensors.pop("scalar"), r"lacks a tensor that the patch changes \(scalar\)"),
         (

@@ -1,4 +1,4 @@
-"""What `create` writes is what docs/patch.md says: read by another reader, in NumPy, with the safetensors library alone."""
+"""Patches have the format of docs/patch.md: an independent NumPy reader with the safetensors library reads them."""
 
 from __future__ import annotations
 

@@ -100,7 +100,8 @@ def test_help_says_how_terms_combine():
     [
         (
             "lm_head",
-            "no tensor is 'lm_head'; give one of attention, embed_tokens, embedding, mlp, norm, q_proj, up_proj, layers=0-2",
+            "no tensor is 'lm_head'; give one of attention, embed_tokens, embedding, mlp, norm, q_proj, up_proj, "
+            "layers=0-2",
         ),
         ("layers=7", "no tensor is 'layers=7'; give one of .* layers=0-2"),
         ("layers=2-1", "no tensor is 'layers=2-1'; give"),
