@@ -421,7 +421,7 @@ def test_empty_list_has_no_results():
         ([torch.zeros(3, 3), None], TypeError, "matrix 1 is NoneType"),
         ([torch.zeros(3, 3), torch.zeros(3, 3).double()], TypeError, "matrix 1 is torch.float64, matrix 0 torch"),
         ([torch.zeros(3, 3), torch.zeros(3, 3, device="meta")], ValueError, "matrix 1 is on meta, matrix 0 on cpu"),
-        (torch.tensor([[1.0, math.nan]]), ValueError, "matrix 0 contains NaN or Inf; replace them, or leave it out"),
+        (torch.tensor([[1.0, math.nan]]), ValueError, "matrix 0 contains NaN or Inf; replace them, or omit the matrix"),
         ([torch.ones(2, 2), torch.tensor([[-math.inf, 1.0]])], ValueError, "matrix 1 contains NaN or Inf"),
         ([torch.zeros(3, 3), torch.zeros(0, 5)], ValueError, "matrix 1 has shape"),
     ],
