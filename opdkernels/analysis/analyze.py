@@ -26,7 +26,7 @@ from opdkernels.runs.store import ArrowStore
 
 
 def run_analyze(
-    source: str | os.PathLike[str],
+    base: str | os.PathLike[str],
     trained: str | os.PathLike[str],
     out: str | os.PathLike[str] | None,
     options: AnalyzeOptions,
@@ -42,7 +42,7 @@ def run_analyze(
     if out is None and (options.csv or options.paper_csv):
         raise UsageError("csv and paper_csv write files; give an output folder")
     device = probe_device(options.device)
-    with contextlib.closing(open_pair(source, trained, **options.open_kwargs)) as pair, torch_threads(options.threads):
+    with contextlib.closing(open_pair(base, trained, **options.open_kwargs)) as pair, torch_threads(options.threads):
         run_info = describe_pair(pair, options)
         with open_run_dir(out, run_info, options.overwrite, OUTPUTS) as folder:
             tallies = open_tallies(folder / "tallies" if folder is not None else None)
