@@ -1,22 +1,26 @@
-"""The package keeps its layers: imports go down only, and every kernel family has the same files."""
+"""The package keeps its layout: imports go down only, without circles; a kernel family is the same files everywhere."""
 
 from __future__ import annotations
 
 import ast
 import itertools
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "opdkernels"
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Top to bottom; a package imports from its own layer and from those below.
 LAYERS = [
     {"__main__"},
     {"cli"},
     {"api", "doctor"},
-    {"report", "experiments", "compat"},
+    {"experiments", "report", "compat"},
     {"distillation"},
     {"analysis", "optim"},
     {"metrics", "masks", "patch", "spectral"},
@@ -24,11 +28,12 @@ LAYERS = [
     {"ops"},
     {"checkpoint"},
     {"backends"},
-    {"config", "progress", "formatting", "bits", "files"},
+    {"config", "formatting", "progress", "bits", "files"},
     {"errors", "version", "_C"},
 ]
-FAMILIES = ("delta", "overlap", "quantile", "gram", "patch", "step", "divergence")
-FILES = (
+
+FAMILIES = sorted(path.parent.name for path in (PACKAGE / "ops").glob("*/__init__.py"))
+FAMILY_FILES = (
     "opdkernels/ops/{0}/__init__.py",
     "opdkernels/ops/{0}/cpu.py",
     "opdkernels/ops/{0}/cuda.py",
@@ -37,57 +42,126 @@ FILES = (
     "csrc/{0}/cpu.inl",
     "csrc/{0}/cpu.cpp",
     "csrc/{0}/cuda.cu",
+    "tests/ops/{0}/cases.py",
     "tests/ops/{0}/test_{0}.py",
-    "tests/ops/{0}/test_{0}_cuda.py",
-    "tests/ops/{0}/test_{0}_triton.py",
     "benchmarks/bench_{0}.py",
 )
-CUDA = ("csrc/{0}/cuda.cu", "opdkernels/ops/{0}/cuda.py", "tests/ops/{0}/test_{0}_cuda.py")
-CPU = ("csrc/{0}/{0}.h", "csrc/{0}/cpu.inl", "csrc/{0}/cpu.cpp", "opdkernels/ops/{0}/cpu.py")
-GAPS = {  # what a family has no file for, and why
-    ("gram", file): "Triton runs on matrix units, which plain CUDA C++ does not reach" for file in CUDA
+CUDA_FILES = ("csrc/{0}/cuda.cu", "opdkernels/ops/{0}/cuda.py")
+CPU_FILES = ("csrc/{0}/{0}.h", "csrc/{0}/cpu.inl", "csrc/{0}/cpu.cpp", "opdkernels/ops/{0}/cpu.py")
+GAPS = {  # files that a family does not have, and why
+    ("gram", file): "Triton uses matrix units, which plain CUDA C++ does not reach" for file in CUDA_FILES
 } | {
     ("divergence", file): "products of matrices: torch's own on the CPU, tile by tile, and Triton's on a GPU"
-    for file in (*CPU, *CUDA)
+    for file in (*CPU_FILES, *CUDA_FILES)
 }
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a module."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def top_level(module: str) -> str:
+    """The package or module directly under opdkernels."""
+    return module.split(".")[1]
 
 
 def layer_of(module: str) -> int:
     return next(i for i, names in enumerate(LAYERS) if module in names)
 
 
-def imports_of(path: Path) -> set[str]:
+NAMES = {name_of(path) for path in MODULES}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of the package that a file imports, also in functions, but not for type checkers only."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in runtime_nodes(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            if node.module == "opdkernels":
-                found |= {f"opdkernels.{a.name}" for a in node.names}
-    return {name.split(".")[1] for name in found if name.startswith("opdkernels.")}
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (submodules & NAMES) or {node.module}
+    return {name for name in found if name.startswith("opdkernels.")}
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_run_down_only(path):
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if own == "__init__":
-        return  # the package's names, loaded late
-    for imported in imports_of(path):
-        if imported not in {n for names in LAYERS for n in names}:
-            continue  # a name of the package itself, such as InputError
-        assert layer_of(imported) >= layer_of(own), f"{path.name} imports {imported}, from a layer above"
+def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a tree without those under `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)):
+            yield child
+            yield from runtime_nodes(child)
 
 
-@pytest.mark.parametrize(("family", "file"), list(itertools.product(FAMILIES, FILES)))
-def test_every_family_has_every_file_or_a_named_gap(family, file):
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down_only(path):
+    if path == PACKAGE / "__init__.py":
+        return  # the public names, imported lazily
+    layer = layer_of(top_level(name_of(path)))
+    for imported in imported_modules(path):
+        assert layer_of(top_level(imported)) >= layer, f"{name_of(path)} imports {imported}, from a layer above"
+
+
+def test_no_module_imports_itself_through_others():
+    """No circles, imports inside functions included."""
+    graph = {name_of(path): imported_modules(path) - {name_of(path)} for path in MODULES}
+    for name in graph:  # a package's __init__ may collect its own modules
+        graph[name] = {module for module in graph[name] if not name.startswith(f"{module}.")}
+    circles = [circle for name in sorted(graph) if (circle := path_to_itself(name, graph))]
+    assert circles == []
+
+
+def path_to_itself(start: str, graph: dict[str, set[str]]) -> list[str]:
+    """The shortest chain of imports from a module back to itself; empty if there is none."""
+    chains = [[start]]
+    seen = set()
+    for chain in chains:
+        for module in graph.get(chain[-1], ()):
+            if module == start:
+                return [*chain, start]
+            if module not in seen:
+                seen.add(module)
+                chains.append([*chain, module])
+    return []
+
+
+@pytest.mark.parametrize(("family", "file"), list(itertools.product(FAMILIES, FAMILY_FILES)))
+def test_family_has_every_file_or_a_stated_gap(family, file):
     assert (ROOT / file.format(family)).is_file() != ((family, file) in GAPS)
 
 
-@pytest.mark.parametrize("folder", ["opdkernels/ops", "csrc", "tests/ops"])
-def test_every_folder_is_a_family(folder):
-    found = {path.name for path in (ROOT / folder).iterdir() if path.is_dir()} - {"common", "__pycache__"}
-    assert found == set(FAMILIES) - ({"divergence"} if folder == "csrc" else set())
+def test_folders_are_kernel_families():
+    folders = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()} - {"common"}
+    assert folders == set(FAMILIES) - {"divergence"}
+    tests = {path.name for path in (ROOT / "tests" / "ops").iterdir() if path.is_dir()} - {"__pycache__"}
+    assert tests == set(FAMILIES)
+
+
+DEVICE_CODE = re.compile(r"torch\.cuda\.|pin_memory|\bcuda\.(Stream|Event)\b")
+DEVICE_FILES = {"doctor.py": "reports what torch says of GPUs"}
+
+
+def test_only_backends_and_kernel_launchers_know_devices():
+    offenders = {
+        str(path.relative_to(PACKAGE))
+        for path in MODULES
+        if DEVICE_CODE.search(path.read_text()) and path.relative_to(PACKAGE).parts[0] not in ("backends", "ops")
+    }
+    assert offenders == set(DEVICE_FILES)
+
+
+FORMAT_MODULES = ("safetensors", "torch_pickle", "sharded", "hub", "folder", "formats")
+FORMAT_USERS = {"patch": "writes files in the layout of the trained checkpoint's, byte for byte"}
+
+
+def test_only_checkpoint_knows_file_formats():
+    readers = {f"opdkernels.checkpoint.{name}" for name in FORMAT_MODULES}
+    offenders = {
+        top_level(name_of(path))
+        for path in MODULES
+        if imported_modules(path) & readers and path.relative_to(PACKAGE).parts[0] != "checkpoint"
+    }
+    assert offenders == set(FORMAT_USERS)
 
 
 def test_no_kernel_source_includes_torch():
@@ -97,8 +171,6 @@ def test_no_kernel_source_includes_torch():
 
 
 def test_readme_quotes_the_committed_measurements():
-    import json
-
     from benchmarks.run import table
 
     measured = list((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -110,10 +182,8 @@ def test_readme_quotes_the_committed_measurements():
 def test_missing_snapshot_metrics_give_empty_cells():
     from benchmarks.experiments import SNAPSHOT_COLUMNS, snapshot_table
 
-    assert (
-        snapshot_table([{"step": 5, **dict.fromkeys(SNAPSHOT_COLUMNS), "changed_visible": 0.5}])[-1]
-        == "| 5 | 50.0 % |  |  |  |  |  |"
-    )
+    row = {"step": 5, **dict.fromkeys(SNAPSHOT_COLUMNS), "changed_visible": 0.5}
+    assert snapshot_table([row])[-1] == "| 5 | 50.0 % |  |  |  |  |  |"
 
 
 def test_experiments_page_agrees_with_committed_results():

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -79,6 +80,37 @@ def probed_device(name: str, probe: Callable[[torch.device], None]) -> torch.dev
 def device_lock(device: torch.device) -> contextlib.AbstractContextManager:
     """A lock for work that fills a GPU, so that threads use it one at a time; no lock on the CPU."""
     return contextlib.nullcontext() if device.type == "cpu" else gpu_lock
+
+
+def default_device() -> torch.device:
+    """The first available GPU, or that of LOCAL_RANK; the CPU if there is none."""
+    return resolve_device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work that was queued on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Reset the peak of a GPU's allocated memory, or of this process's resident memory (Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory since the last reset, in bytes; 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return 0
+    return int(line.split()[1]) * 1024
 
 
 def empty_cache(device: torch.device) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from opdkernels.backends.devices import peak_memory_bytes, reset_peak_memory, synchronize
 from opdkernels.distillation.jsonl import append_row, finite, read_rows, write_rows
 from opdkernels.distillation.world import World
 from opdkernels.errors import UsageError, printable
@@ -172,8 +173,7 @@ class PhaseTimer:
         reset_peak_memory(self.device)
         start_time = time.perf_counter()
         yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start_time
         self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak_memory_bytes(self.device))
 
@@ -185,22 +185,3 @@ class PhaseTimer:
             "seconds": {**self.seconds, "all": time.perf_counter() - self.start_time},
             **({"peak_bytes": peak_bytes} if peak_bytes else {}),
         }
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory since the last reset, in bytes; 0 if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return 0
-    return int(line.split()[1]) * 1024

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from opdkernels.backends.devices import resolve_device
+from opdkernels.backends.devices import default_device, resolve_device
 from opdkernels.distillation.checkpointing import ResumePoint, load_state, open_run_dir, save, start_run
 from opdkernels.distillation.jsonl import read_rows
 from opdkernels.distillation.logging import LogSink, MetricsLogger, PhaseTimer, log_sinks
@@ -567,9 +567,7 @@ def setup_device(options: DistillOptions) -> torch.device:
     if options.threads:
         torch.set_num_threads(options.threads)
     transformers().utils.logging.disable_progress_bar()
-    if options.device == "auto":
-        return resolve_device("cuda" if torch.cuda.is_available() else "cpu")
-    return resolve_device(options.device)
+    return default_device() if options.device == "auto" else resolve_device(options.device)
 
 
 def seed_step(seed: int, step: int, world: World) -> None:
