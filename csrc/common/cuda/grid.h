@@ -1,5 +1,5 @@
 // What the CUDA kernels share: loads, sums over a warp, exact sums by atomics, and the launcher. Compiled by nvcc and
-// NVRTC, and by g++ with a header that emulates the device (tests/backends/cuda/host_shim.h). Includes only numeric.h.
+// NVRTC, and by g++ with a header that emulates the device (tests/backends/cuda/fiber_shim.h). Includes only numeric.h.
 // opdkernels/backends/layout.py repeats the constants (tests/ops/test_layout.py compares).
 #pragma once
 #include "../numeric.h"
