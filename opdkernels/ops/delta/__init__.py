@@ -163,13 +163,13 @@ def reference(
     add_histogram(HIST_TRAINED_CHANGED, abs_v[visible > 0])
     add_histogram(HIST_BASE_CHANGED, abs_w[stored > 0])
     add_histogram(HIST_DELTA_STORED, stored.float().view(torch.int32).to(torch.int64) >> 16)
-    for k, bits in enumerate(threshold_bits):
-        add_histogram(HIST_BASE_OVER + k, abs_w[visible > bits])
+    for k, threshold in enumerate(threshold_bits):
+        add_histogram(HIST_BASE_OVER + k, abs_w[visible > threshold])
     limit = torch.tensor(RTOL, dtype=wide) * torch.maximum(x.abs(), y.abs())
     counts[COUNT_UNCHANGED_RTOL] += (stored <= limit).sum()
-    for k, threshold in enumerate(thresholds):
-        counts[COUNT_LT + k] += (stored.double() < threshold).sum()
-        counts[COUNT_LE + k] += (stored.double() <= threshold).sum()
+    for k, value in enumerate(thresholds):
+        counts[COUNT_LT + k] += (stored.double() < value).sum()
+        counts[COUNT_LE + k] += (stored.double() <= value).sum()
     ordered_w = torch.where(w[finite].signbit(), -abs_w, abs_w)
     ordered_v = torch.where(v[finite].signbit(), -abs_v, abs_v)
     distance = (ordered_v - ordered_w).clamp(-ULP_REACH - 1, ULP_REACH + 1) + ULP_REACH + 1

@@ -132,12 +132,12 @@ def overlap_(
 ) -> None:
     """The operator, for contiguous tensors on one device."""
     device, n_runs = base.device, len(trained)
-    groups = triton.cdiv(n_runs, GROUP.value)
+    groups = triton.cdiv(n_runs, layout.GROUP)
     base, trained = base.view(-1), [tensor.view(-1) for tensor in trained]
     tile = TILE if sum(tensor.itemsize for tensor in (base, *trained)) <= MAX_BYTES else TILE // 2
     for start, size in gpu.slices(base.numel()):
         copies = max(1, min(MAX_COPIES, size // COORDINATES_PER_COPY))
-        joint = torch.zeros(copies, groups, GROUP_SETS.value, BINS.value, dtype=torch.int32, device=device)
+        joint = torch.zeros(copies, groups, layout.GROUP_SETS, BINS.value, dtype=torch.int32, device=device)
         sets = torch.zeros(copies, 1 << n_runs, dtype=torch.int32, device=device) if groups > 1 else None
         launch.run(
             count,
