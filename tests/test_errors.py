@@ -35,7 +35,7 @@ def test_json_file_keeps_its_own_message(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("metadata", "message"),
-    [({"format": "pt"}, "m holds no masks; give"), ({"format": FORMAT, "version": "9"}, "m is of version 9")],
+    [({"format": "pt"}, "m holds no masks; give"), ({"format": FORMAT, "version": "9"}, "m has version 9")],
 )
 def test_mask_file_keeps_its_own_message(tmp_path, metadata, message):
     save_file({"x": torch.zeros(1)}, tmp_path / "m", metadata)
