@@ -181,7 +181,10 @@ def test_missing_image_is_named(options, folders, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"prompt": "1+1="}, "does not take prompts with their images.*; give each image one place in its prompt"),
+        (
+            {"prompt": "1+1="},
+            "does not take prompts with their images.*; give each image one placeholder in its prompt",
+        ),
         (
             {"prompt": "<vision_start><image><vision_end>1=", "images": ["0.png", "1.png"]},
             "does not take prompts with their images",
