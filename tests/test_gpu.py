@@ -444,7 +444,7 @@ def test_sanitizer_runs_the_equality_checks(tmp_path, monkeypatch):
     tool = tmp_path / "compute-sanitizer"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     arguments = worker.options(["--device", "cpu"])
-    for script, wrong in (("exit 9", "Invalid __global__ read"), ("exit 0", None), ("exit 1", "lost")):
+    for script, wrong in (("exit 9", "Invalid __global__ read"), ("exit 0", None), ("exit 1", "crashed")):
         tool.write_text(f"#!/bin/sh\necho '========= Invalid __global__ read'\n{script}\n")
         tool.chmod(0o755)
         if wrong:
