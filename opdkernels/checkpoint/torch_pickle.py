@@ -80,7 +80,8 @@ class TorchFile:
         if self._file.size > MAX_LEGACY_BYTES:
             raise InputError(
                 f"{self._file} is in the format from before torch 1.6, which is loaded in full, and its"
-                f" {self._file.size} bytes are over the limit of {MAX_LEGACY_BYTES}; load it once and torch.save() it again"
+                f" {self._file.size} bytes are over the limit of {MAX_LEGACY_BYTES};"
+                " load it once and torch.save() it again"
             )
         state_dict = find_state_dict(_load(self._file, "cpu"), str(self._file))
         groups: dict[tuple[Any, ...], list[str]] = {}

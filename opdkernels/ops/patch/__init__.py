@@ -1,6 +1,6 @@
 r"""`patch`: the coordinates whose bits changed, gathered to positions and values, and scattered back.
 
-For W (source) and W' (trained) of one dtype, as unsigned integers of the same bits, in blocks of 65,536 coordinates:
+For W (base) and W' (trained) of one dtype, as unsigned integers of the same bits, in blocks of 65,536 coordinates:
 
     changed     { i : W_i != W'_i }, by bits: a NaN equals itself, +0 is not -0
     counts      how many changed, a block
@@ -31,11 +31,11 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """What coordinates of a width are seen as; comparing and subtracting modulo the width need no sign."""
 
 GATHER = (
-    "patch_gather_(Tensor source, Tensor trained, bool difference, Tensor(a!) counts, Tensor(b!) positions, "
+    "patch_gather_(Tensor base, Tensor trained, bool difference, Tensor(a!) counts, Tensor(b!) positions, "
     "Tensor(c!) values, Tensor(d!) digests) -> ()"
 )
 SCATTER = (
-    "patch_scatter_(Tensor source, Tensor counts, Tensor positions, Tensor values, bool difference, Tensor(a!) out, "
+    "patch_scatter_(Tensor base, Tensor counts, Tensor positions, Tensor values, bool difference, Tensor(a!) out, "
     "Tensor(b!) digests) -> Tensor"
 )
 CHECK = "patch_check(Tensor counts, Tensor positions, int numel, int stored) -> Tensor"
@@ -124,11 +124,11 @@ def position_bytes(count: int, numel: int) -> int:
     return min(2 * count, (numel + 7) // 8)
 
 
-def reference_gather(source, trained, difference, counts, positions, values, digests) -> None:
+def reference_gather(base, trained, difference, counts, positions, values, digests) -> None:
     """The definition, in plain PyTorch. Writes the first of `positions` and `values`, and all of `counts` and `digests`."""
     at = stored = 0
-    for block in range(blocks_of(source.numel())):
-        w, v = (side[block * BLOCK : (block + 1) * BLOCK] for side in (source, trained))
+    for block in range(blocks_of(base.numel())):
+        w, v = (side[block * BLOCK : (block + 1) * BLOCK] for side in (base, trained))
         differ = w != v
         offsets = differ.nonzero().flatten()
         count = counts[block] = len(offsets)
@@ -141,7 +141,7 @@ def reference_gather(source, trained, difference, counts, positions, values, dig
         positions[at : at + len(coded)] = coded
         values[stored : stored + count] = (v - w if difference else v)[differ]
         at, stored = at + len(coded), stored + count
-    digests[0], digests[1] = reference_digest(source), reference_digest(trained)
+    digests[0], digests[1] = reference_digest(base), reference_digest(trained)
 
 
 def decode(coded: torch.Tensor, count: int, numel: int) -> torch.Tensor | None:
@@ -181,24 +181,24 @@ def reference_check(counts, positions, numel, stored) -> torch.Tensor:
     return torch.tensor([walk(counts, positions, numel, stored)[0]], device=counts.device)
 
 
-def reference_scatter(source, counts, positions, values, difference, out, digests) -> torch.Tensor:
+def reference_scatter(base, counts, positions, values, difference, out, digests) -> torch.Tensor:
     """The definition, in plain PyTorch. Writes `out` and its digests; returns as `reference_check`."""
-    status, blocks = walk(counts, positions, source.numel(), values.numel())
+    status, blocks = walk(counts, positions, base.numel(), values.numel())
     if status < 0:
         changed = torch.cat([offsets + block * BLOCK for block, offsets in enumerate(blocks)] or [positions.long()])
-        new = values + source[changed] if difference else values
-        out.copy_(source)
+        new = values + base[changed] if difference else values
+        out.copy_(base)
         out[changed] = new
         digests.copy_(reference_digest(out))
-    return torch.tensor([status], device=source.device)
+    return torch.tensor([status], device=base.device)
 
 
-def fake_gather(source, trained, difference, counts, positions, values, digests) -> None:
-    torch._check(source.numel() == trained.numel(), lambda: f"sizes differ: {source.shape} and {trained.shape}")
+def fake_gather(base, trained, difference, counts, positions, values, digests) -> None:
+    torch._check(base.numel() == trained.numel(), lambda: f"sizes differ: {base.shape} and {trained.shape}")
 
 
-def fake_scatter(source, counts, positions, values, difference, out, digests) -> torch.Tensor:
-    return source.new_empty(1, dtype=torch.int64)
+def fake_scatter(base, counts, positions, values, difference, out, digests) -> torch.Tensor:
+    return base.new_empty(1, dtype=torch.int64)
 
 
 def fake_check(counts, positions, numel, stored) -> torch.Tensor:
@@ -255,12 +255,12 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather(
-    source: torch.Tensor, trained: torch.Tensor, *, difference: bool = False, buffers: GatherBuffers | None = None
+    base: torch.Tensor, trained: torch.Tensor, *, difference: bool = False, buffers: GatherBuffers | None = None
 ) -> tuple[Changes, torch.Tensor]:
-    """What changed from source to trained, and the digests of both, int64 [2, blocks, 2]; from one pass over both.
+    """What changed from base to trained, and the digests of both, int64 [2, blocks, 2]; from one pass over both.
 
-    source, trained: one dtype of 1, 2, 4 or 8 bytes, one shape, one device; copied only if not contiguous. difference: store
-    trained - source modulo 2^bits instead of trained. buffers: memory that the changes are views of, until it is used again.
+    base, trained: one dtype of 1, 2, 4 or 8 bytes, one shape, one device; copied only if not contiguous. difference: store
+    trained - base modulo 2^bits instead of trained. buffers: memory that the changes are views of, until it is used again.
 
     Raises TypeError for other dtypes, ValueError for shapes, devices or buffers that do not fit.
 
@@ -268,19 +268,19 @@ def gather(
     >>> changes.counts.tolist(), changes.positions.tolist(), changes.values.view(torch.float32).tolist()
     ([1], [4], [4.0])
     """
-    if source.dtype != trained.dtype:
-        raise TypeError(f"source is {source.dtype}, trained {trained.dtype}: their bits do not compare")
-    if source.shape != trained.shape:
-        raise ValueError(f"shapes differ: source {tuple(source.shape)}, trained {tuple(trained.shape)}")
-    if source.device != trained.device:
-        raise ValueError(f"source is on {source.device}, trained on {trained.device}; move one of them")
-    w, v = bits(source), bits(trained)
+    if base.dtype != trained.dtype:
+        raise TypeError(f"base is {base.dtype}, trained {trained.dtype}: their bits do not compare")
+    if base.shape != trained.shape:
+        raise ValueError(f"shapes differ: base {tuple(base.shape)}, trained {tuple(trained.shape)}")
+    if base.device != trained.device:
+        raise ValueError(f"base is on {base.device}, trained on {trained.device}; move one of them")
+    w, v = bits(base), bits(trained)
     numel, blocks = w.numel(), blocks_of(w.numel())
     if buffers is None:
         buffers = GatherBuffers.of(numel, w.element_size(), w.device)
     if buffers.values.dtype != w.dtype or buffers.values.numel() < numel or buffers.values.device != w.device:
         raise ValueError(
-            f"buffers is for {buffers.values.numel()} of {buffers.values.dtype} on {buffers.values.device}, not {numel} of {w.dtype} on {w.device}"
+            f"buffers are for {buffers.values.numel()} of {buffers.values.dtype} on {buffers.values.device}, not {numel} of {w.dtype} on {w.device}"
         )
     counts, digests = buffers.counts[:blocks], w.new_empty((2, blocks, 2), dtype=torch.int64)
     torch.ops.opdkernels.patch_gather_(w, v, difference, counts, buffers.positions, buffers.values, digests)
@@ -329,31 +329,31 @@ def check(changes: Changes, numel: int) -> None:
 
 
 def scatter(
-    source: torch.Tensor, changes: Changes, *, difference: bool = False, out: torch.Tensor | None = None
+    base: torch.Tensor, changes: Changes, *, difference: bool = False, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The trained tensor from the source and its changes, and its digests, int64 [blocks, 2].
+    """The trained tensor from the base and its changes, and its digests, int64 [blocks, 2].
 
-    source: as `gather`. difference: as it was for `gather`. out: a contiguous tensor of the source's dtype, shape and device,
-    or the source itself. Nothing beyond the tensors is read or written, whatever `changes` holds.
+    base: as `gather`. difference: as it was for `gather`. out: a contiguous tensor of the base's dtype, shape and device,
+    or the base itself. Nothing beyond the tensors is read or written, whatever `changes` holds.
 
     Raises TypeError for dtypes, ValueError for shapes, devices and changes that are not valid; `out` then holds nothing of use
-    (call `check` first where it is the source).
+    (call `check` first where it is the base).
 
     >>> w, v = torch.tensor([1.0, 2, 3]), torch.tensor([1.0, -0.0, 3])
     >>> scatter(w, gather(w, v)[0])[0].tolist()
     [1.0, -0.0, 3.0]
     """
-    w = bits(source)
+    w = bits(base)
     fit(changes, w.numel())
     if changes.values.dtype != w.dtype or changes.values.device != w.device:
         raise TypeError(
-            f"the values are {changes.values.dtype} on {changes.values.device}; source needs {w.dtype} on {w.device}"
+            f"the values are {changes.values.dtype} on {changes.values.device}; base needs {w.dtype} on {w.device}"
         )
     if out is None:
-        out = torch.empty_like(to_local(source))
-    if out.dtype != source.dtype or out.shape != source.shape or out.device != w.device or not out.is_contiguous():
+        out = torch.empty_like(to_local(base))
+    if out.dtype != base.dtype or out.shape != base.shape or out.device != w.device or not out.is_contiguous():
         raise ValueError(
-            f"out must be a contiguous tensor like the source: {source.dtype}, {tuple(source.shape)} on {w.device}"
+            f"out must be a contiguous tensor like the base: {base.dtype}, {tuple(base.shape)} on {w.device}"
         )
     digests = w.new_empty((blocks_of(w.numel()), 2), dtype=torch.int64)
     status = torch.ops.opdkernels.patch_scatter_(

@@ -8,7 +8,7 @@ from opdkernels.backends import cpu
 
 
 def patch_gather_(
-    source: torch.Tensor,
+    base: torch.Tensor,
     trained: torch.Tensor,
     difference: bool,
     counts: torch.Tensor,
@@ -17,10 +17,10 @@ def patch_gather_(
     digests: torch.Tensor,
 ) -> None:
     cpu._C.patch_gather(
-        source.data_ptr(),
+        base.data_ptr(),
         trained.data_ptr(),
-        source.element_size(),
-        source.numel(),
+        base.element_size(),
+        base.numel(),
         difference,
         torch.get_num_threads(),
         counts.data_ptr(),
@@ -31,7 +31,7 @@ def patch_gather_(
 
 
 def patch_scatter_(
-    source: torch.Tensor,
+    base: torch.Tensor,
     counts: torch.Tensor,
     positions: torch.Tensor,
     values: torch.Tensor,
@@ -40,9 +40,9 @@ def patch_scatter_(
     digests: torch.Tensor,
 ) -> torch.Tensor:
     status = cpu._C.patch_scatter(
-        source.data_ptr(),
-        source.element_size(),
-        source.numel(),
+        base.data_ptr(),
+        base.element_size(),
+        base.numel(),
         difference,
         counts.data_ptr(),
         positions.data_ptr(),

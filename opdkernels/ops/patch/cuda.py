@@ -19,7 +19,7 @@ def empty_bits(blocks: int, device: torch.device) -> torch.Tensor:
 
 
 def patch_gather_(
-    source: torch.Tensor,
+    base: torch.Tensor,
     trained: torch.Tensor,
     difference: bool,
     counts: torch.Tensor,
@@ -27,7 +27,7 @@ def patch_gather_(
     values: torch.Tensor,
     digests: torch.Tensor,
 ) -> None:
-    n, width, device, blocks = source.numel(), source.itemsize, source.device, blocks_of(source.numel())
+    n, width, device, blocks = base.numel(), base.itemsize, base.device, blocks_of(base.numel())
     if not n:
         return
     mask, chunk_counts = empty_bits(blocks, device), torch.zeros(blocks, CHUNKS, dtype=torch.int32, device=device)
@@ -37,7 +37,7 @@ def patch_gather_(
         THREADS,
         2 * width * SUMS_BYTES,
         device,
-        source,
+        base,
         trained,
         mask,
         chunk_counts,
@@ -51,7 +51,7 @@ def patch_gather_(
         QUEUE_THREADS,
         launch.queue_bytes(QUEUE_THREADS),
         device,
-        source,
+        base,
         trained,
         mask,
         starts_of(chunk_counts.flatten()),
@@ -97,7 +97,7 @@ def patch_check(counts: torch.Tensor, positions: torch.Tensor, numel: int, store
 
 
 def patch_scatter_(
-    source: torch.Tensor,
+    base: torch.Tensor,
     counts: torch.Tensor,
     positions: torch.Tensor,
     values: torch.Tensor,
@@ -105,7 +105,7 @@ def patch_scatter_(
     out: torch.Tensor,
     digests: torch.Tensor,
 ) -> torch.Tensor:
-    n, width, device = source.numel(), source.itemsize, source.device
+    n, width, device = base.numel(), base.itemsize, base.device
     bad, mask, chunk_counts = decoded(counts, positions, n, values.numel())
     if n:
         launch.run(
@@ -114,7 +114,7 @@ def patch_scatter_(
             THREADS,
             width * SUMS_BYTES,
             device,
-            source,
+            base,
             mask,
             starts_of(chunk_counts),
             values,

@@ -5,7 +5,7 @@ sums over the tiles then say where each tile's values and each block's positions
 the host. `compress` reads the change bits, and the values of tiles that have some, and writes both behind each other.
 
 Back again, `decode` checks the positions of a block and makes change bits of either form of them; `restore` reads these, the
-source and the values, and writes the tensor and what its digest needs. Both do nothing where lengths do not fit, and `restore`
+base and the values, and writes the tensor and what its digest needs. Both do nothing where lengths do not fit, and `restore`
 nothing where a block is not valid, so that no address is made of what was not checked.
 
 Digests. XXH3 adds up 16 stripes of a unit of 1,024 bytes in any order, and scrambles its state between units: sums of units are
@@ -125,8 +125,8 @@ def load_tile(data, start, n, TAIL: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def compare_tile(source, trained, keys, mask, counts, sums, start, n, n_units, TAIL: tl.constexpr, TILE: tl.constexpr):
-    w, v = load_tile(source, start, n, TAIL, TILE), load_tile(trained, start, n, TAIL, TILE)
+def compare_tile(base, trained, keys, mask, counts, sums, start, n, n_units, TAIL: tl.constexpr, TILE: tl.constexpr):
+    w, v = load_tile(base, start, n, TAIL, TILE), load_tile(trained, start, n, TAIL, TILE)
     differ = (w != v).to(tl.int32)
     bytes_of_bits = tl.sum(tl.reshape(differ, [TILE // 8, 8]) << tl.arange(0, 8)[None, :], 1)
     tl.store(mask + start // 8 + tl.arange(0, TILE // 8), bytes_of_bits.to(tl.uint8))
@@ -136,16 +136,16 @@ def compare_tile(source, trained, keys, mask, counts, sums, start, n, n_units, T
 
 
 @triton.jit(do_not_specialize=["n", "n_units"])
-def compare(source, trained, table, mask, counts, sums, n, n_units, TILE: tl.constexpr):
+def compare(base, trained, table, mask, counts, sums, n, n_units, TILE: tl.constexpr):
     """mask: uint8, of whole blocks; counts: int32 [tiles]; sums: int64 [2, units, 8]. Programs take tiles in turn."""
     keys = load_keys(table)
     n, n_units = n.to(tl.int64), n_units.to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * TILE
     whole, step = n // TILE * TILE, tl.num_programs(0).to(tl.int64) * TILE
     for start in range(first, whole, step):
-        compare_tile(source, trained, keys, mask, counts, sums, start, n, n_units, False, TILE)
+        compare_tile(base, trained, keys, mask, counts, sums, start, n, n_units, False, TILE)
     if (whole < n) & (whole % step == first):
-        compare_tile(source, trained, keys, mask, counts, sums, whole, n, n_units, True, TILE)
+        compare_tile(base, trained, keys, mask, counts, sums, whole, n, n_units, True, TILE)
 
 
 @triton.jit(do_not_specialize=["n", "n_units"])
@@ -168,7 +168,7 @@ def block_size(block, n):
 
 @triton.jit
 def compress_tile(
-    source,
+    base,
     trained,
     mask,
     tile_starts,
@@ -195,7 +195,7 @@ def compress_tile(
         rank = tl.cumsum(bits) - bits
         stored = load_tile(trained, start, n, TAIL, TILE)
         if DIFFERENCE:
-            stored -= load_tile(source, start, n, TAIL, TILE)
+            stored -= load_tile(base, start, n, TAIL, TILE)
         tl.store((values + before) + rank, stored, bits > 0)
         if listed:
             offset = start - block * BLOCK + tl.arange(0, TILE)
@@ -206,7 +206,7 @@ def compress_tile(
 
 @triton.jit(do_not_specialize=["n"])
 def compress(
-    source,
+    base,
     trained,
     mask,
     tile_starts,
@@ -224,11 +224,11 @@ def compress(
     whole, step = n // TILE * TILE, tl.num_programs(0).to(tl.int64) * TILE
     for start in range(first, whole, step):
         compress_tile(
-            source, trained, mask, tile_starts, counts, starts, positions, values, start, n, DIFFERENCE, False, TILE
+            base, trained, mask, tile_starts, counts, starts, positions, values, start, n, DIFFERENCE, False, TILE
         )
     if (whole < n) & (whole % step == first):
         compress_tile(
-            source, trained, mask, tile_starts, counts, starts, positions, values, whole, n, DIFFERENCE, True, TILE
+            base, trained, mask, tile_starts, counts, starts, positions, values, whole, n, DIFFERENCE, True, TILE
         )
 
 
@@ -327,7 +327,7 @@ def decode(counts, starts, positions, fits, mask, words, tile_counts, bad, n, TI
 
 @triton.jit
 def restore_tile(
-    source,
+    base,
     mask,
     tile_starts,
     values,
@@ -341,7 +341,7 @@ def restore_tile(
     TAIL: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    new = load_tile(source, start, n, TAIL, TILE)
+    new = load_tile(base, start, n, TAIL, TILE)
     before, after = tl.load(tile_starts + start // TILE), tl.load(tile_starts + start // TILE + 1)
     if after > before:
         bits = load_mask_bits(mask, start, n, TILE)
@@ -360,7 +360,7 @@ def restore_tile(
 
 @triton.jit(do_not_specialize=["n", "n_units"])
 def restore(
-    source, mask, tile_starts, values, bad, out, table, sums, n, n_units, DIFFERENCE: tl.constexpr, TILE: tl.constexpr
+    base, mask, tile_starts, values, bad, out, table, sums, n, n_units, DIFFERENCE: tl.constexpr, TILE: tl.constexpr
 ):
     """tile_starts: int64 [tiles + 1], of values; sums: int64 [units, 8]. Does nothing where a block is bad."""
     keys = load_keys(table)
@@ -369,9 +369,9 @@ def restore(
     whole, step = n // TILE * TILE, tl.num_programs(0).to(tl.int64) * TILE
     valid = tl.load(bad) == VALID
     for start in range(first, tl.where(valid, whole, 0), step):
-        restore_tile(source, mask, tile_starts, values, out, keys, sums, start, n, n_units, DIFFERENCE, False, TILE)
+        restore_tile(base, mask, tile_starts, values, out, keys, sums, start, n, n_units, DIFFERENCE, False, TILE)
     if valid & (whole < n) & (whole % step == first):
-        restore_tile(source, mask, tile_starts, values, out, keys, sums, whole, n, n_units, DIFFERENCE, True, TILE)
+        restore_tile(base, mask, tile_starts, values, out, keys, sums, whole, n, n_units, DIFFERENCE, True, TILE)
 
 
 def tile_of(values: torch.Tensor) -> int:
@@ -409,7 +409,7 @@ def finish_digests(sums: torch.Tensor, table: torch.Tensor, values: torch.Tensor
 
 
 def patch_gather_(
-    source: torch.Tensor,
+    base: torch.Tensor,
     trained: torch.Tensor,
     difference: bool,
     counts: torch.Tensor,
@@ -418,7 +418,7 @@ def patch_gather_(
     digests: torch.Tensor,
 ) -> None:
     """The operator, for contiguous integers of one device."""
-    n, units, tile, device = source.numel(), units_of(source), tile_of(source), source.device
+    n, units, tile, device = base.numel(), units_of(base), tile_of(base), base.device
     if not n:
         return
     blocks, table = blocks_of(n), key_table(device)
@@ -426,13 +426,13 @@ def patch_gather_(
     tile_counts = torch.zeros(blocks, BLOCK.value // tile, dtype=torch.int32, device=device)
     sums = torch.empty(2, units, 8, dtype=torch.int64, device=device)
     grid = (launch.num_programs(device, triton.cdiv(n, tile)),)
-    launch.run(compare, grid, source, trained, table, mask, tile_counts, sums, n, units, TILE=tile)
+    launch.run(compare, grid, base, trained, table, mask, tile_counts, sums, n, units, TILE=tile)
     torch.sum(tile_counts, 1, dtype=torch.int32, out=counts)
     starts = starts_of(position_bytes(counts, n))
     launch.run(
         compress,
         grid,
-        source,
+        base,
         trained,
         mask,
         starts_of(tile_counts.flatten()),
@@ -444,7 +444,7 @@ def patch_gather_(
         DIFFERENCE=difference,
         TILE=tile,
     )
-    finish_digests(sums, table, source, digests)
+    finish_digests(sums, table, base, digests)
 
 
 def decoded(
@@ -483,7 +483,7 @@ def patch_check(counts: torch.Tensor, positions: torch.Tensor, numel: int, store
 
 
 def patch_scatter_(
-    source: torch.Tensor,
+    base: torch.Tensor,
     counts: torch.Tensor,
     positions: torch.Tensor,
     values: torch.Tensor,
@@ -492,14 +492,14 @@ def patch_scatter_(
     digests: torch.Tensor,
 ) -> torch.Tensor:
     """The operator, for contiguous integers of one device."""
-    n, units, tile, device = source.numel(), units_of(source), tile_of(source), source.device
+    n, units, tile, device = base.numel(), units_of(base), tile_of(base), base.device
     bad, mask, tile_counts = decoded(counts, positions, n, values.numel(), tile)
     if n:
         table, sums = key_table(device), torch.empty(units, 8, dtype=torch.int64, device=device)
         launch.run(
             restore,
             (launch.num_programs(device, triton.cdiv(n, tile)),),
-            source,
+            base,
             mask,
             starts_of(tile_counts),
             values,
@@ -512,7 +512,7 @@ def patch_scatter_(
             DIFFERENCE=difference,
             TILE=tile,
         )
-        finish_digests(sums, table, source, digests)
+        finish_digests(sums, table, base, digests)
     return status_of(bad)
 
 

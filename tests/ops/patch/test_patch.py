@@ -318,15 +318,15 @@ def test_the_first_bad_block_is_named_whatever_the_threads(isa, threads):
 
 def test_arguments_that_do_not_fit_are_refused():
     a = torch.zeros(4)
-    with pytest.raises(TypeError, match=r"source is torch.float32, trained torch.int32"):
+    with pytest.raises(TypeError, match=r"base is torch.float32, trained torch.int32"):
         gather(a, a.int())
-    with pytest.raises(ValueError, match=r"shapes differ: source \(4,\), trained \(5,\)"):
+    with pytest.raises(ValueError, match=r"shapes differ: base \(4,\), trained \(5,\)"):
         gather(a, torch.zeros(5))
-    with pytest.raises(ValueError, match="source is on cpu, trained on meta"):
+    with pytest.raises(ValueError, match="base is on cpu, trained on meta"):
         gather(a, torch.zeros(4, device="meta"))
     with pytest.raises(TypeError, match="no coordinates of 1, 2, 4 or 8 bytes"):
         gather(a.to(torch.complex128), a.to(torch.complex128))
-    with pytest.raises(ValueError, match="room is for 3"):
+    with pytest.raises(ValueError, match="buffers are for 3"):
         gather(a, a, buffers=GatherBuffers.of(3, 4))
     changes, _ = gather(a, a + 1)
     with pytest.raises(TypeError, match="the values are"):
