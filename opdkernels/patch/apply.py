@@ -18,7 +18,8 @@ from opdkernels.checkpoint.safetensors import SafetensorsFile, stored_dtype
 from opdkernels.checkpoint.sharded import ShardedCheckpoint
 from opdkernels.checkpoint.torch_pickle import torch_dtype_name
 from opdkernels.errors import InputError, printable
-from opdkernels.ops.patch import BITS, BLOCK, Changes, bits, digest, scatter
+from opdkernels.ops.patch import BITS, Changes, bits, digest, scatter
+from opdkernels.ops.patch.layout import BLOCK
 from opdkernels.patch import output, segments
 from opdkernels.patch.create import small_file
 from opdkernels.patch.manifest import Patch, Tensor, TensorDigest, digest_bytes, summary

@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from opdkernels.ops.patch import BITS, BLOCK, Changes, blocks_of, check, digest, position_bytes
+from opdkernels.ops.patch import BITS, Changes, check, digest, position_bytes
+from opdkernels.ops.patch.layout import BLOCK, blocks_of
 
 SEGMENT_BYTES = 1 << 23
 HEADER = struct.Struct("<QQ16s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from opdkernels.backends import layout as common
 from opdkernels.ops.delta import layout as delta
 from opdkernels.ops.gram import layout as gram
 from opdkernels.ops.overlap import layout as overlap
+from opdkernels.ops.patch import layout as patch
 from opdkernels.ops.quantile import layout as quantile
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -53,6 +55,7 @@ C: dict[str, dict[str, int]] = {
     "overlap": constants_of(NUMERIC, "overlap/overlap.h"),
     "quantile": constants_of(NUMERIC, "quantile/quantile.h"),
     "gram": constants_of(NUMERIC, "gram/gram.h"),
+    "patch": constants_of(NUMERIC, "common/cuda/grid.h", "common/cuda/active.h", "patch/patch.h", "patch/cuda.cu"),
 }
 # Names of C constants that differ from the Python name.
 RENAMED = {
@@ -90,9 +93,11 @@ RENAMED = {
         "SMEM_DIGITS": "OPD_SMEM_DIGITS",
     },
     "gram": {f"PART_{x}": f"GRAM_PART_{x}" for x in ("BASE", "CROSS", "DELTA")} | {"MAX_BLOCK": "OPD_GRAM_BLOCK"},
+    "patch": {x: f"OPD_{x}" for x in vars(patch) if x.startswith("HASH_")}
+    | {"BLOCK": "OPD_PATCH_BLOCK", "VALID": "OPD_PATCH_VALID"},
 }
 # Derived in Python alone.
-PYTHON_ONLY = {"SMEM_TABLE_BYTES", "SMEM_DIGIT_BYTES", "ULP_REACH"}
+PYTHON_ONLY = {"SMEM_TABLE_BYTES", "SMEM_DIGIT_BYTES", "ULP_REACH", "HASH_AVALANCHE"}
 
 
 def integers_of(module: Any) -> dict[str, int]:
@@ -101,7 +106,14 @@ def integers_of(module: Any) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("family", "module"),
-    [("common", common), ("delta", delta), ("overlap", overlap), ("quantile", quantile), ("gram", gram)],
+    [
+        ("common", common),
+        ("delta", delta),
+        ("overlap", overlap),
+        ("quantile", quantile),
+        ("gram", gram),
+        ("patch", patch),
+    ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_every_constant_equals_the_header(family, module):
@@ -116,6 +128,12 @@ def test_dtype_codes_equal_the_enum():
     assert {name: C["common"][name] for name in DTYPES} == {n: common.DTYPE_CODES[d] for n, d in DTYPES.items()}
 
 
+def test_secret_of_the_digest_equals_the_header():
+    text = (CSRC / "patch" / "patch.h").read_text()
+    assert bytes(int(byte, 16) for byte in re.findall(r"\b0x([0-9a-f]{2})\b", text)) == patch.HASH_SECRET
+    assert len(patch.HASH_SECRET) == patch.HASH_SECRET_BYTES
+
+
 def test_derived_constants():
     assert common.SMEM_TABLE_BYTES == 4 * common.SMEM_BINS
     assert quantile.SMEM_DIGIT_BYTES == 4 * quantile.SMEM_DIGITS
@@ -127,18 +145,23 @@ def test_layouts_import_neither_triton_nor_the_extension():
         assert not re.search(r"import (triton|.*_C\b)|from triton", path.read_text()), path
 
 
-def test_triton_uses_the_layouts():
+@pytest.mark.parametrize("layout", [delta, patch], ids=["delta", "patch"])
+def test_triton_uses_the_layouts(layout):
     pytest.importorskip("triton")
-    from opdkernels.ops.delta import triton
-
-    for name, value in integers_of(delta).items():
-        if name in vars(triton):
-            assert getattr(triton, name).value == value, name
+    triton = importlib.import_module(layout.__name__.replace(".layout", ".triton"))
+    shared = [name for name in integers_of(layout) if name in vars(triton)]
+    assert shared
+    for name in shared:
+        assert getattr(triton, name).value == getattr(layout, name), name
 
 
 def test_cuda_launches_match_the_kernels():
     from opdkernels.ops.delta import cuda
+    from opdkernels.ops.patch import cuda as patch_cuda
 
     kernels = constants_of(NUMERIC, "common/cuda/grid.h", "delta/delta.h", "delta/cuda.cu")
     assert kernels["WORK_ROWS"] == cuda.WORK_ROWS
     assert kernels["OPD_PAIR_THREADS"] == cuda.launch_shape(torch.bfloat16, torch.bfloat16)[1]
+    assert C["patch"]["OPD_PATCH_THREADS"] == patch_cuda.THREADS
+    assert C["patch"]["OPD_QUEUE_THREADS"] == patch_cuda.QUEUE_THREADS
+    assert C["patch"]["OPD_PATCH_CHUNKS"] == patch_cuda.CHUNKS

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from opdkernels import InputError
 from opdkernels.checkpoint.safetensors import SafetensorsFile
-from opdkernels.ops.patch import SECRET
+from opdkernels.ops.patch.layout import HASH_SECRET
 from opdkernels.patch import create
 from opdkernels.patch.create import weights_name
 from tests.ops.patch.test_patch import MASK, Xxh3
@@ -31,7 +31,7 @@ class Reader:
         self.patch = safe_open(patch, framework="pt")
         self.metadata = self.patch.metadata()
         self.manifest = json.loads(self.metadata["manifest"])
-        self.base, self.hasher = Path(base), Xxh3(SECRET)
+        self.base, self.hasher = Path(base), Xxh3(HASH_SECRET)
         assert digest(self.metadata["manifest"].encode()) == self.metadata["manifest_digest"]
 
     def entry(self, key: str) -> bytes:

@@ -1,20 +1,21 @@
-r"""`patch`: the coordinates whose bits changed, gathered to positions and values, and scattered back.
+r"""`patch`: gathers the positions and values of the coordinates whose bits changed, and scatters them back.
 
-For W (base) and W' (trained) of one dtype, as unsigned integers of the same bits, in blocks of 65,536 coordinates:
+W (base) and W' (trained) have one dtype and are compared as unsigned integers, in blocks of 65,536 coordinates:
 
-    changed     { i : W_i != W'_i }, by bits: a NaN equals itself, +0 is not -0
-    counts      how many changed, a block
-    positions   a block's changed coordinates: offsets within it, increasing, 16 bits each, or one bit a coordinate
-                (little-endian), whichever is shorter; the mask where both are equal
-    stored      W'_i, or W'_i - W_i modulo 2^bits (`difference`), of the changed, in order
+    changed     { i : W_i != W'_i }, by bits: a NaN equals itself, +0 differs from -0
+    counts      number of changed coordinates per block
+    positions   changed coordinates of each block: either increasing 16-bit offsets within the block, or one bit per
+                coordinate (little-endian), whichever is shorter; the mask if both have the same length
+    values      W'_i, or W'_i - W_i modulo 2^bits (`difference`), of the changed coordinates, in order
 
-Sixteen-bit offsets cost 2 bytes a changed coordinate, a mask 1/8 byte a coordinate: they cross at one in sixteen. Gaps of
-variable length would save a third of the positions at a density of 17 %, 2 % of a bf16 tensor, and cannot be read in parallel.
+Offsets take 2 bytes per changed coordinate and a mask 1/8 byte per coordinate: they are equal at a density of 1/16.
+Gaps of variable length would save a third of the positions at a density of 17 %, which is 2 % of a bf16 tensor, but
+they cannot be read in parallel.
 
-Digests come with every pass: XXH3-128 (seed 0) of each block's bytes, padded with zeros to a multiple of 1,024. They tell
-contents apart that differ by accident, not by intent.
+Every pass also computes digests: XXH3-128 (seed 0) of the bytes of each block, padded with zeros to a multiple of
+1,024. They detect accidental differences, not deliberate ones.
 
-Source: Y. Collet, xxHash (XXH3, version 0.8); the layout is this project's.
+Source: Y. Collet, xxHash (XXH3, version 0.8); the layout is defined here.
 """
 
 from __future__ import annotations
@@ -24,11 +25,24 @@ from dataclasses import dataclass
 import torch
 
 from opdkernels.ops import register, to_local
+from opdkernels.ops.patch.layout import (
+    BLOCK,
+    HASH_AVALANCHE,
+    HASH_HIGH,
+    HASH_LAST,
+    HASH_LOW,
+    HASH_PRIME32_1,
+    HASH_PRIME64_1,
+    HASH_PRIME64_2,
+    HASH_SCRAMBLE,
+    HASH_SECRET,
+    HASH_START,
+    HASH_UNIT,
+    blocks_of,
+)
 
-BLOCK = 1 << 16
-UNIT = 1024  # bytes of the digest between two scrambles: 16 stripes of 8 words
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""What coordinates of a width are seen as; comparing and subtracting modulo the width need no sign."""
+"""Integer dtype by bytes per coordinate. Comparison, and subtraction modulo 2^bits, do not depend on the sign."""
 
 GATHER = (
     "patch_gather_(Tensor base, Tensor trained, bool difference, Tensor(a!) counts, Tensor(b!) positions, "
@@ -41,92 +55,101 @@ SCATTER = (
 CHECK = "patch_check(Tensor counts, Tensor positions, int numel, int stored) -> Tensor"
 DIGEST = "patch_digest(Tensor values) -> Tensor"
 
-SECRET = bytes.fromhex(
-    "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221b8084674f743248ee03590e6813a264c"
-    "3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931c89f7ec9d9787364"
-    "eac5ac8334d3ebc3c581a0fffa1363eb170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
-)
-PRIME32 = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
-PRIME64 = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
-START = (PRIME32[2], *PRIME64[:4], PRIME32[1], PRIME64[4], PRIME32[0])
 WORD = (1 << 64) - 1
 
 
-def blocks_of(numel: int) -> int:
-    return (numel + BLOCK - 1) // BLOCK
+def to_int64(words: list[int]) -> torch.Tensor:
+    """Returns unsigned 64-bit words as int64 [len(words)]; sums and products wrap around alike."""
+    return torch.tensor([word - (1 << 64) if word >> 63 else word for word in words], dtype=torch.int64)
 
 
-def signed(words: bytes | list[int]) -> torch.Tensor:
-    """64-bit words as int64, whose sums and products wrap around as theirs do."""
-    found = (
-        [int.from_bytes(words[i : i + 8], "little") for i in range(0, len(words), 8)]
-        if isinstance(words, bytes)
-        else words
-    )
-    return torch.tensor([word - (1 << 64) if word >> 63 else word for word in found], dtype=torch.int64)
+def secret_words(offset: int) -> list[int]:
+    """Returns the eight words of the secret that begin at a byte offset."""
+    return [int.from_bytes(HASH_SECRET[offset + 8 * i :][:8], "little") for i in range(8)]
 
 
-def merge(state: list[int], key: int, start: int) -> int:
-    """XXH3's last step: eight words to one."""
-    for i in range(4):
-        a, b = (state[2 * i + j] ^ int.from_bytes(SECRET[key + 16 * i + 8 * j :][:8], "little") for j in (0, 1))
+def merge(state: list[int], offset: int, start: int) -> int:
+    """Returns one word of the digest from the eight words of the state: the last step of XXH3."""
+    mixed = [word ^ key for word, key in zip(state, secret_words(offset), strict=True)]
+    for a, b in zip(mixed[::2], mixed[1::2], strict=True):
         start += (a * b & WORD) ^ (a * b >> 64)
     start &= WORD
-    start = (start ^ start >> 37) * 0x165667919E3779F9 & WORD
+    start = (start ^ start >> 37) * HASH_AVALANCHE & WORD
     return start ^ start >> 32
 
 
 def xxh3(data: torch.Tensor) -> torch.Tensor:
-    """int64 [n, 2], the low and the high word: XXH3-128 of the n rows of uint8 [n, a positive multiple of 1,024]."""
-    words = (
-        data.clone(memory_format=torch.contiguous_format).view(torch.int64).view(len(data), -1, 16, 8)
-    )  # a view may begin at any byte
-    keys = torch.stack([signed(SECRET[8 * s : 8 * s + 64]) for s in range(16)]).to(data.device)
-    last = keys.clone()
-    last[15] = signed(SECRET[-71:-7])
-    scramble = signed(SECRET[-64:]).to(data.device)
-    state = signed(list(START)).to(data.device).repeat(len(data), 1)
+    """XXH3-128 of each row.
+
+    Args:
+        data: uint8 [num_rows, num_bytes]; num_bytes is a positive multiple of 1,024.
+
+    Returns:
+        int64 [num_rows, 2], the low and the high word.
+    """
+    aligned = data.clone(memory_format=torch.contiguous_format)  # a view may begin at any byte
+    words = aligned.view(torch.int64).view(len(data), -1, 16, 8)  # [num_rows, num_units, stripes, 8]
+    keys = torch.stack([to_int64(secret_words(8 * stripe)) for stripe in range(16)]).to(data.device)
+    last_keys = keys.clone()
+    last_keys[15] = to_int64(secret_words(HASH_LAST))
+    scramble = to_int64(secret_words(HASH_SCRAMBLE)).to(data.device)
+    state = to_int64(list(HASH_START)).to(data.device).repeat(len(data), 1)
     for unit in range(words.shape[1]):
-        ends = unit == words.shape[1] - 1
-        mixed = words[:, unit] ^ (last if ends else keys)
+        is_last = unit == words.shape[1] - 1
+        mixed = words[:, unit] ^ (last_keys if is_last else keys)
         products = (mixed & 0xFFFFFFFF) * (mixed >> 32 & 0xFFFFFFFF)
         state = state + products.sum(1) + words[:, unit].sum(1).view(-1, 4, 2).flip(2).view(-1, 8)
-        if not ends:
-            state = (state ^ (state >> 47 & 0x1FFFF) ^ scramble) * PRIME32[0]
+        if not is_last:
+            state = (state ^ (state >> 47 & 0x1FFFF) ^ scramble) * HASH_PRIME32_1
     size = data.shape[1]
-    found = [
-        word
-        for row in state.tolist()
-        for word in (
-            merge([w & WORD for w in row], 11, size * PRIME64[0] & WORD),
-            merge([w & WORD for w in row], 117, ~(size * PRIME64[1]) & WORD),
-        )
-    ]
-    return signed(found).view(-1, 2).to(data.device)
+    digest_words = []
+    for row in state.tolist():
+        unsigned = [word & WORD for word in row]
+        digest_words.append(merge(unsigned, HASH_LOW, size * HASH_PRIME64_1 & WORD))
+        digest_words.append(merge(unsigned, HASH_HIGH, ~(size * HASH_PRIME64_2) & WORD))
+    return to_int64(digest_words).view(-1, 2).to(data.device)
 
 
 def reference_digest(values: torch.Tensor) -> torch.Tensor:
-    """The definition of the digests, in plain PyTorch: int64 [blocks, 2]."""
+    """The definition of the digests, in plain PyTorch. Returns int64 [blocks, 2]."""
     data = values.contiguous().view(torch.uint8)
-    size = BLOCK * values.element_size()
-    whole = len(data) // size
-    found = [xxh3(data[: whole * size].view(whole, size))] if whole else []
-    rest = data[whole * size :]
+    block_bytes = BLOCK * values.element_size()
+    full_blocks = len(data) // block_bytes
+    digests = [xxh3(data[: full_blocks * block_bytes].view(full_blocks, block_bytes))] if full_blocks else []
+    rest = data[full_blocks * block_bytes :]
     if len(rest):
-        padded = rest.new_zeros((len(rest) + UNIT - 1) // UNIT * UNIT)
+        padded = rest.new_zeros((len(rest) + HASH_UNIT - 1) // HASH_UNIT * HASH_UNIT)
         padded[: len(rest)] = rest
-        found.append(xxh3(padded[None]))
-    return torch.cat(found) if found else data.new_empty((0, 2), dtype=torch.int64)
+        digests.append(xxh3(padded[None]))
+    return torch.cat(digests) if digests else data.new_empty((0, 2), dtype=torch.int64)
 
 
 def position_bytes(count: int, numel: int) -> int:
-    """Bytes of the positions of `count` changed among the `numel` coordinates of a block."""
+    """Returns the bytes of the positions of a block of `numel` coordinates, `count` of them changed."""
     return min(2 * count, (numel + 7) // 8)
 
 
-def reference_gather(base, trained, difference, counts, positions, values, digests) -> None:
-    """The definition, in plain PyTorch. Writes the first of `positions` and `values`, and all of `counts` and `digests`."""
-    at = stored = 0
+def reference_gather(
+    base: torch.Tensor,
+    trained: torch.Tensor,
+    difference: bool,
+    counts: torch.Tensor,
+    positions: torch.Tensor,
+    values: torch.Tensor,
+    digests: torch.Tensor,
+) -> None:
+    """The definition, in plain PyTorch.
+
+    Args:
+        base: Integers [numel].
+        trained: As `base`.
+        difference: Whether to store trained - base instead of trained.
+        counts: int32 [blocks], output.
+        positions: uint8 [at least (numel + 7) // 8]; the first elements are output.
+        values: As `base`, at least [numel]; the first elements are output.
+        digests: int64 [2, blocks, 2], output: of `base` and of `trained`.
+    """
+    position = stored = 0
     for block in range(blocks_of(base.numel())):
         w, v = (side[block * BLOCK : (block + 1) * BLOCK] for side in (base, trained))
         differ = w != v
@@ -138,14 +161,14 @@ def reference_gather(base, trained, difference, counts, positions, values, diges
             bits = torch.zeros((len(w) + 7) // 8 * 8, dtype=torch.int32, device=w.device)
             bits[: len(w)] = differ
             coded = (bits.view(-1, 8) << torch.arange(8, device=w.device)).sum(1).to(torch.uint8)
-        positions[at : at + len(coded)] = coded
+        positions[position : position + len(coded)] = coded
         values[stored : stored + count] = (v - w if difference else v)[differ]
-        at, stored = at + len(coded), stored + count
+        position, stored = position + len(coded), stored + count
     digests[0], digests[1] = reference_digest(base), reference_digest(trained)
 
 
 def decode(coded: torch.Tensor, count: int, numel: int) -> torch.Tensor | None:
-    """The offsets of a block's positions, int64 [count]; None where they are not valid."""
+    """Returns the offsets of the positions of a block, int64 [count]; None if they are invalid."""
     if len(coded) < (numel + 7) // 8:
         low, high = coded.view(-1, 2).long().unbind(1)
         offsets = low | high << 8
@@ -157,35 +180,70 @@ def decode(coded: torch.Tensor, count: int, numel: int) -> torch.Tensor | None:
     return offsets if valid else None
 
 
-def walk(counts: torch.Tensor, positions: torch.Tensor, numel: int, stored: int) -> tuple[int, list[torch.Tensor]]:
-    """-1 and the offsets of every block; else the first block that is not valid, or the number of blocks where a length is not."""
-    listed, blocks = counts.tolist(), blocks_of(numel)
+def decode_blocks(
+    counts: torch.Tensor, positions: torch.Tensor, numel: int, stored: int
+) -> tuple[int, list[torch.Tensor]]:
+    """Decodes and validates the positions of all blocks.
+
+    Returns:
+        -1 and the offsets of each block; or the first invalid block and []; or the number of blocks and [] if the
+        length of the positions or the number of stored values does not match the counts.
+    """
+    block_counts, blocks = counts.tolist(), blocks_of(numel)
     sizes = [min(BLOCK, numel - block * BLOCK) for block in range(blocks)]
-    for block, (count, size) in enumerate(zip(listed, sizes, strict=True)):
+    for block, (count, size) in enumerate(zip(block_counts, sizes, strict=True)):
         if not 0 <= count <= size:
             return block, []
-    lengths = [position_bytes(count, size) for count, size in zip(listed, sizes, strict=True)]
-    if sum(lengths) != len(positions) or sum(listed) != stored:
+    lengths = [position_bytes(count, size) for count, size in zip(block_counts, sizes, strict=True)]
+    if sum(lengths) != len(positions) or sum(block_counts) != stored:
         return blocks, []
-    found = []
+    block_offsets = []
     for block, coded in enumerate(positions.split(lengths) if blocks else ()):
-        offsets = decode(coded, listed[block], sizes[block])
+        offsets = decode(coded, block_counts[block], sizes[block])
         if offsets is None:
             return block, []
-        found.append(offsets)
-    return -1, found
+        block_offsets.append(offsets)
+    return -1, block_offsets
 
 
-def reference_check(counts, positions, numel, stored) -> torch.Tensor:
-    """int64 [1]: -1, or the first block that is not valid, or the number of blocks where a length is not."""
-    return torch.tensor([walk(counts, positions, numel, stored)[0]], device=counts.device)
+def reference_check(counts: torch.Tensor, positions: torch.Tensor, numel: int, stored: int) -> torch.Tensor:
+    """The definition, in plain PyTorch.
+
+    Returns:
+        int64 [1]: -1 if all blocks are valid, else the first invalid block; or the number of blocks if the length of
+        the positions or the number of stored values does not match the counts.
+    """
+    return torch.tensor([decode_blocks(counts, positions, numel, stored)[0]], device=counts.device)
 
 
-def reference_scatter(base, counts, positions, values, difference, out, digests) -> torch.Tensor:
-    """The definition, in plain PyTorch. Writes `out` and its digests; returns as `reference_check`."""
-    status, blocks = walk(counts, positions, base.numel(), values.numel())
+def reference_scatter(
+    base: torch.Tensor,
+    counts: torch.Tensor,
+    positions: torch.Tensor,
+    values: torch.Tensor,
+    difference: bool,
+    out: torch.Tensor,
+    digests: torch.Tensor,
+) -> torch.Tensor:
+    """The definition, in plain PyTorch.
+
+    Args:
+        base: Integers [numel].
+        counts: int32 [blocks].
+        positions: uint8 [bytes].
+        values: As `base`, [changed].
+        difference: Whether `values` are trained - base.
+        out: As `base`, output; may be `base`.
+        digests: int64 [blocks, 2], output: of `out`.
+
+    Returns:
+        As `reference_check`; nothing is written unless it is -1.
+    """
+    status, block_offsets = decode_blocks(counts, positions, base.numel(), values.numel())
     if status < 0:
-        changed = torch.cat([offsets + block * BLOCK for block, offsets in enumerate(blocks)] or [positions.long()])
+        changed = torch.cat(
+            [offsets + block * BLOCK for block, offsets in enumerate(block_offsets)] or [positions.long()]
+        )
         new = values + base[changed] if difference else values
         out.copy_(base)
         out[changed] = new
@@ -193,19 +251,35 @@ def reference_scatter(base, counts, positions, values, difference, out, digests)
     return torch.tensor([status], device=base.device)
 
 
-def fake_gather(base, trained, difference, counts, positions, values, digests) -> None:
+def fake_gather(
+    base: torch.Tensor,
+    trained: torch.Tensor,
+    difference: bool,
+    counts: torch.Tensor,
+    positions: torch.Tensor,
+    values: torch.Tensor,
+    digests: torch.Tensor,
+) -> None:
     torch._check(base.numel() == trained.numel(), lambda: f"sizes differ: {base.shape} and {trained.shape}")
 
 
-def fake_scatter(base, counts, positions, values, difference, out, digests) -> torch.Tensor:
+def fake_scatter(
+    base: torch.Tensor,
+    counts: torch.Tensor,
+    positions: torch.Tensor,
+    values: torch.Tensor,
+    difference: bool,
+    out: torch.Tensor,
+    digests: torch.Tensor,
+) -> torch.Tensor:
     return base.new_empty(1, dtype=torch.int64)
 
 
-def fake_check(counts, positions, numel, stored) -> torch.Tensor:
+def fake_check(counts: torch.Tensor, positions: torch.Tensor, numel: int, stored: int) -> torch.Tensor:
     return counts.new_empty(1, dtype=torch.int64)
 
 
-def fake_digest(values) -> torch.Tensor:
+def fake_digest(values: torch.Tensor) -> torch.Tensor:
     return values.new_empty((blocks_of(values.numel()), 2), dtype=torch.int64)
 
 
@@ -217,7 +291,13 @@ register("patch", DIGEST, reference_digest, fake_digest)
 
 @dataclass(frozen=True)
 class Changes:
-    """What `gather` finds: int32 [blocks], uint8 [bytes], and integers [changed] of the width of a coordinate."""
+    """Changed coordinates of one tensor, as returned by `gather`.
+
+    Attributes:
+        counts: int32 [blocks], changed coordinates per block.
+        positions: uint8 [bytes], the positions of each block in turn.
+        values: Integers [changed] of the width of a coordinate.
+    """
 
     counts: torch.Tensor
     positions: torch.Tensor
@@ -225,12 +305,19 @@ class Changes:
 
     @property
     def changed(self) -> int:
+        """The number of changed coordinates."""
         return self.values.numel()
 
 
 @dataclass(frozen=True)
 class GatherBuffers:
-    """Memory for the changes of up to `numel` coordinates of `width` bytes, to be used again and again."""
+    """Reusable memory for the changes of up to `numel` coordinates of `width` bytes.
+
+    Attributes:
+        counts: int32 [blocks].
+        positions: uint8 [(numel + 7) // 8].
+        values: Integers [numel].
+    """
 
     counts: torch.Tensor
     positions: torch.Tensor
@@ -238,16 +325,20 @@ class GatherBuffers:
 
     @classmethod
     def of(cls, numel: int, width: int, device: torch.device | str = "cpu") -> GatherBuffers:
-        blocks = torch.empty(blocks_of(numel), dtype=torch.int32, device=device)
+        """Allocates buffers for tensors of up to `numel` coordinates of `width` bytes (1, 2, 4 or 8)."""
         return cls(
-            blocks,
+            torch.empty(blocks_of(numel), dtype=torch.int32, device=device),
             torch.empty((numel + 7) // 8, dtype=torch.uint8, device=device),
             torch.empty(numel, dtype=BITS[width], device=device),
         )
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The flat bits of a tensor of any dtype of 1, 2, 4 or 8 bytes, as integers; raises TypeError for others."""
+    """Returns the flat bits of a tensor as integers [numel]; a view if the tensor is contiguous.
+
+    Raises:
+        TypeError: The dtype is quantized or does not have 1, 2, 4 or 8 bytes.
+    """
     tensor = to_local(tensor)
     if tensor.is_quantized or tensor.element_size() not in BITS:
         raise TypeError(f"{tensor.dtype} has no coordinates of 1, 2, 4 or 8 bytes")
@@ -257,12 +348,20 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def gather(
     base: torch.Tensor, trained: torch.Tensor, *, difference: bool = False, buffers: GatherBuffers | None = None
 ) -> tuple[Changes, torch.Tensor]:
-    """What changed from base to trained, and the digests of both, int64 [2, blocks, 2]; from one pass over both.
+    """Finds the coordinates that changed from base to trained, and digests both, in one pass over both.
 
-    base, trained: one dtype of 1, 2, 4 or 8 bytes, one shape, one device; copied only if not contiguous. difference: store
-    trained - base modulo 2^bits instead of trained. buffers: memory that the changes are views of, until it is used again.
+    Args:
+        base: Tensor of any dtype of 1, 2, 4 or 8 bytes; copied only if it is not contiguous.
+        trained: As `base`, of the same dtype, shape and device.
+        difference: Whether to store trained - base modulo 2^bits instead of trained.
+        buffers: Memory for the result. The changes are views of it, valid until it is used again.
 
-    Raises TypeError for other dtypes, ValueError for shapes, devices or buffers that do not fit.
+    Returns:
+        The changes, and the digests of base and trained, int64 [2, blocks, 2].
+
+    Raises:
+        TypeError: The dtypes differ or are not supported.
+        ValueError: Shapes or devices differ, or the buffers do not fit.
 
     >>> changes, digests = gather(torch.tensor([1.0, 2, 3]), torch.tensor([1.0, 2, 4]))
     >>> changes.counts.tolist(), changes.positions.tolist(), changes.values.view(torch.float32).tolist()
@@ -280,17 +379,23 @@ def gather(
         buffers = GatherBuffers.of(numel, w.element_size(), w.device)
     if buffers.values.dtype != w.dtype or buffers.values.numel() < numel or buffers.values.device != w.device:
         raise ValueError(
-            f"buffers are for {buffers.values.numel()} of {buffers.values.dtype} on {buffers.values.device}, not {numel} of {w.dtype} on {w.device}"
+            f"buffers are for {buffers.values.numel()} of {buffers.values.dtype} on {buffers.values.device}, not"
+            f" {numel} of {w.dtype} on {w.device}"
         )
     counts, digests = buffers.counts[:blocks], w.new_empty((2, blocks, 2), dtype=torch.int64)
     torch.ops.opdkernels.patch_gather_(w, v, difference, counts, buffers.positions, buffers.values, digests)
-    listed = counts.tolist()
-    used = sum(position_bytes(count, min(BLOCK, numel - block * BLOCK)) for block, count in enumerate(listed))
-    return Changes(counts, buffers.positions[:used], buffers.values[: sum(listed)]), digests
+    block_counts = counts.tolist()
+    used = sum(position_bytes(count, min(BLOCK, numel - block * BLOCK)) for block, count in enumerate(block_counts))
+    return Changes(counts, buffers.positions[:used], buffers.values[: sum(block_counts)]), digests
 
 
-def fit(changes: Changes, numel: int) -> None:
-    """Raises TypeError or ValueError where the tensors of `changes` are not such as `gather` gives for `numel` coordinates."""
+def validate_changes(changes: Changes, numel: int) -> None:
+    """Validates dtypes, layout and devices of `changes` for a tensor of `numel` coordinates, but not their contents.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: A shape or device is wrong, or the number of counts is not the number of blocks.
+    """
     for name, tensor, dtypes in (
         ("counts", changes.counts, (torch.int32,)),
         ("positions", changes.positions, (torch.uint8,)),
@@ -306,7 +411,8 @@ def fit(changes: Changes, numel: int) -> None:
         )
 
 
-def raise_for(status: torch.Tensor, changes: Changes) -> None:
+def raise_for_status(status: torch.Tensor, changes: Changes) -> None:
+    """Raises ValueError if a status of `reference_check`, int64 [1], is not -1."""
     block = int(status)
     if block >= changes.counts.numel():
         raise ValueError("the lengths of positions and values are not those that the counts give")
@@ -317,34 +423,51 @@ def raise_for(status: torch.Tensor, changes: Changes) -> None:
 
 
 def check(changes: Changes, numel: int) -> None:
-    """Raises ValueError unless every position is in range, in order and there once, and all lengths agree.
+    """Validates that all positions are in range, in increasing order and unique, and that all lengths match.
+
+    Args:
+        changes: Changes of a tensor, from any source.
+        numel: Number of coordinates of that tensor.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: A shape, device, length or position is wrong.
 
     >>> changes, _ = gather(torch.zeros(3), torch.ones(3))
     >>> check(changes, 3)
     """
-    fit(changes, numel)
-    raise_for(
-        torch.ops.opdkernels.patch_check(changes.counts, changes.positions, numel, changes.values.numel()), changes
-    )
+    validate_changes(changes, numel)
+    status = torch.ops.opdkernels.patch_check(changes.counts, changes.positions, numel, changes.values.numel())
+    raise_for_status(status, changes)
 
 
 def scatter(
     base: torch.Tensor, changes: Changes, *, difference: bool = False, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The trained tensor from the base and its changes, and its digests, int64 [blocks, 2].
+    """Restores the trained tensor from the base and its changes, and digests it.
 
-    base: as `gather`. difference: as it was for `gather`. out: a contiguous tensor of the base's dtype, shape and device,
-    or the base itself. Nothing beyond the tensors is read or written, whatever `changes` holds.
+    No memory outside the tensors is read or written, whatever `changes` holds.
 
-    Raises TypeError for dtypes, ValueError for shapes, devices and changes that are not valid; `out` then holds nothing of use
-    (call `check` first where it is the base).
+    Args:
+        base: The tensor that `gather` compared, of any dtype of 1, 2, 4 or 8 bytes.
+        changes: Changes as returned by `gather`.
+        difference: As it was for `gather`.
+        out: A contiguous tensor of the dtype, shape and device of `base`, or `base` itself. Default: a new tensor.
+
+    Returns:
+        The trained tensor (`out`), and its digests, int64 [blocks, 2].
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: A shape, device, length or position is wrong. The contents of `out` are then undefined; call
+            `check` first if `out` is `base`.
 
     >>> w, v = torch.tensor([1.0, 2, 3]), torch.tensor([1.0, -0.0, 3])
     >>> scatter(w, gather(w, v)[0])[0].tolist()
     [1.0, -0.0, 3.0]
     """
     w = bits(base)
-    fit(changes, w.numel())
+    validate_changes(changes, w.numel())
     if changes.values.dtype != w.dtype or changes.values.device != w.device:
         raise TypeError(
             f"the values are {changes.values.dtype} on {changes.values.device}; base needs {w.dtype} on {w.device}"
@@ -359,12 +482,18 @@ def scatter(
     status = torch.ops.opdkernels.patch_scatter_(
         w, changes.counts, changes.positions, changes.values, difference, bits(out), digests
     )
-    raise_for(status, changes)
+    raise_for_status(status, changes)
     return out, digests
 
 
 def digest(tensor: torch.Tensor) -> torch.Tensor:
-    """The digests of a tensor's blocks, int64 [blocks, 2]: the low and high words of XXH3-128. Raises TypeError as `gather`.
+    """Computes XXH3-128 of each block of a tensor of any dtype of 1, 2, 4 or 8 bytes.
+
+    Returns:
+        int64 [blocks, 2], the low and the high word.
+
+    Raises:
+        TypeError: The dtype is not supported.
 
     >>> digest(torch.zeros(3)).shape
     torch.Size([1, 2])

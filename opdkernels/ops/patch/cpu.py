@@ -1,10 +1,11 @@
-"""`patch` on the CPU: raw pointers to csrc/patch/cpu.cpp. The public functions check the arguments."""
+"""`patch` on the CPU: passes raw pointers to csrc/patch/cpu.cpp. The public functions validate the arguments."""
 
 from __future__ import annotations
 
 import torch
 
 from opdkernels.backends import cpu
+from opdkernels.ops.patch.layout import blocks_of
 
 
 def patch_gather_(
@@ -16,6 +17,7 @@ def patch_gather_(
     values: torch.Tensor,
     digests: torch.Tensor,
 ) -> None:
+    """The operator, for contiguous integers."""
     cpu._C.patch_gather(
         base.data_ptr(),
         trained.data_ptr(),
@@ -39,6 +41,7 @@ def patch_scatter_(
     out: torch.Tensor,
     digests: torch.Tensor,
 ) -> torch.Tensor:
+    """The operator, for contiguous integers."""
     status = cpu._C.patch_scatter(
         base.data_ptr(),
         base.element_size(),
@@ -57,6 +60,7 @@ def patch_scatter_(
 
 
 def patch_check(counts: torch.Tensor, positions: torch.Tensor, numel: int, stored: int) -> torch.Tensor:
+    """The operator, for contiguous tensors."""
     status = cpu._C.patch_check(
         counts.data_ptr(), positions.data_ptr(), positions.numel(), numel, stored, torch.get_num_threads()
     )
@@ -64,7 +68,8 @@ def patch_check(counts: torch.Tensor, positions: torch.Tensor, numel: int, store
 
 
 def patch_digest(values: torch.Tensor) -> torch.Tensor:
-    digests = torch.empty((-(-values.numel() // cpu._C.patch_block), 2), dtype=torch.int64)
+    """The operator, for contiguous integers."""
+    digests = torch.empty(blocks_of(values.numel()), 2, dtype=torch.int64)
     cpu._C.patch_digest(
         values.data_ptr(), values.element_size(), values.numel(), torch.get_num_threads(), digests.data_ptr()
     )

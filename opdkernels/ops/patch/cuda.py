@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 
 from opdkernels.backends.cuda import launch
-from opdkernels.ops.patch.gpu_common import PATCH_BLOCK, blocks_of, first_unfit, position_bytes, starts_of, status_of
+from opdkernels.ops.patch.gpu_common import first_unfit, position_bytes, starts_of, status_of
+from opdkernels.ops.patch.layout import BLOCK, HASH_UNIT, blocks_of
 
-THREADS = 512  # a block, of coordinates too
-QUEUE_THREADS = 256  # a block of `compress`
-CHUNKS = PATCH_BLOCK // launch.QUEUE_SIZE  # of a block, whose changes are counted each
-SUMS_BYTES = 64 * PATCH_BLOCK // 1024  # of shared memory: a block's units of the digest, a byte a coordinate
-DECODED_BYTES = PATCH_BLOCK // 8 + 8  # a block's change bits, and two numbers
+THREADS = 512  # per block, which processes one block of coordinates
+QUEUE_THREADS = 256  # per block of `compress`
+CHUNKS = BLOCK // launch.QUEUE_SIZE  # per block; changes are counted per chunk
+SUMS_BYTES = 64 * BLOCK // HASH_UNIT  # of shared memory per byte of a coordinate: eight words per unit of a block
+DECODED_BYTES = BLOCK // 8 + 8  # of shared memory: the change bits of a block, and two 32-bit numbers
 
 
 def empty_bits(blocks: int, device: torch.device) -> torch.Tensor:
-    return torch.empty(blocks * PATCH_BLOCK // 8, dtype=torch.uint8, device=device)
+    """Returns uninitialized memory for change bits, uint8 [blocks * BLOCK / 8]."""
+    return torch.empty(blocks * BLOCK // 8, dtype=torch.uint8, device=device)
 
 
 def patch_gather_(
@@ -27,6 +29,7 @@ def patch_gather_(
     values: torch.Tensor,
     digests: torch.Tensor,
 ) -> None:
+    """The operator, for contiguous integers on one device."""
     n, width, device, blocks = base.numel(), base.itemsize, base.device, blocks_of(base.numel())
     if not n:
         return
@@ -64,10 +67,16 @@ def patch_gather_(
     )
 
 
-def decoded(
+def decode_positions(
     counts: torch.Tensor, positions: torch.Tensor, numel: int, stored: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The first bad block, or their number where lengths do not fit, or VALID, int64 [1]; change bits; their number of each chunk."""
+    """Validates and decodes the positions.
+
+    Returns:
+        int64 [1]: the first invalid block, the number of blocks if a length is wrong, or VALID.
+        uint8 [blocks * BLOCK / 8]: the change bits.
+        int32 [blocks * CHUNKS]: the number of change bits per chunk.
+    """
     blocks, device = blocks_of(numel), counts.device
     fits = first_unfit(counts, positions, numel, stored)
     bad, mask = fits.clone(), empty_bits(blocks, device)
@@ -93,7 +102,8 @@ def decoded(
 
 
 def patch_check(counts: torch.Tensor, positions: torch.Tensor, numel: int, stored: int) -> torch.Tensor:
-    return status_of(decoded(counts, positions, numel, stored)[0])
+    """The operator, for contiguous tensors on one device."""
+    return status_of(decode_positions(counts, positions, numel, stored)[0])
 
 
 def patch_scatter_(
@@ -105,8 +115,9 @@ def patch_scatter_(
     out: torch.Tensor,
     digests: torch.Tensor,
 ) -> torch.Tensor:
+    """The operator, for contiguous integers on one device."""
     n, width, device = base.numel(), base.itemsize, base.device
-    bad, mask, chunk_counts = decoded(counts, positions, n, values.numel())
+    bad, mask, chunk_counts = decode_positions(counts, positions, n, values.numel())
     if n:
         launch.run(
             f"patch_restore_{width}",
@@ -128,6 +139,7 @@ def patch_scatter_(
 
 
 def patch_digest(values: torch.Tensor) -> torch.Tensor:
+    """The operator, for contiguous integers on one device."""
     n, width, device, blocks = values.numel(), values.itemsize, values.device, blocks_of(values.numel())
     digests = torch.empty(blocks, 2, dtype=torch.int64, device=device)
     if n:

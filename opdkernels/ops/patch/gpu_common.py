@@ -1,35 +1,42 @@
-"""What the Triton and the CUDA launchers of `patch` share: block sizes, prefix sums, validation of lengths."""
+"""Functions that the Triton and the CUDA launchers of `patch` share: prefix sums and validation of lengths."""
 
 from __future__ import annotations
 
 import torch
 
-PATCH_BLOCK = 1 << 16
-VALID = 1 << 62  # the first bad block where there is none
-
-
-def blocks_of(numel: int) -> int:
-    return -(-numel // PATCH_BLOCK)
+from opdkernels.ops.patch.layout import BLOCK, VALID, blocks_of
 
 
 def starts_of(lengths: torch.Tensor) -> torch.Tensor:
-    """Where each begins and the last ends, int64 [one more]."""
+    """Returns the exclusive prefix sums of int [n], int64 [n + 1]; the last element is the total."""
     starts = torch.zeros(len(lengths) + 1, dtype=torch.int64, device=lengths.device)
     torch.cumsum(lengths, 0, out=starts.narrow(0, 1, len(lengths)))
     return starts
 
 
 def block_sizes(numel: int, device: torch.device) -> torch.Tensor:
-    return (numel - torch.arange(blocks_of(numel), device=device) * PATCH_BLOCK).clamp(max=PATCH_BLOCK)
+    """Returns the number of coordinates per block, int64 [blocks]."""
+    return (numel - torch.arange(blocks_of(numel), device=device) * BLOCK).clamp(max=BLOCK)
 
 
 def position_bytes(counts: torch.Tensor, numel: int) -> torch.Tensor:
-    """Bytes of the positions of every block, int64."""
+    """Returns the bytes of the positions per block, int64 [blocks], for counts, int32 [blocks]."""
     return torch.minimum(2 * counts.long(), (block_sizes(numel, counts.device) + 7) // 8)
 
 
 def first_unfit(counts: torch.Tensor, positions: torch.Tensor, numel: int, stored: int) -> torch.Tensor:
-    """The first block that counts what it cannot have, or their number where lengths do not fit, or VALID, int64 [1]."""
+    """Validates counts and lengths.
+
+    Args:
+        counts: int32 [blocks].
+        positions: uint8 [bytes].
+        numel: Number of coordinates.
+        stored: Number of stored values.
+
+    Returns:
+        int64 [1]: the first block with an impossible count; else the number of blocks if the length of the positions
+        or the number of values does not match the counts; else VALID.
+    """
     blocks, device = blocks_of(numel), counts.device
     impossible = torch.where(
         (counts < 0) | (counts > block_sizes(numel, device)), torch.arange(blocks, device=device), VALID
@@ -39,5 +46,5 @@ def first_unfit(counts: torch.Tensor, positions: torch.Tensor, numel: int, store
 
 
 def status_of(bad: torch.Tensor) -> torch.Tensor:
-    """What the operators of `patch` return."""
+    """Returns the status that the operators of `patch` return: -1 for VALID, else `bad`. Both are int64 [1]."""
     return torch.where(bad == VALID, -1, bad)

@@ -16,7 +16,7 @@ from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS
 from opdkernels.ops.delta import cuda as delta
 from opdkernels.ops.overlap import cuda as overlap
 from opdkernels.ops.patch import cuda as patch
-from opdkernels.ops.patch.gpu_common import blocks_of
+from opdkernels.ops.patch.layout import blocks_of
 from opdkernels.ops.quantile import cuda as quantile
 from opdkernels.ops.step import adamw_scalars
 from opdkernels.ops.step import cuda as step

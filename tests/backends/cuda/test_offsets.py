@@ -17,9 +17,9 @@ from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS
 from opdkernels.ops.delta import cuda as delta
 from opdkernels.ops.overlap import cuda as overlap
 from opdkernels.ops.overlap.layout import COUNT_NUMEL
-from opdkernels.ops.patch import BLOCK
 from opdkernels.ops.patch import cuda as patch
-from opdkernels.ops.patch.gpu_common import VALID, blocks_of, starts_of
+from opdkernels.ops.patch.gpu_common import starts_of
+from opdkernels.ops.patch.layout import BLOCK, VALID, blocks_of
 from opdkernels.ops.quantile import cuda as quantile
 from opdkernels.ops.step import cuda as step
 from opdkernels.ops.step.layout import BLOCK as STEP_BLOCK

@@ -16,7 +16,7 @@ from opdkernels.ops.divergence import triton as divergence
 from opdkernels.ops.gram import triton as gram
 from opdkernels.ops.overlap import triton as overlap
 from opdkernels.ops.patch import triton as patch
-from opdkernels.ops.patch.gpu_common import blocks_of
+from opdkernels.ops.patch.layout import blocks_of
 from opdkernels.ops.quantile import triton as quantile
 from opdkernels.ops.step import triton as step
 from tests.backends.triton.aot import (

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdkernels.ops.patch import BITS, BLOCK, Changes, bits, blocks_of, position_bytes
+from opdkernels.ops.patch import BITS, Changes, bits, position_bytes
+from opdkernels.ops.patch.layout import BLOCK, blocks_of
 from tests.ops.conformance import BF16, BYTES, Allocator, Case, Family, Kernel, assert_equal, reference, run_case
 
 INT16, INT32 = torch.int16, torch.int32
