@@ -28,7 +28,6 @@ DeltaOptions delta_options(const std::vector<int>& threshold_bits, const std::ve
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled CPU kernels of opdkernels.";
   m.attr("sum_limbs") = OPD_SUM_LIMBS;
-  m.attr("patch_block") = OPD_PATCH_BLOCK;
 #ifdef __VERSION__
   m.attr("compiler") = __VERSION__;
 #else
@@ -98,21 +97,25 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     masked_step(pointer<StepRow>(rows), count, options, threads);
   });
-  m.def("patch_gather", [](uintptr_t source, uintptr_t trained, int bytes, int64_t n, bool difference, int threads, uintptr_t counts,
-                           uintptr_t positions, uintptr_t values, uintptr_t digests) {
+  m.def("patch_gather", [](uintptr_t base, uintptr_t trained, int bytes, int64_t n, bool difference, int threads,
+                           uintptr_t counts, uintptr_t positions, uintptr_t values, uintptr_t digests) {
     py::gil_scoped_release release;
-    patch_gather(pointer<void>(source), pointer<void>(trained), bytes, n, difference, threads, pointer<int32_t>(counts),
+    patch_gather(pointer<void>(base), pointer<void>(trained), bytes, n, difference, threads, pointer<int32_t>(counts),
                  pointer<unsigned char>(positions), pointer<void>(values), pointer<uint64_t>(digests));
   });
-  m.def("patch_check", [](uintptr_t counts, uintptr_t positions, int64_t position_bytes, int64_t n, int64_t n_values, int threads) {
+  m.def("patch_check", [](uintptr_t counts, uintptr_t positions, int64_t position_bytes, int64_t n, int64_t n_values,
+                          int threads) {
     py::gil_scoped_release release;
-    return patch_check(pointer<int32_t>(counts), pointer<unsigned char>(positions), position_bytes, n, n_values, threads);
+    return patch_check(pointer<int32_t>(counts), pointer<unsigned char>(positions), position_bytes, n, n_values,
+                       threads);
   });
-  m.def("patch_scatter", [](uintptr_t source, int bytes, int64_t n, bool difference, uintptr_t counts, uintptr_t positions,
-                            int64_t position_bytes, uintptr_t values, int64_t n_values, int threads, uintptr_t out, uintptr_t digests) {
+  m.def("patch_scatter", [](uintptr_t base, int bytes, int64_t n, bool difference, uintptr_t counts,
+                            uintptr_t positions, int64_t position_bytes, uintptr_t values, int64_t n_values,
+                            int threads, uintptr_t out, uintptr_t digests) {
     py::gil_scoped_release release;
-    return patch_scatter(pointer<void>(source), bytes, n, difference, pointer<int32_t>(counts), pointer<unsigned char>(positions),
-                         position_bytes, pointer<void>(values), n_values, threads, pointer<void>(out), pointer<uint64_t>(digests));
+    return patch_scatter(pointer<void>(base), bytes, n, difference, pointer<int32_t>(counts),
+                         pointer<unsigned char>(positions), position_bytes, pointer<void>(values), n_values, threads,
+                         pointer<void>(out), pointer<uint64_t>(digests));
   });
   m.def("patch_digest", [](uintptr_t data, int bytes, int64_t n, int threads, uintptr_t digests) {
     py::gil_scoped_release release;

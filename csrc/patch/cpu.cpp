@@ -1,5 +1,5 @@
-// `patch` over threads: blocks are independent. Each thread gathers its range into the room that range could take at most;
-// then the ranges are moved together, so that threads change nothing.
+// `patch` with threads: blocks are independent. Each thread gathers its range into the memory that the range needs at
+// most; then the ranges are moved together, so the result does not depend on the number of threads.
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
@@ -15,13 +15,14 @@ int block_size(int64_t n, int64_t block) {
 
 int64_t blocks_of(int64_t n) { return (n + OPD_PATCH_BLOCK - 1) / OPD_PATCH_BLOCK; }
 
-// Keeps the least of the blocks that were found bad.
+// Lowers `bad` to an invalid block; -1 stands for none.
 void note_bad(std::atomic<int64_t>& bad, int64_t block) {
   int64_t before = bad.load();
   while ((before < 0 || block < before) && !bad.compare_exchange_weak(before, block)) {}
 }
 
-// Where each block's positions and values begin, and after them where these end; -1, or the first block whose count no block can have.
+// Computes where the positions and values of each block begin, and at the end the totals. Returns -1, or the first
+// block with an impossible count.
 int64_t find_starts(const int32_t* counts, int64_t n, std::vector<int64_t>& positions, std::vector<int64_t>& values) {
   const int64_t blocks = blocks_of(n);
   positions.assign((size_t)blocks + 1, 0);
@@ -36,8 +37,8 @@ int64_t find_starts(const int32_t* counts, int64_t n, std::vector<int64_t>& posi
 }
 }  // namespace
 
-void patch_gather(const void* source, const void* trained, int bytes, int64_t n, bool difference, int threads, int32_t* counts,
-                  unsigned char* positions, void* values, uint64_t* digests) {
+void patch_gather(const void* base, const void* trained, int bytes, int64_t n, bool difference, int threads,
+                  int32_t* counts, unsigned char* positions, void* values, uint64_t* digests) {
   const int64_t blocks = blocks_of(n);
   struct Range { int64_t start = 0, blocks = 0; };
   std::vector<Range> ranges((size_t)threads_for(n, threads));
@@ -50,8 +51,8 @@ void patch_gather(const void* source, const void* trained, int bytes, int64_t n,
     for (int64_t b = first; b < last; b++) {
       const int m = block_size(n, b);
       const int64_t at = b * OPD_PATCH_BLOCK * bytes;
-      counts[b] = kernels().patch_gather((const char*)source + at, (const char*)trained + at, bytes, m, difference, to_positions, to_values,
-                                         digest + 2 * b, digest + 2 * (blocks + b));
+      counts[b] = kernels().patch_gather((const char*)base + at, (const char*)trained + at, bytes, m, difference,
+                                         to_positions, to_values, digest + 2 * b, digest + 2 * (blocks + b));
       to_positions += patch_position_bytes(counts[b], m);
       to_values += (int64_t)counts[b] * bytes;
     }
@@ -59,19 +60,22 @@ void patch_gather(const void* source, const void* trained, int bytes, int64_t n,
   int64_t position = 0, value = 0;
   for (const Range& range : ranges) {
     const int64_t first = range.start / OPD_PATCH_BLOCK;
-    int64_t own_positions = 0, own_values = 0;
+    int64_t range_positions = 0, range_values = 0;
     for (int64_t b = first; b < first + range.blocks; b++) {
-      own_positions += patch_position_bytes(counts[b], block_size(n, b));
-      own_values += counts[b];
+      range_positions += patch_position_bytes(counts[b], block_size(n, b));
+      range_values += counts[b];
     }
-    if (position != range.start / 8) std::memmove(positions + position, positions + range.start / 8, (size_t)own_positions);
-    if (value != range.start) std::memmove((char*)values + value * bytes, (char*)values + range.start * bytes, (size_t)(own_values * bytes));
-    position += own_positions;
-    value += own_values;
+    if (position != range.start / 8)
+      std::memmove(positions + position, positions + range.start / 8, (size_t)range_positions);
+    if (value != range.start)
+      std::memmove((char*)values + value * bytes, (char*)values + range.start * bytes, (size_t)(range_values * bytes));
+    position += range_positions;
+    value += range_values;
   }
 }
 
-int64_t patch_check(const int32_t* counts, const unsigned char* positions, int64_t position_bytes, int64_t n, int64_t n_values, int threads) {
+int64_t patch_check(const int32_t* counts, const unsigned char* positions, int64_t position_bytes, int64_t n,
+                    int64_t n_values, int threads) {
   std::vector<int64_t> position, value;
   const int64_t impossible = find_starts(counts, n, position, value);
   if (impossible >= 0) return impossible;
@@ -86,9 +90,11 @@ int64_t patch_check(const int32_t* counts, const unsigned char* positions, int64
   return bad;
 }
 
-int64_t patch_scatter(const void* source, int bytes, int64_t n, bool difference, const int32_t* counts, const unsigned char* positions,
-                      int64_t position_bytes, const void* values, int64_t n_values, int threads, void* out, uint64_t* digests) {
-  std::vector<int64_t> position, value;  // what is read by is what was checked, whatever becomes of `counts` meanwhile
+int64_t patch_scatter(const void* base, int bytes, int64_t n, bool difference, const int32_t* counts,
+                      const unsigned char* positions, int64_t position_bytes, const void* values, int64_t n_values,
+                      int threads, void* out, uint64_t* digests) {
+  // Addresses are computed from these checked copies, so a concurrent change of `counts` has no effect.
+  std::vector<int64_t> position, value;
   const int64_t impossible = find_starts(counts, n, position, value);
   if (impossible >= 0) return impossible;
   if (position.back() != position_bytes || value.back() != n_values) return blocks_of(n);
@@ -96,9 +102,10 @@ int64_t patch_scatter(const void* source, int bytes, int64_t n, bool difference,
   parallel_ranges(n, threads, OPD_PATCH_BLOCK, [&](int, int64_t start, int64_t stop) {
     for (int64_t b = start / OPD_PATCH_BLOCK; b < blocks_of(stop); b++) {
       const int64_t at = b * OPD_PATCH_BLOCK * bytes;
-      const int done = kernels().patch_scatter((const char*)source + at, bytes, block_size(n, b), difference, (int)(value[b + 1] - value[b]),
-                                               positions + position[b], (const char*)values + value[b] * bytes, n_values - value[b],
-                                               (char*)out + at, (opd_u64*)digests + 2 * b);
+      const int count = (int)(value[b + 1] - value[b]);
+      const int done = kernels().patch_scatter((const char*)base + at, bytes, block_size(n, b), difference, count,
+                                               positions + position[b], (const char*)values + value[b] * bytes,
+                                               n_values - value[b], (char*)out + at, (opd_u64*)digests + 2 * b);
       if (!done) note_bad(bad, b);
     }
   });
@@ -108,6 +115,7 @@ int64_t patch_scatter(const void* source, int bytes, int64_t n, bool difference,
 void patch_digest(const void* data, int bytes, int64_t n, int threads, uint64_t* digests) {
   parallel_ranges(n, threads, OPD_PATCH_BLOCK, [&](int, int64_t start, int64_t stop) {
     for (int64_t b = start / OPD_PATCH_BLOCK; b < blocks_of(stop); b++)
-      kernels().patch_digest((const char*)data + b * OPD_PATCH_BLOCK * bytes, block_size(n, b) * bytes, (opd_u64*)digests + 2 * b);
+      kernels().patch_digest((const char*)data + b * OPD_PATCH_BLOCK * bytes, block_size(n, b) * bytes,
+                             (opd_u64*)digests + 2 * b);
   });
 }

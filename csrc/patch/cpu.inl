@@ -1,7 +1,7 @@
 // CPU loops of `patch`. Included once per instruction set, inside that set's namespace.
 //
-// Bits are compared, 64 coordinates to a mask word; the changed are compressed behind each other, or expanded back. The
-// digest of both sides is taken a KiB at a time while that is in the first cache, so that memory is read once.
+// Bits are compared, 64 coordinates per mask word; the changed values are compressed, or expanded back. The digests are
+// computed on one KiB at a time while it is in the L1 cache, so memory is read once.
 #define OPD_PATCH_WORDS (OPD_PATCH_BLOCK / 64)
 
 alignas(64) static const unsigned char hash_secret[OPD_HASH_SECRET_BYTES] = {OPD_HASH_SECRET};
@@ -21,7 +21,8 @@ OPD_FN HashVector hash_zero() { return _mm512_setzero_si512(); }
 OPD_FN HashVector hash_add(HashVector a, HashVector b) { return _mm512_add_epi64(a, b); }
 OPD_FN HashVector hash_mix(HashVector word, HashVector key) {
   HashVector mixed = _mm512_xor_si512(word, key);
-  return _mm512_maskz_mul_epu32(0xFF, mixed, _mm512_maskz_srli_epi64(0xFF, mixed, 32));  // unmasked, GCC 12 warns in its own header
+  // Masked, because GCC 12 warns in its own header for the unmasked intrinsics.
+  return _mm512_maskz_mul_epu32(0xFF, mixed, _mm512_maskz_srli_epi64(0xFF, mixed, 32));
 }
 #elif defined(OPD_AVX2)
 typedef __m256i HashVector;
@@ -57,13 +58,13 @@ struct Hash {
 };
 
 static void hash_begin(Hash& hash) {
-  const opd_u64 start[8] = {OPD_HASH_PRIME32_3, OPD_HASH_PRIME64_1, OPD_HASH_PRIME64_2, OPD_HASH_PRIME64_3,
-                            OPD_HASH_PRIME64_4, OPD_HASH_PRIME32_2, OPD_HASH_PRIME64_5, OPD_HASH_PRIME32_1};
+  const opd_u64 start[8] = {OPD_HASH_START};
   __builtin_memcpy(hash.state, start, sizeof start);
 }
 
-// Takes in one unit. Products and plain words are summed apart: words go to the neighbouring state, and crossing over once a
-// unit is cheaper than once a stripe. The last unit of an input has a key of its own in its last stripe, and no scramble.
+// Adds one unit to the state. Products and plain words are summed separately: words are added to the adjacent word of
+// the state, and exchanging them once per unit is cheaper than once per stripe. The last unit of an input has a
+// different key in its last stripe, and no scramble.
 static void hash_unit(Hash& hash, const unsigned char* unit, bool last) {
   constexpr int LANES = (int)sizeof(HashVector) / 8, VECTORS = 8 / LANES;
   HashVector products[VECTORS], words[VECTORS];
@@ -76,7 +77,7 @@ static void hash_unit(Hash& hash, const unsigned char* unit, bool last) {
     }
   };
   for (int s = 0; s < 15; s++) stripe(s, hash_secret + 8 * s);
-  stripe(15, hash_secret + (last ? OPD_HASH_SECRET_BYTES - 64 - 7 : 8 * 15));
+  stripe(15, hash_secret + (last ? OPD_HASH_LAST : 8 * 15));
   opd_u64 product[8], word[8];
   for (int j = 0; j < VECTORS; j++) {
     hash_store(product + LANES * j, products[j]);
@@ -84,21 +85,25 @@ static void hash_unit(Hash& hash, const unsigned char* unit, bool last) {
   }
   for (int i = 0; i < 8; i++) {
     hash.state[i] += product[i] + word[i ^ 1];
-    if (!last) hash.state[i] = hash_scramble(hash.state[i], read_word(hash_secret + OPD_HASH_SECRET_BYTES - 64 + 8 * i));
+    if (!last) hash.state[i] = hash_scramble(hash.state[i], read_word(hash_secret + OPD_HASH_SCRAMBLE + 8 * i));
   }
 }
 
 static opd_u64 hash_merge(const Hash& hash, const unsigned char* key, opd_u64 start) {
-  for (int i = 0; i < 4; i++) start += hash_fold(hash.state[2 * i] ^ read_word(key + 16 * i), hash.state[2 * i + 1] ^ read_word(key + 16 * i + 8));
+  for (int i = 0; i < 4; i++) {
+    const opd_u64 a = hash.state[2 * i] ^ read_word(key + 16 * i);
+    const opd_u64 b = hash.state[2 * i + 1] ^ read_word(key + 16 * i + 8);
+    start += hash_fold(a, b);
+  }
   return hash_avalanche(start);
 }
 
 static void hash_end(const Hash& hash, opd_u64 bytes, opd_u64* digest) {
-  digest[0] = hash_merge(hash, hash_secret + 11, bytes * OPD_HASH_PRIME64_1);
-  digest[1] = hash_merge(hash, hash_secret + OPD_HASH_SECRET_BYTES - 64 - 11, ~(bytes * OPD_HASH_PRIME64_2));
+  digest[0] = hash_merge(hash, hash_secret + OPD_HASH_LOW, bytes * OPD_HASH_PRIME64_1);
+  digest[1] = hash_merge(hash, hash_secret + OPD_HASH_HIGH, ~(bytes * OPD_HASH_PRIME64_2));
 }
 
-// The digest of a block, met unit by unit; a unit that is not full is padded with zeros.
+// The digest of a block, added unit by unit; a partial unit is padded with zeros.
 struct BlockHash {
   Hash hash;
   int bytes, done = 0;
@@ -123,7 +128,7 @@ static void patch_digest(const void* data, int bytes, opd_u64* digest) {
   hash.end(digest);
 }
 
-// One bit for each of 64 bytes that is all ones.
+// One bit for each of 64 bytes, which are 0 or 0xFF.
 OPD_FN opd_u64 bits_of_bytes(const unsigned char* flags) {
 #if defined(OPD_AVX512)
   return _mm512_movepi8_mask(_mm512_loadu_si512(flags));
@@ -132,12 +137,13 @@ OPD_FN opd_u64 bits_of_bytes(const unsigned char* flags) {
   return low | (opd_u64)(opd_u32)_mm256_movemask_epi8(_mm256_loadu_si256((const __m256i*)(flags + 32))) << 32;
 #else
   opd_u64 bits = 0;
-  for (int i = 0; i < 8; i++) bits |= ((read_word(flags + 8 * i) & 0x0101010101010101ull) * 0x0102040810204080ull >> 56) << 8 * i;
+  for (int i = 0; i < 8; i++)
+    bits |= ((read_word(flags + 8 * i) & 0x0101010101010101ull) * 0x0102040810204080ull >> 56) << 8 * i;
   return bits;
 #endif
 }
 
-// Which of 64 coordinates differ.
+// One bit for each of 64 coordinates that differs.
 template <class T>
 OPD_FN opd_u64 differing(const T* w, const T* v) {
   alignas(64) unsigned char flags[64];
@@ -146,7 +152,7 @@ OPD_FN opd_u64 differing(const T* w, const T* v) {
   return bits_of_bytes(flags);
 }
 
-// Which of fewer than 64 do.
+// As `differing`, for n < 64 coordinates.
 template <class T>
 static opd_u64 differing_some(const T* w, const T* v, int n) {
   opd_u64 bits = 0;
@@ -154,7 +160,8 @@ static opd_u64 differing_some(const T* w, const T* v, int n) {
   return bits;
 }
 
-// Appends what is stored of the chosen of 64 coordinates; may write as many as it looks at. Returns how many it appended.
+// Writes the stored values of the chosen of 64 coordinates to `out` and returns their number; the vector versions may
+// write 64.
 template <class T>
 OPD_FN int compress_chosen(const T* w, const T* v, opd_u64 chosen, T difference, T* out) {
   int k = 0;
@@ -165,7 +172,7 @@ OPD_FN int compress_chosen(const T* w, const T* v, opd_u64 chosen, T difference,
   return k;
 }
 
-// Puts the chosen of n coordinates back; the others are the source's. Returns how many values that took.
+// Restores the chosen of n coordinates and copies the others from the base. Returns the number of values used.
 template <class T>
 OPD_FN int expand_chosen(const T* w, opd_u64 chosen, const T* values, T difference, int n, T* out) {
   if (out != w) __builtin_memcpy(out, w, (opd_u64)n * sizeof(T));
@@ -177,44 +184,50 @@ OPD_FN int expand_chosen(const T* w, opd_u64 chosen, const T* values, T differen
   return k;
 }
 
-// Whole words, by vectors where these are faster; at least 64 values can be read.
+// As above for 64 coordinates, with vectors where these are faster; at least 64 values must be readable.
 template <class T>
-OPD_FN int compress_word(const T* w, const T* v, opd_u64 chosen, T difference, T* out) { return compress_chosen(w, v, chosen, difference, out); }
+OPD_FN int compress_word(const T* w, const T* v, opd_u64 chosen, T difference, T* out) {
+  return compress_chosen(w, v, chosen, difference, out);
+}
 template <class T>
-OPD_FN int expand_word(const T* w, opd_u64 chosen, const T* values, T difference, T* out) { return expand_chosen(w, chosen, values, difference, 64, out); }
+OPD_FN int expand_word(const T* w, opd_u64 chosen, const T* values, T difference, T* out) {
+  return expand_chosen(w, chosen, values, difference, 64, out);
+}
 
 #if defined(OPD_AVX512)
-// Compressed and expanded in registers: with a memory operand the instructions are microcoded on Zen 4.
-#define OPD_PATCH_WORD(T, BITS, LANES, MASK)                                                                                 \
-  OPD_FN int compress_word(const T* w, const T* v, opd_u64 chosen, T difference, T* out) {                                   \
-    const __m512i keep = _mm512_set1_epi##BITS((int)difference);                                                             \
-    int k = 0;                                                                                                               \
-    for (int i = 0; i < 64; i += LANES) {                                                                                    \
-      MASK bits = (MASK)(chosen >> i);                                                                                       \
-      __m512i stored = _mm512_sub_epi##BITS(_mm512_loadu_si512(v + i), _mm512_and_si512(_mm512_loadu_si512(w + i), keep));   \
-      _mm512_storeu_si512(out + k, _mm512_maskz_compress_epi##BITS(bits, stored));                                           \
-      k += __builtin_popcountll(bits);                                                                                       \
-    }                                                                                                                        \
-    return k;                                                                                                                \
-  }                                                                                                                          \
-  OPD_FN int expand_word(const T* w, opd_u64 chosen, const T* values, T difference, T* out) {                                \
-    const __m512i keep = _mm512_set1_epi##BITS((int)difference);                                                             \
-    int k = 0;                                                                                                               \
-    for (int i = 0; i < 64; i += LANES) {                                                                                    \
-      MASK bits = (MASK)(chosen >> i);                                                                                       \
-      __m512i old = _mm512_loadu_si512(w + i), spread = _mm512_maskz_expand_epi##BITS(bits, _mm512_loadu_si512(values + k)); \
-      spread = _mm512_add_epi##BITS(spread, _mm512_and_si512(old, keep));                                                    \
-      _mm512_storeu_si512(out + i, _mm512_mask_blend_epi##BITS(bits, old, spread));                                          \
-      k += __builtin_popcountll(bits);                                                                                       \
-    }                                                                                                                        \
-    return k;                                                                                                                \
+// Compression and expansion use registers: with a memory operand the instructions are microcoded on Zen 4.
+#define OPD_PATCH_WORD(T, BITS, LANES, MASK)                                                                          \
+  OPD_FN int compress_word(const T* w, const T* v, opd_u64 chosen, T difference, T* out) {                            \
+    const __m512i keep = _mm512_set1_epi##BITS((int)difference);                                                      \
+    int k = 0;                                                                                                        \
+    for (int i = 0; i < 64; i += LANES) {                                                                             \
+      MASK bits = (MASK)(chosen >> i);                                                                                \
+      __m512i old = _mm512_and_si512(_mm512_loadu_si512(w + i), keep);                                                \
+      __m512i stored = _mm512_sub_epi##BITS(_mm512_loadu_si512(v + i), old);                                          \
+      _mm512_storeu_si512(out + k, _mm512_maskz_compress_epi##BITS(bits, stored));                                    \
+      k += __builtin_popcountll(bits);                                                                                \
+    }                                                                                                                 \
+    return k;                                                                                                         \
+  }                                                                                                                   \
+  OPD_FN int expand_word(const T* w, opd_u64 chosen, const T* values, T difference, T* out) {                         \
+    const __m512i keep = _mm512_set1_epi##BITS((int)difference);                                                      \
+    int k = 0;                                                                                                        \
+    for (int i = 0; i < 64; i += LANES) {                                                                             \
+      MASK bits = (MASK)(chosen >> i);                                                                                \
+      __m512i old = _mm512_loadu_si512(w + i);                                                                        \
+      __m512i spread = _mm512_maskz_expand_epi##BITS(bits, _mm512_loadu_si512(values + k));                           \
+      spread = _mm512_add_epi##BITS(spread, _mm512_and_si512(old, keep));                                             \
+      _mm512_storeu_si512(out + i, _mm512_mask_blend_epi##BITS(bits, old, spread));                                   \
+      k += __builtin_popcountll(bits);                                                                                \
+    }                                                                                                                 \
+    return k;                                                                                                         \
   }
 OPD_PATCH_WORD(unsigned char, 8, 64, opd_u64)
 OPD_PATCH_WORD(opd_u16, 16, 32, opd_u32)
 OPD_PATCH_WORD(opd_u32, 32, 16, opd_u16)
 #undef OPD_PATCH_WORD
 #elif defined(OPD_AVX2)
-// Byte shuffles that move eight 16-bit lanes from the front to the chosen places; 0x80, the sign of a byte, elsewhere.
+// Byte shuffles that move 16-bit lanes from the front to the chosen of eight lanes; 0x80 (zero the byte) elsewhere.
 struct ExpandTable {
   unsigned char shuffle[256][16];
   ExpandTable() {
@@ -233,8 +246,10 @@ OPD_FN int compress_word(const opd_u16* w, const opd_u16* v, opd_u64 chosen, opd
   const __m128i keep = _mm_set1_epi16((short)difference);
   int k = 0;
   for (int i = 0; i < 64; i += 8, chosen >>= 8) {
-    __m128i stored = _mm_sub_epi16(_mm_loadu_si128((const __m128i*)(v + i)), _mm_and_si128(_mm_loadu_si128((const __m128i*)(w + i)), keep));
-    _mm_storeu_si128((__m128i*)(out + k), _mm_shuffle_epi8(stored, _mm_loadu_si128((const __m128i*)compress_table.shuffle[chosen & 0xFF])));
+    __m128i old = _mm_loadu_si128((const __m128i*)(w + i)), changed = _mm_loadu_si128((const __m128i*)(v + i));
+    __m128i pick = _mm_loadu_si128((const __m128i*)compress_table.shuffle[chosen & 0xFF]);
+    __m128i stored = _mm_sub_epi16(changed, _mm_and_si128(old, keep));
+    _mm_storeu_si128((__m128i*)(out + k), _mm_shuffle_epi8(stored, pick));
     k += __builtin_popcount((unsigned)chosen & 0xFF);
   }
   return k;
@@ -244,8 +259,10 @@ OPD_FN int expand_word(const opd_u16* w, opd_u64 chosen, const opd_u16* values, 
   const __m128i keep = _mm_set1_epi16((short)difference);
   int k = 0;
   for (int i = 0; i < 64; i += 8, chosen >>= 8) {
-    __m128i old = _mm_loadu_si128((const __m128i*)(w + i)), pick = _mm_loadu_si128((const __m128i*)expand_table.shuffle[chosen & 0xFF]);
-    __m128i spread = _mm_add_epi16(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)(values + k)), pick), _mm_and_si128(old, keep));
+    __m128i old = _mm_loadu_si128((const __m128i*)(w + i));
+    __m128i pick = _mm_loadu_si128((const __m128i*)expand_table.shuffle[chosen & 0xFF]);
+    __m128i spread = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)(values + k)), pick);
+    spread = _mm_add_epi16(spread, _mm_and_si128(old, keep));
     _mm_storeu_si128((__m128i*)(out + i), _mm_blendv_epi8(spread, old, pick));
     k += __builtin_popcount((unsigned)chosen & 0xFF);
   }
@@ -253,7 +270,7 @@ OPD_FN int expand_word(const opd_u16* w, opd_u64 chosen, const opd_u16* values, 
 }
 #endif
 
-// Sorted offsets of the set bits.
+// Writes the offsets of the set bits of a mask of n bits, in increasing order, two bytes each.
 static void offsets_of(const opd_u64* mask, int n, unsigned char* offsets) {
   for (int i = 0; 64 * i < n; i++)
     for (opd_u64 word = mask[i]; word; word &= word - 1) {
@@ -263,8 +280,8 @@ static void offsets_of(const opd_u64* mask, int n, unsigned char* offsets) {
     }
 }
 
-// The mask of a block's positions, zero beyond n. False where they are not what `count` says: `count` increasing offsets below
-// n, or a mask with as many bits, all below n.
+// Converts the positions of a block to a mask, zero from bit n. Returns false unless they are `count` increasing
+// offsets below n, or a mask with `count` set bits, all below n.
 static bool mask_of(const unsigned char* positions, int count, int n, opd_u64* mask) {
   const int bytes = patch_position_bytes(count, n), words = (n + 63) / 64;
   __builtin_memset(mask, 0, 8 * (opd_u64)words);
@@ -280,9 +297,9 @@ static bool mask_of(const unsigned char* positions, int count, int n, opd_u64* m
     return true;
   }
   __builtin_memcpy(mask, positions, (opd_u64)bytes);
-  int found = 0;
-  for (int i = 0; i < words; i++) found += __builtin_popcountll(mask[i]);
-  return found == count && (n % 64 == 0 || mask[words - 1] >> n % 64 == 0);
+  int total = 0;
+  for (int i = 0; i < words; i++) total += __builtin_popcountll(mask[i]);
+  return total == count && (n % 64 == 0 || mask[words - 1] >> n % 64 == 0);
 }
 
 static int patch_check(const unsigned char* positions, int count, int n) {
@@ -291,7 +308,8 @@ static int patch_check(const unsigned char* positions, int count, int n) {
 }
 
 template <class T>
-static int gather_block(const T* w, const T* v, int n, T difference, unsigned char* positions, T* values, opd_u64* digest_w, opd_u64* digest_v) {
+static int gather_block(const T* w, const T* v, int n, T difference, unsigned char* positions, T* values,
+                        opd_u64* digest_w, opd_u64* digest_v) {
   constexpr int UNIT = OPD_HASH_UNIT / (int)sizeof(T);
   static thread_local opd_u64 mask[OPD_PATCH_WORDS];
   BlockHash hash_w(n * (int)sizeof(T)), hash_v(n * (int)sizeof(T));
@@ -319,8 +337,8 @@ static int gather_block(const T* w, const T* v, int n, T difference, unsigned ch
 }
 
 template <class T>
-static int scatter_block(const T* w, int n, T difference, int count, const unsigned char* positions, const T* values, opd_i64 readable, T* out,
-                         opd_u64* digest) {
+static int scatter_block(const T* w, int n, T difference, int count, const unsigned char* positions, const T* values,
+                         opd_i64 readable, T* out, opd_u64* digest) {
   constexpr int UNIT = OPD_HASH_UNIT / (int)sizeof(T);
   static thread_local opd_u64 mask[OPD_PATCH_WORDS];
   if (!mask_of(positions, count, n, mask)) return 0;
@@ -331,7 +349,7 @@ static int scatter_block(const T* w, int n, T difference, int count, const unsig
     int i = start;
     for (; i + 64 <= stop; i += 64) {
       const opd_u64 chosen = mask[i >> 6];
-      // A vector reads beyond the values it takes: near the end of them all they are taken one by one.
+      // A vector reads beyond the values that it uses: near the end of all values they are read one by one.
       if (chosen && readable - used >= 128) used += expand_word(w + i, chosen, values + used, difference, out + i);
       else used += expand_chosen(w + i, chosen, values + used, difference, 64, out + i);
     }
@@ -342,20 +360,36 @@ static int scatter_block(const T* w, int n, T difference, int count, const unsig
   return 1;
 }
 
-static int patch_gather(const void* w, const void* v, int bytes, int n, int difference, unsigned char* positions, void* values,
-                        opd_u64* digest_w, opd_u64* digest_v) {
+// `bytes` is the width of a coordinate. Returns the number of changed coordinates.
+static int patch_gather(const void* w, const void* v, int bytes, int n, int difference, unsigned char* positions,
+                        void* values, opd_u64* digest_w, opd_u64* digest_v) {
   const opd_u64 keep = difference ? ~0ull : 0;
-  if (bytes == 1) return gather_block((const unsigned char*)w, (const unsigned char*)v, n, (unsigned char)keep, positions, (unsigned char*)values, digest_w, digest_v);
-  if (bytes == 2) return gather_block((const opd_u16*)w, (const opd_u16*)v, n, (opd_u16)keep, positions, (opd_u16*)values, digest_w, digest_v);
-  if (bytes == 4) return gather_block((const opd_u32*)w, (const opd_u32*)v, n, (opd_u32)keep, positions, (opd_u32*)values, digest_w, digest_v);
-  return gather_block((const opd_u64*)w, (const opd_u64*)v, n, keep, positions, (opd_u64*)values, digest_w, digest_v);
+  if (bytes == 1)
+    return gather_block((const unsigned char*)w, (const unsigned char*)v, n, (unsigned char)keep, positions,
+                        (unsigned char*)values, digest_w, digest_v);
+  if (bytes == 2)
+    return gather_block((const opd_u16*)w, (const opd_u16*)v, n, (opd_u16)keep, positions, (opd_u16*)values,
+                        digest_w, digest_v);
+  if (bytes == 4)
+    return gather_block((const opd_u32*)w, (const opd_u32*)v, n, (opd_u32)keep, positions, (opd_u32*)values,
+                        digest_w, digest_v);
+  return gather_block((const opd_u64*)w, (const opd_u64*)v, n, keep, positions, (opd_u64*)values,
+                      digest_w, digest_v);
 }
 
-static int patch_scatter(const void* w, int bytes, int n, int difference, int count, const unsigned char* positions, const void* values,
-                         opd_i64 readable, void* out, opd_u64* digest) {
+// `readable` is the number of values from `values` to the end of all values. Returns 0 if the positions are invalid.
+static int patch_scatter(const void* w, int bytes, int n, int difference, int count, const unsigned char* positions,
+                         const void* values, opd_i64 readable, void* out, opd_u64* digest) {
   const opd_u64 keep = difference ? ~0ull : 0;
-  if (bytes == 1) return scatter_block((const unsigned char*)w, n, (unsigned char)keep, count, positions, (const unsigned char*)values, readable, (unsigned char*)out, digest);
-  if (bytes == 2) return scatter_block((const opd_u16*)w, n, (opd_u16)keep, count, positions, (const opd_u16*)values, readable, (opd_u16*)out, digest);
-  if (bytes == 4) return scatter_block((const opd_u32*)w, n, (opd_u32)keep, count, positions, (const opd_u32*)values, readable, (opd_u32*)out, digest);
-  return scatter_block((const opd_u64*)w, n, keep, count, positions, (const opd_u64*)values, readable, (opd_u64*)out, digest);
+  if (bytes == 1)
+    return scatter_block((const unsigned char*)w, n, (unsigned char)keep, count, positions,
+                         (const unsigned char*)values, readable, (unsigned char*)out, digest);
+  if (bytes == 2)
+    return scatter_block((const opd_u16*)w, n, (opd_u16)keep, count, positions, (const opd_u16*)values,
+                         readable, (opd_u16*)out, digest);
+  if (bytes == 4)
+    return scatter_block((const opd_u32*)w, n, (opd_u32)keep, count, positions, (const opd_u32*)values,
+                         readable, (opd_u32*)out, digest);
+  return scatter_block((const opd_u64*)w, n, keep, count, positions, (const opd_u64*)values,
+                       readable, (opd_u64*)out, digest);
 }

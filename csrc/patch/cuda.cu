@@ -1,31 +1,28 @@
-// `patch` on a CUDA device: what changed is found in one pass over both tensors and compressed in a second; scattered back in one.
+// `patch` on a CUDA device: one pass over both tensors finds the changes, a second compresses them; one pass scatters
+// them.
 //
-// `compare`, a block of threads a block of 65,536 coordinates, leaves change bits, how many there are of each 2,048, and the
-// digests. Prefix sums over these counts then say where values and positions begin, on the device; nothing comes back to the host.
-// `compress` takes what changed by the change bits, as `step` takes what is active, and writes both behind each other.
+// `compare`, one block of threads per block of 65,536 coordinates, writes change bits, their number per 2,048, and the
+// digests. Prefix sums over these counts then give, on the device, where values and positions begin; nothing is copied
+// to the host. `compress` queues the changed coordinates by the change bits, as `step` queues the active ones, and
+// writes positions and values consecutively.
 //
-// Back again, `decode` checks the positions of a block and makes change bits of either form of them; `restore` reads these, the
-// source and the values, and writes the tensor and its digests. Both do nothing where lengths do not fit, and `restore` nothing
-// where a block is not valid, so that no address is made of what was not checked.
+// In the other direction, `decode` validates the positions of a block and converts either form to change bits;
+// `restore` reads these, the base and the values, and writes the trained tensor and its digests. Both do nothing if a
+// length is wrong, and `restore` does nothing if a block is invalid, so no address is computed from unchecked data.
 //
-// Digests. XXH3 adds up the 16 stripes of a unit of 1,024 bytes in any order, and scrambles its state between units. A warp sums a
-// unit from the registers that hold it, two times 16 bytes a lane; in the end one warp goes through the units in shared memory,
-// a lane a word of the state, while another block of the multiprocessor loads.
+// Digests. XXH3 adds the 16 stripes of a unit of 1,024 bytes in any order, and scrambles its state between units. A
+// warp sums a unit from the registers that hold it, two times 16 bytes per lane. At the end one warp combines the units
+// in shared memory, one lane per word of the state, while another block of the multiprocessor loads.
 #include "patch.h"
 #include "../common/cuda/active.h"
 
 #define OPD_PATCH_THREADS 512
 #define OPD_PATCH_CHUNKS (OPD_PATCH_BLOCK / OPD_MASK_BLOCK)
-#define OPD_PATCH_WORDS (OPD_PATCH_BLOCK / 32)      // of a block's change bits
-#define OPD_PATCH_VALID (1ll << 62)                 // the first bad block where there is none
-#define OPD_HASH_LAST (OPD_HASH_SECRET_BYTES - 71)  // keys of a block's last stripe, of the scramble, of either half of the digest
-#define OPD_HASH_SCRAMBLE (OPD_HASH_SECRET_BYTES - 64)
-#define OPD_HASH_LOW 11
-#define OPD_HASH_HIGH (OPD_HASH_SECRET_BYTES - 75)
+#define OPD_PATCH_WORDS (OPD_PATCH_BLOCK / 32)  // change bits of a block
+#define OPD_PATCH_VALID (1ll << 62)             // status if no block is invalid: larger than any block index
 
 OPD_CONSTANT opd_u8 hash_secret[OPD_HASH_SECRET_BYTES] = {OPD_HASH_SECRET};
-OPD_CONSTANT opd_u64 hash_start[8] = {OPD_HASH_PRIME32_3, OPD_HASH_PRIME64_1, OPD_HASH_PRIME64_2, OPD_HASH_PRIME64_3,
-                                      OPD_HASH_PRIME64_4, OPD_HASH_PRIME32_2, OPD_HASH_PRIME64_5, OPD_HASH_PRIME32_1};
+OPD_CONSTANT opd_u64 hash_start[8] = {OPD_HASH_START};
 
 __device__ __forceinline__ opd_u64 secret_word(int at) {
   opd_u64 word = 0;
@@ -54,7 +51,7 @@ OPD_FN void set_value(Vector& x, int j, T value) {
   x.word[place >> 5 & 3] = (x.word[place >> 5 & 3] & ~(all << shift)) | (opd_u32)value << shift;
 }
 
-// Values [i, i + 16 / sizeof(T)) below n, as one store where all are there and the address allows it.
+// Stores values [i, i + 16 / sizeof(T)) below n; one store if all are below n and the address is aligned.
 template <class T>
 __device__ __forceinline__ void store(T* out, opd_i64 i, opd_i64 n, const Vector& x) {
   const int V = 16 / (int)sizeof(T);
@@ -67,7 +64,8 @@ __device__ __forceinline__ void store(T* out, opd_i64 i, opd_i64 n, const Vector
     if (i + j < n) out[i + j] = value_of<T>(x, j);
 }
 
-// What a lane needs of the digest's keys: those of its stripe in either half of a unit, and in the second of a block's last unit.
+// The keys that a lane uses: those of its stripe in the first and the second half of a unit, and in the second half of
+// the last unit of a block.
 struct Keys { opd_u64 first[2], second[2], last[2]; };
 
 __device__ __forceinline__ Keys load_keys() {
@@ -81,7 +79,7 @@ __device__ __forceinline__ Keys load_keys() {
   return keys;
 }
 
-// What a unit adds to the eight words of the state, of which each has a neighbour that it is added to.
+// Stores what a unit adds to the eight words of the state. The data of each word is also added to the adjacent word.
 __device__ __forceinline__ void sum_unit(const Vector half[2], const Keys& keys, bool last, opd_u64* sums) {
   const int lane = threadIdx.x % OPD_WARP;
   opd_u64 even = 0, odd = 0;
@@ -102,7 +100,7 @@ __device__ __forceinline__ void sum_unit(const Vector half[2], const Keys& keys,
   }
 }
 
-// XXH3's last step, of which each of eight lanes has a word.
+// The last step of XXH3: returns one word of the digest. Each of eight lanes holds one word of the state.
 __device__ __forceinline__ opd_u64 merge(opd_u64 state, int key, opd_u64 start) {
   const opd_u64 mixed = state ^ secret_word(key + 8 * (threadIdx.x % 8));
   opd_u64 total = hash_fold(mixed, __shfl_xor_sync(OPD_ALL_LANES, mixed, 1));
@@ -111,23 +109,27 @@ __device__ __forceinline__ opd_u64 merge(opd_u64 state, int key, opd_u64 start) 
   return hash_avalanche(start + total);
 }
 
-// The digests of a block's sides, at digests[2 * side * stride], from the sums of their units. The first warp's work.
-__device__ __forceinline__ void finish_digests(const opd_u64* sums, int units, int sides, opd_u64* digests, opd_i64 stride) {
+// Computes the digests of a block of one or two tensors (sides), at digests[2 * side * stride], from the sums of their
+// units. Only the first warp works.
+__device__ __forceinline__ void finish_digests(const opd_u64* sums, int units, int sides, opd_u64* digests,
+                                               opd_i64 stride) {
   if (threadIdx.x >= OPD_WARP) return;
   const int word = threadIdx.x % 8, side = threadIdx.x / 8, bytes = units * OPD_HASH_UNIT;
-  const opd_u64 scramble = secret_word(OPD_HASH_SCRAMBLE + 8 * word), *at = sums + (side < sides ? side : 0) * units * 8 + word;
+  const opd_u64 scramble = secret_word(OPD_HASH_SCRAMBLE + 8 * word);
+  const opd_u64* at = sums + (side < sides ? side : 0) * units * 8 + word;
   opd_u64 state = hash_start[word];
 #pragma unroll 4
   for (int unit = 0; unit + 1 < units; unit++) state = hash_scramble(state + at[8 * unit], scramble);
   state += at[8 * (units - 1)];
-  const opd_u64 low = merge(state, OPD_HASH_LOW, bytes * OPD_HASH_PRIME64_1), high = merge(state, OPD_HASH_HIGH, ~(bytes * OPD_HASH_PRIME64_2));
+  const opd_u64 low = merge(state, OPD_HASH_LOW, bytes * OPD_HASH_PRIME64_1);
+  const opd_u64 high = merge(state, OPD_HASH_HIGH, ~(bytes * OPD_HASH_PRIME64_2));
   if (word == 0 && side < sides) {
     digests[2 * side * stride] = low;
     digests[2 * side * stride + 1] = high;
   }
 }
 
-// A block of coordinates and the units of its bytes. A warp takes 2,048 coordinates at a time.
+// A block of coordinates and the units of its bytes. A warp processes 2,048 coordinates at a time.
 template <class T>
 struct Range {
   static const int V = 16 / (int)sizeof(T), UNIT = OPD_HASH_UNIT / (int)sizeof(T), UNITS = OPD_MASK_BLOCK / UNIT;
@@ -138,14 +140,16 @@ struct Range {
     size = n - first < OPD_PATCH_BLOCK ? (int)(n - first) : OPD_PATCH_BLOCK;
     units = (size + UNIT - 1) / UNIT;
   }
-  __device__ __forceinline__ int end_of(int chunk) const { return (chunk + 1) * UNITS < units ? (chunk + 1) * UNITS : units; }
-  // The first of a lane's values in either half of a unit.
+  __device__ __forceinline__ int end_of(int chunk) const {
+    return (chunk + 1) * UNITS < units ? (chunk + 1) * UNITS : units;
+  }
+  // Coordinate of the first value of a lane in a half of a unit.
   __device__ __forceinline__ opd_i64 place(int unit, int half) const {
     return first + (opd_i64)unit * UNIT + half * (UNIT / 2) + threadIdx.x % OPD_WARP * V;
   }
 };
 
-// 32 change bits of the lanes that have V of them each, in all of these lanes.
+// Combines the V change bits of each of 32 / V lanes into one word, returned in all of these lanes.
 template <int V>
 __device__ __forceinline__ opd_u32 word_of_lanes(opd_u32 bits) {
   bits <<= V * (threadIdx.x % (32 / V));
@@ -155,7 +159,8 @@ __device__ __forceinline__ opd_u32 word_of_lanes(opd_u32 bits) {
 }
 
 template <class T>
-__device__ __forceinline__ void compare(const T* source, const T* trained, opd_u32* mask, opd_u32* counts, opd_u64* digests, opd_i64 n) {
+__device__ __forceinline__ void compare(const T* base, const T* trained, opd_u32* mask, opd_u32* counts,
+                                        opd_u64* digests, opd_i64 n) {
   OPD_DYNAMIC_SHARED(shared);
   typedef Range<T> R;
   const R range(n);
@@ -169,14 +174,15 @@ __device__ __forceinline__ void compare(const T* source, const T* trained, opd_u
       Vector w[2], v[2];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        w[h] = load<R::V>(source, sizeof(T), range.place(unit, h), n);
+        w[h] = load<R::V>(base, sizeof(T), range.place(unit, h), n);
         v[h] = load<R::V>(trained, sizeof(T), range.place(unit, h), n);
       }
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         opd_u32 differ = 0;
 #pragma unroll
-        for (int j = 0; j < R::V; j++) differ |= (opd_u32)(value_of<T>(w[h], j) != value_of<T>(v[h], j)) << j;  // beyond n both are zero
+        for (int j = 0; j < R::V; j++)  // both are zero from coordinate n
+          differ |= (opd_u32)(value_of<T>(w[h], j) != value_of<T>(v[h], j)) << j;
         changed += __popc(differ);
         const opd_u32 word = word_of_lanes<R::V>(differ);
         if (lane % (32 / R::V) == 0) mask[range.place(unit, h) / 32] = word;
@@ -191,13 +197,17 @@ __device__ __forceinline__ void compare(const T* source, const T* trained, opd_u
   finish_digests(sums, range.units, 2, digests + 2 * (opd_i64)blockIdx.x, gridDim.x);
 }
 
-// A block's size, and whether its positions are offsets.
-OPD_FN int block_size(opd_i64 block, opd_i64 n) { return n - block * OPD_PATCH_BLOCK < OPD_PATCH_BLOCK ? (int)(n - block * OPD_PATCH_BLOCK) : OPD_PATCH_BLOCK; }
+// Number of coordinates of a block.
+OPD_FN int block_size(opd_i64 block, opd_i64 n) {
+  return n - block * OPD_PATCH_BLOCK < OPD_PATCH_BLOCK ? (int)(n - block * OPD_PATCH_BLOCK) : OPD_PATCH_BLOCK;
+}
+// Whether the positions of a block are offsets.
 OPD_FN bool listed(int count, int size) { return patch_position_bytes(count, size) < patch_mask_bytes(size); }
 
 template <class T>
-__device__ __forceinline__ void compress(const T* source, const T* trained, const opd_u8* mask, const opd_i64* chunk_starts, const int* counts,
-                                         const opd_i64* starts, opd_u8* positions, T* values, opd_i64 n, bool difference) {
+__device__ __forceinline__ void compress(const T* base, const T* trained, const opd_u8* mask,
+                                         const opd_i64* chunk_starts, const int* counts, const opd_i64* starts,
+                                         opd_u8* positions, T* values, opd_i64 n, bool difference) {
   OPD_DYNAMIC_SHARED(shared);
   const opd_i64 warps = blockDim.x / OPD_WARP, step = gridDim.x * warps;
   const int lane = threadIdx.x % OPD_WARP;
@@ -207,24 +217,25 @@ __device__ __forceinline__ void compress(const T* source, const T* trained, cons
     const int size = block_size(block, n), inside = (int)(chunk % OPD_PATCH_CHUNKS) * OPD_MASK_BLOCK;
     const bool offsets = listed(counts[block], size);
     opd_u8* to = positions + starts[block];
-    for (int byte = inside / 8 + lane; !offsets && byte < (inside + OPD_MASK_BLOCK) / 8 && byte < patch_mask_bytes(size); byte += OPD_WARP)
+    const int chunk_end = (inside + OPD_MASK_BLOCK) / 8;
+    for (int byte = inside / 8 + lane; !offsets && byte < chunk_end && byte < patch_mask_bytes(size); byte += OPD_WARP)
       to[byte] = mask[block * (OPD_PATCH_BLOCK / 8) + byte];
     if (chunk_starts[chunk + 1] == before) continue;
     to += 2 * (before - chunk_starts[block * OPD_PATCH_CHUNKS]);
     const int count = queue_active(mask, chunk, n, queue);
     for (int k = lane; k < count; k += OPD_WARP) {
       const opd_i64 place = chunk * OPD_MASK_BLOCK + queue[k];
-      values[before + k] = patch_stored(difference ? source[place] : (T)0, trained[place], (T)~(T)0);
+      values[before + k] = patch_stored(difference ? base[place] : (T)0, trained[place], (T)~(T)0);
       if (!offsets) continue;
       const int offset = inside + queue[k];
       to[2 * k] = (opd_u8)offset;
       to[2 * k + 1] = (opd_u8)(offset >> 8);
     }
-    __syncwarp();  // the next queue goes where some lanes may still read
+    __syncwarp();  // the next queue overwrites what some lanes may still read
   }
 }
 
-// The change bit of an offset; false where that is not in order or not within the block.
+// Sets the change bit of the k-th offset; false if the offset is not increasing or not within the block.
 __device__ __forceinline__ bool add_offset(const opd_u8* positions, int k, int size, opd_u32* bits) {
   const int offset = positions[2 * k] | positions[2 * k + 1] << 8;
   const int previous = k ? positions[2 * k - 2] | positions[2 * k - 1] << 8 : -1;
@@ -235,11 +246,11 @@ __device__ __forceinline__ bool add_offset(const opd_u8* positions, int k, int s
 
 struct Decoded {  // in shared memory
   opd_u32 bits[OPD_PATCH_WORDS];
-  opd_u32 found, wrong;
+  opd_u32 total, wrong;  // number of set bits; whether the positions are invalid
 };
 
-__device__ __forceinline__ void decode(const int* counts, const opd_i64* starts, const opd_u8* positions, opd_u32* mask, opd_u32* chunk_counts,
-                                       opd_i64* bad, opd_i64 n) {
+__device__ __forceinline__ void decode(const int* counts, const opd_i64* starts, const opd_u8* positions,
+                                       opd_u32* mask, opd_u32* chunk_counts, opd_i64* bad, opd_i64 n) {
   OPD_DYNAMIC_SHARED(shared);
   Decoded& decoded = *(Decoded*)shared;
   const opd_i64 block = blockIdx.x;
@@ -253,40 +264,44 @@ __device__ __forceinline__ void decode(const int* counts, const opd_i64* starts,
     wrong |= left > 0 && left < 32 && word >> left;
     decoded.bits[w] = word;
   }
-  if (threadIdx.x == 0) decoded.found = decoded.wrong = 0;
+  if (threadIdx.x == 0) decoded.total = decoded.wrong = 0;
   __syncthreads();
-  for (int k = threadIdx.x; offsets && k < count; k += blockDim.x) wrong |= !add_offset(positions, k, size, decoded.bits);
+  for (int k = threadIdx.x; offsets && k < count; k += blockDim.x)
+    wrong |= !add_offset(positions, k, size, decoded.bits);
   if (wrong) atomicOr(&decoded.wrong, 1u);
   __syncthreads();
   for (int chunk = threadIdx.x / OPD_WARP; chunk < OPD_PATCH_CHUNKS; chunk += blockDim.x / OPD_WARP) {
-    opd_u32 found = 0;
+    opd_u32 chunk_total = 0;
     for (int w = OPD_MASK_WORDS * chunk + lane; w < OPD_MASK_WORDS * (chunk + 1); w += OPD_WARP) {
       mask[block * OPD_PATCH_WORDS + w] = decoded.bits[w];
-      found += __popc(decoded.bits[w]);
+      chunk_total += __popc(decoded.bits[w]);
     }
-    found = warp_sum(found);
+    chunk_total = warp_sum(chunk_total);
     if (lane == 0) {
-      chunk_counts[block * OPD_PATCH_CHUNKS + chunk] = found;
-      atomicAdd(&decoded.found, found);
+      chunk_counts[block * OPD_PATCH_CHUNKS + chunk] = chunk_total;
+      atomicAdd(&decoded.total, chunk_total);
     }
   }
   __syncthreads();
-  if (threadIdx.x == 0 && (decoded.wrong || decoded.found != (opd_u32)count)) atomicMin(bad, block);
+  if (threadIdx.x == 0 && (decoded.wrong || decoded.total != (opd_u32)count)) atomicMin(bad, block);
 }
 
-// Puts a lane's values of a unit back; `slots` is the number of the unit's first, and moves on.
+// Restores the values of a lane in a unit. `slots` is the index of the first value of the unit, advanced to the next
+// unit's.
 template <class T>
-__device__ __forceinline__ void put_back(Vector w[2], const opd_u32 chosen[2], const T* values, T difference, opd_i64& slots) {
+__device__ __forceinline__ void restore_unit(Vector w[2], const opd_u32 chosen[2], const T* values, T difference,
+                                             opd_i64& slots) {
   const int lane = threadIdx.x % OPD_WARP;
-  const opd_u32 mine = __popc(chosen[0]) | __popc(chosen[1]) << 16;
-  opd_u32 reached = mine;  // by this lane and those before it, in either half
+  const opd_u32 lane_counts = __popc(chosen[0]) | __popc(chosen[1]) << 16;
+  opd_u32 reached = lane_counts;  // inclusive prefix sums over the lanes, 16 bits for each half
 #pragma unroll
   for (int d = 1; d < OPD_WARP; d *= 2) {
     const opd_u32 before = __shfl_up_sync(OPD_ALL_LANES, reached, d);
     reached += lane >= d ? before : 0;
   }
   const opd_u32 all = __shfl_sync(OPD_ALL_LANES, reached, OPD_WARP - 1);
-  const T* at[2] = {values + slots + ((reached - mine) & 0xFFFFu), values + slots + (all & 0xFFFFu) + ((reached - mine) >> 16)};
+  const T* at[2] = {values + slots + ((reached - lane_counts) & 0xFFFFu),
+                    values + slots + (all & 0xFFFFu) + ((reached - lane_counts) >> 16)};
 #pragma unroll
   for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -296,8 +311,9 @@ __device__ __forceinline__ void put_back(Vector w[2], const opd_u32 chosen[2], c
 }
 
 template <class T>
-__device__ __forceinline__ void restore(const T* source, const opd_u32* mask, const opd_i64* chunk_starts, const T* values, const opd_i64* bad, T* out,
-                                        opd_u64* digests, opd_i64 n, T difference) {
+__device__ __forceinline__ void restore(const T* base, const opd_u32* mask, const opd_i64* chunk_starts,
+                                        const T* values, const opd_i64* bad, T* out, opd_u64* digests, opd_i64 n,
+                                        T difference) {
   OPD_DYNAMIC_SHARED(shared);
   typedef Range<T> R;
   if (*bad != OPD_PATCH_VALID) return;
@@ -315,10 +331,10 @@ __device__ __forceinline__ void restore(const T* source, const opd_u32* mask, co
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const opd_i64 place = range.place(unit, h);
-        w[h] = load<R::V>(source, sizeof(T), place, n);
+        w[h] = load<R::V>(base, sizeof(T), place, n);
         if (some) chosen[h] = mask[place / 32] >> place % 32 & ((1u << R::V) - 1);
       }
-      if (some) put_back(w, chosen, values, difference, slots);
+      if (some) restore_unit(w, chosen, values, difference, slots);
 #pragma unroll
       for (int h = 0; h < 2; h++) store(out, range.place(unit, h), n, w[h]);
       sum_unit(w, keys, unit == range.units - 1, sums + 8 * unit);
@@ -328,7 +344,7 @@ __device__ __forceinline__ void restore(const T* source, const opd_u32* mask, co
   finish_digests(sums, range.units, 1, digests + 2 * (opd_i64)blockIdx.x, 0);
 }
 
-// Of tensors of any width: a block is the bytes of its coordinates.
+// Digests of a tensor whose coordinates have `width` bytes.
 __device__ __forceinline__ void digest(const opd_u8* values, opd_u64* digests, opd_i64 n, opd_i64 width) {
   OPD_DYNAMIC_SHARED(shared);
   opd_u64* sums = (opd_u64*)shared;
@@ -346,45 +362,51 @@ __device__ __forceinline__ void digest(const opd_u8* values, opd_u64* digests, o
   finish_digests(sums, units, 1, digests + 2 * (opd_i64)blockIdx.x, 0);
 }
 
-// A block's positions to change bits, and their number of each 2,048, if they are valid; else `bad` is at most the block.
-// counts: [blocks]; starts: [blocks], of positions; fits: OPD_PATCH_VALID where all of them lie within.
+// Validates the positions of one block per block of threads and writes its change bits and their number per 2,048;
+// lowers `bad` to the block if it is invalid.
+// counts: [blocks]; starts: [blocks + 1], first byte of the positions of each block; fits: OPD_PATCH_VALID if all
+// counts and lengths are possible; mask: [blocks][OPD_PATCH_WORDS]; chunk_counts: [blocks][OPD_PATCH_CHUNKS]; bad: [1].
 extern "C" __global__ void __launch_bounds__(OPD_PATCH_THREADS, 2)
-patch_decode(const int* counts, const opd_i64* starts, const opd_u8* positions, const opd_i64* fits, opd_u32* mask, opd_u32* chunk_counts,
-             opd_i64* bad, opd_i64 n) {
+patch_decode(const int* counts, const opd_i64* starts, const opd_u8* positions, const opd_i64* fits, opd_u32* mask,
+             opd_u32* chunk_counts, opd_i64* bad, opd_i64 n) {
   if (*fits == OPD_PATCH_VALID) decode(counts, starts, positions, mask, chunk_counts, bad, n);
 }
 OPD_LAUNCHER(patch_decode)
 
-// digests: [blocks][2].
-extern "C" __global__ void __launch_bounds__(OPD_PATCH_THREADS, 2) patch_digest(const opd_u8* values, opd_u64* digests, opd_i64 n, opd_i64 width) {
+// values: bytes [n * width]; digests: [blocks][2].
+extern "C" __global__ void __launch_bounds__(OPD_PATCH_THREADS, 2)
+patch_digest(const opd_u8* values, opd_u64* digests, opd_i64 n, opd_i64 width) {
   digest(values, digests, n, width);
 }
 OPD_LAUNCHER(patch_digest)
 
-// mask: of whole blocks; counts: [blocks][32], of each 2,048; digests: [2][blocks][2].
-#define OPD_PATCH_COMPARE(name, T)                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(OPD_PATCH_THREADS, 2)                                                                       \
-  name(const T* source, const T* trained, opd_u32* mask, opd_u32* counts, opd_u64* digests, opd_i64 n) {                                    \
-    compare<T>(source, trained, mask, counts, digests, n);                                                                                  \
-  }                                                                                                                                         \
+// base, trained: [n]; mask: [blocks][OPD_PATCH_WORDS]; counts: [blocks][OPD_PATCH_CHUNKS], changes per 2,048
+// coordinates; digests: [2][blocks][2].
+#define OPD_PATCH_COMPARE(name, T)                                                                                    \
+  extern "C" __global__ void __launch_bounds__(OPD_PATCH_THREADS, 2)                                                  \
+  name(const T* base, const T* trained, opd_u32* mask, opd_u32* counts, opd_u64* digests, opd_i64 n) {                \
+    compare<T>(base, trained, mask, counts, digests, n);                                                              \
+  }                                                                                                                   \
   OPD_LAUNCHER(name)
 
-// chunk_starts: [chunks + 1], of values; counts: [blocks]; starts: [blocks], of positions.
-#define OPD_PATCH_COMPRESS(name, T)                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(OPD_QUEUE_THREADS, OPD_QUEUE_BLOCKS)                                                            \
-  name(const T* source, const T* trained, const opd_u8* mask, const opd_i64* chunk_starts, const int* counts, const opd_i64* starts,        \
-       opd_u8* positions, T* values, opd_i64 n, opd_i64 difference) {                                                                       \
-    compress<T>(source, trained, mask, chunk_starts, counts, starts, positions, values, n, difference != 0);                                \
-  }                                                                                                                                         \
+// chunk_starts: [chunks + 1], first value of each chunk; counts: [blocks]; starts: [blocks + 1], first byte of the
+// positions of each block.
+#define OPD_PATCH_COMPRESS(name, T)                                                                                   \
+  extern "C" __global__ void __launch_bounds__(OPD_QUEUE_THREADS, OPD_QUEUE_BLOCKS)                                   \
+  name(const T* base, const T* trained, const opd_u8* mask, const opd_i64* chunk_starts, const int* counts,           \
+       const opd_i64* starts, opd_u8* positions, T* values, opd_i64 n, opd_i64 difference) {                          \
+    compress<T>(base, trained, mask, chunk_starts, counts, starts, positions, values, n, difference != 0);            \
+  }                                                                                                                   \
   OPD_LAUNCHER(name)
 
-// chunk_starts: [chunks + 1], of values; digests: [blocks][2]. Does nothing where a block is bad. `out` may be the source.
-#define OPD_PATCH_RESTORE(name, T)                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(OPD_PATCH_THREADS, 2)                                                                       \
-  name(const T* source, const opd_u32* mask, const opd_i64* chunk_starts, const T* values, const opd_i64* bad, T* out, opd_u64* digests,    \
-       opd_i64 n, opd_i64 difference) {                                                                                                     \
-    restore<T>(source, mask, chunk_starts, values, bad, out, digests, n, (T)(difference ? ~0ull : 0));                                      \
-  }                                                                                                                                         \
+// chunk_starts: [chunks + 1], first value of each chunk; digests: [blocks][2]. Does nothing if a block is invalid.
+// `out` may be the base.
+#define OPD_PATCH_RESTORE(name, T)                                                                                    \
+  extern "C" __global__ void __launch_bounds__(OPD_PATCH_THREADS, 2)                                                  \
+  name(const T* base, const opd_u32* mask, const opd_i64* chunk_starts, const T* values, const opd_i64* bad, T* out,  \
+       opd_u64* digests, opd_i64 n, opd_i64 difference) {                                                             \
+    restore<T>(base, mask, chunk_starts, values, bad, out, digests, n, (T)(difference ? ~0ull : 0));                  \
+  }                                                                                                                   \
   OPD_LAUNCHER(name)
 
 #define OPD_PATCH_WIDTH(bytes, T)               \

@@ -43,16 +43,18 @@ struct QuantileResult {
 void quantile(const void* values, int dtype, int64_t n, const std::vector<int64_t>& k, bool largest,
               const unsigned char* mask, int threads, QuantileResult* results);
 
-// Gathers what changed in n coordinates of `bytes` bytes, block by block. counts: [blocks]; positions and values: room
-// for (n + 7) / 8 bytes and for n values, of which the first are used; digests: [2][blocks][2] of source and trained.
-void patch_gather(const void* source, const void* trained, int bytes, int64_t n, bool difference, int threads, int32_t* counts,
-                  unsigned char* positions, void* values, uint64_t* digests);
-// -1, or the first block whose count or positions are not valid, or the number of blocks where the lengths are not what
-// the counts say.
-int64_t patch_check(const int32_t* counts, const unsigned char* positions, int64_t position_bytes, int64_t n, int64_t n_values, int threads);
-// Puts source and changes together in out, which may be source. Returns as patch_check; unless -1, out holds nothing of
-// use.
-int64_t patch_scatter(const void* source, int bytes, int64_t n, bool difference, const int32_t* counts, const unsigned char* positions,
-                      int64_t position_bytes, const void* values, int64_t n_values, int threads, void* out, uint64_t* digests);
+// Gathers the changes of n coordinates of `bytes` bytes, block by block. counts: [blocks]; positions: capacity of
+// (n + 7) / 8 bytes; values: capacity of n values; the first elements of both are used; digests: [2][blocks][2] of base
+// and trained.
+void patch_gather(const void* base, const void* trained, int bytes, int64_t n, bool difference, int threads,
+                  int32_t* counts, unsigned char* positions, void* values, uint64_t* digests);
+// Returns -1, the first block with an invalid count or position, or the number of blocks if the lengths do not match
+// the counts.
+int64_t patch_check(const int32_t* counts, const unsigned char* positions, int64_t position_bytes, int64_t n,
+                    int64_t n_values, int threads);
+// Combines base and changes in out, which may be base. Returns as patch_check; unless it is -1, out is undefined.
+int64_t patch_scatter(const void* base, int bytes, int64_t n, bool difference, const int32_t* counts,
+                      const unsigned char* positions, int64_t position_bytes, const void* values, int64_t n_values,
+                      int threads, void* out, uint64_t* digests);
 // digests: [blocks][2].
 void patch_digest(const void* data, int bytes, int64_t n, int threads, uint64_t* digests);

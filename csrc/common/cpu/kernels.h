@@ -85,13 +85,12 @@ struct Kernels {
   int gram_panel_bytes;                       // per row of a panel
   // Updates the active coordinates of one block of a tensor.
   void (*step_block)(const StepRow* row, const StepOptions* options, opd_i64 block);
-  // One block of n coordinates of `bytes` bytes: receives its positions, what is stored of the changed and the digests
-  // of both sides; values must have room for all n. Returns how many changed.
-  int (*patch_gather)(const void* source, const void* trained, int bytes, int n, int difference, unsigned char* positions, void* values,
-                      opd_u64* source_digest, opd_u64* trained_digest);
-  // The block put together again, and its digest; `readable` values can be read. Returns 0 where the positions are not
-  // valid.
-  int (*patch_scatter)(const void* source, int bytes, int n, int difference, int count, const unsigned char* positions,
+  // Gathers one block of n coordinates of `bytes` bytes: its positions, stored values and the digests of base and
+  // trained; values must have a capacity of n. Returns the number of changed coordinates.
+  int (*patch_gather)(const void* base, const void* trained, int bytes, int n, int difference, unsigned char* positions,
+                      void* values, opd_u64* base_digest, opd_u64* trained_digest);
+  // Restores one block and computes its digest; `readable` values can be read. Returns 0 if the positions are invalid.
+  int (*patch_scatter)(const void* base, int bytes, int n, int difference, int count, const unsigned char* positions,
                        const void* values, opd_i64 readable, void* out, opd_u64* digest);
   // Whether the positions of a block are valid.
   int (*patch_check)(const unsigned char* positions, int count, int n);
