@@ -38,7 +38,7 @@ def thinned(source: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def checkpoints(folder, tmp_path_factory) -> tuple[Path, Path]:
-    """The source, and a run with 17 % of the coordinates changed; 1 GB each."""
+    """The base, and a trained checkpoint with 17 % of the coordinates changed; 1 GB each."""
     out = tmp_path_factory.mktemp("thinned")
     for file in sorted((folder / "source").glob("*.safetensors")):
         source, trained = load_file(file), load_file(folder / "run_a" / file.name)

@@ -327,10 +327,10 @@ class Application:
 
         hashes = {info.name: TensorDigest(info) for info in infos}
         jobs = ((piece, buffer(piece.info, piece.start, piece.stop)) for piece in self._segments(infos))
-        for piece, part, digests in self.workers.map_ahead(restore_piece, jobs, lambda job: is_small(job[0])):
+        for piece, restored, digests in self.workers.map_ahead(restore_piece, jobs, lambda job: is_small(job[0])):
             hashes[piece.info.name].add(digests)
             self._show(piece.info, digests)
-            yield piece.info, part
+            yield piece.info, restored
         for info in infos:
             if hashes[info.name].hexdigest() != self._tensor(info).digest:
                 raise self.patch.bad(f"gives a tensor {printable(info.name)} with a wrong digest")
@@ -343,8 +343,10 @@ class Application:
             output.Writer(folder / name, os.path.join(shown, name), self.workers.depth, size)
         ) as writer:
             writer([header])
-            for _, part in self.restore(infos, lambda info, start, stop: buffers.next(info.item_bytes)[: stop - start]):
-                writer([part.view(torch.uint8).numpy().data], small=part.numel() < output.SMALL)
+            for _, restored in self.restore(
+                infos, lambda info, start, stop: buffers.next(info.item_bytes)[: stop - start]
+            ):
+                writer([restored.view(torch.uint8).numpy().data], small=restored.numel() < output.SMALL)
             writer.finish()
         SafetensorsFile(str(folder / name), "read").close()  # validates the header with the library
 

@@ -136,13 +136,13 @@ class Creation:
         self.base, self.trained, self.workers, self.zstd = base, trained, workers, zstd
         self.progress = progress or (lambda done, total, name: None)
         self.plan = planned(base, trained)
-        self.headers = headers_of(trained, [one.info for one in self.plan])
+        self.headers = headers_of(trained, [plan.info for plan in self.plan])
         self.extra_files, self.stored_extra_files = extra_files_of(base, trained, list(self.headers))
         self.reserved = self._reserve()
 
     def _reserve(self) -> int:
         """Returns the size of a header with the longest possible numbers and digests."""
-        keys = {one.data: one.info for one in self.plan}
+        keys = {plan.data: plan.info for plan in self.plan}
         entries = {
             key: entry(stored_dtype(info.dtype), list(info.shape), LARGEST, LARGEST)
             if key.startswith("whole:")
@@ -159,7 +159,7 @@ class Creation:
                 f"a patch of {len(self.plan)} tensors would have more than the limit of {MAX_TENSORS} entries;"
                 " split the checkpoint"
             )
-        blank = {one.info.name: tensor_of(one, NO_DIGEST, NO_DIGEST, LARGEST) for one in self.plan}
+        blank = {plan.info.name: tensor_of(plan, NO_DIGEST, NO_DIGEST, LARGEST) for plan in self.plan}
         size = len(patch_header(entries, self._manifest(blank)))
         if size > MAX_HEADER_BYTES:
             raise InputError(
@@ -186,12 +186,12 @@ class Creation:
         entries: dict[str, Stored] = {}
         for plan in self.plan:
             entries.setdefault(plan.data, Stored.empty(plan))  # one storage with two names is stored once
-        done, total = 0, sum(one.plan.info.nbytes * (2 if one.plan.base else 1) for one in entries.values())
+        done, total = 0, sum(stored.plan.info.nbytes * (2 if stored.plan.base else 1) for stored in entries.values())
         buffers = output.Ring(self.workers.depth, lambda width: GatherBuffers.of(segments.size_of(width), width))
         jobs = (
-            (one, start, stop, buffers.next(one.plan.info.item_bytes))
-            for one in entries.values()
-            for start, stop in segments.ranges(one.plan.info.items, one.plan.info.item_bytes)
+            (stored, start, stop, buffers.next(stored.plan.info.item_bytes))
+            for stored in entries.values()
+            for start, stop in segments.ranges(stored.plan.info.items, stored.plan.info.item_bytes)
         )
         for stored, digests, changed, parts, nbytes in self.workers.map_ahead(
             self._segment, jobs, lambda job: job[2] - job[1] < output.SMALL
@@ -210,29 +210,29 @@ class Creation:
         self, job: tuple[Stored, int, int, GatherBuffers]
     ) -> tuple[Stored, Sequence[torch.Tensor], int, list[memoryview], int]:
         """Returns the tensor, digests of both sides, number of changes, bytes to write, and number of bytes read."""
-        one, start, stop, buffers = job
-        trained = self.trained.read_bits(one.plan.info.name, start, stop)
-        if one.plan.base is None:
-            # Copied: the next read may overwrite the buffer of this one.
+        stored, start, stop, buffers = job
+        trained = self.trained.read_bits(stored.plan.info.name, start, stop)
+        if stored.plan.base is None:
+            # Copied: the next read may overwrite the buffer of this read.
             values = buffers.values[: stop - start].copy_(trained)
             digests = digest(values)
             return (
-                one,
+                stored,
                 (digests, digests),
                 stop - start,
                 [memoryview(values.view(torch.uint8).numpy().data)],
                 values.nbytes,
             )
-        base = self.base.read_bits(one.plan.base.name, start, stop)
+        base = self.base.read_bits(stored.plan.base.name, start, stop)
         changes, both = gather(base, trained, difference=self.zstd, buffers=buffers)
-        return one, both.unbind(), changes.changed, segments.encode(changes, self.zstd), base.nbytes + trained.nbytes
+        return stored, both.unbind(), changes.changed, segments.encode(changes, self.zstd), base.nbytes + trained.nbytes
 
     def _entries(self, small: dict[str, bytes], stored: dict[str, Stored]) -> dict[str, dict[str, Any]]:
         """Returns the header entries of everything that was written."""
         entries, offset = {}, 0
         for key, size in [
             *((key, len(content)) for key, content in small.items()),
-            *((key, one.nbytes) for key, one in stored.items()),
+            *((key, tensor.nbytes) for key, tensor in stored.items()),
         ]:
             info = stored[key].plan.info if key in stored and stored[key].plan.base is None else None
             dtype, shape = (stored_dtype(info.dtype), list(info.shape)) if info else ("U8", [size])

@@ -240,13 +240,13 @@ class Patch:
         for info in infos:
             tensor = tensors[info.name]
             data = self.entry(tensor.data)
-            whole = (tensor.base, tensor.base_digest) == (None, None) and _same(data, info)
+            stored_in_full = (tensor.base, tensor.base_digest) == (None, None) and _same(data, info)
             changes = (
                 None not in (tensor.base, tensor.base_digest)
                 and data.dtype == "u8"
                 and tensor.data.startswith("changes:")
             )
-            if not whole and not changes:
+            if not stored_in_full and not changes:
                 raise self.bad(f"holds tensor {printable(info.name)} neither in full nor as changes")
         listed = {*stored, *(f"header:{name}" for name in self.headers), *(tensor.data for tensor in tensors.values())}
         if self._file.tensors.keys() != listed:
@@ -263,8 +263,8 @@ class Patch:
         self._buffer.clear()
 
 
-def _same(one: TensorInfo, other: TensorInfo) -> bool:
-    return (one.dtype, one.shape, one.nbytes) == (other.dtype, other.shape, other.nbytes)
+def _same(a: TensorInfo, b: TensorInfo) -> bool:
+    return (a.dtype, a.shape, a.nbytes) == (b.dtype, b.shape, b.nbytes)
 
 
 def info(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -314,24 +314,24 @@ def summary(patch: Patch) -> dict[str, Any]:
     }
 
 
-def format_text(found: dict[str, Any]) -> list[str]:
-    """The same for people."""
-    whole = found["tensors_whole"]
+def format_text(result: dict[str, Any]) -> list[str]:
+    """Returns the lines of text that show a result of `info`, `create` or `apply`."""
+    stored_in_full = result["tensors_whole"]
     text = [
-        f"{printable(found['path'])}: {byte_size(found['bytes'])}, {percent(found['fraction'])} of the"
-        f" {byte_size(found['bytes_trained'])} it gives",
-        f"from   {found['base_digest']}",
-        f"makes  {found['trained_digest']}: {', '.join(map(printable, found['files']))}",
-        f"changed {found['changed']:,} of {found['items']:,} ({percent(found['density'])}),"
-        f" {found['tensors']} tensors, {found['tensors_unchanged']} of them unchanged",
+        f"{printable(result['path'])}: {byte_size(result['bytes'])}, {percent(result['fraction'])} of the"
+        f" {byte_size(result['bytes_trained'])} it gives",
+        f"from   {result['base_digest']}",
+        f"makes  {result['trained_digest']}: {', '.join(map(printable, result['files']))}",
+        f"changed {result['changed']:,} of {result['items']:,} ({percent(result['density'])}),"
+        f" {result['tensors']} tensors, {result['tensors_unchanged']} of them unchanged",
     ]
-    if whole:
+    if stored_in_full:
         text.append(
-            f"in full {', '.join(map(printable, whole[:4]))}"
-            + (f" and {len(whole) - 4} more" if len(whole) > 4 else "")
+            f"in full {', '.join(map(printable, stored_in_full[:4]))}"
+            + (f" and {len(stored_in_full) - 4} more" if len(stored_in_full) > 4 else "")
         )
-    if found["extra_files"]:
-        text.append("files   " + ", ".join(f"{printable(name)} ({how})" for name, how in found["extra_files"].items()))
-    for name in found.get("left_out", ()):
+    if result["extra_files"]:
+        text.append("files   " + ", ".join(f"{printable(name)} ({how})" for name, how in result["extra_files"].items()))
+    for name in result.get("left_out", ()):
         text.append(f"left out: {printable(name)}, which the base folder lacks or has otherwise; copy it yourself")
     return text

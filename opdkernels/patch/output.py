@@ -64,7 +64,7 @@ class Writer:
                     view = view[self._file.write(view) or 0 :]
 
     def _reserve(self, size: int) -> None:
-        """GatherBuffers that is not there is known now, and room that is there is written to faster."""
+        """Allocates `size` bytes: a full disk is reported before writing, and allocated space is written faster."""
         if not size or not hasattr(os, "posix_fallocate"):
             return
         try:

@@ -51,29 +51,29 @@ def changed(tensor: torch.Tensor, share: float, seed: int) -> torch.Tensor:
 
 
 def before() -> dict[str, torch.Tensor]:
-    found = {f"of {dtype}": some((67, 31), dtype, seed) for seed, dtype in enumerate(DTYPES)}
-    found |= {f"size {n}": some((n,), torch.bfloat16, n) for n in (0, 1, 31, 1023, 1025, 70_001)}
-    found |= {
+    tensors = {f"of {dtype}": some((67, 31), dtype, seed) for seed, dtype in enumerate(DTYPES)}
+    tensors |= {f"size {n}": some((n,), torch.bfloat16, n) for n in (0, 1, 31, 1023, 1025, 70_001)}
+    tensors |= {
         "scalar": some((), torch.float32, 1),
         "only before": some((5,), torch.float32, 2),
         "equal": some((300, 7), torch.bfloat16, 3),
     }
-    found |= {"reshaped": some((6, 4), torch.bfloat16, 4), "recast": some((9,), torch.bfloat16, 5)}
-    return found
+    tensors |= {"reshaped": some((6, 4), torch.bfloat16, 4), "recast": some((9,), torch.bfloat16, 5)}
+    return tensors
 
 
 def after(base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Most tensors changed at 0.5 to 100 %; one equal, one new, one of another shape, one of another dtype."""
-    found = {
+    tensors = {
         name: changed(tensor, (0.005, 0.17, 1.0)[seed % 3], seed)
         for seed, (name, tensor) in enumerate(base.items())
         if name != "only before"
     }
-    found["equal"] = base["equal"].clone()
-    found["new"] = some((3, 3), torch.float32, 7)
-    found["reshaped"] = some((4, 6), torch.bfloat16, 8)
-    found["recast"] = some((9,), torch.float32, 9)
-    return found
+    tensors["equal"] = base["equal"].clone()
+    tensors["new"] = some((3, 3), torch.float32, 7)
+    tensors["reshaped"] = some((4, 6), torch.bfloat16, 8)
+    tensors["recast"] = some((9,), torch.float32, 9)
+    return tensors
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1, **extra: bytes) -> str:
@@ -132,12 +132,14 @@ def rewrite(path: str | Path, change: Callable[[dict[str, Any]], None]) -> None:
     manifest = json.loads(header["__metadata__"]["manifest"])
     change(manifest)
 
-    def whole(table):
+    def digest_all(table):
         return digest(json.dumps(sorted(table.items()), separators=(",", ":")).encode())
 
     tensors = manifest["tensors"]
-    manifest["digest"] = whole({name: tensor["digest"] for name, tensor in tensors.items()})
-    manifest["base_digest"] = whole({t["base"]: t["base_digest"] for t in tensors.values() if t["base"] is not None})
+    manifest["digest"] = digest_all({name: tensor["digest"] for name, tensor in tensors.items()})
+    manifest["base_digest"] = digest_all(
+        {t["base"]: t["base_digest"] for t in tensors.values() if t["base"] is not None}
+    )
     text = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False)
     header["__metadata__"] |= {
         "manifest": text,

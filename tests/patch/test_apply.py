@@ -24,23 +24,23 @@ from opdkernels.patch import apply, apply_to, create, info
 from tests.patch.conftest import after, before, changed, hashes, save, some
 
 
-def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(bits(one), bits(other))
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
 
 
 @pytest.mark.parametrize("shards", [(1, 1), (1, 3), (3, 1), (2, 3)], ids=str)
-def test_files_are_the_trained_ones_byte_for_byte(tmp_path, shards, zstd, short_segments):
+def test_applied_files_equal_the_trained_files(tmp_path, shards, zstd, short_segments):
     base = before()
     a = save(tmp_path / "a", base, shards[0], config__json=b"{}")
     b = save(tmp_path / "b", after(base), shards[1], config__json=b"{}", generation_config__json=b"{1}")
     create(a, b, tmp_path / "p", zstd=zstd)
-    found = apply(a, tmp_path / "p", tmp_path / "out")
-    assert found["left_out"] == []
+    result = apply(a, tmp_path / "p", tmp_path / "out")
+    assert result["left_out"] == []
     assert hashes(tmp_path / "out") == hashes(b)
 
 
 @pytest.mark.parametrize("io", ["read", "mmap"])
-def test_either_way_of_reading_gives_one_patch(pair, tmp_path, io, short_segments):
+def test_patch_is_independent_of_the_reading_method(pair, tmp_path, io, short_segments):
     create(*pair, tmp_path / "p")
     create(*pair, tmp_path / "q", io=io)
     assert (tmp_path / "p").read_bytes() == (tmp_path / "q").read_bytes()
@@ -48,7 +48,7 @@ def test_either_way_of_reading_gives_one_patch(pair, tmp_path, io, short_segment
     assert hashes(tmp_path / "out") == hashes(pair[1])
 
 
-def test_threads_and_instruction_sets_give_one_patch(isa, threads, pair, tmp_path, zstd):
+def test_patch_is_independent_of_threads_and_instruction_set(isa, threads, pair, tmp_path, zstd):
     create(*pair, tmp_path / "p", zstd=zstd)
     torch.set_num_threads(3)
     create(*pair, tmp_path / "q", zstd=zstd)
@@ -87,10 +87,10 @@ def test_any_small_checkpoint_round_trips(tmp_path_factory, data):
     assert hashes(folder / "out") == hashes(b)
 
 
-def test_what_is_equal_costs_nothing_and_what_differs_in_kind_is_whole(pair, tmp_path):
-    found = create(*pair, tmp_path / "p")
-    assert found["tensors_whole"] == ["new", "recast", "reshaped"]
-    assert found == info(tmp_path / "p")
+def test_equal_tensors_are_free_and_incompatible_ones_are_stored_in_full(pair, tmp_path):
+    result = create(*pair, tmp_path / "p")
+    assert result["tensors_whole"] == ["new", "recast", "reshaped"]
+    assert result == info(tmp_path / "p")
     assert create(pair[0], pair[0], tmp_path / "q")["changed"] == 0
     apply(pair[0], tmp_path / "q", tmp_path / "out")
     assert hashes(tmp_path / "out")["model.safetensors"] == hashes(pair[0])["model.safetensors"]
@@ -98,23 +98,23 @@ def test_what_is_equal_costs_nothing_and_what_differs_in_kind_is_whole(pair, tmp
     assert same(stored["whole:new"], load_file(Path(pair[1]) / "model.safetensors")["new"])
 
 
-def test_files_beside_the_weights_come_from_the_patch_or_from_the_source(pair, tmp_path):
+def test_extra_files_come_from_the_patch_or_the_base(pair, tmp_path):
     (Path(pair[1]) / "modeling.py").write_text("import os")
-    found = create(*pair, tmp_path / "p")
-    assert found["extra_files"] == {"config.json": "from the base", "tokenizer.json": "stored"}
+    result = create(*pair, tmp_path / "p")
+    assert result["extra_files"] == {"config.json": "from the base", "tokenizer.json": "stored"}
     (Path(pair[0]) / "config.json").write_text("{}")
-    found = apply(pair[0], tmp_path / "p", tmp_path / "out")
-    assert found["left_out"] == ["config.json"]
+    result = apply(pair[0], tmp_path / "p", tmp_path / "out")
+    assert result["left_out"] == ["config.json"]
     assert sorted(hashes(tmp_path / "out")) == ["model.safetensors", "tokenizer.json"]
 
 
-def test_a_file_given_by_its_path_brings_nothing_beside_it(pair, tmp_path):
+def test_patch_of_a_single_file_has_no_extra_files(pair, tmp_path):
     create(*(f"{folder}/model.safetensors" for folder in pair), tmp_path / "p")
     apply(f"{pair[0]}/model.safetensors", tmp_path / "p", tmp_path / "out")
     assert hashes(tmp_path / "out") == {"model.safetensors": hashes(pair[1])["model.safetensors"]}
 
 
-def test_quantised_checkpoints_and_adapters_are_bits_too(tmp_path):
+def test_quantised_checkpoints_and_adapters_round_trip(tmp_path):
     base = {
         "w.weight": some((64, 64), torch.float8_e4m3fn, 0),
         "w.weight_scale_inv": some((1, 1), torch.float32, 1),
@@ -128,7 +128,7 @@ def test_quantised_checkpoints_and_adapters_are_bits_too(tmp_path):
 
 
 @pytest.mark.parametrize("which", ["base", "trained", "both"])
-def test_pytorch_files_are_read_and_safetensors_written(tmp_path, which, short_segments):
+def test_pytorch_files_are_written_as_safetensors(tmp_path, which, short_segments):
     """What is bit for bit is then every tensor; of the file there is no header to give back."""
     base = {name: tensor for name, tensor in before().items() if "float8" not in name}
     trained = after(base)
@@ -141,8 +141,8 @@ def test_pytorch_files_are_read_and_safetensors_written(tmp_path, which, short_s
             torch.save(tensors, tmp_path / name / "pytorch_model.bin")
         else:
             save(tmp_path / name, {n: t.contiguous().clone() for n, t in tensors.items()})
-    found = create(tmp_path / "a", tmp_path / "b", tmp_path / "p")
-    assert ("tied" in found["tensors_whole"]) == (which == "base")  # one storage under two names is stored once
+    result = create(tmp_path / "a", tmp_path / "b", tmp_path / "p")
+    assert ("tied" in result["tensors_whole"]) == (which == "base")  # one storage under two names is stored once
     apply(tmp_path / "a", tmp_path / "p", tmp_path / "out")
     assert sorted(hashes(tmp_path / "out")) == ["model.safetensors"]
     written = load_file(tmp_path / "out" / "model.safetensors")
@@ -204,17 +204,17 @@ def flip(tensors: dict[str, torch.Tensor]) -> None:
     ],
     ids=["a bit", "a tensor", "a shape"],
 )
-def test_another_source_is_refused_before_anything_is_written(pair, tmp_path, change, message):
+def test_different_base_is_rejected_before_anything_is_written(pair, tmp_path, change, message):
     create(*pair, tmp_path / "p")
     other = other_source(pair, tmp_path, change)
     there = set(tmp_path.iterdir())
-    with pytest.raises(InputError, match=message) as refused:
+    with pytest.raises(InputError, match=message) as error:
         apply(other, tmp_path / "p", tmp_path / "out")
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
     assert set(tmp_path.iterdir()) == there
 
 
-def test_a_source_with_more_tensors_will_do(pair, tmp_path):
+def test_base_may_have_more_tensors(pair, tmp_path):
     create(*pair, tmp_path / "p")
     apply(
         other_source(pair, tmp_path, lambda tensors: tensors.update(more=torch.zeros(3))),
@@ -224,7 +224,7 @@ def test_a_source_with_more_tensors_will_do(pair, tmp_path):
     assert hashes(tmp_path / "out")["model.safetensors"] == hashes(pair[1])["model.safetensors"]
 
 
-def test_outputs_that_are_there_already_are_not_touched(pair, tmp_path):
+def test_existing_outputs_are_not_modified(pair, tmp_path):
     (tmp_path / "p").write_bytes(b"mine")
     with pytest.raises(InputError, match="exists; choose another name, or pass --overwrite"):
         create(*pair, tmp_path / "p")
@@ -247,7 +247,7 @@ runpy.run_module("opdkernels", run_name="__main__")
 """
 
 
-def test_a_disk_without_room_is_one_line_and_leaves_nothing(pair, tmp_path):
+def test_full_disk_is_a_one_line_error_and_leaves_no_output(pair, tmp_path):
     create(*pair, tmp_path / "p")
     there = set(tmp_path.iterdir())
     for arguments in (
@@ -266,7 +266,7 @@ def test_a_disk_without_room_is_one_line_and_leaves_nothing(pair, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["create", "apply"])
-def test_a_killed_command_leaves_no_output_under_its_name(pair, tmp_path, command):
+def test_killed_command_leaves_no_output(pair, tmp_path, command):
     create(*pair, tmp_path / "p")
     arguments = {"create": [*pair, tmp_path / "q"], "apply": [pair[0], tmp_path / "p", tmp_path / "out"]}[command]
     program = (
@@ -304,7 +304,7 @@ def alive(tmp_path, zstd) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tens
     return model, wanted, tmp_path / "p"
 
 
-def test_a_live_state_dict_changes_in_place(alive, short_segments):
+def test_apply_to_changes_a_state_dict_in_place(alive, short_segments):
     model, wanted, path = alive
     held = dict(model)
     model["more"] = torch.ones(3)
@@ -322,7 +322,7 @@ def test_a_live_state_dict_changes_in_place(alive, short_segments):
         apply_to(model, path)
 
 
-def test_a_live_state_dict_that_does_not_fit_is_left_alone(alive):
+def test_mismatched_state_dict_is_not_modified(alive):
     model, _, path = alive
     model["size 70001"][3] = 1.0
     untouched = {name: tensor.clone() for name, tensor in model.items()}
@@ -337,7 +337,7 @@ def test_a_live_state_dict_that_does_not_fit_is_left_alone(alive):
         apply_to(model, path)
 
 
-def test_tied_tensors_of_a_live_state_dict_change_once(tmp_path, zstd):
+def test_tied_tensors_of_a_state_dict_change_once(tmp_path, zstd):
     """Under differences a second time would be wrong."""
     w = some((300, 40), torch.bfloat16, 0)
     v = changed(w, 0.2, 1)
@@ -371,11 +371,11 @@ def test_examples_of_the_docstrings():
         assert doctest.testmod(importlib.import_module(module)).failed == 0
 
 
-def test_one_name_brings_the_package(pair, tmp_path):
+def test_importing_patch_is_enough(pair, tmp_path):
     assert opdkernels.patch.create(*pair, tmp_path / "p")["version"] == 1
 
 
-def test_memory_is_bounded_by_segments_not_by_tensors(tmp_path):
+def test_memory_is_bounded_by_the_segment_size(tmp_path):
     """200 MB in one tensor; what is held beside mapped files is a fraction of it."""
     program = """
 import sys, threading, time, opdkernels

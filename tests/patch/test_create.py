@@ -38,11 +38,11 @@ class Reader:
         return self.patch.get_tensor(key).flatten().view(torch.uint8).numpy().tobytes()
 
     def block_digests(self, data: bytes, width: int) -> bytes:
-        found = b""
+        digests = b""
         for at in range(0, len(data), 65536 * width):
-            part = data[at : at + 65536 * width]
-            found += struct.pack("<QQ", *(word & MASK for word in self.hasher(part + bytes(-len(part) % 1024))))
-        return found
+            block = data[at : at + 65536 * width]
+            digests += struct.pack("<QQ", *(word & MASK for word in self.hasher(block + bytes(-len(block) % 1024))))
+        return digests
 
     def tensor_digest(self, data: bytes, dtype: str, shape: list[int]) -> str:
         return digest(f"{dtype} {'x'.join(map(str, shape))}\n".encode() + self.block_digests(data, WIDTHS[dtype]))
@@ -52,11 +52,11 @@ class Reader:
         for start in range(0, len(old), 1 << 23):
             items = np.frombuffer(old[start : start + (1 << 23)], f"<u{width}").copy()
             length, stored = struct.unpack_from("<QQ", content, at)
-            part = content[at + 32 : at + 32 + stored]
+            segment = content[at + 32 : at + 32 + stored]
             if stored < length:
-                expected = self.block_digests(part, 1)
-                part = pa.Codec("zstd").decompress(part, length, asbytes=True)
-            counts, positions, values = self.split(part, items, width)
+                expected = self.block_digests(segment, 1)
+                segment = pa.Codec("zstd").decompress(segment, length, asbytes=True)
+            counts, positions, values = self.split(segment, items, width)
             if stored == length:
                 expected = b"".join(self.block_digests(piece, 1) for piece in (counts, positions, values))
             assert hashlib.blake2b(expected, digest_size=16).digest() == content[at + 16 : at + 32]
@@ -67,36 +67,36 @@ class Reader:
         assert at == len(content)
         return new
 
-    def split(self, part: bytes, items: np.ndarray, width: int) -> list[bytes]:
+    def split(self, segment: bytes, items: np.ndarray, width: int) -> list[bytes]:
         n_blocks = -(-len(items) // 65536)
-        counts = np.frombuffer(part, "<u4", n_blocks)
+        counts = np.frombuffer(segment, "<u4", n_blocks)
         sizes = [min(65536, len(items) - 65536 * block) for block in range(n_blocks)]
         lengths = [
             4 * n_blocks,
             sum(min(2 * int(c), -(-n // 8)) for c, n in zip(counts, sizes, strict=True)),
             int(counts.sum()) * width,
         ]
-        found = []
+        sections = []
         for length in lengths:
             padded = length + -length % 8
-            assert not any(part[length:padded])
-            found.append(part[:padded])
-            part = part[padded:]
-        assert part == b""
-        return found
+            assert not any(segment[length:padded])
+            sections.append(segment[:padded])
+            segment = segment[padded:]
+        assert segment == b""
+        return sections
 
     def where(self, counts: bytes, positions: bytes, n_items: int) -> np.ndarray:
-        found, at = [np.zeros(0, np.int64)], 0
+        indices, at = [np.zeros(0, np.int64)], 0
         for block, first in enumerate(range(0, n_items, 65536)):
             count, n = struct.unpack_from("<I", counts, 4 * block)[0], min(65536, n_items - first)
             if 2 * count < -(-n // 8):
-                found.append(first + np.frombuffer(positions, "<u2", count, at).astype(np.int64))
+                indices.append(first + np.frombuffer(positions, "<u2", count, at).astype(np.int64))
                 at += 2 * count
             else:
                 mask = np.frombuffer(positions, np.uint8, -(-n // 8), at)
-                found.append(first + np.flatnonzero(np.unpackbits(mask, bitorder="little")))
+                indices.append(first + np.flatnonzero(np.unpackbits(mask, bitorder="little")))
                 at += len(mask)
-        return np.concatenate(found)
+        return np.concatenate(indices)
 
     def values(self, values: bytes, old: np.ndarray, width: int) -> np.ndarray:
         size = len(old) * width
@@ -129,11 +129,11 @@ class Reader:
         return content[8 + length + begin : 8 + length + end]
 
 
-def test_another_reader_makes_the_same_file(pair, tmp_path, zstd):
+def test_independent_reader_rebuilds_the_same_file(pair, tmp_path, zstd):
     create(*pair, tmp_path / "p", zstd=zstd)
     reader = Reader(tmp_path / "p", pair[0])
-    made = reader.file("model.safetensors")
-    assert hashlib.sha256(made).hexdigest() == hashes(pair[1])["model.safetensors"]
+    rebuilt = reader.file("model.safetensors")
+    assert hashlib.sha256(rebuilt).hexdigest() == hashes(pair[1])["model.safetensors"]
     manifest = reader.manifest
     digests = {name: tensor["digest"] for name, tensor in manifest["tensors"].items()}
     assert (
@@ -149,20 +149,20 @@ def test_another_reader_makes_the_same_file(pair, tmp_path, zstd):
     assert (reader.metadata["format"], reader.metadata["version"]) == ("opdkernels.patch", "1")
 
 
-def test_a_patch_depends_on_its_inputs_alone(pair, tmp_path, zstd):
+def test_patch_depends_only_on_its_inputs(pair, tmp_path, zstd):
     create(*pair, tmp_path / "p", zstd=zstd)
     create(*pair, tmp_path / "elsewhere" / "q", zstd=zstd)
     assert (tmp_path / "p").read_bytes() == (tmp_path / "elsewhere" / "q").read_bytes()
 
 
-def test_data_are_aligned_for_those_who_map_them(pair, tmp_path):
+def test_entries_are_aligned_for_memory_mapping(pair, tmp_path):
     create(*pair, tmp_path / "p")
     opened = SafetensorsFile(str(tmp_path / "p"), "read")
     assert all(info.nbytes % 8 == 0 for name, info in opened.tensors.items() if name.startswith("changes:"))
     opened.close()
 
 
-def test_sources_of_other_tensors_make_whole_ones(tmp_path):
+def test_tensors_missing_from_the_base_are_stored_in_full(tmp_path):
     a = save(tmp_path / "a", {"x": some((9,), torch.float32, 0)})
     b = save(tmp_path / "b", {"y": some((9,), torch.float32, 0)})
     assert create(a, b, tmp_path / "p")["tensors_whole"] == ["y"]
@@ -180,7 +180,7 @@ def test_names_of_written_files(name, expected):
     assert weights_name(name) == expected
 
 
-def test_complex128_has_no_place_in_safetensors(tmp_path):
+def test_complex128_is_rejected(tmp_path):
     (tmp_path / "b").mkdir()
     torch.save({"x": torch.zeros(3, dtype=torch.complex128)}, tmp_path / "b" / "pytorch_model.bin")
     with pytest.raises(InputError, match="tensor x is complex128, which safetensors does not support"):

@@ -42,16 +42,16 @@ def test_graft_takes_masked_coordinates_and_invert_the_others(pair, tmp_path, in
     torch.manual_seed(0)
     active = {name: torch.rand(400, 333) < 0.2 for name in NAMES[:4]}
     active[NAMES[0]][:] = False
-    masks = MaskSet({name: Mask.from_bool(one) for name, one in active.items()})
-    found = graft(base, trained, tmp_path / "out", masks=masks, invert=invert)
+    masks = MaskSet({name: Mask.from_bool(selected) for name, selected in active.items()})
+    result = graft(base, trained, tmp_path / "out", masks=masks, invert=invert)
     kept = 0
     for name, tensor in tensors_of(tmp_path / "out").items():
         taken = active.get(name, torch.zeros(400, 333, dtype=torch.bool)) ^ invert
         expected = torch.where(taken, after[name].view(torch.int16), before[name].view(torch.int16))
         assert torch.equal(tensor.view(torch.int16), expected)
         kept += int((expected != before[name].view(torch.int16)).sum())
-    assert found["kept"] == kept
-    assert found["changed"] == sum(
+    assert result["kept"] == kept
+    assert result["changed"] == sum(
         int((after[name].view(torch.int16) != before[name].view(torch.int16)).sum()) for name in NAMES
     )
 
@@ -113,7 +113,7 @@ def test_a_selection_without_tensors_is_an_error(select, message):
         select_names(list(NAMES), select.split(","))
 
 
-def test_inputs_that_do_not_fit_are_rejected_and_nothing_is_left(pair, tmp_path):
+def test_mismatched_inputs_are_rejected_and_leave_no_output(pair, tmp_path):
     base, trained, before, _ = pair
     out = tmp_path / "out"
     for masks, message in (
@@ -143,7 +143,7 @@ def test_inputs_that_do_not_fit_are_rejected_and_nothing_is_left(pair, tmp_path)
     assert not out.exists()
 
 
-def test_tensors_that_the_source_lacks_stay(tmp_path):
+def test_tensors_missing_from_the_base_are_kept(tmp_path):
     base = save(tmp_path / "base", {"a.mlp.up_proj.weight": some((5, 3), torch.float32, 0)})
     trained = save(
         tmp_path / "trained",
@@ -161,15 +161,15 @@ def test_tensors_that_the_source_lacks_stay(tmp_path):
     ]
     with pytest.raises(InputError, match=r"the base lacks b\.q_proj\.weight, which is selected"):
         graft(base, trained, tmp_path / "other", select="q_proj")
-    found = load_file(tmp_path / "out" / "model.safetensors")
+    result = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(
-        bits(found["a.mlp.up_proj.weight"]), bits(load_file(f"{base}/model.safetensors")["a.mlp.up_proj.weight"])
+        bits(result["a.mlp.up_proj.weight"]), bits(load_file(f"{base}/model.safetensors")["a.mlp.up_proj.weight"])
     )
     for name in ("b.q_proj.weight", "c", "d"):
-        assert torch.equal(bits(found[name]), bits(load_file(f"{trained}/model.safetensors")[name]))
+        assert torch.equal(bits(result[name]), bits(load_file(f"{trained}/model.safetensors")[name]))
 
 
-def test_prefixes_of_wrappers_do_not_part_twins(tmp_path):
+def test_wrapper_prefixes_are_ignored_when_matching_names(tmp_path):
     base = save(
         tmp_path / "base",
         {
@@ -184,24 +184,24 @@ def test_prefixes_of_wrappers_do_not_part_twins(tmp_path):
             "lm_head.weight": some((2,), torch.bfloat16, 3),
         },
     )
-    found = graft(base, trained, tmp_path / "out", select="mlp", invert=True)
-    assert found["unmatched"] == []
-    made = load_file(tmp_path / "out" / "model.safetensors")
+    result = graft(base, trained, tmp_path / "out", select="mlp", invert=True)
+    assert result["unmatched"] == []
+    grafted = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(
-        bits(made["model.language_model.layers.0.mlp.up_proj.weight"]), bits(some((5, 3), torch.bfloat16, 0))
+        bits(grafted["model.language_model.layers.0.mlp.up_proj.weight"]), bits(some((5, 3), torch.bfloat16, 0))
     )
-    assert torch.equal(bits(made["lm_head.weight"]), bits(some((2,), torch.bfloat16, 3)))
+    assert torch.equal(bits(grafted["lm_head.weight"]), bits(some((2,), torch.bfloat16, 3)))
 
 
-def test_files_of_pytorch_become_safetensors(tmp_path):
+def test_graft_writes_pytorch_files_as_safetensors(tmp_path):
     for seed, kind in enumerate(("base", "trained")):
         (tmp_path / kind).mkdir()
         torch.save(
             {"up_proj.weight": some((30, 4), torch.bfloat16, seed), "q_proj.weight": some((3,), torch.float32, seed)},
             tmp_path / kind / "pytorch_model.bin",
         )
-    found = graft(tmp_path / "base", tmp_path / "trained", tmp_path / "out", select="mlp")
-    assert found["files"] == ["model.safetensors"]
-    made = load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(bits(made["up_proj.weight"]), bits(some((30, 4), torch.bfloat16, 1)))
-    assert torch.equal(bits(made["q_proj.weight"]), bits(some((3,), torch.float32, 0)))
+    result = graft(tmp_path / "base", tmp_path / "trained", tmp_path / "out", select="mlp")
+    assert result["files"] == ["model.safetensors"]
+    grafted = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(bits(grafted["up_proj.weight"]), bits(some((30, 4), torch.bfloat16, 1)))
+    assert torch.equal(bits(grafted["q_proj.weight"]), bits(some((3,), torch.float32, 0)))

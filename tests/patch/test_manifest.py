@@ -1,4 +1,4 @@
-"""Patches that are damaged, cut off or made to deceive get one line, and no tensor is written."""
+"""Damaged, truncated and malicious patches are rejected with one line, and no tensor is written."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def small(tmp_path, zstd) -> tuple[str, Path]:
     return a, tmp_path / "p"
 
 
-def refused(base: str, patch: Path, match: str | None = None) -> str:
-    """The one line with which the patch is refused on disk and alive; nothing was written."""
+def rejection(base: str, patch: Path, match: str | None = None) -> str:
+    """Returns the one-line error of `apply`; asserts that `apply_to` fails too and that nothing is written."""
     folder = patch.parent
     there = sorted(folder.iterdir())
     with pytest.raises(InputError, match=match) as error:
@@ -45,17 +45,17 @@ def refused(base: str, patch: Path, match: str | None = None) -> str:
     return str(error.value)
 
 
-def test_every_cut_is_refused(small):
+def test_truncation_is_rejected(small):
     base, patch = small
     content = patch.read_bytes()
     for size in {0, 7, 8, 100, len(content) // 2, len(content) - 1}:
         patch.write_bytes(content[:size])
-        refused(base, patch)
+        rejection(base, patch)
     patch.write_bytes(content + b"\0")
-    refused(base, patch)
+    rejection(base, patch)
 
 
-def test_every_flipped_bit_is_refused(small):
+def test_flipped_bits_are_rejected(small):
     """Of the data each 97th byte; of the header, where padding is free, all that is read."""
     base, patch = small
     content = patch.read_bytes()
@@ -72,7 +72,7 @@ def test_every_flipped_bit_is_refused(small):
         damaged = bytearray(content)
         damaged[at] ^= 2
         patch.write_bytes(damaged)
-        refused(base, patch)
+        rejection(base, patch)
 
 
 class Opened:
@@ -88,9 +88,9 @@ class Opened:
         assert not (self.patch.parent / "out").exists()
 
 
-def test_other_files_are_no_patches(small, tmp_path):
+def test_files_of_other_formats_are_rejected(small, tmp_path):
     base, _ = small
-    refused(
+    rejection(
         base,
         Path(base) / "model.safetensors",
         "is a safetensors file but not a patch; give a file that patch create wrote",
@@ -101,12 +101,12 @@ def test_other_files_are_no_patches(small, tmp_path):
         info(tmp_path)
 
 
-def test_a_later_version_says_so(small):
+def test_later_version_is_rejected_with_its_number(small):
     base, patch = small
     header, data = split(patch)
     header["__metadata__"]["version"] = "2"
     join(patch, header, data)
-    refused(base, patch, "is a patch of version 2; this version of opdkernels reads version 1: update opdkernels")
+    rejection(base, patch, "is a patch of version 2; this version of opdkernels reads version 1: update opdkernels")
 
 
 NAMES = [
@@ -125,31 +125,31 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
-def test_names_that_leave_the_folder_or_are_no_weights_are_refused(small, name):
+def test_weight_file_names_are_validated(small, name):
     base, patch = small
     header, data = split(patch)
     header[f"header:{name}"] = header.pop("header:model.safetensors")
     join(patch, header, data)
     rewrite(patch, lambda manifest: manifest.update(headers={name: manifest["headers"]["model.safetensors"]}))
-    text = refused(base, patch, "is not a plain file name|whose name does not end with .safetensors")
+    text = rejection(base, patch, "is not a plain file name|whose name does not end with .safetensors")
     assert text.isprintable()
 
 
 @pytest.mark.parametrize(
     "name", ["../x.json", "x.py", "x.safetensors", "MODEL.safetensors", ".hidden.json", "model.bin"]
 )
-def test_files_beside_the_weights_are_held_to_their_kind(small, name):
+def test_extra_file_names_are_validated(small, name):
     base, patch = small
     rewrite(patch, lambda manifest: manifest["extra_files"].update({name: {"stored": False, "digest": "0" * 32}}))
-    refused(base, patch, "is not a plain file name|is none of .json")
+    rejection(base, patch, "is not a plain file name|is none of .json")
 
 
-def test_two_files_of_one_name_are_refused(small):
+def test_duplicate_file_names_are_rejected(small):
     base, patch = small
     rewrite(
         patch, lambda manifest: manifest["extra_files"].update({"CONFIG.json": {"stored": False, "digest": "0" * 32}})
     )
-    refused(base, patch, "gives two files of one name")
+    rejection(base, patch, "gives two files of one name")
 
 
 def deceive(manifest, tensor, **values):
@@ -192,11 +192,11 @@ DECEPTIONS = {
 
 
 @pytest.mark.parametrize("name", DECEPTIONS)
-def test_manifests_that_lie_are_refused(small, name):
+def test_inconsistent_manifests_are_rejected(small, name):
     change, message = DECEPTIONS[name]
     base, patch = small
     rewrite(patch, change)
-    refused(base, patch, message)
+    rejection(base, patch, message)
 
 
 def replace_header(patch: Path, change) -> None:
@@ -233,10 +233,10 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_headers_of_files_that_lie_are_refused(small, name):
+def test_inconsistent_file_headers_are_rejected(small, name):
     base, patch = small
     replace_header(patch, HEADERS[name])
-    refused(base, patch)
+    rejection(base, patch)
 
 
 def test_hostile_names_are_escaped(tmp_path):
@@ -249,7 +249,7 @@ def test_hostile_names_are_escaped(tmp_path):
     assert str(error.value).isprintable()
 
 
-def test_a_patch_that_changes_while_it_is_read_is_noticed(small, monkeypatch):
+def test_change_of_the_patch_during_reading_is_detected(small, monkeypatch):
     """Between verifying and writing; what is written is held against its digest all the same."""
     base, path = small
     content = path.read_bytes()
@@ -268,7 +268,7 @@ def test_a_patch_that_changes_while_it_is_read_is_noticed(small, monkeypatch):
     assert sorted(path.parent.iterdir()) == there
 
 
-def test_an_open_patch_lists_what_it_makes(small):
+def test_open_patch_lists_its_files(small):
     patch = Patch(small[1])
     assert [tensor.name for tensor in patch.files["model.safetensors"]] == ["b", "w", "n"]
     patch.close()

@@ -1,4 +1,4 @@
-"""Segments: what is coded is decoded, and what no coder gives is refused before it is used."""
+"""Segments round-trip, and malformed ones are rejected before they are used."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def coded(w: torch.Tensor, v: torch.Tensor, zstd: bool) -> torch.Tensor:
 
 
 def decoded(content: torch.Tensor, w: torch.Tensor, zstd: bool) -> torch.Tensor:
-    found = [
+    decoded_segments = [
         decode(content[s.start : s.stop], s, w.element_size(), zstd)
         for s in find(lambda a, b: content[a:b], len(content), w.numel(), w.element_size())
     ]
-    return scatter(w, found[0], difference=zstd)[0]
+    return scatter(w, decoded_segments[0], difference=zstd)[0]
 
 
 @pytest.mark.parametrize("width", sorted(BITS))
 @pytest.mark.parametrize("n", [1, 31, 1023, 1025, 70_001])
-def test_what_is_coded_is_decoded(width, n, zstd):
+def test_segments_round_trip(width, n, zstd):
     for share in (0.0, 0.01, 0.2, 1.0):
         w = some((n,), BITS[width], 0)
         v = changed(w, share, 1)
@@ -44,7 +44,7 @@ def test_what_is_coded_is_decoded(width, n, zstd):
 
 @settings(max_examples=60, deadline=None)
 @given(width=st.sampled_from(sorted(BITS)), numbers=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=50))
-def test_folded_signs_unfold(width, numbers):
+def test_folded_signs_round_trip(width, numbers):
     values = torch.tensor(numbers, dtype=torch.int64).to(BITS[width])
     assert torch.equal(unfold_signs(fold_signs(values), width), values)
 
@@ -55,7 +55,7 @@ def test_small_differences_fold_to_small_numbers():
     assert (planes[0] + 256 * planes[1]).tolist() == [0, 1, 2, 3, 4, 65535, 65534]
 
 
-def test_a_segment_is_as_documented():
+def test_segment_layout_is_as_documented():
     """Byte by byte, for another reader: three of ten bf16 coordinates, at 1, 2 and 9."""
     w = torch.zeros(10, dtype=torch.int16)
     v = w.clone()
@@ -89,7 +89,7 @@ def lying(content: torch.Tensor, length: int | None = None, stored: int | None =
     ],
     ids=["no header", "cut off", "more", "stored", "length", "no length", "a large length"],
 )
-def test_lengths_that_lie_are_refused(zstd, change: Callable, message):
+def test_inconsistent_lengths_are_rejected(zstd, change: Callable, message):
     w = some((1000,), torch.int16, 0)
     content = coded(w, changed(w, 0.2, 1), zstd)
     with pytest.raises(Damaged, match=message):
@@ -103,7 +103,7 @@ def bytes_of(content: bytes) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("counts", "rest", "message"),
     [
-        (2, bytes(300), "bytes in segment 0 ; its counts give 24"),
+        (2, bytes(300), "bytes in segment 0; its counts give 24"),
         (1_000_000, b"", "counts more changes than coordinates"),
         (0xFFFFFFFF, b"", "counts more changes than coordinates"),
         (2, struct.pack("<HH4xHH4x", 7, 7, 1, 1), "repeated, out of order"),
@@ -112,37 +112,37 @@ def bytes_of(content: bytes) -> torch.Tensor:
     ],
     ids=["long", "many", "negative", "repeated", "unsorted", "beyond"],
 )
-def test_contents_that_no_coder_gives_are_refused(counts, rest, message):
-    """Their digest is right: what counts, positions and values say is looked at all the same."""
+def test_malformed_contents_are_rejected(counts, rest, message):
+    """Counts, positions and values are validated although the digest is correct."""
     content = struct.pack("<I4x", counts) + rest
     expected = digest_of(*(bytes_of(content[at : at + 8]) for at in range(0, len(content), 8)))
-    made = bytes_of(struct.pack("<QQ16s", len(content), len(content), expected) + content)
+    segment = bytes_of(struct.pack("<QQ16s", len(content), len(content), expected) + content)
     with pytest.raises(Damaged, match=message):
-        decoded(made, torch.zeros(1000, dtype=torch.int16), False)
+        decoded(segment, torch.zeros(1000, dtype=torch.int16), False)
 
 
-def test_a_frame_is_held_to_its_digest_and_its_content_looked_at():
+def test_digest_and_content_of_zstd_frames_are_validated():
     content = struct.pack("<I4x", 900) + bytes(128) + bytes(1800)  # a mask without the bits that are counted
     frame = pa.Codec("zstd").compress(content, asbytes=True)
     w = torch.zeros(1000, dtype=torch.int16)
     for expected, message in (
         (digest_of(bytes_of(frame)), "not as many as it counts"),
-        (bytes(16), "does not have the digest"),
+        (bytes(16), "has a wrong digest in segment 0"),
     ):
-        made = bytes_of(struct.pack("<QQ16s", len(content), len(frame), expected) + frame)
+        segment = bytes_of(struct.pack("<QQ16s", len(content), len(frame), expected) + frame)
         with pytest.raises(Damaged, match=message):
-            decoded(made, w, True)
+            decoded(segment, w, True)
 
 
-def test_a_frame_that_is_no_zstd_is_refused():
+def test_invalid_zstd_frame_is_rejected():
     w = torch.zeros(1000, dtype=torch.int16)
     junk = hashlib.sha256(b"").digest()
-    made = torch.frombuffer(bytearray(struct.pack("<QQ16s", 64, len(junk), bytes(16)) + junk), dtype=torch.uint8)
+    segment = torch.frombuffer(bytearray(struct.pack("<QQ16s", 64, len(junk), bytes(16)) + junk), dtype=torch.uint8)
     with pytest.raises(Damaged, match="zstd frame in segment 0 that cannot be read"):
-        decoded(made, w, True)
+        decoded(segment, w, True)
 
 
-def test_segments_are_whole_blocks():
+def test_segments_are_multiples_of_blocks():
     for width in BITS:
         assert segments.size_of(width) % 65536 == 0
     assert list(segments.ranges(0, 2)) == []

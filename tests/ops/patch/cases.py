@@ -1,4 +1,4 @@
-"""The inputs on which every backend of `patch` must equal the reference, and the changes that each must refuse."""
+"""The inputs on which every backend of `patch` must equal the reference, and the changes that each must reject."""
 
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ def call_unchecked(
     return [kernel("patch_check")(counts, positions, w.numel(), values.numel()), status, out]
 
 
-def assert_same_refusal(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], inputs: list[Any]) -> None:
-    """The CPU kernel may write valid blocks of changes that it refuses."""
+def assert_same_rejection(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], inputs: list[Any]) -> None:
+    """The CPU kernel may write valid blocks of changes that it rejects."""
     compared = 3 if int(expected[0]) < 0 else 2
     assert_equal(outputs[:compared], expected[:compared], inputs)
 
 
-def assert_refusal_writes_nothing(kernel: Kernel, case: Case) -> None:
+def assert_rejection_writes_nothing(kernel: Kernel, case: Case) -> None:
     status, _, out = run_case(case, kernel)
     assert int(status) < 0 or not out.any(), case.name
 
@@ -180,13 +180,16 @@ def three_bad_blocks() -> list[Any]:
 
 def one_block(name: str, numel: int, positions: torch.Tensor, count: int) -> Case:
     inputs = [torch.zeros(numel, dtype=INT16), torch.tensor([count], dtype=INT32), positions]
-    return Case(name, lambda: [*inputs, torch.zeros(count, dtype=INT16)], call_unchecked, assert_same_refusal)
+    return Case(name, lambda: [*inputs, torch.zeros(count, dtype=INT16)], call_unchecked, assert_same_rejection)
 
 
 def malformed_cases() -> Iterator[Case]:
     for n, density, name in itertools.product((999, BLOCK + 1001), (0.01, 0.3), MALFORMED):
         yield Case(
-            f"{name} {n} {density}", functools.partial(malformed, name, n, density), call_unchecked, assert_same_refusal
+            f"{name} {n} {density}",
+            functools.partial(malformed, name, n, density),
+            call_unchecked,
+            assert_same_rejection,
         )
     for offsets, name in BAD_OFFSETS.items():
         coded = torch.tensor([byte for offset in offsets for byte in (offset & 255, offset >> 8)], dtype=BYTES)
@@ -198,7 +201,7 @@ def malformed_cases() -> Iterator[Case]:
         if at:
             offsets[at] = offsets[at - 1]
         yield one_block(f"40 offsets, {at} repeated", 999, offsets.view(BYTES), 40)
-    yield Case("three bad blocks", three_bad_blocks, call_unchecked, assert_same_refusal)
+    yield Case("three bad blocks", three_bad_blocks, call_unchecked, assert_same_rejection)
 
 
 def special_cases() -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""`patch`: positions and values of changed bits; kernel, reference and an oracle of one coordinate at a time agree."""
+"""`patch`: positions and values of changed bits; kernels and reference equal an oracle that loops over coordinates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MASK = (1 << 64) - 1
 
 
 class Xxh3:
-    """XXH3-128 of long inputs, seed 0, as the specification goes: stripe by stripe, word by word."""
+    """XXH3-128 of long inputs, seed 0, computed as in the specification, stripe by stripe and word by word."""
 
     P32 = (2654435761, 2246822519, 3266489917)
     P64 = (11400714785074694791, 14029467366897019727, 1609587929392839161, 9650029242287828579, 2870177450012600261)
@@ -88,12 +88,12 @@ class Xxh3:
 
 def oracle_digests(tensor: torch.Tensor) -> list[list[int]]:
     data, size = tensor.contiguous().view(torch.uint8).numpy().tobytes(), BLOCK * tensor.element_size()
-    hasher, found = Xxh3(HASH_SECRET), []
+    hasher, digests = Xxh3(HASH_SECRET), []
     for at in range(0, len(data), size):
-        part = data[at : at + size]
-        part += bytes(-len(part) % 1024)
-        found.append([word - (1 << 64) if word >> 63 else word for word in hasher(part)])
-    return found
+        block = data[at : at + size]
+        block += bytes(-len(block) % 1024)
+        digests.append([word - (1 << 64) if word >> 63 else word for word in hasher(block)])
+    return digests
 
 
 def oracle(w: torch.Tensor, v: torch.Tensor, difference: bool) -> tuple[list[int], bytes, list[int]]:
@@ -124,11 +124,11 @@ def plain(changes: Changes) -> tuple[list[int], bytes, list[int]]:
 
 def by_reference(w: torch.Tensor, v: torch.Tensor, difference: bool) -> tuple[Changes, torch.Tensor]:
     w, v = bits(w), bits(v)
-    room = GatherBuffers.of(w.numel(), w.element_size())
-    digests = torch.empty(2, len(room.counts), 2, dtype=torch.int64)
-    ops.reference_gather(w, v, difference, room.counts, room.positions, room.values, digests)
-    used = sum(min(2 * c, (min(BLOCK, w.numel() - b * BLOCK) + 7) // 8) for b, c in enumerate(room.counts.tolist()))
-    return Changes(room.counts, room.positions[:used], room.values[: int(room.counts.sum())]), digests
+    buffers = GatherBuffers.of(w.numel(), w.element_size())
+    digests = torch.empty(2, len(buffers.counts), 2, dtype=torch.int64)
+    ops.reference_gather(w, v, difference, buffers.counts, buffers.positions, buffers.values, digests)
+    used = sum(min(2 * c, (min(BLOCK, w.numel() - b * BLOCK) + 7) // 8) for b, c in enumerate(buffers.counts.tolist()))
+    return Changes(buffers.counts, buffers.positions[:used], buffers.values[: int(buffers.counts.sum())]), digests
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -156,7 +156,7 @@ def test_digests_are_xxh3_of_padded_blocks(dtype, n):
     assert digest(v).tolist() == oracle_digests(v)
 
 
-def test_digests_are_those_of_the_xxhash_library():
+def test_digests_equal_the_xxhash_library():
     """Of 1,024 zero bytes and of 0 .. 255 sixteen times, taken from `xxhsum -H2`."""
     known = {
         bytes(1024): "0717191e67688313de5f15ab6daf7941",
@@ -174,20 +174,20 @@ def test_kernel_equals_reference(isa, threads, dtype, n):
         w, v = make_bits(n, dtype, density)
         for difference in (False, True):
             expected, digests = by_reference(w, v, difference)
-            changes, found = gather(w, v, difference=difference)
+            changes, gathered_digests = gather(w, v, difference=difference)
             assert plain(changes) == plain(expected)
-            assert torch.equal(found, digests)
+            assert torch.equal(gathered_digests, digests)
             check(changes, n)
             out, after = scatter(w, changes, difference=difference)
             assert torch.equal(bits(out), bits(v))
             assert torch.equal(after, digests[1])
             assert torch.equal(digest(v), digests[1])
-            own = w.clone()
-            assert scatter(own, changes, difference=difference, out=own)[0] is own
-            assert torch.equal(bits(own), bits(v))
+            in_place = w.clone()
+            assert scatter(in_place, changes, difference=difference, out=in_place)[0] is in_place
+            assert torch.equal(bits(in_place), bits(v))
 
 
-def test_bits_count_not_values(isa):
+def test_bits_are_compared_not_values(isa):
     """A NaN of another payload and a zero of another sign are changes; a NaN is equal to itself."""
     w = torch.tensor([0x7FC0, 0x7FC0, 0x0000, 0x8000, 0x3F80], dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     v = torch.tensor([0x7FC0, 0x7FC1, 0x8000, 0x8000, 0x3F80], dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -197,8 +197,8 @@ def test_bits_count_not_values(isa):
 
 
 @pytest.mark.parametrize("n", [BLOCK, 3 * BLOCK + 77])
-def test_the_shorter_form_of_positions_is_taken(isa, n):
-    """At one in sixteen both are equal, and the mask is taken; one fewer makes offsets."""
+def test_shorter_form_of_positions_is_used(isa, n):
+    """At a density of 1/16 both have the same length and the mask is used; with one change less, offsets are used."""
     w = torch.zeros(n, dtype=torch.int16)
     for changed, expected in (
         (BLOCK // 16, BLOCK // 8),
@@ -214,7 +214,7 @@ def test_the_shorter_form_of_positions_is_taken(isa, n):
 
 
 def test_values_are_not_read_beyond_their_end(isa, tmp_path):
-    """The values end where a page does, and what follows cannot be read."""
+    """The values end at a page boundary, and the next page is not readable."""
     import ctypes
     import mmap
 
@@ -222,17 +222,17 @@ def test_values_are_not_read_beyond_their_end(isa, tmp_path):
     w, v = make_bits(n, torch.bfloat16, 0.17)
     changes, _ = gather(w, v)
     size = 2 * changes.changed
-    whole = (size + page - 1) // page * page
-    memory = mmap.mmap(-1, whole + page)
-    block = (ctypes.c_uint8 * (whole + page)).from_buffer(memory)
+    mapped = (size + page - 1) // page * page
+    memory = mmap.mmap(-1, mapped + page)
+    block = (ctypes.c_uint8 * (mapped + page)).from_buffer(memory)
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mprotect(ctypes.c_void_p(ctypes.addressof(block) + whole), page, 0):
+    if libc.mprotect(ctypes.c_void_p(ctypes.addressof(block) + mapped), page, 0):
         pytest.skip("memory cannot be protected here")
-    view = torch.frombuffer(block, dtype=torch.int16, count=changes.changed, offset=whole - size)
+    view = torch.frombuffer(block, dtype=torch.int16, count=changes.changed, offset=mapped - size)
     view.copy_(changes.values)
     out, _ = scatter(w, replace(changes, values=view))
     assert torch.equal(bits(out), bits(v))
-    assert libc.mprotect(ctypes.c_void_p(ctypes.addressof(block) + whole), page, 3) == 0
+    assert libc.mprotect(ctypes.c_void_p(ctypes.addressof(block) + mapped), page, 3) == 0
 
 
 @settings(max_examples=80, deadline=None)
@@ -255,27 +255,27 @@ def test_any_pair_round_trips(width, pairs, repeat, difference):
     assert torch.equal(after, digests[1])
 
 
-def test_room_is_used_again(isa):
+def test_buffers_are_reused(isa):
     w, v = make_bits(BLOCK + 5, torch.bfloat16, 0.2)
-    room = GatherBuffers.of(2 * BLOCK, 2)
-    first, _ = gather(w, v, buffers=room)
-    assert first.values.data_ptr() == room.values.data_ptr()
+    buffers = GatherBuffers.of(2 * BLOCK, 2)
+    first, _ = gather(w, v, buffers=buffers)
+    assert first.values.data_ptr() == buffers.values.data_ptr()
     expected = plain(gather(w[:99], v[:99])[0])
-    assert plain(gather(w[:99], v[:99], buffers=room)[0]) == expected
+    assert plain(gather(w[:99], v[:99], buffers=buffers)[0]) == expected
 
 
 @pytest.mark.parametrize("n", [999, BLOCK + 1001])
 @pytest.mark.parametrize("density", [0.01, 0.3])
-def test_changes_that_no_gather_gives_are_refused(isa, threads, n, density):
+def test_malformed_changes_are_rejected(isa, threads, n, density):
     w, v = make_bits(n, torch.bfloat16, density)
     changes, _ = gather(w, v)
     for name, make_malformed in MALFORMED.items():
         bad = make_malformed(changes)
         if name == "a bit flipped" and density < 0.1:
             continue  # an offset of another value may still be in order
-        for refused in (lambda bad=bad: check(bad, n), lambda bad=bad: scatter(w, bad)):
+        for call in (lambda bad=bad: check(bad, n), lambda bad=bad: scatter(w, bad)):
             with pytest.raises(ValueError):
-                refused()
+                call()
         status = ops.reference_check(bad.counts, bad.positions, n, bad.values.numel())
         assert int(status) >= 0, name
 
@@ -283,17 +283,17 @@ def test_changes_that_no_gather_gives_are_refused(isa, threads, n, density):
 @pytest.mark.parametrize(
     "offsets", [[5, 5], [7, 3], [5, 999], [5, 65535]], ids=["repeated", "unsorted", "beyond", "far beyond"]
 )
-def test_offsets_out_of_order_or_range_are_refused(isa, offsets):
+def test_offsets_out_of_order_or_range_are_rejected(isa, offsets):
     n = 999
     coded = torch.tensor([byte for offset in offsets for byte in (offset & 255, offset >> 8)], dtype=torch.uint8)
     bad = Changes(torch.tensor([2], dtype=torch.int32), coded, torch.zeros(2, dtype=torch.int16))
-    for refused in (lambda: check(bad, n), lambda: scatter(torch.zeros(n, dtype=torch.int16), bad)):
+    for call in (lambda: check(bad, n), lambda: scatter(torch.zeros(n, dtype=torch.int16), bad)):
         with pytest.raises(ValueError, match="block 0 has positions out of range, repeated, out of order"):
-            refused()
+            call()
     assert int(ops.reference_check(bad.counts, bad.positions, n, 2)) == 0
 
 
-def test_a_mask_with_bits_beyond_the_end_is_refused(isa):
+def test_mask_with_bits_beyond_the_end_is_rejected(isa):
     w = torch.zeros(13, dtype=torch.int16)
     bad = Changes(
         torch.tensor([2], dtype=torch.int32),
@@ -305,7 +305,7 @@ def test_a_mask_with_bits_beyond_the_end_is_refused(isa):
     assert int(ops.reference_check(bad.counts, bad.positions, 13, 2)) == 0
 
 
-def test_the_first_bad_block_is_named_whatever_the_threads(isa, threads):
+def test_error_names_the_first_invalid_block_for_any_thread_count(isa, threads):
     n = 6 * BLOCK
     w, v = make_bits(n, torch.bfloat16, 0.3)
     changes, _ = gather(w, v)
@@ -316,7 +316,7 @@ def test_the_first_bad_block_is_named_whatever_the_threads(isa, threads):
         check(replace(changes, positions=positions), n)
 
 
-def test_arguments_that_do_not_fit_are_refused():
+def test_mismatched_arguments_are_rejected():
     a = torch.zeros(4)
     with pytest.raises(TypeError, match=r"base is torch.float32, trained torch.int32"):
         gather(a, a.int())
@@ -343,10 +343,10 @@ def test_arguments_that_do_not_fit_are_refused():
 
 def test_operators_are_registered_as_torch_expects():
     w, v = (bits(side) for side in make_pair(1000))
-    room = GatherBuffers.of(1000, 2)
+    buffers = GatherBuffers.of(1000, 2)
     torch.library.opcheck(
         torch.ops.opdkernels.patch_gather_.default,
-        (w, v, False, room.counts, room.positions, room.values, torch.empty(2, 1, 2, dtype=torch.int64)),
+        (w, v, False, buffers.counts, buffers.positions, buffers.values, torch.empty(2, 1, 2, dtype=torch.int64)),
     )
     changes, _ = gather(w, v)
     stored = (changes.counts, changes.positions)
@@ -357,8 +357,8 @@ def test_operators_are_registered_as_torch_expects():
     torch.library.opcheck(torch.ops.opdkernels.patch_check.default, (*stored, 1000, changes.changed))
     torch.library.opcheck(torch.ops.opdkernels.patch_digest.default, (w,))
 
-    def restore(source, counts, positions, values, out, digests):
-        torch.ops.opdkernels.patch_scatter_(source, counts, positions, values, False, out, digests)
+    def restore(base, counts, positions, values, out, digests):
+        torch.ops.opdkernels.patch_scatter_(base, counts, positions, values, False, out, digests)
         return out + 0
 
     compiled = torch.compile(restore, fullgraph=True, backend="aot_eager")
@@ -381,23 +381,23 @@ def test_more_than_two_billion_coordinates():
 
     n = 2**31 + 11
     with mmap.mmap(-1, n) as zeros, mmap.mmap(-1, n) as edges, mmap.mmap(-1, n) as values:
-        source, run = (torch.frombuffer(m, dtype=torch.uint8) for m in (zeros, edges))
-        run[0] = run[2**31] = run[n - 1] = 1
-        room = GatherBuffers(
+        base, trained = (torch.frombuffer(m, dtype=torch.uint8) for m in (zeros, edges))
+        trained[0] = trained[2**31] = trained[n - 1] = 1
+        buffers = GatherBuffers(
             torch.empty(blocks_of(n), dtype=torch.int32),
             torch.empty((n + 7) // 8, dtype=torch.uint8),
             torch.frombuffer(values, dtype=torch.uint8),
         )
-        changes, digests = gather(source, run, buffers=room)
+        changes, digests = gather(base, trained, buffers=buffers)
         assert (changes.changed, int(changes.counts.sum()), changes.positions.numel()) == (
             3,
             3,
             4,
         )  # an offset, and a mask of 11 bits
-        _, after = scatter(source, changes, out=source)
+        _, after = scatter(base, changes, out=base)
         assert torch.equal(after, digests[1])
-        assert source[[0, 1, 2**31, n - 1]].tolist() == [1, 0, 1, 1]
-        del source, run, room, changes
+        assert base[[0, 1, 2**31, n - 1]].tolist() == [1, 0, 1, 1]
+        del base, trained, buffers, changes
 
 
 @pytest.mark.parametrize("case", FAMILY.collect(SIZES, special=True), ids=str)

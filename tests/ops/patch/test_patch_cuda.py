@@ -1,4 +1,4 @@
-"""`patch` in CUDA C++ on fibers: bit-identical to the reference in every order of threads; refuses the same changes."""
+"""`patch` in CUDA C++ on fibers: bit-identical to the reference in every order of threads; rejects the same changes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from opdkernels.ops.patch import cuda
 from tests.backends.cuda.fibers import ORDERS, kernel_source, launch_on_fibers, load_kernels, needs_compiler
 from tests.ops.conformance import MILLION, MISALIGNED, SIZES, Allocator, backend_kernel, check_case, reference
-from tests.ops.patch.cases import FAMILY, assert_refusal_writes_nothing, gather, make_bits, malformed_cases, scatter
+from tests.ops.patch.cases import FAMILY, assert_rejection_writes_nothing, gather, make_bits, malformed_cases, scatter
 
 pytestmark = needs_compiler
 KERNEL = backend_kernel("cuda")
@@ -30,8 +30,8 @@ def test_matches_reference(case):
 
 
 @pytest.mark.parametrize("case", malformed_cases(), ids=str)
-def test_refused_changes_write_nothing(case):
-    assert_refusal_writes_nothing(KERNEL, case)
+def test_rejected_changes_write_nothing(case):
+    assert_rejection_writes_nothing(KERNEL, case)
 
 
 @pytest.mark.parametrize("case", FAMILY.collect([5003]), ids=str)
@@ -56,14 +56,14 @@ def test_a_million_coordinates_in_blocks_of_device_size(monkeypatch, case):
 BARRIER, SYNCWARP = "__syncthreads();", "__syncwarp();"
 
 
-def of_two_bytes(source: str) -> str:
-    """Without the kernels of other widths, which a broken source need not compile."""
+def only_two_bytes(source: str) -> str:
+    """Removes the kernels of other widths, so that a modified source compiles faster."""
     return re.sub(r"^OPD_PATCH_WIDTH\((?!2,).*$", "", source, flags=re.MULTILINE)
 
 
 def without_barrier(text: str, which: int, of: int) -> str:
     """The source without one of its barriers."""
-    parts = of_two_bytes(kernel_source("patch")).split(text)
+    parts = only_two_bytes(kernel_source("patch")).split(text)
     assert len(parts) == of + 1
     return text.join(parts[: which + 1]) + text.join(parts[which + 1 :])
 
@@ -83,8 +83,8 @@ def digested(kernel) -> list:
     return kernel("patch_digest")(make_bits(9000, torch.int16, 0.02)[0]).tolist()
 
 
-# What a kernel leaves, of which each barrier is a part.
-LEFT = {
+# The barrier to remove, and the outputs that depend on it.
+BARRIERS = {
     "queue": (SYNCWARP, 0, gathered),
     "compared": (BARRIER, 0, gathered),
     "zeros before offsets": (BARRIER, 1, scattered),
@@ -95,21 +95,21 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.parametrize("name", BARRIERS)
 def test_missing_barrier_is_detected(monkeypatch, name):
-    """Without it some order of threads leaves something else. (The second __syncwarp only orders memory.)"""
-    text, which, outputs = LEFT[name]
+    """Without it, some order of threads gives other outputs. (The second __syncwarp only orders memory.)"""
+    text, which, outputs = BARRIERS[name]
     expected = outputs(reference)
     kernels = load_kernels("patch", without_barrier(text, which, 2 if text == SYNCWARP else 6))
-    found = []
+    results = []
     for order in ORDERS:
         launch_on_fibers(monkeypatch, kernels, order=order)
-        found.append(outputs(KERNEL))
-    assert any(one != expected for one in found)
+        results.append(outputs(KERNEL))
+    assert any(result != expected for result in results)
 
 
 @pytest.mark.parametrize(
-    ("text", "broken", "said"),
+    ("text", "broken", "message"),
     [
         ("even += __shfl_xor_sync", "if (lane & 4) even += __shfl_xor_sync", "different places|a lane of the mask"),
         ("bits |= __shfl_xor_sync", "if (bits) bits |= __shfl_xor_sync", "different places|a lane of the mask"),
@@ -117,11 +117,11 @@ def test_missing_barrier_is_detected(monkeypatch, name):
     ],
     ids=["sums", "bits", "barrier"],
 )
-def test_divergent_threads_are_detected(monkeypatch, text, broken, said):
-    source = of_two_bytes(kernel_source("patch"))
+def test_divergent_threads_are_detected(monkeypatch, text, broken, message):
+    source = only_two_bytes(kernel_source("patch"))
     assert text in source
     launch_on_fibers(monkeypatch, load_kernels("patch", source.replace(text, broken, 1)), order=2)
     with pytest.raises(
-        RuntimeError, match=rf"patch_compare_2 did not start on cpu: block \d+, thread \d+, line \d+: .*({said})"
+        RuntimeError, match=rf"patch_compare_2 did not start on cpu: block \d+, thread \d+, line \d+: .*({message})"
     ):
         gathered(KERNEL)

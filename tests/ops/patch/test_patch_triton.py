@@ -1,4 +1,4 @@
-"""`patch` in Triton's interpreter: bit-identical to the reference, and refuses the same changes."""
+"""`patch` in Triton's interpreter: bit-identical to the reference, and rejects the same changes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import pytest
 from opdkernels.backends.triton import launch
 from opdkernels.ops.patch import triton
 from tests.ops.conformance import MILLION, MISALIGNED, SIZES, backend_kernel, check_case
-from tests.ops.patch.cases import FAMILY, assert_refusal_writes_nothing, malformed_cases
+from tests.ops.patch.cases import FAMILY, assert_rejection_writes_nothing, malformed_cases
 
 KERNEL = backend_kernel("triton")
-# A unit of a digest is a step of the interpreter: of the widest dtypes, one density.
+# The interpreter takes one step per unit of a digest, so the widest dtypes are tested at one density.
 AT_70_001 = [
     case for case in FAMILY.collect([70_001]) if "uint8" in case.name or "0.01" in case.name or "int16" in case.name
 ]
@@ -29,8 +29,8 @@ def test_matches_reference(case):
 
 
 @pytest.mark.parametrize("case", malformed_cases(), ids=str)
-def test_refused_changes_write_nothing(case):
-    assert_refusal_writes_nothing(KERNEL, case)
+def test_rejected_changes_write_nothing(case):
+    assert_rejection_writes_nothing(KERNEL, case)
 
 
 @pytest.mark.parametrize("case", FAMILY.collect([5003]), ids=str)
@@ -40,7 +40,7 @@ def test_misaligned(case):
 
 @pytest.mark.parametrize("case", FAMILY.collect(special=True, only="unchanged tile"), ids=str)
 def test_many_tiles_per_block_and_many_programs(monkeypatch, case):
-    """As on a GPU: tiles are taken in turn, values and positions begin where earlier tiles end."""
+    """As on a GPU: each program handles several tiles, and values and positions begin where earlier tiles end."""
     for name, size in (("TILE_BYTES", 1 << 14), ("CHUNK", 1024), ("ROWS", 2), ("STEPS", 8)):
         monkeypatch.setattr(triton, name, size)
     monkeypatch.setattr(launch, "PROGRAMS_PER_SM", 3)
