@@ -140,7 +140,7 @@ def distill(
     reward_fn = None
     if callable(reward):
         values["reward"], reward_fn = qualified_name(reward), reward
-    rows = {}
+    rows: dict[str, Any] = {}
     for name, source in (("prompts", prompts), ("eval_prompts", eval_prompts)):
         if source is not None:
             values[name], rows[name] = name_rows(source, name)

@@ -32,7 +32,7 @@ def build_optimizer(options: DistillOptions, model: torch.nn.Module) -> MaskedOp
         if options.masks
         else {}
     )
-    common = {
+    common: dict[str, Any] = {
         "lr": options.learning_rate,
         "weight_decay": options.weight_decay,
         "masks": masks,

@@ -62,7 +62,7 @@ def sample(
     cache: dict[str, Any] = {}
     if not any(padding) and not model_inputs and num_processes == 1:
         cache = prefill_shared_prefix(model, ids[:1, : common_prefix_length(ids[:, :-1])], len(ids))
-    sampling = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(

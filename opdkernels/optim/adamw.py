@@ -113,10 +113,10 @@ class MaskedAdamW(MaskedOptimizer):
         clip: torch.Tensor | None,
     ) -> None:
         masked_adamw(
-            *batch.arguments(),
-            batch.state_tensors("exp_avg"),
-            batch.state_tensors("exp_avg_sq"),
-            scalars,
+            **batch.tensors(),
+            exp_avgs=batch.state_tensors("exp_avg"),
+            exp_avg_sqs=batch.state_tensors("exp_avg_sq"),
+            scalars=scalars,
             max_exp_avg_sqs=batch.state_tensors("max_exp_avg_sq"),
             grad_scale=grad_scale,
             clip=clip,

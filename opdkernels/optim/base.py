@@ -302,9 +302,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
             return dense
         from torch.distributed.tensor import DTensor
 
+        like: Any = param
         return DTensor.from_local(
-            dense, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
-        )  # type: ignore[attr-defined]
+            dense, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -86,7 +86,11 @@ class Batch:
             "seed": group["seed"],
         }
 
-    def arguments(self) -> tuple[list[torch.Tensor], ...]:
-        """params, grads, masks and block_counts."""
-        masks, block_counts = [s.mask for s in self.shards], [s.block_counts for s in self.shards]
-        return self.params, self.grads, masks, block_counts
+    def tensors(self) -> dict[str, Any]:
+        """The tensors that `masked_adamw` and `masked_sgd` share, one per parameter."""
+        return {
+            "params": self.params,
+            "grads": self.grads,
+            "masks": [shard.mask for shard in self.shards],
+            "block_counts": [shard.block_counts for shard in self.shards],
+        }

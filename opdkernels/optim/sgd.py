@@ -103,8 +103,8 @@ class MaskedSGD(MaskedOptimizer):
         # A new buffer takes the gradient, also where the parameter was stepped without momentum before.
         scalars[torch.tensor(batch.is_first, device=scalars.device), IS_FIRST] = 1.0
         masked_sgd(
-            *batch.arguments(),
-            scalars,
+            **batch.tensors(),
+            scalars=scalars,
             momentum_buffers=batch.state_tensors("momentum_buffer") if group["momentum"] else [],
             grad_scale=grad_scale,
             clip=clip,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -279,12 +280,8 @@ class Application:
                 continue
             size = self.patch.entry(tensor.data).nbytes
             with self._damage(info):
-                for segment in segments.find(
-                    lambda start, stop, key=tensor.data: self.patch.read(key, start, stop),
-                    size,
-                    info.items,
-                    info.item_bytes,
-                ):  # type: ignore[misc]
+                read = functools.partial(self.patch.read, tensor.data)
+                for segment in segments.find(read, size, info.items, info.item_bytes):
                     yield Piece(info, segment.first, segment.last, segment)
 
     @contextlib.contextmanager

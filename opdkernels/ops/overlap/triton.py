@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from opdkernels.backends import gpu
-from opdkernels.backends.layout import BINS
+from opdkernels.backends import layout as common_layout
 from opdkernels.backends.triton import launch
 from opdkernels.backends.triton.numeric import bf16_bits_of, from_bf16_bits, magnitude_bits
 from opdkernels.ops.overlap import layout
@@ -31,7 +31,7 @@ TILE, NUM_WARPS = 1024, 4  # eight bf16 per thread: 16 bytes of every tensor
 MAXNREG = 128  # for up to four runs: four programs per multiprocessor
 MAX_BYTES = 40  # per coordinate in all tensors; beyond them only half a tile fits the registers
 MAX_COPIES, COORDINATES_PER_COPY = 8, 1 << 22
-BINS = tl.constexpr(BINS)
+BINS = tl.constexpr(common_layout.BINS)
 GROUP, GROUP_SETS = tl.constexpr(layout.GROUP), tl.constexpr(layout.GROUP_SETS)
 COUNT_NUMEL, COUNT_NONFINITE = tl.constexpr(layout.COUNT_NUMEL), tl.constexpr(layout.COUNT_NONFINITE)
 # The midpoint above the largest finite bf16: from it on, differences round to Inf.
@@ -137,7 +137,7 @@ def overlap_(
     tile = TILE if sum(tensor.itemsize for tensor in (base, *trained)) <= MAX_BYTES else TILE // 2
     for start, size in gpu.slices(base.numel()):
         copies = max(1, min(MAX_COPIES, size // COORDINATES_PER_COPY))
-        joint = torch.zeros(copies, groups, layout.GROUP_SETS, BINS.value, dtype=torch.int32, device=device)
+        joint = torch.zeros(copies, groups, layout.GROUP_SETS, common_layout.BINS, dtype=torch.int32, device=device)
         sets = torch.zeros(copies, 1 << n_runs, dtype=torch.int32, device=device) if groups > 1 else None
         launch.run(
             count,

@@ -34,7 +34,7 @@ BLOCK = tl.constexpr(layout.BLOCK)
 
 def column(field: str) -> tl.constexpr:
     """Column of a field where a row is read as int64 [COLUMNS]; param_id is the low half of its column."""
-    return tl.constexpr(STEP_ROW.fields[field][1] // 8)
+    return tl.constexpr(dict(STEP_ROW.fields or {})[field][1] // 8)
 
 
 # Columns of a row.
