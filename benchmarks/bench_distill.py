@@ -69,11 +69,11 @@ def test_loop_against_trl(benchmark, row, request, tmp_path, kind, steps, batch,
     arguments = [
         str(part) for part in (student, teacher, data, steps, batch, new_tokens, "float32", torch.get_num_threads())
     ]
-    found: dict[str, list[dict[str, float]]] = {"loop": [], "trl": []}
+    result: dict[str, list[dict[str, float]]] = {"loop": [], "trl": []}
 
     def both():
         for _ in range(ROUNDS):
-            for which, results in found.items():
+            for which, results in result.items():
                 done = subprocess.run(
                     [*command, which, *arguments], capture_output=True, text=True, check=True, cwd=tmp_path
                 )
@@ -82,7 +82,7 @@ def test_loop_against_trl(benchmark, row, request, tmp_path, kind, steps, batch,
     benchmark.pedantic(both, rounds=1)
     median = {
         which: {name: statistics.median(one[name] for one in results) for name in results[0]}
-        for which, results in found.items()
+        for which, results in result.items()
     }
     ours, theirs = median["loop"], median["trl"]
     assert abs(ours["kl"] - theirs["kl"]) <= 0.1 * theirs["kl"]  # of other samples, after the same training

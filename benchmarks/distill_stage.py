@@ -36,7 +36,7 @@ def loop(
     from opdkernels.distillation.loop import train
     from opdkernels.distillation.options import options_from
 
-    given = {
+    arguments = {
         "student": student,
         "teacher": teacher,
         "prompts": prompts,
@@ -49,9 +49,9 @@ def loop(
         "threads": threads,
         "device": "cpu",
     }
-    train(options_from(None, given), out)
+    train(options_from(None, arguments), out)
     rows = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-    # the step, its log and what lies between; without the checkpoints at both ends
+    # steps with their logging, without the checkpoints at both ends
     seconds = [row["seconds"]["all"] - row["seconds"].get("save", 0) for row in rows]
     spent = [sum(row["seconds"][name] for name in ("generate", "score", "train", "step")) for row in rows]
     return {

@@ -57,7 +57,7 @@ def analyze(
         threads: Threads of the kernels, 1 to 4096; torch's own number if None.
         device: "cpu", "cuda" or "cuda:N": where coordinates are counted and Gram matrices are computed. Counts are
             bit-identical on every device.
-        spectra: "exact": spectra of every matrix, and where its update lies in the geometry of the base; "topk": only
+        spectra: "exact": spectra of every matrix, and where its update is in the geometry of the base; "topk": only
             the top of the update's spectrum, with bounds and in less memory; "off": no spectra.
         io: How files are read: "mmap", "read" (positioned reads), or "auto".
         revision: Revision of hub ids.

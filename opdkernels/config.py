@@ -141,7 +141,7 @@ class AnalyzeOptions(RunOptions):
     )
     spectra: Literal["exact", "topk", "off"] = option(
         "Computation",
-        "exact: spectra of every matrix, and where its update lies in the geometry of the base; topk: only the top of "
+        "exact: spectra of every matrix, and where its update is in the geometry of the base; topk: only the top of "
         "the update's spectrum, with bounds and in less memory; off: no spectra.",
         "exact",
     )

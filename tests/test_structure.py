@@ -75,14 +75,14 @@ NAMES = {name_of(path) for path in MODULES}
 
 def imported_modules(path: Path) -> set[str]:
     """Modules of the package that a file imports, also in functions, but not for type checkers only."""
-    found = set()
+    result = set()
     for node in runtime_nodes(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             submodules = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= (submodules & NAMES) or {node.module}
-    return {name for name in found if name.startswith("opdkernels.")}
+            result |= (submodules & NAMES) or {node.module}
+    return {name for name in result if name.startswith("opdkernels.")}
 
 
 def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:

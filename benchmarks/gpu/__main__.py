@@ -143,7 +143,7 @@ def supervise_parallel(command: list[str], jobs: int, deadline: float) -> tuple[
     """As `supervise`, with several processes at a time."""
     parts = [Results() for _ in range(jobs)]
     with ThreadPoolExecutor(jobs) as pool:
-        why = pool.map(lambda i: supervise([*command, "--share", f"{i}/{jobs}"], deadline, parts[i]), range(jobs))
+        why = pool.map(lambda i: supervise([*command, "--part", f"{i}/{jobs}"], deadline, parts[i]), range(jobs))
     results = Results()
     results.join(parts)
     return results, next(filter(None, why), "")
@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     results, rest, why = Results(), Results(), ""
     if chosen.jobs > 1 and GROUPS["tests"] in groups:
         results, why = supervise_parallel([*command, "--groups", "check"], chosen.jobs, deadline)
-        command += ["--share", "alone"]
+        command += ["--part", "alone"]
     if results.about or not why:
         late = supervise([*command, "--groups", ",".join(groups)], deadline, rest)
         results.join([rest])

@@ -83,11 +83,11 @@ def sanitized(tool: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return []
 
 
-def in_share(share: str, name: str, family: int) -> bool:
-    """Whether a worker runs a check of a family. `share`: "2/4" (the third of four workers), "alone", or "" for all."""
-    if not share or share == "alone":
-        return not share or name in ALONE
-    which, of = map(int, share.split("/"))
+def is_in_part(part: str, name: str, family: int) -> bool:
+    """Whether a worker runs a check of a family. `part`: "2/4" (the third of four workers), "alone", or "" for all."""
+    if not part or part == "alone":
+        return not part or name in ALONE
+    which, of = map(int, part.split("/"))
     return name not in ALONE and family % of == which
 
 
@@ -118,7 +118,7 @@ def plan(arguments: argparse.Namespace, device: torch.device) -> list[Unit]:
         return lambda: list(timings.time_compiled(workload, device, limit(), torch.compile, n))
 
     for name, family, backend in checks.units(families, backends):
-        if in_share(arguments.share, name, families.index(family)):
+        if is_in_part(arguments.part, name, families.index(family)):
             listed.append(Unit("check", name, family.name, backend.name, check(name, family, backend)))
     listed.append(Unit("time", "limits", "the device", "PyTorch", measure))
     listed += [
@@ -198,7 +198,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="")
     parser.add_argument("--without", default="")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--share", default="")
+    parser.add_argument("--part", default="")
     parser.add_argument("--first", type=int, default=0, help="Index of the first unit to run.")
     parser.add_argument(
         "--limit", type=float, default=60.0, help="Time limit of a process under the sanitizer, in seconds."
@@ -212,8 +212,8 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.init()  # raises where there is no GPU, or its driver is older than torch's CUDA
         device = torch.device("cuda", torch.cuda.current_device())
-    if "/" in arguments.share:
-        torch.set_num_threads(max(1, torch.get_num_threads() // int(arguments.share.split("/")[1])))
+    if "/" in arguments.part:
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(arguments.part.split("/")[1])))
     units = plan(arguments, device)
     print(json.dumps({"plan": [unit.title for unit in units], **machine(device)}), flush=True)
     for unit in units[arguments.first :]:

@@ -126,7 +126,8 @@ def validate_request(
         raise UsageError("an experiment runs in one process; leave torchrun out, or run its arms with distill")
     if not options.num_eval_prompts or not options.snapshot_every:
         raise UsageError(
-            "an experiment scores its arms on held-out prompts and says what changed; set num_eval_prompts and snapshot_every"
+            "an experiment evaluates its arms on held-out prompts and takes snapshots of the weights; "
+            "set num_eval_prompts and snapshot_every"
         )
     if seeds < 1 or (density is not None and not 0 <= density <= 1):
         raise UsageError(

@@ -71,8 +71,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return bool(self.defaults["fused"] or self._gathers)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in ("_binder", "_bound")}
-        return {**super().__getstate__(), **own, "_compact": {}, "_gathers": 0, "_clip": None}
+        attributes = {key: self.__dict__[key] for key in ("_binder", "_bound")}
+        return {**super().__getstate__(), **attributes, "_compact": {}, "_gathers": 0, "_clip": None}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

@@ -117,7 +117,7 @@ def overview_rows(
 
 def gauges(visible: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The two ratios to the null, as drawings."""
-    found = []
+    entries = []
     for name, label in (
         ("changed_over_null", "Changed coordinates"),
         (f"{COVERAGE}_over_null", "Near-zero coverage at 10 %"),
@@ -125,8 +125,8 @@ def gauges(visible: Mapping[str, Any]) -> list[dict[str, Any]]:
         value = visible.get(name)
         if value is not None:
             drawing = charts.gauge(value, TOLERANCE, label)
-            found.append({"label": label, "value": value, "drawing": drawing, "metric": term(name)})
-    return found
+            entries.append({"label": label, "value": value, "drawing": drawing, "metric": term(name)})
+    return entries
 
 
 def near_zero_rows(views: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -157,7 +157,7 @@ def maps(groups: pa.Table) -> list[dict[str, Any]]:
         return []
     shown = layers[:MAX_LAYERS]
     modules = sorted_modules(row["module"] for row in rows)
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for name, heading, note, scale_of, views in (
         (
             "frac_zero",
@@ -195,7 +195,7 @@ def maps(groups: pa.Table) -> list[dict[str, Any]]:
                 names, drawing = charts.heat_map(cells, modules, shown, scale, heading)
                 drawings.append({"view": view, "names": names, "drawing": drawing, "legend": charts.legend(scale)})
         if drawings:
-            found.append(
+            entries.append(
                 {
                     "heading": heading,
                     "note": note,
@@ -204,4 +204,4 @@ def maps(groups: pa.Table) -> list[dict[str, Any]]:
                     "left_out": len(layers) - len(shown),
                 }
             )
-    return found
+    return entries

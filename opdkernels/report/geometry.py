@@ -59,7 +59,7 @@ def sentences(rows: Sequence[Row], exact: Sequence[Row]) -> list[str]:
         if ratio > 1.1
         else "no direction stands out"
     )
-    found = [
+    entries = [
         f"The update of {plural(len(rows), 'matrix', 'matrices')} has a median stable rank of "
         f"{significant(stable, 3)}; a random update has {significant(random, 3)}. Its 16 largest directions contain "
         f"{percent(energy)} of the energy, those of a random update {percent(random_energy)}: {conclusion}."
@@ -70,12 +70,12 @@ def sentences(rows: Sequence[Row], exact: Sequence[Row]) -> list[str]:
         relation = (
             "avoids" if within < 0.8 * chance else "prefers" if within > 1.25 * chance else "neither prefers nor avoids"
         )
-        found.append(
+        entries.append(
             f"It {relation} the principal directions of the weights: {percent(within)} of its energy is between their "
             f"top tenths ({percent(chance)} by chance), and {percent(covered)} of the changed coordinates are in the "
             "principal mask of a tenth of the coordinates (10 % by chance)."
         )
-    return found
+    return entries
 
 
 def drawings(
@@ -184,7 +184,7 @@ def maps(rows: Sequence[Row], exact: Sequence[Row]) -> list[dict[str, Any]]:
             "them.",
         ),
     ]
-    found = []
+    entries = []
     for matrices, value_of, heading, note in figures:
         cells: dict[tuple[str, int], list[float]] = {}
         for row in matrices:
@@ -198,7 +198,7 @@ def maps(rows: Sequence[Row], exact: Sequence[Row]) -> list[dict[str, Any]]:
         }
         scale = charts.ratio_scale([value for value in means.values() if value is not None])
         names, drawing = charts.heat_map(means, sorted_modules(m for m, _ in means), layers, scale, heading)
-        found.append(
+        entries.append(
             {"heading": heading, "note": note, "names": names, "drawing": drawing, "legend": charts.legend(scale)}
         )
-    return found
+    return entries

@@ -124,7 +124,7 @@ def maps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each pair the overlap relative to the magnitude-conditioned chance level, by layer and module."""
     layers = sorted({row["layer"] for row in rows})[:MAX_LAYERS]
     modules = sorted_modules(row["module"] for row in rows)
-    found = []
+    entries = []
     for pair in dict.fromkeys((row["run_a"], row["run_b"]) for row in rows):
         sums: dict[tuple[str, int], list[float]] = {}
         for row in rows:
@@ -139,7 +139,7 @@ def maps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             label = "Overlap relative to the magnitude-conditioned chance level"
             names, drawing = charts.heat_map(cells, modules, layers, scale, label)
             note = f"{label}. 1× is explained by magnitudes alone; orange is more, blue is less."
-            found.append(
+            entries.append(
                 {
                     "heading": f"{pair[0]} and {pair[1]}",
                     "note": note,
@@ -148,7 +148,7 @@ def maps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "legend": charts.legend(scale),
                 }
             )
-    return found
+    return entries
 
 
 def left_out(summary: dict[str, Any]) -> list[dict[str, Any]]:

@@ -140,12 +140,12 @@ def metric_charts(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             [line("visible", "changed since the previous checkpoint", "visible", "frac_changed_since_previous")],
         ),
     ]
-    found = []
+    entries = []
     for heading, note, text, lines in specifications:
         known = [line for line in lines if any(value is not None for value in line[2])]
         if any(style != "null" for style, *_ in known):
-            found.append(charts.step_figure(heading, note, numbers, known, text))
-    return found
+            entries.append(charts.step_figure(heading, note, numbers, known, text))
+    return entries
 
 
 def headline(steps: Sequence[dict[str, Any]], atol: float) -> str:

@@ -123,15 +123,15 @@ def test_gram_matrices_use_the_configured_device(pair, monkeypatch):
     asked = []
     device = torch.device("meta")
 
-    def refuse(source, trained=None, **options):
-        asked.append(source.device.type)
+    def raise_error(base, trained=None, **options):
+        asked.append(base.device.type)
         raise RuntimeError("no kernel here")
 
     monkeypatch.setattr(analyze_module, "probe_device", lambda name: HERE)
     monkeypatch.setattr(
         analyze_module, "SpectraConfig", lambda *args, **options: SpectraConfig(*args, **{**options, "device": device})
     )
-    monkeypatch.setattr(matrix_spectra, "gram", refuse)
+    monkeypatch.setattr(matrix_spectra, "gram", raise_error)
     result = analyze(*pair)
     assert set(asked) == {"meta"}
     assert {record.reason for record in result.spectrum_records} == {"RuntimeError: no kernel here"}
@@ -193,9 +193,9 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Pl
 )
 def test_missing_gpu_is_input_error(monkeypatch, count, error, built, name, said):
     with_gpus(monkeypatch, count, error, built)
-    with pytest.raises(InputError, match=rf"^--device {name}: .*{said}") as found:
+    with pytest.raises(InputError, match=rf"^--device {name}: .*{said}") as raised:
         devices.resolve_device(name)
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_too_old_driver_is_input_error_before_any_tensor(pair, tmp_path, monkeypatch):
@@ -209,9 +209,9 @@ def test_too_old_driver_is_input_error_before_any_tensor(pair, tmp_path, monkeyp
     with pytest.raises(
         InputError,
         match=r"^--device cpu: delta_count_bf16 did not start .* update the NVIDIA driver; `opdkernels doctor`",
-    ) as found:
+    ) as error:
         analyze(*pair, tmp_path / "out")
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 

@@ -212,8 +212,8 @@ def test_failed_tensor_is_recorded_and_retried(pair, tmp_path, monkeypatch):
     assert len(result.summary["failed"]) == 4
     assert result.summary["failed"][0]["reason"] == "MemoryError: no room"
     monkeypatch.undo()
-    mended = analyze(*pair, tmp_path / "out")
-    assert mended.exit_status == 0
+    repaired = analyze(*pair, tmp_path / "out")
+    assert repaired.exit_status == 0
     analyze(*pair, tmp_path / "unbroken")
     assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
 

@@ -40,7 +40,7 @@ def oracle(w: torch.Tensor, v: torch.Tensor) -> dict[str, float]:
     u2, sigma2, vh2 = torch.linalg.svd(v, full_matrices=False)
     r, (m, n) = len(s), w.shape
     p = s / s.sum()
-    found = {
+    result = {
         "spectral_norm": s[0],
         "stable_rank": s.square().sum() / s[0] ** 2,
         "energy_16": s[:16].square().sum() / s.square().sum(),
@@ -54,17 +54,17 @@ def oracle(w: torch.Tensor, v: torch.Tensor) -> dict[str, float]:
     for label, ratio in RATIOS.items():
         k = max(1, int(ratio * r))
         a, b = u[:, :k], vh[:k].T
-        found[f"projection_{label}"] = ((a.T @ d @ b).norm() / d.norm()) ** 2
-        found[f"projection_left_{label}"] = ((a.T @ d).norm() / d.norm()) ** 2
-        found[f"projection_right_{label}"] = ((d @ b).norm() / d.norm()) ** 2
+        result[f"projection_{label}"] = ((a.T @ d @ b).norm() / d.norm()) ** 2
+        result[f"projection_left_{label}"] = ((a.T @ d).norm() / d.norm()) ** 2
+        result[f"projection_right_{label}"] = ((d @ b).norm() / d.norm()) ** 2
         for side, x, y in (("left", a, u2[:, :k]), ("right", b, vh2[:k].T)):
-            found[f"rotation_{side}_{label}"] = torch.linalg.svdvals(y - x @ (x.T @ y)).mean()
+            result[f"rotation_{side}_{label}"] = torch.linalg.svdvals(y - x @ (x.T @ y)).mean()
         score = ((a * sigma[:k]) @ b.T).abs().flatten()
         mask = torch.zeros(m * n, dtype=torch.bool)
         mask[score.topk(math.ceil(ratio * m * n)).indices] = True
-        found[f"principal_coverage_{label}"] = (mask & changed.flatten()).sum().double() / changed.sum()
-        found[f"principal_mask_changed_{label}"] = (mask & changed.flatten()).sum().double() / mask.sum()
-    return {name: float(value) for name, value in found.items()}
+        result[f"principal_coverage_{label}"] = (mask & changed.flatten()).sum().double() / changed.sum()
+        result[f"principal_mask_changed_{label}"] = (mask & changed.flatten()).sum().double() / mask.sum()
+    return {name: float(value) for name, value in result.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -123,10 +123,10 @@ def test_resume_during_spectra_is_bit_exact(pair, tmp_path):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    resumed, whole = analyze(*pair, out), analyze(*pair)
-    assert without_time(resumed.spectra) == without_time(whole.spectra)
-    assert without_time(resumed.geometry) == without_time(whole.geometry)
-    assert resumed.summary["spectra"] == whole.summary["spectra"]
+    resumed, full = analyze(*pair, out), analyze(*pair)
+    assert without_time(resumed.spectra) == without_time(full.spectra)
+    assert without_time(resumed.geometry) == without_time(full.geometry)
+    assert resumed.summary["spectra"] == full.summary["spectra"]
 
 
 def test_missing_spectra_have_a_reason(tmp_path):
@@ -196,15 +196,15 @@ def test_nearly_singular_matrices_use_svd(tmp_path, monkeypatch):
 
 def test_topk_bounds_hold_and_exact_replaces_it(pair, tmp_path):
     exact = {row["name"]: row for row in rows(analyze(*pair).spectra)}
-    found = analyze(*pair, tmp_path / "out", spectra="topk")
-    for row in rows(found.spectra):
+    result = analyze(*pair, tmp_path / "out", spectra="topk")
+    for row in rows(result.spectra):
         assert row["method"] == "topk"
         for name in ("spectral_norm", "stable_rank", "energy_1", "energy_16"):
             assert row[f"lower_{name}"] <= exact[row["name"]][name] * (1 + 1e-9)
             assert row[f"upper_{name}"] >= exact[row["name"]][name] * (1 - 1e-9)
             assert row[name] == pytest.approx(exact[row["name"]][name], rel=1e-3)
         assert row["effective_rank"] is None
-    assert {row["projection_10pct"] for row in rows(found.geometry)} == {None}
+    assert {row["projection_10pct"] for row in rows(result.geometry)} == {None}
     again = analyze(*pair, tmp_path / "out")
     assert {row["method"] for row in rows(again.spectra)} <= {"gram", "gram_mixed"}
 
@@ -215,11 +215,11 @@ def test_resume_with_paper_csv_adds_masks_of_unchanged_matrices(tmp_path):
     after["lm_head.weight"] = source["lm_head.weight"]
     paths = save(tmp_path / "a", source), save(tmp_path / "b", after)
     analyze(*paths, tmp_path / "grown")
-    grown, whole = (
+    grown, full = (
         analyze(*paths, tmp_path / "grown", paper_csv=True),
         analyze(*paths, tmp_path / "whole", paper_csv=True),
     )
-    assert without_time(grown.geometry) == without_time(whole.geometry)
+    assert without_time(grown.geometry) == without_time(full.geometry)
     assert (tmp_path / "grown" / "mask_overlap_metrics.csv").read_text() == (
         tmp_path / "whole" / "mask_overlap_metrics.csv"
     ).read_text()
@@ -240,16 +240,16 @@ def test_experts_are_matrices_and_convolutions_flattened(tmp_path):
         "patch.conv.weight": torch.randn(8, 3, 4, 4, generator=generator),
     }
     after = {name: w + 1e-3 * torch.randn(w.shape, generator=generator) for name, w in source.items()}
-    found = rows(analyze(save(tmp_path / "a", source), save(tmp_path / "b", after)).spectra, view="stored")
-    assert [(row["name"], row["part"], row["m"], row["n"]) for row in found] == [
+    result = rows(analyze(save(tmp_path / "a", source), save(tmp_path / "b", after)).spectra, view="stored")
+    assert [(row["name"], row["part"], row["m"], row["n"]) for row in result] == [
         *(("layers.0.mlp.experts.down_proj", part, 20, 12) for part in range(3)),
         ("patch.conv.weight", None, 8, 48),
     ]
     for part in range(3):
         exact = oracle(*(t["layers.0.mlp.experts.down_proj"][part] for t in (source, after)))
-        assert found[part]["stable_rank"] == pytest.approx(exact["stable_rank"], rel=1e-6)
+        assert result[part]["stable_rank"] == pytest.approx(exact["stable_rank"], rel=1e-6)
     exact = oracle(*(t["patch.conv.weight"].flatten(1) for t in (source, after)))
-    assert found[3]["effective_rank"] == pytest.approx(exact["effective_rank"], rel=1e-6)
+    assert result[3]["effective_rank"] == pytest.approx(exact["effective_rank"], rel=1e-6)
 
 
 @pytest.mark.parametrize("io", ["read", "mmap"])
@@ -316,7 +316,7 @@ def test_edge_cases_have_expected_status_and_reason(tmp_path):
         for spectra in ("exact", "topk"):
             paths = [save(tmp_path / name / side, {"w.weight": t.clone()}) for side, t in (("a", source), ("b", after))]
             result = analyze(*paths, spectra=spectra, paper_csv=False)
-            found = {row["reason"] for row in rows(result.spectra) if row["view"] == "stored"}
-            assert (name, result.exit_status, found) == (name, status, reasons)
+            actual = {row["reason"] for row in rows(result.spectra) if row["view"] == "stored"}
+            assert (name, result.exit_status, actual) == (name, status, reasons)
             assert format_analysis(result)
             assert "<h1" in render("analyze", result)

@@ -148,8 +148,8 @@ def test_added_checkpoint_resumes_without_refactoring(run, tmp_path, monkeypatch
     before = {path: path.stat().st_mtime_ns for path in kept}
     grown = trajectory(base, *checkpoints, out=tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "out" / "factors").iterdir())} == before
-    whole = trajectory(base, *checkpoints)
-    assert grown.table == whole.table
+    full = trajectory(base, *checkpoints)
+    assert grown.table == full.table
 
 
 def test_damaged_or_deleted_factor_is_recomputed(run, tmp_path):
@@ -257,7 +257,7 @@ def test_similarities_belong_to_their_tensors(tmp_path, lacking):
         save(tmp_path / "base", source),
         [save(tmp_path / f"step_{t}", c) for t, c in enumerate(checkpoints, 1)],
     )
-    whole = trajectory(base, *paths)
+    full = trajectory(base, *paths)
     del checkpoints[lacking]["model.embed_tokens.weight"]
     save(tmp_path / f"step_{lacking + 1}", checkpoints[lacking])
     gappy = trajectory(base, *paths)
@@ -265,7 +265,7 @@ def test_similarities_belong_to_their_tensors(tmp_path, lacking):
     assert f"step {lacking + 1}" in gappy.summary["excluded"][0]["reason"]
     for module in ("q_proj", "gate_proj", "lm_head"):
         for name in ("similarity_left_16", "similarity_right_16"):
-            ours, theirs = (row_of(one, 1, "stored", by="module", module=module)[name] for one in (gappy, whole))
+            ours, theirs = (row_of(one, 1, "stored", by="module", module=module)[name] for one in (gappy, full))
             assert ours == pytest.approx(theirs, rel=1e-9)
     if lacking:
         assert row_of(gappy, 1, "stored", by="module", module="embed_tokens")["similarity_left_16"] is None
@@ -333,7 +333,7 @@ def test_damage_is_reported_or_repaired(run, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "FLUSH_EVERY_S", 1e9)  # one fragment each, on a machine of any speed
     base, checkpoints = run
     out = tmp_path / "out"
-    whole = trajectory(base, *checkpoints, out=out).table
+    full = trajectory(base, *checkpoints, out=out).table
 
     def flip(path):
         content = bytearray(path.read_bytes())
@@ -343,7 +343,7 @@ def test_damage_is_reported_or_repaired(run, tmp_path, monkeypatch):
     for path in (out / "factors").iterdir():
         flip(path)
     shutil.rmtree(out / "steps")
-    assert trajectory(base, *checkpoints, out=out).table == whole
+    assert trajectory(base, *checkpoints, out=out).table == full
     for folder in ("similarity", "steps/000010/tallies", "steps/000010/spectra"):
         (path,) = (out / folder).glob("*.arrow")
         kept = path.read_bytes()

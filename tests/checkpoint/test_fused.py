@@ -28,9 +28,9 @@ def assert_ranges_are_equal(fused: dict[str, torch.Tensor], parts: dict[str, tor
     for pair, base, trained in ((forward, fused, parts), (backward, parts, fused)):
         assert not pair.unmatched
         for m in pair.matches:
-            one = base[m.base.name].reshape(-1)[m.base_start : m.base_start + m.numel]
+            flat_base = base[m.base.name].reshape(-1)[m.base_start : m.base_start + m.numel]
             other = trained[m.trained.name].reshape(-1)[m.trained_start : m.trained_start + m.numel]
-            assert torch.equal(one, other), m.name
+            assert torch.equal(flat_base, other), m.name
     names = set(parts) if len(parts) > len(fused) else set(fused)
     assert {m.name for m in forward.matches} == {m.name for m in backward.matches} == names
     return forward.matches
@@ -57,20 +57,20 @@ def test_gate_up_is_split_in_halves() -> None:
 def test_3d_experts_are_split_by_expert(mixtral: bool) -> None:
     count, hidden, inner = 5, 3, 4
     fused, down = numbered(count, 2 * inner, hidden), numbered(count, hidden, inner)
-    whole = {f"{MLP}.experts.gate_up_proj": fused, f"{MLP}.experts.down_proj": down}
+    full = {f"{MLP}.experts.gate_up_proj": fused, f"{MLP}.experts.down_proj": down}
     names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     stem = "model.layers.0.block_sparse_moe" if mixtral else MLP
     parts = {}
     for expert in reversed(range(count)):
         for name, part in zip(names, (*fused[expert].chunk(2), down[expert]), strict=True):
             parts[f"{stem}.experts.{expert}.{name}.weight"] = part
-    assert_ranges_are_equal(whole, parts)
+    assert_ranges_are_equal(full, parts)
 
 
 def test_experts_fused_one_by_one_are_matched() -> None:
-    whole = numbered(3, 8, 2)
-    parts = {f"{MLP}.experts.{e}.gate_up_proj.weight": whole[e] for e in range(3)}
-    assert_ranges_are_equal({f"{MLP}.experts.gate_up_proj": whole}, parts)
+    full = numbered(3, 8, 2)
+    parts = {f"{MLP}.experts.{e}.gate_up_proj.weight": full[e] for e in range(3)}
+    assert_ranges_are_equal({f"{MLP}.experts.gate_up_proj": full}, parts)
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_experts_fused_one_by_one_are_matched() -> None:
     ],
 )
 def test_parts_of_wrong_shape_are_listed_with_the_reason(shapes: dict[str, tuple[int, ...]], says: str) -> None:
-    whole = FakeCheckpoint({f"{ATTN}.qkv_proj.weight": (10, 5), "x": (1,)})
+    full = FakeCheckpoint({f"{ATTN}.qkv_proj.weight": (10, 5), "x": (1,)})
     parts = FakeCheckpoint({**{f"{ATTN}.{name}.weight": shape for name, shape in shapes.items()}, "x": (1,)})
-    pair = match(whole, parts)
+    pair = match(full, parts)
     assert [m.name for m in pair.matches] == ["x"]
     reasons = {u.name: u.reason for u in pair.unmatched}
     assert says in reasons[f"{ATTN}.qkv_proj.weight"]
@@ -101,8 +101,8 @@ def test_parts_of_wrong_shape_are_listed_with_the_reason(shapes: dict[str, tuple
 
 @pytest.mark.parametrize("shape", [(2**62, 0, 4), (2**62, 4, 4), (0, 4, 4)])
 def test_a_header_with_a_huge_number_of_experts_costs_nothing(shape: tuple[int, ...]) -> None:
-    whole = FakeCheckpoint({f"{MLP}.experts.gate_up_proj": shape, "x": (1,)})
-    pair = match(whole, FakeCheckpoint({f"{MLP}.experts.0.gate_proj.weight": (2, 4), "x": (1,)}))
+    full = FakeCheckpoint({f"{MLP}.experts.gate_up_proj": shape, "x": (1,)})
+    pair = match(full, FakeCheckpoint({f"{MLP}.experts.0.gate_proj.weight": (2, 4), "x": (1,)}))
     assert [m.name for m in pair.matches] == ["x"]
 
 

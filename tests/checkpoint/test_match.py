@@ -88,8 +88,8 @@ def test_a_resized_vocabulary_is_compared_on_the_common_rows(name: str) -> None:
     width = math.prod(rest)
     for a, b, side in ((small, large, "trained"), (large, small, "base")):
         pair = match(a, b)
-        (found,) = pair.matches
-        assert (found.match_kind, found.shape, found.numel) == ("common rows", (100, *rest), 100 * width)
+        (result,) = pair.matches
+        assert (result.match_kind, result.shape, result.numel) == ("common rows", (100, *rest), 100 * width)
         (added,) = pair.unmatched
         assert (added.side, added.kind, added.shape, added.numel) == (side, "rows", (4, *rest), 4 * width)
         assert "4 rows beyond the vocabulary of 100" in added.reason

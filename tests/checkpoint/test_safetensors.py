@@ -225,19 +225,19 @@ def test_invalid_headers_are_rejected(
 
 
 def test_a_duplicate_key_is_rejected(write_raw: Callable[..., Path]) -> None:
-    one = json.dumps(entry("F32", [1], 0, 4))
+    single_entry = json.dumps(entry("F32", [1], 0, 4))
     assert "key a\\x1b appears twice" in open_error(
-        write_raw('{"a\\u001b":' + one + ',"a\\u001b":' + one + "}", bytes(4))
+        write_raw('{"a\\u001b":' + single_entry + ',"a\\u001b":' + single_entry + "}", bytes(4))
     )
     two = json.dumps(entry("F32", [1], 4, 8))
-    open_error(write_raw('{"a":' + one + ',"a":' + two + "}", bytes(8)))
+    open_error(write_raw('{"a":' + single_entry + ',"a":' + two + "}", bytes(8)))
 
 
 def test_too_many_tensors_are_rejected_before_parsing(
     write_raw: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = entry("F32", [0], 0, 0)
-    assert "200001 tensors" in open_error(write_raw({str(i): one for i in range(limits.MAX_TENSORS + 1)}))
+    single_entry = entry("F32", [0], 0, 0)
+    assert "200001 tensors" in open_error(write_raw({str(i): single_entry for i in range(limits.MAX_TENSORS + 1)}))
 
 
 def test_the_fingerprint_is_the_digest_of_the_header(write_raw: Callable[..., Path]) -> None:
@@ -297,9 +297,9 @@ def test_a_damaged_file_is_read_as_by_the_library_or_rejected(content: bytes) ->
         expected = safetensors.torch.load(content)
         assert set(opened.tensors) == set(expected)
         for name, info in opened.tensors.items():
-            found = or_refused(lambda name=name, info=info: opened.read(name, 0, info.numel))
-            assert (found is None) == (torch_dtype(info.dtype) is None)
-            assert found is None or bits(found) == bits(expected[name])
+            result = or_refused(lambda name=name, info=info: opened.read(name, 0, info.numel))
+            assert (result is None) == (torch_dtype(info.dtype) is None)
+            assert result is None or bits(result) == bits(expected[name])
         opened.close()
 
 

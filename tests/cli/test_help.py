@@ -74,8 +74,8 @@ def test_options_are_described_once(command):
     function = inspect.unwrap(commands()[command].callback)
     shared = set(inspect.signature(function).parameters) - {"options"}
     assert not shared & set(fields)
-    own = {parameter.name for parameter in commands()[command].params} - {"help"}
-    assert own == shared | set(fields)
+    options = {parameter.name for parameter in commands()[command].params} - {"help"}
+    assert options == shared | set(fields)
 
 
 @pytest.mark.parametrize("command", commands())

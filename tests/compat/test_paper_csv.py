@@ -19,7 +19,7 @@ from tests.analysis.conftest import save, trained, weights
 THRESHOLDS, RELATIVE = ("1e-8", "1e-7", "1e-6", "1e-5", "1e-4"), ("1e-4", "1e-3", "1e-2")
 TOP = {"0p1pct": 0.001, "1pct": 0.01, "5pct": 0.05}
 RATIOS = {"1pct": 0.01, "5pct": 0.05, "10pct": 0.1, "20pct": 0.2}
-TINY = 1e-12  # beside every divisor
+TINY = 1e-12  # added to every divisor
 
 
 def run(folder, source, after, **options):
@@ -27,8 +27,8 @@ def run(folder, source, after, **options):
     out = folder / "out"
     paths = [save(folder / side, {n: t.clone() for n, t in w.items()}) for side, w in (("a", source), ("b", after))]
     analyze(*paths, out, paper_csv=True, report=False, **options)
-    found = {path.name: list(csv.DictReader(path.open(encoding="utf-8"))) for path in out.glob("*.csv")}
-    return {**found, "folder": out}
+    result = {path.name: list(csv.DictReader(path.open(encoding="utf-8"))) for path in out.glob("*.csv")}
+    return {**result, "folder": out}
 
 
 def visible(source, after):
@@ -41,31 +41,31 @@ def shares(source, after) -> dict[str, float]:
     w, _, d = visible(source, after)
     n = max(d.numel(), 1)
     rms = float((w.double().square().sum() / n).sqrt())
-    found = {"frac_delta_eq_0": int((d == 0).sum()) / n}
+    result = {"frac_delta_eq_0": int((d == 0).sum()) / n}
     for t in THRESHOLDS:
-        found[f"frac_abs_delta_lt_{t}"] = int((d.abs() < float(t)).sum()) / n
+        result[f"frac_abs_delta_lt_{t}"] = int((d.abs() < float(t)).sum()) / n
         close = torch.isclose(d, torch.zeros_like(d), atol=float(t))
-        found[f"frac_isclose_zero_atol_{t}"] = int(close.sum()) / n
+        result[f"frac_isclose_zero_atol_{t}"] = int(close.sum()) / n
     for t in RELATIVE:
-        found[f"frac_abs_delta_lt_{t}_src_rms"] = int((d.abs() < float(t) * max(rms, TINY)).sum()) / n
-    return found
+        result[f"frac_abs_delta_lt_{t}_src_rms"] = int((d.abs() < float(t) * max(rms, TINY)).sum()) / n
+    return result
 
 
 def sizes(source, after) -> dict[str, float]:
     w, v, d = (t.double().flatten() for t in visible(source, after))
     n, energy = max(len(d), 1), [float(t.square().sum()) for t in (w, v, d)]
     norm = [math.sqrt(e) for e in energy]
-    found = {f"{side}_energy": e for side, e in zip(("src", "opd", "delta"), energy, strict=True)}
-    found |= {f"{side}_fro_norm": x for side, x in zip(("src", "opd", "delta"), norm, strict=True)}
-    found |= {f"{side}_rms": math.sqrt(e / n) for side, e in zip(("src", "opd", "delta"), energy, strict=True)}
-    found |= {"relative_delta_fro": norm[2] / (norm[0] + TINY), "delta_l2_norm": norm[2]}
-    found |= {"delta_linf_norm": float(d.abs().max()) if len(d) else 0.0, "delta_mean_abs": float(d.abs().sum()) / n}
+    result = {f"{side}_energy": e for side, e in zip(("src", "opd", "delta"), energy, strict=True)}
+    result |= {f"{side}_fro_norm": x for side, x in zip(("src", "opd", "delta"), norm, strict=True)}
+    result |= {f"{side}_rms": math.sqrt(e / n) for side, e in zip(("src", "opd", "delta"), energy, strict=True)}
+    result |= {"relative_delta_fro": norm[2] / (norm[0] + TINY), "delta_l2_norm": norm[2]}
+    result |= {"delta_linf_norm": float(d.abs().max()) if len(d) else 0.0, "delta_mean_abs": float(d.abs().sum()) / n}
     largest = d.abs().sort(descending=True).values
     for label, p in TOP.items():
         k = max(1, math.ceil(p * len(d)))
         top = float(largest[:k].square().sum())
-        found[f"coord_top_{label}_energy_ratio"] = top / energy[2] if energy[2] else math.nan
-    return found
+        result[f"coord_top_{label}_energy_ratio"] = top / energy[2] if energy[2] else math.nan
+    return result
 
 
 def number(cell: str) -> float:
@@ -73,7 +73,7 @@ def number(cell: str) -> float:
 
 
 def mixed(dtype):
-    """Every rank, nothing at all, nothing changed, values that tie, and the dtype beside another."""
+    """All ranks, an empty tensor, no change, ties, and a pair of two dtypes."""
     source, generator = weights(dtype), torch.Generator().manual_seed(5)
     source["model.layers.0.extra.scalar"] = torch.tensor(0.5, dtype=dtype)
     source["model.layers.0.extra.nothing"] = torch.zeros(0, 7, dtype=dtype)
@@ -258,8 +258,8 @@ def test_columns_are_the_documented_ones(pair, tmp_path):
     ],
 )
 def test_groups_sum_tensors_and_are_sorted_by_energy(name, keys, tmp_path):
-    found = run(tmp_path, *mixed(torch.bfloat16))
-    tensors, groups = found["tensor_metrics.csv"], found[f"{name}_summary.csv"]
+    result = run(tmp_path, *mixed(torch.bfloat16))
+    tensors, groups = result["tensor_metrics.csv"], result[f"{name}_summary.csv"]
     assert len(groups) == len({tuple(row[k] for k in keys) for row in tensors})
     energies = [float(group["total_delta_energy"]) for group in groups]
     assert energies == sorted(energies, reverse=True)
@@ -347,11 +347,11 @@ def test_matching_uses_names_and_three_prefixes(tmp_path):
         "count": torch.arange(3),
         **{f"model.layers.0.self_attn.{m}_proj.weight": ones for m in "qkv"},
     }
-    found = run(tmp_path, source, after)
+    result = run(tmp_path, source, after)
     names = ["language_model.layers.0.x", "model.language_model.z", "model.visual.y", "same"]
-    assert [row["name"] for row in found["tensor_metrics.csv"]] == names
-    assert found["failed_tensors.csv"] == []
-    report = json.loads((found["folder"] / "mismatch_report.json").read_text())
+    assert [row["name"] for row in result["tensor_metrics.csv"]] == names
+    assert result["failed_tensors.csv"] == []
+    report = json.loads((result["folder"] / "mismatch_report.json").read_text())
     assert report == {
         "exact_matches": 4,
         "alias_matches": 3,
@@ -377,8 +377,8 @@ def test_matching_uses_names_and_three_prefixes(tmp_path):
 
 
 def test_ambiguous_names_are_reported():
-    found, report = paper_csv.match_names(["language_model.a", "model.language_model.a", "b"], ["model.a", "b"])
-    assert found == [("b", "b")]
+    result, report = paper_csv.match_names(["language_model.a", "model.language_model.a", "b"], ["model.a", "b"])
+    assert result == [("b", "b")]
     assert report["ambiguous_alias_matches"] == [
         {
             "canonical_key": "model.a",
@@ -396,21 +396,21 @@ def test_non_finite_tensors_have_fractions_but_no_norms(side, value, tmp_path):
     bias = "model.layers.1.self_attn.q_proj.bias"
     for key in (name, bias):
         {"source": source, "trained": after}[side][key].view(-1)[3] = value
-    found = run(tmp_path, source, after)
-    rows = {row["name"]: row for row in found["tensor_metrics.csv"]}
+    result = run(tmp_path, source, after)
+    rows = {row["name"]: row for row in result["tensor_metrics.csv"]}
     unknown = set(sizes(source[name], after[name])) | {f"frac_abs_delta_lt_{t}_src_rms" for t in RELATIVE}
     for key in (name, bias):
         assert rows[key]["has_nan_or_inf"] == "True"
         assert all(rows[key][column] == "" for column in unknown)
         known = {c: share for c, share in shares(source[key], after[key]).items() if c not in unknown}
         assert {c: float(rows[key][c]) for c in known} == known
-    assert [(row["name"], row["stage"]) for row in found["failed_tensors.csv"]] == [(name, "mask_overlap")]
-    assert name not in {row["name"] for row in found["mask_overlap_metrics.csv"]}
-    assert [row["name"] for row in found["top_delta_tensors.csv"]][-2:] == [name, bias]
-    layers = {row["layer_id"]: row for row in found["layer_summary.csv"]}
+    assert [(row["name"], row["stage"]) for row in result["failed_tensors.csv"]] == [(name, "mask_overlap")]
+    assert name not in {row["name"] for row in result["mask_overlap_metrics.csv"]}
+    assert [row["name"] for row in result["top_delta_tensors.csv"]][-2:] == [name, bias]
+    layers = {row["layer_id"]: row for row in result["layer_summary.csv"]}
     finite = math.fsum(float(r["delta_energy"]) for r in rows.values() if r["layer_id"] == "0" and r["delta_energy"])
     assert float(layers["0"]["total_delta_energy"]) == pytest.approx(finite)
-    summary = json.loads((found["folder"] / "paper_summary.json").read_text(), parse_constant=pytest.fail)
+    summary = json.loads((result["folder"] / "paper_summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["warnings"]["failed_tensors"] == 1
 
 
@@ -423,8 +423,8 @@ def test_tensors_of_one_storage_have_one_row_each(tmp_path):
     analyze(tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "out", paper_csv=True, report=False)
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "out" / "tensor_metrics.csv").open())}
     assert list(rows) == ["lm_head.weight", "model.embed_tokens.weight", "x"]
-    own = ("name", "module_type", "block_type")
-    head, embedding = ({k: v for k, v in rows[n].items() if k not in own} for n in list(rows)[:2])
+    columns = ("name", "module_type", "block_type")
+    head, embedding = ({k: v for k, v in rows[n].items() if k not in columns} for n in list(rows)[:2])
     assert head == embedding
 
 
@@ -453,28 +453,28 @@ def test_failed_and_tied_tensors_are_listed(pair, tmp_path):
 
 @pytest.mark.parametrize("name", ["=cmd()|x", "+1", "-1", "@a", 'a,"b"', "a\nb", "../../x", "<b>"])
 def test_names_are_single_cells_and_no_formulas(name, tmp_path):
-    found = run(
+    result = run(
         tmp_path, {name: torch.ones(4, 4), "z": torch.zeros(2)}, {name: torch.full((4, 4), 2.0), "z": torch.zeros(2)}
     )
     plain = "'" + name if name[0] in "=+-@" else name
     for file in ("tensor_metrics.csv", "mask_overlap_metrics.csv", "top_delta_tensors.csv"):
-        assert plain in {row["name"] for row in found[file]}
-    summary = json.loads((found["folder"] / "paper_summary.json").read_text())
+        assert plain in {row["name"] for row in result[file]}
+    summary = json.loads((result["folder"] / "paper_summary.json").read_text())
     assert summary["top_20_tensors_by_delta_energy_share"][0]["name"] == name  # JSON runs nothing
 
 
 def test_empty_tables_have_a_header(tmp_path):
-    found = run(tmp_path, {"x": torch.zeros(3)}, {"x": torch.zeros(3)})
-    assert found["mask_overlap_metrics.csv"] == []
-    assert (found["folder"] / "mask_overlap_metrics.csv").read_text().startswith("name,shape,")
-    (row,) = found["tensor_metrics.csv"]
+    result = run(tmp_path, {"x": torch.zeros(3)}, {"x": torch.zeros(3)})
+    assert result["mask_overlap_metrics.csv"] == []
+    assert (result["folder"] / "mask_overlap_metrics.csv").read_text().startswith("name,shape,")
+    (row,) = result["tensor_metrics.csv"]
     assert (row["frac_delta_eq_0"], row["src_fro_norm"], row["coord_top_1pct_energy_ratio"]) == ("1.0", "0.0", "")
 
 
 def test_summary_agrees_with_the_tables(tmp_path):
-    found = run(tmp_path, *mixed(torch.bfloat16))
-    summary = json.loads((found["folder"] / "paper_summary.json").read_text())
-    tensors, masks = found["tensor_metrics.csv"], found["mask_overlap_metrics.csv"]
+    result = run(tmp_path, *mixed(torch.bfloat16))
+    summary = json.loads((result["folder"] / "paper_summary.json").read_text())
+    tensors, masks = result["tensor_metrics.csv"], result["mask_overlap_metrics.csv"]
     numel = sum(int(row["numel"]) for row in tensors)
     assert (summary["total_tensors_analyzed"], summary["total_parameters_analyzed"]) == (len(tensors), numel)
     total = {side: math.sqrt(math.fsum(float(row[f"{side}_energy"]) for row in tensors)) for side in ("src", "delta")}
@@ -492,7 +492,7 @@ def test_summary_agrees_with_the_tables(tmp_path):
         weighted = sum(x * n for x, n in zip(overlap, counts, strict=True)) / sum(counts)
         assert summary[f"update_weighted_mean_{key}"] == pytest.approx(weighted)
     assert [row["module_type"] for row in summary["top_10_module_types_by_delta_energy_share"]] == [
-        row["module_type"] for row in found["module_summary.csv"]
+        row["module_type"] for row in result["module_summary.csv"]
     ][:10]
 
 

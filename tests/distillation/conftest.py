@@ -14,12 +14,14 @@ def tokenizer(characters: str = CHARACTERS, **special):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    own = Tokenizer(
+    word_tokenizer = Tokenizer(
         models.WordLevel({token: i for i, token in enumerate(["<pad>", "<end>", *characters])}, unk_token="<pad>")
     )
-    own.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    own.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=own, **{"pad_token": "<pad>", "eos_token": "<end>", **special})
+    word_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    word_tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer, **{"pad_token": "<pad>", "eos_token": "<end>", **special}
+    )
 
 
 def model(seed: int, width: int = 32, characters: str = CHARACTERS, **more):

@@ -35,9 +35,9 @@ def test_keywords_are_the_fields_of_the_options():
     assert set(DistillOptions.model_fields) <= set(parameters)
     extra = {"out", "config", "processing_class", "callbacks", "quiet"}
     assert set(parameters) - set(DistillOptions.model_fields) == extra
-    own = {"student", "teacher", "prompts", "eval_prompts", "reward", "device", "betas"}
+    own_options = {"student", "teacher", "prompts", "eval_prompts", "reward", "device", "betas"}
     hints = typing.get_type_hints(distill)
-    for name in set(DistillOptions.model_fields) - own:
+    for name in set(DistillOptions.model_fields) - own_options:
         annotation = DistillOptions.model_fields[name].annotation
         assert hints[name] == typing.Optional[annotation], name  # noqa: UP045
 

@@ -101,11 +101,11 @@ def test_parent_folders_are_created(options, tmp_path):
 @pytest.mark.parametrize("wrong", ["student", "teacher", "masks", "teacher_id", "prompts"])
 def test_invalid_input_writes_nothing_and_corrected_command_runs(options, tmp_path, wrong):
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "teacher_id": "b"}')
-    given = {"teacher_id": {"prompts": str(tmp_path / "p.jsonl"), "teacher": f"a={options().teacher}"}}.get(
+    arguments = {"teacher_id": {"prompts": str(tmp_path / "p.jsonl"), "teacher": f"a={options().teacher}"}}.get(
         wrong, {wrong: str(tmp_path / "none")}
     )
     with pytest.raises(InputError):
-        train(options(**given), tmp_path / "run")
+        train(options(**arguments), tmp_path / "run")
     assert not list(tmp_path.glob("run/*"))
     assert train(options(max_steps=1), tmp_path / "run").step == 1
 

@@ -89,13 +89,13 @@ class Processor:
         )
 
     def __call__(self, text, images, return_tensors):
-        found = self.image_processor(images=images, return_tensors=return_tensors)
+        result = self.image_processor(images=images, return_tensors=return_tensors)
         text = text[0]
-        for grid in found["image_grid_thw"]:
+        for grid in result["image_grid_thw"]:
             text = text.replace("<image>", "<>" * (int(grid.prod()) // 4), 1)
         ids = self.tokenizer([text.replace("<>", "<image>")], return_tensors=return_tensors)["input_ids"]
         kinds = (ids == self.tokenizer.convert_tokens_to_ids("<image>")).long()
-        return {"input_ids": ids, "attention_mask": ids > 0, "mm_token_type_ids": kinds, **found}
+        return {"input_ids": ids, "attention_mask": ids > 0, "mm_token_type_ids": kinds, **result}
 
     def save_pretrained(self, folder):
         self.tokenizer.save_pretrained(folder)
@@ -123,8 +123,8 @@ def test_experiments_match_renamed_checkpoint_tensors(folders, tmp_path, name, d
         "masks": ["changed", "random", "magnitude-matched"],
         "grafts": ["largest alone", "magnitude-matched alone", "mlp alone"],
     }[name]
-    found = run_experiment(name, chosen, tmp_path, density=density, arms=arms)
-    rows = {row["arm"]: row for row in found["rows"]}
+    result = run_experiment(name, chosen, tmp_path, density=density, arms=arms)
+    rows = {row["arm"]: row for row in result["rows"]}
     assert list(rows) == ["start", "full", *arms]
     if name == "masks":
         assert rows["changed"]["mask_recall"] == 1

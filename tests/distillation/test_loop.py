@@ -80,7 +80,7 @@ def test_resume_is_bit_exact(options, tmp_path, more):
 
 
 def test_micro_batches_match_full_batch(options, tmp_path):
-    found = []
+    result = []
     for size in (0, 3):
         train(
             options(
@@ -88,12 +88,12 @@ def test_micro_batches_match_full_batch(options, tmp_path):
             ),
             tmp_path / str(size),
         )
-        found.append(
+        result.append(
             (load_file(tmp_path / str(size) / "checkpoint-1" / "model.safetensors"), log(tmp_path / str(size)))
         )
-    for name, value in found[0][0].items():
-        torch.testing.assert_close(found[1][0][name], value, rtol=1e-4, atol=1e-6)
-    assert found[0][1][0]["reverse_kl"] == pytest.approx(found[1][1][0]["reverse_kl"], rel=1e-6)
+    for name, value in result[0][0].items():
+        torch.testing.assert_close(result[1][0][name], value, rtol=1e-4, atol=1e-6)
+    assert result[0][1][0]["reverse_kl"] == pytest.approx(result[1][1][0]["reverse_kl"], rel=1e-6)
 
 
 def test_frozen_coordinates_are_bit_identical(options, places, tmp_path):
@@ -465,17 +465,17 @@ def test_lora_subspace_of_transposed_layers(tmp_path):
     from opdkernels.distillation.optimizers import with_lora
 
     torch.manual_seed(0)
-    own = GPT2LMHeadModel(GPT2Config(vocab_size=15, n_embd=32, n_layer=1, n_head=2, n_positions=64))
-    own.save_pretrained(tmp_path / "later")
-    start = {name: p.detach().clone() for name, p in own.named_parameters()}
+    student_model = GPT2LMHeadModel(GPT2Config(vocab_size=15, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+    student_model.save_pretrained(tmp_path / "later")
+    start = {name: p.detach().clone() for name, p in student_model.named_parameters()}
     with torch.no_grad():
-        own.transformer.h[0].attn.c_attn.weight += torch.randn(32, 1) @ torch.randn(1, 96)  # [in, out]
+        student_model.transformer.h[0].attn.c_attn.weight += torch.randn(32, 1) @ torch.randn(1, 96)  # [in, out]
     chosen = options_from(
         None,
         {"student": "s", "teacher": "t", "prompts": "addition", "lora_rank": 2, "subspace": str(tmp_path / "later")},
     )
-    layer = with_lora(chosen, own).get_base_model().transformer.h[0].attn.c_attn
+    layer = with_lora(chosen, student_model).get_base_model().transformer.h[0].attn.c_attn
     change = start["transformer.h.0.attn.c_attn.weight"] - layer.base_layer.weight
     kept = layer.lora_A["default"].weight[:1].T  # [in, 1]
     torch.testing.assert_close(kept @ (kept.T @ change), change, rtol=1e-3, atol=1e-4)
-    assert not own.transformer.h[0].mlp.c_proj.lora_A["default"].weight.any()
+    assert not student_model.transformer.h[0].mlp.c_proj.lora_A["default"].weight.any()

@@ -111,8 +111,8 @@ def test_invalid_unicode_raises_one_line_error(given):
     "template", ["{{ messages[0]['content'] + 'x' }}", "{{ 1 // 0 }}", "{{ raise_exception('no') }}", "{%"]
 )
 def test_failing_chat_template_raises_one_line_error(template):
-    own = TextProcessor(tokenizer(chat_template=template), None, 0)
-    message = refused(own.encode, [{"role": "user", "content": [{"type": "text", "text": "1+1="}]}])
+    text = TextProcessor(tokenizer(chat_template=template), None, 0)
+    message = refused(text.encode, [{"role": "user", "content": [{"type": "text", "text": "1+1="}]}])
     assert "the student's chat template does not take a prompt" in message
 
 

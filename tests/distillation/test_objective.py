@@ -44,21 +44,21 @@ def same(a, b):
 def test_sft_loss_is_negative_log_likelihood(options):
     student, part = model(0, initializer_range=0.2).eval(), rollout(own=False)
     chosen = options(divergence_weight=0, sft_weight=2, teacher="", on_policy_fraction=0)
-    found = compute_loss(student, part, None, None, num_tokens=5, vocab_size=15, options=chosen)
+    result = compute_loss(student, part, None, None, num_tokens=5, vocab_size=15, options=chosen)
     expected = -2 * expected_log_probs(student, part).sum() / 5
-    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    same(gradients(student, found.loss), gradients(student, expected))
-    own = compute_loss(student, rollout(own=True), None, None, num_tokens=5, vocab_size=15, options=chosen)
-    assert own.loss.item() == 0  # the student's own samples are not taught to it
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    same(gradients(student, result.loss), gradients(student, expected))
+    on_policy = compute_loss(student, rollout(own=True), None, None, num_tokens=5, vocab_size=15, options=chosen)
+    assert on_policy.loss.item() == 0  # the student is not trained on its own samples
 
 
 def test_reward_loss_is_the_policy_gradient(options):
     student, part = model(0, initializer_range=0.2).eval(), rollout()
     chosen = options(divergence_weight=0, reward_weight=0.5, num_generations=2, teacher="")
-    found = compute_loss(student, part, None, torch.tensor([1.0, -2.0]), num_tokens=5, vocab_size=15, options=chosen)
+    result = compute_loss(student, part, None, torch.tensor([1.0, -2.0]), num_tokens=5, vocab_size=15, options=chosen)
     expected = -0.5 * (expected_log_probs(student, part) * torch.tensor([1.0, 1, -2, -2, -2])).sum() / 5
-    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    same(gradients(student, found.loss), gradients(student, expected))
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    same(gradients(student, result.loss), gradients(student, expected))
 
 
 def test_divergence_loss_matches_full_logits(options):
@@ -71,7 +71,7 @@ def test_divergence_loss_matches_full_logits(options):
         model(1, 48, initializer_range=0.2).eval(),
         rollout(),
     )
-    found = compute_loss(
+    result = compute_loss(
         student,
         part,
         ModelTeacher(teacher).score(part),
@@ -80,7 +80,7 @@ def test_divergence_loss_matches_full_logits(options):
         vocab_size=15,
         options=options(divergence_weight=3),
     )
-    ours, losses, grads = gradients(student, found.loss), [], []
+    ours, losses, grads = gradients(student, result.loss), [], []
     for dtype in (torch.float32, torch.float64):
         p, q = (
             (one(part.ids, attention_mask=part.attention_mask.long()).logits[:, :-1][part.completion_mask]).log_softmax(
@@ -91,8 +91,8 @@ def test_divergence_loss_matches_full_logits(options):
         losses.append(3 * (q.exp() * (q - p.detach())).sum() / 5)
         grads.append(gradients(student, losses[-1]))
     plain, best = grads
-    assert found.loss.item() == pytest.approx(losses[1].item(), rel=1e-4)
-    assert found.scores.reverse_kl.sum().item() * 3 / 5 == pytest.approx(losses[1].item(), rel=1e-4)
+    assert result.loss.item() == pytest.approx(losses[1].item(), rel=1e-4)
+    assert result.scores.reverse_kl.sum().item() * 3 / 5 == pytest.approx(losses[1].item(), rel=1e-4)
     assert ours.keys() == best.keys()
     for name, exact in best.items():
         assert error(ours[name], exact) <= 2 * error(plain[name], exact) + 1e-6 * max(1, float(exact.norm()))
@@ -104,7 +104,7 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 def test_gradient_checkpointing_gives_equal_gradients(options):
     student, part = model(0, initializer_range=0.2).eval(), rollout(own=False)
-    forwards, found = [], []
+    forwards, result = [], []
     student.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
     for more in ({}, {"gradient_checkpointing": True}):
         if more:
@@ -118,9 +118,9 @@ def test_gradient_checkpointing_gives_equal_gradients(options):
             vocab_size=15,
             options=options(divergence_weight=0, sft_weight=1, teacher="", on_policy_fraction=0, **more),
         ).loss
-        found.append(gradients(student, loss))
+        result.append(gradients(student, loss))
     assert len(forwards) == 3
-    same(*found)
+    same(*result)
 
 
 def test_loss_without_tokens_is_zero_with_gradient(options):
@@ -128,11 +128,11 @@ def test_loss_without_tokens_is_zero_with_gradient(options):
     empty = pad_rollout(
         encode(TEXT, [Example("1+1=")], 32), [[]], [False], on_policy=True, pad_id=0, device=torch.device("cpu")
     )
-    found = compute_loss(
+    result = compute_loss(
         student, empty, (torch.zeros(0, 32), lm_head_of(student)), None, num_tokens=1, vocab_size=15, options=options()
     )
-    found.loss.backward()
-    assert found.loss.item() == 0
+    result.loss.backward()
+    assert result.loss.item() == 0
     assert all(not p.grad.any() for p in student.parameters() if p.grad is not None)
 
 
@@ -141,7 +141,7 @@ def test_advantages_of_equal_rewards_are_zero(dtype):
     for value in (0.1, 0.3, 1000.1, -1e-30):
         for samples in (3, 7):
             assert not grpo_advantages(torch.full((2 * samples,), value, dtype=dtype), samples).any()
-    found = grpo_advantages(torch.tensor([0.0, 1.0, 5.0, 5.0], dtype=dtype), 2)
-    assert found.dtype == torch.float32
-    assert found[:2].sum().abs() < 1e-6
-    assert found[1] > 0 > found[0]
+    result = grpo_advantages(torch.tensor([0.0, 1.0, 5.0, 5.0], dtype=dtype), 2)
+    assert result.dtype == torch.float32
+    assert result[:2].sum().abs() < 1e-6
+    assert result[1] > 0 > result[0]

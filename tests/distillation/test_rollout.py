@@ -53,16 +53,16 @@ def test_empty_completions_have_no_tokens(lengths):
 
 
 def test_rows_of_a_batch_are_independent():
-    own, rollout = (
+    student_model, rollout = (
         model(0).eval(),
         pad_rollout(
             prompts("1+1=", "12+13=25+1="), [[4, 1], [5, 6, 7]], [True, False], on_policy=True, pad_id=0, device=CPU
         ),
     )
-    together = hidden_states(own, *rollout.batch())[:, :-1][rollout.completion_mask]
+    together = hidden_states(student_model, *rollout.batch())[:, :-1][rollout.completion_mask]
     alone = torch.cat(
         [
-            hidden_states(own, *part.batch())[:, :-1][part.completion_mask]
+            hidden_states(student_model, *part.batch())[:, :-1][part.completion_mask]
             for part in (rollout.select([0]), rollout.select([1]))
         ]
     )
@@ -110,7 +110,7 @@ def lora(own):
 @pytest.mark.parametrize("wrap", [lambda own: own, lora])
 def test_shared_prefix_runs_once_with_equal_states_and_gradients(wrap, monkeypatch):
     own, rollout = wrap(model(0).eval()), with_examples()
-    found, lengths = {}, []
+    result, lengths = {}, []
     unwrap_peft(own).base_model.register_forward_hook(
         lambda module, args, given, out: lengths.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
@@ -118,7 +118,7 @@ def test_shared_prefix_runs_once_with_equal_states_and_gradients(wrap, monkeypat
         monkeypatch.setattr(forward, "MIN_SHARED_PREFIX", least)
         hidden = completion_hidden_states(own, rollout)
         trained = [p for p in own.parameters() if p.requires_grad]
-        found[least] = [
+        result[least] = [
             hidden,
             *torch.autograd.grad(
                 (hidden * torch.arange(hidden.numel()).view_as(hidden).sin()).sum(),
@@ -128,22 +128,22 @@ def test_shared_prefix_runs_once_with_equal_states_and_gradients(wrap, monkeypat
             ),
         ]
     assert lengths == [(1, 19), (3, 8), (3, 27)]
-    for a, b in zip(*found.values(), strict=True):
+    for a, b in zip(*result.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_sampling_continues_from_shared_prefix(temperature, monkeypatch):
-    own, lengths, found = model(3, initializer_range=0.3).eval(), [], []
-    own.base_model.register_forward_hook(
+    student_model, lengths, result = model(3, initializer_range=0.3).eval(), [], []
+    student_model.base_model.register_forward_hook(
         lambda module, args, given, out: lengths.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
     for least, texts in ((16, ("12", "34", "56")), (1000, ("12", "34", "56")), (16, ("1", "34", "56"))):
         monkeypatch.setattr(forward, "MIN_SHARED_PREFIX", least)
         torch.manual_seed(0)
-        found.append(
+        result.append(
             sample(
-                own,
+                student_model,
                 TEXT,
                 prompts(*(PREFIX + text + "+1=" for text in texts)),
                 max_length=3,
@@ -153,7 +153,7 @@ def test_sampling_continues_from_shared_prefix(temperature, monkeypatch):
                 on_policy=True,
             )
         )
-    assert found[0].completions() == found[1].completions()
+    assert result[0].completions() == result[1].completions()
     assert lengths[:2] == [(1, 18), (3, 5)]
     assert (3, 23) in lengths  # whole, and where rows are padded too
     assert lengths.count((1, 18)) == 1
@@ -174,7 +174,7 @@ def test_model_without_kv_cache_has_no_shared_prefix():
     from transformers import RwkvConfig, RwkvModel
 
     torch.manual_seed(0)
-    own = RwkvModel(
+    student_model = RwkvModel(
         RwkvConfig(
             vocab_size=15,
             hidden_size=32,
@@ -184,36 +184,43 @@ def test_model_without_kv_cache_has_no_shared_prefix():
             context_length=64,
         )
     ).eval()
-    assert prefill_shared_prefix(own, torch.ones(1, 20, dtype=torch.long), 3) == {}
+    assert prefill_shared_prefix(student_model, torch.ones(1, 20, dtype=torch.long), 3) == {}
 
 
 def test_greedy_samples_do_not_depend_on_the_batch():
-    own, texts = model(3, initializer_range=0.3).eval(), ("1+1=", "12+13=", "7=")
+    student_model, texts = model(3, initializer_range=0.3).eval(), ("1+1=", "12+13=", "7=")
     limits = {"max_length": 6, "end_ids": [1], "vocab_size": 15, "temperature": 0.0, "on_policy": True}
-    together = sample(own, TEXT, prompts(*texts), **limits)
+    together = sample(student_model, TEXT, prompts(*texts), **limits)
     for i, text in enumerate(texts):
-        assert sample(own, TEXT, prompts(text), **limits).completions()[0] == together.completions()[i]
+        assert sample(student_model, TEXT, prompts(text), **limits).completions()[0] == together.completions()[i]
 
 
 def test_sampled_tokens_follow_model_probabilities():
-    own = model(3, initializer_range=0.3).eval()
+    student_model = model(3, initializer_range=0.3).eval()
     rollout = sample(
-        own, TEXT, prompts(*["1+1="] * 4000), max_length=1, end_ids=[], vocab_size=15, temperature=1.0, on_policy=True
+        student_model,
+        TEXT,
+        prompts(*["1+1="] * 4000),
+        max_length=1,
+        end_ids=[],
+        vocab_size=15,
+        temperature=1.0,
+        on_policy=True,
     )
     ids = torch.tensor([prompts("1+1=").ids[0]])
-    expected = own(ids).logits[0, -1].double().softmax(0).detach()
+    expected = student_model(ids).logits[0, -1].double().softmax(0).detach()
     seen = torch.bincount(rollout.tokens, minlength=15) / 4000
     assert (seen - expected).abs().max() < 5 * (0.25 / 4000) ** 0.5
 
 
 def test_generation_config_penalties_are_ignored():
-    own = model(3, initializer_range=0.3).eval()
-    own.generation_config.update(repetition_penalty=1.5, min_p=0.2, no_repeat_ngram_size=2)
+    student_model = model(3, initializer_range=0.3).eval()
+    student_model.generation_config.update(repetition_penalty=1.5, min_p=0.2, no_repeat_ngram_size=2)
     limits = {"max_length": 1, "end_ids": [], "vocab_size": 15, "on_policy": True}
-    rollout = sample(own, TEXT, prompts(*["1+1="] * 4000), temperature=1.0, **limits)
-    expected = own(torch.tensor([prompts("1+1=").ids[0]])).logits[0, -1].double().softmax(0).detach()
+    rollout = sample(student_model, TEXT, prompts(*["1+1="] * 4000), temperature=1.0, **limits)
+    expected = student_model(torch.tensor([prompts("1+1=").ids[0]])).logits[0, -1].double().softmax(0).detach()
     assert (torch.bincount(rollout.tokens, minlength=15) / 4000 - expected).abs().max() < 5 * (0.25 / 4000) ** 0.5
-    assert own.generation_config.repetition_penalty == 1.5
+    assert student_model.generation_config.repetition_penalty == 1.5
 
 
 def test_prompt_without_tokens_is_refused():
@@ -222,8 +229,8 @@ def test_prompt_without_tokens_is_refused():
 
 
 def test_loaded_completions_end_with_the_tokenizers_eos():
-    given = encode(TEXT, [Example("1=", completion="12")], 100)
-    assert load_completions(TEXT, given, max_length=9, end_ids=[0, 1, 14], device=CPU).completions() == [[3, 4, 1]]
+    arguments = encode(TEXT, [Example("1=", completion="12")], 100)
+    assert load_completions(TEXT, arguments, max_length=9, end_ids=[0, 1, 14], device=CPU).completions() == [[3, 4, 1]]
 
 
 def test_ids_beyond_common_vocabulary_are_never_sampled():
@@ -247,17 +254,17 @@ def test_completions_end_with_their_first_end_token(row, ends, kept):
 
 
 def test_loaded_completions_are_finished():
-    given = encode(TEXT, [Example("1=", completion="12"), Example("1=", completion="")], 100)
-    rollout = load_completions(TEXT, given, max_length=9, end_ids=[1], device=CPU)
+    arguments = encode(TEXT, [Example("1=", completion="12"), Example("1=", completion="")], 100)
+    rollout = load_completions(TEXT, arguments, max_length=9, end_ids=[1], device=CPU)
     assert rollout.completions() == [[3, 4, 1], [1]]
     assert rollout.finished.tolist() == [True, True]
-    assert load_completions(TEXT, given, max_length=2, end_ids=[1], device=CPU).finished.tolist() == [False, True]
+    assert load_completions(TEXT, arguments, max_length=2, end_ids=[1], device=CPU).finished.tolist() == [False, True]
 
 
 def test_long_prompts_keep_their_end():
-    found = encode(TEXT, [Example("123+456="), Example("1=")], 3)
-    assert found.num_truncated == 1
-    assert TEXT.decode(found.ids[0]) == "56="
+    result = encode(TEXT, [Example("123+456="), Example("1=")], 3)
+    assert result.num_truncated == 1
+    assert TEXT.decode(result.ids[0]) == "56="
 
 
 def test_text_model_refuses_images():
@@ -270,9 +277,9 @@ def test_per_token_inputs_are_padded_like_ids():
         {"mm_token_type_ids": torch.ones(1, 2, dtype=torch.long), "pixel_values": torch.ones(3, 4)},
         {"mm_token_type_ids": torch.ones(1, 3, dtype=torch.long), "pixel_values": torch.ones(1, 4)},
     ]
-    found = collate(rows, 4, pad_left=True)
-    assert found["mm_token_type_ids"].tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
-    assert found["pixel_values"].shape == (4, 4)
+    result = collate(rows, 4, pad_left=True)
+    assert result["mm_token_type_ids"].tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
+    assert result["pixel_values"].shape == (4, 4)
     assert collate(rows, 4, pad_left=False)["mm_token_type_ids"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
     assert collate([{}, {}], 4, pad_left=True) == {}
     assert collate([{}, rows[0]], 4, pad_left=True)["mm_token_type_ids"].tolist() == [[0, 0, 0, 0], [0, 0, 1, 1]]

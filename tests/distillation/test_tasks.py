@@ -245,12 +245,12 @@ def test_only_used_held_out_prompts_are_validated(tmp_path, row, says):
     (tmp_path / "h.jsonl").write_text(
         "\n".join(json.dumps(one) for one in ({"prompt": "1=", "answer": "1"}, {"prompt": "2=", **row}))
     )
-    given = {
+    arguments = {
         "student": "s",
         "teacher": "t",
         "prompts": str(tmp_path / "h.jsonl"),
         "eval_prompts": str(tmp_path / "h.jsonl"),
     }
-    build_task(options_from(None, {**given, "num_eval_prompts": 1}))
+    build_task(options_from(None, {**arguments, "num_eval_prompts": 1}))
     with pytest.raises(InputError, match=says):
-        build_task(options_from(None, {**given, "num_eval_prompts": 2}))
+        build_task(options_from(None, {**arguments, "num_eval_prompts": 2}))

@@ -21,13 +21,13 @@ def moved(own, share, seed):
 
 
 def test_snapshot_metrics_match_plain_tensors(tmp_path):
-    own = model(0, initializer_range=0.2).bfloat16()
-    copies = [torch.cat([p.detach().flatten().clone() for p in own.parameters()])]
-    tracker = Tracker(tmp_path, own, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
+    student_model = model(0, initializer_range=0.2).bfloat16()
+    copies = [torch.cat([p.detach().flatten().clone() for p in student_model.parameters()])]
+    tracker = Tracker(tmp_path, student_model, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
     for step in (1, 2, 3):
-        moved(own, 0.1, step)
-        row = tracker.snapshot(step, own, {})
-        copies.append(torch.cat([p.detach().flatten().clone() for p in own.parameters()]))
+        moved(student_model, 0.1, step)
+        row = tracker.snapshot(step, student_model, {})
+        copies.append(torch.cat([p.detach().flatten().clone() for p in student_model.parameters()]))
         changed = [copy != copies[0] for copy in copies[1:]]
         assert row["views"]["visible"]["frac_zero"] == pytest.approx(1 - changed[-1].double().mean().item(), rel=1e-12)
         assert row["since_last"]["visible"]["frac_zero"] == pytest.approx(
@@ -47,27 +47,27 @@ def test_snapshot_metrics_match_plain_tensors(tmp_path):
 
 
 def test_resume_removes_later_snapshots(tmp_path):
-    own = model(0, initializer_range=0.2).bfloat16()
-    tracker = Tracker(tmp_path, own, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
-    moved(own, 0.1, 1)
-    first = tracker.snapshot(1, own, {})
+    student_model = model(0, initializer_range=0.2).bfloat16()
+    tracker = Tracker(tmp_path, student_model, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
+    moved(student_model, 0.1, 1)
+    first = tracker.snapshot(1, student_model, {})
     tracker.on_save()
-    saved = {name: p.detach().clone() for name, p in own.named_parameters()}
-    moved(own, 0.1, 2)
-    second = tracker.snapshot(2, own, {})
+    saved = {name: p.detach().clone() for name, p in student_model.named_parameters()}
+    moved(student_model, 0.1, 2)
+    second = tracker.snapshot(2, student_model, {})
     with torch.no_grad():
-        for name, p in own.named_parameters():
+        for name, p in student_model.named_parameters():
             p.copy_(saved[name])
-    again = Tracker(tmp_path, own, step=1, load_start=lambda: None, num_trainable=10, world=ALONE)
+    again = Tracker(tmp_path, student_model, step=1, load_start=lambda: None, num_trainable=10, world=ALONE)
     assert read_rows(tmp_path / "snapshots.jsonl") == [first]
-    moved(own, 0.1, 2)
-    assert again.snapshot(2, own, {}) == second
+    moved(student_model, 0.1, 2)
+    assert again.snapshot(2, student_model, {}) == second
 
 
 def test_interrupted_weight_copy_is_rewritten(tmp_path, monkeypatch):
     from opdkernels.distillation import tracker as track
 
-    own, calls = model(0, initializer_range=0.2).bfloat16(), []
+    student_model, calls = model(0, initializer_range=0.2).bfloat16(), []
 
     def cut(model):
         for one in track.effective_weights(model):
@@ -78,22 +78,22 @@ def test_interrupted_weight_copy_is_rewritten(tmp_path, monkeypatch):
 
     monkeypatch.setattr(track, "local_weights", cut)
     with pytest.raises(KeyboardInterrupt):
-        Tracker(tmp_path, own, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
+        Tracker(tmp_path, student_model, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
     monkeypatch.undo()
     assert (
-        Tracker(tmp_path, own, step=0, load_start=lambda: None, num_trainable=10, world=ALONE).snapshot(1, own, {})[
-            "views"
-        ]["stored"]["frac_zero"]
+        Tracker(tmp_path, student_model, step=0, load_start=lambda: None, num_trainable=10, world=ALONE).snapshot(
+            1, student_model, {}
+        )["views"]["stored"]["frac_zero"]
         == 1
     )
 
 
 def test_snapshots_keep_two_copies_and_the_start(tmp_path):
-    own = model(0, initializer_range=0.2).bfloat16()
-    tracker = Tracker(tmp_path, own, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
+    student_model = model(0, initializer_range=0.2).bfloat16()
+    tracker = Tracker(tmp_path, student_model, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
     for step in range(1, 6):
-        moved(own, 0.1, step)
-        tracker.snapshot(step, own, {})
+        moved(student_model, 0.1, step)
+        tracker.snapshot(step, student_model, {})
         if step == 2:
             tracker.on_save()
     assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == [
@@ -104,10 +104,12 @@ def test_snapshots_keep_two_copies_and_the_start(tmp_path):
 
 
 def test_missing_start_copy_is_reloaded(tmp_path):
-    own = model(0, initializer_range=0.2).bfloat16()
+    student_model = model(0, initializer_range=0.2).bfloat16()
     start = model(0, initializer_range=0.2).bfloat16()
-    moved(own, 0.1, 1)
-    row = Tracker(tmp_path, own, step=1, load_start=lambda: start, num_trainable=10, world=ALONE).snapshot(2, own, {})
+    moved(student_model, 0.1, 1)
+    row = Tracker(tmp_path, student_model, step=1, load_start=lambda: start, num_trainable=10, world=ALONE).snapshot(
+        2, student_model, {}
+    )
     assert 0.05 < 1 - row["views"]["visible"]["frac_zero"] < 0.15
 
 
@@ -117,13 +119,13 @@ def test_effective_weights_multiply_out_lora(options, tmp_path):
     plain = model(0, initializer_range=0.2)
     names = [name for name, _ in plain.named_parameters()]
     before = {name: p.detach().clone() for name, p in plain.named_parameters()}
-    own = get_peft_model(plain, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    found = dict(effective_weights(own))
-    assert sorted(found) == sorted(names)
-    merged = dict(own.merge_and_unload().named_parameters())
-    for name, value in found.items():
+    student_model = get_peft_model(plain, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    result = dict(effective_weights(student_model))
+    assert sorted(result) == sorted(names)
+    merged = dict(student_model.merge_and_unload().named_parameters())
+    for name, value in result.items():
         torch.testing.assert_close(value, merged[name].detach(), rtol=1e-5, atol=1e-6)
-    assert not torch.equal(found["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
+    assert not torch.equal(result["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
 
 
 def test_optimizer_stats_of_nonfinite_gradients_are_none():
@@ -146,18 +148,18 @@ def test_optimizer_stats_match_plain_tensors():
         weight.grad = torch.randn(50)
         optimizer.step()
     weight.grad = torch.randn(50)
-    state, found = optimizer.state[weight], optimizer_stats(optimizer, ALONE)
+    state, result = optimizer.state[weight], optimizer_stats(optimizer, ALONE)
     root = state["exp_avg_sq"].sqrt()
-    assert found["sqrt_v_cv"] == pytest.approx((root.std(correction=0) / root.mean()).item(), rel=1e-5)
-    assert found["gradient_momentum_cosine"] == pytest.approx(
+    assert result["sqrt_v_cv"] == pytest.approx((root.std(correction=0) / root.mean()).item(), rel=1e-5)
+    assert result["gradient_momentum_cosine"] == pytest.approx(
         torch.nn.functional.cosine_similarity(weight.grad[active], state["exp_avg"], 0).item(), rel=1e-5
     )
 
 
 def test_unchanged_model_has_no_change(tmp_path):
-    own = model(0)
-    tracker = Tracker(tmp_path, own, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
-    row = tracker.snapshot(1, own, {})
+    student_model = model(0)
+    tracker = Tracker(tmp_path, student_model, step=0, load_start=lambda: None, num_trainable=10, world=ALONE)
+    row = tracker.snapshot(1, student_model, {})
     assert row["views"]["stored"]["frac_zero"] == 1
     assert row["changed_any"] == 0
     (finished,) = tracker.finish()

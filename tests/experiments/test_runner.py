@@ -170,8 +170,8 @@ def test_precision_reports_change_expected_from_rounding(options, tmp_path):
 
 
 def test_fp32_weights_between_bf16_values_have_their_own_null(options, tmp_path):
-    own = model(0, initializer_range=0.2)
-    own.save_pretrained(tmp_path / "s")
+    student_model = model(0, initializer_range=0.2)
+    student_model.save_pretrained(tmp_path / "s")
     tokenizer().save_pretrained(tmp_path / "s")
     rows = {
         row["arm"]: row
@@ -311,10 +311,10 @@ def test_results_of_another_experiment_are_kept(options, tmp_path):
 
 def test_progress_goes_to_stderr(options, tmp_path, capfd):
     run_experiment("masks", options(num_eval_prompts=4, max_steps=2), tmp_path, arms=["changed by rlvr"], quiet=False)
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert "masks, seed 0: full\n" in said.err
-    assert "changed by rlvr is left out: nothing had changed\n" in said.err
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert "masks, seed 0: full\n" in output.err
+    assert "changed by rlvr is left out: nothing had changed\n" in output.err
 
 
 def test_seeds_count_up_from_the_given_seed(options, tmp_path):

@@ -52,11 +52,11 @@ def test_extremes_match_sorting(dtype, per, share, monkeypatch):
     for name in source:
         key = {"tensor": name, "module": parse_tensor_name(name).module, "model": ""}[per]
         groups.setdefault(key, []).append(name)
-    for found, big in ((near_zero(source, share, scope=per), False), (largest(source, share, scope=per), True)):
-        assert list(found) == list(source)
+    for result, big in ((near_zero(source, share, scope=per), False), (largest(source, share, scope=per), True)):
+        assert list(result) == list(source)
         for names in groups.values():
             assert_extreme(
-                [found[n].to_bool().flatten().numpy() for n in names],
+                [result[n].to_bool().flatten().numpy() for n in names],
                 [source[n].float().abs().flatten().numpy() for n in names],
                 share,
                 big,
@@ -82,18 +82,18 @@ def test_top_changed_selects_largest_differences(per, tmp_path, monkeypatch):
     monkeypatch.setattr(make, "STEP", 1000)
     source = weights()
     after = trained(source)
-    found = top_changed(save(tmp_path / "a", source), save(tmp_path / "b", after), 0.15, scope=per)
-    moved = {name: (after[name].float() - source[name].float()).abs() for name in found}
+    result = top_changed(save(tmp_path / "a", source), save(tmp_path / "b", after), 0.15, scope=per)
+    moved = {name: (after[name].float() - source[name].float()).abs() for name in result}
     expected = largest(moved, 0.15, scope=per)
-    for name, mask in found.items():
+    for name, mask in result.items():
         assert torch.equal(mask.to_bool(), expected[name].to_bool() & (moved[name] > 0))
 
 
 def test_control_is_independent_of_tie_breaking():
     w = torch.randn(200, 200, generator=torch.Generator().manual_seed(0))
     w[:100] = 0
-    found = near_zero({"w": w}, 0.2)
-    both = (found & magnitude_matched(found, {"w": w}))["w"].num_active
+    result = near_zero({"w": w}, 0.2)
+    both = (result & magnitude_matched(result, {"w": w}))["w"].num_active
     assert 2800 < both < 3600  # 8,000 of 20,000 twice: 3,200 by chance
 
 
@@ -102,8 +102,8 @@ def test_top_changed_excludes_unchanged_coordinates(tmp_path):
     after = {name: w.clone() for name, w in source.items()}
     after["b"][3, :7] = 1.0
     for per in make.SCOPES:
-        found = top_changed(save(tmp_path / "a", source), save(tmp_path / "b", after), 0.5, scope=per)
-        assert (found["a"].num_active, found["b"].num_active) == (0, 7)
+        result = top_changed(save(tmp_path / "a", source), save(tmp_path / "b", after), 0.5, scope=per)
+        assert (result["a"].num_active, result["b"].num_active) == (0, 7)
 
 
 def test_checkpoint_and_tensors_give_the_same_masks(tmp_path):
@@ -122,7 +122,7 @@ def test_changed_is_delta_above_atol(dtype, atol, tmp_path):
     after["lm_head.weight"][0, :2] = torch.tensor([float("nan"), float("inf")])
     paths = save(tmp_path / "a", source), save(tmp_path / "b", after)
     for view in make.VIEWS:
-        found = changed(*paths, atol=atol, view=view)
+        result = changed(*paths, atol=atol, view=view)
         for name, w in source.items():
             if view == "visible":
                 a, b = (t.float().bfloat16().float() for t in (w, after[name]))
@@ -130,7 +130,7 @@ def test_changed_is_delta_above_atol(dtype, atol, tmp_path):
             else:
                 wide = torch.float64 if dtype == torch.float64 else torch.float32
                 moved, cut = (after[name].to(wide) - w.to(wide)).abs(), atol
-            assert torch.equal(found[name].to_bool(), (moved > cut) & moved.isfinite())
+            assert torch.equal(result[name].to_bool(), (moved > cut) & moved.isfinite())
 
 
 def test_principal_and_safe_match_svd():
@@ -162,8 +162,8 @@ def test_random_subset_depends_only_on_seed_and_name(monkeypatch):
         assert one[name] == same[name]
         if w.numel() > 100:
             assert one[name] != other[name]
-    whole = random_subset(source, 0.2, scope="model")
-    assert whole.num_active == math.ceil(0.2 * whole.numel)
+    full = random_subset(source, 0.2, scope="model")
+    assert full.num_active == math.ceil(0.2 * full.numel)
 
 
 def test_random_subset_is_uniform():
@@ -175,12 +175,12 @@ def test_random_subset_is_uniform():
 def test_control_has_the_magnitudes_of_the_mask():
     source = weights()
     masks = near_zero(source, 0.3) & random_subset(source, 0.5)
-    found, other = magnitude_matched(masks, source), magnitude_matched(masks, source, seed=1)
+    result, other = magnitude_matched(masks, source), magnitude_matched(masks, source, seed=1)
     for name, w in source.items():
-        a, b = (w.flatten().abs()[m[name].to_bool().flatten()].sort().values for m in (masks, found))
+        a, b = (w.flatten().abs()[m[name].to_bool().flatten()].sort().values for m in (masks, result))
         assert torch.equal(a, b)
-    assert found["lm_head.weight"] != masks["lm_head.weight"]
-    assert found["lm_head.weight"] != other["lm_head.weight"]
+    assert result["lm_head.weight"] != masks["lm_head.weight"]
+    assert result["lm_head.weight"] != other["lm_head.weight"]
 
 
 def test_control_is_uniform_within_a_magnitude():

@@ -31,8 +31,8 @@ def test_commands_match_functions(pair, tmp_path):
     assert MaskSet.load(c) == MaskSet.load(a) - MaskSet.load(b)
     run("magnitude-matched", a, pair[0], "--seed", 3, "-o", d)
     assert MaskSet.load(d) == masks.magnitude_matched(MaskSet.load(a), pair[0], seed=3)
-    found = json.loads(run("stats", a, "--json").stdout)
-    assert found == json.loads(json.dumps(mask_stats(MaskSet.load(a))))
+    result = json.loads(run("stats", a, "--json").stdout)
+    assert result == json.loads(json.dumps(mask_stats(MaskSet.load(a))))
     assert "q_proj" in run("stats", a).stdout
     assert (
         json.loads(run("compare", a, b, "--json").stdout)["active_both"]
@@ -49,17 +49,17 @@ def test_other_kinds(pair, tmp_path, kind, make):
 
 
 def test_groups_add_up(pair):
-    found = mask_stats(masks.changed(*pair))
+    result = mask_stats(masks.changed(*pair))
     for group in ("block", "module", "layer", "tensor"):
-        assert sum(row["active"] for row in found[f"by_{group}"]) == found["active"]
+        assert sum(row["active"] for row in result[f"by_{group}"]) == result["active"]
 
 
 def test_comparison_with_itself_and_with_empty_set(pair):
-    own = masks.near_zero(pair[0], 0.25)
-    found = compare_masks(own, own)
-    assert (found["coverage_a"], found["coverage_b"], found["jaccard"]) == (1, 1, 1)
-    assert found["over_uniform"] == pytest.approx(4, rel=0.02)
-    nothing = compare_masks(own, own - own)
+    near_zero_masks = masks.near_zero(pair[0], 0.25)
+    result = compare_masks(near_zero_masks, near_zero_masks)
+    assert (result["coverage_a"], result["coverage_b"], result["jaccard"]) == (1, 1, 1)
+    assert result["over_uniform"] == pytest.approx(4, rel=0.02)
+    nothing = compare_masks(near_zero_masks, near_zero_masks - near_zero_masks)
     assert (nothing["active_both"], nothing["coverage_b"], nothing["over_uniform"]) == (0, None, None)
 
 

@@ -66,15 +66,15 @@ def test_flat_is_a_range_of_the_mask(numel, density, seed, data):
 def test_operators_match_set_operations(numel, densities):
     a, b = (flags_of(numel, d, i).view(-1, 1) for i, d in enumerate(densities))
     one, other = Mask.from_bool(a), Mask.from_bool(b)
-    for found, expected in (
+    for result, expected in (
         (one & other, a & b),
         (one | other, a | b),
         (one ^ other, a ^ b),
         (one - other, a & ~b),
         (~one, ~a),
     ):
-        assert torch.equal(found.to_bool(), expected)
-        assert found.shape == (numel, 1)
+        assert torch.equal(result.to_bool(), expected)
+        assert result.shape == (numel, 1)
 
 
 def test_digest_depends_on_shape_and_coordinates():

@@ -1,4 +1,4 @@
-"""Sets of masks on disk: read lazily, told apart by digest, and refused where they are damaged or something else."""
+"""Sets of masks on disk: read lazily, distinguished by digest, rejected if damaged or of another format."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def sample(seed=0) -> MaskSet:
 def test_save_and_load_round_trip(tmp_path):
     masks = sample()
     masks.save(tmp_path / "m.safetensors")
-    found = MaskSet.load(tmp_path / "m.safetensors")
-    assert found == masks
-    assert list(found) == list(masks)
-    assert found.shapes == masks.shapes
-    assert (found.num_active, found.numel, found.density) == (masks.num_active, masks.numel, masks.density)
+    result = MaskSet.load(tmp_path / "m.safetensors")
+    assert result == masks
+    assert list(result) == list(masks)
+    assert result.shapes == masks.shapes
+    assert (result.num_active, result.numel, result.density) == (masks.num_active, masks.numel, masks.density)
     for name in masks:
-        assert found[name] == masks[name]
-        assert found[name].layout == masks[name].layout
+        assert result[name] == masks[name]
+        assert result[name].layout == masks[name].layout
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
 def test_counts_do_not_read_masks(tmp_path, monkeypatch):
     sample().save(tmp_path / "m.safetensors")
-    found = MaskSet.load(tmp_path / "m.safetensors")
+    result = MaskSet.load(tmp_path / "m.safetensors")
     monkeypatch.setattr(MaskSet, "_read", None)
-    assert found.num_active == sample().num_active
-    assert found.digest == sample().digest
+    assert result.num_active == sample().num_active
+    assert result.digest == sample().digest
 
 
 def test_digest_covers_names_order_shapes_and_coordinates():
@@ -59,9 +59,9 @@ def test_digest_covers_names_order_shapes_and_coordinates():
 
 def test_sets_combine_mask_by_mask():
     a, b = sample(0), sample(1)
-    for found, how in ((a & b, torch.logical_and), (a | b, torch.logical_or), (a ^ b, torch.logical_xor)):
+    for result, how in ((a & b, torch.logical_and), (a | b, torch.logical_or), (a ^ b, torch.logical_xor)):
         for name in a:
-            assert torch.equal(found[name].to_bool(), how(a[name].to_bool(), b[name].to_bool()))
+            assert torch.equal(result[name].to_bool(), how(a[name].to_bool(), b[name].to_bool()))
     assert (a - b) == (a & ~b)
     with pytest.raises(ValueError, match="have different tensors"):
         a & MaskSet({"b.weight": b["b.weight"]})
@@ -101,9 +101,9 @@ def test_damaged_payload_raises_when_read(tmp_path):
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
-    found = MaskSet.load(path)
+    result = MaskSet.load(path)
     with pytest.raises(InputError, match="is damaged"):
-        [found[name] for name in found]
+        [result[name] for name in result]
 
 
 def test_missing_payload_raises_when_read(tmp_path):
@@ -117,6 +117,6 @@ def test_missing_payload_raises_when_read(tmp_path):
         tmp_path / "m.safetensors",
         {"format": "opdkernels masks", "version": "1", "digest": masks.digest, "masks": json.dumps(fact)},
     )
-    found = MaskSet.load(tmp_path / "m.safetensors")
+    result = MaskSet.load(tmp_path / "m.safetensors")
     with pytest.raises(InputError, match=r"the mask of b\.weight in .* is damaged"):
-        found["b.weight"]
+        result["b.weight"]

@@ -118,8 +118,8 @@ def test_expected_near_zero_count_is_the_mean_over_tie_breaks():
     trained = source + torch.tensor([0, 1, 0, 0, 1, 0, 1, 0, 0, 0], dtype=torch.bfloat16)
     tally = sparse(source, trained)
     batch = Batch([tally])
-    found = near_zero(batch, batch.changed("stored"), [0.2])  # 0 and one of four ones, two of which changed
-    assert (found.size[0, 0], found.expected[0, 0], found.lower[0, 0], found.upper[0, 0]) == (2, 0.5, 0, 1)
+    result = near_zero(batch, batch.changed("stored"), [0.2])  # 0 and one of four ones, two of which changed
+    assert (result.size[0, 0], result.expected[0, 0], result.lower[0, 0], result.upper[0, 0]) == (2, 0.5, 0, 1)
 
 
 @pytest.mark.parametrize("view", ["stored", "visible"])

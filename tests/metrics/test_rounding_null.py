@@ -33,12 +33,12 @@ def pair(source: torch.Tensor, trained: torch.Tensor) -> tuple[np.ndarray, np.nd
 
 def near_zero(source: np.ndarray, changed: np.ndarray, ratio: float) -> float:
     """Observed |mask and changed| by its definition: one by one, ties at the cut sharing alike."""
-    left, found = math.ceil(ratio * source.sum()), 0.0
+    left, result = math.ceil(ratio * source.sum()), 0.0
     for pattern in np.flatnonzero(source):
         taken = min(left, source[pattern])
-        found += taken * changed[pattern] / source[pattern]
+        result += taken * changed[pattern] / source[pattern]
         left -= taken
-    return found
+    return result
 
 
 def weights(shape: str, n: int, generator: torch.Generator) -> torch.Tensor:

@@ -57,17 +57,17 @@ def alone(steps: int, dtype: str, precision: str) -> tuple[list[torch.Tensor], l
 @pytest.mark.parametrize(("dtype", "precision"), CASES)
 def test_two_ranks_match_one_process(dtype, precision, tmp_path):
     """Point 9: uneven and empty shards; what is frozen keeps its bits; random numbers do not show the sharding."""
-    found = run("train", 2, tmp_path, dtype, precision)
+    result = run("train", 2, tmp_path, dtype, precision)
     before, wanted, masks = alone(6, dtype, precision)
     for got, gathered, old, one, mask in zip(
-        found["weights"], found["gathered"], before, wanted, masks.values(), strict=True
+        result["weights"], result["gathered"], before, wanted, masks.values(), strict=True
     ):
         assert torch.equal(got[~mask], old[~mask])
         assert torch.equal(got, gathered)
         # A mean over ranks of equal gradients is exact; only the clip's norm is summed in another order.
         torch.testing.assert_close(got, one, rtol=1e-6 if dtype == "float32" else 2**-7, atol=1e-7)
-    assert all(torch.equal(copy, torch.full((4,), -3.0)) for copy in found["summed"])
-    assert 0 < found["active"] < sum(int(mask.sum()) for mask in masks.values())  # this rank's alone
+    assert all(torch.equal(copy, torch.full((4,), -3.0)) for copy in result["summed"])
+    assert 0 < result["active"] < sum(int(mask.sum()) for mask in masks.values())  # this rank's alone
 
 
 @pytest.mark.slow

@@ -248,7 +248,7 @@ def test_an_optimizer_with_masks_from_a_file_is_copied_and_pickled(tmp_path):
 
 
 def test_masks_take_what_their_docstring_says():
-    """No bool tensor is kept, and places keep no bits beside them."""
+    """No bool tensor is kept, and masks of indices hold no bitmap."""
     flags = torch.rand(1 << 16) < 0.01
     optimizer = stepped(P(torch.zeros(1 << 16)), mask=flags)
     mask = optimizer._bound[0][0].mask

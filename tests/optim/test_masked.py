@@ -130,7 +130,7 @@ def test_bf16_is_stepped_in_fp32(precision):
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1.76), (torch.bfloat16, 2.2)], ids=str)
 def test_state_has_one_element_per_active_coordinate(dtype, limit):
-    """Point 3: bytes a parameter at 20 %, masks included, of the tensors that live."""
+    """Point 3: bytes per parameter at 20 % density, masks included, of all live tensors."""
     weight = torch.nn.Parameter(torch.zeros(1024, 1024, dtype=dtype))
     optimizer = MaskedAdamW([("w", weight)], masks={"w": torch.rand(1024, 1024) < 0.2})
     give_grads([weight], 0)
@@ -510,19 +510,19 @@ def test_masks_bind_by_name_or_position(tmp_path):
     """A set, a file of one, a mapping or a list; names with and without what trainers wrap them in; unnamed ones only
     in order."""
     params, masks = model_of(), masks_of()
-    found = MaskSet({name: Mask.from_bool(mask) for name, mask in masks.items()})
-    found.save(tmp_path / "m.safetensors")
+    result = MaskSet({name: Mask.from_bool(mask) for name, mask in masks.items()})
+    result.save(tmp_path / "m.safetensors")
     wrapped = [(f"module._orig_mod.{name}", p) for name, p in params.items()]
     for named, given in (
-        (params.items(), found),
+        (params.items(), result),
         (params.items(), tmp_path / "m.safetensors"),
-        (wrapped, found),
+        (wrapped, result),
         (params.values(), list(masks.values())),
     ):
         optimizer = MaskedAdamW(named, masks=given)
-        assert [b.mask for b in optimizer._bound[0]] == list(found.values())
+        assert [b.mask for b in optimizer._bound[0]] == list(result.values())
     with pytest.raises(ValueError, match="parameter 0 has no name"):
-        MaskedAdamW(params.values(), masks=found)
+        MaskedAdamW(params.values(), masks=result)
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     shuffled = {name: torch.rand(p.shape) < 0.5 for name, p in reversed(list(model.named_parameters()))}
     ordered = in_model_order(shuffled, model)

@@ -83,9 +83,9 @@ def test_hugging_face_trainer(tmp_path, cls):
             disable_tqdm=True,
             max_grad_norm=1.0,
         )
-        given = optimizer_cls_and_kwargs(model, masks, args, cls=cls)
+        arguments = optimizer_cls_and_kwargs(model, masks, args, cls=cls)
         trainer = transformers.Trainer(
-            model, args, data_collator=collate, train_dataset=examples(), optimizer_cls_and_kwargs=given
+            model, args, data_collator=collate, train_dataset=examples(), optimizer_cls_and_kwargs=arguments
         )
         trainer.train(resume_from_checkpoint=resume)
         assert all(group.get("param_names") for group in trainer.optimizer.param_groups)
@@ -124,13 +124,13 @@ def test_trl_supervised_fine_tuning(tmp_path):
             max_length=32,
             bf16=False,
         )
-        given = optimizer_cls_and_kwargs(model, masks, args)
+        arguments = optimizer_cls_and_kwargs(model, masks, args)
         trainer = trl.SFTTrainer(
             model,
             args,
             train_dataset=datasets.Dataset.from_list(texts),
             processing_class=tokenizer,
-            optimizer_cls_and_kwargs=given,
+            optimizer_cls_and_kwargs=arguments,
         )
         trainer.train(resume_from_checkpoint=resume)
         return before, masks, bits_of(model)

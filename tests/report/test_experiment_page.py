@@ -99,17 +99,17 @@ def test_headline_states_the_result(experiment, rows, against, expected):
 
 
 def test_table_columns_are_those_that_some_arm_has():
-    found = page_context(result("grafts", [FULL, row("mlp alone", 0.6, 0.8, update_fraction=0.2)]))
-    keys = [column.key for column in found["table"].columns]
+    actual = page_context(result("grafts", [FULL, row("mlp alone", 0.6, 0.8, update_fraction=0.2)]))
+    keys = [column.key for column in actual["table"].columns]
     assert keys == ["arm", "score", "gain_retained", "update_fraction", "trained", "changed_visible", "changed_stored"]
-    found = page_context(
+    actual = page_context(
         result(
             "precision",
             [row("bf16 split-master", 0.7, 1.0, changed_visible=0.3, changed_null=0.31, changed_stored=0.3)],
             "bf16 split-master",
         )
     )
-    assert [column.key for column in found["table"].columns][-3:] == [
+    assert [column.key for column in actual["table"].columns][-3:] == [
         "changed_visible",
         "changed_null",
         "changed_stored",
@@ -123,8 +123,8 @@ def test_intervals_of_any_sign_are_inside_the_drawing(shift):
         drawing = str(charts.interval_chart(rows, typography.percent, "", "", frame))
         places = [float(x) for x in re.findall(r'circle class="stored-dot" cx="([-\d.]+)"', drawing)]
         ends = [
-            tuple(map(float, found))
-            for found in re.findall(r'class="stored-line" d="M([-\d.]+)[ ,][-\d.]+ ?L([-\d.]+)', drawing)
+            tuple(map(float, actual))
+            for actual in re.findall(r'class="stored-line" d="M([-\d.]+)[ ,][-\d.]+ ?L([-\d.]+)', drawing)
         ]
         assert len(places) == len(ends) == 2
         for place, (low, high) in zip(places, ends, strict=True):
@@ -163,8 +163,8 @@ def test_a_run_without_changes_has_no_curve_of_its_final_set():
 
 
 def test_a_page_can_be_rewritten_from_results(tmp_path):
-    found = result("masks", [FULL, row("changed", 0.6, 0.8, trained=0.2)])
-    (tmp_path / "results.json").write_text(json.dumps(found))
+    actual = result("masks", [FULL, row("changed", 0.6, 0.8, trained=0.2)])
+    (tmp_path / "results.json").write_text(json.dumps(actual))
     assert "retains 80.00" in write_report(tmp_path).read_text()
     for bad in ("{}", "[]", "{"):
         (tmp_path / "results.json").write_text(bad)
@@ -173,7 +173,7 @@ def test_a_page_can_be_rewritten_from_results(tmp_path):
 
 
 def test_a_gain_that_may_be_zero_is_mentioned():
-    found = page_context(result("masks", [row("full", 0.21), row("changed", 0.22, trained=0.2)]))
-    assert found["interpretation"] == [
+    actual = page_context(result("masks", [row("full", 0.21), row("changed", 0.22, trained=0.2)]))
+    assert actual["interpretation"] == [
         "The gain of full may be zero at this number of seeds and prompts, so fractions of it are not given."
     ]

@@ -30,7 +30,7 @@ def checkpoints(case: str) -> list[dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, str]:
-    found = {}
+    actual = {}
     for case in CASES:
         folder, paths = tmp_path_factory.mktemp("overlap"), []
         for i, tensors in enumerate(checkpoints(case)):
@@ -38,9 +38,9 @@ def pages(tmp_path_factory) -> dict[str, str]:
             save_file(tensors, folder / str(i) / "model.safetensors")
             paths.append(folder / str(i))
         result = overlap(*paths, strata=("row", "column"))
-        found[case] = report.render("overlap", result)
-        assert report.render("overlap", result) == found[case]
-    return found
+        actual[case] = report.render("overlap", result)
+        assert report.render("overlap", result) == actual[case]
+    return actual
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -74,8 +74,8 @@ def test_the_summary_describes_the_first_pair(pages):
     ("case", "width", "dark"), [("layers", 360, True), ("layers", 1280, False), ("hostile", 360, False)]
 )
 def test_browser_no_overflow_and_sorted_tables(pages, tmp_path, case, width, dark):
-    found = probe(pages[case], tmp_path, width, dark)
-    assert found["scroll"] <= width
-    assert (brightness(found["paper"]) < brightness(found["ink"])) == dark
-    assert found["down"] == sorted(found["down"], reverse=True)
-    assert found["up"] == sorted(found["up"])
+    result = probe(pages[case], tmp_path, width, dark)
+    assert result["scroll"] <= width
+    assert (brightness(result["paper"]) < brightness(result["ink"])) == dark
+    assert result["down"] == sorted(result["down"], reverse=True)
+    assert result["up"] == sorted(result["up"])

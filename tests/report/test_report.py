@@ -112,19 +112,19 @@ CASES = list(pairs())
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Analysis]:
-    found = {}
+    result = {}
     for case, sides in pairs().items():
         folder = tmp_path_factory.mktemp("pair")
         for side, tensors in zip(("source", "trained"), sides, strict=True):
             save_file(tensors, folder / f"{side}.safetensors")
-        found[case] = run_analyze(
+        result[case] = run_analyze(
             folder / "source.safetensors",
             folder / "trained.safetensors",
             folder / "out",
             AnalyzeOptions(),
             lambda *_: None,
         )
-    return found
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -473,22 +473,22 @@ def brightness(colour: str) -> float:
     [("layers", 360, True), ("layers", 1280, False), ("hostile", 360, False), ("identical", 360, False)],
 )
 def test_browser_no_overflow_and_working_controls(pages, tmp_path, case, width, dark):
-    found = probe(pages[case], tmp_path, width, dark)
-    assert found["width"] == width
-    assert found["scroll"] <= width
-    assert found["dark"] == dark
-    assert (brightness(found["paper"]) < brightness(found["ink"])) == dark
-    assert found["sort"] == "descending"
-    assert found["down"] == sorted(found["down"], reverse=True)
-    assert found["up"] == sorted(found["up"])
-    assert found["panels"] == 1
+    result = probe(pages[case], tmp_path, width, dark)
+    assert result["width"] == width
+    assert result["scroll"] <= width
+    assert result["dark"] == dark
+    assert (brightness(result["paper"]) < brightness(result["ink"])) == dark
+    assert result["sort"] == "descending"
+    assert result["down"] == sorted(result["down"], reverse=True)
+    assert result["up"] == sorted(result["up"])
+    assert result["panels"] == 1
     if case == "layers":
-        assert found["kept"] == ["model.layers.1.mlp.up_proj.weight"]
-        assert found["names"][0] == "model.embed_tokens.weight"
-        assert all("view-visible" in v for v in found["before"])
-        assert all("view-stored" in v for v in found["after"])
-        assert len(found["after"]) == len(found["before"]) == 2
-        assert found["tooltip"] == found["title"]
+        assert result["kept"] == ["model.layers.1.mlp.up_proj.weight"]
+        assert result["names"][0] == "model.embed_tokens.weight"
+        assert all("view-visible" in v for v in result["before"])
+        assert all("view-stored" in v for v in result["after"])
+        assert len(result["after"]) == len(result["before"]) == 2
+        assert result["tooltip"] == result["title"]
 
 
 @browser

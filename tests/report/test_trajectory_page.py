@@ -15,7 +15,7 @@ SECTIONS = ["summary", "along", "steps", "groups", "left-out", "run", "glossary"
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, str]:
-    found = {}
+    actual = {}
     for case in CASES:
         folder, paths = tmp_path_factory.mktemp("trajectory"), []
         source = sources(case)
@@ -27,9 +27,9 @@ def pages(tmp_path_factory) -> dict[str, str]:
             save_file(tensors, path / "model.safetensors")
             paths.append(path)
         result = trajectory(*paths)
-        found[case] = report.render("trajectory", result)
-        assert report.render("trajectory", result) == found[case]
-    return found
+        actual[case] = report.render("trajectory", result)
+        assert report.render("trajectory", result) == actual[case]
+    return actual
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -75,6 +75,6 @@ def test_an_axis_covers_its_values_with_round_numbers():
     ("case", "width", "dark"), [("layers", 360, True), ("layers", 1280, False), ("hostile", 360, False)]
 )
 def test_browser_no_overflow(pages, tmp_path, case, width, dark):
-    found = probe(pages[case], tmp_path, width, dark)
-    assert found["scroll"] <= width
-    assert (brightness(found["paper"]) < brightness(found["ink"])) == dark
+    result = probe(pages[case], tmp_path, width, dark)
+    assert result["scroll"] <= width
+    assert (brightness(result["paper"]) < brightness(result["ink"])) == dark

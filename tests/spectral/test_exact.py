@@ -50,7 +50,7 @@ def relative(found, exact):
 
 
 def subspace_oracle(w, d):
-    """[5, ratios] projections and mean sines from SVDs; sines from what lies outside, which small angles keep."""
+    """[5, ratios] projections and mean sines from SVDs; sines from the component outside, which is accurate for small angles."""
     u, _, vh = torch.linalg.svd(w, full_matrices=False)
     u2, _, vh2 = torch.linalg.svd(w + d, full_matrices=False)
     rows = []
@@ -71,36 +71,46 @@ def test_metrics_match_fp64_svd(source, block, update, wide):
     w = SOURCES[source]().float()
     trained = w + 1e-3 * w.std() * UPDATES[update](w.shape).float()
     d = (trained - w).double()
-    found = from_grams(symmetric(gram(w, trained, block=block)), tall=not wide)
+    result = from_grams(symmetric(gram(w, trained, block=block)), tall=not wide)
     w = w.double()
     if wide:
         w, d = w.T.contiguous(), d.T.contiguous()
     sigma = torch.linalg.svdvals(d)
-    assert found.method == "gram"
-    assert relative(found.delta[:30], sigma[:30]) < 1e-8
-    assert relative(found.delta.square().sum(), sigma.square().sum()) < 1e-8
+    assert result.method == "gram"
+    assert relative(result.delta[:30], sigma[:30]) < 1e-8
+    assert relative(result.delta.square().sum(), sigma.square().sum()) < 1e-8
     for tolerance in (1e-4, 1e-5):
-        assert (found.delta > tolerance * found.delta[0]).sum() == (sigma > tolerance * sigma[0]).sum()
+        assert (result.delta > tolerance * result.delta[0]).sum() == (sigma > tolerance * sigma[0]).sum()
     projection, left, right, rotation_left, rotation_right = subspace_oracle(w, d)
-    for ours, exact in ((found.projection, projection), (found.projection_left, left), (found.projection_right, right)):
+    for ours, exact in (
+        (result.projection, projection),
+        (result.projection_left, left),
+        (result.projection_right, right),
+    ):
         assert relative(ours, exact) < 1e-6
-    for ours, exact in ((found.rotation_left, rotation_left), (found.rotation_right, rotation_right)):
+    for ours, exact in ((result.rotation_left, rotation_left), (result.rotation_right, rotation_right)):
         assert float((ours - exact).abs().max()) < 1e-6
     drift = (torch.linalg.svdvals(w + d) - torch.linalg.svdvals(w)).norm()
-    assert relative((found.trained - found.source).norm(), drift) < 1e-5
+    assert relative((result.trained - result.source).norm(), drift) < 1e-5
 
 
 def test_definition_matches_oracle():
     w, d = random(SHAPE), 1e-3 * random(SHAPE, 1)
     for a, b in ((w, d), (w.T, d.T)):
-        found = from_matrices(a, b)
+        result = from_matrices(a, b)
         ours = torch.stack(
-            [found.projection, found.projection_left, found.projection_right, found.rotation_left, found.rotation_right]
+            [
+                result.projection,
+                result.projection_left,
+                result.projection_right,
+                result.rotation_left,
+                result.rotation_right,
+            ]
         )
         torch.testing.assert_close(ours, subspace_oracle(a, b), rtol=1e-6, atol=1e-9)
-        factor = factorise_matrix(a, found.ranks[-1])
-        torch.testing.assert_close(factor.sigma, found.source)
-        assert factor.vectors.shape == (min(a.shape), found.ranks[-1])
+        factor = factorise_matrix(a, result.ranks[-1])
+        torch.testing.assert_close(factor.sigma, result.source)
+        assert factor.vectors.shape == (min(a.shape), result.ranks[-1])
 
 
 def test_reduced_pair_has_the_same_metrics():
@@ -125,9 +135,9 @@ def test_missing_directions_add_no_entropy(rows):
     w = random((2000, 100)).bfloat16()
     trained = w.clone()
     trained[::97][:rows] += 0.1 * random((rows, 100), 1).bfloat16()
-    found = from_grams(symmetric(gram(w, trained)), tall=True).delta
+    result = from_grams(symmetric(gram(w, trained)), tall=True).delta
     exact = torch.linalg.svdvals(trained.double() - w.double())
-    share, exact_share = found[found > 0] / found.sum(), exact[:rows] / exact[:rows].sum()
+    share, exact_share = result[result > 0] / result.sum(), exact[:rows] / exact[:rows].sum()
     assert len(share) == rows
     assert relative(share.log().mul(share).sum().exp(), exact_share.log().mul(exact_share).sum().exp()) < 1e-8
 
@@ -155,10 +165,10 @@ def test_ranks_follow_the_paper():
 def test_one_column_and_one_coordinate():
     for shape in ((7, 1), (1, 1)):
         w, d = random(shape), 1e-3 * random(shape, 1)
-        found = from_grams(symmetric(gram(w, w + d)), tall=True)
-        assert found.projection_right[0] == pytest.approx(1)
-        assert found.delta[0] == pytest.approx(float(d.norm()), rel=1e-10)
-        assert float(found.rotation_right[0]) == 0
+        result = from_grams(symmetric(gram(w, w + d)), tall=True)
+        assert result.projection_right[0] == pytest.approx(1)
+        assert result.delta[0] == pytest.approx(float(d.norm()), rel=1e-10)
+        assert float(result.rotation_right[0]) == 0
 
 
 def test_singular_values_of_zero_are_zero():

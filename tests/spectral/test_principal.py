@@ -43,9 +43,9 @@ def view_of(source, trained, visible):
 def test_counts_match_sorting(shape, dtype, visible):
     source, trained = matrices(shape, dtype)
     basis, ranks = basis_of(source, visible), top_ranks(shape[1])
-    found = overlaps(source, trained, basis, ranks, visible=visible)
+    result = overlaps(source, trained, basis, ranks, visible=visible)
     w, d = (x.ravel() for x in view_of(source, trained, visible))
-    for one, ratio, rank in zip(found, RATIOS, ranks, strict=True):
+    for one, ratio, rank in zip(result, RATIOS, ranks, strict=True):
         v = basis[:, :rank].numpy()
         score = np.abs(w.reshape(shape) @ v @ v.T).ravel()
         size = max(1, math.ceil(ratio * w.size))
@@ -81,10 +81,10 @@ def test_unequal_rows_are_recomputed_only_near_the_threshold(monkeypatch):
     score = (source @ basis @ basis.T).abs().flatten().numpy()
     expected = np.zeros(score.size, bool)
     expected[np.argsort(-score)[:48_000]] = True
-    found = np.unpackbits(sure, bitorder="little")[: score.size].astype(bool)
-    found[above] = True
-    found[tied[:taken]] = True
-    assert (found == expected).all()
+    result = np.unpackbits(sure, bitorder="little")[: score.size].astype(bool)
+    result[above] = True
+    result[tied[:taken]] = True
+    assert (result == expected).all()
     assert sum(recomputed) < 2000
     assert rank == 12
 
@@ -104,16 +104,16 @@ def test_equal_rows_tie_at_the_threshold():
     """Every row the same: scores come in groups, and the cut falls into one."""
     row = torch.linspace(1, 2, 10)
     source = row.repeat(50, 1)
-    found = overlaps(source, source + 1, basis_of(source, False), top_ranks(10), visible=False)[1]
-    count = dict(zip(COUNTS, found.counts[0].tolist(), strict=True))
-    assert (count["principal"], count["principal_tied"], found.taken, found.size) == (0, 50, 25, 25)
+    result = overlaps(source, source + 1, basis_of(source, False), top_ranks(10), visible=False)[1]
+    count = dict(zip(COUNTS, result.counts[0].tolist(), strict=True))
+    assert (count["principal"], count["principal_tied"], result.taken, result.size) == (0, 50, 25, 25)
 
 
 def test_a_matrix_of_zeros_ties_everywhere():
     zeros = torch.zeros(40, 8)
-    found = overlaps(zeros, zeros + 1, torch.eye(8, dtype=torch.float64)[:, :1], top_ranks(8), visible=False)[0]
-    assert found.counts[0].tolist() == [320, 0, 320, 0, 320, 0, 0, 0, 320]
-    assert found.taken == found.low_taken == 4
+    result = overlaps(zeros, zeros + 1, torch.eye(8, dtype=torch.float64)[:, :1], top_ranks(8), visible=False)[0]
+    assert result.counts[0].tolist() == [320, 0, 320, 0, 320, 0, 0, 0, 320]
+    assert result.taken == result.low_taken == 4
 
 
 def test_scores_near_the_threshold_are_accurate_to_fp64(monkeypatch):

@@ -79,12 +79,12 @@ def assert_sound(a: torch.Tensor, found: RandomizedSVD, sigma: torch.Tensor | No
 def test_sparse_update_meets_tolerance_unlike_svd_lowrank(dtype):
     a = sparse(1536, 1024).to(dtype)
     sigma = truth(a)
-    found = randomized_svd(a, 64)
-    true = assert_sound(a, found, sigma)
-    assert found.converged
-    assert (1 - found.sigma / true).abs().max() < 1e-4
+    result = randomized_svd(a, 64)
+    true = assert_sound(a, result, sigma)
+    assert result.converged
+    assert (1 - result.sigma / true).abs().max() < 1e-4
     share = float(true.square().sum() / sigma.square().sum())
-    assert found.energy(64)[0] == pytest.approx(share, rel=1e-5)
+    assert result.energy(64)[0] == pytest.approx(share, rel=1e-5)
     other = torch.svd_lowrank(a, q=64, niter=2)[1].double()
     assert other[0] < 0.98 * true[0]
     assert other.square().sum() < 0.9 * true.square().sum()
@@ -96,10 +96,10 @@ def test_sparse_update_meets_tolerance_unlike_svd_lowrank(dtype):
 def test_each_sigma_meets_the_tolerance(spectrum, dtype, method):
     a = SPECTRA[spectrum](240, 200).to(dtype)
     for rank in (1, 10):
-        found = randomized_svd(a, rank, method=method, max_passes=1000)
-        true = assert_sound(a, found)
-        assert (found.converged, found.method) == (True, method)
-        assert (1 - found.sigma / true).abs().max() < 1e-4
+        result = randomized_svd(a, rank, method=method, max_passes=1000)
+        true = assert_sound(a, result)
+        assert (result.converged, result.method) == (True, method)
+        assert (1 - result.sigma / true).abs().max() < 1e-4
 
 
 def test_krylov_needs_fewer_passes_on_flat_spectrum():
@@ -111,9 +111,9 @@ def test_krylov_needs_fewer_passes_on_flat_spectrum():
 def test_a_tighter_tolerance_is_met():
     a = spikes(300, 200)
     for tolerance in (1e-2, 1e-6, 1e-10):
-        found = randomized_svd(a, 12, block=12, tolerance=tolerance)
-        assert found.converged
-        assert (1 - found.sigma / assert_sound(a, found)).abs().max() < tolerance
+        result = randomized_svd(a, 12, block=12, tolerance=tolerance)
+        assert result.converged
+        assert (1 - result.sigma / assert_sound(a, result)).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP64])
@@ -125,26 +125,26 @@ def test_bounds_hold_on_200_seeds(spectrum, dtype):
     for max_passes, method in ((4, "krylov"), (8, "subspace"), (100, "krylov")):
         options = {"block": 4, "max_passes": max_passes, "method": method}
         seeds = [str(seed) for seed in range(200)]
-        for found in randomized_svd([a] * 200, 3, names=seeds, **options)[:: 1 if max_passes == 4 else 4]:
-            assert_sound(a, found, sigma)
+        for result in randomized_svd([a] * 200, 3, names=seeds, **options)[:: 1 if max_passes == 4 else 4]:
+            assert_sound(a, result, sigma)
 
 
 def test_bounds_are_tight_for_small_remainder():
     a = with_spectrum(400, 300, [5, 4, 3, 2, 1]) + 1e-6 * noise(400, 300)
-    found = randomized_svd(a, 5)
-    true = assert_sound(a, found)
-    assert (found.upper / true - 1).max() < 1e-9
-    assert (1 - found.lower / true).max() < 1e-9
-    assert found.remainder < 1e-8
-    found = randomized_svd(decay(400, 300), 20)
-    assert found.upper[0] / assert_sound(decay(400, 300), found)[0] - 1 < 1e-9
+    result = randomized_svd(a, 5)
+    true = assert_sound(a, result)
+    assert (result.upper / true - 1).max() < 1e-9
+    assert (1 - result.lower / true).max() < 1e-9
+    assert result.remainder < 1e-8
+    result = randomized_svd(decay(400, 300), 20)
+    assert result.upper[0] / assert_sound(decay(400, 300), result)[0] - 1 < 1e-9
 
 
 def test_truncated_search_is_not_converged():
-    found = randomized_svd(noise(300, 200), 5, max_passes=8)
-    assert not found.converged
-    assert found.passes <= 8
-    assert_sound(noise(300, 200), found)
+    result = randomized_svd(noise(300, 200), 5, max_passes=8)
+    assert not result.converged
+    assert result.passes <= 8
+    assert_sound(noise(300, 200), result)
 
 
 def test_more_passes_never_increase_the_error():
@@ -158,18 +158,18 @@ def test_more_passes_never_increase_the_error():
 def test_any_rank_up_to_the_smaller_side(rank, dtype):
     a = sparse(70, 50, seed=3).to(dtype)
     for block in (None, rank):
-        found = randomized_svd(a, rank, block=block, tolerance=1e-9)
-        assert found.sigma.numpy() == pytest.approx(assert_sound(a, found).numpy(), rel=1e-6, abs=1e-7)
+        result = randomized_svd(a, rank, block=block, tolerance=1e-9)
+        assert result.sigma.numpy() == pytest.approx(assert_sound(a, result).numpy(), rel=1e-6, abs=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP64])
 def test_full_rank_rebuilds_the_matrix(dtype):
     a = noise(40, 64).to(dtype)
-    found = randomized_svd(a, 40)
-    assert_sound(a, found)
-    assert found.converged
-    assert found.remainder < 1e-9
-    assert torch.allclose(found.u * found.sigma.to(dtype) @ found.v.T, a, atol=1e-5 if dtype == FP32 else 1e-12)
+    result = randomized_svd(a, 40)
+    assert_sound(a, result)
+    assert result.converged
+    assert result.remainder < 1e-9
+    assert torch.allclose(result.u * result.sigma.to(dtype) @ result.v.T, a, atol=1e-5 if dtype == FP32 else 1e-12)
 
 
 @pytest.mark.parametrize("method", randomized.METHODS)
@@ -177,11 +177,11 @@ def test_full_rank_rebuilds_the_matrix(dtype):
 def test_rank_deficient(dtype, method):
     a = (noise(120, 3) @ noise(3, 90)).to(dtype)
     for block in (8, 30):
-        found = randomized_svd(a, 8, block=block, method=method)
-        true = assert_sound(a, found)
-        assert found.converged
-        assert (1 - found.sigma / true)[:3].abs().max() < 1e-9
-        assert found.upper[3] < 1e-5 * true[0]
+        result = randomized_svd(a, 8, block=block, method=method)
+        true = assert_sound(a, result)
+        assert result.converged
+        assert (1 - result.sigma / true)[:3].abs().max() < 1e-9
+        assert result.upper[3] < 1e-5 * true[0]
 
 
 @pytest.mark.parametrize("method", randomized.METHODS)
@@ -189,33 +189,33 @@ def test_rank_deficient(dtype, method):
 def test_repeated_singular_values(multiplicity, method):
     for dtype in (FP32, FP64):
         a = with_spectrum(100, 80, [2.0] * multiplicity + [1.0] * (80 - multiplicity)).to(dtype)
-        found = randomized_svd(a, 6, block=8, method=method)
-        assert found.converged
-        assert (found.sigma - assert_sound(a, found)).abs().max() < 2e-4
+        result = randomized_svd(a, 6, block=8, method=method)
+        assert result.converged
+        assert (result.sigma - assert_sound(a, result)).abs().max() < 2e-4
 
 
 def test_identity():
     for a in (torch.eye(100), torch.eye(100)[:, :70]):
-        found = randomized_svd(a, 5, block=5)
-        assert found.sigma.numpy() == pytest.approx(assert_sound(a, found).numpy(), rel=1e-6)
+        result = randomized_svd(a, 5, block=5)
+        assert result.sigma.numpy() == pytest.approx(assert_sound(a, result).numpy(), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP64])
 @pytest.mark.parametrize("shape", [(9, 7), (200, 100), (100, 200), (1, 1)])
 def test_zero_matrix(shape, dtype):
-    found = randomized_svd(torch.zeros(shape, dtype=dtype), 1)
-    assert_sound(torch.zeros(shape, dtype=dtype), found)
-    assert (found.sigma.item(), found.lower.item(), found.upper.item()) == (0, 0, 0)
-    assert (found.frobenius, found.remainder, found.converged) == (0, 0, True)
-    assert all(math.isnan(x) for x in found.energy(1))
+    result = randomized_svd(torch.zeros(shape, dtype=dtype), 1)
+    assert_sound(torch.zeros(shape, dtype=dtype), result)
+    assert (result.sigma.item(), result.lower.item(), result.upper.item()) == (0, 0, 0)
+    assert (result.frobenius, result.remainder, result.converged) == (0, 0, True)
+    assert all(math.isnan(x) for x in result.energy(1))
 
 
 @pytest.mark.parametrize("n", [1, 2, 17, 3000])
 def test_one_row_or_column(n):
     for a in (noise(1, n), noise(n, 1).float()):
-        found = randomized_svd(a, 1)
-        assert_sound(a, found)
-        assert found.sigma.item() == pytest.approx(float(a.double().norm()), rel=1e-12)
+        result = randomized_svd(a, 1)
+        assert_sound(a, result)
+        assert result.sigma.item() == pytest.approx(float(a.double().norm()), rel=1e-12)
 
 
 def test_condition_of_1e8():
@@ -223,31 +223,31 @@ def test_condition_of_1e8():
     for dtype, resolved in ((FP32, 1e-7), (FP64, 1e-14)):
         a = with_spectrum(150, 120, sigma).to(dtype)
         for rank, block in ((20, None), (60, 60), (60, 80), (60, 120)):
-            found = randomized_svd(a, rank, block=block)
-            assert found.converged
-            assert (found.sigma - assert_sound(a, found)).abs().max() < resolved
+            result = randomized_svd(a, rank, block=block)
+            assert result.converged
+            assert (result.sigma - assert_sound(a, result)).abs().max() < resolved
 
 
 @pytest.mark.parametrize("method", randomized.METHODS)
 def test_fp32_resolves_distant_singular_values(method):
     """Down to 1e-6 of the largest, whose square alone fills the digits of fp32."""
     a = with_spectrum(150, 120, torch.logspace(0, -12, 24)).float()
-    found = randomized_svd(a, 12, block=14, method=method)
-    assert (1 - found.sigma / assert_sound(a, found)).abs().max() < 1e-4
+    result = randomized_svd(a, 12, block=14, method=method)
+    assert (1 - result.sigma / assert_sound(a, result)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-38, 1e30, 1e37])
 def test_scales(scale):
     for spectrum in (sparse, decay):
         a = (spectrum(150, 120) * scale).float()
-        found = randomized_svd(a, 5)
-        assert found.converged
-        assert (1 - found.sigma / assert_sound(a, found)).abs().max() < 1e-4
+        result = randomized_svd(a, 5)
+        assert result.converged
+        assert (1 - result.sigma / assert_sound(a, result)).abs().max() < 1e-4
 
 
 def test_power_of_two_scales_exactly():
     a = sparse(150, 120).float()
-    one = randomized_svd(a, 5)
+    expected_one = randomized_svd(a, 5)
     for dtype, exponents in ((FP32, (-90, 3, 90)), (FP64, (-900, 900))):
         plain = randomized_svd(a.to(dtype), 5)
         for exponent in exponents:
@@ -255,7 +255,7 @@ def test_power_of_two_scales_exactly():
             assert torch.equal(other.sigma, plain.sigma * 2.0**exponent)
             assert torch.equal(other.v, plain.v)
             assert (other.passes, other.remainder) == (plain.passes, plain.remainder)
-    assert one.passes == randomized_svd(a * 2.0**-90, 5).passes
+    assert expected_one.passes == randomized_svd(a * 2.0**-90, 5).passes
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP64])
@@ -272,8 +272,8 @@ def test_orthogonal_invariance():
     a = decay(90, 80)
     left, right = (torch.linalg.qr(noise(side, side, seed)).Q for side, seed in ((90, 5), (80, 6)))
     for rotated in (left @ a, a @ right, left @ a @ right):
-        found = randomized_svd(rotated, 5, block=5, tolerance=1e-8)
-        assert found.sigma.numpy() == pytest.approx(1 / torch.arange(1, 6).numpy(), rel=1e-7)
+        result = randomized_svd(rotated, 5, block=5, tolerance=1e-8)
+        assert result.sigma.numpy() == pytest.approx(1 / torch.arange(1, 6).numpy(), rel=1e-7)
 
 
 def assert_same(one: RandomizedSVD, other: RandomizedSVD) -> None:
@@ -301,11 +301,11 @@ def test_order_and_grouping_do_not_matter(monkeypatch):
 
 def test_batch_members_finish_independently():
     members = [spectrum(90, 70, seed=7) for spectrum in SPECTRA.values()] + [torch.zeros(90, 70, dtype=FP64)]
-    found = randomized_svd(torch.stack(members), 3, block=4)
-    assert len({one.passes for one in found}) > 2
-    for a, one in zip(members, found, strict=True):
-        assert one.converged
-        assert (one.sigma - assert_sound(a, one)).abs().max() <= 1e-4 * truth(a)[0]
+    result = randomized_svd(torch.stack(members), 3, block=4)
+    assert len({expected_one.passes for expected_one in result}) > 2
+    for a, expected_one in zip(members, result, strict=True):
+        assert expected_one.converged
+        assert (expected_one.sigma - assert_sound(a, expected_one)).abs().max() <= 1e-4 * truth(a)[0]
 
 
 def test_start_depends_only_on_name_and_seed():
@@ -314,17 +314,17 @@ def test_start_depends_only_on_name_and_seed():
     plain = randomized_svd(a, 4, **options)
     assert torch.equal(plain.sigma, randomized_svd(a, 4, **options).sigma)
     others = [randomized_svd(a, 4, **options, names=name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("a", 1))]
-    assert len({float(one.sigma.sum()) for one in (plain, *others)}) == 4
+    assert len({float(expected_one.sigma.sum()) for expected_one in (plain, *others)}) == 4
     assert torch.equal(randomized.start("a", 1, 20, 3), randomized.start("a", 1, 20, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_widened_exactly(dtype):
     a = sparse(120, 90).to(dtype)
-    found, wide = randomized_svd(a, 4), randomized_svd(a.float(), 4)
-    for field in dataclasses.fields(found):
-        one, other = getattr(found, field.name), getattr(wide, field.name)
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    result, wide = randomized_svd(a, 4), randomized_svd(a.float(), 4)
+    for field in dataclasses.fields(result):
+        expected_one, other = getattr(result, field.name), getattr(wide, field.name)
+        assert torch.equal(expected_one, other) if isinstance(expected_one, torch.Tensor) else expected_one == other
 
 
 def test_strided_and_grad_inputs_are_unchanged():
@@ -362,9 +362,9 @@ def test_basis_grows_beyond_the_rank():
     """With a tolerance no search can meet, random directions complete the basis until it fills the space."""
     steps = torch.diag(torch.arange(60, dtype=FP64) // 20)
     for a in (noise(80, 2) @ noise(2, 60), torch.eye(80, 60, dtype=FP64), steps):
-        found = randomized_svd(a, 5, block=7, tolerance=1e-300)
-        true = assert_sound(a, found)
-        assert (found.sigma - true).abs().max() < 1e-7 * true[0]
+        result = randomized_svd(a, 5, block=7, tolerance=1e-300)
+        true = assert_sound(a, result)
+        assert (result.sigma - true).abs().max() < 1e-7 * true[0]
 
 
 @pytest.mark.parametrize(("setting", "kept"), [("tf32", 10), ("bf16", 7)])
@@ -381,13 +381,13 @@ def test_bounds_account_for_matmul_precision(monkeypatch, setting, kept):
     monkeypatch.setattr(randomized, "multiply", lambda a, x: exact(coarse(a), coarse(x)))
     torch.backends.mkldnn.matmul.fp32_precision = setting
     try:
-        found = randomized_svd(matrices, 4, block=8)
+        result = randomized_svd(matrices, 4, block=8)
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
-    for a, one, other in zip(matrices, found, plain, strict=True):
-        true = assert_sound(a, one)
-        assert (1 - one.sigma / true).abs().max() < 0.02
-        assert one.remainder >= other.remainder * (1 - 1e-6)
+    for a, expected_one, other in zip(matrices, result, plain, strict=True):
+        true = assert_sound(a, expected_one)
+        assert (1 - expected_one.sigma / true).abs().max() < 0.02
+        assert expected_one.remainder >= other.remainder * (1 - 1e-6)
 
 
 @pytest.mark.gpu
@@ -446,15 +446,15 @@ def test_invalid_matrices_are_errors(matrices, error, message):
     ],
 )
 def test_invalid_arguments_are_errors(arguments, message):
-    given = {"rank": 2, "names": ["first", "second"], **arguments}
+    settings = {"rank": 2, "names": ["first", "second"], **arguments}
     with pytest.raises(ValueError, match=message):
-        randomized_svd([torch.zeros(5, 6), torch.zeros(4, 9)], **given)
+        randomized_svd([torch.zeros(5, 6), torch.zeros(4, 9)], **settings)
     with pytest.raises(TypeError):
         randomized_svd(torch.zeros(5, 6), 1.5)
 
 
 def test_energy_beyond_the_rank_is_error():
-    found = randomized_svd(torch.ones(3, 3), 2)
+    result = randomized_svd(torch.ones(3, 3), 2)
     for k in (0, 3):
         with pytest.raises(ValueError, match=rf"k must be in 1 \.\. 2, the computed rank, not {k}"):
-            found.energy(k)
+            result.energy(k)

@@ -19,8 +19,8 @@ def rounded_square(x: np.ndarray, uniform: bool) -> np.ndarray:
     """E[k^2] for an update of x spacings."""
     if not uniform:
         return np.floor(x + 0.5) ** 2
-    whole = np.floor(x)
-    return whole * whole + (2 * whole + 1) * (x - whole)
+    floor = np.floor(x)
+    return floor * floor + (2 * floor + 1) * (x - floor)
 
 
 def rounded_square_with_carry(x: np.ndarray, uniform: bool) -> np.ndarray:
@@ -41,12 +41,12 @@ def rounded_square_with_carry(x: np.ndarray, uniform: bool) -> np.ndarray:
 def rounded_square_integral(x: np.ndarray, uniform: bool) -> np.ndarray:
     """Integral of `rounded_square` from 0 to x."""
     if uniform:
-        whole = np.floor(x)
-        part = x - whole
-        steps = (whole - 1) * whole * (2 * whole - 1) / 6 + whole * whole / 2
-        return steps + whole * whole * part + (whole + 0.5) * part * part
-    whole = np.floor(x + 0.5)
-    return (whole - 1) * whole * (2 * whole - 1) / 6 + whole * whole * np.where(whole > 0, x - (whole - 0.5), 0.0)
+        floor = np.floor(x)
+        part = x - floor
+        steps = (floor - 1) * floor * (2 * floor - 1) / 6 + floor * floor / 2
+        return steps + floor * floor * part + (floor + 0.5) * part * part
+    floor = np.floor(x + 0.5)
+    return (floor - 1) * floor * (2 * floor - 1) / 6 + floor * floor * np.where(floor > 0, x - (floor - 0.5), 0.0)
 
 
 @cache

@@ -69,7 +69,7 @@ inline Fiber& me() { return device.fibers[device.current]; }
 inline unsigned lane() { return device.current % 32; }
 inline Fiber& neighbour(unsigned of) { return device.fibers[device.current - lane() + of]; }
 
-#if defined(__SANITIZE_ADDRESS__)  // the sanitizer follows only switches that it is told of
+#if defined(__SANITIZE_ADDRESS__)  // the sanitizer follows only switches that are reported to it
 inline void pause() {
   Fiber& fiber = me();
   void* fake = nullptr;

@@ -76,10 +76,10 @@ def test_delta_launches_fit_the_registers(monkeypatch):
 
 def copied_carried_values(source: str) -> list[str]:
     """What loops assign from a name that they give a new value further down."""
-    found = []
+    result = []
     for loop in (node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.For, ast.While))):
         inside = [node for node in ast.walk(loop) if isinstance(node, ast.Assign)]
-        given = {
+        arguments = {
             (one.id, node.lineno)
             for node in inside
             for target in node.targets
@@ -87,12 +87,12 @@ def copied_carried_values(source: str) -> list[str]:
             if isinstance(one, ast.Name)
         }
         handed = [node for node in inside if isinstance(node.value, ast.Name)]
-        found += [
+        result += [
             ast.unparse(node)
             for node in handed
-            if any(name == node.value.id and line > node.lineno for name, line in given)
+            if any(name == node.value.id and line > node.lineno for name, line in arguments)
         ]
-    return found
+    return result
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def normal(n: int, dtype: torch.dtype, scale: float) -> list[torch.Tensor]:
 
 
 def outliers(dtype: torch.dtype) -> list[torch.Tensor]:
-    """Windows of a sum hold 128 bits; what lies below them, here next to 1e30, is added separately."""
+    """Windows of a sum hold 128 bits; what is below them, here next to 1e30, is added separately."""
     base, trained = normal(60_000, dtype, 1e-20)
     base[[5, 30_000]] = 1e30
     trained[700] = -3e38

@@ -152,22 +152,22 @@ def test_mask_is_the_visible_change():
 @given(splits=st.lists(st.integers(0, 3000), max_size=4), seed=st.integers(0, 99))
 def test_every_split_merges_to_the_same_tally(dtype, splits, seed):
     base, trained = make_pair(3000, dtype, seed=seed)
-    whole = delta(base, trained)
+    full = delta(base, trained)
     edges = [0, *sorted(splits), 3000]
     parts = [delta(base[a:b], trained[a:b]) for a, b in itertools.pairwise(edges)]
     np.random.default_rng(seed).shuffle(parts)
     merged = Tally.empty()
     for part in parts:
         merged = merged.merge(part)
-    assert merged == whole
+    assert merged == full
     nested = parts[0]
     for part in parts[1:]:
         nested = part.merge(nested)
-    assert nested == whole
+    assert nested == full
     out = Tally.empty()
     for a, b in itertools.pairwise(edges):
         delta(base[a:b], trained[a:b], out=out)
-    assert out == whole
+    assert out == full
 
 
 def test_cuts_follow_their_order(isa):
@@ -184,10 +184,10 @@ def test_subnormals_count_whatever_torch_flushes(isa, threads):
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals")
     try:
-        found = delta(base, trained)
+        result = delta(base, trained)
     finally:
         torch.set_flush_denormal(False)
-    assert found == expected
+    assert result == expected
 
 
 @pytest.mark.parametrize("size", [5e-324, 1e-310, 1e-308, 1e-300, 1e-290, 1e-155, 1e-150, 1e-100])

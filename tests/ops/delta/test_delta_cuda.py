@@ -93,11 +93,11 @@ def test_missing_barrier_is_detected(monkeypatch, text, which, of):
     parts = bf16_only().split(text)
     assert len(parts) == of + 1
     kernels = load_kernels("delta", text.join(parts[: which + 1]) + text.join(parts[which + 1 :]))
-    expected, found = counts(reference), []
+    expected, result = counts(reference), []
     for order in ORDERS:
         launch_on_fibers(monkeypatch, kernels, order=order)
-        found.append(counts(KERNEL))
-    assert any(output != expected for output in found)
+        result.append(counts(KERNEL))
+    assert any(output != expected for output in result)
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,9 @@ def assert_twice_plain(case, spec, losses=True):
         assert error(loss, exact) <= 2 * error(plain, exact) + 1e-6 * (
             math.sqrt(len(loss)) + float(exact.detach().norm())
         )
-    for found, full, best in zip(grads, plain_grads, exact_grads, strict=True):
-        assert found.dtype == full.dtype
-        assert error(found, best) <= 2 * error(full, best) + 1e-6 * max(1, float(best.norm()))
+    for result, full, best in zip(grads, plain_grads, exact_grads, strict=True):
+        assert result.dtype == full.dtype
+        assert error(result, best) <= 2 * error(full, best) + 1e-6 * max(1, float(best.norm()))
 
 
 @pytest.fixture
@@ -161,8 +161,8 @@ def test_linear_divergence_matches_definition(spec, bias):
     exact, exact_grads = expected(case, spec, weights=weights)
     loss, leaves = found_by(case, spec, weights=weights)
     torch.testing.assert_close(loss, exact * weights, rtol=1e-9, atol=1e-9)
-    for found, best in zip(torch.autograd.grad(loss.sum(), leaves), exact_grads, strict=True):
-        torch.testing.assert_close(found, best, rtol=1e-6, atol=1e-7)
+    for result, best in zip(torch.autograd.grad(loss.sum(), leaves), exact_grads, strict=True):
+        torch.testing.assert_close(result, best, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -200,19 +200,19 @@ def assert_log_prob(case, temperature=1.0):
             if t is not None
         ]
         mine = LMHead(leaves[1], leaves[2] if len(leaves) > 2 else None, head.scale, head.softcap)
-        found = (
+        result = (
             (logits_in(dtype, leaves[0], mine) / temperature)[:, : head.vocab]
             .log_softmax(1)
             .gather(1, tokens[:, None])
             .squeeze(1)
         )
-        return found, *torch.autograd.grad((found * weights).sum(), leaves)
+        return result, *torch.autograd.grad((result * weights).sum(), leaves)
 
     leaves = leaves_of(hidden, head)
-    found = linear_log_prob(hidden, head, tokens, temperature=temperature)
-    grads = torch.autograd.grad((found * weights).sum(), leaves)
+    result = linear_log_prob(hidden, head, tokens, temperature=temperature)
+    grads = torch.autograd.grad((result * weights).sum(), leaves)
     for ours, full, best in zip(
-        (found, *grads), through_logits(FP32 if hidden.dtype != FP64 else FP64), through_logits(FP64), strict=True
+        (result, *grads), through_logits(FP32 if hidden.dtype != FP64 else FP64), through_logits(FP64), strict=True
     ):
         assert ours.dtype == full.dtype
         assert error(ours, best) <= 2 * error(full, best) + 1e-6 * max(1, float(best.detach().norm()))
@@ -247,14 +247,14 @@ def test_sizes(n, vocab, kind):
 
 
 def test_tile_sizes_change_only_rounding(monkeypatch):
-    case, found = make_case(n=9, vocab=301, width=16, dtype=FP32), []
+    case, result = make_case(n=9, vocab=301, width=16, dtype=FP32), []
     for width, rows in ((301, 9), (300, 4), (64, 2), (7, 1)):
         monkeypatch.setattr(tiles, "TILE", width)
         monkeypatch.setattr(tiles, "ROWS", rows)
         loss, leaves = found_by(case, Divergence("jsd"))
-        found.append([loss, *torch.autograd.grad(loss.sum(), leaves)])
-    for other in found[1:]:
-        for a, b in zip(other, found[0], strict=True):
+        result.append([loss, *torch.autograd.grad(loss.sum(), leaves)])
+    for other in result[1:]:
+        for a, b in zip(other, result[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -321,8 +321,8 @@ def test_estimators_have_their_documented_expected_gradient():
     }
     table = {}
     for name, loss_of in estimators.items():
-        found = estimator_gradient(loss_of, student, lp)
-        table[name] = [which for which, gradient in gradients.items() if torch.allclose(found, gradient, atol=1e-12)]
+        result = estimator_gradient(loss_of, student, lp)
+        table[name] = [which for which, gradient in gradients.items() if torch.allclose(result, gradient, atol=1e-12)]
     print("\n".join(f"{name}: {', '.join(which) or 'neither'}" for name, which in table.items()))
     assert table == {
         "sampled_reverse_kl": ["reverse_kl"],
@@ -342,9 +342,9 @@ def test_tail_prevents_decreasing_reverse_kl():
         losses.append(
             ((lq.exp() * (lq - lp)).sum(), ops.loss_at_ids(Divergence("topk_reverse_kl", k=2), lq, lp, *rest).sum())
         )
-    truncated, whole = zip(*losses, strict=True)
+    truncated, full = zip(*losses, strict=True)
     assert min(truncated) < 0
-    assert whole[0] < whole[1] < whole[2]
+    assert full[0] < full[1] < full[2]
 
 
 @pytest.mark.parametrize("k", [1, 3, 40])
@@ -559,11 +559,11 @@ def test_strides_do_not_change_results():
     for view in (lambda t: t, lambda t: t.T.contiguous().T, lambda t: torch.cat([t, t], 1)[:, : t.shape[1]]):
         leaves = [view(t).detach().requires_grad_() for t in (hidden, head.weight)]
         loss = linear_divergence(leaves[0], LMHead(leaves[1]), view(teacher), LMHead(view(teacher_head.weight)))
-        found = torch.autograd.grad(loss, leaves)
+        result = torch.autograd.grad(loss, leaves)
         if grads is None:
-            expected_loss, grads = loss, found
+            expected_loss, grads = loss, result
         torch.testing.assert_close(loss, expected_loss)
-        for a, b in zip(found, grads, strict=True):
+        for a, b in zip(result, grads, strict=True):
             torch.testing.assert_close(a, b)
 
 
@@ -602,10 +602,12 @@ def test_no_tensor_of_tokens_by_vocabulary_exists(kind):
 def test_saved_tensors_are_a_few_values_per_token():
     hidden, head, teacher, teacher_head, _ = make_case(n=50, vocab=400, dtype=FP32)
     leaves_of(hidden, head)
-    given = {t.data_ptr() for t in (hidden, head.weight, head.bias, teacher, teacher_head.weight, teacher_head.bias)}
+    addresses = {
+        t.data_ptr() for t in (hidden, head.weight, head.bias, teacher, teacher_head.weight, teacher_head.bias)
+    }
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: (sizes.append(0 if t.data_ptr() in given else t.numel()), t)[1], lambda t: t
+        lambda t: (sizes.append(0 if t.data_ptr() in addresses else t.numel()), t)[1], lambda t: t
     ):
         linear_divergence(hidden, head, teacher, teacher_head, Divergence("jsd"))
     assert 0 < sum(sizes) <= 8 * 50
@@ -695,7 +697,7 @@ def bucketed(z: torch.Tensor, u: torch.Tensor, ids: torch.Tensor, kind: str) -> 
 
 
 def assert_bucket(kind: str, dtype: torch.dtype, gap: float, whole_logits: bool = True) -> None:
-    """Loss and gradient of a student whose mass lies on the ids, but for e^-gap."""
+    """Loss and gradient of a student whose mass is on the ids, except for e^-gap."""
     generator = torch.Generator().manual_seed(0)
     z, u = (torch.randn(6, 40, generator=generator, dtype=FP64).float() for _ in range(2))
     z[:, :3] += gap
@@ -706,12 +708,12 @@ def assert_bucket(kind: str, dtype: torch.dtype, gap: float, whole_logits: bool 
     (slope,) = torch.autograd.grad(wanted.sum(), exact)
     leaf, head = z.to(dtype).requires_grad_(), LMHead(torch.eye(40, dtype=dtype))
     spec = Divergence(kind, k=3)
-    for found in (
+    for result in (
         *([divergence(leaf, u.to(dtype), spec)] if whole_logits else []),
         linear_divergence(leaf, head, u.to(dtype), head, spec, reduction="none"),
     ):
-        (ours,) = torch.autograd.grad(found.sum(), leaf)
-        assert torch.allclose(found.double(), wanted, rtol=2e-5, atol=1e-6)
+        (ours,) = torch.autograd.grad(result.sum(), leaf)
+        assert torch.allclose(result.double(), wanted, rtol=2e-5, atol=1e-6)
         assert (ours - slope).norm() <= 1e-5 * slope.norm() + 1e-7
 
 
@@ -750,18 +752,18 @@ def test_zero_normalizer_without_valid_tokens_gives_zero():
 
 @pytest.mark.parametrize("kind", ["sampled_reverse_kl_k2", "reverse_kl"])
 def test_nan_token_keeps_gradients_of_others(kind):
-    """Where another token's id is at the floor, beside it."""
+    """Next to another token whose id is at the floor."""
     hidden, head, teacher, teacher_head, tokens = make_case(vocab=30, shaped=False)
     head.bias[2], tokens[0] = -2e4, 2
-    found = []
+    result = []
     for spoil in (False, True):
         leaf = hidden.detach().clone()
         if spoil:
             leaf[2] = math.nan
         leaf.requires_grad_()
         losses = linear_divergence(leaf, head, teacher, teacher_head, Divergence(kind), tokens=tokens, reduction="none")
-        found.append(torch.autograd.grad(losses[:2].sum(), leaf)[0][:2])
-    assert torch.equal(*found)
+        result.append(torch.autograd.grad(losses[:2].sum(), leaf)[0][:2])
+    assert torch.equal(*result)
 
 
 def test_total_variation_gradient_of_nan_teacher_is_nan():
@@ -841,13 +843,13 @@ def test_compiles_with_fullgraph(kind):
         return linear_divergence(hidden, mine, teacher, teacher_head, spec, tokens=tokens, scores=True)
 
     leaves = leaves_of(hidden, head)
-    (eager, scores), (whole, compiled_scores) = (
+    (eager, scores), (full, compiled_scores) = (
         loss(*leaves),
         torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves),
     )
-    torch.testing.assert_close(whole, eager)
+    torch.testing.assert_close(full, eager)
     torch.testing.assert_close(compiled_scores, scores)
-    for a, b in zip(*(torch.autograd.grad(x, leaves) for x in (whole, eager)), strict=True):
+    for a, b in zip(*(torch.autograd.grad(x, leaves) for x in (full, eager)), strict=True):
         torch.testing.assert_close(a, b)
 
 

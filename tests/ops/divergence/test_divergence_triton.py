@@ -97,9 +97,9 @@ def test_scores_match_reference(monkeypatch):
         return linear_divergence(hidden, head, teacher, teacher_head, spec, tokens=tokens, scores=True)[1]
 
     specs = Divergence("reverse_kl", k=6), Divergence("topk_reverse_kl", k=3)
-    found = [score(spec) for spec in specs]
+    result = [score(spec) for spec in specs]
     monkeypatch.setattr(ops, "operator", lambda name, student: getattr(torch.ops.opdkernels, name))
-    for ours, spec in zip(found, specs, strict=True):
+    for ours, spec in zip(result, specs, strict=True):
         for name, a, b in zip(ours._fields, ours, score(spec), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6, msg=name)
 
@@ -108,7 +108,7 @@ def test_scores_match_reference(monkeypatch):
 def test_underflow_and_masked_ids_match_reference(monkeypatch, kind):
     rows = [[-math.inf, 0, 1, 2], [1e4, -9e3, 0, 0], [200, 0, 0, -150], [3, 2, 1, 0], [-9e3, 1e4, 5, 5]]
     hidden, masked = torch.tensor([[max(x, -2e4) for x in row] for row in rows]), torch.tensor([0.0, 0, 0, -math.inf])
-    found = {}
+    result = {}
     for name in ("triton", "reference"):
         leaves = leaves_of(hidden.detach().clone(), LMHead(torch.eye(4), torch.zeros(4)))
         loss = linear_divergence(
@@ -119,9 +119,9 @@ def test_underflow_and_masked_ids_match_reference(monkeypatch, kind):
             Divergence(kind),
             reduction="none",
         )
-        found[name] = [loss, *torch.autograd.grad(loss.sum(), leaves)]
+        result[name] = [loss, *torch.autograd.grad(loss.sum(), leaves)]
         monkeypatch.setattr(ops, "operator", lambda name, student: getattr(torch.ops.opdkernels, name))
-    for a, b in zip(*found.values(), strict=True):
+    for a, b in zip(*result.values(), strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -168,15 +168,15 @@ def test_total_variation_gradient_of_nan_teacher_is_nan():
 
 def test_autocast_does_not_round_products():
     hidden, head, teacher, teacher_head, _ = make_case(n=5, vocab=300, width=16, dtype=FP32)
-    found = []
+    result = []
     for enabled in (False, True):
         leaf = hidden.detach().clone().requires_grad_()
         with torch.autocast("cpu", dtype=BF16, enabled=enabled):
             loss = linear_divergence(leaf, head, teacher, teacher_head)
             loss.backward()
-        found.append((loss.detach(), leaf.grad))
-    assert found[0][0] == found[1][0]
-    assert torch.equal(found[0][1], found[1][1])
+        result.append((loss.detach(), leaf.grad))
+    assert result[0][0] == result[1][0]
+    assert torch.equal(result[0][1], result[1][1])
 
 
 def test_tokens_outside_vocabulary_give_nan():

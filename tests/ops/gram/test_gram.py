@@ -42,25 +42,25 @@ def test_threads_strides_and_instruction_sets_change_no_bit_of_bf16(block):
 
     base, trained = make_matrices((1500, 130))
     before, threads = _C.current_isa(), torch.get_num_threads()
-    found = []
+    result = []
     for name, count in itertools.product(_C.available_isas(), (1, 2, 3)):
         _C.use_isa(name)
         torch.set_num_threads(count)
-        found.append(gram(base, trained, visible=True, block=block))
-        found.append(gram(base.T.contiguous().T, trained.T.contiguous().T, visible=True, block=block))
-        found.append(gram(torch.cat([base, base], 1)[:, :130], trained, visible=True, block=block))
+        result.append(gram(base, trained, visible=True, block=block))
+        result.append(gram(base.T.contiguous().T, trained.T.contiguous().T, visible=True, block=block))
+        result.append(gram(torch.cat([base, base], 1)[:, :130], trained, visible=True, block=block))
     _C.use_isa(before)
     torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert torch.equal(symmetric(found[0].clone()), symmetric(other))
+    for other in result[1:]:
+        assert torch.equal(symmetric(result[0].clone()), symmetric(other))
 
 
 def test_row_blocks_add_up(isa):
     base, trained = make_matrices((1024, 60))
-    whole = gram(base, trained)
+    full = gram(base, trained)
     parts = gram(base[:512], trained[:512])
     assert gram(base[512:], trained[512:], out=parts) is parts
-    assert torch.equal(symmetric(whole), symmetric(parts))
+    assert torch.equal(symmetric(full), symmetric(parts))
 
 
 @pytest.mark.parametrize("block", [0, 64])
@@ -81,16 +81,16 @@ def test_parts_equal_those_of_the_full_result(isa, parts, block):
 
 def test_of_one_matrix_it_is_its_own(isa):
     base, _ = make_matrices((300, 37))
-    (found,) = symmetric(gram(base))
-    torch.testing.assert_close(found, base.double().T @ base.double(), rtol=1e-13, atol=0)
+    (result,) = symmetric(gram(base))
+    torch.testing.assert_close(result, base.double().T @ base.double(), rtol=1e-13, atol=0)
 
 
 def test_symmetric_fills_the_lower_triangles():
     base, trained = make_matrices((50, 30), torch.float64)
     a, b, c = symmetric(gram(base, trained))
     d = trained - base
-    for found, exact in ((a, base.T @ base), (b, base.T @ d), (c, d.T @ d)):
-        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-25)
+    for result, exact in ((a, base.T @ base), (b, base.T @ d), (c, d.T @ d)):
+        torch.testing.assert_close(result, exact, rtol=1e-12, atol=1e-25)
     assert torch.equal(a, a.T)
     assert torch.equal(c, c.T)
 

@@ -71,19 +71,19 @@ def test_shares_and_rows_packed_apart(block, monkeypatch):
     base, trained = make_matrices((500, 140))
     monkeypatch.setattr(kernels, "ROWS", 256)
     monkeypatch.setattr(kernels, "SPLITS", 12)
-    found = gram(base, trained, block=block)
-    assert_close(found, base, trained, block=block)
-    assert torch.equal(found, gram(base, trained, block=block))
+    result = gram(base, trained, block=block)
+    assert_close(result, base, trained, block=block)
+    assert torch.equal(result, gram(base, trained, block=block))
 
 
 @pytest.mark.parametrize("block", [0, 64])
 def test_parts_are_those_of_the_whole(block):
     base, trained = make_matrices((100, 130))
-    whole = gram(base, trained, visible=True, block=block)
+    full = gram(base, trained, visible=True, block=block)
     for parts in range(1, 7):
-        found = gram(base, trained, parts, visible=True, block=block)
-        for one, k in zip(found, (k for k in range(3) if parts >> k & 1), strict=True):
-            assert torch.equal(one.triu() if k != 1 else one, whole[k].triu() if k != 1 else whole[k])
+        result = gram(base, trained, parts, visible=True, block=block)
+        for one, k in zip(result, (k for k in range(3) if parts >> k & 1), strict=True):
+            assert torch.equal(one.triu() if k != 1 else one, full[k].triu() if k != 1 else full[k])
 
 
 def test_strides_change_no_bit():

@@ -31,9 +31,9 @@ from tests.ops.overlap.cases import FAMILY, dtype_cases, make_runs, neighbour_ca
 
 
 def by_reference(base, runs, threshold_bits=DEFAULT_THRESHOLD_BITS) -> Overlap:
-    found = Overlap.empty(len(runs), threshold_bits)
-    ops.reference(base, runs, threshold_bits, *(torch.from_numpy(array) for array in found.arrays))
-    return found
+    result = Overlap.empty(len(runs), threshold_bits)
+    ops.reference(base, runs, threshold_bits, *(torch.from_numpy(array) for array in result.arrays))
+    return result
 
 
 class Oracle:
@@ -109,10 +109,10 @@ def test_differences_between_bf16_neighbours(isa, count):
 def test_many_runs(isa, threads, n_runs):
     for n in (1, 70_001):
         base, runs = make_runs(n, (torch.bfloat16,) * (n_runs + 1))
-        found = overlap(base, runs)
-        assert found == by_reference(base, runs)
-        assert found.hist_num_runs.sum() == found.finite
-        assert (found.hist_num_runs * np.arange(n_runs + 1)).sum() == np.trace(found.both)
+        result = overlap(base, runs)
+        assert result == by_reference(base, runs)
+        assert result.hist_num_runs.sum() == result.finite
+        assert (result.hist_num_runs * np.arange(n_runs + 1)).sum() == np.trace(result.both)
 
 
 def test_magnitudes_from_two_on_and_large_changes(isa):
@@ -140,7 +140,7 @@ def test_strided_and_high_dimensional_inputs():
 @given(splits=st.lists(st.integers(0, 5000), max_size=4), n_runs=st.integers(2, 6), seed=st.integers(0, 99))
 def test_every_split_merges_to_the_same_overlap(splits, n_runs, seed):
     base, runs = make_runs(5000, (torch.bfloat16,) * (n_runs + 1), seed=seed)
-    whole = overlap(base, runs)
+    full = overlap(base, runs)
     edges = [0, *sorted(splits), 5000]
     out, parts = Overlap.empty(n_runs), []
     for a, b in itertools.pairwise(edges):
@@ -151,7 +151,7 @@ def test_every_split_merges_to_the_same_overlap(splits, n_runs, seed):
     forward = backward = Overlap.empty(n_runs)
     for part in parts:
         forward, backward = forward.merge(part), part.merge(backward)
-    assert whole == forward == backward == out
+    assert full == forward == backward == out
     out.reset()
     assert out == Overlap.empty(n_runs)
 
@@ -159,19 +159,24 @@ def test_every_split_merges_to_the_same_overlap(splits, n_runs, seed):
 def test_properties_of_a_small_case():
     base = torch.zeros(8)
     runs = [torch.tensor([1.0, 1, 1, 1, 0, 0, 0, math.nan]), torch.tensor([0.0, 0, 1, 1, 1, 0, 0, 0])]
-    found = overlap(base, runs)
+    result = overlap(base, runs)
     assert (
-        found.numel,
-        found.finite,
-        found.n_changed(0),
-        found.n_changed(1),
-        found.n_both(0, 1),
-        found.n_either(0, 1),
+        result.numel,
+        result.finite,
+        result.n_changed(0),
+        result.n_changed(1),
+        result.n_both(0, 1),
+        result.n_either(0, 1),
     ) == (8, 7, 4, 3, 2, 5)
-    assert (found.coverage(0, 1), found.coverage(1, 0), found.jaccard(0, 1)) == (2 / 4, 2 / 3, 2 / 5)
-    assert (found.density(0), found.both_zero(0, 1), found.only(0, 1), found.only(1, 0)) == (4 / 7, 2 / 7, 2 / 7, 1 / 7)
-    assert found.expected_uniform(0, 1) == found.expected_magnitude(0, 1) == 12 / 7
-    assert found.over_uniform(0, 1) == found.over_magnitude(0, 1) == 2 / (12 / 7)
+    assert (result.coverage(0, 1), result.coverage(1, 0), result.jaccard(0, 1)) == (2 / 4, 2 / 3, 2 / 5)
+    assert (result.density(0), result.both_zero(0, 1), result.only(0, 1), result.only(1, 0)) == (
+        4 / 7,
+        2 / 7,
+        2 / 7,
+        1 / 7,
+    )
+    assert result.expected_uniform(0, 1) == result.expected_magnitude(0, 1) == 12 / 7
+    assert result.over_uniform(0, 1) == result.over_magnitude(0, 1) == 2 / (12 / 7)
     assert math.isnan(Overlap.empty(2).jaccard(0, 1))
     assert Overlap.empty(2).z_magnitude(0, 1) == 0
 
@@ -210,22 +215,22 @@ def dense_runs(n=1 << 20, shared=0.0, seed=0):
 
 def test_unrelated_dense_updates_are_explained_by_magnitude_and_not_by_uniform_chance():
     base, runs = dense_runs()
-    found = overlap(base, runs)
-    assert found.over_uniform(0, 1) >= 1.6
-    assert found.over_magnitude(0, 1) == pytest.approx(1.0, abs=0.02)
-    assert abs(found.z_magnitude(0, 1)) < 5
+    result = overlap(base, runs)
+    assert result.over_uniform(0, 1) >= 1.6
+    assert result.over_magnitude(0, 1) == pytest.approx(1.0, abs=0.02)
+    assert abs(result.z_magnitude(0, 1)) < 5
     for strata in ops.STRATA:
         expected, variance = strata_chance(base.view(1024, 1024), [run.view(1024, 1024) for run in runs], strata)
-        assert found.n_both(0, 1) / expected[0, 1] == pytest.approx(
+        assert result.n_both(0, 1) / expected[0, 1] == pytest.approx(
             1.0, abs=0.05
         )  # two classes to a power of two: coarser
         assert variance[0, 1] > 0
 
 
 def test_a_planted_shared_mask_stands_far_above_chance():
-    found = overlap(*dense_runs(shared=0.3))
-    assert found.over_magnitude(0, 1) > 2
-    assert found.z_magnitude(0, 1) > 10
+    result = overlap(*dense_runs(shared=0.3))
+    assert result.over_magnitude(0, 1) > 2
+    assert result.z_magnitude(0, 1) > 10
 
 
 @pytest.mark.parametrize("strata", ["row", "column"])
@@ -252,14 +257,14 @@ def test_strata_chance_equals_a_loop_over_lines_and_classes(strata, shape, monke
 
 
 def test_changes_confined_to_shared_rows_are_explained_by_rows():
-    """Runs that touch the same rows (tokens in use) overlap beyond chance within |W|, not beyond chance within rows."""
+    """Runs that touch the same rows (tokens in use) overlap beyond the magnitude-conditioned chance level, not beyond that of rows."""
     base, runs = dense_runs(seed=1)
     base, runs = base.view(1024, 1024), [run.view(1024, 1024) for run in runs]
     for run in runs:
         run[100:] = base[100:]
-    found = overlap(base, runs)
-    assert found.over_magnitude(0, 1) > 5
-    assert found.n_both(0, 1) / strata_chance(base, runs, "row")[0][0, 1] == pytest.approx(1.0, abs=0.05)
+    result = overlap(base, runs)
+    assert result.over_magnitude(0, 1) > 5
+    assert result.n_both(0, 1) / strata_chance(base, runs, "row")[0][0, 1] == pytest.approx(1.0, abs=0.05)
 
 
 def test_arguments_that_do_not_fit_are_refused():
@@ -312,8 +317,8 @@ def test_more_than_two_billion_coordinates():
     with mmap.mmap(-1, 2 * n) as zeros, mmap.mmap(-1, 2 * n) as edges:
         base, run = (torch.frombuffer(m, dtype=torch.bfloat16) for m in (zeros, edges))
         run[0] = run[2**31] = run[n - 1] = 1.0
-        found = overlap(base, [run, run])
-        assert (found.numel, found.n_both(0, 1), found.hist_base[0], found.hist_num_runs.tolist()) == (
+        result = overlap(base, [run, run])
+        assert (result.numel, result.n_both(0, 1), result.hist_base[0], result.hist_num_runs.tolist()) == (
             n,
             3,
             n,

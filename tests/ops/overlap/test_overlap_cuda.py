@@ -69,11 +69,11 @@ def test_missing_barrier_is_detected(monkeypatch, which):
     parts = kernel_source("overlap").split(BARRIER)
     assert len(parts) == 3
     kernels = load_kernels("overlap", BARRIER.join(parts[: which + 1]) + BARRIER.join(parts[which + 1 :]))
-    expected, found = counts(reference), []
+    expected, result = counts(reference), []
     for order in ORDERS:
         launch_on_fibers(monkeypatch, kernels, order=order)
-        found.append(counts(KERNEL))
-    assert any(output != expected for output in found)
+        result.append(counts(KERNEL))
+    assert any(output != expected for output in result)
 
 
 def test_divergent_shuffle_is_detected(monkeypatch):

@@ -46,7 +46,7 @@ def hostile_arrays(n: int) -> Iterator[tuple[str, np.ndarray]]:
     yield "descending", -ramp[::-1]
     yield "few values", rng.integers(0, 4, n).astype(np.float64)
     yield "almost all zero", np.where(ramp % 1000 == 0, ramp, 0.0)
-    yield "one value beside many ties", np.where(rng.random(n) < 0.199, 1.0, rng.random(n) + 1)
+    yield "one value among many ties", np.where(rng.random(n) < 0.199, 1.0, rng.random(n) + 1)
     yield "sorted with large steps", np.where(ramp < n // 5 + 3, ramp * 1e-300, ramp)
     yield "infinite", np.where(ramp % 3 == 0, np.inf, -ramp)
     yield "not a number", np.where(ramp % 2 == 0, np.nan, np.where(rng.random(n) < 0.5, -np.nan, ramp))

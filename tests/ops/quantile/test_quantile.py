@@ -48,9 +48,11 @@ def assert_exact(values: torch.Tensor, wanted: list[int] | None = None) -> None:
     for largest in (True, False):
         expected = [oracle(k, largest) for k in wanted]
         assert quantiles(values, wanted, largest=largest, mask=mask) == expected
-        assert quantiles(values, wanted[-2:], largest=largest) == [without_mask(one) for one in expected[-2:]]
-        for k, one in list(zip(wanted, expected, strict=True))[:1]:
-            assert quantile(values, k, largest=largest, mask=mask) == one
+        assert quantiles(values, wanted[-2:], largest=largest) == [
+            without_mask(expected_one) for expected_one in expected[-2:]
+        ]
+        for k, expected_one in list(zip(wanted, expected, strict=True))[:1]:
+            assert quantile(values, k, largest=largest, mask=mask) == expected_one
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,11 +62,19 @@ def test_reference_equals_oracle(dtype):
         valid, oracle = n - int(values.isnan().sum()), Oracle(values, mask)
         for largest in (True, False):
             for k in ranks(valid):
-                one = oracle(k, largest)
+                expected_one = oracle(k, largest)
                 cuts, counts = ops.reference(values, [k], largest, mask)
                 assert (cuts.item(), counts.tolist()) == (
-                    one.threshold,
-                    [[one.above, one.tied, one.above_masked, one.tied_masked, one.nan]],
+                    expected_one.threshold,
+                    [
+                        [
+                            expected_one.above,
+                            expected_one.tied,
+                            expected_one.above_masked,
+                            expected_one.tied_masked,
+                            expected_one.nan,
+                        ]
+                    ],
                 )
 
 
@@ -128,20 +138,20 @@ def test_bounds_hold_every_way_to_break_ties():
     inside = [bool(0b0101011 >> i & 1) for i in range(7)]
     tied = [1, 2, 3, 5]
     for k in (2, 3, 4, 5):
-        found = quantile(values, k, mask=mask)
+        result = quantile(values, k, mask=mask)
         counts = [inside[0] + sum(inside[i] for i in chosen) for chosen in combinations(tied, k - 1)]
-        assert (found.lower, found.upper) == (min(counts), max(counts))
-        assert found.expected == pytest.approx(sum(counts) / len(counts), rel=1e-15)
+        assert (result.lower, result.upper) == (min(counts), max(counts))
+        assert result.expected == pytest.approx(sum(counts) / len(counts), rel=1e-15)
 
 
 def test_topk_lies_between_the_bounds():
     values, mask = make_pair(50_000, torch.bfloat16, hostile=False)[0], make_mask(50_000)
     bits = ops.unpack(mask, 50_000)
     for largest in (True, False):
-        found = quantile(values, 5000, largest=largest, mask=mask)
+        result = quantile(values, 5000, largest=largest, mask=mask)
         chosen = values.abs().topk(5000, largest=largest).indices
-        assert found.lower <= int(bits[chosen].sum()) <= found.upper
-        assert found.lower <= found.expected <= found.upper
+        assert result.lower <= int(bits[chosen].sum()) <= result.upper
+        assert result.lower <= result.expected <= result.upper
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -69,11 +69,11 @@ def test_missing_barrier_is_detected(monkeypatch, which):
     kernels = load_kernels("quantile", BARRIER.join(parts[: which + 1]) + BARRIER.join(parts[which + 1 :]))
     values = make_pair(3000)[0]
     expected = ops.reference(values, [700], True, None)[1]
-    found = []
+    result = []
     for order in ORDERS:
         launch_on_fibers(monkeypatch, kernels, order=order)
-        found.append(cuda.quantile(values, [700], True, None)[1])
-    assert any(not torch.equal(counts, expected) for counts in found)
+        result.append(cuda.quantile(values, [700], True, None)[1])
+    assert any(not torch.equal(counts, expected) for counts in result)
 
 
 def test_divergent_shuffle_is_detected(monkeypatch):

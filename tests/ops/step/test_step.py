@@ -320,8 +320,8 @@ def test_small_updates_are_kept_by_precision(precision):
 
 
 def test_stochastic_rounding_does_not_depend_on_sharding(isa):
-    whole = State((70_001,), dtype=torch.bfloat16, precision="stochastic")
-    (grad,) = whole.grads(torch.bfloat16)
+    full = State((70_001,), dtype=torch.bfloat16, precision="stochastic")
+    (grad,) = full.grads(torch.bfloat16)
     for cut in (1, 1000, 4096):
         parts = [State((70_001,), dtype=torch.bfloat16, precision="stochastic") for _ in range(2)]
         for part, (a, b) in zip(parts, ((0, cut), (cut, 70_001)), strict=True):
@@ -393,8 +393,8 @@ def test_fused_multiply_add_is_rounded_once():
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(3000, generator=generator) for _ in range(2))
     c = -(a * b) * (1 + torch.randint(-3, 4, (3000,), generator=generator) * 2.0**-24)
-    found = ops.fma(a, b, c)
-    for x, y, z, r in zip(a.tolist(), b.tolist(), c.tolist(), found.tolist(), strict=True):
+    result = ops.fma(a, b, c)
+    for x, y, z, r in zip(a.tolist(), b.tolist(), c.tolist(), result.tolist(), strict=True):
         exact = Fraction(x) * Fraction(y) + Fraction(z)
         down, up = (float(np.nextafter(np.float32(r), np.float32(side * np.inf))) for side in (-1, 1))
         assert abs(exact - Fraction(r)) <= min(abs(exact - Fraction(down)), abs(exact - Fraction(up)))

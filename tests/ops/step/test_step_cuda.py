@@ -82,11 +82,11 @@ def test_missing_syncwarp_is_detected(monkeypatch):
     parts = kernel_source("step").split(SYNCWARP)
     assert len(parts) == 3
     kernels = load_kernels("step", parts[0] + parts[1] + SYNCWARP + parts[2])
-    expected, found = stepped(reference), []
+    expected, result = stepped(reference), []
     for order in ORDERS:
         launch_on_fibers(monkeypatch, kernels, order=order)
-        found.append(stepped(KERNEL))
-    assert any(weights != expected for weights in found)
+        result.append(stepped(KERNEL))
+    assert any(weights != expected for weights in result)
 
 
 def stepped(kernel) -> list[float]:
