@@ -95,7 +95,8 @@ def same_bits(a, b, x, y):
     """Equal bits; two dtypes are compared after widening, where a NaN has no payload and so equals nothing."""
     if a.dtype == b.dtype:
         return bits_of(a) == bits_of(b)
-    return (bits_of(x) == bits_of(y)) & (x == x)
+    else:
+        return (bits_of(x) == bits_of(y)) & (x == x)
 
 
 @triton.jit

@@ -59,7 +59,8 @@ def to_int64(size, EVEN: tl.constexpr):
     """Number of ids of a chunk in 64 bits; EVEN: a multiple of 16, so that its rows are loaded 16 bytes at once."""
     if EVEN:
         return multiple(size, 16)
-    return size.to(tl.int64)
+    else:
+        return size.to(tl.int64)
 
 
 @triton.jit
@@ -288,15 +289,16 @@ def logit_gradient(lq, lp, center, beta, KIND: tl.constexpr):
     q = tl.exp(lq)
     if KIND == FORWARD:
         return q - tl.exp(lp)
-    if KIND == REVERSE:
+    elif KIND == REVERSE:
         return q * (lq - lp - center)
-    if KIND == JSD:
+    elif KIND == JSD:
         _, over_q = over_mixture(lp - lq, beta)
         return (1 - beta) * q * (over_q - center)
-    if KIND == VARIATION:
+    elif KIND == VARIATION:
         p = tl.exp(lp)
         return 0.5 * q * (tl.where(q > p, 1.0, tl.where(q < p, -1.0, 0.0)) - center)
-    return q
+    else:
+        return q
 
 
 @triton.jit(do_not_specialize=["n", "num_ids", "beta", *SCALARS])
@@ -373,7 +375,8 @@ def round_to_storage(x, out_ptr):
     """x in the dtype that a pointer points to, rounded to nearest even."""
     if out_ptr.dtype.element_ty == tl.bfloat16:
         return to_bf16_bits(x).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(out_ptr.dtype.element_ty)
+    else:
+        return x.to(out_ptr.dtype.element_ty)
 
 
 def both_half(a: Tensor, b: Tensor) -> bool:

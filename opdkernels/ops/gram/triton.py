@@ -56,7 +56,8 @@ def load_tile(data_ptr, line, column, line_stride, stride, inside, UNIT: tl.cons
     offsets = line * line_stride + (column if UNIT else column * stride)
     if FULL:
         return tl.load(data_ptr + offsets)
-    return tl.load(data_ptr + offsets, inside, 0.0)
+    else:
+        return tl.load(data_ptr + offsets, inside, 0.0)
 
 
 @triton.jit

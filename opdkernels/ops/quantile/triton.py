@@ -39,8 +39,9 @@ def magnitude_keys(x):
     key = magnitude_bits(x)
     if x.dtype.primitive_bitwidth == 16:
         return key
-    all_bits: tl.constexpr = (1 << (x.dtype.primitive_bitwidth - 1)) - 1
-    return tl.where(x == x, key, all_bits)
+    else:
+        all_bits: tl.constexpr = (1 << (x.dtype.primitive_bitwidth - 1)) - 1
+        return tl.where(x == x, key, all_bits)
 
 
 @triton.jit

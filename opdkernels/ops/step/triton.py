@@ -75,7 +75,8 @@ def load_fp32(row_ptr, COLUMN: tl.constexpr, base, at, active, BF16: tl.constexp
     """Elements base + at of an fp32 or bf16 array, as fp32."""
     if BF16:
         return from_bf16_bits(tl.load(array_ptr(row_ptr, COLUMN, tl.uint16) + base + at, active, 0))
-    return tl.load(array_ptr(row_ptr, COLUMN, tl.float32) + base + at, active, 0.0)
+    else:
+        return tl.load(array_ptr(row_ptr, COLUMN, tl.float32) + base + at, active, 0.0)
 
 
 @triton.jit
@@ -87,9 +88,10 @@ def to_fp32_bits(stored, residual, PRECISION: tl.constexpr):
             ((upper & 0x7FFF) == 0) & (low >= 0x8000), 0, low
         )  # a weight that was set to zero outside of a step
         return from_bf16_bits((upper - (low >> 15)) & 0xFFFF).to(tl.int32, bitcast=True) | low
-    if PRECISION == KAHAN:
+    elif PRECISION == KAHAN:
         return bits_of(from_bf16_bits(stored) + from_bf16_bits(residual))
-    return bits_of(from_bf16_bits(stored))
+    else:
+        return bits_of(from_bf16_bits(stored))
 
 
 @triton.jit
@@ -256,7 +258,8 @@ def any_active(mask_ptr, block_counts_ptr, base):
     """Whether any coordinate of a tile's block is active; always true for indices."""
     if mask_ptr.dtype.element_ty == tl.uint8:
         return tl.load(block_counts_ptr + base // BLOCK + 1) > tl.load(block_counts_ptr + base // BLOCK)
-    return True
+    else:
+        return True
 
 
 @triton.jit
@@ -269,7 +272,8 @@ def active_lanes(mask_ptr, block_counts_ptr, base, size, TILE: tl.constexpr):
         bit = (tl.load(mask_ptr + base // 8 + lane // 8, inside, 0).to(tl.int32) >> (lane & 7)) & 1
         slots = tl.load(block_counts_ptr + base // BLOCK) + count_before(mask_ptr, base, TILE)
         return base, lane, slots, tl.cumsum(bit) - bit, bit > 0
-    return base * 0, tl.load(mask_ptr + base + lane, inside, 0).to(tl.int64), base, lane, inside
+    else:
+        return base * 0, tl.load(mask_ptr + base + lane, inside, 0).to(tl.int64), base, lane, inside
 
 
 @triton.jit(do_not_specialize=["tiles", "seed"])
