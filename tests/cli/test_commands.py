@@ -135,7 +135,7 @@ def test_warnings_are_one_line(tmp_path):
     assert done.returncode == 4
     first, _ = done.stderr.splitlines()
     assert (
-        first == "opdkernels: warning: jsd with beta 0.01 is near 0, whatever the models: at 0 and 1 it is a KL, "
+        first == "opdkernels: warning: jsd with beta 0.01 is close to 0 for any two models: at 0 and 1 it is a KL, "
         "but not near them"
     )
 
@@ -175,7 +175,7 @@ def test_patch_round_trip_is_byte_exact(pair, tmp_path):  # noqa: F811
     assert written[0] == written[1]
     done = run("patch", "apply", pair[1], tmp_path / "p", "-o", tmp_path / "other")
     assert done.returncode == 4
-    assert "is a patch for another source" in done.stderr
+    assert "is a patch for another base" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "other").exists()
 

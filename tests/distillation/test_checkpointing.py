@@ -13,6 +13,7 @@ import threading
 import pytest
 import torch
 
+from opdkernels import files
 from opdkernels.distillation import checkpointing, loop
 from opdkernels.distillation.loop import train
 from opdkernels.errors import InputError, UsageError
@@ -266,7 +267,8 @@ def test_checkpoint_is_synced_before_earlier_state_is_deleted(options, tmp_path,
         synced.append((os.fspath(path.relative_to(tmp_path)), earlier.exists()))
         sync(path)
 
-    monkeypatch.setattr(checkpointing, "sync", watched)
+    for module in (checkpointing, files):
+        monkeypatch.setattr(module, "sync", watched)
     train(options(max_steps=2, save_steps=1), tmp_path)
     assert not earlier.exists()
     in_time = {name for name, there in synced if there}

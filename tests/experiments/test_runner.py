@@ -125,7 +125,7 @@ def test_invalid_sizes_are_rejected_before_anything_runs(options, tmp_path, seed
 
 def test_parts_are_scored_with_the_seed_of_their_run(options, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(runner, "score", lambda options, folder: seen.append(options.seed) or [0.5] * 4)
+    monkeypatch.setattr(runner, "evaluate_checkpoint", lambda options, folder: seen.append(options.seed) or [0.5] * 4)
     run_experiment("grafts", options(num_eval_prompts=4, max_steps=2, seed=3), tmp_path, seeds=2, arms=["mlp alone"])
     assert seen == [3, 4]
 

@@ -376,7 +376,7 @@ def test_importing_patch_is_enough(pair, tmp_path):
 
 
 def test_memory_is_bounded_by_the_segment_size(tmp_path):
-    """200 MB in one tensor; what is held beside mapped files is a fraction of it."""
+    """200 MB in one tensor; memory besides mapped files is a fraction of it."""
     program = """
 import sys, threading, time, opdkernels
 opdkernels.patch

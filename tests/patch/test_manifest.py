@@ -160,7 +160,7 @@ DECEPTIONS = {
     "no base digest": (lambda m: deceive(m, "w", base_digest=None), "neither in full nor as changes"),
     "no base": (lambda m: deceive(m, "w", base=None, base_digest=None), "neither in full nor as changes"),
     "another's data": (lambda m: deceive(m, "b", data="changes:w"), "has an entry that its manifest does not list"),
-    "another's data beside its own": (
+    "another's data next to its own": (
         lambda m: m["tensors"].update(
             b={**m["tensors"]["b"], "data": "changes:w"}, w={**m["tensors"]["w"], "data": "changes:b"}
         ),

@@ -50,7 +50,7 @@ def relative(found, exact):
 
 
 def subspace_oracle(w, d):
-    """[5, ratios] projections and mean sines from SVDs; sines from the component outside, which is accurate for small angles."""
+    """[5, ratios] projections and mean sines from SVDs; sines from the component outside, for accuracy."""
     u, _, vh = torch.linalg.svd(w, full_matrices=False)
     u2, _, vh2 = torch.linalg.svd(w + d, full_matrices=False)
     rows = []

@@ -53,10 +53,11 @@ def words_of(tile):
     width: tl.constexpr = tile.dtype.primitive_bitwidth
     if width == 64:
         return tile.to(tl.uint64, bitcast=True)
-    ahead: tl.constexpr = 64 // width
-    parts = (tile.to(tl.int64) & ((1 << width) - 1)).to(tl.uint64, bitcast=True)
-    places = (width * tl.arange(0, ahead)).to(tl.uint64)
-    return tl.sum(tl.reshape(parts, [parts.shape[0] // ahead, ahead]) << places[None, :], 1)
+    else:
+        ahead: tl.constexpr = 64 // width
+        parts = (tile.to(tl.int64) & ((1 << width) - 1)).to(tl.uint64, bitcast=True)
+        places = (width * tl.arange(0, ahead)).to(tl.uint64)
+        return tl.sum(tl.reshape(parts, [parts.shape[0] // ahead, ahead]) << places[None, :], 1)
 
 
 @triton.jit
@@ -119,7 +120,8 @@ def load_tile(data_ptr, start, n, TAIL: tl.constexpr, TILE: tl.constexpr):
     i = start + tl.arange(0, TILE)
     if TAIL:
         return tl.load(data_ptr + i, i < n, 0)
-    return tl.load(data_ptr + i)
+    else:
+        return tl.load(data_ptr + i)
 
 
 @triton.jit

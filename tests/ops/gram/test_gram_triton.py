@@ -38,13 +38,13 @@ def multiply_bf16(monkeypatch):
     """The interpreter holds bf16 as integers and multiplies those."""
     create_dot = interpreter.InterpreterBuilder.create_dot
 
-    def widened(handle):
+    def to_fp32(handle):
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def dot(self, a, b, *rest):
-        return create_dot(self, widened(a), widened(b), *rest)
+        return create_dot(self, to_fp32(a), to_fp32(b), *rest)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 

@@ -257,7 +257,7 @@ def test_strata_chance_equals_a_loop_over_lines_and_classes(strata, shape, monke
 
 
 def test_changes_confined_to_shared_rows_are_explained_by_rows():
-    """Runs that touch the same rows (tokens in use) overlap beyond the magnitude-conditioned chance level, not beyond that of rows."""
+    """Runs that change the same rows overlap beyond the magnitude-conditioned chance level, not that of rows."""
     base, runs = dense_runs(seed=1)
     base, runs = base.view(1024, 1024), [run.view(1024, 1024) for run in runs]
     for run in runs:
