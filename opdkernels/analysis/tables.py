@@ -56,7 +56,7 @@ def fit_nulls(records: list[TallyRecord]) -> list[dict[str, Null]]:
     none."""
 
     def bins(tally: SparseTally, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return tally.patterns[table > 0], table[table > 0]
+        return tally.bin_bits[table > 0], table[table > 0]
 
     none_near_zero = dict.fromkeys(RATIOS, 0.0)
     fitted: list[dict[str, Null]] = [
@@ -96,8 +96,8 @@ def curve(records: list[TallyRecord], nulls: list[dict[str, Null]]) -> dict[str,
     for record, fitted in zip(records, nulls, strict=True):
         tally = record.tally
         assert tally is not None
-        visible[tally.patterns] += tally.hist_delta
-        stored[tally.patterns] += tally.tables[HIST_DELTA_STORED]
+        visible[tally.bin_bits] += tally.hist_delta
+        stored[tally.bin_bits] += tally.tables[HIST_DELTA_STORED]
         chosen = fitted["chosen"]
         expected[chosen.first : chosen.first + len(chosen.values)] += chosen.values
         expected[0] += chosen.unchanged
@@ -106,8 +106,8 @@ def curve(records: list[TallyRecord], nulls: list[dict[str, Null]]) -> dict[str,
     rounded = np.array([to_bf16_bits(eps) for eps in CURVE])
     truncated = np.array([int(np.float32(eps).view(np.uint32)) >> 16 for eps in CURVE])
 
-    def cumulative(table: np.ndarray, patterns: np.ndarray) -> list[float | None]:
-        return [None if not n else float(x) for x in np.cumsum(table)[patterns] / max(n, 1)]
+    def cumulative(table: np.ndarray, bin_bits: np.ndarray) -> list[float | None]:
+        return [None if not n else float(x) for x in np.cumsum(table)[bin_bits] / max(n, 1)]
 
     return {
         "eps": list(CURVE),

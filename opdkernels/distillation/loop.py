@@ -1,9 +1,9 @@
 """On-policy distillation (arXiv 2306.13649, 2606.13657): the student samples completions, the teacher scores their
 tokens, the student minimises a divergence from the teacher; snapshots record what that changes in the weights.
 
-Read `train_step` first. All random draws of a step follow from the seed and the number of the step, so that a resumed
-run is bit-identical to an uninterrupted one (on one process). Every token of a step counts alike: the loss of a
-micro-batch is a sum over its tokens, divided by the number of tokens of the whole step.
+Read `train_step` first. The seed and the step number determine all random draws of a step, so a resumed run is
+bit-identical to an uninterrupted one (single process). Every token of a step has the same weight: the loss of a
+micro-batch is the sum over its tokens, divided by the number of tokens in the step.
 """
 
 from __future__ import annotations
@@ -353,7 +353,7 @@ def train_loop(
             if options.num_eval_prompts and (is_last or (options.eval_steps and step % options.eval_steps == 0)):
                 with state.timer.phase("evaluate"):
                     row |= evaluate(state.sampler, state.task, options)
-            # before the checkpoint: a run that resumes from an earlier one removes this row
+            # Log before saving: a run that resumes from an earlier checkpoint deletes this row and writes it again.
             row = {"step": step, **row, **state.timer.metrics()}
             logger.log(dict(row))
             notify(callbacks, world, "on_step_end", step, row)
@@ -437,13 +437,13 @@ def evaluate_checkpoint(options: DistillOptions, path: str | os.PathLike[str]) -
 def train(
     options: DistillOptions, out: str | os.PathLike[str], *, inputs: RunInputs | None = None, quiet: bool = True
 ) -> RunResult:
-    """Runs or resumes distillation in a folder; its `checkpoint-0` is the start.
+    """Runs or resumes distillation. `checkpoint-0` in the run's folder holds the initial weights.
 
     Args:
         options: Options of the run.
         out: The run's folder. If it holds a run with these options, that run resumes.
         inputs: Objects that replace files named in the options.
-        quiet: Whether to print no progress.
+        quiet: If True, do not print progress.
 
     Returns:
         Where the run ended.
@@ -587,7 +587,7 @@ def max_prompt_length(options: DistillOptions, models: Sequence[Any]) -> int:
 
 
 def validate_world(options: DistillOptions, world: World) -> None:
-    """Raises UsageError for options that need a single process."""
+    """Raises UsageError for options that this number of processes does not support."""
     if world.size == 1:
         return
     if options.batch_size % world.size:

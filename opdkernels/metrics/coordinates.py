@@ -1,9 +1,9 @@
 """Metrics per coordinate of tensors, computed from their tallies alone.
 
-Source: arXiv 2606.13657 and its script, if a metric names no other. Both views, always: `stored` is what training did,
-`visible` is what a bf16 deployment sees. A metric is a column, float64 [tensors], computed for many tensors at once,
-since a model may have twenty thousand experts; NaN where the tally cannot give it. Fractions are of the finite
-coordinates; norms and maxima are in the units of the weights.
+Source: arXiv 2606.13657 and its script, if a metric names no other. Each metric is computed in two views: `stored`
+compares the weights as saved, `visible` compares them after rounding to bf16. A metric is a column, float64
+[num_tensors], computed for many tensors at once, since a model may have twenty thousand experts; NaN if the tally does
+not determine it. Fractions are of the finite coordinates; norms and maxima are in the units of the weights.
 
 `@formula(*metrics)` registers a function of a batch and a view that returns these columns.
 """
@@ -82,7 +82,7 @@ class SparseTally:
 
     Attributes:
         threshold_bits: bf16 bits of the thresholds that visible |delta| was compared with.
-        patterns: bf16 bits of the magnitude of each bin, ascending, int64 [bins].
+        bin_bits: bf16 bits of the magnitude of each bin, ascending, int64 [bins].
         tables: Histograms, int64 [5 + len(threshold_bits), bins], rows as in `ops.delta.layout`.
         counts: int64 [NUM_COUNTS], as in `ops.delta.layout`.
         sums: Exact sums as int64 limbs [NUM_SUMS, SUM_LIMBS].
@@ -90,7 +90,7 @@ class SparseTally:
     """
 
     threshold_bits: tuple[int, ...]
-    patterns: np.ndarray
+    bin_bits: np.ndarray
     tables: np.ndarray
     counts: np.ndarray
     sums: np.ndarray
@@ -110,7 +110,7 @@ class SparseTally:
     def dense(self) -> Tally:
         """The dense tally."""
         tally = Tally.empty(self.threshold_bits)
-        tally.tables[:, self.patterns] = self.tables
+        tally.tables[:, self.bin_bits] = self.tables
         tally.counts[:], tally.sums[:], tally.maximum[:] = self.counts, self.sums, self.max_delta
         return tally
 
@@ -129,7 +129,7 @@ class SparseTally:
     @cached_property
     def energies(self) -> dict[str, tuple[float, float, float, float]]:
         """view -> (sum W^2, sum W'^2, sum delta^2, sum |delta|)."""
-        values = magnitudes[self.patterns]
+        values = magnitudes[self.bin_bits]
         squares = values**2
         trained = self.hist_base - self.tables[HIST_BASE_OVER] + self.tables[HIST_TRAINED_CHANGED]
         visible = (
@@ -150,12 +150,12 @@ class Batch:
 
     def __init__(self, tallies: Sequence[SparseTally]):
         self.tallies = tallies
-        sizes = np.array([len(t.patterns) for t in tallies], np.int64)
+        sizes = np.array([len(t.bin_bits) for t in tallies], np.int64)
         self.stop = np.cumsum(sizes)
         self.start = self.stop - sizes
-        self.patterns = np.concatenate([t.patterns for t in tallies])
-        self.values = magnitudes[self.patterns]
-        self.key = np.repeat(np.arange(len(tallies)) << 16, sizes) + self.patterns
+        self.bin_bits = np.concatenate([t.bin_bits for t in tallies])
+        self.values = magnitudes[self.bin_bits]
+        self.key = np.repeat(np.arange(len(tallies)) << 16, sizes) + self.bin_bits
         counts = np.stack([t.counts for t in tallies])
         self.counts = counts
         self.numel, self.nonfinite = counts[:, COUNT_NUMEL], counts[:, COUNT_NONFINITE]
@@ -175,9 +175,9 @@ class Batch:
         """float64 [4, tensors]: sum W^2, sum W'^2, sum delta^2, sum |delta|."""
         return np.array([t.energies[view] for t in self.tallies]).T
 
-    def find(self, patterns: np.ndarray) -> np.ndarray:
-        """Index of the first bin of each tensor at or above bf16 bits `patterns` [tensors or 1, k] -> [tensors, k]."""
-        return np.searchsorted(self.key, (np.arange(len(self.tallies)) << 16)[:, None] + patterns)
+    def find(self, bf16_bits: np.ndarray) -> np.ndarray:
+        """Index of the first bin of each tensor at or above `bf16_bits` [tensors or 1, k] -> [tensors, k]."""
+        return np.searchsorted(self.key, (np.arange(len(self.tallies)) << 16)[:, None] + bf16_bits)
 
     def sums(self, values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
         """Sum of values over bins begin .. end of each tensor, in bin order -> [tensors]."""
@@ -446,7 +446,7 @@ def sparsity(batch: Batch, view: str) -> Columns:
 def norms(batch: Batch, view: str) -> Columns:
     """Norms of W, W' and delta, in the units of the weights."""
     n = batch.n
-    source, trained, delta, absolute = batch.energies(view)
+    base_sq, trained_sq, delta_sq, delta_abs = batch.energies(view)
     if view == "visible":
         before = prefix_sums(batch.table(HIST_DELTA))
         last = np.searchsorted(before, before[batch.stop]) - 1  # the last bin in use
@@ -454,16 +454,16 @@ def norms(batch: Batch, view: str) -> Columns:
     else:
         largest = np.where(batch.finite > 0, [t.max_delta for t in batch.tallies], np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
-        relative = np.where(source > 0, np.sqrt(delta) / np.sqrt(source), np.nan)
+        relative = np.where(base_sq > 0, np.sqrt(delta_sq) / np.sqrt(base_sq), np.nan)
     return {
         "relative_norm": relative,
-        "rms_base": np.sqrt(source / n),
-        "rms_trained": np.sqrt(trained / n),
-        "rms_delta": np.sqrt(delta / n),
-        "mean_abs": absolute / n,
+        "rms_base": np.sqrt(base_sq / n),
+        "rms_trained": np.sqrt(trained_sq / n),
+        "rms_delta": np.sqrt(delta_sq / n),
+        "mean_abs": delta_abs / n,
         "max_abs": largest,
-        "base_energy": source,
-        "delta_energy": delta,
+        "base_energy": base_sq,
+        "delta_energy": delta_sq,
     }
 
 
@@ -495,7 +495,7 @@ def top_energy(batch: Batch, view: str) -> Columns:
     counts = batch.table(HIST_DELTA if view == "visible" else HIST_DELTA_STORED)
     before = prefix_sums(counts)
     low = batch.values**2
-    high = magnitudes[np.minimum(batch.patterns + 1, 0x7F7F)] ** 2
+    high = magnitudes[np.minimum(batch.bin_bits + 1, 0x7F7F)] ** 2
     middle = (low + high) / 2
     energy_at_middle = batch.sums(counts * middle, batch.start, batch.stop)
     columns = {}
@@ -538,16 +538,16 @@ class NearZero:
 
 def near_zero(batch: Batch, changed: np.ndarray, ratios: Sequence[float] = RATIOS) -> NearZero:
     """Changed coordinates among the ceil(ratio n) smallest |W|; `changed` is a histogram of |W| of the batch [bins]."""
-    source = batch.table(HIST_BASE)
-    before, changed_before = prefix_sums(source), prefix_sums(changed)
-    # In floating point, as in the paper's masks: ceil(0.1 * 30) may be 4.
+    hist_base = batch.table(HIST_BASE)
+    before, changed_before = prefix_sums(hist_base), prefix_sums(changed)
+    # ratio * n in floating point, as the paper's masks compute it: ceil(0.07 * 100) is 8.
     size = np.array([[min(n, max(1, math.ceil(r * n))) for r in ratios] for n in batch.finite.tolist()])
     threshold = np.searchsorted(before[1:], before[batch.start][:, None] + size)
     empty = size == 0
-    threshold = np.where(empty, len(source), threshold)
+    threshold = np.where(empty, len(hist_base), threshold)
     need = size - (before[threshold] - before[batch.start][:, None])
     inside = changed_before[threshold] - changed_before[batch.start][:, None]
-    tied, tied_changed = np.append(source, 1)[threshold], np.append(changed, 0)[threshold]
+    tied, tied_changed = np.append(hist_base, 1)[threshold], np.append(changed, 0)[threshold]
     expected = inside + tied_changed * (need / tied)
     lower = inside + np.maximum(0, need - (tied - tied_changed))
     upper = inside + np.minimum(need, tied_changed)

@@ -33,7 +33,8 @@ class Aggregation:
 
     Attributes:
         description: The rule in words, for docs/outputs.md.
-        compute: From the tensors of one view and the metric's name to float64 [groups]; None: groups have no value.
+        compute: Computes float64 [num_groups] from the tensors of one view and the metric's name. None if groups have
+            no value, or if it is computed elsewhere (means over matrices, in summary.json).
     """
 
     description: str
@@ -52,13 +53,14 @@ class Metric:
         name: Column name in parquet, CSV and JSON.
         label: Name on pages.
         definition: One line without a final period: the tooltip, the glossary entry and the cell in docs/outputs.md.
-        range: Unit or range of the values.
+        range: Unit or range of the values, as text.
         format: How values are printed, a function of `opdkernels.formatting`; "count" columns are int64.
         aggregation: How groups of tensors combine the values.
         source: Where the metric comes from.
         tables: Tables with this column: tensors, groups, spectra, geometry, overlap, trajectory.
         views: Views that have the metric.
-        pages: Tables of report pages that show it (overview, groups, tensors, trajectory, overlap) -> views.
+        pages: Table of report pages (overview, groups, tensors, trajectory, overlap) -> views in which it shows the
+            metric; ("",) for a metric that is the same in every view.
         section: Heading above the label on pages, instead of the view.
         family: Metrics that differ in a parameter only share one row in docs/outputs.md: "frac_le_1e-8 … frac_le_1e-3".
         family_definition: The definition with the parameter as a symbol.

@@ -13,12 +13,12 @@ from opdkernels.optim.binding import Masks
 
 
 class MaskedAdamW(MaskedOptimizer):
-    """AdamW on the active coordinates of `masks`. Others keep their bits, whatever their gradient or weight decay.
+    """AdamW on the active coordinates of `masks`. All other coordinates stay bit-identical; weight decay skips them.
 
-    Active fp32 coordinates are stepped bit for bit as `torch.optim.AdamW(foreach=False)` steps them, except for its
-    square root, which on the CPU may be off by one unit in the last place. State takes 8 bytes per active coordinate
-    (12 with amsgrad, 2 more for bf16 with "split_master" or "kahan"); a mask takes 1 bit per coordinate or, below a
-    density of 1/32, 4 bytes per active coordinate.
+    In fp32, active coordinates match `torch.optim.AdamW(foreach=False)` bit for bit, except on the CPU, where torch's
+    square root may differ by one unit in the last place. State takes 8 bytes per active coordinate (12 with amsgrad, 2
+    more for bf16 with "split_master" or "kahan", the size of the dtype more with weight_decay_target="init"); a mask
+    takes 1 bit per coordinate or, below a density of 1/32, 4 bytes per active coordinate.
 
     Args:
         params: Parameters or parameter groups as `torch.optim.AdamW` takes them, fp32 or bf16, preferably named

@@ -1,18 +1,18 @@
 """What MaskedAdamW and MaskedSGD share: stepping, clipping, state dicts and changes of the masks.
 
-State of a parameter, created at its first step from the parameter that exists then. Every tensor is [num_active] unless
-noted:
+The state of a parameter is created at its first step. Every tensor is [num_active] unless noted:
 
 - `step`: steps taken, fp32, one element
 - `exp_avg`, `exp_avg_sq`, `max_exp_avg_sq` or `momentum_buffer`: fp32
 - `remainder` (int16) or `compensation` (bf16): for bf16 parameters, by precision
 - `init_value`: initial weights, dtype of the parameter
-- `step_group` (uint8) and `group_steps` (fp32 [groups]): after `set_masks`, the steps of each group of coordinates
+- `step_group` (uint8): group of each coordinate, and `group_steps` (fp32 [num_groups]): step count of each group; only
+  after `set_masks`, if coordinates have different step counts
 - `mask`: digest of the mask, int64, one element
 
-For DTensors `state_dict` gives every [num_active] tensor as a DTensor of the parameter's shape, zero where nothing is
-active, and step groups as the `steps` of each coordinate, so that torch.distributed.checkpoint saves and loads it at
-any world size. Both forms can be loaded.
+For DTensor parameters, `state_dict` returns each [num_active] tensor as a DTensor of the parameter's shape, zero at
+frozen coordinates, and step counts per coordinate as `steps`. torch.distributed.checkpoint can then load it at any
+world size. `load_state_dict` accepts both forms.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._binder.check()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, as `torch.optim.Optimizer`. Its masks are those given at construction."""
+        """Add a parameter group. Its masks come from the `masks` argument of the constructor."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -66,8 +66,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler leaves unscaling to `step`: with `fused=True`, and with gathered gradients, where it
-        would find no gradient and `step` raises an error."""
+        """Whether a GradScaler leaves unscaling to `step`: with `fused=True`. Also with gathered gradients, which a
+        GradScaler cannot find; `step` then raises an error."""
         return bool(self.defaults["fused"] or self._gathers)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -231,11 +231,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
-        """Have the next step scale the gradients so that the norm of the active ones is at most `max_norm`.
+        """Compute the norm of the active gradients and clip it to `max_norm` in the next step.
 
-        Frozen coordinates do not count: the norm of the full gradient, which trainers clip by, is about 1 /
-        sqrt(density) larger. The gradients themselves do not change. With a GradScaler, call `scaler.unscale_` first.
-        For DTensors, every rank of their mesh must call this.
+        Unlike `torch.nn.utils.clip_grad_norm_`, this leaves `.grad` unchanged: `step` multiplies by the clip factor.
+        Frozen coordinates are excluded; the norm of the full gradient is larger, by about 1 / sqrt(density) if
+        gradients are of similar size everywhere. With a GradScaler, call `scaler.unscale_` first. For DTensors, every
+        rank of their mesh must call this.
 
         Args:
             max_norm: Maximum norm, not negative.
@@ -309,7 +310,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of `state_dict`, compact or of the parameters' shapes, to the parameters' devices.
+        """Load the result of `state_dict`. Tensors may be compact, [num_active], or have the parameter's shape;
+        they are copied to the parameter's device.
 
         Args:
             state_dict: What `state_dict` returned, for the same masks.

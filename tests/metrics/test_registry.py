@@ -36,7 +36,7 @@ def test_tensor_and_group_tables_have_the_registered_columns():
         views[view] = {}
         for formula in FORMULAS:
             views[view] |= formula.compute(Batch([sparse]), view)
-    base, changes = ((sparse.patterns[table > 0], table[table > 0]) for table in (sparse.hist_base, sparse.hist_delta))
+    base, changes = ((sparse.bin_bits[table > 0], table[table > 0]) for table in (sparse.hist_base, sparse.hist_delta))
     views["visible"] |= null_metrics(views["visible"], fit_many([base], [changes]))
     for view in VIEWS:
         assert set(views[view]) == {metric.name for metric in metrics_of("tensors") if view in metric.views}

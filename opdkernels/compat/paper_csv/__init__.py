@@ -343,7 +343,7 @@ def tensor_row(name: str, shape: tuple[int, ...], tally: SparseTally) -> Row:
 
 def below(tally: SparseTally, pattern: int) -> int:
     """Number of coordinates whose visible |delta| has smaller bf16 bits."""
-    return int(tally.hist_delta[: np.searchsorted(tally.patterns, pattern)].sum())
+    return int(tally.hist_delta[: np.searchsorted(tally.bin_bits, pattern)].sum())
 
 
 def mask_row(name: str, shape: tuple[int, ...], tally: SparseTally, atol: float) -> Row:

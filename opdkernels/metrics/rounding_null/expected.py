@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from opdkernels.metrics.rounding_null.histograms import PATTERNS, Histograms, exponent_of, half_spacing, sum_by
+from opdkernels.metrics.rounding_null.histograms import BINS, Histograms, exponent_of, half_spacing, sum_by
 
 LOWEST_ROW = -6  # spacing of the subnormals, 2**-133, as an exponent field
 
@@ -45,7 +45,7 @@ class Null:
     @cached_property
     def delta(self) -> np.ndarray:
         """Expected histogram of |visible delta|, float64 [32768] by bf16 bits; it sums to the number of coordinates."""
-        table = np.zeros(PATTERNS)
+        table = np.zeros(BINS)
         table[self.first : self.first + len(self.values)] = self.values
         table[0] += self.unchanged
         return table

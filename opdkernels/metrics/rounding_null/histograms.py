@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PATTERNS = 1 << 15  # bf16 magnitudes
+from opdkernels.backends.layout import BINS
+
 INFINITY = 0x7F80  # bf16 bits of the first magnitude that is not finite
 
-Table = np.ndarray | tuple[np.ndarray, np.ndarray]  # int64 [PATTERNS], or (bf16 bits ascending, counts)
+Table = np.ndarray | tuple[np.ndarray, np.ndarray]  # int64 [BINS], or (bf16 bits ascending, counts)
 
 
 def flatten(tables: Sequence[Table]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -18,13 +19,13 @@ def flatten(tables: Sequence[Table]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     sparse = []
     for table in tables:
         if isinstance(table, tuple):
-            patterns, counts = np.asarray(table[0], np.int64), np.asarray(table[1], np.int64)
+            bin_bits, counts = np.asarray(table[0], np.int64), np.asarray(table[1], np.int64)
         else:
-            patterns = np.flatnonzero(table)
-            counts = np.asarray(table)[patterns].astype(np.int64)
-        if len(patterns) and not (patterns[0] >= 0 and patterns[-1] < PATTERNS and np.all(np.diff(patterns) > 0)):
+            bin_bits = np.flatnonzero(table)
+            counts = np.asarray(table)[bin_bits].astype(np.int64)
+        if len(bin_bits) and not (bin_bits[0] >= 0 and bin_bits[-1] < BINS and np.all(np.diff(bin_bits) > 0)):
             raise ValueError("bf16 bits must be magnitudes, 0 to 32767, unique and ascending")
-        sparse.append((patterns, counts))
+        sparse.append((bin_bits, counts))
     tensor = np.repeat(np.arange(len(sparse)), [len(p) for p, _ in sparse])
     empty = np.zeros(0, np.int64)
     return (
@@ -34,9 +35,9 @@ def flatten(tables: Sequence[Table]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     )
 
 
-def magnitude(patterns: np.ndarray) -> np.ndarray:
+def magnitude(bin_bits: np.ndarray) -> np.ndarray:
     """The values of bf16 bits, float64."""
-    return (patterns.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return (bin_bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
 @dataclass(frozen=True, eq=False)
