@@ -347,7 +347,7 @@ def call_gather_and_scatter(dtype: torch.dtype, masks: torch.dtype = torch.uint8
 )
 def test_gather_and_scatter(monkeypatch, target, dtype, masks):
     launched = launches(monkeypatch, lambda: call_gather_and_scatter(dtype, masks))
-    assert [one.name for one in launched] == ["take", "take", "put"]
+    assert [one.name for one in launched] == ["gather", "gather", "scatter"]
     for one in launched[1:]:
         code = compiled(one, target)
         assert_fits(code, 64)
