@@ -64,7 +64,7 @@ class RunInputs:
     """Objects that replace files named in the options.
 
     Attributes:
-        models: Loaded models, by the names that stand for them as student or teacher in the options.
+        models: Loaded models by name; student and teacher in the options refer to these names.
         text: Tokenizer of a student in `models`.
         task: Prompts and reward.
         callbacks: Objects with any of on_step_end(step, metrics), on_save(step, path), on_train_end(result).
