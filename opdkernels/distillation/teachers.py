@@ -26,7 +26,7 @@ from opdkernels.distillation.world import Student
 from opdkernels.errors import InputError, printable
 from opdkernels.optim.active import gather_active, scatter_active
 from opdkernels.optim.base import MaskedOptimizer
-from opdkernels.optim.binding import Shard, local_part
+from opdkernels.optim.binding import LocalMask, local_part
 
 UNLIMITED = 1 << 60  # maximum length of a prompt with teacher_context, which is validated instead of truncated
 
@@ -96,28 +96,28 @@ class SelfTeacher:
         self.max_prompt_length = max_positions(self.model) - max_completion_length
         # [num_active] per trained parameter; fp32 for an average, else the dtype of the parameter
         self.values = [
-            gather_active(param, shard) if ema_decay < 1 else gather_active(param, shard).to(param.dtype)
-            for param, shard in self._local_params()
+            gather_active(param, local_mask) if ema_decay < 1 else gather_active(param, local_mask).to(param.dtype)
+            for param, local_mask in self._local_params()
         ]
 
-    def _local_params(self) -> list[tuple[torch.Tensor, Shard]]:
+    def _local_params(self) -> list[tuple[torch.Tensor, LocalMask]]:
         """The local part of each trained parameter."""
-        return [(local_part(param)[0], binding.shard(param)) for _, param, binding in self.optimizer._bindings()]
+        return [(local_part(param)[0], binding.local_mask(param)) for _, param, binding in self.optimizer._bindings()]
 
     @contextlib.contextmanager
     def with_teacher_weights(self) -> Iterator[None]:
         """Swaps the teacher's weights into the student, and the student's back in at the end."""
         params = self._local_params()
         with torch.no_grad():
-            student_values = [gather_active(param, shard).to(param.dtype) for param, shard in params]
-            for (param, shard), values in zip(params, self.values, strict=True):
-                scatter_active(param, shard, values.float())
+            student_values = [gather_active(param, local_mask).to(param.dtype) for param, local_mask in params]
+            for (param, local_mask), values in zip(params, self.values, strict=True):
+                scatter_active(param, local_mask, values.float())
         try:
             yield
         finally:
             with torch.no_grad():
-                for (param, shard), values in zip(params, student_values, strict=True):
-                    scatter_active(param, shard, values.float())
+                for (param, local_mask), values in zip(params, student_values, strict=True):
+                    scatter_active(param, local_mask, values.float())
 
     def score(self, rollout: Rollout) -> TeacherOutput:
         if any(example.teacher_context is not None for example in rollout.examples):
@@ -146,8 +146,8 @@ class SelfTeacher:
     def after_step(self) -> None:
         if self.ema_decay == 1:
             return
-        for values, (param, shard) in zip(self.values, self._local_params(), strict=True):
-            values.lerp_(gather_active(param, shard), 1 - self.ema_decay)
+        for values, (param, local_mask) in zip(self.values, self._local_params(), strict=True):
+            values.lerp_(gather_active(param, local_mask), 1 - self.ema_decay)
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": self.values}

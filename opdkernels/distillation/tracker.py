@@ -247,7 +247,7 @@ def metrics_by_view(tally: Tally) -> dict[str, Any]:
 
 def count_trainable(optimizer: MaskedOptimizer, world: World, device: torch.device) -> int:
     """Number of values that an optimizer may change, over all processes."""
-    num_active = sum(binding.shard(param).num_active for _, param, binding in optimizer._bindings())
+    num_active = sum(binding.local_mask(param).num_active for _, param, binding in optimizer._bindings())
     return int(world.all_reduce({"active": num_active}, device)["active"])
 
 
@@ -267,7 +267,7 @@ def optimizer_stats(optimizer: MaskedOptimizer, world: World) -> dict[str, float
             sums["square"] += float(exp_avg_sq.sum(dtype=torch.float64))
         momentum, grad = state.get("exp_avg", state.get("momentum_buffer")), optimizer._gradient(index, param)
         if momentum is not None and grad is not None:
-            active_grad = grad if index in optimizer._compact else gather_active(grad, binding.shard(param))
+            active_grad = grad if index in optimizer._gathered_grads else gather_active(grad, binding.local_mask(param))
             for momentum_slice, grad_slice in zip(momentum.split(SLICE), active_grad.split(SLICE), strict=True):
                 m, g = momentum_slice.double(), grad_slice.double()
                 sums["dot"] += float(m @ g)

@@ -8,7 +8,7 @@ import torch
 
 from opdkernels.ops.step import adamw_scalars, masked_adamw
 from opdkernels.optim.base import MaskedOptimizer
-from opdkernels.optim.batch import Batch
+from opdkernels.optim.batch import StepBatch
 from opdkernels.optim.binding import Masks
 
 
@@ -106,7 +106,7 @@ class MaskedAdamW(MaskedOptimizer):
 
     def _launch(
         self,
-        batch: Batch,
+        batch: StepBatch,
         group: dict[str, Any],
         scalars: torch.Tensor,
         grad_scale: torch.Tensor | None,

@@ -30,8 +30,8 @@ from opdkernels.ops.step import active_indices
 from opdkernels.ops.step.layout import MAX_STEP_GROUPS
 from opdkernels.ops.step.validation import RESIDUAL_DTYPES
 from opdkernels.optim.active import gather_active, restore_dropped
-from opdkernels.optim.batch import RESIDUALS, Batch, PendingStep
-from opdkernels.optim.binding import Binder, Binding, Masks, Shard, is_dtensor, local_gradient, local_part
+from opdkernels.optim.batch import RESIDUALS, PendingStep, StepBatch
+from opdkernels.optim.binding import Binder, Binding, LocalMask, Masks, is_dtensor, local_gradient, local_part
 from opdkernels.optim.options import is_number, validate_options
 
 ParamKey = tuple[int, int]  # group, parameter
@@ -46,10 +46,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, masks: Masks, unmasked: str, defaults: dict[str, Any]):
         validate_options(defaults)
         self._binder = Binder(masks, unmasked)
-        self._bound: list[list[Binding]] = []
-        self._compact: dict[ParamKey, torch.Tensor] = {}
-        self._gathers = 0  # installed hooks of gather_active_grads, which leave no gradient on the parameters
-        self._clip: torch.Tensor | None = None
+        self._bindings_by_group: list[list[Binding]] = []
+        self._gathered_grads: dict[ParamKey, torch.Tensor] = {}  # fp32 [num_active] of each parameter
+        self._num_gather_hooks = 0  # calls of gather_active_grads whose hooks are installed: no gradient in `.grad`
+        self._clip_factor: torch.Tensor | None = None  # the next step multiplies gradients by it; fp32, one element
         super().__init__(params, defaults)
         self._binder.check()
 
@@ -59,7 +59,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             validate_options(group)
-            self._bound.append(self._binder.bind(group["params"], group.get("param_names")))
+            self._bindings_by_group.append(self._binder.bind(group["params"], group.get("param_names")))
         except Exception:
             self.param_groups.pop()
             raise
@@ -68,11 +68,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves unscaling to `step`: with `fused=True`. Also with gathered gradients, which a
         GradScaler cannot find; `step` then raises an error."""
-        return bool(self.defaults["fused"] or self._gathers)
+        return bool(self.defaults["fused"] or self._num_gather_hooks)
 
     def __getstate__(self) -> dict[str, Any]:
-        attributes = {key: self.__dict__[key] for key in ("_binder", "_bound")}
-        return {**super().__getstate__(), **attributes, "_compact": {}, "_gathers": 0, "_clip": None}
+        attributes = {key: self.__dict__[key] for key in ("_binder", "_bindings_by_group")}
+        return {
+            **super().__getstate__(),
+            **attributes,
+            "_gathered_grads": {},
+            "_num_gather_hooks": 0,
+            "_clip_factor": None,
+        }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -82,7 +88,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if self._gathers and found_inf is not None:
+        if self._num_gather_hooks and found_inf is not None:
             raise RuntimeError(
                 "a GradScaler cannot see gradients that gather_active_grads gathers; train in bfloat16 without one, "
                 "or use zero_frozen_grads"
@@ -94,35 +100,35 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 for group, steps in zip(self.param_groups, pending, strict=True):
                     self._step_group(group, steps, grad_scale)
         finally:
-            self._clip = None
-        self._compact.clear()
+            self._clip_factor = None
+        self._gathered_grads.clear()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, gathered ones too, and the clipping of the next step."""
         super().zero_grad(set_to_none)
-        self._compact.clear()
-        self._clip = None
+        self._gathered_grads.clear()
+        self._clip_factor = None
 
     def _bindings(self) -> Iterable[tuple[ParamKey, torch.Tensor, Binding]]:
         """Key, current parameter and binding of every parameter."""
         for index, group in enumerate(self.param_groups):
-            for j, (param, binding) in enumerate(zip(group["params"], self._bound[index], strict=True)):
+            for j, (param, binding) in enumerate(zip(group["params"], self._bindings_by_group[index], strict=True)):
                 yield (index, j), param, binding
 
     def _pending(self, index: int, group: dict[str, Any]) -> list[PendingStep]:
         """The parameters of a group that have a gradient, validated."""
         validate_options(group)
         pending = []
-        for j, (param, binding) in enumerate(zip(group["params"], self._bound[index], strict=True)):
+        for j, (param, binding) in enumerate(zip(group["params"], self._bindings_by_group[index], strict=True)):
             grad = self._gradient((index, j), param)
             if grad is None:
                 continue
-            shard, local = binding.shard(param), local_part(param)[0]
+            local_mask, local = binding.local_mask(param), local_part(param)[0]
             if (
-                shard.num_active
+                local_mask.num_active
                 and group["precision"] == "stochastic"
-                and shard.offset is None
+                and local_mask.offset is None
                 and param.dtype == torch.bfloat16
             ):
                 raise ValueError(
@@ -130,23 +136,24 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     'precision "stochastic" needs it, choose "split_master"'
                 )
             if self.state.get(param):
-                self._validate_state(self.state[param], local, shard, binding, group)
-            pending.append(PendingStep(param, local, grad, shard, binding))
+                self._validate_state(self.state[param], local, local_mask, binding, group)
+            pending.append(PendingStep(param, local, grad, local_mask, binding))
         return pending
 
     def _step_group(self, group: dict[str, Any], pending: list[PendingStep], grad_scale: torch.Tensor | None) -> None:
-        batches: defaultdict[torch.device, Batch] = defaultdict(Batch)
+        batches: defaultdict[torch.device, StepBatch] = defaultdict(StepBatch)
         for item in pending:
             state = self.state[item.param]
-            is_first = self._init_state(state, item.local, item.shard, item.binding, group)
+            is_first = self._init_state(state, item.local, item.local_mask, item.binding, group)
             state["step"] += 1
             if "group_steps" in state:
                 state["group_steps"] += 1
-            if item.shard.num_active:
+            if item.local_mask.num_active:
                 batches[item.local.device].add(item, state, is_first)
         for device, batch in batches.items():
             scale, clip = (
-                None if factor is None else factor.to(device, torch.float32) for factor in (grad_scale, self._clip)
+                None if factor is None else factor.to(device, torch.float32)
+                for factor in (grad_scale, self._clip_factor)
             )
             scalars = batch.scalars(lambda steps: self._scalars(steps, group)).to(device)
             self._launch(batch, group, scalars, scale, clip)
@@ -156,13 +163,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def _gradient(self, key: ParamKey, param: torch.Tensor) -> torch.Tensor | None:
         """The local gradient, contiguous: of the shape of the local parameter, or fp32 [num_active] where gathered."""
-        compact, binding = self._compact.get(key), self._bound[key[0]][key[1]]
+        compact, binding = self._gathered_grads.get(key), self._bindings_by_group[key[0]][key[1]]
         if compact is not None:
             return compact
         return None if param.grad is None else local_gradient(param, param.grad, binding.display_name)
 
     def _init_state(
-        self, state: dict[str, Any], local: torch.Tensor, shard: Shard, binding: Binding, group: dict[str, Any]
+        self, state: dict[str, Any], local: torch.Tensor, local_mask: LocalMask, binding: Binding, group: dict[str, Any]
     ) -> bool:
         """Create missing state. Returns whether moments were created: SGD then copies the gradient to its buffer."""
         is_first = any(name not in state for name in self._moment_names(group))
@@ -170,10 +177,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["mask"] = torch.tensor(binding.digest, dtype=torch.int64, device="cpu")
             if group["weight_decay_target"] == "init":
-                state["init_value"] = gather_active(local, shard).to(local.dtype)
+                state["init_value"] = gather_active(local, local_mask).to(local.dtype)
         for name, dtype in self._state_dtypes(group, local.dtype).items():
             if name not in state and name != "init_value":
-                state[name] = torch.zeros(shard.num_active, dtype=dtype, device=local.device)
+                state[name] = torch.zeros(local_mask.num_active, dtype=dtype, device=local.device)
         return is_first
 
     def _state_dtypes(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -186,7 +193,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return dtypes
 
     def _validate_state(
-        self, state: dict[str, Any], local: torch.Tensor, shard: Shard, binding: Binding, group: dict[str, Any]
+        self, state: dict[str, Any], local: torch.Tensor, local_mask: LocalMask, binding: Binding, group: dict[str, Any]
     ) -> None:
         """Raise InputError for state that does not fit the parameter, before anything changes."""
         dtypes = self._state_dtypes(group, local.dtype)
@@ -200,14 +207,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
             value = state.get(name)
             if value is not None and (
                 value.dtype != dtype
-                or value.shape != (shard.num_active,)
+                or value.shape != (local_mask.num_active,)
                 or value.device != local.device
                 or not value.is_contiguous()
             ):
                 raise state_error(
                     binding,
                     f"has {name} of {value.dtype} {list(value.shape)} on {value.device}, "
-                    f"not {dtype} [{shard.num_active}] on {local.device}",
+                    f"not {dtype} [{local_mask.num_active}] on {local.device}",
                 )
 
     @abstractmethod
@@ -221,7 +228,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     @abstractmethod
     def _launch(
         self,
-        batch: Batch,
+        batch: StepBatch,
         group: dict[str, Any],
         scalars: torch.Tensor,
         grad_scale: torch.Tensor | None,
@@ -257,10 +264,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for key, param, binding in self._bindings():
             grad = self._gradient(key, param)
             dims = sharded_dims(param)
-            shard = binding.shard(param)
+            local_mask = binding.local_mask(param)
             square = torch.zeros((), dtype=torch.float64)
-            if grad is not None and shard.num_active:
-                values = grad if key in self._compact else gather_active(grad, shard)
+            if grad is not None and local_mask.num_active:
+                values = grad if key in self._gathered_grads else gather_active(grad, local_mask)
                 square = torch.linalg.vector_norm(values, dtype=torch.float64).square().cpu()
             if dims:
                 sharded[dims] = sharded.get(dims, torch.zeros((), dtype=torch.float64)) + square
@@ -272,7 +279,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 torch.distributed.all_reduce(square, group=mesh.get_group(dim))
             total += square.cpu()
         norm = total.sqrt()
-        self._clip = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
+        self._clip_factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
         return norm.float()
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,7 +295,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 if step_group is not None:
                     state["steps"] = steps[step_group.long().cpu()].to(step_group.device)
                 else:
-                    state["steps"] = steps.to(local_part(param)[0].device).expand(binding.shard(param).num_active)
+                    state["steps"] = steps.to(local_part(param)[0].device).expand(binding.local_mask(param).num_active)
                 dense_states[key] = {name: self._to_dense(name, value, param, binding) for name, value in state.items()}
         return {**result, "state": {**result["state"], **dense_states}}
 
@@ -296,9 +303,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """[num_active] state as a tensor or DTensor of the parameter's shape; other state unchanged."""
         if name in ("step", "mask"):
             return value
-        (local, _), shard = local_part(param), binding.shard(param)
+        (local, _), local_mask = local_part(param), binding.local_mask(param)
         dense = torch.zeros(local.shape, dtype=value.dtype, device=value.device)
-        dense.view(-1)[active_indices(shard.mask, dense.numel())] = value
+        dense.view(-1)[active_indices(local_mask.payload, dense.numel())] = value
         if not is_dtensor(param):
             return dense
         from torch.distributed.tensor import DTensor
@@ -343,7 +350,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             group.update(new_group)
         self.state.clear()
         self.state.update(loaded)
-        self._clip = None
+        self._clip_factor = None
         for post in list(self._optimizer_load_state_dict_post_hooks.values()):  # type: ignore[attr-defined]
             post(self)
 
@@ -366,7 +373,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self, saved: dict[str, Any], param: torch.Tensor, binding: Binding, group: dict[str, Any]
     ) -> dict[str, Any]:
         """The compact state of a parameter from a saved one, validated."""
-        shard, local = binding.shard(param), local_part(param)[0]
+        local_mask, local = binding.local_mask(param), local_part(param)[0]
         if "mask" not in saved:
             raise state_error(binding, "has no mask: it is a dense optimizer's, which load_dense_state_dict takes")
         if int(saved["mask"]) != binding.digest:
@@ -380,25 +387,23 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if name in ("step", "mask", "group_steps"):
                 state[name] = tensor.to("cpu", torch.int64 if name == "mask" else torch.float32, copy=True)
                 continue
-            if value.shape == param.shape and value.shape != (shard.num_active,):
+            if value.shape == param.shape and value.shape != (local_mask.num_active,):
                 if tensor.shape != local.shape:
                     raise state_error(
                         binding,
                         f"is sharded differently from its parameter ({list(tensor.shape)} for {list(local.shape)})",
                     )
-                tensor = tensor.reshape(-1)[active_indices(shard.mask, local.numel()).to(tensor.device)]
-            if tensor.shape != (shard.num_active,):
-                raise state_error(
-                    binding,
-                    f"has {list(tensor.shape)} values in {printable(name)} for {shard.num_active} active coordinates",
-                )
+                tensor = tensor.reshape(-1)[active_indices(local_mask.payload, local.numel()).to(tensor.device)]
+            if tensor.shape != (local_mask.num_active,):
+                num_active = f"{local_mask.num_active} active coordinates"
+                raise state_error(binding, f"has {list(tensor.shape)} values in {printable(name)} for {num_active}")
             widen = name in self.moments and tensor.is_floating_point()  # trainers may have cast them
             state[name] = tensor.to(local.device, torch.float32 if widen else tensor.dtype, copy=True).contiguous()
         if "steps" in state:
             state |= step_groups_of(state.pop("steps"), state["step"], binding)
         if len(state.get("step_group", ())) and int(state["step_group"].max()) >= len(state.get("group_steps", ())):
             raise state_error(binding, "has step groups without a step count")
-        self._validate_state(state, local, shard, binding, group)
+        self._validate_state(state, local, local_mask, binding, group)
         return state
 
     @torch.no_grad()
@@ -461,7 +466,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 **moments,
             }
             if group["weight_decay_target"] == "init":
-                state["init_value"] = gather_active(local_part(param)[0], binding.shard(param)).to(param.dtype)
+                state["init_value"] = gather_active(local_part(param)[0], binding.local_mask(param)).to(param.dtype)
             states[key] = state
         self.load_state_dict({"state": states, "param_groups": groups})
 
@@ -483,14 +488,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """
         if on_drop not in ("keep", "restore"):
             raise ValueError(f"on_drop must be keep or restore, not {on_drop}")
-        if self._compact:
+        if self._gathered_grads:
             raise RuntimeError("gradients have been gathered for the current masks; step or zero_grad() first")
         binder = Binder(masks, self._binder.unmasked)
-        bound = [binder.bind(group["params"], group.get("param_names")) for group in self.param_groups]
+        bindings_by_group = [binder.bind(group["params"], group.get("param_names")) for group in self.param_groups]
         binder.check()
         new_states: dict[torch.Tensor, dict[str, Any]] = {}
         for (index, j), param, old in self._bindings():
-            new, state = bound[index][j], self.state.get(param)
+            new, state = bindings_by_group[index][j], self.state.get(param)
             if not state:
                 continue
             if on_drop == "restore" and "init_value" not in state:
@@ -498,35 +503,38 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     f'{old.display_name} has no initial values to restore; construct with weight_decay_target="init"'
                 )
             group = self.param_groups[index]
-            self._validate_state(state, local_part(param)[0], old.shard(param), old, group)
+            self._validate_state(state, local_part(param)[0], old.local_mask(param), old, group)
             new_states[param] = self._remapped_state(state, param, old, new, group)
         if on_drop == "restore":
             for (index, j), param, old in self._bindings():
                 if param in new_states:
-                    init_value = self.state[param]["init_value"]
-                    restore_dropped(param, init_value, old.shard(param), bound[index][j].shard(param))
-        self._binder, self._bound = binder, bound
+                    init_value, new = self.state[param]["init_value"], bindings_by_group[index][j]
+                    restore_dropped(param, init_value, old.local_mask(param), new.local_mask(param))
+        self._binder, self._bindings_by_group = binder, bindings_by_group
         self.state.update(new_states)
 
     def _remapped_state(
         self, state: dict[str, Any], param: torch.Tensor, old: Binding, new: Binding, group: dict[str, Any]
     ) -> dict[str, Any]:
         """The state of a parameter for a new mask."""
-        local, before, after = local_part(param)[0], old.shard(param), new.shard(param)
-        was, now = (active_indices(shard.mask, local.numel()) for shard in (before, after))
-        at = torch.searchsorted(was, now).clamp(max=max(len(was) - 1, 0))
-        stays = was[at] == now if len(was) else torch.zeros(len(now), dtype=torch.bool, device=local.device)
+        local, old_mask, new_mask = local_part(param)[0], old.local_mask(param), new.local_mask(param)
+        old_indices = active_indices(old_mask.payload, local.numel())
+        new_indices = active_indices(new_mask.payload, local.numel())
+        positions = torch.searchsorted(old_indices, new_indices).clamp(max=max(len(old_indices) - 1, 0))
+        was_active = torch.zeros(len(new_indices), dtype=torch.bool, device=local.device)
+        if len(old_indices):
+            was_active = old_indices[positions] == new_indices
+        old_positions = positions[was_active]  # new_indices[was_active] == old_indices[old_positions]
         new_state: dict[str, Any] = {}
-        self._init_state(new_state, local, after, new, group)
+        self._init_state(new_state, local, new_mask, new, group)
         for name, value in new_state.items():
-            if name in state and name not in ("step", "mask") and len(was):
-                value[stays] = state[name][at[stays]]
+            if name in state and name not in ("step", "mask"):
+                value[was_active] = state[name][old_positions]
         group_steps = state.get("group_steps", state["step"].view(1))
-        step_group = state.get("step_group", torch.zeros(len(was), dtype=torch.uint8, device=local.device))
-        row = torch.zeros(len(now), dtype=torch.int64, device=local.device)  # 0: new coordinates, which took no step
-        if len(was):
-            row[stays] = step_group[at[stays]].long() + 1
-        steps = torch.cat([torch.zeros(1), group_steps]).to(local.device)[row]
+        old_groups = state.get("step_group", torch.zeros(len(old_indices), dtype=torch.uint8, device=local.device))
+        groups = torch.zeros(len(new_indices), dtype=torch.int64, device=local.device)  # 0: no step taken yet
+        groups[was_active] = old_groups[old_positions].long() + 1
+        steps = torch.cat([torch.zeros(1), group_steps]).to(local.device)[groups]
         return {**new_state, "step": state["step"].clone(), **step_groups_of(steps, state["step"], old)}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from opdkernels.ops.step.layout import STEP
-from opdkernels.optim.binding import Binding, Shard
+from opdkernels.optim.binding import Binding, LocalMask
 
 RESIDUALS = {"split_master": "remainder", "kahan": "compensation"}  # state of a bf16 parameter next to its moments
 
@@ -21,18 +21,18 @@ class PendingStep:
     param: torch.Tensor
     local: torch.Tensor  # the shard of `param` on this rank
     grad: torch.Tensor  # of the shape of `local`, or fp32 [num_active]
-    shard: Shard
+    local_mask: LocalMask
     binding: Binding
 
 
-class Batch:
+class StepBatch:
     """The parameters of a group on one device, and the arguments of the launch that steps them."""
 
     def __init__(self) -> None:
         self.locals: list[torch.Tensor] = []
         self.params: list[torch.Tensor] = []  # `locals`, made contiguous where they are not
         self.grads: list[torch.Tensor] = []
-        self.shards: list[Shard] = []
+        self.local_masks: list[LocalMask] = []
         self.param_ids: list[int] = []
         self.states: list[dict[str, Any]] = []
         self.scalar_rows: list[int] = []
@@ -45,7 +45,7 @@ class Batch:
         self.locals.append(local)
         self.params.append(local if local.is_contiguous() else local.contiguous())
         self.grads.append(pending.grad)
-        self.shards.append(pending.shard)
+        self.local_masks.append(pending.local_mask)
         self.param_ids.append(pending.binding.param_id)
         self.states.append(state)
         self.scalar_rows.append(len(self.steps))
@@ -79,7 +79,7 @@ class Batch:
             "init_values": self.state_tensors("init_value"),
             "step_groups": self.state_tensors("step_group"),
             "scalar_rows": self.scalar_rows,
-            "shard_offsets": [shard.offset or 0 for shard in self.shards],
+            "shard_offsets": [local_mask.offset or 0 for local_mask in self.local_masks],
             "param_ids": self.param_ids,
             "maximize": group["maximize"],
             "precision": group["precision"],
@@ -91,6 +91,6 @@ class Batch:
         return {
             "params": self.params,
             "grads": self.grads,
-            "masks": [shard.mask for shard in self.shards],
-            "block_counts": [shard.block_counts for shard in self.shards],
+            "masks": [local_mask.payload for local_mask in self.local_masks],
+            "block_counts": [local_mask.block_counts for local_mask in self.local_masks],
         }

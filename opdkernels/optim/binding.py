@@ -1,4 +1,4 @@
-"""Binds masks to the parameters of an optimizer and cuts them to the local shards.
+"""Binds masks to the parameters of an optimizer and slices them to the local shards.
 
 The masks are a set, a file, a mapping or a list. Nothing here holds a Parameter, since trainers replace them: a mask is
 bound to a position in the groups, a name and a global shape.
@@ -22,15 +22,13 @@ Masks = MaskSet | str | os.PathLike[str] | Mapping[str, Mask | torch.Tensor] | S
 
 
 @dataclass
-class Shard:
+class LocalMask:
     """The local part of a mask, on the device of the parameter."""
 
-    mask: torch.Tensor  # uint8 [ceil(numel / 8)], or int32 or int64 [num_active]
+    payload: torch.Tensor  # bitmap uint8 [ceil(numel / 8)], or indices int32 or int64 [num_active]
     block_counts: torch.Tensor  # int64 [blocks + 1] of a bitmap, else [0]
     num_active: int
-    offset: (
-        int | None
-    )  # flat index in the unsharded tensor of the first coordinate; None where the shard is no flat range
+    offset: int | None  # flat index of its first coordinate in the unsharded tensor; None if it is no flat range
 
 
 @dataclass
@@ -41,10 +39,10 @@ class Binding:
     name: str
     param_id: int
     cache_key: tuple | None = field(default=None, compare=False)
-    cached_shard: Shard | None = field(default=None, compare=False)
+    cached_local_mask: LocalMask | None = field(default=None, compare=False)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "cache_key": None, "cached_shard": None}
+        return {**self.__dict__, "cache_key": None, "cached_local_mask": None}
 
     @property
     def digest(self) -> int:
@@ -56,34 +54,34 @@ class Binding:
         """The name of the parameter for messages."""
         return printable(self.name) or f"parameter {self.param_id}"
 
-    def shard(self, param: torch.Tensor) -> Shard:
+    def local_mask(self, param: torch.Tensor) -> LocalMask:
         """The mask of the local part of `param`; cached until the shape, the position or the device changes."""
         if tuple(param.shape) != self.mask.shape:
             raise ValueError(
                 f"{printable(self.name)} is now {list(param.shape)}; its mask is {list(self.mask.shape)}: "
                 "create the optimizer again"
             )
-        local, at = local_part(param)
-        key = (tuple(local.shape), at, local.device)
-        if self.cached_shard is None or key != self.cache_key:
-            mask, offset = self._local_mask(local, at)
-            none = torch.zeros(0, dtype=torch.int64)
-            block_counts = mask.block_counts if mask.layout == "bitmap" else none
-            self.cached_shard = Shard(
+        local, start = local_part(param)
+        key = (tuple(local.shape), start, local.device)
+        if self.cached_local_mask is None or key != self.cache_key:
+            mask, offset = self._slice_mask(local, start)
+            block_counts = mask.block_counts if mask.layout == "bitmap" else torch.zeros(0, dtype=torch.int64)
+            self.cached_local_mask = LocalMask(
                 mask.payload.to(local.device), block_counts.to(local.device), mask.num_active, offset
             )
             self.cache_key = key
-        return self.cached_shard
+        return self.cached_local_mask
 
-    def _local_mask(self, local: torch.Tensor, at: tuple[int, ...] | None) -> tuple[Mask, int | None]:
-        """The mask of a local tensor that begins at these coordinates, and its flat offset, if it is a flat range."""
-        if at is None:
+    def _slice_mask(self, local: torch.Tensor, start: tuple[int, ...] | None) -> tuple[Mask, int | None]:
+        """The mask of a local tensor that begins at the coordinates `start`, and its flat offset, if it is a flat
+        range."""
+        if start is None:
             return self.mask, 0
         if tuple(local.shape[1:]) != self.mask.shape[1:]:
-            region = tuple(slice(first, first + n) for first, n in zip(at, local.shape, strict=True))
+            region = tuple(slice(first, first + n) for first, n in zip(start, local.shape, strict=True))
             return Mask.from_bool(self.mask.to_bool()[region]), None
-        row = self.mask.numel // self.mask.shape[0] if self.mask.shape and self.mask.shape[0] else 0
-        offset = at[0] * row if at else 0
+        row_numel = self.mask.numel // self.mask.shape[0] if self.mask.shape and self.mask.shape[0] else 0
+        offset = start[0] * row_numel if start else 0
         return self.mask.flat(offset, offset + local.numel()), offset
 
 
@@ -97,8 +95,8 @@ def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...] | No
         raise ValueError(
             "a parameter is sharded in strides (FSDP over tensor parallelism); masks take contiguous shards"
         )
-    _, at = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
-    return tensor.to_local(), tuple(at)  # type: ignore[attr-defined]
+    _, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
+    return tensor.to_local(), tuple(start)  # type: ignore[attr-defined]
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
@@ -190,8 +188,8 @@ class Binder:
                     f"{display_name} has no mask; give one, leave the parameter out, "
                     'or pass unmasked="freeze" or "train"'
                 )
-            none = Mask.from_indices(torch.zeros(0, dtype=torch.int64), param.shape)
-            mask = ~none if self.unmasked == "train" else none
+            empty = Mask.from_indices(torch.zeros(0, dtype=torch.int64), param.shape)
+            mask = ~empty if self.unmasked == "train" else empty
         if mask.shape != tuple(param.shape):
             raise ValueError(
                 f"{display_name} is {list(param.shape)}, its mask {list(mask.shape)}: these are another model's masks"

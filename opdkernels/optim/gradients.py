@@ -27,8 +27,8 @@ class Hooks:
             handle.remove()
         optimizer = self.gathering() if self.gathering else None
         if optimizer is not None:
-            optimizer._gathers -= 1
-            optimizer._compact.clear()
+            optimizer._num_gather_hooks -= 1
+            optimizer._gathered_grads.clear()
         self.gathering = None
 
 
@@ -71,17 +71,17 @@ def gather_active_grads(model: torch.nn.Module, optimizer: MaskedOptimizer) -> H
         optimizer = owner()
         if param.grad is None or optimizer is None:
             return
-        binding = optimizer._bound[key[0]][key[1]]
-        local, shard = local_gradient(param, param.grad, binding.display_name), binding.shard(param)
-        gathered = optimizer._compact.get(key)
+        binding = optimizer._bindings_by_group[key[0]][key[1]]
+        local, local_mask = local_gradient(param, param.grad, binding.display_name), binding.local_mask(param)
+        gathered = optimizer._gathered_grads.get(key)
         if gathered is None:
-            optimizer._compact[key] = gather_active(local, shard)
+            optimizer._gathered_grads[key] = gather_active(local, local_mask)
         else:
-            masked_gather(local, shard.mask, shard.block_counts, gathered, add=True)
+            masked_gather(local, local_mask.payload, local_mask.block_counts, gathered, add=True)
         param.grad = None
 
     hooks = Hooks(register_hooks(model, optimizer, gather), owner)
-    optimizer._gathers += 1
+    optimizer._num_gather_hooks += 1
     return hooks
 
 
@@ -122,13 +122,13 @@ def zero_frozen_grads(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hoo
         optimizer = owner()
         if param.grad is None or optimizer is None:
             return
-        binding = optimizer._bound[key[0]][key[1]]
+        binding = optimizer._bindings_by_group[key[0]][key[1]]
         param.grad = as_sharded(param, param.grad)
-        shard = binding.shard(param)
-        active = gather_active(local_gradient(param, param.grad, binding.display_name), shard)
+        local_mask = binding.local_mask(param)
+        active = gather_active(local_gradient(param, param.grad, binding.display_name), local_mask)
         local = local_part(param.grad)[0].detach()
         local.zero_()
-        scatter_active(local, shard, active)
+        scatter_active(local, local_mask, active)
 
     return Hooks(register_hooks(model, optimizer, zero_frozen))
 

@@ -54,7 +54,7 @@ class MaskedParameters(torch.nn.Module):
             if is_dtensor(weight):
                 raise ValueError(f"{printable(name)} is a DTensor; give MaskedAdamW the sharded parameters")
             index = len(self.values)
-            self.values.append(torch.nn.Parameter(gather_active(weight, binding.shard(weight))))
+            self.values.append(torch.nn.Parameter(gather_active(weight, binding.local_mask(weight))))
             self.names.append(canonical_name(name, keep_prefixes=True))
             self._weights.append((weight, binding))
             self._handles.append(weight.register_post_accumulate_grad_hook(partial(gather_gradient, owner, index)))
@@ -67,13 +67,13 @@ class MaskedParameters(torch.nn.Module):
     def push_to_model(self) -> None:
         """Write the compact values to the weights."""
         for (weight, binding), value in zip(self._weights, self.values, strict=True):
-            scatter_active(weight, binding.shard(weight), value.detach().float().contiguous())
+            scatter_active(weight, binding.local_mask(weight), value.detach().float().contiguous())
 
     @torch.no_grad()
     def pull_from_model(self) -> None:
         """Read the compact values from the weights."""
         for (weight, binding), value in zip(self._weights, self.values, strict=True):
-            value.copy_(gather_active(weight, binding.shard(weight)))
+            value.copy_(gather_active(weight, binding.local_mask(weight)))
 
     def attach(self, optimizer: Any) -> Any:
         """Call `push_to_model` after every step of an optimizer. Returns the optimizer."""
@@ -102,6 +102,6 @@ def gather_gradient(owner: weakref.ref[MaskedParameters], index: int, weight: to
         return
     value, (_, binding) = compact.values[index], compact._weights[index]
     gradient = local_gradient(weight, weight.grad, printable(binding.name))
-    active = gather_active(gradient, binding.shard(weight))
+    active = gather_active(gradient, binding.local_mask(weight))
     weight.grad = None
     torch.autograd.backward([value], [active.to(value.dtype)])

@@ -9,7 +9,7 @@ import torch
 from opdkernels.ops.step import masked_sgd, sgd_scalars
 from opdkernels.ops.step.layout import IS_FIRST
 from opdkernels.optim.base import MaskedOptimizer
-from opdkernels.optim.batch import Batch
+from opdkernels.optim.batch import StepBatch
 from opdkernels.optim.binding import Masks
 
 
@@ -94,7 +94,7 @@ class MaskedSGD(MaskedOptimizer):
 
     def _launch(
         self,
-        batch: Batch,
+        batch: StepBatch,
         group: dict[str, Any],
         scalars: torch.Tensor,
         grad_scale: torch.Tensor | None,

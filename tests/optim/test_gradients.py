@@ -60,7 +60,8 @@ def test_micro_batches_accumulate_in_fp32():
     for step in range(3):
         backward(model, step)
         backward(dense, step)
-    gathered = [optimizer._compact[place] for place in sorted(optimizer._compact)]  # backward goes from the last
+    # sorted: the backward pass gathers the last parameter first
+    gathered = [gradient for _, gradient in sorted(optimizer._gathered_grads.items())]
     for got, (name, p) in zip(gathered, dense.named_parameters(), strict=True):
         torch.testing.assert_close(got, p.grad[masks[name]], rtol=1e-6, atol=1e-9)
         assert got.dtype == torch.float32

@@ -149,7 +149,7 @@ def test_gradient_of_another_shape_raises_before_any_update():
     first.grad, second.grad = torch.ones(8), torch.ones(8)
     optimizer.state[second] = {}
     second.data = torch.zeros(16)
-    optimizer._bound[0][1].mask = Mask.from_bool(all_of(16))
+    optimizer._bindings_by_group[0][1].mask = Mask.from_bool(all_of(16))
     with pytest.raises(ValueError, match=r"is \[16\], its gradient \[8\]"):
         optimizer.step()
     assert torch.equal(first, torch.zeros(8))
@@ -207,7 +207,7 @@ def test_only_complete_name_components_are_removed():
         [("emb_module.w", a), ("emb_w", b), ("submodule.w", c)],
         masks={"emb_w": all_of(4), "emb_module.w": ~all_of(4), "submodule.w": all_of(4)},
     )
-    assert [binding.mask.num_active for binding in optimizer._bound[0]] == [0, 4, 4]
+    assert [binding.mask.num_active for binding in optimizer._bindings_by_group[0]] == [0, 4, 4]
     with pytest.raises(ValueError, match=r"norm\.weight has no mask"):
         MaskedAdamW([("layers.0.norm.weight", a), ("norm.weight", b)], masks={"layers.0.norm.weight": all_of(4)})
 
@@ -244,14 +244,14 @@ def test_an_optimizer_with_masks_from_a_file_is_copied_and_pickled(tmp_path):
     weight = P(torch.zeros(64))
     optimizer = MaskedAdamW([("w", weight)], masks=tmp_path / "m.safetensors")
     for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert other._bound[0][0].mask == mask
+        assert other._bindings_by_group[0][0].mask == mask
 
 
 def test_masks_take_what_their_docstring_says():
     """No bool tensor is kept, and masks of indices hold no bitmap."""
     flags = torch.rand(1 << 16) < 0.01
     optimizer = stepped(P(torch.zeros(1 << 16)), mask=flags)
-    mask = optimizer._bound[0][0].mask
+    mask = optimizer._bindings_by_group[0][0].mask
     held = [value for value in vars(mask).values() if isinstance(value, torch.Tensor)]
     assert sum(t.nbytes for t in {t.data_ptr(): t for t in held}.values()) == 4 * int(flags.sum())
     assert all(isinstance(one, Mask) for one in optimizer._binder.in_order)
@@ -272,7 +272,7 @@ def test_failed_set_masks_changes_nothing():
     with pytest.raises(ValueError, match="no initial values to restore"):
         optimizer.set_masks([~all_of(8), ~all_of(8)], on_drop="restore")
     assert torch.equal(a, before)
-    assert optimizer._bound[0][0].mask.num_active == 8
+    assert optimizer._bindings_by_group[0][0].mask.num_active == 8
 
 
 def test_options_changed_between_steps_apply_or_raise():
@@ -298,7 +298,7 @@ def test_failed_add_param_group_changes_nothing():
     with pytest.raises(ValueError, match=r"is \[5\], its mask \[6\]"):
         optimizer.add_param_group({"params": [bad]})
     optimizer.add_param_group({"params": [good]})
-    assert [len(optimizer.param_groups), len(optimizer._bound)] == [2, 2]
+    assert [len(optimizer.param_groups), len(optimizer._bindings_by_group)] == [2, 2]
 
 
 def test_hooks_of_masked_parameters_fire():

@@ -135,10 +135,14 @@ def test_state_has_one_element_per_active_coordinate(dtype, limit):
     optimizer = MaskedAdamW([("w", weight)], masks={"w": torch.rand(1024, 1024) < 0.2})
     give_grads([weight], 0)
     optimizer.step()
-    shard = optimizer._bound[0][0].cached_shard
-    held = sum(t.nbytes for t in optimizer.state[weight].values()) + shard.mask.nbytes + shard.block_counts.nbytes
+    local_mask = optimizer._bindings_by_group[0][0].cached_local_mask
+    held = (
+        sum(t.nbytes for t in optimizer.state[weight].values())
+        + local_mask.payload.nbytes
+        + local_mask.block_counts.nbytes
+    )
     assert held / weight.numel() <= limit
-    active = int(shard.num_active)
+    active = int(local_mask.num_active)
     assert all(t.numel() in (1, active) for t in optimizer.state[weight].values())
 
 
@@ -340,10 +344,10 @@ def test_operator_compiles_with_fullgraph():
     """Point 11: fullgraph, with scalars as a tensor, so that no step count or rate is a constant of the graph."""
     params, masks = model_of(), masks_of()
     optimizer = MaskedAdamW(params.items(), masks=masks)
-    binding = optimizer._bound[0][0]
+    binding = optimizer._bindings_by_group[0][0]
     weight = params["embed.weight"].detach()
-    shard = binding.shard(weight)
-    m, v = (torch.zeros(shard.num_active) for _ in range(2))
+    local_mask = binding.local_mask(weight)
+    m, v = (torch.zeros(local_mask.num_active) for _ in range(2))
     graphs = []
 
     def backend(graph, inputs):
@@ -355,8 +359,8 @@ def test_operator_compiles_with_fullgraph():
         torch.ops.opdkernels.masked_adamw_(
             [param],
             [grad],
-            [shard.mask],
-            [shard.block_counts],
+            [local_mask.payload],
+            [local_mask.block_counts],
             [m],
             [v],
             [],
@@ -520,7 +524,7 @@ def test_masks_bind_by_name_or_position(tmp_path):
         (params.values(), list(masks.values())),
     ):
         optimizer = MaskedAdamW(named, masks=given)
-        assert [b.mask for b in optimizer._bound[0]] == list(result.values())
+        assert [b.mask for b in optimizer._bindings_by_group[0]] == list(result.values())
     with pytest.raises(ValueError, match="parameter 0 has no name"):
         MaskedAdamW(params.values(), masks=result)
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
@@ -528,7 +532,7 @@ def test_masks_bind_by_name_or_position(tmp_path):
     ordered = in_model_order(shuffled, model)
     ordered.save(tmp_path / "ordered.safetensors")
     optimizer = MaskedAdamW(model.parameters(), masks=str(tmp_path / "ordered.safetensors"))
-    for (name, _), binding in zip(model.named_parameters(), optimizer._bound[0], strict=True):
+    for (name, _), binding in zip(model.named_parameters(), optimizer._bindings_by_group[0], strict=True):
         assert torch.equal(binding.mask.to_bool(), shuffled[name])
 
 
