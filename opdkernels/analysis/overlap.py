@@ -26,7 +26,7 @@ from opdkernels.errors import UsageError
 from opdkernels.files import write_json
 from opdkernels.formatting import percent
 from opdkernels.metrics import groups
-from opdkernels.metrics.coordinates import to_bf16_bits
+from opdkernels.metrics.batch import to_bf16_bits
 from opdkernels.metrics.tallies import SCHEMA_VERSION
 from opdkernels.ops.overlap import MAX_RUNS, Overlap, overlap, strata_chance
 from opdkernels.progress import Progress

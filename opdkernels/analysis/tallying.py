@@ -11,7 +11,7 @@ import torch
 from opdkernels.backends.devices import CPU, empty_cache, probed_device
 from opdkernels.checkpoint import streaming
 from opdkernels.checkpoint.match import Match, Pair
-from opdkernels.metrics.coordinates import SparseTally
+from opdkernels.metrics.batch import SparseTally
 from opdkernels.metrics.tallies import TallyRecord
 from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, Tally, delta
 from opdkernels.progress import Progress

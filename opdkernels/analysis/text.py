@@ -12,7 +12,7 @@ from opdkernels.analysis.trajectory import Trajectory
 from opdkernels.analysis.trajectory_tables import mean
 from opdkernels.errors import printable
 from opdkernels.formatting import byte_size, measure, percent, times
-from opdkernels.metrics.coordinates import VIEWS
+from opdkernels.metrics.registry import VIEWS
 from opdkernels.metrics.trajectory import SIMILARITY
 
 MAX_LISTED = 10

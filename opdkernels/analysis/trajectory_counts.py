@@ -11,7 +11,7 @@ import torch
 from opdkernels.analysis.common_tensors import Elements, base_elements, bytes_per_element, read_slice
 from opdkernels.analysis.tallying import slices
 from opdkernels.checkpoint.match import Match, Pair
-from opdkernels.metrics.coordinates import to_bf16_bits
+from opdkernels.metrics.batch import to_bf16_bits
 from opdkernels.metrics.tallies import TallyRecord
 from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, Tally, delta, exact_float, from_limbs
 from opdkernels.ops.overlap import MAX_RUNS, Overlap, overlap

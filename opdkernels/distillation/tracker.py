@@ -26,7 +26,9 @@ from opdkernels.distillation.world import World
 from opdkernels.files import atomic_file
 from opdkernels.masks import MaskSet
 from opdkernels.masks.mask import Mask
-from opdkernels.metrics.coordinates import VIEWS, SparseTally, tensor_metrics
+from opdkernels.metrics.batch import SparseTally
+from opdkernels.metrics.coordinates import tensor_metrics
+from opdkernels.metrics.registry import VIEWS
 from opdkernels.ops.delta import Tally, delta
 from opdkernels.optim.active import gather_active
 from opdkernels.optim.base import MaskedOptimizer

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from opdkernels.checkpoint.names import parse_tensor_name
-from opdkernels.metrics.coordinates import RATIO_SYMBOL, ratio_label, threshold_label
+from opdkernels.metrics.batch import RATIO_SYMBOL, ratio_label, threshold_label
 from opdkernels.metrics.registry import (
     COUNT,
     MEAN_OVER_MATRICES,

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from opdkernels.files import write_atomically
 from opdkernels.metrics import coordinates, null_metrics
 from opdkernels.metrics.aggregation import Members, median_of, recomputed
-from opdkernels.metrics.coordinates import RATIO_LABELS, RATIO_SYMBOL
+from opdkernels.metrics.batch import RATIO_LABELS, RATIO_SYMBOL
 from opdkernels.metrics.registry import COUNT, NON_NEGATIVE, PAPER, VIEWS, Metric, family
 
 TABLE_VERSION = 1

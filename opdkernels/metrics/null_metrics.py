@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from opdkernels.metrics.aggregation import MEAN_BY_CHANGED_NULL, SUM, Members, recomputed
-from opdkernels.metrics.coordinates import RATIO_LABELS, RATIO_SYMBOL, RATIOS, Columns
+from opdkernels.metrics.batch import RATIO_LABELS, RATIO_SYMBOL, RATIOS, Columns
 from opdkernels.metrics.registry import NON_NEGATIVE, Aggregation, Metric, family, interleave
 from opdkernels.metrics.rounding_null import KINDS, Null
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from opdkernels.analysis.result import Analysis
+from opdkernels.metrics.batch import RATIOS, ratio_label
 from opdkernels.metrics.catalog import metrics_on_page
-from opdkernels.metrics.coordinates import RATIOS, ratio_label
 from opdkernels.metrics.registry import VIEWS
 from opdkernels.report import charts, typography
 from opdkernels.report.geometry import geometry_context

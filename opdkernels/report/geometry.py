@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from opdkernels.analysis.result import Analysis
-from opdkernels.metrics.coordinates import RATIOS, ratio_label
+from opdkernels.metrics.batch import RATIOS, ratio_label
 from opdkernels.metrics.geometry import TOP, random_decay, random_spectrum
 from opdkernels.report import charts
 from opdkernels.report.tables import sorted_modules

@@ -320,7 +320,7 @@ def test_summary_matches_its_schema(pair, tmp_path):
 
 
 def test_records_keep_counts_of_any_size():
-    from opdkernels.metrics.coordinates import SparseTally
+    from opdkernels.metrics.batch import SparseTally
 
     tally = delta(torch.ones(4), torch.tensor([1.0, 1, 1, 2]))
     for factor in (1, 1 << 40):

@@ -10,17 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdkernels.metrics.coordinates import (
-    RATIOS,
-    TOP_FRACTIONS,
-    Batch,
-    SparseTally,
-    compute_metrics,
-    near_zero,
-    ratio_label,
-    tensor_metrics,
-    to_bf16_bits,
-)
+from opdkernels.metrics.batch import RATIOS, Batch, SparseTally, ratio_label, to_bf16_bits
+from opdkernels.metrics.coordinates import TOP_FRACTIONS, compute_metrics, near_zero, tensor_metrics
 from opdkernels.ops.delta import THRESHOLDS, Tally, delta
 from tests.ops.conformance import make_pair
 
@@ -173,3 +164,26 @@ def test_a_sparse_tally_round_trips():
     tally = delta(*make_pair(3000, torch.float32))
     assert SparseTally.of(tally).dense() == tally
     assert SparseTally.of(Tally.empty()).dense() == Tally.empty()
+
+
+def test_bounds_of_top_energy_hold_at_the_edges_of_bins():
+    """|delta| next to the largest fp32, and fp64 values that fp32 rounds across an edge of a bin."""
+    largest = torch.tensor([1.6947e38, 1.698e38, 1.6975e38, 1e37, 2e37, 3e36] * 4, dtype=torch.float64)
+    edges = torch.tensor([1.0, 1.5, 2.0**-126, 3 * 2.0**-133, 2.0**-140], dtype=torch.float64)
+    pairs = [(-largest.to(dtype), largest.to(dtype)) for dtype in (torch.float32, torch.float64)]
+    pairs += [
+        (torch.zeros(9, dtype=torch.float64), edge * (1 + side * 2.0**-40) * torch.ones(9))
+        for edge in edges
+        for side in (-1, 0, 1)
+    ]
+    pairs.append((torch.zeros(40, dtype=torch.float64), torch.cat([edges * (1 - 2.0**-50)] * 8)))
+    for base, trained in pairs:
+        row = tensor_metrics(sparse(base, trained), "stored")
+        _, _, d = coordinates(base, trained, "stored")
+        order = np.sort(np.abs(d))[::-1]
+        assert len(d) == len(base)
+        for p in TOP_FRACTIONS:
+            label, k = f"top_energy_{ratio_label(p)}", math.ceil(p * len(d))
+            exact = math.fsum(order[:k] ** 2) / math.fsum(d * d)
+            assert row[f"{label}_lower"] <= exact <= row[f"{label}_upper"]
+            assert row[f"{label}_lower"] <= row[label] <= row[f"{label}_upper"]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from opdkernels.metrics import docs
+from opdkernels.metrics.batch import Batch, SparseTally
 from opdkernels.metrics.catalog import METRICS, metrics_of, metrics_on_page
-from opdkernels.metrics.coordinates import FORMULAS, Batch, SparseTally
+from opdkernels.metrics.coordinates import FORMULAS
 from opdkernels.metrics.geometry import geometry_row, spectrum_row
 from opdkernels.metrics.groups import group_rows
 from opdkernels.metrics.null_metrics import null_metrics

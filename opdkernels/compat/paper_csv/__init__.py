@@ -41,19 +41,8 @@ from opdkernels.compat.paper_csv.spectra import (
     svd_row,
 )
 from opdkernels.files import write_json
-from opdkernels.metrics.coordinates import (
-    EPSILON,
-    RATIOS,
-    RELATIVE,
-    TOP_FRACTIONS,
-    Batch,
-    SparseTally,
-    near_zero,
-    ratio_label,
-    tensor_metrics,
-    threshold_label,
-    to_bf16_bits,
-)
+from opdkernels.metrics.batch import EPSILON, RATIOS, Batch, SparseTally, ratio_label, threshold_label, to_bf16_bits
+from opdkernels.metrics.coordinates import RELATIVE, TOP_FRACTIONS, near_zero, tensor_metrics
 from opdkernels.metrics.groups import Row, write_csv
 from opdkernels.metrics.spectra import SpectrumRecord
 from opdkernels.metrics.tallies import TallyRecord
