@@ -145,8 +145,8 @@ def spectra_from_grams(
         return None, 0, None, UNDERFLOW
     if not changed and not config.both_views:
         return None, 0, None, "delta is zero"
-    gram_source = gram_w[0] if gram_w else shared.gram.to(config.device)
-    shared.factor = shared.factor or factor_of(matrix, w, visible, gram_source, config)
+    gram_base = gram_w[0] if gram_w else shared.gram.to(config.device)
+    shared.factor = shared.factor or factor_of(matrix, w, visible, gram_base, config)
     if not changed:
         return None, 0, None, ""
     singular = float(shared.factor.sigma[-1]) <= NEAR_SINGULAR * float(shared.factor.sigma[0])
@@ -155,22 +155,20 @@ def spectra_from_grams(
     block = BLOCK if large and not singular and not fp64_input else 0
     (cross,) = gram(long_w, long_v, parts=("cross",), visible=visible, block=block)
     delta = factorise(gram_delta, min(TOP, matrix.short)) if config.similarity and not visible else None
-    grams = (gram_source, cross, gram_delta)
-    spectra = from_grams(grams, tall=tall, source=shared.factor.to(config.device), delta=delta)
+    grams = (gram_base, cross, gram_delta)
+    spectra = from_grams(grams, tall=tall, base=shared.factor.to(config.device), delta=delta)
     if spectra is None:
         spectra = spectra_from_svd(matrix, w, v, visible, config)
     return spectra.to(CPU), block, delta.to(CPU) if delta else None, ""
 
 
-def factor_of(
-    matrix: Matrix, w: torch.Tensor, visible: bool, gram_source: torch.Tensor, config: SpectraConfig
-) -> Factor:
+def factor_of(matrix: Matrix, w: torch.Tensor, visible: bool, gram_base: torch.Tensor, config: SpectraConfig) -> Factor:
     """The factor of W from its Gram matrix [short, short], or from W itself if the top fifth of W is nearly
     singular."""
     num_vectors = top_ranks(matrix.short)[-1]
 
     def compute() -> Factor:
-        factor = factorise(gram_source, num_vectors).to(CPU)
+        factor = factorise(gram_base, num_vectors).to(CPU)
         if float(factor.sigma[num_vectors - 1]) > GRAM_LIMIT * float(factor.sigma[0]):
             return factor
         with exclusive_svd(matrix, config):
@@ -273,6 +271,6 @@ def build_record(
     }
     if spectra is None:
         return replace(empty, **content)
-    content |= {name: getattr(spectra, name).numpy() for name in ("source", "trained", "delta")}
+    content |= {name: getattr(spectra, name).numpy() for name in ("base", "trained", "delta")}
     content["subspace"] = torch.stack([getattr(spectra, name) for name in SUBSPACE]).numpy()
     return replace(empty, method=method, reason="", energy=float(spectra.delta.square().sum()), **content)

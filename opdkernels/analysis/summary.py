@@ -27,7 +27,7 @@ class Matched(Part):
     how: dict[str, int] = Field(
         description="How many tensors were matched in which way: exact, prefix, fused, common rows, tied."
     )
-    dtypes: dict[str, int] = Field(description="'source → trained' dtypes and how many tensors have them.")
+    dtypes: dict[str, int] = Field(description="'base → trained' dtypes and how many tensors have them.")
 
 
 class Curve(Part):

@@ -12,13 +12,14 @@ from opdkernels.analysis.result import Analysis
 from opdkernels.checkpoint.match import Pair
 from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.metrics import groups, rounding_null
-from opdkernels.metrics.batch import RATIOS, SparseTally, to_bf16_bits
+from opdkernels.metrics.batch import SparseTally, to_bf16_bits
 from opdkernels.metrics.coordinates import compute_metrics
 from opdkernels.metrics.null_metrics import null_metrics
 from opdkernels.metrics.registry import VIEWS
 from opdkernels.metrics.rounding_null import Null
 from opdkernels.metrics.tallies import TallyRecord
 from opdkernels.ops.delta.layout import HIST_DELTA_STORED, ULP_REACH
+from opdkernels.spectral.exact import RATIOS
 
 CURVE = [float(f"{10 ** (k / 10):.4g}") for k in range(-90, -9)]  # 1e-9 .. 1e-1
 EXCLUDED = ("shape", "shard")  # kinds of tensors in both checkpoints that are not compared: exit status 3

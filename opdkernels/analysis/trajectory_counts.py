@@ -25,7 +25,7 @@ class TensorTotals:
 
     finite: int
     changed: int
-    source_sq: int
+    base_sq: int
     delta_sq: int
 
     @classmethod
@@ -119,7 +119,7 @@ class TrajectoryCounter:
         return TensorTrajectory(
             match,
             totals[0].finite,
-            exact_float(totals[0].source_sq),
+            exact_float(totals[0].base_sq),
             changed,
             shared,
             expected,

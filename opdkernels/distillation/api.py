@@ -141,9 +141,9 @@ def distill(
     if callable(reward):
         values["reward"], reward_fn = qualified_name(reward), reward
     rows: dict[str, Any] = {}
-    for name, source in (("prompts", prompts), ("eval_prompts", eval_prompts)):
-        if source is not None:
-            values[name], rows[name] = name_rows(source, name)
+    for name, value in (("prompts", prompts), ("eval_prompts", eval_prompts)):
+        if value is not None:
+            values[name], rows[name] = name_rows(value, name)
     if rows.get("eval_prompts") and "num_eval_prompts" not in values:
         values["num_eval_prompts"] = len(rows["eval_prompts"])
     missing = [name for name in ("student", "prompts") if name not in values]
@@ -200,11 +200,11 @@ def qualified_name(function: Callable[..., Any]) -> str:
     return f"{getattr(function, '__module__', type(function).__module__)}:{name}"
 
 
-def name_rows(source: Any, name: str) -> tuple[str, list[Example] | None]:
-    """The value of `prompts` or `eval_prompts` in the options, and the examples if `source` is not a file or a task."""
-    if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source), None
-    examples = [to_example(row, f"row {i} of {name}") for i, row in enumerate(source)]
+def name_rows(prompts: Any, name: str) -> tuple[str, list[Example] | None]:
+    """The value of `prompts` or `eval_prompts` in the options, and its examples if it is not a file or a task."""
+    if isinstance(prompts, (str, os.PathLike)):
+        return os.fspath(prompts), None
+    examples = [to_example(row, f"row {i} of {name}") for i, row in enumerate(prompts)]
     if not examples:
         raise InputError(f"{name} holds no prompt")
     digest = hashlib.blake2b(json.dumps([asdict(example) for example in examples]).encode(), digest_size=16)

@@ -21,8 +21,8 @@ from opdkernels.ops.delta.layout import (
     HIST_DELTA_STORED,
     HIST_TRAINED_CHANGED,
 )
+from opdkernels.spectral.exact import RATIOS
 
-RATIOS = (0.01, 0.05, 0.1, 0.2)
 EPSILON = 1e-12
 
 
@@ -112,7 +112,7 @@ class SparseTally:
         }
 
 
-class Batch:
+class TallyBatch:
     """Tallies of several tensors, concatenated: the bins of tensor t are at `start[t]` .. `stop[t]`."""
 
     def __init__(self, tallies: Sequence[SparseTally]):

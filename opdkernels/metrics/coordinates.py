@@ -29,10 +29,9 @@ from opdkernels.metrics.batch import (
     EPSILON,
     RATIO_LABELS,
     RATIO_SYMBOL,
-    RATIOS,
-    Batch,
     Columns,
     SparseTally,
+    TallyBatch,
     prefix_sums,
     ratio_label,
     threshold_label,
@@ -59,6 +58,7 @@ from opdkernels.ops.delta.layout import (
     HIST_DELTA,
     HIST_DELTA_STORED,
 )
+from opdkernels.spectral.exact import RATIOS
 
 RELATIVE = (1e-4, 1e-3, 1e-2)
 TOP_FRACTIONS = (0.001, 0.01, 0.05)
@@ -76,7 +76,7 @@ ALL_TABLES = ("tensors", "groups")
 class Formula:
     """A function that computes `metrics` of a batch of tensors in one view."""
 
-    compute: Callable[[Batch, str], Columns]
+    compute: Callable[[TallyBatch, str], Columns]
     metrics: tuple[Metric, ...]
 
 
@@ -86,7 +86,7 @@ FORMULAS: list[Formula] = []
 def formula(*metrics: Metric) -> Callable:
     """Registers a function (batch, view) -> columns of `metrics`, in their order."""
 
-    def register(compute: Callable[[Batch, str], Columns]) -> Callable[[Batch, str], Columns]:
+    def register(compute: Callable[[TallyBatch, str], Columns]) -> Callable[[TallyBatch, str], Columns]:
         FORMULAS.append(Formula(compute, metrics))
         return compute
 
@@ -126,46 +126,46 @@ def bounded_family(
 
 @formula(
     Metric(
-        "numel",
-        "parameters",
-        "coordinates compared",
-        COUNT,
-        "count",
-        SUM,
+        name="numel",
+        label="parameters",
+        definition="coordinates compared",
+        range=COUNT,
+        format="count",
+        aggregation=SUM,
         tables=(*ALL_TABLES, "overlap"),
         pages={"groups": ("",), "tensors": ("",)},
     ),
     Metric(
-        "nonfinite",
-        "NaN or Inf",
-        "coordinates where W, W′ or the visible Δ is not finite; they are left out of every other metric",
-        COUNT,
-        "count",
-        SUM,
+        name="nonfinite",
+        label="NaN or Inf",
+        definition="coordinates where W, W′ or the visible Δ is not finite; they are left out of every other metric",
+        range=COUNT,
+        format="count",
+        aggregation=SUM,
         tables=(*ALL_TABLES, "overlap"),
     ),
     Metric(
-        "bit_equal",
-        "bit-identical",
-        "coordinates whose stored bits are equal; +0 and −0 differ, a NaN equals itself",
-        COUNT,
-        "count",
-        SUM,
+        name="bit_equal",
+        label="bit-identical",
+        definition="coordinates whose stored bits are equal; +0 and −0 differ, a NaN equals itself",
+        range=COUNT,
+        format="count",
+        aggregation=SUM,
         tables=ALL_TABLES,
     ),
     Metric(
-        "changed",
-        "changed",
-        "finite coordinates with Δ ≠ 0",
-        COUNT,
-        "count",
-        SUM,
-        PAPER,
-        ALL_TABLES,
+        name="changed",
+        label="changed",
+        definition="finite coordinates with Δ ≠ 0",
+        range=COUNT,
+        format="count",
+        aggregation=SUM,
+        source=PAPER,
+        tables=ALL_TABLES,
         pages={"overview": VIEWS},
     ),
 )
-def counts(batch: Batch, view: str) -> Columns:
+def counts(batch: TallyBatch, view: str) -> Columns:
     """Coordinates of each kind, int64."""
     return {
         "numel": batch.numel,
@@ -177,9 +177,9 @@ def counts(batch: Batch, view: str) -> Columns:
 
 @formula(
     Metric(
-        "frac_zero",
-        "unchanged",
-        "fraction of the finite coordinates with Δ = 0, the sparsity at ε = 0",
+        name="frac_zero",
+        label="unchanged",
+        definition="fraction of the finite coordinates with Δ = 0, the sparsity at ε = 0",
         aggregation=MEAN_BY_COORDINATES,
         source=PAPER,
         tables=ALL_TABLES,
@@ -188,10 +188,10 @@ def counts(batch: Batch, view: str) -> Columns:
     *interleave(
         family(
             Metric(
-                "frac_lt_{}",
-                "|Δ| < {}",
-                "fraction of the finite coordinates with |Δ| < {}; in the visible view the threshold is rounded to "
-                "bf16",
+                name="frac_lt_{}",
+                label="|Δ| < {}",
+                definition="fraction of the finite coordinates with |Δ| < {}; in the visible view the threshold is "
+                "rounded to bf16",
                 aggregation=MEAN_BY_COORDINATES,
                 source=PAPER,
                 tables=ALL_TABLES,
@@ -201,10 +201,10 @@ def counts(batch: Batch, view: str) -> Columns:
         ),
         family(
             Metric(
-                "frac_le_{}",
-                "|Δ| ≤ {}",
-                "fraction of the finite coordinates with |Δ| ≤ {}, the paper's sparsity; in the visible view the "
-                "threshold is rounded to bf16 (1e-5 becomes 1.00136e-5)",
+                name="frac_le_{}",
+                label="|Δ| ≤ {}",
+                definition="fraction of the finite coordinates with |Δ| ≤ {}, the paper's sparsity; in the visible "
+                "view the threshold is rounded to bf16 (1e-5 becomes 1.00136e-5)",
                 aggregation=MEAN_BY_COORDINATES,
                 source=PAPER,
                 tables=ALL_TABLES,
@@ -216,10 +216,10 @@ def counts(batch: Batch, view: str) -> Columns:
     ),
     *bounded_family(
         Metric(
-            "frac_lt_rel_{}",
-            "|Δ| < {} rms(W)",
-            "fraction of the finite coordinates with |Δ| < {} · rms(W); in the stored view the tally holds |Δ| by its "
-            "top 16 bits, and this is the middle of `_lower` and `_upper`",
+            name="frac_lt_rel_{}",
+            label="|Δ| < {} rms(W)",
+            definition="fraction of the finite coordinates with |Δ| < {} · rms(W); in the stored view the tally holds "
+            "|Δ| by its top 16 bits, and this is the middle of `_lower` and `_upper`",
             aggregation=MEAN_BY_COORDINATES,
             source=PAPER,
             tables=ALL_TABLES,
@@ -229,16 +229,17 @@ def counts(batch: Batch, view: str) -> Columns:
         MEAN_BY_COORDINATES,
     ),
     Metric(
-        "unchanged_rtol_1e-3",
-        "unchanged within rtol",
-        "fraction of the finite coordinates with |w − w′| ≤ 1e-3 · max(|w|, |w′|), which for bf16 is equality of bits",
+        name="unchanged_rtol_1e-3",
+        label="unchanged within rtol",
+        definition="fraction of the finite coordinates with |w − w′| ≤ 1e-3 · max(|w|, |w′|), which for bf16 is "
+        "equality of bits",
         aggregation=MEAN_BY_COORDINATES,
         source="Zhu et al., arXiv 2511.08567",
         tables=ALL_TABLES,
         pages={"overview": VIEWS},
     ),
 )
-def sparsity(batch: Batch, view: str) -> Columns:
+def sparsity(batch: TallyBatch, view: str) -> Columns:
     """Fractions of coordinates below thresholds.
 
     Visible thresholds are rounded to bf16 (1e-5 becomes 1.00136e-5). A relative threshold in the stored view is an
@@ -277,10 +278,10 @@ def sparsity(batch: Batch, view: str) -> Columns:
 
 @formula(
     Metric(
-        "relative_norm",
-        "relative norm",
-        "‖Δ‖ / ‖W‖, Frobenius norms",
-        NON_NEGATIVE,
+        name="relative_norm",
+        label="relative norm",
+        definition="‖Δ‖ / ‖W‖, Frobenius norms",
+        range=NON_NEGATIVE,
         aggregation=recomputed(
             "from the sums of both energies",
             lambda members: np.sqrt(members.sum("delta_energy") / members.sum("base_energy")),
@@ -289,31 +290,41 @@ def sparsity(batch: Batch, view: str) -> Columns:
         tables=ALL_TABLES,
         pages={"overview": VIEWS, "groups": VIEWS, "tensors": VIEWS, "trajectory": ("stored",)},
     ),
-    Metric("rms_base", "rms W", "root mean square of W", WEIGHT_UNITS, "measure"),
-    Metric("rms_trained", "rms W′", "root mean square of W′", WEIGHT_UNITS, "measure"),
-    Metric("rms_delta", "rms Δ", "root mean square of Δ", WEIGHT_UNITS, "measure"),
-    Metric("mean_abs", "mean |Δ|", "mean |Δ|", WEIGHT_UNITS, "measure"),
+    Metric(name="rms_base", label="rms W", definition="root mean square of W", range=WEIGHT_UNITS, format="measure"),
     Metric(
-        "max_abs",
-        "largest |Δ|",
-        "the largest |Δ|",
-        WEIGHT_UNITS,
-        "measure",
+        name="rms_trained", label="rms W′", definition="root mean square of W′", range=WEIGHT_UNITS, format="measure"
+    ),
+    Metric(name="rms_delta", label="rms Δ", definition="root mean square of Δ", range=WEIGHT_UNITS, format="measure"),
+    Metric(name="mean_abs", label="mean |Δ|", definition="mean |Δ|", range=WEIGHT_UNITS, format="measure"),
+    Metric(
+        name="max_abs",
+        label="largest |Δ|",
+        definition="the largest |Δ|",
+        range=WEIGHT_UNITS,
+        format="measure",
         source=PAPER,
         pages={"tensors": ("stored",)},
     ),
-    Metric("base_energy", "energy of W", "‖W‖²", f"{WEIGHT_UNITS}, squared", "measure", SUM, tables=ALL_TABLES),
     Metric(
-        "delta_energy",
-        "energy of Δ",
-        "‖Δ‖²",
-        f"{WEIGHT_UNITS}, squared",
-        "measure",
-        SUM,
+        name="base_energy",
+        label="energy of W",
+        definition="‖W‖²",
+        range=f"{WEIGHT_UNITS}, squared",
+        format="measure",
+        aggregation=SUM,
+        tables=ALL_TABLES,
+    ),
+    Metric(
+        name="delta_energy",
+        label="energy of Δ",
+        definition="‖Δ‖²",
+        range=f"{WEIGHT_UNITS}, squared",
+        format="measure",
+        aggregation=SUM,
         tables=(*ALL_TABLES, "spectra"),
     ),
 )
-def norms(batch: Batch, view: str) -> Columns:
+def norms(batch: TallyBatch, view: str) -> Columns:
     """Norms of W, W' and delta, in the units of the weights."""
     n = batch.n
     base_sq, trained_sq, delta_sq, delta_abs = batch.energies(view)
@@ -340,10 +351,11 @@ def norms(batch: Batch, view: str) -> Columns:
 @formula(
     *bounded_family(
         Metric(
-            "top_energy_{}",
-            "top {} energy",
-            "fraction of the update energy ‖Δ‖² in the ⌈p·n⌉ coordinates with the largest |Δ|, p = {}, chosen in each "
-            "tensor; null where nothing changed. In the stored view estimated at the middle of the tally's bins",
+            name="top_energy_{}",
+            label="top {} energy",
+            definition="fraction of the update energy ‖Δ‖² in the ⌈p·n⌉ coordinates with the largest |Δ|, p = {}, "
+            "chosen in each tensor; null where nothing changed. In the stored view estimated at the middle of the "
+            "tally's bins",
             aggregation=MEAN_BY_ENERGY,
             source=PAPER,
             tables=ALL_TABLES,
@@ -354,7 +366,7 @@ def norms(batch: Batch, view: str) -> Columns:
         {"1pct": {"pages": {"overview": VIEWS, "tensors": ("visible",)}}},
     )
 )
-def top_energy(batch: Batch, view: str) -> Columns:
+def top_energy(batch: TallyBatch, view: str) -> Columns:
     """Fraction of the energy of delta in its ceil(p n) largest |delta|, p = 0.1, 1, 5 %. NaN where nothing changed.
 
     Exact in the visible view. In the stored view the tally holds |delta| by its top 16 bits: the fraction is estimated
@@ -392,7 +404,7 @@ def top_energy(batch: Batch, view: str) -> Columns:
     return columns
 
 
-def squares_of_stored_bins(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+def squares_of_stored_bins(batch: TallyBatch) -> tuple[np.ndarray, np.ndarray]:
     """Squares of the least and of the largest stored |delta| that each bin may hold [bins].
 
     A bin holds the fp32 values between two bf16 magnitudes, and fp64 values that fp32 rounds to them. The last one ends
@@ -420,7 +432,7 @@ class NearZero:
     upper: np.ndarray
 
 
-def near_zero(batch: Batch, changed: np.ndarray, ratios: Sequence[float] = RATIOS) -> NearZero:
+def near_zero(batch: TallyBatch, changed: np.ndarray, ratios: Sequence[float] = RATIOS) -> NearZero:
     """Changed coordinates among the ceil(ratio n) smallest |W|; `changed` is a histogram of |W| of the batch [bins]."""
     hist_base = batch.table(HIST_BASE)
     before, changed_before = prefix_sums(hist_base), prefix_sums(changed)
@@ -442,10 +454,10 @@ def near_zero(batch: Batch, changed: np.ndarray, ratios: Sequence[float] = RATIO
     *interleave(
         family(
             Metric(
-                "near_zero_coverage_{}",
-                "near-zero coverage at {}",
-                "fraction of the changed coordinates that are in the near-zero mask, the ⌈r·n⌉ smallest |W| of each "
-                "tensor, r = {}; by chance r. Ties at the threshold count in expectation",
+                name="near_zero_coverage_{}",
+                label="near-zero coverage at {}",
+                definition="fraction of the changed coordinates that are in the near-zero mask, the ⌈r·n⌉ smallest |W| "
+                "of each tensor, r = {}; by chance r. Ties at the threshold count in expectation",
                 aggregation=MEAN_BY_CHANGED,
                 source=PAPER,
                 tables=ALL_TABLES,
@@ -465,9 +477,9 @@ def near_zero(batch: Batch, changed: np.ndarray, ratios: Sequence[float] = RATIO
         ),
         family(
             Metric(
-                "near_zero_coverage_{}_lower",
-                "near-zero coverage at {}, lower bound",
-                "lower bound of the near-zero coverage over all ways to break ties",
+                name="near_zero_coverage_{}_lower",
+                label="near-zero coverage at {}, lower bound",
+                definition="lower bound of the near-zero coverage over all ways to break ties",
                 aggregation=MEAN_BY_CHANGED,
                 tables=ALL_TABLES,
             ),
@@ -476,9 +488,9 @@ def near_zero(batch: Batch, changed: np.ndarray, ratios: Sequence[float] = RATIO
         ),
         family(
             Metric(
-                "near_zero_coverage_{}_upper",
-                "near-zero coverage at {}, upper bound",
-                "upper bound of the near-zero coverage over all ways to break ties",
+                name="near_zero_coverage_{}_upper",
+                label="near-zero coverage at {}, upper bound",
+                definition="upper bound of the near-zero coverage over all ways to break ties",
                 aggregation=MEAN_BY_CHANGED,
                 tables=ALL_TABLES,
             ),
@@ -487,11 +499,11 @@ def near_zero(batch: Batch, changed: np.ndarray, ratios: Sequence[float] = RATIO
         ),
         family(
             Metric(
-                "near_zero_coverage_{}_enrichment",
-                "near-zero enrichment at {}",
-                "near-zero coverage over the density of the mask",
-                NON_NEGATIVE,
-                "times",
+                name="near_zero_coverage_{}_enrichment",
+                label="near-zero enrichment at {}",
+                definition="near-zero coverage over the density of the mask",
+                range=NON_NEGATIVE,
+                format="times",
                 source=PAPER,
             ),
             RATIO_LABELS,
@@ -499,9 +511,9 @@ def near_zero(batch: Batch, changed: np.ndarray, ratios: Sequence[float] = RATIO
         ),
         family(
             Metric(
-                "near_zero_mask_changed_{}",
-                "near-zero mask changed at {}",
-                "fraction of the near-zero mask that changed, |mask ∩ changed| / |mask|, r = {}",
+                name="near_zero_mask_changed_{}",
+                label="near-zero mask changed at {}",
+                definition="fraction of the near-zero mask that changed, |mask ∩ changed| / |mask|, r = {}",
                 source=PAPER,
             ),
             RATIO_LABELS,
@@ -509,7 +521,7 @@ def near_zero(batch: Batch, changed: np.ndarray, ratios: Sequence[float] = RATIO
         ),
     )
 )
-def near_zero_coverage(batch: Batch, view: str) -> Columns:
+def near_zero_coverage(batch: TallyBatch, view: str) -> Columns:
     """|mask & changed| / |changed| for the near-zero mask at 1, 5, 10, 20 %, and |mask & changed| / |mask|.
 
     In the stored view |W| is resolved to bf16, so more coordinates tie.
@@ -550,7 +562,7 @@ def compute_metrics(tallies: Sequence[SparseTally], view: str) -> Columns:
     """
     parts: list[Columns] = []
     for first in range(0, len(tallies), BATCH):
-        batch = Batch(tallies[first : first + BATCH])
+        batch = TallyBatch(tallies[first : first + BATCH])
         parts.append({name: column for entry in FORMULAS for name, column in entry.compute(batch, view).items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 

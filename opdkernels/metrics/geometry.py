@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from opdkernels.checkpoint.names import parse_tensor_name
-from opdkernels.metrics.batch import RATIO_SYMBOL, ratio_label, threshold_label
+from opdkernels.metrics.batch import RATIO_LABELS, RATIO_SYMBOL, threshold_label
 from opdkernels.metrics.registry import (
     COUNT,
     MEAN_OVER_MATRICES,
@@ -36,34 +36,33 @@ RANK_TOLERANCES = (1e-6, 1e-5, 1e-4)
 Row = dict[str, Any]
 
 
-RATIO_LABELS = [ratio_label(ratio) for ratio in RATIOS]
 TOLERANCE_LABELS = [threshold_label(tolerance) for tolerance in RANK_TOLERANCES]
 RANK_RANGE = "1 to min(m, n)"
 MATRIX_GROUPS: dict[str, Any] = {"aggregation": MEAN_OVER_MATRICES, "tables": ("spectra", "trajectory")}
 
 ENERGY = Metric(
-    "energy_{}",
-    "energy of the top {}",
-    "fraction of ‖Δ‖² in the {} largest singular values of Δ",
+    name="energy_{}",
+    label="energy of the top {}",
+    definition="fraction of ‖Δ‖² in the {} largest singular values of Δ",
     source=PAPER,
     tables=("spectra",),
 )
 SPECTRAL_NORM = Metric(
-    "spectral_norm",
-    "spectral norm",
-    "σ₁(Δ), the largest singular value",
-    WEIGHT_UNITS,
-    "measure",
-    MEAN_OVER_MATRICES,
-    PAPER,
-    ("spectra",),
+    name="spectral_norm",
+    label="spectral norm",
+    definition="σ₁(Δ), the largest singular value",
+    range=WEIGHT_UNITS,
+    format="measure",
+    aggregation=MEAN_OVER_MATRICES,
+    source=PAPER,
+    tables=("spectra",),
 )
 STABLE_RANK = Metric(
-    "stable_rank",
-    "stable rank",
-    "‖Δ‖² / σ₁², mean over matrices in groups",
-    RANK_RANGE,
-    "measure",
+    name="stable_rank",
+    label="stable rank",
+    definition="‖Δ‖² / σ₁², mean over matrices in groups",
+    range=RANK_RANGE,
+    format="measure",
     source=PAPER,
     pages={"trajectory": ("stored",)},
     **MATRIX_GROUPS,
@@ -89,9 +88,9 @@ SPECTRUM_METRICS = (
     *family(ENERGY, [str(k) for k in TOP], "k", {"16": MATRIX_GROUPS}),
     *family(
         Metric(
-            "energy_pct_{}",
-            "energy of the top {} %",
-            "fraction of ‖Δ‖² in the max(1, int(p·r)) largest singular values, r = min(m, n), p = {} %",
+            name="energy_pct_{}",
+            label="energy of the top {} %",
+            definition="fraction of ‖Δ‖² in the max(1, int(p·r)) largest singular values, r = min(m, n), p = {} %",
             source=PAPER,
             tables=("spectra",),
         ),
@@ -99,22 +98,22 @@ SPECTRUM_METRICS = (
         "1, 5 or 10",
     ),
     Metric(
-        "effective_rank",
-        "effective rank",
-        "exp(−Σ pᵢ ln pᵢ), pᵢ = σᵢ / Σσ",
-        RANK_RANGE,
-        "measure",
+        name="effective_rank",
+        label="effective rank",
+        definition="exp(−Σ pᵢ ln pᵢ), pᵢ = σᵢ / Σσ",
+        range=RANK_RANGE,
+        format="measure",
         source="Roy and Vetterli 2007",
         **MATRIX_GROUPS,
     ),
     *interleave(
         family(
             Metric(
-                "rank_{}",
-                "rank at {}",
-                "number of singular values above {} · σ₁",
-                COUNT,
-                "count",
+                name="rank_{}",
+                label="rank at {}",
+                definition="number of singular values above {} · σ₁",
+                range=COUNT,
+                format="count",
                 source=PAPER,
                 tables=("spectra",),
             ),
@@ -122,7 +121,13 @@ SPECTRUM_METRICS = (
             "tol",
         ),
         family(
-            Metric("rank_share_{}", "rank share at {}", "`rank_{}` over min(m, n)", source=PAPER, tables=("spectra",)),
+            Metric(
+                name="rank_share_{}",
+                label="rank share at {}",
+                definition="`rank_{}` over min(m, n)",
+                source=PAPER,
+                tables=("spectra",),
+            ),
             TOLERANCE_LABELS,
             "tol",
             {"1e-5": {"aggregation": MEAN_OVER_MATRICES}},
@@ -133,18 +138,18 @@ SPECTRUM_METRICS = (
         *(family(bounds_of(replace(ENERGY, pages={}), side), [str(k) for k in TOP], "k") for side in ("lower", "upper"))
     ),
     Metric(
-        "stable_rank_null",
-        "stable rank of a random update",
-        "`stable_rank` of a matrix of the same shape with independent entries, whichever of them are zero",
-        RANK_RANGE,
-        "measure",
+        name="stable_rank_null",
+        label="stable rank of a random update",
+        definition="`stable_rank` of a matrix of the same shape with independent entries, whichever of them are zero",
+        range=RANK_RANGE,
+        format="measure",
         source="Marchenko and Pastur 1967",
         **MATRIX_GROUPS,
     ),
     Metric(
-        "energy_16_null",
-        "energy of the top 16 of a random update",
-        "`energy_16` of a matrix of the same shape with independent entries, whichever of them are zero",
+        name="energy_16_null",
+        label="energy of the top 16 of a random update",
+        definition="`energy_16` of a matrix of the same shape with independent entries, whichever of them are zero",
         source="Marchenko and Pastur 1967",
         **MATRIX_GROUPS,
     ),
@@ -271,7 +276,7 @@ def ratios_of(
 ) -> list[Metric]:
     """A metric of geometry.parquet at each ratio; `{}` in the name stands for the ratio."""
     fields = {"source": PAPER, "tables": ("geometry",), **fields}
-    pattern = Metric(name, f"{label} at {{}}", definition, **fields)
+    pattern = Metric(name=name, label=f"{label} at {{}}", definition=definition, **fields)
     return family(pattern, RATIO_LABELS, RATIO_SYMBOL, overrides)
 
 
@@ -306,24 +311,24 @@ GEOMETRY_METRICS = (
         )
     ),
     Metric(
-        "drift",
-        "drift",
-        "‖σ(W′) − σ(W)‖ / ‖σ(W)‖",
-        NON_NEGATIVE,
-        "measure",
-        MEAN_OVER_MATRICES,
-        PAPER,
-        ("geometry", "trajectory"),
+        name="drift",
+        label="drift",
+        definition="‖σ(W′) − σ(W)‖ / ‖σ(W)‖",
+        range=NON_NEGATIVE,
+        format="measure",
+        aggregation=MEAN_OVER_MATRICES,
+        source=PAPER,
+        tables=("geometry", "trajectory"),
     ),
     Metric(
-        "drift_over_delta",
-        "drift over Δ",
-        "‖σ(W′) − σ(W)‖ / ‖Δ‖",
-        NON_NEGATIVE,
-        "measure",
-        MEAN_OVER_MATRICES,
-        PAPER,
-        ("geometry",),
+        name="drift_over_delta",
+        label="drift over Δ",
+        definition="‖σ(W′) − σ(W)‖ / ‖Δ‖",
+        range=NON_NEGATIVE,
+        format="measure",
+        aggregation=MEAN_OVER_MATRICES,
+        source=PAPER,
+        tables=("geometry",),
     ),
     *interleave(
         ratios_of(
@@ -394,8 +399,8 @@ def geometry_row(record: SpectrumRecord) -> Row:
             }
             if name in chance:
                 metrics[f"{name}_{label}_chance"] = chance[name]
-    drift = float(np.linalg.norm(record.trained - record.source)) if known else 0.0
-    sizes = [float(np.linalg.norm(sigma)) for sigma in (record.source, record.delta)]
+    drift = float(np.linalg.norm(record.trained - record.base)) if known else 0.0
+    sizes = [float(np.linalg.norm(sigma)) for sigma in (record.base, record.delta)]
     metrics["drift"], metrics["drift_over_delta"] = (drift / size if known and size else None for size in sizes)
     return metrics | mask_metrics(record)
 

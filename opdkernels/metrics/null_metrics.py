@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from opdkernels.metrics.aggregation import MEAN_BY_CHANGED_NULL, SUM, Members, recomputed
-from opdkernels.metrics.batch import RATIO_LABELS, RATIO_SYMBOL, RATIOS, Columns
+from opdkernels.metrics.batch import RATIO_LABELS, RATIO_SYMBOL, Columns
 from opdkernels.metrics.registry import NON_NEGATIVE, Aggregation, Metric, family, interleave
 from opdkernels.metrics.rounding_null import KINDS, Null
+from opdkernels.spectral.exact import RATIOS
 
 VISIBLE = ("visible",)
 SECTION = "against bf16 rounding alone"
@@ -46,20 +47,20 @@ def of_each_kind(metric: Metric) -> list[Metric]:
 
 
 CHANGED_NULL = Metric(
-    "changed_null",
-    "expected changes",
-    "coordinates expected to change visibly from bf16 rounding alone, under the nearest null",
-    "expected count",
-    "measure",
-    SUM,
+    name="changed_null",
+    label="expected changes",
+    definition="coordinates expected to change visibly from bf16 rounding alone, under the nearest null",
+    range="expected count",
+    format="measure",
+    aggregation=SUM,
     tables=BOTH_TABLES,
     views=VISIBLE,
 )
 COVERAGE_NULL = family(
     Metric(
-        "near_zero_coverage_{}_null",
-        "expected near-zero coverage at {}",
-        "near-zero coverage at {} expected from bf16 rounding alone, under the nearest null",
+        name="near_zero_coverage_{}_null",
+        label="expected near-zero coverage at {}",
+        definition="near-zero coverage at {} expected from bf16 rounding alone, under the nearest null",
         aggregation=MEAN_BY_CHANGED_NULL,
         tables=BOTH_TABLES,
         views=VISIBLE,
@@ -69,11 +70,12 @@ COVERAGE_NULL = family(
 )
 COVERAGE_OVER_NULL = family(
     Metric(
-        "near_zero_coverage_{}_over_null",
-        "near-zero / expected",
-        "near-zero coverage at {}, observed over expected from bf16 rounding alone: 1× means that rounding explains it",
-        NON_NEGATIVE,
-        "times",
+        name="near_zero_coverage_{}_over_null",
+        label="near-zero / expected",
+        definition="near-zero coverage at {}, observed over expected from bf16 rounding alone: 1× means that rounding "
+        "explains it",
+        range=NON_NEGATIVE,
+        format="times",
         tables=BOTH_TABLES,
         views=VISIBLE,
         section=SECTION,
@@ -84,41 +86,41 @@ COVERAGE_OVER_NULL = family(
 )
 METRICS = (
     Metric(
-        "null_kind",
-        "nearest null",
-        "the kind of null whose expected |Δ| is nearest to the observed one: sign (±a, one size), normal (Gaussian) or "
-        "empirical (the |Δ| seen among the smallest tenth of |W|)",
-        "sign, normal, empirical",
-        "text",
+        name="null_kind",
+        label="nearest null",
+        definition="the kind of null whose expected |Δ| is nearest to the observed one: sign (±a, one size), normal "
+        "(Gaussian) or empirical (the |Δ| seen among the smallest tenth of |W|)",
+        range="sign, normal, empirical",
+        format="text",
         views=VISIBLE,
         pages={"tensors": VISIBLE},
         section=SECTION,
     ),
     Metric(
-        "null_size",
-        "null size",
-        "root mean square of the dense update of the nearest null",
-        "units of the weights",
-        "measure",
+        name="null_size",
+        label="null size",
+        definition="root mean square of the dense update of the nearest null",
+        range="units of the weights",
+        format="measure",
         views=VISIBLE,
     ),
     Metric(
-        "null_distance",
-        "null distance",
-        "total variation distance between the observed and the expected |Δ| of the nearest null: the fraction of "
-        "coordinates that would have to change bins for the two to agree",
+        name="null_distance",
+        label="null distance",
+        definition="total variation distance between the observed and the expected |Δ| of the nearest null: the "
+        "fraction of coordinates that would have to change bins for the two to agree",
         views=VISIBLE,
         pages={"tensors": VISIBLE},
         section=SECTION,
     ),
     CHANGED_NULL,
     Metric(
-        "changed_over_null",
-        "changed / expected",
-        "changed coordinates, observed over expected from bf16 rounding alone: 1× is no more and no fewer",
-        NON_NEGATIVE,
-        "times",
-        recomputed("from both sums", lambda members: members.sum("changed") / members.sum("changed_null")),
+        name="changed_over_null",
+        label="changed / expected",
+        definition="changed coordinates, observed over expected from bf16 rounding alone: 1× is no more and no fewer",
+        range=NON_NEGATIVE,
+        format="times",
+        aggregation=recomputed("from both sums", lambda members: members.sum("changed") / members.sum("changed_null")),
         tables=BOTH_TABLES,
         views=VISIBLE,
         pages={"groups": VISIBLE, "tensors": VISIBLE, "trajectory": VISIBLE},

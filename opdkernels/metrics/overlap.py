@@ -13,25 +13,83 @@ PAGE: dict[str, Any] = {"pages": {"overlap": ("",)}}
 CHANCE: dict[str, Any] = {"section": "over chance", **PAGE}
 
 COUNTS = (
-    Metric("changed_a", "changed by A", "coordinates with visible |Δ| > atol in run A", COUNT, "count", source=PAPER),
-    Metric("changed_b", "changed by B", "coordinates with visible |Δ| > atol in run B", COUNT, "count", source=PAPER),
-    Metric("changed_both", "changed by both", "coordinates with visible |Δ| > atol in both runs", COUNT, "count"),
-    Metric("coverage_a", "A covered by B", "fraction of what run A changed that run B changed too", source=PAPER),
-    Metric("coverage_b", "B covered by A", "fraction of what run B changed that run A changed too", source=PAPER),
-    Metric("jaccard", "Jaccard", "changed by both over changed by either", source=PAPER),
-    Metric("both_zero", "changed by neither", "fraction of the coordinates that neither run changed"),
-    Metric("only_a", "changed by A only", "fraction of the coordinates that run A alone changed"),
-    Metric("only_b", "changed by B only", "fraction of the coordinates that run B alone changed"),
+    Metric(
+        name="changed_a",
+        label="changed by A",
+        definition="coordinates with visible |Δ| > atol in run A",
+        range=COUNT,
+        format="count",
+        source=PAPER,
+    ),
+    Metric(
+        name="changed_b",
+        label="changed by B",
+        definition="coordinates with visible |Δ| > atol in run B",
+        range=COUNT,
+        format="count",
+        source=PAPER,
+    ),
+    Metric(
+        name="changed_both",
+        label="changed by both",
+        definition="coordinates with visible |Δ| > atol in both runs",
+        range=COUNT,
+        format="count",
+    ),
+    Metric(
+        name="coverage_a",
+        label="A covered by B",
+        definition="fraction of what run A changed that run B changed too",
+        source=PAPER,
+    ),
+    Metric(
+        name="coverage_b",
+        label="B covered by A",
+        definition="fraction of what run B changed that run A changed too",
+        source=PAPER,
+    ),
+    Metric(name="jaccard", label="Jaccard", definition="changed by both over changed by either", source=PAPER),
+    Metric(
+        name="both_zero", label="changed by neither", definition="fraction of the coordinates that neither run changed"
+    ),
+    Metric(name="only_a", label="changed by A only", definition="fraction of the coordinates that run A alone changed"),
+    Metric(name="only_b", label="changed by B only", definition="fraction of the coordinates that run B alone changed"),
 )
 
 
 def strata_metrics(name: str, label: str, chance: str) -> tuple[Metric, ...]:
     """Expected count, variance, ratio and z-score for one kind of strata."""
     return (
-        Metric(f"expected_{name}", f"expected, {label}", f"changed by both, expected from {chance}", COUNT, "measure"),
-        Metric(f"over_{name}", label, f"changed by both over {chance}", NON_NEGATIVE, "times", **CHANCE),
-        Metric(f"z_{name}", f"z, {label}", f"standard deviations above {chance}", "", "measure", **CHANCE),
-        Metric(f"variance_{name}", f"variance, {label}", f"variance of the count under {chance}", "", "measure"),
+        Metric(
+            name=f"expected_{name}",
+            label=f"expected, {label}",
+            definition=f"changed by both, expected from {chance}",
+            range=COUNT,
+            format="measure",
+        ),
+        Metric(
+            name=f"over_{name}",
+            label=label,
+            definition=f"changed by both over {chance}",
+            range=NON_NEGATIVE,
+            format="times",
+            **CHANCE,
+        ),
+        Metric(
+            name=f"z_{name}",
+            label=f"z, {label}",
+            definition=f"standard deviations above {chance}",
+            range="",
+            format="measure",
+            **CHANCE,
+        ),
+        Metric(
+            name=f"variance_{name}",
+            label=f"variance, {label}",
+            definition=f"variance of the count under {chance}",
+            range="",
+            format="measure",
+        ),
     )
 
 
@@ -43,35 +101,35 @@ METRICS = tuple(
             for metric in COUNTS
         ),
         Metric(
-            "expected_uniform_global",
-            "expected, uniform over the model",
-            "changed by both, expected from the densities of the whole model; summary.json only",
-            COUNT,
-            "measure",
+            name="expected_uniform_global",
+            label="expected, uniform over the model",
+            definition="changed by both, expected from the densities of the whole model; summary.json only",
+            range=COUNT,
+            format="measure",
             source=PAPER,
         ),
         Metric(
-            "over_uniform_global",
-            "uniform over the model",
-            "changed by both over chance from the densities of the whole model; summary.json only",
-            NON_NEGATIVE,
-            "times",
+            name="over_uniform_global",
+            label="uniform over the model",
+            definition="changed by both over chance from the densities of the whole model; summary.json only",
+            range=NON_NEGATIVE,
+            format="times",
             source=PAPER,
             section="over chance",
         ),
         Metric(
-            "expected_uniform",
-            "expected, uniform",
-            "changed by both, expected from the densities of each tensor",
-            COUNT,
-            "measure",
+            name="expected_uniform",
+            label="expected, uniform",
+            definition="changed by both, expected from the densities of each tensor",
+            range=COUNT,
+            format="measure",
         ),
         Metric(
-            "over_uniform",
-            "uniform per tensor",
-            "changed by both over chance from the densities of each tensor",
-            NON_NEGATIVE,
-            "times",
+            name="over_uniform",
+            label="uniform per tensor",
+            definition="changed by both over chance from the densities of each tensor",
+            range=NON_NEGATIVE,
+            format="times",
             **CHANCE,
         ),
         *strata_metrics(

@@ -92,7 +92,8 @@ def family(
         symbol: What stands for the parameter in docs/outputs.md.
         overrides: Value of the parameter -> fields of `Metric` that differ from the pattern.
 
-    >>> [metric.name for metric in family(Metric("energy_{}", "top {}", "energy of the {} largest"), ["1", "2"], "k")]
+    >>> pattern = Metric(name="energy_{}", label="top {}", definition="fraction of the energy in the top {}")
+    >>> [metric.name for metric in family(pattern, ["1", "2"], "k")]
     ['energy_1', 'energy_2']
     """
     names = [pattern.name.format(value) for value in values]

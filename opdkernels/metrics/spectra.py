@@ -9,7 +9,7 @@ import numpy as np
 
 from opdkernels.runs.store import ArrowStore
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SUBSPACE = ("projection", "projection_left", "projection_right", "rotation_left", "rotation_right")
 NO_VALUES = np.zeros(0)
 UNDERFLOW = "delta is below 1e-154: fp64 does not hold its squares"
@@ -32,7 +32,7 @@ class SpectrumRecord:
         seconds: Computing time.
         energy: Sum of delta^2.
         remainder: Method "topk": fraction of the energy that may be missing from the squares of `delta`.
-        source: Singular values of W, descending.
+        base: Singular values of W, descending.
         trained: Singular values of W'.
         delta: Singular values of delta; method "topk": only the largest.
         bounds: Method "topk": guaranteed lower and upper bounds of `delta` [2, top].
@@ -51,7 +51,7 @@ class SpectrumRecord:
     seconds: float = 0.0
     energy: float = 0.0
     remainder: float = 0.0
-    source: np.ndarray = field(default_factory=lambda: NO_VALUES)
+    base: np.ndarray = field(default_factory=lambda: NO_VALUES)
     trained: np.ndarray = field(default_factory=lambda: NO_VALUES)
     delta: np.ndarray = field(default_factory=lambda: NO_VALUES)
     bounds: np.ndarray = field(default_factory=lambda: NO_VALUES)

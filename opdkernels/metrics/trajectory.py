@@ -18,11 +18,11 @@ CHANCE = tuple(f"{name}_chance" for name in SIMILARITY)
 
 METRICS = (
     Metric(
-        "cosine_final",
-        "cosine",
-        "cosine of Δ_t with Δ_T",
-        "−1 to 1",
-        "measure",
+        name="cosine_final",
+        label="cosine",
+        definition="cosine of Δ_t with Δ_T",
+        range="−1 to 1",
+        format="measure",
         tables=TABLE,
         views=STORED,
         pages={"trajectory": STORED},
@@ -30,10 +30,10 @@ METRICS = (
     ),
     *(
         Metric(
-            name,
-            f"Sim₁₆, {side}",
-            f"Sim_K(t, T) = ‖V_K(t)ᵀ V_K(T)‖² / K of the K = {TOP} top {side} singular vectors of Δ; null where an "
-            f"update has fewer than {TOP} directions",
+            name=name,
+            label=f"Sim₁₆, {side}",
+            definition=f"Sim_K(t, T) = ‖V_K(t)ᵀ V_K(T)‖² / K of the K = {TOP} top {side} singular vectors of Δ; null "
+            f"where an update has fewer than {TOP} directions",
             format="measure",
             tables=TABLE,
             views=STORED,
@@ -42,9 +42,9 @@ METRICS = (
     ),
     *(
         Metric(
-            name,
-            f"Sim₁₆ by chance, {side}",
-            f"`{name.removesuffix('_chance')}` of unrelated updates: K over the side of the matrix",
+            name=name,
+            label=f"Sim₁₆ by chance, {side}",
+            definition=f"`{name.removesuffix('_chance')}` of unrelated updates: K over the side of the matrix",
             format="measure",
             tables=TABLE,
             views=STORED,
@@ -52,49 +52,52 @@ METRICS = (
         for name, side in zip(CHANCE, ("left", "right"), strict=True)
     ),
     Metric(
-        "recall_vs_final",
-        "recall vs final",
-        "fraction of the coordinates changed at the end that are changed at this checkpoint, |S_t ∩ S_T| / |S_T|",
+        name="recall_vs_final",
+        label="recall vs final",
+        definition="fraction of the coordinates changed at the end that are changed at this checkpoint, |S_t ∩ S_T| / "
+        "|S_T|",
         tables=TABLE,
         views=VISIBLE,
         pages={"trajectory": VISIBLE},
         section=WITH_LAST,
     ),
     Metric(
-        "precision_vs_final",
-        "precision vs final",
-        "fraction of the coordinates changed at this checkpoint that are changed at the end, |S_t ∩ S_T| / |S_t|",
+        name="precision_vs_final",
+        label="precision vs final",
+        definition="fraction of the coordinates changed at this checkpoint that are changed at the end, |S_t ∩ S_T| / "
+        "|S_t|",
         tables=TABLE,
         views=VISIBLE,
         pages={"trajectory": VISIBLE},
         section=WITH_LAST,
     ),
     Metric(
-        "shared_over_magnitude",
-        "over |W|",
-        "|S_t ∩ S_T| over its magnitude-conditioned chance level: what independent changes at each |W| of each tensor "
-        "would share; null at T itself, and necessarily near 1 where most coordinates changed",
-        NON_NEGATIVE,
-        "times",
+        name="shared_over_magnitude",
+        label="over |W|",
+        definition="|S_t ∩ S_T| over its magnitude-conditioned chance level: what independent changes at each |W| of "
+        "each tensor would share; null at T itself, and necessarily near 1 where most coordinates changed",
+        range=NON_NEGATIVE,
+        format="times",
         tables=TABLE,
         views=VISIBLE,
         pages={"trajectory": VISIBLE},
         section=WITH_LAST,
     ),
     Metric(
-        "frac_changed_since_previous",
-        "changed since previous",
-        "fraction of the coordinates that differ visibly from the previous checkpoint (the first: from the base)",
+        name="frac_changed_since_previous",
+        label="changed since previous",
+        definition="fraction of the coordinates that differ visibly from the previous checkpoint (the first: from the "
+        "base)",
         tables=TABLE,
         views=VISIBLE,
         pages={"trajectory": VISIBLE},
         section=WITH_PREVIOUS,
     ),
     Metric(
-        "relative_norm_since_previous",
-        "norm since previous",
-        "‖W_t − W_{t−1}‖ / ‖W‖",
-        NON_NEGATIVE,
+        name="relative_norm_since_previous",
+        label="norm since previous",
+        definition="‖W_t − W_{t−1}‖ / ‖W‖",
+        range=NON_NEGATIVE,
         tables=TABLE,
         views=STORED,
         pages={"trajectory": STORED},

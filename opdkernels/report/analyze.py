@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from opdkernels.analysis.result import Analysis
-from opdkernels.metrics.batch import RATIOS, ratio_label
+from opdkernels.metrics.batch import ratio_label
 from opdkernels.metrics.catalog import metrics_on_page
 from opdkernels.metrics.registry import VIEWS
 from opdkernels.report import charts, typography
@@ -19,6 +19,7 @@ from opdkernels.report.rows import group_tables, tensor_table
 from opdkernels.report.run_info import files, left_out, run_info
 from opdkernels.report.tables import sorted_modules
 from opdkernels.report.verdict import COVERAGE, TOLERANCE, fit_of, summarize
+from opdkernels.spectral.exact import RATIOS
 
 MAX_LAYERS = 200
 INCOMPLETE = ("Excluded", "Failed", "NaN or Inf")  # sections of what was left out that make a run incomplete

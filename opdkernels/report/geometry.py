@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from opdkernels.analysis.result import Analysis
-from opdkernels.metrics.batch import RATIOS, ratio_label
+from opdkernels.metrics.batch import ratio_label
 from opdkernels.metrics.geometry import TOP, random_decay, random_spectrum
 from opdkernels.report import charts
 from opdkernels.report.tables import sorted_modules
 from opdkernels.report.typography import percent, plural, significant
+from opdkernels.spectral.exact import RATIOS
 
 POSITIONS = np.linspace(0, 1, 51)  # along a spectrum, i / min(m, n)
 MAX_LAYERS = 200

@@ -63,8 +63,8 @@ def describe_run(
         status, command, identity, options, inputs, versions, machine and start time.
     """
     described: dict[str, dict[str, Any]] = {
-        role: {"path": source.path, "kind": source.kind, "files": [vars(fact) for fact in source.files]}
-        for role, source in inputs.items()
+        role: {"path": checkpoint.path, "kind": checkpoint.kind, "files": [vars(file) for file in checkpoint.files]}
+        for role, checkpoint in inputs.items()
     }
     roles = described if identity_inputs is None else identity_inputs
     identity = [

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+# The paper's fractions: of the coordinates in a mask, and of the singular vectors in a top subspace
 RATIOS = (0.01, 0.05, 0.1, 0.2)
 # Rows of W^T delta summed in fp32, if the long side is at least LONG times the short one and there are LARGE elements.
 BLOCK = 64
@@ -36,14 +37,15 @@ class Spectra:
     """Spectra of a pair of matrices, fp64; r = min(m, n).
 
     Attributes:
-        source, trained, delta: Singular values of W, W' and delta [r], descending.
-        ranks: Number of top singular vectors for each of RATIOS. projection, projection_left, projection_right:
-            Fraction of the energy of delta in the top left and right, left, or right singular vectors of W [ratios].
+        base, trained, delta: Singular values of W, W' and delta [r], descending.
+        ranks: Number of top singular vectors for each of RATIOS.
+        projection, projection_left, projection_right: Fraction of the energy of delta in the top left and right, left,
+            or right singular vectors of W [ratios].
         rotation_left, rotation_right: Mean sine of the angles between the top subspaces of W and W' [ratios].
         method: "gram" or "svd".
     """
 
-    source: torch.Tensor
+    base: torch.Tensor
     trained: torch.Tensor
     delta: torch.Tensor
     ranks: tuple[int, ...]
@@ -133,7 +135,7 @@ def from_grams(
     grams: Sequence[torch.Tensor],
     *,
     tall: bool,
-    source: Factor | None = None,
+    base: Factor | None = None,
     delta: Factor | None = None,
     ratios: Sequence[float] = RATIOS,
 ) -> Spectra | None:
@@ -142,7 +144,7 @@ def from_grams(
     Args:
         grams: W^T W, W^T delta and delta^T delta over the shorter side, complete and symmetric, fp64 [r, r] each.
         tall: Whether the shorter side is the right one.
-        source: Factor of W, if known.
+        base: Factor of W, if known.
         delta: Factor of delta, if known.
         ratios: Which fractions of the singular vectors are the top.
 
@@ -153,12 +155,12 @@ def from_grams(
     a, b, c = grams
     short = len(a)
     ranks = top_ranks(short, ratios)
-    source = source or factorise(a, ranks[-1])
+    base = base or factorise(a, ranks[-1])
     trained = factorise(a + b + b.T + c, ranks[-1])
-    if min(float(f.sigma[ranks[-1] - 1]) for f in (source, trained)) <= GRAM_LIMIT * float(source.sigma[0]):
+    if min(float(f.sigma[ranks[-1] - 1]) for f in (base, trained)) <= GRAM_LIMIT * float(base.sigma[0]):
         return None
-    v, v_trained = source.vectors, trained.vectors
-    inverse, inverse_trained = 1 / source.sigma[: ranks[-1], None], 1 / trained.sigma[: ranks[-1]]
+    v, v_trained = base.vectors, trained.vectors
+    inverse, inverse_trained = 1 / base.sigma[: ranks[-1], None], 1 / trained.sigma[: ranks[-1]]
     long_energy = inverse * (v.T @ b)  # U_k^T delta
     both = long_energy @ v
     energy = c.diagonal().sum()
@@ -171,7 +173,7 @@ def from_grams(
     left, right = (on_long, on_short) if tall else (on_short, on_long)
     rotations = (rotation_long, rotation_short) if tall else (rotation_short, rotation_long)
     return Spectra(
-        source.sigma,
+        base.sigma,
         trained.sigma,
         resolved(delta.sigma if delta else singular_values(c)),
         ranks,

@@ -120,21 +120,21 @@ def row_blocks(long: int, short: int) -> list[slice]:
 
 
 def masks(
-    source: torch.Tensor, basis: torch.Tensor, ranks: Sequence[int], *, visible: bool, ratios: Sequence[float] = RATIOS
+    base: torch.Tensor, basis: torch.Tensor, ranks: Sequence[int], *, visible: bool, ratios: Sequence[float] = RATIOS
 ) -> list[Masks]:
     """Principal and near-zero masks of W at each ratio.
 
     Args:
-        source: View [long, short] of the stored matrix, long >= short.
+        base: View [long, short] of the stored matrix, long >= short.
         basis: Top singular vectors of W on its shorter side, fp64 [short, K].
         ranks: How many of the vectors each ratio uses.
         visible: Whether W is rounded to bf16.
         ratios: Fractions of the coordinates in each mask.
     """
-    long, short = source.shape
-    weights = source.bfloat16() if visible else source
+    long, short = base.shape
+    weights = base.bfloat16() if visible else base
     blocks = row_blocks(long, short)
-    sizes = [max(1, math.ceil(r * source.numel())) for r in ratios]
+    sizes = [max(1, math.ceil(r * base.numel())) for r in ratios]
     low_thresholds = quantiles(weights.T if weights.T.is_contiguous() else weights, sizes, largest=False)
     projected = torch.empty(long, basis.shape[1], dtype=torch.float64)
     for rows in blocks:
@@ -142,7 +142,7 @@ def masks(
     # NumPy compares six times as fast as torch.
     magnitudes = (widened_copy(weights[rows]).abs_().numpy().ravel() for rows in blocks)
     low = packed(
-        source.numel(),
+        base.numel(),
         ([flags for q in low_thresholds for flags in (w < q.threshold, w == q.threshold)] for w in magnitudes),
     )
     return [
@@ -247,15 +247,14 @@ def certain_bracket(
     return ends[0] * (1 - MARGIN) - TINY, ends[1] * (1 + MARGIN) + TINY
 
 
-def overlaps(masks: Sequence[Masks], source: torch.Tensor, trained: torch.Tensor, *, visible: bool) -> list[Overlaps]:
-    """Overlaps of the masks of W with all coordinates and with the changed ones. source, trained: [long, short]
+def overlaps(masks: Sequence[Masks], base: torch.Tensor, trained: torch.Tensor, *, visible: bool) -> list[Overlaps]:
+    """Overlaps of the masks of W with all coordinates and with the changed ones. base, trained: [long, short]
     views."""
     deltas = (
-        base_and_delta(source[rows], trained[rows], visible)[1].abs_().numpy().ravel()
-        for rows in row_blocks(*source.shape)
+        base_and_delta(base[rows], trained[rows], visible)[1].abs_().numpy().ravel() for rows in row_blocks(*base.shape)
     )
-    changed = packed(source.numel(), ([delta > threshold for threshold in THRESHOLDS] for delta in deltas))
-    return [Overlaps(count(mask, changed, source.numel()), mask.size, mask.taken, mask.low_taken) for mask in masks]
+    changed = packed(base.numel(), ([delta > threshold for threshold in THRESHOLDS] for delta in deltas))
+    return [Overlaps(count(mask, changed, base.numel()), mask.size, mask.taken, mask.low_taken) for mask in masks]
 
 
 def count(mask: Masks, changed: Sequence[np.ndarray], numel: int) -> np.ndarray:

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdkernels.metrics.batch import RATIOS, Batch, SparseTally, ratio_label, to_bf16_bits
+from opdkernels.metrics.batch import SparseTally, TallyBatch, ratio_label, to_bf16_bits
 from opdkernels.metrics.coordinates import TOP_FRACTIONS, compute_metrics, near_zero, tensor_metrics
 from opdkernels.ops.delta import THRESHOLDS, Tally, delta
+from opdkernels.spectral.exact import RATIOS
 from tests.ops.conformance import make_pair
 
 
@@ -89,7 +90,7 @@ def test_bounds_of_the_near_zero_mask_hold_for_any_tie_break(seed, n, levels):
     trained = torch.where(torch.from_numpy(rng.random(n) < 0.4), source + 1, source)
     tally = sparse(source, trained)
     changed = (source != trained).numpy()
-    batch = Batch([tally])
+    batch = TallyBatch([tally])
     mask = near_zero(batch, batch.changed("visible"))
     for r, ratio in enumerate(RATIOS):
         k = min(n, math.ceil(ratio * n))
@@ -108,7 +109,7 @@ def test_expected_near_zero_count_is_the_mean_over_tie_breaks():
     source = torch.tensor([0.0, 1, 1, 1, 1, 2, 2, 3, 4, 5], dtype=torch.bfloat16)
     trained = source + torch.tensor([0, 1, 0, 0, 1, 0, 1, 0, 0, 0], dtype=torch.bfloat16)
     tally = sparse(source, trained)
-    batch = Batch([tally])
+    batch = TallyBatch([tally])
     result = near_zero(batch, batch.changed("stored"), [0.2])  # 0 and one of four ones, two of which changed
     assert (result.size[0, 0], result.expected[0, 0], result.lower[0, 0], result.upper[0, 0]) == (2, 0.5, 0, 1)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opdkernels.metrics import docs
-from opdkernels.metrics.batch import Batch, SparseTally
+from opdkernels.metrics.batch import SparseTally, TallyBatch
 from opdkernels.metrics.catalog import METRICS, metrics_of, metrics_on_page
 from opdkernels.metrics.coordinates import FORMULAS
 from opdkernels.metrics.geometry import geometry_row, spectrum_row
@@ -26,7 +26,7 @@ def tally() -> SparseTally:
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula.compute.__name__)
 def test_every_formula_returns_the_metrics_it_registers(formula, view):
-    columns = formula.compute(Batch([tally()]), view)
+    columns = formula.compute(TallyBatch([tally()]), view)
     assert list(columns) == [metric.name for metric in formula.metrics]
 
 
@@ -36,7 +36,7 @@ def test_tensor_and_group_tables_have_the_registered_columns():
     for view in VIEWS:
         views[view] = {}
         for formula in FORMULAS:
-            views[view] |= formula.compute(Batch([sparse]), view)
+            views[view] |= formula.compute(TallyBatch([sparse]), view)
     base, changes = ((sparse.bin_bits[table > 0], table[table > 0]) for table in (sparse.hist_base, sparse.hist_delta))
     views["visible"] |= null_metrics(views["visible"], fit_many([base], [changes]))
     for view in VIEWS:

@@ -10,8 +10,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from opdkernels.metrics.rounding_null import KINDS, RATIOS, fit, fit_many
+from opdkernels.metrics.rounding_null import KINDS, fit, fit_many
 from opdkernels.metrics.rounding_null.histograms import INFINITY
+from opdkernels.spectral.exact import RATIOS
 
 STD = 0.03
 
@@ -24,19 +25,19 @@ def table(x: torch.Tensor) -> np.ndarray:
     return torch.bincount(patterns(x).flatten(), minlength=1 << 15).numpy()
 
 
-def pair(source: torch.Tensor, trained: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pair(base: torch.Tensor, trained: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tables of |W|, of |visible delta|, and of |W| where it is not zero, of two fp32 tensors."""
-    source = source.bfloat16()
-    delta = trained.bfloat16() - source
-    return table(source), table(delta), table(source[delta != 0])
+    base = base.bfloat16()
+    delta = trained.bfloat16() - base
+    return table(base), table(delta), table(base[delta != 0])
 
 
-def near_zero(source: np.ndarray, changed: np.ndarray, ratio: float) -> float:
+def near_zero(base: np.ndarray, changed: np.ndarray, ratio: float) -> float:
     """Observed |mask and changed| by its definition: one by one, ties at the cut sharing alike."""
-    left, result = math.ceil(ratio * source.sum()), 0.0
-    for pattern in np.flatnonzero(source):
-        taken = min(left, source[pattern])
-        result += taken * changed[pattern] / source[pattern]
+    left, result = math.ceil(ratio * base.sum()), 0.0
+    for pattern in np.flatnonzero(base):
+        taken = min(left, base[pattern])
+        result += taken * changed[pattern] / base[pattern]
         left -= taken
     return result
 
@@ -61,9 +62,9 @@ def update(kind: str, n: int, size: float, generator: torch.Generator) -> torch.
 
 def dense(kind: str, remainder: str, shape: str, relative: float, n: int = 1_000_000):
     generator = torch.Generator().manual_seed(11)
-    source = weights(shape, n, generator)
-    source = source.bfloat16().float() if remainder == "grid" else source
-    return pair(source, source + update(kind, n, STD * relative, generator))
+    base = weights(shape, n, generator)
+    base = base.bfloat16().float() if remainder == "grid" else base
+    return pair(base, base + update(kind, n, STD * relative, generator))
 
 
 @pytest.mark.parametrize("remainder", ["grid", "uniform"])
@@ -71,12 +72,12 @@ def dense(kind: str, remainder: str, shape: str, relative: float, n: int = 1_000
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", ["normal", "student"])
 def test_a_dense_update_is_explained_by_its_kind_of_null(shape, kind, relative, remainder):
-    source, delta, changed = dense(kind, remainder, shape, relative)
-    null = fit(source, delta, remainder=remainder)["chosen"]
+    base, delta, changed = dense(kind, remainder, shape, relative)
+    null = fit(base, delta, remainder=remainder)["chosen"]
     assert null.kind == kind
     assert changed.sum() / null.changed == pytest.approx(1, abs=0.02)
     for ratio in (0.05, 0.1, 0.2):
-        observed = near_zero(source, changed, ratio) / changed.sum()
+        observed = near_zero(base, changed, ratio) / changed.sum()
         # A shape comes from the weights that are below some thirty updates: here one in a hundred, 10,000 in all.
         assert observed / (null.near_zero[ratio] / null.changed) == pytest.approx(
             1, abs=0.03 if kind == "empirical" else 0.02
@@ -89,19 +90,19 @@ def test_a_dense_update_is_explained_by_its_kind_of_null(shape, kind, relative, 
 
 @pytest.mark.parametrize("remainder", ["grid", "uniform"])
 def test_a_heavy_tail_is_nearer_to_empirical_than_to_normal(remainder):
-    source, delta, _ = dense("lognormal", remainder, "normal", 1e-3)
-    nulls = fit(source, delta, remainder=remainder)
+    base, delta, _ = dense("lognormal", remainder, "normal", 1e-3)
+    nulls = fit(base, delta, remainder=remainder)
     assert nulls["empirical"].distance < nulls["normal"].distance / 20
 
 
 def test_larger_updates_of_small_weights_are_not_explained():
     """The empirical null has its distribution from small weights, not the visible share of each |W|: it can fail."""
     generator = torch.Generator().manual_seed(3)
-    source = weights("normal", 1_000_000, generator).bfloat16().float()
-    moved = update("normal", len(source), STD * 1e-3, generator) * (1 + 3 * (source.abs() < 0.1 * STD))
-    source, delta, changed = pair(source, source + moved)
-    for kind, null in fit(source, delta).items():
-        coverage = near_zero(source, changed, 0.05) / changed.sum()
+    base = weights("normal", 1_000_000, generator).bfloat16().float()
+    moved = update("normal", len(base), STD * 1e-3, generator) * (1 + 3 * (base.abs() < 0.1 * STD))
+    base, delta, changed = pair(base, base + moved)
+    for kind, null in fit(base, delta).items():
+        coverage = near_zero(base, changed, 0.05) / changed.sum()
         assert abs(coverage / (null.near_zero[0.05] / null.changed) - 1) > 0.05, kind
 
 
@@ -127,9 +128,9 @@ def test_closed_form_agrees_with_rounding_many_updates(weight, size, kind):
     n = 400_000
     generator = torch.Generator().manual_seed(5)
     size *= 1.07  # away from ties, which training meets with probability zero
-    source = torch.full((n,), weight)
-    source, delta, changed = pair(source, source + update(kind, n, size, generator))
-    null = fit(source, delta)[kind]
+    base = torch.full((n,), weight)
+    base, delta, changed = pair(base, base + update(kind, n, size, generator))
+    null = fit(base, delta)[kind]
     assert null.changed == pytest.approx(changed.sum(), abs=5 * math.sqrt(n))
     distance = np.abs(null.delta - delta).sum() / 2 / n
     assert distance == pytest.approx(null.distance, abs=1e-9)
@@ -142,9 +143,9 @@ def test_closed_form_agrees_over_an_octave(spacings, kind):
     """Every weight of an octave alike, so that steps across both its powers of two have their share."""
     n = 128 * 8000
     generator = torch.Generator().manual_seed(5)
-    source = (1 + torch.arange(n) % 128 / 128) / 32
-    source, delta, changed = pair(source, source + update(kind, n, spacings * 2.0**-12, generator))
-    null = fit(source, delta)[kind]
+    base = (1 + torch.arange(n) % 128 / 128) / 32
+    base, delta, changed = pair(base, base + update(kind, n, spacings * 2.0**-12, generator))
+    null = fit(base, delta)[kind]
     assert null.changed == pytest.approx(changed.sum(), abs=5 * math.sqrt(changed.sum()))
     assert null.distance < 0.01 + spacings / 1000
 
@@ -154,20 +155,20 @@ def test_closed_form_agrees_over_an_octave(spacings, kind):
 def test_remainder_closed_form_agrees_with_rounding_many_updates(exponent, kind):
     n = 1_000_000
     generator = torch.Generator().manual_seed(5)
-    source = (1 + torch.rand(n, generator=generator)) * 2.0**exponent
-    moved = source + update(kind, n, 2.0 ** (exponent - 8), generator)
-    source, delta, changed = pair(source, moved)
-    null = fit(source, delta, remainder="uniform")[kind]
+    base = (1 + torch.rand(n, generator=generator)) * 2.0**exponent
+    moved = base + update(kind, n, 2.0 ** (exponent - 8), generator)
+    base, delta, changed = pair(base, moved)
+    null = fit(base, delta, remainder="uniform")[kind]
     assert null.changed == pytest.approx(changed.sum(), rel=0.005)
     assert null.distance < 0.01
 
 
 @pytest.mark.parametrize("remainder", ["grid", "uniform"])
 def test_nothing_changed(remainder):
-    source = table(torch.randn(1000).bfloat16())
+    base = table(torch.randn(1000).bfloat16())
     delta = np.zeros(1 << 15, np.int64)
     delta[0] = 1000
-    for null in fit(source, delta, remainder=remainder).values():
+    for null in fit(base, delta, remainder=remainder).values():
         assert (null.size, null.changed, null.distance) == (0, 0, 0)
         assert np.array_equal(null.delta, delta)
         assert set(null.near_zero.values()) == {0.0}
@@ -185,9 +186,9 @@ def test_no_coordinates(remainder):
 @pytest.mark.parametrize("step", [0x0001, 0x3C00, 0x3F80, INFINITY - 1, INFINITY])
 @pytest.mark.parametrize("weight", [0, 1, 0x3F80, INFINITY - 1])
 def test_one_coordinate(weight, step, remainder):
-    source, delta = np.zeros(1 << 15, np.int64), np.zeros(1 << 15, np.int64)
-    source[weight] = delta[step] = 1
-    for null in fit(source, delta, remainder=remainder).values():
+    base, delta = np.zeros(1 << 15, np.int64), np.zeros(1 << 15, np.int64)
+    base[weight] = delta[step] = 1
+    for null in fit(base, delta, remainder=remainder).values():
         assert 0 <= null.distance <= 1 + 1e-9
         assert 0 <= null.changed <= 1 + 1e-9
         assert math.isfinite(null.size)
@@ -196,9 +197,9 @@ def test_one_coordinate(weight, step, remainder):
 
 def test_huge_updates_change_everything_and_keep_their_energy():
     generator = torch.Generator().manual_seed(7)
-    source = weights("normal", 100_000, generator).bfloat16().float()
-    source, delta, changed = pair(source, source + update("normal", len(source), 1e6, generator))
-    null = fit(source, delta)["chosen"]
+    base = weights("normal", 100_000, generator).bfloat16().float()
+    base, delta, changed = pair(base, base + update("normal", len(base), 1e6, generator))
+    null = fit(base, delta)["chosen"]
     assert null.kind == "normal"
     assert null.size == pytest.approx(1e6, rel=0.01)
     assert null.changed == pytest.approx(changed.sum(), abs=1)
@@ -206,9 +207,9 @@ def test_huge_updates_change_everything_and_keep_their_energy():
 
 
 def test_ties_at_the_threshold_count_in_expectation():
-    source, delta = np.zeros(1 << 15, np.int64), np.zeros(1 << 15, np.int64)
-    source[0x3F81], delta[0], delta[0x3C00] = 1000, 600, 400
-    null = fit(source, delta)["normal"]
+    base, delta = np.zeros(1 << 15, np.int64), np.zeros(1 << 15, np.int64)
+    base[0x3F81], delta[0], delta[0x3C00] = 1000, 600, 400
+    null = fit(base, delta)["normal"]
     for ratio in RATIOS:
         assert null.near_zero[ratio] == pytest.approx(ratio * null.changed)
 
@@ -216,13 +217,13 @@ def test_ties_at_the_threshold_count_in_expectation():
 def test_a_batch_equals_its_tensors_dense_or_sparse():
     cases = [("sign", 1e-3), ("normal", 1e-2), ("lognormal", 1e-4)]
     made = [dense(kind, "grid", "normal", relative, 20_000)[:2] for kind, relative in cases]
-    sources, deltas = zip(*made, strict=True)
-    sparse = [[(np.flatnonzero(t), t[np.flatnonzero(t)]) for t in side] for side in (sources, deltas)]
+    bases, deltas = zip(*made, strict=True)
+    sparse = [[(np.flatnonzero(t), t[np.flatnonzero(t)]) for t in side] for side in (bases, deltas)]
     remainders = ["grid", "uniform", "grid"]
-    dense_batch = fit_many(np.stack(sources), np.stack(deltas), remainder=remainders)
+    dense_batch = fit_many(np.stack(bases), np.stack(deltas), remainder=remainders)
     sparse_batch = fit_many(*sparse, remainder=remainders)
-    for t, (source, delta) in enumerate(made):
-        alone = fit(source, delta, remainder=remainders[t])
+    for t, (base, delta) in enumerate(made):
+        alone = fit(base, delta, remainder=remainders[t])
         for batch in (dense_batch[t], sparse_batch[t]):
             assert batch.keys() == alone.keys()
             assert batch["chosen"].kind == alone["chosen"].kind
@@ -232,33 +233,33 @@ def test_a_batch_equals_its_tensors_dense_or_sparse():
 
 
 def test_invalid_tables_are_rejected():
-    source, delta = np.zeros(1 << 15, np.int64), np.zeros(1 << 15, np.int64)
-    source[5] = 1
+    base, delta = np.zeros(1 << 15, np.int64), np.zeros(1 << 15, np.int64)
+    base[5] = 1
     with pytest.raises(ValueError, match="different numbers of coordinates"):
-        fit(source, delta)
+        fit(base, delta)
     delta[0] = 1
     with pytest.raises(ValueError, match="'grid' or 'uniform'"):
-        fit(source, delta, remainder="none")
-    with pytest.raises(ValueError, match="1 source tables but 0"):
-        fit_many([source], [])
+        fit(base, delta, remainder="none")
+    with pytest.raises(ValueError, match="1 base tables but 0"):
+        fit_many([base], [])
     with pytest.raises(ValueError, match="ascending"):
         fit((np.array([5, 5]), np.array([1, 0])), delta)
-    source[5], source[INFINITY] = 0, 1
+    base[5], base[INFINITY] = 0, 1
     with pytest.raises(ValueError, match="infinities"):
-        fit(source, delta)
+        fit(base, delta)
 
 
 @st.composite
 def tables(draw):
-    """Any source bins, and as many coordinates in any delta bins."""
+    """Any base bins, and as many coordinates in any delta bins."""
     finite = st.integers(0, INFINITY - 1)
-    source = draw(st.dictionaries(finite, st.integers(1, 10_000), min_size=1, max_size=8))
-    left, delta = sum(source.values()), {}
+    base = draw(st.dictionaries(finite, st.integers(1, 10_000), min_size=1, max_size=8))
+    left, delta = sum(base.values()), {}
     for pattern in draw(st.lists(finite, max_size=8, unique=True)):
         delta[pattern] = draw(st.integers(0, left))
         left -= delta[pattern]
     delta[0] = delta.get(0, 0) + left
-    return [tuple(np.array(column) for column in zip(*sorted(side.items()), strict=True)) for side in (source, delta)]
+    return [tuple(np.array(column) for column in zip(*sorted(side.items()), strict=True)) for side in (base, delta)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -285,14 +286,14 @@ def test_expected_counts_are_counts(pair, remainder):
 @settings(max_examples=20, deadline=None)
 @given(st.integers(-30, 30), st.sampled_from(KINDS), st.sampled_from(["grid", "uniform"]))
 def test_scaling_by_a_power_of_two_only_scales_the_size(shift, kind, remainder):
-    source, delta, _ = dense(kind, remainder, "normal", 1e-3, 30_000)
+    base, delta, _ = dense(kind, remainder, "normal", 1e-3, 30_000)
     # Each table is moved by whole exponents; the few bins that would become subnormal are left out on both sides.
     keep = delta.copy()
     keep[1 : 60 << 7] = 0
     keep[0] += delta.sum() - keep.sum()
-    weights = source.copy()
+    weights = base.copy()
     weights[: 60 << 7] = 0
-    weights[100 << 7] += source.sum() - weights.sum()
+    weights[100 << 7] += base.sum() - weights.sum()
 
     def moved(counts, start):
         bins = np.arange(start, 1 << 15)[counts[start:] > 0]
@@ -308,8 +309,8 @@ def test_scaling_by_a_power_of_two_only_scales_the_size(shift, kind, remainder):
 @pytest.mark.parametrize("remainder", ["grid", "uniform"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_duplicating_a_tensor_doubles_the_counts_at_the_same_size(kind, remainder):
-    source, delta, _ = dense(kind, remainder, "student", 1e-3, 100_000)
-    once, twice = fit(source, delta, remainder=remainder), fit(2 * source, 2 * delta, remainder=remainder)
+    base, delta, _ = dense(kind, remainder, "student", 1e-3, 100_000)
+    once, twice = fit(base, delta, remainder=remainder), fit(2 * base, 2 * delta, remainder=remainder)
     for name in ("sign", "normal"):  # the empirical density resolves finer with more coordinates
         assert twice[name].size == pytest.approx(once[name].size, rel=1e-9)
         assert twice[name].distance == pytest.approx(once[name].distance, abs=1e-9)

@@ -91,7 +91,7 @@ def test_metrics_match_fp64_svd(source, block, update, wide):
     for ours, exact in ((result.rotation_left, rotation_left), (result.rotation_right, rotation_right)):
         assert float((ours - exact).abs().max()) < 1e-6
     drift = (torch.linalg.svdvals(w + d) - torch.linalg.svdvals(w)).norm()
-    assert relative((result.trained - result.source).norm(), drift) < 1e-5
+    assert relative((result.trained - result.base).norm(), drift) < 1e-5
 
 
 def test_definition_matches_oracle():
@@ -109,7 +109,7 @@ def test_definition_matches_oracle():
         )
         torch.testing.assert_close(ours, subspace_oracle(a, b), rtol=1e-6, atol=1e-9)
         factor = factorise_matrix(a, result.ranks[-1])
-        torch.testing.assert_close(factor.sigma, result.source)
+        torch.testing.assert_close(factor.sigma, result.base)
         assert factor.vectors.shape == (min(a.shape), result.ranks[-1])
 
 
@@ -117,7 +117,7 @@ def test_reduced_pair_has_the_same_metrics():
     w, d = random((700, 40)), 1e-3 * random((700, 40), 1)
     long, short = (from_matrices(*pair) for pair in ((w, d), compressed(zip(w.split(90), d.split(90), strict=True))))
     for name in (
-        "source",
+        "base",
         "trained",
         "delta",
         "projection",
@@ -146,9 +146,9 @@ def test_known_factor_is_reused():
     w = random(SHAPE)
     grams = symmetric(gram(w, w + 1e-3 * random(SHAPE, 1)))
     factor = factorise(grams[0], top_ranks(120)[-1])
-    fresh, given = from_grams(grams, tall=True), from_grams(grams, tall=True, source=factor)
+    fresh, given = from_grams(grams, tall=True), from_grams(grams, tall=True, base=factor)
     assert torch.equal(fresh.projection, given.projection)
-    assert given.source is factor.sigma
+    assert given.base is factor.sigma
 
 
 def test_nearly_singular_pair_returns_none():

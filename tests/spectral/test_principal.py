@@ -13,38 +13,38 @@ from opdkernels.spectral.exact import RATIOS, top_ranks
 from opdkernels.spectral.principal import COUNTS, THRESHOLDS
 
 
-def overlaps(source, trained, basis, ranks, *, visible):
-    return principal.overlaps(principal.masks(source, basis, ranks, visible=visible), source, trained, visible=visible)
+def overlaps(base, trained, basis, ranks, *, visible):
+    return principal.overlaps(principal.masks(base, basis, ranks, visible=visible), base, trained, visible=visible)
 
 
 def matrices(shape, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    source = (0.03 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
-    trained = (source.double() + 5e-5 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
-    return source, trained
+    base = (0.03 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+    trained = (base.double() + 5e-5 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+    return base, trained
 
 
-def basis_of(source: torch.Tensor, visible: bool) -> torch.Tensor:
-    w = source.float().bfloat16().double() if visible else source.double()
-    return torch.linalg.svd(w, full_matrices=False)[2][: top_ranks(source.shape[1])[-1]].T.contiguous()
+def basis_of(base: torch.Tensor, visible: bool) -> torch.Tensor:
+    w = base.float().bfloat16().double() if visible else base.double()
+    return torch.linalg.svd(w, full_matrices=False)[2][: top_ranks(base.shape[1])[-1]].T.contiguous()
 
 
-def view_of(source, trained, visible):
+def view_of(base, trained, visible):
     if visible:
-        w, v = source.float().bfloat16(), trained.float().bfloat16()
+        w, v = base.float().bfloat16(), trained.float().bfloat16()
         return w.double().numpy(), (v.float() - w.float()).bfloat16().double().numpy()
-    wide = torch.float64 if source.dtype == torch.float64 else torch.float32
-    return source.double().numpy(), (trained.to(wide) - source.to(wide)).double().numpy()
+    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+    return base.double().numpy(), (trained.to(wide) - base.to(wide)).double().numpy()
 
 
 @pytest.mark.parametrize("shape", [(130, 40), (40, 40), (999, 31), (9, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("visible", [False, True])
 def test_counts_match_sorting(shape, dtype, visible):
-    source, trained = matrices(shape, dtype)
-    basis, ranks = basis_of(source, visible), top_ranks(shape[1])
-    result = overlaps(source, trained, basis, ranks, visible=visible)
-    w, d = (x.ravel() for x in view_of(source, trained, visible))
+    base, trained = matrices(shape, dtype)
+    basis, ranks = basis_of(base, visible), top_ranks(shape[1])
+    result = overlaps(base, trained, basis, ranks, visible=visible)
+    w, d = (x.ravel() for x in view_of(base, trained, visible))
     for one, ratio, rank in zip(result, RATIOS, ranks, strict=True):
         v = basis[:, :rank].numpy()
         score = np.abs(w.reshape(shape) @ v @ v.T).ravel()
@@ -70,15 +70,15 @@ def test_counts_match_sorting(shape, dtype, visible):
 
 def test_unequal_rows_are_recomputed_only_near_the_threshold(monkeypatch):
     """Each row has an error of its own: that of the largest would make candidates of half the coordinates."""
-    source, _ = matrices((4000, 60), torch.float64)
-    source *= torch.exp(3 * torch.randn(4000, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
-    basis, rank = basis_of(source, False), top_ranks(60)[-1]
+    base, _ = matrices((4000, 60), torch.float64)
+    base *= torch.exp(3 * torch.randn(4000, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
+    basis, rank = basis_of(base, False), top_ranks(60)[-1]
     recomputed = []
     monkeypatch.setattr(
         principal.np, "divmod", lambda index, short: recomputed.append(len(index)) or (index // short, index % short)
     )
-    sure, above, tied, taken = principal.select(source @ basis, basis, principal.row_blocks(4000, 60), 48_000)
-    score = (source @ basis @ basis.T).abs().flatten().numpy()
+    sure, above, tied, taken = principal.select(base @ basis, basis, principal.row_blocks(4000, 60), 48_000)
+    score = (base @ basis @ basis.T).abs().flatten().numpy()
     expected = np.zeros(score.size, bool)
     expected[np.argsort(-score)[:48_000]] = True
     result = np.unpackbits(sure, bitorder="little")[: score.size].astype(bool)
@@ -90,11 +90,11 @@ def test_unequal_rows_are_recomputed_only_near_the_threshold(monkeypatch):
 
 
 def test_transposed_view_counts_like_its_copy():
-    source, trained = matrices((30, 200), torch.bfloat16)
-    basis = basis_of(source.T, False)
+    base, trained = matrices((30, 200), torch.bfloat16)
+    basis = basis_of(base.T, False)
     views, copies = (
         overlaps(a, b, basis, top_ranks(30), visible=False)
-        for a, b in ((source.T, trained.T), (source.T.contiguous(), trained.T.contiguous()))
+        for a, b in ((base.T, trained.T), (base.T.contiguous(), trained.T.contiguous()))
     )
     for one, other in zip(views, copies, strict=True):
         np.testing.assert_array_equal(one.counts, other.counts)
@@ -103,8 +103,8 @@ def test_transposed_view_counts_like_its_copy():
 def test_equal_rows_tie_at_the_threshold():
     """Every row the same: scores come in groups, and the cut falls into one."""
     row = torch.linspace(1, 2, 10)
-    source = row.repeat(50, 1)
-    result = overlaps(source, source + 1, basis_of(source, False), top_ranks(10), visible=False)[1]
+    base = row.repeat(50, 1)
+    result = overlaps(base, base + 1, basis_of(base, False), top_ranks(10), visible=False)[1]
     count = dict(zip(COUNTS, result.counts[0].tolist(), strict=True))
     assert (count["principal"], count["principal_tied"], result.taken, result.size) == (0, 50, 25, 25)
 
@@ -118,12 +118,12 @@ def test_a_matrix_of_zeros_ties_everywhere():
 
 def test_scores_near_the_threshold_are_accurate_to_fp64(monkeypatch):
     """With all scores taken as near, nothing else is counted."""
-    source, trained = matrices((300, 50), torch.float32)
-    basis = basis_of(source, False)
-    before = overlaps(source, trained, basis, top_ranks(50), visible=False)
+    base, trained = matrices((300, 50), torch.float32)
+    basis = basis_of(base, False)
+    before = overlaps(base, trained, basis, top_ranks(50), visible=False)
     monkeypatch.setattr(principal, "ROUNDINGS", 1e9)
     monkeypatch.setattr(principal, "CANDIDATES", 1000)
-    for one, other in zip(before, overlaps(source, trained, basis, top_ranks(50), visible=False), strict=True):
+    for one, other in zip(before, overlaps(base, trained, basis, top_ranks(50), visible=False), strict=True):
         np.testing.assert_array_equal(one.counts, other.counts)
         assert one.taken == other.taken
 
@@ -131,14 +131,14 @@ def test_scores_near_the_threshold_are_accurate_to_fp64(monkeypatch):
 @pytest.mark.parametrize("bracket", [None, (0.0, 1e-9), (1.0, 2.0), (math.nan, math.nan)], ids=str)
 def test_counts_do_not_depend_on_blocks_and_samples(monkeypatch, bracket):
     """Also if the sample gives a wrong bracket of the threshold."""
-    source, trained = matrices((700, 50), torch.bfloat16)
-    source[100:] *= 20  # the sample's rows differ
-    basis = basis_of(source, False)
-    before = overlaps(source, trained, basis, top_ranks(50), visible=False)
+    base, trained = matrices((700, 50), torch.bfloat16)
+    base[100:] *= 20  # the sample's rows differ
+    basis = basis_of(base, False)
+    before = overlaps(base, trained, basis, top_ranks(50), visible=False)
     monkeypatch.setattr(principal, "BLOCK", 3000)
     monkeypatch.setattr(principal, "SAMPLE_ROWS", 7)
     if bracket:
         monkeypatch.setattr(principal, "sampled_bracket", lambda sample, fraction: bracket)
-    for one, other in zip(before, overlaps(source, trained, basis, top_ranks(50), visible=False), strict=True):
+    for one, other in zip(before, overlaps(base, trained, basis, top_ranks(50), visible=False), strict=True):
         np.testing.assert_array_equal(one.counts, other.counts)
         assert one.taken == other.taken

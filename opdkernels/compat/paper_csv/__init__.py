@@ -41,13 +41,14 @@ from opdkernels.compat.paper_csv.spectra import (
     svd_row,
 )
 from opdkernels.files import write_json
-from opdkernels.metrics.batch import EPSILON, RATIOS, Batch, SparseTally, ratio_label, threshold_label, to_bf16_bits
+from opdkernels.metrics.batch import EPSILON, SparseTally, TallyBatch, ratio_label, threshold_label, to_bf16_bits
 from opdkernels.metrics.coordinates import RELATIVE, TOP_FRACTIONS, near_zero, tensor_metrics
 from opdkernels.metrics.groups import Row, write_csv
 from opdkernels.metrics.spectra import SpectrumRecord
 from opdkernels.metrics.tallies import TallyRecord
 from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS
 from opdkernels.ops.delta.layout import HIST_BASE_OVER
+from opdkernels.spectral.exact import RATIOS
 
 if TYPE_CHECKING:
     from opdkernels.analysis.result import Analysis
@@ -180,10 +181,10 @@ def blank(content: Any) -> Any:
     return None if isinstance(content, float) and math.isnan(content) else content
 
 
-def match_names(source: Collection[str], trained: Collection[str]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+def match_names(base: Collection[str], trained: Collection[str]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     """Pairs of matching names, sorted by the base's, and mismatch_report.json as far as names determine it."""
-    exact = [(name, name) for name in source if name in trained]
-    unmatched = [sorted(set(side) - {name for name, _ in exact}) for side in (source, trained)]
+    exact = [(name, name) for name in base if name in trained]
+    unmatched = [sorted(set(side) - {name for name, _ in exact}) for side in (base, trained)]
     by_key: list[dict[str, list[str]]] = [{}, {}]
     for names, keys in zip(unmatched, by_key, strict=True):
         for name in names:
@@ -199,7 +200,7 @@ def match_names(source: Collection[str], trained: Collection[str]) -> tuple[list
             {"canonical_key": key, "src_keys": a, "opd_keys": b} for key, a, b in common if len(a) > 1 or len(b) > 1
         ],
         "missing_in_src": sorted(set(trained) - {b for _, b in matched}),
-        "missing_in_opd": sorted(set(source) - {a for a, _ in matched}),
+        "missing_in_opd": sorted(set(base) - {a for a, _ in matched}),
         "shape_mismatched": [],
         "skipped_non_floating": 0,
     }
@@ -253,12 +254,12 @@ def tabulate(
     masks: list[Row] = []
     failed: list[Row] = []
     for name, trained_name in matched:
-        source, trained = pair.base.tensors[name], pair.trained.tensors[trained_name]
+        base, trained = pair.base.tensors[name], pair.trained.tensors[trained_name]
         record = record_of.get(key(name, trained_name))
-        if source.shape != trained.shape:
-            shapes = {"src_shape": list(source.shape), "opd_shape": list(trained.shape)}
+        if base.shape != trained.shape:
+            shapes = {"src_shape": list(base.shape), "opd_shape": list(trained.shape)}
             report["shape_mismatched"].append({"src_name": name, "opd_name": trained_name, **shapes})
-        elif source.dtype not in DTYPES or trained.dtype not in DTYPES:
+        elif base.dtype not in DTYPES or trained.dtype not in DTYPES:
             report["skipped_non_floating"] += 1
         elif record is None:
             failed.append(failure(name, "delta_metrics", "NotCompared: repeats another tensor, with which it is tied"))
@@ -266,18 +267,18 @@ def tabulate(
             failed.append(failure(name, "delta_metrics", record.failure))
         else:
             tally = record.tally
-            tensors.append(tensor_row(name, source.shape, tally))
-            if len(source.shape) == 2 and not tally.nonfinite:
-                rows = [mask_row(name, source.shape, tally, atol) for atol in UPDATE_ATOLS]
+            tensors.append(tensor_row(name, base.shape, tally))
+            if len(base.shape) == 2 and not tally.nonfinite:
+                rows = [mask_row(name, base.shape, tally, atol) for atol in UPDATE_ATOLS]
                 spectrum = spectra.get(record.index)
                 if spectrum is not None and spectrum.masks.size:
                     rows = [row | principal_columns(spectrum, subset) for subset, row in enumerate(rows, 1)]
                 masks += rows
                 if spectrum is not None:
-                    first = {"name": name, "shape": str(list(source.shape)), **place(name)}
+                    first = {"name": name, "shape": str(list(base.shape)), **place(name)}
                     bases.append(first | base_row(spectrum))
                     svds += [first | svd_row(spectrum)] if spectrum.method and spectrum.method != "topk" else []
-            elif len(source.shape) == 2:
+            elif len(base.shape) == 2:
                 failed.append(
                     failure(name, "mask_overlap", f"ValueError: {tally.nonfinite} coordinates are not finite")
                 )
@@ -290,12 +291,12 @@ def failure(name: str, stage: str, error: str) -> Row:
 
 def tensor_row(name: str, shape: tuple[int, ...], tally: SparseTally) -> Row:
     n = max(tally.numel, 1)
-    source, trained, delta, absolute = tally.energies["visible"]
+    base, trained, delta, absolute = tally.energies["visible"]
     metrics = tensor_metrics(tally, "visible")
     largest = metrics["max_abs"] or 0.0
     if tally.nonfinite:
-        source = trained = delta = absolute = largest = math.nan
-    source_norm, delta_norm, source_rms = math.sqrt(source), math.sqrt(delta), math.sqrt(source / n)
+        base = trained = delta = absolute = largest = math.nan
+    base_norm, delta_norm, base_rms = math.sqrt(base), math.sqrt(delta), math.sqrt(base / n)
     row: Row = {
         "name": name,
         "shape": str(list(shape)),
@@ -303,18 +304,18 @@ def tensor_row(name: str, shape: tuple[int, ...], tally: SparseTally) -> Row:
         "numel": tally.numel,
         "analysis_dtype": "bfloat16",
         **place(name),
-        "src_fro_norm": source_norm,
+        "src_fro_norm": base_norm,
         "opd_fro_norm": math.sqrt(trained),
         "delta_fro_norm": delta_norm,
-        "relative_delta_fro": delta_norm / (source_norm + EPSILON),
+        "relative_delta_fro": delta_norm / (base_norm + EPSILON),
         "delta_l2_norm": delta_norm,
         "delta_linf_norm": largest,
         "delta_mean_abs": absolute / n,
         "delta_rms": math.sqrt(delta / n),
-        "src_rms": source_rms,
+        "src_rms": base_rms,
         "opd_rms": math.sqrt(trained / n),
         "has_nan_or_inf": tally.nonfinite > 0,
-        "src_energy": source,
+        "src_energy": base,
         "opd_energy": trained,
         "delta_energy": delta,
         "frac_delta_eq_0": below(tally, 1) / n,
@@ -323,7 +324,7 @@ def tensor_row(name: str, shape: tuple[int, ...], tally: SparseTally) -> Row:
         pattern = to_bf16_bits(threshold)
         row[lt], row[close] = below(tally, pattern) / n, below(tally, pattern + 1) / n
     for tau, lt in zip(RELATIVE, BELOW_RMS, strict=True):
-        row[lt] = math.nan if tally.nonfinite else below(tally, to_bf16_bits(tau * max(source_rms, EPSILON))) / n
+        row[lt] = math.nan if tally.nonfinite else below(tally, to_bf16_bits(tau * max(base_rms, EPSILON))) / n
     for p, top in zip(TOP_FRACTIONS, TOP, strict=True):
         share = metrics[f"top_energy_{ratio_label(p)}"]
         row[top] = math.nan if share is None or tally.nonfinite else share
@@ -349,7 +350,7 @@ def mask_row(name: str, shape: tuple[int, ...], tally: SparseTally, atol: float)
         "update_count": updates,
         "update_density": updates / max(n, 1),
     }
-    mask = near_zero(Batch([tally]), changed, list(LOW))
+    mask = near_zero(TallyBatch([tally]), changed, list(LOW))
     for low, size, both in zip(LOW.values(), mask.size[0].tolist(), mask.expected[0].tolist(), strict=True):
         density, overlap = size / max(n, 1), both / updates if updates else math.nan
         row[f"{low}_density"] = density
@@ -388,14 +389,14 @@ def group(tensors: Sequence[Row], keys: Sequence[str]) -> list[Row]:
     everything, groups = total(tensors, "delta_energy"), []
     for values in sorted(members):
         rows = members[values]
-        delta, source = total(rows, "delta_energy"), total(rows, "src_energy")
+        delta, base = total(rows, "delta_energy"), total(rows, "src_energy")
         metrics = {
             "num_tensors": len(rows),
             "total_numel": sum(row["numel"] for row in rows),
             "total_delta_energy": delta,
             "delta_energy_share": delta / (everything + EPSILON),
-            "total_src_energy": source,
-            "group_relative_delta": math.sqrt(delta) / (math.sqrt(source) + EPSILON),
+            "total_src_energy": base,
+            "group_relative_delta": math.sqrt(delta) / (math.sqrt(base) + EPSILON),
         }
         groups.append(dict(zip(keys, values, strict=True)) | metrics | averages(rows))
     return sorted(groups, key=lambda row: -row["total_delta_energy"])

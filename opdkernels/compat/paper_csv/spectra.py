@@ -90,8 +90,8 @@ def base_row(record: SpectrumRecord) -> Row:
         for name, of in zip(PROJECTIONS, SUBSPACE[:3], strict=True):
             row[f"{name}_{label}"] = float(subspace[of][i])
         row[f"top_subspace_rotation_{label}"] = float(subspace["rotation_left"][i])
-    drift = float(np.linalg.norm(record.trained - record.source))
-    row["spectral_drift_l2_ratio"] = drift / (float(np.linalg.norm(record.source)) + EPSILON)
+    drift = float(np.linalg.norm(record.trained - record.base))
+    row["spectral_drift_l2_ratio"] = drift / (float(np.linalg.norm(record.base)) + EPSILON)
     row["spectral_drift_to_delta_fro_ratio"] = drift / (float(np.linalg.norm(record.delta)) + EPSILON)
     return row
 

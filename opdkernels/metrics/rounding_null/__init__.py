@@ -24,26 +24,26 @@ from collections.abc import Sequence
 from opdkernels.metrics.rounding_null.expected import Null, near_zero_threshold
 from opdkernels.metrics.rounding_null.histograms import Histograms, Table
 from opdkernels.metrics.rounding_null.kinds import empirical, normal, sign, sign_on_grid
+from opdkernels.spectral.exact import RATIOS
 
 KINDS = ("sign", "normal", "empirical")
-RATIOS = (0.01, 0.05, 0.1, 0.2)
 BATCH = 128  # tensors at a time: bounds the memory, and arrays stay near the caches
 
 
-def fit(source: Table, delta: Table, ratios: Sequence[float] = RATIOS, remainder: str = "grid") -> dict[str, Null]:
+def fit(base: Table, delta: Table, ratios: Sequence[float] = RATIOS, remainder: str = "grid") -> dict[str, Null]:
     """Null updates of one tensor, as for `fit_many`.
 
     >>> import numpy as np
-    >>> source, delta = np.zeros(32768, np.int64), np.zeros(32768, np.int64)
-    >>> source[0x3F80], delta[0] = 10, 10  # ten ones, none of them changed
-    >>> fit(source, delta)["chosen"].changed
+    >>> base, delta = np.zeros(32768, np.int64), np.zeros(32768, np.int64)
+    >>> base[0x3F80], delta[0] = 10, 10  # ten ones, none of them changed
+    >>> fit(base, delta)["chosen"].changed
     0.0
     """
-    return fit_many([source], [delta], ratios, remainder)[0]
+    return fit_many([base], [delta], ratios, remainder)[0]
 
 
 def fit_many(
-    source: Sequence[Table],
+    base: Sequence[Table],
     delta: Sequence[Table],
     ratios: Sequence[float] = RATIOS,
     remainder: str | Sequence[str] = "grid",
@@ -51,7 +51,7 @@ def fit_many(
     """Null updates of each tensor, fitted to its observed visible energy.
 
     Args:
-        source: Histogram of |W| of each tensor, int64 [32768] by bf16 bits (an array [T, 32768] also works), or a pair
+        base: Histogram of |W| of each tensor, int64 [32768] by bf16 bits (an array [T, 32768] also works), or a pair
             (bf16 bits ascending, counts).
         delta: Histogram of |visible delta| of each tensor, in the same form.
         ratios: Sizes of the near-zero masks, as fractions of the coordinates.
@@ -66,9 +66,9 @@ def fit_many(
     Raises:
         ValueError: The histograms do not cover the same finite coordinates, or a remainder is unknown.
     """
-    count = len(source)
+    count = len(base)
     if len(delta) != count:
-        raise ValueError(f"{count} source tables but {len(delta)} delta tables; give one of each per tensor")
+        raise ValueError(f"{count} base tables but {len(delta)} delta tables; give one of each per tensor")
     modes = [remainder] * count if isinstance(remainder, str) else list(remainder)
     if len(modes) != count or not set(modes) <= {"grid", "uniform"}:
         raise ValueError(
@@ -79,7 +79,7 @@ def fit_many(
         same = [i for i in range(count) if modes[i] == mode]
         for start in range(0, len(same), BATCH):
             batch = same[start : start + BATCH]
-            tables = Histograms.of([source[i] for i in batch], [delta[i] for i in batch], mode == "uniform")
+            tables = Histograms.of([base[i] for i in batch], [delta[i] for i in batch], mode == "uniform")
             for i, nulls in zip(batch, fit_histograms(tables, tuple(ratios)), strict=True):
                 fitted[i] = nulls
     return fitted

@@ -59,9 +59,9 @@ class Histograms:
     )  # [T, 256] counts of |W| by exponent e, spacing 2**(e - 134), powers of two split between two spacings
 
     @classmethod
-    def of(cls, source: Sequence[Table], delta: Sequence[Table], uniform: bool) -> Histograms:
-        count = len(source)
-        tensor, pattern, counts = flatten(source)
+    def of(cls, base: Sequence[Table], delta: Sequence[Table], uniform: bool) -> Histograms:
+        count = len(base)
+        tensor, pattern, counts = flatten(base)
         delta_tensor, delta_pattern, delta_counts = flatten(delta)
         numel = sum_by(tensor, counts, count)
         if np.any(pattern >= INFINITY):
