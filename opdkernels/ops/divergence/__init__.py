@@ -294,15 +294,18 @@ class LinearDivergenceFunction(torch.autograd.Function):
         forward = moments[MEAN_FORWARD] - moments[TEACHER_LOG] + moments[STUDENT_LOG]
         reverse = moments[MEAN_REVERSE] - moments[STUDENT_LOG] + moments[TEACHER_LOG]
         if kind in (JSD, VARIATION):
-            loss, center = operator("divergence_means", student)(student, teacher, moments, vocab, *params, beta, kind)
+            loss, shift, center = operator("divergence_means", student)(
+                student, teacher, moments, vocab, *params, beta, kind
+            )
         else:
             loss = center = forward if kind == FORWARD else reverse
+            shift = torch.zeros_like(center)
         lq, lp = (logits_at_ids[k] - moments[2 * k, :, None] - moments[2 * k + 1, :, None] for k in range(2))
         tail_q, tail_p = (
             floored(tails[k] - moments[2 * k] - moments[2 * k + 1]) if tail_k else moments.new_empty(0)
             for k in range(2)
         )
-        ctx.save_for_backward(*student, *teacher, torch.cat([moments[:4], center[None]]), ids, tail_q)
+        ctx.save_for_backward(*student, *teacher, torch.cat([moments[:4], shift[None], center[None]]), ids, tail_q)
         ctx.num_student, ctx.num_teacher = len(student), len(teacher)
         ctx.vocab, ctx.params, ctx.beta, ctx.kind, ctx.tail_k = vocab, params, beta, kind, tail_k
         scores = torch.stack(

@@ -88,7 +88,7 @@ def fake_means(
     beta: float,
     kind: int,
 ) -> Tensor:
-    return moments.new_empty((2, moments.shape[1]))
+    return moments.new_empty((3, moments.shape[1]))
 
 
 def fake_backward(
@@ -271,10 +271,20 @@ def log_mixture_over_max(d: Tensor, beta: float, work: Workspace) -> Tensor:
     """log(m / max(p, q)) of d = log(p / q): `common` of `over_mixture`, without its temporaries."""
     result = torch.abs(d, out=work("mixture", d.shape)).neg_().expm1_()
     if beta != 0.5:
-        result *= torch.gt(d, 0, out=work("weight", d.shape)).mul_(1 - 2 * beta).add_(beta)
+        result *= work("weight", d.shape).fill_(beta).masked_fill_(d > 0, 1 - beta)
     else:
         result *= beta
     return result.log1p_()
+
+
+def mixture_shift(moments: Tensor, beta: float) -> Tensor:
+    """log(q / m) at the mean of log(p / q) under q, [num_tokens], from the moments of `divergence_scan`.
+
+    The gradient of JSD is q_j (x_j - sum_i q_i x_i) with x = log(q / m). Where all ids that the student considers have
+    nearly the same x, such as -log(1 - beta) where the teacher is sure of another id, the difference is far below the
+    rounding of x and of sum(q). It is therefore computed from x - shift, which is near 0 there."""
+    mean, student_log, teacher_log = (moments.select(0, i) for i in (MEAN_REVERSE, STUDENT_LOG, TEACHER_LOG))
+    return over_mixture(student_log - mean - teacher_log, beta)[1]
 
 
 def log_probabilities(logits: Sequence[Tensor], scalars: Tensor, rows: slice) -> list[Tensor]:
@@ -295,9 +305,12 @@ def divergence_means(
     """The means of JSD and VARIATION, which need a second pass.
 
     Returns:
-        [2, num_tokens]: the divergence, and the mean under q of log(q / m) for JSD or of sign(q - p) for VARIATION.
+        [3, num_tokens]: the divergence; the shift, `mixture_shift` for JSD and 0 for VARIATION; and the mean under q of
+        log(q / m) - shift for JSD, or of sign(q - p) for VARIATION.
     """
+    shift = mixture_shift(moments, beta) if kind == JSD else torch.zeros_like(moments[0])
     work, total = Workspace(student[0]), moments.new_zeros((2, moments.shape[1]), dtype=torch.float64)
+    total[0] = (1 - beta) * shift.double()
     params = LogitParams(*student_params), LogitParams(*teacher_params)
     for _, heads in tiles((student, teacher), vocab, work):
         for rows in row_slices(moments.shape[1]):
@@ -307,7 +320,7 @@ def divergence_means(
                 d = lp.sub_(lq)
                 common = log_mixture_over_max(d, beta, work)
                 over_p = torch.clamp(d, max=0, out=lq).sub_(common).mul_(p).sum(1)
-                mean = d.clamp_(min=0).add_(common).mul_(q).sum(1).neg_()
+                mean = d.clamp_(min=0).add_(common).add_(shift[rows, None]).mul_(q).sum(1).neg_()
                 total[0, rows] += beta * over_p + (1 - beta) * mean
             else:
                 difference = torch.sub(q, p, out=p)
@@ -316,7 +329,8 @@ def divergence_means(
             total[1, rows] += mean
     if kind == VARIATION:
         total[1] += 0 * total[0]  # keeps NaN, whose sign is 0
-    return total.to(moments.dtype)
+    divergence, mean = total.to(moments.dtype)
+    return torch.stack([divergence, shift, mean])
 
 
 def divergence_backward(
@@ -339,8 +353,9 @@ def divergence_backward(
 
     Args:
         student, teacher: Both sides; AT_IDS does not read the teacher.
-        scalars: [6, num_tokens]: the first four moments, the mean that the gradient subtracts, the factor of each
-            token; with a tail [8, num_tokens]: also the log of the student's mass in the tail, and its gradient.
+        scalars: [7, num_tokens]: the first four moments, the shift and the mean that the gradient subtracts, the factor
+            of each token; with a tail [9, num_tokens]: also the log of the student's mass in the tail, and its
+            gradient.
         ids: int64 [num_tokens, num_ids].
         grad_at_ids: Gradients of the student's logits over temperature at ids, [num_tokens, num_ids].
         vocab: Number of ids.
@@ -389,13 +404,14 @@ def tile_gradient(
     slope = logit_slope(logits[0], params[0], work)
     lq, *others = log_probabilities(logits, scalars, rows)
     in_tile, columns = local_ids(ids[rows], tile)
-    tail = mask_ids(work("tail", lq.shape).copy_(lq), in_tile, columns) if len(scalars) > 6 else None
-    g = logit_gradient(kind, lq, *others, center=scalars[4, rows, None], beta=beta, work=work)
-    g *= scalars[5, rows, None]
+    tail = mask_ids(work("tail", lq.shape).copy_(lq), in_tile, columns) if len(scalars) > 7 else None
+    shift, center, factor = scalars[4:7, rows, None]
+    g = logit_gradient(kind, lq, *others, shift=shift, center=center, beta=beta, work=work)
+    g *= factor
     if ids.shape[1]:
         g.scatter_add_(1, columns, grad_at_ids[rows] * in_tile)
     if tail is not None:
-        g += tail.sub_(scalars[6, rows, None]).exp_().mul_(scalars[7, rows, None])
+        g += tail.sub_(scalars[7, rows, None]).exp_().mul_(scalars[8, rows, None])
     return g.mul_(slope)
 
 
@@ -414,10 +430,10 @@ def logit_slope(z: Tensor, params: LogitParams, work: Workspace) -> Tensor | flo
 
 
 def logit_gradient(
-    kind: int, lq: Tensor, lp: Tensor | None = None, *, center: Tensor, beta: float, work: Workspace
+    kind: int, lq: Tensor, lp: Tensor | None = None, *, shift: Tensor, center: Tensor, beta: float, work: Workspace
 ) -> Tensor:
-    """Gradient of a token's divergence by its logits over temperature; for AT_IDS only the softmax. Overwrites lq and
-    lp."""
+    """Gradient of a token's divergence by its logits over temperature; for AT_IDS only the softmax. `shift` is 0 but
+    for JSD. Overwrites lq and lp."""
     if lp is None:
         return lq.exp_()
     if kind == FORWARD:
@@ -429,7 +445,7 @@ def logit_gradient(
         return torch.sub(q, lp.exp_(), out=lp).sign_().sub_(center).mul_(q).mul_(0.5)
     d = lp.sub_(lq)
     common = log_mixture_over_max(d, beta, work)
-    return d.clamp_(min=0).add_(common).add_(center).mul_(q).mul_(beta - 1)
+    return d.clamp_(min=0).add_(common).add_(shift).add_(center).mul_(q).mul_(beta - 1)
 
 
 def divergence_top(side: Side, vocab: int, k: int, params: Sequence[float]) -> Tensor:

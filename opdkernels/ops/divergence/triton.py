@@ -28,7 +28,7 @@ from opdkernels.backends.triton import launch
 from opdkernels.backends.triton.numeric import multiple, to_bf16_bits, widen
 from opdkernels.ops.divergence import logits as plain
 from opdkernels.ops.divergence.logits import LogitParams
-from opdkernels.ops.divergence.tiles import Side
+from opdkernels.ops.divergence.tiles import Side, mixture_shift
 
 COLUMNS, LEAST_COLUMNS = 4096, 256  # maximum and minimum ids that a program processes at a time
 WORKSPACE_BYTES = 1 << 28  # for a chunk's logits and their gradient
@@ -230,7 +230,7 @@ def means(
     bias_ptr,  # [vocab] or None
     teacher_bias_ptr,  # [vocab] or None
     moments_ptr,  # fp32 [8, n]
-    out_ptr,  # fp32 [2, n], read and written
+    out_ptr,  # fp32 [3, n], read and written but for the shift
     n,  # number of tokens
     first,  # first id of the chunk
     size,  # ids of the chunk
@@ -252,7 +252,7 @@ def means(
     products_ptr += row * size
     teacher_products_ptr += row * size
     z_max, z_log, u_max, u_log = load_normalizers(moments_ptr + row, n)
-    total, mean = tl.load(out_ptr + row), tl.load(out_ptr + n + row)
+    total, shift, mean = tl.load(out_ptr + row), tl.load(out_ptr + n + row), tl.load(out_ptr + 2 * n + row)
     for start in range(0, size, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         z = load_logits(products_ptr, bias_ptr, first, column, size, scale, softcap, temperature, CAPPED)
@@ -273,6 +273,7 @@ def means(
         q, p = tl.where(inside, tl.exp(lq), 0.0), tl.where(inside, tl.exp(lp), 0.0)
         if KIND == JSD:
             over_p, over_q = over_mixture(lp - lq, beta)
+            over_q -= shift
             total += tl.sum(beta * p * over_p + (1 - beta) * q * over_q, 0)
             mean += tl.sum(q * over_q, 0)
         else:
@@ -280,12 +281,13 @@ def means(
             mean += tl.sum(tl.where(q > p, q, tl.where(q < p, -q, 0.0)), 0)
     mean += 0.0 * total  # keeps NaN, whose sign is 0
     tl.store(out_ptr + row, total)
-    tl.store(out_ptr + n + row, mean)
+    tl.store(out_ptr + 2 * n + row, mean)
 
 
 @triton.jit
-def logit_gradient(lq, lp, center, beta, KIND: tl.constexpr):
-    """Gradient of a token's divergence by its logits over temperature; for AT_IDS only the softmax."""
+def logit_gradient(lq, lp, shift, center, beta, KIND: tl.constexpr):
+    """Gradient of a token's divergence by its logits over temperature; for AT_IDS only the softmax. Only JSD takes the
+    shift."""
     q = tl.exp(lq)
     if KIND == FORWARD:
         return q - tl.exp(lp)
@@ -293,7 +295,7 @@ def logit_gradient(lq, lp, center, beta, KIND: tl.constexpr):
         return q * (lq - lp - center)
     elif KIND == JSD:
         _, over_q = over_mixture(lp - lq, beta)
-        return (1 - beta) * q * (over_q - center)
+        return (1 - beta) * q * (over_q - shift - center)
     elif KIND == VARIATION:
         p = tl.exp(lp)
         return 0.5 * q * (tl.where(q > p, 1.0, tl.where(q < p, -1.0, 0.0)) - center)
@@ -307,7 +309,7 @@ def gradient(
     teacher_products_ptr,  # fp32 [n, size]; not read for AT_IDS
     bias_ptr,  # [vocab] or None
     teacher_bias_ptr,  # [vocab] or None
-    scalars_ptr,  # fp32 [6, n], with TAIL [8, n]
+    scalars_ptr,  # fp32 [7, n], with TAIL [9, n]
     ids_ptr,  # int64 [n, num_ids]
     grad_at_ids_ptr,  # fp32 [n, num_ids]
     out_ptr,  # bf16 or fp32 [n, size]
@@ -334,11 +336,12 @@ def gradient(
     size = to_int64(size, EVEN)
     column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     z_max, z_log, u_max, u_log = load_normalizers(scalars_ptr + row, n)
-    center, factor = tl.load(scalars_ptr + 4 * n + row), tl.load(scalars_ptr + 5 * n + row)
+    shift, center = tl.load(scalars_ptr + 4 * n + row), tl.load(scalars_ptr + 5 * n + row)
+    factor = tl.load(scalars_ptr + 6 * n + row)
     z = load_logits(products_ptr + row * size, bias_ptr, first, column, size, scale, softcap, temperature, CAPPED)
     lq = z - z_max - z_log
     if KIND == AT_IDS:
-        g = factor * logit_gradient(lq, lq, center, beta, KIND)
+        g = factor * logit_gradient(lq, lq, shift, center, beta, KIND)
     else:
         u = load_logits(
             teacher_products_ptr + row * size,
@@ -351,7 +354,7 @@ def gradient(
             temperature,
             TEACHER_CAPPED,
         )
-        g = factor * logit_gradient(lq, u - u_max - u_log, center, beta, KIND)
+        g = factor * logit_gradient(lq, u - u_max - u_log, shift, center, beta, KIND)
     if IDS:
         hits = tl.zeros([COLUMNS], tl.int32)
         for k in range(num_ids):
@@ -360,7 +363,7 @@ def gradient(
             if TAIL:
                 hits += hit.to(tl.int32)
         if TAIL:
-            tail_log, tail_grad = tl.load(scalars_ptr + 6 * n + row), tl.load(scalars_ptr + 7 * n + row)
+            tail_log, tail_grad = tl.load(scalars_ptr + 7 * n + row), tl.load(scalars_ptr + 8 * n + row)
             g += tl.where(hits > 0, 0.0, tail_grad * tl.exp(lq - tail_log))
     slope = scale / temperature
     if CAPPED:
@@ -496,7 +499,11 @@ def divergence_means(
 ) -> Tensor:
     """As the reference in tiles.py."""
     n = moments.shape[1]
-    out = moments.new_zeros(2, n)
+    out = moments.new_zeros(3, n)
+    if kind == JSD.value:
+        shift = mixture_shift(moments, beta)
+        out.select(0, 0).copy_((1 - beta) * shift)
+        out.select(0, 1).copy_(shift)
     for first, size in chunks(vocab, student, teacher):
         launch.run(
             means,
@@ -592,7 +599,7 @@ def chunk_gradient(
         **cap_flags(student_params, teacher_params),
         EVEN=size % 16 == 0,
         IDS=ids.shape[1] > 0,
-        TAIL=len(scalars) > 6,
+        TAIL=len(scalars) > 7,
         COLUMNS=columns,
     )
     return out

@@ -383,7 +383,7 @@ def call_divergence(
         divergence.divergence_means(*sides, moments, vocab, *params, beta, kind)
     divergence.divergence_backward(
         *sides,
-        on_cuda(8 if tail_k else 6, n, dtype=FP32),
+        on_cuda(9 if tail_k else 7, n, dtype=FP32),
         ids,
         at.select(0, 0),
         vocab,

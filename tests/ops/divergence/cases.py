@@ -37,9 +37,10 @@ def call_divergence(
     params = student_params, teacher_params
     moments, logits_at_ids, tails, _ = kernel("divergence_scan")(student, teacher, ids, 1, vocab, *params, True)
     center = moments[5] - moments[1] + moments[3]
+    shift = torch.zeros_like(center)
     if kind in ("jsd", "total_variation"):
-        center = kernel("divergence_means")(student, teacher, moments, vocab, *params, beta, code)[1]
-    scalars = torch.stack([*moments[:4], center, torch.ones_like(center)])
+        _, shift, center = kernel("divergence_means")(student, teacher, moments, vocab, *params, beta, code)
+    scalars = torch.stack([*moments[:4], shift, center, torch.ones_like(center)])
     tails = tails.clamp(min=tiles.FLOOR)
     if kind == "at ids":  # and their tail
         scalars = torch.cat([scalars, (tails[0] - moments[0] - moments[1])[None], torch.ones_like(center)[None]])

@@ -15,11 +15,13 @@ from tests.ops.conformance import backend_kernel, check_case
 from tests.ops.divergence.cases import FAMILY
 from tests.ops.divergence.test_divergence import (
     BF16,
+    CONFIDENT,
     FP16,
     FP32,
     NAMES,
     SPECS,
     assert_bucket,
+    assert_confident_jsd,
     assert_log_prob,
     assert_twice_plain,
     leaves_of,
@@ -42,6 +44,11 @@ def few_steps(monkeypatch):
 def test_every_kind(spec):
     """With cap, scale, bias, temperature and unlike widths that are not whole tiles."""
     assert_twice_plain(make_case(n=9, vocab=300, width=20, dtype=FP32), spec)
+
+
+@pytest.mark.parametrize(("beta", "spread"), CONFIDENT)
+def test_jsd_of_sides_sure_of_different_ids_is_within_twice_plain(beta, spread):
+    assert_confident_jsd(beta, spread)
 
 
 @pytest.mark.parametrize("case", FAMILY.collect((0, 1, 31, 1025)), ids=str)
