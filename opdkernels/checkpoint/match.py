@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from opdkernels.checkpoint import fused
 from opdkernels.checkpoint.base import DTYPES, Checkpoint, TensorInfo
+from opdkernels.checkpoint.conversions import model_types_of
+from opdkernels.checkpoint.correspondence import match_tensors
 from opdkernels.checkpoint.names import canonical_name, parse_tensor_name
 from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.checkpoint.tied import Side, drop_tied, unpaired_heads
@@ -163,10 +164,7 @@ def match(base: Checkpoint, trained: Checkpoint) -> Pair:
     for side in (a, b):
         pair.unmatched.extend(_without_delta(side))
     pair.tied = drop_tied(a, b, pair.notes)
-    for name, trained_name, match_kind in _same_names(a, b):
-        _compare(pair, a.remaining.pop(name), b.remaining.pop(trained_name), match_kind)
-    for side, other in ((a, b), (b, a)):
-        _match_fused(pair, side, other)
+    _match_remaining(pair, a, b)
     for side, other in ((a, b), (b, a)):
         pair.unmatched.extend(_left_over(side, other))
     order = {name: index for index, name in enumerate(base.tensors)}
@@ -185,35 +183,33 @@ def _without_delta(side: Side) -> Iterator[Unmatched]:
             yield _unmatched(side.label, info, reason, "dtype")
 
 
-def _same_names(a: Side, b: Side) -> Iterator[tuple[str, str, str]]:
-    """Yields name, other name and match kind: equal names, equal canonical names, then an embedding and a tied head."""
-    for name in [name for name in a.remaining if name in b.remaining]:
-        yield name, name, "exact"
-    names_a, names_b = _by_canonical_name(a), _by_canonical_name(b)
-    for canonical, names in names_a.items():
-        others = names_b.get(canonical, [])
-        if len(names) == 1 and len(others) == 1:
-            yield names[0], others[0], "prefix"
-        elif others:
-            raise InputError(
-                f"{printable(canonical)} is ambiguous: {', '.join(map(printable, names))} in"
-                f" {printable(a.checkpoint.path)} may each be {' or '.join(map(printable, others))} in"
-                f" {printable(b.checkpoint.path)}; rename one of them"
+def _match_remaining(pair: Pair, a: Side, b: Side) -> None:
+    """Matches by name, an embedding with the head that is the same matrix, and fused against split tensors."""
+    shapes, trained_shapes = ({name: info.shape for name, info in side.remaining.items()} for side in (a, b))
+    model_types = model_types_of(a.checkpoint.config, b.checkpoint.config)
+    result = match_tensors(shapes, trained_shapes, model_types=model_types)
+    if result.ambiguous:
+        canonical, names, others = result.ambiguous[0]
+        raise InputError(
+            f"{printable(canonical)} is ambiguous: {', '.join(map(printable, names))} in"
+            f" {printable(a.checkpoint.path)} may each be {' or '.join(map(printable, others))} in"
+            f" {printable(b.checkpoint.path)}; rename one of them"
+        )
+    for name, trained_name, match_kind in result.pairs:
+        _compare(pair, a.remaining.pop(name), b.remaining.pop(trained_name), match_kind)
+    for part in result.parts:
+        base, trained = a.checkpoint.tensors[part.name], b.checkpoint.tensors[part.other]
+        split_name = base.name if base.numel == part.numel else trained.name
+        pair.matches.append(
+            Match(
+                split_name, trained.name, base, trained, part.numel, part.shape, part.start, part.other_start, "fused"
             )
-    unpaired = unpaired_heads(a, b)
-    if unpaired is not None:
-        yield unpaired[0], unpaired[1], "tied"
-
-
-def _canonical(name: str) -> str:
-    return canonical_name(name, unify_experts=True)
-
-
-def _by_canonical_name(side: Side) -> dict[str, list[str]]:
-    names: dict[str, list[str]] = {}
-    for name in side.remaining:
-        names.setdefault(_canonical(name), []).append(name)
-    return names
+        )
+        a.remaining.pop(part.name, None), b.remaining.pop(part.other, None)
+    if (unpaired := unpaired_heads(a, b)) is not None:
+        _compare(pair, a.remaining.pop(unpaired[0]), b.remaining.pop(unpaired[1]), "tied")
+    a.reasons |= {name: printable(reason) for name, reason in result.reasons.items()}
+    b.reasons |= {name: printable(reason) for name, reason in result.other_reasons.items()}
 
 
 def _compare(pair: Pair, base: TensorInfo, trained: TensorInfo, match_kind: str) -> None:
@@ -248,42 +244,17 @@ def _in_vocabulary(name: str) -> bool:
     return has_token_rows and role.tower == "language"
 
 
-def _match_fused(pair: Pair, side: Side, other: Side) -> None:
-    """Matches the tensors that are fused in `side` and split in `other`."""
-    # A canonical name of two tensors could be either of them and is left out.
-    split_tensors = {
-        canonical: other.remaining[names[0]]
-        for canonical, names in _by_canonical_name(other).items()
-        if len(names) == 1
-    }
-    for fused_info in list(side.remaining.values()):
-        parts = fused.split(fused_info, split_tensors)
-        if isinstance(parts, str):
-            side.reasons[fused_info.name] = printable(parts)
-        if not isinstance(parts, list):
-            continue
-        del side.remaining[fused_info.name]
-        for part, start in parts:
-            del other.remaining[part.name]
-            del split_tensors[_canonical(part.name)]
-            if side.label == "base":
-                match = Match(part.name, part.name, fused_info, part, part.numel, part.shape, start, 0, "fused")
-            else:
-                match = Match(part.name, fused_info.name, part, fused_info, part.numel, part.shape, 0, start, "fused")
-            pair.matches.append(match)
-
-
 def _left_over(side: Side, other: Side) -> Iterator[Unmatched]:
     """Yields the tensors of a side that have no match, and those of its absent shards."""
-    absent = {_canonical(name): shard for name, shard in other.checkpoint.missing.items()}
+    absent = {canonical_name(name): shard for name, shard in other.checkpoint.missing.items()}
     for name, info in side.remaining.items():
         reason = side.reasons.get(name, f"not in the {other.label} checkpoint")
         kind = "missing"
         if name in other.tied_to:
             keeper = printable(other.tied_to[name])
             reason = f"the {other.label} checkpoint holds it as one with {keeper}, which is compared"
-        elif _canonical(name) in absent:
-            reason = f"in {printable(absent[_canonical(name)])} of the {other.label} checkpoint, which is missing"
+        elif canonical_name(name) in absent:
+            reason = f"in {printable(absent[canonical_name(name)])} of the {other.label} checkpoint, which is missing"
             kind = "shard"
         yield _unmatched(side.label, info, reason, kind)
     for name, shard in side.checkpoint.missing.items():

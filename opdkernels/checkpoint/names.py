@@ -1,4 +1,4 @@
-"""Tensor names: the canonical form that is the same in every checkpoint, matching of two sets of names, and roles.
+"""Tensor names: the canonical form that is the same in every checkpoint, and roles.
 
 Names are compared by tokens (the parts between dots), never by substrings.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -16,10 +14,14 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Removed at any position: torch.compile, FSDP, activation checkpointing.
-WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# Removed at the front: DDP, PEFT, and the names under which a model with a head, or with a vision tower, has its base.
-PREFIXES = frozenset({"module", "base_model", "model", "transformer", "language_model", "gpt_neox"})
+# Removed at any position: torch.compile, FSDP, FairScale, activation checkpointing, DDP, DeepSpeed, Lightning Fabric,
+# and the layer that a PEFT adapter wraps.
+WRAPPERS = _words(
+    "_orig_mod _fsdp_wrapped_module _fpw_module _checkpoint_wrapped_module module _forward_module base_layer"
+)
+# Removed at the front: PEFT, TRL's value head, and the names under which a model with a head or with a vision tower has
+# its body.
+PREFIXES = _words("base_model pretrained_model model transformer language_model gpt_neox")
 
 LAYERS = frozenset({"layers", "layer", "h", "blocks", "block", "resblocks"})
 VISION = _words(
@@ -64,6 +66,8 @@ IN_ATTENTION = {
     **dict.fromkeys(("value", "v"), "v_proj"),
     "in_proj": "qkv_proj",
 }
+OLD_NORM_PARAMETERS = {"gamma": "weight", "beta": "bias"}
+PARAMETRIZED = {"original0": "_g", "original1": "_v", "original": "_orig"}
 MIXTRAL_EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 ATTENTION_MODULES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"})
 
@@ -85,67 +89,60 @@ class TensorRole:
     tower: str
 
 
-def canonical_name(name: str, *, keep_prefixes: bool = False, unify_experts: bool = False) -> str:
-    """Returns a name without the tokens that wrappers add, so that a tensor has one name in every checkpoint.
+def unwrap_name(name: str) -> str:
+    """Returns the name that a parameter has in the model that a trainer wrapped.
+
+    Removes the tokens of `WRAPPERS`, and those that PEFT adds to a module that is trained as a whole.
+
+    >>> unwrap_name("_orig_mod.model.layers.0._fsdp_wrapped_module.mlp.up_proj.base_layer.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    >>> unwrap_name("base_model.model.lm_head.modules_to_save.default.weight")
+    'base_model.model.lm_head.weight'
+    """
+    tokens = name.split(".")
+    # The token after `modules_to_save` is the name of the adapter.
+    kept = [
+        token
+        for previous, token in zip(["", *tokens], tokens, strict=False)
+        if token not in WRAPPERS and "modules_to_save" not in (previous, token)
+    ]
+    return ".".join(kept) or name
+
+
+def canonical_name(name: str) -> str:
+    """Returns the name that a tensor has in every checkpoint, whatever program saved it.
+
+    Tokens of wrappers and prefixes of the model's body are removed. Experts have the names of all models but Mixtral,
+    norms have `weight` and `bias` instead of `gamma` and `beta`, and a parametrized weight has the names of
+    `torch.nn.utils.weight_norm` or `spectral_norm`.
 
     Args:
         name: Name of a tensor or a parameter.
-        keep_prefixes: Keeps the tokens of `PREFIXES` at the front, and removes "module" at any position: the name of a
-            parameter in the model that a trainer wrapped.
-        unify_experts: Replaces Mixtral's names of experts by those of all other models.
 
     >>> canonical_name("model.language_model.layers.0.mlp.gate.weight")
     'layers.0.mlp.gate.weight'
-    >>> canonical_name("model.layers.0.module._orig_mod.w", keep_prefixes=True)
-    'model.layers.0.w'
-    >>> canonical_name("model.layers.0.block_sparse_moe.experts.3.w1.weight", unify_experts=True)
+    >>> canonical_name("base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")
+    'layers.0.self_attn.q_proj.weight'
+    >>> canonical_name("model.layers.0.block_sparse_moe.experts.3.w1.weight")
     'layers.0.mlp.experts.3.gate_proj.weight'
+    >>> canonical_name("bert.embeddings.LayerNorm.gamma")
+    'bert.embeddings.LayerNorm.weight'
+    >>> canonical_name("conv.parametrizations.weight.original0")
+    'conv.weight_g'
     """
-    tokens = [token for token in name.split(".") if token not in WRAPPERS]
-    if keep_prefixes:
-        return ".".join(token for token in tokens if token != "module")
+    tokens = unwrap_name(name).split(".")
     front = 0
     while front < len(tokens) - 1 and tokens[front] in PREFIXES:
         front += 1
-    tokens = tokens[front:]
-    if unify_experts:
-        tokens = ["mlp" if token == "block_sparse_moe" else token for token in tokens]
-        for index in range(2, len(tokens)):
-            if tokens[index - 2] == "experts" and tokens[index - 1].isdecimal():
-                tokens[index] = MIXTRAL_EXPERTS.get(tokens[index], tokens[index])
+    tokens = ["mlp" if token == "block_sparse_moe" else token for token in tokens[front:]]
+    for index in range(2, len(tokens)):
+        if tokens[index - 2] == "experts" and tokens[index - 1].isdecimal():
+            tokens[index] = MIXTRAL_EXPERTS.get(tokens[index], tokens[index])
+    if tokens[-1] in OLD_NORM_PARAMETERS and len(tokens) > 1 and _is_norm(tokens[-2]):
+        tokens[-1] = OLD_NORM_PARAMETERS[tokens[-1]]
+    if len(tokens) > 2 and tokens[-3] == "parametrizations" and tokens[-1] in PARAMETRIZED:
+        tokens[-3:] = [tokens[-2] + PARAMETRIZED[tokens[-1]]]
     return ".".join(tokens) or name
-
-
-def match_names(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
-    """Matches names that differ only by the prefixes of wrappers.
-
-    A name matches the equal name, else the only other name with the same canonical name, if that is matched by no
-    second name.
-
-    Args:
-        names: Names to match.
-        others: Names to match them with.
-
-    Returns:
-        The matching name in `others` of each name in `names` that has one.
-
-    >>> match_names(["model.norm.weight", "head"], ["model.language_model.norm.weight", "norm.bias"])
-    {'model.norm.weight': 'model.language_model.norm.weight'}
-    >>> match_names(["model.norm.weight", "norm.weight"], ["model.norm.weight"])
-    {'model.norm.weight': 'model.norm.weight'}
-    """
-    names, others = list(names), list(others)
-    other_names: set[str] = set(others)
-    by_canonical: dict[str, list[str]] = defaultdict(list)
-    for other in others:
-        by_canonical[canonical_name(other)].append(other)
-    equal = {name: name for name in names if name in other_names}
-    claims = defaultdict(list)
-    for name in names:
-        candidates = by_canonical.get(canonical_name(name), [])
-        if name not in other_names and len(candidates) == 1 and candidates[0] not in equal:
-            claims[candidates[0]].append(name)
-    return equal | {claimants[0]: other for other, claimants in claims.items() if len(claimants) == 1}
 
 
 def parse_tensor_name(name: str) -> TensorRole:
@@ -165,6 +162,15 @@ def parse_tensor_name(name: str) -> TensorRole:
     return TensorRole(_layer(tokens), module, block, "language")
 
 
+def _is_norm(module: str) -> bool:
+    """Whether a module's own name says that it is a norm.
+
+    >>> _is_norm("LayerNorm"), _is_norm("ln_1"), _is_norm("denormalize")
+    (True, True, False)
+    """
+    return not NORM_WORDS.isdisjoint(re.sub(r"\d+$", "", word) for word in module.lower().split("_"))
+
+
 def _layer(tokens: list[str]) -> int:
     for container, token in itertools.pairwise(tokens):
         if container in LAYERS and token.isascii() and token.isdecimal() and len(token) <= 9:
@@ -179,7 +185,7 @@ def _module(path: list[str], tokens: list[str]) -> tuple[str, str]:
         return "router", "router"
     if "experts" in path:
         return "experts", "mlp"
-    if NORM_WORDS.intersection(re.sub(r"\d+$", "", word) for word in leaf.split("_")):
+    if _is_norm(leaf):
         return "norm", "norm"
     if HEADS.intersection(path) or path == ["output"]:
         return "lm_head", "lm_head"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from opdkernels.checkpoint.base import Checkpoint
-from opdkernels.checkpoint.names import canonical_name, match_names
+from opdkernels.checkpoint.conversions import model_types_of
+from opdkernels.checkpoint.names import unwrap_name
 from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.distillation.options import DistillOptions
 from opdkernels.distillation.world import World
 from opdkernels.errors import InputError, UsageError, printable
-from opdkernels.masks import MaskSet
+from opdkernels.masks import MaskSet, map_masks
 from opdkernels.optim import MaskedAdamW, MaskedSGD
 from opdkernels.optim.base import MaskedOptimizer
 from opdkernels.optim.binding import local_part
@@ -27,11 +29,8 @@ def build_optimizer(options: DistillOptions, model: torch.nn.Module) -> MaskedOp
     Raises InputError for masks of another model and for masks without an active coordinate.
     """
     params = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    masks = (
-        load_masks(options.masks, {canonical_name(name, keep_prefixes=True) for name, _ in params})
-        if options.masks
-        else {}
-    )
+    shapes = {unwrap_name(name): tuple(param.shape) for name, param in params}
+    masks = load_masks(options.masks, shapes, _model_types(model)) if options.masks else {}
     common: dict[str, Any] = {
         "lr": options.learning_rate,
         "weight_decay": options.weight_decay,
@@ -54,15 +53,20 @@ def build_optimizer(options: DistillOptions, model: torch.nn.Module) -> MaskedOp
         raise UsageError(str(error)) from None
 
 
-def load_masks(path: str, names: set[str]) -> MaskSet:
-    """Masks by the names of parameters `names`. Masks of a checkpoint may have other names than the parameters.
+def _model_types(model: torch.nn.Module) -> list[str]:
+    config = getattr(model, "config", None)
+    return model_types_of(config.to_dict()) if config is not None and hasattr(config, "to_dict") else []
+
+
+def load_masks(path: str, shapes: Mapping[str, tuple[int, ...]], model_types: Sequence[str] = ()) -> MaskSet:
+    """Masks by the names of the trained parameters, whose shapes are given. Those of a checkpoint may have other names.
 
     Raises InputError if a mask has no trained parameter, or no mask has an active coordinate.
     """
-    masks = MaskSet.load(Path(path))
-    parameter_names = match_names(masks, names)
-    masks = MaskSet({parameter_names.get(name, name): mask for name, mask in masks.items()})
-    unknown = next((name for name, (active, _) in masks.counts().items() if active and name not in names), None)
+    stored = MaskSet.load(Path(path))
+    mapped = map_masks(stored, shapes, model_types=model_types)
+    masks, counts = mapped.masks, stored.counts()
+    unknown = next((name for name in mapped.unbound if counts[name][0]), None)
     if unknown is not None:
         raise InputError(
             f"there is a mask of {printable(unknown)} and no such parameter is trained; use masks with the student's "

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from opdkernels import masks
-from opdkernels.checkpoint.names import match_names, parse_tensor_name
+from opdkernels.checkpoint.conversions import model_types_of
+from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.distillation.checkpointing import checkpoints
 from opdkernels.errors import UsageError, printable
@@ -178,8 +179,14 @@ def changed(context: MaskContext) -> MaskSet:
         raise UsageError(f"{printable(os.fspath(context.run))} has no snapshot at step {step}; {RERUN}")
     by_parameter = MaskSet.load(file)  # parameters may have other names than the tensors of the files
     with contextlib.closing(open_checkpoint(context.start)) as checkpoint:
-        names = match_names(by_parameter, checkpoint.tensors)
-    return MaskSet({names.get(name, name): mask for name, mask in by_parameter.items()})
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        mapped = masks.map_masks(by_parameter, shapes, model_types=model_types_of(checkpoint.config))
+    unbound = next((name for name in mapped.unbound if by_parameter[name].num_active), None)
+    if unbound is not None:
+        raise UsageError(
+            f"{printable(unbound)} was trained and {printable(os.fspath(context.start))} has no such tensor"
+        )
+    return mapped.masks
 
 
 def random(context: MaskContext) -> MaskSet:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from opdkernels.checkpoint.names import canonical_name
+from opdkernels.checkpoint.names import unwrap_name
 from opdkernels.errors import printable
 from opdkernels.masks.mask import Mask
 from opdkernels.masks.mask_set import MaskSet
@@ -177,7 +177,7 @@ class Binder:
         param_id, self.num_params = self.num_params, self.num_params + 1
         display_name = printable(name) if name else f"parameter {param_id}"
         if self.by_name is not None and name:
-            key = name if name in self.by_name else canonical_name(name, keep_prefixes=True)
+            key = name if name in self.by_name else unwrap_name(name)
             mask = self.by_name.get(key)
         else:
             mask = self._by_position(param_id, display_name)
@@ -246,7 +246,7 @@ def in_model_order(masks: Masks, model: torch.nn.Module) -> MaskSet:
     binder = Binder(masks, "error")
     named = list(model.named_parameters())
     bindings = binder.bind([param for _, param in named], [name for name, _ in named])
-    names = (canonical_name(name, keep_prefixes=True) for name, _ in named)
+    names = (unwrap_name(name) for name, _ in named)
     ordered = MaskSet({name: binding.mask for name, binding in zip(names, bindings, strict=True)})
     ordered.in_model_order = True
     return ordered

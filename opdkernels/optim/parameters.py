@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from opdkernels.checkpoint.names import canonical_name
+from opdkernels.checkpoint.names import unwrap_name
 from opdkernels.errors import printable
 from opdkernels.optim.active import gather_active, scatter_active
 from opdkernels.optim.binding import Binder, Binding, Masks, is_dtensor, local_gradient
@@ -55,7 +55,7 @@ class MaskedParameters(torch.nn.Module):
                 raise ValueError(f"{printable(name)} is a DTensor; give MaskedAdamW the sharded parameters")
             index = len(self.values)
             self.values.append(torch.nn.Parameter(gather_active(weight, binding.local_mask(weight))))
-            self.names.append(canonical_name(name, keep_prefixes=True))
+            self.names.append(unwrap_name(name))
             self._weights.append((weight, binding))
             self._handles.append(weight.register_post_accumulate_grad_hook(partial(gather_gradient, owner, index)))
         if not self.values:

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from opdkernels.checkpoint import correspondence
 from opdkernels.checkpoint.base import TensorInfo
-from opdkernels.checkpoint.names import match_names, parse_tensor_name
+from opdkernels.checkpoint.conversions import model_types_of
+from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.checkpoint.safetensors import SafetensorsFile
 from opdkernels.checkpoint.sharded import ShardedCheckpoint
@@ -121,7 +123,10 @@ def graft(
 
 def match_tensors(base: ShardedCheckpoint, trained: ShardedCheckpoint, infos: list[TensorInfo]) -> dict[str, str]:
     """Returns the base's name of each trained tensor that it has. Raises InputError for checkpoints of two models."""
-    base_names = match_names([info.name for info in infos], base.tensors)
+    shapes = {info.name: info.shape for info in infos}
+    base_shapes = {name: info.shape for name, info in base.tensors.items()}
+    result = correspondence.match_tensors(shapes, base_shapes, model_types=model_types_of(trained.config, base.config))
+    base_names = {name: base_name for name, base_name, _ in result.pairs}
     if not base_names:
         raise InputError(
             f"{printable(base.path)} and {printable(trained.path)} have no tensor name in common;"

@@ -115,7 +115,7 @@ def test_tensors_not_concatenated_by_rows_are_not_split(name: str) -> None:
 
 def test_canonical_names_of_experts_are_the_same_for_every_model_family() -> None:
     assert (
-        canonical_name("model.layers.0.block_sparse_moe.experts.3.w2.weight", unify_experts=True)
+        canonical_name("model.layers.0.block_sparse_moe.experts.3.w2.weight")
         == "layers.0.mlp.experts.3.down_proj.weight"
     )
-    assert canonical_name("layers.0.feed_forward.w2.weight", unify_experts=True) == "layers.0.feed_forward.w2.weight"
+    assert canonical_name("layers.0.feed_forward.w2.weight") == "layers.0.feed_forward.w2.weight"

@@ -1,0 +1,78 @@
+"""Renamings of transformers' conversion registry: what a file calls its tensors and what the model calls them.
+
+Optional: without transformers 5 nothing is renamed. Only the names are used; no model is built.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from opdkernels.checkpoint.names import canonical_name, unwrap_name
+
+Renamer = Callable[[str], str]
+MAX_MODEL_TYPES = 16  # of one config, with those of its parts
+
+log = logging.getLogger(__name__)
+
+
+def model_types_of(*configs: Mapping[str, Any]) -> list[str]:
+    """Returns the architectures and model types that config.json files and their parts state, without duplicates.
+
+    >>> model_types_of({"model_type": "qwen2_vl", "text_config": {"model_type": "qwen2_vl_text"}}, {})
+    ['qwen2_vl', 'qwen2_vl_text']
+    """
+    found: dict[str, None] = {}
+    for config in configs:
+        parts = [value for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)]
+        for table in [config, *parts][:MAX_MODEL_TYPES]:
+            architectures = table.get("architectures")
+            names = [*(architectures if isinstance(architectures, list) else [])[:1], table.get("model_type")]
+            found |= dict.fromkeys(name for name in names if isinstance(name, str) and name)
+    return list(found)
+
+
+def renamer(model_types: Iterable[str]) -> Renamer:
+    """Returns a function from a tensor's name to the canonical name after the renamings of these models.
+
+    The name is canonical but not renamed if transformers is not installed, is older than version 5, or knows none of
+    the models.
+    """
+    renamings = [renaming for model_type in model_types for renaming in _renamings(model_type)]
+
+    def rename(name: str) -> str:
+        name = unwrap_name(name)
+        for renaming in renamings:
+            name = renaming(name)
+        return canonical_name(name)
+
+    return rename
+
+
+@lru_cache(maxsize=64)
+def _renamings(model_type: str) -> tuple[Renamer, ...]:
+    """The renamings that transformers registered for a model type or an architecture; none without transformers."""
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+
+        transforms = get_checkpoint_conversion_mapping(model_type) or []
+        # Converters compute new tensors; the fused ones among them are recognised by `fused.split`.
+        return tuple(_rename_by(t) for t in transforms if not isinstance(t, WeightConverter))
+    except Exception as error:  # an optional library that is absent, older or broken only costs its renamings
+        log.debug("no renamings of %s from transformers: %s", model_type, error)
+        return ()
+
+
+def _rename_by(transform: Any) -> Renamer:
+    def rename(name: str) -> str:
+        try:
+            renamed = transform.rename_source_key(name)[0]
+        except Exception as error:  # see above
+            log.debug("transformers cannot rename %r: %s", name, error)
+            return name
+        return renamed if isinstance(renamed, str) and renamed else name
+
+    return rename
