@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from opdkernels.checkpoint.pickle_data import Opaque, PickledTensor, type_name
 from opdkernels.errors import InputError, printable
-
-if TYPE_CHECKING:
-    import torch
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 OPTIMIZER_KEYS = frozenset(
@@ -17,22 +15,20 @@ OPTIMIZER_KEYS = frozenset(
 )
 
 
-def find_state_dict(loaded: Any, file: str) -> dict[str, torch.Tensor]:
+def find_state_dict(loaded: Any, file: str) -> dict[str, PickledTensor]:
     """Returns the named tensors of a state dict, which may be nested in the keys of `WRAPPERS`.
 
     Values that are not tensors (steps, versions) are left out.
 
     Args:
-        loaded: The object that torch.load returned.
+        loaded: The value of the file's pickle, from `read_pickle`.
         file: Name of the file, for messages.
 
     Raises:
         InputError: There is no state dict or more than one, or a tensor is of a kind without plain bytes.
     """
-    import torch
-
     if not isinstance(loaded, dict):
-        raise InputError(f"{file} holds a {_kind(loaded)}, not a state dict; save model.state_dict()")
+        raise InputError(f"{file} holds a {printable(type_name(loaded))}, not a state dict; save model.state_dict()")
     table = loaded
     where = ""
     for _ in range(4):  # nested wrappers: a trainer wraps what a parallel engine saved
@@ -51,10 +47,13 @@ def find_state_dict(loaded: Any, file: str) -> dict[str, torch.Tensor]:
         )
     tensors = {}
     for name, value in table.items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, PickledTensor):
             if not isinstance(name, str):
-                raise InputError(f"{file}: a tensor is called {printable(repr(name))}; names must be strings")
-            tensors[name] = _plain(value, name, file)
+                raise InputError(f"{file}: a tensor is called {printable(name.kind)}; names must be strings")
+            _validate(value, name, file)
+            tensors[name] = value
+        elif isinstance(value, Opaque) and value.kind == "numpy.ndarray":
+            raise InputError(f"{file}: {_shown(name)} is a NumPy array; save it as a tensor, with torch.from_numpy()")
     if not tensors:
         raise InputError(f"{file} holds no tensors ({_contents(table)}); save model.state_dict()")
     return tensors
@@ -65,33 +64,35 @@ def _is_optimizer(table: dict[Any, Any]) -> bool:
     return any(isinstance(key, str) and key in OPTIMIZER_KEYS for key in table)
 
 
-def _plain(tensor: torch.Tensor, name: str, file: str) -> torch.Tensor:
-    import torch
-
-    kind = type(tensor).__name__
-    if kind == "DTensor" or kind == "ShardedTensor":
+def _validate(tensor: PickledTensor, name: str, file: str) -> None:
+    """Raises InputError unless a tensor consists of plain bytes and has a name of Unicode text."""
+    kind, shown = tensor.kind, f"{file}: tensor {printable(name)}"
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise InputError(f"{shown} has a name with an unpaired surrogate, which is not Unicode text; rename it")
+    if kind in ("DTensor", "ShardedTensor"):
         raise InputError(
-            f"{file}: tensor {printable(name)} is a {kind}: FSDP shards are not read yet; merge them into safetensors,"
+            f"{shown} is a {kind}: FSDP shards are not read yet; merge them into safetensors,"
             " for verl with `python -m verl.model_merger merge`"
         )
-    if tensor.is_quantized or kind not in ("Tensor", "Parameter", "Buffer"):
+    if kind == "meta":
+        raise InputError(f"{shown} is on the meta device and has no values; load the weights before you save them")
+    if kind == "sparse":
+        raise InputError(f"{shown} is sparse; save it after .to_dense()")
+    if kind == "lazy":
+        raise InputError(f"{shown} is a lazy conjugate or negative; save it after .clone()")
+    if kind != "Tensor" or tensor.dtype.startswith(("qint", "quint")):
         raise InputError(
-            f"{file}: tensor {printable(name)} is quantised or of an unsupported type ({kind}), which is not read yet;"
+            f"{shown} is quantised or of an unsupported type ({printable(kind)}), which is not read yet;"
             " dequantise the model to bf16 and save it as safetensors"
         )
-    if tensor.layout != torch.strided:
-        raise InputError(f"{file}: tensor {printable(name)} is sparse; save it after .to_dense()")
-    if tensor.is_conj() or tensor.is_neg():
-        raise InputError(f"{file}: tensor {printable(name)} is a lazy conjugate or negative; save it after .clone()")
-    return tensor
-
-
-def _kind(value: Any) -> str:
-    return printable(type(value).__name__)
 
 
 def _contents(table: dict[Any, Any]) -> str:
     if not table:
         return "it is empty"
-    keys = ", ".join(printable(str(key)) for key in list(table)[:4])
+    keys = ", ".join(_shown(key) for key in list(table)[:4])
     return f"its keys are {keys}" + (", ..." if len(table) > 4 else "")
+
+
+def _shown(key: Any) -> str:
+    return printable(key if isinstance(key, str) else type_name(key))

@@ -1,31 +1,34 @@
-"""PyTorch `.bin` and `.pt` files: the pickle is loaded with weights_only on the meta device, the storages in ranges.
+"""PyTorch `.bin` and `.pt` files: the pickle is read as data, the storages in ranges.
 
-torch.save writes a zip archive with uncompressed storages. Loading the pickle to the meta device gives each tensor's
-storage and offset without reading a storage, so that memory stays bounded and no mapping is unguarded.
+torch.save writes a zip archive with uncompressed storages; before torch 1.6 it wrote pickles, followed by the storages.
+`pickle_data` reads the pickle without executing anything and gives each tensor's storage and offset, so that memory
+stays bounded and no mapping is unguarded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
 import re
 import struct
 import zipfile
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, FileFingerprint, FileFormat, TensorInfo
 from opdkernels.checkpoint.io import TORCH_DTYPES, Buffer, OpenFile, bits_dtype, torch_dtype
+from opdkernels.checkpoint.pickle_data import CodeError, Pickle, PickledTensor, PickleError, Truncated, read_pickle
 from opdkernels.checkpoint.state_dict import find_state_dict
 from opdkernels.errors import InputError, printable
 
 if TYPE_CHECKING:
     import torch
 
-MAX_LEGACY_BYTES = 2**30
-"""Files from before torch 1.6 are not archives and can only be loaded in full."""
-
 EDGE_BYTES = 2**20
+LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
+"""The pickle of the number with which torch.save began its files before torch 1.6."""
 
 
 class Location(NamedTuple):
@@ -35,6 +38,13 @@ class Location(NamedTuple):
     offset: int
     stride: tuple[int, ...]
     contiguous: bool
+
+
+class Record(NamedTuple):
+    """The bytes of a storage: the first one in the file, and their number."""
+
+    start: int
+    nbytes: int
 
 
 class TorchFile:
@@ -48,12 +58,12 @@ class TorchFile:
         self.tensors: dict[str, TensorInfo] = {}
         self.aliases: dict[str, str] = {}
         self._locations: dict[str, Location] = {}
-        self._loaded: dict[str, torch.Tensor] = {}  # legacy files only
         try:
             if self._file.bytes_at(0, min(4, self._file.size)) == b"PK\x03\x04":
-                self._open_archive()
+                content, records = _open_archive(self._file)
             else:
-                self._open_legacy()
+                content, records = _open_legacy(self._file)
+            self._add_tensors(find_state_dict(content, str(self._file)), records)
             self.fingerprint = FileFingerprint(
                 self._file.name, self._file.size, self._file.mtime_ns, _digest(self._file)
             )
@@ -61,54 +71,30 @@ class TorchFile:
             self._file.close()
             raise
 
-    def _open_archive(self) -> None:
-        records = _records(self._file)
-        state_dict = find_state_dict(_load(self._file, "meta"), str(self._file))
+    def _add_tensors(self, state_dict: dict[str, PickledTensor], records: dict[str, Record]) -> None:
+        if len(state_dict) > MAX_TENSORS:
+            raise InputError(f"{self._file} holds more than the limit of {MAX_TENSORS} tensors; split it")
         locations = {name: _locate(self._file, name, tensor, records) for name, tensor in state_dict.items()}
         first: dict[tuple[Any, ...], str] = {}
         for name in sorted(locations, key=lambda n: locations[n][:2]):  # stable: equal keys keep the state dict's order
             tensor, location = state_dict[name], locations[name]
-            self._describe(name, tensor)
+            numel, dtype = math.prod(tensor.shape), _torch_dtype(tensor.dtype)
+            info = TensorInfo(
+                name, torch_dtype_name(dtype), tensor.shape, numel, self._file.name, numel * dtype.itemsize
+            )
+            self.tensors[name] = info
             self._locations[name] = location
-            if tensor.numel():
-                identity = (location, tensor.dtype, tensor.shape)
+            if numel:
+                identity = (location, dtype, tensor.shape)
                 if identity in first:
                     self.aliases[name] = first[identity]
                 first.setdefault(identity, name)
-
-    def _open_legacy(self) -> None:
-        if self._file.size > MAX_LEGACY_BYTES:
-            raise InputError(
-                f"{self._file} is in the format from before torch 1.6, which is loaded in full, and its"
-                f" {self._file.size} bytes are over the limit of {MAX_LEGACY_BYTES};"
-                " load it once and torch.save() it again"
-            )
-        state_dict = find_state_dict(_load(self._file, "cpu"), str(self._file))
-        groups: dict[tuple[Any, ...], list[str]] = {}
-        for name, tensor in state_dict.items():
-            self._describe(name, tensor)
-            self._loaded[name] = tensor.detach()
-            if tensor.numel():
-                identity = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-                groups.setdefault(identity, []).append(name)
-        self.aliases = {name: names[0] for names in groups.values() for name in names[1:]}
-
-    def _describe(self, name: str, tensor: torch.Tensor) -> None:
-        shape = tuple(int(n) for n in tensor.shape)
-        numel = math.prod(shape)
-        dtype = torch_dtype_name(tensor.dtype)
-        self.tensors[name] = TensorInfo(name, dtype, shape, numel, self._file.name, numel * tensor.dtype.itemsize)
-        if len(self.tensors) > MAX_TENSORS:
-            raise InputError(f"{self._file} holds more than the limit of {MAX_TENSORS} tensors; split it")
 
     def read(self, name: str, start: int, stop: int, buffer: Buffer) -> torch.Tensor:
         """Returns flat elements [start, stop) of a tensor: a view of the mapping or of `buffer`, or gathered rows."""
         import torch
 
         info = self.tensors[name]
-        if name in self._loaded:
-            tensor = self._loaded[name]
-            return tensor.reshape(-1)[start:stop] if tensor.is_contiguous() else _rows(tensor, start, stop)
         location = self._locations[name]
         dtype = torch_dtype(info.dtype)
         if dtype is None:
@@ -128,8 +114,8 @@ class TorchFile:
         info = self.tensors[name]
         size = info.item_bytes
         items_per_element = max(info.items // max(info.numel, 1), 1)
-        location = self._locations.get(name)
-        if location is not None and location.contiguous:
+        location = self._locations[name]
+        if location.contiguous:
             begin = location.storage + (location.offset * items_per_element + start) * size
             return self._file.elements(begin, stop - start, bits_dtype(size), buffer)
         first = start // items_per_element
@@ -145,7 +131,6 @@ class TorchFile:
 
     def close(self) -> None:
         self._file.close()
-        self._loaded.clear()
 
 
 def _digest(file: OpenFile) -> str:
@@ -154,87 +139,178 @@ def _digest(file: OpenFile) -> str:
     return hashlib.blake2b(edges, digest_size=16).hexdigest()
 
 
-def _records(file: OpenFile) -> dict[int, int]:
-    """Returns the offset and size of each record of the archive. Raises InputError if torch.save did not write it."""
+def _open_archive(file: OpenFile) -> tuple[Any, dict[str, Record]]:
+    """Returns the content of an archive's pickle, and the storages by key."""
+    records = _records(file)
+    pickles = [name for name in records if name.rpartition("/")[2] == "data.pkl"]
+    if not pickles:
+        raise InputError(f"{file} is a zip archive without a data.pkl and therefore no PyTorch file; give a checkpoint")
+    if len(pickles) > 1 or records[pickles[0]].nbytes > MAX_HEADER_BYTES:
+        raise InputError(
+            f"{file} has {len(pickles)} pickles, the first of {records[pickles[0]].nbytes} bytes; torch.save() writes"
+            f" one, of at most {MAX_HEADER_BYTES} bytes here: it is not a checkpoint, or split it"
+        )
+    folder = pickles[0].removesuffix("data.pkl")
+    order = records.get(folder + "byteorder")
+    if order is not None and file.bytes_at(order.start, min(order.nbytes, 16)) != b"little":
+        raise InputError(f"{file} is in big-endian byte order; write it again on a little-endian machine")
+    with _pickle_errors(file):
+        content = read_pickle(file.bytes_at(*records[pickles[0]])).value
+    prefix = folder + "data/"
+    return content, {name.removeprefix(prefix): r for name, r in records.items() if name.startswith(prefix)}
+
+
+def _records(file: OpenFile) -> dict[str, Record]:
+    """Returns the position of each record of an archive. Raises InputError if torch.save did not write it."""
+    _check_directory(file)
     try:
         with open(os.dup(file.fd), "rb") as handle, zipfile.ZipFile(handle) as archive:
             entries = archive.infolist()
-            byteorder = [archive.read(e) for e in entries if e.filename.endswith("/byteorder") and e.file_size <= 16]
     except Exception as error:  # zipfile raises half a dozen kinds for damaged archives
-        raise InputError(
-            f"{file} is not a complete zip archive ({printable(str(error))}): it has {file.size} bytes and was probably"
-            " truncated; copy or download it again"
-        ) from error
-    pickles = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
-    if not pickles:
-        raise InputError(f"{file} is a zip archive without a data.pkl and therefore no PyTorch file; give a checkpoint")
+        raise _incomplete(file, str(error)) from error
     if any(entry.filename.rpartition("/")[2] == "constants.pkl" for entry in entries):
         raise InputError(f"{file} is a TorchScript archive, which holds code; save the model's state_dict() instead")
-    if len(entries) > MAX_TENSORS + 16 or max(entry.file_size for entry in pickles) > MAX_HEADER_BYTES:
-        raise InputError(
-            f"{file} has {len(entries)} records and a pickle of {pickles[0].file_size} bytes, more than the limits of"
-            f" {MAX_TENSORS} and {MAX_HEADER_BYTES}; it is not a checkpoint, or split it"
-        )
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
         raise InputError(f"{file} has compressed or encrypted records; write it again with torch.save()")
-    if any(order != b"little" for order in byteorder):
-        raise InputError(f"{file} is in big-endian byte order; write it again on a little-endian machine")
-    table = {}
-    for entry in entries:
+    table: dict[str, Record] = {}
+    end = 0
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        shown = printable(entry.filename)
         if entry.header_offset < 0 or entry.header_offset + 30 > file.size:
-            raise InputError(f"{file}: record {printable(entry.filename)} is outside the file; download it again")
+            raise InputError(f"{file}: record {shown} is outside the file; download it again")
         local = file.bytes_at(entry.header_offset, 30)
-        table[entry.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))] = entry.file_size
+        start = entry.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
+        if entry.filename in table or entry.header_offset < end or local[:4] != b"PK\x03\x04":
+            raise InputError(
+                f"{file}: record {shown} overlaps another one, or is there twice; write it again with torch.save()"
+            )
+        end = start + entry.file_size
+        if end > file.size:
+            raise InputError(
+                f"{file} was truncated: record {shown} ends at byte {end}, it has {file.size}; download it again"
+            )
+        table[entry.filename] = Record(start, entry.file_size)
     return table
 
 
-def _load(file: OpenFile, device: str) -> Any:
-    import torch
-
-    try:
-        with open(os.dup(file.fd), "rb") as handle:
-            handle.seek(0)
-            return torch.load(handle, map_location=device, weights_only=True)
-    except Exception as error:  # unpickler, zip reader and torch's checks raise different classes
-        raise InputError(_load_error_message(file, str(error) or type(error).__name__)) from error
-
-
-def _load_error_message(file: OpenFile, text: str) -> str:
-    code = re.search(r"GLOBAL\s+([\w.]+\.[\w.]+)", text)
-    if code:
-        return (
-            f"{file} runs code ({printable(code[1])}) when it is loaded, which is not allowed;"
-            " save only the tensors, torch.save(model.state_dict(), ...), or convert it to safetensors"
+def _check_directory(file: OpenFile) -> None:
+    """Raises InputError unless the list of records at the end is of a plausible size: zipfile reads it whole."""
+    tail = file.bytes_at(max(file.size - 98, 0), min(file.size, 98))
+    if tail[-22:-18] != b"PK\x05\x06" or tail[-2:] != b"\0\0":
+        raise _incomplete(file, "its list of records is not at its end")
+    count, nbytes = struct.unpack("<HI", tail[-12:-6])
+    if tail[-42:-38] == b"PK\x06\x07":  # 64-bit sizes, in the 56 bytes before the 20 of this locator
+        if tail[-98:-94] != b"PK\x06\x06":
+            raise _incomplete(file, "its list of records has no 64-bit sizes")
+        count, nbytes = struct.unpack("<QQ", tail[-66:-50])
+    if count > MAX_TENSORS + 16 or nbytes > MAX_HEADER_BYTES:
+        raise InputError(
+            f"{file} has {count} records, described in {nbytes} bytes, more than the limits of {MAX_TENSORS} and"
+            f" {MAX_HEADER_BYTES}; it is not a checkpoint, or split it"
         )
-    if "quantized" in text:
-        return f"{file} holds quantised tensors, which are not read yet; dequantise the model to bf16 and save it again"
-    # torch puts a paragraph of advice (to trust the file) before the reason.
-    reason = text.rpartition("WeightsUnpickler error: ")[2].strip().splitlines()[0][:160]
-    return (
-        f"{file} is not a PyTorch checkpoint that can be read safely ({printable(reason)}); download it again, or save"
-        " the state dict as safetensors"
+
+
+def _incomplete(file: OpenFile, reason: str) -> InputError:
+    return InputError(
+        f"{file} is not a complete zip archive ({printable(reason)}): it has {file.size} bytes and was probably"
+        " truncated; copy or download it again"
     )
 
 
-def _locate(file: OpenFile, name: str, tensor: torch.Tensor, records: dict[int, int]) -> Location:
-    """Returns the position of a meta tensor in the archive, validated against the archive's table of records."""
-    stride = tuple(int(n) for n in tensor.stride())
-    offset = int(tensor.storage_offset())
-    if tensor.numel() == 0:
-        return Location(0, 0, stride, True)
-    storage = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if storage not in records:
+def _open_legacy(file: OpenFile) -> tuple[Any, dict[str, Record]]:
+    """Returns the content of a file from before torch 1.6, and the storages by key.
+
+    Five pickles (a magic number, the version, the machine, the object, the keys of its storages), then for each key the
+    number of elements in 8 bytes and the elements.
+    """
+    if file.bytes_at(0, min(len(LEGACY_MAGIC), file.size)) != LEGACY_MAGIC:
+        _unpickle(file, 0)  # says what is wrong with it, such as code in it
         raise InputError(
-            f"{file}: the bytes of tensor {printable(name)} are not at the position that torch.save() uses;"
+            f"{file} is not a PyTorch checkpoint that can be read safely (it is a pickle that torch.save() did not"
+            " write); save the state dict as safetensors"
+        )
+    version = _unpickle(file, len(LEGACY_MAGIC))
+    machine = _unpickle(file, version.end)
+    if version.value != 1001 or not isinstance(machine.value, dict) or machine.value.get("little_endian") is not True:
+        raise InputError(
+            f"{file} is of another version of PyTorch's format, or in big-endian byte order; load it once and"
+            " torch.save() it again"
+        )
+    content = _unpickle(file, machine.end)
+    keys = _unpickle(file, content.end)
+    if not isinstance(keys.value, list) or not all(type(k) is str and k in content.storages for k in keys.value):
+        raise InputError(f"{file} has no valid list of its storages; download it again, or save it as safetensors")
+    records: dict[str, Record] = {}
+    position = keys.end
+    for key in keys.value:
+        itemsize = _torch_dtype(content.storages[key] or "uint8").itemsize
+        nbytes = int.from_bytes(file.bytes_at(position, 8), "little") * itemsize
+        records[key] = Record(position + 8, nbytes)
+        position += 8 + nbytes
+        if position > file.size:
+            raise InputError(
+                f"{file} was truncated: its storages end at byte {position} or later, it has {file.size}; copy or"
+                " download it again"
+            )
+    return content.value, records
+
+
+def _unpickle(file: OpenFile, start: int) -> Pickle:
+    """Reads the pickle at a position of a file, whose end is not known."""
+    nbytes = EDGE_BYTES
+    while True:
+        available = min(nbytes, MAX_HEADER_BYTES, file.size - start)
+        with _pickle_errors(file):
+            try:
+                pickle = read_pickle(file.bytes_at(start, available))
+                return pickle._replace(end=start + pickle.end)
+            except Truncated:
+                if available < nbytes:
+                    raise
+        nbytes *= 8
+
+
+@contextlib.contextmanager
+def _pickle_errors(file: OpenFile) -> Iterator[None]:
+    """Turns errors of `read_pickle` into InputError."""
+    try:
+        yield
+    except CodeError as error:
+        raise InputError(
+            f"{file} {printable(str(error))}, which is not allowed; save only the tensors,"
+            " torch.save(model.state_dict(), ...), or convert it to safetensors"
+        ) from None
+    except PickleError as error:
+        raise InputError(
+            f"{file} is not a PyTorch checkpoint that can be read safely (it {printable(str(error))}); download it"
+            " again, or save the state dict as safetensors"
+        ) from None
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    return torch.__dict__[name]
+
+
+def _locate(file: OpenFile, name: str, tensor: PickledTensor, records: dict[str, Record]) -> Location:
+    """Returns the position of a tensor in the file, validated against the records."""
+    shape, stride, itemsize = tensor.shape, tensor.stride, _torch_dtype(tensor.dtype).itemsize
+    if math.prod(shape) == 0:
+        return Location(0, 0, stride, True)
+    storage = tensor.storage
+    record = records.get(storage.key) if storage is not None else None
+    if storage is None or record is None:
+        raise InputError(
+            f"{file}: the bytes of tensor {printable(name)} are missing: there is no such storage in the file;"
             " write the file again with torch.save()"
         )
-    shape = tuple(int(n) for n in tensor.shape)
     span = _span(shape, stride)
-    itemsize = tensor.dtype.itemsize
+    offset = storage.start + tensor.offset
     end = (offset + span) * itemsize
-    if offset < 0 or min(stride, default=0) < 0 or end > records[storage] or storage + end > file.size:
+    if end > record.nbytes:
         raise InputError(
-            f"{file}: tensor {printable(name)} needs {end} bytes of a storage that has {records[storage]};"
+            f"{file}: tensor {printable(name)} needs {end} bytes of a storage that has {record.nbytes};"
             " copy or download it again"
         )
     if math.prod(shape) > span:
@@ -242,7 +318,18 @@ def _locate(file: OpenFile, name: str, tensor: torch.Tensor, records: dict[int, 
             f"{file}: tensor {printable(name)} is an expanded view, of {math.prod(shape)} elements over {span};"
             " save it after .contiguous()"
         )
-    return Location(int(storage), offset, stride, tensor.is_contiguous())
+    return Location(record.start, offset, stride, _is_contiguous(shape, stride))
+
+
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether elements follow each other in logical order; strides of dimensions of one element do not count."""
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1:
+            if step != expected:
+                return False
+            expected *= size
+    return True
 
 
 def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:

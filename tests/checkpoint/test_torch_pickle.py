@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,7 @@ def quantised() -> torch.Tensor:
         ({"step": 3, "\x1b[31m": 4}, "its keys are step, \\x1b[31m"),
         ({3: torch.ones(2)}, "names must be strings"),
         ({"w": torch.ones(2).to_sparse()}, "tensor w is sparse"),
+        ({"w": torch.ones(2), "v": numpy.ones(2)}, "v is a NumPy array"),
         ({"w": torch.ones(1).expand(1000)}, "tensor w is an expanded view"),
         ({"w": torch.ones(4).to(torch.float8_e4m3fn)}, "tensor w in pytorch_model.bin (f8_e4m3)"),
         ({"layer.lora_A.weight": torch.ones(2)}, "LoRA adapter"),
@@ -216,10 +218,79 @@ def test_archives_not_written_by_torch_are_rejected(path: Path) -> None:
     assert "no PyTorch file" in open_error(path)
 
 
-def test_a_large_legacy_file_is_rejected(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.save({"w": torch.ones(100)}, path, **LEGACY)
-    monkeypatch.setattr(torch_pickle, "MAX_LEGACY_BYTES", 100)
-    assert "before torch 1.6" in open_error(path)
+def test_a_legacy_file_is_read_in_ranges(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"layers.{i}.{'long' * 50}.weight" for i in range(40)]
+    torch.save({name: torch.full((3, 5), float(i)) for i, name in enumerate(names)}, path, **LEGACY)
+    monkeypatch.setattr(torch_pickle, "EDGE_BYTES", 64)  # the pickle is longer than the first pieces of it
+    opened = open_checkpoint(path)
+    assert sorted(opened.tensors) == sorted(names)
+    for i, name in enumerate(names):
+        assert opened.read(name, 2, 9).tolist() == [float(i)] * 7
+
+
+@pytest.mark.parametrize("options", [{}, LEGACY], ids=["archive", "legacy"])
+def test_every_truncated_file_is_rejected(path: Path, options: dict[str, Any]) -> None:
+    torch.save({"w": torch.ones(50), "v": torch.zeros(3)}, path, **options)
+    content = path.read_bytes()
+    for size in range(1, len(content)):
+        path.write_bytes(content[:size])
+        open_error(path)
+
+
+@pytest.mark.parametrize("options", [{}, LEGACY], ids=["archive", "legacy"])
+def test_tensors_without_values_are_rejected(path: Path, options: dict[str, Any]) -> None:
+    torch.save({"w": torch.ones(2), "v": torch.empty(3, device="meta")}, path, **options)
+    assert "tensor v is on the meta device" in open_error(path)
+
+
+def test_shards_of_distributed_tensors_are_rejected_by_name(path: Path) -> None:
+    def pickled(reference: str) -> bytes:
+        return f"c{reference.rpartition('.')[0]}\n{reference.rpartition('.')[2]}\n".encode()
+
+    wrapper = pickled("torch._utils._rebuild_wrapper_subclass") + b"(" + pickled("torch.distributed.tensor.DTensor")
+    content = b"\x80\x02}X\x01\x00\x00\x00w" + wrapper + b"tRs."
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+    assert "model_merger" in open_error(path)
+
+
+def test_names_that_are_no_unicode_text_are_rejected(path: Path) -> None:
+    torch.save({"a\ud800": torch.ones(2)}, path)
+    assert "unpaired surrogate" in open_error(path)
+
+
+def zip_records(path: Path, records: list[tuple[str, bytes]]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records:
+            archive.writestr(name, content)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_overlapping_and_repeated_records_are_rejected(path: Path) -> None:
+    torch.save({"w": torch.ones(100)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+    zip_records(path, records)
+    open_checkpoint(path).close()
+    zip_records(path, [*records, records[0]])
+    assert "is there twice" in open_error(path)
+
+    zip_records(path, records)
+    content = bytearray(path.read_bytes())
+    first, second = (i.start() for i in list(re.finditer(b"PK\x01\x02", content))[:2])
+    content[second + 42 : second + 46] = content[first + 42 : first + 46]  # both records at one position
+    path.write_bytes(content)
+    assert "overlaps" in open_error(path)
+
+
+def test_a_list_of_records_of_implausible_size_is_rejected(path: Path) -> None:
+    torch.save({"w": torch.ones(100)}, path)
+    content = bytearray(path.read_bytes())
+    content[-10:-6] = (2**31).to_bytes(4, "little")
+    if content[-42:-38] == b"PK\x06\x07":
+        content[-58:-50] = (2**40).to_bytes(8, "little")
+    path.write_bytes(content)
+    assert "more than the limits" in open_error(path)
 
 
 def test_a_mapped_archive_is_viewed_in_place(path: Path, fake_guard: object) -> None:
