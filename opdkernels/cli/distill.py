@@ -40,8 +40,9 @@ def distill(
 
     Example: opdkernels distill --student Qwen2.5-0.5B --teacher Qwen2.5-1.5B --prompts prompts.jsonl -o run
     """
-    from opdkernels.distillation.loop import format_text, summary, train
+    from opdkernels.distillation.loop import train
     from opdkernels.distillation.options import options_from
+    from opdkernels.distillation.result import format_text, summary
     from opdkernels.distillation.world import shutdown
 
     result = train(options_from(config, options), out, quiet=quiet)

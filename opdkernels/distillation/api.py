@@ -14,8 +14,10 @@ from typing import Any, Literal
 import torch
 
 from opdkernels.config import validate_options
-from opdkernels.distillation.loop import RunInputs, RunResult, train
+from opdkernels.distillation.loop import train
 from opdkernels.distillation.options import DistillOptions
+from opdkernels.distillation.result import RunResult
+from opdkernels.distillation.state import RunInputs
 from opdkernels.distillation.tasks import (
     Example,
     ExamplesTask,

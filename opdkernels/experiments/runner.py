@@ -17,8 +17,9 @@ from typing import Any
 
 from opdkernels.analysis.analyze import run_analyze
 from opdkernels.config import AnalyzeOptions, validate_options
+from opdkernels.distillation.evaluation import evaluate_checkpoint
 from opdkernels.distillation.jsonl import finite, read_rows
-from opdkernels.distillation.loop import evaluate_checkpoint, train
+from opdkernels.distillation.loop import train
 from opdkernels.distillation.options import DistillOptions
 from opdkernels.errors import UsageError, printable
 from opdkernels.experiments.arms import (

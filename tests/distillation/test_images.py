@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from opdkernels.config import validate_options
-from opdkernels.distillation import loop
+from opdkernels.distillation import state
 from opdkernels.distillation.loop import train
 from opdkernels.distillation.options import DistillOptions
 from opdkernels.experiments.runner import run_experiment
@@ -134,14 +134,14 @@ def test_experiments_match_renamed_checkpoint_tensors(folders, tmp_path, name, d
 
 @pytest.fixture(autouse=True)
 def processors(monkeypatch):
-    plain = loop.load_text_processor
+    plain = state.load_text_processor
 
     def with_images(place):
         text = plain(place)
         text.processor = Processor(text.tokenizer)
         return text
 
-    monkeypatch.setattr(loop, "load_text_processor", with_images)
+    monkeypatch.setattr(state, "load_text_processor", with_images)
 
 
 def test_image_text_model_trains_its_vision_weights(options, folders, tmp_path):

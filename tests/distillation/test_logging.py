@@ -31,7 +31,7 @@ def test_phase_without_time_has_no_rate(tmp_path):
 
 # next to the log, by stubs that record their arguments
 
-ROW = {"step": 3, "loss": 0.5, "skipped": "", "accuracy": None, "seconds": {"train": 2.0}, "tokens": 10}
+ROW = {"step": 3, "loss": 0.5, "skip_reason": "", "accuracy": None, "seconds": {"train": 2.0}, "tokens": 10}
 FLAT = {"loss": 0.5, "seconds/train": 2.0, "tokens": 10, "tokens_per_s/train": 5.0}
 
 

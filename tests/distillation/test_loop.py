@@ -204,7 +204,7 @@ def test_nan_teacher_ends_run_without_changing_weights(options, places, tmp_path
         train(options(teacher=str(tmp_path / "nan"), max_steps=9, save_steps=1), tmp_path / "run")
     rows = log(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2]
-    assert all("loss nan" in row["skipped"] and row["loss"] is None for row in rows)
+    assert all("loss nan" in row["skip_reason"] and row["loss"] is None for row in rows)
     assert digest(tmp_path / "run" / "checkpoint-2") == digest(tmp_path / "run" / "checkpoint-0")
 
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from opdkernels.distillation.loop import build_task
 from opdkernels.distillation.options import options_from
+from opdkernels.distillation.state import build_task
 from opdkernels.distillation.tasks import Addition, exact, find_reward, open_task, permuted, validate_prompts
 from opdkernels.errors import InputError, UsageError
 
