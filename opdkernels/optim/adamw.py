@@ -101,8 +101,11 @@ class MaskedAdamW(MaskedOptimizer):
         return self.moments if group["amsgrad"] else self.moments[:2]
 
     def _scalars(self, steps: list[float], group: dict[str, Any]) -> torch.Tensor:
-        b1, b2 = group["betas"]
-        return adamw_scalars(steps, float(group["lr"]), (float(b1), float(b2)), group["eps"], group["weight_decay"])
+        lr, beta1, beta2 = (
+            value.detach().reshape(()).cpu() if isinstance(value, torch.Tensor) else value
+            for value in (group["lr"], *group["betas"])
+        )
+        return adamw_scalars(steps, lr, (beta1, beta2), group["eps"], group["weight_decay"])
 
     def _launch(
         self,

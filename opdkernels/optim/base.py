@@ -18,6 +18,7 @@ world size. `load_state_dict` accepts both forms.
 from __future__ import annotations
 
 import copy
+import itertools
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -30,9 +31,10 @@ from opdkernels.ops.step import active_indices
 from opdkernels.ops.step.layout import MAX_STEP_GROUPS
 from opdkernels.ops.step.validation import RESIDUAL_DTYPES
 from opdkernels.optim.active import gather_active, restore_dropped
-from opdkernels.optim.batch import RESIDUALS, PendingStep, StepBatch
+from opdkernels.optim.batch import RESIDUALS, PendingStep, StepBatch, validate_addresses
 from opdkernels.optim.binding import Binder, Binding, LocalMask, Masks, is_dtensor, local_gradient, local_part
-from opdkernels.optim.options import is_number, validate_options
+from opdkernels.optim.distinct import named_params, validate_distinct, validate_memory
+from opdkernels.optim.options import is_number, validate_flags, validate_options
 
 ParamKey = tuple[int, int]  # group, parameter
 
@@ -45,6 +47,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, masks: Masks, unmasked: str, defaults: dict[str, Any]):
         validate_options(defaults)
+        validate_flags(defaults)
         self._binder = Binder(masks, unmasked)
         self._bindings_by_group: list[list[Binding]] = []
         self._gathered_grads: dict[ParamKey, torch.Tensor] = {}  # fp32 [num_active] of each parameter
@@ -55,10 +58,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group. Its masks come from the `masks` argument of the constructor."""
+        if isinstance(param_group, dict) and not isinstance(param_group.get("params", ()), (torch.Tensor, set)):
+            param_group["params"] = list(param_group["params"])
+            validate_distinct(named_params([*self.param_groups, param_group]))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             validate_options(group)
+            validate_memory([(name, local_part(param)[0]) for name, param in named_params(self.param_groups)])
             self._bindings_by_group.append(self._binder.bind(group["params"], group.get("param_names")))
         except Exception:
             self.param_groups.pop()
@@ -97,6 +104,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if found_inf is None or not bool(found_inf):
                 # Every group is validated before any parameter changes.
                 pending = [self._pending(index, group) for index, group in enumerate(self.param_groups)]
+                validate_addresses(itertools.chain.from_iterable(pending))
                 for group, steps in zip(self.param_groups, pending, strict=True):
                     self._step_group(group, steps, grad_scale)
         finally:
@@ -121,10 +129,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
         validate_options(group)
         pending = []
         for j, (param, binding) in enumerate(zip(group["params"], self._bindings_by_group[index], strict=True)):
-            grad = self._gradient((index, j), param)
-            if grad is None:
+            if param.grad is None and (index, j) not in self._gathered_grads:
                 continue
-            local_mask, local = binding.local_mask(param), local_part(param)[0]
+            state, local = self.state.get(param), local_part(param)[0]
+            binding.validate_weights(local, has_state=bool(state))
+            local_mask, grad = binding.local_mask(param), self._gradient((index, j), param)
             if (
                 local_mask.num_active
                 and group["precision"] == "stochastic"
@@ -135,8 +144,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     f"{binding.display_name} is not sharded along its first dimension; "
                     'precision "stochastic" needs it, choose "split_master"'
                 )
-            if self.state.get(param):
-                self._validate_state(self.state[param], local, local_mask, binding, group)
+            if grad.device != local.device:
+                raise ValueError(
+                    f"{binding.display_name} is on {local.device}, its gradient on {grad.device}; "
+                    "call zero_grad() after moving a model"
+                )
+            if state:
+                self._validate_state(state, local, local_mask, binding, group)
             pending.append(PendingStep(param, local, grad, local_mask, binding))
         return pending
 
@@ -148,6 +162,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             state["step"] += 1
             if "group_steps" in state:
                 state["group_steps"] += 1
+            item.binding.last_step = item.local.dtype, item.local.device
             if item.local_mask.num_active:
                 batches[item.local.device].add(item, state, is_first)
         for device, batch in batches.items():
@@ -161,12 +176,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 if weights.data_ptr() != local.data_ptr():
                     local.copy_(weights)
 
-    def _gradient(self, key: ParamKey, param: torch.Tensor) -> torch.Tensor | None:
+    def _gradient(self, key: ParamKey, param: torch.Tensor) -> torch.Tensor:
         """The local gradient, contiguous: of the shape of the local parameter, or fp32 [num_active] where gathered."""
-        compact, binding = self._gathered_grads.get(key), self._bindings_by_group[key[0]][key[1]]
-        if compact is not None:
-            return compact
-        return None if param.grad is None else local_gradient(param, param.grad, binding.display_name)
+        gathered = self._gathered_grads.get(key)
+        if gathered is not None:
+            return gathered
+        assert param.grad is not None
+        return local_gradient(param, param.grad, self._bindings_by_group[key[0]][key[1]].display_name)
 
     def _init_state(
         self, state: dict[str, Any], local: torch.Tensor, local_mask: LocalMask, binding: Binding, group: dict[str, Any]
@@ -259,26 +275,19 @@ class MaskedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"the norm must be of type 2, not {norm_type}")
         if not is_number(max_norm) or not max_norm >= 0:
             raise ValueError(f"max_norm is {max_norm!r}; give a number that is not negative")
-        total = torch.zeros((), dtype=torch.float64)
-        sharded: dict[Any, torch.Tensor] = {}
+        # Sums of squares by mesh dimensions of the sharding and by device: one copy to the host each.
+        sums: dict[tuple[Any, torch.device], torch.Tensor] = {}
         for key, param, binding in self._bindings():
-            grad = self._gradient(key, param)
-            dims = sharded_dims(param)
-            local_mask = binding.local_mask(param)
-            square = torch.zeros((), dtype=torch.float64)
-            if grad is not None and local_mask.num_active:
+            local_mask, device = binding.local_mask(param), local_part(param)[0].device
+            total = sums.setdefault((sharded_dims(param), device), torch.zeros((), dtype=torch.float64, device=device))
+            if local_mask.num_active and (param.grad is not None or key in self._gathered_grads):
+                grad = self._gradient(key, param)
                 values = grad if key in self._gathered_grads else gather_active(grad, local_mask)
-                square = torch.linalg.vector_norm(values, dtype=torch.float64).square().cpu()
-            if dims:
-                sharded[dims] = sharded.get(dims, torch.zeros((), dtype=torch.float64)) + square
-            else:
-                total += square
-        for dims, square in sharded.items():
+                total += torch.linalg.vector_norm(values, dtype=torch.float64).square()
+        for (dims, _), total in sums.items():
             for mesh, dim in dims:
-                square = square.to(mesh.device_type)
-                torch.distributed.all_reduce(square, group=mesh.get_group(dim))
-            total += square.cpu()
-        norm = total.sqrt()
+                torch.distributed.all_reduce(total, group=mesh.get_group(dim))
+        norm = torch.stack([total.cpu() for total in sums.values()]).sum().sqrt()
         self._clip_factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
         return norm.float()
 
@@ -350,6 +359,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
             group.update(new_group)
         self.state.clear()
         self.state.update(loaded)
+        for _, param, binding in self._bindings():
+            local = local_part(param)[0]
+            binding.last_step = (local.dtype, local.device) if param in loaded else None
         self._clip_factor = None
         for post in list(self._optimizer_load_state_dict_post_hooks.values()):  # type: ignore[attr-defined]
             post(self)
@@ -511,6 +523,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     init_value, new = self.state[param]["init_value"], bindings_by_group[index][j]
                     restore_dropped(param, init_value, old.local_mask(param), new.local_mask(param))
         self._binder, self._bindings_by_group = binder, bindings_by_group
+        self._clip_factor = None  # computed from gradients of the old masks
         self.state.update(new_states)
 
     def _remapped_state(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,19 @@ class PendingStep:
     grad: torch.Tensor  # of the shape of `local`, or fp32 [num_active]
     local_mask: LocalMask
     binding: Binding
+
+
+def validate_addresses(pending: Iterable[PendingStep]) -> None:
+    """Raise ValueError that names both where two parameters begin at one address: they were tied after construction."""
+    seen: dict[tuple[torch.device, int], Binding] = {}
+    for item in pending:
+        if item.local_mask.num_active:
+            other = seen.setdefault((item.local.device, item.local.data_ptr()), item.binding)
+            if other is not item.binding:
+                raise ValueError(
+                    f"{other.display_name} and {item.binding.display_name} share memory since the optimizer was "
+                    "created; tie weights before, and create it again"
+                )
 
 
 class StepBatch:

@@ -33,11 +33,19 @@ class LocalMask:
 
 @dataclass
 class Binding:
-    """The mask of one parameter. `param_id` is its position among all parameters of the optimizer."""
+    """The mask of one parameter.
+
+    Attributes:
+        mask: The mask of the whole parameter, also where the parameter is sharded.
+        name: Name of the parameter; empty if it has none.
+        param_id: Position among all parameters of the optimizer.
+        last_step: The dtype and the device of the parameter in its last step; its state fits only these.
+    """
 
     mask: Mask
     name: str
     param_id: int
+    last_step: tuple[torch.dtype, torch.device] | None = None
     cache_key: tuple | None = field(default=None, compare=False)
     cached_local_mask: LocalMask | None = field(default=None, compare=False)
 
@@ -58,7 +66,7 @@ class Binding:
         """The mask of the local part of `param`; cached until the shape, the position or the device changes."""
         if tuple(param.shape) != self.mask.shape:
             raise ValueError(
-                f"{printable(self.name)} is now {list(param.shape)}; its mask is {list(self.mask.shape)}: "
+                f"{self.display_name} is now {list(param.shape)}; its mask is {list(self.mask.shape)}: "
                 "create the optimizer again"
             )
         local, start = local_part(param)
@@ -71,6 +79,27 @@ class Binding:
             )
             self.cache_key = key
         return self.cached_local_mask
+
+    def validate_weights(self, local: torch.Tensor, *, has_state: bool) -> None:
+        """Raise where the local weights cannot be stepped, or have another dtype or device than their state.
+
+        Before its first step a model may be moved, or cast between float32 and bfloat16.
+        """
+        if local.device.type == "meta":
+            raise ValueError(
+                f"{self.display_name} is on the meta device, without data; load its weights before the step"
+            )
+        if self.mask.num_active and local.dtype not in DTYPES:
+            raise TypeError(
+                f"{self.display_name} is now {local.dtype}; masked optimizers step float32 and bfloat16: "
+                "cast the model back, and use torch.autocast instead of a cast"
+            )
+        if has_state and self.last_step and self.last_step != (local.dtype, local.device):
+            dtype, device = self.last_step
+            raise ValueError(
+                f"{self.display_name} was {dtype} on {device} in its last step and is now {local.dtype} on "
+                f"{local.device}; cast or move the model back, or do so before the first step"
+            )
 
     def _slice_mask(self, local: torch.Tensor, start: tuple[int, ...] | None) -> tuple[Mask, int | None]:
         """The mask of a local tensor that begins at the coordinates `start`, and its flat offset, if it is a flat

@@ -248,14 +248,20 @@ register("step", SCATTER, reference_scatter)
 
 
 def adamw_scalars(
-    steps: Sequence[float], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    steps: Sequence[float],
+    lr: float | torch.Tensor,
+    betas: tuple[float | torch.Tensor, float | torch.Tensor],
+    eps: float,
+    weight_decay: float,
 ) -> torch.Tensor:
-    """The scalars of `masked_adamw`, computed in double precision and rounded once, as torch's scalars are.
+    """The scalars of `masked_adamw`, rounded as torch.optim.AdamW rounds them.
+
+    Numbers are computed in double precision and rounded once; terms with a tensor are computed in its dtype.
 
     Args:
         steps: Step count per row, from 1.
-        lr: Learning rate.
-        betas: Decay rates of the two moments.
+        lr: Learning rate; a tensor has no dimensions.
+        betas: Decay rates of the two moments; tensors have no dimensions.
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
 
