@@ -12,7 +12,7 @@ from opdkernels.analysis.result import Analysis
 from opdkernels.metrics.batch import ratio_label
 from opdkernels.metrics.catalog import metrics_on_page
 from opdkernels.metrics.registry import VIEWS
-from opdkernels.report import charts, typography
+from opdkernels.report import charts, heat_map, svg, typography
 from opdkernels.report.geometry import geometry_context
 from opdkernels.report.glossary import glossary, term
 from opdkernels.report.rows import group_tables, tensor_table
@@ -56,14 +56,12 @@ def page_context(result: Analysis) -> dict[str, Any]:
         "gauges": gauges(views.get("visible", {})),
         "fit": fit,
         "null_kinds": [kind for kind in fit.kinds if kind.changed is not None],
-        "curve": [drawing for frame in charts.FRAMES if (drawing := charts.sparsity_curve(curve, frame))],
+        "curve": [drawing for frame in svg.FRAMES if (drawing := charts.sparsity_curve(curve, frame))],
         "curve_rows": [{key: curve[key][i] for key in curve} for i in range(0, len(curve["eps"]), 10)],
         "near_zero": near_zero_rows(views) if views and views["visible"]["changed"] else [],
         "maps": maps(result.groups) if views and views["stored"]["changed"] else [],
         "ulp": [
-            drawing
-            for frame in charts.FRAMES
-            if (drawing := charts.ulp_histogram(ulp["distance"], ulp["count"], frame))
+            drawing for frame in svg.FRAMES if (drawing := charts.ulp_histogram(ulp["distance"], ulp["count"], frame))
         ],
         "ulp_rows": list(zip(ulp["distance"], ulp["count"], strict=True)),
         "geometry": geometry_context(result),
@@ -164,14 +162,14 @@ def maps(groups: pa.Table) -> list[dict[str, Any]]:
             "frac_zero",
             "Unchanged coordinates",
             "Fraction of coordinates with Δ = 0. Numbers in cells are percent.",
-            charts.fraction_scale,
+            heat_map.fraction_scale,
             VIEWS,
         ),
         (
             "energy_over_parameters",
             "Energy share over parameter share",
             "1× changed as much as its size alone would give; orange changed more, blue less.",
-            charts.ratio_scale,
+            heat_map.ratio_scale,
             VIEWS,
         ),
         (
@@ -179,7 +177,7 @@ def maps(groups: pa.Table) -> list[dict[str, Any]]:
             "Near-zero coverage at 10 %, relative to bf16 rounding alone",
             "1× is expected from bf16 rounding alone; orange is more, blue is less. Visible view only: the null is a "
             "model of what is visible.",
-            charts.ratio_scale,
+            heat_map.ratio_scale,
             ("visible",),
         ),
     ):
@@ -193,8 +191,8 @@ def maps(groups: pa.Table) -> list[dict[str, Any]]:
             values = [value for value in cells.values() if value is not None]
             if values:
                 scale = scale_of(values)
-                names, drawing = charts.heat_map(cells, modules, shown, scale, heading)
-                drawings.append({"view": view, "names": names, "drawing": drawing, "legend": charts.legend(scale)})
+                names, drawing = heat_map.heat_map(cells, modules, shown, scale, heading)
+                drawings.append({"view": view, "names": names, "drawing": drawing, "legend": heat_map.legend(scale)})
         if drawings:
             entries.append(
                 {

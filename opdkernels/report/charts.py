@@ -1,80 +1,31 @@
-"""Charts as inline SVG. Colours are classes of the style sheet, so one drawing serves light, dark and print."""
+"""Charts as inline SVG: curves, intervals, a histogram and a gauge."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from markupsafe import Markup
 
-from opdkernels.report.typography import MISSING, count, format_range, percent, significant, times
-
-SEQUENTIAL_STEPS = 9
-DIVERGING_STEPS = 11
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Size and margins of a drawing; every `stride`-th tick has a label. Text is 13 pixels high in both frames."""
-
-    kind: str
-    width: int
-    height: int
-    left: int
-    right: int
-    stride: int
-    top: int = 14
-    bottom: int = 56
-
-    @property
-    def inner(self) -> tuple[int, int]:
-        return self.width - self.left - self.right, self.height - self.top - self.bottom
-
-    @property
-    def floor(self) -> int:
-        return self.height - self.bottom
-
-
-FRAMES = (Frame("wide", 860, 400, 58, 20, 1), Frame("slim", 330, 300, 48, 20, 2))  # desktop and phone
-
-
-def _join(parts: Sequence[Markup]) -> Markup:
-    return Markup("").join(parts)
-
-
-def _n(value: float) -> str:
-    return f"{value:.1f}".rstrip("0").rstrip(".")
-
-
-def _svg(width: float, height: float, label: str, content: Sequence[Markup], kind: str = "map") -> Markup:
-    """A drawing of fixed size, or, with the class `chart`, one that fills the available width."""
-    scaled = kind.startswith("chart")
-    return Markup(
-        '<svg viewBox="0 0 {w} {h}"{size} role="img" aria-label="{label}" class="{kind}">{content}</svg>'
-    ).format(
-        w=_n(width),
-        h=_n(height),
-        size=Markup("") if scaled else Markup(' width="{}" height="{}"').format(_n(width), _n(height)),
-        label=label,
-        kind=kind,
-        content=_join(content),
-    )
-
-
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
-    return Markup('<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(kind, _n(x1), _n(y1), _n(x2), _n(y2))
-
-
-def _text(kind: str, x: float, y: float, text: str) -> Markup:
-    return Markup('<text class="{}" x="{}" y="{}">{}</text>').format(kind, _n(x), _n(y), text)
-
-
-def _path(kind: str, points: Sequence[tuple[float, float]], close: bool = False) -> Markup:
-    d = "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in points) + ("Z" if close else "")
-    return Markup('<path class="{}" d="{}"/>').format(kind, d)
+from opdkernels.report.svg import (
+    FRAMES,
+    NOTHING,
+    Frame,
+    dot,
+    horizontal_grid,
+    line,
+    number,
+    path,
+    probe,
+    svg,
+    text_at,
+    x_axis_label,
+    x_tick,
+)
+from opdkernels.report.typography import count, format_range, percent, significant, times
 
 
 def sparsity_curve(curve: dict[str, list[float | None]], frame: Frame = FRAMES[0]) -> Markup | None:
@@ -86,7 +37,7 @@ def sparsity_curve(curve: dict[str, list[float | None]], frame: Frame = FRAMES[0
         key: [min(1.0, v) for v in curve[key] if v is not None]
         for key in ("visible", "stored_lower", "stored_upper", "null")
     }
-    eps = [e for e in curve["eps"] if e]
+    eps = [e for e in curve["eps"] if e]  # ascending, without 0, which a logarithmic axis cannot show
     if not all(len(values) == len(eps) for values in series.values()) or not eps:
         return None
     least = min(min(values) for values in series.values())
@@ -103,27 +54,19 @@ def sparsity_curve(curve: dict[str, list[float | None]], frame: Frame = FRAMES[0
     step = 0.2 if bottom == 0 else 0.1 if bottom < 0.85 else 0.05
     for k in range(round((1 - bottom) / step) + 1):
         fraction = bottom + k * step
-        parts += [
-            _line("grid", frame.left, y(fraction), frame.width - frame.right, y(fraction)),
-            _text("tick end", frame.left - 8, y(fraction) + 4, f"{100 * fraction:.0f} %"),
-        ]
+        parts += horizontal_grid(frame, y(fraction), f"{100 * fraction:.0f} %")
     for exponent in range(round(low), round(high) + 1, frame.stride):
-        parts += [
-            _line("tickmark", x(10.0**exponent), frame.floor, x(10.0**exponent), frame.floor + 5),
-            _text("tick middle", x(10.0**exponent), frame.floor + 22, f"1e{exponent}"),
-        ]
-    parts += [_line("marker", x(1e-5), frame.top, x(1e-5), frame.floor)]
-    at = {key: [(x(e), y(v)) for e, v in zip(eps, values, strict=True)] for key, values in series.items()}
+        parts += x_tick(frame, x(10.0**exponent), f"1e{exponent}")
+    parts += [line("marker", x(1e-5), frame.top, x(1e-5), frame.floor)]
+    points = {key: [(x(e), y(v)) for e, v in zip(eps, values, strict=True)] for key, values in series.items()}
     parts += [
-        _path("stored-band", at["stored_lower"] + at["stored_upper"][::-1], close=True),
-        _path("stored-line", at["stored_lower"]),
-        _path("null-line", at["null"]),
-        _path("visible-line", at["visible"]),
+        path("stored-band", points["stored_lower"] + points["stored_upper"][::-1], close=True),
+        path("stored-line", points["stored_lower"]),
+        path("null-line", points["null"]),
+        path("visible-line", points["visible"]),
     ]
     marked = min(range(len(eps)), key=lambda i: abs(math.log10(eps[i]) + 5))
-    parts.append(
-        Markup('<circle class="visible-dot" cx="{}" cy="{}" r="5"/>').format(_n(x(1e-5)), _n(at["visible"][marked][1]))
-    )
+    parts.append(dot("visible-dot", x(1e-5), points["visible"][marked][1], 5))
     width = frame.inner[0] / (len(eps) - 1)
     for i, e in enumerate(eps):
         tooltip = (
@@ -131,24 +74,13 @@ def sparsity_curve(curve: dict[str, list[float | None]], frame: Frame = FRAMES[0
             f"stored {format_range(series['stored_lower'][i], series['stored_upper'][i])}, "
             f"expected {percent(series['null'][i])}"
         )
-        parts.append(
-            Markup('<g class="probe"><title>{}</title><rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
-                tooltip, _n(x(e) - width / 2), frame.top, _n(width), frame.inner[1]
-            )
-        )
-    parts.append(
-        _text(
-            "axis middle",
-            (frame.left + frame.width - frame.right) / 2,
-            frame.height - 8,
-            "ε, in the units of the weights",
-        )
-    )
+        parts.append(probe(tooltip, x(e) - width / 2, width, frame))
+    parts.append(x_axis_label(frame, "ε, in the units of the weights"))
     label = (
         f"Fraction of coordinates with |Δ| at most ε. At 1e-5: visible {percent(series['visible'][marked])}, "
         f"expected from bf16 rounding alone {percent(series['null'][marked])}."
     )
-    return _svg(frame.width, frame.height, label, parts, f"chart {frame.kind}")
+    return svg(frame.width, frame.height, label, parts, f"chart {frame.kind}")
 
 
 def spectrum_curve(
@@ -183,30 +115,20 @@ def spectrum_curve(
     parts: list[Markup] = []
     for k in range(6):
         fraction = top * k / 5
-        parts += [
-            _line("grid", frame.left, y(fraction), frame.width - frame.right, y(fraction)),
-            _text("tick end", frame.left - 8, y(fraction) + 4, f"{100 * fraction:.0f} %"),
-        ]
+        parts += horizontal_grid(frame, y(fraction), f"{100 * fraction:.0f} %")
     for value, text in ticks:
-        parts += [
-            _line("tickmark", x(value), frame.floor, x(value), frame.floor + 5),
-            _text("tick middle", x(value), frame.floor + 22, text),
-        ]
-    at = {key: [(x(a), y(min(b, top))) for a, b in zip(xs, values, strict=True)] for key, values in series.items()}
+        parts += x_tick(frame, x(value), text)
+    points = {key: [(x(a), y(min(b, top))) for a, b in zip(xs, values, strict=True)] for key, values in series.items()}
     parts += [
-        _path("visible-band", at["low"] + at["high"][::-1], close=True),
-        _path("null-line", at["null"]),
-        _path("visible-line", at["mean"]),
+        path("visible-band", points["low"] + points["high"][::-1], close=True),
+        path("null-line", points["null"]),
+        path("visible-line", points["mean"]),
     ]
     width = frame.inner[0] / (len(xs) - 1)
     for value, text in zip(xs, tooltips, strict=True):
-        parts.append(
-            Markup('<g class="probe"><title>{}</title><rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
-                text, _n(x(value) - width / 2), frame.top, _n(width), frame.inner[1]
-            )
-        )
-    parts.append(_text("axis middle", (frame.left + frame.width - frame.right) / 2, frame.height - 8, axis))
-    return _svg(frame.width, frame.height, label, parts, f"chart {frame.kind}")
+        parts.append(probe(text, x(value) - width / 2, width, frame))
+    parts.append(x_axis_label(frame, axis))
+    return svg(frame.width, frame.height, label, parts, f"chart {frame.kind}")
 
 
 Line = tuple[str, str, Sequence[float | None]]  # style class (visible, stored, null), name, one value per step
@@ -239,35 +161,21 @@ def step_curve(
 
     parts: list[Markup] = []
     for value, name in zip(ticks, named, strict=True):
-        parts += [
-            _line("grid", frame.left, y(value), frame.width - frame.right, y(value)),
-            _text("tick end", frame.left - 8, y(value) + 4, name),
-        ]
+        parts += horizontal_grid(frame, y(value), name)
     for step in thin_labels([*steps], x, 52):
-        parts += [
-            _line("tickmark", x(step), frame.floor, x(step), frame.floor + 5),
-            _text("tick middle", x(step), frame.floor + 22, str(step)),
-        ]
+        parts += x_tick(frame, x(step), str(step))
     for kind, _, values in lines:
         points = [(x(step), y(v)) for step, v in zip(steps, values, strict=True) if v is not None]
         if len(points) > 1:
-            parts.append(_path(f"{kind}-line", points))
-        parts += [
-            Markup('<circle class="{}-dot" cx="{}" cy="{}" r="4"/>').format(kind, _n(a), _n(b))
-            for a, b in points
-            if kind != "null"
-        ]
+            parts.append(path(f"{kind}-line", points))
+        parts += [dot(f"{kind}-dot", px, py, 4) for px, py in points if kind != "null"]
     edges = [x(steps[0]), *((x(a) + x(b)) / 2 for a, b in pairwise(steps)), x(steps[-1])]
     for i, step in enumerate(steps):
         tooltip = f"step {step}: " + ", ".join(f"{name} {text(values[i])}" for _, name, values in lines)
-        parts.append(
-            Markup('<g class="probe"><title>{}</title><rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
-                tooltip, _n(edges[i]), frame.top, _n(edges[i + 1] - edges[i]), frame.inner[1]
-            )
-        )
-    parts.append(_text("axis middle", (frame.left + frame.width - frame.right) / 2, frame.height - 8, "step"))
+        parts.append(probe(tooltip, edges[i], edges[i + 1] - edges[i], frame))
+    parts.append(x_axis_label(frame, "step"))
     ends = ", ".join(f"{name} from {text(values[0])} to {text(values[-1])}" for _, name, values in lines)
-    return _svg(frame.width, frame.height, f"{what} {ends}", parts, f"chart {frame.kind}")
+    return svg(frame.width, frame.height, f"{what} {ends}", parts, f"chart {frame.kind}")
 
 
 def step_figure(
@@ -288,7 +196,15 @@ Interval = tuple[str, float, float, float]  # name, value, lower and upper end
 def interval_chart(
     rows: Sequence[Interval], text: Callable[[float | None], str], what: str, axis: str, frame: Frame
 ) -> Markup:
-    """Values with their intervals, one row each, with zero on the axis."""
+    """Values with their intervals, one row each, with zero on the axis.
+
+    Args:
+        rows: What to draw, at least one.
+        text: Formatter of the values; with `percent` the axis is in percent.
+        what: Text alternative, to which names and values are added.
+        axis: Label of the axis.
+        frame: Size and margins; the height follows from the number of rows.
+    """
     row_height = 30
     frame = replace(
         frame,
@@ -304,22 +220,22 @@ def interval_chart(
     parts = []
     for tick in ticks[:: frame.stride]:
         parts += [
-            _line("grid", x(tick), frame.top, x(tick), frame.floor),
-            _text("tick middle", x(tick), frame.floor + 22, f"{100 * tick:g} %" if text is percent else f"{tick:g}"),
+            line("grid", x(tick), frame.top, x(tick), frame.floor),
+            text_at("tick middle", x(tick), frame.floor + 22, f"{100 * tick:g} %" if text is percent else f"{tick:g}"),
         ]
     for i, (name, value, low, high) in enumerate(rows):
         y = frame.top + row_height * (i + 0.5)
         tooltip = f"{name}: {text(value)}, 95 % interval {text(low)} to {text(high)}"
         parts += [
-            _text("tick end", frame.left - 10, y + 4, name),
-            _path("stored-line", [(x(low), y), (x(high), y)]),
-            Markup('<circle class="stored-dot" cx="{}" cy="{}" r="5"/>').format(_n(x(value)), _n(y)),
+            text_at("tick end", frame.left - 10, y + 4, name),
+            path("stored-line", [(x(low), y), (x(high), y)]),
+            dot("stored-dot", x(value), y, 5),
             Markup('<g class="probe"><title>{}</title><rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
-                tooltip, frame.left, _n(y - row_height / 2), frame.inner[0], row_height
+                tooltip, frame.left, number(y - row_height / 2), frame.inner[0], row_height
             ),
         ]
-    parts.append(_text("axis middle", (frame.left + frame.width - frame.right) / 2, frame.height - 8, axis))
-    return _svg(
+    parts.append(x_axis_label(frame, axis))
+    return svg(
         frame.width,
         frame.height,
         f"{what} " + ", ".join(f"{name} {text(value)}" for name, value, *_ in rows),
@@ -368,163 +284,33 @@ def ulp_histogram(distance: Sequence[str], counts: Sequence[int], frame: Frame =
     parts: list[Markup] = []
     stride = 1 if decades <= 6 else 2
     for exponent in range(0, decades + 1, stride):
-        parts += [
-            _line("grid", frame.left, y(10**exponent), frame.width - frame.right, y(10**exponent)),
-            _text("tick end", frame.left - 8, y(10**exponent) + 4, "1" if not exponent else f"1e{exponent}"),
-        ]
-    parts.append(_line("baseline", frame.left, frame.floor, frame.width - frame.right, frame.floor))
+        parts += horizontal_grid(frame, y(10**exponent), "1" if not exponent else f"1e{exponent}")
+    parts.append(line("baseline", frame.left, frame.floor, frame.width - frame.right, frame.floor))
     total = sum(counts)
     for i, (name, n) in enumerate(zip(distance, counts, strict=True)):
         x = frame.left + i * width
         steps = "step" if name in ("1", "-1") else "steps"
         tooltip = f"{name.replace('-', '−')} {steps}: {count(n)} coordinates, {percent(n / total)}"
-        bar = Markup("")
+        bar = NOTHING
         if n:
             bar = Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}"/>').format(
                 "bar zero" if name == "0" else "bar",
-                _n(x + width * 0.12),
-                _n(y(n)),
-                _n(width * 0.76),
-                _n(frame.floor - y(n)),
+                number(x + width * 0.12),
+                number(y(n)),
+                number(width * 0.76),
+                number(frame.floor - y(n)),
             )
-        parts.append(
-            Markup('<g class="probe"><title>{}</title>{}<rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
-                tooltip, bar, _n(x), frame.top, _n(width), frame.inner[1]
-            )
-        )
+        parts.append(probe(tooltip, x, width, frame, bar))
         if name.removeprefix("-") in STEP_LABELS[frame.kind]:
-            parts.append(_text("tick middle", x + width / 2, frame.floor + 22, name.replace("-", "−")))
-    parts.append(
-        _text(
-            "axis middle",
-            (frame.left + frame.width - frame.right) / 2,
-            frame.height - 8,
-            "bf16 steps, base to trained",
-        )
-    )
-    return _svg(
+            parts.append(text_at("tick middle", x + width / 2, frame.floor + 22, name.replace("-", "−")))
+    parts.append(x_axis_label(frame, "bf16 steps, base to trained"))
+    return svg(
         frame.width,
         frame.height,
         f"Histogram of bf16 steps on a logarithmic scale; the tallest bar holds {count(most)} coordinates.",
         parts,
         f"chart {frame.kind}",
     )
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Maps values to colour classes. `stops`: text of the legend's ends and middle."""
-
-    classes: Callable[[float], str]
-    text: Callable[[float | None], str]
-    short: Callable[[float], str]
-    steps: Sequence[str]
-    stops: Sequence[str]
-
-
-def fraction_scale(values: Sequence[float]) -> Scale:
-    """Nine steps of one hue over the range of the values."""
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    reach = high - low
-
-    def step(value: float) -> str:
-        if reach <= 1e-12:
-            return f"q{SEQUENTIAL_STEPS // 2}"
-        return f"q{min(SEQUENTIAL_STEPS - 1, int((value - low) / reach * SEQUENTIAL_STEPS))}"
-
-    single = reach <= 1e-12
-    return Scale(
-        step,
-        percent,
-        lambda v: f"{100 * v:.0f}" if 0.005 <= v <= 0.995 or v in (0, 1) else f"{100 * v:.1f}",
-        [f"q{SEQUENTIAL_STEPS // 2}"] if single else [f"q{k}" for k in range(SEQUENTIAL_STEPS)],
-        [percent(low)] if single else [percent(low), percent((low + high) / 2), percent(high)],
-    )
-
-
-def ratio_scale(values: Sequence[float], least_reach: float = 1.25, most_reach: float = 16.0) -> Scale:
-    """Eleven steps around 1, logarithmic and symmetric, the middle neutral. Larger ratios get the end colours."""
-    most = max([v for v in values if v > 0] + [1 / v for v in values if v > 0] + [least_reach])
-    reach = math.log(min(most_reach, most) * (1 + 1e-9))
-
-    def step(value: float) -> str:
-        position = -1.0 if value <= 0 else max(-1.0, min(1.0, math.log(value) / reach))
-        return f"d{min(DIVERGING_STEPS - 1, int((position + 1) / 2 * DIVERGING_STEPS))}"
-
-    end = math.exp(reach)
-    beyond = any(v <= 0 or v < 1 / end for v in values), any(v > end for v in values)
-    return Scale(
-        step,
-        times,
-        _short_ratio,
-        [f"d{k}" for k in range(DIVERGING_STEPS)],
-        [f"{'≤' if beyond[0] else ''}{1 / end:.3g}×", "1×", f"{'≥' if beyond[1] else ''}{end:.3g}×"],
-    )
-
-
-def _short_ratio(value: float) -> str:
-    return "<0.01" if 0 < value < 0.005 else f"{value:.2f}" if value < 9.95 else f"{value:.0f}"
-
-
-ROW, HEAD, GAP = 26, 24, 2
-
-
-def heat_map(
-    cells: dict[tuple[str, int], float | None], modules: Sequence[str], layers: Sequence[int], scale: Scale, what: str
-) -> tuple[Markup, Markup]:
-    """Row names and cells, as two drawings of one height: the first stays visible while the second scrolls."""
-    width = max(16, min(72, 880 // max(1, len(layers))))
-    every = next(k for k in (1, 2, 5, 10, 20, 50, 100) if k * width >= 26)
-    height = HEAD + ROW * len(modules)
-    longest = max(map(len, modules), default=0)
-    names = [_text("row end", 8 * longest + 8, HEAD + ROW * i + 17, module) for i, module in enumerate(modules)]
-    parts: list[Markup] = [
-        _text("tick middle", (i + 0.5) * width, 15, MISSING if layer < 0 else str(layer))
-        for i, layer in enumerate(layers)
-        if layer < 0 or layer % every == 0 or len(layers) == 1
-    ]
-    for j, module in enumerate(modules):
-        for i, layer in enumerate(layers):
-            if (module, layer) not in cells:
-                continue
-            value = cells[module, layer]
-            location = f"layer {layer}" if layer >= 0 else "no layer"
-            inner = Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="2"/>').format(
-                i * width, HEAD + ROW * j, width - GAP, ROW - GAP
-            )
-            if value is not None and width >= 34:
-                inner += Markup('<text x="{}" y="{}">{}</text>').format(
-                    _n((i + 0.5) * width - 1), HEAD + ROW * j + 16, scale.short(value)
-                )
-            parts.append(
-                Markup('<g class="{}"><title>{}</title>{}</g>').format(
-                    scale.classes(value) if value is not None else "none",
-                    f"{location}, {module}: {scale.text(value)}",
-                    inner,
-                )
-            )
-    return (
-        _svg(8 * longest + 14, height, "modules", names),
-        _svg(width * len(layers), height, f"{what} by layer (columns) and module (rows)", parts),
-    )
-
-
-def legend(scale: Scale) -> Markup:
-    """A strip of the scale's colours with its ends and middle."""
-    width, step = 220, 220 / len(scale.steps)
-    parts = [
-        Markup('<g class="{}"><rect x="{}" y="0" width="{}" height="12"/></g>').format(
-            kind, _n(k * step), _n(step + 0.3)
-        )
-        for k, kind in enumerate(scale.steps)
-    ]
-    positions = (
-        [("start", 0.0), ("middle", width / 2), ("end", float(width))]
-        if len(scale.stops) == 3
-        else [("middle", width / 2)]
-    )
-    parts += [_text(f"tick {anchor}", x, 28, stop) for (anchor, x), stop in zip(positions, scale.stops, strict=True)]
-    return _svg(width, 34, "colours from " + " to ".join(scale.stops), parts)
 
 
 def gauge(value: float, tolerance: float, what: str) -> Markup:
@@ -536,15 +322,15 @@ def gauge(value: float, tolerance: float, what: str) -> Markup:
 
     left, right = x(1 / (1 + tolerance)), x(1 + tolerance)
     parts = [
-        _line("rail", x(0.25), middle, x(4), middle),
+        line("rail", x(0.25), middle, x(4), middle),
         Markup('<rect class="fit" x="{}" y="{}" width="{}" height="18" rx="3"/>').format(
-            _n(left), middle - 9, _n(right - left)
+            number(left), middle - 9, number(right - left)
         ),
     ]
     for ratio, text in ((0.25, "¼×"), (0.5, "½×"), (1, "1×"), (2, "2×"), (4, "4×")):
         parts += [
-            _line("tickmark", x(ratio), middle - 4, x(ratio), middle + 4),
-            _text("tick middle", x(ratio), middle + 26, text),
+            line("tickmark", x(ratio), middle - 4, x(ratio), middle + 4),
+            text_at("tick middle", x(ratio), middle + 26, text),
         ]
-    parts.append(Markup('<circle class="visible-dot" cx="{}" cy="{}" r="7"/>').format(_n(x(value)), middle))
-    return _svg(width, 54, f"{what}: {times(value)} of what is expected from bf16 rounding alone", parts)
+    parts.append(dot("visible-dot", x(value), middle, 7))
+    return svg(width, 54, f"{what}: {times(value)} of what is expected from bf16 rounding alone", parts)

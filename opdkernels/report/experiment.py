@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from opdkernels.report import charts, typography
+from opdkernels.report import charts, svg, typography
 from opdkernels.report.glossary import glossary
 from opdkernels.report.tables import Cell, Column, build
 from opdkernels.report.typography import percent
@@ -80,7 +80,7 @@ def interval_charts(rows: Sequence[Row], name: str, label: str, axis: str) -> li
     known = [
         (row["arm"], row[name], row[f"{name}_low"], row[f"{name}_high"]) for row in rows if row.get(name) is not None
     ]
-    return [charts.interval_chart(known, percent, label, axis, frame) for frame in charts.FRAMES] if known else []
+    return [charts.interval_chart(known, percent, label, axis, frame) for frame in svg.FRAMES] if known else []
 
 
 def curves(snapshots: Sequence[Row]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 from opdkernels.analysis.result import Analysis
 from opdkernels.metrics.batch import ratio_label
 from opdkernels.metrics.geometry import TOP, random_decay, random_spectrum
-from opdkernels.report import charts
+from opdkernels.report import charts, heat_map, svg
 from opdkernels.report.tables import sorted_modules
 from opdkernels.report.typography import percent, plural, significant
 from opdkernels.spectral.exact import RATIOS
@@ -89,7 +89,7 @@ def drawings(
 ) -> list:
     """A spectrum curve for each frame."""
     values = {name: [float(value) for value in line] for name, line in series.items()}
-    return [charts.spectrum_curve(xs, ticks, values, axis, label, tooltips, frame) for frame in charts.FRAMES]
+    return [charts.spectrum_curve(xs, ticks, values, axis, label, tooltips, frame) for frame in svg.FRAMES]
 
 
 def spread(values: np.ndarray, null: np.ndarray) -> dict[str, np.ndarray]:
@@ -197,9 +197,9 @@ def maps(rows: Sequence[Row], exact: Sequence[Row]) -> list[dict[str, Any]]:
         means: dict[tuple[str, int], float | None] = {
             cell: float(np.mean(values)) for cell, values in cells.items() if cell[1] in layers
         }
-        scale = charts.ratio_scale([value for value in means.values() if value is not None])
-        names, drawing = charts.heat_map(means, sorted_modules(m for m, _ in means), layers, scale, heading)
+        scale = heat_map.ratio_scale([value for value in means.values() if value is not None])
+        names, drawing = heat_map.heat_map(means, sorted_modules(m for m, _ in means), layers, scale, heading)
         entries.append(
-            {"heading": heading, "note": note, "names": names, "drawing": drawing, "legend": charts.legend(scale)}
+            {"heading": heading, "note": note, "names": names, "drawing": drawing, "legend": heat_map.legend(scale)}
         )
     return entries

@@ -6,7 +6,7 @@ from typing import Any
 
 from opdkernels.analysis.overlap import Overlaps
 from opdkernels.metrics.catalog import METRICS
-from opdkernels.report import charts, typography
+from opdkernels.report import heat_map, typography
 from opdkernels.report.glossary import glossary
 from opdkernels.report.run_info import files, non_empty, nonfinite, run_info, section, tensor
 from opdkernels.report.tables import Column, build, columns_of, layer_cell, sorted_modules
@@ -135,9 +135,9 @@ def maps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         cells = {cell: both / expected if expected else None for cell, (both, expected) in sums.items()}
         values = [value for value in cells.values() if value]
         if values and layers[-1] >= 0:
-            scale = charts.ratio_scale(values)
+            scale = heat_map.ratio_scale(values)
             label = "Overlap relative to the magnitude-conditioned chance level"
-            names, drawing = charts.heat_map(cells, modules, layers, scale, label)
+            names, drawing = heat_map.heat_map(cells, modules, layers, scale, label)
             note = f"{label}. 1× is explained by magnitudes alone; orange is more, blue is less."
             entries.append(
                 {
@@ -145,7 +145,7 @@ def maps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "note": note,
                     "names": names,
                     "drawing": drawing,
-                    "legend": charts.legend(scale),
+                    "legend": heat_map.legend(scale),
                 }
             )
     return entries

@@ -9,7 +9,7 @@ import pytest
 
 from opdkernels.api import write_report
 from opdkernels.errors import InputError
-from opdkernels.report import charts, typography
+from opdkernels.report import charts, svg, typography
 from opdkernels.report.experiment import headline, page_context
 
 
@@ -119,7 +119,7 @@ def test_table_columns_are_those_that_some_arm_has():
 @pytest.mark.parametrize("shift", [0.0, -0.75, -2.0])
 def test_intervals_of_any_sign_are_inside_the_drawing(shift):
     rows = [("a", 0.1 + shift, -0.2 + shift, 0.4 + shift), ("b", 1.0 + shift, 0.9 + shift, 1.3 + shift)]
-    for frame in charts.FRAMES:
+    for frame in svg.FRAMES:
         drawing = str(charts.interval_chart(rows, typography.percent, "", "", frame))
         places = [float(x) for x in re.findall(r'circle class="stored-dot" cx="([-\d.]+)"', drawing)]
         ends = [

@@ -1,0 +1,153 @@
+"""Heat maps by module and layer, their colour scales and legends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from opdkernels.report.svg import number, svg, text_at
+from opdkernels.report.typography import MISSING, percent, times
+
+SEQUENTIAL_STEPS = 9
+
+
+DIVERGING_STEPS = 11
+
+
+ROW, HEAD, GAP = 26, 24, 2  # of a heat map, in pixels: height of a row, height of the layer numbers, between cells
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps values to colour classes.
+
+    Attributes:
+        classes: The class of a value.
+        text: Text of a value in tooltips.
+        short: Text of a value in a cell.
+        steps: All classes, in the order of the legend.
+        stops: Text of the legend's ends and middle, or of its middle only.
+    """
+
+    classes: Callable[[float], str]
+    text: Callable[[float | None], str]
+    short: Callable[[float], str]
+    steps: Sequence[str]
+    stops: Sequence[str]
+
+
+def fraction_scale(values: Sequence[float]) -> Scale:
+    """Nine steps of one hue over the range of the values."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    reach = high - low
+
+    def step(value: float) -> str:
+        if reach <= 1e-12:
+            return f"q{SEQUENTIAL_STEPS // 2}"
+        return f"q{min(SEQUENTIAL_STEPS - 1, int((value - low) / reach * SEQUENTIAL_STEPS))}"
+
+    single = reach <= 1e-12
+    return Scale(
+        step,
+        percent,
+        lambda v: f"{100 * v:.0f}" if 0.005 <= v <= 0.995 or v in (0, 1) else f"{100 * v:.1f}",
+        [f"q{SEQUENTIAL_STEPS // 2}"] if single else [f"q{k}" for k in range(SEQUENTIAL_STEPS)],
+        [percent(low)] if single else [percent(low), percent((low + high) / 2), percent(high)],
+    )
+
+
+def ratio_scale(values: Sequence[float], least_reach: float = 1.25, most_reach: float = 16.0) -> Scale:
+    """Eleven steps around 1, logarithmic and symmetric, the middle neutral. Larger ratios get the end colours."""
+    most = max([v for v in values if v > 0] + [1 / v for v in values if v > 0] + [least_reach])
+    reach = math.log(min(most_reach, most) * (1 + 1e-9))
+
+    def step(value: float) -> str:
+        position = -1.0 if value <= 0 else max(-1.0, min(1.0, math.log(value) / reach))
+        return f"d{min(DIVERGING_STEPS - 1, int((position + 1) / 2 * DIVERGING_STEPS))}"
+
+    end = math.exp(reach)
+    beyond = any(v <= 0 or v < 1 / end for v in values), any(v > end for v in values)
+    return Scale(
+        step,
+        times,
+        short_ratio,
+        [f"d{k}" for k in range(DIVERGING_STEPS)],
+        [f"{'≤' if beyond[0] else ''}{1 / end:.3g}×", "1×", f"{'≥' if beyond[1] else ''}{end:.3g}×"],
+    )
+
+
+def short_ratio(value: float) -> str:
+    return "<0.01" if 0 < value < 0.005 else f"{value:.2f}" if value < 9.95 else f"{value:.0f}"
+
+
+def heat_map(
+    cells: dict[tuple[str, int], float | None], modules: Sequence[str], layers: Sequence[int], scale: Scale, what: str
+) -> tuple[Markup, Markup]:
+    """A value per module and layer, as colours.
+
+    Args:
+        cells: Values by (module, layer), layer -1 for tensors outside the layers. None is drawn grey, a missing cell is
+            not drawn.
+        modules: Rows, from top to bottom.
+        layers: Columns, from left to right.
+        scale: Colours and texts of the values.
+        what: Text alternative, to which rows and columns are added.
+
+    Returns:
+        Row names and cells, as two drawings of one height: the first stays visible while the second scrolls.
+    """
+    width = max(16, min(72, 880 // max(1, len(layers))))
+    every = next(k for k in (1, 2, 5, 10, 20, 50, 100) if k * width >= 26)
+    height = HEAD + ROW * len(modules)
+    longest = max(map(len, modules), default=0)
+    names = [text_at("row end", 8 * longest + 8, HEAD + ROW * i + 17, module) for i, module in enumerate(modules)]
+    parts: list[Markup] = [
+        text_at("tick middle", (i + 0.5) * width, 15, MISSING if layer < 0 else str(layer))
+        for i, layer in enumerate(layers)
+        if layer < 0 or layer % every == 0 or len(layers) == 1
+    ]
+    for j, module in enumerate(modules):
+        for i, layer in enumerate(layers):
+            if (module, layer) not in cells:
+                continue
+            value = cells[module, layer]
+            location = f"layer {layer}" if layer >= 0 else "no layer"
+            inner = Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="2"/>').format(
+                i * width, HEAD + ROW * j, width - GAP, ROW - GAP
+            )
+            if value is not None and width >= 34:
+                inner += Markup('<text x="{}" y="{}">{}</text>').format(
+                    number((i + 0.5) * width - 1), HEAD + ROW * j + 16, scale.short(value)
+                )
+            parts.append(
+                Markup('<g class="{}"><title>{}</title>{}</g>').format(
+                    scale.classes(value) if value is not None else "none",
+                    f"{location}, {module}: {scale.text(value)}",
+                    inner,
+                )
+            )
+    return (
+        svg(8 * longest + 14, height, "modules", names),
+        svg(width * len(layers), height, f"{what} by layer (columns) and module (rows)", parts),
+    )
+
+
+def legend(scale: Scale) -> Markup:
+    """A strip of the scale's colours with its ends and middle."""
+    width, step = 220, 220 / len(scale.steps)
+    parts = [
+        Markup('<g class="{}"><rect x="{}" y="0" width="{}" height="12"/></g>').format(
+            kind, number(k * step), number(step + 0.3)
+        )
+        for k, kind in enumerate(scale.steps)
+    ]
+    positions = (
+        [("start", 0.0), ("middle", width / 2), ("end", float(width))]
+        if len(scale.stops) == 3
+        else [("middle", width / 2)]
+    )
+    parts += [text_at(f"tick {anchor}", x, 28, stop) for (anchor, x), stop in zip(positions, scale.stops, strict=True)]
+    return svg(width, 34, "colours from " + " to ".join(scale.stops), parts)
