@@ -28,12 +28,12 @@ def pair(embedding) -> tuple[torch.Tensor, torch.Tensor]:
     return embedding[0], thinned(*embedding[:2])
 
 
-def thinned(source: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+def thinned(base: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
     """The trained tensor with changes reverted until 17 % of the coordinates are changed."""
-    changed = bits(source) != bits(trained)
-    fraction = DENSITY * source.numel() / max(int(changed.sum()), 1)
-    keep = torch.rand(source.shape, generator=torch.Generator().manual_seed(0)) < fraction
-    return torch.where(keep, trained, source)
+    changed = bits(base) != bits(trained)
+    fraction = DENSITY * base.numel() / max(int(changed.sum()), 1)
+    keep = torch.rand(base.shape, generator=torch.Generator().manual_seed(0)) < fraction
+    return torch.where(keep, trained, base)
 
 
 @pytest.fixture(scope="session")
@@ -41,73 +41,73 @@ def checkpoints(folder, tmp_path_factory) -> tuple[Path, Path]:
     """The base, and a trained checkpoint with 17 % of the coordinates changed; 1 GB each."""
     out = tmp_path_factory.mktemp("thinned")
     for file in sorted((folder / "source").glob("*.safetensors")):
-        source, trained = load_file(file), load_file(folder / "run_a" / file.name)
+        base, trained = load_file(file), load_file(folder / "run_a" / file.name)
         save_file(
-            {name: thinned(source[name], trained[name]) for name in source}, out / file.name, metadata={"format": "pt"}
+            {name: thinned(base[name], trained[name]) for name in base}, out / file.name, metadata={"format": "pt"}
         )
     for name in ("config.json", "model.safetensors.index.json"):
         shutil.copy(folder / "run_a" / name, out / name)
     return folder / "source", out
 
 
-def eager_gather(source: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def eager_gather(base: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices as int32 and values: the usual PyTorch code."""
-    changed = (bits(source) != bits(trained)).nonzero().flatten()
+    changed = (bits(base) != bits(trained)).nonzero().flatten()
     return changed.int(), trained[changed]
 
 
-def eager_scatter(source: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return source.clone().index_copy_(0, indices.long(), values)
+def eager_scatter(base: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return base.clone().index_copy_(0, indices.long(), values)
 
 
 @pytest.mark.parametrize("isa", _C.available_isas())
 @pytest.mark.parametrize("threads", [1, 2])
 def test_gather_and_scatter_of_a_bf16_pair(benchmark, row, pair, bandwidth, isa, threads):
-    """Bytes: both sides read and the changes written; the source and the changes read and the trained side written."""
-    source, trained = pair
+    """Bytes: both tensors read and the changes written; the base and the changes read and the trained tensor written."""
+    base, trained = pair
     before, cores = _C.current_isa(), torch.get_num_threads()
     _C.use_isa(isa)
     torch.set_num_threads(threads)
-    room, out = GatherBuffers.of(source.numel(), 2), torch.empty_like(source)
-    changes, digests = gather(source, trained, buffers=room)
+    buffers, out = GatherBuffers.of(base.numel(), 2), torch.empty_like(base)
+    changes, digests = gather(base, trained, buffers=buffers)
     seconds = paired(
-        {"gather": lambda: gather(source, trained, buffers=room), "scatter": lambda: scatter(source, changes, out=out)}
+        {"gather": lambda: gather(base, trained, buffers=buffers), "scatter": lambda: scatter(base, changes, out=out)}
     )
-    _, after = benchmark.pedantic(lambda: scatter(source, changes, out=out), rounds=3)
+    _, after = benchmark.pedantic(lambda: scatter(base, changes, out=out), rounds=3)
     _C.use_isa(before)
     torch.set_num_threads(cores)
     assert torch.equal(bits(out), bits(trained))
     assert torch.equal(after, digests[1])
     stored = changes.positions.nbytes + changes.values.nbytes
-    moved = 2 * source.nbytes + stored
+    total_bytes = 2 * base.nbytes + stored
     row(
         gather_s=seconds["gather"],
         scatter_s=seconds["scatter"],
-        changed=changes.changed / source.numel(),
+        changed=changes.changed / base.numel(),
         stored_over_trained=stored / trained.nbytes,
-        gather_bytes_per_s=moved / seconds["gather"],
-        gather_fraction_of_read=moved / seconds["gather"] / bandwidth[threads],
-        scatter_bytes_per_s=moved / seconds["scatter"],
-        scatter_fraction_of_read=moved / seconds["scatter"] / bandwidth[threads],
+        gather_bytes_per_s=total_bytes / seconds["gather"],
+        gather_fraction_of_read=total_bytes / seconds["gather"] / bandwidth[threads],
+        scatter_bytes_per_s=total_bytes / seconds["scatter"],
+        scatter_fraction_of_read=total_bytes / seconds["scatter"] / bandwidth[threads],
     )
 
 
 def test_gather_and_scatter_against_eager(benchmark, row, pair, one_thread):
-    source, trained = (side[:4_358_144] for side in pair)
-    room, out = GatherBuffers.of(source.numel(), 2), torch.empty_like(source)
-    changes, _ = gather(source, trained, buffers=room)
-    indices, values = eager_gather(source, trained)
+    base, trained = (side[:4_358_144] for side in pair)
+    buffers, out = GatherBuffers.of(base.numel(), 2), torch.empty_like(base)
+    changes, _ = gather(base, trained, buffers=buffers)
+    indices, values = eager_gather(base, trained)
     seconds = paired(
         {
-            "gather": lambda: gather(source, trained, buffers=room),
-            "eager gather": lambda: eager_gather(source, trained),
-            "scatter": lambda: scatter(source, changes, out=out),
-            "eager scatter": lambda: eager_scatter(source, indices, values),
+            "gather": lambda: gather(base, trained, buffers=buffers),
+            "eager gather": lambda: eager_gather(base, trained),
+            "scatter": lambda: scatter(base, changes, out=out),
+            "eager scatter": lambda: eager_scatter(base, indices, values),
         }
     )
-    benchmark.pedantic(lambda: gather(source, trained, buffers=room), rounds=3)
+    benchmark.pedantic(lambda: gather(base, trained, buffers=buffers), rounds=3)
     assert torch.equal(bits(values), changes.values)
-    assert torch.equal(bits(eager_scatter(source, indices, values)), bits(out))
+    assert torch.equal(bits(eager_scatter(base, indices, values)), bits(out))
     row(
         gather_s=seconds["gather"],
         scatter_s=seconds["scatter"],
@@ -135,17 +135,17 @@ def zstd_bytes(folder: Path) -> int:
 def test_create_and_apply_a_checkpoint(benchmark, row, checkpoints, bandwidth, tmp_path, zstd):
     """The complete call, files in memory.
 
-    Bytes: both sides or source and patch read, patch or trained side written, each once.
+    Bytes: both checkpoints or base and patch read, patch or trained tensor written, each once.
     """
-    source, trained = checkpoints
+    base, trained = checkpoints
     path, out, copy = tmp_path / "p", tmp_path / "out", tmp_path / "copy"
 
     def create():
-        return patch.create(source, trained, path, zstd=zstd, overwrite=True)
+        return patch.create(base, trained, path, zstd=zstd, overwrite=True)
 
     def apply():
         shutil.rmtree(out, ignore_errors=True)
-        return patch.apply(source, path, out)
+        return patch.apply(base, path, out)
 
     def copied():
         shutil.rmtree(copy, ignore_errors=True)
@@ -154,12 +154,12 @@ def test_create_and_apply_a_checkpoint(benchmark, row, checkpoints, bandwidth, t
     seconds = paired({"create": create, "apply": apply, "copy": copied}, rounds=5)
     summary = benchmark.pedantic(apply, rounds=1)
     assert hashes(out) == hashes(trained)
-    moved = 2 * summary["bytes_trained"] + summary["bytes"]
+    total_bytes = 2 * summary["bytes_trained"] + summary["bytes"]
     row(
         create_s=seconds["create"],
         apply_s=seconds["apply"],
-        create_fraction_of_read=moved / seconds["create"] / bandwidth[2],
-        apply_fraction_of_read=moved / seconds["apply"] / bandwidth[2],
+        create_fraction_of_read=total_bytes / seconds["create"] / bandwidth[2],
+        apply_fraction_of_read=total_bytes / seconds["apply"] / bandwidth[2],
         copy_s=seconds["copy"],
         density=summary["density"],
         patch_over_trained=summary["fraction"],

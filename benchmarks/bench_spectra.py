@@ -29,10 +29,10 @@ from tests.analysis.test_spectra import oracle
 @pytest.mark.parametrize("part", ["layers.3.mlp.down_proj", "layers.3.self_attn.q_proj", "layers.3."])
 def test_every_figure_against_the_paper_script(benchmark, row, folder, paper_script, one_thread, tmp_path, part):
     for run in ("source", "run_a"):
-        source = open_checkpoint(folder / run)
+        checkpoint = open_checkpoint(folder / run)
         tensors = {
-            name: source.read(name, 0, info.numel).clone().view(info.shape)
-            for name, info in source.tensors.items()
+            name: checkpoint.read(name, 0, info.numel).clone().view(info.shape)
+            for name, info in checkpoint.tensors.items()
             if part in name
         }
         (tmp_path / run).mkdir()
@@ -51,15 +51,15 @@ def test_every_figure_against_the_paper_script(benchmark, row, folder, paper_scr
 
 
 def test_every_figure_of_the_whole_pair(benchmark, row, folder, tmp_path, paper_script):
-    source, trained = str(folder / "source"), str(folder / "run_a")
-    command = [sys.executable, "-m", "opdkernels", "analyze", source, trained, "-q", "-o", str(tmp_path / "ours")]
+    base, trained = str(folder / "source"), str(folder / "run_a")
+    command = [sys.executable, "-m", "opdkernels", "analyze", base, trained, "-q", "-o", str(tmp_path / "ours")]
     seconds, peak = benchmark.pedantic(lambda: run_watched(command), rounds=1)
     python, _, checkout = paper_script
     script = [
         python,
         f"{checkout}/scripts/analyze_opd_delta.py",
         "--src_model",
-        source,
+        base,
         "--opd_model",
         trained,
         "--device",
@@ -108,10 +108,12 @@ def test_accuracy_against_svd_in_fp64(benchmark, row, folder, tmp_path):
     names = [f"model.layers.3.{part}_proj.weight" for part in ("mlp.down", "self_attn.k", "self_attn.q")]
     pair = []
     for run in ("source", "run_a"):
-        source = open_checkpoint(folder / run)
+        checkpoint = open_checkpoint(folder / run)
         pair.append(
             {
-                name: source.read(name, 0, source.tensors[name].numel).clone().view(source.tensors[name].shape)
+                name: checkpoint.read(name, 0, checkpoint.tensors[name].numel)
+                .clone()
+                .view(checkpoint.tensors[name].shape)
                 for name in names
             }
         )
@@ -133,16 +135,16 @@ def test_accuracy_against_svd_in_fp64(benchmark, row, folder, tmp_path):
 @pytest.mark.parametrize(("hidden", "wide", "narrow"), [(896, 4864, 128), (1536, 8960, 256)], ids=["0.5B", "1.5B"])
 def test_cost_model_against_a_layer(benchmark, row, one_thread, tmp_path, hidden, wide, narrow):
     generator = torch.Generator().manual_seed(0)
-    source = {
+    base = {
         f"layers.0.{i}.weight": data.weight(shape, generator)
         for i, shape in enumerate(layer_shapes(hidden, wide, narrow))
     }
-    for name, tensors in (("source", source), ("trained", {n: data.updated(w, generator) for n, w in source.items()})):
+    for name, tensors in (("source", base), ("trained", {n: data.updated(w, generator) for n, w in base.items()})):
         save_file(tensors, tmp_path / f"{name}.safetensors")
     benchmark.pedantic(
         lambda: analyze(tmp_path / "source.safetensors", tmp_path / "trained.safetensors"), rounds=2, warmup_rounds=1
     )
-    flops, seconds = sum(cost(*w.shape) for w in source.values()), benchmark.stats.stats.median
+    flops, seconds = sum(cost(*w.shape) for w in base.values()), benchmark.stats.stats.median
     row(flops_per_s=flops / seconds, planned_s=flops / ASSUMED_FLOPS_S, over_planned=seconds * ASSUMED_FLOPS_S / flops)
 
 
@@ -169,9 +171,9 @@ def test_cost_of_large_models(benchmark, row, name):
 @pytest.mark.parametrize("wide", [False, True], ids=["tall", "wide"])
 def test_gram_and_eigenvalues_against_svdvals(benchmark, row, one_thread, wide):
     generator = torch.Generator().manual_seed(0)
-    source = data.weight((8960, 1536), generator)
-    trained = data.updated(source, generator)
-    delta = trained.float() - source.float()
+    base = data.weight((8960, 1536), generator)
+    trained = data.updated(base, generator)
+    delta = trained.float() - base.float()
     matrix = delta.T.contiguous() if wide else delta
 
     def ours():
@@ -187,8 +189,8 @@ def test_randomized_svd_of_a_model_at_equal_accuracy(benchmark, row):
     """24 updates of one shape in one call, against peers one by one with the fewest iterations of equal accuracy."""
     sklearn = pytest.importorskip("sklearn.utils.extmath")
     generator = torch.Generator().manual_seed(0)
-    source = data.weight((data.HIDDEN, data.INTERMEDIATE), generator)
-    matrices = [data.updated(source, generator).float() - source.float() for _ in range(24)]
+    base = data.weight((data.HIDDEN, data.INTERMEDIATE), generator)
+    matrices = [data.updated(base, generator).float() - base.float() for _ in range(24)]
     exact = [torch.linalg.svdvals(m.double().T)[:64] for m in matrices]
 
     def error(values) -> float:

@@ -44,14 +44,26 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def inspect(a: str, b: str | None = None, *, memory: str | int = "4GB", **options: Any) -> dict[str, Any]:
+def inspect(
+    a: str,
+    b: str | None = None,
+    *,
+    memory: str | int = "4GB",
+    io: str = "auto",
+    revision: str | None = None,
+    allow_missing: bool = False,
+    paper_csv: bool = False,
+) -> dict[str, Any]:
     """Inspects one checkpoint, or a pair of checkpoints, reading headers only.
 
     Args:
         a: A folder, a file or a hub id.
         b: A second checkpoint to match with the first.
-        memory: As in `analyze`, for the plan.
-        **options: Further fields of `opdkernels.config.AnalyzeOptions`.
+        memory: Memory limit that the plan assumes, in bytes or such as "2GB".
+        io: How files are read: "auto", "mmap" or "read".
+        revision: Revision of hub ids.
+        allow_missing: Continue without shards that the index lists but the folder does not contain.
+        paper_csv: Plan an analysis that also writes the files of the paper's reference script.
 
     Returns:
         Format, dtypes and sizes of "a" (and "b"); for a pair also what matches, what does not, and under "plan" the
@@ -61,8 +73,8 @@ def inspect(a: str, b: str | None = None, *, memory: str | int = "4GB", **option
         InputError: A checkpoint cannot be read.
         UsageError: An option is invalid.
     """
-    analyze_options = validate_options(AnalyzeOptions, {"memory": memory, **options})
-    assert isinstance(analyze_options, AnalyzeOptions)
+    options = {"memory": memory, "io": io, "revision": revision, "allow_missing": allow_missing, "paper_csv": paper_csv}
+    analyze_options = validate_options(AnalyzeOptions, options)
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(contextlib.closing(open_checkpoint(a, **analyze_options.open_kwargs)))
         content: dict[str, Any] = {"a": describe_checkpoint(first)}
