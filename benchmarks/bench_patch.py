@@ -63,7 +63,7 @@ def eager_scatter(base: torch.Tensor, indices: torch.Tensor, values: torch.Tenso
 @pytest.mark.parametrize("isa", _C.available_isas())
 @pytest.mark.parametrize("threads", [1, 2])
 def test_gather_and_scatter_of_a_bf16_pair(benchmark, row, pair, bandwidth, isa, threads):
-    """Bytes: both tensors read and the changes written; the base and the changes read and the trained tensor written."""
+    """Bytes: both tensors read, changes written; the base and the changes read, the trained tensor written."""
     base, trained = pair
     before, cores = _C.current_isa(), torch.get_num_threads()
     _C.use_isa(isa)

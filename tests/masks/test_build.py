@@ -28,8 +28,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def assert_extreme(flags: list[np.ndarray], values: list[np.ndarray], share: float, largest: bool) -> None:
-    """The mask has the density `share`, contains the most extreme values, and takes the same fraction of the values that
-    tie at the threshold from each tensor, within 1 + numel / 1000 coordinates."""
+    """The mask has the density `share`, contains the most extreme values, and takes the same fraction of the values
+    that tie at the threshold from each tensor, within 1 + numel / 1000 coordinates."""
     chosen, everything = np.concatenate(flags), np.concatenate(values)
     k = math.ceil(share * everything.size)
     assert chosen.sum() == k
