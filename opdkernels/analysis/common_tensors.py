@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from opdkernels.checkpoint.coverage import Coverage
 from opdkernels.checkpoint.match import ITEM_BYTES, Match, Pair
 from opdkernels.errors import InputError
 
@@ -56,6 +57,18 @@ def match_in_all(pairs: Sequence[Pair], names: Sequence[str]) -> tuple[list[list
             "no tensor of the base is in every run in the same shape; check that the runs come from this base"
         )
     return common, excluded
+
+
+def common_coverage(pairs: Sequence[Pair], labels: Sequence[str], common: Sequence[Sequence[Match]]) -> Coverage:
+    """How much of the base and of each checkpoint the common tensors cover."""
+    compared = sum(matches[0].numel for matches in common)
+    coverages = [pair.coverage for pair in pairs]
+    parameters = {"base": max(coverage.parameters["base"] for coverage in coverages)}
+    parameters |= {label: coverage.parameters["trained"] for label, coverage in zip(labels, coverages, strict=True)}
+    uncompared = ["base"] if any("base" in coverage.uncompared for coverage in coverages) else []
+    uncompared += [label for label, coverage in zip(labels, coverages, strict=True) if "trained" in coverage.uncompared]
+    uncompared += [side for side, count in parameters.items() if count > compared and side not in uncompared]
+    return Coverage(compared, parameters, uncompared)
 
 
 def bytes_per_element(matches: Sequence[Match]) -> int:

@@ -93,6 +93,7 @@ def describe_match(pair: Pair, options: AnalyzeOptions) -> dict[str, Any]:
         "matched": len(pair.matches),
         "how": dict(Counter(match.match_kind for match in pair.matches)),
         "coordinates": coordinates,
+        "coverage": pair.coverage.to_dict(),
         "unmatched": [vars(tensor) | {"shape": list(tensor.shape)} for tensor in pair.unmatched],
         "excluded": [tensor.name for tensor in pair.unmatched if tensor.kind in ("shape", "shard")],
         "tied": pair.tied,

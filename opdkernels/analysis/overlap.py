@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opdkernels.analysis.common_tensors import bytes_per_element, match_in_all, read_slice
+from opdkernels.analysis.common_tensors import bytes_per_element, common_coverage, match_in_all, read_slice
 from opdkernels.analysis.frames import format_path, to_pandas
 from opdkernels.analysis.outputs import OUTPUTS
 from opdkernels.analysis.overlap_tables import TensorOverlap, run_names, summarize, tensor_rows
@@ -54,8 +54,11 @@ class Overlaps:
 
     @property
     def exit_status(self) -> int:
-        """0, or 3 if tensors were excluded or contain non-finite coordinates."""
-        return 3 if self.summary["excluded"] or self.summary["nonfinite"] else 0
+        """0, or 3 if tensors were excluded or contain non-finite coordinates, or if too little was compared, see
+        `opdkernels.checkpoint.coverage.Coverage.sufficient`."""
+        summary = self.summary
+        complete = not summary["excluded"] and not summary["nonfinite"] and summary["coverage"]["sufficient"]
+        return 0 if complete else 3
 
     def to_pandas(self) -> pd.DataFrame:
         """`tensors` as a DataFrame. Raises ImportError if pandas is not installed."""
@@ -109,6 +112,7 @@ def run_overlap(
                 checkpoint.check()
             rows = [row for tensor in overlaps for row in tensor_rows(tensor)]
             summary = summarize([checkpoint.path for checkpoint in checkpoints], overlaps, rows, excluded, options.atol)
+            summary["coverage"] = common_coverage(pairs, [f"run {name}" for name in names], common).to_dict()
             result = Overlaps(groups.rows_to_arrow(rows), summary, run_info, folder)
             if folder is not None:
                 groups.write_parquet(folder / "overlap.parquet", result.tensors)

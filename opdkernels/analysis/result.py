@@ -53,9 +53,14 @@ class Analysis:
 
     @property
     def exit_status(self) -> int:
-        """0, or 3 if tensors were excluded, failed or contain non-finite coordinates, or a matrix has no spectra."""
+        """0, or 3 if the comparison is not of the whole models.
+
+        That is, if less than 90 % of a side was compared or both sides have tensors without a counterpart, if tensors
+        were excluded, failed or contain non-finite coordinates, or if a matrix has no spectra.
+        """
         summary = self.summary
-        return 3 if summary["excluded"] or summary["failed"] or summary["nonfinite"] or self.uncomputed else 0
+        incomplete = summary["excluded"] or summary["failed"] or summary["nonfinite"] or self.uncomputed
+        return 3 if incomplete or not summary["coverage"]["sufficient"] else 0
 
     @property
     def uncomputed(self) -> list[SpectrumRecord]:

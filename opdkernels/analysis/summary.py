@@ -30,6 +30,20 @@ class Matched(Part):
     dtypes: dict[str, int] = Field(description="'base → trained' dtypes and how many tensors have them.")
 
 
+class CoverageSummary(Part):
+    """How much of each side was compared, see `opdkernels.checkpoint.coverage`."""
+
+    compared: int = Field(description="Parameters that were compared.")
+    parameters: dict[str, int] = Field(description="Parameters of each side, without buffers and copies.")
+    fractions: dict[str, float] = Field(description="Compared fraction of the parameters of each side.")
+    uncompared: list[str] = Field(description="Sides that hold tensors which were not compared.")
+    complete: bool = Field(description="Every tensor of every side was compared.")
+    sufficient: bool = Field(
+        description="At least 90 % of every side was compared, and not both sides have tensors without a counterpart;"
+        " otherwise the run ends with status 3."
+    )
+
+
 class Curve(Part):
     """Fraction of coordinates with |delta| <= eps. The stored view has bounds: its tally holds |delta| to 16 bits."""
 
@@ -99,7 +113,8 @@ class Summary(Part):
     base: str
     trained: str
     matched: Matched
-    identical: bool = Field(description="Every compared coordinate has the same bits.")
+    coverage: CoverageSummary
+    identical: bool = Field(description="Everything was compared, and every coordinate has the same bits.")
     views: dict[str, dict[str, float | int | None]] = Field(
         description="Metrics of the whole model by view; empty if no tensor was compared.",
         json_schema_extra={

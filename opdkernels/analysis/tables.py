@@ -139,9 +139,9 @@ def summarize(
             "how": dict(Counter(record.how for record in records)),
             "dtypes": dict(Counter(f"{record.dtype_base} → {record.dtype_trained}" for record in records)),
         },
-        "identical": all(
-            record.tally is not None and record.tally.bit_equal == record.tally.numel for record in records
-        ),
+        "coverage": pair.coverage.to_dict(),
+        "identical": pair.coverage.complete
+        and all(record.tally is not None and record.tally.bit_equal == record.tally.numel for record in records),
         "views": views,
         "null_kinds": dict(
             Counter(

@@ -10,6 +10,7 @@ from opdkernels.analysis.overlap import Overlaps
 from opdkernels.analysis.result import Analysis
 from opdkernels.analysis.trajectory import Trajectory
 from opdkernels.analysis.trajectory_tables import mean
+from opdkernels.checkpoint.coverage import coverage_sentence
 from opdkernels.errors import printable
 from opdkernels.formatting import byte_size, measure, percent, times
 from opdkernels.metrics.registry import VIEWS
@@ -22,7 +23,9 @@ def format_analysis(result: Analysis) -> list[str]:
     """Both views in columns, what is expected from bf16 rounding alone, and what was left out."""
     summary, names = result.summary, {record.index: record.name for record in result.records}
     matched = summary["matched"]
-    text = [f"{matched['tensors']} tensors, {matched['parameters']:,} parameters"]
+    text = [f"{matched['tensors']} tensors: {coverage_sentence(summary['coverage'])}"]
+    if not summary["coverage"]["sufficient"]:
+        text = [coverage_sentence(summary["coverage"]), f"{matched['tensors']} tensors"]
     if summary["views"]:
         text += ["identical: every coordinate has the same bits"] if summary["identical"] else format_views(summary)
     text += format_spectra(summary.get("spectra"))
@@ -98,7 +101,8 @@ def format_overlap(result: Overlaps) -> list[str]:
     """One line per pair of runs, and what was left out."""
     summary = result.summary
     numel = summary["coordinates"]
-    text = [f"run {name}: {printable(path)}" for name, path in summary["runs"].items()]
+    text = [coverage_sentence(summary["coverage"])]
+    text += [f"run {name}: {printable(path)}" for name, path in summary["runs"].items()]
     text.append(f"{summary['tensors']} tensors, {numel:,} coordinates; changed: visible |delta| > {summary['atol']:g}")
     text.append(f"{'runs':6}{'changed':>18}{'coverage':>20}{'Jaccard':>9}{'over uniform':>14}{'over |W|':>10}{'z':>10}")
     for pair in summary["pairs"]:
@@ -123,6 +127,7 @@ def format_trajectory(result: Trajectory) -> list[str]:
     """One line per checkpoint, and what was left out."""
     summary = result.summary
     text = [
+        coverage_sentence(summary["coverage"]),
         f"base: {printable(summary['base'])}",
         f"{'step':>8}{'unchanged':>11}{'visible':>10}{'rel. norm':>11}{'stable rank':>13}{'cosine':>9}{'Sim_16':>8}"
         f"{'coverage':>10}{'since':>9}  checkpoint",
@@ -170,6 +175,7 @@ def format_plan(content: dict[str, Any]) -> list[str]:
     plan, spectra = content["plan"], content["plan"]["spectra"]
     how = ", ".join(f"{count} {kind}" for kind, count in content["how"].items())
     text = [f"matched: {content['matched']} tensors ({how}), {content['coordinates']:,} coordinates"]
+    text.append(coverage_sentence(content["coverage"]))
     text += [
         f"not compared: {printable(tensor['name'])} ({tensor['side']}): {printable(tensor['reason'])}"
         for tensor in content["unmatched"]

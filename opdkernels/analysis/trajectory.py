@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opdkernels.analysis.analyze import describe_pair, finalize
-from opdkernels.analysis.common_tensors import Elements, base_elements, match_in_all
+from opdkernels.analysis.common_tensors import Elements, base_elements, common_coverage, match_in_all
 from opdkernels.analysis.factors import FactorCache
 from opdkernels.analysis.frames import format_path, to_pandas
 from opdkernels.analysis.outputs import OUTPUTS
@@ -75,8 +75,10 @@ class Trajectory:
 
     @property
     def exit_status(self) -> int:
-        """0, or 3 if tensors of a checkpoint were excluded, failed or contain non-finite coordinates."""
-        return max([3 if self.summary["excluded"] else 0, *(step["exit_status"] for step in self.summary["steps"])])
+        """0, or 3 if tensors of a checkpoint were excluded, failed or contain non-finite coordinates, or if too little
+        was compared, see `opdkernels.checkpoint.coverage.Coverage.sufficient`."""
+        incomplete = self.summary["excluded"] or not self.summary["coverage"]["sufficient"]
+        return max([3 if incomplete else 0, *(step["exit_status"] for step in self.summary["steps"])])
 
     def to_pandas(self) -> pd.DataFrame:
         """`table` as a DataFrame. Raises ImportError if pandas is not installed."""
@@ -188,6 +190,7 @@ def run_trajectory(
             "schema_version": groups.TABLE_VERSION,
             "base": opened_base.path,
             "atol": options.atol,
+            "coverage": common_coverage(pairs, [f"step {number}" for number in numbers], common).to_dict(),
             "steps": steps,
             "excluded": excluded,
             "notes": notes,

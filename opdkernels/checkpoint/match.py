@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from opdkernels.checkpoint.base import DTYPES, Checkpoint, TensorInfo
 from opdkernels.checkpoint.conversions import model_types_of
 from opdkernels.checkpoint.correspondence import match_tensors
+from opdkernels.checkpoint.coverage import Coverage
 from opdkernels.checkpoint.names import canonical_name, parse_tensor_name
 from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.checkpoint.tied import Side, drop_tied, unpaired_heads
@@ -92,6 +93,17 @@ class Pair:
     unmatched: list[Unmatched] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def coverage(self) -> Coverage:
+        """How many of the parameters of each side are compared."""
+        compared = sum(m.numel for m in self.matches)
+        left = {side: [u for u in self.unmatched if u.side == side] for side in ("base", "trained")}
+        return Coverage(
+            compared,
+            {side: compared + sum(tensor.numel for tensor in tensors) for side, tensors in left.items()},
+            [side for side, tensors in left.items() if tensors],
+        )
 
     @property
     def nbytes(self) -> int:

@@ -48,7 +48,8 @@ def opdkernels(
 
     Checkpoints are folders, files (safetensors or PyTorch) or hub ids (org/name@revision).
 
-    Exit status: 0 done, 2 usage, 3 done but some tensors were excluded, failed or hold NaN or Inf, 4 bad input.
+    Exit status: 0 done, 2 usage, 3 done in part (too little was compared, or tensors were excluded,
+    failed or hold NaN or Inf), 4 bad input.
     """
 
 

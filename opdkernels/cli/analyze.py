@@ -32,7 +32,8 @@ def inspect(
 
     result = inspect(base, trained, **options)
     emit(result, format_inspection(result), as_json=json)
-    raise typer.Exit(ExitStatus.PARTIAL if result.get("excluded") else ExitStatus.DONE)
+    complete = not result.get("excluded") and result.get("coverage", {"sufficient": True})["sufficient"]
+    raise typer.Exit(ExitStatus.DONE if complete else ExitStatus.PARTIAL)
 
 
 @command(AnalyzeOptions)

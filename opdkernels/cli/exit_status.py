@@ -4,7 +4,7 @@
 |---:|---|
 | 0 | done |
 | 2 | a command, argument or option value that is not valid |
-| 3 | done, but some tensors were excluded, failed or hold NaN or Inf, or some files were not written |
+| 3 | done in part: too little was compared, tensors were excluded, failed or hold NaN or Inf, files not written |
 | 4 | input that is missing, unreadable, damaged or not comparable; output that cannot be written, such as a full disk |
 | 130 | interrupted (Ctrl-C) |
 | 143 | `distill` was stopped by SIGTERM, after it saved a checkpoint |

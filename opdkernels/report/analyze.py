@@ -16,7 +16,7 @@ from opdkernels.report import charts, heat_map, svg, typography
 from opdkernels.report.geometry import geometry_context
 from opdkernels.report.glossary import glossary, term
 from opdkernels.report.rows import group_tables, tensor_table
-from opdkernels.report.run_info import files, left_out, run_info
+from opdkernels.report.run_info import coverage, files, left_out, run_info
 from opdkernels.report.tables import sorted_modules
 from opdkernels.report.verdict import COVERAGE, TOLERANCE, fit_of, summarize
 from opdkernels.spectral.exact import RATIOS
@@ -68,6 +68,7 @@ def page_context(result: Analysis) -> dict[str, Any]:
         "groups": groups,
         "tensors": tensors,
         "blocks": sorted(set(result.tensors["block"].to_pylist())) if len(result.tensors) else [],
+        "coverage": coverage(summary),
         "left_out": sections,
         "incomplete": [section for section in sections if section["heading"] in INCOMPLETE],
         "run": run,

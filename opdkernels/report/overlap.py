@@ -8,7 +8,7 @@ from opdkernels.analysis.overlap import Overlaps
 from opdkernels.metrics.catalog import METRICS
 from opdkernels.report import heat_map, typography
 from opdkernels.report.glossary import glossary
-from opdkernels.report.run_info import files, non_empty, nonfinite, run_info, section, tensor
+from opdkernels.report.run_info import coverage, files, non_empty, nonfinite, run_info, section, tensor
 from opdkernels.report.tables import Column, build, columns_of, layer_cell, sorted_modules
 from opdkernels.report.typography import measure, percent, times
 
@@ -65,6 +65,7 @@ def page_context(result: Overlaps) -> dict[str, Any]:
         "interpretation": interpretation(summary, strata),
         "run_counts": run_counts(summary),
         "maps": maps(rows),
+        "coverage": coverage(summary),
         "left_out": left_out(summary),
         "run": run,
         "files": files(run),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from opdkernels.checkpoint.coverage import coverage_sentence
 from opdkernels.errors import printable
 from opdkernels.report import typography
 
@@ -77,6 +78,12 @@ def left_out(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         section("Tied", "One matrix under two names, counted once.", [tensor(name) for name in summary["tied"]]),
         section("Notes", "", [Item(reason=printable(note)) for note in summary["notes"]]),
     )
+
+
+def coverage(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """How much of each side was compared, as a sentence, and whether that is enough."""
+    fractions = summary["coverage"]
+    return {"sentence": coverage_sentence(fractions), "sufficient": fractions["sufficient"]}
 
 
 def files(run: Mapping[str, Any]) -> list[dict[str, str]]:

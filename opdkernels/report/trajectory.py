@@ -12,7 +12,7 @@ from opdkernels.metrics.similarity import TOP
 from opdkernels.metrics.trajectory import SIMILARITY
 from opdkernels.report import charts, typography
 from opdkernels.report.glossary import glossary, term
-from opdkernels.report.run_info import Item, files, non_empty, run_info, section, tensor
+from opdkernels.report.run_info import Item, coverage, files, non_empty, run_info, section, tensor
 from opdkernels.report.tables import MODULE_ORDER, Cell, Column, build, columns_of
 from opdkernels.report.typography import measure, percent, times
 
@@ -47,6 +47,7 @@ def page_context(result: Trajectory) -> dict[str, Any]:
         "modules": build(
             "modules", "Modules at each checkpoint", [Column("module"), Column("step"), *columns], by_module(result)
         ),
+        "coverage": coverage(summary),
         "left_out": left_out(summary),
         "run": run,
         "files": files(run),

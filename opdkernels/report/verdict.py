@@ -135,6 +135,9 @@ def summarize(summary: dict[str, Any], fit: Fit, modules: Sequence[dict[str, Any
     if summary["identical"]:
         detail = f"All {compared}{restriction} have the same bits in both checkpoints."
         return Summary("Identical", detail, "", [])
+    if stored["bit_equal"] == matched["parameters"]:
+        detail = f"All {compared}{restriction} have the same bits in both checkpoints; others were not compared."
+        return Summary("What was compared is identical", detail, "", [])
     if visible["frac_zero"] is None:
         detail = f"All {compared} are NaN or Inf in one of the checkpoints."
         return Summary("No finite coordinates", detail, "", [])
