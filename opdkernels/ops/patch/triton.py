@@ -33,7 +33,7 @@ from opdkernels.ops.quantile.triton import load_mask_bits
 TILE_BYTES = 1 << 12  # of each tensor per tile
 CHUNK = 1024  # offsets that are checked at a time
 ROWS = 4  # blocks per program of `finish`, eight words each per lane
-STEPS = 8  # units that `finish` loads ahead
+STEPS = 8  # units that `finish` loads per iteration
 
 BLOCK, VALID = tl.constexpr(layout.BLOCK), tl.constexpr(layout.VALID)
 HASH_UNIT, UNIT_WORDS, STRIPES = tl.constexpr(layout.HASH_UNIT), tl.constexpr(128), tl.constexpr(16)
@@ -54,16 +54,16 @@ def words_of(tile):
     if width == 64:
         return tile.to(tl.uint64, bitcast=True)
     else:
-        ahead: tl.constexpr = 64 // width
-        parts = (tile.to(tl.int64) & ((1 << width) - 1)).to(tl.uint64, bitcast=True)
-        places = (width * tl.arange(0, ahead)).to(tl.uint64)
-        return tl.sum(tl.reshape(parts, [parts.shape[0] // ahead, ahead]) << places[None, :], 1)
+        per_word: tl.constexpr = 64 // width
+        values = (tile.to(tl.int64) & ((1 << width) - 1)).to(tl.uint64, bitcast=True)
+        shifts = (width * tl.arange(0, per_word)).to(tl.uint64)
+        return tl.sum(tl.reshape(values, [values.shape[0] // per_word, per_word]) << shifts[None, :], 1)
 
 
 @triton.jit
-def load_words(table_ptr, at):
+def load_words(table_ptr, index):
     """Loads words of the key table, int64 [21, 8], as uint64."""
-    return tl.load(table_ptr + at).to(tl.uint64, bitcast=True)
+    return tl.load(table_ptr + index).to(tl.uint64, bitcast=True)
 
 
 @triton.jit
@@ -73,13 +73,13 @@ def load_keys(table_ptr):
     Returns four uint64 [STRIPES, 4]. table_ptr: int64 [21, 8].
     """
     stripe, pair = tl.arange(0, STRIPES)[:, None], tl.arange(0, 4)[None, :]
-    at = stripe * 8 + 2 * pair
-    last = tl.where(stripe == STRIPES - 1, LAST_STRIPE, stripe) * 8 + 2 * pair
+    even = stripe * 8 + 2 * pair
+    even_last = tl.where(stripe == STRIPES - 1, LAST_STRIPE, stripe) * 8 + 2 * pair
     return (
-        load_words(table_ptr, at),
-        load_words(table_ptr, at + 1),
-        load_words(table_ptr, last),
-        load_words(table_ptr, last + 1),
+        load_words(table_ptr, even),
+        load_words(table_ptr, even + 1),
+        load_words(table_ptr, even_last),
+        load_words(table_ptr, even_last + 1),
     )
 
 
