@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -16,6 +16,7 @@ from opdkernels.errors import InputError, UsageError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 MIN_MEMORY = 64 * 10**6
+NUMBERS = {int, float}
 
 
 def parse_bytes(text: str | int) -> int:
@@ -259,6 +260,10 @@ def validate_options(model: type[Model], values: dict[str, Any]) -> Model:
     """
     from pydantic import ValidationError
 
+    for name, value in values.items():  # which pydantic would take as the numbers 0 and 1
+        field = model.model_fields.get(name)
+        if isinstance(value, bool) and field is not None and {field.annotation, *get_args(field.annotation)} & NUMBERS:
+            raise UsageError(f"option {name} is {value}: give a number")
     try:
         return model(**values)
     except ValidationError as error:

@@ -14,19 +14,12 @@ from typing import Any, Literal
 import torch
 
 from opdkernels.config import validate_options
+from opdkernels.distillation.examples import Example, example_of, read_examples
 from opdkernels.distillation.loop import train
 from opdkernels.distillation.options import DistillOptions
 from opdkernels.distillation.result import RunResult
 from opdkernels.distillation.state import RunInputs
-from opdkernels.distillation.tasks import (
-    Example,
-    ExamplesTask,
-    Reward,
-    Task,
-    example_of,
-    open_task,
-    read_examples,
-)
+from opdkernels.distillation.tasks import ExamplesTask, Reward, Task, open_task
 from opdkernels.distillation.text import TextProcessor, load_text_processor
 from opdkernels.errors import InputError, UsageError
 
@@ -99,7 +92,7 @@ def distill(
         student: Model to train: folder, hub id, or a loaded PreTrainedModel, which is trained in place and left in
             evaluation mode (with lora_rank, adapter layers are added to it).
         teacher: Folder, hub id, loaded model, "self", or a dictionary of these by the teacher_id of prompts. A loaded
-            teacher must have the student's tokenizer, and its parameters no longer require a gradient.
+            teacher must have the student's token ids, and its parameters no longer require a gradient.
         prompts: File of JSON lines, a task (addition, sums, reasoning_gym:NAME), or rows: texts or dictionaries with
             `prompt` and optionally `answer`, `teacher_id`, `teacher_context`, `images`, `completion`, such as a
             datasets.Dataset.
@@ -209,7 +202,8 @@ def name_rows(prompts: Any, name: str) -> tuple[str, list[Example] | None]:
     examples = [to_example(row, f"row {i} of {name}") for i, row in enumerate(prompts)]
     if not examples:
         raise InputError(f"{name} holds no prompt")
-    digest = hashlib.blake2b(json.dumps([asdict(example) for example in examples]).encode(), digest_size=16)
+    rows = [{field: value for field, value in asdict(example).items() if field != "source"} for example in examples]
+    digest = hashlib.blake2b(json.dumps(rows).encode(), digest_size=16)
     return f"object:{digest.hexdigest()}", examples
 
 

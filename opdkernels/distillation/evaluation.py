@@ -12,6 +12,7 @@ from opdkernels.distillation.options import SELF, DistillOptions
 from opdkernels.distillation.rollout import Rollout
 from opdkernels.distillation.state import Sampler, build_sampler, build_task, setup_device
 from opdkernels.distillation.tasks import Task
+from opdkernels.distillation.teachers import shared_vocab_size
 from opdkernels.distillation.text import TextProcessor, load_text_processor
 from opdkernels.distillation.world import Student, World
 
@@ -61,5 +62,6 @@ def evaluate_checkpoint(options: DistillOptions, path: str | os.PathLike[str]) -
     device, world = setup_device(options), World()
     model, text = load_model(os.fspath(path), options.dtype, device), load_text_processor(os.fspath(path))
     teachers = [load_config(teacher) for teacher in options.teachers.values() if teacher != SELF]
-    sampler = build_sampler(options, Student(model, world), text, teachers, world)
+    shared = shared_vocab_size(options, text, {})
+    sampler = build_sampler(options, Student(model, world), text, teachers, shared, world)
     return evaluate(sampler, build_task(options), options)["scores"]

@@ -40,6 +40,7 @@ from opdkernels.distillation.state import (
     load_training_state,
     setup_device,
     training_state,
+    validate_chat_template,
     validate_world,
 )
 from opdkernels.distillation.tasks import validate_prompts
@@ -48,7 +49,8 @@ from opdkernels.distillation.tracker import SNAPSHOTS_FILE, Tracker, count_train
 from opdkernels.distillation.world import Student, World
 from opdkernels.errors import InputError
 
-MAX_SKIPPED = 3  # consecutive steps without a finite loss, after which a run stops
+MAX_SKIPPED = 3  # consecutive steps that train nothing, after which a run stops
+EMPTY = "every completion is empty"
 
 
 def train(
@@ -79,6 +81,7 @@ def train(
         state = build_state(options, task, inputs, resume_point, device, world, cleanup)
         step = load_training_state(state, resume_point.path) if resume_point else 0
         with log_sinks(run_dir, step, world, tensorboard=options.tensorboard, wandb=options.wandb) as sinks:
+            validate_chat_template(state)
             if not resume_point:  # all inputs have been validated: now files may change
                 world.run_on_main(lambda: start_run(run_dir, options))
             result = train_loop(state, run_dir, step, quiet=quiet, sinks=sinks, callbacks=inputs.callbacks)
@@ -104,7 +107,7 @@ def train_loop(
         Where the run ended.
 
     Raises:
-        InputError: MAX_SKIPPED consecutive steps had no finite loss.
+        InputError: MAX_SKIPPED consecutive steps trained nothing.
     """
     options, model, world = state.options, state.student.model, state.world
     logger = MetricsLogger(output_dir, step, options.max_steps, quiet=quiet, world=world, sinks=sinks)
@@ -113,22 +116,19 @@ def train_loop(
         save(output_dir, 0, model, state.sampler.text, None, world)
         if options.num_eval_prompts:
             logger.log({"step": 0, **evaluate(state.sampler, state.task, options)})
-    num_skipped = 0
+    skip_reasons: list[str] = []  # of the consecutive steps up to this one that trained nothing
     with catch_stop_signals() as signals:
         stopped = False
         while step < options.max_steps and not stopped:
-            snapshot_due = tracker is not None and (step + 1) % options.snapshot_every == 0
+            is_last = step + 1 == options.max_steps
+            snapshot_due = tracker is not None and (is_last or (step + 1) % options.snapshot_every == 0)
             row = train_step(state, step, with_optimizer_stats=snapshot_due)
             step += 1
-            num_skipped = num_skipped + 1 if row["skip_reason"] else 0
-            if num_skipped == MAX_SKIPPED:
-                causes = "check the teacher, or " if state.teachers else ""
-                raise InputError(
-                    f"{MAX_SKIPPED} consecutive steps had no finite loss ({row['skip_reason']}); "
-                    f"{causes}reduce learning_rate"
-                )
-            is_last, stats = step == options.max_steps, row.pop("optimizer_stats")
-            if tracker and (snapshot_due or is_last):
+            skip_reasons = [*skip_reasons, row["skip_reason"]] if row["skip_reason"] else []
+            if len(skip_reasons) == MAX_SKIPPED:
+                raise skipped_steps_error(skip_reasons, state)
+            stats = row.pop("optimizer_stats")
+            if tracker and snapshot_due:
                 with state.timer.phase("snapshot"):
                     snapshot = tracker.snapshot(step, model, stats or {})
                 row["changed_fraction"] = 1 - snapshot["views"]["visible"]["frac_zero"]
@@ -152,7 +152,7 @@ def train_loop(
         path=output_dir,
         step=step,
         max_steps=options.max_steps,
-        signal=signals[0] if signals else 0,
+        signal=next(filter(None, world.all_gather(signals[0] if signals else 0)), 0),
         accuracy=logger.accuracies(),
         snapshots=snapshots,
         is_main=world.is_main,
@@ -180,7 +180,7 @@ def train_step(state: TrainState, step: int, *, with_optimizer_stats: bool = Fal
     rollout, advantages, metrics = generate(state, step)
     num_tokens = metrics["tokens"]  # of the step, over all processes
     if not num_tokens:
-        return {**metrics, "skip_reason": "every completion is empty"}
+        return {**metrics, "skip_reason": EMPTY}
 
     sums: defaultdict[str, float] = defaultdict(float)
     micro_batches = list(split_rows(rollout, state.teachers, options.micro_batch_size))
@@ -369,6 +369,18 @@ def open_tracker(state: TrainState, output_dir: Path, step: int) -> Tracker | No
         num_trainable=count_trainable(state.optimizer, world, state.device),
         world=world,
     )
+
+
+def skipped_steps_error(reasons: Sequence[str], state: TrainState) -> InputError:
+    """The error of a run whose last steps trained nothing, for the reason of each step."""
+    if set(reasons) == {EMPTY}:
+        return InputError(
+            f"every completion of {len(reasons)} consecutive steps is empty, so there is nothing to train on; "
+            "check that the prompts have the student's format, or give other completions"
+        )
+    reason = next(reason for reason in reversed(reasons) if reason != EMPTY)
+    causes = "check the teacher, or " if state.teachers else ""
+    return InputError(f"{len(reasons)} consecutive steps had no finite loss ({reason}); {causes}reduce learning_rate")
 
 
 def notify(callbacks: Sequence[Any], world: World, method: str, *args: Any) -> None:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from opdkernels.config import DeviceOrAuto, option, validate_options
 from opdkernels.errors import InputError, UsageError, printable
@@ -27,7 +27,8 @@ def parse_pair(value: Any) -> Any:
     return tuple(pair)
 
 
-Pair = Annotated[tuple[float, float], BeforeValidator(parse_pair)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+Pair = Annotated[tuple[DecayRate, DecayRate], BeforeValidator(parse_pair)]
 
 
 model_option = functools.partial(option, "Models")
@@ -45,7 +46,7 @@ class DistillOptions(BaseModel):
         1e-06
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
 
     student: str = model_option("Model to train: folder or hub id of a causal or image-text model of transformers.")
     teacher: str = model_option(
@@ -324,8 +325,8 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         import tomli as tomllib  # type: ignore[no-redef]
     name = printable(os.fspath(path))
     try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
+        with open(path, encoding="utf-8-sig") as file:
+            return tomllib.loads(file.read())
     except FileNotFoundError:
         raise InputError(f"{name} does not exist; give a TOML file of options") from None
     except OSError as error:

@@ -18,7 +18,7 @@ class RunResult:
         path: The run's folder; None if it was temporary.
         step: Number of steps taken.
         max_steps: Number of steps asked for.
-        signal: The signal that stopped the run, or 0.
+        signal: The first signal that any process received during the steps, or 0.
         accuracy: (step, mean reward of greedy completions of held-out prompts) of each evaluation.
         snapshots: Rows of snapshots.jsonl.
         is_main: Whether this is the main process.
@@ -34,8 +34,13 @@ class RunResult:
 
     @property
     def exit_status(self) -> int:
-        """0, or 128 plus the number of the signal that stopped the run."""
-        return 128 + self.signal if self.signal else 0
+        """0, or 128 plus the number of the signal that stopped the run before its last step."""
+        return 128 + self.signal if self.is_interrupted else 0
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a signal stopped the run before its last step; the same command resumes it."""
+        return bool(self.signal) and self.step < self.max_steps
 
 
 def summary(result: RunResult) -> dict[str, Any]:
@@ -53,7 +58,7 @@ def summary(result: RunResult) -> dict[str, Any]:
 def format_text(result: RunResult) -> list[str]:
     """The result as lines of text."""
     path = printable(os.fspath(result.path or ""))
-    interrupted = ": stopped by a signal; rerun the same command to resume" if result.signal else ""
+    interrupted = ": stopped by a signal; rerun the same command to resume" if result.is_interrupted else ""
     text = [f"step {result.step} of {result.max_steps}{interrupted}; {path}"]
     if result.accuracy:
         evaluations = ", ".join(f"{value:.3f} at step {step}" for step, value in result.accuracy)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdkernels.distillation.tasks import Example
+from opdkernels.distillation.examples import Example, describe
 from opdkernels.distillation.text import TextProcessor
-from opdkernels.errors import InputError, printable
+from opdkernels.errors import InputError
 
 PER_TOKEN = ("mm_token_type_ids", "token_type_ids")
 ModelInputs = list[dict[str, Tensor]]  # per row: what the model takes besides ids, such as pixel_values
@@ -130,9 +130,12 @@ def encode(
     rows, model_inputs, num_truncated = [], [], 0
     for example in examples:
         prompt = prepend_teacher_context(example) if with_teacher_context else example.prompt
-        ids, inputs = text.encode(prompt, example.images)
+        try:
+            ids, inputs = text.encode(prompt, example.images)
+        except InputError as error:
+            raise InputError(f"{example.source}: {error}" if example.source else str(error)) from None
         if not ids:
-            raise InputError(f"the prompt {printable(str(example.prompt))[:80]!r} has no token; give another")
+            raise InputError(f"{describe(example)} has no token; give another")
         if len(ids) > max_length and not inputs:
             ids, num_truncated = ids[-max_length:], num_truncated + 1
         rows.append(ids)

@@ -29,7 +29,7 @@ from opdkernels.distillation.options import DistillOptions
 from opdkernels.distillation.rollout import Prompts, Rollout, encode
 from opdkernels.distillation.sampling import sample
 from opdkernels.distillation.tasks import Task, open_task, validate_answers, validate_images
-from opdkernels.distillation.teachers import Teacher, load_teachers
+from opdkernels.distillation.teachers import Teacher, load_teachers, shared_vocab_size
 from opdkernels.distillation.text import TextProcessor, load_text_processor, transformers
 from opdkernels.distillation.world import Student, World
 from opdkernels.errors import UsageError
@@ -176,6 +176,14 @@ def build_task(options: DistillOptions, task: Task | None = None) -> Task:
     return task
 
 
+def validate_chat_template(state: TrainState) -> None:
+    """Raises InputError if prompts are messages and the student's chat template does not take the first of these."""
+    examples = state.task.representative_examples()
+    messages = (example for example in examples if not isinstance(example.prompt, str) and not example.images)
+    if (example := next(messages, None)) is not None:
+        state.sampler.encode([example])
+
+
 def build_state(
     options: DistillOptions,
     task: Task,
@@ -201,6 +209,7 @@ def build_state(
     """
     model = load_student(options, inputs, resume_point, device)
     text = inputs.text or load_text_processor(options.student)
+    shared = shared_vocab_size(options, text, inputs.models)
     if options.lora_rank:
         torch.manual_seed(options.seed)
         model = with_lora(options, model)
@@ -220,7 +229,7 @@ def build_state(
         device=device,
         task=task,
         student=student,
-        sampler=build_sampler(options, student, text, teacher_models, world),
+        sampler=build_sampler(options, student, text, teacher_models, shared, world),
         optimizer=optimizer,
         teachers=teachers,
         timer=PhaseTimer(device),
@@ -248,14 +257,20 @@ def load_student(
 
 
 def build_sampler(
-    options: DistillOptions, student: Student, text: TextProcessor, teachers: Sequence[Any], world: World
+    options: DistillOptions,
+    student: Student,
+    text: TextProcessor,
+    teachers: Sequence[Any],
+    num_shared_ids: int,
+    world: World,
 ) -> Sampler:
-    """A sampler whose completions `teachers` (models or configurations) can score."""
+    """A sampler whose completions `teachers` (models or configurations) can score: it samples from the ids that all
+    heads have and, where the teachers' tokenizers have more tokens, that mean the same to all."""
     return Sampler(
         student=student,
         text=text,
         end_ids=end_token_ids(student.model, text, options.stop_token),
-        vocab_size=common_vocab_size(student.model, teachers),
+        vocab_size=min(common_vocab_size(student.model, teachers), num_shared_ids),
         max_prompt_length=max_prompt_length(options, [student.model, *teachers]),
         max_completion_length=options.max_completion_length,
         world=world,

@@ -14,13 +14,12 @@ import os
 import random
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from opdkernels.distillation.examples import Example, describe, read_examples
 from opdkernels.distillation.options import SELF, DistillOptions
 from opdkernels.errors import InputError, UsageError, printable
 
@@ -28,27 +27,6 @@ Reward = Callable[[Any, str | None, str], float]  # (prompt, answer, completion)
 WORKED_LINES = "12+13+20=45\n41+29+11=81\n"
 MAX_REWARD = torch.finfo(torch.float32).max
 NUM_PAIRS, NUM_TRAIN_PAIRS = 10_000, 8_000  # pairs of two-digit numbers, 00 to 99
-
-
-@dataclass(frozen=True)
-class Example:
-    """One prompt and what belongs to it.
-
-    Attributes:
-        prompt: Text, or messages as chat templates take them.
-        answer: Reference answer for the reward.
-        teacher_id: Selects the teacher, if there are several.
-        teacher_context: Text that only the self-teacher sees, before the prompt.
-        images: Image files.
-        completion: Completion of the data set, for off-policy steps.
-    """
-
-    prompt: Any
-    answer: str | None = None
-    teacher_id: str = ""
-    teacher_context: str | None = None
-    images: tuple[str, ...] = ()
-    completion: str | None = None
 
 
 class Task(ABC):
@@ -238,73 +216,6 @@ def open_task(
     return JsonlTask(prompts, eval_prompts, seed=seed, reward=reward, reward_fn=reward_fn)
 
 
-def read_examples(path: str) -> list[Example]:
-    """The examples in a file of JSON lines. Raises InputError with the number of a bad line."""
-    name = printable(path)
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(
-            f"{name} does not exist; give JSON lines, or a task: addition, sums, reasoning_gym:NAME"
-        ) from None
-    except (OSError, ValueError) as error:  # not UTF-8, or a path with a NUL
-        raise InputError(f"{name} cannot be read as JSON lines ({printable(str(error))})") from None
-    folder = Path(path).parent
-    lines = enumerate(text.split("\n"), 1)
-    examples = [parse_line(line, f"{name} line {number}", folder) for number, line in lines if line.strip()]
-    if not examples:
-        raise InputError(f"{name} holds no prompt")
-    return examples
-
-
-def parse_line(line: str, where: str, folder: Path) -> Example:
-    """The example in a line of JSON. `where` names the line in errors."""
-    try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        surrogate = printable(error.object[error.start])
-        raise InputError(f"{where} has an unpaired surrogate, {surrogate}, which is not Unicode text") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({printable(str(error))})") from None
-    return example_of(row, where, folder)
-
-
-def example_of(row: Any, where: str, folder: Path) -> Example:
-    """The example in a row of a data set: a dictionary with the fields of `Example`.
-
-    Args:
-        row: The row; other fields are ignored.
-        where: Names the row in errors.
-        folder: Folder that image paths are relative to.
-
-    Raises:
-        InputError: A field has the wrong type, or there is no prompt.
-    """
-    prompt = row.get("prompt") if isinstance(row, Mapping) else None
-    if not (isinstance(prompt, str) and prompt) and not (
-        isinstance(prompt, list)
-        and prompt
-        and all(isinstance(message, Mapping) and "role" in message for message in prompt)
-    ):
-        raise InputError(f"{where} has no prompt; it takes a text, or messages with role and content")
-    texts = {name: row.get(name) for name in ("answer", "teacher_id", "teacher_context", "completion")}
-    for name, value in texts.items():
-        if value is not None and not isinstance(value, str):
-            raise InputError(f"{where} has {name} of type {type(value).__name__}; it takes text")
-    images = row.get("images", [])
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise InputError(f"{where} has images that are not a list of file names")
-    return Example(
-        prompt=prompt,
-        answer=texts["answer"],
-        teacher_id=texts["teacher_id"] or "",
-        teacher_context=texts["teacher_context"],
-        images=tuple(os.fspath(folder / image) for image in images),
-        completion=texts["completion"],
-    )
-
-
 def validate_prompts(options: DistillOptions, task: Task) -> None:
     """Raises InputError for training prompts that would stop the run later, or that mix two sources of completions."""
     examples, teachers = task.representative_examples(), options.teachers
@@ -348,10 +259,6 @@ def validate_answers(examples: Sequence[Example], reward: str) -> None:
                 f"{describe(example)} has an `answer` of several lines, and the reward exact compares one line; "
                 "shorten it, or choose another reward"
             )
-
-
-def describe(example: Example) -> str:
-    return f"the prompt {printable(str(example.prompt))[:80]!r}"
 
 
 def permuted(index: int, n: int, key: str) -> int:

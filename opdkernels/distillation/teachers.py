@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 import torch
 
+from opdkernels.distillation.examples import describe
 from opdkernels.distillation.forward import completion_hidden_states
 from opdkernels.distillation.models import lm_head_of, load_model, max_positions
 from opdkernels.distillation.objective import TeacherOutput
 from opdkernels.distillation.options import SELF, DistillOptions
 from opdkernels.distillation.rollout import Rollout, encode, pad_rollout
-from opdkernels.distillation.tasks import describe
-from opdkernels.distillation.text import TextProcessor, load_text_processor, validate_same_tokenizer
+from opdkernels.distillation.text import ALL_IDS, TextProcessor, load_text_processor, num_shared_ids
 from opdkernels.distillation.world import Student
 from opdkernels.errors import InputError, printable
 from opdkernels.optim.active import gather_active, scatter_active
@@ -167,7 +167,7 @@ def load_teachers(
 ) -> dict[str, Teacher]:
     """Teachers by teacher_id. `models`: loaded models, by the name that stands for each in the options.
 
-    Raises InputError for a teacher that cannot be loaded, or whose tokenizer is not the student's.
+    Raises InputError for a teacher that cannot be loaded.
     """
     teachers: dict[str, Teacher] = {}
     for path in options.teachers.values():
@@ -184,7 +184,19 @@ def load_teachers(
         elif path in models:
             teachers[path] = ModelTeacher(models[path].to(device).eval())
         else:
-            tokenizer = load_text_processor(path).tokenizer
-            validate_same_tokenizer(text.tokenizer, tokenizer, f"the teacher {printable(path)}")
             teachers[path] = ModelTeacher(load_model(path, options.dtype, device))
     return {teacher_id: teachers[path] for teacher_id, path in options.teachers.items()}
+
+
+def shared_vocab_size(options: DistillOptions, text: TextProcessor, models: Mapping[str, Any]) -> int:
+    """Number of leading ids that mean the same to the student and all teachers that are folders or hub ids.
+
+    Raises InputError for a teacher whose tokenizer does not have all tokens of the student's, with the same ids."""
+    paths = {path for path in options.teachers.values() if path != SELF and path not in models}
+    return min(
+        (
+            num_shared_ids(text.tokenizer, load_text_processor(path).tokenizer, f"the teacher {printable(path)}")
+            for path in sorted(paths)
+        ),
+        default=ALL_IDS,
+    )

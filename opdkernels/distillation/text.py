@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import Any
@@ -14,6 +14,7 @@ from opdkernels.errors import InputError, UsageError, printable
 
 IMAGE_REMEDY = "give each image one placeholder in its prompt"
 MODEL_REMEDY = "give another folder or hub id"
+ALL_IDS = 1 << 60  # more than any vocabulary has
 
 
 def transformers() -> Any:
@@ -60,6 +61,12 @@ def image_input_errors(model_inputs: Mapping[str, torch.Tensor]) -> Iterator[Non
             raise
 
 
+def continuation(messages: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+    """Options of a chat template: the completion continues a last message of the assistant, else it begins one."""
+    is_begun = messages[-1]["role"] == "assistant"
+    return {"add_generation_prompt": not is_begun, "continue_final_message": is_begun}
+
+
 @dataclass
 class TextProcessor:
     """A tokenizer, and the image processor of an image-text model (else None)."""
@@ -75,9 +82,7 @@ class TextProcessor:
         if isinstance(prompt, str):
             return self.ids(prompt), {}
         with self.chat_template_errors():
-            ids = self.tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            ids = self.tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False, **continuation(prompt))
         return ids, {}
 
     def encode_images(self, prompt: Any, images: tuple[str, ...]) -> tuple[list[int], dict[str, torch.Tensor]]:
@@ -90,7 +95,7 @@ class TextProcessor:
             raise UsageError("prompts with images need pillow, which is not installed; pip install pillow") from None
         is_text = isinstance(prompt, str)
         with self.chat_template_errors():
-            text = prompt if is_text else self.processor.apply_chat_template(prompt, add_generation_prompt=True)
+            text = prompt if is_text else self.processor.apply_chat_template(prompt, **continuation(prompt))
         pictures = []
         for image in images:
             with input_errors(f"an image of a prompt cannot be read from {printable(image)}", "give another file"):
@@ -127,6 +132,11 @@ def load_text_processor(path: str) -> TextProcessor:
     hf = transformers()
     with input_errors(f"{printable(path)} has no tokenizer that can be loaded", MODEL_REMEDY):
         tokenizer = hf.AutoTokenizer.from_pretrained(path)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what is built where its files are missing
+        raise InputError(
+            f"{printable(path)} has no tokenizer: its vocabulary has only special tokens; copy tokenizer.json and "
+            f"tokenizer_config.json of the model into it, or {MODEL_REMEDY}"
+        )
     try:
         processor = hf.AutoProcessor.from_pretrained(path)
     except Exception:  # text models have none, and fail with arbitrary exception types
@@ -134,16 +144,21 @@ def load_text_processor(path: str) -> TextProcessor:
     return TextProcessor.of(tokenizer, processor)
 
 
-def validate_same_tokenizer(student: Any, teacher: Any, teacher_name: str) -> None:
-    """Raises InputError if two tokenizers map a token to different ids: distributions over them cannot be compared."""
+def num_shared_ids(student: Any, teacher: Any, teacher_name: str) -> int:
+    """Number of leading ids that mean the same to two tokenizers. Ids beyond the last token are padding of the heads
+    and mean the same to both; tokens that only the teacher has, after all of the student's, do not.
+
+    Raises InputError unless the teacher has all tokens of the student, with the same ids: distributions over them could
+    not be compared."""
     student_vocab, teacher_vocab = student.get_vocab(), teacher.get_vocab()
-    if student_vocab == teacher_vocab:
-        return
-    token = next(
-        (token for token in sorted(student_vocab) if teacher_vocab.get(token) != student_vocab[token]), None
-    ) or next(token for token in sorted(teacher_vocab) if token not in student_vocab)
-    ids = [vocab.get(token, "missing") for vocab in (student_vocab, teacher_vocab)]
-    raise InputError(
-        f"{teacher_name} has another tokenizer: token {printable(repr(token))} "
-        f"is {ids[0]} for the student and {ids[1]} for the teacher; choose models of one family"
-    )
+    last_id = max(student_vocab.values(), default=-1)
+    extra = {token: i for token, i in teacher_vocab.items() if token not in student_vocab}
+    different = (token for token in sorted(student_vocab) if teacher_vocab.get(token) != student_vocab[token])
+    between = (token for token in sorted(extra) if extra[token] <= last_id)
+    if (token := next(different, None)) is not None or (token := next(between, None)) is not None:
+        ids = [vocab.get(token, "missing") for vocab in (student_vocab, teacher_vocab)]
+        raise InputError(
+            f"{teacher_name} has another tokenizer: token {printable(repr(token))} "
+            f"is {ids[0]} for the student and {ids[1]} for the teacher; choose models of one family"
+        )
+    return min(extra.values(), default=ALL_IDS)

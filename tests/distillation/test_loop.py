@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opdkernels.distillation import loop
+from opdkernels.distillation import evaluation, loop, state
 from opdkernels.distillation.jsonl import read_rows
 from opdkernels.distillation.loop import train
 from opdkernels.distillation.options import options_from
+from opdkernels.distillation.result import format_text
 from opdkernels.errors import InputError, UsageError
 
 
@@ -192,6 +193,66 @@ def test_run_resumes_after_sigterm(options, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("step", "status"), [(1, 128 + signal.SIGTERM), (2, 0)])
+def test_signal_in_the_last_step_does_not_interrupt_the_run(options, tmp_path, monkeypatch, step, status):
+    train_step = loop.train_step
+
+    def signalled(state, current, **more):
+        if current == step:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(state, current, **more)
+
+    monkeypatch.setattr(loop, "train_step", signalled)
+    result = train(options(), tmp_path)
+    assert (result.step, result.signal, result.exit_status) == (step + 1, signal.SIGTERM, status)
+    assert result.is_interrupted == bool(status)
+    assert ("rerun the same command to resume" in format_text(result)[0]) == bool(status)
+
+
+def test_signal_of_another_process_is_in_the_result(options, tmp_path, monkeypatch):
+    """Two processes, of which this one receives nothing."""
+    from opdkernels.distillation.world import World
+
+    monkeypatch.setattr(
+        World,
+        "all_reduce",
+        lambda self, values, device: {name: 1 if name == "stop" else x for name, x in values.items()},
+    )
+    monkeypatch.setattr(World, "all_gather", lambda self, value: [value, signal.SIGTERM] if value == 0 else [value])
+    result = train(options(num_eval_prompts=0, snapshot_every=0), tmp_path)
+    assert (result.step, result.signal, result.exit_status) == (1, signal.SIGTERM, 128 + signal.SIGTERM)
+
+
+def test_last_snapshot_has_optimizer_statistics(options, tmp_path):
+    snapshots = train(options(max_steps=5, snapshot_every=2), tmp_path).snapshots
+    assert [snapshot["step"] for snapshot in snapshots] == [2, 4, 5]
+    assert all(snapshot["sqrt_v_cv"] is not None for snapshot in snapshots)
+
+
+def test_steps_with_empty_completions_are_reported_as_such(options, places, tmp_path):
+    from tests.distillation.conftest import model, tokenizer
+
+    student = model(0)
+    student.generation_config.eos_token_id = None
+    student.save_pretrained(tmp_path / "s")
+    tokenizer(eos_token=None).save_pretrained(tmp_path / "s")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "1+1=", "completion": ""}))
+    chosen = options(
+        student=str(tmp_path / "s"), prompts=str(tmp_path / "p.jsonl"), on_policy_fraction=0, divergence_weight=0,
+        sft_weight=1, teacher="", max_steps=9,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="every completion of 3 consecutive steps is empty") as caught:
+        train(chosen, tmp_path / "run")
+    assert "learning_rate" not in str(caught.value)
+
+
+def test_messages_without_chat_template_write_nothing(options, tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": [{"role": "system", "content": "1"}]}))
+    with pytest.raises(InputError, match=r"p\.jsonl line 1: the student's chat template does not take a prompt"):
+        train(options(prompts=str(tmp_path / "p.jsonl")), tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_nan_teacher_ends_run_without_changing_weights(options, places, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -265,6 +326,29 @@ def test_other_tokenizer_is_refused(options, places, tmp_path):
         InputError, match=r"has another tokenizer: token '0' is 2 for the student and 11 for the teacher"
     ):
         train(options(teacher=str(tmp_path / "t")), tmp_path / "run")
+
+
+def test_teacher_with_more_tokens_scores_the_students_ids(options, tmp_path):
+    """Both heads have a row for the teacher's token, which the student's tokenizer cannot write: no one samples it."""
+    from tests.distillation.conftest import CHARACTERS, model, tokenizer
+
+    common = [*CHARACTERS, "<|endoftext|>"]  # which transformers adds to a tokenizer of this architecture
+    for name, tokens in (("student", common), ("teacher", [*common, "<think>"])):
+        padded = model(5, characters=CHARACTERS + "???")
+        padded.lm_head.weight.data[len(common) + 2 :] += 9  # likely, were they not left out
+        padded.save_pretrained(tmp_path / name)
+        tokenizer(tokens).save_pretrained(tmp_path / name)
+    chosen = options(student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), num_eval_prompts=4)
+    samplers = []
+    with pytest.MonkeyPatch.context() as patch:
+        build_sampler = state.build_sampler
+        for module in (state, evaluation):
+            patch.setattr(module, "build_sampler", lambda *args: samplers.append(build_sampler(*args)) or samplers[-1])
+        train(chosen, tmp_path / "run")
+        assert evaluation.evaluate_checkpoint(chosen, tmp_path / "run" / "checkpoint-3")
+    assert [sampler.vocab_size for sampler in samplers] == [len(common) + 2] * 2
+    with pytest.raises(InputError, match="token '<think>' is 16 for the student and missing for the teacher"):
+        train(options(student=chosen.teacher, teacher=chosen.student), tmp_path / "swapped")
 
 
 @pytest.mark.parametrize("side", ["teacher", "student"])

@@ -7,9 +7,10 @@ import shutil
 import pytest
 import torch
 
+from opdkernels.distillation.examples import Example
+from opdkernels.distillation.loop import train
 from opdkernels.distillation.models import load_config, load_model
 from opdkernels.distillation.rollout import encode, load_completions
-from opdkernels.distillation.tasks import Example
 from opdkernels.distillation.text import MODEL_REMEDY, TextProcessor, input_errors, load_text_processor
 from opdkernels.errors import InputError
 from tests.distillation.conftest import tokenizer
@@ -82,6 +83,17 @@ def test_invalid_configuration_raises_one_line_error(student, change):
 def test_invalid_tokenizer_raises_one_line_error(student, file, content):
     (student / file).write_text(content)
     assert "/s has no tokenizer that can be loaded" in refused(load_text_processor, str(student))
+
+
+@pytest.mark.parametrize("files", [("tokenizer.json", "tokenizer_config.json"), ("tokenizer.json",)])
+def test_folder_without_tokenizer_is_named(student, options, tmp_path, files):
+    """transformers builds one of special tokens only, which splits every prompt into nothing."""
+    for file in files:
+        (student / file).unlink()
+    says = "/s has no tokenizer: its vocabulary has only special tokens; copy tokenizer.json"
+    assert says in refused(load_text_processor, str(student))
+    for side in ("student", "teacher"):
+        assert says in refused(train, options(**{side: str(student)}), tmp_path / side)
 
 
 def test_invalid_processor_is_none(student):

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from opdkernels.distillation.examples import Example
 from opdkernels.distillation.models import lm_head_of
 from opdkernels.distillation.objective import compute_loss, grpo_advantages
 from opdkernels.distillation.rollout import encode, pad_rollout
-from opdkernels.distillation.tasks import Example
 from opdkernels.distillation.text import TextProcessor
 from tests.distillation.conftest import model, tokenizer
 

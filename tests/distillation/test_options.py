@@ -17,6 +17,27 @@ def test_command_line_overrides_toml(tmp_path):
     assert (chosen.learning_rate, chosen.max_steps, chosen.betas, chosen.prompts) == (2e-6, 7, (0.9, 0.95), "sums")
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'student = "s"\nstudent = "t"\n', r"c\.toml is not TOML .*line 2"),
+        (b"[optimizer]\nlearning_rate = 1\n", "option optimizer is"),
+        (b'student = "s\xff"', "is not TOML"),
+        ('student = "s"'.encode("utf-16"), "is not TOML"),
+    ],
+)
+def test_invalid_toml_is_refused_in_one_line(tmp_path, content, says):
+    (tmp_path / "c.toml").write_bytes(content)
+    with pytest.raises((InputError, UsageError), match=says) as caught:
+        options_from(tmp_path / "c.toml", {**LEAST})
+    assert "\n" not in str(caught.value)
+
+
+def test_toml_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "c.toml").write_bytes(b'\xef\xbb\xbfstudent = "s"\r\nteacher = "t"\r\nprompts = "sums"\r\n')
+    assert options_from(tmp_path / "c.toml", {}).prompts == "sums"
+
+
 def test_betas_parse_from_text():
     assert options_from(None, {**LEAST, "betas": "0.8,0.9"}).betas == (0.8, 0.9)
 
@@ -28,6 +49,14 @@ def test_betas_parse_from_text():
         ({"batchsize": 3}, "did you mean batch_size?"),
         ({"learning_rate": "fast"}, "option learning_rate is 'fast'"),
         ({"learning_rate": 0}, "option learning_rate is 0"),
+        ({"learning_rate": float("inf")}, "option learning_rate is inf: Input should be a finite number"),
+        ({"max_steps": True}, "option max_steps is True: give a number"),
+        ({"max_steps": 7.5}, "option max_steps is 7.5"),
+        ({"threads": True}, "option threads is True: give a number"),
+        ({"betas": [0.9, 1.0]}, "option betas is 1.0"),
+        ({"betas": "nan,0.9"}, "option betas is 'nan'"),
+        ({"student": 3}, "option student is 3"),
+        ({"masks": ["m"]}, "option masks is"),
         ({"divergence": "k1"}, "its expected gradient is 0"),
         ({"divergence": "k3"}, "forward KL"),
         ({"divergence": "topk_reverse_kl"}, "k"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from opdkernels.distillation import forward
+from opdkernels.distillation.examples import Example
 from opdkernels.distillation.forward import (
     completion_hidden_states,
     hidden_states,
@@ -13,7 +14,6 @@ from opdkernels.distillation.forward import (
 from opdkernels.distillation.models import unwrap_peft
 from opdkernels.distillation.rollout import Prompts, collate, encode, load_completions, pad_rollout, until_end
 from opdkernels.distillation.sampling import sample
-from opdkernels.distillation.tasks import Example
 from opdkernels.distillation.text import TextProcessor
 from opdkernels.errors import InputError
 from tests.distillation.conftest import model, tokenizer

@@ -48,9 +48,9 @@ def test_each_epoch_is_another_permutation(tmp_path):
     ("line", "says"),
     [
         ("{", "line 2 is not JSON"),
-        ("[]", "line 2 has no prompt"),
-        ('{"prompt": ""}', "line 2 has no prompt"),
-        ('{"prompt": ["a"]}', "line 2 has no prompt"),
+        ("[]", "line 2 holds a list"),
+        ('{"prompt": ""}', "line 2 has an empty prompt"),
+        ('{"prompt": ["a"]}', "line 2 has a prompt whose item 1 is a text"),
         ('{"prompt": "a", "answer": 3}', "line 2 has answer of type int"),
         ('{"prompt": "a", "images": "x.png"}', "images that are not a list"),
         ('{"prompt": "\\ud800"}', r"line 2 has an unpaired surrogate, \\ud800"),

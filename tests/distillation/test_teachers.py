@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from opdkernels.distillation import teachers
+from opdkernels.distillation.examples import Example
 from opdkernels.distillation.rollout import encode, pad_rollout
-from opdkernels.distillation.tasks import Example
 from opdkernels.distillation.teachers import SelfTeacher, score_with
 from opdkernels.distillation.text import TextProcessor
 from opdkernels.distillation.world import Student, World
