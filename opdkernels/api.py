@@ -17,6 +17,7 @@ from opdkernels.checkpoint.open import checkpoint_bytes
 from opdkernels.compat import paper_csv as paper_files
 from opdkernels.config import AnalyzeOptions, OverlapOptions, TrajectoryOptions, validate_options
 from opdkernels.errors import InputError, printable
+from opdkernels.outputs import EXPERIMENT, RUN_FILE, read_json_object
 from opdkernels.progress import Progress, no_progress
 from opdkernels.runs.run_dir import load_finished
 
@@ -349,7 +350,7 @@ def write_report(out: str | os.PathLike[str]) -> Path:
         'report.html'
     """
     folder = Path(out)
-    if (folder / "results.json").is_file():
+    if read_json_object(folder / RUN_FILE).get("format") == EXPERIMENT.format:
         has_analysis = (folder / "analysis" / "report.html").exists()
         return reports.write(folder, "experiment", {**read_results(folder), "analysis": has_analysis})
     about = load_finished(folder)

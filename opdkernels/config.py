@@ -178,24 +178,30 @@ class TrajectoryOptions(RunOptions):
     )
 
 
-class ChangedMaskOptions(Options):
+class MaskOptions(Options):
+    """What every command has that writes a file of masks."""
+
+    overwrite: bool = option("Output", "Replace an existing file of masks.", False)
+
+
+class ChangedMaskOptions(MaskOptions):
     atol: float = option("Mask", "A coordinate is active if |delta| exceeds this threshold.", 0.0, ge=0, le=1e30)
     view: Literal["visible", "stored"] = option(
         "Mask", "Compare both checkpoints rounded to bf16 (visible) or as stored.", "visible"
     )
 
 
-class TopChangedMaskOptions(Options):
+class TopChangedMaskOptions(MaskOptions):
     density: float = density_option()
     scope: Literal["tensor", "module", "model"] = option("Mask", "What the density refers to.", "model")
 
 
-class NearZeroMaskOptions(Options):
+class NearZeroMaskOptions(MaskOptions):
     density: float = density_option()
     scope: Literal["tensor", "module", "model"] = option("Mask", "What the density refers to.", "tensor")
 
 
-class PrincipalMaskOptions(Options):
+class PrincipalMaskOptions(MaskOptions):
     density: float = density_option()
 
 
@@ -203,7 +209,7 @@ class RandomMaskOptions(NearZeroMaskOptions):
     seed: int = seed_option()
 
 
-class MagnitudeMatchedMaskOptions(Options):
+class MagnitudeMatchedMaskOptions(MaskOptions):
     seed: int = seed_option()
 
 
@@ -212,7 +218,7 @@ class PatchCreateOptions(Options):
         "Output", "Store compressed differences of values: less than half the size, but several times slower.", False
     )
     io: Literal["auto", "mmap", "read"] = io_option()
-    overwrite: bool = option("Output", "Replace an existing file.", False)
+    overwrite: bool = option("Output", "Replace an existing patch.", False)
 
 
 class PatchApplyOptions(Options):

@@ -28,7 +28,7 @@ LAYERS = [
     {"ops"},
     {"checkpoint"},
     {"backends"},
-    {"config", "formatting", "progress", "bits", "files"},
+    {"config", "formatting", "progress", "bits", "outputs", "files"},
     {"errors", "version", "_C"},
 ]
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from opdkernels.analysis.outputs import OUTPUTS
 from opdkernels.analysis.result import Analysis
 from opdkernels.analysis.spectra_schedule import RunJob, SpectraConfig, compute_spectra, tally_statuses
 from opdkernels.analysis.tables import build_analysis
@@ -44,7 +43,7 @@ def run_analyze(
     device = probe_device(options.device)
     with contextlib.closing(open_pair(base, trained, **options.open_kwargs)) as pair, torch_threads(options.threads):
         run_info = describe_pair(pair, options)
-        with open_run_dir(out, run_info, options.overwrite, OUTPUTS) as folder:
+        with open_run_dir(out, run_info, options.overwrite) as folder:
             tallies = open_tallies(folder / "tallies" if folder is not None else None)
             spectra = open_spectra(folder / "spectra" if folder is not None else None)
             run_info["resumed_tensors"] = len(tallies.records)

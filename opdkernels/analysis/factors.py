@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from opdkernels.files import write_atomically
+from opdkernels.files import remove_leftovers, write_atomically
 from opdkernels.spectral.exact import Factor
 
 VERSION = "1"  # of the computation
@@ -24,8 +24,7 @@ class FactorCache:
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink()
+        remove_leftovers(folder)
 
     def get(self, w: torch.Tensor, visible: bool, num_vectors: int, compute: Callable[[], Factor]) -> Factor:
         """The factor of w [m, n], stored and contiguous, in a view: loaded, or computed and stored."""

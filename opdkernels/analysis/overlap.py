@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 
 from opdkernels.analysis.common_tensors import bytes_per_element, common_coverage, match_in_all, read_slice
 from opdkernels.analysis.frames import format_path, to_pandas
-from opdkernels.analysis.outputs import OUTPUTS
 from opdkernels.analysis.overlap_tables import TensorOverlap, run_names, summarize, tensor_rows
 from opdkernels.analysis.tallying import slices, torch_threads
 from opdkernels.checkpoint.match import Match, Pair, match
@@ -105,7 +104,7 @@ def run_overlap(
             schema_version=SCHEMA_VERSION,
             identity_options=("atol", "strata"),
         )
-        with open_run_dir(out, run_info, options.overwrite, OUTPUTS) as folder:
+        with open_run_dir(out, run_info, options.overwrite) as folder:
             common, excluded = match_in_all(pairs, [f"run {name}" for name in names])
             overlaps = count_overlaps(pairs, common, options, progress)
             for checkpoint in checkpoints:

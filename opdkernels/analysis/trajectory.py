@@ -25,7 +25,6 @@ from opdkernels.analysis.analyze import describe_pair, finalize
 from opdkernels.analysis.common_tensors import Elements, base_elements, common_coverage, match_in_all
 from opdkernels.analysis.factors import FactorCache
 from opdkernels.analysis.frames import format_path, to_pandas
-from opdkernels.analysis.outputs import OUTPUTS
 from opdkernels.analysis.result import Analysis
 from opdkernels.analysis.spectra_schedule import RunJob, SpectraConfig, compute_spectra, tally_statuses
 from opdkernels.analysis.tallying import tally_all, torch_threads
@@ -157,7 +156,7 @@ def run_trajectory(
             schema_version=SCHEMA_VERSION,
             identity_inputs=["base"],  # checkpoints may be added; each has a run directory of its own
         )
-        folder = stack.enter_context(open_run_dir(out, run_info, options.overwrite, OUTPUTS))
+        folder = stack.enter_context(open_run_dir(out, run_info, options.overwrite))
         runs = [
             stack.enter_context(checkpoint_run(folder, number, pair, options))
             for number, pair in zip(numbers, pairs, strict=True)
@@ -248,7 +247,7 @@ def checkpoint_run(folder: Path | None, number: int, pair: Pair, options: Trajec
     analyze_options = AnalyzeOptions(**{name: getattr(options, name) for name in common_fields})
     run_info = describe_pair(pair, analyze_options)
     out = step_folder(folder, number, run_info["identity"]) if folder is not None else None
-    with open_run_dir(out, run_info, False, OUTPUTS) as run_folder:
+    with open_run_dir(out, run_info, False) as run_folder:
         tallies = open_tallies(run_folder / "tallies" if run_folder is not None else None)
         run_info["resumed_tensors"] = len(tallies.records)
         job = RunJob(pair, {}, open_spectra(run_folder / "spectra" if run_folder is not None else None))

@@ -12,6 +12,7 @@ from opdkernels.cli.output import emit
 from opdkernels.config import (
     ChangedMaskOptions,
     MagnitudeMatchedMaskOptions,
+    MaskOptions,
     NearZeroMaskOptions,
     PrincipalMaskOptions,
     RandomMaskOptions,
@@ -20,6 +21,7 @@ from opdkernels.config import (
 )
 from opdkernels.errors import InputError, printable
 from opdkernels.formatting import percent
+from opdkernels.outputs import MASKS, Inputs, validate_file
 
 if TYPE_CHECKING:
     from opdkernels.masks import MaskSet
@@ -39,7 +41,8 @@ def changed(base: Base, trained: Trained, *, out: OutFile, **options: Any) -> No
     from opdkernels import masks
 
     chosen = validate_options(ChangedMaskOptions, options)
-    save(masks.changed(base, trained, atol=chosen.atol, view=chosen.view), out)
+    validate_out(out, {"BASE": base, "TRAINED": trained})
+    save(masks.changed(base, trained, atol=chosen.atol, view=chosen.view), out, chosen.overwrite)
 
 
 @command(TopChangedMaskOptions)
@@ -51,7 +54,8 @@ def top_changed(base: Base, trained: Trained, *, out: OutFile, **options: Any) -
     from opdkernels import masks
 
     chosen = validate_options(TopChangedMaskOptions, options)
-    save(masks.top_changed(base, trained, chosen.density, scope=chosen.scope), out)
+    validate_out(out, {"BASE": base, "TRAINED": trained})
+    save(masks.top_changed(base, trained, chosen.density, scope=chosen.scope), out, chosen.overwrite)
 
 
 @command(NearZeroMaskOptions)
@@ -63,7 +67,8 @@ def near_zero(base: Base, *, out: OutFile, **options: Any) -> None:
     from opdkernels import masks
 
     chosen = validate_options(NearZeroMaskOptions, options)
-    save(masks.near_zero(base, chosen.density, scope=chosen.scope), out)
+    validate_out(out, {"BASE": base})
+    save(masks.near_zero(base, chosen.density, scope=chosen.scope), out, chosen.overwrite)
 
 
 @command(PrincipalMaskOptions)
@@ -75,7 +80,8 @@ def principal(base: Base, *, out: OutFile, **options: Any) -> None:
     from opdkernels import masks
 
     chosen = validate_options(PrincipalMaskOptions, options)
-    save(masks.principal(base, chosen.density), out)
+    validate_out(out, {"BASE": base})
+    save(masks.principal(base, chosen.density), out, chosen.overwrite)
 
 
 @command(PrincipalMaskOptions)
@@ -87,7 +93,8 @@ def safe(base: Base, *, out: OutFile, **options: Any) -> None:
     from opdkernels import masks
 
     chosen = validate_options(PrincipalMaskOptions, options)
-    save(masks.safe(base, chosen.density), out)
+    validate_out(out, {"BASE": base})
+    save(masks.safe(base, chosen.density), out, chosen.overwrite)
 
 
 @command(RandomMaskOptions)
@@ -99,7 +106,8 @@ def random(base: Base, *, out: OutFile, **options: Any) -> None:
     from opdkernels import masks
 
     chosen = validate_options(RandomMaskOptions, options)
-    save(masks.random_subset(base, chosen.density, scope=chosen.scope, seed=chosen.seed), out)
+    validate_out(out, {"BASE": base})
+    save(masks.random_subset(base, chosen.density, scope=chosen.scope, seed=chosen.seed), out, chosen.overwrite)
 
 
 @command(MagnitudeMatchedMaskOptions)
@@ -113,10 +121,11 @@ def magnitude_matched(masks_file: Masks, base: Base, *, out: OutFile, **options:
     from opdkernels import masks
 
     chosen = validate_options(MagnitudeMatchedMaskOptions, options)
-    save(masks.magnitude_matched(masks.MaskSet.load(masks_file), base, seed=chosen.seed), out)
+    validate_out(out, {"MASKS": masks_file, "BASE": base})
+    save(masks.magnitude_matched(masks.MaskSet.load(masks_file), base, seed=chosen.seed), out, chosen.overwrite)
 
 
-@command()
+@command(MaskOptions)
 def combine(
     masks_file: Masks,
     how: Annotated[
@@ -131,6 +140,7 @@ def combine(
     other_file: OtherMasks,
     *,
     out: OutFile,
+    **options: Any,
 ) -> None:
     """Combine two sets of masks: and, or, xor, minus.
 
@@ -140,12 +150,14 @@ def combine(
 
     from opdkernels.masks import MaskSet
 
+    chosen = validate_options(MaskOptions, options)
+    validate_out(out, {"MASKS": masks_file, "OTHER": other_file})
     masks, other = MaskSet.load(masks_file), MaskSet.load(other_file)
     try:
         combined = {"and": and_, "or": or_, "xor": xor, "minus": sub}[how](masks, other)
     except ValueError as error:
         raise InputError(str(error)) from None
-    save(combined, out)
+    save(combined, out, chosen.overwrite)
 
 
 @command()
@@ -178,9 +190,14 @@ def compare(masks_file: Masks, other_file: OtherMasks, *, json: Json = False) ->
     emit(result, format_comparison(result), as_json=json)
 
 
-def save(masks: MaskSet, out: str) -> None:
+def validate_out(out: str, inputs: Inputs) -> None:
+    """Raises InputError, before anything is computed, for an output that no option allows to write."""
+    validate_file(out, MASKS, inputs=inputs, overwrite=True)
+
+
+def save(masks: MaskSet, out: str, overwrite: bool) -> None:
     """Writes masks and prints how many coordinates are active."""
-    masks.save(out)
+    masks.save(out, overwrite=overwrite)
     typer.echo(
         f"{masks.num_active:,} of {masks.numel:,} coordinates of {len(masks)} tensors ({percent(masks.density)}) are "
         f"active; written to {printable(out)}"

@@ -26,21 +26,12 @@ from opdkernels.distillation.tracker import effective_weights, step_of_mask
 from opdkernels.distillation.world import World, full_state
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.files import atomic_folder, sync, write_json
-from opdkernels.runs.run_dir import lock_dir, remove_path
+from opdkernels.masks import MaskSet
+from opdkernels.outputs import DISTILLATION, RUN_FILE, remove_outputs, validate_run_folder
+from opdkernels.runs.run_dir import lock_dir
 from opdkernels.version import __version__
 
-RUN_FILE = "run.json"
 STATE_FILE = "training.pt"
-# everything that a run writes, which a new run with --overwrite removes
-RUN_OUTPUTS = (
-    "checkpoint-[0-9]*",
-    ".checkpoint-[0-9]*.part",
-    "derived-at-[0-9]*",
-    "masks",
-    "weights",
-    "tensorboard",
-    *(f"{name}.{kind}" for name in ("log", "scores", "snapshots") for kind in ("jsonl", "part")),
-)
 # files that make up a model; a checkpoint's training state may appear and disappear
 MODEL_SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 NUM_SAMPLES, SAMPLE_BYTES = 256, 1 << 16  # pieces of a large file that its digest covers
@@ -64,9 +55,11 @@ def identity(options: DistillOptions) -> str:
         for name, value in options.model_dump(mode="json", exclude_defaults=True).items()
         if name not in MUTABLE_OPTIONS
     }
-    for name in ("prompts", "eval_prompts", "masks"):
+    for name in ("prompts", "eval_prompts"):
         if values.get(name) and Path(values[name]).is_file():
             values[name] = file_digest(Path(values[name]))
+    if values.get("masks") and Path(values["masks"]).is_file():
+        values["masks"] = MaskSet.load(values["masks"]).digest
     if values.get("subspace") and Path(values["subspace"]).is_dir():
         values["subspace"] = [file_digest(path) for path in sorted(Path(values["subspace"]).glob("*.safetensors"))]
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -111,17 +104,11 @@ def open_run_dir(
 def find_resume_point(folder: Path, options: DistillOptions) -> tuple[Path, ResumePoint | None]:
     """The folder, and the checkpoint in it that a run with these options resumes from; None if the run starts from the
     beginning, where it may remove what another run wrote."""
-    name, run_file = printable(os.fspath(folder)), folder / RUN_FILE
-    if not run_file.exists():
-        # a run that was killed at its start leaves only a temporary run.json
-        if any(not path.name.startswith(f".{RUN_FILE}.") for path in folder.iterdir()):
-            raise UsageError(f"{name} is not empty and holds no run of distill; choose another folder")
+    name = printable(os.fspath(folder))
+    previous = validate_run_folder(folder, DISTILLATION, inputs=input_paths(options))
+    if previous is None:
         return folder, None
-    previous, latest = read_run_file(run_file), latest_checkpoint(folder)
-    if previous.get("command") != "distill":
-        raise UsageError(
-            f"{name} has a {RUN_FILE} that is not of distill, which replaces only its own runs; choose another folder"
-        )
+    latest = latest_checkpoint(folder)
     conflict = resume_conflict(folder, options, previous)
     if conflict is not None and not options.overwrite and has_progress(folder):
         raise conflict
@@ -132,17 +119,21 @@ def find_resume_point(folder: Path, options: DistillOptions) -> tuple[Path, Resu
             f"{name} has taken {latest.step} steps and lacks checkpoints that save_steps asks for; it is overwritten",
             stacklevel=2,
         )
-    check_paths_disjoint(folder, options)
+    if not options.overwrite and any(step for step, _ in checkpoints(folder)):
+        raise UsageError(
+            f"{name} has checkpoints but no {STATE_FILE} in any of them, so the run cannot resume; choose another "
+            "folder, or --overwrite it"
+        )
     return folder, None
 
 
-def read_run_file(path: Path) -> dict[str, Any]:
-    """Content of run.json; empty if it cannot be read."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+def input_paths(options: DistillOptions) -> dict[str, str]:
+    """The files and folders that a run reads, by name of the option."""
+    paths = {"student": options.student}
+    for teacher_id, path in options.teachers.items():
+        if path != SELF:
+            paths["teacher" if len(options.teachers) == 1 else f"teacher {teacher_id}"] = path
+    return paths | {name: getattr(options, name) for name in ("prompts", "eval_prompts", "masks", "subspace")}
 
 
 def resume_conflict(folder: Path, options: DistillOptions, previous: dict[str, Any]) -> Exception | None:
@@ -189,30 +180,12 @@ def missing_checkpoints(folder: Path, step: int, save_steps: int) -> bool:
     )
 
 
-def check_paths_disjoint(folder: Path, options: DistillOptions) -> None:
-    """Raises UsageError if an input of the run is inside the folder whose content the run removes."""
-    root = os.path.realpath(folder)
-    inputs = [
-        ("student", options.student),
-        *(("teacher", path) for path in options.teachers.values() if path != SELF),
-        *((name, getattr(options, name)) for name in ("prompts", "eval_prompts", "masks", "subspace")),
-    ]
-    for name, path in inputs:
-        if path and os.path.exists(path) and (os.path.realpath(path) + os.sep).startswith(root + os.sep):
-            raise UsageError(
-                f"the {name} {printable(path)} is inside {printable(os.fspath(folder))}, whose content the run would "
-                "remove; choose another folder"
-            )
-
-
 def start_run(folder: Path, options: DistillOptions) -> None:
     """Removes what an earlier run wrote and writes run.json. Until the removal is complete, run.json has no identity
     and matches no run."""
-    header = {"command": "distill", "version": __version__}
+    header = {"format": DISTILLATION.format, "command": "distill", "version": __version__}
     write_json(folder / RUN_FILE, header)
-    for pattern in RUN_OUTPUTS:
-        for path in list(folder.glob(pattern)):
-            remove_path(path)
+    remove_outputs(folder, DISTILLATION)
     write_json(
         folder / RUN_FILE,
         {
@@ -252,23 +225,20 @@ def save(folder: Path, step: int, model: Any, text: TextProcessor, state: dict[s
     """
     sync_metrics(folder, world)
     path, weights = folder / f"checkpoint-{step}", full_state(model, world)
-    if not world.is_main:
-        world.barrier()
-        if state is not None:
-            torch.save(state, temporary_path(path) / state_file(world))
-            sync(temporary_path(path) / state_file(world))
-        world.barrier()
-        return path
-    with atomic_folder(path, temporary=temporary_path(path), overwrite=True) as temporary:
-        world.barrier()
-        if hasattr(model, "get_base_model"):
-            save_merged(model, temporary)
-        else:
-            model.save_pretrained(temporary, state_dict=weights)
-        (text.processor or text.tokenizer).save_pretrained(temporary)
+    with contextlib.ExitStack() as stack:
+        temporary = world.run_on_main(lambda: stack.enter_context(atomic_folder(path)))
+        if world.is_main:
+            if hasattr(model, "get_base_model"):
+                save_merged(model, temporary)
+            else:
+                model.save_pretrained(temporary, state_dict=weights)
+            (text.processor or text.tokenizer).save_pretrained(temporary)
         if state is not None:
             torch.save(state, temporary / state_file(world))
+            sync(temporary / state_file(world))
         world.barrier()
+    if not world.is_main:
+        return path
     # The new checkpoint, and the metrics up to it, are on disk: no run needs earlier states.
     for other_step, other in checkpoints(folder):
         if other_step != step and state is not None:
@@ -287,10 +257,6 @@ def sync_metrics(folder: Path, world: World) -> None:
     for path in paths:
         if path.exists():
             sync(path)
-
-
-def temporary_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
 
 
 def state_file(world: World) -> str:
@@ -320,5 +286,5 @@ def load_state(path: Path, world: World) -> dict[str, Any]:
         reason = printable(str(error).splitlines()[0])[:200]
         raise InputError(
             f"{printable(os.fspath(path / STATE_FILE))} cannot be read ({reason}); "
-            f"delete {printable(path.name)} and run the same command again"
+            "restore it from a copy, or start again with --overwrite"
         ) from None

@@ -193,7 +193,7 @@ class Tracker:
                 numel += masks[name].numel
                 num_changed_any += popcount(self.changed_any[name])
         if self.world.is_main:
-            MaskSet(masks).save(self.folder / "masks" / f"step-{step:06}.safetensors")
+            MaskSet(masks).save(self.folder / "masks" / f"step-{step:06}.safetensors", overwrite=True)
         merged = {name: self._merge(tally) for name, tally in sorted(modules.items())}
         row = {
             "step": step,

@@ -17,6 +17,7 @@ from typing import Any
 
 from opdkernels.analysis.analyze import run_analyze
 from opdkernels.config import AnalyzeOptions, validate_options
+from opdkernels.distillation.checkpointing import input_paths
 from opdkernels.distillation.evaluation import evaluate_checkpoint
 from opdkernels.distillation.jsonl import finite, read_rows
 from opdkernels.distillation.loop import train
@@ -36,9 +37,12 @@ from opdkernels.experiments.arms import (
 from opdkernels.experiments.bootstrap import START, table_rows
 from opdkernels.experiments.catalog import EXPERIMENTS
 from opdkernels.experiments.table import markdown
-from opdkernels.files import write_json
+from opdkernels.files import write_atomically, write_json
 from opdkernels.masks import MaskSet
+from opdkernels.outputs import EXPERIMENT, RUN_FILE, validate_run_folder
 from opdkernels.patch import graft
+from opdkernels.runs.run_dir import lock_dir
+from opdkernels.version import __version__
 
 ArmResult = tuple[list[float], dict[str, Any]]  # the score of each eval prompt, and the arm's final metrics
 
@@ -78,12 +82,26 @@ def run_experiment(
     experiment = EXPERIMENTS[name]
     selected = resolve_arms(experiment, arms)
     validate_request(name, experiment, options, seeds, density)
-    folder = Path(out)
-    validate_folder(folder, name, options.overwrite)
     density = experiment.density if density is None else density
     for arm in selected:
         validate_arm(arm, options)
+    with lock_dir(out) as folder:
+        claim_folder(folder, name, options)
+        return run_arms(name, options, folder, selected, seeds=seeds, density=density, quiet=quiet)
 
+
+def run_arms(
+    name: str,
+    options: DistillOptions,
+    folder: Path,
+    selected: Sequence[Arm],
+    *,
+    seeds: int,
+    density: float,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Run the selected arms in a locked folder, seed by seed; arguments and result as of `run_experiment`."""
+    experiment = EXPERIMENTS[name]
     scores: dict[str, list[list[float]]] = {START: []}
     final: dict[str, list[dict[str, Any]]] = {}
     for seed in range(options.seed, options.seed + seeds):
@@ -115,7 +133,7 @@ def run_experiment(
         "snapshots": snapshots(folder / f"seed-{options.seed}" / slug(experiment.reference_arm)),
     }
     write_json(folder / "results.json", results)
-    (folder / "table.md").write_text(markdown(results))
+    write_atomically(folder / "table.md", markdown(results).encode())
     return results
 
 
@@ -138,19 +156,19 @@ def validate_request(
         raise UsageError(f"density would change nothing: {name} has no masks of a size of their own; leave it out")
 
 
-def validate_folder(folder: Path, name: str, overwrite: bool) -> None:
-    """Raise UsageError if the folder holds the results of another experiment."""
-    file = folder / "results.json"
-    if overwrite or not file.exists():
-        return
-    try:
-        content = f"the experiment {printable(json.loads(file.read_text())['experiment'])}"
-    except (OSError, ValueError, KeyError, TypeError):
-        content = "something else"
-    if content != f"the experiment {name}":
+def claim_folder(folder: Path, name: str, options: DistillOptions) -> None:
+    """Writes run.json, by which the folder of an experiment is recognised.
+
+    Raises InputError if the folder may not be written, UsageError if it holds the results of another experiment.
+    """
+    previous = validate_run_folder(folder, EXPERIMENT, inputs=input_paths(options))
+    if previous is not None and previous.get("experiment") != name and not options.overwrite:
+        other = printable(str(previous.get("experiment")))
         raise UsageError(
-            f"{printable(os.fspath(folder))} holds results of {content}; choose another folder, or --overwrite them"
+            f"{printable(os.fspath(folder))} holds results of the experiment {other}; "
+            "choose another folder, or --overwrite them"
         )
+    write_json(folder / RUN_FILE, {"format": EXPERIMENT.format, "experiment": name, "version": __version__})
 
 
 def validate_arm(arm: Arm, options: DistillOptions) -> None:

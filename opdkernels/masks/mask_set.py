@@ -14,11 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from opdkernels.errors import InputError, printable
-from opdkernels.files import write_atomically
 from opdkernels.formatting import percent
 from opdkernels.masks.mask import Mask
+from opdkernels.outputs import MASKS, new_file, validate_file
 
-FORMAT, VERSION = "opdkernels masks", "1"
+FORMAT, VERSION = MASKS.format, "1"
+COMPARED_BYTES = 1 << 24
 
 
 class MaskSet(Mapping[str, Mask]):
@@ -91,11 +92,39 @@ class MaskSet(Mapping[str, Mask]):
         parts = [[name, self._entries[name]["digest"] if name in self._entries else self[name].digest] for name in self]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the set to one safetensors file, atomically. Raises InputError where it cannot be written."""
-        tensors, entries = {}, []
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes the set to one safetensors file, atomically. Equal sets give equal bytes.
+
+        Args:
+            path: File to write. A file with the same bytes is left as it is.
+            overwrite: Whether another file of masks is replaced.
+
+        Raises:
+            InputError: The file cannot be written, exists and is no file of masks, or exists and `overwrite` is False.
+
+        Example:
+            >>> import tempfile
+            >>> path = tempfile.mkdtemp() + "/masks.safetensors"
+            >>> MaskSet({"w": Mask.from_bool(torch.tensor([True, False]))}).save(path)
+            >>> MaskSet.load(path).density
+            0.5
+        """
+        resolved = validate_file(path, MASKS, overwrite=True)
+        header, tensors = self._encode()
+        if not overwrite and has_content(resolved, header, tensors):
+            return
+        try:
+            with new_file(path, MASKS, overwrite=overwrite) as temporary, open(temporary, "wb") as file:
+                file.write(header)
+                file.write(tensors)
+        except OSError as error:
+            raise InputError(f"cannot write {printable(str(path))}: {error.strerror}; choose another path") from None
+
+    def _encode(self) -> tuple[bytes, memoryview]:
+        """The header of the file and the bytes of its tensors."""
+        payloads, entries = {}, []
         for i, (name, mask) in enumerate(self.items()):
-            tensors[f"{i}.{mask.layout}"] = mask.payload
+            payloads[f"{i}.{mask.layout}"] = mask.payload
             entries.append(
                 {
                     "name": name,
@@ -108,10 +137,13 @@ class MaskSet(Mapping[str, Mask]):
         metadata = {"format": FORMAT, "version": VERSION, "digest": self.digest, "masks": json.dumps(entries)}
         if self.in_model_order:
             metadata["order"] = "model"
-        try:
-            write_atomically(Path(path), save(tensors, metadata))
-        except OSError as error:
-            raise InputError(f"cannot write {printable(str(path))}: {error.strerror}; choose another path") from None
+        content = memoryview(save(payloads))
+        start = 8 + int.from_bytes(content[:8], "little")
+        # safetensors writes metadata in a random order; the first key is what `outputs.file_format` reads.
+        header = {"__metadata__": metadata, **json.loads(bytes(content[8:start]))}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text = text.ljust((len(text) + 7) // 8 * 8)
+        return len(text).to_bytes(8, "little") + text, content[start:]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MaskSet:
@@ -206,6 +238,17 @@ class MaskSet(Mapping[str, Mask]):
 
     def __repr__(self) -> str:
         return f"MaskSet({len(self)} tensors, {self.num_active:,} of {self.numel:,} active, {percent(self.density)})"
+
+
+def has_content(path: Path, header: bytes, tensors: memoryview) -> bool:
+    """Whether a file exists and has these bytes."""
+    if not path.is_file() or path.stat().st_size != len(header) + len(tensors):
+        return False
+    with open(path, "rb") as file:
+        if file.read(len(header)) != header:
+            return False
+        pieces = (tensors[start : start + COMPARED_BYTES] for start in range(0, len(tensors), COMPARED_BYTES))
+        return all(file.read(len(piece)) == piece for piece in pieces)
 
 
 def from_bools(active: Mapping[str, torch.Tensor]) -> MaskSet:

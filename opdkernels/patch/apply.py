@@ -21,6 +21,7 @@ from opdkernels.checkpoint.torch_pickle import torch_dtype_name
 from opdkernels.errors import InputError, printable
 from opdkernels.ops.patch import BITS, Changes, bits, digest, scatter
 from opdkernels.ops.patch.layout import BLOCK
+from opdkernels.outputs import new_folder, validate_new_folder
 from opdkernels.patch import output, segments
 from opdkernels.patch.create import small_file
 from opdkernels.patch.manifest import Patch, Tensor, TensorDigest, digest_bytes, summary
@@ -52,15 +53,15 @@ def apply(
         folder and are missing or different there.
 
     Raises:
-        InputError: The patch is damaged or belongs to another base; nothing is written.
+        InputError: The patch is damaged or belongs to another base, or `out` is not new or empty; nothing is written.
+        UsageError: `out` is empty.
         OSError: The output cannot be written; nothing is left of it.
     """
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(contextlib.closing(Patch(patch)))
         base_checkpoint = stack.enter_context(contextlib.closing(open_checkpoint(base, io=io, any_tensors=True)))
         assert isinstance(base_checkpoint, ShardedCheckpoint)
-        if not os.fspath(out):
-            raise InputError("the output folder has no name; give one to -o")
+        validate_new_folder(out, inputs={"BASE": base})  # before the base is read
         workers = stack.enter_context(contextlib.closing(output.Workers()))
         work = Application(
             opened,
@@ -72,7 +73,7 @@ def apply(
         )
         work.verify()
         base_checkpoint.check()
-        with output.new_folder(Path(out)) as temporary:
+        with new_folder(out, inputs={"BASE": base}) as temporary:
             buffers = output.Ring(workers.depth, lambda width: torch.empty(segments.size_of(width), dtype=BITS[width]))
             for name in opened.files:
                 work.write(name, temporary, os.fspath(out), buffers)

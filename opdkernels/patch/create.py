@@ -8,7 +8,6 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from opdkernels.checkpoint.safetensors import stored_dtype
 from opdkernels.checkpoint.sharded import ShardedCheckpoint
 from opdkernels.errors import InputError, printable
 from opdkernels.ops.patch import GatherBuffers, digest, gather
+from opdkernels.outputs import PATCH, new_file
 from opdkernels.patch import output, segments
 from opdkernels.patch.manifest import (
     EXTRA_FILE_SUFFIXES,
@@ -69,14 +69,15 @@ def create(
         out: File to write, atomically.
         zstd: Stores differences, compressed: less than half the size, at the speed of zstd.
         io: How checkpoints are read: "auto", "mmap" or "read".
-        overwrite: Replaces an existing file.
+        overwrite: Replaces an existing patch.
         progress: Called with bytes done, bytes in total and the name of the current tensor.
 
     Returns:
         What `info` returns.
 
     Raises:
-        InputError: An input cannot be read.
+        InputError: An input cannot be read, or `out` is an input or a file that may not be replaced.
+        UsageError: `out` is empty.
         OSError: The output cannot be written.
     """
     with contextlib.ExitStack() as stack:
@@ -84,9 +85,8 @@ def create(
         trained_checkpoint = stack.enter_context(contextlib.closing(open_checkpoint(trained, io=io, any_tensors=True)))
         assert isinstance(base_checkpoint, ShardedCheckpoint)
         assert isinstance(trained_checkpoint, ShardedCheckpoint)
-        if not os.fspath(out):
-            raise InputError("the patch has no name; give one to -o")
-        temporary = stack.enter_context(output.new_file(Path(out), overwrite))
+        inputs = {"BASE": base, "TRAINED": trained}
+        temporary = stack.enter_context(new_file(out, PATCH, inputs=inputs, overwrite=overwrite))
         workers = stack.enter_context(contextlib.closing(output.Workers()))
         work = Creation(base_checkpoint, trained_checkpoint, workers, zstd, progress)
         with contextlib.closing(output.Writer(temporary, os.fspath(out), workers.depth)) as writer:

@@ -21,6 +21,7 @@ from opdkernels.checkpoint.safetensors import SafetensorsFile
 from opdkernels.checkpoint.sharded import ShardedCheckpoint
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.masks import MaskSet
+from opdkernels.outputs import new_folder
 from opdkernels.patch import output, segments
 from opdkernels.patch.create import extra_file_names, headers_of, in_order, make_index, small_file, weights_name
 from opdkernels.progress import Progress
@@ -61,15 +62,14 @@ def graft(
         trained and base differ; `files`; and `unmatched`, the tensors that the base lacks.
 
     Raises:
-        InputError: An input cannot be read or does not fit, or a selected tensor is missing from the base.
-        UsageError: Neither `masks` nor `select` is given.
+        InputError: An input cannot be read or does not fit, a selected tensor is missing from the base, or `out` is not
+            new or empty.
+        UsageError: Neither `masks` nor `select` is given, or `out` is empty.
         OSError: The output cannot be written; nothing is left of it.
     """
     terms = [term for term in map(str.strip, select.split(",")) if term]
     if masks is None and not terms:
         raise UsageError("graft needs a part of the update; give masks, or select, or both")
-    if not os.fspath(out):
-        raise InputError("the output folder has no name; give one to -o")
     with contextlib.ExitStack() as stack:
         base_checkpoint = stack.enter_context(contextlib.closing(open_checkpoint(base, io=io, any_tensors=True)))
         trained_checkpoint = stack.enter_context(contextlib.closing(open_checkpoint(trained, io=io, any_tensors=True)))
@@ -87,7 +87,7 @@ def graft(
         report: Progress = progress or (lambda done, total, name: None)
         done, total = 0, sum(info.nbytes for info in infos)
         kept = changed = 0
-        with output.new_folder(Path(out)) as temporary:
+        with new_folder(out, inputs={"BASE": base, "TRAINED": trained}) as temporary:
             for file, header in headers.items():
                 file_infos = [info for info in infos if files[info.file] == file]
                 size = len(header) + sum(info.nbytes for info in file_infos)

@@ -19,8 +19,9 @@ from opdkernels.checkpoint.safetensors import SafetensorsFile, dtype_name, store
 from opdkernels.checkpoint.strict_json import DuplicateKeyError, unique_keys
 from opdkernels.errors import InputError, printable
 from opdkernels.formatting import byte_size, percent
+from opdkernels.outputs import PATCH
 
-FORMAT, VERSION = "opdkernels.patch", "1"
+FORMAT, VERSION = PATCH.format, "1"
 EXTRA_FILE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 MAX_EXTRA_FILE_BYTES = 1 << 26
 """A patch contains configuration and tokenizer of the trained folder: no code, and no file over 64 MiB."""

@@ -14,9 +14,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from opdkernels.errors import InputError, printable
-from opdkernels.files import atomic_file, atomic_folder
-
 SMALL = 1 << 16  # items: processing fewer is faster than passing them to another thread
 MOST_WORKERS = 8  # more threads do not increase memory bandwidth, and each holds one or two segments
 
@@ -25,12 +22,12 @@ R = TypeVar("R")
 
 
 class Writer:
-    """A new file that one thread writes in the order of the calls.
+    """A file that one thread writes in the order of the calls.
 
     A disk error is raised by a later call, or at the end.
 
     Args:
-        path: File to create.
+        path: File to write, new or empty.
         shown: Name of the file in errors.
         depth: Maximum number of pending calls.
         size: Bytes of disk space to reserve.
@@ -38,7 +35,7 @@ class Writer:
 
     def __init__(self, path: Path, shown: str, depth: int, size: int = 0) -> None:
         self.shown, self.depth = shown, depth
-        self._file = io.FileIO(path, "x")
+        self._file = io.FileIO(path, "w")
         self._pending: deque[Future[None]] = deque()
         self._thread = ThreadPoolExecutor(1)
         try:
@@ -137,26 +134,3 @@ class Ring(Generic[T]):
         buffer = self._make(width) if len(buffers) < self._count else buffers.popleft()
         buffers.append(buffer)
         return buffer
-
-
-@contextlib.contextmanager
-def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
-    """Yields a temporary path for a new file (see `atomic_file`). Raises InputError if the file exists."""
-    if os.path.lexists(path) and not (overwrite and path.is_file()):
-        raise InputError(
-            f"{printable(str(path))} exists; choose another name"
-            + (", or pass --overwrite" if not path.is_dir() else "")
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        yield temporary
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder (see `atomic_folder`). Raises InputError if `path` exists and is not empty."""
-    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"{printable(str(path))} exists and is not an empty folder; choose another one")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(path) as temporary:
-        yield temporary

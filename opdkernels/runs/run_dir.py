@@ -1,4 +1,4 @@
-"""The directory of a run: its identity, run.json, and a lock so that only one process writes to it."""
+"""The directory of an analysis: its identity, run.json, and a lock so that only one process writes to it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +18,10 @@ import torch
 
 from opdkernels.backends import cpu
 from opdkernels.checkpoint.base import Checkpoint
-from opdkernels.errors import InputError, UsageError, printable
-from opdkernels.files import write_json
+from opdkernels.errors import InputError, printable
+from opdkernels.files import remove_leftovers, try_lock, write_json
+from opdkernels.outputs import ANALYSIS, RUN_FILE, remove_outputs, resolve_output, validate_run_folder
 from opdkernels.version import __version__
-
-try:
-    import fcntl
-except ImportError:  # Windows has no fcntl: two writers are not detected there
-    fcntl = None  # type: ignore[assignment]
-
-
-@dataclass(frozen=True)
-class RunOutputs:
-    """Names of the files and folders that runs write to their directory besides run.json."""
-
-    files: tuple[str, ...]
-    folders: tuple[str, ...]
 
 
 def describe_run(
@@ -75,6 +61,7 @@ def describe_run(
         *([[options[name] for name in identity_options]] if identity_options else []),
     ]
     return {
+        "format": ANALYSIS.format,
         "status": "running",
         "command": command,
         "identity": hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest(),
@@ -105,9 +92,7 @@ def processor() -> str:
 
 
 @contextlib.contextmanager
-def open_run_dir(
-    out: str | os.PathLike[str] | None, run: dict[str, Any], overwrite: bool, outputs: RunOutputs
-) -> Iterator[Path | None]:
+def open_run_dir(out: str | os.PathLike[str] | None, run: dict[str, Any], overwrite: bool) -> Iterator[Path | None]:
     """Locks the directory of a run and writes run.json; a directory with a run of the same identity resumes it.
 
     The status in run.json becomes `complete` at the end, `failed` after an InputError, and stays `running` otherwise.
@@ -116,13 +101,13 @@ def open_run_dir(
         out: The directory, created if absent; None to write nothing.
         run: The content of run.json from `describe_run`; "status" and "seconds" are updated in place.
         overwrite: Remove the outputs of an earlier run first.
-        outputs: Names that runs write there.
 
     Yields:
         The directory, or None.
 
     Raises:
-        InputError: The directory contains another run, is locked by another process, or cannot be written.
+        InputError: The directory may not be written (see `validate_run_folder`), contains another run, is locked by
+            another process, or cannot be written.
     """
     started = time.monotonic()
     if out is None:
@@ -130,27 +115,26 @@ def open_run_dir(
         run |= {"status": "complete", "seconds": round(time.monotonic() - started, 3)}
         return
     with lock_dir(out) as folder:
-        acquire(folder, run, overwrite, outputs)
+        acquire(folder, run, overwrite)
         try:
             yield folder
         except InputError:
             seconds = round(time.monotonic() - started, 3)
-            write_json(folder / "run.json", run | {"status": "failed", "seconds": seconds})
+            write_json(folder / RUN_FILE, run | {"status": "failed", "seconds": seconds})
             raise
         run |= {"status": "complete", "seconds": round(time.monotonic() - started, 3)}
-        write_json(folder / "run.json", run)
+        write_json(folder / RUN_FILE, run)
 
 
 @contextlib.contextmanager
 def lock_dir(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """Creates a directory if absent and holds an exclusive lock on it.
+    """Creates a directory if absent and holds an exclusive lock on it. Removes what killed processes left in it.
 
     Raises:
         InputError: Another process holds the lock, or the directory cannot be written.
-        UsageError: `out` is empty.
+        UsageError: `out` is empty or the root of the file system.
     """
-    if not os.fspath(out):
-        raise UsageError("the output folder has no name; give one to -o")
+    resolve_output(out)
     folder = Path(out)
     named = printable(str(folder))
     try:
@@ -161,76 +145,38 @@ def lock_dir(out: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"cannot write to {named}: {error.strerror}; choose another folder") from None
     try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"another process is writing to {named}; wait for it, or choose another folder"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
+        if try_lock(lock) is False:
+            raise InputError(f"another process is writing to {named}; wait for it, or choose another folder")
+        for place in (folder, *(path for path in folder.glob("*") if path.is_dir())):
+            remove_leftovers(place)
         yield folder
     finally:
         os.close(lock)
 
 
-def acquire(folder: Path, run: dict[str, Any], overwrite: bool, outputs: RunOutputs) -> None:
+def acquire(folder: Path, run: dict[str, Any], overwrite: bool) -> None:
     """Writes run.json to a locked directory. Raises InputError if it contains another run or cannot be written."""
     named = printable(str(folder))
     try:
-        check_paths_disjoint(folder, run, outputs.folders)
+        validate_run_folder(
+            folder, ANALYSIS, inputs={role: described["path"] for role, described in run["inputs"].items()}
+        )
+        existing = read_run(folder) if not overwrite else None
         if overwrite:
-            remove_outputs(folder, outputs)
-        existing = read_run(folder)
+            remove_outputs(folder, ANALYSIS)
         if existing is not None and existing["identity"] != run["identity"]:
             raise InputError(
                 f"{named} holds another run ({existing['command']}, {existing['status']}, of other inputs, options "
                 "or another version); choose another folder, or pass --overwrite"
             )
-        write_json(folder / "run.json", run)
+        write_json(folder / RUN_FILE, run)
     except OSError as error:
         raise InputError(f"cannot write to {named}: {error.strerror}; choose another folder") from None
 
 
-def check_paths_disjoint(folder: Path, run: dict[str, Any], folders: Sequence[str]) -> None:
-    """Raises InputError if the run would write to or remove an input, or a folder that no run created."""
-    named = printable(str(folder))
-    written_paths = [os.path.realpath(folder / name) for name in folders]
-    for role, described in run["inputs"].items():
-        path = os.path.realpath(described["path"])
-        for written in written_paths:
-            if os.path.exists(path) and (path == written or path.startswith(written + os.sep)):
-                raise InputError(
-                    f"{role} {printable(described['path'])} is inside {printable(written)}, which the run writes to; "
-                    f"choose another folder than {named}"
-                )
-    if not (folder / "run.json").exists():
-        for name in folders:
-            if (folder / name).exists() or (folder / name).is_symlink():
-                raise InputError(
-                    f"{named} has a folder {name} that no run created, as there is no run.json; choose another folder"
-                )
-
-
-def remove_outputs(folder: Path, outputs: RunOutputs) -> None:
-    """Removes what runs write and leaves every other file. run.json goes last: an interrupted --overwrite is still
-    recognised as a run."""
-    for name in (*outputs.files, *outputs.folders, "run.json"):
-        remove_path(folder / name)
-
-
-def remove_path(path: Path) -> None:
-    """Removes a file, a link or a folder with its content, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def read_run(folder: Path) -> dict[str, Any] | None:
     """run.json of a directory, or None if there is none. Raises InputError if it cannot be read."""
-    path = folder / "run.json"
+    path = folder / RUN_FILE
     if not path.exists():
         return None
     try:
@@ -238,7 +184,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         return {**run, "command": run["command"], "status": run["status"], "identity": run["identity"]}
     except (ValueError, KeyError, TypeError, OSError):
         raise InputError(
-            f"{printable(str(path))} cannot be read; delete the folder, or start again with --overwrite"
+            f"{printable(str(path))} cannot be read as that of a run; restore it, or choose another folder"
         ) from None
 
 
@@ -248,6 +194,10 @@ def load_finished(folder: Path) -> dict[str, Any]:
     if run is None:
         raise InputError(
             f"{printable(str(folder))} holds no run (no run.json); give the folder that a command wrote with -o"
+        )
+    if run.get("format") != ANALYSIS.format:
+        raise InputError(
+            f"{printable(str(folder))} has a {RUN_FILE} that is not of {ANALYSIS.noun}; give the folder of such a run"
         )
     if run["status"] != "complete":
         raise InputError(

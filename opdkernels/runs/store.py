@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from opdkernels.errors import InputError, printable
-from opdkernels.files import write_atomically
+from opdkernels.files import remove_leftovers, write_atomically
 
 FLUSH_EVERY_S = 1.0
 SCALARS = {int: pa.int64(), float: pa.float64(), str: pa.string()}
@@ -73,8 +73,7 @@ class ArrowStore(Generic[R]):
         self.last_flush = time.monotonic()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(".*.tmp"):
-                leftover.unlink()
+            remove_leftovers(folder)
             for path in sorted(folder.glob("[0-9]*.arrow")):
                 self._load(path)
 
@@ -120,8 +119,7 @@ class ArrowStore(Generic[R]):
             raise
         except (pa.ArrowInvalid, ValueError, KeyError, OSError) as error:
             raise InputError(
-                f"{printable(str(path))} cannot be read ({printable(str(error))}); "
-                "delete it, or start again with --overwrite"
+                f"{printable(str(path))} cannot be read ({printable(str(error))}); start again with --overwrite"
             ) from None
         self.num_fragments = max(self.num_fragments, int(number))
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from opdkernels import analyze
-from opdkernels.analysis.outputs import PAPER_CSV_FILES
 from opdkernels.checkpoint.match import open_pair
 from opdkernels.compat import paper_csv
+from opdkernels.outputs import PAPER_CSV_FILES
 from tests.analysis.conftest import save, trained, weights
 
 THRESHOLDS, RELATIVE = ("1e-8", "1e-7", "1e-6", "1e-5", "1e-4"), ("1e-4", "1e-3", "1e-2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import threading
 import pytest
 import torch
 
-from opdkernels import files
+from opdkernels import files, outputs
 from opdkernels.distillation import checkpointing, loop
 from opdkernels.distillation.loop import train
 from opdkernels.errors import InputError, UsageError
@@ -142,9 +143,10 @@ def test_overwrite_refuses_to_remove_inputs_of_the_run(options, tmp_path, name):
     before = everything(tmp_path / "run")
     place = {"masks": "masks/step-000001.safetensors"}.get(name, "checkpoint-1")
     more = {"lora_rank": 2} if name == "subspace" else {}
+    written = place.partition("/")[0]
     with pytest.raises(
-        UsageError,
-        match=rf"the {name} .*run/{place} is inside .*run, whose content the run would remove; choose another folder",
+        InputError,
+        match=rf"{name} .*run/{place} is inside .*run/{written}, which the run writes to; choose another folder",
     ):
         train(options(**{name: str(tmp_path / "run" / place), "overwrite": True}, **more), tmp_path / "run")
     assert everything(tmp_path / "run") == before
@@ -155,7 +157,7 @@ def test_overwrite_refuses_to_remove_inputs_of_the_run(options, tmp_path, name):
 def test_folder_of_another_command_is_never_replaced(options, tmp_path, content, overwrite):
     (tmp_path / "run.json").write_text(content)
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UsageError, match=r"has a run\.json that is not of distill"):
+    with pytest.raises(InputError, match=r"has a run\.json that is not of a run of distill"):
         train(options(overwrite=overwrite), tmp_path)
     assert sorted(everything(tmp_path)) == ["run.json", "thesis.tex"]
 
@@ -171,7 +173,7 @@ def test_overwrite_removes_only_run_outputs(options, tmp_path):
 
 def test_interrupted_overwrite_leaves_no_mixture_of_runs(options, tmp_path, monkeypatch):
     train(options(max_steps=2), tmp_path)
-    monkeypatch.setattr(checkpointing, "remove_path", lambda path: sys.exit("killed"))
+    monkeypatch.setattr(outputs, "remove_path", lambda path: sys.exit("killed"))
     with pytest.raises(SystemExit):
         train(options(max_steps=2, seed=1, overwrite=True), tmp_path)
     monkeypatch.undo()
@@ -271,9 +273,9 @@ def test_checkpoint_is_synced_before_earlier_state_is_deleted(options, tmp_path,
         monkeypatch.setattr(module, "sync", watched)
     train(options(max_steps=2, save_steps=1), tmp_path)
     assert not earlier.exists()
-    in_time = {name for name, there in synced if there}
-    assert {f".checkpoint-2.part/{path.name}" for path in (tmp_path / "checkpoint-2").iterdir()} | {
-        ".checkpoint-2.part",
+    in_time = {re.sub(r"opdkernels-\w+", "RANDOM", name) for name, there in synced if there}
+    assert {f".checkpoint-2.RANDOM.tmp/{path.name}" for path in (tmp_path / "checkpoint-2").iterdir()} | {
+        ".checkpoint-2.RANDOM.tmp",
         ".",
     } <= in_time
     assert {"log.jsonl", "snapshots.jsonl", "masks/step-000002.safetensors", "weights/snapshot-000002-0.bin"} <= in_time

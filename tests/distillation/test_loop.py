@@ -401,8 +401,13 @@ def test_folder_with_another_run_is_refused(options, tmp_path):
     assert train(options(max_steps=1, seed=1, overwrite=True), tmp_path).step == 1
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "thesis.tex").write_text("x")
-    with pytest.raises(UsageError, match="is not empty"):
-        train(options(max_steps=1), tmp_path / "else")
+    (tmp_path / "else" / "checkpoint-5").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="has a folder checkpoint-5 that no run created"):
+            train(options(max_steps=1, overwrite=overwrite), tmp_path / "else")
+    (tmp_path / "else" / "checkpoint-5").rmdir()
+    assert train(options(max_steps=1), tmp_path / "else").step == 1
+    assert (tmp_path / "else" / "thesis.tex").read_text() == "x"
 
 
 def test_run_killed_before_first_checkpoint_restarts(options, tmp_path, monkeypatch):
@@ -508,7 +513,7 @@ def test_self_teacher_cannot_sample_off_policy(options, tmp_path):
 def test_damaged_training_state_is_named(options, tmp_path):
     train(options(max_steps=1), tmp_path)
     (tmp_path / "checkpoint-1" / "training.pt").write_bytes(b"PK")
-    with pytest.raises(InputError, match=r"training\.pt cannot be read .*delete checkpoint-1"):
+    with pytest.raises(InputError, match=r"training\.pt cannot be read .*start again with --overwrite"):
         train(options(max_steps=2), tmp_path)
 
 

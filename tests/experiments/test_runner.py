@@ -11,7 +11,7 @@ import pytest
 
 from opdkernels.api import analyze
 from opdkernels.distillation.jsonl import read_rows
-from opdkernels.errors import UsageError
+from opdkernels.errors import InputError, UsageError
 from opdkernels.experiments import arms, bootstrap, runner
 from opdkernels.experiments.bootstrap import table_rows
 from opdkernels.experiments.catalog import EXPERIMENTS
@@ -304,9 +304,10 @@ def test_results_of_another_experiment_are_kept(options, tmp_path):
         == "grafts"
     )
     for bad in ("{}", "[]", "{"):
-        (tmp_path / "results.json").write_text(bad)
-        with pytest.raises(UsageError, match="holds results of something else"):
-            run_experiment("masks", chosen, tmp_path)
+        (tmp_path / "run.json").write_text(bad)
+        for overwrite in (False, True):
+            with pytest.raises(InputError, match=r"has a run\.json that is not of an experiment"):
+                run_experiment("masks", chosen.model_copy(update={"overwrite": overwrite}), tmp_path)
 
 
 def test_progress_goes_to_stderr(options, tmp_path, capfd):

@@ -75,7 +75,7 @@ def test_bad_input_is_one_line(pair, tmp_path):
             "Invalid value for '--density': 2.0 is not in the range 0<x<=1",
         ),
         (("combine", a, "nand", a, "-o", a), 2, "'nand' is not one of 'and', 'or', 'xor', 'minus'"),
-        (("near-zero", pair[0], "-o", tmp_path / "no" / "a"), 4, "cannot write"),
+        (("near-zero", pair[0], "-o", tmp_path / "a" / "b"), 4, "cannot write"),
     ):
         error = run(*arguments, status=status).stderr
         assert message in error

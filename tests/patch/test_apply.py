@@ -226,10 +226,18 @@ def test_base_may_have_more_tensors(pair, tmp_path):
 
 def test_existing_outputs_are_not_modified(pair, tmp_path):
     (tmp_path / "p").write_bytes(b"mine")
-    with pytest.raises(InputError, match="exists; choose another name, or pass --overwrite"):
-        create(*pair, tmp_path / "p")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="exists and is not a patch; choose another name"):
+            create(*pair, tmp_path / "p", overwrite=overwrite)
     assert (tmp_path / "p").read_bytes() == b"mine"
+    (tmp_path / "p").unlink()
+    create(*pair, tmp_path / "p")
+    before = (tmp_path / "p").read_bytes()
+    with pytest.raises(InputError, match="exists; choose another name, or pass --overwrite"):
+        create(pair[0], pair[0], tmp_path / "p")
+    assert (tmp_path / "p").read_bytes() == before
     create(*pair, tmp_path / "p", overwrite=True)
+    assert (tmp_path / "p").read_bytes() == before
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_bytes(b"")
     with pytest.raises(InputError, match="exists and is not an empty folder"):

@@ -9,6 +9,7 @@ import pytest
 
 from opdkernels.api import write_report
 from opdkernels.errors import InputError
+from opdkernels.outputs import EXPERIMENT
 from opdkernels.report import charts, svg, typography
 from opdkernels.report.experiment import headline, page_context
 
@@ -139,6 +140,7 @@ def test_a_single_seed_is_mentioned():
 
 
 def test_the_analysis_is_linked_without_snapshots(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"format": EXPERIMENT.format, "experiment": "masks"}))
     (tmp_path / "results.json").write_text(json.dumps(result("masks", [FULL])))
     (tmp_path / "analysis").mkdir()
     (tmp_path / "analysis" / "report.html").touch()
@@ -165,6 +167,9 @@ def test_a_run_without_changes_has_no_curve_of_its_final_set():
 def test_a_page_can_be_rewritten_from_results(tmp_path):
     actual = result("masks", [FULL, row("changed", 0.6, 0.8, trained=0.2)])
     (tmp_path / "results.json").write_text(json.dumps(actual))
+    with pytest.raises(InputError, match="holds no run"):
+        write_report(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"format": EXPERIMENT.format, "experiment": "masks"}))
     assert "retains 80.00" in write_report(tmp_path).read_text()
     for bad in ("{}", "[]", "{"):
         (tmp_path / "results.json").write_text(bad)

@@ -8,9 +8,8 @@ import sys
 
 import pytest
 
-from opdkernels import InputError, UsageError, analyze, load, overlap
+from opdkernels import InputError, UsageError, analyze, load, outputs, overlap
 from opdkernels.api import write_report
-from opdkernels.runs import run_dir
 from tests.analysis.conftest import save, trained, weights
 
 
@@ -50,17 +49,19 @@ def test_damaged_run_is_input_error(pair, tmp_path, name, content):
 
 
 def test_overwrite_removes_outputs_only(pair, tmp_path):
-    (tmp_path / "out" / "report.html" / "deep").mkdir(parents=True)
-    (tmp_path / "out" / "run.json").write_text("not json")
-    (tmp_path / "out" / "keep").write_text("me")
-    analyze(*pair, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "report.html").is_file()
-    assert (tmp_path / "out" / "keep").read_text() == "me"
+    out = tmp_path / "out"
+    analyze(*pair, out, csv=True, paper_csv=True)
+    for mine in ("keep", "tallies/keep", "spectra/000001.arrow.bak", "report.html.old"):
+        (out / mine).write_text("me")
+    analyze(*pair, out, overwrite=True, spectra="off", report=False)
+    for mine in ("keep", "tallies/keep", "spectra/000001.arrow.bak", "report.html.old"):
+        assert (out / mine).read_text() == "me"
+    assert not [*out.glob("*.csv"), *out.glob("spectra/0*.arrow"), *out.glob("report.html")]
 
 
 def test_interrupted_overwrite_keeps_run_json(pair, tmp_path, monkeypatch):
     analyze(*pair, tmp_path / "out")
-    monkeypatch.setattr(run_dir.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(outputs, "remove_path", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         analyze(*pair, tmp_path / "out", overwrite=True)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["command"] == "analyze"

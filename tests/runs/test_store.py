@@ -79,7 +79,7 @@ def test_incomplete_fragments_are_removed_and_damaged_ones_are_errors(tmp_path):
     first.add(ROWS[0])
     first.flush()
     (path,) = tmp_path.iterdir()
-    (tmp_path / f".{path.name}.1.2.tmp").write_bytes(path.read_bytes()[:100])
+    (tmp_path / f".{path.name}.opdkernels-0123456789abcdef.tmp").write_bytes(path.read_bytes()[:100])
     assert list(ArrowStore(tmp_path, Row, schema_version=1).records) == [0]
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(InputError, match="written by another version of opdkernels"):

@@ -24,7 +24,7 @@ import torch
 from opdkernels.backends import gpu
 from opdkernels.backends.cuda.sources import family_source, is_built_from_sources
 from opdkernels.backends.layout import QUEUE_BLOCKS_PER_SM, QUEUE_SIZE, SMEM_HEADER_BYTES, SMEM_TABLE_BYTES, WARP
-from opdkernels.files import write_atomically
+from opdkernels.files import remove_leftovers, write_atomically
 
 LIBRARY = Path(__file__).parents[2] / "_cuda.so"
 OPTIONS = ("-std=c++17", "--fmad=false")  # no fused multiply-add: every product and sum is rounded as on the CPU
@@ -95,6 +95,7 @@ class NvrtcKernels:
         code = code.encode() if isinstance(code, str) else code
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path.parent, path.name)
             write_atomically(path, code)
         except OSError:  # the disk is full, or the cache is not writable
             path = process_dir() / name
