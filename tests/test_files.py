@@ -1,4 +1,4 @@
-"""Atomic files and folders: complete or absent, under temporary names of their own, and nothing of killed runs stays."""
+"""Atomic files and folders: complete or absent, under temporary names of their own; nothing of killed runs stays."""
 
 from __future__ import annotations
 
@@ -34,9 +34,14 @@ def test_a_file_that_appears_while_it_is_written_is_kept(tmp_path, monkeypatch, 
     if not hard_links:
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
     path = tmp_path / "p"
-    with pytest.raises(FileExistsError), atomic_file(path, replace=False) as temporary:
-        temporary.write_bytes(b"mine")
-        path.write_bytes(b"theirs")
+
+    def write():
+        with atomic_file(path, replace=False) as temporary:
+            temporary.write_bytes(b"mine")
+            path.write_bytes(b"theirs")
+
+    with pytest.raises(FileExistsError):
+        write()
     assert path.read_bytes() == b"theirs"
     assert list(tmp_path.iterdir()) == [path]
     path.unlink()
@@ -48,9 +53,14 @@ def test_a_file_that_appears_while_it_is_written_is_kept(tmp_path, monkeypatch, 
 
 def test_an_error_leaves_the_old_file(tmp_path):
     write_atomically(tmp_path / "p", b"old")
-    with pytest.raises(RuntimeError), atomic_file(tmp_path / "p") as temporary:
-        temporary.write_bytes(b"half")
-        raise RuntimeError
+
+    def write():
+        with atomic_file(tmp_path / "p") as temporary:
+            temporary.write_bytes(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write()
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
@@ -114,9 +124,13 @@ def test_a_temporary_file_that_was_taken_for_a_leftover_is_created_again(tmp_pat
 
 
 def test_new_folder_is_complete_or_absent(tmp_path):
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out") as temporary:
-        (temporary / "half").write_bytes(b"x")
-        raise RuntimeError
+    def write():
+        with atomic_folder(tmp_path / "out") as temporary:
+            (temporary / "half").write_bytes(b"x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write()
     assert not any(tmp_path.iterdir())
     with atomic_folder(tmp_path / "out") as temporary:
         (temporary / "model").write_bytes(b"x")
@@ -127,13 +141,18 @@ def test_new_folder_is_complete_or_absent(tmp_path):
 @pytest.mark.parametrize("there", ["file", "folder"])
 def test_a_folder_that_appears_while_it_is_written_is_kept(tmp_path, there):
     out = tmp_path / "out"
-    with pytest.raises(FileExistsError), atomic_folder(out) as temporary:
-        (temporary / "model").write_bytes(b"x")
-        if there == "file":
-            out.write_bytes(b"theirs")
-        else:
-            out.mkdir()
-            (out / "theirs").touch()
+
+    def write():
+        with atomic_folder(out) as temporary:
+            (temporary / "model").write_bytes(b"x")
+            if there == "file":
+                out.write_bytes(b"theirs")
+            else:
+                out.mkdir()
+                (out / "theirs").touch()
+
+    with pytest.raises(FileExistsError):
+        write()
     assert list(tmp_path.iterdir()) == [out]
     assert out.is_file() or os.listdir(out) == ["theirs"]
 

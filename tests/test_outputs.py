@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -39,7 +41,7 @@ FOLDERS = [name for name in WRITERS if name not in FILES]
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with checkpoints in folders `base`, `trained` and `third`, masks `m` and a patch `p`; the current one."""
+    """The current folder, with checkpoints in `base`, `trained` and `third`, masks `m` and a patch `p`."""
     monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
     names = [f"model.layers.0.{name}.weight" for name in ("mlp.up_proj", "self_attn.q_proj")]
@@ -57,9 +59,6 @@ def place(tmp_path, monkeypatch):
 
 def command(name, out, *more):
     """Runs a command. Returns its exit status and what it wrote to stderr."""
-    import contextlib
-    import io
-
     error = io.StringIO()
     with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as end:
         main([*WRITERS[name], "-o", str(out), *more])
@@ -88,7 +87,8 @@ def assert_refused(place, name, out, match=""):
     for more in flags(name):
         status, error = command(name, out, *more)
         assert status in (2, 4), (name, out, more)
-        assert error.startswith("opdkernels: ") and error.count("\n") == 1, error
+        assert error.startswith("opdkernels: "), error
+        assert error.count("\n") == 1, error
         assert match in error
         assert "delete" not in error
         assert contents(place) == before, (name, out, more)
@@ -99,7 +99,16 @@ def test_inputs_are_never_replaced(place, name):
     os.link("trained/model.safetensors", "hard-link")
     os.symlink("base/model.safetensors", "soft-link")
     os.symlink("base", "folder-link")
-    for out in ("base", "folder-link", "base/model.safetensors", "base/config.json", "hard-link", "soft-link", "p", "m"):
+    for out in (
+        "base",
+        "folder-link",
+        "base/model.safetensors",
+        "base/config.json",
+        "hard-link",
+        "soft-link",
+        "p",
+        "m",
+    ):
         if out in WRITERS[name]:
             assert_refused(place, name, out, "is an input of this command" if os.path.isdir(out) else "")
         elif (out == "m" and name.startswith("mask")) or (out == "p" and name == "patch create"):

@@ -62,6 +62,7 @@ class FileFingerprint:
         name: Base name.
         bytes: Size of the file.
         mtime_ns: Time of the last modification, in nanoseconds.
+        ctime_ns: Time of the last change of content or status, in nanoseconds: no program can set it back.
         header_digest: blake2b-128, in hexadecimal, of the header of a safetensors file, or of the first and the last
             MiB of a torch file.
     """
@@ -69,6 +70,7 @@ class FileFingerprint:
     name: str
     bytes: int
     mtime_ns: int
+    ctime_ns: int
     header_digest: str
 
 

@@ -51,8 +51,13 @@ def download(text: str, revision: str | None) -> str:
 
     try:
         folder = fetch(SMALL_FILES)
-        shards = _indexed_shards(folder)
-        if shards:
+        indexed = _indexed_shards(folder)
+        if indexed is not None:
+            main_file, shards = indexed
+            # transformers loads the usual single file where a repository has both.
+            folder = fetch([*SMALL_FILES, main_file])
+            if main_file not in shards and os.path.exists(os.path.join(folder, main_file)):
+                return folder
             return fetch([*SMALL_FILES, *shards])
         # In turn: a repository often holds the same weights in several formats, and one of them is enough.
         for pattern in (pattern for format in formats.FORMATS for pattern in format.hub_patterns):
@@ -70,10 +75,10 @@ def download(text: str, revision: str | None) -> str:
         ) from error
 
 
-def _indexed_shards(folder: str) -> list[str]:
-    """Returns the shards that the repository's index lists, formats in order; empty if there is no index."""
+def _indexed_shards(folder: str) -> tuple[str, list[str]] | None:
+    """Returns the usual single file of the first format with an index, and the shards that the index lists, or None."""
     for format in formats.FORMATS:
         index = os.path.join(folder, format.main_index)
         if os.path.exists(index):
-            return list(read_index(index))
-    return []
+            return format.main_file, list(read_index(index))
+    return None

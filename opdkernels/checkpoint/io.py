@@ -119,7 +119,7 @@ class OpenFile:
             raise InputError(f"{self} cannot be opened: {_why(error)}") from error
         self._opened = os.fstat(self.fd)
         self.size = self._opened.st_size
-        self.mtime_ns = self._opened.st_mtime_ns
+        self.mtime_ns, self.ctime_ns = self._opened.st_mtime_ns, self._opened.st_ctime_ns
         if io == "mmap" and self.size:
             self._map()
 
@@ -216,8 +216,9 @@ class OpenFile:
             self.fd = -1
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    # The time of modification can be set back, as rsync and cp -p do; that of the status change cannot.
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev
 
 
 TOO_MANY_FILES = "too many open files; raise the limit with `ulimit -n 4096`"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 
 from opdkernels.checkpoint import formats, hub, unsupported
 from opdkernels.checkpoint.base import Checkpoint, FileFormat, Shard
 from opdkernels.checkpoint.io import choose_io
-from opdkernels.checkpoint.sharded import ShardedCheckpoint, open_sharded
+from opdkernels.checkpoint.sharded import ShardedCheckpoint, open_sharded, read_index
 from opdkernels.checkpoint.strict_json import read_json
 from opdkernels.errors import InputError, UsageError, printable
 
@@ -184,10 +185,23 @@ def _list_names(folder: str) -> list[str]:
 
 
 def _find_model(folder: str, names: list[str]) -> str | None:
-    """Returns the index or the single file of the checkpoint: formats in order, an index before a file."""
+    """Returns the index or the single file of the checkpoint: formats in order, an index before a file.
+
+    The usual single file is before an index that does not list it: transformers loads that file.
+    """
     candidates = [name for name in names if not name.startswith(("adapter_model.", "."))]
     for format in formats.FORMATS:
         indexes = [name for name in candidates if name.endswith(format.index_suffix)]
+        if indexes and format.main_file in candidates:
+            index = next((name for name in indexes if _lists(os.path.join(folder, name), format.main_file)), None)
+            if index is not None:
+                return index
+            warnings.warn(
+                f"{folder} has {format.main_file} and shards of {indexes[0]}; {format.main_file} is read, as"
+                f" transformers loads it. Give the path of {indexes[0]} to read the shards",
+                stacklevel=5,
+            )
+            return format.main_file
         index = _choose(folder, indexes, format.main_index)
         if index is not None:
             return index
@@ -208,6 +222,14 @@ def _find_model(folder: str, names: list[str]) -> str | None:
         if file is not None:
             return file
     return None
+
+
+def _lists(index: str, file: str) -> bool:
+    """Whether an index lists a file as a shard; False for an index that cannot be read."""
+    try:
+        return file in read_index(index)
+    except InputError:
+        return False
 
 
 def _choose(folder: str, candidates: list[str], preferred: str) -> str | None:

@@ -59,7 +59,9 @@ class SafetensorsFile:
             raise
         self.aliases: dict[str, str] = {}
         digest = hashlib.blake2b(header, digest_size=16).hexdigest()
-        self.fingerprint = FileFingerprint(self._file.name, self._file.size, self._file.mtime_ns, digest)
+        self.fingerprint = FileFingerprint(
+            self._file.name, self._file.size, self._file.mtime_ns, self._file.ctime_ns, digest
+        )
 
     def _add(self, name: str, entry: dict[str, Any], data_start: int) -> None:
         begin, end = entry["data_offsets"]

@@ -65,7 +65,7 @@ class TorchFile:
                 content, records = _open_legacy(self._file)
             self._add_tensors(find_state_dict(content, str(self._file)), records)
             self.fingerprint = FileFingerprint(
-                self._file.name, self._file.size, self._file.mtime_ns, _digest(self._file)
+                self._file.name, self._file.size, self._file.mtime_ns, self._file.ctime_ns, _digest(self._file)
             )
         except BaseException:
             self._file.close()

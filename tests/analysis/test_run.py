@@ -154,6 +154,19 @@ def test_inputs_that_changed_are_another_run(pair, tmp_path):
         analyze(*pair, tmp_path / "out")
 
 
+def test_an_input_that_changed_in_place_with_its_old_time_is_another_run(pair, tmp_path):
+    analyze(*pair, tmp_path / "out", spectra="off")
+    path = tmp_path / "trained" / "model.safetensors"
+    status = path.stat()
+    while path.stat().st_ctime_ns == status.st_ctime_ns:  # until the clock of the file system has moved on
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(InputError, match="another run"):
+        analyze(*pair, tmp_path / "out", spectra="off")
+
+
 def test_file_changed_during_the_run_is_input_error(pair, tmp_path):
     changed = []
 

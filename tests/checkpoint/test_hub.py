@@ -70,9 +70,19 @@ def test_torch_files_are_downloaded_if_there_is_no_safetensors(fake: FakeHub) ->
 def test_an_index_determines_what_is_downloaded(fake: FakeHub) -> None:
     shard = "model-00001-of-00001.safetensors"
     index = json.dumps({"weight_map": {"w": shard}}).encode()
+    del fake.files["model.safetensors"]
     fake.files |= {shard: W, "model.safetensors.index.json": index, "consolidated.safetensors": W}
     open_checkpoint("org/name")
     assert fake.fetched == {"config.json", shard, "model.safetensors.index.json"}
+
+
+def test_the_usual_single_file_is_downloaded_instead_of_shards(fake: FakeHub) -> None:
+    shard = "model-00001-of-00001.safetensors"
+    index = json.dumps({"weight_map": {"w": shard}}).encode()
+    fake.files |= {shard: W, "model.safetensors.index.json": index}
+    with pytest.warns(UserWarning, match="as transformers loads it"):
+        open_checkpoint("org/name")
+    assert fake.fetched == {"config.json", "model.safetensors", "model.safetensors.index.json"}
 
 
 def test_a_hostile_index_is_rejected_before_its_shards_are_requested(fake: FakeHub) -> None:

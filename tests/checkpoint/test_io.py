@@ -82,6 +82,21 @@ def test_modification_and_removal_while_open_are_detected(saved: Path) -> None:
     assert "was removed while it was open" in error_message(opened.check)
 
 
+@pytest.mark.usefixtures("no_guard")
+def test_a_file_that_is_changed_in_place_with_its_old_time_is_detected(saved: Path) -> None:
+    opened = open_checkpoint(saved)
+    status = saved.stat()
+    while saved.stat().st_ctime_ns == status.st_ctime_ns:  # until the clock of the file system has moved on
+        with open(saved, "r+b") as file:
+            content = file.read()
+            file.seek(0)
+            file.write(content)
+        os.utime(saved, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert saved.stat().st_mtime_ns == status.st_mtime_ns
+    assert "changed while it was open" in error_message(opened.check)
+    assert open_checkpoint(saved).files != opened.files
+
+
 def test_a_mapping_is_guarded_as_long_as_a_view_of_it_exists(saved: Path, fake_guard: object) -> None:
     opened = open_checkpoint(saved, io="mmap")
     ((address, nbytes),) = fake_guard.live.values()

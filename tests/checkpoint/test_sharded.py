@@ -79,13 +79,45 @@ def test_files_outside_the_index_are_never_read(shards: Shards) -> None:
     assert set(opened.tensors) == {"a", "b", "c"}
 
 
-def test_an_index_takes_precedence_over_a_single_file(shards: Shards) -> None:
+def test_the_usual_single_file_takes_precedence_over_an_index_of_other_files(shards: Shards) -> None:
     main_file = "model.safetensors" if shards.suffix == "safetensors" else "pytorch_model.bin"
     shards.save(main_file, {"a": torch.full((3,), 9.0)})
-    assert set(open_checkpoint(shards.folder).tensors) == {"a", "b", "c"}
-    assert open_checkpoint(shards.folder / main_file).read("a", 0, 1).tolist() == [9.0]
+    for broken in (False, True):
+        with pytest.warns(UserWarning, match=rf"{main_file} is read, as transformers loads it.* {shards.index.name}"):
+            opened = open_checkpoint(shards.folder)
+        assert opened.read("a", 0, 1).tolist() == [9.0]
+        assert [fact.name for fact in opened.files] == [main_file]
+        if not broken:
+            assert set(open_checkpoint(shards.index).tensors) == {"a", "b", "c"}
+            shards.index.write_text("{")
+    shards.write_index()
     (shards.folder / shards.names[0]).unlink()
-    assert f"give the path of {main_file}" in shards.open_error()
+    with pytest.raises(InputError, match=f"give the path of {main_file}"):
+        open_checkpoint(shards.index)
+
+
+def test_a_single_file_that_the_index_lists_is_one_of_the_shards(shards: Shards) -> None:
+    main_file = "model.safetensors" if shards.suffix == "safetensors" else "pytorch_model.bin"
+    shards.save(main_file, {"d": torch.full((3,), 9.0)})
+    shards.map["d"] = main_file
+    shards.write_index()
+    assert set(open_checkpoint(shards.folder).tensors) == {"a", "b", "c", "d"}
+
+
+@pytest.mark.filterwarnings("ignore:.*as transformers loads it")
+def test_the_same_file_is_read_as_transformers_loads(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=8, **sizes))
+    model.save_pretrained(tmp_path, max_shard_size=600)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    weights = {name: weight + 1 for name, weight in model.state_dict().items()}
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    opened = open_checkpoint(tmp_path)
+    assert set(opened.tensors) == set(loaded)
+    for name, weight in loaded.items():
+        assert torch.equal(opened.read(name, 0, weight.numel()), weight.flatten())
 
 
 def test_a_missing_shard_is_an_error_that_names_it(shards: Shards) -> None:

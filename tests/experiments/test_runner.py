@@ -307,7 +307,7 @@ def test_results_of_another_experiment_are_kept(options, tmp_path):
         (tmp_path / "run.json").write_text(bad)
         for overwrite in (False, True):
             with pytest.raises(InputError, match=r"has a run\.json that is not of an experiment"):
-                run_experiment("masks", chosen.model_copy(update={"overwrite": overwrite}), tmp_path)
+                run_experiment("masks", chosen.model_copy(update={"overwrite": overwrite}), tmp_path, arms=["full"])
 
 
 def test_progress_goes_to_stderr(options, tmp_path, capfd):
