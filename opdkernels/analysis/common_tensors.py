@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from opdkernels.checkpoint.coverage import Coverage
-from opdkernels.checkpoint.match import ITEM_BYTES, Match, Pair
+from opdkernels.checkpoint.match import EXCLUDED_KINDS, ITEM_BYTES, Match, Pair
 from opdkernels.errors import InputError
 
 Elements = tuple[str, int, int]
@@ -50,7 +50,7 @@ def match_in_all(pairs: Sequence[Pair], names: Sequence[str]) -> tuple[list[list
         excluded += [
             {"name": tensor.name, "reason": f"{name}: {tensor.reason}"}
             for tensor in pair.unmatched
-            if tensor.kind in ("shape", "shard")
+            if tensor.kind in EXCLUDED_KINDS
         ]
     if not common:
         raise InputError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from opdkernels.analysis.matrices import matrices, views_of
 from opdkernels.checkpoint.base import Checkpoint
-from opdkernels.checkpoint.match import ITEM_BYTES, Pair, match
+from opdkernels.checkpoint.match import EXCLUDED_KINDS, ITEM_BYTES, Pair, match
 from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.config import AnalyzeOptions, validate_options
 
@@ -95,8 +95,9 @@ def describe_match(pair: Pair, options: AnalyzeOptions) -> dict[str, Any]:
         "coordinates": coordinates,
         "coverage": pair.coverage.to_dict(),
         "unmatched": [vars(tensor) | {"shape": list(tensor.shape)} for tensor in pair.unmatched],
-        "excluded": [tensor.name for tensor in pair.unmatched if tensor.kind in ("shape", "shard")],
+        "excluded": [tensor.name for tensor in pair.unmatched if tensor.kind in EXCLUDED_KINDS],
         "tied": pair.tied,
+        "buffers": [vars(buffer) for buffer in pair.buffers],
         "notes": pair.notes,
         "plan": {
             "bytes": pair.nbytes,

@@ -71,6 +71,13 @@ class Uncompared(Part):
     kind: str
 
 
+class BufferSummary(Part):
+    name: str
+    sides: str = Field(description='"both", "base" or "trained".')
+    equal: bool | None = Field(description="Whether both sides have the same bits; null if they cannot be compared.")
+    numel: int
+
+
 class Failed(Part):
     name: str
     reason: str
@@ -127,7 +134,8 @@ class Summary(Part):
     ulp: Ulp
     excluded: list[Uncompared] = Field(description="In both checkpoints but not compared; the run ends with status 3.")
     unmatched: list[Uncompared] = Field(description="In one checkpoint only, or of a dtype without a delta.")
-    tied: list[str] = Field(description="Output heads that are tied to the embedding and counted once.")
+    tied: list[str] = Field(description="Copies of another tensor, such as a tied head, which are counted once.")
+    buffers: list[BufferSummary] = Field(description="Constants and statistics, which are no parameters.")
     notes: list[str]
     failed: list[Failed]
     nonfinite: list[NonFinite]

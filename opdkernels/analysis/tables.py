@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from opdkernels.analysis.result import Analysis
-from opdkernels.checkpoint.match import Pair
+from opdkernels.checkpoint.match import EXCLUDED_KINDS, Pair
 from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.metrics import groups, rounding_null
 from opdkernels.metrics.batch import SparseTally, to_bf16_bits
@@ -22,7 +22,6 @@ from opdkernels.ops.delta.layout import HIST_DELTA_STORED, ULP_REACH
 from opdkernels.spectral.exact import RATIOS
 
 CURVE = [float(f"{10 ** (k / 10):.4g}") for k in range(-90, -9)]  # 1e-9 .. 1e-1
-EXCLUDED = ("shape", "shard")  # kinds of tensors in both checkpoints that are not compared: exit status 3
 
 
 def build_analysis(pair: Pair, records: list[TallyRecord], run_info: dict[str, Any]) -> Analysis:
@@ -141,6 +140,7 @@ def summarize(
         },
         "coverage": pair.coverage.to_dict(),
         "identical": pair.coverage.complete
+        and not any(buffer.equal is False for buffer in pair.buffers)
         and all(record.tally is not None and record.tally.bit_equal == record.tally.numel for record in records),
         "views": views,
         "null_kinds": dict(
@@ -155,9 +155,10 @@ def summarize(
             "distance": [f"< -{ULP_REACH}", *(str(d) for d in range(-ULP_REACH, ULP_REACH + 1)), f"> {ULP_REACH}"],
             "count": ulp.tolist(),
         },
-        "excluded": [tensor for tensor in unmatched if tensor["kind"] in EXCLUDED],
-        "unmatched": [tensor for tensor in unmatched if tensor["kind"] not in EXCLUDED],
+        "excluded": [tensor for tensor in unmatched if tensor["kind"] in EXCLUDED_KINDS],
+        "unmatched": [tensor for tensor in unmatched if tensor["kind"] not in EXCLUDED_KINDS],
         "tied": pair.tied,
+        "buffers": [vars(buffer) for buffer in pair.buffers],
         "notes": pair.notes,
         "failed": [{"name": record.name, "reason": record.failure} for record in records if record.failure],
         "nonfinite": [

@@ -38,7 +38,7 @@ def format_analysis(result: Analysis) -> list[str]:
         ("failed", [f"{tensor['name']}: {tensor['reason']}" for tensor in summary["failed"]]),
         ("without spectra", [f"{names[record.index]}: {record.reason}" for record in result.uncomputed]),
         ("NaN or Inf", [nonfinite_line(tensor) for tensor in summary["nonfinite"]]),
-        ("note", summary["notes"]),
+        ("note", [*buffer_lines(summary["buffers"]), *summary["notes"]]),
     ):
         text += [f"{title}: {printable(item)}" for item in items[:MAX_LISTED]]
         if len(items) > MAX_LISTED:
@@ -181,7 +181,7 @@ def format_plan(content: dict[str, Any]) -> list[str]:
         for tensor in content["unmatched"]
     ]
     text += [f"tied, counted once: {printable(name)}" for name in content["tied"]]
-    text += [f"note: {printable(note)}" for note in content["notes"]]
+    text += [f"note: {printable(note)}" for note in [*buffer_lines(content["buffers"]), *content["notes"]]]
     text.append(
         f"analyze would read {byte_size(plan['bytes'])}, use up to {byte_size(plan['memory_bytes'])} "
         "besides torch itself, "
@@ -199,6 +199,15 @@ def format_plan(content: dict[str, Any]) -> list[str]:
             f"{spectra['beyond_memory']} matrices need more memory than allowed; raise --memory, or pass --spectra topk"
         )
     return text
+
+
+def buffer_lines(buffers: Sequence[dict[str, Any]]) -> list[str]:
+    """One line on the buffers, if there are any."""
+    if not buffers:
+        return []
+    differ = sum(buffer["equal"] is False for buffer in buffers)
+    state = f"{differ} differ between the checkpoints" if differ else "none differs"
+    return [f"{len(buffers)} buffers, such as {buffers[0]['name']}, are no parameters and left out; {state}"]
 
 
 def nonfinite_line(tensor: dict[str, Any]) -> str:

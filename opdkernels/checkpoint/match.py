@@ -8,16 +8,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from opdkernels.checkpoint.base import DTYPES, Checkpoint, TensorInfo
+from opdkernels.checkpoint.buffers import is_buffer
 from opdkernels.checkpoint.conversions import model_types_of
 from opdkernels.checkpoint.correspondence import match_tensors
 from opdkernels.checkpoint.coverage import Coverage
+from opdkernels.checkpoint.equality import same_bits
 from opdkernels.checkpoint.names import canonical_name, parse_tensor_name
 from opdkernels.checkpoint.open import open_checkpoint
-from opdkernels.checkpoint.tied import Side, drop_tied, unpaired_heads
+from opdkernels.checkpoint.tied import Side, drop_tied, unpaired_vocabulary
 from opdkernels.errors import InputError, printable
 
 if TYPE_CHECKING:
     import torch
+
+EXCLUDED_KINDS = ("shape", "shard", "untied")
+"""Kinds of `Unmatched` that have a counterpart with which they are not compared: exit status 3."""
 
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
@@ -61,8 +66,8 @@ class Unmatched:
         shape: Shape; empty if the shard is absent.
         dtype: Name of the dtype; empty if the shard is absent.
         numel: Number of elements; 0 if the shard is absent.
-        kind: "missing" on the other side, "shape", "rows" added to a vocabulary, "dtype" without a delta, or "shard" if
-            the file that holds it is absent.
+        kind: "missing" on the other side, "shape", "rows" added to a vocabulary, "dtype" without a delta, "shard" if
+            the file that holds it is absent, or "untied" if it differs from the tensor to which it is tied.
     """
 
     side: str
@@ -72,6 +77,23 @@ class Unmatched:
     dtype: str
     numel: int
     kind: str = "missing"
+
+
+@dataclass(frozen=True)
+class BufferMatch:
+    """A buffer, which is no parameter and is left out of every metric.
+
+    Attributes:
+        name: Name in the base; in the trained checkpoint if the base does not have it.
+        sides: "both", "base" or "trained".
+        equal: Whether both sides have the same bits; None if one side does not have it, or has another shape or dtype.
+        numel: Number of elements.
+    """
+
+    name: str
+    sides: str
+    equal: bool | None
+    numel: int
 
 
 @dataclass
@@ -85,6 +107,7 @@ class Pair:
         unmatched: What is not compared, and why.
         tied: Names of tensors that repeat another tensor and are counted once.
         notes: Remarks for the reader of the results.
+        buffers: Constants and statistics that are no parameters.
     """
 
     base: Checkpoint
@@ -93,6 +116,7 @@ class Pair:
     unmatched: list[Unmatched] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    buffers: list[BufferMatch] = field(default_factory=list)
 
     @property
     def coverage(self) -> Coverage:
@@ -161,6 +185,8 @@ def open_pair(base: str | os.PathLike[str], trained: str | os.PathLike[str], **o
 def match(base: Checkpoint, trained: Checkpoint) -> Pair:
     """Matches by exact name, by canonical name, and fused against split; every coordinate at most once.
 
+    Reads headers, and the tensors that may be copies of another one, and buffers, to compare their bits.
+
     Args:
         base: The open checkpoint before training.
         trained: The open checkpoint after training.
@@ -173,6 +199,7 @@ def match(base: Checkpoint, trained: Checkpoint) -> Pair:
     """
     a, b = Side("base", base, dict(base.tensors)), Side("trained", trained, dict(trained.tensors))
     pair = Pair(base, trained, [])
+    pair.buffers = list(_take_buffers(a, b))
     for side in (a, b):
         pair.unmatched.extend(_without_delta(side))
     pair.tied = drop_tied(a, b, pair.notes)
@@ -185,6 +212,28 @@ def match(base: Checkpoint, trained: Checkpoint) -> Pair:
         raise InputError(_no_match_message(pair))
     pair.notes.extend(_notes(pair.matches))
     return pair
+
+
+def _take_buffers(a: Side, b: Side) -> Iterator[BufferMatch]:
+    """Removes the buffers of both sides and compares their bits."""
+    taken: list[dict[str, TensorInfo]] = []
+    for side in (a, b):
+        buffers = [info for info in side.remaining.values() if is_buffer(info.name, info.shape)]
+        taken.append({canonical_name(info.name): info for info in buffers})
+        for info in buffers:
+            del side.remaining[info.name]
+    base, trained = taken
+    for canonical, info in base.items():
+        other = trained.get(canonical)
+        if other is None:
+            yield BufferMatch(info.name, "base", None, info.numel)
+        else:
+            comparable = (info.shape, info.dtype) == (other.shape, other.dtype)
+            equal = same_bits(a.checkpoint, info, b.checkpoint, other) if comparable else None
+            yield BufferMatch(info.name, "both", equal, info.numel)
+    for canonical, info in trained.items():
+        if canonical not in base:
+            yield BufferMatch(info.name, "trained", None, info.numel)
 
 
 def _without_delta(side: Side) -> Iterator[Unmatched]:
@@ -218,7 +267,7 @@ def _match_remaining(pair: Pair, a: Side, b: Side) -> None:
             )
         )
         a.remaining.pop(part.name, None), b.remaining.pop(part.other, None)
-    if (unpaired := unpaired_heads(a, b)) is not None:
+    if (unpaired := unpaired_vocabulary(a, b)) is not None:
         _compare(pair, a.remaining.pop(unpaired[0]), b.remaining.pop(unpaired[1]), "tied")
     a.reasons |= {name: printable(reason) for name, reason in result.reasons.items()}
     b.reasons |= {name: printable(reason) for name, reason in result.other_reasons.items()}
@@ -268,8 +317,12 @@ def _left_over(side: Side, other: Side) -> Iterator[Unmatched]:
         elif canonical_name(name) in absent:
             reason = f"in {printable(absent[canonical_name(name)])} of the {other.label} checkpoint, which is missing"
             kind = "shard"
+        elif name in side.untied:
+            kind = "untied"
         yield _unmatched(side.label, info, reason, kind)
     for name, shard in side.checkpoint.missing.items():
+        if is_buffer(name, ()):
+            continue
         yield Unmatched(side.label, name, f"in {printable(shard)}, which is missing", (), "", 0, kind="shard")
 
 

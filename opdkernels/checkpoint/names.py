@@ -10,37 +10,38 @@ import re
 from dataclasses import dataclass
 
 
-def _words(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
+    """The words of a text."""
     return frozenset(text.split())
 
 
 # Removed at any position: torch.compile, FSDP, FairScale, activation checkpointing, DDP, DeepSpeed, Lightning Fabric,
 # and the layer that a PEFT adapter wraps.
-WRAPPERS = _words(
+WRAPPERS = word_set(
     "_orig_mod _fsdp_wrapped_module _fpw_module _checkpoint_wrapped_module module _forward_module base_layer"
 )
 # Removed at the front: PEFT, TRL's value head, and the names under which a model with a head or with a vision tower has
 # its body.
-PREFIXES = _words("base_model pretrained_model model transformer language_model gpt_neox")
+PREFIXES = word_set("base_model pretrained_model model transformer language_model gpt_neox")
 
 LAYERS = frozenset({"layers", "layer", "h", "blocks", "block", "resblocks"})
-VISION = _words(
+VISION = word_set(
     "visual vision_tower vision_model vision_encoder vision_backbone vision_embed_tokens vision_embedder vision_proj"
     " image_encoder image_newline img_processor vit vpm resampler multi_modal_projector mm_projector"
     " multimodal_projector visual_projection"
 )
-ATTENTION = _words(
+ATTENTION = word_set(
     "attn self_attn attention self_attention selfattention cross_attn cross_attention encoder_attn encdecattention"
     " linear_attn attn1 attn2"
 )
-MLP = _words(
+MLP = word_set(
     "mlp ffn feed_forward feedforward block_sparse_moe moe densereludense shared_expert shared_experts experts"
     " intermediate"
 )
 PARAMETERS = frozenset({"weight", "bias", "gamma", "beta", "scale"})
 NORM_WORDS = frozenset({"norm", "layernorm", "layrnorm", "rmsnorm", "batchnorm", "groupnorm", "ln", "bn"})
-EMBEDDINGS = _words("embed_tokens wte word_embeddings tok_embeddings embed_in token_embedding shared")
-OTHER_EMBEDDINGS = _words(
+EMBEDDINGS = word_set("embed_tokens wte word_embeddings tok_embeddings embed_in token_embedding shared")
+OTHER_EMBEDDINGS = word_set(
     "wpe position_embeddings position_embedding embed_positions token_type_embeddings pos_embed pos_embedding"
     " positional_embedding class_embedding cls_token embed_tokens_per_layer"
 )
@@ -48,7 +49,7 @@ HEADS = frozenset({"lm_head", "embed_out"})
 
 # One name per module that model families name differently; these names mean the same at any position.
 MODULES = {
-    **{name: name for name in _words("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj fc1 fc2 w1 w2 w3")},
+    **{name: name for name in word_set("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj fc1 fc2 w1 w2 w3")},
     **{name: name for name in ("qkv_proj", "gate_up_proj")},
     **dict.fromkeys(("wqkv", "qkv", "query_key_value", "c_attn"), "qkv_proj"),
     "wq": "q_proj",
@@ -66,6 +67,8 @@ IN_ATTENTION = {
     **dict.fromkeys(("value", "v"), "v_proj"),
     "in_proj": "qkv_proj",
 }
+# Names with a meaning only inside the feed-forward block: T5's and ModernBERT's.
+IN_MLP = {"wi": "fc1", "wi_0": "gate_proj", "wi_1": "up_proj", "wo": "fc2"}
 OLD_NORM_PARAMETERS = {"gamma": "weight", "beta": "bias"}
 PARAMETRIZED = {"original0": "_g", "original1": "_v", "original": "_orig"}
 MIXTRAL_EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -193,8 +196,11 @@ def _module(path: list[str], tokens: list[str]) -> tuple[str, str]:
         return "embed_tokens", "embedding"
     if leaf in OTHER_EMBEDDINGS:
         return "other", "embedding"
-    in_attention, in_mlp = not ATTENTION.isdisjoint(path), not MLP.isdisjoint(path)
-    module = MODULES.get(leaf, "other")
+    container = next((token for token in reversed(path) if token in ATTENTION or token in MLP), "")
+    in_attention, in_mlp = container in ATTENTION, container in MLP
+    # The container decides: `wo` is the output of attention in Llama's files and of the feed-forward block in T5's.
+    module = IN_MLP.get(leaf, "other") if in_mlp else "other"
+    module = MODULES.get(leaf, "other") if module == "other" else module
     if in_attention and module == "other":
         module = IN_ATTENTION.get(leaf, "other")
     elif module == "other" and leaf in ("c_proj", "dense"):
@@ -204,7 +210,7 @@ def _module(path: list[str], tokens: list[str]) -> tuple[str, str]:
 
 
 def _block(module: str, in_attention: bool, in_mlp: bool) -> str:
-    if in_attention or module in ATTENTION_MODULES:
+    if in_attention or (module in ATTENTION_MODULES and not in_mlp):
         return "attention"
     return "mlp" if in_mlp or module != "other" else "other"
 

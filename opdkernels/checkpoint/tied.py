@@ -1,4 +1,8 @@
-"""Tensors that are stored under two names: shared storages, and heads tied to the embedding."""
+"""Tensors that are stored under two names: shared storages, one embedding under several names, tied heads.
+
+A tensor is a copy only if it has the bits of the tensor that it repeats: a head that was trained apart from the
+embedding is a parameter, whatever the config says.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opdkernels.checkpoint.base import Checkpoint, TensorInfo
-from opdkernels.checkpoint.names import parse_tensor_name
+from opdkernels.checkpoint.equality import same_bits
+from opdkernels.checkpoint.names import canonical_name, parse_tensor_name
 from opdkernels.errors import printable
 
 
@@ -21,6 +26,7 @@ class Side:
         remaining: Tensors that have no match yet.
         tied_to: Tensors that were dropped because they repeat another tensor, and the name of that tensor.
         reasons: Why a tensor has no match, for messages.
+        untied: Tensors that the config ties to another one, from which they differ.
         heads: The language model's 2-D head tensors.
         embeddings: The language model's token embeddings.
     """
@@ -30,6 +36,7 @@ class Side:
     remaining: dict[str, TensorInfo]
     tied_to: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    untied: set[str] = field(default_factory=set)
     heads: list[TensorInfo] = field(default_factory=list)
     embeddings: list[TensorInfo] = field(default_factory=list)
 
@@ -40,6 +47,10 @@ class Side:
                 self.heads.append(info)
             elif role.tower == "language" and role.module == "embed_tokens":
                 self.embeddings.append(info)
+
+    def is_copy(self, info: TensorInfo, keeper: TensorInfo) -> bool:
+        """Whether a tensor has the bits of another one of this side."""
+        return same_bits(self.checkpoint, info, self.checkpoint, keeper)
 
     def drop(self, name: str, keeper: str) -> None:
         """Removes a tensor that repeats the tensor `keeper`."""
@@ -60,8 +71,24 @@ def drop_tied(a: Side, b: Side, notes: list[str]) -> list[str]:
     """
     for side, other in ((a, b), (b, a)):
         _drop_aliases(side, other.checkpoint.tensors)
+    _drop_embedding_copies(a, b)
     _drop_heads(a, b, notes)
     return list(dict.fromkeys([*a.tied_to, *b.tied_to]))
+
+
+def copies(checkpoint: Checkpoint) -> dict[str, str]:
+    """Returns the tensors of one checkpoint that repeat another one, and the name of that one.
+
+    A head with the bits of the embedding is a copy unless the config says that they are not tied.
+    """
+    side = Side("base", checkpoint, dict(checkpoint.tensors))
+    _drop_aliases(side, {})
+    _drop_embedding_copies(side)
+    head = _head(side) if tie_word_embeddings(checkpoint.config) is not False else None
+    embedding = _embedding(side, head) if head is not None else None
+    if head is not None and embedding is not None and side.is_copy(head, embedding):
+        side.drop(head.name, embedding.name)
+    return side.tied_to
 
 
 def _drop_aliases(side: Side, other: Container[str]) -> None:
@@ -75,6 +102,33 @@ def _drop_aliases(side: Side, other: Container[str]) -> None:
         for name in names:
             if name != keeper:
                 side.drop(name, keeper)
+
+
+def _drop_embedding_copies(*sides: Side) -> None:
+    """Drops the copies of one embedding under several names, such as `shared` and those of encoder and decoder.
+
+    A name is a copy only if it is one on every side that stores it.
+    """
+    members = []
+    for side in sides:
+        embeddings = [e for e in side.embeddings if e.name in side.remaining and len(e.shape) == 2]
+        # Of another shape: another matrix.
+        members.append({canonical_name(e.name): e for e in embeddings if e.shape == embeddings[0].shape})
+    if all(len(names) < 2 for names in members):
+        return
+    common = [name for name in members[0] if all(name in names for names in members)]
+    common.sort(key=lambda name: "shared" not in name.split("."))  # the name of the model's parameter
+    keepers = [names.get(common[0]) if common else next(iter(names.values()), None) for names in members]
+    distinct = {
+        name
+        for side, names, keeper in zip(sides, members, keepers, strict=True)
+        for name, info in names.items()
+        if keeper is not None and info is not keeper and not side.is_copy(info, keeper)
+    }
+    for side, names, keeper in zip(sides, members, keepers, strict=True):
+        for name, info in names.items():
+            if keeper is not None and info is not keeper and name not in distinct:
+                side.drop(info.name, keeper.name)
 
 
 def tie_word_embeddings(config: Mapping[str, Any]) -> bool | None:
@@ -112,23 +166,34 @@ def _drop_both_heads(
     a: Side, b: Side, head_a: TensorInfo, head_b: TensorInfo, ties: tuple[bool | None, bool | None], notes: list[str]
 ) -> None:
     """Drops the tied heads of two sides that both have a head."""
-    embeddings = _embedding(a, head_a), _embedding(b, head_b)
-    if True not in ties:
-        return
     if False in ties:
-        tied, untied = (a, b) if ties[0] else (b, a)
-        notes.append(
-            f"the {tied.label}'s config ties {printable(head_a.name)} to the embedding, the {untied.label}'s does not:"
-            " both are compared as they are stored"
-        )
-    elif embeddings[0] is not None and embeddings[1] is not None:
-        a.drop(head_a.name, embeddings[0].name)
-        b.drop(head_b.name, embeddings[1].name)
-    elif embeddings[0] is not None or embeddings[1] is not None:
+        if True in ties:
+            tied, untied = (a, b) if ties[0] else (b, a)
+            notes.append(
+                f"the {tied.label}'s config ties {printable(head_a.name)} to the embedding, the {untied.label}'s does"
+                " not: both are compared as they are stored"
+            )
+        return
+    embedding_a, embedding_b = _embedding(a, head_a), _embedding(b, head_b)
+    if embedding_a is not None and embedding_b is not None:
+        untied_sides = [
+            side.label
+            for side, head, embedding in ((a, head_a, embedding_a), (b, head_b, embedding_b))
+            if not side.is_copy(head, embedding)
+        ]
+        if not untied_sides:
+            a.drop(head_a.name, embedding_a.name)
+            b.drop(head_b.name, embedding_b.name)
+        elif True in ties:
+            notes.append(_untied_note(head_a, embedding_a, untied_sides) + ": it is compared as a parameter")
+    elif embedding_a is not None or embedding_b is not None:
         # One side stored the tied matrix only as its head: heads are compared, the other side's embedding repeats it.
-        side, embedding, head = (a, embeddings[0], head_a) if embeddings[0] is not None else (b, embeddings[1], head_b)
+        side, embedding, head = (a, embedding_a, head_a) if embedding_a is not None else (b, embedding_b, head_b)
         assert embedding is not None
-        side.drop(embedding.name, head.name)
+        if side.is_copy(embedding, head):
+            side.drop(embedding.name, head.name)
+        elif True in ties:
+            _list_untied(side, embedding, head, notes)
 
 
 def _drop_one_head(
@@ -145,16 +210,37 @@ def _drop_one_head(
             f"the {other.label}'s head is tied to {printable(other_embedding.name)}, which is compared as the embedding"
         )
         return
+    if not side.is_copy(head, embedding):
+        _list_untied(side, head, embedding, notes)
+        return
     side.drop(head.name, embedding.name)
     if ties[0] is None and embedding.name != head.name:
         notes.append(
-            f"{printable(head.name)} is in the {side.label} only and the {other.label}'s head is tied: it is treated as"
-            f" a copy of {printable(embedding.name)} and counted once"
+            f"{printable(head.name)} is in the {side.label} only and the {other.label}'s head is tied: it is a copy of"
+            f" {printable(embedding.name)} and counted once"
         )
 
 
-def unpaired_heads(a: Side, b: Side) -> tuple[str, str] | None:
-    """Finds a tied matrix that one side stored only as embedding and the other only as head.
+def _list_untied(side: Side, info: TensorInfo, keeper: TensorInfo, notes: list[str]) -> None:
+    """Lists a tensor that one side stored apart from the tensor to which it is tied."""
+    side.untied.add(info.name)
+    side.reasons[info.name] = (
+        f"differs from {printable(keeper.name)}, to which it is tied; the other checkpoint stores one of the two"
+    )
+    notes.append(_untied_note(info, keeper, [side.label]) + ": it is not compared")
+
+
+def _untied_note(info: TensorInfo, keeper: TensorInfo, sides: list[str]) -> str:
+    return (
+        f"{printable(info.name)} should be tied to {printable(keeper.name)} and their bits differ in the"
+        f" {' and the '.join(sides)}"
+    )
+
+
+def unpaired_vocabulary(a: Side, b: Side) -> tuple[str, str] | None:
+    """Finds a tied matrix that the sides stored under different names, after all equal names were matched.
+
+    That is an embedding on one side and a head on the other, or one embedding under one of its several names.
 
     Returns:
         Its names in `a` and `b`, or None.
@@ -166,4 +252,13 @@ def unpaired_heads(a: Side, b: Side) -> tuple[str, str] | None:
         embedding = _embedding(other, head)
         if embedding is not None and tie_word_embeddings(other.checkpoint.config) is not False:
             return (embedding.name, head.name) if swapped else (head.name, embedding.name)
+    first, second = ([e for e in side.embeddings if e.name in side.remaining] for side in (a, b))
+    same_columns = len(first) == len(second) == 1 and first[0].shape[1:] == second[0].shape[1:]
+    if same_columns and _may_be_shared(first[0].name) and _may_be_shared(second[0].name):
+        return first[0].name, second[0].name
     return None
+
+
+def _may_be_shared(name: str) -> bool:
+    """Whether a name is one of those under which models store an embedding of encoder and decoder."""
+    return not {"shared", "embed_tokens"}.isdisjoint(canonical_name(name).split("."))

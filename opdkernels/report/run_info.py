@@ -76,8 +76,20 @@ def left_out(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             unmatched(summary["unmatched"]),
         ),
         section("Tied", "One matrix under two names, counted once.", [tensor(name) for name in summary["tied"]]),
+        section(
+            "Buffers",
+            "Constants and statistics that are no parameters: masks, positions, rotary frequencies, running means.",
+            [tensor(entry["name"], buffer_state(entry)) for entry in summary["buffers"]],
+        ),
         section("Notes", "", [Item(reason=printable(note)) for note in summary["notes"]]),
     )
+
+
+def buffer_state(buffer: Mapping[str, Any]) -> str:
+    """How a buffer of one side compares with that of the other."""
+    if buffer["sides"] != "both":
+        return f"in the {buffer['sides']} checkpoint only"
+    return {True: "the same bits", False: "other bits", None: "another shape or dtype"}[buffer["equal"]]
 
 
 def coverage(summary: Mapping[str, Any]) -> dict[str, Any]:

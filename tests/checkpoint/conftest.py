@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from opdkernels.checkpoint.base import FileFingerprint, TensorInfo
 
@@ -68,7 +69,7 @@ def no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeCheckpoint:
-    """Headers without files, for matching."""
+    """Headers without files, for matching. All elements of a tensor have the value in `bits`, else 0."""
 
     kind = "fake"
 
@@ -80,10 +81,12 @@ class FakeCheckpoint:
         config: dict[str, Any] | None = None,
         aliases: dict[str, str] | None = None,
         missing: dict[str, str] | None = None,
+        bits: dict[str, int] | None = None,
         path: str = "fake",
     ) -> None:
         self.path, self.config = path, config or {}
         self.aliases, self.missing = aliases or {}, missing or {}
+        self.bits = bits or {}
         self.files: list[FileFingerprint] = []
         self.tensors = {}
         for name, shape in tensors.items():
@@ -92,7 +95,10 @@ class FakeCheckpoint:
             self.tensors[name] = TensorInfo(name, dtype, tuple(shape), numel, "model.safetensors", 2 * numel)
 
     def read(self, name: str, start: int, stop: int) -> Any:
-        raise AssertionError("matching reads headers only")
+        raise AssertionError("matching reads bits only")
+
+    def read_bits(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return torch.full((stop - start,), self.bits.get(name, 0))
 
     def check(self) -> None: ...
 

@@ -116,10 +116,10 @@ def test_shape_mismatches_are_listed_on_both_sides(
 
 
 def test_dtypes_without_a_delta_are_listed_and_mixed_floats_are_noted() -> None:
-    shapes: Shapes = {"w": (2,), "position_ids": (3,)}
-    a = FakeCheckpoint(shapes, dtypes={"position_ids": "i64", "w": "fp32"})
-    pair = match(a, FakeCheckpoint(shapes, dtypes={"position_ids": "i64"}))
-    assert only(pair, "dtype") == [("base", "position_ids"), ("trained", "position_ids")]
+    shapes: Shapes = {"w": (2,), "token_map": (3,)}
+    a = FakeCheckpoint(shapes, dtypes={"token_map": "i64", "w": "fp32"})
+    pair = match(a, FakeCheckpoint(shapes, dtypes={"token_map": "i64"}))
+    assert only(pair, "dtype") == [("base", "token_map"), ("trained", "token_map")]
     assert pair.notes == ["1 tensors are fp32 in the base and bf16 in the trained checkpoint"]
     assert pair.nbytes == 2 * (4 + 2)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from opdkernels.checkpoint.match import match
-from opdkernels.checkpoint.tied import tie_word_embeddings
+from opdkernels.checkpoint.tied import copies, tie_word_embeddings
 from tests.checkpoint.conftest import FakeCheckpoint
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -24,17 +24,71 @@ def match_both_ways(a: FakeCheckpoint, b: FakeCheckpoint) -> Any:
     return one
 
 
-@pytest.mark.parametrize(("a", "b"), [(YES, YES), (YES, SILENT)])
-def test_two_heads_that_the_config_ties_are_counted_once(a: dict[str, Any], b: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("a", "b"), [(YES, YES), (YES, SILENT), (SILENT, SILENT)])
+def test_two_heads_with_the_bits_of_the_embedding_are_counted_once(a: dict[str, Any], b: dict[str, Any]) -> None:
     pair = match_both_ways(FakeCheckpoint(BOTH, config=a), FakeCheckpoint(BOTH, config=b))
     assert ([m.name for m in pair.matches], pair.tied, pair.unmatched) == ([EMBED], [HEAD], [])
 
 
-@pytest.mark.parametrize(("a", "b"), [(NO, NO), (SILENT, SILENT), (YES, NO), (NO, SILENT)])
+@pytest.mark.parametrize(("a", "b"), [(NO, NO), (YES, NO), (NO, SILENT)])
 def test_two_heads_that_may_be_untied_are_compared(a: dict[str, Any], b: dict[str, Any]) -> None:
     pair = match_both_ways(FakeCheckpoint(BOTH, config=a), FakeCheckpoint(BOTH, config=b))
     assert ([m.name for m in pair.matches], pair.tied, pair.unmatched) == ([EMBED, HEAD], [], [])
     assert any("not" in note and HEAD in note for note in pair.notes) == (YES in (a, b))
+
+
+@pytest.mark.parametrize(("a", "b"), [(YES, YES), (YES, SILENT), (SILENT, SILENT)])
+@pytest.mark.parametrize("differing", ["a", "b", "both"])
+def test_a_head_that_differs_from_its_embedding_is_a_parameter(
+    a: dict[str, Any], b: dict[str, Any], differing: str
+) -> None:
+    bits = {side: {HEAD: 1} if differing in (side, "both") else {} for side in "ab"}
+    pair = match_both_ways(
+        FakeCheckpoint(BOTH, config=a, bits=bits["a"]), FakeCheckpoint(BOTH, config=b, bits=bits["b"])
+    )
+    assert ([m.name for m in pair.matches], pair.tied, pair.unmatched) == ([EMBED, HEAD], [], [])
+    assert any("differ" in note and HEAD in note for note in pair.notes) == (YES in (a, b))
+
+
+@pytest.mark.parametrize("config", [YES, SILENT])
+def test_a_single_head_that_differs_from_its_embedding_is_excluded(config: dict[str, Any]) -> None:
+    pair = match_both_ways(FakeCheckpoint(LONE, config=config), FakeCheckpoint(BOTH, config=config, bits={HEAD: 1}))
+    assert ([m.name for m in pair.matches], pair.tied) == ([EMBED], [])
+    assert [(u.side, u.name, u.kind) for u in pair.unmatched] == [("trained", HEAD, "untied")]
+    assert any("differ" in note and HEAD in note for note in pair.notes)
+    assert pair.coverage.parameters == {"base": 36, "trained": 72}
+
+
+SHARED, ENCODER, DECODER = "shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("tie", [YES, SILENT])
+@pytest.mark.parametrize("first", [[SHARED], [SHARED, ENCODER, DECODER, HEAD], [ENCODER, DECODER], [ENCODER], [HEAD]])
+@pytest.mark.parametrize("second", [[SHARED], [ENCODER, SHARED, DECODER, HEAD], [DECODER]])
+def test_one_embedding_under_several_names_is_counted_once(
+    first: list[str], second: list[str], tie: dict[str, Any]
+) -> None:
+    x = {"x": (3,)}
+    pair = match_both_ways(
+        FakeCheckpoint({**dict.fromkeys(first, (9, 4)), **x}, config=tie),
+        FakeCheckpoint({**dict.fromkeys(second, (9, 4)), **x}, config=tie),
+    )
+    assert [m.numel for m in pair.matches if m.name != "x"] == [36]
+    assert (pair.unmatched, pair.coverage.parameters) == ([], {"base": 39, "trained": 39})
+    assert set(pair.tied) | {pair.matches[0].name, pair.matches[0].trained_name} >= {*first, *second} - {"x"}
+
+
+def test_an_embedding_that_was_trained_apart_is_compared_and_its_copies_are_not() -> None:
+    names = dict.fromkeys([SHARED, ENCODER, DECODER], (9, 4))
+    pair = match_both_ways(FakeCheckpoint(names), FakeCheckpoint(names, bits={ENCODER: 1}))
+    assert ([m.name for m in pair.matches], pair.tied, pair.unmatched) == ([SHARED, ENCODER], [DECODER], [])
+
+
+def test_copies_of_one_checkpoint() -> None:
+    names = dict.fromkeys([ENCODER, SHARED, DECODER, HEAD], (9, 4))
+    assert copies(FakeCheckpoint(names, config=YES)) == dict.fromkeys([ENCODER, DECODER, HEAD], SHARED)
+    assert copies(FakeCheckpoint(BOTH, config=NO)) == {}
+    assert copies(FakeCheckpoint(BOTH, config=YES, bits={HEAD: 1})) == {}
 
 
 @pytest.mark.parametrize(("with_head", "without"), [(YES, YES), (SILENT, YES), (YES, SILENT), (SILENT, SILENT)])
