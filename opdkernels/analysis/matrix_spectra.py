@@ -14,6 +14,7 @@ import torch
 
 from opdkernels.analysis.factors import FactorCache
 from opdkernels.analysis.matrices import TOPK, Matrix
+from opdkernels.analysis.matrix_nulls import expected_arrays
 from opdkernels.backends.devices import CPU, device_lock
 from opdkernels.checkpoint.match import Pair
 from opdkernels.formatting import byte_size
@@ -122,7 +123,8 @@ def exact_spectrum(
         shared.masks = principal.masks(long_w, shared.factor.vectors, top_ranks(matrix.short), visible=visible)
     overlaps = principal.overlaps(shared.masks, long_w, long_v, visible=visible)
     method = "svd" if spectra is not None and spectra.method == "svd" else "gram_mixed" if block else "gram"
-    return build_record(empty, spectra, overlaps, method), top
+    expected = expected_arrays(w, v, view, shared.factor, shared.masks, spectra)
+    return replace(build_record(empty, spectra, overlaps, method), **expected), top
 
 
 def spectra_from_grams(

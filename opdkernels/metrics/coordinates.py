@@ -67,6 +67,7 @@ THRESHOLD_LABELS = [threshold_label(t) for t in THRESHOLDS]
 VISIBLE_EDGES = np.array([to_bf16_bits(t) + side for side in (0, 1) for t in THRESHOLDS])  # below them: <, then <=
 RELATIVE_LABELS = [f"frac_lt_rel_{threshold_label(tau)}" for tau in RELATIVE]
 TOP_LABELS = [ratio_label(p) for p in TOP_FRACTIONS]
+TOP_SYMBOL = "0.1, 1 or 5 %"  # in docs/outputs.md
 TOP_ENERGY = [f"top_energy_{label}" for label in TOP_LABELS]
 
 ALL_TABLES = ("tensors", "groups")
@@ -361,7 +362,7 @@ def norms(batch: TallyBatch, view: str) -> Columns:
             tables=ALL_TABLES,
         ),
         TOP_LABELS,
-        "0.1, 1 or 5 %",
+        TOP_SYMBOL,
         None,
         {"1pct": {"pages": {"overview": VIEWS, "tensors": ("visible",)}}},
     )

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.metrics.batch import RATIO_LABELS, RATIO_SYMBOL, threshold_label
+from opdkernels.metrics.geometry_null import NULL_METRICS, SPECTRUM_NULL_METRICS, null_of_geometry, null_of_spectrum
+from opdkernels.metrics.random_matrix import TOP
 from opdkernels.metrics.registry import (
     COUNT,
     MEAN_OVER_MATRICES,
@@ -30,7 +31,6 @@ from opdkernels.metrics.spectra import NO_VALUES, SUBSPACE, SpectrumRecord
 from opdkernels.spectral.exact import RATIOS, top_ranks
 from opdkernels.spectral.principal import COUNTS
 
-TOP = (1, 2, 4, 8, 16, 32, 64)
 TOP_FRACTIONS = (0.01, 0.05, 0.1)
 RANK_TOLERANCES = (1e-6, 1e-5, 1e-4)
 Row = dict[str, Any]
@@ -137,22 +137,7 @@ SPECTRUM_METRICS = (
     *interleave(
         *(family(bounds_of(replace(ENERGY, pages={}), side), [str(k) for k in TOP], "k") for side in ("lower", "upper"))
     ),
-    Metric(
-        name="stable_rank_null",
-        label="stable rank of a random update",
-        definition="`stable_rank` of a matrix of the same shape with independent entries, whichever of them are zero",
-        range=RANK_RANGE,
-        format="measure",
-        source="Marchenko and Pastur 1967",
-        **MATRIX_GROUPS,
-    ),
-    Metric(
-        name="energy_16_null",
-        label="energy of the top 16 of a random update",
-        definition="`energy_16` of a matrix of the same shape with independent entries, whichever of them are zero",
-        source="Marchenko and Pastur 1967",
-        **MATRIX_GROUPS,
-    ),
+    *SPECTRUM_NULL_METRICS,
 )
 
 
@@ -186,51 +171,10 @@ def spectrum(sigma: np.ndarray) -> Row:
     return metrics
 
 
-@cache
-def marchenko_pastur(y: float) -> tuple[np.ndarray, np.ndarray]:
-    """The Marchenko-Pastur law for y = short / long.
-
-    Returns angles t in 0 .. pi, each for the eigenvalue 1 + y + 2 sqrt(y) cos t, and the fraction of eigenvalues above
-    it.
-    """
-    t = np.linspace(0, math.pi, 20_001)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        density = np.nan_to_num(2 * np.sin(t) ** 2 / (math.pi * (1 + y + 2 * math.sqrt(y) * np.cos(t))), posinf=0)
-    above = np.concatenate(([0], np.cumsum((density[1:] + density[:-1]) / 2 * (t[1] - t[0]))))
-    return t, above / above[-1]
-
-
-def random_decay(m: int, n: int, positions: np.ndarray) -> np.ndarray:
-    """s_i / s_1 of a random [m, n] matrix at i = position * min(m, n), positions in 0 .. 1, for large m and n."""
-    y = min(m, n) / max(m, n)
-    t, above = marchenko_pastur(y)
-    root = math.sqrt(y)
-    return np.sqrt(np.maximum(1 + y + 2 * root * np.cos(np.interp(positions, above, t)), 0)) / (1 + root)
-
-
-@cache
-def random_spectrum(m: int, n: int) -> tuple[float, dict[int, float]]:
-    """Stable rank, and fraction of the energy in the top k, of a random [m, n] matrix, for large m and n.
-
-    Its entries are independent with one variance, whichever of them are zero: an update without direction (Marchenko
-    and Pastur 1967).
-
-    >>> stable_rank, energy = random_spectrum(896, 4864)
-    >>> round(stable_rank), round(energy[16], 4)
-    (439, 0.0351)
-    """
-    short, long = sorted((m, n))
-    t, above = marchenko_pastur(short / long)
-    energy = (t - np.sin(t) * np.cos(t)) / math.pi  # in the eigenvalues above t
-    top_energy = {k: float(np.interp(min(k / short, 1), above, energy)) for k in TOP}
-    return m * n / (math.sqrt(m) + math.sqrt(n)) ** 2, top_energy
-
-
 def spectrum_row(record: SpectrumRecord) -> Row:
-    """A row of spectra.parquet: metrics of delta's spectrum, and two of them for a random update of the same shape."""
+    """A row of spectra.parquet: metrics of delta's spectrum, and two of them for a random update."""
     metrics = spectrum(NO_VALUES if record.method == "topk" else record.delta) | topk_metrics(record)
-    stable_rank, energy = random_spectrum(record.m, record.n) if record.method else (None, {})
-    return metrics | {"stable_rank_null": stable_rank, "energy_16_null": energy.get(16)}
+    return metrics | null_of_spectrum(record, metrics)
 
 
 def topk_metrics(record: SpectrumRecord) -> Row:
@@ -378,7 +322,7 @@ GEOMETRY_METRICS = (
         ),
     ),
 )
-METRICS = (*SPECTRUM_METRICS, *GEOMETRY_METRICS)
+METRICS = (*SPECTRUM_METRICS, *GEOMETRY_METRICS, *NULL_METRICS)
 SUMMARY_METRICS = tuple(metric.name for metric in METRICS if metric.aggregation is MEAN_OVER_MATRICES)
 TRAJECTORY_METRICS = tuple(metric.name for metric in METRICS if "trajectory" in metric.tables)
 
@@ -402,7 +346,8 @@ def geometry_row(record: SpectrumRecord) -> Row:
     drift = float(np.linalg.norm(record.trained - record.base)) if known else 0.0
     sizes = [float(np.linalg.norm(sigma)) for sigma in (record.base, record.delta)]
     metrics["drift"], metrics["drift_over_delta"] = (drift / size if known and size else None for size in sizes)
-    return metrics | mask_metrics(record)
+    metrics |= mask_metrics(record)
+    return metrics | null_of_geometry(record, metrics)
 
 
 MASKS = ("principal", "low_magnitude", "principal_not_low", "nonprincipal_or_low", "principal_and_low")

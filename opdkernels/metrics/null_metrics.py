@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -9,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from opdkernels.metrics.aggregation import MEAN_BY_CHANGED_NULL, SUM, Members, recomputed
+from opdkernels.metrics.aggregation import MEAN_BY_CHANGED_NULL, MEAN_BY_ENERGY, SUM, Members, recomputed
 from opdkernels.metrics.batch import RATIO_LABELS, RATIO_SYMBOL, Columns
+from opdkernels.metrics.coordinates import TOP_FRACTIONS, TOP_LABELS, TOP_SYMBOL
 from opdkernels.metrics.registry import NON_NEGATIVE, Aggregation, Metric, family, interleave
 from opdkernels.metrics.rounding_null import KINDS, Null
+from opdkernels.ops.delta import magnitudes
 from opdkernels.spectral.exact import RATIOS
 
 VISIBLE = ("visible",)
@@ -26,6 +29,34 @@ def over_null_of_group(label: str) -> Aggregation:
     def compute(members: Members) -> np.ndarray:
         observed = members.mean(label, members.columns["changed"])
         return observed / members.mean(f"{label}_null", members.columns["changed_null"])
+
+    return recomputed("from the means of both", compute)
+
+
+def deviation_of_sum(members: Members, name: str) -> np.ndarray:
+    """Standard deviation of a sum of independent counts, from that of each tensor."""
+    return np.sqrt(members.total(np.nan_to_num(members.columns[name]) ** 2))
+
+
+def deviation_of_mean(weight: str) -> Aggregation:
+    """Standard deviation of a weighted mean of independent values, from that of each tensor."""
+
+    def compute(members: Members, name: str) -> np.ndarray:
+        weights, values = members.columns[weight], members.columns[name]
+        known = ~np.isnan(values) & (weights > 0)
+        total = members.total(np.where(known, weights, 0))
+        squares = members.total(np.where(known, (weights * values) ** 2, 0))
+        return np.sqrt(squares) / np.where(total > 0, total, np.nan)
+
+    return Aggregation("from those of the tensors", compute)
+
+
+def top_energy_over_null(label: str) -> Aggregation:
+    """Top energy of a group over its expectation, from the means of both."""
+
+    def compute(members: Members) -> np.ndarray:
+        energy = members.columns["delta_energy"]
+        return members.mean(label, energy) / members.mean(f"{label}_null", energy)
 
     return recomputed("from the means of both", compute)
 
@@ -55,6 +86,28 @@ CHANGED_NULL = Metric(
     aggregation=SUM,
     tables=BOTH_TABLES,
     views=VISIBLE,
+)
+CHANGED_NULL_SD = Metric(
+    name="changed_null_sd",
+    label="expected changes, deviation",
+    definition="standard deviation of the number of visible changes under the nearest null",
+    range="expected count",
+    format="measure",
+    aggregation=Aggregation("from those of the tensors", deviation_of_sum),
+    tables=BOTH_TABLES,
+    views=VISIBLE,
+)
+COVERAGE_NULL_SD = family(
+    Metric(
+        name="near_zero_coverage_{}_null_sd",
+        label="expected near-zero coverage at {}, deviation",
+        definition="standard deviation of the near-zero coverage at {} under the nearest null",
+        aggregation=deviation_of_mean("changed_null"),
+        tables=BOTH_TABLES,
+        views=VISIBLE,
+    ),
+    RATIO_LABELS,
+    RATIO_SYMBOL,
 )
 COVERAGE_NULL = family(
     Metric(
@@ -126,14 +179,64 @@ METRICS = (
         pages={"groups": VISIBLE, "tensors": VISIBLE, "trajectory": VISIBLE},
         section=SECTION,
     ),
+    CHANGED_NULL_SD,
     *of_each_kind(CHANGED_NULL),
     *interleave(
         COVERAGE_NULL,
+        COVERAGE_NULL_SD,
         [
             replace(metric, aggregation=over_null_of_group(f"near_zero_coverage_{label}"))
             for metric, label in zip(COVERAGE_OVER_NULL, RATIO_LABELS, strict=True)
         ],
         *zip(*map(of_each_kind, COVERAGE_NULL), strict=True),
+    ),
+    *interleave(
+        family(
+            Metric(
+                name="top_energy_{}_null",
+                label="expected top {} energy",
+                definition="`top_energy_{}` expected from bf16 rounding alone, under the nearest null",
+                aggregation=MEAN_BY_ENERGY,
+                tables=BOTH_TABLES,
+                views=VISIBLE,
+            ),
+            TOP_LABELS,
+            TOP_SYMBOL,
+        ),
+        family(
+            Metric(
+                name="top_energy_{}_null_sd",
+                label="expected top {} energy, deviation",
+                definition="standard deviation of `top_energy_{}` under the nearest null",
+                aggregation=deviation_of_mean("delta_energy"),
+                tables=BOTH_TABLES,
+                views=VISIBLE,
+            ),
+            TOP_LABELS,
+            TOP_SYMBOL,
+        ),
+        [
+            replace(metric, aggregation=top_energy_over_null(f"top_energy_{label}"))
+            for metric, label in zip(
+                family(
+                    Metric(
+                        name="top_energy_{}_over_null",
+                        label="top {} energy / expected",
+                        definition="`top_energy_{}`, observed over expected from bf16 rounding alone: 1× means "
+                        "that rounding explains it",
+                        range=NON_NEGATIVE,
+                        format="times",
+                        tables=BOTH_TABLES,
+                        views=VISIBLE,
+                        section=SECTION,
+                    ),
+                    TOP_LABELS,
+                    TOP_SYMBOL,
+                ),
+                TOP_LABELS,
+                strict=True,
+            )
+        ],
     ),
 )
 
@@ -163,6 +266,7 @@ def null_metrics(columns: Columns, fitted: list[dict[str, Null]]) -> dict[str, A
         changed = {kind: column(kind, lambda null: null.changed) for kind in ("chosen", *KINDS)}
         metrics["changed_null"] = changed["chosen"]
         metrics["changed_over_null"] = columns["changed"] / nan_where_zero(changed["chosen"])
+        metrics["changed_null_sd"] = column("chosen", lambda null: null.changed_sd)
         metrics |= {f"changed_null_{kind}": changed[kind] for kind in KINDS}
         for ratio, ratio_name in zip(RATIOS, RATIO_LABELS, strict=True):
             label = f"near_zero_coverage_{ratio_name}"
@@ -171,9 +275,41 @@ def null_metrics(columns: Columns, fitted: list[dict[str, Null]]) -> dict[str, A
                 for kind in changed
             }
             metrics[f"{label}_null"] = coverage["chosen"]
+            deviation = column("chosen", partial(near_zero_deviation, ratio))
+            metrics[f"{label}_null_sd"] = np.where(changed["chosen"] > 0, deviation, np.nan)
             metrics[f"{label}_over_null"] = columns[label] / nan_where_zero(coverage["chosen"])
             metrics |= {f"{label}_null_{kind}": coverage[kind] for kind in KINDS}
+        for fraction, fraction_name in zip(TOP_FRACTIONS, TOP_LABELS, strict=True):
+            label = f"top_energy_{fraction_name}"
+            expected = np.array([expected_top_energy(null, fraction) for null in chosen]).reshape(-1, 2)
+            metrics[f"{label}_null"], metrics[f"{label}_null_sd"] = expected.T
+            metrics[f"{label}_over_null"] = columns[label] / nan_where_zero(expected[:, 0])
     return metrics
+
+
+def expected_top_energy(null: Null, fraction: float) -> tuple[float, float]:
+    """Fraction of the energy in the ceil(fraction n) largest |visible delta| of a null update.
+
+    Returns:
+        Mean, and standard deviation by the delta method for independent coordinates; NaN if no change is expected.
+    """
+    if not null.changed > 0:
+        return math.nan, math.nan
+    counts, squares = null.values, magnitudes[null.first : null.first + len(null.values)] ** 2
+    numel = round(null.changed + null.unchanged)
+    above = np.cumsum(counts[::-1])[::-1] - counts  # coordinates with a larger |delta|
+    taken = np.clip(max(1, math.ceil(fraction * numel)) - above, 0, counts)
+    energy = float((counts * squares).sum())
+    top = float((taken * squares).sum()) / energy
+    threshold = float(squares[np.argmax(taken > 0)])
+    influence = np.maximum(squares - threshold, 0) - top * squares
+    variance = float((counts * influence**2).sum()) - float((counts * influence).sum()) ** 2 / numel
+    return top, math.sqrt(max(variance, 0)) / energy
+
+
+def near_zero_deviation(ratio: float, null: Null) -> float:
+    """Standard deviation of the near-zero coverage at a ratio."""
+    return null.near_zero_sd.get(ratio, math.nan)
 
 
 def near_zero_changes(ratio: float, null: Null) -> float:

@@ -9,8 +9,9 @@ import numpy as np
 
 from opdkernels.runs.store import ArrowStore
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 SUBSPACE = ("projection", "projection_left", "projection_right", "rotation_left", "rotation_right")
+COMPOSITES = ("principal", "principal_not_low", "nonprincipal_or_low")
 NO_VALUES = np.zeros(0)
 UNDERFLOW = "delta is below 1e-154: fp64 does not hold its squares"
 FINAL = ("delta is zero", "delta is below", "non-finite")  # reasons that will not change
@@ -39,6 +40,12 @@ class SpectrumRecord:
         subspace: The metrics named by SUBSPACE [5, ratios].
         masks: Mask counts as in `spectral.principal`, int64 [ratios, subsets, counts].
         mask_sizes: Size of the masks, and how many tied coordinates each takes [ratios, 3].
+        null_coverage: Coverage of COMPOSITES expected under the null and magnitude-conditioned, mean and standard
+            deviation [2, ratios, masks, 2]; empty if unknown, as the following fields.
+        null_subspace: The metrics named by SUBSPACE under the null, mean and standard deviation [5, ratios, 2].
+        null_drift: Drift under the null, mean and standard deviation [2].
+        profile_factors: How the variance of the null at each |W| changes the stable rank and the energy of the top 16
+            of a random update [2].
     """
 
     index: int
@@ -58,6 +65,10 @@ class SpectrumRecord:
     subspace: np.ndarray = field(default_factory=lambda: NO_VALUES)
     masks: np.ndarray = field(default_factory=lambda: NO_VALUES.astype(np.int64))
     mask_sizes: np.ndarray = field(default_factory=lambda: NO_VALUES.astype(np.int64))
+    null_coverage: np.ndarray = field(default_factory=lambda: NO_VALUES)
+    null_subspace: np.ndarray = field(default_factory=lambda: NO_VALUES)
+    null_drift: np.ndarray = field(default_factory=lambda: NO_VALUES)
+    profile_factors: np.ndarray = field(default_factory=lambda: NO_VALUES)
 
     @property
     def key(self) -> tuple[int, int, str]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from opdkernels.analysis.result import Analysis
 from opdkernels.metrics.batch import ratio_label
-from opdkernels.metrics.geometry import TOP, random_decay, random_spectrum
+from opdkernels.metrics.random_matrix import TOP, random_decay, random_spectrum
 from opdkernels.report import charts, heat_map, svg
 from opdkernels.report.tables import sorted_modules
 from opdkernels.report.typography import percent, plural, significant

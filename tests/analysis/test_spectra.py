@@ -17,7 +17,7 @@ import torch
 from opdkernels import analyze
 from opdkernels.analysis import matrix_spectra
 from opdkernels.analysis.matrices import Matrix
-from opdkernels.metrics.geometry import random_spectrum
+from opdkernels.metrics.random_matrix import random_spectrum
 from tests.analysis.conftest import save, trained, weights
 
 RATIOS = {"1pct": 0.01, "5pct": 0.05, "10pct": 0.1, "20pct": 0.2}

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from opdkernels.metrics.batch import EPSILON, ratio_label, threshold_label
-from opdkernels.metrics.geometry import RANK_TOLERANCES, TOP, TOP_FRACTIONS, shared, spectrum
+from opdkernels.metrics.geometry import RANK_TOLERANCES, TOP_FRACTIONS, shared, spectrum
+from opdkernels.metrics.random_matrix import TOP
 from opdkernels.metrics.spectra import SUBSPACE, SpectrumRecord
 from opdkernels.spectral.exact import RATIOS, top_ranks
 

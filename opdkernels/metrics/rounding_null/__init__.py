@@ -21,16 +21,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from opdkernels.metrics.rounding_null.expected import Null, near_zero_threshold
-from opdkernels.metrics.rounding_null.histograms import Histograms, Table
+from opdkernels.metrics.rounding_null.histograms import (
+    BINS,
+    INFINITY,
+    Histograms,
+    Table,
+    exponent_of,
+    half_spacing,
+)
 from opdkernels.metrics.rounding_null.kinds import empirical, normal, sign, sign_on_grid
+from opdkernels.metrics.rounding_null.sizes import normal_energy
 from opdkernels.spectral.exact import RATIOS
 
 KINDS = ("sign", "normal", "empirical")
 BATCH = 128  # tensors at a time: bounds the memory, and arrays stay near the caches
 
 
-def fit(base: Table, delta: Table, ratios: Sequence[float] = RATIOS, remainder: str = "grid") -> dict[str, Null]:
+def fit(
+    base: Table,
+    delta: Table,
+    ratios: Sequence[float] = RATIOS,
+    remainder: str = "grid",
+    keep_visible: bool = False,
+) -> dict[str, Null]:
     """Null updates of one tensor, as for `fit_many`.
 
     >>> import numpy as np
@@ -39,7 +55,7 @@ def fit(base: Table, delta: Table, ratios: Sequence[float] = RATIOS, remainder: 
     >>> fit(base, delta)["chosen"].changed
     0.0
     """
-    return fit_many([base], [delta], ratios, remainder)[0]
+    return fit_many([base], [delta], ratios, remainder, keep_visible)[0]
 
 
 def fit_many(
@@ -47,6 +63,7 @@ def fit_many(
     delta: Sequence[Table],
     ratios: Sequence[float] = RATIOS,
     remainder: str | Sequence[str] = "grid",
+    keep_visible: bool = False,
 ) -> list[dict[str, Null]]:
     """Null updates of each tensor, fitted to its observed visible energy.
 
@@ -57,6 +74,7 @@ def fit_many(
         ratios: Sizes of the near-zero masks, as fractions of the coordinates.
         remainder: "grid" where W is stored in bf16, "uniform" where it is stored wider; one for all tensors, or one
             per tensor.
+        keep_visible: Whether the nulls contain P(visible) at each used bin of |W|, which takes much memory.
 
     Returns:
         For each tensor its nulls by kind: "sign", "normal", "empirical" and "chosen", the nearest (for equal distances
@@ -80,18 +98,42 @@ def fit_many(
         for start in range(0, len(same), BATCH):
             batch = same[start : start + BATCH]
             tables = Histograms.of([base[i] for i in batch], [delta[i] for i in batch], mode == "uniform")
-            for i, nulls in zip(batch, fit_histograms(tables, tuple(ratios)), strict=True):
+            by_kind = fit_histograms(tables, tuple(ratios), keep_visible)
+            for i, nulls in zip(batch, by_kind, strict=True):
                 fitted[i] = nulls
     return fitted
 
 
-def fit_histograms(tables: Histograms, ratios: tuple[float, ...]) -> list[dict[str, Null]]:
+def fit_histograms(tables: Histograms, ratios: tuple[float, ...], keep_visible: bool = False) -> list[dict[str, Null]]:
     """The nulls of each tensor by kind, with the nearest as "chosen"."""
     kinds = [sign(tables) if tables.uniform else sign_on_grid(tables), normal(tables), empirical(tables)]
     thresholds = {ratio: near_zero_threshold(tables, ratio) for ratio in ratios}
-    nulls = [expected.nulls(tables, kind, thresholds) for kind, expected in zip(KINDS, kinds, strict=True)]
+    nulls = [
+        expected.nulls(tables, kind, thresholds, keep_visible) for kind, expected in zip(KINDS, kinds, strict=True)
+    ]
     fitted = []
     for of_tensor in zip(*nulls, strict=True):
         by_kind = {null.kind: null for null in of_tensor if null is not None}
         fitted.append({**by_kind, "chosen": min(by_kind.values(), key=lambda null: null.distance)})
     return fitted
+
+
+def expected_square(size: float, remainder: str = "grid") -> np.ndarray:
+    """E[visible delta^2] at each |W| under a normal update.
+
+    Args:
+        size: Standard deviation of the update.
+        remainder: "grid" where W is stored in bf16, "uniform" where it is stored wider.
+
+    Returns:
+        float64 [32768] by the bf16 bits of |W|; 0 for infinities and NaN.
+    """
+    uniform = remainder == "uniform"
+    spacing = np.ldexp(1.0, np.arange(256) - 134)  # by exponent field
+    with np.errstate(divide="ignore"):  # a size far below the spacing
+        squares = normal_energy(size / spacing, uniform) * spacing**2 if size > 0 else np.zeros(256)
+    bits = np.arange(BINS)
+    exponent, below = exponent_of(bits), half_spacing(bits, uniform)
+    table = (1 - below) * squares[exponent] + below * squares[np.maximum(exponent - 1, 0)]
+    table[bits >= INFINITY] = 0
+    return table

@@ -7,7 +7,7 @@ subnormals.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -31,6 +31,9 @@ class Null:
         unchanged: Expected number of coordinates with visible delta 0.
         first: bf16 bits of the first value of `values`.
         values: Expected number of coordinates with |visible delta| of bf16 bits `first`, `first + 1`, and so on.
+        visible: P(visible) at each used bin of |W|; empty unless it was asked for.
+        changed_sd: Standard deviation of the number of visible changes, which are independent.
+        near_zero_sd: Ratio r -> standard deviation of the fraction of visible changes among the ceil(r n) smallest |W|.
     """
 
     kind: str
@@ -41,6 +44,9 @@ class Null:
     unchanged: float
     first: int
     values: np.ndarray
+    visible: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    changed_sd: float = 0.0
+    near_zero_sd: dict[float, float] = field(default_factory=dict)
 
     @cached_property
     def delta(self) -> np.ndarray:
@@ -62,7 +68,11 @@ class Expected:
     known: np.ndarray  # [T] bool: whether the kind exists for the tensor
 
     def nulls(
-        self, tables: Histograms, kind: str, thresholds: dict[float, tuple[np.ndarray, np.ndarray]]
+        self,
+        tables: Histograms,
+        kind: str,
+        thresholds: dict[float, tuple[np.ndarray, np.ndarray]],
+        keep_visible: bool = False,
     ) -> list[Null | None]:
         count, width = self.values.shape
         changes = tables.count * self.visible
@@ -76,13 +86,25 @@ class Expected:
         difference = np.abs(observed, out=observed).sum(1) + np.abs(unchanged - tables.unchanged)
         difference += sum_by(tensor[~inside], counts[~inside], count)
         distance = difference / 2 / np.maximum(tables.numel, 1)
-        below = np.concatenate([[0.0], np.cumsum(changes)])
-        below_tensor = below[np.searchsorted(tables.tensor, np.arange(count))]
-        at_threshold = np.append(self.visible, 0.0)
-        near_zero = {
-            ratio: (below[bin_] - below_tensor + taken * at_threshold[bin_]).tolist()
-            for ratio, (bin_, taken) in thresholds.items()
-        }
+        starts = np.searchsorted(tables.tensor, np.arange(count + 1))
+
+        def among_smallest(each: np.ndarray, bin_: np.ndarray, taken: np.ndarray) -> np.ndarray:
+            """Sum over the smallest |W| of each tensor of a value per coordinate of each bin."""
+            below = np.concatenate([[0.0], np.cumsum(tables.count * each)])
+            return below[bin_] - below[starts[:-1]] + taken * np.append(each, 0.0)[bin_]
+
+        # Changes are independent: their number has variance sum p (1 - p), and by the delta method a fraction c of them
+        # in a mask has variance (sum over the mask of p (1 - p) (1 - 2 c) + c^2 sum of p (1 - p)) / (sum of p)^2.
+        spread = np.maximum(self.visible * (1 - self.visible), 0)  # P(visible) may exceed 1 by its rounding
+        variance = sum_by(tables.tensor, tables.count * spread, count)
+        near_zero, near_zero_sd = {}, {}
+        for ratio, (bin_, taken) in thresholds.items():
+            inside = among_smallest(self.visible, bin_, taken)
+            fraction = inside / np.where(changed > 0, changed, 1)
+            inside_variance = among_smallest(spread, bin_, taken)
+            total = np.maximum(inside_variance * (1 - 2 * fraction) + fraction**2 * variance, 0)
+            near_zero[ratio] = inside.tolist()
+            near_zero_sd[ratio] = (np.sqrt(total) / np.where(changed > 0, changed, 1)).tolist()
         return [
             Null(
                 kind,
@@ -93,6 +115,9 @@ class Expected:
                 float(unchanged[t]),
                 int(self.first[t]),
                 self.values[t],
+                self.visible[starts[t] : starts[t + 1]] if keep_visible else np.zeros(0),
+                math.sqrt(variance[t]),
+                {r: sd[t] for r, sd in near_zero_sd.items()},
             )
             if self.known[t]
             else None
