@@ -28,7 +28,7 @@ LAYERS = [
     {"ops"},
     {"checkpoint"},
     {"backends"},
-    {"config", "formatting", "progress", "bits", "outputs", "files"},
+    {"config", "formatting", "progress", "bits", "outputs", "files", "untrusted"},
     {"errors", "version", "_C"},
 ]
 

@@ -15,6 +15,8 @@ DTYPES = ("bf16", "fp16", "fp32", "fp64")
 """The dtypes that have a delta. Every other dtype has the name that safetensors gives it, in lower case."""
 
 MAX_TENSORS = 200_000
+MAX_DIMS = 64
+"""The limit of NumPy. The product of 400,000 sizes would be a number of 3 MB."""
 MAX_HEADER_BYTES = 100_000_000
 """The limit of safetensors; it applies to the pickles of torch files and to index files too."""
 

@@ -7,7 +7,6 @@ import functools
 import importlib
 import mmap
 import os
-import stat
 import threading
 import weakref
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.untrusted import TOO_MANY_FILES, open_regular, reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,8 @@ NETWORK_FILE_SYSTEMS = frozenset(
     {"9p", "afs", "beegfs", "ceph", "cifs", "fhgfs", "gfs", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs"}
     | {"nfs4", "ocfs2", "panfs", "pvfs2", "smb3", "smbfs", "wekafs"}
 )
+
+CHECKPOINT_REMEDY = "give the path of a checkpoint file"
 
 MOUNT_TABLE = "/proc/self/mountinfo"
 
@@ -105,18 +107,12 @@ class Buffer(threading.local):
 class OpenFile:
     """A regular file held open. Raises InputError, naming `path`, if it cannot be opened, read or mapped."""
 
-    def __init__(self, path: str, io: str) -> None:
+    def __init__(self, path: str, io: str, *, remedy: str = CHECKPOINT_REMEDY) -> None:
         self.path = path
         self.name = os.path.basename(path)
         self._block: Any = None
         self._faults: Callable[[], int] | None = None
-        try:
-            # A named pipe would block in open() until someone writes to it.
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise InputError(f"{self} is not a regular file; give the path of a checkpoint file")
-            self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as error:
-            raise InputError(f"{self} cannot be opened: {_why(error)}") from error
+        self.fd = open_regular(path, remedy=remedy)
         self._opened = os.fstat(self.fd)
         self.size = self._opened.st_size
         self.mtime_ns, self.ctime_ns = self._opened.st_mtime_ns, self._opened.st_ctime_ns
@@ -141,14 +137,22 @@ class OpenFile:
             reason = TOO_MANY_FILES if out_of_descriptors() else f"{printable(str(error))}; use --io read"
             raise InputError(f"{self} cannot be mapped: {reason}") from error
         address = numpy.frombuffer(mapping, dtype=numpy.uint8).ctypes.data
+        try:
+            handle = module.guard_mapping(address, self.size)
+        except RuntimeError:  # 4,096 files are mapped already: this one is read
+            return
         # torch warns about read-only buffers, not about an array over the address, which keeps the mapping alive.
         block: Any = (ctypes.c_uint8 * self.size).from_address(address)
         block.mapping = mapping
-        handle = module.guard_mapping(address, self.size)
         # Views may outlive close(): the range stays guarded until the last of them is gone.
         weakref.finalize(block, module.unguard_mapping, handle)
         self._block, self._address = block, address
         self._faults = functools.partial(module.mapping_faults, handle)
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether `elements` returns views of a mapping, which stay valid after the next read."""
+        return self._block is not None
 
     def bytes_at(self, offset: int, nbytes: int) -> bytes:
         """Returns `nbytes` at `offset` by a positioned read, for headers."""
@@ -162,7 +166,7 @@ class OpenFile:
             try:
                 count = os.preadv(self.fd, [target[done:]], offset + done)
             except OSError as error:
-                raise InputError(f"{self} cannot be read at byte {offset + done}: {_why(error)}") from error
+                raise InputError(f"{self} cannot be read at byte {offset + done}: {reason_of(error)}") from error
             if count == 0:
                 raise InputError(
                     f"{self} was truncated: {offset + len(target)} bytes expected, it has {offset + done};"
@@ -195,7 +199,7 @@ class OpenFile:
             opened = os.fstat(self.fd)
         except OSError as error:
             raise InputError(
-                f"{self} was removed while it was open ({_why(error)}); restore it and start again"
+                f"{self} was removed while it was open ({reason_of(error)}); restore it and start again"
             ) from error
         if opened.st_size < self.size or (self._faults is not None and self._faults()):
             raise InputError(
@@ -221,9 +225,6 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev
 
 
-TOO_MANY_FILES = "too many open files; raise the limit with `ulimit -n 4096`"
-
-
 def out_of_descriptors() -> bool:
     """Whether the process has no file descriptor left, which libraries report in many ways."""
     try:
@@ -231,14 +232,6 @@ def out_of_descriptors() -> bool:
     except OSError as error:
         return error.errno in (errno.EMFILE, errno.ENFILE)
     return False
-
-
-def _why(error: OSError) -> str:
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return TOO_MANY_FILES
-    reason = error.strerror or str(error)
-    remedy = {errno.EACCES: "; make it readable", errno.ENOENT: "; check the path, or download it"}
-    return printable(reason) + remedy.get(error.errno or 0, "; check the disk, or copy or download it again")
 
 
 def bits_dtype(item_bytes: int) -> torch.dtype:

@@ -8,10 +8,10 @@ import warnings
 
 from opdkernels.checkpoint import formats, hub, unsupported
 from opdkernels.checkpoint.base import Checkpoint, FileFormat, Shard
-from opdkernels.checkpoint.io import choose_io
+from opdkernels.checkpoint.io import CHECKPOINT_REMEDY, choose_io
 from opdkernels.checkpoint.sharded import ShardedCheckpoint, open_sharded, read_index
-from opdkernels.checkpoint.strict_json import read_json
 from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.untrusted import open_regular, other_content, read_json
 
 NUMBERED_SHARD = re.compile(r".*-\d+-of-\d+\.[^.]+")
 
@@ -98,7 +98,8 @@ def _open_local(local_path: str, given_path: str, io: str, allow_missing: bool, 
         file = local_path
         unsupported.validate_file(file, os.path.basename(file))
     config_path = os.path.join(os.path.dirname(file), "config.json")
-    config = read_json(config_path) if os.path.exists(config_path) else {}
+    # transformers takes the last value of a key that is there twice
+    config = read_json(config_path, allow_duplicates=True) if os.path.exists(config_path) else {}
     checkpoint = _open_files(file, given_path, io, allow_missing, config)
     try:
         if not any_tensors:
@@ -149,17 +150,18 @@ def _main_file(index: str) -> str:
 def _detect_format(path: str) -> FileFormat | None:
     """Returns a file's format, None for an index. The content decides; the name only where the content is ambiguous."""
     try:
-        if not os.path.isfile(path):
-            raise InputError(f"{printable(path)} is not a regular file; give the path of a checkpoint file")
-        with open(path, "rb") as file:
-            first_bytes = file.read(16)
+        with os.fdopen(open_regular(path, remedy=CHECKPOINT_REMEDY), "rb") as file:
+            first_bytes = file.read(512)
     except OSError as error:
         raise InputError(
             f"{printable(path)} cannot be read: {printable(error.strerror or str(error))}; make it readable"
         ) from error
     if not first_bytes:
         raise InputError(f"{printable(path)} is empty; copy or download it again")
-    format = formats.format_by_content(first_bytes)
+    content = other_content(first_bytes)
+    if content is not None:
+        raise InputError(f"{printable(path)} is {content}")
+    format = formats.format_by_content(first_bytes[:16])
     if format is not None:
         return format
     for magic, name in unsupported.MAGIC.items():

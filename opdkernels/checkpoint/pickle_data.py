@@ -12,8 +12,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-MAX_DIMS = 64
-"""Dimensions of a tensor, as in NumPy 2 and PyTorch."""
+from opdkernels.checkpoint.base import MAX_DIMS
 
 MAX_OPCODES = 10_000_000
 """50 for each of 200,000 tensors; torch.save writes 35."""

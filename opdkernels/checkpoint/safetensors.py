@@ -11,10 +11,10 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, FileFingerprint, FileFormat, TensorInfo
-from opdkernels.checkpoint.io import TOO_MANY_FILES, Buffer, OpenFile, bits_dtype, out_of_descriptors, torch_dtype
-from opdkernels.checkpoint.strict_json import DuplicateKeyError, unique_keys
+from opdkernels.checkpoint.base import MAX_DIMS, MAX_HEADER_BYTES, MAX_TENSORS, FileFingerprint, FileFormat, TensorInfo
+from opdkernels.checkpoint.io import CHECKPOINT_REMEDY, Buffer, OpenFile, bits_dtype, out_of_descriptors, torch_dtype
 from opdkernels.errors import InputError, printable
+from opdkernels.untrusted import TOO_MANY_FILES, parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +45,8 @@ def stored_dtype(name: str) -> str:
 class SafetensorsFile:
     """One open safetensors file; `tensors` is in the order of the bytes. Raises InputError for an invalid header."""
 
-    def __init__(self, path: str, io: str) -> None:
-        self._file = OpenFile(path, io)
+    def __init__(self, path: str, io: str, *, remedy: str = CHECKPOINT_REMEDY) -> None:
+        self._file = OpenFile(path, io, remedy=remedy)
         try:
             header = _header_bytes(self._file)
             entries, self.metadata = _parse(self._file, header)
@@ -66,6 +66,11 @@ class SafetensorsFile:
     def _add(self, name: str, entry: dict[str, Any], data_start: int) -> None:
         begin, end = entry["data_offsets"]
         shape = tuple(entry["shape"])
+        if len(shape) > MAX_DIMS:
+            raise InputError(
+                f"{self._file}: tensor {printable(name)} has {len(shape)} dimensions, more than the limit of"
+                f" {MAX_DIMS}; save or download the file again"
+            )
         dtype = dtype_name(entry["dtype"])
         # math.prod on Python integers is exact; a product in 64 bits could wrap around to the right value.
         numel = math.prod(shape)
@@ -93,6 +98,11 @@ class SafetensorsFile:
         """Returns items [start, stop) of a tensor of any dtype, as integers: a view of the mapping or of `buffer`."""
         size = self.tensors[name].item_bytes
         return self._file.elements(self._offsets[name] + start * size, stop - start, bits_dtype(size), buffer)
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether reads return views of a mapping, which stay valid after the next read."""
+        return self._file.is_mapped
 
     def header(self) -> bytes:
         """Returns the bytes before the tensors: the header's length in 8 bytes, and the header."""
@@ -127,10 +137,7 @@ def _header_bytes(file: OpenFile) -> bytes:
 
 
 def _parse(file: OpenFile, header: bytes) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, str]]:
-    # Counted before parsing: 400,000 empty tensors cost the library seconds and hundreds of megabytes.
-    count = header.count(b'"data_offsets"')
-    if count > MAX_TENSORS:
-        raise _too_many(file, count)
+    check_structure(str(file), header)
     try:
         _validate(file.path)
     except InputError:
@@ -141,20 +148,37 @@ def _parse(file: OpenFile, header: bytes) -> tuple[list[tuple[str, dict[str, Any
             raise
         raise _diagnose(file, header, error) from error
     file.check()  # the library opened the path itself: the file it validated must be the one that is open here
-    try:
-        table = json.loads(header, object_pairs_hook=unique_keys)
-    except DuplicateKeyError as error:
-        raise InputError(
-            f"{file}: key {printable(str(error))} appears twice in the header; save the file again"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{file}: its header is not JSON ({printable(str(error))}); save or download it again"
-        ) from error
+    table = parse_json(header, f"{file}: its header", remedy="save or download the file again")
     metadata = table.pop("__metadata__", None) or {}
     if len(table) > MAX_TENSORS:
-        raise _too_many(file, len(table))
+        raise _too_many(str(file), len(table))
     return sorted(table.items(), key=lambda item: item[1]["data_offsets"]), metadata
+
+
+def check_structure(shown: str, header: bytes) -> None:
+    """Raises InputError if a header has far more lists and numbers than its tensors need.
+
+    Counted before parsing: 400,000 empty tensors take seconds and hundreds of megabytes, and lists of short numbers 25
+    times the header's size in memory, before any shape can be checked.
+    """
+    num_tensors = header.count(b'"data_offsets"')
+    if num_tensors > MAX_TENSORS:
+        raise _too_many(shown, num_tensors)
+    limit = 16 * num_tensors + 4096
+    if _count_parts(header) <= limit:
+        return
+    # Commas in texts, such as the JSON in metadata, do not count: the parts at even positions are outside of texts.
+    plain = header.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if plain.count(b'"') <= 2 * limit and sum(map(_count_parts, plain.split(b'"')[::2])) <= limit:
+        return
+    raise InputError(
+        f"{shown}: its header describes {num_tensors} tensors in {len(header)} bytes, with more dimensions or entries"
+        " than tensors have; save or download the file again"
+    )
+
+
+def _count_parts(text: bytes) -> int:
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
 def _validate(path: str) -> None:
@@ -169,9 +193,9 @@ def _validate(path: str) -> None:
         pass
 
 
-def _too_many(file: OpenFile, count: int) -> InputError:
+def _too_many(shown: str, count: int) -> InputError:
     return InputError(
-        f"{file} holds {count} tensors, more than the limit of {MAX_TENSORS}; it is not a checkpoint, or split it"
+        f"{shown} holds {count} tensors, more than the limit of {MAX_TENSORS}; it is not a checkpoint, or split it"
     )
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from opdkernels.checkpoint.base import MAX_TENSORS, FileFormat, Shard, TensorInfo
 from opdkernels.checkpoint.io import Buffer
-from opdkernels.checkpoint.strict_json import read_json
 from opdkernels.errors import InputError, printable
+from opdkernels.untrusted import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -20,6 +20,7 @@ from opdkernels.bits import bit_counts, popcount
 from opdkernels.formatting import percent
 
 BLOCK = 2048  # coordinates per element of block_counts
+DIGEST_STEP = 1 << 26  # coordinates that are hashed at a time; a multiple of 8
 SPARSE = 1 / 32  # density below which indices are smaller than a bitmap
 
 
@@ -166,7 +167,12 @@ class Mask:
     def digest(self) -> str:
         """64 bits of a hash of the shape and the active coordinates, in hexadecimal; the same for both layouts."""
         digest = hashlib.blake2b(f"{list(self.shape)}".encode(), digest_size=8)
-        digest.update(self._packed().numpy().data)
+        if self._bitmap is not None:
+            digest.update(self._bitmap.numpy().data)
+        else:
+            # In parts: the bitmap of the whole tensor would be larger than the mask.
+            for start in range(0, self.numel, DIGEST_STEP):
+                digest.update(self.flat(start, min(start + DIGEST_STEP, self.numel))._packed().numpy().data)
         return digest.hexdigest()
 
     def to_bool(self) -> torch.Tensor:

@@ -4,22 +4,71 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field, TypeAdapter, model_validator
 from safetensors.torch import save
 
+from opdkernels.checkpoint.base import MAX_DIMS
+from opdkernels.checkpoint.io import Buffer
+from opdkernels.checkpoint.safetensors import SafetensorsFile
 from opdkernels.errors import InputError, printable
 from opdkernels.formatting import percent
 from opdkernels.masks.mask import Mask
 from opdkernels.outputs import MASKS, new_file, validate_file
+from opdkernels.untrusted import Strict, parse_json, validate
 
 FORMAT, VERSION = MASKS.format, "1"
 COMPARED_BYTES = 1 << 24
+MAX_NUMEL = 2**36
+"""Coordinates of one tensor. A file of few bytes can describe a mask without active coordinates of any size."""
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+
+
+class Entry(Strict):
+    """One mask in the metadata of a file."""
+
+    name: str
+    shape: list[Annotated[int, Field(ge=0, le=MAX_NUMEL)]] = Field(max_length=MAX_DIMS)
+    numel: int = Field(ge=0, le=MAX_NUMEL)
+    num_active: int = Field(ge=0, le=MAX_NUMEL)
+    digest: Digest
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> Entry:
+        if self.numel != math.prod(self.shape) or self.num_active > self.numel:
+            raise ValueError(f"{self.num_active} of {self.numel} coordinates do not fit the shape {self.shape}")
+        return self
+
+
+class Metadata(Strict):
+    """The metadata of a file of masks; `masks` is a list of `Entry` as JSON."""
+
+    format: str
+    version: str
+    digest: Digest
+    masks: str
+    order: Literal["model"] | None = None
+
+
+ENTRIES = TypeAdapter(list[Entry])
+
+
+def _key_of(entry: Entry, position: int, file: SafetensorsFile) -> str | None:
+    """The tensor in a file that stores a mask; None if there is none of the layout's dtype and size."""
+    layouts = (("bitmap", ("u8",), (entry.numel + 7) // 8), ("indices", ("i32", "i64"), entry.num_active))
+    for layout, dtypes, size in layouts:
+        info = file.tensors.get(f"{position}.{layout}")
+        if info is not None and info.dtype in dtypes and info.shape == (size,):
+            return info.name
+    return None
 
 
 class MaskSet(Mapping[str, Mask]):
@@ -39,7 +88,8 @@ class MaskSet(Mapping[str, Mask]):
     def __init__(self, masks: Mapping[str, Mask]):
         self._masks: dict[str, Mask | None] = dict(masks)
         self._file: Any = None
-        self._entries: dict[str, dict[str, Any]] = {}
+        self._entries: dict[str, Entry] = {}
+        self._keys: dict[str, str] = {}
 
     def __getitem__(self, name: str) -> Mask:
         result = self._masks[name]
@@ -48,7 +98,9 @@ class MaskSet(Mapping[str, Mask]):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_masks": dict(self.items()), "_file": None, "_entries": {}, "in_model_order": self.in_model_order}
+        return {"_masks": dict(self.items()), "_file": None, "_entries": {}, "_keys": {}} | {
+            "in_model_order": self.in_model_order
+        }
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._masks)
@@ -59,15 +111,13 @@ class MaskSet(Mapping[str, Mask]):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, by name. Does not read masks."""
-        return {
-            name: tuple(self._entries[name]["shape"]) if name in self._entries else self[name].shape for name in self
-        }
+        return {name: tuple(self._entries[name].shape) if name in self._entries else self[name].shape for name in self}
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """(active coordinates, coordinates) by name. Does not read masks."""
         known = ((name, self._entries.get(name)) for name in self)
         return {
-            name: (entry["num_active"], entry["numel"]) if entry else (self[name].num_active, self[name].numel)
+            name: (entry.num_active, entry.numel) if entry else (self[name].num_active, self[name].numel)
             for name, entry in known
         }
 
@@ -89,7 +139,7 @@ class MaskSet(Mapping[str, Mask]):
     @property
     def digest(self) -> str:
         """64 bits of a hash of the names, their order, the shapes and the active coordinates, in hexadecimal."""
-        parts = [[name, self._entries[name]["digest"] if name in self._entries else self[name].digest] for name in self]
+        parts = [[name, self._entries[name].digest if name in self._entries else self[name].digest] for name in self]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -153,51 +203,49 @@ class MaskSet(Mapping[str, Mask]):
             InputError: The file is missing, damaged or no mask set.
         """
         display_name = printable(os.fspath(path))
+        remedy = "give a file of `opdkernels mask`"
+        # Read, not mapped: each mask is copied once and verified by its digest, and a truncated file is an error.
+        file = SafetensorsFile(os.fspath(path), "read", remedy=remedy)
         try:
-            file = safe_open(os.fspath(path), "pt")
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise InputError(f"{display_name} holds no masks; give a file of `opdkernels mask`")
-            if metadata["version"] != VERSION:
+            if file.metadata.get("format") != FORMAT:
+                raise InputError(f"{display_name} holds no masks; {remedy}")
+            version = file.metadata.get("version")
+            if version != VERSION:
                 raise InputError(
-                    f"{display_name} has version {printable(metadata['version'])} of the format, not {VERSION}; "
+                    f"{display_name} has version {printable(str(version))} of the format, not {VERSION}; "
                     "create it again"
                 )
-            entries = json.loads(metadata["masks"])
+            metadata = validate(Metadata, file.metadata, f"{display_name}: its metadata", remedy="create it again")
+            shown = f"{display_name}: its list of masks"
+            listed = parse_json(metadata.masks, shown, remedy="create it again")
+            entries = validate(ENTRIES, listed, shown, remedy="create it again")
             result = cls({})
-            result._file, result._entries = (
-                (file, display_name),
-                {entry["name"]: {**entry, "position": i} for i, entry in enumerate(entries)},
-            )
+            result._file = file, display_name
+            result._entries = {entry.name: entry for entry in entries}
+            keys = [_key_of(entry, i, file) for i, entry in enumerate(entries)]
+            result._keys = {entry.name: key for entry, key in zip(entries, keys, strict=True) if key is not None}
             result._masks = dict.fromkeys(result._entries)
-            result.in_model_order = metadata.get("order") == "model"
-            if len(result) != len(entries) or result.digest != metadata["digest"]:
-                raise ValueError("digest")
-        except InputError:
+            result.in_model_order = metadata.order == "model"
+            if len(result) != len(entries) or result.digest != metadata.digest:
+                raise InputError(f"{display_name}: its list of masks has a wrong digest; create it again")
+            if not len(result._keys) == len(result) == len(file.tensors):
+                raise InputError(f"{display_name} holds other masks than it lists; create it again")
+        except BaseException:
+            file.close()
             raise
-        except FileNotFoundError:
-            raise InputError(f"{display_name} does not exist; give a file of masks") from None
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{display_name} cannot be read as masks ({printable(str(error).splitlines()[0][:200])}); "
-                "create it again"
-            ) from None
+        weakref.finalize(result, file.close)
         return result
 
     def _read(self, name: str) -> Mask:
         file, display_name = self._file
-        entry = self._entries[name]
+        entry, key = self._entries[name], self._keys[name]
+        constructor = Mask.from_bitmap if key.endswith(".bitmap") else Mask.from_indices
+        stored = file.read(key, 0, file.tensors[key].numel, Buffer())
         try:
-            key = next(
-                f"{entry['position']}.{kind}"
-                for kind in ("bitmap", "indices")
-                if f"{entry['position']}.{kind}" in file.keys()  # noqa: SIM118
-            )
-            constructor = Mask.from_bitmap if key.endswith("bitmap") else Mask.from_indices
-            mask = constructor(file.get_tensor(key), entry["shape"])
-            if (mask.digest, mask.num_active, mask.numel) != (entry["digest"], entry["num_active"], entry["numel"]):
+            mask = constructor(stored, entry.shape)
+            if (mask.digest, mask.num_active) != (entry.digest, entry.num_active):
                 raise ValueError("its bits are not those that were written")
-        except (SafetensorError, StopIteration, ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError) as error:
             raise InputError(
                 f"the mask of {printable(name)} in {display_name} is damaged ({printable(str(error))}); "
                 "create the file again"

@@ -11,26 +11,24 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from opdkernels.checkpoint.base import TensorInfo
+from opdkernels.checkpoint.base import MAX_DIMS, MAX_HEADER_BYTES, TensorInfo
 from opdkernels.checkpoint.io import Buffer, choose_io
-from opdkernels.checkpoint.safetensors import SafetensorsFile, dtype_name, stored_dtype
-from opdkernels.checkpoint.strict_json import DuplicateKeyError, unique_keys
+from opdkernels.checkpoint.safetensors import SafetensorsFile, check_structure, dtype_name, stored_dtype
 from opdkernels.errors import InputError, printable
 from opdkernels.formatting import byte_size, percent
 from opdkernels.outputs import PATCH
+from opdkernels.untrusted import Strict, parse_json, unique_keys, validate
 
 FORMAT, VERSION = PATCH.format, "1"
 EXTRA_FILE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 MAX_EXTRA_FILE_BYTES = 1 << 26
 """A patch contains configuration and tokenizer of the trained folder: no code, and no file over 64 MiB."""
 
+DAMAGED = "it is damaged or not a patch; copy or create it again"
+
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Tensor(Strict):
@@ -112,11 +110,8 @@ class Patch:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._buffer = Buffer()
-        if not os.path.isfile(self.path):
-            raise InputError(f"{printable(self.path)} does not exist; give a file that patch create wrote")
-        io = choose_io("auto", self.path)
-        self._mapped = io == "mmap"
-        self._file = SafetensorsFile(self.path, io)
+        remedy = "give a file that patch create wrote"
+        self._file = SafetensorsFile(self.path, choose_io("auto", self.path), remedy=remedy)
         try:
             self.manifest = self._manifest(self._file.metadata)
             self.headers: dict[str, bytes] = {}
@@ -133,7 +128,7 @@ class Patch:
     nbytes = property(lambda self: self._file.fingerprint.bytes)
 
     def bad(self, what: str) -> InputError:
-        return InputError(f"{printable(self.path)} {what}: it is damaged or not a patch; copy or create it again")
+        return InputError(f"{printable(self.path)} {what}: {DAMAGED}")
 
     def _manifest(self, metadata: dict[str, str]) -> Manifest:
         if metadata.get("format") != FORMAT:
@@ -148,17 +143,8 @@ class Patch:
         text = metadata.get("manifest", "")
         if digest_bytes(text.encode("utf-8", "surrogatepass")) != metadata.get("manifest_digest"):
             raise self.bad("has a manifest with a wrong digest")
-        try:
-            manifest = Manifest.model_validate(json.loads(text, object_pairs_hook=unique_keys))
-        except DuplicateKeyError as error:
-            raise self.bad(f"has the key {printable(str(error))} twice in its manifest") from None
-        except ValidationError as error:
-            where = ".".join(map(str, error.errors()[0]["loc"]))
-            raise self.bad(
-                f"has no valid {printable(where)} in its manifest ({printable(error.errors()[0]['msg'])})"
-            ) from None
-        except (ValueError, RecursionError):
-            raise self.bad("has a manifest that is not JSON") from None
+        shown = f"{printable(self.path)}: its manifest"
+        manifest = validate(Manifest, parse_json(text, shown, remedy=DAMAGED), shown, remedy=DAMAGED)
         if metadata_of(manifest) | {"manifest": "", "manifest_digest": ""} != metadata | {
             "manifest": "",
             "manifest_digest": "",
@@ -190,6 +176,8 @@ class Patch:
         info = self.entry(key)
         if info.dtype != "u8":
             raise self.bad(f"has {printable(key)} as {printable(info.dtype)} instead of bytes")
+        if info.nbytes > MAX_HEADER_BYTES + 8:
+            raise self.bad(f"has {printable(key)} of {info.nbytes} bytes, more than the {MAX_HEADER_BYTES} allowed")
         content = self.read(key, 0, info.nbytes).numpy().tobytes()
         if digest_bytes(content) != expected:
             raise self.bad(f"has {printable(key)} with a wrong digest")
@@ -208,10 +196,11 @@ class Patch:
     def keep(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Returns the same, valid beyond the next read."""
         items = self.read(key, start, stop)
-        return items if self._mapped else items.clone()
+        return items if self._file.is_mapped else items.clone()
 
     def _tensors(self, file: str, header: bytes) -> list[TensorInfo]:
         """Returns the tensors that a file's header describes; their sizes are not yet compared with their data."""
+        check_structure(f"{printable(self.path)}: {printable(file)}", header)
         try:
             if int.from_bytes(header[:8], "little") != len(header) - 8:
                 raise ValueError("length")
@@ -221,6 +210,8 @@ class Patch:
             for name, entry in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
                 begin, end = entry["data_offsets"]
                 shape = tuple(entry["shape"])
+                if len(shape) > MAX_DIMS:
+                    raise ValueError("dimensions")
                 if begin != offset or end < begin or any(type(n) is not int or n < 0 for n in (begin, end, *shape)):
                     raise ValueError("offsets")
                 offset = end

@@ -67,7 +67,7 @@ def test_bad_input_is_one_line(pair, tmp_path):
     a = tmp_path / "a"
     run("near-zero", pair[0], "-o", a)
     for arguments, status, message in (
-        (("stats", pair[0]), 4, "cannot be read as masks"),
+        (("stats", pair[0]), 4, "is not a regular file"),
         (("stats", tmp_path / "x"), 4, "does not exist"),
         (
             ("near-zero", pair[0], "--density", 2, "-o", a),
