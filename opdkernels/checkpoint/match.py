@@ -27,6 +27,9 @@ EXCLUDED_KINDS = ("shape", "shard", "untied")
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 
+FLAT_PARAMETERS = frozenset({"_flat_param", "flat_param"})
+
+
 @dataclass(frozen=True)
 class Match:
     """Flat elements [base_start, base_start + numel) of a base tensor against as many of a trained tensor.
@@ -344,6 +347,12 @@ def _no_match_message(pair: Pair) -> str:
 
 def _notes(matches: list[Match]) -> Iterator[str]:
     """Yields remarks on the matching for the reader of the metrics."""
+    flat = [m.base.name for m in matches if m.base.name.rpartition(".")[2] in FLAT_PARAMETERS]
+    if flat:
+        yield (
+            f"{len(flat)} tensors are flat parameters of FSDP, such as {printable(flat[0])}, with all weights of a"
+            " module in one: metrics by module and spectra need a full state dict"
+        )
     counts: dict[tuple[str, str], int] = {}
     for m in matches:
         if m.base.dtype != m.trained.dtype:

@@ -83,7 +83,8 @@ def validate_file(path: str, name: str) -> None:
 
 
 def validate_tensors(tensors: dict[str, TensorInfo], path: str) -> None:
-    """Raises InputError that names the first tensor of a LoRA adapter, of an optimizer, or of a quantised model."""
+    """Raises InputError that names the first tensor of a LoRA adapter, of an optimizer, or of a quantised model, or the
+    first one without its values."""
     mxfp4 = {name.removesuffix("_blocks") for name in tensors if name.endswith("_blocks")}
     for name, info in tensors.items():
         # An adapter's token may be inside the name, as in lora_A.default.weight; a scale's is always the last.
@@ -95,6 +96,11 @@ def validate_tensors(tensors: dict[str, TensorInfo], path: str) -> None:
             )
         elif OPTIMIZER_TOKENS.intersection(tokens):
             what = "belongs to an optimizer's state, not a model; give the model's file"
+        elif info.shape == (0,) and tokens[-1] in ("weight", "bias"):
+            what = (
+                "is an empty placeholder of DeepSpeed ZeRO-3, which keeps the values in other files; run"
+                " zero_to_fp32.py in the checkpoint's folder, or train with stage3_gather_16bit_weights_on_model_save"
+            )
         elif (
             tokens[-1] in QUANTISED_TOKENS
             or info.dtype.startswith(("f8_", "f6_", "f4"))
