@@ -151,7 +151,10 @@ def test_only_backends_and_kernel_launchers_know_devices():
 
 
 FORMAT_MODULES = ("safetensors", "torch_pickle", "sharded", "hub", "folder", "formats")
-FORMAT_USERS = {"patch": "writes files in the layout of the trained checkpoint's, byte for byte"}
+FORMAT_USERS = {
+    "patch": "writes files in the layout of the trained checkpoint's, byte for byte",
+    "masks": "files of masks have the layout of safetensors",
+}
 
 
 def test_only_checkpoint_knows_file_formats():

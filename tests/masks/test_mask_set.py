@@ -87,7 +87,7 @@ def test_loading_other_files_raises_in_one_line(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         MaskSet.load(tmp_path / "nowhere")
     with pytest.raises(InputError, match="cannot write"):
-        sample().save(tmp_path / "no" / "m.safetensors")
+        sample().save(tmp_path / "m.safetensors" / "m.safetensors")
 
 
 def test_damaged_payload_raises_when_read(tmp_path):
