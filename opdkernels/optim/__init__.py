@@ -2,7 +2,7 @@
 
 from opdkernels.optim.adamw import MaskedAdamW
 from opdkernels.optim.adapters import optimizer_cls_and_kwargs
-from opdkernels.optim.binding import in_model_order
+from opdkernels.optim.bind_masks import in_model_order
 from opdkernels.optim.gradients import gather_active_grads, zero_frozen_grads
 from opdkernels.optim.parameters import MaskedParameters
 from opdkernels.optim.sgd import MaskedSGD

@@ -9,7 +9,7 @@ import torch
 from opdkernels.ops.step import adamw_scalars, masked_adamw
 from opdkernels.optim.base import MaskedOptimizer
 from opdkernels.optim.batch import StepBatch
-from opdkernels.optim.binding import Masks
+from opdkernels.optim.bind_masks import Masks
 
 
 class MaskedAdamW(MaskedOptimizer):

@@ -9,7 +9,7 @@ import torch
 
 from opdkernels.optim.adamw import MaskedAdamW
 from opdkernels.optim.base import MaskedOptimizer
-from opdkernels.optim.binding import Masks
+from opdkernels.optim.bind_masks import Masks, masks_of_model
 
 
 def optimizer_cls_and_kwargs(
@@ -21,7 +21,7 @@ def optimizer_cls_and_kwargs(
 
     Args:
         model: The model that is trained.
-        masks: As for `MaskedAdamW`.
+        masks: As for `MaskedAdamW`, by the names of the model, or a list in the order of `model.parameters()`.
         args: A TrainingArguments: its learning_rate and weight_decay, and for AdamW adam_beta1, adam_beta2 and
             adam_epsilon are used (default: none).
         cls: MaskedAdamW or MaskedSGD (default: MaskedAdamW).
@@ -40,7 +40,7 @@ def optimizer_cls_and_kwargs(
         if issubclass(cls, MaskedAdamW):
             from_args |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         options = {**from_args, **options}
-    return cls, {"params": NamedGroups(model), "masks": masks, **options}
+    return cls, {"params": NamedGroups(model), "masks": masks_of_model(masks, model), **options}
 
 
 class NamedGroups:

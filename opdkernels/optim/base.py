@@ -32,7 +32,8 @@ from opdkernels.ops.step.layout import MAX_STEP_GROUPS
 from opdkernels.ops.step.validation import RESIDUAL_DTYPES
 from opdkernels.optim.active import gather_active, restore_dropped
 from opdkernels.optim.batch import RESIDUALS, PendingStep, StepBatch, validate_addresses
-from opdkernels.optim.binding import Binder, Binding, LocalMask, Masks, is_dtensor, local_gradient, local_part
+from opdkernels.optim.bind_masks import Masks, bind_masks
+from opdkernels.optim.binding import Binding, LocalMask, is_dtensor, local_gradient, local_part
 from opdkernels.optim.distinct import named_params, validate_distinct, validate_memory
 from opdkernels.optim.options import is_number, validate_flags, validate_options
 
@@ -48,28 +49,51 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, masks: Masks, unmasked: str, defaults: dict[str, Any]):
         validate_options(defaults)
         validate_flags(defaults)
-        self._binder = Binder(masks, unmasked)
+        self._unmasked = unmasked
         self._bindings_by_group: list[list[Binding]] = []
         self._gathered_grads: dict[ParamKey, torch.Tensor] = {}  # fp32 [num_active] of each parameter
         self._num_gather_hooks = 0  # calls of gather_active_grads whose hooks are installed: no gradient in `.grad`
         self._clip_factor: torch.Tensor | None = None  # the next step multiplies gradients by it; fp32, one element
         super().__init__(params, defaults)
-        self._binder.check()
+        self._validate_memory()
+        # Which mask is meant by a name can depend on all names, so they are bound when all groups are known.
+        self._bindings_by_group = bind_masks(masks, self.param_groups, unmasked)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group. Its masks come from the `masks` argument of the constructor."""
-        if isinstance(param_group, dict) and not isinstance(param_group.get("params", ()), (torch.Tensor, set)):
-            param_group["params"] = list(param_group["params"])
-            validate_distinct(named_params([*self.param_groups, param_group]))
+        """Add a parameter group.
+
+        Args:
+            param_group: As for `torch.optim.Optimizer.add_param_group`; masks of its parameters are in `masks`, as in
+                the constructor, and without it the constructor's `unmasked` applies.
+
+        Raises:
+            ValueError, TypeError: As the constructor; no group was added.
+        """
+        is_constructed, masks = bool(self._bindings_by_group), {}
+        if isinstance(param_group, dict):
+            if "masks" in param_group and not is_constructed:
+                raise ValueError(
+                    "a group has masks; give the masks of all groups as the argument masks. "
+                    "ZeroRedundancyOptimizer, which copies them to its groups, is not supported: use FSDP2 (fully_shard)"
+                )
+            masks = param_group.pop("masks", {})
+            if not isinstance(param_group.get("params", ()), (torch.Tensor, set)):
+                param_group["params"] = list(param_group["params"])
+                validate_distinct(named_params([*self.param_groups, param_group]))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             validate_options(group)
-            validate_memory([(name, local_part(param)[0]) for name, param in named_params(self.param_groups)])
-            self._bindings_by_group.append(self._binder.bind(group["params"], group.get("param_names")))
+            if is_constructed:
+                self._validate_memory()
+                num_params = sum(len(bindings) for bindings in self._bindings_by_group)
+                self._bindings_by_group += bind_masks(masks, [group], self._unmasked, first_id=num_params)
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _validate_memory(self) -> None:
+        validate_memory([(name, local_part(param)[0]) for name, param in named_params(self.param_groups)])
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -78,7 +102,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return bool(self.defaults["fused"] or self._num_gather_hooks)
 
     def __getstate__(self) -> dict[str, Any]:
-        attributes = {key: self.__dict__[key] for key in ("_binder", "_bindings_by_group")}
+        attributes = {key: self.__dict__[key] for key in ("_unmasked", "_bindings_by_group")}
         return {
             **super().__getstate__(),
             **attributes,
@@ -502,9 +526,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"on_drop must be keep or restore, not {on_drop}")
         if self._gathered_grads:
             raise RuntimeError("gradients have been gathered for the current masks; step or zero_grad() first")
-        binder = Binder(masks, self._binder.unmasked)
-        bindings_by_group = [binder.bind(group["params"], group.get("param_names")) for group in self.param_groups]
-        binder.check()
+        bindings_by_group = bind_masks(masks, self.param_groups, self._unmasked)
         new_states: dict[torch.Tensor, dict[str, Any]] = {}
         for (index, j), param, old in self._bindings():
             new, state = bindings_by_group[index][j], self.state.get(param)
@@ -522,7 +544,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 if param in new_states:
                     init_value, new = self.state[param]["init_value"], bindings_by_group[index][j]
                     restore_dropped(param, init_value, old.local_mask(param), new.local_mask(param))
-        self._binder, self._bindings_by_group = binder, bindings_by_group
+        self._bindings_by_group = bindings_by_group
         self._clip_factor = None  # computed from gradients of the old masks
         self.state.update(new_states)
 

@@ -1,24 +1,18 @@
-"""Binds masks to the parameters of an optimizer and slices them to the local shards.
+"""The mask of a parameter of an optimizer, sliced to the local shard.
 
-The masks are a set, a file, a mapping or a list. Nothing here holds a Parameter, since trainers replace them: a mask is
-bound to a position in the groups, a name and a global shape.
+Nothing here holds a Parameter, since trainers replace them: a mask is bound to a position in the groups, a name and a
+global shape.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from opdkernels.checkpoint.names import unwrap_name
 from opdkernels.errors import printable
 from opdkernels.masks.mask import Mask
-from opdkernels.masks.mask_set import MaskSet
 from opdkernels.ops.step.validation import DTYPES
-
-Masks = MaskSet | str | os.PathLike[str] | Mapping[str, Mask | torch.Tensor] | Sequence[Mask | torch.Tensor]
 
 
 @dataclass
@@ -151,131 +145,3 @@ def as_sharded(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
         return grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
     return grad
-
-
-class Binder:
-    """Binds the masks that were passed to an optimizer to its parameters, group by group."""
-
-    def __init__(self, masks: Masks, unmasked: str):
-        if unmasked not in ("error", "freeze", "train"):
-            raise ValueError(f"unmasked must be error, freeze or train, not {unmasked}")
-        if isinstance(masks, (str, os.PathLike)):
-            masks = MaskSet.load(masks)
-        self.by_name: Mapping[str, Mask] | None = None
-        self.in_order: list[Mask] | None = None
-        if isinstance(masks, MaskSet):
-            self.by_name = masks
-        elif isinstance(masks, Mapping):
-            self.by_name = {name: as_mask(mask, f"the mask of {printable(name)}") for name, mask in masks.items()}
-        elif isinstance(masks, Sequence):
-            self.in_order = [as_mask(mask, f"mask {i}") for i, mask in enumerate(masks)]
-        else:
-            raise TypeError(
-                f"masks are {type(masks).__name__}; "
-                "give a MaskSet, its path, a mapping of names to masks or bool tensors, or a list of them"
-            )
-        self.unmasked = unmasked
-        self.num_params = self.num_masked = self.num_by_position = 0
-
-    def bind(self, params: Iterable[torch.Tensor], names: Sequence[str] | None) -> list[Binding]:
-        """The bindings of a group's parameters.
-
-        Raises TypeError or ValueError that names the parameter without a mask, or with one that does not fit.
-        """
-        before = self.num_params, self.num_masked, self.num_by_position
-        try:
-            return [self._bind(param, names[i] if names else None) for i, param in enumerate(params)]
-        except Exception:
-            self.num_params, self.num_masked, self.num_by_position = before
-            raise
-
-    def check(self) -> None:
-        """Raise ValueError where the masks clearly belong to other parameters than those that were bound."""
-        if self.by_name and not self.num_masked:
-            raise ValueError(
-                f"none of the {len(self.by_name)} masks, {printable(next(iter(self.by_name)))} and so on, "
-                "is of a parameter here; name them alike"
-            )
-        if self.by_name is not None and self.num_by_position and self.num_by_position != len(self.by_name):
-            raise ValueError(
-                f"{self.num_by_position} parameters without names and {len(self.by_name)} masks in a model's order; "
-                "give all of model.parameters(), or names"
-            )
-
-    def _bind(self, param: torch.Tensor, name: str | None) -> Binding:
-        param_id, self.num_params = self.num_params, self.num_params + 1
-        display_name = printable(name) if name else f"parameter {param_id}"
-        if self.by_name is not None and name:
-            key = name if name in self.by_name else unwrap_name(name)
-            mask = self.by_name.get(key)
-        else:
-            mask = self._by_position(param_id, display_name)
-        self.num_masked += mask is not None
-        if mask is None:
-            if self.unmasked == "error":
-                raise ValueError(
-                    f"{display_name} has no mask; give one, leave the parameter out, "
-                    'or pass unmasked="freeze" or "train"'
-                )
-            empty = Mask.from_indices(torch.zeros(0, dtype=torch.int64), param.shape)
-            mask = ~empty if self.unmasked == "train" else empty
-        if mask.shape != tuple(param.shape):
-            raise ValueError(
-                f"{display_name} is {list(param.shape)}, its mask {list(mask.shape)}: these are another model's masks"
-            )
-        if mask.num_active and param.dtype not in DTYPES:
-            raise TypeError(f"{display_name} is {param.dtype}; masked optimizers step float32 and bfloat16")
-        return Binding(mask, name or "", param_id)
-
-    def _by_position(self, param_id: int, display_name: str) -> Mask | None:
-        """The mask of a parameter without a name, if there are so many."""
-        if self.by_name is None:
-            assert self.in_order is not None
-            return self.in_order[param_id] if param_id < len(self.in_order) else None
-        if not getattr(self.by_name, "in_model_order", False):
-            raise ValueError(
-                f"{display_name} has no name, and masks in a checkpoint's order would go to the wrong ones; "
-                "give model.named_parameters(), or masks of opdkernels.optim.in_model_order(masks, model)"
-            )
-        self.num_by_position += 1
-        names = list(self.by_name)
-        return self.by_name[names[param_id]] if param_id < len(names) else None
-
-
-def as_mask(value: object, name: str) -> Mask:
-    """A Mask, or one from a bool tensor. Raises TypeError for anything else; `name` is for the message."""
-    if isinstance(value, Mask):
-        return value
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
-        raise TypeError(f"{name} is {getattr(value, 'dtype', type(value).__name__)}; give a Mask or a bool tensor")
-    return Mask.from_bool(value)
-
-
-def in_model_order(masks: Masks, model: torch.nn.Module) -> MaskSet:
-    """The masks of a model's parameters in the order of `model.parameters()`, for trainers that pass parameters without
-    names.
-
-    Args:
-        masks: As for `MaskedAdamW`, by the names of the model.
-        model: The model; every parameter needs a mask.
-
-    Returns:
-        A set that may be given, itself or as the file that its `save` writes, for unnamed parameters: all of them, in
-        that order, in one group.
-
-    Raises:
-        ValueError: A parameter has no mask.
-
-    Example:
-        >>> layer = torch.nn.Linear(2, 1)
-        >>> masks = {"bias": torch.tensor([True]), "weight": torch.tensor([[True, False]])}
-        >>> list(in_model_order(masks, layer))
-        ['weight', 'bias']
-    """
-    binder = Binder(masks, "error")
-    named = list(model.named_parameters())
-    bindings = binder.bind([param for _, param in named], [name for name, _ in named])
-    names = (unwrap_name(name) for name, _ in named)
-    ordered = MaskSet({name: binding.mask for name, binding in zip(names, bindings, strict=True)})
-    ordered.in_model_order = True
-    return ordered

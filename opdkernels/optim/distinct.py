@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Named = tuple[str, torch.Tensor]  # name for messages, and a parameter or its local part
 
@@ -40,7 +41,7 @@ def validate_memory(named: Sequence[Named]) -> None:
     """Raise ValueError that names both where two tensors share memory, or elements of one do."""
     by_storage: defaultdict[tuple[torch.device, int], list[Named]] = defaultdict(list)
     for name, tensor in named:
-        if not tensor.numel() or tensor.device.type == "meta":
+        if not tensor.numel() or tensor.device.type == "meta" or is_traceable_wrapper_subclass(tensor):
             continue
         if torch._debug_has_internal_overlap(tensor) == 1:
             raise ValueError(

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from opdkernels.checkpoint.names import unwrap_name
 from opdkernels.errors import printable
 from opdkernels.optim.active import gather_active, scatter_active
-from opdkernels.optim.binding import Binder, Binding, Masks, is_dtensor, local_gradient
+from opdkernels.optim.bind_masks import Masks, bind_model
+from opdkernels.optim.binding import Binding, is_dtensor, local_gradient
 
 
 class MaskedParameters(torch.nn.Module):
@@ -30,7 +31,8 @@ class MaskedParameters(torch.nn.Module):
         masks: As for `MaskedAdamW`, by the names of the model.
 
     Raises:
-        ValueError: No weight has an active coordinate, or a masked weight is a DTensor (use MaskedAdamW).
+        ValueError: No weight has an active coordinate, a mask has no weight, or a masked weight is a DTensor (use
+            MaskedAdamW).
 
     Example:
         >>> layer = torch.nn.Linear(2, 1, bias=False)
@@ -40,14 +42,13 @@ class MaskedParameters(torch.nn.Module):
 
     def __init__(self, model: torch.nn.Module, masks: Masks):
         super().__init__()
-        binder = Binder(masks, "freeze")
         self._weights: list[tuple[torch.nn.Parameter, Binding]] = []
         self.values = torch.nn.ParameterList()
         self.names: list[str] = []
         self._handles: list[RemovableHandle] = []
         owner = weakref.ref(self)  # the hook's closure lives as long as the model
-        for name, weight in model.named_parameters():
-            (binding,) = binder.bind([weight], [name])
+        bindings = bind_model(masks, model, "freeze")
+        for (name, weight), binding in zip(model.named_parameters(), bindings, strict=True):
             if not binding.mask.num_active or not weight.requires_grad:
                 weight.requires_grad_(False)
                 continue

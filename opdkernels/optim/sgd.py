@@ -10,7 +10,7 @@ from opdkernels.ops.step import masked_sgd, sgd_scalars
 from opdkernels.ops.step.layout import IS_FIRST
 from opdkernels.optim.base import MaskedOptimizer
 from opdkernels.optim.batch import StepBatch
-from opdkernels.optim.binding import Masks
+from opdkernels.optim.bind_masks import Masks
 
 
 class MaskedSGD(MaskedOptimizer):
