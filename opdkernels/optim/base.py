@@ -74,7 +74,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if "masks" in param_group and not is_constructed:
                 raise ValueError(
                     "a group has masks; give the masks of all groups as the argument masks. "
-                    "ZeroRedundancyOptimizer, which copies them to its groups, is not supported: use FSDP2 (fully_shard)"
+                    "ZeroRedundancyOptimizer, which copies them to its groups, is not supported; use FSDP2"
                 )
             masks = param_group.pop("masks", {})
             if not isinstance(param_group.get("params", ()), (torch.Tensor, set)):

@@ -46,13 +46,15 @@ def bind_masks(
     names = [name for group in groups for name in group.get("param_names") or [""] * len(group["params"])]
     display_names = [printable(name) or f"parameter {first_id + i}" for i, name in enumerate(names)]
     if not isinstance(loaded, list) and names and all(names):
-        found = masks_by_name(loaded, params, names, unmasked)
+        param_masks = masks_by_name(loaded, params, names, unmasked)
     else:
-        found = masks_by_position(loaded, len(params), display_names[0], len(groups))
+        param_masks = masks_by_position(loaded, len(params), display_names[0], len(groups))
     bindings = iter(
         [
             Binding(mask_of(param, mask, display_name, unmasked), name, first_id + i)
-            for i, (param, mask, display_name, name) in enumerate(zip(params, found, display_names, names, strict=True))
+            for i, (param, mask, display_name, name) in enumerate(
+                zip(params, param_masks, display_names, names, strict=True)
+            )
         ]
     )
     return [[next(bindings) for _ in group["params"]] for group in groups]
@@ -125,8 +127,8 @@ def masks_by_name(
             f"none of the {len(masks)} masks, {printable(next(iter(masks)))} and so on, is of a parameter here, "
             f"{printable(names[0])} and so on; name them alike"
         )
-    found = [mapped.masks.get(name) for name in shapes]
-    lacking = [(name, shape) for (name, shape), mask in zip(shapes.items(), found, strict=True) if mask is None]
+    param_masks = [mapped.masks.get(name) for name in shapes]
+    lacking = [(name, shape) for (name, shape), mask in zip(shapes.items(), param_masks, strict=True) if mask is None]
     if lacking and unmasked == "error" and mapped.unbound:
         name, reason = next(iter(mapped.unbound.items()))
         raise ValueError(
@@ -134,13 +136,13 @@ def masks_by_name(
             f"({printable(reason)}); name them alike"
         )
     for name, reason in mapped.unbound.items():
-        if masks[name].num_active and not is_tied(name, masks[name], found, {shape for _, shape in lacking}):
+        if masks[name].num_active and not is_tied(name, masks[name], param_masks, {shape for _, shape in lacking}):
             raise ValueError(
                 f"the mask of {printable(name)} has {masks[name].num_active} active coordinates and no parameter here "
                 f"({printable(reason)}); give its parameter, which may be frozen (requires_grad=False) or tied to one "
                 "with another mask, or leave the mask out"
             )
-    return found
+    return param_masks
 
 
 def is_tied(name: str, mask: Mask, bound: Sequence[Mask | None], lacking: set[tuple[int, ...]]) -> bool:
