@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
@@ -27,7 +27,7 @@ from opdkernels.files import atomic_file
 from opdkernels.masks import MaskSet
 from opdkernels.masks.mask import Mask
 from opdkernels.metrics.batch import SparseTally
-from opdkernels.metrics.coordinates import tensor_metrics
+from opdkernels.metrics.coordinates import compute_metrics, none_for_nan
 from opdkernels.metrics.registry import VIEWS
 from opdkernels.ops.delta import Tally, delta
 from opdkernels.optim.active import gather_active
@@ -195,11 +195,14 @@ class Tracker:
         if self.world.is_main:
             MaskSet(masks).save(self.folder / "masks" / f"step-{step:06}.safetensors", overwrite=True)
         merged = {name: self._merge(tally) for name, tally in sorted(modules.items())}
+        views, views_since_last, *module_views = metrics_by_view(
+            [reduce(Tally.merge, merged.values()), self._merge(since_last), *merged.values()]
+        )
         row = {
             "step": step,
-            "views": metrics_by_view(reduce(Tally.merge, merged.values())),
-            "since_last": metrics_by_view(self._merge(since_last)),
-            "modules": {name: metrics_by_view(tally) for name, tally in merged.items()},
+            "views": views,
+            "since_last": views_since_last,
+            "modules": dict(zip(merged, module_views, strict=True)),
             "changed_any": num_changed_any / numel if numel else 0.0,
             "trained": self.num_trainable / numel if numel else 0.0,
             **optimizer_metrics,
@@ -241,10 +244,14 @@ class Tracker:
         return rows
 
 
-def metrics_by_view(tally: Tally) -> dict[str, Any]:
-    """All metrics of a tally, as stored and as visible to a bf16 deployment."""
-    sparse = SparseTally.of(tally)
-    return {view: tensor_metrics(sparse, view) for view in VIEWS}
+def metrics_by_view(tallies: Sequence[Tally]) -> list[dict[str, Any]]:
+    """All metrics of each tally, as stored and as visible to a bf16 deployment."""
+    sparse = [SparseTally.of(tally) for tally in tallies]
+    columns = {view: compute_metrics(sparse, view) for view in VIEWS}
+    return [
+        {view: {name: none_for_nan(values[i]) for name, values in columns[view].items()} for view in VIEWS}
+        for i in range(len(tallies))
+    ]
 
 
 def count_trainable(optimizer: MaskedOptimizer, world: World, device: torch.device) -> int:

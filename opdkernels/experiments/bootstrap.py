@@ -9,6 +9,7 @@ import numpy as np
 
 START = "start"  # the row of the student before training
 RESAMPLES = 10_000
+BLOCK = 500  # draws at a time: bounds the memory
 
 
 def table_rows(
@@ -64,14 +65,20 @@ def resample_means(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     num_seeds, num_prompts = next(iter(scores.values())).shape
     scale = (num_seeds / (num_seeds - 1)) ** 0.5 if num_seeds > 1 else 0.0
     generator = np.random.default_rng(0)
-    means = {name: np.empty(RESAMPLES) for name in scores}
-    for i in range(RESAMPLES):
-        seeds = generator.integers(num_seeds, size=num_seeds)
-        weights = generator.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts)) / num_prompts
+    uniform = np.full(num_prompts, 1 / num_prompts)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in scores}
+    for first in range(0, RESAMPLES, BLOCK):
+        seeds = np.empty((min(BLOCK, RESAMPLES - first), num_seeds), np.int64)
+        weights = np.empty((len(seeds), num_prompts))
+        for i in range(len(seeds)):
+            seeds[i] = generator.integers(num_seeds, size=num_seeds)
+            weights[i] = generator.multinomial(num_prompts, uniform) / num_prompts
         for name, values in scores.items():
-            seed_means = values @ weights
-            means[name][i] = seed_means.mean() + scale * (seed_means[seeds].mean() - seed_means.mean())
-    return means
+            seed_means = weights @ values.T  # [draws, seeds]
+            mean = seed_means.mean(1)
+            drawn_mean = np.take_along_axis(seed_means, seeds, 1).mean(1)
+            parts[name].append(mean + scale * (drawn_mean - mean))
+    return {name: np.concatenate(draws) for name, draws in parts.items()}
 
 
 def with_ci(name: str, value: float, draws: np.ndarray) -> dict[str, Any]:

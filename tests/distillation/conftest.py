@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
@@ -56,23 +57,25 @@ def places(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def options(places):
-    """Makes options of a run of three short steps."""
+def make_options(places, **given):
+    """Options of a run of three short steps with the models in `places`."""
     from opdkernels.distillation.options import options_from
 
-    def make(**given):
-        usual = {
-            "student": str(places / "student"),
-            "teacher": str(places / "teacher"),
-            "prompts": "addition",
-            "max_steps": 3,
-            "batch_size": 8,
-            "max_completion_length": 4,
-            "learning_rate": 1e-3,
-            "snapshot_every": 1,
-            "threads": 1,
-        }
-        return options_from(None, {**usual, **given})
+    usual = {
+        "student": str(places / "student"),
+        "teacher": str(places / "teacher"),
+        "prompts": "addition",
+        "max_steps": 3,
+        "batch_size": 8,
+        "max_completion_length": 4,
+        "learning_rate": 1e-3,
+        "snapshot_every": 1,
+        "threads": 1,
+    }
+    return options_from(None, {**usual, **given})
 
-    return make
+
+@pytest.fixture
+def options(places):
+    """`make_options` with the models of the session."""
+    return functools.partial(make_options, places)
