@@ -1,9 +1,8 @@
-"""The commands in processes of their own: output, exit statuses and messages."""
+"""The commands as a user runs them: output, exit statuses and messages."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,11 @@ import pytest
 import torch
 
 from tests.analysis.conftest import pair, save, trained, weights  # noqa: F401
+from tests.in_process import run_cli as run
 
 
-def run(*arguments, **options) -> subprocess.CompletedProcess:
+def run_process(*arguments, **options) -> subprocess.CompletedProcess:
+    """For what only a process of its own shows: its exit status as the shell sees it, and its two streams."""
     return subprocess.run(
         [sys.executable, "-m", "opdkernels", *map(str, arguments)],
         capture_output=True,
@@ -25,7 +26,7 @@ def run(*arguments, **options) -> subprocess.CompletedProcess:
 
 
 def test_analyze_prints_both_views_and_writes_its_files(pair, tmp_path):  # noqa: F811
-    done = run("analyze", *pair, "-o", tmp_path / "out")
+    done = run_process("analyze", *pair, "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "stored" in done.stdout
     assert "visible" in done.stdout
@@ -80,6 +81,13 @@ def test_doctor_names_the_active_kernels():
     assert json.loads(run("doctor", "--json").stdout)["torch"] == torch.__version__
 
 
+def test_error_of_a_process_is_one_line_and_its_exit_status(tmp_path):
+    done = run_process("inspect", "nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr.startswith("opdkernels: nowhere does not exist")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -130,7 +138,7 @@ def test_warnings_are_one_line(tmp_path):
         "0.01",
         "-o",
         tmp_path / "out",
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={"HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 4
     first, _ = done.stderr.splitlines()

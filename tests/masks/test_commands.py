@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from opdkernels import masks
 from opdkernels.masks import MaskSet
 from opdkernels.masks.stats import compare_masks, mask_stats
+from tests.in_process import run_cli
 
 
 def run(*arguments, status=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "opdkernels", "mask", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+    done = run_cli("mask", *arguments)
     assert done.returncode == status, done.stderr
     return done
 

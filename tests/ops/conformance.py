@@ -7,9 +7,11 @@ instruction set, with CUDA C++ on fibers and in Triton's interpreter; `make gpu`
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -142,6 +144,20 @@ def run_case(case: Case, kernel: Kernel, device: torch.device | str = "cpu", off
     outputs = case.call(kernel, allocator, *allocator.put(inputs_of(case)))
     allocator.check_guards()
     return outputs
+
+
+@contextlib.contextmanager
+def zero_pages(*sizes: int) -> Iterator[list[mmap.mmap]]:
+    """Mappings of zeros that take memory only where they are written. A shared mapping, the default of mmap.mmap, takes it
+    also where it is read; huge pages save two million page faults."""
+    with contextlib.ExitStack() as stack:
+        mappings = [
+            stack.enter_context(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)) for size in sizes
+        ]
+        for mapping in mappings:
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+        yield mappings
 
 
 def check_case(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from opdkernels.ops import delta as ops
 from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS, Tally, delta, exact_float
 from tests.conftest import ISAS
-from tests.ops.conformance import DTYPES, MILLION, SIZES, check_case, dispatched, make_pair
+from tests.ops.conformance import DTYPES, MILLION, SIZES, check_case, dispatched, make_pair, zero_pages
 from tests.ops.delta.cases import FAMILY, pair_case
 
 ARRAYS = ("tables", "counts", "sums", "maximum")
@@ -251,10 +251,8 @@ def test_operator_is_registered_as_torch_expects():
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels")
 def test_more_than_two_billion_coordinates():
     """Beyond 2^31: the first and last coordinates differ, the middle is untouched zero pages of a sparse mapping."""
-    import mmap
-
     n = 2**31 + 11
-    with mmap.mmap(-1, 2 * n) as zeros, mmap.mmap(-1, 2 * n) as edges:
+    with zero_pages(2 * n, 2 * n) as (zeros, edges):
         base, trained = (torch.frombuffer(m, dtype=torch.bfloat16) for m in (zeros, edges))
         trained[0] = trained[2**31] = trained[n - 1] = 1.0
         tally = delta(base, trained)

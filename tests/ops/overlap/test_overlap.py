@@ -26,7 +26,7 @@ from opdkernels.ops.overlap import (
     z_score,
 )
 from tests.conftest import ISAS
-from tests.ops.conformance import DTYPES, MILLION, SIZES, check_case, dispatched
+from tests.ops.conformance import DTYPES, MILLION, SIZES, check_case, dispatched, zero_pages
 from tests.ops.overlap.cases import FAMILY, dtype_cases, make_runs, neighbour_cases, runs_case
 
 
@@ -311,10 +311,8 @@ def test_operator_is_registered_as_torch_expects():
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels")
 def test_more_than_two_billion_coordinates():
     """Beyond 2^31: a few coordinates differ, the rest is untouched zero pages of a sparse mapping."""
-    import mmap
-
     n = 2**31 + 11
-    with mmap.mmap(-1, 2 * n) as zeros, mmap.mmap(-1, 2 * n) as edges:
+    with zero_pages(2 * n, 2 * n) as (zeros, edges):
         base, run = (torch.frombuffer(m, dtype=torch.bfloat16) for m in (zeros, edges))
         run[0] = run[2**31] = run[n - 1] = 1.0
         result = overlap(base, [run, run])

@@ -15,7 +15,7 @@ from opdkernels.ops import patch as ops
 from opdkernels.ops.patch import Changes, GatherBuffers, bits, check, digest, gather, scatter
 from opdkernels.ops.patch.layout import BLOCK, HASH_SECRET, blocks_of
 from tests.conftest import ISAS
-from tests.ops.conformance import MILLION, MISALIGNED, SIZES, check_case, dispatched, make_pair
+from tests.ops.conformance import MILLION, MISALIGNED, SIZES, check_case, dispatched, make_pair, zero_pages
 from tests.ops.patch.cases import FAMILY, MALFORMED, make_bits
 
 DTYPES = (
@@ -377,10 +377,8 @@ def test_examples_of_the_docstrings():
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels")
 def test_more_than_two_billion_coordinates():
     """Beyond 2^31: a few coordinates differ, the rest is untouched zero pages of a sparse mapping."""
-    import mmap
-
     n = 2**31 + 11
-    with mmap.mmap(-1, n) as zeros, mmap.mmap(-1, n) as edges, mmap.mmap(-1, n) as values:
+    with zero_pages(n, n, n) as (zeros, edges, values):
         base, trained = (torch.frombuffer(m, dtype=torch.uint8) for m in (zeros, edges))
         trained[0] = trained[2**31] = trained[n - 1] = 1
         buffers = GatherBuffers(
