@@ -148,8 +148,8 @@ def run_case(case: Case, kernel: Kernel, device: torch.device | str = "cpu", off
 
 @contextlib.contextmanager
 def zero_pages(*sizes: int) -> Iterator[list[mmap.mmap]]:
-    """Mappings of zeros that take memory only where they are written. A shared mapping, the default of mmap.mmap, takes it
-    also where it is read; huge pages save two million page faults."""
+    """Mappings of zeros that take memory only where they are written. A shared mapping, the default of mmap.mmap, takes
+    it also where it is read; huge pages save two million page faults."""
     with contextlib.ExitStack() as stack:
         mappings = [
             stack.enter_context(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)) for size in sizes
