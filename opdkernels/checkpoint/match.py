@@ -203,6 +203,7 @@ def match(base: Checkpoint, trained: Checkpoint) -> Pair:
     a, b = Side("base", base, dict(base.tensors)), Side("trained", trained, dict(trained.tensors))
     pair = Pair(base, trained, [])
     pair.buffers = list(_take_buffers(a, b))
+    _validate_dtypes(a, b)
     for side in (a, b):
         pair.unmatched.extend(_without_delta(side))
     pair.tied = drop_tied(a, b, pair.notes)
@@ -215,6 +216,20 @@ def match(base: Checkpoint, trained: Checkpoint) -> Pair:
         raise InputError(_no_match_message(pair))
     pair.notes.extend(_notes(pair.matches))
     return pair
+
+
+def _validate_dtypes(a: Side, b: Side) -> None:
+    """Raises InputError for a tensor of integers whose counterpart is floating: it is quantised."""
+    by_canonical = {canonical_name(name): info for name, info in b.remaining.items()}
+    for name, info in a.remaining.items():
+        other = by_canonical.get(canonical_name(name))
+        if other is None or (info.dtype in DTYPES) == (other.dtype in DTYPES):
+            continue
+        side, quantised, dtype = (a, info, other.dtype) if other.dtype in DTYPES else (b, other, info.dtype)
+        raise InputError(
+            f"{printable(quantised.name)} is {printable(quantised.dtype)} in {printable(side.checkpoint.path)} and"
+            f" {dtype} in the other checkpoint: one is quantised; dequantise it to bf16 first"
+        )
 
 
 def _take_buffers(a: Side, b: Side) -> Iterator[BufferMatch]:

@@ -14,12 +14,18 @@ TRAINER_FILES = re.compile(
     r"(training_args|optimizer|optim|scheduler|scaler|rng_state|random_states|extra_state|trainer_state|dataloader)"
     r"([._-].*)?\.(bin|pt|pth)"
 )
-LORA_TOKENS = frozenset({"lora_a", "lora_b", "lora_embedding_a", "lora_embedding_b", "lora_magnitude_vector"})
+# The prefixes of PEFT's methods, as its tuners declare them; those that other models use as words are left out.
+ADAPTER = re.compile(
+    r"(lora|ia3|hada|lokr|oft|boft|hra|vera_lambda|pvera_lambda|fourierft|vblora|randlora|gralora|tinylora|delora|shira"
+    r"|c3a|waveft|psoft|ln_tuning|trainable_tokens|adaption)_.+"
+)
 OPTIMIZER_TOKENS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"})
 QUANTISED_TOKENS = frozenset(
     {"weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "qweight", "qzeros", "g_idx"}
-    | {"scb", "absmax", "quant_map", "nested_absmax"}
+    | {"scb", "absmax", "quant_map", "nested_absmax", "weight_zero_point", "weight_global_scale", "weight_scale_2"}
+    | {"weight_scales", "w_q", "q_weight", "q_scale", "codebooks", "trellis"}
 )
+INTEGERS = frozenset({"i8", "u8", "i16", "u16", "i32", "u32", "i64", "u64", "bool"})
 MAGIC = {
     b"GGUF": "a GGUF file",
     b"\x89HDF": "an HDF5 file",
@@ -83,15 +89,16 @@ def validate_file(path: str, name: str) -> None:
 
 
 def validate_tensors(tensors: dict[str, TensorInfo], path: str) -> None:
-    """Raises InputError that names the first tensor of a LoRA adapter, of an optimizer, or of a quantised model, or the
+    """Raises InputError that names the first tensor of an adapter, of an optimizer, or of a quantised model, or the
     first one without its values."""
     mxfp4 = {name.removesuffix("_blocks") for name in tensors if name.endswith("_blocks")}
     for name, info in tensors.items():
         # An adapter's token may be inside the name, as in lora_A.default.weight; a scale's is always the last.
         tokens = name.lower().split(".")
-        if LORA_TOKENS.intersection(tokens):
+        method = next((match[1] for token in tokens if (match := ADAPTER.fullmatch(token))), None)
+        if method is not None:
             what = (
-                "belongs to a LoRA adapter, which is not read yet;"
+                f"belongs to a {'LoRA' if method == 'lora' else 'PEFT'} adapter, which is not read yet;"
                 " merge it with peft's merge_and_unload() and save that"
             )
         elif OPTIMIZER_TOKENS.intersection(tokens):
@@ -103,6 +110,8 @@ def validate_tensors(tensors: dict[str, TensorInfo], path: str) -> None:
             )
         elif (
             tokens[-1] in QUANTISED_TOKENS
+            or "quant_state" in tokens  # of bitsandbytes
+            or (tokens[-1] == "weight" and info.dtype in INTEGERS and len(info.shape) > 1)
             or info.dtype.startswith(("f8_", "f6_", "f4"))
             or (name.endswith("_scales") and name.removesuffix("_scales") in mxfp4)
         ):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
 
+from opdkernels.checkpoint.coverage import coverage_sentence
+from opdkernels.cli.exit_status import ExitStatus
 from opdkernels.cli.options import Base, Json, OutFile, Trained, command
 from opdkernels.cli.output import emit
 from opdkernels.config import (
@@ -42,7 +45,10 @@ def changed(base: Base, trained: Trained, *, out: OutFile, **options: Any) -> No
 
     chosen = validate_options(ChangedMaskOptions, options)
     validate_out(out, {"BASE": base, "TRAINED": trained})
-    save(masks.changed(base, trained, atol=chosen.atol, view=chosen.view), out, chosen.overwrite)
+    with warnings.catch_warnings():  # `save` prints the coverage
+        warnings.simplefilter("ignore", UserWarning)
+        active = masks.changed(base, trained, atol=chosen.atol, view=chosen.view)
+    save(active, out, chosen.overwrite)
 
 
 @command(TopChangedMaskOptions)
@@ -55,7 +61,10 @@ def top_changed(base: Base, trained: Trained, *, out: OutFile, **options: Any) -
 
     chosen = validate_options(TopChangedMaskOptions, options)
     validate_out(out, {"BASE": base, "TRAINED": trained})
-    save(masks.top_changed(base, trained, chosen.density, scope=chosen.scope), out, chosen.overwrite)
+    with warnings.catch_warnings():  # `save` prints the coverage
+        warnings.simplefilter("ignore", UserWarning)
+        active = masks.top_changed(base, trained, chosen.density, scope=chosen.scope)
+    save(active, out, chosen.overwrite)
 
 
 @command(NearZeroMaskOptions)
@@ -196,9 +205,14 @@ def validate_out(out: str, inputs: Inputs) -> None:
 
 
 def save(masks: MaskSet, out: str, overwrite: bool) -> None:
-    """Writes masks and prints how many coordinates are active."""
+    """Writes masks and prints how many coordinates are active; exit status 3 if they do not cover their pair."""
     masks.save(out, overwrite=overwrite)
+    partial = masks.coverage is not None and not masks.coverage.sufficient
+    if masks.coverage is not None and not masks.coverage.complete:
+        typer.echo(coverage_sentence(masks.coverage.to_dict()))
     typer.echo(
         f"{masks.num_active:,} of {masks.numel:,} coordinates of {len(masks)} tensors ({percent(masks.density)}) are "
         f"active; written to {printable(out)}"
     )
+    if partial:
+        raise typer.Exit(ExitStatus.PARTIAL)

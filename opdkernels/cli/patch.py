@@ -85,6 +85,7 @@ def graft(
 
     Example: opdkernels graft Qwen2.5-0.5B my-run/step-200 --select mlp,layers=0-7 --invert -o without
     """
+    from opdkernels.checkpoint.coverage import coverage_sentence
     from opdkernels.masks import MaskSet
     from opdkernels.patch import graft
     from opdkernels.progress import reporting
@@ -102,9 +103,12 @@ def graft(
             progress=progress,
         )
     fraction = result["kept"] / result["changed"] if result["changed"] else 0.0
+    sufficient = result["coverage"]["sufficient"]
     text = [
+        *([] if sufficient else [coverage_sentence(result["coverage"])]),
         f"{printable(out)}: {result['kept']:,} of the {result['changed']:,} changed coordinates are from TRAINED "
         f"({percent(fraction)})",
         *(f"BASE has no {printable(name)}; it is copied from TRAINED" for name in result["unmatched"]),
     ]
     emit(result, text, as_json=json, quiet=quiet)
+    raise typer.Exit(ExitStatus.DONE if sufficient else ExitStatus.PARTIAL)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -19,9 +20,13 @@ import numpy as np
 import torch
 
 from opdkernels.checkpoint.base import DTYPES
-from opdkernels.checkpoint.match import Match, open_pair
+from opdkernels.checkpoint.buffers import is_buffer
+from opdkernels.checkpoint.correspondence import match_tensors
+from opdkernels.checkpoint.coverage import coverage_sentence
+from opdkernels.checkpoint.match import Match, Pair, open_pair
 from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.checkpoint.open import open_checkpoint
+from opdkernels.checkpoint.tied import copies
 from opdkernels.errors import UsageError, printable
 from opdkernels.masks.mask import Mask
 from opdkernels.masks.mask_set import MaskSet
@@ -56,22 +61,25 @@ class Weight:
 
 @contextlib.contextmanager
 def open_weights(weights: Weights) -> Iterator[dict[str, Weight]]:
-    """The floating-point tensors of a checkpoint or a mapping, tied ones once, in their order."""
+    """The floating-point parameters of a checkpoint or a mapping, in their order; tied ones once, and no buffers."""
     if isinstance(weights, Mapping):
         result, seen = {}, set()
         for name, tensor in weights.items():
             flat = tensor.detach().cpu().contiguous().view(-1)
             storage = (tensor.data_ptr(), tensor.numel())
+            if is_buffer(name, tensor.shape):
+                continue
             if tensor.is_floating_point() and (storage not in seen or not tensor.numel()):
                 seen.add(storage)
                 result[name] = Weight(tuple(tensor.shape), lambda a, b, flat=flat: flat[a:b])  # type: ignore[misc]
         yield result
         return
     with contextlib.closing(open_checkpoint(weights)) as checkpoint:
+        repeated = copies(checkpoint)
         yield {
             name: Weight(info.shape, lambda a, b, name=name: checkpoint.read(name, a, b))  # type: ignore[misc]
             for name, info in checkpoint.tensors.items()
-            if info.dtype in DTYPES and name not in checkpoint.aliases
+            if info.dtype in DTYPES and name not in repeated and not is_buffer(name, info.shape)
         }
         checkpoint.check()
 
@@ -96,7 +104,11 @@ def changed(
         view: "visible", both checkpoints rounded to bf16, or "stored" (default: "visible").
 
     Returns:
-        One mask per tensor. A coordinate that is NaN or Inf on either side is not active.
+        One mask per tensor that both have, with `MaskSet.coverage`. A coordinate that is NaN or Inf on either side is
+        not active. Where training added rows to a vocabulary, the mask has the trained shape and those rows are active.
+
+    Warns:
+        UserWarning: Too little was compared, see `opdkernels.checkpoint.coverage.Coverage.sufficient`.
 
     Raises:
         InputError: A checkpoint cannot be read.
@@ -123,9 +135,9 @@ def changed(
                     size = base_and_delta(w, v, False)[1].abs()
                     chunk = torch.from_numpy(np.packbits(((size > atol) & size.isfinite()).numpy(), bitorder="little"))
                 bitmap[first // 8 : first // 8 + len(chunk)] = chunk.numpy()
-            masks[match.name] = Mask.from_bitmap(torch.from_numpy(bitmap), match.shape)
+            masks[match.name] = with_added_rows(Mask.from_bitmap(torch.from_numpy(bitmap), match.shape), match)
         pair.check()
-    return MaskSet(masks)
+        return with_coverage(MaskSet(masks), pair)
 
 
 def top_changed(
@@ -141,6 +153,13 @@ def top_changed(
         scope: What the fraction is taken of: each "tensor", all tensors of a "module" type, or the "model"
             (default: "tensor").
 
+    Returns:
+        One mask per tensor that both have, with `MaskSet.coverage`. Rows that training added to a vocabulary count as
+        changed from 0, and the mask has the trained shape.
+
+    Warns:
+        UserWarning: Too little was compared, see `opdkernels.checkpoint.coverage.Coverage.sufficient`.
+
     Raises:
         InputError: A checkpoint cannot be read.
         UsageError: `density` or `scope` is not valid, or a difference is NaN.
@@ -153,14 +172,42 @@ def top_changed(
 
         def reader(match: Match) -> Callable[[int, int], torch.Tensor]:
             def read(first: int, stop: int) -> torch.Tensor:
-                w, v = pair.read(match, first, stop)
-                return (v.float() - w.float()).abs()
+                common = min(stop, match.numel)
+                w, v = (side.float() for side in pair.read(match, min(first, common), common))
+                if stop <= match.numel:
+                    return (v - w).abs()
+                added = pair.trained.read(match.trained.name, max(first, match.numel), stop)
+                return torch.cat([(v - w).abs(), added.float().abs()])
 
             return read
 
-        weights = {match.name: Weight(match.shape, reader(match)) for match in pair.matches}
+        weights = {match.name: Weight(trained_shape(match), reader(match)) for match in pair.matches}
         masks = extremes(weights, density, scope, largest=True, zeros=False)
         pair.check()
+        return with_coverage(masks, pair)
+
+
+def trained_shape(match: Match) -> tuple[int, ...]:
+    """The shape of a match's elements, with the rows that training added to a vocabulary."""
+    grown = match.match_kind == "common rows" and match.trained.numel > match.numel
+    return match.trained.shape if grown else match.shape
+
+
+def with_added_rows(mask: Mask, match: Match) -> Mask:
+    """A mask of the common rows of a vocabulary as a mask of the trained tensor, with the added rows active."""
+    shape = trained_shape(match)
+    if shape == mask.shape:
+        return mask
+    added = torch.ones((shape[0] - mask.shape[0], *shape[1:]), dtype=torch.bool)
+    return Mask.from_bool(torch.cat([mask.to_bool(), added]))
+
+
+def with_coverage(masks: MaskSet, pair: Pair) -> MaskSet:
+    """The masks with the coverage of the pair that they were made from; warns if it is not sufficient."""
+    masks.coverage = pair.coverage
+    if not masks.coverage.sufficient:
+        sentence = coverage_sentence(masks.coverage.to_dict())
+        warnings.warn(f"{sentence} The masks do not describe the whole models.", stacklevel=3)
     return masks
 
 
@@ -257,8 +304,10 @@ def magnitude_matched(masks: MaskSet, base: Weights, *, seed: int = 0) -> MaskSe
     """
     result = {}
     with open_weights(base) as weights:
+        matched = match_tensors(masks.shapes, {name: weight.shape for name, weight in weights.items()})
+        weight_names = {name: other for name, other, _ in matched.pairs}
         for name, mask in masks.items():
-            weight = matching_weight(weights, name, mask)
+            weight = matching_weight(weights, weight_names.get(name, name), mask)
             chunks = [magnitude_bits(chunk.bfloat16()) >> 16 for chunk in weight.chunks()]
             bf16_bits = np.concatenate(chunks or [np.zeros(0, np.int32)]).astype(np.uint16)
             counts = np.bincount(bf16_bits[mask.to_bool().view(-1).numpy()], minlength=1 << 15)

@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter, model_validator
 from safetensors.torch import save
 
 from opdkernels.checkpoint.base import MAX_DIMS
+from opdkernels.checkpoint.coverage import Coverage
 from opdkernels.checkpoint.io import Buffer
 from opdkernels.checkpoint.safetensors import SafetensorsFile
 from opdkernels.errors import InputError, printable
@@ -84,6 +85,8 @@ class MaskSet(Mapping[str, Mask]):
 
     # Whether the order is that of a model's parameters (`optim.in_model_order`), else a checkpoint's.
     in_model_order = False
+    # How much of two checkpoints the masks cover, where they were made from a pair; not saved.
+    coverage: Coverage | None = None
 
     def __init__(self, masks: Mapping[str, Mask]):
         self._masks: dict[str, Mask | None] = dict(masks)

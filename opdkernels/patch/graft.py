@@ -14,13 +14,16 @@ import torch
 
 from opdkernels.checkpoint import correspondence
 from opdkernels.checkpoint.base import TensorInfo
+from opdkernels.checkpoint.buffers import is_buffer
 from opdkernels.checkpoint.conversions import model_types_of
+from opdkernels.checkpoint.coverage import Coverage
 from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.checkpoint.safetensors import SafetensorsFile
 from opdkernels.checkpoint.sharded import ShardedCheckpoint
+from opdkernels.checkpoint.tied import copies
 from opdkernels.errors import InputError, UsageError, printable
-from opdkernels.masks import MaskSet
+from opdkernels.masks import MaskSet, map_masks
 from opdkernels.outputs import new_folder
 from opdkernels.patch import output, segments
 from opdkernels.patch.create import extra_file_names, headers_of, in_order, make_index, small_file, weights_name
@@ -59,7 +62,8 @@ def graft(
 
     Returns:
         `path`; `kept`, the number of coordinates that differ from the base; `changed`, the number of coordinates where
-        trained and base differ; `files`; and `unmatched`, the tensors that the base lacks.
+        trained and base differ; `files`; `coverage`, the fraction of each side's parameters that has a counterpart; and
+        `unmatched`, the tensors that the base lacks.
 
     Raises:
         InputError: An input cannot be read or does not fit, a selected tensor is missing from the base, or `out` is not
@@ -76,9 +80,13 @@ def graft(
         assert isinstance(base_checkpoint, ShardedCheckpoint)
         assert isinstance(trained_checkpoint, ShardedCheckpoint)
         infos = in_order(trained_checkpoint)
-        base_names = match_tensors(base_checkpoint, trained_checkpoint, infos)
+        repeated = {name: keeper for name, keeper in copies(trained_checkpoint).items() if keeper != name}
+        base_names = match_tensors(base_checkpoint, trained_checkpoint, infos, repeated)
+        coverage = coverage_of(base_checkpoint, infos, base_names, repeated)
+        if masks is not None:
+            masks = mapped_masks(masks, trained_checkpoint, infos)
         selected = select_names([info.name for info in infos], terms)
-        validate_selection(trained_checkpoint, infos, base_names, selected, masks)
+        validate_selection(infos, base_names, selected, masks)
         headers = headers_of(trained_checkpoint, infos)
         files = {
             name: name if header is not None else weights_name(name)
@@ -95,7 +103,8 @@ def graft(
                 with contextlib.closing(output.Writer(temporary / file, shown, 2, size)) as writer:
                     writer([header])
                     for info in file_infos:
-                        is_trained = selection_reader(info, masks, selected, invert)
+                        # A copy of another tensor is the same parameter and has that tensor's selection.
+                        is_trained = selection_reader(repeated.get(info.name, info.name), masks, selected, invert)
                         for start, stop in segments.ranges(info.items, info.item_bytes):
                             trained_bits = trained_checkpoint.read_bits(info.name, start, stop)
                             base_bits = trained_bits
@@ -117,16 +126,25 @@ def graft(
         "kept": kept,
         "changed": changed,
         "files": list(headers),
+        "coverage": coverage.to_dict(),
         "unmatched": [info.name for info in infos if info.name not in base_names],
     }
 
 
-def match_tensors(base: ShardedCheckpoint, trained: ShardedCheckpoint, infos: list[TensorInfo]) -> dict[str, str]:
-    """Returns the base's name of each trained tensor that it has. Raises InputError for checkpoints of two models."""
+def match_tensors(
+    base: ShardedCheckpoint, trained: ShardedCheckpoint, infos: list[TensorInfo], repeated: Mapping[str, str]
+) -> dict[str, str]:
+    """Returns the base's name of each trained tensor that it has; `repeated` are the copies of trained tensors.
+
+    Raises InputError for checkpoints of two models.
+    """
     shapes = {info.name: info.shape for info in infos}
     base_shapes = {name: info.shape for name, info in base.tensors.items()}
     result = correspondence.match_tensors(shapes, base_shapes, model_types=model_types_of(trained.config, base.config))
     base_names = {name: base_name for name, base_name, _ in result.pairs}
+    for name, keeper in repeated.items():
+        if name not in base_names and keeper in base_names:
+            base_names[name] = base_names[keeper]
     if not base_names:
         raise InputError(
             f"{printable(base.path)} and {printable(trained.path)} have no tensor name in common;"
@@ -142,8 +160,38 @@ def match_tensors(base: ShardedCheckpoint, trained: ShardedCheckpoint, infos: li
     return base_names
 
 
+def coverage_of(
+    base: ShardedCheckpoint, infos: list[TensorInfo], base_names: Mapping[str, str], repeated: Mapping[str, str]
+) -> Coverage:
+    """How much of the parameters of both sides has a counterpart."""
+    trained = {info.name: info for info in infos if info.name not in repeated and not is_buffer(info.name, info.shape)}
+    left = [info for name, info in trained.items() if name not in base_names]
+    used = set(base_names.values()) | copies(base).keys()
+    base_left = [
+        info for name, info in base.tensors.items() if name not in used and not is_buffer(info.name, info.shape)
+    ]
+    compared = sum(info.numel for name, info in trained.items() if name in base_names)
+    uncompared = {"base": base_left, "trained": left}
+    return Coverage(
+        compared,
+        {side: compared + sum(info.numel for info in tensors) for side, tensors in uncompared.items()},
+        [side for side, tensors in uncompared.items() if tensors],
+    )
+
+
+def mapped_masks(masks: MaskSet, trained: ShardedCheckpoint, infos: list[TensorInfo]) -> MaskSet:
+    """The masks by the names of the trained tensors. Raises InputError for a mask of no tensor."""
+    shapes = {info.name: info.shape for info in infos}
+    mapped = map_masks(masks, shapes, model_types=model_types_of(trained.config))
+    for name in mapped.unbound:
+        raise InputError(
+            f"there is a mask for {printable(name)}, which {printable(trained.path)} does not have;"
+            " make the masks from this model"
+        )
+    return mapped.masks
+
+
 def validate_selection(
-    trained: ShardedCheckpoint,
     infos: list[TensorInfo],
     base_names: Mapping[str, str],
     selected: set[str],
@@ -152,12 +200,7 @@ def validate_selection(
     """Raises InputError for masks of another model, and for a selected tensor that the base lacks."""
     by_name = {info.name: info for info in infos}
     for name, shape in (masks.shapes if masks is not None else {}).items():
-        info = by_name.get(name)
-        if info is None:
-            raise InputError(
-                f"there is a mask for {printable(name)}, which {printable(trained.path)} does not have;"
-                " make the masks from this model"
-            )
+        info = by_name[name]
         if info.shape != shape or info.items != info.numel:
             raise InputError(
                 f"the mask of {printable(name)} has shape {list(shape)} and the tensor {list(info.shape)};"
@@ -209,17 +252,17 @@ def select_names(names: list[str], terms: Sequence[str]) -> set[str]:
 
 
 def selection_reader(
-    info: TensorInfo, masks: MaskSet | None, selected: set[str], invert: bool
+    name: str, masks: MaskSet | None, selected: set[str], invert: bool
 ) -> Callable[[int, int], torch.Tensor]:
     """Returns a function that reads which items [start, stop) of a tensor are trained; `start` is a multiple of 8.
 
     Its result is bool, [stop - start] or a scalar for all items.
     """
-    if info.name not in selected or (masks is not None and info.name not in masks):
+    if name not in selected or (masks is not None and name not in masks):
         return lambda start, stop: torch.tensor(invert)
     if masks is None:
         return lambda start, stop: torch.tensor(not invert)
-    bitmap = masks[info.name].bitmap.numpy()
+    bitmap = masks[name].bitmap.numpy()
 
     def read(start: int, stop: int) -> torch.Tensor:
         bits = np.unpackbits(bitmap[start // 8 : (stop + 7) // 8], count=stop - start, bitorder="little")

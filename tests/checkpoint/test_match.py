@@ -124,6 +124,15 @@ def test_dtypes_without_a_delta_are_listed_and_mixed_floats_are_noted() -> None:
     assert pair.nbytes == 2 * (4 + 2)
 
 
+@pytest.mark.parametrize("integers", ["i8", "u8", "i32"])
+def test_integers_against_floating_values_are_rejected_by_name(integers: str) -> None:
+    shapes: Shapes = {"model.up.codes": (2, 2), "x": (1,)}
+    a, b = FakeCheckpoint(shapes, path="a"), FakeCheckpoint({"up.codes": (2, 1)}, dtypes={"up.codes": integers})
+    for first, second in ((a, b), (b, a)):
+        with pytest.raises(InputError, match=rf"up.codes is {integers} in fake and bf16 .* dequantise"):
+            match(first, second)
+
+
 def test_tensors_of_a_missing_shard_are_listed_on_both_sides() -> None:
     a = FakeCheckpoint({"x": (1,)}, missing={"model.w": "model-00002-of-00002.safetensors"})
     pair = match(a, FakeCheckpoint({"x": (1,), "w": (2,)}))

@@ -205,3 +205,31 @@ def test_graft_writes_pytorch_files_as_safetensors(tmp_path):
     grafted = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(bits(grafted["up_proj.weight"]), bits(some((30, 4), torch.bfloat16, 1)))
     assert torch.equal(bits(grafted["q_proj.weight"]), bits(some((3,), torch.float32, 0)))
+
+
+def test_a_copy_of_a_tensor_is_grafted_with_that_tensor_and_names_may_have_prefixes(tmp_path):
+    embed, head, up = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"
+    before = {embed: some((40, 3), torch.bfloat16, 1), up: some((5, 3), torch.bfloat16, 2)}
+    after = {name: changed(tensor, 0.5, 3) for name, tensor in before.items()}
+    base = save(tmp_path / "base", {name.removeprefix("model."): tensor for name, tensor in before.items()})
+    trained = save(tmp_path / "trained", {**after, head: after[embed].clone()})
+    active = {embed.removeprefix("model."): torch.rand(40, 3) < 0.5}
+    masks = MaskSet({name: Mask.from_bool(mask) for name, mask in active.items()})
+    result = graft(base, trained, tmp_path / "out", masks=masks)
+    written = tensors_of(tmp_path / "out")
+    expected = torch.where(*active.values(), after[embed], before[embed])
+    assert torch.equal(bits(written[embed]), bits(expected))
+    assert torch.equal(bits(written[head]), bits(expected))
+    assert torch.equal(bits(written[up]), bits(before[up]))
+    assert result["coverage"]["complete"]
+
+
+def test_graft_reports_how_much_has_a_counterpart(tmp_path):
+    base = save(tmp_path / "base", {"a.weight": some((6, 5), torch.bfloat16, 1), "b": some((2,), torch.bfloat16, 2)})
+    trained = save(
+        tmp_path / "trained", {"a.weight": some((6, 5), torch.bfloat16, 3), "c": some((10,), torch.bfloat16, 2)}
+    )
+    masks = MaskSet({"a.weight": Mask.from_bool(torch.ones(6, 5, dtype=torch.bool))})
+    coverage = graft(base, trained, tmp_path / "out", masks=masks)["coverage"]
+    assert (coverage["compared"], coverage["parameters"]) == (30, {"base": 32, "trained": 40})
+    assert not coverage["sufficient"]
