@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pyarrow as pa
 import pytest
@@ -109,20 +107,16 @@ def test_results_do_not_depend_on_threads(pair):
 def test_resume_during_spectra_is_bit_exact(pair, tmp_path):
     out = tmp_path / "out"
     script = (
-        "import sys, time; from opdkernels.analysis import matrix_spectra\n"
+        "import glob, os, signal, sys; from opdkernels.analysis import matrix_spectra\n"
         "from opdkernels import analyze; from opdkernels.runs import store\n"
-        "store.FLUSH_EVERY_S = 0; compute = matrix_spectra.exact_spectrum\n"
-        "def slow(*a): time.sleep(0.1); return compute(*a)\n"
-        "matrix_spectra.exact_spectrum = slow; analyze(*sys.argv[1:], threads=1)"
+        "store.FLUSH_EVERY_S = -1; compute = matrix_spectra.exact_spectrum\n"
+        "def until_killed(*a):\n"
+        "    if len(glob.glob(sys.argv[3] + '/spectra/*.arrow')) >= 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return compute(*a)\n"
+        "matrix_spectra.exact_spectrum = until_killed; analyze(*sys.argv[1:], threads=1)"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, *pair, str(out)])
-    deadline = time.monotonic() + 60
-    while len(list((out / "spectra").glob("*.arrow"))) < 3:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    done = subprocess.run([sys.executable, "-c", script, *pair, str(out)], check=False)
+    assert done.returncode == -signal.SIGKILL
     resumed, full = analyze(*pair, out), analyze(*pair)
     assert without_time(resumed.spectra) == without_time(full.spectra)
     assert without_time(resumed.geometry) == without_time(full.geometry)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -165,20 +163,17 @@ def test_resume_is_bit_exact(run, tmp_path):
     base, checkpoints = run
     out = tmp_path / "out"
     script = (
-        "import sys, time; from opdkernels.analysis import matrix_spectra\n"
+        "import glob, os, signal, sys; from opdkernels.analysis import matrix_spectra\n"
         "from opdkernels import trajectory; from opdkernels.runs import store\n"
-        "store.FLUSH_EVERY_S = 0; compute = matrix_spectra.exact_spectrum\n"
-        "def slow(*a): time.sleep(0.1); return compute(*a)\n"
-        "matrix_spectra.exact_spectrum = slow; trajectory(sys.argv[1], *sys.argv[3:], out=sys.argv[2], threads=1)"
+        "store.FLUSH_EVERY_S = -1; compute = matrix_spectra.exact_spectrum\n"
+        "def until_killed(*a):\n"
+        "    if len(glob.glob(sys.argv[2] + '/similarity/*.arrow')) >= 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return compute(*a)\n"
+        "matrix_spectra.exact_spectrum = until_killed\n"
+        "trajectory(sys.argv[1], *sys.argv[3:], out=sys.argv[2], threads=1)"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, base, str(out), *checkpoints])
-    deadline = time.monotonic() + 60
-    while len(list((out / "similarity").glob("*.arrow"))) < 3:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    done = subprocess.run([sys.executable, "-c", script, base, str(out), *checkpoints], check=False)
+    assert done.returncode == -signal.SIGKILL
     assert trajectory(base, *checkpoints, out=out).table == trajectory(base, *checkpoints).table
 
 

@@ -35,7 +35,7 @@ def test_exactly_one_item_is_loaded_ahead():
     for item, result in staging.prefetch(range(5), load):
         assert result() == item
         if item < 4:
-            assert loading[item + 1].wait(10)
+            assert loading[item + 1].wait(600)
         time.sleep(0.02)
         assert not any(loading[i].is_set() for i in range(item + 2, 5))
 

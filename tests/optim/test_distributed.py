@@ -34,7 +34,6 @@ def run(job: str, ranks: int, folder: Path, dtype: str, precision: str) -> dict:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert done.returncode == 0, (
         "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank0]"))[-4000:]
