@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*)
 
-.PHONY: demo test test-fast lint bench gpu trainers clean
+.PHONY: demo test test-fast kill lint bench gpu trainers clean
 
 demo: $(READY)
 	$(BIN)/python examples/distill_demo.py demo
@@ -15,6 +15,10 @@ test: $(READY)
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
+
+# Kills every command that writes 50 times; an hour at most.
+kill: $(READY)
+	$(BIN)/python -m tests.robustness.kills --kills 50 --time-limit 3600
 
 lint: $(READY)
 	$(BIN)/ruff check .

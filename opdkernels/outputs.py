@@ -22,6 +22,10 @@ from opdkernels.files import atomic_file, atomic_folder, is_temporary, remove_le
 
 RUN_FILE = "run.json"
 MAX_RUN_FILE_BYTES = 1 << 28
+# Names of files that a reader of a folder takes for the model.
+MODEL_FILE = re.compile(
+    r"((pytorch_model|model|consolidated)\b.*|.*-\d+-of-\d+)\.(safetensors|bin|pt|pth)|.*\.index\.json|config\.json"
+)
 IGNORED_NAMES = {"lost+found"}  # of an empty file system
 HEADER_START = re.compile(rb'.{8}\{"__metadata__":\{"format":"([ -!#-\[\]-~]{1,64})"', re.DOTALL)
 
@@ -167,10 +171,14 @@ def validate_file(
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "notes.txt"
+        >>> validate_file(path, MASKS).name
+        'notes.txt'
         >>> _ = path.write_text("mine")
-        >>> validate_file(path, MASKS, overwrite=True)
-        Traceback (most recent call last):
-        opdkernels.errors.InputError: /.../notes.txt exists and is not a file of masks; choose another name
+        >>> try:
+        ...     validate_file(path, MASKS, overwrite=True)
+        ... except InputError as error:
+        ...     print(str(error).removeprefix(str(path.parent)))
+        /notes.txt exists and is not a file of masks; choose another name
     """
     resolved, shown = resolve_output(path), printable(os.fspath(path))
     reject_inputs(resolved, shown, inputs or {}, "name")
@@ -259,11 +267,17 @@ def validate_run_folder(
 
 
 def reject_inputs(output: Path, shown: str, inputs: Inputs, noun: str) -> None:
-    """Raises InputError if an output is an input, or a file in a folder that is an input."""
-    if not output.exists():
-        return
+    """Raises InputError if an output is an input, or a file in a folder that is an input, or would be read as one."""
     for role, source in inputs.items():
         if source is None or not os.path.exists(source):
+            continue
+        if not output.exists():
+            in_source = os.path.isdir(source) and output.parent.exists() and output.parent.samefile(source)
+            if in_source and MODEL_FILE.fullmatch(output.name):
+                raise InputError(
+                    f"{shown} would be read as a file of the checkpoint that is an input of this command ({role}); "
+                    f"choose another {noun} for the output"
+                )
             continue
         same = os.path.samefile(output, source)
         if not same and output.is_file() and os.path.isdir(source):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from opdkernels import InputError, UsageError, analyze, overlap, patch, trajectory
+from opdkernels import InputError, UsageError, analyze, files, outputs, overlap, patch, trajectory
 from opdkernels.cli import main
 from opdkernels.masks import MaskSet, changed
 from opdkernels.masks.mask_set import from_bools
@@ -117,6 +118,17 @@ def test_inputs_are_never_replaced(place, name):
             assert_refused(place, name, out)
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if "base" in WRITERS[name]])
+@pytest.mark.parametrize("out", ["pytorch_model.bin", "model-00002-of-00002.safetensors", "model.safetensors"])
+def test_a_new_file_is_not_one_that_an_input_would_be_read_from(place, name, out):
+    """`model.safetensors` comes before shards and other formats: the next command would read it as the model."""
+    for folder in ("base", "trained"):
+        (place / folder / "model.safetensors").rename(place / folder / "weights.safetensors")
+    assert_refused(place, name, f"base/{out}", "would be read as a file of the checkpoint")
+    assert command(name, f"third/{out}.masks", "--overwrite")[0] == 0
+    assert command(name, "base/changed.safetensors.masks")[0] == 0
+
+
 def test_an_input_of_the_same_kind_is_named_as_an_input(place):
     os.link("m", "m-link")
     for name in ("mask combine", "mask magnitude-matched"):
@@ -140,7 +152,7 @@ def test_files_of_other_kinds_are_never_replaced(place, name):
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_folders_of_others_are_never_touched(place, name):
-    for folder, files in {
+    for folder, contained in {
         "foreign": {"run.json": '{"mine": 1}', "summary.json": "mine", "steps/precious": "x"},
         "broken": {"run.json": "{", "tallies/000001.0.arrow": "x"},
         "distilled": {"run.json": json.dumps({"format": DISTILLATION.format, "command": "distill"}), "log.jsonl": "{}"},
@@ -148,7 +160,7 @@ def test_folders_of_others_are_never_touched(place, name):
         "pages": {"report.html": "mine"},
         "steps-of-mine": {"steps/precious": "x"},
     }.items():
-        for file, content in files.items():
+        for file, content in contained.items():
             (place / folder / file).parent.mkdir(parents=True, exist_ok=True)
             (place / folder / file).write_text(content)
         assert_refused(place, name, folder, "choose another")
@@ -279,6 +291,11 @@ def test_an_input_where_a_run_writes_is_refused(place):
 def test_a_folder_next_to_or_inside_an_input_may_be_written(place):
     assert analyze("base", "trained", "base/analysis", spectra="off").exit_status == 0
     assert analyze("base", "trained", ".", spectra="off").exit_status == 0
+
+
+def test_examples():
+    for module in (files, outputs):
+        assert doctest.testmod(module).failed == 0
 
 
 def test_markers_are_those_that_are_written(place):

@@ -41,8 +41,9 @@ from opdkernels.metrics.groups import Row
 from opdkernels.metrics.similarity import Similarity, open_similarities
 from opdkernels.metrics.spectra import open_spectra
 from opdkernels.metrics.tallies import SCHEMA_VERSION, TallyRecord, open_tallies
+from opdkernels.outputs import ANALYSIS, RUN_FILE, read_json_object
 from opdkernels.progress import Progress
-from opdkernels.runs.run_dir import as_input_error, describe_run, open_run_dir, read_run
+from opdkernels.runs.run_dir import as_input_error, describe_run, open_run_dir
 from opdkernels.runs.store import ArrowStore
 
 if TYPE_CHECKING:
@@ -262,9 +263,9 @@ def step_folder(folder: Path, number: int, identity: str) -> Path:
     """The folder of a checkpoint's analysis: an existing one of the same identity, or a new one named after the
     step."""
     steps = folder / "steps"
-    for path in sorted(steps.glob("*/run.json")):
-        existing = read_run(path.parent)
-        if existing is not None and existing["identity"] == identity:
+    for path in sorted(steps.glob(f"*/{RUN_FILE}")):
+        existing = read_json_object(path)
+        if (existing.get("format"), existing.get("identity")) == (ANALYSIS.format, identity):
             return path.parent
     name = f"{number:06d}"
     return steps / (f"{name}-{identity[:8]}" if (steps / name).exists() else name)
