@@ -17,7 +17,6 @@ world size. `load_state_dict` accepts both forms.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from abc import abstractmethod
 from collections import defaultdict
@@ -28,7 +27,6 @@ import torch
 
 from opdkernels.errors import InputError, printable
 from opdkernels.ops.step import active_indices
-from opdkernels.ops.step.layout import MAX_STEP_GROUPS
 from opdkernels.ops.step.validation import RESIDUAL_DTYPES
 from opdkernels.optim.active import gather_active, restore_dropped
 from opdkernels.optim.batch import RESIDUALS, PendingStep, StepBatch, validate_addresses
@@ -36,6 +34,8 @@ from opdkernels.optim.bind_masks import Masks, bind_masks
 from opdkernels.optim.binding import Binding, LocalMask, is_dtensor, local_gradient, local_part
 from opdkernels.optim.distinct import named_params, validate_distinct, validate_memory
 from opdkernels.optim.options import is_number, validate_flags, validate_options
+from opdkernels.optim.state import sharded_dims, state_error, step_groups_of, to_dense
+from opdkernels.optim.state_dicts import SavedState, match_saved
 
 ParamKey = tuple[int, int]  # group, parameter
 
@@ -44,6 +44,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     """Base class of MaskedAdamW and MaskedSGD."""
 
     moments: tuple[str, ...] = ()
+    own_option = ""  # tells a state dict of this optimizer from that of another one
     dense_options: dict[str, Any] = {}  # noqa: RUF012  options that only torch's own optimizer has in its groups
 
     def __init__(self, params: Any, masks: Masks, unmasked: str, defaults: dict[str, Any]):
@@ -91,6 +92,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+
+    @property
+    def _active_names(self) -> tuple[str, ...]:
+        """Names of the state that is [num_active]."""
+        return (*self.moments, *RESIDUALS.values(), "init_value", "step_group")
 
     def _validate_memory(self) -> None:
         validate_memory([(name, local_part(param)[0]) for name, param in named_params(self.param_groups)])
@@ -329,24 +335,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
                     state["steps"] = steps[step_group.long().cpu()].to(step_group.device)
                 else:
                     state["steps"] = steps.to(local_part(param)[0].device).expand(binding.local_mask(param).num_active)
-                dense_states[key] = {name: self._to_dense(name, value, param, binding) for name, value in state.items()}
+                dense_states[key] = {
+                    name: to_dense(value, param, binding) if name in ("steps", *self._active_names) else value
+                    for name, value in state.items()
+                }
         return {**result, "state": {**result["state"], **dense_states}}
-
-    def _to_dense(self, name: str, value: Any, param: torch.Tensor, binding: Binding) -> Any:
-        """[num_active] state as a tensor or DTensor of the parameter's shape; other state unchanged."""
-        if name in ("step", "mask"):
-            return value
-        (local, _), local_mask = local_part(param), binding.local_mask(param)
-        dense = torch.zeros(local.shape, dtype=value.dtype, device=value.device)
-        dense.view(-1)[active_indices(local_mask.payload, dense.numel())] = value
-        if not is_dtensor(param):
-            return dense
-        from torch.distributed.tensor import DTensor
-
-        like: Any = param
-        return DTensor.from_local(
-            dense, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-        )
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -354,51 +347,55 @@ class MaskedOptimizer(torch.optim.Optimizer):
         they are copied to the parameter's device.
 
         Args:
-            state_dict: What `state_dict` returned, for the same masks.
+            state_dict: What `state_dict` returned, for the same masks. Parameters are matched by their names where
+                both sides have names, else by position. Options that it lacks keep their values, and entries that
+                belong to no parameter are kept, as torch.optim keeps them.
 
         Raises:
-            InputError: The state belongs to other masks or does not fit; nothing has changed.
+            InputError: The state belongs to other masks or parameters or does not fit; nothing has changed.
         """
+        saved = self._match_saved(state_dict)
+        groups = [self._loaded_group(*both) for both in zip(self.param_groups, saved.groups, strict=True)]
+        self._load(saved, groups)
+
+    def _match_saved(self, state_dict: dict[str, Any]) -> SavedState:
+        """A saved state in the order of the parameters, after the hooks of load_state_dict."""
+        state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
         for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):  # type: ignore[attr-defined]
-            state_dict = hook(self, state_dict) or state_dict
-        try:
-            groups, states = copy.deepcopy(state_dict["param_groups"]), state_dict["state"]
-            sizes = [len(group["params"]) for group in groups]
-            keys = [key for group in groups for key in group["params"]]
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"this is no optimizer state ({printable(repr(error))}); give what state_dict() returned"
-            ) from None
-        if sizes != [len(group["params"]) for group in self.param_groups]:
-            raise InputError(
-                f"the optimizer state has groups of {sizes} parameters, "
-                f"this optimizer of {[len(g['params']) for g in self.param_groups]}"
-            )
-        new_groups = [self._loaded_group(*both) for both in zip(self.param_groups, groups, strict=True)]
+            result = hook(self, state_dict)
+            state_dict = state_dict if result is None else result
+        return match_saved(state_dict, self.param_groups, ("mask", "step", *self.moments))
+
+    def _load(self, saved: SavedState, groups: list[dict[str, Any]]) -> None:
+        """Replace state and options by saved ones, after all of them are validated."""
         loaded = {}
-        for key, ((index, _), param, binding) in zip(keys, self._bindings(), strict=True):
-            if states.get(key):
-                loaded[param] = self._loaded_state(states[key], param, binding, new_groups[index])
-        for group, new_group in zip(self.param_groups, new_groups, strict=True):
+        for entry, ((index, _), param, binding) in zip(saved.states, self._bindings(), strict=True):
+            if entry:
+                loaded[param] = self._loaded_state(entry, param, binding, groups[index])
+        for group, new_group in zip(self.param_groups, groups, strict=True):
             group.update(new_group)
         self.state.clear()
         self.state.update(loaded)
+        self.state.update(saved.others)
         for _, param, binding in self._bindings():
             local = local_part(param)[0]
             binding.last_step = (local.dtype, local.device) if param in loaded else None
         self._clip_factor = None
-        for post in list(self._optimizer_load_state_dict_post_hooks.values()):  # type: ignore[attr-defined]
-            post(self)
+        for hook in list(self._optimizer_load_state_dict_post_hooks.values()):  # type: ignore[attr-defined]
+            hook(self)
 
     def _loaded_group(self, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-        """A group with the options of a saved one. Raises InputError where these are not valid."""
-        missing = [name for name in self.defaults if name not in saved]
-        if missing:
+        """A group with the options of a saved one; options that are newer than the state keep their values.
+
+        Raises InputError for another optimizer's group and for options that are not valid.
+        """
+        if self.own_option not in saved:
             raise InputError(
-                f"the optimizer state has no {missing[0]}: it is another optimizer's; "
+                f"the optimizer state has no {self.own_option}: it is another optimizer's; "
                 f"give one of {type(self).__name__}, or a dense one to load_dense_state_dict"
             )
-        merged = {**group, **{key: value for key, value in saved.items() if key not in ("params", "param_names")}}
+        names = {"param_names": group["param_names"]} if "param_names" in group else {}
+        merged = {**group, **saved, **names}
         try:
             validate_options(merged)
         except (TypeError, ValueError) as error:
@@ -418,7 +415,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
             raise state_error(binding, "has no step count")
         state: dict[str, Any] = {}
         for name, value in saved.items():
-            value = torch.as_tensor(value)
+            if name not in ("step", "mask", "steps", "group_steps", *self._active_names):
+                state[name] = value.to(local.device, copy=True) if isinstance(value, torch.Tensor) else value
+                continue
+            try:
+                value = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError):
+                raise state_error(binding, f"has a {type(value).__name__} as {name}, not a tensor") from None
             tensor = local_part(value)[0]
             if name in ("step", "mask", "group_steps"):
                 state[name] = tensor.to("cpu", torch.int64 if name == "mask" else torch.float32, copy=True)
@@ -460,51 +463,55 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"coordinates of {binding.display_name} have different step counts; a dense state has a single one"
                 )
-            names = [name for name in state if name in ("step", *self.moments)]
-            dense_states[key] = {name: self._to_dense(name, state[name], param, binding).clone() for name in names}
+            moments = {name: to_dense(state[name], param, binding) for name in self.moments if name in state}
+            dense_states[key] = {"step": state["step"].clone(), **moments}
         own_options = ("precision", "weight_decay_target", "seed")
         groups = [
             {**{key: value for key, value in group.items() if key not in own_options}, **self.dense_options}
             for group in result["param_groups"]
         ]
-        return {"state": dense_states, "param_groups": groups}
+        others = {key: value for key, value in result["state"].items() if key not in keys}
+        return {"state": {**dense_states, **others}, "param_groups": groups}
 
     @torch.no_grad()
     def load_dense_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the active part of the state of torch's own AdamW or SGD. bf16 weights start without a remainder.
 
+        Args:
+            state_dict: What `state_dict` of torch's optimizer returned; parameters are matched as in
+                `load_state_dict`.
+
         Raises:
             InputError: The state does not fit; nothing has changed.
         """
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        sizes = [
-            [len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], self.param_groups)
-        ]
-        if sizes[0] != sizes[1]:
-            raise InputError(f"the dense state has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}")
+        saved = self._match_saved(state_dict)
         options = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "amsgrad", "maximize")
+        for group in saved.groups:
+            if group.get("decoupled_weight_decay") is False and self.dense_options and group.get("weight_decay"):
+                raise InputError(
+                    "the dense state is of Adam, whose weight decay is part of the gradient; give one of AdamW"
+                )
         groups = [
-            {**group, **{key: value for key, value in saved.items() if key in options and key in group}}
-            for group, saved in zip(super().state_dict()["param_groups"], state_dict["param_groups"], strict=True)
+            self._loaded_group(group, {key: value for key, value in dense_group.items() if key in options})
+            for group, dense_group in zip(self.param_groups, saved.groups, strict=True)
         ]
-        states = {}
-        for key, ((index, _), param, binding) in zip(keys, self._bindings(), strict=True):
-            dense = {name: value for name, value in (state_dict["state"].get(key) or {}).items() if value is not None}
+        for position, ((index, _), param, binding) in enumerate(self._bindings()):
+            dense = {name: value for name, value in saved.states[position].items() if value is not None}
+            moment_names = self._moment_names(groups[index])
+            lacking = [name for name in moment_names if name not in dense]
+            if dense and lacking:
+                raise state_error(binding, f"has no {lacking[0]}: it is another optimizer's")
             if not dense:
                 continue
-            group = groups[index]
-            moments = {name: dense[name] for name in self._moment_names(group) if name in dense}
-            if not moments and self._moment_names(group):
-                raise state_error(binding, f"has no {self._moment_names(group)[0]}: it is another optimizer's")
-            state: dict[str, Any] = {
-                "step": torch.as_tensor(dense.get("step", 1.0)),
-                "mask": torch.tensor(binding.digest),
-                **moments,
+            state = {
+                "step": dense.get("step", 1.0),
+                "mask": binding.digest,
+                **{name: dense[name] for name in moment_names},
             }
-            if group["weight_decay_target"] == "init":
+            if groups[index]["weight_decay_target"] == "init":
                 state["init_value"] = gather_active(local_part(param)[0], binding.local_mask(param)).to(param.dtype)
-            states[key] = state
-        self.load_state_dict({"state": states, "param_groups": groups})
+            saved.states[position] = state
+        self._load(saved, groups)
 
     @torch.no_grad()
     def set_masks(self, masks: Masks, *, on_drop: str = "keep") -> None:
@@ -532,6 +539,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             new, state = bindings_by_group[index][j], self.state.get(param)
             if not state:
                 continue
+            new.last_step = old.last_step
             if on_drop == "restore" and "init_value" not in state:
                 raise ValueError(
                     f'{old.display_name} has no initial values to restore; construct with weight_decay_target="init"'
@@ -570,34 +578,5 @@ class MaskedOptimizer(torch.optim.Optimizer):
         groups = torch.zeros(len(new_indices), dtype=torch.int64, device=local.device)  # 0: no step taken yet
         groups[was_active] = old_groups[old_positions].long() + 1
         steps = torch.cat([torch.zeros(1), group_steps]).to(local.device)[groups]
-        return {**new_state, "step": state["step"].clone(), **step_groups_of(steps, state["step"], old)}
-
-
-def sharded_dims(param: torch.Tensor) -> tuple[tuple[Any, int], ...]:
-    """(device mesh, mesh dimension) for each dimension that a DTensor is sharded over; empty for a plain tensor."""
-    if not is_dtensor(param):
-        return ()
-    placements = enumerate(param.placements)  # type: ignore[attr-defined]
-    return tuple((param.device_mesh, i) for i, p in placements if not p.is_replicate())  # type: ignore[attr-defined]
-
-
-def step_groups_of(steps: torch.Tensor, param_steps: torch.Tensor, binding: Binding) -> dict[str, torch.Tensor]:
-    """The step groups of coordinates with these step counts, fp32 [num_active]; {} where all equal that of the
-    parameter."""
-    if bool((steps == param_steps.to(steps.device)).all()):
-        return {}
-    group_steps, step_group = torch.unique(steps, return_inverse=True)
-    if len(group_steps) > MAX_STEP_GROUPS:
-        raise ValueError(
-            f"the masks of {binding.display_name} have changed too often: {len(group_steps)} step counts, "
-            f"of {MAX_STEP_GROUPS} at most; create the optimizer again"
-        )
-    return {"step_group": step_group.to(torch.uint8), "group_steps": group_steps.cpu()}
-
-
-def state_error(binding: Binding, problem: str) -> InputError:
-    """An error for the state of one parameter."""
-    return InputError(
-        f"the optimizer state of {binding.display_name} {problem}; load the state that was saved with these masks, "
-        "or start without one"
-    )
+        others = {name: value for name, value in state.items() if name not in ("group_steps", *self._active_names)}
+        return {**others, **new_state, "step": state["step"].clone(), **step_groups_of(steps, state["step"], old)}

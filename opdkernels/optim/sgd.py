@@ -50,6 +50,7 @@ class MaskedSGD(MaskedOptimizer):
     """
 
     moments = ("momentum_buffer",)
+    own_option = "momentum"
 
     def __init__(
         self,

@@ -63,11 +63,7 @@ class Run:
         values = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
         values["transposed"] = values["transposed"].t()
         self.params, self.dense = (
-            {
-                name: torch.nn.Parameter(value.clone(memory_format=torch.preserve_format))
-                for name, value in values.items()
-            }
-            for _ in range(2)
+            {name: torch.nn.Parameter(value.clone()) for name, value in values.items()} for _ in range(2)
         )
         assert not self.params["transposed"].is_contiguous()
         self.start = {name: value.clone() for name, value in values.items()}
@@ -296,6 +292,55 @@ def test_deepcopy_has_all_public_attributes(kind):
         assert public - {"note"} <= set(vars(other))
 
 
+def test_state_dict_without_later_options_loads(infos, kind):
+    """Options that were added after a state dict was saved get their defaults."""
+    for given in inputs(infos, kind):
+        if given.kwargs.keys() & {"maximize", "capturable"}:
+            continue
+        run = Run(kind, "partial", **given.kwargs).steps(3)
+        state = copy.deepcopy(run.ours.state_dict())
+        for group in state["param_groups"]:
+            for flag in (*infos[kind].not_og_supported_flags, "seed", "weight_decay_target", "param_names"):
+                group.pop(flag, None)
+        for entry in state["state"].values():
+            entry["step"] = float(entry["step"])
+        run.ours.load_state_dict(state)
+        assert run.ours.param_groups[0]["param_names"] == list(SHAPES)
+        assert run.ours.param_groups[0]["maximize"] is False
+        run.steps(3).check(given.desc)
+
+
+@with_masks
+def test_named_and_unnamed_state_dicts_load_in_each_other(kind, density):
+    named, unnamed = Run(kind, density, **STATEFUL[kind]), Run(kind, density, named=False, **STATEFUL[kind])
+    named.steps(3)
+    unnamed.steps(1)
+    fresh = Run(kind, density, **STATEFUL[kind])
+    fresh.ours.load_state_dict(unnamed.steps(2).ours.state_dict())
+    assert fresh.ours.param_groups[0]["param_names"] == list(SHAPES)
+    assert all(
+        torch.equal(v, fresh.ours.state[fresh.params[name]][key])
+        for name in SHAPES
+        for key, v in named.ours.state[named.params[name]].items()
+    )
+    unnamed.ours.load_state_dict(named.ours.state_dict())
+    assert unnamed.ours.param_groups[0]["param_names"] == list(SHAPES)
+
+
+def test_state_of_other_keys_survives(kind):
+    """Entries of the state that belong to no parameter, as torch keeps them."""
+    run = Run(kind, "partial", **STATEFUL[kind]).steps(1)
+    run.ours.state["user"] = {"epoch": 3}
+    state = run.ours.state_dict()
+    assert state["state"]["user"] == {"epoch": 3}
+    other = Run(kind, "partial", **STATEFUL[kind])
+    other.ours.load_state_dict(state)
+    assert other.ours.state["user"] == {"epoch": 3}
+    assert other.ours.state_dict()["state"]["user"] == {"epoch": 3}
+    assert copy.deepcopy(other.ours).state["user"] == {"epoch": 3}
+    other.steps(2)
+
+
 def test_options_of_the_user_in_groups_survive(kind):
     """Keys that only the user knows, in groups and in state dicts, such as a scheduler's `initial_lr`."""
     run = Run(kind, "partial", grouped=[{"layer": 3}, {}], **STATEFUL[kind])
@@ -340,6 +385,26 @@ def test_state_dict_hooks_run(kind):
     assert calls == ["first", "pre"]
 
 
+def test_load_state_dict_hooks_run_and_get_a_copy(kind):
+    run, other = (Run(kind, "partial", **STATEFUL[kind]).steps(1) for _ in range(2))
+    calls = []
+
+    def pre(optimizer, state_dict):
+        calls.append("pre")
+        state_dict["note"] = "changed by the hook"
+        return {**state_dict, "param_groups": [{**group, "lr": 0.25} for group in state_dict["param_groups"]]}
+
+    other.ours.register_load_state_dict_pre_hook(pre)
+    other.ours.register_load_state_dict_pre_hook(lambda *_: calls.append("first"), prepend=True)
+    other.ours.register_load_state_dict_post_hook(lambda *_: calls.append("post"))
+    given = run.ours.state_dict()
+    other.ours.load_state_dict(given)
+    assert calls == ["first", "pre", "post"]
+    assert other.ours.param_groups[0]["lr"] == 0.25
+    assert "note" not in given
+    assert given["param_groups"][0]["lr"] != 0.25
+
+
 def test_closure_is_called_once_with_gradients(kind):
     run, calls = Run(kind, "partial"), []
 
@@ -363,6 +428,17 @@ def test_state_is_empty_before_the_first_step(kind):
     run.theirs.load_state_dict({**run.theirs.state_dict(), "state": {}})
     run.ours.load_state_dict(run.ours.state_dict())
     run.steps(2).check()
+
+
+def test_groups_may_be_added_between_steps(kind):
+    run = Run(kind, "partial", **STATEFUL[kind]).steps(2)
+    masks = {"later": torch.arange(6) % 2 == 0}
+    run.params["later"], run.dense["later"] = (torch.nn.Parameter(torch.ones(6)) for _ in range(2))
+    run.start["later"], run.masks["later"] = torch.ones(6), masks["later"]
+    run.ours.add_param_group({"params": [("later", run.params["later"])], "masks": masks, "lr": 0.125})
+    run.theirs.add_param_group({"params": [("later", run.dense["later"])], "lr": 0.125})
+    run.steps(3).check()
+    assert "masks" not in run.ours.param_groups[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
