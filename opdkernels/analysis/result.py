@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -127,6 +128,12 @@ class Analysis:
         head = "".join(f"<th>{html.escape(v)}</th>" for v in views)
         title = f"{self.summary['matched']['tensors']} tensors, {self.summary['matched']['parameters']:,} parameters"
         return f"<table><caption>{html.escape(title)}</caption><tr><th></th>{head}</tr>{rows}</table>"
+
+
+def all_bits_equal(summary: Mapping[str, Any]) -> bool:
+    """Whether every compared coordinate has the same bits; `identical` also needs that everything was compared."""
+    views, failed = summary["views"], summary["failed"]
+    return bool(views) and not failed and views["stored"]["bit_equal"] == summary["matched"]["parameters"]
 
 
 def load(path: str | Path) -> Analysis:

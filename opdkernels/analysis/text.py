@@ -7,7 +7,7 @@ from typing import Any
 
 from opdkernels.analysis.headers import rough_duration
 from opdkernels.analysis.overlap import Overlaps
-from opdkernels.analysis.result import Analysis
+from opdkernels.analysis.result import Analysis, all_bits_equal
 from opdkernels.analysis.trajectory import Trajectory
 from opdkernels.analysis.trajectory_tables import mean
 from opdkernels.checkpoint.coverage import coverage_sentence
@@ -27,7 +27,7 @@ def format_analysis(result: Analysis) -> list[str]:
     if not summary["coverage"]["sufficient"]:
         text = [coverage_sentence(summary["coverage"]), f"{matched['tensors']} tensors"]
     if summary["views"]:
-        text += ["identical: every coordinate has the same bits"] if summary["identical"] else format_views(summary)
+        text += [same_bits_line(summary)] if all_bits_equal(summary) else format_views(summary)
     text += format_spectra(summary.get("spectra"))
     for title, items in (
         ("excluded", [f"{tensor['name']} ({tensor['side']}): {tensor['reason']}" for tensor in summary["excluded"]]),
@@ -47,6 +47,14 @@ def format_analysis(result: Analysis) -> list[str]:
         num_bytes = sum(file["bytes"] for checkpoint in result.run["inputs"].values() for file in checkpoint["files"])
         text.append(f"{byte_size(num_bytes)} in {result.run['seconds']:.2f} s; {written_to(result)}")
     return text
+
+
+def same_bits_line(summary: dict[str, Any]) -> str:
+    """What can be said of a pair whose compared coordinates all have the same bits."""
+    if summary["identical"]:
+        return "identical: every coordinate has the same bits"
+    rest = "other tensors were not compared" if not summary["coverage"]["complete"] else "buffers differ"
+    return f"every compared coordinate has the same bits; {rest}"
 
 
 def format_views(summary: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from opdkernels.analysis.result import all_bits_equal
 from opdkernels.metrics.rounding_null import KINDS
 from opdkernels.report.typography import count, name, percent, plural, times
 
@@ -135,8 +136,9 @@ def summarize(summary: dict[str, Any], fit: Fit, modules: Sequence[dict[str, Any
     if summary["identical"]:
         detail = f"All {compared}{restriction} have the same bits in both checkpoints."
         return Summary("Identical", detail, "", [])
-    if stored["bit_equal"] == matched["parameters"]:
-        detail = f"All {compared}{restriction} have the same bits in both checkpoints; others were not compared."
+    if all_bits_equal(summary):
+        rest = "buffers differ" if summary["coverage"]["complete"] else "other tensors were not compared"
+        detail = f"All {compared}{restriction} have the same bits in both checkpoints; {rest}."
         return Summary("What was compared is identical", detail, "", [])
     if visible["frac_zero"] is None:
         detail = f"All {compared} are NaN or Inf in one of the checkpoints."
