@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import csv
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -40,6 +41,7 @@ from safetensors.torch import save_file
 
 from opdkernels import files
 from opdkernels.cli import main
+from opdkernels.distillation import checkpointing
 from opdkernels.distillation.options import demo_options
 from opdkernels.files import is_temporary
 
@@ -179,7 +181,6 @@ class Points:
             sync(path)
 
         files.sync = counted_sync
-        checkpointing = sys.modules["opdkernels.distillation.checkpointing"]
         checkpointing.sync = counted_sync
 
     def audit(self, event: str, arguments: tuple) -> None:
@@ -423,6 +424,8 @@ def load_training_libraries() -> None:
 def run(names: list[str], kills: int, seed: int, time_limit: float) -> int:
     """Kills the commands and prints a line for each. Returns the number of problems."""
     torch.set_num_threads(1)
+    for module in ("api", "cli.mask", "compat.paper_csv", "experiments.runner", "masks", "patch", "report"):
+        importlib.import_module(f"opdkernels.{module}")
     if any(COMMANDS[name].slow for name in names):
         load_training_libraries()
     started, num_problems = time.monotonic(), 0
