@@ -6,6 +6,7 @@ Optional: without transformers 5 nothing is renamed. Only the names are used; no
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from opdkernels.checkpoint.names import canonical_name, unwrap_name
 
 Renamer = Callable[[str], str]
+HEAD = re.compile(r"(For[A-Z]\w*|LMHeadModel)$")
 MAX_MODEL_TYPES = 16  # of one config, with those of its parts
 
 log = logging.getLogger(__name__)
@@ -21,17 +23,22 @@ log = logging.getLogger(__name__)
 def model_types_of(*configs: Mapping[str, Any]) -> list[str]:
     """Returns the architectures and model types that config.json files and their parts state, without duplicates.
 
-    >>> model_types_of({"model_type": "qwen2_vl", "text_config": {"model_type": "qwen2_vl_text"}}, {})
+    After an architecture with a head comes that of its body, under which transformers registers most renamings.
+
+    >>> model_types_of({"architectures": ["ViTForImageClassification"], "model_type": "vit"}, {})
+    ['ViTForImageClassification', 'ViTModel', 'vit']
+    >>> model_types_of({"model_type": "qwen2_vl", "text_config": {"model_type": "qwen2_vl_text"}})
     ['qwen2_vl', 'qwen2_vl_text']
     """
-    found: dict[str, None] = {}
+    names: list[Any] = []
     for config in configs:
         parts = [value for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)]
         for table in [config, *parts][:MAX_MODEL_TYPES]:
             architectures = table.get("architectures")
-            names = [*(architectures if isinstance(architectures, list) else [])[:1], table.get("model_type")]
-            found |= dict.fromkeys(name for name in names if isinstance(name, str) and name)
-    return list(found)
+            for architecture in architectures[:1] if isinstance(architectures, list) else ():
+                names += [architecture, HEAD.sub("Model", architecture) if isinstance(architecture, str) else None]
+            names.append(table.get("model_type"))
+    return list(dict.fromkeys(name for name in names if isinstance(name, str) and name))
 
 
 def renamer(model_types: Iterable[str]) -> Renamer:

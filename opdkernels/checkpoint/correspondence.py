@@ -105,10 +105,9 @@ def match_tensors(
         first.rename(rename)
         second.rename(rename)
         _pair_equal_names(result, first, second)
-    for names, others in ((first, second), (second, first)):
-        if first.canonical and second.canonical and (prefix := _common_prefix(names, others)):
-            names.remove_prefix(prefix)
-            _pair_equal_names(result, first, second)
+    if first.canonical and second.canonical:
+        _remove_common_prefix(first, second)
+        _pair_equal_names(result, first, second)
     layout = fused.expert_layout(model_types)
     _split_fused(result, first, second, layout, swapped=False)
     _split_fused(result, second, first, layout, swapped=True)
@@ -134,7 +133,9 @@ class _Names:
         self.canonical = {name: rename(name) for name in self.canonical}
 
     def remove_prefix(self, prefix: str) -> None:
-        self.canonical = {name: canonical.removeprefix(prefix) for name, canonical in self.canonical.items()}
+        self.canonical = {
+            name: canonical_name(canonical.removeprefix(prefix)) for name, canonical in self.canonical.items()
+        }
 
 
 def _add_pair(result: Correspondence, first: _Names, second: _Names, name: str, other: str, how: str) -> None:
@@ -157,10 +158,21 @@ def _ambiguous(first: _Names, second: _Names) -> Iterator[tuple[str, list[str], 
             yield canonical, names, others
 
 
-def _common_prefix(names: _Names, others: _Names) -> str:
-    """Returns the prefix of `names` without which most names of `others` are found in the same shape; "" if none is.
+def _remove_common_prefix(first: _Names, second: _Names) -> None:
+    """Removes the prefix that the names of one set have and those of the other set do not."""
+    prefix, size = _common_prefix(first, second)
+    other_prefix, other_size = _common_prefix(second, first)
+    if size > other_size:
+        first.remove_prefix(prefix)
+    elif other_size > size:
+        second.remove_prefix(other_prefix)
 
-    A prefix that is one of several, as with "actor." and "critic." in one file, is no prefix of the model.
+
+def _common_prefix(names: _Names, others: _Names) -> tuple[str, int]:
+    """Returns the prefix of `names` without which most of `others` is found in the same shape, and how many elements.
+
+    ("", 0) if there is none. A prefix that is one of several, as with "actor." and "critic." in one file, is no prefix
+    of the model.
     """
     wanted = {canonical: others.shapes[group[0]] for canonical, group in others.groups().items() if len(group) == 1}
     sizes: Counter[str] = Counter()
@@ -168,14 +180,15 @@ def _common_prefix(names: _Names, others: _Names) -> str:
     for name, canonical in names.canonical.items():
         tokens = canonical.split(".")
         for length in range(1, min(len(tokens), MAX_PREFIX_TOKENS + 1)):
-            rest = ".".join(tokens[length:])
+            rest = canonical_name(".".join(tokens[length:]))
             if wanted.get(rest) == names.shapes[name]:
                 sizes[".".join(tokens[:length]) + "."] += math.prod(names.shapes[name])
                 claimed[rest] += 1
+                break
     if not sizes or max(claimed.values()) > 1:
-        return ""
+        return "", 0
     prefix, size = sizes.most_common(1)[0]
-    return prefix if 2 * size >= sum(map(math.prod, wanted.values())) else ""
+    return (prefix, size) if 2 * size >= sum(map(math.prod, wanted.values())) else ("", 0)
 
 
 def _split_fused(result: Correspondence, names: _Names, others: _Names, layout: str, swapped: bool) -> None:
