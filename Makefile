@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*)
 
-.PHONY: demo test test-fast kill lint bench gpu trainers clean
+.PHONY: demo test test-fast kill sanitize lint bench gpu trainers clean
 
 demo: $(READY)
 	$(BIN)/python examples/distill_demo.py demo
@@ -31,6 +31,10 @@ trainers:
 	.venv-trainers/bin/python -m pip install -q -c constraints-trainers.txt --no-build-isolation -e '.[trainers,dev]'
 	.venv-trainers/bin/python -m pip install -q -c constraints-trainers.txt --no-deps verl
 	.venv-trainers/bin/python -m pytest tests/optim/test_trainers.py
+
+# Kernels and optimizers under AddressSanitizer and UndefinedBehaviorSanitizer, threads under ThreadSanitizer (g++).
+sanitize: $(READY)
+	$(BIN)/python -m tests.sanitize.run
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

@@ -46,6 +46,13 @@ FLAGS = [
     "-fvisibility=hidden",
     "-g0",
 ]
+# For `make sanitize`: "address,undefined", for example.
+SANITIZERS = os.environ.get("OPDKERNELS_SANITIZERS")
+SANITIZE_FLAGS = (
+    [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
+    if SANITIZERS
+    else []
+)
 SOURCES = [
     "csrc/bindings.cpp",
     *sorted(str(p) for p in Path("csrc/common/cpu").glob("*.cpp") if X86 or p.stem not in ISA_FLAGS),
@@ -126,8 +133,8 @@ class Build(build_ext):
 
         self.compiler._compile = compile_with_isa
         for extension in self.extensions:
-            extension.extra_compile_args += FLAGS + openmp
-            extension.extra_link_args += openmp
+            extension.extra_compile_args += FLAGS + openmp + SANITIZE_FLAGS
+            extension.extra_link_args += openmp + SANITIZE_FLAGS[:1]
         try:
             super().build_extensions()
         except Exception as error:

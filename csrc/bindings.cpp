@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <initializer_list>
+#include <stdexcept>
 
 #include "common/cpu/dispatch.h"
 #include "common/cpu/mapped.h"
@@ -12,6 +14,24 @@ namespace py = pybind11;
 
 namespace {
 template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+// Python validates the tensors; these refuse what no kernel can serve, whoever calls.
+void require(bool holds, const char* requirement) {
+  if (!holds) throw std::invalid_argument(requirement);
+}
+void require_dtypes(int base, int trained) {
+  require(base >= BF16 && base <= FP64 && trained >= BF16 && trained <= FP64, "dtypes must be codes of enum Dtype");
+}
+void require_size(int64_t n, bool has_inputs) {
+  require(n >= 0 && (n == 0 || has_inputs), "sizes must not be negative, addresses not null");
+}
+void require_width(int bytes, int64_t n, std::initializer_list<uintptr_t> addresses) {
+  require(bytes == 1 || bytes == 2 || bytes == 4 || bytes == 8, "coordinates must have 1, 2, 4 or 8 bytes");
+  for (uintptr_t address : addresses) {
+    require_size(n, address != 0);
+    require(address % bytes == 0, "addresses must be multiples of the size of an element");
+  }
+}
 
 DeltaOptions delta_options(const std::vector<int>& threshold_bits, const std::vector<double>& thresholds) {
   if (threshold_bits.size() > OPD_MAX_VISIBLE_THRESHOLDS || thresholds.size() != OPD_STORED_THRESHOLDS)
@@ -47,6 +67,9 @@ PYBIND11_MODULE(_C, m) {
                     const std::vector<int>& threshold_bits, const std::vector<double>& thresholds, int threads,
                     uintptr_t tables, uintptr_t counts, uintptr_t sums, uintptr_t maximum, uintptr_t mask) {
     DeltaOptions options = delta_options(threshold_bits, thresholds);
+    require_dtypes(base_dtype, trained_dtype);
+    require_size(n, base && trained);
+    require(tables && counts && sums && maximum, "outputs must not be null");
     py::gil_scoped_release release;
     delta(pointer<void>(base), base_dtype, pointer<void>(trained), trained_dtype, n, options, threads,
           pointer<int64_t>(tables), pointer<int64_t>(counts), pointer<int64_t>(sums), pointer<double>(maximum),
@@ -60,8 +83,14 @@ PYBIND11_MODULE(_C, m) {
                       uintptr_t counts) {
     if (trained.empty() || trained.size() > OPD_MAX_RUNS || trained.size() != trained_dtypes.size())
       throw std::invalid_argument("1 to 16 runs, each with its dtype");
+    require(threshold_bits >= 0 && threshold_bits < OPD_BINS, "threshold_bits must be a bf16 magnitude");
+    require(hist_base && hist_changed && both && hist_num_runs && counts, "outputs must not be null");
     std::vector<const void*> runs;
-    for (uintptr_t address : trained) runs.push_back(pointer<void>(address));
+    for (size_t r = 0; r < trained.size(); r++) {
+      require_dtypes(base_dtype, trained_dtypes[r]);
+      require_size(n, base && trained[r]);
+      runs.push_back(pointer<void>(trained[r]));
+    }
     py::gil_scoped_release release;
     overlap(pointer<void>(base), base_dtype, runs, trained_dtypes, n, threshold_bits, threads,
             pointer<int64_t>(hist_base), pointer<int64_t>(hist_changed), pointer<int64_t>(both),
@@ -70,6 +99,11 @@ PYBIND11_MODULE(_C, m) {
   // values: [n]; mask: uint8 [(n + 7) / 8] or 0; thresholds: double [K]; counts: int64 [K][QUANTILE_NUM_COUNTS].
   m.def("quantile", [](uintptr_t values, int dtype, int64_t n, const std::vector<int64_t>& k, bool largest,
                        uintptr_t mask, int threads, uintptr_t thresholds, uintptr_t counts) {
+    require_dtypes(dtype, dtype);
+    require_size(n, values != 0);
+    require(values % element_bytes(dtype) == 0, "values must be aligned to their size");
+    for (int64_t rank : k) require(rank >= 1 && rank <= n, "ranks must be 1 to n");
+    require(k.empty() || (thresholds && counts), "outputs must not be null");
     py::gil_scoped_release release;
     std::vector<QuantileResult> results(k.size());
     quantile(pointer<void>(values), dtype, n, k, largest, pointer<unsigned char>(mask), threads, results.data());
@@ -84,27 +118,37 @@ PYBIND11_MODULE(_C, m) {
   m.def("gram", [](uintptr_t base, int base_dtype, int64_t base_row, int64_t base_column, uintptr_t trained,
                    int trained_dtype, int64_t trained_row, int64_t trained_column, int64_t rows, int64_t n, int parts,
                    bool visible, int block, int threads, uintptr_t out) {
+    require_dtypes(base_dtype, trained_dtype);
+    require_size(rows, rows == 0 || n == 0 || (base && trained && out));
+    require(n >= 0 && n <= INT32_MAX && parts > 0 && parts < 8 && block >= 0 && block <= OPD_GRAM_ROWS,
+            "columns, parts or block out of range");
     const GramInput input{pointer<void>(base), pointer<void>(trained), base_dtype, trained_dtype,
                           base_row, base_column, trained_row, trained_column};
     py::gil_scoped_release release;
     gram(input, rows, n, parts, visible, block, threads, pointer<double>(out));
   });
   // rows: [count] StepRow (opdkernels/ops/step/layout.py: STEP_ROW).
-  m.def("masked_step", [](uintptr_t rows, int64_t count, uintptr_t scalars, uintptr_t grad_scale, uintptr_t clip, bool maximize,
-                          int kind, bool nesterov, int precision, int64_t seed, int threads) {
+  m.def("masked_step", [](uintptr_t rows, int64_t count, int64_t row_bytes, uintptr_t scalars, int64_t num_scalar_rows,
+                          uintptr_t grad_scale, uintptr_t clip, bool maximize, int kind, bool nesterov, int precision,
+                          int64_t seed, int threads) {
     const StepOptions options{pointer<float>(scalars), pointer<float>(grad_scale), pointer<float>(clip),
                               maximize, precision, seed, nesterov, kind};
     py::gil_scoped_release release;
-    masked_step(pointer<StepRow>(rows), count, options, threads);
+    masked_step(pointer<StepRow>(rows), count, row_bytes, options, num_scalar_rows, threads);
   });
   m.def("patch_gather", [](uintptr_t base, uintptr_t trained, int bytes, int64_t n, bool difference, int threads,
                            uintptr_t counts, uintptr_t positions, uintptr_t values, uintptr_t digests) {
+    require_width(bytes, n, {base, trained, values});
+    require(n == 0 || (counts && positions && digests), "outputs must not be null");
     py::gil_scoped_release release;
     patch_gather(pointer<void>(base), pointer<void>(trained), bytes, n, difference, threads, pointer<int32_t>(counts),
                  pointer<unsigned char>(positions), pointer<void>(values), pointer<uint64_t>(digests));
   });
   m.def("patch_check", [](uintptr_t counts, uintptr_t positions, int64_t position_bytes, int64_t n, int64_t n_values,
                           int threads) {
+    require_size(n, counts != 0);
+    require_size(position_bytes, positions != 0);
+    require(n_values >= 0, "the number of values must not be negative");
     py::gil_scoped_release release;
     return patch_check(pointer<int32_t>(counts), pointer<unsigned char>(positions), position_bytes, n, n_values,
                        threads);
@@ -112,12 +156,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("patch_scatter", [](uintptr_t base, int bytes, int64_t n, bool difference, uintptr_t counts,
                             uintptr_t positions, int64_t position_bytes, uintptr_t values, int64_t n_values,
                             int threads, uintptr_t out, uintptr_t digests) {
+    require_width(bytes, n, {base, out});
+    require_width(bytes, n_values, {values});
+    require_size(position_bytes, positions != 0);
+    require(n == 0 || (counts && digests), "counts and digests must not be null");
     py::gil_scoped_release release;
     return patch_scatter(pointer<void>(base), bytes, n, difference, pointer<int32_t>(counts),
                          pointer<unsigned char>(positions), position_bytes, pointer<void>(values), n_values, threads,
                          pointer<void>(out), pointer<uint64_t>(digests));
   });
   m.def("patch_digest", [](uintptr_t data, int bytes, int64_t n, int threads, uintptr_t digests) {
+    require_width(bytes, n, {data});
+    require(n == 0 || digests, "digests must not be null");
     py::gil_scoped_release release;
     patch_digest(pointer<void>(data), bytes, n, threads, pointer<uint64_t>(digests));
   });

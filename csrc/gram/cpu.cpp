@@ -16,18 +16,7 @@ struct AlignedBuffer {
 
 template <class Body>
 void each_panel(int panels, int threads, Body body) {
-#ifdef _OPENMP
-  if (threads > 1) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int p = panels - 1; p >= 0; p--) {  // the longest columns first
-      KeepSubnormals keep;
-      body(p);
-    }
-    return;
-  }
-#endif
-  KeepSubnormals keep;
-  for (int p = 0; p < panels; p++) body(p);
+  parallel_tasks(panels, threads, [&](int p) { body(panels - 1 - p); });  // the longest columns first
 }
 }  // namespace
 

@@ -283,3 +283,40 @@ static void step_block(const StepRow* t, const StepOptions* o, opd_i64 block) {
   if (needs_offsets) step_offsets(at.bitmap, size, chunk.offset);
   step_active(t, o, first, counts[0], at, &chunk);
 }
+
+// Whether the mask of a block is consistent: its bits are as many as block_counts says, its indices ascend within the
+// tensor, its step groups have scalars. Kernels follow all of them.
+static int step_check(const StepRow* t, opd_i64 block, opd_i64 num_scalar_rows) {
+  const opd_i64 first = block * OPD_STEP_BLOCK;
+  const int size = t->size - first < OPD_STEP_BLOCK ? (int)(t->size - first) : OPD_STEP_BLOCK;
+  opd_i64 slot = first;
+  int count = size;
+  if (t->flags & STEP_MASK_INDICES) {
+    const bool wide = t->flags & STEP_MASK_INDICES_64;
+    opd_i64 before = -1;
+    if (first) before = wide ? ((const opd_i64*)t->mask)[first - 1] : ((const int*)t->mask)[first - 1];
+    for (int k = 0; k < size; k++) {
+      const opd_i64 index = wide ? ((const opd_i64*)t->mask)[first + k] : ((const int*)t->mask)[first + k];
+      if (index <= before || index >= t->numel) return 0;
+      before = index;
+    }
+  } else {
+    const unsigned char* bitmap = (const unsigned char*)t->mask + first / 8;
+    const int bytes = (size + 7) / 8;
+    count = 0;
+    for (int at = 0; at < bytes; at += 8) {
+      opd_u64 word = 0;
+      __builtin_memcpy(&word, bitmap + at, bytes - at < 8 ? bytes - at : 8);
+      count += __builtin_popcountll(word);
+    }
+    if (size % 8 && bitmap[bytes - 1] >> size % 8) return 0;
+    slot = t->block_counts[block];
+    if (t->block_counts[block + 1] - slot != count || (block == 0 && slot)) return 0;
+  }
+  if (t->flags & STEP_HAS_STEP_GROUP) {
+    int largest = 0;
+    for (int k = 0; k < count; k++) largest = t->step_group[slot + k] > largest ? t->step_group[slot + k] : largest;
+    if (t->scalar_row + largest >= num_scalar_rows) return 0;
+  }
+  return 1;
+}

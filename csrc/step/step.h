@@ -15,7 +15,7 @@
 // tests/ops/step/test_layout.py.
 #define OPD_STEP_BLOCK 2048       // coordinates between the prefix popcounts of a bitmap
 #define OPD_STEP_SCALARS 8        // columns of scalars
-#define OPD_STEP_ROW_BYTES 128
+#define OPD_STEP_ROW_BYTES 136
 
 enum StepPrecision { STEP_NEAREST = 0, STEP_SPLIT_MASTER = 1, STEP_KAHAN = 2, STEP_STOCHASTIC = 3 };
 enum StepKind { STEP_ADAMW = 0, STEP_SGD = 1, STEP_GATHER = 2, STEP_GATHER_ADD = 3, STEP_SCATTER = 4 };
@@ -39,6 +39,7 @@ struct StepRow {
   opd_i64 scalar_row;             // first row of scalars that belongs to the tensor
   opd_i64 shard_offset;           // flat index in the unsharded tensor of the first coordinate
   opd_i64 size;                   // coordinates of a bitmap, or number of indices
+  opd_i64 numel;                  // coordinates of the param; indices are below it
   opd_u32 param_id;
   opd_u32 flags;                  // StepFlags
   opd_i64 first_tile;             // tiles of this tensor among the tiles of all; GPUs only

@@ -46,3 +46,9 @@ def unavailable_reason() -> str:
 def address(tensor: torch.Tensor | None) -> int:
     """The address of a tensor's data; 0 for None and for an empty tensor."""
     return tensor.data_ptr() if tensor is not None and tensor.numel() else 0
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose address is a multiple of the size of an element: itself, or a copy. Tensors from
+    `torch.frombuffer` and of mapped files need not be."""
+    return tensor.clone() if address(tensor) % tensor.element_size() else tensor

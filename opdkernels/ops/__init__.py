@@ -6,6 +6,7 @@ function. `cpu.py`, `cuda.py` and `triton.py` hold the kernels of those backends
 
 from __future__ import annotations
 
+import functools
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from opdkernels.backends import dispatch
 
@@ -36,7 +38,39 @@ def no_outputs(*arguments: Any) -> None:
     """The fake of an operator that only writes to its arguments."""
 
 
-def register(family: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any] | None = None) -> None:
+def on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A fake that raises ValueError where only some tensors are on the meta device: PyTorch then calls the fake, and
+    the operator would return without computing anything."""
+
+    @functools.wraps(fake)
+    def checked(*arguments: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+        if len({tensor.is_meta for tensor in tensors}) > 1:
+            raise ValueError("some tensors are on the meta device and others are not; move all to one device")
+        return fake(*arguments)
+
+    return checked
+
+
+def validated(implementation: Callable[..., Any], validate: Callable[..., None]) -> Callable[..., Any]:
+    """An implementation that validates its arguments first."""
+
+    @functools.wraps(implementation)
+    def operator(*arguments: Any) -> Any:
+        validate(*arguments)
+        return implementation(*arguments)
+
+    return operator
+
+
+def register(
+    family: str,
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any] | None = None,
+    *,
+    validate: Callable[..., None] | None = None,
+) -> None:
     """Register an operator of a kernel family with PyTorch.
 
     Args:
@@ -44,6 +78,8 @@ def register(family: str, schema: str, reference: Callable[..., Any], fake: Call
         schema: Schema of the operator, as `torch.library.define` takes it.
         reference: The definition in plain PyTorch; runs on every device without a kernel.
         fake: Computes the shapes and dtypes of the outputs. Not needed for an operator that returns nothing.
+        validate: Takes the operator's arguments and raises where a kernel must not follow them. Needed where kernels
+            take addresses.
 
     Raises:
         ValueError: The operator returns something and has no fake.
@@ -55,10 +91,11 @@ def register(family: str, schema: str, reference: Callable[..., Any], fake: Call
         fake = no_outputs
     OPERATORS[name] = Operator(name, family, schema, reference)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"opdkernels::{name}", fake, lib=LIBRARY)
+    checked = functools.partial(validated, validate=validate) if validate else (lambda implementation: implementation)
+    LIBRARY.impl(name, checked(reference), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"opdkernels::{name}", on_one_device(fake), lib=LIBRARY)
     for key, kernel in dispatch.kernels(family, name).items():
-        LIBRARY.impl(name, kernel, key)
+        LIBRARY.impl(name, checked(kernel), key)
 
 
 def all_operators() -> dict[str, Operator]:

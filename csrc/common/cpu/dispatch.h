@@ -31,8 +31,10 @@ void overlap(const void* base, int base_dtype, const std::vector<const void*>& t
 void gram(const GramInput& input, int64_t rows, int64_t n, int parts, bool visible, int block, int threads,
           double* out);
 
-// One masked step of all tensors, or a gather or a scatter of theirs (options.kind).
-void masked_step(const StepRow* rows, int64_t count, const StepOptions& options, int threads);
+// One masked step of all tensors, or a gather or a scatter of theirs (options.kind). row_bytes is the size of a row for
+// the caller. Throws std::invalid_argument for a table that no kernel can serve; nothing has changed then.
+void masked_step(const StepRow* rows, int64_t count, int64_t row_bytes, const StepOptions& options,
+                 int64_t num_scalar_rows, int threads);
 
 struct QuantileResult {
   double threshold;                                   // NaN if every value is

@@ -25,7 +25,7 @@ namespace OPD_ISA {
 #include "../../patch/cpu.inl"
 #include "../../step/cpu.inl"
 static const Kernels table = {delta, overlap, quantile_scan, quantile_narrow, quantile_table,
-                              gram_pack, gram_columns, 3 * OPD_GRAM_BYTES, step_block,
+                              gram_pack, gram_columns, 3 * OPD_GRAM_BYTES, step_block, step_check,
                               patch_gather, patch_scatter, patch_check, patch_digest};
 }  // namespace OPD_ISA
 

@@ -85,6 +85,8 @@ struct Kernels {
   int gram_panel_bytes;                       // per row of a panel
   // Updates the active coordinates of one block of a tensor.
   void (*step_block)(const StepRow* row, const StepOptions* options, opd_i64 block);
+  // Whether the mask and the step groups of one block are consistent.
+  int (*step_check)(const StepRow* row, opd_i64 block, opd_i64 num_scalar_rows);
   // Gathers one block of n coordinates of `bytes` bytes: its positions, stored values and the digests of base and
   // trained; values must have a capacity of n. Returns the number of changed coordinates.
   int (*patch_gather)(const void* base, const void* trained, int bytes, int n, int difference, unsigned char* positions,

@@ -23,6 +23,7 @@ import torch
 
 from opdkernels.backends.layout import BINS, INFINITY_BITS, SUM_LIMBS, SUM_SHIFT
 from opdkernels.ops import register, to_local
+from opdkernels.ops.arguments import validate_input, validate_memory, validate_tensor
 from opdkernels.ops.delta.layout import (
     COUNT_BIT_EQUAL,
     COUNT_LE,
@@ -186,7 +187,36 @@ def reference(
         maximum[0] = torch.maximum(maximum[0], stored.max().double())
 
 
-register("delta", SCHEMA, reference, fake)
+def validate(
+    base: torch.Tensor,
+    trained: torch.Tensor,
+    threshold_bits: Sequence[int],
+    thresholds: Sequence[float],
+    tables: torch.Tensor,
+    counts: torch.Tensor,
+    sums: torch.Tensor,
+    maximum: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> None:
+    """Raise TypeError or ValueError where the arguments of the operator do not fit."""
+    device, n = base.device, base.numel()
+    validate_input("base", base, DTYPES, device)
+    validate_input("trained", trained, DTYPES, device, n)
+    validate_threshold_bits(threshold_bits)
+    if len(thresholds) != len(THRESHOLDS):
+        raise ValueError(f"thresholds must be {len(THRESHOLDS)}, not {len(thresholds)}")
+    validate_tensor("tables", tables, torch.int64, (HIST_BASE_OVER + len(threshold_bits), BINS), device)
+    validate_tensor("counts", counts, torch.int64, (NUM_COUNTS,), device)
+    validate_tensor("sums", sums, torch.int64, (NUM_SUMS, SUM_LIMBS), device)
+    validate_tensor("maximum", maximum, torch.float64, (1,), device)
+    written = [tables, counts, sums, maximum]
+    if mask is not None:
+        validate_tensor("mask", mask, torch.uint8, ((n + 7) // 8,), device)
+        written.append(mask)
+    validate_memory(written, [base, trained])
+
+
+register("delta", SCHEMA, reference, fake, validate=validate)
 
 
 @dataclass
@@ -374,9 +404,6 @@ def delta(
     validate_threshold_bits(threshold_bits)
     if out is not None and out.threshold_bits != threshold_bits:
         raise ValueError(f"out has threshold_bits {out.threshold_bits}, not {threshold_bits}")
-    mask_bytes = (base.numel() + 7) // 8
-    if mask is not None and (mask.dtype != torch.uint8 or mask.shape != (mask_bytes,) or not mask.is_contiguous()):
-        raise ValueError(f"mask must be a contiguous uint8 tensor of {mask_bytes} elements")
     tally = Tally.empty(threshold_bits) if out is None else out
     arrays = [torch.from_numpy(a) for a in (tally.tables, tally.counts, tally.sums, tally.maximum)]
     outputs = [a.to(base.device) for a in arrays]

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import torch
 
 from opdkernels.ops import register
+from opdkernels.ops.arguments import validate_memory, validate_tensor
 from opdkernels.ops.delta import DTYPES, base_and_delta
 from opdkernels.ops.gram.layout import MAX_BLOCK, PART_BASE, PART_CROSS, PART_DELTA
 
@@ -63,7 +64,30 @@ def add_upper(matrix: torch.Tensor, x: torch.Tensor) -> None:
         matrix[: j + PANEL, j : j + PANEL] += x[:, : j + PANEL].T @ x[:, j : j + PANEL]
 
 
-register("gram", SCHEMA, reference, fake)
+def validate(
+    base: torch.Tensor, trained: torch.Tensor, parts: int, visible: bool, block: int, out: torch.Tensor
+) -> None:
+    """Raise TypeError or ValueError where the arguments of the operator do not fit."""
+    for name, tensor in (("base", base), ("trained", trained)):
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} is {tensor.dtype}; gram takes bfloat16, float16, float32 and float64")
+    if base.ndim != 2 or base.shape != trained.shape:
+        raise ValueError(
+            f"base and trained must be matrices of one shape, not {list(base.shape)} and {list(trained.shape)}"
+        )
+    if base.device != trained.device:
+        raise ValueError(f"base is on {base.device}, trained on {trained.device}; move one of them")
+    if not 0 < parts < 1 << len(PARTS):
+        raise ValueError(f"parts must be a set of bits below {1 << len(PARTS)}, not {parts}")
+    if not 0 <= block <= MAX_BLOCK:
+        raise ValueError(f"block must be in 0 .. {MAX_BLOCK}, not {block}")
+    if block and not visible and torch.float64 in (base.dtype, trained.dtype):
+        raise ValueError("fp64 tensors are summed in fp64; pass block=0")
+    validate_tensor("out", out, torch.float64, (parts.bit_count(), base.shape[1], base.shape[1]), base.device)
+    validate_memory([out], [base, trained])
+
+
+register("gram", SCHEMA, reference, fake, validate=validate)
 
 
 def gram(
@@ -107,24 +131,11 @@ def gram(
         )
     trained = base if trained is None else trained
     base, trained = (t.to_local().detach() if hasattr(t, "to_local") else t.detach() for t in (base, trained))
-    for name, tensor in (("base", base), ("trained", trained)):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} is {tensor.dtype}; gram takes bfloat16, float16, float32 and float64")
-    if base.ndim != 2 or base.shape != trained.shape:
-        raise ValueError(
-            f"base and trained must be matrices of one shape, not {list(base.shape)} and {list(trained.shape)}"
-        )
-    if base.device != trained.device:
-        raise ValueError(f"base is on {base.device}, trained on {trained.device}; move one of them")
-    if not 0 <= block <= MAX_BLOCK:
-        raise ValueError(f"block must be in 0 .. {MAX_BLOCK}, not {block}")
-    if block and not visible and torch.float64 in (base.dtype, trained.dtype):
-        raise ValueError("fp64 tensors are summed in fp64; pass block=0")
-    shape = (len(names), base.shape[1], base.shape[1])
+    if base.ndim != 2:
+        raise ValueError(f"base must be a matrix, not {list(base.shape)}")
     if out is None:
+        shape = (len(names), base.shape[1], base.shape[1])
         out = torch.zeros(shape, dtype=torch.float64, device=base.device)
-    elif out.shape != shape or out.dtype != torch.float64 or not out.is_contiguous() or out.device != base.device:
-        raise ValueError(f"out must be a contiguous float64 tensor {list(shape)} on {base.device}")
     part_bits = sum(1 << PARTS.index(name) for name in names)
     torch.ops.opdkernels.gram_(base, trained, part_bits, visible, block, out)
     return out

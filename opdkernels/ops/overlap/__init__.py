@@ -27,6 +27,7 @@ import torch
 
 from opdkernels.backends.layout import BINS, INFINITY_BITS
 from opdkernels.ops import register, to_local
+from opdkernels.ops.arguments import validate_input, validate_memory, validate_tensor
 from opdkernels.ops.delta import DTYPES, bf16_bits
 from opdkernels.ops.overlap.layout import COUNT_NONFINITE, COUNT_NUMEL, MAX_RUNS, NUM_COUNTS
 
@@ -94,7 +95,39 @@ def reference(
     hist_num_runs += torch.bincount(change.sum(0), minlength=len(trained) + 1)
 
 
-register("overlap", SCHEMA, reference, fake)
+def validate(
+    base: torch.Tensor,
+    trained: Sequence[torch.Tensor],
+    threshold_bits: int,
+    hist_base: torch.Tensor,
+    hist_changed: torch.Tensor,
+    both: torch.Tensor,
+    hist_num_runs: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    """Raise TypeError or ValueError where the arguments of the operator do not fit."""
+    device, num_runs = base.device, len(trained)
+    validate_num_runs(num_runs, threshold_bits)
+    validate_input("base", base, DTYPES, device)
+    for r, tensor in enumerate(trained):
+        validate_input(f"run {r}", tensor, DTYPES, device, base.numel())
+    shapes = {"hist_base": (BINS,), "hist_changed": (num_runs, BINS), "both": (num_runs, num_runs)}
+    shapes |= {"hist_num_runs": (num_runs + 1,), "counts": (NUM_COUNTS,)}
+    written = (hist_base, hist_changed, both, hist_num_runs, counts)
+    for (name, shape), tensor in zip(shapes.items(), written, strict=True):
+        validate_tensor(name, tensor, torch.int64, shape, device)
+    validate_memory(written, [base, *trained])
+
+
+def validate_num_runs(num_runs: int, threshold_bits: int) -> None:
+    """Raise ValueError unless the number of runs and the threshold are in range."""
+    if not 2 <= num_runs <= MAX_RUNS:
+        raise ValueError(f"overlap takes 2 to {MAX_RUNS} runs, not {num_runs}")
+    if not 0 <= threshold_bits < INFINITY_BITS:
+        raise ValueError(f"threshold_bits must be a bf16 magnitude below 0x7F80, not {threshold_bits}")
+
+
+register("overlap", SCHEMA, reference, fake, validate=validate)
 
 
 def expected_uniform(n_a, n_b, n) -> np.ndarray:
@@ -267,10 +300,7 @@ def validate_runs(
     base: torch.Tensor, trained: Sequence[torch.Tensor], threshold_bits: int
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The local, contiguous tensors; raises TypeError or ValueError if they or the threshold do not fit."""
-    if not 2 <= len(trained) <= MAX_RUNS:
-        raise ValueError(f"overlap takes 2 to {MAX_RUNS} runs, not {len(trained)}")
-    if not 0 <= threshold_bits < INFINITY_BITS:
-        raise ValueError(f"threshold_bits must be a bf16 magnitude below 0x7F80, not {threshold_bits}")
+    validate_num_runs(len(trained), threshold_bits)
     base, runs = to_local(base), [to_local(tensor) for tensor in trained]
     for name, tensor in (("base", base), *((f"run {r}", tensor) for r, tensor in enumerate(runs))):
         if tensor.dtype not in DTYPES:

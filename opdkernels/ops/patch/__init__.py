@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from opdkernels.ops import register, to_local
+from opdkernels.ops.arguments import validate_input, validate_memory, validate_tensor
 from opdkernels.ops.patch.layout import (
     BLOCK,
     HASH_AVALANCHE,
@@ -283,10 +284,68 @@ def fake_digest(values: torch.Tensor) -> torch.Tensor:
     return values.new_empty((blocks_of(values.numel()), 2), dtype=torch.int64)
 
 
-register("patch", GATHER, reference_gather, fake_gather)
-register("patch", SCATTER, reference_scatter, fake_scatter)
-register("patch", CHECK, reference_check, fake_check)
-register("patch", DIGEST, reference_digest, fake_digest)
+def validate_gather(
+    base: torch.Tensor,
+    trained: torch.Tensor,
+    difference: bool,
+    counts: torch.Tensor,
+    positions: torch.Tensor,
+    values: torch.Tensor,
+    digests: torch.Tensor,
+) -> None:
+    """Raise TypeError or ValueError where the arguments of the operator do not fit."""
+    device, n = base.device, base.numel()
+    validate_input("base", base, BITS.values(), device)
+    validate_input("trained", trained, (base.dtype,), device, n)
+    validate_input("positions", positions, (torch.uint8,), device)
+    validate_input("values", values, (base.dtype,), device)
+    if positions.numel() < (n + 7) // 8 or values.numel() < n:
+        raise ValueError(f"{n} coordinates need {(n + 7) // 8} bytes of positions and {n} values")
+    validate_tensor("counts", counts, torch.int32, (blocks_of(n),), device)
+    validate_tensor("digests", digests, torch.int64, (2, blocks_of(n), 2), device)
+    validate_memory([counts, positions, values, digests], [base, trained])
+
+
+def validate_check(counts: torch.Tensor, positions: torch.Tensor, numel: int, stored: int) -> None:
+    """Raise TypeError or ValueError where the arguments of the operator do not fit."""
+    if numel < 0 or stored < 0:
+        raise ValueError(f"numbers of coordinates and values must not be negative, not {numel} and {stored}")
+    validate_tensor("counts", counts, torch.int32, (blocks_of(numel),), counts.device)
+    validate_input("positions", positions, (torch.uint8,), counts.device)
+    validate_memory([], [counts, positions])
+
+
+def validate_scatter(
+    base: torch.Tensor,
+    counts: torch.Tensor,
+    positions: torch.Tensor,
+    values: torch.Tensor,
+    difference: bool,
+    out: torch.Tensor,
+    digests: torch.Tensor,
+) -> None:
+    """Raise TypeError or ValueError where the arguments of the operator do not fit."""
+    device, n = base.device, base.numel()
+    validate_input("base", base, BITS.values(), device)
+    validate_input("out", out, (base.dtype,), device, n)
+    validate_input("values", values, (base.dtype,), device)
+    validate_tensor("counts", counts, torch.int32, (blocks_of(n),), device)
+    validate_input("positions", positions, (torch.uint8,), device)
+    validate_tensor("digests", digests, torch.int64, (blocks_of(n), 2), device)
+    in_place = out.data_ptr() == base.data_ptr()
+    validate_memory([out, digests], [counts, positions, values, *([] if in_place else [base])])
+
+
+def validate_digest(values: torch.Tensor) -> None:
+    """Raise TypeError or ValueError where the argument of the operator does not fit."""
+    validate_input("values", values, BITS.values(), values.device)
+    validate_memory([], [values])
+
+
+register("patch", GATHER, reference_gather, fake_gather, validate=validate_gather)
+register("patch", SCATTER, reference_scatter, fake_scatter, validate=validate_scatter)
+register("patch", CHECK, reference_check, fake_check, validate=validate_check)
+register("patch", DIGEST, reference_digest, fake_digest, validate=validate_digest)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ def patch_gather_(
     digests: torch.Tensor,
 ) -> None:
     """The operator, for contiguous integers."""
+    base, trained, stored = cpu.aligned(base), cpu.aligned(trained), cpu.aligned(values)
     cpu._C.patch_gather(
         base.data_ptr(),
         trained.data_ptr(),
@@ -27,9 +28,11 @@ def patch_gather_(
         torch.get_num_threads(),
         counts.data_ptr(),
         positions.data_ptr(),
-        values.data_ptr(),
+        stored.data_ptr(),
         digests.data_ptr(),
     )
+    if stored is not values:
+        values.copy_(stored)
 
 
 def patch_scatter_(
@@ -42,6 +45,9 @@ def patch_scatter_(
     digests: torch.Tensor,
 ) -> torch.Tensor:
     """The operator, for contiguous integers."""
+    target = cpu.aligned(out)
+    base = target if base.data_ptr() == out.data_ptr() else cpu.aligned(base)
+    values = cpu.aligned(values)
     status = cpu._C.patch_scatter(
         base.data_ptr(),
         base.element_size(),
@@ -53,9 +59,11 @@ def patch_scatter_(
         values.data_ptr(),
         values.numel(),
         torch.get_num_threads(),
-        out.data_ptr(),
+        target.data_ptr(),
         digests.data_ptr(),
     )
+    if target is not out:
+        out.copy_(target)
     return torch.tensor([status])
 
 
@@ -69,6 +77,7 @@ def patch_check(counts: torch.Tensor, positions: torch.Tensor, numel: int, store
 
 def patch_digest(values: torch.Tensor) -> torch.Tensor:
     """The operator, for contiguous integers."""
+    values = cpu.aligned(values)
     digests = torch.empty(blocks_of(values.numel()), 2, dtype=torch.int64)
     cpu._C.patch_digest(
         values.data_ptr(), values.element_size(), values.numel(), torch.get_num_threads(), digests.data_ptr()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from opdkernels.ops import register, to_local
+from opdkernels.ops.arguments import validate_input, validate_memory, validate_tensor
 from opdkernels.ops.delta import DTYPES
 from opdkernels.ops.quantile.layout import COUNT_NAN, NUM_COUNTS
 
@@ -69,7 +70,19 @@ def reference(
     return thresholds, counts
 
 
-register("quantile", SCHEMA, reference, fake)
+def validate(values: torch.Tensor, k: Sequence[int], largest: bool, mask: torch.Tensor | None) -> None:
+    """Raise TypeError or ValueError where the arguments of the operator do not fit."""
+    n = values.numel()
+    validate_input("values", values, DTYPES, values.device)
+    for rank in k:
+        if not 1 <= rank <= n:
+            raise ValueError(f"k must be in 1 .. {n}, the number of values, not {rank}")
+    if mask is not None:
+        validate_tensor("mask", mask, torch.uint8, ((n + 7) // 8,), values.device)
+    validate_memory([], [values] if mask is None else [values, mask])
+
+
+register("quantile", SCHEMA, reference, fake, validate=validate)
 
 
 @dataclass(frozen=True)
@@ -145,15 +158,6 @@ def quantiles(
     """
     values = to_local(values)
     n, ranks = values.numel(), [int(rank) for rank in k]
-    if values.dtype not in DTYPES:
-        raise TypeError(f"values are {values.dtype}; quantile takes bfloat16, float16, float32 and float64")
-    for rank in ranks:
-        if not 1 <= rank <= n:
-            raise ValueError(f"k must be in 1 .. {n}, the number of values, not {rank}")
-    if mask is not None and (mask.dtype != torch.uint8 or mask.shape != ((n + 7) // 8,) or not mask.is_contiguous()):
-        raise ValueError(f"mask must be a contiguous uint8 tensor of {(n + 7) // 8} elements")
-    if mask is not None and mask.device != values.device:
-        raise ValueError(f"values are on {values.device}, mask on {mask.device}; move one of them")
     thresholds, counts = torch.ops.opdkernels.quantile(values, ranks, largest, mask)
     results = []
     for rank, threshold, (above, tied, above_masked, tied_masked, nan) in zip(

@@ -14,15 +14,16 @@ from opdkernels.ops.quantile.layout import NUM_COUNTS
 def quantile(
     values: torch.Tensor, k: Sequence[int], largest: bool, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    values = cpu.aligned(values)
     thresholds = torch.empty(len(k), dtype=torch.float64)
     counts = torch.empty(len(k), NUM_COUNTS, dtype=torch.int64)
     cpu._C.quantile(
-        values.data_ptr(),
+        cpu.address(values),
         DTYPE_CODES[values.dtype],
         values.numel(),
         list(k),
         largest,
-        0 if mask is None else mask.data_ptr(),
+        cpu.address(mask),
         torch.get_num_threads(),
         thresholds.data_ptr(),
         counts.data_ptr(),

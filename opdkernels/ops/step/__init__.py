@@ -241,10 +241,10 @@ def wide_product(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tens
     return middle >> 16, (middle & 0xFFFF) << 16 | (low & 0xFFFF)
 
 
-register("step", schema("masked_adamw_", ADAMW_FIELDS), reference_adamw)
-register("step", schema("masked_sgd_", SGD_FIELDS), reference_sgd)
-register("step", GATHER, reference_gather)
-register("step", SCATTER, reference_scatter)
+register("step", schema("masked_adamw_", ADAMW_FIELDS), reference_adamw, validate=validation.validate_adamw)
+register("step", schema("masked_sgd_", SGD_FIELDS), reference_sgd, validate=validation.validate_sgd)
+register("step", GATHER, reference_gather, validate=validation.validate_gather)
+register("step", SCATTER, reference_scatter, validate=validation.validate_scatter)
 
 
 def adamw_scalars(
@@ -381,7 +381,6 @@ def masked_adamw(
         precision=validation.precision_code(precision),
         seed=seed,
     )
-    validation.validate_step(args, required=("exp_avgs", "exp_avg_sqs"))
     torch.ops.opdkernels.masked_adamw_(*flatten(args, ADAMW_FIELDS))
 
 
@@ -445,7 +444,6 @@ def masked_sgd(
         precision=validation.precision_code(precision),
         seed=seed,
     )
-    validation.validate_step(args, required=())
     torch.ops.opdkernels.masked_sgd_(*flatten(args, SGD_FIELDS))
 
 
@@ -472,7 +470,6 @@ def masked_gather(
         >>> masked_gather(torch.arange(4.0), mask, mask[:0], torch.empty(2))
         tensor([0., 3.])
     """
-    validation.validate_compact(values, mask, block_counts, out)
     torch.ops.opdkernels.masked_gather_(values, mask, block_counts, out, add)
     return out
 
@@ -495,5 +492,4 @@ def masked_scatter(values: torch.Tensor, mask: torch.Tensor, block_counts: torch
         >>> values
         tensor([1., 0., 0., 2.])
     """
-    validation.validate_compact(values, mask, block_counts, compact)
     torch.ops.opdkernels.masked_scatter_(values, mask, block_counts, compact)

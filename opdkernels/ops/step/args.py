@@ -81,13 +81,18 @@ def flatten(args: StepArgs, fields: Sequence[str]) -> list:
     return [list(value) if isinstance(value, (list, tuple)) else value for value in values]
 
 
+def unflatten(flat: Sequence[object], fields: Sequence[str]) -> StepArgs:
+    """The arguments of an operator that takes these fields."""
+    return StepArgs(**dict(zip(fields, flat, strict=True)))  # type: ignore[arg-type]
+
+
 def takes_fields(fields: Sequence[str]) -> Callable[[Callable[[StepArgs], None]], Callable[..., None]]:
     """A decorator: a kernel that takes StepArgs becomes one that takes the operator's flat arguments."""
 
     def decorate(kernel: Callable[[StepArgs], None]) -> Callable[..., None]:
         @functools.wraps(kernel)
         def operator(*flat: object) -> None:
-            kernel(StepArgs(**dict(zip(fields, flat, strict=True))))  # type: ignore[arg-type]
+            kernel(unflatten(flat, fields))
 
         return operator
 

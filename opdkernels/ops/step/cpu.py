@@ -1,4 +1,4 @@
-"""`step` on the CPU: passes raw pointers to csrc/step/cpu.cpp. The public functions validate the arguments."""
+"""`step` on the CPU: passes raw pointers to csrc/step/cpu.cpp. The operators validate the arguments."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from opdkernels.backends import cpu
 from opdkernels.ops.step.args import StepArgs, adamw_operator, sgd_operator
+from opdkernels.ops.step.layout import STEP_ROW
 from opdkernels.ops.step.rows import compact_args, step_rows
 
 ADAMW, SGD, GATHER, GATHER_ADD, SCATTER = range(5)  # StepKind in csrc/step/step.h
@@ -41,7 +42,9 @@ def run(kind: int, args: StepArgs) -> None:
     cpu._C.masked_step(
         rows.ctypes.data,
         len(rows),
-        scalars.data_ptr(),
+        STEP_ROW.itemsize,
+        cpu.address(scalars),
+        len(scalars),
         cpu.address(args.grad_scale),
         cpu.address(args.clip),
         args.maximize,

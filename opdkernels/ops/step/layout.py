@@ -27,6 +27,7 @@ STEP_ROW = np.dtype(
         ("scalar_row", "<i8"),  # first row of scalars that belongs to the tensor
         ("shard_offset", "<i8"),  # flat index in the unsharded tensor of the first coordinate
         ("size", "<i8"),  # coordinates of a bitmap, or number of indices
+        ("numel", "<i8"),  # coordinates of the param; indices are below it
         ("param_id", "<u4"),
         ("flags", "<u4"),
         ("first_tile", "<i8"),  # tiles of this tensor among the tiles of all: [first_tile, end_tile); GPUs only

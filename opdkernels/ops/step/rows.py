@@ -57,6 +57,7 @@ def step_row(args: StepArgs, i: int) -> tuple[int, ...]:
         args.scalar_rows[i],
         args.shard_offsets[i],
         step_size(param, mask),
+        param.numel(),
         args.param_ids[i],
         flags,
         0,

@@ -1,4 +1,7 @@
-"""Validation of the arguments of the `step` operators: kernels follow pointers, so nothing may be out of bounds."""
+"""Validation of the arguments of the `step` operators: kernels follow pointers, so nothing may be out of bounds.
+
+`validate_adamw`, `validate_sgd`, `validate_gather` and `validate_scatter` run before every implementation.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from opdkernels.bits import bit_counts
-from opdkernels.ops.step.args import StepArgs
+from opdkernels.ops.arguments import validate_memory, validate_tensor
+from opdkernels.ops.step.args import ADAMW_FIELDS, SGD_FIELDS, StepArgs, unflatten
 from opdkernels.ops.step.layout import BLOCK, NUM_SCALARS, PRECISIONS
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -26,8 +29,47 @@ def precision_code(precision: str) -> int:
     return PRECISIONS.index(precision)
 
 
+def validate_adamw(*flat: object) -> None:
+    """Validate the flat arguments of `masked_adamw_`."""
+    validate_step(unflatten(flat, ADAMW_FIELDS), required=("exp_avgs", "exp_avg_sqs"))
+
+
+def validate_sgd(*flat: object) -> None:
+    """Validate the flat arguments of `masked_sgd_`."""
+    validate_step(unflatten(flat, SGD_FIELDS), required=())
+
+
+def validate_gather(
+    values: torch.Tensor, mask: torch.Tensor, block_counts: torch.Tensor, out: torch.Tensor, add: bool
+) -> None:
+    """Validate the arguments of `masked_gather_`."""
+    validate_compact(values, mask, block_counts, out)
+    validate_memory([out], [values, mask, block_counts], aligned=True)
+
+
+def validate_scatter(
+    values: torch.Tensor, mask: torch.Tensor, block_counts: torch.Tensor, compact: torch.Tensor
+) -> None:
+    """Validate the arguments of `masked_scatter_`."""
+    validate_compact(values, mask, block_counts, compact)
+    validate_memory([values], [compact, mask, block_counts], aligned=True)
+
+
 def validate_step(args: StepArgs, required: Sequence[str]) -> None:
-    """Raise where the arguments of a step do not fit; `required` are the moments that may not be left out."""
+    """Raise where the arguments of a step do not fit.
+
+    Runs in every operator, so that no caller can pass a kernel a pointer that was not checked. What does not change
+    between steps, the contents of masks, is remembered.
+
+    Args:
+        args: Arguments of the operator.
+        required: The moments that may not be left out.
+
+    Raises:
+        TypeError: A param or a gradient is neither fp32 nor bf16.
+        ValueError: A list has another length than `params`; a tensor has another dtype, shape or device than the
+            schema says, is not contiguous or not aligned, or shares memory with a tensor that the step writes.
+    """
     count, scalars = len(args.params), args.scalars
     optional = ("residuals", "init_values", "step_groups", *MOMENTS)
     lists = ("grads", "masks", "block_counts", "scalar_rows", "shard_offsets", "param_ids", *optional)
@@ -35,6 +77,8 @@ def validate_step(args: StepArgs, required: Sequence[str]) -> None:
         length = len(getattr(args, name))
         if length != count and (length or name in required or name not in optional):
             raise ValueError(f"{count} params need as many {name}, not {length}")
+    if not 0 <= args.precision < len(PRECISIONS):
+        raise ValueError(f"precision must be the position of one of {', '.join(PRECISIONS)}, not {args.precision}")
     if (
         scalars.dtype != torch.float32
         or scalars.ndim != 2
@@ -45,104 +89,140 @@ def validate_step(args: StepArgs, required: Sequence[str]) -> None:
             f"scalars must be float32 [rows, {NUM_SCALARS}] with a row for each of {count} params, "
             f"not {scalars.dtype} {list(scalars.shape)}"
         )
-    for i in range(count):
-        validate_param(i, args)
-
-
-def validate_param(i: int, args: StepArgs) -> None:
-    """Raise where the tensors of the i-th param do not fit."""
-    param, grad = args.params[i], args.grads[i]
-    num_active = validate_dense(i, param, grad, args.masks[i], args.block_counts[i])
-    for name in MOMENTS:
-        moments = getattr(args, name)
-        if moments and (name != "max_exp_avg_sqs" or moments[i].numel()):
-            validate_tensor(i, param, name, moments[i], torch.float32, num_active)
-    precision = PRECISIONS[args.precision]
-    residual_dtype = RESIDUAL_DTYPES.get(precision) if param.dtype == torch.bfloat16 else None
-    if residual_dtype is not None:
-        if not args.residuals:
-            raise ValueError(f"precision {precision} needs residuals, {residual_dtype} [{num_active}] for param {i}")
-        validate_tensor(i, param, "residuals", args.residuals[i], residual_dtype, num_active)
-    elif args.residuals:
-        residual = args.residuals[i]
-        validate_tensor(i, param, "residuals", residual, residual.dtype, residual.numel())
-    if args.init_values and args.init_values[i].numel():
-        validate_tensor(i, param, "init_values", args.init_values[i], param.dtype, num_active)
-    if args.step_groups and args.step_groups[i].numel():
-        validate_tensor(i, param, "step_groups", args.step_groups[i], torch.uint8, num_active)
-        largest, rows = cached(max_step_group, args.step_groups[i]), len(args.scalars) - args.scalar_rows[i]
-        if largest >= rows:
+    if not count:
+        return
+    device = args.params[0].device
+    if scalars.device != device and scalars.device.type != "cpu":
+        raise ValueError(f"scalars are on {scalars.device}, param 0 on {device}; move one of them")
+    for name in ("grad_scale", "clip", "found_inf"):
+        validate_factor(name, getattr(args, name), device)
+    dense = zip(args.params, args.grads, args.masks, args.block_counts, strict=True)
+    active = [validate_dense(i, *tensors, device) for i, tensors in enumerate(dense)]
+    shapes = [(num_active,) for num_active in active]
+    fp32 = count * [torch.float32]
+    for name in ("exp_avgs", "exp_avg_sqs", "momentum_buffers"):
+        validate_list(name, getattr(args, name), fp32, shapes, device)
+    validate_list("max_exp_avg_sqs", args.max_exp_avg_sqs, fp32, shapes, device, optional=True)
+    validate_list(
+        "init_values", args.init_values, [param.dtype for param in args.params], shapes, device, optional=True
+    )
+    validate_list("step_groups", args.step_groups, count * [torch.uint8], shapes, device, optional=True)
+    residuals = validate_residuals(args, shapes, device)
+    for i, step_group in enumerate(args.step_groups):
+        rows = len(scalars) - args.scalar_rows[i]
+        if step_group.numel() and cached(max_step_group, step_group) >= rows:
+            largest = max_step_group(step_group)
             raise ValueError(f"param {i} has step group {largest} and {rows} rows of scalars")
-    if not param.is_contiguous() or not grad.is_contiguous() or grad.shape not in (param.shape, (num_active,)):
-        raise ValueError(
-            f"param {i} and its gradient must be contiguous and of one shape, "
-            f"not {list(param.shape)} and {list(grad.shape)}"
-        )
-    if grad.shape != param.shape and grad.dtype != torch.float32:
-        raise ValueError(f"the gathered gradient of param {i} must be float32, not {grad.dtype}")
+    moments = (tensor for name in MOMENTS for tensor in getattr(args, name))
+    shared = (tensor for tensor in (scalars, args.grad_scale, args.clip, args.found_inf) if tensor is not None)
+    read = (*args.grads, *args.masks, *args.block_counts, *args.init_values, *args.step_groups, *shared)
+    validate_memory((*args.params, *moments, *residuals), read, aligned=True)
+
+
+def validate_list(
+    name: str,
+    tensors: Sequence[torch.Tensor],
+    dtypes: Sequence[torch.dtype],
+    shapes: Sequence[tuple[int]],
+    device: torch.device,
+    *,
+    optional: bool = False,
+) -> None:
+    """Raise where a tensor of a list that may be empty does not fit; `optional`: a tensor without elements does."""
+    if not tensors:
+        return
+    for i, (tensor, dtype, shape) in enumerate(zip(tensors, dtypes, shapes, strict=True)):
+        if tensor.dtype is dtype and tensor.shape == shape and tensor.device == device and tensor.is_contiguous():
+            continue
+        if not optional or tensor.numel():
+            validate_tensor(f"{name} of param {i}", tensor, dtype, shape, device)
+
+
+def validate_residuals(args: StepArgs, shapes: Sequence[tuple[int]], device: torch.device) -> list[torch.Tensor]:
+    """Raise where the residuals of bf16 params do not fit. Returns those that the step writes."""
+    precision = PRECISIONS[args.precision]
+    dtype = RESIDUAL_DTYPES.get(precision)
+    used = [i for i, param in enumerate(args.params) if dtype and param.dtype == torch.bfloat16]
+    for i in used:
+        if not args.residuals:
+            raise ValueError(f"precision {precision} needs residuals, {dtype} {list(shapes[i])} for param {i}")
+        validate_tensor(f"residuals of param {i}", args.residuals[i], dtype, shapes[i], device)  # type: ignore[arg-type]
+    return [args.residuals[i] for i in used]
+
+
+def validate_factor(name: str, factor: torch.Tensor | None, device: torch.device) -> None:
+    """Raise where a factor that all tensors share is not one fp32 element on the device of the params."""
+    if factor is None:
+        return
+    if factor.dtype != torch.float32 or factor.numel() != 1 or factor.ndim > 1:
+        raise ValueError(f"{name} must be float32 with one element, not {factor.dtype} {list(factor.shape)}")
+    if factor.device != device:
+        raise ValueError(f"{name} is on {factor.device}, param 0 on {device}; move one of them")
 
 
 def validate_compact(
     values: torch.Tensor, mask: torch.Tensor, block_counts: torch.Tensor, compact: torch.Tensor
 ) -> None:
     """Raise where the arguments of a gather or a scatter do not fit."""
-    num_active = validate_dense(0, values, values, mask, block_counts)
-    validate_tensor(0, values, "compact values", compact, torch.float32, num_active)
-    if not values.is_contiguous():
-        raise ValueError(f"values must be contiguous, not of stride {list(values.stride())}")
+    num_active = validate_dense(0, values, None, mask, block_counts, values.device)
+    validate_tensor("compact values of param 0", compact, torch.float32, (num_active,), values.device)
 
 
 def validate_dense(
-    i: int, param: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor, block_counts: torch.Tensor
+    i: int,
+    param: torch.Tensor,
+    grad: torch.Tensor | None,
+    mask: torch.Tensor,
+    block_counts: torch.Tensor,
+    device: torch.device,
 ) -> int:
     """Raise where a param, its gradient or its mask does not fit. Returns the number of active coordinates."""
-    if param.dtype not in DTYPES or grad.dtype not in DTYPES:
-        raise TypeError(f"param {i} is {param.dtype}, its gradient {grad.dtype}; step takes float32 and bfloat16")
-    if grad.device != param.device:
-        raise ValueError(on_another_device(i, param, "grads", grad))
-    n = param.numel()
-    if mask.dtype == torch.uint8:
-        validate_tensor(i, param, "masks", mask, torch.uint8, (n + 7) // 8)
-        validate_tensor(i, param, "block_counts", block_counts, torch.int64, -(-n // BLOCK) + 1)
-    else:
-        index_dtype = mask.dtype if mask.dtype in (torch.int32, torch.int64) else torch.int64
-        validate_tensor(i, param, "masks", mask, index_dtype, mask.numel())
-        validate_tensor(i, param, "block_counts", block_counts, torch.int64, 0)
+    for name, tensor in (("params", param), ("grads", grad)) if grad is not None else (("values", param),):
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} of param {i} are {tensor.dtype}; step takes float32 and bfloat16")
+        if tensor.device != device:
+            raise ValueError(f"{name} of param {i} must be on {device}, not on {tensor.device}; move one of them")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} of param {i} must be contiguous, not of stride {list(tensor.stride())}")
     try:
-        return cached(count_active, mask, block_counts, n)
+        num_active = cached(count_active, mask, block_counts, param.numel())
     except ValueError as error:
-        raise ValueError(f"{error} of param {i}") from None
-
-
-def validate_tensor(
-    i: int, param: torch.Tensor, name: str, tensor: torch.Tensor, dtype: torch.dtype, size: int
-) -> None:
-    """Raise where a tensor is on another device than its param, or not contiguous, of this dtype and [size]."""
-    if tensor.device != param.device:
-        raise ValueError(on_another_device(i, param, name, tensor))
-    if tensor.dtype != dtype or tensor.shape != (size,) or not tensor.is_contiguous():
+        raise ValueError(f"param {i}: {error}") from None
+    if mask.device != device:
+        raise ValueError(f"the mask of param {i} must be on {device}, not on {mask.device}; move one of them")
+    if grad is None or grad.shape == param.shape:
+        return num_active
+    if grad.shape != (num_active,):
         raise ValueError(
-            f"{name} of param {i} must be contiguous {dtype} [{size}], not {tensor.dtype} {list(tensor.shape)}"
+            f"param {i} and its gradient must be of one shape, not {list(param.shape)} and {list(grad.shape)}"
         )
-
-
-def on_another_device(i: int, param: torch.Tensor, name: str, tensor: torch.Tensor) -> str:
-    return f"param {i} is on {param.device}, its {name} on {tensor.device}; move one of them"
+    if grad.dtype != torch.float32:
+        raise ValueError(f"the gathered gradient of param {i} must be float32, not {grad.dtype}")
+    return num_active
 
 
 def count_active(mask: torch.Tensor, block_counts: torch.Tensor, n: int) -> int:
     """The active coordinates of a mask of n coordinates. Reads all of it: a kernel follows every index."""
-    if mask.dtype != torch.uint8:
+    is_bitmap = mask.dtype == torch.uint8
+    index_dtype = mask.dtype if mask.dtype in (torch.int32, torch.int64) else torch.int64
+    if is_bitmap:
+        validate_tensor("its mask", mask, torch.uint8, ((n + 7) // 8,), mask.device)
+    else:
+        validate_tensor("its mask of indices", mask, index_dtype, (mask.numel(),), mask.device)
+    num_counts = -(-n // BLOCK) + 1 if is_bitmap else 0
+    validate_tensor("its block_counts", block_counts, torch.int64, (num_counts,), mask.device)
+    validate_memory([], [mask, block_counts])
+    if not is_bitmap:
         if mask.numel() and (int(mask[0]) < 0 or int(mask[-1]) >= n or bool((mask[1:] <= mask[:-1]).any())):
-            raise ValueError(f"the indices must ascend within the {n} coordinates")
+            raise ValueError(f"the indices of its mask must ascend within the {n} coordinates")
         return mask.numel()
     if n % 8 and int(mask[-1]) >> n % 8:
-        raise ValueError(f"the mask has bits beyond the last of the {n} coordinates")
+        raise ValueError(f"its mask has bits beyond the last of the {n} coordinates")
     padded = np.zeros((block_counts.numel() - 1) * BLOCK // 8, np.uint8)
     padded[: mask.numel()] = mask.cpu().numpy()
     counts = bit_counts(padded.reshape(-1, BLOCK // 8)).sum(1, dtype=np.int64)
     if not np.array_equal(block_counts.cpu().numpy(), np.concatenate(([0], np.cumsum(counts)))):
-        raise ValueError("the block_counts are not the prefix popcounts of the mask")
+        raise ValueError("its block_counts are not the prefix popcounts of its mask")
     return int(block_counts[-1])
 
 
@@ -150,8 +230,13 @@ def max_step_group(step_group: torch.Tensor) -> int:
     return int(step_group.max())
 
 
-# Results of `cached` by the identity of the first tensor, which is not kept alive.
-CACHE = WeakIdKeyDictionary()
+# Results of `cached` by the id of the first tensor; an entry ends with its tensor.
+CACHE: dict[int, tuple[Any, ...]] = {}
+
+
+def fingerprint(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What changes with the contents or the layout of a tensor. Raises RuntimeError for tensors of inference mode."""
+    return tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.is_contiguous()
 
 
 def cached(function: Any, tensor: torch.Tensor, other: torch.Tensor | None = None, *numbers: int) -> int:
@@ -160,13 +245,17 @@ def cached(function: Any, tensor: torch.Tensor, other: torch.Tensor | None = Non
     An optimizer gives the same masks at each step: reading all of them again would cost as much as the step, and on a
     GPU a copy to the host.
     """
-    tensors = (tensor,) if other is None else (tensor, other)
-    if any(t.is_inference() for t in tensors):  # these have no version
-        return function(*tensors, *numbers)
-    key = (function, numbers, tuple((t._version, t.data_ptr(), t.shape) for t in tensors))
-    entry = CACHE.get(tensor)
-    if entry is not None and entry[0] == key and (other is None or entry[1]() is other):
-        return entry[2]
-    result = function(*tensors, *numbers)
-    CACHE[tensor] = (key, None if other is None else weakref.ref(other), result)
+    try:
+        key = (function, numbers, *fingerprint(tensor))
+        if other is not None:
+            key += fingerprint(other)
+    except RuntimeError:  # tensors of inference mode have no version
+        return function(tensor) if other is None else function(tensor, other, *numbers)
+    entry = CACHE.get(id(tensor))
+    if entry is not None and entry[0]() is tensor and entry[2] == key and (other is None or entry[1]() is other):
+        return entry[3]
+    result = function(tensor) if other is None else function(tensor, other, *numbers)
+    identity = id(tensor)
+    reference = weakref.ref(tensor, lambda _: CACHE.pop(identity, None))
+    CACHE[identity] = (reference, None if other is None else weakref.ref(other), key, result)
     return result

@@ -413,30 +413,30 @@ def test_bad_input_is_refused_by_name():
     }
     scalars = adamw_scalars([1], 1e-3, BETAS, EPS, 0.0)
     for changes, options, error, message in (
-        ({"params": [state.params[0].double()]}, {}, TypeError, "param 0 is torch.float64"),
-        ({"grads": [grad.half()]}, {}, TypeError, "its gradient torch.float16"),
+        ({"params": [state.params[0].double()]}, {}, TypeError, "params of param 0 are torch.float64"),
+        ({"grads": [grad.half()]}, {}, TypeError, "grads of param 0 are torch.float16"),
         ({"grads": [grad[:50].clone()]}, {}, ValueError, "of one shape"),
         ({"grads": [grad.repeat(2)[::2]]}, {}, ValueError, "contiguous"),
         ({"exp_avgs": [state.m[0][1:].clone()]}, {}, ValueError, "exp_avgs of param 0"),
         ({"exp_avg_sqs": [state.v[0].double()]}, {}, ValueError, "exp_avg_sqs of param 0"),
-        ({"masks": [state.payloads[0][1:].clone()]}, {}, ValueError, "masks of param 0"),
+        ({"masks": [state.payloads[0][1:].clone()]}, {}, ValueError, "param 0: its mask must be"),
         (
             {"block_counts": [state.block_counts[0] + 1]},
             {},
             ValueError,
-            "block_counts are not the prefix popcounts of the mask of param 0",
+            "param 0: its block_counts are not the prefix popcounts of its mask",
         ),
         (
             {"masks": [state.payloads[0] | 0xF0]},
             {},
             ValueError,
-            "bits beyond the last of the 100 coordinates of param 0",
+            "param 0: its mask has bits beyond the last of the 100 coordinates",
         ),
         (
             {"masks": [torch.tensor([5, 1 << 28])], "block_counts": [torch.zeros(0, dtype=torch.int64)]},
             {},
             ValueError,
-            "must ascend within the 100 coordinates of param 0",
+            "param 0: the indices of its mask must ascend within the 100 coordinates",
         ),
         ({}, {"scalar_rows": [1]}, ValueError, "a row for each"),
         ({}, {"init_values": [state.m[0].bfloat16()]}, ValueError, "init_values of param 0"),
