@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from opdkernels.ops import arguments
+from opdkernels.ops import arguments, patch
+from opdkernels.ops.delta import delta
+from opdkernels.ops.gram import gram
+from opdkernels.ops.overlap import overlap
+from opdkernels.ops.quantile import quantile
 from tests.ops.conformance import Allocator, inputs_of, load_families
 
 OPERATORS = [
@@ -158,3 +162,39 @@ def test_misaligned_tensors_of_a_step_raise():
     with pytest.raises(ValueError, match="not aligned"):
         arguments.validate_memory([misaligned], aligned=True)
     arguments.validate_memory([misaligned])
+
+
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy whose address is no multiple of the size of an element."""
+    memory = torch.zeros(tensor.nbytes + 1, dtype=torch.uint8)
+    memory[1:] = tensor.flatten().view(torch.uint8)
+    view = torch.frombuffer(memory.numpy(), dtype=tensor.dtype, offset=1, count=tensor.numel())
+    assert view.data_ptr() % tensor.element_size()
+    return view
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_misaligned_tensors_give_the_same_results(dtype):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(70_001, generator=generator).to(dtype)
+    trained = base.clone()
+    trained[::7] += 1
+    pair = misaligned(base), misaligned(trained)
+    assert delta(*pair) == delta(base, trained)
+    assert overlap(pair[0], [pair[1], pair[0]]) == overlap(base, [trained, base])
+    assert quantile(pair[0], 700) == quantile(base, 700)
+    matrices = [tensor[:70_000].view(100, 700) for tensor in (*pair, base, trained)]
+    assert torch.equal(gram(*matrices[:2]), gram(*matrices[2:]))
+    changes, digests = patch.gather(*pair)
+    expected, expected_digests = patch.gather(base, trained)
+    assert torch.equal(digests, expected_digests)
+    assert torch.equal(changes.values, expected.values)
+    out = misaligned(base)
+    restored, digest = patch.scatter(pair[0], changes, out=out)
+    assert restored is out
+    assert torch.equal(out, trained)
+    assert torch.equal(digest, expected_digests[1])
+    in_place = misaligned(base)
+    patch.scatter(in_place, changes, out=in_place)
+    assert torch.equal(in_place, trained)
+    assert torch.equal(patch.digest(in_place), expected_digests[1])

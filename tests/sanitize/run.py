@@ -65,7 +65,11 @@ def threads(work: Path) -> int:
     program = work / "threads"
     subprocess.run(["g++", *flags, *objects, "-o", program], check=True)
     # Without randomized addresses, which the runtime of older compilers cannot map around.
-    return subprocess.run(["setarch", "-R", program], env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}).returncode
+    command, environment = ["setarch", "-R", program], {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    if not subprocess.run([*command, "race"], env=environment, capture_output=True).returncode:
+        print("ThreadSanitizer does not report a race that there is")
+        return 1
+    return subprocess.run(command, env=environment).returncode
 
 
 def main() -> int:

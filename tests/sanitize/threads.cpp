@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../../csrc/common/cpu/dispatch.h"
+#include "../../csrc/common/cpu/parallel.h"
 
 namespace {
 constexpr int64_t N = 300007;  // above the number below which kernels are serial; no multiple of a block
@@ -132,7 +133,15 @@ Outputs run_patch(int threads) {
 }
 }  // namespace
 
-int main() {
+// A race, to show that races are reported.
+int race() {
+  int count = 0;
+  parallel_tasks(64, 4, [&](int) { count++; });
+  return count;
+}
+
+int main(int argc, char**) {
+  if (argc > 1) return race() < 0;
   const struct { const char* name; Outputs (*run)(int); } kernels[] = {
       {"delta", run_delta}, {"overlap", run_overlap}, {"quantile", run_quantile},
       {"gram", run_gram},   {"step", run_step},       {"patch", run_patch}};

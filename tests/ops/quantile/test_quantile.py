@@ -184,7 +184,7 @@ def test_nan_is_left_out_and_counted(isa):
 
 def test_arguments_that_do_not_fit_are_refused():
     values = torch.zeros(9)
-    with pytest.raises(TypeError, match=r"values are torch.int64"):
+    with pytest.raises(TypeError, match=r"values is torch.int64"):
         quantile(values.long(), 1)
     for k in (0, 10, -1):
         with pytest.raises(ValueError, match=r"k must be in 1 \.\. 9"):
@@ -199,7 +199,7 @@ def test_arguments_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match="mask must be"):
             quantile(values, 1, mask=mask)
-    with pytest.raises(ValueError, match="mask on meta"):
+    with pytest.raises(ValueError, match="meta device"):
         quantile(values, 1, mask=torch.zeros(2, dtype=torch.uint8, device="meta"))
     with pytest.raises(ValueError, match="without a mask"):
         _ = quantile(values, 1).expected
