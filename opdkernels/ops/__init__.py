@@ -45,8 +45,9 @@ def on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fake)
     def checked(*arguments: Any) -> Any:
         tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
-        if len({tensor.is_meta for tensor in tensors}) > 1:
-            raise ValueError("some tensors are on the meta device and others are not; move all to one device")
+        others = [tensor.device for tensor in tensors if not tensor.is_meta]
+        if others and len(others) < len(tensors):
+            raise ValueError(f"some tensors are on {others[0]}, others on meta; move one of them")
         return fake(*arguments)
 
     return checked

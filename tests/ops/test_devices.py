@@ -43,5 +43,5 @@ def test_a_step_rejects_state_on_another_device(moved):
         **moments,
     }
     tensors[moved] = [tensors[moved][0].to("meta")]
-    with pytest.raises(ValueError, match=r"param 0 is on cpu, .* on meta; move one of them"):
+    with pytest.raises(ValueError, match=r"on cpu, .* on meta; move one of them"):
         step.masked_adamw([torch.zeros(4)], scalars=step.adamw_scalars([1], 1e-3, (0.9, 0.99), 1e-8, 0.0), **tensors)
