@@ -133,11 +133,11 @@ def test_quiet_json_prints_only_json(run, inputs, tmp_path, command):
 
 
 def test_quiet_json_of_distill_prints_only_json(run, inputs, tmp_path, monkeypatch):
-    from opdkernels.distillation import loop
+    from opdkernels.distillation import loop, result
 
     monkeypatch.setattr(loop, "train", lambda *arguments, **keywords: SimpleNamespace(is_main=True, exit_status=0))
-    monkeypatch.setattr(loop, "summary", lambda result: {"step": 1})
-    monkeypatch.setattr(loop, "format_text", lambda result: ["step 1"])
+    monkeypatch.setattr(result, "summary", lambda result: {"step": 1})
+    monkeypatch.setattr(result, "format_text", lambda result: ["step 1"])
     arguments = arguments_of("distill", inputs, tmp_path / "out")
     assert json.loads(run(*arguments, "-q", "--json")[1]) == {"step": 1}
     assert run(*arguments, "-q")[1] == ""

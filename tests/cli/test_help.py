@@ -32,6 +32,7 @@ MODELS = {
     "mask safe": [config.PrincipalMaskOptions],
     "mask random": [config.RandomMaskOptions],
     "mask magnitude-matched": [config.MagnitudeMatchedMaskOptions],
+    "mask combine": [config.MaskOptions],
     "patch create": [config.PatchCreateOptions],
     "patch apply": [config.PatchApplyOptions],
 }
