@@ -30,7 +30,6 @@ from opdkernels.metrics.batch import SparseTally
 from opdkernels.metrics.coordinates import compute_metrics, none_for_nan
 from opdkernels.metrics.registry import VIEWS
 from opdkernels.ops.delta import Tally, delta
-from opdkernels.optim.active import gather_active
 from opdkernels.optim.base import MaskedOptimizer
 from opdkernels.optim.binding import is_dtensor, local_part
 
@@ -274,10 +273,10 @@ def optimizer_stats(optimizer: MaskedOptimizer, world: World) -> dict[str, float
             sums["n"] += exp_avg_sq.numel()
             sums["root"] += float(exp_avg_sq.sqrt().sum(dtype=torch.float64))
             sums["square"] += float(exp_avg_sq.sum(dtype=torch.float64))
-        momentum, grad = state.get("exp_avg", state.get("momentum_buffer")), optimizer._gradient(index, param)
+        momentum = state.get("exp_avg", state.get("momentum_buffer"))
+        grad = optimizer._active_gradient(index, param, binding)
         if momentum is not None and grad is not None:
-            active_grad = grad if index in optimizer._gathered_grads else gather_active(grad, binding.local_mask(param))
-            for momentum_slice, grad_slice in zip(momentum.split(SLICE), active_grad.split(SLICE), strict=True):
+            for momentum_slice, grad_slice in zip(momentum.split(SLICE), grad.split(SLICE), strict=True):
                 m, g = momentum_slice.double(), grad_slice.double()
                 sums["dot"] += float(m @ g)
                 sums["momentum"] += float(m @ m)

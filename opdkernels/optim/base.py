@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from opdkernels.optim.batch import RESIDUALS, PendingStep, StepBatch, validate_a
 from opdkernels.optim.bind_masks import Masks, bind_masks
 from opdkernels.optim.binding import Binding, LocalMask, is_dtensor, local_gradient, local_part
 from opdkernels.optim.distinct import named_params, validate_distinct, validate_memory
+from opdkernels.optim.gathered import GatheredGrad
 from opdkernels.optim.options import is_number, validate_flags, validate_options
 from opdkernels.optim.state import sharded_dims, state_error, step_groups_of, to_dense
 from opdkernels.optim.state_dicts import SavedState, match_saved
@@ -52,8 +53,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         validate_flags(defaults)
         self._unmasked = unmasked
         self._bindings_by_group: list[list[Binding]] = []
-        self._gathered_grads: dict[ParamKey, torch.Tensor] = {}  # fp32 [num_active] of each parameter
-        self._num_gather_hooks = 0  # calls of gather_active_grads whose hooks are installed: no gradient in `.grad`
+        self._gathered_grads: dict[ParamKey, torch.Tensor] = {}  # of DTensors, fp32 [num_active]
         self._clip_factor: torch.Tensor | None = None  # the next step multiplies gradients by it; fp32, one element
         super().__init__(params, defaults)
         self._validate_memory()
@@ -103,9 +103,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler leaves unscaling to `step`: with `fused=True`. Also with gathered gradients, which a
-        GradScaler cannot find; `step` then raises an error."""
-        return bool(self.defaults["fused"] or self._num_gather_hooks)
+        """Whether a GradScaler leaves unscaling to `step`: with `fused=True`. Also with gathered gradients of DTensors,
+        which a GradScaler cannot find; `step` then raises an error."""
+        return bool(self.defaults["fused"] or self._gathered_grads)
 
     def __getstate__(self) -> dict[str, Any]:
         attributes = {key: self.__dict__[key] for key in ("_unmasked", "_bindings_by_group")}
@@ -113,7 +113,6 @@ class MaskedOptimizer(torch.optim.Optimizer):
             **super().__getstate__(),
             **attributes,
             "_gathered_grads": {},
-            "_num_gather_hooks": 0,
             "_clip_factor": None,
         }
 
@@ -125,10 +124,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if self._num_gather_hooks and found_inf is not None:
+        if self._gathered_grads and found_inf is not None:
             raise RuntimeError(
-                "a GradScaler cannot see gradients that gather_active_grads gathers; train in bfloat16 without one, "
-                "or use zero_frozen_grads"
+                "a GradScaler cannot see gradients of DTensors that gather_active_grads gathers; "
+                "train in bfloat16 without one, or use zero_frozen_grads"
             )
         try:
             if found_inf is None or not bool(found_inf):
@@ -206,13 +205,34 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 if weights.data_ptr() != local.data_ptr():
                     local.copy_(weights)
 
-    def _gradient(self, key: ParamKey, param: torch.Tensor) -> torch.Tensor:
+    def _gathered(self, key: ParamKey, param: torch.Tensor) -> torch.Tensor | None:
+        """The gathered gradient, fp32 [num_active], if it was gathered."""
+        return param.grad.active if isinstance(param.grad, GatheredGrad) else self._gathered_grads.get(key)
+
+    def _gradient(self, key: ParamKey, param: torch.Tensor) -> torch.Tensor | None:
         """The local gradient, contiguous: of the shape of the local parameter, or fp32 [num_active] where gathered."""
-        gathered = self._gathered_grads.get(key)
-        if gathered is not None:
+        if param.grad is not None and param.grad.shape != param.shape:
+            raise ValueError(
+                f"{self._bindings_by_group[key[0]][key[1]].display_name} is {list(param.shape)}, its gradient "
+                f"{list(param.grad.shape)}; zero_grad() after a parameter has changed"
+            )
+        gathered = self._gathered(key, param)
+        if gathered is not None or param.grad is None:
             return gathered
-        assert param.grad is not None
         return local_gradient(param, param.grad, self._bindings_by_group[key[0]][key[1]].display_name)
+
+    def _active_gradient(self, key: ParamKey, param: torch.Tensor, binding: Binding) -> torch.Tensor | None:
+        """The local gradient of the active coordinates, fp32 [num_active]."""
+        gathered = self._gathered(key, param)
+        grad = self._gradient(key, param)
+        return grad if grad is None or gathered is not None else gather_active(grad, binding.local_mask(param))
+
+    def _discard_gathered(self) -> None:
+        """Discard gathered gradients."""
+        self._gathered_grads.clear()
+        for _, param, _ in self._bindings():
+            if isinstance(param.grad, GatheredGrad):
+                param.grad = None
 
     def _init_state(
         self, state: dict[str, Any], local: torch.Tensor, local_mask: LocalMask, binding: Binding, group: dict[str, Any]
@@ -310,9 +330,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for key, param, binding in self._bindings():
             local_mask, device = binding.local_mask(param), local_part(param)[0].device
             total = sums.setdefault((sharded_dims(param), device), torch.zeros((), dtype=torch.float64, device=device))
-            if local_mask.num_active and (param.grad is not None or key in self._gathered_grads):
-                grad = self._gradient(key, param)
-                values = grad if key in self._gathered_grads else gather_active(grad, local_mask)
+            values = self._active_gradient(key, param, binding) if local_mask.num_active else None
+            if values is not None:
                 total += torch.linalg.vector_norm(values, dtype=torch.float64).square()
         for (dims, _), total in sums.items():
             for mesh, dim in dims:
@@ -403,7 +422,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return merged
 
     def _loaded_state(
-        self, saved: dict[str, Any], param: torch.Tensor, binding: Binding, group: dict[str, Any]
+        self, saved: Mapping[str, Any], param: torch.Tensor, binding: Binding, group: dict[str, Any]
     ) -> dict[str, Any]:
         """The compact state of a parameter from a saved one, validated."""
         local_mask, local = binding.local_mask(param), local_part(param)[0]
@@ -531,7 +550,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """
         if on_drop not in ("keep", "restore"):
             raise ValueError(f"on_drop must be keep or restore, not {on_drop}")
-        if self._gathered_grads:
+        if any(self._gathered(key, param) is not None for key, param, _ in self._bindings()):
             raise RuntimeError("gradients have been gathered for the current masks; step or zero_grad() first")
         bindings_by_group = bind_masks(masks, self.param_groups, self._unmasked)
         new_states: dict[torch.Tensor, dict[str, Any]] = {}

@@ -45,6 +45,7 @@ def bind_masks(
     params = [param for group in groups for param in group["params"]]
     names = [name for group in groups for name in group.get("param_names") or [""] * len(group["params"])]
     display_names = [printable(name) or f"parameter {first_id + i}" for i, name in enumerate(names)]
+    param_masks: Sequence[Mask | None]
     if not isinstance(loaded, list) and names and all(names):
         param_masks = masks_by_name(loaded, params, names, unmasked)
     else:
@@ -110,7 +111,7 @@ def mask_of(param: torch.Tensor, mask: Mask | None, display_name: str, unmasked:
 
 def masks_by_name(
     masks: Mapping[str, Mask], params: Sequence[torch.Tensor], names: Sequence[str], unmasked: str
-) -> list[Mask | None]:
+) -> Sequence[Mask | None]:
     """The mask of each parameter by its name. Raises ValueError for names and masks that do not fit."""
     if not masks:
         return [None] * len(params)

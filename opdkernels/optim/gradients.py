@@ -12,32 +12,33 @@ from torch.utils.hooks import RemovableHandle
 from opdkernels.ops.step import masked_gather
 from opdkernels.optim.active import gather_active, scatter_active
 from opdkernels.optim.base import MaskedOptimizer, ParamKey
-from opdkernels.optim.binding import as_sharded, local_gradient, local_part
+from opdkernels.optim.binding import Binding, LocalMask, as_sharded, is_dtensor, local_gradient, local_part
+from opdkernels.optim.gathered import GatheredGrad
 
 
 class Hooks:
     """Installed hooks. `remove` removes them and discards what was gathered."""
 
-    def __init__(self, handles: list[RemovableHandle], gathering: weakref.ref[MaskedOptimizer] | None = None):
-        self.handles, self.gathering = handles, gathering
+    def __init__(self, handles: list[RemovableHandle], owner: weakref.ref[MaskedOptimizer] | None = None):
+        self.handles, self.owner = handles, owner
 
     def remove(self) -> None:
         """Remove the hooks and discard gathered gradients."""
         for handle in self.handles:
             handle.remove()
-        optimizer = self.gathering() if self.gathering else None
+        optimizer = self.owner() if self.owner else None
         if optimizer is not None:
-            optimizer._num_gather_hooks -= 1
-            optimizer._gathered_grads.clear()
-        self.gathering = None
+            optimizer._discard_gathered()
 
 
 def gather_active_grads(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hooks:
     """Gather the active gradients of each parameter during the backward pass and free the dense gradient.
 
-    At any time the dense gradients of about one layer exist. Gathered gradients are fp32; micro-batches add up;
-    `optimizer.step` uses them and `zero_grad` discards them. After the backward pass `p.grad` is None, so that a
-    trainer's own clipping sees nothing: use `optimizer.clip_grad_norm_`.
+    At any time the dense gradients of about one layer exist. Gathered gradients are fp32; micro-batches add up. After
+    the backward pass `p.grad` has memory for the active coordinates only. A trainer's own clipping with
+    `torch.nn.utils.clip_grad_norm_`, its log of the norm and a GradScaler work on it, over the active coordinates.
+    Gradients of DTensors (FSDP2) are kept by the optimizer and `p.grad` is None: a trainer's clipping does not see
+    them, so use `optimizer.clip_grad_norm_`.
 
     Args:
         model: The model that is trained, wrapped as it is trained.
@@ -57,8 +58,8 @@ def gather_active_grads(model: torch.nn.Module, optimizer: MaskedOptimizer) -> H
         >>> optimizer = MaskedAdamW(layer.named_parameters(), masks={"weight": torch.tensor([[True, False]])})
         >>> hooks = gather_active_grads(layer, optimizer)
         >>> layer(torch.ones(1, 2)).sum().backward()
-        >>> layer.weight.grad is None
-        True
+        >>> layer.weight.grad
+        GatheredGrad([1, 2], active=tensor([1.]))
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise RuntimeError(
@@ -71,18 +72,32 @@ def gather_active_grads(model: torch.nn.Module, optimizer: MaskedOptimizer) -> H
         optimizer = owner()
         if param.grad is None or optimizer is None:
             return
+        if isinstance(param.grad, GatheredGrad):  # this backward pass was added to it
+            return
         binding = optimizer._bindings_by_group[key[0]][key[1]]
-        local, local_mask = local_gradient(param, param.grad, binding.display_name), binding.local_mask(param)
         gathered = optimizer._gathered_grads.get(key)
-        if gathered is None:
-            optimizer._gathered_grads[key] = gather_active(local, local_mask)
+        if gathered is not None:
+            add_active(gathered, local_gradient(param, param.grad, binding.display_name), binding.local_mask(param))
+            param.grad = None
+            return
+        active = gather_active(local_gradient(param, param.grad, binding.display_name), binding.local_mask(param))
+        if is_dtensor(param):
+            optimizer._gathered_grads[key] = active
+            param.grad = None
         else:
-            masked_gather(local, local_mask.payload, local_mask.block_counts, gathered, add=True)
-        param.grad = None
+            param.grad = GatheredGrad(active, param, partial(add_dense, binding))
 
-    hooks = Hooks(register_hooks(model, optimizer, gather), owner)
-    optimizer._num_gather_hooks += 1
-    return hooks
+    return Hooks(register_hooks(model, optimizer, gather), owner)
+
+
+def add_dense(binding: Binding, active: torch.Tensor, dense: torch.Tensor) -> None:
+    """Add the active coordinates of a dense gradient to gathered ones."""
+    add_active(active, local_gradient(dense, dense, binding.display_name), binding.local_mask(dense))
+
+
+def add_active(active: torch.Tensor, local: torch.Tensor, local_mask: LocalMask) -> None:
+    """Add the active coordinates of a local gradient to gathered ones, fp32 [num_active]."""
+    masked_gather(local, local_mask.payload, local_mask.block_counts, active, add=True)
 
 
 def zero_frozen_grads(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hooks:

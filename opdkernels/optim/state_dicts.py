@@ -82,7 +82,8 @@ def match_params(saved_groups: Groups, keys: list[list[Any]], groups: Groups) ->
         for name, key in zip(group_names or (), group_keys, strict=True)
     }
     match = match_names([name for group_names in names for name in group_names or ()], list(position))
-    order, keys_in_order = [], []
+    order: list[int] = []
+    keys_in_order: list[Any] = []
     for group_names, size in zip(names, wanted, strict=True):
         matched = [position[match[name]] for name in group_names or ()]
         indices = {index for index, _ in matched}

@@ -140,7 +140,7 @@ def test_list_of_another_length_raises(kind, unmasked):
         optimizer.set_masks(masks[:1])
 
 
-def test_zero_redundancy_optimizer_is_refused(tmp_path):
+def test_zero_redundancy_optimizer_is_refused():
     """It gives each rank's optimizer a part of the parameters, without names, but all masks."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdkernels.optim import MaskedAdamW, MaskedParameters, gather_active_grads, zero_frozen_grads
+from opdkernels.optim import MaskedAdamW, MaskedParameters, MaskedSGD, gather_active_grads, zero_frozen_grads
+from opdkernels.optim.gathered import GatheredGrad
 from tests.optim.test_masked import bits
 
 
@@ -38,7 +39,7 @@ def test_gathered_gradients_give_the_same_steps(dtype):
             backward(model, step)
             norms.append(optimizer.clip_grad_norm_(0.01))
             optimizer.step()
-            assert model is plain or all(p.grad is None for p in model.parameters())
+            assert model is plain or all(isinstance(p.grad, GatheredGrad) for p in model.parameters())
             optimizer.zero_grad()
         assert norms[0] == norms[1]
     assert all(
@@ -47,7 +48,7 @@ def test_gathered_gradients_give_the_same_steps(dtype):
     )
     hooks.remove()
     backward(gathered, 0)
-    assert all(p.grad is not None for p in gathered.parameters())
+    assert all(type(p.grad) is torch.Tensor for p in gathered.parameters())
 
 
 def test_micro_batches_accumulate_in_fp32():
@@ -61,7 +62,7 @@ def test_micro_batches_accumulate_in_fp32():
         backward(model, step)
         backward(dense, step)
     # sorted: the backward pass gathers the last parameter first
-    gathered = [gradient for _, gradient in sorted(optimizer._gathered_grads.items())]
+    gathered = [p.grad.active for p in model.parameters()]
     for got, (name, p) in zip(gathered, dense.named_parameters(), strict=True):
         torch.testing.assert_close(got, p.grad[masks[name]], rtol=1e-6, atol=1e-9)
         assert got.dtype == torch.float32
@@ -71,25 +72,100 @@ def test_micro_batches_accumulate_in_fp32():
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
-def test_gathering_raises_for_grad_scaler_and_other_models():
-    """Point 5: a GradScaler, which finds no gradients, DistributedDataParallel, which reduces later, and another
-    model."""
+def test_gathering_raises_for_another_model_and_other_masks():
     model = small_model()
     optimizer = MaskedAdamW(model.named_parameters(), masks=masks_for(model))
     with pytest.raises(ValueError, match="no parameter of this model"):
         gather_active_grads(small_model(), optimizer)
-    gather_active_grads(model, optimizer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    scaler.scale(model(torch.ones(1, 32)).sum()).backward()
-    with pytest.raises(RuntimeError, match="a GradScaler cannot see"):
-        scaler.step(optimizer)
-    scaler.scale(model(torch.ones(1, 32)).sum()).backward()
+    hooks = gather_active_grads(model, optimizer)
+    backward(model, 0)
     with pytest.raises(RuntimeError, match="gathered for the current masks"):
         optimizer.set_masks(masks_for(model, seed=2))
+    hooks.remove()
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.set_masks(masks_for(model, seed=2))
 
 
-def test_distributed_data_parallel_raises(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_trainers_clip_gathered_gradients_as_active_ones(dtype, scaled):
+    """What Trainer and Accelerate call: a GradScaler's unscale_, torch's clip_grad_norm_, step, model.zero_grad."""
+    models = small_model(dtype), small_model(dtype)
+    masks = masks_for(models[0])
+    optimizers = [MaskedAdamW(m.named_parameters(), masks=masks, lr=1e-2) for m in models]
+    gather_active_grads(models[0], optimizers[0])
+    zero_frozen_grads(models[1], optimizers[1])
+    for step in range(4):
+        norms = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+            for micro_batch in range(2):
+                generator = torch.Generator().manual_seed(2 * step + micro_batch)
+                x = torch.randn(16, 32, generator=generator).to(dtype)
+                scaler.scale(model(x).float().square().mean() / 2).backward()
+            scaler.unscale_(optimizer)
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.02)))
+            clipped = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+            assert clipped == pytest.approx(0.02, rel=2e-2)
+            scaler.step(optimizer)
+            scaler.update()
+            model.zero_grad()
+            assert all(p.grad is None for p in model.parameters())
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5 if dtype == torch.float32 else 2**-7)
+        assert norms[0] > 0.02
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5 if dtype == torch.float32 else 1e-3)
+
+
+def test_grad_scaler_skips_a_step_of_gathered_gradients_that_overflow():
+    model = small_model()
+    optimizer = MaskedAdamW(model.named_parameters(), masks=masks_for(model))
+    gather_active_grads(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    for fused in (None, True):
+        optimizer.defaults["fused"] = fused
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        scaler.scale(model(torch.full((1, 32), torch.inf)).sum()).backward()
+        scaler.step(optimizer)
+        assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+        model.zero_grad()
+
+
+def test_gathered_gradients_behave_as_gradients():
+    """The operations between backward pass and step; any other one raises with the remedy."""
+    layer = torch.nn.Linear(4, 2, bias=False)
+    mask = torch.tensor([[True, False, False, True], [False, False, True, False]])
+    optimizer = MaskedSGD(layer.named_parameters(), masks={"weight": mask}, lr=1.0)
+    gather_active_grads(layer, optimizer)
+    layer(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).sum().backward()
+    grad, active = layer.weight.grad, torch.tensor([1.0, 4.0, 3.0])
+    assert (grad.shape, grad.dtype, grad.device) == (mask.shape, torch.float32, torch.device("cpu"))
+    assert torch.equal(grad.active, active)
+    assert float(grad.norm()) == pytest.approx(float(active.norm()))
+    assert torch.equal((grad * 2).active, 2 * active)
+    assert torch.equal((grad / 2).active, active / 2)
+    assert torch.equal((grad + grad).active, 2 * active)
+    assert torch.equal((grad + torch.ones(2, 4)).active, active + 1)
+    assert torch.equal(grad.clone().active, active)
+    assert torch.equal(grad.active, active)
+    grad.mul_(torch.tensor(3.0)).div_(2.0)
+    assert torch.equal(grad.active, active * 1.5)
+    assert "active=" in repr(grad)
+    for operation in (torch.abs, torch.sum, lambda g: g * torch.ones(2, 4), lambda g: g.mul_(g), lambda g: g[0]):
+        with pytest.raises(RuntimeError, match="use zero_frozen_grads"):
+            operation(grad)
+    layer.zero_grad(set_to_none=False)
+    assert torch.equal(layer.weight.grad.active, torch.zeros(3))
+    layer.bfloat16()
+    assert layer.weight.grad.dtype == torch.bfloat16
+    layer.zero_grad()
+    before = layer.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(layer.weight, before)
+
+
+def test_distributed_data_parallel_raises():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         model = torch.nn.parallel.DistributedDataParallel(small_model())
         optimizer = MaskedAdamW(model.named_parameters(), masks=masks_for(small_model()))

@@ -11,7 +11,14 @@ import os
 import pytest
 import torch
 
-from opdkernels.optim import MaskedAdamW, MaskedSGD, in_model_order, optimizer_cls_and_kwargs, zero_frozen_grads
+from opdkernels.optim import (
+    MaskedAdamW,
+    MaskedSGD,
+    gather_active_grads,
+    in_model_order,
+    optimizer_cls_and_kwargs,
+    zero_frozen_grads,
+)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; `make trainers` installs it")
@@ -94,6 +101,44 @@ def test_hugging_face_trainer(tmp_path, cls):
     before, masks, unbroken = run(tmp_path)
     _, _, resumed = run(tmp_path / "again", str(tmp_path / "checkpoint-3"))
     check(before, masks, unbroken, resumed)
+
+
+def test_hugging_face_trainer_clips_gathered_gradients(tmp_path):
+    """Its log of the norm and its clipping are those of the active gradients, as with zero_frozen_grads."""
+
+    def run(install, folder):
+        model = tiny_model(torch.float32)
+        masks = masks_for(model)
+        args = transformers.TrainingArguments(
+            output_dir=str(folder),
+            max_steps=STEPS,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            use_cpu=True,
+            report_to="none",
+            logging_steps=1,
+            seed=3,
+            disable_tqdm=True,
+            max_grad_norm=0.01,
+        )
+        cls, options = optimizer_cls_and_kwargs(model, masks, args, cls=MaskedSGD)  # its step depends on the scale
+        optimizer = cls(**options)
+        install(model, optimizer)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        trainer = transformers.Trainer(
+            model, args, data_collator=collate, train_dataset=examples(), optimizers=(optimizer, schedule)
+        )
+        trainer.train()
+        return bits_of(model), [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+
+    gathered, gathered_norms = run(gather_active_grads, tmp_path / "a")
+    zeroed, zeroed_norms = run(zero_frozen_grads, tmp_path / "b")
+    assert len(gathered_norms) == STEPS
+    assert min(gathered_norms) > 0.01
+    assert gathered_norms == pytest.approx(zeroed_norms, rel=1e-4)
+    for name, weight in gathered.items():
+        torch.testing.assert_close(weight, zeroed[name], rtol=1e-5, atol=1e-7)
 
 
 def test_trl_supervised_fine_tuning(tmp_path):
