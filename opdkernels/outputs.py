@@ -153,7 +153,7 @@ def resolve_output(path: str | os.PathLike[str]) -> Path:
 def validate_file(
     path: str | os.PathLike[str], kind: FileKind, *, inputs: Inputs | None = None, overwrite: bool = False
 ) -> Path:
-    """Decides whether a file may be written.
+    """Decides whether a file may be written. Removes what killed processes left of it.
 
     Args:
         path: File to write.
@@ -181,6 +181,7 @@ def validate_file(
         /notes.txt exists and is not a file of masks; choose another name
     """
     resolved, shown = resolve_output(path), printable(os.fspath(path))
+    remove_leftovers(resolved.parent, resolved.name)
     reject_inputs(resolved, shown, inputs or {}, "name")
     if resolved.is_dir():
         raise InputError(f"{shown} is a folder; give the name of a file to -o")
@@ -330,7 +331,6 @@ def new_file(
     """
     resolved = validate_file(path, kind, inputs=inputs, overwrite=overwrite)
     create_parent(resolved, path)
-    remove_leftovers(resolved.parent, resolved.name)
     with no_second_writer(path), atomic_file(resolved, replace=overwrite) as temporary:
         yield temporary
 

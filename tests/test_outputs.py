@@ -257,6 +257,15 @@ def test_leftovers_of_the_same_output_are_removed(place):
         assert not list(place.rglob("*.tmp")), name
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_leftover_of_a_finished_output_is_removed(place, name):
+    """Of a process that was killed after the output had its name and before the temporary one was removed."""
+    assert command(name, "out")[0] == 0
+    os.link("out", ".out.opdkernels-0123456789abcdef.tmp")
+    assert command(name, "out")[0] == (4 if name == "patch create" else 0)
+    assert not list(place.rglob("*.tmp"))
+
+
 def test_python_functions_decide_alike(place):
     for write in (
         lambda out: changed("base", "trained").save(out, overwrite=True),
