@@ -22,6 +22,9 @@ void require(bool holds, const char* requirement) {
 void require_dtypes(int base, int trained) {
   require(base >= BF16 && base <= FP64 && trained >= BF16 && trained <= FP64, "dtypes must be codes of enum Dtype");
 }
+void require_aligned(uintptr_t address, int dtype) {
+  require(address % element_bytes(dtype) == 0, "addresses must be multiples of the size of an element");
+}
 void require_size(int64_t n, bool has_inputs) {
   require(n >= 0 && (n == 0 || has_inputs), "sizes must not be negative, addresses not null");
 }
@@ -69,6 +72,8 @@ PYBIND11_MODULE(_C, m) {
     DeltaOptions options = delta_options(threshold_bits, thresholds);
     require_dtypes(base_dtype, trained_dtype);
     require_size(n, base && trained);
+    require_aligned(base, base_dtype);
+    require_aligned(trained, trained_dtype);
     require(tables && counts && sums && maximum, "outputs must not be null");
     py::gil_scoped_release release;
     delta(pointer<void>(base), base_dtype, pointer<void>(trained), trained_dtype, n, options, threads,
@@ -89,6 +94,8 @@ PYBIND11_MODULE(_C, m) {
     for (size_t r = 0; r < trained.size(); r++) {
       require_dtypes(base_dtype, trained_dtypes[r]);
       require_size(n, base && trained[r]);
+      require_aligned(base, base_dtype);
+      require_aligned(trained[r], trained_dtypes[r]);
       runs.push_back(pointer<void>(trained[r]));
     }
     py::gil_scoped_release release;
@@ -101,7 +108,7 @@ PYBIND11_MODULE(_C, m) {
                        uintptr_t mask, int threads, uintptr_t thresholds, uintptr_t counts) {
     require_dtypes(dtype, dtype);
     require_size(n, values != 0);
-    require(values % element_bytes(dtype) == 0, "values must be aligned to their size");
+    require_aligned(values, dtype);
     for (int64_t rank : k) require(rank >= 1 && rank <= n, "ranks must be 1 to n");
     require(k.empty() || (thresholds && counts), "outputs must not be null");
     py::gil_scoped_release release;
@@ -120,6 +127,8 @@ PYBIND11_MODULE(_C, m) {
                    bool visible, int block, int threads, uintptr_t out) {
     require_dtypes(base_dtype, trained_dtype);
     require_size(rows, rows == 0 || n == 0 || (base && trained && out));
+    require_aligned(base, base_dtype);
+    require_aligned(trained, trained_dtype);
     require(n >= 0 && n <= INT32_MAX && parts > 0 && parts < 8 && block >= 0 && block <= OPD_GRAM_ROWS,
             "columns, parts or block out of range");
     const GramInput input{pointer<void>(base), pointer<void>(trained), base_dtype, trained_dtype,

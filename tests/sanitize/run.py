@@ -42,12 +42,17 @@ def address_and_undefined(work: Path, tests: list[str]) -> int:
     )
     environment |= {
         "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so')}",
-        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter itself does not free everything at its end
-        "UBSAN_OPTIONS": "print_stacktrace=1",
+        # The interpreter itself does not free everything at its end. pytest captures what is not logged to a file.
+        "ASAN_OPTIONS": f"detect_leaks=0:log_path={work}/report",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={work}/report",
         "PYTHONPATH": str(work),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(command, cwd=work, env=environment).returncode
+    status = subprocess.run(command, cwd=work, env=environment).returncode
+    reports = sorted(work.glob("report.*"))
+    for report in reports:
+        print(report.read_text())
+    return status or len(reports)
 
 
 def threads(work: Path) -> int:

@@ -21,10 +21,11 @@ def delta_(
     maximum: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> None:
+    base, trained = cpu.aligned(base), cpu.aligned(trained)
     cpu._C.delta(
-        base.data_ptr(),
+        cpu.address(base),
         DTYPE_CODES[base.dtype],
-        trained.data_ptr(),
+        cpu.address(trained),
         DTYPE_CODES[trained.dtype],
         base.numel(),
         list(threshold_bits),
@@ -34,5 +35,5 @@ def delta_(
         counts.data_ptr(),
         sums.data_ptr(),
         maximum.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
+        cpu.address(mask),
     )

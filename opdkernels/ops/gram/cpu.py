@@ -9,11 +9,12 @@ from opdkernels.backends.layout import DTYPE_CODES
 
 
 def gram_(base: torch.Tensor, trained: torch.Tensor, parts: int, visible: bool, block: int, out: torch.Tensor) -> None:
+    base, trained = cpu.aligned(base), cpu.aligned(trained)
     cpu._C.gram(
-        base.data_ptr(),
+        cpu.address(base),
         DTYPE_CODES[base.dtype],
         *base.stride(),
-        trained.data_ptr(),
+        cpu.address(trained),
         DTYPE_CODES[trained.dtype],
         *trained.stride(),
         *base.shape,

@@ -20,10 +20,11 @@ def overlap_(
     hist_num_runs: torch.Tensor,
     counts: torch.Tensor,
 ) -> None:
+    base, trained = cpu.aligned(base), [cpu.aligned(tensor) for tensor in trained]
     cpu._C.overlap(
-        base.data_ptr(),
+        cpu.address(base),
         DTYPE_CODES[base.dtype],
-        [tensor.data_ptr() for tensor in trained],
+        [cpu.address(tensor) for tensor in trained],
         [DTYPE_CODES[tensor.dtype] for tensor in trained],
         base.numel(),
         threshold_bits,
