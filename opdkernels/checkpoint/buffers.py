@@ -14,7 +14,10 @@ BUFFERS = word_set(
     " relative_position_index relative_coords_table relative_position_bucket _float_tensor"
     " running_mean running_var num_batches_tracked weight_u"
 )
+ROTARY_LEAVES = frozenset({"cos", "sin", "freqs", "scale"})
 ROTARY = frozenset({"rotary_emb", "rotary_pos_emb", "rotary", "rope", "rotary_embedding"})
+
+LEAVES = BUFFERS | ROTARY_LEAVES | {"bias"}
 
 
 def is_buffer(name: str, shape: Sequence[int]) -> bool:
@@ -31,11 +34,13 @@ def is_buffer(name: str, shape: Sequence[int]) -> bool:
     >>> is_buffer("model.layers.0.self_attn.rotary_emb.inv_freq", (64,)), is_buffer("bn1.running_mean", (64,))
     (True, True)
     """
+    if name.rpartition(".")[2] not in LEAVES and "original_module" not in name:
+        return False
     tokens = canonical_name(name).split(".")
     leaf, parent = tokens[-1], tokens[-2].lower() if len(tokens) > 1 else ""
     if leaf in BUFFERS or "original_module" in tokens:  # what PEFT keeps of a module that `modules_to_save` replaces
         return True
-    if parent in ROTARY and leaf in ("cos", "sin", "freqs", "scale"):
+    if parent in ROTARY and leaf in ROTARY_LEAVES:
         return True
     is_mask = len(shape) == 4 and tuple(shape[:2]) == (1, 1) and shape[2] == shape[3]
     return leaf == "bias" and parent in ATTENTION and is_mask

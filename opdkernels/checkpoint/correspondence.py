@@ -96,9 +96,9 @@ def match_tensors(
         ('layers.0.self_attn.k_proj.weight', 16, 8)
     """
     result, model_types = Correspondence(), list(model_types)
-    first, second = _Names(shapes), _Names(other_shapes)
-    for name in [name for name in first.canonical if name in second.canonical]:
-        _add_pair(result, first, second, name, name, "exact")
+    result.pairs = [(name, name, "exact") for name in shapes if name in other_shapes]
+    first = _Names({name: shape for name, shape in shapes.items() if name not in other_shapes})
+    second = _Names({name: shape for name, shape in other_shapes.items() if name not in shapes})
     _pair_equal_names(result, first, second)
     if first.canonical and second.canonical and model_types:
         rename = conversions.renamer(model_types)
@@ -116,7 +116,7 @@ def match_tensors(
 
 
 class _Names:
-    """The tensors of one set that have no counterpart yet: canonical names by name, and all shapes."""
+    """The tensors of one set that have no counterpart yet: canonical names and shapes by name."""
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
         self.shapes: dict[str, Shape] = {name: tuple(shape) for name, shape in shapes.items()}
@@ -138,17 +138,13 @@ class _Names:
         }
 
 
-def _add_pair(result: Correspondence, first: _Names, second: _Names, name: str, other: str, how: str) -> None:
-    del first.canonical[name], second.canonical[other]
-    result.pairs.append((name, other, how))
-
-
 def _pair_equal_names(result: Correspondence, first: _Names, second: _Names) -> None:
     others_of = second.groups()
     for canonical, names in first.groups().items():
         others = others_of.get(canonical, [])
         if len(names) == len(others) == 1:
-            _add_pair(result, first, second, names[0], others[0], "prefix")
+            del first.canonical[names[0]], second.canonical[others[0]]
+            result.pairs.append((names[0], others[0], "prefix"))
 
 
 def _ambiguous(first: _Names, second: _Names) -> Iterator[tuple[str, list[str], list[str]]]:

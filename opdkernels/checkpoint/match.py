@@ -220,16 +220,15 @@ def match(base: Checkpoint, trained: Checkpoint) -> Pair:
 
 def _validate_dtypes(a: Side, b: Side) -> None:
     """Raises InputError for a tensor of integers whose counterpart is floating: it is quantised."""
-    by_canonical = {canonical_name(name): info for name, info in b.remaining.items()}
-    for name, info in a.remaining.items():
-        other = by_canonical.get(canonical_name(name))
-        if other is None or (info.dtype in DTYPES) == (other.dtype in DTYPES):
-            continue
-        side, quantised, dtype = (a, info, other.dtype) if other.dtype in DTYPES else (b, other, info.dtype)
-        raise InputError(
-            f"{printable(quantised.name)} is {printable(quantised.dtype)} in {printable(side.checkpoint.path)} and"
-            f" {dtype} in the other checkpoint: one is quantised; dequantise it to bf16 first"
-        )
+    for side, other in ((a, b), (b, a)):
+        integers = {canonical_name(name): i for name, i in side.remaining.items() if i.dtype not in DTYPES}
+        for name, info in other.remaining.items() if integers else ():
+            quantised = integers.get(canonical_name(name))
+            if quantised is not None and info.dtype in DTYPES:
+                raise InputError(
+                    f"{printable(quantised.name)} is {printable(quantised.dtype)} in {printable(side.checkpoint.path)}"
+                    f" and {info.dtype} in the other checkpoint: one is quantised; dequantise it to bf16 first"
+                )
 
 
 def _take_buffers(a: Side, b: Side) -> Iterator[BufferMatch]:

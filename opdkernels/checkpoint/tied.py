@@ -12,8 +12,11 @@ from typing import Any
 
 from opdkernels.checkpoint.base import Checkpoint, TensorInfo
 from opdkernels.checkpoint.equality import same_bits
-from opdkernels.checkpoint.names import canonical_name, parse_tensor_name
+from opdkernels.checkpoint.names import EMBEDDINGS, HEADS, canonical_name, parse_tensor_name
 from opdkernels.errors import printable
+
+VOCABULARY = EMBEDDINGS | HEADS | {"output"}
+"""Parts of the names of embeddings and heads."""
 
 
 @dataclass
@@ -42,6 +45,8 @@ class Side:
 
     def __post_init__(self) -> None:
         for name, info in self.remaining.items():
+            if VOCABULARY.isdisjoint(name.lower().split(".")):
+                continue
             role = parse_tensor_name(name)
             if role.tower == "language" and role.module == "lm_head" and len(info.shape) == 2:
                 self.heads.append(info)

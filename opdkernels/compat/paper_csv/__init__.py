@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opdkernels.checkpoint.base import DTYPES
+from opdkernels.checkpoint.buffers import is_buffer
 from opdkernels.checkpoint.match import Pair
 from opdkernels.compat.paper_csv.spectra import (
     BASE_COLUMNS,
@@ -262,7 +263,8 @@ def tabulate(
         elif base.dtype not in DTYPES or trained.dtype not in DTYPES:
             report["skipped_non_floating"] += 1
         elif record is None:
-            failed.append(failure(name, "delta_metrics", "NotCompared: repeats another tensor, with which it is tied"))
+            why = "is a buffer" if is_buffer(name, base.shape) else "repeats another tensor, with which it is tied"
+            failed.append(failure(name, "delta_metrics", f"NotCompared: {why}"))
         elif record.tally is None:
             failed.append(failure(name, "delta_metrics", record.failure))
         else:
