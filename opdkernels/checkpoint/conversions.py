@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
+from opdkernels.checkpoint import fused
 from opdkernels.checkpoint.names import canonical_name, unwrap_name
 
 Renamer = Callable[[str], str]
@@ -47,7 +48,8 @@ def renamer(model_types: Iterable[str]) -> Renamer:
     The name is canonical but not renamed if transformers is not installed, is older than version 5, or knows none of
     the models.
     """
-    renamings = [renaming for model_type in model_types for renaming in _renamings(model_type)]
+    # Converters compute new tensors; the fused ones among them are recognised by `fused.split`.
+    renamings = [_rename_by(t) for name in model_types for t in _transforms(name) if not hasattr(t, "operations")]
 
     def rename(name: str) -> str:
         name = unwrap_name(name)
@@ -58,18 +60,38 @@ def renamer(model_types: Iterable[str]) -> Renamer:
     return rename
 
 
+def expert_layout(model_types: Iterable[str]) -> str:
+    """Returns how models of these types store fused experts, see `fused.EXPERT_LAYOUTS`; "" if unknown or ambiguous.
+
+    What this package knows comes first, then what transformers registered for loading split experts.
+    """
+    model_types = list(model_types)
+    known = {fused.EXPERT_LAYOUTS[name] for name in model_types if name in fused.EXPERT_LAYOUTS}
+    layouts = known or {layout for name in model_types if (layout := _registered_layout(name))}
+    return layouts.pop() if len(layouts) == 1 else ""
+
+
+def _registered_layout(model_type: str) -> str:
+    operations = {
+        type(operation).__name__
+        for transform in _transforms(model_type)
+        if any("experts" in pattern for pattern in transform.target_patterns)
+        for operation in getattr(transform, "operations", ())
+    }
+    if "Interleave" in operations:
+        return "interleaved"
+    return "transposed" if "Transpose" in operations else "rows" if "MergeModulelist" in operations else ""
+
+
 @lru_cache(maxsize=64)
-def _renamings(model_type: str) -> tuple[Renamer, ...]:
-    """The renamings that transformers registered for a model type or an architecture; none without transformers."""
+def _transforms(model_type: str) -> tuple[Any, ...]:
+    """What transformers registered for a model type or an architecture; nothing without transformers."""
     try:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
 
-        transforms = get_checkpoint_conversion_mapping(model_type) or []
-        # Converters compute new tensors; the fused ones among them are recognised by `fused.split`.
-        return tuple(_rename_by(t) for t in transforms if not isinstance(t, WeightConverter))
+        return tuple(get_checkpoint_conversion_mapping(model_type) or ())
     except Exception as error:  # an optional library that is absent, older or broken only costs its renamings
-        log.debug("no renamings of %s from transformers: %s", model_type, error)
+        log.debug("no conversions of %s from transformers: %s", model_type, error)
         return ()
 
 

@@ -108,7 +108,7 @@ def match_tensors(
     if first.canonical and second.canonical:
         _remove_common_prefix(first, second)
         _pair_equal_names(result, first, second)
-    layout = fused.expert_layout(model_types)
+    layout = conversions.expert_layout(model_types) if first.canonical and second.canonical else ""
     _split_fused(result, first, second, layout, swapped=False)
     _split_fused(result, second, first, layout, swapped=True)
     result.ambiguous = list(_ambiguous(first, second))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 Shape = tuple[int, ...]
 
@@ -26,16 +26,6 @@ EXPERT_LAYOUTS = {
     **dict.fromkeys(("llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text"), "transposed"),
     "gpt_oss": "interleaved",
 }
-
-
-def expert_layout(model_types: Iterable[str]) -> str:
-    """Returns how models of these types store fused experts; "" if unknown or if the types differ.
-
-    >>> expert_layout(["qwen3_moe"]), expert_layout(["gpt_oss", "gpt_oss"]), expert_layout(["llama"])
-    ('rows', 'interleaved', '')
-    """
-    layouts = {EXPERT_LAYOUTS[model_type] for model_type in model_types if model_type in EXPERT_LAYOUTS}
-    return layouts.pop() if len(layouts) == 1 else ""
 
 
 def split(

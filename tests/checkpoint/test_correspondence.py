@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdkernels.checkpoint import conversions
-from opdkernels.checkpoint.conversions import model_types_of, renamer
+from opdkernels.checkpoint.conversions import expert_layout, model_types_of, renamer
 from opdkernels.checkpoint.correspondence import match_tensors
 from opdkernels.checkpoint.names import canonical_name
 
@@ -39,11 +39,11 @@ def test_names_of_transformers_4_match_those_of_transformers_5(order: tuple[int,
 
 
 def test_without_transformers_names_are_canonical_and_nothing_is_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    conversions._renamings.cache_clear()
+    conversions._transforms.cache_clear()
     for name in ("transformers", "transformers.conversion_mapping"):
         monkeypatch.setitem(sys.modules, name, None)
     assert renamer(["ViTModel"])("module.model.layers.0.attention.query") == "layers.0.attention.query"
-    conversions._renamings.cache_clear()
+    conversions._transforms.cache_clear()
 
 
 @pytest.mark.parametrize("prefix", ["actor.", "policy.actor_module.", "a.b.c.d."])
@@ -99,3 +99,28 @@ def test_each_name_is_used_once_and_matching_is_symmetric(first: dict, second: d
 @given(NAMES)
 def test_canonical_names_are_stable(name: str) -> None:
     assert canonical_name(canonical_name(name)) == canonical_name(name)
+
+
+@pytest.mark.parametrize(
+    ("model_types", "layout"),
+    [
+        (["qwen3_moe"], "rows"),
+        (["gpt_oss", "gpt_oss"], "interleaved"),
+        (["llama4", "llama4_text"], "transposed"),
+        (["gpt_oss", "qwen3_moe"], ""),
+        (["llama"], ""),
+        ([], ""),
+    ],
+)
+def test_the_layout_of_experts_follows_from_the_model_type(model_types: list[str], layout: str) -> None:
+    assert expert_layout(model_types) == layout
+
+
+@pytest.mark.parametrize("model_type", ["sarvam_moe", "granitemoe", "exaone_moe", "jamba"])
+def test_the_layout_of_other_experts_is_that_of_transformers(model_type: str) -> None:
+    mapping = pytest.importorskip("transformers.conversion_mapping")
+    transforms = mapping.get_checkpoint_conversion_mapping(model_type) or []
+    merges = any(
+        type(operation).__name__ == "MergeModulelist" for t in transforms for operation in getattr(t, "operations", ())
+    )
+    assert expert_layout([model_type]) == ("rows" if merges else "")
