@@ -120,6 +120,7 @@ def test_reward_increases_without_teacher(options, tmp_path):
             num_generations=4,
             batch_size=16,
             max_steps=25,
+            snapshot_every=0,
             learning_rate=3e-3,
             reward=f"{__name__}:begins_with_one",
         ),
@@ -145,6 +146,7 @@ def test_sft_learns_completions_of_the_dataset(options, tmp_path):
         sft_weight=1,
         on_policy_fraction=0,
         max_steps=80,
+        snapshot_every=0,
         learning_rate=1e-2,
         num_eval_prompts=8,
     )
@@ -154,7 +156,13 @@ def test_sft_learns_completions_of_the_dataset(options, tmp_path):
 def test_sft_learns_samples_of_the_teacher(options, tmp_path):
     train(
         options(
-            divergence_weight=0, sft_weight=1, on_policy_fraction=0, max_steps=30, batch_size=32, learning_rate=3e-3
+            divergence_weight=0,
+            sft_weight=1,
+            on_policy_fraction=0,
+            max_steps=30,
+            snapshot_every=0,
+            batch_size=32,
+            learning_rate=3e-3,
         ),
         tmp_path,
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,8 +76,18 @@ def replicated_with_partial_gradient() -> list[torch.Tensor]:
     return copies
 
 
-def main(job: str, folder: Path, dtype_name: str, precision: str) -> None:
+def main(folder: Path, jobs: Sequence[str]) -> None:
+    """Runs jobs JOB:DTYPE:PRECISION one after the other."""
     dist.init_process_group("gloo")
+    for job in jobs:
+        result = result_of(*job.split(":"), folder)
+        if dist.get_rank() == 0:
+            torch.save(result, folder / f"{job}-{dist.get_world_size()}.pt")
+        dist.barrier()
+    shutdown(0)
+
+
+def result_of(job: str, dtype_name: str, precision: str, folder: Path) -> dict[str, Any]:
     dtype = getattr(torch, dtype_name)
     model = sharded_model(dtype)
     masks = masks_for(model_of(dtype))
@@ -87,34 +99,31 @@ def main(job: str, folder: Path, dtype_name: str, precision: str) -> None:
         gather_active_grads(other, gathering)
         train(other, gathering, range(6), dtype)
         active = sum(state["exp_avg"].numel() for state in optimizer.state.values())
-        result = {
+        return {
             "weights": whole(model),
             "gathered": whole(other),
             "active": active,
             "summed": replicated_with_partial_gradient(),
         }
-    elif job == "save":
+    if job == "save":
         train(model, optimizer, range(3), dtype)
         optimizer.set_masks(masks_for(model_of(dtype), seed=2))
         train(model, optimizer, range(3, 6), dtype)
         weights, state = get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / "checkpoint")
         train(model, optimizer, range(6, 9), dtype)
-        result = {"weights": whole(model)}
-    elif job == "load":
+        return {"weights": whole(model)}
+    if job == "load":
         optimizer = optimizer_of(model, masks_for(model_of(dtype), seed=2), precision)
         weights, state = get_state_dict(model, optimizer)
         held = {"model": weights, "optimizer": state}
         dcp.load(held, checkpoint_id=folder / "checkpoint")
         set_state_dict(model, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
         train(model, optimizer, range(6, 9), dtype)
-        result = {"weights": whole(model)}
-    if dist.get_rank() == 0:
-        torch.save(result, folder / f"{job}-{dist.get_world_size()}.pt")
-    dist.barrier()
-    shutdown(0)
+        return {"weights": whole(model)}
+    raise ValueError(f"there is no job {job}")
 
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -17,19 +17,15 @@ ROOT = Path(__file__).parent.parent.parent
 CASES = [("float32", "split_master"), ("bfloat16", "split_master"), ("bfloat16", "stochastic")]
 
 
-def run(job: str, ranks: int, folder: Path, dtype: str, precision: str) -> dict:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        "-m",
-        "tests.optim.sharded",
-    ]
+SAVED = "bfloat16:split_master"
+
+
+def run(ranks: int, folder: Path, *jobs: str) -> None:
+    """Runs jobs of sharded.py in `ranks` processes, which are started once: this takes longer than the jobs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, job, str(folder), dtype, precision],
+        [*command, "-m", "tests.optim.sharded", str(folder), *jobs],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -39,7 +35,14 @@ def run(job: str, ranks: int, folder: Path, dtype: str, precision: str) -> dict:
         "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank0]"))[-4000:]
         or done.stderr[-4000:]
     )
-    return torch.load(folder / f"{job}-{ranks}.pt")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    """Folder of the results of all jobs of two processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run(2, folder, *(f"train:{dtype}:{precision}" for dtype, precision in CASES), f"save:{SAVED}")
+    return folder
 
 
 def alone(steps: int, dtype: str, precision: str) -> tuple[list[torch.Tensor], list[torch.Tensor], dict]:
@@ -54,9 +57,9 @@ def alone(steps: int, dtype: str, precision: str) -> tuple[list[torch.Tensor], l
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "precision"), CASES)
-def test_two_ranks_match_one_process(dtype, precision, tmp_path):
+def test_two_ranks_match_one_process(dtype, precision, two_ranks):
     """Point 9: uneven and empty shards; what is frozen keeps its bits; random numbers do not show the sharding."""
-    result = run("train", 2, tmp_path, dtype, precision)
+    result = torch.load(two_ranks / f"train:{dtype}:{precision}-2.pt")
     before, wanted, masks = alone(6, dtype, precision)
     for got, gathered, old, one, mask in zip(
         result["weights"], result["gathered"], before, wanted, masks.values(), strict=True
@@ -70,12 +73,13 @@ def test_two_ranks_match_one_process(dtype, precision, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "precision"), CASES[1:2])
-def test_state_loads_at_another_world_size(dtype, precision, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_state_loads_at_another_world_size(two_ranks, ranks):
     """Points 9 and 13: by torch.distributed.checkpoint, with coordinates of two ages; the run goes on as if
     unbroken."""
-    unbroken = run("save", 2, tmp_path, dtype, precision)["weights"]
-    for ranks in (1, 3):
-        again = run("load", ranks, tmp_path, dtype, precision)["weights"]
-        for got, wanted in zip(again, unbroken, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-6 if dtype == "float32" else 2**-7, atol=1e-7)
+    run(ranks, two_ranks, f"load:{SAVED}")
+    unbroken, again = (
+        torch.load(two_ranks / f"{name}.pt")["weights"] for name in (f"save:{SAVED}-2", f"load:{SAVED}-{ranks}")
+    )
+    for got, wanted in zip(again, unbroken, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2**-7, atol=1e-7)

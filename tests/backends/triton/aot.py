@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -91,22 +92,61 @@ def aligned(signature: Any, path: tuple[int, ...]) -> dict:
 class Compiled:
     """Machine code of one launch for one GPU."""
 
-    registers: int
-    spills: int  # bytes of local memory moved, or instructions that move it
-    wide_loads: int  # 16-byte loads from global memory
     asm: dict[str, Any]
-    sass: str
+
+    @property
+    def is_amd(self) -> bool:
+        return "amdgcn" in self.asm
+
+    @functools.cached_property
+    def sass(self) -> str:
+        """Instructions. Disassembling takes longer than most compilations, so it is done only where it is looked at."""
+        return self.asm["amdgcn"] if self.is_amd else run_tool("nvdisasm", self.asm["cubin"])
+
+    @functools.cached_property
+    def usage(self) -> dict[str, int]:
+        """Resources by the names that AMD's metadata and cuobjdump give them."""
+        if self.is_amd:
+            return {name: int(size) for name, size in re.findall(r"\.(\w+):\s+(\d+)\s*$", self.sass, re.M)}
+        text = run_tool("cuobjdump", self.asm["cubin"], "-res-usage")
+        return {name: int(size) for name, size in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+    @property
+    def registers(self) -> int:
+        return self.usage["vgpr_count" if self.is_amd else "REG"]
+
+    @property
+    def spills(self) -> int:
+        """Bytes of local memory moved, or instructions that move it; none without a stack."""
+        if self.is_amd:
+            return self.usage["vgpr_spill_count"] + self.usage["private_segment_fixed_size"]
+        uses_memory = self.usage["STACK"] or self.usage["LOCAL"]
+        return len(re.findall(r"\b(?:STL|LDL)\b", self.sass)) if uses_memory else 0
+
+    @property
+    def wide_loads(self) -> int:
+        """16-byte loads from global memory."""
+        return len(re.findall(r"global_load_dwordx4" if self.is_amd else r"\bLDG\.E\.128", self.sass))
 
 
-def run_tool(name: str, *arguments: str) -> str:
-    return subprocess.run([os.path.join(TOOLS, name), *arguments], capture_output=True, text=True, check=True).stdout
+def run_tool(name: str, cubin: bytes, *options: str) -> str:
+    """What one of NVIDIA's tools prints about machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [os.path.join(TOOLS, name), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def compiled(one: Launch, target: str) -> Compiled:
     code = machine_code(one, target)
-    family = one.kernel.fn.__module__.rsplit(".", 1)[-1].replace("numeric", "delta")  # whose sums it carries
+    package, module = one.kernel.fn.__module__.rsplit(".", 1)
+    # backends/triton/numeric.py carries the sums of delta
+    family = package.rsplit(".", 1)[-1] if module == "triton" else "delta"
+    assembly = code.asm["amdgcn" if code.is_amd else "ptx"]
+    has_wide_loads = bool(re.search(r"global_load_dwordx4|\bld\.global[\w.:]*\.(?:v4\.\w32|v2\.\w64)\b", assembly))
     summary.COMPILED.append(
-        summary.CompiledKernel(family, "Triton", target, code.registers, code.spills, code.wide_loads)
+        summary.CompiledKernel(family, "Triton", target, code.registers, code.spills, int(has_wide_loads))
     )
     return code
 
@@ -120,22 +160,7 @@ def machine_code(one: Launch, target: str) -> Compiled:
     gpu = TARGETS[target]
     options = launch.compile_options(one.num_warps, one.maxnreg, amd=gpu.backend == "hip")
     asm = triton.compile(ASTSource(one.kernel, signature, constants, attributes), target=gpu, options=options).asm
-    if gpu.backend == "hip":
-        code = asm["amdgcn"]
-
-        def number(field):
-            return int(re.search(rf"\.{field}:\s+(\d+)", code).group(1))
-
-        spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
-        return Compiled(number("vgpr_count"), spills, len(re.findall(r"global_load_dwordx4", code)), asm, code)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        usage, sass = run_tool("cuobjdump", "-res-usage", file.name), run_tool("nvdisasm", file.name)
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    return Compiled(
-        registers, len(re.findall(r"\b(?:STL|LDL)\b", sass)), len(re.findall(r"\bLDG\.E\.128", sass)), asm, sass
-    )
+    return Compiled(asm)
 
 
 def assert_fits(code: Compiled, registers: int) -> None:
