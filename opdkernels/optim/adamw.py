@@ -15,10 +15,17 @@ from opdkernels.optim.bind_masks import Masks
 class MaskedAdamW(MaskedOptimizer):
     """AdamW on the active coordinates of `masks`. All other coordinates stay bit-identical; weight decay skips them.
 
-    In fp32, active coordinates match `torch.optim.AdamW(foreach=False)` bit for bit, except on the CPU, where torch's
-    square root may differ by one unit in the last place. State takes 8 bytes per active coordinate (12 with amsgrad, 2
-    more for bf16 with "split_master" or "kahan", the size of the dtype more with weight_decay_target="init"); a mask
-    takes 1 bit per coordinate or, below a density of 1/32, 4 bytes per active coordinate.
+    In fp32, active coordinates equal those of `torch.optim.AdamW(foreach=False, fused=False)` bit for bit, provided
+    that its square root is rounded correctly: this one is, and torch's is off by one unit in the last place for some
+    values on some CPUs. This holds for `lr` as a number or a tensor and for `betas` as numbers; with `betas` as
+    tensors, results agree to rounding.
+
+    State takes 8 bytes per active coordinate (12 with amsgrad, 2 more for bf16 with "split_master" or "kahan", the size
+    of the dtype more with weight_decay_target="init"); a mask takes 1 bit per coordinate or, below a density of 1/32, 4
+    bytes per active coordinate.
+
+    The weights are checked at each step before anything changes: a model may be moved, or cast between fp32 and bf16,
+    only before its first step.
 
     Args:
         params: Parameters or parameter groups as `torch.optim.AdamW` takes them, fp32 or bf16, preferably named
@@ -28,8 +35,9 @@ class MaskedAdamW(MaskedOptimizer):
         eps: Added to the denominator (default: 1e-8).
         weight_decay: Decoupled weight decay (default: 1e-2).
         amsgrad: Use the largest second moment so far (default: False).
-        masks: A MaskSet, the path of one, a mapping of names to Masks or bool tensors, or a list of these in parameter
-            order.
+        masks: A MaskSet, the path of one, a mapping of names to Masks or bool tensors, or a list of these, one per
+            parameter in their order. Names are matched as `analyze` matches checkpoints: without the prefixes of
+            wrappers, and fused against split. A mask with active coordinates must have a parameter.
         unmasked: What to do with a parameter without a mask: "error", "freeze" it, or "train" all of it
             (default: "error").
         precision: How updates of bf16 parameters are kept: "split_master" stores 16 more bits per coordinate, so that
@@ -39,14 +47,16 @@ class MaskedAdamW(MaskedOptimizer):
             last became active (default: "zero").
         seed: Seed of "stochastic", 64 bits (default: 0).
         maximize: Ascend instead of descend (default: False).
-        foreach: Ignored (default: None).
+        foreach: Without effect (default: None).
         capturable: Not supported; must be False (default: False).
         differentiable: Not supported; must be False (default: False).
         fused: If True, a GradScaler's scale is applied in the step itself (default: None).
 
     Raises:
-        ValueError: A parameter has no mask or one of another shape, or an option is out of range.
+        ValueError: A parameter has no mask or one of another shape, a mask has no parameter, a list has another length,
+            a parameter is given twice or shares memory with another one, or an option is out of range.
         TypeError: A parameter is neither fp32 nor bf16, the masks are of another type, or an option is not supported.
+        RuntimeError: foreach=True together with fused=True.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(4))
@@ -65,7 +75,7 @@ class MaskedAdamW(MaskedOptimizer):
         self,
         params: Any,
         lr: float | torch.Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,

@@ -163,6 +163,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             state, local = self.state.get(param), local_part(param)[0]
             binding.validate_weights(local, has_state=bool(state))
             local_mask, grad = binding.local_mask(param), self._gradient((index, j), param)
+            assert grad is not None
             if (
                 local_mask.num_active
                 and group["precision"] == "stochastic"

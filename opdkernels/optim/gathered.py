@@ -29,7 +29,7 @@ class GatheredGrad(torch.Tensor):
 
     active: torch.Tensor
     add_dense: Callable[[torch.Tensor, torch.Tensor], None]
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -49,7 +49,7 @@ class GatheredGrad(torch.Tensor):
         return f"GatheredGrad({list(self.shape)}, active={self.active})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs, grad = kwargs or {}, args[0]
         if func is UNSCALE:
             for item in grad:  # the arguments are a list of gradients, found_inf and the inverse scale

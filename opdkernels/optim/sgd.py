@@ -14,10 +14,10 @@ from opdkernels.optim.bind_masks import Masks
 
 
 class MaskedSGD(MaskedOptimizer):
-    """SGD on the active coordinates of `masks`. Every other one keeps its bits.
+    """SGD on the active coordinates of `masks`. All other coordinates stay bit-identical; weight decay skips them.
 
-    Active fp32 coordinates are stepped bit for bit as `torch.optim.SGD(foreach=False)` steps them. State takes 4 bytes
-    per active coordinate with momentum and none without (2 more for bf16 with "split_master" or "kahan").
+    In fp32, active coordinates equal those of `torch.optim.SGD(foreach=False, fused=False)` bit for bit. State takes 4
+    bytes per active coordinate with momentum and none without (2 more for bf16 with "split_master" or "kahan").
 
     Args:
         params: Parameters or parameter groups as `torch.optim.SGD` takes them, fp32 or bf16, preferably named.
@@ -32,13 +32,13 @@ class MaskedSGD(MaskedOptimizer):
         weight_decay_target: As for `MaskedAdamW` (default: "zero").
         seed: Seed of "stochastic", 64 bits (default: 0).
         maximize: Ascend instead of descend (default: False).
-        foreach: Ignored (default: None).
+        foreach: Without effect (default: None).
         differentiable: Not supported; must be False (default: False).
         fused: If True, a GradScaler's scale is applied in the step itself (default: None).
 
     Raises:
         ValueError: As `MaskedAdamW`, and for nesterov without momentum or with dampening.
-        TypeError: As `MaskedAdamW`.
+        TypeError, RuntimeError: As `MaskedAdamW`.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(4))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from opdkernels.masks import Mask, MaskSet
 from opdkernels.optim import MaskedAdamW, MaskedParameters, MaskedSGD, in_model_order, optimizer_cls_and_kwargs
@@ -144,7 +145,7 @@ def test_zero_redundancy_optimizer_is_refused():
     """It gives each rank's optimizer a part of the parameters, without names, but all masks."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)  # no sockets, no host names
     try:
         params = [torch.nn.Parameter(torch.zeros(n)) for n in (4, 6)]  # it sorts them by size
         for masks in ([every(4), every(6)], {"a": every(4), "b": every(6)}):

@@ -3,6 +3,8 @@ memory."""
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -164,7 +166,10 @@ def test_gathered_gradients_behave_as_gradients():
     assert torch.equal(layer.weight, before)
 
 
-def test_distributed_data_parallel_raises():
+def test_distributed_data_parallel_raises(monkeypatch):
+    monkeypatch.setenv(
+        "GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo"
+    )  # else it looks up a host name
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         model = torch.nn.parallel.DistributedDataParallel(small_model())
