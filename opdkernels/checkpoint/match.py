@@ -15,7 +15,7 @@ from opdkernels.checkpoint.coverage import Coverage
 from opdkernels.checkpoint.equality import same_bits
 from opdkernels.checkpoint.names import canonical_name, parse_tensor_name
 from opdkernels.checkpoint.open import open_checkpoint
-from opdkernels.checkpoint.tied import Side, drop_tied, unpaired_vocabulary
+from opdkernels.checkpoint.tied import Side, drop_left_over_copies, drop_tied, unpaired_vocabulary
 from opdkernels.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -206,8 +206,11 @@ def match(base: Checkpoint, trained: Checkpoint) -> Pair:
     _validate_dtypes(a, b)
     for side in (a, b):
         pair.unmatched.extend(_without_delta(side))
-    pair.tied = drop_tied(a, b, pair.notes)
+    drop_tied(a, b, pair.notes)
     _match_remaining(pair, a, b)
+    for side in (a, b):
+        drop_left_over_copies(side)
+    pair.tied = list(dict.fromkeys([*a.tied_to, *b.tied_to]))
     for side, other in ((a, b), (b, a)):
         pair.unmatched.extend(_left_over(side, other))
     order = {name: index for index, name in enumerate(base.tensors)}

@@ -15,7 +15,8 @@ from opdkernels.checkpoint.equality import same_bits
 from opdkernels.checkpoint.names import EMBEDDINGS, HEADS, canonical_name, parse_tensor_name
 from opdkernels.errors import printable
 
-VOCABULARY = EMBEDDINGS | HEADS | {"output"}
+MAX_SAMPLE = 1 << 16
+VOCABULARY = EMBEDDINGS | HEADS | {"output", "decoder", "proj_out"}
 """Parts of the names of embeddings and heads."""
 
 
@@ -63,22 +64,18 @@ class Side:
         del self.remaining[name]
 
 
-def drop_tied(a: Side, b: Side, notes: list[str]) -> list[str]:
+def drop_tied(a: Side, b: Side, notes: list[str]) -> None:
     """Removes every tensor that repeats another one from both sides.
 
     Args:
         a: One side; modified.
         b: The other side; modified.
         notes: Receives remarks for the reader.
-
-    Returns:
-        The removed names, without duplicates.
     """
     for side, other in ((a, b), (b, a)):
         _drop_aliases(side, other.checkpoint.tensors)
     _drop_embedding_copies(a, b)
     _drop_heads(a, b, notes)
-    return list(dict.fromkeys([*a.tied_to, *b.tied_to]))
 
 
 def copies(checkpoint: Checkpoint) -> dict[str, str]:
@@ -136,6 +133,29 @@ def _drop_embedding_copies(*sides: Side) -> None:
                 side.drop(info.name, keeper.name)
 
 
+def drop_left_over_copies(side: Side) -> None:
+    """Drops tensors that only one side stores and that have the bits of another tensor of that side.
+
+    For models whose tied tensors have other names than those of language models. Vectors and constant tensors may be
+    equal by chance.
+    """
+    by_shape: dict[tuple[int, ...], list[TensorInfo]] = {}
+    for info in side.checkpoint.tensors.values():
+        if info.name not in side.remaining and info.name not in side.tied_to:
+            by_shape.setdefault(info.shape, []).append(info)
+    for info in list(side.remaining.values()):
+        if len(info.shape) < 2 or not info.numel:
+            continue
+        keeper = next((other for other in by_shape.get(info.shape, []) if side.is_copy(info, other)), None)
+        if keeper is not None and not _is_constant(side.checkpoint, info):
+            side.drop(info.name, keeper.name)
+
+
+def _is_constant(checkpoint: Checkpoint, info: TensorInfo) -> bool:
+    bits = checkpoint.read_bits(info.name, 0, min(info.items, MAX_SAMPLE))
+    return bool((bits == bits[0]).all())
+
+
 def tie_word_embeddings(config: Mapping[str, Any]) -> bool | None:
     """Returns `tie_word_embeddings` of config.json or of its text_config; None if neither has it."""
     for table in (config, config.get("text_config")):
@@ -145,8 +165,10 @@ def tie_word_embeddings(config: Mapping[str, Any]) -> bool | None:
 
 
 def _head(side: Side) -> TensorInfo | None:
-    """Returns the only head that remains, or None."""
+    """Returns the only head that remains, or None; the only one of an embedding's shape, where a head has layers."""
     heads = [head for head in side.heads if head.name in side.remaining]
+    shapes = {embedding.shape for embedding in side.embeddings}
+    heads = [head for head in heads if head.shape in shapes] or heads
     return heads[0] if len(heads) == 1 else None
 
 

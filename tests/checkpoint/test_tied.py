@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from opdkernels.checkpoint.match import match
 from opdkernels.checkpoint.tied import copies, tie_word_embeddings
@@ -156,3 +157,29 @@ def test_a_tensor_that_only_one_side_shares_is_listed_with_the_reason() -> None:
 )
 def test_tie_word_embeddings_may_be_absent_or_nested(config: dict[str, Any], expected: bool | None) -> None:
     assert tie_word_embeddings(config) is expected
+
+
+@pytest.mark.parametrize(
+    "head", ["cls.predictions.decoder.weight", "proj_out.weight", "lm_head.decoder.weight", "out.w"]
+)
+def test_a_copy_that_one_side_stores_is_counted_once(head: str) -> None:
+    embedding = "bert.embeddings.word_embeddings.weight"
+    names = {embedding: (9, 4), "lm_head.dense.weight": (4, 4)}
+    ramp = RampCheckpoint({**names, head: (9, 4)})
+    pair = match_both_ways(RampCheckpoint(names), ramp)
+    assert ([m.name for m in pair.matches], pair.tied, pair.unmatched) == (list(names), [head], [])
+    other = RampCheckpoint({**names, head: (9, 4)}, bits={head: 1})
+    assert [u.name for u in match_both_ways(RampCheckpoint(names), other).unmatched] == [head]
+
+
+def test_constant_tensors_are_equal_by_chance() -> None:
+    names = {"a.weight": (4, 4)}
+    pair = match_both_ways(FakeCheckpoint(names), FakeCheckpoint({**names, "b.weight": (4, 4)}))
+    assert [u.name for u in pair.unmatched] == ["b.weight"]
+
+
+class RampCheckpoint(FakeCheckpoint):
+    """Each tensor has the elements 0, 1, 2, ..., plus the value in `bits`."""
+
+    def read_bits(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return torch.arange(start, stop) + self.bits.get(name, 0)
