@@ -18,6 +18,7 @@ from opdkernels.analysis import matrix_spectra
 from opdkernels.analysis.trajectory import sort_by_step
 from opdkernels.runs import store
 from tests.analysis.conftest import save, weights
+from tests.in_process import run_cli
 
 K = 16
 
@@ -358,25 +359,15 @@ def test_files_of_other_options_are_removed(run, tmp_path):
 
 def test_command_writes_all_outputs(run, tmp_path):
     base, checkpoints = run
-    command = [
-        sys.executable,
-        "-m",
-        "opdkernels",
-        "trajectory",
-        base,
-        *reversed(checkpoints),
-        "-o",
-        str(tmp_path / "out"),
-        "--csv",
-    ]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    ran = run_cli("trajectory", base, *reversed(checkpoints), "-o", tmp_path / "out", "--csv")
+    assert ran.returncode == 0, ran.stdout
     lines = ran.stdout.splitlines()
-    assert [line.split()[0] for line in lines[2:5]] == ["10", "20", "30"]
-    assert "100 %" in lines[4]
+    assert [line.split()[0] for line in lines[3:6]] == ["10", "20", "30"]
+    assert "100 %" in lines[5]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [step["step"] for step in summary["steps"]] == [10, 20, 30]
     table = pq.read_table(tmp_path / "out" / "trajectory.parquet")
     assert len((tmp_path / "out" / "trajectory.csv").read_text().splitlines()) == len(table) + 1
     assert (tmp_path / "out" / "report.html").exists()
-    again = subprocess.run([*command[:3], "report", str(tmp_path / "out")], capture_output=True, text=True, check=True)
+    again = run_cli("report", tmp_path / "out")
     assert again.stdout.strip().endswith("report.html")
