@@ -19,6 +19,7 @@ from opdkernels.distillation import checkpointing, loop
 from opdkernels.distillation.loop import train
 from opdkernels.errors import InputError, UsageError
 from opdkernels.experiments.runner import run_experiment
+from opdkernels.masks.mask_set import from_bools
 from tests.distillation.test_loop import log
 
 
@@ -182,6 +183,26 @@ def test_interrupted_overwrite_leaves_no_mixture_of_runs(options, tmp_path, monk
     assert train(options(max_steps=2, seed=1, overwrite=True), tmp_path).step == 2
 
 
+def test_checkpoints_without_a_state_to_resume_from_are_kept(options, tmp_path):
+    train(options(max_steps=2), tmp_path)
+    (tmp_path / "checkpoint-2" / "training.pt").unlink()
+    before = everything(tmp_path)
+    with pytest.raises(UsageError, match=r"no training\.pt in any of them, so the run cannot resume; choose another"):
+        train(options(max_steps=3), tmp_path)
+    assert everything(tmp_path) == before
+    assert train(options(max_steps=1, overwrite=True), tmp_path).step == 1
+
+
+def test_names_that_only_resemble_those_of_a_run_are_kept(options, tmp_path):
+    train(options(max_steps=1), tmp_path)
+    for mine in ("checkpoint-1-best/model.safetensors", "masks/mine.safetensors", "log.jsonl.bak", "derived-at-x/y"):
+        (tmp_path / mine).parent.mkdir(exist_ok=True)
+        (tmp_path / mine).write_text("mine")
+    train(options(max_steps=1, seed=1, overwrite=True), tmp_path)
+    for mine in ("checkpoint-1-best/model.safetensors", "masks/mine.safetensors", "log.jsonl.bak", "derived-at-x/y"):
+        assert (tmp_path / mine).read_text() == "mine"
+
+
 def test_overwrite_restarts_for_fewer_steps(options, tmp_path):
     train(options(max_steps=2), tmp_path / "run")
     assert train(options(max_steps=1, overwrite=True), tmp_path / "run").step == 1
@@ -232,6 +253,20 @@ def test_changed_model_files_prevent_resume(options, places, tmp_path, side):
     trained_further(place)
     assert train(options(max_steps=3, overwrite=True, **chosen), tmp_path / "run").step == 3
     assert len(log(tmp_path / "run")) == 3
+
+
+def test_masks_are_compared_by_content_and_not_by_bytes(options, tmp_path):
+    """Another program may write the same masks with its header in another order."""
+    for name, active in (("a", [True, False]), ("c", [True, True])):
+        from_bools({"w": torch.tensor(active)}).save(tmp_path / name)
+    content = (tmp_path / "a").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(reversed(header["__metadata__"].items()))
+    text = json.dumps(header).encode()
+    (tmp_path / "b").write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
+    a, b, c = (checkpointing.identity(options(masks=str(tmp_path / name))) for name in "abc")
+    assert a == b != c
 
 
 def test_sampled_digest_ignores_modification_time(tmp_path, monkeypatch):
