@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,9 @@ from opdkernels.analysis.trajectory import Trajectory, load_trajectory, run_traj
 from opdkernels.checkpoint.open import checkpoint_bytes
 from opdkernels.compat import paper_csv as paper_files
 from opdkernels.config import AnalyzeOptions, OverlapOptions, TrajectoryOptions, validate_options
-from opdkernels.errors import InputError, printable
 from opdkernels.outputs import EXPERIMENT, RUN_FILE, read_json_object
 from opdkernels.progress import Progress, no_progress
-from opdkernels.runs.run_dir import load_finished
+from opdkernels.runs.run_dir import as_input_error, load_finished
 
 if TYPE_CHECKING:
     from opdkernels.distillation.options import DistillOptions
@@ -311,23 +309,6 @@ def experiment(
     return result
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """The content of an experiment's results.json.
-
-    Raises:
-        InputError: The file cannot be read.
-    """
-    try:
-        results = json.loads((folder / "results.json").read_text())
-        if "experiment" in results and "rows" in results:
-            return results
-    except (OSError, ValueError, TypeError):
-        pass
-    raise InputError(
-        f"{printable(str(folder))}/results.json is not the output of an experiment; run the experiment again"
-    )
-
-
 def write_report(out: str | os.PathLike[str]) -> Path:
     """Write report.html again from the tables of a finished run.
 
@@ -351,11 +332,16 @@ def write_report(out: str | os.PathLike[str]) -> Path:
     """
     folder = Path(out)
     if read_json_object(folder / RUN_FILE).get("format") == EXPERIMENT.format:
+        from opdkernels.experiments.results import read_results
+
         has_analysis = (folder / "analysis" / "report.html").exists()
         return reports.write(folder, "experiment", {**read_results(folder), "analysis": has_analysis})
     about = load_finished(folder)
-    if about["command"] == "overlap":
-        return reports.write(folder, "overlap", load_overlap(folder, about))
-    if about["command"] == "trajectory":
-        return reports.write(folder, "trajectory", load_trajectory(folder, about))
-    return reports.write(folder, "analyze", load(folder))
+    with as_input_error(folder):
+        if about["command"] == "overlap":
+            page = reports.render("overlap", load_overlap(folder, about))
+        elif about["command"] == "trajectory":
+            page = reports.render("trajectory", load_trajectory(folder, about))
+        else:
+            page = reports.render("analyze", load(folder))
+    return reports.write_page(folder, page)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from opdkernels.analysis.common_tensors import bytes_per_element, common_coverage, match_in_all, read_slice
 from opdkernels.analysis.frames import format_path, to_pandas
@@ -29,7 +27,8 @@ from opdkernels.metrics.batch import to_bf16_bits
 from opdkernels.metrics.tallies import SCHEMA_VERSION
 from opdkernels.ops.overlap import MAX_RUNS, Overlap, overlap, strata_chance
 from opdkernels.progress import Progress
-from opdkernels.runs.run_dir import as_input_error, describe_run, open_run_dir
+from opdkernels.runs.run_dir import REMEDY, as_input_error, describe_run, open_run_dir
+from opdkernels.untrusted import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,8 +74,8 @@ class Overlaps:
 def load_overlap(folder: Path, run: dict[str, Any]) -> Overlaps:
     """The finished overlap in a folder, whose run.json is `run`."""
     with as_input_error(folder):
-        summary = json.loads((folder / "summary.json").read_text())
-        return Overlaps(pq.read_table(folder / "overlap.parquet"), summary, run, folder)
+        summary = read_json(folder / "summary.json", remedy=REMEDY)
+        return Overlaps(groups.read_parquet(folder / "overlap.parquet"), summary, run, folder)
 
 
 def run_overlap(

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from opdkernels.analysis.frames import format_path, to_pandas
+from opdkernels.analysis.summary import read_summary
 from opdkernels.errors import InputError, printable
 from opdkernels.formatting import percent
 from opdkernels.metrics import geometry as geometry_of
 from opdkernels.metrics import groups as tables
+from opdkernels.metrics.groups import read_parquet
 from opdkernels.metrics.spectra import FINAL, SpectrumRecord, open_spectra
 from opdkernels.metrics.tallies import TallyRecord, open_tallies
 from opdkernels.ops.delta import Tally
@@ -152,13 +152,13 @@ def load(path: str | Path) -> Analysis:
     tallies, spectra = open_tallies(folder / "tallies").records, open_spectra(folder / "spectra").records
     with as_input_error(folder):
         tables = {
-            name: pq.read_table(file) if (file := folder / f"{name}.parquet").exists() else None
+            name: read_parquet(file) if (file := folder / f"{name}.parquet").exists() else None
             for name in ("spectra", "geometry")
         }
         return Analysis(
-            pq.read_table(folder / "tensors.parquet"),
-            pq.read_table(folder / "groups.parquet"),
-            json.loads((folder / "summary.json").read_text()),
+            read_parquet(folder / "tensors.parquet"),
+            read_parquet(folder / "groups.parquet"),
+            read_summary(folder),
             run,
             [tallies[index] for index in sorted(tallies)],
             folder,

@@ -6,19 +6,23 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from opdkernels.errors import InputError, printable
 from opdkernels.metrics.catalog import metrics_of
 from opdkernels.metrics.geometry import SUMMARY_METRICS
 from opdkernels.metrics.registry import VIEWS
+from opdkernels.runs.run_dir import REMEDY
+from opdkernels.untrusted import read_json, validate
 
 
 class Part(BaseModel):
     """A part of summary.json; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Matched(Part):
@@ -140,6 +144,22 @@ class Summary(Part):
     failed: list[Failed]
     nonfinite: list[NonFinite]
     spectra: Spectra | None = None
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Returns summary.json of an `analyze` run. Raises InputError if it is missing, damaged or of another version."""
+    path = folder / "summary.json"
+    content = read_json(path, remedy=REMEDY)
+    summary = validate(Summary, content, printable(str(path)), remedy=REMEDY)
+    for view, metrics in summary.views.items():
+        known = {metric.name for metric in metrics_of("groups") if view in metric.views}
+        if view not in VIEWS or metrics.keys() != known:
+            names = ", ".join(sorted(metrics.keys() ^ known)[:3])
+            raise InputError(
+                f"{printable(str(path))} is not valid: other metrics in the view {printable(view)}"
+                f" ({printable(names)}); {REMEDY}"
+            )
+    return content
 
 
 def schema() -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from opdkernels.analysis.analyze import describe_pair, finalize
 from opdkernels.analysis.common_tensors import Elements, base_elements, common_coverage, match_in_all
@@ -43,8 +41,9 @@ from opdkernels.metrics.spectra import open_spectra
 from opdkernels.metrics.tallies import SCHEMA_VERSION, TallyRecord, open_tallies
 from opdkernels.outputs import ANALYSIS, RUN_FILE, read_json_object
 from opdkernels.progress import Progress
-from opdkernels.runs.run_dir import as_input_error, describe_run, open_run_dir
+from opdkernels.runs.run_dir import REMEDY, as_input_error, describe_run, open_run_dir
 from opdkernels.runs.store import ArrowStore
+from opdkernels.untrusted import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,8 +96,8 @@ class Trajectory:
 def load_trajectory(folder: Path, run: dict[str, Any]) -> Trajectory:
     """The finished trajectory in a folder, whose run.json is `run`."""
     with as_input_error(folder):
-        summary = json.loads((folder / "summary.json").read_text())
-        return Trajectory(pq.read_table(folder / "trajectory.parquet"), summary, run, folder)
+        summary = read_json(folder / "summary.json", remedy=REMEDY)
+        return Trajectory(groups.read_parquet(folder / "trajectory.parquet"), summary, run, folder)
 
 
 def step_of(path: str) -> int | None:

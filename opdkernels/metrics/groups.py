@@ -14,13 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from opdkernels.errors import InputError, printable
 from opdkernels.files import write_atomically
 from opdkernels.metrics import coordinates, null_metrics
 from opdkernels.metrics.aggregation import Members, median_of, recomputed
 from opdkernels.metrics.batch import RATIO_LABELS, RATIO_SYMBOL
 from opdkernels.metrics.registry import COUNT, NON_NEGATIVE, PAPER, VIEWS, Metric, family
+from opdkernels.runs.run_dir import REMEDY
+from opdkernels.untrusted import read_file
 
 TABLE_VERSION = 1
+MAX_TABLE_BYTES = 2**31
 GROUPINGS: dict[str, tuple[str, ...]] = {
     "model": (),
     "tower": ("tower",),
@@ -70,6 +74,21 @@ def write_parquet(path: Path, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     write_atomically(path, sink.getvalue())
+
+
+def read_parquet(path: Path) -> pa.Table:
+    """Returns a table of `write_parquet`. Raises InputError if it cannot be read, or is of another version."""
+    content = read_file(path, max_bytes=MAX_TABLE_BYTES, remedy=REMEDY)
+    try:
+        table = pq.read_table(pa.BufferReader(content))
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = printable((str(error).splitlines() or [""])[0][:200])
+        raise InputError(f"{printable(str(path))} is damaged ({reason}); {REMEDY}") from None
+    version = (table.schema.metadata or {}).get(b"opdkernels_table")
+    if version != str(TABLE_VERSION).encode():
+        raise InputError(f"{printable(str(path))} was not written by this version of opdkernels; {REMEDY}")
+    return table
 
 
 def plain_cell(value: Any) -> Any:

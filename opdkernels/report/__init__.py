@@ -36,8 +36,13 @@ def write(folder: Path, kind: Kind, result: Any) -> Path:
     Returns:
         The path of the page.
     """
+    return write_page(folder, render(kind, result))
+
+
+def write_page(folder: Path, page: str) -> Path:
+    """Writes a page to report.html in a folder and returns its path."""
     path = folder / "report.html"
-    write_atomically(path, render(kind, result).encode())
+    write_atomically(path, page.encode())
     return path
 
 

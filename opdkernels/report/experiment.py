@@ -103,9 +103,9 @@ def curves(snapshots: Sequence[Row]) -> list[dict[str, Any]]:
         ),
     ):
         known = [
-            (style, name, [row[key] for row in snapshots])
+            (style, name, [row.get(key) for row in snapshots])
             for style, name, key in lines
-            if any(row[key] is not None for row in snapshots)
+            if any(row.get(key) is not None for row in snapshots)
         ]
         if known:
             figures.append(charts.step_figure(heading, note, steps, known, percent))
@@ -121,10 +121,15 @@ def headline(result: Mapping[str, Any]) -> str:
     return f"{sentence} ({reference}: {gain})" if sentence else f"{reference}: from {gain} on held-out prompts"
 
 
+def has(row: Row, *metrics: str) -> bool:
+    """Whether a row has these metrics."""
+    return all(row.get(metric) is not None for metric in metrics)
+
+
 def masks_headline(rows: Mapping[str, Row]) -> str:
     """The gain of training the coordinates that the full run changed most."""
     changed = rows.get("changed", {})
-    if changed.get("gain_retained") is None:
+    if not has(changed, "gain_retained", "trained"):
         return ""
     return (
         f"Training {percent(changed['trained'])} of the weights, those that the full run changed most, retains "
@@ -135,7 +140,7 @@ def masks_headline(rows: Mapping[str, Row]) -> str:
 def trajectory_headline(rows: Mapping[str, Row]) -> str:
     """How much of the final mask the earliest mask contains."""
     first = next((row for row in rows.values() if row["arm"].startswith("mask at")), None)
-    if first is None:
+    if first is None or not has(first, "mask_recall", "trained"):
         return ""
     return (
         f"The {first['arm']} contains {percent(first['mask_recall'])} of the final one; by chance it would contain "
@@ -146,7 +151,7 @@ def trajectory_headline(rows: Mapping[str, Row]) -> str:
 def grafts_headline(rows: Mapping[str, Row]) -> str:
     """The gain of the largest changes, and of all others."""
     largest, others = rows.get("largest alone", {}), rows.get("all but the largest", {})
-    if largest.get("gain_retained") is None or others.get("gain_retained") is None:
+    if not has(largest, "gain_retained", "update_fraction") or not has(others, "gain_retained"):
         return ""
     return (
         f"The largest {percent(largest['update_fraction'])} of the changes alone retain "
@@ -156,7 +161,8 @@ def grafts_headline(rows: Mapping[str, Row]) -> str:
 
 def changes_headline(rows: Mapping[str, Row]) -> str:
     """The fraction of coordinates that each arm changed."""
-    changes = [f"{percent(row['changed_stored'])} with {arm}" for arm, row in rows.items() if "changed_stored" in row]
+    known = {arm: row["changed_stored"] for arm, row in rows.items() if has(row, "changed_stored")}
+    changes = [f"{percent(changed)} with {arm}" for arm, changed in known.items()]
     return f"Changed as stored: {', '.join(changes)}"
 
 

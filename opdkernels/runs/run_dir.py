@@ -15,13 +15,61 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field
 
 from opdkernels.backends import cpu
 from opdkernels.checkpoint.base import Checkpoint
 from opdkernels.errors import InputError, printable
 from opdkernels.files import remove_leftovers, try_lock, write_json
 from opdkernels.outputs import ANALYSIS, RUN_FILE, remove_outputs, resolve_output, validate_run_folder
+from opdkernels.untrusted import Strict, read_json, validate
 from opdkernels.version import __version__
+
+REMEDY = "run the command again with --overwrite"
+
+
+class Part(Strict):
+    """A part of run.json; versions of the package may add keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class FileEntry(Part):
+    name: str
+    bytes: int = Field(ge=0)
+    mtime_ns: int
+    header_digest: str
+
+
+class Input(Part):
+    path: str
+    kind: str
+    files: list[FileEntry]
+
+
+class Options(Part):
+    memory: int | None = Field(None, ge=0)
+
+
+class Machine(Part):
+    processor: str
+    threads: int
+    instruction_set: str
+
+
+class RunFile(Part):
+    """The content of run.json."""
+
+    status: str
+    command: str
+    identity: str
+    options: Options
+    inputs: dict[str, Input]
+    versions: dict[str, str]
+    machine: Machine
+    started: str
+    seconds: float | None = Field(None, ge=0)
+    resumed_tensors: int | None = Field(None, ge=0)
 
 
 def describe_run(
@@ -179,13 +227,10 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     path = folder / RUN_FILE
     if not path.exists():
         return None
-    try:
-        run = json.loads(path.read_text())
-        return {**run, "command": run["command"], "status": run["status"], "identity": run["identity"]}
-    except (ValueError, KeyError, TypeError, OSError):
-        raise InputError(
-            f"{printable(str(path))} cannot be read as that of a run; restore it, or choose another folder"
-        ) from None
+    remedy = "restore it, or choose another folder"
+    run = read_json(path, remedy=remedy)
+    validate(RunFile, run, printable(os.fspath(path)), remedy=remedy)
+    return run
 
 
 def load_finished(folder: Path) -> dict[str, Any]:
@@ -213,8 +258,7 @@ def as_input_error(folder: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors derive from these
-        reason = printable(str(error).splitlines()[0])
-        raise InputError(
-            f"{printable(str(folder))} is damaged ({reason}); run the command again with --overwrite"
-        ) from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        # pyarrow's errors derive from these
+        reason = printable((str(error).splitlines() or [type(error).__name__])[0])
+        raise InputError(f"{printable(str(folder))} is damaged ({reason}); {REMEDY}") from None
