@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*)
 
-.PHONY: demo test test-fast kill sanitize lint bench gpu trainers clean
+.PHONY: demo test test-fast kill sanitize fuzz lint bench gpu trainers clean
 
 demo: $(READY)
 	$(BIN)/python examples/distill_demo.py demo
@@ -23,6 +23,11 @@ kill: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Damaged files of every kind; the same cases each time. SECONDS limits the time, the whole takes about an hour on two cores.
+SECONDS ?= 3600
+fuzz: $(READY)
+	$(BIN)/python -m tests.robustness.fuzz --seconds $(SECONDS)
 
 # The optimizers in the trainers that people use, in an environment of their own.
 trainers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from typing import Any, TypeVar
 
@@ -134,11 +135,17 @@ def parse_json(content: bytes | str, shown: str, *, remedy: str, allow_duplicate
     if kind is not None:
         raise InputError(f"{shown} is {kind}")
     try:
-        return json.loads(content, object_pairs_hook=None if allow_duplicates else unique_keys)
+        value = json.loads(content, object_pairs_hook=None if allow_duplicates else unique_keys)
+        escaped = rb"\\u[dD][89a-fA-F]" if isinstance(content, bytes) else r"\\u[dD][89a-fA-F]|[\ud800-\udfff]"
+        if re.search(escaped, content):  # type: ignore[type-var]
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise InputError(f"{shown} has an unpaired surrogate, which is not Unicode text; {remedy}") from None
     except DuplicateKeyError as error:
-        raise InputError(f"{shown}: key {printable(str(error))} appears twice; {remedy}") from None
+        raise InputError(f"{shown}: key {printable(str(error)[:100])} appears twice; {remedy}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{shown} is not JSON ({printable(str(error))}); {remedy}") from None
+        raise InputError(f"{shown} is not JSON ({printable(str(error)[:200])}); {remedy}") from None
 
 
 def other_content(first_bytes: bytes) -> str | None:
@@ -196,6 +203,6 @@ def validate(form: type[T] | TypeAdapter[T], value: Any, shown: str, *, remedy: 
             raise cause from None
         where = ".".join(str(part)[:80] for part in first["loc"])
         reason = f"{where}: {first['msg']}" if where else first["msg"]
-        raise InputError(f"{shown} is not valid: {printable(reason)}; {remedy}") from None
+        raise InputError(f"{shown} is not valid: {printable(reason[:400])}; {remedy}") from None
     except RecursionError:
         raise InputError(f"{shown} is not valid: it is nested too deeply; {remedy}") from None

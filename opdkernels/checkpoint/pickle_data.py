@@ -72,7 +72,7 @@ class CodeError(PickleError):
     """The pickle names a function or class that is not known to be data; `name` is its dotted name."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"runs code ({name}) when it is loaded")
+        super().__init__(f"runs code ({name[:120]}) when it is loaded")
         self.name = name
 
 
@@ -571,7 +571,7 @@ def _build(function: Any, arguments: Any) -> Any:
         return Opaque("numpy.ndarray")
     if name in INERT or name.startswith(INERT_PACKAGES):
         return Opaque(name.removeprefix("builtins."))
-    raise PickleError(f"has a pickle that calls {name}, which state dicts do not need")
+    raise PickleError(f"has a pickle that calls {name[:120]}, which state dicts do not need")
 
 
 def _mapping(arguments: tuple[Any, ...]) -> dict[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,6 +78,9 @@ class Results(Strict):
         names = [row.arm for row in self.rows]
         if len(set(names)) < len(names):
             raise ValueError("an arm has two rows")
+        steps = [snapshot.step for snapshot in self.snapshots]
+        if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
+            raise ValueError("the steps of the snapshots do not increase")
         for name in (START, self.reference_arm):
             if name not in names:
                 raise ValueError(f"there is no row of the arm {name}")

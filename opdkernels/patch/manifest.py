@@ -128,7 +128,7 @@ class Patch:
     nbytes = property(lambda self: self._file.fingerprint.bytes)
 
     def bad(self, what: str) -> InputError:
-        return InputError(f"{printable(self.path)} {what}: {DAMAGED}")
+        return InputError(f"{printable(self.path)} {what[:500]}: {DAMAGED}")
 
     def _manifest(self, metadata: dict[str, str]) -> Manifest:
         if metadata.get("format") != FORMAT:
