@@ -215,7 +215,7 @@ class MaskSet(Mapping[str, Mask]):
             version = file.metadata.get("version")
             if version != VERSION:
                 raise InputError(
-                    f"{display_name} has version {printable(str(version))} of the format, not {VERSION}; "
+                    f"{display_name} has version {printable(str(version)[:20])} of the format, not {VERSION}; "
                     "create it again"
                 )
             metadata = validate(Metadata, file.metadata, f"{display_name}: its metadata", remedy="create it again")

@@ -137,7 +137,7 @@ class Patch:
             )
         if metadata.get("version") != VERSION:
             raise InputError(
-                f"{printable(self.path)} is a patch of version {printable(str(metadata.get('version')))}; this version"
+                f"{printable(self.path)} is a patch of version {printable(str(metadata.get('version'))[:20])}; this version"
                 f" of opdkernels reads version {VERSION}: update opdkernels"
             )
         text = metadata.get("manifest", "")
