@@ -137,8 +137,8 @@ class Patch:
             )
         if metadata.get("version") != VERSION:
             raise InputError(
-                f"{printable(self.path)} is a patch of version {printable(str(metadata.get('version'))[:20])}; this version"
-                f" of opdkernels reads version {VERSION}: update opdkernels"
+                f"{printable(self.path)} is a patch of version {printable(str(metadata.get('version'))[:20])};"
+                f" this version of opdkernels reads version {VERSION}: update opdkernels"
             )
         text = metadata.get("manifest", "")
         if digest_bytes(text.encode("utf-8", "surrogatepass")) != metadata.get("manifest_digest"):
