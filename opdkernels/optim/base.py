@@ -80,6 +80,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
             masks = param_group.pop("masks", {})
             if not isinstance(param_group.get("params", ()), (torch.Tensor, set)):
                 param_group["params"] = list(param_group["params"])
+                names = param_group.get("param_names")
+                if names is not None and len(names) != len(param_group["params"]):
+                    raise ValueError(
+                        f"a group has {len(param_group['params'])} parameters and {len(names)} param_names; "
+                        "give one name per parameter"
+                    )
                 validate_distinct(named_params([*self.param_groups, param_group]))
         super().add_param_group(param_group)
         group = self.param_groups[-1]

@@ -11,7 +11,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from opdkernels.checkpoint.names import unwrap_name
-from opdkernels.errors import printable
+from opdkernels.errors import InputError, printable
 from opdkernels.optim.active import gather_active, scatter_active
 from opdkernels.optim.bind_masks import Masks, bind_model
 from opdkernels.optim.binding import Binding, is_dtensor, local_gradient
@@ -59,14 +59,28 @@ class MaskedParameters(torch.nn.Module):
             self.names.append(unwrap_name(name))
             self._weights.append((weight, binding))
             self._handles.append(weight.register_post_accumulate_grad_hook(partial(gather_gradient, owner, index)))
+        self.register_load_state_dict_pre_hook(validate_extra_state)
         if not self.values:
             raise ValueError(
                 "no parameter of the model has a mask with an active coordinate; give masks by the model's names"
             )
 
+    def get_extra_state(self) -> dict[str, Any]:
+        """The names and masks of the weights, which a state dict holds next to the values."""
+        return {"names": list(self.names), "masks": [binding.mask.digest for _, binding in self._weights]}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing: `validate_extra_state` compares it before the values are loaded."""
+
     @torch.no_grad()
     def push_to_model(self) -> None:
-        """Write the compact values to the weights."""
+        """Write the compact values to the weights.
+
+        Raises:
+            TypeError: A weight is neither fp32 nor bf16 any more; no weight has changed.
+        """
+        for weight, binding in self._weights:
+            binding.validate_weights(weight, has_state=False)
         for (weight, binding), value in zip(self._weights, self.values, strict=True):
             scatter_active(weight, binding.local_mask(weight), value.detach().float().contiguous())
 
@@ -94,6 +108,18 @@ class MaskedParameters(torch.nn.Module):
 
     def __deepcopy__(self, memo: dict) -> Any:
         return self.__reduce__()
+
+
+def validate_extra_state(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Raise InputError before values are loaded if a state dict is of other weights or masks, or in another order."""
+    saved, own = state_dict.get(f"{prefix}_extra_state"), module.get_extra_state()
+    if saved is not None and saved != own:
+        saved_names = saved.get("names", []) if isinstance(saved, dict) else []
+        what = "masks" if saved_names == own["names"] else "weights, or in another order"
+        raise InputError(
+            f"the state of {len(saved_names)} compact parameters is of other {what}; create MaskedParameters from the "
+            "same model and masks as in the saved run"
+        )
 
 
 def gather_gradient(owner: weakref.ref[MaskedParameters], index: int, weight: torch.Tensor) -> None:

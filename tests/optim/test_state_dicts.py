@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
 
 from opdkernels.errors import InputError
-from opdkernels.optim import MaskedAdamW, MaskedSGD
+from opdkernels.optim import MaskedAdamW, MaskedParameters, MaskedSGD
 
 KINDS = {
     "adamw": (MaskedAdamW, torch.optim.AdamW, {}, "exp_avg"),
@@ -199,3 +200,41 @@ def test_entries_of_users_in_a_parameters_state_survive(kind):
     assert torch.equal(state["average"], torch.full((4, 4), 3.0))
     assert state["note"] == "mine"
     assert state[KINDS[kind][3]].shape == (4,)
+
+
+def test_state_of_masked_parameters_in_another_order_raises():
+    """Values are saved by position; in another order they would go to other weights of the same size."""
+
+    def compact_of(names, seed=0):
+        model = torch.nn.Module()
+        for name in names:
+            model.register_parameter(name, torch.nn.Parameter(torch.zeros(4, 4)))
+        flags = torch.arange(16).view(4, 4) % 2 == seed
+        return model, MaskedParameters(model, dict.fromkeys(names, flags))
+
+    (_, compact), (model, same) = compact_of("qk"), compact_of("qk")
+    with torch.no_grad():
+        compact.values[0].fill_(3.0)
+    file = io.BytesIO()
+    torch.save(compact.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    same.load_state_dict(saved)
+    same.push_to_model()
+    assert float(model.q.detach().sum()) == 24.0
+    for other, what in (
+        (compact_of("kq")[1], "weights"),
+        (compact_of("qv")[1], "weights"),
+        (compact_of("qk", 1)[1], "masks"),
+    ):
+        before = [value.detach().clone() for value in other.values]
+        with pytest.raises(InputError, match=f"is of other {what}"):
+            other.load_state_dict(saved)
+        assert all(torch.equal(value, old) for value, old in zip(other.values, before, strict=True))
+
+
+@with_kinds
+def test_names_of_a_group_must_be_as_many_as_its_parameters(kind):
+    group = {"params": list(params_of("qk").values()), "param_names": ["q"]}
+    with pytest.raises(ValueError, match="a group has 2 parameters and 1 param_names"):
+        KINDS[kind][0]([group], masks={"q": torch.ones(4, 4, dtype=torch.bool)}, unmasked="train")

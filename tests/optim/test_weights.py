@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opdkernels.optim import MaskedAdamW, MaskedSGD, gather_active_grads
+from opdkernels.optim import MaskedAdamW, MaskedParameters, MaskedSGD, gather_active_grads
 
 OPTIMIZERS = {"adamw": MaskedAdamW, "sgd": MaskedSGD}
 with_optimizers = pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -139,6 +139,19 @@ def test_gathered_gradients_of_weights_of_another_dtype_raise(kind):
         param.grad = None
     model(torch.ones(1, 8).half()).sum().backward()
     with pytest.raises(TypeError, match=r"\.weight is now torch\.float16"):
+        optimizer.step()
+    assert torch.equal(model[0].weight, before)
+
+
+def test_masked_parameters_of_weights_of_another_dtype_raise_before_anything_moves():
+    model = two_layers()
+    compact = MaskedParameters(model, {"0.weight": flags(8, 8), "1.weight": flags(8, 8)})
+    optimizer = compact.attach(torch.optim.SGD(compact.parameters(), lr=1.0))
+    model[1].half()
+    before = model[0].weight.detach().clone()
+    for value in compact.values:
+        value.grad = torch.ones_like(value)
+    with pytest.raises(TypeError, match=r"1\.weight is now torch\.float16"):
         optimizer.step()
     assert torch.equal(model[0].weight, before)
 
