@@ -166,8 +166,9 @@ def format_trajectory(result: Trajectory) -> list[str]:
 
 
 def format_inspection(content: dict[str, Any]) -> list[str]:
-    """What `inspect` returns."""
-    text = []
+    """What `inspect` returns; how much is compared comes first where it is too little."""
+    coverage = content.get("coverage", {"sufficient": True})
+    text = [] if coverage["sufficient"] else [coverage_sentence(coverage)]
     for side in ("a", "b"):
         if side in content:
             checkpoint = content[side]
@@ -183,7 +184,8 @@ def format_plan(content: dict[str, Any]) -> list[str]:
     plan, spectra = content["plan"], content["plan"]["spectra"]
     how = ", ".join(f"{count} {kind}" for kind, count in content["how"].items())
     text = [f"matched: {content['matched']} tensors ({how}), {content['coordinates']:,} coordinates"]
-    text.append(coverage_sentence(content["coverage"]))
+    if content["coverage"]["sufficient"]:
+        text.append(coverage_sentence(content["coverage"]))
     text += [
         f"not compared: {printable(tensor['name'])} ({tensor['side']}): {printable(tensor['reason'])}"
         for tensor in content["unmatched"]

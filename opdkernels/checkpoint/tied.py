@@ -134,20 +134,15 @@ def _drop_embedding_copies(*sides: Side) -> None:
 
 
 def drop_left_over_copies(side: Side) -> None:
-    """Drops tensors that only one side stores and that have the bits of another tensor of that side.
+    """Drops matrices that only one side stores and that have the bits of an embedding of that side.
 
-    For models whose tied tensors have other names than those of language models. Vectors and constant tensors may be
-    equal by chance.
+    For tied heads with other names than those of language models. Other tensors that are equal, such as those of layers
+    that were copied to make a model deeper, are parameters of their own.
     """
-    by_shape: dict[tuple[int, ...], list[TensorInfo]] = {}
-    for info in side.checkpoint.tensors.values():
-        if info.name not in side.remaining and info.name not in side.tied_to:
-            by_shape.setdefault(info.shape, []).append(info)
+    keepers = [e for e in side.embeddings if e.name not in side.remaining and e.name not in side.tied_to]
     for info in list(side.remaining.values()):
-        if len(info.shape) < 2 or not info.numel:
-            continue
-        keeper = next((other for other in by_shape.get(info.shape, []) if side.is_copy(info, other)), None)
-        if keeper is not None and not _is_constant(side.checkpoint, info):
+        keeper = next((e for e in keepers if e.shape == info.shape and side.is_copy(info, e)), None)
+        if keeper is not None and info.numel and not _is_constant(side.checkpoint, info):
             side.drop(info.name, keeper.name)
 
 

@@ -172,10 +172,11 @@ def test_a_copy_that_one_side_stores_is_counted_once(head: str) -> None:
     assert [u.name for u in match_both_ways(RampCheckpoint(names), other).unmatched] == [head]
 
 
-def test_constant_tensors_are_equal_by_chance() -> None:
-    names = {"a.weight": (4, 4)}
-    pair = match_both_ways(FakeCheckpoint(names), FakeCheckpoint({**names, "b.weight": (4, 4)}))
-    assert [u.name for u in pair.unmatched] == ["b.weight"]
+@pytest.mark.parametrize(("kept", "extra"), [(EMBED, "b.weight"), ("layers.0.up.weight", "layers.1.up.weight")])
+def test_constant_tensors_and_copied_layers_are_no_copies(kept: str, extra: str) -> None:
+    kind = FakeCheckpoint if kept == EMBED else RampCheckpoint
+    pair = match_both_ways(kind({kept: (4, 4)}), kind({kept: (4, 4), extra: (4, 4)}))
+    assert ([u.name for u in pair.unmatched], pair.coverage.sufficient) == ([extra], False)
 
 
 class RampCheckpoint(FakeCheckpoint):
