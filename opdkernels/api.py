@@ -186,6 +186,7 @@ def trajectory(
     base: str | os.PathLike[str],
     *checkpoints: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
+    steps: Sequence[int] = (),
     spectra: Literal["exact", "topk", "off"] = "exact",
     atol: float = 1e-5,
     memory: str | int = "4GB",
@@ -202,11 +203,12 @@ def trajectory(
 
     Args:
         base: Checkpoint that the run was trained from: a folder, a file or a hub id.
-        *checkpoints: Checkpoints of the run. They are sorted by the step in their names (checkpoint-200, step_0040);
-            those without a step come last.
+        *checkpoints: Checkpoints of the run, sorted by their steps.
         out: Run directory, with the analysis of each checkpoint in steps/. The same call with more checkpoints extends
             the run. factors/ caches what depends only on the base: 0.2 to 0.8 times the size of the base, more for
             square matrices; it may be deleted between runs. Without `out`, nothing is written.
+        steps: The training step of each checkpoint. Without it, steps come from the names (checkpoint-200, step_0040)
+            or from trainer_state.json; checkpoints without a step come last and get no number.
         spectra: As in `analyze`, for every checkpoint.
         atol: A coordinate is changed if its visible |delta| exceeds this threshold, which is rounded to bf16.
         memory: Memory limit, such as "2GB" or a number of bytes; memory-mapped files do not count.
@@ -240,6 +242,7 @@ def trajectory(
     options = validate_options(
         TrajectoryOptions,
         {
+            "steps": tuple(steps),
             "spectra": spectra,
             "atol": atol,
             "memory": memory,

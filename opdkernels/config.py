@@ -168,6 +168,13 @@ class OverlapOptions(RunOptions):
 
 
 class TrajectoryOptions(RunOptions):
+    steps: Annotated[tuple[Annotated[int, Field(ge=0, lt=10**15)], ...], BeforeValidator(split_commas)] = option(
+        "Input",
+        "Training steps of the checkpoints, in their order, separated by commas; if not given: from their names or "
+        "trainer_state.json.",
+        (),
+        metavar="STEP,...",
+    )
     spectra: Literal["exact", "topk", "off"] = option("Computation", "As in analyze, for every checkpoint.", "exact")
     atol: float = option(
         "Computation",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +18,7 @@ from opdkernels.metrics import groups as tables
 from opdkernels.metrics.groups import read_parquet
 from opdkernels.metrics.spectra import FINAL, SpectrumRecord, open_spectra
 from opdkernels.metrics.tallies import TallyRecord, open_tallies
+from opdkernels.metrics.verdict import matrix_comparisons, pair_verdict
 from opdkernels.ops.delta import Tally
 from opdkernels.runs.run_dir import as_input_error, load_finished
 
@@ -97,6 +97,8 @@ class Analysis:
         )
         self.spectra, self.geometry = tables.rows_to_arrow(spectra), tables.rows_to_arrow(geometry)
         self.summary["spectra"] = geometry_of.summarise(spectra, geometry)
+        matrices = matrix_comparisons([a | b for a, b in zip(spectra, geometry, strict=True)])
+        self.summary["verdict"] = pair_verdict(self.summary, matrices)
 
     def tally(self, name: str) -> Tally:
         """The tally of one tensor, by its name in the base. Raises KeyError if there is none."""
@@ -126,14 +128,8 @@ class Analysis:
             for key, label in labels.items()
         )
         head = "".join(f"<th>{html.escape(v)}</th>" for v in views)
-        title = f"{self.summary['matched']['tensors']} tensors, {self.summary['matched']['parameters']:,} parameters"
+        title = self.summary["verdict"]["text"]
         return f"<table><caption>{html.escape(title)}</caption><tr><th></th>{head}</tr>{rows}</table>"
-
-
-def all_bits_equal(summary: Mapping[str, Any]) -> bool:
-    """Whether every compared coordinate has the same bits; `identical` also needs that everything was compared."""
-    views, failed = summary["views"], summary["failed"]
-    return bool(views) and not failed and views["stored"]["bit_equal"] == summary["matched"]["parameters"]
 
 
 def load(path: str | Path) -> Analysis:

@@ -117,6 +117,31 @@ class Spectra(Part):
     metrics: dict[str, Centre] = Field(json_schema_extra={"propertyNames": {"enum": [*SUMMARY_METRICS]}})
 
 
+class Comparison(Part):
+    """A metric against what rounding alone gives."""
+
+    metric: str
+    label: str
+    observed: float
+    expected: float
+    ratio: float = Field(description="Observed over expected; of matrices the median of the ratios.")
+    low: float = Field(description="Lower end of the interval of 95 %, from the deviation of the null.")
+    high: float = Field(description="Upper end of the interval.")
+    words: str = Field(description="as rounding alone, more than rounding alone, or less than rounding alone.")
+
+
+class Verdict(Part):
+    """What the pair is, see `opdkernels.metrics.verdict`."""
+
+    kind: str = Field(
+        description="identical, same parameters, not comparable, not finite, unrelated, no visible change, dense, "
+        "sparse, sparse as rounding alone, less sparse than rounding alone, or sparse beyond rounding."
+    )
+    concentrated: bool | None = Field(description="Whether few directions carry the update; null without spectra.")
+    text: str = Field(description="The first line of the terminal output.")
+    comparisons: list[Comparison]
+
+
 class Summary(Part):
     """The whole model, as `analyze` writes it to summary.json."""
 
@@ -133,6 +158,10 @@ class Summary(Part):
             "additionalProperties": False,
         },
     )
+    median_relative_norm: float | None = Field(
+        description="Relative norm of the update in the median matrix, weighted by size, stored view."
+    )
+    verdict: Verdict
     null_kinds: dict[str, int] = Field(description="Which null was nearest, and in how many tensors that changed.")
     curve: Curve
     ulp: Ulp

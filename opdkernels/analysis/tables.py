@@ -18,6 +18,7 @@ from opdkernels.metrics.null_metrics import null_metrics
 from opdkernels.metrics.registry import VIEWS
 from opdkernels.metrics.rounding_null import Null
 from opdkernels.metrics.tallies import TallyRecord
+from opdkernels.metrics.verdict import pair_verdict
 from opdkernels.ops.delta.layout import HIST_DELTA_STORED, ULP_REACH
 from opdkernels.spectral.exact import RATIOS
 
@@ -43,8 +44,21 @@ def build_analysis(pair: Pair, records: list[TallyRecord], run_info: dict[str, A
     }
     group_rows = groups.group_rows(labels, views)
     summary = summarize(pair, records, group_rows, nulls)
+    sizes = [record.tally.numel if len(record.shape) > 1 and record.tally else 0 for record in counted]
+    summary["median_relative_norm"] = weighted_median(views["stored"].get("relative_norm"), sizes)
+    summary["verdict"] = pair_verdict(summary, ())
     tensors = groups.interleave(labels, views)
     return Analysis(tensors, groups.rows_to_arrow(group_rows), summary, run_info, records)
+
+
+def weighted_median(values: np.ndarray | None, weights: list[int]) -> float | None:
+    """The value up to which half of the weight is; None if no value that is not NaN has weight."""
+    if values is None:
+        return None
+    known = ~np.isnan(values) & (np.array(weights) > 0)
+    order = np.argsort(values[known])
+    ranked, total = values[known][order], np.cumsum(np.array(weights, float)[known][order])
+    return float(ranked[np.searchsorted(total, total[-1] / 2)]) if len(ranked) else None
 
 
 def fit_nulls(records: list[TallyRecord]) -> list[dict[str, Null]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from opdkernels.analysis.headers import rough_duration
 from opdkernels.analysis.overlap import Overlaps
-from opdkernels.analysis.result import Analysis, all_bits_equal
+from opdkernels.analysis.result import Analysis
 from opdkernels.analysis.trajectory import Trajectory
 from opdkernels.analysis.trajectory_tables import mean
 from opdkernels.checkpoint.coverage import coverage_sentence
@@ -15,20 +15,20 @@ from opdkernels.errors import printable
 from opdkernels.formatting import byte_size, measure, percent, times
 from opdkernels.metrics.registry import VIEWS
 from opdkernels.metrics.trajectory import SIMILARITY
+from opdkernels.metrics.verdict import all_bits_equal
 
 MAX_LISTED = 10
+MEASURES = ("stable_rank", "drift", "rotation_left_10pct", "rotation_right_10pct")  # no fractions
 
 
 def format_analysis(result: Analysis) -> list[str]:
     """Both views in columns, what is expected from bf16 rounding alone, and what was left out."""
     summary, names = result.summary, {record.index: record.name for record in result.records}
     matched = summary["matched"]
-    text = [f"{matched['tensors']} tensors: {coverage_sentence(summary['coverage'])}"]
-    if not summary["coverage"]["sufficient"]:
-        text = [coverage_sentence(summary["coverage"]), f"{matched['tensors']} tensors"]
-    if summary["views"]:
-        text += [same_bits_line(summary)] if all_bits_equal(summary) else format_views(summary)
-    text += format_spectra(summary.get("spectra"))
+    text = [summary["verdict"]["text"], f"{matched['tensors']} tensors: {coverage_sentence(summary['coverage'])}"]
+    if summary["views"] and not all_bits_equal(summary):
+        text += format_views(summary)
+    text += format_comparisons(summary["verdict"]["comparisons"])
     for title, items in (
         ("excluded", [f"{tensor['name']} ({tensor['side']}): {tensor['reason']}" for tensor in summary["excluded"]]),
         (
@@ -49,14 +49,6 @@ def format_analysis(result: Analysis) -> list[str]:
     return text
 
 
-def same_bits_line(summary: dict[str, Any]) -> str:
-    """What can be said of a pair whose compared coordinates all have the same bits."""
-    if summary["identical"]:
-        return "identical: every coordinate has the same bits"
-    rest = "other tensors were not compared" if not summary["coverage"]["complete"] else "buffers differ"
-    return f"every compared coordinate has the same bits; {rest}"
-
-
 def format_views(summary: dict[str, Any]) -> list[str]:
     """The main metrics of the whole model in the stored and the visible view."""
     stored, visible = summary["views"]["stored"], summary["views"]["visible"]
@@ -74,35 +66,23 @@ def format_views(summary: dict[str, Any]) -> list[str]:
         ("near-zero coverage at 10 %", "near_zero_coverage_10pct"),
     ):
         text.append(f"{label:34}{percent(stored[key]):>12}{percent(visible[key]):>12}")
-    kinds = ", ".join(f"{kind} in {count}" for kind, count in summary["null_kinds"].items())
-    changed, coverage = visible["changed_over_null"], visible["near_zero_coverage_10pct_over_null"]
-    return [
-        *text,
-        f"{'changed / expected from rounding':34}{'':>12}{times(changed):>12}   (nearest null: {kinds} tensors)",
-        f"{'near-zero coverage / expected':34}{'':>12}{times(coverage):>12}",
-    ]
+    return text
 
 
-def format_spectra(spectra: dict[str, Any] | None) -> list[str]:
-    """Medians over matrices, and their chance levels."""
-    if not spectra or not spectra["metrics"]:
+def format_comparisons(comparisons: Sequence[dict[str, Any]]) -> list[str]:
+    """Metrics against what rounding alone gives: of coordinates for the whole model, of matrices the median."""
+    if not comparisons:
         return []
-    medians = {name: centre["median"] for name, centre in spectra["metrics"].items()}
-    rows: list[tuple[str, str, Callable[[float | None], str], float | None]] = [
-        ("stable rank, and of a random update", "stable_rank", measure, medians["stable_rank_null"]),
-        ("energy of the 16 top directions", "energy_16", percent, medians["energy_16_null"]),
-        ("energy within the top tenths of W", "projection_10pct", percent, medians.get("projection_10pct_chance")),
-        ("principal coverage at 10 %", "principal_coverage_10pct", percent, 0.1),
-    ]
-    known = spectra["matrices"] - sum(spectra["without"].values())
-    return [
-        f"{f'median over {known} matrices':34}{'stored':>12}{'by chance':>12}",
-        *(
-            f"{label:34}{show(medians[key]):>12}{show(chance):>12}"
-            for label, key, show, chance in rows
-            if key in medians
-        ),
-    ]
+    width = max(34, *(len(entry["label"]) + 2 for entry in comparisons))
+    text = [f"{'':{width}}{'observed':>12}{'rounding':>12}{'ratio':>9}   (interval of 95 %; of matrices: medians)"]
+    for entry in comparisons:
+        show = measure if entry["metric"] in MEASURES else percent
+        ends = f"({times(entry['low'])} to {times(entry['high'])})"
+        text.append(
+            f"{entry['label']:{width}}{show(entry['observed']):>12}{show(entry['expected']):>12}"
+            f"{times(entry['ratio']):>9}   {ends:22}{entry['words']}"
+        )
+    return text
 
 
 def format_overlap(result: Overlaps) -> list[str]:
@@ -144,7 +124,7 @@ def format_trajectory(result: Trajectory) -> list[str]:
         stored, visible = (step["views"].get(view, {}) for view in VIEWS)
         similarity = mean([stored.get(name) for name in SIMILARITY])
         text.append(
-            f"{step['step']:8}{percent(stored.get('frac_zero')):>11}{percent(visible.get('frac_zero')):>10}"
+            f"{step['label']:>8}{percent(stored.get('frac_zero')):>11}{percent(visible.get('frac_zero')):>10}"
             f"{percent(stored.get('relative_norm')):>11}{measure(stored.get('stable_rank')):>13}"
             f"{measure(stored.get('cosine_final')):>9}{measure(similarity):>8}"
             f"{percent(visible.get('recall_vs_final')):>10}{percent(visible.get('frac_changed_since_previous')):>9}"
@@ -158,11 +138,16 @@ def format_trajectory(result: Trajectory) -> list[str]:
     text += [f"note: {note}" for note in summary["notes"]]
     text += excluded_lines(summary["excluded"])
     text += [
-        f"step {step['step']}: tensors were excluded, failed or contain NaN or Inf; see its own report"
+        f"{step_title(step)}: tensors were excluded, failed or contain NaN or Inf; see its own report"
         for step in summary["steps"]
         if step["exit_status"]
     ]
     return text + finished_line(result)
+
+
+def step_title(step: dict[str, Any]) -> str:
+    """A checkpoint of a trajectory in a sentence: step 20, or its name."""
+    return step["label"] if step["step"] is None else f"step {step['step']}"
 
 
 def format_inspection(content: dict[str, Any]) -> list[str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from opdkernels.analysis.analyze import describe_pair, finalize
+from opdkernels.analysis.checkpoint_steps import CheckpointStep, order_checkpoints
 from opdkernels.analysis.common_tensors import Elements, base_elements, common_coverage, match_in_all
 from opdkernels.analysis.factors import FactorCache
 from opdkernels.analysis.frames import format_path, to_pandas
@@ -31,7 +31,7 @@ from opdkernels.analysis.trajectory_tables import model_metrics, step_rows
 from opdkernels.checkpoint.match import Pair, match
 from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.config import AnalyzeOptions, TrajectoryOptions
-from opdkernels.errors import UsageError, printable
+from opdkernels.errors import UsageError
 from opdkernels.files import write_json
 from opdkernels.formatting import percent
 from opdkernels.metrics import groups
@@ -47,8 +47,6 @@ from opdkernels.untrusted import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
-
-STEP = re.compile(r"(?:step|steps|checkpoint|ckpt|iter|iteration|epoch)[-_]?0*(\d{1,15})(?!\d)(?!.*\d)", re.IGNORECASE)
 
 
 @dataclass(repr=False)
@@ -88,7 +86,7 @@ class Trajectory:
         unchanged = steps[-1]["views"].get("visible", {}).get("frac_zero")
         changed = None if unchanged is None else 1 - unchanged
         return (
-            f"Trajectory(base={self.summary['base']!r}, steps={[step['step'] for step in steps]}, "
+            f"Trajectory(base={self.summary['base']!r}, steps={[step['label'] for step in steps]}, "
             f"visibly changed at the end: {percent(changed)}, path={format_path(self.path)})"
         )
 
@@ -98,34 +96,6 @@ def load_trajectory(folder: Path, run: dict[str, Any]) -> Trajectory:
     with as_input_error(folder):
         summary = read_json(folder / "summary.json", remedy=REMEDY)
         return Trajectory(groups.read_parquet(folder / "trajectory.parquet"), summary, run, folder)
-
-
-def step_of(path: str) -> int | None:
-    """The training step that a path names, from its last component that names one.
-
-    >>> step_of("run/checkpoint-200"), step_of("run/global_step_40/actor"), step_of("run/final")
-    (200, 40, None)
-    """
-    for component in reversed(os.path.normpath(path).split(os.sep)):
-        if step := STEP.search(component):
-            return int(step[1])
-    return None
-
-
-def sort_by_step(paths: Sequence[str]) -> tuple[list[tuple[int, str]], list[str]]:
-    """Checkpoints with their steps, ascending, and notes for the user.
-
-    Steps come from the names. Checkpoints without a step come last, in the order given. If two have the same step, or
-    none has one, all are numbered in the order given.
-    """
-    steps = [(step_of(path), path) for path in paths]
-    known = sorted((step, path) for step, path in steps if step is not None)
-    if len({step for step, _ in known}) < len(known):
-        return list(enumerate(paths, 1)), ["two checkpoints name the same step: all are numbered in the order given"]
-    if not known:
-        return list(enumerate(paths, 1)), ["no checkpoint names its step: they are numbered in the order given"]
-    unnamed = list(enumerate((path for step, path in steps if step is None), known[-1][0] + 1))
-    return known + unnamed, [f"{printable(path)} names no step: it is taken as step {step}" for step, path in unnamed]
 
 
 def run_trajectory(
@@ -140,30 +110,30 @@ def run_trajectory(
         raise UsageError("trajectory takes two or more checkpoints of a run; use analyze for one")
     if out is None and options.csv:
         raise UsageError("csv writes files; give an output folder")
-    numbered, notes = sort_by_step([os.fspath(path) for path in checkpoints])
+    points, notes = order_checkpoints([os.fspath(path) for path in checkpoints], options.steps)
     with contextlib.ExitStack() as stack:
         opened_base, *trained = (
             stack.enter_context(contextlib.closing(open_checkpoint(path, **options.open_kwargs)))
-            for path in (base, *(path for _, path in numbered))
+            for path in (base, *(point.path for point in points))
         )
         stack.enter_context(torch_threads(options.threads))
         pairs = [match(opened_base, checkpoint) for checkpoint in trained]
-        numbers = [number for number, _ in numbered]
+        labels = [point.label for point in points]
         run_info = describe_run(
             "trajectory",
             options.model_dump(mode="json"),
-            {"base": opened_base, **dict(zip(map(str, numbers), trained, strict=True))},
+            {"base": opened_base, **dict(zip(labels, trained, strict=True))},
             schema_version=SCHEMA_VERSION,
             identity_inputs=["base"],  # checkpoints may be added; each has a run directory of its own
         )
         folder = stack.enter_context(open_run_dir(out, run_info, options.overwrite))
         runs = [
-            stack.enter_context(checkpoint_run(folder, number, pair, options))
-            for number, pair in zip(numbers, pairs, strict=True)
+            stack.enter_context(checkpoint_run(folder, point, pair, options))
+            for point, pair in zip(points, pairs, strict=True)
         ]
         tally_runs(runs, options, progress)
         similarities = compute_run_spectra(folder, runs, options, progress)
-        common, excluded = match_in_all(pairs, [f"step {number}" for number in numbers])
+        common, excluded = match_in_all(pairs, [point.title for point in points])
         totals = [run.totals for run in runs]
         trajectories = count_trajectories(pairs, totals, common, options.atol, options.memory, progress)
         for checkpoint in (opened_base, *trained):
@@ -172,14 +142,15 @@ def run_trajectory(
         named_similarities = [(tensor_names[similarity.index], similarity) for similarity in similarities]
         rows: list[Row] = []
         steps = []
-        for i, (run, (number, path)) in enumerate(zip(runs, numbered, strict=True)):
+        for i, (run, point) in enumerate(zip(runs, points, strict=True)):
             analysis = run.finalize()
-            checkpoint_rows = step_rows(i, number, analysis, trajectories, named_similarities)
+            checkpoint_rows = step_rows(i, point, analysis, trajectories, named_similarities)
             rows += checkpoint_rows
             steps.append(
                 {
-                    "step": number,
-                    "path": path,
+                    "step": point.step,
+                    "label": point.label,
+                    "path": point.path,
                     "folder": run.folder.name if run.folder is not None else None,
                     "exit_status": analysis.exit_status,
                     "views": model_metrics(checkpoint_rows),
@@ -189,7 +160,7 @@ def run_trajectory(
             "schema_version": groups.TABLE_VERSION,
             "base": opened_base.path,
             "atol": options.atol,
-            "coverage": common_coverage(pairs, [f"step {number}" for number in numbers], common).to_dict(),
+            "coverage": common_coverage(pairs, [point.title for point in points], common).to_dict(),
             "steps": steps,
             "excluded": excluded,
             "notes": notes,
@@ -241,12 +212,14 @@ class CheckpointRun:
 
 
 @contextlib.contextmanager
-def checkpoint_run(folder: Path | None, number: int, pair: Pair, options: TrajectoryOptions) -> Iterator[CheckpointRun]:
+def checkpoint_run(
+    folder: Path | None, point: CheckpointStep, pair: Pair, options: TrajectoryOptions
+) -> Iterator[CheckpointRun]:
     """The analysis of one checkpoint, in a folder that `analyze` could have written."""
     common_fields = (name for name in AnalyzeOptions.model_fields if name in TrajectoryOptions.model_fields)
     analyze_options = AnalyzeOptions(**{name: getattr(options, name) for name in common_fields})
     run_info = describe_pair(pair, analyze_options)
-    out = step_folder(folder, number, run_info["identity"]) if folder is not None else None
+    out = step_folder(folder, point, run_info["identity"]) if folder is not None else None
     with open_run_dir(out, run_info, False) as run_folder:
         tallies = open_tallies(run_folder / "tallies" if run_folder is not None else None)
         run_info["resumed_tensors"] = len(tallies.records)
@@ -258,7 +231,7 @@ def checkpoint_run(folder: Path | None, number: int, pair: Pair, options: Trajec
             job.spectra.flush()
 
 
-def step_folder(folder: Path, number: int, identity: str) -> Path:
+def step_folder(folder: Path, point: CheckpointStep, identity: str) -> Path:
     """The folder of a checkpoint's analysis: an existing one of the same identity, or a new one named after the
     step."""
     steps = folder / "steps"
@@ -266,7 +239,7 @@ def step_folder(folder: Path, number: int, identity: str) -> Path:
         existing = read_json_object(path)
         if (existing.get("format"), existing.get("identity")) == (ANALYSIS.format, identity):
             return path.parent
-    name = f"{number:06d}"
+    name = "final" if point.step is None else f"{point.step:06d}"
     return steps / (f"{name}-{identity[:8]}" if (steps / name).exists() else name)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from opdkernels.analysis.checkpoint_steps import CheckpointStep
 from opdkernels.analysis.result import Analysis
 from opdkernels.analysis.trajectory_counts import TensorTrajectory
 from opdkernels.checkpoint.names import TensorRole, parse_tensor_name
@@ -17,7 +18,7 @@ from opdkernels.metrics.trajectory import CHANCE, SIMILARITY
 
 def step_rows(
     step: int,
-    number: int,
+    point: CheckpointStep,
     analysis: Analysis,
     trajectories: Sequence[TensorTrajectory],
     similarities: Sequence[tuple[str, Similarity]],
@@ -26,7 +27,7 @@ def step_rows(
 
     Args:
         step: Index of the checkpoint.
-        number: Its training step.
+        point: Its training step and label.
         analysis: Its analysis.
         trajectories: Every common tensor along the run.
         similarities: Tensor name and similarity of every matrix that all checkpoints have.
@@ -42,7 +43,12 @@ def step_rows(
     rows = []
     for group in analysis.groups.to_pylist():
         key = (group["by"], *(group[name] for name in GROUPINGS[group["by"]]))
-        row = {"step": number, **group, **trajectory_metrics(tensors_of.get(key, []), step, group["view"])}
+        row = {
+            "step": point.step,
+            "label": point.label,
+            **group,
+            **trajectory_metrics(tensors_of.get(key, []), step, group["view"]),
+        }
         if group["view"] == "stored":
             matrices = matrices_of.get(key, [])
             row |= {
@@ -117,7 +123,7 @@ def matrix_rows(step: int, analysis: Analysis, similarities: Sequence[tuple[str,
 
 def model_metrics(rows: Sequence[Row]) -> dict[str, Row]:
     """The metrics of the whole model at one checkpoint, by view."""
-    labels = ("step", "by", "view", *(name for names in GROUPINGS.values() for name in names))
+    labels = ("step", "label", "by", "view", *(name for names in GROUPINGS.values() for name in names))
     return {
         row["view"]: {name: value for name, value in row.items() if name not in labels}
         for row in rows

@@ -107,10 +107,10 @@ def trajectory(
 ) -> None:
     """Follow a run over its checkpoints: sparsity, norm, stable rank, and when final directions and coordinates appear.
 
-    Checkpoints are sorted by the step at the end of their names (checkpoint-200, step_0040); those without a step come
-    last. The output folder gets the results of analyze for each checkpoint in steps/, trajectory.parquet and
-    report.html. Run the same command with more checkpoints to extend the run. factors/ caches factorisations of the
-    base and may be deleted.
+    Checkpoints are sorted by their steps, from `--steps`, names (checkpoint-200, step_0040) or trainer_state.json.
+    Those without a step come last and get no number. The output folder gets the results of analyze for each checkpoint
+    in steps/, trajectory.parquet and report.html. Run the same command with more checkpoints to extend the run.
+    factors/ caches factorisations of the base and may be deleted.
 
     Example: opdkernels trajectory Qwen2.5-0.5B my-run/checkpoint-* -o out
     """

@@ -22,6 +22,8 @@ COVERAGES = [f"{name}_coverage" for name in COMPOSITES]
 SUBTRACTED = "nonprincipal_or_low_coverage"  # nearly all of the changes in any case: a ratio says nothing
 SUMMARIZED = {"10pct": {"aggregation": MEAN_OVER_MATRICES, "tables": ("geometry", "trajectory")}}
 SUMMARIZED_ONLY = {"10pct": {"aggregation": MEAN_OVER_MATRICES}}
+FLOOR = 1e-12  # expectations below it are the rounding of their sums
+SINE_NOISE = 1e-7  # sines below 3e-8 are noise
 Row = dict[str, Any]
 
 SPECTRUM_GROUPS: dict[str, Any] = {"aggregation": MEAN_OVER_MATRICES, "tables": ("spectra", "trajectory")}
@@ -197,7 +199,7 @@ def null_of_geometry(record: SpectrumRecord, metrics: Mapping[str, float | None]
         if name.startswith(SUBTRACTED):
             row[f"{name}_minus_null"] = None if observed is None or mean is None else observed - mean
         else:
-            row[f"{name}_over_null"] = over(observed, mean)
+            row[f"{name}_over_null"] = over(observed, mean, SINE_NOISE if "rotation" in name else FLOOR)
 
     for i, name in enumerate(SUBSPACE):
         for j, label in enumerate(RATIO_LABELS):
@@ -224,6 +226,6 @@ def pair_of(values: np.ndarray, *index: int) -> tuple[float | None, float | None
     return (None, None) if np.isnan(mean) else (mean, deviation)
 
 
-def over(observed: float | None, expected: float | None) -> float | None:
-    """A ratio; None if a side is unknown or nothing is expected."""
-    return None if observed is None or not expected else observed / expected
+def over(observed: float | None, expected: float | None, floor: float = FLOOR) -> float | None:
+    """A ratio; None if a side is unknown or less is expected than `floor`."""
+    return None if observed is None or expected is None or expected < floor else observed / expected

@@ -12,13 +12,14 @@ from opdkernels.analysis.result import Analysis
 from opdkernels.metrics.batch import ratio_label
 from opdkernels.metrics.catalog import metrics_on_page
 from opdkernels.metrics.registry import VIEWS
+from opdkernels.metrics.verdict import TOLERANCE
 from opdkernels.report import charts, heat_map, svg, typography
 from opdkernels.report.geometry import geometry_context
 from opdkernels.report.glossary import glossary, term
 from opdkernels.report.rows import group_tables, tensor_table
 from opdkernels.report.run_info import coverage, files, left_out, run_info
 from opdkernels.report.tables import sorted_modules
-from opdkernels.report.verdict import COVERAGE, TOLERANCE, fit_of, summarize
+from opdkernels.report.verdict import COVERAGE, fit_of, summarize
 from opdkernels.spectral.exact import RATIOS
 
 MAX_LAYERS = 200
@@ -54,6 +55,7 @@ def page_context(result: Analysis) -> dict[str, Any]:
         "sides": [(role, typography.name(summary[role])) for role in ("base", "trained")],
         "overview": overview_rows(views, curve),
         "gauges": gauges(views.get("visible", {})),
+        "comparisons": comparison_rows(summary["verdict"]["comparisons"]),
         "fit": fit,
         "null_kinds": [kind for kind in fit.kinds if kind.changed is not None],
         "curve": [drawing for frame in svg.FRAMES if (drawing := charts.sparsity_curve(curve, frame))],
@@ -127,6 +129,26 @@ def gauges(visible: Mapping[str, Any]) -> list[dict[str, Any]]:
             drawing = charts.gauge(value, TOLERANCE, label)
             entries.append({"label": label, "value": value, "drawing": drawing, "metric": term(name)})
     return entries
+
+
+def comparison_rows(comparisons: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the table of metrics against rounding alone, formatted."""
+    rows = []
+    for entry in comparisons:
+        metric = term(entry["metric"])
+        show = typography.measure if metric.format == "measure" else typography.percent
+        rows.append(
+            {
+                "label": entry["label"],
+                "definition": metric.definition,
+                "observed": show(entry["observed"]),
+                "expected": show(entry["expected"]),
+                "ratio": typography.times(entry["ratio"]),
+                "interval": f"{typography.times(entry['low'])} to {typography.times(entry['high'])}",
+                "words": entry["words"],
+            }
+        )
+    return rows
 
 
 def near_zero_rows(views: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -135,7 +135,12 @@ Line = tuple[str, str, Sequence[float | None]]  # style class (visible, stored, 
 
 
 def step_curve(
-    steps: Sequence[int], lines: Sequence[Line], text: Callable[[float | None], str], what: str, frame: Frame
+    steps: Sequence[int],
+    lines: Sequence[Line],
+    text: Callable[[float | None], str],
+    what: str,
+    frame: Frame,
+    categories: Sequence[str] | None = None,
 ) -> Markup:
     """Metrics over the steps of a run, two or more.
 
@@ -145,7 +150,9 @@ def step_curve(
         text: Formatter of the values; with `percent` the axis is in percent.
         what: Text alternative, to which the first and last values are added.
         frame: Size of the drawing.
+        categories: Names of the steps, which are then positions on the axis; None: the steps are numbers.
     """
+    names = dict(zip(steps, categories or [f"step {step}" for step in steps], strict=True))
     known = [v for _, _, values in lines for v in values if v is not None]
     ticks = axis_ticks(min(known), max(known))
     low, high = ticks[0], ticks[-1]
@@ -162,8 +169,8 @@ def step_curve(
     parts: list[Markup] = []
     for value, name in zip(ticks, named, strict=True):
         parts += horizontal_grid(frame, y(value), name)
-    for step in thin_labels([*steps], x, 52):
-        parts += x_tick(frame, x(step), str(step))
+    for step in thin_labels([*steps], x, 8 * max(map(len, names.values())) if categories else 52):
+        parts += x_tick(frame, x(step), names[step].removeprefix("step "))
     for kind, _, values in lines:
         points = [(x(step), y(v)) for step, v in zip(steps, values, strict=True) if v is not None]
         if len(points) > 1:
@@ -171,22 +178,27 @@ def step_curve(
         parts += [dot(f"{kind}-dot", px, py, 4) for px, py in points if kind != "null"]
     edges = [x(steps[0]), *((x(a) + x(b)) / 2 for a, b in pairwise(steps)), x(steps[-1])]
     for i, step in enumerate(steps):
-        tooltip = f"step {step}: " + ", ".join(f"{name} {text(values[i])}" for _, name, values in lines)
+        tooltip = f"{names[step]}: " + ", ".join(f"{name} {text(values[i])}" for _, name, values in lines)
         parts.append(probe(tooltip, edges[i], edges[i + 1] - edges[i], frame))
-    parts.append(x_axis_label(frame, "step"))
+    parts.append(x_axis_label(frame, "checkpoint" if categories else "step"))
     ends = ", ".join(f"{name} from {text(values[0])} to {text(values[-1])}" for _, name, values in lines)
     return svg(frame.width, frame.height, f"{what} {ends}", parts, f"chart {frame.kind}")
 
 
 def step_figure(
-    heading: str, note: str, steps: Sequence[int], lines: Sequence[Line], text: Callable[[float | None], str]
+    heading: str,
+    note: str,
+    steps: Sequence[int],
+    lines: Sequence[Line],
+    text: Callable[[float | None], str],
+    categories: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """A figure of `macros.html` with one step curve per frame; arguments as for `step_curve`."""
     return {
         "heading": heading,
         "note": note,
         "keys": [(f"{style}-line-key", name) for style, name, _ in lines],
-        "drawings": [step_curve(steps, lines, text, heading, frame) for frame in FRAMES],
+        "drawings": [step_curve(steps, lines, text, heading, frame, categories) for frame in FRAMES],
     }
 
 

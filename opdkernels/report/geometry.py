@@ -13,7 +13,7 @@ from opdkernels.metrics.batch import ratio_label
 from opdkernels.metrics.random_matrix import TOP, random_decay, random_spectrum
 from opdkernels.report import charts, heat_map, svg
 from opdkernels.report.tables import sorted_modules
-from opdkernels.report.typography import percent, plural, significant
+from opdkernels.report.typography import percent, plural, significant, times
 from opdkernels.spectral.exact import RATIOS
 
 POSITIONS = np.linspace(0, 1, 51)  # along a spectrum, i / min(m, n)
@@ -35,7 +35,7 @@ def geometry_context(result: Analysis) -> dict[str, Any] | None:
     exact = [row for row in rows if row["method"] != "topk"]
     return {
         "matrices": len(rows),
-        "sentences": sentences(rows, exact),
+        "sentences": sentences(rows, result.summary["verdict"]["comparisons"]),
         "charts": [energy_chart(rows), *([decay_chart(result)] if exact else [])],
         "ratios": ratio_rows(exact, result.summary["views"]) if exact else [],
         "maps": maps(rows, exact),
@@ -48,35 +48,32 @@ def column(rows: Sequence[Row], name: str) -> np.ndarray:
     return np.array([row[name] for row in rows if row.get(name) is not None], float)
 
 
-def sentences(rows: Sequence[Row], exact: Sequence[Row]) -> list[str]:
-    """What the spectra show, compared with a random update of the same shapes."""
-    stable, random = (float(np.median(column(rows, name))) for name in ("stable_rank", "stable_rank_null"))
-    energy, random_energy = (float(np.median(column(rows, name))) for name in ("energy_16", "energy_16_null"))
-    ratio = energy / random_energy
-    conclusion = (
-        "few directions carry much of it"
-        if ratio > 2
-        else "somewhat more than chance is in its top directions"
-        if ratio > 1.1
-        else "no direction stands out"
-    )
-    entries = [
-        f"The update of {plural(len(rows), 'matrix', 'matrices')} has a median stable rank of "
-        f"{significant(stable, 3)}; a random update has {significant(random, 3)}. Its 16 largest directions contain "
-        f"{percent(energy)} of the energy, those of a random update {percent(random_energy)}: {conclusion}."
-    ]
-    if exact:
-        within, chance = (float(column(exact, name).mean()) for name in ("projection_10pct", "projection_10pct_chance"))
-        covered = float(column(exact, "principal_coverage_10pct").mean())
-        relation = (
-            "avoids" if within < 0.8 * chance else "prefers" if within > 1.25 * chance else "neither prefers nor avoids"
+def sentences(rows: Sequence[Row], comparisons: Sequence[dict[str, Any]]) -> list[str]:
+    """What the spectra show, compared with a random update and with rounding alone (medians over matrices)."""
+    entry = {comparison["metric"]: comparison for comparison in comparisons}
+    texts = []
+    if "stable_rank" in entry and "energy_16" in entry:
+        stable, energy = entry["stable_rank"], entry["energy_16"]
+        texts.append(
+            f"The update of {plural(len(rows), 'matrix', 'matrices')} has a median stable rank of "
+            f"{significant(stable['observed'], 3)}; a random update has {significant(stable['expected'], 3)}. Its 16 "
+            f"largest directions contain {percent(energy['observed'])} of the energy, those of a random update "
+            f"{percent(energy['expected'])}: {times(energy['ratio'])}, {energy['words']}."
         )
-        entries.append(
-            f"It {relation} the principal directions of the weights: {percent(within)} of its energy is between their "
-            f"top tenths ({percent(chance)} by chance), and {percent(covered)} of the changed coordinates are in the "
-            "principal mask of a tenth of the coordinates (10 % by chance)."
+    if "projection_10pct" in entry:
+        within = entry["projection_10pct"]
+        texts.append(
+            f"Between the top tenths of the singular vectors of the weights is {percent(within['observed'])} of the "
+            f"energy; rounding alone gives {percent(within['expected'])}: {times(within['ratio'])}, {within['words']}."
         )
-    return entries
+    if "principal_coverage_10pct" in entry:
+        covered = entry["principal_coverage_10pct"]
+        texts.append(
+            f"The principal mask of a tenth of the coordinates has {percent(covered['observed'])} of the changed ones; "
+            f"rounding alone gives {percent(covered['expected'])}, as large weights hide small updates: "
+            f"{times(covered['ratio'])}, {covered['words']}."
+        )
+    return texts
 
 
 def drawings(
@@ -144,24 +141,21 @@ def decay_chart(result: Analysis) -> dict[str, Any]:
 
 
 def ratio_rows(exact: Sequence[Row], views: dict[str, Any]) -> list[Row]:
-    """The rows of the table of subspaces and masks, one per size."""
-    names = {
-        "projection": "projection",
-        "left": "projection_left",
-        "right": "projection_right",
-        "rotation_left": "rotation_left",
-        "rotation_right": "rotation_right",
-        "principal": "principal_coverage",
-    }
+    """The rows of the table of subspaces and masks, one per size: medians over matrices."""
+    names = [
+        f"{name}{{}}{ending}"
+        for name in ("projection", "projection_left", "projection_right", "rotation_left", "rotation_right")
+        for ending in ("", "_null")
+    ]
+    names += [f"principal_coverage{{}}{ending}" for ending in ("", "_null", "_magnitude")]
     rows = []
     for ratio in RATIOS:
         label = ratio_label(ratio)
-        values = {key: column(exact, f"{name}_{label}") for key, name in names.items()}
+        values = {name.format(""): column(exact, name.format(f"_{label}")) for name in names}
         rows.append(
             {
                 "ratio": ratio,
-                **{key: float(known.mean()) if known.size else None for key, known in values.items()},
-                "chance": float(column(exact, f"projection_{label}_chance").mean()),
+                **{name: float(np.median(known)) if known.size else None for name, known in values.items()},
                 "near_zero": views["visible"].get(f"near_zero_coverage_{label}"),
             }
         )
@@ -179,10 +173,10 @@ def maps(rows: Sequence[Row], exact: Sequence[Row]) -> list[dict[str, Any]]:
         ),
         (
             exact,
-            lambda row: None if row["principal_coverage_10pct"] is None else row["principal_coverage_10pct"] / 0.1,
-            "Principal coverage at 10 % relative to chance",
-            "Blue: the update avoids the coordinates that the top singular vectors make large; orange: it prefers "
-            "them.",
+            lambda row: row["principal_coverage_10pct_over_null"],
+            "Principal coverage at 10 % relative to bf16 rounding alone",
+            "1× is expected from rounding alone, as large weights hide small updates. Blue: the update avoids the "
+            "coordinates that the top singular vectors make large; orange: it prefers them.",
         ),
     ]
     entries = []

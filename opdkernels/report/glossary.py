@@ -58,7 +58,8 @@ TERMS: dict[str, Metric] = {
         Metric(
             name="step",
             label="step",
-            definition="number of the checkpoint: from its name, or its position in the order given",
+            definition="training step of the checkpoint, from --steps, its name or trainer_state.json; otherwise its "
+            "name",
         ),
         Metric(
             name="similarity",

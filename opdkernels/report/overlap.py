@@ -6,6 +6,7 @@ from typing import Any
 
 from opdkernels.analysis.overlap import Overlaps
 from opdkernels.metrics.catalog import METRICS
+from opdkernels.metrics.verdict import AS, LESS, MORE, words
 from opdkernels.report import heat_map, typography
 from opdkernels.report.glossary import glossary
 from opdkernels.report.run_info import coverage, files, non_empty, nonfinite, run_info, section, tensor
@@ -13,8 +14,12 @@ from opdkernels.report.tables import Column, build, columns_of, layer_cell, sort
 from opdkernels.report.typography import measure, percent, times
 
 MAX_ROWS, MAX_LAYERS = 2000, 200
+CONCLUSIONS = {
+    MORE: "So the runs share more than the magnitudes of the weights explain.",
+    AS: "So the overlap follows from the magnitudes, not from a choice that the runs share.",
+    LESS: "So the runs share less than the magnitudes of the weights explain.",
+}
 STRATA = ("row", "column")
-NEAR_CHANCE = 1.2  # ratio to the magnitude-conditioned chance level below which magnitudes explain most of the overlap
 
 
 def metric_columns(strata: list[str], model: bool = False) -> list[Column]:
@@ -93,11 +98,9 @@ def interpretation(summary: dict[str, Any], strata: list[str]) -> list[str]:
     pair = summary["pairs"][0]
     if pair["over_magnitude"] is None:
         return ["No coordinate changed that both runs could share."]
-    conclusion = (
-        "So most of the overlap follows from the magnitudes, not from a choice that the runs share."
-        if pair["over_magnitude"] < NEAR_CHANCE
-        else "So the runs share more than the magnitudes of the weights explain."
-    )
+    z = pair["z_magnitude"]
+    deviation = abs(pair["over_magnitude"] - 1) / abs(z) if z else 0.0
+    conclusion = CONCLUSIONS[words(pair["over_magnitude"], deviation)]
     return [
         f"That is {times(pair['over_uniform_global'])} uniform chance, the paper's baseline. But in bf16 only small "
         "weights change visibly, so two unrelated runs overlap as well: relative to the magnitude-conditioned chance "

@@ -10,6 +10,7 @@ from opdkernels.analysis.trajectory_tables import mean
 from opdkernels.errors import printable
 from opdkernels.metrics.similarity import TOP
 from opdkernels.metrics.trajectory import SIMILARITY
+from opdkernels.metrics.verdict import AS, LESS, MORE, words
 from opdkernels.report import charts, typography
 from opdkernels.report.glossary import glossary, term
 from opdkernels.report.run_info import Item, coverage, files, non_empty, run_info, section, tensor
@@ -32,17 +33,18 @@ def metric_columns() -> list[Column]:
 def page_context(result: Trajectory) -> dict[str, Any]:
     """The variables of trajectory.html."""
     summary, run = result.summary, result.run
-    steps = [join_views(step["views"], step["step"], step["path"]) for step in summary["steps"]]
+    steps = [join_views(step["views"], step["label"], step["path"]) for step in summary["steps"]]
+    axis = [step["step"] for step in summary["steps"]]
     columns = metric_columns()
     return {
         "title": "How a run changed its weights",
         "sides": [
             ("base", typography.name(summary["base"])),
-            *((f"step {s['step']}", typography.name(s["path"])) for s in (summary["steps"][0], summary["steps"][-1])),
+            *((title(s), typography.name(s["path"])) for s in (summary["steps"][0], summary["steps"][-1])),
         ],
         "headline": headline(steps, summary["atol"]),
         "interpretation": interpretation(steps),
-        "charts": metric_charts(steps),
+        "charts": metric_charts(steps, axis),
         "table": build("checkpoints", "Checkpoints, whole model", [Column("step"), *columns], steps),
         "modules": build(
             "modules", "Modules at each checkpoint", [Column("module"), Column("step"), *columns], by_module(result)
@@ -56,31 +58,34 @@ def page_context(result: Trajectory) -> dict[str, Any]:
     }
 
 
-def join_views(views: dict[str, Any], step: int, path: str = "", **labels: Any) -> dict[str, Any]:
+def join_views(views: dict[str, Any], label: str, path: str = "", **labels: Any) -> dict[str, Any]:
     """Both views of a checkpoint as a row of a table."""
     stored, visible = (dict(views.get(view, {})) for view in ("stored", "visible"))
     stored["similarity"] = mean([stored.get(name) for name in SIMILARITY])
     return {
-        "": {"step": Cell(str(step), str(step), typography.name(path)), **labels},
+        "": {"step": Cell(typography.name(label), label, typography.name(path)), **labels},
         "stored": stored,
         "visible": visible,
-        "step": step,
+        "title": f"step {label}" if label.isdecimal() else typography.name(label),
     }
 
 
 def by_module(result: Trajectory) -> list[dict[str, Any]]:
     """One row per module and checkpoint."""
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    position: dict[str, int] = {}
     for row in result.table.to_pylist():
         if row["by"] == "module":
-            rows.setdefault((row["module"], row["step"]), {})[row["view"]] = row
-    order = sorted(rows, key=lambda key: (MODULE_ORDER.get(key[0], len(MODULE_ORDER)), *key))
+            position.setdefault(row["label"], len(position))
+            rows.setdefault((row["module"], row["label"]), {})[row["view"]] = row
+    order = sorted(rows, key=lambda key: (MODULE_ORDER.get(key[0], len(MODULE_ORDER)), key[0], position[key[1]]))
     return [join_views(rows[key], key[1], module=key[0]) for key in order]
 
 
-def metric_charts(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def metric_charts(steps: Sequence[dict[str, Any]], axis: Sequence[int | None]) -> list[dict[str, Any]]:
     """One chart per question; charts without a known value are left out."""
-    numbers = [step["step"] for step in steps]
+    categories = [step["title"] for step in steps] if None in axis else None
+    numbers = list(range(len(steps))) if categories else [number for number in axis if number is not None]
     chance = mean([steps[-1]["stored"].get(f"{name}_chance") for name in SIMILARITY])
 
     def line(style: str, name: str, view: str, key: str) -> charts.Line:
@@ -145,19 +150,24 @@ def metric_charts(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for heading, note, text, lines in specifications:
         known = [line for line in lines if any(value is not None for value in line[2])]
         if any(style != "null" for style, *_ in known):
-            entries.append(charts.step_figure(heading, note, numbers, known, text))
+            entries.append(charts.step_figure(heading, note, numbers, known, text, categories))
     return entries
+
+
+def title(step: dict[str, Any]) -> str:
+    """A checkpoint in a sentence: step 20, or its name."""
+    return typography.name(step["label"]) if step["step"] is None else f"step {step['step']}"
 
 
 def headline(steps: Sequence[dict[str, Any]], atol: float) -> str:
     """The recall of the final set at the first checkpoint, as a sentence."""
-    first, last = steps[0]["visible"].get(RECALL), steps[-1]["step"]
+    first, last = steps[0]["visible"].get(RECALL), steps[-1]["title"].removeprefix("step ")
     if steps[-1]["visible"].get("frac_zero") == 1:
         return "Nothing changed visibly by the end"
     if first is None:
         return "The checkpoints cannot be compared with the last"
     return (
-        f"At step {steps[0]['step']} of {last}, {percent(first)} of the coordinates that the run changes by more than "
+        f"At {steps[0]['title']} of {last}, {percent(first)} of the coordinates that the run changes by more than "
         f"{atol:g} had changed"
     )
 
@@ -170,31 +180,32 @@ def interpretation(steps: Sequence[dict[str, Any]]) -> list[str]:
     sentences = []
     if None not in zero:
         sentences.append(
-            f"From step {first['step']} to {last['step']} the fraction of visibly unchanged coordinates went from "
+            f"From {first['title']} to {last['title'].removeprefix('step ')} the fraction of visibly unchanged "
+            "coordinates went from "
             f"{percent(zero[0])} to {percent(zero[1])}, and the relative norm of the update from "
             f"{percent(norms[0])} to {percent(norms[1])}."
         )
     settled = next((step for step in steps if (step["visible"].get(RECALL) or 0) >= SETTLED), None)
     if settled is not None and settled is not last:
         sentences.append(
-            f"By step {settled['step']}, {percent(SETTLED)} of the final set had changed; "
+            f"By {settled['title']}, {percent(SETTLED)} of the final set had changed; "
             f"{percent(settled['visible'][PRECISION])} of what had changed by then stays changed."
         )
     over_chance = first["visible"].get("shared_over_magnitude")
     if over_chance is not None and max(1 - z for z in zero if z is not None) < DENSE:
-        conclusion = (
-            "the set is chosen early."
-            if over_chance > 1.5
-            else "most of it follows from the magnitudes of the weights."
-        )
+        conclusion = {
+            MORE: "more than the magnitudes of the weights explain: part of the set is chosen early.",
+            AS: "it follows from the magnitudes of the weights.",
+            LESS: "less than the magnitudes of the weights explain.",
+        }[words(over_chance)]
         sentences.append(
-            f"Step {first['step']} and the end share {times(over_chance)} the changed coordinates of the "
+            f"{first['title'].capitalize()} and the end share {times(over_chance)} the changed coordinates of the "
             f"magnitude-conditioned chance level: {conclusion}"
         )
     similarity = first["stored"].get("similarity")
     if similarity is not None:
         sentences.append(
-            f"The top {TOP} directions of the update at step {first['step']} contain {percent(similarity)} of those at "
+            f"The top {TOP} directions of the update at {first['title']} contain {percent(similarity)} of those at "
             f"the end (Sim₁₆); the cosine of the two updates is {measure(first['stored'].get('cosine_final'))}."
         )
     return sentences
@@ -212,7 +223,7 @@ def left_out(summary: dict[str, Any]) -> list[dict[str, Any]]:
         section(
             "Incomplete checkpoints",
             "Tensors were excluded, failed or contain NaN or Inf; the reports of the checkpoints name them.",
-            [Item(typography.name(step["path"]), f"step {step['step']}") for step in incomplete],
+            [Item(typography.name(step["path"]), title(step)) for step in incomplete],
         ),
         section("Notes", "", [Item(reason=printable(note)) for note in summary["notes"]]),
     )

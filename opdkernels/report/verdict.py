@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from opdkernels.analysis.result import all_bits_equal
 from opdkernels.metrics.rounding_null import KINDS
+from opdkernels.metrics.verdict import TOLERANCE, all_bits_equal
 from opdkernels.report.typography import count, name, percent, plural, times
 
-TOLERANCE = 0.1  # a ratio to the null within a tenth of 1 counts as explained by rounding
 POOR_FIT = 0.25  # distance of the nearest null, as a fraction of the changed coordinates, above which ratios are rough
 MIN_CHANGES = 0.005  # fraction of all changes below which a module is not mentioned
 MAX_MODULES = 3
@@ -120,84 +119,63 @@ def fit_of(tensors: pa.Table) -> Fit:
 
 
 def summarize(summary: dict[str, Any], fit: Fit, modules: Sequence[dict[str, Any]] = ()) -> Summary:
-    """The first screen.
+    """The first screen: the verdict of summary.json, with the counts and what they mean.
 
     Args:
         summary: Content of summary.json.
         fit: The fit of the nulls.
         modules: The groups by module in the visible view.
     """
-    views, matched = summary["views"], summary["matched"]
+    views, matched, verdict = summary["views"], summary["matched"], summary["verdict"]
     compared = f"{count(matched['parameters'])} coordinates in {plural(matched['tensors'], 'tensor')}"
-    if not views or not matched["parameters"]:
-        return Summary("Nothing to compare", f"The matched tensors have no coordinates ({compared}).", "", [])
+    title, _, numbers = verdict["text"].partition(": ")
+    headline, kind = sentence(title), verdict["kind"]
+    if kind in ("identical", "same parameters", "not comparable", "not finite"):
+        bits = f" All {compared} have the same bits in both checkpoints." if all_bits_equal(summary) else ""
+        return Summary(headline, f"{sentence(numbers)}{bits}", "", [])
     stored, visible = views["stored"], views["visible"]
-    restriction = " that could be compared" if summary["excluded"] or summary["unmatched"] else ""
-    if summary["identical"]:
-        detail = f"All {compared}{restriction} have the same bits in both checkpoints."
-        return Summary("Identical", detail, "", [])
-    if all_bits_equal(summary):
-        rest = "buffers differ" if summary["coverage"]["complete"] else "other tensors were not compared"
-        detail = f"All {compared}{restriction} have the same bits in both checkpoints; {rest}."
-        return Summary("What was compared is identical", detail, "", [])
-    if visible["frac_zero"] is None:
-        detail = f"All {compared} are NaN or Inf in one of the checkpoints."
-        return Summary("No finite coordinates", detail, "", [])
-    changed, changed_stored = 1 - visible["frac_zero"], 1 - stored["frac_zero"]
     bit_equal = f"Bit-identical: {count(stored['bit_equal_tensors'])} of {plural(stored['tensors'], 'tensor')}."
-    if visible["changed"] == stored["changed"]:
-        headline = f"{percent(changed)} of the coordinates changed"
-        detail = f"{count(visible['changed'])} of {compared}, the same in both views. {bit_equal}"
-    else:
-        headline = f"{percent(changed_stored)} of the coordinates changed; {percent(changed)} visibly in bf16"
-        detail = (
-            f"{count(stored['changed'])} as stored and {count(visible['changed'])} after rounding to bf16, of "
-            f"{compared}. {bit_equal}"
-        )
-    if not visible["changed"]:
-        conclusion = "No change is visible in bf16" if stored["changed"] else "No finite coordinate changed"
-        sentence = (
-            "The bf16 copies of both checkpoints are equal in every finite coordinate, so there is no visible update "
-            "to compare with rounding."
-        )
-        return Summary(headline, detail, conclusion, [sentence])
-    return Summary(headline, detail, *verdict(visible, fit, modules))
-
-
-def verdict(visible: dict[str, Any], fit: Fit, modules: Sequence[dict[str, Any]]) -> tuple[str, list[str]]:
-    """What the ratios to the null say together, why, and with which caveats."""
-    changed, coverage = visible["changed_over_null"], visible[f"{COVERAGE}_over_null"]
-    if changed is None or coverage is None:
-        return "The effect of rounding could not be modelled", ["Too little changed visibly to fit a null."]
-    expected_changed = percent(visible["changed_null"] / max(1, visible["numel"] - visible["nonfinite"]))
-    expected_coverage = percent(visible[f"{COVERAGE}_null"])
-    same_changed, same_coverage = abs(changed - 1) <= TOLERANCE, abs(coverage - 1) <= TOLERANCE
-    setting = (
-        "A dense update that is independent of the weights, has the same visible energy and is stored in bf16 would "
-        f"change {expected_changed} of the coordinates, with {expected_coverage} of its visible changes in the tenth "
-        "of the weights nearest to zero."
+    counts = (
+        f"{count(visible['changed'])} of {compared}, the same in both views."
+        if visible["changed"] == stored["changed"]
+        else f"{count(stored['changed'])} as stored and {count(visible['changed'])} after rounding to bf16, of "
+        f"{compared}."
     )
-    if same_changed and same_coverage:
-        conclusion = "Over the whole model, bf16 rounding alone explains both metrics"
-        reason = (
-            "So neither the sparsity nor the near-zero coverage is evidence that training selected these coordinates: "
-            "in bf16, small weights show small updates and large weights hide them."
-        )
-    elif same_coverage:
-        conclusion = f"Rounding explains where the weights changed, not how many: {times(changed)} the expected number"
-        reason = f"{_number_reason(changed)} Their preference for small weights is what rounding gives."
-    elif same_changed:
-        conclusion = (
-            f"Rounding explains how many weights changed, not where: {times(coverage)} the expected near-zero coverage"
-        )
-        reason = f"The number of changed coordinates is what rounding gives. {_coverage_reason(coverage)}"
-    else:
-        conclusion = (
-            f"Rounding alone does not explain the changes: {times(changed)} the expected number and {times(coverage)} "
-            "the expected near-zero coverage"
-        )
-        reason = f"{_number_reason(changed)} {_coverage_reason(coverage)}"
-    sentences = [setting, reason]
+    detail = f"{sentence(numbers)}. {counts} {bit_equal}"
+    if kind == "unrelated":
+        return Summary(headline, detail, "", ["The sections below describe the difference of the two checkpoints."])
+    meaning = MEANINGS.get(kind, "")
+    sentences = [meaning] if meaning else []
+    if kind in ("no visible change", "dense"):
+        return Summary(headline, detail, "", sentences)
+    return Summary(headline, detail, f"Against rounding alone: {kind}", [*sentences, *caveats(visible, fit, modules)])
+
+
+MEANINGS = {
+    "no visible change": "The bf16 copies of both checkpoints are equal in every finite coordinate, so there is no "
+    "visible update to compare with rounding.",
+    "dense": "Most coordinates changed visibly: rounding hides few of them, and the expectation from rounding alone "
+    "says nothing about which ones training selected.",
+    "sparse as rounding alone": "A dense update that is independent of the weights, has the same visible energy and is "
+    "stored in bf16 changes as many coordinates, in the same places: neither the sparsity nor the coverage of "
+    "near-zero or principal weights is evidence that training selected coordinates. In bf16, small weights show small "
+    "updates and large weights hide them.",
+    "less sparse than rounding alone": "More coordinates changed than under a dense update of this energy: many small "
+    "changes rather than few large ones.",
+    "sparse beyond rounding": "A dense update that is independent of the weights, has the same visible energy and is "
+    "stored in bf16 does not change the same number of coordinates in the same places: part of the sparsity, or of "
+    "the preference for some weights, is not rounding.",
+}
+
+
+def sentence(text: str) -> str:
+    """Text with a capital letter at its start."""
+    return text[:1].upper() + text[1:]
+
+
+def caveats(visible: dict[str, Any], fit: Fit, modules: Sequence[dict[str, Any]]) -> list[str]:
+    """How well the null fits, and how much tensors differ."""
+    sentences = []
     if fit.changed_distance is not None and fit.changed_distance > POOR_FIT:
         sentences.append(
             f"Caution: even the nearest nulls differ in {percent(fit.changed_distance)} of the changed coordinates, so "
@@ -209,7 +187,7 @@ def verdict(visible: dict[str, Any], fit: Fit, modules: Sequence[dict[str, Any]]
             f"Four of five tensors are between {times(changed_low)} and {times(changed_high)} for changes, and between "
             f"{times(coverage_low)} and {times(coverage_high)} for near-zero coverage.{_outliers(visible, modules)}"
         )
-    return conclusion, sentences
+    return sentences
 
 
 def _outliers(visible: dict[str, Any], modules: Sequence[dict[str, Any]]) -> str:
@@ -224,25 +202,3 @@ def _outliers(visible: dict[str, Any], modules: Sequence[dict[str, Any]]) -> str
                 outliers.append((distance, text))
     outliers.sort(key=lambda item: -item[0])
     return f" Furthest from rounding: {', '.join(text for _, text in outliers[:MAX_MODULES])}." if outliers else ""
-
-
-def _number_reason(ratio: float) -> str:
-    """What more or fewer changes than expected mean."""
-    if ratio < 1:
-        return (
-            "Fewer coordinates changed than under an even update of this energy: the update is concentrated, and that "
-            "part of the sparsity is not rounding."
-        )
-    return (
-        "More coordinates changed than under an even update of this energy: many small changes rather than few large "
-        "ones."
-    )
-
-
-def _coverage_reason(ratio: float) -> str:
-    """What more or less near-zero coverage than expected means."""
-    more_often, direction = ("more", "depends on") if ratio > 1 else ("less", "grows with")
-    return (
-        f"Near-zero weights changed {more_often} often than rounding gives, so the update {direction} the weights or "
-        "something that correlates with their magnitude."
-    )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +17,7 @@ import torch
 import opdkernels
 from opdkernels import InputError, UsageError, analyze, trajectory
 from opdkernels.analysis import matrix_spectra
-from opdkernels.analysis.trajectory import sort_by_step
+from opdkernels.analysis.checkpoint_steps import order_checkpoints
 from opdkernels.runs import store
 from tests.analysis.conftest import save, weights
 from tests.in_process import run_cli
@@ -188,29 +190,76 @@ def test_more_checkpoints_than_the_kernel_takes_at_once(tmp_path):
 
 
 def test_checkpoints_are_sorted_by_step():
-    def order(*paths):
-        return sort_by_step(paths)[0]
+    def order(*paths, steps=()):
+        return [(point.step, point.label) for point in order_checkpoints(paths, steps)[0]]
 
-    assert order("r/checkpoint-1000", "r/checkpoint-200") == [(200, "r/checkpoint-200"), (1000, "r/checkpoint-1000")]
-    assert order("global_step_20/actor", "global_step_5/actor") == [
-        (5, "global_step_5/actor"),
-        (20, "global_step_20/actor"),
-    ]
-    assert order("checkpoint-1000", "checkpoint-200", "final") == [
-        (200, "checkpoint-200"),
-        (1000, "checkpoint-1000"),
-        (1001, "final"),
-    ]
-    assert order("a/step_20", "b/step_20") == [(1, "a/step_20"), (2, "b/step_20")]
-    assert order("last", "first") == [(1, "last"), (2, "first")]
-    assert order("step_" + 20 * "9", "step_1")[0] == (1, "step_1")
+    assert order("r/checkpoint-1000", "r/checkpoint-200") == [(200, "200"), (1000, "1000")]
+    assert order("global_step_20/actor", "global_step_5/actor") == [(5, "5"), (20, "20")]
+    assert order("checkpoint-1000", "checkpoint-200", "final") == [(200, "200"), (1000, "1000"), (None, "final")]
+    assert order("checkpoint-1000", "runs/best") == [(1000, "1000"), (None, "final")]
+    assert order("step_1", "x/last", "x/best") == [(1, "1"), (None, "last"), (None, "best")]
+    assert order("a/step_20", "b/step_20") == [(None, "a/step_20"), (None, "b/step_20")]
+    assert order("last", "first") == [(None, "last"), (None, "first")]
+    assert order("a", "a") == [(None, "a (1)"), (None, "a (2)")]
+    assert order("step_" + 20 * "9", "step_1")[0] == (1, "1")
+    assert order("b", "step_7", steps=(40, 20)) == [(20, "20"), (40, "40")]
     for paths, note in (
-        (("step_1", "final"), "final names no step: it is taken as step 2"),
+        (("step_1", "final"), "final names no step: it is shown last, as final; give their steps with --steps"),
         (("a", "b"), "in the order given"),
         (("a/step_1", "b/step_1"), "same step"),
     ):
-        assert note in sort_by_step(paths)[1][0]
-    assert not sort_by_step(("step_1", "step_2"))[1]
+        assert note in order_checkpoints(paths)[1][0]
+    assert not order_checkpoints(("step_1", "step_2"))[1]
+    for steps in ((1,), (1, 2, 3), (5, 5)):
+        with pytest.raises(UsageError, match=r"--steps"):
+            order_checkpoints(("a", "b"), steps)
+
+
+def test_step_of_the_trainer_is_used_where_the_name_has_none(tmp_path):
+    for name, content in (
+        ("best", '{"global_step": 40}'),
+        ("checkpoint-20", '{"global_step": 999}'),
+        ("text", '{"global_step": "50"}'),
+        ("list", "[1]"),
+        ("damaged", "{"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(content)
+    points, notes = order_checkpoints([str(tmp_path / name) for name in ("best", "checkpoint-20")])
+    assert [(point.step, Path(point.path).name) for point in points] == [(20, "checkpoint-20"), (40, "best")]
+    assert notes == []
+    for name in ("text", "list", "damaged"):
+        assert order_checkpoints([str(tmp_path / name), str(tmp_path / "best")])[0][1].label == "final"
+
+
+def test_a_checkpoint_without_a_step_gets_no_number(tmp_path):
+    """In tables, text and charts: 'final' on an axis of categories, not a step after the last one."""
+    from opdkernels.analysis.text import format_trajectory
+    from opdkernels.report import render
+
+    source, checkpoints = run_of(steps=3)
+    folders = [
+        save(tmp_path / name, c)
+        for name, c in zip(("base", "step_20", "step_40", "merged"), (source, *checkpoints), strict=True)
+    ]
+    result = trajectory(*folders, out=tmp_path / "out", spectra="off")
+    assert [(step["step"], step["label"]) for step in result.summary["steps"]] == [
+        (20, "20"),
+        (40, "40"),
+        (None, "final"),
+    ]
+    assert {(row["step"], row["label"]) for row in result.table.to_pylist()} == {
+        (20, "20"),
+        (40, "40"),
+        (None, "final"),
+    }
+    page, text = render("trajectory", result), "\n".join(format_trajectory(result))
+    assert "41" not in re.findall(r"<text[^>]*>([^<]*)</text>", page)
+    assert ">final</text>" in page
+    assert "final" in text
+    assert "At step 20 of final" in page
+    numbered = trajectory(*folders, spectra="off", steps=(1, 2, 50))
+    assert [step["step"] for step in numbered.summary["steps"]] == [1, 2, 50]
 
 
 def test_unchanged_checkpoint_has_null_metrics(tmp_path):

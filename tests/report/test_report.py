@@ -232,10 +232,10 @@ def test_hostile_names_are_shown_as_text(pages):
     ("case", "headline"),
     [
         ("identical", "Identical"),
-        ("empty", "Nothing to compare"),
-        ("invisible", "100"),
-        ("layers", "% of the coordinates changed"),
-        ("fp32", "visibly in bf16"),
+        ("empty", "Not comparable"),
+        ("invisible", "No visible change"),
+        ("layers", "Sparse as rounding alone"),
+        ("fp32", "Sparse as rounding alone"),
     ],
 )
 def test_headline_of_each_case(pages, case, headline):
@@ -243,7 +243,7 @@ def test_headline_of_each_case(pages, case, headline):
 
 
 def test_an_invisible_change_is_reported_as_invisible(pages):
-    assert "No change is visible in bf16" in Page(pages["invisible"]).section("summary")
+    assert "no visible update to compare" in Page(pages["invisible"]).section("summary")
 
 
 def test_left_out_lists_tensors_and_reasons(results, pages):
@@ -519,7 +519,7 @@ def page_with(tmp_path, spectra: str) -> str:
 def test_geometry_is_in_the_summary_and_in_its_own_section(pages):
     first, rest = pages["layers"].split("<nav", 1)
     assert "median stable rank of" in first
-    assert "between their top tenths" in first
+    assert "Between the top tenths of the singular vectors" in first
     assert "Stable rank relative to a random update" in Page(pages["layers"]).section("geometry")
     assert rest.count("#geometry") == 1
 

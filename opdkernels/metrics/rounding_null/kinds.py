@@ -30,6 +30,7 @@ LARGEST = 2.0**128 - 2.0**120  # the largest finite bf16
 MAX_ROWS = 40  # octaves of the empirical update, from the largest down
 BINS = 8  # per octave, for the density of the empirical update
 MIN_EXPOSURE = 256  # coordinates that could have shown an update of a bin's size; with fewer, its density is noise
+MIN_MOVED = 0.8  # fraction of small weights that must have moved: an update of fewer is not dense, and no null
 MIN_COUNT = 256  # least number of visible updates from which the empirical density is estimated
 
 
@@ -133,7 +134,11 @@ def density(tables: Histograms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def empirical(tables: Histograms) -> Expected:
-    """The observed distribution times a factor of 1/8 to 8; what small weights leave unchanged stays unchanged."""
+    """The observed distribution times a factor of 1/8 to 8.
+
+    What small weights leave unchanged stays unchanged. If that is more than 1 - MIN_MOVED of them, the update is not
+    dense: the distribution would explain a mask by itself, and is unknown.
+    """
     mass, row, known = density(tables)
     count = len(known)
     moved = known & (tables.energy > 0)
@@ -163,8 +168,8 @@ def empirical(tables: Histograms) -> Expected:
         return (counts * average).sum((1, 2)) + square * factor**2 + linear * factor
 
     factor = solve(tables.energy, energy, np.full(count, 1 / 8), np.full(count, 8.0))
-    known = np.asarray(known & (~moved | (np.abs(np.log2(factor)) < 2.99)))
     probability = mass.sum((1, 2))
+    known = np.asarray(known & (~moved | ((np.abs(np.log2(factor)) < 2.99) & (probability >= MIN_MOVED))))
     rms = np.sqrt(np.einsum("trb,r,b->t", mass, np.exp2(2.0 * (row - 127)), mean_square)) * factor
     size = np.where(moved, rms, 0.0)
 

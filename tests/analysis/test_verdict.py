@@ -1,0 +1,143 @@
+"""What a pair is, in words: known pairs get their verdict, the same in the terminal, on the page and in the summary."""
+
+from __future__ import annotations
+
+import html
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opdkernels import analyze
+from opdkernels.analysis.tables import weighted_median
+from opdkernels.analysis.text import format_analysis
+from opdkernels.metrics.verdict import AS, LESS, MORE, SPARSITY, TOLERANCE, matrix_comparisons, words
+from opdkernels.report import render
+from tests.analysis.conftest import save
+from tests.analysis.test_matrix_nulls import NAME, SAMPLE, noise_of_the_same_energy
+
+
+def cases() -> dict[str, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """Base and trained tensors of each kind of pair."""
+    sides = {side: load_file(SAMPLE / f"{side}.safetensors")[NAME] for side in ("base", "seed0", "seed1")}
+    base, generator = sides["base"], torch.Generator().manual_seed(5)
+    size = float((sides["seed0"].float() - base.float()).square().mean().sqrt())
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    few = normal(128, 2) @ normal(2, 896)
+    planted = torch.rand(base.shape, generator=generator) < 0.02
+    large = base.float() + 60 * size * normal(128, 896)
+    other = base.float().std() * normal(128, 896)
+    trained = {
+        "seed 0": sides["seed0"],
+        "seed 1": sides["seed1"],
+        "noise of seed 0": noise_of_the_same_energy(base, sides["seed0"], 1),
+        "noise of seed 1": noise_of_the_same_energy(base, sides["seed1"], 2),
+        "low rank": (base.float() + size * few).bfloat16(),
+        "mask": (base.float() + 20 * size * planted * normal(128, 896)).bfloat16(),
+        "dense": large.bfloat16(),
+        "unrelated": other.bfloat16(),
+        "identical": base,
+    }
+    pairs = {case: ({NAME: base}, {NAME: after}) for case, after in trained.items()}
+    pairs["half a model"] = ({NAME: base, "model.layers.6.self_attn.k_proj.weight": base + 0}, {NAME: sides["seed0"]})
+    wide = torch.where(base.abs() < 0.001, 0.001, base.float())
+    pairs["invisible"] = ({NAME: wide}, {NAME: wide + 1e-4 * size * normal(128, 896)})
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    return {
+        case: analyze(save(folder / case / "a", base), save(folder / case / "b", trained))
+        for case, (base, trained) in cases().items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "concentrated"),
+    [
+        ("seed 0", "sparse as rounding alone", True),
+        ("seed 1", "sparse as rounding alone", True),
+        ("noise of seed 0", "sparse as rounding alone", False),
+        ("noise of seed 1", "sparse as rounding alone", False),
+        ("low rank", "sparse as rounding alone", True),
+        ("mask", "sparse beyond rounding", False),
+        ("dense", "dense", False),
+        ("unrelated", "unrelated", None),
+        ("identical", "identical", None),
+        ("half a model", "not comparable", None),
+        ("invisible", "no visible change", False),
+    ],
+)
+def test_each_pair_gets_its_verdict_everywhere(results, case, kind, concentrated):
+    result = results[case]
+    verdict = result.summary["verdict"]
+    assert (verdict["kind"], verdict["concentrated"]) == (kind, concentrated)
+    title = verdict["text"].partition(":")[0]
+    assert title == kind + (", concentrated in few directions" if concentrated else "")
+    lines, page = format_analysis(result), html.unescape(render("analyze", result))
+    assert lines[0] == verdict["text"]
+    assert f">{title[0].upper()}{title[1:]}</h1>" in page
+    for entry in verdict["comparisons"]:
+        assert any(line.startswith(f"{entry['label']} ") and line.endswith(entry["words"]) for line in lines)
+        assert f">{entry['label']}</th>" in page
+    if kind == "dense":
+        assert "says nothing" in verdict["text"]
+        assert not {entry["metric"] for entry in verdict["comparisons"]} & set(SPARSITY)
+    if kind == "unrelated":
+        assert "opdkernels lineage" in lines[0]
+    if kind in ("unrelated", "identical", "not comparable"):
+        assert verdict["comparisons"] == []
+
+
+@pytest.mark.parametrize("case", ["noise of seed 0", "noise of seed 1"])
+def test_every_metric_of_noise_is_as_rounding_alone(results, case):
+    comparisons = results[case].summary["verdict"]["comparisons"]
+    assert len(comparisons) == 13
+    assert {entry["metric"]: entry["words"] for entry in comparisons if entry["words"] != AS} == {}
+    assert all(entry["low"] <= entry["ratio"] <= entry["high"] for entry in comparisons)
+
+
+@pytest.mark.parametrize("case", ["seed 0", "seed 1"])
+def test_directions_of_a_real_run_are_no_rounding_and_its_coordinates_are(results, case):
+    entry = {comparison["metric"]: comparison for comparison in results[case].summary["verdict"]["comparisons"]}
+    assert {metric: entry[metric]["words"] for metric in SPARSITY} == dict.fromkeys(SPARSITY, AS)
+    assert (entry["energy_16"]["words"], entry["stable_rank"]["words"]) == (MORE, LESS)
+
+
+def test_close_ratios_are_never_called_opposite():
+    ratios = np.arange(0.2, 3, 0.001)
+    for deviation in (0, 0.01, 0.1):
+        names = [words(ratio, deviation) for ratio in ratios]
+        assert {LESS, AS, MORE} == set(names)
+        assert all({a, b} != {LESS, MORE} for a, b in itertools.pairwise(names))
+        assert names == sorted(names, key=[LESS, AS, MORE].index)
+    assert words(1.34) == words(1.32) == MORE
+    assert words(1 + TOLERANCE) == words(1 / (1 + TOLERANCE)) == AS
+
+
+def test_matrices_are_compared_by_medians_and_their_interval_narrows():
+    def row(ratio: float) -> dict:
+        values = {"drift": ratio, "drift_null": 1.0, "drift_over_null": ratio, "drift_null_sd": 0.2}
+        return {"name": "w", "part": None, "view": "stored", **values}
+
+    (one,) = matrix_comparisons([row(1.3)])
+    (many,) = matrix_comparisons([row(1.3)] * 50 + [row(9.0)] * 20)
+    assert (one["ratio"], many["ratio"]) == (1.3, 1.3)
+    assert (one["words"], many["words"]) == (AS, MORE)
+    rng = np.random.default_rng(0)
+    medians = np.median(1 + 0.2 * rng.standard_normal((4000, 70)), axis=1)
+    assert (many["high"] - many["low"]) / (2 * 1.96) == pytest.approx(medians.std(), rel=0.1)
+
+
+def test_weighted_median_is_that_of_repeated_values():
+    values, weights = np.array([3.0, 1.0, np.nan, 2.0]), [1, 4, 9, 2]
+    assert weighted_median(values, weights) == np.median(np.repeat([3.0, 1.0, 2.0], [1, 4, 2]))
+    assert weighted_median(values, [0, 0, 5, 0]) is None
+    assert weighted_median(None, []) is None
