@@ -139,14 +139,14 @@ def resolve_output(path: str | os.PathLike[str]) -> Path:
     Raises:
         UsageError: The path is empty or the root of the file system, or no file can have this name.
     """
-    given = os.fspath(path)
-    if not given:
+    text = os.fspath(path)
+    if not text:
         raise UsageError("the output has no name; give one to -o")
-    if "\0" in given:
-        raise UsageError(f"the output {printable(given)} has a NUL character in its name; give another name to -o")
-    resolved = Path(os.path.realpath(given))
+    if "\0" in text:
+        raise UsageError(f"the output {printable(text)} has a NUL character in its name; give another name to -o")
+    resolved = Path(os.path.realpath(text))
     if resolved == resolved.parent:
-        raise UsageError(f"the output {printable(given)} is the root of the file system; give a name inside it to -o")
+        raise UsageError(f"the output {printable(text)} is the root of the file system; give a name inside it to -o")
     return resolved
 
 

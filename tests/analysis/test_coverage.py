@@ -135,9 +135,9 @@ def test_square_experts_are_compared_only_where_their_layout_is_known(
 
 def test_overlap_and_trajectory_say_how_much_they_cover(tmp_path: Path) -> None:
     base = save(tmp_path / "base", model())
-    whole = {name: tensor + 1 for name, tensor in model().items()}
-    half = {name: tensor for name, tensor in whole.items() if ".1." not in name}
-    runs = [save(tmp_path / f"step-{i}", tensors) for i, tensors in enumerate((whole, half), 1)]
+    changed = {name: tensor + 1 for name, tensor in model().items()}
+    half = {name: tensor for name, tensor in changed.items() if ".1." not in name}
+    runs = [save(tmp_path / f"step-{i}", tensors) for i, tensors in enumerate((changed, half), 1)]
     overlap = opdkernels.overlap(base, *runs)
     assert overlap.exit_status == 3
     assert overlap.summary["coverage"]["parameters"] == {"base": 1552, "run A": 1552, "run B": 784}

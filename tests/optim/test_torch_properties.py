@@ -397,12 +397,12 @@ def test_load_state_dict_hooks_run_and_get_a_copy(kind):
     other.ours.register_load_state_dict_pre_hook(pre)
     other.ours.register_load_state_dict_pre_hook(lambda *_: calls.append("first"), prepend=True)
     other.ours.register_load_state_dict_post_hook(lambda *_: calls.append("post"))
-    given = run.ours.state_dict()
-    other.ours.load_state_dict(given)
+    state_dict = run.ours.state_dict()
+    other.ours.load_state_dict(state_dict)
     assert calls == ["first", "pre", "post"]
     assert other.ours.param_groups[0]["lr"] == 0.25
-    assert "note" not in given
-    assert given["param_groups"][0]["lr"] != 0.25
+    assert "note" not in state_dict
+    assert state_dict["param_groups"][0]["lr"] != 0.25
 
 
 def test_closure_is_called_once_with_gradients(kind):

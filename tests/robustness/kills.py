@@ -329,12 +329,12 @@ class Harness:
             self.seconds = time.monotonic() - started
             assert status == 0, f"{self.name}: {status} {error}"
             self.points[existing] = int(report.read_text())
-            found = tree(out)
-            found.pop("notes.txt", None)
-            assert not self.expected or found == self.expected, (
-                f"{self.name}: {differences(found, self.expected)} differ"
+            content = tree(out)
+            content.pop("notes.txt", None)
+            assert not self.expected or content == self.expected, (
+                f"{self.name}: {differences(content, self.expected)} differ"
             )
-            self.expected = found
+            self.expected = content
 
     def overwrites(self, existing: bool) -> bool:
         return existing and self.command.can_overwrite and self.command.kind == "file"
@@ -375,11 +375,11 @@ class Harness:
             status = 0  # the kill came after the rename: the output is complete, and is not written again
         if status != 0:
             self.problem(where, f"the next run exits with {status}: {error}")
-        found = tree(out)
-        if existing and self.command.kind == "run" and found.pop("notes.txt", None) != b"mine":
+        content = tree(out)
+        if existing and self.command.kind == "run" and content.pop("notes.txt", None) != b"mine":
             self.problem(where, "a file of somebody else was changed or removed")
-        if found != self.expected:
-            self.problem(where, f"the next run gives other bytes: {differences(found, self.expected)}")
+        if content != self.expected:
+            self.problem(where, f"the next run gives other bytes: {differences(content, self.expected)}")
         leftovers = [path for path in out.parent.rglob("*") if is_temporary(path.name)]
         if leftovers:
             self.problem(where, f"the next run leaves {leftovers[0]}")
