@@ -20,20 +20,24 @@ ROTARY = frozenset({"rotary_emb", "rotary_pos_emb", "rotary", "rope", "rotary_em
 LEAVES = BUFFERS | ROTARY_LEAVES | {"bias"}
 
 
-def is_buffer(name: str, shape: Sequence[int]) -> bool:
+def is_buffer(name: str, shape: Sequence[int], dtype: str = "") -> bool:
     """Whether a tensor is a buffer of the model and not a parameter.
 
-    Decided by the name, and for GPT-2's `attn.bias`, a causal mask that is called like a parameter, by the shape.
+    Decided by the name, for GPT-2's `attn.bias`, a causal mask that is called like a parameter, by the shape, and for
+    tables of indices and flags by the dtype. Smaller integers may be quantised weights and are no buffers.
 
     Args:
         name: Name of the tensor.
         shape: Its shape.
+        dtype: Its dtype as in `TensorInfo`, or "" if it is not known.
 
     >>> is_buffer("h.0.attn.bias", (1, 1, 1024, 1024)), is_buffer("h.0.attn.c_attn.bias", (2304,))
     (True, False)
     >>> is_buffer("model.layers.0.self_attn.rotary_emb.inv_freq", (64,)), is_buffer("bn1.running_mean", (64,))
     (True, True)
     """
+    if dtype in ("i64", "u64", "bool"):
+        return True
     if name.rpartition(".")[2] not in LEAVES and "original_module" not in name:
         return False
     tokens = canonical_name(name).split(".")

@@ -238,7 +238,7 @@ def _take_buffers(a: Side, b: Side) -> Iterator[BufferMatch]:
     """Removes the buffers of both sides and compares their bits."""
     taken: list[dict[str, TensorInfo]] = []
     for side in (a, b):
-        buffers = [info for info in side.remaining.values() if is_buffer(info.name, info.shape)]
+        buffers = [info for info in side.remaining.values() if is_buffer(info.name, info.shape, info.dtype)]
         taken.append({canonical_name(info.name): info for info in buffers})
         for info in buffers:
             del side.remaining[info.name]

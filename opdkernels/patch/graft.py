@@ -164,11 +164,17 @@ def coverage_of(
     base: ShardedCheckpoint, infos: list[TensorInfo], base_names: Mapping[str, str], repeated: Mapping[str, str]
 ) -> Coverage:
     """How much of the parameters of both sides has a counterpart."""
-    trained = {info.name: info for info in infos if info.name not in repeated and not is_buffer(info.name, info.shape)}
+    trained = {
+        info.name: info
+        for info in infos
+        if info.name not in repeated and not is_buffer(info.name, info.shape, info.dtype)
+    }
     left = [info for name, info in trained.items() if name not in base_names]
     used = set(base_names.values()) | copies(base).keys()
     base_left = [
-        info for name, info in base.tensors.items() if name not in used and not is_buffer(info.name, info.shape)
+        info
+        for name, info in base.tensors.items()
+        if name not in used and not is_buffer(info.name, info.shape, info.dtype)
     ]
     compared = sum(info.numel for name, info in trained.items() if name in base_names)
     uncompared = {"base": base_left, "trained": left}

@@ -66,3 +66,10 @@ def test_buffers_match_under_other_prefixes() -> None:
     base = FakeCheckpoint({MASK: (1, 1, 4, 4), "w": (1,)})
     trained = FakeCheckpoint({"transformer." + MASK: (1, 1, 4, 4), "w": (1,)})
     assert match(base, trained).buffers == [BufferMatch(MASK, "both", True, 16)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("i64", True), ("bool", True), ("i32", False), ("u8", False), ("", False)]
+)
+def test_tables_of_indices_and_flags_are_buffers(dtype: str, expected: bool) -> None:
+    assert is_buffer("model.layers.0.mlp.gate.tid2eid", (100, 2), dtype) is expected

@@ -117,8 +117,8 @@ def test_shape_mismatches_are_listed_on_both_sides(
 
 def test_dtypes_without_a_delta_are_listed_and_mixed_floats_are_noted() -> None:
     shapes: Shapes = {"w": (2,), "token_map": (3,)}
-    a = FakeCheckpoint(shapes, dtypes={"token_map": "i64", "w": "fp32"})
-    pair = match(a, FakeCheckpoint(shapes, dtypes={"token_map": "i64"}))
+    a = FakeCheckpoint(shapes, dtypes={"token_map": "i32", "w": "fp32"})
+    pair = match(a, FakeCheckpoint(shapes, dtypes={"token_map": "i32"}))
     assert only(pair, "dtype") == [("base", "token_map"), ("trained", "token_map")]
     assert pair.notes == ["1 tensors are fp32 in the base and bf16 in the trained checkpoint"]
     assert pair.nbytes == 2 * (4 + 2)
@@ -201,7 +201,7 @@ def arbitrary_checkpoints(draw: st.DrawFn) -> FakeCheckpoint:
     plain = [name for name in names[1:] if name != "i"]  # of one dtype
     same = [name for name in plain if shapes[name] == shapes[plain[0]]]
     aliases = dict.fromkeys(same[1:], same[0]) if same and draw(st.booleans()) else {}
-    dtypes = {"i": "i64", **({names[0]: "fp32"} if names else {})}
+    dtypes = {"i": "i32", **({names[0]: "fp32"} if names else {})}
     return FakeCheckpoint(shapes, config=tie, aliases=aliases, dtypes=dtypes)
 
 
