@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from opdkernels.analysis.overlap import Overlaps
     from opdkernels.analysis.result import Analysis, load
     from opdkernels.analysis.trajectory import Trajectory
-    from opdkernels.api import analyze, experiment, overlap, trajectory, write_report
+    from opdkernels.api import analyze, experiment, lineage, overlap, trajectory, write_report
     from opdkernels.distillation.api import distill
     from opdkernels.distillation.options import DistillOptions
     from opdkernels.masks import Mask, MaskSet
@@ -42,6 +42,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "distill": ("opdkernels.distillation.api", "distill"),
     "experiment": ("opdkernels.api", "experiment"),
     "inspect": ("opdkernels.analysis.headers", "inspect"),
+    "lineage": ("opdkernels.api", "lineage"),
     "linear_divergence": ("opdkernels.ops.divergence", "linear_divergence"),
     "load": ("opdkernels.analysis.result", "load"),
     "masks": ("opdkernels.masks", None),
@@ -70,6 +71,7 @@ __all__ = [
     "distill",
     "experiment",
     "inspect",
+    "lineage",
     "linear_divergence",
     "load",
     "masks",

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from opdkernels import report as reports
 from opdkernels.analysis.analyze import run_analyze
+from opdkernels.analysis.lineage import rank_candidates
 from opdkernels.analysis.overlap import Overlaps, load_overlap, run_overlap
 from opdkernels.analysis.result import Analysis, load
 from opdkernels.analysis.trajectory import Trajectory, load_trajectory, run_trajectory
 from opdkernels.checkpoint.open import checkpoint_bytes
 from opdkernels.compat import paper_csv as paper_files
-from opdkernels.config import AnalyzeOptions, OverlapOptions, TrajectoryOptions, validate_options
+from opdkernels.config import AnalyzeOptions, LineageOptions, OverlapOptions, TrajectoryOptions, validate_options
 from opdkernels.outputs import EXPERIMENT, RUN_FILE, read_json_object
 from opdkernels.progress import Progress, no_progress
 from opdkernels.runs.run_dir import as_input_error, load_finished
@@ -105,6 +106,47 @@ def analyze(
     if result.path is not None and options.report:
         reports.write(result.path, "analyze", result)
     return result
+
+
+def lineage(
+    child: str | os.PathLike[str],
+    *candidates: str | os.PathLike[str],
+    io: Literal["auto", "mmap", "read"] = "auto",
+    revision: str | None = None,
+    allow_missing: bool = False,
+) -> dict[str, Any]:
+    """Find out which of several checkpoints another one was trained from.
+
+    Reads a sample of at most 32 tensors, 65,536 coordinates of each, so that the time does not grow with the models.
+
+    Args:
+        child: The trained checkpoint: a folder, a file or a hub id.
+        *candidates: One or more checkpoints that may be its base.
+        io: How files are read: "mmap", "read" (positioned reads), or "auto".
+        revision: Revision of hub ids.
+        allow_missing: Continue without shards that the index lists but the folder does not contain.
+
+    Returns:
+        child; base: path of the nearest plausible candidate, None if there is none; candidates: nearest first, each
+        with path, relative_norm (median over sampled tensors, >= 0), bit_equal and compared (fractions, 0 to 1),
+        sampled (coordinates), plausible, and the reason if it cannot be compared.
+
+    Raises:
+        InputError: The child is missing or unreadable.
+        UsageError: There is no candidate, or one is given twice.
+
+    Example:
+        >>> import tempfile, torch, opdkernels
+        >>> from safetensors.torch import save_file
+        >>> folder = tempfile.mkdtemp()
+        >>> for name, value in (("child", 1.001), ("near", 1.0), ("far", -3.0)):
+        ...     save_file({"w": torch.full((2, 2), value)}, f"{folder}/{name}.safetensors")
+        >>> found = opdkernels.lineage(*(f"{folder}/{name}.safetensors" for name in ("child", "far", "near")))
+        >>> found["base"].endswith("near.safetensors")
+        True
+    """
+    options = validate_options(LineageOptions, {"io": io, "revision": revision, "allow_missing": allow_missing})
+    return rank_candidates(child, candidates, options)
 
 
 def overlap(

@@ -114,6 +114,10 @@ class CheckpointOptions(Options):
         return {"io": self.io, "revision": self.revision, "allow_missing": self.allow_missing}
 
 
+class LineageOptions(CheckpointOptions):
+    """Options of `lineage`."""
+
+
 class InspectOptions(CheckpointOptions):
     memory: Bytes = option("Computation", "Memory limit that the plan assumes, such as 2GB.", "4GB", metavar="SIZE")
 

@@ -15,7 +15,7 @@ from opdkernels.errors import printable
 from opdkernels.formatting import byte_size, measure, percent, times
 from opdkernels.metrics.registry import VIEWS
 from opdkernels.metrics.trajectory import SIMILARITY
-from opdkernels.metrics.verdict import all_bits_equal
+from opdkernels.metrics.verdict import UNRELATED, all_bits_equal
 
 MAX_LISTED = 10
 MEASURES = ("stable_rank", "drift", "rotation_left_10pct", "rotation_right_10pct")  # no fractions
@@ -148,6 +148,27 @@ def format_trajectory(result: Trajectory) -> list[str]:
 def step_title(step: dict[str, Any]) -> str:
     """A checkpoint of a trajectory in a sentence: step 20, or its name."""
     return step["label"] if step["step"] is None else f"step {step['step']}"
+
+
+def format_lineage(result: dict[str, Any]) -> list[str]:
+    """Which candidate is the base, and one line per candidate, nearest first."""
+    base = result["base"]
+    text = [
+        f"{printable(result['child'])}: none of the candidates is plausible as its base"
+        if base is None
+        else f"{printable(result['child'])}: {printable(base)} is the nearest candidate for its base",
+        f"{'relative norm':>14}{'same bits':>12}{'compared':>12}  candidate",
+    ]
+    for row in result["candidates"]:
+        ending = "" if row["plausible"] else f"; not plausible: {row['reason'] or reason_of(row)}"
+        numbers = f"{percent(row['relative_norm']):>14}{percent(row['bit_equal']):>12}{percent(row['compared']):>12}"
+        text.append(f"{numbers}  {printable(row['path'])}{printable(ending)}")
+    return text
+
+
+def reason_of(row: dict[str, Any]) -> str:
+    """Why a candidate that can be compared is not plausible."""
+    return "too far away" if row["relative_norm"] >= UNRELATED else "too little of it matches"
 
 
 def format_inspection(content: dict[str, Any]) -> list[str]:

@@ -56,6 +56,7 @@ def opdkernels(
 for function, panel in (
     (analyze.inspect, "Measure"),
     (analyze.analyze, "Measure"),
+    (analyze.lineage, "Measure"),
     (analyze.overlap, "Measure"),
     (analyze.trajectory, "Measure"),
     (analyze.report, "Measure"),

@@ -9,7 +9,7 @@ import typer
 from opdkernels.cli.exit_status import ExitStatus
 from opdkernels.cli.options import Base, Json, Out, Quiet, Trained, command
 from opdkernels.cli.output import emit
-from opdkernels.config import AnalyzeOptions, InspectOptions, OverlapOptions, TrajectoryOptions
+from opdkernels.config import AnalyzeOptions, InspectOptions, LineageOptions, OverlapOptions, TrajectoryOptions
 
 
 @command(InspectOptions)
@@ -58,6 +58,31 @@ def analyze(
         result = analyze(base, trained, out, progress=progress, **options)
     emit(result.summary, format_analysis(result), as_json=json, quiet=quiet)
     raise typer.Exit(result.exit_status)
+
+
+@command(LineageOptions)
+def lineage(
+    child: Annotated[str, typer.Argument(metavar="CHILD", help="The trained checkpoint.", show_default=False)],
+    candidates: Annotated[
+        list[str],
+        typer.Argument(metavar="CANDIDATE...", help="Checkpoints that may be its base.", show_default=False),
+    ],
+    *,
+    json: Json = False,
+    **options: Any,
+) -> None:
+    """Find out which of several checkpoints another one was trained from: distance and equal bits of sampled tensors.
+
+    The exit status is 3 if no candidate is plausible.
+
+    Example: opdkernels lineage my-run/step-200 Qwen2.5-0.5B Qwen2.5-0.5B-Instruct
+    """
+    from opdkernels.analysis.text import format_lineage
+    from opdkernels.api import lineage
+
+    result = lineage(child, *candidates, **options)
+    emit(result, format_lineage(result), as_json=json)
+    raise typer.Exit(ExitStatus.DONE if result["base"] is not None else ExitStatus.PARTIAL)
 
 
 @command(OverlapOptions)

@@ -26,6 +26,7 @@ class Case:
 CASES = {
     "inspect": Case("{base} {trained}", "opdkernels.analysis.headers:inspect"),
     "analyze": Case("{base} {trained} -o {out}", "opdkernels.api:analyze"),
+    "lineage": Case("{trained} {base} {later}", "opdkernels.api:lineage"),
     "overlap": Case("{base} {trained} {trained} -o {out}", "opdkernels.api:overlap"),
     "trajectory": Case("{base} {trained} {later} -o {out}", "opdkernels.api:trajectory"),
     "report": Case("{run}", "opdkernels.api:write_report", "--no-such-option"),

@@ -20,6 +20,7 @@ from tests.cli.conftest import commands
 MODELS = {
     "inspect": [config.InspectOptions],
     "analyze": [config.AnalyzeOptions],
+    "lineage": [config.LineageOptions],
     "overlap": [config.OverlapOptions],
     "trajectory": [config.TrajectoryOptions],
     "graft": [config.GraftOptions],
