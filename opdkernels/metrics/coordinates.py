@@ -458,7 +458,8 @@ def near_zero(batch: TallyBatch, changed: np.ndarray, ratios: Sequence[float] = 
                 name="near_zero_coverage_{}",
                 label="near-zero coverage at {}",
                 definition="fraction of the changed coordinates that are in the near-zero mask, the ⌈r·n⌉ smallest |W| "
-                "of each tensor, r = {}; by chance r. Ties at the threshold count in expectation",
+                "of each tensor, r = {}. Rounding shows updates of small weights: compare with `_null`, not with r. "
+                "Ties at the threshold count in expectation",
                 aggregation=MEAN_BY_CHANGED,
                 source=PAPER,
                 tables=ALL_TABLES,

@@ -278,8 +278,8 @@ GEOMETRY_METRICS = (
         ratios_of(
             "principal_coverage_{}",
             "principal coverage",
-            "fraction of the changed coordinates in the principal mask, the ⌈p·m·n⌉ largest |U_k S_k V_kᵀ|, p = {}; by "
-            "chance p. Ties count in expectation",
+            "fraction of the changed coordinates in the principal mask, the ⌈p·m·n⌉ largest |U_k S_k V_kᵀ|, p = {}. "
+            "Rounding hides updates of large weights: compare with `_null`, not with p. Ties count in expectation",
             {
                 label: fields | ({"pages": {"trajectory": ("stored",)}} if label == "10pct" else {})
                 for label, fields in over_matrices("10pct").items()
