@@ -138,7 +138,7 @@ def test_mismatched_inputs_are_rejected_and_leave_no_output(pair, tmp_path):
     wide = save(tmp_path / "wide", {**before, NAMES[2]: before[NAMES[2]].float()})
     with pytest.raises(InputError, match="save both in one dtype and shape"):
         graft(wide, trained, out, select="mlp")
-    with pytest.raises(InputError, match="not an empty folder"):
+    with pytest.raises(InputError, match="is an input of this command"):
         graft(base, trained, trained, select="mlp")
     assert not out.exists()
 
