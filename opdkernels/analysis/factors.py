@@ -11,9 +11,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from opdkernels.errors import InputError
 from opdkernels.files import remove_leftovers, write_atomically
 from opdkernels.spectral.exact import Factor
+from opdkernels.untrusted import read_file
 
+MAX_FACTOR_BYTES = 2**40
 VERSION = "1"  # of the computation
 
 
@@ -34,12 +37,12 @@ class FactorCache:
         path = self.folder / f"{digest.hexdigest()}.safetensors"
         short = min(w.shape)
         try:
-            stored = load(path.read_bytes())
+            stored = load(read_file(path, max_bytes=MAX_FACTOR_BYTES, remedy="delete it"))
             factor = Factor(stored["sigma"], stored["vectors"])
             complete = factor.sigma.shape == (short,) and factor.vectors.shape == (short, num_vectors)
             if complete and torch.equal(stored["digest"], digest_of(factor)):
                 return factor
-        except (OSError, KeyError, SafetensorError):  # absent or damaged: computed again
+        except (InputError, KeyError, SafetensorError):  # absent or damaged: computed again
             pass
         factor = compute()
         write_atomically(path, save({"sigma": factor.sigma, "vectors": factor.vectors, "digest": digest_of(factor)}))

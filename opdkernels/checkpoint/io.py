@@ -17,6 +17,7 @@ from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.untrusted import TOO_MANY_FILES, open_regular, reason_of
 
 if TYPE_CHECKING:
+    import numpy
     import torch
 
 # A page fault on these costs a round trip to a server, one page at a time: mapped reads are 30 to 50 times slower.
@@ -55,6 +56,23 @@ def guard() -> ModuleType | None:
     except ImportError:
         return None
     return module if hasattr(module, "guard_mapping") else None
+
+
+def guard_array(array: numpy.ndarray) -> Callable[[], int]:
+    """Guards a mapped array as long as it or a view of it exists, where the compiled module is installed.
+
+    Returns:
+        A function that returns how many reads were beyond the end of a file that was truncated; they gave zeros.
+    """
+    module = guard()
+    if module is None or not array.nbytes:
+        return lambda: 0
+    try:
+        handle = module.guard_mapping(array.ctypes.data, array.nbytes)
+    except RuntimeError:  # 4,096 files are mapped already
+        return lambda: 0
+    weakref.finalize(array, module.unguard_mapping, handle)
+    return functools.partial(module.mapping_faults, handle)
 
 
 def on_network(path: str) -> bool:

@@ -116,19 +116,22 @@ class PickledTensor(NamedTuple):
 
 
 class Pickle(NamedTuple):
-    """What a pickle contains: its value, the position after it, and the dtype of each storage that it refers to."""
+    """What a pickle contains: its value, the position after it, the dtype of each storage, and all tensors."""
 
     value: Any
     end: int
     storages: dict[str, str | None]
+    tensors: list[PickledTensor]
 
 
-def read_pickle(data: bytes, start: int = 0) -> Pickle:
+def read_pickle(data: bytes, start: int = 0, *, plain: bool = False) -> Pickle:
     """Reads one pickle of protocol 2 to 5.
 
     Args:
         data: Bytes that contain the pickle.
         start: Its first byte.
+        plain: Refuses objects other than tensors, numbers, texts and collections of these, and keys that are neither
+            text nor small integers: what is left is safe to unpickle.
 
     Returns:
         The content.
@@ -143,9 +146,9 @@ def read_pickle(data: bytes, start: int = 0) -> Pickle:
         >>> read_pickle(pickle.dumps({"step": 3, "betas": (0.9, 0.99)}, 2)).value
         {'step': 3, 'betas': (0.9, 0.99)}
     """
-    reader = _Reader(data, start)
+    reader = _Reader(data, start, plain)
     try:
-        return Pickle(reader.run(), reader.position, reader.storages)
+        return Pickle(reader.run(), reader.position, reader.storages, reader.tensors)
     except PickleError:
         raise
     except (IndexError, struct.error):
@@ -159,12 +162,13 @@ def read_pickle(data: bytes, start: int = 0) -> Pickle:
 class _Reader:
     """The stack machine of pickle, for data only."""
 
-    def __init__(self, data: bytes, start: int) -> None:
-        self.data, self.position = data, start
+    def __init__(self, data: bytes, start: int, plain: bool) -> None:
+        self.data, self.position, self.plain = data, start, plain
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: list[Any] = []
         self.storages: dict[str, str | None] = {}
+        self.tensors: list[PickledTensor] = []
 
     def run(self) -> Any:
         if self.data[self.position] != 0x80:
@@ -209,6 +213,8 @@ class _Reader:
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
+        if self.plain and isinstance(value, Opaque):
+            raise PickleError(f"has {value.kind[:120]}, which is neither a tensor, a number nor text")
 
     def pop_mark(self) -> list[Any]:
         values, self.stack = self.stack, self.marks.pop()
@@ -305,6 +311,8 @@ class _Reader:
             raise PickleError("has a damaged pickle (it sets items of no dictionary)")
         for i in range(0, len(items), 2):
             key = items[i]
+            if self.plain and type(key) is not str and not (type(key) is int and 0 <= key < 1 << 31):
+                raise PickleError(f"has {_describe_key(key)} as a key, which is neither text nor a small integer")
             target[key if type(key) is str else Opaque(_describe_key(key))] = items[i + 1]
 
     def discard_items(self) -> None:
@@ -342,7 +350,12 @@ class _Reader:
 
     def call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        self.push(_build(function, arguments))
+        value = _build(function, arguments)
+        if isinstance(value, PickledTensor):
+            self.tensors.append(value)
+        elif self.plain and isinstance(value, dict) and value:
+            raise PickleError("has a dictionary made of pairs, which torch.save does not write")
+        self.push(value)
 
     def build(self) -> None:
         """Attributes: those of an OrderedDict, such as `_metadata`, and of opaque objects hold no weights."""

@@ -50,7 +50,7 @@ def find_state_dict(loaded: Any, file: str) -> dict[str, PickledTensor]:
         if isinstance(value, PickledTensor):
             if not isinstance(name, str):
                 raise InputError(f"{file}: a tensor is called {printable(name.kind)}; names must be strings")
-            _validate(value, name, file)
+            validate_tensor(value, name, file)
             tensors[name] = value
         elif isinstance(value, Opaque) and value.kind == "numpy.ndarray":
             raise InputError(f"{file}: {_shown(name)} is a NumPy array; save it as a tensor, with torch.from_numpy()")
@@ -64,7 +64,7 @@ def _is_optimizer(table: dict[Any, Any]) -> bool:
     return any(isinstance(key, str) and key in OPTIMIZER_KEYS for key in table)
 
 
-def _validate(tensor: PickledTensor, name: str, file: str) -> None:
+def validate_tensor(tensor: PickledTensor, name: str, file: str) -> None:
     """Raises InputError unless a tensor consists of plain bytes and has a name of Unicode text."""
     kind, shown = tensor.kind, f"{file}: tensor {printable(name)}"
     if any("\ud800" <= character <= "\udfff" for character in name):

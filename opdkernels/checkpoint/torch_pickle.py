@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, FileFingerprint, FileFormat, TensorInfo
 from opdkernels.checkpoint.io import TORCH_DTYPES, Buffer, OpenFile, bits_dtype, torch_dtype
 from opdkernels.checkpoint.pickle_data import CodeError, Pickle, PickledTensor, PickleError, Truncated, read_pickle
-from opdkernels.checkpoint.state_dict import find_state_dict
+from opdkernels.checkpoint.state_dict import find_state_dict, validate_tensor
 from opdkernels.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ class TorchFile:
         self._locations: dict[str, Location] = {}
         try:
             if self._file.bytes_at(0, min(4, self._file.size)) == b"PK\x03\x04":
-                content, records = _open_archive(self._file)
+                pickle, records = _open_archive(self._file)
             else:
-                content, records = _open_legacy(self._file)
-            self._add_tensors(find_state_dict(content, str(self._file)), records)
+                pickle, records = _open_legacy(self._file)
+            self._add_tensors(find_state_dict(pickle.value, str(self._file)), records)
             self.fingerprint = FileFingerprint(
                 self._file.name, self._file.size, self._file.mtime_ns, self._file.ctime_ns, _digest(self._file)
             )
@@ -139,8 +139,31 @@ def _digest(file: OpenFile) -> str:
     return hashlib.blake2b(edges, digest_size=16).hexdigest()
 
 
-def _open_archive(file: OpenFile) -> tuple[Any, dict[str, Record]]:
-    """Returns the content of an archive's pickle, and the storages by key."""
+def load_plain(path: str) -> Any:
+    """Returns the object in a file of torch.save that has tensors, numbers, texts and collections of these only.
+
+    The pickle is read as data first: torch.load would hash and call whatever it allows.
+
+    Raises:
+        InputError: The file is not a regular file, is damaged, or has other objects.
+    """
+    import torch
+
+    file = OpenFile(path, "read")
+    try:
+        pickle, records = _open_archive(file, plain=True)
+        for position, tensor in enumerate(pickle.tensors):
+            validate_tensor(tensor, f"number {position}", str(file))
+            _locate(file, f"number {position}", tensor, records)
+        with os.fdopen(os.dup(file.fd), "rb") as handle:
+            handle.seek(0)
+            return torch.load(handle, map_location="cpu", weights_only=True)
+    finally:
+        file.close()
+
+
+def _open_archive(file: OpenFile, plain: bool = False) -> tuple[Pickle, dict[str, Record]]:
+    """Returns an archive's pickle, and the storages by key."""
     records = _records(file)
     pickles = [name for name in records if name.rpartition("/")[2] == "data.pkl"]
     if not pickles:
@@ -155,9 +178,9 @@ def _open_archive(file: OpenFile) -> tuple[Any, dict[str, Record]]:
     if order is not None and file.bytes_at(order.start, min(order.nbytes, 16)) != b"little":
         raise InputError(f"{file} is in big-endian byte order; write it again on a little-endian machine")
     with _pickle_errors(file):
-        content = read_pickle(file.bytes_at(*records[pickles[0]])).value
+        pickle = read_pickle(file.bytes_at(*records[pickles[0]]), plain=plain)
     prefix = folder + "data/"
-    return content, {name.removeprefix(prefix): r for name, r in records.items() if name.startswith(prefix)}
+    return pickle, {name.removeprefix(prefix): r for name, r in records.items() if name.startswith(prefix)}
 
 
 def _records(file: OpenFile) -> dict[str, Record]:
@@ -217,8 +240,8 @@ def _incomplete(file: OpenFile, reason: str) -> InputError:
     )
 
 
-def _open_legacy(file: OpenFile) -> tuple[Any, dict[str, Record]]:
-    """Returns the content of a file from before torch 1.6, and the storages by key.
+def _open_legacy(file: OpenFile) -> tuple[Pickle, dict[str, Record]]:
+    """Returns the pickle of a file from before torch 1.6, and the storages by key.
 
     Five pickles (a magic number, the version, the machine, the object, the keys of its storages), then for each key the
     number of elements in 8 bytes and the elements.
@@ -252,7 +275,7 @@ def _open_legacy(file: OpenFile) -> tuple[Any, dict[str, Record]]:
                 f"{file} was truncated: its storages end at byte {position} or later, it has {file.size}; copy or"
                 " download it again"
             )
-    return content.value, records
+    return content, records
 
 
 def _unpickle(file: OpenFile, start: int) -> Pickle:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from opdkernels.checkpoint.torch_pickle import load_plain
 from opdkernels.distillation.jsonl import read_rows
 from opdkernels.distillation.options import SELF, DistillOptions
 from opdkernels.distillation.text import TextProcessor
@@ -273,7 +274,7 @@ def load_state(path: Path, world: World) -> dict[str, Any]:
     """This process's training state of a checkpoint. Raises InputError if it cannot be read, UsageError for another
     number of processes."""
     try:
-        state = torch.load(path / state_file(world), weights_only=True)
+        state = load_plain(str(path / state_file(world)))
         if state["processes"] != world.size:
             raise UsageError(
                 f"the run used {state['processes']} processes and has {world.size} now; "

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from opdkernels.errors import InputError, printable
 from opdkernels.files import write_atomically
+from opdkernels.untrusted import read_file
+
+MAX_LOG_BYTES = 2**30
 
 
 def finite(value: Any) -> Any:
@@ -19,15 +23,23 @@ def finite(value: Any) -> Any:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, without a truncated last line; none if there is no file."""
+    """The rows of a file, without a truncated last line; none if there is no file.
+
+    Raises InputError if the file cannot be read, or a row is not an object with a step.
+    """
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    shown, remedy = printable(str(path)), "restore it from a copy, or start again with --overwrite"
+    for line in read_file(path, max_bytes=MAX_LOG_BYTES, remedy=remedy).decode(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        step = row.get("step") if isinstance(row, dict) else None
+        if type(step) is not int or step < 0:
+            raise InputError(f"{shown} has a row without a step; {remedy}")
+        rows.append(row)
     return rows
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from opdkernels.config import DeviceOrAuto, option, validate_options
 from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.untrusted import read_file
 
 if TYPE_CHECKING:
     from opdkernels.ops.divergence import Divergence
@@ -325,11 +326,7 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         import tomli as tomllib  # type: ignore[no-redef]
     name = printable(os.fspath(path))
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return tomllib.loads(file.read())
-    except FileNotFoundError:
-        raise InputError(f"{name} does not exist; give a TOML file of options") from None
-    except OSError as error:
-        raise InputError(f"{name} cannot be read ({error.strerror}); give a TOML file of options") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{name} is not TOML ({printable(str(error))})") from None
+        content = read_file(path, remedy="give a TOML file of options")
+        return tomllib.loads(content.decode("utf-8-sig").replace("\r\n", "\n"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{name} is not TOML ({printable(str(error)[:200])}); correct it") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pickle import UnpicklingError
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.untrusted import open_regular
 
 IMAGE_REMEDY = "give each image one placeholder in its prompt"
 MODEL_REMEDY = "give another folder or hub id"
@@ -98,8 +100,11 @@ class TextProcessor:
             text = prompt if is_text else self.processor.apply_chat_template(prompt, **continuation(prompt))
         pictures = []
         for image in images:
-            with input_errors(f"an image of a prompt cannot be read from {printable(image)}", "give another file"):
-                pictures.append(Image.open(image).convert("RGB"))
+            with (
+                input_errors(f"an image of a prompt cannot be read from {printable(image)}", "give another file"),
+                os.fdopen(open_regular(image, remedy="give another file"), "rb") as file,
+            ):
+                pictures.append(Image.open(file).convert("RGB"))
         with input_errors(f"a prompt and its {len(images)} image(s) do not fit together", IMAGE_REMEDY):
             special = {} if is_text else {"add_special_tokens": False}
             inputs = dict(self.processor(text=[text], images=pictures, return_tensors="pt", **special))

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 
 from opdkernels.bits import popcount
+from opdkernels.checkpoint.io import guard_array
 from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.distillation.jsonl import append_row, finite, read_rows, write_rows
 from opdkernels.distillation.world import World
+from opdkernels.errors import InputError, printable
 from opdkernels.files import atomic_file
 from opdkernels.masks import MaskSet
 from opdkernels.masks.mask import Mask
@@ -86,11 +88,30 @@ class WeightCopy:
                 for _, weight in local_weights(model):
                     write(weight.cpu())
         self.path, self.tensors, start = path, {}, 0
-        data = np.memmap(path, np.uint8, "c")  # copy-on-write: torch wants writable memory
+        expected = 0
+        for _, weight in local_weights(model):
+            expected += weight.numel() * weight.element_size()
+            expected += padding(expected)
+        size = path.stat().st_size
+        if size != expected or not path.is_file():
+            raise InputError(
+                f"{printable(str(path))} has {size} bytes, and the model's weights {expected}; restore it from a copy,"
+                " or start again with --overwrite"
+            )
+        data = np.memmap(path, np.uint8, "c") if expected else np.empty(0, np.uint8)  # torch wants writable memory
+        self._num_faults = guard_array(data)
         for name, weight in local_weights(model):
             stop = start + weight.numel() * weight.element_size()
             self.tensors[name] = torch.from_numpy(data[start:stop]).view(weight.dtype).view(weight.shape)
             start = stop + padding(stop)
+
+    def check(self) -> None:
+        """Raises InputError if the file was truncated while it was mapped."""
+        if self._num_faults():
+            raise InputError(
+                f"{printable(str(self.path))} was truncated while it was open; restore it from a copy, or start again"
+                " with --overwrite"
+            )
 
 
 def padding(size: int) -> int:
@@ -191,6 +212,8 @@ class Tracker:
                 self.changed_any[name] = self.changed_any[name] | bits if name in self.changed_any else bits.copy()
                 numel += masks[name].numel
                 num_changed_any += popcount(self.changed_any[name])
+        self.start.check()
+        self.last.check()
         if self.world.is_main:
             MaskSet(masks).save(self.folder / "masks" / f"step-{step:06}.safetensors", overwrite=True)
         merged = {name: self._merge(tally) for name, tally in sorted(modules.items())}

@@ -56,6 +56,13 @@ class Snapshot(Measured):
     precision_vs_final: Number | None = None
 
 
+class PartScores(Strict):
+    """The score of each eval prompt with a part of a run's update, kept with the run."""
+
+    update_fraction: Number
+    scores: list[Number]
+
+
 class Results(Strict):
     """The content of results.json."""
 

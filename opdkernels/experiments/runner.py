@@ -6,7 +6,6 @@ resampling prompts and, with several seeds, seeds (bootstrap.py).
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -36,12 +35,14 @@ from opdkernels.experiments.arms import (
 )
 from opdkernels.experiments.bootstrap import START, table_rows
 from opdkernels.experiments.catalog import EXPERIMENTS
+from opdkernels.experiments.results import PartScores
 from opdkernels.experiments.table import markdown
 from opdkernels.files import write_atomically, write_json
 from opdkernels.masks import MaskSet
 from opdkernels.outputs import EXPERIMENT, RUN_FILE, validate_run_folder
 from opdkernels.patch import graft
 from opdkernels.runs.run_dir import lock_dir
+from opdkernels.untrusted import read_json, validate
 from opdkernels.version import __version__
 
 ArmResult = tuple[list[float], dict[str, Any]]  # the score of each eval prompt, and the arm's final metrics
@@ -272,8 +273,9 @@ class SeedRunner:
             prompt_scores = evaluate_checkpoint(self.options.model_copy(update={"seed": self.seed}), scratch / "part")
             write_json(file, {"update_fraction": fraction, "scores": prompt_scores})
             shutil.rmtree(scratch)
-        row = json.loads(file.read_text())
-        return row["scores"], {"update_fraction": row["update_fraction"]}
+        remedy = "delete it and run the same command again"
+        part_scores = validate(PartScores, read_json(file, remedy=remedy), printable(str(file)), remedy=remedy)
+        return part_scores.scores, {"update_fraction": part_scores.update_fraction}
 
 
 def options_of(arm: Arm, options: DistillOptions, **overrides: Any) -> DistillOptions:

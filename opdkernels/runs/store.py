@@ -21,8 +21,10 @@ import pyarrow as pa
 
 from opdkernels.errors import InputError, printable
 from opdkernels.files import remove_leftovers, write_atomically
+from opdkernels.untrusted import read_file
 
 FLUSH_EVERY_S = 1.0
+MAX_FRAGMENT_BYTES = 2**32
 SCALARS = {int: pa.int64(), float: pa.float64(), str: pa.string()}
 
 
@@ -110,7 +112,7 @@ class ArrowStore(Generic[R]):
 
     def _load(self, path: Path) -> None:
         try:
-            content = path.read_bytes()
+            content = read_file(path, max_bytes=MAX_FRAGMENT_BYTES, remedy="delete it, or start again with --overwrite")
             number, expected_digest, _ = path.name.split(".")
             if expected_digest != digest(content):
                 raise ValueError("its bytes are not those that were written")
