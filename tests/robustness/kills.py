@@ -442,7 +442,8 @@ def run(names: list[str], kills: int, seed: int, time_limit: float) -> int:
             outcome = harness.outcome
             print(
                 f"{name}: {outcome.kills} killed, {outcome.finished} finished before the kill, "
-                f"{len(outcome.problems)} problems; {harness.points[False]} operations on files",
+                f"{len(outcome.problems)} problems; {harness.points[False]} operations on files"
+                + ("; stopped by the time limit" if outcome.kills + outcome.finished < kills else ""),
                 flush=True,
             )
             for problem in outcome.problems:
