@@ -30,10 +30,10 @@ def rank_candidates(
     paths = [os.fspath(path) for path in candidates]
     if len(paths) < 1:
         raise UsageError("lineage takes a checkpoint and one or more candidates for its base")
-    if len(set(paths)) < len(paths):
-        raise UsageError("lineage was given a candidate twice; give each one once")
     rows = []
     with contextlib.closing(open_checkpoint(child, **options.open_kwargs)) as trained:
+        if len(set(paths)) < len(paths):
+            raise UsageError("lineage was given a candidate twice; give each one once")
         for path in paths:
             try:
                 with contextlib.closing(open_checkpoint(path, **options.open_kwargs)) as base:

@@ -283,9 +283,11 @@ def one_perturbation(
     the expected energy `below` in each column [short]."""
     squares = sigma.square()
     gap = squares[None, :] - squares[:, None]  # [i, j]: sigma_j^2 - sigma_i^2
-    right = sigma[:, None] * update + (sigma[:, None] * update).T
-    left = update * sigma + (update * sigma).T
-    angles = [torch.atan2(2 * off_diagonal, gap) / 2 for off_diagonal in (left, right)]
+    right = sigma[:, None] * update
+    right = right + right.T
+    top = ranks[-1]  # angles between top vectors and others need these columns only
+    left = update[:, :top] * sigma[:top] + (update[:top] * sigma).T
+    angles = [torch.atan2(2 * off_diagonal, gap[:, :top]) / 2 for off_diagonal in (left, right[:, :top])]
     tangents = []
     for angle, rest in zip(angles, (below / squares.clamp(min=torch.finfo(squares.dtype).tiny), None), strict=True):
         sines = []
