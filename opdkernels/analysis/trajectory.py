@@ -85,8 +85,9 @@ class Trajectory:
         steps = self.summary["steps"]
         unchanged = steps[-1]["views"].get("visible", {}).get("frac_zero")
         changed = None if unchanged is None else 1 - unchanged
+        labels = [step["label"] if step["step"] is None else step["step"] for step in steps]
         return (
-            f"Trajectory(base={self.summary['base']!r}, steps={[step['label'] for step in steps]}, "
+            f"Trajectory(base={self.summary['base']!r}, steps={labels}, "
             f"visibly changed at the end: {percent(changed)}, path={format_path(self.path)})"
         )
 

@@ -33,7 +33,7 @@ def test_repr_is_short_and_names_inputs_and_path(results, pair, tmp_path):
     visible = analysis.summary["views"]["visible"]
     assert f"visible {100 * (1 - visible['frac_zero']):.2f} %" in repr(analysis)
     assert "runs=2" in repr(overlaps)
-    assert "steps=[2, 3]" in repr(steps)
+    assert "steps=[2, 'final']" in repr(steps)
     assert "path=None" in repr(steps)
 
 
