@@ -154,6 +154,7 @@ FORMAT_MODULES = ("safetensors", "torch_pickle", "sharded", "hub", "folder", "fo
 FORMAT_USERS = {
     "patch": "writes files in the layout of the trained checkpoint's, byte for byte",
     "masks": "files of masks have the layout of safetensors",
+    "distillation": "its training states are files of torch.save",
 }
 
 
