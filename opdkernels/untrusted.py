@@ -102,12 +102,9 @@ def read_file(path: str | os.PathLike[str], *, remedy: str, max_bytes: int = MAX
         if size > max_bytes:
             raise InputError(f"{shown} has {size} bytes, more than the {max_bytes} allowed; {remedy}")
         try:
-            content = file.read(max_bytes + 1)
+            return file.read(size)  # not more: a buffer of max_bytes would be allocated; what is appended later is left
         except OSError as error:
             raise InputError(f"{shown} cannot be read: {reason_of(error)}") from None
-    if len(content) > max_bytes:  # it grows
-        raise InputError(f"{shown} has more than the {max_bytes} bytes allowed; {remedy}")
-    return content
 
 
 def reason_of(error: OSError) -> str:
