@@ -4,7 +4,7 @@ Importing this package imports nothing else: a public name imports its module wh
 
 >>> import opdkernels
 >>> sorted(opdkernels.masks.__all__)[:3]
-['Mask', 'MaskSet', 'changed']
+['MappedMasks', 'Mask', 'MaskSet']
 """
 
 from __future__ import annotations

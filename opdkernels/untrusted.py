@@ -1,4 +1,4 @@
-"""Files that a user hands in are data: opened without blocking, read up to a limit, and validated before they are used.
+"""Files that a user hands in are data: opened without blocking, and read up to a limit.
 
 Every error is an InputError of one line, which ends with the caller's remedy.
 """
@@ -10,24 +10,14 @@ import json
 import os
 import re
 import stat
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-
-from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.errors import InputError, printable
 
 MAX_JSON_BYTES = 2**25
 """32 MiB: an index of 200,000 tensors has 20 MB. Lists of empty lists take 25 times their size in memory."""
 
 TOO_MANY_FILES = "too many open files; raise the limit with `ulimit -n 4096`"
-
-T = TypeVar("T")
-
-
-class Strict(BaseModel):
-    """Base of the models of files: no value is converted to another type, unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class DuplicateKeyError(ValueError):
@@ -169,37 +159,3 @@ def read_json(
     if not isinstance(table, dict):
         raise InputError(f"{shown} holds no JSON object; {remedy}")
     return table
-
-
-def validate(form: type[T] | TypeAdapter[T], value: Any, shown: str, *, remedy: str) -> T:
-    """Returns a value as a model of pydantic.
-
-    Args:
-        form: The model or the type that the value must have.
-        value: Content of a file, such as the result of `read_json`.
-        shown: What it is, for messages, such as the printable path.
-        remedy: What to do if it is not valid.
-
-    Raises:
-        InputError: It is not valid; one line names the first invalid entry and the reason.
-
-    Example:
-        >>> class Step(Strict):
-        ...     step: int
-        >>> validate(Step, {"step": "3"}, "state.json", remedy="train again")
-        Traceback (most recent call last):
-        opdkernels.errors.InputError: state.json is not valid: step: Input should be a valid integer; train again
-    """
-    adapter: TypeAdapter[T] = form if isinstance(form, TypeAdapter) else TypeAdapter(form)
-    try:
-        return adapter.validate_python(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, (InputError, UsageError)):  # raised by a validator, wrapped by pydantic
-            raise cause from None
-        where = ".".join(str(part)[:80] for part in first["loc"])
-        reason = f"{where}: {first['msg']}" if where else first["msg"]
-        raise InputError(f"{shown} is not valid: {printable(reason[:400])}; {remedy}") from None
-    except RecursionError:
-        raise InputError(f"{shown} is not valid: it is nested too deeply; {remedy}") from None

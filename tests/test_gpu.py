@@ -117,7 +117,7 @@ def broken(name: str, spoil) -> Backend:
         ("patch", "patch_check", lambda a, r: r.add_(1)),
         ("step", "masked_adamw_", lambda a, r: a[5][0][-1:].neg_()),
         ("divergence", "divergence_scan", lambda a, r: r[0][4, -1:].add_(1)),
-        ("divergence", "divergence_means", lambda a, r: r[1].mul_(1.2)),
+        ("divergence", "divergence_means", lambda a, r: r[2].mul_(1.2)),
         ("divergence", "divergence_backward", lambda a, r: r[1][-1:].fill_(1)),
         ("divergence", "divergence_top", lambda a, r: r[:, -1:].zero_()),
         ("step", "masked_scatter_", lambda a, r: a[0][-1:].add_(1)),

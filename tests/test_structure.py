@@ -28,7 +28,7 @@ LAYERS = [
     {"ops"},
     {"checkpoint"},
     {"backends"},
-    {"config", "formatting", "progress", "bits", "outputs", "files", "untrusted"},
+    {"config", "formatting", "progress", "bits", "outputs", "files", "untrusted", "models"},
     {"errors", "version", "_C"},
 ]
 

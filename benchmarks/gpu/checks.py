@@ -188,7 +188,7 @@ def matches_cpu_spectra(family: Family, backend: Backend, device: torch.device, 
     assert spectra is not None
     assert expected is not None
     for name, tolerance in (
-        ("source", 1e-8),
+        ("base", 1e-8),
         ("trained", 1e-8),
         ("delta", 1e-8),
         ("projection", 1e-6),

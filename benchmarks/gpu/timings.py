@@ -322,9 +322,11 @@ def divergence_of(kind: str) -> Callable:
         def call(kernel: Kernel):
             moments, at, _, _ = kernel("divergence_scan")(student, teacher, ids, 0, vocabulary, *params, False)
             center = moments[tiles.MEAN_REVERSE] - moments[tiles.STUDENT_LOG] + moments[tiles.TEACHER_LOG]
+            shift = torch.zeros_like(center)
             if kind == "jsd":
-                center = kernel("divergence_means")(student, teacher, moments, vocabulary, *params, beta, code)[1]
-            scalars = torch.stack([*moments[:4], center, torch.ones_like(center)])
+                means = kernel("divergence_means")(student, teacher, moments, vocabulary, *params, beta, code)
+                _, shift, center = means
+            scalars = torch.stack([*moments[:4], shift, center, torch.ones_like(center)])
             return list(
                 kernel("divergence_backward")(
                     student, teacher, scalars, ids, at[0], vocabulary, *params, beta, code, [True, True, False]

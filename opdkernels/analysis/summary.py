@@ -15,8 +15,9 @@ from opdkernels.errors import InputError, printable
 from opdkernels.metrics.catalog import metrics_of
 from opdkernels.metrics.geometry import SUMMARY_METRICS
 from opdkernels.metrics.registry import VIEWS
+from opdkernels.models import validate
 from opdkernels.runs.run_dir import REMEDY
-from opdkernels.untrusted import read_json, validate
+from opdkernels.untrusted import read_json
 
 
 class Part(BaseModel):

@@ -11,7 +11,8 @@ from pydantic import ConfigDict, Field, model_validator
 
 from opdkernels.errors import printable
 from opdkernels.experiments.bootstrap import START
-from opdkernels.untrusted import Strict, read_json, validate
+from opdkernels.models import Strict, validate
+from opdkernels.untrusted import read_json
 
 FILE = "results.json"
 REMEDY = "run the experiment again"

@@ -39,10 +39,11 @@ from opdkernels.experiments.results import PartScores
 from opdkernels.experiments.table import markdown
 from opdkernels.files import write_atomically, write_json
 from opdkernels.masks import MaskSet
+from opdkernels.models import validate
 from opdkernels.outputs import EXPERIMENT, RUN_FILE, validate_run_folder
 from opdkernels.patch import graft
 from opdkernels.runs.run_dir import lock_dir
-from opdkernels.untrusted import read_json, validate
+from opdkernels.untrusted import read_json
 from opdkernels.version import __version__
 
 ArmResult = tuple[list[float], dict[str, Any]]  # the score of each eval prompt, and the arm's final metrics

@@ -22,8 +22,9 @@ from opdkernels.checkpoint.safetensors import SafetensorsFile
 from opdkernels.errors import InputError, printable
 from opdkernels.formatting import percent
 from opdkernels.masks.mask import Mask
+from opdkernels.models import Strict, validate
 from opdkernels.outputs import MASKS, new_file, validate_file
-from opdkernels.untrusted import Strict, parse_json, validate
+from opdkernels.untrusted import parse_json
 
 FORMAT, VERSION = MASKS.format, "1"
 COMPARED_BYTES = 1 << 24

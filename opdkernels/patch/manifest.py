@@ -18,8 +18,9 @@ from opdkernels.checkpoint.io import Buffer, choose_io
 from opdkernels.checkpoint.safetensors import SafetensorsFile, check_structure, dtype_name, stored_dtype
 from opdkernels.errors import InputError, printable
 from opdkernels.formatting import byte_size, percent
+from opdkernels.models import Strict, validate
 from opdkernels.outputs import PATCH
-from opdkernels.untrusted import Strict, parse_json, unique_keys, validate
+from opdkernels.untrusted import parse_json, unique_keys
 
 FORMAT, VERSION = PATCH.format, "1"
 EXTRA_FILE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")

@@ -21,8 +21,9 @@ from opdkernels.backends import cpu
 from opdkernels.checkpoint.base import Checkpoint
 from opdkernels.errors import InputError, printable
 from opdkernels.files import remove_leftovers, try_lock, write_json
+from opdkernels.models import Strict, validate
 from opdkernels.outputs import ANALYSIS, RUN_FILE, remove_outputs, resolve_output, validate_run_folder
-from opdkernels.untrusted import Strict, read_json, validate
+from opdkernels.untrusted import read_json
 from opdkernels.version import __version__
 
 REMEDY = "run the command again with --overwrite"

@@ -255,7 +255,7 @@ def test_unreadable_records_are_input_error(pair, tmp_path):
     with pytest.raises(InputError, match=r"\.arrow cannot be read"):
         load(tmp_path / "out")
     (tmp_path / "out" / "run.json").write_text("{")
-    with pytest.raises(InputError, match=r"run\.json cannot be read"):
+    with pytest.raises(InputError, match=r"run\.json is not JSON"):
         load(tmp_path / "out")
     with pytest.raises(InputError, match="holds no run"):
         load(tmp_path)

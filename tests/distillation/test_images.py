@@ -218,7 +218,7 @@ def test_mismatched_images_raise_one_line_error(options, folders, tmp_path, monk
                 student=str(folders / "student"),
                 teacher=str(folders / "teacher"),
                 prompts=str(tmp_path / "p.jsonl"),
-                on_policy_fraction=not recorded,
+                on_policy_fraction=float(not recorded),
                 batch_size=1,
             ),
             tmp_path / "run",

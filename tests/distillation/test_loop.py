@@ -398,7 +398,7 @@ def test_max_steps_below_taken_steps_is_refused(options, tmp_path):
 
 
 def test_folder_as_configuration_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\); give a TOML file of options"):
+    with pytest.raises(InputError, match=r"is not a regular file; give a TOML file of options"):
         options_from(tmp_path, {})
 
 

@@ -74,9 +74,8 @@ def validate(values: torch.Tensor, k: Sequence[int], largest: bool, mask: torch.
     """Raise TypeError or ValueError where the arguments of the operator do not fit."""
     n = values.numel()
     validate_input("values", values, DTYPES, values.device)
-    for rank in k:
-        if not 1 <= rank <= n:
-            raise ValueError(f"k must be in 1 .. {n}, the number of values, not {rank}")
+    if any(rank < 1 for rank in k):
+        raise ValueError(f"ranks begin at 1, not {min(k)}")
     if mask is not None:
         validate_tensor("mask", mask, torch.uint8, ((n + 7) // 8,), values.device)
     validate_memory([], [values] if mask is None else [values, mask])
@@ -158,6 +157,9 @@ def quantiles(
     """
     values = to_local(values)
     n, ranks = values.numel(), [int(rank) for rank in k]
+    for rank in ranks:
+        if not 1 <= rank <= n:
+            raise ValueError(f"k must be in 1 .. {n}, the number of values, not {rank}")
     thresholds, counts = torch.ops.opdkernels.quantile(values, ranks, largest, mask)
     results = []
     for rank, threshold, (above, tied, above_masked, tied_masked, nan) in zip(
