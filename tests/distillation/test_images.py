@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from opdkernels.config import validate_options
-from opdkernels.distillation import state
+from opdkernels.distillation import evaluation, state
 from opdkernels.distillation.loop import train
 from opdkernels.distillation.options import DistillOptions
 from opdkernels.experiments.runner import run_experiment
@@ -141,7 +141,8 @@ def processors(monkeypatch):
         text.processor = Processor(text.tokenizer)
         return text
 
-    monkeypatch.setattr(state, "load_text_processor", with_images)
+    for module in (state, evaluation):
+        monkeypatch.setattr(module, "load_text_processor", with_images)
 
 
 def test_image_text_model_trains_its_vision_weights(options, folders, tmp_path):
