@@ -20,7 +20,7 @@ from opdkernels.ops.patch.layout import blocks_of
 from opdkernels.ops.quantile import cuda as quantile
 from opdkernels.ops.step import adamw_scalars
 from opdkernels.ops.step import cuda as step
-from opdkernels.ops.step.layout import BLOCK
+from opdkernels.ops.step.layout import BLOCK, STEP_ROW
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 BEYOND = 2**31 + 11
@@ -132,7 +132,7 @@ def test_step_of_many_tensors_is_one_launch(monkeypatch):
         )
         some = sum(n > 0 for n in sizes)
         assert (name, grid, threads, shared_bytes) == ("step_adamw", blocks, 256, 8 * 4096)
-        assert (len(table), len(ends), count) == (17 * some, some, some)
+        assert (len(table), len(ends), count) == ((STEP_ROW.itemsize // 8 + 1) * some, some, some)
         assert {tensor.device.type for tensor in (table, scalars)} == {device.type} == {"cuda"}
     assert launches(monkeypatch, lambda: call_adamw([0], 0)) == []
 
