@@ -132,7 +132,7 @@ def gram(
     trained = base if trained is None else trained
     base, trained = (t.to_local().detach() if hasattr(t, "to_local") else t.detach() for t in (base, trained))
     if base.ndim != 2:
-        raise ValueError(f"base must be a matrix, not {list(base.shape)}")
+        raise ValueError(f"base and trained must be matrices of one shape, not {list(base.shape)}")
     if out is None:
         shape = (len(names), base.shape[1], base.shape[1])
         out = torch.zeros(shape, dtype=torch.float64, device=base.device)
