@@ -123,8 +123,11 @@ def parse_json(content: bytes | str, shown: str, *, remedy: str, allow_duplicate
         raise InputError(f"{shown} is {kind}")
     try:
         value = json.loads(content, object_pairs_hook=None if allow_duplicates else unique_keys)
-        escaped = rb"\\u[dD][89a-fA-F]" if isinstance(content, bytes) else r"\\u[dD][89a-fA-F]|[\ud800-\udfff]"
-        if re.search(escaped, content):  # type: ignore[type-var]
+        if isinstance(content, bytes):
+            may_have_surrogates = bool(re.search(rb"\\u[dD][89a-fA-F]", content))
+        else:
+            may_have_surrogates = bool(re.search(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", content))
+        if may_have_surrogates:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError:
