@@ -192,13 +192,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any], pending: list[PendingStep], grad_scale: torch.Tensor | None) -> None:
         batches: defaultdict[torch.device, StepBatch] = defaultdict(StepBatch)
+        counts = []
         for item in pending:
             state = self.state[item.param]
             is_first = self._init_state(state, item.local, item.local_mask, item.binding, group)
-            state["step"] += 1
+            counts.append(state["step"])
             if "group_steps" in state:
-                state["group_steps"] += 1
-            item.binding.last_step = item.local.dtype, item.local.device
+                counts.append(state["group_steps"])
             if item.local_mask.num_active:
                 batches[item.local.device].add(item, state, is_first)
         for device, batch in batches.items():
@@ -209,8 +209,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
             scalars = batch.scalars(lambda steps: self._scalars(steps, group)).to(device)
             self._launch(batch, group, scalars, scale, clip)
             for local, weights in zip(batch.locals, batch.params, strict=True):
-                if weights.data_ptr() != local.data_ptr():
+                if weights is not local:
                     local.copy_(weights)
+        if counts:
+            torch._foreach_add_(counts, 1)
+        for item in pending:
+            item.binding.last_step = item.local.dtype, item.local.device
 
     def _gathered(self, key: ParamKey, param: torch.Tensor) -> torch.Tensor | None:
         """The gathered gradient, fp32 [num_active], if it was gathered."""

@@ -49,8 +49,8 @@ class StepBatch:
         self.param_ids: list[int] = []
         self.states: list[dict[str, Any]] = []
         self.scalar_rows: list[int] = []
-        self.steps: list[float] = []  # step count per row of scalars
-        self.param_steps: list[float] = []  # steps of the parameter, per row of scalars
+        self.steps: list[float] = []  # step count per row of scalars, this step included
+        self.param_steps: list[float] = []  # steps of the parameter, this one included, per row of scalars
         self.is_first: list[bool] = []  # whether the moments were created for this step, per row of scalars
 
     def add(self, pending: PendingStep, state: dict[str, Any], is_first: bool) -> None:
@@ -62,9 +62,10 @@ class StepBatch:
         self.param_ids.append(pending.binding.param_id)
         self.states.append(state)
         self.scalar_rows.append(len(self.steps))
-        steps = state["group_steps"].tolist() if "group_steps" in state else [float(state["step"])]
+        param_step = state["step"].item() + 1.0
+        steps = [count + 1.0 for count in state["group_steps"].tolist()] if "group_steps" in state else [param_step]
         self.steps += steps
-        self.param_steps += len(steps) * [float(state["step"])]
+        self.param_steps += len(steps) * [param_step]
         self.is_first += len(steps) * [is_first]
 
     def scalars(self, compute: Callable[[list[float]], torch.Tensor]) -> torch.Tensor:

@@ -21,53 +21,44 @@ from opdkernels.ops.step.layout import (
 
 def step_rows(args: StepArgs) -> np.ndarray:
     """STEP_ROW [tensors] of the tensors that have coordinates of a bitmap or indices, without tiles."""
-    rows = [step_row(args, i) for i in range(len(args.params)) if step_size(args.params[i], args.masks[i])]
-    return np.array(rows, dtype=STEP_ROW)
+    rows = np.zeros(len(args.params), STEP_ROW)
+    arrays = {
+        "param": args.params,
+        "grad": args.grads,
+        "mask": args.masks,
+        "block_counts": args.block_counts,
+        "exp_avg": args.exp_avgs or args.momentum_buffers,
+        "exp_avg_sq": args.exp_avg_sqs,
+        "max_exp_avg_sq": args.max_exp_avg_sqs,
+        "residual": args.residuals,
+        "init_value": args.init_values,
+        "step_group": args.step_groups,
+    }
+    for field, tensors in arrays.items():
+        if tensors:
+            rows[field] = [tensor.data_ptr() for tensor in tensors]  # 0 for a tensor without elements
+    rows["scalar_row"], rows["shard_offset"], rows["param_id"] = args.scalar_rows, args.shard_offsets, args.param_ids
+    rows["numel"] = [param.numel() for param in args.params]
+    rows["size"] = [step_size(param, mask) for param, mask in zip(args.params, args.masks, strict=True)]
+    num_grads = np.array([grad.numel() for grad in args.grads])
+    flags = {
+        PARAM_BF16: [param.dtype is torch.bfloat16 for param in args.params],
+        GRAD_BF16: [grad.dtype is torch.bfloat16 for grad in args.grads],
+        GRAD_COMPACT: num_grads != rows["numel"],
+        MASK_INDICES: [mask.dtype is not torch.uint8 for mask in args.masks],
+        MASK_INDICES_64: [mask.dtype is torch.int64 for mask in args.masks],
+        HAS_INIT_VALUE: has_elements(args.init_values),
+        HAS_STEP_GROUP: has_elements(args.step_groups),
+        HAS_MAX_EXP_AVG_SQ: has_elements(args.max_exp_avg_sqs),
+    }
+    for flag, is_set in flags.items():
+        rows["flags"] |= np.where(is_set, flag, 0).astype(np.uint32)
+    return rows[rows["size"] > 0]
 
 
-def step_row(args: StepArgs, i: int) -> tuple[int, ...]:
-    """The fields of STEP_ROW for the i-th tensor."""
-    param, grad, mask = args.params[i], args.grads[i], args.masks[i]
-    init_value, step_group = element(args.init_values, i), element(args.step_groups, i)
-    max_exp_avg_sq = element(args.max_exp_avg_sqs, i)
-    flags = (
-        PARAM_BF16 * (param.dtype == torch.bfloat16)
-        | GRAD_BF16 * (grad.dtype == torch.bfloat16)
-        | GRAD_COMPACT * (grad.numel() != param.numel())
-        | MASK_INDICES * (mask.dtype != torch.uint8)
-        | MASK_INDICES_64 * (mask.dtype == torch.int64)
-        | HAS_INIT_VALUE * (init_value is not None)
-        | HAS_STEP_GROUP * (step_group is not None)
-        | HAS_MAX_EXP_AVG_SQ * (max_exp_avg_sq is not None)
-    )
-    tensors = (
-        param,
-        grad,
-        mask,
-        element(args.block_counts, i),
-        element(args.exp_avgs or args.momentum_buffers, i),
-        element(args.exp_avg_sqs, i),
-        max_exp_avg_sq,
-        element(args.residuals, i),
-        init_value,
-        step_group,
-    )
-    return (
-        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
-        args.scalar_rows[i],
-        args.shard_offsets[i],
-        step_size(param, mask),
-        param.numel(),
-        args.param_ids[i],
-        flags,
-        0,
-        0,
-    )
-
-
-def element(tensors: Tensors, i: int) -> torch.Tensor | None:
-    """The i-th tensor of a list that may be empty; None where it has no elements."""
-    return tensors[i] if tensors and tensors[i].numel() else None
+def has_elements(tensors: Tensors) -> list[bool] | bool:
+    """For each tensor of a list whether it has elements; False where no tensor has such a value."""
+    return [tensor.numel() > 0 for tensor in tensors] if tensors else False
 
 
 def step_size(values: torch.Tensor, mask: torch.Tensor) -> int:
