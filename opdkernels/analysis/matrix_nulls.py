@@ -88,7 +88,10 @@ def coverage(
     The masks are those of `spectral.null.Composites`.
     """
     result = []
-    for mask, histogram in zip(masks, mask_histograms(masks, source), strict=True):
+    used = np.flatnonzero(hist_base)
+    histograms = mask_histograms(masks, source)[:, used]
+    hist_base, hist_changed, visible = hist_base[used], hist_changed[used], visible[used]
+    for mask, histogram in zip(masks, histograms, strict=True):
         composites = Composites.of(histogram, hist_base, mask.size)
         result.append(
             (

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -219,20 +220,32 @@ class Profile:
         tall = min(long, max(small, round(long * small / short)), 4096)
         if min(self.rows.sum(), self.columns.sum()) <= 0:
             return 1.0, 1.0
-        scale = [
+        rows, columns = (
             torch.from_numpy(np.sort(sums)[((np.arange(size) + 0.5) * len(sums) / size).astype(int)]).sqrt()
             for sums, size in ((self.rows, tall), (self.columns, small))
-        ]
-        generator = torch.Generator().manual_seed(SEED)
+        )
         top = max(1, round(16 * small / short))
-        sums = np.zeros((2, 2))  # with and without the profile: stable rank and energy of the top
-        for _ in range(DRAWS):
-            draw = torch.randn(tall, small, generator=generator, dtype=torch.float64)
-            for which, matrix in enumerate((scale[0][:, None] * draw * scale[1], draw)):
-                squares = torch.linalg.eigvalsh(matrix.T @ matrix).clamp(min=0).flip(0)
-                sums[which] += float(squares.sum() / squares[0]), float(squares[:top].sum() / squares.sum())
-        stable_rank, energy = sums[0] / sums[1]
+        with_profile = top_of_random(tall, small, top, rows.unsqueeze(1) * columns)
+        stable_rank, energy = with_profile / top_of_random_without_profile(tall, small, top)
         return float(stable_rank), float(energy)
+
+
+def top_of_random(long: int, short: int, top: int, scale: torch.Tensor | None = None) -> np.ndarray:
+    """The stable rank of normal draws and the energy of their `top` largest singular values, each summed over DRAWS
+    draws: float64 [2]. Draws are multiplied by `scale` [long, short], and are the same at each call."""
+    sums, generator = np.zeros(2), torch.Generator().manual_seed(SEED)
+    for _ in range(DRAWS):
+        draw = torch.randn(long, short, generator=generator, dtype=torch.float64)
+        matrix = draw if scale is None else scale * draw
+        squares = torch.linalg.eigvalsh(matrix.T @ matrix).clamp(min=0).flip(0)
+        sums += float(squares.sum() / squares[0]), float(squares[:top].sum() / squares.sum())
+    return sums
+
+
+@lru_cache(maxsize=256)
+def top_of_random_without_profile(long: int, short: int, top: int) -> np.ndarray:
+    """`top_of_random` without a scale; kept, since the matrices of a model have few shapes."""
+    return top_of_random(long, short, top)
 
 
 def perturbation(
@@ -256,16 +269,12 @@ def perturbation(
         return None
     variances = profile.band_variances(long, short) * energy
     column_band, row_band = (np.repeat(np.arange(len(profile.ranks) + 1), profile.band_sizes(short)) for _ in range(2))
-    scale = torch.from_numpy(variances[np.ix_(row_band, column_band)]).sqrt()
+    scale = torch.from_numpy(variances[np.ix_(row_band, column_band)]).sqrt().float()
     below = torch.from_numpy(variances[-1][column_band]) * (long - short)  # energy of the rows beyond `short`
     generator = torch.Generator().manual_seed(SEED)
+    gap = gap_of_squares(sigma)
     draws = [
-        one_perturbation(
-            sigma,
-            scale * torch.randn(short, short, generator=generator, dtype=torch.float64),
-            below,
-            profile.ranks,
-        )
+        one_perturbation(sigma, gap, scale * torch.randn(short, short, generator=generator), below, profile.ranks)
         for _ in range(DRAWS)
     ]
 
@@ -276,31 +285,52 @@ def perturbation(
     return left, right, drift
 
 
-def one_perturbation(
-    sigma: torch.Tensor, update: torch.Tensor, below: torch.Tensor, ranks: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean sines on both sides [ratios] and drift [] for one draw of U^T D V [short, short], whose further rows have
-    the expected energy `below` in each column [short]."""
+def gap_of_squares(sigma: torch.Tensor) -> torch.Tensor:
+    """[i, j]: sigma_j^2 - sigma_i^2, computed in fp64 and rounded to fp32 [short, short]."""
     squares = sigma.square()
-    gap = squares[None, :] - squares[:, None]  # [i, j]: sigma_j^2 - sigma_i^2
-    right = sigma[:, None] * update
+    return (squares[None, :] - squares[:, None]).float()
+
+
+def one_perturbation(
+    sigma: torch.Tensor, gap: torch.Tensor, update: torch.Tensor, below: torch.Tensor, ranks: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean sines on both sides [ratios] and drift [] for one draw of U^T D V, fp32 [short, short], whose further rows
+    have the expected energy `below` in each column, fp64 [short].
+
+    Elements are fp32, sums and eigenvalues fp64: an element has a relative error of a few 1e-7, and the gap of
+    near-equal singular values one of 6e-8, where DRAWS draws leave 1e-2.
+    """
+    squares, narrow = sigma.square(), sigma.float()
+    right = narrow[:, None] * update
     right = right + right.T
+    right_tangent = half_angle_tangent(right, gap)
     top = ranks[-1]  # angles between top vectors and others need these columns only
-    left = update[:, :top] * sigma[:top] + (update[:top] * sigma).T
-    angles = [torch.atan2(2 * off_diagonal, gap[:, :top]) / 2 for off_diagonal in (left, right[:, :top])]
+    left = update[:, :top] * narrow[:top] + (update[:top] * narrow).T
     tangents = []
-    for angle, rest in zip(angles, (below / squares.clamp(min=torch.finfo(squares.dtype).tiny), None), strict=True):
+    for tangent, rest in (
+        (half_angle_tangent(left, gap[:, :top]), below / squares.clamp(min=torch.finfo(squares.dtype).tiny)),
+        (right_tangent[:, :top], None),
+    ):
         sines = []
         for k in ranks:
-            x = angle[k:, :k].tan()
+            x = tangent[k:, :k].double()
             inner = x.T @ x
             if rest is not None:
                 inner.diagonal().add_(rest[:k])
             tangent_sq = torch.linalg.eigvalsh(inner).clamp(min=0)
             sines.append(float((tangent_sq / (1 + tangent_sq)).sqrt().mean()))
         tangents.append(np.array(sines))
-    shift = (torch.hypot(gap, 2 * right) - gap.abs()) / 2 * torch.where(gap >= 0, 1.0, -1.0)
-    shift.fill_diagonal_(0)
-    trained = squares + 2 * sigma * update.diagonal() + update.square().sum(0) + below + shift.sum(0)
+    gained = right_tangent.mul_(right).tril(-1)  # [i, j]: what the square of the larger value j takes from that of i
+    shift = gained.sum(0, dtype=torch.float64) - gained.sum(1, dtype=torch.float64)
+    trained = squares + 2 * sigma * update.diagonal() + update.square().sum(0, dtype=torch.float64) + below + shift
     change = trained.clamp(min=0).sqrt().sort(descending=True).values - sigma
     return tangents[0], tangents[1], np.array(float(change.norm() / sigma.norm()))
+
+
+def half_angle_tangent(off_diagonal: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
+    """The tangent t of the angle that diagonalises [[0, x], [x, |gap|]], for each element x.
+
+    The larger eigenvalue is |gap| + x t and the smaller one -x t.
+    """
+    twice = 2 * off_diagonal
+    return twice.div_(torch.hypot(twice, gap).add_(gap.abs()).clamp_(min=torch.finfo(gap.dtype).tiny))
