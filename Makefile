@@ -1,8 +1,11 @@
 # Every target sets itself up on a machine with python3 (3.10 or newer), git, g++ and make.
 PYTHON ?= python3
+# Processes that run the tests, a file each at a time; WORKERS=0 runs them in pytest's own process.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SOURCES := $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*)
 
 .PHONY: demo test test-fast kill sanitize fuzz lint bench gpu trainers clean
@@ -11,10 +14,10 @@ demo: $(READY)
 	$(BIN)/python examples/distill_demo.py demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 # Kills every command that writes 50 times; an hour at most.
 kill: $(READY)

@@ -37,6 +37,19 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """With pytest-xdist, a worker sends to the controller what its tests of GPU kernels covered."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["kernels"] = summary.to_builtins()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    if error is None:
+        summary.add(node.workeroutput["kernels"])
+
+
 def pytest_terminal_summary(terminalreporter):
     for line in summary.summary_lines(report.nodeid for report in terminalreporter.getreports("passed")):
         terminalreporter.write_line(line)

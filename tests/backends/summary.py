@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any
 
 BROKEN_KERNEL_WORD = "detected"  # in the name of a test that breaks a kernel
 
@@ -24,6 +25,17 @@ class CompiledKernel:
 
 COMPILED: list[CompiledKernel] = []
 INTERPRETED: Counter[str] = Counter()  # tests passed in Triton's interpreter, by family
+
+
+def to_builtins() -> dict[str, Any]:
+    """What this process has recorded, as values that can be sent to another one."""
+    return {"compiled": [list(astuple(kernel)) for kernel in COMPILED], "interpreted": dict(INTERPRETED)}
+
+
+def add(recorded: dict[str, Any]) -> None:
+    """Add what another process has recorded, from `to_builtins`."""
+    COMPILED.extend(CompiledKernel(*fields) for fields in recorded["compiled"])
+    INTERPRETED.update(recorded["interpreted"])
 
 
 def compiler_line(compiler: str, kernels: list[CompiledKernel]) -> str:
