@@ -31,7 +31,7 @@ from opdkernels.ops.step.validation import RESIDUAL_DTYPES
 from opdkernels.optim.active import gather_active, restore_dropped
 from opdkernels.optim.batch import RESIDUALS, PendingStep, StepBatch, validate_addresses
 from opdkernels.optim.bind_masks import Masks, bind_masks
-from opdkernels.optim.binding import Binding, LocalMask, is_dtensor, local_gradient, local_part
+from opdkernels.optim.binding import Binding, LocalMask, is_dtensor, local_gradient, local_part, validate_gradient_shape
 from opdkernels.optim.distinct import named_params, validate_distinct, validate_memory
 from opdkernels.optim.gathered import GatheredGrad
 from opdkernels.optim.options import is_number, validate_flags, validate_options
@@ -222,15 +222,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def _gradient(self, key: ParamKey, param: torch.Tensor) -> torch.Tensor | None:
         """The local gradient, contiguous: of the shape of the local parameter, or fp32 [num_active] where gathered."""
-        if param.grad is not None and param.grad.shape != param.shape:
-            raise ValueError(
-                f"{self._bindings_by_group[key[0]][key[1]].display_name} is {list(param.shape)}, its gradient "
-                f"{list(param.grad.shape)}; zero_grad() after a parameter has changed"
-            )
-        gathered = self._gathered(key, param)
-        if gathered is not None or param.grad is None:
+        gathered, grad = self._gathered(key, param), param.grad
+        if grad is None:
             return gathered
-        return local_gradient(param, param.grad, self._bindings_by_group[key[0]][key[1]].display_name)
+        name = self._bindings_by_group[key[0]][key[1]].display_name
+        if gathered is None:
+            return local_gradient(param, grad, name)
+        validate_gradient_shape(param, grad, name)
+        return gathered
 
     def _active_gradient(self, key: ParamKey, param: torch.Tensor, binding: Binding) -> torch.Tensor | None:
         """The local gradient of the active coordinates, fp32 [num_active]."""
@@ -249,16 +248,16 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self, state: dict[str, Any], local: torch.Tensor, local_mask: LocalMask, binding: Binding, group: dict[str, Any]
     ) -> bool:
         """Create missing state. Returns whether moments were created: SGD then copies the gradient to its buffer."""
-        is_first = any(name not in state for name in self._moment_names(group))
+        missing = {name: dtype for name, dtype in self._state_dtypes(group, local.dtype).items() if name not in state}
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["mask"] = torch.tensor(binding.digest, dtype=torch.int64, device="cpu")
             if group["weight_decay_target"] == "init":
                 state["init_value"] = gather_active(local, local_mask).to(local.dtype)
-        for name, dtype in self._state_dtypes(group, local.dtype).items():
-            if name not in state and name != "init_value":
+        for name, dtype in missing.items():
+            if name != "init_value":
                 state[name] = torch.zeros(local_mask.num_active, dtype=dtype, device=local.device)
-        return is_first
+        return not missing.keys().isdisjoint(self.moments)
 
     def _state_dtypes(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
         """The dtypes of the [num_active] state of a parameter of this dtype."""

@@ -7,12 +7,15 @@ global shape.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from opdkernels.errors import printable
 from opdkernels.masks.mask import Mask
 from opdkernels.ops.step.validation import DTYPES
+
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)  # no DTensors, which saves looking for their attributes
 
 
 @dataclass
@@ -51,20 +54,20 @@ class Binding:
         """The digest of the mask as a signed 64-bit number, which a tensor can hold."""
         return int.from_bytes(bytes.fromhex(self.mask.digest), "big", signed=True)
 
-    @property
+    @cached_property
     def display_name(self) -> str:
         """The name of the parameter for messages."""
         return printable(self.name) or f"parameter {self.param_id}"
 
     def local_mask(self, param: torch.Tensor) -> LocalMask:
         """The mask of the local part of `param`; cached until the shape, the position or the device changes."""
-        if tuple(param.shape) != self.mask.shape:
+        if param.shape != self.mask.shape:
             raise ValueError(
                 f"{self.display_name} is now {list(param.shape)}; its mask is {list(self.mask.shape)}: "
                 "create the optimizer again"
             )
         local, start = local_part(param)
-        key = (tuple(local.shape), start, local.device)
+        key = (local.shape, start, local.device)
         if self.cached_local_mask is None or key != self.cache_key:
             mask, offset = self._slice_mask(local, start)
             block_counts = mask.block_counts if mask.layout == "bitmap" else torch.zeros(0, dtype=torch.int64)
@@ -124,20 +127,25 @@ def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...] | No
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a DTensor."""
-    return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
+    return type(tensor) not in PLAIN_TYPES and hasattr(tensor, "placements") and hasattr(tensor, "to_local")
 
 
 def local_gradient(param: torch.Tensor, grad: torch.Tensor, name: str) -> torch.Tensor:
     """The gradient of the local shard of a parameter: contiguous, fp32 or bf16. `name` is for messages."""
     if grad.is_sparse or grad.is_complex():
         raise RuntimeError(f"{name} has a {'sparse' if grad.is_sparse else 'complex'} gradient; give a dense, real one")
+    validate_gradient_shape(param, grad, name)
+    local = as_sharded(param, grad)
+    local = local_part(local)[0].detach().contiguous()
+    return local if local.dtype in DTYPES else local.float()
+
+
+def validate_gradient_shape(param: torch.Tensor, grad: torch.Tensor, name: str) -> None:
+    """Raise ValueError where a gradient does not have the shape of its parameter."""
     if grad.shape != param.shape:
         raise ValueError(
             f"{name} is {list(param.shape)}, its gradient {list(grad.shape)}; zero_grad() after a parameter has changed"
         )
-    local = as_sharded(param, grad)
-    local = local_part(local)[0].detach().contiguous()
-    return local if local.dtype in DTYPES else local.float()
 
 
 def as_sharded(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
