@@ -190,13 +190,13 @@ def fake_gpu(monkeypatch):
     """GPU calls are replaced by fakes, and the CPU computes."""
     monkeypatch.setattr(checks, "on_gpu", lambda device: True)
     monkeypatch.setattr(timings, "on_gpu", lambda device: True)
-    for name, stand in (
+    for name, fake in (
         ("Stream", FakeStream),
         ("Event", FakeStream),
         ("stream", contextlib.nullcontext),
         ("mem_get_info", lambda device: (1 << 33, 1 << 34)),
     ):
-        monkeypatch.setattr(torch.cuda, name, stand)
+        monkeypatch.setattr(torch.cuda, name, fake)
     for name in ("_sleep", "synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
 

@@ -75,12 +75,12 @@ def test_wandb_gets_every_metric_and_is_closed(options, tmp_path, monkeypatch):
     assert taken[-1] == "finished"
 
 
-def cannot_begin(**given):
+def failing_init(**options):
     raise RuntimeError("api_key not configured\nmore")
 
 
 @pytest.mark.parametrize(
-    ("module", "stands", "given", "said"),
+    ("name", "module", "chosen", "message"),
     [
         (
             "torch.utils.tensorboard",
@@ -91,16 +91,16 @@ def cannot_begin(**given):
         ("wandb", None, {"wandb": "sparse"}, "wandb needs wandb, which is not installed"),
         (
             "wandb",
-            SimpleNamespace(init=cannot_begin),
+            SimpleNamespace(init=failing_init),
             {"wandb": "sparse"},
             r"wandb cannot start a run \(api_key not configured\); set WANDB_MODE=offline",
         ),
     ],
 )
-def test_unavailable_log_sink_keeps_earlier_run(options, tmp_path, monkeypatch, module, stands, given, said):
+def test_unavailable_log_sink_keeps_earlier_run(options, tmp_path, monkeypatch, name, module, chosen, message):
     train(options(max_steps=1), tmp_path)
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
-    monkeypatch.setitem(sys.modules, module, stands)
-    with pytest.raises(UsageError, match=said):
-        train(options(max_steps=1, seed=1, overwrite=True, **given), tmp_path)
+    monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(UsageError, match=message):
+        train(options(max_steps=1, seed=1, overwrite=True, **chosen), tmp_path)
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before

@@ -58,7 +58,7 @@ def alone(steps: int, dtype: str, precision: str) -> tuple[list[torch.Tensor], l
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "precision"), CASES)
 def test_two_ranks_match_one_process(dtype, precision, two_ranks):
-    """Point 9: uneven and empty shards; what is frozen keeps its bits; random numbers do not show the sharding."""
+    """Uneven and empty shards; what is frozen keeps its bits; random numbers do not show the sharding."""
     result = torch.load(two_ranks / f"train:{dtype}:{precision}-2.pt")
     before, wanted, masks = alone(6, dtype, precision)
     for got, gathered, old, one, mask in zip(
@@ -75,7 +75,7 @@ def test_two_ranks_match_one_process(dtype, precision, two_ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_state_loads_at_another_world_size(two_ranks, ranks):
-    """Points 9 and 13: by torch.distributed.checkpoint, with coordinates of two ages; the run goes on as if
+    """By torch.distributed.checkpoint, with coordinates of two step counts; the resumed run is as if
     unbroken."""
     run(ranks, two_ranks, f"load:{SAVED}")
     unbroken, again = (

@@ -31,7 +31,7 @@ def backward(model, seed) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gathered_gradients_give_the_same_steps(dtype):
-    """Point 5: bit for bit, clipping included, and no dense gradient stays."""
+    """Bit for bit, clipping included, and no dense gradient stays."""
     plain, gathered = small_model(dtype), small_model(dtype)
     optimizers = [MaskedAdamW(m.named_parameters(), masks=masks_for(m), lr=1e-3) for m in (plain, gathered)]
     hooks = gather_active_grads(gathered, optimizers[1])
@@ -54,7 +54,6 @@ def test_gathered_gradients_give_the_same_steps(dtype):
 
 
 def test_micro_batches_accumulate_in_fp32():
-    """Point 5."""
     model = small_model()
     masks = masks_for(model)
     optimizer = MaskedAdamW(model.named_parameters(), masks=masks)
@@ -184,7 +183,7 @@ def test_distributed_data_parallel_raises(monkeypatch):
 
 
 def test_torch_clipping_sees_only_active_gradients():
-    """Point 6: torch's own clip_grad_norm_, with NaN in frozen coordinates."""
+    """Torch's own clip_grad_norm_, with NaN in frozen coordinates."""
     model, plain = small_model(), small_model()
     masks = masks_for(model)
     optimizer = MaskedAdamW(model.named_parameters(), masks=masks)
@@ -206,7 +205,7 @@ def test_torch_clipping_sees_only_active_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_masked_parameters_with_torch_adamw_match_masked_adamw(dtype):
-    """Point 12, mode B: torch's own AdamW on the compact values is MaskedAdamW; frozen bits stay; state is compact."""
+    """Torch's own AdamW on the compact values is MaskedAdamW; frozen bits stay; state is compact."""
     ours, theirs = small_model(dtype), small_model(dtype)
     masks = masks_for(ours)
     start = {name: p.detach().clone() for name, p in theirs.named_parameters()}

@@ -70,7 +70,6 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("density", [0.0, 0.01, 0.2, 1.0])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_active_match_torch_and_frozen_are_bit_identical(kind, density):
-    """Points 1 and 2."""
     ours, theirs, options = OPTIMIZERS[kind]
     params, dense, masks = model_of(), model_of(), masks_of(density)
     start = {name: p.detach().clone() for name, p in params.items()}
@@ -117,7 +116,7 @@ def test_square_root_is_rounded_correctly(isa):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["adamw", "momentum"])
 def test_frozen_gradients_have_no_effect(kind, dtype, hostile):
-    """Point 1: gathered, never multiplied by zero."""
+    """Gathered, never multiplied by zero."""
     ours, _, options = OPTIMIZERS[kind]
     params, clean, masks = model_of(dtype), model_of(dtype), masks_of()
     optimizers = [ours(group.items(), masks=masks, **options) for group in (params, clean)]
@@ -135,7 +134,7 @@ def test_frozen_gradients_have_no_effect(kind, dtype, hostile):
 
 @pytest.mark.parametrize("precision", ["split_master", "kahan"])
 def test_bf16_is_stepped_in_fp32(precision):
-    """Points 2 and 4, against AdamW in fp64 from the same gradients: no weight is further from it than bf16 rounds."""
+    """Against AdamW in fp64 from the same gradients: no weight is further from it than bf16 rounds."""
     params, masks = model_of(torch.bfloat16), masks_of()
     wide = {name: torch.nn.Parameter(p.detach().double()) for name, p in params.items()}
     optimizer = MaskedAdamW(params.items(), masks=masks, lr=1e-3, precision=precision, seed=3)
@@ -157,7 +156,7 @@ def test_bf16_is_stepped_in_fp32(precision):
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1.76), (torch.bfloat16, 2.2)], ids=str)
 def test_state_has_one_element_per_active_coordinate(dtype, limit):
-    """Point 3: bytes per parameter at 20 % density, masks included, of all live tensors."""
+    """Bytes per parameter at 20 % density, masks included, of all live tensors."""
     weight = torch.nn.Parameter(torch.zeros(1024, 1024, dtype=dtype))
     optimizer = MaskedAdamW([("w", weight)], masks={"w": torch.rand(1024, 1024) < 0.2})
     give_grads([weight], 0)
@@ -174,7 +173,6 @@ def test_state_has_one_element_per_active_coordinate(dtype, limit):
 
 
 def test_empty_mask_has_no_state_and_full_mask_is_dense():
-    """Point 3."""
     none, every = (torch.nn.Parameter(torch.ones(500)) for _ in range(2))
     dense = torch.nn.Parameter(torch.ones(500))
     optimizer = MaskedAdamW(
@@ -193,7 +191,7 @@ def test_empty_mask_has_no_state_and_full_mask_is_dense():
 
 
 def test_small_updates_of_bf16_weights_are_not_lost():
-    """Point 4: at a rate of 1e-6 plain rounding moves next to nothing of what fp32 moves."""
+    """At a rate of 1e-6 plain rounding moves next to nothing of what fp32 moves."""
     moved = {}
     for precision in ("split_master", "nearest", "fp32"):
         weight = torch.nn.Parameter(
@@ -222,7 +220,7 @@ def test_small_updates_of_bf16_weights_are_not_lost():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("how", ["load_state_dict", "weights_only", "pickle", "deepcopy"])
 def test_state_dict_round_trip_is_bit_exact(dtype, how):
-    """Point 7: no dtype changes, and the run goes on bit for bit."""
+    """No dtype changes, and a resumed run is bit-identical."""
     params, masks = model_of(dtype), masks_of()
     optimizer = MaskedAdamW(params.items(), masks=masks, precision="split_master", weight_decay_target="init")
     for step in range(3):
@@ -248,7 +246,6 @@ def test_state_dict_round_trip_is_bit_exact(dtype, how):
 
 
 def test_state_of_another_mask_raises_and_changes_nothing():
-    """Point 7."""
     params = model_of()
     optimizer = MaskedAdamW(params.items(), masks=masks_of())
     give_grads(params.values(), 0)
@@ -277,7 +274,7 @@ def test_state_of_another_mask_raises_and_changes_nothing():
 
 @pytest.mark.parametrize("kind", ["adamw", "amsgrad", "momentum"])
 def test_dense_state_dict_round_trip(kind):
-    """Point 7: torch's own optimizer goes on where ours stopped, and the other way round."""
+    """Torch's own optimizer resumes from ours, and ours from torch's."""
     ours, theirs, options = OPTIMIZERS[kind]
     params, dense, masks = model_of(), model_of(), masks_of()
     optimizer = ours(params.items(), masks=masks, **options)
@@ -301,7 +298,7 @@ def test_dense_state_dict_round_trip(kind):
 
 
 def test_parameters_may_be_replaced():
-    """Point 8: state begins at the first step, of the parameter that is there then; none is held but in the groups."""
+    """State begins at the first step, of the parameter that is there then; none is held but in the groups."""
     params, masks = model_of(), masks_of()
     optimizer = MaskedAdamW(params.items(), masks=masks)
     others = [torch.nn.Parameter(p.detach().clone()) for p in params.values()]
@@ -315,7 +312,7 @@ def test_parameters_may_be_replaced():
 
 @pytest.mark.parametrize("found", [0.0, 1.0])
 def test_grad_scale_and_found_inf_are_applied(found):
-    """Point 10: as GradScaler sets them; a skipped step changes nothing, its count included."""
+    """As GradScaler sets them; a skipped step changes nothing, its count included."""
     params, plain, masks = model_of(), model_of(), masks_of()
     optimizer = MaskedAdamW(params.items(), masks=masks, fused=True)
     assert optimizer._step_supports_amp_scaling
@@ -334,7 +331,7 @@ def test_grad_scale_and_found_inf_are_applied(found):
 
 
 def test_grad_scaler_skips_and_steps():
-    """Point 10, with torch's own scaler on the CPU."""
+    """With torch's own scaler on the CPU."""
     params, masks = model_of(), masks_of()
     optimizer = MaskedAdamW(params.items(), masks=masks, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -353,7 +350,7 @@ def test_grad_scaler_skips_and_steps():
 
 
 def test_learning_rate_may_be_tensor_or_number():
-    """Point 11: lr as a tensor, changed in place."""
+    """Lr as a tensor, changed in place."""
     results = []
     for lr in (1e-2, torch.tensor(1e-2, dtype=torch.float64)):
         params = model_of()
@@ -368,7 +365,7 @@ def test_learning_rate_may_be_tensor_or_number():
 
 
 def test_operator_compiles_with_fullgraph():
-    """Point 11: fullgraph, with scalars as a tensor, so that no step count or rate is a constant of the graph."""
+    """Fullgraph, with scalars as a tensor, so that no step count or rate is a constant of the graph."""
     params, masks = model_of(), masks_of()
     optimizer = MaskedAdamW(params.items(), masks=masks)
     binding = optimizer._bindings_by_group[0][0]
@@ -413,7 +410,7 @@ def test_operator_compiles_with_fullgraph():
 
 
 def test_set_masks_keeps_state_of_remaining_coordinates():
-    """Point 13: survivors keep moments and age, new ones start at zero with an age of their own, dropped ones stay."""
+    """Coordinates that stay keep moments and step count, new ones start at zero, dropped ones keep their value."""
     params, dense = model_of(), model_of()
     first, second = masks_of(seed=1), masks_of(seed=2)
     optimizer = MaskedAdamW(params.items(), masks=first, lr=1e-2)
@@ -451,7 +448,6 @@ def test_set_masks_keeps_state_of_remaining_coordinates():
 
 
 def test_set_masks_restores_dropped_coordinates():
-    """Point 13."""
     params = model_of(torch.bfloat16)
     start = {name: p.detach().clone() for name, p in params.items()}
     first, second = masks_of(seed=1), masks_of(seed=2)
@@ -471,7 +467,6 @@ def test_set_masks_restores_dropped_coordinates():
 
 
 def test_weight_decay_pulls_active_weights_to_its_target():
-    """Point 14."""
     mask = {"w": torch.arange(1000) % 2 == 0}
     ends = {}
     for decay in ("zero", "init"):
@@ -489,7 +484,6 @@ def test_weight_decay_pulls_active_weights_to_its_target():
 
 
 def test_clip_uses_norm_of_active_gradients():
-    """Point 6."""
     params, masks = model_of(), masks_of()
     optimizer = MaskedSGD(params.items(), masks=masks, lr=1.0)
     give_grads(params.values(), 0)

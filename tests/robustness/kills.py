@@ -435,15 +435,14 @@ def run(names: list[str], kills: int, seed: int, time_limit: float) -> int:
         for name in names:
             harness = Harness(name, inputs, Path(folder) / "work", seed)
             harness.measure()
-            for number in range(kills):
-                if time.monotonic() - started > time_limit:
-                    break
+            outcome, number = harness.outcome, 0
+            while outcome.kills < kills and number < 3 * kills and time.monotonic() - started < time_limit:
                 harness.kill(number)
-            outcome = harness.outcome
+                number += 1
             print(
                 f"{name}: {outcome.kills} killed, {outcome.finished} finished before the kill, "
                 f"{len(outcome.problems)} problems; {harness.points[False]} operations on files"
-                + ("; stopped by the time limit" if outcome.kills + outcome.finished < kills else ""),
+                + ("; stopped before the number of kills" if outcome.kills < kills else ""),
                 flush=True,
             )
             for problem in outcome.problems:
