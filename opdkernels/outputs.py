@@ -22,10 +22,9 @@ from opdkernels.files import atomic_file, atomic_folder, is_temporary, remove_le
 
 RUN_FILE = "run.json"
 MAX_RUN_FILE_BYTES = 1 << 28
-# Names of files that a reader of a folder takes for the model.
-MODEL_FILE = re.compile(
-    r"((pytorch_model|model|consolidated)\b.*|.*-\d+-of-\d+)\.(safetensors|bin|pt|pth)|.*\.index\.json|config\.json"
-)
+# Names that readers of a model's folder take for a part of it: weights of any name, configuration, tokenizer, adapter.
+MODEL_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|json)|adapter_model\..*|\.metadata", re.DOTALL)
+CONFIG_FILE = "config.json"  # which is also read next to a file of weights
 IGNORED_NAMES = {"lost+found"}  # of an empty file system
 HEADER_START = re.compile(rb'.{8}\{"__metadata__":\{"format":"([ -!#-\[\]-~]{1,64})"', re.DOTALL)
 
@@ -137,13 +136,21 @@ def resolve_output(path: str | os.PathLike[str]) -> Path:
     """The absolute path of an output, without links.
 
     Raises:
-        UsageError: The path is empty or the root of the file system, or no file can have this name.
+        UsageError: The path is empty, "-", the root of the file system or begins with "~", or no file can have this
+            name.
     """
     text = os.fspath(path)
     if not text:
         raise UsageError("the output has no name; give one to -o")
     if "\0" in text:
         raise UsageError(f"the output {printable(text)} has a NUL character in its name; give another name to -o")
+    if path == "-":  # a Path was interpreted before: Path("./-") is "-"
+        raise UsageError("the output is -, and commands write no file to standard output; give ./- for a file of this name")
+    if isinstance(path, str) and path.split(os.sep, 1)[0] == "~":
+        raise UsageError(
+            f"the output {printable(text)} begins with ~, which the shell has not replaced by the home directory; "
+            f"give the full path, or ./{printable(text)}"
+        )
     resolved = Path(os.path.realpath(text))
     if resolved == resolved.parent:
         raise UsageError(f"the output {printable(text)} is the root of the file system; give a name inside it to -o")
@@ -183,13 +190,14 @@ def validate_file(
     resolved, shown = resolve_output(path), printable(os.fspath(path))
     remove_leftovers(resolved.parent, resolved.name)
     reject_inputs(resolved, shown, inputs or {}, "name")
-    if resolved.is_dir():
+    if resolved.is_dir() or os.path.basename(os.fspath(path)) in ("", ".", ".."):
         raise InputError(f"{shown} is a folder; give the name of a file to -o")
     if os.path.lexists(resolved):
         if file_format(resolved) != kind.format:
             raise InputError(f"{shown} exists and is not {kind.noun}; choose another name")
         if not overwrite:
             raise InputError(f"{shown} exists; choose another name, or pass --overwrite")
+    validate_parent(resolved, shown)
     return resolved
 
 
@@ -213,6 +221,7 @@ def validate_new_folder(path: str | os.PathLike[str], *, inputs: Inputs | None =
     reject_inputs(resolved, shown, inputs or {}, "folder")
     if os.path.lexists(resolved) and not (resolved.is_dir() and not any(foreign_names(resolved))):
         raise InputError(f"{shown} exists and is not an empty folder; choose another one")
+    validate_parent(resolved / resolved.name if resolved.is_dir() else resolved, shown)
     return resolved
 
 
@@ -267,27 +276,38 @@ def validate_run_folder(
     return None
 
 
+def validate_parent(output: Path, shown: str) -> None:
+    """Raises InputError, before anything is computed, unless a file can be created at a path and its folders too."""
+    folder = next(parent for parent in output.parents if os.path.lexists(parent))
+    if not folder.is_dir():
+        raise InputError(f"cannot write to {shown}: {printable(str(folder))} is not a folder; choose another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write to {shown}: {printable(str(folder))} is not writable; choose another place")
+
+
 def reject_inputs(output: Path, shown: str, inputs: Inputs, noun: str) -> None:
     """Raises InputError if an output is an input, or a file in a folder that is an input, or would be read as one."""
     for role, source in inputs.items():
         if source is None or not os.path.exists(source):
             continue
         if not output.exists():
-            in_source = os.path.isdir(source) and output.parent.exists() and output.parent.samefile(source)
-            if in_source and MODEL_FILE.fullmatch(output.name):
+            is_file = not os.path.isdir(source)
+            folder = os.path.dirname(os.path.realpath(source)) if is_file else source
+            taken = output.name == CONFIG_FILE if is_file else MODEL_FILE.fullmatch(output.name)
+            if taken and output.parent.exists() and output.parent.samefile(folder):
                 raise InputError(
                     f"{shown} would be read as a file of the checkpoint that is an input of this command ({role}); "
                     f"choose another {noun} for the output"
                 )
-            continue
-        same = os.path.samefile(output, source)
-        if not same and output.is_file() and os.path.isdir(source):
-            with contextlib.suppress(OSError):
-                same = any(
-                    os.path.samefile(output, entry.path) for entry in os.scandir(source) if os.path.exists(entry.path)
-                )
-        if same:
+        elif os.path.samefile(output, source) or (output.is_file() and is_in_folder(output, source)):
             raise InputError(f"{shown} is an input of this command ({role}); choose another {noun} for the output")
+
+
+def is_in_folder(file: Path, folder: str | os.PathLike[str]) -> bool:
+    """Whether a file is one of those in a folder, also by a link; False if the folder cannot be listed."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        return any(os.path.samefile(file, entry.path) for entry in entries if os.path.exists(entry.path))
+    return False
 
 
 def foreign_names(folder: Path) -> Iterator[str]:

@@ -119,7 +119,13 @@ def test_inputs_are_never_replaced(place, name):
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if "base" in WRITERS[name]])
-@pytest.mark.parametrize("out", ["pytorch_model.bin", "model-00002-of-00002.safetensors", "model.safetensors"])
+@pytest.mark.parametrize(
+    "out",
+    [
+        *("pytorch_model.bin", "model-00002-of-00002.safetensors", "model.safetensors", "changed.safetensors"),
+        *("x.safetensors.index.json", "adapter_config.json", "tokenizer.json", "adapter_model.x", ".metadata"),
+    ],
+)
 def test_a_new_file_is_not_one_that_an_input_would_be_read_from(place, name, out):
     """`model.safetensors` comes before shards and other formats: the next command would read it as the model."""
     for folder in ("base", "trained"):
@@ -127,6 +133,16 @@ def test_a_new_file_is_not_one_that_an_input_would_be_read_from(place, name, out
     assert_refused(place, name, f"base/{out}", "would be read as a file of the checkpoint")
     assert command(name, f"third/{out}.masks", "--overwrite")[0] == 0
     assert command(name, "base/changed.safetensors.masks")[0] == 0
+
+
+def test_a_new_file_next_to_a_file_of_weights_is_not_its_configuration(place):
+    for folder in ("base", "trained"):
+        shutil.move(f"{folder}/model.safetensors", f"{folder}.safetensors")
+    masks = ("mask", "changed", "base.safetensors", "trained.safetensors")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(WRITERS, "mask changed", masks)
+        assert_refused(place, "mask changed", "config.json", "would be read as a file of the checkpoint")
+        assert command("mask changed", "changed.safetensors")[0] == 0
 
 
 def test_an_input_of_the_same_kind_is_named_as_an_input(place):
@@ -174,12 +190,35 @@ def test_outputs_that_no_file_can_be(place, name):
     assert_refused(place, name, "", "the output has no name; give one to -o")
     assert_refused(place, name, "/", "is the root of the file system")
     assert_refused(place, name, "a\0b", "NUL")
+    assert_refused(place, name, "-", "give ./- for a file of this name")
+    for out in ("~", "~/out"):
+        assert_refused(place, name, out, "begins with ~, which the shell has not replaced")
+    assert command(name, "./-")[0] == 0
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_current_folder_is_no_file(place, name):
-    for out in (".", "..", "third/", "base/.."):
+    for out in (".", "..", "third/", "base/..", "new/", "new/.", "new/deep/"):
         assert_refused(place, name, out, "is a folder; give the name of a file")
+
+
+@pytest.mark.parametrize("name", [*FILES, *NEW_FOLDERS])
+def test_a_place_that_cannot_be_written_is_refused(place, name, monkeypatch):
+    (place / "notes.txt").write_text("mine")
+    (place / "sealed").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: os.path.basename(path) != "sealed")  # root may write anywhere
+    for out in ("notes.txt/out", "notes.txt/deep/out"):
+        assert_refused(place, name, out, "notes.txt is not a folder; choose another place")
+    for out in ("sealed/out", "sealed/deep/out"):
+        assert_refused(place, name, out, "sealed is not writable; choose another place")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_link_to_a_folder_that_does_not_exist_yet_stays_a_link(place, name):
+    os.symlink("elsewhere", "link")
+    assert command(name, "link")[0] == 0
+    assert os.readlink("link") == "elsewhere"
+    assert any((place / "elsewhere").iterdir())
 
 
 @pytest.mark.parametrize("name", FOLDERS)

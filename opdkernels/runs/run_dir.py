@@ -183,13 +183,12 @@ def lock_dir(out: str | os.PathLike[str]) -> Iterator[Path]:
         InputError: Another process holds the lock, or the directory cannot be written.
         UsageError: `out` is empty or the root of the file system.
     """
-    resolve_output(out)
-    folder = Path(out)
+    resolved, folder = resolve_output(out), Path(out)
     named = printable(str(folder))
     try:
-        if folder.exists() and not folder.is_dir():
+        if resolved.exists() and not resolved.is_dir():
             raise InputError(f"{named} is a file; give a folder to -o")
-        folder.mkdir(parents=True, exist_ok=True)
+        resolved.mkdir(parents=True, exist_ok=True)  # also where `out` is a link to a folder that does not exist yet
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise InputError(f"cannot write to {named}: {error.strerror}; choose another folder") from None
