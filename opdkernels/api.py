@@ -133,7 +133,7 @@ def lineage(
 
     Raises:
         InputError: The child is missing or unreadable.
-        UsageError: There is no candidate, or one is given twice.
+        UsageError: There is no candidate, one is given twice, or one is the child itself.
 
     Example:
         >>> import tempfile, torch, opdkernels
@@ -268,7 +268,7 @@ def trajectory(
 
     Raises:
         InputError: Input is missing, unreadable or not comparable.
-        UsageError: An option is not valid, or there are fewer than two checkpoints.
+        UsageError: An option is not valid, there are fewer than two checkpoints, or one is given twice.
 
     Example:
         >>> import tempfile, torch, opdkernels

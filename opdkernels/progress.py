@@ -21,8 +21,8 @@ def no_progress(done: int, total: int, name: str) -> None:
 
 @contextlib.contextmanager
 def reporting(quiet: bool = False) -> Iterator[Progress]:
-    """A progress function that shows nothing if quiet, a bar on a terminal, and otherwise lines."""
-    if quiet:
+    """A progress function that shows nothing if quiet or without error stream, a bar on a terminal, otherwise lines."""
+    if quiet or sys.stderr is None:
         yield no_progress
     elif sys.stderr.isatty():
         with live() as show:

@@ -12,9 +12,9 @@ import numpy as np
 
 from opdkernels.checkpoint.base import Checkpoint
 from opdkernels.checkpoint.match import Pair, match
-from opdkernels.checkpoint.open import open_checkpoint
+from opdkernels.checkpoint.open import open_checkpoint, repeated_path
 from opdkernels.config import LineageOptions
-from opdkernels.errors import InputError, UsageError
+from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.metrics.verdict import UNRELATED
 from opdkernels.ops.delta import delta, exact_float
 
@@ -32,8 +32,12 @@ def rank_candidates(
         raise UsageError("lineage takes a checkpoint and one or more candidates for its base")
     rows = []
     with contextlib.closing(open_checkpoint(child, **options.open_kwargs)) as trained:
-        if len(set(paths)) < len(paths):
-            raise UsageError("lineage was given a candidate twice; give each one once")
+        if repeated := repeated_path(paths):
+            raise UsageError(f"{printable(repeated[0])} and {printable(repeated[1])} are one candidate; give it once")
+        if repeated := repeated_path([os.fspath(child), *paths]):
+            raise UsageError(
+                f"{printable(repeated[1])} is the trained checkpoint itself; give other checkpoints as candidates"
+            )
         for path in paths:
             try:
                 with contextlib.closing(open_checkpoint(path, **options.open_kwargs)) as base:

@@ -153,9 +153,12 @@ def step_title(step: dict[str, Any]) -> str:
 def format_lineage(result: dict[str, Any]) -> list[str]:
     """Which candidate is the base, and one line per candidate, nearest first."""
     base = result["base"]
+    copies = [row["path"] for row in result["candidates"] if row["bit_equal"] == 1 and row["plausible"]]
     text = [
         f"{printable(result['child'])}: none of the candidates is plausible as its base"
         if base is None
+        else f"{printable(result['child'])}: {printable(base)} has the same bits in every sampled coordinate"
+        if base in copies
         else f"{printable(result['child'])}: {printable(base)} is the nearest candidate for its base",
         f"{'relative norm':>14}{'same bits':>12}{'compared':>12}  candidate",
     ]

@@ -29,9 +29,9 @@ from opdkernels.analysis.tallying import tally_all, torch_threads
 from opdkernels.analysis.trajectory_counts import TensorTotals, count_trajectories
 from opdkernels.analysis.trajectory_tables import model_metrics, step_rows
 from opdkernels.checkpoint.match import Pair, match
-from opdkernels.checkpoint.open import open_checkpoint
+from opdkernels.checkpoint.open import open_checkpoint, repeated_path
 from opdkernels.config import AnalyzeOptions, TrajectoryOptions
-from opdkernels.errors import UsageError
+from opdkernels.errors import UsageError, printable
 from opdkernels.files import write_json
 from opdkernels.formatting import percent
 from opdkernels.metrics import groups
@@ -117,6 +117,9 @@ def run_trajectory(
             stack.enter_context(contextlib.closing(open_checkpoint(path, **options.open_kwargs)))
             for path in (base, *(point.path for point in points))
         )
+        if repeated := repeated_path([os.fspath(path) for path in checkpoints]):
+            first, second = map(printable, repeated)
+            raise UsageError(f"{first} and {second} are one checkpoint; give each checkpoint once")
         stack.enter_context(torch_threads(options.threads))
         pairs = [match(opened_base, checkpoint) for checkpoint in trained]
         labels = [point.label for point in points]

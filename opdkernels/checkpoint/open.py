@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Iterable
 
 from opdkernels.checkpoint import formats, hub, unsupported
 from opdkernels.checkpoint.base import Checkpoint, FileFormat, Shard
@@ -76,6 +77,21 @@ def open_checkpoint(
     if revision is not None and local_path == given_path:
         raise UsageError(f"{printable(given_path)} is a local path and has no revision; leave --revision out")
     return _open_local(local_path, given_path, choose_io(io, local_path), allow_missing, any_tensors)
+
+
+def repeated_path(paths: Iterable[str]) -> tuple[str, str] | None:
+    """Returns the first two paths that lead to one file or folder, also by links; None if there are none.
+
+    >>> repeated_path(["run/step_1", "run/step_2", "run/../run/step_1"])
+    ('run/step_1', 'run/../run/step_1')
+    """
+    first: dict[str, str] = {}
+    for path in paths:
+        place = os.path.realpath(path)
+        if place in first:
+            return first[place], path
+        first[place] = path
+    return None
 
 
 def checkpoint_bytes(path: str | os.PathLike[str]) -> int:

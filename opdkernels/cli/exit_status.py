@@ -13,12 +13,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
 from enum import IntEnum
 from typing import NoReturn
 
 from opdkernels.errors import InputError, UsageError, printable
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ExitStatus(IntEnum):
@@ -42,9 +45,9 @@ def exit_on_error() -> Iterator[None]:
         raise
     except OSError as error:  # a full disk, or a folder where a file should be
         where = f" at {error.filename}" if error.filename else ""
+        remedy = "free some space or " if error.errno in NO_SPACE else ""
         fail(
-            f"{error.strerror or error}{where}; free some space or choose another folder, and run the same command "
-            "again",
+            f"{error.strerror or error}{where}; {remedy}choose another folder, and run the same command again",
             ExitStatus.INPUT,
         )
     except KeyboardInterrupt:

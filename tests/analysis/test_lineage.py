@@ -46,6 +46,13 @@ def test_none_is_plausible_among_unrelated_incomplete_and_unreadable_ones(family
     assert "too little of it matches" in text
 
 
+def test_a_copy_of_the_child_is_said_to_be_one(family, tmp_path):
+    copy = save(tmp_path / "copy", trained(trained(weights(), size=5e-4, seed=1), size=5e-5, seed=2))
+    result = lineage(family["child"], family["middle"], copy)
+    assert result["base"] == copy
+    assert format_lineage(result)[0].endswith(f"{copy} has the same bits in every sampled coordinate")
+
+
 def test_reads_are_bounded(family, monkeypatch):
     monkeypatch.setattr(module, "SLICE", 100)
     monkeypatch.setattr(module, "MAX_TENSORS", 4)
@@ -61,8 +68,14 @@ def test_reads_are_bounded(family, monkeypatch):
     assert result["candidates"][0]["sampled"] == 4 * module.MAX_SLICES * 100
 
 
-def test_candidates_are_given_once(family):
-    with pytest.raises(UsageError, match="twice"):
-        lineage(family["child"], family["base"], family["base"])
+def test_candidates_are_given_once(family, tmp_path):
+    (tmp_path / "link").symlink_to(family["base"])
+    for again in (family["base"], f"{family['base']}/", f"{family['base']}/../base", tmp_path / "link"):
+        with pytest.raises(UsageError, match="are one candidate; give it once"):
+            lineage(family["child"], family["base"], again)
+    (tmp_path / "latest").symlink_to(family["child"])
+    for itself in (family["child"], tmp_path / "latest"):
+        with pytest.raises(UsageError, match="is the trained checkpoint itself"):
+            lineage(family["child"], family["base"], itself)
     with pytest.raises(UsageError, match="one or more"):
         lineage(family["child"])

@@ -420,3 +420,13 @@ def test_command_writes_all_outputs(run, tmp_path):
     assert (tmp_path / "out" / "report.html").exists()
     again = run_cli("report", tmp_path / "out")
     assert again.stdout.strip().endswith("report.html")
+
+
+def test_a_checkpoint_is_given_once(run, tmp_path):
+    base, (first, *_) = run
+    (tmp_path / "latest").symlink_to(first)
+    for again in (first, f"{first}/", str(tmp_path / "latest")):
+        done = run_cli("trajectory", base, first, again, "-o", tmp_path / "out", "--spectra", "off")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "are one checkpoint; give each checkpoint once" in done.stderr
+        assert not (tmp_path / "out").exists()

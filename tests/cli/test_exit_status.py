@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from opdkernels import progress
 from opdkernels.cli.exit_status import ExitStatus
 from tests.analysis.conftest import save
 from tests.cli.conftest import CASES, commands
@@ -72,6 +73,23 @@ def test_disk_full(run, inputs, tmp_path, monkeypatch, command):
     assert status == ExitStatus.INPUT
     assert_one_line(error)
     assert "No space left on device at out; free some space" in error
+
+
+@EVERY
+def test_no_permission(run, inputs, tmp_path, monkeypatch, command):
+    denied = OSError(errno.EACCES, os.strerror(errno.EACCES), "out")
+    replace_function(monkeypatch, command, raising(denied))
+    status, _, error = run(*arguments_of(command, inputs, tmp_path / "out"))
+    assert status == ExitStatus.INPUT
+    assert "Permission denied at out; choose another folder, and run" in error
+    assert "space" not in error
+
+
+def test_closed_error_stream(monkeypatch):
+    """Python has no sys.stderr in a process that was started without one, such as a daemon's."""
+    monkeypatch.setattr("sys.stderr", None)
+    with progress.reporting() as show:
+        show(1, 2, "w")
 
 
 @pytest.mark.parametrize("command", [*READ_INPUT, "report"])
