@@ -145,7 +145,7 @@ def resolve_output(path: str | os.PathLike[str]) -> Path:
     if "\0" in text:
         raise UsageError(f"the output {printable(text)} has a NUL character in its name; give another name to -o")
     if path == "-":  # a Path was interpreted before: Path("./-") is "-"
-        raise UsageError("the output is -, but files are not written to standard output; give ./- for a file of this name")
+        raise UsageError("the output is -, but commands do not write to standard output; give ./- for that name")
     if isinstance(path, str) and path.split(os.sep, 1)[0] == "~":
         raise UsageError(
             f"the output {printable(text)} begins with ~, which the shell has not replaced by the home directory; "

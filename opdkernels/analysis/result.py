@@ -56,12 +56,13 @@ class Analysis:
     def exit_status(self) -> int:
         """0, or 3 if the comparison is not of the whole models.
 
-        That is, if less than 90 % of a side was compared or both sides have tensors without a counterpart, if tensors
+        That is, if nothing or less than 90 % of a side was compared, if both sides have unmatched tensors, if tensors
         were excluded, failed or contain non-finite coordinates, or if a matrix has no spectra.
         """
         summary = self.summary
         incomplete = summary["excluded"] or summary["failed"] or summary["nonfinite"] or self.uncomputed
-        return 3 if incomplete or not summary["coverage"]["sufficient"] else 0
+        comparable = summary["coverage"]["sufficient"] and summary["verdict"]["kind"] != "not comparable"
+        return 3 if incomplete or not comparable else 0
 
     @property
     def uncomputed(self) -> list[SpectrumRecord]:

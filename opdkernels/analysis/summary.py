@@ -118,6 +118,14 @@ class Spectra(Part):
     metrics: dict[str, Centre] = Field(json_schema_extra={"propertyNames": {"enum": [*SUMMARY_METRICS]}})
 
 
+class Distant(Part):
+    """Matrices whose update has at least half of the norm of the base."""
+
+    matrices: int
+    fraction: float = Field(description="Their fraction of the coordinates of all matrices.")
+    largest: str | None = Field(description="Name of the largest one.")
+
+
 class Comparison(Part):
     """A metric against what rounding alone gives."""
 
@@ -135,8 +143,8 @@ class Verdict(Part):
     """What the pair is, see `opdkernels.metrics.verdict`."""
 
     kind: str = Field(
-        description="identical, same parameters, not comparable, not finite, unrelated, no visible change, dense, "
-        "sparse, sparse as rounding alone, less sparse than rounding alone, or sparse beyond rounding."
+        description="identical, same parameters, not comparable, not finite, unrelated, unrelated in part, no visible "
+        "change, dense, sparse, sparse as rounding alone, less sparse than rounding alone, or sparse beyond rounding."
     )
     concentrated: bool | None = Field(description="Whether few directions carry the update; null without spectra.")
     text: str = Field(description="The first line of the terminal output.")
@@ -162,6 +170,7 @@ class Summary(Part):
     median_relative_norm: float | None = Field(
         description="Relative norm of the update in the median matrix, weighted by size, stored view."
     )
+    distant: Distant = Field(description="Matrices that do not look like the start and the end of one run.")
     verdict: Verdict
     null_kinds: dict[str, int] = Field(description="Which null was nearest, and in how many tensors that changed.")
     curve: Curve

@@ -18,7 +18,7 @@ from opdkernels.metrics.null_metrics import null_metrics
 from opdkernels.metrics.registry import VIEWS
 from opdkernels.metrics.rounding_null import Null
 from opdkernels.metrics.tallies import TallyRecord
-from opdkernels.metrics.verdict import pair_verdict
+from opdkernels.metrics.verdict import MAX_DISTANT, UNRELATED, distant_sentence, pair_verdict
 from opdkernels.ops.delta.layout import HIST_DELTA_STORED, ULP_REACH
 from opdkernels.spectral.exact import RATIOS
 
@@ -46,6 +46,10 @@ def build_analysis(pair: Pair, records: list[TallyRecord], run_info: dict[str, A
     summary = summarize(pair, records, group_rows, nulls)
     sizes = [record.tally.numel if len(record.shape) > 1 and record.tally else 0 for record in counted]
     summary["median_relative_norm"] = weighted_median(views["stored"].get("relative_norm"), sizes)
+    names = [record.name for record in counted]
+    summary["distant"] = distant_matrices(views["stored"].get("relative_norm"), sizes, names)
+    if 0 < summary["distant"]["fraction"] <= MAX_DISTANT:  # otherwise it is the verdict
+        summary["notes"] = [*summary["notes"], distant_sentence(summary["distant"])]
     summary["verdict"] = pair_verdict(summary, ())
     tensors = groups.interleave(labels, views)
     return Analysis(tensors, groups.rows_to_arrow(group_rows), summary, run_info, records)
@@ -59,6 +63,23 @@ def weighted_median(values: np.ndarray | None, weights: list[int]) -> float | No
     order = np.argsort(values[known])
     ranked, total = values[known][order], np.cumsum(np.array(weights, float)[known][order])
     return float(ranked[np.searchsorted(total, total[-1] / 2)]) if len(ranked) else None
+
+
+def distant_matrices(norms: np.ndarray | None, sizes: list[int], names: list[str]) -> dict[str, Any]:
+    """The matrices that do not look like the start and the end of one run, as `opdkernels.analysis.summary.Distant`.
+
+    Args:
+        norms: Relative norm of the update of each tensor, NaN where the base is 0; None without tensors.
+        sizes: Coordinates of each matrix, 0 for other tensors.
+        names: Name of each tensor.
+    """
+    weights = np.array(sizes, float)
+    far = np.zeros(len(names), bool) if norms is None else (np.nan_to_num(norms) >= UNRELATED) & (weights > 0)
+    return {
+        "matrices": int(far.sum()),
+        "fraction": float(weights[far].sum() / max(1.0, weights.sum())),
+        "largest": names[int(np.argmax(weights * far))] if far.any() else None,
+    }
 
 
 def fit_nulls(records: list[TallyRecord]) -> list[dict[str, Null]]:

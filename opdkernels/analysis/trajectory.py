@@ -150,6 +150,9 @@ def run_trajectory(
             analysis = run.finalize()
             checkpoint_rows = step_rows(i, point, analysis, trajectories, named_similarities)
             rows += checkpoint_rows
+            verdict = analysis.summary["verdict"]
+            if verdict["kind"].startswith("unrelated"):
+                notes.append(f"{point.title}: {verdict['text']}")
             steps.append(
                 {
                     "step": point.step,

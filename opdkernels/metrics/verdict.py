@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from opdkernels.checkpoint.coverage import coverage_sentence
+from opdkernels.checkpoint.coverage import MIN_FRACTION, coverage_sentence
+from opdkernels.errors import printable
 from opdkernels.formatting import percent, times
 
 TOLERANCE = 0.1  # a ratio within a tenth of 1 is as rounding alone, whatever its interval
@@ -21,6 +22,7 @@ NORMAL_95 = 1.96  # deviations on either side of an interval of 95 %
 MEDIAN_DEVIATION = math.sqrt(math.pi / 2)  # of the median over that of the mean, for normal values
 DENSE = 0.5  # fraction of visibly changed coordinates from which rounding hides too little to explain anything
 UNRELATED = 0.5  # |W' - W| / |W| from which two checkpoints do not look like the start and the end of one run
+MAX_DISTANT = 1 - MIN_FRACTION  # fraction of such matrices up to which the others describe the models
 CONCENTRATED = 2.0  # energy of the top 16 directions over that of a random update
 AS, MORE, LESS = "as rounding alone", "more than rounding alone", "less than rounding alone"
 
@@ -130,9 +132,10 @@ def pair_verdict(summary: Mapping[str, Any], matrices: Sequence[Comparison]) -> 
         matrices: `matrix_comparisons`; empty without spectra.
 
     Returns:
-        kind: identical, same parameters, not comparable, not finite, unrelated, no visible change, dense, sparse as
-        rounding alone, less sparse than rounding alone, or sparse beyond rounding; concentrated: whether few directions
-        carry the update, None without spectra; text: the first line; comparisons: the metrics behind it.
+        kind: identical, same parameters, not comparable, not finite, unrelated, unrelated in part, no visible change,
+        dense, sparse as rounding alone, less sparse than rounding alone, or sparse beyond rounding; concentrated:
+        whether few directions carry the update, None without spectra; text: the first line; comparisons: the metrics
+        behind it.
     """
     views = summary["views"]
     visible = views.get("visible") or {}
@@ -145,14 +148,15 @@ def pair_verdict(summary: Mapping[str, Any], matrices: Sequence[Comparison]) -> 
     if not views or not summary["matched"]["parameters"]:
         return verdict("not comparable", "not comparable: the matched tensors have no coordinates")
     if summary["identical"]:
-        return verdict("identical", "identical: every coordinate has the same bits")
+        return verdict("identical", f"identical: every coordinate has {equal_in(summary)}")
     if not summary["coverage"]["sufficient"]:
         return verdict("not comparable", f"not comparable: {coverage_sentence(summary['coverage'])}")
     if all_bits_equal(summary):
         rest = "buffers differ" if summary["coverage"]["complete"] else "other tensors were not compared"
-        return verdict("same parameters", f"same parameters: every compared coordinate has the same bits; {rest}")
+        same = f"same parameters: every compared coordinate has {equal_in(summary)}; {rest}"
+        return verdict("same parameters", same)
     if visible["frac_zero"] is None:
-        return verdict("not finite", "not finite: every coordinate is NaN or Inf in one of the checkpoints")
+        return verdict("not finite", "not finite: every coordinate, or its change, is NaN or Inf")
     relative_norm = summary["median_relative_norm"]
     if relative_norm is not None and relative_norm >= UNRELATED:
         return verdict(
@@ -160,6 +164,8 @@ def pair_verdict(summary: Mapping[str, Any], matrices: Sequence[Comparison]) -> 
             f"unrelated: the relative norm of the update is {percent(relative_norm)} in the median matrix, so these do "
             "not look like the start and the end of one run; `opdkernels lineage` finds the base among candidates",
         )
+    if summary["distant"]["fraction"] > MAX_DISTANT:
+        return verdict("unrelated in part", f"unrelated in part: {distant_sentence(summary['distant'])}")
     comparisons = [*tensor_comparisons(visible), *matrices]
     by_metric = {entry["metric"]: entry for entry in comparisons}
     energy = by_metric.get("energy_16")
@@ -192,6 +198,22 @@ def pair_verdict(summary: Mapping[str, Any], matrices: Sequence[Comparison]) -> 
     )
     text = f"{kind}{few}: {share}, {times(count['ratio'])} what rounding alone gives{deviating(sparsity)}{ending}"
     return verdict(kind, text, comparisons, concentrated)
+
+
+def equal_in(summary: Mapping[str, Any]) -> str:
+    """What equal coordinates have in common: their bits, or their values where the sides have different dtypes."""
+    dtypes = [dtype.split(" → ") for dtype in summary["matched"]["dtypes"]]
+    return "the same bits" if all(a == b for a, b in dtypes) else "the same value, stored in other dtypes"
+
+
+def distant_sentence(distant: Mapping[str, Any]) -> str:
+    """What `opdkernels.analysis.summary.Distant` means, in one sentence."""
+    count, example = distant["matrices"], printable(distant["largest"])
+    matrices = f"{count} matrices, such as {example}, with" if count > 1 else f"{example}, with"
+    return (
+        f"{matrices} {percent(distant['fraction'])} of the coordinates of all matrices, changed by at least half of the"
+        " norm: they may be stored in another layout, initialised anew or of another run"
+    )
 
 
 def all_bits_equal(summary: Mapping[str, Any]) -> bool:

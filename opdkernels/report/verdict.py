@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from opdkernels.metrics.rounding_null import KINDS
-from opdkernels.metrics.verdict import TOLERANCE, all_bits_equal
+from opdkernels.metrics.verdict import TOLERANCE, all_bits_equal, equal_in
 from opdkernels.report.typography import count, name, percent, plural, times
 
 POOR_FIT = 0.25  # distance of the nearest null, as a fraction of the changed coordinates, above which ratios are rough
@@ -131,7 +131,8 @@ def summarize(summary: dict[str, Any], fit: Fit, modules: Sequence[dict[str, Any
     title, _, numbers = verdict["text"].partition(": ")
     headline, kind = sentence(title), verdict["kind"]
     if kind in ("identical", "same parameters", "not comparable", "not finite"):
-        bits = f" All {compared} have the same bits in both checkpoints." if all_bits_equal(summary) else ""
+        is_equal = all_bits_equal(summary) and matched["parameters"]
+        bits = f" All {compared} have {equal_in(summary)}." if is_equal else ""
         return Summary(headline, f"{sentence(numbers)}{bits}", "", [])
     stored, visible = views["stored"], views["visible"]
     bit_equal = f"Bit-identical: {count(stored['bit_equal_tensors'])} of {plural(stored['tensors'], 'tensor')}."
@@ -142,7 +143,7 @@ def summarize(summary: dict[str, Any], fit: Fit, modules: Sequence[dict[str, Any
         f"{compared}."
     )
     detail = f"{sentence(numbers)}. {counts} {bit_equal}"
-    if kind == "unrelated":
+    if kind in ("unrelated", "unrelated in part"):
         return Summary(headline, detail, "", ["The sections below describe the difference of the two checkpoints."])
     meaning = MEANINGS.get(kind, "")
     sentences = [meaning] if meaning else []

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opdkernels import analyze
+from opdkernels import analyze, trajectory
 from opdkernels.analysis.tables import weighted_median
 from opdkernels.analysis.text import format_analysis
 from opdkernels.metrics.verdict import AS, LESS, MORE, SPARSITY, TOLERANCE, matrix_comparisons, words
@@ -109,6 +109,75 @@ def test_directions_of_a_real_run_are_no_rounding_and_its_coordinates_are(result
     entry = {comparison["metric"]: comparison for comparison in results[case].summary["verdict"]["comparisons"]}
     assert {metric: entry[metric]["words"] for metric in SPARSITY} == dict.fromkeys(SPARSITY, AS)
     assert (entry["energy_16"]["words"], entry["stable_rank"]["words"]) == (MORE, LESS)
+
+
+def planted(after):
+    """The verdict of a model of eight square matrices with a small update, of which some are replaced, and its page."""
+    generator = torch.Generator().manual_seed(4)
+    base = {f"model.layers.{i}.self_attn.k_proj.weight": torch.randn(64, 64, generator=generator) for i in range(8)}
+    trained = {name: w + 1e-3 * torch.randn(w.shape, generator=generator) for name, w in base.items()}
+    return base, {name: after(i, w) for i, (name, w) in enumerate(trained.items())}
+
+
+REORDERED = {
+    "transposed": lambda w: w.T.contiguous(),
+    "rows in another order": lambda w: w.view(2, 32, 64).transpose(0, 1).reshape(64, 64),  # rotary halves
+    "negative": lambda w: -w,
+}
+
+
+@pytest.mark.parametrize("change", REORDERED)
+def test_weights_in_another_layout_are_not_described_as_an_update(tmp_path, change):
+    base, trained = planted(lambda i, w: REORDERED[change](w) if i in (2, 5) else w)
+    result = analyze(save(tmp_path / "a", base), save(tmp_path / "b", trained), spectra="off")
+    verdict = result.summary["verdict"]
+    assert (verdict["kind"], verdict["comparisons"]) == ("unrelated in part", [])
+    assert "2 matrices, such as model.layers.2.self_attn.k_proj.weight, with 25.00 % of the coord" in verdict["text"]
+    assert format_analysis(result)[0] == verdict["text"]
+    assert ">Unrelated in part</h1>" in render("analyze", result)
+
+
+def test_few_such_weights_are_noted(tmp_path):
+    base, trained = planted(lambda i, w: w)
+    base["head.weight"], trained["head.weight"] = torch.ones(8, 64), -torch.ones(8, 64)
+    base["zero.weight"], trained["zero.weight"] = torch.zeros(64, 64), torch.ones(64, 64)  # zero-initialised weights
+    result = analyze(save(tmp_path / "a", base), save(tmp_path / "b", trained), spectra="off")
+    assert result.summary["verdict"]["kind"] == "sparse as rounding alone"
+    assert result.summary["distant"]["largest"] == "head.weight"
+    (note,) = result.summary["notes"]
+    assert note.startswith("head.weight, with 1.37 % of the coordinates of all matrices, changed by at least half")
+    assert f"note: {note}" in format_analysis(result)
+
+
+def test_trajectory_says_that_a_checkpoint_is_unrelated(tmp_path):
+    base, trained = planted(lambda i, w: w)
+    other = {name: w.flip(0) for name, w in trained.items()}
+    folders = [save(tmp_path / name, w) for name, w in (("base", base), ("step_1", trained), ("step_2", other))]
+    (note,) = trajectory(*folders, spectra="off").summary["notes"]
+    assert note.startswith("step 2: unrelated: the relative norm of the update is 14")
+
+
+def test_equal_values_of_two_dtypes_are_not_called_equal_bits(tmp_path):
+    weights = {"w": torch.arange(12.0).view(3, 4)}
+    halves = {"w": weights["w"].bfloat16()}
+    result = analyze(save(tmp_path / "a", weights), save(tmp_path / "b", halves), spectra="off")
+    assert result.summary["verdict"]["text"] == "identical: every coordinate has the same value, stored in other dtypes"
+    page = html.unescape(render("analyze", result))
+    assert "in 1 tensor have the same value, stored in other dtypes." in page
+    assert "have the same bits" not in page
+
+
+def test_changes_beyond_the_range_are_not_called_weights_that_are_not_finite(tmp_path):
+    large = {"w": torch.full((4, 4), 3e38)}
+    result = analyze(save(tmp_path / "a", large), save(tmp_path / "b", {"w": -large["w"]}), spectra="off")
+    assert result.summary["verdict"]["text"] == "not finite: every coordinate, or its change, is NaN or Inf"
+
+
+def test_nothing_compared_is_no_success(tmp_path):
+    empty = save(tmp_path / "a", {"w": torch.zeros(0, 4)})
+    result = analyze(empty, empty, spectra="off")
+    assert (result.summary["verdict"]["kind"], result.exit_status) == ("not comparable", 3)
+    assert "have the same bits" not in render("analyze", result)
 
 
 def test_close_ratios_are_never_called_opposite():
