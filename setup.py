@@ -106,7 +106,7 @@ def build_cuda_if_possible(library):
     """Compile the CUDA kernels if nvcc is present and the library is stale. Never fails: they are optional."""
     home = os.environ.get("CUDA_HOME")
     nvcc = (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which("nvcc")
-    if nvcc is None or load_sources().is_built_from_sources(library):
+    if nvcc is None or SANITIZERS or load_sources().is_built_from_sources(library):
         return
     try:
         build_cuda(nvcc, library)

@@ -149,7 +149,7 @@ def distill(
     inputs = RunInputs(
         models=models,
         text=text_of(models.get(options.student), processing_class),
-        task=build_task(options, rows.get("prompts"), rows.get("eval_prompts"), reward_fn),
+        task=task_from_rows(options, rows.get("prompts"), rows.get("eval_prompts"), reward_fn),
         callbacks=callbacks,
     )
     if out is not None:
@@ -218,13 +218,13 @@ def to_example(row: Any, where: str) -> Example:
     return example_of(row, where, Path())
 
 
-def build_task(
+def task_from_rows(
     options: DistillOptions,
     examples: list[Example] | None,
     eval_examples: list[Example] | None,
     reward_fn: Reward | None,
 ) -> Task:
-    """The task of prompts that are rows, files or both."""
+    """The task of prompts that are given as rows, as files, or both."""
     if examples is None and eval_examples is None:
         return open_task(
             options.prompts, options.eval_prompts, seed=options.seed, reward=options.reward, reward_fn=reward_fn

@@ -57,6 +57,13 @@ def test_names_match_without_wrapper_prefixes(name: str, other: str) -> None:
     assert any(name in note and other in note for note in pair.notes)
 
 
+@pytest.mark.parametrize("name", ["model.layers.0._flat_param", "_fsdp_wrapped_module.flat_param"])
+def test_flat_parameters_of_fsdp1_are_named_in_a_note(name: str) -> None:
+    flat = match(FakeCheckpoint({name: (12,)}), FakeCheckpoint({name: (12,)}))
+    assert [note for note in flat.notes if name in note and "full state dict" in note]
+    assert match(FakeCheckpoint({"flat_params": (12,)}), FakeCheckpoint({"flat_params": (12,)})).notes == []
+
+
 def test_an_equal_name_takes_precedence_over_a_prefix_match() -> None:
     pair = match(FakeCheckpoint({"model.w": (2,)}), FakeCheckpoint({"language_model.w": (2,), "model.w": (2,)}))
     assert ranges(pair) == {("model.w", 0, "model.w", 0, 2)}
