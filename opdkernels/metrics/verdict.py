@@ -133,9 +133,9 @@ def pair_verdict(summary: Mapping[str, Any], matrices: Sequence[Comparison]) -> 
 
     Returns:
         kind: identical, same parameters, not comparable, not finite, unrelated, unrelated in part, no visible change,
-        dense, sparse as rounding alone, less sparse than rounding alone, or sparse beyond rounding; concentrated:
-        whether few directions carry the update, None without spectra; text: the first line; comparisons: the metrics
-        behind it.
+        dense, sparse as rounding alone, less sparse than rounding alone, sparse beyond rounding, or sparse;
+        concentrated: whether few directions carry the update, None without spectra; text: the first line; comparisons:
+        the metrics behind it.
     """
     views = summary["views"]
     visible = views.get("visible") or {}
