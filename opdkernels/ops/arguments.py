@@ -42,7 +42,11 @@ def validate_input(
 
 
 def validate_memory(
-    written: Iterable[torch.Tensor], read: Iterable[torch.Tensor] = (), *, aligned: bool = False
+    written: Iterable[torch.Tensor],
+    read: Iterable[torch.Tensor] = (),
+    *,
+    aligned: bool = False,
+    check_storages: bool = True,
 ) -> None:
     """Raise ValueError where a tensor that is written shares memory with another one, or a tensor has no memory.
 
@@ -50,6 +54,7 @@ def validate_memory(
         written: Tensors that the kernel writes.
         read: Tensors that it only reads; these may share memory with each other.
         aligned: Whether addresses must be multiples of the size of an element.
+        check_storages: Whether to compare each tensor with the size of its storage, which costs as much as the rest.
     """
     written, read = list(written), list(read)
     tensors = written + read
@@ -57,6 +62,14 @@ def validate_memory(
     sizes = np.array([t.nbytes if t.is_contiguous() else strided_bytes(t) for t in tensors], np.uint64)
     for i in np.flatnonzero((addresses == 0) & (sizes > 0)):
         raise ValueError(f"a tensor {list(tensors[i].shape)} has no memory: its storage was freed")
+    for tensor, size in zip(tensors, sizes, strict=True) if check_storages else ():
+        needed = tensor.storage_offset() * tensor.element_size() + int(size)
+        available = tensor.untyped_storage().nbytes()
+        if size and available < needed:
+            raise ValueError(
+                f"a tensor {list(tensor.shape)} needs {needed} bytes, and its storage was resized to {available}; "
+                "clone() it before its storage is resized"
+            )
     if aligned and (addresses % 8).any():  # no element is wider
         widths = np.array([tensor.element_size() for tensor in tensors], np.uint64)
         for i in np.flatnonzero(addresses % widths):

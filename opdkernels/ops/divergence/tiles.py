@@ -17,6 +17,7 @@ from torch import Tensor
 
 from opdkernels.ops import register
 from opdkernels.ops.divergence.logits import FLOOR, LogitParams, local_ids, mask_ids, shape_logits
+from opdkernels.ops.divergence.validation import validate_backward, validate_means, validate_scan, validate_top
 
 Side = Sequence[Tensor]
 
@@ -465,7 +466,7 @@ def divergence_top(side: Side, vocab: int, k: int, params: Sequence[float]) -> T
     return ids
 
 
-register("divergence", SCAN, divergence_scan, fake_scan)
-register("divergence", MEANS, divergence_means, fake_means)
-register("divergence", BACKWARD, divergence_backward, fake_backward)
-register("divergence", TOP, divergence_top, fake_top)
+register("divergence", SCAN, divergence_scan, fake_scan, validate=validate_scan)
+register("divergence", MEANS, divergence_means, fake_means, validate=validate_means)
+register("divergence", BACKWARD, divergence_backward, fake_backward, validate=validate_backward)
+register("divergence", TOP, divergence_top, fake_top, validate=validate_top)

@@ -89,6 +89,8 @@ def validate_step(args: StepArgs, required: Sequence[str]) -> None:
             f"scalars must be float32 [rows, {NUM_SCALARS}] with a row for each of {count} params, "
             f"not {scalars.dtype} {list(scalars.shape)}"
         )
+    if any(not 0 <= param_id < 1 << 32 for param_id in args.param_ids):
+        raise ValueError(f"param_ids must be in 0 .. {(1 << 32) - 1}, not {list(args.param_ids)}")
     if not count:
         return
     device = args.params[0].device
@@ -116,7 +118,7 @@ def validate_step(args: StepArgs, required: Sequence[str]) -> None:
     moments = (tensor for name in MOMENTS for tensor in getattr(args, name))
     shared = (tensor for tensor in (scalars, args.grad_scale, args.clip, args.found_inf) if tensor is not None)
     read = (*args.grads, *args.masks, *args.block_counts, *args.init_values, *args.step_groups, *shared)
-    validate_memory((*args.params, *moments, *residuals), read, aligned=True)
+    validate_memory((*args.params, *moments, *residuals), read, aligned=True, check_storages=False)
 
 
 def validate_list(

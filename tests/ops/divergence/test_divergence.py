@@ -830,7 +830,7 @@ def test_operators_pass_opcheck(bias):
     moments, at, _, _ = namespace.divergence_scan(student, teacher, ids, 1, 33, *params, True)
     scalars = torch.cat([moments[:4], moments[:3]])
     for operator, arguments in (
-        (namespace.divergence_scan, (student, teacher, ids, 2, 33, *params, True)),
+        (namespace.divergence_scan, (student, teacher, torch.cat([ids, ids], 1), 2, 33, *params, True)),
         (namespace.divergence_scan, (student, teacher, ids[:, :0], 0, 33, *params, False)),
         (namespace.divergence_means, (student, teacher, moments, 33, *params, beta, ops.JSD)),
         (
