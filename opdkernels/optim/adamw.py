@@ -68,6 +68,7 @@ class MaskedAdamW(MaskedOptimizer):
     """
 
     moments = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    required_moments = ("exp_avg", "exp_avg_sq")
     own_option = "betas"
     dense_options = {"decoupled_weight_decay": True}  # noqa: RUF012
 

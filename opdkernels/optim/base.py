@@ -35,7 +35,15 @@ from opdkernels.optim.binding import Binding, LocalMask, is_dtensor, local_gradi
 from opdkernels.optim.distinct import named_params, validate_distinct, validate_memory
 from opdkernels.optim.gathered import GatheredGrad
 from opdkernels.optim.options import is_number, validate_flags, validate_options
-from opdkernels.optim.state import sharded_dims, state_error, step_groups_of, to_dense
+from opdkernels.optim.state import (
+    saved_digest,
+    sharded_dims,
+    state_error,
+    step_groups_of,
+    to_dense,
+    validate_step,
+    validate_step_counts,
+)
 from opdkernels.optim.state_dicts import SavedState, match_saved
 
 ParamKey = tuple[int, int]  # group, parameter
@@ -45,6 +53,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     """Base class of MaskedAdamW and MaskedSGD."""
 
     moments: tuple[str, ...] = ()
+    required_moments: tuple[str, ...] = ()  # that every state has after the first step
     own_option = ""  # tells a state dict of this optimizer from that of another one
     dense_options: dict[str, Any] = {}  # noqa: RUF012  options that only torch's own optimizer has in its groups
 
@@ -272,6 +281,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self, state: dict[str, Any], local: torch.Tensor, local_mask: LocalMask, binding: Binding, group: dict[str, Any]
     ) -> None:
         """Raise InputError for state that does not fit the parameter, before anything changes."""
+        validate_step(state, binding)
         dtypes = self._state_dtypes(group, local.dtype)
         if "init_value" in dtypes and "init_value" not in state:
             raise state_error(
@@ -280,8 +290,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if "step_group" in state:
             dtypes["step_group"] = torch.uint8
         for name, dtype in dtypes.items():
-            value = state.get(name)
-            if value is not None and (
+            if name not in state:
+                continue
+            value = state[name]
+            if not isinstance(value, torch.Tensor):
+                raise state_error(binding, f"has a {type(value).__name__} as {name}, not a tensor")
+            if (
                 value.dtype != dtype
                 or value.shape != (local_mask.num_active,)
                 or value.device != local.device
@@ -438,10 +452,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
         local_mask, local = binding.local_mask(param), local_part(param)[0]
         if "mask" not in saved:
             raise state_error(binding, "has no mask: it is a dense optimizer's, which load_dense_state_dict takes")
-        if int(saved["mask"]) != binding.digest:
+        if saved_digest(saved["mask"], binding) != binding.digest:
             raise state_error(binding, "belongs to another mask")
         if "step" not in saved:
             raise state_error(binding, "has no step count")
+        lacking = [name for name in self.required_moments if name not in saved]
+        if lacking:
+            raise state_error(binding, f"has no {lacking[0]}")
         state: dict[str, Any] = {}
         for name, value in saved.items():
             if name not in ("step", "mask", "steps", "group_steps", *self._active_names):
@@ -451,6 +468,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 value = torch.as_tensor(value)
             except (TypeError, ValueError, RuntimeError):
                 raise state_error(binding, f"has a {type(value).__name__} as {name}, not a tensor") from None
+            if value.layout != torch.strided or value.is_meta:
+                raise state_error(binding, f"has a {'meta' if value.is_meta else 'sparse'} tensor as {name}")
             tensor = local_part(value)[0]
             if name in ("step", "mask", "group_steps"):
                 state[name] = tensor.to("cpu", torch.int64 if name == "mask" else torch.float32, copy=True)
@@ -467,6 +486,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 raise state_error(binding, f"has {list(tensor.shape)} values in {printable(name)} for {num_active}")
             widen = name in self.moments and tensor.is_floating_point()  # trainers may have cast them
             state[name] = tensor.to(local.device, torch.float32 if widen else tensor.dtype, copy=True).contiguous()
+        validate_step_counts(state, binding)
         if "steps" in state:
             state |= step_groups_of(state.pop("steps"), state["step"], binding)
         if len(state.get("step_group", ())) and int(state["step_group"].max()) >= len(state.get("group_steps", ())):

@@ -26,11 +26,20 @@ class PendingStep:
 
 
 def validate_addresses(pending: Iterable[PendingStep]) -> None:
-    """Raise ValueError that names both where two parameters begin at one address: they were tied after construction."""
+    """Raise ValueError where the weights or the gradient of a parameter have no memory or are not aligned, and, naming
+    both, where two parameters begin at one address: they were tied after construction."""
     seen: dict[tuple[torch.device, int], Binding] = {}
     for item in pending:
         if item.local_mask.num_active:
-            other = seen.setdefault((item.local.device, item.local.data_ptr()), item.binding)
+            address = item.local.data_ptr()
+            for name, tensor, tensor_address in (
+                ("", item.local, address),
+                ("the gradient of ", item.grad, item.grad.data_ptr()),
+            ):
+                if not tensor_address or tensor_address % tensor.element_size():
+                    problem = "is not aligned to its elements" if tensor_address else "has no memory: it was freed"
+                    raise ValueError(f"{name}{item.binding.display_name} {problem}; give it memory of its own")
+            other = seen.setdefault((item.local.device, address), item.binding)
             if other is not item.binding:
                 raise ValueError(
                     f"{other.display_name} and {item.binding.display_name} share memory since the optimizer was "

@@ -83,6 +83,9 @@ def as_mask(value: object, name: str) -> Mask:
         return value
     if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
         raise TypeError(f"{name} is {getattr(value, 'dtype', type(value).__name__)}; give a Mask or a bool tensor")
+    if value.layout != torch.strided or value.is_meta:
+        kind = "on the meta device, without data" if value.is_meta else f"of layout {value.layout}"
+        raise TypeError(f"{name} is a tensor {kind}; give a dense bool tensor")
     return Mask.from_bool(value)
 
 

@@ -91,6 +91,8 @@ class Binding:
                 f"{self.display_name} is now {local.dtype}; masked optimizers step float32 and bfloat16: "
                 "cast the model back, and use torch.autocast instead of a cast"
             )
+        if self.mask.num_active and not local.is_contiguous() and torch._debug_has_internal_overlap(local) == 1:
+            raise ValueError(f"elements of {self.display_name} share memory, as after expand(); clone() it")
         if has_state and self.last_step and self.last_step != (local.dtype, local.device):
             dtype, device = self.last_step
             raise ValueError(

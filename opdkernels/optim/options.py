@@ -60,6 +60,10 @@ def validate_options(options: dict[str, Any]) -> None:
     seed = options["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
         raise ValueError(f"seed is {seed!r}; give an integer of 64 bits")
+    for flag in ("amsgrad", "maximize", "nesterov", "fused", "foreach", "capturable", "differentiable"):
+        value = options.get(flag)
+        if isinstance(value, (str, bytes)):  # which is true, also "false"
+            raise ValueError(f"{flag} is {value!r}; give True or False, without quotes")
     if options.get("nesterov") and not (options["momentum"] > 0 and options["dampening"] == 0):
         raise ValueError("nesterov needs momentum and no dampening")
     for flag in ("capturable", "differentiable"):

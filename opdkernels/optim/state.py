@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from opdkernels.errors import InputError
+from opdkernels.errors import InputError, printable
 from opdkernels.ops.step import active_indices
 from opdkernels.ops.step.layout import MAX_STEP_GROUPS
 from opdkernels.optim.binding import Binding, is_dtensor, local_part
@@ -47,6 +48,37 @@ def step_groups_of(steps: torch.Tensor, param_steps: torch.Tensor, binding: Bind
             f"of {MAX_STEP_GROUPS} at most; create the optimizer again"
         )
     return {"step_group": step_group.to(torch.uint8), "group_steps": group_steps.cpu()}
+
+
+def validate_step(state: Mapping[str, Any], binding: Binding) -> None:
+    """Raise InputError unless `step` is a tensor of one element."""
+    step = state.get("step")
+    if not isinstance(step, torch.Tensor) or step.numel() != 1:
+        raise state_error(binding, f"has {short_repr(step)} as step, not a tensor of one element")
+
+
+def validate_step_counts(state: Mapping[str, Any], binding: Binding) -> None:
+    """Raise InputError unless the step counts of a loaded state are finite and not negative."""
+    validate_step(state, binding)
+    for name in ("step", "group_steps", "steps"):
+        counts = state.get(name)
+        if counts is not None and counts.numel() and not bool(((counts >= 0) & counts.isfinite()).all()):
+            raise state_error(binding, f"has a step count in {name} that is no finite number from 0")
+
+
+def saved_digest(value: Any, binding: Binding) -> int:
+    """The digest of a mask in a saved state. Raises InputError for a value that is none."""
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise state_error(binding, f"has {short_repr(value)} as mask, not a digest") from None
+
+
+def short_repr(value: Any) -> str:
+    """A value for messages."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return printable(repr(value))[:80]
 
 
 def state_error(binding: Binding, problem: str) -> InputError:

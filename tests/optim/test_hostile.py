@@ -291,6 +291,27 @@ def test_options_changed_between_steps_apply_or_raise():
     assert float(optimizer.state[weight]["step"]) == count
 
 
+@pytest.mark.parametrize(
+    "flag", ["amsgrad", "maximize", "nesterov", "fused", "foreach", "differentiable", "capturable"]
+)
+def test_flags_in_quotes_raise(flag):
+    """A string is true, also "false", as a configuration in YAML may give it."""
+    optimizer = MaskedSGD if flag == "nesterov" else MaskedAdamW
+    for value in ("false", "True", ""):
+        with pytest.raises(ValueError, match=f"{flag} is '{value}'; give True or False, without quotes"):
+            optimizer([P(torch.zeros(4))], masks=[all_of(4)], **{flag: value})
+        made = optimizer([P(torch.zeros(4))], masks=[all_of(4)])
+        made.param_groups[0][flag] = value
+        with pytest.raises(ValueError, match="without quotes"):
+            made.step()
+
+
+def test_masks_that_are_no_dense_tensors_raise():
+    for mask, message in ((all_of(4).to_sparse(), "layout torch.sparse_coo"), (all_of(4).to("meta"), "meta device")):
+        with pytest.raises(TypeError, match=rf"the mask of w is a tensor .*{message}.*; give a dense bool tensor"):
+            MaskedAdamW([("w", P(torch.zeros(4)))], masks={"w": mask})
+
+
 def test_failed_add_param_group_changes_nothing():
     first, bad, good = P(torch.zeros(4)), P(torch.zeros(5)), P(torch.zeros(6))
     optimizer = MaskedAdamW([first], masks=[all_of(4)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 
@@ -238,3 +239,52 @@ def test_names_of_a_group_must_be_as_many_as_its_parameters(kind):
     group = {"params": list(params_of("qk").values()), "param_names": ["q"]}
     with pytest.raises(ValueError, match="a group has 2 parameters and 1 param_names"):
         KINDS[kind][0]([group], masks={"q": torch.ones(4, 4, dtype=torch.bool)}, unmasked="train")
+
+
+NAN, INF = float("nan"), float("inf")
+DAMAGES = {
+    "step": [torch.tensor(NAN), torch.tensor(-1.0), torch.tensor(INF), torch.ones(2), None, "1", NAN],
+    "mask": [None, "x", NAN, torch.ones(2), torch.tensor(NAN)],
+    "exp_avg": [None, 1, "x", torch.ones(1, device="meta"), torch.ones(2).to_sparse(), torch.ones(3, dtype=torch.int8)],
+    "exp_avg_sq": [...],  # left out
+    "group_steps": [torch.tensor([NAN]), torch.tensor([-1.0]), torch.tensor([1.0, INF]), "x"],
+    "steps": [torch.tensor([NAN, 1.0, 1.0])],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_state_raises_in_one_line_and_changes_nothing(name):
+    mask = torch.tensor([True, False, True, True])
+
+    def stepped() -> MaskedAdamW:
+        optimizer = MaskedAdamW([("w", torch.nn.Parameter(torch.ones(4)))], masks={"w": mask})
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(4)
+        optimizer.step()
+        return optimizer
+
+    optimizer = stepped()
+    for value in DAMAGES[name]:
+        damaged = copy.deepcopy(stepped().state_dict())
+        if value is ...:
+            del damaged["state"][0][name]
+        else:
+            damaged["state"][0][name] = value
+        before = copy.deepcopy(optimizer.state_dict())
+        with pytest.raises(InputError, match=r"the optimizer state of w .*; load the state") as raised:
+            optimizer.load_state_dict(damaged)
+        assert "\n" not in str(raised.value)
+        assert repr(optimizer.state_dict()) == repr(before)
+
+
+@pytest.mark.parametrize("value", [2, 2.0, None, np.float32(2), torch.ones(2)], ids=repr)
+def test_step_count_that_is_no_tensor_raises_before_anything_moves(value):
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = MaskedAdamW(params, masks=[torch.ones(4, dtype=torch.bool)] * 2)
+    for param in params:
+        param.grad = torch.ones(4)
+    optimizer.step()
+    before = params[0].detach().clone()
+    optimizer.state[params[1]]["step"] = value
+    with pytest.raises(InputError, match=r"parameter 1 has .* as step, not a tensor of one element"):
+        optimizer.step()
+    assert torch.equal(params[0], before)

@@ -126,6 +126,42 @@ def test_weights_without_data_raise_before_anything_moves():
     assert torch.equal(model[0].weight, before)
 
 
+def misaligned(*shape: int) -> torch.Tensor:
+    memory = torch.zeros(4 * torch.Size(shape).numel() + 1, dtype=torch.uint8)
+    return torch.frombuffer(memory.numpy(), dtype=torch.float32, offset=1).view(shape)
+
+
+def free(tensor: torch.Tensor) -> None:
+    tensor.untyped_storage().resize_(0)
+
+
+@with_optimizers
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: setattr(p, "data", torch.zeros(1, 1).expand(8, 8)), r"elements of 1\.weight share memory"),
+        (lambda p: setattr(p, "data", misaligned(8, 8)), r"1\.weight is not aligned"),
+        (lambda p: free(p.data), r"1\.weight has no memory"),
+        (lambda p: setattr(p, "grad", misaligned(8, 8)), r"the gradient of 1\.weight is not aligned"),
+        (lambda p: free(p.grad), r"the gradient of 1\.weight has no memory"),
+    ],
+    ids=["expanded", "misaligned", "freed", "misaligned gradient", "freed gradient"],
+)
+@pytest.mark.parametrize("first_steps", [0, 1])
+def test_unusable_memory_of_a_later_group_raises_before_anything_moves(kind, change, message, first_steps):
+    model = two_layers()
+    masks = {name: flags(8, 8) for name, _ in model.named_parameters()}
+    optimizer = OPTIMIZERS[kind]([{"params": [item]} for item in model.named_parameters()], masks=masks, lr=0.25)
+    give_ones(model)
+    for _ in range(first_steps):
+        optimizer.step()
+    before = model[0].weight.detach().clone()
+    change(model[1].weight)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(model[0].weight, before)
+
+
 @with_optimizers
 def test_gathered_gradients_of_weights_of_another_dtype_raise(kind):
     model = two_layers()
