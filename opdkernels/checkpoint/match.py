@@ -228,9 +228,11 @@ def _validate_dtypes(a: Side, b: Side) -> None:
         for name, info in other.remaining.items() if integers else ():
             quantised = integers.get(canonical_name(name))
             if quantised is not None and info.dtype in DTYPES:
+                is_complex = quantised.dtype.startswith("c")
+                remedy = "convert both to bf16" if is_complex else "one is quantised; dequantise it to bf16 first"
                 raise InputError(
                     f"{printable(quantised.name)} is {printable(quantised.dtype)} in {printable(side.checkpoint.path)}"
-                    f" and {info.dtype} in the other checkpoint: one is quantised; dequantise it to bf16 first"
+                    f" and {info.dtype} in the other checkpoint: {remedy}"
                 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import warnings
@@ -14,6 +15,7 @@ from opdkernels.checkpoint.sharded import ShardedCheckpoint, open_sharded, read_
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.untrusted import open_regular, other_content, read_json
 
+MAX_LISTED = 1000  # folders that are searched for the message about a folder without model
 NUMBERED_SHARD = re.compile(r".*-\d+-of-\d+\.[^.]+")
 
 
@@ -115,7 +117,7 @@ def _open_local(local_path: str, given_path: str, io: str, allow_missing: bool, 
         unsupported.validate_file(file, os.path.basename(file))
     config_path = os.path.join(os.path.dirname(file), "config.json")
     # transformers takes the last value of a key that is there twice
-    config = read_json(config_path, allow_duplicates=True) if os.path.exists(config_path) else {}
+    config = read_json(config_path, allow_duplicates=True) if os.path.lexists(config_path) else {}
     checkpoint = _open_files(file, given_path, io, allow_missing, config)
     try:
         if not any_tensors:
@@ -222,6 +224,7 @@ def _find_model(folder: str, names: list[str]) -> str | None:
             return format.main_file
         index = _choose(folder, indexes, format.main_index)
         if index is not None:
+            _warn_of_other_formats(folder, candidates, index)
             return index
         files = [
             name
@@ -238,8 +241,25 @@ def _find_model(folder: str, names: list[str]) -> str | None:
             )
         file = _choose(folder, files, format.main_file)
         if file is not None:
+            _warn_of_other_formats(folder, candidates, file)
             return file
     return None
+
+
+def _warn_of_other_formats(folder: str, names: list[str], chosen: str) -> None:
+    """Warns if a folder has the model in a second format with a later time of modification: it may be the newer one."""
+    for format in formats.FORMATS:
+        for other in (format.main_file, format.main_index):
+            if chosen.endswith((*format.suffixes, format.index_suffix)) or other not in names:
+                continue
+            with contextlib.suppress(OSError):
+                if os.stat(os.path.join(folder, other)).st_mtime_ns > os.stat(os.path.join(folder, chosen)).st_mtime_ns:
+                    warnings.warn(
+                        f"{folder} has {chosen} and a later {other}; {chosen} is read, as transformers loads it. Give"
+                        f" the path of {other} to read that",
+                        stacklevel=6,
+                    )
+                    return
 
 
 def _lists(index: str, file: str) -> bool:
@@ -263,6 +283,18 @@ def _choose(folder: str, candidates: list[str], preferred: str) -> str | None:
     return candidates[0]
 
 
+def _folders_with_model(folder: str, names: list[str]) -> list[str]:
+    """Folders in a folder that have a model under its usual name, such as a run's checkpoints, by their steps."""
+    usual = [name for format in formats.FORMATS for name in (format.main_file, format.main_index)]
+    paths = [os.path.join(folder, name) for name in names[:MAX_LISTED]]
+    if "snapshots" in names:  # of the cache of huggingface_hub
+        with contextlib.suppress(OSError):
+            snapshots = os.path.join(folder, "snapshots")
+            paths += [os.path.join(snapshots, name) for name in sorted(os.listdir(snapshots))[:MAX_LISTED]]
+    folders = [path for path in paths if any(os.path.isfile(os.path.join(path, name)) for name in usual)]
+    return sorted(folders, key=lambda path: [int(part) if part.isdecimal() else -1 for part in re.split(r"(\d+)", path)])
+
+
 def _no_model_message(folder: str, names: list[str]) -> str:
     shown = printable(folder)
     trainer_file = next((name for name in names if unsupported.TRAINER_FILES.fullmatch(name)), None)
@@ -274,5 +306,8 @@ def _no_model_message(folder: str, names: list[str]) -> str:
     for name in names:
         if name.endswith((".gguf", ".h5", ".msgpack", ".npz", ".onnx")):
             return f"{shown} holds {printable(name)}, a format that is not read; convert it to safetensors"
+    inside = _folders_with_model(folder, names)
+    if inside:
+        return f"{shown} holds no checkpoint itself; give a folder in it that does, such as {printable(inside[-1])}"
     suffixes = ", ".join(f"*{suffix}" for format in formats.FORMATS for suffix in format.suffixes)
     return f"{shown} holds no checkpoint: no {suffixes} or index; give a folder or file that is a checkpoint"

@@ -205,11 +205,15 @@ def validate_out(out: str, inputs: Inputs) -> None:
 
 
 def save(masks: MaskSet, out: str, overwrite: bool) -> None:
-    """Writes masks and prints how many coordinates are active; exit status 3 if they do not cover their pair."""
+    """Writes masks and prints how many coordinates are active; exit status 3 if they do not cover their whole pair."""
+    from opdkernels.masks.build import nonfinite_sentence
+
     masks.save(out, overwrite=overwrite)
-    partial = masks.coverage is not None and not masks.coverage.sufficient
+    partial = masks.nonfinite > 0 or (masks.coverage is not None and not masks.coverage.sufficient)
     if masks.coverage is not None and not masks.coverage.complete:
         typer.echo(coverage_sentence(masks.coverage.to_dict()))
+    if masks.nonfinite:
+        typer.echo(nonfinite_sentence(masks.nonfinite))
     typer.echo(
         f"{masks.num_active:,} of {masks.numel:,} coordinates of {len(masks)} tensors ({percent(masks.density)}) are "
         f"active; written to {printable(out)}"

@@ -27,7 +27,7 @@ from opdkernels.checkpoint.match import Match, Pair, open_pair
 from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.checkpoint.tied import copies
-from opdkernels.errors import UsageError, printable
+from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.masks.mask import Mask
 from opdkernels.masks.mask_set import MaskSet
 from opdkernels.ops.delta import base_and_delta, delta
@@ -40,6 +40,8 @@ SCOPES = ("tensor", "module", "model")
 VIEWS = ("visible", "stored")
 STEP = 1 << 24  # coordinates read at a time
 HALF = 1 << 16
+NOT_FINITE = "holds NaN or Inf, so that it has no"
+OTHER_MODEL = "make the masks from this model"
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,12 @@ def changed(
 
     Returns:
         One mask per tensor that both have, with `MaskSet.coverage`. A coordinate that is NaN or Inf on either side is
-        not active. Where training added rows to a vocabulary, the mask has the trained shape and those rows are active.
+        not active; `MaskSet.nonfinite` is their number. Where training added rows to a vocabulary, the mask has the
+        trained shape and those rows are active.
 
     Warns:
-        UserWarning: Too little was compared, see `opdkernels.checkpoint.coverage.Coverage.sufficient`.
+        UserWarning: Too little was compared, see `opdkernels.checkpoint.coverage.Coverage.sufficient`, or coordinates
+            are NaN or Inf.
 
     Raises:
         InputError: A checkpoint cannot be read.
@@ -122,7 +126,7 @@ def changed(
     if not 0 <= atol <= 1e30:
         raise UsageError(f"atol must be in 0 .. 1e30, not {atol}")
     threshold_bits = (int(torch.tensor([atol]).bfloat16().view(torch.int16)),)
-    masks = {}
+    masks, nonfinite = {}, 0
     with contextlib.closing(open_pair(base, trained)) as pair:
         for match in pair.matches:
             bitmap = np.zeros((match.numel + 7) // 8, np.uint8)
@@ -130,14 +134,24 @@ def changed(
                 w, v = pair.read(match, first, min(first + STEP, match.numel))
                 chunk = torch.zeros((len(w) + 7) // 8, dtype=torch.uint8)
                 if view == "visible":
-                    delta(w, v, threshold_bits=threshold_bits, mask=chunk)
+                    nonfinite += delta(w, v, threshold_bits=threshold_bits, mask=chunk).nonfinite
                 else:
                     size = base_and_delta(w, v, False)[1].abs()
+                    nonfinite += int((~size.isfinite()).sum())
                     chunk = torch.from_numpy(np.packbits(((size > atol) & size.isfinite()).numpy(), bitorder="little"))
                 bitmap[first // 8 : first // 8 + len(chunk)] = chunk.numpy()
             masks[match.name] = with_added_rows(Mask.from_bitmap(torch.from_numpy(bitmap), match.shape), match)
         pair.check()
-        return with_coverage(MaskSet(masks), pair)
+        result = with_coverage(MaskSet(masks), pair)
+        result.nonfinite = nonfinite
+        if nonfinite:
+            warnings.warn(nonfinite_sentence(nonfinite), stacklevel=2)
+        return result
+
+
+def nonfinite_sentence(count: int) -> str:
+    """What became of coordinates that are NaN or Inf."""
+    return f"{count:,} coordinates are NaN or Inf in one of the checkpoints, or their change is: they are not active."
 
 
 def top_changed(
@@ -161,8 +175,8 @@ def top_changed(
         UserWarning: Too little was compared, see `opdkernels.checkpoint.coverage.Coverage.sufficient`.
 
     Raises:
-        InputError: A checkpoint cannot be read.
-        UsageError: `density` or `scope` is not valid, or a difference is NaN.
+        InputError: A checkpoint cannot be read, or a difference is NaN or Inf.
+        UsageError: `density` or `scope` is not valid.
 
     Example:
         masks = top_changed("Qwen2.5-0.5B", "my-run/step-200", 0.2, scope="model")
@@ -173,11 +187,14 @@ def top_changed(
         def reader(match: Match) -> Callable[[int, int], torch.Tensor]:
             def read(first: int, stop: int) -> torch.Tensor:
                 common = min(stop, match.numel)
-                w, v = (side.float() for side in pair.read(match, min(first, common), common))
+                w, v = pair.read(match, min(first, common), common)
+                change = base_and_delta(w, v, False)[1].abs()
+                if not bool(change.isfinite().all()):
+                    raise InputError(f"{printable(match.name)} {NOT_FINITE} largest changes; use `mask changed`")
                 if stop <= match.numel:
-                    return (v - w).abs()
+                    return change
                 added = pair.trained.read(match.trained.name, max(first, match.numel), stop)
-                return torch.cat([(v - w).abs(), added.float().abs()])
+                return torch.cat([change, added.to(change.dtype).abs()])
 
             return read
 
@@ -220,8 +237,8 @@ def near_zero(base: Weights, density: float, *, scope: str = "tensor") -> MaskSe
         scope: As for `top_changed`.
 
     Raises:
-        InputError: The checkpoint cannot be read.
-        UsageError: `density` or `scope` is not valid, or a weight is NaN.
+        InputError: The checkpoint cannot be read, or a weight is NaN.
+        UsageError: `density` or `scope` is not valid.
 
     Example:
         >>> near_zero({"w": torch.tensor([3.0, -1.0, 2.0, 4.0])}, 0.5)["w"].indices.tolist()
@@ -241,7 +258,8 @@ def largest(values: Mapping[str, torch.Tensor], density: float, *, scope: str = 
         scope: As for `top_changed`.
 
     Raises:
-        UsageError: `density` or `scope` is not valid, or a value is NaN.
+        InputError: A value is NaN.
+        UsageError: `density` or `scope` is not valid.
 
     Example:
         >>> largest({"w": torch.tensor([3.0, -1.0, 2.0, 4.0])}, 0.5)["w"].indices.tolist()
@@ -293,8 +311,7 @@ def magnitude_matched(masks: MaskSet, base: Weights, *, seed: int = 0) -> MaskSe
         seed: Seed (default: 0).
 
     Raises:
-        InputError: The checkpoint cannot be read.
-        UsageError: A masked tensor is missing or has another shape.
+        InputError: The checkpoint cannot be read, or a masked tensor is missing or has another shape.
 
     Example:
         >>> weights = {"w": torch.tensor([1.0, 1.0, 2.0])}
@@ -333,8 +350,8 @@ def principal(base: Weights, density: float) -> MaskSet:
         density: Fraction of each matrix, above 0 and at most 1.
 
     Raises:
-        InputError: The checkpoint cannot be read.
-        UsageError: `density` is not valid, or a matrix holds NaN or Inf.
+        InputError: The checkpoint cannot be read, or a matrix holds NaN or Inf.
+        UsageError: `density` is not valid.
 
     Example:
         >>> principal({"w": torch.diag(torch.tensor([3.0, 1.0]))}, 0.25)["w"].indices.tolist()
@@ -353,8 +370,8 @@ def safe(base: Weights, density: float) -> MaskSet:
         density: That of the principal and of the near-zero masks.
 
     Raises:
-        InputError: The checkpoint cannot be read.
-        UsageError: `density` is not valid, or a tensor holds NaN or a matrix Inf.
+        InputError: The checkpoint cannot be read, or a tensor holds NaN or a matrix Inf.
+        UsageError: `density` is not valid.
 
     Example:
         >>> safe({"w": torch.diag(torch.tensor([3.0, 1.0]))}, 0.25)["w"].num_active
@@ -371,7 +388,7 @@ def principal_mask(name: str, weight: Weight, density: float) -> Mask:
         return Mask.from_indices(torch.zeros(0, dtype=torch.int64), weight.shape)
     w = weight.read(0, weight.numel).view(weight.shape)
     if not bool(torch.isfinite(w).all()):
-        raise UsageError(f"{printable(name)} holds NaN or Inf; it has no principal mask")
+        raise InputError(f"{printable(name)} {NOT_FINITE} principal weights; give a checkpoint with finite weights")
     tall = w.shape[0] >= w.shape[1]
     long = w if tall else w.T
     ranks = top_ranks(long.shape[1], (density,))
@@ -387,11 +404,14 @@ def principal_mask(name: str, weight: Weight, density: float) -> Mask:
 
 
 def matching_weight(weights: Mapping[str, Weight], name: str, mask: Mask) -> Weight:
-    """The weight of a mask. Raises UsageError where it is missing or has another shape."""
+    """The weight of a mask. Raises InputError where it is missing or has another shape."""
     if name not in weights:
-        raise UsageError(f"the checkpoint has no tensor {printable(name)}, which has a mask")
+        raise InputError(f"there is a mask for {printable(name)}, which the base does not have; {OTHER_MODEL}")
     if weights[name].shape != mask.shape:
-        raise UsageError(f"{printable(name)} has shape {list(weights[name].shape)}, its mask {list(mask.shape)}")
+        raise InputError(
+            f"the mask of {printable(name)} has shape {list(mask.shape)} and the tensor {list(weights[name].shape)};"
+            f" {OTHER_MODEL}"
+        )
     return weights[name]
 
 
@@ -441,7 +461,9 @@ def kth_magnitude(weights: Mapping[str, Weight], k: int, largest: bool) -> tuple
         for chunk in weight.chunks():
             bits = magnitude_bits(chunk)
             if len(bits) and bits.max() > 0x7F800000:
-                raise UsageError(f"{printable(name)} holds NaN; it has no largest or smallest values")
+                raise InputError(
+                    f"{printable(name)} holds NaN, so that it has no largest or smallest values; give finite weights"
+                )
             upper += np.bincount(bits >> 16, minlength=1 << 15)
     upper_bin, remaining = rank_in(upper, k, largest)
     lower = np.zeros(HALF, np.int64)

@@ -199,7 +199,9 @@ class Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         if self.shape != other.shape:
-            raise ValueError(f"masks of shapes {list(self.shape)} and {list(other.shape)} do not combine")
+            raise ValueError(
+                f"masks of shapes {list(self.shape)} and {list(other.shape)} do not combine; give masks of one shape"
+            )
         return Mask(self.shape, torch.from_numpy(operation(self.bitmap.numpy(), other.bitmap.numpy())), None).compact()
 
     def __and__(self, other: Mask) -> Mask:

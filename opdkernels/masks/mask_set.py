@@ -88,6 +88,8 @@ class MaskSet(Mapping[str, Mask]):
     in_model_order = False
     # How much of two checkpoints the masks cover, where they were made from a pair; not saved.
     coverage: Coverage | None = None
+    # Coordinates that are NaN or Inf in one of the two checkpoints, and not active; not saved.
+    nonfinite = 0
 
     def __init__(self, masks: Mapping[str, Mask]):
         self._masks: dict[str, Mask | None] = dict(masks)
@@ -260,12 +262,21 @@ class MaskSet(Mapping[str, Mask]):
         if not isinstance(other, MaskSet):
             return NotImplemented
         if list(self) != list(other):
-            lacking = [name for name in self if name not in other] + [name for name in other if name not in self]
-            raise ValueError(
-                f"the sets have different tensors: {printable(lacking[0])}, …"
+            lacking = [(name, "second") for name in self if name not in other]
+            lacking += [(name, "first") for name in other if name not in self]
+            what = (
+                f"different tensors: {printable(lacking[0][0])} is not in the {lacking[0][1]} one"
                 if lacking
-                else "the sets have their tensors in different orders"
+                else "their tensors in different orders"
             )
+            raise ValueError(f"the sets have {what}; give masks that were made from one checkpoint")
+        shapes, other_shapes = self.shapes, other.shapes
+        for name, shape in shapes.items():
+            if other_shapes[name] != shape:
+                raise ValueError(
+                    f"the masks of {printable(name)} have shapes {list(shape)} and {list(other_shapes[name])}; give "
+                    "masks that were made from one checkpoint"
+                )
         return MaskSet({name: operation(self[name], other[name]) for name in self})
 
     def __and__(self, other: MaskSet) -> MaskSet:

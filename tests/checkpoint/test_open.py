@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,46 @@ def save(folder: Path, *names: str) -> None:
         (["final.pt", "optimizer.pt"], "final.pt"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*a later pytorch_model.bin")
 def test_the_model_file_of_a_folder_is_found(tmp_path: Path, names: list[str], chosen: str) -> None:
     save(tmp_path, *names)
     opened = open_checkpoint(tmp_path)
     assert [fact.name for fact in opened.files] == [chosen]
     assert opened.path == str(tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("index", [False, True])
+def test_a_later_model_in_another_format_is_named(tmp_path: Path, index: bool) -> None:
+    save(tmp_path, "model.safetensors", "pytorch_model.bin")
+    os.utime(tmp_path / "pytorch_model.bin", ns=(0, 0))
+    chosen = "model.safetensors"
+    if index:
+        (tmp_path / chosen).rename(tmp_path / "model-00001-of-00001.safetensors")
+        chosen = "model.safetensors.index.json"
+        (tmp_path / chosen).write_text(json.dumps({"weight_map": {"w": "model-00001-of-00001.safetensors"}}))
+    open_checkpoint(tmp_path).close()
+    os.utime(tmp_path / chosen, ns=(0, 0))
+    os.utime(tmp_path / "pytorch_model.bin", ns=(1, 1))
+    with pytest.warns(UserWarning, match=f"{chosen} is read, .* the path of pytorch_model.bin to read that"):
+        open_checkpoint(tmp_path).close()
+
+
+@pytest.mark.parametrize("names", [["checkpoint-9", "checkpoint-100", "logs"], ["snapshots/0a1b", "refs"], ["final"]])
+def test_the_folder_around_checkpoints_names_one(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+        if name not in ("logs", "refs"):
+            save(tmp_path / name, "model.safetensors")
+    expected = tmp_path / {"checkpoint-9": "checkpoint-100"}.get(names[0], names[0])
+    message = open_error(tmp_path)
+    assert message.endswith(f"holds no checkpoint itself; give a folder in it that does, such as {expected}")
+
+
+def test_a_configuration_that_cannot_be_found_is_no_absent_one(tmp_path: Path) -> None:
+    save(tmp_path, "model.safetensors")
+    (tmp_path / "config.json").symlink_to("blobs/nowhere")
+    assert "config.json does not exist; download it again" in open_error(tmp_path)
 
 
 @pytest.mark.parametrize("names", [["a.safetensors", "b.safetensors"], ["a.pt", "b.pt"], ["a.bin", "b.pth"]])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from opdkernels.checkpoint.names import parse_tensor_name
-from opdkernels.errors import UsageError
+from opdkernels.errors import InputError, UsageError
 from opdkernels.masks import (
     MaskSet,
     changed,
@@ -23,6 +23,7 @@ from opdkernels.masks import (
 )
 from opdkernels.masks import build as make
 from tests.analysis.conftest import save, trained, weights
+from tests.in_process import run_cli
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -203,12 +204,43 @@ def test_bad_input_is_refused_by_name():
         (lambda: near_zero(source, 0), "density must be above 0"),
         (lambda: near_zero(source, 1.5), "density must be above 0"),
         (lambda: near_zero(source, 0.1, scope="layer"), "scope must be one of tensor, module, model"),
-        (lambda: near_zero(broken, 0.5), "w holds NaN"),
-        (lambda: principal({"w": torch.full((3, 3), float("inf"))}, 0.5), "w holds NaN or Inf"),
         (lambda: changed("a", "b", view="both"), "view must be one of"),
         (lambda: changed("a", "b", atol=-1), "atol must be"),
-        (lambda: magnitude_matched(near_zero(source, 0.1), {"x": torch.ones(2)}), "has no tensor"),
-        (lambda: magnitude_matched(near_zero({"w": torch.ones(2)}, 0.5), {"w": torch.ones(3)}), "its mask"),
     ):
         with pytest.raises(UsageError, match=message):
             call()
+    for call, message in (
+        (lambda: near_zero(broken, 0.5), "w holds NaN, so that"),
+        (lambda: principal({"w": torch.full((3, 3), float("inf"))}, 0.5), "w holds NaN or Inf, so that"),
+        (lambda: magnitude_matched(near_zero(source, 0.1), {"x": torch.ones(2)}), "which the base does not have; make"),
+        (lambda: magnitude_matched(near_zero({"w": torch.ones(2)}, 0.5), {"w": torch.ones(3)}), r"\[2\] and the ten"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("view", ["visible", "stored"])
+def test_coordinates_that_are_not_finite_are_counted_and_not_active(tmp_path, value, view):
+    base = {"v.weight": torch.ones(3, 4), "w.weight": torch.ones(3, 4)}
+    after = {name: w + 1 for name, w in base.items()}
+    after["w.weight"][1] = value
+    folders = [save(tmp_path / name, w) for name, w in (("base", base), ("trained", after))]
+    with pytest.warns(UserWarning, match="^4 coordinates are NaN or Inf .* they are not active"):
+        masks = changed(*folders, view=view)
+    assert (masks.num_active, masks.nonfinite, masks["w.weight"].to_bool()[1].any()) == (20, 4, False)
+    done = run_cli("mask", "changed", *folders, "-o", tmp_path / "masks", "--view", view)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout.startswith("4 coordinates are NaN or Inf")
+    assert MaskSet.load(tmp_path / "masks").num_active == 20
+    with pytest.raises(InputError, match=r"w\.weight holds NaN or Inf, so that it has no largest changes"):
+        top_changed(*folders, 0.1)
+
+
+def test_changes_below_the_precision_of_fp32_are_seen_in_fp64(tmp_path):
+    w = torch.ones(4, 8, dtype=torch.float64)
+    after = w.clone()
+    after[2] += 1e-12
+    folders = [save(tmp_path / name, {"w": tensor}) for name, tensor in (("base", w), ("trained", after))]
+    for masks in (top_changed(*folders, 0.5), changed(*folders, view="stored")):
+        assert masks["w"].indices.tolist() == list(range(16, 24))

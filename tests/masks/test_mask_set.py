@@ -66,8 +66,13 @@ def test_sets_combine_mask_by_mask():
         for name in a:
             assert torch.equal(result[name].to_bool(), how(a[name].to_bool(), b[name].to_bool()))
     assert (a - b) == (a & ~b)
-    with pytest.raises(ValueError, match="have different tensors"):
+    with pytest.raises(ValueError, match=r"different tensors: a.weight is not in the second one; give masks"):
         a & MaskSet({"b.weight": b["b.weight"]})
+    with pytest.raises(ValueError, match=r"different tensors: a.weight is not in the first one; give masks"):
+        MaskSet({name: b[name] for name in b if name != "a.weight"}) & a
+    reshaped = MaskSet({**b, "a.weight": Mask.from_bool(b["a.weight"].to_bool().view(7, 1))})
+    with pytest.raises(ValueError, match=r"the masks of a.weight have shapes \[.*\] and \[.*\]; give masks"):
+        a & reshaped
     with pytest.raises(ValueError, match="in different orders"):
         a & MaskSet({name: b[name] for name in reversed(list(b))})
 
