@@ -292,7 +292,7 @@ def _folders_with_model(folder: str, names: list[str]) -> list[str]:
             snapshots = os.path.join(folder, "snapshots")
             paths += [os.path.join(snapshots, name) for name in sorted(os.listdir(snapshots))[:MAX_LISTED]]
     folders = [path for path in paths if any(os.path.isfile(os.path.join(path, name)) for name in usual)]
-    return sorted(folders, key=lambda path: [int(part) if part.isdecimal() else -1 for part in re.split(r"(\d+)", path)])
+    return sorted(folders, key=lambda path: [int(digits) for digits in re.findall(r"\d+", os.path.basename(path))])
 
 
 def _no_model_message(folder: str, names: list[str]) -> str:
