@@ -6,11 +6,10 @@ Sums run in the order of the rows, so that they are bit-identical on any machine
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-
-from opdkernels.metrics.registry import Aggregation
 
 
 class Members:
@@ -58,6 +57,22 @@ class Members:
         return np.where(sizes > 0, (ranked[low] + ranked[np.minimum(high, len(ranked) - 1)]) / 2, np.nan)
 
 
+@dataclass(frozen=True)
+class Aggregation:
+    """How the values of tensors become the value of a group.
+
+    Attributes:
+        description: The rule in words, for docs/outputs.md.
+        compute: Computes float64 [num_groups] from the tensors of one view and the metric's name. None if groups have
+            no value, or if it is computed elsewhere (means over matrices, in summary.json).
+    """
+
+    description: str
+    compute: Callable[[Members, str], np.ndarray] | None = None
+
+
+NOT_AGGREGATED = Aggregation("")
+MEAN_OVER_MATRICES = Aggregation("mean over matrices")  # summary.json has mean, median and mean weighted by m n
 SUM = Aggregation("sum", lambda members, name: members.sum(name))
 MEAN_BY_COORDINATES = Aggregation(
     "mean weighted by finite coordinates", lambda members, name: members.mean(name, members.finite)

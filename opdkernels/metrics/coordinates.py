@@ -22,7 +22,9 @@ from opdkernels.metrics.aggregation import (
     MEAN_BY_CHANGED,
     MEAN_BY_COORDINATES,
     MEAN_BY_ENERGY,
+    NOT_AGGREGATED,
     SUM,
+    Aggregation,
     recomputed,
 )
 from opdkernels.metrics.batch import (
@@ -37,18 +39,7 @@ from opdkernels.metrics.batch import (
     threshold_label,
     to_bf16_bits,
 )
-from opdkernels.metrics.registry import (
-    COUNT,
-    NON_NEGATIVE,
-    NOT_AGGREGATED,
-    PAPER,
-    VIEWS,
-    WEIGHT_UNITS,
-    Aggregation,
-    Metric,
-    family,
-    interleave,
-)
+from opdkernels.metrics.registry import COUNT, NON_NEGATIVE, PAPER, VIEWS, WEIGHT_UNITS, Metric, family, interleave
 from opdkernels.ops.delta import THRESHOLDS, magnitudes
 from opdkernels.ops.delta.layout import (
     COUNT_LT,

@@ -8,25 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from opdkernels.checkpoint.names import parse_tensor_name
-from opdkernels.metrics.batch import RATIO_LABELS, RATIO_SYMBOL, threshold_label
-from opdkernels.metrics.geometry_null import NULL_METRICS, SPECTRUM_NULL_METRICS, null_of_geometry, null_of_spectrum
-from opdkernels.metrics.random_matrix import TOP
-from opdkernels.metrics.registry import (
-    COUNT,
-    MEAN_OVER_MATRICES,
-    NON_NEGATIVE,
-    NOT_AGGREGATED,
-    PAPER,
-    WEIGHT_UNITS,
-    Metric,
-    family,
-    interleave,
+from opdkernels.metrics.aggregation import MEAN_OVER_MATRICES, NOT_AGGREGATED
+from opdkernels.metrics.batch import RATIO_LABELS, threshold_label
+from opdkernels.metrics.geometry_null import (
+    NULL_METRICS,
+    SPECTRUM_NULL_METRICS,
+    at_ratios,
+    null_of_geometry,
+    null_of_spectrum,
 )
+from opdkernels.metrics.random_matrix import TOP
+from opdkernels.metrics.registry import COUNT, NON_NEGATIVE, PAPER, WEIGHT_UNITS, Metric, family, interleave
 from opdkernels.metrics.spectra import NO_VALUES, SUBSPACE, SpectrumRecord
 from opdkernels.spectral.exact import RATIOS, top_ranks
 from opdkernels.spectral.principal import COUNTS
@@ -215,14 +213,7 @@ def over_matrices(*shown: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def ratios_of(
-    name: str, label: str, definition: str, overrides: dict[str, dict[str, Any]] | None = None, **fields: Any
-) -> list[Metric]:
-    """A metric of geometry.parquet at each ratio; `{}` in the name stands for the ratio."""
-    fields = {"source": PAPER, "tables": ("geometry",), **fields}
-    pattern = Metric(name=name, label=f"{label} at {{}}", definition=definition, **fields)
-    return family(pattern, RATIO_LABELS, RATIO_SYMBOL, overrides)
-
+ratios_of = partial(at_ratios, source=PAPER)
 
 GEOMETRY_METRICS = (
     *interleave(

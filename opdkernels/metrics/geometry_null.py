@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from opdkernels.metrics.aggregation import MEAN_OVER_MATRICES
 from opdkernels.metrics.batch import RATIO_LABELS, RATIO_SYMBOL
 from opdkernels.metrics.random_matrix import largest_eigenvalue_deviation, random_spectrum
-from opdkernels.metrics.registry import MEAN_OVER_MATRICES, NON_NEGATIVE, Metric, family, interleave
+from opdkernels.metrics.registry import NON_NEGATIVE, Metric, family, interleave
 from opdkernels.metrics.spectra import COMPOSITES, SUBSPACE, SpectrumRecord
 
 COVERAGES = [f"{name}_coverage" for name in COMPOSITES]
@@ -67,8 +68,8 @@ SPECTRUM_NULL_METRICS = tuple(
 )
 
 
-def of_ratios(
-    name: str, label: str, definition: str, overrides: Mapping[str, Any] | None, **fields: Any
+def at_ratios(
+    name: str, label: str, definition: str, overrides: Mapping[str, Mapping[str, Any]] | None = None, **fields: Any
 ) -> list[Metric]:
     """A metric of geometry.parquet at each ratio; `{}` in the name stands for the ratio."""
     pattern = Metric(name=name, label=f"{label} at {{}}", definition=definition, tables=("geometry",), **fields)
@@ -77,7 +78,7 @@ def of_ratios(
 
 def null_family(name: str, label: str) -> list[Metric]:
     """Expected value, its standard deviation, and observed over expected (or minus expected) of one metric."""
-    expected = of_ratios(
+    expected = at_ratios(
         f"{name}_{{}}_null",
         f"{label}, expected",
         f"`{name}` expected from bf16 rounding alone: of a dense update that is independent of W, with the same "
@@ -85,7 +86,7 @@ def null_family(name: str, label: str) -> list[Metric]:
         SUMMARIZED,
         format="measure" if "rotation" in name else "percent",
     )
-    deviation = of_ratios(
+    deviation = at_ratios(
         f"{name}_{{}}_null_sd",
         f"{label}, expected, deviation",
         f"standard deviation of `{name}` over such updates",
@@ -93,7 +94,7 @@ def null_family(name: str, label: str) -> list[Metric]:
         format="measure" if "rotation" in name else "percent",
     )
     if name == SUBTRACTED:
-        relative = of_ratios(
+        relative = at_ratios(
             f"{name}_{{}}_minus_null",
             f"{label}, minus expected",
             f"`{name}` minus its expectation from bf16 rounding alone",
@@ -101,7 +102,7 @@ def null_family(name: str, label: str) -> list[Metric]:
             range="−1 to 1",
         )
     else:
-        relative = of_ratios(
+        relative = at_ratios(
             f"{name}_{{}}_over_null",
             f"{label} / expected",
             f"`{name}`, observed over expected from bf16 rounding alone: 1× means that rounding explains it",
@@ -115,13 +116,13 @@ def null_family(name: str, label: str) -> list[Metric]:
 def magnitude_family(name: str, label: str) -> list[Metric]:
     """The magnitude-conditioned chance level of a coverage, and how far the observed one is from it."""
     return interleave(
-        of_ratios(
+        at_ratios(
             f"{name}_{{}}_magnitude",
             f"{label}, magnitude-conditioned",
             f"`{name}` if the changed coordinates were drawn at random among those of the same |W|",
             SUMMARIZED_ONLY,
         ),
-        of_ratios(
+        at_ratios(
             f"{name}_{{}}_z_magnitude",
             f"{label}, z",
             f"standard deviations by which `{name}` is above its magnitude-conditioned chance level",

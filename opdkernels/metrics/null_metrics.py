@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from opdkernels.metrics.aggregation import MEAN_BY_CHANGED_NULL, MEAN_BY_ENERGY, SUM, Members, recomputed
+from opdkernels.metrics.aggregation import MEAN_BY_CHANGED_NULL, MEAN_BY_ENERGY, SUM, Aggregation, Members, recomputed
 from opdkernels.metrics.batch import RATIO_LABELS, RATIO_SYMBOL, Columns
 from opdkernels.metrics.coordinates import TOP_FRACTIONS, TOP_LABELS, TOP_SYMBOL
-from opdkernels.metrics.registry import NON_NEGATIVE, Aggregation, Metric, family, interleave
+from opdkernels.metrics.registry import NON_NEGATIVE, Metric, family, interleave
 from opdkernels.metrics.rounding_null import KINDS, Null
 from opdkernels.ops.delta import magnitudes
 from opdkernels.spectral.exact import RATIOS

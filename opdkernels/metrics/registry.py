@@ -7,14 +7,11 @@ column tables of docs/outputs.md are generated from these entries (`opdkernels.m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import numpy as np
-
-if TYPE_CHECKING:
-    from opdkernels.metrics.aggregation import Members
+from opdkernels.metrics.aggregation import NOT_AGGREGATED, Aggregation
 
 PAPER = "arXiv 2606.13657"
 THIS_PACKAGE = "this package"
@@ -25,24 +22,6 @@ FRACTION = "0 to 1"
 COUNT = "count"
 NON_NEGATIVE = "≥ 0"
 WEIGHT_UNITS = "units of the weights"
-
-
-@dataclass(frozen=True)
-class Aggregation:
-    """How the values of tensors become the value of a group.
-
-    Attributes:
-        description: The rule in words, for docs/outputs.md.
-        compute: Computes float64 [num_groups] from the tensors of one view and the metric's name. None if groups have
-            no value, or if it is computed elsewhere (means over matrices, in summary.json).
-    """
-
-    description: str
-    compute: Callable[[Members, str], np.ndarray] | None = None
-
-
-NOT_AGGREGATED = Aggregation("")
-MEAN_OVER_MATRICES = Aggregation("mean over matrices")  # summary.json has mean, median and mean weighted by m n
 
 
 @dataclass(frozen=True)
