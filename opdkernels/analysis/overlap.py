@@ -15,6 +15,7 @@ import pyarrow as pa
 from opdkernels.analysis.common_tensors import bytes_per_element, common_coverage, match_in_all, read_slice
 from opdkernels.analysis.frames import format_path, to_pandas
 from opdkernels.analysis.overlap_tables import TensorOverlap, run_names, summarize, tensor_rows
+from opdkernels.analysis.run_summaries import OverlapSummary, read_run_summary
 from opdkernels.analysis.tallying import slices, torch_threads
 from opdkernels.checkpoint.match import Match, Pair, match
 from opdkernels.checkpoint.open import open_checkpoint
@@ -27,8 +28,7 @@ from opdkernels.metrics.batch import to_bf16_bits
 from opdkernels.metrics.tallies import SCHEMA_VERSION
 from opdkernels.ops.overlap import MAX_RUNS, Overlap, overlap, strata_chance
 from opdkernels.progress import Progress
-from opdkernels.runs.run_dir import REMEDY, as_input_error, describe_run, open_run_dir
-from opdkernels.untrusted import read_json
+from opdkernels.runs.run_dir import as_input_error, describe_run, open_run_dir
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,7 +74,7 @@ class Overlaps:
 def load_overlap(folder: Path, run: dict[str, Any]) -> Overlaps:
     """The finished overlap in a folder, whose run.json is `run`."""
     with as_input_error(folder):
-        summary = read_json(folder / "summary.json", remedy=REMEDY)
+        summary = read_run_summary(folder, OverlapSummary)
         return Overlaps(groups.read_parquet(folder / "overlap.parquet"), summary, run, folder)
 
 

@@ -9,15 +9,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from opdkernels.errors import InputError, printable
 from opdkernels.metrics.catalog import metrics_of
 from opdkernels.metrics.geometry import SUMMARY_METRICS
 from opdkernels.metrics.registry import VIEWS
 from opdkernels.models import validate
+from opdkernels.ops.delta.layout import ULP_REACH
 from opdkernels.runs.run_dir import REMEDY
 from opdkernels.untrusted import read_json
+
+CURVE = [float(f"{10 ** (k / 10):.4g}") for k in range(-90, -9)]  # 1e-9 .. 1e-1
+ULP_LABELS = [f"< -{ULP_REACH}", *(str(d) for d in range(-ULP_REACH, ULP_REACH + 1)), f"> {ULP_REACH}"]
 
 
 class Part(BaseModel):
@@ -58,12 +62,26 @@ class Curve(Part):
     stored_upper: list[float | None]
     null: list[float | None] = Field(description="Expected under the nearest null of each tensor.")
 
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Curve:
+        if self.eps != CURVE:
+            raise ValueError("eps are other thresholds")
+        if any(len(values) != len(CURVE) for values in (self.visible, self.stored_lower, self.stored_upper, self.null)):
+            raise ValueError("not one value per threshold")
+        return self
+
 
 class Ulp(Part):
     """Signed bf16 ULP distance from W to W', finite coordinates."""
 
     distance: list[str]
     count: list[int]
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Ulp:
+        if self.distance != ULP_LABELS or len(self.count) != len(ULP_LABELS):
+            raise ValueError("not one count per distance")
+        return self
 
 
 class Uncompared(Part):

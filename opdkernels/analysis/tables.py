@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from opdkernels.analysis.result import Analysis
+from opdkernels.analysis.summary import CURVE, ULP_LABELS
 from opdkernels.checkpoint.match import EXCLUDED_KINDS, Pair
 from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.metrics import groups, rounding_null
@@ -21,8 +22,6 @@ from opdkernels.metrics.tallies import TallyRecord
 from opdkernels.metrics.verdict import MAX_DISTANT, UNRELATED, distant_sentence, pair_verdict
 from opdkernels.ops.delta.layout import HIST_DELTA_STORED, ULP_REACH
 from opdkernels.spectral.exact import RATIOS
-
-CURVE = [float(f"{10 ** (k / 10):.4g}") for k in range(-90, -9)]  # 1e-9 .. 1e-1
 
 
 def build_analysis(pair: Pair, records: list[TallyRecord], run_info: dict[str, Any]) -> Analysis:
@@ -187,7 +186,7 @@ def summarize(
         ),
         "curve": curve(counted, nulls),
         "ulp": {
-            "distance": [f"< -{ULP_REACH}", *(str(d) for d in range(-ULP_REACH, ULP_REACH + 1)), f"> {ULP_REACH}"],
+            "distance": list(ULP_LABELS),
             "count": ulp.tolist(),
         },
         "excluded": [tensor for tensor in unmatched if tensor["kind"] in EXCLUDED_KINDS],

@@ -24,6 +24,7 @@ from opdkernels.analysis.common_tensors import Elements, base_elements, common_c
 from opdkernels.analysis.factors import FactorCache
 from opdkernels.analysis.frames import format_path, to_pandas
 from opdkernels.analysis.result import Analysis
+from opdkernels.analysis.run_summaries import TrajectorySummary, read_run_summary
 from opdkernels.analysis.spectra_schedule import RunJob, SpectraConfig, compute_spectra, tally_statuses
 from opdkernels.analysis.tallying import tally_all, torch_threads
 from opdkernels.analysis.trajectory_counts import TensorTotals, count_trajectories
@@ -41,9 +42,8 @@ from opdkernels.metrics.spectra import open_spectra
 from opdkernels.metrics.tallies import SCHEMA_VERSION, TallyRecord, open_tallies
 from opdkernels.outputs import ANALYSIS, RUN_FILE, read_json_object
 from opdkernels.progress import Progress
-from opdkernels.runs.run_dir import REMEDY, as_input_error, describe_run, open_run_dir
+from opdkernels.runs.run_dir import as_input_error, describe_run, open_run_dir
 from opdkernels.runs.store import ArrowStore
-from opdkernels.untrusted import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,7 +95,7 @@ class Trajectory:
 def load_trajectory(folder: Path, run: dict[str, Any]) -> Trajectory:
     """The finished trajectory in a folder, whose run.json is `run`."""
     with as_input_error(folder):
-        summary = read_json(folder / "summary.json", remedy=REMEDY)
+        summary = read_run_summary(folder, TrajectorySummary)
         return Trajectory(groups.read_parquet(folder / "trajectory.parquet"), summary, run, folder)
 
 

@@ -1,0 +1,86 @@
+"""summary.json of `overlap` and `trajectory`: what they write is valid, and what was changed by hand is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from opdkernels import InputError, analyze, overlap, trajectory
+from opdkernels.analysis.run_summaries import OverlapSummary, TrajectorySummary, read_run_summary
+from opdkernels.analysis.summary import read_summary
+from tests.analysis.conftest import save, trained, weights
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of finished runs, by command, with what reads their summary."""
+    place = tmp_path_factory.mktemp("runs")
+    base = weights()
+    checkpoints = [save(place / "base", base)]
+    checkpoints += [save(place / f"step_{i}", trained(base, size=1e-3, seed=i)) for i in (1, 2)]
+    overlap(*checkpoints, out=place / "overlap", strata=("row", "column"), report=False)
+    trajectory(*checkpoints, out=place / "trajectory", report=False)
+    analyze(*checkpoints[:2], place / "analyze", report=False)
+    return {
+        "overlap": (place / "overlap", lambda folder: read_run_summary(folder, OverlapSummary)),
+        "trajectory": (place / "trajectory", lambda folder: read_run_summary(folder, TrajectorySummary)),
+        "analyze": (place / "analyze", read_summary),
+    }
+
+
+@pytest.mark.parametrize("command", ["overlap", "trajectory", "analyze"])
+def test_what_is_written_is_valid(runs, command):
+    folder, read = runs[command]
+    assert read(folder) == json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "value", "message"),
+    [
+        ("overlap", ("pairs", 0, "jaccard"), "high", "pairs.0.jaccard"),
+        ("overlap", ("pairs", 0, "jaccard"), None, None),
+        ("overlap", ("pairs", 0, "jacard"), 0.5, "metric jacard is not one"),
+        ("overlap", ("pairs", 0, "changed_a"), -1, "changed_a"),
+        ("overlap", ("pairs", 0, "run_b"), "Z", "one row per pair"),
+        ("overlap", ("pairs",), [], "one row per pair"),
+        ("overlap", ("by_layer", 0, "layer"), "0", "by_layer.0.layer"),
+        ("overlap", ("by_module", 0, "run_a"), "Z", "runs that do not exist"),
+        ("overlap", ("runs",), {"A": "x"}, "2 to 16 runs"),
+        ("overlap", ("changed_in_exactly",), {"0": 1}, "one number per number of runs"),
+        ("overlap", ("schema_version",), 99, "schema_version"),
+        ("overlap", ("coverage", "fractions", "base"), "all", "coverage.fractions.base"),
+        ("overlap", ("nonfinite",), [{"name": "w"}], "nonfinite.0.coordinates"),
+        ("overlap", ("steps",), [], "steps"),
+        ("trajectory", ("steps", 0, "folder"), "../../../etc", "steps.0.folder"),
+        ("trajectory", ("steps", 0, "step"), 7, "steps do not increase"),
+        ("trajectory", ("steps", 0, "label"), "2", "two steps have one label"),
+        ("trajectory", ("steps", 0, "exit_status"), 1, "steps.0.exit_status"),
+        ("trajectory", ("steps", 0, "views", "visible", "frac_zero"), [1], "frac_zero"),
+        ("trajectory", ("steps", 0, "views", "hidden"), {}, "steps.0.views"),
+        ("trajectory", ("steps", 0, "views", "visible", "odd"), 1, "metric odd is not one"),
+        ("trajectory", ("notes",), [3], "notes.0"),
+        ("trajectory", ("atol",), -1.0, "atol"),
+        ("analyze", ("curve", "eps", 3), 0.5, "eps are other thresholds"),
+        ("analyze", ("curve", "null"), [], "one value per threshold"),
+        ("analyze", ("ulp", "count"), [1, 2], "one count per distance"),
+        ("analyze", ("distant", "matrices"), "few", "distant.matrices"),
+    ],
+)
+def test_what_was_changed_by_hand_is_refused(runs, tmp_path, command, place, value, message):
+    folder, read = runs[command]
+    summary = copy.deepcopy(json.loads((folder / "summary.json").read_text()))
+    *parents, last = place
+    part = summary
+    for key in parents:
+        part = part[key]
+    part[last] = value
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    if message is None:
+        assert read(tmp_path) == summary
+        return
+    with pytest.raises(InputError, match=r"summary\.json is not valid") as raised:
+        read(tmp_path)
+    assert message in str(raised.value)
+    assert str(raised.value).endswith("run the command again with --overwrite")
