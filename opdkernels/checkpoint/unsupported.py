@@ -88,6 +88,23 @@ def validate_file(path: str, name: str) -> None:
         )
 
 
+def adapter_of(tokens: Iterable[str]) -> str:
+    """The kind of adapter to which the parts of a tensor's name belong, "LoRA" or "PEFT"; "" if it is none."""
+    method = next((match[1] for token in tokens if (match := ADAPTER.fullmatch(token))), "")
+    return "LoRA" if method == "lora" else "PEFT" if method else ""
+
+
+def validate_no_adapter(tensors: Iterable[str], path: str) -> None:
+    """Raises InputError if one of the names of a checkpoint's tensors is that of an adapter, which changes weights that
+    are stored elsewhere."""
+    for name in tensors:
+        if kind := adapter_of(name.lower().split(".")):
+            raise InputError(
+                f"{printable(path)}: tensor {printable(name)} belongs to a {kind} adapter, which changes other tensors;"
+                " merge it with peft's merge_and_unload() and save that"
+            )
+
+
 def validate_tensors(tensors: dict[str, TensorInfo], path: str) -> None:
     """Raises InputError that names the first tensor of an adapter, of an optimizer, or of a quantised model, or the
     first one without its values."""
@@ -95,10 +112,9 @@ def validate_tensors(tensors: dict[str, TensorInfo], path: str) -> None:
     for name, info in tensors.items():
         # An adapter's token may be inside the name, as in lora_A.default.weight; a scale's is always the last.
         tokens = name.lower().split(".")
-        method = next((match[1] for token in tokens if (match := ADAPTER.fullmatch(token))), None)
-        if method is not None:
+        if kind := adapter_of(tokens):
             what = (
-                f"belongs to a {'LoRA' if method == 'lora' else 'PEFT'} adapter, which is not read yet;"
+                f"belongs to a {kind} adapter, which is not read yet;"
                 " merge it with peft's merge_and_unload() and save that"
             )
         elif OPTIMIZER_TOKENS.intersection(tokens):

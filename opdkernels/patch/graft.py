@@ -22,6 +22,7 @@ from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.checkpoint.safetensors import SafetensorsFile
 from opdkernels.checkpoint.sharded import ShardedCheckpoint
 from opdkernels.checkpoint.tied import copies
+from opdkernels.checkpoint.unsupported import validate_no_adapter
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.masks import MaskSet, map_masks
 from opdkernels.outputs import new_folder
@@ -79,6 +80,8 @@ def graft(
         trained_checkpoint = stack.enter_context(contextlib.closing(open_checkpoint(trained, io=io, any_tensors=True)))
         assert isinstance(base_checkpoint, ShardedCheckpoint)
         assert isinstance(trained_checkpoint, ShardedCheckpoint)
+        for checkpoint in (base_checkpoint, trained_checkpoint):
+            validate_no_adapter(checkpoint.tensors, checkpoint.path)
         infos = in_order(trained_checkpoint)
         repeated = {name: keeper for name, keeper in copies(trained_checkpoint).items() if keeper != name}
         base_names = match_tensors(base_checkpoint, trained_checkpoint, infos, repeated)

@@ -233,3 +233,15 @@ def test_graft_reports_how_much_has_a_counterpart(tmp_path):
     coverage = graft(base, trained, tmp_path / "out", masks=masks)["coverage"]
     assert (coverage["compared"], coverage["parameters"]) == (30, {"base": 32, "trained": 40})
     assert not coverage["sufficient"]
+
+
+@pytest.mark.parametrize("side", ["base", "trained"])
+def test_adapters_are_refused_as_they_change_other_tensors(tmp_path, side):
+    name = "model.layers.0.mlp.up_proj"
+    weights = {kind: {f"{name}.weight": some((6, 5), torch.bfloat16, i)} for i, kind in enumerate(("base", "trained"))}
+    weights[side] = {f"base_model.model.{name}.base_layer.weight": weights[side][f"{name}.weight"]}
+    weights[side][f"base_model.model.{name}.lora_A.default.weight"] = some((2, 5), torch.bfloat16, 3)
+    base, trained = (save(tmp_path / kind, tensors) for kind, tensors in weights.items())
+    with pytest.raises(InputError, match=r"lora_A\.default\.weight belongs to a LoRA adapter, .*merge_and_unload"):
+        graft(base, trained, tmp_path / "out", select="mlp")
+    assert not (tmp_path / "out").exists()
