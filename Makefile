@@ -5,7 +5,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchmark
 SOURCES := $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*)
 
 .PHONY: demo test test-fast kill sanitize fuzz lint bench gpu trainers clean

@@ -9,6 +9,7 @@ import torch
 
 from opdkernels.distillation.models import load_config, load_model
 from opdkernels.distillation.options import SELF, DistillOptions
+from opdkernels.distillation.products import cpu_products
 from opdkernels.distillation.rollout import Rollout
 from opdkernels.distillation.state import Sampler, build_sampler, build_task, setup_device
 from opdkernels.distillation.tasks import Task
@@ -64,4 +65,5 @@ def evaluate_checkpoint(options: DistillOptions, path: str | os.PathLike[str]) -
     teachers = [load_config(teacher) for teacher in options.teachers.values() if teacher != SELF]
     shared = shared_vocab_size(options, text, {})
     sampler = build_sampler(options, Student(model, world), text, teachers, shared, world)
-    return evaluate(sampler, build_task(options), options)["scores"]
+    with cpu_products(device):
+        return evaluate(sampler, build_task(options), options)["scores"]

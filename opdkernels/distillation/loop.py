@@ -30,6 +30,7 @@ from opdkernels.distillation.models import load_model
 from opdkernels.distillation.objective import DistillLoss, distill_loss, grpo_advantages
 from opdkernels.distillation.optimizers import lr_at
 from opdkernels.distillation.options import DistillOptions
+from opdkernels.distillation.products import cpu_products
 from opdkernels.distillation.result import RunResult
 from opdkernels.distillation.rollout import Prompts, Rollout, load_completions
 from opdkernels.distillation.state import (
@@ -77,7 +78,11 @@ def train(
     validate_world(options, world)
     task = build_task(options, inputs.task)
     validate_prompts(options, task)
-    with open_run_dir(output_dir, options, world) as (run_dir, resume_point), contextlib.ExitStack() as cleanup:
+    with (
+        cpu_products(device),
+        open_run_dir(output_dir, options, world) as (run_dir, resume_point),
+        contextlib.ExitStack() as cleanup,
+    ):
         state = build_state(options, task, inputs, resume_point, device, world, cleanup)
         step = load_training_state(state, resume_point.path) if resume_point else 0
         with log_sinks(run_dir, step, world, tensorboard=options.tensorboard, wandb=options.wandb) as sinks:
