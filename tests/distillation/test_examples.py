@@ -46,7 +46,7 @@ ARRAY = json.dumps([{"prompt": "1+1="}])
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (gzip.compress(LINES), r"p\.jsonl .*\(it is compressed by gzip\); decompress it"),
+        (gzip.compress(LINES, mtime=0), r"p\.jsonl .*\(it is compressed by gzip\); decompress it"),
         (b"\x28\xb5\x2f\xfd\x00", "compressed by zstd"),
         (b"PK\x03\x04", "a ZIP archive"),
         (b"PAR1" + LINES, "a Parquet file"),
