@@ -156,6 +156,10 @@ def load_plain(path: str) -> Any:
             validate_tensor(tensor, f"number {position}", str(file))
             _locate(file, f"number {position}", tensor, records)
         with os.fdopen(os.dup(file.fd), "rb") as handle:
+            with zipfile.ZipFile(handle) as archive:
+                damaged = archive.testzip()  # torch.load does not compare checksums
+            if damaged is not None:
+                raise InputError(f"the record {printable(damaged)} of {file} has another checksum; copy the file again")
             handle.seek(0)
             return torch.load(handle, map_location="cpu", weights_only=True)
     finally:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,22 +270,50 @@ def save_merged(model: Any, folder: Path) -> None:
     model.get_base_model().save_pretrained(folder, state_dict=dict(effective_weights(model)))
 
 
-def load_state(path: Path, world: World) -> dict[str, Any]:
-    """This process's training state of a checkpoint. Raises InputError if it cannot be read, UsageError for another
-    number of processes."""
+@contextlib.contextmanager
+def state_errors(path: Path) -> Iterator[None]:
+    """Raises InputError that names the training state of a checkpoint for every error but a UsageError."""
     try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise InputError(
+            f"{printable(os.fspath(path / STATE_FILE))} cannot be read ({printable(lines[0])[:200]}); "
+            "restore it from a copy, or start again with --overwrite"
+        ) from None
+
+
+def load_state(path: Path, world: World) -> dict[str, Any]:
+    """This process's training state of a checkpoint: `step`, `processes`, `optimizer`, `lora` and `teachers`. Raises
+    InputError if it cannot be read or is not of this checkpoint, UsageError for another number of processes."""
+    with state_errors(path):
         state = load_plain(str(path / state_file(world)))
+        types = {"step": int, "processes": int, "optimizer": dict, "lora": dict, "teachers": dict}
+        for name, kind in types.items():
+            if not isinstance(state, dict) or type(state.get(name)) is not kind:
+                raise InputError(f"it is no training state: it has no {name} of type {kind.__name__}")
+        if path.name != f"checkpoint-{state['step']}":
+            raise InputError(f"it is of step {state['step']}, in the folder {path.name}")
         if state["processes"] != world.size:
             raise UsageError(
                 f"the run used {state['processes']} processes and has {world.size} now; "
                 f"resume it with {state['processes']}"
             )
         return state
-    except UsageError:
-        raise
-    except Exception as error:
-        reason = printable(str(error).splitlines()[0])[:200]
-        raise InputError(
-            f"{printable(os.fspath(path / STATE_FILE))} cannot be read ({reason}); "
-            "restore it from a copy, or start again with --overwrite"
-        ) from None
+
+
+def copy_tensors(what: str, targets: Mapping[str, torch.Tensor], saved: Any) -> None:
+    """Copies saved tensors to tensors of the same names and shapes. Raises InputError for others; `what` names them."""
+    if not isinstance(saved, dict) or saved.keys() != targets.keys():
+        count = f"{len(saved)} tensors" if isinstance(saved, dict) else f"a {type(saved).__name__}"
+        raise InputError(f"it has {count} as {what}, and the run {len(targets)} tensors of other names")
+    for name, target in targets.items():
+        value = saved[name]
+        if not isinstance(value, torch.Tensor) or value.shape != target.shape or value.dtype != target.dtype:
+            actual = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise InputError(f"{name} of {what} is {actual}, not {target.dtype} {list(target.shape)}")
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(saved[name])

@@ -23,24 +23,36 @@ def finite(value: Any) -> Any:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, without a truncated last line; none if there is no file.
+    """The rows of a file, without a truncated end; none if there is no file.
 
-    Raises InputError if the file cannot be read, or a row is not an object with a step.
+    Raises InputError if the file cannot be read, a row is not an object with a step, or a damaged row has others after
+    it, which a run that resumes would delete.
     """
     if not path.exists():
         return []
     rows = []
     shown, remedy = printable(str(path)), "restore it from a copy, or start again with --overwrite"
-    for line in read_file(path, max_bytes=MAX_LOG_BYTES, remedy=remedy).decode(errors="replace").splitlines():
+    lines = read_file(path, max_bytes=MAX_LOG_BYTES, remedy=remedy).decode(errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
+            if any(is_row(other) for other in lines[number:]):
+                raise InputError(f"{shown} line {number} is not JSON; {remedy}") from None
             break
         step = row.get("step") if isinstance(row, dict) else None
         if type(step) is not int or step < 0:
             raise InputError(f"{shown} has a row without a step; {remedy}")
         rows.append(row)
     return rows
+
+
+def is_row(line: str) -> bool:
+    """Whether a line is a JSON object."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

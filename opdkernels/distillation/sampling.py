@@ -71,6 +71,7 @@ def sample(
         eos_token_id=list(end_ids) or None,
         pad_token_id=text.pad_id,
         use_cache=True,
+        remove_invalid_values=True,  # sampling from NaN would fail; the loss is NaN then, and the step is skipped
         **sampling,
     )
     base = unwrap_peft(model)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from opdkernels.backends.devices import default_device, resolve_device
-from opdkernels.distillation.checkpointing import ResumePoint, load_state
+from opdkernels.distillation.checkpointing import ResumePoint, copy_tensors, load_state, state_errors
 from opdkernels.distillation.logging import PhaseTimer
 from opdkernels.distillation.models import (
     DTYPES,
@@ -30,9 +30,9 @@ from opdkernels.distillation.rollout import Prompts, Rollout, encode
 from opdkernels.distillation.sampling import sample
 from opdkernels.distillation.tasks import Task, open_task, validate_answers, validate_images
 from opdkernels.distillation.teachers import Teacher, load_teachers, shared_vocab_size
-from opdkernels.distillation.text import TextProcessor, load_text_processor, transformers
+from opdkernels.distillation.text import MODEL_REMEDY, TextProcessor, load_text_processor, transformers
 from opdkernels.distillation.world import Student, World
-from opdkernels.errors import UsageError
+from opdkernels.errors import InputError, UsageError
 from opdkernels.optim import gather_active_grads
 from opdkernels.optim.base import MaskedOptimizer
 
@@ -246,14 +246,27 @@ def load_student(
     """
     checkpoint = os.fspath(resume_point.path) if resume_point and not options.lora_rank else None
     if options.student not in inputs.models:
-        return load_model(checkpoint or options.student, options.dtype, device)
+        return (
+            load_checkpoint(checkpoint, options, device)
+            if checkpoint
+            else load_model(options.student, options.dtype, device)
+        )
     model = inputs.models[options.student].to(device).eval()
     for param in model.parameters():  # not buffers: rotary frequencies stay in fp32
         param.data = param.data.to(DTYPES[options.dtype])
     validate_lm_head(model, options.student)
     if checkpoint:
-        model.load_state_dict(load_model(checkpoint, options.dtype, device).state_dict())
+        model.load_state_dict(load_checkpoint(checkpoint, options, device).state_dict())
     return model
+
+
+def load_checkpoint(path: str, options: DistillOptions, device: torch.device) -> Any:
+    """The model of a checkpoint of the run. Raises InputError if it cannot be loaded."""
+    try:
+        return load_model(path, options.dtype, device)
+    except InputError as error:
+        problem = str(error).removesuffix(f"; {MODEL_REMEDY}")
+        raise InputError(f"{problem}; restore this checkpoint from a copy, or start again with --overwrite") from None
 
 
 def build_sampler(
@@ -288,6 +301,13 @@ def max_prompt_length(options: DistillOptions, models: Sequence[Any]) -> int:
     return min(options.max_prompt_length, num_positions - options.max_completion_length)
 
 
+def lora_factors(state: TrainState) -> dict[str, torch.Tensor]:
+    """The factors of LoRA by name; {} without LoRA."""
+    if not state.options.lora_rank:
+        return {}
+    return {name: p.detach() for name, p in state.student.model.named_parameters() if p.requires_grad}
+
+
 def training_state(state: TrainState, step: int) -> dict[str, Any]:
     """What a run needs to resume, besides the weights; this process's part.
 
@@ -295,26 +315,28 @@ def training_state(state: TrainState, step: int) -> dict[str, Any]:
         state: The run.
         step: Number of steps taken.
     """
-    lora_factors = {}
-    if state.options.lora_rank:
-        lora_factors = {name: p.detach() for name, p in state.student.model.named_parameters() if p.requires_grad}
     return {
         "step": step,
         "processes": state.world.size,
         "optimizer": torch.optim.Optimizer.state_dict(state.optimizer),  # local and compact
-        "lora": lora_factors,
+        "lora": lora_factors(state),
         "teachers": {teacher_id: teacher.state_dict() for teacher_id, teacher in state.teachers.items()},
     }
 
 
 def load_training_state(state: TrainState, path: Path) -> int:
-    """Restores the training state of a checkpoint, whose weights are loaded already. Returns its step."""
+    """Restores the training state of a checkpoint, whose weights are loaded already. Returns its step.
+
+    Raises:
+        InputError: The file cannot be read, is damaged, or does not fit the run.
+        UsageError: The run used another number of processes.
+    """
     saved = load_state(path, state.world)
-    state.optimizer.load_state_dict(saved["optimizer"])
-    params = dict(state.student.model.named_parameters())
-    with torch.no_grad():
-        for name, value in saved["lora"].items():
-            params[name].copy_(value)
-    for teacher_id, teacher in state.teachers.items():
-        teacher.load_state_dict(saved["teachers"][teacher_id])
-    return int(saved["step"])
+    with state_errors(path):
+        state.optimizer.load_state_dict(saved["optimizer"])
+        copy_tensors("lora", lora_factors(state), saved["lora"])
+        if saved["teachers"].keys() != state.teachers.keys():
+            raise InputError(f"it has {len(saved['teachers'])} teachers, not those of the run")
+        for teacher_id, teacher in state.teachers.items():
+            copy_tensors(f"teacher {teacher_id}".strip(), teacher.state_dict(), saved["teachers"][teacher_id])
+    return saved["step"]

@@ -42,10 +42,8 @@ class Teacher(Protocol):
     def after_step(self) -> None:
         """Called after each optimizer step of the student."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """State that a resumed run needs."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors that a resumed run restores in place."""
 
 
 @torch.no_grad()
@@ -69,11 +67,8 @@ class ModelTeacher:
     def after_step(self) -> None:
         pass
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
 
 class SelfTeacher:
@@ -149,12 +144,8 @@ class SelfTeacher:
         for values, (param, local_mask) in zip(self.values, self._local_params(), strict=True):
             values.lerp_(gather_active(param, local_mask), 1 - self.ema_decay)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"values": self.values}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for values, saved in zip(self.values, state["values"], strict=True):
-            values.copy_(saved)
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {str(i): values for i, values in enumerate(self.values)}
 
 
 def load_teachers(

@@ -253,8 +253,12 @@ class Tracker:
         rows, files = read_rows(self.path), self.mask_files()
         if files:
             final = MaskSet.load(files[-1])
-            for row, path in zip(rows, files, strict=True):
-                changed = MaskSet.load(path)
+            paths = {step_of_mask(path): path for path in files}
+            for row in rows:
+                if row["step"] not in paths:  # it was deleted by hand
+                    row["recall_vs_final"] = row["precision_vs_final"] = None
+                    continue
+                changed = MaskSet.load(paths[row["step"]])
                 in_both = (changed & final).num_active
                 row["recall_vs_final"] = in_both / final.num_active if final.num_active else None
                 row["precision_vs_final"] = in_both / changed.num_active if changed.num_active else None
