@@ -136,8 +136,8 @@ def train_loop(
             if tracker and snapshot_due:
                 with state.timer.phase("snapshot"):
                     snapshot = tracker.snapshot(step, model, stats or {})
-                row["changed_fraction"] = 1 - snapshot["views"]["visible"]["frac_zero"]
-                row["changed_fraction_since_snapshot"] = 1 - snapshot["since_last"]["visible"]["frac_zero"]
+                row["changed_fraction"] = changed_fraction(snapshot["views"], step)
+                row["changed_fraction_since_snapshot"] = changed_fraction(snapshot["since_last"], step)
             if options.num_eval_prompts and (is_last or (options.eval_steps and step % options.eval_steps == 0)):
                 with state.timer.phase("evaluate"):
                     row |= evaluate(state.sampler, state.task, options)
@@ -374,6 +374,14 @@ def open_tracker(state: TrainState, output_dir: Path, step: int) -> Tracker | No
         num_trainable=count_trainable(state.optimizer, world, state.device),
         world=world,
     )
+
+
+def changed_fraction(views: dict[str, Any], step: int) -> float:
+    """Fraction of the finite weights that changed visibly. Raises InputError if no weight is finite."""
+    unchanged = views["visible"]["frac_zero"]
+    if unchanged is None:
+        raise InputError(f"no weight of the student is finite after step {step}; reduce learning_rate or weight_decay")
+    return 1 - unchanged
 
 
 def skipped_steps_error(reasons: Sequence[str], state: TrainState) -> InputError:

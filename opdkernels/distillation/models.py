@@ -35,11 +35,15 @@ def load_model(path: str, dtype: str, device: torch.device) -> Any:
 
 @torch.no_grad()
 def validate_lm_head(model: Any, path: str) -> None:
-    """Raises InputError if a model computes logits differently from `lm_head_of`."""
+    """Raises InputError if a model computes logits that are NaN, or differently from `lm_head_of`."""
     ids = torch.arange(4, device=next(model.parameters()).device).unsqueeze(0)
     mask = torch.ones_like(ids)
     hidden = unwrap_peft(model).base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     expected = model(input_ids=ids, attention_mask=mask).logits[0].float()
+    if expected.isnan().any():
+        raise InputError(
+            f"{printable(path)} computes logits that are NaN: its weights are damaged; choose another model"
+        )
     logits = head_logits(hidden[0].float(), lm_head_of(model))
     if not (logits - expected).abs().max() <= 0.02 * expected.abs().max() and torch.isfinite(expected).all():
         raise InputError(

@@ -85,9 +85,9 @@ class DistillOptions(BaseModel):
         "(prompt, answer, completion).",
         "exact",
     )
-    batch_size: int = data_option("Prompts per step, summed over all processes.", 16, ge=1)
+    batch_size: int = data_option("Prompts per step, summed over all processes.", 16, ge=1, le=1 << 20)
     num_generations: int = data_option(
-        "Completions per prompt; they form one GRPO group if reward_weight is not 0.", 1, ge=1
+        "Completions per prompt; they form one GRPO group if reward_weight is not 0.", 1, ge=1, le=1 << 16
     )
     micro_batch_size: int = data_option(
         "Completions per forward and backward pass; 0 takes all completions of a step.", 0, ge=0

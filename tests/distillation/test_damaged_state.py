@@ -167,3 +167,26 @@ def test_damaged_row_before_others_raises_and_is_kept(resume, tmp_path):
 def test_weights_that_diverge_end_the_run_in_one_line(options, tmp_path):
     with pytest.raises(InputError, match=r"consecutive steps had no finite loss .* reduce learning_rate"):
         train(options(max_steps=20, batch_size=2, learning_rate=1e30, precision="nearest"), tmp_path / "run")
+
+
+def test_weights_of_which_none_is_finite_end_the_run_in_one_line(options, tmp_path):
+    with pytest.raises(InputError, match=r"no weight of the student is finite after step 1; reduce learning_rate"):
+        train(options(max_steps=2, batch_size=2, learning_rate=1e300, snapshot_every=1), tmp_path / "run")
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_model_with_weights_that_are_nan_raises_before_the_run(side, options, places, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = shutil.copytree(places / side, tmp_path / "model")
+    weights = load_file(path / "model.safetensors")
+    weights["model.norm.weight"][0] = NAN
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model computes logits that are NaN: its weights are damaged"):
+        train(options(**{side: str(path)}), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["batch_size", "num_generations"])
+def test_numbers_of_completions_that_no_memory_holds_raise(name, options):
+    with pytest.raises(UsageError, match=f"option {name} is 1000000000: Input should be less than or equal to"):
+        options(**{name: 10**9})
