@@ -51,6 +51,7 @@ class Mask:
         Raises:
             ValueError: Another dtype or size, or a bit is set beyond the last coordinate.
         """
+        validate_dense(bitmap, "the bitmap")
         numel = math.prod(shape)
         if bitmap.dtype != torch.uint8 or bitmap.shape != ((numel + 7) // 8,):
             raise ValueError(
@@ -63,7 +64,8 @@ class Mask:
 
     @classmethod
     def from_bool(cls, active: torch.Tensor) -> Mask:
-        """A mask from a bool tensor of the tensor's shape. Raises TypeError for another dtype."""
+        """A mask from a bool tensor of the tensor's shape. Raises TypeError for another dtype or layout."""
+        validate_dense(active, "the mask")
         if active.dtype != torch.bool:
             raise TypeError(f"the mask is {active.dtype}; give a bool tensor")
         bitmap = np.packbits(active.detach().cpu().contiguous().view(-1).numpy(), bitorder="little")
@@ -81,6 +83,7 @@ class Mask:
             TypeError: Another dtype or more than one dimension.
             ValueError: An index is outside of the tensor, repeated, or not in ascending order.
         """
+        validate_dense(indices, "the indices")
         numel = math.prod(shape)
         if indices.dtype not in (torch.int32, torch.int64) or indices.ndim != 1:
             raise TypeError(f"indices are {indices.dtype} {list(indices.shape)}; give int32 or int64, one dimension")
@@ -229,6 +232,15 @@ class Mask:
 
     def __repr__(self) -> str:
         return f"Mask({list(self.shape)}, {self.num_active:,} active, {percent(self.density)})"
+
+
+def validate_dense(tensor: object, name: str) -> None:
+    """Raise TypeError unless a value is a tensor with data, of the usual layout."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is of type {type(tensor).__name__}; give a tensor")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        kind = "on the meta device, without data" if tensor.is_meta else f"of layout {tensor.layout}"
+        raise TypeError(f"{name} is a tensor {kind}; give a dense tensor")
 
 
 def index_dtype(numel: int) -> torch.dtype:

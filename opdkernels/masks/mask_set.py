@@ -93,6 +93,12 @@ class MaskSet(Mapping[str, Mask]):
 
     def __init__(self, masks: Mapping[str, Mask]):
         self._masks: dict[str, Mask | None] = dict(masks)
+        for name, mask in self._masks.items():
+            if not isinstance(mask, Mask):
+                raise TypeError(
+                    f"the mask of {printable(str(name))} is of type {type(mask).__name__}; give a Mask, or bool "
+                    "tensors to from_bools"
+                )
         self._file: Any = None
         self._entries: dict[str, Entry] = {}
         self._keys: dict[str, str] = {}

@@ -25,6 +25,13 @@ class PendingStep:
     binding: Binding
 
 
+def validate_address(binding: Binding, tensor: torch.Tensor, address: int, prefix: str = "") -> None:
+    """Raise ValueError where a tensor of a parameter with elements has no memory or is not aligned to its elements."""
+    if not address or address % tensor.element_size():
+        problem = "is not aligned to its elements" if address else "has no memory: it was freed"
+        raise ValueError(f"{prefix}{binding.display_name} {problem}; give it memory of its own")
+
+
 def validate_addresses(pending: Iterable[PendingStep]) -> None:
     """Raise ValueError where the weights or the gradient of a parameter have no memory or are not aligned, and, naming
     both, where two parameters begin at one address: they were tied after construction."""
@@ -32,13 +39,8 @@ def validate_addresses(pending: Iterable[PendingStep]) -> None:
     for item in pending:
         if item.local_mask.num_active:
             address = item.local.data_ptr()
-            for name, tensor, tensor_address in (
-                ("", item.local, address),
-                ("the gradient of ", item.grad, item.grad.data_ptr()),
-            ):
-                if not tensor_address or tensor_address % tensor.element_size():
-                    problem = "is not aligned to its elements" if tensor_address else "has no memory: it was freed"
-                    raise ValueError(f"{name}{item.binding.display_name} {problem}; give it memory of its own")
+            validate_address(item.binding, item.local, address)
+            validate_address(item.binding, item.grad, item.grad.data_ptr(), "the gradient of ")
             other = seen.setdefault((item.local.device, address), item.binding)
             if other is not item.binding:
                 raise ValueError(

@@ -14,6 +14,7 @@ from opdkernels.checkpoint.conversions import model_types_of
 from opdkernels.checkpoint.names import parse_tensor_name, unwrap_name
 from opdkernels.errors import printable
 from opdkernels.masks import Mask, MaskSet, map_masks
+from opdkernels.masks.mask import validate_dense
 from opdkernels.ops.step.validation import DTYPES
 from opdkernels.optim.binding import Binding, is_dtensor
 
@@ -83,9 +84,7 @@ def as_mask(value: object, name: str) -> Mask:
         return value
     if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
         raise TypeError(f"{name} is {getattr(value, 'dtype', type(value).__name__)}; give a Mask or a bool tensor")
-    if value.layout != torch.strided or value.is_meta:
-        kind = "on the meta device, without data" if value.is_meta else f"of layout {value.layout}"
-        raise TypeError(f"{name} is a tensor {kind}; give a dense bool tensor")
+    validate_dense(value, name)
     return Mask.from_bool(value)
 
 

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from opdkernels.checkpoint.names import unwrap_name
 from opdkernels.errors import InputError, printable
 from opdkernels.optim.active import gather_active, scatter_active
+from opdkernels.optim.batch import validate_address
 from opdkernels.optim.bind_masks import Masks, bind_model
 from opdkernels.optim.binding import Binding, is_dtensor, local_gradient
 
@@ -77,10 +78,12 @@ class MaskedParameters(torch.nn.Module):
         """Write the compact values to the weights.
 
         Raises:
-            TypeError: A weight is neither fp32 nor bf16 any more; no weight has changed.
+            TypeError, ValueError: A weight is neither fp32 nor bf16 any more, or has no memory of its own; no weight
+                has changed.
         """
         for weight, binding in self._weights:
             binding.validate_weights(weight, has_state=False)
+            validate_address(binding, weight, weight.data_ptr())
         for (weight, binding), value in zip(self._weights, self.values, strict=True):
             scatter_active(weight, binding.local_mask(weight), value.detach().float().contiguous())
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdkernels.masks import Mask
+from opdkernels.masks import Mask, MaskSet
 from opdkernels.masks.mask import BLOCK
 
 SIZES = (0, 1, 7, 8, 31, 1023, 2048, 2049, 70_001)
@@ -109,3 +109,21 @@ def test_indices_beyond_two_to_the_31_are_int64():
     mask = Mask.from_indices(torch.tensor([5, 2**31, 2**31 + 7]), (2**31 + 9,))
     assert mask.indices.dtype == torch.int64
     assert mask.flat(2**31 - 1, 2**31 + 8).indices.tolist() == [1, 8]
+
+
+@pytest.mark.parametrize(
+    "build", [Mask.from_bool, lambda t: Mask.from_bitmap(t, (8,)), lambda t: Mask.from_indices(t, (8,))]
+)
+def test_values_that_are_no_dense_tensors_raise(build):
+    for value, message in (
+        ([True], "of type list; give a tensor"),
+        (torch.ones(3, device="meta"), "on the meta device"),
+        (torch.ones(3).to_sparse(), "of layout torch.sparse_coo"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            build(value)
+
+
+def test_set_of_tensors_that_are_no_masks_raises():
+    with pytest.raises(TypeError, match=r"the mask of w is of type Tensor; give a Mask, or bool tensors to from_bools"):
+        MaskSet({"w": torch.ones(3, dtype=torch.bool)})

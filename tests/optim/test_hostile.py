@@ -308,7 +308,7 @@ def test_flags_in_quotes_raise(flag):
 
 def test_masks_that_are_no_dense_tensors_raise():
     for mask, message in ((all_of(4).to_sparse(), "layout torch.sparse_coo"), (all_of(4).to("meta"), "meta device")):
-        with pytest.raises(TypeError, match=rf"the mask of w is a tensor .*{message}.*; give a dense bool tensor"):
+        with pytest.raises(TypeError, match=rf"the mask of w is a tensor .*{message}.*; give a dense tensor"):
             MaskedAdamW([("w", P(torch.zeros(4)))], masks={"w": mask})
 
 

@@ -192,6 +192,28 @@ def test_masked_parameters_of_weights_of_another_dtype_raise_before_anything_mov
     assert torch.equal(model[0].weight, before)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: setattr(p, "data", torch.zeros(1, 1).expand(8, 8)), r"elements of 1\.weight share memory"),
+        (lambda p: setattr(p, "data", misaligned(8, 8)), r"1\.weight is not aligned"),
+        (lambda p: free(p.data), r"1\.weight has no memory"),
+    ],
+    ids=["expanded", "misaligned", "freed"],
+)
+def test_masked_parameters_of_unusable_weights_raise_before_anything_moves(change, message):
+    model = two_layers()
+    compact = MaskedParameters(model, {"0.weight": flags(8, 8), "1.weight": flags(8, 8)})
+    before = model[0].weight.detach().clone()
+    with torch.no_grad():
+        for value in compact.values:
+            value += 1
+    change(model[1].weight)
+    with pytest.raises(ValueError, match=message):
+        compact.push_to_model()
+    assert torch.equal(model[0].weight, before)
+
+
 @with_optimizers
 def test_same_parameter_twice_raises_and_names_both(kind):
     weight, other = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(4))
