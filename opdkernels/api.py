@@ -18,7 +18,7 @@ from opdkernels.compat import paper_csv as paper_files
 from opdkernels.config import AnalyzeOptions, LineageOptions, OverlapOptions, TrajectoryOptions, validate_options
 from opdkernels.outputs import EXPERIMENT, RUN_FILE, read_json_object
 from opdkernels.progress import Progress, no_progress
-from opdkernels.runs.run_dir import as_input_error, load_finished
+from opdkernels.runs.run_dir import load_finished
 
 if TYPE_CHECKING:
     from opdkernels.distillation.options import DistillOptions
@@ -382,11 +382,10 @@ def write_report(out: str | os.PathLike[str]) -> Path:
         has_analysis = (folder / "analysis" / "report.html").exists()
         return reports.write(folder, "experiment", {**read_results(folder), "analysis": has_analysis})
     about = load_finished(folder)
-    with as_input_error(folder):
-        if about["command"] == "overlap":
-            page = reports.render("overlap", load_overlap(folder, about))
-        elif about["command"] == "trajectory":
-            page = reports.render("trajectory", load_trajectory(folder, about))
-        else:
-            page = reports.render("analyze", load(folder))
+    if about["command"] == "overlap":
+        page = reports.render("overlap", load_overlap(folder, about))
+    elif about["command"] == "trajectory":
+        page = reports.render("trajectory", load_trajectory(folder, about))
+    else:
+        page = reports.render("analyze", load(folder))
     return reports.write_page(folder, page)

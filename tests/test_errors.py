@@ -16,7 +16,6 @@ from opdkernels.distillation.text import image_input_errors
 from opdkernels.errors import InputError, UsageError
 from opdkernels.masks import MaskSet
 from opdkernels.masks.mask_set import FORMAT
-from opdkernels.runs.run_dir import as_input_error
 from opdkernels.runs.store import ArrowStore
 
 
@@ -41,16 +40,6 @@ def test_mask_file_keeps_its_own_message(tmp_path, metadata, message):
     with pytest.raises(InputError, match=message) as raised:
         MaskSet.load(tmp_path / "m")
     assert "cannot be read as masks" not in str(raised.value)
-
-
-def test_run_files_keep_their_own_message(tmp_path):
-    with pytest.raises(InputError, match=r"^it is damaged$"), as_input_error(tmp_path):
-        raise InputError("it is damaged")
-    with (
-        pytest.raises(InputError, match=r"is damaged .it is not a table.; run the command again"),
-        as_input_error(tmp_path),
-    ):
-        raise ValueError("it is not a table")
 
 
 def test_records_keep_their_own_message(tmp_path, monkeypatch):

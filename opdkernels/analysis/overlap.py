@@ -28,7 +28,7 @@ from opdkernels.metrics.batch import to_bf16_bits
 from opdkernels.metrics.tallies import SCHEMA_VERSION
 from opdkernels.ops.overlap import MAX_RUNS, Overlap, overlap, strata_chance
 from opdkernels.progress import Progress
-from opdkernels.runs.run_dir import as_input_error, describe_run, open_run_dir
+from opdkernels.runs.run_dir import describe_run, open_run_dir
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,9 +73,8 @@ class Overlaps:
 
 def load_overlap(folder: Path, run: dict[str, Any]) -> Overlaps:
     """The finished overlap in a folder, whose run.json is `run`."""
-    with as_input_error(folder):
-        summary = read_run_summary(folder, OverlapSummary)
-        return Overlaps(groups.read_parquet(folder / "overlap.parquet"), summary, run, folder)
+    summary = read_run_summary(folder, OverlapSummary)
+    return Overlaps(groups.read_table(folder, run, "overlap"), summary, run, folder)
 
 
 def run_overlap(

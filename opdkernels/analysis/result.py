@@ -15,15 +15,18 @@ from opdkernels.errors import InputError, printable
 from opdkernels.formatting import percent
 from opdkernels.metrics import geometry as geometry_of
 from opdkernels.metrics import groups as tables
-from opdkernels.metrics.groups import read_parquet
+from opdkernels.metrics.groups import read_table
 from opdkernels.metrics.spectra import FINAL, SpectrumRecord, open_spectra
 from opdkernels.metrics.tallies import TallyRecord, open_tallies
 from opdkernels.metrics.verdict import matrix_comparisons, pair_verdict
 from opdkernels.ops.delta import Tally
-from opdkernels.runs.run_dir import as_input_error, load_finished
+from opdkernels.runs.run_dir import load_finished
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+SPECTRA = ("spectra", "geometry")  # tables that a run has unless its spectra are off
 
 
 @dataclass(repr=False)
@@ -147,18 +150,13 @@ def load(path: str | Path) -> Analysis:
     if run["command"] != "analyze":
         raise InputError(f"{printable(str(folder))} holds a run of {run['command']}; give the folder of an analyze run")
     tallies, spectra = open_tallies(folder / "tallies").records, open_spectra(folder / "spectra").records
-    with as_input_error(folder):
-        tables = {
-            name: read_parquet(file) if (file := folder / f"{name}.parquet").exists() else None
-            for name in ("spectra", "geometry")
-        }
-        return Analysis(
-            read_parquet(folder / "tensors.parquet"),
-            read_parquet(folder / "groups.parquet"),
-            read_summary(folder),
-            run,
-            [tallies[index] for index in sorted(tallies)],
-            folder,
-            **tables,
-            spectrum_records=[spectra[key] for key in sorted(spectra)],
-        )
+    return Analysis(
+        read_table(folder, run, "tensors"),
+        read_table(folder, run, "groups"),
+        read_summary(folder),
+        run,
+        [tallies[index] for index in sorted(tallies)],
+        folder,
+        **{name: read_table(folder, run, name) if f"{name}.parquet" in run["outputs"] else None for name in SPECTRA},
+        spectrum_records=[spectra[key] for key in sorted(spectra)],
+    )

@@ -42,7 +42,7 @@ from opdkernels.metrics.spectra import open_spectra
 from opdkernels.metrics.tallies import SCHEMA_VERSION, TallyRecord, open_tallies
 from opdkernels.outputs import ANALYSIS, RUN_FILE, read_json_object
 from opdkernels.progress import Progress
-from opdkernels.runs.run_dir import as_input_error, describe_run, open_run_dir
+from opdkernels.runs.run_dir import describe_run, open_run_dir
 from opdkernels.runs.store import ArrowStore
 
 if TYPE_CHECKING:
@@ -94,9 +94,8 @@ class Trajectory:
 
 def load_trajectory(folder: Path, run: dict[str, Any]) -> Trajectory:
     """The finished trajectory in a folder, whose run.json is `run`."""
-    with as_input_error(folder):
-        summary = read_run_summary(folder, TrajectorySummary)
-        return Trajectory(groups.read_parquet(folder / "trajectory.parquet"), summary, run, folder)
+    summary = read_run_summary(folder, TrajectorySummary)
+    return Trajectory(groups.read_table(folder, run, "trajectory"), summary, run, folder)
 
 
 def run_trajectory(

@@ -20,6 +20,7 @@ from opdkernels.metrics import coordinates, null_metrics
 from opdkernels.metrics.aggregation import Members, median_of, recomputed
 from opdkernels.metrics.batch import RATIO_LABELS, RATIO_SYMBOL
 from opdkernels.metrics.registry import COUNT, NON_NEGATIVE, PAPER, VIEWS, Metric, family
+from opdkernels.outputs import RUN_FILE
 from opdkernels.runs.run_dir import REMEDY
 from opdkernels.untrusted import read_file
 
@@ -74,6 +75,14 @@ def write_parquet(path: Path, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     write_atomically(path, sink.getvalue())
+
+
+def read_table(folder: Path, run: dict[str, Any], name: str) -> pa.Table:
+    """Returns a table of a finished run. Raises InputError unless run.json lists it, or if it cannot be read."""
+    path = folder / f"{name}.parquet"
+    if path.name not in run.get("outputs", {}):
+        raise InputError(f"{printable(str(folder / RUN_FILE))} does not list {path.name}; {REMEDY}")
+    return read_parquet(path)
 
 
 def read_parquet(path: Path) -> pa.Table:

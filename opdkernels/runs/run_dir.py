@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -23,10 +23,13 @@ from opdkernels.errors import InputError, printable
 from opdkernels.files import remove_leftovers, try_lock, write_json
 from opdkernels.models import Strict, validate
 from opdkernels.outputs import ANALYSIS, RUN_FILE, remove_outputs, resolve_output, validate_run_folder
-from opdkernels.untrusted import read_json
+from opdkernels.untrusted import read_file, read_json
 from opdkernels.version import __version__
 
 REMEDY = "run the command again with --overwrite"
+MAX_OUTPUT_BYTES = 2**31
+OUTPUTS = tuple(name for name in ANALYSIS.files if name == "summary.json" or name.endswith(".parquet"))
+"""Files that are read again; run.json has their digests."""
 
 
 class Part(Strict):
@@ -71,6 +74,7 @@ class RunFile(Part):
     started: str
     seconds: float | None = Field(None, ge=0)
     resumed_tensors: int | None = Field(None, ge=0)
+    outputs: dict[Literal[OUTPUTS], Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]] = Field({})  # type: ignore[valid-type]
 
 
 def describe_run(
@@ -171,8 +175,17 @@ def open_run_dir(out: str | os.PathLike[str] | None, run: dict[str, Any], overwr
             seconds = round(time.monotonic() - started, 3)
             write_json(folder / RUN_FILE, run | {"status": "failed", "seconds": seconds})
             raise
-        run |= {"status": "complete", "seconds": round(time.monotonic() - started, 3)}
+        run |= {
+            "status": "complete",
+            "seconds": round(time.monotonic() - started, 3),
+            "outputs": {name: digest_of(folder / name) for name in OUTPUTS if (folder / name).exists()},
+        }
         write_json(folder / RUN_FILE, run)
+
+
+def digest_of(path: Path) -> str:
+    """Digest of the bytes of a table or summary. Raises InputError if it cannot be read."""
+    return hashlib.blake2b(read_file(path, max_bytes=MAX_OUTPUT_BYTES, remedy=REMEDY), digest_size=16).hexdigest()
 
 
 @contextlib.contextmanager
@@ -234,7 +247,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 
 def load_finished(folder: Path) -> dict[str, Any]:
-    """run.json of a finished run. Raises InputError if there is none."""
+    """run.json of a finished run. Raises InputError if there is none, or if its tables or its summary were changed."""
     run = read_run(folder)
     if run is None:
         raise InputError(
@@ -248,17 +261,9 @@ def load_finished(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{printable(str(folder))} holds a run that is {run['status']}; run {run['command']} again to finish it"
         )
+    for name, digest in run.get("outputs", {}).items():
+        if digest_of(folder / name) != digest:
+            raise InputError(
+                f"{printable(str(folder / name))} is damaged: its bytes are not those that were written; {REMEDY}"
+            )
     return run
-
-
-@contextlib.contextmanager
-def as_input_error(folder: Path) -> Iterator[None]:
-    """Turns errors in reading the files of a run into InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        # pyarrow's errors derive from these
-        reason = printable((str(error).splitlines() or [type(error).__name__])[0])
-        raise InputError(f"{printable(str(folder))} is damaged ({reason}); {REMEDY}") from None

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
+import pyarrow.parquet as pq
 import pytest
 
 from opdkernels import InputError, analyze, overlap, trajectory
+from opdkernels import report as reports
 from opdkernels.analysis.run_summaries import OverlapSummary, TrajectorySummary, read_run_summary
 from opdkernels.analysis.summary import read_summary
+from opdkernels.api import write_report
 from tests.analysis.conftest import save, trained, weights
 
 
@@ -84,3 +88,50 @@ def test_what_was_changed_by_hand_is_refused(runs, tmp_path, command, place, val
         read(tmp_path)
     assert message in str(raised.value)
     assert str(raised.value).endswith("run the command again with --overwrite")
+
+
+TABLES = {"overlap": "overlap.parquet", "trajectory": "trajectory.parquet", "analyze": "geometry.parquet"}
+
+
+@pytest.mark.parametrize("command", TABLES)
+def test_a_table_with_other_bytes_is_refused(runs, tmp_path, command):
+    """Also where it is a valid table: a value that changed on the disk is no result."""
+    folder = shutil.copytree(runs[command][0], tmp_path / "run")
+    write_report(folder)
+    table = pq.read_table(folder / TABLES[command])
+    pq.write_table(table.slice(0, 0), folder / TABLES[command])
+    with pytest.raises(InputError, match=f"{TABLES[command]} is damaged: its bytes are not those that"):
+        write_report(folder)
+    (folder / TABLES[command]).unlink()
+    with pytest.raises(InputError, match=f"{TABLES[command]} does not exist; run the command again"):
+        write_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (None, r"run\.json does not list overlap\.parquet"),
+        ({"../secret": "0" * 32}, r"run\.json is not valid: outputs"),
+        ({"summary.json": "zz"}, r"run\.json is not valid: outputs"),
+        ([], r"run\.json is not valid: outputs"),
+    ],
+)
+def test_digests_in_run_json_are_validated(runs, tmp_path, outputs, message):
+    folder = shutil.copytree(runs["overlap"][0], tmp_path / "run")
+    run = json.loads((folder / "run.json").read_text())
+    assert run.pop("outputs").keys() == {"summary.json", "overlap.parquet"}
+    (folder / "run.json").write_text(json.dumps(run if outputs is None else {**run, "outputs": outputs}))
+    with pytest.raises(InputError, match=message):
+        write_report(folder)
+
+
+@pytest.mark.parametrize("command", TABLES)
+def test_an_error_of_the_program_is_not_called_damage(runs, tmp_path, monkeypatch, command):
+    folder = shutil.copytree(runs[command][0], tmp_path / "run")
+
+    def render(kind, result):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(reports, "render", render)
+    with pytest.raises(KeyError, match="a bug"):
+        write_report(folder)
