@@ -358,10 +358,15 @@ class Runs:
             else:
                 damaged = damage_bytes(rng, content)
         path.write_bytes(damaged)
+        if path.name == "summary.json":  # with its digest, so that its content is read
+            run = json.loads(self.valid["run.json"])
+            run["outputs"][path.name] = hashlib.blake2b(damaged, digest_size=16).hexdigest()
+            (self.folder / "run.json").write_text(json.dumps(run))
         try:
             return not refused(lambda: write_report(self.folder))
         finally:
             path.write_bytes(content)
+            (self.folder / "run.json").write_bytes(self.valid["run.json"])
 
 
 class Target(NamedTuple):
