@@ -96,7 +96,7 @@ void quantile_wide(const F* values, int dtype, int64_t n, const std::vector<int6
   }
   parallel_ranges(n, threads, OPD_QUANTILE_GRAIN, [&](int t, int64_t start, int64_t stop) {
     kernels().quantile_scan(values + start, dtype, mask ? mask + (start >> 3) : nullptr, stop - start, smallest,
-                            &parts[(size_t)t * n_k], n_k, &nan[(size_t)t * 2]);
+                            parts.data() + (size_t)t * n_k, n_k, &nan[(size_t)t * 2]);
   });
   int64_t n_nan = 0, n_nan_masked = 0;
   for (int t = 0; t < threads; t++) { n_nan += nan[2 * t]; n_nan_masked += nan[2 * t + 1]; }
