@@ -261,9 +261,11 @@ def test_messages_without_chat_template_write_nothing(options, tmp_path):
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_nan_teacher_ends_run_without_changing_weights(options, places, tmp_path):
+def test_nan_teacher_ends_run_without_changing_weights(options, places, tmp_path, monkeypatch):
+    """The validation at the start sees four ids only; here it sees none."""
     from transformers import AutoModelForCausalLM
 
+    monkeypatch.setattr("opdkernels.distillation.models.validate_lm_head", lambda model, path: None)
     teacher = AutoModelForCausalLM.from_pretrained(places / "teacher", dtype=torch.bfloat16)
     teacher.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     teacher.save_pretrained(tmp_path / "nan")
