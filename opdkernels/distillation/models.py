@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from opdkernels.checkpoint.torch_pickle import TorchFile
 from opdkernels.distillation.text import MODEL_REMEDY, TextProcessor, input_errors, transformers
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.ops.divergence import LMHead
@@ -18,6 +21,7 @@ def load_model(path: str, dtype: str, device: torch.device) -> Any:
     """A causal or image-text model in evaluation mode (no dropout). Raises InputError if it cannot be loaded."""
     hf = transformers()
     name = printable(path)
+    validate_pickles(path)
     with input_errors(f"{name} cannot be loaded as a model", MODEL_REMEDY):
         config = hf.AutoConfig.from_pretrained(path)
         takes_images = type(config) in hf.AutoModelForImageTextToText._model_mapping
@@ -31,6 +35,12 @@ def load_model(path: str, dtype: str, device: torch.device) -> Any:
         model = model.to(device).eval()
         validate_lm_head(model, path)
     return model
+
+
+def validate_pickles(path: str) -> None:
+    """Raises InputError if a folder has weights in a pickle that would run code or exhaust memory when it is loaded."""
+    for file in sorted(Path(path).glob("pytorch_model*.bin")):
+        TorchFile(os.fspath(file), "read").close()
 
 
 @torch.no_grad()

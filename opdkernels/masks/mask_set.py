@@ -28,8 +28,9 @@ from opdkernels.untrusted import parse_json
 
 FORMAT, VERSION = MASKS.format, "1"
 COMPARED_BYTES = 1 << 24
-MAX_NUMEL = 2**36
-"""Coordinates of one tensor. A file of few bytes can describe a mask without active coordinates of any size."""
+MAX_NUMEL = 2**34
+"""Coordinates of one tensor, more than any stack of experts has. A file of few bytes can describe a mask without active
+coordinates of any size, and a bitmap of this many has 2 GiB."""
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 

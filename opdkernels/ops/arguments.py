@@ -59,7 +59,7 @@ def validate_memory(
     written, read = list(written), list(read)
     tensors = written + read
     addresses = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
-    sizes = np.array([t.nbytes if t.is_contiguous() else strided_bytes(t) for t in tensors], np.uint64)
+    sizes = np.array([memory_span(tensor) for tensor in tensors], np.uint64)
     for i in np.flatnonzero((addresses == 0) & (sizes > 0)):
         raise ValueError(f"a tensor {list(tensors[i].shape)} has no memory: its storage was freed")
     for tensor, size in zip(tensors, sizes, strict=True) if check_storages else ():
@@ -82,10 +82,10 @@ def validate_memory(
         )
 
 
-def strided_bytes(tensor: torch.Tensor) -> int:
+def memory_span(tensor: torch.Tensor) -> int:
     """Bytes from the first to the last element of a tensor of any strides."""
-    if not tensor.numel():
-        return 0
+    if tensor.is_contiguous() or not tensor.numel():
+        return tensor.nbytes
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (1 + last) * tensor.element_size()
 

@@ -17,6 +17,7 @@ world size. `load_state_dict` accepts both forms.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from abc import abstractmethod
 from collections import defaultdict
@@ -130,6 +131,14 @@ class MaskedOptimizer(torch.optim.Optimizer):
             "_gathered_grads": {},
             "_clip_factor": None,
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled or copied optimizer; options that it lacks have the defaults of the constructor."""
+        super().__setstate__(state)
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            if parameter.default is not parameter.empty and name != "unmasked":
+                for options in (self.defaults, *self.param_groups):
+                    options.setdefault(name, parameter.default)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

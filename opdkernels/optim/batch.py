@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from opdkernels.ops.arguments import memory_span, overlap_written
 from opdkernels.ops.step.layout import STEP
 from opdkernels.optim.binding import Binding, LocalMask
+from opdkernels.optim.distinct import validate_memory
 
 RESIDUALS = {"split_master": "remainder", "kahan": "compensation"}  # state of a bf16 parameter next to its moments
 
@@ -34,19 +37,18 @@ def validate_address(binding: Binding, tensor: torch.Tensor, address: int, prefi
 
 def validate_addresses(pending: Iterable[PendingStep]) -> None:
     """Raise ValueError where the weights or the gradient of a parameter have no memory or are not aligned, and, naming
-    both, where two parameters begin at one address: they were tied after construction."""
-    seen: dict[tuple[torch.device, int], Binding] = {}
-    for item in pending:
-        if item.local_mask.num_active:
-            address = item.local.data_ptr()
-            validate_address(item.binding, item.local, address)
-            validate_address(item.binding, item.grad, item.grad.data_ptr(), "the gradient of ")
-            other = seen.setdefault((item.local.device, address), item.binding)
-            if other is not item.binding:
-                raise ValueError(
-                    f"{other.display_name} and {item.binding.display_name} share memory since the optimizer was "
-                    "created; tie weights before, and create it again"
-                )
+    both, where two parameters share memory, of one group or of several: they were tied after construction."""
+    active = [item for item in pending if item.local_mask.num_active]
+    addresses = [item.local.data_ptr() for item in active]
+    for item, address in zip(active, addresses, strict=True):
+        validate_address(item.binding, item.local, address)
+        validate_address(item.binding, item.grad, item.grad.data_ptr(), "the gradient of ")
+    sizes = np.array([memory_span(item.local) for item in active], np.uint64)
+    if overlap_written(np.array(addresses, np.uint64), sizes, len(active)):
+        try:  # ranges of interleaved views overlap, their elements do not
+            validate_memory([(item.binding.display_name, item.local) for item in active])
+        except ValueError as error:
+            raise ValueError(f"since the optimizer was created, {error}, and create the optimizer again") from None
 
 
 class StepBatch:

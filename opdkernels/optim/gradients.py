@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -65,6 +66,13 @@ def gather_active_grads(model: torch.nn.Module, optimizer: MaskedOptimizer) -> H
         raise RuntimeError(
             "DistributedDataParallel reduces gradients after the hook that gathers them; "
             "use FSDP2 (fully_shard), or leave gradients dense"
+        )
+    if any(is_dtensor(param) for _, param, _ in optimizer._bindings()):
+        warnings.warn(
+            "the optimizer keeps the gathered gradients of DTensors: torch.nn.utils.clip_grad_norm_, and trainers that "
+            "call it, do not clip them and log a norm without them; use optimizer.clip_grad_norm_, or "
+            "zero_frozen_grads instead of gather_active_grads",
+            stacklevel=2,
         )
     owner = weakref.ref(optimizer)  # the hook's closure lives as long as the model
 

@@ -16,6 +16,7 @@ from opdkernels.optim.active import gather_active, scatter_active
 from opdkernels.optim.batch import validate_address
 from opdkernels.optim.bind_masks import Masks, bind_model
 from opdkernels.optim.binding import Binding, is_dtensor, local_gradient
+from opdkernels.optim.distinct import validate_memory
 
 
 class MaskedParameters(torch.nn.Module):
@@ -49,7 +50,9 @@ class MaskedParameters(torch.nn.Module):
         self._handles: list[RemovableHandle] = []
         owner = weakref.ref(self)  # the hook's closure lives as long as the model
         bindings = bind_model(masks, model, "freeze")
-        for (name, weight), binding in zip(model.named_parameters(), bindings, strict=True):
+        named = list(model.named_parameters())
+        validate_memory([item for item, binding in zip(named, bindings, strict=True) if binding.mask.num_active])
+        for (name, weight), binding in zip(named, bindings, strict=True):
             if not binding.mask.num_active or not weight.requires_grad:
                 weight.requires_grad_(False)
                 continue

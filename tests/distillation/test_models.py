@@ -13,6 +13,7 @@ from opdkernels.distillation.models import load_config, load_model
 from opdkernels.distillation.rollout import encode, load_completions
 from opdkernels.distillation.text import MODEL_REMEDY, TextProcessor, input_errors, load_text_processor
 from opdkernels.errors import InputError
+from tests.checkpoint.test_pickle_data import nested_tuples
 from tests.distillation.conftest import tokenizer
 
 CPU = torch.device("cpu")
@@ -42,19 +43,20 @@ def refused(function, *given):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "EOFError"),
-        (b"garbage" * 99, "a pickle is damaged, or holds more than tensors"),
-        (pickle.dumps({"a": Code()}, 2), "holds more than tensors"),
+        (b"", "it is truncated within its pickle"),
+        (b"garbage" * 99, "pickle"),
+        (pickle.dumps({"a": Code()}, 2), "builtins.print"),
+        (b"\x80\x02}" + nested_tuples(40) + b"K\x01s.", "pickle"),  # hashing the key would take 2^40 steps
     ],
-    ids=["empty", "garbage", "code"],
+    ids=["empty", "garbage", "code", "nested"],
 )
 def test_invalid_weights_raise_one_line_error(student, capfd, content, says):
     (student / "model.safetensors").unlink()
     (student / "pytorch_model.bin").write_bytes(content)
     message = refused(load_model, str(student), "bfloat16", CPU)
-    assert "/s cannot be loaded as a model" in message
+    assert "/s/pytorch_model.bin" in message
     assert says in message
-    assert message.endswith("; give another folder or hub id")
+    assert "; " in message
     assert "run" not in capfd.readouterr().out
 
 

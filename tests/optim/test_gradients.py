@@ -4,11 +4,12 @@ memory."""
 from __future__ import annotations
 
 import sys
+import warnings
 
 import pytest
 import torch
 
-from opdkernels.optim import MaskedAdamW, MaskedParameters, MaskedSGD, gather_active_grads, zero_frozen_grads
+from opdkernels.optim import MaskedAdamW, MaskedParameters, MaskedSGD, gather_active_grads, gradients, zero_frozen_grads
 from opdkernels.optim.gathered import GatheredGrad
 from tests.optim.test_masked import bits
 
@@ -235,3 +236,23 @@ def test_masked_parameters_freeze_unmasked_weights():
         MaskedParameters(small_model(), {"other": torch.ones(3, dtype=torch.bool)})
     with pytest.raises(ValueError, match="no parameter of the model has a mask"):
         MaskedParameters(small_model(), {"0.weight": torch.zeros(64, 32, dtype=torch.bool)})
+
+
+def test_gathering_gradients_of_dtensors_warns_that_a_trainers_clipping_does_not_see_them(monkeypatch):
+    layer = torch.nn.Linear(2, 1, bias=False)
+    optimizer = MaskedAdamW(layer.named_parameters(), masks={"weight": torch.tensor([[True, False]])})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gather_active_grads(layer, optimizer).remove()
+    monkeypatch.setattr(gradients, "is_dtensor", lambda tensor: True)
+    with pytest.warns(UserWarning, match=r"use optimizer\.clip_grad_norm_, or zero_frozen_grads"):
+        gather_active_grads(layer, optimizer)
+
+
+def test_compact_parameters_of_weights_that_share_memory_are_refused():
+    buffer = torch.zeros(12)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 4, bias=False), torch.nn.Linear(2, 4, bias=False))
+    model[0].weight.data, model[1].weight.data = buffer[:8].view(4, 2), buffer[4:].view(4, 2)
+    masks = {f"{i}.weight": torch.ones(4, 2, dtype=torch.bool) for i in range(2)}
+    with pytest.raises(ValueError, match=r"0\.weight and 1\.weight share memory"):
+        MaskedParameters(model, masks)

@@ -270,10 +270,52 @@ def test_weights_tied_after_construction_raise_before_anything_moves(kind):
     model[1].weight.data = model[0].weight.data
     before = model[0].weight.detach().clone()
     give_ones(model)
-    with pytest.raises(ValueError, match=r"0\.weight and 1\.weight share memory since"):
+    with pytest.raises(ValueError, match=r"0\.weight and 1\.weight share memory.*create the optimizer again"):
         optimizer.step()
     assert torch.equal(model[0].weight, before)
     assert not optimizer.state
+
+
+@with_optimizers
+@pytest.mark.parametrize("num_groups", [1, 2])
+@pytest.mark.parametrize("views", ["shifted", "interleaved and shared"])
+def test_weights_that_share_a_part_after_construction_raise_before_anything_moves(kind, num_groups, views):
+    params = [torch.nn.Parameter(torch.zeros(4, 4)) for _ in range(2)]
+    masks = [torch.ones(4, 4, dtype=torch.bool)] * 2
+    if num_groups == 1:
+        optimizer = OPTIMIZERS[kind](params, masks=masks, lr=1.0)
+    else:
+        optimizer = OPTIMIZERS[kind]([{"params": [param]} for param in params], masks=masks, lr=1.0)
+    buffer = torch.zeros(40)
+    matrix = buffer[:32].view(4, 8)
+    shared = {
+        "shifted": (buffer[:16].view(4, 4), buffer[1:17].view(4, 4)),
+        "interleaved and shared": (matrix[:, :4], matrix[:, 3:7]),
+    }
+    for param, view in zip(params, shared[views], strict=True):
+        param.data = view
+        param.grad = torch.ones(4, 4)
+    with pytest.raises(ValueError, match=r"parameter 0 and parameter 1 share memory.*create the optimizer again"):
+        optimizer.step()
+    assert not buffer.any()
+    for param, view in zip(params, (matrix[:, :4], matrix[:, 4:]), strict=True):
+        param.data = view
+    optimizer.step()
+    assert torch.allclose(matrix, torch.full((4, 8), -1.0))
+
+
+@with_optimizers
+def test_an_older_pickle_without_an_option_has_its_default(kind):
+    model = two_layers()
+    optimizer = optimizer_of(model, kind)
+    state = optimizer.__getstate__()
+    state["defaults"] = {name: value for name, value in state["defaults"].items() if name != "precision"}
+    state["param_groups"] = [{k: v for k, v in group.items() if k != "precision"} for group in state["param_groups"]]
+    older = OPTIMIZERS[kind].__new__(OPTIMIZERS[kind])
+    older.__setstate__(state)
+    assert older.param_groups[0]["precision"] == "split_master"
+    give_ones(model)
+    older.step()
 
 
 class CountTransfers(TorchDispatchMode):
