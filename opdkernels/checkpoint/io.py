@@ -58,19 +58,20 @@ def guard() -> ModuleType | None:
     return module if hasattr(module, "guard_mapping") else None
 
 
-def guard_array(array: numpy.ndarray) -> Callable[[], int]:
-    """Guards a mapped array as long as it or a view of it exists, where the compiled module is installed.
+def guard_array(array: numpy.ndarray) -> Callable[[], int] | None:
+    """Guards a mapped array as long as it or a view of it exists.
 
     Returns:
-        A function that returns how many reads were beyond the end of a file that was truncated; they gave zeros.
+        A function that returns how many reads were beyond the end of a file that was truncated; they gave zeros. None
+        where the array cannot be guarded: a truncated file would then end the process.
     """
     module = guard()
     if module is None or not array.nbytes:
-        return lambda: 0
+        return None
     try:
         handle = module.guard_mapping(array.ctypes.data, array.nbytes)
     except RuntimeError:  # 4,096 files are mapped already
-        return lambda: 0
+        return None
     weakref.finalize(array, module.unguard_mapping, handle)
     return functools.partial(module.mapping_faults, handle)
 

@@ -79,7 +79,7 @@ def gather_mask(local_bits: torch.Tensor, weight: torch.Tensor) -> Mask:
 
 
 class WeightCopy:
-    """A copy of a model's local weights in one memory-mapped file."""
+    """A copy of a model's local weights in one file: mapped, or read where a mapping cannot be guarded."""
 
     def __init__(self, path: Path, model: Any):
         """Opens the file, or creates it from the model's current weights."""
@@ -100,6 +100,8 @@ class WeightCopy:
             )
         data = np.memmap(path, np.uint8, "c") if expected else np.empty(0, np.uint8)  # torch wants writable memory
         self._num_faults = guard_array(data)
+        if self._num_faults is None:
+            data = np.fromfile(path, np.uint8, expected)
         for name, weight in local_weights(model):
             stop = start + weight.numel() * weight.element_size()
             self.tensors[name] = torch.from_numpy(data[start:stop]).view(weight.dtype).view(weight.shape)
@@ -107,7 +109,7 @@ class WeightCopy:
 
     def check(self) -> None:
         """Raises InputError if the file was truncated while it was mapped."""
-        if self._num_faults():
+        if self._num_faults is not None and self._num_faults():
             raise InputError(
                 f"{printable(str(self.path))} was truncated while it was open; restore it from a copy, or start again"
                 " with --overwrite"

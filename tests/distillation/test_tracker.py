@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+from opdkernels.checkpoint import io
 from opdkernels.distillation.jsonl import read_rows
-from opdkernels.distillation.tracker import Tracker, effective_weights, optimizer_stats
+from opdkernels.distillation.tracker import Tracker, WeightCopy, effective_weights, optimizer_stats
 from opdkernels.distillation.world import World
+from opdkernels.errors import InputError
 from opdkernels.masks import MaskSet
 from opdkernels.optim import MaskedAdamW
 from tests.distillation.conftest import model
@@ -165,3 +169,21 @@ def test_unchanged_model_has_no_change(tmp_path):
     (finished,) = tracker.finish()
     assert finished["recall_vs_final"] is None
     assert finished["precision_vs_final"] is None
+
+
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_weights_of_a_truncated_file_are_read_before_or_an_error(tmp_path, monkeypatch, is_guarded):
+    """A mapping is never read without a guard: the process would end with SIGBUS."""
+    if is_guarded and io.guard() is None:
+        pytest.skip("no compiled module")
+    if not is_guarded:
+        monkeypatch.setattr(io, "guard", lambda: None)
+    layer = torch.nn.Linear(128, 128, bias=False)
+    copy = WeightCopy(tmp_path / "weights.bin", layer)
+    os.truncate(tmp_path / "weights.bin", 4096)
+    assert torch.equal(copy.tensors["weight"], layer.weight) == (not is_guarded)
+    if is_guarded:
+        with pytest.raises(InputError, match=r"weights\.bin was truncated while it was open; restore it"):
+            copy.check()
+    else:
+        copy.check()
