@@ -32,11 +32,13 @@ VISION = word_set(
 )
 ATTENTION = word_set(
     "attn self_attn attention self_attention selfattention cross_attn cross_attention encoder_attn encdecattention"
-    " linear_attn attn1 attn2"
+    " linear_attn attn1 attn2 crossattention rel_attn multi_head_attention localselfattention"
+    " transientglobalselfattention"
 )
 MLP = word_set(
     "mlp ffn feed_forward feedforward block_sparse_moe moe densereludense shared_expert shared_experts experts"
-    " intermediate"
+    " intermediate ff ff_layer t5layerff denseactdense densegatedactdense feed_forward1 feed_forward2 ffn1 ffn2"
+    " ffn_output"
 )
 PARAMETERS = frozenset({"weight", "bias", "gamma", "beta", "scale"})
 NORM_WORDS = frozenset({"norm", "layernorm", "layrnorm", "rmsnorm", "batchnorm", "groupnorm", "ln", "bn"})
