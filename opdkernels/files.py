@@ -26,6 +26,7 @@ except ImportError:  # Windows has no fcntl: nothing is locked, and nothing is r
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = re.compile(r"\..+\.opdkernels-[0-9a-f]{16}\.tmp", re.DOTALL)
+UNPAIRED_SURROGATE = re.compile("[\ud800-\udfff]")
 MOVED_FILE = ".opdkernels-moved.json"  # which files of a temporary folder are being moved to the folder around it
 MAX_NAME_BYTES = 200  # a temporary name adds 33 bytes, and file systems allow 255
 NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
@@ -38,8 +39,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON atomically; NaN and Inf raise ValueError."""
-    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    """Writes JSON atomically; NaN and Inf raise ValueError.
+
+    Bytes of a path that are not UTF-8, which Python represents as unpaired surrogates, are written as text, such as
+    "x\\udcff": JSON with an unpaired surrogate is not Unicode text, and `opdkernels.untrusted.parse_json` rejects it.
+    """
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+    text = UNPAIRED_SURROGATE.sub(lambda surrogate: f"\\\\u{ord(surrogate[0]):04x}", text)
+    write_atomically(path, (text + "\n").encode())
 
 
 @contextlib.contextmanager

@@ -140,18 +140,26 @@ def test_config_may_have_a_key_twice(tmp_path):
     assert open_checkpoint(tmp_path).config == {"torch_dtype": "bfloat16"}
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 9\n", "Git LFS pointer"),
-        (b"<!doctype html><html><head><title>Access is restricted</title>", "HTML or XML page"),
-    ],
-)
+LEFT_BY_DOWNLOADS = [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 9\n", "Git LFS pointer"),
+    (b"<!doctype html><html><head><title>Access is restricted</title>", "HTML or XML page"),
+]
+
+
+@pytest.mark.parametrize(("content", "says"), LEFT_BY_DOWNLOADS)
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
 def test_what_a_download_left_is_named(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=says):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "says"), LEFT_BY_DOWNLOADS)
+@pytest.mark.parametrize("read", [MaskSet.load, info, load_plain])
+def test_what_a_download_left_of_masks_patches_and_states_is_named(tmp_path, content, says, read):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(InputError, match=says):
+        read(str(tmp_path / "file"))
 
 
 def header_file(path, header, data=b""):

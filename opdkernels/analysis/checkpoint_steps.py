@@ -101,8 +101,11 @@ def order_checkpoints(paths: Sequence[str], steps: Sequence[int] = ()) -> tuple[
 
 
 def named_checkpoints(paths: Sequence[str]) -> list[CheckpointStep]:
-    """Checkpoints without steps, in the order given, by the shortest ends of their paths that differ."""
-    parts = [os.path.normpath(path).split(os.sep) for path in paths]
+    """Checkpoints without steps, in the order given, by the shortest ends of their paths that differ.
+
+    Labels are `printable`: they are stored in tables, which hold Unicode text, and a path need not be UTF-8.
+    """
+    parts = [printable(os.path.normpath(path)).split(os.sep) for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(part[-length:]) for part in parts]
         if len(set(labels)) == len(labels):

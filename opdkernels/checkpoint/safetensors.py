@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from opdkernels.checkpoint.base import MAX_DIMS, MAX_HEADER_BYTES, MAX_TENSORS, FileFingerprint, FileFormat, TensorInfo
 from opdkernels.checkpoint.io import CHECKPOINT_REMEDY, Buffer, OpenFile, bits_dtype, out_of_descriptors, torch_dtype
 from opdkernels.errors import InputError, printable
-from opdkernels.untrusted import TOO_MANY_FILES, parse_json
+from opdkernels.untrusted import TOO_MANY_FILES, other_content, parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -124,6 +124,8 @@ def _header_bytes(file: OpenFile) -> bytes:
         )
     length = int.from_bytes(file.bytes_at(0, 8), "little")
     if length > MAX_HEADER_BYTES:
+        if content := other_content(file.bytes_at(0, min(512, file.size))):
+            raise InputError(f"{file} is {content}")
         raise InputError(
             f"{file}: its header claims {length} bytes, more than the {MAX_HEADER_BYTES} that safetensors allows;"
             " it is damaged or not a safetensors file: download it again"

@@ -22,6 +22,7 @@ from opdkernels.checkpoint.io import TORCH_DTYPES, Buffer, OpenFile, bits_dtype,
 from opdkernels.checkpoint.pickle_data import CodeError, Pickle, PickledTensor, PickleError, Truncated, read_pickle
 from opdkernels.checkpoint.state_dict import find_state_dict, validate_tensor
 from opdkernels.errors import InputError, printable
+from opdkernels.untrusted import other_content
 
 if TYPE_CHECKING:
     import torch
@@ -238,6 +239,8 @@ def _check_directory(file: OpenFile) -> None:
 
 
 def _incomplete(file: OpenFile, reason: str) -> InputError:
+    if content := other_content(file.bytes_at(0, min(512, file.size))):
+        return InputError(f"{file} is {content}")
     return InputError(
         f"{file} is not a complete zip archive ({printable(reason)}): it has {file.size} bytes and was probably"
         " truncated; copy or download it again"

@@ -17,6 +17,7 @@ from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.checkpoint.safetensors import stored_dtype
 from opdkernels.checkpoint.sharded import ShardedCheckpoint
 from opdkernels.errors import InputError, printable
+from opdkernels.files import UNPAIRED_SURROGATE
 from opdkernels.ops.patch import GatherBuffers, digest, gather
 from opdkernels.outputs import PATCH, new_file
 from opdkernels.patch import output, segments
@@ -137,6 +138,10 @@ class Creation:
         self.progress = progress or (lambda done, total, name: None)
         self.plan = planned(base, trained)
         self.headers = headers_of(trained, [plan.info for plan in self.plan])
+        for name in filter(UNPAIRED_SURROGATE.search, self.headers):
+            raise InputError(
+                f"{printable(trained.path)}: the name of its file {printable(name)} is not UTF-8; rename the file"
+            )
         self.extra_files, self.stored_extra_files = extra_files_of(base, trained, list(self.headers))
         self.reserved = self._reserve()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -18,7 +19,9 @@ import opdkernels
 from opdkernels import InputError, UsageError, analyze, trajectory
 from opdkernels.analysis import matrix_spectra
 from opdkernels.analysis.checkpoint_steps import order_checkpoints
+from opdkernels.analysis.trajectory import load_trajectory
 from opdkernels.runs import store
+from opdkernels.runs.run_dir import load_finished
 from tests.analysis.conftest import save, weights
 from tests.in_process import run_cli
 
@@ -430,3 +433,24 @@ def test_a_checkpoint_is_given_once(run, tmp_path):
         assert (done.returncode, done.stdout) == (2, "")
         assert "are one checkpoint; give each checkpoint once" in done.stderr
         assert not (tmp_path / "out").exists()
+
+
+def test_folders_whose_names_are_not_utf_8(tmp_path):
+    """Tables and JSON hold Unicode text: such a name is escaped there, and the results are read and resumed."""
+    source, checkpoints = run_of(steps=2)
+    paths = []
+    for name, content in ((b"base\xfe", source), (b"x\xff", checkpoints[0]), (b"\xff", checkpoints[1])):
+        folder = tmp_path / os.fsdecode(name)
+        try:
+            folder.mkdir()
+        except OSError:
+            pytest.skip("the file system takes UTF-8 names only")
+        paths.append(os.fspath(Path(save(tmp_path / "saved", content)).rename(folder)))
+    result = trajectory(*paths, out=tmp_path / "out", spectra="off", csv=True)
+    labels = [r"x\udcff", r"\udcff"]
+    assert [step["label"] for step in result.summary["steps"]] == labels
+    assert list(dict.fromkeys(result.table["label"].to_pylist())) == labels
+    assert load_trajectory(tmp_path / "out", load_finished(tmp_path / "out")).table.equals(result.table)
+    assert trajectory(*paths, out=tmp_path / "out", spectra="off", csv=True).table.equals(result.table)
+    opdkernels.analyze(*paths[:2], out=tmp_path / "pair", spectra="off")
+    assert opdkernels.load(tmp_path / "pair").summary["base"].endswith(r"base\udcfe")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -185,4 +186,16 @@ def test_complex128_is_rejected(tmp_path):
     torch.save({"x": torch.zeros(3, dtype=torch.complex128)}, tmp_path / "b" / "pytorch_model.bin")
     with pytest.raises(InputError, match="tensor x is complex128, which safetensors does not support"):
         create(tmp_path / "b", tmp_path / "b", tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_file_name_that_is_not_utf_8_is_rejected(tmp_path):
+    """The header of a patch is JSON: a patch with such a name could be written and not read."""
+    folder = Path(save(tmp_path / "b", {"x": some((9,), torch.float32, 0)}))
+    try:
+        next(folder.glob("*.safetensors")).rename(folder / os.fsdecode(b"w\xff.safetensors"))
+    except OSError:
+        pytest.skip("the file system takes UTF-8 names only")
+    with pytest.raises(InputError, match=r"w\\udcff\.safetensors is not UTF-8; rename the file"):
+        create(folder, folder, tmp_path / "p")
     assert not (tmp_path / "p").exists()
