@@ -184,11 +184,19 @@ def test_headers_with_long_texts_are_read(tmp_path):
     assert opened.read("w2", 0, 2).tolist() == [2, 2]
 
 
-def test_zero_3_placeholders_are_named(tmp_path):
-    weights = {"lm_head.weight": torch.zeros(0), "model.norm.weight": torch.ones(4)}
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.mlp.experts.gate_up_proj", "layers.0.A_log"])
+def test_zero_3_placeholders_are_named(tmp_path, name):
+    weights = {name: torch.zeros(0, dtype=torch.bfloat16), "model.norm.weight": torch.ones(4)}
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=r"lm_head\.weight .* ZeRO-3, .* zero_to_fp32\.py"):
+    with pytest.raises(InputError, match=rf"{name} .* ZeRO-3, .* zero_to_fp32\.py"):
         open_checkpoint(tmp_path)
+
+
+def test_empty_buffers_and_empty_rows_are_no_placeholders(tmp_path):
+    tensors = {"rotary_emb.cos_cached": torch.zeros(0), "steps": torch.zeros(0, dtype=torch.int64)}
+    tensors |= {"unused.weight": torch.zeros(0, 4), "model.norm.weight": torch.ones(4)}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    assert set(open_checkpoint(tmp_path).tensors) == set(tensors)
 
 
 def test_files_beyond_the_guarded_mappings_are_read(tmp_path, monkeypatch):

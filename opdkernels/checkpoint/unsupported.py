@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from opdkernels.checkpoint.base import TensorInfo
+from opdkernels.checkpoint.base import DTYPES, TensorInfo
+from opdkernels.checkpoint.buffers import is_buffer, is_packed
 from opdkernels.errors import InputError, printable
 
 FSDP_SHARD = re.compile(r"(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt")
@@ -23,7 +24,7 @@ OPTIMIZER_TOKENS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "moment
 QUANTISED_TOKENS = frozenset(
     {"weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "qweight", "qzeros", "g_idx"}
     | {"scb", "absmax", "quant_map", "nested_absmax", "weight_zero_point", "weight_global_scale", "weight_scale_2"}
-    | {"weight_scales", "w_q", "q_weight", "q_scale", "codebooks", "trellis"}
+    | {"weight_scales", "w_q", "q_weight", "q_scale", "codebooks", "trellis", "qidxs"}
 )
 INTEGERS = frozenset({"i8", "u8", "i16", "u16", "i32", "u32", "i64", "u64", "bool"})
 MAGIC = {
@@ -119,7 +120,7 @@ def validate_tensors(tensors: dict[str, TensorInfo], path: str) -> None:
             )
         elif OPTIMIZER_TOKENS.intersection(tokens):
             what = "belongs to an optimizer's state, not a model; give the model's file"
-        elif info.shape == (0,) and tokens[-1] in ("weight", "bias"):
+        elif info.shape == (0,) and info.dtype in DTYPES and not is_buffer(name, info.shape):
             what = (
                 "is an empty placeholder of DeepSpeed ZeRO-3, which keeps the values in other files; run"
                 " zero_to_fp32.py in the checkpoint's folder, or train with stage3_gather_16bit_weights_on_model_save"
@@ -127,6 +128,7 @@ def validate_tensors(tensors: dict[str, TensorInfo], path: str) -> None:
         elif (
             tokens[-1] in QUANTISED_TOKENS
             or "quant_state" in tokens  # of bitsandbytes
+            or is_packed(name, info.shape, info.dtype)
             or (tokens[-1] == "weight" and info.dtype in INTEGERS and len(info.shape) > 1)
             or info.dtype.startswith(("f8_", "f6_", "f4"))
             or (name.endswith("_scales") and name.removesuffix("_scales") in mxfp4)

@@ -27,7 +27,20 @@ MASK, FREQUENCIES = "h.0.attn.bias", "h.0.attn.rotary_emb.inv_freq"
         ("bn1.num_batches_tracked", (), True),
         ("base_model.model.lm_head.original_module.weight", (9, 4), True),
         ("swin.layers.0.attn.relative_position_index", (49, 49), True),
+        ("h.0.crossattention.bias", (1, 1, 64, 64), True),
+        ("blocks.0.attn.mask", (1, 1, 64, 64), True),
+        ("blocks.0.attn.mask", (64, 64), True),
+        ("final_logits_bias", (1, 8000), True),
+        ("pos_encoder.pe", (200, 1, 16), True),
+        ("model.positional_encoding.pe", (1, 200, 16), True),
+        ("model.encoder.embed_positions.weights", (1000, 16), True),
+        ("fc.weight_mask", (4, 8), True),
         # Parameters that look alike.
+        ("encoder.mask", (64,), False),
+        ("encoder.mask", (4, 8), False),
+        ("prompt.pe", (200, 1, 16), False),
+        ("combine.weights", (8, 8), False),
+        ("embed_positions.weight", (1000, 16), False),
         ("h.0.attn.c_attn.bias", (48,), False),
         ("h.0.attn.bias", (64,), False),
         ("h.0.mlp.bias", (1, 1, 4, 4), False),
@@ -68,8 +81,29 @@ def test_buffers_match_under_other_prefixes() -> None:
     assert match(base, trained).buffers == [BufferMatch(MASK, "both", True, 16)]
 
 
+@pytest.mark.parametrize("dtype", ["i64", "u64"])
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("model.layers.0.self_attn.q_proj.Qidxs", (32, 32), False),
+        ("model.layers.0.self_attn.q_proj.codes", (2, 16, 32), False),
+        ("model.layers.0.mlp.gate.tid2eid", (129280, 6), True),
+        ("swin.layers.0.attn.relative_position_index", (49, 49), True),
+        ("embeddings.position_ids", (1, 4096), True),
+        ("embeddings.token_type_ids", (4, 4096), True),
+        ("segment_table", (1, 4096), True),
+        ("steps", (4096,), True),
+        ("offsets", (8, 8), True),
+    ],
+)
+def test_packed_weights_of_64_bit_integers_are_no_buffers(
+    name: str, shape: tuple[int, ...], expected: bool, dtype: str
+) -> None:
+    assert is_buffer(name, shape, dtype) is expected
+
+
 @pytest.mark.parametrize(
     ("dtype", "expected"), [("i64", True), ("bool", True), ("i32", False), ("u8", False), ("", False)]
 )
 def test_tables_of_indices_and_flags_are_buffers(dtype: str, expected: bool) -> None:
-    assert is_buffer("model.layers.0.mlp.gate.tid2eid", (100, 2), dtype) is expected
+    assert is_buffer("model.layers.0.mlp.gate.experts_of", (100, 2), dtype) is expected

@@ -175,6 +175,8 @@ def test_files_of_other_formats_are_rejected_by_name(tmp_path: Path, name: str, 
         ({"l.q_proj.weight.exp_avg_sq": W["w"]}, "an optimizer's state"),
         ({"l.weight": W["w"], "l.weight_scale_inv": torch.ones(1)}, "fp8 or quantised"),
         ({"l.qweight": torch.ones(2, dtype=torch.int32), "l.qzeros": torch.ones(2, dtype=torch.int32)}, "quantised"),
+        ({"l.Qidxs": torch.ones(2, 2, dtype=torch.int64), "l.SU": torch.ones(2)}, "quantised"),
+        ({"l.packed": torch.ones(32, 32, dtype=torch.int64), "l.SU": torch.ones(2)}, "(i64) belongs to an fp8 or qu"),
         ({"l.weight": torch.ones(2).to(torch.float8_e4m3fn)}, "(f8_e4m3)"),
         ({"l.weight": torch.ones(2).to(torch.float8_e5m2)}, "(f8_e5m2)"),
         (
