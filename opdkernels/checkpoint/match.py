@@ -324,6 +324,7 @@ def _compare(pair: Pair, base: TensorInfo, trained: TensorInfo, match_kind: str)
 def _in_vocabulary(name: str) -> bool:
     role = parse_tensor_name(name)
     has_token_rows = role.module == "embed_tokens" or role.block == "lm_head"
+    has_token_rows |= "embed_tokens_per_layer" in name.split(".")  # Gemma 3n's second embedding of the tokens
     return has_token_rows and role.tower == "language"
 
 

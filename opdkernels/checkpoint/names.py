@@ -192,7 +192,9 @@ def _module(path: list[str], tokens: list[str]) -> tuple[str, str]:
         return "experts", "mlp"
     if _is_norm(leaf):
         return "norm", "norm"
-    if HEADS.intersection(path) or path in (["output"], ["proj_out"]) or path[-2:] == ["predictions", "decoder"]:
+    if HEADS.intersection(path) or path in (["output"], ["proj_out"], ["decoder"]):
+        return "lm_head", "lm_head"
+    if path[-2:] == ["predictions", "decoder"] or (leaf == "predictions" and tokens[-1] == "bias"):  # BERT's
         return "lm_head", "lm_head"
     if leaf in EMBEDDINGS:
         return "embed_tokens", "embedding"

@@ -88,7 +88,14 @@ def test_nothing_in_common_is_an_error() -> None:
         match(FakeCheckpoint({"a": (2,)}), FakeCheckpoint({"a": (3,)}))
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "wte.weight", "lm_head.weight", "lm_head.bias"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.embed_tokens.weight", "wte.weight", "lm_head.weight", "lm_head.bias"),
+        *("cls.predictions.bias", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
+        *("decoder.weight", "decoder.bias", "model.language_model.embed_tokens_per_layer.weight"),
+    ],
+)
 def test_a_resized_vocabulary_is_compared_on_the_common_rows(name: str) -> None:
     rest = () if name.endswith("bias") else (4,)
     small, large = FakeCheckpoint({name: (100, *rest)}), FakeCheckpoint({name: (104, *rest)})
