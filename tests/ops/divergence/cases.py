@@ -34,8 +34,8 @@ def call_divergence(
     """Forward and backward: moments, both sides' logits at ids, top ids, gradients of hidden states, weight, bias."""
     vocab, code, beta = len(student[1]), KIND_CODES[kind], 0.3
     student_params, teacher_params = [0.8, softcap, 1.3], [1.1, softcap, 1.3]
-    params = student_params, teacher_params
-    moments, logits_at_ids, tails, _ = kernel("divergence_scan")(student, teacher, ids, 1, vocab, *params, True)
+    params, tail_k = (student_params, teacher_params), min(1, ids.shape[1])
+    moments, logits_at_ids, tails, _ = kernel("divergence_scan")(student, teacher, ids, tail_k, vocab, *params, True)
     center = moments[5] - moments[1] + moments[3]
     shift = torch.zeros_like(center)
     if kind in ("jsd", "total_variation"):
@@ -57,7 +57,8 @@ def call_divergence(
         code,
         [True, True, True],
     )
-    return [moments, torch.cat([logits_at_ids, tails[..., None]], 2), top, *grads]
+    at_ids = torch.cat([logits_at_ids, tails[..., None]], 2) if tail_k else logits_at_ids
+    return [moments, at_ids, top, *grads]
 
 
 def assert_near(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], inputs: list[Any]) -> None:
