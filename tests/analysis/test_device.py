@@ -42,8 +42,8 @@ def large(tmp_path):
     """Tensors of several slices and small ones."""
     generator = torch.Generator().manual_seed(0)
     source = {
-        f"layers.{i}.w": torch.randn(n, generator=generator).bfloat16()
-        for i, n in enumerate((300, 700_000, 5, 0, 1_300_001))
+        f"layers.{i}.w": torch.randn(shape, generator=generator).bfloat16()
+        for i, shape in enumerate(((300,), (700_000,), (5,), (0, 8), (1_300_001,)))
     }
     return save(tmp_path / "a", source), save(tmp_path / "b", trained(source, size=1e-3))
 
