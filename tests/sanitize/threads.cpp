@@ -1,8 +1,10 @@
 // Every threaded kernel, on inputs large enough for several threads, for every instruction set: run by `make sanitize`
 // under ThreadSanitizer. The results for one thread and for four must be equal.
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 
 #include "../../csrc/common/cpu/dispatch.h"
 #include "../../csrc/common/cpu/parallel.h"
@@ -133,10 +135,15 @@ Outputs run_patch(int threads) {
 }
 }  // namespace
 
-// A race, to show that races are reported.
+// A race, to show that races are reported. Each task waits for the other one, so that two threads write.
 int race() {
   int count = 0;
-  parallel_tasks(64, 4, [&](int) { count++; });
+  std::atomic<int> started{0};
+  parallel_tasks(2, 2, [&](int) {
+    started.fetch_add(1, std::memory_order_relaxed);
+    while (started.load(std::memory_order_relaxed) < 2) std::this_thread::yield();
+    count++;
+  });
   return count;
 }
 

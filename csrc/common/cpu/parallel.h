@@ -39,7 +39,9 @@ void parallel_tasks(int n, int threads, Body body) {
   for (int t = 0; t < threads && t < n; t++)
     pool.emplace_back([&] {
       KeepSubnormals keep;
-      for (int i = next++; i < n; i = next++) body(i);
+      // Relaxed: the counter orders no accesses of different tasks, which would hide their races.
+      const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+      for (int i = take(); i < n; i = take()) body(i);
     });
   for (std::thread& thread : pool) thread.join();
   return;
