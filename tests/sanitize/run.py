@@ -50,7 +50,7 @@ def address_and_undefined(work: Path, tests: list[str]) -> int:
         "PYTHONPATH": str(work),
     }
     # Reports are written to the file descriptor of the standard error, which pytest leaves alone with --capture=sys.
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-n", "2", "--capture=sys"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-n", "2", "-p", "no:benchmark", "--capture=sys"]
     return subprocess.run([*command, *NOT_IN_EXTENSION, *tests], cwd=work, env=environment).returncode
 
 
