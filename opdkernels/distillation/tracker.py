@@ -98,7 +98,8 @@ class WeightCopy:
                 f"{printable(str(path))} has {size} bytes, and the model's weights {expected}; restore it from a copy,"
                 " or start again with --overwrite"
             )
-        data = np.memmap(path, np.uint8, "c") if expected else np.empty(0, np.uint8)  # torch wants writable memory
+        # torch wants writable memory
+        data: np.ndarray = np.memmap(path, np.uint8, "c") if expected else np.empty(0, np.uint8)
         self._num_faults = guard_array(data)
         if self._num_faults is None:
             data = np.fromfile(path, np.uint8, expected)
