@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from opdkernels.analysis.overlap_tables import run_names
-from opdkernels.analysis.summary import CoverageSummary, NonFinite, Part
+from opdkernels.analysis.summary import Count, CoverageSummary, NonFinite, Part
 from opdkernels.errors import printable
 from opdkernels.metrics.catalog import metrics_of
 from opdkernels.metrics.groups import TABLE_VERSION
@@ -19,7 +19,6 @@ from opdkernels.ops.overlap import MAX_RUNS
 from opdkernels.runs.run_dir import REMEDY
 from opdkernels.untrusted import read_json
 
-Count = Annotated[int, Field(ge=0)]
 Metrics = dict[str, float | int | None]
 STRATA = ("row", "column")  # metrics of the others are in every row
 COUNTS = {"numel", "nonfinite", "changed_a", "changed_b", "changed_both"}  # fields of `Pair`

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -23,6 +23,8 @@ from opdkernels.untrusted import read_json
 CURVE = [float(f"{10 ** (k / 10):.4g}") for k in range(-90, -9)]  # 1e-9 .. 1e-1
 ULP_LABELS = [f"< -{ULP_REACH}", *(str(d) for d in range(-ULP_REACH, ULP_REACH + 1)), f"> {ULP_REACH}"]
 
+Count = Annotated[int, Field(ge=0)]
+
 
 class Part(BaseModel):
     """A part of summary.json; unknown keys are errors."""
@@ -31,19 +33,19 @@ class Part(BaseModel):
 
 
 class Matched(Part):
-    tensors: int
-    parameters: int
-    how: dict[str, int] = Field(
+    tensors: Count
+    parameters: Count
+    how: dict[str, Count] = Field(
         description="How many tensors were matched in which way: exact, prefix, fused, common rows, tied."
     )
-    dtypes: dict[str, int] = Field(description="'base → trained' dtypes and how many tensors have them.")
+    dtypes: dict[str, Count] = Field(description="'base → trained' dtypes and how many tensors have them.")
 
 
 class CoverageSummary(Part):
     """How much of each side was compared, see `opdkernels.checkpoint.coverage`."""
 
-    compared: int = Field(description="Parameters that were compared.")
-    parameters: dict[str, int] = Field(description="Parameters of each side, without buffers and copies.")
+    compared: Count = Field(description="Parameters that were compared.")
+    parameters: dict[str, Count] = Field(description="Parameters of each side, without buffers and copies.")
     fractions: dict[str, float] = Field(description="Compared fraction of the parameters of each side.")
     uncompared: list[str] = Field(description="Sides that hold tensors which were not compared.")
     complete: bool = Field(description="Every tensor of every side was compared.")
@@ -75,7 +77,7 @@ class Ulp(Part):
     """Signed bf16 ULP distance from W to W', finite coordinates."""
 
     distance: list[str]
-    count: list[int]
+    count: list[Count]
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Ulp:
@@ -88,9 +90,9 @@ class Uncompared(Part):
     side: str
     name: str
     reason: str
-    shape: list[int]
+    shape: list[Count]
     dtype: str
-    numel: int
+    numel: Count
     kind: str
 
 
@@ -98,7 +100,7 @@ class BufferSummary(Part):
     name: str
     sides: str = Field(description='"both", "base" or "trained".')
     equal: bool | None = Field(description="Whether both sides have the same bits; null if they cannot be compared.")
-    numel: int
+    numel: Count
 
 
 class Failed(Part):
@@ -108,7 +110,7 @@ class Failed(Part):
 
 class NonFinite(Part):
     name: str
-    coordinates: int
+    coordinates: Count
 
 
 class Centre(Part):
@@ -131,15 +133,15 @@ def view_schema(view: str) -> dict[str, Any]:
 class Spectra(Part):
     """Matrices in the stored view. A metric that no matrix has is absent."""
 
-    matrices: int
-    without: dict[str, int] = Field(description="Why matrices have no spectra, and how many.")
+    matrices: Count
+    without: dict[str, Count] = Field(description="Why matrices have no spectra, and how many.")
     metrics: dict[str, Centre] = Field(json_schema_extra={"propertyNames": {"enum": [*SUMMARY_METRICS]}})
 
 
 class Distant(Part):
     """Matrices whose update has at least half of the norm of the base."""
 
-    matrices: int
+    matrices: Count
     fraction: float = Field(description="Their fraction of the coordinates of all matrices.")
     largest: str | None = Field(description="Name of the largest one.")
 
@@ -190,7 +192,7 @@ class Summary(Part):
     )
     distant: Distant = Field(description="Matrices that do not look like the start and the end of one run.")
     verdict: Verdict
-    null_kinds: dict[str, int] = Field(description="Which null was nearest, and in how many tensors that changed.")
+    null_kinds: dict[str, Count] = Field(description="Which null was nearest, and in how many tensors that changed.")
     curve: Curve
     ulp: Ulp
     excluded: list[Uncompared] = Field(description="In both checkpoints but not compared; the run ends with status 3.")

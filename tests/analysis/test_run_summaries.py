@@ -69,6 +69,8 @@ def test_what_is_written_is_valid(runs, command):
         ("analyze", ("curve", "eps", 3), 0.5, "eps are other thresholds"),
         ("analyze", ("curve", "null"), [], "one value per threshold"),
         ("analyze", ("ulp", "count"), [1, 2], "one count per distance"),
+        ("analyze", ("ulp", "count", 4), -1, "ulp.count.4"),
+        ("analyze", ("matched", "parameters"), -1, "matched.parameters"),
         ("analyze", ("distant", "matrices"), "few", "distant.matrices"),
     ],
 )
