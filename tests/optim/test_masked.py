@@ -350,7 +350,7 @@ def test_grad_scaler_skips_and_steps():
 
 
 def test_learning_rate_may_be_tensor_or_number():
-    """Lr as a tensor, changed in place."""
+    """`lr` as a tensor, changed in place."""
     results = []
     for lr in (1e-2, torch.tensor(1e-2, dtype=torch.float64)):
         params = model_of()
@@ -365,7 +365,7 @@ def test_learning_rate_may_be_tensor_or_number():
 
 
 def test_operator_compiles_with_fullgraph():
-    """Fullgraph, with scalars as a tensor, so that no step count or rate is a constant of the graph."""
+    """With fullgraph=True and scalars as a tensor, so that no step count or rate is a constant of the graph."""
     params, masks = model_of(), masks_of()
     optimizer = MaskedAdamW(params.items(), masks=masks)
     binding = optimizer._bindings_by_group[0][0]
