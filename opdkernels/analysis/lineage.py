@@ -8,19 +8,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from opdkernels.checkpoint.base import Checkpoint
-from opdkernels.checkpoint.match import Pair, match
+from opdkernels.checkpoint.match import match
 from opdkernels.checkpoint.open import open_checkpoint, repeated_path
 from opdkernels.config import LineageOptions
 from opdkernels.errors import InputError, UsageError, printable
+from opdkernels.metrics.distance import sampled_distance
 from opdkernels.metrics.verdict import UNRELATED
-from opdkernels.ops.delta import delta, exact_float
-
-MAX_TENSORS = 32  # sampled tensors, evenly over the file: first and last layers change differently
-SLICE = 1 << 14  # elements of one sampled slice
-MAX_SLICES = 4  # slices per tensor
 
 
 def rank_candidates(
@@ -61,48 +55,19 @@ def distance(base: Checkpoint, child: Checkpoint) -> dict[str, Any]:
     """Distance of two open checkpoints from a sample of the matched tensors.
 
     Returns:
-        relative_norm: ||child - base|| / ||base||, the median over sampled tensors weighted by their size; bit_equal:
-        fraction of sampled coordinates with the same bits; compared: fraction of the child's parameters that match;
-        sampled: number of sampled coordinates; plausible: whether this can be the base.
+        relative_norm: as in `opdkernels.metrics.distance.Distance`; bit_equal: fraction of sampled coordinates with the
+        same bits; compared: fraction of the child's parameters that match; sampled: number of sampled coordinates;
+        plausible: whether this can be the base.
     """
     pair = match(base, child)
-    tallies = [sampled_tally(pair, index) for index in sample_of(pair)]
-    norms, weights, equal, total = [], [], 0, 0
-    for size, tally in tallies:
-        equal, total = equal + tally.bit_equal, total + tally.numel
-        base_norm = exact_float(tally.sum_base_sq)
-        if base_norm > 0 and tally.nonfinite == 0:
-            norms.append(math.sqrt(exact_float(tally.sum_delta_sq) / base_norm))
-            weights.append(size)
-    if not norms:
+    sample = sampled_distance(pair)
+    if sample.relative_norm is None:
         raise InputError(f"{base.path} has no tensor with finite values to compare; give another candidate")
-    order = np.argsort(norms)
-    below = np.cumsum(np.array(weights, float)[order])
-    relative_norm = float(np.array(norms)[order][np.searchsorted(below, below[-1] / 2)])
     coverage = pair.coverage
     return {
-        "relative_norm": relative_norm,
-        "bit_equal": equal / total,
+        "relative_norm": sample.relative_norm,
+        "bit_equal": sample.bit_equal / sample.sampled,
         "compared": coverage.fractions["trained"],
-        "sampled": total,
-        "plausible": coverage.sufficient and relative_norm < UNRELATED,
+        "sampled": sample.sampled,
+        "plausible": coverage.sufficient and sample.relative_norm < UNRELATED,
     }
-
-
-def sample_of(pair: Pair) -> list[int]:
-    """Indices of the sampled matches: matrices if there are any, evenly over the file."""
-    usable = [i for i, m in enumerate(pair.matches) if m.numel and len(m.shape) > 1]
-    usable = usable or [i for i, m in enumerate(pair.matches) if m.numel]
-    count = min(MAX_TENSORS, len(usable))
-    return [usable[i] for i in sorted({round(x) for x in np.linspace(0, len(usable) - 1, count)})] if count else []
-
-
-def sampled_tally(pair: Pair, index: int) -> tuple[int, Any]:
-    """Size of a match, and the tally of slices evenly over it."""
-    matched = pair.matches[index]
-    tally = None
-    count = min(MAX_SLICES, -(-matched.numel // SLICE))
-    for start in np.linspace(0, max(0, matched.numel - SLICE), count).astype(int).tolist():
-        base, child = pair.read(matched, start, min(start + SLICE, matched.numel))
-        tally = delta(base, child, out=tally)
-    return matched.numel, tally

@@ -25,6 +25,7 @@ from opdkernels.files import write_json
 from opdkernels.formatting import percent
 from opdkernels.metrics import groups
 from opdkernels.metrics.batch import to_bf16_bits
+from opdkernels.metrics.distance import unrelated_note
 from opdkernels.metrics.tallies import SCHEMA_VERSION
 from opdkernels.ops.overlap import MAX_RUNS, Overlap, overlap, strata_chance
 from opdkernels.progress import Progress
@@ -104,12 +105,16 @@ def run_overlap(
         )
         with open_run_dir(out, run_info, options.overwrite) as folder:
             common, excluded = match_in_all(pairs, [f"run {name}" for name in names])
+            notes = [
+                f"run {name}: {note}" for name, pair in zip(names, pairs, strict=True) if (note := unrelated_note(pair))
+            ]
             overlaps = count_overlaps(pairs, common, options, progress)
             for checkpoint in checkpoints:
                 checkpoint.check()
             rows = [row for tensor in overlaps for row in tensor_rows(tensor)]
             summary = summarize([checkpoint.path for checkpoint in checkpoints], overlaps, rows, excluded, options.atol)
             summary["coverage"] = common_coverage(pairs, [f"run {name}" for name in names], common).to_dict()
+            summary["notes"] = notes
             result = Overlaps(groups.rows_to_arrow(rows), summary, run_info, folder)
             if folder is not None:
                 groups.write_parquet(folder / "overlap.parquet", result.tensors)

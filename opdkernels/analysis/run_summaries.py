@@ -79,6 +79,7 @@ class OverlapSummary(Part):
     excluded: list[Excluded]
     nonfinite: list[NonFinite]
     coverage: CoverageSummary
+    notes: list[str]
 
     @model_validator(mode="after")
     def _check_runs(self) -> OverlapSummary:

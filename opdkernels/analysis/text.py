@@ -106,6 +106,7 @@ def format_overlap(result: Overlaps) -> list[str]:
             for stratum in ("row", "column")
             if f"over_{stratum}" in pair
         ]
+    text += [f"note: {note}" for note in summary["notes"]]
     text += excluded_lines(summary["excluded"])
     text += [f"NaN or Inf: {printable(nonfinite_line(tensor))}" for tensor in summary["nonfinite"][:MAX_LISTED]]
     return text + finished_line(result)

@@ -47,6 +47,7 @@ def changed(base: Base, trained: Trained, *, out: OutFile, **options: Any) -> No
     validate_out(out, {"BASE": base, "TRAINED": trained})
     with warnings.catch_warnings():  # `save` prints the coverage
         warnings.simplefilter("ignore", UserWarning)
+        warnings.filterwarnings("default", "unrelated: ", UserWarning)
         active = masks.changed(base, trained, atol=chosen.atol, view=chosen.view)
     save(active, out, chosen.overwrite)
 
@@ -63,6 +64,7 @@ def top_changed(base: Base, trained: Trained, *, out: OutFile, **options: Any) -
     validate_out(out, {"BASE": base, "TRAINED": trained})
     with warnings.catch_warnings():  # `save` prints the coverage
         warnings.simplefilter("ignore", UserWarning)
+        warnings.filterwarnings("default", "unrelated: ", UserWarning)
         active = masks.top_changed(base, trained, chosen.density, scope=chosen.scope)
     save(active, out, chosen.overwrite)
 

@@ -30,6 +30,7 @@ from opdkernels.checkpoint.tied import copies
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.masks.mask import Mask
 from opdkernels.masks.mask_set import MaskSet
+from opdkernels.metrics.distance import warn_if_unrelated
 from opdkernels.ops.delta import base_and_delta, delta
 from opdkernels.ops.gram import gram, symmetric
 from opdkernels.spectral import principal as selection
@@ -111,8 +112,8 @@ def changed(
         trained shape and those rows are active.
 
     Warns:
-        UserWarning: Too little was compared, see `opdkernels.checkpoint.coverage.Coverage.sufficient`, or coordinates
-            are NaN or Inf.
+        UserWarning: The checkpoints do not look like the start and the end of one run, too little was compared, see
+            `opdkernels.checkpoint.coverage.Coverage.sufficient`, or coordinates are NaN or Inf.
 
     Raises:
         InputError: A checkpoint cannot be read.
@@ -128,6 +129,7 @@ def changed(
     threshold_bits = (int(torch.tensor([atol]).bfloat16().view(torch.int16)),)
     masks, nonfinite = {}, 0
     with contextlib.closing(open_pair(base, trained)) as pair:
+        warn_if_unrelated(pair)
         for match in pair.matches:
             bitmap = np.zeros((match.numel + 7) // 8, np.uint8)
             for first in range(0, match.numel, STEP):
@@ -172,7 +174,8 @@ def top_changed(
         changed from 0, and the mask has the trained shape.
 
     Warns:
-        UserWarning: Too little was compared, see `opdkernels.checkpoint.coverage.Coverage.sufficient`.
+        UserWarning: The checkpoints do not look like the start and the end of one run, or too little was compared, see
+            `opdkernels.checkpoint.coverage.Coverage.sufficient`.
 
     Raises:
         InputError: A checkpoint cannot be read, or a difference is NaN or Inf.
@@ -183,6 +186,7 @@ def top_changed(
     """
     validate_density(density, scope)
     with contextlib.closing(open_pair(base, trained)) as pair:
+        warn_if_unrelated(pair)
 
         def reader(match: Match) -> Callable[[int, int], torch.Tensor]:
             def read(first: int, stop: int) -> torch.Tensor:

@@ -159,11 +159,7 @@ def pair_verdict(summary: Mapping[str, Any], matrices: Sequence[Comparison]) -> 
         return verdict("not finite", "not finite: every coordinate, or its change, is NaN or Inf")
     relative_norm = summary["median_relative_norm"]
     if relative_norm is not None and relative_norm >= UNRELATED:
-        return verdict(
-            "unrelated",
-            f"unrelated: the relative norm of the update is {percent(relative_norm)} in the median matrix, so these do "
-            "not look like the start and the end of one run; `opdkernels lineage` finds the base among candidates",
-        )
+        return verdict("unrelated", unrelated_sentence(relative_norm))
     if summary["distant"]["fraction"] > MAX_DISTANT:
         return verdict("unrelated in part", f"unrelated in part: {distant_sentence(summary['distant'])}")
     comparisons = [*tensor_comparisons(visible), *matrices]
@@ -204,6 +200,14 @@ def equal_in(summary: Mapping[str, Any]) -> str:
     """What equal coordinates have in common: their bits, or their values where the sides have different dtypes."""
     dtypes = [dtype.split(" → ") for dtype in summary["matched"]["dtypes"]]
     return "the same bits" if all(a == b for a, b in dtypes) else "the same value, stored in other dtypes"
+
+
+def unrelated_sentence(relative_norm: float) -> str:
+    """What a relative norm of at least UNRELATED in the median matrix means, in one sentence."""
+    return (
+        f"unrelated: the relative norm of the update is {percent(relative_norm)} in the median matrix, so these do "
+        "not look like the start and the end of one run; `opdkernels lineage` finds the base among candidates"
+    )
 
 
 def distant_sentence(distant: Mapping[str, Any]) -> str:

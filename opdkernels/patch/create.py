@@ -6,18 +6,21 @@ import contextlib
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo
+from opdkernels.checkpoint.base import DTYPES, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo
+from opdkernels.checkpoint.buffers import is_buffer
+from opdkernels.checkpoint.match import Match, Pair
 from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.checkpoint.safetensors import stored_dtype
 from opdkernels.checkpoint.sharded import ShardedCheckpoint
 from opdkernels.errors import InputError, printable
 from opdkernels.files import UNPAIRED_SURROGATE
+from opdkernels.metrics.distance import warn_if_unrelated
 from opdkernels.ops.patch import GatherBuffers, digest, gather
 from opdkernels.outputs import PATCH, new_file
 from opdkernels.patch import output, segments
@@ -76,6 +79,9 @@ def create(
     Returns:
         What `info` returns.
 
+    Warns:
+        UserWarning: The checkpoints do not look like the start and the end of one run.
+
     Raises:
         InputError: An input cannot be read, or `out` is an input or a file that may not be replaced.
         UsageError: `out` is empty.
@@ -90,6 +96,8 @@ def create(
         temporary = stack.enter_context(new_file(out, PATCH, inputs=inputs, overwrite=overwrite))
         workers = stack.enter_context(contextlib.closing(output.Workers()))
         work = Creation(base_checkpoint, trained_checkpoint, workers, zstd, progress)
+        base_names = {plan.info.name: plan.base.name for plan in work.plan if plan.base is not None}
+        warn_if_unrelated(pair_of(base_checkpoint, trained_checkpoint, base_names))
         with contextlib.closing(output.Writer(temporary, os.fspath(out), workers.depth)) as writer:
             work.write(writer)
         base_checkpoint.check()
@@ -272,6 +280,19 @@ def planned(base: ShardedCheckpoint, trained: ShardedCheckpoint) -> list[Planned
         else:
             plans.append(Planned(info, None, f"whole:{holder}"))
     return plans
+
+
+def pair_of(base: ShardedCheckpoint, trained: ShardedCheckpoint, base_names: Mapping[str, str]) -> Pair:
+    """Returns the trained parameters that have a delta, each with the base tensor named in `base_names`."""
+    return Pair(
+        base,
+        trained,
+        [
+            Match(name, name, base.tensors[base_name], info, info.numel, info.shape, 0, 0, "exact")
+            for name, base_name in base_names.items()
+            if (info := trained.tensors[name]).dtype in DTYPES and not is_buffer(name, info.shape, info.dtype)
+        ],
+    )
 
 
 def in_order(trained: ShardedCheckpoint) -> list[TensorInfo]:

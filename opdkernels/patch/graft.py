@@ -25,9 +25,18 @@ from opdkernels.checkpoint.tied import copies
 from opdkernels.checkpoint.unsupported import validate_no_adapter
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.masks import MaskSet, map_masks
+from opdkernels.metrics.distance import warn_if_unrelated
 from opdkernels.outputs import new_folder
 from opdkernels.patch import output, segments
-from opdkernels.patch.create import extra_file_names, headers_of, in_order, make_index, small_file, weights_name
+from opdkernels.patch.create import (
+    extra_file_names,
+    headers_of,
+    in_order,
+    make_index,
+    pair_of,
+    small_file,
+    weights_name,
+)
 from opdkernels.progress import Progress
 
 LAYERS = re.compile(r"layers?=(\d{1,9})(?:-(\d{1,9}))?")
@@ -66,6 +75,9 @@ def graft(
         trained and base differ; `files`; `coverage`, the fraction of each side's parameters that has a counterpart; and
         `unmatched`, the tensors that the base lacks.
 
+    Warns:
+        UserWarning: The checkpoints do not look like the start and the end of one run.
+
     Raises:
         InputError: An input cannot be read or does not fit, a selected tensor is missing from the base, or `out` is not
             new or empty.
@@ -90,6 +102,7 @@ def graft(
             masks = mapped_masks(masks, trained_checkpoint, infos)
         selected = select_names([info.name for info in infos], terms)
         validate_selection(infos, base_names, selected, masks)
+        warn_if_unrelated(pair_of(base_checkpoint, trained_checkpoint, base_names))
         headers = headers_of(trained_checkpoint, infos)
         files = {
             name: name if header is not None else weights_name(name)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from opdkernels.analysis.overlap import Overlaps
+from opdkernels.errors import printable
 from opdkernels.metrics.catalog import METRICS
 from opdkernels.metrics.verdict import AS, LESS, MORE, words
 from opdkernels.report import heat_map, typography
 from opdkernels.report.glossary import glossary
-from opdkernels.report.run_info import coverage, files, non_empty, nonfinite, run_info, section, tensor
+from opdkernels.report.run_info import Item, coverage, files, non_empty, nonfinite, run_info, section, tensor
 from opdkernels.report.tables import Column, build, columns_of, layer_cell, sorted_modules
 from opdkernels.report.typography import measure, percent, times
 
@@ -164,4 +165,5 @@ def left_out(summary: dict[str, Any]) -> list[dict[str, Any]]:
             [tensor(entry["name"], entry["reason"]) for entry in summary["excluded"]],
         ),
         nonfinite(summary["nonfinite"]),
+        section("Notes", "", [Item(reason=printable(note)) for note in summary["notes"]]),
     )

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from opdkernels import UsageError, lineage
-from opdkernels.analysis import lineage as module
 from opdkernels.analysis.text import format_lineage
+from opdkernels.metrics import distance as module
 from tests.analysis.conftest import save, trained, weights
 
 
