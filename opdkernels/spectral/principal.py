@@ -24,7 +24,6 @@ from opdkernels.spectral.exact import RATIOS
 from opdkernels.spectral.randomized import unit
 
 THRESHOLDS = (0.0, 1e-5)  # a coordinate is changed if |delta| exceeds the threshold, compared in the dtype of delta
-SUBSETS = ("all", *(f"changed_{threshold:g}" for threshold in THRESHOLDS))
 COUNTS = (
     "total",
     "principal",

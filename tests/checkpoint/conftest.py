@@ -14,6 +14,25 @@ import pytest
 import torch
 
 from opdkernels.checkpoint.base import FileFingerprint, TensorInfo
+from opdkernels.checkpoint.open import open_checkpoint
+from opdkernels.errors import InputError
+
+
+def error_message(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """The message of the InputError that a call raises: one printable line with a remedy."""
+    with pytest.raises(InputError) as caught:
+        call(*arguments, **options)
+    message = str(caught.value)
+    assert message.isprintable(), message
+    assert ";" in message, message
+    return message
+
+
+def open_error(path: Path) -> str:
+    """The message for a checkpoint that cannot be opened; it names the file or folder."""
+    message = error_message(open_checkpoint, path)
+    assert path.name in message, message
+    return message
 
 
 def encode(header: dict[str, Any] | bytes | str, data: bytes = b"", length: int | None = None) -> bytes:
@@ -103,8 +122,3 @@ class FakeCheckpoint:
     def check(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-@pytest.fixture
-def fake_checkpoint() -> type[FakeCheckpoint]:
-    return FakeCheckpoint

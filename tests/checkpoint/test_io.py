@@ -13,7 +13,8 @@ import torch
 from opdkernels.checkpoint import io as checkpoint_io
 from opdkernels.checkpoint.io import Buffer, OpenFile
 from opdkernels.checkpoint.open import open_checkpoint
-from opdkernels.errors import InputError, UsageError
+from opdkernels.errors import UsageError
+from tests.checkpoint.conftest import error_message
 
 VALUES = torch.arange(5000, dtype=torch.float32)
 FORMATS = {
@@ -27,15 +28,6 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     path = tmp_path / request.param
     FORMATS[request.param](path)
     return path
-
-
-def error_message(call: object, *arguments: object) -> str:
-    with pytest.raises(InputError) as caught:
-        call(*arguments)  # type: ignore[operator]
-    message = str(caught.value)
-    assert message.isprintable(), message
-    assert ";" in message, message
-    return message
 
 
 @pytest.mark.usefixtures("no_guard")

@@ -5,27 +5,18 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 
 from opdkernels.checkpoint.open import open_checkpoint
-from opdkernels.errors import InputError, UsageError
+from opdkernels.errors import UsageError
+from tests.checkpoint.conftest import error_message
 
 pytestmark = pytest.mark.usefixtures("no_guard")
 
 W = {"w": torch.ones(2)}
-
-
-def open_error(path: Any) -> str:
-    with pytest.raises(InputError) as caught:
-        open_checkpoint(path)
-    message = str(caught.value)
-    assert message.isprintable(), message
-    assert ";" in message, message
-    return message
 
 
 def save(folder: Path, *names: str) -> None:
@@ -81,20 +72,20 @@ def test_the_folder_around_checkpoints_names_one(tmp_path: Path, names: list[str
         if name not in ("logs", "refs"):
             save(tmp_path / name, "model.safetensors")
     expected = tmp_path / {"checkpoint-9": "checkpoint-100"}.get(names[0], names[0])
-    message = open_error(tmp_path)
+    message = error_message(open_checkpoint, tmp_path)
     assert message.endswith(f"holds no checkpoint itself; give a folder in it that does, such as {expected}")
 
 
 def test_a_configuration_that_cannot_be_found_is_no_absent_one(tmp_path: Path) -> None:
     save(tmp_path, "model.safetensors")
     (tmp_path / "config.json").symlink_to("blobs/nowhere")
-    assert "config.json does not exist; download it again" in open_error(tmp_path)
+    assert "config.json does not exist; download it again" in error_message(open_checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize("names", [["a.safetensors", "b.safetensors"], ["a.pt", "b.pt"], ["a.bin", "b.pth"]])
 def test_two_models_in_a_folder_are_ambiguous(tmp_path: Path, names: list[str]) -> None:
     save(tmp_path, *names)
-    message = open_error(tmp_path)
+    message = error_message(open_checkpoint, tmp_path)
     assert all(name in message for name in names)
     assert "give the path" in message
 
@@ -112,7 +103,7 @@ def test_config_is_read_from_the_folder_of_the_checkpoint(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
     assert open_checkpoint(tmp_path).config == open_checkpoint(tmp_path / "model.safetensors").config != {}
     (tmp_path / "config.json").write_text("{")
-    assert "config.json is not JSON" in open_error(tmp_path)
+    assert "config.json is not JSON" in error_message(open_checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +128,7 @@ def test_config_is_read_from_the_folder_of_the_checkpoint(tmp_path: Path) -> Non
 def test_folders_of_other_formats_are_rejected_by_name(tmp_path: Path, names: list[str], says: str) -> None:
     for name in names:
         (tmp_path / name).write_bytes(b"x")
-    assert says in open_error(tmp_path)
+    assert says in error_message(open_checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +145,7 @@ def test_folders_of_other_formats_are_rejected_by_name(tmp_path: Path, names: li
 )
 def test_files_of_other_formats_are_rejected_by_name(tmp_path: Path, name: str, content: bytes, says: str) -> None:
     (tmp_path / name).write_bytes(content)
-    message = open_error(tmp_path / name)
+    message = error_message(open_checkpoint, tmp_path / name)
     assert says in message
     assert name in message
 
@@ -193,7 +184,7 @@ def test_adapter_optimizer_and_quantised_tensors_are_rejected_by_name(
         torch.save(tensors, tmp_path / name)
     else:
         safetensors.torch.save_file(tensors, tmp_path / name)
-    message = open_error(tmp_path)
+    message = error_message(open_checkpoint, tmp_path)
     assert says in message
     assert name in message
     assert "tensor " in message
@@ -207,18 +198,18 @@ def test_scales_without_quantisation_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["s3://bucket/model", "hf://org/name", "https://example.org/x\x1b[31m"])
 def test_urls_are_rejected(path: str) -> None:
-    assert "addresses are not read" in open_error(path)
+    assert "addresses are not read" in error_message(open_checkpoint, path)
 
 
 @pytest.mark.parametrize("path", ["no/such/deep/path", "/no/such", "nothing", "bad\0path", "x\x1b]0;title\x07"])
 def test_a_path_that_does_not_exist_is_rejected(path: str) -> None:
-    assert "does not exist; give" in open_error(path)
+    assert "does not exist; give" in error_message(open_checkpoint, path)
 
 
 def test_a_missing_path_under_an_existing_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert "runs/step20 does not exist; give" in open_error("runs/step20")
+    assert "runs/step20 does not exist; give" in error_message(open_checkpoint, "runs/step20")
 
 
 def test_a_local_path_has_no_revision(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from opdkernels.checkpoint import base as limits
 from opdkernels.checkpoint.io import torch_dtype
 from opdkernels.checkpoint.open import open_checkpoint
 from opdkernels.errors import InputError
+from tests.checkpoint.conftest import open_error
 
 pytestmark = pytest.mark.usefixtures("no_guard")
 
@@ -31,17 +32,6 @@ def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, objec
 
 def bits(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def open_error(path: Path) -> str:
-    with pytest.raises(InputError) as caught:
-        open_checkpoint(path)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1, message
-    assert message.isprintable(), message
-    assert path.name in message, message
-    assert ";" in message, message
-    return message
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

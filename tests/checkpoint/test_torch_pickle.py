@@ -16,7 +16,7 @@ import torch
 
 from opdkernels.checkpoint import torch_pickle
 from opdkernels.checkpoint.open import open_checkpoint
-from opdkernels.errors import InputError
+from tests.checkpoint.conftest import open_error
 
 pytestmark = pytest.mark.usefixtures("no_guard")
 
@@ -26,16 +26,6 @@ LEGACY = {"_use_new_zipfile_serialization": False}
 
 def bits(tensor: torch.Tensor) -> bytes:
     return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def open_error(path: Path) -> str:
-    with pytest.raises(InputError) as caught:
-        open_checkpoint(path)
-    message = str(caught.value)
-    assert message.isprintable(), message
-    assert path.name in message, message
-    assert ";" in message, message
-    return message
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_truncation_is_rejected(small):
 
 
 def test_flipped_bits_are_rejected(small):
-    """Of the data each 97th byte; of the header, where padding is free, all that is read."""
+    """Tests a sample of the bytes of the data and of the header. The padding of the header is not verified."""
     base, patch = small
     content = patch.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
@@ -64,28 +64,16 @@ def test_flipped_bits_are_rejected(small):
         damaged = bytearray(content)
         damaged[at] ^= 1 << at % 8
         patch.write_bytes(damaged)
-        with pytest.raises(InputError) as error, Opened(base, patch):
-            pass
+        with pytest.raises(InputError) as error:
+            apply(base, patch, patch.parent / "out")
         assert "\n" not in str(error.value)
+        assert not (patch.parent / "out").exists()
     header = content[8:start].rstrip()
     for at in range(8, 8 + len(header), 13):
         damaged = bytearray(content)
         damaged[at] ^= 2
         patch.write_bytes(damaged)
         rejection(base, patch)
-
-
-class Opened:
-    """Everything that is verified before a byte is written, without the writing."""
-
-    def __init__(self, base: str, patch: Path) -> None:
-        self.base, self.patch = base, patch
-
-    def __enter__(self) -> None:
-        apply(self.base, self.patch, self.patch.parent / "out")
-
-    def __exit__(self, *_) -> None:
-        assert not (self.patch.parent / "out").exists()
 
 
 def test_files_of_other_formats_are_rejected(small, tmp_path):
@@ -200,7 +188,7 @@ def test_inconsistent_manifests_are_rejected(small, name):
 
 
 def replace_header(patch: Path, change) -> None:
-    """Another header for the file that the patch makes, with its digest right."""
+    """Replaces the header of the file that the patch restores, and its digest."""
     header, data = split(patch)
     at = header["header:model.safetensors"]["data_offsets"]
     table = json.loads(data[at[0] + 8 : at[1]])
@@ -250,7 +238,7 @@ def test_hostile_names_are_escaped(tmp_path):
 
 
 def test_change_of_the_patch_during_reading_is_detected(small, monkeypatch):
-    """Between verifying and writing; what is written is held against its digest all the same."""
+    """The change comes between verifying and writing: written bytes are compared with their digest again."""
     base, path = small
     content = path.read_bytes()
     verify = Application.verify
