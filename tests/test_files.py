@@ -15,8 +15,14 @@ from opdkernels.files import atomic_file, atomic_folder, is_temporary, remove_le
 LEFTOVER = ".{}.opdkernels-0123456789abcdef.tmp"
 
 
-def test_two_writers_of_one_file_never_share_a_temporary_file(tmp_path):
-    """As in two containers with one volume: process and thread have the same numbers."""
+@pytest.mark.parametrize("names", ["random", "equal"])
+def test_two_writers_of_one_file_never_share_a_temporary_file(tmp_path, monkeypatch, names):
+    """As in two containers with one volume: process and thread have the same numbers. The file is created exclusively,
+    so that equal random numbers on a file system without locks do no harm either."""
+    if names == "equal":
+        draws = iter(["0" * 16, "0" * 16, "f" * 16])
+        monkeypatch.setattr(files.secrets, "token_hex", lambda num_bytes: next(draws))
+        monkeypatch.setattr(files, "try_lock", lambda descriptor: None)
     path = tmp_path / "p"
     with atomic_file(path) as first:
         first.write_bytes(b"first")
