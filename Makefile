@@ -1,6 +1,6 @@
 # Every target sets itself up on a machine with python3 (3.10 or newer), git, g++ and make.
 PYTHON ?= python3
-# Processes that run the tests, a file each at a time; WORKERS=0 runs them in pytest's own process.
+# Processes that run the tests, one file at a time in each; WORKERS=0 runs them in pytest's own process.
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,7 +31,7 @@ lint: $(READY)
 fuzz: $(READY)
 	$(BIN)/python -m tests.robustness.fuzz --seconds 3600
 
-# The optimizers in the trainers that people use, in an environment of their own.
+# The optimizers in the trainers that people use, in a separate environment.
 trainers:
 	$(PYTHON) -m venv .venv-trainers
 	.venv-trainers/bin/python -m pip install -q -c constraints-trainers.txt torch setuptools wheel pybind11

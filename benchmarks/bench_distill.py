@@ -1,6 +1,6 @@
 """The training loop next to TRL's DistillationTrainer: on-policy reverse KL with the same models, prompts and lengths.
 
-Each runs in a process of its own, in turn. Also fractions of a step's time and, for a real vocabulary, what full logits
+Each runs in a separate process, in turn. Also fractions of a step's time and, for a real vocabulary, what full logits
 cost.
 
     python benchmarks/run.py benchmarks/bench_distill.py --trl-python PYTHON

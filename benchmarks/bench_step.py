@@ -87,7 +87,7 @@ def test_masked_adamw_against_eager_and_fused(benchmark, row, dtype):
 
 
 def test_bits_against_places(benchmark, row):
-    """A step of 67 M fp32 parameters by bits and by places, at densities around that where both take as many bytes."""
+    """A step of 67 M fp32 parameters with a bitmap and with indices, at densities where both take similar memory."""
     generator = torch.Generator().manual_seed(0)
     param, grad = (torch.randn(1 << 26, generator=generator) for _ in range(2))
     scalars = adamw_scalars([1], **HYPER)

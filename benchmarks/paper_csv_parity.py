@@ -31,8 +31,8 @@ from opdkernels.spectral.principal import COUNTS, THRESHOLDS
 
 FILES = ("tensor_metrics", "svd_metrics", "base_geometry_metrics", "mask_overlap_metrics")
 LIMIT = 1e-5
-MASK_LIMIT = 1e-4  # of a mask's coordinates, or one, those that rounding in fp32 may take across its cut
-LARGEST_SVD = 1 << 23  # coordinates of a matrix that is held against fp64
+MASK_LIMIT = 1e-4  # of a mask's coordinates, or one: those that fp32 rounding may move across its threshold
+LARGEST_SVD = 1 << 23  # coordinates of a matrix that is compared with fp64
 
 
 def write_pairs(folder: Path) -> list[tuple[Path, Path]]:
@@ -75,7 +75,7 @@ def difference(ours: object, theirs: object) -> float:
 
 
 def tie_bounds(record: SpectrumRecord, ratio: int, subset: int) -> dict[str, tuple[float, float]]:
-    """Least and greatest count of each mask within a subset, over all ways to break ties at the cuts."""
+    """Least and greatest count of each mask within a subset, over all ways to break ties at the thresholds."""
     count = dict(zip(COUNTS, record.masks[ratio, subset].tolist(), strict=True))
     every = dict(zip(COUNTS, record.masks[ratio, 0].tolist(), strict=True))
     _, taken, low_taken = record.mask_sizes[ratio].tolist()

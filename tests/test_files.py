@@ -1,4 +1,4 @@
-"""Atomic files and folders: complete or absent, under temporary names of their own; nothing of killed runs stays."""
+"""Atomic files and folders: complete or absent, under separate temporary names; killed runs leave no files."""
 
 from __future__ import annotations
 

@@ -334,7 +334,7 @@ def test_eager_gradients_match_the_kernel(kind):
 
 
 def test_command_checks_measures_and_writes_one_file(tmp_path, capfd):
-    """As on a GPU, in two halves: each keeps the results of the other."""
+    """Checks and measurements run separately: each keeps the results of the other."""
     common = ["--device", "cpu", "--small", "--no-build", "--out", str(tmp_path)]
     assert command.main([*common, "--tests", "--only", "uses_current_stream,memcheck"]) == 0
     assert command.main([*common, "--bench", "--only", "limits,backends"]) == 0

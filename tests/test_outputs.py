@@ -298,7 +298,7 @@ def test_leftovers_of_the_same_output_are_removed(place):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_leftover_of_a_finished_output_is_removed(place, name):
-    """Of a process that was killed after the output had its name and before the temporary one was removed."""
+    """The process was killed after the output got its name and before its temporary name was removed."""
     assert command(name, "out")[0] == 0
     os.link("out", ".out.opdkernels-0123456789abcdef.tmp")
     assert command(name, "out")[0] == (4 if name == "patch create" else 0)
@@ -362,7 +362,7 @@ def test_markers_are_those_that_are_written(place):
 
 
 def test_overwrite_removes_all_that_runs_write(place):
-    """The names that a kind of folder owns are those that its commands write: nothing of an earlier run stays."""
+    """The names that a kind of folder owns are those that its commands write: no file of an earlier run remains."""
     trajectory("base", "trained", "third", out="out", csv=True)
     analyze("base", "trained", "out", csv=True, paper_csv=True, overwrite=True)
     fresh = place / "fresh"

@@ -62,7 +62,7 @@ def matches_cpu(family: Family, backend: Backend, device: torch.device, sizes: t
 def matches_cpu_on_special_cases(
     family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES
 ) -> None:
-    """Hostile values, options and edge cases, which have sizes of their own."""
+    """Hostile values, options and edge cases, which have their own sizes."""
     for case in special_cases(family):
         check(case, backend, device)
 

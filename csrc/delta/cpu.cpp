@@ -13,7 +13,7 @@ constexpr int64_t FOLD_AFTER = int64_t(1) << 30;  // coordinates a thread counts
 struct CallCounts {  // the counts of one call, before they are added to the caller's
   std::vector<int64_t> tables = std::vector<int64_t>((HIST_BASE_OVER + OPD_MAX_VISIBLE_THRESHOLDS) * OPD_BINS);
   int64_t counts[NUM_COUNTS];
-  // Bins in use besides bin 0, which always is: a tensor's magnitudes fill few of the 2^15.
+  // First and last bin in use besides bin 0, which is always in use: a tensor uses few of the 2^15 magnitudes.
   int first = OPD_BINS, last = 0;
 
   int64_t* table(int t) { return tables.data() + (size_t)t * OPD_BINS; }

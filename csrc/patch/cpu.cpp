@@ -15,7 +15,7 @@ int block_size(int64_t n, int64_t block) {
 
 int64_t blocks_of(int64_t n) { return (n + OPD_PATCH_BLOCK - 1) / OPD_PATCH_BLOCK; }
 
-// Lowers `bad` to an invalid block; -1 stands for none.
+// Lowers `bad` to an invalid block; -1 means none.
 void note_bad(std::atomic<int64_t>& bad, int64_t block) {
   int64_t before = bad.load();
   while ((before < 0 || block < before) && !bad.compare_exchange_weak(before, block)) {}

@@ -127,7 +127,7 @@ def run_trajectory(
             options.model_dump(mode="json"),
             {"base": opened_base, **dict(zip(labels, trained, strict=True))},
             schema_version=SCHEMA_VERSION,
-            identity_inputs=["base"],  # checkpoints may be added; each has a run directory of its own
+            identity_inputs=["base"],  # checkpoints may be added; each has its own run directory
         )
         folder = stack.enter_context(open_run_dir(out, run_info, options.overwrite))
         runs = [

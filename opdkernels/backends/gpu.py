@@ -10,7 +10,7 @@ SLICE = 1 << 30  # elements per launch: its 32-bit counters cannot overflow
 
 
 def slices(n: int) -> Iterator[tuple[int, int]]:
-    """Start and size of each range of n elements that gets a launch of its own."""
+    """Start and size of each range of n elements that gets a separate launch."""
     return ((start, min(SLICE, n - start)) for start in range(0, n, SLICE))
 
 

@@ -1,6 +1,6 @@
 """Staging of tensors on a device: a thread loads the next item while the current one is in use.
 
-For a GPU, items go through two pairs of pinned host memory and device memory in turn, copied on a stream of their own.
+For a GPU, items go through two pairs of pinned host memory and device memory in turn, copied on a separate stream.
 On the CPU the same code runs without pinning and streams.
 """
 

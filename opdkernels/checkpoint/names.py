@@ -184,7 +184,7 @@ def _layer(tokens: list[str]) -> int:
 
 
 def _module(path: list[str], tokens: list[str]) -> tuple[str, str]:
-    """Returns module and block, before biases become a module of their own; `path` excludes `weight` or `bias`."""
+    """Returns module and block, before biases become separate modules; `path` excludes `weight` or `bias`."""
     leaf = path[-1]
     if _is_router(path):
         return "router", "router"

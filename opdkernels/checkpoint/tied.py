@@ -137,7 +137,7 @@ def drop_left_over_copies(side: Side) -> None:
     """Drops matrices that only one side stores and that have the bits of an embedding of that side.
 
     For tied heads with other names than those of language models. Other tensors that are equal, such as those of layers
-    that were copied to make a model deeper, are parameters of their own.
+    that were copied to make a model deeper, are separate parameters.
     """
     keepers = [e for e in side.embeddings if e.name not in side.remaining and e.name not in side.tied_to]
     for info in list(side.remaining.values()):

@@ -12,7 +12,7 @@ from opdkernels.distillation.models import text_config, unwrap_peft
 from opdkernels.distillation.rollout import Rollout
 from opdkernels.distillation.text import image_input_errors
 
-MIN_SHARED_PREFIX = 16  # tokens; a shorter shared prefix is not worth a forward pass of its own
+MIN_SHARED_PREFIX = 16  # tokens; a shorter shared prefix is not worth a separate forward pass
 
 
 def hidden_states(model: Any, ids: Tensor, attention_mask: Tensor, model_inputs: dict[str, Tensor]) -> Tensor:

@@ -146,7 +146,7 @@ class Sums(Task):
 class ReasoningGym(Task):
     """A task of reasoning_gym, with its own reward.
 
-    reasoning_gym draws item i of a data set from its seed + i. Each seed of a run therefore gets a range of its own;
+    reasoning_gym draws item i of a data set from its seed + i. Each seed of a run therefore gets a separate range;
     the held-out items are another range, the same for all seeds.
     """
 

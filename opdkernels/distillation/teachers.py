@@ -55,7 +55,7 @@ def score_with(model: Any, rollout: Rollout) -> TeacherOutput:
 
 
 class ModelTeacher:
-    """A model of its own."""
+    """A separate model."""
 
     def __init__(self, model: torch.nn.Module):
         self.model = model.requires_grad_(False)
@@ -156,7 +156,7 @@ def load_teachers(
     device: torch.device,
     models: Mapping[str, Any],
 ) -> dict[str, Teacher]:
-    """Teachers by teacher_id. `models`: loaded models, by the name that stands for each in the options.
+    """Teachers by teacher_id. `models`: loaded models, by their names in the options.
 
     Raises InputError for a teacher that cannot be loaded.
     """

@@ -52,8 +52,8 @@ def input_errors(what: str, remedy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def image_input_errors(model_inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Raises InputError if a model rejects its image inputs, for example because no placeholder token stands for
-    them."""
+    """Raises InputError if a model rejects its image inputs, for example because the prompt has no placeholder tokens
+    for them."""
     try:
         yield
     except (ValueError, LookupError, RuntimeError, StopIteration) as error:

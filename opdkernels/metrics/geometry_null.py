@@ -71,7 +71,7 @@ SPECTRUM_NULL_METRICS = tuple(
 def at_ratios(
     name: str, label: str, definition: str, overrides: Mapping[str, Mapping[str, Any]] | None = None, **fields: Any
 ) -> list[Metric]:
-    """A metric of geometry.parquet at each ratio; `{}` in the name stands for the ratio."""
+    """A metric of geometry.parquet at each ratio; `{}` in the name is replaced by the ratio."""
     pattern = Metric(name=name, label=f"{label} at {{}}", definition=definition, tables=("geometry",), **fields)
     return family(pattern, RATIO_LABELS, RATIO_SYMBOL, overrides)
 

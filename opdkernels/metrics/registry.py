@@ -63,12 +63,12 @@ class Metric:
 def family(
     pattern: Metric, values: Sequence[str], symbol: str, overrides: Mapping[str, Mapping[str, Any]] | None = None
 ) -> list[Metric]:
-    """Metrics that differ in a parameter only; `{}` in name, label and definition stands for its value.
+    """Metrics that differ in a parameter only; `{}` in name, label and definition is replaced by its value.
 
     Args:
         pattern: The metric with `{}` instead of the parameter.
         values: Values of the parameter, as in column names.
-        symbol: What stands for the parameter in docs/outputs.md.
+        symbol: Name of the parameter in docs/outputs.md.
         overrides: Value of the parameter -> fields of `Metric` that differ from the pattern.
 
     >>> pattern = Metric(name="energy_{}", label="top {}", definition="fraction of the energy in the top {}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -35,9 +38,12 @@ def trained(source: dict[str, torch.Tensor], size=3e-5, seed=1) -> dict[str, tor
     return {n: (w.float() + size * torch.randn(w.shape, generator=generator)).to(w.dtype) for n, w in source.items()}
 
 
-def save(folder, tensors) -> str:
+def save(folder: Path, tensors: dict[str, torch.Tensor], config: dict | None = None) -> str:
+    """A checkpoint in one file; tensors may share memory."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+    save_file({n: t.contiguous().clone() for n, t in tensors.items()}, folder / "model.safetensors")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import opdkernels
 from opdkernels.analysis.headers import inspect
 from opdkernels.analysis.text import format_analysis, format_overlap, format_trajectory
+from tests.analysis.conftest import save
 
 Tensors = dict[str, torch.Tensor]
 LAYERS = 2
@@ -27,14 +26,6 @@ def model(seed: int = 0) -> Tensors:
         for name in LINEAR
     }
     return tensors | {"model.norm.weight": torch.ones(16).bfloat16()}
-
-
-def save(folder: Path, tensors: Tensors, config: dict | None = None) -> Path:
-    folder.mkdir()
-    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def analyze(tmp_path: Path, base: Tensors, trained: Tensors, **options) -> opdkernels.Analysis:

@@ -95,7 +95,7 @@ def test_a_finished_run_is_not_read_again(pair, tmp_path):
     before = contents(tmp_path / "out")
     seen = []
     analyze(*pair, tmp_path / "out", progress=lambda done, total, name: seen.append(name))
-    assert len(seen) == 14  # one a tensor passed over, none a slice read
+    assert len(seen) == 14  # one per tensor that is skipped; no slice is read
     assert contents(tmp_path / "out") == before
 
 

@@ -158,7 +158,7 @@ def test_memory_error_names_matrix_and_required_memory(tmp_path):
 
 
 def test_nearly_singular_matrices_use_svd(tmp_path, monkeypatch):
-    """Of rank 5, with twenty-four top vectors asked for; long, wide and square."""
+    """The matrices have rank 5 and 24 top vectors are needed; long, wide and square."""
     generator = torch.Generator().manual_seed(0)
     source = {
         f"layers.0.{name}.weight": 0.1 * torch.randn(m, 5, generator=generator) @ torch.randn(5, n, generator=generator)
@@ -280,7 +280,7 @@ def test_random_update_matches_null_and_low_rank_does_not(tmp_path):
 
 
 def test_edge_cases_have_expected_status_and_reason(tmp_path):
-    """No matrix at all, nothing changed, one column, rank two, the ends of the range: a page and a summary each."""
+    """Each case has a page and a summary."""
     from opdkernels.analysis.text import format_analysis
     from opdkernels.report import render
 

@@ -72,8 +72,8 @@ def test_metrics_across_checkpoints_match_torch(tmp_path, dtype):
     )
     flat = torch.cat([w.flatten() for w in source.values()])
     run = [torch.cat([c[n].flatten() for n in source]) for c in checkpoints]
-    cut = float(torch.tensor(1e-5).bfloat16())
-    sets = [visible_change(flat, w) > cut for w in run]
+    threshold = float(torch.tensor(1e-5).bfloat16())
+    sets = [visible_change(flat, w) > threshold for w in run]
     deltas = [w.double() - flat.double() for w in run]
     for t, (own, delta) in enumerate(zip(sets, deltas, strict=True)):
         stored, visible = (row_of(result, t + 1, view, by="model") for view in ("stored", "visible"))
@@ -236,7 +236,7 @@ def test_step_of_the_trainer_is_used_where_the_name_has_none(tmp_path):
 
 
 def test_a_checkpoint_without_a_step_gets_no_number(tmp_path):
-    """In tables, text and charts: 'final' on an axis of categories, not a step after the last one."""
+    """In tables, text and charts it is 'final' on an axis of categories, not a step after the last one."""
     from opdkernels.analysis.text import format_trajectory
     from opdkernels.report import render
 

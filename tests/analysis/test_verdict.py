@@ -112,7 +112,7 @@ def test_directions_of_a_real_run_are_no_rounding_and_its_coordinates_are(result
 
 
 def planted(after):
-    """The verdict of a model of eight square matrices with a small update, of which some are replaced, and its page."""
+    """Base and trained tensors: eight square matrices with a small update, then changed by `after(index, weight)`."""
     generator = torch.Generator().manual_seed(4)
     base = {f"model.layers.{i}.self_attn.k_proj.weight": torch.randn(64, 64, generator=generator) for i in range(8)}
     trained = {name: w + 1e-3 * torch.randn(w.shape, generator=generator) for name, w in base.items()}

@@ -15,7 +15,7 @@ from tests.in_process import run_cli as run
 
 
 def run_process(*arguments, **options) -> subprocess.CompletedProcess:
-    """For what only a process of its own shows: its exit status as the shell sees it, and its two streams."""
+    """Runs a command in a separate process, with its exit status as the shell sees it and its two streams."""
     return subprocess.run(
         [sys.executable, "-m", "opdkernels", *map(str, arguments)],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""`--paper-csv` writes the figures of the documented semantics, computed here from the coordinates with torch."""
+"""`--paper-csv` writes the metrics as documented, computed here from the coordinates with torch."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def number(cell: str) -> float:
 
 
 def mixed(dtype):
-    """All ranks, an empty tensor, no change, ties, and a pair of two dtypes."""
+    """Tensors of all numbers of dimensions, an empty one, an unchanged one, one with ties, and a pair of two dtypes."""
     source, generator = weights(dtype), torch.Generator().manual_seed(5)
     source["model.layers.0.extra.scalar"] = torch.tensor(0.5, dtype=dtype)
     source["model.layers.0.extra.nothing"] = torch.zeros(0, 7, dtype=dtype)
@@ -127,9 +127,9 @@ def test_near_zero_rows_are_means_over_tie_breaks(dtype, tmp_path):
                 assert math.isnan(get("covered_by_update_ratio"))
                 continue
             k = max(1, math.ceil(r * n))
-            cut = w.abs().sort().values[k - 1]
-            sure, tied = int((changed & (w.abs() < cut)).sum()), w.abs() == cut
-            free = k - int((w.abs() < cut).sum())  # places that the tied share among them
+            threshold = w.abs().sort().values[k - 1]
+            sure, tied = int((changed & (w.abs() < threshold)).sum()), w.abs() == threshold
+            free = k - int((w.abs() < threshold).sum())  # coordinates of the mask that are chosen among the ties
             both = sure + free * int((changed & tied).sum()) / int(tied.sum())
             assert get("density") == k / n
             assert get("covered_by_update_ratio") == pytest.approx(both / k)
@@ -460,7 +460,8 @@ def test_names_are_single_cells_and_no_formulas(name, tmp_path):
     for file in ("tensor_metrics.csv", "mask_overlap_metrics.csv", "top_delta_tensors.csv"):
         assert plain in {row["name"] for row in result[file]}
     summary = json.loads((result["folder"] / "paper_summary.json").read_text())
-    assert summary["top_20_tensors_by_delta_energy_share"][0]["name"] == name  # JSON runs nothing
+    # No spreadsheet reads the JSON: the name has no prefix.
+    assert summary["top_20_tensors_by_delta_energy_share"][0]["name"] == name
 
 
 def test_empty_tables_have_a_header(tmp_path):

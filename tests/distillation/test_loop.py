@@ -28,7 +28,7 @@ def digest(folder: Path) -> str:
 
 
 def log(folder: Path) -> list[dict]:
-    """The rows of a log without what a clock said."""
+    """The rows of a log without times and what depends on them."""
     return [
         {name: value for name, value in row.items() if name not in ("seconds", "peak_bytes", "tokens_per_s")}
         for row in read_rows(folder / "log.jsonl")

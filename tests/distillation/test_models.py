@@ -21,7 +21,7 @@ TEXT = TextProcessor(tokenizer(), None, 0)
 
 
 class Code:
-    """What a pickle runs a function for."""
+    """An object whose pickle calls a function."""
 
     def __reduce__(self):
         return print, ("run",)

@@ -35,7 +35,7 @@ def gradients(student, loss):
     return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
 
 
-def same(a, b):
+def assert_equal_gradients(a, b):
     assert a.keys() == b.keys()
     for name, value in a.items():
         torch.testing.assert_close(value, b[name], rtol=1e-4, atol=1e-6)
@@ -47,7 +47,7 @@ def test_sft_loss_is_negative_log_likelihood(options):
     result = compute_loss(student, part, None, None, num_tokens=5, vocab_size=15, options=chosen)
     expected = -2 * expected_log_probs(student, part).sum() / 5
     assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    same(gradients(student, result.loss), gradients(student, expected))
+    assert_equal_gradients(gradients(student, result.loss), gradients(student, expected))
     on_policy = compute_loss(student, rollout(own=True), None, None, num_tokens=5, vocab_size=15, options=chosen)
     assert on_policy.loss.item() == 0  # the student is not trained on its own samples
 
@@ -58,7 +58,7 @@ def test_reward_loss_is_the_policy_gradient(options):
     result = compute_loss(student, part, None, torch.tensor([1.0, -2.0]), num_tokens=5, vocab_size=15, options=chosen)
     expected = -0.5 * (expected_log_probs(student, part) * torch.tensor([1.0, 1, -2, -2, -2])).sum() / 5
     assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    same(gradients(student, result.loss), gradients(student, expected))
+    assert_equal_gradients(gradients(student, result.loss), gradients(student, expected))
 
 
 def test_divergence_loss_matches_full_logits(options):
@@ -120,7 +120,7 @@ def test_gradient_checkpointing_gives_equal_gradients(options):
         ).loss
         result.append(gradients(student, loss))
     assert len(forwards) == 3
-    same(*result)
+    assert_equal_gradients(*result)
 
 
 def test_loss_without_tokens_is_zero_with_gradient(options):

@@ -155,7 +155,7 @@ def test_sampling_continues_from_shared_prefix(temperature, monkeypatch):
         )
     assert result[0].completions() == result[1].completions()
     assert lengths[:2] == [(1, 18), (3, 5)]
-    assert (3, 23) in lengths  # whole, and where rows are padded too
+    assert (3, 23) in lengths  # complete rows, also where they are padded
     assert lengths.count((1, 18)) == 1
 
 

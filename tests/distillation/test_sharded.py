@@ -62,8 +62,7 @@ def runs(places, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MATCHED)
 def test_two_processes_match_one_process(places, runs, tmp_path, name):
-    """Recorded completions, so that what is learnt does not depend on who samples what: all but the order of sums is
-    alike."""
+    """Completions are recorded, so that only the order of sums differs and not which process samples what."""
     prompts, two_dir, one_dir = str(runs / "p.jsonl"), runs / f"two-{name}", tmp_path / "one"
     train(make_options(places, prompts=prompts, eval_prompts=prompts, **MATCHED[name]), one_dir)
     one, two = (load_file(path / "checkpoint-3" / "model.safetensors") for path in (one_dir, two_dir))

@@ -124,7 +124,7 @@ def test_options_that_a_task_ignores_are_refused():
 
 
 def test_reasoning_gym_held_out_items_are_disjoint_for_every_seed(monkeypatch):
-    """Its datasets make item i from their seed + i: those of neighbouring seeds are one another's, shifted."""
+    """reasoning_gym draws item i from the seed + i: adjacent seeds give the same items, shifted by one."""
 
     class Data:
         def __init__(self, name, size, seed):

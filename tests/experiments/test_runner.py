@@ -22,7 +22,7 @@ from tests.distillation.conftest import model, tokenizer
 
 
 def varied(prompt, answer, completion):
-    """A reward that hardly two models have alike."""
+    """A reward that nearly always differs between two models."""
     return zlib.crc32(completion.encode()) % 101 / 100
 
 
@@ -155,7 +155,7 @@ def test_precision_reports_change_expected_from_rounding(options, tmp_path):
             "rows"
         ]
     }
-    for arm in ("bf16-split-master", "bf16-nearest", "fp32"):  # weights of bf16 all, whatever they are stored in
+    for arm in ("bf16-split-master", "bf16-nearest", "fp32"):  # all weights are bf16 values, in any dtype
         visible = analyze(
             tmp_path / "seed-0" / "bf16-split-master" / "checkpoint-0",
             tmp_path / "seed-0" / arm / "checkpoint-2",
@@ -191,7 +191,7 @@ def test_mask_recall_increases_along_the_trajectory(options, tmp_path, density):
     chosen = options(num_eval_prompts=4, max_steps=10, learning_rate=1e-4, snapshot_every=10)
     run_experiment(
         "trajectory", chosen, tmp_path, density=density, arms=["full"]
-    )  # its marks do not depend on what else is asked for
+    )  # its snapshots do not depend on the other arms
     result = run_experiment("trajectory", chosen, tmp_path, density=density)
     rows = {row["arm"]: row for row in result["rows"]}
     steps = [
@@ -379,7 +379,7 @@ def test_derived_masks_are_rebuilt_when_a_run_continues(options, tmp_path):
 
 
 def test_intervals_have_their_nominal_coverage():
-    """Prompts drawn anew 200 times from known rates: some 95 % of the intervals hold the truth."""
+    """Prompts are drawn 200 times from known rates: about 95 % of the intervals contain them."""
     rng, held = np.random.default_rng(0), 0
     end = {"trained": 1.0}
     for _ in range(200):

@@ -34,12 +34,12 @@ def assert_extreme(flags: list[np.ndarray], values: list[np.ndarray], share: flo
     chosen, everything = np.concatenate(flags), np.concatenate(values)
     k = math.ceil(share * everything.size)
     assert chosen.sum() == k
-    cut = np.sort(everything)[-k if largest else k - 1]
-    assert chosen[everything > cut if largest else everything < cut].all()
-    assert not chosen[everything < cut if largest else everything > cut].any()
-    rate = chosen[everything == cut].mean()
+    threshold = np.sort(everything)[-k if largest else k - 1]
+    assert chosen[everything > threshold if largest else everything < threshold].all()
+    assert not chosen[everything < threshold if largest else everything > threshold].any()
+    rate = chosen[everything == threshold].mean()
     for one, value in zip(flags, values, strict=True):
-        tied = value == cut
+        tied = value == threshold
         assert abs(one[tied].sum() - rate * tied.sum()) <= 1 + value.size / 1000
 
 
@@ -65,7 +65,7 @@ def test_extremes_match_sorting(dtype, per, share, monkeypatch):
 
 
 def test_ties_are_broken_randomly_and_reproducibly():
-    """Not the first ones, nor every second: half of equal values, as spread as chance spreads them."""
+    """Half of equal values is chosen uniformly at random: neither the first ones nor every second one."""
     alike = {name: torch.ones(200, 100) for name in ("a", "b")}
     once, again = (largest(alike, 0.5, scope="model") for _ in range(2))
     assert {n: m.digest for n, m in once.items()} == {n: m.digest for n, m in again.items()}
@@ -127,11 +127,11 @@ def test_changed_is_delta_above_atol(dtype, atol, tmp_path):
         for name, w in source.items():
             if view == "visible":
                 a, b = (t.float().bfloat16().float() for t in (w, after[name]))
-                moved, cut = (b - a).bfloat16().float().abs(), float(torch.tensor(atol).bfloat16())
+                moved, threshold = (b - a).bfloat16().float().abs(), float(torch.tensor(atol).bfloat16())
             else:
                 wide = torch.float64 if dtype == torch.float64 else torch.float32
-                moved, cut = (after[name].to(wide) - w.to(wide)).abs(), atol
-            assert torch.equal(result[name].to_bool(), (moved > cut) & moved.isfinite())
+                moved, threshold = (after[name].to(wide) - w.to(wide)).abs(), atol
+            assert torch.equal(result[name].to_bool(), (moved > threshold) & moved.isfinite())
 
 
 def test_principal_and_safe_match_svd():
@@ -222,7 +222,7 @@ def test_bad_input_is_refused_by_name():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("view", ["visible", "stored"])
 def test_coordinates_that_are_not_finite_are_counted_and_not_active(tmp_path, value, view):
-    base = {"v.weight": torch.ones(3, 4), "w.weight": torch.ones(3, 4)}
+    base = {"v.weight": torch.full((3, 4), 8.0), "w.weight": torch.full((3, 4), 8.0)}
     after = {name: w + 1 for name, w in base.items()}
     after["w.weight"][1] = value
     folders = [save(tmp_path / name, w) for name, w in (("base", base), ("trained", after))]

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from opdkernels import masks
 from opdkernels.checkpoint.coverage import Coverage
 from opdkernels.masks import Mask, MaskSet
+from tests.analysis.conftest import save
 
 EMBED, HEAD, UP = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"
-
-
-def save(folder: Path, tensors: dict[str, torch.Tensor], config: dict | None = None) -> Path:
-    folder.mkdir()
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

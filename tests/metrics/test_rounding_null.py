@@ -33,7 +33,7 @@ def pair(base: torch.Tensor, trained: torch.Tensor) -> tuple[np.ndarray, np.ndar
 
 
 def near_zero(base: np.ndarray, changed: np.ndarray, ratio: float) -> float:
-    """Observed |mask and changed| by its definition: one by one, ties at the cut sharing alike."""
+    """Observed |mask and changed| by its definition: one by one, ties at the threshold have equal parts."""
     left, result = math.ceil(ratio * base.sum()), 0.0
     for pattern in np.flatnonzero(base):
         taken = min(left, base[pattern])
@@ -110,7 +110,7 @@ def test_a_heavy_tail_is_nearer_to_empirical_than_to_normal(remainder):
 
 
 def test_larger_updates_of_small_weights_are_not_explained():
-    """The empirical null has its distribution from small weights, not the visible share of each |W|: it can fail."""
+    """The distribution of the empirical null comes from small weights, not from the visible fraction at each |W|."""
     generator = torch.Generator().manual_seed(3)
     base = weights("normal", 1_000_000, generator).bfloat16().float()
     moved = update("normal", len(base), STD * 1e-3, generator) * (1 + 3 * (base.abs() < 0.1 * STD))
@@ -154,7 +154,7 @@ def test_closed_form_agrees_with_rounding_many_updates(weight, size, kind):
 @pytest.mark.parametrize("spacings", [0.3, 0.8, 1.9, 5.3, 40.0])
 @pytest.mark.parametrize("kind", ["sign", "normal"])
 def test_closed_form_agrees_over_an_octave(spacings, kind):
-    """Every weight of an octave alike, so that steps across both its powers of two have their share."""
+    """All weights of an octave are equally frequent, so that steps across both its powers of two occur."""
     n = 128 * 8000
     generator = torch.Generator().manual_seed(5)
     base = (1 + torch.arange(n) % 128 / 128) / 32

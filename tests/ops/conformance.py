@@ -182,7 +182,7 @@ class Family:
         name: The family's folder under `opdkernels/ops`.
         operators: The operators that its cases call.
         cases: Yields the cases with inputs of a given number of coordinates.
-        special_cases: Yields the cases whose inputs have a size of their own: hostile values, options, edge cases.
+        special_cases: Yields the cases whose inputs have their own size: hostile values, options, edge cases.
         check_repeated: `check_repeated(kernel, expected_by, device, tile, times)` repeats `tile` coordinates `times`
             times on a device, beyond what 32 bits can index, and compares with the outputs for one tile.
         bytes_per_coordinate: Device memory that `check_repeated` takes, per coordinate.

@@ -129,7 +129,7 @@ def test_quantised_checkpoints_and_adapters_round_trip(tmp_path):
 
 @pytest.mark.parametrize("which", ["base", "trained", "both"])
 def test_pytorch_files_are_written_as_safetensors(tmp_path, which, short_segments):
-    """What is bit for bit is then every tensor; of the file there is no header to give back."""
+    """Every tensor is bit-identical; the files have other headers, as PyTorch files have none to restore."""
     base = {name: tensor for name, tensor in before().items() if "float8" not in name}
     trained = after(base)
     trained["strided"] = some((40, 30), torch.float64, 6).T
@@ -346,7 +346,7 @@ def test_mismatched_state_dict_is_not_modified(alive):
 
 
 def test_tied_tensors_of_a_state_dict_change_once(tmp_path, zstd):
-    """Under differences a second time would be wrong."""
+    """Differences that are applied twice would give wrong values."""
     w = some((300, 40), torch.bfloat16, 0)
     v = changed(w, 0.2, 1)
     for name, tensor in (("a", w), ("b", v)):
@@ -384,7 +384,7 @@ def test_importing_patch_is_enough(pair, tmp_path):
 
 
 def test_memory_is_bounded_by_the_segment_size(tmp_path):
-    """200 MB in one tensor; memory besides mapped files is a fraction of it."""
+    """200 MB in one tensor; memory without mapped files is a fraction of it."""
     program = """
 import sys, threading, time, opdkernels
 opdkernels.patch

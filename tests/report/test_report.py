@@ -453,7 +453,7 @@ document.body.append(pre);
 
 def probe(text: str, folder: Path, width: int, dark: bool = False) -> dict:
     page = folder / "page.html"
-    # In a frame: a window of its own is never as narrow as a phone. The probe is a script, so the policy has to go.
+    # In a frame: a browser window is never as narrow as a phone. The probe is a script, so the policy is removed.
     inner = re.sub(r"<meta http-equiv[^>]*>", "", text).replace("</body>", PROBE)
     page.write_text(FRAME.format(width=width, page=html.escape(inner)), encoding="utf-8")
     dom, log = show(page, folder / "profile", width, dark)

@@ -217,9 +217,8 @@ def content_of(path: Path) -> object:
         return [without_volatile(json.loads(line)) for line in lines if line.endswith("\n")]
     if name.endswith(".json"):
         content = json.loads(path.read_text())
-        if (
-            path.parent.name == "analysis"
-        ):  # of an experiment: its inputs are files that the experiment has just written
+        # The inputs of an experiment's analysis are files that the experiment has just written.
+        if path.parent.name == "analysis":
             content = {key: value for key, value in content.items() if key not in ("inputs", "identity")}
         return without_volatile(content)
     if name.endswith(".parquet"):
@@ -288,7 +287,7 @@ class Outcome:
 
 
 class Harness:
-    """Kills one command, in a folder of its own."""
+    """Kills one command, in a separate folder."""
 
     def __init__(self, name: str, inputs: Path, work: Path, seed: int) -> None:
         self.name, self.command, self.inputs, self.work = name, COMMANDS[name], inputs, work

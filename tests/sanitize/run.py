@@ -3,7 +3,7 @@ threaded kernels under ThreadSanitizer.
 
 The extension is built again with g++'s sanitizers, in a copy of the package; any report ends the process that it
 concerns with an error. ThreadSanitizer does not know the synchronization of OpenMP's runtime, so that the kernels are
-compiled with std::thread (csrc/common/cpu/parallel.h) into a program of their own, threads.cpp.
+compiled with std::thread (csrc/common/cpu/parallel.h) into a separate program, threads.cpp.
 """
 
 from __future__ import annotations

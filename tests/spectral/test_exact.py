@@ -152,7 +152,7 @@ def test_known_factor_is_reused():
 
 
 def test_nearly_singular_pair_returns_none():
-    """Of rank 5, twenty-four top vectors are asked for: the Gram matrix does not hold nineteen of them."""
+    """The rank is 5 and 24 top vectors are needed: the Gram matrix does not determine 19 of them."""
     w = with_spectrum(torch.ones(5, dtype=torch.float64))
     assert from_grams(symmetric(gram(w, w + 1e-9 * random(SHAPE, 1))), tall=True) is None
 

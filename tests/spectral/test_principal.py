@@ -49,9 +49,9 @@ def test_counts_match_sorting(shape, dtype, visible):
         v = basis[:, :rank].numpy()
         score = np.abs(w.reshape(shape) @ v @ v.T).ravel()
         size = max(1, math.ceil(ratio * w.size))
-        cut, low_cut = np.sort(score)[-size], np.sort(np.abs(w))[size - 1]
-        near = np.isclose(score, cut, rtol=1e-12, atol=0)  # fp64 rounding decides among these
-        low, low_tied = np.abs(w) < low_cut, np.abs(w) == low_cut
+        threshold, low_threshold = np.sort(score)[-size], np.sort(np.abs(w))[size - 1]
+        near = np.isclose(score, threshold, rtol=1e-12, atol=0)  # fp64 rounding decides among these
+        low, low_tied = np.abs(w) < low_threshold, np.abs(w) == low_threshold
         assert one.size == size
         for subset, counts in zip(
             (np.ones(w.size, bool), *(np.abs(d) > c for c in THRESHOLDS)), one.counts, strict=True
@@ -59,7 +59,7 @@ def test_counts_match_sorting(shape, dtype, visible):
             count = dict(zip(COUNTS, counts.tolist(), strict=True))
             assert count["total"] == subset.sum()
             assert (count["low"], count["low_tied"]) == ((low & subset).sum(), (low_tied & subset).sum())
-            least, most = (score > cut) & ~near & subset, (score >= cut) | near
+            least, most = (score > threshold) & ~near & subset, (score >= threshold) | near
             assert least.sum() <= count["principal"] <= (most & subset).sum()
             assert count["principal"] + count["principal_tied"] <= (most & subset).sum()
             assert (least & low).sum() <= count["both"] <= (most & low & subset).sum()
@@ -69,7 +69,7 @@ def test_counts_match_sorting(shape, dtype, visible):
 
 
 def test_unequal_rows_are_recomputed_only_near_the_threshold(monkeypatch):
-    """Each row has an error of its own: that of the largest would make candidates of half the coordinates."""
+    """Each row has its own error bound: that of the largest row would make half the coordinates candidates."""
     base, _ = matrices((4000, 60), torch.float64)
     base *= torch.exp(3 * torch.randn(4000, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
     basis, rank = basis_of(base, False), top_ranks(60)[-1]
@@ -101,7 +101,7 @@ def test_transposed_view_counts_like_its_copy():
 
 
 def test_equal_rows_tie_at_the_threshold():
-    """Every row the same: scores come in groups, and the cut falls into one."""
+    """All rows are equal: scores come in groups, and the threshold is within one."""
     row = torch.linspace(1, 2, 10)
     base = row.repeat(50, 1)
     result = overlaps(base, base + 1, basis_of(base, False), top_ranks(10), visible=False)[1]
@@ -117,7 +117,7 @@ def test_a_matrix_of_zeros_ties_everywhere():
 
 
 def test_scores_near_the_threshold_are_accurate_to_fp64(monkeypatch):
-    """With all scores taken as near, nothing else is counted."""
+    """The counts are the same if all scores are treated as near the threshold and recomputed."""
     base, trained = matrices((300, 50), torch.float32)
     basis = basis_of(base, False)
     before = overlaps(base, trained, basis, top_ranks(50), visible=False)

@@ -47,7 +47,7 @@ def truth(a: torch.Tensor) -> torch.Tensor:
 
 
 def assert_sound(a: torch.Tensor, found: RandomizedSVD, sigma: torch.Tensor | None = None) -> torch.Tensor:
-    """Everything that is promised whether or not the search converged; the true singular values."""
+    """Asserts what holds whether or not the search converged. Returns the true singular values."""
     sigma, k = truth(a) if sigma is None else sigma, len(found.sigma)
     error = 4 * (sum(a.shape)) * 2.0**-53 * sigma[0]  # of the oracle itself
     true, norm = sigma[:k], float(sigma.square().sum().sqrt())
@@ -119,7 +119,7 @@ def test_a_tighter_tolerance_is_met():
 @pytest.mark.parametrize("dtype", [FP32, FP64])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_bounds_hold_on_200_seeds(spectrum, dtype):
-    """Converged or cut short, and however unlucky the start."""
+    """Also if the search stops before it converges, and for any start."""
     a = SPECTRA[spectrum](48, 36).to(dtype)
     sigma = truth(a)
     for max_passes, method in ((4, "krylov"), (8, "subspace"), (100, "krylov")):
@@ -230,7 +230,7 @@ def test_condition_of_1e8():
 
 @pytest.mark.parametrize("method", randomized.METHODS)
 def test_fp32_resolves_distant_singular_values(method):
-    """Down to 1e-6 of the largest, whose square alone fills the digits of fp32."""
+    """Singular values down to 1e-6 of the largest: their squares differ by more than fp32 resolves."""
     a = with_spectrum(150, 120, torch.logspace(0, -12, 24)).float()
     result = randomized_svd(a, 12, block=14, method=method)
     assert (1 - result.sigma / assert_sound(a, result)).abs().max() < 1e-4
@@ -338,7 +338,7 @@ def test_strided_and_grad_inputs_are_unchanged():
 
 @pytest.mark.parametrize("dtype", [FP32, FP64])
 def test_cholesky_qr_handles_rank_deficient_blocks(dtype):
-    """Zero, repeated, nearly parallel or already spanned columns: orthonormal all the same, the others untouched."""
+    """Zero, repeated, nearly parallel or already spanned columns: the result is orthonormal, others are unchanged."""
     n, width = 60, 8
     basis = torch.linalg.qr(noise(n, 20)).Q
     good = noise(n, width, 1)
@@ -359,7 +359,7 @@ def test_cholesky_qr_handles_rank_deficient_blocks(dtype):
 
 
 def test_basis_grows_beyond_the_rank():
-    """With a tolerance no search can meet, random directions complete the basis until it fills the space."""
+    """With a tolerance that cannot be met, random directions are added to the basis until it spans the space."""
     steps = torch.diag(torch.arange(60, dtype=FP64) // 20)
     for a in (noise(80, 2) @ noise(2, 60), torch.eye(80, 60, dtype=FP64), steps):
         result = randomized_svd(a, 5, block=7, tolerance=1e-300)

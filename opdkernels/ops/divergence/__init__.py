@@ -241,7 +241,7 @@ def loss_at_ids(
     Args:
         spec: Which divergence.
         lq, lp: Log-probabilities of student and teacher at the tokens or the k ids, [..., num_ids].
-        tail_q, tail_p: Logs of the mass of the tail [...], if spec.tail. They are sums of their own: 1 - mass is noise,
+        tail_q, tail_p: Logs of the mass of the tail [...], if spec.tail. They are computed as sums: 1 - mass is noise,
             without a gradient, where the mass is nearly 1.
 
     Returns:

@@ -200,7 +200,7 @@ def divergence_scan(
 
     Returns:
         moments [8, num_tokens]; logits at ids [2, num_tokens, num_ids], NaN at ids outside the vocabulary; log of the
-        sum of exponentials of the tail [2, num_tokens or 0], a sum of its own, as a confident token leaves no digit of
+        sum of exponentials of the tail [2, num_tokens or 0], summed directly, as a confident token leaves no digit of
         the difference from the full sum; most likely ids, int64 [2, num_tokens or 0].
     """
     n, work = len(student[0]), Workspace(student[0])

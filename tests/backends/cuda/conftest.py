@@ -13,7 +13,7 @@ import torch
 from tests.backends.cuda.fibers import ROOT, build_dir
 from tests.backends.summary import BROKEN_KERNEL_WORD
 
-CPU_LIMIT_S = 300  # of a kernel that hangs: of its own time, which other processes do not take
+CPU_LIMIT_S = 300  # CPU time, which other processes do not affect, of a kernel that hangs
 
 
 @pytest.hookimpl(tryfirst=True)

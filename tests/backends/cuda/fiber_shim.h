@@ -32,7 +32,7 @@ struct Index { unsigned x; };
 namespace shim {
 enum State { READY, AT_BARRIER, AT_WARP, DONE };
 constexpr size_t STACK_BYTES = 96 << 10;
-constexpr long long MANY_BLOCKS = 1 << 14;  // of a grid with more, the last two run: what tells whether offsets hold
+constexpr long long MANY_BLOCKS = 1 << 14;  // of a larger grid only the last two blocks run: they test the offsets
 
 struct Fiber {
   State state;
@@ -63,7 +63,7 @@ struct Device {
   size_t home_bytes = 0;
 #endif
 };
-static Device device;  // one a library: several are loaded side by side
+static Device device;  // one per library: several are loaded
 
 inline Fiber& me() { return device.fibers[device.current]; }
 inline unsigned lane() { return device.current % 32; }
@@ -88,7 +88,7 @@ inline void resume() {
   swapcontext(&device.scheduler, &me().context);
   __sanitizer_finish_switch_fiber(device.fake_stack, nullptr, nullptr);
 }
-#else  // contexts begin a fiber; jumps go on with it, since swapcontext asks the kernel each time
+#else  // contexts start a fiber and jumps resume it, since each swapcontext is a system call
 inline void pause() {
   if (_setjmp(me().place) == 0) _longjmp(device.home, 1);
 }

@@ -52,7 +52,7 @@ def nvrtc() -> ctypes.CDLL | None:
 
 @functools.cache
 def library() -> Path:
-    """The library of the install, or another like it where the sources have changed since."""
+    """The installed library, or a new build if the sources have changed since."""
     if is_built_from_sources(launch.LIBRARY):
         return launch.LIBRARY
     path = build_dir() / "_cuda.so"
@@ -120,7 +120,7 @@ def record(compiler: str, target: str, kernels: dict[str, Code]) -> None:
 
 @functools.cache
 def ptx() -> dict[str, str]:
-    """What every kernel of the library is before an assembler makes machine code of it."""
+    """The PTX of every kernel of the library, by name."""
     text = run_tool("cuobjdump", "-ptx", library())
     parts = re.split(r"^\s*(?:\.visible )?\.entry (\w+)\(", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))

@@ -17,7 +17,7 @@ from opdkernels.backends.cuda.sources import family_source
 
 @pytest.fixture
 def started(monkeypatch, tmp_path):
-    """What a CuPy that only writes down was asked for."""
+    """The calls of a fake CuPy that records them."""
     log = SimpleNamespace(compiled=[], launches=[])
 
     class Function:

@@ -79,7 +79,7 @@ def test_delta(monkeypatch, dtype, each):
 
 
 def quantiles_of_the_end(dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """By the kernel from all of a tensor, and by the reference from its end."""
+    """The results of the kernel for the whole tensor, and of the reference for its end."""
     end = make_pair(last_two_tiles(16 // dtype.itemsize), dtype)[0]
     bits = torch.full(((len(end) + 7) // 8,), 0b01101001, dtype=torch.uint8)
     outputs = quantile.quantile(reserved(N, dtype, end), [3, 50], True, reserved((N + 7) // 8, torch.uint8, bits))
@@ -179,7 +179,7 @@ SHIFT = 2**32 + 8  # of positions and values, whose bytes before are reserved to
 
 
 def pair_of_two_blocks() -> tuple[torch.Tensor, torch.Tensor]:
-    """Whose last two launched tiles of `compress` have all that changed."""
+    """A pair that differs only in the last two launched tiles of `compress`."""
     w, v = make_bits(BLOCK + N % BLOCK, torch.int16, 0.02)
     v[: BLOCK - 4096] = w[: BLOCK - 4096]
     return w, v

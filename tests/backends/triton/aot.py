@@ -65,7 +65,7 @@ def launches(monkeypatch, call: Callable[[], Any]) -> list[Launch]:
     monkeypatch.setattr(launch, "run", record)
     monkeypatch.setattr(launch, "num_sms", lambda device: 132)
     with monkeypatch.context() as patched, FakeTensorMode():
-        patched.setattr(torch.Tensor, "copy_", lambda self, other: self)  # needs the device
+        patched.setattr(torch.Tensor, "copy_", lambda self, other: self)  # a copy would need the device
         call()
     return recorded
 
@@ -117,7 +117,7 @@ class Compiled:
 
     @property
     def spills(self) -> int:
-        """Bytes of local memory moved, or instructions that move it; none without a stack."""
+        """Bytes of local memory that are moved, or instructions that move it; 0 without a stack."""
         if self.is_amd:
             return self.usage["vgpr_spill_count"] + self.usage["private_segment_fixed_size"]
         uses_memory = self.usage["STACK"] or self.usage["LOCAL"]

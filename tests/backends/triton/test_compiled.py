@@ -103,8 +103,8 @@ def copied_carried_values(source: str) -> list[str]:
 def test_no_loop_copies_a_carried_value(module):
     """No loop assigns `a = b` before b's new value.
 
-    Where both start equal, the compiler, which traces the body once, takes a for constant and does not carry it to the
-    next iteration; its interpreter does.
+    If both are equal at the start, the compiler, which traces the body once, treats `a` as a constant and does not
+    carry it to the next iteration; the interpreter does.
     """
     assert copied_carried_values(inspect.getsource(module)) == []
 
@@ -177,7 +177,7 @@ BF16_UNITS = {
 
 
 def assert_multiplies(code: Compiled, unit: str, registers: int = 128) -> None:
-    """By the target's matrix unit, from 16-byte loads or copies to shared memory."""
+    """Asserts that products use the target's matrix unit, and 16-byte loads or copies to shared memory."""
     text = code.asm.get("ptx") or code.asm["amdgcn"]
     assert_fits(code, registers)
     assert re.search(unit, text)
@@ -263,7 +263,7 @@ def call_step(
     tensors=1,
     n: int = N,
 ) -> None:
-    """AdamW with amsgrad, or SGD with momentum, step groups and initial values; or without what may be left out."""
+    """A step of AdamW with amsgrad, or of SGD with momentum, with step groups and initial values, or without."""
     active, bits = n // 5, masks == torch.uint8
 
     def many(size, dtype=FP32, there=True):
@@ -421,7 +421,7 @@ def test_divergence(monkeypatch, target, dtype, options):
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_divergence_of_an_odd_vocabulary(monkeypatch, dtype):
-    """Rows of a chunk that begin anywhere."""
+    """Rows of a chunk begin at any alignment."""
     launched = launches(
         monkeypatch, lambda: call_divergence(dtype, kind=2, count=1, bias=True, with_argmax=True, vocab=4095)
     )
@@ -457,7 +457,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_no_argument_is_specialized(monkeypatch, call):
-    """Another size, cut or threshold starts the same machine code."""
+    """Other sizes and thresholds launch the same machine code."""
     for one in launches(monkeypatch, call):
         numbers = [
             name for name, a in zip(one.kernel.arg_names, one.arguments, strict=False) if isinstance(a, (int, float))

@@ -48,7 +48,7 @@ def value(patterns: np.ndarray) -> np.ndarray:
 
 
 class Oracle:
-    """The figures that a tally must hold, computed coordinate by coordinate in NumPy."""
+    """The counts and sums of a tally, computed coordinate by coordinate in NumPy."""
 
     def __init__(self, base: torch.Tensor, trained: torch.Tensor):
         fp64 = torch.float64 in (base.dtype, trained.dtype)

@@ -31,7 +31,7 @@ NAMES = [f"{s.kind}-{s.beta}-{s.k}-{s.tail}-{s.temperature}" for s in SPECS]
 
 
 def oracle(spec: Divergence, student: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Per token, from fp64 logits [N, V], by probabilities and nothing clever."""
+    """Per token, from fp64 logits [N, V], directly from the probabilities."""
     lq, lp = (x / spec.temperature - (x / spec.temperature).logsumexp(1, keepdim=True) for x in (student, teacher))
     q, p = lq.exp(), lp.exp()
     rows = torch.arange(len(q))
@@ -165,7 +165,7 @@ def test_definition_matches_oracle(spec):
 
 @pytest.mark.parametrize("spec", SPECS, ids=NAMES)
 def test_gradient_of_definition_matches_finite_differences(spec):
-    """Against differences, but for the policy gradient, whose loss is no divergence."""
+    """Compared with finite differences, except the policy gradient, whose loss is no divergence."""
     hidden, head, teacher, teacher_head, tokens = make_case(n=3)
     student, teacher = logits_in(FP64, hidden, head).requires_grad_(), logits_in(FP64, teacher, teacher_head)
     if spec.kind != "sampled_reverse_kl":
@@ -326,7 +326,7 @@ def estimator_gradient(loss_of, student, lp):
 
 
 def test_estimators_have_their_documented_expected_gradient():
-    """By enumeration of a vocabulary of 11; the table is docs/divergence.md's."""
+    """A vocabulary of 11 is enumerated; docs/divergence.md has the table."""
     generator = torch.Generator().manual_seed(3)
     student, teacher = torch.randn(2, 11, generator=generator, dtype=FP64)
     lp = teacher.log_softmax(-1)
@@ -596,7 +596,7 @@ def test_strides_do_not_change_results():
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that a tensor has of those that operators give, weights' gradients aside."""
+    """Records the largest number of elements of an operator's output, except the gradients of weights."""
 
     def __init__(self, *spared):
         super().__init__()
@@ -612,7 +612,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_tensor_of_tokens_by_vocabulary_exists(kind):
-    """In fp64, where every operation within the operators is seen; the sizes are those of the other dtypes."""
+    """In fp64 the reference runs, whose operations are visible here; the sizes are those of the other dtypes."""
     n, vocab, width = 600, 9000, 4
     hidden, head, teacher, teacher_head, tokens = make_case(n=n, vocab=vocab, width=width, bias=False)
     leaves = leaves_of(hidden, head)
@@ -713,7 +713,7 @@ def test_token_outside_vocabulary_gives_nan():
 
 
 def bucketed(z: torch.Tensor, u: torch.Tensor, ids: torch.Tensor, kind: str) -> torch.Tensor:
-    """A top-k divergence in fp64 whose bucket is a sum of its own."""
+    """A top-k divergence in fp64 whose tail is computed as a sum."""
     (lq, lp), inside = (
         (x.double().log_softmax(1) for x in (z, u)),
         torch.zeros_like(z, dtype=torch.bool).scatter(1, ids, True),
@@ -750,7 +750,7 @@ def assert_bucket(kind: str, dtype: torch.dtype, gap: float, whole_logits: bool 
 @pytest.mark.parametrize("kind", ["topk_forward_kl", "topk_reverse_kl"])
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
 def test_tail_of_confident_student_has_its_gradient(dtype, kind, gap):
-    """Where 1 - Q is noise in the dtype, or less than it can tell from 0."""
+    """1 - Q is noise in the dtype, or not distinguishable from 0."""
     assert_bucket(kind, dtype, gap)
 
 

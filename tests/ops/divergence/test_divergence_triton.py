@@ -36,7 +36,7 @@ def through_triton(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    """The interpreter takes its time a program and a step, not an element."""
+    """The interpreter's time grows with programs and steps, not with elements."""
     monkeypatch.setattr(kernels, "COLUMNS", 256)
 
 
@@ -89,7 +89,7 @@ def test_linear_log_prob_error_is_at_most_twice_that_of_full_logits(dtype):
 
 @pytest.mark.parametrize("numbers", [1, 5 * 64, 5 * 192])
 def test_vocabulary_chunks_are_merged(monkeypatch, numbers):
-    """Of one tile, and of several tiles a chunk."""
+    """Chunks of one tile, and of several tiles."""
     monkeypatch.setattr(kernels, "COLUMNS", 64)
     monkeypatch.setattr(kernels, "LEAST_COLUMNS", 64)
     monkeypatch.setattr(kernels, "WORKSPACE_BYTES", kernels.BYTES_AN_ID * numbers)
@@ -156,7 +156,7 @@ def test_tail_of_confident_student_has_its_gradient(monkeypatch, kind, gap):
 
 
 def test_logits_at_ids_come_from_the_summed_products():
-    """Of confident tokens no log-probability is above 0 by more than its own rounding, whatever the width."""
+    """No log-probability of a confident token is above 0 by more than its rounding, whatever the width."""
     hidden, head, *_ = make_case(n=8, vocab=300, width=1024, dtype=FP32, spread=8, shaped=False)
     tokens = (hidden @ head.weight.T + head.bias).argmax(1)
     assert ops.linear_log_prob(hidden, head, tokens).max() <= 1e-7
@@ -197,7 +197,7 @@ def test_tokens_outside_vocabulary_give_nan():
 
 def test_only_needed_products_are_computed(monkeypatch):
     hidden, head, teacher, teacher_head, _ = make_case(vocab=300, width=16, dtype=FP32)
-    monkeypatch.setattr(kernels, "WORKSPACE_BYTES", 1)  # a tile a chunk
+    monkeypatch.setattr(kernels, "WORKSPACE_BYTES", 1)  # one tile per chunk
     plain, shapes = kernels.product, []
     monkeypatch.setattr(kernels, "product", lambda a, b: (shapes.append((*a.shape, b.shape[1])), plain(a, b))[1])
     linear_divergence(hidden.requires_grad_(), head, teacher, teacher_head).backward()

@@ -47,13 +47,13 @@ def products(w: np.ndarray, d: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def exact(base: torch.Tensor, trained: torch.Tensor, visible: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Two of [3, n, n]: the products in long double, and those of absolute values, by which rounding is judged."""
+    """The products in long double, and those of absolute values, which bound the rounding; [3, n, n] each."""
     w, d = (side.astype(np.longdouble) for side in base_and_delta(base, trained, visible))
     return products(w, d), products(abs(w), abs(d))
 
 
 def rounding_limits(sizes: np.ndarray, rows: int, block: int) -> np.ndarray:
-    """[3, n, n]: how far sums in any order may be off, of products whose absolute values add up to `sizes`."""
+    """Error bound [3, n, n] of sums in any order of products whose absolute values add up to `sizes`."""
     relative = np.full((3, 1, 1), 2.0**-52 * (rows + 2))
     if block:  # W^T delta is summed in fp32 within a block
         relative[1] += 2.0**-23 * (min(block, rows) + 1)

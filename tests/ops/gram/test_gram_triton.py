@@ -1,4 +1,4 @@
-"""`gram` in Triton's interpreter, as right to its rounding as the CPU's kernel must be."""
+"""`gram` in Triton's interpreter, within the same error bound as the CPU kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHAPES = ((1, 1), (3, 7), (700, 1), (1025, 25), (65, 140))
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    """The interpreter takes its time a program and a step, not an element."""
+    """The interpreter's time grows with programs and steps, not with elements."""
     for name, size in (
         ("SIDE", 128),
         ("DEPTH", 64),

@@ -20,7 +20,7 @@ SAMPLED = 140_003  # beyond the size from which the kernel samples
 
 
 class Oracle:
-    """By sorting doubles and looking at each value."""
+    """The definition: sorts doubles and compares each value."""
 
     def __init__(self, values: torch.Tensor, mask: torch.Tensor | None = None):
         self.size = np.abs(values.double().numpy().ravel())
@@ -30,10 +30,10 @@ class Oracle:
             self.bits = np.unpackbits(mask.numpy(), bitorder="little")[: len(self.size)].astype(bool)
 
     def __call__(self, k: int, largest: bool = True) -> Quantile:
-        cut = float(self.numbers[-k] if largest else self.numbers[k - 1])
-        above, tied = (self.size > cut if largest else self.size < cut), self.size == cut
+        threshold = float(self.numbers[-k] if largest else self.numbers[k - 1])
+        above, tied = (self.size > threshold if largest else self.size < threshold), self.size == threshold
         masked = (None, None) if self.bits is None else (int((above & self.bits).sum()), int((tied & self.bits).sum()))
-        return Quantile(k, cut, int(above.sum()), int(tied.sum()), len(self.size) - len(self.numbers), *masked)
+        return Quantile(k, threshold, int(above.sum()), int(tied.sum()), len(self.size) - len(self.numbers), *masked)
 
 
 def without_mask(found: Quantile) -> Quantile:
@@ -63,8 +63,8 @@ def test_reference_equals_oracle(dtype):
         for largest in (True, False):
             for k in ranks(valid):
                 expected_one = oracle(k, largest)
-                cuts, counts = ops.reference(values, [k], largest, mask)
-                assert (cuts.item(), counts.tolist()) == (
+                thresholds, counts = ops.reference(values, [k], largest, mask)
+                assert (thresholds.item(), counts.tolist()) == (
                     expected_one.threshold,
                     [
                         [
@@ -92,7 +92,7 @@ def test_hostile_data(isa, threads, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_bracket_that_misses_is_answered_exactly(isa, threads, dtype):
-    """Whatever sits where the sample looks, the answer is exact: the sampled positions are found and made to lie."""
+    """The result is exact for any values at the sampled positions, which here get misleading ones."""
     n = 140_000
     honest = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
     for value in (1e-6, 1e6):
@@ -130,7 +130,7 @@ def test_any_small_array(values, dtype, data):
 
 
 def test_bounds_hold_every_way_to_break_ties():
-    """Against all choices of the tied in a small case: the extremes are the bounds, the mean is the expectation."""
+    """All choices among the ties of a small case: the extremes are the bounds, the mean is the expectation."""
     from itertools import combinations
 
     values = torch.tensor([5.0, -3, 3, 3, 1, -3, 0])
@@ -177,8 +177,8 @@ def test_nan_is_left_out_and_counted(isa):
         assert quantile(values, 1, largest=False) == Quantile(1, 1.0, 0, 1, 2)
         with pytest.raises(ValueError, match="k is 4, but of 5 values 2 are NaN"):
             quantile(values, 4)
-        cuts, counts = torch.ops.opdkernels.quantile(torch.full((3,), math.nan, dtype=dtype), [2], True, None)
-        assert cuts.isnan().all()
+        thresholds, counts = torch.ops.opdkernels.quantile(torch.full((3,), math.nan, dtype=dtype), [2], True, None)
+        assert thresholds.isnan().all()
         assert counts.tolist() == [[0, 0, 0, 0, 3]]
 
 
@@ -210,12 +210,12 @@ def test_operator_is_registered_as_torch_expects():
     for arguments in ((values, [3, 10], True, mask), (values, [5], False, None)):
         torch.library.opcheck(torch.ops.opdkernels.quantile.default, arguments)
 
-    def cut(x, bits):
-        cuts, counts = torch.ops.opdkernels.quantile(x, [3, 10], True, bits)
-        return cuts * 2, counts.sum()
+    def double(x, bits):
+        thresholds, counts = torch.ops.opdkernels.quantile(x, [3, 10], True, bits)
+        return thresholds * 2, counts.sum()
 
-    compiled = torch.compile(cut, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(values, mask), cut(values, mask), strict=True):
+    compiled = torch.compile(double, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(values, mask), double(values, mask), strict=True):
         assert torch.equal(got, expected)
 
 
