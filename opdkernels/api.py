@@ -228,7 +228,7 @@ def trajectory(
     base: str | os.PathLike[str],
     *checkpoints: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
-    steps: Sequence[int] = (),
+    steps: Sequence[int] | str = (),
     spectra: Literal["exact", "topk", "off"] = "exact",
     atol: float = 1e-5,
     memory: str | int = "4GB",
@@ -249,8 +249,9 @@ def trajectory(
         out: Run directory, with the analysis of each checkpoint in steps/. The same call with more checkpoints extends
             the run. factors/ caches what depends only on the base: 0.2 to 0.8 times the size of the base, more for
             square matrices; it may be deleted between runs. Without `out`, nothing is written.
-        steps: The training step of each checkpoint. Without it, steps come from the names (checkpoint-200, step_0040)
-            or from trainer_state.json; checkpoints without a step come last and get no number.
+        steps: The training step of each checkpoint, or a text with commas between them. Without it, steps come from the
+            names (checkpoint-200, step_0040) or from trainer_state.json; checkpoints without a step come last and get
+            no number.
         spectra: As in `analyze`, for every checkpoint.
         atol: A coordinate is changed if its visible |delta| exceeds this threshold, which is rounded to bf16.
         memory: Memory limit, such as "2GB" or a number of bytes; memory-mapped files do not count.
@@ -284,7 +285,7 @@ def trajectory(
     options = validate_options(
         TrajectoryOptions,
         {
-            "steps": tuple(steps),
+            "steps": steps if isinstance(steps, str) else tuple(steps),
             "spectra": spectra,
             "atol": atol,
             "memory": memory,

@@ -216,3 +216,15 @@ def test_folder_in_place_of_a_file_is_one_line(pair, tmp_path):  # noqa: F811
     assert done.returncode == 4
     assert "Traceback" not in done.stderr
     assert "run the same command again" in done.stderr
+
+
+def test_lists_are_separated_by_commas(run, inputs, tmp_path):
+    checkpoints = [inputs[name] for name in ("base", "trained", "later")]
+    status, _, _ = run("trajectory", *checkpoints, "--spectra", "off", "--steps", "20, 40", "-o", tmp_path / "t", "-q")
+    assert status == 0
+    assert [step["step"] for step in json.loads((tmp_path / "t" / "summary.json").read_text())["steps"]] == [20, 40]
+    status, _, error = run("overlap", *checkpoints, "--strata", "row,column", "-o", tmp_path / "o", "-q")
+    assert (status, error) == (0, "")
+    status, _, error = run("trajectory", *checkpoints, "--steps", "20,forty", "-o", tmp_path / "x", "-q")
+    assert status == 2
+    assert "forty" in error
