@@ -11,7 +11,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*)
 .PHONY: demo test test-fast kill sanitize fuzz lint bench gpu trainers clean
 
 demo: $(READY)
-	$(BIN)/python examples/distill_demo.py demo
+	$(BIN)/python examples/demo.py demo
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -1,4 +1,4 @@
-"""Data and options of the benchmarks. `make bench` runs them all; results go to benchmarks/results and the README."""
+"""Data and options of the benchmarks. `make bench` runs them all; docs/benchmarks.md quotes their results."""
 
 from __future__ import annotations
 

@@ -514,12 +514,6 @@ def test_failed_build_is_reported_and_continues(monkeypatch):
     assert "exit status 1" in messages[-1]
 
 
-def test_readme_quotes_every_measured_gpu():
-    assert record.readme_with_tables() == record.README.read_text(), (
-        "run python3 -m benchmarks.gpu.record: kernels or results have changed"
-    )
-
-
 def test_checks_line_names_what_did_not_pass():
     statuses = ("passed", "passed", "failed", "inconclusive", "not reached")
     units = [

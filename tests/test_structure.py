@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import itertools
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,13 +173,24 @@ def test_no_kernel_source_includes_torch():
             assert "torch/" not in path.read_text()
 
 
-def test_readme_quotes_the_committed_measurements():
-    from benchmarks.run import table
+def test_pages_quote_the_committed_measurements():
+    from benchmarks.pages import render
 
-    measured = list((ROOT / "benchmarks" / "results").glob("*.json"))
-    assert measured
-    for results in measured:
-        assert table(json.loads(results.read_text())) in (ROOT / "README.md").read_text()
+    for path, text in render().items():
+        assert path.read_text() == text, "run python3 -m benchmarks.pages: kernels or results have changed"
+
+
+def test_readme_is_short_and_its_links_work_on_a_package_index():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 120
+    repository = re.search(r'^Repository = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert repository
+    for link in re.findall(r"\]\(([^)]*)\)", text):
+        if link.startswith(f"{repository[1]}/"):
+            file = link.removeprefix(f"{repository[1]}/").split("/main/", 1)[1]
+            assert (ROOT / file).is_file(), link
+        else:
+            assert link.startswith("https://"), link
 
 
 def test_missing_snapshot_metrics_give_empty_cells():

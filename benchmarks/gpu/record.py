@@ -1,19 +1,16 @@
-"""Results: one JSON file per machine, and the tables printed and copied into the README."""
+"""Results: one JSON file per machine, and its Markdown tables."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- gpu -->", "<!-- /gpu -->"
 UNMEASURED = "Not measured on a GPU yet; `make gpu` measures and writes this table."
 MARKS = {"passed": "yes", "failed": "**failed**", "inconclusive": "inconclusive", "not reached": "not reached"}
 
@@ -94,7 +91,7 @@ def checks_line(units: list[dict[str, Any]]) -> list[str]:
             f"{unit['name'].replace('_', ' ')} ({unit['backend']})" for unit in checks if unit["status"] == status
         )
         parts += [f"{mark}: {', '.join(what)}"] if what else []
-    return [f"{'; '.join(parts)} ([list](docs/gpu.md))."] if checks else []
+    return [f"{'; '.join(parts)} ([list](gpu.md))."] if checks else []
 
 
 def timings_table(units: list[dict[str, Any]]) -> list[str]:
@@ -145,15 +142,3 @@ def table(results: dict[str, Any], checks: Callable[[list[dict[str, Any]]], list
         about += f"; limits: {limits['copy'] / 1e9:.4g} GB/s by a copy, {' and '.join(products)}"
     parts = [checks(units), timings_table(units)]
     return "\n".join([about, *(line for part in parts if part for line in ("", *part))])
-
-
-def readme_with_tables() -> str:
-    """The README with the tables of every measured GPU between its markers."""
-    before, rest = README.read_text().split(BEGIN)
-    tables = [table(json.loads(path.read_text()), checks_line) for path in sorted(RESULTS.glob("*.json"))]
-    return f"{before}{BEGIN}\n" + ("\n\n".join(tables) or UNMEASURED) + f"\n{END}{rest.split(END)[1]}"
-
-
-if __name__ == "__main__":
-    README.write_text(readme_with_tables())
-    sys.exit(0)

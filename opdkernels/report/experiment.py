@@ -113,12 +113,15 @@ def curves(snapshots: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def headline(result: Mapping[str, Any]) -> str:
-    """The main result in one sentence, from the arms that were run."""
+    """The main result in one sentence, from the arms that were run, and the number of seeds."""
     rows = {row["arm"]: row for row in result["rows"]}
     sentence = HEADLINES.get(result["experiment"], sweep_headline)(rows)
     reference = result["reference_arm"]
     gain = f"{percent(rows['start']['score'])} to {percent(rows[reference]['score'])}"
-    return f"{sentence} ({reference}: {gain})" if sentence else f"{reference}: from {gain} on held-out prompts"
+    seeds = "one seed" if result["seeds"] == 1 else f"{result['seeds']} seeds"
+    if not sentence:
+        return f"{reference}: from {gain} on held-out prompts, {seeds}"
+    return f"{sentence} ({reference}: {gain}; {seeds})"
 
 
 def has(row: Row, *metrics: str) -> bool:
@@ -133,7 +136,7 @@ def masks_headline(rows: Mapping[str, Row]) -> str:
         return ""
     return (
         f"Training {percent(changed['trained'])} of the weights, those that the full run changed most, retains "
-        f"{percent(changed['gain_retained'])} of its gain"
+        f"{interval(changed, 'gain_retained')} of its gain"
     )
 
 
@@ -155,7 +158,7 @@ def grafts_headline(rows: Mapping[str, Row]) -> str:
         return ""
     return (
         f"The largest {percent(largest['update_fraction'])} of the changes alone retain "
-        f"{percent(largest['gain_retained'])} of the gain, all others {percent(others['gain_retained'])}"
+        f"{interval(largest, 'gain_retained')} of the gain, all others {interval(others, 'gain_retained')}"
     )
 
 

@@ -13,7 +13,7 @@ from opdkernels.metrics.geometry_null import COVERAGES
 from opdkernels.metrics.spectra import SUBSPACE
 from tests.analysis.conftest import save
 
-SAMPLE = Path(__file__).parent.parent / "data" / "opd_sample"
+SAMPLE = Path(__file__).parents[2] / "examples" / "opd_sample"
 NAME = "model.layers.5.self_attn.k_proj.weight"
 
 

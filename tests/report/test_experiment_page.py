@@ -49,10 +49,10 @@ FULL = row("full", 0.7, 1.0, trained=1.0, changed_visible=0.3, changed_stored=0.
             "masks",
             [FULL, row("changed", 0.6, 0.8, trained=0.2)],
             "full",
-            "Training 20.00 % of the weights, those that the full run changed most, retains 80.00 % of its gain "
-            "(full: 20.00 % to 70.00 %)",
+            "Training 20.00 % of the weights, those that the full run changed most, retains 80.00 % "
+            "(75.00 % to 85.00 %) of its gain (full: 20.00 % to 70.00 %; 2 seeds)",
         ),
-        ("masks", [FULL], "full", "full: from 20.00 % to 70.00 % on held-out prompts"),
+        ("masks", [FULL], "full", "full: from 20.00 % to 70.00 % on held-out prompts, 2 seeds"),
         (
             "trajectory",
             [FULL, row("mask at 10% of the steps", 0.6, 0.8, trained=0.2, mask_recall=0.55)],
@@ -67,7 +67,8 @@ FULL = row("full", 0.7, 1.0, trained=1.0, changed_visible=0.3, changed_stored=0.
                 row("all but the largest", 0.3, 0.2, update_fraction=0.8),
             ],
             "full",
-            "The largest 20.00 % of the changes alone retain 80.00 % of the gain, all others 20.00 %",
+            "The largest 20.00 % of the changes alone retain 80.00 % (75.00 % to 85.00 %) of the gain, all others "
+            "20.00 % (15.00 % to 25.00 %)",
         ),
         ("grafts", [FULL, row("mlp alone", 0.6, 0.8, update_fraction=0.2)], "full", "full: from"),
         (
@@ -97,6 +98,10 @@ FULL = row("full", 0.7, 1.0, trained=1.0, changed_visible=0.3, changed_stored=0.
 )
 def test_headline_states_the_result(experiment, rows, against, expected):
     assert headline(result(experiment, rows, against)).replace("\u202f", " ").startswith(expected)
+
+
+def test_headline_of_one_seed_says_so():
+    assert headline({**result("masks", [FULL]), "seeds": 1}).endswith("on held-out prompts, one seed")
 
 
 def test_table_columns_are_those_that_some_arm_has():
