@@ -6,7 +6,7 @@ that a call of `torch.ops.opdkernels` is checked as a call of a public function 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -42,11 +42,7 @@ def validate_input(
 
 
 def validate_memory(
-    written: Iterable[torch.Tensor],
-    read: Iterable[torch.Tensor] = (),
-    *,
-    aligned: bool = False,
-    check_storages: bool = True,
+    written: Iterable[torch.Tensor], read: Iterable[torch.Tensor] = (), *, aligned: bool = False
 ) -> None:
     """Raise ValueError where a tensor that is written shares memory with another one, or a tensor has no memory.
 
@@ -54,22 +50,15 @@ def validate_memory(
         written: Tensors that the kernel writes.
         read: Tensors that it only reads; these may share memory with each other.
         aligned: Whether addresses must be multiples of the size of an element.
-        check_storages: Whether to compare each tensor with the size of its storage, which costs as much as the rest.
     """
     written, read = list(written), list(read)
     tensors = written + read
     addresses = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
-    sizes = np.array([memory_span(tensor) for tensor in tensors], np.uint64)
+    sizes = memory_spans(tensors)
     for i in np.flatnonzero((addresses == 0) & (sizes > 0)):
         raise ValueError(f"a tensor {list(tensors[i].shape)} has no memory: its storage was freed")
-    for tensor, size in zip(tensors, sizes, strict=True) if check_storages else ():
-        needed = tensor.storage_offset() * tensor.element_size() + int(size)
-        available = tensor.untyped_storage().nbytes()
-        if size and available < needed:
-            raise ValueError(
-                f"a tensor {list(tensor.shape)} needs {needed} bytes, and its storage was resized to {available}; "
-                "clone() it before its storage is resized"
-            )
+    for i, problem in beyond_storage(tensors, sizes):
+        raise ValueError(f"a tensor {list(tensors[i].shape)} {problem}; clone() it before its storage is resized")
     if aligned and (addresses % 8).any():  # no element is wider
         widths = np.array([tensor.element_size() for tensor in tensors], np.uint64)
         for i in np.flatnonzero(addresses % widths):
@@ -82,10 +71,34 @@ def validate_memory(
         )
 
 
+def beyond_storage(tensors: Sequence[torch.Tensor], sizes: np.ndarray) -> Iterator[tuple[int, str]]:
+    """The tensors that end after their storage, which `untyped_storage().resize_` made smaller.
+
+    Args:
+        tensors: Tensors of any strides.
+        sizes: Their `memory_spans`.
+
+    Returns:
+        The position of each such tensor, and what is wrong with it.
+    """
+    available = np.array([tensor.untyped_storage().nbytes() for tensor in tensors], np.uint64)
+    needed = np.array([tensor.storage_offset() for tensor in tensors], np.uint64)
+    if needed.any():
+        needed *= np.array([tensor.element_size() for tensor in tensors], np.uint64)
+    needed += sizes
+    for i in np.flatnonzero((available < needed) & (sizes > 0)):
+        yield int(i), f"needs {needed[i]} bytes, and its storage was resized to {available[i]}"
+
+
+def memory_spans(tensors: Iterable[torch.Tensor]) -> np.ndarray:
+    """`memory_span` of each tensor, uint64 [tensors]."""
+    return np.array([t.nbytes if t.is_contiguous() else memory_span(t) for t in tensors], np.uint64)
+
+
 def memory_span(tensor: torch.Tensor) -> int:
     """Bytes from the first to the last element of a tensor of any strides."""
-    if tensor.is_contiguous() or not tensor.numel():
-        return tensor.nbytes
+    if not tensor.numel():
+        return 0
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (1 + last) * tensor.element_size()
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from opdkernels.ops.arguments import memory_span, overlap_written
+from opdkernels.ops.arguments import beyond_storage, memory_spans, overlap_written
 from opdkernels.ops.step.layout import STEP
 from opdkernels.optim.binding import Binding, LocalMask
 from opdkernels.optim.distinct import validate_memory
@@ -28,23 +28,28 @@ class PendingStep:
     binding: Binding
 
 
-def validate_address(binding: Binding, tensor: torch.Tensor, address: int, prefix: str = "") -> None:
-    """Raise ValueError where a tensor of a parameter with elements has no memory or is not aligned to its elements."""
-    if not address or address % tensor.element_size():
-        problem = "is not aligned to its elements" if address else "has no memory: it was freed"
-        raise ValueError(f"{prefix}{binding.display_name} {problem}; give it memory of its own")
+def validate_usable(named: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Raise ValueError, naming it, where a tensor with elements has no memory, is not aligned to its elements or ends
+    after its storage."""
+    tensors = [tensor for _, tensor in named]
+    for name, tensor in named:
+        address = tensor.data_ptr()
+        if not address or address % tensor.element_size():
+            problem = "is not aligned to its elements" if address else "has no memory: it was freed"
+            raise ValueError(f"{name} {problem}; give it memory of its own")
+    for i, problem in beyond_storage(tensors, memory_spans(tensors)):
+        raise ValueError(f"{named[i][0]} {problem}; give it memory of its own")
 
 
 def validate_addresses(pending: Iterable[PendingStep]) -> None:
-    """Raise ValueError where the weights or the gradient of a parameter have no memory or are not aligned, and, naming
-    both, where two parameters share memory, of one group or of several: they were tied after construction."""
+    """Raise ValueError where the weights or the gradient of a parameter have no usable memory, and, naming both, where
+    two parameters share memory, of one group or of several: they were tied after construction."""
     active = [item for item in pending if item.local_mask.num_active]
-    addresses = [item.local.data_ptr() for item in active]
-    for item, address in zip(active, addresses, strict=True):
-        validate_address(item.binding, item.local, address)
-        validate_address(item.binding, item.grad, item.grad.data_ptr(), "the gradient of ")
-    sizes = np.array([memory_span(item.local) for item in active], np.uint64)
-    if overlap_written(np.array(addresses, np.uint64), sizes, len(active)):
+    validate_usable([(item.binding.display_name, item.local) for item in active])
+    validate_usable([(f"the gradient of {item.binding.display_name}", item.grad) for item in active])
+    addresses = np.array([item.local.data_ptr() for item in active], np.uint64)
+    sizes = memory_spans(item.local for item in active)
+    if overlap_written(addresses, sizes, len(active)):
         try:  # ranges of interleaved views overlap, their elements do not
             validate_memory([(item.binding.display_name, item.local) for item in active])
         except ValueError as error:

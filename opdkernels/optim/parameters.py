@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from opdkernels.checkpoint.names import unwrap_name
 from opdkernels.errors import InputError, printable
 from opdkernels.optim.active import gather_active, scatter_active
-from opdkernels.optim.batch import validate_address
+from opdkernels.optim.batch import validate_usable
 from opdkernels.optim.bind_masks import Masks, bind_model
 from opdkernels.optim.binding import Binding, is_dtensor, local_gradient
 from opdkernels.optim.distinct import validate_memory
@@ -86,7 +86,7 @@ class MaskedParameters(torch.nn.Module):
         """
         for weight, binding in self._weights:
             binding.validate_weights(weight, has_state=False)
-            validate_address(binding, weight, weight.data_ptr())
+        validate_usable([(binding.display_name, weight) for weight, binding in self._weights])
         for (weight, binding), value in zip(self._weights, self.values, strict=True):
             scatter_active(weight, binding.local_mask(weight), value.detach().float().contiguous())
 

@@ -90,10 +90,6 @@ def applies(operator: str, at: tuple[int, ...], mutation: str, tensor: torch.Ten
     """Whether a mutation makes an argument invalid."""
     if mutation in ("one more", "one fewer"):
         return (operator, at[0]) not in ANY_SIZE
-    if (
-        mutation == "partly freed"
-    ):  # a step does not validate sizes of storages: that would double the time of its checks
-        return operator not in ("masked_adamw_", "masked_sgd_")
     return mutation != "stride" or ((operator, at[0]) not in ANY_STRIDE and tensor.numel() > 1)
 
 

@@ -131,8 +131,14 @@ def misaligned(*shape: int) -> torch.Tensor:
     return torch.frombuffer(memory.numpy(), dtype=torch.float32, offset=1).view(shape)
 
 
-def free(tensor: torch.Tensor) -> None:
-    tensor.untyped_storage().resize_(0)
+def free(tensor: torch.Tensor, size: int = 0) -> None:
+    tensor.untyped_storage().resize_(size)
+
+
+def free_view(tensor: torch.nn.Parameter) -> None:
+    """The address of a view of freed memory is its offset, which is not 0."""
+    tensor.data = torch.zeros(9, 8)[1:]
+    free(tensor.data)
 
 
 @with_optimizers
@@ -144,8 +150,20 @@ def free(tensor: torch.Tensor) -> None:
         (lambda p: free(p.data), r"1\.weight has no memory"),
         (lambda p: setattr(p, "grad", misaligned(8, 8)), r"the gradient of 1\.weight is not aligned"),
         (lambda p: free(p.grad), r"the gradient of 1\.weight has no memory"),
+        (lambda p: free(p.data, 255), r"1\.weight needs 256 bytes, and its storage was resized to 255"),
+        (free_view, r"1\.weight needs 288 bytes, and its storage was resized to 0"),
+        (lambda p: free(p.grad, 255), r"the gradient of 1\.weight needs 256 bytes, and its storage was resized to 255"),
     ],
-    ids=["expanded", "misaligned", "freed", "misaligned gradient", "freed gradient"],
+    ids=[
+        "expanded",
+        "misaligned",
+        "freed",
+        "misaligned gradient",
+        "freed gradient",
+        "partly freed",
+        "view of freed memory",
+        "partly freed gradient",
+    ],
 )
 @pytest.mark.parametrize("first_steps", [0, 1])
 def test_unusable_memory_of_a_later_group_raises_before_anything_moves(kind, change, message, first_steps):

@@ -118,7 +118,7 @@ def validate_step(args: StepArgs, required: Sequence[str]) -> None:
     moments = (tensor for name in MOMENTS for tensor in getattr(args, name))
     shared = (tensor for tensor in (scalars, args.grad_scale, args.clip, args.found_inf) if tensor is not None)
     read = (*args.grads, *args.masks, *args.block_counts, *args.init_values, *args.step_groups, *shared)
-    validate_memory((*args.params, *moments, *residuals), read, aligned=True, check_storages=False)
+    validate_memory((*args.params, *moments, *residuals), read, aligned=True)
 
 
 def validate_list(
