@@ -215,12 +215,14 @@ def _find_model(folder: str, names: list[str]) -> str | None:
         if indexes and format.main_file in candidates:
             index = next((name for name in indexes if _lists(os.path.join(folder, name), format.main_file)), None)
             if index is not None:
+                _warn_of_other_formats(folder, candidates, index)
                 return index
             warnings.warn(
                 f"{folder} has {format.main_file} and shards of {indexes[0]}; {format.main_file} is read, as"
                 f" transformers loads it. Give the path of {indexes[0]} to read the shards",
                 stacklevel=5,
             )
+            _warn_of_other_formats(folder, candidates, format.main_file)
             return format.main_file
         index = _choose(folder, indexes, format.main_index)
         if index is not None:

@@ -65,6 +65,35 @@ def test_a_later_model_in_another_format_is_named(tmp_path: Path, index: bool) -
         open_checkpoint(tmp_path).close()
 
 
+MAIN, BIN, INDEX, BIN_INDEX = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
+
+
+@pytest.mark.filterwarnings("ignore:.* and shards of ")
+@pytest.mark.parametrize(
+    ("single", "listed", "chosen", "later"),
+    [
+        ([MAIN], {BIN_INDEX: "pytorch_model-00001-of-00001.bin"}, MAIN, BIN_INDEX),
+        ([BIN], {INDEX: "model-00001-of-00001.safetensors"}, INDEX, BIN),
+        ([], {INDEX: "model-00001-of-00001.safetensors", BIN_INDEX: "pytorch_model-1.bin"}, INDEX, BIN_INDEX),
+        ([MAIN, BIN], {INDEX: MAIN}, INDEX, BIN),
+        ([MAIN, BIN], {INDEX: "model-00001-of-00001.safetensors"}, MAIN, BIN),
+    ],
+)
+def test_a_later_sharded_or_single_model_in_another_format_is_named(tmp_path, single, listed, chosen, later) -> None:
+    save(tmp_path, *{*single, *listed.values()})
+    for index, shard in listed.items():
+        (tmp_path / index).write_text(json.dumps({"weight_map": {"w": shard}}))
+    os.utime(tmp_path / chosen, ns=(0, 0))
+    os.utime(tmp_path / later, ns=(1, 1))
+    with pytest.warns(UserWarning, match=f"a later {later}; {chosen} is read, .* the path of {later} to read that"):
+        open_checkpoint(tmp_path).close()
+
+
 @pytest.mark.parametrize("names", [["checkpoint-9", "checkpoint-100", "logs"], ["snapshots/0a1b", "refs"], ["final"]])
 def test_the_folder_around_checkpoints_names_one(tmp_path: Path, names: list[str]) -> None:
     for name in names:
