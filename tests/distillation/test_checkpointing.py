@@ -269,20 +269,20 @@ def test_masks_are_compared_by_content_and_not_by_bytes(options, tmp_path):
     assert a == b != c
 
 
-def test_sampled_digest_ignores_modification_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpointing, "NUM_SAMPLES", 5)
-    monkeypatch.setattr(checkpointing, "SAMPLE_BYTES", 10)
+def test_digest_of_a_model_covers_every_byte_and_no_times(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpointing, "BLOCK_BYTES", 100)
     path = tmp_path / "model.safetensors"
     content = bytes(i % 251 for i in range(1003))
     path.write_bytes(content)
-    known = checkpointing.sampled_digest(path)
+    known = checkpointing.model_digest(path)
     os.utime(path, ns=(1, 1))
-    assert checkpointing.sampled_digest(path) == known
-    for place, seen in ((0, True), (12, False), (500, True), (1002, True)):
+    assert checkpointing.model_digest(path) == known
+    for place in range(0, len(content), 7):
         path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
-        assert (checkpointing.sampled_digest(path) != known) == seen
-    path.write_bytes(content[:12] + content[13:])
-    assert checkpointing.sampled_digest(path) != known
+        assert checkpointing.model_digest(path) != known
+    for other in (content[:12] + content[13:], content + b"\0", content[:-1], b""):
+        path.write_bytes(other)
+        assert checkpointing.model_digest(path) != known
 
 
 def test_run_without_model_digests_resumes(options, tmp_path):
