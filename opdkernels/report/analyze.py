@@ -12,7 +12,6 @@ from opdkernels.analysis.result import Analysis
 from opdkernels.metrics.batch import ratio_label
 from opdkernels.metrics.catalog import metrics_on_page
 from opdkernels.metrics.registry import VIEWS
-from opdkernels.metrics.verdict import TOLERANCE
 from opdkernels.report import charts, heat_map, svg, typography
 from opdkernels.report.geometry import geometry_context
 from opdkernels.report.glossary import glossary, term
@@ -23,6 +22,7 @@ from opdkernels.report.verdict import COVERAGE, fit_of, summarize
 from opdkernels.spectral.exact import RATIOS
 
 MAX_LAYERS = 200
+MAX_LARGEST = 3  # modules and layers that the first screen names
 INCOMPLETE = ("Excluded", "Failed", "NaN or Inf")  # sections of what was left out that make a run incomplete
 # Published values for comparison: arXiv 2606.13657, table 2 and its ranges.
 PUBLISHED = {
@@ -54,7 +54,8 @@ def page_context(result: Analysis) -> dict[str, Any]:
         **vars(summarize(summary, fit, modules)),
         "sides": [(role, typography.name(summary[role])) for role in ("base", "trained")],
         "overview": overview_rows(views, curve),
-        "gauges": gauges(views.get("visible", {})),
+        "one_view": set(summary["matched"]["dtypes"]) == {"bf16 → bf16"},
+        "largest": largest_groups(result.groups),
         "comparisons": comparison_rows(summary["verdict"]["comparisons"]),
         "fit": fit,
         "null_kinds": [kind for kind in fit.kinds if kind.changed is not None],
@@ -117,18 +118,28 @@ def overview_rows(
     ]
 
 
-def gauges(visible: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The two ratios to the null, as drawings."""
+def largest_groups(groups: pa.Table) -> list[dict[str, Any]]:
+    """The modules and the layers with the largest shares of the energy, and their shares of the weights."""
+    rows = [row for row in groups.to_pylist() if row["view"] == "stored" and row["energy_share"]]
+    total = sum(row["numel"] for row in rows if row["by"] == "model")
     entries = []
-    for name, label in (
-        ("changed_over_null", "Changed coordinates"),
-        (f"{COVERAGE}_over_null", "Near-zero coverage at 10 %"),
-    ):
-        value = visible.get(name)
-        if value is not None:
-            drawing = charts.gauge(value, TOLERANCE, label)
-            entries.append({"label": label, "value": value, "drawing": drawing, "metric": term(name)})
+    for by, name_of in (("module", lambda row: typography.name(row["module"])), ("layer", layer_name)):
+        members = sorted((row for row in rows if row["by"] == by), key=lambda row: -row["energy_share"])
+        entries += [
+            {
+                "name": name_of(row),
+                "energy": row["energy_share"],
+                "parameters": row["numel"] / total,
+                "ratio": row["energy_over_parameters"],
+            }
+            for row in members[:MAX_LARGEST]
+        ]
     return entries
+
+
+def layer_name(row: Mapping[str, Any]) -> str:
+    """The name of a group of a layer."""
+    return f"layer {row['layer']}" if row["layer"] >= 0 else "outside the layers"
 
 
 def comparison_rows(comparisons: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

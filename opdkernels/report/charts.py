@@ -1,4 +1,4 @@
-"""Charts as inline SVG: curves, intervals, a histogram and a gauge."""
+"""Charts as inline SVG: curves, intervals and a histogram."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from opdkernels.report.svg import (
     x_axis_label,
     x_tick,
 )
-from opdkernels.report.typography import count, format_range, percent, significant, times
+from opdkernels.report.typography import count, format_range, percent, significant
 
 
 def sparsity_curve(curve: dict[str, list[float | None]], frame: Frame = FRAMES[0]) -> Markup | None:
@@ -323,26 +323,3 @@ def ulp_histogram(distance: Sequence[str], counts: Sequence[int], frame: Frame =
         parts,
         f"chart {frame.kind}",
     )
-
-
-def gauge(value: float, tolerance: float, what: str) -> Markup:
-    """A ratio on a logarithmic axis around 1; the shaded band is 1 within the tolerance."""
-    width, middle, reach = 300, 22, math.log(4)
-
-    def x(ratio: float) -> float:
-        return 12 + (max(-1.0, min(1.0, math.log(max(ratio, 1e-9)) / reach)) + 1) / 2 * (width - 24)
-
-    left, right = x(1 / (1 + tolerance)), x(1 + tolerance)
-    parts = [
-        line("rail", x(0.25), middle, x(4), middle),
-        Markup('<rect class="fit" x="{}" y="{}" width="{}" height="18" rx="3"/>').format(
-            number(left), middle - 9, number(right - left)
-        ),
-    ]
-    for ratio, text in ((0.25, "¼×"), (0.5, "½×"), (1, "1×"), (2, "2×"), (4, "4×")):
-        parts += [
-            line("tickmark", x(ratio), middle - 4, x(ratio), middle + 4),
-            text_at("tick middle", x(ratio), middle + 26, text),
-        ]
-    parts.append(dot("visible-dot", x(value), middle, 7))
-    return svg(width, 54, f"{what}: {times(value)} of what is expected from bf16 rounding alone", parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from opdkernels.report.typography import count, name, percent, plural, times
 POOR_FIT = 0.25  # distance of the nearest null, as a fraction of the changed coordinates, above which ratios are rough
 MIN_CHANGES = 0.005  # fraction of all changes below which a module is not mentioned
 MAX_MODULES = 3
+RATIO = re.compile(r"(?<=\d)x\b")  # of a ratio in the terminal, such as 0.98x
 COVERAGE = "near_zero_coverage_10pct"
 
 
@@ -129,6 +131,7 @@ def summarize(summary: dict[str, Any], fit: Fit, modules: Sequence[dict[str, Any
     views, matched, verdict = summary["views"], summary["matched"], summary["verdict"]
     compared = f"{count(matched['parameters'])} coordinates in {plural(matched['tensors'], 'tensor')}"
     title, _, numbers = verdict["text"].partition(": ")
+    numbers = RATIO.sub("×", numbers)
     headline, kind = sentence(title), verdict["kind"]
     if kind in ("identical", "same parameters", "not comparable", "not finite"):
         is_equal = all_bits_equal(summary) and matched["parameters"]

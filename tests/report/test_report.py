@@ -245,6 +245,23 @@ def test_headline_of_each_case(pages, case, headline):
     assert headline in Page(pages[case]).all("h1")[0]["text"]
 
 
+@pytest.mark.parametrize(
+    ("case", "heading"), [("layers", "How much changed"), ("fp32", "How much changed, in both views")]
+)
+def test_first_table_has_both_views_where_they_differ(pages, case, heading):
+    captions = [element["text"] for element in Page(pages[case]).all("caption")]
+    assert captions[0] == heading
+    assert ("Both checkpoints are bf16" in Page(pages[case]).section("summary")) == (case == "layers")
+
+
+def test_first_screen_names_the_module_with_the_largest_share_of_the_update(results, pages):
+    rows = [row for row in results["layers"].groups.to_pylist() if row["by"] == "module" and row["view"] == "stored"]
+    largest = max(rows, key=lambda row: row["energy_share"])
+    _, _, where = Page(pages["layers"]).section("summary").partition("Where the update is")
+    assert largest["module"] in where.split("layer")[0]
+    assert typography.percent(largest["energy_share"]) in where
+
+
 def test_an_invisible_change_is_reported_as_invisible(pages):
     assert "no visible update to compare" in Page(pages["invisible"]).section("summary")
 
