@@ -192,6 +192,8 @@ def test_files_of_other_formats_are_rejected_by_name(tmp_path: Path, name: str, 
             {"l.weight": torch.ones(8, 1, dtype=torch.uint8), "l.weight.quant_state.bitsandbytes__nf4": W["w"]},
             "quantised",
         ),
+        # bitsandbytes with bnb_4bit_quant_storage=torch.bfloat16, for FSDP: the packed weight is not of integers
+        ({"l.weight": torch.ones(8, 1).bfloat16(), "l.weight.quant_state.bitsandbytes__nf4": W["w"]}, "quantised"),
         ({"l.q_proj.weight.exp_avg_sq": W["w"]}, "an optimizer's state"),
         ({"l.weight": W["w"], "l.weight_scale_inv": torch.ones(1)}, "fp8 or quantised"),
         ({"l.qweight": torch.ones(2, dtype=torch.int32), "l.qzeros": torch.ones(2, dtype=torch.int32)}, "quantised"),

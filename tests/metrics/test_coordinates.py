@@ -178,6 +178,14 @@ def test_bounds_of_top_energy_hold_at_the_edges_of_bins():
         for side in (-1, 0, 1)
     ]
     pairs.append((torch.zeros(40, dtype=torch.float64), torch.cat([edges * (1 - 2.0**-50)] * 8)))
+    # With a larger value the bin at the edge is not bounded by the largest |delta|. The smaller of the two distances
+    # from an edge is a quarter of the least fp32 number: it matters where the edge itself is subnormal.
+    pairs += [
+        (torch.zeros(60, dtype=torch.float64), torch.cat([2 * edge.view(1), (edge + side * distance).repeat(59)]))
+        for edge in edges
+        for distance in (edge * 2.0**-40, 2.0**-151)
+        for side in (-1, 0, 1)
+    ]
     for base, trained in pairs:
         row = tensor_metrics(sparse(base, trained), "stored")
         _, _, d = coordinates(base, trained, "stored")

@@ -114,7 +114,10 @@ def test_mask_without_parameter_raises_and_is_named(unmasked):
     with pytest.raises(ValueError, match=r"mask of model\.layers\.1\.mlp\.upproj\.weight has .*no parameter"):
         MaskedAdamW(params_of(NAMES), masks=masks, unmasked=unmasked)
     idle = {**masks, "model.layers.1.mlp.upproj.weight": ~every(4, 4)}
-    if unmasked != "error":
+    if unmasked == "error":
+        with pytest.raises(ValueError, match=r"up_proj\.weight has no mask, and the mask of .*upproj\.weight has no par"):
+            MaskedAdamW(params_of(NAMES), masks=idle, unmasked=unmasked)
+    else:
         optimizer = MaskedAdamW(params_of(NAMES), masks=idle, unmasked=unmasked)
         with pytest.raises(ValueError, match=r"upproj\.weight has 16 active coordinates and no parameter"):
             optimizer.set_masks(masks)
