@@ -116,6 +116,15 @@ def test_the_layout_of_experts_follows_from_the_model_type(model_types: list[str
     assert expert_layout(model_types) == layout
 
 
+@pytest.mark.parametrize(("model_type", "num_parts"), [("gpt_oss", 0), ("qwen3_moe", 4)])
+def test_interleaved_rows_of_gate_and_up_are_no_parts(model_type: str, num_parts: int) -> None:
+    stem = "model.layers.0.mlp.experts"
+    split = {f"{stem}.{expert}.{part}_proj.weight": (3, 4) for expert in range(2) for part in ("gate", "up")}
+    result = match_tensors({f"{stem}.gate_up_proj": (2, 6, 4)}, split, model_types=[model_type])
+    assert len(result.parts) == num_parts
+    assert ("are interleaved; split them" in result.reasons.get(f"{stem}.gate_up_proj", "")) == (not num_parts)
+
+
 @pytest.mark.parametrize("model_type", ["sarvam_moe", "granitemoe", "exaone_moe", "jamba"])
 def test_the_layout_of_other_experts_is_that_of_transformers(model_type: str) -> None:
     mapping = pytest.importorskip("transformers.conversion_mapping")

@@ -115,7 +115,7 @@ def test_mask_without_parameter_raises_and_is_named(unmasked):
         MaskedAdamW(params_of(NAMES), masks=masks, unmasked=unmasked)
     idle = {**masks, "model.layers.1.mlp.upproj.weight": ~every(4, 4)}
     if unmasked == "error":
-        with pytest.raises(ValueError, match=r"up_proj\.weight has no mask, and the mask of .*upproj\.weight has no par"):
+        with pytest.raises(ValueError, match=r"up_proj\.weight has no mask, and the mask of .*upproj\.weight has no"):
             MaskedAdamW(params_of(NAMES), masks=idle, unmasked=unmasked)
     else:
         optimizer = MaskedAdamW(params_of(NAMES), masks=idle, unmasked=unmasked)
