@@ -87,6 +87,16 @@ def io_option() -> Any:
     )
 
 
+def atol_option() -> Any:
+    return option(
+        "Computation",
+        "A coordinate is changed if its visible |delta| exceeds this threshold, which is rounded to bf16.",
+        1e-5,
+        ge=0,
+        le=1e30,
+    )
+
+
 def density_option() -> Any:
     return option("Mask", "Fraction of the coordinates that are active.", 0.1, gt=0, le=1)
 
@@ -156,13 +166,7 @@ class AnalyzeOptions(RunOptions):
 
 
 class OverlapOptions(RunOptions):
-    atol: float = option(
-        "Computation",
-        "A coordinate is changed if its visible |delta| exceeds this threshold, which is rounded to bf16.",
-        1e-5,
-        ge=0,
-        le=1e30,
-    )
+    atol: float = atol_option()
     strata: Annotated[tuple[Literal["row", "column"], ...], BeforeValidator(split_commas)] = option(
         "Computation",
         "Also condition the chance level on |W| within the rows or columns of each matrix.",
@@ -180,13 +184,7 @@ class TrajectoryOptions(RunOptions):
         metavar="STEP,...",
     )
     spectra: Literal["exact", "topk", "off"] = option("Computation", "As in analyze, for every checkpoint.", "exact")
-    atol: float = option(
-        "Computation",
-        "A coordinate is changed if its visible |delta| exceeds this threshold, which is rounded to bf16.",
-        1e-5,
-        ge=0,
-        le=1e30,
-    )
+    atol: float = atol_option()
 
 
 class MaskOptions(Options):

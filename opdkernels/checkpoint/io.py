@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
+    from opdkernels.checkpoint.base import TensorInfo
+
 # A page fault on these costs a round trip to a server, one page at a time: mapped reads are 30 to 50 times slower.
 NETWORK_FILE_SYSTEMS = frozenset(
     {"9p", "afs", "beegfs", "ceph", "cifs", "fhgfs", "gfs", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs"}
@@ -265,3 +267,14 @@ def torch_dtype(name: str) -> torch.dtype | None:
     import torch
 
     return getattr(torch, TORCH_DTYPES.get(name, ""), None)
+
+
+def readable_dtype(file: OpenFile, tensor: TensorInfo) -> torch.dtype:
+    """Returns the torch dtype of a tensor in a file. Raises InputError if this version of torch has none."""
+    dtype = torch_dtype(tensor.dtype)
+    if dtype is None:
+        raise InputError(
+            f"{file}: tensor {printable(tensor.name)} is {printable(tensor.dtype)}, which PyTorch does not support;"
+            " convert it to bf16"
+        )
+    return dtype

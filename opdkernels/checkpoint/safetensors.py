@@ -12,7 +12,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from opdkernels.checkpoint.base import MAX_DIMS, MAX_HEADER_BYTES, MAX_TENSORS, FileFingerprint, FileFormat, TensorInfo
-from opdkernels.checkpoint.io import CHECKPOINT_REMEDY, Buffer, OpenFile, bits_dtype, out_of_descriptors, torch_dtype
+from opdkernels.checkpoint.io import CHECKPOINT_REMEDY, Buffer, OpenFile, bits_dtype, out_of_descriptors, readable_dtype
 from opdkernels.errors import InputError, printable
 from opdkernels.untrusted import TOO_MANY_FILES, other_content, parse_json
 
@@ -85,13 +85,7 @@ class SafetensorsFile:
 
     def read(self, name: str, start: int, stop: int, buffer: Buffer) -> torch.Tensor:
         """Returns flat elements [start, stop) of a tensor: a view of the mapping or of `buffer`."""
-        info = self.tensors[name]
-        dtype = torch_dtype(info.dtype)
-        if dtype is None:
-            raise InputError(
-                f"{self._file}: tensor {printable(name)} is {printable(info.dtype)}, which PyTorch does not support;"
-                " convert it to bf16"
-            )
+        dtype = readable_dtype(self._file, self.tensors[name])
         return self._file.elements(self._offsets[name] + start * dtype.itemsize, stop - start, dtype, buffer)
 
     def read_bits(self, name: str, start: int, stop: int, buffer: Buffer) -> torch.Tensor:

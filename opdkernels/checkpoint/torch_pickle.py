@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opdkernels.checkpoint.base import MAX_HEADER_BYTES, MAX_TENSORS, FileFingerprint, FileFormat, TensorInfo
-from opdkernels.checkpoint.io import TORCH_DTYPES, Buffer, OpenFile, bits_dtype, torch_dtype
+from opdkernels.checkpoint.io import TORCH_DTYPES, Buffer, OpenFile, bits_dtype, readable_dtype
 from opdkernels.checkpoint.pickle_data import CodeError, Pickle, PickledTensor, PickleError, Truncated, read_pickle
 from opdkernels.checkpoint.state_dict import find_state_dict, validate_tensor
 from opdkernels.errors import InputError, printable
@@ -97,12 +97,7 @@ class TorchFile:
 
         info = self.tensors[name]
         location = self._locations[name]
-        dtype = torch_dtype(info.dtype)
-        if dtype is None:
-            raise InputError(
-                f"{self._file}: tensor {printable(name)} is {printable(info.dtype)}, which PyTorch does not support;"
-                " convert it to bf16"
-            )
+        dtype = readable_dtype(self._file, info)
         begin = location.storage + location.offset * dtype.itemsize
         if location.contiguous or stop == start:
             return self._file.elements(begin + start * dtype.itemsize, stop - start, dtype, buffer)
