@@ -156,7 +156,7 @@ def test_a_file_with_such_a_pickle_is_refused_in_one_line(tmp_path: Path, name: 
     assert "pytorch_model.bin" in str(caught.value)
 
 
-def test_torch_size_and_dtype_beside_the_weights(tmp_path: Path) -> None:
+def test_torch_size_and_dtype_next_to_the_weights(tmp_path: Path) -> None:
     content = {"model": {"w": torch.ones(3)}, "size": torch.Size([2, 3]), "dtype": torch.bfloat16, "lr": np.float64(1)}
     torch.save(content, tmp_path / "model.pt")
     assert open_checkpoint(tmp_path / "model.pt").read("w", 0, 3).tolist() == [1, 1, 1]

@@ -29,7 +29,7 @@ def test_phase_without_time_has_no_rate(tmp_path):
     assert read_rows(tmp_path / "log.jsonl")[0]["tokens_per_s"] == {"all": 14}
 
 
-# next to the log, by stubs that record their arguments
+# Stubs of TensorBoard and Weights & Biases record their arguments.
 
 ROW = {"step": 3, "loss": 0.5, "skip_reason": "", "accuracy": None, "seconds": {"train": 2.0}, "tokens": 10}
 FLAT = {"loss": 0.5, "seconds/train": 2.0, "tokens": 10, "tokens_per_s/train": 5.0}
