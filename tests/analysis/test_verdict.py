@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from opdkernels import analyze, trajectory
 from opdkernels.analysis.tables import weighted_median
 from opdkernels.analysis.text import format_analysis
+from opdkernels.formatting import times
 from opdkernels.metrics.verdict import AS, LESS, MORE, SPARSITY, TOLERANCE, matrix_comparisons, words
-from opdkernels.report import render
+from opdkernels.report import render, typography
 from tests.analysis.conftest import save
 from tests.analysis.test_matrix_nulls import NAME, SAMPLE, noise_of_the_same_energy
 
@@ -85,8 +86,10 @@ def test_each_pair_gets_its_verdict_everywhere(results, case, kind, concentrated
     assert lines[0] == verdict["text"]
     assert f">{title[0].upper()}{title[1:]}</h1>" in page
     for entry in verdict["comparisons"]:
-        assert any(line.startswith(f"{entry['label']} ") and line.endswith(entry["words"]) for line in lines)
-        assert f">{entry['label']}</th>" in page
+        start, ratio, end = f"{entry['label']} ", f" {times(entry['ratio'])} ", f" {entry['words']}"
+        assert any(line.startswith(start) and ratio in line and line.endswith(end) for line in lines)
+        cells = f">{typography.times(entry['ratio'])}</td>", f">{entry['words']}</td></tr>"
+        assert any(all(cell in row for cell in (f">{entry['label']}</th>", *cells)) for row in page.split("<tr>"))
     if kind == "dense":
         assert "says nothing" in verdict["text"]
         assert not {entry["metric"] for entry in verdict["comparisons"]} & set(SPARSITY)

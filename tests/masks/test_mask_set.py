@@ -119,6 +119,11 @@ def digest_of(entries: list) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
+def reshaped(entries: list[dict], change) -> list[dict]:
+    """The entries, the first with another shape."""
+    return [{**entries[0], "shape": change(entries[0]["shape"])}, *entries[1:]]
+
+
 DAMAGES = {
     "no digest": lambda entries: ({"digest": None}, entries),
     "a digest of another length": lambda entries: ({"digest": "0"}, entries),
@@ -135,13 +140,14 @@ DAMAGES = {
     "a name that is no text": lambda entries: ({}, [{**entries[0], "name": "a\ud800"}]),
     "a name twice": lambda entries: ({}, [entries[0], entries[0]]),
     "a shape of text": lambda entries: ({}, [{**entries[0], "shape": "44"}]),
-    "a shape of texts": lambda entries: ({}, [{**entries[0], "shape": ["4"]}]),
-    "a shape with a fraction": lambda entries: ({}, [{**entries[0], "shape": [4.0]}]),
-    "a negative shape": lambda entries: ({}, [{**entries[0], "shape": [-1], "numel": -1}]),
-    "true as a size": lambda entries: ({}, [{**entries[0], "shape": [True]}]),
+    # Shapes of the right product, so that nothing else of the file refuses them.
+    "a shape of texts": lambda entries: ({}, reshaped(entries, lambda shape: list(map(str, shape)))),
+    "a shape with a fraction": lambda entries: ({}, reshaped(entries, lambda shape: list(map(float, shape)))),
+    "a negative shape": lambda entries: ({}, reshaped(entries, lambda shape: [-size for size in shape])),
+    "true as a size": lambda entries: ({}, reshaped(entries, lambda shape: [True, *shape])),
+    "400,000 dimensions": lambda entries: ({}, reshaped(entries, lambda shape: [*shape, *[1] * 400_000])),
     "a shape beyond 64 bits": lambda entries: ({}, [{**entries[0], "shape": [2**70], "numel": 2**70}]),
     "a product beyond the limit": lambda entries: ({}, [{**entries[0], "shape": [2**30, 2**30], "numel": 2**60}]),
-    "400,000 dimensions": lambda entries: ({}, [{**entries[0], "shape": [1] * 400_000}]),
     "more active than coordinates": lambda entries: ({}, [{**entries[0], "num_active": 10**9}]),
     "another shape": lambda entries: ({}, [{**entries[0], "shape": [3, 3], "numel": 9}, *entries[1:]]),
     "fewer masks": lambda entries: ({}, entries[:1]),
