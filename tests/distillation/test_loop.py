@@ -339,13 +339,17 @@ def test_other_tokenizer_is_refused(options, places, tmp_path):
 
 
 def test_teacher_with_more_tokens_scores_the_students_ids(options, tmp_path):
-    """Both heads have a row for the teacher's token, which the student's tokenizer cannot write: no one samples it."""
+    """Both heads have a row for the teacher's token, which the student's tokenizer cannot write: no one samples it.
+
+    Student and teacher differ in the rows beyond the student's ids only, so that their divergence begins at 0.
+    """
     from tests.distillation.conftest import CHARACTERS, model, tokenizer
 
     common = [*CHARACTERS, "<|endoftext|>"]  # which transformers adds to a tokenizer of this architecture
     for name, tokens in (("student", common), ("teacher", [*common, "<think>"])):
         padded = model(5, characters=CHARACTERS + "???")
-        padded.lm_head.weight.data[len(common) + 2 :] += 9  # likely, were they not left out
+        rows = padded.lm_head.weight.data[len(common) + 2 :]
+        rows += 9 if name == "student" else -9  # likely to be sampled, were they not left out
         padded.save_pretrained(tmp_path / name)
         tokenizer(tokens).save_pretrained(tmp_path / name)
     chosen = options(student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), num_eval_prompts=4)
@@ -357,6 +361,8 @@ def test_teacher_with_more_tokens_scores_the_students_ids(options, tmp_path):
         train(chosen, tmp_path / "run")
         assert evaluation.evaluate_checkpoint(chosen, tmp_path / "run" / "checkpoint-3")
     assert [sampler.vocab_size for sampler in samplers] == [len(common) + 2] * 2
+    first = next(row["reverse_kl"] for row in log(tmp_path / "run") if "reverse_kl" in row)
+    assert first == pytest.approx(0, abs=1e-5)
     with pytest.raises(InputError, match="token '<think>' is 16 for the student and missing for the teacher"):
         train(options(student=chosen.teacher, teacher=chosen.student), tmp_path / "swapped")
 
