@@ -15,7 +15,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from opdkernels.errors import InputError, UsageError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-MIN_MEMORY = 64 * 10**6
+MIN_MEMORY, MAX_MEMORY = 64 * 10**6, 10**18
+MAX_STEPS = 10**9  # more would take years
+MAX_TOKENS = 1 << 24  # of a text or a vocabulary
+MAX_SEEDS = 1000
 NUMBERS = {int, float}
 
 
@@ -33,6 +36,8 @@ def parse_bytes(text: str | int) -> int:
     size = int(float(parsed[1]) * UNITS[parsed[2]])
     if size < MIN_MEMORY:
         raise ValueError(f"{text} is too little; the minimum is 64MB")
+    if size > MAX_MEMORY:
+        raise ValueError(f"{text} is too large; the maximum is {MAX_MEMORY // 10**12}TB")
     return size
 
 
@@ -102,7 +107,7 @@ def density_option() -> Any:
 
 
 def seed_option() -> Any:
-    return option("Mask", "Seed of the random choice.", 0)
+    return option("Mask", "Seed of the random choice.", 0, ge=-1 << 63, lt=1 << 63)
 
 
 class Options(BaseModel):
@@ -250,7 +255,7 @@ class GraftOptions(Options):
 
 
 class ExperimentOptions(Options):
-    seeds: int = option("Experiment", "Number of seeds, starting at --seed.", 1, ge=1)
+    seeds: int = option("Experiment", "Number of seeds, starting at --seed.", 1, ge=1, le=MAX_SEEDS)
     density: float | None = option(
         "Experiment",
         "Fraction of the coordinates in each mask; 0: all coordinates that a run changed visibly in bf16. If not "
@@ -292,4 +297,7 @@ def validate_options(model: type[Model], values: dict[str, Any]) -> Model:
             hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(model.model_fields)}"
             raise UsageError(f"there is no option {name!r}; {hint}") from None
         message = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"option {name} is {first['input']!r}: {message}" if first["loc"] else message) from None
+        given = first["input"]
+        is_long = isinstance(given, int) and abs(given) >= 10**100  # Python refuses to print some of these
+        shown = "an integer of more than 100 digits" if is_long else repr(given)
+        raise UsageError(f"option {name} is {shown}: {message}" if first["loc"] else message) from None

@@ -152,7 +152,7 @@ def click_type(field: FieldInfo) -> click.ParamType:
             ("lt", "max", True),
         ):
             bound = getattr(constraint, name, None)
-            if bound is not None and bound <= MAX_SHOWN_BOUND:
+            if bound is not None and abs(bound) <= MAX_SHOWN_BOUND:
                 bounds |= {side: bound, f"{side}_open": is_open}
     if not bounds:
         return click.INT if kind is int else click.FLOAT

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from opdkernels.config import DeviceOrAuto, option, validate_options
+from opdkernels.config import MAX_STEPS, MAX_TOKENS, DeviceOrAuto, option, validate_options
 from opdkernels.errors import InputError, UsageError, printable
 from opdkernels.untrusted import read_file
 
@@ -62,7 +62,7 @@ class DistillOptions(BaseModel):
     dtype: Literal["bfloat16", "float32"] = model_option("Storage dtype of the weights.", "bfloat16")
     device: DeviceOrAuto = model_option("Device: cpu, cuda or cuda:N; auto uses a GPU if there is one.", "auto")
     lora_rank: int = model_option(
-        "Train LoRA factors of this rank (peft) instead of the weights; 0 trains the weights.", 0, ge=0
+        "Train LoRA factors of this rank (peft) instead of the weights; 0 trains the weights.", 0, ge=0, le=1 << 16
     )
     subspace: str = model_option(
         "Later checkpoint of the student that fixes LoRA's inputs (lora_rank > 0): the top right singular vectors of "
@@ -90,14 +90,15 @@ class DistillOptions(BaseModel):
         "Completions per prompt; they form one GRPO group if reward_weight is not 0.", 1, ge=1, le=1 << 16
     )
     micro_batch_size: int = data_option(
-        "Completions per forward and backward pass; 0 takes all completions of a step.", 0, ge=0
+        "Completions per forward and backward pass; 0 takes all completions of a step.", 0, ge=0, le=1 << 36
     )
     max_prompt_length: int = data_option(
         "Maximum length of a prompt, in tokens; longer prompts are truncated at their start before sampling.",
         512,
         ge=1,
+        le=MAX_TOKENS,
     )
-    max_completion_length: int = data_option("Maximum length of a completion, in tokens.", 128, ge=1)
+    max_completion_length: int = data_option("Maximum length of a completion, in tokens.", 128, ge=1, le=MAX_TOKENS)
     stop_token: str = data_option(
         "Text of one token that ends a completion, in addition to the model's end tokens.", ""
     )
@@ -118,7 +119,9 @@ class DistillOptions(BaseModel):
     beta: float = objective_option(
         "Weight of the teacher in the mixture of jsd; 0 is forward KL, 1 is reverse KL.", 0.5, ge=0, le=1
     )
-    k: int = objective_option("Number of ids of the top-k divergences; all other ids form one tail category.", 0, ge=0)
+    k: int = objective_option(
+        "Number of ids of the top-k divergences; all other ids form one tail category.", 0, ge=0, le=MAX_TOKENS
+    )
     temperature: float = objective_option("Temperature of both distributions in the divergence.", 1.0, gt=0)
     divergence_weight: float = objective_option("Weight of the divergence in the loss.", 1.0, ge=0)
     reward_weight: float = objective_option(
@@ -138,7 +141,9 @@ class DistillOptions(BaseModel):
         "File of masks (opdkernels mask): only active coordinates are trained; empty trains all.", ""
     )
     learning_rate: float = optimizer_option("Learning rate after warm-up.", 1e-6, gt=0)
-    warmup_steps: int = optimizer_option("Steps over which the learning rate rises linearly from 0.", 0, ge=0)
+    warmup_steps: int = optimizer_option(
+        "Steps over which the learning rate rises linearly from 0.", 0, ge=0, le=MAX_STEPS
+    )
     betas: Pair = optimizer_option("Moment decay rates of adamw.", (0.9, 0.999))
     eps: float = optimizer_option("Denominator epsilon of adamw.", 1e-8, gt=0)
     momentum: float = optimizer_option("Momentum of sgd.", 0.0, ge=0, lt=1)
@@ -152,7 +157,7 @@ class DistillOptions(BaseModel):
         "Maximum norm of the gradient of the active coordinates; 0 does not clip.", 1.0, ge=0
     )
 
-    max_steps: int = run_option("Number of optimizer steps.", 100, ge=1)
+    max_steps: int = run_option("Number of optimizer steps.", 100, ge=1, le=MAX_STEPS)
     seed: int = run_option(
         "Seed of the prompt order, the on-policy or off-policy choice and the samples.", 0, ge=0, lt=1 << 63
     )
@@ -161,12 +166,20 @@ class DistillOptions(BaseModel):
         "SIGTERM or SIGINT; a run that is killed otherwise starts again.",
         0,
         ge=0,
+        le=MAX_STEPS,
     )
-    snapshot_every: int = run_option("Steps between snapshots of which weights changed; 0 takes none.", 10, ge=0)
+    snapshot_every: int = run_option(
+        "Steps between snapshots of which weights changed; 0 takes none.", 10, ge=0, le=MAX_STEPS
+    )
     eval_steps: int = run_option(
-        "Steps between evaluations by greedy decoding; 0 evaluates only before and after training.", 0, ge=0
+        "Steps between evaluations by greedy decoding; 0 evaluates only before and after training.",
+        0,
+        ge=0,
+        le=MAX_STEPS,
     )
-    num_eval_prompts: int = run_option("Number of held-out prompts to evaluate on; 0 does not evaluate.", 0, ge=0)
+    num_eval_prompts: int = run_option(
+        "Number of held-out prompts to evaluate on; 0 does not evaluate.", 0, ge=0, le=10**6
+    )
     tensorboard: bool = run_option("Also write TensorBoard event files (needs tensorboard).", False)
     wandb: str = run_option("Weights & Biases project to also log to (needs wandb); empty for none.", "")
     threads: int | None = run_option("Number of CPU threads; torch's default if not given.", None, ge=1, le=4096)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opdkernels.analysis.analyze import run_analyze
-from opdkernels.config import AnalyzeOptions, validate_options
+from opdkernels.config import MAX_SEEDS, AnalyzeOptions, validate_options
 from opdkernels.distillation.checkpointing import input_paths
 from opdkernels.distillation.evaluation import evaluate_checkpoint
 from opdkernels.distillation.jsonl import finite, read_rows
@@ -149,6 +149,11 @@ def validate_request(
         raise UsageError(
             "an experiment evaluates its arms on held-out prompts and takes snapshots of the weights; "
             "set num_eval_prompts and snapshot_every"
+        )
+    if seeds > MAX_SEEDS or options.seed + seeds > 1 << 63:
+        raise UsageError(
+            f"an experiment has at most {MAX_SEEDS} seeds, from --seed up to {(1 << 63) - 1}; choose fewer, or a "
+            "smaller seed"
         )
     if seeds < 1 or (density is not None and not 0 <= density <= 1):
         raise UsageError(
