@@ -305,7 +305,7 @@ def test_a_leftover_of_a_finished_output_is_removed(place, name):
     assert not list(place.rglob("*.tmp"))
 
 
-def test_python_functions_decide_alike(place):
+def test_python_functions_follow_the_same_rules(place):
     for write in (
         lambda out: changed("base", "trained").save(out, overwrite=True),
         lambda out: patch.create("base", "trained", out, overwrite=True),

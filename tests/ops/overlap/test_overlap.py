@@ -227,7 +227,7 @@ def test_unrelated_dense_updates_are_explained_by_magnitude_and_not_by_uniform_c
         assert variance[0, 1] > 0
 
 
-def test_a_planted_shared_mask_stands_far_above_chance():
+def test_a_planted_shared_mask_is_far_above_chance():
     result = overlap(*dense_runs(shared=0.3))
     assert result.over_magnitude(0, 1) > 2
     assert result.z_magnitude(0, 1) > 10

@@ -144,7 +144,7 @@ def test_bounds_hold_every_way_to_break_ties():
         assert result.expected == pytest.approx(sum(counts) / len(counts), rel=1e-15)
 
 
-def test_topk_lies_between_the_bounds():
+def test_topk_is_between_the_bounds():
     values, mask = make_pair(50_000, torch.bfloat16, hostile=False)[0], make_mask(50_000)
     bits = ops.unpack(mask, 50_000)
     for largest in (True, False):
