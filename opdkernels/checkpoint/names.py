@@ -47,7 +47,12 @@ OTHER_EMBEDDINGS = word_set(
     "wpe position_embeddings position_embedding embed_positions token_type_embeddings pos_embed pos_embedding"
     " positional_embedding class_embedding cls_token embed_tokens_per_layer"
 )
-HEADS = frozenset({"lm_head", "embed_out"})
+# Modules that are an embedding of tokens only at these paths: of Mamba, RWKV and XLM.
+EMBEDDING_PATHS = {
+    (*container, name) for container in ((), ("backbone",), ("rwkv",)) for name in ("embeddings", "embedding", "emb")
+}
+HEADS = frozenset({"lm_head", "embed_out", "vocab_projector", "generator_lm_head"})  # two of GPT, DistilBERT, ELECTRA
+HEAD_PATHS = {("output",), ("output_layer",), ("proj_out",), ("decoder",)}
 
 # One name per module that model families name differently; these names mean the same at any position.
 MODULES = {
@@ -192,11 +197,11 @@ def _module(path: list[str], tokens: list[str]) -> tuple[str, str]:
         return "experts", "mlp"
     if _is_norm(leaf):
         return "norm", "norm"
-    if HEADS.intersection(path) or path in (["output"], ["proj_out"], ["decoder"]):
+    if HEADS.intersection(path) or tuple(path) in HEAD_PATHS:
         return "lm_head", "lm_head"
     if path[-2:] == ["predictions", "decoder"] or (leaf == "predictions" and tokens[-1] == "bias"):  # BERT's
         return "lm_head", "lm_head"
-    if leaf in EMBEDDINGS:
+    if leaf in EMBEDDINGS or tuple(path) in EMBEDDING_PATHS:
         return "embed_tokens", "embedding"
     if leaf in OTHER_EMBEDDINGS:
         return "other", "embedding"

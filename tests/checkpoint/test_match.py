@@ -94,6 +94,11 @@ def test_nothing_in_common_is_an_error() -> None:
         *("model.embed_tokens.weight", "wte.weight", "lm_head.weight", "lm_head.bias"),
         *("cls.predictions.bias", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
         *("decoder.weight", "decoder.bias", "model.language_model.embed_tokens_per_layer.weight"),
+        *("backbone.embeddings.weight", "backbone.embedding.weight", "embeddings.weight"),  # Mamba
+        *("rwkv.embeddings.weight", "emb.weight", "transformer.embeddings.weight"),  # RWKV, XLM
+        *("distilbert.embeddings.word_embeddings.weight", "vocab_projector.weight", "vocab_projector.bias"),
+        *("shared.weight", "encoder.embed_tokens.weight", "gpt_neox.embed_in.weight", "embed_out.weight"),
+        *("generator_lm_head.weight", "transformer.output_layer.weight"),  # ELECTRA, ChatGLM
     ],
 )
 def test_a_resized_vocabulary_is_compared_on_the_common_rows(name: str) -> None:
@@ -107,6 +112,21 @@ def test_a_resized_vocabulary_is_compared_on_the_common_rows(name: str) -> None:
         (added,) = pair.unmatched
         assert (added.side, added.kind, added.shape, added.numel) == (side, "rows", (4, *rest), 4 * width)
         assert "4 rows beyond the vocabulary of 100" in added.reason
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("embeddings.position_embeddings.weight", "bert.embeddings.token_type_embeddings.weight"),
+        *("vocab_transform.weight", "vision_model.embeddings.weight", "layers.0.embedding.weight", "classifier.weight"),
+    ],
+)
+def test_tensors_without_a_row_per_token_are_not_compared_in_part(name: str) -> None:
+    pair = match(
+        FakeCheckpoint({name: (100, 4), "x": (2,)}),
+        FakeCheckpoint({name: (104, 4), "x": (2,)}),
+    )
+    assert [result.name for result in pair.matches] == ["x"]
 
 
 @pytest.mark.parametrize(
