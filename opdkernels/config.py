@@ -297,7 +297,7 @@ def validate_options(model: type[Model], values: dict[str, Any]) -> Model:
             hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(model.model_fields)}"
             raise UsageError(f"there is no option {name!r}; {hint}") from None
         message = first["msg"].removeprefix("Value error, ")
-        given = first["input"]
-        is_long = isinstance(given, int) and abs(given) >= 10**100  # Python refuses to print some of these
-        shown = "an integer of more than 100 digits" if is_long else repr(given)
+        rejected = first["input"]
+        is_long = isinstance(rejected, int) and abs(rejected) >= 10**100  # Python refuses to print some of these
+        shown = "an integer of more than 100 digits" if is_long else repr(rejected)
         raise UsageError(f"option {name} is {shown}: {message}" if first["loc"] else message) from None

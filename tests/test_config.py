@@ -36,9 +36,9 @@ def integers() -> list[tuple[type[BaseModel], str]]:
 
 
 def test_options_of_every_command_are_found():
-    found = {f"{model.__name__}.{name}" for model, name in integers()}
-    assert {"AnalyzeOptions.threads", "AnalyzeOptions.memory", "ExperimentOptions.seeds"} <= found
-    assert {"RandomMaskOptions.seed", "DistillOptions.max_steps", "DistillOptions.k"} <= found
+    names = {f"{model.__name__}.{name}" for model, name in integers()}
+    assert {"AnalyzeOptions.threads", "AnalyzeOptions.memory", "ExperimentOptions.seeds"} <= names
+    assert {"RandomMaskOptions.seed", "DistillOptions.max_steps", "DistillOptions.k"} <= names
 
 
 @pytest.mark.parametrize(("model", "name"), integers(), ids=lambda value: getattr(value, "__name__", value))
