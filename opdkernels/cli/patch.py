@@ -53,12 +53,12 @@ def apply(
 
     Example: opdkernels patch apply Qwen2.5-0.5B step-200.patch -o step-200
     """
-    from opdkernels.patch import apply, format_text
+    from opdkernels.patch import apply, format_applied
     from opdkernels.progress import reporting
 
     with reporting(quiet) as progress:
         result = apply(base, patch, out, progress=progress, **options)
-    emit(result, format_text(result), as_json=json, quiet=quiet)
+    emit(result, format_applied(result, out), as_json=json, quiet=quiet)
     raise typer.Exit(ExitStatus.PARTIAL if result["left_out"] else ExitStatus.DONE)
 
 

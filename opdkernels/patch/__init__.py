@@ -14,6 +14,6 @@
 from opdkernels.patch.apply import apply, apply_to
 from opdkernels.patch.create import create
 from opdkernels.patch.graft import graft
-from opdkernels.patch.manifest import format_text, info
+from opdkernels.patch.manifest import format_applied, format_text, info
 
-__all__ = ["apply", "apply_to", "create", "format_text", "graft", "info"]
+__all__ = ["apply", "apply_to", "create", "format_applied", "format_text", "graft", "info"]

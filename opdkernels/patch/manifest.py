@@ -308,7 +308,7 @@ def summary(patch: Patch) -> dict[str, Any]:
 
 
 def format_text(result: dict[str, Any]) -> list[str]:
-    """Returns the lines of text that show a result of `info`, `create` or `apply`."""
+    """Returns the lines of text that show a result of `info` or `create`."""
     stored_in_full = result["tensors_whole"]
     text = [
         f"{printable(result['path'])}: {byte_size(result['bytes'])}, {percent(result['fraction'])} of the"
@@ -323,8 +323,24 @@ def format_text(result: dict[str, Any]) -> list[str]:
             f"in full {', '.join(map(printable, stored_in_full[:4]))}"
             + (f" and {len(stored_in_full) - 4} more" if len(stored_in_full) > 4 else "")
         )
-    if result["extra_files"]:
-        text.append("files   " + ", ".join(f"{printable(name)} ({how})" for name, how in result["extra_files"].items()))
-    for name in result.get("left_out", ()):
-        text.append(f"left out: {printable(name)}, which the base folder lacks or has otherwise; copy it yourself")
-    return text
+    return [*text, *extra_file_lines(result)]
+
+
+def format_applied(result: dict[str, Any], out: str) -> list[str]:
+    """Returns the lines of text that show a result of `apply`, which wrote the folder `out`."""
+    files = ", ".join(map(printable, result["files"]))
+    return [
+        f"{printable(out)}: restored {files}, {byte_size(result['bytes_trained'])}",
+        f"verified: the digest of what was written is that of the trained checkpoint, {result['trained_digest']}",
+        *extra_file_lines(result),
+        *(
+            f"left out: {printable(name)}, which the base folder lacks or has otherwise; copy it yourself"
+            for name in result["left_out"]
+        ),
+    ]
+
+
+def extra_file_lines(result: dict[str, Any]) -> list[str]:
+    """The files next to the weights, and where they come from, on one line; no line if there are none."""
+    files = ", ".join(f"{printable(name)} ({how})" for name, how in result["extra_files"].items())
+    return [f"files   {files}"] if files else []

@@ -119,7 +119,7 @@ def overview_rows(
 
 
 def largest_groups(groups: pa.Table) -> list[dict[str, Any]]:
-    """The modules and the layers with the most energy, with their fractions of the energy and of the weights."""
+    """The modules and the layers with the largest fractions of the energy, and their fractions of the weights."""
     rows = [row for row in groups.to_pylist() if row["view"] == "stored" and row["energy_share"]]
     total = sum(row["numel"] for row in rows if row["by"] == "model")
     entries = []

@@ -181,6 +181,8 @@ def test_patch_round_trip_is_byte_exact(pair, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr
     written = [(Path(folder) / "model.safetensors").read_bytes() for folder in (pair[1], tmp_path / "out")]
     assert written[0] == written[1]
+    assert f"{tmp_path / 'out'}: restored model.safetensors" in done.stdout
+    assert result["trained_digest"] in done.stdout
     done = run("patch", "apply", pair[1], tmp_path / "p", "-o", tmp_path / "other")
     assert done.returncode == 4
     assert "is a patch for another base" in done.stderr
