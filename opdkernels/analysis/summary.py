@@ -166,7 +166,10 @@ class Verdict(Part):
         description="identical, same parameters, not comparable, not finite, unrelated, unrelated in part, no visible "
         "change, dense, sparse, sparse as rounding alone, less sparse than rounding alone, or sparse beyond rounding."
     )
-    concentrated: bool | None = Field(description="Whether few directions carry the update; null without spectra.")
+    concentrated: bool | None = Field(
+        description="Whether few directions carry the update; null without spectra, and where the median matrix is so "
+        "small that 16 directions hold half of the energy of a random update."
+    )
     text: str = Field(description="The first line of the terminal output.")
     comparisons: list[Comparison]
 

@@ -134,8 +134,8 @@ def pair_verdict(summary: Mapping[str, Any], matrices: Sequence[Comparison]) -> 
     Returns:
         kind: identical, same parameters, not comparable, not finite, unrelated, unrelated in part, no visible change,
         dense, sparse as rounding alone, less sparse than rounding alone, sparse beyond rounding, or sparse;
-        concentrated: whether few directions carry the update, None without spectra; text: the first line; comparisons:
-        the metrics behind it.
+        concentrated: whether few directions carry the update, None without spectra and for small matrices;
+        text: the first line; comparisons: the metrics behind it.
     """
     views = summary["views"]
     visible = views.get("visible") or {}
@@ -165,8 +165,15 @@ def pair_verdict(summary: Mapping[str, Any], matrices: Sequence[Comparison]) -> 
     comparisons = [*tensor_comparisons(visible), *matrices]
     by_metric = {entry["metric"]: entry for entry in comparisons}
     energy = by_metric.get("energy_16")
-    concentrated = None if energy is None else energy["low"] > CONCENTRATED
+    # No update can have more energy than all: where 16 random directions have half of it, the ratio stays below 2.
+    is_too_small = energy is not None and energy["expected"] * CONCENTRATED >= 1
+    concentrated = None if energy is None or is_too_small else energy["low"] > CONCENTRATED
     ending, few = "", ""
+    if energy is not None and is_too_small:
+        ending = (
+            "; the matrices are too small to say whether few directions carry the update: of a random one, the 16 top "
+            f"directions hold {percent(energy['expected'])} of the energy"
+        )
     if energy is not None and concentrated:
         few = ", concentrated in few directions"
         ending = (

@@ -114,6 +114,24 @@ def test_directions_of_a_real_run_are_no_rounding_and_its_coordinates_are(result
     assert (entry["energy_16"]["words"], entry["stable_rank"]["words"]) == (MORE, LESS)
 
 
+@pytest.mark.parametrize("dense", [False, True], ids=["few", "noise"])
+@pytest.mark.parametrize(("side", "concentrated"), [(64, None), (80, None), (96, True), (128, True)])
+def test_few_directions_are_found_unless_the_matrices_are_too_small(tmp_path, side, concentrated, dense):
+    generator = torch.Generator().manual_seed(7)
+    names = [f"model.layers.{i}.self_attn.k_proj.weight" for i in range(2)]
+    base = {name: torch.randn(side, side, generator=generator) for name in names}
+
+    def update() -> torch.Tensor:
+        left, right = (torch.randn(side, 2, generator=generator) for _ in range(2))
+        return torch.randn(side, side, generator=generator) if dense else left @ right.T
+
+    after = {name: w + 0.01 * update() for name, w in base.items()}
+    verdict = analyze(save(tmp_path / "a", base), save(tmp_path / "b", after)).summary["verdict"]
+    assert verdict["concentrated"] is (None if concentrated is None else concentrated and not dense)
+    assert ("too small to say whether few directions" in verdict["text"]) == (concentrated is None)
+    assert (", concentrated in few directions" in verdict["text"]) == (verdict["concentrated"] is True)
+
+
 def planted(after):
     """Base and trained tensors: eight square matrices with a small update, then changed by `after(index, weight)`."""
     generator = torch.Generator().manual_seed(4)
