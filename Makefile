@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchmark
 SOURCES := $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*)
 
-.PHONY: demo test test-fast kill sanitize fuzz lint bench gpu trainers clean
+.PHONY: demo test test-fast kill sanitize fuzz lint docs bench gpu trainers clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py demo
@@ -26,6 +26,10 @@ kill: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The documentation site, in site/; a link that leads nowhere is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Reads a million damaged files of every kind, the same ones each time; an hour at most.
 fuzz: $(READY)
@@ -53,8 +57,8 @@ gpu:
 $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel pybind11
-	OPDKERNELS_REQUIRE_C=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[hub,triton,distill,dev]'
+	OPDKERNELS_REQUIRE_C=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[hub,triton,distill,docs,dev]'
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .venv-trainers build dist demo opdkernels/*.so *.egg-info
+	rm -rf $(VENV) .venv-trainers build dist demo site opdkernels/*.so *.egg-info
