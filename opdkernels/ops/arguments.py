@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
+SHARED = "two tensors share memory and one of them is written; pass each tensor once, with memory of its own"
+
 
 def validate_tensor(
     name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device
@@ -52,7 +54,17 @@ def validate_memory(
         aligned: Whether addresses must be multiples of the size of an element.
     """
     written, read = list(written), list(read)
-    tensors = written + read
+    addresses, sizes = usable_memory(written + read, aligned=aligned)
+    if overlap_written(addresses, sizes, len(written)):
+        raise ValueError(SHARED)
+
+
+def usable_memory(tensors: Sequence[torch.Tensor], *, aligned: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Raise ValueError where a tensor has no memory, ends after its storage or, if `aligned`, is not aligned.
+
+    Returns:
+        The addresses of the tensors and their `memory_spans`, both uint64 [tensors].
+    """
     addresses = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
     sizes = memory_spans(tensors)
     for i in np.flatnonzero((addresses == 0) & (sizes > 0)):
@@ -65,10 +77,7 @@ def validate_memory(
             raise ValueError(
                 f"a {tensors[i].dtype} tensor {list(tensors[i].shape)} is not aligned to its elements; clone() it"
             )
-    if overlap_written(addresses, sizes, len(written)):
-        raise ValueError(
-            "two tensors share memory and one of them is written; pass each tensor once, with memory of its own"
-        )
+    return addresses, sizes
 
 
 def beyond_storage(tensors: Sequence[torch.Tensor], sizes: np.ndarray) -> Iterator[tuple[int, str]]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from opdkernels.bits import bit_counts
-from opdkernels.ops.arguments import validate_memory, validate_tensor
+from opdkernels.ops.arguments import SHARED, overlap_written, usable_memory, validate_memory, validate_tensor
 from opdkernels.ops.step.args import ADAMW_FIELDS, SGD_FIELDS, StepArgs, unflatten
 from opdkernels.ops.step.layout import BLOCK, NUM_SCALARS, PRECISIONS
 
@@ -98,6 +99,90 @@ def validate_step(args: StepArgs, required: Sequence[str]) -> None:
         raise ValueError(f"scalars are on {scalars.device}, param 0 on {device}; move one of them")
     for name in ("grad_scale", "clip", "found_inf"):
         validate_factor(name, getattr(args, name), device)
+    address, key = args.params[0].data_ptr(), fingerprint(args, required)
+    known = REMEMBERED.get(address)
+    if known is not None and key is not None and known.fingerprint == key:
+        validate_gradients(args, known)
+        return
+    num_active, written = validate_tensors(args, device)
+    if key is not None:
+        REMEMBERED.pop(address, None)
+        REMEMBERED[address] = Validated(key, num_active, *written)
+        if len(REMEMBERED) > MAX_REMEMBERED:
+            REMEMBERED.pop(next(iter(REMEMBERED)))
+
+
+@dataclass(frozen=True)
+class Validated:
+    """What was validated in an earlier step.
+
+    Attributes:
+        fingerprint: Everything that was validated but for gradients and factors, see `fingerprint`.
+        num_active: Active coordinates of each param.
+        starts, ends: The ranges of bytes that the step writes, ascending, uint64.
+    """
+
+    fingerprint: tuple[Any, ...]
+    num_active: list[int]
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+MAX_REMEMBERED = 64  # calls, each of the parameters of a group on a device
+REMEMBERED: dict[int, Validated] = {}  # by the address of the first param; the fingerprint decides
+
+
+def fingerprint(args: StepArgs, required: Sequence[str]) -> tuple[Any, ...] | None:
+    """Addresses, dtypes, shapes, contiguity and versions of all tensors but gradients and factors.
+
+    A step with an equal fingerprint accesses the same memory in the same way as the one that was validated. That costs
+    a fifth of the validation, and nearly every step of a run is such a step. None for tensors of inference mode.
+    """
+    contents = (*args.masks, *args.block_counts, *args.step_groups)  # which the kernel follows as indices
+    moments = [tensor for name in MOMENTS for tensor in getattr(args, name)]
+    tensors = (*args.params, *moments, *args.residuals, *args.init_values, *contents)
+    try:
+        versions = [tensor._version for tensor in contents]
+    except RuntimeError:
+        return None
+    return (
+        [tensor.data_ptr() for tensor in tensors],
+        [tensor.dtype for tensor in tensors],
+        [tensor.shape for tensor in tensors],
+        [tensor.is_contiguous() for tensor in tensors],
+        versions,
+        [len(getattr(args, name)) for name in ("params", *MOMENTS, "residuals", "init_values", "step_groups")],
+        args.params[0].device,
+        tuple(required),
+        args.precision,
+        list(args.scalar_rows) if args.step_groups else [],
+        len(args.scalars) if args.step_groups else 0,
+    )
+
+
+def validate_gradients(args: StepArgs, known: Validated) -> None:
+    """Raise where a gradient or a factor does not fit, or the memory of a param was resized."""
+    device = args.params[0].device
+    for i, (param, grad) in enumerate(zip(args.params, args.grads, strict=True)):
+        validate_floats(i, "grads", grad, device)
+        validate_gradient(i, param, grad, known.num_active[i])
+    usable_memory(args.params)
+    addresses, sizes = usable_memory([*args.grads, *shared_tensors(args)], aligned=True)
+    position = np.searchsorted(
+        known.ends, addresses, side="right"
+    )  # of the first range that ends after a gradient begins
+    starts = np.append(known.starts, np.iinfo(np.uint64).max)[position]
+    if ((starts < addresses + sizes) & (sizes > 0)).any():
+        raise ValueError(SHARED)
+
+
+def validate_tensors(args: StepArgs, device: torch.device) -> tuple[list[int], tuple[np.ndarray, np.ndarray]]:
+    """Raise where a tensor does not fit.
+
+    Returns:
+        The active coordinates of each param, and the ranges of bytes that the step writes, as in `Validated`.
+    """
+    count = len(args.params)
     dense = zip(args.params, args.grads, args.masks, args.block_counts, strict=True)
     active = [validate_dense(i, *tensors, device) for i, tensors in enumerate(dense)]
     shapes = [(num_active,) for num_active in active]
@@ -111,14 +196,24 @@ def validate_step(args: StepArgs, required: Sequence[str]) -> None:
     validate_list("step_groups", args.step_groups, count * [torch.uint8], shapes, device, optional=True)
     residuals = validate_residuals(args, shapes, device)
     for i, step_group in enumerate(args.step_groups):
-        rows = len(scalars) - args.scalar_rows[i]
+        rows = len(args.scalars) - args.scalar_rows[i]
         if step_group.numel() and cached(max_step_group, step_group) >= rows:
             largest = max_step_group(step_group)
             raise ValueError(f"param {i} has step group {largest} and {rows} rows of scalars")
-    moments = (tensor for name in MOMENTS for tensor in getattr(args, name))
-    shared = (tensor for tensor in (scalars, args.grad_scale, args.clip, args.found_inf) if tensor is not None)
-    read = (*args.grads, *args.masks, *args.block_counts, *args.init_values, *args.step_groups, *shared)
-    validate_memory((*args.params, *moments, *residuals), read, aligned=True)
+    written = [*args.params, *(tensor for name in MOMENTS for tensor in getattr(args, name)), *residuals]
+    read = [*args.grads, *args.masks, *args.block_counts, *args.init_values, *args.step_groups, *shared_tensors(args)]
+    addresses, sizes = usable_memory(written + read, aligned=True)
+    if overlap_written(addresses, sizes, len(written)):
+        raise ValueError(SHARED)
+    used = np.flatnonzero(sizes[: len(written)])
+    order = used[np.argsort(addresses[used])]
+    return active, (addresses[order], addresses[order] + sizes[order])
+
+
+def shared_tensors(args: StepArgs) -> list[torch.Tensor]:
+    """The tensors that all params share."""
+    factors = (args.scalars, args.grad_scale, args.clip, args.found_inf)
+    return [tensor for tensor in factors if tensor is not None]
 
 
 def validate_list(
@@ -180,27 +275,38 @@ def validate_dense(
 ) -> int:
     """Raise where a param, its gradient or its mask does not fit. Returns the number of active coordinates."""
     for name, tensor in (("params", param), ("grads", grad)) if grad is not None else (("values", param),):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} of param {i} are {tensor.dtype}; step takes float32 and bfloat16")
-        if tensor.device != device:
-            raise ValueError(f"{name} of param {i} must be on {device}, not on {tensor.device}; move one of them")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} of param {i} must be contiguous, not of stride {list(tensor.stride())}")
+        validate_floats(i, name, tensor, device)
     try:
         num_active = cached(count_active, mask, block_counts, param.numel())
     except ValueError as error:
         raise ValueError(f"param {i}: {error}") from None
     if mask.device != device:
         raise ValueError(f"the mask of param {i} must be on {device}, not on {mask.device}; move one of them")
-    if grad is None or grad.shape == param.shape:
-        return num_active
+    if grad is not None:
+        validate_gradient(i, param, grad, num_active)
+    return num_active
+
+
+def validate_floats(i: int, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """Raise where a tensor is not fp32 or bf16, not on the device or not contiguous."""
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} of param {i} are {tensor.dtype}; step takes float32 and bfloat16")
+    if tensor.device != device:
+        raise ValueError(f"{name} of param {i} must be on {device}, not on {tensor.device}; move one of them")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} of param {i} must be contiguous, not of stride {list(tensor.stride())}")
+
+
+def validate_gradient(i: int, param: torch.Tensor, grad: torch.Tensor, num_active: int) -> None:
+    """Raise where a gradient has neither the shape of its param nor one fp32 element per active coordinate."""
+    if grad.shape == param.shape:
+        return
     if grad.shape != (num_active,):
         raise ValueError(
             f"param {i} and its gradient must be of one shape, not {list(param.shape)} and {list(grad.shape)}"
         )
     if grad.dtype != torch.float32:
         raise ValueError(f"the gathered gradient of param {i} must be float32, not {grad.dtype}")
-    return num_active
 
 
 def count_active(mask: torch.Tensor, block_counts: torch.Tensor, n: int) -> int:
@@ -236,7 +342,7 @@ def max_step_group(step_group: torch.Tensor) -> int:
 CACHE: dict[int, tuple[Any, ...]] = {}
 
 
-def fingerprint(tensor: torch.Tensor) -> tuple[Any, ...]:
+def tensor_fingerprint(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What changes with the contents or the layout of a tensor. Raises RuntimeError for tensors of inference mode."""
     return tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.is_contiguous()
 
@@ -248,9 +354,9 @@ def cached(function: Any, tensor: torch.Tensor, other: torch.Tensor | None = Non
     GPU a copy to the host.
     """
     try:
-        key = (function, numbers, *fingerprint(tensor))
+        key = (function, numbers, *tensor_fingerprint(tensor))
         if other is not None:
-            key += fingerprint(other)
+            key += tensor_fingerprint(other)
     except RuntimeError:  # tensors of inference mode have no version
         return function(tensor) if other is None else function(tensor, other, *numbers)
     entry = CACHE.get(id(tensor))

@@ -1,0 +1,105 @@
+"""A step whose arguments were valid before is validated again: what changed since is refused, and nothing moves."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+from opdkernels.ops import step
+from opdkernels.ops.step import validation
+from tests.ops.step.cases import BETAS, EPS, mask_tensors
+
+N = 4096
+
+
+class Arguments:
+    """Two tensors of 64 x 64, one with a bitmap and one with indices, and step groups."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        flags = [torch.rand(N, generator=generator) < 0.3 for _ in range(2)]
+        masks = [mask_tensors(flag, dtype) for flag, dtype in zip(flags, (None, torch.int32), strict=True)]
+        counts = [int(flag.sum()) for flag in flags]
+        self.memory = torch.randn(2 * N, generator=generator)  # of the first param and, after it, its gradient
+        self.values = {
+            "params": [self.memory[:N].view(64, 64), torch.randn(64, 64, generator=generator).bfloat16()],
+            "grads": [torch.randn(64, 64, generator=generator) for _ in range(2)],
+            "masks": [mask for mask, _ in masks],
+            "block_counts": [block_counts for _, block_counts in masks],
+            "exp_avgs": [torch.zeros(count) for count in counts],
+            "exp_avg_sqs": [torch.zeros(count) for count in counts],
+            "residuals": [torch.empty(0, dtype=torch.int16), torch.zeros(counts[1], dtype=torch.int16)],
+            "step_groups": [torch.zeros(counts[0], dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)],
+            "scalars": step.adamw_scalars([1, 2], 0.1, BETAS, EPS, 0.0),
+            "scalar_rows": [0, 1],
+            "shard_offsets": [0, 0],
+            "param_ids": [0, 1],
+            "precision": "split_master",
+        }
+
+    def run(self) -> None:
+        step.masked_adamw(**self.values)
+
+    def replace(self, name: str, i: int, tensor: torch.Tensor) -> None:
+        self.values[name][i] = tensor
+
+
+def shrink(tensor: torch.Tensor, size: int) -> None:
+    tensor.untyped_storage().resize_(size)
+
+
+CHANGES = {
+    "another dtype at the same address": lambda a: a.replace("params", 0, a.values["params"][0].view(torch.int32)),
+    "another shape at the same address": lambda a: a.replace("params", 0, a.values["params"][0][:32]),
+    "transposed at the same address": lambda a: a.replace("params", 0, a.values["params"][0].T),
+    "a gradient of another dtype": lambda a: a.replace("grads", 0, a.values["grads"][0].double()),
+    "a gradient of another shape": lambda a: a.replace("grads", 0, a.values["grads"][0][:32]),
+    "a transposed gradient": lambda a: a.replace("grads", 1, a.values["grads"][1].T),
+    "a gradient in the param's memory": lambda a: a.replace("grads", 0, a.memory[1 : N + 1].view(64, 64)),
+    "a gradient in a moment's memory": lambda a: a.replace(
+        "grads", 1, torch.as_strided(a.values["exp_avgs"][1], (len(a.values["exp_avgs"][1]),), (1,))
+    ),
+    "a gradient without memory": lambda a: shrink(a.values["grads"][1], 0),
+    "a gradient that ends after its storage": lambda a: shrink(a.values["grads"][1], 64),
+    "a param that ends after its storage": lambda a: shrink(a.values["params"][1], 64),
+    "a moment of another length": lambda a: a.replace("exp_avgs", 0, a.values["exp_avgs"][0][:-1]),
+    "two params in one memory": lambda a: a.replace("params", 1, a.values["params"][0]),
+    "a changed bitmap": lambda a: a.values["masks"][0].fill_(255),
+    "an index out of range": lambda a: a.values["masks"][1][-1:].fill_(N),
+    "a step group without scalars": lambda a: a.values["step_groups"][0].fill_(2),
+    "fewer rows of scalars": lambda a: a.values.update(scalars=a.values["scalars"][:1]),
+    "scalars in the param's memory": lambda a: a.values.update(
+        scalars=torch.as_strided(a.memory, tuple(a.values["scalars"].shape), a.values["scalars"].stride())
+    ),
+    "another precision": lambda a: a.values.update(precision="kahan"),
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_what_changed_since_the_last_step_is_refused(change):
+    arguments = Arguments()
+    arguments.run()
+    CHANGES[change](arguments)
+    before = arguments.memory.clone()
+    with pytest.raises((TypeError, ValueError)):
+        arguments.run()
+    assert torch.equal(arguments.memory, before)
+
+
+def test_a_step_at_the_same_addresses_is_not_validated_anew():
+    arguments = Arguments()
+    arguments.run()
+    arguments.values["grads"] = [torch.randn(64, 64) for _ in range(2)]
+    with mock.patch.object(validation, "validate_tensors", side_effect=AssertionError):
+        arguments.run()
+        with pytest.raises(AssertionError):
+            Arguments().run()
+
+
+def test_few_calls_are_remembered():
+    kept = [Arguments() for _ in range(validation.MAX_REMEMBERED + 3)]
+    for arguments in kept:
+        arguments.run()
+    assert len(validation.REMEMBERED) <= validation.MAX_REMEMBERED
