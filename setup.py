@@ -5,6 +5,9 @@ installs and runs on the reference.
 
 If nvcc is present, also builds opdkernels/_cuda.so, the CUDA kernels: machine code for the GPUs below and PTX for later
 ones. Neither building nor loading it needs a GPU. Without it NVRTC or Triton serves GPUs, so it never fails an install.
+
+OPDKERNELS_NO_CUDA=1 skips nvcc, which takes most of the time of an install. With OPDKERNELS_REQUIRE_C=1 an install
+without the CPU kernels fails.
 """
 
 import importlib.util
@@ -106,8 +109,14 @@ def build_cuda_if_possible(library):
     """Compile the CUDA kernels if nvcc is present and the library is stale. Never fails: they are optional."""
     home = os.environ.get("CUDA_HOME")
     nvcc = (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which("nvcc")
-    if nvcc is None or SANITIZERS or load_sources().is_built_from_sources(library):
+    if (
+        nvcc is None
+        or SANITIZERS
+        or os.environ.get("OPDKERNELS_NO_CUDA")
+        or load_sources().is_built_from_sources(library)
+    ):
         return
+    print(f"opdkernels: compiling the CUDA kernels with {nvcc}; OPDKERNELS_NO_CUDA=1 skips this", file=sys.stderr)
     try:
         build_cuda(nvcc, library)
     except (OSError, subprocess.CalledProcessError) as error:

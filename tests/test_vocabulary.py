@@ -50,7 +50,7 @@ IDENTIFIERS = {  # names in code, options, columns
     r"\bcontender\b|\bUnproved\b|\bstart_again\b": "implementation, Inconclusive, reset",
     r"^\s+(found|one|own|whole|given|told|taught) = ": "a name for what the variable holds",
 }
-EXCEPTIONS = {(AUTHORS, "pyproject.toml"): "the key of the standard"}  # (pattern, file): reason
+EXCEPTIONS = {(AUTHORS, "CITATION.cff"): "the key of the standard"}  # (pattern, file): reason
 
 
 def tracked_files() -> list[Path]:
