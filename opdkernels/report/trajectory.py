@@ -45,6 +45,7 @@ def page_context(result: Trajectory) -> dict[str, Any]:
         "headline": headline(steps, summary["atol"]),
         "interpretation": interpretation(steps),
         "charts": metric_charts(steps, axis),
+        "reports": reports(result),
         "table": build("checkpoints", "Checkpoints, whole model", [Column("step"), *columns], steps),
         "modules": build(
             "modules", "Modules at each checkpoint", [Column("module"), Column("step"), *columns], by_module(result)
@@ -56,6 +57,12 @@ def page_context(result: Trajectory) -> dict[str, Any]:
         "run_info": run_info(run),
         "glossary": glossary(["stored", "visible", "step", *(column.key for column in columns)]),
     }
+
+
+def reports(result: Trajectory) -> list[tuple[str, str]]:
+    """The title of each checkpoint that has a report, and the link to it from this page."""
+    links = [(title(step), f"steps/{step['folder']}/report.html") for step in result.summary["steps"] if step["folder"]]
+    return [(name, link) for name, link in links if result.path is not None and (result.path / link).is_file()]
 
 
 def join_views(views: dict[str, Any], label: str, path: str = "", **labels: Any) -> dict[str, Any]:
@@ -149,6 +156,8 @@ def metric_charts(steps: Sequence[dict[str, Any]], axis: Sequence[int | None]) -
     entries = []
     for heading, note, text, lines in specifications:
         known = [line for line in lines if any(value is not None for value in line[2])]
+        if len(known) == 2 and {known[0][1], known[1][1]} == {"visible", "stored"} and known[0][2] == known[1][2]:
+            known = [("visible", "both views", known[0][2])]
         if any(style != "null" for style, *_ in known):
             entries.append(charts.step_figure(heading, note, numbers, known, text, categories))
     return entries
@@ -168,7 +177,7 @@ def headline(steps: Sequence[dict[str, Any]], atol: float) -> str:
         return "The checkpoints cannot be compared with the last"
     return (
         f"At {steps[0]['title']} of {last}, {percent(first)} of the coordinates that the run changes by more than "
-        f"{atol:g} had changed"
+        f"{measure(atol)} had changed"
     )
 
 

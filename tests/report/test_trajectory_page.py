@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import save_file
 
-from opdkernels import report, trajectory
+from opdkernels import report, trajectory, write_report
 from opdkernels.report.charts import axis_ticks
 from tests.report.test_overlap_page import CASES, sources
 from tests.report.test_report import EXPECTED_TAGS, Page, assert_self_contained, brightness, browser, probe, update
@@ -55,6 +55,21 @@ def test_the_summary_describes_the_run(pages):
 @pytest.mark.parametrize(("case", "figures"), [("layers", 6), ("identical", 3)])
 def test_every_question_with_known_values_has_a_figure(pages, case, figures):
     assert len(Page(pages[case]).all("figure")) == figures
+
+
+def test_the_page_links_the_report_of_each_checkpoint(tmp_path):
+    paths = []
+    for i, tensors in enumerate([sources("layers"), *(update(sources("layers"), 4e-5, seed) for seed in (11, 12))]):
+        paths.append(tmp_path / f"checkpoint-{100 * i}")
+        paths[-1].mkdir()
+        save_file(tensors, paths[-1] / "model.safetensors")
+    trajectory(*paths, out=tmp_path / "out", spectra="off")
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    links = [element["attrs"]["href"] for element in page.all("a") if element["attrs"]["href"].startswith("steps/")]
+    assert links == ["steps/000100/report.html", "steps/000200/report.html"]
+    assert all((tmp_path / "out" / link).is_file() for link in links)
+    (tmp_path / "out" / links[0]).unlink()
+    assert links[0] not in write_report(tmp_path / "out").read_text()
 
 
 def test_an_axis_covers_its_values_with_round_numbers():
