@@ -101,15 +101,16 @@ def validate_step(args: StepArgs, required: Sequence[str]) -> None:
         validate_factor(name, getattr(args, name), device)
     address, key = args.params[0].data_ptr(), fingerprint(args, required)
     known = REMEMBERED.get(address)
-    if known is not None and key is not None and known.fingerprint == key:
+    contents = followed_tensors(args)
+    if known is not None and key is not None and known.fingerprint == key and known.has_read(contents):
         validate_gradients(args, known)
         return
     num_active, written = validate_tensors(args, device)
     if key is not None:
         REMEMBERED.pop(address, None)
-        REMEMBERED[address] = Validated(key, num_active, *written)
-        if len(REMEMBERED) > MAX_REMEMBERED:
-            REMEMBERED.pop(next(iter(REMEMBERED)))
+        REMEMBERED[address] = Validated(key, [weakref.ref(tensor) for tensor in contents], num_active, *written)
+        for oldest in list(REMEMBERED)[:-MAX_REMEMBERED]:
+            REMEMBERED.pop(oldest, None)  # another thread may have removed it
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,21 @@ class Validated:
 
     Attributes:
         fingerprint: Everything that was validated but for gradients and factors, see `fingerprint`.
+        contents: References to the tensors whose contents were read. A new tensor may have the address and the version
+            of one that was freed, and other contents.
         num_active: Active coordinates of each param.
         starts, ends: The ranges of bytes that the step writes, ascending, uint64.
     """
 
     fingerprint: tuple[Any, ...]
+    contents: list[weakref.ref[torch.Tensor]]
     num_active: list[int]
     starts: np.ndarray
     ends: np.ndarray
+
+    def has_read(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the tensors whose contents were read, of as many as the fingerprint says."""
+        return all(reference() is tensor for reference, tensor in zip(self.contents, tensors, strict=True))
 
 
 MAX_REMEMBERED = 64  # calls, each of the parameters of a group on a device
@@ -133,12 +141,13 @@ REMEMBERED: dict[int, Validated] = {}  # by the address of the first param; the 
 
 
 def fingerprint(args: StepArgs, required: Sequence[str]) -> tuple[Any, ...] | None:
-    """Addresses, dtypes, shapes, contiguity and versions of all tensors but gradients and factors.
+    """Addresses, dtypes, shapes, contiguity, storages and versions of all tensors but gradients and factors.
 
-    A step with an equal fingerprint accesses the same memory in the same way as the one that was validated. That costs
-    a fifth of the validation, and nearly every step of a run is such a step. None for tensors of inference mode.
+    A step with an equal fingerprint accesses the same memory in the same way as the one that was validated. Computing
+    it costs less than a fifth of the validation, and nearly every step of a run is such a step. None for tensors of
+    inference mode.
     """
-    contents = (*args.masks, *args.block_counts, *args.step_groups)  # which the kernel follows as indices
+    contents = followed_tensors(args)
     moments = [tensor for name in MOMENTS for tensor in getattr(args, name)]
     tensors = (*args.params, *moments, *args.residuals, *args.init_values, *contents)
     try:
@@ -150,6 +159,8 @@ def fingerprint(args: StepArgs, required: Sequence[str]) -> tuple[Any, ...] | No
         [tensor.dtype for tensor in tensors],
         [tensor.shape for tensor in tensors],
         [tensor.is_contiguous() for tensor in tensors],
+        [tensor.untyped_storage().nbytes() for tensor in tensors],
+        [tensor.storage_offset() for tensor in tensors],
         versions,
         [len(getattr(args, name)) for name in ("params", *MOMENTS, "residuals", "init_values", "step_groups")],
         args.params[0].device,
@@ -160,18 +171,20 @@ def fingerprint(args: StepArgs, required: Sequence[str]) -> tuple[Any, ...] | No
     )
 
 
+def followed_tensors(args: StepArgs) -> list[torch.Tensor]:
+    """The tensors whose contents a kernel follows as indices."""
+    return [*args.masks, *args.block_counts, *args.step_groups]
+
+
 def validate_gradients(args: StepArgs, known: Validated) -> None:
-    """Raise where a gradient or a factor does not fit, or the memory of a param was resized."""
+    """Raise where a gradient or a factor does not fit."""
     device = args.params[0].device
     for i, (param, grad) in enumerate(zip(args.params, args.grads, strict=True)):
         validate_floats(i, "grads", grad, device)
         validate_gradient(i, param, grad, known.num_active[i])
-    usable_memory(args.params)
     addresses, sizes = usable_memory([*args.grads, *shared_tensors(args)], aligned=True)
-    position = np.searchsorted(
-        known.ends, addresses, side="right"
-    )  # of the first range that ends after a gradient begins
-    starts = np.append(known.starts, np.iinfo(np.uint64).max)[position]
+    first = np.searchsorted(known.ends, addresses, side="right")  # the first range that ends after a gradient begins
+    starts = np.append(known.starts, np.iinfo(np.uint64).max)[first]
     if ((starts < addresses + sizes) & (sizes > 0)).any():
         raise ValueError(SHARED)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -96,6 +97,56 @@ def test_a_step_at_the_same_addresses_is_not_validated_anew():
         arguments.run()
         with pytest.raises(AssertionError):
             Arguments().run()
+
+
+@pytest.mark.parametrize(("name", "i", "value"), [("masks", 0, None), ("masks", 1, N), ("step_groups", 0, 2)])
+def test_a_new_tensor_in_the_memory_of_a_freed_one_is_read(name, i, value):
+    """It has the same address, shape and version as the freed tensor, and other contents."""
+    arguments = Arguments()
+    first = arguments.values[name][i].numpy().copy()
+    block_counts = arguments.values["block_counts"][0].numpy().copy()
+    arguments.replace(name, i, torch.from_numpy(first))
+    arguments.replace("block_counts", 0, torch.from_numpy(block_counts))
+    arguments.run()
+    if value is None:  # another mask, with block counts that fit it: more active coordinates than moments
+        mask, counts = mask_tensors(torch.ones(N, dtype=torch.bool))
+        first[:], block_counts[:] = mask.numpy(), counts.numpy()
+    else:
+        first[-1] = value
+    arguments.replace(name, i, torch.from_numpy(first))
+    arguments.replace("block_counts", 0, torch.from_numpy(block_counts))
+    before = arguments.memory.clone()
+    with pytest.raises(ValueError, match=r"exp_avgs of param 0|indices of its mask|step group 2"):
+        arguments.run()
+    assert torch.equal(arguments.memory, before)
+
+
+@pytest.mark.parametrize("name", ["params", "exp_avgs", "exp_avg_sqs", "residuals"])
+def test_a_storage_that_became_smaller_at_the_same_address_is_refused(name):
+    arguments = Arguments()
+    arguments.run()
+    tensor = arguments.values[name][1]
+    nbytes = mock.patch.object(torch.UntypedStorage, "nbytes", smaller_at(tensor.untyped_storage().data_ptr()))
+    with nbytes, pytest.raises(ValueError, match="its storage was resized"):
+        arguments.run()
+
+
+def smaller_at(address: int) -> Callable[[torch.UntypedStorage], int]:
+    """`nbytes` for a storage at an address that was resized: whether the allocator gives it the same address twice
+    depends on what else is in memory."""
+    nbytes = torch.UntypedStorage.nbytes
+    return lambda storage: 8 if storage.data_ptr() == address else nbytes(storage)
+
+
+def test_another_thread_may_have_forgotten_the_oldest_call():
+    class Shared(dict):
+        def __iter__(self):  # with a key that another thread has removed since
+            return iter([0, *self.keys()])
+
+    with mock.patch.multiple(validation, REMEMBERED=Shared(), MAX_REMEMBERED=1):
+        kept = [Arguments(), Arguments()]
+        for arguments in kept:
+            arguments.run()
 
 
 def test_few_calls_are_remembered():
