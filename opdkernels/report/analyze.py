@@ -52,7 +52,7 @@ def page_context(result: Analysis) -> dict[str, Any]:
     return {
         "title": "What training changed",
         **vars(summarize(summary, fit, modules)),
-        "sides": [(role, typography.name(summary[role])) for role in ("base", "trained")],
+        "sides": [(role, typography.location(summary[role])) for role in ("base", "trained")],
         "overview": overview_rows(views, curve),
         "one_view": set(summary["matched"]["dtypes"]) == {"bf16 → bf16"},
         "largest": largest_groups(result.groups),

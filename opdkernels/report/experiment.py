@@ -35,9 +35,9 @@ def page_context(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": f"Experiment {result['experiment']}",
         "sides": [
-            ("student", typography.name(result["student"])),
-            ("teacher", typography.name(result["teacher"] or "none")),
-            ("task", typography.name(result["task"])),
+            ("student", typography.location(result["student"])),
+            ("teacher", typography.location(result["teacher"] or "none")),
+            ("task", typography.location(result["task"])),
         ],
         "headline": headline(result),
         "detail": result["about"],
@@ -54,7 +54,7 @@ def page_context(result: Mapping[str, Any]) -> dict[str, Any]:
             ("held-out prompts", typography.count(result["prompts"])),
             ("steps", typography.count(result["steps"])),
             ("density", percent(result["density"]) if result["density"] else "all visible changes"),
-            *((name, typography.name(str(value))) for name, value in result["options"].items()),
+            *((name, typography.location(str(value))) for name, value in result["options"].items()),
         ],
         "glossary": glossary(["stored", "visible", *(column.key for column in columns)]),
     }

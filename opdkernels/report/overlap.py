@@ -62,8 +62,8 @@ def page_context(result: Overlaps) -> dict[str, Any]:
     return {
         "title": "What runs changed together",
         "sides": [
-            ("base", typography.name(summary["base"])),
-            *((f"run {name}", typography.name(path)) for name, path in summary["runs"].items()),
+            ("base", typography.location(summary["base"])),
+            *((f"run {name}", typography.location(path)) for name, path in summary["runs"].items()),
         ],
         "headline": headline(summary),
         "detail": f"{typography.count(summary['coordinates'])} coordinates in "

@@ -130,7 +130,7 @@ def run_info(run: Mapping[str, Any], matched: Mapping[str, Any] | None = None) -
     info = [
         (
             role,
-            f"{typography.name(side['path'])} ({typography.name(side['kind'])}, "
+            f"{typography.location(side['path'])} ({typography.name(side['kind'])}, "
             f"{typography.plural(len(side['files']), 'file')}, {typography.byte_size(num_bytes(side))})",
         )
         for role, side in inputs.items()

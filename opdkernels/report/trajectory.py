@@ -39,8 +39,8 @@ def page_context(result: Trajectory) -> dict[str, Any]:
     return {
         "title": "How a run changed its weights",
         "sides": [
-            ("base", typography.name(summary["base"])),
-            *((title(s), typography.name(s["path"])) for s in (summary["steps"][0], summary["steps"][-1])),
+            ("base", typography.location(summary["base"])),
+            *((title(s), typography.location(s["path"])) for s in (summary["steps"][0], summary["steps"][-1])),
         ],
         "headline": headline(steps, summary["atol"]),
         "interpretation": interpretation(steps),
@@ -70,7 +70,7 @@ def join_views(views: dict[str, Any], label: str, path: str = "", **labels: Any)
     stored, visible = (dict(views.get(view, {})) for view in ("stored", "visible"))
     stored["similarity"] = mean([stored.get(name) for name in SIMILARITY])
     return {
-        "": {"step": Cell(typography.name(label), label, typography.name(path)), **labels},
+        "": {"step": Cell(typography.name(label), label, typography.location(path)), **labels},
         "stored": stored,
         "visible": visible,
         "title": f"step {label}" if label.isdecimal() else typography.name(label),
@@ -232,7 +232,7 @@ def left_out(summary: dict[str, Any]) -> list[dict[str, Any]]:
         section(
             "Incomplete checkpoints",
             "Tensors were excluded, failed or contain NaN or Inf; the reports of the checkpoints name them.",
-            [Item(typography.name(step["path"]), title(step)) for step in incomplete],
+            [Item(typography.location(step["path"]), title(step)) for step in incomplete],
         ),
         section("Notes", "", [Item(reason=printable(note)) for note in summary["notes"]]),
     )

@@ -67,6 +67,16 @@ def name(text: str) -> str:
     return f"{shown[:half]} … {shown[-half:]}"
 
 
+def location(path: str) -> str:
+    """Where a checkpoint is, for a page that may be sent to others: the last two parts of an absolute path.
+
+    >>> location("/home/someone/runs/masks/step-60"), location("org/name@main"), location("/base")
+    ('…/masks/step-60', 'org/name@main', '/base')
+    """
+    parts = path.rstrip("/").split("/")
+    return name(f"…/{'/'.join(parts[-2:])}" if path.startswith("/") and len(parts) > 3 else path)
+
+
 def breakable(text: str) -> Markup:
     """Escaped text that may break after the dots of a name."""
     return Markup(str(escape(text)).replace(".", ".<wbr>"))

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from opdkernels import report
+from opdkernels import analyze, report
 from opdkernels.analysis.analyze import run_analyze
 from opdkernels.analysis.result import Analysis, load
 from opdkernels.config import AnalyzeOptions
@@ -260,6 +260,17 @@ def test_first_screen_names_the_module_with_the_largest_share_of_the_update(resu
     _, _, where = Page(pages["layers"]).section("summary").partition("Where the update is")
     assert largest["module"] in where.split("layer")[0]
     assert typography.percent(largest["energy_share"]) in where
+
+
+def test_pages_have_no_absolute_paths(tmp_path):
+    tensors = {"w": torch.randn(8, 8).bfloat16()}
+    for name in ("base", "trained"):
+        (tmp_path / "deep" / name).mkdir(parents=True)
+        save_file(tensors, tmp_path / "deep" / name / "model.safetensors")
+    analyze(tmp_path / "deep" / "base", tmp_path / "deep" / "trained", tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "…/deep/base" in page
+    assert str(tmp_path) not in page
 
 
 def test_an_invisible_change_is_reported_as_invisible(pages):
