@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -48,8 +49,9 @@ def opdkernels(
 
     Checkpoints are folders, files (safetensors or PyTorch) or hub ids (org/name@revision).
 
-    Exit status: 0 done, 2 usage, 3 done in part (too little was compared, or tensors were excluded,
-    failed or hold NaN or Inf), 4 bad input.
+    Exit status: 0 done, 2 usage, 3 done in part, 4 bad input, 130 interrupted.
+
+    Done in part: too little was compared, or tensors were excluded, failed or hold NaN or Inf.
     """
 
 
@@ -96,5 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "opdkernels"
         message = " ".join(error.format_message().split()).rstrip(".")
+        message = re.sub(r"Did you mean .*(?=Did you mean )", "", message)  # click and Typer both add a suggestion
         fail(f"{message}; see {command} --help", ExitStatus.USAGE)
     sys.exit(status or ExitStatus.DONE)

@@ -79,11 +79,17 @@ def open_weights(weights: Weights) -> Iterator[dict[str, Weight]]:
         return
     with contextlib.closing(open_checkpoint(weights)) as checkpoint:
         repeated = copies(checkpoint)
-        yield {
+        readers = {
             name: Weight(info.shape, lambda a, b, name=name: checkpoint.read(name, a, b))  # type: ignore[misc]
             for name, info in checkpoint.tensors.items()
             if info.dtype in DTYPES and name not in repeated and not is_buffer(name, info.shape)
         }
+        if not readers:  # a file of masks, for instance
+            raise InputError(
+                f"{printable(checkpoint.path)} has no floating-point weights to select from;"
+                " give a checkpoint of a model"
+            )
+        yield readers
         checkpoint.check()
 
 

@@ -92,7 +92,7 @@ def apply_to(state_dict: Mapping[str, torch.Tensor], patch: str | os.PathLike[st
         patch: File that `create` wrote.
 
     Returns:
-        The names of the changed tensors.
+        The names of the tensors that now equal the trained ones: every tensor of the patch, a tied one once.
 
     Raises:
         InputError: The patch is damaged, or a tensor is missing, of another shape or dtype, or not the base's.
@@ -185,9 +185,13 @@ def changed_in_place(
     for info in (info for file in patch.files.values() for info in file):
         live_info = infos.get(info.name)
         if live_info is None or (live_info.dtype, live_info.shape) != (info.dtype, info.shape):
+            name, needed = printable(info.name), f"{stored_dtype(info.dtype)} {list(info.shape)}"
             raise InputError(
-                f"the state dict has no tensor {printable(info.name)} of {stored_dtype(info.dtype)} {list(info.shape)},"
-                " which the patch changes; give the model's own state_dict()"
+                f"the state dict has no tensor {name} of {needed}, which the patch restores;"
+                " give the model's own state_dict()"
+                if live_info is None
+                else f"{name} is {stored_dtype(live_info.dtype)} {list(live_info.shape)} in the state dict"
+                f" and {needed} in the patch; load the model with the dtype and the shapes of the checkpoint"
             )
         storage = (live[info.name].data_ptr(), tuple(live[info.name].shape), live[info.name].stride())
         first = seen.setdefault(storage, info.name) if info.numel else info.name

@@ -168,6 +168,13 @@ def test_group_without_command_prints_help(run):
         assert "Usage:" in out + error
 
 
+def test_unknown_command_gets_its_suggestion_once(run):
+    status, _, error = run("mask", "randon")
+    assert status == ExitStatus.USAGE
+    assert "No such command 'randon'" in error
+    assert error.count("Did you mean") <= 1  # none with older versions of click and Typer
+
+
 def test_version(run):
     from opdkernels import __version__
 

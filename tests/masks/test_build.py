@@ -244,3 +244,14 @@ def test_changes_below_the_precision_of_fp32_are_seen_in_fp64(tmp_path):
     folders = [save(tmp_path / name, {"w": tensor}) for name, tensor in (("base", w), ("trained", after))]
     for masks in (top_changed(*folders, 0.5), changed(*folders, view="stored")):
         assert masks["w"].indices.tolist() == list(range(16, 24))
+
+
+@pytest.mark.parametrize("make_masks", [near_zero, random_subset, principal, safe])
+def test_file_without_weights_is_an_error(make_masks, tmp_path):
+    """A file of masks that is given as the checkpoint would give a set of no masks."""
+    path = tmp_path / "m.safetensors"
+    random_subset({"w": torch.zeros(64)}, 0.5).save(path)
+    with pytest.raises(
+        InputError, match=r"m\.safetensors has no floating-point weights .* give a checkpoint of a model"
+    ):
+        make_masks(path, 0.5)
