@@ -62,7 +62,7 @@ def distance(base: Checkpoint, child: Checkpoint) -> dict[str, Any]:
     pair = match(base, child)
     sample = sampled_distance(pair)
     if sample.relative_norm is None:
-        raise InputError(f"{base.path} has no tensor with finite values to compare; give another candidate")
+        raise InputError(f"{base.path} is 0, NaN or Inf in every sampled coordinate; give another candidate")
     coverage = pair.coverage
     return {
         "relative_norm": sample.relative_norm,

@@ -139,7 +139,7 @@ def resume_conflict(folder: Path, options: DistillOptions, previous: dict[str, A
     name, latest = printable(os.fspath(folder)), latest_checkpoint(folder)
     if previous.get("identity") != identity(options):
         return UsageError(f"{name} holds another run; choose another folder, or --overwrite it")
-    known = previous.get("models", {})  # absent in runs of early versions
+    known = previous.get("model_digests", {})  # absent in runs of early versions
     for path, files in model_fingerprints(options).items():
         before = known.get(path, files)
         changed = next((file for file in sorted({*before, *files}) if before.get(file) != files.get(file)), None)
@@ -189,7 +189,7 @@ def start_run(folder: Path, options: DistillOptions) -> None:
         {
             **header,
             "identity": identity(options),
-            "models": model_fingerprints(options),
+            "model_digests": model_fingerprints(options),
             "options": options.model_dump(mode="json"),
         },
     )

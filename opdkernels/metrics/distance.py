@@ -22,8 +22,8 @@ class Distance:
     """Distance of two checkpoints in the sampled coordinates.
 
     Attributes:
-        relative_norm: ||trained - base|| / ||base||, the median over sampled tensors weighted by their size; None if no
-            sampled tensor of the base is finite and not 0.
+        relative_norm: ||trained - base|| / ||base|| over the finite coordinates, the median over sampled tensors weighted
+            by their size; None if every sampled coordinate of the base is 0, NaN or Inf.
         bit_equal: Number of sampled coordinates with the same bits.
         sampled: Number of sampled coordinates.
     """
@@ -41,7 +41,7 @@ def sampled_distance(pair: Pair) -> Distance:
         tally = sampled_tally(pair, usable[index])
         equal, total = equal + tally.bit_equal, total + tally.numel
         base_norm = exact_float(tally.sum_base_sq)
-        if base_norm > 0 and tally.nonfinite == 0:
+        if base_norm > 0:
             norms.append(math.sqrt(exact_float(tally.sum_delta_sq) / base_norm))
             weights.append(usable[index].numel)
     if not norms:

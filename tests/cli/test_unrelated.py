@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opdkernels import analyze, patch
+from opdkernels import analyze, lineage, patch
 from opdkernels.checkpoint.match import open_pair
 from opdkernels.metrics import distance
 from opdkernels.metrics.verdict import UNRELATED
@@ -59,6 +59,20 @@ def test_the_limit_is_that_of_analyze(factor: float, unrelated: bool, tmp_path: 
     pair = open_pair(*sides)
     assert (distance.unrelated_note(pair) is not None) == unrelated
     pair.close()
+
+
+def test_nan_in_every_matrix_hides_nothing(tmp_path: Path) -> None:
+    """`analyze` judges the finite coordinates, and so does the sample."""
+    models = [weights(), weights(seed=9)]
+    for tensor in models[1].values():
+        tensor.view(-1)[0] = float("nan")
+    base, other = (save(tmp_path / str(i), model) for i, model in enumerate(models))
+    assert analyze(base, other, spectra="off").summary["verdict"]["kind"] == "unrelated"
+    with pytest.warns(UserWarning, match="unrelated: the relative norm"):
+        patch.create(base, other, tmp_path / "patch")
+    (candidate,) = lineage(other, base)["candidates"]
+    assert candidate["relative_norm"] == pytest.approx(2**0.5, rel=0.05)
+    assert not candidate["plausible"]
 
 
 def test_only_a_sample_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
