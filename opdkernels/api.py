@@ -285,7 +285,7 @@ def trajectory(
     options = validate_options(
         TrajectoryOptions,
         {
-            "steps": steps if isinstance(steps, str) else tuple(steps),
+            "steps": steps,
             "spectra": spectra,
             "atol": atol,
             "memory": memory,

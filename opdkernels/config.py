@@ -54,12 +54,17 @@ def parse_device_or_auto(text: str) -> str:
 
 
 def split_commas(value: Any) -> Any:
-    """The items of a text with commas between them; anything else as it is.
+    """The items of a text with commas between them, or of another iterable; anything else as it is.
 
-    >>> split_commas("row, column"), split_commas("")
-    (('row', 'column'), ())
+    >>> split_commas("row, column"), split_commas(""), split_commas(range(2)), split_commas(5)
+    (('row', 'column'), (), (0, 1), 5)
     """
-    return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return tuple(filter(None, map(str.strip, value.split(","))))
+    try:
+        return tuple(value)
+    except TypeError:
+        return value
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]

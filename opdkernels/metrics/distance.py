@@ -22,8 +22,8 @@ class Distance:
     """Distance of two checkpoints in the sampled coordinates.
 
     Attributes:
-        relative_norm: ||trained - base|| / ||base|| over the finite coordinates, the median over sampled tensors weighted
-            by their size; None if every sampled coordinate of the base is 0, NaN or Inf.
+        relative_norm: ||trained - base|| / ||base|| over the finite coordinates, the median over sampled tensors,
+            weighted by their size; None if every sampled coordinate of the base is 0, NaN or Inf.
         bit_equal: Number of sampled coordinates with the same bits.
         sampled: Number of sampled coordinates.
     """

@@ -341,6 +341,9 @@ def format_applied(result: dict[str, Any], out: str) -> list[str]:
 
 
 def extra_file_lines(result: dict[str, Any]) -> list[str]:
-    """The files next to the weights, and where they come from, on one line; no line if there are none."""
-    files = ", ".join(f"{printable(name)} ({how})" for name, how in result["extra_files"].items())
+    """The files next to the weights, and where they come from, on one line; no line if there are none. Files that
+    `apply` left out are not among them."""
+    left_out = result.get("left_out", ())
+    given = [(name, how) for name, how in result["extra_files"].items() if name not in left_out]
+    files = ", ".join(f"{printable(name)} ({how})" for name, how in given)
     return [f"files   {files}"] if files else []

@@ -263,6 +263,9 @@ def test_a_checkpoint_without_a_step_gets_no_number(tmp_path):
     assert "At step 20 of final" in page
     numbered = trajectory(*folders, spectra="off", steps=(1, 2, 50))
     assert [step["step"] for step in numbered.summary["steps"]] == [1, 2, 50]
+    for steps in (5, None, torch.tensor(5)):
+        with pytest.raises(UsageError, match=r"option steps is .*: Input should be a valid tuple"):
+            trajectory(*folders, spectra="off", steps=steps)
 
 
 def test_unchanged_checkpoint_has_null_metrics(tmp_path):

@@ -202,12 +202,14 @@ def test_graft_and_its_inverse_add_up(pair, tmp_path):  # noqa: F811
 
 def test_files_that_the_base_lacks_end_with_status_3(pair, tmp_path):  # noqa: F811
     for folder in pair:
-        (Path(folder) / "config.json").write_text("{}")
+        for name in ("config.json", "tokenizer.json"):
+            (Path(folder) / name).write_text("{}")
     assert run("patch", "create", *pair, "-o", tmp_path / "p", "-q").stdout == ""
     (Path(pair[0]) / "config.json").unlink()
     done = run("patch", "apply", pair[0], tmp_path / "p", "-o", tmp_path / "out")
     assert done.returncode == 3
     assert "left out: config.json" in done.stdout
+    assert "files   tokenizer.json (from the base)\n" in done.stdout
 
 
 def test_folder_in_place_of_a_file_is_one_line(pair, tmp_path):  # noqa: F811
