@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import opdkernels
 from opdkernels import analyze, masks
@@ -99,6 +100,67 @@ def named_model(shapes: dict[str, tuple[int, ...]]) -> torch.nn.Module:
             module = module._modules[part]
         module.register_parameter(rest[-1], torch.nn.Parameter(torch.zeros(shape)))
     return root
+
+
+def sample_model(name: str) -> torch.nn.Module:
+    """A module with the weights of a checkpoint of the sample."""
+    tensors = load_file(SAMPLE / f"{name}.safetensors")
+    model = named_model({key: tuple(tensor.shape) for key, tensor in tensors.items()}).to(torch.bfloat16)
+    model.load_state_dict(tensors)
+    return model
+
+
+def test_analysis_guide_prints_what_it_says(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    (code,) = blocks(page("guides/analyse.md"))
+    exec(code, {})
+    printed = capsys.readouterr().out.splitlines()
+    quoted = re.search(r"this prints `(.*)` and `(.*)`:", page("guides/analyse.md"))
+    assert quoted
+    assert printed[:2] == list(quoted.groups())
+
+
+def test_mask_guide_checks_saves_and_resumes(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(folder / "m.safetensors", tmp_path)
+    check, resume = (code for code in blocks(page("guides/masks.md")) if "import torch" in code or "torch.save" in code)
+    model = sample_model("base")
+    optimizer = opdkernels.MaskedAdamW(model.named_parameters(), masks="m.safetensors", lr=1e-6)
+
+    generator = torch.Generator().manual_seed(0)
+
+    def train(model, optimizer):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        optimizer.step()
+
+    namespace = {"model": model, "optimizer": optimizer, "train": train, "MaskedAdamW": opdkernels.MaskedAdamW}
+    exec(check, namespace)
+    exec(resume, namespace)
+    assert namespace["optimizer"] is not optimizer
+    train(model, namespace["optimizer"])
+    generator.manual_seed(0)
+    uninterrupted = sample_model("base")
+    optimizer = opdkernels.MaskedAdamW(uninterrupted.named_parameters(), masks="m.safetensors", lr=1e-6)
+    train(uninterrupted, optimizer)
+    train(uninterrupted, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), uninterrupted.parameters(), strict=True))
+    assert not torch.equal(dict(model.named_parameters())[MASK], namespace["before"][MASK])
+
+
+def test_patch_guide_patches_a_loaded_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, side in (("base", "base"), ("trained", "seed1")):
+        (tmp_path / name).mkdir()
+        shutil.copy(SAMPLE / f"{side}.safetensors", tmp_path / name / "model.safetensors")
+    model, trained = sample_model("base"), sample_model("seed1").state_dict()
+    (code,) = blocks(page("guides/patches.md"))
+    exec(code, {"model": model})
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(opdkernels.InputError, match="another base"):
+        opdkernels.patch.apply_to(model.state_dict(), "step-200.patch")
+    with pytest.raises(opdkernels.InputError, match="load the model with the dtype"):
+        opdkernels.patch.apply_to(sample_model("base").float().state_dict(), "step-200.patch")
 
 
 @pytest.mark.parametrize("library", ["pandas", "polars", "opdkernels"])
