@@ -344,6 +344,6 @@ def extra_file_lines(result: dict[str, Any]) -> list[str]:
     """The files next to the weights, and where they come from, on one line; no line if there are none. Files that
     `apply` left out are not among them."""
     left_out = result.get("left_out", ())
-    given = [(name, how) for name, how in result["extra_files"].items() if name not in left_out]
-    files = ", ".join(f"{printable(name)} ({how})" for name, how in given)
+    written = [(name, how) for name, how in result["extra_files"].items() if name not in left_out]
+    files = ", ".join(f"{printable(name)} ({how})" for name, how in written)
     return [f"files   {files}"] if files else []
