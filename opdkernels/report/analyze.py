@@ -43,18 +43,28 @@ def page_context(result: Analysis) -> dict[str, Any]:
     )
     fit = fit_of(visible)
     modules = [row for row in result.groups.to_pylist() if row["by"] == "module" and row["view"] == "visible"]
-    groups, tensors = group_tables(result.groups), tensor_table(result.tensors)
+    one_view = set(summary["matched"]["dtypes"]) == {"bf16 → bf16"}
+    groups = group_tables(result.groups, one_view=one_view)
+    tensors = tensor_table(result.tensors, one_view=one_view)
     sections = left_out(summary)
     overview = metrics_on_page("overview")
     columns = [column.key for table in (*groups, tensors) for column in table.columns]
     terms = ["stored", "visible", *(m.name for m in overview), "null", "null_kind", "null_distance"]
-    terms += ["changed_over_null", f"{COVERAGE}_over_null", "ulp", "bit_equal"]
+    terms += [
+        "changed_over_null",
+        f"{COVERAGE}_over_null",
+        "ulp",
+        "bit_equal",
+        "energy_share",
+        "energy_over_parameters",
+    ]
+    terms += [entry["metric"] for entry in summary["verdict"]["comparisons"]]
     return {
         "title": "What training changed",
         **vars(summarize(summary, fit, modules)),
         "sides": [(role, typography.location(summary[role])) for role in ("base", "trained")],
         "overview": overview_rows(views, curve),
-        "one_view": set(summary["matched"]["dtypes"]) == {"bf16 → bf16"},
+        "one_view": one_view,
         "largest": largest_groups(result.groups),
         "comparisons": comparison_rows(summary["verdict"]["comparisons"]),
         "fit": fit,
@@ -62,7 +72,9 @@ def page_context(result: Analysis) -> dict[str, Any]:
         "curve": [drawing for frame in svg.FRAMES if (drawing := charts.sparsity_curve(curve, frame))],
         "curve_rows": [{key: curve[key][i] for key in curve} for i in range(0, len(curve["eps"]), 10)],
         "near_zero": near_zero_rows(views) if views and views["visible"]["changed"] else [],
-        "maps": maps(result.groups) if views and views["stored"]["changed"] else [],
+        "maps": maps(result.groups, ("visible",) if one_view else VIEWS)
+        if views and views["stored"]["changed"]
+        else [],
         "ulp": [
             drawing for frame in svg.FRAMES if (drawing := charts.ulp_histogram(ulp["distance"], ulp["count"], frame))
         ],
@@ -150,6 +162,7 @@ def comparison_rows(comparisons: Sequence[Mapping[str, Any]]) -> list[dict[str, 
         show = typography.measure if metric.format == "measure" else typography.percent
         rows.append(
             {
+                "name": metric.name,
                 "label": entry["label"],
                 "definition": metric.definition,
                 "observed": show(entry["observed"]),
@@ -182,8 +195,8 @@ def near_zero_rows(views: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
     return rows
 
 
-def maps(groups: pa.Table) -> list[dict[str, Any]]:
-    """Heat maps by layer and module."""
+def maps(groups: pa.Table, shown_views: Sequence[str]) -> list[dict[str, Any]]:
+    """Heat maps by layer and module in some views."""
     rows = [row for row in groups.to_pylist() if row["by"] == "layer_module"]
     layers = sorted({row["layer"] for row in rows})
     if not any(layer >= 0 for layer in layers):
@@ -197,14 +210,14 @@ def maps(groups: pa.Table) -> list[dict[str, Any]]:
             "Unchanged coordinates",
             "Fraction of coordinates with Δ = 0. Numbers in cells are percent.",
             heat_map.fraction_scale,
-            VIEWS,
+            shown_views,
         ),
         (
             "energy_over_parameters",
             "Energy share over parameter share",
             "1× changed as much as its size alone would give; orange changed more, blue less.",
             heat_map.ratio_scale,
-            VIEWS,
+            shown_views,
         ),
         (
             f"{COVERAGE}_over_null",

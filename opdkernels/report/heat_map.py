@@ -14,6 +14,7 @@ from opdkernels.report.typography import MISSING, percent, times
 SEQUENTIAL_STEPS = 9
 
 
+REACH = 4.0  # largest ratio of the diverging colours
 DIVERGING_STEPS = 11
 
 
@@ -40,42 +41,32 @@ class Scale:
 
 
 def fraction_scale(values: Sequence[float]) -> Scale:
-    """Nine steps of one hue over the range of the values."""
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    reach = high - low
-
-    def step(value: float) -> str:
-        if reach <= 1e-12:
-            return f"q{SEQUENTIAL_STEPS // 2}"
-        return f"q{min(SEQUENTIAL_STEPS - 1, int((value - low) / reach * SEQUENTIAL_STEPS))}"
-
-    single = reach <= 1e-12
+    """Nine steps of one hue from 0 to 1, the same on every page."""
     return Scale(
-        step,
+        lambda value: f"q{max(0, min(SEQUENTIAL_STEPS - 1, int(value * SEQUENTIAL_STEPS)))}",
         percent,
         lambda v: f"{100 * v:.0f}" if 0.005 <= v <= 0.995 or v in (0, 1) else f"{100 * v:.1f}",
-        [f"q{SEQUENTIAL_STEPS // 2}"] if single else [f"q{k}" for k in range(SEQUENTIAL_STEPS)],
-        [percent(low)] if single else [percent(low), percent((low + high) / 2), percent(high)],
+        [f"q{k}" for k in range(SEQUENTIAL_STEPS)],
+        [percent(0.0), percent(0.5), percent(1.0)],
     )
 
 
-def ratio_scale(values: Sequence[float], least_reach: float = 1.25, most_reach: float = 16.0) -> Scale:
-    """Eleven steps around 1, logarithmic and symmetric, the middle neutral. Larger ratios get the end colours."""
-    most = max([v for v in values if v > 0] + [1 / v for v in values if v > 0] + [least_reach])
-    reach = math.log(min(most_reach, most) * (1 + 1e-9))
+def ratio_scale(values: Sequence[float]) -> Scale:
+    """Eleven steps around 1, logarithmic and symmetric, the middle neutral, the same on every page. Ratios beyond REACH
+    have the end colours."""
+    reach = math.log(REACH)
 
     def step(value: float) -> str:
         position = -1.0 if value <= 0 else max(-1.0, min(1.0, math.log(value) / reach))
         return f"d{min(DIVERGING_STEPS - 1, int((position + 1) / 2 * DIVERGING_STEPS))}"
 
-    end = math.exp(reach)
-    beyond = any(v <= 0 or v < 1 / end for v in values), any(v > end for v in values)
+    below, above = any(v < 1 / REACH for v in values), any(v > REACH for v in values)
     return Scale(
         step,
         times,
         short_ratio,
         [f"d{k}" for k in range(DIVERGING_STEPS)],
-        [f"{'≤' if beyond[0] else ''}{1 / end:.3g}×", "1×", f"{'≥' if beyond[1] else ''}{end:.3g}×"],
+        [f"{'≤' if below else ''}{1 / REACH:.3g}×", "1×", f"{'≥' if above else ''}{REACH:.3g}×"],
     )
 
 

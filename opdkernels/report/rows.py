@@ -14,8 +14,8 @@ MAX_TENSORS = 2000  # rows on the page, largest energy first; tensors.parquet ha
 TENSOR_LABELS = tuple(map(Column, ("name", "layer", "module", "block", "dtype", "shape")))
 
 
-def group_tables(groups: pa.Table) -> list[Table]:
-    """Tables by block, module and layer, and by tower where there are several."""
+def group_tables(groups: pa.Table, *, one_view: bool) -> list[Table]:
+    """Tables by block, module and layer, and by tower where there are several; `one_view` as for `columns_of`."""
     rows = groups.to_pylist()
     tables = []
     for by in ("block", "module", "layer", "tower"):
@@ -32,15 +32,15 @@ def group_tables(groups: pa.Table) -> list[Table]:
         ]
         if by == "layer":
             joined.sort(key=lambda row: int(row[""]["layer"].sort))
-        columns = [Column(by), *columns_of("groups")]
+        columns = [Column(by), *columns_of("groups", one_view=one_view)]
         left_out = max(0, len(joined) - MAX_TENSORS)
         tables.append(build(f"by-{by}", f"By {by}", columns, joined[:MAX_TENSORS], left_out))
     return tables
 
 
-def tensor_table(tensors: pa.Table) -> Table:
-    """All tensors, both views joined, the largest update energy first."""
-    metrics = columns_of("tensors")
+def tensor_table(tensors: pa.Table, *, one_view: bool) -> Table:
+    """All tensors, both views joined, the largest update energy first; `one_view` as for `columns_of`."""
+    metrics = columns_of("tensors", one_view=one_view)
     num_tensors = len(tensors) // 2
     if not num_tensors:
         return build("tensors", "Tensors", [*TENSOR_LABELS, *metrics], [])

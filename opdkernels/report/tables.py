@@ -76,12 +76,18 @@ class Column:
         return Cell(FORMATTERS[self.kind](value), typography.sort_value(value))
 
 
-def columns_of(page: str) -> list[Column]:
-    """The registered metrics of a page's table: those of both views first, then by view, then by section."""
+def columns_of(page: str, *, one_view: bool = False) -> list[Column]:
+    """The registered metrics of a page's table: those of both views first, then by view, then by section.
+
+    Args:
+        page: Name of the table.
+        one_view: Whether both views agree, so that metrics of both are shown in the visible view only.
+    """
     columns = [
         Column(metric.name, metric.format, view, metric.section)
         for metric in metrics_on_page(page)
         for view in metric.pages[page]
+        if not (one_view and view == "stored" and "visible" in metric.pages[page])
     ]
     headings = ["", *VIEWS, *dict.fromkeys(column.section for column in columns if column.section)]
     return sorted(columns, key=lambda column: headings.index(column.heading))
