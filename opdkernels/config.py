@@ -212,12 +212,16 @@ class ChangedMaskOptions(MaskOptions):
 
 class TopChangedMaskOptions(MaskOptions):
     density: float = density_option()
-    scope: Literal["tensor", "module", "model"] = option("Mask", "What the density refers to.", "model")
+    scope: Literal["tensor", "module", "model"] = option(
+        "Mask", "Choose this fraction in each tensor, in each module type, or in the model.", "model"
+    )
 
 
 class NearZeroMaskOptions(MaskOptions):
     density: float = density_option()
-    scope: Literal["tensor", "module", "model"] = option("Mask", "What the density refers to.", "tensor")
+    scope: Literal["tensor", "module", "model"] = option(
+        "Mask", "Choose this fraction in each tensor, in each module type, or in the model.", "tensor"
+    )
 
 
 class PrincipalMaskOptions(MaskOptions):

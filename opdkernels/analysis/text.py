@@ -183,7 +183,7 @@ def format_inspection(content: dict[str, Any]) -> list[str]:
         if side in content:
             checkpoint = content[side]
             dtypes = ", ".join(f"{count} {dtype}" for dtype, count in checkpoint["dtypes"].items())
-            size = f"{checkpoint['files']} files, {byte_size(checkpoint['bytes'])}"
+            size = f"{checkpoint['files']} file{'s' * (checkpoint['files'] != 1)}, {byte_size(checkpoint['bytes'])}"
             text.append(f"{printable(checkpoint['path'])}: {checkpoint['kind']}, {size}")
             text.append(f"  {checkpoint['tensors']} tensors ({dtypes}), {checkpoint['parameters']:,} parameters")
     return text + format_plan(content) if "plan" in content else text

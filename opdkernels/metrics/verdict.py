@@ -171,8 +171,8 @@ def pair_verdict(summary: Mapping[str, Any], matrices: Sequence[Comparison]) -> 
     ending, few = "", ""
     if energy is not None and is_too_small:
         ending = (
-            "; the matrices are too small to say whether few directions carry the update: of a random one, the 16 top "
-            f"directions hold {percent(energy['expected'])} of the energy"
+            "; the matrices are too small to say whether few directions carry the update: the 16 top "
+            f"directions of a random update hold {percent(energy['expected'])} of its energy"
         )
     if energy is not None and concentrated:
         few = ", concentrated in few directions"
