@@ -96,7 +96,10 @@ def apply_to(state_dict: Mapping[str, torch.Tensor], patch: str | os.PathLike[st
 
     Raises:
         InputError: The patch is damaged, or a tensor is missing, of another shape or dtype, or not the base's.
+        TypeError: `state_dict` is no mapping, such as a module.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is of type {type(state_dict).__name__}; give model.state_dict()")
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(contextlib.closing(Patch(patch)))
         workers = stack.enter_context(contextlib.closing(output.Workers()))

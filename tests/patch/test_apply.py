@@ -423,3 +423,8 @@ print(most - begun)
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
     assert int(done.stdout) < 150e6
+
+
+def test_apply_to_takes_a_state_dict_and_no_module(tmp_path):
+    with pytest.raises(TypeError, match=r"Linear; give model.state_dict\(\)"):
+        apply_to(torch.nn.Linear(2, 2), tmp_path / "patch")
