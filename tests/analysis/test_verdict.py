@@ -89,7 +89,7 @@ def test_each_pair_gets_its_verdict_everywhere(results, case, kind, concentrated
         start, ratio, end = f"{entry['label']} ", f" {times(entry['ratio'])} ", f" {entry['words']}"
         assert any(line.startswith(start) and ratio in line and line.endswith(end) for line in lines)
         cells = f">{typography.times(entry['ratio'])}</td>", f">{entry['words']}</td></tr>"
-        assert any(all(cell in row for cell in (f">{entry['label']}</th>", *cells)) for row in page.split("<tr>"))
+        assert any(all(cell in row for cell in (f">{entry['label']}</a></th>", *cells)) for row in page.split("<tr>"))
     if kind == "dense":
         assert "says nothing" in verdict["text"]
         assert not {entry["metric"] for entry in verdict["comparisons"]} & set(SPARSITY)
