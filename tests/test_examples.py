@@ -25,4 +25,5 @@ def test_two_seeds_of_the_sample_share_more_than_magnitudes_explain(tmp_path):
 def test_commands_of_the_demo_parse(name):
     _, (command, *arguments) = demo.COMMANDS[name]
     group = typer.main.get_command(cli.app)
-    group.commands[command].make_context(command, [*arguments, "-o", "out"])
+    context = group.commands[command].make_context(command, [*arguments, "-o", "out"])
+    assert context.params["out"] == "out"

@@ -146,7 +146,10 @@ def test_another_thread_may_have_forgotten_the_oldest_call():
     with mock.patch.multiple(validation, REMEMBERED=Shared(), MAX_REMEMBERED=1):
         kept = [Arguments(), Arguments()]
         for arguments in kept:
+            before = arguments.memory[:N].clone()
             arguments.run()
+            assert not torch.equal(arguments.memory[:N], before)
+        assert validation.REMEMBERED
 
 
 def test_few_calls_are_remembered():
