@@ -6,9 +6,16 @@
 #include <algorithm>
 #include <initializer_list>
 #include <stdexcept>
+#include <vector>
 
 #include "common/cpu/dispatch.h"
 #include "common/cpu/mapped.h"
+#include "delta/cpu.h"
+#include "gram/cpu.h"
+#include "overlap/cpu.h"
+#include "patch/cpu.h"
+#include "quantile/cpu.h"
+#include "step/cpu.h"
 
 namespace py = pybind11;
 
@@ -99,8 +106,8 @@ PYBIND11_MODULE(_C, m) {
       runs.push_back(pointer<void>(trained[r]));
     }
     py::gil_scoped_release release;
-    overlap(pointer<void>(base), base_dtype, runs, trained_dtypes, n, threshold_bits, threads,
-            pointer<int64_t>(hist_base), pointer<int64_t>(hist_changed), pointer<int64_t>(both),
+    overlap(pointer<void>(base), base_dtype, runs.data(), trained_dtypes.data(), (int)runs.size(), n, threshold_bits,
+            threads, pointer<int64_t>(hist_base), pointer<int64_t>(hist_changed), pointer<int64_t>(both),
             pointer<int64_t>(hist_num_runs), pointer<int64_t>(counts));
   });
   // values: [n]; mask: uint8 [(n + 7) / 8] or 0; thresholds: double [K]; counts: int64 [K][QUANTILE_NUM_COUNTS].
@@ -113,7 +120,8 @@ PYBIND11_MODULE(_C, m) {
     require(k.empty() || (thresholds && counts), "outputs must not be null");
     py::gil_scoped_release release;
     std::vector<QuantileResult> results(k.size());
-    quantile(pointer<void>(values), dtype, n, k, largest, pointer<unsigned char>(mask), threads, results.data());
+    quantile(pointer<void>(values), dtype, n, k.data(), (int)k.size(), largest, pointer<unsigned char>(mask), threads,
+             results.data());
     for (size_t j = 0; j < k.size(); j++) {
       const QuantileResult& r = results[j];
       pointer<double>(thresholds)[j] = r.threshold;

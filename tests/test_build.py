@@ -32,6 +32,7 @@ PROGRAM = r"""
 #include <cstdio>
 #include <cstring>
 #include "csrc/common/cpu/dispatch.h"
+#include "csrc/delta/cpu.h"
 int main() {
   static opd_u16 w[3000], v[3000];
   static float x[3000], y[3000];

@@ -38,6 +38,7 @@ FAMILY_FILES = (
     "opdkernels/ops/{0}/cuda.py",
     "opdkernels/ops/{0}/triton.py",
     "csrc/{0}/{0}.h",
+    "csrc/{0}/cpu.h",
     "csrc/{0}/cpu.inl",
     "csrc/{0}/cpu.cpp",
     "csrc/{0}/cuda.cu",
@@ -46,7 +47,7 @@ FAMILY_FILES = (
     "benchmarks/bench_{0}.py",
 )
 CUDA_FILES = ("csrc/{0}/cuda.cu", "opdkernels/ops/{0}/cuda.py")
-CPU_FILES = ("csrc/{0}/{0}.h", "csrc/{0}/cpu.inl", "csrc/{0}/cpu.cpp", "opdkernels/ops/{0}/cpu.py")
+CPU_FILES = ("csrc/{0}/{0}.h", "csrc/{0}/cpu.h", "csrc/{0}/cpu.inl", "csrc/{0}/cpu.cpp", "opdkernels/ops/{0}/cpu.py")
 GAPS = {  # files that a family does not have, and why
     ("gram", file): "Triton uses matrix units, which plain CUDA C++ does not reach" for file in CUDA_FILES
 } | {

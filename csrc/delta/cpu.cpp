@@ -2,10 +2,11 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <vector>
 
-#include "../common/cpu/dispatch.h"
 #include "../common/cpu/fold.h"
 #include "../common/cpu/parallel.h"
+#include "cpu.h"
 
 namespace {
 constexpr int64_t FOLD_AFTER = int64_t(1) << 30;  // coordinates a thread counts before its 32-bit counters are folded
@@ -121,6 +122,7 @@ void delta(const void* base, int base_dtype, const void* trained, int trained_dt
   threads = threads_for(n, threads);
   while ((int)workers.size() < threads) workers.emplace_back(new DeltaWork());
   const bool bf16_pair = base_dtype == BF16 && trained_dtype == BF16;
+  const DeltaKernels& kernels = OPD_KERNELS(delta_kernels);
   const int n_tables = HIST_BASE_OVER + options.n_thresholds;
   auto total = (opd_i64(*)[OPD_SUM_LIMBS])sums;
   for (int64_t from = 0; from < n; from += FOLD_AFTER * threads) {
@@ -130,9 +132,9 @@ void delta(const void* base, int base_dtype, const void* trained, int trained_dt
     const char* w = (const char*)base + from * element_bytes(base_dtype);
     const char* v = (const char*)trained + from * element_bytes(trained_dtype);
     parallel_ranges(size, threads, 8, [&](int t, int64_t start, int64_t stop) {
-      kernels().delta(w + start * element_bytes(base_dtype), base_dtype, v + start * element_bytes(trained_dtype),
-                      trained_dtype, stop - start, &options, workers[t].get(),
-                      mask ? mask + ((from + start) >> 3) : nullptr);
+      kernels.count(w + start * element_bytes(base_dtype), base_dtype, v + start * element_bytes(trained_dtype),
+                    trained_dtype, stop - start, &options, workers[t].get(),
+                    mask ? mask + ((from + start) >> 3) : nullptr);
     });
     double largest = 0;
     for (int t = 0; t < threads; t++) {

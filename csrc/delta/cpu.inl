@@ -1,8 +1,12 @@
-// CPU loops of `delta`. Included once per instruction set, inside that set's namespace.
+// CPU loops of `delta`. Included once per instruction set.
 //
 // bfloat16 has 2^15 magnitudes, so integer histograms hold every per-coordinate metric. The increments are scalar
 // (about one per cycle) and they are the limit, not memory: so |w| is counted for every coordinate, everything else
 // only for the coordinates whose bits differ, which a vector comparison selects (`collect`).
+#include "cpu.h"
+#include "../common/cpu/exact_sum.inl"
+
+namespace OPD_ISA {
 #define OPD_DELTA_BLOCK 2048
 
 struct ChangedQueue {  // coordinates whose bits differ, waiting to be counted
@@ -425,3 +429,6 @@ static void delta(const void* base, int base_dtype, const void* trained, int tra
   else
     delta_wide<float>(base, base_dtype, trained, trained_dtype, n, *options, *work);
 }
+
+const DeltaKernels delta_kernels = {delta};
+}  // namespace OPD_ISA

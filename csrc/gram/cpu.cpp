@@ -2,8 +2,8 @@
 // computes each panel of columns of the result, so the number of threads changes neither what is summed nor the order.
 #include <new>
 
-#include "../common/cpu/dispatch.h"
 #include "../common/cpu/parallel.h"
+#include "cpu.h"
 
 namespace {
 struct AlignedBuffer {
@@ -23,11 +23,11 @@ void each_panel(int panels, int threads, Body body) {
 void gram(const GramInput& input, int64_t rows, int64_t n, int parts, bool visible, int block, int threads,
           double* out) {
   if (!rows || !n) return;
-  const Kernels& kernel = kernels();
-  const int width = kernel.gram_panel_bytes / 8, panels = (int)((n + width - 1) / width);
+  const GramKernels& kernels = OPD_KERNELS(gram_kernels);
+  const int width = kernels.panel_bytes / 8, panels = (int)((n + width - 1) / width);
   const int fp32_panels = block && parts & GRAM_PART_CROSS ? (panels + 1) / 2 : 0;
   threads = threads_for(rows * n, threads);
-  const size_t panel = (size_t)OPD_GRAM_ROWS * kernel.gram_panel_bytes;
+  const size_t panel = (size_t)OPD_GRAM_ROWS * kernels.panel_bytes;
   const bool fp64 = parts & (GRAM_PART_BASE | GRAM_PART_DELTA) || !block;  // anything in fp64
   double *base = out, *cross = base + (parts & GRAM_PART_BASE ? n * n : 0);
   double* delta = cross + (parts & GRAM_PART_CROSS ? n * n : 0);
@@ -39,15 +39,15 @@ void gram(const GramInput& input, int64_t rows, int64_t n, int parts, bool visib
     at.base = (const char*)input.base + first * input.base_row * element_bytes(input.base_dtype);
     at.trained = (const char*)input.trained + first * input.trained_row * element_bytes(input.trained_dtype);
     each_panel(panels, threads, [&](int p) {
-      if (fp64) kernel.gram_pack(&at, true, visible, count, n, p, w.data, d.data);
-      if (p < fp32_panels) kernel.gram_pack(&at, false, visible, count, n, p, fp32_w.data, fp32_d.data);
+      if (fp64) kernels.pack(&at, true, visible, count, n, p, w.data, d.data);
+      if (p < fp32_panels) kernels.pack(&at, false, visible, count, n, p, fp32_w.data, fp32_d.data);
     });
     each_panel(panels, threads, [&](int p) {
-      if (parts & GRAM_PART_BASE) kernel.gram_columns(true, w.data, w.data, true, count, OPD_GRAM_BLOCK, n, p, base);
-      if (parts & GRAM_PART_CROSS && !block) kernel.gram_columns(true, w.data, d.data, false, count, OPD_GRAM_BLOCK, n,
-                                                                 p, cross);
-      if (p < fp32_panels) kernel.gram_columns(false, fp32_w.data, fp32_d.data, false, count, block, n, p, cross);
-      if (parts & GRAM_PART_DELTA) kernel.gram_columns(true, d.data, d.data, true, count, OPD_GRAM_BLOCK, n, p, delta);
+      if (parts & GRAM_PART_BASE) kernels.columns(true, w.data, w.data, true, count, OPD_GRAM_BLOCK, n, p, base);
+      if (parts & GRAM_PART_CROSS && !block)
+        kernels.columns(true, w.data, d.data, false, count, OPD_GRAM_BLOCK, n, p, cross);
+      if (p < fp32_panels) kernels.columns(false, fp32_w.data, fp32_d.data, false, count, block, n, p, cross);
+      if (parts & GRAM_PART_DELTA) kernels.columns(true, d.data, d.data, true, count, OPD_GRAM_BLOCK, n, p, delta);
     });
   }
 }

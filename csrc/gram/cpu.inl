@@ -2,7 +2,9 @@
 // as many rows as registers allow by one panel, and stays in registers for all rows. Products are exact where the dtype
 // allows it (opdkernels/ops/gram/__init__.py), so that fused and separate multiply-add round alike there, and every
 // instruction set sums in the same order.
+#include "cpu.h"
 
+namespace OPD_ISA {
 #if defined(OPD_AVX512)
 #define OPD_GRAM_BYTES 64
 #define OPD_GRAM_TILE 8
@@ -167,3 +169,6 @@ static void gram_pack(const GramInput* in, int fp64, int visible, int rows, opd_
   if (fp64) gram_pack_panel<double>(in, visible, rows, n, panel, w, d);
   else gram_pack_panel<float>(in, visible, rows, n, panel, w, d);
 }
+
+const GramKernels gram_kernels = {gram_pack, gram_columns, 3 * OPD_GRAM_BYTES};
+}  // namespace OPD_ISA

@@ -4,10 +4,11 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <vector>
 
-#include "../common/cpu/dispatch.h"
 #include "../common/cpu/fold.h"
 #include "../common/cpu/parallel.h"
+#include "cpu.h"
 
 namespace {
 constexpr int64_t FOLD_AFTER = int64_t(1) << 30;  // coordinates a thread counts before its 32-bit counters are folded
@@ -65,11 +66,11 @@ std::mutex lock;  // one call at a time uses the tables of the threads
 std::vector<std::unique_ptr<ThreadWork>> workers;
 }  // namespace
 
-void overlap(const void* base, int base_dtype, const std::vector<const void*>& trained,
-             const std::vector<int>& trained_dtypes, int64_t n, int threshold_bits, int threads, int64_t* hist_base,
-             int64_t* hist_changed, int64_t* both, int64_t* hist_num_runs, int64_t* counts) {
+void overlap(const void* base, int base_dtype, const void* const* trained, const int* trained_dtypes, int runs,
+             int64_t n, int threshold_bits, int threads, int64_t* hist_base, int64_t* hist_changed, int64_t* both,
+             int64_t* hist_num_runs, int64_t* counts) {
   std::lock_guard<std::mutex> hold(lock);
-  const int runs = (int)trained.size();
+  const OverlapKernels& kernels = OPD_KERNELS(overlap_kernels);
   threads = threads_for(n, threads);
   while ((int)workers.size() < threads) workers.emplace_back(new ThreadWork());
   for (int t = 0; t < threads; t++) workers[t]->reserve_groups(runs);
@@ -78,8 +79,8 @@ void overlap(const void* base, int base_dtype, const std::vector<const void*>& t
     parallel_ranges(size, threads, 8, [&](int t, int64_t start, int64_t stop) {
       const void* v[OPD_MAX_RUNS];
       for (int r = 0; r < runs; r++) v[r] = (const char*)trained[r] + (from + start) * element_bytes(trained_dtypes[r]);
-      kernels().overlap((const char*)base + (from + start) * element_bytes(base_dtype), base_dtype, v,
-                        trained_dtypes.data(), runs, stop - start, (opd_u32)threshold_bits, &workers[t]->work);
+      kernels.count((const char*)base + (from + start) * element_bytes(base_dtype), base_dtype, v,
+                    trained_dtypes, runs, stop - start, (opd_u32)threshold_bits, &workers[t]->work);
     });
     counts[OVERLAP_COUNT_NUMEL] += size;
     for (int t = 0; t < threads; t++) {

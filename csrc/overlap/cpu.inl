@@ -1,7 +1,10 @@
-// CPU loops of `overlap`. Included once per instruction set, inside that set's namespace.
+// CPU loops of `overlap`. Included once per instruction set.
 //
 // The |w| of a coordinate and the set of runs that changed it form one table index, so that one increment counts
 // everything. Sets of four runs fit a table; more runs take one table per four, and a table of all sets without |w|.
+#include "cpu.h"
+
+namespace OPD_ISA {
 #define OPD_OVERLAP_BLOCK 1024
 #define OPD_OVERLAP_CHUNK 32    // coordinates that are indexed, then as many counted
 #define OPD_OVERLAP_AHEAD 1024  // prefetch distance, in coordinates
@@ -148,3 +151,6 @@ static void overlap(const void* base, int base_dtype, const void* const* trained
   }
   if (ready) count_indices(ready, OPD_OVERLAP_BLOCK, work->two);
 }
+
+const OverlapKernels overlap_kernels = {overlap};
+}  // namespace OPD_ISA

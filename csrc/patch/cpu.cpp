@@ -3,9 +3,10 @@
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
+#include <vector>
 
-#include "../common/cpu/dispatch.h"
 #include "../common/cpu/parallel.h"
+#include "cpu.h"
 
 namespace {
 int block_size(int64_t n, int64_t block) {
@@ -41,6 +42,7 @@ void patch_gather(const void* base, const void* trained, int bytes, int64_t n, b
                   int32_t* counts, unsigned char* positions, void* values, uint64_t* digests) {
   const int64_t blocks = blocks_of(n);
   struct Range { int64_t start = 0, blocks = 0; };
+  const PatchKernels& kernels = OPD_KERNELS(patch_kernels);
   std::vector<Range> ranges((size_t)threads_for(n, threads));
   opd_u64* digest = (opd_u64*)digests;
   parallel_ranges(n, threads, OPD_PATCH_BLOCK, [&](int t, int64_t start, int64_t stop) {
@@ -51,8 +53,8 @@ void patch_gather(const void* base, const void* trained, int bytes, int64_t n, b
     for (int64_t b = first; b < last; b++) {
       const int m = block_size(n, b);
       const int64_t at = b * OPD_PATCH_BLOCK * bytes;
-      counts[b] = kernels().patch_gather((const char*)base + at, (const char*)trained + at, bytes, m, difference,
-                                         to_positions, to_values, digest + 2 * b, digest + 2 * (blocks + b));
+      counts[b] = kernels.gather((const char*)base + at, (const char*)trained + at, bytes, m, difference,
+                                 to_positions, to_values, digest + 2 * b, digest + 2 * (blocks + b));
       to_positions += patch_position_bytes(counts[b], m);
       to_values += (int64_t)counts[b] * bytes;
     }
@@ -81,10 +83,11 @@ int64_t patch_check(const int32_t* counts, const unsigned char* positions, int64
   if (impossible >= 0) return impossible;
   if (position.back() != position_bytes || value.back() != n_values) return blocks_of(n);
   std::atomic<int64_t> bad{-1};
+  const PatchKernels& kernels = OPD_KERNELS(patch_kernels);
   parallel_ranges(n, threads, OPD_PATCH_BLOCK, [&](int, int64_t start, int64_t stop) {
     for (int64_t b = start / OPD_PATCH_BLOCK; b < blocks_of(stop); b++) {
       const int count = (int)(value[b + 1] - value[b]);
-      if (!kernels().patch_check(positions + position[b], count, block_size(n, b))) note_bad(bad, b);
+      if (!kernels.check(positions + position[b], count, block_size(n, b))) note_bad(bad, b);
     }
   });
   return bad;
@@ -99,13 +102,14 @@ int64_t patch_scatter(const void* base, int bytes, int64_t n, bool difference, c
   if (impossible >= 0) return impossible;
   if (position.back() != position_bytes || value.back() != n_values) return blocks_of(n);
   std::atomic<int64_t> bad{-1};
+  const PatchKernels& kernels = OPD_KERNELS(patch_kernels);
   parallel_ranges(n, threads, OPD_PATCH_BLOCK, [&](int, int64_t start, int64_t stop) {
     for (int64_t b = start / OPD_PATCH_BLOCK; b < blocks_of(stop); b++) {
       const int64_t at = b * OPD_PATCH_BLOCK * bytes;
       const int count = (int)(value[b + 1] - value[b]);
-      const int done = kernels().patch_scatter((const char*)base + at, bytes, block_size(n, b), difference, count,
-                                               positions + position[b], (const char*)values + value[b] * bytes,
-                                               n_values - value[b], (char*)out + at, (opd_u64*)digests + 2 * b);
+      const int done = kernels.scatter((const char*)base + at, bytes, block_size(n, b), difference, count,
+                                       positions + position[b], (const char*)values + value[b] * bytes,
+                                       n_values - value[b], (char*)out + at, (opd_u64*)digests + 2 * b);
       if (!done) note_bad(bad, b);
     }
   });
@@ -113,9 +117,10 @@ int64_t patch_scatter(const void* base, int bytes, int64_t n, bool difference, c
 }
 
 void patch_digest(const void* data, int bytes, int64_t n, int threads, uint64_t* digests) {
+  const PatchKernels& kernels = OPD_KERNELS(patch_kernels);
   parallel_ranges(n, threads, OPD_PATCH_BLOCK, [&](int, int64_t start, int64_t stop) {
     for (int64_t b = start / OPD_PATCH_BLOCK; b < blocks_of(stop); b++)
-      kernels().patch_digest((const char*)data + b * OPD_PATCH_BLOCK * bytes, block_size(n, b) * bytes,
-                             (opd_u64*)digests + 2 * b);
+      kernels.digest((const char*)data + b * OPD_PATCH_BLOCK * bytes, block_size(n, b) * bytes,
+                     (opd_u64*)digests + 2 * b);
   });
 }

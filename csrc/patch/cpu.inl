@@ -1,7 +1,10 @@
-// CPU loops of `patch`. Included once per instruction set, inside that set's namespace.
+// CPU loops of `patch`. Included once per instruction set.
 //
 // Bits are compared, 64 coordinates per mask word; the changed values are compressed, or expanded back. The digests are
 // computed on one KiB at a time while it is in the L1 cache, so memory is read once.
+#include "cpu.h"
+
+namespace OPD_ISA {
 #define OPD_PATCH_WORDS (OPD_PATCH_BLOCK / 64)
 
 alignas(64) static const unsigned char hash_secret[OPD_HASH_SECRET_BYTES] = {OPD_HASH_SECRET};
@@ -393,3 +396,6 @@ static int patch_scatter(const void* w, int bytes, int n, int difference, int co
   return scatter_block((const opd_u64*)w, n, keep, count, positions, (const opd_u64*)values,
                        readable, (opd_u64*)out, digest);
 }
+
+const PatchKernels patch_kernels = {patch_gather, patch_scatter, patch_check, patch_digest};
+}  // namespace OPD_ISA

@@ -5,9 +5,10 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <vector>
 
-#include "../common/cpu/dispatch.h"
 #include "../common/cpu/parallel.h"
+#include "cpu.h"
 
 namespace {
 constexpr int64_t COLLECT_ALL_BELOW = 1 << 17;    // no sample: every key is collected
@@ -82,6 +83,7 @@ template <class F, class Key>
 void quantile_wide(const F* values, int dtype, int64_t n, const std::vector<int64_t>& ranks, bool smallest,
                    const unsigned char* mask, int threads, uint64_t top, QuantileResult* results) {
   const int n_k = (int)ranks.size();
+  const QuantileKernels& kernels = OPD_KERNELS(quantile_kernels);
   const std::vector<Bracket> brackets = find_brackets<F, Key>(values, n, smallest, ranks, top);
   const int64_t range = n / threads + SERIAL_BELOW;
   const int64_t capacity = OPD_QUANTILE_GRAIN + (n <= COLLECT_ALL_BELOW ? n : range / KEEP_ONE_IN);
@@ -95,8 +97,8 @@ void quantile_wide(const F* values, int dtype, int64_t n, const std::vector<int6
     parts[i] = {s.low, s.high, collected[i].get(), select ? capacity : 0, 0, 0, 0, 0, 0};
   }
   parallel_ranges(n, threads, OPD_QUANTILE_GRAIN, [&](int t, int64_t start, int64_t stop) {
-    kernels().quantile_scan(values + start, dtype, mask ? mask + (start >> 3) : nullptr, stop - start, smallest,
-                            parts.data() + (size_t)t * n_k, n_k, &nan[(size_t)t * 2]);
+    kernels.scan(values + start, dtype, mask ? mask + (start >> 3) : nullptr, stop - start, smallest,
+                 parts.data() + (size_t)t * n_k, n_k, &nan[(size_t)t * 2]);
   });
   int64_t n_nan = 0, n_nan_masked = 0;
   for (int t = 0; t < threads; t++) { n_nan += nan[2 * t]; n_nan_masked += nan[2 * t + 1]; }
@@ -119,8 +121,8 @@ void quantile_wide(const F* values, int dtype, int64_t n, const std::vector<int6
       threshold = descend(0, top | 1, k, [&](uint64_t low, uint64_t high, int shift, opd_i64* bins) {
         std::vector<opd_i64> local((size_t)threads * (OPD_QUANTILE_BINS + 1));
         parallel_ranges(n, threads, OPD_QUANTILE_GRAIN, [&](int t, int64_t start, int64_t stop) {
-          kernels().quantile_narrow(values + start, dtype, stop - start, smallest, low, high, shift,
-                                    &local[(size_t)t * (OPD_QUANTILE_BINS + 1)]);
+          kernels.narrow(values + start, dtype, stop - start, smallest, low, high, shift,
+                         &local[(size_t)t * (OPD_QUANTILE_BINS + 1)]);
         });
         for (size_t i = 0; i < local.size(); i++) bins[i % (OPD_QUANTILE_BINS + 1)] += local[i];
       });
@@ -128,8 +130,8 @@ void quantile_wide(const F* values, int dtype, int64_t n, const std::vector<int6
       std::vector<QuantileBracket> exact((size_t)threads, one_key);
       std::vector<opd_i64> again((size_t)threads * 2);
       parallel_ranges(n, threads, OPD_QUANTILE_GRAIN, [&](int t, int64_t start, int64_t stop) {
-        kernels().quantile_scan(values + start, dtype, mask ? mask + (start >> 3) : nullptr, stop - start, smallest,
-                                &exact[t], 1, &again[2 * t]);
+        kernels.scan(values + start, dtype, mask ? mask + (start >> 3) : nullptr, stop - start, smallest,
+                     &exact[t], 1, &again[2 * t]);
       });
       for (const QuantileBracket& part : exact) {
         result.above += part.above; result.above_masked += part.above_masked;
@@ -167,9 +169,10 @@ void quantile_wide(const F* values, int dtype, int64_t n, const std::vector<int6
 void quantile_two_bytes(const opd_u16* values, int dtype, int64_t n, const std::vector<int64_t>& ranks, bool smallest,
                         const unsigned char* mask, int threads, QuantileResult* results) {
   std::vector<opd_i64> tables((size_t)threads * 65536);
+  const QuantileKernels& kernels = OPD_KERNELS(quantile_kernels);
   parallel_ranges(n, threads, 8, [&](int t, int64_t start, int64_t stop) {
-    kernels().quantile_table(values + start, mask ? mask + (start >> 3) : nullptr, stop - start,
-                             &tables[(size_t)t * 65536]);
+    kernels.table(values + start, mask ? mask + (start >> 3) : nullptr, stop - start,
+                  &tables[(size_t)t * 65536]);
   });
   for (size_t i = 65536; i < tables.size(); i++) tables[i & 65535] += tables[i];
   const int infinity = dtype == BF16 ? (int)OPD_INFINITY_BITS : 0x7C00;
@@ -192,13 +195,14 @@ void quantile_two_bytes(const opd_u16* values, int dtype, int64_t n, const std::
 }
 }  // namespace
 
-void quantile(const void* values, int dtype, int64_t n, const std::vector<int64_t>& k, bool largest,
+void quantile(const void* values, int dtype, int64_t n, const int64_t* k, int num_k, bool largest,
               const unsigned char* mask, int threads, QuantileResult* results) {
+  const std::vector<int64_t> ranks(k, k + num_k);
   threads = threads < 1 || n < SERIAL_BELOW ? 1 : threads;
   if (dtype == FP32)
-    quantile_wide<float, opd_u32>((const float*)values, dtype, n, k, !largest, mask, threads, OPD_TOP32, results);
+    quantile_wide<float, opd_u32>((const float*)values, dtype, n, ranks, !largest, mask, threads, OPD_TOP32, results);
   else if (dtype == FP64)
-    quantile_wide<double, opd_u64>((const double*)values, dtype, n, k, !largest, mask, threads, OPD_TOP64, results);
+    quantile_wide<double, opd_u64>((const double*)values, dtype, n, ranks, !largest, mask, threads, OPD_TOP64, results);
   else
-    quantile_two_bytes((const opd_u16*)values, dtype, n, k, !largest, mask, threads, results);
+    quantile_two_bytes((const opd_u16*)values, dtype, n, ranks, !largest, mask, threads, results);
 }

@@ -1,4 +1,7 @@
-// CPU loops of `quantile`. Included once per instruction set, inside that set's namespace.
+// CPU loops of `quantile`. Included once per instruction set.
+#include "cpu.h"
+
+namespace OPD_ISA {
 #define OPD_QUANTILE_BLOCK 1024
 
 OPD_FN opd_u32 top_key(float) { return OPD_TOP32 | 1u; }
@@ -180,3 +183,6 @@ static void quantile_table(const opd_u16* values, const unsigned char* mask, opd
   }
   for (; i < n; i++) table[(opd_u16)(values[i] << 1) | (mask[i >> 3] >> (i & 7) & 1)]++;
 }
+
+const QuantileKernels quantile_kernels = {quantile_scan, quantile_narrow, quantile_table};
+}  // namespace OPD_ISA

@@ -2,9 +2,11 @@
 // bit-identical for any number of threads.
 #include <atomic>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
-#include "../common/cpu/dispatch.h"
 #include "../common/cpu/parallel.h"
+#include "cpu.h"
 
 namespace {
 bool misaligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes != 0; }
@@ -44,7 +46,7 @@ void masked_step(const StepRow* rows, int64_t count, int64_t row_bytes, const St
   if (count < 0 || options.kind < STEP_ADAMW || options.kind > STEP_SCATTER || options.precision < STEP_NEAREST ||
       options.precision > STEP_STOCHASTIC)
     throw std::invalid_argument("masked_step: unknown kind, precision or number of tensors");
-  const Kernels& kernel = kernels();
+  const StepKernels& kernels = OPD_KERNELS(step_kernels);
   std::vector<int64_t> first(count + 1, 0);
   int64_t active = 0;
   for (int64_t i = 0; i < count; i++) {
@@ -70,10 +72,10 @@ void masked_step(const StepRow* rows, int64_t count, int64_t row_bytes, const St
   // All masks are checked before any tensor changes: a mask may have changed in memory since Python read it.
   std::atomic<int64_t> inconsistent{-1};
   for_blocks([&](int64_t i, int64_t block) {
-    if (!kernel.step_check(&rows[i], block, num_scalar_rows)) inconsistent = i;
+    if (!kernels.check(&rows[i], block, num_scalar_rows)) inconsistent = i;
   });
   if (inconsistent >= 0)
     throw std::invalid_argument("masked_step: the mask or the step groups of tensor " +
                                 std::to_string(inconsistent.load()) + " changed after they were validated");
-  for_blocks([&](int64_t i, int64_t block) { kernel.step_block(&rows[i], &options, block); });
+  for_blocks([&](int64_t i, int64_t block) { kernels.block(&rows[i], &options, block); });
 }

@@ -1,6 +1,8 @@
 // Masked steps over a block of coordinates or of indices. Active values are gathered into arrays that fit in the L1
 // cache, updated with vectors, and scattered. Moments are compact, so they are read and written in full vectors.
+#include "cpu.h"
 
+namespace OPD_ISA {
 #define OPD_STEP_CAPACITY (OPD_STEP_BLOCK + 32)       // a full vector is written even where only its first values count
 #define OPD_STEP_AHEAD OPD_STEP_BLOCK                 // prefetch the next block during a gather: a third less time
 
@@ -320,3 +322,6 @@ static int step_check(const StepRow* t, opd_i64 block, opd_i64 num_scalar_rows) 
   }
   return 1;
 }
+
+const StepKernels step_kernels = {step_block, step_check};
+}  // namespace OPD_ISA

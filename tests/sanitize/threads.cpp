@@ -5,9 +5,16 @@
 #include <cstdlib>
 #include <cstring>
 #include <thread>
+#include <vector>
 
 #include "../../csrc/common/cpu/dispatch.h"
 #include "../../csrc/common/cpu/parallel.h"
+#include "../../csrc/delta/cpu.h"
+#include "../../csrc/gram/cpu.h"
+#include "../../csrc/overlap/cpu.h"
+#include "../../csrc/patch/cpu.h"
+#include "../../csrc/quantile/cpu.h"
+#include "../../csrc/step/cpu.h"
 
 namespace {
 constexpr int64_t N = 300007;  // above the number below which kernels are serial; no multiple of a block
@@ -55,8 +62,10 @@ Outputs run_overlap(int threads) {
   seed = 3;
   const std::vector<uint16_t> base = bf16_values(N), a = bf16_values(N), b = bf16_values(N), c = bf16_values(N);
   std::vector<int64_t> hist(OPD_BINS), changed(3 * OPD_BINS), both(9), runs(4), counts(OVERLAP_NUM_COUNTS);
-  overlap(base.data(), BF16, {a.data(), b.data(), c.data()}, {BF16, BF16, BF16}, N, 0x3728, threads, hist.data(),
-          changed.data(), both.data(), runs.data(), counts.data());
+  const void* trained[] = {a.data(), b.data(), c.data()};
+  const int dtypes[] = {BF16, BF16, BF16};
+  overlap(base.data(), BF16, trained, dtypes, 3, N, 0x3728, threads, hist.data(), changed.data(), both.data(),
+          runs.data(), counts.data());
   return {bytes(hist), bytes(changed), bytes(both), bytes(runs), bytes(counts)};
 }
 
@@ -65,10 +74,11 @@ Outputs run_quantile(int threads) {
   const std::vector<float> values = fp32_values(N);
   std::vector<unsigned char> mask((N + 7) / 8);
   for (unsigned char& byte : mask) byte = (unsigned char)next_random();
+  const int64_t ranks[] = {N / 10, N / 2};
   Outputs outputs;
   for (bool largest : {true, false}) {
     std::vector<QuantileResult> results(2);
-    quantile(values.data(), FP32, N, {N / 10, N / 2}, largest, mask.data(), threads, results.data());
+    quantile(values.data(), FP32, N, ranks, 2, largest, mask.data(), threads, results.data());
     for (const QuantileResult& r : results)
       outputs.push_back(bytes(std::vector<double>{r.threshold, (double)r.above, (double)r.tied, (double)r.above_masked,
                                                   (double)r.tied_masked, (double)r.nan}));

@@ -4,47 +4,48 @@
 #include <cstdlib>
 #include <stdexcept>
 
-namespace {
-struct Choice { std::string name; const Kernels* kernels; };
+#include "kernels.h"
 
-std::vector<Choice> choices() {
-  std::vector<Choice> list{{"baseline", kernels_baseline()}};
+namespace {
+std::vector<std::string> find_available() {
+  std::vector<std::string> names{"baseline"};
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_cpu_init();  // includes whether the operating system saves the wide registers
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    list.push_back({"avx2", kernels_avx2()});
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2"))
+    return names;
+  names.push_back("avx2");
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
-          __builtin_cpu_supports("avx512vbmi2"))
-    list.push_back({"avx512", kernels_avx512()});
+      __builtin_cpu_supports("avx512vbmi2"))
+    names.push_back("avx512");
 #endif
-  return list;
+  return names;
 }
 
-const std::vector<Choice>& known() { static const std::vector<Choice> list = choices(); return list; }
+const std::vector<std::string>& available() {
+  static const std::vector<std::string> names = find_available();
+  return names;
+}
 
-const Choice& find(const std::string& name) {
-  for (const Choice& choice : known())
-    if (choice.name == name) return choice;
+int index_of(const std::string& name) {
   std::string have;
-  for (const Choice& choice : known()) have += (have.empty() ? "" : ", ") + choice.name;
+  for (size_t i = 0; i < available().size(); i++) {
+    if (available()[i] == name) return (int)i;
+    have += (have.empty() ? "" : ", ") + available()[i];
+  }
   throw std::invalid_argument("instruction set " + name + " is not available here; choose one of " + have);
 }
 
-const Choice*& current() {
-  static const Choice* choice = [] {
+int& current() {
+  static int index = [] {
     const char* wanted = std::getenv("OPDKERNELS_ISA");
-    return wanted && *wanted ? &find(wanted) : &known().back();
+    return wanted && *wanted ? index_of(wanted) : (int)available().size() - 1;
   }();
-  return choice;
+  return index;
 }
 }  // namespace
 
-std::vector<std::string> available_isas() {
-  std::vector<std::string> names;
-  for (const Choice& choice : known()) names.push_back(choice.name);
-  return names;
-}
-std::string current_isa() { return current()->name; }
-void use_isa(const std::string& name) { current() = &find(name); }
-const Kernels& kernels() { return *current()->kernels; }
+std::vector<std::string> available_isas() { return available(); }
+std::string current_isa() { return available()[(size_t)current()]; }
+void use_isa(const std::string& name) { current() = index_of(name); }
+int current_isa_index() { return current(); }

@@ -3,6 +3,7 @@
 // adding them is exact. Levels are 32 bits apart, as the limbs are. Most blocks need two or three levels.
 #define OPD_EXACT_BLOCK 1024  // pieces below 2^40 units: 2^10 of them stay below 2^52, where doubles are exact
 
+namespace OPD_ISA {
 OPD_FN double power_of_two(int exponent) { return bits_double((opd_u64)(exponent + 1023) << 52); }
 
 static void exact_sum(double* values, int n, opd_i64* limbs, int sign) {
@@ -36,3 +37,4 @@ static void exact_sum(double* values, int n, opd_i64* limbs, int sign) {
     largest = remaining;
   }
 }
+}  // namespace OPD_ISA
