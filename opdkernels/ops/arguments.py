@@ -28,15 +28,20 @@ def validate_tensor(
     )
 
 
+def validate_dtype(name: str, tensor: torch.Tensor, dtypes: Iterable[torch.dtype], device: torch.device) -> None:
+    """Raise TypeError unless a tensor is of one of the dtypes, ValueError unless it is on this device."""
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} is {tensor.dtype}; the operator takes {', '.join(map(str, dtypes))}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, not on {tensor.device}; move it")
+
+
 def validate_input(
     name: str, tensor: torch.Tensor, dtypes: Iterable[torch.dtype], device: torch.device, numel: int | None = None
 ) -> None:
     """Raise TypeError or ValueError unless a tensor is contiguous, of one of the dtypes, on this device and of `numel`
     elements."""
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} is {tensor.dtype}; the operator takes {', '.join(map(str, dtypes))}")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, not on {tensor.device}; move it")
+    validate_dtype(name, tensor, dtypes, device)
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, not of stride {list(tensor.stride())}")
     if numel is not None and tensor.numel() != numel:

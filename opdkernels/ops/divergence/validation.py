@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opdkernels.ops.arguments import validate_memory
+from opdkernels.ops.arguments import validate_dtype, validate_memory
 from opdkernels.ops.divergence.logits import LogitParams
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -106,11 +106,8 @@ def validate_side(
         )
     hidden, weight, *bias = side
     device = hidden.device if device is None else device
-    for tensor in side:
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} has a tensor of {tensor.dtype}; the operator takes {', '.join(map(str, DTYPES))}")
-        if tensor.device != device:
-            raise ValueError(f"all tensors of {name} must be on {device}, not on {tensor.device}; move them")
+    for part, tensor in zip(("hidden", "weight", "bias"), side, strict=False):
+        validate_dtype(f"{name} {part}", tensor, DTYPES, device)
     if (
         hidden.ndim != 2
         or weight.ndim != 2
@@ -139,9 +136,6 @@ def validate_matrix(
     name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], columns: Sequence[int], n: int, device: torch.device
 ) -> None:
     """Raise TypeError or ValueError unless a tensor is of one of the dtypes, [n, *columns] with two dimensions."""
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} is {tensor.dtype}; the operator takes {', '.join(map(str, dtypes))}")
+    validate_dtype(name, tensor, dtypes, device)
     if tensor.ndim != 2 or tensor.shape != (n, *columns):
         raise ValueError(f"{name} must be {[n, *columns]} with two dimensions, not {list(tensor.shape)}")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, not on {tensor.device}; move it")

@@ -14,7 +14,14 @@ import numpy as np
 import torch
 
 from opdkernels.bits import bit_counts
-from opdkernels.ops.arguments import SHARED, overlap_written, usable_memory, validate_memory, validate_tensor
+from opdkernels.ops.arguments import (
+    SHARED,
+    overlap_written,
+    usable_memory,
+    validate_input,
+    validate_memory,
+    validate_tensor,
+)
 from opdkernels.ops.step.args import ADAMW_FIELDS, SGD_FIELDS, StepArgs, unflatten
 from opdkernels.ops.step.layout import BLOCK, NUM_SCALARS, PRECISIONS
 
@@ -180,7 +187,7 @@ def validate_gradients(args: StepArgs, known: Validated) -> None:
     """Raise where a gradient or a factor does not fit."""
     device = args.params[0].device
     for i, (param, grad) in enumerate(zip(args.params, args.grads, strict=True)):
-        validate_floats(i, "grads", grad, device)
+        validate_input(f"grads[{i}]", grad, DTYPES, device)
         validate_gradient(i, param, grad, known.num_active[i])
     addresses, sizes = usable_memory([*args.grads, *shared_tensors(args)], aligned=True)
     first = np.searchsorted(known.ends, addresses, side="right")  # the first range that ends after a gradient begins
@@ -288,7 +295,7 @@ def validate_dense(
 ) -> int:
     """Raise where a param, its gradient or its mask does not fit. Returns the number of active coordinates."""
     for name, tensor in (("params", param), ("grads", grad)) if grad is not None else (("values", param),):
-        validate_floats(i, name, tensor, device)
+        validate_input(f"{name}[{i}]", tensor, DTYPES, device)
     try:
         num_active = cached(count_active, mask, block_counts, param.numel())
     except ValueError as error:
@@ -298,16 +305,6 @@ def validate_dense(
     if grad is not None:
         validate_gradient(i, param, grad, num_active)
     return num_active
-
-
-def validate_floats(i: int, name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    """Raise where a tensor is not fp32 or bf16, not on the device or not contiguous."""
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name} of param {i} are {tensor.dtype}; step takes float32 and bfloat16")
-    if tensor.device != device:
-        raise ValueError(f"{name} of param {i} must be on {device}, not on {tensor.device}; move one of them")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} of param {i} must be contiguous, not of stride {list(tensor.stride())}")
 
 
 def validate_gradient(i: int, param: torch.Tensor, grad: torch.Tensor, num_active: int) -> None:

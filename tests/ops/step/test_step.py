@@ -413,8 +413,8 @@ def test_bad_input_is_refused_by_name():
     }
     scalars = adamw_scalars([1], 1e-3, BETAS, EPS, 0.0)
     for changes, options, error, message in (
-        ({"params": [state.params[0].double()]}, {}, TypeError, "params of param 0 are torch.float64"),
-        ({"grads": [grad.half()]}, {}, TypeError, "grads of param 0 are torch.float16"),
+        ({"params": [state.params[0].double()]}, {}, TypeError, r"params\[0\] is torch.float64"),
+        ({"grads": [grad.half()]}, {}, TypeError, r"grads\[0\] is torch.float16"),
         ({"grads": [grad[:50].clone()]}, {}, ValueError, "of one shape"),
         ({"grads": [grad.repeat(2)[::2]]}, {}, ValueError, "contiguous"),
         ({"exp_avgs": [state.m[0][1:].clone()]}, {}, ValueError, "exp_avgs of param 0"),
