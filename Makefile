@@ -25,6 +25,7 @@ kill: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # The documentation site, in site/; a link that leads nowhere is an error.
