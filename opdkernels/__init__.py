@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from opdkernels.analysis.overlap import Overlaps
     from opdkernels.analysis.result import Analysis, load
     from opdkernels.analysis.trajectory import Trajectory
-    from opdkernels.api import analyze, experiment, lineage, overlap, trajectory, write_report
+    from opdkernels.api import analyze, bench, experiment, lineage, overlap, trajectory, write_report
     from opdkernels.distillation.api import distill
     from opdkernels.distillation.options import DistillOptions
     from opdkernels.masks import Mask, MaskSet
@@ -39,6 +39,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "Overlaps": ("opdkernels.analysis.overlap", "Overlaps"),
     "Trajectory": ("opdkernels.analysis.trajectory", "Trajectory"),
     "analyze": ("opdkernels.api", "analyze"),
+    "bench": ("opdkernels.api", "bench"),
     "distill": ("opdkernels.distillation.api", "distill"),
     "experiment": ("opdkernels.api", "experiment"),
     "inspect": ("opdkernels.analysis.headers", "inspect"),
@@ -68,6 +69,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "analyze",
+    "bench",
     "distill",
     "experiment",
     "inspect",

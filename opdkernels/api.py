@@ -15,8 +15,16 @@ from opdkernels.analysis.result import Analysis, load
 from opdkernels.analysis.trajectory import Trajectory, load_trajectory, run_trajectory
 from opdkernels.checkpoint.open import checkpoint_bytes
 from opdkernels.compat import paper_csv as paper_files
-from opdkernels.config import AnalyzeOptions, LineageOptions, OverlapOptions, TrajectoryOptions, validate_options
-from opdkernels.outputs import EXPERIMENT, RUN_FILE, read_json_object
+from opdkernels.config import (
+    AnalyzeOptions,
+    BenchOptions,
+    LineageOptions,
+    OverlapOptions,
+    TrajectoryOptions,
+    validate_options,
+)
+from opdkernels.files import write_atomically, write_json
+from opdkernels.outputs import EXPERIMENT, RUN_FILE, new_folder, read_json_object
 from opdkernels.progress import Progress, no_progress
 from opdkernels.runs.run_dir import load_finished
 
@@ -352,6 +360,64 @@ def experiment(
         overwrite=True,
     )
     reports.write(folder, "experiment", {**result, "analysis": True})
+    return result
+
+
+def bench(
+    out: str | os.PathLike[str] | None = None,
+    *,
+    device: str = "cpu",
+    against: Sequence[str] = ("eager",),
+    family: Sequence[str] = (),
+    threads: int | None = None,
+    quick: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure the kernels on this machine against plain PyTorch, and as a fraction of what the machine can do.
+
+    Implementations take turns; times are medians. Each kernel is compared with its reference before it is timed. On two
+    cores it takes about a minute and 2 GB of memory; on a GPU at most half of the free memory.
+
+    Args:
+        out: Folder to write, new or empty: benchmark.json, table.md, chart.svg and report.html. Without it, nothing is
+            written.
+        device: "cpu", "cuda" or "cuda:N".
+        against: "eager" (plain PyTorch) and "compile" (torch.compile, which takes minutes to compile).
+        family: Names of kernel families; all if empty.
+        threads: Threads of the kernels and of torch, 1 to 4096; torch's own number if None.
+        quick: Smaller sizes and fewer rounds.
+        progress: Called with steps done, total steps and the name of the current one.
+
+    Returns:
+        The content of benchmark.json: `machine`, `limits`, and `rows`, one per workload.
+
+    Raises:
+        InputError: There is no such GPU, or `out` cannot be written or is not empty.
+        UsageError: An option is not valid.
+
+    Example:
+        >>> import opdkernels
+        >>> result = opdkernels.bench(family=["quantile"], quick=True)
+        >>> [row["family"] for row in result["rows"]], result["rows"][0]["timings"]["opdkernels"]["median_s"] > 0
+        (['quantile'], True)
+    """
+    from opdkernels.benchmark import result as files
+    from opdkernels.benchmark.run import run_benchmark
+    from opdkernels.benchmark.text import markdown
+    from opdkernels.report.bench import chart_file
+
+    options = validate_options(
+        BenchOptions, {"device": device, "against": against, "family": family, "threads": threads, "quick": quick}
+    )
+    if out is None:
+        return run_benchmark(options, progress=progress or no_progress)
+    with new_folder(out) as folder:
+        result = run_benchmark(options, progress=progress or no_progress)
+        write_json(folder / files.FILE, result)
+        write_atomically(folder / files.TABLE_FILE, markdown(result).encode())
+        if chart := chart_file(result):
+            write_atomically(folder / files.CHART_FILE, chart.encode())
+        reports.write(folder, "bench", result)
     return result
 
 

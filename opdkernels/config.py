@@ -278,6 +278,32 @@ class ExperimentOptions(Options):
     )
 
 
+Family = Literal["delta", "overlap", "quantile", "patch", "step", "gram", "divergence"]
+
+
+class BenchOptions(Options):
+    device: DeviceName = option(
+        "Measurement", "cpu, cuda or cuda:N: the device that is measured.", "cpu", metavar="DEVICE"
+    )
+    against: Annotated[tuple[Literal["eager", "compile"], ...], BeforeValidator(split_commas)] = option(
+        "Measurement",
+        "What the kernels are compared with: plain PyTorch (eager), torch.compile (compile), or both; compiling adds "
+        "minutes.",
+        ("eager",),
+        metavar="eager|compile|eager,compile",
+    )
+    family: Annotated[tuple[Family, ...], BeforeValidator(split_commas)] = option(
+        "Measurement",
+        f"Measure only these kernel families, separated by commas: {', '.join(get_args(Family))}.",
+        (),
+        metavar="FAMILY,...",
+    )
+    threads: int | None = option(
+        "Measurement", "Threads of the kernels and of torch; torch's own number if not given.", None, ge=1, le=4096
+    )
+    quick: bool = option("Measurement", "Smaller sizes and fewer rounds: seconds, and less reliable numbers.", False)
+
+
 Model = TypeVar("Model", bound=BaseModel)
 
 

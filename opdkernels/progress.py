@@ -12,7 +12,7 @@ from opdkernels.formatting import byte_size
 
 PLAIN_INTERVAL_S = 5.0
 Progress = Callable[[int, int, str], None]
-"""A function of bytes done, total bytes and the name of the current tensor."""
+"""A function of bytes done, total bytes and the name of the current tensor; some commands count steps, not bytes."""
 
 
 def no_progress(done: int, total: int, name: str) -> None:
@@ -29,6 +29,15 @@ def reporting(quiet: bool = False) -> Iterator[Progress]:
             yield show
     else:
         yield plain()
+
+
+def steps(quiet: bool = False) -> Progress:
+    """A progress function that prints a line per step; nothing if quiet or without error stream."""
+
+    def show(done: int, total: int, name: str) -> None:
+        print(f"[{done + 1}/{total}] {printable(name)}", file=sys.stderr, flush=True)
+
+    return no_progress if quiet or sys.stderr is None else show
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import pytest
 
 import opdkernels
 from opdkernels import api, config
-from opdkernels.config import AnalyzeOptions, ExperimentOptions, OverlapOptions, TrajectoryOptions
+from opdkernels.config import AnalyzeOptions, BenchOptions, ExperimentOptions, OverlapOptions, TrajectoryOptions
 
 
 @pytest.mark.parametrize("name", opdkernels.__all__)
@@ -44,7 +44,12 @@ def test_imports_are_lazy(code, absent):
 
 @pytest.mark.parametrize(
     ("function", "model"),
-    [(api.analyze, AnalyzeOptions), (api.overlap, OverlapOptions), (api.trajectory, TrajectoryOptions)],
+    [
+        (api.analyze, AnalyzeOptions),
+        (api.bench, BenchOptions),
+        (api.overlap, OverlapOptions),
+        (api.trajectory, TrajectoryOptions),
+    ],
 )
 def test_defaults_are_those_of_the_options_model(function, model):
     parameters = inspect.signature(function).parameters

@@ -163,6 +163,26 @@ def test_patch_guide_patches_a_loaded_model(tmp_path, monkeypatch):
         opdkernels.patch.apply_to(sample_model("base").float().state_dict(), "step-200.patch")
 
 
+def test_benchmark_guide_prints_a_workload(monkeypatch, capsys):
+    from opdkernels.benchmark import run
+
+    monkeypatch.setattr(run, "choose_scale", lambda device, quick: run.Scale(4096, 1 << 16, 16, 0.0))
+    (code,) = blocks(page("guides/benchmark.md"))
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("quantile of bf16 and a mask ")
+
+
+def test_benchmark_guide_describes_every_workload():
+    from opdkernels.benchmark.workloads import WORKLOADS
+
+    table = page("guides/benchmark.md").split("## What is measured")[1].split("\n\n")[1]
+    for workload in WORKLOADS:
+        words = workload.name.removesuffix(" and its gradients").split(",")[0]
+        (row,) = [line for line in table.splitlines() if words in line.split("|")[1]]
+        limit = row.split("|")[4].strip().split(";")[0]
+        assert limit == workload.limit
+
+
 @pytest.mark.parametrize("library", ["pandas", "polars", "opdkernels"])
 def test_examples_of_reading_tables_run(folder, monkeypatch, library, capsys):
     pytest.importorskip(library)

@@ -20,7 +20,7 @@ LAYERS = [
     {"cli"},
     {"api", "doctor"},
     {"experiments", "report", "compat"},
-    {"distillation"},
+    {"benchmark", "distillation"},
     {"analysis", "optim"},
     {"metrics", "masks", "patch", "spectral"},
     {"runs"},

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -117,3 +119,51 @@ def empty_cache(device: torch.device) -> None:
     """Returns the allocator's unused blocks to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def elapsed_s(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that a call takes on a device."""
+    return event_s(call, device) if device.type == "cuda" else clock_s(call)
+
+
+def clock_s(call: Callable[[], Any]) -> float:
+    """Seconds of a call by the clock."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def event_s(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds between two events on the current stream, before and after a call."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1000
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Free memory of a GPU in bytes."""
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """Name, compute capability and memory of a GPU, and torch's CUDA version."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda or "",
+    }
+
+
+def extra_memory_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Peak memory of a call on a GPU beyond the memory held before, results included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before

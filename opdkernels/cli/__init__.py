@@ -12,7 +12,7 @@ import click
 import typer
 from click.exceptions import NoArgsIsHelpError
 
-from opdkernels.cli import analyze, distill, doctor, mask, patch
+from opdkernels.cli import analyze, bench, distill, doctor, mask, patch
 from opdkernels.cli.exit_status import ExitStatus, fail
 from opdkernels.errors import printable
 from opdkernels.version import __version__
@@ -66,6 +66,7 @@ for function, panel in (
     (distill.experiment, "Train"),
     (patch.graft, "Select and transfer"),
     (doctor.doctor, "Setup"),
+    (bench.bench, "Setup"),
 ):
     app.command(rich_help_panel=panel)(function)
 app.add_typer(mask_app, name="mask", rich_help_panel="Select and transfer")

@@ -52,11 +52,15 @@ def cpu_products(device: torch.device) -> contextlib.AbstractContextManager[Any]
         ...     (torch.ones(2, 3).bfloat16() @ torch.ones(3).bfloat16()).dtype
         torch.bfloat16
     """
+    return ProductsInFp32() if computes_in_fp32(device) else contextlib.nullcontext()
+
+
+def computes_in_fp32(device: torch.device) -> bool:
+    """Whether bf16 products on a device are computed in fp32; raises as `cpu_products`."""
     choice = os.environ.get(VARIABLE, "auto")
     if choice not in CHOICES:
         raise UsageError(f"{VARIABLE} is {printable(choice)}; set it to one of {', '.join(CHOICES)}")
-    in_fp32 = device.type == "cpu" and (choice == "float32" or (choice == "auto" and bf16_is_emulated()))
-    return ProductsInFp32() if in_fp32 else contextlib.nullcontext()
+    return device.type == "cpu" and (choice == "float32" or (choice == "auto" and bf16_is_emulated()))
 
 
 @functools.cache

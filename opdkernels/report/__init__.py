@@ -20,7 +20,7 @@ from opdkernels.files import write_atomically
 from opdkernels.report import typography
 from opdkernels.version import __version__
 
-Kind = Literal["analyze", "overlap", "trajectory", "experiment"]
+Kind = Literal["analyze", "overlap", "trajectory", "experiment", "bench"]
 TEMPLATES = Path(__file__).parent
 FILTERS = ("percent", "times", "measure", "count", "plural", "name", "breakable")
 
@@ -31,7 +31,8 @@ def write(folder: Path, kind: Kind, result: Any) -> Path:
     Args:
         folder: The folder of the run.
         kind: The command that made the result.
-        result: `Analysis`, `Overlaps`, `Trajectory`, or the content of an experiment's results.json.
+        result: `Analysis`, `Overlaps`, `Trajectory`, or the content of an experiment's results.json or of a
+            benchmark.json.
 
     Returns:
         The path of the page.

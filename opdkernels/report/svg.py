@@ -3,6 +3,7 @@ print."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,6 +72,23 @@ def svg(width: float, height: float, label: str, content: Sequence[Markup], kind
         label=label,
         kind=kind,
         content=join(content),
+    )
+
+
+def as_file(drawing: Markup, style: str, caption: Markup) -> str:
+    """A drawing of `svg` as a file of its own, with its style and a caption below."""
+    width, height = re.findall(r'viewBox="0 0 ([0-9.]+) ([0-9.]+)"', drawing)[0]
+    sized = drawing.replace("<svg ", Markup('<svg width="{}" height="{}" ').format(width, height), 1)
+    return Markup(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}"><style>{style}</style>'
+        '<rect class="paper" width="{w}" height="{h}"/>{drawing}<text x="16" y="{y}">{caption}</text></svg>\n'
+    ).format(
+        w=width,
+        h=number(float(height) + 28),
+        style=Markup(style),
+        drawing=sized,
+        y=number(float(height) + 12),
+        caption=caption,
     )
 
 

@@ -31,6 +31,7 @@ CASES = {
     "trajectory": Case("{base} {trained} {later} -o {out}", "opdkernels.api:trajectory"),
     "report": Case("{run}", "opdkernels.api:write_report", "--no-such-option"),
     "doctor": Case("", "opdkernels.doctor:examine", "--no-such-option"),
+    "bench": Case("--quick -o {out}", "opdkernels.api:bench", "--threads 0"),
     "distill": Case(
         "--student {base} --teacher {base} --prompts {base} -o {out}",
         "opdkernels.distillation.loop:train",

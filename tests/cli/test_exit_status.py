@@ -17,7 +17,7 @@ from tests.analysis.conftest import save
 from tests.cli.conftest import CASES, commands
 
 EVERY = pytest.mark.parametrize("command", CASES)
-READ_INPUT = [name for name in CASES if name not in ("doctor", "report", "experiment", "distill")]
+READ_INPUT = [name for name in CASES if name not in ("doctor", "bench", "report", "experiment", "distill")]
 
 
 def arguments_of(command, inputs, out, **replaced):

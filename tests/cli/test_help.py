@@ -24,6 +24,7 @@ MODELS = {
     "overlap": [config.OverlapOptions],
     "trajectory": [config.TrajectoryOptions],
     "graft": [config.GraftOptions],
+    "bench": [config.BenchOptions],
     "distill": [DistillOptions],
     "experiment": [config.ExperimentOptions, DistillOptions],
     "mask changed": [config.ChangedMaskOptions],
