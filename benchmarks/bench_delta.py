@@ -19,32 +19,10 @@ import torch
 from benchmarks.harness import anonymous_bytes, paired
 from opdkernels import analyze
 from opdkernels.backends.cpu import _C
-from opdkernels.backends.layout import BINS
-from opdkernels.ops.delta import THRESHOLDS, bf16_bits, delta, exact_float
+from opdkernels.benchmark.eager import eager_counts, eager_tables
+from opdkernels.ops.delta import delta, exact_float
 
 EAGER_COORDINATES = 4_358_144  # one 896 x 4864 matrix: larger inputs do not make eager PyTorch faster
-
-
-def bincounts(base: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The best eager formulation: three histograms, from which every metric of the visible view follows."""
-    visible = bf16_bits(trained - base) & 0x7FFF
-    magnitude = bf16_bits(base) & 0x7FFF
-    return (
-        torch.bincount(magnitude, minlength=BINS),
-        torch.bincount(visible, minlength=BINS),
-        torch.bincount(magnitude[visible > 0], minlength=BINS),
-    )
-
-
-def counts(base: torch.Tensor, trained: torch.Tensor) -> list[float]:
-    """The straightforward eager formulation: sums, and a count per threshold."""
-    w, v = base.float(), trained.float()
-    d = (v - w).abs()
-    results = [w.square().sum().item(), v.square().sum().item(), d.square().sum().item(), d.sum().item()]
-    results += [d.max().item(), (d == 0).sum().item()]
-    for threshold in THRESHOLDS:
-        results += [(d < threshold).sum().item(), (d <= threshold).sum().item()]
-    return results
 
 
 @pytest.mark.parametrize("isa", _C.available_isas())
@@ -73,16 +51,16 @@ def test_tally_against_eager(benchmark, row, embedding, one_thread):
     seconds = paired(
         {
             "tally": lambda: delta(base, trained),
-            "bincounts": lambda: bincounts(base, trained),
-            "counts": lambda: counts(base, trained),
+            "bincounts": lambda: eager_tables(base, trained),
+            "counts": lambda: eager_counts(base, trained),
         }
     )
     tally = benchmark.pedantic(lambda: delta(base, trained), rounds=3)
     for histogram, table in zip(
-        bincounts(base, trained), (tally.hist_base, tally.hist_delta, tally.hist_base_over[0]), strict=True
+        eager_tables(base, trained), (tally.hist_base, tally.hist_delta, tally.hist_base_over[0]), strict=True
     ):
         np.testing.assert_array_equal(histogram.numpy(), table)
-    assert counts(base, trained)[5] == tally.bit_equal
+    assert int(eager_counts(base, trained)[5]) == tally.bit_equal
     row(
         tally_s=seconds["tally"],
         over_bincounts=seconds["bincounts"] / seconds["tally"],

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.harness import paired
 from opdkernels import patch
 from opdkernels.backends.cpu import _C
+from opdkernels.benchmark.eager import eager_gather, eager_scatter
 from opdkernels.ops.patch import GatherBuffers, bits, gather, scatter
 
 DENSITY = 0.17
@@ -48,16 +49,6 @@ def checkpoints(folder, tmp_path_factory) -> tuple[Path, Path]:
     for name in ("config.json", "model.safetensors.index.json"):
         shutil.copy(folder / "run_a" / name, out / name)
     return folder / "source", out
-
-
-def eager_gather(base: torch.Tensor, trained: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices as int32 and values: the usual PyTorch code."""
-    changed = (bits(base) != bits(trained)).nonzero().flatten()
-    return changed.int(), trained[changed]
-
-
-def eager_scatter(base: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return base.clone().index_copy_(0, indices.long(), values)
 
 
 @pytest.mark.parametrize("isa", _C.available_isas())
@@ -96,18 +87,19 @@ def test_gather_and_scatter_against_eager(benchmark, row, pair, one_thread):
     base, trained = (side[:4_358_144] for side in pair)
     buffers, out = GatherBuffers.of(base.numel(), 2), torch.empty_like(base)
     changes, _ = gather(base, trained, buffers=buffers)
-    indices, values = eager_gather(base, trained)
+    w, v = bits(base), bits(trained)
+    indices, values = eager_gather(w, v)
     seconds = paired(
         {
             "gather": lambda: gather(base, trained, buffers=buffers),
-            "eager gather": lambda: eager_gather(base, trained),
+            "eager gather": lambda: eager_gather(w, v),
             "scatter": lambda: scatter(base, changes, out=out),
-            "eager scatter": lambda: eager_scatter(base, indices, values),
+            "eager scatter": lambda: eager_scatter(w, indices.long(), values),
         }
     )
     benchmark.pedantic(lambda: gather(base, trained, buffers=buffers), rounds=3)
-    assert torch.equal(bits(values), changes.values)
-    assert torch.equal(bits(eager_scatter(base, indices, values)), bits(out))
+    assert torch.equal(values, changes.values)
+    assert torch.equal(eager_scatter(w, indices.long(), values), bits(out))
     row(
         gather_s=seconds["gather"],
         scatter_s=seconds["scatter"],

@@ -1,5 +1,8 @@
 """The pages that quote measurements: docs/benchmarks.md with every table, and eight rows of them in the README.
 
+benchmarks/results/bench has files of `opdkernels bench`, benchmarks/results those of `make bench`, and
+benchmarks/results/gpu those of `make gpu`.
+
 python3 -m benchmarks.pages
 """
 
@@ -13,10 +16,15 @@ from typing import Any
 
 from benchmarks.gpu import record
 from benchmarks.tables import table
+from opdkernels.benchmark.result import read_result
+from opdkernels.benchmark.text import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+NO_RESULTS = (
+    "No results are committed: copy a benchmark.json of `opdkernels bench -o FOLDER` to benchmarks/results/bench."
+)
 CPU, GPU = "intel-r-xeon-r-processor-avx512", "gpu/gpu-nvidia-h200"  # machines of the README's rows
 
 
@@ -172,7 +180,9 @@ def render() -> dict[Path, str]:
     gpu_tables = [
         record.table(json.loads(path.read_text()), record.checks_line) for path in sorted(record.RESULTS.glob("*.json"))
     ]
-    page = replace(PAGE.read_text(), "cpu", "\n\n".join(cpu_tables))
+    command_tables = [markdown(read_result(path)).rstrip() for path in sorted((RESULTS / "bench").glob("*.json"))]
+    page = replace(PAGE.read_text(), "bench", "\n\n".join(command_tables) or NO_RESULTS)
+    page = replace(page, "cpu", "\n\n".join(cpu_tables))
     return {
         README: replace(README.read_text(), "performance", summary_table()),
         PAGE: replace(page, "gpu", "\n\n".join(gpu_tables) or record.UNMEASURED),

@@ -20,6 +20,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import harness, pages
 from benchmarks.tables import table
+from opdkernels.benchmark.machine import instruction_set
+from opdkernels.runs.run_dir import processor
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,7 +50,7 @@ def main() -> int:
         if not raw.exists() or not raw.stat().st_size:
             return int(status)
         measured = json.loads(raw.read_text())["benchmarks"]
-    name = re.sub(r"[^a-z0-9]+", "-", f"{harness.processor()}-{harness.instruction_set()}".lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", f"{processor()}-{instruction_set()}".lower()).strip("-")
     path = RESULTS / f"{name}.json"
     results = {
         "machine": harness.machine_line(),
