@@ -7,10 +7,11 @@ products of matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -121,6 +122,11 @@ def block_counts(flags: Tensor) -> Tensor:
     return torch.nn.functional.pad(padded.sum(1).cumsum(0), (1, 0))
 
 
+def zeros_like(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Zeros of the shapes and dtypes of arrays, made on the device: a copy from the host would be timed, too."""
+    return [torch.zeros_like(torch.from_numpy(array), device=device) for array in arrays]
+
+
 def coordinates_text(n: int) -> str:
     return f"{n:,} coordinates"
 
@@ -133,9 +139,7 @@ def delta_of(dtype: torch.dtype, plain: Callable[[Tensor, Tensor], Any]) -> Call
 
         def call(kernel: Kernel) -> list[Tensor]:
             tally = Tally.empty()
-            outputs = [
-                torch.from_numpy(array).to(device) for array in (tally.tables, tally.counts, tally.sums, tally.maximum)
-            ]
+            outputs = zeros_like([tally.tables, tally.counts, tally.sums, tally.maximum], device)
             kernel("delta_")(w, v, list(DEFAULT_THRESHOLD_BITS), list(THRESHOLDS), *outputs, None)
             return outputs
 
@@ -149,7 +153,7 @@ def make_overlap(n: int, device: torch.device) -> Timed:
     sides = make_inputs(n, device, runs=2)
 
     def call(kernel: Kernel) -> list[Tensor]:
-        outputs = [torch.from_numpy(array).to(device) for array in Overlap.empty(2).arrays]
+        outputs = zeros_like(Overlap.empty(2).arrays, device)
         kernel("overlap_")(sides[0], sides[1:], OVERLAP_THRESHOLD_BITS, *outputs)
         return outputs
 
