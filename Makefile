@@ -36,13 +36,13 @@ docs: $(READY)
 fuzz: $(READY)
 	$(BIN)/python -m tests.robustness.fuzz --seconds 3600
 
-# The optimizers in the trainers that people use, in a separate environment.
+# The optimizers and UpdateTracker in the trainers that people use, in a separate environment.
 trainers:
 	$(PYTHON) -m venv .venv-trainers
 	.venv-trainers/bin/python -m pip install -q -c constraints-trainers.txt torch setuptools wheel pybind11
 	.venv-trainers/bin/python -m pip install -q -c constraints-trainers.txt --no-build-isolation -e '.[trainers,dev]'
 	.venv-trainers/bin/python -m pip install -q -c constraints-trainers.txt --no-deps verl
-	.venv-trainers/bin/python -m pytest tests/optim/test_trainers.py
+	.venv-trainers/bin/python -m pytest tests/optim/test_trainers.py tests/tracking/test_trainers.py
 
 # Kernels and optimizers under AddressSanitizer and UndefinedBehaviorSanitizer, threads under ThreadSanitizer (g++).
 sanitize: $(READY)
