@@ -263,6 +263,19 @@ class GraftOptions(Options):
     io: Literal["auto", "mmap", "read"] = io_option()
 
 
+class PushOptions(Options):
+    base_model: str | None = option("Card", "Id of the base model on the Hub, such as org/name.", None, metavar="ID")
+    private: bool = option("Repository", "Create the repository as a private one, if it does not exist.", False)
+    repo_type: Literal["model", "dataset"] = option("Repository", "Type of the repository.", "model")
+    revision: str | None = option(
+        "Commit", "Branch to commit to, created if it does not exist; main if not given.", None, metavar="BRANCH"
+    )
+    commit_message: str | None = option(
+        "Commit", 'Message of the commit; "Upload NAME with opdkernels" if not given.', None, metavar="TEXT"
+    )
+    create_pr: bool = option("Commit", "Open a pull request instead of committing.", False)
+
+
 class ExperimentOptions(Options):
     seeds: int = option("Experiment", "Number of seeds, starting at --seed.", 1, ge=1, le=MAX_SEEDS)
     density: float | None = option(

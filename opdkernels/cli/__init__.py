@@ -12,7 +12,7 @@ import click
 import typer
 from click.exceptions import NoArgsIsHelpError
 
-from opdkernels.cli import analyze, bench, distill, doctor, mask, patch
+from opdkernels.cli import analyze, bench, distill, doctor, mask, patch, push
 from opdkernels.cli.exit_status import ExitStatus, fail
 from opdkernels.errors import printable
 from opdkernels.version import __version__
@@ -65,6 +65,7 @@ for function, panel in (
     (distill.distill, "Train"),
     (distill.experiment, "Train"),
     (patch.graft, "Select and transfer"),
+    (push.push, "Select and transfer"),
     (doctor.doctor, "Setup"),
     (bench.bench, "Setup"),
 ):

@@ -51,6 +51,7 @@ CASES = {
     "mask compare": Case("{masks} {masks}", "opdkernels.masks.stats:compare_masks", "--no-such-option"),
     "patch create": Case("{base} {trained} -o {out}", "opdkernels.patch:create"),
     "patch apply": Case("{base} {patch} -o {out}", "opdkernels.patch:apply"),
+    "push": Case("{masks} org/name", "opdkernels.hub:push_to_hub", "--repo-type space"),
     "patch info": Case("{patch}", "opdkernels.patch:info", "--no-such-option"),
 }
 

@@ -37,6 +37,7 @@ MODELS = {
     "mask combine": [config.MaskOptions],
     "patch create": [config.PatchCreateOptions],
     "patch apply": [config.PatchApplyOptions],
+    "push": [config.PushOptions],
 }
 CLICK, TYPER = (tuple(map(int, version(package).split(".")[:2])) for package in ("click", "typer"))
 
