@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from opdkernels.api import analyze, bench, experiment, lineage, overlap, trajectory, write_report
     from opdkernels.distillation.api import distill
     from opdkernels.distillation.options import DistillOptions
+    from opdkernels.hub import push_to_hub
     from opdkernels.masks import Mask, MaskSet
     from opdkernels.ops.divergence import Divergence, linear_divergence
     from opdkernels.optim import MaskedAdamW, MaskedSGD
+    from opdkernels.tracking import UpdateTracker
 
 _LAZY: dict[str, tuple[str, str | None]] = {
     "Analysis": ("opdkernels.analysis.result", "Analysis"),
@@ -38,6 +40,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "MaskedSGD": ("opdkernels.optim", "MaskedSGD"),
     "Overlaps": ("opdkernels.analysis.overlap", "Overlaps"),
     "Trajectory": ("opdkernels.analysis.trajectory", "Trajectory"),
+    "UpdateTracker": ("opdkernels.tracking", "UpdateTracker"),
     "analyze": ("opdkernels.api", "analyze"),
     "bench": ("opdkernels.api", "bench"),
     "distill": ("opdkernels.distillation.api", "distill"),
@@ -50,6 +53,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "optim": ("opdkernels.optim", None),
     "overlap": ("opdkernels.api", "overlap"),
     "patch": ("opdkernels.patch", None),
+    "push_to_hub": ("opdkernels.hub", "push_to_hub"),
     "trajectory": ("opdkernels.api", "trajectory"),
     "write_report": ("opdkernels.api", "write_report"),
 }
@@ -66,6 +70,7 @@ __all__ = [
     "MaskedSGD",
     "Overlaps",
     "Trajectory",
+    "UpdateTracker",
     "UsageError",
     "__version__",
     "analyze",
@@ -80,6 +85,7 @@ __all__ = [
     "optim",
     "overlap",
     "patch",
+    "push_to_hub",
     "trajectory",
     "write_report",
 ]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
+import inspect
 import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -190,3 +194,82 @@ def test_examples_of_reading_tables_run(folder, monkeypatch, library, capsys):
     (code,) = (block for block in blocks(page("guides/tables.md")) if f"import {library}" in block)
     exec(code, {})
     assert capsys.readouterr().out
+
+
+def test_tracking_guide_runs_in_a_trainer_and_in_a_loop(folder, monkeypatch, tmp_path):
+    """The blocks for Hugging Face and for any loop; the one for Lightning needs only its name."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(folder / "m.safetensors", tmp_path)
+    in_trainer, in_lightning, in_loop = blocks(page("guides/track.md"))
+
+    class Model(torch.nn.Module):
+        """The sample's weights with a loss that moves all of them."""
+
+        def __init__(self):
+            super().__init__()
+            self.weights = sample_model("base")
+
+        def forward(self, scale):
+            return {"loss": scale.mean() * sum(weight.float().square().sum() for weight in self.parameters())}
+
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "run"), max_steps=40, per_device_train_batch_size=1, use_cpu=True, report_to="none",
+        logging_steps=20, save_strategy="no", disable_tqdm=True, remove_unused_columns=False, learning_rate=1e-4,
+    )  # fmt: skip
+    names = {"Trainer": transformers.Trainer, "model": Model(), "args": args, "dataset": [{"scale": 1.0}] * 40}
+    exec(in_trainer, names)
+    entries = [row for row in names["trainer"].state.log_history if "opdkernels/mask_recall" in row]
+    assert [row["step"] for row in entries] == [20, 40]
+    assert entries[1]["opdkernels/mask_recall"] > 0
+    assert opdkernels.UpdateTracker(masks="m.safetensors").logging_steps is None
+    assert "UpdateTracker(masks=" in in_lightning
+
+    def train_step(model, batch):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1 + batch)
+
+    logged = []
+    names = {
+        "model": sample_model("base"),
+        "batches": [0.01] * 40,
+        "train_step": train_step,
+        "log": lambda values, step: logged.append((step, values)),
+    }
+    exec(in_loop, names)
+    assert [step for step, _ in logged] == [20, 40]
+    listed = re.findall(r"^\| `(opdkernels/\w+)` \|", page("guides/track.md"), re.MULTILINE)
+    assert set(listed) == logged[0][1].keys() | {"opdkernels/nonfinite"}
+
+
+def test_sharing_guide_names_what_exists(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    upload, to_wandb = blocks(page("guides/share.md"))
+    calls = []
+    monkeypatch.setitem(opdkernels.__dict__, "push_to_hub", lambda *a, **k: calls.append((a, k)) or {"url": "URL"})
+    exec(upload, {})
+    assert capsys.readouterr().out == "URL\n"
+    ((arguments, options),) = calls
+    signature = inspect.signature(importlib.import_module("opdkernels.hub").push_to_hub)
+    signature.bind(*arguments, **options)
+    assert (folder / arguments[0]).is_file()
+    recorded = []
+    run = types.SimpleNamespace(summary={}, log=recorded.append)
+    wandb = types.SimpleNamespace(
+        init=lambda project: setattr(wandb, "run", run),
+        Table=lambda columns, data: (columns, data),
+        Html=lambda file, inject: file.read(),
+        plot=types.SimpleNamespace(bar=lambda *a, **k: a, line=lambda *a, **k: a),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    exec(to_wandb, {})
+    assert "opdkernels/verdict" in run.summary
+    assert "opdkernels/report" in recorded[0]
+
+
+@pytest.mark.parametrize("module", ["tracking.tracker", "tracking.weights", "hub.card", "hub.products"])
+def test_examples_of_docstrings_run(module):
+    results = doctest.testmod(importlib.import_module(f"opdkernels.{module}"))
+    assert results.attempted
+    assert not results.failed

@@ -18,9 +18,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"api", "doctor"},
+    {"api", "doctor", "hub"},
     {"experiments", "report", "compat"},
-    {"benchmark", "distillation"},
+    {"benchmark", "distillation", "tracking"},
     {"analysis", "optim"},
     {"metrics", "masks", "patch", "spectral"},
     {"runs"},

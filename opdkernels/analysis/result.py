@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from opdkernels.analysis.frames import format_path, to_pandas
 from opdkernels.analysis.summary import read_summary
+from opdkernels.analysis.wandb_log import log_analysis
 from opdkernels.errors import InputError, printable
 from opdkernels.formatting import percent
 from opdkernels.metrics import geometry as geometry_of
@@ -82,6 +83,27 @@ class Analysis:
         if (content := getattr(self, table)) is None:
             raise ValueError(f"this analysis has no table {table!r}; run it with spectra='exact' or 'topk'")
         return to_pandas(content)
+
+    def to_wandb(self, run: Any = None, *, prefix: str = "opdkernels/") -> None:
+        """Logs the analysis to a run of Weights & Biases.
+
+        The metrics of the whole model and the verdict go to the run's summary. One call of `run.log` has the tables
+        (wandb shows their first 10,000 rows), the changed fraction by module and by layer and the distances in bf16
+        steps as charts, and, if the analysis was written to a folder, its report.
+
+        Args:
+            run: A run, as `wandb.init` returns it; None: the active one.
+            prefix: Beginning of the logged names.
+
+        Raises:
+            ImportError: wandb is not installed.
+            UsageError: `run` is None, and no run is active.
+
+        Example:
+            wandb.init(project="opd")
+            opdkernels.analyze("base", "trained", "out").to_wandb()
+        """
+        log_analysis(self, run, prefix)
 
     def __repr__(self) -> str:
         summary = self.summary
