@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 import opdkernels
 from opdkernels import analyze, masks
+from opdkernels.benchmark import run
+from opdkernels.benchmark.workloads import WORKLOADS
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "examples" / "opd_sample"
@@ -65,7 +67,7 @@ def test_site_builds_without_a_warning(tmp_path):
 
 def test_readers_of_the_formats_page_read_what_is_written(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    read_masks, read_run = blocks(page("reference/formats.md"))
+    read_masks, read_run, read_benchmark = blocks(page("reference/formats.md"))
     namespace: dict = {}
     exec(read_masks, namespace)
     expected = masks.MaskSet.load(folder / "m.safetensors")
@@ -74,6 +76,11 @@ def test_readers_of_the_formats_page_read_what_is_written(folder, monkeypatch, c
         np.testing.assert_array_equal(active, expected[name].to_bool().numpy())
     exec(read_run, {})
     assert "sparse as rounding alone" in capsys.readouterr().out
+    scale = run.Scale(coordinates=4096, limit_bytes=1 << 16, product_side=16, budget_s=0.0)
+    monkeypatch.setattr(run, "choose_scale", lambda device, quick: scale)
+    opdkernels.bench("bench", family=["quantile"])
+    exec(read_benchmark, {})
+    assert capsys.readouterr().out.splitlines()[1].startswith("quantile of bf16 and a mask eager ")
 
 
 def test_quickstart_runs(folder, monkeypatch, capsys):
@@ -168,17 +175,14 @@ def test_patch_guide_patches_a_loaded_model(tmp_path, monkeypatch):
 
 
 def test_benchmark_guide_prints_a_workload(monkeypatch, capsys):
-    from opdkernels.benchmark import run
-
-    monkeypatch.setattr(run, "choose_scale", lambda device, quick: run.Scale(4096, 1 << 16, 16, 0.0))
+    scale = run.Scale(coordinates=4096, limit_bytes=1 << 16, product_side=16, budget_s=0.0)
+    monkeypatch.setattr(run, "choose_scale", lambda device, quick: scale)
     (code,) = blocks(page("guides/benchmark.md"))
     exec(code, {})
     assert capsys.readouterr().out.startswith("quantile of bf16 and a mask ")
 
 
 def test_benchmark_guide_describes_every_workload():
-    from opdkernels.benchmark.workloads import WORKLOADS
-
     table = page("guides/benchmark.md").split("## What is measured")[1].split("\n\n")[1]
     for workload in WORKLOADS:
         words = workload.name.removesuffix(" and its gradients").split(",")[0]
