@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 
@@ -28,7 +27,7 @@ TINY = Scale(coordinates=4096, limit_bytes=1 << 16, product_side=16, budget_s=0.
 def result():
     steps = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        patch.setattr(torch, "compile", lambda code, dynamic: code)  # tests/test_gpu.py compiles every workload
         measured = run_benchmark(
             BenchOptions(against=("eager", "compile"), threads=1), scale=TINY, progress=lambda *step: steps.append(step)
         )
