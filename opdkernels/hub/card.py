@@ -1,6 +1,6 @@
-"""The model card: a section of README.md that an upload replaces, and what a new README.md begins with.
+"""The model card: a section of README.md for each product, and what a new README.md begins with.
 
-Text outside of the two markers belongs to the user and is never changed.
+An upload replaces the section of the same product. Text outside of its two markers is never changed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from opdkernels.formatting import byte_size, measure, percent, times
 from opdkernels.hub.products import Product
 from opdkernels.version import __version__
 
-BEGIN = "<!-- opdkernels: this section is generated, and replaced by the next push_to_hub -->"
-END = "<!-- opdkernels: end -->"
 PLACEHOLDER = "BASE"  # where the id of the base is not known
 URL = "https://github.com/opdkernels/opdkernels"
 TAGS = {"patch": "sparse-patch", "masks": "weight-mask"}
@@ -24,6 +22,15 @@ LOADERS = {
     "overlap": 'pyarrow.parquet.read_table(f"{folder}/overlap.parquet")',
     "trajectory": 'pyarrow.parquet.read_table(f"{folder}/trajectory.parquet")',
 }
+
+
+def markers(product: Product) -> tuple[str, str]:
+    """The comments before and after the section of a product: one per file, and one for a run."""
+    name = "run" if product.kind in LOADERS else re.sub(r"[^A-Za-z0-9._]", "_", next(iter(product.files)))
+    return (
+        f"<!-- opdkernels {name}: this section is generated, and replaced by the next push of it -->",
+        f"<!-- opdkernels {name}: end -->",
+    )
 
 
 def merge_card(readme: str | None, product: Product, repo_id: str, base_model: str | None, repo_type: str) -> str:
@@ -42,19 +49,20 @@ def merge_card(readme: str | None, product: Product, repo_id: str, base_model: s
     Raises:
         InputError: The markers in `readme` are not one pair.
     """
-    section = f"{BEGIN}\n{section_of(product, repo_id, base_model, repo_type).strip()}\n{END}\n"
+    begin, end = markers(product)
+    section = f"{begin}\n{section_of(product, repo_id, base_model, repo_type).strip()}\n{end}\n"
     if readme is None or not readme.strip():
         return f"{metadata(product, base_model)}\n# {repo_id.rpartition('/')[2]}\n\n{section}"
-    begins, ends = readme.count(BEGIN), readme.count(END)
-    if (begins, ends) == (0, 0):
+    counts = (readme.count(begin), readme.count(end))
+    if counts == (0, 0):
         return f"{readme.rstrip()}\n\n{section}"
-    start, stop = readme.find(BEGIN), readme.find(END)
-    if (begins, ends) != (1, 1) or stop < start:
+    start, stop = readme.find(begin), readme.find(end)
+    if counts != (1, 1) or stop < start:
         raise InputError(
             f"README.md of {repo_id} does not have the markers of the generated section once each, in order; "
             "correct or remove them, and push again"
         )
-    return readme[:start] + section + readme[stop + len(END) :].removeprefix("\n")
+    return readme[:start] + section + readme[stop + len(end) :].removeprefix("\n")
 
 
 def metadata(product: Product, base_model: str | None) -> str:

@@ -43,8 +43,8 @@ def push_to_hub(
     """Upload a patch, a file of masks or the folder of a run to the Hugging Face Hub, with a model card.
 
     One commit has the files and README.md. Only files that this package wrote are uploaded, and files in the repository
-    that it did not write are never replaced: of an existing README.md one marked section is replaced, or appended.
-    Files that an earlier upload of a run left and that the new one does not have are deleted.
+    that it did not write are never replaced: in an existing README.md the marked section of the product is replaced, or
+    appended. Files that an earlier upload of a run left and that the new one does not have are deleted.
 
     Args:
         path: A patch, a file of masks, or the folder of a finished run of `analyze`, `overlap` or `trajectory`.

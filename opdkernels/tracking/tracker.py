@@ -65,6 +65,10 @@ class UpdateTracker:
         bases = callback_bases()
         return object.__new__(with_bases(cls, bases) if bases else cls)  # type: ignore[arg-type]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For Lightning's strategies that start processes: pickle does not find a class that was made here."""
+        return new_instance, (getattr(type(self), "_original", type(self)),), self.__dict__
+
     def __init__(
         self,
         trainer: Any = None,
@@ -283,8 +287,13 @@ def callback_bases() -> tuple[type, ...]:
 @functools.cache
 def with_bases(cls: type, bases: tuple[type, ...]) -> type:
     """A subclass of `cls` and of callback classes, under the same name."""
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "_original": cls}
     return type(cls.__name__, (cls, *bases), names)
+
+
+def new_instance(cls: type[UpdateTracker]) -> UpdateTracker:
+    """An instance without content, of a subclass for the libraries that are loaded."""
+    return cls.__new__(cls)
 
 
 def is_hugging_face_trainer(trainer: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -148,25 +147,38 @@ def test_a_card_has_no_absolute_path(hub, products):
 
 
 def test_a_readme_of_the_user_keeps_its_text(hub, products):
+    begin, end = card.markers(product_of(products["patch"]))
     push_to_hub(products["patch"], "me/patch")
     mine = "---\nlicense: mit\n---\n# Mine\n\nText with ünïcode.\n"
     hub.files("me/patch")["README.md"] = mine.encode()
     push_to_hub(products["patch"], "me/patch")
     first = hub.files("me/patch")["README.md"].decode()
-    assert first.startswith(mine.rstrip() + f"\n\n{card.BEGIN}\n")
+    assert first.startswith(mine.rstrip() + f"\n\n{begin}\n")
     hub.files("me/patch")["README.md"] = first.replace("# Mine", "# Ours").encode() + b"\nAfter it.\n"
     push_to_hub(products["patch"], "me/patch", base_model=BASE)
     second = hub.files("me/patch")["README.md"].decode()
-    assert second.count(card.BEGIN) == second.count(card.END) == 1
+    assert second.count(begin) == second.count(end) == 1
     assert second.startswith(mine.replace("# Mine", "# Ours"))
-    assert second.endswith(f"{card.END}\n\nAfter it.\n")
+    assert second.endswith(f"{end}\n\nAfter it.\n")
     assert BASE in second
     assert BASE not in first
 
 
+def test_each_product_of_a_repository_has_its_section(hub, products):
+    for name in ("patch", "masks", "analysis", "masks", "patch", "analysis"):
+        push_to_hub(products[name], "me/all")
+    text = hub.files("me/all")["README.md"].decode()
+    for name in ("patch", "masks", "analysis"):
+        assert [text.count(marker) for marker in card.markers(product_of(products[name]))] == [1, 1]
+    assert text.count("```python") == 3
+    assert text.count("library_name") == 1
+    assert {"step.patch", "m.safetensors", "run.json"} <= hub.files("me/all").keys()
+
+
 def test_a_readme_with_damaged_markers_is_not_touched(hub, products):
+    begin, end = card.markers(product_of(products["patch"]))
     push_to_hub(products["patch"], "me/patch")
-    for text in (f"# Mine\n{card.END}\n{card.BEGIN}\n", f"{card.BEGIN}\n{card.END}\n" * 2, f"{card.BEGIN}\n"):
+    for text in (f"# Mine\n{end}\n{begin}\n", f"{begin}\n{end}\n" * 2, f"{begin}\n"):
         hub.files("me/patch")["README.md"] = text.encode()
         with pytest.raises(InputError, match=r"README\.md of me/patch does not have the markers"):
             push_to_hub(products["patch"], "me/patch")
@@ -264,7 +276,7 @@ def test_a_repository_that_may_not_be_written(hub, products):
     assert_one_line(error)
 
 
-def test_offline_and_unreachable(hub, products, monkeypatch):
+def test_unreachable(hub, products, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
@@ -273,13 +285,11 @@ def test_offline_and_unreachable(hub, products, monkeypatch):
     assert_one_line(error)
 
 
-def test_offline_mode(products, tmp_path):
-    """The variable is read when huggingface_hub is imported, and applies to its session: another process."""
-    code = f"import opdkernels; opdkernels.push_to_hub({str(products['patch'])!r}, 'me/patch', token='t')"
-    root = Path(__file__).parent.parent.parent
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-    assert "cannot push to me/patch in offline mode; unset HF_HUB_OFFLINE" in done.stderr.splitlines()[-1]
+def test_offline_mode(hub, products, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="cannot push to me/patch in offline mode; unset HF_HUB_OFFLINE"):
+        push_to_hub(products["patch"], "me/patch")
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize("repo_id", ["", "a/b/c", "me/has space", "-x/y", "me/a..b", None, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from types import SimpleNamespace
 
@@ -277,6 +278,9 @@ def test_callback_classes_are_those_of_loaded_libraries(monkeypatch):
     assert (tracker.stride, tracker.on_fit_start(None, None)) == (2, "fit")
     assert type(tracker) is type(UpdateTracker())
     assert type(tracker).__qualname__ == "UpdateTracker"
+    copy = pickle.loads(pickle.dumps(tracker))
+    assert isinstance(copy, Callback)
+    assert vars(copy) == vars(tracker)
 
 
 def test_callbacks_of_both_libraries_have_one_method_of_the_same_name():
