@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -32,7 +33,9 @@ def hub(monkeypatch, tmp_path):
 
     with serving() as (state, url):
         monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, importlib.import_module("huggingface_hub.file_download")):  # below 1 it has a copy
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
@@ -287,9 +290,12 @@ def test_unreachable(hub, products, monkeypatch):
 
 def test_offline_mode(hub, products, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    reset_sessions = getattr(huggingface_hub.utils, "reset_sessions", lambda: None)  # of versions below 1
+    reset_sessions()
     with pytest.raises(InputError, match="cannot push to me/patch in offline mode; unset HF_HUB_OFFLINE"):
         push_to_hub(products["patch"], "me/patch")
     assert hub.requests == []
+    reset_sessions()
 
 
 @pytest.mark.parametrize("repo_id", ["", "a/b/c", "me/has space", "-x/y", "me/a..b", None, 3])
