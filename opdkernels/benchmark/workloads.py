@@ -195,7 +195,8 @@ def make_gather(n: int, device: torch.device) -> Timed:
 
     def call(kernel: Kernel) -> list[Tensor]:
         kernel("patch_gather_")(w, v, False, buffers.counts, buffers.positions, buffers.values, digests)
-        return [buffers.counts.clone(), digests.clone()]
+        used, changed = changes.positions.numel(), changes.changed  # the rest of the buffers is undefined
+        return [buffers.counts, buffers.positions[:used], buffers.values[:changed], digests]
 
     work = 2 * w.nbytes + changes.positions.nbytes + changes.values.nbytes
     return Timed(call, lambda: eager.eager_gather(w, v), work, coordinates_text(n))
@@ -210,7 +211,7 @@ def make_scatter(n: int, device: torch.device) -> Timed:
 
     def call(kernel: Kernel) -> list[Tensor]:
         kernel("patch_scatter_")(w, changes.counts, changes.positions, changes.values, False, out, digests)
-        return [out, digests.clone()]
+        return [out, digests]
 
     work = 2 * w.nbytes + changes.positions.nbytes + changes.values.nbytes
     return Timed(call, lambda: eager.eager_scatter(w, indices, changes.values), work, coordinates_text(n))
@@ -249,7 +250,7 @@ def step_of(dtype: torch.dtype, precision: str) -> Callable[[int, torch.device],
 
         def call(kernel: Kernel) -> list[Tensor]:
             kernel("masked_adamw_")(*arguments)
-            return [param, m, v]
+            return [param, m, v, *residuals]
 
         def reset() -> None:
             param.copy_(before)

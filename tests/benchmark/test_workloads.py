@@ -57,6 +57,35 @@ def test_operators_are_those_of_the_family(workload):
     assert {all_operators()[name].family for name in recorder.arguments} == {workload.family}
 
 
+@pytest.mark.parametrize(
+    ("name", "operator", "argument"),
+    [
+        ("delta of a bf16 pair", "delta_", 4),
+        ("overlap of two bf16 runs", "overlap_", 5),
+        ("gather of a bf16 pair", "patch_gather_", 4),
+        ("gather of a bf16 pair", "patch_gather_", 5),
+        ("gather of a bf16 pair", "patch_gather_", 6),
+        ("scatter of a bf16 pair", "patch_scatter_", 5),
+        ("AdamW step of bf16, exact", "masked_adamw_", 0),
+        ("AdamW step of bf16, exact", "masked_adamw_", 7),
+        ("gram of a bf16 pair", "gram_", 5),
+    ],
+)
+def test_a_wrong_value_in_any_output_is_noticed(name, operator, argument):
+    def spoiled(called):
+        def call(*arguments):
+            result = dispatched(called)(*arguments)
+            if called == operator:
+                output = arguments[argument][0] if operator == "masked_adamw_" else arguments[argument]
+                output.view(-1)[0] += 1
+            return result
+
+        return call
+
+    with pytest.raises(ArithmeticError, match="differs from that of the reference"):
+        check(BY_NAME[name], HERE, spoiled)
+
+
 def patch_bytes(w, v):
     """Bytes of both sides, and of positions and values as docs/patch.md defines them."""
     changed = w != v
@@ -168,7 +197,7 @@ def test_plain_steps_equal_the_kernel(dtype):
     name = "AdamW step of fp32" if dtype == torch.float32 else "AdamW step of bf16, exact"
     param, grad = workloads.make_inputs(N, HERE, dtype)
     active = workloads.random_flags(N, HERE, workloads.ACTIVE)
-    stepped, *_ = BY_NAME[name].make(N, HERE).call(dispatched)
+    stepped = BY_NAME[name].make(N, HERE).call(dispatched)[0]
     fused, formula = param.clone(), param.clone()
     eager.fused_step(fused, grad, active)()
     eager.formula_step(formula, grad, active, torch.zeros(N), torch.zeros(N))
