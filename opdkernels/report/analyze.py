@@ -13,6 +13,7 @@ from opdkernels.metrics.batch import ratio_label
 from opdkernels.metrics.catalog import metrics_on_page
 from opdkernels.metrics.registry import VIEWS
 from opdkernels.report import charts, heat_map, svg, typography
+from opdkernels.report.figures import Figure, value_rows
 from opdkernels.report.geometry import geometry_context
 from opdkernels.report.glossary import glossary, term
 from opdkernels.report.rows import group_tables, tensor_table
@@ -69,16 +70,12 @@ def page_context(result: Analysis) -> dict[str, Any]:
         "comparisons": comparison_rows(summary["verdict"]["comparisons"]),
         "fit": fit,
         "null_kinds": [kind for kind in fit.kinds if kind.changed is not None],
-        "curve": [drawing for frame in svg.FRAMES if (drawing := charts.sparsity_curve(curve, frame))],
-        "curve_rows": [{key: curve[key][i] for key in curve} for i in range(0, len(curve["eps"]), 10)],
+        "curve": sparsity_figure(curve, one_view=one_view),
         "near_zero": near_zero_rows(views) if views and views["visible"]["changed"] else [],
         "maps": maps(result.groups, ("visible",) if one_view else VIEWS)
         if views and views["stored"]["changed"]
         else [],
-        "ulp": [
-            drawing for frame in svg.FRAMES if (drawing := charts.ulp_histogram(ulp["distance"], ulp["count"], frame))
-        ],
-        "ulp_rows": list(zip(ulp["distance"], ulp["count"], strict=True)),
+        "ulp": ulp_figure(ulp["distance"], ulp["count"]),
         "geometry": geometry_context(result),
         "groups": groups,
         "tensors": tensors,
@@ -195,7 +192,52 @@ def near_zero_rows(views: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
     return rows
 
 
-def maps(groups: pa.Table, shown_views: Sequence[str]) -> list[dict[str, Any]]:
+def sparsity_figure(curve: Mapping[str, Sequence[float | None]], *, one_view: bool) -> list[Figure]:
+    """The curve of the sparsity; empty without finite coordinates."""
+    drawings = [drawing for frame in svg.HALF_FRAMES if (drawing := charts.sparsity_curve(curve, frame))]
+    if not drawings:
+        return []
+    names = {"visible": "visible", "stored_lower": "stored, at least", "stored_upper": "stored, at most"}
+    names = ({"visible": "observed"} if one_view else names) | {"null": "expected from bf16 rounding alone"}
+    keys = [("visible-key", names["visible"])]
+    keys += [] if one_view else [("stored-key", "stored, between its bounds")]
+    return [
+        Figure(
+            "Sparsity.",
+            "Fraction of coordinates with |Δ| ≤ ε. The dotted line marks ε = 1e-5, the paper’s threshold.",
+            [*keys, ("null-key", names["null"])],
+            drawings,
+            value_rows(
+                ("ε", typography.measure, curve["eps"]),
+                *((label, typography.percent, curve[key]) for key, label in names.items()),
+            ),
+        )
+    ]
+
+
+def ulp_figure(distance: Sequence[str], counts: Sequence[int]) -> list[Figure]:
+    """The histogram of bf16 steps; empty without finite coordinates."""
+    drawings = [drawing for frame in svg.FRAMES if (drawing := charts.ulp_histogram(distance, counts, frame))]
+    if not drawings:
+        return []
+    total = sum(counts)
+    return [
+        Figure(
+            "bf16 steps.",
+            "Coordinates by the number of bf16 values from the old to the new one, on a logarithmic scale. The pale "
+            "bar is no step; the outermost bars include all larger steps.",
+            [],
+            drawings,
+            value_rows(
+                ("steps", None, distance),
+                ("coordinates", typography.count, counts),
+                ("fraction", typography.percent, [n / total for n in counts]),
+            ),
+        )
+    ]
+
+
+def maps(groups: pa.Table, shown_views: Sequence[str]) -> list[heat_map.MapFigure]:
     """Heat maps by layer and module in some views."""
     rows = [row for row in groups.to_pylist() if row["by"] == "layer_module"]
     layers = sorted({row["layer"] for row in rows})
@@ -203,7 +245,7 @@ def maps(groups: pa.Table, shown_views: Sequence[str]) -> list[dict[str, Any]]:
         return []
     shown = layers[:MAX_LAYERS]
     modules = sorted_modules(row["module"] for row in rows)
-    entries: list[dict[str, Any]] = []
+    entries: list[heat_map.MapFigure] = []
     for name, heading, note, scale_of, views in (
         (
             "frac_zero",
@@ -228,26 +270,13 @@ def maps(groups: pa.Table, shown_views: Sequence[str]) -> list[dict[str, Any]]:
             ("visible",),
         ),
     ):
-        drawings = []
-        for view in views:
-            cells = {
+        cells = {
+            view: {
                 (row["module"], row["layer"]): row[name]
                 for row in rows
                 if row["view"] == view and row["layer"] in set(shown)
             }
-            values = [value for value in cells.values() if value is not None]
-            if values:
-                scale = scale_of(values)
-                names, drawing = heat_map.heat_map(cells, modules, shown, scale, heading)
-                drawings.append({"view": view, "names": names, "drawing": drawing, "legend": heat_map.legend(scale)})
-        if drawings:
-            entries.append(
-                {
-                    "heading": heading,
-                    "note": note,
-                    "drawings": drawings,
-                    "both": len(views) == 2,
-                    "left_out": len(layers) - len(shown),
-                }
-            )
+            for view in views
+        }
+        entries += heat_map.map_figures(heading, note, cells, scale_of, modules, shown, len(layers) - len(shown))
     return entries

@@ -15,6 +15,7 @@ from opdkernels.benchmark import text
 from opdkernels.benchmark.machine import line as machine_line
 from opdkernels.benchmark.result import OURS
 from opdkernels.report import charts, svg, typography
+from opdkernels.report.figures import Figure, value_rows
 from opdkernels.report.svg import Frame
 
 Row = Mapping[str, Any]
@@ -47,17 +48,15 @@ class Mark(NamedTuple):
 
 def page_context(result: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of bench.html; `result` is the content of benchmark.json."""
-    against, machine = result["options"]["against"], result["machine"]
+    machine = result["machine"]
     return {
         "title": "Benchmark",
         "sides": [("device", typography.name(machine["gpu"]["name"] if machine["gpu"] else machine["processor"]))],
         "headline": headline(result),
         "detail": typography.name(machine_line(machine)),
         "interpretation": [],
-        "keys": [(f"{STYLES[name]}-line-key", text.OTHERS[name]) for name in against],
-        "speeds": [chart for frame in svg.FRAMES if (chart := speed_chart(result, frame))],
-        "fractions": [chart for frame in svg.FRAMES if (chart := fraction_chart(result, frame))],
-        "limits_note": f"Bytes or operations that a call needs at least, over its time; {text.limits_text(result)}.",
+        "speeds": speed_figures(result),
+        "fractions": fraction_figures(result),
         "head": [(heading, "text" if heading in text.LEFT_ALIGNED else "") for heading in text.columns(result)],
         "rows": [[typeset(cell) for cell in text.cells(row, result)] for row in result["rows"]],
         "notes": [typography.name(note) for note in text.notes(result)],
@@ -93,6 +92,32 @@ def headline(result: Mapping[str, Any]) -> str:
         f"Faster than plain PyTorch in {faster} of {typography.plural(len(speeds), 'workload')}, "
         f"{typography.times(statistics.median(speeds))} in the median; {limit}"
     )
+
+
+def speed_figures(result: Mapping[str, Any]) -> list[Figure]:
+    """The speeds over each of what the kernels are compared with; empty without one."""
+    drawings = [chart for frame in svg.FRAMES if (chart := speed_chart(result, frame))]
+    against, rows = result["options"]["against"], result["rows"]
+    speeds = {name: [row["timings"].get(name, {}).get("speedup") for row in rows] for name in against}
+    values = value_rows(
+        ("workload", None, [row["workload"] for row in rows]),
+        *((f"over {text.OTHERS[name]}", typography.times, column) for name, column in speeds.items()),
+    )
+    note = "Left of the line this package is slower. Medians of rounds in which the implementations took turns."
+    keys = [(f"{STYLES[name]}-line-key", text.OTHERS[name]) for name in against]
+    return [Figure("Speed over PyTorch.", note, keys, drawings, values)] if drawings else []
+
+
+def fraction_figures(result: Mapping[str, Any]) -> list[Figure]:
+    """The rates of the kernels as fractions of the limit; empty without one."""
+    drawings = [chart for frame in svg.FRAMES if (chart := fraction_chart(result, frame))]
+    measured = [row for row in result["rows"] if OURS in row["timings"]]
+    fractions = [row["timings"][OURS]["fraction_of_limit"] for row in measured]
+    values = value_rows(
+        ("workload", None, [row["workload"] for row in measured]), ("fraction", typography.percent, fractions)
+    )
+    note = f"Bytes or operations that a call needs at least, over its time; {text.limits_text(result)}."
+    return [Figure("Rate over what this machine reaches.", note, [], drawings, values)] if drawings else []
 
 
 def speed_chart(result: Mapping[str, Any], frame: Frame) -> Markup | None:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 from markupsafe import Markup
 
+from opdkernels.report.figures import Figure, value_rows
 from opdkernels.report.svg import (
     FRAMES,
+    HALF_FRAMES,
     NOTHING,
     Frame,
     dot,
@@ -192,14 +193,18 @@ def step_figure(
     lines: Sequence[Line],
     text: Callable[[float | None], str],
     categories: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """A figure of `macros.html` with one step curve per frame; arguments as for `step_curve`."""
-    return {
-        "heading": heading,
-        "note": note,
-        "keys": [(f"{style}-line-key", name) for style, name, _ in lines],
-        "drawings": [step_curve(steps, lines, text, heading, frame, categories) for frame in FRAMES],
-    }
+) -> Figure:
+    """A figure with one step curve per frame; arguments as for `step_curve`."""
+    return Figure(
+        heading,
+        note,
+        [(f"{style}-line-key", name) for style, name, _ in lines],
+        [step_curve(steps, lines, text, heading, frame, categories) for frame in HALF_FRAMES],
+        value_rows(
+            ("checkpoint", None, categories) if categories else ("step", str, steps),
+            *((name, text, values) for _, name, values in lines),
+        ),
+    )
 
 
 Interval = tuple[str, float, float, float]  # name, value, lower and upper end

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from opdkernels.report import charts, svg, typography
+from opdkernels.report.figures import Figure, value_rows
 from opdkernels.report.glossary import glossary
 from opdkernels.report.tables import Cell, Column, build
 from opdkernels.report.typography import percent
@@ -42,8 +43,15 @@ def page_context(result: Mapping[str, Any]) -> dict[str, Any]:
         "headline": headline(result),
         "detail": result["about"],
         "interpretation": interpretation(result),
-        "scores": interval_charts(rows, "score", "Scores:", "score"),
-        "gains": interval_charts(rows, "gain_retained", "Fraction of the gain retained:", "gain retained"),
+        "scores": interval_figures(
+            rows, "score", "Score.", "Greedy completions of held-out prompts; the bars are 95 % intervals."
+        ),
+        "gains": interval_figures(
+            rows,
+            "gain_retained",
+            "Fraction of the gain retained.",
+            f"Relative to the gain of {result['reference_arm']}.",
+        ),
         "table": build("arms", "Arms", [Column("arm"), *columns], [{"": cells(row)} for row in rows]),
         "curves": curves(result["snapshots"]),
         "reference_arm": result["reference_arm"],
@@ -75,15 +83,21 @@ def interval(row: Row, name: str) -> str:
     return f"{value} ({low} to {high})"
 
 
-def interval_charts(rows: Sequence[Row], name: str, label: str, axis: str) -> list[Any]:
-    """A metric of all arms that have it, with intervals, for each frame."""
+def interval_figures(rows: Sequence[Row], name: str, heading: str, note: str) -> list[Figure]:
+    """A metric of all arms that have it, with intervals; empty where no arm has it."""
     known = [
         (row["arm"], row[name], row[f"{name}_low"], row[f"{name}_high"]) for row in rows if row.get(name) is not None
     ]
-    return [charts.interval_chart(known, percent, label, axis, frame) for frame in svg.FRAMES] if known else []
+    if not known:
+        return []
+    arms, values, low, high = zip(*known, strict=True)
+    axis = name.replace("_", " ")
+    drawings = [charts.interval_chart(known, percent, heading.replace(".", ":"), axis, frame) for frame in svg.FRAMES]
+    table = value_rows(("arm", None, arms), (axis, percent, values), ("low", percent, low), ("high", percent, high))
+    return [Figure(heading, note, [], drawings, table)]
 
 
-def curves(snapshots: Sequence[Row]) -> list[dict[str, Any]]:
+def curves(snapshots: Sequence[Row]) -> list[Figure]:
     """What changed along one run, at each snapshot."""
     if len(snapshots) < 2:
         return []

@@ -12,12 +12,14 @@ from opdkernels.analysis.result import Analysis
 from opdkernels.metrics.batch import ratio_label
 from opdkernels.metrics.random_matrix import TOP, random_decay, random_spectrum
 from opdkernels.report import charts, heat_map, svg
+from opdkernels.report.figures import Figure, Values, value_rows
 from opdkernels.report.tables import sorted_modules
-from opdkernels.report.typography import percent, plural, significant, times
+from opdkernels.report.typography import measure, percent, plural, significant, times
 from opdkernels.spectral.exact import RATIOS
 
 POSITIONS = np.linspace(0, 1, 51)  # along a spectrum, i / min(m, n)
 MAX_LAYERS = 200
+KEYS = (("visible-key", "mean and middle 80 % over matrices"), ("null-key", "random update"))
 Row = dict[str, Any]
 
 
@@ -86,7 +88,7 @@ def drawings(
 ) -> list:
     """A spectrum curve for each frame."""
     values = {name: [float(value) for value in line] for name, line in series.items()}
-    return [charts.spectrum_curve(xs, ticks, values, axis, label, tooltips, frame) for frame in svg.FRAMES]
+    return [charts.spectrum_curve(xs, ticks, values, axis, label, tooltips, frame) for frame in svg.HALF_FRAMES]
 
 
 def spread(values: np.ndarray, null: np.ndarray) -> dict[str, np.ndarray]:
@@ -95,12 +97,19 @@ def spread(values: np.ndarray, null: np.ndarray) -> dict[str, np.ndarray]:
     return {"mean": values.mean(0), "low": low, "high": high, "null": null.mean(0)}
 
 
-def energy_chart(rows: Sequence[Row]) -> dict[str, Any]:
+def spread_values(name: str, text: Callable[[Any], str], xs: Sequence[Any], series: dict[str, np.ndarray]) -> Values:
+    """The values of a chart of `spread`, with the positions `xs` in the first column."""
+    columns = {"mean": "mean", "low": "10th percentile", "high": "90th percentile", "null": "random update"}
+    return value_rows((name, text, xs), *((label, percent, series[key].tolist()) for key, label in columns.items()))
+
+
+def energy_chart(rows: Sequence[Row]) -> Figure:
     """Fraction of the energy in the k largest singular values."""
     used = [k for k in TOP if all(row[f"energy_{k}"] is not None for row in rows)]
     values = np.array([[row[f"energy_{k}"] for k in used] for row in rows])
     null = np.array([[random_spectrum(row["m"], row["n"])[1][k] for k in used] for row in rows])
     series = spread(values, null)
+    table = spread_values("k", str, used, series)
     tooltips = [
         f"top {k}: {percent(mean)}, random {percent(random)}"
         for k, mean, random in zip(used, series["mean"], series["null"], strict=True)
@@ -110,14 +119,16 @@ def energy_chart(rows: Sequence[Row]) -> dict[str, Any]:
     if len(used) == 1:  # a line needs two points
         series, tooltips = {name: np.repeat(line, 2) for name, line in series.items()}, tooltips * 2
     ticks = [(math.log2(k), str(k)) for k in used]
-    return {
-        "heading": "Energy of the largest directions.",
-        "note": "Fraction of ‖Δ‖² in the k largest singular values.",
-        "drawings": drawings(xs, ticks, series, "k, singular values", label, tooltips),
-    }
+    return Figure(
+        "Energy of the largest directions.",
+        "Fraction of ‖Δ‖² in the k largest singular values.",
+        KEYS,
+        drawings(xs, ticks, series, "k, singular values", label, tooltips),
+        table,
+    )
 
 
-def decay_chart(result: Analysis) -> dict[str, Any]:
+def decay_chart(result: Analysis) -> Figure:
     """Singular values over the largest one, along the spectrum."""
     records = [r for r in result.spectrum_records if r.view == "stored" and r.subspace.size and r.delta[0] > 0]
     values = np.array(
@@ -133,11 +144,13 @@ def decay_chart(result: Analysis) -> dict[str, Any]:
     ]
     ticks = [(position, f"{100 * position:.0f} %") for position in (0, 0.25, 0.5, 0.75, 1.0)]
     label = "Singular values of the update over the largest, along the spectrum"
-    return {
-        "heading": "Decay of the singular values.",
-        "note": "σᵢ / σ₁ along the spectrum of Δ.",
-        "drawings": drawings(POSITIONS.tolist(), ticks, series, "i / min(m, n)", label, tooltips),
-    }
+    return Figure(
+        "Decay of the singular values.",
+        "σᵢ / σ₁ along the spectrum of Δ.",
+        KEYS,
+        drawings(POSITIONS.tolist(), ticks, series, "i / min(m, n)", label, tooltips),
+        spread_values("i / min(m, n)", measure, POSITIONS.tolist(), series),
+    )
 
 
 def ratio_rows(exact: Sequence[Row], views: dict[str, Any]) -> list[Row]:
@@ -162,7 +175,7 @@ def ratio_rows(exact: Sequence[Row], views: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def maps(rows: Sequence[Row], exact: Sequence[Row]) -> list[dict[str, Any]]:
+def maps(rows: Sequence[Row], exact: Sequence[Row]) -> list[heat_map.MapFigure]:
     """Heat maps by layer and module: means over the matrices of a cell."""
     figures: list[tuple[Sequence[Row], Callable[[Row], float | None], str, str]] = [
         (
@@ -179,7 +192,7 @@ def maps(rows: Sequence[Row], exact: Sequence[Row]) -> list[dict[str, Any]]:
             "coordinates that the top singular vectors make large; orange: it prefers them.",
         ),
     ]
-    entries = []
+    entries: list[heat_map.MapFigure] = []
     for matrices, value_of, heading, note in figures:
         cells: dict[tuple[str, int], list[float]] = {}
         for row in matrices:
@@ -191,9 +204,6 @@ def maps(rows: Sequence[Row], exact: Sequence[Row]) -> list[dict[str, Any]]:
         means: dict[tuple[str, int], float | None] = {
             cell: float(np.mean(values)) for cell, values in cells.items() if cell[1] in layers
         }
-        scale = heat_map.ratio_scale([value for value in means.values() if value is not None])
-        names, drawing = heat_map.heat_map(means, sorted_modules(m for m, _ in means), layers, scale, heading)
-        entries.append(
-            {"heading": heading, "note": note, "names": names, "drawing": drawing, "legend": heat_map.legend(scale)}
-        )
+        modules = sorted_modules(m for m, _ in means)
+        entries += heat_map.map_figures(heading, note, {"": means}, heat_map.ratio_scale, modules, layers)
     return entries

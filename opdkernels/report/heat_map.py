@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from markupsafe import Markup
 
+from opdkernels.report.figures import Values
 from opdkernels.report.svg import number, svg, text_at
-from opdkernels.report.typography import MISSING, percent, times
+from opdkernels.report.tables import Cell
+from opdkernels.report.typography import MISSING, percent, sort_value, times
 
 SEQUENTIAL_STEPS = 9
 
@@ -18,6 +21,7 @@ REACH = 4.0  # largest ratio of the diverging colours
 DIVERGING_STEPS = 11
 
 
+NARROW_LAYERS = 4  # of a heat map that is drawn beside others
 ROW, HEAD, GAP = 26, 24, 2  # of a heat map, in pixels: height of a row, height of the layer numbers, between cells
 
 
@@ -124,6 +128,76 @@ def heat_map(
         svg(8 * longest + 14, height, "modules", names),
         svg(width * len(layers), height, f"{what} by layer (columns) and module (rows)", parts),
     )
+
+
+class MapDrawing(NamedTuple):
+    """A heat map of one view: its row names, its cells and the legend of its colours."""
+
+    view: str
+    names: Markup
+    drawing: Markup
+    legend: Markup
+
+
+@dataclass(frozen=True)
+class MapFigure:
+    """Heat maps of a quantity in `macros.html`, one drawing per view.
+
+    Attributes:
+        heading: The quantity; also the name of the files that the page saves.
+        note: How to read it.
+        drawings: One per view with a known value.
+        values: What is drawn.
+        left_out: Number of layers that are not drawn.
+    """
+
+    heading: str
+    note: str
+    drawings: Sequence[MapDrawing]
+    values: Values
+    left_out: int = 0
+
+    @property
+    def narrow(self) -> bool:
+        """Whether several such figures fit side by side."""
+        return len(self.values.head) - len(self.drawings) <= NARROW_LAYERS
+
+
+Cells = dict[tuple[str, int], float | None]
+
+
+def map_figures(
+    heading: str,
+    note: str,
+    views: Mapping[str, Cells],
+    scale_of: Callable[[Sequence[float]], Scale],
+    modules: Sequence[str],
+    layers: Sequence[int],
+    left_out: int = 0,
+) -> list[MapFigure]:
+    """A figure of heat maps, as a list: empty where no cell of any view has a value.
+
+    Args:
+        heading, note, left_out: As for `MapFigure`.
+        views: Cells as for `heat_map`, by view; one view may be "".
+        scale_of: The scale for the known values of a view.
+        modules: Rows, from top to bottom.
+        layers: Columns, from left to right.
+    """
+    drawings, rows = [], []
+    known = {view: cells for view, cells in views.items() if any(value is not None for value in cells.values())}
+    for view, cells in known.items():
+        scale = scale_of([value for value in cells.values() if value is not None])
+        drawings.append(MapDrawing(view, *heat_map(cells, modules, layers, scale, heading), legend(scale)))
+        label = [Cell(view, None)] if len(known) > 1 else []
+        for module in modules:
+            values = [cells.get((module, layer)) for layer in layers]
+            rows.append([Cell(module, None), *label, *(Cell(scale.text(v), sort_value(v)) for v in values)])
+    if not drawings:
+        return []
+    columns = [f"layer {layer}" if layer >= 0 else "no layer" for layer in layers]
+    head = ["module", *(["view"] if len(known) > 1 else []), *columns]
+    return [MapFigure(heading, note, drawings, Values(head, rows), left_out)]
 
 
 def legend(scale: Scale) -> Markup:

@@ -125,11 +125,11 @@ def run_counts(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def maps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def maps(rows: list[dict[str, Any]]) -> list[heat_map.MapFigure]:
     """For each pair the overlap relative to the magnitude-conditioned chance level, by layer and module."""
     layers = sorted({row["layer"] for row in rows})[:MAX_LAYERS]
     modules = sorted_modules(row["module"] for row in rows)
-    entries = []
+    entries: list[heat_map.MapFigure] = []
     for pair in dict.fromkeys((row["run_a"], row["run_b"]) for row in rows):
         sums: dict[tuple[str, int], list[float]] = {}
         for row in rows:
@@ -138,21 +138,10 @@ def maps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 total[0] += row["changed_both"]
                 total[1] += row["expected_magnitude"]
         cells = {cell: both / expected if expected else None for cell, (both, expected) in sums.items()}
-        values = [value for value in cells.values() if value]
-        if values and layers[-1] >= 0:
-            scale = heat_map.ratio_scale(values)
-            label = "Overlap relative to the magnitude-conditioned chance level"
-            names, drawing = heat_map.heat_map(cells, modules, layers, scale, label)
-            note = f"{label}. 1× is explained by magnitudes alone; orange is more, blue is less."
-            entries.append(
-                {
-                    "heading": f"{pair[0]} and {pair[1]}",
-                    "note": note,
-                    "names": names,
-                    "drawing": drawing,
-                    "legend": heat_map.legend(scale),
-                }
-            )
+        if any(cells.values()) and layers[-1] >= 0:
+            heading = f"Overlap of {pair[0]} and {pair[1]} relative to the magnitude-conditioned chance level"
+            note = "1× is explained by magnitudes alone; orange is more, blue is less."
+            entries += heat_map.map_figures(heading, note, {"": cells}, heat_map.ratio_scale, modules, layers)
     return entries
 
 

@@ -49,6 +49,7 @@ NOTHING = Markup("")
 
 
 FRAMES = (Frame("wide", 860, 400, 58, 20, 1), Frame("slim", 330, 300, 48, 20, 2))  # desktop and phone
+HALF_FRAMES = (Frame("wide", 500, 270, 58, 20, 1), FRAMES[1])  # two side by side on a desktop
 
 
 def join(parts: Sequence[Markup]) -> Markup:

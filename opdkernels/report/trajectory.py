@@ -12,6 +12,7 @@ from opdkernels.metrics.similarity import TOP
 from opdkernels.metrics.trajectory import SIMILARITY
 from opdkernels.metrics.verdict import AS, LESS, MORE, words
 from opdkernels.report import charts, typography
+from opdkernels.report.figures import Figure
 from opdkernels.report.glossary import glossary, term
 from opdkernels.report.run_info import Item, coverage, files, non_empty, run_info, section, tensor
 from opdkernels.report.tables import MODULE_ORDER, Cell, Column, build, columns_of
@@ -89,7 +90,7 @@ def by_module(result: Trajectory) -> list[dict[str, Any]]:
     return [join_views(rows[key], key[1], module=key[0]) for key in order]
 
 
-def metric_charts(steps: Sequence[dict[str, Any]], axis: Sequence[int | None]) -> list[dict[str, Any]]:
+def metric_charts(steps: Sequence[dict[str, Any]], axis: Sequence[int | None]) -> list[Figure]:
     """One chart per question; charts without a known value are left out."""
     categories = [step["title"] for step in steps] if None in axis else None
     numbers = list(range(len(steps))) if categories else [number for number in axis if number is not None]

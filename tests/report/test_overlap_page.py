@@ -9,17 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from opdkernels import overlap, report
-from tests.report.test_report import (
-    EXPECTED_TAGS,
-    HOSTILE,
-    Page,
-    assert_self_contained,
-    brightness,
-    browser,
-    model,
-    probe,
-    update,
-)
+from tests.report.browser import brightness, probe
+from tests.report.pages import EXPECTED_TAGS, HOSTILE, Page, assert_self_contained, model, update
 
 SECTIONS = ["summary", "pairs-of-runs", "where", "groups", "all", "left-out", "run", "glossary"]
 CASES = ["layers", "no layers", "hostile", "identical"]
@@ -73,12 +64,11 @@ def test_the_summary_describes_the_first_pair(pages):
     assert "A run changed nothing" in Page(pages["identical"]).section("summary")
 
 
-@browser
 @pytest.mark.parametrize(
     ("case", "width", "dark"), [("layers", 360, True), ("layers", 1280, False), ("hostile", 360, False)]
 )
-def test_browser_no_overflow_and_sorted_tables(pages, tmp_path, case, width, dark):
-    result = probe(pages[case], tmp_path, width, dark)
+def test_browser_no_overflow_and_sorted_tables(chromium, pages, case, width, dark):
+    result = probe(chromium, pages[case], width, dark)
     assert result["scroll"] <= width
     assert (brightness(result["paper"]) < brightness(result["ink"])) == dark
     assert result["down"] == sorted(result["down"], reverse=True)

@@ -7,8 +7,9 @@ from safetensors.torch import save_file
 
 from opdkernels import report, trajectory, write_report
 from opdkernels.report.charts import axis_ticks
+from tests.report.browser import brightness, probe
+from tests.report.pages import EXPECTED_TAGS, Page, assert_self_contained, update
 from tests.report.test_overlap_page import CASES, sources
-from tests.report.test_report import EXPECTED_TAGS, Page, assert_self_contained, brightness, browser, probe, update
 
 SECTIONS = ["summary", "along", "steps", "groups", "left-out", "run", "glossary"]
 
@@ -79,11 +80,10 @@ def test_an_axis_covers_its_values_with_round_numbers():
         assert 2 <= len(ticks) <= 7
 
 
-@browser
 @pytest.mark.parametrize(
     ("case", "width", "dark"), [("layers", 360, True), ("layers", 1280, False), ("hostile", 360, False)]
 )
-def test_browser_no_overflow(pages, tmp_path, case, width, dark):
-    result = probe(pages[case], tmp_path, width, dark)
+def test_browser_no_overflow(chromium, pages, case, width, dark):
+    result = probe(chromium, pages[case], width, dark)
     assert result["scroll"] <= width
     assert (brightness(result["paper"]) < brightness(result["ink"])) == dark
