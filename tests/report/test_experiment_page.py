@@ -164,7 +164,7 @@ def test_a_run_without_changes_has_no_curve_of_its_final_set():
         }
         for step in (5, 10)
     ]
-    assert [one["heading"] for one in page_context(result("masks", [FULL], along=along))["curves"]] == [
+    assert [figure.heading for figure in page_context(result("masks", [FULL], along=along))["curves"]] == [
         "What has changed."
     ]
 
