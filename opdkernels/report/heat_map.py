@@ -21,7 +21,7 @@ REACH = 4.0  # largest ratio of the diverging colours
 DIVERGING_STEPS = 11
 
 
-NARROW_LAYERS = 4  # of a heat map that is drawn beside others
+NARROW_LAYERS = 4  # of a heat map that is drawn next to others
 ROW, HEAD, GAP = 26, 24, 2  # of a heat map, in pixels: height of a row, height of the layer numbers, between cells
 
 

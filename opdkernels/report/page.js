@@ -154,8 +154,8 @@
     // Row names of a heat map are left of its cells; everything else is below the one before.
     let x = gap, y = gap + 24 + (keys.length ? 26 : 0), width = 0, below = y;
     for (const image of images) {
-      const beside = image.svg.closest(".maps") && image.svg.closest(".maps") === images[images.indexOf(image) - 1]?.svg.closest(".maps");
-      if (!beside) [x, y] = [gap, below];
+      const adjacent = image.svg.closest(".maps") && image.svg.closest(".maps") === images[images.indexOf(image) - 1]?.svg.closest(".maps");
+      if (!adjacent) [x, y] = [gap, below];
       Object.assign(image, { x, y });
       x += image.width;
       below = Math.max(below, y + image.height + 10);
