@@ -26,20 +26,20 @@ def pages() -> dict[str, str]:
 
 MEASURE = """
 const height = () => document.documentElement.scrollHeight, folds = [...document.querySelectorAll("details.fold")];
-const found = {folded: height(), closed: folds.filter((f) => !f.open).map((f) => f.parentElement.id)};
-dispatchEvent(new Event("beforeprint")); found.printed = folds.every((f) => f.open); found.unfolded = height();
-dispatchEvent(new Event("afterprint")); found.again = height();
+const measured = {folded: height(), closed: folds.filter((f) => !f.open).map((f) => f.parentElement.id)};
+dispatchEvent(new Event("beforeprint")); measured.printed = folds.every((f) => f.open); measured.unfolded = height();
+dispatchEvent(new Event("afterprint")); measured.again = height();
 document.querySelector('nav a[href="#glossary"]').click(); await new Promise((r) => setTimeout(r, 50));
-found.opened = document.querySelector("#glossary > details").open;
-return found;
+measured.opened = document.querySelector("#glossary > details").open;
+return measured;
 """
 
 
 @pytest.mark.parametrize("kind", ["analyze", "overlap", "trajectory"])
 def test_a_small_page_is_under_four_screens_with_the_rest_folded(chromium, pages, kind):
-    found = chromium.open(pages[kind]).evaluate(MEASURE)
-    assert found["folded"] < 4 * SCREEN
-    assert {"run", "glossary"} <= set(found["closed"])
-    assert found["printed"]
-    assert found["unfolded"] > found["folded"] == found["again"]
-    assert found["opened"]
+    measured = chromium.open(pages[kind]).evaluate(MEASURE)
+    assert measured["folded"] < 4 * SCREEN
+    assert {"run", "glossary"} <= set(measured["closed"])
+    assert measured["printed"]
+    assert measured["unfolded"] > measured["folded"] == measured["again"]
+    assert measured["opened"]
