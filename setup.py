@@ -1,4 +1,5 @@
-"""Builds opdkernels._C, the CPU kernels, without torch headers: one build serves every torch version.
+"""Builds opdkernels/_cpu.so, the CPU kernels. It uses the headers of neither Python nor torch, so that one build serves
+every version of both, and wheels are tagged py3.
 
 Each instruction set is one translation unit with its own flags, chosen at run time. Without a compiler the package
 installs and runs on the reference.
@@ -7,7 +8,8 @@ If nvcc is present, also builds opdkernels/_cuda.so, the CUDA kernels: machine c
 ones. Neither building nor loading it needs a GPU. Without it NVRTC or Triton serves GPUs, so it never fails an install.
 
 OPDKERNELS_NO_CUDA=1 skips nvcc, which takes most of the time of an install. With OPDKERNELS_REQUIRE_C=1 an install
-without the CPU kernels fails.
+without the CPU kernels fails. OPDKERNELS_STATIC_LIBSTDCXX=1 links the C++ library statically, for wheels that run on
+older systems than the one that builds them.
 """
 
 import importlib.util
@@ -19,9 +21,12 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+# The processor that is compiled for: a cross compiler sets the platform.
+MACHINE = os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).lower()
+X86 = MACHINE.endswith(("x86_64", "amd64"))
 ISA_FLAGS = {
     "isa_avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt"],
     "isa_avx512": [
@@ -56,8 +61,12 @@ SANITIZE_FLAGS = (
     if SANITIZERS
     else []
 )
+STATIC_FLAGS = (
+    ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-s"]
+    if os.environ.get("OPDKERNELS_STATIC_LIBSTDCXX")
+    else []
+)
 SOURCES = [
-    "csrc/bindings.cpp",
     *sorted(str(p) for p in Path("csrc/common/cpu").glob("*.cpp") if X86 or p.stem not in ISA_FLAGS),
     *sorted(str(p) for p in Path("csrc").glob("*/cpu.cpp")),
 ]
@@ -124,9 +133,12 @@ def build_cuda_if_possible(library):
 
 
 class Build(build_ext):
+    def get_ext_filename(self, name):
+        return f"{name.replace('.', '/')}.so"  # no version of Python in its name
+
     def run(self):
         super().run()
-        package = Path(self.get_ext_fullpath("opdkernels._C")).parent
+        package = Path(self.get_ext_fullpath("opdkernels._cpu")).parent
         if not self.inplace:  # the sources, which NVRTC compiles if there is no nvcc
             for path in map(Path, CUDA_DEPENDS):
                 (package / path).parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +155,7 @@ class Build(build_ext):
         self.compiler._compile = compile_with_isa
         for extension in self.extensions:
             extension.extra_compile_args += FLAGS + openmp + SANITIZE_FLAGS
-            extension.extra_link_args += openmp + SANITIZE_FLAGS[:1]
+            extension.extra_link_args += openmp + SANITIZE_FLAGS[:1] + STATIC_FLAGS
         try:
             super().build_extensions()
         except Exception as error:
@@ -152,28 +164,22 @@ class Build(build_ext):
             print(f"opdkernels: no compiled kernels, the reference will serve ({error})", file=sys.stderr)
 
 
-def module():
-    """opdkernels._C, with the headers of pybind11, or of torch's copy of them on a machine without network."""
-    depends = [str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inl")]
-    options = {"depends": depends, "optional": not os.environ.get("OPDKERNELS_REQUIRE_C")}
-    try:
-        from pybind11.setup_helpers import Pybind11Extension
-    except ImportError:
-        import torch.utils.cpp_extension
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        return ("py3", "none", super().get_tag()[2])
 
-        headers = next(
-            folder for folder in torch.utils.cpp_extension.include_paths() if (Path(folder) / "pybind11").is_dir()
-        )
-        return Extension(
-            "opdkernels._C",
-            SOURCES,
-            include_dirs=[headers],
-            extra_compile_args=["-std=c++17"],
-            language="c++",
-            **options,
-        )
-    return Pybind11Extension("opdkernels._C", SOURCES, cxx_std=17, **options)
+
+def library():
+    """opdkernels/_cpu.so."""
+    return Extension(
+        "opdkernels._cpu",
+        SOURCES,
+        depends=[str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inl")],
+        extra_compile_args=["-std=c++17"],
+        optional=not os.environ.get("OPDKERNELS_REQUIRE_C"),
+        language="c++",
+    )
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[module()], cmdclass={"build_ext": Build})
+    setup(ext_modules=[library()], cmdclass={"build_ext": Build, "bdist_wheel": Wheel})

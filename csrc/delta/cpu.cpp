@@ -4,6 +4,7 @@
 #include <mutex>
 #include <vector>
 
+#include "../common/cpu/boundary.h"
 #include "../common/cpu/fold.h"
 #include "../common/cpu/parallel.h"
 #include "cpu.h"
@@ -161,4 +162,28 @@ void delta(const void* base, int base_dtype, const void* trained, int trained_dt
     for (int i = 0; i < NUM_COUNTS; i++) counts[i] += call.counts[i];
     *maximum = largest > *maximum ? largest : *maximum;
   }
+}
+
+// base, trained: [n]; threshold_bits: [n_thresholds], at most OPD_MAX_VISIBLE_THRESHOLDS; thresholds:
+// [OPD_STORED_THRESHOLDS]; mask: [(n + 7) / 8] or null; the others as for `delta`.
+OPD_EXPORT int opd_delta(const void* base, int64_t base_dtype, const void* trained, int64_t trained_dtype, int64_t n,
+                         const int64_t* threshold_bits, int64_t n_thresholds, const double* thresholds,
+                         int64_t n_stored, int64_t threads, int64_t* tables, int64_t* counts, int64_t* sums,
+                         double* maximum, unsigned char* mask) {
+  return guarded([&] {
+    require(n_thresholds >= 0 && n_thresholds <= OPD_MAX_VISIBLE_THRESHOLDS && n_stored == OPD_STORED_THRESHOLDS,
+            "at most 4 threshold_bits, exactly 5 thresholds");
+    DeltaOptions options;
+    options.n_thresholds = (int)n_thresholds;
+    for (int i = 0; i < OPD_MAX_VISIBLE_THRESHOLDS; i++)
+      options.threshold_bits[i] = i < n_thresholds ? (opd_u32)narrow(threshold_bits[i]) : 0x7FFF;
+    for (int i = 0; i < OPD_STORED_THRESHOLDS; i++) options.thresholds[i] = thresholds[i];
+    require_dtypes(base_dtype, trained_dtype);
+    require_size(n, base && trained);
+    require_aligned(base, element_bytes((int)base_dtype));
+    require_aligned(trained, element_bytes((int)trained_dtype));
+    require(tables && counts && sums && maximum, "outputs must not be null");
+    delta(base, (int)base_dtype, trained, (int)trained_dtype, n, options, narrow(threads), tables, counts, sums,
+          maximum, mask);
+  });
 }

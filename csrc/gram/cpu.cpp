@@ -2,6 +2,7 @@
 // computes each panel of columns of the result, so the number of threads changes neither what is summed nor the order.
 #include <new>
 
+#include "../common/cpu/boundary.h"
 #include "../common/cpu/parallel.h"
 #include "cpu.h"
 
@@ -50,4 +51,22 @@ void gram(const GramInput& input, int64_t rows, int64_t n, int parts, bool visib
       if (parts & GRAM_PART_DELTA) kernels.columns(true, d.data, d.data, true, count, OPD_GRAM_BLOCK, n, p, delta);
     });
   }
+}
+
+// base, trained: [rows][n] with strides *_row and *_column in elements; out: [number of parts][n][n], added to.
+OPD_EXPORT int opd_gram(const void* base, int64_t base_dtype, int64_t base_row, int64_t base_column,
+                        const void* trained, int64_t trained_dtype, int64_t trained_row, int64_t trained_column,
+                        int64_t rows, int64_t n, int64_t parts, int64_t visible, int64_t block, int64_t threads,
+                        double* out) {
+  return guarded([&] {
+    require_dtypes(base_dtype, trained_dtype);
+    require_size(rows, n == 0 || (base && trained && out));
+    require_aligned(base, element_bytes((int)base_dtype));
+    require_aligned(trained, element_bytes((int)trained_dtype));
+    require(n >= 0 && n <= INT32_MAX && parts > 0 && parts < 8 && block >= 0 && block <= OPD_GRAM_ROWS,
+            "columns, parts or block out of range");
+    const GramInput input{base, trained, (int)base_dtype, (int)trained_dtype,
+                          base_row, base_column, trained_row, trained_column};
+    gram(input, rows, n, (int)parts, visible != 0, (int)block, narrow(threads), out);
+  });
 }

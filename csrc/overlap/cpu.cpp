@@ -6,6 +6,7 @@
 #include <new>
 #include <vector>
 
+#include "../common/cpu/boundary.h"
 #include "../common/cpu/fold.h"
 #include "../common/cpu/parallel.h"
 #include "cpu.h"
@@ -90,4 +91,27 @@ void overlap(const void* base, int base_dtype, const void* const* trained, const
       work.nonfinite = 0;
     }
   }
+}
+
+// trained: [runs] addresses of [n] elements; trained_dtypes: [runs]; the others as for `overlap`.
+OPD_EXPORT int opd_overlap(const void* base, int64_t base_dtype, const int64_t* trained, const int64_t* trained_dtypes,
+                           int64_t runs, int64_t n, int64_t threshold_bits, int64_t threads, int64_t* hist_base,
+                           int64_t* hist_changed, int64_t* both, int64_t* hist_num_runs, int64_t* counts) {
+  return guarded([&] {
+    require(runs >= 1 && runs <= OPD_MAX_RUNS, "1 to 16 runs, each with its dtype");
+    require(threshold_bits >= 0 && threshold_bits < OPD_BINS, "threshold_bits must be a bf16 magnitude");
+    require(hist_base && hist_changed && both && hist_num_runs && counts, "outputs must not be null");
+    const void* addresses[OPD_MAX_RUNS];
+    int dtypes[OPD_MAX_RUNS];
+    for (int64_t r = 0; r < runs; r++) {
+      addresses[r] = (const void*)(uintptr_t)trained[r];
+      require_dtypes(base_dtype, trained_dtypes[r]);
+      dtypes[r] = (int)trained_dtypes[r];
+      require_size(n, base && addresses[r]);
+      require_aligned(base, element_bytes((int)base_dtype));
+      require_aligned(addresses[r], element_bytes(dtypes[r]));
+    }
+    overlap(base, (int)base_dtype, addresses, dtypes, (int)runs, n, (int)threshold_bits, narrow(threads), hist_base,
+            hist_changed, both, hist_num_runs, counts);
+  });
 }

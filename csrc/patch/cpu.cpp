@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "../common/cpu/boundary.h"
 #include "../common/cpu/parallel.h"
 #include "cpu.h"
 
@@ -122,5 +123,58 @@ void patch_digest(const void* data, int bytes, int64_t n, int threads, uint64_t*
     for (int64_t b = start / OPD_PATCH_BLOCK; b < blocks_of(stop); b++)
       kernels.digest((const char*)data + b * OPD_PATCH_BLOCK * bytes, block_size(n, b) * bytes,
                      (opd_u64*)digests + 2 * b);
+  });
+}
+
+namespace {
+void require_width(int64_t bytes, int64_t n, std::initializer_list<const void*> addresses) {
+  require(bytes == 1 || bytes == 2 || bytes == 4 || bytes == 8, "coordinates must have 1, 2, 4 or 8 bytes");
+  for (const void* address : addresses) {
+    require_size(n, address != nullptr);
+    require_aligned(address, bytes);
+  }
+}
+}  // namespace
+
+OPD_EXPORT int opd_patch_gather(const void* base, const void* trained, int64_t bytes, int64_t n, int64_t difference,
+                                int64_t threads, int32_t* counts, unsigned char* positions, void* values,
+                                uint64_t* digests) {
+  return guarded([&] {
+    require_width(bytes, n, {base, trained, values});
+    require(n == 0 || (counts && positions && digests), "outputs must not be null");
+    patch_gather(base, trained, (int)bytes, n, difference != 0, narrow(threads), counts, positions, values, digests);
+  });
+}
+
+// result: what `patch_check` returns, [1].
+OPD_EXPORT int opd_patch_check(const int32_t* counts, const unsigned char* positions, int64_t position_bytes,
+                               int64_t n, int64_t n_values, int64_t threads, int64_t* result) {
+  return guarded([&] {
+    require_size(n, counts != nullptr);
+    require_size(position_bytes, positions != nullptr);
+    require(n_values >= 0, "the number of values must not be negative");
+    *result = patch_check(counts, positions, position_bytes, n, n_values, narrow(threads));
+  });
+}
+
+// result: what `patch_scatter` returns, [1].
+OPD_EXPORT int opd_patch_scatter(const void* base, int64_t bytes, int64_t n, int64_t difference, const int32_t* counts,
+                                 const unsigned char* positions, int64_t position_bytes, const void* values,
+                                 int64_t n_values, int64_t threads, void* out, uint64_t* digests, int64_t* result) {
+  return guarded([&] {
+    require_width(bytes, n, {base, out});
+    require_width(bytes, n_values, {values});
+    require_size(position_bytes, positions != nullptr);
+    require(n == 0 || (counts && digests), "counts and digests must not be null");
+    *result = patch_scatter(base, (int)bytes, n, difference != 0, counts, positions, position_bytes, values, n_values,
+                            narrow(threads), out, digests);
+  });
+}
+
+OPD_EXPORT int opd_patch_digest(const void* data, int64_t bytes, int64_t n, int64_t threads, uint64_t* digests) {
+  return guarded([&] {
+    require_width(bytes, n, {data});
+    require(n == 0 || digests, "digests must not be null");
+    patch_digest(data, (int)bytes, n, narrow(threads), digests);
   });
 }

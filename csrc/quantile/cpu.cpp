@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "../common/cpu/boundary.h"
 #include "../common/cpu/parallel.h"
 #include "cpu.h"
 
@@ -205,4 +206,25 @@ void quantile(const void* values, int dtype, int64_t n, const int64_t* k, int nu
     quantile_wide<double, opd_u64>((const double*)values, dtype, n, ranks, !largest, mask, threads, OPD_TOP64, results);
   else
     quantile_two_bytes((const opd_u16*)values, dtype, n, ranks, !largest, mask, threads, results);
+}
+
+// values: [n]; k, thresholds: [num_k]; mask: [(n + 7) / 8] or null; counts: [num_k][QUANTILE_NUM_COUNTS].
+OPD_EXPORT int opd_quantile(const void* values, int64_t dtype, int64_t n, const int64_t* k, int64_t num_k,
+                            int64_t largest, const unsigned char* mask, int64_t threads, double* thresholds,
+                            int64_t* counts) {
+  return guarded([&] {
+    require_dtypes(dtype, dtype);
+    require_size(n, values != nullptr);
+    require_aligned(values, element_bytes((int)dtype));
+    require_size(num_k, k && thresholds && counts);
+    for (int64_t j = 0; j < num_k; j++) require(k[j] >= 1, "ranks begin at 1");
+    std::vector<QuantileResult> results((size_t)num_k);
+    quantile(values, (int)dtype, n, k, narrow(num_k), largest != 0, mask, narrow(threads), results.data());
+    for (int64_t j = 0; j < num_k; j++) {
+      const QuantileResult& r = results[(size_t)j];
+      thresholds[j] = r.threshold;
+      const int64_t row[QUANTILE_NUM_COUNTS] = {r.above, r.tied, r.above_masked, r.tied_masked, r.nan};
+      std::copy(row, row + QUANTILE_NUM_COUNTS, counts + QUANTILE_NUM_COUNTS * j);
+    }
+  });
 }

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "../common/cpu/boundary.h"
 #include "../common/cpu/parallel.h"
 #include "cpu.h"
 
@@ -78,4 +79,14 @@ void masked_step(const StepRow* rows, int64_t count, int64_t row_bytes, const St
     throw std::invalid_argument("masked_step: the mask or the step groups of tensor " +
                                 std::to_string(inconsistent.load()) + " changed after they were validated");
   for_blocks([&](int64_t i, int64_t block) { kernels.block(&rows[i], &options, block); });
+}
+
+// rows: [count] StepRow (opdkernels/ops/step/layout.py: STEP_ROW).
+OPD_EXPORT int opd_masked_step(const StepRow* rows, int64_t count, int64_t row_bytes, const float* scalars,
+                               int64_t num_scalar_rows, const float* grad_scale, const float* clip, int64_t maximize,
+                               int64_t kind, int64_t nesterov, int64_t precision, int64_t seed, int64_t threads) {
+  return guarded([&] {
+    const StepOptions options{scalars, grad_scale, clip, maximize, precision, seed, nesterov, kind};
+    masked_step(rows, count, row_bytes, options, num_scalar_rows, narrow(threads));
+  });
 }

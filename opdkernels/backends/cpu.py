@@ -1,26 +1,49 @@
-"""The compiled CPU extension `opdkernels._C`: whether it can be used, and how tensors are passed to it."""
+"""The compiled CPU kernels, `opdkernels._C`: whether they can be used, and how tensors are passed to them."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+PTR, INT = ctypes.c_void_p, ctypes.c_int64  # types of arguments for `declare`
 
-def load_extension() -> tuple[Any, str]:
-    """The extension module and "", or None and the reason why it cannot be imported."""
+
+def load_kernels() -> tuple[Any, str]:
+    """The module and "", or None and the reason why it cannot be imported."""
     try:
         return importlib.import_module("opdkernels._C"), ""
-    except ModuleNotFoundError:  # no compiler at install, or a build for another Python
-        return None, "none was built at install"
     except ImportError as error:
         return None, str(error)
 
 
-_C, UNAVAILABLE_REASON = load_extension()
+_C, UNAVAILABLE_REASON = load_kernels()
+
+
+def declare(name: str, *types: Any) -> Callable[..., None]:
+    """`opdkernels._C.declare`; without compiled kernels, a function that raises."""
+    if _C is not None:
+        return _C.declare(name, *types)
+
+    def missing(*arguments: object) -> None:
+        raise RuntimeError(f"{name} needs the compiled kernels ({UNAVAILABLE_REASON})")
+
+    return missing
+
+
+def int64s(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """The values as a C array."""
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def doubles(values: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
+    """The values as a C array."""
+    return (ctypes.c_double * len(values))(*values)
 
 
 def is_enabled() -> bool:

@@ -52,12 +52,11 @@ TORCH_DTYPES = {
 
 
 def guard() -> ModuleType | None:
-    """Returns the compiled module if it can guard mappings, so that a truncated file does not kill the process."""
+    """Returns the compiled kernels, which guard mappings, so that a truncated file does not kill the process."""
     try:
-        module = importlib.import_module("opdkernels._C")
+        return importlib.import_module("opdkernels._C")
     except ImportError:
         return None
-    return module if hasattr(module, "guard_mapping") else None
 
 
 def guard_array(array: numpy.ndarray) -> Callable[[], int] | None:
@@ -97,7 +96,7 @@ def choose_io(io: str, path: str) -> str:
     """Returns "mmap" or "read" for `io`. Raises UsageError if "mmap" is requested and mappings cannot be guarded."""
     if io == "mmap" and guard() is None:
         raise UsageError(
-            "io='mmap' needs the compiled module opdkernels._C, which is not built: without it a file that is truncated"
+            "io='mmap' needs the compiled kernels, which are not built: without it a file that is truncated"
             " while it is mapped kills the process; use io='read', or install a C++ compiler and reinstall opdkernels"
         )
     if io == "auto":

@@ -31,8 +31,8 @@ def open_checkpoint(
 
     Args:
         path: A folder, a checkpoint file, an index file, or a hub id such as "org/name@revision".
-        io: "mmap", "read" (positioned reads), or "auto": mmap on local file systems if the compiled module, which
-            guards mappings, is installed, else read.
+        io: "mmap", "read" (positioned reads), or "auto": mmap on local file systems if the compiled kernels,
+            which guard mappings, are installed, else read.
         revision: Revision of a hub id.
         allow_missing: Lists the tensors of absent shards in `Checkpoint.missing` instead of raising.
         any_tensors: Also opens quantised and adapter tensors, for `read_bits`: their values mean nothing by themselves,

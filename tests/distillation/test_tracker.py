@@ -175,7 +175,7 @@ def test_unchanged_model_has_no_change(tmp_path):
 def test_weights_of_a_truncated_file_are_read_before_or_an_error(tmp_path, monkeypatch, is_guarded):
     """A mapping is never read without a guard: the process would end with SIGBUS."""
     if is_guarded and io.guard() is None:
-        pytest.skip("no compiled module")
+        pytest.skip("no compiled kernels")
     if not is_guarded:
         monkeypatch.setattr(io, "guard", lambda: None)
     layer = torch.nn.Linear(128, 128, bias=False)

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from opdkernels.backends import cpu
+from opdkernels.backends.cpu import INT, PTR
 from opdkernels.backends.layout import DTYPE_CODES
+
+KERNEL = cpu.declare("opd_delta", PTR, INT, PTR, INT, INT, PTR, INT, PTR, INT, INT, PTR, PTR, PTR, PTR, PTR)
 
 
 def delta_(
@@ -22,14 +25,16 @@ def delta_(
     mask: torch.Tensor | None,
 ) -> None:
     base, trained = cpu.aligned(base), cpu.aligned(trained)
-    cpu._C.delta(
+    KERNEL(
         cpu.address(base),
         DTYPE_CODES[base.dtype],
         cpu.address(trained),
         DTYPE_CODES[trained.dtype],
         base.numel(),
-        list(threshold_bits),
-        list(thresholds),
+        cpu.int64s(threshold_bits),
+        len(threshold_bits),
+        cpu.doubles(thresholds),
+        len(thresholds),
         torch.get_num_threads(),
         tables.data_ptr(),
         counts.data_ptr(),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 
 from opdkernels.backends import cpu
+from opdkernels.backends.cpu import INT, PTR
 from opdkernels.backends.layout import DTYPE_CODES
+
+KERNEL = cpu.declare("opd_gram", PTR, INT, INT, INT, PTR, INT, INT, INT, INT, INT, INT, INT, INT, INT, PTR)
 
 
 def gram_(base: torch.Tensor, trained: torch.Tensor, parts: int, visible: bool, block: int, out: torch.Tensor) -> None:
     base, trained = cpu.aligned(base), cpu.aligned(trained)
-    cpu._C.gram(
+    KERNEL(
         cpu.address(base),
         DTYPE_CODES[base.dtype],
         *base.stride(),

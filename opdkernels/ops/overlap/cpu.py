@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from opdkernels.backends import cpu
+from opdkernels.backends.cpu import INT, PTR
 from opdkernels.backends.layout import DTYPE_CODES
+
+KERNEL = cpu.declare("opd_overlap", PTR, INT, PTR, PTR, INT, INT, INT, INT, PTR, PTR, PTR, PTR, PTR)
 
 
 def overlap_(
@@ -21,11 +24,12 @@ def overlap_(
     counts: torch.Tensor,
 ) -> None:
     base, trained = cpu.aligned(base), [cpu.aligned(tensor) for tensor in trained]
-    cpu._C.overlap(
+    KERNEL(
         cpu.address(base),
         DTYPE_CODES[base.dtype],
-        [cpu.address(tensor) for tensor in trained],
-        [DTYPE_CODES[tensor.dtype] for tensor in trained],
+        cpu.int64s([cpu.address(tensor) for tensor in trained]),
+        cpu.int64s([DTYPE_CODES[tensor.dtype] for tensor in trained]),
+        len(trained),
         base.numel(),
         threshold_bits,
         torch.get_num_threads(),

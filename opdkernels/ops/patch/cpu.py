@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 
 from opdkernels.backends import cpu
+from opdkernels.backends.cpu import INT, PTR
 from opdkernels.ops.patch.layout import blocks_of
+
+GATHER = cpu.declare("opd_patch_gather", PTR, PTR, INT, INT, INT, INT, PTR, PTR, PTR, PTR)
+SCATTER = cpu.declare("opd_patch_scatter", PTR, INT, INT, INT, PTR, PTR, INT, PTR, INT, INT, PTR, PTR, PTR)
+CHECK = cpu.declare("opd_patch_check", PTR, PTR, INT, INT, INT, INT, PTR)
+DIGEST = cpu.declare("opd_patch_digest", PTR, INT, INT, INT, PTR)
 
 
 def patch_gather_(
@@ -19,7 +25,7 @@ def patch_gather_(
 ) -> None:
     """The operator, for contiguous integers."""
     base, trained, stored = cpu.aligned(base), cpu.aligned(trained), cpu.aligned(values)
-    cpu._C.patch_gather(
+    GATHER(
         base.data_ptr(),
         trained.data_ptr(),
         base.element_size(),
@@ -48,7 +54,8 @@ def patch_scatter_(
     target = cpu.aligned(out)
     base = target if base.data_ptr() == out.data_ptr() else cpu.aligned(base)
     values = cpu.aligned(values)
-    status = cpu._C.patch_scatter(
+    status = torch.empty(1, dtype=torch.int64)
+    SCATTER(
         base.data_ptr(),
         base.element_size(),
         base.numel(),
@@ -61,25 +68,31 @@ def patch_scatter_(
         torch.get_num_threads(),
         target.data_ptr(),
         digests.data_ptr(),
+        status.data_ptr(),
     )
     if target is not out:
         out.copy_(target)
-    return torch.tensor([status])
+    return status
 
 
 def patch_check(counts: torch.Tensor, positions: torch.Tensor, numel: int, stored: int) -> torch.Tensor:
     """The operator, for contiguous tensors."""
-    status = cpu._C.patch_check(
-        counts.data_ptr(), positions.data_ptr(), positions.numel(), numel, stored, torch.get_num_threads()
+    status = torch.empty(1, dtype=torch.int64)
+    CHECK(
+        counts.data_ptr(),
+        positions.data_ptr(),
+        positions.numel(),
+        numel,
+        stored,
+        torch.get_num_threads(),
+        status.data_ptr(),
     )
-    return torch.tensor([status])
+    return status
 
 
 def patch_digest(values: torch.Tensor) -> torch.Tensor:
     """The operator, for contiguous integers."""
     values = cpu.aligned(values)
     digests = torch.empty(blocks_of(values.numel()), 2, dtype=torch.int64)
-    cpu._C.patch_digest(
-        values.data_ptr(), values.element_size(), values.numel(), torch.get_num_threads(), digests.data_ptr()
-    )
+    DIGEST(values.data_ptr(), values.element_size(), values.numel(), torch.get_num_threads(), digests.data_ptr())
     return digests

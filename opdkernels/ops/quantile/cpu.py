@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from opdkernels.backends import cpu
+from opdkernels.backends.cpu import INT, PTR
 from opdkernels.backends.layout import DTYPE_CODES
 from opdkernels.ops.quantile.layout import NUM_COUNTS
+
+KERNEL = cpu.declare("opd_quantile", PTR, INT, INT, PTR, INT, INT, PTR, INT, PTR, PTR)
 
 
 def quantile(
@@ -17,11 +20,12 @@ def quantile(
     values = cpu.aligned(values)
     thresholds = torch.empty(len(k), dtype=torch.float64)
     counts = torch.empty(len(k), NUM_COUNTS, dtype=torch.int64)
-    cpu._C.quantile(
+    KERNEL(
         cpu.address(values),
         DTYPE_CODES[values.dtype],
         values.numel(),
-        list(k),
+        cpu.int64s(k),
+        len(k),
         largest,
         cpu.address(mask),
         torch.get_num_threads(),

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 
 from opdkernels.backends import cpu
+from opdkernels.backends.cpu import INT, PTR
 from opdkernels.ops.step.args import StepArgs, adamw_operator, sgd_operator
 from opdkernels.ops.step.layout import STEP_ROW
 from opdkernels.ops.step.rows import compact_args, step_rows
 
 ADAMW, SGD, GATHER, GATHER_ADD, SCATTER = range(5)  # StepKind in csrc/step/step.h
+
+KERNEL = cpu.declare("opd_masked_step", PTR, INT, INT, PTR, INT, PTR, PTR, INT, INT, INT, INT, INT, INT)
 
 
 @adamw_operator
@@ -39,7 +42,7 @@ def run(kind: int, args: StepArgs) -> None:
     if args.found_inf is not None and bool(args.found_inf):
         return
     rows, scalars = step_rows(args), args.scalars.contiguous()
-    cpu._C.masked_step(
+    KERNEL(
         rows.ctypes.data,
         len(rows),
         STEP_ROW.itemsize,
