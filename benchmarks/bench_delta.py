@@ -18,22 +18,22 @@ import torch
 
 from benchmarks.harness import anonymous_bytes, paired
 from opdkernels import analyze
-from opdkernels.backends.cpu import _C
+from opdkernels.backends.cpu import native
 from opdkernels.benchmark.eager import eager_counts, eager_tables
 from opdkernels.ops.delta import delta, exact_float
 
 EAGER_COORDINATES = 4_358_144  # one 896 x 4864 matrix: larger inputs do not make eager PyTorch faster
 
 
-@pytest.mark.parametrize("isa", _C.available_isas())
+@pytest.mark.parametrize("isa", native.available_isas())
 @pytest.mark.parametrize("threads", [1, 2])
 def test_tally_of_a_bf16_pair(benchmark, row, embedding, bandwidth, isa, threads):
     base, trained, _ = embedding
-    before, cores = _C.current_isa(), torch.get_num_threads()
-    _C.use_isa(isa)
+    before, cores = native.current_isa(), torch.get_num_threads()
+    native.use_isa(isa)
     torch.set_num_threads(threads)
     tally = benchmark.pedantic(lambda: delta(base, trained), rounds=7, warmup_rounds=1)
-    _C.use_isa(before)
+    native.use_isa(before)
     torch.set_num_threads(cores)
     assert tally.numel == base.numel()
     assert tally.bit_equal == int((base == trained).sum())

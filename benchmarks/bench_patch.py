@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.harness import paired
 from opdkernels import patch
-from opdkernels.backends.cpu import _C
+from opdkernels.backends.cpu import native
 from opdkernels.benchmark.eager import eager_gather, eager_scatter
 from opdkernels.ops.patch import GatherBuffers, bits, gather, scatter
 
@@ -51,13 +51,13 @@ def checkpoints(folder, tmp_path_factory) -> tuple[Path, Path]:
     return folder / "source", out
 
 
-@pytest.mark.parametrize("isa", _C.available_isas())
+@pytest.mark.parametrize("isa", native.available_isas())
 @pytest.mark.parametrize("threads", [1, 2])
 def test_gather_and_scatter_of_a_bf16_pair(benchmark, row, pair, bandwidth, isa, threads):
     """Bytes: both tensors read, changes written; the base and the changes read, the trained tensor written."""
     base, trained = pair
-    before, cores = _C.current_isa(), torch.get_num_threads()
-    _C.use_isa(isa)
+    before, cores = native.current_isa(), torch.get_num_threads()
+    native.use_isa(isa)
     torch.set_num_threads(threads)
     buffers, out = GatherBuffers.of(base.numel(), 2), torch.empty_like(base)
     changes, digests = gather(base, trained, buffers=buffers)
@@ -65,7 +65,7 @@ def test_gather_and_scatter_of_a_bf16_pair(benchmark, row, pair, bandwidth, isa,
         {"gather": lambda: gather(base, trained, buffers=buffers), "scatter": lambda: scatter(base, changes, out=out)}
     )
     _, after = benchmark.pedantic(lambda: scatter(base, changes, out=out), rounds=3)
-    _C.use_isa(before)
+    native.use_isa(before)
     torch.set_num_threads(cores)
     assert torch.equal(bits(out), bits(trained))
     assert torch.equal(after, digests[1])

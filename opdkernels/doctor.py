@@ -54,7 +54,7 @@ def gpus() -> list[str]:
 
 def examine() -> dict[str, Any]:
     """The machine and the build, as a dictionary that JSON can represent."""
-    module = cpu._C
+    module = cpu.native
     forced = os.environ.get("OPDKERNELS_BACKEND")
     if module is None:
         why = f"not used: {cpu.UNAVAILABLE_REASON}; install g++ and reinstall opdkernels"

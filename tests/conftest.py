@@ -14,19 +14,19 @@ import torch
 from tests.backends import summary
 
 try:
-    from opdkernels import _C
+    from opdkernels import native
 except ImportError:
-    _C = None
+    native = None
 
-ISAS = _C.available_isas() if _C else []
+ISAS = native.available_isas() if native else []
 
 
 @pytest.fixture(params=ISAS or [pytest.param("none", marks=pytest.mark.skip(reason="no compiled kernels"))])
 def isa(request):
-    before = _C.current_isa()
-    _C.use_isa(request.param)
+    before = native.current_isa()
+    native.use_isa(request.param)
     yield request.param
-    _C.use_isa(before)
+    native.use_isa(before)
 
 
 @pytest.fixture(params=[1, 2])

@@ -124,7 +124,7 @@ def test_arm64_counts_the_same(tmp_path):
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels")
 def test_an_instruction_set_that_is_not_there_is_refused():
     done = subprocess.run(
-        [sys.executable, "-c", "from opdkernels import _C; _C.current_isa()"],
+        [sys.executable, "-c", "from opdkernels import native; native.current_isa()"],
         env={**os.environ, "OPDKERNELS_ISA": "avx9"},
         capture_output=True,
         text=True,

@@ -28,7 +28,7 @@ LAYERS = [
     {"checkpoint"},
     {"backends"},
     {"config", "formatting", "progress", "bits", "outputs", "files", "untrusted", "models"},
-    {"errors", "version", "_C"},
+    {"errors", "version", "native"},
 ]
 
 FAMILIES = sorted(path.parent.name for path in (PACKAGE / "ops").glob("*/__init__.py"))

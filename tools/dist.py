@@ -28,16 +28,16 @@ MAX_WHEEL_BYTES = 20 << 20
 # What runs in each new environment. Without torch, the library alone: what it reports, and its refusal of bad input.
 CHECK_KERNELS = """
 import opdkernels
-from opdkernels import _C
-assert _C.available_isas()[0] == "baseline" and _C.current_isa() in _C.available_isas()
-count = _C.declare("opd_patch_digest", _C.PTR, _C.INT, _C.INT, _C.INT, _C.PTR)
+from opdkernels import native
+assert native.available_isas()[0] == "baseline" and native.current_isa() in native.available_isas()
+count = native.declare("opd_patch_digest", native.PTR, native.INT, native.INT, native.INT, native.PTR)
 try:
     count(0, 3, 1, 1, 0)
 except ValueError as error:
     assert "1, 2, 4 or 8 bytes" in str(error)
 else:
     raise AssertionError("an element of three bytes was accepted")
-print(opdkernels.__version__, _C.compiler, ",".join(_C.available_isas()))
+print(opdkernels.__version__, native.compiler, ",".join(native.available_isas()))
 """
 CHECK_TORCH = """
 import torch

@@ -52,7 +52,7 @@ def cpu_kernel(operator: str) -> Callable:
 
 
 REFERENCE = Backend("reference", reference, OPERATORS.__contains__)
-CPU = Backend("CPU", cpu_kernel, OPERATORS.__contains__) if cpu._C is not None else REFERENCE
+CPU = Backend("CPU", cpu_kernel, OPERATORS.__contains__) if cpu.native is not None else REFERENCE
 PACKAGE = Backend("package", dispatched, OPERATORS.__contains__)
 TRITON = Backend("Triton", backend_kernel("triton"), serves("triton"))
 

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels, `opdkernels._C`: whether they can be used, and how tensors are passed to them."""
+"""The compiled CPU kernels, `opdkernels.native`: whether they can be used, and how tensors are passed to them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ PTR, INT = ctypes.c_void_p, ctypes.c_int64  # types of arguments for `declare`
 def load_kernels() -> tuple[Any, str]:
     """The module and "", or None and the reason why it cannot be imported."""
     try:
-        return importlib.import_module("opdkernels._C"), ""
+        return importlib.import_module("opdkernels.native"), ""
     except ImportError as error:
         return None, str(error)
 
 
-_C, UNAVAILABLE_REASON = load_kernels()
+native, UNAVAILABLE_REASON = load_kernels()
 
 
 def declare(name: str, *types: Any) -> Callable[..., None]:
-    """`opdkernels._C.declare`; without compiled kernels, a function that raises."""
-    if _C is not None:
-        return _C.declare(name, *types)
+    """`opdkernels.native.declare`; without compiled kernels, a function that raises."""
+    if native is not None:
+        return native.declare(name, *types)
 
     def missing(*arguments: object) -> None:
         raise RuntimeError(f"{name} needs the compiled kernels ({UNAVAILABLE_REASON})")
@@ -55,7 +55,7 @@ def unavailable_reason() -> str:
     """Why the compiled kernels cannot be used; empty if they can. Warns once if they are missing."""
     if not is_enabled():
         return "OPDKERNELS_BACKEND=reference"
-    if _C is None:
+    if native is None:
         warnings.warn(
             "opdkernels runs on its plain PyTorch reference, tens of times slower: no compiled kernels "
             f"({UNAVAILABLE_REASON}). Install g++ and reinstall opdkernels; `opdkernels doctor` explains.",

@@ -22,7 +22,7 @@ def num_cores() -> int:
 
 def instruction_set() -> str:
     """The instruction set of the CPU kernels; "reference" if plain PyTorch runs instead."""
-    return "reference" if cpu._C is None or not cpu.is_enabled() else cpu._C.current_isa()
+    return "reference" if cpu.native is None or not cpu.is_enabled() else cpu.native.current_isa()
 
 
 def describe(device: torch.device = devices.CPU) -> dict[str, Any]:

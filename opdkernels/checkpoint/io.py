@@ -54,7 +54,7 @@ TORCH_DTYPES = {
 def guard() -> ModuleType | None:
     """Returns the compiled kernels, which guard mappings, so that a truncated file does not kill the process."""
     try:
-        return importlib.import_module("opdkernels._C")
+        return importlib.import_module("opdkernels.native")
     except ImportError:
         return None
 

@@ -129,7 +129,7 @@ def describe_run(
         "machine": {
             "processor": processor(),
             "threads": torch.get_num_threads(),
-            "instruction_set": "reference" if cpu.unavailable_reason() else cpu._C.current_isa(),
+            "instruction_set": "reference" if cpu.unavailable_reason() else cpu.native.current_isa(),
         },
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 FAMILIES = sorted(path.parent.name for path in (ROOT / "csrc").glob("*/cpu.cpp"))
 FUNCTION = re.compile(r"^OPD_EXPORT int (opd_\w+)\(([^)]*)\)", re.MULTILINE)
 
-pytestmark = pytest.mark.skipif(cpu._C is None, reason="the compiled kernels are not built")
+pytestmark = pytest.mark.skipif(cpu.native is None, reason="the compiled kernels are not built")
 
 
 def c_functions(path: Path) -> dict[str, list[type]]:
@@ -66,7 +66,7 @@ def test_library_of_another_version_is_refused(tmp_path, source, message):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no compiler")
-    shutil.copy(ROOT / "opdkernels" / "_C.py", tmp_path)
+    shutil.copy(ROOT / "opdkernels" / "native.py", tmp_path)
     (tmp_path / "library.cpp").write_text(source)
     command = [compiler, "-shared", "-fPIC", "library.cpp", "-o", "_cpu.so"]
     subprocess.run(command, cwd=tmp_path, check=True)
@@ -75,7 +75,7 @@ def test_library_of_another_version_is_refused(tmp_path, source, message):
 
 
 def test_missing_or_damaged_library_is_an_import_error(tmp_path):
-    shutil.copy(ROOT / "opdkernels" / "_C.py", tmp_path)
+    shutil.copy(ROOT / "opdkernels" / "native.py", tmp_path)
     with pytest.raises(ModuleNotFoundError, match="none was built at install"):
         load_copy(tmp_path)
     (tmp_path / "_cpu.so").write_bytes(b"\x7fELF")
@@ -84,6 +84,6 @@ def test_missing_or_damaged_library_is_an_import_error(tmp_path):
 
 
 def load_copy(folder: Path) -> None:
-    """Executes the copy of `_C.py` in a folder."""
-    spec = importlib.util.spec_from_file_location("copied_C", folder / "_C.py")
+    """Executes the copy of `native.py` in a folder."""
+    spec = importlib.util.spec_from_file_location("copied_C", folder / "native.py")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))

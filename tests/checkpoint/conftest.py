@@ -57,7 +57,7 @@ class FakeGuard(types.ModuleType):
     """A mapping guard that reports `faults`; `live` holds the guarded handles."""
 
     def __init__(self) -> None:
-        super().__init__("opdkernels._C")
+        super().__init__("opdkernels.native")
         self.live: dict[int, tuple[int, int]] = {}
         self.faults = 0
         self._next = 0
@@ -78,13 +78,13 @@ class FakeGuard(types.ModuleType):
 @pytest.fixture
 def fake_guard(monkeypatch: pytest.MonkeyPatch) -> FakeGuard:
     module = FakeGuard()
-    monkeypatch.setitem(sys.modules, "opdkernels._C", module)
+    monkeypatch.setitem(sys.modules, "opdkernels.native", module)
     return module
 
 
 @pytest.fixture
 def no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "opdkernels._C", None)
+    monkeypatch.setitem(sys.modules, "opdkernels.native", None)
 
 
 class FakeCheckpoint:

@@ -1,6 +1,6 @@
-// C functions that Python calls through ctypes (opdkernels/_C.py). Each returns a Status; after an error,
-// opd_error_message says what is wrong. Arguments are addresses and 64-bit integers. Python validates the tensors; these
-// functions refuse what no kernel can serve, whoever calls.
+// C functions that Python calls through ctypes (opdkernels/native.py). Each returns a Status; after an error,
+// opd_error_message says what is wrong. Arguments are addresses and 64-bit integers. Python validates the tensors;
+// these functions refuse what no kernel can serve, whoever calls.
 #pragma once
 #include <cstdint>
 #include <initializer_list>
@@ -9,11 +9,12 @@
 
 #include "../numeric.h"
 
-// Python loads a library only if this number is that of opdkernels/_C.py: increase both with any change of a function.
+// Python loads a library only if this number is that of opdkernels/native.py: increase both with any change of a
+// function.
 #define OPD_INTERFACE 1
 #define OPD_EXPORT extern "C" __attribute__((visibility("default")))
 
-enum Status { STATUS_DONE, STATUS_INVALID, STATUS_NO_MEMORY, STATUS_FAILED };  // ERRORS in opdkernels/_C.py
+enum Status { STATUS_DONE, STATUS_INVALID, STATUS_NO_MEMORY, STATUS_FAILED };  // ERRORS in opdkernels/native.py
 
 // Keeps the message for this thread and returns the status.
 int set_error(Status status, const char* message);

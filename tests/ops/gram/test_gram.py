@@ -38,18 +38,18 @@ def test_misaligned(isa, case):
 @pytest.mark.parametrize("block", [0, 64])
 def test_threads_strides_and_instruction_sets_change_no_bit_of_bf16(block):
     """Products of bf16 are exact, and all kernels sum in one order. The visible delta is bf16."""
-    from opdkernels import _C
+    from opdkernels import native
 
     base, trained = make_matrices((1500, 130))
-    before, threads = _C.current_isa(), torch.get_num_threads()
+    before, threads = native.current_isa(), torch.get_num_threads()
     result = []
-    for name, count in itertools.product(_C.available_isas(), (1, 2, 3)):
-        _C.use_isa(name)
+    for name, count in itertools.product(native.available_isas(), (1, 2, 3)):
+        native.use_isa(name)
         torch.set_num_threads(count)
         result.append(gram(base, trained, visible=True, block=block))
         result.append(gram(base.T.contiguous().T, trained.T.contiguous().T, visible=True, block=block))
         result.append(gram(torch.cat([base, base], 1)[:, :130], trained, visible=True, block=block))
-    _C.use_isa(before)
+    native.use_isa(before)
     torch.set_num_threads(threads)
     for other in result[1:]:
         assert torch.equal(symmetric(result[0].clone()), symmetric(other))

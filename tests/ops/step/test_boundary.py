@@ -14,7 +14,7 @@ from opdkernels.ops.step.layout import HAS_INIT_VALUE, HAS_STEP_GROUP, MASK_INDI
 from opdkernels.ops.step.rows import step_rows
 from tests.ops.step.cases import BETAS, EPS, mask_tensors
 
-pytestmark = pytest.mark.skipif(cpu._C is None, reason="the compiled kernels are not built")
+pytestmark = pytest.mark.skipif(cpu.native is None, reason="the compiled kernels are not built")
 ADAMW = 0
 
 
