@@ -1,5 +1,6 @@
 // How a kernel family declares its CPU kernels, one table of functions per instruction set, and finds the one in use.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "../numeric.h"

@@ -32,7 +32,7 @@ inline int threads_for(int64_t n, int threads) { return n < SERIAL_BELOW || thre
 
 // Calls body(i) for i in [0, n), in parallel: each thread takes the next one, from the first on.
 template <class Body>
-void parallel_tasks(int n, int threads, Body body) {
+void parallel_tasks(int n, [[maybe_unused]] int threads, Body body) {
 #if defined(OPD_STD_THREADS)
   std::atomic<int> next{0};
   std::vector<std::thread> pool;
