@@ -8,8 +8,7 @@ If nvcc is present, also builds opdkernels/_cuda.so, the CUDA kernels: machine c
 ones. Neither building nor loading it needs a GPU. Without it NVRTC or Triton serves GPUs, so it never fails an install.
 
 OPDKERNELS_NO_CUDA=1 skips nvcc, which takes most of the time of an install. With OPDKERNELS_REQUIRE_C=1 an install
-without the CPU kernels fails. OPDKERNELS_STATIC_LIBSTDCXX=1 links the C++ library statically, for wheels that run on
-older systems than the one that builds them.
+without the CPU kernels fails.
 """
 
 import importlib.util
@@ -59,11 +58,6 @@ SANITIZERS = os.environ.get("OPDKERNELS_SANITIZERS")
 SANITIZE_FLAGS = (
     [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
     if SANITIZERS
-    else []
-)
-STATIC_FLAGS = (
-    ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-s"]
-    if os.environ.get("OPDKERNELS_STATIC_LIBSTDCXX")
     else []
 )
 SOURCES = [
@@ -155,7 +149,7 @@ class Build(build_ext):
         self.compiler._compile = compile_with_isa
         for extension in self.extensions:
             extension.extra_compile_args += FLAGS + openmp + SANITIZE_FLAGS
-            extension.extra_link_args += openmp + SANITIZE_FLAGS[:1] + STATIC_FLAGS
+            extension.extra_link_args += openmp + SANITIZE_FLAGS[:1]
         try:
             super().build_extensions()
         except Exception as error:

@@ -3,7 +3,8 @@
     python -m tools.dist [--python python3.12 ...] [--with-torch]
 
 The kernels are called through ctypes, so that a wheel serves every version of Python. auditwheel checks it and names
-the oldest glibc that it runs on. Then it is installed into a new environment for each Python that is found, and its
+the oldest glibc that it runs on, which is that of this machine or somewhat older: run this in a manylinux container
+for wheels that others install. Then it is installed into a new environment for each Python that is found, and its
 kernels are called there. libgomp is left to the system, or to torch, which carries it: two copies would be two pools
 of threads.
 """
@@ -86,7 +87,6 @@ def build_wheel(source: Path, machine: str, out: Path) -> Path:
         "LDSHARED": f"{cxx} -shared",
         "LDCXXSHARED": f"{cxx} -shared",
         "OPDKERNELS_REQUIRE_C": "1",
-        "OPDKERNELS_STATIC_LIBSTDCXX": "1",
         "_PYTHON_HOST_PLATFORM": f"linux-{machine}",
     }
     if machine != platform.machine():

@@ -60,7 +60,7 @@ def threads(work: Path) -> int:
     isa_flags = runpy.run_path(str(ROOT / "setup.py"))["ISA_FLAGS"]
     flags = ["-std=c++17", "-O1", "-g1", "-fsanitize=thread", "-DOPD_STD_THREADS", "-ffp-contract=off", "-pthread"]
     sources = [Path(__file__).with_name("threads.cpp"), *sorted((ROOT / "csrc").glob("*/cpu.cpp"))]
-    sources += sorted(p for p in (ROOT / "csrc/common/cpu").glob("*.cpp") if p.stem != "mapped")
+    sources += sorted((ROOT / "csrc/common/cpu").glob("*.cpp"))
     objects = []
     for source in sources:
         objects.append(work / f"{source.parent.name}_{source.stem}.o")
