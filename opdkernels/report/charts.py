@@ -29,7 +29,7 @@ from opdkernels.report.svg import (
 from opdkernels.report.typography import count, format_range, percent, significant
 
 
-def sparsity_curve(curve: dict[str, list[float | None]], frame: Frame = FRAMES[0]) -> Markup | None:
+def sparsity_curve(curve: Mapping[str, Sequence[float | None]], frame: Frame = FRAMES[0]) -> Markup | None:
     """Fraction of coordinates with |Δ| ≤ ε as a function of ε: visible, the stored bounds, the null.
 
     Returns None without coordinates.
