@@ -1,8 +1,10 @@
-"""The commands of examples/demo.py."""
+"""The commands of examples/demo.py, and the notebooks."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -27,3 +29,45 @@ def test_commands_of_the_demo_parse(name):
     group = typer.main.get_command(cli.app)
     context = group.commands[command].make_context(command, [*arguments, "-o", "out"])
     assert context.params["out"] == "out"
+
+
+FOLDER = Path(demo.__file__).parent / "notebooks"
+NOTEBOOKS = ["quickstart.ipynb", "masked_run.ipynb"]
+
+
+def printed(notebook: Any) -> list[str]:
+    """What each cell of a notebook printed, for cells that printed."""
+    texts = [
+        "".join("".join(output["text"]) for output in cell.get("outputs", []) if output.get("name") == "stdout")
+        for cell in notebook["cells"]
+    ]
+    return [text for text in texts if text]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebooks_are_stored_with_outputs_and_without_paths_of_a_machine(name):
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    notebook = json.loads(text)
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert sum(bool(cell["outputs"]) for cell in code) >= 5
+    assert all(output["output_type"] != "error" for cell in code for output in cell["outputs"])
+    assert not any(part in text for part in ("/tmp/", "/home/", "/work/", "/root/", "site-packages", "stderr"))
+
+
+@pytest.mark.parametrize("name", ["quickstart.ipynb", pytest.param("masked_run.ipynb", marks=pytest.mark.slow)])
+def test_notebooks_run(name, monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    for module in ("ipykernel", "matplotlib", "pandas", "transformers"):
+        pytest.importorskip(module)
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent.parent))
+    notebook = nbformat.read(FOLDER / name, as_version=4)
+    stored = printed(notebook)
+    resources = {"metadata": {"path": str(FOLDER)}}
+    nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", resources=resources).execute()
+    actual = printed(notebook)
+    assert len(actual) == len(stored)
+    if name == "quickstart.ipynb":  # the same numbers on every machine
+        assert actual == stored
+    else:
+        assert any("changed outside of the mask: 0" in text for text in actual)
