@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchmark
 SOURCES := $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*)
 
-.PHONY: demo test test-fast kill sanitize fuzz lint docs dist bench gpu trainers clean
+.PHONY: demo test test-fast kill sanitize fuzz lint docs dist bench gpu notebooks trainers clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py demo
@@ -43,6 +43,13 @@ trainers:
 	.venv-trainers/bin/python -m pip install -q -c constraints-trainers.txt --no-build-isolation -e '.[trainers,dev]'
 	.venv-trainers/bin/python -m pip install -q -c constraints-trainers.txt --no-deps verl
 	.venv-trainers/bin/python -m pytest tests/optim/test_trainers.py tests/tracking/test_trainers.py
+
+# The notebooks of examples/, in a separate environment: the tests of the package run without pandas.
+notebooks:
+	$(PYTHON) -m venv .venv-notebooks
+	.venv-notebooks/bin/python -m pip install -q -c constraints.txt torch setuptools wheel
+	.venv-notebooks/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[distill,dev,notebooks]'
+	.venv-notebooks/bin/python -m pytest tests/test_examples.py
 
 # Kernels and optimizers under AddressSanitizer and UndefinedBehaviorSanitizer, threads under ThreadSanitizer (g++).
 sanitize: $(READY)
