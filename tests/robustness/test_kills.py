@@ -26,7 +26,7 @@ def test_killed_commands_leave_nothing_partial_and_the_next_run_gives_the_same(s
 
 
 def test_every_command_that_writes_is_killed():
-    """A new command with an output joins COMMANDS."""
+    """A new command with an output joins COMMANDS, unless what it writes cannot be compared with another run."""
     import typer
 
     from opdkernels.cli import app
@@ -42,4 +42,4 @@ def test_every_command_that_writes_is_killed():
         for name, command in leaves(typer.main.get_command(app))
         if any("--out" in parameter.opts for parameter in command.params)
     }
-    assert writers == set(COMMANDS)
+    assert writers - {"bench"} == set(COMMANDS)  # times differ every run
