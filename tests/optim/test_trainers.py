@@ -19,6 +19,7 @@ from opdkernels.optim import (
     optimizer_cls_and_kwargs,
     zero_frozen_grads,
 )
+from tests.tiny_llama import tiny_llama, word_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; `make trainers` installs it")
@@ -27,18 +28,7 @@ STEPS = 6
 
 
 def tiny_model(dtype=torch.bfloat16):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        tie_word_embeddings=True,
-    )
-    return transformers.LlamaForCausalLM(config).to(dtype)
+    return tiny_llama(64, 32, 48, num_layers=2, dtype=dtype)
 
 
 def masks_for(model):
@@ -144,13 +134,7 @@ def test_hugging_face_trainer_clips_gathered_gradients(tmp_path):
 def test_trl_supervised_fine_tuning(tmp_path):
     trl = pytest.importorskip("trl", reason="trl is not installed; `make trainers` installs it")
     datasets = pytest.importorskip("datasets")
-    tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, 64)}}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    tokenizer = word_tokenizer(64)
     texts = [{"text": " ".join(f"w{i}" for i in row["input_ids"])} for row in examples()]
 
     def run(folder, resume=None):

@@ -12,6 +12,7 @@ import torch
 
 from opdkernels import UpdateTracker, UsageError
 from opdkernels.tracking import tracker as tracker_module
+from tests.tiny_llama import tiny_llama, word_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 NAMES = {
@@ -213,27 +214,10 @@ def test_a_resumed_lightning_training_warns():
 def test_trl_supervised_fine_tuning(tmp_path):
     """Its own means are over the steps since its last log, whatever the tracker logs in between."""
     trl = pytest.importorskip("trl", reason="trl is not installed; `make trainers` installs it")
-    transformers = pytest.importorskip("transformers")
     datasets = pytest.importorskip("datasets")
-    tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, 32)}}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
     texts = datasets.Dataset.from_list([{"text": f"w{3 + i % 9} w{3 + i % 7} w{3 + i % 5}"} for i in range(48)])
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
 
     def run(with_tracker):
-        torch.manual_seed(0)
         args = trl.SFTConfig(
             output_dir=str(tmp_path),
             max_steps=6,
@@ -247,8 +231,8 @@ def test_trl_supervised_fine_tuning(tmp_path):
             bf16=False,
             save_strategy="no",
         )
-        model = transformers.LlamaForCausalLM(config).bfloat16()
-        trainer = trl.SFTTrainer(model, args, train_dataset=texts, processing_class=tokenizer)
+        model = tiny_llama(32, 16, 16, num_layers=1, dtype=torch.bfloat16)
+        trainer = trl.SFTTrainer(model, args, train_dataset=texts, processing_class=word_tokenizer(32))
         if with_tracker:
             trainer.add_callback(UpdateTracker(trainer, logging_steps=2))
         trainer.train()
