@@ -4,6 +4,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+NOTEBOOKS := .venv-notebooks
 READY := $(VENV)/.ready
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchmark
 SOURCES := $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*)
@@ -13,7 +14,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*)
 demo: $(READY)
 	$(BIN)/python examples/demo.py demo
 
-test: $(READY)
+test: $(READY) $(NOTEBOOKS)/.ready
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(READY)
@@ -44,12 +45,9 @@ trainers:
 	.venv-trainers/bin/python -m pip install -q -c constraints-trainers.txt --no-deps verl
 	.venv-trainers/bin/python -m pytest tests/optim/test_trainers.py tests/tracking/test_trainers.py
 
-# The notebooks of examples/, in a separate environment: the tests of the package run without pandas.
-notebooks:
-	$(PYTHON) -m venv .venv-notebooks
-	.venv-notebooks/bin/python -m pip install -q -c constraints.txt torch setuptools wheel
-	.venv-notebooks/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[distill,dev,notebooks]'
-	.venv-notebooks/bin/python -m pytest tests/test_examples.py
+# The notebooks of examples/.
+notebooks: $(READY) $(NOTEBOOKS)/.ready
+	$(BIN)/python -m pytest tests/test_examples.py
 
 # Kernels and optimizers under AddressSanitizer and UndefinedBehaviorSanitizer, threads under ThreadSanitizer (g++).
 sanitize: $(READY)
@@ -73,5 +71,13 @@ $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 	OPDKERNELS_REQUIRE_C=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[hub,triton,distill,docs,dev]'
 	touch $(READY)
 
+# Executes the notebooks: Jupyter and pandas above the packages of .venv, which are tested without pandas.
+$(NOTEBOOKS)/.ready: $(READY)
+	$(PYTHON) -m venv $(NOTEBOOKS)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $(NOTEBOOKS)/packages
+	cp $(NOTEBOOKS)/packages "$$($(NOTEBOOKS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/packages.pth"
+	$(NOTEBOOKS)/bin/python -m pip install -q -c constraints.txt nbclient ipykernel pandas matplotlib
+	touch $(NOTEBOOKS)/.ready
+
 clean:
-	rm -rf $(VENV) .venv-trainers build dist demo site opdkernels/*.so *.egg-info
+	rm -rf $(VENV) $(NOTEBOOKS) .venv-trainers build dist demo site opdkernels/*.so *.egg-info
