@@ -22,9 +22,9 @@ def percent(fraction: float | None, decimals: int | None = None) -> str:
     >>> percent(0.1234, 0), percent(-0.004, 0), percent(1, 1)
     ('12 %', '0 %', '100.0 %')
     """
-    if fraction is None or not math.isfinite(fraction):
+    value = math.nan if fraction is None else 100 * fraction
+    if not math.isfinite(value):  # it may also overflow
         return MISSING
-    value = 100 * fraction
     if decimals is not None:
         return f"{round(value, decimals) + 0.0:.{decimals}f} %"  # + 0.0 turns -0.0 into 0.0
     below_100 = 100 - value

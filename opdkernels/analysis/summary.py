@@ -24,6 +24,7 @@ CURVE = [float(f"{10 ** (k / 10):.4g}") for k in range(-90, -9)]  # 1e-9 .. 1e-1
 ULP_LABELS = [f"< -{ULP_REACH}", *(str(d) for d in range(-ULP_REACH, ULP_REACH + 1)), f"> {ULP_REACH}"]
 
 Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1.001)]  # expectations are rounded
 
 
 class Part(BaseModel):
@@ -46,7 +47,7 @@ class CoverageSummary(Part):
 
     compared: Count = Field(description="Parameters that were compared.")
     parameters: dict[str, Count] = Field(description="Parameters of each side, without buffers and copies.")
-    fractions: dict[str, float] = Field(description="Compared fraction of the parameters of each side.")
+    fractions: dict[str, Fraction] = Field(description="Compared fraction of the parameters of each side.")
     uncompared: list[str] = Field(description="Sides that hold tensors which were not compared.")
     complete: bool = Field(description="Every tensor of every side was compared.")
     sufficient: bool = Field(
@@ -59,10 +60,10 @@ class Curve(Part):
     """Fraction of coordinates with |delta| <= eps. The stored view has bounds: its tally holds |delta| to 16 bits."""
 
     eps: list[float]
-    visible: list[float | None]
-    stored_lower: list[float | None]
-    stored_upper: list[float | None]
-    null: list[float | None] = Field(description="Expected under the nearest null of each tensor.")
+    visible: list[Fraction | None]
+    stored_lower: list[Fraction | None]
+    stored_upper: list[Fraction | None]
+    null: list[Fraction | None] = Field(description="Expected under the nearest null of each tensor.")
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Curve:

@@ -158,7 +158,8 @@ def run_section(product: Product, repo_id: str, base_model: str | None, base: st
     if base_model is None:
         base = escape(short_path(summary["base"]))
     rows = {"base": base, **(analysis_rows(summary) if product.kind == "analyze" else {})}
-    rows |= {"identity of the run": f"`{run['identity']}`", "written by": f"opdkernels {run['versions']['opdkernels']}"}
+    rows["identity of the run"] = f"`{run['identity']}`"
+    rows["written by"] = f"opdkernels {escape(run['versions']['opdkernels'])}"
     load_call = LOADERS[product.kind]
     example = code(
         f"import {load_call.partition('(')[0].rpartition('.')[0]}",

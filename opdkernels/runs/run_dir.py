@@ -61,15 +61,19 @@ class Machine(Part):
     instruction_set: str
 
 
+class Versions(Part):
+    opdkernels: str
+
+
 class RunFile(Part):
     """The content of run.json."""
 
-    status: str
-    command: str
-    identity: str
+    status: Literal["running", "complete", "failed"]
+    command: Literal["analyze", "overlap", "trajectory"]
+    identity: str = Field(pattern="^[0-9a-f]{32}$")
     options: Options
     inputs: dict[str, Input]
-    versions: dict[str, str]
+    versions: Versions
     machine: Machine
     started: str
     seconds: float | None = Field(None, ge=0)
