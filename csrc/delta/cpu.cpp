@@ -48,7 +48,54 @@ void add_table(CallCounts& call, int t, opd_i64* squares, opd_i64* values, int s
   }
 }
 
-void fold(DeltaWork& work, CallCounts& call, int n_thresholds, bool bf16_pair) {
+// Adds what `by_step` holds, as if each coordinate had been counted alone.
+void fold_steps(DeltaWork& work, CallCounts& call, const DeltaOptions& options, bool bf16_pair) {
+  opd_u16 threshold_bits[OPD_MAX_VISIBLE_THRESHOLDS];
+  for (int k = 0; k < OPD_MAX_VISIBLE_THRESHOLDS; k++) threshold_bits[k] = (opd_u16)options.threshold_bits[k];
+  for (int row = 0; row < OPD_STEP_ROWS; row++) {
+    const int step = row - OPD_STEPS;
+    const bool equal = row == OPD_EQUAL_BITS || (bf16_pair && !step), counted_alone = row == OPD_MORE_STEPS;
+    const auto add = [&](int w, opd_u32 count) {
+      const int magnitude = w & 0x7FFF;
+      call.bin(HIST_BASE, magnitude) += count;
+      if (equal) call.counts[COUNT_BIT_EQUAL] += count;
+      else if (!(bf16_pair && counted_alone)) call.bin(HIST_BASE_CHANGED, magnitude) += count;
+      if (equal || counted_alone || !step) return;
+      const opd_u16 v = (opd_u16)(w + step), delta = (opd_u16)visible_delta((opd_u16)w, v);
+      call.bin(HIST_DELTA, delta) += count;
+      const int exceeded = change_class(delta, threshold_bits) - 1;
+      for (int k = 0; k < exceeded; k++) call.bin(HIST_BASE_OVER + k, magnitude) += count;
+      call.bin(HIST_TRAINED_CHANGED, v & 0x7FFF) += count;
+      call.counts[COUNT_ULP + ulp_bin((opd_u16)w, v)] += count;
+      const double abs_delta = bf16_to_float(delta);  // exact: a few steps of one number
+      if (bf16_pair && abs_delta > work.max_delta) work.max_delta = abs_delta;
+    };
+    const auto drain_bins = [&](int first, int stop) {
+      if (first < stop) drain(work.by_step[row] + first, stop - first, [&](int i, opd_u32 n) { add(first + i, n); });
+    };
+    for (int sign = 0; sign < 2 * OPD_BINS; sign += OPD_BINS) {
+      const int first = work.smallest / 64 * 64, stop = (work.largest + 64) / 64 * 64;
+      drain_bins(sign, sign + (first < 64 ? first : 64));  // bin 0
+      drain_bins(sign + first, sign + stop);
+    }
+  }
+  work.smallest = OPD_BINS, work.largest = -1;
+  if (bf16_pair) return;
+  call.bin(HIST_BASE_CHANGED, 0) -= work.signs_of_zero;
+  work.signs_of_zero = 0;
+  drain(work.hist_delta_blocks, OPD_BINS, [&](int i, opd_u32 count) {
+    call.bin(HIST_DELTA_STORED, i) += count;
+    for (int k = 0; k < OPD_STORED_THRESHOLDS; k++) {
+      // The coordinates in the bin of a threshold itself were compared one by one.
+      const opd_u32 below = i < (int)(float_bits((float)options.thresholds[k]) >> 16) ? count : 0;
+      call.counts[COUNT_LT + k] += below;
+      call.counts[COUNT_LE + k] += below;
+    }
+  });
+}
+
+void fold(DeltaWork& work, CallCounts& call, const DeltaOptions& options, bool bf16_pair) {
+  if (work.largest >= 0) fold_steps(work, call, options, bf16_pair);
   drain(work.hist_base, 65536, [&](int i, opd_u32 count) { call.bin(HIST_BASE, i & 0x7FFF) += count; });
   drain(work.hist_delta, OPD_BINS, [&](int i, opd_u32 count) { call.bin(HIST_DELTA, i) += count; });
   drain(work.hist_trained_changed, OPD_BINS, [&](int i, opd_u32 count) { call.bin(HIST_TRAINED_CHANGED, i) += count; });
@@ -58,7 +105,7 @@ void fold(DeltaWork& work, CallCounts& call, int n_thresholds, bool bf16_pair) {
   drain(work.hist_delta_stored, OPD_BINS,
         [&](int i, opd_u32 count) { call.bin(HIST_DELTA_STORED, i) += (int32_t)count; });
   std::memset(work.hist_base_by_class, 0, sizeof(opd_u32) * OPD_BINS);
-  for (int c = 1; c <= n_thresholds + 1; c++)
+  for (int c = 1; c <= options.n_thresholds + 1; c++)
     drain(work.hist_base_by_class + c * OPD_BINS, OPD_BINS, [&](int i, opd_u32 count) {
       if (bf16_pair) call.bin(HIST_BASE_CHANGED, i) += count;  // bfloat16 pairs differ in both views or in neither
       for (int k = 0; k < c - 1; k++) call.bin(HIST_BASE_OVER + k, i) += count;
@@ -140,7 +187,7 @@ void delta(const void* base, int base_dtype, const void* trained, int trained_dt
     double largest = 0;
     for (int t = 0; t < threads; t++) {
       DeltaWork& work = *workers[t];
-      fold(work, call, options.n_thresholds, bf16_pair);
+      fold(work, call, options, bf16_pair);
       for (int s = 0; s < NUM_SUMS; s++) {
         for (int i = 0; i < OPD_SUM_LIMBS; i++) total[s][i] += work.sums[s][i];
         propagate_carry(total[s]);

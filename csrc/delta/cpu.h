@@ -3,6 +3,11 @@
 #include "../common/cpu/kernels.h"
 #include "delta.h"
 
+#define OPD_STEPS 7                            // bfloat16 steps from w to v, up or down, that a table counts
+#define OPD_MORE_STEPS (2 * OPD_STEPS + 1)     // its row of coordinates with more steps; they are also counted alone
+#define OPD_EQUAL_BITS (OPD_MORE_STEPS + 1)    // its row of those that are equal in all bits, in wider pairs
+#define OPD_STEP_ROWS (OPD_EQUAL_BITS + 1)
+
 // The counts of one thread. 32-bit counters stay in cache; a thread counts fewer than 2^31 coordinates before a fold.
 struct DeltaWork {
   opd_u32 hist_base[65536];                   // by all 16 bits of w: no masking in the hot loop
@@ -17,6 +22,12 @@ struct DeltaWork {
   opd_i64 sums[NUM_SUMS][OPD_SUM_LIMBS];      // bfloat16 pairs: corrections to the last two
   opd_i64 nonfinite, bit_equal, unchanged_rtol;
   double max_delta;
+
+  // What csrc/delta/steps.inl counts.
+  opd_u32 by_step[OPD_STEP_ROWS][65536];  // [steps + OPD_STEPS][all 16 bits of w]
+  opd_u32 hist_delta_blocks[OPD_BINS];    // wider pairs: stored |delta|; its counts below thresholds follow from it
+  opd_i64 signs_of_zero;                  // +0 against -0 among OPD_MORE_STEPS: these do not differ in value
+  int smallest = OPD_BINS, largest = -1;  // the bins of |w| in use in `by_step`, besides bin 0; none: largest is -1
 };
 
 struct DeltaOptions {

@@ -197,6 +197,7 @@ static void count_inexact(const InexactQueue& inexact, int n, const DeltaOptions
 }
 
 // Counts coordinates whose bits differ. With `stored` the pair is bfloat16 and the stored view is counted too.
+__attribute__((noinline))  // called once per some thousand coordinates, from many loops
 static void count_changed(const ChangedQueue& changed, const DeltaOptions& options, DeltaWork& work, bool stored) {
   const int n = changed.n;
   opd_u16 delta[2 * OPD_DELTA_BLOCK], trained[2 * OPD_DELTA_BLOCK], group[2 * OPD_DELTA_BLOCK];
@@ -419,12 +420,36 @@ static void change_bits(const void* base, int base_dtype, const void* trained, i
   }
 }
 
+}  // namespace OPD_ISA
+
+#include "steps.inl"
+
+namespace OPD_ISA {
+#define OPD_STEPS_FROM_BF16 (1 << 18)  // coordinates of a call from which folding `by_step` pays
+#define OPD_STEPS_FROM_WIDE (1 << 15)
+
 static void delta(const void* base, int base_dtype, const void* trained, int trained_dtype, opd_i64 n,
                   const DeltaOptions* options, DeltaWork* work, unsigned char* mask) {
   if (mask) change_bits(base, base_dtype, trained, trained_dtype, n, *options, mask);
-  if (base_dtype == BF16 && trained_dtype == BF16)
+  const bool bf16_pair = base_dtype == BF16 && trained_dtype == BF16;
+  const bool fp64 = base_dtype == FP64 || trained_dtype == FP64;
+#if defined(OPD_AVX2) || defined(OPD_AVX512)
+  if (bf16_pair && n >= OPD_STEPS_FROM_BF16) {
+    count_steps_bf16((const opd_u16*)base, (const opd_u16*)trained, n, *options, *work,
+                     [=](const opd_u16* w, const opd_u16* v, opd_i64 m) { delta_bf16(w, v, m, *options, *work); });
+    return;
+  }
+  if (!bf16_pair && !fp64 && n >= OPD_STEPS_FROM_WIDE) {
+    count_steps_wide(base, base_dtype, trained, trained_dtype, n, *options, *work, [=](opd_i64 start, opd_i64 m) {
+      delta_wide<float>((const char*)base + start * element_bytes(base_dtype), base_dtype,
+                        (const char*)trained + start * element_bytes(trained_dtype), trained_dtype, m, *options, *work);
+    });
+    return;
+  }
+#endif
+  if (bf16_pair)
     delta_bf16((const opd_u16*)base, (const opd_u16*)trained, n, *options, *work);
-  else if (base_dtype == FP64 || trained_dtype == FP64)
+  else if (fp64)
     delta_wide<double>(base, base_dtype, trained, trained_dtype, n, *options, *work);
   else
     delta_wide<float>(base, base_dtype, trained, trained_dtype, n, *options, *work);
