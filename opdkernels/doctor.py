@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from opdkernels.backends import cpu, cuda, devices, dispatch, triton
+from opdkernels.backends import cpu, cuda, devices, dispatch, lapack, triton
 from opdkernels.errors import printable
 from opdkernels.ops import all_operators
 from opdkernels.version import __version__
+
+LAPACKS = {"openblas": "NumPy's OpenBLAS", "torch": "torch's LAPACK"}  # by `lapack.chosen_library`
 
 
 def installed(package: str) -> str | None:
@@ -78,6 +80,7 @@ def examine() -> dict[str, Any]:
         "openmp": module.openmp if module is not None else None,
         "instruction_sets": module.available_isas() if module is not None else [],
         "instruction_set_used": module.current_isa() if module is not None else None,
+        "lapack": lapack.chosen_library(),
         "compiler_here": shutil.which("g++") or shutil.which("c++"),
         "cuda_library": cuda.launch.library_cuda_major(),
         "cuda_library_is_stale": cuda.launch.library_is_stale(),
@@ -117,6 +120,7 @@ def format_text(result: dict[str, Any]) -> list[str]:
         f"  built with     {result['built_with'] or '-'}, OpenMP {'on' if result['openmp'] else 'off: one thread'}",
         f"  instructions   {result['instruction_set_used'] or '-'} in use; available here: {instruction_sets} "
         "(select one with OPDKERNELS_ISA)",
+        f"  eigenvalues    by {LAPACKS[result['lapack']]} (select with OPDKERNELS_LAPACK)",
         f"  compiler       {result['compiler_here'] or 'none: a reinstall from source would use the reference'}",
         f"CUDA             {gpu}; torch is built {torch_cuda}",
         f"  kernels        {result['cuda_kernels']}",

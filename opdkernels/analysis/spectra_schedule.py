@@ -19,6 +19,7 @@ import torch
 
 from opdkernels.analysis.matrices import Matrix, matrices, views_of
 from opdkernels.analysis.matrix_spectra import BaseFactors, SpectraConfig, matrix_spectra
+from opdkernels.backends import lapack
 from opdkernels.checkpoint.match import ITEM_BYTES, Pair
 from opdkernels.formatting import byte_size
 from opdkernels.metrics.similarity import Similarity, Vectors, similarity_to_last
@@ -127,7 +128,10 @@ def compute_spectra(
     done = total_cost - sum(task.cost for task in tasks)
     memory = MemoryBudget(config.memory)
     num_workers = torch.get_num_threads()
-    with ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with (
+        lapack.one_thread(),
+        ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
         pending = {
             pool.submit(process_matrix, task, config, memory): task
             for task in sorted(tasks, key=lambda task: -task.cost)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 
-from opdkernels.backends import cpu
+from opdkernels.backends import cpu, lapack
 from opdkernels.checkpoint.base import Checkpoint
 from opdkernels.errors import InputError, printable
 from opdkernels.files import remove_leftovers, try_lock, write_json
@@ -59,6 +59,7 @@ class Machine(Part):
     processor: str
     threads: int
     instruction_set: str
+    lapack: str | None = None
 
 
 class Versions(Part):
@@ -134,6 +135,7 @@ def describe_run(
             "processor": processor(),
             "threads": torch.get_num_threads(),
             "instruction_set": "reference" if cpu.unavailable_reason() else cpu.native.current_isa(),
+            "lapack": lapack.chosen_library(),
         },
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from opdkernels.spectral.symmetric import eigenvalues, top_eigenvectors
+
 # The paper's fractions: of the coordinates in a mask, and of the singular vectors in a top subspace
 RATIOS = (0.01, 0.05, 0.1, 0.2)
 # Rows of W^T delta summed in fp32, if the long side is at least LONG times the short one and there are LARGE elements.
@@ -85,9 +87,9 @@ class Factor:
         return Factor(self.sigma.to(device), self.vectors.to(device))
 
 
-def roots(eigenvalues: torch.Tensor) -> torch.Tensor:
+def roots(squares: torch.Tensor) -> torch.Tensor:
     """Singular values, descending, from the ascending eigenvalues of a Gram matrix."""
-    return eigenvalues.flip(-1).clamp(min=0).sqrt()
+    return squares.flip(-1).clamp(min=0).sqrt()
 
 
 def resolved(sigma: torch.Tensor) -> torch.Tensor:
@@ -98,8 +100,8 @@ def resolved(sigma: torch.Tensor) -> torch.Tensor:
 
 def factorise(gram: torch.Tensor, keep: int) -> Factor:
     """All singular values and the `keep` top vectors from one Gram matrix [r, r]."""
-    values, vectors = torch.linalg.eigh(gram)
-    return Factor(roots(values), vectors[:, -keep:].flip(-1).contiguous())
+    values, vectors = top_eigenvectors(gram, keep)
+    return Factor(roots(values), vectors.flip(-1).contiguous())
 
 
 def factorise_matrix(matrix: torch.Tensor, keep: int) -> Factor:
@@ -110,7 +112,7 @@ def factorise_matrix(matrix: torch.Tensor, keep: int) -> Factor:
 
 def singular_values(gram: torch.Tensor) -> torch.Tensor:
     """Singular values [r], descending, from one Gram matrix [r, r]."""
-    return roots(torch.linalg.eigvalsh(gram))
+    return roots(eigenvalues(gram))
 
 
 def leading(values: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
@@ -127,7 +129,7 @@ def mean_sines(cosines: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
     for k in ranks:
         inner = cosines[:k, :k]
         sin_sq = torch.eye(k, dtype=inner.dtype, device=inner.device) - inner @ inner.T
-        means.append(torch.linalg.eigvalsh(sin_sq).clamp(0, 1).sqrt().mean())
+        means.append(eigenvalues(sin_sq).clamp(0, 1).sqrt().mean())
     return torch.stack(means)
 
 

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from opdkernels.spectral.principal import Masks, row_blocks
+from opdkernels.spectral.symmetric import eigenvalues
 
 BINS = 1 << 15  # bf16 magnitudes
 DRAWS = 4  # of U^T D V; the Monte-Carlo error of a mean is its standard deviation over 2
@@ -237,7 +238,7 @@ def top_of_random(long: int, short: int, top: int, scale: torch.Tensor | None = 
     for _ in range(DRAWS):
         draw = torch.randn(long, short, generator=generator, dtype=torch.float64)
         matrix = draw if scale is None else scale * draw
-        squares = torch.linalg.eigvalsh(matrix.T @ matrix).clamp(min=0).flip(0)
+        squares = eigenvalues(matrix.T @ matrix).clamp(min=0).flip(0)
         sums += float(squares.sum() / squares[0]), float(squares[:top].sum() / squares.sum())
     return sums
 
@@ -317,7 +318,7 @@ def one_perturbation(
             inner = x.T @ x
             if rest is not None:
                 inner.diagonal().add_(rest[:k])
-            tangent_sq = torch.linalg.eigvalsh(inner).clamp(min=0)
+            tangent_sq = eigenvalues(inner).clamp(min=0)
             sines.append(float((tangent_sq / (1 + tangent_sq)).sqrt().mean()))
         tangents.append(np.array(sines))
     gained = right_tangent.mul_(right).tril(-1)  # [i, j]: what the square of the larger value j takes from that of i
