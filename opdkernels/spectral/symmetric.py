@@ -123,21 +123,16 @@ class Tridiagonal:
         n = len(self.diagonal)
         tops = np.ldexp(values[-keep:], -self.exponent)
         vectors = np.empty((keep, n))
-        blocks, ends, failed, integers = (
-            np.ones(n, np.int64),
-            np.full(n, n),
-            np.zeros(keep, np.int64),
-            np.zeros(3 * n, np.int64),
-        )
-        work = np.empty(max(5 * n, BLOCK * keep))
+        blocks, ends = np.ones(n, np.int64), np.full(n, n, np.int64)  # one block, which ends at row n
+        failed, integers, work = np.zeros(keep, np.int64), np.zeros(3 * n, np.int64), np.empty(max(5 * n, BLOCK * keep))
         if self.splits() and not self.find_blocks(tops, blocks, ends, work, integers):
             return None
         band = n, self.diagonal, self.off_diagonal
         if lapack.call("dstein", *band, keep, tops, blocks, ends, vectors, n, work, integers, failed):
             return None
-        vectors = np.ascontiguousarray(vectors[np.argsort(tops, kind="stable")])
-        lapack.call("dormtr", "L", "L", "N", n, keep, self.reflectors, n, self.factors, vectors, n, work, work.size)
-        return vectors
+        ascending = np.ascontiguousarray(vectors[np.argsort(tops, kind="stable")])
+        lapack.call("dormtr", "L", "L", "N", n, keep, self.reflectors, n, self.factors, ascending, n, work, work.size)
+        return ascending
 
     def find_blocks(
         self, tops: np.ndarray, blocks: np.ndarray, ends: np.ndarray, work: np.ndarray, integers: np.ndarray
