@@ -21,7 +21,7 @@ from opdkernels.metrics.spectra import FINAL, SpectrumRecord, open_spectra
 from opdkernels.metrics.tallies import TallyRecord, open_tallies
 from opdkernels.metrics.verdict import matrix_comparisons, pair_verdict
 from opdkernels.ops.delta import Tally
-from opdkernels.runs.run_dir import load_finished
+from opdkernels.runs.run_dir import REMEDY, load_finished
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -172,13 +172,18 @@ def load(path: str | Path) -> Analysis:
     if run["command"] != "analyze":
         raise InputError(f"{printable(str(folder))} holds a run of {run['command']}; give the folder of an analyze run")
     tallies, spectra = open_tallies(folder / "tallies").records, open_spectra(folder / "spectra").records
+    summary, groups = read_summary(folder), read_table(folder, run, "groups")
+    tables = {name: read_table(folder, run, name) if f"{name}.parquet" in run["outputs"] else None for name in SPECTRA}
+    has_spectra = any(table is not None for table in tables.values())
+    if bool(summary["views"]) != bool(len(groups)) or (summary.get("spectra") is not None) != has_spectra:
+        raise InputError(f"{printable(str(folder))} has a summary.json of other tables; {REMEDY}")
     return Analysis(
         read_table(folder, run, "tensors"),
-        read_table(folder, run, "groups"),
-        read_summary(folder),
+        groups,
+        summary,
         run,
         [tallies[index] for index in sorted(tallies)],
         folder,
-        **{name: read_table(folder, run, name) if f"{name}.parquet" in run["outputs"] else None for name in SPECTRA},
+        **tables,
         spectrum_records=[spectra[key] for key in sorted(spectra)],
     )

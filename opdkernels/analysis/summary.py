@@ -155,7 +155,7 @@ class Comparison(Part):
     observed: float
     expected: float
     ratio: float = Field(description="Observed over expected; of matrices the median of the ratios.")
-    low: float = Field(description="Lower end of the interval of 95 %, from the deviation of the null.")
+    low: float = Field(description="Lower end of the 95 % interval, from the deviation of the null.")
     high: float = Field(description="Upper end of the interval.")
     words: str = Field(description="as rounding alone, more than rounding alone, or less than rounding alone.")
 
@@ -214,9 +214,15 @@ def read_summary(folder: Path) -> dict[str, Any]:
     path = folder / "summary.json"
     content = read_json(path, remedy=REMEDY)
     summary = validate(Summary, content, printable(str(path)), remedy=REMEDY)
+    if summary.views and summary.views.keys() != set(VIEWS):
+        names = ", ".join(map(printable, summary.views))
+        raise InputError(f"{printable(str(path))} is not valid: it has the views {names}; {REMEDY}")
     for view, metrics in summary.views.items():
         known = {metric.name for metric in metrics_of("groups") if view in metric.views}
-        if view not in VIEWS or metrics.keys() != known:
+        counts = [metrics.get(name) for name in ("numel", "nonfinite")]
+        if not all(isinstance(count, int) and count >= 0 for count in counts):
+            raise InputError(f"{printable(str(path))} is not valid: the view {view} has no number of values; {REMEDY}")
+        if metrics.keys() != known:
             names = ", ".join(sorted(metrics.keys() ^ known)[:3])
             raise InputError(
                 f"{printable(str(path))} is not valid: other metrics in the view {printable(view)}"

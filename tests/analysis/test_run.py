@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -328,6 +329,44 @@ def test_summary_matches_its_schema(pair, tmp_path):
     described = json.loads(summary.schema())["properties"]["views"]["properties"]
     for view, metrics in result.summary["views"].items():
         assert set(metrics) == set(described[view]["properties"]) == set(described[view]["required"])
+
+
+@pytest.mark.parametrize("change", [
+    lambda views: views.pop("stored"),
+    lambda views: views.update(other=views["stored"]),
+    lambda views: views["visible"].popitem(),
+    lambda views: views["visible"].update(other=1.0),
+    lambda views: views["visible"].update(numel=None),
+    lambda views: views["stored"].update(nonfinite=-1),
+])  # fmt: skip
+def test_a_summary_with_other_views_is_refused(pair, tmp_path, change):
+    from opdkernels.analysis import summary
+
+    analyze(*pair, tmp_path)
+    content = json.loads((tmp_path / "summary.json").read_text())
+    assert summary.read_summary(tmp_path) == content
+    change(content["views"])
+    (tmp_path / "summary.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"summary\.json is not valid: .*; run the command again with --overwrite"):
+        summary.read_summary(tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    lambda content: content.pop("spectra"),
+    lambda content: content.update(spectra=None),
+    lambda content: content.update(views={}),
+])  # fmt: skip
+def test_a_summary_of_other_tables_is_refused(pair, tmp_path, change):
+    analyze(*pair, tmp_path)
+    content = json.loads((tmp_path / "summary.json").read_text())
+    change(content)
+    text = json.dumps(content).encode()
+    (tmp_path / "summary.json").write_bytes(text)
+    run = json.loads((tmp_path / "run.json").read_text())
+    run["outputs"]["summary.json"] = hashlib.blake2b(text, digest_size=16).hexdigest()
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.raises(InputError, match=r"has a summary\.json of other tables"):
+        load(tmp_path)
 
 
 def test_records_keep_counts_of_any_size():
