@@ -274,8 +274,13 @@ class Application:
         if tensor.base is None and hexdigest != tensor.digest:
             raise self.patch.bad(f"holds a tensor {printable(info.name)} with a wrong digest")
         if tensor.base is not None and hexdigest != tensor.base_digest:
+            if hexdigest == tensor.digest:
+                raise InputError(
+                    f"{self.shown} already has the trained {printable(info.name)}: {printable(self.patch.path)} was "
+                    "applied to it, or it is the trained checkpoint; give the base"
+                )
             raise self.wrong_base(
-                tensor.base, f"has a tensor of digest {hexdigest} where the patch was made from {tensor.base_digest}"
+                tensor.base, f"differs from the base: its digest is {hexdigest}, that of the base {tensor.base_digest}"
             )
 
     def _segments(self, infos: Iterable[TensorInfo]) -> Iterator[Piece]:

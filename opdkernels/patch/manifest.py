@@ -312,9 +312,9 @@ def format_text(result: dict[str, Any]) -> list[str]:
     stored_in_full = result["tensors_whole"]
     text = [
         f"{printable(result['path'])}: {byte_size(result['bytes'])}, {percent(result['fraction'])} of the"
-        f" {byte_size(result['bytes_trained'])} it gives",
+        f" {byte_size(result['bytes_trained'])} checkpoint that it restores",
         f"from   {result['base_digest']}",
-        f"makes  {result['trained_digest']}: {', '.join(map(printable, result['files']))}",
+        f"result {result['trained_digest']}: {', '.join(map(printable, result['files']))}",
         f"changed {result['changed']:,} of {result['items']:,} ({percent(result['density'])}),"
         f" {result['tensors']} tensors, {result['tensors_unchanged']} of them unchanged",
     ]
@@ -331,7 +331,7 @@ def format_applied(result: dict[str, Any], out: str) -> list[str]:
     files = ", ".join(map(printable, result["files"]))
     return [
         f"{printable(out)}: restored {files}, {byte_size(result['bytes_trained'])}",
-        f"verified: the digest of what was written is that of the trained checkpoint, {result['trained_digest']}",
+        f"verified: the output has the digest of the trained checkpoint, {result['trained_digest']}",
         *extra_file_lines(result),
         *(
             f"left out: {printable(name)}, which the base folder lacks or has otherwise; copy it yourself"

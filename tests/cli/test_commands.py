@@ -185,7 +185,7 @@ def test_patch_round_trip_is_byte_exact(pair, tmp_path):  # noqa: F811
     assert result["trained_digest"] in done.stdout
     done = run("patch", "apply", pair[1], tmp_path / "p", "-o", tmp_path / "other")
     assert done.returncode == 4
-    assert "is a patch for another base" in done.stderr
+    assert "already has the trained" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "other").exists()
 

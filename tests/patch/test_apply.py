@@ -193,7 +193,7 @@ def flip(tensors: dict[str, torch.Tensor]) -> None:
     [
         (
             flip,
-            r"other has a tensor of digest [0-9a-f]{32} where the patch was made from [0-9a-f]{32} \(size 70001\):"
+            r"other differs from the base: its digest is [0-9a-f]{32}, that of the base [0-9a-f]{32} \(size 70001\):"
             r" .*p is a patch for another base, with digest [0-9a-f]{32}",
         ),
         (lambda tensors: tensors.pop("scalar"), r"lacks a tensor that the patch changes \(scalar\)"),
@@ -326,7 +326,7 @@ def test_apply_to_changes_a_state_dict_in_place(alive, short_segments):
     assert model["of torch.float32"]._version > version
     assert not wide[:, 1].any()
     assert model["more"].tolist() == [1, 1, 1]
-    with pytest.raises(InputError, match="another base"):
+    with pytest.raises(InputError, match="already has the trained"):
         apply_to(model, path)
 
 
@@ -334,7 +334,7 @@ def test_mismatched_state_dict_is_not_modified(alive):
     model, _, path = alive
     model["size 70001"][3] = 1.0
     untouched = {name: tensor.clone() for name, tensor in model.items()}
-    with pytest.raises(InputError, match="the state dict has a tensor of digest"):
+    with pytest.raises(InputError, match="the state dict differs from the base: its digest is"):
         apply_to(model, path)
     assert all(same(model[name], untouched[name]) for name in model)
     scalar = model.pop("scalar")
