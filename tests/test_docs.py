@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import types
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,22 @@ def test_mask_guide_checks_saves_and_resumes(folder, monkeypatch, tmp_path):
     assert not torch.equal(dict(model.named_parameters())[MASK], namespace["before"][MASK])
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.png")), ids=lambda path: path.name)
+def test_pictures_are_intact(path):
+    """Each chunk of a PNG file has its checksum."""
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    position, kinds = 8, []
+    while position < len(content):
+        length = int.from_bytes(content[position : position + 4], "big")
+        kind_and_data = content[position + 4 : position + 8 + length]
+        kinds.append(kind_and_data[:4])
+        checksum = content[position + 8 + length : position + 12 + length]
+        assert zlib.crc32(kind_and_data) == int.from_bytes(checksum, "big")
+        position += 12 + length
+    assert kinds[-1] == b"IEND"
+
+
 def test_patch_guide_patches_a_loaded_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, side in (("base", "base"), ("trained", "seed1")):
@@ -168,7 +185,7 @@ def test_patch_guide_patches_a_loaded_model(tmp_path, monkeypatch):
     (code,) = blocks(page("guides/patches.md"))
     exec(code, {"model": model})
     assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
-    with pytest.raises(opdkernels.InputError, match="another base"):
+    with pytest.raises(opdkernels.InputError, match="already has the trained"):
         opdkernels.patch.apply_to(model.state_dict(), "step-200.patch")
     with pytest.raises(opdkernels.InputError, match="load the model with the dtype"):
         opdkernels.patch.apply_to(sample_model("base").float().state_dict(), "step-200.patch")
