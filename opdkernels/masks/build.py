@@ -163,7 +163,7 @@ def nonfinite_sentence(count: int) -> str:
 
 
 def top_changed(
-    base: str | os.PathLike[str], trained: str | os.PathLike[str], density: float, *, scope: str = "tensor"
+    base: str | os.PathLike[str], trained: str | os.PathLike[str], density: float, *, scope: str = "model"
 ) -> MaskSet:
     """The top fraction of coordinates by |delta| between two checkpoints as stored. Reads both three times, in chunks.
 
@@ -188,7 +188,7 @@ def top_changed(
         UsageError: `density` or `scope` is not valid.
 
     Example:
-        masks = top_changed("Qwen2.5-0.5B", "my-run/step-200", 0.2, scope="model")
+        masks = top_changed("Qwen2.5-0.5B", "my-run/step-200", 0.2)
     """
     validate_density(density, scope)
     with contextlib.closing(open_pair(base, trained)) as pair:

@@ -114,11 +114,9 @@ def format_stats(stats: dict[str, Any]) -> list[str]:
 def format_comparison(comparison: dict[str, Any]) -> list[str]:
     """The result of `compare_masks` as lines of text."""
     over_chance = ", ".join(
-        f"{times(comparison[key])} {reference}"
-        for key, reference in (
-            ("over_uniform", "chance per tensor"),
-            ("over_uniform_global", "chance over the model"),
-        )
+        f"{times(comparison[key])} chance {scope}"
+        + (f" ({percent(comparison['coverage_a'] / comparison[key])} of A)" if comparison[key] else "")
+        for key, scope in (("over_uniform", "per tensor"), ("over_uniform_global", "over the model"))
         if comparison[key] is not None
     )
     text = [
@@ -127,6 +125,9 @@ def format_comparison(comparison: dict[str, Any]) -> list[str]:
         f"Jaccard {percent(comparison['jaccard'])}" + (f"; {over_chance}" if over_chance else ""),
     ]
     rows = [row for row in comparison["by_tensor"] if row["over_uniform"] is not None]
-    for row in sorted(rows, key=lambda row: -row["over_uniform"])[:MAX_TENSORS_LISTED]:
+    rows = sorted(rows, key=lambda row: -row["active_a"])[:MAX_TENSORS_LISTED]
+    if rows:
+        text.append(f"{'over chance':>11}  {'of A in B':>9}  tensor, those with the most active coordinates of A first")
+    for row in rows:
         text.append(f"{times(row['over_uniform']):>11}  {percent(row['coverage_a']):>9}  {printable(row['name'])}")
     return text
