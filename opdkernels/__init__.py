@@ -1,4 +1,4 @@
-"""Measure what post-training changed in a model's weights, and train only that, at memory bandwidth.
+"""Measure what post-training changed in a model's weights, and train only that.
 
 Importing this package imports nothing else: a public name imports its module when it is first used.
 

@@ -74,7 +74,8 @@ def format_comparisons(comparisons: Sequence[dict[str, Any]]) -> list[str]:
     if not comparisons:
         return []
     width = max(34, *(len(entry["label"]) + 2 for entry in comparisons))
-    text = [f"{'':{width}}{'observed':>12}{'rounding':>12}{'ratio':>9}   (interval of 95 %; of matrices: medians)"]
+    columns = f"{'observed':>12}{'rounding':>12}{'ratio':>9}   (95 % interval; medians for metrics of matrices)"
+    text = [f"{'':{width}}{columns}"]
     for entry in comparisons:
         show = measure if entry["metric"] in MEASURES else percent
         ends = f"({times(entry['low'])} to {times(entry['high'])})"

@@ -76,7 +76,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     """What a reader of the table has to know: how it is meant, what failed, whether the machine was busy."""
     machine, lines = result["machine"], []
     if result["options"]["against"]:
-        lines.append("A speed below 1x says that this package is slower. Extra memory: of a call, / of PyTorch.")
+        lines.append("A speed below 1x says that this package is slower. Extra memory per call: opdkernels / PyTorch.")
     if "compile" in result["options"]["against"]:
         lines.append("torch.compile is measured where plain PyTorch has passes that a compiler can fuse.")
     if machine["instruction_set"] == "reference" and not machine["gpu"]:

@@ -339,7 +339,7 @@ WORKLOADS = (
     Workload("gather of a bf16 pair", "patch", make_gather, "nonzero and index", "read"),
     Workload("scatter of a bf16 pair", "patch", make_scatter, "clone and index_copy_", "copy"),
     Workload(
-        "AdamW step of bf16, exact",
+        "AdamW step of bf16, exact, 20 % active",
         "step",
         step_of(BF16, "split_master"),
         "fused AdamW of an fp32 master, frozen weights restored",
@@ -347,7 +347,7 @@ WORKLOADS = (
         fuses=True,
     ),
     Workload(
-        "AdamW step of fp32",
+        "AdamW step of fp32, 20 % active",
         "step",
         step_of(FP32, "nearest"),
         "fused AdamW, frozen weights restored",

@@ -45,7 +45,7 @@ def opdkernels(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Measure what post-training changed in a model's weights, at memory bandwidth.
+    """Measure what post-training changed in a model's weights.
 
     Checkpoints are folders, files (safetensors or PyTorch) or hub ids (org/name@revision).
 

@@ -1,6 +1,6 @@
 """What a pair of checkpoints is, in words: one rule for the terminal, pages and summary.json.
 
-A metric is compared with what rounding alone gives: its ratio to the expectation has an interval of 95 % from the
+A metric is compared with what rounding alone gives: its ratio to the expectation has a 95 % interval from the
 deviation of the null. It is "as rounding alone" if the interval reaches within TOLERANCE of 1, and otherwise "more
 than" or "less than rounding alone": differences that only many coordinates make significant are no finding.
 """
@@ -18,7 +18,7 @@ from opdkernels.errors import printable
 from opdkernels.formatting import percent, times
 
 TOLERANCE = 0.1  # a ratio within a tenth of 1 is as rounding alone, whatever its interval
-NORMAL_95 = 1.96  # deviations on either side of an interval of 95 %
+NORMAL_95 = 1.96  # deviations on either side of a 95 % interval
 MEDIAN_DEVIATION = math.sqrt(math.pi / 2)  # of the median over that of the mean, for normal values
 DENSE = 0.5  # fraction of visibly changed coordinates from which rounding hides too little to explain anything
 UNRELATED = 0.5  # |W' - W| / |W| from which two checkpoints do not look like the start and the end of one run
@@ -36,11 +36,11 @@ COVERAGE_COMPARISONS = {
     "principal_not_low_coverage_10pct": "principal, not near-zero coverage at 10 %",
 }
 MATRIX_COMPARISONS = {
-    "projection_10pct": "energy within the top tenths of W",
-    "projection_left_10pct": "energy within the left top tenth of W",
-    "projection_right_10pct": "energy within the right top tenth of W",
-    "rotation_left_10pct": "rotation of the left top tenth of W",
-    "rotation_right_10pct": "rotation of the right top tenth of W",
+    "projection_10pct": "energy in the top 10 % directions of W",
+    "projection_left_10pct": "energy in the top 10 % left directions of W",
+    "projection_right_10pct": "energy in the top 10 % right directions of W",
+    "rotation_left_10pct": "rotation of the top 10 % left directions of W",
+    "rotation_right_10pct": "rotation of the top 10 % right directions of W",
     "drift": "drift of the singular values of W",
     "stable_rank": "stable rank",
     "energy_16": "energy of the 16 top directions",
@@ -64,7 +64,7 @@ def words(ratio: float, deviation: float = 0.0) -> str:
 
 
 def interval(ratio: float, deviation: float) -> tuple[float, float]:
-    """The interval of 95 % of a ratio."""
+    """The 95 % interval of a ratio."""
     return max(0.0, ratio - NORMAL_95 * deviation), ratio + NORMAL_95 * deviation
 
 

@@ -127,8 +127,8 @@ def masks_by_name(
     mapped = map_masks(masks, shapes)
     if not mapped.masks:
         raise ValueError(
-            f"none of the {len(masks)} masks, {printable(next(iter(masks)))} and so on, is of a parameter here, "
-            f"{printable(names[0])} and so on; name them alike"
+            f"no mask has the name of a parameter: the first of {len(masks)} masks is {printable(next(iter(masks)))}, "
+            f"the first parameter {printable(names[0])}; use the same names"
         )
     param_masks = [mapped.masks.get(name) for name in shapes]
     lacking = [(name, shape) for (name, shape), mask in zip(shapes.items(), param_masks, strict=True) if mask is None]

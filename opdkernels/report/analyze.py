@@ -100,13 +100,13 @@ def overview_rows(
     visible = views["visible"]
     finite = visible["numel"] - visible["nonfinite"]
     expected: dict[str, float | None] = {}
-    if finite and visible["changed"]:
+    if finite and visible["changed"] and visible["changed_null"] is not None:
         unchanged = 1 - visible["changed_null"] / finite
         expected = {
             "changed": 1 - unchanged,
             "frac_le_1e-5": curve["null"][curve["eps"].index(1e-5)],
             "unchanged_rtol_1e-3": unchanged,
-            COVERAGE: visible[f"{COVERAGE}_null"],
+            **{name: visible[f"{name}_null"] for name in (COVERAGE, "top_energy_1pct")},
         }
 
     def value(view: str, name: str) -> float | None:

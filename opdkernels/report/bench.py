@@ -78,19 +78,18 @@ def typeset(cell: str) -> str:
 
 
 def headline(result: Mapping[str, Any]) -> str:
-    """How many workloads are faster than plain PyTorch, and the median speed and fraction of the limit."""
+    """How many workloads are faster than plain PyTorch and by how much, or the median fraction of the limits."""
     speeds = [timing["speedup"] for row in result["rows"] for name, timing in row["timings"].items() if name == "eager"]
     speeds = [speed for speed in speeds if speed is not None]
     fractions = [row["timings"][OURS]["fraction_of_limit"] for row in result["rows"] if OURS in row["timings"]]
     if not fractions:
         return "No kernel could be measured"
-    limit = f"{typography.percent(statistics.median(fractions), 0)} of the measured limit in the median"
     if not speeds:
-        return f"The kernels reach {limit}"
+        return f"The kernels reach {typography.percent(statistics.median(fractions), 0)} of their limits in the median"
     faster = sum(speed >= 1 for speed in speeds)
     return (
         f"Faster than plain PyTorch in {faster} of {typography.plural(len(speeds), 'workload')}, "
-        f"{typography.times(statistics.median(speeds))} in the median; {limit}"
+        f"{typography.times(statistics.median(speeds))} in the median"
     )
 
 
@@ -104,7 +103,7 @@ def speed_figures(result: Mapping[str, Any]) -> list[Figure]:
         *((f"over {text.OTHERS[name]}", typography.times, column) for name, column in speeds.items()),
     )
     note = "Left of the line this package is slower. Medians of rounds in which the implementations took turns."
-    keys = [(f"{STYLES[name]}-line-key", text.OTHERS[name]) for name in against]
+    keys = [(f"{STYLES[name]}-line-key", f"over {text.OTHERS[name]}") for name in against]
     return [Figure("Speed over PyTorch.", note, keys, drawings, values)] if drawings else []
 
 

@@ -66,8 +66,8 @@ def test_operators_are_those_of_the_family(workload):
         ("gather of a bf16 pair", "patch_gather_", 5),
         ("gather of a bf16 pair", "patch_gather_", 6),
         ("scatter of a bf16 pair", "patch_scatter_", 5),
-        ("AdamW step of bf16, exact", "masked_adamw_", 0),
-        ("AdamW step of bf16, exact", "masked_adamw_", 7),
+        ("AdamW step of bf16, exact, 20 % active", "masked_adamw_", 0),
+        ("AdamW step of bf16, exact, 20 % active", "masked_adamw_", 7),
         ("gram of a bf16 pair", "gram_", 5),
     ],
 )
@@ -110,8 +110,8 @@ COUNTED = {
     "scatter of a bf16 pair": lambda recorder: patch_bytes(
         recorder.arguments["patch_scatter_"][0], recorder.arguments["patch_scatter_"][5]
     ),
-    "AdamW step of bf16, exact": lambda recorder: step_bytes(recorder, 2, 4 + 4 + 2),
-    "AdamW step of fp32": lambda recorder: step_bytes(recorder, 4, 4 + 4),
+    "AdamW step of bf16, exact, 20 % active": lambda recorder: step_bytes(recorder, 2, 4 + 4 + 2),
+    "AdamW step of fp32, 20 % active": lambda recorder: step_bytes(recorder, 4, 4 + 4),
 }
 
 
@@ -194,7 +194,7 @@ def test_plain_patch_equals_the_kernel():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_plain_steps_equal_the_kernel(dtype):
     """Up to the order of operations; the kernel's state is that of the first step, too."""
-    name = "AdamW step of fp32" if dtype == torch.float32 else "AdamW step of bf16, exact"
+    name = "AdamW step of fp32, 20 % active" if dtype == torch.float32 else "AdamW step of bf16, exact, 20 % active"
     param, grad = workloads.make_inputs(N, HERE, dtype)
     active = workloads.random_flags(N, HERE, workloads.ACTIVE)
     stepped = BY_NAME[name].make(N, HERE).call(dispatched)[0]
@@ -208,7 +208,7 @@ def test_plain_steps_equal_the_kernel(dtype):
 
 
 def test_steps_are_reset():
-    timed = BY_NAME["AdamW step of bf16, exact"].make(4096, HERE)
+    timed = BY_NAME["AdamW step of bf16, exact, 20 % active"].make(4096, HERE)
     first = [output.clone() for output in timed.call(dispatched)]
     timed.reset()
     assert all(torch.equal(a, b) for a, b in zip(timed.call(dispatched), first, strict=True))

@@ -139,9 +139,7 @@ def test_headline_of_each_case(pages, case, headline):
     assert headline in Page(pages[case]).all("h1")[0]["text"]
 
 
-@pytest.mark.parametrize(
-    ("case", "heading"), [("layers", "How much changed"), ("fp32", "How much changed, in both views")]
-)
+@pytest.mark.parametrize(("case", "heading"), [("layers", "Main metrics"), ("fp32", "Main metrics, in both views")])
 def test_first_table_has_both_views_where_they_differ(pages, case, heading):
     captions = [element["text"] for element in Page(pages[case]).all("caption")]
     assert captions[0] == heading
