@@ -265,7 +265,7 @@ class GraftOptions(Options):
 
 class PushOptions(Options):
     base_model: str | None = option("Card", "Id of the base model on the Hub, such as org/name.", None, metavar="ID")
-    private: bool = option("Repository", "Create the repository as a private one, if it does not exist.", False)
+    private: bool = option("Repository", "Create a private repository; otherwise its owner's settings decide.", False)
     repo_type: Literal["model", "dataset"] = option("Repository", "Type of the repository.", "model")
     revision: str | None = option(
         "Commit", "Branch to commit to, created if it does not exist; main if not given.", None, metavar="BRANCH"

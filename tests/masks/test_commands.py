@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
 
-from opdkernels import masks
+import opdkernels
+from opdkernels import config, masks, patch
 from opdkernels.masks import MaskSet
 from opdkernels.masks.stats import compare_masks, mask_stats
 from tests.in_process import run_cli
@@ -16,6 +18,31 @@ def run(*arguments, status=0):
     done = run_cli("mask", *arguments)
     assert done.returncode == status, done.stderr
     return done
+
+
+@pytest.mark.parametrize(("options", "function"), [
+    (config.ChangedMaskOptions, masks.changed),
+    (config.TopChangedMaskOptions, masks.top_changed),
+    (config.NearZeroMaskOptions, masks.near_zero),
+    (config.PrincipalMaskOptions, masks.principal),
+    (config.RandomMaskOptions, masks.random_subset),
+    (config.MagnitudeMatchedMaskOptions, masks.magnitude_matched),
+    (config.PatchCreateOptions, patch.create),
+    (config.PatchApplyOptions, patch.apply),
+    (config.GraftOptions, patch.graft),
+    (config.PushOptions, opdkernels.push_to_hub),
+], ids=lambda value: value.__name__)  # fmt: skip
+def test_commands_and_functions_have_the_same_defaults(options, function):
+    parameters = inspect.signature(function).parameters
+    common = [
+        name
+        for name in options.model_fields
+        if name in parameters and parameters[name].default is not inspect.Parameter.empty
+    ]
+    assert common or options is config.PrincipalMaskOptions  # whose density has no default in Python
+    for name in common:
+        default = options.model_fields[name].default
+        assert (None if name == "private" else default) == parameters[name].default, name  # a flag is False or None
 
 
 def test_commands_match_functions(pair, tmp_path):
