@@ -129,7 +129,7 @@ def compute_spectra(
     memory = MemoryBudget(config.memory)
     num_workers = torch.get_num_threads()
     with (
-        lapack.one_thread(),
+        lapack.ONE_THREAD,
         ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         pending = {

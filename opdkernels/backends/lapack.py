@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +68,30 @@ def load_openblas() -> ctypes.CDLL | None:
     return None
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """NumPy's OpenBLAS without threads of its own, for callers that use threads themselves."""
-    library = load_openblas()
-    if library is None:
-        yield
-        return
-    before = library.scipy_openblas_get_num_threads64_()
-    library.scipy_openblas_set_num_threads64_(1)
-    try:
-        yield
-    finally:
-        library.scipy_openblas_set_num_threads64_(before)
+class OneThread:
+    """NumPy's OpenBLAS without threads of its own, for callers that use threads themselves. Contexts may overlap: the
+    last one to end restores the number of threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._before = threading.Lock(), 0, 0
+
+    def __enter__(self) -> None:
+        library = load_openblas()
+        with self._lock:
+            if library is not None and not self._users:
+                self._before = library.scipy_openblas_get_num_threads64_()
+                library.scipy_openblas_set_num_threads64_(1)
+            self._users += 1
+
+    def __exit__(self, *error: object) -> None:
+        library = load_openblas()
+        with self._lock:
+            self._users -= 1
+            if library is not None and not self._users:
+                library.scipy_openblas_set_num_threads64_(self._before)
+
+
+ONE_THREAD = OneThread()
 
 
 def call(name: str, *arguments: Any) -> int:

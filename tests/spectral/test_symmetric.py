@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -146,9 +148,20 @@ def test_doctor_and_runs_name_the_library(monkeypatch):
     assert describe_run("analyze", {}, {}, schema_version=1)["machine"]["lapack"] == "torch"
 
 
-def test_one_thread_restores_the_number_of_threads():
+def test_the_last_context_of_one_thread_restores_the_number_of_threads():
     library = lapack.load_openblas()
-    before = library.scipy_openblas_get_num_threads64_()
-    with lapack.one_thread():
-        assert library.scipy_openblas_get_num_threads64_() == 1
-    assert library.scipy_openblas_get_num_threads64_() == before
+
+    def num_threads():
+        return library.scipy_openblas_get_num_threads64_()
+
+    before = num_threads()
+    first, second = contextlib.ExitStack(), contextlib.ExitStack()
+    first.enter_context(lapack.ONE_THREAD)
+    second.enter_context(lapack.ONE_THREAD)
+    first.close()
+    assert num_threads() == 1
+    second.close()
+    assert num_threads() == before
+    with pytest.raises(RuntimeError, match="inside"), lapack.ONE_THREAD:
+        raise RuntimeError("inside")
+    assert num_threads() == before
