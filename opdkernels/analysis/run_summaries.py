@@ -91,6 +91,8 @@ class OverlapSummary(Part):
             raise ValueError("pairs are not one row per pair of runs")
         if any((row.run_a, row.run_b) not in pairs for row in (*self.by_module, *self.by_layer)):
             raise ValueError("a row is of runs that do not exist")
+        if any(not pair.__pydantic_extra__.keys() >= MODEL_ONLY for pair in self.pairs):
+            raise ValueError(f"a pair lacks {' or '.join(sorted(MODEL_ONLY))}")
         if len({frozenset(pair.__pydantic_extra__) for pair in self.pairs}) > 1:
             raise ValueError("pairs have different metrics")
         if list(self.changed_in_exactly) != [str(count) for count in range(len(names) + 1)]:

@@ -137,3 +137,13 @@ def test_an_error_of_the_program_is_not_called_damage(runs, tmp_path, monkeypatc
     monkeypatch.setattr(reports, "render", render)
     with pytest.raises(KeyError, match="a bug"):
         write_report(folder)
+
+
+@pytest.mark.parametrize("metric", ["over_uniform_global", "expected_uniform_global", "jaccard", "changed_a"])
+def test_a_pair_without_a_metric_is_refused(runs, tmp_path, metric):
+    folder, read = runs["overlap"]
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["pairs"][0][metric]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(InputError, match=rf"summary\.json is not valid: .*{metric}"):
+        read(tmp_path)
