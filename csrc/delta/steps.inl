@@ -24,7 +24,6 @@ OPD_FN Ints where_equal(Ints a, Ints b, Ints then, Ints otherwise) {
 OPD_FN Ints add_where_greater(Ints counts, Ints a, Ints b) {
   return _mm512_mask_add_epi32(counts, _mm512_cmpgt_epi32_mask(a, b), counts, _mm512_set1_epi32(1));
 }
-OPD_FN Ints four_times(const void* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
 OPD_FN HalfInts load_half(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 OPD_FN Doubles low_doubles(Floats x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
 OPD_FN Doubles high_doubles(Floats x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
@@ -51,12 +50,18 @@ OPD_FN Ints where_equal(Ints a, Ints b, Ints then, Ints otherwise) {
 OPD_FN Ints add_where_greater(Ints counts, Ints a, Ints b) {
   return _mm256_sub_epi32(counts, _mm256_cmpgt_epi32(a, b));
 }
-OPD_FN Ints four_times(const void* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)); }
 OPD_FN HalfInts load_half(const void* p) { return _mm_loadu_si128((const __m128i*)p); }
 OPD_FN Doubles low_doubles(Floats x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
 OPD_FN Doubles high_doubles(Floats x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
 #endif
 constexpr int LANES = sizeof(Floats) / 4;  // of 32 bits
+
+// Sixteen bytes in each quarter or half of a vector.
+OPD_FN Ints repeat_bytes(const unsigned char* bytes) {
+  unsigned char all[sizeof(Ints)];
+  for (int i = 0; i < (int)sizeof all; i += 16) __builtin_memcpy(all + i, bytes, 16);
+  return (Ints)OPD_V(loadu_ps)((const float*)all);
+}
 
 template <class T, class V>
 OPD_FN T reduce(V vector, T start, T (*combine)(T, T)) {
@@ -298,7 +303,7 @@ static void count_steps_float(const void* base, const void* trained, opd_i64 n, 
   alignas(8) LaneBits more[OPD_FLOAT_BLOCK / LANES], at_threshold[OPD_FLOAT_BLOCK / LANES];
   opd_u32 *table = work.by_step[0], *stored = work.hist_delta_blocks;
   const FloatThresholds thresholds(options);
-  const Ints magnitude = OPD_V(set1_epi32)(0x7FFFFFFF), second_byte = four_times(thresholds.second_byte);
+  const Ints magnitude = OPD_V(set1_epi32)(0x7FFFFFFF), second_byte = repeat_bytes(thresholds.second_byte);
   const Ints most_steps = OPD_V(set1_epi32)(OPD_MORE_STEPS);
   Ints largest = OPD_V(set1_epi32)(0);
   changed.n = 0;

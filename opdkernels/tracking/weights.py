@@ -167,8 +167,9 @@ def bound_masks(masks: Masks, model: torch.nn.Module, params: dict[str, torch.nn
     bound = {name: mask for name, mask in named.items() if name in params}
     if not bound:
         raise UsageError(
-            f"none of the {len(named)} masks, {printable(next(iter(named), ''))} and so on, is of a trainable "
-            f"parameter, {printable(next(iter(params)))} and so on; give masks of this model"
+            f"no mask has the name of a trainable parameter: the first of {len(named)} masks is "
+            f"{printable(next(iter(named), ''))}, the first parameter {printable(next(iter(params)))}; give masks of "
+            "this model"
         )
     for name, mask in bound.items():
         if mask.shape != tuple(params[name].shape):

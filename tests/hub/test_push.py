@@ -350,11 +350,11 @@ def test_text_from_files_cannot_act_in_a_card(tmp_path):
 
 @pytest.mark.parametrize(("flags", "private"), [([], None), (["--private"], True)])
 def test_without_the_flag_the_owner_decides_who_sees_a_new_repository(products, monkeypatch, flags, private):
-    given = {}
+    passed = {}
     result = {"url": "https://hub/me/masks", "files": ["README.md"], "deleted": [], "bytes": 1}
-    monkeypatch.setattr("opdkernels.hub.push_to_hub", lambda *arguments, **options: given.update(options) or result)
+    monkeypatch.setattr("opdkernels.hub.push_to_hub", lambda *arguments, **options: passed.update(options) or result)
     assert run_cli("push", products["masks"], "me/masks", *flags).returncode == 0
-    assert given.get("private") is private
+    assert passed.get("private") is private
 
 
 def test_the_command_prints_what_it_uploaded(hub, products):

@@ -232,7 +232,7 @@ def test_masked_parameters_freeze_unmasked_weights():
     compact = MaskedParameters(model, {"0.weight": torch.ones(64, 32, dtype=torch.bool)})
     assert compact.names == ["0.weight"]
     assert [p.requires_grad for p in model.parameters()] == [True, False, False, False]
-    with pytest.raises(ValueError, match="none of the 1 masks, other"):
+    with pytest.raises(ValueError, match="no mask has the name of a parameter: the first of 1 masks is other"):
         MaskedParameters(small_model(), {"other": torch.ones(3, dtype=torch.bool)})
     with pytest.raises(ValueError, match="no parameter of the model has a mask"):
         MaskedParameters(small_model(), {"0.weight": torch.zeros(64, 32, dtype=torch.bool)})

@@ -571,7 +571,7 @@ def test_bad_input_is_refused_by_name():
         (masks, {"lr": float("nan")}, ValueError, "lr is nan"),
         (masks, {"seed": 2**70}, ValueError, "seed"),
         (None, {}, TypeError, "masks are NoneType"),
-        ({"other": torch.ones(3, dtype=torch.bool)}, {"unmasked": "freeze"}, ValueError, "none of the 1 masks"),
+        ({"other": torch.ones(3, dtype=torch.bool)}, {"unmasked": "freeze"}, ValueError, "no mask has the name"),
         (masks, {"betas": (1.0, 0.9)}, ValueError, "betas"),
         (masks, {"precision": "double"}, ValueError, "choose one of nearest"),
         (masks, {"weight_decay_target": "up"}, ValueError, "choose one of zero"),

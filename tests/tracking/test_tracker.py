@@ -305,7 +305,7 @@ def test_flattened_parameters_of_fsdp1_are_an_error():
 
 
 def test_masks_of_another_model_are_an_error():
-    with pytest.raises(UsageError, match=r"none of the 1 masks, other\.weight .*; give masks of this model"):
+    with pytest.raises(UsageError, match=r"the first of 1 masks is other\.weight, .*; give masks of this model"):
         UpdateTracker(masks={"other.weight": torch.ones(3, dtype=torch.bool)}).start(model_of())
     with pytest.raises(ValueError, match=r"0\.weight is \[31, 13\], its mask \[31, 14\]"):
         UpdateTracker(masks={"0.weight": torch.ones(31, 14, dtype=torch.bool)}).start(model_of())
