@@ -16,7 +16,7 @@ from tests.analysis.conftest import save, trained, weights
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of a command, where {base}, {trained}, {later}, {masks}, {patch}, {run} and {out} stand for paths."""
+    """Arguments of a command; {base}, {trained}, {later}, {masks}, {patch}, {run} and {out} are replaced by paths."""
 
     arguments: str
     function: str  # module:name that does the work
