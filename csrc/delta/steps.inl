@@ -1,8 +1,9 @@
 // `delta` with one increment per coordinate in bfloat16 pairs and two in wider ones, for AVX2 and AVX-512.
 //
-// The bfloat16 bits of w and v nearly always differ by few steps. A coordinate is counted once, in by_step[v - w][w];
-// the tables of the visible view follow from that when the counts of a thread are folded (cpu.cpp). Only larger steps
-// wait in a queue for `count_changed`. Blocks with values that this cannot count are left to the other loops.
+// A step is from one bfloat16 to the next, a difference of 1 between bits. v is usually within OPD_STEPS of w. Such a
+// coordinate is counted once, in by_step[v - w][w]; the tables of the visible view follow from that when the counts of
+// a thread are folded (cpu.cpp). Coordinates with more steps wait in a queue for `count_changed`. A block with values
+// that this cannot count is passed to `fallback`, the loops of cpu.inl.
 #pragma once
 #if defined(OPD_AVX2) || defined(OPD_AVX512)
 
@@ -104,7 +105,7 @@ OPD_FN void note_range(DeltaWork& work, int smallest, int largest) {
 
 // ---- bfloat16 pairs ----
 
-// Two vectors of coordinates: their indices in by_step, in any order, and which of them are of more steps.
+// Two vectors of coordinates: their indices in by_step, in any order, and a bit for each in row OPD_MORE_STEPS.
 OPD_FN ShortBits step_indices(const opd_u16* w, const opd_u16* v, opd_u32* index, Ints& most, Ints& least) {
   const Ints a = (Ints)OPD_V(loadu_ps)((const float*)w), b = (Ints)OPD_V(loadu_ps)((const float*)v);
   const Ints magnitude = OPD_V(set1_epi16)(0x7FFF), more = OPD_V(set1_epi16)(OPD_MORE_STEPS);
@@ -117,10 +118,10 @@ OPD_FN ShortBits step_indices(const opd_u16* w, const opd_u16* v, opd_u32* index
   return equal_shorts(row, more);
 }
 
-// `others(w, v, n)` counts a block that may have NaN, Inf or a difference that overflows.
-template <class Others>
+// `fallback(w, v, n)` counts a block that may have NaN, Inf or a difference that overflows.
+template <class Fallback>
 static void count_steps_bf16(const opd_u16* base, const opd_u16* trained, opd_i64 n, const DeltaOptions& options,
-                             DeltaWork& work, Others others) {
+                             DeltaWork& work, Fallback fallback) {
   static thread_local ChangedQueue changed;
   alignas(64) static thread_local opd_u32 indices[2][OPD_DELTA_BLOCK];
   alignas(8) ShortBits more[OPD_DELTA_BLOCK / (2 * LANES)];
@@ -132,7 +133,7 @@ static void count_steps_bf16(const opd_u16* base, const opd_u16* trained, opd_i6
   for (int turn = 0; start + OPD_DELTA_BLOCK <= n; start += OPD_DELTA_BLOCK) {
     const opd_u16 *w = base + start, *v = trained + start;
     if (start < dense_until) {
-      others(w, v, OPD_DELTA_BLOCK);
+      fallback(w, v, OPD_DELTA_BLOCK);
       continue;
     }
     opd_u32* index = indices[turn];
@@ -147,7 +148,7 @@ static void count_steps_bf16(const opd_u16* base, const opd_u16* trained, opd_i6
     waiting = nullptr;
     const int largest = reduce<opd_u16>(most, 0, larger_of);
     if (largest >= 0x7F00) {
-      others(w, v, OPD_DELTA_BLOCK);
+      fallback(w, v, OPD_DELTA_BLOCK);
       continue;
     }
     note_range(work, (opd_u16)(reduce<opd_u16>(least, 0xFFFF, smaller_of) + 1), largest);
@@ -160,12 +161,13 @@ static void count_steps_bf16(const opd_u16* base, const opd_u16* trained, opd_i6
     }
     changed.n += count;
     if (changed.n >= OPD_DELTA_BLOCK) { count_changed(changed, options, work, true); changed.n = 0; }
-    if (count > OPD_DELTA_BLOCK / 4) dense_until = start + 32 * OPD_DELTA_BLOCK;  // few coordinates are counted once
+    // With many in the queue, counting each of them twice costs more than it saves: look again 32 blocks later.
+    if (count > OPD_DELTA_BLOCK / 4) dense_until = start + 32 * OPD_DELTA_BLOCK;
   }
   if (waiting)
     for (int j = 0; j < OPD_DELTA_BLOCK; j++) table[waiting[j]]++;
   count_changed(changed, options, work, true);
-  if (start < n) others(base + start, trained + start, n - start);
+  if (start < n) fallback(base + start, trained + start, n - start);
 }
 
 // ---- wider pairs, in float ----
@@ -193,12 +195,14 @@ OPD_FN float load_float(const void* data, int dtype, opd_i64 i) {
                          : bf16_to_float(((const opd_u16*)data)[i]);
 }
 
-// Thresholds that are no floats: d < t and d <= t are then both bits(d) < bits[k]. A |delta| in the bin of a threshold
-// is found by two bytes: the lower half of the first one selects the threshold, whose second byte must be the same.
+// Thresholds that a float cannot represent exactly, so that d < t and d <= t are both bits(d) < bits[k]. A bin of
+// HIST_DELTA_STORED holds the |delta| with the same upper 16 bits. Those in the bin of a threshold are found by bytes:
+// bits 24 to 27 select a threshold, whose bits 16 to 23 must be the same. `count_left` then compares all bits.
 struct FloatThresholds {
   opd_u32 bits[OPD_STORED_THRESHOLDS];
-  unsigned char second_byte[16], index[16];
-  bool usable = true;  // none is a float, and the lower halves of their upper bytes differ
+  unsigned char second_byte[16];
+  unsigned char index[16] = {};  // where no threshold has these bits 24 to 27: the first one, whose bin is another
+  bool usable = true;  // each is positive, between two floats of one bin, and has its own bits 24 to 27
 
   explicit FloatThresholds(const DeltaOptions& options) {
     opd_u32 seen = 0;
@@ -217,7 +221,7 @@ struct FloatThresholds {
   }
 };
 
-// An exact sum of squares in two words: `high` rounds each square to its unit, `low` adds what that leaves.
+// An exact sum of squares in two words: `high` rounds each square to its unit, `low` adds the errors of that rounding.
 struct SquareSum {
   Doubles high, low;
   explicit SquareSum(int unit) : high(OPD_V(set1_pd)(power_of_two(unit + 52))), low(OPD_V(set1_pd)(0)) {}
@@ -242,7 +246,10 @@ static void add_squares(const SquareSum& sum, int unit, int low_unit, opd_i64* l
 }
 
 #define OPD_FLOAT_BLOCK 1024
-#define OPD_FLOAT_RANGE 21  // binades between the smallest and the largest value of a block whose sums are exact so
+#define OPD_FLOAT_RANGE 21  // binades between the smallest and the largest magnitude of a block, for exact sums
+static_assert(OPD_DELTA_BLOCK % 64 == 0 && OPD_FLOAT_BLOCK % 64 == 0, "positions_of reads 64 bits at a time");
+static_assert(OPD_FLOAT_BLOCK <= OPD_DELTA_BLOCK, "ChangedQueue holds a block more than OPD_DELTA_BLOCK");
+static_assert(2 * OPD_FLOAT_BLOCK / LANES <= 256, "squares that a lane of SquareSum adds exactly");
 
 struct BlockRange {
   opd_u32 smallest, largest;  // bits of the magnitudes that are not zero; without one, smallest is 0
@@ -294,10 +301,11 @@ static void count_left(const void* base, int base_dtype, const void* trained, in
   }
 }
 
-// `others(start, n)` counts a block whose values are too far apart, or not finite.
-template <int BASE, int TRAINED, class Others>
+// `fallback(start, n)` counts a block whose values are too far apart, or not finite; all of them where the thresholds
+// are not usable.
+template <int BASE, int TRAINED, class Fallback>
 static void count_steps_float(const void* base, const void* trained, opd_i64 n, const DeltaOptions& options,
-                              DeltaWork& work, Others others) {
+                              DeltaWork& work, Fallback fallback) {
   static thread_local ChangedQueue changed;
   alignas(64) opd_u32 index[2][LANES], bin[2][LANES];
   alignas(8) LaneBits more[OPD_FLOAT_BLOCK / LANES], at_threshold[OPD_FLOAT_BLOCK / LANES];
@@ -311,13 +319,16 @@ static void count_steps_float(const void* base, const void* trained, opd_i64 n, 
   for (; start + OPD_FLOAT_BLOCK <= n && thresholds.usable; start += OPD_FLOAT_BLOCK) {
     const BlockRange range = block_range<BASE, TRAINED>(base, trained, start);
     const int above = (int)(range.largest >> 23) - 126;  // |x| < 2^above
-    const int least = range.smallest ? (int)(range.smallest >> 23) - 127 : above;
-    if (range.largest >= 0x7F000000u || least < -100 || least < above - OPD_FLOAT_RANGE) {
-      others(start, OPD_FLOAT_BLOCK);
+    const int least = (int)(range.smallest >> 23) - 127;
+    const bool overflows = range.largest >= 0x7F000000u;  // a difference may
+    // From 2^-100 on, no difference is subnormal.
+    if (overflows || (range.smallest && (least < -100 || least < above - OPD_FLOAT_RANGE))) {
+      fallback(start, OPD_FLOAT_BLOCK);
       continue;
     }
     note_range(work, (int)(range.smallest >> 16), (int)(range.largest >> 16) + 1);
-    // A lane adds up to 256 squares below 2^(2 above): `high` stays in one binade, `low` below 2^53 of its units.
+    // A lane adds up to 256 squares below 2^(2 above), or 2^(2 above + 2) of differences: `high` stays in one binade.
+    // Values are multiples of 2^(above - 21 - 23), their squares of 2^low_unit: `low` stays below 2^53 of these.
     const int unit = 2 * above - 44, low_unit = 2 * (above - OPD_FLOAT_RANGE) - 46;
     SquareSum base_sq(unit), trained_sq(unit), delta_sq(unit + 2);
     Doubles delta_abs = OPD_V(set1_pd)(0);
@@ -367,22 +378,24 @@ static void count_steps_float(const void* base, const void* trained, opd_i64 n, 
     add_lanes(delta_abs, above - OPD_FLOAT_RANGE - 23, work.sums[SUM_DELTA_ABS]);
   }
   count_changed(changed, options, work, false);
+  // Never NaN: `fallback` leaves out what is not finite, too.
   work.max_delta = larger_of(work.max_delta, (double)bits_float(reduce<opd_u32>(largest, 0, larger_of)));
-  if (start < n) others(start, n - start);
+  if (start < n) fallback(start, n - start);
 }
 
 // A pair of bf16, fp16 and fp32 that is not a bfloat16 pair.
-template <class Others>
+template <class Fallback>
 static void count_steps_wide(const void* base, int base_dtype, const void* trained, int trained_dtype, opd_i64 n,
-                             const DeltaOptions& options, DeltaWork& work, Others others) {
-  typedef void (*Count)(const void*, const void*, opd_i64, const DeltaOptions&, DeltaWork&, Others);
+                             const DeltaOptions& options, DeltaWork& work, Fallback fallback) {
+  typedef void (*Count)(const void*, const void*, opd_i64, const DeltaOptions&, DeltaWork&, Fallback);
+  static_assert(BF16 == 0 && FP16 == 1 && FP32 == 2, "the order of counts");
   static const Count counts[3][3] = {
-      {nullptr, count_steps_float<BF16, FP16, Others>, count_steps_float<BF16, FP32, Others>},
-      {count_steps_float<FP16, BF16, Others>, count_steps_float<FP16, FP16, Others>,
-       count_steps_float<FP16, FP32, Others>},
-      {count_steps_float<FP32, BF16, Others>, count_steps_float<FP32, FP16, Others>,
-       count_steps_float<FP32, FP32, Others>}};
-  counts[base_dtype][trained_dtype](base, trained, n, options, work, others);
+      {nullptr, count_steps_float<BF16, FP16, Fallback>, count_steps_float<BF16, FP32, Fallback>},
+      {count_steps_float<FP16, BF16, Fallback>, count_steps_float<FP16, FP16, Fallback>,
+       count_steps_float<FP16, FP32, Fallback>},
+      {count_steps_float<FP32, BF16, Fallback>, count_steps_float<FP32, FP16, Fallback>,
+       count_steps_float<FP32, FP32, Fallback>}};
+  counts[base_dtype][trained_dtype](base, trained, n, options, work, fallback);
 }
 }  // namespace OPD_ISA
 #endif

@@ -81,6 +81,30 @@ def test_top_eigenvectors_are_orthogonal_and_belong_to_the_largest_values(name, 
     assert float(residual.abs().max()) <= 1e-13 * scale
 
 
+@pytest.mark.parametrize("n", [5, 80])
+def test_arguments_that_do_not_fit(n):
+    for matrix in (torch.eye(n), torch.eye(n, dtype=FP64)[1:], torch.eye(n, dtype=FP64)[None]):
+        with pytest.raises(ValueError, match=r"must be float64 \[n, n\], not torch\.float"):
+            symmetric.eigenvalues(matrix)
+    for keep in (-1, 0, n + 1):
+        with pytest.raises(ValueError, match=f"keep must be 1 to {n}, not {keep}"):
+            symmetric.top_eigenvectors(torch.eye(n, dtype=FP64), keep)
+
+
+def test_vectors_of_eigenvalues_that_fp64_cannot_hold():
+    """The largest eigenvalue overflows; those below it, and the vectors, are right."""
+    matrix = torch.full((80, 80), 1e308, dtype=FP64) + torch.diag(torch.arange(80, dtype=FP64) * 1e306)
+    values, vectors = symmetric.top_eigenvectors(matrix, 3)
+    expected = symmetric.top_eigenvectors(matrix * 2.0**-100, 3)
+    assert values[-1] == torch.inf
+    assert torch.equal(values[:-1], expected[0][:-1] * 2.0**100)
+    torch.testing.assert_close(vectors.abs(), expected[1].abs())
+    subnormal = torch.diag(torch.arange(1, 81, dtype=FP64) * 5e-324)
+    values, vectors = symmetric.top_eigenvectors(subnormal, 3)
+    assert torch.equal(values, subnormal.diagonal())
+    assert torch.equal(vectors.abs(), torch.eye(80, dtype=FP64)[:, -3:])
+
+
 def test_subspace_is_that_of_torch():
     matrix = random_gram(300)
     _, vectors = symmetric.top_eigenvectors(matrix, 60)

@@ -51,6 +51,13 @@ def around_thresholds() -> list[torch.Tensor]:
     return [torch.zeros(WIDE_SIZE), delta * torch.where(torch.arange(WIDE_SIZE) % 2 == 0, 1.0, -1.0)]
 
 
+def any_upper_byte(second_byte: int) -> list[torch.Tensor]:
+    """Differences whose second byte is given, with each first byte that blocks of zeros and such numbers can have."""
+    first_bytes = torch.arange(0x10, 0x40, dtype=torch.int32)
+    blocks = (first_bytes << 24 | second_byte << 16 | 1).view(torch.float32).repeat_interleave(BLOCK)
+    return [torch.zeros(len(blocks)), blocks]
+
+
 def signs_of_zero(dtype: torch.dtype, n: int) -> list[torch.Tensor]:
     """+0 and -0 in all combinations among other values."""
     base, trained = update(n, dtype, dtype)
@@ -99,6 +106,8 @@ def cases() -> Iterator[Case]:
     for binades in (20, 21, 22, 23, 24):
         yield named("binades", range_of_binades, binades)
     yield named("around thresholds", around_thresholds)
+    for second_byte in (0x00, 0x27, 0xFF):
+        yield named("second byte", any_upper_byte, second_byte)
     pair = functools.partial(update, WIDE_SIZE, FP32, FP32)
     for limits in (
         (2.0**-17, 1e-6, 1e-5, 1e-4, 1e-3),
