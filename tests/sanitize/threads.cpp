@@ -45,16 +45,18 @@ using Outputs = std::vector<std::vector<char>>;
 
 Outputs run_delta(int threads) {
   seed = 2;
-  std::vector<uint16_t> base = bf16_values(N), trained = base;
-  for (int64_t i = 0; i < N; i += 3) trained[i] = (uint16_t)(trained[i] + 1);
-  DeltaOptions options{};
-  options.n_thresholds = 1;
-  for (double& threshold : options.thresholds) threshold = 1e-6;
+  const int64_t n = 4 * (1 << 18) + 7;  // each thread counts by steps (csrc/delta/steps.inl)
+  std::vector<uint16_t> base = bf16_values(n), trained = base;
+  for (int64_t i = 0; i < n; i += 3) trained[i] = (uint16_t)(trained[i] + 1);
+  const std::vector<float> wide = fp32_values(N), wide_trained = fp32_values(N);
+  DeltaOptions options = {{0, 0x7FFF, 0x7FFF, 0x7FFF}, 1, {1e-8, 1e-7, 1e-6, 1e-5, 1e-4}};
   std::vector<int64_t> tables((HIST_BASE_OVER + 1) * OPD_BINS), counts(NUM_COUNTS), sums(NUM_SUMS * OPD_SUM_LIMBS);
   std::vector<double> maximum(1);
-  std::vector<unsigned char> mask((N + 7) / 8);
-  delta(base.data(), BF16, trained.data(), BF16, N, options, threads, tables.data(), counts.data(), sums.data(),
+  std::vector<unsigned char> mask((n + 7) / 8);
+  delta(base.data(), BF16, trained.data(), BF16, n, options, threads, tables.data(), counts.data(), sums.data(),
         maximum.data(), mask.data());
+  delta(wide.data(), FP32, wide_trained.data(), FP32, N, options, threads, tables.data(), counts.data(), sums.data(),
+        maximum.data(), nullptr);
   return {bytes(tables), bytes(counts), bytes(sums), bytes(maximum), bytes(mask)};
 }
 
