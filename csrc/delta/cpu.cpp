@@ -11,6 +11,7 @@
 
 namespace {
 constexpr int64_t FOLD_AFTER = int64_t(1) << 30;  // coordinates a thread counts before its 32-bit counters are folded
+constexpr int64_t RANGE_BELOW = 1 << 16;  // coordinates of a tensor for which finding its bins costs less than all bins
 
 struct CallCounts {  // the counts of one call, before they are added to the caller's
   std::vector<int64_t> tables = std::vector<int64_t>((HIST_BASE_OVER + OPD_MAX_VISIBLE_THRESHOLDS) * OPD_BINS);
@@ -28,7 +29,46 @@ struct CallCounts {  // the counts of one call, before they are added to the cal
     body(0);
     for (int i = first; i <= last; i++) body(i);
   }
+  void clear(int n_tables) {
+    for (int t = 0; t < n_tables; t++) {
+      table(t)[0] = 0;
+      if (first <= last) std::memset(table(t) + first, 0, sizeof(int64_t) * (last - first + 1));
+    }
+    first = OPD_BINS, last = 0;
+  }
 };
+
+// Bins that may be in use besides the first 64, multiples of 64: of weights and of their differences.
+struct BinRange { int first = 64, stop = OPD_BINS; };
+
+// From the magnitudes of values of at most four bytes. A difference of two values is a multiple of the spacing of the
+// smaller one, which is at least 2^-23 of it, and less than twice the larger one.
+BinRange bin_range(const void* base, int base_dtype, const void* trained, int trained_dtype, int64_t n) {
+  opd_u32 smallest = ~0u, largest = 0;
+  const auto scan = [&](const void* data, int dtype) {
+    const auto take = [&](auto bits_at) {
+      opd_u32 least = ~0u, most = 0;
+      for (int64_t i = 0; i < n; i++) {
+        const opd_u32 bits = bits_at(i), less_one = bits - 1;  // zero becomes the largest
+        least = less_one < least ? less_one : least;
+        most = bits > most ? bits : most;
+      }
+      smallest = least < smallest ? least : smallest;
+      largest = most > largest ? most : largest;
+    };
+    if (dtype == FP32) take([=](int64_t i) { return float_bits(((const float*)data)[i]) & 0x7FFFFFFFu; });
+    else if (dtype == BF16) take([=](int64_t i) { return (((const opd_u16*)data)[i] & 0x7FFFu) << 16; });
+    else take([=](int64_t i) { return float_bits(fp16_to_float(((const opd_u16*)data)[i])) & 0x7FFFFFFFu; });
+  };
+  scan(base, base_dtype);
+  scan(trained, trained_dtype);
+  const int least = (int)(((smallest == ~0u ? 0 : smallest) + 1) >> 16) - 24 * OPD_MANTISSAS;
+  const int most = (int)(largest >> 16) + OPD_MANTISSAS + 2;  // rounded up, of a difference
+  BinRange range;
+  range.first = least < 64 ? 64 : least / 64 * 64;
+  range.stop = most > OPD_BINS ? OPD_BINS : (most + 63) / 64 * 64;
+  return range;
+}
 
 // Adds or subtracts (`sign`) the sums of count * value^2 and of count * value over a histogram of magnitudes, exactly.
 // A bfloat16 is an integer m times a power of two.
@@ -94,19 +134,24 @@ void fold_steps(DeltaWork& work, CallCounts& call, const DeltaOptions& options, 
   });
 }
 
-void fold(DeltaWork& work, CallCounts& call, const DeltaOptions& options, bool bf16_pair) {
+void fold(DeltaWork& work, CallCounts& call, const DeltaOptions& options, bool bf16_pair, BinRange range) {
   if (work.largest >= 0) fold_steps(work, call, options, bf16_pair);
-  drain(work.hist_base, 65536, [&](int i, opd_u32 count) { call.bin(HIST_BASE, i & 0x7FFF) += count; });
-  drain(work.hist_delta, OPD_BINS, [&](int i, opd_u32 count) { call.bin(HIST_DELTA, i) += count; });
-  drain(work.hist_trained_changed, OPD_BINS, [&](int i, opd_u32 count) { call.bin(HIST_TRAINED_CHANGED, i) += count; });
+  const auto drain_bins = [&](opd_u32* table, auto add) {
+    drain(table, 64, add);
+    if (range.first < range.stop)
+      drain(table + range.first, range.stop - range.first, [&](int i, opd_u32 count) { add(range.first + i, count); });
+  };
+  const auto add_to = [&](int t) { return [&call, t](int i, opd_u32 count) { call.bin(t, i) += count; }; };
+  drain_bins(work.hist_base, add_to(HIST_BASE));
+  drain_bins(work.hist_base + OPD_BINS, add_to(HIST_BASE));  // negative
+  drain_bins(work.hist_delta, add_to(HIST_DELTA));
+  drain_bins(work.hist_trained_changed, add_to(HIST_TRAINED_CHANGED));
   work.hist_trained_changed[OPD_BINS] = 0;
-  if (!bf16_pair)
-    drain(work.hist_base_changed, OPD_BINS, [&](int i, opd_u32 count) { call.bin(HIST_BASE_CHANGED, i) += count; });
-  drain(work.hist_delta_stored, OPD_BINS,
-        [&](int i, opd_u32 count) { call.bin(HIST_DELTA_STORED, i) += (int32_t)count; });
-  std::memset(work.hist_base_by_class, 0, sizeof(opd_u32) * OPD_BINS);
+  if (!bf16_pair) drain_bins(work.hist_base_changed, add_to(HIST_BASE_CHANGED));
+  drain_bins(work.hist_delta_stored, [&](int i, opd_u32 count) { call.bin(HIST_DELTA_STORED, i) += (int32_t)count; });
+  drain_bins(work.hist_base_by_class, [](int, opd_u32) {});  // unchanged
   for (int c = 1; c <= options.n_thresholds + 1; c++)
-    drain(work.hist_base_by_class + c * OPD_BINS, OPD_BINS, [&](int i, opd_u32 count) {
+    drain_bins(work.hist_base_by_class + c * OPD_BINS, [&](int i, opd_u32 count) {
       if (bf16_pair) call.bin(HIST_BASE_CHANGED, i) += count;  // bfloat16 pairs differ in both views or in neither
       for (int k = 0; k < c - 1; k++) call.bin(HIST_BASE_OVER + k, i) += count;
     });
@@ -161,54 +206,86 @@ void propagate_carry(opd_i64* limbs) {
 std::mutex lock;  // one call at a time uses the tables of the threads
 std::vector<std::unique_ptr<DeltaWork>> workers;
 CallCounts call;
+
+// A tensor, with its first coordinates' addresses.
+struct DeltaPair {
+  const void* base;
+  int base_dtype;
+  const void* trained;
+  int trained_dtype;
+  int64_t n;
+};
+
+// Counts a pair in `call`, and adds to exact sums and to the largest stored |delta|.
+void count_pair(const DeltaPair& pair, const DeltaOptions& options, int threads, opd_i64 (*sums)[OPD_SUM_LIMBS],
+                double* maximum, unsigned char* mask) {
+  threads = threads_for(pair.n, threads);
+  while ((int)workers.size() < threads) workers.emplace_back(new DeltaWork());
+  const bool bf16_pair = pair.base_dtype == BF16 && pair.trained_dtype == BF16;
+  const bool fp64 = pair.base_dtype == FP64 || pair.trained_dtype == FP64;
+  const DeltaKernels& kernels = OPD_KERNELS(delta_kernels);
+  const int base_bytes = element_bytes(pair.base_dtype), trained_bytes = element_bytes(pair.trained_dtype);
+  BinRange range;
+  if (pair.n < RANGE_BELOW && !fp64)
+    range = bin_range(pair.base, pair.base_dtype, pair.trained, pair.trained_dtype, pair.n);
+  std::memset(call.counts, 0, sizeof call.counts);
+  call.counts[COUNT_NUMEL] = pair.n;
+  for (int64_t from = 0; from < pair.n; from += FOLD_AFTER * threads) {
+    const int64_t size = pair.n - from < FOLD_AFTER * threads ? pair.n - from : FOLD_AFTER * threads;
+    const char* w = (const char*)pair.base + from * base_bytes;
+    const char* v = (const char*)pair.trained + from * trained_bytes;
+    parallel_ranges(size, threads, 8, [&](int t, int64_t start, int64_t stop) {
+      kernels.count(w + start * base_bytes, pair.base_dtype, v + start * trained_bytes, pair.trained_dtype,
+                    stop - start, &options, workers[t].get(), mask ? mask + ((from + start) >> 3) : nullptr);
+    });
+    for (int t = 0; t < threads; t++) {
+      DeltaWork& work = *workers[t];
+      fold(work, call, options, bf16_pair, range);
+      for (int s = 0; s < NUM_SUMS; s++) {
+        for (int i = 0; i < OPD_SUM_LIMBS; i++) sums[s][i] += work.sums[s][i];
+        propagate_carry(sums[s]);
+      }
+      std::memset(work.sums, 0, sizeof work.sums);
+      *maximum = work.max_delta > *maximum ? work.max_delta : *maximum;
+      work.max_delta = 0;
+    }
+  }
+  complete(call, bf16_pair, options, sums);
+  for (int s = 0; s < NUM_SUMS; s++) propagate_carry(sums[s]);
+}
+
+DeltaOptions options_of(const int64_t* threshold_bits, int64_t n_thresholds, const double* thresholds,
+                        int64_t n_stored) {
+  require(n_thresholds >= 0 && n_thresholds <= OPD_MAX_VISIBLE_THRESHOLDS && n_stored == OPD_STORED_THRESHOLDS,
+          "at most 4 threshold_bits, exactly 5 thresholds");
+  DeltaOptions options;
+  options.n_thresholds = (int)n_thresholds;
+  for (int i = 0; i < OPD_MAX_VISIBLE_THRESHOLDS; i++)
+    options.threshold_bits[i] = i < n_thresholds ? (opd_u32)narrow(threshold_bits[i]) : 0x7FFF;
+  for (int i = 0; i < OPD_STORED_THRESHOLDS; i++) options.thresholds[i] = thresholds[i];
+  return options;
+}
+
+DeltaPair required_pair(const void* base, int64_t base_dtype, const void* trained, int64_t trained_dtype, int64_t n) {
+  require_dtypes(base_dtype, trained_dtype);
+  require_size(n, base && trained);
+  require_aligned(base, element_bytes((int)base_dtype));
+  require_aligned(trained, element_bytes((int)trained_dtype));
+  return {base, (int)base_dtype, trained, (int)trained_dtype, n};
+}
 }  // namespace
 
 void delta(const void* base, int base_dtype, const void* trained, int trained_dtype, int64_t n,
            const DeltaOptions& options, int threads, int64_t* tables, int64_t* counts, int64_t* sums, double* maximum,
            unsigned char* mask) {
   std::lock_guard<std::mutex> hold(lock);
-  threads = threads_for(n, threads);
-  while ((int)workers.size() < threads) workers.emplace_back(new DeltaWork());
-  const bool bf16_pair = base_dtype == BF16 && trained_dtype == BF16;
-  const DeltaKernels& kernels = OPD_KERNELS(delta_kernels);
+  const DeltaPair pair = {base, base_dtype, trained, trained_dtype, n};
+  count_pair(pair, options, threads, (opd_i64(*)[OPD_SUM_LIMBS])sums, maximum, mask);
   const int n_tables = HIST_BASE_OVER + options.n_thresholds;
-  auto total = (opd_i64(*)[OPD_SUM_LIMBS])sums;
-  for (int64_t from = 0; from < n; from += FOLD_AFTER * threads) {
-    int64_t size = n - from < FOLD_AFTER * threads ? n - from : FOLD_AFTER * threads;
-    std::memset(call.counts, 0, sizeof call.counts);
-    call.counts[COUNT_NUMEL] = size;
-    const char* w = (const char*)base + from * element_bytes(base_dtype);
-    const char* v = (const char*)trained + from * element_bytes(trained_dtype);
-    parallel_ranges(size, threads, 8, [&](int t, int64_t start, int64_t stop) {
-      kernels.count(w + start * element_bytes(base_dtype), base_dtype, v + start * element_bytes(trained_dtype),
-                    trained_dtype, stop - start, &options, workers[t].get(),
-                    mask ? mask + ((from + start) >> 3) : nullptr);
-    });
-    double largest = 0;
-    for (int t = 0; t < threads; t++) {
-      DeltaWork& work = *workers[t];
-      fold(work, call, options, bf16_pair);
-      for (int s = 0; s < NUM_SUMS; s++) {
-        for (int i = 0; i < OPD_SUM_LIMBS; i++) total[s][i] += work.sums[s][i];
-        propagate_carry(total[s]);
-      }
-      std::memset(work.sums, 0, sizeof work.sums);
-      largest = work.max_delta > largest ? work.max_delta : largest;
-      work.max_delta = 0;
-    }
-    complete(call, bf16_pair, options, total);
-    for (int s = 0; s < NUM_SUMS; s++) propagate_carry(total[s]);
-    for (int t = 0; t < n_tables; t++) {
-      int64_t *to = tables + (int64_t)t * OPD_BINS, *from = call.table(t);
-      to[0] += from[0];
-      for (int i = call.first; i <= call.last; i++) to[i] += from[i];
-      from[0] = 0;
-      if (call.first <= call.last) std::memset(from + call.first, 0, sizeof(int64_t) * (call.last - call.first + 1));
-    }
-    call.first = OPD_BINS, call.last = 0;
-    for (int i = 0; i < NUM_COUNTS; i++) counts[i] += call.counts[i];
-    *maximum = largest > *maximum ? largest : *maximum;
-  }
+  for (int t = 0; t < n_tables; t++)
+    call.each_bin([&](int i) { tables[(int64_t)t * OPD_BINS + i] += call.table(t)[i]; });
+  for (int i = 0; i < NUM_COUNTS; i++) counts[i] += call.counts[i];
+  call.clear(n_tables);
 }
 
 // base, trained: [n]; threshold_bits: [n_thresholds], at most OPD_MAX_VISIBLE_THRESHOLDS; thresholds:
@@ -218,19 +295,57 @@ OPD_EXPORT int opd_delta(const void* base, int64_t base_dtype, const void* train
                          int64_t n_stored, int64_t threads, int64_t* tables, int64_t* counts, int64_t* sums,
                          double* maximum, unsigned char* mask) {
   return guarded([&] {
-    require(n_thresholds >= 0 && n_thresholds <= OPD_MAX_VISIBLE_THRESHOLDS && n_stored == OPD_STORED_THRESHOLDS,
-            "at most 4 threshold_bits, exactly 5 thresholds");
-    DeltaOptions options;
-    options.n_thresholds = (int)n_thresholds;
-    for (int i = 0; i < OPD_MAX_VISIBLE_THRESHOLDS; i++)
-      options.threshold_bits[i] = i < n_thresholds ? (opd_u32)narrow(threshold_bits[i]) : 0x7FFF;
-    for (int i = 0; i < OPD_STORED_THRESHOLDS; i++) options.thresholds[i] = thresholds[i];
-    require_dtypes(base_dtype, trained_dtype);
-    require_size(n, base && trained);
-    require_aligned(base, element_bytes((int)base_dtype));
-    require_aligned(trained, element_bytes((int)trained_dtype));
+    const DeltaOptions options = options_of(threshold_bits, n_thresholds, thresholds, n_stored);
+    const DeltaPair pair = required_pair(base, base_dtype, trained, trained_dtype, n);
     require(tables && counts && sums && maximum, "outputs must not be null");
-    delta(base, (int)base_dtype, trained, (int)trained_dtype, n, options, narrow(threads), tables, counts, sums,
-          maximum, mask);
+    delta(pair.base, pair.base_dtype, pair.trained, pair.trained_dtype, n, options, narrow(threads), tables, counts,
+          sums, maximum, mask);
+  });
+}
+
+// Counts pairs of tensors, and writes the bins in use one after another. base, base_dtypes, trained, trained_dtypes,
+// sizes: [pairs]; num_bins: [pairs], -1 from the first pair on whose bins do not fit the rest of `capacity`; bin_bits:
+// [capacity], ascending for each pair; tables: [HIST_BASE_OVER + n_thresholds][capacity]; counts: [pairs][NUM_COUNTS];
+// sums: [pairs][NUM_SUMS][OPD_SUM_LIMBS]; maximum: [pairs]. All outputs are overwritten.
+OPD_EXPORT int opd_delta_many(const void* const* base, const int64_t* base_dtypes, const void* const* trained,
+                              const int64_t* trained_dtypes, const int64_t* sizes, int64_t pairs,
+                              const int64_t* threshold_bits, int64_t n_thresholds, const double* thresholds,
+                              int64_t n_stored, int64_t threads, int64_t capacity, int64_t* num_bins,
+                              int64_t* bin_bits, int64_t* tables, int64_t* counts, int64_t* sums, double* maximum) {
+  return guarded([&] {
+    const DeltaOptions options = options_of(threshold_bits, n_thresholds, thresholds, n_stored);
+    require(pairs >= 0 && capacity >= 0, "numbers of pairs and bins must not be negative");
+    require(!pairs || (base && base_dtypes && trained && trained_dtypes && sizes), "inputs must not be null");
+    require(!pairs || (num_bins && counts && sums && maximum), "outputs must not be null");
+    require(!capacity || (bin_bits && tables), "outputs must not be null");
+    std::lock_guard<std::mutex> hold(lock);
+    const int n_tables = HIST_BASE_OVER + options.n_thresholds;
+    int64_t used = 0;
+    for (int64_t p = 0; p < pairs; p++) {
+      const DeltaPair pair = required_pair(base[p], base_dtypes[p], trained[p], trained_dtypes[p], sizes[p]);
+      int64_t* pair_sums = sums + p * NUM_SUMS * OPD_SUM_LIMBS;
+      std::memset(pair_sums, 0, sizeof(int64_t) * NUM_SUMS * OPD_SUM_LIMBS);
+      maximum[p] = 0;
+      count_pair(pair, options, narrow(threads), (opd_i64(*)[OPD_SUM_LIMBS])pair_sums, maximum + p, nullptr);
+      const int64_t first = used;
+      bool fits = true;
+      call.each_bin([&](int i) {
+        // HIST_BASE_CHANGED and HIST_BASE_OVER are subsets of HIST_BASE.
+        if (!(call.table(HIST_BASE)[i] | call.table(HIST_DELTA)[i] | call.table(HIST_TRAINED_CHANGED)[i] |
+              call.table(HIST_DELTA_STORED)[i]))
+          return;
+        fits = fits && used < capacity;
+        if (!fits) return;
+        bin_bits[used] = i;
+        for (int t = 0; t < n_tables; t++) tables[t * capacity + used] = call.table(t)[i];
+        used++;
+      });
+      std::memcpy(counts + p * NUM_COUNTS, call.counts, sizeof call.counts);
+      call.clear(n_tables);
+      num_bins[p] = used - first;
+      if (fits) continue;
+      for (int64_t rest = p; rest < pairs; rest++) num_bins[rest] = -1;
+      return;
+    }
   });
 }

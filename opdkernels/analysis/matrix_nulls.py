@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from opdkernels.metrics import rounding_null
-from opdkernels.metrics.batch import SparseTally
 from opdkernels.ops.delta import Tally, delta
+from opdkernels.ops.delta.many import SparseTally
 from opdkernels.spectral.exact import GRAM_LIMIT, Factor, Spectra, top_ranks
 from opdkernels.spectral.null import BINS, Composites, Profile, mask_histograms, perturbation
 from opdkernels.spectral.principal import Masks

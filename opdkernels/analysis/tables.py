@@ -13,7 +13,7 @@ from opdkernels.analysis.summary import CURVE, ULP_LABELS
 from opdkernels.checkpoint.match import EXCLUDED_KINDS, Pair
 from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.metrics import groups, rounding_null
-from opdkernels.metrics.batch import SparseTally, to_bf16_bits
+from opdkernels.metrics.batch import to_bf16_bits
 from opdkernels.metrics.coordinates import compute_metrics
 from opdkernels.metrics.null_metrics import null_metrics
 from opdkernels.metrics.registry import VIEWS
@@ -21,6 +21,7 @@ from opdkernels.metrics.rounding_null import Null
 from opdkernels.metrics.tallies import TallyRecord
 from opdkernels.metrics.verdict import MAX_DISTANT, UNRELATED, distant_sentence, pair_verdict
 from opdkernels.ops.delta.layout import HIST_DELTA_STORED, ULP_REACH
+from opdkernels.ops.delta.many import SparseTally
 from opdkernels.spectral.exact import RATIOS
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from opdkernels.backends.devices import CPU, empty_cache, probed_device
 from opdkernels.checkpoint import streaming
 from opdkernels.checkpoint.match import Match, Pair
-from opdkernels.metrics.batch import SparseTally
 from opdkernels.metrics.tallies import TallyRecord
 from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, Tally, delta
+from opdkernels.ops.delta.many import SparseTally, delta_many
 from opdkernels.progress import Progress
 from opdkernels.runs.store import ArrowStore
+
+SMALL, SMALL_BATCH = 1 << 16, 128  # coordinates of a tensor that is tallied with others in one call, and how many
 
 
 def probe_device(name: str) -> torch.device:
@@ -46,6 +48,54 @@ def slices(numel: int, bytes_per_element: int, memory: int) -> Iterator[tuple[in
         yield begin, min(numel, begin + step)
 
 
+def small_batches(matches: Sequence[tuple[int, Match]], max_bytes: int) -> Iterator[list[tuple[int, Match]]]:
+    """Matches in batches of at most SMALL_BATCH and `max_bytes`, but at least one."""
+    batch: list[tuple[int, Match]] = []
+    nbytes = 0
+    for index, match in matches:
+        size = match.numel * streaming.pair_bytes(match)
+        if batch and (len(batch) == SMALL_BATCH or nbytes + size > max_bytes):
+            yield batch
+            batch, nbytes = [], 0
+        batch.append((index, match))
+        nbytes += size
+    if batch:
+        yield batch
+
+
+def tally_small(
+    pair: Pair,
+    matches: Sequence[tuple[int, Match]],
+    tallies: ArrowStore[TallyRecord],
+    max_bytes: int,
+    done: Callable[[Match], None],
+) -> list[tuple[int, Match]]:
+    """Tallies small matches on the CPU, many in one call: what a call costs would exceed their coordinates.
+
+    Args:
+        pair: The matched checkpoints.
+        matches: The matches, each with its index.
+        tallies: Receives one record per match.
+        max_bytes: Bytes of the tensors of a call.
+        done: Called with each match that is tallied.
+
+    Returns:
+        The matches that failed, and those in one batch with them.
+    """
+    failed = []
+    for batch in small_batches(matches, max_bytes):
+        try:
+            sides = [[side.clone() for side in pair.read(match, 0, match.numel)] for _, match in batch]
+            counted = delta_many([base for base, _ in sides], [trained for _, trained in sides])
+        except (MemoryError, RuntimeError):
+            failed += batch
+            continue
+        for (index, match), tally in zip(batch, counted, strict=True):
+            tallies.add(tally_record(index, match, tally, ""))
+            done(match)
+    return failed
+
+
 def tally_all(
     pair: Pair, tallies: ArrowStore[TallyRecord], memory: int, progress: Progress, device: torch.device = CPU
 ) -> None:
@@ -71,6 +121,16 @@ def tally_all(
             done += match.numel * streaming.pair_bytes(match)
             progress(done, total, match.name)
     limit = streaming.slice_limit(memory, device)
+    if device.type == "cpu":
+
+        def count_done(match: Match) -> None:
+            nonlocal done
+            done += match.numel * streaming.pair_bytes(match)
+            progress(done, total, match.name)
+
+        small = [(index, match) for index, match in pending if match.numel <= SMALL]
+        pending = [(index, match) for index, match in pending if match.numel > SMALL]
+        pending += tally_small(pair, small, tallies, limit, count_done)
     while pending:
         with contextlib.closing(streaming.stream_slices(pair, tuple(pending), limit, device)) as stream:  # type: ignore[type-var]
             for index, group in itertools.groupby(stream, key=lambda item: item[0].index):

@@ -28,10 +28,10 @@ from opdkernels.errors import InputError, printable
 from opdkernels.files import atomic_file
 from opdkernels.masks import MaskSet
 from opdkernels.masks.mask import Mask
-from opdkernels.metrics.batch import SparseTally
 from opdkernels.metrics.coordinates import compute_metrics, none_for_nan
 from opdkernels.metrics.registry import VIEWS
 from opdkernels.ops.delta import Tally, delta
+from opdkernels.ops.delta.many import SparseTally
 from opdkernels.optim.base import MaskedOptimizer
 from opdkernels.optim.binding import is_dtensor, local_part
 

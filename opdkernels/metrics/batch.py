@@ -1,26 +1,20 @@
-"""Tallies with only the bins in use, and batches of them: the input of the formulas in `coordinates.py`."""
+"""Batches of tallies: the input of the formulas in `coordinates.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
-from opdkernels.ops.delta import Tally, exact_float, from_limbs, magnitudes
+from opdkernels.ops.delta import magnitudes
 from opdkernels.ops.delta.layout import (
     COUNT_BIT_EQUAL,
     COUNT_NONFINITE,
     COUNT_NUMEL,
-    COUNT_ULP,
-    HIST_BASE,
     HIST_BASE_CHANGED,
     HIST_BASE_OVER,
-    HIST_DELTA,
-    HIST_DELTA_STORED,
-    HIST_TRAINED_CHANGED,
 )
+from opdkernels.ops.delta.many import SparseTally
 from opdkernels.spectral.exact import RATIOS
 
 EPSILON = 1e-12
@@ -41,75 +35,6 @@ def to_bf16_bits(value: float) -> int:
     """bf16 bits of a threshold, rounded as torch rounds a scalar that is compared with a bf16 tensor."""
     bits = int(np.float32(value).view(np.uint32))
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-
-
-@dataclass(frozen=True)
-class SparseTally:
-    """A tally with only the bins in use.
-
-    Attributes:
-        threshold_bits: bf16 bits of the thresholds that visible |delta| was compared with.
-        bin_bits: bf16 bits of the magnitude of each bin, ascending, int64 [bins].
-        tables: Histograms, int64 [5 + len(threshold_bits), bins], rows as in `ops.delta.layout`.
-        counts: int64 [NUM_COUNTS], as in `ops.delta.layout`.
-        sums: Exact sums as int64 limbs [NUM_SUMS, SUM_LIMBS].
-        max_delta: The largest stored |delta|.
-    """
-
-    threshold_bits: tuple[int, ...]
-    bin_bits: np.ndarray
-    tables: np.ndarray
-    counts: np.ndarray
-    sums: np.ndarray
-    max_delta: float
-
-    @classmethod
-    def of(cls, tally: Tally) -> SparseTally:
-        """The bins in use of a dense tally."""
-        tables = tally.tables  # HIST_BASE_CHANGED and HIST_BASE_OVER are subsets of HIST_BASE
-        used = np.flatnonzero(
-            tables[HIST_BASE] | tables[HIST_DELTA] | tables[HIST_TRAINED_CHANGED] | tables[HIST_DELTA_STORED]
-        )
-        return cls(
-            tally.threshold_bits, used, tally.tables[:, used], tally.counts.copy(), tally.sums.copy(), tally.max_delta
-        )
-
-    def dense(self) -> Tally:
-        """The dense tally."""
-        tally = Tally.empty(self.threshold_bits)
-        tally.tables[:, self.bin_bits] = self.tables
-        tally.counts[:], tally.sums[:], tally.maximum[:] = self.counts, self.sums, self.max_delta
-        return tally
-
-    numel = property(lambda self: int(self.counts[COUNT_NUMEL]))
-    nonfinite = property(lambda self: int(self.counts[COUNT_NONFINITE]))
-    bit_equal = property(lambda self: int(self.counts[COUNT_BIT_EQUAL]))
-    finite = property(lambda self: self.numel - self.nonfinite)
-    hist_base = property(lambda self: self.tables[HIST_BASE])
-    hist_delta = property(lambda self: self.tables[HIST_DELTA])
-    ulp = property(lambda self: self.counts[COUNT_ULP:])
-
-    def changed(self, view: str) -> np.ndarray:
-        """Histogram of |W| over the coordinates whose delta is not 0, int64 [bins]."""
-        return self.tables[HIST_BASE_CHANGED if view == "stored" else HIST_BASE_OVER]
-
-    @cached_property
-    def energies(self) -> dict[str, tuple[float, float, float, float]]:
-        """view -> (sum W^2, sum W'^2, sum delta^2, sum |delta|)."""
-        values = magnitudes[self.bin_bits]
-        squares = values**2
-        trained = self.hist_base - self.tables[HIST_BASE_OVER] + self.tables[HIST_TRAINED_CHANGED]
-        visible = (
-            (self.hist_base, squares),
-            (trained, squares),
-            (self.hist_delta, squares),
-            (self.hist_delta, values),
-        )
-        return {
-            "stored": tuple(exact_float(from_limbs(row)) for row in self.sums),  # type: ignore[dict-item]
-            # Not by BLAS, whose summation order depends on the machine and the number of threads.
-            "visible": tuple(float((counts * v).sum()) for counts, v in visible),  # type: ignore[dict-item]
-        }
 
 
 class TallyBatch:

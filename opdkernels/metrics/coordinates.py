@@ -32,7 +32,6 @@ from opdkernels.metrics.batch import (
     RATIO_LABELS,
     RATIO_SYMBOL,
     Columns,
-    SparseTally,
     TallyBatch,
     prefix_sums,
     ratio_label,
@@ -49,6 +48,7 @@ from opdkernels.ops.delta.layout import (
     HIST_DELTA,
     HIST_DELTA_STORED,
 )
+from opdkernels.ops.delta.many import SparseTally
 from opdkernels.spectral.exact import RATIOS
 
 RELATIVE = (1e-4, 1e-3, 1e-2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from opdkernels.metrics.rounding_null import KINDS, Null
 from opdkernels.ops.delta import magnitudes
 from opdkernels.spectral.exact import RATIOS
 
+BATCH = 128  # nulls at a time: arrays stay near the caches
 VISIBLE = ("visible",)
 SECTION = "against bf16 rounding alone"
 BOTH_TABLES = ("tensors", "groups")
@@ -279,32 +280,63 @@ def null_metrics(columns: Columns, fitted: list[dict[str, Null]]) -> dict[str, A
             metrics[f"{label}_null_sd"] = np.where(changed["chosen"] > 0, deviation, np.nan)
             metrics[f"{label}_over_null"] = columns[label] / nan_where_zero(coverage["chosen"])
             metrics |= {f"{label}_null_{kind}": coverage[kind] for kind in KINDS}
-        for fraction, fraction_name in zip(TOP_FRACTIONS, TOP_LABELS, strict=True):
+        for fraction_name, expected, deviation in zip(
+            TOP_LABELS, *expected_top_energy(chosen, TOP_FRACTIONS), strict=True
+        ):
             label = f"top_energy_{fraction_name}"
-            expected = np.array([expected_top_energy(null, fraction) for null in chosen]).reshape(-1, 2)
-            metrics[f"{label}_null"], metrics[f"{label}_null_sd"] = expected.T
-            metrics[f"{label}_over_null"] = columns[label] / nan_where_zero(expected[:, 0])
+            metrics[f"{label}_null"], metrics[f"{label}_null_sd"] = expected, deviation
+            metrics[f"{label}_over_null"] = columns[label] / nan_where_zero(expected)
     return metrics
 
 
-def expected_top_energy(null: Null, fraction: float) -> tuple[float, float]:
-    """Fraction of the energy in the ceil(fraction n) largest |visible delta| of a null update.
+def expected_top_energy(nulls: Sequence[Null], fractions: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Fraction of the energy in the ceil(fraction n) largest |visible delta| of null updates.
 
     Returns:
-        Mean, and standard deviation by the delta method for independent coordinates; NaN if no change is expected.
+        Mean, and standard deviation by the delta method for independent coordinates, float64 [fractions, nulls] each;
+        NaN if no change is expected.
     """
-    if not null.changed > 0:
-        return math.nan, math.nan
-    counts, squares = null.values, magnitudes[null.first : null.first + len(null.values)] ** 2
-    numel = round(null.changed + null.unchanged)
-    above = np.cumsum(counts[::-1])[::-1] - counts  # coordinates with a larger |delta|
-    taken = np.clip(max(1, math.ceil(fraction * numel)) - above, 0, counts)
-    energy = float((counts * squares).sum())
-    top = float((taken * squares).sum()) / energy
-    threshold = float(squares[np.argmax(taken > 0)])
-    influence = np.maximum(squares - threshold, 0) - top * squares
-    variance = float((counts * influence**2).sum()) - float((counts * influence).sum()) ** 2 / numel
-    return top, math.sqrt(max(variance, 0)) / energy
+    mean = np.full((len(fractions), len(nulls)), np.nan)
+    deviation = mean.copy()
+    known = np.array([t for t, null in enumerate(nulls) if null.changed > 0], np.int64)
+    for first in range(0, len(known), BATCH):
+        batch = known[first : first + BATCH]
+        mean[:, batch], deviation[:, batch] = top_energy_of_changes([nulls[t] for t in batch], fractions)
+    return mean, deviation
+
+
+def top_energy_of_changes(nulls: Sequence[Null], fractions: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """`expected_top_energy` of nulls that expect changes, all at once."""
+    mean, deviation = np.empty((2, len(fractions), len(nulls)))
+    # The bins of each null from the largest |delta| down, one after another. Counts are divided by their sum, squares
+    # by their mean, so that the prefix sums of nulls of all sizes have the same magnitude.
+    counts = np.concatenate([null.values[::-1] for null in nulls])
+    squares = np.concatenate([magnitudes[null.first : null.first + len(null.values)][::-1] for null in nulls]) ** 2
+    sizes = np.array([len(null.values) for null in nulls])
+    stop = np.cumsum(sizes)
+    start = stop - sizes
+    changes = np.add.reduceat(counts, start)
+    mean_square = np.add.reduceat(counts * squares, start) / changes
+    counts /= np.repeat(changes, sizes)
+    squares /= np.repeat(mean_square, sizes)
+    before, before_1, before_2 = (
+        np.concatenate([[0.0], np.cumsum(x)]) for x in (counts, counts * squares, counts * squares**2)
+    )
+    numel = np.array([round(null.changed + null.unchanged) for null in nulls])
+    for k, fraction in enumerate(fractions):
+        taken = np.array([max(1, math.ceil(fraction * n)) for n in numel.tolist()]) / changes
+        reached = np.searchsorted(before, np.minimum(before[start] + taken, before[stop]))
+        last = np.maximum(reached - 1, start)  # the bin of the smallest |delta| of which coordinates are taken
+        above, above_1, above_2 = (sums[last] - sums[start] for sums in (before, before_1, before_2))
+        threshold = squares[last]
+        top = above_1 + np.clip(taken - above, 0, counts[last]) * threshold
+        # Sums of the influence of coordinates, max(square - threshold, 0) - top square, and of its square.
+        influence = above_1 - threshold * above - top
+        influence_sq = above_2 - 2 * threshold * above_1 + threshold**2 * above
+        influence_sq += -2 * top * (above_2 - threshold * above_1) + top**2 * (before_2[stop] - before_2[start])
+        mean[k] = top
+        deviation[k] = np.sqrt(np.maximum(influence_sq - influence**2 * changes / numel, 0) / changes)
+    return mean, deviation
 
 
 def near_zero_deviation(ratio: float, null: Null) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from opdkernels.metrics.batch import SparseTally
+from opdkernels.ops.delta.many import SparseTally
 from opdkernels.runs.store import ArrowStore
 
 SCHEMA_VERSION = 3

@@ -32,6 +32,7 @@ def staging(monkeypatch):
         used.append(len(slices))
         return streaming.stage_slices(source, slices, 1 << 21, HERE)
 
+    monkeypatch.setattr(tallying, "SMALL", -1)
     monkeypatch.setattr(streaming, "read_slices", staged)
     monkeypatch.setattr(streaming, "slice_limit", lambda memory, device: 1 << 21)
     return used

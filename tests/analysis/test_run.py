@@ -218,7 +218,11 @@ def test_failed_tensor_is_recorded_and_retried(pair, tmp_path, monkeypatch):
             raise MemoryError("no room")
         return delta(source, trained, **options)
 
+    def failing_many(source, trained, **options):
+        raise MemoryError("no room for all")
+
     monkeypatch.setattr(tallying, "delta", failing)
+    monkeypatch.setattr(tallying, "delta_many", failing_many)  # the tensors are then tallied one by one
     result = analyze(*pair, tmp_path / "out")
     assert result.exit_status == 3
     assert len(result.summary["failed"]) == 4
@@ -370,7 +374,7 @@ def test_a_summary_of_other_tables_is_refused(pair, tmp_path, change):
 
 
 def test_records_keep_counts_of_any_size():
-    from opdkernels.metrics.batch import SparseTally
+    from opdkernels.ops.delta.many import SparseTally
 
     tally = delta(torch.ones(4), torch.tensor([1.0, 1, 1, 2]))
     for factor in (1, 1 << 40):

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdkernels.metrics.batch import SparseTally, TallyBatch, ratio_label, to_bf16_bits
+from opdkernels.metrics.batch import TallyBatch, ratio_label, to_bf16_bits
 from opdkernels.metrics.coordinates import TOP_FRACTIONS, compute_metrics, near_zero, tensor_metrics
 from opdkernels.ops.delta import THRESHOLDS, Tally, delta
+from opdkernels.ops.delta.many import SparseTally
 from opdkernels.spectral.exact import RATIOS
 from tests.ops.conformance import make_pair
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from opdkernels.metrics.batch import SparseTally
 from opdkernels.metrics.coordinates import TOP_FRACTIONS, TOP_LABELS, compute_metrics
 from opdkernels.metrics.null_metrics import expected_top_energy, null_metrics
-from opdkernels.metrics.rounding_null import expected_square, fit
-from opdkernels.ops.delta import delta
+from opdkernels.metrics.rounding_null import Null, expected_square, fit
+from opdkernels.ops.delta import delta, magnitudes
+from opdkernels.ops.delta.many import SparseTally
 
 SIZE = 40_000
 NUM_UPDATES = 60
@@ -66,8 +66,40 @@ def test_expected_square_at_each_magnitude_is_that_of_sampled_updates(remainder,
 def test_nothing_changed_has_no_expected_top_energy():
     w = weights()
     null = fit(*bins(SparseTally.of(delta(w, w))))["chosen"]
-    for fraction in TOP_FRACTIONS:
-        assert all(math.isnan(value) for value in expected_top_energy(null, fraction))
+    mean, deviation = expected_top_energy([null], TOP_FRACTIONS)
+    assert mean.shape == deviation.shape == (len(TOP_FRACTIONS), 1)
+    assert np.isnan(mean).all()
+    assert np.isnan(deviation).all()
+
+
+def top_energy_of_one(null: Null, fraction: float) -> tuple[float, float]:
+    """Mean and deviation coordinate class by coordinate class, from the largest |delta| down."""
+    squares = magnitudes[null.first : null.first + len(null.values)] ** 2
+    left, taken = max(1, math.ceil(fraction * round(null.changed + null.unchanged))), np.zeros(len(squares))
+    for i in reversed(range(len(squares))):
+        taken[i] = min(left, null.values[i])
+        left -= taken[i]
+    energy = float((null.values * squares).sum())
+    top = float((taken * squares).sum()) / energy
+    influence = np.maximum(squares - squares[np.argmax(taken > 0)], 0) - top * squares
+    numel = round(null.changed + null.unchanged)
+    variance = (null.values * influence**2).sum() - (null.values * influence).sum() ** 2 / numel
+    return top, math.sqrt(variance) / energy
+
+
+def test_top_energy_of_many_nulls_is_that_of_each():
+    """Of all sizes of tensors and updates, also where all coordinates belong to the top, and where one does."""
+    nulls = []
+    for n, scale, size in ((SIZE, 1.0, 1e-4), (3, 1.0, 1.0), (SIZE, 1e-6, 1e-9), (900, 1e4, 3.0), (SIZE, 1.0, 1e-2)):
+        w = (scale * weights()[:n].float()).bfloat16()
+        z = torch.randn(n, generator=torch.Generator().manual_seed(4))
+        fitted = fit(*bins(SparseTally.of(delta(w, (w.float() + size * z).bfloat16()))))
+        nulls += [fitted[kind] for kind in ("sign", "normal", "empirical", "chosen") if kind in fitted]
+    fractions = (*TOP_FRACTIONS, 0.5, 1.0)
+    mean, deviation = expected_top_energy(nulls, fractions)
+    expected = np.array([[top_energy_of_one(null, fraction) for null in nulls] for fraction in fractions])
+    np.testing.assert_allclose(mean, expected[:, :, 0], rtol=1e-9)
+    np.testing.assert_allclose(deviation, expected[:, :, 1], rtol=1e-6, atol=1e-9)
 
 
 def test_visibility_is_kept_on_request_only():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opdkernels.metrics import docs
-from opdkernels.metrics.batch import SparseTally, TallyBatch
+from opdkernels.metrics.batch import TallyBatch
 from opdkernels.metrics.catalog import METRICS, metrics_of, metrics_on_page
 from opdkernels.metrics.coordinates import FORMULAS
 from opdkernels.metrics.geometry import geometry_row, spectrum_row
@@ -16,6 +16,7 @@ from opdkernels.metrics.registry import VIEWS
 from opdkernels.metrics.rounding_null import fit_many
 from opdkernels.metrics.spectra import SpectrumRecord
 from opdkernels.ops.delta import delta
+from opdkernels.ops.delta.many import SparseTally
 from tests.ops.conformance import make_pair
 
 

@@ -42,13 +42,14 @@ from opdkernels.compat.paper_csv.spectra import (
     svd_row,
 )
 from opdkernels.files import write_json
-from opdkernels.metrics.batch import EPSILON, SparseTally, TallyBatch, ratio_label, threshold_label, to_bf16_bits
+from opdkernels.metrics.batch import EPSILON, TallyBatch, ratio_label, threshold_label, to_bf16_bits
 from opdkernels.metrics.coordinates import RELATIVE, TOP_FRACTIONS, near_zero, tensor_metrics
 from opdkernels.metrics.groups import Row, write_csv
 from opdkernels.metrics.spectra import SpectrumRecord
 from opdkernels.metrics.tallies import TallyRecord
 from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS
 from opdkernels.ops.delta.layout import HIST_BASE_OVER
+from opdkernels.ops.delta.many import SparseTally
 from opdkernels.spectral.exact import RATIOS
 
 if TYPE_CHECKING:

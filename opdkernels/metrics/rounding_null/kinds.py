@@ -133,6 +133,36 @@ def density(tables: Histograms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mass, row, known
 
 
+def interpolate_on_lattice(
+    cumulative: np.ndarray, first: np.ndarray, rows: int, steps: int, factor: np.ndarray
+) -> np.ndarray:
+    """Cumulative probabilities of `factor` times an update, on a lattice: linear between the edges of bins.
+
+    Args:
+        cumulative: P(update <= edge), BINS edges per octave and the last one, [T, octaves * BINS + 1].
+        first: Octave of the first row of the lattice, relative to the first one of `cumulative` [T].
+        rows: Rows of the lattice, each an octave.
+        steps: Points per row: 1, 1 + 1 / steps, ... times a power of two.
+        factor: [T].
+
+    Returns:
+        float64 [T, rows, steps]; constant beyond the edges.
+    """
+    # A point over the factor is in the same place of its octave in every row.
+    mantissa, exponent = np.frexp((1 + np.arange(steps) / steps) / factor[:, None])
+    place = (2 * mantissa - 1) * BINS
+    bin_ = place.astype(np.int64)
+    padded = np.pad(cumulative, ((0, 0), (1, 1)), mode="edge")
+    bin_ += BINS * (exponent + first[:, None] - 1) + 1  # of the first row, in `padded`
+    index = np.clip(bin_[:, None] + BINS * np.arange(rows)[:, None], 0, padded.shape[1] - 2)
+    index += padded.shape[1] * np.arange(len(padded))[:, None, None]
+    differences = np.diff(padded, axis=1, append=0)
+    below = np.take(differences, index)
+    below *= (place - np.floor(place))[:, None]
+    below += np.take(padded, index)
+    return below
+
+
 def empirical(tables: Histograms) -> Expected:
     """The observed distribution times a factor of 1/8 to 8.
 
@@ -180,11 +210,9 @@ def empirical(tables: Histograms) -> Expected:
         row[len(row) - 1 - np.argmax(present[:, ::-1], axis=1)] + shift + 2,
     )
     first, rows = window(tables, np.maximum(bottom, top - MAX_ROWS), top)
-    points = (lattice(first, rows, 256) / factor[:, None, None]).reshape(count, -1)
-    edges = np.append(np.exp2(row - 127.0)[:, None] * lower, np.exp2(row[-1] - 126.0))
     cumulative = np.pad(np.cumsum(mass.reshape(count, -1), axis=1), ((0, 0), (1, 0)))
     cumulative += (1 - probability)[:, None]
-    below = np.stack([np.interp(points[t], edges, cumulative[t]) for t in range(count)]).reshape(count, -1, 256)
+    below = interpolate_on_lattice(cumulative, first - 1 - int(row[0]), rows + 1, 256, factor)
     return expected_histograms(
         tables, size, known, first, *cumulative_at_steps(below, tables.uniform, 1 - probability), 1 - probability
     )

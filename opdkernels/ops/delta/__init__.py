@@ -203,8 +203,7 @@ def validate(
     validate_input("base", base, DTYPES, device)
     validate_input("trained", trained, DTYPES, device, n)
     validate_threshold_bits(threshold_bits)
-    if len(thresholds) != len(THRESHOLDS):
-        raise ValueError(f"thresholds must be {len(THRESHOLDS)}, not {len(thresholds)}")
+    validate_thresholds(thresholds)
     validate_tensor("tables", tables, torch.int64, (HIST_BASE_OVER + len(threshold_bits), BINS), device)
     validate_tensor("counts", counts, torch.int64, (NUM_COUNTS,), device)
     validate_tensor("sums", sums, torch.int64, (NUM_SUMS, SUM_LIMBS), device)
@@ -367,6 +366,12 @@ def validate_threshold_bits(threshold_bits: Sequence[int]) -> None:
         )
 
 
+def validate_thresholds(thresholds: Sequence[float]) -> None:
+    """Raise ValueError unless there are as many as THRESHOLDS."""
+    if len(thresholds) != len(THRESHOLDS):
+        raise ValueError(f"thresholds must be {len(THRESHOLDS)}, not {len(thresholds)}")
+
+
 def delta(
     base: torch.Tensor,
     trained: torch.Tensor,
@@ -412,3 +417,6 @@ def delta(
         for array, output in zip(arrays, outputs, strict=True):
             array.copy_(output)
     return tally
+
+
+from opdkernels.ops.delta import many as many  # noqa: E402  (registers its operator)

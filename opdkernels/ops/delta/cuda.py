@@ -10,7 +10,7 @@ import torch
 from opdkernels.backends import gpu
 from opdkernels.backends.cuda import launch
 from opdkernels.backends.layout import BINS, DTYPE_CODES, SMEM_HEADER_BYTES, SMEM_TABLE_BYTES, WARP
-from opdkernels.ops.delta.gpu_common import kernel_params
+from opdkernels.ops.delta.gpu_common import kernel_params, one_by_one
 from opdkernels.ops.delta.layout import MANTISSAS
 
 WORK_ROWS = 10  # of the work tables, 32-bit [WORK_ROWS, BINS] (`enum Work` of csrc/delta/cuda.cu)
@@ -84,3 +84,10 @@ def delta_(
         )
     if n:
         launch.run("delta_propagate_carry", 1, WARP, 0, device, sums)
+
+
+def delta_many_(
+    base: Sequence[torch.Tensor], trained: Sequence[torch.Tensor], *arguments: Sequence[float] | torch.Tensor
+) -> None:
+    """The operator, by one launch per pair."""
+    one_by_one(delta_, base, trained, *arguments)  # type: ignore[arg-type]

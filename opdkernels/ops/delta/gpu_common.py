@@ -1,12 +1,23 @@
-"""What the Triton and the CUDA launchers of `delta` share: thresholds as bits."""
+"""What the Triton and the CUDA launchers of `delta` share: thresholds as bits, and many pairs one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
-from opdkernels.ops.delta.layout import COUNT_LE, COUNT_LT, MAX_VISIBLE_THRESHOLDS, NUM_STORED_THRESHOLDS
+from opdkernels.backends.layout import BINS
+from opdkernels.ops.delta.layout import (
+    COUNT_LE,
+    COUNT_LT,
+    HIST_BASE,
+    HIST_DELTA,
+    HIST_DELTA_STORED,
+    HIST_TRAINED_CHANGED,
+    MAX_VISIBLE_THRESHOLDS,
+    NUM_STORED_THRESHOLDS,
+)
 
 NEVER = 0x7FFF  # no finite magnitude exceeds these bits
 
@@ -40,3 +51,33 @@ def kernel_params(
         *(limit for limit, _ in limits),
         *(count for _, count in limits),
     ]
+
+
+def one_by_one(
+    count: Callable[..., None],
+    base: Sequence[torch.Tensor],
+    trained: Sequence[torch.Tensor],
+    threshold_bits: Sequence[int],
+    thresholds: Sequence[float],
+    num_bins: torch.Tensor,
+    bin_bits: torch.Tensor,
+    tables: torch.Tensor,
+    counts: torch.Tensor,
+    sums: torch.Tensor,
+    maximum: torch.Tensor,
+) -> None:
+    """The operator `delta_many_` by an implementation of `delta_`, which counts each pair in a dense tally."""
+    start = 0
+    num_bins.fill_(-1)
+    for i, (w, v) in enumerate(zip(base, trained, strict=True)):
+        dense = torch.zeros(len(tables), BINS, dtype=torch.int64, device=tables.device)
+        for output in (counts, sums, maximum):
+            output[i] = 0
+        count(w, v, threshold_bits, thresholds, dense, counts[i], sums[i], maximum[i : i + 1], None)
+        rows = dense[[HIST_BASE, HIST_DELTA, HIST_TRAINED_CHANGED, HIST_DELTA_STORED]]
+        used = (rows != 0).any(0).nonzero().flatten()
+        stop = start + len(used)
+        if stop > len(bin_bits):
+            return
+        bin_bits[start:stop], tables[:, start:stop], num_bins[i] = used, dense[:, used], len(used)
+        start = stop

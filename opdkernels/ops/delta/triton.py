@@ -47,7 +47,7 @@ from opdkernels.backends.triton.numeric import (
     widen,
 )
 from opdkernels.ops.delta import layout
-from opdkernels.ops.delta.gpu_common import kernel_params
+from opdkernels.ops.delta.gpu_common import kernel_params, one_by_one
 
 NUM_WARPS, MAXNREG = 4, 160  # three programs per multiprocessor
 EXPONENTS = 2  # per program of `fold`: 128 programs
@@ -495,3 +495,10 @@ def delta_(
         )
     if n:
         launch.run(propagate_carry, (1,), sums, num_warps=1, ROWS=layout.NUM_SUMS)
+
+
+def delta_many_(
+    base: Sequence[torch.Tensor], trained: Sequence[torch.Tensor], *arguments: Sequence[float] | torch.Tensor
+) -> None:
+    """The operator, by one launch per pair."""
+    one_by_one(delta_, base, trained, *arguments)  # type: ignore[arg-type]

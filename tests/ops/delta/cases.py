@@ -59,6 +59,32 @@ def call_delta(
     return [*outputs, mask]
 
 
+def call_many(
+    kernel: Kernel,
+    allocator: Allocator,
+    base: Sequence[torch.Tensor],
+    trained: Sequence[torch.Tensor],
+    capacity: int = 4 * BINS,
+) -> list[torch.Tensor]:
+    """The outputs of `delta_many_` for the pairs that fit."""
+    pairs, rows = len(base), HIST_BASE_OVER + len(DEFAULT_THRESHOLD_BITS)
+    num_bins, bin_bits = allocator.zeros(pairs), allocator.zeros(capacity)
+    tables, counts = allocator.zeros(rows, capacity).fill_(7), allocator.zeros(pairs, NUM_COUNTS).fill_(7)
+    sums = allocator.zeros(pairs, NUM_SUMS, SUM_LIMBS).fill_(7)
+    maximum = allocator.zeros(pairs, dtype=FP64).fill_(7)
+    outputs = num_bins, bin_bits, tables, counts, sums, maximum
+    kernel("delta_many_")(base, trained, list(DEFAULT_THRESHOLD_BITS), list(THRESHOLDS), *outputs)
+    fit = int((num_bins >= 0).sum())
+    used = int(num_bins[:fit].sum())
+    return [num_bins, bin_bits[:used], tables[:, :used].contiguous(), counts[:fit], sums[:fit], maximum[:fit]]
+
+
+def many_pairs(sizes: Sequence[int]) -> list[list[torch.Tensor]]:
+    """Pairs of all dtypes in turn."""
+    pairs = [make_pair(n, *PAIRS[i % len(PAIRS)], seed=i) for i, n in enumerate(sizes)]
+    return [[base for base, _ in pairs], [trained for _, trained in pairs]]
+
+
 def case(name: str, make: Callable[[], Sequence[torch.Tensor]], *options: Any) -> Case:
     return Case(name, lambda: [*make(), *options], call_delta)
 
@@ -125,6 +151,9 @@ def special_cases() -> Iterator[Case]:
         yield case(f"{dtype} large", functools.partial(large, dtype))
     for count in (0, 900):
         yield case(f"{count} unchanged zeros", functools.partial(unchanged_zeros, count))
+    yield Case("many pairs", lambda: many_pairs((5, 0, 1000, 1, 300, 70, 64)), call_many)
+    yield Case("many pairs that do not fit", lambda: [*many_pairs((5, 2000, 1000)), 3000], call_many)
+    yield Case("no pairs", lambda: [[], []], call_many)
     yield case("added to counts", functools.partial(make_pair, 3000), DEFAULT_THRESHOLD_BITS, THRESHOLDS, 1000)
 
 
@@ -136,4 +165,4 @@ def check_repeated(kernel: Kernel, expected_by: Kernel, device: torch.device, ti
     assert_equal(outputs, [times * tables, times * counts, sums, maximum], [])
 
 
-FAMILY = Family("delta", ("delta_",), cases, special_cases, check_repeated, bytes_per_coordinate=6)
+FAMILY = Family("delta", ("delta_", "delta_many_"), cases, special_cases, check_repeated, bytes_per_coordinate=6)
