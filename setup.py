@@ -83,6 +83,7 @@ CUDA_SOURCES = [*sorted(str(p) for p in Path("csrc").glob("*/cuda.cu")), "csrc/c
 CUDA_DEPENDS = [
     *CUDA_SOURCES,
     *sorted(str(p) for p in Path("csrc/common/cuda").glob("*.h")),
+    *sorted(str(p) for p in Path("csrc").glob("*/cuda_*.inl")),
     "csrc/common/numeric.h",
     *(f"{Path(p).parent}/{Path(p).parent.name}.h" for p in CUDA_SOURCES if p.endswith(".cu")),
 ]

@@ -5,21 +5,24 @@
 // are counted in shared memory, in as many rows as the device has space for (all ten with 227 KB, four with 99 KB), the
 // busiest first; the rest is counted in the work tables of 2^15 bins in global memory, which stay in the L2 cache.
 // Zeros are counted in registers: one bin may hold half a tensor. A block flushes its tables once. Small histograms
-// (ULP distances, limits, counts) have one column per lane: no two lanes of a warp access the same bank.
+// (ULP distances, limits, counts) have one column per lane: no two lanes of a warp access the same bank. The last block
+// to finish adds the work tables to the tally (`fold`) and leaves them zero for the next launch on the same stream.
 //
 // In a bf16 pair most coordinates keep their bits, but hardly any warp has none that changed: if each lane counted its
 // own changes, a warp would execute all of `count_difference` for every coordinate with most lanes idle. So a warp
-// queues its changed coordinates in shared memory and counts them 32 at a time.
+// queues its changed coordinates in shared memory and counts them 32 at a time. Devices with enough shared memory count
+// such pairs by cuda_pair.inl, in a quarter of the instructions.
 //
 // Sums are exact, so the order of blocks and atomics cannot change a bit. For a bf16 pair they follow from the tables
-// (`delta_fold`): w^2 and w'^2 from the counts of their values, |delta| and delta^2 from HIST_DELTA_STORED, whose bins
+// (`fold`): w^2 and w'^2 from the counts of their values, |delta| and delta^2 from HIST_DELTA_STORED, whose bins
 // hold the upper 16 bits of a difference, with the sums of the lower 16 bits and of their squares. Other dtypes are
 // summed in windows (`Window`).
 #include "delta.h"
 #include "../common/cuda/grid.h"
+#include "../common/cuda/packed.h"
 
 #define OPD_WINDOW 4          // limbs of an exact sum that a thread holds
-#define OPD_PAIR_THREADS 768  // per block of `delta_count_bf16`: with their queues, all tables fit 227 KB
+#define OPD_PAIR_THREADS 768  // at most per block of bf16 pairs: with their queues, all tables fit 227 KB
 #define OPD_QUEUE (OPD_WARP - 1 + OPD_WARP * 8)  // per warp: what was left, and all coordinates of a step
 #define OPD_FLUSH_STEPS 1024  // steps after which a warp flushes its windows: one outlier must not keep them high
 
@@ -29,6 +32,51 @@ enum Work {
   WORK_BASE, WORK_STORED, WORK_TRAINED, WORK_FOURTH, WORK_FIFTH, WORK_VISIBLE,
   WORK_ROWS = WORK_VISIBLE + OPD_MAX_VISIBLE_THRESHOLDS + 1
 };
+// Rows of `delta_count_bf16`, by stored |delta|: visible ones that are rounded up, and, by limit, those in its bin that
+// reach it.
+enum PairWork { WORK_ROUNDED_UP = WORK_FOURTH, WORK_REACHED = WORK_FIFTH };
+// What `fold` reads.
+enum Folded { FOLD_WIDE, FOLD_PAIR, FOLD_PAIR_IN_SMEM };
+
+// The workspace of a launch, 32-bit words: zero before and after it.
+#define OPD_EXPONENTS (OPD_BINS / OPD_MANTISSAS)
+#define OPD_USED_WORDS (OPD_EXPONENTS / 32)
+enum Workspace {
+  AT_WORK,                                         // [WORK_ROWS][OPD_BINS]
+  AT_LOW_SUMS = AT_WORK + WORK_ROWS * OPD_BINS,    // int64 [2][OPD_BINS]: of lower halves of |delta|, of their squares
+  AT_USED = AT_LOW_SUMS + 4 * OPD_BINS,            // bits of the exponents with bins that are not zero
+  AT_TICKET = AT_USED + OPD_USED_WORDS,
+  WORKSPACE_WORDS
+};
+
+// The arguments of a kernel but the tensors' dtypes. base, trained: [n]; mask: uint8 [(n + 7) / 8] or null; tables:
+// int64 [HIST_BASE_OVER + thresholds][OPD_BINS], counts: int64 [NUM_COUNTS], sums: int64 [NUM_SUMS][OPD_SUM_LIMBS] and
+// maximum: double [1], as its bits, are added to.
+struct Arguments {
+  const void *base, *trained;
+  opd_u8* mask;
+  opd_u32* workspace;
+  opd_i64* tables;
+  opd_i64* counts;
+  opd_i64* sums;
+  opd_u64* maximum;
+  opd_i64 n;
+  int smem_tables;                      // tables in shared memory
+  int num_thresholds;                   // of visible |delta|
+  opd_u64 thresholds;                   // four bf16 magnitudes of 16 bits
+  opd_u64 limit_counts;                 // for each limit, in six bits: the element of `counts` that it belongs to
+  opd_u64 limits[OPD_LIMITS];           // of stored |delta|, bits in ascending order
+
+  __device__ __forceinline__ opd_u32 threshold(int k) const { return (opd_u32)(thresholds >> 16 * k) & 0xFFFFu; }
+  __device__ __forceinline__ opd_i64* limit_count(int k) const { return counts + (limit_counts >> 6 * k & 63); }
+};
+
+// Marks the exponent of a bin in shared memory; what is not marked is neither folded nor cleared.
+__device__ __forceinline__ void mark_used(opd_u32* used, opd_u32 bin) {
+  const opd_u32 exponent = bin / OPD_MANTISSAS, bit = 1u << exponent % 32;
+  if (!(used[exponent / 32] & bit)) atomicOr(used + exponent / 32, bit);
+}
+
 template <int PAIR> struct Rows {
   static const int delta = PAIR ? WORK_FOURTH : WORK_FIFTH, base_changed = PAIR ? WORK_FIFTH : WORK_FOURTH;
 };
@@ -41,6 +89,7 @@ enum Small {
 
 struct BlockState {  // in shared memory, before the tables
   opd_u64 limits[OPD_LIMITS];
+  opd_u32 used[OPD_USED_WORDS], is_last;
   opd_u32 totals[SMALL_ROWS];
   opd_u32 lanes[SMALL_ROWS * OPD_WARP];
   opd_u32 queue[OPD_PAIR_THREADS / OPD_WARP][OPD_QUEUE];  // per warp: w in the lower, v in the upper half
@@ -50,11 +99,22 @@ static_assert(sizeof(BlockState) <= OPD_SMEM_HEADER_BYTES, "the tables begin aft
 struct Tables {
   opd_u32* smem_tables;  // [smem_rows][OPD_SMEM_BINS], in shared memory
   opd_u32* work;         // [WORK_ROWS][OPD_BINS], in global memory
+  opd_u32* used;         // bits of exponents, in shared memory
   int smem_rows;
   __device__ __forceinline__ void add(int row, opd_u32 bin, opd_u32 count = 1) const {
-    add_to_table(smem_tables, smem_rows, row, work + row * OPD_BINS, bin, count);
+    if (!add_to_table(smem_tables, smem_rows, row, work + row * OPD_BINS, bin, count)) mark_used(used, bin);
   }
 };
+
+// Adds a table in shared memory to its row of the work tables. `padded`: one unused element after every 128 bins.
+__device__ __forceinline__ void flush_row(const opd_u32* table, bool padded, opd_u32* row, opd_u32* used) {
+  for (int i = threadIdx.x; i < OPD_SMEM_BINS; i += blockDim.x) {
+    const opd_u32 count = table[padded ? i + i / OPD_MANTISSAS : i], bin = OPD_SMEM_FIRST_BIN + i;
+    if (!count) continue;
+    atomicAdd(row + bin, count);
+    mark_used(used, bin);
+  }
+}
 
 struct ThreadCounts {
   opd_u32 finite, bit_equal, unchanged_rtol, visible_changed, stored_changed, bits_differ, zero, numel;
@@ -167,22 +227,136 @@ __device__ __forceinline__ void count_difference(Counter<T>& counter, opd_u16 w,
 
 // Clears a block's shared memory and waits for all threads.
 template <class T>
-__device__ __forceinline__ Counter<T> init_block(opd_u8* shared, opd_u32* work, opd_i64* low_sums,
-                                                 const opd_i64* params, int smem_rows) {
+__device__ __forceinline__ Counter<T> init_block(opd_u8* shared, const Arguments& a) {
   BlockState& block = *(BlockState*)shared;
-  const Tables tables = {(opd_u32*)(shared + OPD_SMEM_HEADER_BYTES), work, smem_rows};
-  for (int i = threadIdx.x; i < OPD_LIMITS; i += blockDim.x) block.limits[i] = (opd_u64)params[PARAM_LIMITS + i];
+  const Tables tables = {(opd_u32*)(shared + OPD_SMEM_HEADER_BYTES), a.workspace + AT_WORK, block.used, a.smem_tables};
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int k = 0; k < OPD_LIMITS; k++) block.limits[k] = a.limits[k];
+  }
+  for (int i = threadIdx.x; i < OPD_USED_WORDS; i += blockDim.x) block.used[i] = 0;
   for (int i = threadIdx.x; i < SMALL_ROWS * OPD_WARP; i += blockDim.x) block.lanes[i] = 0;
-  for (int i = threadIdx.x; i < smem_rows * OPD_SMEM_BINS; i += blockDim.x) tables.smem_tables[i] = 0;
+  for (int i = threadIdx.x; i < a.smem_tables * OPD_SMEM_BINS; i += blockDim.x) tables.smem_tables[i] = 0;
   __syncthreads();
-  const opd_i64* bits = params + PARAM_VISIBLE;
-  return {block, tables, low_sums, {(opd_u16)bits[0], (opd_u16)bits[1], (opd_u16)bits[2], (opd_u16)bits[3]}, {}, 0};
+  return {block, tables, (opd_i64*)(a.workspace + AT_LOW_SUMS),
+          {(opd_u16)a.threshold(0), (opd_u16)a.threshold(1), (opd_u16)a.threshold(2), (opd_u16)a.threshold(3)}, {}, 0};
+}
+
+// Adds the sums over the bins of a warp's lanes to the tally. `low`, `low_square`: sums of lower halves, in bf16 pairs.
+__device__ __forceinline__ void add_sums(opd_i64* sums, int exponent, opd_i64 t, opd_i64 base, opd_i64 trained,
+                                         opd_i64 stored, opd_i64 low, opd_i64 low_square) {
+  // A bf16 magnitude is t * 2^(e - 134), e at least 1; a stored delta is (t * 2^16 + low) * 2^(e - 150).
+  const int e = exponent ? exponent : 1;
+  const int square = OPD_SUM_SHIFT + 2 * (e - 134), square_low = OPD_SUM_SHIFT + 2 * (e - 150);
+  t += exponent ? OPD_MANTISSAS : 0;
+  const opd_i64 sum_base = warp_sum(base * t * t), sum_trained = warp_sum(trained * t * t);
+  const opd_i64 sum_tops = warp_sum(stored * t * t), sum_cross = warp_sum(low * t), sum_lows = warp_sum(low_square);
+  const opd_i64 tops = warp_sum(stored * t), lows = warp_sum(low);
+  if (threadIdx.x % OPD_WARP) return;
+  sum_add_atomic(sums + SUM_BASE_SQ * OPD_SUM_LIMBS, sum_base, square);
+  sum_add_atomic(sums + SUM_TRAINED_SQ * OPD_SUM_LIMBS, sum_trained, square);
+  sum_add_atomic(sums + SUM_DELTA_SQ * OPD_SUM_LIMBS, sum_tops, square_low + 32);
+  sum_add_atomic(sums + SUM_DELTA_SQ * OPD_SUM_LIMBS, sum_cross, square_low + 17);
+  sum_add_atomic(sums + SUM_DELTA_SQ * OPD_SUM_LIMBS, sum_lows, square_low);
+  sum_add_atomic(sums + SUM_DELTA_ABS * OPD_SUM_LIMBS, tops, OPD_SUM_SHIFT + e - 134);
+  sum_add_atomic(sums + SUM_DELTA_ABS * OPD_SUM_LIMBS, lows, OPD_SUM_SHIFT + e - 150);
+}
+
+// Adds the bins of a warp's lanes in the work tables to the tally, and what follows from them for a bf16 pair.
+template <int FOLDED>
+__device__ __forceinline__ void fold_bins(const Arguments& a, opd_u32 bin) {
+  const opd_u32* at = a.workspace + AT_WORK + bin;
+  const auto load_row = [&](int row) -> opd_i64 { return __ldcg(at + row * OPD_BINS); };
+  const auto add_to_row = [&](int table, opd_i64 count) {
+    opd_i64* to = a.tables + table * OPD_BINS + bin;
+    if (count) *to = __ldcg(to) + count;
+  };
+  const bool first_lane = threadIdx.x % OPD_WARP == 0;
+  const opd_i64 base = load_row(WORK_BASE), stored = load_row(WORK_STORED), trained = load_row(WORK_TRAINED);
+  opd_i64 delta;
+  if (FOLDED == FOLD_PAIR_IN_SMEM) {
+    // A visible |delta| is the upper half of the stored one, or the number above it.
+    const opd_i64 from_below = bin ? __ldcg(at + WORK_ROUNDED_UP * OPD_BINS - 1) : 0;
+    delta = stored - load_row(WORK_ROUNDED_UP) + from_below;
+    const opd_u32 largest = warp_max(stored ? bin << 16 : 0u);
+    if (largest && first_lane) atomicMax(a.maximum, double_bits((double)bits_float(largest)));
+#pragma unroll
+    for (int k = 0; k < OPD_LIMITS; k++) {
+      const opd_u32 limit = (opd_u32)a.limits[k], bin_of_limit = limit >> 16;
+      const opd_u32* reached = a.workspace + AT_WORK + WORK_REACHED * OPD_BINS + k;
+      const opd_i64 not_below = limit & 0xFFFFu ? (opd_i64)__ldcg(reached) : stored;
+      const opd_i64 below = warp_sum(bin < bin_of_limit ? stored : bin == bin_of_limit ? stored - not_below : 0);
+      if (first_lane) add_count(a.limit_count(k), below);
+    }
+  } else {
+    delta = load_row(Rows<FOLDED == FOLD_PAIR>::delta);
+  }
+  opd_i64 visible = 0;
+#pragma unroll
+  for (int c = OPD_MAX_VISIBLE_THRESHOLDS; c >= 0; c--) {
+    visible += load_row(WORK_VISIBLE + c);
+    if (0 < c && c <= a.num_thresholds) add_to_row(HIST_BASE_OVER + c - 1, visible);
+  }
+  const opd_i64 base_changed = FOLDED == FOLD_WIDE ? load_row(Rows<0>::base_changed) : visible;
+  add_to_row(HIST_BASE, base);
+  add_to_row(HIST_DELTA, delta);
+  add_to_row(HIST_TRAINED_CHANGED, trained);
+  add_to_row(HIST_BASE_CHANGED, base_changed);
+  add_to_row(HIST_DELTA_STORED, stored);
+  if (FOLDED == FOLD_WIDE) return;
+  const opd_i64* low_sums = (const opd_i64*)(a.workspace + AT_LOW_SUMS) + bin;
+  add_sums(a.sums, (int)(bin / OPD_MANTISSAS), bin % OPD_MANTISSAS, base, base - base_changed + trained, stored,
+           __ldcg(low_sums), __ldcg(low_sums + OPD_BINS));
+}
+
+// Makes every limb but the last of each sum less than 2^32: the canonical form. One thread per sum.
+__device__ __forceinline__ void propagate_carry(opd_i64* sums) {
+  if (threadIdx.x >= NUM_SUMS) return;
+  opd_i64* limbs = sums + threadIdx.x * OPD_SUM_LIMBS;
+  opd_i64 above = 0;
+#pragma unroll 1
+  for (int i = 0; i + 1 < OPD_SUM_LIMBS; i++) {
+    const opd_i64 value = __ldcg(limbs + i) + above;
+    limbs[i] = value & 0xFFFFFFFF;
+    above = value >> 32;
+  }
+  limbs[OPD_SUM_LIMBS - 1] = __ldcg(limbs + OPD_SUM_LIMBS - 1) + above;
+}
+
+// Adds the work tables to the tally in the last block of the grid, and clears them. `used` and `is_last` are in the
+// shared memory of this block.
+template <int FOLDED>
+__device__ __forceinline__ void fold(const Arguments& a, const opd_u32* used, opd_u32* is_last) {
+  opd_u32* all_used = a.workspace + AT_USED;
+  for (int i = threadIdx.x; i < OPD_USED_WORDS; i += blockDim.x)
+    if (used[i]) atomicOr(all_used + i, used[i]);
+  if (!is_last_block(a.workspace + AT_TICKET, is_last)) return;
+  const opd_u32 lane = threadIdx.x % OPD_WARP;
+  const auto each_used_bin = [&](auto body) {  // one warp per 32 bins, of one exponent
+    for (opd_u32 first = threadIdx.x - lane; first < OPD_BINS; first += blockDim.x) {
+      const opd_u32 exponent = first / OPD_MANTISSAS;
+      if (__ldcg(all_used + exponent / 32) >> exponent % 32 & 1) body(first + lane);
+    }
+  };
+  each_used_bin([&](opd_u32 bin) { fold_bins<FOLDED>(a, bin); });
+  __syncthreads();
+  each_used_bin([&](opd_u32 bin) {
+#pragma unroll
+    for (int row = 0; row < WORK_ROWS; row++) a.workspace[AT_WORK + row * OPD_BINS + bin] = 0;
+    opd_i64* low_sums = (opd_i64*)(a.workspace + AT_LOW_SUMS) + bin;
+    if (FOLDED != FOLD_WIDE) low_sums[0] = low_sums[OPD_BINS] = 0;
+  });
+  if (FOLDED == FOLD_PAIR_IN_SMEM && threadIdx.x < OPD_LIMITS)
+    a.workspace[AT_WORK + WORK_REACHED * OPD_BINS + threadIdx.x] = 0;
+  propagate_carry(a.sums);
+  __syncthreads();
+  for (int i = threadIdx.x; i < OPD_USED_WORDS; i += blockDim.x) all_used[i] = 0;
+  if (threadIdx.x == 0) a.workspace[AT_TICKET] = 0;
 }
 
 // Adds the counts of a block's threads to the work tables and the tally.
 template <class T, int PAIR>
-__device__ __forceinline__ void flush_block(Counter<T>& counter, const opd_i64* params, opd_i64* tables,
-                                            opd_i64* counts, opd_u64* maximum) {
+__device__ __forceinline__ void flush_block(Counter<T>& counter, const Arguments& a) {
   BlockState& block = counter.block;
   const opd_u32 lane = threadIdx.x % OPD_WARP;
   const ThreadCounts& c = counter.totals;
@@ -191,35 +365,41 @@ __device__ __forceinline__ void flush_block(Counter<T>& counter, const opd_i64* 
 #pragma unroll
   for (int k = 0; k < NUMEL - FINITE + 1; k++) atomicAdd(block.lanes + (FINITE + k) * OPD_WARP + lane, in_order[k]);
   const typename Float<T>::Bits largest = warp_max(counter.largest);
-  if (lane == 0 && largest) atomicMax(maximum, double_bits((double)from_bits(largest)));
+  if (lane == 0 && largest) atomicMax(a.maximum, double_bits((double)from_bits(largest)));
   __syncthreads();
 
   for (int row = threadIdx.x / OPD_WARP; row < SMALL_ROWS; row += blockDim.x / OPD_WARP) {
     opd_u32 total = warp_sum(block.lanes[row * OPD_WARP + lane]);
     if (lane == 0) block.totals[row] = total;
   }
-  flush_tables(counter.tables.smem_tables, counter.tables.smem_rows, counter.tables.work, OPD_BINS);
+  const Tables& tables = counter.tables;
+  for (int row = 0; row < tables.smem_rows; row++)
+    flush_row(tables.smem_tables + row * OPD_SMEM_BINS, false, tables.work + row * OPD_BINS, block.used);
   __syncthreads();
 
   const opd_u32* total = block.totals;
   const opd_u32 unchanged = total[FINITE] - total[STORED_CHANGED];
   for (int k = threadIdx.x; k < OPD_ULP_BINS; k += blockDim.x)
-    add_count(counts + COUNT_ULP + k, total[k] + (k == OPD_ULP_BINS / 2 ? total[FINITE] - total[BITS_DIFFER] : 0));
+    add_count(a.counts + COUNT_ULP + k, total[k] + (k == OPD_ULP_BINS / 2 ? total[FINITE] - total[BITS_DIFFER] : 0));
   for (int k = threadIdx.x; k < OPD_LIMITS; k += blockDim.x) {  // values below limit k reach at most k limits
     opd_i64 below = block.limits[k] ? unchanged : 0;
     for (int rank = 0; rank <= k; rank++) below += total[SMALL_RANK + rank];
-    add_count(counts + params[PARAM_COUNTS + k], below);
+    add_count(a.limit_count(k), below);
   }
   if (threadIdx.x == 0) {
-    add_count(counts + COUNT_NUMEL, total[NUMEL]);
-    add_count(counts + COUNT_NONFINITE, total[NUMEL] - total[FINITE]);
-    add_count(counts + COUNT_BIT_EQUAL, total[BIT_EQUAL]);
+    add_count(a.counts + COUNT_NUMEL, total[NUMEL]);
+    add_count(a.counts + COUNT_NONFINITE, total[NUMEL] - total[FINITE]);
+    add_count(a.counts + COUNT_BIT_EQUAL, total[BIT_EQUAL]);
     // bf16 neighbours are 2^-8 apart, four times the relative tolerance of 1e-3.
-    add_count(counts + COUNT_UNCHANGED_RTOL, PAIR ? unchanged : total[UNCHANGED_RTOL]);
-    add_count(tables + HIST_DELTA * OPD_BINS, total[FINITE] - total[VISIBLE_CHANGED]);
-    add_count(tables + HIST_DELTA_STORED * OPD_BINS, unchanged);
-    if (total[ZERO]) atomicAdd(counter.tables.work + WORK_BASE * OPD_BINS, total[ZERO]);
+    add_count(a.counts + COUNT_UNCHANGED_RTOL, PAIR ? unchanged : total[UNCHANGED_RTOL]);
+    add_count(a.tables + HIST_DELTA * OPD_BINS, total[FINITE] - total[VISIBLE_CHANGED]);
+    add_count(a.tables + HIST_DELTA_STORED * OPD_BINS, unchanged);
+    if (total[ZERO]) {
+      atomicAdd(tables.work + WORK_BASE * OPD_BINS, total[ZERO]);
+      mark_used(block.used, 0);  // the same thread reads this word in `fold`
+    }
   }
+  fold<PAIR ? FOLD_PAIR : FOLD_WIDE>(a, block.used, &block.is_last);
 }
 
 // Counts a coordinate whose bits changed. Its |w| has been counted if it is finite: subtracted if the coordinate is
@@ -236,13 +416,13 @@ __device__ __forceinline__ void count_changed(Counter<float>& counter, opd_u16 w
   }
 }
 
-// Arguments as `delta_count_bf16`.
-__device__ __forceinline__ void count_pair(const void* base, const void* trained, opd_u8* mask, opd_u32* work,
-                                           opd_i64* low_sums, const opd_i64* params, opd_i64* tables, opd_i64* counts,
-                                           opd_u64* maximum, opd_i64 n, int smem_rows) {
+__device__ __forceinline__ void count_pair(const Arguments& arguments) {
   const int V = 8;
+  const void *base = arguments.base, *trained = arguments.trained;
+  const opd_i64 n = arguments.n;
+  opd_u8* mask = arguments.mask;
   OPD_DYNAMIC_SHARED(shared);
-  Counter<float> counter = init_block<float>(shared, work, low_sums, params, smem_rows);
+  Counter<float> counter = init_block<float>(shared, arguments);
   const int lane = threadIdx.x % OPD_WARP;
   opd_u32* queue = counter.block.queue[threadIdx.x / OPD_WARP];
   int queued = 0;  // by the warp
@@ -300,17 +480,17 @@ __device__ __forceinline__ void count_pair(const void* base, const void* trained
     b = next_b;
   }
   if (lane < queued) count_changed(counter, (opd_u16)queue[lane], (opd_u16)(queue[lane] >> 16));
-  flush_block<float, 1>(counter, params, tables, counts, maximum);
+  flush_block<float, 1>(counter, arguments);
 }
 
-// Arguments as the kernels of `OPD_DELTA_COUNT`.
 template <class T, int V>
-__device__ __forceinline__ void count(const void* base, int base_dtype, const void* trained, int trained_dtype,
-                                      opd_u8* mask, opd_u32* work, opd_i64* low_sums, const opd_i64* params,
-                                      opd_i64* tables, opd_i64* counts, opd_i64* sums, opd_u64* maximum, opd_i64 n,
-                                      int smem_rows) {
+__device__ __forceinline__ void count(const Arguments& arguments, int base_dtype, int trained_dtype) {
+  const void *base = arguments.base, *trained = arguments.trained;
+  const opd_i64 n = arguments.n;
+  opd_u8* mask = arguments.mask;
+  opd_i64* sums = arguments.sums;
   OPD_DYNAMIC_SHARED(shared);
-  Counter<T> counter = init_block<T>(shared, work, low_sums, params, smem_rows);
+  Counter<T> counter = init_block<T>(shared, arguments);
   Window windows[4] = {};
   int steps = 0;
   const opd_i64 tile = (opd_i64)blockDim.x * V, step = gridDim.x * tile, first = blockIdx.x * tile;
@@ -381,86 +561,32 @@ __device__ __forceinline__ void count(const void* base, int base_dtype, const vo
     b = next_b;
   }
   for (int s = 0; s < 4; s++) window_flush(windows[s], sums + s * OPD_SUM_LIMBS);
-  flush_block<T, 0>(counter, params, tables, counts, maximum);
+  flush_block<T, 0>(counter, arguments);
 }
 
-// base, trained: bf16 [n]; mask: uint8 [(n + 7) / 8] or null; work: 32-bit [WORK_ROWS][OPD_BINS] and low_sums: int64
-// [2][OPD_BINS], both zero; params: int64 [NUM_PARAMS]; tables: int64 [HIST_BASE_OVER + thresholds][OPD_BINS], counts:
-// int64 [NUM_COUNTS], sums: int64 [NUM_SUMS][OPD_SUM_LIMBS] and maximum: double [1], as its bits, are added to.
-extern "C" __global__ void __launch_bounds__(OPD_PAIR_THREADS, 1)
-delta_count_bf16(const void* base, opd_i64, const void* trained, opd_i64, opd_u8* mask, opd_u32* work,
-                 opd_i64* low_sums, const opd_i64* params, opd_i64* tables, opd_i64* counts, opd_i64*,
-                 opd_u64* maximum, opd_i64 n, opd_i64 smem_rows) {
-  count_pair(base, trained, mask, work, low_sums, params, tables, counts, maximum, n, (int)smem_rows);
-}
-OPD_LAUNCHER(delta_count_bf16)
+#include "cuda_pair.inl"
 
-// As above, for any dtypes.
-#define OPD_DELTA_COUNT(name, T, V)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(512, 1)                                                                \
-  name(const void* base, opd_i64 base_dtype, const void* trained, opd_i64 trained_dtype, opd_u8* mask, opd_u32* work, \
-       opd_i64* low_sums, const opd_i64* params, opd_i64* tables, opd_i64* counts, opd_i64* sums, opd_u64* maximum,   \
-       opd_i64 n, opd_i64 smem_rows) {                                                                                \
-    count<T, V>(base, (int)base_dtype, trained, (int)trained_dtype, mask, work, low_sums, params, tables, counts,     \
-                sums, maximum, n, (int)smem_rows);                                                                    \
+// A kernel with the members of `Arguments` as its arguments, each of eight bytes: no copy to the device is needed.
+#define OPD_DELTA_KERNEL(name, threads, body)                                                                         \
+  extern "C" __global__ void __launch_bounds__(threads, 1)                                                            \
+  name(const void* base, opd_i64 base_dtype, const void* trained, opd_i64 trained_dtype, opd_u8* mask,                \
+       opd_u32* workspace, opd_i64* tables, opd_i64* counts, opd_i64* sums, opd_u64* maximum, opd_i64 n,              \
+       opd_i64 smem_tables, opd_i64 num_thresholds, opd_u64 thresholds, opd_u64 limit_counts, opd_u64 limit_0,        \
+       opd_u64 limit_1, opd_u64 limit_2, opd_u64 limit_3, opd_u64 limit_4, opd_u64 limit_5, opd_u64 limit_6,          \
+       opd_u64 limit_7, opd_u64 limit_8, opd_u64 limit_9) {                                                           \
+    const Arguments arguments = {base, trained, mask, workspace, tables, counts, sums, maximum, n, (int)smem_tables,  \
+                                 (int)num_thresholds, thresholds, limit_counts,                                       \
+                                 {limit_0, limit_1, limit_2, limit_3, limit_4, limit_5, limit_6, limit_7, limit_8,    \
+                                  limit_9}};                                                                          \
+    (void)base_dtype, (void)trained_dtype;                                                                            \
+    body;                                                                                                             \
   }                                                                                                                   \
   OPD_LAUNCHER(name)
 
-OPD_DELTA_COUNT(delta_count_float, float, 4)
-OPD_DELTA_COUNT(delta_count_double, double, 2)
-
-// Adds the work tables to the tally's, and the sums of a bf16 pair. One block per exponent, one thread per bin.
-extern "C" __global__ void __launch_bounds__(OPD_MANTISSAS)
-delta_fold(const opd_u32* work, const opd_i64* low_sums, opd_i64* tables, opd_i64* sums, opd_i64 n_thresholds,
-           opd_i64 bf16_pair) {
-  const opd_i64 bin = (opd_i64)blockIdx.x * OPD_MANTISSAS + threadIdx.x;
-  const opd_u32* at = work + bin;
-  const opd_i64 base = at[WORK_BASE * OPD_BINS], stored = at[WORK_STORED * OPD_BINS];
-  const opd_i64 trained = at[WORK_TRAINED * OPD_BINS];
-  const opd_i64 delta = at[(bf16_pair ? Rows<1>::delta : Rows<0>::delta) * OPD_BINS];
-  if (!__any_sync(OPD_ALL_LANES, (base | stored | trained | delta) != 0)) return;  // most exponents are unused
-  opd_i64 visible = 0;
-  for (int c = OPD_MAX_VISIBLE_THRESHOLDS; c >= 0; c--) {
-    visible += at[(WORK_VISIBLE + c) * OPD_BINS];
-    if (0 < c && c <= n_thresholds) add_count(tables + (HIST_BASE_OVER + c - 1) * OPD_BINS + bin, visible);
-  }
-  const opd_i64 base_changed = bf16_pair ? visible : at[Rows<0>::base_changed * OPD_BINS];
-  add_count(tables + HIST_BASE * OPD_BINS + bin, base);
-  add_count(tables + HIST_DELTA * OPD_BINS + bin, delta);
-  add_count(tables + HIST_TRAINED_CHANGED * OPD_BINS + bin, trained);
-  add_count(tables + HIST_BASE_CHANGED * OPD_BINS + bin, base_changed);
-  add_count(tables + HIST_DELTA_STORED * OPD_BINS + bin, stored);
-  if (!bf16_pair) return;
-  // A bf16 magnitude is t * 2^(e - 134), e at least 1; a stored delta is (t * 2^16 + low) * 2^(e - 150).
-  const int e = blockIdx.x ? (int)blockIdx.x : 1;
-  const int square = OPD_SUM_SHIFT + 2 * (e - 134), square_low = OPD_SUM_SHIFT + 2 * (e - 150);
-  const opd_i64 t = threadIdx.x + (blockIdx.x ? OPD_MANTISSAS : 0);
-  const opd_i64 low = low_sums[bin], low_square = low_sums[OPD_BINS + bin];
-  const opd_i64 sum_base = warp_sum(base * t * t), sum_trained = warp_sum((base - base_changed + trained) * t * t);
-  const opd_i64 sum_tops = warp_sum(stored * t * t), sum_cross = warp_sum(low * t), sum_lows = warp_sum(low_square);
-  const opd_i64 tops = warp_sum(stored * t), lows = warp_sum(low);
-  if (threadIdx.x % OPD_WARP) return;
-  sum_add_atomic(sums + SUM_BASE_SQ * OPD_SUM_LIMBS, sum_base, square);
-  sum_add_atomic(sums + SUM_TRAINED_SQ * OPD_SUM_LIMBS, sum_trained, square);
-  sum_add_atomic(sums + SUM_DELTA_SQ * OPD_SUM_LIMBS, sum_tops, square_low + 32);
-  sum_add_atomic(sums + SUM_DELTA_SQ * OPD_SUM_LIMBS, sum_cross, square_low + 17);
-  sum_add_atomic(sums + SUM_DELTA_SQ * OPD_SUM_LIMBS, sum_lows, square_low);
-  sum_add_atomic(sums + SUM_DELTA_ABS * OPD_SUM_LIMBS, tops, OPD_SUM_SHIFT + e - 134);
-  sum_add_atomic(sums + SUM_DELTA_ABS * OPD_SUM_LIMBS, lows, OPD_SUM_SHIFT + e - 150);
-}
-OPD_LAUNCHER(delta_fold)
-
-// Makes every limb but the last of each sum less than 2^32: the canonical form. One thread per sum.
-extern "C" __global__ void __launch_bounds__(OPD_WARP) delta_propagate_carry(opd_i64* sums) {
-  if (threadIdx.x >= NUM_SUMS) return;
-  opd_i64* limbs = sums + threadIdx.x * OPD_SUM_LIMBS;
-  opd_i64 above = 0;
-#pragma unroll 1
-  for (int i = 0; i + 1 < OPD_SUM_LIMBS; i++) {
-    opd_i64 value = limbs[i] + above;
-    limbs[i] = value & 0xFFFFFFFF;
-    above = value >> 32;
-  }
-  limbs[OPD_SUM_LIMBS - 1] += above;
-}
-OPD_LAUNCHER(delta_propagate_carry)
+// A bf16 pair, with tables in shared memory of `smem_tables` classes, one more than thresholds. Of the dynamic shared
+// memory, PAIR_CLASSES bytes, these tables, and OPD_PAIR_QUEUE_BYTES for each warp are used.
+OPD_DELTA_KERNEL(delta_count_bf16, OPD_PAIR_THREADS, count_pair_in_smem(arguments))
+// The others have the first `smem_tables` of all tables in shared memory, after OPD_SMEM_HEADER_BYTES.
+OPD_DELTA_KERNEL(delta_count_bf16_limited, OPD_PAIR_THREADS, count_pair(arguments))
+OPD_DELTA_KERNEL(delta_count_float, 512, (count<float, 4>(arguments, (int)base_dtype, (int)trained_dtype)))
+OPD_DELTA_KERNEL(delta_count_double, 512, (count<double, 2>(arguments, (int)base_dtype, (int)trained_dtype)))

@@ -22,13 +22,6 @@ enum DeltaCount {
 // Rows of `sums`, int64 [NUM_SUMS][OPD_SUM_LIMBS].
 enum DeltaSum { SUM_BASE_SQ, SUM_TRAINED_SQ, SUM_DELTA_SQ, SUM_DELTA_ABS, NUM_SUMS };
 
-// Parameters of the GPU kernels: visible thresholds, limits of stored |delta| in ascending order, and for each limit
-// the element of `counts` that it belongs to.
-enum DeltaParam {
-  PARAM_VISIBLE, PARAM_LIMITS = PARAM_VISIBLE + OPD_MAX_VISIBLE_THRESHOLDS, PARAM_COUNTS = PARAM_LIMITS + OPD_LIMITS,
-  NUM_PARAMS = PARAM_COUNTS + OPD_LIMITS
-};
-
 // Magnitude bits of bf16(w' - w), for the bits of two bfloat16 numbers.
 OPD_FN opd_u32 visible_delta(opd_u16 w, opd_u16 v) {
   return float_to_bf16(bf16_to_float(v) - bf16_to_float(w)) & 0x7FFFu;

@@ -1,14 +1,15 @@
 // `patch` on a CUDA device: one pass over both tensors finds the changes, a second compresses them; one pass scatters
 // them.
 //
-// `compare`, one block of threads per block of 65,536 coordinates, writes change bits, their number per 2,048, and the
-// digests. Prefix sums over these counts then give, on the device, where values and positions begin; nothing is copied
-// to the host. `compress` queues the changed coordinates by the change bits, as `step` queues the active ones, and
-// writes positions and values consecutively.
+// `compare`, one block of threads per block of 65,536 coordinates, writes change bits, their number per 2,048 and per
+// block, and the digests. `plan` computes where the values and positions of each block begin; nothing is copied to the
+// host. `compress` queues the changed coordinates by the change bits, as `step` queues the active ones, and writes
+// positions and values consecutively.
 //
-// In the other direction, `decode` validates the positions of a block and converts either form to change bits;
-// `restore` reads these, the base and the values, and writes the trained tensor and its digests. Both do nothing if a
-// length is wrong, and `restore` does nothing if a block is invalid, so no address is computed from unchecked data.
+// In the other direction, `plan` validates counts and lengths, `decode` validates the positions of a block and converts
+// either form to change bits; `restore` reads these, the base and the values, and writes the trained tensor and its
+// digests. `decode` does nothing if a length is wrong, and `restore` does nothing if a block is invalid, so no address
+// is computed from unchecked data.
 //
 // Digests. XXH3 adds the 16 stripes of a unit of 1,024 bytes in any order, and scrambles its state between units. A
 // warp sums a unit from the registers that hold it, two times 16 bytes per lane. At the end one warp combines the units
@@ -158,13 +159,23 @@ __device__ __forceinline__ opd_u32 word_of_lanes(opd_u32 bits) {
   return bits;
 }
 
+// Changes in the chunks of a block before `chunk`; all lanes take part.
+__device__ __forceinline__ opd_i64 changes_before(const opd_u32* chunk_counts, opd_i64 block, int chunk) {
+  const int lane = threadIdx.x % OPD_WARP;
+  return warp_sum(lane < chunk ? chunk_counts[block * OPD_PATCH_CHUNKS + lane] : 0);
+}
+static_assert(OPD_PATCH_CHUNKS == OPD_WARP, "one lane per chunk of a block");
+
 template <class T>
-__device__ __forceinline__ void compare(const T* base, const T* trained, opd_u32* mask, opd_u32* counts,
-                                        opd_u64* digests, opd_i64 n) {
+__device__ __forceinline__ void compare(const T* base, const T* trained, opd_u32* mask, opd_u32* chunk_counts,
+                                        int* counts, opd_u64* digests, opd_i64 n) {
   OPD_DYNAMIC_SHARED(shared);
   typedef Range<T> R;
   const R range(n);
-  opd_u64* sums = (opd_u64*)shared;
+  opd_u32& total = *(opd_u32*)shared;
+  opd_u64* sums = (opd_u64*)shared + 1;
+  if (threadIdx.x == 0) total = 0;
+  __syncthreads();
   const Keys keys = load_keys();
   const int lane = threadIdx.x % OPD_WARP;
   for (int chunk = threadIdx.x / OPD_WARP; chunk * OPD_MASK_BLOCK < range.size; chunk += blockDim.x / OPD_WARP) {
@@ -191,9 +202,13 @@ __device__ __forceinline__ void compare(const T* base, const T* trained, opd_u32
       sum_unit(v, keys, unit == range.units - 1, sums + 8 * (range.units + unit));
     }
     changed = warp_sum(changed);
-    if (lane == 0) counts[(opd_i64)blockIdx.x * OPD_PATCH_CHUNKS + chunk] = changed;
+    if (lane == 0) {
+      chunk_counts[(opd_i64)blockIdx.x * OPD_PATCH_CHUNKS + chunk] = changed;
+      atomicAdd(&total, changed);
+    }
   }
   __syncthreads();
+  if (threadIdx.x == 0) counts[blockIdx.x] = (int)total;
   finish_digests(sums, range.units, 2, digests + 2 * (opd_i64)blockIdx.x, gridDim.x);
 }
 
@@ -204,24 +219,80 @@ OPD_FN int block_size(opd_i64 block, opd_i64 n) {
 // Whether the positions of a block are offsets.
 OPD_FN bool listed(int count, int size) { return patch_position_bytes(count, size) < patch_mask_bytes(size); }
 
+struct Plan {  // in shared memory
+  opd_i64 warp_totals[2][OPD_PATCH_THREADS / OPD_WARP];
+  opd_i64 first_bad;
+};
+
+// The sum of x over the threads before this one, and over all threads of a block. All threads take part. The next call
+// takes other `warp_totals`: its barrier separates the reads of this one from later writes.
+__device__ __forceinline__ opd_i64 sum_before(opd_i64 x, opd_i64* warp_totals, opd_i64& total) {
+  const int lane = threadIdx.x % OPD_WARP, warp = threadIdx.x / OPD_WARP;
+  opd_i64 up_to = x;
+#pragma unroll
+  for (int d = 1; d < OPD_WARP; d *= 2) {
+    const opd_i64 below = __shfl_up_sync(OPD_ALL_LANES, up_to, d);
+    up_to += lane >= d ? below : 0;
+  }
+  if (lane == OPD_WARP - 1) warp_totals[warp] = up_to;
+  __syncthreads();
+  opd_i64 before = 0;
+  total = 0;
+  for (int w = 0; w < (int)(blockDim.x / OPD_WARP); w++) {
+    before += w < warp ? warp_totals[w] : 0;
+    total += warp_totals[w];
+  }
+  return before + up_to - x;
+}
+
+__device__ __forceinline__ void plan(const int* counts, opd_i64* starts, opd_i64* value_starts, opd_i64* bad,
+                                     opd_i64 n, opd_i64 blocks, opd_i64 positions, opd_i64 values) {
+  OPD_DYNAMIC_SHARED(shared);
+  Plan& all = *(Plan*)shared;
+  if (threadIdx.x == 0) all.first_bad = OPD_PATCH_VALID;
+  __syncthreads();
+  opd_i64 bytes_before = 0, values_before = 0;
+  for (opd_i64 first = 0; first < blocks; first += blockDim.x) {
+    const opd_i64 block = first + threadIdx.x;
+    const int size = block < blocks ? block_size(block, n) : 0, count = block < blocks ? counts[block] : 0;
+    const bool possible = count >= 0 && count <= size;
+    if (!possible) atomicMin(&all.first_bad, block);
+    opd_i64 bytes, changed;
+    const opd_i64 start = sum_before(possible ? patch_position_bytes(count, size) : 0, all.warp_totals[0], bytes);
+    const opd_i64 value_start = sum_before(count, all.warp_totals[1], changed);
+    if (block < blocks) {
+      starts[block] = bytes_before + start;
+      value_starts[block] = values_before + value_start;
+    }
+    bytes_before += bytes;
+    values_before += changed;
+  }
+  if (threadIdx.x || !bad) return;  // the barriers of sum_before come after first_bad is lowered
+  const opd_i64 lengths = bytes_before == positions && values_before == values ? OPD_PATCH_VALID : blocks;
+  bad[0] = bad[1] = all.first_bad < lengths ? all.first_bad : lengths;
+}
+
 template <class T>
 __device__ __forceinline__ void compress(const T* base, const T* trained, const opd_u8* mask,
-                                         const opd_i64* chunk_starts, const int* counts, const opd_i64* starts,
-                                         opd_u8* positions, T* values, opd_i64 n, bool difference) {
+                                         const opd_u32* chunk_counts, const int* counts, const opd_i64* starts,
+                                         const opd_i64* value_starts, opd_u8* positions, T* values, opd_i64 n,
+                                         bool difference) {
   OPD_DYNAMIC_SHARED(shared);
   const opd_i64 warps = blockDim.x / OPD_WARP, step = gridDim.x * warps;
   const int lane = threadIdx.x % OPD_WARP;
   opd_u16* queue = warp_queue(shared);
   for (opd_i64 chunk = blockIdx.x * warps + threadIdx.x / OPD_WARP; chunk * OPD_MASK_BLOCK < n; chunk += step) {
-    const opd_i64 block = chunk / OPD_PATCH_CHUNKS, before = chunk_starts[chunk];
+    const opd_i64 block = chunk / OPD_PATCH_CHUNKS;
+    const opd_i64 before_in_block = changes_before(chunk_counts, block, (int)(chunk % OPD_PATCH_CHUNKS));
+    const opd_i64 before = value_starts[block] + before_in_block;
     const int size = block_size(block, n), inside = (int)(chunk % OPD_PATCH_CHUNKS) * OPD_MASK_BLOCK;
     const bool offsets = listed(counts[block], size);
     opd_u8* to = positions + starts[block];
     const int chunk_end = (inside + OPD_MASK_BLOCK) / 8;
     for (int byte = inside / 8 + lane; !offsets && byte < chunk_end && byte < patch_mask_bytes(size); byte += OPD_WARP)
       to[byte] = mask[block * (OPD_PATCH_BLOCK / 8) + byte];
-    if (chunk_starts[chunk + 1] == before) continue;
-    to += 2 * (before - chunk_starts[block * OPD_PATCH_CHUNKS]);
+    if (!chunk_counts[chunk]) continue;
+    to += 2 * before_in_block;
     const int count = queue_active(mask, chunk, n, queue);
     for (int k = lane; k < count; k += OPD_WARP) {
       const opd_i64 place = chunk * OPD_MASK_BLOCK + queue[k];
@@ -247,12 +318,12 @@ __device__ __forceinline__ bool add_offset(const opd_u8* positions, int k, int s
 struct Decoded {  // in shared memory
   opd_u32 bits[OPD_PATCH_WORDS];
   opd_u32 total, wrong;  // number of set bits; whether the positions are invalid
+  opd_u32 is_last;       // whether this block of threads is the last one
 };
 
-__device__ __forceinline__ void decode(const int* counts, const opd_i64* starts, const opd_u8* positions,
-                                       opd_u32* mask, opd_u32* chunk_counts, opd_i64* bad, opd_i64 n) {
-  OPD_DYNAMIC_SHARED(shared);
-  Decoded& decoded = *(Decoded*)shared;
+__device__ __forceinline__ void decode(Decoded& decoded, const int* counts, const opd_i64* starts,
+                                       const opd_u8* positions, opd_u32* mask, opd_u32* chunk_counts, opd_i64* bad,
+                                       opd_i64 n) {
   const opd_i64 block = blockIdx.x;
   const int size = block_size(block, n), count = counts[block], lane = threadIdx.x % OPD_WARP;
   const bool offsets = listed(count, size);
@@ -286,6 +357,19 @@ __device__ __forceinline__ void decode(const int* counts, const opd_i64* starts,
   if (threadIdx.x == 0 && (decoded.wrong || decoded.total != (opd_u32)count)) atomicMin(bad, block);
 }
 
+// Arguments as `patch_decode`.
+__device__ __forceinline__ void decode_all(const int* counts, const opd_i64* starts, const opd_u8* positions,
+                                           opd_u32* mask, opd_u32* chunk_counts, opd_i64* bad, opd_i64* status,
+                                           opd_u32* ticket, opd_i64 n) {
+  OPD_DYNAMIC_SHARED(shared);
+  Decoded& decoded = *(Decoded*)shared;
+  if (n && bad[0] == OPD_PATCH_VALID) decode(decoded, counts, starts, positions, mask, chunk_counts, bad + 1, n);
+  if (!is_last_block(ticket, &decoded.is_last) || threadIdx.x) return;
+  const opd_i64 first_bad = __ldcg(bad + 1);
+  *status = first_bad == OPD_PATCH_VALID ? -1 : first_bad;
+  *ticket = 0;
+}
+
 // Restores the values of a lane in a unit. `slots` is the index of the first value of the unit, advanced to the next
 // unit's.
 template <class T>
@@ -311,19 +395,18 @@ __device__ __forceinline__ void restore_unit(Vector w[2], const opd_u32 chosen[2
 }
 
 template <class T>
-__device__ __forceinline__ void restore(const T* base, const opd_u32* mask, const opd_i64* chunk_starts,
-                                        const T* values, const opd_i64* bad, T* out, opd_u64* digests, opd_i64 n,
-                                        T difference) {
+__device__ __forceinline__ void restore(const T* base, const opd_u32* mask, const opd_u32* chunk_counts,
+                                        const opd_i64* value_starts, const T* values, const opd_i64* status, T* out,
+                                        opd_u64* digests, opd_i64 n, T difference) {
   OPD_DYNAMIC_SHARED(shared);
   typedef Range<T> R;
-  if (*bad != OPD_PATCH_VALID) return;
+  if (*status >= 0) return;
   const R range(n);
   opd_u64* sums = (opd_u64*)shared;
   const Keys keys = load_keys();
   for (int chunk = threadIdx.x / OPD_WARP; chunk * OPD_MASK_BLOCK < range.size; chunk += blockDim.x / OPD_WARP) {
-    const opd_i64 number = (opd_i64)blockIdx.x * OPD_PATCH_CHUNKS + chunk;
-    opd_i64 slots = chunk_starts[number];
-    const bool some = chunk_starts[number + 1] > slots;
+    opd_i64 slots = value_starts[blockIdx.x] + changes_before(chunk_counts, blockIdx.x, chunk);
+    const bool some = chunk_counts[(opd_i64)blockIdx.x * OPD_PATCH_CHUNKS + chunk] != 0;
 #pragma unroll 1
     for (int unit = chunk * R::UNITS; unit < range.end_of(chunk); unit++) {
       Vector w[2];
@@ -362,14 +445,25 @@ __device__ __forceinline__ void digest(const opd_u8* values, opd_u64* digests, o
   finish_digests(sums, units, 1, digests + 2 * (opd_i64)blockIdx.x, 0);
 }
 
-// Validates the positions of one block per block of threads and writes its change bits and their number per 2,048;
-// lowers `bad` to the block if it is invalid.
-// counts: [blocks]; starts: [blocks + 1], first byte of the positions of each block; fits: OPD_PATCH_VALID if all
-// counts and lengths are possible; mask: [blocks][OPD_PATCH_WORDS]; chunk_counts: [blocks][OPD_PATCH_CHUNKS]; bad: [1].
+// Prefix sums over the blocks of coordinates, and whether counts and lengths are possible; one block of threads.
+// counts: [blocks]; starts, value_starts: int64 [blocks], the first byte of the positions and the first value of each
+// block; bad: int64 [2] or null, both elements are the first block with an impossible count, else the number of blocks
+// if `positions` bytes or `values` values are not what the counts give, else OPD_PATCH_VALID.
+extern "C" __global__ void __launch_bounds__(OPD_PATCH_THREADS)
+patch_plan(const int* counts, opd_i64* starts, opd_i64* value_starts, opd_i64* bad, opd_i64 n, opd_i64 blocks,
+           opd_i64 positions, opd_i64 values) {
+  plan(counts, starts, value_starts, bad, n, blocks, positions, values);
+}
+OPD_LAUNCHER(patch_plan)
+
+// Validates the positions of one block per block of threads and writes its change bits and their number per 2,048.
+// counts, starts and bad: as `patch_plan`; bad[1] is lowered to the first invalid block; mask:
+// [blocks][OPD_PATCH_WORDS]; chunk_counts: [blocks][OPD_PATCH_CHUNKS]; status: int64 [1], set to -1 if everything is
+// valid, else to bad[1]; ticket: zero, and zero again afterwards.
 extern "C" __global__ void __launch_bounds__(OPD_PATCH_THREADS, 2)
-patch_decode(const int* counts, const opd_i64* starts, const opd_u8* positions, const opd_i64* fits, opd_u32* mask,
-             opd_u32* chunk_counts, opd_i64* bad, opd_i64 n) {
-  if (*fits == OPD_PATCH_VALID) decode(counts, starts, positions, mask, chunk_counts, bad, n);
+patch_decode(const int* counts, const opd_i64* starts, const opd_u8* positions, opd_u32* mask, opd_u32* chunk_counts,
+             opd_i64* bad, opd_i64* status, opd_u32* ticket, opd_i64 n) {
+  decode_all(counts, starts, positions, mask, chunk_counts, bad, status, ticket, n);
 }
 OPD_LAUNCHER(patch_decode)
 
@@ -380,32 +474,33 @@ patch_digest(const opd_u8* values, opd_u64* digests, opd_i64 n, opd_i64 width) {
 }
 OPD_LAUNCHER(patch_digest)
 
-// base, trained: [n]; mask: [blocks][OPD_PATCH_WORDS]; counts: [blocks][OPD_PATCH_CHUNKS], changes per 2,048
-// coordinates; digests: [2][blocks][2].
+// base, trained: [n]; mask: [blocks][OPD_PATCH_WORDS]; chunk_counts: [blocks][OPD_PATCH_CHUNKS], changes per 2,048
+// coordinates, undefined for those from n on; counts: [blocks], changes per block; digests: [2][blocks][2].
 #define OPD_PATCH_COMPARE(name, T)                                                                                    \
   extern "C" __global__ void __launch_bounds__(OPD_PATCH_THREADS, 2)                                                  \
-  name(const T* base, const T* trained, opd_u32* mask, opd_u32* counts, opd_u64* digests, opd_i64 n) {                \
-    compare<T>(base, trained, mask, counts, digests, n);                                                              \
+  name(const T* base, const T* trained, opd_u32* mask, opd_u32* chunk_counts, int* counts, opd_u64* digests,          \
+       opd_i64 n) {                                                                                                   \
+    compare<T>(base, trained, mask, chunk_counts, counts, digests, n);                                                \
   }                                                                                                                   \
   OPD_LAUNCHER(name)
 
-// chunk_starts: [chunks + 1], first value of each chunk; counts: [blocks]; starts: [blocks + 1], first byte of the
-// positions of each block.
+// Arguments as above and as `patch_plan`.
 #define OPD_PATCH_COMPRESS(name, T)                                                                                   \
   extern "C" __global__ void __launch_bounds__(OPD_QUEUE_THREADS, OPD_QUEUE_BLOCKS)                                   \
-  name(const T* base, const T* trained, const opd_u8* mask, const opd_i64* chunk_starts, const int* counts,           \
-       const opd_i64* starts, opd_u8* positions, T* values, opd_i64 n, opd_i64 difference) {                          \
-    compress<T>(base, trained, mask, chunk_starts, counts, starts, positions, values, n, difference != 0);            \
+  name(const T* base, const T* trained, const opd_u8* mask, const opd_u32* chunk_counts, const int* counts,           \
+       const opd_i64* starts, const opd_i64* value_starts, opd_u8* positions, T* values, opd_i64 n,                   \
+       opd_i64 difference) {                                                                                          \
+    compress<T>(base, trained, mask, chunk_counts, counts, starts, value_starts, positions, values, n,                \
+                difference != 0);                                                                                     \
   }                                                                                                                   \
   OPD_LAUNCHER(name)
 
-// chunk_starts: [chunks + 1], first value of each chunk; digests: [blocks][2]. Does nothing if a block is invalid.
-// `out` may be the base.
+// digests: [blocks][2]; the others as `patch_decode`. Does nothing if a block is invalid. `out` may be the base.
 #define OPD_PATCH_RESTORE(name, T)                                                                                    \
   extern "C" __global__ void __launch_bounds__(OPD_PATCH_THREADS, 2)                                                  \
-  name(const T* base, const opd_u32* mask, const opd_i64* chunk_starts, const T* values, const opd_i64* bad, T* out,  \
-       opd_u64* digests, opd_i64 n, opd_i64 difference) {                                                             \
-    restore<T>(base, mask, chunk_starts, values, bad, out, digests, n, (T)(difference ? ~0ull : 0));                  \
+  name(const T* base, const opd_u32* mask, const opd_u32* chunk_counts, const opd_i64* value_starts, const T* values, \
+       const opd_i64* status, T* out, opd_u64* digests, opd_i64 n, opd_i64 difference) {                              \
+    restore<T>(base, mask, chunk_counts, value_starts, values, status, out, digests, n, (T)(difference ? ~0ull : 0)); \
   }                                                                                                                   \
   OPD_LAUNCHER(name)
 

@@ -98,6 +98,7 @@ RENAMED = {
 }
 # Derived in Python alone.
 PYTHON_ONLY = {"SMEM_TABLE_BYTES", "SMEM_DIGIT_BYTES", "ULP_REACH"}
+PYTHON_ONLY |= {"PARAM_VISIBLE", "PARAM_LIMITS", "PARAM_COUNTS", "NUM_PARAMS"}
 
 
 def integers_of(module: Any) -> dict[str, int]:
@@ -158,10 +159,21 @@ def test_triton_uses_the_layouts(layout):
 def test_cuda_launches_match_the_kernels():
     from opdkernels.ops.delta import cuda
     from opdkernels.ops.patch import cuda as patch_cuda
+    from opdkernels.ops.quantile import cuda as quantile_cuda
 
-    kernels = constants_of(NUMERIC, "common/cuda/grid.h", "delta/delta.h", "delta/cuda.cu")
-    assert kernels["WORK_ROWS"] == cuda.WORK_ROWS
-    assert kernels["OPD_PAIR_THREADS"] == cuda.launch_shape(torch.bfloat16, torch.bfloat16)[1]
+    kernels = constants_of(NUMERIC, "common/cuda/grid.h", "delta/delta.h", "delta/cuda.cu", "delta/cuda_pair.inl")
+    for name, c_name in {
+        "WORK_ROWS": "WORK_ROWS",
+        "PAIR_THREADS": "OPD_PAIR_THREADS",
+        "PAIR_STEP": "OPD_PAIR_STEP",
+        "PAIR_BYTES": "PAIR_CLASSES",
+        "PAIR_QUEUE_BYTES": "OPD_PAIR_QUEUE_BYTES",
+        "WORKSPACE_WORDS": "WORKSPACE_WORDS",
+    }.items():
+        assert kernels[c_name] == getattr(cuda, name), name
+    kernels = constants_of(NUMERIC, "common/cuda/grid.h", "quantile/quantile.h", "quantile/cuda.cu")
+    assert kernels["OPD_MAX_RANKS"] == quantile_cuda.MAX_RANKS
+    assert kernels["NUM_RANK_STATES"] == quantile_cuda.RANK_STATES
     assert C["patch"]["OPD_PATCH_THREADS"] == patch_cuda.THREADS
     assert C["patch"]["OPD_QUEUE_THREADS"] == patch_cuda.QUEUE_THREADS
     assert C["patch"]["OPD_PATCH_CHUNKS"] == patch_cuda.CHUNKS

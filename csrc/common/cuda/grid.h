@@ -101,13 +101,15 @@ OPD_FN opd_u16 bf16_bits_of(const Vector& x, int dtype, int j) {
 }
 
 // Adds to one bin of a histogram of bfloat16 magnitudes: in shared memory for the first `smem_rows` rows, else in
-// `table` in global memory. Weights mostly use a few hundred bins, a dozen lines of the L2 cache, whose atomic units
-// take one increment after another.
-__device__ __forceinline__ void add_to_table(opd_u32* smem_tables, int smem_rows, int row, opd_u32* table, opd_u32 bin,
+// `table` in global memory. Returns whether it is in shared memory. Weights mostly use a few hundred bins, a dozen
+// lines of the L2 cache, whose atomic units take one increment after another.
+__device__ __forceinline__ bool add_to_table(opd_u32* smem_tables, int smem_rows, int row, opd_u32* table, opd_u32 bin,
                                              opd_u32 count = 1) {
   const opd_u32 smem_bin = bin - OPD_SMEM_FIRST_BIN;
-  if (row < smem_rows && smem_bin < OPD_SMEM_BINS) atomicAdd(smem_tables + row * OPD_SMEM_BINS + smem_bin, count);
+  const bool in_smem = row < smem_rows && smem_bin < OPD_SMEM_BINS;
+  if (in_smem) atomicAdd(smem_tables + row * OPD_SMEM_BINS + smem_bin, count);
   else atomicAdd(table + bin, count);
+  return in_smem;
 }
 
 // Adds the tables in shared memory to the first rows of `tables`, [][bins]; all threads of a block take part.
@@ -147,6 +149,18 @@ __device__ __forceinline__ opd_u32 byte_of_lanes(opd_u32 bits) {
 
 __device__ __forceinline__ void add_count(opd_i64* to, opd_i64 count) {
   if (count) atomicAdd((opd_u64*)to, (opd_u64)count);
+}
+
+// Whether this block is the last of the grid to call it: it then sees what all blocks added before, with __ldcg, which
+// reads the L2 cache. `ticket` in global memory is 0 before the first call, and `is_last` in shared memory. All threads
+// take part.
+__device__ __forceinline__ bool is_last_block(opd_u32* ticket, opd_u32* is_last) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) *is_last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+  __syncthreads();
+  __threadfence();
+  return *is_last != 0;
 }
 
 // sum_add of numeric.h by atomics: the limbs are the same for any order of threads.

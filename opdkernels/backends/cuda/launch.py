@@ -41,16 +41,14 @@ class LibraryKernels:
         self, name: str, arguments: Sequence[int], blocks: int, threads: int, shared_bytes: int, device: torch.device
     ) -> None:
         """Launch a kernel on the current stream; raises RuntimeError if the launch fails."""
-        on_gpu = device.type == "cuda"
-        stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
         status = getattr(self.library, f"{name}_launch")(
             (ctypes.c_longlong * len(arguments))(*arguments),
             len(arguments),
             ctypes.c_longlong(blocks),
             threads,
             shared_bytes,
-            device.index or 0,
-            ctypes.c_void_p(stream),
+            device_index(device),
+            ctypes.c_void_p(stream_address(device)),
         )
         if status:
             raise RuntimeError(
@@ -106,8 +104,8 @@ class NvrtcKernels:
         self, name: str, arguments: Sequence[int], blocks: int, threads: int, shared_bytes: int, device: torch.device
     ) -> None:
         """Launch a kernel on the current stream; CuPy raises what fails."""
-        index = torch.cuda.current_device() if device.index is None else device.index
-        stream = self.cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, index)
+        index = device_index(device)
+        stream = self.cupy.cuda.ExternalStream(stream_address(device), index)
         with self.cupy.cuda.Device(index), stream:
             function = self.function(name, index)
             function.max_dynamic_shared_size_bytes = shared_bytes
@@ -170,6 +168,42 @@ def kernel_source() -> str | None:
 def kernels() -> LibraryKernels | NvrtcKernels:
     """The kernels that this process launches."""
     return LibraryKernels(LIBRARY) if kernel_source() == "built" else NvrtcKernels()
+
+
+def device_index(device: torch.device) -> int:
+    """The number of a device; 0 for the CPU."""
+    if device.index is None:
+        return torch.cuda.current_device() if device.type == "cuda" else 0
+    return device.index
+
+
+def stream_address(device: torch.device) -> int:
+    """The current stream of a device; 0 for the CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of a device captures a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+workspaces: dict[tuple[str, str, int, int], torch.Tensor] = {}
+
+
+def workspace(family: str, device: torch.device, words: int) -> torch.Tensor:
+    """Zeros for the kernels of a family, int32 [words]. A kernel leaves them zero for the next one on the same stream.
+
+    In the capture of a CUDA graph they are allocated by, and set to zero in, the graph.
+    """
+    if is_capturing(device):
+        return torch.zeros(words, dtype=torch.int32, device=device)
+    key = family, device.type, device_index(device), stream_address(device)
+    if key not in workspaces:
+        workspaces[key] = torch.zeros(words, dtype=torch.int32, device=device)
+    return workspaces[key]
 
 
 def device_limits(device: torch.device) -> tuple[int, int]:

@@ -3,27 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from opdkernels.backends import gpu
 from opdkernels.backends.cuda import launch
-from opdkernels.backends.layout import BINS, DTYPE_CODES, SMEM_HEADER_BYTES, SMEM_TABLE_BYTES, WARP
+from opdkernels.backends.layout import BINS, DTYPE_CODES, SMEM_BINS, SMEM_HEADER_BYTES, SMEM_TABLE_BYTES, WARP
 from opdkernels.ops.delta.gpu_common import kernel_params, one_by_one
-from opdkernels.ops.delta.layout import MANTISSAS
+from opdkernels.ops.delta.layout import MANTISSAS, PARAM_COUNTS, PARAM_LIMITS, ULP_BINS
 
-WORK_ROWS = 10  # of the work tables, 32-bit [WORK_ROWS, BINS] (`enum Work` of csrc/delta/cuda.cu)
-LOW_ROWS = 2  # sums of the low halves of bf16 differences and of their squares, int64 [LOW_ROWS, BINS]
+# csrc/delta/cuda.cu
+WORK_ROWS = 10  # work tables
+WORKSPACE_WORDS = WORK_ROWS * BINS + 4 * BINS + BINS // MANTISSAS // 32 + 1
+PAIR_THREADS, WIDE_THREADS = 768, 512  # at most, per block
+
+# csrc/delta/cuda_pair.inl: coordinates that a thread takes per step, bytes of shared memory before the tables of
+# classes, and bytes of the queue of a warp
+PAIR_STEP = 16
+PADDED_BINS = SMEM_BINS + SMEM_BINS // 128
+PAIR_BYTES = 4 * (ULP_BINS * WARP + 16 + 2 * SMEM_BINS + 2 * PADDED_BINS)
+PAIR_QUEUE_BYTES = 4 * (WARP - 1 + WARP * PAIR_STEP)
+MIN_PAIR_WARPS = 8  # per block; with shared memory for fewer, the other kernel for bf16 pairs is used
 
 
-def launch_shape(base: torch.dtype, trained: torch.dtype) -> tuple[str, int, int]:
-    """The kernel for a pair of dtypes, its threads per block, and the coordinates that a thread takes per step."""
-    if base == trained == torch.bfloat16:
-        return "delta_count_bf16", 768, 8
+@dataclass(frozen=True)
+class Launch:
+    """How a pair of dtypes is counted.
+
+    Attributes:
+        kernel: The kernel.
+        threads: Threads per block.
+        values_per_thread: Coordinates that a thread takes per step.
+        shared_bytes: Dynamic shared memory per block.
+        smem_tables: How many tables are in shared memory: of classes (`delta_count_bf16`), or of all (other kernels).
+    """
+
+    kernel: str
+    threads: int
+    values_per_thread: int
+    shared_bytes: int
+    smem_tables: int
+
+
+def choose_launch(device: torch.device, base: torch.dtype, trained: torch.dtype, n_thresholds: int) -> Launch:
+    """The kernel for a pair of dtypes on a device."""
+    bf16_pair = base == trained == torch.bfloat16
+    classes = n_thresholds + 1
+    pair_bytes = PAIR_BYTES + classes * SMEM_TABLE_BYTES
+    warps = min(PAIR_THREADS // WARP, (launch.device_limits(device)[1] - pair_bytes) // PAIR_QUEUE_BYTES)
+    if bf16_pair and warps >= min(PAIR_THREADS // WARP, MIN_PAIR_WARPS):
+        shared_bytes = pair_bytes + warps * PAIR_QUEUE_BYTES
+        return Launch("delta_count_bf16", warps * WARP, PAIR_STEP, shared_bytes, classes)
+    rows = launch.smem_rows(device, WORK_ROWS)
+    shared_bytes = SMEM_HEADER_BYTES + rows * SMEM_TABLE_BYTES
+    if bf16_pair:
+        return Launch("delta_count_bf16_limited", PAIR_THREADS, 8, shared_bytes, rows)
     if torch.float64 in (base, trained):
-        return "delta_count_double", 512, 2
-    return "delta_count_float", 512, 4
+        return Launch("delta_count_double", WIDE_THREADS, 2, shared_bytes, rows)
+    return Launch("delta_count_float", WIDE_THREADS, 4, shared_bytes, rows)
+
+
+def packed_params(
+    threshold_bits: Sequence[int], thresholds: Sequence[float], float_type: type[np.floating]
+) -> list[int]:
+    """The thresholds as arguments of a kernel: those of visible |delta| in one, the counts of the limits of stored
+    |delta| in one, and the limits."""
+    params = kernel_params(threshold_bits, thresholds, float_type)
+    visible, limits, counts = params[:PARAM_LIMITS], params[PARAM_LIMITS:PARAM_COUNTS], params[PARAM_COUNTS:]
+    packed = (
+        sum(bits << 16 * k for k, bits in enumerate(visible)),
+        sum(count << 6 * k for k, count in enumerate(counts)),
+    )
+    return [*packed, *limits]
 
 
 def delta_(
@@ -39,51 +92,34 @@ def delta_(
 ) -> None:
     """The operator, for contiguous tensors on one device."""
     device, n = base.device, base.numel()
-    kernel, threads, values_per_thread = launch_shape(base.dtype, trained.dtype)
-    float_type = np.float64 if kernel == "delta_count_double" else np.float32
-    params = gpu.on_device(kernel_params(threshold_bits, thresholds, float_type), device)
-    smem_rows = launch.smem_rows(device, WORK_ROWS)
+    how = choose_launch(device, base.dtype, trained.dtype, len(threshold_bits))
+    float_type = np.float64 if how.kernel == "delta_count_double" else np.float32
+    params = packed_params(threshold_bits, thresholds, float_type)
+    workspace = launch.workspace("delta", device, WORKSPACE_WORDS)
     base_code, trained_code = DTYPE_CODES[base.dtype], DTYPE_CODES[trained.dtype]
     base, trained = base.view(-1), trained.view(-1)
     for start, size in gpu.slices(n):
-        work = torch.zeros(WORK_ROWS, BINS, dtype=torch.int32, device=device)
-        low_sums = torch.zeros(LOW_ROWS, BINS, dtype=torch.int64, device=device)
         launch.run(
-            kernel,
-            launch.num_blocks(device, size, threads, values_per_thread),
-            threads,
-            SMEM_HEADER_BYTES + smem_rows * SMEM_TABLE_BYTES,
+            how.kernel,
+            launch.num_blocks(device, size, how.threads, how.values_per_thread),
+            how.threads,
+            how.shared_bytes,
             device,
             base.narrow(0, start, size),
             base_code,
             trained.narrow(0, start, size),
             trained_code,
             gpu.mask_from(mask, start),
-            work,
-            low_sums,
-            params,
+            workspace,
             tables,
             counts,
             sums,
             maximum,
             size,
-            smem_rows,
-        )
-        launch.run(
-            "delta_fold",
-            BINS // MANTISSAS,
-            MANTISSAS,
-            0,
-            device,
-            work,
-            low_sums,
-            tables,
-            sums,
+            how.smem_tables,
             len(threshold_bits),
-            kernel == "delta_count_bf16",
+            *params,
         )
-    if n:
-        launch.run("delta_propagate_carry", 1, WARP, 0, device, sums)
 
 
 def delta_many_(

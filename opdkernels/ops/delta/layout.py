@@ -24,7 +24,7 @@ NUM_COUNTS = COUNT_ULP + ULP_BINS
 SUM_BASE_SQ, SUM_TRAINED_SQ, SUM_DELTA_SQ, SUM_DELTA_ABS = range(4)
 NUM_SUMS = 4
 
-# Parameters of the GPU kernels (`kernel_params`): visible thresholds, limits of stored |delta| in ascending order, and
+# Parameters of Triton's kernels (`kernel_params`): visible thresholds, limits of stored |delta| in ascending order, and
 # for each limit the element of `counts` that it belongs to.
 NUM_LIMITS = 2 * NUM_STORED_THRESHOLDS  # one for <, one for <=
 PARAM_VISIBLE = 0

@@ -337,8 +337,8 @@ def add_product(matrix: torch.Tensor, x: torch.Tensor, y: torch.Tensor, panel: i
     """Add x^T y in fp64, in panels of columns that each end at the diagonal."""
     for start in range(0, len(matrix), panel):
         stop = min(start + panel, len(matrix))
-        product = x.narrow(1, 0, stop).T @ y.narrow(1, start, stop - start)
-        matrix.narrow(0, 0, stop).narrow(1, start, stop - start).add_(product)
+        columns = matrix.narrow(0, 0, stop).narrow(1, start, stop - start)
+        columns.addmm_(x.narrow(1, 0, stop).T, y.narrow(1, start, stop - start))  # without a temporary
 
 
 def pack_rows(

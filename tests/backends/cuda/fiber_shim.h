@@ -64,6 +64,7 @@ struct Device {
 #endif
 };
 static Device device;  // one per library: several are loaded
+static long long rare_runs = 0;  // of OPD_RARE code, by single threads
 
 inline Fiber& me() { return device.fibers[device.current]; }
 inline unsigned lane() { return device.current % 32; }
@@ -298,11 +299,15 @@ int start(void (*kernel)(P...), const long long* arguments, long long blocks, in
 #define __any_sync(mask, holds) (shim::ballot(mask, holds, __LINE__) != 0)
 #define __ballot_sync(mask, holds) shim::ballot(mask, holds, __LINE__)
 
+inline void __threadfence() {}
 template <class T> T __ldcs(const T* from) { return *from; }
+template <class T> T __ldcg(const T* from) { return *from; }
 template <class T> T atomicAdd(T* to, T value) { T before = *to; *to = before + value; return before; }
 template <class T> T atomicOr(T* to, T value) { T before = *to; *to = before | value; return before; }
 template <class T> T atomicMin(T* to, T value) { T before = *to; *to = value < before ? value : before; return before; }
 template <class T> T atomicMax(T* to, T value) { T before = *to; *to = value > before ? value : before; return before; }
+
+#define OPD_RARE(...) do { shim::rare_runs++; __VA_ARGS__; } while (0)
 
 #define OPD_LAUNCHER(kernel)                                                                                                        \
   template <class... P> static int kernel##_typed(void (*f)(P...), const opd_i64* arguments, int count, opd_i64 blocks, int threads, \
@@ -316,3 +321,4 @@ template <class T> T atomicMax(T* to, T value) { T before = *to; *to = value > b
 
 extern "C" inline __attribute__((used)) const char* opd_cuda_error(int) { return shim::device.message; }
 extern "C" inline __attribute__((used)) void shim_order(int order) { shim::device.order = order; }
+extern "C" inline __attribute__((used)) long long shim_rare_runs() { return std::exchange(shim::rare_runs, 0); }

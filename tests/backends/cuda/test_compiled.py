@@ -23,14 +23,14 @@ needs_nvrtc = pytest.mark.skipif(machine_code.nvrtc() is None, reason="no NVRTC 
 # of each tensor at two places, before the loop and in it, or of both halves of a unit. Gathered values are loaded one
 # coordinate per lane.
 KERNELS = {
-    "delta_count_bf16": (80, 4),
+    "delta_count_bf16": (80, 8),
+    "delta_count_bf16_limited": (80, 4),
     "delta_count_float": (128, 4),
     "delta_count_double": (128, 4),
-    "delta_fold": (64, 0),
-    "delta_propagate_carry": (64, 0),
     "quantile_count_2": (64, 2),
     "quantile_count_4": (64, 2),
     "quantile_count_8": (64, 2),
+    "quantile_find": (64, 0),
     "overlap_count": (64, 14),  # source and run; bf16 or fp16, fp32 and fp64, of which eight are 1, 2 and 4 loads
     "step_adamw": (64, 0),
     "step_sgd": (64, 0),
@@ -39,6 +39,7 @@ KERNELS = {
     **{f"patch_compare_{width}": (64, 4) for width in (1, 2, 4, 8)},
     **{f"patch_compress_{width}": (64, 0) for width in (1, 2, 4, 8)},
     **{f"patch_restore_{width}": (64, 2) for width in (1, 2, 4, 8)},
+    "patch_plan": (64, 0),
     "patch_decode": (64, 0),
     "patch_digest": (64, 2),
 }
@@ -107,11 +108,11 @@ def test_library_has_ptx_for_later_gpus_and_reports_missing_driver():
     if not torch.cuda.is_available():
         with pytest.raises(
             RuntimeError,
-            match=r"delta_propagate_carry did not start on cpu: .*(driver|device).*; update the NVIDIA driver, "
+            match=r"delta_count_bf16 did not start on cpu: .*(driver|device).*; update the NVIDIA driver, "
             r"or set OPDKERNELS_BACKEND=triton",
         ):
             launch.LibraryKernels(machine_code.library()).launch(
-                "delta_propagate_carry", [0], 1, 32, 0, torch.device("cpu")
+                "delta_count_bf16", [0] * 25, 1, 32, 0, torch.device("cpu")
             )
 
 

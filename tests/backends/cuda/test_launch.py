@@ -36,6 +36,9 @@ def launches(monkeypatch, call: Callable[[], Any], shared_bytes: int = HOPPER) -
     started: list[tuple] = []
     monkeypatch.setattr(launch, "run", lambda *arguments: started.append(arguments))
     monkeypatch.setattr(launch, "device_limits", lambda device: (132, shared_bytes))
+    monkeypatch.setattr(launch, "stream_address", lambda device: 0)
+    monkeypatch.setattr(launch, "is_capturing", lambda device: False)
+    monkeypatch.setattr(launch, "workspaces", {})
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda tensor: 16, raising=False)  # it has no memory
     with FakeTensorMode():
         call()
@@ -109,8 +112,8 @@ def call_adamw(sizes: list[int], active: int) -> None:
 )
 def test_more_than_2_31_coordinates_take_slices(monkeypatch, dtype, name):
     started = launches(monkeypatch, lambda: call_delta(dtype, dtype, BEYOND))
-    assert [launched[0] for launched in started] == [*[name, "delta_fold"] * 3, "delta_propagate_carry"]
-    sizes = [n for (kernel, *_, n, _) in started if kernel == name]
+    assert [launched[0] for launched in started] == [name] * 3
+    sizes = [arguments[15] for arguments in started]
     assert (sum(sizes), max(sizes)) == (BEYOND, 2**30)
     assert launches(monkeypatch, lambda: call_delta(dtype, dtype, 0)) == []
 
@@ -118,7 +121,9 @@ def test_more_than_2_31_coordinates_take_slices(monkeypatch, dtype, name):
 def test_quantile_takes_one_pass_per_digit_and_overlap_one(monkeypatch):
     for dtype, passes in ((BF16, 1), (FP32, 2), (FP64, 4)):
         started = launches(monkeypatch, lambda dtype=dtype: call_quantile(dtype, 1 << 20))
-        assert [launched[0] for launched in started] == [f"quantile_count_{dtype.itemsize}"] * passes
+        names = [f"quantile_count_{dtype.itemsize}", "quantile_find"] * passes
+        assert [launched[0] for launched in started] == names
+        assert [launched[1] for launched in started][1::2] == [1, *[2] * (passes - 1)]
     for runs in (2, 16):
         ((name, *_, trained, _, _, sets, _, size, _, _, _),) = launches(
             monkeypatch, lambda runs=runs: call_overlap(runs, 1 << 20)
@@ -139,34 +144,58 @@ def test_step_of_many_tensors_is_one_launch(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
-def test_patch_gathers_in_two_passes_and_scatters_in_one(monkeypatch, dtype):
+def test_patch_gathers_and_scatters_in_three_launches(monkeypatch, dtype):
     width, blocks = dtype.itemsize, -(-BEYOND // 2**16)
     started = launches(monkeypatch, lambda: call_patch(dtype, BEYOND))
     names = [
         f"patch_compare_{width}",
+        "patch_plan",
         f"patch_compress_{width}",
+        "patch_plan",
         "patch_decode",
         f"patch_restore_{width}",
         "patch_digest",
+        "patch_plan",
         "patch_decode",
     ]
     assert [launched[0] for launched in started] == names
-    assert [launched[1] for launched in started] == [blocks, 4 * 132, *[blocks] * 4]
-    sums, change_bits = 4096 * width, 8200  # bytes in shared memory: 64 per unit
-    assert [launched[3] for launched in started] == [2 * sums, 8 * 4096, change_bits, sums, sums, change_bits]
+    assert [launched[1] for launched in started] == [blocks, 1, 4 * 132, 1, *[blocks] * 3, 1, blocks]
+    sums, change_bits, plan = 4096 * width, 8208, 264  # bytes in shared memory: 64 per unit
+    expected = [2 * sums + 8, plan, 8 * 4096, plan, change_bits, sums, sums, plan, change_bits]
+    assert [launched[3] for launched in started] == expected
     assert max(launched[3] for launched in started) <= ADA
-    assert launches(monkeypatch, lambda: call_patch(dtype, 0)) == []
+    assert [launched[0] for launched in launches(monkeypatch, lambda: call_patch(dtype, 0))] == [
+        "patch_plan",
+        "patch_decode",
+    ] * 2  # they validate the lengths
+
+
+@pytest.mark.parametrize(
+    ("shared_bytes", "kernel", "threads"),
+    [
+        (HOPPER, "delta_count_bf16", 768),
+        (AMPERE, "delta_count_bf16", 448),
+        (ADA, "delta_count_bf16_limited", 768),
+        (48 << 10, "delta_count_bf16_limited", 768),
+    ],
+)
+def test_bf16_pairs_use_the_kernel_whose_tables_fit(monkeypatch, shared_bytes, kernel, threads):
+    name, blocks, started_threads, asked, *_ = launches(
+        monkeypatch, lambda: call_delta(BF16, BF16, 1 << 24), shared_bytes
+    )[0]
+    assert (name, blocks, started_threads) == (kernel, 132, threads)
+    assert asked <= shared_bytes
 
 
 @pytest.mark.parametrize(("shared_bytes", "tables"), [(HOPPER, 10), (AMPERE, 8), (ADA, 4), (48 << 10, 0)])
 def test_blocks_use_the_available_shared_memory(monkeypatch, shared_bytes, tables):
     calls = (
-        (lambda: call_delta(BF16, BF16, 1 << 24), 10),
         (lambda: call_delta(FP32, FP32, 1 << 24), 10),
         (lambda: call_overlap(2, 1 << 24), 4),
     )
     for call, wanted in calls:
-        _, blocks, _, asked, *_, rows = launches(monkeypatch, call, shared_bytes)[0]
+        name, blocks, _, asked, *rest = launches(monkeypatch, call, shared_bytes)[0]
+        rows = rest[12] if name == "delta_count_float" else rest[-1]
         assert (blocks, rows) == (132, min(tables, wanted))
         assert asked == launch.SMEM_HEADER_BYTES + rows * launch.SMEM_TABLE_BYTES <= shared_bytes
 
@@ -174,11 +203,11 @@ def test_blocks_use_the_available_shared_memory(monkeypatch, shared_bytes, table
 def test_kernels_launch_on_the_current_stream(monkeypatch):
     started = []
     kernels = launch.LibraryKernels.__new__(launch.LibraryKernels)  # without a library
-    kernels.library = SimpleNamespace(delta_propagate_carry_launch=lambda *arguments: started.append(arguments) or 0)
+    kernels.library = SimpleNamespace(delta_count_bf16_launch=lambda *arguments: started.append(arguments) or 0)
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1 << 40 | device.index)
     )
-    kernels.launch("delta_propagate_carry", [1 << 45, -1], 2**31, 32, 70_000, torch.device("cuda", 3))
+    kernels.launch("delta_count_bf16", [1 << 45, -1], 2**31, 32, 70_000, torch.device("cuda", 3))
     ((arguments, count, blocks, *shape, device, stream),) = started
     assert (list(arguments), count) == ([1 << 45, -1], 2)
     assert (blocks.value, shape, device, stream.value) == (2**31, [32, 70_000], 3, 1 << 40 | 3)
@@ -187,12 +216,12 @@ def test_kernels_launch_on_the_current_stream(monkeypatch):
 def test_launch_error_names_kernel_device_and_remedy():
     kernels = launch.LibraryKernels.__new__(launch.LibraryKernels)
     kernels.library = SimpleNamespace(
-        delta_propagate_carry_launch=lambda *launch: 35,
+        delta_count_bf16_launch=lambda *launch: 35,
         opd_cuda_error=lambda status: b"driver too old" * (status == 35),
     )
     with pytest.raises(
         RuntimeError,
-        match="delta_propagate_carry did not start on cpu: driver too old; update the NVIDIA driver, "
+        match="delta_count_bf16 did not start on cpu: driver too old; update the NVIDIA driver, "
         "or set OPDKERNELS_BACKEND=triton",
     ):
-        kernels.launch("delta_propagate_carry", [0], 1, 32, 0, torch.device("cpu"))
+        kernels.launch("delta_count_bf16", [0], 1, 32, 0, torch.device("cpu"))

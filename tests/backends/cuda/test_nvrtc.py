@@ -35,7 +35,7 @@ def started(monkeypatch, tmp_path):
         return source.encode(), {}
 
     def module(path):
-        assert "delta_propagate_carry" in Path(path).read_text()
+        assert "delta_count_bf16" in Path(path).read_text()
         return SimpleNamespace(get_function=Function)
 
     class Device(contextlib.nullcontext):
@@ -60,11 +60,11 @@ def test_kernel_is_compiled_once_and_gets_8_byte_arguments(started):
     """By NVRTC itself: CuPy's own compilation of a module adds an option that flushes subnormals to zero."""
     kernels = launch.NvrtcKernels()
     for n in (5, 6):
-        kernels.launch("delta_propagate_carry", [n, 0], 3, 64, 70_000, torch.device("cuda", 0))
+        kernels.launch("delta_count_bf16", [n, 0], 3, 64, 70_000, torch.device("cuda", 0))
     launches = started.launches
     assert started.compiled == [launch.OPTIONS]
     assert "--fmad=false" in launch.OPTIONS
-    assert [launch[:3] for launch in launches] == [("delta_propagate_carry", (3,), (64,))] * 2
+    assert [launch[:3] for launch in launches] == [("delta_count_bf16", (3,), (64,))] * 2
     assert [type(a) for a in launches[0][3]] == [np.int64] * 2
     assert launches[1][3] == (6, 0)
     assert launches[1][4] == 70_000
@@ -72,7 +72,7 @@ def test_kernel_is_compiled_once_and_gets_8_byte_arguments(started):
 
 def test_compiled_kernels_are_cached_for_other_processes(started):
     for _ in range(2):
-        launch.NvrtcKernels().launch("delta_propagate_carry", [1, 0], 1, 32, 0, torch.device("cuda", 0))
+        launch.NvrtcKernels().launch("delta_count_bf16", [1, 0], 1, 32, 0, torch.device("cuda", 0))
     assert len(started.compiled) == 1
     assert len(started.launches) == 2
     assert [path.suffix for path in launch.cache_dir().iterdir()] == [".cubin"]
@@ -81,9 +81,9 @@ def test_compiled_kernels_are_cached_for_other_processes(started):
 def test_without_a_writable_cache_a_process_has_its_own(started, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    launch.NvrtcKernels().launch("delta_propagate_carry", [1, 0], 1, 32, 0, torch.device("cuda", 0))
+    launch.NvrtcKernels().launch("delta_count_bf16", [1, 0], 1, 32, 0, torch.device("cuda", 0))
     (kept,) = launch.process_dir().glob("delta-*.cubin")
-    assert "delta_propagate_carry" in kept.read_text()
+    assert "delta_count_bf16" in kept.read_text()
     assert len(started.launches) == 1
 
 

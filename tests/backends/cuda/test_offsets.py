@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from opdkernels.backends import gpu
+from opdkernels.backends.cuda import launch
 from opdkernels.ops import quantile as quantile_ops
 from opdkernels.ops import step as step_ops
 from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS
@@ -18,7 +19,6 @@ from opdkernels.ops.delta import cuda as delta
 from opdkernels.ops.overlap import cuda as overlap
 from opdkernels.ops.overlap.layout import COUNT_NUMEL
 from opdkernels.ops.patch import cuda as patch
-from opdkernels.ops.patch.gpu_common import starts_of
 from opdkernels.ops.patch.layout import BLOCK, VALID, blocks_of
 from opdkernels.ops.quantile import cuda as quantile
 from opdkernels.ops.step import cuda as step
@@ -40,11 +40,17 @@ N, THREADS = 2**31 + 1000, 64
 @pytest.fixture(autouse=True)
 def one_launch(monkeypatch):
     """One block per tile, and no slices."""
-    shape = delta.launch_shape
     for family in (quantile, overlap, step):
         monkeypatch.setattr(family, "THREADS", THREADS)
-    monkeypatch.setattr(delta, "launch_shape", lambda *dtypes: (shape(*dtypes)[0], THREADS, shape(*dtypes)[2]))
+    monkeypatch.setattr(delta, "PAIR_THREADS", THREADS)
+    monkeypatch.setattr(delta, "WIDE_THREADS", THREADS)
     monkeypatch.setattr(gpu, "SLICE", 1 << 40)
+    monkeypatch.setattr(launch, "workspaces", {})
+
+
+def finish_all_but_two_blocks(family: str, words: int, blocks: int) -> None:
+    """Sets the ticket, the last word of a workspace, as the blocks would that do not run."""
+    launch.workspace(family, torch.device("cpu"), words)[-1] = blocks - 2
 
 
 def reserved(n: int, dtype: torch.dtype, end: torch.Tensor) -> torch.Tensor:
@@ -64,13 +70,18 @@ def use(monkeypatch, family: str, broken: str | None = None) -> None:
     launch_on_fibers(monkeypatch, load_kernels(family, broken), num_sms=1 << 40)
 
 
-@pytest.mark.parametrize(("dtype", "each"), [(BF16, 8), (FP32, 4), (FP64, 2)], ids=str)
-def test_delta(monkeypatch, dtype, each):
-    use(monkeypatch, "delta")
+@pytest.mark.parametrize(
+    ("dtype", "each", "shared_bytes"),
+    [(BF16, 16, 227 << 10), (BF16, 8, 99 << 10), (FP32, 4, 227 << 10), (FP64, 2, 227 << 10)],
+    ids=str,
+)
+def test_delta(monkeypatch, dtype, each, shared_bytes):
+    launch_on_fibers(monkeypatch, load_kernels("delta"), num_sms=1 << 40, shared_bytes=shared_bytes)
     size = last_two_tiles(each)
     base, trained = make_pair(size, dtype)
     *expected, expected_bits = call_delta(reference, Allocator(), base, trained)
     outputs, bits = empty_tally(Allocator()), reserved((N + 7) // 8, torch.uint8, torch.zeros(1, dtype=torch.uint8))
+    finish_all_but_two_blocks("delta", delta.WORKSPACE_WORDS, -(-N // (THREADS * each)))
     delta.delta_(
         reserved(N, dtype, base), reserved(N, dtype, trained), DEFAULT_THRESHOLD_BITS, THRESHOLDS, *outputs, bits
     )
@@ -94,9 +105,13 @@ def test_quantile(monkeypatch, dtype):
 
 
 def test_32_bit_offset_is_detected(monkeypatch):
-    offset = "(const char*)data + i * bytes"
+    offset = "(const char*)values + at * BYTES"
     assert offset in kernel_source("quantile")
-    use(monkeypatch, "quantile", kernel_source("quantile").replace(offset, "(const char*)data + (opd_u32)(i * bytes)"))
+    use(
+        monkeypatch,
+        "quantile",
+        kernel_source("quantile").replace(offset, "(const char*)values + (opd_u32)(at * BYTES)"),
+    )
     outputs, expected = quantiles_of_the_end(BF16)
     assert not torch.equal(outputs[1], expected[1])
 
@@ -187,7 +202,15 @@ def pair_of_two_blocks() -> tuple[torch.Tensor, torch.Tensor]:
 
 def gathered_at_the_end(monkeypatch) -> tuple:
     """Positions, values, counts and digests of the last two blocks, stored behind 2^32 others; and what they are."""
-    monkeypatch.setattr(patch, "starts_of", lambda lengths: starts_of(lengths) + SHIFT)
+    planned = patch.plan
+
+    def plan_beyond(*arguments):
+        starts = planned(*arguments)
+        for bad in arguments[4:]:
+            bad.fill_(VALID)  # the lengths do not match
+        return tuple(start + SHIFT for start in starts)
+
+    monkeypatch.setattr(patch, "plan", plan_beyond)
     monkeypatch.setattr(patch, "THREADS", THREADS)
     monkeypatch.setattr(patch, "QUEUE_THREADS", THREADS)
     w, v = pair_of_two_blocks()
@@ -212,8 +235,8 @@ def test_patch(monkeypatch):
     use(monkeypatch, "patch")
     outputs, expected, (source, counts, positions, values, v) = gathered_at_the_end(monkeypatch)
     assert all(map(torch.equal, outputs, expected))
-    monkeypatch.setattr(patch, "first_unfit", lambda *lengths: torch.tensor([VALID]))
     out, digests = reserved(N, torch.int16, torch.zeros_like(v)), torch.zeros(len(counts), 2, dtype=torch.int64)
+    finish_all_but_two_blocks("patch", 1, len(counts))
     assert int(patch.patch_scatter_(source, counts, positions, values, False, out, digests)) == -1
     assert torch.equal(out[-len(v) :], v)
     assert torch.equal(digests[-2:], expected[3][1])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from opdkernels.ops.patch import cuda
+from opdkernels.ops.patch.layout import BLOCK
 from tests.backends.cuda.fibers import ORDERS, kernel_source, launch_on_fibers, load_kernels, needs_compiler
 from tests.ops.conformance import MILLION, MISALIGNED, SIZES, Allocator, backend_kernel, check_case, reference
 from tests.ops.patch.cases import FAMILY, assert_rejection_writes_nothing, gather, make_bits, malformed_cases, scatter
@@ -83,15 +84,25 @@ def digested(kernel) -> list:
     return kernel("patch_digest")(make_bits(9000, torch.int16, 0.02)[0]).tolist()
 
 
+def impossible_count(kernel) -> list:
+    """The status of changes whose 41st block has an impossible count: a thread of the second warp finds it."""
+    counts = torch.zeros(41, dtype=torch.int32)
+    counts[40] = -1
+    return kernel("patch_check")(counts, torch.zeros(0, dtype=torch.uint8), 41 * BLOCK, 0).tolist()
+
+
 # The barrier to remove, and the outputs that depend on it.
 BARRIERS = {
     "queue": (SYNCWARP, 0, gathered),
-    "compared": (BARRIER, 0, gathered),
-    "zeros before offsets": (BARRIER, 1, scattered),
-    "offsets before counts": (BARRIER, 2, scattered),
-    "counts before their sum": (BARRIER, 3, scattered),
-    "restored": (BARRIER, 4, scattered),
-    "digested": (BARRIER, 5, digested),
+    "zero before the total": (BARRIER, 2, gathered),
+    "compared": (BARRIER, 3, gathered),
+    "totals of warps": (BARRIER, 4, scattered),
+    "valid before impossible counts": (BARRIER, 5, impossible_count),
+    "zeros before offsets": (BARRIER, 6, scattered),
+    "offsets before counts": (BARRIER, 7, scattered),
+    "counts before their sum": (BARRIER, 8, scattered),
+    "restored": (BARRIER, 9, scattered),
+    "digested": (BARRIER, 10, digested),
 }
 
 
@@ -100,7 +111,7 @@ def test_missing_barrier_is_detected(monkeypatch, name):
     """Without it, some order of threads gives other outputs. (The second __syncwarp only orders memory.)"""
     text, which, outputs = BARRIERS[name]
     expected = outputs(reference)
-    kernels = load_kernels("patch", without_barrier(text, which, 2 if text == SYNCWARP else 6))
+    kernels = load_kernels("patch", without_barrier(text, which, 2 if text == SYNCWARP else 11))
     results = []
     for order in ORDERS:
         launch_on_fibers(monkeypatch, kernels, order=order)
@@ -108,12 +119,16 @@ def test_missing_barrier_is_detected(monkeypatch, name):
     assert any(result != expected for result in results)
 
 
+COMPARED = """__syncthreads();
+  if (threadIdx.x == 0) counts[blockIdx.x]"""
+
+
 @pytest.mark.parametrize(
     ("text", "broken", "message"),
     [
         ("even += __shfl_xor_sync", "if (lane & 4) even += __shfl_xor_sync", "different places|a lane of the mask"),
         ("bits |= __shfl_xor_sync", "if (bits) bits |= __shfl_xor_sync", "different places|a lane of the mask"),
-        (BARRIER, "if (threadIdx.x >= 32) __syncthreads();", "barrier"),
+        (COMPARED, COMPARED.replace(BARRIER, f"if (threadIdx.x >= 32) {BARRIER}"), "barrier"),
     ],
     ids=["sums", "bits", "barrier"],
 )

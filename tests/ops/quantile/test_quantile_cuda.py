@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 from opdkernels.backends import gpu
+from opdkernels.backends.cuda import launch
 from opdkernels.ops import quantile as ops
 from opdkernels.ops.quantile import cuda
 from tests.backends.cuda.fibers import ORDERS, kernel_source, launch_on_fibers, load_kernels, needs_compiler
 from tests.ops.conformance import MILLION, MISALIGNED, SIZES, backend_kernel, check_case, make_pair
-from tests.ops.quantile.cases import FAMILY
+from tests.ops.quantile.cases import FAMILY, make_mask
 
 pytestmark = needs_compiler
 KERNEL = backend_kernel("cuda")
@@ -18,9 +21,13 @@ KERNEL = backend_kernel("cuda")
 
 @pytest.fixture(autouse=True)
 def fibers(monkeypatch):
-    """Blocks of two warps: the time grows with fibers, not with values."""
+    """Blocks of two warps: the time grows with fibers, not with values. Kernels leave their workspace zero."""
     launch_on_fibers(monkeypatch, load_kernels("quantile"))
     monkeypatch.setattr(cuda, "THREADS", 64)
+    workspaces: dict = {}
+    monkeypatch.setattr(launch, "workspaces", workspaces)
+    yield
+    assert not any(workspace.any() for workspace in workspaces.values())
 
 
 @pytest.mark.parametrize("case", FAMILY.collect(SIZES, special=True), ids=str)
@@ -62,18 +69,25 @@ def test_slices_change_no_count(monkeypatch, case):
 BARRIER = "__syncthreads();"
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_missing_barrier_is_detected(monkeypatch, which):
+@pytest.mark.parametrize(
+    ("which", "kib"),
+    [  # barriers of `count_first`, of `count`, which counts with less shared memory, and of `quantile_find`
+        *((which, 227) for which in (2, 3, 6, 7, 8)),
+        *((which, 99) for which in (4, 5)),
+    ],
+)
+def test_missing_barrier_is_detected(monkeypatch, which, kib):
     parts = kernel_source("quantile").split(BARRIER)
-    assert len(parts) == 3
+    assert len(parts) == 10
     kernels = load_kernels("quantile", BARRIER.join(parts[: which + 1]) + BARRIER.join(parts[which + 1 :]))
-    values = make_pair(3000)[0]
-    expected = ops.reference(values, [700], True, None)[1]
+    values, ranks, mask = make_pair(3000)[0], [700, 3, 2000], make_mask(3000)
+    expected = ops.reference(values, ranks, True, mask)[1]
     result = []
     for order in ORDERS:
-        launch_on_fibers(monkeypatch, kernels, order=order)
-        result.append(cuda.quantile(values, [700], True, None)[1])
-    assert any(not torch.equal(counts, expected) for counts in result)
+        launch_on_fibers(monkeypatch, kernels, order=order, shared_bytes=kib << 10)
+        with contextlib.suppress(RuntimeError):  # lanes of a warp that wait at another barrier
+            result.append(cuda.quantile(values, ranks, True, mask)[1])
+    assert any(not torch.equal(counts, expected) for counts in result) or len(result) < len(ORDERS)
 
 
 def test_divergent_shuffle_is_detected(monkeypatch):
@@ -82,7 +96,7 @@ def test_divergent_shuffle_is_detected(monkeypatch):
     broken = kernel_source("quantile").replace(
         line, "opd_u32 total = zeros[inside]; if (threadIdx.x & 1) total = warp_sum(total);"
     )
-    launch_on_fibers(monkeypatch, load_kernels("quantile", broken))
+    launch_on_fibers(monkeypatch, load_kernels("quantile", broken), shared_bytes=48 << 10)
     with pytest.raises(
         RuntimeError, match=r"quantile_count_2 did not start on cpu: .*(different places|a lane of the mask)"
     ):
