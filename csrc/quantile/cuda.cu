@@ -180,7 +180,7 @@ OPD_FN opd_u32 infinity_digit(int dtype) {
   return dtype == FP16 ? 0x7C00u : dtype == FP64 ? 0x7FF0u : OPD_INFINITY_BITS;
 }
 
-// Finds the digit of each rank's threshold from the counts of a pass, and clears the tables. The number of threads is a
+// Finds the digit of each rank's threshold from the counts of a pass, and clears the tables for the next. The number of threads is a
 // power of two. One block per table: of
 // all ranks for the first digit, then of each rank. tables: as `quantile_count_2`; states: int64
 // [n_ranks][NUM_RANK_STATES], read unless `first`, and written; thresholds: fp64 [n_ranks] and counts: int64
@@ -293,6 +293,7 @@ __device__ __forceinline__ void find(opd_u32* tables, opd_i64* states, double* t
     result[QUANTILE_COUNT_TIED_MASKED] = tied_masked;
     result[QUANTILE_COUNT_NAN] = nan;
   }
+  if (last) return;
   __syncthreads();
   for (int i = threadIdx.x; i < 2 * OPD_DIGITS; i += blockDim.x) table[i] = 0;
 }

@@ -310,7 +310,7 @@ def top_energy_of_changes(nulls: Sequence[Null], fractions: Sequence[float]) -> 
     mean, deviation = np.empty((2, len(fractions), len(nulls)))
     # The bins of each null from the largest |delta| down, one after another. Counts are divided by their sum, squares
     # by their mean, so that the prefix sums of nulls of all sizes have the same magnitude.
-    counts = np.concatenate([null.values[::-1] for null in nulls])
+    counts = np.maximum(np.concatenate([null.values[::-1] for null in nulls]), 0)  # differences may round below 0
     squares = np.concatenate([magnitudes[null.first : null.first + len(null.values)][::-1] for null in nulls]) ** 2
     sizes = np.array([len(null.values) for null in nulls])
     stop = np.cumsum(sizes)

@@ -8,10 +8,11 @@
 #include <stdexcept>
 
 #include "../numeric.h"
+#include "parallel.h"
 
 // Python loads a library only if this number is that of opdkernels/native.py: increase both with any change of a
 // function.
-#define OPD_INTERFACE 1
+#define OPD_INTERFACE 2
 #define OPD_EXPORT extern "C" __attribute__((visibility("default")))
 
 enum Status { STATUS_DONE, STATUS_INVALID, STATUS_NO_MEMORY, STATUS_FAILED };  // ERRORS in opdkernels/native.py
@@ -19,9 +20,10 @@ enum Status { STATUS_DONE, STATUS_INVALID, STATUS_NO_MEMORY, STATUS_FAILED };  /
 // Keeps the message for this thread and returns the status.
 int set_error(Status status, const char* message);
 
-// Calls body() and returns DONE, or what it threw as a status.
+// Calls body() and returns DONE, or what it threw as a status. Subnormals are kept in it, as in the threads of kernels.
 template <class Body>
 int guarded(Body body) {
+  KeepSubnormals keep;
   try {
     body();
     return STATUS_DONE;

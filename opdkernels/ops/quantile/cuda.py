@@ -17,7 +17,6 @@ THREADS = 1024  # per block
 # csrc/quantile/cuda.cu
 MAX_RANKS = 8
 RANK_STATES = 5
-WORKSPACE_WORDS = MAX_RANKS * 2 * DIGITS
 
 
 def count_digit(
@@ -54,7 +53,8 @@ def select(
     """The operator for at most MAX_RANKS ranks of at most gpu.SLICE values, which 32-bit tables can count."""
     device, n_ranks = values.device, len(k)
     first = 8 * values.itemsize - DIGIT_BITS
-    tables = launch.workspace("quantile", device, WORKSPACE_WORDS)
+    # Not a workspace: another thread may launch on the same stream between counting and finding.
+    tables = torch.zeros(n_ranks, 2, DIGITS, dtype=torch.int32, device=device)
     states = torch.empty(n_ranks, RANK_STATES, dtype=torch.int64, device=device)
     thresholds = torch.empty(n_ranks, dtype=torch.float64, device=device)
     counts = torch.empty(n_ranks, NUM_COUNTS, dtype=torch.int64, device=device)

@@ -178,16 +178,27 @@ def test_cuts_follow_their_order(isa):
         assert (np.diff(tally.hist_base_over.sum(1)) <= 0).all()
 
 
-def test_subnormals_count_whatever_torch_flushes(isa, threads):
-    base, trained = make_pair(100_000)
+def flushing_pairs() -> dict[str, list[torch.Tensor]]:
+    """Pairs with subnormal numbers or differences, also next to large numbers alone."""
+    fp16 = torch.tensor([60000.0, 6e-8], dtype=torch.float16)
+    bits = torch.arange(1 << 19, dtype=torch.int32) % 100
+    steps = [side.to(torch.int16).view(torch.bfloat16) for side in (bits, bits + 1)]
+    return {"many": list(make_pair(100_000)), "few": [fp16, fp16.flip(0)], "steps of subnormals": steps}
+
+
+@pytest.mark.parametrize("name", ["many", "few", "steps of subnormals"])
+def test_subnormals_count_whatever_torch_flushes(isa, threads, name):
+    base, trained = flushing_pairs()[name]
     expected = by_reference(base, trained)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals")
     try:
-        result = delta(base, trained)
+        results = [delta(base, trained), delta(base, trained)]
     finally:
         torch.set_flush_denormal(False)
-    assert result == expected
+    assert results == [expected, expected]
+    ones = torch.ones(3, dtype=base.dtype)
+    assert delta(ones, ones) == by_reference(ones, ones)  # nothing was left for the next call
 
 
 @pytest.mark.parametrize("size", [5e-324, 1e-310, 1e-308, 1e-300, 1e-290, 1e-155, 1e-150, 1e-100])

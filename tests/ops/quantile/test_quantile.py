@@ -232,3 +232,19 @@ def test_misaligned(isa, case):
 @pytest.mark.parametrize("case", FAMILY.collect([MILLION], only="float32"), ids=str)
 def test_a_million_values(isa, threads, case):
     check_case(case, dispatched)
+
+
+def test_subnormal_thresholds_whatever_torch_flushes():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        values = torch.tensor([1.0, 3e-40, 2e-40, 1e-40]).to(dtype)
+        if dtype == torch.float16:
+            values = torch.tensor([1.0, 6e-7, 4e-7, 2e-7], dtype=dtype)
+        expected = quantiles(values, [1, 2, 3])
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor cannot flush subnormals")
+        try:
+            result = quantiles(values, [1, 2, 3])
+        finally:
+            torch.set_flush_denormal(False)
+        assert result == expected
+        assert 0 < expected[2].threshold < 1e-6
