@@ -457,12 +457,7 @@ __device__ __forceinline__ void count_pair(const Arguments& arguments) {
       }
       mask[i >> 3] = (opd_u8)bits;
     }
-    int position = changed;  // after the loop: the number of changes in this lane and those before it
-#pragma unroll
-    for (int d = 1; d < OPD_WARP; d *= 2) {
-      const int before = __shfl_up_sync(OPD_ALL_LANES, position, d);
-      position += lane >= d ? before : 0;
-    }
+    int position = warp_scan(changed);  // the number of changes in this lane and those before it
     const int warp_total = __shfl_sync(OPD_ALL_LANES, position, OPD_WARP - 1);
     position += queued - changed;
 #pragma unroll

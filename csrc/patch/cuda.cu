@@ -228,12 +228,7 @@ struct Plan {  // in shared memory
 // takes other `warp_totals`: its barrier separates the reads of this one from later writes.
 __device__ __forceinline__ opd_i64 sum_before(opd_i64 x, opd_i64* warp_totals, opd_i64& total) {
   const int lane = threadIdx.x % OPD_WARP, warp = threadIdx.x / OPD_WARP;
-  opd_i64 up_to = x;
-#pragma unroll
-  for (int d = 1; d < OPD_WARP; d *= 2) {
-    const opd_i64 below = __shfl_up_sync(OPD_ALL_LANES, up_to, d);
-    up_to += lane >= d ? below : 0;
-  }
+  const opd_i64 up_to = warp_scan(x);
   if (lane == OPD_WARP - 1) warp_totals[warp] = up_to;
   __syncthreads();
   opd_i64 before = 0;
@@ -375,14 +370,8 @@ __device__ __forceinline__ void decode_all(const int* counts, const opd_i64* sta
 template <class T>
 __device__ __forceinline__ void restore_unit(Vector w[2], const opd_u32 chosen[2], const T* values, T difference,
                                              opd_i64& slots) {
-  const int lane = threadIdx.x % OPD_WARP;
   const opd_u32 lane_counts = __popc(chosen[0]) | __popc(chosen[1]) << 16;
-  opd_u32 reached = lane_counts;  // inclusive prefix sums over the lanes, 16 bits for each half
-#pragma unroll
-  for (int d = 1; d < OPD_WARP; d *= 2) {
-    const opd_u32 before = __shfl_up_sync(OPD_ALL_LANES, reached, d);
-    reached += lane >= d ? before : 0;
-  }
+  const opd_u32 reached = warp_scan(lane_counts);  // 16 bits for each half
   const opd_u32 all = __shfl_sync(OPD_ALL_LANES, reached, OPD_WARP - 1);
   const T* at[2] = {values + slots + ((reached - lane_counts) & 0xFFFFu),
                     values + slots + (all & 0xFFFFu) + ((reached - lane_counts) >> 16)};

@@ -214,12 +214,7 @@ __device__ __forceinline__ void find(opd_u32* tables, opd_i64* states, double* t
     opd_i64 before = 0;
     for (opd_u32 start = 0; start < blockDim.x; start += OPD_WARP) {
       const opd_i64 value = sums[start + lane][column];
-      opd_i64 up_to = value;
-#pragma unroll
-      for (int d = 1; d < OPD_WARP; d *= 2) {
-        const opd_i64 below = __shfl_up_sync(OPD_ALL_LANES, up_to, d);
-        up_to += (int)lane >= d ? below : 0;
-      }
+      const opd_i64 up_to = warp_scan(value);
       sums[start + lane][column] = before + up_to - value;
       before += __shfl_sync(OPD_ALL_LANES, up_to, OPD_WARP - 1);
     }
@@ -252,14 +247,7 @@ __device__ __forceinline__ void find(opd_u32* tables, opd_i64* states, double* t
         const opd_u32 digit = digit_at(position);
         const bool counted = k + (int)lane < per_thread && !is_nan(digit);
         const opd_u32 inside = counted ? table[OPD_DIGITS + digit] : 0, all = counted ? table[digit] + inside : 0;
-        opd_i64 up_to = all, up_to_masked = inside;
-#pragma unroll
-        for (int d = 1; d < OPD_WARP; d *= 2) {
-          const opd_i64 below = __shfl_up_sync(OPD_ALL_LANES, up_to, d);
-          const opd_i64 below_masked = __shfl_up_sync(OPD_ALL_LANES, up_to_masked, d);
-          up_to += (int)lane >= d ? below : 0;
-          up_to_masked += (int)lane >= d ? below_masked : 0;
-        }
+        const opd_u32 up_to = warp_scan(all), up_to_masked = warp_scan(inside);  // at most 2^30 values
         const opd_u32 beyond = __ballot_sync(OPD_ALL_LANES, reached + up_to >= rank);
         if (!beyond) {
           reached += __shfl_sync(OPD_ALL_LANES, up_to, OPD_WARP - 1);

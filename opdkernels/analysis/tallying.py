@@ -113,21 +113,20 @@ def tally_all(
     """
     tally, done, total = Tally.empty(DEFAULT_THRESHOLD_BITS), 0, pair.nbytes
     pending: list[tuple[int, Match]] = []
+
+    def count_done(match: Match) -> None:
+        nonlocal done
+        done += match.numel * streaming.pair_bytes(match)
+        progress(done, total, match.name)
+
     for index, match in enumerate(pair.matches):
         known = tallies.records.get(index)
         if known is None or known.failure:
             pending.append((index, match))
         else:
-            done += match.numel * streaming.pair_bytes(match)
-            progress(done, total, match.name)
+            count_done(match)
     limit = streaming.slice_limit(memory, device)
     if device.type == "cpu":
-
-        def count_done(match: Match) -> None:
-            nonlocal done
-            done += match.numel * streaming.pair_bytes(match)
-            progress(done, total, match.name)
-
         small = [(index, match) for index, match in pending if match.numel <= SMALL]
         pending = [(index, match) for index, match in pending if match.numel > SMALL]
         pending += tally_small(pair, small, tallies, limit, count_done)
@@ -146,8 +145,7 @@ def tally_all(
                         break
                     failure = f"{type(error).__name__}: {error}".splitlines()[0]
                 tallies.add(tally_record(index, match, None if failure else SparseTally.of(tally), failure))
-                done += match.numel * streaming.pair_bytes(match)
-                progress(done, total, match.name)
+                count_done(match)
                 pending.pop(0)
         if pending:
             limit = max(limit // 4, streaming.MIN_SLICE_BYTES)

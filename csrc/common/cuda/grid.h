@@ -138,6 +138,17 @@ __device__ __forceinline__ T warp_max(T x) {
   return x;
 }
 
+// The sum of x over this lane and those before it; all lanes take part.
+template <class T>
+__device__ __forceinline__ T warp_scan(T x) {
+#pragma unroll
+  for (int d = 1; d < OPD_WARP; d *= 2) {
+    const T below = __shfl_up_sync(OPD_ALL_LANES, x, d);
+    x += (int)(threadIdx.x % OPD_WARP) >= d ? below : 0;
+  }
+  return x;
+}
+
 // A byte of the change bits of eight coordinates, of which each of 8 / V lanes in a row has V: in the first of these
 // lanes.
 template <int V>

@@ -11,12 +11,9 @@ from opdkernels.backends.layout import BINS
 from opdkernels.ops.delta.layout import (
     COUNT_LE,
     COUNT_LT,
-    HIST_BASE,
-    HIST_DELTA,
-    HIST_DELTA_STORED,
-    HIST_TRAINED_CHANGED,
     MAX_VISIBLE_THRESHOLDS,
     NUM_STORED_THRESHOLDS,
+    ROWS_OF_BINS,
 )
 
 NEVER = 0x7FFF  # no finite magnitude exceeds these bits
@@ -74,8 +71,7 @@ def one_by_one(
         for output in (counts, sums, maximum):
             output[i] = 0
         count(w, v, threshold_bits, thresholds, dense, counts[i], sums[i], maximum[i : i + 1], None)
-        rows = dense[[HIST_BASE, HIST_DELTA, HIST_TRAINED_CHANGED, HIST_DELTA_STORED]]
-        used = (rows != 0).any(0).nonzero().flatten()
+        used = (dense[list(ROWS_OF_BINS)] != 0).any(0).nonzero().flatten()
         stop = start + len(used)
         if stop > len(bin_bits):
             return

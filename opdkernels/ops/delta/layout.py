@@ -13,6 +13,8 @@ MANTISSAS = 128  # bins of one exponent: their values share one scale
 
 # Rows of `tables`, int64 [HIST_BASE_OVER + len(threshold_bits), BINS].
 HIST_BASE, HIST_DELTA, HIST_TRAINED_CHANGED, HIST_BASE_CHANGED, HIST_DELTA_STORED, HIST_BASE_OVER = range(6)
+# A bin is in use if one of these rows counts in it; the others are subsets of HIST_BASE.
+ROWS_OF_BINS = (HIST_BASE, HIST_DELTA, HIST_TRAINED_CHANGED, HIST_DELTA_STORED)
 
 # Elements of `counts`, int64 [NUM_COUNTS]; LT and LE hold one element per stored threshold.
 COUNT_NUMEL, COUNT_NONFINITE, COUNT_BIT_EQUAL, COUNT_UNCHANGED_RTOL, COUNT_LT = range(5)

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
-from opdkernels.backends.layout import BINS, SUM_LIMBS
+from opdkernels.backends.layout import SUM_LIMBS
 from opdkernels.ops import register, to_local
 from opdkernels.ops.arguments import validate_input, validate_memory, validate_tensor
 from opdkernels.ops.delta import (
@@ -36,13 +37,13 @@ from opdkernels.ops.delta.layout import (
     HIST_BASE_CHANGED,
     HIST_BASE_OVER,
     HIST_DELTA,
-    HIST_DELTA_STORED,
     HIST_TRAINED_CHANGED,
     NUM_COUNTS,
     NUM_SUMS,
+    ROWS_OF_BINS,
 )
 
-CAPACITY = 1 << 18  # bins of a call of the operator: 16 MB of tables
+CAPACITY = 1 << 18  # bins of a call of the operator, 16 MB of tables: at least BINS, so that any pair fits
 SCHEMA = (
     "delta_many_(Tensor[] base, Tensor[] trained, int[] threshold_bits, float[] thresholds, Tensor(a!) num_bins, "
     "Tensor(b!) bin_bits, Tensor(c!) tables, Tensor(d!) counts, Tensor(e!) sums, Tensor(f!) maximum) -> ()"
@@ -117,27 +118,18 @@ class SparseTally:
 
 def used_bins(tables: np.ndarray) -> np.ndarray:
     """The bins in use, ascending, of dense histograms."""
-    # HIST_BASE_CHANGED and HIST_BASE_OVER are subsets of HIST_BASE.
-    rows = (HIST_BASE, HIST_DELTA, HIST_TRAINED_CHANGED, HIST_DELTA_STORED)
-    return np.flatnonzero(tables[rows[0]] | tables[rows[1]] | tables[rows[2]] | tables[rows[3]])
+    return np.flatnonzero(np.logical_or.reduce(tables[list(ROWS_OF_BINS)]))
 
 
-def reference_many(
-    base: Sequence[torch.Tensor],
-    trained: Sequence[torch.Tensor],
-    threshold_bits: Sequence[int],
-    thresholds: Sequence[float],
-    num_bins: torch.Tensor,  # int64 [pairs]
-    bin_bits: torch.Tensor,  # int64 [capacity]
-    tables: torch.Tensor,  # int64 [HIST_BASE_OVER + len(threshold_bits), capacity]
-    counts: torch.Tensor,  # int64 [pairs, NUM_COUNTS]
-    sums: torch.Tensor,  # int64 [pairs, NUM_SUMS, SUM_LIMBS]
-    maximum: torch.Tensor,  # fp64 [pairs]
-) -> None:
-    """The definition: `reference` of each pair, and its bins in use after those of the pairs before. All outputs are
-    overwritten; `num_bins` is -1 from the first pair on whose bins do not fit, and the outputs from there on are
-    undefined."""
-    one_by_one(reference, base, trained, threshold_bits, thresholds, num_bins, bin_bits, tables, counts, sums, maximum)
+def reference_many(base: Sequence[torch.Tensor], trained: Sequence[torch.Tensor], *arguments: Any) -> None:
+    """The definition: `reference` of each pair, and its bins in use after those of the pairs before.
+
+    The outputs are num_bins, int64 [pairs]; bin_bits, int64 [capacity]; tables, int64 [HIST_BASE_OVER +
+    len(threshold_bits), capacity]; counts, int64 [pairs, NUM_COUNTS]; sums, int64 [pairs, NUM_SUMS, SUM_LIMBS];
+    maximum, fp64 [pairs]. All are overwritten. `num_bins` is -1 from the first pair on whose bins do not fit, and the
+    other outputs of those pairs are undefined.
+    """
+    one_by_one(reference, base, trained, *arguments)
 
 
 def validate_many(
@@ -179,7 +171,6 @@ def delta_many(
     trained: Sequence[torch.Tensor],
     *,
     threshold_bits: Sequence[int] = DEFAULT_THRESHOLD_BITS,
-    capacity: int = CAPACITY,
 ) -> list[SparseTally]:
     """`delta` of each pair of tensors, with only the bins in use.
 
@@ -187,15 +178,13 @@ def delta_many(
         base: W of each pair, as for `delta`; all on one device.
         trained: W' of each pair.
         threshold_bits: As for `delta`.
-        capacity: Bins of all pairs of a call of the operator; at least BINS, so that any pair fits. More than one call
-            is made if they do not suffice.
 
     Returns:
         One tally per pair.
 
     Raises:
         TypeError: Another dtype.
-        ValueError: Shapes or devices differ, or `threshold_bits` or `capacity` do not fit.
+        ValueError: Shapes or devices differ, or `threshold_bits` do not fit.
 
     Example:
         >>> tallies = delta_many([torch.ones(4), torch.zeros(2)], [torch.tensor([1.0, 1, 1, 2]), torch.zeros(2)])
@@ -204,8 +193,6 @@ def delta_many(
     """
     if len(base) != len(trained):
         raise ValueError(f"{len(base)} base tensors but {len(trained)} trained ones; give one of each per pair")
-    if capacity < BINS:
-        raise ValueError(f"capacity must be at least {BINS}, not {capacity}")
     base, trained = [to_local(tensor) for tensor in base], [to_local(tensor) for tensor in trained]
     for pair in zip(base, trained, strict=True):
         validate_pair(*pair)
@@ -213,8 +200,8 @@ def delta_many(
     validate_threshold_bits(threshold_bits)
     tallies: list[SparseTally] = []
     device = base[0].device if base else torch.device("cpu")
-    bin_bits = torch.empty(capacity, dtype=torch.int64, device=device)
-    tables = torch.empty(HIST_BASE_OVER + len(threshold_bits), capacity, dtype=torch.int64, device=device)
+    bin_bits = torch.empty(CAPACITY, dtype=torch.int64, device=device)
+    tables = torch.empty(HIST_BASE_OVER + len(threshold_bits), CAPACITY, dtype=torch.int64, device=device)
     while len(tallies) < len(base):
         w, v = base[len(tallies) :], trained[len(tallies) :]
         num_bins = torch.empty(len(w), dtype=torch.int64, device=device)

@@ -107,8 +107,8 @@ def bf16_only() -> str:
 
 
 BARRIER, SYNCWARP = "__syncthreads();", "__syncwarp();"
-SHUFFLE = """const int before = __shfl_up_sync(OPD_ALL_LANES, position, d);
-      position += lane >= d ? before : 0;"""
+SHUFFLE = """const T below = __shfl_up_sync(OPD_ALL_LANES, x, d);
+    x += (int)(threadIdx.x % OPD_WARP) >= d ? below : 0;"""
 LIMITED, IN_SMEM = 99 << 10, 227 << 10  # shared memory of a block, with which one or the other kernel counts
 
 
@@ -139,10 +139,10 @@ def test_missing_barrier_is_detected(monkeypatch, text, which, of, shared_bytes)
     [
         (
             SHUFFLE,
-            "if (lane >= d) position += __shfl_up_sync(OPD_ALL_LANES, position, d);",
+            "if ((int)(threadIdx.x % OPD_WARP) >= d) x += __shfl_up_sync(OPD_ALL_LANES, x, d);",
             "lanes of a warp meet at different places|a lane of the mask",
         ),
-        (SHUFFLE, "position += __shfl_up_sync(OPD_ALL_LANES << d, position, d);", "not in the mask"),
+        (SHUFFLE, "x += __shfl_up_sync(OPD_ALL_LANES << d, x, d);", "not in the mask"),
         (BARRIER, "if (threadIdx.x >= 32) __syncthreads();", "barrier"),
     ],
     ids=["shuffle", "mask", "barrier"],
