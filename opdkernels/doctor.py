@@ -93,7 +93,11 @@ def examine() -> dict[str, Any]:
         if torch.cuda.is_available() or not torch.version.cuda
         else devices.cuda_unavailable_reason(),
         "cuda_kernels": cuda_kernels(),
-        "cuda_operators": {name: dispatch.select_backend(operators[name].family, "cuda") for name in sorted(operators)},
+        "cuda_operators": {
+            name: dispatch.select_backend(operators[name].family, "cuda")
+            for name in sorted(operators)
+            if any(dispatch.has_kernels(operators[name].family, backend) for backend in dispatch.PRIORITY["cuda"])
+        },
         "huggingface_hub": installed("huggingface_hub"),
         "safetensors": installed("safetensors"),
         "pandas": importlib.util.find_spec("pandas") is not None,

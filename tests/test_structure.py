@@ -48,12 +48,22 @@ FAMILY_FILES = (
 )
 CUDA_FILES = ("csrc/{0}/cuda.cu", "opdkernels/ops/{0}/cuda.py")
 CPU_FILES = ("csrc/{0}/{0}.h", "csrc/{0}/cpu.h", "csrc/{0}/cpu.inl", "csrc/{0}/cpu.cpp", "opdkernels/ops/{0}/cpu.py")
-GAPS = {  # files that a family does not have, and why
-    ("gram", file): "Triton uses matrix units, which plain CUDA C++ does not reach" for file in CUDA_FILES
-} | {
-    ("divergence", file): "products of matrices: torch's own on the CPU, tile by tile, and Triton's on a GPU"
-    for file in (*CPU_FILES, *CUDA_FILES)
-}
+GAPS = (
+    {  # files that a family does not have, and why
+        ("gram", file): "Triton uses matrix units, which plain CUDA C++ does not reach" for file in CUDA_FILES
+    }
+    | {
+        ("divergence", file): "products of matrices: torch's own on the CPU, tile by tile, and Triton's on a GPU"
+        for file in (*CPU_FILES, *CUDA_FILES)
+    }
+    | {
+        (
+            "null",
+            file,
+        ): "its input is histograms, which are on the host; they are thousands of times smaller than tensors"
+        for file in (*CUDA_FILES, "opdkernels/ops/{0}/triton.py")
+    }
+)
 
 
 def name_of(path: Path) -> str:

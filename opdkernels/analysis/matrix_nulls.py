@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdkernels.metrics import rounding_null
 from opdkernels.ops.delta import Tally, delta
-from opdkernels.ops.delta.many import SparseTally
+from opdkernels.ops.null import expected_square, fit
 from opdkernels.spectral.exact import GRAM_LIMIT, Factor, Spectra, top_ranks
 from opdkernels.spectral.null import BINS, Composites, Profile, mask_histograms, perturbation
 from opdkernels.spectral.principal import Masks
@@ -72,12 +71,8 @@ def rounding(tally: Tally, remainder: str) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Two arrays, float64 [BINS] by the bf16 bits of |W|.
     """
-    sparse = SparseTally.of(tally)
-    base, change = ((sparse.bin_bits[table > 0], table[table > 0]) for table in (sparse.hist_base, sparse.hist_delta))
-    nulls = rounding_null.fit(base, change, remainder=remainder, keep_visible=True)
-    visible = np.zeros(BINS)
-    visible[base[0]] = nulls["chosen"].visible
-    return visible, rounding_null.expected_square(nulls["normal"].size, remainder)
+    nulls = fit(tally.hist_base, tally.hist_delta, remainder)
+    return nulls["chosen"].visible, expected_square(nulls["normal"].size, remainder)
 
 
 def coverage(

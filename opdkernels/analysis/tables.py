@@ -10,19 +10,21 @@ import numpy as np
 
 from opdkernels.analysis.result import Analysis
 from opdkernels.analysis.summary import CURVE, ULP_LABELS
+from opdkernels.backends.layout import BINS
 from opdkernels.checkpoint.match import EXCLUDED_KINDS, Pair
 from opdkernels.checkpoint.names import parse_tensor_name
-from opdkernels.metrics import groups, rounding_null
+from opdkernels.metrics import groups
 from opdkernels.metrics.batch import to_bf16_bits
 from opdkernels.metrics.coordinates import compute_metrics
-from opdkernels.metrics.null_metrics import null_metrics
+from opdkernels.metrics.null_metrics import fit_tallies, null_metrics
 from opdkernels.metrics.registry import VIEWS
-from opdkernels.metrics.rounding_null import Null
 from opdkernels.metrics.tallies import TallyRecord
 from opdkernels.metrics.verdict import MAX_DISTANT, UNRELATED, distant_sentence, pair_verdict
 from opdkernels.ops.delta.layout import HIST_DELTA_STORED, ULP_REACH
-from opdkernels.ops.delta.many import SparseTally
-from opdkernels.spectral.exact import RATIOS
+from opdkernels.ops.null import Nulls
+from opdkernels.ops.null.layout import KINDS
+
+CURVE_BITS = [to_bf16_bits(eps) for eps in CURVE]
 
 
 def build_analysis(pair: Pair, records: list[TallyRecord], run_info: dict[str, Any]) -> Analysis:
@@ -82,76 +84,38 @@ def distant_matrices(norms: np.ndarray | None, sizes: list[int], names: list[str
     }
 
 
-def fit_nulls(records: list[TallyRecord]) -> list[dict[str, Null]]:
-    """The null updates fitted to each counted record, by kind; a tensor without visible changes has one that expects
-    none."""
-
-    def bins(tally: SparseTally, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return tally.bin_bits[table > 0], table[table > 0]
-
-    none_near_zero = dict.fromkeys(RATIOS, 0.0)
-    fitted: list[dict[str, Null]] = [
-        {
-            "chosen": Null(
-                "sign",
-                0.0,
-                0.0,
-                0.0,
-                none_near_zero,
-                float(record.tally.finite) if record.tally else 0.0,
-                0,
-                np.zeros(0),
-            )
-        }
-        for record in records
-    ]
-    changed = [
-        (i, record.tally)
-        for i, record in enumerate(records)
-        if record.tally is not None and record.tally.changed("visible").any()
-    ]
-    nulls = rounding_null.fit_many(
-        [bins(tally, tally.hist_base) for _, tally in changed],
-        [bins(tally, tally.hist_delta) for _, tally in changed],
-        RATIOS,
-        ["grid" if records[i].dtype_base == "bf16" else "uniform" for i, _ in changed],
-    )
-    for (i, _), null in zip(changed, nulls, strict=True):
-        fitted[i] = null
-    return fitted
+def fit_nulls(records: list[TallyRecord]) -> Nulls:
+    """The null updates fitted to each counted record."""
+    counted = [(record.tally, record.dtype_base) for record in records if record.tally is not None]
+    remainders = ["grid" if dtype == "bf16" else "uniform" for _, dtype in counted]
+    return fit_tallies([tally for tally, _ in counted], remainders, CURVE_BITS)
 
 
-def curve(records: list[TallyRecord], nulls: list[dict[str, Null]]) -> dict[str, list[float | None]]:
+def curve(records: list[TallyRecord], nulls: Nulls) -> dict[str, list[float | None]]:
     """Fraction of coordinates with |delta| <= epsilon: visible, stored (bounds) and expected from the null."""
-    visible, stored, expected = np.zeros(1 << 15), np.zeros(1 << 15), np.zeros(1 << 15)
-    for record, fitted in zip(records, nulls, strict=True):
+    visible, stored = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
+    for record in records:
         tally = record.tally
         assert tally is not None
         visible[tally.bin_bits] += tally.hist_delta
         stored[tally.bin_bits] += tally.tables[HIST_DELTA_STORED]
-        chosen = fitted["chosen"]
-        expected[chosen.first : chosen.first + len(chosen.values)] += chosen.values
-        expected[0] += chosen.unchanged
     n = visible.sum()
     # In 32-bit steps: |delta| <= eps covers every truncated bin below that of eps, and part of that bin itself.
-    rounded = np.array([to_bf16_bits(eps) for eps in CURVE])
     truncated = np.array([int(np.float32(eps).view(np.uint32)) >> 16 for eps in CURVE])
 
-    def cumulative(table: np.ndarray, bin_bits: np.ndarray) -> list[float | None]:
-        return [None if not n else float(x) for x in np.cumsum(table)[bin_bits] / max(n, 1)]
+    def fractions(counts: np.ndarray) -> list[float | None]:
+        return [None if not n else float(count) for count in counts / max(n, 1)]
 
     return {
         "eps": list(CURVE),
-        "visible": cumulative(visible, rounded),
-        "stored_lower": cumulative(stored, np.maximum(truncated - 1, 0)),
-        "stored_upper": cumulative(stored, truncated),
-        "null": cumulative(expected, rounded),
+        "visible": fractions(np.cumsum(visible)[CURVE_BITS]),
+        "stored_lower": fractions(np.cumsum(stored)[np.maximum(truncated - 1, 0)]),
+        "stored_upper": fractions(np.cumsum(stored)[truncated]),
+        "null": fractions(nulls.below.sum(0)),
     }
 
 
-def summarize(
-    pair: Pair, records: list[TallyRecord], group_rows: list[dict], nulls: list[dict[str, Null]]
-) -> dict[str, Any]:
+def summarize(pair: Pair, records: list[TallyRecord], group_rows: list[dict], nulls: Nulls) -> dict[str, Any]:
     """The content of summary.json; its form is `opdkernels.analysis.summary.Summary`."""
     counted = [record for record in records if record.tally is not None]
     group_labels = ("by", "view", "tower", "block", "module", "layer")
@@ -180,8 +144,8 @@ def summarize(
         "views": views,
         "null_kinds": dict(
             Counter(
-                null["chosen"].kind
-                for record, null in zip(counted, nulls, strict=True)
+                KINDS[kind]
+                for record, kind in zip(counted, nulls.chosen.tolist(), strict=True)
                 if record.tally and record.tally.changed("visible").any()
             )
         ),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +12,11 @@ from opdkernels.metrics.aggregation import MEAN_BY_CHANGED_NULL, MEAN_BY_ENERGY,
 from opdkernels.metrics.batch import RATIO_LABELS, RATIO_SYMBOL, Columns
 from opdkernels.metrics.coordinates import TOP_FRACTIONS, TOP_LABELS, TOP_SYMBOL
 from opdkernels.metrics.registry import NON_NEGATIVE, Metric, family, interleave
-from opdkernels.metrics.rounding_null import KINDS, Null
-from opdkernels.ops.delta import magnitudes
+from opdkernels.ops.delta.many import SparseTally
+from opdkernels.ops.null import Nulls, fit_many
+from opdkernels.ops.null.layout import FIT_CHANGED, FIT_CHANGED_SD, FIT_DISTANCE, FIT_SIZE, KINDS
 from opdkernels.spectral.exact import RATIOS
 
-BATCH = 128  # nulls at a time: arrays stay near the caches
 VISIBLE = ("visible",)
 SECTION = "against bf16 rounding alone"
 BOTH_TABLES = ("tensors", "groups")
@@ -242,111 +240,68 @@ METRICS = (
 )
 
 
-def null_metrics(columns: Columns, fitted: list[dict[str, Null]]) -> dict[str, Any]:
+def fit_tallies(tallies: Sequence[SparseTally], remainders: Sequence[str], limits: Sequence[int] = ()) -> Nulls:
+    """The null updates fitted to tallies, with the ratios and fractions that `null_metrics` needs.
+
+    Args:
+        tallies: The tallies of the tensors.
+        remainders: Of each tensor, as for `ops.null.fit_many`.
+        limits: As for `ops.null.fit_many`.
+    """
+    return fit_many(
+        [tally.bin_bits for tally in tallies],
+        [tally.hist_base for tally in tallies],
+        [tally.hist_delta for tally in tallies],
+        remainders,
+        ratios=RATIOS,
+        fractions=TOP_FRACTIONS,
+        limits=limits,
+    )
+
+
+def null_metrics(columns: Columns, nulls: Nulls) -> dict[str, Any]:
     """The metrics of the null of each tensor; `_null` is the nearest kind, the others have the kind in their names.
 
     Args:
         columns: Metrics of the visible view, from `compute_metrics` [tensors].
-        fitted: For each tensor its nulls by kind, and the nearest as "chosen", from `rounding_null.fit_many`.
+        nulls: Of the tensors, from `fit_tallies`.
 
     Returns:
         Metric name -> float64 [tensors], NaN where a tensor lacks the metric; `null_kind` is a list of names.
     """
-    chosen = [nulls["chosen"] for nulls in fitted]
     has_changed = columns["changed"] > 0
 
-    def column(kind: str, value: Callable[[Null], float]) -> np.ndarray:
-        return np.array([value(nulls[kind]) if kind in nulls else np.nan for nulls in fitted])
+    def of_chosen(column: int) -> np.ndarray:
+        return np.where(has_changed, nulls.of_kind("chosen", nulls.fits)[:, column], np.nan)
 
     metrics: dict[str, Any] = {
-        "null_kind": [null.kind if change else None for null, change in zip(chosen, has_changed, strict=True)],
-        "null_size": np.where(has_changed, column("chosen", lambda null: null.size), np.nan),
-        "null_distance": np.where(has_changed, column("chosen", lambda null: null.distance), np.nan),
+        "null_kind": [
+            KINDS[kind] if change else None for kind, change in zip(nulls.chosen.tolist(), has_changed, strict=True)
+        ],
+        "null_size": of_chosen(FIT_SIZE),
+        "null_distance": of_chosen(FIT_DISTANCE),
     }
     with np.errstate(divide="ignore", invalid="ignore"):
-        changed = {kind: column(kind, lambda null: null.changed) for kind in ("chosen", *KINDS)}
+        changed = {kind: nulls.of_kind(kind, nulls.fits)[:, FIT_CHANGED] for kind in ("chosen", *KINDS)}
         metrics["changed_null"] = changed["chosen"]
         metrics["changed_over_null"] = columns["changed"] / nan_where_zero(changed["chosen"])
-        metrics["changed_null_sd"] = column("chosen", lambda null: null.changed_sd)
+        metrics["changed_null_sd"] = nulls.of_kind("chosen", nulls.fits)[:, FIT_CHANGED_SD]
         metrics |= {f"changed_null_{kind}": changed[kind] for kind in KINDS}
-        for ratio, ratio_name in zip(RATIOS, RATIO_LABELS, strict=True):
+        deviation = nulls.of_kind("chosen", nulls.near_zero_sd)
+        for k, ratio_name in enumerate(RATIO_LABELS):
             label = f"near_zero_coverage_{ratio_name}"
             coverage = {
-                kind: column(kind, partial(near_zero_changes, ratio)) / nan_where_zero(changed[kind])
-                for kind in changed
+                kind: nulls.of_kind(kind, nulls.near_zero)[:, k] / nan_where_zero(changed[kind]) for kind in changed
             }
             metrics[f"{label}_null"] = coverage["chosen"]
-            deviation = column("chosen", partial(near_zero_deviation, ratio))
-            metrics[f"{label}_null_sd"] = np.where(changed["chosen"] > 0, deviation, np.nan)
+            metrics[f"{label}_null_sd"] = np.where(changed["chosen"] > 0, deviation[:, k], np.nan)
             metrics[f"{label}_over_null"] = columns[label] / nan_where_zero(coverage["chosen"])
             metrics |= {f"{label}_null_{kind}": coverage[kind] for kind in KINDS}
-        for fraction_name, expected, deviation in zip(
-            TOP_LABELS, *expected_top_energy(chosen, TOP_FRACTIONS), strict=True
-        ):
+        for k, fraction_name in enumerate(TOP_LABELS):
             label = f"top_energy_{fraction_name}"
-            metrics[f"{label}_null"], metrics[f"{label}_null_sd"] = expected, deviation
-            metrics[f"{label}_over_null"] = columns[label] / nan_where_zero(expected)
+            metrics[f"{label}_null"], metrics[f"{label}_null_sd"] = nulls.top_energy[:, k], nulls.top_energy_sd[:, k]
+            metrics[f"{label}_over_null"] = columns[label] / nan_where_zero(nulls.top_energy[:, k])
     return metrics
-
-
-def expected_top_energy(nulls: Sequence[Null], fractions: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Fraction of the energy in the ceil(fraction n) largest |visible delta| of null updates.
-
-    Returns:
-        Mean, and standard deviation by the delta method for independent coordinates, float64 [fractions, nulls] each;
-        NaN if no change is expected.
-    """
-    mean = np.full((len(fractions), len(nulls)), np.nan)
-    deviation = mean.copy()
-    known = np.array([t for t, null in enumerate(nulls) if null.changed > 0], np.int64)
-    for first in range(0, len(known), BATCH):
-        batch = known[first : first + BATCH]
-        mean[:, batch], deviation[:, batch] = top_energy_of_changes([nulls[t] for t in batch], fractions)
-    return mean, deviation
-
-
-def top_energy_of_changes(nulls: Sequence[Null], fractions: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """`expected_top_energy` of nulls that expect changes, all at once."""
-    mean, deviation = np.empty((2, len(fractions), len(nulls)))
-    # The bins of each null from the largest |delta| down, one after another. Counts are divided by their sum, squares
-    # by their mean, so that the prefix sums of nulls of all sizes have the same magnitude.
-    counts = np.maximum(np.concatenate([null.values[::-1] for null in nulls]), 0)  # differences may round below 0
-    squares = np.concatenate([magnitudes[null.first : null.first + len(null.values)][::-1] for null in nulls]) ** 2
-    sizes = np.array([len(null.values) for null in nulls])
-    stop = np.cumsum(sizes)
-    start = stop - sizes
-    changes = np.add.reduceat(counts, start)
-    mean_square = np.add.reduceat(counts * squares, start) / changes
-    counts /= np.repeat(changes, sizes)
-    squares /= np.repeat(mean_square, sizes)
-    before, before_1, before_2 = (
-        np.concatenate([[0.0], np.cumsum(x)]) for x in (counts, counts * squares, counts * squares**2)
-    )
-    numel = np.array([round(null.changed + null.unchanged) for null in nulls])
-    for k, fraction in enumerate(fractions):
-        taken = np.array([max(1, math.ceil(fraction * n)) for n in numel.tolist()]) / changes
-        reached = np.searchsorted(before, np.minimum(before[start] + taken, before[stop]))
-        last = np.maximum(reached - 1, start)  # the bin of the smallest |delta| of which coordinates are taken
-        above, above_1, above_2 = (sums[last] - sums[start] for sums in (before, before_1, before_2))
-        threshold = squares[last]
-        top = above_1 + np.clip(taken - above, 0, counts[last]) * threshold
-        # Sums of the influence of coordinates, max(square - threshold, 0) - top square, and of its square.
-        influence = above_1 - threshold * above - top
-        influence_sq = above_2 - 2 * threshold * above_1 + threshold**2 * above
-        influence_sq += -2 * top * (above_2 - threshold * above_1) + top**2 * (before_2[stop] - before_2[start])
-        mean[k] = top
-        deviation[k] = np.sqrt(np.maximum(influence_sq - influence**2 * changes / numel, 0) / changes)
-    return mean, deviation
-
-
-def near_zero_deviation(ratio: float, null: Null) -> float:
-    """Standard deviation of the near-zero coverage at a ratio."""
-    return null.near_zero_sd.get(ratio, math.nan)
-
-
-def near_zero_changes(ratio: float, null: Null) -> float:
-    """Expected changes among the ceil(ratio n) smallest |W|."""
-    return null.near_zero[ratio]
 
 
 def nan_where_zero(values: np.ndarray) -> np.ndarray:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from opdkernels.metrics.rounding_null import KINDS
 from opdkernels.metrics.verdict import TOLERANCE, all_bits_equal, equal_in
+from opdkernels.ops.null.layout import KINDS
 from opdkernels.report.typography import count, name, percent, plural, times
 
 POOR_FIT = 0.25  # distance of the nearest null, as a fraction of the changed coordinates, above which ratios are rough

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from opdkernels.metrics.coordinates import TOP_FRACTIONS, TOP_LABELS, compute_metrics
-from opdkernels.metrics.null_metrics import expected_top_energy, null_metrics
-from opdkernels.metrics.rounding_null import Null, expected_square, fit
+from opdkernels.metrics.null_metrics import fit_tallies, null_metrics
 from opdkernels.ops.delta import delta, magnitudes
 from opdkernels.ops.delta.many import SparseTally
+from opdkernels.ops.null import Null, expected_square, fit, fit_many
+from opdkernels.ops.null.layout import KINDS
 
 SIZE = 40_000
 NUM_UPDATES = 60
@@ -20,10 +21,6 @@ NUM_UPDATES = 60
 
 def weights(dtype=torch.bfloat16) -> torch.Tensor:
     return (0.03 * torch.randn(SIZE, generator=torch.Generator().manual_seed(0))).to(dtype)
-
-
-def bins(tally: SparseTally) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [(tally.bin_bits[table > 0], table[table > 0]) for table in (tally.hist_base, tally.hist_delta)]
 
 
 @pytest.mark.parametrize(("kind", "size"), [("normal", 6e-5), ("normal", 4e-4), ("sign", 8e-5)])
@@ -34,7 +31,7 @@ def test_expected_metrics_and_deviations_are_those_of_sampled_updates(kind, size
         z = torch.randn(SIZE, generator=generator)
         tallies.append(SparseTally.of(delta(w, (w.float() + size * (z.sign() if kind == "sign" else z)).bfloat16())))
     columns = compute_metrics(tallies, "visible")
-    expected = null_metrics(columns, [fit(*bins(tally)) for tally in tallies])
+    expected = null_metrics(columns, fit_tallies(tallies, ["grid"] * NUM_UPDATES))
     for name in ("changed", "near_zero_coverage_10pct", *(f"top_energy_{label}" for label in TOP_LABELS)):
         mean, spread = columns[name].mean(), columns[name].std(ddof=1)
         assert np.median(expected[f"{name}_null"]) == pytest.approx(mean, rel=0.01, abs=2 * spread), name
@@ -65,47 +62,52 @@ def test_expected_square_at_each_magnitude_is_that_of_sampled_updates(remainder,
 
 def test_nothing_changed_has_no_expected_top_energy():
     w = weights()
-    null = fit(*bins(SparseTally.of(delta(w, w))))["chosen"]
-    mean, deviation = expected_top_energy([null], TOP_FRACTIONS)
-    assert mean.shape == deviation.shape == (len(TOP_FRACTIONS), 1)
-    assert np.isnan(mean).all()
-    assert np.isnan(deviation).all()
+    nulls = fit_tallies([SparseTally.of(delta(w, w))], ["grid"])
+    assert nulls.top_energy.shape == nulls.top_energy_sd.shape == (1, len(TOP_FRACTIONS))
+    assert np.isnan(nulls.top_energy).all()
+    assert np.isnan(nulls.top_energy_sd).all()
 
 
-def top_energy_of_one(null: Null, fraction: float) -> tuple[float, float]:
+def top_energy_of(null: Null, fraction: float) -> tuple[float, float]:
     """Mean and deviation coordinate class by coordinate class, from the largest |delta| down."""
-    squares = magnitudes[null.first : null.first + len(null.values)] ** 2
-    left, taken = max(1, math.ceil(fraction * round(null.changed + null.unchanged))), np.zeros(len(squares))
-    for i in reversed(range(len(squares))):
-        taken[i] = min(left, null.values[i])
+    squares, values, numel = magnitudes**2, null.delta.copy(), round(null.changed + null.unchanged)
+    values[0] -= null.unchanged
+    squares[0x7F80:] = 0
+    left, taken = max(1, math.ceil(fraction * numel)), np.zeros(len(squares))
+    for i in np.flatnonzero(values)[::-1]:
+        taken[i] = min(left, values[i])
         left -= taken[i]
-    energy = float((null.values * squares).sum())
+    energy = float((values * squares).sum())
     top = float((taken * squares).sum()) / energy
-    influence = np.maximum(squares - squares[np.argmax(taken > 0)], 0) - top * squares
-    numel = round(null.changed + null.unchanged)
-    variance = (null.values * influence**2).sum() - (null.values * influence).sum() ** 2 / numel
+    threshold = 0 if left > 0 else squares[np.argmax(taken > 0)]  # 0: the last one that is taken is unchanged
+    influence = np.maximum(squares - threshold, 0) - top * squares
+    variance = (values * influence**2).sum() - (values * influence).sum() ** 2 / numel
     return top, math.sqrt(variance) / energy
 
 
 def test_top_energy_of_many_nulls_is_that_of_each():
     """Of all sizes of tensors and updates, also where all coordinates belong to the top, and where one does."""
-    nulls = []
+    tallies, fractions = [], (*TOP_FRACTIONS, 0.5, 1.0)
     for n, scale, size in ((SIZE, 1.0, 1e-4), (3, 1.0, 1.0), (SIZE, 1e-6, 1e-9), (900, 1e4, 3.0), (SIZE, 1.0, 1e-2)):
-        w = (scale * weights()[:n].float()).bfloat16()
-        z = torch.randn(n, generator=torch.Generator().manual_seed(4))
-        fitted = fit(*bins(SparseTally.of(delta(w, (w.float() + size * z).bfloat16()))))
-        nulls += [fitted[kind] for kind in ("sign", "normal", "empirical", "chosen") if kind in fitted]
-    fractions = (*TOP_FRACTIONS, 0.5, 1.0)
-    mean, deviation = expected_top_energy(nulls, fractions)
-    expected = np.array([[top_energy_of_one(null, fraction) for null in nulls] for fraction in fractions])
-    np.testing.assert_allclose(mean, expected[:, :, 0], rtol=1e-9)
-    np.testing.assert_allclose(deviation, expected[:, :, 1], rtol=1e-6, atol=1e-9)
+        for update in ("normal", "sign"):
+            w = (scale * weights()[:n].float()).bfloat16()
+            z = torch.randn(n, generator=torch.Generator().manual_seed(4))
+            z = z.sign() if update == "sign" else z
+            tallies.append(SparseTally.of(delta(w, (w.float() + size * z).bfloat16())))
+    tables = ([getattr(tally, name) for tally in tallies] for name in ("bin_bits", "hist_base", "hist_delta"))
+    nulls = fit_many(*tables, ["grid"] * len(tallies), fractions=fractions)
+    chosen = [fit(tally.dense().hist_base, tally.dense().hist_delta)["chosen"] for tally in tallies]
+    assert {null.kind for null in chosen} >= {"sign", "normal"}
+    assert [null.kind for null in chosen] == [KINDS[kind] for kind in nulls.chosen]
+    expected = np.array([[top_energy_of(null, fraction) for fraction in fractions] for null in chosen])
+    np.testing.assert_allclose(nulls.top_energy, expected[:, :, 0], rtol=1e-9)
+    np.testing.assert_allclose(nulls.top_energy_sd, expected[:, :, 1], rtol=1e-6, atol=3e-8)  # of roots of differences
 
 
-def test_visibility_is_kept_on_request_only():
+def test_visibility_at_each_magnitude_adds_up_to_the_expected_changes():
     w = weights()
     after = (w.float() + 1e-4 * torch.randn(SIZE, generator=torch.Generator().manual_seed(3))).bfloat16()
-    base, change = bins(SparseTally.of(delta(w, after)))
-    null = fit(base, change, keep_visible=True)["normal"]
-    assert (base[1] * null.visible).sum() == pytest.approx(null.changed)
-    assert fit(base, change)["normal"].visible.size == 0
+    tally = delta(w, after)
+    for null in fit(tally.hist_base, tally.hist_delta).values():
+        assert (tally.hist_base * null.visible).sum() == pytest.approx(null.changed)
+        assert not null.visible[tally.hist_base == 0].any()

@@ -11,9 +11,8 @@ from opdkernels.metrics.catalog import METRICS, metrics_of, metrics_on_page
 from opdkernels.metrics.coordinates import FORMULAS
 from opdkernels.metrics.geometry import geometry_row, spectrum_row
 from opdkernels.metrics.groups import group_rows
-from opdkernels.metrics.null_metrics import null_metrics
+from opdkernels.metrics.null_metrics import fit_tallies, null_metrics
 from opdkernels.metrics.registry import VIEWS
-from opdkernels.metrics.rounding_null import fit_many
 from opdkernels.metrics.spectra import SpectrumRecord
 from opdkernels.ops.delta import delta
 from opdkernels.ops.delta.many import SparseTally
@@ -38,8 +37,7 @@ def test_tensor_and_group_tables_have_the_registered_columns():
         views[view] = {}
         for formula in FORMULAS:
             views[view] |= formula.compute(TallyBatch([sparse]), view)
-    base, changes = ((sparse.bin_bits[table > 0], table[table > 0]) for table in (sparse.hist_base, sparse.hist_delta))
-    views["visible"] |= null_metrics(views["visible"], fit_many([base], [changes]))
+    views["visible"] |= null_metrics(views["visible"], fit_tallies([sparse], ["grid"]))
     for view in VIEWS:
         assert set(views[view]) == {metric.name for metric in metrics_of("tensors") if view in metric.views}
     about = {key: [""] for key in ("name", "layer", "module", "block", "tower")}

@@ -13,6 +13,7 @@ import torch
 from opdkernels.backends import layout as common
 from opdkernels.ops.delta import layout as delta
 from opdkernels.ops.gram import layout as gram
+from opdkernels.ops.null import layout as null
 from opdkernels.ops.overlap import layout as overlap
 from opdkernels.ops.patch import layout as patch
 from opdkernels.ops.quantile import layout as quantile
@@ -55,6 +56,7 @@ C: dict[str, dict[str, int]] = {
     "overlap": constants_of(NUMERIC, "overlap/overlap.h"),
     "quantile": constants_of(NUMERIC, "quantile/quantile.h"),
     "gram": constants_of(NUMERIC, "gram/gram.h"),
+    "null": constants_of(NUMERIC, "null/null.h"),
     "patch": constants_of(NUMERIC, "common/cuda/grid.h", "common/cuda/active.h", "patch/patch.h", "patch/cuda.cu"),
 }
 # Names of C constants that differ from the Python name.
@@ -93,6 +95,7 @@ RENAMED = {
         "SMEM_DIGITS": "OPD_SMEM_DIGITS",
     },
     "gram": {f"PART_{x}": f"GRAM_PART_{x}" for x in ("BASE", "CROSS", "DELTA")} | {"MAX_BLOCK": "OPD_GRAM_BLOCK"},
+    "null": {x: f"NULL_{x}" for x, value in vars(null).items() if isinstance(value, int)},
     "patch": {x: f"OPD_{x}" for x in vars(patch) if x.startswith("HASH_")}
     | {"BLOCK": "OPD_PATCH_BLOCK", "VALID": "OPD_PATCH_VALID"},
 }
@@ -113,6 +116,7 @@ def integers_of(module: Any) -> dict[str, int]:
         ("overlap", overlap),
         ("quantile", quantile),
         ("gram", gram),
+        ("null", null),
         ("patch", patch),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

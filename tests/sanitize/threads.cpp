@@ -11,6 +11,7 @@
 #include "../../csrc/common/cpu/parallel.h"
 #include "../../csrc/delta/cpu.h"
 #include "../../csrc/gram/cpu.h"
+#include "../../csrc/null/cpu.h"
 #include "../../csrc/overlap/cpu.h"
 #include "../../csrc/patch/cpu.h"
 #include "../../csrc/quantile/cpu.h"
@@ -117,6 +118,32 @@ Outputs run_step(int threads) {
   return {bytes(param), bytes(exp_avg), bytes(exp_avg_sq)};
 }
 
+Outputs run_null(int threads) {
+  const int64_t tensors = 40, bins = 300;
+  std::vector<opd_i64> bits(bins), base(tensors * bins), delta(tensors * bins), chosen(tensors);
+  for (int64_t i = 0; i < bins; i++) bits[i] = i ? 0x3900 + 5 * i : 0;
+  seed = 8;
+  for (int64_t i = 0; i < tensors * bins; i++) {  // as many changes as weights
+    const opd_i64 n = next_random() % 1000;
+    base[i] += n;
+    delta[i % bins ? i - next_random() % (i % bins) : i] += n;
+  }
+  const double ratio = 0.1, fraction = 0.01;
+  const opd_i64 limit = 0x3A00;
+  const NullOptions options = {&ratio, &fraction, &limit, 1, 1, 1};
+  std::vector<double> fits(tensors * NULL_NUM_KINDS * NULL_NUM_FITS), near_zero(tensors * NULL_NUM_KINDS * 2),
+      top(tensors * 2), below(tensors);
+  std::vector<NullTensor> all;
+  std::vector<NullOutputs> outputs;
+  for (int64_t t = 0; t < tensors; t++) {
+    all.push_back({bits.data(), &base[t * bins], &delta[t * bins], bins, t % 2 == 1});
+    outputs.push_back({&fits[t * NULL_NUM_KINDS * NULL_NUM_FITS], &near_zero[t * NULL_NUM_KINDS * 2], &top[t * 2],
+                       &below[t], nullptr, nullptr, 0, &chosen[t]});
+  }
+  fit_nulls(all.data(), tensors, options, threads, outputs.data());
+  return {bytes(fits), bytes(near_zero), bytes(top), bytes(below), bytes(chosen)};
+}
+
 Outputs run_patch(int threads) {
   seed = 7;
   const std::vector<uint16_t> base = bf16_values(N);
@@ -163,7 +190,7 @@ int main(int argc, char**) {
   if (argc > 1) return race() < 0;
   const struct { const char* name; Outputs (*run)(int); } kernels[] = {
       {"delta", run_delta}, {"overlap", run_overlap}, {"quantile", run_quantile},
-      {"gram", run_gram},   {"step", run_step},       {"patch", run_patch}};
+      {"gram", run_gram},   {"step", run_step},       {"patch", run_patch},       {"null", run_null}};
   for (const std::string& isa : available_isas()) {
     use_isa(isa);
     for (const auto& kernel : kernels) require_equal(kernel.name, kernel.run(1), kernel.run(4));

@@ -19,3 +19,4 @@
 #include "../../gram/cpu.inl"
 #include "../../patch/cpu.inl"
 #include "../../step/cpu.inl"
+#include "../../null/cpu.inl"

@@ -12,7 +12,7 @@ from functools import cache, partial
 
 import numpy as np
 
-from opdkernels.metrics.rounding_null.histograms import Histograms
+from opdkernels.ops.null.histograms import Histograms
 
 
 def rounded_square(x: np.ndarray, uniform: bool) -> np.ndarray:

@@ -10,11 +10,62 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from opdkernels.metrics.rounding_null import KINDS, fit, fit_many
-from opdkernels.metrics.rounding_null.histograms import INFINITY
-from opdkernels.spectral.exact import RATIOS
+from opdkernels.ops import null as null_ops
+from opdkernels.ops.null import Null, fit_many
+from opdkernels.ops.null.histograms import INFINITY
+from opdkernels.ops.null.layout import FIT_SIZE, KINDS
+from tests.conftest import ISAS, native
+from tests.ops.conformance import Allocator, check_case, dispatched, inputs_of, run_case
+from tests.ops.null.cases import FAMILY, OPTIONS, call_null
 
+CASES = FAMILY.collect((1, 31, 1025, 70_001), special=True)
 STD = 0.03
+RATIOS = (0.01, 0.05, 0.1, 0.2)
+Table = np.ndarray | tuple[np.ndarray, np.ndarray]  # dense, or bf16 bits and counts
+
+
+def dense_table(table: Table) -> np.ndarray:
+    if isinstance(table, np.ndarray):
+        return table
+    dense = np.zeros(1 << 15, np.int64)
+    dense[table[0]] = table[1]
+    return dense
+
+
+def fit(base: Table, delta: Table, remainder: str = "grid") -> dict[str, Null]:
+    return null_ops.fit(dense_table(base), dense_table(delta), remainder, RATIOS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel_agrees_with_the_reference(isa, case):
+    check_case(case, dispatched)
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled kernels")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_instruction_sets_and_threads_change_no_bit(case, threads):
+    before, outputs = native.current_isa(), []
+    for isa in ISAS:
+        native.use_isa(isa)
+        outputs.append(run_case(case, dispatched))
+    native.use_isa(before)
+    torch.set_num_threads(1)
+    outputs.append(run_case(case, dispatched))
+    for tensors in zip(*outputs, strict=True):
+        assert len({tensor.numpy().tobytes() for tensor in tensors}) == 1
+
+
+def test_operator_is_registered_as_torch_wants_it():
+    (flat,) = [inputs_of(case) for case in CASES if case.name == "unchanged and empty"]
+    call_null(lambda name: lambda *arguments: torch.library.opcheck(dispatched(name), arguments), Allocator(), *flat)
+
+
+@pytest.mark.parametrize("starts", [[1, 3], [0, 2], [0, 4], [0, -1], [0, 3, 2, 3], [0, 9, 3]], ids=str)
+def test_starts_that_are_not_those_of_the_bins_are_refused(starts):
+    bits, counts = torch.tensor([0, 5, 6]), torch.tensor([1, 1, 1])
+    uniform = torch.zeros(len(starts) - 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match="starts"):
+        call_null(dispatched, Allocator(), torch.tensor(starts), bits, counts, counts, uniform, *OPTIONS)
 
 
 def patterns(x: torch.Tensor) -> torch.Tensor:
@@ -193,7 +244,7 @@ def test_no_coordinates(remainder):
     empty = np.zeros(1 << 15, np.int64)
     for null in fit(empty, empty, remainder=remainder).values():
         assert (null.size, null.changed, null.distance, null.delta.sum()) == (0, 0, 0, 0)
-    assert fit_many([], []) == []
+    assert fit_many([], [], [], []).fits.shape == (0, 3, 5)
 
 
 @pytest.mark.parametrize("remainder", ["grid", "uniform"])
@@ -228,22 +279,26 @@ def test_ties_at_the_threshold_count_in_expectation():
         assert null.near_zero[ratio] == pytest.approx(ratio * null.changed)
 
 
-def test_a_batch_equals_its_tensors_dense_or_sparse():
+def test_many_tensors_equal_each_alone():
     cases = [("sign", 1e-3), ("normal", 1e-2), ("lognormal", 1e-4)]
     made = [dense(kind, "grid", "normal", relative, 20_000)[:2] for kind, relative in cases]
-    bases, deltas = zip(*made, strict=True)
-    sparse = [[(np.flatnonzero(t), t[np.flatnonzero(t)]) for t in side] for side in (bases, deltas)]
-    remainders = ["grid", "uniform", "grid"]
-    dense_batch = fit_many(np.stack(bases), np.stack(deltas), remainder=remainders)
-    sparse_batch = fit_many(*sparse, remainder=remainders)
-    for t, (base, delta) in enumerate(made):
-        alone = fit(base, delta, remainder=remainders[t])
-        for batch in (dense_batch[t], sparse_batch[t]):
-            assert batch.keys() == alone.keys()
-            assert batch["chosen"].kind == alone["chosen"].kind
-            for kind, null in alone.items():
-                assert batch[kind].size == pytest.approx(null.size, rel=1e-6)
-                assert np.abs(batch[kind].delta - null.delta).sum() < 0.01
+    empty = np.zeros(1 << 15, np.int64)
+    made = [*made, (empty, empty)] * 80  # more than a call of the operator takes
+    bits = [np.flatnonzero(base + change) for base, change in made]
+    remainders = ["grid", "uniform", "grid", "uniform"] * 80
+    inputs = [[side[used] for side, used in zip(sides, bits, strict=True)] for sides in zip(*made, strict=True)]
+    nulls = fit_many(bits, *inputs, remainders, ratios=RATIOS, fractions=(0.01,), limits=(0, 0x3C00))
+    assert nulls.near_zero.shape == nulls.near_zero_sd.shape == (320, 3, 4)
+    for t, (base, delta) in enumerate(made[:4]):
+        alone = fit(base, delta, remainders[t])
+        assert KINDS[nulls.chosen[t]] == alone["chosen"].kind
+        assert nulls.below[t] == pytest.approx([alone["chosen"].delta[: stop + 1].sum() for stop in (0, 0x3C00)])
+        for k, kind in enumerate(KINDS):
+            size = alone[kind].size if kind in alone else math.nan
+            assert nulls.fits[t, k, FIT_SIZE] == pytest.approx(size, nan_ok=True)
+    for name in ("fits", "near_zero", "near_zero_sd", "chosen", "top_energy", "top_energy_sd", "below"):
+        values = getattr(nulls, name)
+        np.testing.assert_array_equal(values, np.concatenate([values[:4]] * 80), err_msg=name)
 
 
 def test_invalid_tables_are_rejected():
@@ -252,12 +307,22 @@ def test_invalid_tables_are_rejected():
     with pytest.raises(ValueError, match="different numbers of coordinates"):
         fit(base, delta)
     delta[0] = 1
-    with pytest.raises(ValueError, match="'grid' or 'uniform'"):
+    with pytest.raises(ValueError, match="'grid' or 'uniform', not 'none'"):
         fit(base, delta, remainder="none")
-    with pytest.raises(ValueError, match="1 base tables but 0"):
-        fit_many([base], [])
-    with pytest.raises(ValueError, match="ascending"):
-        fit((np.array([5, 5]), np.array([1, 0])), delta)
+    single = np.array([1])
+    with pytest.raises(ValueError, match="1 lists of bins, 0 base and 1 delta tables, 1 remainders"):
+        fit_many([single], [], [single], ["grid"])
+    with pytest.raises(ValueError, match="another number of bins"):
+        fit_many([single], [base], [single], ["grid"])
+    for bits in ([5, 5], [6, 5], [-1, 5], [5, 1 << 15]):
+        with pytest.raises(ValueError, match="unique and ascending"):
+            fit_many([np.array(bits)], [np.array([1, 1])], [np.array([1, 1])], ["grid"])
+    with pytest.raises(ValueError, match="must not be negative"):
+        fit_many([np.array([0, 5])], [np.array([2, -1])], [np.array([1, 0])], ["grid"])
+    with pytest.raises(ValueError, match="ratios and fractions are between 0 and 1"):
+        fit_many([single], [single], [single], ["grid"], ratios=(1.5,))
+    with pytest.raises(ValueError, match="limits are bf16 bits"):
+        fit_many([single], [single], [single], ["grid"], limits=(1 << 15,))
     base[5], base[INFINITY] = 0, 1
     with pytest.raises(ValueError, match="infinities"):
         fit(base, delta)

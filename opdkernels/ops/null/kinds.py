@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from opdkernels.metrics.rounding_null.expected import (
+from opdkernels.ops.null.expected import (
     Expected,
     cumulative_at_steps,
     cumulative_from_means,
@@ -15,8 +15,8 @@ from opdkernels.metrics.rounding_null.expected import (
     octave,
     window,
 )
-from opdkernels.metrics.rounding_null.histograms import Histograms, magnitude, sum_by
-from opdkernels.metrics.rounding_null.sizes import (
+from opdkernels.ops.null.histograms import Histograms, magnitude, sum_by
+from opdkernels.ops.null.sizes import (
     erf,
     normal_energy,
     rounded_square,

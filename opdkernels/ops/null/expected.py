@@ -7,54 +7,14 @@ subnormals.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from opdkernels.metrics.rounding_null.histograms import BINS, Histograms, exponent_of, half_spacing, sum_by
+from opdkernels.ops.null.histograms import BINS, Histograms, exponent_of, half_spacing, magnitude, sum_by
 
 LOWEST_ROW = -6  # spacing of the subnormals, 2**-133, as an exponent field
-
-
-@dataclass(frozen=True, eq=False)
-class Null:
-    """One null update fitted to one tensor, as expected counts of coordinates.
-
-    Attributes:
-        kind: "sign", "normal" or "empirical".
-        size: Root mean square of the dense update.
-        distance: Total variation distance between the expected and the observed histogram of |visible delta|, both over
-            all coordinates, unchanged ones included: the fraction that would have to change bins, 0 to 1.
-        changed: Expected number of visible changes.
-        near_zero: Ratio r -> expected number of visible changes among the ceil(r n) smallest |W|.
-        unchanged: Expected number of coordinates with visible delta 0.
-        first: bf16 bits of the first value of `values`.
-        values: Expected number of coordinates with |visible delta| of bf16 bits `first`, `first + 1`, and so on.
-        visible: P(visible) at each used bin of |W|; empty unless it was asked for.
-        changed_sd: Standard deviation of the number of visible changes, which are independent.
-        near_zero_sd: Ratio r -> standard deviation of the fraction of visible changes among the ceil(r n) smallest |W|.
-    """
-
-    kind: str
-    size: float
-    distance: float
-    changed: float
-    near_zero: dict[float, float]
-    unchanged: float
-    first: int
-    values: np.ndarray
-    visible: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    changed_sd: float = 0.0
-    near_zero_sd: dict[float, float] = field(default_factory=dict)
-
-    @cached_property
-    def delta(self) -> np.ndarray:
-        """Expected histogram of |visible delta|, float64 [32768] by bf16 bits; it sums to the number of coordinates."""
-        table = np.zeros(BINS)
-        table[self.first : self.first + len(self.values)] = self.values
-        table[0] += self.unchanged
-        return table
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +27,10 @@ class Expected:
     values: np.ndarray  # [T, width of the window]
     known: np.ndarray  # [T] bool: whether the kind exists for the tensor
 
-    def nulls(
-        self,
-        tables: Histograms,
-        kind: str,
-        thresholds: dict[float, tuple[np.ndarray, np.ndarray]],
-        keep_visible: bool = False,
-    ) -> list[Null | None]:
+    def outputs(
+        self, tables: Histograms, thresholds: list[tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of `fits` [T, NUM_FITS] and of `near_zero` [T, ratios, 2]; NaN where the kind does not exist."""
         count, width = self.values.shape
         changes = tables.count * self.visible
         changed = sum_by(tables.tensor, changes, count)
@@ -97,32 +54,25 @@ class Expected:
         # in a mask has variance (sum over the mask of p (1 - p) (1 - 2 c) + c^2 sum of p (1 - p)) / (sum of p)^2.
         spread = np.maximum(self.visible * (1 - self.visible), 0)  # P(visible) may exceed 1 by its rounding
         variance = sum_by(tables.tensor, tables.count * spread, count)
-        near_zero, near_zero_sd = {}, {}
-        for ratio, (bin_, taken) in thresholds.items():
+        near_zero = np.empty((count, len(thresholds), 2))
+        for k, (bin_, taken) in enumerate(thresholds):
             inside = among_smallest(self.visible, bin_, taken)
             fraction = inside / np.where(changed > 0, changed, 1)
             inside_variance = among_smallest(spread, bin_, taken)
             total = np.maximum(inside_variance * (1 - 2 * fraction) + fraction**2 * variance, 0)
-            near_zero[ratio] = inside.tolist()
-            near_zero_sd[ratio] = (np.sqrt(total) / np.where(changed > 0, changed, 1)).tolist()
-        return [
-            Null(
-                kind,
-                float(self.size[t]),
-                float(distance[t]),
-                float(changed[t]),
-                {r: expected[t] for r, expected in near_zero.items()},
-                float(unchanged[t]),
-                int(self.first[t]),
-                self.values[t],
-                self.visible[starts[t] : starts[t + 1]] if keep_visible else np.zeros(0),
-                math.sqrt(variance[t]),
-                {r: sd[t] for r, sd in near_zero_sd.items()},
-            )
-            if self.known[t]
-            else None
-            for t in range(count)
-        ]
+            near_zero[:, k] = np.stack([inside, np.sqrt(total) / np.where(changed > 0, changed, 1)], axis=1)
+        fits = np.stack([self.size, distance, changed, np.sqrt(variance), unchanged], axis=1)
+        fits[~self.known], near_zero[~self.known] = np.nan, np.nan
+        return fits, near_zero
+
+    def dense(self, unchanged: np.ndarray) -> np.ndarray:
+        """Expected coordinates by bf16 bits of |visible delta| [T, BINS]; NaN where the kind does not exist."""
+        tables = np.zeros((len(self.first), BINS))
+        for table, first, values in zip(tables, self.first, self.values, strict=True):
+            table[first : first + len(values)] = values
+        tables[:, 0] += unchanged
+        tables[~self.known] = np.nan
+        return tables
 
 
 def near_zero_threshold(tables: Histograms, ratio: float) -> tuple[np.ndarray, np.ndarray]:
@@ -247,3 +197,41 @@ def fold_subnormals(first_row: np.ndarray, values: np.ndarray) -> tuple[np.ndarr
         pattern = np.where(row < 1, (128 + slot) >> np.maximum(1 - row, 0), row * 128 + slot)
         values[t] = np.bincount(pattern, weights=values[t], minlength=values.shape[1])[: values.shape[1]]
     return np.maximum(first_row * 128, 0), values
+
+
+def top_energy(first: int, values: np.ndarray, numel: int, fractions: Sequence[float]) -> np.ndarray:
+    """Fraction of the energy in the ceil(fraction n) largest |visible delta| of a null that expects changes.
+
+    Args:
+        first: bf16 bits of the first value.
+        values: Expected coordinates by bf16 bits from `first` on.
+        numel: Coordinates of the tensor.
+        fractions: Of the coordinates.
+
+    Returns:
+        Mean, and standard deviation by the delta method for independent coordinates, float64 [fractions, 2].
+    """
+    result = np.empty((len(fractions), 2))
+    # From the largest |delta| down. Counts are divided by their sum, squares by their mean.
+    counts = np.maximum(values[::-1], 0)  # differences may round below 0
+    squares = magnitude(first + np.arange(len(values))[::-1]) ** 2
+    changes = counts.sum()
+    squares /= (counts * squares).sum() / changes
+    counts = counts / changes
+    before, before_1, before_2 = (
+        np.concatenate([[0.0], np.cumsum(x)]) for x in (counts, counts * squares, counts * squares * squares)
+    )
+    for k, fraction in enumerate(fractions):
+        taken = max(1, math.ceil(fraction * numel)) / changes
+        if taken >= before[-1]:  # every change
+            result[k] = 1, 0
+            continue
+        last = int(np.searchsorted(before, taken)) - 1  # the bin of the smallest |delta| of which coordinates are taken
+        above, above_1, above_2, threshold = before[last], before_1[last], before_2[last], squares[last]
+        top = above_1 + (taken - above) * threshold
+        # Sums of the influence of coordinates, max(square - threshold, 0) - top square, and of its square.
+        influence = above_1 - threshold * above - top
+        influence_sq = above_2 - 2 * threshold * above_1 + threshold**2 * above
+        influence_sq += -2 * top * (above_2 - threshold * above_1) + top**2 * before_2[-1]
+        result[k] = top, math.sqrt(max(influence_sq - influence**2 * changes / numel, 0) / changes)
+    return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,29 +9,6 @@ import numpy as np
 from opdkernels.backends.layout import BINS
 
 INFINITY = 0x7F80  # bf16 bits of the first magnitude that is not finite
-
-Table = np.ndarray | tuple[np.ndarray, np.ndarray]  # int64 [BINS], or (bf16 bits ascending, counts)
-
-
-def flatten(tables: Sequence[Table]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tensor number, bf16 bits and count of every used bin."""
-    sparse = []
-    for table in tables:
-        if isinstance(table, tuple):
-            bin_bits, counts = np.asarray(table[0], np.int64), np.asarray(table[1], np.int64)
-        else:
-            bin_bits = np.flatnonzero(table)
-            counts = np.asarray(table)[bin_bits].astype(np.int64)
-        if len(bin_bits) and not (bin_bits[0] >= 0 and bin_bits[-1] < BINS and np.all(np.diff(bin_bits) > 0)):
-            raise ValueError("bf16 bits must be magnitudes, 0 to 32767, unique and ascending")
-        sparse.append((bin_bits, counts))
-    tensor = np.repeat(np.arange(len(sparse)), [len(p) for p, _ in sparse])
-    empty = np.zeros(0, np.int64)
-    return (
-        tensor,
-        np.concatenate([p for p, _ in sparse] or [empty]),
-        np.concatenate([c for _, c in sparse] or [empty]),
-    )
 
 
 def magnitude(bin_bits: np.ndarray) -> np.ndarray:
@@ -54,25 +30,41 @@ class Histograms:
     delta_count: np.ndarray
     unchanged: np.ndarray  # [T]
     energy: np.ndarray  # [T] sum of |visible delta|^2
-    spacing: (
-        np.ndarray
-    )  # [T, 256] counts of |W| by exponent e, spacing 2**(e - 134), powers of two split between two spacings
+    spacing: np.ndarray  # [T, 256] counts of |W| by exponent e, spacing 2**(e - 134); a power of two has two spacings
 
     @classmethod
-    def of(cls, base: Sequence[Table], delta: Sequence[Table], uniform: bool) -> Histograms:
-        count = len(base)
-        tensor, pattern, counts = flatten(base)
-        delta_tensor, delta_pattern, delta_counts = flatten(delta)
-        numel = sum_by(tensor, counts, count)
-        if np.any(pattern >= INFINITY):
+    def of(
+        cls, sizes: np.ndarray, bin_bits: np.ndarray, base: np.ndarray, delta: np.ndarray, uniform: bool
+    ) -> Histograms:
+        """The histograms of tensors whose bins are given one after another.
+
+        Args:
+            sizes: Number of bins of each tensor [T].
+            bin_bits: bf16 bits of the bins, ascending in each tensor [bins].
+            base: Coordinates whose |W| is in each bin [bins].
+            delta: Coordinates whose |visible delta| is in each bin [bins].
+            uniform: Whether W is stored wider than bf16.
+
+        Raises:
+            ValueError: No finite tensors have these histograms.
+        """
+        count, tensor = len(sizes), np.repeat(np.arange(len(sizes)), sizes)
+        ascending = (np.diff(bin_bits) > 0) | (np.diff(tensor) > 0)
+        if len(bin_bits) and not (bin_bits.min() >= 0 and bin_bits.max() < BINS and ascending.all()):
+            raise ValueError("bf16 bits must be magnitudes, 0 to 32767, unique and ascending")
+        if (base < 0).any() or (delta < 0).any():
+            raise ValueError("counts must not be negative")
+        if base[bin_bits >= INFINITY].any():
             raise ValueError("the histogram of |W| contains infinities or NaN; pass finite coordinates only")
-        if np.any(numel != sum_by(delta_tensor, delta_counts, count)):
+        numel = sum_by(tensor, base, count)
+        if (numel != sum_by(tensor, delta, count)).any():
             raise ValueError("the histograms of |W| and delta have different numbers of coordinates")
-        moved = delta_pattern > 0
-        unchanged = numel - sum_by(delta_tensor[moved], delta_counts[moved], count)
+        changed = (delta > 0) & (bin_bits > 0)
+        delta_tensor, delta_count = tensor[changed], delta[changed]
         # A difference of finite weights can overflow; it counts as the largest finite value.
-        largest = np.minimum(delta_pattern[moved], INFINITY - 1)
-        energy = sum_by(delta_tensor[moved], delta_counts[moved] * magnitude(largest) ** 2, count)
+        largest = np.minimum(bin_bits[changed], INFINITY - 1)
+        used = base > 0
+        tensor, pattern, counts = tensor[used], bin_bits[used], base[used]
         exponent, below = exponent_of(pattern), half_spacing(pattern, uniform)
         spacing = sum_by(tensor * 256 + exponent, counts * (1 - below), count * 256)
         spacing += sum_by(tensor * 256 + exponent - 1, counts * below, count * 256)
@@ -82,11 +74,11 @@ class Histograms:
             tensor=tensor,
             pattern=pattern,
             count=counts,
-            delta_tensor=delta_tensor[moved],
+            delta_tensor=delta_tensor,
             delta_pattern=largest,
-            delta_count=delta_counts[moved],
-            unchanged=unchanged,
-            energy=energy,
+            delta_count=delta_count,
+            unchanged=numel - sum_by(delta_tensor, delta_count, count),
+            energy=sum_by(delta_tensor, delta_count * magnitude(largest) ** 2, count),
             spacing=spacing.reshape(count, 256),
         )
 
