@@ -1,6 +1,8 @@
-"""Population counts of byte arrays."""
+"""Population counts of byte arrays, and the bytes that counts need."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -29,3 +31,16 @@ def popcount(bits: np.ndarray) -> int:
     end = len(bits) // 8 * 8
     words, tail = bits[:end].view(np.uint64), bits[end:]
     return sum(int(np.bitwise_count(array).sum(dtype=np.int64)) for array in (words, tail))
+
+
+def narrowest_dtype(arrays: Sequence[np.ndarray]) -> type[np.integer]:
+    """The narrowest of uint16, uint32 and int64 that holds every integer of the arrays.
+
+    Example:
+        >>> narrowest_dtype([np.array([1, 70_000]), np.array([], np.int64)]).__name__
+        'uint32'
+    """
+    largest = max((int(array.max(initial=0)) for array in arrays), default=0)
+    if any(array.dtype.kind == "i" and array.min(initial=0) < 0 for array in arrays):
+        return np.int64
+    return np.uint16 if largest < 1 << 16 else np.uint32 if largest < 1 << 32 else np.int64

@@ -98,7 +98,7 @@ def curve(records: list[TallyRecord], nulls: Nulls) -> dict[str, list[float | No
         tally = record.tally
         assert tally is not None
         visible[tally.bin_bits] += tally.hist_delta
-        stored[tally.bin_bits] += tally.tables[HIST_DELTA_STORED]
+        stored[tally.bin_bits] += tally.table(HIST_DELTA_STORED)
     n = visible.sum()
     # In 32-bit steps: |delta| <= eps covers every truncated bin below that of eps, and part of that bin itself.
     truncated = np.array([int(np.float32(eps).view(np.uint32)) >> 16 for eps in CURVE])

@@ -57,7 +57,7 @@ class TallyBatch:
 
     def table(self, row: int) -> np.ndarray:
         """One histogram of all tensors, int64 [bins]."""
-        return np.concatenate([t.tables[row] for t in self.tallies])
+        return np.concatenate([t.tables[row] for t in self.tallies], dtype=np.int64)
 
     def changed(self, view: str) -> np.ndarray:
         """Histogram of |W| over the coordinates whose delta is not 0, int64 [bins]."""

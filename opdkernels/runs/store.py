@@ -19,6 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from opdkernels.bits import narrowest_dtype
 from opdkernels.errors import InputError, printable
 from opdkernels.files import remove_leftovers, write_atomically
 from opdkernels.untrusted import read_file
@@ -160,11 +161,9 @@ def to_columns(record_type: Any, records: Sequence[Any], prefix: str = "") -> di
 def list_column(arrays: Sequence[np.ndarray]) -> pa.Array:
     """Flattened arrays as lists. Integers take the narrowest of uint16, uint32 and int64 that holds all of them."""
     offsets = np.concatenate(([0], np.cumsum([array.size for array in arrays]))).astype(np.int64)
-    values = np.concatenate([array.ravel() for array in arrays])
-    if values.dtype.kind in "iu":
-        largest = int(values.max(initial=0)) if values.min(initial=0) >= 0 else 1 << 32
-        dtype = np.uint16 if largest < 1 << 16 else np.uint32 if largest < 1 << 32 else np.int64
-        values = values.astype(dtype)
+    integers = all(array.dtype.kind in "iu" for array in arrays)
+    dtype = narrowest_dtype(arrays) if integers else None
+    values = np.concatenate([array.ravel() for array in arrays], dtype=dtype, casting="unsafe")
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 

@@ -341,7 +341,7 @@ def below(tally: SparseTally, pattern: int) -> int:
 
 def mask_row(name: str, shape: tuple[int, ...], tally: SparseTally, atol: float) -> Row:
     """Overlap of the ceil(r n) smallest |W| with the coordinates with |delta| > atol, for every r."""
-    changed = tally.tables[HIST_BASE_OVER + UPDATE_ATOLS[atol]]
+    changed = tally.table(HIST_BASE_OVER + UPDATE_ATOLS[atol])
     n, updates = tally.numel, int(changed.sum())
     row: Row = {
         "name": name,

@@ -124,6 +124,9 @@ def to_limbs(total: int) -> list[int]:
 
 def from_limbs(limbs: Sequence[int]) -> int:
     """The exact sum that limbs hold, as an integer in units of 2^-1074."""
+    array = np.asarray(limbs, np.int64)
+    if not (array >> 32).any():  # carries are propagated, and the sum is not negative
+        return int.from_bytes(array.astype("<u4").tobytes(), "little")
     return sum(int(limb) << 32 * i for i, limb in enumerate(limbs) if limb)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from opdkernels.backends.layout import SUM_LIMBS
+from opdkernels.bits import narrowest_dtype
 from opdkernels.ops import register, to_local
 from opdkernels.ops.arguments import validate_input, validate_memory, validate_tensor
 from opdkernels.ops.delta import (
@@ -56,8 +57,9 @@ class SparseTally:
 
     Attributes:
         threshold_bits: bf16 bits of the thresholds that visible |delta| was compared with.
-        bin_bits: bf16 bits of the magnitude of each bin, ascending, int64 [bins].
-        tables: Histograms, int64 [5 + len(threshold_bits), bins], rows as in `ops.delta.layout`.
+        bin_bits: bf16 bits of the magnitude of each bin, ascending, uint16 [bins].
+        tables: Histograms, [5 + len(threshold_bits), bins], rows as in `ops.delta.layout`, in the narrowest of uint16,
+            uint32 and int64 that holds them: a checkpoint has many tallies. `table` returns a row as int64.
         counts: int64 [NUM_COUNTS], as in `ops.delta.layout`.
         sums: Exact sums as int64 limbs [NUM_SUMS, SUM_LIMBS].
         max_delta: The largest stored |delta|.
@@ -69,6 +71,10 @@ class SparseTally:
     counts: np.ndarray
     sums: np.ndarray
     max_delta: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bin_bits", self.bin_bits.astype(np.uint16))
+        object.__setattr__(self, "tables", self.tables.astype(narrowest_dtype([self.tables])))
 
     @classmethod
     def of(cls, tally: Tally) -> SparseTally:
@@ -89,20 +95,24 @@ class SparseTally:
     nonfinite = property(lambda self: int(self.counts[COUNT_NONFINITE]))
     bit_equal = property(lambda self: int(self.counts[COUNT_BIT_EQUAL]))
     finite = property(lambda self: self.numel - self.nonfinite)
-    hist_base = property(lambda self: self.tables[HIST_BASE])
-    hist_delta = property(lambda self: self.tables[HIST_DELTA])
+    hist_base = property(lambda self: self.table(HIST_BASE))
+    hist_delta = property(lambda self: self.table(HIST_DELTA))
     ulp = property(lambda self: self.counts[COUNT_ULP:])
+
+    def table(self, row: int) -> np.ndarray:
+        """One histogram, int64 [bins]."""
+        return self.tables[row].astype(np.int64)
 
     def changed(self, view: str) -> np.ndarray:
         """Histogram of |W| over the coordinates whose delta is not 0, int64 [bins]."""
-        return self.tables[HIST_BASE_CHANGED if view == "stored" else HIST_BASE_OVER]
+        return self.table(HIST_BASE_CHANGED if view == "stored" else HIST_BASE_OVER)
 
     @cached_property
     def energies(self) -> dict[str, tuple[float, float, float, float]]:
         """view -> (sum W^2, sum W'^2, sum delta^2, sum |delta|)."""
         values = magnitudes[self.bin_bits]
         squares = values**2
-        trained = self.hist_base - self.tables[HIST_BASE_OVER] + self.tables[HIST_TRAINED_CHANGED]
+        trained = self.hist_base - self.table(HIST_BASE_OVER) + self.table(HIST_TRAINED_CHANGED)
         visible = (
             (self.hist_base, squares),
             (trained, squares),
@@ -218,8 +228,8 @@ def delta_many(
             tallies.append(
                 SparseTally(
                     threshold_bits,
-                    bits_used[start:stop].copy(),
-                    tables_used[:, start:stop].copy(),
+                    bits_used[start:stop],
+                    tables_used[:, start:stop],
                     all_counts[i].copy(),
                     all_sums[i].copy(),
                     all_maximum[i],
