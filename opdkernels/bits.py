@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 BYTE_COUNTS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
@@ -33,14 +31,12 @@ def popcount(bits: np.ndarray) -> int:
     return sum(int(np.bitwise_count(array).sum(dtype=np.int64)) for array in (words, tail))
 
 
-def narrowest_dtype(arrays: Sequence[np.ndarray]) -> type[np.integer]:
-    """The narrowest of uint16, uint32 and int64 that holds every integer of the arrays.
+def narrowest_dtype(values: np.ndarray) -> type[np.integer]:
+    """The narrowest of uint16, uint32 and int64 that holds every integer of an array.
 
     Example:
-        >>> narrowest_dtype([np.array([1, 70_000]), np.array([], np.int64)]).__name__
+        >>> narrowest_dtype(np.array([1, 70_000])).__name__
         'uint32'
     """
-    largest = max((int(array.max(initial=0)) for array in arrays), default=0)
-    if any(array.dtype.kind == "i" and array.min(initial=0) < 0 for array in arrays):
-        return np.int64
+    largest = int(values.max(initial=0)) if values.min(initial=0) >= 0 else 1 << 32
     return np.uint16 if largest < 1 << 16 else np.uint32 if largest < 1 << 32 else np.int64

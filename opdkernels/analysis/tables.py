@@ -14,13 +14,13 @@ from opdkernels.backends.layout import BINS
 from opdkernels.checkpoint.match import EXCLUDED_KINDS, Pair
 from opdkernels.checkpoint.names import parse_tensor_name
 from opdkernels.metrics import groups
-from opdkernels.metrics.batch import to_bf16_bits
-from opdkernels.metrics.coordinates import compute_metrics
+from opdkernels.metrics.batch import TallyBatch, to_bf16_bits
+from opdkernels.metrics.coordinates import BATCH, compute_metrics
 from opdkernels.metrics.null_metrics import fit_tallies, null_metrics
 from opdkernels.metrics.registry import VIEWS
 from opdkernels.metrics.tallies import TallyRecord
 from opdkernels.metrics.verdict import MAX_DISTANT, UNRELATED, distant_sentence, pair_verdict
-from opdkernels.ops.delta.layout import HIST_DELTA_STORED, ULP_REACH
+from opdkernels.ops.delta.layout import HIST_DELTA, HIST_DELTA_STORED, ULP_REACH
 from opdkernels.ops.null import Nulls
 from opdkernels.ops.null.layout import KINDS
 
@@ -94,11 +94,11 @@ def fit_nulls(records: list[TallyRecord]) -> Nulls:
 def curve(records: list[TallyRecord], nulls: Nulls) -> dict[str, list[float | None]]:
     """Fraction of coordinates with |delta| <= epsilon: visible, stored (bounds) and expected from the null."""
     visible, stored = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
-    for record in records:
-        tally = record.tally
-        assert tally is not None
-        visible[tally.bin_bits] += tally.hist_delta
-        stored[tally.bin_bits] += tally.table(HIST_DELTA_STORED)
+    tallies = [record.tally for record in records if record.tally is not None]
+    for first in range(0, len(tallies), BATCH):
+        batch = TallyBatch(tallies[first : first + BATCH])
+        for total, row in ((visible, HIST_DELTA), (stored, HIST_DELTA_STORED)):
+            total += np.bincount(batch.bin_bits, batch.table(row), BINS).astype(np.int64)  # exact below 2^53
     n = visible.sum()
     # In 32-bit steps: |delta| <= eps covers every truncated bin below that of eps, and part of that bin itself.
     truncated = np.array([int(np.float32(eps).view(np.uint32)) >> 16 for eps in CURVE])

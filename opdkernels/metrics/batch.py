@@ -6,13 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opdkernels.ops.delta import magnitudes
+from opdkernels.ops.delta import exact_floats, magnitudes
 from opdkernels.ops.delta.layout import (
     COUNT_BIT_EQUAL,
     COUNT_NONFINITE,
     COUNT_NUMEL,
+    HIST_BASE,
     HIST_BASE_CHANGED,
     HIST_BASE_OVER,
+    HIST_DELTA,
+    HIST_TRAINED_CHANGED,
 )
 from opdkernels.ops.delta.many import SparseTally
 from opdkernels.spectral.exact import RATIOS
@@ -53,6 +56,7 @@ class TallyBatch:
         self.numel, self.nonfinite = counts[:, COUNT_NUMEL], counts[:, COUNT_NONFINITE]
         self.bit_equal = counts[:, COUNT_BIT_EQUAL]
         self.finite = self.numel - self.nonfinite
+        self._energies: dict[str, np.ndarray] = {}
         self.n = np.where(self.finite > 0, self.finite, np.nan)  # a fraction of nothing is NaN
 
     def table(self, row: int) -> np.ndarray:
@@ -65,7 +69,20 @@ class TallyBatch:
 
     def energies(self, view: str) -> np.ndarray:
         """float64 [4, tensors]: sum W^2, sum W'^2, sum delta^2, sum |delta|."""
-        return np.array([t.energies[view] for t in self.tallies]).T
+        if view not in self._energies:
+            self._energies[view] = self._stored_energies() if view == "stored" else self._visible_energies()
+        return self._energies[view]
+
+    def _stored_energies(self) -> np.ndarray:
+        return exact_floats(np.stack([t.sums for t in self.tallies])).T
+
+    def _visible_energies(self) -> np.ndarray:
+        base, delta = self.table(HIST_BASE), self.table(HIST_DELTA)
+        trained = base - self.table(HIST_BASE_OVER) + self.table(HIST_TRAINED_CHANGED)
+        squares = self.values**2
+        # Not by BLAS, whose order of summation depends on the machine and the number of threads.
+        terms = base * squares, trained * squares, delta * squares, delta * self.values
+        return np.stack([self.sums(values, self.start, self.stop) for values in terms])
 
     def find(self, bf16_bits: np.ndarray) -> np.ndarray:
         """Index of the first bin of each tensor at or above `bf16_bits` [tensors or 1, k] -> [tensors, k]."""

@@ -373,7 +373,7 @@ def top_energy(batch: TallyBatch, view: str) -> Columns:
     energy_at_middle = batch.sums(counts * middle, batch.start, batch.stop)
     columns = {}
     for p, label in zip(TOP_FRACTIONS, TOP_ENERGY, strict=True):
-        size = np.array([max(1, math.ceil(p * n)) for n in batch.finite.tolist()])
+        size = np.maximum(np.ceil(p * batch.finite), 1).astype(np.int64)
         # The bin of which a part is taken: those above it hold fewer than `size` coordinates.
         split = np.searchsorted(before[1:], before[batch.stop] - np.minimum(size, batch.finite), side="right")
         from_split = size - (before[batch.stop] - np.append(before[1:], 0)[split])
@@ -429,7 +429,8 @@ def near_zero(batch: TallyBatch, changed: np.ndarray, ratios: Sequence[float] = 
     hist_base = batch.table(HIST_BASE)
     before, changed_before = prefix_sums(hist_base), prefix_sums(changed)
     # ratio * n in floating point, as the paper's masks compute it: ceil(0.07 * 100) is 8.
-    size = np.array([[min(n, max(1, math.ceil(r * n))) for r in ratios] for n in batch.finite.tolist()])
+    size = np.maximum(np.ceil(np.array(ratios) * batch.finite[:, None]), 1).astype(np.int64)
+    size = np.minimum(size, batch.finite[:, None])
     threshold = np.searchsorted(before[1:], before[batch.start][:, None] + size)
     empty = size == 0
     threshold = np.where(empty, len(hist_base), threshold)

@@ -161,9 +161,9 @@ def to_columns(record_type: Any, records: Sequence[Any], prefix: str = "") -> di
 def list_column(arrays: Sequence[np.ndarray]) -> pa.Array:
     """Flattened arrays as lists. Integers take the narrowest of uint16, uint32 and int64 that holds all of them."""
     offsets = np.concatenate(([0], np.cumsum([array.size for array in arrays]))).astype(np.int64)
-    integers = all(array.dtype.kind in "iu" for array in arrays)
-    dtype = narrowest_dtype(arrays) if integers else None
-    values = np.concatenate([array.ravel() for array in arrays], dtype=dtype, casting="unsafe")
+    values = np.concatenate([array.ravel() for array in arrays])
+    if values.dtype.kind in "iu" and values.dtype != np.uint16:
+        values = values.astype(narrowest_dtype(values), copy=False)
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 

@@ -294,7 +294,7 @@ def failure(name: str, stage: str, error: str) -> Row:
 
 def tensor_row(name: str, shape: tuple[int, ...], tally: SparseTally) -> Row:
     n = max(tally.numel, 1)
-    base, trained, delta, absolute = tally.energies["visible"]
+    base, trained, delta, absolute = TallyBatch([tally]).energies("visible")[:, 0].tolist()
     metrics = tensor_metrics(tally, "visible")
     largest = metrics["max_abs"] or 0.0
     if tally.nonfinite:

@@ -124,9 +124,6 @@ def to_limbs(total: int) -> list[int]:
 
 def from_limbs(limbs: Sequence[int]) -> int:
     """The exact sum that limbs hold, as an integer in units of 2^-1074."""
-    array = np.asarray(limbs, np.int64)
-    if not (array >> 32).any():  # carries are propagated, and the sum is not negative
-        return int.from_bytes(array.astype("<u4").tobytes(), "little")
     return sum(int(limb) << 32 * i for i, limb in enumerate(limbs) if limb)
 
 
@@ -345,6 +342,32 @@ def exact_float(total: int) -> float:
     1.5
     """
     return total / (1 << SUM_SHIFT)
+
+
+def exact_floats(sums: np.ndarray) -> np.ndarray:
+    """`exact_float` of many sums.
+
+    Args:
+        sums: Limbs of each sum, int64 [..., SUM_LIMBS].
+
+    Returns:
+        float64 [...].
+    """
+    limbs = np.pad(sums.reshape(-1, SUM_LIMBS), ((0, 0), (2, 0)))  # two below the lowest one
+    rows, used = np.arange(len(limbs)), limbs != 0
+    top = np.maximum(limbs.shape[1] - 1 - np.argmax(used[:, ::-1], axis=1), 2)
+    high, middle, low = (limbs[rows, top - i].astype(np.uint64) for i in range(3))
+    # The leading 64 bits, the last of which is also set if any bit below them is: rounding to 53 looks no further.
+    shift = 32 - np.frexp(high.astype(float))[1]
+    left, right = shift.astype(np.uint64), (32 - shift).astype(np.uint64)
+    leading = ((high << np.uint64(32) | middle) << left) | low >> right
+    below = (low & ((np.uint64(1) << right) - np.uint64(1)) > 0) | used.any(1) & (np.argmax(used, axis=1) < top - 2)
+    exponent = 32 * (top - 4) + 32 - shift - SUM_SHIFT
+    values = np.ldexp((leading | below).astype(float), exponent)
+    # Carries are not propagated, the sum is negative, or the double is subnormal and would be rounded twice.
+    for i in np.flatnonzero((limbs >> 32 != 0).any(1) | (exponent < -1080) & used.any(1)):
+        values[i] = exact_float(from_limbs(limbs[i, 2:].tolist()))
+    return values.reshape(sums.shape[:-1])
 
 
 def validate_pair(base: torch.Tensor, trained: torch.Tensor) -> None:

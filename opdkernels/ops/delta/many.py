@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,6 @@ from opdkernels.ops.delta import (
     DTYPES,
     THRESHOLDS,
     Tally,
-    exact_float,
-    from_limbs,
-    magnitudes,
     reference,
     validate_pair,
     validate_threshold_bits,
@@ -38,7 +34,6 @@ from opdkernels.ops.delta.layout import (
     HIST_BASE_CHANGED,
     HIST_BASE_OVER,
     HIST_DELTA,
-    HIST_TRAINED_CHANGED,
     NUM_COUNTS,
     NUM_SUMS,
     ROWS_OF_BINS,
@@ -74,7 +69,7 @@ class SparseTally:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bin_bits", self.bin_bits.astype(np.uint16))
-        object.__setattr__(self, "tables", self.tables.astype(narrowest_dtype([self.tables])))
+        object.__setattr__(self, "tables", self.tables.astype(narrowest_dtype(self.tables)))
 
     @classmethod
     def of(cls, tally: Tally) -> SparseTally:
@@ -106,24 +101,6 @@ class SparseTally:
     def changed(self, view: str) -> np.ndarray:
         """Histogram of |W| over the coordinates whose delta is not 0, int64 [bins]."""
         return self.table(HIST_BASE_CHANGED if view == "stored" else HIST_BASE_OVER)
-
-    @cached_property
-    def energies(self) -> dict[str, tuple[float, float, float, float]]:
-        """view -> (sum W^2, sum W'^2, sum delta^2, sum |delta|)."""
-        values = magnitudes[self.bin_bits]
-        squares = values**2
-        trained = self.hist_base - self.table(HIST_BASE_OVER) + self.table(HIST_TRAINED_CHANGED)
-        visible = (
-            (self.hist_base, squares),
-            (trained, squares),
-            (self.hist_delta, squares),
-            (self.hist_delta, values),
-        )
-        return {
-            "stored": tuple(exact_float(from_limbs(row)) for row in self.sums),  # type: ignore[dict-item]
-            # Not by BLAS, whose summation order depends on the machine and the number of threads.
-            "visible": tuple(float((counts * v).sum()) for counts, v in visible),  # type: ignore[dict-item]
-        }
 
 
 def used_bins(tables: np.ndarray) -> np.ndarray:

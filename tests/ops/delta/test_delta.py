@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opdkernels.backends.layout import SUM_LIMBS
 from opdkernels.ops import delta as ops
-from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS, Tally, delta, exact_float
+from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS, Tally, delta, exact_float, exact_floats, to_limbs
 from tests.conftest import ISAS
 from tests.ops.conformance import DTYPES, MILLION, SIZES, check_case, dispatched, make_pair, zero_pages
 from tests.ops.delta.cases import FAMILY, pair_case
@@ -275,3 +276,21 @@ def test_more_than_two_billion_coordinates():
 @pytest.mark.parametrize("case", FAMILY.collect([MILLION], only="bfloat16, torch.bfloat16"), ids=str)
 def test_a_million_coordinates(isa, threads, case):
     check_case(case, dispatched)
+
+
+def test_doubles_nearest_to_exact_sums():
+    rng = np.random.default_rng(0)
+    totals = [0, 1, 2**52, 2**53 - 1, 2**1074, 3 << 1073, 2**1100 - 1, (2**53 - 1) << 900, 2**1300 + 1]
+    totals += [(1 << 53 | 1) << shift for shift in range(1, 1300, 7)]  # halfway between two doubles
+    totals += [((1 << 53 | 1) << shift) + sign for shift in range(40, 1300, 9) for sign in (-1, 1)]
+    totals += [int(x) << int(y) for x, y in zip(rng.integers(1, 2**62, 500), rng.integers(0, 1300, 500), strict=True)]
+    limbs = np.array([to_limbs(total) for total in totals], np.int64)
+    carried = limbs.copy()
+    carried[:, 1:] += 7 << 32
+    carried[:, 2:] -= 7
+    carried[:, -1] -= 7 << 32
+    expected = [exact_float(total) for total in totals]
+    assert exact_floats(limbs).tolist() == expected
+    assert exact_floats(carried).tolist() == expected
+    assert exact_floats(-limbs).tolist() == [-value for value in expected]
+    assert exact_floats(limbs.reshape(1, -1, SUM_LIMBS)).tolist() == [expected]
