@@ -45,6 +45,8 @@ const NormalTables& normal_tables() {
   return *tables;
 }
 
+constexpr int64_t MAX_NUMEL = (int64_t)1 << 53;  // doubles count coordinates
+
 // Refuses histograms that no tensor has.
 void require_histograms(const NullTensor& tensor) {
   int64_t numel = 0, changes = 0;
@@ -55,6 +57,8 @@ void require_histograms(const NullTensor& tensor) {
     require(tensor.base[i] >= 0 && tensor.delta[i] >= 0, "counts must not be negative");
     require(bits < OPD_INFINITY_BITS || tensor.base[i] == 0,
             "the histogram of |W| contains infinities or NaN; pass finite coordinates only");
+    require(tensor.base[i] <= MAX_NUMEL - numel && tensor.delta[i] <= MAX_NUMEL - changes,
+            "a tensor has more than 2^53 coordinates");
     numel += tensor.base[i];
     changes += tensor.delta[i];
   }

@@ -172,8 +172,7 @@ def top_changed(
         trained: Checkpoint after training.
         density: Fraction of the coordinates, above 0 and at most 1. Unchanged coordinates are never active, so that
             fewer may be.
-        scope: What the fraction is taken of: each "tensor", all tensors of a "module" type, or the "model"
-            (default: "tensor").
+        scope: What the fraction is taken of: each "tensor", all tensors of a "module" type, or the "model".
 
     Returns:
         One mask per tensor that both have, with `MaskSet.coverage`. Rows that training added to a vocabulary count as

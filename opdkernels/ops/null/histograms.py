@@ -8,6 +8,7 @@ import numpy as np
 
 from opdkernels.backends.layout import BINS
 
+MAX_NUMEL = 1 << 53  # doubles count coordinates
 INFINITY = 0x7F80  # bf16 bits of the first magnitude that is not finite
 
 
@@ -57,6 +58,8 @@ class Histograms:
         if base[bin_bits >= INFINITY].any():
             raise ValueError("the histogram of |W| contains infinities or NaN; pass finite coordinates only")
         numel = sum_by(tensor, base, count)
+        if (numel > MAX_NUMEL).any():
+            raise ValueError("a tensor has more than 2^53 coordinates")
         if (numel != sum_by(tensor, delta, count)).any():
             raise ValueError("the histograms of |W| and delta have different numbers of coordinates")
         changed = (delta > 0) & (bin_bits > 0)

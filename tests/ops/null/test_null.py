@@ -319,6 +319,9 @@ def test_invalid_tables_are_rejected():
             fit_many([np.array(bits)], [np.array([1, 1])], [np.array([1, 1])], ["grid"])
     with pytest.raises(ValueError, match="must not be negative"):
         fit_many([np.array([0, 5])], [np.array([2, -1])], [np.array([1, 0])], ["grid"])
+    huge = np.array([1 << 62, 1 << 62])
+    with pytest.raises(ValueError, match=r"more than 2\^53 coordinates"):
+        fit_many([np.array([0, 5])], [huge], [huge], ["grid"])
     with pytest.raises(ValueError, match="ratios and fractions are between 0 and 1"):
         fit_many([single], [single], [single], ["grid"], ratios=(1.5,))
     with pytest.raises(ValueError, match="limits are bf16 bits"):
