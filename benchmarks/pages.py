@@ -25,7 +25,7 @@ README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 NO_RESULTS = (
     "No results are committed: copy a benchmark.json of `opdkernels bench -o FOLDER` to benchmarks/results/bench."
 )
-CPU, GPU = "intel-r-xeon-r-processor-avx512", "gpu/gpu-nvidia-h200"  # machines of the README's rows
+CPU, GPU = "amd-epyc-avx512", "gpu/gpu-nvidia-h200"  # machines of the README's rows
 
 
 @dataclass(frozen=True)
