@@ -1,4 +1,4 @@
-"""Population counts of byte arrays, and the bytes that counts need."""
+"""Population counts of byte arrays, and the narrowest dtype of integers."""
 
 from __future__ import annotations
 

@@ -47,6 +47,8 @@ const NormalTables& normal_tables() {
 
 constexpr int64_t MAX_NUMEL = (int64_t)1 << 53;  // doubles count coordinates
 
+void require_fraction(double x) { require(x >= 0 && x <= 1, "ratios and fractions are between 0 and 1"); }
+
 // Refuses histograms that no tensor has.
 void require_histograms(const NullTensor& tensor) {
   int64_t numel = 0, changes = 0;
@@ -57,8 +59,8 @@ void require_histograms(const NullTensor& tensor) {
     require(tensor.base[i] >= 0 && tensor.delta[i] >= 0, "counts must not be negative");
     require(bits < OPD_INFINITY_BITS || tensor.base[i] == 0,
             "the histogram of |W| contains infinities or NaN; pass finite coordinates only");
-    require(tensor.base[i] <= MAX_NUMEL - numel && tensor.delta[i] <= MAX_NUMEL - changes,
-            "a tensor has more than 2^53 coordinates");
+    require(tensor.base[i] < MAX_NUMEL - numel && tensor.delta[i] < MAX_NUMEL - changes,
+            "a tensor has 2^53 or more coordinates");
     numel += tensor.base[i];
     changes += tensor.delta[i];
   }
@@ -100,6 +102,10 @@ OPD_EXPORT int opd_null(const int64_t* starts, const int64_t* bin_bits, const in
     require_size(n_ratios * tensors, ratios && near_zero);
     require_size(n_fractions * tensors, fractions && top_energy);
     require_size(n_limits * tensors, limits && below);
+    for (int64_t k = 0; k < n_ratios; k++) require_fraction(ratios[k]);
+    for (int64_t k = 0; k < n_fractions; k++) require_fraction(fractions[k]);
+    for (int64_t k = 0; k < n_limits; k++)
+      require(limits[k] >= 0 && limits[k] < OPD_BINS, "limits are bf16 bits of magnitudes, 0 to 32767");
     static const char* const STARTS = "starts must not descend, from 0 to the number of bins";
     require(starts && starts[0] == 0 && starts[tensors] == bins, STARTS);
     std::vector<NullTensor> all;

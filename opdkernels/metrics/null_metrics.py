@@ -286,7 +286,7 @@ def null_metrics(columns: Columns, nulls: Nulls) -> dict[str, Any]:
         metrics["changed_null"] = changed["chosen"]
         metrics["changed_over_null"] = columns["changed"] / nan_where_zero(changed["chosen"])
         metrics["changed_null_sd"] = nulls.of_kind("chosen", nulls.fits)[:, FIT_CHANGED_SD]
-        metrics |= {f"changed_null_{kind}": changed[kind] for kind in KINDS}
+        metrics |= {f"changed_null_{kind}": np.where(has_changed, changed[kind], np.nan) for kind in KINDS}
         deviation = nulls.of_kind("chosen", nulls.near_zero_sd)
         for k, ratio_name in enumerate(RATIO_LABELS):
             label = f"near_zero_coverage_{ratio_name}"

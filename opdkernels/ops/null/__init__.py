@@ -132,7 +132,8 @@ def reference(
                 expected[rows, k] = torch.from_numpy(kind.dense(of_kinds[:, k, FIT_UNCHANGED]))
             if visible is not None:
                 at = torch.from_numpy(first[start] + np.flatnonzero(tables[1, bins]))
-                visible[k, at] = torch.from_numpy(np.where(kind.known[histograms.tensor], kind.visible, np.nan))
+                shown = torch.from_numpy(np.where(kind.known[histograms.tensor], kind.visible, np.nan))
+                visible[k, at.to(visible.device)] = shown.to(visible.device)
 
 
 def validate(

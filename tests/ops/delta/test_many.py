@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,3 +66,12 @@ def test_arguments_that_do_not_fit():
         delta_many([w], [v[:3]])
     with pytest.raises(TypeError, match="int64"):
         delta_many([w.long()], [v])
+
+
+def test_counts_are_kept_in_the_narrowest_integers():
+    for numel, dtype in ((100, np.uint16), (70_000, np.uint32)):
+        (tally,) = delta_many([torch.ones(numel)], [torch.ones(numel)])
+        assert tally.tables.dtype == dtype
+        assert tally.bin_bits.dtype == np.uint16
+        assert tally.table(0).dtype == np.int64
+        assert tally.hist_base.tolist() == [0, numel]

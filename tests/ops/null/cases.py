@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdkernels.ops.null.layout import FIT_CHANGED_SD, NUM_FITS, NUM_KINDS
+from opdkernels.ops.null.layout import FIT_CHANGED_SD, FIT_SIZE, NUM_FITS, NUM_KINDS
 from tests.ops.conformance import BF16, FP32, FP64, INT64, Allocator, Case, Family, Kernel, make_pair
 
 BINS = 1 << 15
@@ -77,6 +77,9 @@ def assert_near(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor
         if i in DEVIATIONS:
             output[..., DEVIATIONS[i]] **= 2
             reference[..., DEVIATIONS[i]] **= 2
+        if i == 0:
+            sizes = [tensor[..., FIT_SIZE] for tensor in (output, reference)]
+            torch.testing.assert_close(*sizes, rtol=RTOL, atol=0, equal_nan=True)
         torch.testing.assert_close(
             output,
             reference,

@@ -45,10 +45,12 @@ def test_kernel_agrees_with_the_reference(isa, case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_instruction_sets_and_threads_change_no_bit(case, threads):
     before, outputs = native.current_isa(), []
-    for isa in ISAS:
-        native.use_isa(isa)
-        outputs.append(run_case(case, dispatched))
-    native.use_isa(before)
+    try:
+        for isa in ISAS:
+            native.use_isa(isa)
+            outputs.append(run_case(case, dispatched))
+    finally:
+        native.use_isa(before)
     torch.set_num_threads(1)
     outputs.append(run_case(case, dispatched))
     for tensors in zip(*outputs, strict=True):
@@ -319,11 +321,15 @@ def test_invalid_tables_are_rejected():
             fit_many([np.array(bits)], [np.array([1, 1])], [np.array([1, 1])], ["grid"])
     with pytest.raises(ValueError, match="must not be negative"):
         fit_many([np.array([0, 5])], [np.array([2, -1])], [np.array([1, 0])], ["grid"])
-    huge = np.array([1 << 62, 1 << 62])
-    with pytest.raises(ValueError, match=r"more than 2\^53 coordinates"):
-        fit_many([np.array([0, 5])], [huge], [huge], ["grid"])
+    for counts in ([1 << 62, 1 << 62], [1 << 53, 1], [(1 << 53) - 1, 1]):
+        huge = np.array(counts)
+        with pytest.raises(ValueError, match=r"2\^53 or more coordinates"):
+            fit_many([np.array([0, 5])], [huge], [huge], ["grid"])
+    assert fit_many([np.array([0])], [np.array([(1 << 53) - 1])], [np.array([(1 << 53) - 1])], ["grid"]).chosen == [0]
     with pytest.raises(ValueError, match="ratios and fractions are between 0 and 1"):
         fit_many([single], [single], [single], ["grid"], ratios=(1.5,))
+    with pytest.raises(ValueError, match="ratios and fractions are between 0 and 1"):
+        fit_many([single], [single], [single], ["grid"], fractions=(math.nan,))
     with pytest.raises(ValueError, match="limits are bf16 bits"):
         fit_many([single], [single], [single], ["grid"], limits=(1 << 15,))
     base[5], base[INFINITY] = 0, 1
