@@ -91,7 +91,7 @@ static double null_solve(double target, double low, double high, int halvings, E
   return target - energy(low) < energy(high) - target ? low : high;
 }
 
-// The size of a kind whose E[k^2] depends on its size in spacings: square(x). 0 where nothing changed.
+// The size of a kind whose E[k^2] depends on its size in spacings: square(x).
 template <class Square>
 static double null_size(const NullFitting& f, double low, double high, int halvings, Square square) {
   return null_solve(f.energy, low, high, halvings, [&](double size) {

@@ -13,7 +13,7 @@ enum NullFit { NULL_FIT_SIZE, NULL_FIT_DISTANCE, NULL_FIT_CHANGED, NULL_FIT_CHAN
 #define NULL_DENSITY_BINS 8         // per octave, for the density of the empirical update
 #define NULL_MIN_EXPOSURE 256       // coordinates that could have shown an update of a bin's size
 #define NULL_MIN_COUNT 256          // least number of visible updates from which the density is estimated
-#define NULL_MIN_MOVED 0.8          // fraction of small weights that must have moved: no null is a mask
+#define NULL_MIN_MOVED 0.8          // fraction of small weights that must have moved; with fewer, the update is a mask
 #define NULL_ROOT_TWO_OVER_PI 0.79788456080286535588
 
 // The magnitude with these bf16 bits.

@@ -180,9 +180,8 @@ OPD_FN opd_u32 infinity_digit(int dtype) {
   return dtype == FP16 ? 0x7C00u : dtype == FP64 ? 0x7FF0u : OPD_INFINITY_BITS;
 }
 
-// Finds the digit of each rank's threshold from the counts of a pass, and clears the tables for the next. The number of threads is a
-// power of two. One block per table: of
-// all ranks for the first digit, then of each rank. tables: as `quantile_count_2`; states: int64
+// Finds the digit of each rank's threshold from the counts of a pass, and clears the tables for the next one. The number
+// of threads is a power of two. One block per table: of all ranks for the first digit, then of each rank. tables: as `quantile_count_2`; states: int64
 // [n_ranks][NUM_RANK_STATES], read unless `first`, and written; thresholds: fp64 [n_ranks] and counts: int64
 // [n_ranks][QUANTILE_NUM_COUNTS], written if `last`; rank_0 and so on: the ranks, from 1.
 __device__ __forceinline__ void find(opd_u32* tables, opd_i64* states, double* thresholds, opd_i64* counts, int n_ranks,

@@ -99,6 +99,17 @@ def test_reference_backend_is_bit_identical_but_for_the_null(pair, tmp_path):
                 np.testing.assert_allclose(*values, rtol=1e-8, atol=1e-12, err_msg=column)
             else:
                 assert ours[column].equals(reference[column]), column
+    ours, reference = (json.loads((tmp_path / run / "summary.json").read_text()) for run in ("kernels", "reference"))
+    for summary in (ours, reference):
+        views = summary.pop("views")["visible"]
+        metrics = summary["spectra"]["metrics"]
+        summary["spectra"]["metrics"] = {name: value for name, value in metrics.items() if "null" not in name}
+        summary["null"] = [views[name] for name in sorted(views) if "null" in name] + summary["curve"].pop("null")
+    assert ours.pop("null") == pytest.approx(reference.pop("null"), rel=1e-8, abs=1e-12)
+    assert ours.keys() == reference.keys()
+    for name in ours.keys() - {"verdict"}:
+        assert ours[name] == reference[name], name
+    assert ours["verdict"]["text"] == reference["verdict"]["text"]
 
 
 def test_a_finished_run_is_not_read_again(pair, tmp_path):

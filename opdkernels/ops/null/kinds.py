@@ -28,9 +28,9 @@ from opdkernels.ops.null.sizes import (
 
 LARGEST = 2.0**128 - 2.0**120  # the largest finite bf16
 MAX_ROWS = 40  # octaves of the empirical update, from the largest down
-BINS = 8  # per octave, for the density of the empirical update
+DENSITY_BINS = 8  # per octave, for the density of the empirical update
 MIN_EXPOSURE = 256  # coordinates that could have shown an update of a bin's size; with fewer, its density is noise
-MIN_MOVED = 0.8  # fraction of small weights that must have moved: an update of fewer is not dense, and no null
+MIN_MOVED = 0.8  # fraction of small weights that must have moved; with fewer, the update is a mask, not dense
 MIN_COUNT = 256  # least number of visible updates from which the empirical density is estimated
 
 
@@ -97,9 +97,9 @@ def normal(tables: Histograms) -> Expected:
 def density(tables: Histograms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The distribution of |update| where rounding hides least.
 
-    Returns probabilities [T, rows, BINS], the octaves (rows), and whether there were enough changes [T]. No histogram
-    joins |W| and |delta|, but an odd multiple of 2**t can only come from weights of spacing 2**t or less: the lowest
-    set bit of a visible delta x bounds its |W|. The odd multiples from nine on are used. Their |W| is below 256 x / 9
+    Returns probabilities [T, rows, DENSITY_BINS], the octaves (rows), and whether there were enough changes [T]. No
+    histogram joins |W| and |delta|, but an odd multiple of 2**t can only come from weights of spacing 2**t or less: the
+    lowest set bit of a visible delta x bounds its |W|. The odd multiples from nine on are used. Their |W| is below 256 x / 9
     (at relative norms near 1e-3 the smallest decile and less), where every move by about x is visible and a cell no
     wider than a bin. Where the density is f, such a pattern is expected f times the summed cell widths of those
     weights often: solved for f, bin by bin.
@@ -109,23 +109,23 @@ def density(tables: Histograms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     usable = (row > 0) & ((slot & 15 > 0) | (slot & 31 == 16))
     tensor, row, slot = tables.delta_tensor[usable], row[usable], slot[usable]
     lowest, rows = (int(row.min()), int(np.ptp(row)) + 1) if len(row) else (127, 1)
-    group = (tensor * rows + row - lowest) * BINS + slot // (128 // BINS)
+    group = (tensor * rows + row - lowest) * DENSITY_BINS + slot // (128 // DENSITY_BINS)
     counts = tables.delta_count[usable].astype(float)
-    mass = sum_by(group, counts, count * rows * BINS).reshape(count, rows, BINS)
+    mass = sum_by(group, counts, count * rows * DENSITY_BINS).reshape(count, rows, DENSITY_BINS)
 
     # Cell widths in units of the row's own spacing. Steps across a power of two add halves (see `expected_histograms`).
     padded = np.pad(tables.spacing, ((0, 0), (0, 8)))
     finer = np.cumsum(tables.spacing, axis=1)
-    middle = 1 + (np.arange(BINS) + 0.5) / BINS
+    middle = 1 + (np.arange(DENSITY_BINS) + 0.5) / DENSITY_BINS
     half_steps = padded[:, :, None] * middle / 4
     half_steps[:, :2] = 0
     row = lowest + np.arange(rows)
-    width, exposure = np.repeat(finer[:, row, None], BINS, axis=2), np.zeros((count, rows, BINS))
+    width, exposure = np.repeat(finer[:, row, None], DENSITY_BINS, axis=2), np.zeros((count, rows, DENSITY_BINS))
     for t in range(5):  # patterns of t trailing zeros: in each bin 8, 4, 2, 1, and in every other bin one more
         if t:
             width += padded[:, row + t, None] * 2**t - half_steps[:, row + t]
-        exposure += (np.arange(BINS) % 2 if t == 4 else 8 >> t) * (width + half_steps[:, row + t + 1])
-    exposure /= 128 // BINS
+        exposure += (np.arange(DENSITY_BINS) % 2 if t == 4 else 8 >> t) * (width + half_steps[:, row + t + 1])
+    exposure /= 128 // DENSITY_BINS
     mass[exposure < MIN_EXPOSURE] = 0
     known = (mass.sum((1, 2)) >= MIN_COUNT) | (tables.energy == 0)
     mass /= np.maximum(exposure, 1)
@@ -139,7 +139,7 @@ def interpolate_on_lattice(
     """Cumulative probabilities of `factor` times an update, on a lattice: linear between the edges of bins.
 
     Args:
-        cumulative: P(update <= edge), BINS edges per octave and the last one, [T, octaves * BINS + 1].
+        cumulative: P(update <= edge), DENSITY_BINS edges per octave and the last one, [T, octaves * DENSITY_BINS + 1].
         first: Octave of the first row of the lattice, relative to the first one of `cumulative` [T].
         rows: Rows of the lattice, each an octave.
         steps: Points per row: 1, 1 + 1 / steps, ... times a power of two.
@@ -150,11 +150,11 @@ def interpolate_on_lattice(
     """
     # A point over the factor is in the same place of its octave in every row.
     mantissa, exponent = np.frexp((1 + np.arange(steps) / steps) / factor[:, None])
-    place = (2 * mantissa - 1) * BINS
+    place = (2 * mantissa - 1) * DENSITY_BINS
     bin_ = place.astype(np.int64)
     padded = np.pad(cumulative, ((0, 0), (1, 1)), mode="edge")
-    bin_ += BINS * (exponent + first[:, None] - 1) + 1  # of the first row, in `padded`
-    index = np.clip(bin_[:, None] + BINS * np.arange(rows)[:, None], 0, padded.shape[1] - 2)
+    bin_ += DENSITY_BINS * (exponent + first[:, None] - 1) + 1  # of the first row, in `padded`
+    index = np.clip(bin_[:, None] + DENSITY_BINS * np.arange(rows)[:, None], 0, padded.shape[1] - 2)
     index += padded.shape[1] * np.arange(len(padded))[:, None, None]
     differences = np.diff(padded, axis=1, append=0)
     below = np.take(differences, index)
@@ -174,8 +174,8 @@ def empirical(tables: Histograms) -> Expected:
     moved = known & (tables.energy > 0)
     mass[~moved] = 0
     mass[~moved, 0, 0] = 1  # arbitrary: the results are not used
-    lower = 1 + np.arange(BINS) / BINS
-    mean, mean_square = lower + 0.5 / BINS, lower * lower + lower / BINS + 1 / (3 * BINS**2)
+    lower = 1 + np.arange(DENSITY_BINS) / DENSITY_BINS
+    mean, mean_square = lower + 0.5 / DENSITY_BINS, lower * lower + lower / DENSITY_BINS + 1 / (3 * DENSITY_BINS**2)
 
     # E[k^2] depends on the update over the spacing only, so counts are first summed by row less exponent. For factors
     # of 1/8 to 8, everything below a difference of -12 is hidden (except through a remainder), and above 3 rounding is
@@ -194,7 +194,7 @@ def empirical(tables: Histograms) -> Expected:
 
     def energy(factor: np.ndarray) -> np.ndarray:
         integral = rounded_square_integral(factor[:, None, None] * spacings, tables.uniform)
-        average = np.diff(integral, axis=2) / (factor[:, None, None] * (np.exp2(near + 7.0) / BINS)[:, None])
+        average = np.diff(integral, axis=2) / (factor[:, None, None] * (np.exp2(near + 7.0) / DENSITY_BINS)[:, None])
         return (counts * average).sum((1, 2)) + square * factor**2 + linear * factor
 
     factor = solve(tables.energy, energy, np.full(count, 1 / 8), np.full(count, 8.0))

@@ -6,7 +6,6 @@ csrc/null/null.h repeats it for C++; tests/ops/test_layout.py compares.
 from __future__ import annotations
 
 KINDS = ("sign", "normal", "empirical")
-KIND_SIGN, KIND_NORMAL, KIND_EMPIRICAL = range(3)
 NUM_KINDS = 3
 
 # Columns of `fits`, float64 [tensors, NUM_KINDS, NUM_FITS].

@@ -120,6 +120,11 @@ def special_cases() -> Iterator[Case]:
             bits = np.array(sorted({w, d}))
             tables = bits, (bits == w).astype(np.int64), (bits == d).astype(np.int64)
             yield case(f"one weight {w:x}, change {d:x}, uniform {uniform}", *inputs([(tables, uniform)]))
+    bits, base, delta = dense(n, "normal", 1e-3, 1.0, False)[0]  # real tallies have bins that neither side uses
+    every = np.arange(BINS)
+    counts = [np.zeros(BINS, np.int64) for _ in range(2)]
+    counts[0][bits], counts[1][bits] = base, delta
+    yield case("bins without coordinates", *inputs([((every, *counts), False)]))
     unchanged = histograms(torch.ones(100), torch.ones(100))
     empty = (np.zeros(0, np.int64),) * 3
     mixed = [(unchanged, False), (empty, False), (empty, True), dense(n, "normal", 1e-3, 1.0, True), (unchanged, True)]
