@@ -99,9 +99,9 @@ def density(tables: Histograms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Returns probabilities [T, rows, DENSITY_BINS], the octaves (rows), and whether there were enough changes [T]. No
     histogram joins |W| and |delta|, but an odd multiple of 2**t can only come from weights of spacing 2**t or less: the
-    lowest set bit of a visible delta x bounds its |W|. The odd multiples from nine on are used. Their |W| is below 256 x / 9
-    (at relative norms near 1e-3 the smallest decile and less), where every move by about x is visible and a cell no
-    wider than a bin. Where the density is f, such a pattern is expected f times the summed cell widths of those
+    lowest set bit of a visible delta x bounds its |W|. The odd multiples from nine on are used. Their |W| is below 256
+    x / 9 (at relative norms near 1e-3 the smallest decile and less), where every move by about x is visible and a cell
+    no wider than a bin. Where the density is f, such a pattern is expected f times the summed cell widths of those
     weights often: solved for f, bin by bin.
     """
     count = len(tables.numel)
