@@ -83,7 +83,7 @@ def analyze(
         InputError: Input is missing, unreadable or not comparable, or there is no such GPU.
         UsageError: An option is not valid.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, opdkernels
         >>> from safetensors.torch import save_file
         >>> folder = tempfile.mkdtemp()
@@ -143,7 +143,7 @@ def lineage(
         InputError: The child is missing or unreadable.
         UsageError: There is no candidate, one is given twice, or one is the child itself.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, opdkernels
         >>> from safetensors.torch import save_file
         >>> folder = tempfile.mkdtemp()
@@ -200,7 +200,7 @@ def overlap(
         InputError: Input is missing, unreadable or not comparable.
         UsageError: An option is not valid, or there are not 2 to 16 runs.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, opdkernels
         >>> from safetensors.torch import save_file
         >>> folder = tempfile.mkdtemp()
@@ -279,7 +279,7 @@ def trajectory(
         InputError: Input is missing, unreadable or not comparable.
         UsageError: An option is not valid, there are fewer than two checkpoints, or one is given twice.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, opdkernels
         >>> from safetensors.torch import save_file
         >>> folder = tempfile.mkdtemp()
@@ -343,7 +343,7 @@ def experiment(
         InputError: Input is missing or unreadable.
         UsageError: An option is not valid, or options do not fit together.
 
-    Example:
+    Examples:
         options = DistillOptions(student="Qwen2.5-0.5B", teacher="Qwen2.5-1.5B", prompts="prompts.jsonl")
         rows = opdkernels.experiment("masks", options, "masks", density=0.2)["rows"]
     """
@@ -395,7 +395,7 @@ def bench(
         InputError: There is no such GPU, or `out` cannot be written or is not empty.
         UsageError: An option is not valid.
 
-    Example:
+    Examples:
         >>> import opdkernels
         >>> result = opdkernels.bench(family=["quantile"], quick=True)
         >>> [row["family"] for row in result["rows"]], result["rows"][0]["timings"]["opdkernels"]["median_s"] > 0
@@ -433,7 +433,7 @@ def write_report(out: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: `out` contains no finished run, or its files are damaged.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, opdkernels
         >>> from safetensors.torch import save_file
         >>> folder = tempfile.mkdtemp()

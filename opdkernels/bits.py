@@ -10,7 +10,7 @@ BYTE_COUNTS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 def bit_counts(bits: np.ndarray) -> np.ndarray:
     """The number of set bits of each byte, uint8.
 
-    Example:
+    Examples:
         >>> bit_counts(np.array([0, 7, 255], np.uint8)).tolist()
         [0, 3, 8]
     """
@@ -20,7 +20,7 @@ def bit_counts(bits: np.ndarray) -> np.ndarray:
 def popcount(bits: np.ndarray) -> int:
     """The number of set bits of a contiguous uint8 array [n], counted in words of eight bytes.
 
-    Example:
+    Examples:
         >>> popcount(np.array([0, 7, 255], np.uint8))
         11
     """
@@ -34,7 +34,7 @@ def popcount(bits: np.ndarray) -> int:
 def narrowest_dtype(values: np.ndarray) -> type[np.integer]:
     """The narrowest of uint16, uint32 and int64 that holds every integer of an array.
 
-    Example:
+    Examples:
         >>> narrowest_dtype(np.array([1, 70_000])).__name__
         'uint32'
     """

@@ -62,7 +62,7 @@ def atomic_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     Raises:
         FileExistsError: `replace` is False, and the file exists.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "data.bin"
         >>> with atomic_file(path) as temporary, open(temporary, "wb") as file:

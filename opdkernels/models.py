@@ -30,7 +30,7 @@ def validate(form: type[T] | TypeAdapter[T], value: Any, shown: str, *, remedy: 
     Raises:
         InputError: It is not valid; one line names the first invalid entry and the reason.
 
-    Example:
+    Examples:
         >>> class Step(Strict):
         ...     step: int
         >>> validate(Step, {"step": "3"}, "state.json", remedy="train again")

@@ -175,7 +175,7 @@ def validate_file(
         InputError: The file is an input, exists and is not of this kind, or exists and `overwrite` is False.
         UsageError: The path is empty or the root of the file system.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "notes.txt"
         >>> validate_file(path, MASKS).name

@@ -53,7 +53,7 @@ def open_regular(path: str | os.PathLike[str], *, remedy: str) -> int:
     Raises:
         InputError: The file does not exist, is not a regular file or cannot be opened.
 
-    Example:
+    Examples:
         >>> open_regular("/dev/zero", remedy="give a TOML file")
         Traceback (most recent call last):
         opdkernels.errors.InputError: /dev/zero is not a regular file; give a TOML file

@@ -72,7 +72,7 @@ def test_docstrings_describe_every_argument(function):
     doc = inspect.getdoc(function)
     for name in inspect.signature(function).parameters:
         assert f"\n    {name}: " in doc or f"\n    *{name}: " in doc
-    for section in ("Args:", "Returns:", "Raises:", "Example:"):
+    for section in ("Args:", "Returns:", "Raises:", "Examples:"):
         assert f"\n{section}\n" in doc
 
 

@@ -53,14 +53,15 @@ def folder(tmp_path_factory):
 def test_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
         env={"PATH": "/usr/bin:/bin", "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)},
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
     commands = (tmp_path / "site" / "reference" / "cli" / "index.html").read_text()
     assert "opdkernels mask magnitude-matched" in commands
     assert "optimizer_cls_and_kwargs" in (tmp_path / "site" / "reference" / "optim" / "index.html").read_text()

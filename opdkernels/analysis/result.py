@@ -99,7 +99,7 @@ class Analysis:
             ImportError: wandb is not installed.
             UsageError: `run` is None, and no run is active.
 
-        Example:
+        Examples:
             wandb.init(project="opd")
             opdkernels.analyze("base", "trained", "out").to_wandb()
         """

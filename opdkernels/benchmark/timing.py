@@ -34,7 +34,7 @@ def paired(
     Returns:
         Seconds of every round by name.
 
-    Example:
+    Examples:
         >>> seconds = paired({"a": lambda: None, "b": lambda: None}, rounds=3)
         >>> list(seconds), len(seconds["a"])
         (['a', 'b'], 3)

@@ -80,7 +80,7 @@ def match_tensors(
     Returns:
         The pairs and the parts, in the order in which they are found.
 
-    Example:
+    Examples:
         >>> result = match_tensors(
         ...     {"model.norm.weight": (4,), "model.layers.0.self_attn.qkv_proj.weight": (8, 4)},
         ...     {

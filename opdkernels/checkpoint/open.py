@@ -45,7 +45,7 @@ def open_checkpoint(
         InputError: The checkpoint cannot be read in full. Raised before any tensor is read.
         UsageError: An option does not apply.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from safetensors.torch import save_file
         >>> path = tempfile.mkdtemp() + "/model.safetensors"

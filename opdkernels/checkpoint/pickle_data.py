@@ -141,7 +141,7 @@ def read_pickle(data: bytes, start: int = 0, *, plain: bool = False) -> Pickle:
         Truncated: `data` ends before the pickle does.
         PickleError: It is damaged, or uses what state dicts do not need.
 
-    Example:
+    Examples:
         >>> import pickle
         >>> read_pickle(pickle.dumps({"step": 3, "betas": (0.9, 0.99)}, 2)).value
         {'step': 3, 'betas': (0.9, 0.99)}

@@ -88,6 +88,9 @@ def distill(
     its content is the same: for a model a digest of its configuration and weights before training, for prompts a digest
     of the rows, for a reward function its qualified name. Callbacks are not compared.
 
+    The arguments that are not listed here are fields of `DistillOptions`, which documents them and their defaults; None
+    is the default. For a loaded student the default of `dtype` is its own dtype.
+
     Args:
         student: Model to train: folder, hub id, or a loaded PreTrainedModel, which is trained in place and left in
             evaluation mode (with lora_rank, adapter layers are added to it).
@@ -105,8 +108,6 @@ def distill(
         callbacks: Objects with any of the methods on_step_end(step, metrics), on_save(step, path) and
             on_train_end(result); called on the main process.
         quiet: Whether to print no progress.
-        **options: All other arguments are fields of `DistillOptions`, which documents them and their defaults; None is
-            the default. For a loaded student the default of `dtype` is its own dtype.
 
     Returns:
         Folder, last step, accuracies and snapshots.
@@ -115,7 +116,7 @@ def distill(
         InputError: Models, prompts, masks or rewards cannot be used.
         UsageError: Options contradict each other, or `out` holds another run.
 
-    Example:
+    Examples:
         >>> from opdkernels.distillation.options import demo_options
         >>> demo = demo_options()
         >>> rows = [{"prompt": "12+34=", "answer": "046"}, {"prompt": "70+05=", "answer": "075"}]

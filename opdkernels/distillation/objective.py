@@ -123,7 +123,7 @@ def grpo_advantages(rewards: Tensor, num_generations: int) -> Tensor:
     Returns:
         fp32 [num_prompts * num_generations]; 0 if all rewards of a group are equal.
 
-    Example:
+    Examples:
         >>> import torch
         >>> grpo_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2)
         tensor([ 0.7071, -0.7071,  0.0000,  0.0000])

@@ -42,7 +42,7 @@ run_option = functools.partial(option, "Run")
 class DistillOptions(BaseModel):
     """Every option of `opdkernels distill`. Training options have the names of TRL and Hugging Face.
 
-    Example:
+    Examples:
         >>> DistillOptions(student="Qwen2.5-0.5B", teacher="Qwen2.5-1.5B", prompts="sums", max_steps=200).learning_rate
         1e-06
     """

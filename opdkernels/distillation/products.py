@@ -47,7 +47,7 @@ def cpu_products(device: torch.device) -> contextlib.AbstractContextManager[Any]
     Raises:
         UsageError: The environment variable OPDKERNELS_CPU_PRODUCTS is none of auto, bfloat16 and float32.
 
-    Example:
+    Examples:
         >>> with cpu_products(torch.device("cpu")):
         ...     (torch.ones(2, 3).bfloat16() @ torch.ones(3).bfloat16()).dtype
         torch.bfloat16

@@ -66,7 +66,7 @@ def push_to_hub(
             be reached or refuses the upload.
         UsageError: An id is not valid, there is no token, or options do not fit together.
 
-    Example:
+    Examples:
         opdkernels.push_to_hub("step-200.patch", "me/qwen-patch", base_model="Qwen/Qwen2.5-0.5B", private=True)
     """
     product = product_of(path)

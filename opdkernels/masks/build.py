@@ -125,7 +125,7 @@ def changed(
         InputError: A checkpoint cannot be read.
         UsageError: Another view, or `atol` is out of range.
 
-    Example:
+    Examples:
         masks = changed("Qwen2.5-0.5B", "my-run/step-200")
     """
     if view not in VIEWS:
@@ -186,7 +186,7 @@ def top_changed(
         InputError: A checkpoint cannot be read, or a difference is NaN or Inf.
         UsageError: `density` or `scope` is not valid.
 
-    Example:
+    Examples:
         masks = top_changed("Qwen2.5-0.5B", "my-run/step-200", 0.2)
     """
     validate_density(density, scope)
@@ -249,7 +249,7 @@ def near_zero(base: Weights, density: float, *, scope: str = "tensor") -> MaskSe
         InputError: The checkpoint cannot be read, or a weight is NaN.
         UsageError: `density` or `scope` is not valid.
 
-    Example:
+    Examples:
         >>> near_zero({"w": torch.tensor([3.0, -1.0, 2.0, 4.0])}, 0.5)["w"].indices.tolist()
         [1, 2]
     """
@@ -270,7 +270,7 @@ def largest(values: Mapping[str, torch.Tensor], density: float, *, scope: str = 
         InputError: A value is NaN.
         UsageError: `density` or `scope` is not valid.
 
-    Example:
+    Examples:
         >>> largest({"w": torch.tensor([3.0, -1.0, 2.0, 4.0])}, 0.5)["w"].indices.tolist()
         [0, 3]
     """
@@ -292,7 +292,7 @@ def random_subset(base: Weights, density: float, *, scope: str = "tensor", seed:
         InputError: The checkpoint cannot be read.
         UsageError: `density` or `scope` is not valid.
 
-    Example:
+    Examples:
         >>> random_subset({"w": torch.zeros(8)}, 0.25)["w"].num_active
         2
     """
@@ -322,7 +322,7 @@ def magnitude_matched(masks: MaskSet, base: Weights, *, seed: int = 0) -> MaskSe
     Raises:
         InputError: The checkpoint cannot be read, or a masked tensor is missing or has another shape.
 
-    Example:
+    Examples:
         >>> weights = {"w": torch.tensor([1.0, 1.0, 2.0])}
         >>> masks = MaskSet({"w": Mask.from_indices(torch.tensor([2]), (3,))})
         >>> magnitude_matched(masks, weights)["w"].indices.tolist()
@@ -362,7 +362,7 @@ def principal(base: Weights, density: float) -> MaskSet:
         InputError: The checkpoint cannot be read, or a matrix holds NaN or Inf.
         UsageError: `density` is not valid.
 
-    Example:
+    Examples:
         >>> principal({"w": torch.diag(torch.tensor([3.0, 1.0]))}, 0.25)["w"].indices.tolist()
         [0]
     """
@@ -382,7 +382,7 @@ def safe(base: Weights, density: float) -> MaskSet:
         InputError: The checkpoint cannot be read, or a tensor holds NaN or a matrix Inf.
         UsageError: `density` is not valid.
 
-    Example:
+    Examples:
         >>> safe({"w": torch.diag(torch.tensor([3.0, 1.0]))}, 0.25)["w"].num_active
         3
     """

@@ -51,7 +51,7 @@ def map_masks(
         The masks by parameter, and those of no parameter with the reason. Parameters without a mask are absent. Several
         masks of one parameter, or one mask of several parameters, are joined or cut as the tensors are.
 
-    Example:
+    Examples:
         >>> mask = Mask.from_bool(torch.tensor([[True, False]]))
         >>> mapped = map_masks({"model.up_proj.weight": mask}, {"_orig_mod.model.up_proj.base_layer.weight": (1, 2)})
         >>> list(mapped.masks), mapped.unbound

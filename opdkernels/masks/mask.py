@@ -29,7 +29,7 @@ class Mask:
 
     Masks of one shape combine with `&`, `|`, `^`, `-` and `~`. Equality and `digest` do not depend on the layout.
 
-    Example:
+    Examples:
         >>> mask = Mask.from_bool(torch.tensor([[True, False], [False, True]]))
         >>> mask.num_active, mask.density, mask.layout, mask.indices.tolist()
         (2, 0.5, 'bitmap', [0, 3])

@@ -79,7 +79,7 @@ class MaskSet(Mapping[str, Mask]):
 
     Sets of the same names and shapes combine with `&`, `|`, `^`, `-` and `~`, mask by mask.
 
-    Example:
+    Examples:
         >>> masks = MaskSet({"w": Mask.from_bool(torch.tensor([True, False]))})
         >>> masks.num_active, masks.density, (~masks)["w"].indices.tolist()
         (1, 0.5, [1])
@@ -165,7 +165,7 @@ class MaskSet(Mapping[str, Mask]):
         Raises:
             InputError: The file cannot be written, exists and is no file of masks, or exists and `overwrite` is False.
 
-        Example:
+        Examples:
             >>> import tempfile
             >>> path = tempfile.mkdtemp() + "/masks.safetensors"
             >>> MaskSet({"w": Mask.from_bool(torch.tensor([True, False]))}).save(path)
@@ -324,7 +324,7 @@ def has_content(path: Path, header: bytes, tensors: memoryview) -> bool:
 def from_bools(active: Mapping[str, torch.Tensor]) -> MaskSet:
     """A set from bool tensors by name.
 
-    Example:
+    Examples:
         >>> from_bools({"w": torch.tensor([True, False])}).num_active
         1
     """

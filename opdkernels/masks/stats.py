@@ -17,7 +17,7 @@ MAX_TENSORS_LISTED = 20
 def mask_stats(masks: MaskSet) -> dict[str, Any]:
     """Active coordinates and density of the set, of its groups and of every tensor. A set on disk is not read for it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from opdkernels.masks import Mask
         >>> mask_stats(MaskSet({"w": Mask.from_bool(torch.tensor([True, False]))}))["density"]
@@ -55,7 +55,7 @@ def compare_masks(a: MaskSet, b: MaskSet) -> dict[str, Any]:
     Raises:
         ValueError: The sets name other tensors, or the same tensors in another order.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from opdkernels.masks import Mask
         >>> masks = MaskSet({"w": Mask.from_bool(torch.tensor([True, False]))})

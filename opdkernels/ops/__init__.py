@@ -1,7 +1,8 @@
 """What is computed: one folder per kernel family, and the registration of operators with PyTorch.
 
-`opdkernels/ops/<family>/__init__.py` holds the schema, the reference in plain PyTorch (the definition) and the public
-function. `cpu.py`, `cuda.py` and `triton.py` hold the kernels of those backends, `layout.py` their common constants.
+`opdkernels/ops/<family>/__init__.py` holds the schema, the reference in plain PyTorch (the definition; NumPy where no
+tensor arithmetic is needed) and the public function. `cpu.py`, `cuda.py` and `triton.py` hold the kernels of those
+backends, `layout.py` their common constants.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def register(
     Args:
         family: Name of the folder under `opdkernels/ops` that holds the kernels.
         schema: Schema of the operator, as `torch.library.define` takes it.
-        reference: The definition in plain PyTorch; runs on every device without a kernel.
+        reference: The definition, in plain PyTorch or NumPy; runs on every device without a kernel.
         fake: Computes the shapes and dtypes of the outputs. Not needed for an operator that returns nothing.
         validate: Takes the operator's arguments and raises where a kernel must not follow them. Needed where kernels
             take addresses.

@@ -58,7 +58,7 @@ class MaskedAdamW(MaskedOptimizer):
         TypeError: A parameter is neither fp32 nor bf16, the masks are of another type, or an option is not supported.
         RuntimeError: foreach=True together with fused=True.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(4))
         >>> optimizer = MaskedAdamW([weight], masks=[torch.tensor([True, False, False, True])], lr=0.5)
         >>> weight.grad = torch.ones(4)

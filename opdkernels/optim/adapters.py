@@ -30,7 +30,7 @@ def optimizer_cls_and_kwargs(
     Returns:
         The optimizer class and its keyword arguments.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> cls, kwargs = optimizer_cls_and_kwargs(model, {"weight": torch.tensor([[True, False]])}, lr=0.1)
         >>> optimizer = cls(**kwargs)

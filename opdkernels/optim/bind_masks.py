@@ -242,7 +242,7 @@ def in_model_order(masks: Masks, model: torch.nn.Module) -> MaskSet:
     Raises:
         ValueError: A parameter has no mask, a mask has no parameter, or a tied weight has two masks that differ.
 
-    Example:
+    Examples:
         >>> layer = torch.nn.Linear(2, 1)
         >>> masks = {"bias": torch.tensor([True]), "weight": torch.tensor([[True, False]])}
         >>> list(in_model_order(masks, layer))

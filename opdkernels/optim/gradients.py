@@ -53,7 +53,7 @@ def gather_active_grads(model: torch.nn.Module, optimizer: MaskedOptimizer) -> H
             after the hook.
         ValueError: The optimizer has no trainable parameter of the model.
 
-    Example:
+    Examples:
         >>> from opdkernels.optim import MaskedAdamW
         >>> layer = torch.nn.Linear(2, 1, bias=False)
         >>> optimizer = MaskedAdamW(layer.named_parameters(), masks={"weight": torch.tensor([[True, False]])})
@@ -125,7 +125,7 @@ def zero_frozen_grads(model: torch.nn.Module, optimizer: MaskedOptimizer) -> Hoo
             after the hook.
         ValueError: The optimizer has no trainable parameter of the model.
 
-    Example:
+    Examples:
         >>> from opdkernels.optim import MaskedAdamW
         >>> layer = torch.nn.Linear(2, 1, bias=False)
         >>> optimizer = MaskedAdamW(layer.named_parameters(), masks={"weight": torch.tensor([[True, False]])})

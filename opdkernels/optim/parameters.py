@@ -36,7 +36,7 @@ class MaskedParameters(torch.nn.Module):
         ValueError: No weight has an active coordinate, a mask has no weight, or a masked weight is a DTensor (use
             MaskedAdamW).
 
-    Example:
+    Examples:
         >>> layer = torch.nn.Linear(2, 1, bias=False)
         >>> compact = MaskedParameters(layer, {"weight": torch.tensor([[True, False]])})
         >>> optimizer = compact.attach(torch.optim.SGD(compact.parameters(), lr=1.0))

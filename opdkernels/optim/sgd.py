@@ -40,7 +40,7 @@ class MaskedSGD(MaskedOptimizer):
         ValueError: As `MaskedAdamW`, and for nesterov without momentum or with dampening.
         TypeError, RuntimeError: As `MaskedAdamW`.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(4))
         >>> optimizer = MaskedSGD([weight], masks=[torch.tensor([True, False, False, True])], lr=0.5)
         >>> weight.grad = torch.ones(4)

@@ -55,7 +55,7 @@ class ArrowStore(Generic[R]):
     Raises:
         InputError: A fragment is damaged or was written by another version.
 
-    Example:
+    Examples:
         >>> from dataclasses import dataclass
         >>> @dataclass(frozen=True)
         ... class Row:

@@ -384,7 +384,7 @@ def randomized_svd(
         TypeError: The dtype is not supported, or dtypes differ.
         ValueError: A matrix contains NaN or Inf, or an argument is out of range.
 
-    Example:
+    Examples:
         >>> result = randomized_svd(torch.diag(torch.tensor([3.0, 2, 1])), 2)
         >>> [round(x, 9) for x in result.sigma.tolist()], round(result.energy(1)[0], 9)
         ([3.0, 2.0], 0.642857143)

@@ -38,7 +38,7 @@ def eigenvalues(matrix: torch.Tensor) -> torch.Tensor:
         RuntimeError: The matrix has NaN or Inf, or an iteration does not converge.
         UsageError: OPDKERNELS_LAPACK is not valid, or names a library that is not there.
 
-    Example:
+    Examples:
         >>> eigenvalues(torch.tensor([[2.0, 1], [1, 2]], dtype=torch.float64)).round(decimals=9).tolist()
         [1.0, 3.0]
     """
@@ -62,7 +62,7 @@ def top_eigenvectors(matrix: torch.Tensor, keep: int) -> tuple[torch.Tensor, tor
     Raises:
         ValueError, RuntimeError, UsageError: As `eigenvalues`, or `keep` is not 1 to n.
 
-    Example:
+    Examples:
         >>> values, vectors = top_eigenvectors(torch.diag(torch.tensor([2.0, 5, 3], dtype=torch.float64)), 1)
         >>> values.tolist(), vectors.abs().flatten().tolist()
         ([2.0, 3.0, 5.0], [0.0, 1.0, 0.0])

@@ -51,7 +51,7 @@ class UpdateTracker:
     with FSDP2 on each process for its shard. `stride` divides this, and the time. A measurement reads every weight and
     its copy once, in slices of 16 M coordinates.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(2, 2, bias=False)
         >>> tracker = UpdateTracker(prefix="")
         >>> tracker.start(model)

@@ -37,7 +37,7 @@ OPERATORS = all_operators()
 
 
 def reference(operator: str) -> Callable:
-    """The definition of an operator, in plain PyTorch."""
+    """The definition of an operator, in plain PyTorch or NumPy."""
     return OPERATORS[operator].reference
 
 

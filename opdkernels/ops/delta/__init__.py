@@ -424,7 +424,7 @@ def delta(
         TypeError: Another dtype.
         ValueError: Shapes or devices differ, or `threshold_bits`, `out` or `mask` do not fit.
 
-    Example:
+    Examples:
         >>> tally = delta(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5]))
         >>> tally.bit_equal, tally.max_delta, exact_float(tally.sum_delta_sq)
         (1, 0.5, 0.25)

@@ -173,7 +173,7 @@ def delta_many(
         TypeError: Another dtype.
         ValueError: Shapes or devices differ, or `threshold_bits` do not fit.
 
-    Example:
+    Examples:
         >>> tallies = delta_many([torch.ones(4), torch.zeros(2)], [torch.tensor([1.0, 1, 1, 2]), torch.zeros(2)])
         >>> [(tally.numel, tally.bit_equal) for tally in tallies]
         [(4, 3), (2, 2)]

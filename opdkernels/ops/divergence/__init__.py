@@ -198,7 +198,7 @@ def divergence(
     Raises:
         ValueError: Shapes differ, or a sampled kind has no tokens.
 
-    Example:
+    Examples:
         >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, math.log(3)]])
         >>> round(divergence(student, teacher, Divergence("total_variation")).item(), 6)
         0.25
@@ -397,7 +397,7 @@ def linear_divergence(
         ValueError: Shapes, devices or vocabularies do not match; UsageError, a ValueError, for an unknown reduction.
         TypeError: A dtype is not supported.
 
-    Example:
+    Examples:
         >>> head = LMHead(torch.eye(3))
         >>> round(linear_divergence(torch.zeros(2, 3), head, torch.eye(3)[:2], head).item(), 4)
         0.1195
@@ -449,7 +449,7 @@ def linear_log_prob(hidden: Tensor, head: LMHead, tokens: Tensor, *, temperature
         ValueError: Shapes or devices do not match; UsageError, a ValueError, for a temperature that is not positive.
         TypeError: A dtype is not supported.
 
-    Example:
+    Examples:
         >>> round(linear_log_prob(torch.zeros(1, 3), LMHead(torch.eye(3)), torch.tensor([2])).item(), 4)
         -1.0986
     """

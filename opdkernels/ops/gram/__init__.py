@@ -119,7 +119,7 @@ def gram(
         TypeError: Another dtype.
         ValueError: Shapes, devices, `parts`, `block` or `out` do not fit.
 
-    Example:
+    Examples:
         >>> w = torch.tensor([[1.0, 2], [3, 4]])
         >>> symmetric(gram(w, w + torch.eye(2), parts=["delta"])).tolist()
         [[[1.0, 0.0], [0.0, 1.0]]]

@@ -269,7 +269,7 @@ def fit_many(
     Raises:
         ValueError: The histograms do not cover the same finite coordinates, or a remainder is unknown.
 
-    Example:
+    Examples:
         >>> nulls = fit_many([np.array([0, 0x3F80])], [np.array([0, 10])], [np.array([10, 0])], ["grid"])
         >>> nulls.of_kind("chosen", nulls.fits)[0, FIT_CHANGED].item()
         0.0
@@ -299,7 +299,7 @@ def fit(base: np.ndarray, delta: np.ndarray, remainder: str = "grid", ratios: Se
     Raises:
         ValueError: As for `fit_many`.
 
-    Example:
+    Examples:
         >>> base, delta = np.zeros(32768, np.int64), np.zeros(32768, np.int64)
         >>> base[0x3F80], delta[0] = 10, 10  # ten ones, none of them changed
         >>> fit(base, delta)["chosen"].changed

@@ -335,7 +335,7 @@ def overlap(
         TypeError: Another dtype.
         ValueError: Shapes, devices, the threshold, the number of runs or `out` do not fit.
 
-    Example:
+    Examples:
         >>> result = overlap(torch.zeros(4), [torch.tensor([1.0, 1, 0, 0]), torch.tensor([0.0, 1, 1, 0])])
         >>> result.n_both(0, 1), result.coverage(0, 1), result.hist_num_runs.tolist()
         (1, 0.5, [1, 2, 1])
@@ -401,7 +401,7 @@ def strata_chance(
         TypeError: As `overlap`.
         ValueError: As `overlap`, or the tensors are not matrices, or another value of `strata`.
 
-    Example:
+    Examples:
         >>> w = torch.ones(2, 4)
         >>> v = w + torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]])
         >>> strata_chance(w, [v, v], "row")[0][0, 1], overlap(w, [v, v]).expected_uniform(0, 1)

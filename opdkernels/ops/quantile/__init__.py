@@ -189,7 +189,7 @@ def quantile(values: torch.Tensor, k: int, *, largest: bool = True, mask: torch.
         TypeError: Another dtype.
         ValueError: `k` or `mask` does not fit.
 
-    Example:
+    Examples:
         >>> top = quantile(torch.tensor([3.0, -1, 2, -2]), 2, mask=torch.tensor([0b0101], dtype=torch.uint8))
         >>> top.threshold, top.above, top.tied, top.lower, top.upper, top.expected
         (2.0, 1, 2, 1, 2, 1.5)

@@ -268,7 +268,7 @@ def adamw_scalars(
     Returns:
         fp32 [len(steps), NUM_SCALARS], columns as in `opdkernels.ops.step.layout`.
 
-    Example:
+    Examples:
         >>> adamw_scalars([1], 0.1, (0.9, 0.99), 1e-8, 0.5)[0, 0].item() == torch.tensor(0.95).item()
         True
     """
@@ -284,7 +284,7 @@ def sgd_scalars(
 ) -> torch.Tensor:
     """The scalars of `masked_sgd`, fp32 [len(steps), NUM_SCALARS]; arguments and rounding as for `adamw_scalars`.
 
-    Example:
+    Examples:
         >>> sgd_scalars([1, 2], 0.5, 0.75, 0.0, 0.0)[:, IS_FIRST].tolist()
         [1.0, 0.0]
     """
@@ -351,7 +351,7 @@ def masked_adamw(
         TypeError: A param or a gradient is neither fp32 nor bf16.
         ValueError: Another dtype, shape, device or mask than above.
 
-    Example:
+    Examples:
         >>> param, grad, mask = torch.zeros(4), torch.ones(4), torch.tensor([0, 3])
         >>> moments = torch.zeros(2), torch.zeros(2)
         >>> scalars = adamw_scalars([1], 0.5, (0.9, 0.99), 1e-8, 0.0)
@@ -408,16 +408,17 @@ def masked_sgd(
 ) -> None:
     """One SGD step on the active coordinates of all tensors, in place.
 
+    The arguments that are not listed here are those of `masked_adamw`.
+
     Args:
         scalars: fp32 [rows, 8] from `sgd_scalars`.
         momentum_buffers: fp32 [num_active] (default: none, without momentum).
         nesterov: Nesterov momentum (default: False).
-        **others: As for `masked_adamw`.
 
     Raises:
         TypeError, ValueError: As `masked_adamw`.
 
-    Example:
+    Examples:
         >>> param, mask = torch.zeros(4), torch.tensor([0, 3])
         >>> masked_sgd([param], [torch.ones(4)], [mask], [mask[:0]], sgd_scalars([1], 0.5, 0.0, 0.0, 0.0))
         >>> param
@@ -465,7 +466,7 @@ def masked_gather(
     Raises:
         TypeError, ValueError: As `masked_adamw`.
 
-    Example:
+    Examples:
         >>> mask = torch.tensor([0, 3])
         >>> masked_gather(torch.arange(4.0), mask, mask[:0], torch.empty(2))
         tensor([0., 3.])
@@ -486,7 +487,7 @@ def masked_scatter(values: torch.Tensor, mask: torch.Tensor, block_counts: torch
     Raises:
         TypeError, ValueError: As `masked_adamw`.
 
-    Example:
+    Examples:
         >>> values, mask = torch.zeros(4), torch.tensor([0, 3])
         >>> masked_scatter(values, mask, mask[:0], torch.tensor([1.0, 2.0]))
         >>> values
