@@ -6,9 +6,8 @@ that a call of `torch.ops.opdkernels` is checked as a call of a public function 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
 
 SHARED = "two tensors share memory and one of them is written; pass each tensor once, with memory of its own"
@@ -64,65 +63,58 @@ def validate_memory(
         raise ValueError(SHARED)
 
 
-def usable_memory(tensors: Sequence[torch.Tensor], *, aligned: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def usable_memory(tensors: Sequence[torch.Tensor], *, aligned: bool = False) -> tuple[list[int], list[int]]:
     """Raise ValueError where a tensor has no memory, ends after its storage or, if `aligned`, is not aligned.
 
     Returns:
-        The addresses of the tensors and their `memory_spans`, both uint64 [tensors].
+        The address and the `memory_span` of each tensor.
     """
-    addresses = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
-    sizes = memory_spans(tensors)
-    for i in np.flatnonzero((addresses == 0) & (sizes > 0)):
-        raise ValueError(f"a tensor {list(tensors[i].shape)} has no memory: its storage was freed")
-    for i, problem in beyond_storage(tensors, sizes):
-        raise ValueError(f"a tensor {list(tensors[i].shape)} {problem}; clone() it before its storage is resized")
-    if aligned and (addresses % 8).any():  # no element is wider
-        widths = np.array([tensor.element_size() for tensor in tensors], np.uint64)
-        for i in np.flatnonzero(addresses % widths):
-            raise ValueError(
-                f"a {tensors[i].dtype} tensor {list(tensors[i].shape)} is not aligned to its elements; clone() it"
-            )
+    addresses, sizes = [], []
+    for tensor in tensors:
+        address, size = tensor.data_ptr(), memory_span(tensor)
+        if size and not address:
+            raise ValueError(f"a tensor {list(tensor.shape)} has no memory: its storage was freed")
+        if problem := beyond_storage(tensor, size):
+            raise ValueError(f"a tensor {list(tensor.shape)} {problem}; clone() it before its storage is resized")
+        if aligned and address % 8 and address % tensor.element_size():  # no element is wider than 8 bytes
+            raise ValueError(f"a {tensor.dtype} tensor {list(tensor.shape)} is not aligned to its elements; clone() it")
+        addresses.append(address)
+        sizes.append(size)
     return addresses, sizes
 
 
-def beyond_storage(tensors: Sequence[torch.Tensor], sizes: np.ndarray) -> Iterator[tuple[int, str]]:
-    """The tensors that end after their storage, which `untyped_storage().resize_` made smaller.
+def beyond_storage(tensor: torch.Tensor, size: int) -> str | None:
+    """What is wrong with a tensor that ends after its storage, which `untyped_storage().resize_` made smaller.
 
     Args:
-        tensors: Tensors of any strides.
-        sizes: Their `memory_spans`.
-
-    Returns:
-        The position of each such tensor, and what is wrong with it.
+        tensor: A tensor of any strides.
+        size: Its `memory_span`.
     """
-    available = np.array([tensor.untyped_storage().nbytes() for tensor in tensors], np.uint64)
-    needed = np.array([tensor.storage_offset() for tensor in tensors], np.uint64)
-    if needed.any():
-        needed *= np.array([tensor.element_size() for tensor in tensors], np.uint64)
-    needed += sizes
-    for i in np.flatnonzero((available < needed) & (sizes > 0)):
-        yield int(i), f"needs {needed[i]} bytes, and its storage was resized to {available[i]}"
-
-
-def memory_spans(tensors: Iterable[torch.Tensor]) -> np.ndarray:
-    """`memory_span` of each tensor, uint64 [tensors]."""
-    return np.array([t.nbytes if t.is_contiguous() else memory_span(t) for t in tensors], np.uint64)
+    available = tensor.untyped_storage().nbytes()
+    needed = size + int(tensor.storage_offset()) * tensor.element_size()
+    if available >= needed or not size:
+        return None
+    return f"needs {needed} bytes, and its storage was resized to {available}"
 
 
 def memory_span(tensor: torch.Tensor) -> int:
     """Bytes from the first to the last element of a tensor of any strides."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
     if not tensor.numel():
         return 0
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (1 + last) * tensor.element_size()
 
 
-def overlap_written(addresses: np.ndarray, sizes: np.ndarray, num_written: int) -> bool:
+def overlap_written(addresses: Sequence[int], sizes: Sequence[int], num_written: int) -> bool:
     """Whether one of the first `num_written` ranges of bytes overlaps any other range."""
-    order = np.argsort(addresses, kind="stable")
-    is_written = (order < num_written) & (sizes[order] > 0)
-    starts, ends = addresses[order], addresses[order] + sizes[order]
-    any_end = np.maximum.accumulate(ends)[:-1]  # of the ranges that begin earlier, and of those that are written
-    written_end = np.maximum.accumulate(np.where(is_written, ends, 0))[:-1]
-    limit = np.where(is_written[1:], any_end, written_end)
-    return bool(((starts[1:] < limit) & (sizes[order][1:] > 0)).any())
+    ranges = sorted((addresses[i], addresses[i] + size, i < num_written) for i, size in enumerate(sizes) if size)
+    any_end = written_end = 0  # of the ranges that begin earlier, and of those of them that are written
+    for start, end, is_written in ranges:
+        if start < (any_end if is_written else written_end):
+            return True
+        any_end = max(any_end, end)
+        if is_written:
+            written_end = max(written_end, end)
+    return False

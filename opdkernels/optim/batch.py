@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from opdkernels.ops.arguments import beyond_storage, memory_spans, overlap_written
+from opdkernels.ops.arguments import beyond_storage, memory_span, overlap_written
 from opdkernels.ops.step.layout import STEP
 from opdkernels.optim.binding import Binding, LocalMask
 from opdkernels.optim.distinct import validate_memory
@@ -31,14 +30,13 @@ class PendingStep:
 def validate_usable(named: Sequence[tuple[str, torch.Tensor]]) -> None:
     """Raise ValueError, naming it, where a tensor with elements has no memory, is not aligned to its elements or ends
     after its storage."""
-    tensors = [tensor for _, tensor in named]
     for name, tensor in named:
         address = tensor.data_ptr()
         if not address or address % tensor.element_size():
             problem = "is not aligned to its elements" if address else "has no memory: it was freed"
             raise ValueError(f"{name} {problem}; give it memory of its own")
-    for i, problem in beyond_storage(tensors, memory_spans(tensors)):
-        raise ValueError(f"{named[i][0]} {problem}; give it memory of its own")
+        if missing := beyond_storage(tensor, memory_span(tensor)):
+            raise ValueError(f"{name} {missing}; give it memory of its own")
 
 
 def validate_addresses(pending: Iterable[PendingStep]) -> None:
@@ -47,8 +45,8 @@ def validate_addresses(pending: Iterable[PendingStep]) -> None:
     active = [item for item in pending if item.local_mask.num_active]
     validate_usable([(item.binding.display_name, item.local) for item in active])
     validate_usable([(f"the gradient of {item.binding.display_name}", item.grad) for item in active])
-    addresses = np.array([item.local.data_ptr() for item in active], np.uint64)
-    sizes = memory_spans(item.local for item in active)
+    addresses = [item.local.data_ptr() for item in active]
+    sizes = [memory_span(item.local) for item in active]
     if overlap_written(addresses, sizes, len(active)):
         try:  # ranges of interleaved views overlap, their elements do not
             validate_memory([(item.binding.display_name, item.local) for item in active])

@@ -189,7 +189,7 @@ def validate_gradients(args: StepArgs, known: Validated) -> None:
     for i, (param, grad) in enumerate(zip(args.params, args.grads, strict=True)):
         validate_input(f"grads[{i}]", grad, DTYPES, device)
         validate_gradient(i, param, grad, known.num_active[i])
-    addresses, sizes = usable_memory([*args.grads, *shared_tensors(args)], aligned=True)
+    addresses, sizes = as_arrays(*usable_memory([*args.grads, *shared_tensors(args)], aligned=True))
     first = np.searchsorted(known.ends, addresses, side="right")  # the first range that ends after a gradient begins
     starts = np.append(known.starts, np.iinfo(np.uint64).max)[first]
     if ((starts < addresses + sizes) & (sizes > 0)).any():
@@ -222,12 +222,18 @@ def validate_tensors(args: StepArgs, device: torch.device) -> tuple[list[int], t
             raise ValueError(f"param {i} has step group {largest} and {rows} rows of scalars")
     written = [*args.params, *(tensor for name in MOMENTS for tensor in getattr(args, name)), *residuals]
     read = [*args.grads, *args.masks, *args.block_counts, *args.init_values, *args.step_groups, *shared_tensors(args)]
-    addresses, sizes = usable_memory(written + read, aligned=True)
-    if overlap_written(addresses, sizes, len(written)):
+    ranges = usable_memory(written + read, aligned=True)
+    if overlap_written(*ranges, len(written)):
         raise ValueError(SHARED)
+    addresses, sizes = as_arrays(*ranges)
     used = np.flatnonzero(sizes[: len(written)])
     order = used[np.argsort(addresses[used])]
     return active, (addresses[order], addresses[order] + sizes[order])
+
+
+def as_arrays(*numbers: list[int]) -> list[np.ndarray]:
+    """Addresses and sizes as uint64 arrays."""
+    return [np.array(values, np.uint64) for values in numbers]
 
 
 def shared_tensors(args: StepArgs) -> list[torch.Tensor]:
