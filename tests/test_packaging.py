@@ -70,3 +70,12 @@ def test_wheels_are_checked(tmp_path, name, files, message):
         return
     with pytest.raises(SystemExit, match=message):
         dist.check_wheel(tmp_path / name, "x86_64")
+
+
+def test_a_python_on_the_path_that_does_not_run_is_left_out(tmp_path, monkeypatch):
+    for version, command in {"3.10": "exit 1", "3.12": "exit 0"}.items():
+        script = tmp_path / f"python{version}"
+        script.write_text(f"#!/bin/sh\n{command}\n")
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert dist.found_pythons() == [str(tmp_path / "python3.12")]

@@ -122,7 +122,7 @@ def check_installed(wheel: Path, python: str, work: Path, with_torch: bool) -> s
     run(python, "-m", "venv", environment)
     installed = environment / "bin" / "python"
     if with_torch:
-        run(installed, "-m", "pip", "install", "-q", wheel)
+        run(installed, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel)
     else:
         run(installed, "-m", "pip", "install", "-q", "--no-deps", wheel)
     text = run(installed, "-c", CHECK_KERNELS, cwd=work)
@@ -133,8 +133,9 @@ def check_installed(wheel: Path, python: str, work: Path, with_torch: bool) -> s
 
 
 def found_pythons() -> list[str]:
-    """The Pythons of PYTHONS that are on the path."""
-    return [path for version in PYTHONS if (path := shutil.which(f"python{version}"))]
+    """The Pythons of PYTHONS that are on the path and run; pyenv puts one there for versions that it does not use."""
+    paths = filter(None, (shutil.which(f"python{version}") for version in PYTHONS))
+    return [path for path in paths if not subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode]
 
 
 def main() -> None:
