@@ -19,7 +19,7 @@
 // summed in windows (`Window`).
 #include "delta.h"
 #include "../common/cuda/grid.h"
-#include "../common/cuda/packed.h"
+#include "../common/cuda/queue.h"
 
 #define OPD_WINDOW 4          // limbs of an exact sum that a thread holds
 #define OPD_PAIR_THREADS 768  // at most per block of bf16 pairs: with their queues, all tables fit 227 KB

@@ -26,9 +26,7 @@ enum PairOffset {
   PAIR_TRAINED = PAIR_CLASS_ROWS + 4 * OPD_PADDED_BINS,
   PAIR_CLASSES = PAIR_TRAINED + 4 * OPD_SMEM_BINS  // |w| of changes, one row per class; then one queue per warp
 };
-#define OPD_PAIR_QUEUE_BYTES (4 * (OPD_WARP - 1 + OPD_WARP * OPD_PAIR_STEP))  // what was left, and all of a step
-// The offset of bin 0 of a table that begins with bin OPD_SMEM_FIRST_BIN.
-#define OPD_BIN_0(table) (table - 4 * OPD_SMEM_FIRST_BIN)
+#define OPD_PAIR_QUEUE_BYTES (4 * (OPD_QUEUE_REST + OPD_WARP * OPD_PAIR_STEP))
 #define OPD_PADDED_BIN_0(table) (table - 4 * (OPD_SMEM_FIRST_BIN + OPD_SMEM_FIRST_BIN / 128))
 
 enum PairTotal { TOTAL_NONFINITE, TOTAL_NONFINITE_CHANGED, TOTAL_SIGN_OF_ZERO, TOTAL_ZERO, TOTAL_CHANGED, IS_LAST };
@@ -44,10 +42,6 @@ struct PairCounter {
   const Arguments& arguments;
   OtherCounts other;
 };
-
-__device__ __forceinline__ bool is_in_smem(opd_u32 bin) {
-  return bin - OPD_SMEM_FIRST_BIN < OPD_SMEM_BINS;
-}
 
 __device__ __forceinline__ void add_work(const PairCounter& counter, int row, opd_u32 bin, opd_u32 count) {
   atomicAdd(counter.arguments.workspace + AT_WORK + row * OPD_BINS + bin, count);
@@ -152,23 +146,6 @@ __device__ __forceinline__ opd_u32 mask_byte(const opd_u32* a, const opd_u32* b,
   return bits;
 }
 
-// Loads what a lane takes of a step of its warp, which is 512 adjacent coordinates: eight from index i on, and eight
-// from i + 256 on. `whole`: all of them exist, and their addresses are aligned.
-__device__ __forceinline__ void load_step(const char* base, const char* trained, opd_i64 i, opd_i64 n, bool whole,
-                                          opd_u32* a, opd_u32* b) {
-  Vector x[4] = {};
-  if (whole) {
-    x[0] = load_now(base), x[1] = load_now(trained), x[2] = load_now(base + 512), x[3] = load_now(trained + 512);
-  } else {
-    OPD_RARE(_Pragma("unroll") for (int h = 0; h < 4; h++) {
-      const opd_i64 left = n - i - h / 2 * 256;
-      x[h] = load<8>((h & 1 ? trained : base) + h / 2 * 512, 2, 0, left > 8 ? 8 : left);
-    });
-  }
-#pragma unroll
-  for (int k = 0; k < 8; k++) a[k] = x[k / 4 * 2].word[k % 4], b[k] = x[k / 4 * 2 + 1].word[k % 4];
-}
-
 __device__ __forceinline__ void count_pair_in_smem(const Arguments& arguments) {
   const void *base = arguments.base, *trained = arguments.trained;
   const opd_i64 n = arguments.n;
@@ -193,10 +170,12 @@ __device__ __forceinline__ void count_pair_in_smem(const Arguments& arguments) {
   const char *at_base = (const char*)base + 2 * i, *at_trained = (const char*)trained + 2 * i;
   opd_u32 a[OPD_PAIR_STEP / 2], b[OPD_PAIR_STEP / 2], next_a[OPD_PAIR_STEP / 2], next_b[OPD_PAIR_STEP / 2];
   opd_i64 left = n - blockIdx.x * tile;  // coordinates from the first of the tile on
-  load_step(at_base, at_trained, i, n, aligned && left >= tile, a, b);
+  load_step(at_base, n - i, aligned && left >= tile, a);
+  load_step(at_trained, n - i, aligned && left >= tile, b);
   for (; left > 0; left -= step) {
     at_base += 2 * step, at_trained += 2 * step;
-    load_step(at_base, at_trained, i + step, n, aligned && left - step >= tile, next_a, next_b);
+    load_step(at_base, n - i - step, aligned && left - step >= tile, next_a);
+    load_step(at_trained, n - i - step, aligned && left - step >= tile, next_b);
     // Bits 12 to 15 of a sum are zero for magnitudes from 2^-31 to below 2.
     opd_u32 largest = 0;
 #pragma unroll
@@ -218,32 +197,9 @@ __device__ __forceinline__ void count_pair_in_smem(const Arguments& arguments) {
     opd_u32 bits = 0;  // of changed coordinates: those of lower halves, and from bit 16 on those of upper halves
 #pragma unroll
     for (int k = 0; k < OPD_PAIR_STEP / 2; k++) bits += nonzero_halves(a[k] ^ b[k]) << k;
-    const opd_u32 changed_here = __popc(bits);
-    opd_u32 position = changed_here;  // after the loop: the number of changes in this lane and those before it
-#pragma unroll
-    for (int d = 1; d < OPD_WARP; d *= 2) position = add_lane_below(position, d, (int)lane);
-    SharedAddress to = counter.queue + 4 * (queued + position - changed_here);
-    const opd_u32 warp_total = __shfl_sync(OPD_ALL_LANES, position, OPD_WARP - 1);
-#pragma unroll
-    for (int k = 0; k < OPD_PAIR_STEP / 2; k++) {
-      if (bits >> k & 1) {
-        shared_store<0>(to, lower_halves(a[k], b[k]));
-        to += 4;
-      }
-      if (bits >> k & 0x10000u) {
-        shared_store<0>(to, upper_halves(a[k], b[k]));
-        to += 4;
-      }
-    }
-    queued += warp_total;
-    changed += warp_total;
-    __syncwarp();
-#pragma unroll 1
-    while (queued >= OPD_WARP) {
-      queued -= OPD_WARP;
-      count_change(counter, shared_load<0>(counter.queue + 4 * (queued + lane)));
-    }
-    __syncwarp();  // the next step writes where some lanes may still read
+    const opd_u32 appended = append_to_queue<OPD_PAIR_STEP / 2>(counter.queue + 4 * queued, bits, a, b);
+    changed += appended;
+    queued = drain_queue(counter.queue, queued + appended, [&](opd_u32 both) { count_change(counter, both); });
     i += step;
 #pragma unroll
     for (int k = 0; k < OPD_PAIR_STEP / 2; k++) a[k] = next_a[k], b[k] = next_b[k];

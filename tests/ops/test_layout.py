@@ -161,21 +161,23 @@ def test_triton_uses_the_layouts(layout):
 
 
 def test_cuda_launches_match_the_kernels():
+    from opdkernels.backends.cuda import launch
     from opdkernels.ops.delta import cuda
     from opdkernels.ops.patch import cuda as patch_cuda
     from opdkernels.ops.quantile import cuda as quantile_cuda
 
-    kernels = constants_of(NUMERIC, "common/cuda/grid.h", "delta/delta.h", "delta/cuda.cu", "delta/cuda_pair.inl")
+    shared = (NUMERIC, "common/cuda/grid.h", "common/cuda/queue.h")
+    kernels = constants_of(*shared, "delta/delta.h", "delta/cuda.cu", "delta/cuda_pair.inl")
     for name, c_name in {
         "WORK_ROWS": "WORK_ROWS",
         "PAIR_THREADS": "OPD_PAIR_THREADS",
         "PAIR_STEP": "OPD_PAIR_STEP",
         "PAIR_BYTES": "PAIR_CLASSES",
-        "PAIR_QUEUE_BYTES": "OPD_PAIR_QUEUE_BYTES",
         "WORKSPACE_WORDS": "WORKSPACE_WORDS",
     }.items():
         assert kernels[c_name] == getattr(cuda, name), name
-    kernels = constants_of(NUMERIC, "common/cuda/grid.h", "quantile/quantile.h", "quantile/cuda.cu")
+    assert kernels["OPD_PAIR_QUEUE_BYTES"] == launch.change_queue_bytes(cuda.PAIR_STEP)
+    kernels = constants_of(*shared, "quantile/quantile.h", "quantile/cuda.cu")
     assert kernels["OPD_MAX_RANKS"] == quantile_cuda.MAX_RANKS
     assert kernels["NUM_RANK_STATES"] == quantile_cuda.RANK_STATES
     assert C["patch"]["OPD_PATCH_THREADS"] == patch_cuda.THREADS

@@ -100,14 +100,15 @@ OPD_FN opd_u16 bf16_bits_of(const Vector& x, int dtype, int j) {
   return float_to_bf16(dtype == FP32 ? single_of(x, j) : (float)double_of(x, j));
 }
 
+__device__ __forceinline__ bool is_in_smem(opd_u32 bin) { return bin - OPD_SMEM_FIRST_BIN < OPD_SMEM_BINS; }
+
 // Adds to one bin of a histogram of bfloat16 magnitudes: in shared memory for the first `smem_rows` rows, else in
 // `table` in global memory. Returns whether it is in shared memory. Weights mostly use a few hundred bins, a dozen
 // lines of the L2 cache, whose atomic units take one increment after another.
 __device__ __forceinline__ bool add_to_table(opd_u32* smem_tables, int smem_rows, int row, opd_u32* table, opd_u32 bin,
                                              opd_u32 count = 1) {
-  const opd_u32 smem_bin = bin - OPD_SMEM_FIRST_BIN;
-  const bool in_smem = row < smem_rows && smem_bin < OPD_SMEM_BINS;
-  if (in_smem) atomicAdd(smem_tables + row * OPD_SMEM_BINS + smem_bin, count);
+  const bool in_smem = row < smem_rows && is_in_smem(bin);
+  if (in_smem) atomicAdd(smem_tables + row * OPD_SMEM_BINS + (bin - OPD_SMEM_FIRST_BIN), count);
   else atomicAdd(table + bin, count);
   return in_smem;
 }

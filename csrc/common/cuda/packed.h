@@ -4,6 +4,9 @@
 #pragma once
 #include "grid.h"
 
+// The OFFSET of bin 0 of a table that begins with bin OPD_SMEM_FIRST_BIN.
+#define OPD_BIN_0(table) (table - 4 * OPD_SMEM_FIRST_BIN)
+
 // Code that hardly any coordinate runs. With OPD_BUDGET it is replaced by a trap, so that the instructions of a loop
 // are those of the common path.
 #if defined(OPD_BUDGET)

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,25 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", default)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """The kernel that counts tensors of some dtypes, and what a launch of it needs.
+
+    Attributes:
+        kernel: The kernel.
+        threads: Threads per block.
+        values_per_thread: Coordinates that a thread takes per step.
+        shared_bytes: Dynamic shared memory per block.
+        smem_tables: How many tables are in shared memory.
+    """
+
+    kernel: str
+    threads: int
+    values_per_thread: int
+    shared_bytes: int
+    smem_tables: int
+
+
 def smem_rows(device: torch.device, max_rows: int, table_bytes: int = SMEM_TABLE_BYTES) -> int:
     """How many tables of `table_bytes`, at most `max_rows`, fit the shared memory of a block."""
     return max(0, min(max_rows, (device_limits(device)[1] - SMEM_HEADER_BYTES) // table_bytes))
@@ -236,6 +256,11 @@ def num_queue_blocks(device: torch.device, tiles: int, threads: int) -> int:
 def queue_bytes(threads: int) -> int:
     """Shared memory for the queues of a block's warps: QUEUE_SIZE indices of two bytes each."""
     return threads // WARP * QUEUE_SIZE * 2
+
+
+def change_queue_bytes(step: int) -> int:
+    """Shared memory for a warp's queue of changes: four bytes each, what may be left and all of a step."""
+    return 4 * (WARP - 1 + WARP * step)
 
 
 def run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,50 +18,31 @@ WORK_ROWS = 10  # work tables
 WORKSPACE_WORDS = WORK_ROWS * BINS + 4 * BINS + BINS // MANTISSAS // 32 + 1
 PAIR_THREADS, WIDE_THREADS = 768, 512  # at most, per block
 
-# csrc/delta/cuda_pair.inl: coordinates that a thread takes per step, bytes of shared memory before the tables of
-# classes, and bytes of the queue of a warp
+# csrc/delta/cuda_pair.inl: coordinates that a thread takes per step, and bytes of shared memory before the tables of
+# classes
 PAIR_STEP = 16
 PADDED_BINS = SMEM_BINS + SMEM_BINS // 128
 PAIR_BYTES = 4 * (ULP_BINS * WARP + 16 + 2 * SMEM_BINS + 2 * PADDED_BINS)
-PAIR_QUEUE_BYTES = 4 * (WARP - 1 + WARP * PAIR_STEP)
 MIN_PAIR_WARPS = 8  # per block; with shared memory for fewer, the other kernel for bf16 pairs is used
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How a pair of dtypes is counted.
-
-    Attributes:
-        kernel: The kernel.
-        threads: Threads per block.
-        values_per_thread: Coordinates that a thread takes per step.
-        shared_bytes: Dynamic shared memory per block.
-        smem_tables: How many tables are in shared memory: of classes (`delta_count_bf16`), or of all (other kernels).
-    """
-
-    kernel: str
-    threads: int
-    values_per_thread: int
-    shared_bytes: int
-    smem_tables: int
-
-
-def choose_launch(device: torch.device, base: torch.dtype, trained: torch.dtype, n_thresholds: int) -> Launch:
-    """The kernel for a pair of dtypes on a device."""
+def choose_launch(device: torch.device, base: torch.dtype, trained: torch.dtype, n_thresholds: int) -> launch.Shape:
+    """The kernel for a pair of dtypes on a device; `smem_tables` of `delta_count_bf16` are those of classes."""
     bf16_pair = base == trained == torch.bfloat16
     classes = n_thresholds + 1
     pair_bytes = PAIR_BYTES + classes * SMEM_TABLE_BYTES
-    warps = min(PAIR_THREADS // WARP, (launch.device_limits(device)[1] - pair_bytes) // PAIR_QUEUE_BYTES)
+    queue_bytes = launch.change_queue_bytes(PAIR_STEP)
+    warps = min(PAIR_THREADS // WARP, (launch.device_limits(device)[1] - pair_bytes) // queue_bytes)
     if bf16_pair and warps >= min(PAIR_THREADS // WARP, MIN_PAIR_WARPS):
-        shared_bytes = pair_bytes + warps * PAIR_QUEUE_BYTES
-        return Launch("delta_count_bf16", warps * WARP, PAIR_STEP, shared_bytes, classes)
+        shared_bytes = pair_bytes + warps * queue_bytes
+        return launch.Shape("delta_count_bf16", warps * WARP, PAIR_STEP, shared_bytes, classes)
     rows = launch.smem_rows(device, WORK_ROWS)
     shared_bytes = SMEM_HEADER_BYTES + rows * SMEM_TABLE_BYTES
     if bf16_pair:
-        return Launch("delta_count_bf16_limited", PAIR_THREADS, 8, shared_bytes, rows)
+        return launch.Shape("delta_count_bf16_limited", PAIR_THREADS, 8, shared_bytes, rows)
     if torch.float64 in (base, trained):
-        return Launch("delta_count_double", WIDE_THREADS, 2, shared_bytes, rows)
-    return Launch("delta_count_float", WIDE_THREADS, 4, shared_bytes, rows)
+        return launch.Shape("delta_count_double", WIDE_THREADS, 2, shared_bytes, rows)
+    return launch.Shape("delta_count_float", WIDE_THREADS, 4, shared_bytes, rows)
 
 
 def packed_params(

@@ -117,8 +117,8 @@ LIMITED, IN_SMEM = 99 << 10, 227 << 10  # shared memory of a block, with which o
     [  # the first barrier of `is_last_block` separates blocks, which run one after another here
         *((BARRIER, which, 11, LIMITED) for which in (1, 2, 3, 4, 5, 6)),
         *((BARRIER, which, 11, IN_SMEM) for which in (1, 3, 4, 7, 8, 9, 10)),
-        (SYNCWARP, 0, 4, LIMITED),
-        (SYNCWARP, 2, 4, IN_SMEM),
+        (SYNCWARP, 0, 4, IN_SMEM),
+        (SYNCWARP, 2, 4, LIMITED),
     ],
 )
 def test_missing_barrier_is_detected(monkeypatch, text, which, of, shared_bytes):
