@@ -163,6 +163,7 @@ def test_triton_uses_the_layouts(layout):
 def test_cuda_launches_match_the_kernels():
     from opdkernels.backends.cuda import launch
     from opdkernels.ops.delta import cuda
+    from opdkernels.ops.overlap import cuda as overlap_cuda
     from opdkernels.ops.patch import cuda as patch_cuda
     from opdkernels.ops.quantile import cuda as quantile_cuda
 
@@ -177,6 +178,12 @@ def test_cuda_launches_match_the_kernels():
     }.items():
         assert kernels[c_name] == getattr(cuda, name), name
     assert kernels["OPD_PAIR_QUEUE_BYTES"] == launch.change_queue_bytes(cuda.PAIR_STEP)
+    kernels = constants_of(*shared, "overlap/overlap.h", "overlap/cuda.cu")
+    for name in ("BF16_THREADS", "MIXED_THREADS", "BF16_STEP", "MIXED_STEP"):
+        assert kernels[f"OPD_{name}"] == getattr(overlap_cuda, name), name
+    assert kernels["AT_ROWS"] == overlap_cuda.ROWS_OFFSET
+    assert kernels["OPD_BF16_QUEUE_BYTES"] == launch.change_queue_bytes(overlap_cuda.BF16_STEP)
+    assert kernels["OPD_MIXED_QUEUE_BYTES"] == launch.change_queue_bytes(overlap_cuda.MIXED_STEP)
     kernels = constants_of(*shared, "quantile/quantile.h", "quantile/cuda.cu")
     assert kernels["OPD_MAX_RANKS"] == quantile_cuda.MAX_RANKS
     assert kernels["NUM_RANK_STATES"] == quantile_cuda.RANK_STATES

@@ -113,15 +113,6 @@ __device__ __forceinline__ bool add_to_table(opd_u32* smem_tables, int smem_rows
   return in_smem;
 }
 
-// Adds the tables in shared memory to the first rows of `tables`, [][bins]; all threads of a block take part.
-__device__ __forceinline__ void flush_tables(const opd_u32* smem_tables, int smem_rows, opd_u32* tables, int bins) {
-  for (int row = 0; row < smem_rows; row++)
-    for (int bin = threadIdx.x; bin < OPD_SMEM_BINS; bin += blockDim.x) {
-      const opd_u32 count = smem_tables[row * OPD_SMEM_BINS + bin];
-      if (count) atomicAdd(tables + row * bins + OPD_SMEM_FIRST_BIN + bin, count);
-    }
-}
-
 // Sum and maximum over a warp, in every lane; all lanes take part.
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {

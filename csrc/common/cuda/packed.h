@@ -33,9 +33,12 @@ __device__ __forceinline__ SharedAddress shared_address(const void* at) {
   asm volatile("" : "+r"(address));  // kept in a register
   return address;
 }
-// The address of element `lower half of word` of a table of four-byte elements.
+// The address of element `lower half of word`, or `upper half`, of a table of four-byte elements.
 __device__ __forceinline__ SharedAddress element_of_lower(SharedAddress table, opd_u32 word) {
   return __dp2a_lo(word, 4u, table);
+}
+__device__ __forceinline__ SharedAddress element_of_upper(SharedAddress table, opd_u32 word) {
+  return __dp2a_lo(word, 0x400u, table);
 }
 // What a table in shared memory stores of an address in shared memory, and the address again.
 __device__ __forceinline__ opd_u32 stored_address(SharedAddress base, opd_u32 bytes) { return base + bytes; }
@@ -76,6 +79,17 @@ __device__ __forceinline__ opd_u32 nonzero_halves(opd_u32 x) { return __vminu2(x
 __device__ __forceinline__ int dot_halves(int a, int b, int c) { return __dp2a_lo(a, b, c); }
 // x between 0 and `upper`.
 __device__ __forceinline__ int clamp_to(int x, int upper) { return __vimin_s32_relu(x, upper); }
+// For each half, a finite bfloat16: 1 if |b - a|, rounded to bfloat16, exceeds that of `threshold`, else 0. The fused
+// -1 a + b is rounded once; rounding it to fp32 first gives the same (tests/ops/overlap/test_overlap.py).
+__device__ __forceinline__ opd_u32 changed_halves(opd_u32 a, opd_u32 b, opd_u32 threshold) {
+  opd_u32 delta;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(delta) : "r"(a), "r"(0xBF80BF80u), "r"(b));
+#if __CUDA_ARCH__ >= 900
+  return __viaddmin_s16x2_relu(delta & 0x7FFF7FFFu, __vneg2(threshold), 0x00010001u);
+#else
+  return ((delta & 0x7FFF7FFFu) + (0x7FFF7FFFu - threshold)) >> 15 & 0x00010001u;
+#endif
+}
 // The lower, or upper, halves of a and b: that of a in the lower half.
 __device__ __forceinline__ opd_u32 lower_halves(opd_u32 a, opd_u32 b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ opd_u32 upper_halves(opd_u32 a, opd_u32 b) { return __byte_perm(a, b, 0x7632); }
@@ -88,6 +102,9 @@ typedef opd_u8* SharedAddress;
 __device__ __forceinline__ SharedAddress shared_address(const void* at) { return (SharedAddress)at; }
 __device__ __forceinline__ SharedAddress element_of_lower(SharedAddress table, opd_u32 word) {
   return table + 4 * (word & 0xFFFFu);
+}
+__device__ __forceinline__ SharedAddress element_of_upper(SharedAddress table, opd_u32 word) {
+  return table + 4 * (word >> 16);
 }
 __device__ __forceinline__ opd_u32 stored_address(SharedAddress, opd_u32 bytes) { return bytes; }
 __device__ __forceinline__ SharedAddress loaded_address(SharedAddress base, opd_u32 stored) { return base + stored; }
@@ -120,6 +137,13 @@ OPD_FN int dot_halves(int a, int b, int c) {
   return (int)(short)a * (int)(signed char)b + (a >> 16) * (int)(signed char)(b >> 8) + c;
 }
 OPD_FN int clamp_to(int x, int upper) { return x < 0 ? 0 : x < upper ? x : upper; }
+OPD_FN opd_u32 changed_half(opd_u16 a, opd_u16 b, opd_u32 threshold) {
+  return (float_to_bf16(bf16_to_float(b) - bf16_to_float(a)) & 0x7FFFu) > threshold;
+}
+OPD_FN opd_u32 changed_halves(opd_u32 a, opd_u32 b, opd_u32 threshold) {
+  return halves(changed_half((opd_u16)a, (opd_u16)b, threshold & 0xFFFFu),
+                changed_half((opd_u16)(a >> 16), (opd_u16)(b >> 16), threshold >> 16));
+}
 OPD_FN opd_u32 lower_halves(opd_u32 a, opd_u32 b) { return halves(a, b); }
 OPD_FN opd_u32 upper_halves(opd_u32 a, opd_u32 b) { return halves(a >> 16, b >> 16); }
 #endif

@@ -1,4 +1,4 @@
-"""What the Triton and the CUDA launchers of `overlap` share: the compared threshold, the sums of joint counts."""
+"""What the Triton launcher of `overlap` computes in torch: the compared threshold, the sums of joint counts."""
 
 from __future__ import annotations
 

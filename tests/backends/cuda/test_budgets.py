@@ -81,6 +81,26 @@ LOOPS = (
         {"sm_80": 39, "sm_90": 40, "sm_100": 39},
         {"constants": 0, "spills": 0, "fp64": 0, "global atomics": 0},
     ),
+    *(
+        Loop(
+            f"overlap_count_bf16_{n_runs}",
+            "a step of 16 coordinates",
+            lambda loop, n_runs=n_runs: loop["global loads"] == 2 * (n_runs + 1) and loop["shared atomics"] == 16,
+            dict(zip(TARGETS, instructions, strict=True)),
+            {"shared stores": 16, "spills": 0, "fp64": 0, "global atomics": 0},
+        )
+        for n_runs, instructions in ((2, (408, 300, 277)), (3, (461, 345, 337)), (4, (512, 386, 377)))
+    ),
+    *(
+        Loop(
+            f"overlap_count_bf16_{n_runs}",
+            "a change",
+            lambda loop, n_runs=n_runs: loop["shared atomics"] == n_runs + 1 and loop["shared loads"] == 1,
+            dict(zip(TARGETS, instructions, strict=True)),
+            {"constants": 0, "spills": 0, "fp64": 0, "global atomics": 0},
+        )
+        for n_runs, instructions in ((2, (25, 24, 24)), (3, (30, 29, 29)), (4, (35, 34, 34)))
+    ),
     Loop(
         "quantile_count_2",
         "a step of 8 values",

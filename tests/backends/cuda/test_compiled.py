@@ -31,7 +31,8 @@ KERNELS = {
     "quantile_count_4": (64, 2),
     "quantile_count_8": (64, 2),
     "quantile_find": (64, 0),
-    "overlap_count": (64, 14),  # source and run; bf16 or fp16, fp32 and fp64, of which eight are 1, 2 and 4 loads
+    **{f"overlap_count_bf16_{runs}": (96, 2 * (runs + 1)) for runs in (2, 3, 4)},
+    "overlap_count": (64, 14),  # base and run; bf16 or fp16, fp32 and fp64, of which eight are 1, 2 and 4 loads
     "step_adamw": (64, 0),
     "step_sgd": (64, 0),
     "step_gather": (64, 0),
@@ -89,7 +90,7 @@ def test_no_fusion_beyond_the_source(kernel):
     """Every product, sum, quotient and root names its rounding, which also forbids an assembler to fuse it."""
     code = machine_code.ptx()[kernel]
     assert not re.findall(machine_code.UNROUNDED, code)
-    assert ("fma.rn" in code) == (kernel in FUSING)
+    assert bool(re.search(r"fma\.rn\.f(?:32|64)", code)) == (kernel in FUSING)
 
 
 @needs_nvcc

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opdkernels.backends.cuda import launch
 from opdkernels.ops.delta import DEFAULT_THRESHOLD_BITS, THRESHOLDS
@@ -60,9 +61,9 @@ def call_quantile(dtype: torch.dtype, n: int) -> None:
     quantile.quantile(on_cuda(n, dtype=dtype), [n // 10, n // 2], True, on_cuda((n + 7) // 8, dtype=torch.uint8))
 
 
-def call_overlap(runs: int, n: int) -> None:
+def call_overlap(runs: int, n: int, dtype: torch.dtype = BF16) -> None:
     outputs = (on_cuda(32768), on_cuda(runs, 32768), on_cuda(runs, runs), on_cuda(runs + 1), on_cuda(2))
-    overlap.overlap_(on_cuda(n, dtype=BF16), [on_cuda(n, dtype=FP32)] * runs, 0x3728, *outputs)
+    overlap.overlap_(on_cuda(n, dtype=BF16), [on_cuda(n, dtype=dtype)] * runs, 0x3728, *outputs)
 
 
 def call_patch(dtype: torch.dtype, n: int) -> None:
@@ -118,17 +119,50 @@ def test_more_than_2_31_coordinates_take_slices(monkeypatch, dtype, name):
     assert launches(monkeypatch, lambda: call_delta(dtype, dtype, 0)) == []
 
 
-def test_quantile_takes_one_pass_per_digit_and_overlap_one(monkeypatch):
+def test_quantile_takes_one_pass_per_digit(monkeypatch):
     for dtype, passes in ((BF16, 1), (FP32, 2), (FP64, 4)):
         started = launches(monkeypatch, lambda dtype=dtype: call_quantile(dtype, 1 << 20))
         names = [f"quantile_count_{dtype.itemsize}", "quantile_find"] * passes
         assert [launched[0] for launched in started] == names
         assert [launched[1] for launched in started][1::2] == [1, *[2] * (passes - 1)]
-    for runs in (2, 16):
-        ((name, *_, trained, _, _, sets, _, size, _, _, _),) = launches(
-            monkeypatch, lambda runs=runs: call_overlap(runs, 1 << 20)
-        )
-        assert (name, len(trained), sets is None, size) == ("overlap_count", runs, runs == 2, 1 << 20)
+
+
+class Operations(TorchDispatchMode):
+    """The operations of torch that are executed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("runs", "dtype", "kernel"),
+    [
+        (2, BF16, "overlap_count_bf16_2"),
+        (4, BF16, "overlap_count_bf16_4"),
+        (2, FP32, "overlap_count"),
+        (5, BF16, "overlap_count"),
+        (16, BF16, "overlap_count"),
+    ],
+    ids=str,
+)
+def test_overlap_is_one_launch_without_copies(monkeypatch, runs, dtype, kernel):
+    """Runs are arguments of the kernel, which adds to the outputs itself; torch only takes views."""
+    with Operations() as operations:
+        (launched,) = launches(monkeypatch, lambda: call_overlap(runs, 1 << 20, dtype))
+    size, n_runs, threshold, _, *trained = launched[12:]
+    assert (launched[0], size, n_runs, threshold) == (kernel, 1 << 20, runs, 0x3728)
+    assert [tensor is not None for tensor in trained] == [True] * runs + [False] * (16 - runs)
+    assert {name for name in operations.names if name.startswith("aten.") and "empty" not in name} <= {
+        "aten.view.default",
+        "aten.slice.Tensor",
+    }
+    sizes = [launched[12] for launched in launches(monkeypatch, lambda: call_overlap(runs, BEYOND, dtype))]
+    assert (len(sizes), sum(sizes), max(sizes)) == (3, BEYOND, 2**30)
 
 
 def test_step_of_many_tensors_is_one_launch(monkeypatch):
@@ -189,15 +223,27 @@ def test_bf16_pairs_use_the_kernel_whose_tables_fit(monkeypatch, shared_bytes, k
 
 @pytest.mark.parametrize(("shared_bytes", "tables"), [(HOPPER, 10), (AMPERE, 8), (ADA, 4), (48 << 10, 0)])
 def test_blocks_use_the_available_shared_memory(monkeypatch, shared_bytes, tables):
-    calls = (
-        (lambda: call_delta(FP32, FP32, 1 << 24), 10),
-        (lambda: call_overlap(2, 1 << 24), 4),
-    )
-    for call, wanted in calls:
-        name, blocks, _, asked, *rest = launches(monkeypatch, call, shared_bytes)[0]
-        rows = rest[12] if name == "delta_count_float" else rest[-1]
-        assert (blocks, rows) == (132, min(tables, wanted))
-        assert asked == launch.SMEM_HEADER_BYTES + rows * launch.SMEM_TABLE_BYTES <= shared_bytes
+    _, blocks, _, asked, *rest = launches(monkeypatch, lambda: call_delta(FP32, FP32, 1 << 24), shared_bytes)[0]
+    assert (blocks, rest[12]) == (132, tables)
+    assert asked == launch.SMEM_HEADER_BYTES + tables * launch.SMEM_TABLE_BYTES <= shared_bytes
+
+
+@pytest.mark.parametrize(
+    ("shared_bytes", "runs", "kernel", "threads", "rows"),
+    [
+        (HOPPER, 4, "overlap_count_bf16_4", 640, 5),
+        (AMPERE, 4, "overlap_count_bf16_4", 640, 5),
+        (ADA, 2, "overlap_count_bf16_2", 640, 3),
+        (ADA, 3, "overlap_count_bf16_3", 416, 4),
+        (ADA, 4, "overlap_count", 1024, 3),
+        (HOPPER, 16, "overlap_count", 1024, 11),
+        (48 << 10, 2, "overlap_count", 1024, 0),
+    ],
+)
+def test_overlap_uses_the_kernel_whose_rows_fit(monkeypatch, shared_bytes, runs, kernel, threads, rows):
+    launched = launches(monkeypatch, lambda: call_overlap(runs, 1 << 24), shared_bytes)[0]
+    assert (launched[0], launched[1], launched[2], launched[15]) == (kernel, 132, threads, rows)
+    assert launched[3] <= shared_bytes
 
 
 def test_kernels_launch_on_the_current_stream(monkeypatch):

@@ -96,6 +96,12 @@ def large(n: int = 3000) -> list[Any]:
     return [base, runs]
 
 
+def zeros(count: int) -> list[Any]:
+    """A base of zeros, of which every run changes some."""
+    base = torch.zeros(3000, dtype=BF16)
+    return [base, [base.index_fill(0, torch.arange(r, 3000, 3 + r), 0.5) for r in range(count)]]
+
+
 def neighbours(count: int, threshold_bits: int) -> list[Any]:
     """Differences at, next to and halfway between bf16 neighbours: kernels compare before rounding."""
     base = torch.tensor([1.0, 256.0], dtype=BF16).repeat(512)
@@ -124,6 +130,8 @@ def special_cases() -> Iterator[Case]:
     for count in (2, 5):
         yield runs_case(5001, (BF16, FP32, *(BF16,) * (count - 1)))
     yield Case("large", large, call_overlap)
+    for count in (2, 5):
+        yield Case(f"zeros of {count} runs", functools.partial(zeros, count), call_overlap)
     yield from neighbour_cases(3, (0, 1, 0x3B80, 0x3B81, *range(0x3F7E, 0x3F84), 0x42FF, 0x7F7F))
     for count in (2, 3):
         yield Case(f"bf16 patterns {count}", functools.partial(bf16_patterns, count), call_overlap)

@@ -36,6 +36,28 @@ def by_reference(base, runs, threshold_bits=DEFAULT_THRESHOLD_BITS) -> Overlap:
     return result
 
 
+def rounded_once(x: np.ndarray) -> np.ndarray:
+    """Doubles rounded to the eight significant bits of bf16, to nearest even."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.rint(256 * mantissa), exponent - 8)
+
+
+def rounded_by_way_of_fp32(x: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(x).float().bfloat16().double().numpy()
+
+
+def test_a_difference_of_bf16_values_may_be_rounded_once_or_by_way_of_fp32():
+    """CUDA kernels round once (csrc/common/cuda/packed.h). Of values further apart than here the larger one remains."""
+    mantissas = np.arange(128.0, 256.0)
+    for shift in range(41):
+        larger = 2.0**shift * mantissas[:, None]
+        for difference in (larger - mantissas, larger + mantissas):
+            assert (rounded_once(difference) == rounded_by_way_of_fp32(difference)).all()
+    assert (rounded_once(larger + mantissas) == larger).all()
+    of_three = np.array([1 + 2.0**-8 + 2.0**-30])
+    assert rounded_once(of_three) != rounded_by_way_of_fp32(of_three)
+
+
 class Oracle:
     """Each coordinate's |W| and set of runs, with numbers instead of bit patterns and differences in double."""
 
