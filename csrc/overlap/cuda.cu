@@ -1,8 +1,8 @@
 // `overlap` on a CUDA device: the base and all runs are read once, and one launch adds everything to the outputs.
 //
 // Every coordinate increments the table of |w|. Which runs changed it is one number, the set, with one bit per run.
-// Coordinates with a set that is not empty are queued, |w| and the set, and counted 32 at a time: in the table of |w| of
-// each run of the set, and in a histogram of sets, from which the counts of pairs and of numbers of runs follow. For
+// Coordinates with a set that is not empty are queued, |w| and the set, and counted 32 at a time: in the table of |w|
+// of each run of the set, and in a histogram of sets, from which the counts of pairs and of numbers of runs follow. For
 // more than eight runs there is a histogram for every pair of groups of four runs.
 //
 // The common path is for values below 2: changes are compared as bfloat16, two at a time, which gives what overlap.h
@@ -105,7 +105,8 @@ template <int STEP> struct Step {
 
 // The sets of a step from index i on, for any values; of w, the words of the base.
 template <int STEP>
-__device__ __forceinline__ void compare_one_by_one(const BlockState& block, opd_i64 i, const opd_u32* w, Step<STEP>& step) {
+__device__ __forceinline__ void compare_one_by_one(const BlockState& block, opd_i64 i, const opd_u32* w,
+                                                   Step<STEP>& step) {
   const Arguments& a = block.a;
 #pragma unroll
   for (int first = 0; first < STEP; first += 8, i += 256) {
@@ -120,8 +121,8 @@ __device__ __forceinline__ void compare_one_by_one(const BlockState& block, opd_
       load_as_bf16(block.trained()[run], a.dtype_of(run + 1), i, a.n, v);
 #pragma unroll
       for (int j = 0; j < 8; j++) {
-        const opd_u32 shift = 16 * (j & 1);
-        const opd_u32 difference = difference_bits((opd_u16)(w[(first + j) / 2] >> shift), (opd_u16)(v[j / 2] >> shift));
+        const opd_u32 shift = 16 * (j & 1), w_j = w[(first + j) / 2] >> shift, v_j = v[j / 2] >> shift;
+        const opd_u32 difference = difference_bits((opd_u16)w_j, (opd_u16)v_j);
         sets[j / 2] |= (opd_u32)(difference >= change_limit(a.threshold)) << (run + shift);
         infinite |= (opd_u32)!difference_finite(difference) << j;
       }
@@ -171,7 +172,8 @@ __device__ __forceinline__ void count_change(const BlockState& block, opd_u32 ch
     if (set >> run & 1) block.add(run + 1, bin);
 }
 
-// Counts |w| of a step, and appends what runs changed to the queue. Returns how many elements this has then.
+// Counts |w| of a step, and what runs changed through the queue, which has `queued` elements. Returns how many it has
+// then.
 template <int RUNS, int STEP>
 __device__ __forceinline__ opd_u32 count_step(const BlockState& block, const Step<STEP>& step, opd_u32 queued) {
   // Bits 12 to 15 of a sum are zero for magnitudes from 2^-31 to below 2.
@@ -218,8 +220,9 @@ __device__ __forceinline__ void flush_block(const BlockState& block) {
     int g = first / OPD_GROUP, h = second / OPD_GROUP;
     if (g > h) continue;  // as its transpose
     if (g == h) h = g == 0 ? 1 : g, g = 0;  // any histogram that has the group
-    // The bit of a run in the index of a set.
-    const auto bit_of = [&](int run) -> opd_u32 { return 1u << (run % OPD_GROUP + (run / OPD_GROUP == h) * OPD_GROUP); };
+    const auto bit_of = [&](int run) -> opd_u32 {  // in the index of a set
+      return 1u << (run % OPD_GROUP + (run / OPD_GROUP == h ? OPD_GROUP : 0));
+    };
     const opd_u32 both = bit_of(first) | bit_of(second);
     opd_u32 total = 0;
     for (opd_u32 set = both; set < OPD_PAIR_SETS; set = (set + 1) | both)

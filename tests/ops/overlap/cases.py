@@ -85,7 +85,7 @@ def dtype_cases(n: int, hostile: bool = True) -> Iterator[Case]:
 
 
 def many_runs(n: int) -> Iterator[Case]:
-    for count in (3, 4, 5, 16):
+    for count in (3, 4, 5, 9, 16):
         yield runs_case(n, (BF16,) * (count + 1))
 
 
