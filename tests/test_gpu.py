@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import backends, build, checks, record, timings
 from benchmarks.gpu.backends import CPU, FAMILIES, REFERENCE, Backend, launched_by, serves
 from benchmarks.gpu.checks import CHECKS, Inconclusive
+from benchmarks.gpu.graphs import NotCapturable
 from benchmarks.gpu.worker import gpu_is_lost
 from tests.backends.cuda.fibers import launch_on_fibers, load_kernels, needs_compiler
 from tests.ops.conformance import Allocator
@@ -57,7 +59,7 @@ def test_checks_on_gpu(check, family):
         if name == check:
             try:
                 CHECKS[check](tested, backend, device)
-            except Inconclusive as why:
+            except (Inconclusive, NotCapturable) as why:
                 print(f"{backend.name}: {why}")
 
 
@@ -189,6 +191,7 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(checks, "on_gpu", lambda device: True)
     monkeypatch.setattr(timings, "on_gpu", lambda device: True)
     for name, fake in (
+        ("get_device_properties", lambda device: SimpleNamespace(name="NVIDIA H200")),
         ("Stream", FakeStream),
         ("Event", FakeStream),
         ("stream", contextlib.nullcontext),
@@ -211,6 +214,11 @@ def test_calls_to_a_gpu(monkeypatch):
     with pytest.raises(Inconclusive, match="1 GB of 4 GB are free"):
         checks.indexes_beyond_32_bits(family, CPU, HERE, SIZES)
     assert timings.seconds(lambda: None, HERE) == 0.002
+    assert timings.seconds_in_graph(lambda: None, HERE, 1e-3) == (0.002 / timings.GRAPH_CALLS, "")
+    assert timings.seconds_in_graph(lambda: pytest.fail("captured"), HERE, 1.0) == (
+        None,
+        "a call takes more than 10 ms",
+    )
     assert timings.coordinates(HERE) == 1 << 22
     monkeypatch.setattr(FakeStream, "query", lambda event: True)
     with pytest.raises(Inconclusive, match="the default stream finished first"):
@@ -272,6 +280,7 @@ def test_unit_reports_its_status(monkeypatch):
         (None, "passed"),
         (AssertionError("off"), "failed"),
         (Inconclusive("no"), "inconclusive"),
+        (NotCapturable("waits"), "not capturable"),
         (torch.OutOfMemoryError("full"), "inconclusive"),
     ):
         unit = worker.Unit("check", "a", "b", "c", lambda error=error: raises(error) if error else [])
@@ -365,8 +374,14 @@ def test_checks_that_use_all_the_time_are_kept(tmp_path, monkeypatch, capfd):
         )
         return results, ""
 
+    def first_only(command_line, deadline, results):
+        if "first" not in command_line:
+            return "late"
+        results.take({"plan": [], "machine": {"name": "a gpu", "torch": "2", "cuda": "13"}, "missing": []})
+        return ""
+
     monkeypatch.setattr(command, "supervise_parallel", checked)
-    monkeypatch.setattr(command, "supervise", lambda *_: "late")
+    monkeypatch.setattr(command, "supervise", first_only)
     assert command.main(["--device", "cpu", "--small", "--no-build", "--jobs", "2", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     assert [unit["status"] for unit in json.loads(path.read_text())["units"]] == ["passed"]
@@ -436,13 +451,52 @@ def test_sanitizer_runs_the_equality_checks(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     arguments = worker.options(["--device", "cpu"])
     for script, wrong in (("exit 9", "Invalid __global__ read"), ("exit 0", None), ("exit 1", "crashed")):
-        tool.write_text(f"#!/bin/sh\necho '========= Invalid __global__ read'\n{script}\n")
+        report = "echo '========= Invalid __global__ read'"
+        tool.write_text(f'#!/bin/sh\n{report}\necho "$@" > {tmp_path}/call\n{script}\n')
         tool.chmod(0o755)
         if wrong:
             with pytest.raises(AssertionError, match=wrong):
-                worker.sanitized("memcheck", arguments)
+                worker.sanitized("memcheck", "delta", arguments)
         else:
-            assert worker.sanitized("memcheck", arguments) == []
+            assert worker.sanitized("memcheck", "delta", arguments) == []
+    call = (tmp_path / "call").read_text()
+    assert call.startswith("--tool memcheck ")
+    assert " --family delta " in call
+    arguments.until = worker.time.monotonic() + worker.MIN_SANITIZER_S
+    with pytest.raises(Inconclusive, match="no time is left"):
+        worker.sanitized("memcheck", "delta", arguments)
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "text"),
+    [
+        (json.dumps({"backend": "NVRTC", "status": "passed"}), Inconclusive, r"stopped after 60 s; passed: NVRTC$"),
+        ("========= Invalid __global__ read", AssertionError, r"^Invalid __global__ read$"),
+    ],
+    ids=["passed", "error"],
+)
+def test_sanitizer_is_stopped_with_its_children(tmp_path, monkeypatch, line, error, text):
+    """And what it had found until then is reported."""
+    from benchmarks.gpu import worker
+
+    tool, printed = tmp_path / "compute-sanitizer", tmp_path / "printed"
+    os.mkfifo(printed)
+    tool.write_text(
+        f"#!/bin/sh\necho '========= COMPUTE-SANITIZER'\necho '{line}'\necho > {printed}\nsleep 600 &\nwait\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    communicate = subprocess.Popen.communicate
+
+    def time_passes(process, timeout=None):
+        if timeout:
+            printed.read_text()
+            raise subprocess.TimeoutExpired("compute-sanitizer", timeout)
+        return communicate(process)  # returns once every process that could write is gone
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", time_passes)
+    with pytest.raises(error, match=text):
+        worker.sanitized("memcheck", "delta", worker.options(["--device", "cpu"]))
 
 
 def test_command_needs_torch_and_numpy_only():

@@ -26,6 +26,7 @@ from typing import Any
 from benchmarks.gpu import build, record
 
 DEADLINE_S = 450.0
+PARALLEL_FRACTION = 0.6  # of the time, for checks and compute-sanitizer; measurements have the rest
 UNIT_LIMIT_S = 120.0  # a unit that takes longer is stuck
 GROUPS = {"tests": "check,sanitizer", "bench": "time"}
 MAX_RESTARTS = 24  # of workers that crashed
@@ -115,7 +116,7 @@ def supervise(command: list[str], deadline: float, results: Results) -> str:
     """
     for _ in range(MAX_RESTARTS):
         process = subprocess.Popen(
-            [*command, "--first", str(len(results.done))],
+            [*command, "--first", str(len(results.done)), "--until", str(deadline)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -147,6 +148,33 @@ def supervise_parallel(command: list[str], jobs: int, deadline: float) -> tuple[
     results = Results()
     results.join(parts)
     return results, next(filter(None, why), "")
+
+
+def run_phases(command: list[str], jobs: int, deadline: float, with_measurements: bool) -> tuple[Results, str]:
+    """All units in one process; with several jobs, the first ones, then checks in parallel, then the rest.
+
+    Returns the results, and why units did not start, or "".
+    """
+    results = Results()
+    if jobs == 1:
+        return results, supervise(command, deadline, results)
+    parallel_deadline = deadline
+    if with_measurements:
+        first = Results()
+        why = supervise([*command, "--part", "first"], deadline, first)
+        results.join([first])
+        if not results.about:
+            return results, why
+        now = time.monotonic()
+        parallel_deadline = now + PARALLEL_FRACTION * (deadline - now)
+    checked, why = supervise_parallel(command, jobs, parallel_deadline)
+    results.join([checked])
+    if not results.about:
+        return results, why
+    rest = Results()
+    late = supervise([*command, "--part", "alone"], deadline, rest)
+    results.join([rest])
+    return results, "; ".join(filter(None, (why, late and f"units that run alone: {late}")))
 
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
@@ -181,14 +209,8 @@ def main(arguments: list[str] | None = None) -> int:
     groups = [GROUPS[name] for name in GROUPS if getattr(chosen, name)] or list(GROUPS.values())
     command = [sys.executable, "-m", "benchmarks.gpu.worker", "--device", chosen.device]
     command += [*(["--small"] if chosen.small else []), *(["--only", chosen.only] if chosen.only else [])]
-    results, rest, why = Results(), Results(), ""
-    if chosen.jobs > 1 and GROUPS["tests"] in groups:
-        results, why = supervise_parallel([*command, "--groups", "check"], chosen.jobs, deadline)
-        command += ["--part", "alone"]
-    if results.about or not why:
-        late = supervise([*command, "--groups", ",".join(groups)], deadline, rest)
-        results.join([rest])
-        why = "; ".join(filter(None, (why, late and f"units that run alone: {late}" if results.about else late)))
+    jobs = chosen.jobs if GROUPS["tests"] in groups else 1
+    results, why = run_phases([*command, "--groups", ",".join(groups)], jobs, deadline, len(groups) > 1)
     if not results.about:
         print(
             f"nothing was checked on {chosen.device}: {why}; see `nvidia-smi`, and `python3 -m opdkernels doctor`",

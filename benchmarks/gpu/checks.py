@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
+from benchmarks.gpu import graphs
 from benchmarks.gpu.backends import CPU, Backend
 from opdkernels.checkpoint import streaming
 from opdkernels.ops import delta, gram
@@ -28,6 +32,12 @@ from tests.ops.conformance import (
 SIZES = (*SIZES, MILLION)
 RUNS = 20
 SLEEP_CYCLES = 1 << 30  # over half a second
+BITS = {  # inputs of integers that may have any value
+    "patch_gather_": ("base", "trained"),
+    "patch_scatter_": ("base", "values"),
+    "patch_check": ("positions",),
+    "patch_digest": ("values",),
+}
 BEYOND, TILE = 2**31, 1 << 20  # elements that 32 bits cannot index; elements that are repeated until there are as many
 
 
@@ -87,6 +97,84 @@ def is_deterministic(family: Family, backend: Backend, device: torch.device, siz
         first = first or outputs
         for a, b in zip(outputs, first, strict=True):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), f"run {i} differs from the first: {case.name}"
+
+
+def first_calls(family: Family, n: int) -> dict[str, list[Any]]:
+    """The arguments of the first call of each operator in the cases of n coordinates, or else in the special ones."""
+    calls: dict[str, list[Any]] = {}
+
+    def kernel(operator: str) -> Callable:
+        def call(*arguments: Any) -> Any:
+            calls.setdefault(operator, Allocator().put(arguments))
+            return CPU.kernel(operator)(*arguments)
+
+        return call
+
+    for case in (*cases(family, n), *special_cases(family)):
+        if set(calls) >= set(family.operators):
+            break
+        allocator = Allocator()
+        case.call(kernel, allocator, *allocator.put(inputs_of(case)))
+    return calls
+
+
+def parameters_of(operator: str) -> list[Any]:
+    """The parameters of an operator by its schema."""
+    return getattr(torch.ops.opdkernels, operator).default._schema.arguments
+
+
+def is_written(parameter: Any) -> bool:
+    return parameter.alias_info is not None and parameter.alias_info.is_write
+
+
+def changed_arguments(operator: str, arguments: list[Any], change: int) -> list[Any]:
+    """The arguments with other values of their inputs; masks, counts and positions stay as they are, and valid."""
+    number = itertools.count(1)
+
+    def changed(parameter: Any, leaf: Any) -> Any:
+        values_of = BITS.get(operator, ())
+        if not isinstance(leaf, torch.Tensor) or not (leaf.is_floating_point() or parameter.name in values_of):
+            return leaf
+        values = leaf.flatten().roll(change * next(number))  # another distance in each tensor
+        values[: leaf.numel() * change // 4] = values[-1:].clone()  # histograms change, too
+        return values.view(leaf.shape)
+
+    return [
+        argument if is_written(parameter) else pytree.tree_map(functools.partial(changed, parameter), argument)
+        for argument, parameter in zip(arguments, parameters_of(operator), strict=True)
+    ]
+
+
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def check_replays(operator: str, kernel: Callable, arguments: list[Any], device: torch.device) -> None:
+    """Raises NotCapturable, or AssertionError where a replay gives another result than a call."""
+    put = Allocator(device).put
+    static = put(arguments)
+    replay, result = graphs.capture(lambda: kernel(*static), device)
+    for change in (1, 2):
+        changed = put(changed_arguments(operator, arguments, change))
+        for old, new in zip(tensors_of(static), tensors_of(changed), strict=True):
+            old.copy_(new)
+        replay()
+        expected = tensors_of([kernel(*changed), changed])
+        for a, b in zip(tensors_of([result, static]), expected, strict=True):
+            same = torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+            assert same, f"replay {change} of {operator} gives another result than a call"
+
+
+def replays_in_graph(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
+    """Every operator is captured in a CUDA graph, whose replays on changed inputs give what calls give."""
+    reasons = []
+    for operator, arguments in first_calls(family, sizes[-2]).items():
+        try:
+            check_replays(operator, backend.kernel(operator), arguments, device)
+        except graphs.NotCapturable as error:
+            reasons.append(f"{operator}: {error}")
+    if reasons:
+        raise graphs.NotCapturable("; ".join(reasons))
 
 
 def uses_current_stream(family: Family, backend: Backend, device: torch.device, sizes: tuple[int, ...] = SIZES) -> None:
@@ -205,6 +293,7 @@ CHECKS = {
         matches_cpu,
         accepts_misaligned_views,
         is_deterministic,
+        replays_in_graph,
         uses_current_stream,
         passes_opcheck,
         matches_cpu_when_streamed,
@@ -221,9 +310,16 @@ PACKAGE_CHECKS = {
 """Checks of the package itself, whichever backend it selects, and the family that they concern (None: every one)."""
 
 
+def is_kernel(backend: Backend, family: Family) -> bool:
+    """Whether a backend has kernels for a family: the package calls another one, and the reference is a definition."""
+    return backend.name not in ("reference", "package") and backend.serves_all(family)
+
+
 def concerns(check: str, family: Family, backend: Backend) -> bool:
     if not backend.serves_all(family):
         return False
+    if check == replays_in_graph.__name__:
+        return is_kernel(backend, family)
     return check not in PACKAGE_CHECKS or (backend.name == "package" and PACKAGE_CHECKS[check] in (None, family.name))
 
 

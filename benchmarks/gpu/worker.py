@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,8 +22,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import checks, timings
+from benchmarks.gpu import atomics, checks, graphs, pair, timings
 from benchmarks.gpu.backends import CPU, FAMILIES, OPERATORS, available_backends
+from benchmarks.gpu.record import NOT_CAPTURABLE
 from opdkernels.backends import dispatch
 
 SMALL = (0, 31, 1025, 5001)
@@ -29,7 +32,10 @@ ALONE = (
     "uses_current_stream",
     "indexes_beyond_32_bits",
 )  # checks that other processes on the GPU would disturb
+FIRST = "atomics"  # before everything else: the designs of the kernels depend on it
 SANITIZED = ("memcheck", "racecheck")
+MIN_SANITIZER_S = 10.0
+END_MARGIN_S = 3.0  # a worker that is killed could not end the process under the sanitizer
 GPU_LOST = 3  # exit status of a worker that cannot use the GPU any more
 
 
@@ -53,53 +59,69 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
 
 
-def sanitized(tool: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The equality checks on small inputs under NVIDIA's compute-sanitizer, in another process."""
+def sanitized(tool: str, family: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The equality checks of a family on small inputs under NVIDIA's compute-sanitizer, in another process."""
     program = sanitizer()
     if program is None:
         raise checks.Inconclusive("compute-sanitizer is not installed")
-    command = [
-        program,
-        "--tool",
-        tool,
-        "--error-exitcode",
-        "9",
-        "--report-api-errors",
-        "no",
-        sys.executable,
-        "-m",
-        "benchmarks.gpu.worker",
-        "--device",
-        arguments.device,
-    ]
+    limit_s = min(arguments.limit, arguments.until - time.monotonic() - END_MARGIN_S)
+    if limit_s < MIN_SANITIZER_S:
+        raise checks.Inconclusive("no time is left")
+    command = [program, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
+    command += [sys.executable, "-m", "benchmarks.gpu.worker", "--device", arguments.device, "--family", family]
     command += ["--small", "--only", "matches_cpu", "--without", "reference,package"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=arguments.limit)
-    reports = [line for line in done.stdout.splitlines() if line.startswith("=========")]
-    assert done.returncode != 9, "; ".join(line.removeprefix("=========").strip() for line in reports[:6])
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    status, stdout, stderr = run_for(command, limit_s)
+    reports = [line.removeprefix("=========").strip() for line in stdout.splitlines() if line.startswith("=========")]
+    reports = [line for line in reports if not line.startswith(("COMPUTE-SANITIZER", "WARNING"))]
+    results = [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
     failed = [result for result in results if result.get("status") == "failed"]
-    assert done.returncode == 0, done.stderr[-500:] or "the process crashed"
+    has_errors = status == 9 or (status is None and bool(reports))
+    assert not has_errors, "; ".join(reports[:6])
     assert not failed, f"{failed[0]['workload']} {failed[0]['backend']}: {failed[0]['detail']}"
+    if status is None:
+        passed = [result["backend"] for result in results if result.get("status") == "passed"]
+        raise checks.Inconclusive(f"stopped after {limit_s:.0f} s; passed: {', '.join(passed) or 'none'}")
+    assert status == 0, stderr[-500:] or "the process crashed"
     return []
 
 
-def is_in_part(part: str, name: str, family: int) -> bool:
-    """Whether a worker runs a check of a family. `part`: "2/4" (the third of four workers), "alone", or "" for all."""
-    if not part or part == "alone":
-        return not part or name in ALONE
+def run_for(command: list[str], limit_s: float) -> tuple[int | None, str, str]:
+    """Exit status and outputs of a process; it and its children are killed after `limit_s`, and the status is None."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        outputs = process.communicate(timeout=limit_s)
+        return process.returncode, *outputs
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return None, *process.communicate()
+
+
+def is_in_part(part: str, unit: Unit, families: list[str]) -> bool:
+    """Whether a worker runs a unit.
+
+    `part`: "first" for what runs before everything else, "2/4" for the third of four workers in parallel, "alone" for
+    the rest, or "" for all.
+    """
+    if not part:
+        return True
+    phase = "first" if unit.name == FIRST else "alone" if unit.group == "time" or unit.name in ALONE else "parallel"
+    if "/" not in part or phase != "parallel":
+        return part == phase
     which, of = map(int, part.split("/"))
-    return name not in ALONE and family % of == which
+    return families.index(unit.workload) % of == which
 
 
 def plan(arguments: argparse.Namespace, device: torch.device) -> list[Unit]:
+    """The units to run, in order: what decides most comes first, as the deadline may cut off the rest."""
     backends = [
         backend for backend in available_backends(device)[0] if backend.name not in arguments.without.split(",")
     ]
-    families = list(FAMILIES.values())
+    families = [family for family in FAMILIES.values() if arguments.family in ("", family.name)]
     sizes = SMALL if arguments.small else checks.SIZES
     n = 1 << 12 if arguments.small else None
     limits: dict[str, float] = {}
-    listed = []
 
     def check(name, family, backend):
         return lambda: checks.CHECKS[name](family, backend, device, sizes) or []
@@ -117,26 +139,44 @@ def plan(arguments: argparse.Namespace, device: torch.device) -> list[Unit]:
     def compiled(workload):
         return lambda: list(timings.time_compiled(workload, device, limit(), torch.compile, n))
 
-    for name, family, backend in checks.units(families, backends):
-        if is_in_part(arguments.part, name, families.index(family)):
-            listed.append(Unit("check", name, family.name, backend.name, check(name, family, backend)))
-    listed.append(Unit("time", "limits", "the device", "PyTorch", measure))
-    listed += [
-        Unit("time", "backends", workload.name, "every backend", timed(workload)) for workload in timings.WORKLOADS
+    def sanitize(tool, family):
+        return lambda: sanitized(tool, family.name, arguments)
+
+    listed = [
+        Unit("check", name, family.name, backend.name, check(name, family, backend))
+        for name, family, backend in checks.units(families, backends)
     ]
-    listed += [
-        Unit("sanitizer", tool, "every family", "every backend", lambda tool=tool: sanitized(tool, arguments))
-        for tool in SANITIZED
-    ]
-    listed += [
-        Unit("time", "torch.compile", workload.name, "torch.compile", compiled(workload))
-        for workload in timings.WORKLOADS
-        if workload.fuses
+    kernels = [family for family in families if any(checks.is_kernel(backend, family) for backend in backends)]
+    listed = [
+        Unit("time", FIRST, "shared memory", "NVRTC", lambda: atomics.measure(atomics.kernels_for(device), device)),
+        *(unit for unit in listed if unit.name not in ALONE),
+        *(
+            Unit("sanitizer", tool, family.name, "every backend", sanitize(tool, family))
+            for tool in SANITIZED
+            for family in kernels
+        ),
+        Unit("time", "limits", "the device", "PyTorch", measure),
+        *(Unit("time", "backends", workload.name, "every backend", timed(workload)) for workload in timings.WORKLOADS),
+        Unit(
+            "time",
+            "pair",
+            "8B shapes",
+            "package",
+            lambda: pair.measure(device, pair.SMALL if arguments.small else pair.LLAMA_8B),
+        ),
+        *(unit for unit in listed if unit.name in ALONE),
+        *(
+            Unit("time", "torch.compile", workload.name, "torch.compile", compiled(workload))
+            for workload in timings.WORKLOADS
+            if workload.fuses
+        ),
     ]
     return [
         unit
         for unit in listed
-        if (not arguments.only or unit.name in arguments.only.split(",")) and unit.group in arguments.groups.split(",")
+        if (not arguments.only or unit.name in arguments.only.split(","))
+        and unit.group in arguments.groups.split(",")
+        and is_in_part(arguments.part, unit, [family.name for family in families])
     ]
 
 
@@ -182,7 +222,9 @@ def run(unit: Unit, device: torch.device) -> Iterator[dict[str, Any]]:
     result: dict[str, Any] = {"status": "passed", "rows": [], "detail": ""}
     try:
         result["rows"] = unit.run()
-    except (checks.Inconclusive, subprocess.TimeoutExpired, torch.OutOfMemoryError) as error:
+    except graphs.NotCapturable as error:
+        result |= {"status": NOT_CAPTURABLE, "detail": str(error)[:600]}
+    except (checks.Inconclusive, torch.OutOfMemoryError) as error:
         result |= {"status": "inconclusive", "detail": str(error).splitlines()[0]}
     except Exception as error:  # the other units still run
         result |= {"status": "failed", "detail": f"{type(error).__name__}: {error}"[:600]}
@@ -196,6 +238,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--groups", default="check,sanitizer,time")
     parser.add_argument("--only", default="")
+    parser.add_argument("--family", default="")
     parser.add_argument("--without", default="")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--part", default="")
@@ -203,6 +246,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=60.0, help="Time limit of a process under the sanitizer, in seconds."
     )
+    parser.add_argument("--until", type=float, default=math.inf, help="When this worker ends, by time.monotonic().")
     return parser.parse_args(arguments)
 
 

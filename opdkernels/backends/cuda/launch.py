@@ -13,7 +13,7 @@ import importlib
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,9 +62,13 @@ class NvrtcKernels:
     """Kernels that NVRTC compiles for the current device, through CuPy.
 
     They are cached on disk by source, options, device and compiler version.
+
+    Args:
+        source_of: Returns the CUDA source of a family, the first word of the names of its kernels.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, source_of: Callable[[str], str] = family_source) -> None:
+        self.source_of = source_of
         self.cupy: Any = importlib.import_module("cupy")
         self.functions: dict[tuple[str, int], Any] = {}
 
@@ -80,7 +84,7 @@ class NvrtcKernels:
 
         It is not RawModule that compiles: its options would flush subnormals to zero.
         """
-        source, nvrtc_version = family_source(family), self.cupy.cuda.nvrtc.getVersion()
+        source, nvrtc_version = self.source_of(family), self.cupy.cuda.nvrtc.getVersion()
         key = hashlib.blake2b(
             "\0".join(map(str, (source, OPTIONS, capability, nvrtc_version))).encode(), digest_size=16
         ).hexdigest()
