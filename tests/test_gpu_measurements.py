@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.gpu import atomics, checks, graphs, pair, predictions, record, timings
+from benchmarks.gpu import atomics, backends, checks, graphs, packed, pair, predictions, record, timings
 from benchmarks.gpu.backends import CPU, FAMILIES, Backend
 from benchmarks.gpu.checks import Inconclusive
 from opdkernels.backends.cuda import launch
@@ -226,14 +226,19 @@ def test_constants_of_atomics_are_those_of_the_kernels():
     assert text.count(f"__launch_bounds__({atomics.THREADS}, 1)") == len(atomics.INSTRUCTIONS)
 
 
+def compiled(source, target, folder):
+    """The kernels of a source as nvcc compiles them for a GPU."""
+    cubin = folder / f"{source.stem}.cubin"
+    command = [machine_code.NVCC, *launch.OPTIONS, f"-arch={target}", "-cubin", source, "-o", cubin]
+    subprocess.run(command, check=True)
+    return machine_code.kernels_of(cubin)
+
+
 @pytest.mark.skipif(machine_code.NVCC is None or machine_code.tools() is None, reason="no nvcc, or no disassembler")
 @pytest.mark.parametrize("target", machine_code.TARGETS)
 def test_atomics_are_compiled_to_the_instructions_that_they_name(tmp_path, target):
     """Each address is one instruction in the loop: sixteen, and for the stores one that clears the table."""
-    cubin = tmp_path / "atomics.cubin"
-    command = [machine_code.NVCC, *launch.OPTIONS, f"-arch={target}", "-cubin", atomics.SOURCE, "-o", cubin]
-    subprocess.run(command, check=True)
-    kernels = machine_code.kernels_of(cubin)
+    kernels = compiled(atomics.SOURCE, target, tmp_path)
     assert set(kernels) == {f"atomics_{name}" for name in atomics.INSTRUCTIONS}
     for name, instruction in (("increment", r"ATOMS\.POPC\.INC"), ("add", r"ATOMS\.ADD")):
         assert kernels[f"atomics_{name}"].count(instruction) == atomics.ADDRESSES
@@ -244,23 +249,79 @@ def test_atomics_are_compiled_to_the_instructions_that_they_name(tmp_path, targe
     assert all(code.count(machine_code.SPILL) == 0 for code in kernels.values())
 
 
+@pytest.mark.skipif(machine_code.NVCC is None or machine_code.tools() is None, reason="no nvcc, or no disassembler")
+@pytest.mark.parametrize("target", machine_code.TARGETS)
+def test_packed_functions_are_compiled(tmp_path, target):
+    """With the instructions of GPUs, not the plain C."""
+    code = compiled(packed.SOURCE, target, tmp_path)["packed_functions"]
+    assert code.count(r"\bSHFL\b") > 0
+    assert code.count(r"\bIDP\.2A\b") > 0
+    assert code.count(machine_code.SPILL) == 0
+
+
 @pytest.mark.skipif(machine_code.nvrtc() is None or machine_code.tools() is None, reason="no NVRTC, or no disassembler")
-def test_nvrtc_compiles_atomics(monkeypatch):
-    monkeypatch.setattr(machine_code, "family_source", lambda family: inline_includes(atomics.SOURCE))
-    kernels = machine_code.by_nvrtc.__wrapped__("atomics", "sm_90")
-    assert kernels["atomics_increment"].count(r"ATOMS\.POPC\.INC") == atomics.ADDRESSES
+@pytest.mark.parametrize("source", [atomics.SOURCE, packed.SOURCE], ids=lambda path: path.stem)
+def test_nvrtc_compiles(monkeypatch, source):
+    monkeypatch.setattr(machine_code, "family_source", lambda family: inline_includes(source))
+    assert machine_code.by_nvrtc.__wrapped__(source.stem, "sm_90")
 
 
-def test_atomics_need_a_gpu_and_cupy(monkeypatch):
-    with pytest.raises(Inconclusive, match="that of a GPU"):
-        atomics.kernels_for(HERE)
+def test_sources_of_their_own_need_a_gpu_and_cupy(monkeypatch):
+    with pytest.raises(Inconclusive, match="compiled for GPUs"):
+        backends.compiled_from(atomics.SOURCE, HERE)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(launch, "cupy_cuda_major", lambda: 12)
-    with pytest.raises(Inconclusive, match="CuPy for CUDA 13 is not installed"):
-        atomics.kernels_for(GPU)
+    with pytest.raises(Inconclusive, match="CuPy for CUDA 13, which compiles it, is not installed"):
+        backends.compiled_from(atomics.SOURCE, GPU)
     monkeypatch.setattr(launch, "cupy_cuda_major", lambda: 13)
     monkeypatch.setattr(launch.importlib, "import_module", lambda name: name)
-    assert "atomics_increment(" in atomics.kernels_for(GPU).source_of("atomics")
+    kernels = backends.compiled_from(atomics.SOURCE, GPU)
+    assert "atomics_increment(" in kernels.source_of("atomics")
+    assert "shared_increment(" in kernels.source_of("atomics")
+
+
+@needs_compiler
+def test_packed_functions_in_plain_c_equal_numpy(monkeypatch):
+    kernels = load_kernels("packed", inline_includes(packed.SOURCE))
+    packed.check(kernels, HERE)
+    expected = packed.expected_results
+
+    def spoiled(words):
+        results = expected(words)
+        results["clamp_to"][70_000] += 1
+        return results
+
+    monkeypatch.setattr(packed, "expected_results", spoiled)
+    with pytest.raises(AssertionError, match=r"^clamp_to of \['0x"):
+        packed.check(kernels, HERE)
+
+
+@pytest.mark.parametrize("name", ["sign_masks", "max_of_sums", "dot_halves", "add_lane_below"])
+def test_numpy_equals_the_definition_of_packed_functions(name):
+    """One word at a time, with integers of Python."""
+    words = packed.make_words()
+    results = packed.expected_results(words)[name]
+
+    def halves(word):
+        return [int(word) & 0xFFFF, int(word) >> 16]
+
+    def signed(value, bits):
+        return value - (1 << bits) * (value >> (bits - 1))
+
+    def definition(i):
+        x, y, z = (halves(word) for word in words[:, i])
+        if name == "add_lane_below":
+            below = i - (1 << (i // 32 % 5))
+            return int(words[0, i]) + (int(words[0, below]) if below >= i - i % 32 else 0)
+        if name == "dot_halves":
+            factors = [signed(y[0] & 0xFF, 8), signed(y[0] >> 8, 8)]
+            return sum(signed(a, 16) * b for a, b in zip(x, factors, strict=True)) + (signed(int(words[2, i]), 32) >> 8)
+        pairs = zip(x, y, z, strict=True)
+        low, high = (0xFFFF * (a >> 15) if name == "sign_masks" else max((a + b) & 0xFFFF, c) for a, b, c in pairs)
+        return low | high << 16
+
+    for i in (*range(500), *range(70_000, 70_500)):
+        assert int(results[i]) == definition(i) & 0xFFFFFFFF
 
 
 def test_predictions_are_of_workloads_on_one_gpu():

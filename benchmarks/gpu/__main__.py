@@ -158,15 +158,13 @@ def run_phases(command: list[str], jobs: int, deadline: float, with_measurements
     results = Results()
     if jobs == 1:
         return results, supervise(command, deadline, results)
-    parallel_deadline = deadline
-    if with_measurements:
-        first = Results()
-        why = supervise([*command, "--part", "first"], deadline, first)
-        results.join([first])
-        if not results.about:
-            return results, why
-        now = time.monotonic()
-        parallel_deadline = now + PARALLEL_FRACTION * (deadline - now)
+    first = Results()
+    why = supervise([*command, "--part", "first"], deadline, first)
+    results.join([first])
+    if not results.about:
+        return results, why
+    now = time.monotonic()
+    parallel_deadline = now + PARALLEL_FRACTION * (deadline - now) if with_measurements else deadline
     checked, why = supervise_parallel(command, jobs, parallel_deadline)
     results.join([checked])
     if not results.about:

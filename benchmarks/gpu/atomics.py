@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu.checks import Inconclusive
 from opdkernels.backends import gpu
 from opdkernels.backends.cuda import launch
-from opdkernels.backends.cuda.sources import inline_includes
 from opdkernels.backends.layout import WARP
 
 BANKS = 32
@@ -77,16 +75,6 @@ def cycles_of(kernels: Any, instruction: str, words: np.ndarray, device: torch.d
     expected = torch.from_numpy(expected_table(instruction, words))
     assert bool((tables.cpu() == expected).all()), f"another table after {INSTRUCTIONS[instruction]}"
     return statistics.median(cycles.tolist()) / (THREADS // WARP * ADDRESSES * REPEATS)
-
-
-def kernels_for(device: torch.device) -> launch.NvrtcKernels:
-    """The kernels, compiled by NVRTC."""
-    if device.type != "cuda":
-        raise Inconclusive("shared memory is that of a GPU")
-    torch_major = int((torch.version.cuda or "0").split(".")[0])
-    if launch.cupy_cuda_major() != torch_major:
-        raise Inconclusive(f"CuPy for CUDA {torch_major} is not installed, which compiles the kernels")
-    return launch.NvrtcKernels(lambda family: inline_includes(SOURCE))
 
 
 def measure(kernels: Any, device: torch.device) -> list[dict[str, Any]]:

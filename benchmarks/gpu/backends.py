@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -12,9 +13,14 @@ import torch
 
 from opdkernels.backends import cpu, dispatch, triton
 from opdkernels.backends.cuda import launch
+from opdkernels.backends.cuda.sources import inline_includes
 from tests.ops.conformance import OPERATORS, Family, Kernel, backend_kernel, dispatched, load_families, reference
 
 FAMILIES = load_families()
+
+
+class Inconclusive(Exception):
+    """A check that cannot be decided on this machine, and why."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,16 @@ def launched_by(kernels: Any) -> Kernel:
         return call
 
     return kernel
+
+
+def compiled_from(source: Path, device: torch.device) -> launch.NvrtcKernels:
+    """The kernels of a CUDA source that is not of a family, compiled by NVRTC."""
+    if device.type != "cuda":
+        raise Inconclusive("it is compiled for GPUs")
+    torch_major = int((torch.version.cuda or "0").split(".")[0])
+    if launch.cupy_cuda_major() != torch_major:
+        raise Inconclusive(f"CuPy for CUDA {torch_major}, which compiles it, is not installed")
+    return launch.NvrtcKernels(lambda family: inline_includes(source))
 
 
 def cpu_kernel(operator: str) -> Callable:

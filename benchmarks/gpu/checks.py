@@ -12,7 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from benchmarks.gpu import graphs
-from benchmarks.gpu.backends import CPU, Backend
+from benchmarks.gpu.backends import CPU, Backend, Inconclusive
 from opdkernels.checkpoint import streaming
 from opdkernels.ops import delta, gram
 from opdkernels.spectral.exact import from_grams
@@ -39,10 +39,6 @@ BITS = {  # inputs of integers that may have any value
     "patch_digest": ("values",),
 }
 BEYOND, TILE = 2**31, 1 << 20  # elements that 32 bits cannot index; elements that are repeated until there are as many
-
-
-class Inconclusive(Exception):
-    """A check that cannot be decided on this machine, and why."""
 
 
 def on_gpu(device: torch.device) -> bool:

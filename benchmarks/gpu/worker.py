@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import atomics, checks, graphs, pair, timings
-from benchmarks.gpu.backends import CPU, FAMILIES, OPERATORS, available_backends
+from benchmarks.gpu import atomics, checks, graphs, packed, pair, timings
+from benchmarks.gpu.backends import CPU, FAMILIES, OPERATORS, available_backends, compiled_from
 from benchmarks.gpu.record import NOT_CAPTURABLE
 from opdkernels.backends import dispatch
 
@@ -32,7 +32,7 @@ ALONE = (
     "uses_current_stream",
     "indexes_beyond_32_bits",
 )  # checks that other processes on the GPU would disturb
-FIRST = "atomics"  # before everything else: the designs of the kernels depend on it
+FIRST = ("packed_functions", "atomics")  # before everything else: the kernels are built on them
 SANITIZED = ("memcheck", "racecheck")
 MIN_SANITIZER_S = 10.0
 END_MARGIN_S = 3.0  # a worker that is killed could not end the process under the sanitizer
@@ -106,7 +106,7 @@ def is_in_part(part: str, unit: Unit, families: list[str]) -> bool:
     """
     if not part:
         return True
-    phase = "first" if unit.name == FIRST else "alone" if unit.group == "time" or unit.name in ALONE else "parallel"
+    phase = "first" if unit.name in FIRST else "alone" if unit.group == "time" or unit.name in ALONE else "parallel"
     if "/" not in part or phase != "parallel":
         return part == phase
     which, of = map(int, part.split("/"))
@@ -139,6 +139,12 @@ def plan(arguments: argparse.Namespace, device: torch.device) -> list[Unit]:
     def compiled(workload):
         return lambda: list(timings.time_compiled(workload, device, limit(), torch.compile, n))
 
+    def check_packed():
+        return packed.check(compiled_from(packed.SOURCE, device), device) or []
+
+    def measure_atomics():
+        return atomics.measure(compiled_from(atomics.SOURCE, device), device)
+
     def sanitize(tool, family):
         return lambda: sanitized(tool, family.name, arguments)
 
@@ -148,7 +154,8 @@ def plan(arguments: argparse.Namespace, device: torch.device) -> list[Unit]:
     ]
     kernels = [family for family in families if any(checks.is_kernel(backend, family) for backend in backends)]
     listed = [
-        Unit("time", FIRST, "shared memory", "NVRTC", lambda: atomics.measure(atomics.kernels_for(device), device)),
+        Unit("check", FIRST[0], "shared code", "NVRTC", check_packed),
+        Unit("time", FIRST[1], "shared memory", "NVRTC", measure_atomics),
         *(unit for unit in listed if unit.name not in ALONE),
         *(
             Unit("sanitizer", tool, family.name, "every backend", sanitize(tool, family))
