@@ -24,6 +24,7 @@ from benchmarks.gpu.backends import CPU, FAMILIES, REFERENCE, Backend, launched_
 from benchmarks.gpu.checks import CHECKS, Inconclusive
 from benchmarks.gpu.graphs import NotCapturable
 from benchmarks.gpu.worker import gpu_is_lost
+from opdkernels.backends.cuda.sources import inline_includes
 from tests.backends.cuda.fibers import launch_on_fibers, load_kernels, needs_compiler
 from tests.ops.conformance import Allocator
 from tests.test_structure import FAMILIES as FAMILY_NAMES
@@ -580,3 +581,12 @@ def test_row_of_changed_kernels_is_marked():
         != record.sources_of("delta", "eager PyTorch")
         == ""
     )
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if (ROOT / f"csrc/{name}/cuda.cu").is_file()])
+def test_digest_of_sources_covers_every_included_file(family):
+    """So a change of any of them marks the measured rows."""
+    included: set[Path] = set()
+    inline_includes(ROOT / f"csrc/{family}/cuda.cu", included)
+    assert included
+    assert included <= {ROOT / name.format(family) for name in record.CUDA}

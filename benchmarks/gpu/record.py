@@ -29,7 +29,9 @@ CUDA = (
     "csrc/{0}/{0}.h",
     "csrc/common/cuda/grid.h",
     "csrc/common/cuda/active.h",
+    "csrc/common/cuda/packed.h",
     "csrc/{0}/cuda.cu",
+    "csrc/{0}/cuda_pair.inl",
     "opdkernels/ops/{0}/cuda.py",
 )
 KERNELS = {
