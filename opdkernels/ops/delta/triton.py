@@ -2,21 +2,19 @@
 
 Tables. A coordinate adds one to the joint table [group, |w|], where its group tells how far it changed: 0 unchanged, 1
 changed in the stored view only, 2 visibly changed, and one more for every threshold exceeded. HIST_BASE,
-HIST_BASE_CHANGED and HIST_BASE_OVER are sums of it, made by `fold`. Only changed coordinates are counted in HIST_DELTA,
-HIST_TRAINED_CHANGED and HIST_DELTA_STORED, and a zero that stayed zero, the one bin that may hold half a tensor, is
-counted in registers. So a coordinate costs one atomic increment, and three more if it changed.
+HIST_BASE_CHANGED and HIST_BASE_OVER are sums of it, made by `fold`. Only changed coordinates are counted in
+HIST_TRAINED_CHANGED and HIST_DELTA_STORED.
 
-Contention. The tables stay in the L2 cache, whose atomic units take one increment per clock and address. 1,667 bins
-hold 99.9 % of a weight matrix: no binade of a normal distribution holds more than a third, so the fullest of its 128
-bins has 0.4 %. A tile therefore hits a bin some four times at most, too rarely to be worth combining within the tile,
-but all multiprocessors hit it at once. Programs therefore count into up to eight copies, in turn, each folded once at
-the end. Counts with few bins (flags, limits, ULP distances) are made within the tile, by ballots (tl.histogram), and
-kept in registers.
+Most coordinates of the largest group (unchanged in a bf16 pair, changed in the stored view otherwise) are counted in
+registers; the others, and the changed ones again in two tables, cost atomic increments in one of several copies of the
+tables in memory (opdkernels/backends/triton/tables.py). A zero that stayed zero, the one bin that may hold half a
+tensor, and ULP distances are counted in registers. `fold` adds the sum of the copies to the tally.
 
-Sums are exact, so the order of programs cannot change them. For a bf16 pair they follow from the tables: W^2 and W'^2
-from the counts of their values, |delta| and delta^2 from HIST_DELTA_STORED, whose bins hold the upper 16 bits of a
-difference, with the sums of the lower 16 bits and of their squares, which few coordinates have. For other dtypes the
-tile is summed by `add_exactly`.
+A bf16 pair. Its visible |delta| is the upper 16 bits of the stored one, unless the lower are not zero, which few
+coordinates have: these are counted once more, so that HIST_DELTA and the counts below limits follow from
+HIST_DELTA_STORED. So do the exact sums: W^2 and W'^2 from the counts of their values, |delta| and delta^2 from
+HIST_DELTA_STORED with the sums of the lower 16 bits and of their squares. For other dtypes the tile is summed by
+`add_exactly`. Sums are exact, so the order of programs cannot change them.
 
 The arithmetic of a coordinate is that of csrc/delta/delta.h.
 """
@@ -33,6 +31,7 @@ import triton.language as tl
 from opdkernels.backends import gpu
 from opdkernels.backends import layout as common
 from opdkernels.backends.triton import launch
+from opdkernels.backends.triton import tables as work_tables
 from opdkernels.backends.triton.numeric import (
     LIMB_LANES,
     SUM_LIMBS,
@@ -46,24 +45,31 @@ from opdkernels.backends.triton.numeric import (
     propagate_carry,
     widen,
 )
+from opdkernels.backends.triton.tables import (
+    WINDOW,
+    add_to_tables,
+    column_sums,
+    flush_window,
+    rows,
+    striped,
+    window_around,
+)
 from opdkernels.ops.delta import layout
 from opdkernels.ops.delta.gpu_common import kernel_params, one_by_one
 
 NUM_WARPS, MAXNREG = 4, 160  # three programs per multiprocessor
 EXPONENTS = 2  # per program of `fold`: 128 programs
-MAX_COPIES, COORDINATES_PER_COPY = 8, 1 << 22  # zeroing and folding a copy costs as much as counting some millions
 
 BINS, INFINITY_BITS = tl.constexpr(common.BINS), tl.constexpr(common.INFINITY_BITS)
 MANTISSAS = tl.constexpr(layout.MANTISSAS)
 
-# Groups of the joint table, and the rows of the work tables after it, which count changed coordinates.
+# Groups of the joint table, and the rows of the work tables after it, which count changed coordinates: of a bf16 pair
+# those with lower bits, and of these the ones that are rounded up, in place of WORK_DELTA.
 UNCHANGED, STORED_CHANGED, VISIBLE_CHANGED = (tl.constexpr(x) for x in range(3))
 GROUPS = tl.constexpr(3 + layout.MAX_VISIBLE_THRESHOLDS)
-WORK_DELTA, WORK_TRAINED, WORK_STORED, WORK_ROWS = (tl.constexpr(GROUPS.value + x) for x in range(4))
+WORK_TRAINED, WORK_STORED, WORK_DELTA, WORK_INEXACT, WORK_ROWS = (tl.constexpr(GROUPS.value + x) for x in range(5))
+WORK_ROUNDED_UP = WORK_DELTA
 LOW, LOW_SQUARE, LOW_ROWS = (tl.constexpr(x) for x in range(3))
-
-# Flags of a coordinate, counted together.
-FLAG_NONFINITE, FLAG_EQUAL, FLAG_RTOL, FLAG_ZERO, FLAGS = (tl.constexpr(x) for x in (1, 2, 4, 8, 16))
 
 # Parameters (`kernel_params`) are data: another threshold compiles nothing.
 PARAM_VISIBLE, PARAM_LIMITS = tl.constexpr(layout.PARAM_VISIBLE), tl.constexpr(layout.PARAM_LIMITS)
@@ -116,84 +122,25 @@ def rank_among(abs_delta, limits_ptr):
 
 
 @triton.jit
-def halves(tile):
-    """The even and the odd elements of a tile; they stay in the thread that loaded them."""
-    return tl.split(tl.reshape(tile, [tile.shape[0] // 2, 2]))
+def pack_bits(bits, ROWS: tl.constexpr):
+    """Bytes of eight adjacent bits each, the first lowest, of a striped tile."""
+    per_byte: tl.constexpr = 8 // ROWS
+    parts = tl.sum(rows(bits.to(tl.int32), ROWS) << tl.arange(0, ROWS)[:, None], 0)
+    shifts = ROWS * tl.arange(0, per_byte)[None, :]
+    return tl.sum(tl.reshape(parts, [parts.shape[0] // per_byte, per_byte]) << shifts, 1).to(tl.uint8)
 
 
 @triton.jit
-def pack_bits(pairs):
-    """Bytes of eight bits each, the first lowest, from the two bits of each pair of adjacent coordinates."""
-    shifts = 2 * tl.arange(0, 4)[None, :]
-    return tl.sum(tl.reshape(pairs, [pairs.shape[0] // 4, 4]) << shifts, 1).to(tl.uint8)
-
-
-@triton.jit
-def count_half(
-    a,
-    b,
-    inside,
-    work_ptr,
-    low_sums_ptr,
-    params_ptr,
-    flags,
-    ranks,
-    ulps,
-    largest,
-    limbs,
-    WIDE: tl.constexpr,
-    BF16: tl.constexpr,
-):
-    """Counts half a tile. Returns its change bits and the updated flags, ranks, ulps, largest and limbs.
-
-    Pointers as in `count`; abs_delta and largest are bits of WIDE magnitudes.
-    """
-    w, v = bf16_bits_of(a), bf16_bits_of(b)
-    abs_w, abs_v = w & 0x7FFF, v & 0x7FFF
-    visible = bf16_bits_of(from_bf16_bits(v) - from_bf16_bits(w)) & 0x7FFF
-    finite = (abs_w < INFINITY_BITS) & (abs_v < INFINITY_BITS) & (visible < INFINITY_BITS)
-    counted = finite & inside
-    steps = tl.minimum(tl.maximum(ordered(v) - ordered(w), -ULP_CLIP), ULP_CLIP) + ULP_CLIP
-    ulps += tl.histogram(tl.where(counted, steps, ULP_LANES - 1), ULP_LANES)
-
-    x, y = widen(a, WIDE), widen(b, WIDE)
-    abs_delta = tl.where(counted, magnitude_bits(y - x), 0)  # bits of the stored |delta|
-    stored = abs_delta.to(WIDE, bitcast=True)
-    stored_changed, visible_changed = abs_delta > 0, counted & (visible > 0)
-    largest = tl.maximum(largest, abs_delta)
-    ranks += tl.histogram(
-        tl.where(counted, rank_among(abs_delta, params_ptr + PARAM_LIMITS), LIMIT_LANES - 1), LIMIT_LANES
-    )
-
-    group = stored_changed.to(tl.int32) + visible_changed.to(tl.int32)
-    for k in tl.static_range(MAX_VISIBLE_THRESHOLDS):
-        group += (visible_changed & (visible > tl.load(params_ptr + PARAM_VISIBLE + k))).to(tl.int32)
-    cell = group * BINS + abs_w
-    flag = (inside & (finite == 0)).to(tl.int32) * FLAG_NONFINITE
-    flag += (inside & same_bits(a, b, x, y)).to(tl.int32) * FLAG_EQUAL
-    flag += (counted & within_rtol(x, y, stored)).to(tl.int32) * FLAG_RTOL
-    flag += (counted & (cell == 0)).to(tl.int32) * FLAG_ZERO
-    flags += tl.histogram(flag, FLAGS)
-
-    tl.atomic_add(work_ptr + cell, 1, counted & (cell > 0), sem="relaxed")
-    tl.atomic_add(work_ptr + WORK_DELTA * BINS + visible, 1, visible_changed, sem="relaxed")
-    tl.atomic_add(work_ptr + WORK_TRAINED * BINS + abs_v, 1, visible_changed, sem="relaxed")
-    fp32_bits = magnitude_bits(stored.to(tl.float32))
-    top = fp32_bits >> 16
-    tl.atomic_add(work_ptr + WORK_STORED * BINS + top, 1, stored_changed, sem="relaxed")
-    if BF16:
-        low = (fp32_bits & 0xFFFF).to(tl.int64)
-        tl.atomic_add(low_sums_ptr + LOW * BINS + top, low, low > 0, sem="relaxed")
-        tl.atomic_add(low_sums_ptr + LOW_SQUARE * BINS + top, low * low, low > 0, sem="relaxed")
-    else:
-        x, y, d = tl.where(counted, x, 0).to(tl.float64), tl.where(counted, y, 0).to(tl.float64), stored.to(tl.float64)
-        limbs = (
-            add_exactly(x * x, limbs[0]),
-            add_exactly(y * y, limbs[1]),
-            add_exactly(d * d, limbs[2]),
-            add_exactly(d, limbs[3]),
-        )
-    return visible_changed & (visible > tl.load(params_ptr + PARAM_VISIBLE)), flags, ranks, ulps, largest, limbs
+def count_inexact(abs_delta, visible, work_ptr, low_sums_ptr, params_ptr, ranks):
+    """Counts those stored |delta| of a bf16 pair that are no bf16 values; returns the updated ranks."""
+    top, low = abs_delta >> 16, (abs_delta & 0xFFFF).to(tl.int64)
+    inexact = low > 0
+    tl.atomic_add(work_ptr + WORK_INEXACT * BINS + top, 1, inexact, sem="relaxed")
+    tl.atomic_add(work_ptr + WORK_ROUNDED_UP * BINS + top, 1, inexact & (visible > top), sem="relaxed")
+    tl.atomic_add(low_sums_ptr + LOW * BINS + top, low, inexact, sem="relaxed")
+    tl.atomic_add(low_sums_ptr + LOW_SQUARE * BINS + top, low * low, inexact, sem="relaxed")
+    rank = rank_among(abs_delta, params_ptr + PARAM_LIMITS)
+    return ranks + tl.histogram(rank, LIMIT_LANES, mask=inexact)
 
 
 @triton.jit
@@ -206,59 +153,87 @@ def count_tile(
     params_ptr,
     tile_start,
     n,
-    flags,
+    window_start,
+    zeros,
+    bit_equal,
+    unchanged_rtol,
     ranks,
     ulps,
     largest,
     limbs,
+    window,
     WIDE: tl.constexpr,
     BF16: tl.constexpr,
     TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Counts one tile in halves: eight bf16 coordinates per thread, as a 16-byte load returns, exceed the registers."""
+    """Counts one tile; returns `zeros` to `window`, which stay in registers, updated.
+
+    Pointers as in `count`; abs_delta and largest are bits of WIDE magnitudes.
+    """
     i = tile_start + tl.arange(0, TILE)
     if TAIL:
-        inside = i < n
-        a, b = tl.load(base_ptr + i, inside, 0.0), tl.load(trained_ptr + i, inside, 0.0)
+        inside = striped(i < n, ROWS)
+        a, b = tl.load(base_ptr + i, i < n, 0.0), tl.load(trained_ptr + i, i < n, 0.0)
     else:
         inside = tl.full([TILE], 1, tl.int1)
         a, b = tl.load(base_ptr + i), tl.load(trained_ptr + i)
-    even_a, odd_a = halves(a)
-    even_b, odd_b = halves(b)
-    even_inside, odd_inside = halves(inside)
-    pairs = tl.zeros([TILE // 2], tl.int32)
-    # A loop, not two calls, which the compiler would interleave; loop-carried variables must keep their names.
-    for half in range(2):
-        changed, flags, ranks, ulps, largest, limbs = count_half(
-            tl.where(half == 0, even_a, odd_a),
-            tl.where(half == 0, even_b, odd_b),
-            tl.where(half == 0, even_inside, odd_inside),
-            work_ptr,
-            low_sums_ptr,
-            params_ptr,
-            flags,
-            ranks,
-            ulps,
-            largest,
-            limbs,
-            WIDE,
-            BF16,
-        )
-        pairs |= changed.to(tl.int32) << half
+    a, b = striped(a, ROWS), striped(b, ROWS)
+    w, v = bf16_bits_of(a), bf16_bits_of(b)
+    abs_w, abs_v = w & 0x7FFF, v & 0x7FFF
+    difference = magnitude_bits(from_bf16_bits(v) - from_bf16_bits(w))
+    visible = (difference + 0x7FFF + ((difference >> 16) & 1)) >> 16  # rounded; a NaN only where w or v is not finite
+    finite = (abs_w < INFINITY_BITS) & (abs_v < INFINITY_BITS) & (visible < INFINITY_BITS)
+    counted = finite & inside
+    steps = tl.minimum(tl.maximum(ordered(v) - ordered(w), -ULP_CLIP), ULP_CLIP) + ULP_CLIP
+    ulps += tl.histogram(steps, ULP_LANES, mask=counted)
+
+    x, y = widen(a, WIDE), widen(b, WIDE)
+    abs_delta = tl.where(counted, magnitude_bits(y - x), 0)  # bits of the stored |delta|
+    stored = abs_delta.to(WIDE, bitcast=True)
+    stored_changed, visible_changed = abs_delta > 0, counted & (visible > 0)
+    largest = tl.maximum(largest, tl.max(rows(abs_delta, ROWS), 0))
+    group = stored_changed.to(tl.int32) + visible_changed.to(tl.int32)
+    for k in tl.static_range(MAX_VISIBLE_THRESHOLDS):
+        group += (visible_changed & (visible > tl.load(params_ptr + PARAM_VISIBLE + k))).to(tl.int32)
+    cell = group * BINS + abs_w
+    zeros += column_sums(counted & (cell == 0), ROWS)
+    bit_equal += column_sums(inside & same_bits(a, b, x, y), ROWS)
+    if not BF16:
+        unchanged_rtol += column_sums(counted & within_rtol(x, y, stored), ROWS)
+
     if mask_ptr is not None:
+        changed = pack_bits(visible_changed & (visible > tl.load(params_ptr + PARAM_VISIBLE)), ROWS)
         byte = tile_start // 8 + tl.arange(0, TILE // 8)
         if TAIL:
-            tl.store(mask_ptr + byte, pack_bits(pairs), byte * 8 < n)
+            tl.store(mask_ptr + byte, changed, byte * 8 < n)
         else:
-            tl.store(mask_ptr + byte, pack_bits(pairs))
-    return flags, ranks, ulps, largest, limbs
+            tl.store(mask_ptr + byte, changed)
 
+    tl.atomic_add(work_ptr + WORK_TRAINED * BINS + abs_v, 1, visible_changed, sem="relaxed")
+    fp32_bits = magnitude_bits(stored.to(tl.float32))
+    top = fp32_bits >> 16
+    tl.atomic_add(work_ptr + WORK_STORED * BINS + top, 1, stored_changed, sem="relaxed")
+    if BF16:
+        if tl.max(fp32_bits & 0xFFFF) > 0:
+            ranks = count_inexact(fp32_bits, visible, work_ptr, low_sums_ptr, params_ptr, ranks)
+    else:
+        tl.atomic_add(work_ptr + WORK_DELTA * BINS + visible, 1, visible_changed, sem="relaxed")
+        rank = rank_among(abs_delta, params_ptr + PARAM_LIMITS)
+        ranks += tl.histogram(rank, LIMIT_LANES, mask=counted)
+        wide_w, wide_v = tl.where(counted, x, 0).to(tl.float64), tl.where(counted, y, 0).to(tl.float64)
+        d = stored.to(tl.float64)
+        limbs = (
+            add_exactly(wide_w * wide_w, limbs[0]),
+            add_exactly(wide_v * wide_v, limbs[1]),
+            add_exactly(d * d, limbs[2]),
+            add_exactly(d, limbs[3]),
+        )
 
-@triton.jit
-def flags_with(flags, FLAG: tl.constexpr):
-    """Number of coordinates that have a flag."""
-    return tl.sum(tl.where((tl.arange(0, FLAGS) & FLAG) != 0, flags, 0))
+    in_row = group == (UNCHANGED if BF16 else STORED_CHANGED)
+    window = add_to_tables(window, window_start, work_ptr + cell, abs_w, counted & (cell > 0), in_row, TAIL)
+    return zeros, bit_equal, unchanged_rtol, ranks, ulps, largest, limbs, window
 
 
 @triton.jit(do_not_specialize=["n", "copies"])
@@ -279,21 +254,26 @@ def count(
     TILE: tl.constexpr,
 ):
     """Counts a pair; programs take tiles in turn. Adds to every output but the mask."""
+    ROWS: tl.constexpr = 128 // base_ptr.dtype.element_ty.primitive_bitwidth
     program = tl.program_id(0).to(tl.int64)
     copy = program % copies
     work_ptr += copy * WORK_ROWS * BINS
     if BF16:
         low_sums_ptr += copy * LOW_ROWS * BINS
-    flags = tl.zeros([FLAGS], tl.int32)
+    zeros = tl.zeros([TILE // ROWS], tl.int32)
+    bit_equal, unchanged_rtol = zeros, zeros
     ranks = tl.zeros([LIMIT_LANES], tl.int32)
     ulps = tl.zeros([ULP_LANES], tl.int32)
-    largest = tl.zeros([TILE // 2], tl.int64 if tl.float64 == WIDE else tl.int32)
+    largest = tl.zeros([TILE // ROWS], tl.int64 if tl.float64 == WIDE else tl.int32)
     zero = tl.zeros([LIMB_LANES], tl.int64)
     limbs = (zero, zero, zero, zero)
+    window = tl.zeros([WINDOW], tl.int32)
+    i = program * TILE + tl.arange(0, TILE)
+    window_start = window_around(bf16_bits_of(tl.load(base_ptr + i, i < n, 0.0)) & 0x7FFF, BINS)
 
     full, step = n.to(tl.int64) // TILE * TILE, tl.num_programs(0).to(tl.int64) * TILE
     for tile_start in range(program * TILE, full, step):
-        flags, ranks, ulps, largest, limbs = count_tile(
+        zeros, bit_equal, unchanged_rtol, ranks, ulps, largest, limbs, window = count_tile(
             base_ptr,
             trained_ptr,
             mask_ptr,
@@ -302,18 +282,23 @@ def count(
             params_ptr,
             tile_start,
             n,
-            flags,
+            window_start,
+            zeros,
+            bit_equal,
+            unchanged_rtol,
             ranks,
             ulps,
             largest,
             limbs,
+            window,
             WIDE,
             BF16,
             False,
+            ROWS,
             TILE,
         )
     if (full < n) & (full % step == program * TILE):
-        flags, ranks, ulps, largest, limbs = count_tile(
+        zeros, bit_equal, unchanged_rtol, ranks, ulps, largest, limbs, window = count_tile(
             base_ptr,
             trained_ptr,
             mask_ptr,
@@ -322,23 +307,31 @@ def count(
             params_ptr,
             full,
             n,
-            flags,
+            window_start,
+            zeros,
+            bit_equal,
+            unchanged_rtol,
             ranks,
             ulps,
             largest,
             limbs,
+            window,
             WIDE,
             BF16,
             True,
+            ROWS,
             TILE,
         )
 
     if program == 0:
         tl.atomic_add(counts_ptr + COUNT_NUMEL, n.to(tl.int64), sem="relaxed")
-    tl.atomic_add(counts_ptr + COUNT_NONFINITE, flags_with(flags, FLAG_NONFINITE).to(tl.int64), sem="relaxed")
-    tl.atomic_add(counts_ptr + COUNT_BIT_EQUAL, flags_with(flags, FLAG_EQUAL).to(tl.int64), sem="relaxed")
-    tl.atomic_add(counts_ptr + COUNT_UNCHANGED_RTOL, flags_with(flags, FLAG_RTOL).to(tl.int64), sem="relaxed")
-    tl.atomic_add(work_ptr, flags_with(flags, FLAG_ZERO), sem="relaxed")
+        tl.atomic_add(counts_ptr + COUNT_NONFINITE, n.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts_ptr + COUNT_NONFINITE, -tl.sum(ulps).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts_ptr + COUNT_BIT_EQUAL, tl.sum(bit_equal).to(tl.int64), sem="relaxed")
+    if not BF16:
+        tl.atomic_add(counts_ptr + COUNT_UNCHANGED_RTOL, tl.sum(unchanged_rtol).to(tl.int64), sem="relaxed")
+    tl.atomic_add(work_ptr, tl.sum(zeros), sem="relaxed")
+    flush_window(window, window_start, work_ptr + (UNCHANGED if BF16 else STORED_CHANGED) * BINS)
     lane = tl.arange(0, LIMIT_LANES)
     element = tl.load(params_ptr + PARAM_COUNTS + lane, lane < NUM_LIMITS, 0)
     # Magnitudes below a limit are those of its rank and of lower ranks.
@@ -354,42 +347,36 @@ def count(
 
 
 @triton.jit
-def sum_copies(table_ptr, cells, copies, STRIDE: tl.constexpr):
-    """Cells of a table, summed over its copies, int64."""
-    total = tl.zeros(cells.shape, tl.int64)
-    for copy in range(copies):
-        total += tl.load(table_ptr + copy * STRIDE + cells)
-    return total
-
-
-@triton.jit
 def add_to(tables_ptr, row, bins, count):
     """Adds counts to bins of one row of the tables."""
     tl.atomic_add(tables_ptr + row * BINS + bins, count, count != 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["copies", "n_thresholds"])
+@triton.jit(do_not_specialize=["n_thresholds"])
 def fold(
-    work_ptr,  # int32 [copies, WORK_ROWS, BINS]
-    low_sums_ptr,  # int64 [copies, LOW_ROWS, BINS], or None unless BF16
+    work_ptr,  # int64 [WORK_ROWS, BINS]
+    low_sums_ptr,  # int64 [LOW_ROWS, BINS], or None unless BF16
+    params_ptr,  # int32 or, for fp64, int64 [NUM_PARAMS]
     tables_ptr,  # int64 [HIST_BASE_OVER + n_thresholds, BINS]
+    counts_ptr,  # int64 [NUM_COUNTS]
     sums_ptr,  # int64 [NUM_SUMS, SUM_LIMBS]
-    copies,
     n_thresholds,
     BF16: tl.constexpr,
     EXPONENTS: tl.constexpr,
 ):
-    """Adds the work tables to the tally's, and the sums of a bf16 pair. A row of a tile has one exponent: one scale."""
+    """Adds the work tables to the tally's, and the counts and sums of a bf16 pair that follow from them.
+
+    A row of a tile has one exponent: one scale.
+    """
     exponent = tl.program_id(0) * EXPONENTS + tl.arange(0, EXPONENTS)
     mantissa = tl.arange(0, MANTISSAS)
     bins = exponent[:, None] * MANTISSAS + mantissa[None, :]
-    stride: tl.constexpr = WORK_ROWS * BINS
 
     base = tl.zeros([EXPONENTS, MANTISSAS], tl.int64)
     base_changed, not_visible = base, base
     for k in tl.static_range(GROUPS):
         group = GROUPS - 1 - k
-        count = sum_copies(work_ptr, bins + group * BINS, copies, stride)
+        count = tl.load(work_ptr + group * BINS + bins)
         base += count  # of this group and those above it
         if group > VISIBLE_CHANGED:
             if group - VISIBLE_CHANGED <= n_thresholds:
@@ -399,21 +386,34 @@ def fold(
             if group == STORED_CHANGED:
                 add_to(tables_ptr, HIST_BASE_CHANGED, bins, base)
                 base_changed = base
-    trained = sum_copies(work_ptr, bins + WORK_TRAINED * BINS, copies, stride)
-    stored = sum_copies(work_ptr, bins + WORK_STORED * BINS, copies, stride)
+    trained = tl.load(work_ptr + WORK_TRAINED * BINS + bins)
+    stored = tl.load(work_ptr + WORK_STORED * BINS + bins)
+    n_unchanged = tl.sum(base - base_changed)
+    if BF16:  # a stored |delta| is in its bin of the visible one, unless it is rounded up to the next
+        rounded_up = tl.load(work_ptr + WORK_ROUNDED_UP * BINS + bins)
+        delta = stored - rounded_up + tl.load(work_ptr + WORK_ROUNDED_UP * BINS + bins - 1, bins > 0, 0)
+    else:
+        delta = tl.load(work_ptr + WORK_DELTA * BINS + bins)
     add_to(tables_ptr, HIST_BASE, bins, base)
-    add_to(tables_ptr, HIST_DELTA, bins, sum_copies(work_ptr, bins + WORK_DELTA * BINS, copies, stride))
+    add_to(tables_ptr, HIST_DELTA, bins, delta)
     add_to(tables_ptr, HIST_TRAINED_CHANGED, bins, trained)
     add_to(tables_ptr, HIST_DELTA_STORED, bins, stored)
     tl.atomic_add(tables_ptr + HIST_DELTA * BINS, tl.sum(not_visible), sem="relaxed")
-    tl.atomic_add(tables_ptr + HIST_DELTA_STORED * BINS, tl.sum(base - base_changed), sem="relaxed")
+    tl.atomic_add(tables_ptr + HIST_DELTA_STORED * BINS, n_unchanged, sem="relaxed")
 
     if BF16:
+        # Another bf16 value is further away than 1e-3 of both.
+        tl.atomic_add(counts_ptr + COUNT_UNCHANGED_RTOL, n_unchanged, sem="relaxed")
+        exact = stored - tl.load(work_ptr + WORK_INEXACT * BINS + bins)
+        for k in range(NUM_LIMITS):
+            limit = tl.load(params_ptr + PARAM_LIMITS + k)
+            below = tl.sum(tl.where((bins << 16) < limit, exact, 0)) + tl.where(limit > 0, n_unchanged, 0)
+            tl.atomic_add(counts_ptr + tl.load(params_ptr + PARAM_COUNTS + k), below, sem="relaxed")
         # A bf16 magnitude is t * 2^(e - 134), e at least 1; a stored delta is (t * 2^16 + low) * 2^(e - 150).
         e = tl.maximum(exponent, 1)
         t = (mantissa[None, :] + tl.where(exponent > 0, MANTISSAS, 0)[:, None]).to(tl.int64)
-        low = sum_copies(low_sums_ptr, bins + LOW * BINS, copies, LOW_ROWS * BINS)
-        low_square = sum_copies(low_sums_ptr, bins + LOW_SQUARE * BINS, copies, LOW_ROWS * BINS)
+        low = tl.load(low_sums_ptr + LOW * BINS + bins)
+        low_square = tl.load(low_sums_ptr + LOW_SQUARE * BINS + bins)
         square: tl.constexpr = SUM_SHIFT - 2 * 134
         square_low: tl.constexpr = SUM_SHIFT - 2 * 150
         add_units(sums_ptr + SUM_BASE_SQ * SUM_LIMBS, tl.sum(base * t * t, 1), 2 * e + square)
@@ -430,7 +430,7 @@ def fold(
 def launch_shape(base: torch.dtype, trained: torch.dtype) -> tuple[int, int | None]:
     """Coordinates per tile, so many that both tensors are loaded 16 bytes at a time, and registers per thread."""
     if min(base.itemsize, trained.itemsize) > 2:
-        return 512, MAXNREG
+        return 512, None if torch.float64 in (base, trained) else MAXNREG
     return 1024, MAXNREG if base == trained == torch.bfloat16 else None
 
 
@@ -457,7 +457,7 @@ def delta_(
     )
     base, trained = base.view(-1), trained.view(-1)
     for start, size in gpu.slices(n):
-        copies = max(1, min(MAX_COPIES, size // COORDINATES_PER_COPY))
+        copies = work_tables.num_copies(size, BINS.value * (4 * WORK_ROWS.value + 8 * LOW_ROWS.value))
         work = torch.zeros(copies, WORK_ROWS.value, BINS.value, dtype=torch.int32, device=device)
         low_sums = torch.zeros(copies, LOW_ROWS.value, BINS.value, dtype=torch.int64, device=device) if bf16 else None
         launch.run(
@@ -483,11 +483,12 @@ def delta_(
         launch.run(
             fold,
             (BINS.value // MANTISSAS.value // EXPONENTS,),
-            work,
-            low_sums,
+            work.sum(0),
+            None if low_sums is None else low_sums.sum(0),
+            params,
             tables,
+            counts,
             sums,
-            copies,
             len(threshold_bits),
             num_warps=4,
             BF16=bf16,

@@ -3,11 +3,10 @@
 Runs are taken in groups of four. A coordinate adds one to the joint table [set, |w|] of a group, where the set has one
 bit for each run of the group that changed it: the histograms of |w|, and of each run's changed coordinates, are sums of
 it. The first group counts every coordinate, the others those that they changed. For at most four runs the joint counts
-are sums of the same table; for more, a table of 2^runs sets holds them. So a coordinate costs one atomic increment and,
-if it changed, one more for every four runs beyond the first four.
-
-Contention: as in `delta`. Programs count into up to eight copies of the tables in turn, in the L2 cache; zeros that no
-run changed, and non-finite coordinates, are counted in registers.
+are sums of the same table; for more, a table of 2^runs sets holds them. A program counts most coordinates that no run
+changed in registers (opdkernels/backends/triton/tables.py), also zeros among them and non-finite coordinates. Any other
+costs one atomic increment in one of several copies of the tables and, if it changed, one more for every four runs
+beyond the first four.
 
 A change is compared before it is rounded (csrc/overlap/overlap.h): rounding is monotone.
 """
@@ -22,15 +21,15 @@ import triton.language as tl
 
 from opdkernels.backends import gpu
 from opdkernels.backends import layout as common_layout
-from opdkernels.backends.triton import launch
+from opdkernels.backends.triton import launch, tables
 from opdkernels.backends.triton.numeric import bf16_bits_of, from_bf16_bits, magnitude_bits
+from opdkernels.backends.triton.tables import WINDOW, add_to_tables, column_sums, flush_window, striped, window_around
 from opdkernels.ops.overlap import layout
 from opdkernels.ops.overlap.gpu_common import change_limit, fold_overlap
 
 TILE, NUM_WARPS = 1024, 4  # eight bf16 per thread: 16 bytes of every tensor
 MAXNREG = 128  # for up to four runs: four programs per multiprocessor
-MAX_BYTES = 40  # per coordinate in all tensors; beyond them only half a tile fits the registers
-MAX_COPIES, COORDINATES_PER_COPY = 8, 1 << 22
+MAX_BYTES = 40  # per coordinate in all tensors; with twice as many only half a tile fits the registers
 BINS = tl.constexpr(common_layout.BINS)
 GROUP, GROUP_SETS = tl.constexpr(layout.GROUP), tl.constexpr(layout.GROUP_SETS)
 COUNT_NUMEL, COUNT_NONFINITE = tl.constexpr(layout.COUNT_NUMEL), tl.constexpr(layout.COUNT_NONFINITE)
@@ -62,17 +61,25 @@ def count_tile(
     tile_start,
     n,
     limit,
+    window_start,
     zeros,
     nonfinite,
+    window,
     TAIL: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Counts one tile; returns the counts of zeros that no run changed and of non-finite coordinates."""
+    """Counts one tile; returns the counts of zeros that no run changed, of non-finite coordinates and of the window."""
+    ROWS: tl.constexpr = 128 // base_ptr.dtype.element_ty.primitive_bitwidth
     i = tile_start + tl.arange(0, TILE)
     inside = i < n if TAIL else tl.full([TILE], 1, tl.int1)
     magnitude, changed, finite = changed_sets(base_ptr, trained_ptrs, i, inside, limit, TAIL)
-    cell = (changed & (GROUP_SETS - 1)) * BINS + magnitude
-    tl.atomic_add(joint_ptr + cell, 1, finite & (cell > 0), sem="relaxed")
+    nonfinite += column_sums(striped(inside & (finite == 0), ROWS), ROWS)
+    magnitude, changed, finite = striped(magnitude, ROWS), striped(changed, ROWS), striped(finite, ROWS)
+    first_set = changed & (GROUP_SETS - 1)
+    cell = first_set * BINS + magnitude
+    zeros += column_sums(finite & (cell == 0), ROWS)
+    counted = finite & (cell > 0)
+    window = add_to_tables(window, window_start, joint_ptr + cell, magnitude, counted, first_set == 0, TAIL)
     for group in tl.static_range(1, (len(trained_ptrs) + GROUP - 1) // GROUP):
         group_set = (changed >> group * GROUP) & (GROUP_SETS - 1)
         tl.atomic_add(
@@ -80,40 +87,67 @@ def count_tile(
         )
     if sets_ptr is not None:
         tl.atomic_add(sets_ptr + changed, 1, finite & (changed > 0), sem="relaxed")
-    zeros += (finite & (cell == 0)).to(tl.int32)
-    nonfinite += (inside & (finite == 0)).to(tl.int32)
-    return zeros, nonfinite
+    return zeros, nonfinite, window
 
 
 @triton.jit(do_not_specialize=["n", "copies", "limit"])
 def count(
     base_ptr,  # [n]
     trained_ptrs,  # a tuple of [n], one per run
-    joint_ptr,  # int32 [copies, groups, GROUP_SETS, BINS]
+    joint_ptr,  # int32 [copies, SETS, BINS], GROUP_SETS for each group
     sets_ptr,  # int32 [copies, 2^runs], or None for at most four runs
     counts_ptr,  # int64 [2]
     n,
     copies,
     limit,
+    SETS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Counts a base and its runs; programs take tiles in turn. Adds to every output."""
     program = tl.program_id(0).to(tl.int64)
-    groups: tl.constexpr = (len(trained_ptrs) + GROUP - 1) // GROUP
-    joint_ptr += (program % copies) * groups * GROUP_SETS * BINS
+    joint_ptr += (program % copies) * SETS * BINS
     if sets_ptr is not None:
         sets_ptr += (program % copies) << len(trained_ptrs)
-    zeros = tl.zeros([TILE], tl.int32)
-    nonfinite = tl.zeros([TILE], tl.int32)
+    ROWS: tl.constexpr = 128 // base_ptr.dtype.element_ty.primitive_bitwidth
+    zeros = tl.zeros([TILE // ROWS], tl.int32)
+    nonfinite = tl.zeros([TILE // ROWS], tl.int32)
+    window = tl.zeros([WINDOW], tl.int32)
+    i = program * TILE + tl.arange(0, TILE)
+    window_start = window_around(bf16_bits_of(tl.load(base_ptr + i, i < n, 0.0)) & 0x7FFF, BINS)
     full, step = n.to(tl.int64) // TILE * TILE, tl.num_programs(0).to(tl.int64) * TILE
     for tile_start in range(program * TILE, full, step):
-        zeros, nonfinite = count_tile(
-            base_ptr, trained_ptrs, joint_ptr, sets_ptr, tile_start, n, limit, zeros, nonfinite, False, TILE
+        zeros, nonfinite, window = count_tile(
+            base_ptr,
+            trained_ptrs,
+            joint_ptr,
+            sets_ptr,
+            tile_start,
+            n,
+            limit,
+            window_start,
+            zeros,
+            nonfinite,
+            window,
+            False,
+            TILE,
         )
     if (full < n) & (full % step == program * TILE):
-        zeros, nonfinite = count_tile(
-            base_ptr, trained_ptrs, joint_ptr, sets_ptr, full, n, limit, zeros, nonfinite, True, TILE
+        zeros, nonfinite, window = count_tile(
+            base_ptr,
+            trained_ptrs,
+            joint_ptr,
+            sets_ptr,
+            full,
+            n,
+            limit,
+            window_start,
+            zeros,
+            nonfinite,
+            window,
+            True,
+            TILE,
         )
+    flush_window(window, window_start, joint_ptr)
     tl.atomic_add(joint_ptr, tl.sum(zeros), sem="relaxed")
     if program == 0:
         tl.atomic_add(counts_ptr + COUNT_NUMEL, n.to(tl.int64), sem="relaxed")
@@ -133,11 +167,13 @@ def overlap_(
     """The operator, for contiguous tensors on one device."""
     device, n_runs = base.device, len(trained)
     groups = triton.cdiv(n_runs, layout.GROUP)
+    n_sets = groups * layout.GROUP_SETS if groups > 1 else 1 << n_runs
     base, trained = base.view(-1), [tensor.view(-1) for tensor in trained]
-    tile = TILE if sum(tensor.itemsize for tensor in (base, *trained)) <= MAX_BYTES else TILE // 2
+    coordinate_bytes = sum(tensor.itemsize for tensor in (base, *trained))
+    tile = TILE // triton.next_power_of_2(triton.cdiv(coordinate_bytes, MAX_BYTES))
     for start, size in gpu.slices(base.numel()):
-        copies = max(1, min(MAX_COPIES, size // COORDINATES_PER_COPY))
-        joint = torch.zeros(copies, groups, layout.GROUP_SETS, common_layout.BINS, dtype=torch.int32, device=device)
+        copies = tables.num_copies(size, 4 * (n_sets * common_layout.BINS + (1 << n_runs)))
+        joint = torch.zeros(copies, n_sets, common_layout.BINS, dtype=torch.int32, device=device)
         sets = torch.zeros(copies, 1 << n_runs, dtype=torch.int32, device=device) if groups > 1 else None
         launch.run(
             count,
@@ -152,8 +188,12 @@ def overlap_(
             change_limit(threshold_bits),
             num_warps=NUM_WARPS,
             maxnreg=MAXNREG if sets is None else None,
+            SETS=n_sets,
             TILE=tile,
         )
+        total = torch.nn.functional.pad(joint.sum(0), (0, 0, 0, groups * layout.GROUP_SETS - n_sets))
         fold_overlap(
-            joint.sum(0), None if sets is None else sets.sum(0), (hist_base, hist_changed, both, hist_num_runs)
+            total.view(groups, layout.GROUP_SETS, common_layout.BINS),
+            None if sets is None else sets.sum(0),
+            (hist_base, hist_changed, both, hist_num_runs),
         )

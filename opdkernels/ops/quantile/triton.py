@@ -6,9 +6,10 @@ its 2^16 bins gives the digit. bf16 and fp16 take one pass, fp32 two, fp64 four,
 integers, so the result is exact, and nothing is copied to the host between passes. Later passes count the few values
 that share a digit with a threshold.
 
-Contention. The first pass hits the 1,667 bins that hold 99.9 % of a weight matrix: programs count into up to eight
-copies of the table in turn (see `delta`). Zeros, which may be most of a change, are counted in registers. A NaN counts
-as the largest magnitude bits, beyond infinity.
+Contention. The first pass hits some 1,600 bins that hold 99.9 % of a weight matrix. A program counts most of the values
+outside the mask in registers, and its other values in one of several copies of the table
+(opdkernels/backends/triton/tables.py). Zeros, which may be most of a change, are counted in registers. A NaN counts as
+the largest magnitude bits, beyond infinity.
 
 Arithmetic: csrc/quantile/quantile.h.
 """
@@ -22,15 +23,14 @@ import triton
 import triton.language as tl
 
 from opdkernels.backends import gpu
-from opdkernels.backends.triton import launch
+from opdkernels.backends.triton import launch, tables
 from opdkernels.backends.triton.numeric import magnitude_bits
+from opdkernels.backends.triton.tables import WINDOW, add_to_tables, column_sums, flush_window, striped, window_around
 from opdkernels.ops.quantile.gpu_common import select_by_digits
 from opdkernels.ops.quantile.layout import DIGIT_BITS, DIGITS
 
-TILE = 2048
-TABLE = tl.constexpr(DIGITS)
-DIGIT_BITS = tl.constexpr(DIGIT_BITS)
-MAX_COPIES, VALUES_PER_COPY = 8, 1 << 22
+TILE_BYTES, NUM_WARPS, MAXNREG = 4096, 4, 160  # two 16-byte loads per thread; three programs per multiprocessor
+TABLE, TABLE_BITS = tl.constexpr(DIGITS), tl.constexpr(DIGIT_BITS)
 
 
 @triton.jit
@@ -62,31 +62,39 @@ def count_tile(
     n,
     shift,
     n_prefixes,
+    window_start,
     zeros,
     masked_zeros,
+    window,
+    FIRST: tl.constexpr,
     TAIL: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Counts one tile; returns the counts of zeros, which stay in registers."""
+    """Counts one tile; returns the counts of zeros and of the window, which stay in registers."""
+    ROWS: tl.constexpr = 128 // values_ptr.dtype.element_ty.primitive_bitwidth
     i = tile_start + tl.arange(0, TILE)
     if TAIL:
-        inside = i < n
-        key = magnitude_keys(tl.load(values_ptr + i, inside, 0.0))
+        key = striped(magnitude_keys(tl.load(values_ptr + i, i < n, 0.0)), ROWS)
+        inside = striped(i < n, ROWS)
     else:
+        key = striped(magnitude_keys(tl.load(values_ptr + i)), ROWS)
         inside = tl.full([TILE], 1, tl.int1)
-        key = magnitude_keys(tl.load(values_ptr + i))
     zero = inside & (key == 0)
-    zeros += zero.to(tl.int32)
+    zeros += column_sums(zero, ROWS)
     digit = (key >> shift).to(tl.int32) & (TABLE - 1)
+    cell = digit
     if mask_ptr is not None:
-        bit = load_mask_bits(mask_ptr, tile_start, n, TILE)
-        masked_zeros += zero.to(tl.int32) * bit
-        digit += bit << DIGIT_BITS
-    upper = (key >> shift) >> DIGIT_BITS
-    for p in range(n_prefixes):
-        prefix = tl.load(prefixes_ptr + p).to(upper.dtype)
-        tl.atomic_add(table_ptr + 2 * p * TABLE + digit, 1, (upper == prefix) & (key > 0), sem="relaxed")
-    return zeros, masked_zeros
+        bit = striped(load_mask_bits(mask_ptr, tile_start, n, TILE), ROWS)
+        masked_zeros += column_sums(zero & (bit > 0), ROWS)
+        cell += bit << TABLE_BITS
+    if FIRST:
+        window = add_to_tables(window, window_start, table_ptr + cell, digit, key > 0, cell < TABLE, TAIL)
+    else:
+        upper = (key >> shift) >> TABLE_BITS
+        for p in range(n_prefixes):
+            prefix = tl.load(prefixes_ptr + p).to(upper.dtype)
+            tl.atomic_add(table_ptr + 2 * p * TABLE + cell, 1, (upper == prefix) & (key > 0), sem="relaxed")
+    return zeros, masked_zeros, window
 
 
 @triton.jit(do_not_specialize=["n", "shift", "n_prefixes", "copies"])
@@ -99,16 +107,28 @@ def count_digits(
     shift,
     n_prefixes,
     copies,
+    FIRST: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Counts, for each prefix, the digit at `shift` of the values whose upper digits equal it."""
+    """Counts, for each prefix, the digit at `shift` of the values whose upper digits equal it.
+
+    FIRST: the uppermost digit, above which there are none, and of which most values outside the mask have one in the
+    window.
+    """
     program = tl.program_id(0).to(tl.int64)
     table_ptr = tables_ptr + (program % copies) * n_prefixes.to(tl.int64) * 2 * TABLE
-    zeros = tl.zeros([TILE], tl.int32)
-    masked_zeros = tl.zeros([TILE], tl.int32)
+    ROWS: tl.constexpr = 128 // values_ptr.dtype.element_ty.primitive_bitwidth
+    zeros = tl.zeros([TILE // ROWS], tl.int32)
+    masked_zeros = tl.zeros([TILE // ROWS], tl.int32)
+    window = tl.zeros([WINDOW], tl.int32)
+    window_start = 1
+    if FIRST:
+        i = program * TILE + tl.arange(0, TILE)
+        key = magnitude_keys(tl.load(values_ptr + i, i < n, 0.0))
+        window_start = window_around((key >> shift).to(tl.int32), TABLE)
     full, step = n.to(tl.int64) // TILE * TILE, tl.num_programs(0).to(tl.int64) * TILE
     for tile_start in range(program * TILE, full, step):
-        zeros, masked_zeros = count_tile(
+        zeros, masked_zeros, window = count_tile(
             values_ptr,
             mask_ptr,
             prefixes_ptr,
@@ -117,15 +137,34 @@ def count_digits(
             n,
             shift,
             n_prefixes,
+            window_start,
             zeros,
             masked_zeros,
+            window,
+            FIRST,
             False,
             TILE,
         )
     if (full < n) & (full % step == program * TILE):
-        zeros, masked_zeros = count_tile(
-            values_ptr, mask_ptr, prefixes_ptr, table_ptr, full, n, shift, n_prefixes, zeros, masked_zeros, True, TILE
+        zeros, masked_zeros, window = count_tile(
+            values_ptr,
+            mask_ptr,
+            prefixes_ptr,
+            table_ptr,
+            full,
+            n,
+            shift,
+            n_prefixes,
+            window_start,
+            zeros,
+            masked_zeros,
+            window,
+            FIRST,
+            True,
+            TILE,
         )
+    if FIRST:
+        flush_window(window, window_start, table_ptr)
     n_masked = tl.sum(masked_zeros)
     n_others = tl.sum(zeros) - n_masked
     for p in range(n_prefixes):
@@ -136,25 +175,28 @@ def count_digits(
 
 def digit_table(values: torch.Tensor, mask: torch.Tensor | None, prefixes: torch.Tensor, shift: int) -> torch.Tensor:
     """Counts of the digit at `shift`, int64 [len(prefixes), 2, DIGITS], outside and inside the mask."""
-    n_prefixes, device = len(prefixes), values.device
+    n_prefixes, device, tile = len(prefixes), values.device, TILE_BYTES // values.itemsize
     total = torch.zeros(n_prefixes, 2, DIGITS, dtype=torch.int64, device=device)
     for start, size in gpu.slices(values.numel()):
-        copies = max(1, min(MAX_COPIES // n_prefixes, size // VALUES_PER_COPY))
-        tables = torch.zeros(copies, n_prefixes, 2, DIGITS, dtype=torch.int32, device=device)
+        copies = tables.num_copies(size, n_prefixes * 2 * DIGITS * 4)
+        work = torch.zeros(copies, n_prefixes, 2, DIGITS, dtype=torch.int32, device=device)
         launch.run(
             count_digits,
-            (launch.num_programs(device, triton.cdiv(size, TILE)),),
+            (launch.num_programs(device, triton.cdiv(size, tile)),),
             values.narrow(0, start, size),
             gpu.mask_from(mask, start),
             prefixes,
-            tables,
+            work,
             size,
             shift,
             n_prefixes,
             copies,
-            TILE=TILE,
+            num_warps=NUM_WARPS,
+            maxnreg=MAXNREG,
+            FIRST=shift == 8 * values.itemsize - DIGIT_BITS,
+            TILE=tile,
         )
-        total += tables.sum(0)
+        total += work.sum(0)
     return total
 
 

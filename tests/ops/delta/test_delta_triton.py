@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from opdkernels.backends import gpu
+from opdkernels.backends.triton import tables
 from opdkernels.ops.delta import triton
 from tests.ops.conformance import MILLION, MISALIGNED, backend_kernel, check_case
 from tests.ops.delta.cases import FAMILY
@@ -14,10 +15,10 @@ BF16_PAIR, FP32_PAIR = "bfloat16, torch.bfloat16", "float32, torch.float32"
 
 
 @pytest.fixture(autouse=True)
-def large_tiles(monkeypatch):
+def few_programs(monkeypatch):
     """The interpreter's time grows with programs and tiles, not with elements."""
     monkeypatch.setattr(triton, "EXPONENTS", 128)
-    monkeypatch.setattr(triton, "launch_shape", lambda *dtypes: (8192, None))
+    monkeypatch.setattr(triton, "launch_shape", lambda *dtypes: (1024, None))
 
 
 @pytest.mark.parametrize("case", FAMILY.collect((0, 1, 31, 1023, 1025), special=True), ids=str)
@@ -39,7 +40,7 @@ def test_misaligned(case):
 @pytest.mark.parametrize("only", [BF16_PAIR, FP32_PAIR])
 def test_slices_and_table_copies_change_no_bit(monkeypatch, only):
     monkeypatch.setattr(triton, "launch_shape", lambda *dtypes: (512, None))
-    monkeypatch.setattr(triton, "COORDINATES_PER_COPY", 1024)
+    monkeypatch.setattr(tables, "COORDINATES_PER_COPY", 1024)
     monkeypatch.setattr(gpu, "SLICE", 2048)
     for case in FAMILY.collect([4501], only=only):
         check_case(case, KERNEL)
