@@ -30,6 +30,7 @@ CUDA = (
     "csrc/common/cuda/grid.h",
     "csrc/common/cuda/active.h",
     "csrc/common/cuda/packed.h",
+    "csrc/common/cuda/queue.h",
     "csrc/{0}/cuda.cu",
     "csrc/{0}/cuda_pair.inl",
     "opdkernels/ops/{0}/cuda.py",
@@ -41,6 +42,7 @@ KERNELS = {
         "opdkernels/ops/{0}/triton.py",
         "opdkernels/backends/triton/numeric.py",
         "opdkernels/backends/triton/launch.py",
+        "opdkernels/backends/triton/tables.py",
     ),
 }  # the files from which an implementation of a family is compiled
 CHANGED, MISSED = "†", "‡"
