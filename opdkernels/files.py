@@ -9,6 +9,7 @@ temporary files that no process holds: those of killed processes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -16,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ TEMPORARY = re.compile(r"\..+\.opdkernels-[0-9a-f]{16}\.tmp", re.DOTALL)
 UNPAIRED_SURROGATE = re.compile("[\ud800-\udfff]")
 MOVED_FILE = ".opdkernels-moved.json"  # which files of a temporary folder are being moved to the folder around it
 MAX_NAME_BYTES = 200  # a temporary name adds 33 bytes, and file systems allow 255
+SYNC_FILE_RANGE_WRITE = 2  # of the Linux system call
 NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
@@ -274,6 +277,13 @@ def remove_tree(path: Path) -> None:
     temporary = path.with_name(f"{temporary_prefix(path.name)}{secrets.token_hex(8)}.tmp")
     os.rename(path, temporary)
     remove_path(temporary)
+
+
+def write_early(handle: int, offset: int, size: int) -> None:
+    """Lets the disk write a part of a file while the rest is computed; `sync` is still needed. Only on Linux."""
+    if sys.platform == "linux" and (start := getattr(ctypes.CDLL(None), "sync_file_range", None)):
+        start.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+        start(handle, offset, size, SYNC_FILE_RANGE_WRITE)  # a hint: what fails here, `sync` reports
 
 
 def sync(path: Path) -> None:

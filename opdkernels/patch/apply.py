@@ -1,4 +1,4 @@
-"""`patch apply`: restores the trained checkpoint from a base and a patch, in bounded memory; verifies first."""
+"""`patch apply`: restores the trained checkpoint from a base and a patch; reads both once, in bounded memory."""
 
 from __future__ import annotations
 
@@ -71,12 +71,10 @@ def apply(
             workers,
             progress,
         )
-        work.verify()
-        base_checkpoint.check()
+        work.compare_headers()
         with new_folder(out, inputs={"BASE": base}) as temporary:
-            buffers = output.Ring(workers.depth, lambda width: torch.empty(segments.size_of(width), dtype=BITS[width]))
             for name in opened.files:
-                work.write(name, temporary, os.fspath(out), buffers)
+                work.write(name, temporary, os.fspath(out))
             left_out = write_extra_files(opened, base_checkpoint, temporary)
             base_checkpoint.check()
         return summary(opened) | {"left_out": left_out}
@@ -109,15 +107,11 @@ def apply_to(state_dict: Mapping[str, torch.Tensor], patch: str | os.PathLike[st
         infos = {name: described(name, tensor) for name, tensor in live.items()}
         work = Application(opened, infos, tensors.read, "the state dict", workers, None)
         targets = changed_in_place(opened, live, infos)
-        work.verify()
-        # First into memory that is discarded: overwritten tensors could not be restored.
-        buffers = output.Ring(workers.depth, lambda width: torch.empty(segments.size_of(width), dtype=BITS[width]))
-        for _ in work.restore(targets, lambda info, start, stop: buffers.next(info.item_bytes)[: stop - start]):
-            pass
+        work.compare_headers()
+        work.restore(targets, work.scratch)  # and discarded: overwritten tensors could not be restored
         for target in targets:
             new = tensors.in_place(target.name)
-            for _ in work.restore([target], lambda info, start, stop, new=new: new[start:stop]):  # type: ignore[misc]
-                pass
+            work.restore([target], lambda info, start, stop, new=new: new[start:stop])  # type: ignore[misc]
             tensors.put(target.name, new)
         return [info.name for info in targets]
 
@@ -223,8 +217,16 @@ class Piece:
     segment: segments.Segment | None
 
 
+@dataclass(frozen=True)
+class Restored:
+    """Digests of a restored piece, and of the base's bits that it was made from (None: it is stored in full)."""
+
+    digests: torch.Tensor
+    base_digests: torch.Tensor | None
+
+
 class Application:
-    """Verifies and applies a patch to a base; `read` returns the bits of the base's tensors."""
+    """Applies a patch to a base and verifies both; `read` returns the bits of the base's tensors."""
 
     def __init__(
         self,
@@ -238,7 +240,8 @@ class Application:
         self.patch, self.base, self.read, self.shown, self.workers = patch, base, read, shown, workers
         self.progress = progress or (lambda done, total, name: None)
         self.infos = [info for file in patch.files.values() for info in file]
-        self.done, self.total = 0, 2 * sum(info.nbytes for info in self.infos)
+        self.done, self.total = 0, sum(info.nbytes for info in self.infos)
+        self._memory = threading.local()
 
     def _tensor(self, info: TensorInfo) -> Tensor:
         return self.patch.manifest.tensors[info.name]
@@ -249,9 +252,9 @@ class Application:
             f" digest {self.patch.manifest.base_digest}; give the checkpoint that it was made from"
         )
 
-    def verify(self) -> None:
-        """Raises InputError unless the base is the patch's and the patch is undamaged."""
-        for info in self.infos:  # from the headers: detects another model at once
+    def compare_headers(self) -> None:
+        """Raises InputError unless the base has the tensors of the patch's base: detects another model at once."""
+        for info in self.infos:
             name = self._tensor(info).base
             base_info = self.base.get(name) if name is not None else info
             if base_info is None:
@@ -262,26 +265,20 @@ class Application:
                     f"has a tensor of {stored_dtype(base_info.dtype)} {list(base_info.shape)} where the patch changes"
                     f" {stored_dtype(info.dtype)} {list(info.shape)}",
                 )
-        hashes = {info.name: TensorDigest(info) for info in self.infos}
-        for info, last, digests in self.workers.map_ahead(self._digest_base, self._segments(self.infos), is_small):
-            hashes[info.name].add(digests)
-            self._show(info, digests)
-            if last:
-                self._compare(info, hashes[info.name].hexdigest())
 
-    def _compare(self, info: TensorInfo, hexdigest: str) -> None:
+    def _compare_base(self, info: TensorInfo, hexdigest: str) -> None:
         tensor = self._tensor(info)
-        if tensor.base is None and hexdigest != tensor.digest:
-            raise self.patch.bad(f"holds a tensor {printable(info.name)} with a wrong digest")
-        if tensor.base is not None and hexdigest != tensor.base_digest:
-            if hexdigest == tensor.digest:
-                raise InputError(
-                    f"{self.shown} already has the trained {printable(info.name)}: {printable(self.patch.path)} was "
-                    "applied to it, or it is the trained checkpoint; give the base"
-                )
-            raise self.wrong_base(
-                tensor.base, f"differs from the base: its digest is {hexdigest}, that of the base {tensor.base_digest}"
+        assert tensor.base is not None
+        if hexdigest == tensor.base_digest:
+            return
+        if hexdigest == tensor.digest:
+            raise InputError(
+                f"{self.shown} already has the trained {printable(info.name)}: {printable(self.patch.path)} was "
+                "applied to it, or it is the trained checkpoint; give the base"
             )
+        raise self.wrong_base(
+            tensor.base, f"differs from the base: its digest is {hexdigest}, that of the base {tensor.base_digest}"
+        )
 
     def _segments(self, infos: Iterable[TensorInfo]) -> Iterator[Piece]:
         """Yields the pieces of the tensors, in order."""
@@ -310,54 +307,74 @@ class Application:
             stored = self.patch.keep(self._tensor(piece.info).data, piece.segment.start, piece.segment.stop)
             return segments.decode(stored, piece.segment, piece.info.item_bytes, self.patch.difference)
 
-    def _digest_base(self, piece: Piece) -> tuple[TensorInfo, bool, torch.Tensor]:
-        """Returns the tensor, whether this was its last piece, digests of the base's or of the fully stored bits."""
-        tensor = self._tensor(piece.info)
-        last = piece.stop == piece.info.items
-        if tensor.base is None:
-            return piece.info, last, digest(self.patch.read(tensor.data, piece.start, piece.stop))
-        self._changes(piece)
-        return piece.info, last, digest(self.read(tensor.base, piece.start, piece.stop))
+    def scratch(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        """Returns memory for items [start, stop) of a tensor; the next call of the same thread may return the same."""
+        buffers = self._memory.__dict__.setdefault("by_width", {})
+        if info.item_bytes not in buffers:
+            buffers[info.item_bytes] = torch.empty(segments.size_of(info.item_bytes), dtype=BITS[info.item_bytes])
+        return buffers[info.item_bytes][: stop - start]
 
     def restore(
-        self, infos: Sequence[TensorInfo], buffer: Callable[[TensorInfo, int, int], torch.Tensor]
-    ) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
-        """Yields the trained tensors' bits by segment, in memory from `buffer`. Raises InputError for a bad digest."""
+        self,
+        infos: Sequence[TensorInfo],
+        memory: Callable[[TensorInfo, int, int], torch.Tensor],
+        use: Callable[[TensorInfo, int, torch.Tensor], None] = lambda info, start, restored: None,
+    ) -> None:
+        """Restores trained tensors piece by piece and compares the digests of both sides.
 
-        def restore_piece(job: tuple[Piece, torch.Tensor]) -> tuple[Piece, torch.Tensor, torch.Tensor]:
-            piece, target = job
-            tensor = self._tensor(piece.info)
+        Args:
+            infos: The tensors.
+            memory: Returns memory for the bits of items [start, stop) of a tensor; called by any worker.
+            use: Called with a tensor, start and the bits, by the worker that restored them.
+
+        Raises:
+            InputError: The base is another one, or the patch is damaged.
+        """
+
+        def restore_piece(piece: Piece) -> tuple[Piece, Restored]:
+            target, tensor = memory(piece.info, piece.start, piece.stop), self._tensor(piece.info)
             if tensor.base is None:
                 target.copy_(self.patch.read(tensor.data, piece.start, piece.stop))
-                return piece, target, digest(target)
-            changes = self._changes(piece)
-            return piece, *scatter(
-                self.read(tensor.base, piece.start, piece.stop), changes, difference=self.patch.difference, out=target
-            )
+                restored = Restored(digest(target), None)
+            else:
+                changes, base = self._changes(piece), self.read(tensor.base, piece.start, piece.stop)
+                base_digests = digest(base)  # before `target`, which may be the base's memory, is written
+                _, digests = scatter(base, changes, difference=self.patch.difference, out=target)
+                restored = Restored(digests, base_digests)
+            use(piece.info, piece.start, target)
+            return piece, restored
 
+        base_hashes = {info.name: TensorDigest(info) for info in infos}
         hashes = {info.name: TensorDigest(info) for info in infos}
-        jobs = ((piece, buffer(piece.info, piece.start, piece.stop)) for piece in self._segments(infos))
-        for piece, restored, digests in self.workers.map_ahead(restore_piece, jobs, lambda job: is_small(job[0])):
-            hashes[piece.info.name].add(digests)
-            self._show(piece.info, digests)
-            yield piece.info, restored
+        for piece, restored in self.workers.map_ahead(restore_piece, self._segments(infos), is_small):
+            name = piece.info.name
+            hashes[name].add(restored.digests)
+            if restored.base_digests is not None:
+                base_hashes[name].add(restored.base_digests)
+                if piece.stop == piece.info.items:
+                    self._compare_base(piece.info, base_hashes[name].hexdigest())
+            self._show(piece.info, restored.digests)
         for info in infos:
             if hashes[info.name].hexdigest() != self._tensor(info).digest:
-                raise self.patch.bad(f"gives a tensor {printable(info.name)} with a wrong digest")
+                verb = "holds" if self._tensor(info).base is None else "gives"
+                raise self.patch.bad(f"{verb} a tensor {printable(info.name)} with a wrong digest")
 
-    def write(self, name: str, folder: Path, shown: str, buffers: output.Ring[torch.Tensor]) -> None:
+    def write(self, name: str, folder: Path, shown: str) -> None:
         """Writes one file of the trained checkpoint."""
         header, infos = self.patch.headers[name], self.patch.files[name]
-        size = len(header) + sum(info.nbytes for info in infos)
-        with contextlib.closing(
-            output.Writer(folder / name, os.path.join(shown, name), self.workers.depth, size)
-        ) as writer:
-            writer([header])
-            for _, restored in self.restore(
-                infos, lambda info, start, stop: buffers.next(info.item_bytes)[: stop - start]
-            ):
-                writer([restored.view(torch.uint8).numpy().data], small=restored.numel() < output.SMALL)
-            writer.finish()
+        starts, size = {}, len(header)
+        for info in infos:
+            starts[info.name] = size
+            size += info.nbytes
+        with contextlib.closing(output.Writer(folder / name, os.path.join(shown, name), size=size)) as writer:
+            writer.write_at(0, header)
+            self.restore(
+                infos,
+                self.scratch,
+                lambda info, start, restored: writer.write_at(
+                    starts[info.name] + start * info.item_bytes, restored.view(torch.uint8).numpy().data
+                ),
+            )
         SafetensorsFile(str(folder / name), "read").close()  # validates the header with the library
 
     def _show(self, info: TensorInfo, digests: torch.Tensor) -> None:

@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from opdkernels.files import write_early
+
 SMALL = 1 << 16  # items: processing fewer is faster than passing them to another thread
 MOST_WORKERS = 8  # more threads do not increase memory bandwidth, and each holds one or two segments
 
@@ -22,9 +24,9 @@ R = TypeVar("R")
 
 
 class Writer:
-    """A file that one thread writes in the order of the calls.
+    """A file that one thread writes in the order of the calls, or several threads write at given offsets.
 
-    A disk error is raised by a later call, or at the end.
+    A disk error in the thread is raised by a later call, or at the end.
 
     Args:
         path: File to write, new or empty.
@@ -33,7 +35,7 @@ class Writer:
         size: Bytes of disk space to reserve.
     """
 
-    def __init__(self, path: Path, shown: str, depth: int, size: int = 0) -> None:
+    def __init__(self, path: Path, shown: str, depth: int = 1, size: int = 0) -> None:
         self.shown, self.depth = shown, depth
         self._file = io.FileIO(path, "w")
         self._pending: deque[Future[None]] = deque()
@@ -59,6 +61,15 @@ class Writer:
             while view:
                 with self._named():
                     view = view[self._file.write(view) or 0 :]
+
+    def write_at(self, offset: int, content: Any) -> None:
+        """Writes content at an offset, in the thread that calls."""
+        view, start = memoryview(content).cast("B"), offset
+        while view:
+            with self._named():
+                written = os.pwrite(self._file.fileno(), view, offset)
+            view, offset = view[written:], offset + written
+        write_early(self._file.fileno(), start, offset - start)
 
     def _reserve(self, size: int) -> None:
         """Allocates `size` bytes: a full disk is reported before writing, and allocated space is written faster."""

@@ -279,7 +279,7 @@ def test_killed_command_leaves_no_output(pair, tmp_path, command):
     arguments = {"create": [*pair, tmp_path / "q"], "apply": [pair[0], tmp_path / "p", tmp_path / "out"]}[command]
     program = (
         "import sys, time, opdkernels.patch as patch\nfrom opdkernels.patch import output\n"
-        "output.Writer.finish = output.Writer.rewrite = lambda *_: (print('stuck', flush=True), time.sleep(600))\n"
+        "output.Writer.write_at = output.Writer.rewrite = lambda *_: (print('stuck', flush=True), time.sleep(600))\n"
         "getattr(patch, sys.argv[1])(*sys.argv[2:])\n"
     )
     process = subprocess.Popen(

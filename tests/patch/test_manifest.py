@@ -238,18 +238,18 @@ def test_hostile_names_are_escaped(tmp_path):
 
 
 def test_change_of_the_patch_during_reading_is_detected(small, monkeypatch):
-    """The change comes between verifying and writing: written bytes are compared with their digest again."""
+    """The change comes after the patch was opened: its bytes are compared with their digest as they are read."""
     base, path = small
     content = path.read_bytes()
-    verify = Application.verify
+    compare_headers = Application.compare_headers
 
-    def verify_then_damage(self):
-        verify(self)
+    def compare_then_damage(self):
+        compare_headers(self)
         with open(path, "r+b") as file:
             file.seek(len(content) - 9)
             file.write(b"\xff" * 9)
 
-    monkeypatch.setattr(Application, "verify", verify_then_damage)
+    monkeypatch.setattr(Application, "compare_headers", compare_then_damage)
     there = sorted(path.parent.iterdir())
     with pytest.raises(InputError, match="damaged"):
         apply(base, path, path.parent / "out")
