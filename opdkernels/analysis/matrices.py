@@ -55,7 +55,7 @@ def cost(m: int, n: int) -> float:
     equivalent operations.
     """
     short = min(m, n)
-    return m * n * (5.7 * short + 2000) + 33 * short**3 + 2e9
+    return m * n * (5.3 * short + 2000) + 33 * short**3 + 2e9
 
 
 def memory(m: int, n: int) -> int:

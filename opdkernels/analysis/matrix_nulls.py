@@ -17,7 +17,13 @@ WIDE = (torch.float32, torch.float64)
 
 
 def expected_arrays(
-    w: torch.Tensor, v: torch.Tensor, view: str, factor: Factor, masks: list[Masks], spectra: Spectra | None
+    w: torch.Tensor,
+    v: torch.Tensor,
+    view: str,
+    factor: Factor,
+    projected: torch.Tensor,
+    masks: list[Masks],
+    spectra: Spectra | None,
 ) -> dict[str, Any]:
     """The fields `null_*` and `profile_factors` of a record.
 
@@ -30,6 +36,7 @@ def expected_arrays(
         v: W' as stored [m, n].
         view: "stored" or "visible".
         factor: Factor of W in this view.
+        projected: W in this view times the vectors of its factor, fp64 [long, K].
         masks: Masks of W in this view.
         spectra: Spectra of the pair in this view; None if delta is zero.
     """
@@ -48,7 +55,7 @@ def expected_arrays(
     if spectra is None or not defined:
         return fields
     long, short = source.shape
-    profile = Profile.of(source, factor.vectors, factor.sigma, ranks, variance)
+    profile = Profile.of(source, factor.vectors, projected, factor.sigma, ranks, variance)
     if not profile.total > 0:  # the null expects no change
         return fields
     both, on_long, on_short = profile.projections(long, short)

@@ -65,6 +65,7 @@ class BaseFactors:
 
     gram: torch.Tensor | None = None  # W^T W [short, short]
     factor: Factor | None = None
+    projected: torch.Tensor | None = None  # W times the factor's vectors [long, K]
     masks: list[principal.Masks] | None = None
 
 
@@ -119,11 +120,14 @@ def exact_spectrum(
         return replace(empty, reason=reason), None
     assert shared.factor is not None
     top = long_directions(matrix, w, v, delta) if delta else None
+    vectors = shared.factor.vectors
+    if shared.projected is None:
+        shared.projected = principal.project(long_w, vectors, visible=visible)
     if not shared.masks:
-        shared.masks = principal.masks(long_w, shared.factor.vectors, top_ranks(matrix.short), visible=visible)
+        shared.masks = principal.masks(long_w, vectors, shared.projected, top_ranks(matrix.short), visible=visible)
     overlaps = principal.overlaps(shared.masks, long_w, long_v, visible=visible)
     method = "svd" if spectra is not None and spectra.method == "svd" else "gram_mixed" if block else "gram"
-    expected = expected_arrays(w, v, view, shared.factor, shared.masks, spectra)
+    expected = expected_arrays(w, v, view, shared.factor, shared.projected, shared.masks, spectra)
     return replace(build_record(empty, spectra, overlaps, method), **expected), top
 
 

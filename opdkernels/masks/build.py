@@ -404,7 +404,8 @@ def principal_mask(name: str, weight: Weight, density: float) -> Mask:
     factor = factorise(symmetric(gram(long))[0], ranks[-1])
     if float(factor.sigma[ranks[-1] - 1]) <= GRAM_LIMIT * float(factor.sigma[0]):
         factor = factorise_matrix(w, ranks[-1])
-    (selected,) = selection.masks(long, factor.vectors, ranks, visible=False, ratios=(density,))
+    projected = selection.project(long, factor.vectors, visible=False)
+    (selected,) = selection.masks(long, factor.vectors, projected, ranks, visible=False, ratios=(density,))
     flags = np.unpackbits(selected.sure, count=weight.numel, bitorder="little").astype(bool)
     flags[selected.above] = True
     flags[selected.tied[: selected.taken]] = True

@@ -143,6 +143,7 @@ class Profile:
         cls,
         source: torch.Tensor,
         basis: torch.Tensor,
+        projected: torch.Tensor,
         sigma: torch.Tensor,
         ranks: Sequence[int],
         variance: np.ndarray | None,
@@ -152,6 +153,7 @@ class Profile:
         Args:
             source: W as a view [long, short].
             basis: Top singular vectors of W on its shorter side, fp64 [short, K].
+            projected: W times these, fp64 [long, K].
             sigma: Singular values of W, descending, fp64 [short]; the first K are not 0.
             ranks: Number of top vectors of each ratio; the last is K.
             variance: E[delta^2] by the bf16 bits of |W|, float64 [BINS]; None: the same at every |W|.
@@ -167,7 +169,7 @@ class Profile:
         right_narrow = right.float()
         for block in row_blocks(long, short):
             weights = source[block]
-            vectors = weights.double() @ basis / sigma[: basis.shape[1]]
+            vectors = projected[block] / sigma[: basis.shape[1]]
             left = torch.cat([vectors.square().cumsum(1)[:, ends], torch.ones(len(weights), 1)], 1)
             values = table[magnitude_bits(weights)] if variance is not None else torch.ones(weights.shape)
             products = (values @ right_narrow).double()

@@ -118,14 +118,37 @@ def row_blocks(long: int, short: int) -> list[slice]:
     return [slice(first, min(first + rows, long)) for first in range(0, long, rows)]
 
 
+def project(base: torch.Tensor, basis: torch.Tensor, *, visible: bool) -> torch.Tensor:
+    """W times its top singular vectors, fp64 [long, K].
+
+    Args:
+        base: View [long, short] of the stored matrix, long >= short.
+        basis: Top singular vectors of W on its shorter side, fp64 [short, K].
+        visible: Whether W is rounded to bf16.
+    """
+    long, short = base.shape
+    projected = torch.empty(long, basis.shape[1], dtype=torch.float64)
+    for rows in row_blocks(long, short):
+        weights = base[rows].bfloat16() if visible else base[rows]
+        torch.mm(weights.double(), basis, out=projected[rows])
+    return projected
+
+
 def masks(
-    base: torch.Tensor, basis: torch.Tensor, ranks: Sequence[int], *, visible: bool, ratios: Sequence[float] = RATIOS
+    base: torch.Tensor,
+    basis: torch.Tensor,
+    projected: torch.Tensor,
+    ranks: Sequence[int],
+    *,
+    visible: bool,
+    ratios: Sequence[float] = RATIOS,
 ) -> list[Masks]:
     """Principal and near-zero masks of W at each ratio.
 
     Args:
         base: View [long, short] of the stored matrix, long >= short.
         basis: Top singular vectors of W on its shorter side, fp64 [short, K].
+        projected: `project` of W.
         ranks: How many of the vectors each ratio uses.
         visible: Whether W is rounded to bf16.
         ratios: Fractions of the coordinates in each mask.
@@ -135,9 +158,6 @@ def masks(
     blocks = row_blocks(long, short)
     sizes = [max(1, math.ceil(r * base.numel())) for r in ratios]
     low_thresholds = quantiles(weights.T if weights.T.is_contiguous() else weights, sizes, largest=False)
-    projected = torch.empty(long, basis.shape[1], dtype=torch.float64)
-    for rows in blocks:
-        torch.mm(weights[rows].double(), basis, out=projected[rows])
     # NumPy compares six times as fast as torch.
     magnitudes = (widened_copy(weights[rows]).abs_().numpy().ravel() for rows in blocks)
     low = packed(

@@ -49,7 +49,7 @@ def test_geometry_of_a_random_update_is_that_of_sampled_ones(shape, relative, un
     factor = factorise_matrix(w.double(), ranks[-1])
     size = relative * float(w.double().norm()) / math.sqrt(w.numel())
     table = variance_at(size) if uneven else np.full(BINS, size**2)
-    profile = Profile.of(w, factor.vectors, factor.sigma, ranks, table if uneven else None)
+    profile = Profile.of(w, factor.vectors, w.double() @ factor.vectors, factor.sigma, ranks, table if uneven else None)
     deviation = torch.from_numpy(table)[magnitude_bits(w).long()].sqrt()
     energy = float(deviation.square().sum())
     both, on_long, on_short = profile.projections(long, short)
@@ -79,7 +79,7 @@ def test_perturbation_of_a_large_update_or_of_a_low_rank_is_unknown():
     w = weights(40, 30)
     ranks = top_ranks(30)
     factor = factorise_matrix(w.double(), ranks[-1])
-    profile = Profile.of(w, factor.vectors, factor.sigma, ranks, None)
+    profile = Profile.of(w, factor.vectors, w.double() @ factor.vectors, factor.sigma, ranks, None)
     limit = (MAX_RELATIVE_NORM * float(factor.sigma.norm())) ** 2
     assert perturbation(factor.sigma, profile, 40, 0.99 * limit) is not None
     assert perturbation(factor.sigma, profile, 40, 1.01 * limit) is None
@@ -93,7 +93,8 @@ def test_top_of_the_spectrum_follows_the_profile(uneven):
     w = weights(300, 200)
     factor = factorise_matrix(w.double(), 40)
     table = variance_at(1e-4)
-    profile = Profile.of(w, factor.vectors, factor.sigma, top_ranks(200), table if uneven else None)
+    projected = w.double() @ factor.vectors
+    profile = Profile.of(w, factor.vectors, projected, factor.sigma, top_ranks(200), table if uneven else None)
     deviation = torch.from_numpy(table)[magnitude_bits(w).long()].sqrt() if uneven else torch.ones(w.shape).double()
     generator = torch.Generator().manual_seed(3)
     sampled = []
@@ -128,7 +129,7 @@ def test_coverage_of_independent_changes_is_that_of_sampled_ones():
     w = weights(90, 60)
     ranks = top_ranks(60)
     factor = factorise_matrix(w.double(), ranks[-1])
-    masks = principal.masks(w, factor.vectors, ranks, visible=False)
+    masks = principal.masks(w, factor.vectors, w.double() @ factor.vectors, ranks, visible=False)
     bits = magnitude_bits(w).numpy().ravel()
     hist_base = np.bincount(bits, minlength=BINS)
     visible = np.clip(0.004 / np.maximum(np.abs(np.arange(BINS) - 0x3C00) * 1e-3, 1e-3), 0, 0.9)
@@ -170,7 +171,8 @@ def test_no_expected_change_has_no_coverage():
 
 def test_ties_of_the_principal_mask_count_in_expectation():
     zeros = torch.zeros(40, 8, dtype=torch.bfloat16)
-    masks = principal.masks(zeros, torch.eye(8, dtype=torch.float64)[:, :1], top_ranks(8), visible=False)
+    basis = torch.eye(8, dtype=torch.float64)[:, :1]
+    masks = principal.masks(zeros, basis, zeros.double() @ basis, top_ranks(8), visible=False)
     for mask, histogram in zip(masks, mask_histograms(masks, zeros), strict=True):
         assert histogram[0] == pytest.approx(mask.size)
     assert low_fractions(np.array([4, 0, 4, 2]), 6).tolist() == [1, 1, 0.5, 0]

@@ -14,7 +14,8 @@ from opdkernels.spectral.principal import COUNTS, THRESHOLDS
 
 
 def overlaps(base, trained, basis, ranks, *, visible):
-    return principal.overlaps(principal.masks(base, basis, ranks, visible=visible), base, trained, visible=visible)
+    masks = principal.masks(base, basis, principal.project(base, basis, visible=visible), ranks, visible=visible)
+    return principal.overlaps(masks, base, trained, visible=visible)
 
 
 def matrices(shape, dtype, seed=0):
