@@ -34,6 +34,9 @@ class FakeStream:
     def wait_stream(self, stream):
         pass
 
+    def synchronize(self):
+        pass
+
 
 class FakeGraphs:
     """torch's CUDA graphs on a machine without a GPU: a capture runs the call, its end raises if `is_invalid`."""

@@ -77,5 +77,7 @@ def test_a_python_on_the_path_that_does_not_run_is_left_out(tmp_path, monkeypatc
         script = tmp_path / f"python{version}"
         script.write_text(f"#!/bin/sh\n{command}\n")
         script.chmod(0o755)
+    (tmp_path / "python3.13").write_text("#!/nonexistent/python\n")
+    (tmp_path / "python3.13").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert dist.found_pythons() == [str(tmp_path / "python3.12")]

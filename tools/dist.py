@@ -135,7 +135,15 @@ def check_installed(wheel: Path, python: str, work: Path, with_torch: bool) -> s
 def found_pythons() -> list[str]:
     """The Pythons of PYTHONS that are on the path and run; pyenv puts one there for versions that it does not use."""
     paths = filter(None, (shutil.which(f"python{version}") for version in PYTHONS))
-    return [path for path in paths if not subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode]
+    return [path for path in paths if runs(path)]
+
+
+def runs(python: str) -> bool:
+    """Whether an executable is a Python that runs."""
+    try:
+        return subprocess.run([python, "-c", ""], capture_output=True, check=False, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def main() -> None:

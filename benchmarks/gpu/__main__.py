@@ -27,6 +27,7 @@ from benchmarks.gpu import build, record
 
 DEADLINE_S = 450.0
 PARALLEL_FRACTION = 0.6  # of the time, for checks and compute-sanitizer; measurements have the rest
+TESTS_FRACTION = 0.8  # the same without measurements; checks that run alone have the rest
 UNIT_LIMIT_S = 120.0  # a unit that takes longer is stuck
 GROUPS = {"tests": "check,sanitizer", "bench": "time"}
 MAX_RESTARTS = 24  # of workers that crashed
@@ -164,7 +165,7 @@ def run_phases(command: list[str], jobs: int, deadline: float, with_measurements
     if not results.about:
         return results, why
     now = time.monotonic()
-    parallel_deadline = now + PARALLEL_FRACTION * (deadline - now) if with_measurements else deadline
+    parallel_deadline = now + (PARALLEL_FRACTION if with_measurements else TESTS_FRACTION) * (deadline - now)
     checked, why = supervise_parallel(command, jobs, parallel_deadline)
     results.join([checked])
     if not results.about:

@@ -63,6 +63,7 @@ def capture(call: Callable[[], Any], device: torch.device, times: int = 1) -> tu
         except Exception as error:
             first = first or error
     if first:
+        stream.synchronize()  # what was launched before the error may still use the caller's tensors
         with contextlib.suppress(RuntimeError, AttributeError):  # otherwise the allocator stays in the capture
             torch._C._cuda_endAllocateToPool(device.index, pool)
         if isinstance(first, torch.OutOfMemoryError):

@@ -96,6 +96,9 @@ def run_for(command: list[str], limit_s: float) -> tuple[int | None, str, str]:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return None, *process.communicate()
+    except BaseException:  # such as KeyboardInterrupt, which the processes of another session do not get
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
 
 
 def is_in_part(part: str, unit: Unit, families: list[str]) -> bool:

@@ -49,7 +49,7 @@ def apply(
 ) -> None:
     """Restore the trained checkpoint from BASE and PATCH: the same safetensors files, byte for byte.
 
-    BASE and PATCH are verified by their digests before anything is written.
+    BASE, PATCH and the result are verified by their digests; if one is wrong, nothing is left of the output.
 
     Example: opdkernels patch apply Qwen2.5-0.5B step-200.patch -o step-200
     """

@@ -6,6 +6,7 @@ that a call of `torch.ops.opdkernels` is checked as a call of a public function 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -118,3 +119,49 @@ def overlap_written(addresses: Sequence[int], sizes: Sequence[int], num_written:
         if is_written:
             written_end = max(written_end, end)
     return False
+
+
+def sharing_memory(named: Iterable[tuple[str, torch.Tensor]]) -> tuple[str, str | None] | None:
+    """The names of two tensors that have an element in common, or one name and None where elements of one tensor share
+    memory, as after expand(); None if there are none."""
+    by_storage: defaultdict[tuple[torch.device, int], list[tuple[str, torch.Tensor]]] = defaultdict(list)
+    for name, tensor in named:
+        if not tensor.numel() or tensor.device.type == "meta":
+            continue
+        if torch._debug_has_internal_overlap(tensor) == 1:
+            return name, None
+        by_storage[tensor.device, tensor.untyped_storage().data_ptr()].append((name, tensor))
+    for (_, address), sharing in by_storage.items():
+        if not address or len(sharing) == 1:
+            continue
+        sharing.sort(key=lambda item: byte_range(item[1])[0])
+        for i, (name, tensor) in enumerate(sharing):
+            end = byte_range(tensor)[1]
+            for other_name, other in sharing[i + 1 :]:
+                if byte_range(other)[0] >= end:
+                    break
+                if overlap(tensor, other):
+                    return name, other_name
+    return None
+
+
+def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
+    """The first byte of a tensor in its storage, and the first byte after it."""
+    last = sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset())
+    return start * tensor.element_size(), (start + last + 1) * tensor.element_size()
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one storage, whose byte ranges overlap, have an element in common.
+
+    Interleaved views, such as the columns of a matrix, have none.
+    """
+    if (a.is_contiguous() and b.is_contiguous()) or a.element_size() != b.element_size():
+        return True
+    first = min(a.storage_offset(), b.storage_offset())
+    last = max(byte_range(tensor)[1] for tensor in (a, b)) // a.element_size()
+    used = torch.zeros(last - first, dtype=torch.bool)
+    views = [used.as_strided(t.shape, t.stride(), t.storage_offset() - first) for t in (a, b)]
+    views[0].fill_(True)
+    return bool(views[1].any())

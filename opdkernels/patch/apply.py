@@ -19,6 +19,7 @@ from opdkernels.checkpoint.safetensors import SafetensorsFile, stored_dtype
 from opdkernels.checkpoint.sharded import ShardedCheckpoint
 from opdkernels.checkpoint.torch_pickle import torch_dtype_name
 from opdkernels.errors import InputError, printable
+from opdkernels.ops.arguments import sharing_memory
 from opdkernels.ops.patch import BITS, Changes, bits, digest, scatter
 from opdkernels.ops.patch.layout import BLOCK
 from opdkernels.outputs import new_folder, validate_new_folder
@@ -53,7 +54,8 @@ def apply(
         folder and are missing or different there.
 
     Raises:
-        InputError: The patch is damaged or belongs to another base, or `out` is not new or empty; nothing is written.
+        InputError: The patch is damaged or belongs to another base, or `out` is not new or empty; nothing is left of
+            the output.
         UsageError: `out` is empty.
         OSError: The output cannot be written; nothing is left of it.
     """
@@ -111,7 +113,8 @@ def apply_to(state_dict: Mapping[str, torch.Tensor], patch: str | os.PathLike[st
         work.restore(targets, work.scratch)  # and discarded: overwritten tensors could not be restored
         for target in targets:
             new = tensors.in_place(target.name)
-            work.restore([target], lambda info, start, stop, new=new: new[start:stop])  # type: ignore[misc]
+            memory = lambda info, start, stop, new=new: new[start:stop]  # type: ignore[misc]  # noqa: E731
+            work.restore([target], memory, compare_base=False)
             tensors.put(target.name, new)
         return [info.name for info in targets]
 
@@ -199,6 +202,9 @@ def changed_in_place(
                 f"{printable(info.name)} and {printable(first)} are one tensor in the state dict and two in the"
                 " patch; untie them"
             )
+    if shared := sharing_memory((info.name, live[info.name]) for info in targets):
+        names = " and ".join(printable(name) for name in shared if name is not None)
+        raise InputError(f"elements of {names} in the state dict share memory; give tensors with memory of their own")
     # A tensor that is made from another one is written before that one changes; such chains are rejected.
     base_tensors = {tensor.base for tensor in tensors.values()}
     for info in targets:
@@ -219,7 +225,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Restored:
-    """Digests of a restored piece, and of the base's bits that it was made from (None: it is stored in full)."""
+    """Digests of a restored piece, and of the base's bits that it was made from, None where these are not compared."""
 
     digests: torch.Tensor
     base_digests: torch.Tensor | None
@@ -319,13 +325,18 @@ class Application:
         infos: Sequence[TensorInfo],
         memory: Callable[[TensorInfo, int, int], torch.Tensor],
         use: Callable[[TensorInfo, int, torch.Tensor], None] = lambda info, start, restored: None,
+        *,
+        compare_base: bool = True,
     ) -> None:
         """Restores trained tensors piece by piece and compares the digests of both sides.
+
+        No worker calls `memory` or `use` after it returned or raised.
 
         Args:
             infos: The tensors.
             memory: Returns memory for the bits of items [start, stop) of a tensor; called by any worker.
             use: Called with a tensor, start and the bits, by the worker that restored them.
+            compare_base: Whether the base's tensors are compared with their digests; False where they were.
 
         Raises:
             InputError: The base is another one, or the patch is damaged.
@@ -338,7 +349,8 @@ class Application:
                 restored = Restored(digest(target), None)
             else:
                 changes, base = self._changes(piece), self.read(tensor.base, piece.start, piece.stop)
-                base_digests = digest(base)  # before `target`, which may be the base's memory, is written
+                # Before `target`, which may be the base's memory, is written.
+                base_digests = digest(base) if compare_base else None
                 _, digests = scatter(base, changes, difference=self.patch.difference, out=target)
                 restored = Restored(digests, base_digests)
             use(piece.info, piece.start, target)
@@ -346,14 +358,15 @@ class Application:
 
         base_hashes = {info.name: TensorDigest(info) for info in infos}
         hashes = {info.name: TensorDigest(info) for info in infos}
-        for piece, restored in self.workers.map_ahead(restore_piece, self._segments(infos), is_small):
-            name = piece.info.name
-            hashes[name].add(restored.digests)
-            if restored.base_digests is not None:
-                base_hashes[name].add(restored.base_digests)
-                if piece.stop == piece.info.items:
-                    self._compare_base(piece.info, base_hashes[name].hexdigest())
-            self._show(piece.info, restored.digests)
+        with contextlib.closing(self.workers.map_ahead(restore_piece, self._segments(infos), is_small)) as pieces:
+            for piece, restored in pieces:
+                name = piece.info.name
+                hashes[name].add(restored.digests)
+                if restored.base_digests is not None:
+                    base_hashes[name].add(restored.base_digests)
+                    if piece.stop == piece.info.items:
+                        self._compare_base(piece.info, base_hashes[name].hexdigest())
+                self._show(piece.info, restored.digests)
         for info in infos:
             if hashes[info.name].hexdigest() != self._tensor(info).digest:
                 verb = "holds" if self._tensor(info).base is None else "gives"

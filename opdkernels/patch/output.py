@@ -7,8 +7,8 @@ import errno
 import io
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -114,18 +114,26 @@ class Workers:
         self.depth = count + 1
         self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
-    def map_ahead(self, function: Callable[[T], R], items: Iterable[T], small: Callable[[T], bool]) -> Iterator[R]:
-        """Yields `function(item)` in order, computed while earlier results are used; small items on demand."""
+    def map_ahead(
+        self, function: Callable[[T], R], items: Iterable[T], small: Callable[[T], bool]
+    ) -> Generator[R, None, None]:
+        """Yields `function(item)` in order, computed while earlier results are used; small items on demand.
+
+        When it is closed, or raises, no call is running any more.
+        """
         pending: deque[Future[R]] = deque()
-        for item in items:
-            if small(item) and not pending:
-                yield function(item)
-                continue
-            pending.append(self._pool.submit(function, item))
-            while pending and (len(pending) >= self.depth or pending[0].done()):
+        try:
+            for item in items:
+                if small(item) and not pending:
+                    yield function(item)
+                    continue
+                pending.append(self._pool.submit(function, item))
+                while pending and (len(pending) >= self.depth or pending[0].done()):
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        finally:
+            wait([future for future in pending if not future.cancel()])
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

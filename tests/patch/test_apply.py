@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import opdkernels
 from opdkernels import InputError
 from opdkernels.ops.patch import bits
-from opdkernels.patch import apply, apply_to, create, info
+from opdkernels.patch import apply, apply_to, create, info, output
 from tests.patch.conftest import after, before, changed, hashes, save, some
 
 
@@ -204,7 +205,7 @@ def flip(tensors: dict[str, torch.Tensor]) -> None:
     ],
     ids=["a bit", "a tensor", "a shape"],
 )
-def test_different_base_is_rejected_before_anything_is_written(pair, tmp_path, change, message):
+def test_different_base_is_rejected_and_nothing_is_left(pair, tmp_path, change, message):
     create(*pair, tmp_path / "p")
     other = other_source(pair, tmp_path, change)
     there = set(tmp_path.iterdir())
@@ -374,6 +375,56 @@ def test_tied_tensors_of_a_state_dict_change_once(tmp_path, zstd):
     with pytest.raises(InputError, match="are one tensor in the state dict and two in the patch"):
         apply_to(tied, tmp_path / "q")
     assert same(tied["head"], w)
+
+
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (lambda x: x[:32], "w and x in the state dict share memory"),
+        (lambda x: x.view(-1), "w and x in the state dict share memory"),
+        (lambda x: torch.zeros(1, 4, dtype=x.dtype).expand(32, 4), "elements of x in the state dict share memory"),
+    ],
+    ids=["a part", "flat", "expanded"],
+)
+def test_tensors_that_share_memory_are_rejected_before_anything_changes(tmp_path, view, message, zstd):
+    w = torch.zeros(64, 4)
+    model = {"w": w, "x": view(w)}
+    base = {name: tensor.clone() for name, tensor in model.items()}
+    trained = {name: tensor + 1 for name, tensor in base.items()}
+    create(save(tmp_path / "a", base), save(tmp_path / "b", trained), tmp_path / "p", zstd=zstd)
+    with pytest.raises(InputError, match=message):
+        apply_to(model, tmp_path / "p")
+    assert all(torch.equal(model[name], base[name]) for name in model)
+
+
+def test_nothing_is_written_after_an_error(tmp_path, monkeypatch):
+    """Workers that still restore pieces when the main thread fails have ended before the file is closed."""
+    w = torch.zeros(3 * (1 << 22), dtype=torch.bfloat16)  # three segments
+    create(save(tmp_path / "a", {"w": w}), save(tmp_path / "b", {"w": w + 1}), tmp_path / "p")
+    failed, closed, late = threading.Event(), threading.Event(), []
+    write_at, close = output.Writer.write_at, output.Writer.close
+
+    def slow_write(self, offset, content):
+        if offset > 1 << 22:  # not the header and the first piece
+            failed.wait()
+            closed.wait(0.2)
+        late.append(closed.is_set())
+        write_at(self, offset, content)
+
+    def noted_close(self):
+        closed.set()
+        close(self)
+
+    def progress(done, total, name):
+        failed.set()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(output.Writer, "write_at", slow_write)
+    monkeypatch.setattr(output.Writer, "close", noted_close)
+    with pytest.raises(KeyboardInterrupt):
+        apply(tmp_path / "a", tmp_path / "p", tmp_path / "out", progress=progress)
+    assert len(late) > 1
+    assert not any(late)
 
 
 def test_examples_of_the_docstrings():
