@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-INTERFACE = 3  # OPD_INTERFACE of csrc/common/cpu/boundary.h
+INTERFACE = 4  # OPD_INTERFACE of csrc/common/cpu/boundary.h
 ERRORS = {1: ValueError, 2: MemoryError, 3: RuntimeError}  # by `Status` of csrc/common/cpu/boundary.h
 PTR, INT, NAME = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p  # types of arguments
 

@@ -16,7 +16,7 @@ bool misaligned(const void* pointer, size_t bytes) { return reinterpret_cast<uin
 // built the table.
 const char* row_error(const StepRow& t, const StepOptions& o, int64_t num_scalar_rows) {
   const opd_u32 known = STEP_PARAM_BF16 | STEP_GRAD_BF16 | STEP_GRAD_COMPACT | STEP_MASK_INDICES | STEP_MASK_INDICES_64 |
-                        STEP_HAS_INIT_VALUE | STEP_HAS_STEP_GROUP | STEP_HAS_MAX_EXP_AVG_SQ;
+                        STEP_HAS_INIT_VALUE | STEP_HAS_STEP_GROUP | STEP_HAS_MAX_EXP_AVG_SQ | STEP_HAS_CHANGED;
   const bool indices = t.flags & STEP_MASK_INDICES, is_bf16 = t.flags & STEP_PARAM_BF16;
   const bool is_step = o.kind == STEP_ADAMW || o.kind == STEP_SGD;
   if (t.flags & ~known || (t.flags & STEP_MASK_INDICES_64 && !indices)) return "unknown flags";
@@ -33,7 +33,8 @@ const char* row_error(const StepRow& t, const StepOptions& o, int64_t num_scalar
   const bool has_residual = is_bf16 && (o.precision == STEP_SPLIT_MASTER || o.precision == STEP_KAHAN);
   if (!t.grad || (o.kind != STEP_SGD && !t.exp_avg) || (o.kind == STEP_ADAMW && !t.exp_avg_sq) ||
       (is_step && has_residual && !t.residual) || !(t.flags & STEP_HAS_INIT_VALUE) != !t.init_value ||
-      !(t.flags & STEP_HAS_STEP_GROUP) != !t.step_group || !(t.flags & STEP_HAS_MAX_EXP_AVG_SQ) != !t.max_exp_avg_sq)
+      !(t.flags & STEP_HAS_STEP_GROUP) != !t.step_group || !(t.flags & STEP_HAS_MAX_EXP_AVG_SQ) != !t.max_exp_avg_sq ||
+      !(t.flags & STEP_HAS_CHANGED) != !t.changed)
     return "a null pointer, or one that its flags do not announce";
   if (is_step && (t.scalar_row < 0 || t.scalar_row >= num_scalar_rows)) return "no row of scalars";
   return nullptr;

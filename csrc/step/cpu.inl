@@ -10,6 +10,7 @@ struct StepChunk {
   unsigned short offset[OPD_STEP_CAPACITY];           // of each active coordinate from the first of the block
   opd_u16 half[OPD_STEP_CAPACITY];                    // bf16 as it is stored
   float p[OPD_STEP_CAPACITY], g[OPD_STEP_CAPACITY];
+  opd_u16 before[OPD_STEP_CAPACITY];                  // bf16 of the weights before the step; only for `changed`
 };
 
 // The active coordinates of one block of a bitmap; offsets are filled only where a loop needs them.
@@ -155,6 +156,79 @@ static inline void step_store_weights(const StepRow* t, const StepOptions* o, op
   step_scatter(at, (const opd_u16*)half, (opd_u16*)t->param + base);
 }
 
+// bf16 of the weights: as stored, or rounded from fp32.
+static inline void step_narrow(const StepRow* t, int count, const StepChunk* c, opd_u16* to) {
+  if (t->flags & STEP_PARAM_BF16) {
+    __builtin_memcpy(to, c->half, sizeof(opd_u16) * count);
+  } else {
+    OPD_SIMD()
+    for (int k = 0; k < count; k++) to[k] = float_to_bf16(c->p[k]);
+  }
+}
+
+// Bit k of `packed`: whether active weight k differs from before the step. Bits from `count` on are 0.
+static inline void step_compare(const StepRow* t, int count, StepChunk* c, opd_u64* packed) {
+  unsigned char differs[OPD_STEP_BLOCK + 64];
+  const opd_u16 *before = c->before, *after = c->half;
+  if (!(t->flags & STEP_PARAM_BF16)) step_narrow(t, count, c, c->half);
+  OPD_SIMD()
+  for (int k = 0; k < count; k++) differs[k] = after[k] != before[k];
+  __builtin_memset(differs + count, 0, 64);
+  for (int first = 0; first < count; first += 64) {
+    opd_u64 word = 0;
+    for (int byte = 0; byte < 8; byte++) {
+      opd_u64 flags;
+      __builtin_memcpy(&flags, differs + first + 8 * byte, 8);
+      word |= (flags * 0x0102040810204080ull >> 56) << 8 * byte;  // bit i: the lowest bit of byte i
+    }
+    packed[first / 64] = word;
+  }
+}
+
+// Sets bits of up to 64 coordinates. Most steps set few that are not set yet.
+static inline void step_set(unsigned char* changed, int bytes, opd_u64 bits) {
+  opd_u64 old = 0;
+  if (!bits) return;
+  __builtin_memcpy(&old, changed, bytes);
+  const opd_u64 both = old | bits;
+  if (both != old) __builtin_memcpy(changed, &both, bytes);
+}
+
+// Moves the low bits of `bits` to the set bits of `mask`, in order.
+static inline opd_u64 step_deposit(opd_u64 bits, opd_u64 mask) {
+#if defined(__BMI2__)
+  return _pdep_u64(bits, mask);
+#else
+  opd_u64 out = 0;
+  for (; mask && bits; mask &= mask - 1, bits >>= 1) out |= bits & 1 ? mask & -mask : 0;
+  return out;
+#endif
+}
+
+// Sets the bits of changed weights: of coordinates for a bitmap, of active numbers for indices. A block has whole
+// bytes, so that threads share none.
+static inline void step_mark(const StepRow* t, opd_i64 base, opd_i64, const StepBitmap& at, StepChunk* c) {
+  opd_u64 packed[OPD_STEP_BLOCK / 64 + 1];
+  step_compare(t, at.count, c, packed);
+  packed[(at.count + 63) / 64] = 0;
+  for (int first = 0, k = 0; first < at.size; first += 64) {
+    const int bytes = at.size - first >= 64 ? 8 : (at.size - first + 7) / 8;
+    opd_u64 mask = 0;
+    __builtin_memcpy(&mask, at.bitmap + first / 8, bytes);
+    if (!mask) continue;
+    const opd_u64 next = k % 64 ? packed[k / 64 + 1] << (64 - k % 64) : 0;
+    step_set(t->changed + (base + first) / 8, bytes, step_deposit(packed[k / 64] >> k % 64 | next, mask));
+    k += __builtin_popcountll(mask);
+  }
+}
+template <class Index>
+static inline void step_mark(const StepRow* t, opd_i64, opd_i64 slot, const StepIndices<Index>& at, StepChunk* c) {
+  opd_u64 packed[OPD_STEP_BLOCK / 64];
+  step_compare(t, at.count, c, packed);
+  for (int k = 0; k < at.count; k += 64)
+    step_set(t->changed + (slot + k) / 8, at.count - k >= 64 ? 8 : (at.count - k + 7) / 8, packed[k / 64]);
+}
+
 // Loads gradients as fp32, unscaled, clipped and with the sign of a descent.
 template <class At>
 static inline void step_load_grads(const StepRow* t, const StepOptions* o, opd_i64 base, opd_i64 slot, const At& at,
@@ -256,14 +330,16 @@ static inline void step_active(const StepRow* t, const StepOptions* o, opd_i64 b
     }
     case STEP_SCATTER:
       __builtin_memcpy(c->p, compact, sizeof(float) * at.count);
-      break;
+      return step_store_weights(t, o, base, slot, at, c);
     default:
       step_load_grads(t, o, base, slot, at, c);
       step_load_weights(t, o, base, slot, at, c);
+      if (t->changed) step_narrow(t, at.count, c, c->before);
       if (o->kind == STEP_SGD) step_sgd_loop(t, o, slot, at.count, c->p, c->g);
       else step_adamw_loop(t, o, slot, at.count, c->p, c->g);
+      step_store_weights(t, o, base, slot, at, c);
+      if (t->changed) step_mark(t, base, slot, at, c);
   }
-  step_store_weights(t, o, base, slot, at, c);
 }
 
 static void step_block(const StepRow* t, const StepOptions* o, opd_i64 block) {

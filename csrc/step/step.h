@@ -15,13 +15,14 @@
 // tests/ops/step/test_layout.py.
 #define OPD_STEP_BLOCK 2048       // coordinates between the prefix popcounts of a bitmap
 #define OPD_STEP_SCALARS 8        // columns of scalars
-#define OPD_STEP_ROW_BYTES 136
+#define OPD_STEP_ROW_BYTES 144
 
 enum StepPrecision { STEP_NEAREST = 0, STEP_SPLIT_MASTER = 1, STEP_KAHAN = 2, STEP_STOCHASTIC = 3 };
 enum StepKind { STEP_ADAMW = 0, STEP_SGD = 1, STEP_GATHER = 2, STEP_GATHER_ADD = 3, STEP_SCATTER = 4 };
 enum StepFlags {
   STEP_PARAM_BF16 = 1, STEP_GRAD_BF16 = 2, STEP_GRAD_COMPACT = 4, STEP_MASK_INDICES = 8, STEP_MASK_INDICES_64 = 16,
-  STEP_HAS_INIT_VALUE = 32, STEP_HAS_STEP_GROUP = 64, STEP_HAS_MAX_EXP_AVG_SQ = 128
+  STEP_HAS_INIT_VALUE = 32, STEP_HAS_STEP_GROUP = 64, STEP_HAS_MAX_EXP_AVG_SQ = 128,
+  STEP_HAS_CHANGED = 256
 };
 
 // One row per tensor. Pointers are null for what is absent.
@@ -36,6 +37,7 @@ struct StepRow {
   opd_u16* residual;              // [num_active]
   const void* init_value;         // dtype of param [num_active]
   const unsigned char* step_group;  // [num_active]
+  unsigned char* changed;         // bits [ceil(size / 8)]: of coordinates as in the bitmap, or of indices in order
   opd_i64 scalar_row;             // first row of scalars that belongs to the tensor
   opd_i64 shard_offset;           // flat index in the unsharded tensor of the first coordinate
   opd_i64 size;                   // coordinates of a bitmap, or number of indices

@@ -31,7 +31,17 @@ def test_the_error_names_both_devices(call):
 
 @pytest.mark.parametrize(
     "moved",
-    ["grads", "masks", "block_counts", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "init_values", "step_groups"],
+    [
+        "grads",
+        "masks",
+        "block_counts",
+        "exp_avgs",
+        "exp_avg_sqs",
+        "max_exp_avg_sqs",
+        "init_values",
+        "step_groups",
+        "changed",
+    ],
 )
 def test_a_step_rejects_state_on_another_device(moved):
     moments = {name: [torch.zeros(2)] for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "init_values")}
@@ -40,6 +50,7 @@ def test_a_step_rejects_state_on_another_device(moved):
         "masks": [INDICES],
         "block_counts": [NO_COUNTS],
         "step_groups": [torch.zeros(2, dtype=torch.uint8)],
+        "changed": [torch.zeros(1, dtype=torch.uint8)],
         **moments,
     }
     tensors[moved] = [tensors[moved][0].to("meta")]

@@ -391,6 +391,7 @@ def test_operator_compiles_with_fullgraph():
             [],
             [],
             [],
+            [],
             scalars,
             [0],
             [0],

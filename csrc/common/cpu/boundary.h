@@ -12,7 +12,7 @@
 
 // Python loads a library only if this number is that of opdkernels/native.py: increase both with any change of a
 // function.
-#define OPD_INTERFACE 3
+#define OPD_INTERFACE 4
 #define OPD_EXPORT extern "C" __attribute__((visibility("default")))
 
 enum Status { STATUS_DONE, STATUS_INVALID, STATUS_NO_MEMORY, STATUS_FAILED };  // ERRORS in opdkernels/native.py

@@ -22,6 +22,10 @@ precisions: "split_master" stores the 16 bits that it lacks of an fp32 master; "
 "stochastic" rounds up or down by Philox, keyed by seed, step, tensor and global coordinate, so that the result does not
 depend on the sharding; "nearest" loses updates below half a unit in the last place.
 
+`changed` records which active coordinates have another bf16 value after the step than before, by bits: -0 differs from
++0, and a NaN from a NaN of another payload. fp32 weights are compared after rounding both to bf16. Bits are set and
+never cleared, so that after several steps they contain every coordinate that differs from its value before the first.
+
 Sources: Loshchilov and Hutter 2019 (AdamW); Sutskever et al. 2013 (Nesterov); Salmon et al. 2011 (Philox); arXiv
 2606.13657.
 """
@@ -111,10 +115,15 @@ def update_active(args: StepArgs, update: Callable[..., torch.Tensor]) -> None:
         rows = first_row
         if args.step_groups and args.step_groups[i].numel():
             rows = args.scalars[args.scalar_rows[i] + args.step_groups[i].long()].T
-        p = to_fp32(flat[indices], residual, args.precision)
+        stored = flat[indices]
+        p = to_fp32(stored, residual, args.precision)
         new = update(i, p, -g if args.maximize else g, w0, list(rows.unbind()))
         key = (args.seed, int(first_row[STEP]), args.param_ids[i], indices + args.shard_offsets[i])
-        flat[indices] = round_to_storage(new, param.dtype, residual, args.precision, key)
+        rounded = round_to_storage(new, param.dtype, residual, args.precision, key)
+        flat[indices] = rounded
+        if args.changed and args.changed[i].numel():
+            bits = torch.arange(len(indices), device=param.device) if args.masks[i].dtype != torch.uint8 else indices
+            set_bits(args.changed[i], bits[bf16_bits(rounded) != bf16_bits(stored)])
 
 
 def adamw(
@@ -221,6 +230,21 @@ def round_to_storage(
     return torch.where(special, new.bfloat16(), weight)
 
 
+def bf16_bits(values: torch.Tensor) -> torch.Tensor:
+    """Bits of bf16 values, or of fp32 values rounded to bf16, where a NaN keeps its upper bits and is quiet."""
+    if values.dtype == torch.bfloat16:
+        return values.view(torch.int16)
+    upper = (values.view(torch.int32) >> 16).to(torch.int16)
+    return torch.where(values.isnan(), upper | 0x40, values.bfloat16().view(torch.int16))
+
+
+def set_bits(bitmap: torch.Tensor, positions: torch.Tensor) -> None:
+    """Set bits of a bitmap, uint8, little-endian."""
+    flags = torch.zeros(8 * bitmap.numel(), dtype=torch.int32, device=bitmap.device)
+    flags[positions] = 1
+    bitmap |= (flags.view(-1, 8) << torch.arange(8, device=bitmap.device)).sum(1).to(torch.uint8)
+
+
 def philox(seed: int, step: int, param_id: int, indices: torch.Tensor) -> torch.Tensor:
     """A random 32-bit word per index, int64: the first word of Philox4x32-10 with counter (index, param id, step)."""
     mask = 0xFFFFFFFF
@@ -305,6 +329,7 @@ def masked_adamw(
     residuals: Sequence[torch.Tensor] = (),
     init_values: Sequence[torch.Tensor] = (),
     step_groups: Sequence[torch.Tensor] = (),
+    changed: Sequence[torch.Tensor] = (),
     scalar_rows: Sequence[int] | None = None,
     shard_offsets: Sequence[int] | None = None,
     param_ids: Sequence[int] | None = None,
@@ -336,6 +361,9 @@ def masked_adamw(
             for zero (default: none).
         step_groups: uint8 [num_active]; coordinates that became active later have their own step count and use row
             scalar_row + step_group; an empty tensor for none (default: none).
+        changed: Bits that the step sets for coordinates whose bf16 value changed, uint8 [ceil(numel / 8)] by coordinate
+            where the mask is a bitmap, [ceil(num_active / 8)] by active number where it has indices; an empty tensor
+            for none (default: none).
         scalar_rows: The first row of `scalars` of each tensor (default: its position).
         shard_offsets: Flat index of each tensor's first coordinate in the unsharded tensor, for "stochastic"
             (default: 0).
@@ -370,6 +398,7 @@ def masked_adamw(
         residuals=residuals,
         init_values=init_values,
         step_groups=step_groups,
+        changed=changed,
         scalars=scalars,
         scalar_rows=range(len(params)) if scalar_rows is None else scalar_rows,
         shard_offsets=[0] * len(params) if shard_offsets is None else shard_offsets,
@@ -395,6 +424,7 @@ def masked_sgd(
     residuals: Sequence[torch.Tensor] = (),
     init_values: Sequence[torch.Tensor] = (),
     step_groups: Sequence[torch.Tensor] = (),
+    changed: Sequence[torch.Tensor] = (),
     scalar_rows: Sequence[int] | None = None,
     shard_offsets: Sequence[int] | None = None,
     param_ids: Sequence[int] | None = None,
@@ -433,6 +463,7 @@ def masked_sgd(
         residuals=residuals,
         init_values=init_values,
         step_groups=step_groups,
+        changed=changed,
         scalars=scalars,
         scalar_rows=range(len(params)) if scalar_rows is None else scalar_rows,
         shard_offsets=[0] * len(params) if shard_offsets is None else shard_offsets,

@@ -29,6 +29,7 @@ class StepArgs(NamedTuple):
     residuals: Tensors = ()  # int16 (split_master) or bf16 (kahan) [num_active]
     init_values: Tensors = ()  # dtype of the param [num_active]
     step_groups: Tensors = ()  # uint8 [num_active]
+    changed: Tensors = ()  # uint8 [ceil(numel / 8)] for a bitmap, [ceil(num_active / 8)] for indices
     scalars: torch.Tensor = torch.empty(0)  # fp32 [rows, NUM_SCALARS]
     scalar_rows: Sequence[int] = ()
     shard_offsets: Sequence[int] = ()
@@ -54,6 +55,7 @@ SCHEMA_TYPES = {
     "residuals": "Tensor(f!)[]",
     "init_values": "Tensor[]",
     "step_groups": "Tensor[]",
+    "changed": "Tensor(g!)[]",
     "scalars": "Tensor",
     "scalar_rows": "int[]",
     "shard_offsets": "int[]",

@@ -7,6 +7,7 @@ import torch
 
 from opdkernels.backends import gpu
 from opdkernels.backends.cuda import launch
+from opdkernels.backends.layout import WARP
 from opdkernels.ops.step.args import StepArgs, adamw_operator, sgd_operator
 from opdkernels.ops.step.layout import BLOCK, STEP_ROW
 from opdkernels.ops.step.rows import compact_args, step_rows, with_tiles
@@ -16,18 +17,19 @@ COLUMNS = STEP_ROW.itemsize // 8
 
 
 def run(name: str, args: StepArgs, *arguments: torch.Tensor | int | None) -> None:
-    """Launch a kernel on the tensors that have coordinates or indices, if any."""
+    """Launch a kernel on the tensors that have coordinates or indices, if any; where one has bits for changes, the
+    variant that sets them."""
     rows = with_tiles(step_rows(args), BLOCK)
     if not len(rows):
         return
-    device, end_tiles = args.params[0].device, rows["end_tile"]
+    device, end_tiles, changed = args.params[0].device, rows["end_tile"], rows["changed"].any()
     values = np.concatenate([rows.view(np.int64), end_tiles])  # one copy to the device
     table = gpu.on_device(values.tolist(), device)
     launch.run(
-        name,
+        f"{name}_changed" if changed else name,
         launch.num_queue_blocks(device, int(end_tiles[-1]), THREADS),
         THREADS,
-        launch.queue_bytes(THREADS),
+        launch.queue_bytes(THREADS) + (THREADS // WARP * BLOCK // 8 if changed else 0),
         device,
         table,
         table.narrow(0, COLUMNS * len(rows), len(rows)),

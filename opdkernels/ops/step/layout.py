@@ -24,6 +24,7 @@ STEP_ROW = np.dtype(
         ("residual", "<u8"),  # int16 or bf16 [num_active]
         ("init_value", "<u8"),  # dtype of param [num_active]
         ("step_group", "<u8"),  # uint8 [num_active]
+        ("changed", "<u8"),  # uint8 [ceil(size / 8)]
         ("scalar_row", "<i8"),  # first row of scalars that belongs to the tensor
         ("shard_offset", "<i8"),  # flat index in the unsharded tensor of the first coordinate
         ("size", "<i8"),  # coordinates of a bitmap, or number of indices
@@ -37,7 +38,7 @@ STEP_ROW = np.dtype(
 
 # Bits of `flags`. Triton launches once for all tensors with equal flags.
 PARAM_BF16, GRAD_BF16, GRAD_COMPACT, MASK_INDICES, MASK_INDICES_64 = (1 << i for i in range(5))
-HAS_INIT_VALUE, HAS_STEP_GROUP, HAS_MAX_EXP_AVG_SQ = (1 << i for i in range(5, 8))
+HAS_INIT_VALUE, HAS_STEP_GROUP, HAS_MAX_EXP_AVG_SQ, HAS_CHANGED = (1 << i for i in range(5, 9))
 
 # Columns of scalars, fp32 [rows, NUM_SCALARS]: those of AdamW, then those of SGD that have other names.
 NUM_SCALARS = 8

@@ -9,6 +9,7 @@ from opdkernels.ops.step.args import StepArgs, Tensors
 from opdkernels.ops.step.layout import (
     GRAD_BF16,
     GRAD_COMPACT,
+    HAS_CHANGED,
     HAS_INIT_VALUE,
     HAS_MAX_EXP_AVG_SQ,
     HAS_STEP_GROUP,
@@ -33,6 +34,7 @@ def step_rows(args: StepArgs) -> np.ndarray:
         "residual": args.residuals,
         "init_value": args.init_values,
         "step_group": args.step_groups,
+        "changed": args.changed,
     }
     for field, tensors in arrays.items():
         if tensors:
@@ -50,6 +52,7 @@ def step_rows(args: StepArgs) -> np.ndarray:
         HAS_INIT_VALUE: has_elements(args.init_values),
         HAS_STEP_GROUP: has_elements(args.step_groups),
         HAS_MAX_EXP_AVG_SQ: has_elements(args.max_exp_avg_sqs),
+        HAS_CHANGED: has_elements(args.changed),
     }
     for flag, is_set in flags.items():
         rows["flags"] |= np.where(is_set, flag, 0).astype(np.uint32)

@@ -48,7 +48,7 @@ SCALAR_ROW, SHARD_OFFSET, SIZE, PARAM_ID = (
     column("size"),
     column("param_id"),
 )
-FIRST_TILE, END_TILE = column("first_tile"), column("end_tile")
+CHANGED, FIRST_TILE, END_TILE = column("changed"), column("first_tile"), column("end_tile")
 
 # Columns of the scalars.
 NUM_SCALARS = tl.constexpr(layout.NUM_SCALARS)
@@ -146,7 +146,7 @@ def sgd(
 def store_weights(
     row_ptr, new, base, at, slots, slot, active, step, seed, PARAM_BF16: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Store weights rounded to their dtype, and the residuals of bf16 weights."""
+    """Store weights rounded to their dtype, and the residuals of bf16 weights. Returns the bits of bf16 weights."""
     if PARAM_BF16:
         param_ptr = array_ptr(row_ptr, PARAM, tl.uint16) + base
         residual_ptr = array_ptr(row_ptr, RESIDUAL, tl.uint16) + slots
@@ -164,9 +164,12 @@ def store_weights(
             low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
             random, _, _, _ = tl.philox(seed, low, high, param_id, step)
             bf16_bits = tl.where(magnitude < 0x7F800000, ((bits + (random & 0xFFFF)) >> 16).to(tl.int32), bf16_bits)
+        bf16_bits = bf16_bits & 0xFFFF
         tl.store(param_ptr + at, bf16_bits.to(tl.uint16), active)
+        return bf16_bits
     else:
         tl.store(array_ptr(row_ptr, PARAM, tl.float32) + base + at, new, active)
+        return to_bf16_bits(new)
 
 
 @triton.jit
@@ -193,7 +196,10 @@ def step_active(
     MAXIMIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Update the active of the coordinates base + at; their elements in compact arrays are slots + slot."""
+    """Update the active of the coordinates base + at; their elements in compact arrays are slots + slot.
+
+    Returns which lanes changed a bf16 value.
+    """
     if GRAD_COMPACT:
         g = load_fp32(row_ptr, GRAD, slots, slot, active, False)
     else:
@@ -211,8 +217,10 @@ def step_active(
         if (PRECISION == SPLIT_MASTER) | (PRECISION == KAHAN):
             residual = tl.load(array_ptr(row_ptr, RESIDUAL, tl.uint16) + slots + slot, active, 0)
         p = to_fp32_bits(stored, residual, PRECISION).to(tl.float32, bitcast=True)
+        before = stored.to(tl.int32)
     else:
         p = load_fp32(row_ptr, PARAM, base, at, active, False)
+        before = to_bf16_bits(p)
     w0 = p
     if HAS_INIT_VALUE:
         w0 = load_fp32(row_ptr, INIT_VALUE, slots, slot, active, PARAM_BF16)
@@ -242,7 +250,18 @@ def step_active(
         tl.store(exp_avg_sq_ptr + slot, v, active)
         if AMSGRAD:
             tl.store(array_ptr(row_ptr, MAX_EXP_AVG_SQ, tl.float32) + slots + slot, v_max, active)
-    store_weights(row_ptr, p, base, at, slots, slot, active, step, seed, PARAM_BF16, PRECISION)
+    after = store_weights(row_ptr, p, base, at, slots, slot, active, step, seed, PARAM_BF16, PRECISION)
+    return active & (before != after)
+
+
+@triton.jit
+def set_changed(changed_ptr, differs, TILE: tl.constexpr):
+    """Set the bits of the lanes of a tile that differ. A tile has whole bytes."""
+    bits = tl.reshape(differs.to(tl.int32) << (tl.arange(0, TILE) & 7), [TILE // 8, 8])
+    byte = tl.sum(bits, 1)
+    at = changed_ptr + tl.arange(0, TILE // 8)
+    old = tl.load(at, byte > 0, 0).to(tl.int32)
+    tl.store(at, (old | byte).to(tl.uint8), (byte & ~old) > 0)
 
 
 @triton.jit
@@ -298,6 +317,7 @@ def step(
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_CHANGED: tl.constexpr,
 ):
     """AdamW or SGD on the active coordinates of all tensors with equal flags."""
     program, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
@@ -314,7 +334,7 @@ def step(
         if any_active(mask_ptr, block_counts_ptr, base):
             size = tl.load(row_ptr + SIZE)
             first, at, slots, slot, active = active_lanes(mask_ptr, block_counts_ptr, base, size, TILE)
-            step_active(
+            differs = step_active(
                 row_ptr,
                 scalars_ptr,
                 grad_scale_ptr,
@@ -337,6 +357,8 @@ def step(
                 MAXIMIZE,
                 PRECISION,
             )
+            if HAS_CHANGED:
+                set_changed(array_ptr(row_ptr, CHANGED, tl.uint8) + base // 8, differs, TILE)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -415,6 +437,7 @@ def launch_group(args: StepArgs, rows: np.ndarray, flags: int, is_sgd: bool) -> 
         NESTEROV=args.nesterov,
         MAXIMIZE=args.maximize,
         PRECISION=args.precision,
+        HAS_CHANGED=bool(flags & layout.HAS_CHANGED),
         num_warps=NUM_WARPS,
         maxnreg=MAXNREG,
         TILE=TILE,

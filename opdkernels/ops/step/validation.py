@@ -79,7 +79,7 @@ def validate_step(args: StepArgs, required: Sequence[str]) -> None:
             schema says, is not contiguous or not aligned, or shares memory with a tensor that the step writes.
     """
     count, scalars = len(args.params), args.scalars
-    optional = ("residuals", "init_values", "step_groups", *MOMENTS)
+    optional = ("residuals", "init_values", "step_groups", "changed", *MOMENTS)
     lists = ("grads", "masks", "block_counts", "scalar_rows", "shard_offsets", "param_ids", *optional)
     for name in lists:
         length = len(getattr(args, name))
@@ -156,7 +156,7 @@ def fingerprint(args: StepArgs, required: Sequence[str]) -> tuple[Any, ...] | No
     """
     contents = followed_tensors(args)
     moments = [tensor for name in MOMENTS for tensor in getattr(args, name)]
-    tensors = (*args.params, *moments, *args.residuals, *args.init_values, *contents)
+    tensors = (*args.params, *moments, *args.residuals, *args.init_values, *args.changed, *contents)
     try:
         versions = [tensor._version for tensor in contents]
     except RuntimeError:
@@ -169,7 +169,10 @@ def fingerprint(args: StepArgs, required: Sequence[str]) -> tuple[Any, ...] | No
         [tensor.untyped_storage().nbytes() for tensor in tensors],
         [tensor.storage_offset() for tensor in tensors],
         versions,
-        [len(getattr(args, name)) for name in ("params", *MOMENTS, "residuals", "init_values", "step_groups")],
+        [
+            len(getattr(args, name))
+            for name in ("params", *MOMENTS, "residuals", "init_values", "step_groups", "changed")
+        ],
         args.params[0].device,
         tuple(required),
         args.precision,
@@ -214,21 +217,27 @@ def validate_tensors(args: StepArgs, device: torch.device) -> tuple[list[int], t
         "init_values", args.init_values, [param.dtype for param in args.params], shapes, device, optional=True
     )
     validate_list("step_groups", args.step_groups, count * [torch.uint8], shapes, device, optional=True)
+    sizes = [
+        (-(-(param.numel() if mask.dtype == torch.uint8 else num_active) // 8),)
+        for param, mask, num_active in zip(args.params, args.masks, active, strict=True)
+    ]
+    validate_list("changed", args.changed, count * [torch.uint8], sizes, device, optional=True)
     residuals = validate_residuals(args, shapes, device)
     for i, step_group in enumerate(args.step_groups):
         rows = len(args.scalars) - args.scalar_rows[i]
         if step_group.numel() and cached(max_step_group, step_group) >= rows:
             largest = max_step_group(step_group)
             raise ValueError(f"param {i} has step group {largest} and {rows} rows of scalars")
-    written = [*args.params, *(tensor for name in MOMENTS for tensor in getattr(args, name)), *residuals]
+    moments = (tensor for name in MOMENTS for tensor in getattr(args, name))
+    written = [*args.params, *moments, *residuals, *args.changed]
     read = [*args.grads, *args.masks, *args.block_counts, *args.init_values, *args.step_groups, *shared_tensors(args)]
     ranges = usable_memory(written + read, aligned=True)
     if overlap_written(*ranges, len(written)):
         raise ValueError(SHARED)
-    addresses, sizes = as_arrays(*ranges)
-    used = np.flatnonzero(sizes[: len(written)])
+    addresses, spans = as_arrays(*ranges)
+    used = np.flatnonzero(spans[: len(written)])
     order = used[np.argsort(addresses[used])]
-    return active, (addresses[order], addresses[order] + sizes[order])
+    return active, (addresses[order], addresses[order] + spans[order])
 
 
 def as_arrays(*numbers: list[int]) -> list[np.ndarray]:

@@ -33,8 +33,7 @@ KERNELS = {
     "quantile_find": (64, 0),
     **{f"overlap_count_bf16_{runs}": (96, 2 * (runs + 1)) for runs in (2, 3, 4)},
     "overlap_count": (64, 14),  # base and run; bf16 or fp16, fp32 and fp64, of which eight are 1, 2 and 4 loads
-    "step_adamw": (64, 0),
-    "step_sgd": (64, 0),
+    **dict.fromkeys(("step_adamw", "step_adamw_changed", "step_sgd", "step_sgd_changed"), (64, 0)),
     "step_gather": (64, 0),
     "step_scatter": (64, 0),
     **{f"patch_compare_{width}": (64, 4) for width in (1, 2, 4, 8)},
@@ -45,7 +44,7 @@ KERNELS = {
     "patch_digest": (64, 2),
 }
 # As the reference; quotients and square roots consist of fused steps too.
-FUSING = ("step_adamw", "step_sgd")
+FUSING = ("step_adamw", "step_adamw_changed", "step_sgd", "step_sgd_changed")
 FAMILIES = sorted({name.split("_")[0] for name in KERNELS})
 GLOBAL_ACCESS = r"\b(?:LDG|STG|RED|REDG|ATOMG)\b\S*"
 FLUSHED = r"\b(?:FADD|FMUL|FSETP|FMNMX|F2F)\S*\.FTZ\b"  # not F2I, by which integers are divided

@@ -76,7 +76,7 @@ def call_patch(dtype: torch.dtype, n: int) -> None:
     patch.patch_check(counts, positions, n, n)
 
 
-def call_adamw(sizes: list[int], active: int) -> None:
+def call_adamw(sizes: list[int], active: int, changed: bool = False) -> None:
     params, grads = ([on_cuda(n, dtype=BF16) for n in sizes] for _ in range(2))
     masks, offsets = (
         [on_cuda((n + 7) // 8, dtype=torch.uint8) for n in sizes],
@@ -95,6 +95,7 @@ def call_adamw(sizes: list[int], active: int) -> None:
         [on_cuda(active, dtype=torch.int16) for _ in sizes],
         [],
         [],
+        [on_cuda((n + 7) // 8, dtype=torch.uint8) for n in sizes] if changed else [],
         adamw_scalars([1.0] * len(sizes), 1e-3, (0.9, 0.99), 1e-8, 0.1),
         order,
         order,
@@ -175,6 +176,8 @@ def test_step_of_many_tensors_is_one_launch(monkeypatch):
         assert (len(table), len(ends), count) == ((STEP_ROW.itemsize // 8 + 1) * some, some, some)
         assert {tensor.device.type for tensor in (table, scalars)} == {device.type} == {"cuda"}
     assert launches(monkeypatch, lambda: call_adamw([0], 0)) == []
+    ((name, _, _, shared_bytes, *_),) = launches(monkeypatch, lambda: call_adamw([BLOCK], 7, changed=True))
+    assert (name, shared_bytes) == ("step_adamw_changed", 8 * (4096 + BLOCK // 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)

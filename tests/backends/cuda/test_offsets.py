@@ -153,7 +153,9 @@ def stepped_at_the_end() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     common = (scalars, [0], None, None, None, False, step_ops.PRECISIONS.index("stochastic"), 5)
 
     def by(run, params, grads, masks, offsets, m, v, start):
-        return run(params, grads, masks, offsets, m, v, [], [], [], [], common[0], common[1], [start], [9], *common[2:])
+        return run(
+            params, grads, masks, offsets, m, v, [], [], [], [], [], common[0], common[1], [start], [9], *common[2:]
+        )
 
     by(
         step.masked_adamw_,

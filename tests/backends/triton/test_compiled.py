@@ -305,6 +305,7 @@ def call_step(
     sgd=False,
     precision=1,
     everything=True,
+    changed=False,
     tensors=1,
     n: int = N,
 ) -> None:
@@ -318,6 +319,7 @@ def call_step(
         many(active, torch.int16),
         many(active, param, everything),
         many(active, torch.uint8, everything),
+        many((n if bits else active) // 8 + 1, torch.uint8, changed),
         on_cuda(3, 8, dtype=FP32),
         *[list(range(tensors))] * 3,
         *([on_cuda(1, dtype=FP32)] * 3 if everything else [None] * 3),
@@ -338,9 +340,10 @@ def call_step(
 
 STEP = [  # and how many products of a coordinate are fused with a sum
     *((target, {}, 3) for target in TARGETS),
+    *((target, {"changed": True}, 3) for target in ("sm_90", "gfx942")),
     ("sm_90", {"everything": False}, 2),
     ("sm_90", {"precision": 3}, 3),
-    ("sm_90", {"param": FP32, "masks": torch.int64}, 3),
+    *(("sm_90", {"param": FP32, "masks": torch.int64, "changed": on}, 3) for on in (False, True)),
     *((target, {"sgd": True, "precision": 2}, 4) for target in ("sm_90", "gfx942")),
 ]
 

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from opdkernels.ops import step
@@ -20,7 +21,7 @@ EXTREMES = (0.0, -0.0, 1e-45, 1e-40, 3e-39, 1.2e-38, 1e-30, 1.0, 1e19, 3e38, -3.
 SIZES = (0, 31, 2049, 1, 2048, 1023, 1025)
 BETAS, EPS = (0.9, 0.999), 1e-8
 LAYOUTS = (None, torch.int32)  # of a mask: a bitmap, or indices of a dtype
-STATE = ["exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "momentum_buffers", "residuals"]
+STATE = ["exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "momentum_buffers", "residuals", "changed"]
 
 
 def mask_tensors(flags: torch.Tensor, index_dtype: torch.dtype | None = None) -> list[torch.Tensor]:
@@ -65,6 +66,7 @@ class Inputs:
         self.residuals = self.zeros(residual) if residual else []
         self.init_values: list[torch.Tensor] = []
         self.step_groups: list[torch.Tensor] = []
+        self.changed: list[torch.Tensor] = []
         self.steps: list[dict[str, Any]] = []
 
     def values(self, n: int, scale: float, dtype: torch.dtype) -> torch.Tensor:
@@ -98,6 +100,14 @@ class Inputs:
         self.steps.append({**defaults, "grads": grads, **options})
         return self
 
+    def with_changed(self) -> Inputs:
+        """Adds bits for changes. Some are set: those of NaN, whose payload after a step differs between backends, and
+        random ones."""
+        for param, flags, mask in zip(self.params, self.flags, self.masks, strict=True):
+            is_set = param.isnan() | (torch.rand(len(param), generator=self.generator) < 0.1)
+            self.changed.append(pack_bits(is_set if mask.dtype == BYTES else is_set[flags]))
+        return self
+
     def compact(self, grads: list[torch.Tensor]) -> list[torch.Tensor]:
         return [grad[flags].float() for grad, flags in zip(grads, self.flags, strict=True)]
 
@@ -115,6 +125,33 @@ def call_steps(
         operator, fields = ("masked_adamw_", ADAMW_FIELDS) if adamw else ("masked_sgd_", SGD_FIELDS)
         kernel(operator)(*((state | options)[field] for field in fields))
     return [tensor for name in ("params", *STATE) for tensor in state[name]]
+
+
+def call_compared_steps(
+    kernel: Kernel, allocator: Allocator, state: dict[str, list], steps: list[dict[str, Any]], adamw: bool
+) -> list[torch.Tensor]:
+    """Steps; after each, `changed` has the bits that it had, and those of the weights that differ from before."""
+    for options in steps:
+        before = [bf16_patterns(param) for param in state["params"]]
+        had = [bits.cpu().numpy().copy() for bits in state["changed"]]
+        call_steps(kernel, allocator, state, [options], adamw)
+        for i, bits in enumerate(state["changed"]):
+            differs, mask = bf16_patterns(state["params"][i]) != before[i], state["masks"][i].cpu()
+            flags = differs if mask.dtype == BYTES else differs[mask.numpy()]
+            expected = had[i] | np.packbits(flags, bitorder="little") if bits.numel() else had[i]
+            assert np.array_equal(bits.cpu().numpy(), expected), f"changed of tensor {i}"
+    return [tensor for name in ("params", *STATE) for tensor in state[name]]
+
+
+def bf16_patterns(values: torch.Tensor) -> np.ndarray:
+    """The 16 bits of bf16 values, or of fp32 values rounded to nearest even, as integers."""
+    if values.dtype == BF16:
+        return values.cpu().view(torch.int16).numpy().copy()
+    bits = values.cpu().view(torch.int32).numpy().astype(np.int64) & 0xFFFFFFFF
+    upper, lower = bits >> 16, bits & 0xFFFF
+    is_nan = (upper & 0x7FFF) * 65536 + lower > 0x7F800000
+    rounded = upper + ((lower > 0x8000) | ((lower == 0x8000) & (upper % 2 == 1)))
+    return np.where(is_nan, upper | 0x40, rounded)
 
 
 def call_steps_and_copies(
@@ -238,7 +275,7 @@ def groups_and_init_values(sizes: Sequence[int], adamw: bool, dtype: torch.dtype
     return inputs
 
 
-def mixed() -> Inputs:
+def mixed(lr: float = 1e-3) -> Inputs:
     """Tensors of several kinds, some without an active coordinate or without any coordinate, in no order."""
     inputs = Inputs((0, 3000, 700, 5000, 9, 4097, 64), density=0.3, dtype=BF16, precision="split_master")
     inputs.flags[4] = torch.zeros(9, dtype=torch.bool)
@@ -252,7 +289,7 @@ def mixed() -> Inputs:
     tensors = list(zip(inputs.active, inputs.params, strict=True))
     inputs.init_values = [inputs.values(k, 1.0, p.dtype) if i == 3 else p[:0] for i, (k, p) in enumerate(tensors)]
     inputs.step_groups = [torch.arange(k if i == 6 else 0).remainder(2).to(BYTES) for i, (k, _) in enumerate(tensors)]
-    scalars = step.adamw_scalars([3, 4], 1e-3, BETAS, EPS, 0.1)
+    scalars = step.adamw_scalars([3, 4], lr, BETAS, EPS, 0.1)
     return inputs.add_step(BF16, scalars=scalars, scalar_rows=[0] * len(inputs.sizes))
 
 
@@ -293,6 +330,40 @@ def copy_cases(sizes: Sequence[int]) -> Iterator[Case]:
     for n, dtype, layout in itertools.product(sizes, DTYPES, LAYOUTS):
         make = functools.partial(copies, n, dtype, layout)
         yield Case(f"gather and scatter {dtype} {layout_name(layout)} {n}", make, call_copies, assert_identical)
+
+
+def changed_inputs(sizes: Sequence[int], adamw: bool, **options: Any) -> Inputs:
+    """Three steps that change some of the bf16 values; the second is skipped."""
+    inputs = Inputs(sizes, adamw=adamw, hostile=True, **options).with_changed()
+    for t in (1, 2, 3):
+        if adamw:
+            scalars = step.adamw_scalars([t] * len(sizes), 2e-5, BETAS, EPS, 0.01)
+        else:
+            scalars = step.sgd_scalars([t] * len(sizes), 2e-2, 0.9, 0.1, 0.01)
+        offsets = [2**33 + 5 * i for i in range(len(sizes))]
+        inputs.add_step(scalars=scalars, found_inf=torch.tensor(float(t == 2)), shard_offsets=offsets, seed=3)
+    return inputs
+
+
+def changed_of_some() -> Inputs:
+    """Tensors of several kinds, of which every other one has bits for changes."""
+    inputs = mixed(lr=2e-5).with_changed()
+    inputs.changed = [bits if i % 2 else bits[:0] for i, bits in enumerate(inputs.changed)]
+    return inputs
+
+
+def changed_cases(sizes: Sequence[int] = SIZES) -> Iterator[Case]:
+    kinds = [(FP32, "nearest"), *((BF16, precision) for precision in step.PRECISIONS)]
+    for adamw, (dtype, precision), layout in itertools.product((True, False), kinds, (*LAYOUTS, INT64)):
+        build = functools.partial(
+            changed_inputs, sizes, adamw, dtype=dtype, precision=precision, index_dtype=layout, momentum=layout != INT64
+        )
+        name = f"changed {'AdamW' if adamw else 'SGD'} {dtype} {precision} {layout or 'bitmap'}"
+        yield case(name, build, call_compared_steps, assert_equal)
+    for density in (0, 1):
+        build = functools.partial(changed_inputs, sizes, True, dtype=BF16, density=density)
+        yield case(f"changed density {density}", build, call_compared_steps, assert_equal)
+    yield case("changed of some tensors", changed_of_some, call_compared_steps)
 
 
 def unmoved_cases(sizes: Sequence[int]) -> Iterator[Case]:
@@ -342,6 +413,7 @@ def special_cases(sizes: Sequence[int] = SIZES) -> Iterator[Case]:
     for amsgrad in (False, True):
         name = f"negative second moment{' amsgrad' * amsgrad}"
         yield case(name, functools.partial(negative_second_moment, amsgrad), compare=assert_nan)
+    yield from changed_cases(sizes)
     yield from unmoved_cases(sizes)
     yield from copy_cases((*sizes, 70_001))
 
@@ -362,7 +434,7 @@ def million() -> Case:
 
 
 def check_repeated(kernel: Kernel, expected_by: Kernel, device: torch.device, tile: int, times: int) -> None:
-    inputs = Inputs((tile // BLOCK * BLOCK,), dtype=BF16, density=0.05, amsgrad=True, hostile=True)
+    inputs = Inputs((tile // BLOCK * BLOCK,), dtype=BF16, density=0.05, amsgrad=True, hostile=True).with_changed()
     state, steps, adamw = inputs.add_step(BF16).add_step(BF16).finish()
     allocator = Allocator(device)
     repeated = {name: [tensor.to(device).repeat(times) for tensor in tensors] for name, tensors in state.items()}

@@ -10,7 +10,14 @@ from opdkernels.backends import cpu
 from opdkernels.ops import step
 from opdkernels.ops.step import cpu as step_cpu
 from opdkernels.ops.step.args import StepArgs
-from opdkernels.ops.step.layout import HAS_INIT_VALUE, HAS_STEP_GROUP, MASK_INDICES, MASK_INDICES_64, STEP_ROW
+from opdkernels.ops.step.layout import (
+    HAS_CHANGED,
+    HAS_INIT_VALUE,
+    HAS_STEP_GROUP,
+    MASK_INDICES,
+    MASK_INDICES_64,
+    STEP_ROW,
+)
 from opdkernels.ops.step.rows import step_rows
 from tests.ops.step.cases import BETAS, EPS, mask_tensors
 
@@ -71,6 +78,7 @@ def test_table_as_built_is_accepted():
         ("flags", MASK_INDICES_64, "unknown flags"),
         ("flags", HAS_INIT_VALUE, "its flags do not announce"),
         ("flags", HAS_STEP_GROUP, "its flags do not announce"),
+        ("flags", HAS_CHANGED, "its flags do not announce"),
         ("size", -1, "sizes"),
         ("size", 5001, "sizes"),
         ("numel", 4999, "sizes"),

@@ -50,7 +50,7 @@ def test_codes_are_those_of_the_header():
     codes = constants("STEP_")
     assert [codes[name.upper()] for name in layout.PRECISIONS] == list(range(len(layout.PRECISIONS)))
     flags = ("PARAM_BF16", "GRAD_BF16", "GRAD_COMPACT", "MASK_INDICES", "MASK_INDICES_64")
-    optional = ("HAS_INIT_VALUE", "HAS_STEP_GROUP", "HAS_MAX_EXP_AVG_SQ")
+    optional = ("HAS_INIT_VALUE", "HAS_STEP_GROUP", "HAS_MAX_EXP_AVG_SQ", "HAS_CHANGED")
     assert {name: codes[name] for name in (*flags, *optional)} == {
         name: getattr(layout, name) for name in (*flags, *optional)
     }

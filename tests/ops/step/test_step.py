@@ -24,7 +24,7 @@ from opdkernels.ops.step import (
 from opdkernels.ops.step.validation import DTYPES, RESIDUAL_DTYPES
 from tests.conftest import ISAS
 from tests.ops.conformance import MISALIGNED, check_case, dispatched, expected_outputs, inputs_of
-from tests.ops.step.cases import FAMILY, call_steps, million, special_cases, unmoved_cases
+from tests.ops.step.cases import FAMILY, bf16_patterns, call_steps, changed_cases, million, special_cases, unmoved_cases
 
 SIZES = (1, 31, 1023, 2048, 2049, 70_001)
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -441,6 +441,11 @@ def test_bad_input_is_refused_by_name():
         ({}, {"scalar_rows": [1]}, ValueError, "a row for each"),
         ({}, {"init_values": [state.m[0].bfloat16()]}, ValueError, "init_values of param 0"),
         ({}, {"step_groups": [torch.ones_like(state.m[0], dtype=torch.uint8)]}, ValueError, "step group 1 and 1 rows"),
+        ({}, {"changed": [state.payloads[0][1:].clone()]}, ValueError, "changed of param 0"),
+        ({}, {"changed": [state.payloads[0].bool()]}, ValueError, "changed of param 0"),
+        ({}, {"changed": [state.payloads[0].repeat(2)[::2]]}, ValueError, "changed of param 0"),
+        ({}, {"changed": [state.payloads[0]]}, ValueError, "share memory"),
+        ({}, {"changed": 2 * [state.payloads[0][:0]]}, ValueError, "as many changed"),
         ({"grads": []}, {}, ValueError, "as many grads"),
         ({}, {"precision": "double"}, ValueError, "precision must be one of"),
         (
@@ -469,6 +474,7 @@ def test_opcheck(dtype, precision):
             state.residuals,
             [],
             [],
+            [torch.zeros_like(mask) for mask in state.payloads],
             scalars,
             [0, 1],
             [0, 0],
@@ -495,6 +501,7 @@ def test_opcheck(dtype, precision):
             state.residuals,
             [],
             [],
+            [torch.zeros_like(mask) for mask in state.payloads],
             scalars,
             [0, 1],
             [0, 0],
@@ -514,7 +521,7 @@ def test_matches_reference(isa, threads, case):
     check_case(case, dispatched)
 
 
-@pytest.mark.parametrize("case", FAMILY.collect([1025]), ids=str)
+@pytest.mark.parametrize("case", [*FAMILY.collect([1025]), *changed_cases()], ids=str)
 def test_misaligned(isa, case):
     check_case(case, dispatched, offsets=MISALIGNED)
 
@@ -526,6 +533,88 @@ def test_cases_change_weights_unless_they_must_not():
             params = inputs_of(case)[0]["params"]
             moved = any(not torch.equal(bits(a), bits(b)) for a, b in zip(expected_outputs(case), params, strict=False))
             assert moved == (case.name not in unmoved), case.name
+
+
+@pytest.mark.parametrize("case", changed_cases(), ids=str)
+def test_cases_change_some_of_the_bf16_values(case):
+    """Bits are added, and some active coordinates keep their bf16 value, unless none is active."""
+    state, outputs = inputs_of(case)[0], expected_outputs(case)
+    changed = outputs[len(outputs) - len(state["changed"]) :]
+    assert any(bool((bits & ~had).any()) for bits, had in zip(changed, state["changed"], strict=True)) == (
+        case.name != "changed density 0"
+    )
+    unchanged = [
+        (bf16_patterns(before) == bf16_patterns(after)) & active_flags(mask, before.numel())
+        for before, after, mask in zip(state["params"], outputs, state["masks"], strict=False)
+    ]
+    assert any(flags.any() for flags in unchanged) == (case.name != "changed density 0")
+
+
+def active_flags(mask: torch.Tensor, n: int) -> np.ndarray:
+    flags = np.zeros(n, bool)
+    flags[ops.active_indices(mask, n).numpy()] = True
+    return flags
+
+
+@pytest.mark.parametrize("places", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.float32, "nearest"), *((torch.bfloat16, p) for p in PRECISIONS)]
+)
+def test_changed_contains_what_differs_from_the_first_state(isa, dtype, precision, places):
+    """Exactly what differs after one step; after several also what returned to its first value."""
+    state = State(SIZES, dtype=dtype, precision=precision, places=places)
+    first = [bf16_patterns(p) for p in state.params]
+    sizes = [m.num_active if places else len(p) for m, p in zip(state.masks, state.params, strict=True)]
+    changed = [torch.zeros((n + 7) // 8, dtype=torch.uint8) for n in sizes]
+    returned = 0
+    for i in range(6):
+        grads = state.grads(dtype)
+        state.step([g if i % 2 else -g for g in grads], lr=5e-5, wd=0.0, seed=i, changed=changed)
+        for p, mask, bits_set, old, n in zip(state.params, state.masks, changed, first, sizes, strict=True):
+            differs = bf16_patterns(p) != old
+            differs = differs[mask.indices.numpy()] if places else differs
+            recorded = np.unpackbits(bits_set.numpy(), bitorder="little")
+            assert not recorded[n:].any()
+            assert not (differs & ~(recorded[:n] == 1)).any()
+            assert i or np.array_equal(differs, recorded[:n] == 1)
+            returned += int((~differs & (recorded[:n] == 1)).sum())
+    assert returned
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_changed_compares_bits(isa, dtype):
+    """-0 differs from +0; an equal NaN does not differ, nor does an fp32 change that bf16 does not show."""
+    weights = torch.tensor([0.0, float("nan"), 1.0, 1.0, 0.0])
+    grads = torch.tensor([1e-44, 1.0, 1e-3, 1.0, 0.0])
+    mask, changed = Mask.from_bool(torch.ones(5, dtype=torch.bool)), torch.zeros(1, dtype=torch.uint8)
+    param = weights.to(dtype)
+    masked_sgd(
+        [param],
+        [grads],
+        [mask.bitmap],
+        [mask.block_counts],
+        sgd_scalars([1], 0.1, 0.0, 0.0, 0.0),
+        changed=[changed],
+    )
+    assert param.bfloat16()[0] == 0
+    assert bool(param[0].signbit())
+    assert int(changed) == 0b01001
+    if dtype == torch.float32:
+        assert param[2] != 1
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled kernels")
+def test_changed_is_the_same_for_any_number_of_threads():
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        state = State((300_001, 5, 70_001), dtype=torch.bfloat16)
+        changed = [torch.zeros_like(mask) for mask in state.payloads]
+        state.step(state.grads(), lr=2e-5, changed=changed)
+        results.append(changed)
+    torch.set_num_threads(threads)
+    assert bool(results[0][0].any())
+    assert all(map(torch.equal, *results))
 
 
 def test_a_million_coordinates(isa, threads):

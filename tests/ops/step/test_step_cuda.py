@@ -8,7 +8,7 @@ from opdkernels.backends.cuda import launch
 from opdkernels.ops.step import cuda
 from tests.backends.cuda.fibers import ORDERS, kernel_source, launch_on_fibers, load_kernels, needs_compiler
 from tests.ops.conformance import MISALIGNED, Allocator, backend_kernel, check_case, reference
-from tests.ops.step.cases import FAMILY, Inputs, call_steps, copy_cases, million, stochastic_cases
+from tests.ops.step.cases import FAMILY, Inputs, call_steps, changed_cases, copy_cases, million, stochastic_cases
 
 pytestmark = needs_compiler
 KERNEL = backend_kernel("cuda")
@@ -34,17 +34,19 @@ def test_matches_reference(case):
 
 
 @pytest.mark.parametrize(
-    "case", [*FAMILY.collect([1025], special=True, only="frozen"), *copy_cases((31, 2049))], ids=str
+    "case",
+    [*FAMILY.collect([1025], special=True, only="frozen"), *changed_cases((31, 2049)), *copy_cases((31, 2049))],
+    ids=str,
 )
 def test_misaligned(case):
     check_case(case, KERNEL, offsets=MISALIGNED)
 
 
-@pytest.mark.parametrize("case", FAMILY.collect(special=True, only="mixed"), ids=str)
-def test_tensors_of_every_kind_take_one_launch(monkeypatch, case):
+@pytest.mark.parametrize(("case", "kernel"), [("mixed", "step_adamw"), ("changed of some", "step_adamw_changed")])
+def test_tensors_of_every_kind_take_one_launch(monkeypatch, case, kernel):
     names = launched(monkeypatch)
-    check_case(case, KERNEL)
-    assert names == ["step_adamw"]
+    check_case(*FAMILY.collect(special=True, only=case), KERNEL)
+    assert names == [kernel]
 
 
 @pytest.mark.parametrize("case", FAMILY.collect(special=True, only="sizes ("), ids=str)
@@ -77,20 +79,28 @@ def test_a_million_coordinates_in_blocks_of_device_size(monkeypatch):
 SYNCWARP = "__syncwarp();"
 
 
-def test_missing_syncwarp_is_detected(monkeypatch):
-    """Without it some order of threads steps other coordinates. (The second one only orders memory.)"""
+@pytest.mark.parametrize("removed", range(3))
+def test_missing_syncwarp_is_detected(monkeypatch, removed):
+    """Without it some order of threads steps other coordinates or sets other bits. (The last one only orders memory;
+    those for bits also separate what the first one does.)"""
     parts = kernel_source("step").split(SYNCWARP)
-    assert len(parts) == 3
-    kernels = load_kernels("step", parts[0] + parts[1] + SYNCWARP + parts[2])
-    expected, result = stepped(reference), []
+    assert len(parts) == 5
+    before, after = parts[: removed + 1], parts[removed + 1 :]
+    kernels = load_kernels("step", SYNCWARP.join(before) + SYNCWARP.join(after))
+    changed = removed > 0
+    expected, result = stepped(reference, changed), []
     for order in ORDERS:
         launch_on_fibers(monkeypatch, kernels, order=order)
-        result.append(stepped(KERNEL))
-    assert any(weights != expected for weights in result)
+        result.append(stepped(KERNEL, changed))
+    assert any(output != expected for output in result)
 
 
-def stepped(kernel) -> list[float]:
-    return call_steps(kernel, Allocator(), *Inputs((3000, 2048)).add_step().finish())[0].tolist()
+def stepped(kernel, changed: bool = False) -> list[list[float]]:
+    """Weights, and bits for changes."""
+    inputs = Inputs((3000, 2048))
+    state, *arguments = (inputs.with_changed() if changed else inputs).add_step().finish()
+    call_steps(kernel, Allocator(), state, *arguments)
+    return [tensor.tolist() for tensor in (*state["params"], *state["changed"])]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ class Arguments:
         masks = [mask_tensors(flag, dtype) for flag, dtype in zip(flags, (None, torch.int32), strict=True)]
         counts = [int(flag.sum()) for flag in flags]
         self.memory = torch.randn(2 * N, generator=generator)  # of the first param and, after it, its gradient
+        self.bits = torch.zeros(N // 8 + 4 * N, dtype=torch.uint8)  # those of the first param and, after them, more
         self.values = {
             "params": [self.memory[:N].view(64, 64), torch.randn(64, 64, generator=generator).bfloat16()],
             "grads": [torch.randn(64, 64, generator=generator) for _ in range(2)],
@@ -32,6 +33,7 @@ class Arguments:
             "exp_avgs": [torch.zeros(count) for count in counts],
             "exp_avg_sqs": [torch.zeros(count) for count in counts],
             "residuals": [torch.empty(0, dtype=torch.int16), torch.zeros(counts[1], dtype=torch.int16)],
+            "changed": [self.bits[: N // 8], torch.zeros(-(-counts[1] // 8), dtype=torch.uint8)],
             "step_groups": [torch.zeros(counts[0], dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)],
             "scalars": step.adamw_scalars([1, 2], 0.1, BETAS, EPS, 0.0),
             "scalar_rows": [0, 1],
@@ -66,6 +68,16 @@ CHANGES = {
     "a gradient that ends after its storage": lambda a: shrink(a.values["grads"][1], 64),
     "a param that ends after its storage": lambda a: shrink(a.values["params"][1], 64),
     "a moment of another length": lambda a: a.replace("exp_avgs", 0, a.values["exp_avgs"][0][:-1]),
+    "bits of another length": lambda a: a.replace("changed", 0, a.values["changed"][0][:-1]),
+    "bits of another layout": lambda a: a.replace("changed", 1, torch.zeros(N // 8, dtype=torch.uint8)),
+    "bits of another dtype": lambda a: a.replace("changed", 0, a.values["changed"][0].view(torch.int8)),
+    "bits of both params in one memory": lambda a: a.replace(
+        "changed", 1, a.values["changed"][0][: len(a.values["changed"][1])]
+    ),
+    "bits that end after their storage": lambda a: shrink(a.values["changed"][0], 64),
+    "a gradient in the memory of bits": lambda a: a.replace(
+        "grads", 1, a.bits[4 : 4 + 4 * N].view(torch.float32).view(64, 64)
+    ),
     "two params in one memory": lambda a: a.replace("params", 1, a.values["params"][0]),
     "a changed bitmap": lambda a: a.values["masks"][0].fill_(255),
     "an index out of range": lambda a: a.values["masks"][1][-1:].fill_(N),
