@@ -16,7 +16,7 @@ from opdkernels.errors import InputError, UsageError
 from opdkernels.version import __version__
 
 if TYPE_CHECKING:
-    from opdkernels import masks, optim, patch
+    from opdkernels import masks, optim, patch, sync
     from opdkernels.analysis.headers import inspect
     from opdkernels.analysis.overlap import Overlaps
     from opdkernels.analysis.result import Analysis, load
@@ -54,6 +54,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "overlap": ("opdkernels.api", "overlap"),
     "patch": ("opdkernels.patch", None),
     "push_to_hub": ("opdkernels.hub", "push_to_hub"),
+    "sync": ("opdkernels.sync", None),
     "trajectory": ("opdkernels.api", "trajectory"),
     "write_report": ("opdkernels.api", "write_report"),
 }
@@ -86,6 +87,7 @@ __all__ = [
     "overlap",
     "patch",
     "push_to_hub",
+    "sync",
     "trajectory",
     "write_report",
 ]

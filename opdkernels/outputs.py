@@ -78,6 +78,7 @@ class FolderKind:
 
 MASKS = FileKind("opdkernels masks", "a file of masks")
 PATCH = FileKind("opdkernels.patch", "a patch")
+SYNC_PATCH = FileKind("opdkernels.sync", "a sync patch")
 
 # Written by opdkernels.compat.paper_csv, listed here so that --overwrite of any command removes them.
 PAPER_CSV_FILES = (

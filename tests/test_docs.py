@@ -192,6 +192,15 @@ def test_patch_guide_patches_a_loaded_model(tmp_path, monkeypatch):
         opdkernels.patch.apply_to(sample_model("base").float().state_dict(), "step-200.patch")
 
 
+def test_reference_of_weight_synchronisation_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(page("reference/sync.md"))
+    namespace: dict = {}
+    exec(code, namespace)
+    assert namespace["patch"].names == ["weight"]
+    assert namespace["digests"]["weight"] == namespace["tracker"].digests["weight"]
+
+
 def test_benchmark_guide_prints_a_workload(monkeypatch, capsys):
     scale = run.Scale(coordinates=4096, limit_bytes=1 << 16, product_side=16, budget_s=0.0)
     monkeypatch.setattr(run, "choose_scale", lambda device, quick: scale)

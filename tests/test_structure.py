@@ -21,7 +21,7 @@ LAYERS = [
     {"api", "doctor", "hub"},
     {"experiments", "report", "compat"},
     {"benchmark", "distillation", "tracking"},
-    {"analysis", "optim"},
+    {"analysis", "optim", "sync"},
     {"metrics", "masks", "patch", "spectral"},
     {"runs"},
     {"ops"},
@@ -164,6 +164,7 @@ FORMAT_MODULES = ("safetensors", "torch_pickle", "sharded", "hub", "folder", "fo
 FORMAT_USERS = {
     "patch": "writes files in the layout of the trained checkpoint's, byte for byte",
     "masks": "files of masks have the layout of safetensors",
+    "sync": "its files have the layout of safetensors",
     "distillation": "its training states are files of torch.save",
 }
 
