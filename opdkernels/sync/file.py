@@ -23,7 +23,7 @@ from opdkernels.outputs import SYNC_PATCH, new_file
 from opdkernels.patch.create import entry, header_bytes
 from opdkernels.patch.output import Writer
 from opdkernels.patch.segments import digest_of, padded
-from opdkernels.sync.manifest import ENTRIES, LARGEST, NOT_A_PATCH, Manifest, Tensor, bad, metadata_of, read_manifest
+from opdkernels.sync.manifest import ENTRIES, NOT_A_PATCH, Manifest, Tensor, bad, metadata_of, read_manifest
 from opdkernels.sync.tensor_patch import DTYPES, TensorPatch
 from opdkernels.version import __version__
 
@@ -141,8 +141,6 @@ def tensors_of(manifest: Manifest, contents: dict[str, torch.Tensor], path: str)
         if dtype is None:
             raise bad(path, f"has {shown} of an unknown dtype {printable(tensor.dtype[:20])}")
         numel, width = math.prod(tensor.shape), dtype.itemsize
-        if numel * width >= LARGEST:
-            raise bad(path, f"has {shown} of more than 2^63 bytes")
         ranges = {"counts": tensor.blocks, "positions": tensor.positions, "values": tensor.values}
         for name, (begin, end) in ranges.items():
             if begin != offsets[name] or not begin <= end <= len(contents[name]):

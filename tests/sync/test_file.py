@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from opdkernels import InputError, UsageError
 from opdkernels.sync import ChangeTracker, Patch
 from tests.patch.conftest import digest, join, some, split
-from tests.sync.conftest import RUN, change, copied, make_model, numbered, oracle_digest, rejection, same
+from tests.sync.conftest import RUN, change, copied, make_model, numbered, oracle_digest, rejection, rewrite, same
 
 
 def test_opened_patch_equals_the_saved_one(tmp_path):
@@ -82,6 +82,8 @@ def test_empty_patches_and_empty_tensors_are_saved(tmp_path):
     tracker = ChangeTracker({"w": torch.zeros(0), "v": torch.zeros(5000)})
     numbered(tracker.take()).save(tmp_path / "empty")
     assert Patch.open(tmp_path / "empty").tensors == ()
+    rewrite(tmp_path / "empty", lambda manifest: manifest.update(digest="0" * 32))
+    rejection(tmp_path / "empty", "changes the digest of the model and no tensor")
     tracker.touch("w")
     numbered(tracker.take()).save(tmp_path / "touched")
     (tensor,) = Patch.open(tmp_path / "touched").tensors

@@ -99,6 +99,7 @@ def test_wrong_base_is_rejected_by_held_digests():
     model["w"][5] = 3.0
     patch = tracker.take()
     rejected(replica, patch, "the model has digest", digests | {"v": digests["v"] ^ 1})
+    rejected(replica, patch, "the model has digest", digests | {"w": digests["w"] ^ 1})
     rejected(replica, patch, "the model has digest", {"w": digests["w"]})
     altered = copied(replica)
     altered["w"].view(torch.int32)[5] ^= 1  # at a coordinate that the patch changes

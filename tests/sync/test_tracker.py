@@ -123,6 +123,13 @@ def test_tied_weights_are_one_tensor_with_an_alias():
     assert (tensor.name, tensor.aliases, tensor.changed) == ("embed.weight", ("head.weight",), 50)
 
 
+def test_empty_tensors_are_not_tied():
+    model = {"w": torch.zeros(0), "v": torch.zeros(0)}
+    tracker = ChangeTracker(model)
+    tracker.touch()
+    assert [(tensor.name, tensor.aliases) for tensor in tracker.take().tensors] == [("w", ()), ("v", ())]
+
+
 def test_touched_tensors_are_stored_whole_once():
     model = {"w": some((80_000,), torch.bfloat16, 0), "v": some((9000,), torch.float32, 1)}
     model["alias"] = model["w"]

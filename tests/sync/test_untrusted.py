@@ -11,7 +11,7 @@ from opdkernels import InputError
 from opdkernels.patch.segments import digest_of
 from opdkernels.sync import Patch
 from tests.patch.conftest import digest, join, split
-from tests.sync.conftest import copied, rejection, rewrite, same
+from tests.sync.conftest import copied, oracle_digest, rejection, rewrite, same
 
 
 def first(manifest):
@@ -55,6 +55,7 @@ EDITS = {
     "range backwards": lambda m: first(m).update(positions=[0, -1]),
     "range beyond": lambda m: m["tensors"][-1]["values"].__setitem__(1, 1 << 40),
     "range that overlaps": lambda m: m["tensors"][1]["values"].__setitem__(0, 0),
+    "range of another tensor": lambda m: m["tensors"][2].update(values=[0, 56]),
     "digest": lambda m: first(m).update(digest="0x" + "0" * 14),
     "short digest": lambda m: m.update(digest="0" * 31),
 }
@@ -94,6 +95,15 @@ def test_forged_values_are_rejected_before_the_first_write(saved):
     patch, replica = Patch.open(path), copied(base)
     with pytest.raises(InputError, match=f"{last} would get digest .*; load the full weights, or copy the patch again"):
         patch.apply_(replica)
+    assert same(replica, base)
+
+
+def test_patches_with_another_result_are_rejected_by_held_digests(saved):
+    base, path = saved
+    rewrite(path, lambda manifest: manifest.update(digest="0" * 32))
+    replica, digests = copied(base), {name: oracle_digest(tensor) for name, tensor in base.items()}
+    with pytest.raises(InputError, match=r"the model has digest .* to 0{32}"):
+        Patch.open(path).apply_(replica, digests)
     assert same(replica, base)
 
 
