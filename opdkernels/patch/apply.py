@@ -113,10 +113,14 @@ def apply_to(state_dict: Mapping[str, torch.Tensor], patch: str | os.PathLike[st
         work.restore(targets, work.scratch)  # and discarded: overwritten tensors could not be restored
         for target in targets:
             new = tensors.in_place(target.name)
-            memory = lambda info, start, stop, new=new: new[start:stop]  # type: ignore[misc]  # noqa: E731
-            work.restore([target], memory, compare_base=False)
+            work.restore([target], slices_of(new), compare_base=False)
             tensors.put(target.name, new)
         return [info.name for info in targets]
+
+
+def slices_of(target: torch.Tensor) -> Callable[[TensorInfo, int, int], torch.Tensor]:
+    """Returns a function that returns items [start, stop) of the bits of one tensor."""
+    return lambda info, start, stop: target[start:stop]
 
 
 class LiveTensors:
